@@ -1,0 +1,122 @@
+"""Costs from arithmetic alone: multiply-adds and bytes. Needs no ONNX Runtime and no inputs.
+
+The fall-back for models that cannot run here. The rates are those of one ordinary x86 core; only their ratio shapes
+a cut. Ops whose work is not known are costed by the bytes they touch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from onnxsplit.cost import OpCosts
+from onnxsplit.graph import Op, OpGraph, all_nodes, nested_graphs
+from onnxsplit.shapes import Shapes
+
+FLOP_PER_S = 40_000_000_000
+BYTES_PER_S = 8_000_000_000
+OP_OVERHEAD_NS = 2_000
+_NOMINAL_BODY_OP_NS = 10_000  # an op in a body of If, Loop or Scan, whose shapes are not looked into
+_FREE = frozenset(["Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Size", "Constant"])
+
+Size = tuple[int, ...]
+
+
+def analytic_costs(graph: OpGraph, shapes: Shapes) -> OpCosts:
+    """Cost every op by its work and the bytes it touches, whichever takes longer."""
+    times = tuple(_op_ns(op, graph, shapes) for op in graph.ops)
+    return OpCosts(time_ns=times, whole_ns=sum(times), level="all", source="analytic", shapes=shapes)
+
+
+def _op_ns(op: Op, graph: OpGraph, shapes: Shapes) -> int:
+    if op.op_type in _FREE or op.index in graph.constant_ops:
+        return 0
+    touched = sum(shapes.bytes(name) for name in (*op.inputs, *op.outputs))
+    count = _FLOPS.get(op.op_type)
+    work = count(op, shapes) if count is not None else 0
+    bodies = sum(1 for _ in all_nodes(n for body in nested_graphs(op.node) for n in body.node))
+    return (
+        OP_OVERHEAD_NS
+        + max(work * 1_000_000_000 // FLOP_PER_S, touched * 1_000_000_000 // BYTES_PER_S)
+        + bodies * _NOMINAL_BODY_OP_NS
+    )
+
+
+def _size(name: str, shapes: Shapes) -> Size:
+    return shapes.sizes.get(name, ())
+
+
+def _output_elements(op: Op, shapes: Shapes) -> int:
+    return math.prod(_size(op.outputs[0], shapes)) if op.outputs else 0
+
+
+def _convolution(op: Op, shapes: Shapes) -> int:
+    weight = _size(_input(op, {"ConvInteger": 1, "QLinearConv": 3}.get(op.op_type, 1)), shapes)
+    return 2 * _output_elements(op, shapes) * math.prod(weight[1:])
+
+
+def _transposed_convolution(op: Op, shapes: Shapes) -> int:
+    weight = _size(_input(op, 1), shapes)
+    return 2 * math.prod(_size(_input(op, 0), shapes)) * math.prod(weight[1:])
+
+
+def _matmul(op: Op, shapes: Shapes) -> int:
+    left = _size(_input(op, 0), shapes)
+    return 2 * _output_elements(op, shapes) * (left[-1] if left else 0)
+
+
+def _gemm(op: Op, shapes: Shapes) -> int:
+    left = _size(_input(op, 0), shapes)
+    transposed = any(a.name == "transA" and a.i for a in op.node.attribute)
+    return 2 * _output_elements(op, shapes) * (left[0 if transposed else -1] if left else 0)
+
+
+def _recurrent(op: Op, shapes: Shapes) -> int:
+    source = _size(_input(op, 0), shapes)
+    weights = math.prod(_size(_input(op, 1), shapes)) + math.prod(_size(_input(op, 2), shapes))
+    return 2 * weights * math.prod(source[:2])
+
+
+def _input(op: Op, position: int) -> str:
+    names: list[str] = list(op.node.input)
+    return names[position] if position < len(names) else ""
+
+
+_FLOPS: dict[str, Callable[[Op, Shapes], int]] = {
+    "Conv": _convolution,
+    "ConvInteger": _convolution,
+    "QLinearConv": _convolution,
+    "FusedConv": _convolution,
+    "ConvTranspose": _transposed_convolution,
+    "MatMul": _matmul,
+    "MatMulInteger": _matmul,
+    "QLinearMatMul": _matmul,
+    "FusedMatMul": _matmul,
+    "Gemm": _gemm,
+    "LSTM": _recurrent,
+    "GRU": _recurrent,
+    "RNN": _recurrent,
+}
+
+
+def memory_bytes(graph: OpGraph, shapes: Shapes, ops: tuple[int, ...], kept: frozenset[str]) -> int:
+    """Largest sum of live activations while these ops run in order: a tensor lives from its writer to its last reader.
+
+    Args:
+        graph: the graph.
+        shapes: sizes of its tensors.
+        ops: op indices, ascending.
+        kept: tensors that live to the end: the outputs.
+    """
+    inside = set(ops)
+    last = {name: max((r for r in graph.readers.get(name, ()) if r in inside), default=-1) for op in ops for name in graph.ops[op].reads}
+    alive = sum(shapes.bytes(n) for n in last if n not in graph.constants and graph.producer.get(n) not in inside)
+    largest = alive
+    for index in ops:
+        op = graph.ops[index]
+        alive += sum(shapes.bytes(name) for name in op.outputs)
+        largest = max(largest, alive)
+        ending = [n for n in op.reads if last[n] == index and n not in graph.constants and n not in kept]
+        unread = [n for n in op.outputs if n not in last and n not in kept]
+        alive -= sum(shapes.bytes(name) for name in (*ending, *unread))
+    return largest

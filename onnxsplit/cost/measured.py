@@ -1,0 +1,179 @@
+"""Costs measured where the model can run.
+
+The model is profiled in a process of its own, at the optimisation level that runs it fastest, with the threads its
+stages will have. Ops are given unique names there, so that ONNX Runtime's events find their way back; kernels that
+the optimiser renamed are found by the tensor they write, and what it inserted is charged to the next known kernel.
+One run without optimisation shows every tensor's true type and shape.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from onnxsplit.cost import OpCosts
+from onnxsplit.errors import InputError, ModelError
+from onnxsplit.graph import OpGraph, SourceModel
+from onnxsplit.inputs import dimension_choices, synthesize
+from onnxsplit.plan import TensorSpec
+from onnxsplit.shapes import Shapes, bind
+from onnxsplit.tensors import Array, save_npz
+from onnxsplit.timed import TimedModel, median_ns, quiet_environment
+
+CANDIDATE_LEVELS = ("all", "extended", "basic")
+"""Optimisation levels worth trying, the usual best first."""
+
+_LEVEL_SECONDS = 0.4  # of runs per level when choosing one
+_PROFILE_SECONDS = 1.0
+_CLEARLY = 0.97  # another level must be this much faster to be preferred over the usual best
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs the model was seen to run on, and the sizes of its free dimensions in them."""
+
+    inputs: Mapping[str, Array]
+    dims: Mapping[str, int]
+
+
+class ProfileRequest(msgspec.Struct, frozen=True):
+    """What the profiling process is told."""
+
+    model: str
+    inputs: str
+    threads: int
+    level: str
+    provider: str
+    seconds: float
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """What the profiling process answers.
+
+    Attributes:
+        op_ns: by op of the graph, median over the runs.
+        seen: tensor -> (type, shape), only at the level ``disabled``.
+        error: why there is no profile.
+    """
+
+    op_ns: list[int] = []  # noqa: RUF012  msgspec copies mutable defaults
+    seen: dict[str, tuple[str, tuple[int, ...]]] = {}  # noqa: RUF012
+    error: str | None = None
+
+
+def find_example(
+    graph: OpGraph,
+    specs: Mapping[str, TensorSpec],
+    fixed: Mapping[str, int],
+    *,
+    threads: int,
+    provider: str,
+    say: Callable[[str], None],
+) -> Example:
+    """Make up inputs until the model runs on them.
+
+    Raises:
+        InputError: it ran on none; carries the first failure.
+        ModelError: ONNX Runtime refuses the model.
+    """
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+        file = Path(folder) / "inputs.npz"
+        model: TimedModel | None = None
+        try:
+            for dims in dimension_choices(specs, fixed):
+                say("trying inputs" + (f" with {_dims_text(dims)}" if dims else ""))
+                inputs = synthesize(graph, specs, bind(specs, dims))
+                save_npz(file, inputs)
+                if model is None:
+                    model = TimedModel(
+                        graph.source.path, file, threads=threads, level="basic", provider=provider
+                    ).__enter__()
+                else:
+                    model.feed(file)
+                try:
+                    model.run(0.0)
+                    return Example(inputs, dims)
+                except ModelError as error:
+                    failures.append(f"with {_dims_text(dims)}: {error}")
+        finally:
+            if model is not None:
+                model.__exit__(None, None, None)
+    raise InputError(
+        f"the model ran on none of {len(failures)} made-up inputs; {failures[0]}. "
+        "Give an example with --inputs FILE.npz, or sizes with --dim NAME=N"
+    )
+
+
+def _dims_text(dims: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in dims.items()) or "its fixed dimensions"
+
+
+def best_level(model: Path, inputs: Path, *, threads: int, provider: str) -> tuple[str, int]:
+    """The optimisation level at which a model file runs fastest, and its nanoseconds a run.
+
+    The usual best (``all``) is kept unless another is clearly faster.
+    """
+    found: dict[str, int] = {}
+    for level in CANDIDATE_LEVELS:
+        with TimedModel(model, inputs, threads=threads, level=level, provider=provider) as timed:
+            timed.run(0.0)
+            found[level] = median_ns(timed.run(_LEVEL_SECONDS, least=3))
+    usual = CANDIDATE_LEVELS[0]
+    fastest = min(found, key=lambda level: found[level])
+    chosen = fastest if found[fastest] < _CLEARLY * found[usual] else usual
+    return chosen, found[chosen]
+
+
+def measured_costs(
+    graph: OpGraph, shapes: Shapes, inputs: Mapping[str, Array], *, threads: int, provider: str, say: Callable[[str], None]
+) -> OpCosts:
+    """Profile the model on example inputs.
+
+    Raises:
+        ModelError: it does not run on them.
+    """
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+        file = Path(folder) / "inputs.npz"
+        save_npz(file, inputs)
+        say("observing shapes")
+        seen = _profile(graph.source, file, threads=threads, level="disabled", provider=provider, seconds=0.0).seen
+        say("timing optimisation levels")
+        level, whole_ns = best_level(graph.source.path, file, threads=threads, provider=provider)
+        say(f"profiling ops at level {level}")
+        profile = _profile(
+            graph.source, file, threads=threads, level=level, provider=provider, seconds=_PROFILE_SECONDS
+        )
+    total = sum(profile.op_ns) or 1
+    # The profiler's own cost is spread evenly over its events; what a run takes without it is the truth.
+    times = tuple(time_ns * whole_ns // total for time_ns in profile.op_ns)
+    return OpCosts(
+        time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes.observed(seen)
+    )
+
+
+def _profile(
+    source: SourceModel, inputs: Path, *, threads: int, level: str, provider: str, seconds: float
+) -> Profile:
+    request = ProfileRequest(str(source.path), str(inputs), threads, level, provider, seconds)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],
+        input=msgspec.json.encode(request),
+        capture_output=True,
+        env=quiet_environment(),
+        check=False,
+    )
+    try:
+        profile = msgspec.json.decode(done.stdout, type=Profile)
+    except msgspec.DecodeError as error:
+        tail = done.stderr[-500:].decode(errors="replace").strip()
+        raise ModelError(f"profiling {source.path}: the process ended with {done.returncode}: {tail}") from error
+    if profile.error is not None:
+        raise ModelError(f"profiling {source.path}: {profile.error}")
+    return profile

@@ -1,0 +1,151 @@
+"""The profiling process: reads a request on standard input, answers with a :class:`~onnxsplit.cost.measured.Profile`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx
+
+from onnxsplit.cost.measured import Profile, ProfileRequest
+from onnxsplit.errors import OnnxsplitError
+from onnxsplit.graph import OpGraph, all_nodes, build_graph, open_model
+from onnxsplit.session import open_session
+from onnxsplit.tensors import load_npz
+
+_OP_NAME = re.compile(r"onnxsplit\.op(\d+)\.")
+_KERNEL = "_kernel_time"
+_INSERTED = re.compile(r"(_nchwc|_token_\d+|_\d+)$")
+_RUNTIME_TYPES = {"float": "float32", "double": "float64"}
+
+
+def profile(request: ProfileRequest) -> Profile:
+    """Run the model under ONNX Runtime's profiler and attribute its events to ops."""
+    source = open_model(request.model)
+    graph = build_graph(source)
+    given = load_npz(Path(request.inputs))
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+        session = open_session(
+            _renamed(graph),
+            threads=request.threads,
+            level=request.level,
+            provider=request.provider,
+            external_data_folder=source.folder.resolve(),
+            profile_prefix=Path(folder) / "profile",
+        )
+        inputs = {name: given[name] for name, _ in session.inputs}
+        end = time.monotonic() + request.seconds
+        count = 0
+        while count < (3 if request.seconds else 1) or time.monotonic() < end and count < 200:
+            session.run(inputs)
+            count += 1
+        events = msgspec.json.decode(session.end_profiling().read_bytes())
+    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)]
+    runs = list(_by_run(nodes, [event for event in events if event["name"] == "model_run"]))
+    warm = runs[1:] or runs
+    times = [_attributed(graph, run) for run in warm]
+    return Profile(
+        op_ns=[int(statistics.median(column)) for column in zip(*times, strict=True)],
+        seen=_seen(graph, runs[0]) if request.level == "disabled" else {},
+    )
+
+
+def _renamed(graph: OpGraph) -> bytes:
+    """The model with a unique name for every live op; ops in bodies lose theirs, so that none is mistaken."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.source.proto)
+    del model.graph.node[:]
+    for op in graph.ops:
+        node = model.graph.node.add()
+        node.CopyFrom(op.node)
+        for inner in all_nodes([node]):
+            inner.name = ""
+        node.name = f"onnxsplit.op{op.index}."
+    # Inputs that are also initializers are constants in the stages, so they are constants here.
+    kept = [value for value in model.graph.input if value.name not in graph.overridable]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    return model.SerializeToString()
+
+
+def _by_run(nodes: list[dict[str, Any]], runs: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    for run in sorted(runs, key=lambda event: event["ts"]):
+        inside = [n for n in nodes if run["ts"] <= n["ts"] <= run["ts"] + run["dur"]]
+        yield sorted(inside, key=lambda event: event["ts"])
+
+
+def _attributed(graph: OpGraph, events: Iterable[dict[str, Any]]) -> list[int]:
+    """Nanoseconds of every op in one run.
+
+    Events of ops inside bodies lie within the event of the op that holds the body, so they are left out.
+    """
+    times = [0] * len(graph.ops)
+    unknown, covered = 0, 0
+    last = 0
+    outer = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
+    for event in outer:
+        begin, end = event["ts"], event["ts"] + event["dur"]
+        if end <= covered and begin < covered:
+            continue
+        covered = end
+        op = _op_of(graph, event["name"].removesuffix(_KERNEL))
+        if op is None:
+            unknown += event["dur"] * 1000
+        else:
+            times[op] += event["dur"] * 1000 + unknown
+            unknown, last = 0, op
+    times[last] += unknown
+    return times
+
+
+def _op_of(graph: OpGraph, name: str) -> int | None:
+    found = _OP_NAME.search(name)
+    if found is not None:
+        return int(found.group(1))
+    while name not in graph.producer:
+        shorter = _INSERTED.sub("", name, count=1)
+        if shorter == name:
+            return None
+        name = shorter
+    return graph.producer[name]
+
+
+def _seen(graph: OpGraph, events: Iterable[dict[str, Any]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for event in events:
+        op = _OP_NAME.search(event["name"])
+        values = event["args"].get("output_type_shape") or []
+        if op is None:
+            continue
+        outputs = graph.ops[int(op.group(1))].outputs
+        if len(outputs) == len(values):
+            for name, value in zip(outputs, values, strict=True):
+                for kind, shape in value.items():
+                    found[name] = (_RUNTIME_TYPES.get(kind, kind), tuple(shape))
+    return found
+
+
+def _main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else prints must not mix with the answer
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=ProfileRequest)
+    try:
+        answer = profile(request)
+    except OnnxsplitError as error:
+        answer = Profile(error=str(error))
+    answers.write(msgspec.json.encode(answer))
+    answers.flush()
+
+
+if __name__ == "__main__":
+    _main()

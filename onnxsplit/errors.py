@@ -1,0 +1,48 @@
+"""The errors of the offline half.
+
+    OnnxsplitError
+    ├── MissingDependency   an optional package is not installed; names the extra
+    ├── ModelError          the model file cannot be used
+    ├── InputError          tensors given by the user do not fit the model
+    ├── PartitionError      the model cannot be cut as asked
+    ├── PlanError           a plan directory cannot be used
+    ├── ProviderError       an execution provider is unknown, missing or fails to load
+    └── ExportError         a model could not be exported, or came out different
+
+Every message names the thing, what was found, what is allowed and what to do. The command line prints the
+message alone and exits with 1. The runtime's errors (``runtime.errors``) extend this tree.
+"""
+
+from __future__ import annotations
+
+
+class OnnxsplitError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class MissingDependency(OnnxsplitError):
+    """An optional package is needed for what was asked and is not installed."""
+
+
+class ModelError(OnnxsplitError):
+    """A model file is missing, damaged, unsafe or not something ONNX Runtime can run."""
+
+
+class InputError(OnnxsplitError):
+    """Tensors do not fit the model: names, types, ranks or dimensions, or a file that cannot be read."""
+
+
+class PartitionError(OnnxsplitError):
+    """The model cannot be cut as asked."""
+
+
+class PlanError(OnnxsplitError):
+    """A plan directory is missing, damaged, newer than this version, or unsafe."""
+
+
+class ProviderError(OnnxsplitError):
+    """An execution provider is unknown, not part of the installed ONNX Runtime, or fails to load."""
+
+
+class ExportError(OnnxsplitError):
+    """A model could not be exported, or the exported model gives other results than its framework."""

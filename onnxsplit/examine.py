@@ -1,0 +1,141 @@
+"""Reading a model as far as cutting needs it: its ops, what they cost, what may be parted, inputs it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxsplit.atoms import Atoms, build_atoms
+from onnxsplit.cost import OpCosts, transfer_ns
+from onnxsplit.cost.analytic import analytic_costs
+from onnxsplit.cost.measured import find_example, measured_costs
+from onnxsplit.errors import InputError, MissingDependency, ModelError, PartitionError
+from onnxsplit.graph import OpGraph, build_graph, open_model
+from onnxsplit.inputs import accept, dimension_choices, synthesize
+from onnxsplit.partitioner import Problem, Transfer
+from onnxsplit.session import threads_per_node
+from onnxsplit.shapes import Shapes, bind, infer_shapes, input_specs
+from onnxsplit.tensors import Array, load_npz
+
+Say = Callable[[str], None]
+"""Told, in a few words, what is being done."""
+
+
+def silent(_: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, ready to be cut: its graph, its costs, its atoms, and inputs it runs on.
+
+    Attributes:
+        graph: the model's ops.
+        costs: compute times, with the shapes they were found with.
+        atoms: what may be parted.
+        inputs: example inputs.
+        dims: sizes of the free dimensions in them.
+        note: why costs are analytic, when they are.
+    """
+
+    graph: OpGraph
+    costs: OpCosts
+    atoms: Atoms
+    inputs: Mapping[str, Array]
+    dims: Mapping[str, int]
+    note: str | None = None
+
+    @property
+    def shapes(self) -> Shapes:
+        """Types and shapes of the tensors."""
+        return self.costs.shapes
+
+    def problem(self, op_ns: Sequence[int]) -> Problem:
+        """The numbers an algorithm sees, with these times of the ops."""
+        atom_of = {op: atom for atom, ops in enumerate(self.atoms.ops) for op in ops}
+        times = [sum(op_ns[op] for op in ops) for ops in self.atoms.ops]
+        for op in self.atoms.copied:  # the first reader is charged with its copy
+            reader = next((atom_of[r] for r in self._readers(op) if r in atom_of), None)
+            if reader is not None:
+                times[reader] += op_ns[op]
+        transfers = tuple(
+            Transfer(flow.writer, flow.readers, transfer_ns(self.shapes.bytes(flow.tensor)), flow.to_caller)
+            for flow in self.atoms.flows
+        )
+        return Problem(time_ns=tuple(times), transfers=transfers)
+
+    def _readers(self, op: int) -> Iterator[int]:
+        for name in self.graph.ops[op].outputs:
+            for reader in self.graph.readers.get(name, ()):
+                yield reader
+                if reader in self.atoms.copied:
+                    yield from self._readers(reader)
+
+
+def examine(
+    model: str | Path,
+    *,
+    costs: str | None = None,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | Path | Mapping[str, Array] | None = None,
+    threads: int | None = None,
+    provider: str = "cpu",
+    say: Say = silent,
+) -> Subject:
+    """Read a model, find inputs it runs on, cost its ops and contract them.
+
+    Args:
+        model: the model file.
+        costs: ``measured`` or ``analytic``; None measures, and falls back with a note when the model does not run here.
+        dims: sizes of free dimensions.
+        inputs: example inputs, or an ``.npz`` with them; made up when None.
+        threads: threads of a session that is measured; all cores of this host when None.
+        provider: execution provider that measures.
+        say: told what is being done.
+
+    Raises:
+        ModelError: the file is no usable model.
+        InputError: inputs or dimensions do not fit it.
+        PartitionError: it has outputs that cannot be handed to a caller.
+        MissingDependency, ProviderError: measuring was asked for and is not possible.
+    """
+    say("reading the model")
+    graph = build_graph(open_model(model))
+    specs = input_specs(graph)
+    fixed = dict(dims or {})
+    given = load_npz(Path(inputs)) if isinstance(inputs, str | Path) else inputs
+    if given is not None:
+        fixed |= accept(graph, specs, given)
+    threads = threads or threads_per_node(1)
+    note = None
+    if costs != "analytic" and graph.ops:
+        try:
+            example, sizes = given, fixed
+            if example is None:
+                found = find_example(graph, specs, fixed, threads=threads, provider=provider, say=say)
+                example, sizes = found.inputs, dict(found.dims)
+            shapes = infer_shapes(graph, {name: array.shape for name, array in example.items()})
+            op_costs = measured_costs(graph, shapes, example, threads=threads, provider=provider, say=say)
+            return _subject(graph, op_costs, example, sizes, None)
+        except (ModelError, InputError, MissingDependency) as error:
+            if costs == "measured" or given is not None:
+                raise
+            note = str(error)
+    if given is None:
+        fixed = next(dimension_choices(specs, fixed))
+        given = synthesize(graph, specs, bind(specs, fixed))
+    shapes = infer_shapes(graph, {name: array.shape for name, array in given.items()})
+    return _subject(graph, analytic_costs(graph, shapes), given, fixed, note)
+
+
+def _subject(
+    graph: OpGraph, costs: OpCosts, inputs: Mapping[str, Array], dims: Mapping[str, int], note: str | None
+) -> Subject:
+    for name in graph.outputs:
+        if name in graph.producer and not costs.shapes.travels(name):
+            raise PartitionError(
+                f"output {name!r} is not a tensor that can be handed to a caller (a sequence, a map, an optional, or a "
+                "type that ONNX Runtime cannot pass on); remove it from the model's outputs"
+            )
+    return Subject(graph, costs, build_atoms(graph, costs.shapes), inputs, dims, note)

@@ -1,0 +1,227 @@
+"""Stage files: each a valid ONNX model of its own.
+
+A stage keeps the source's IR version, opsets, metadata and symbolic dimension names, the functions its ops call (and
+those that they call), and only the initializers and copied ops it reads. Names of ops and tensors stay those of the
+source. Initializers that the source lists as inputs are constants in the stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from onnxsplit.atoms import Atoms, needed_tensors
+from onnxsplit.errors import PartitionError
+from onnxsplit.graph import (
+    OpGraph,
+    SourceModel,
+    called_functions,
+    external_range,
+    functions_of,
+    graph_tensors,
+    node_tensors,
+    tensor_bytes,
+)
+from onnxsplit.plan import FileEntry
+from onnxsplit.shapes import Shapes, spec_of, value_info
+from onnxsplit.tensors import save_npz
+
+_CHUNK = 16 * 1024 * 1024
+_ALIGNMENT = 4096  # external data starts on pages, so that ONNX Runtime can map it
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """What one stage is made of.
+
+    Attributes:
+        ops: its own ops and its copies of copied ops, ascending.
+        own: its own ops alone.
+        inputs: tensors it takes, those of the model first.
+        outputs: tensors it gives, in the order they are written.
+        constants: initializers it reads.
+    """
+
+    ops: tuple[int, ...]
+    own: tuple[int, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[str, ...]
+
+
+def stage_parts(graph: OpGraph, atoms: Atoms, assignment: Sequence[int]) -> tuple[StageParts, ...]:
+    """Turn an assignment of atoms to stages into the parts of every stage."""
+    stages = max(assignment) + 1
+    own: list[list[int]] = [[] for _ in range(stages)]
+    stage_of: dict[int, int] = {}
+    for atom, stage in enumerate(assignment):
+        own[stage].extend(atoms.ops[atom])
+        stage_of.update(dict.fromkeys(atoms.ops[atom], stage))
+    needs = needed_tensors(graph, atoms.copied)
+    wanted: dict[str, None] = dict.fromkeys(graph.outputs)
+    for op, stage in stage_of.items():
+        for name in needs[op]:
+            writer = graph.producer.get(name)
+            if writer is not None and stage_of[writer] != stage:
+                wanted[name] = None
+    return tuple(_parts(graph, atoms.copied, tuple(sorted(ops)), wanted) for ops in own)
+
+
+def _parts(
+    graph: OpGraph, copied: frozenset[int], own: tuple[int, ...], wanted: Mapping[str, None]
+) -> StageParts:
+    ops: set[int] = set()
+    inputs: dict[str, None] = {}
+    constants: dict[str, None] = {}
+    pending = list(own)
+    inside = set(own)
+    while pending:
+        index = pending.pop()
+        if index in ops:
+            continue
+        ops.add(index)
+        for name in graph.ops[index].reads:
+            writer = graph.producer.get(name)
+            if name in graph.constants:
+                constants[name] = None
+            elif writer in copied:
+                pending.append(writer)
+            elif writer not in inside:
+                inputs[name] = None
+    order = {name: position for position, name in enumerate(graph.inputs)}
+    return StageParts(
+        ops=tuple(sorted(ops)),
+        own=own,
+        inputs=tuple(sorted(inputs, key=lambda name: (order.get(name, len(order)), graph.producer.get(name, -1), name))),
+        outputs=tuple(name for index in own for name in graph.ops[index].outputs if name in wanted),
+        constants=tuple(sorted(constants)),
+    )
+
+
+def weight_bytes(graph: OpGraph, parts: StageParts) -> int:
+    """Bytes of the constants that a stage holds: initializers, and tensors in the attributes of its ops."""
+    stored = node_tensors(graph.ops[index].node for index in parts.ops)
+    return sum(graph.constants[name] for name in parts.constants) + sum(tensor_bytes(tensor) for tensor in stored)
+
+
+def write_stage(
+    graph: OpGraph, shapes: Shapes, parts: StageParts, folder: Path, name: str
+) -> tuple[FileEntry, ...]:
+    """Write one stage, and its external data where its initializers are external in the source.
+
+    Args:
+        graph: the source's graph.
+        shapes: types of the tensors on the stage's border.
+        parts: what the stage is made of.
+        folder: where to.
+        name: file name of the model, ``NAME.onnx``; external data goes to ``NAME.data``.
+
+    Raises:
+        PartitionError: the disk is full or the folder cannot be written.
+    """
+    model = stage_model(graph, shapes, parts)
+    try:
+        data = _copy_external(graph.source, model, folder / Path(name).with_suffix(".data"))
+        content = model.SerializeToString()
+        (folder / name).write_bytes(content)
+    except OSError as error:
+        raise PartitionError(f"cannot write {folder / name}: {error.strerror}") from error
+    entry = FileEntry(name=name, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
+    return (entry, *data)
+
+
+def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.ModelProto:
+    """A stage as a protobuf; external data still points into the source's files."""
+    source = graph.source.proto
+    model = onnx.ModelProto()
+    for descriptor, value in source.ListFields():
+        if descriptor.name == "graph" or descriptor.name in ("functions", "training_info"):
+            continue
+        if descriptor.is_repeated:
+            getattr(model, descriptor.name).extend(value)
+        else:
+            setattr(model, descriptor.name, value)
+    nodes = [graph.ops[index].node for index in parts.ops]
+    called = called_functions(nodes, functions_of(source))
+    model.functions.extend(f for f in source.functions if (f.domain, f.name, f.overload) in called)
+    target = model.graph
+    target.name = source.graph.name
+    target.metadata_props.extend(source.graph.metadata_props)
+    target.node.extend(nodes)
+    held = set(parts.constants)
+    target.initializer.extend(tensor for tensor in source.graph.initializer if tensor.name in held)
+    target.sparse_initializer.extend(s for s in source.graph.sparse_initializer if s.values.name in held)
+    declared = {value.name: value for value in (*source.graph.input, *source.graph.output)}
+    for names, values in ((parts.inputs, target.input), (parts.outputs, target.output)):
+        values.extend(_border(name, shapes, declared) for name in names)
+    present = {name for index in parts.ops for name in (*graph.ops[index].reads, *graph.ops[index].outputs)}
+    target.quantization_annotation.extend(a for a in source.graph.quantization_annotation if a.tensor_name in present)
+    return model
+
+
+def _border(name: str, shapes: Shapes, declared: Mapping[str, onnx.ValueInfoProto]) -> onnx.ValueInfoProto:
+    spec = shapes.specs.get(name)
+    if spec is None:  # an output of the model of a kind that only ONNX Runtime knows
+        return declared.get(name) or onnx.ValueInfoProto(name=name)
+    if name in declared and spec_of(declared[name]) == spec:
+        return declared[name]
+    return value_info(name, spec)
+
+
+def _copy_external(
+    source: SourceModel, model: onnx.ModelProto, path: Path
+) -> tuple[FileEntry, ...]:
+    """Copy the ranges of external data that a stage needs into its own file, and point the stage at them."""
+    external = [t for t in graph_tensors(model.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
+    if not external:
+        return ()
+    digest = hashlib.sha256()
+    with path.open("wb") as target:
+        for tensor in external:
+            file, offset, length = external_range(source, tensor)
+            padding = -target.tell() % _ALIGNMENT
+            for block in (bytes(padding), *_blocks(file, offset, length)):
+                digest.update(block)
+                target.write(block)
+            del tensor.external_data[:]
+            for key, value in (("location", path.name), ("offset", target.tell() - length), ("length", length)):
+                tensor.external_data.add(key=key, value=str(value))
+        size = target.tell()
+    return (FileEntry(name=path.name, sha256=digest.hexdigest(), size_bytes=size),)
+
+
+def _blocks(file: Path, offset: int, length: int) -> Iterable[bytes]:
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as stream:
+        stream.seek(offset)
+        left = length
+        while left:
+            block = stream.read(min(left, _CHUNK))
+            if not block:
+                raise PartitionError(f"{file} became shorter while it was read")
+            left -= len(block)
+            yield block
+
+
+def write_constant(graph: OpGraph, output: str, folder: Path, name: str) -> FileEntry:
+    """Write an initializer that is an output of the model as an ``.npz``."""
+    tensor = next((t for t in graph.source.proto.graph.initializer if t.name == output), None)
+    if tensor is None:
+        raise PartitionError(f"output {output!r} is a sparse initializer; a stage cannot serve it")
+    array = onnx.numpy_helper.to_array(tensor, base_dir=str(graph.source.folder))
+    if array.dtype.kind in "OS":
+        array = array.astype(str)
+    save_npz(folder / name, {output: array})
+    return file_entry(folder / name)
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Name, size and SHA-256 of a file that was written."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileEntry(name=path.name, sha256=digest, size_bytes=path.stat().st_size)

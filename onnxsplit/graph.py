@@ -1,0 +1,369 @@
+"""ONNX model -> :class:`OpGraph`.
+
+The graph is a ``networkx.DiGraph``. Its nodes are integers, the ops in a topological order; node attributes:
+
+- ``op``: the :class:`Op`;
+
+and its edges carry
+
+- ``tensors``: the names of the tensors that flow along it, in order of name.
+
+Only live ops are in it: the ancestors of the model's outputs. Tensors captured by the bodies of If, Loop and Scan
+(at any depth) are read by the op that holds the body, exactly as its explicit inputs are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import networkx as nx
+import onnx
+from google.protobuf.message import DecodeError
+
+from onnxsplit.errors import ModelError
+from onnxsplit.tensors import size_bytes, type_name
+
+FunctionKey = tuple[str, str, str]
+"""Domain, name and overload of a model-local function."""
+
+_RANDOM = frozenset(
+    ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"]
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of the main graph.
+
+    Attributes:
+        index: its place in the topological order, and its node in the graph.
+        name: the op's name in the model; its type and first output when it has none.
+        op_type: ONNX op type.
+        domain: operator domain, '' for ai.onnx.
+        inputs: tensors it reads explicitly; omitted optional inputs are left out.
+        captures: tensors of the main graph that its nested bodies read.
+        outputs: tensors it writes; omitted optional outputs are left out.
+        node: the protobuf it was read from; not to be changed.
+    """
+
+    index: int
+    name: str
+    op_type: str
+    domain: str
+    inputs: tuple[str, ...]
+    captures: tuple[str, ...]
+    outputs: tuple[str, ...]
+    node: onnx.NodeProto = field(repr=False, compare=False)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Inputs and captures, each once."""
+        return tuple(dict.fromkeys((*self.inputs, *self.captures)))
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model file, opened: its protobuf without the external data, and where that data lies."""
+
+    path: Path
+    proto: onnx.ModelProto = field(repr=False)
+    sha256: str
+
+    @property
+    def folder(self) -> Path:
+        """Where external data is looked for."""
+        return self.path.parent
+
+
+@dataclass(frozen=True)
+class OpGraph:
+    """The graph of a model's live ops, with everything needed to look a tensor up by its name.
+
+    Attributes:
+        source: the model.
+        digraph: see the module's description.
+        ops: the ops by index.
+        producer: tensor -> op that writes it.
+        readers: tensor -> ops that read it, ascending.
+        inputs: inputs a caller must give: initializers listed as inputs are constants here, see ``overridable``.
+        outputs: outputs of the model, each once.
+        constants: initializers of the main graph (sparse ones included) -> bytes.
+        overridable: initializers that the model also lists as inputs. Stages treat them as constants.
+        constant_ops: ops whose result never changes: no path leads to them from an input or a random op.
+    """
+
+    source: SourceModel
+    digraph: nx.DiGraph
+    ops: tuple[Op, ...]
+    producer: dict[str, int]
+    readers: dict[str, tuple[int, ...]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: dict[str, int]
+    overridable: tuple[str, ...]
+    constant_ops: frozenset[int]
+
+
+def open_model(path: str | Path) -> SourceModel:
+    """Read a model without its external data.
+
+    Raises:
+        ModelError: missing, a folder, empty, damaged, not ONNX, or external data that is missing, too short,
+            outside the model's folder or a link.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelError(f"no such model file: {path}") from error
+    except IsADirectoryError as error:
+        raise ModelError(f"{path} is a folder; name the .onnx file in it") from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    if not content:
+        raise ModelError(f"{path} is empty; expected an ONNX model")
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError as error:
+        raise ModelError(f"{path} is not an ONNX model, or it is truncated ({len(content)} bytes)") from error
+    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
+        raise ModelError(f"{path} holds no ONNX graph ({len(content)} bytes); expected an ONNX model")
+    if not proto.graph.output:
+        raise ModelError(f"{path} has no outputs; a model must give at least one")
+    digest = hashlib.sha256(content).hexdigest()
+    source = SourceModel(path=path, proto=proto, sha256=digest)
+    for tensor in graph_tensors(proto.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            external_range(source, tensor)
+    return source
+
+
+def external_range(source: SourceModel, tensor: onnx.TensorProto) -> tuple[Path, int, int]:
+    """Where a tensor's external data lies: file, offset, length in bytes.
+
+    Raises:
+        ModelError: the file is missing, a link, outside the model's folder, or too short.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location, what = entries.get("location", ""), f"external data of {tensor.name!r} in {source.path}"
+    path = source.folder / location
+    if not location or Path(location).is_absolute() or ".." in Path(location).parts:
+        raise ModelError(f"{what}: location {location!r} is not a path inside the model's folder")
+    if any((source.folder / part).is_symlink() for part in _prefixes(Path(location))):
+        raise ModelError(f"{what}: {location!r} is a link; put the file itself into the model's folder")
+    if not path.is_file():
+        raise ModelError(f"{what}: {path} is missing; keep it beside the model")
+    try:
+        offset = int(entries.get("offset") or 0)
+        expected = size_bytes(type_name(tensor.data_type) or "uint8", tuple(tensor.dims))
+        length = int(entries.get("length") or expected)
+    except ValueError as error:
+        raise ModelError(f"{what}: offset or length is no number") from error
+    available = path.stat().st_size
+    if offset < 0 or length < 0 or length < expected or offset + length > available:
+        raise ModelError(
+            f"{what}: needs {max(length, expected)} bytes at {offset}, {location!r} has {available}: "
+            "the file is truncated or belongs to another model"
+        )
+    return path, offset, length
+
+
+def _prefixes(path: Path) -> Iterator[Path]:
+    yield path
+    yield from (parent for parent in path.parents if parent != Path())
+
+
+def nested_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The bodies an op holds directly, as attributes."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of their bodies, at any depth."""
+    for node in nodes:
+        yield node
+        for graph in nested_graphs(node):
+            yield from all_nodes(graph.node)
+
+
+def graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in a graph: initializers and attributes, bodies included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from node_tensors(graph.node)
+
+
+def node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in the attributes of nodes, bodies included."""
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            elif attribute.type == onnx.AttributeProto.TENSORS:
+                yield from attribute.tensors
+        for graph in nested_graphs(node):
+            yield from graph_tensors(graph)
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a stored tensor's data; strings by their real length."""
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return sum(len(text) for text in tensor.string_data)
+    name = type_name(tensor.data_type)
+    return size_bytes(name, tuple(tensor.dims)) if name else 0
+
+
+def captured_names(node: onnx.NodeProto) -> tuple[str, ...]:
+    """Names that an op's bodies read from outside, at any depth; a name defined in a body hides the outer one."""
+    names: dict[str, None] = {}
+    for graph in nested_graphs(node):
+        own = _defined(graph)
+        for inner in graph.node:
+            names.update(dict.fromkeys(n for n in (*inner.input, *captured_names(inner)) if n and n not in own))
+        names.update(dict.fromkeys(o.name for o in graph.output if o.name and o.name not in own))
+    return tuple(names)
+
+
+def _defined(graph: onnx.GraphProto) -> set[str]:
+    names = {value.name for value in graph.input}
+    names.update(tensor.name for tensor in graph.initializer)
+    names.update(sparse.values.name for sparse in graph.sparse_initializer)
+    names.update(output for node in graph.node for output in node.output)
+    return names
+
+
+def functions_of(proto: onnx.ModelProto) -> dict[FunctionKey, onnx.FunctionProto]:
+    """The model-local functions by key."""
+    return {(f.domain, f.name, f.overload): f for f in proto.functions}
+
+
+def called_functions(
+    nodes: Iterable[onnx.NodeProto], functions: dict[FunctionKey, onnx.FunctionProto]
+) -> set[FunctionKey]:
+    """The functions that nodes call: from bodies at any depth, and from one function to the next."""
+    found: set[FunctionKey] = set()
+    pending = list(nodes)
+    while pending:
+        for node in all_nodes([pending.pop()]):
+            key = (node.domain, node.op_type, node.overload)
+            if key in functions and key not in found:
+                found.add(key)
+                pending.extend(functions[key].node)
+    return found
+
+
+def is_random(node: onnx.NodeProto, functions: dict[FunctionKey, onnx.FunctionProto]) -> bool:
+    """True when an op may give another result each time: itself, in a body or in a function it calls."""
+    inside = [node, *(n for key in called_functions([node], functions) for n in functions[key].node)]
+    return any(n.op_type in _RANDOM for n in all_nodes(inside))
+
+
+def build_graph(source: SourceModel) -> OpGraph:
+    """The graph of a model's live ops.
+
+    Raises:
+        ModelError: a tensor is written twice or read but never written, or ops form a cycle.
+    """
+    proto = source.proto.graph
+    constants = {tensor.name: tensor_bytes(tensor) for tensor in proto.initializer}
+    constants |= {s.values.name: tensor_bytes(s.values) + tensor_bytes(s.indices) for s in proto.sparse_initializer}
+    inputs = tuple(value.name for value in proto.input if value.name not in constants)
+    outputs = tuple(dict.fromkeys(value.name for value in proto.output))
+
+    nodes = _sorted_live_nodes(source, given={*constants, *inputs}, outputs=outputs)
+    ops = tuple(
+        Op(
+            index=index,
+            name=node.name or f"{node.op_type}:{next((o for o in node.output if o), '')}",
+            op_type=node.op_type,
+            domain=node.domain,
+            inputs=tuple(dict.fromkeys(n for n in node.input if n)),
+            captures=captured_names(node),
+            outputs=tuple(o for o in node.output if o),
+            node=node,
+        )
+        for index, node in enumerate(nodes)
+    )
+    producer = {output: op.index for op in ops for output in op.outputs}
+    readers: dict[str, list[int]] = {}
+    digraph = nx.DiGraph()
+    for op in ops:
+        digraph.add_node(op.index, op=op)
+        flows: dict[int, list[str]] = {}
+        for name in op.reads:
+            readers.setdefault(name, []).append(op.index)
+            if name in producer:
+                flows.setdefault(producer[name], []).append(name)
+        for origin, names in flows.items():
+            digraph.add_edge(origin, op.index, tensors=tuple(sorted(names)))
+    functions = functions_of(source.proto)
+    return OpGraph(
+        source=source,
+        digraph=digraph,
+        ops=ops,
+        producer=producer,
+        readers={name: tuple(indices) for name, indices in readers.items()},
+        inputs=inputs,
+        outputs=outputs,
+        constants=constants,
+        overridable=tuple(value.name for value in proto.input if value.name in constants),
+        constant_ops=_constant_ops(ops, constants, producer, functions),
+    )
+
+
+def _sorted_live_nodes(
+    source: SourceModel, *, given: set[str], outputs: tuple[str, ...]
+) -> list[onnx.NodeProto]:
+    """The ancestors of the outputs in a topological order that keeps the file's order where it can."""
+    nodes = list(source.proto.graph.node)
+    producer: dict[str, int] = {}
+    for position, node in enumerate(nodes):
+        for output in filter(None, node.output):
+            if output in producer or output in given:
+                raise ModelError(f"{source.path}: tensor {output!r} is written twice; names must be unique in a graph")
+            producer[output] = position
+    order = nx.DiGraph()
+    pending = [(name, "the model's outputs") for name in outputs]
+    while pending:
+        name, reader = pending.pop()
+        if name in given:
+            continue
+        if name not in producer:
+            raise ModelError(f"{source.path}: tensor {name!r}, read by {reader}, is never written")
+        position = producer[name]
+        if position in order:
+            continue
+        node = nodes[position]
+        order.add_node(position)
+        pending += [(n, f"op {node.name or node.op_type!r}") for n in (*node.input, *captured_names(node)) if n]
+    for position in list(order):
+        for name in (*nodes[position].input, *captured_names(nodes[position])):
+            if name in producer:
+                order.add_edge(producer[name], position)
+    try:
+        return [nodes[position] for position in nx.lexicographical_topological_sort(order)]
+    except nx.NetworkXUnfeasible as error:
+        raise ModelError(f"{source.path}: ops form a cycle; an ONNX graph must have none") from error
+
+
+def _constant_ops(
+    ops: tuple[Op, ...],
+    constants: dict[str, int],
+    producer: dict[str, int],
+    functions: dict[FunctionKey, onnx.FunctionProto],
+) -> frozenset[int]:
+    found: set[int] = set()
+    for op in ops:
+        steady = all(name in constants or producer.get(name) in found for name in op.reads)
+        if steady and not is_random(op.node, functions):
+            found.add(op.index)
+    return frozenset(found)

@@ -1,0 +1,123 @@
+"""Example inputs: those a user gives, or made up so that real models accept them.
+
+Made-up inputs follow from what the model says of them: type, shape, name, and the tables that integers index. Sizes
+of free dimensions are tried in turn until the model runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from onnxsplit.graph import OpGraph
+from onnxsplit.plan import TensorSpec
+from onnxsplit.shapes import check_dimensions, free_dimensions
+from onnxsplit.tensors import Array, check_inputs, numpy_dtype
+
+_BATCH = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
+_SEQUENCE_SIZES = (128, 32, 16, 64, 256, 512, 8, 1)
+_IMAGE_SIZES = (224, 320, 256, 640, 64, 48, 32, 512)
+_OTHER_SIZES = (32, 256, 512, 16, 64, 128, 8, 1)
+_TRANSPARENT = frozenset(["Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten", "Transpose", "Clip", "Slice"])
+
+
+def dimension_choices(specs: Mapping[str, TensorSpec], fixed: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Sizes to try for the free dimensions, likeliest first; those in ``fixed`` stay.
+
+    Raises:
+        InputError: ``fixed`` names a dimension that is not in the model.
+    """
+    free = free_dimensions(specs)
+    check_dimensions(specs, fixed)
+    sizes = {name: (fixed[name],) if name in fixed else _sizes(name, specs, where) for name, where in free.items()}
+    seen = []
+    for attempt in range(max((len(options) for options in sizes.values()), default=1)):
+        choice = {name: options[min(attempt, len(options) - 1)] for name, options in sizes.items()}
+        if choice not in seen:
+            seen.append(choice)
+            yield choice
+
+
+def _sizes(name: str, specs: Mapping[str, TensorSpec], where: list[tuple[str, int]]) -> tuple[int, ...]:
+    ranks = {len(specs[owner].shape or ()) for owner, _ in where}
+    axes = {axis for _, axis in where}
+    if _BATCH.search(name) or axes == {0}:
+        return (1,)
+    if ranks == {4} and axes <= {2, 3}:
+        return _IMAGE_SIZES
+    return _SEQUENCE_SIZES if ranks <= {2, 3} and axes == {1} else _OTHER_SIZES
+
+
+def synthesize(graph: OpGraph, specs: Mapping[str, TensorSpec], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Make up inputs of the given shapes; the same ones each time.
+
+    Floats lie in [0, 1); integers that index a table lie within it; masks are ones; lengths are the longest axis.
+    """
+    random = np.random.default_rng(0)
+    longest = max((max(shape, default=1) for shape in sizes.values()), default=1)
+    return {
+        name: _values(name, spec.dtype, sizes[name], table_size(graph, name), longest, random)
+        for name, spec in specs.items()
+    }
+
+
+def _values(
+    name: str, dtype: str, shape: tuple[int, ...], table: int | None, longest: int, random: np.random.Generator
+) -> Array:
+    kind = numpy_dtype(dtype)
+    low = name.lower()
+    if dtype == "string":
+        return np.full(shape, "a", dtype=object)
+    if dtype == "bool" or "mask" in low:
+        return np.ones(shape, dtype=kind)
+    if kind.kind in "iu":
+        if table is not None:
+            return random.integers(0, table, size=shape).astype(kind)
+        if re.search(r"sample_?rate|^sr$", low):
+            return np.full(shape, 16000).astype(kind)
+        if "len" in low:
+            return np.full(shape, longest).astype(kind)
+        return random.integers(0, 2, size=shape).astype(kind)
+    return random.random(size=shape, dtype=np.float32).astype(kind)
+
+
+def table_size(graph: OpGraph, name: str) -> int | None:
+    """The least number of rows among the constant tables that an input indexes with Gather; None when it indexes none."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.source.proto.graph.initializer}
+    found: list[int] = []
+    pending, seen = [name], {name}
+    while pending:
+        tensor = pending.pop()
+        for index in graph.readers.get(tensor, ()):
+            op = graph.ops[index]
+            if op.op_type == "Gather" and len(op.node.input) > 1 and op.node.input[1] == tensor:
+                shape = shapes.get(op.node.input[0])
+                axis = next((a.i for a in op.node.attribute if a.name == "axis"), 0)
+                if shape and -len(shape) <= axis < len(shape):
+                    found.append(shape[axis])
+            elif op.op_type in _TRANSPARENT:
+                new = [output for output in op.outputs if output not in seen]
+                pending += new
+                seen.update(new)
+    return min(found, default=None)
+
+
+def accept(graph: OpGraph, specs: Mapping[str, TensorSpec], given: Mapping[str, Array]) -> dict[str, int]:
+    """Check inputs that a user gave; returns the sizes of the free dimensions they have.
+
+    Raises:
+        InputError: they do not fit, or give one dimension two sizes.
+    """
+    check_inputs(given, {name: (spec.dtype, spec.shape) for name, spec in specs.items()}, _unread(graph))
+    dims: dict[str, int] = {}
+    for dim, where in free_dimensions(specs).items():
+        found = {given[owner].shape[axis] for owner, axis in where if owner in given}
+        if len(found) == 1:
+            dims[dim] = int(found.pop())
+    return dims
+
+
+def _unread(graph: OpGraph) -> frozenset[str]:
+    return frozenset(name for name in graph.inputs if name not in graph.readers and name not in graph.outputs)

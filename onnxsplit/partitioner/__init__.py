@@ -1,0 +1,13 @@
+"""Cutting: numbers in, an assignment of atoms to stages out.
+
+Everything here is pure and deterministic and knows nothing of ONNX: a :class:`Problem` holds integer times and
+transfers, an algorithm returns an assignment, and :mod:`~onnxsplit.partitioner.objective` scores it, whoever found it.
+"""
+
+from __future__ import annotations
+
+from onnxsplit.partitioner.bound import lower_bound
+from onnxsplit.partitioner.linear import slice_orders
+from onnxsplit.partitioner.objective import CALLER, Assignment, Problem, Score, Transfer, score
+
+__all__ = ["CALLER", "Assignment", "Problem", "Score", "Transfer", "lower_bound", "score", "slice_orders"]

@@ -1,0 +1,359 @@
+"""The plan: the contract between the offline and the online half, and what ``plan.json`` holds.
+
+A plan directory holds ``plan.json`` and one ONNX file a stage (with its external data, where there is any). Every
+file is named in ``plan.json`` with its size and SHA-256; the plan's identity is the SHA-256 of ``plan.json``. Times
+are integer nanoseconds, sizes bytes, types ONNX's names, tensor names those of the source model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from onnxsplit.errors import PlanError
+
+FORMAT_VERSION = 1
+PLAN_FILE = "plan.json"
+
+Shape = tuple[int | str, ...]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of everything in a plan: immutable, compared by value, unknown JSON fields ignored."""
+
+
+class TensorSpec(Record):
+    """A tensor as the model declares it.
+
+    Attributes:
+        dtype: ONNX's name of the element type.
+        shape: integers and symbolic names; None when the rank is unknown. ``"?"`` is a dimension without a name.
+        batch_axis: the axis along which requests can be split; None when there is none, or none was proven.
+    """
+
+    dtype: str
+    shape: Shape | None
+    batch_axis: int | None = None
+
+
+class FileEntry(Record):
+    """One file of the plan directory: a plain name, its size and its SHA-256 in hexadecimal."""
+
+    name: str
+    sha256: str
+    size_bytes: int
+
+
+class Stage(Record):
+    """One part of the cut model.
+
+    Attributes:
+        index: position in topological order.
+        file: the ONNX file; also the first of ``files``.
+        files: the ONNX file and its external data.
+        inputs: tensors read: inputs of the model, or outputs of earlier stages.
+        outputs: tensors written: cut tensors and outputs of the model.
+        weight_bytes: initializers this stage holds.
+        peak_memory_bytes: weights and the largest sum of live activations, estimated.
+        provider: the provider the plan was made for, as ``--provider`` takes it.
+        optimization_level: ONNX Runtime's graph optimisation level: disabled, basic, extended or all.
+        threads: threads of the session when it was measured.
+        predicted_time_ns: by the cost model, without transfers.
+        measured_time_ns: of the real stage with all stages running at once; None when it was not run.
+        replicas: nodes that execute this stage.
+        device: a device of the cluster; None when the plan was made for this host alone.
+        ops: number of ops in the stage.
+    """
+
+    index: int
+    file: str
+    files: tuple[FileEntry, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weight_bytes: int
+    peak_memory_bytes: int
+    provider: str
+    optimization_level: str
+    threads: int
+    predicted_time_ns: int
+    measured_time_ns: int | None = None
+    replicas: int = 1
+    device: str | None = None
+    ops: int = 0
+
+
+class Cut(Record):
+    """A tensor that crosses from one stage to others, with its bytes at the dimensions the plan was made for."""
+
+    tensor: str
+    from_stage: int
+    to_stages: tuple[int, ...]
+    bytes: int
+
+
+class Passthrough(Record):
+    """Where an output comes from that no stage computes: an input of the model, or a file with the constant.
+
+    Exactly one of the two is set. The file is an ``.npz`` with one tensor, under the output's name.
+    """
+
+    input: str | None = None
+    file: FileEntry | None = None
+
+
+class ModelInfo(Record):
+    """The source model: file name, SHA-256 of that file, and the versions its stages keep."""
+
+    name: str
+    sha256: str
+    ir_version: int
+    opsets: dict[str, int]
+
+
+class CreatedWith(Record):
+    """Versions at work when the plan was made; ``onnxruntime`` is None when none was installed."""
+
+    onnxsplit: str
+    onnxruntime: str | None
+
+
+class Prediction(Record):
+    """What the plan promises.
+
+    Attributes:
+        bottleneck_ns: time of the slowest stage with its transfers.
+        throughput_per_s: requests a second with every stage busy.
+        latency_ns: one request through all stages, transfers included.
+        lower_bound_ns: no plan for the same atoms, costs and number of stages has a smaller bottleneck.
+        gap: ``bottleneck_ns / lower_bound_ns - 1``.
+        op_lower_bound_ns: the same bound when every op could be cut from every other.
+    """
+
+    bottleneck_ns: int
+    throughput_per_s: float
+    latency_ns: int
+    lower_bound_ns: int
+    gap: float
+    op_lower_bound_ns: int
+
+
+class Costs(Record):
+    """Where the times come from.
+
+    Attributes:
+        source: ``measured`` or ``analytic``.
+        whole_time_ns: the whole model in one session with one stage's threads.
+        whole_weight_bytes: initializers of the whole model.
+        whole_peak_memory_bytes: as for a stage.
+        rounds: bottleneck of every measure-and-correct round: predicted and measured.
+        note: why costs are analytic when they are.
+    """
+
+    source: Literal["measured", "analytic"]
+    whole_time_ns: int
+    whole_weight_bytes: int
+    whole_peak_memory_bytes: int
+    whole_optimization_level: str
+    rounds: tuple[CorrectionRound, ...] = ()
+    note: str | None = None
+
+
+class CorrectionRound(Record):
+    """One round: stage times as predicted before it ran and as measured, in nanoseconds, by stage."""
+
+    predicted_ns: tuple[int, ...]
+    measured_ns: tuple[int, ...]
+
+
+class Plan(Record):
+    """Everything a pipeline needs to know about a cut model. See ``docs/plan.md`` for each field."""
+
+    format_version: int
+    created_with: CreatedWith
+    model: ModelInfo
+    strategy: str
+    parallel: str
+    objective: str
+    dims: dict[str, int]
+    stages: tuple[Stage, ...]
+    tensors: dict[str, TensorSpec]
+    cuts: tuple[Cut, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    passthrough: dict[str, Passthrough]
+    outputs_need: dict[str, tuple[int, ...]]
+    prediction: Prediction
+    costs: Costs
+    example_inputs: FileEntry | None = None
+
+    def to_json(self) -> bytes:
+        """The bytes of ``plan.json``."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+    def files(self) -> Iterator[FileEntry]:
+        """Every file of the plan directory but ``plan.json`` itself."""
+        for stage in self.stages:
+            yield from stage.files
+        for source in self.passthrough.values():
+            if source.file is not None:
+                yield source.file
+        if self.example_inputs is not None:
+            yield self.example_inputs
+
+    def producers(self) -> dict[str, int]:
+        """The stage that writes each tensor that a stage writes."""
+        return {name: position for position, stage in enumerate(self.stages) for name in stage.outputs}
+
+    def stages_for(self, outputs: tuple[str, ...]) -> frozenset[int]:
+        """The stages that must run to give these outputs or cut tensors: their producers and all ancestors."""
+        producer = self.producers()
+        pending = [producer[name] for name in outputs if name in producer]
+        needed: set[int] = set()
+        while pending:
+            stage = pending.pop()
+            if stage not in needed:
+                needed.add(stage)
+                pending.extend(producer[name] for name in self.stages[stage].inputs if name in producer)
+        return frozenset(needed)
+
+    def check(self) -> list[str]:
+        """Every violation of what a plan promises, in words; empty for a good plan."""
+        return [*self._check_files(), *self._check_stages(), *self._check_ends()]
+
+    def _check_files(self) -> Iterator[str]:
+        seen: set[str] = set()
+        for entry in self.files():
+            if not entry.name or Path(entry.name).name != entry.name or "\\" in entry.name or entry.name == PLAN_FILE:
+                yield f"file name {entry.name!r} is not a plain name inside the plan's folder"
+            if entry.name in seen:
+                yield f"file {entry.name!r} is listed twice"
+            if entry.size_bytes < 0 or len(entry.sha256) != 64:
+                yield f"file {entry.name!r} has no valid size and SHA-256"
+            seen.add(entry.name)
+
+    def _check_stages(self) -> Iterator[str]:
+        available = set(self.inputs)
+        for position, stage in enumerate(self.stages):
+            where = f"stage {position}"
+            if stage.index != position:
+                yield f"{where} carries the index {stage.index}"
+            if not stage.files or stage.files[0].name != stage.file:
+                yield f"{where}: {stage.file!r} is not the first of its files"
+            if stage.replicas < 1 or stage.threads < 1:
+                yield f"{where}: replicas and threads must be at least 1"
+            if not stage.outputs:
+                yield f"{where} has no outputs"
+            for name in stage.inputs:
+                if name not in available:
+                    yield f"{where} reads {name!r}, which neither an earlier stage nor the caller gives"
+            for name in stage.outputs:
+                if name in available:
+                    yield f"{where} writes {name!r}, which is there already"
+            for name in (*stage.inputs, *stage.outputs):
+                if name not in self.tensors:
+                    yield f"{where}: {name!r} is not among the tensors"
+            available.update(stage.outputs)
+
+    def _check_ends(self) -> Iterator[str]:
+        producer = self.producers()
+        for name in self.inputs:
+            if name not in self.tensors:
+                yield f"input {name!r} is not among the tensors"
+        for name in self.outputs:
+            source = self.passthrough.get(name)
+            if source is None and name not in producer:
+                yield f"output {name!r} comes from nowhere"
+            if source is not None and (source.input is None) == (source.file is None):
+                yield f"output {name!r} must pass through either an input or a file"
+            if source is not None and source.input is not None and source.input not in self.inputs:
+                yield f"output {name!r} passes through {source.input!r}, which is no input"
+            if name not in self.tensors:
+                yield f"output {name!r} is not among the tensors"
+            needed = self.outputs_need.get(name)
+            if needed is None or set(needed) != self.stages_for((name,)):
+                yield f"output {name!r} does not need the stages {needed}"
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+def load_plan(folder: str | Path, *, check_files: bool = True) -> Plan:
+    """Read and check a plan directory.
+
+    Args:
+        folder: the plan directory.
+        check_files: also compare every file's size and SHA-256 with what the plan says.
+
+    Raises:
+        PlanError: naming every violation found.
+    """
+    folder = Path(folder)
+    plan = parse_plan(read_plan_file(folder), where=folder)
+    problems = [problem for entry in plan.files() for problem in check_file(folder, entry)] if check_files else []
+    if problems:
+        raise PlanError(_listed(f"the plan {folder} was changed or is incomplete", problems))
+    return plan
+
+
+def read_plan_file(folder: Path) -> bytes:
+    """The bytes of a plan directory's ``plan.json``."""
+    try:
+        return (folder / PLAN_FILE).read_bytes()
+    except FileNotFoundError as error:
+        found = "it is missing" if not folder.exists() else f"it has no {PLAN_FILE}"
+        raise PlanError(f"{folder} is no plan directory: {found}. Make one with: onnxsplit partition MODEL") from error
+    except OSError as error:
+        raise PlanError(f"cannot read {folder / PLAN_FILE}: {error.strerror}") from error
+
+
+def parse_plan(text: bytes, *, where: Path) -> Plan:
+    """A checked plan from the bytes of a ``plan.json``; ``where`` is for messages."""
+    try:
+        version = msgspec.json.decode(text, type=_Version).format_version
+        if version > FORMAT_VERSION:
+            raise PlanError(
+                f"{where}: the plan has format {version}, this onnxsplit reads up to {FORMAT_VERSION}. "
+                "Upgrade onnxsplit, or partition the model again with this version"
+            )
+        plan = msgspec.json.decode(text, type=Plan)
+    except msgspec.DecodeError as error:
+        raise PlanError(f"{where}: plan.json is damaged: {error}. Partition the model again") from error
+    problems = plan.check()
+    if problems:
+        raise PlanError(_listed(f"{where}: plan.json contradicts itself", problems))
+    return plan
+
+
+def plan_id(text: bytes) -> str:
+    """The plan's identity: SHA-256 of the bytes of its ``plan.json``."""
+    return hashlib.sha256(text).hexdigest()
+
+
+def check_file(folder: Path, entry: FileEntry) -> list[str]:
+    """What is wrong with one file of a plan directory: missing, a link, another size, another content."""
+    path = folder / entry.name
+    if path.is_symlink() or not path.is_file():
+        return [f"{entry.name}: {'is a link' if path.is_symlink() else 'missing'}"]
+    size = path.stat().st_size
+    if size != entry.size_bytes:
+        return [f"{entry.name}: {size} bytes, the plan says {entry.size_bytes}"]
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return [] if digest == entry.sha256 else [f"{entry.name}: its SHA-256 is not the plan's"]
+
+
+def plan_schema() -> bytes:
+    """The JSON Schema of ``plan.json``; ``plan.schema.json`` in the package is this."""
+    schema = msgspec.json.schema(Plan)
+    return msgspec.json.format(msgspec.json.encode(schema, order="sorted"), indent=2) + b"\n"
+
+
+def _listed(head: str, problems: list[str]) -> str:
+    shown = problems[:20]
+    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+    return "\n  - ".join([head + ":", *shown, *more])

@@ -1,0 +1,368 @@
+"""From a model to a plan directory: the offline half, end to end.
+
+    examine -> partition -> stage files -> measure -> correct, and cut again -> plan
+
+A plan directory appears whole or not at all: it is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec.structs
+
+import onnxsplit
+from onnxsplit.cost.analytic import memory_bytes
+from onnxsplit.cost.measured import best_level
+from onnxsplit.errors import PartitionError, PlanError
+from onnxsplit.examine import Say, Subject, examine, silent
+from onnxsplit.extract import StageParts, file_entry, stage_parts, weight_bytes, write_constant, write_stage
+from onnxsplit.partitioner import Assignment, Score, lower_bound, score, slice_orders
+from onnxsplit.plan import (
+    FORMAT_VERSION,
+    PLAN_FILE,
+    CorrectionRound,
+    Costs,
+    CreatedWith,
+    Cut,
+    FileEntry,
+    ModelInfo,
+    Passthrough,
+    Plan,
+    Prediction,
+    Stage,
+)
+from onnxsplit.session import gpu_count, providers_by_stage, runtime_version, threads_per_node
+from onnxsplit.tensors import Array, load_npz, save_npz
+from onnxsplit.timed import TimedModel, median_ns, run_together
+
+EXAMPLE_FILE = "example.npz"
+DEFAULT_ROUNDS = 2
+
+_STAGE_SECONDS = 0.8  # of all stages running at once, per round
+
+
+def partition(
+    model: str | Path,
+    *,
+    stages: int | None = None,
+    out: str | Path | None = None,
+    costs: str | None = None,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | Path | Mapping[str, Array] | None = None,
+    provider: str = "auto",
+    rounds: int = DEFAULT_ROUNDS,
+    say: Say = silent,
+) -> Plan:
+    """Cut a model into cost-balanced stages and write the plan directory.
+
+    Args:
+        model: the model file.
+        stages: number of stages; the GPUs found, else 2, when None.
+        out: the plan directory; ``MODEL.plan`` in the current folder when None. A plan there is replaced whole.
+        costs: ``measured`` or ``analytic``; None measures where the model runs here.
+        dims: sizes of free dimensions that costs are taken at; the plan runs at any.
+        inputs: example inputs, or an ``.npz`` with them.
+        provider: as ``--provider``: one for all, ``auto``, or by stage.
+        rounds: how often, at most, the cut is corrected by running its real stages.
+        say: told what is being done.
+
+    Raises:
+        PartitionError: the model cannot be cut as asked.
+        PlanError: ``out`` is something other than a plan.
+        ModelError, InputError, MissingDependency, ProviderError: as :func:`~onnxsplit.examine.examine`.
+    """
+    model = Path(model)
+    target = Path(out) if out is not None else default_target(model)
+    check_target(target)
+    count = stages if stages is not None else (gpu_count() or 2)
+    if count < 1:
+        raise PartitionError(f"{count} stages were asked for; at least 1 is needed")
+    providers = providers_by_stage(provider, count)
+    threads = threads_per_node(count)
+    subject = examine(
+        model, costs=costs, dims=dims, inputs=inputs, threads=threads, provider=providers[0], say=say
+    )
+    largest = len(subject.atoms.ops)
+    if count > largest:
+        raise PartitionError(
+            f"{model} cannot be cut into {count} stages: its {len(subject.graph.ops)} ops form {largest} parts that "
+            f"can be separated. Ask for {largest} stages or fewer"
+        )
+    with _new_folder(target) as folder:
+        plan = _Draft(subject, providers, threads, folder, say).plan(rounds)
+        (folder / PLAN_FILE).write_bytes(plan.to_json())
+    return plan
+
+
+def default_target(model: Path) -> Path:
+    """Where the plan of a model goes when nothing is said: ``MODEL.plan`` in the current folder."""
+    return Path(f"{model.name.removesuffix('.onnx')}.plan")
+
+
+def check_target(target: Path) -> None:
+    """Refuse to write a plan over anything but a plan or an empty folder.
+
+    Raises:
+        PlanError: naming what is there.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise PlanError(f"{target} is there and is no folder; choose another place with -o DIR")
+    if target.is_dir() and any(target.iterdir()) and not (target / PLAN_FILE).is_file():
+        raise PlanError(f"{target} is there and holds no plan; nothing was touched. Choose another place with -o DIR")
+    if not target.absolute().parent.is_dir():
+        raise PlanError(f"the folder {target.absolute().parent} does not exist; create it or choose another with -o DIR")
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that takes the target's place when all went well, and leaves no trace when not."""
+    target = target.absolute()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise PlanError(f"cannot write into {target.parent}: {error.strerror}") from error
+    try:
+        yield folder
+        mask = os.umask(0)
+        os.umask(mask)
+        folder.chmod(0o777 & ~mask)
+        old = folder.with_suffix(".old")
+        if target.is_dir():
+            target.rename(old)
+        folder.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise PlanError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A cut with its stage files written, and what is known of it.
+
+    Attributes:
+        assignment: atoms to stages.
+        parts: by stage.
+        files: by stage.
+        folder: where the files are.
+        score: by the costs the cut was made with.
+        op_ns: those costs; after measuring, the ones that agree with the measurement.
+        levels: optimisation level by stage.
+        measured_ns: by stage, all running at once; None when they were not run.
+    """
+
+    assignment: Assignment
+    parts: tuple[StageParts, ...]
+    files: tuple[tuple[FileEntry, ...], ...]
+    folder: Path
+    score: Score
+    op_ns: tuple[int, ...]
+    levels: tuple[str, ...]
+    measured_ns: tuple[int, ...] | None = None
+
+    @property
+    def bottleneck_ns(self) -> int:
+        """The slowest stage with its transfers; of measured times where there are any."""
+        compute = self.measured_ns if self.measured_ns is not None else self.score.compute_ns
+        return max(c + t for c, t in zip(compute, self.score.transfer_ns, strict=True))
+
+
+class _Draft:
+    """A plan in the making: cuts, writes, measures, corrects, and keeps the best cut it has seen."""
+
+    def __init__(
+        self, subject: Subject, providers: Sequence[str], threads: int, folder: Path, say: Say
+    ) -> None:
+        self._subject = subject
+        self._providers = tuple(providers)
+        self._threads = threads
+        self._folder = folder
+        self._say = say
+
+    def plan(self, rounds: int) -> Plan:
+        """Cut, correct up to ``rounds`` times, and describe the best cut."""
+        measuring = self._subject.costs.source == "measured"
+        op_ns = self._subject.costs.time_ns
+        best: _Cut | None = None
+        history: list[CorrectionRound] = []
+        seen: set[Assignment] = set()
+        for number in range(rounds + 1 if measuring else 1):
+            problem = self._subject.problem(op_ns)
+            assignment = slice_orders(problem, len(self._providers))
+            if assignment in seen:
+                break
+            seen.add(assignment)
+            cut = self._write(self._folder / f"round{number}", assignment, op_ns)
+            if measuring:
+                cut = self._measure(cut)
+                assert cut.measured_ns is not None
+                history.append(CorrectionRound(predicted_ns=cut.score.compute_ns, measured_ns=cut.measured_ns))
+                op_ns = cut.op_ns
+            loser = best if best is None or cut.bottleneck_ns < best.bottleneck_ns else cut
+            best = cut if loser is best else best
+            if loser is not None:
+                shutil.rmtree(loser.folder)
+        assert best is not None
+        for file in best.folder.iterdir():
+            file.rename(self._folder / file.name)
+        best.folder.rmdir()
+        return self._describe(best, tuple(history))
+
+    def _write(self, folder: Path, assignment: Assignment, op_ns: tuple[int, ...]) -> _Cut:
+        folder.mkdir()
+        subject = self._subject
+        parts = stage_parts(subject.graph, subject.atoms, assignment)
+        files = []
+        for index, part in enumerate(parts):
+            self._say(f"writing stage {index} of {len(parts)}")
+            files.append(write_stage(subject.graph, subject.shapes, part, folder, f"stage{index}.onnx"))
+        return _Cut(
+            assignment=assignment,
+            parts=parts,
+            files=tuple(files),
+            folder=folder,
+            score=score(subject.problem(op_ns), assignment),
+            op_ns=op_ns,
+            levels=(subject.costs.level,) * len(parts),
+        )
+
+    def _measure(self, cut: _Cut) -> _Cut:
+        """Choose each stage's level, then run all stages at once, each on what the stages before really give."""
+        levels = []
+        with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
+            values = dict(self._subject.inputs)
+            workers = []
+            for index, part in enumerate(cut.parts):
+                self._say(f"measuring stage {index} of {len(cut.parts)}")
+                model = cut.folder / cut.files[index][0].name
+                feed = Path(scratch) / f"{index}.npz"
+                save_npz(feed, {name: values[name] for name in part.inputs})
+                threads, provider = self._threads, self._providers[index]
+                level, _ = best_level(model, feed, threads=threads, provider=provider)
+                levels.append(level)
+                worker = stack.enter_context(
+                    TimedModel(model, feed, threads=threads, level=level, provider=provider)
+                )
+                worker.run(0.0)
+                worker.save_outputs(feed)
+                values.update(load_npz(feed))
+                workers.append(worker)
+            self._say("running all stages at once")
+            run_together(workers, _STAGE_SECONDS / 4)
+            times = run_together(workers, _STAGE_SECONDS, least=3)
+        measured = tuple(median_ns(run) for run in times)
+        return replace(cut, levels=tuple(levels), measured_ns=measured, op_ns=_corrected(cut, measured))
+
+    def _describe(self, cut: _Cut, history: tuple[CorrectionRound, ...]) -> Plan:
+        subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes
+        problem = subject.problem(cut.op_ns)
+        final = score(problem, cut.assignment)
+        count = len(cut.parts)
+        bound = lower_bound(problem.time_ns, count)
+        every = tuple(range(len(graph.ops)))
+        save_npz(self._folder / EXAMPLE_FILE, subject.inputs)
+        on_border = {name for part in cut.parts for name in (*part.inputs, *part.outputs)}
+        source = graph.source.proto
+        plan = Plan(
+            format_version=FORMAT_VERSION,
+            created_with=CreatedWith(onnxsplit=onnxsplit.__version__, onnxruntime=runtime_version()),
+            model=ModelInfo(
+                name=graph.source.path.name,
+                sha256=graph.source.sha256,
+                ir_version=source.ir_version,
+                opsets={entry.domain: entry.version for entry in source.opset_import},
+            ),
+            strategy="layer",
+            parallel="model",
+            objective="throughput",
+            dims=dict(subject.dims),
+            stages=tuple(self._stage(cut, index) for index in range(count)),
+            tensors={n: shapes.specs[n] for n in sorted(on_border | {*graph.inputs, *graph.outputs})},
+            cuts=_cuts(cut.parts, subject),
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            passthrough=self._passthrough(),
+            outputs_need={},
+            prediction=Prediction(
+                bottleneck_ns=final.bottleneck_ns,
+                throughput_per_s=1e9 / max(1, final.bottleneck_ns),
+                latency_ns=final.latency_ns,
+                lower_bound_ns=bound,
+                gap=final.bottleneck_ns / max(1, bound) - 1,
+                op_lower_bound_ns=lower_bound(cut.op_ns, count),
+            ),
+            costs=Costs(
+                source=subject.costs.source,
+                whole_time_ns=subject.costs.whole_ns,
+                whole_weight_bytes=sum(graph.constants[n] for n in {n for p in cut.parts for n in p.constants})
+                + weight_bytes(graph, StageParts(every, every, (), (), ())),
+                whole_peak_memory_bytes=memory_bytes(graph, shapes, every, frozenset(graph.outputs)),
+                whole_optimization_level=subject.costs.level,
+                rounds=history,
+                note=subject.note,
+            ),
+            example_inputs=file_entry(self._folder / EXAMPLE_FILE),
+        )
+        needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
+        plan = msgspec.structs.replace(plan, outputs_need=needs)
+        problems = plan.check()
+        assert not problems, problems
+        return plan
+
+    def _stage(self, cut: _Cut, index: int) -> Stage:
+        part, subject = cut.parts[index], self._subject
+        weights = weight_bytes(subject.graph, part)
+        return Stage(
+            index=index,
+            file=cut.files[index][0].name,
+            files=cut.files[index],
+            inputs=part.inputs,
+            outputs=part.outputs,
+            weight_bytes=weights,
+            peak_memory_bytes=weights
+            + memory_bytes(subject.graph, subject.shapes, part.ops, frozenset(part.outputs)),
+            provider=self._providers[index],
+            optimization_level=cut.levels[index],
+            threads=self._threads,
+            predicted_time_ns=cut.score.compute_ns[index],
+            measured_time_ns=cut.measured_ns[index] if cut.measured_ns is not None else None,
+            ops=len(part.ops),
+        )
+
+    def _passthrough(self) -> dict[str, Passthrough]:
+        graph = self._subject.graph
+        found = {}
+        for number, name in enumerate(graph.outputs):
+            if name in graph.inputs:
+                found[name] = Passthrough(input=name)
+            elif name in graph.constants:
+                found[name] = Passthrough(file=write_constant(graph, name, self._folder, f"constant{number}.npz"))
+        return found
+
+
+def _corrected(cut: _Cut, measured: Sequence[int]) -> tuple[int, ...]:
+    """Scale the ops of every stage so that together they take what the stage took."""
+    corrected = list(cut.op_ns)
+    for part, predicted, found in zip(cut.parts, cut.score.compute_ns, measured, strict=True):
+        for op in part.ops if predicted else ():
+            corrected[op] = cut.op_ns[op] * found // predicted
+    return tuple(corrected)
+
+
+def _cuts(parts: Sequence[StageParts], subject: Subject) -> tuple[Cut, ...]:
+    found = []
+    for index, part in enumerate(parts):
+        for name in part.outputs:
+            to = tuple(other for other, reader in enumerate(parts) if name in reader.inputs)
+            if to:
+                size = subject.shapes.bytes(name)
+                found.append(Cut(tensor=name, from_stage=index, to_stages=to, bytes=size))
+    return tuple(found)

@@ -1,0 +1,259 @@
+"""Types and shapes of every tensor, with symbolic dimensions or with sizes bound to them.
+
+Shapes come from ONNX's own inference on a copy of the model without weights (so any size of model will do), starting
+from the declared inputs alone: shapes declared further inside are not trusted, since models carry wrong ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import onnx
+import onnx.shape_inference
+
+from onnxsplit.errors import InputError
+from onnxsplit.graph import OpGraph, nested_graphs
+from onnxsplit.plan import Shape, TensorSpec
+from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name
+
+_KEPT_BYTES = 64 * 1024  # stored tensors up to this size are kept for inference: some are shapes
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is known of the tensors of a graph.
+
+    Attributes:
+        specs: type and symbolic shape; only tensors of a known element type are in it.
+        sizes: shape at the bound dimensions, where known.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    sizes: Mapping[str, tuple[int, ...]]
+
+    def travels(self, name: str) -> bool:
+        """True when a tensor can pass from one stage to another."""
+        spec = self.specs.get(name)
+        return spec is not None and spec.dtype in TRAVELLING_TYPES
+
+    def bytes(self, name: str) -> int:
+        """Bytes of a tensor at the bound dimensions; 0 when its shape is unknown."""
+        spec, size = self.specs.get(name), self.sizes.get(name)
+        return size_bytes(spec.dtype, size) if spec is not None and size is not None else 0
+
+    def observed(self, seen: Mapping[str, tuple[str, tuple[int, ...]]]) -> Shapes:
+        """The same, corrected by what a run showed: name -> (type, shape).
+
+        A declared dimension that the run contradicts becomes ``"?"``, a contradicted rank an unknown one.
+        """
+        specs = dict(self.specs)
+        for name, (dtype, size) in seen.items():
+            spec = specs.get(name)
+            if spec is None or spec.dtype != dtype:
+                specs[name] = TensorSpec(dtype=dtype, shape=("?",) * len(size))
+            elif spec.shape is not None:
+                specs[name] = TensorSpec(dtype=dtype, shape=_reconciled(spec.shape, size))
+        return replace(self, specs=specs, sizes={**self.sizes, **{name: size for name, (_, size) in seen.items()}})
+
+
+def _reconciled(shape: Shape, size: tuple[int, ...]) -> Shape | None:
+    if len(shape) != len(size):
+        return None
+    return tuple("?" if isinstance(d, int) and d != n else d for d, n in zip(shape, size, strict=True))
+
+
+def input_specs(graph: OpGraph) -> dict[str, TensorSpec]:
+    """The model's inputs as declared.
+
+    Raises:
+        InputError: an input is no tensor, or of a type that cannot be passed in.
+    """
+    specs = {}
+    for value in graph.source.proto.graph.input:
+        if value.name not in graph.inputs:
+            continue
+        spec = spec_of(value)
+        if spec is None or spec.dtype not in TRAVELLING_TYPES:
+            kind = value.type.WhichOneof("value") or "no type"
+            found = spec.dtype if spec is not None else kind.removesuffix("_type")
+            raise InputError(f"input {value.name!r} is a {found}, which cannot be passed to a stage; only tensors can")
+        specs[value.name] = spec
+    return specs
+
+
+def free_dimensions(specs: Mapping[str, TensorSpec]) -> dict[str, list[tuple[str, int]]]:
+    """Dimensions of the inputs that have no fixed size: name -> the (input, axis) pairs it stands for.
+
+    A dimension without a name is called ``INPUT.AXIS``.
+    """
+    free: dict[str, list[tuple[str, int]]] = {}
+    for name, spec in specs.items():
+        for axis, dim in enumerate(spec.shape or ()):
+            if not isinstance(dim, int):
+                free.setdefault(f"{name}.{axis}" if dim == "?" else dim, []).append((name, axis))
+    return free
+
+
+def check_dimensions(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> None:
+    """Refuse sizes for dimensions that the inputs do not have, and sizes below one.
+
+    Raises:
+        InputError: naming them and the dimensions there are.
+    """
+    free = free_dimensions(specs)
+    unknown = sorted(set(dims) - set(free))
+    if unknown:
+        raise InputError(
+            f"dimension {', '.join(map(repr, unknown))} is not in the model; "
+            f"its free dimensions are: {', '.join(free) or 'none'}"
+        )
+    small = [name for name, size in dims.items() if size < 1]
+    if small:
+        raise InputError(f"dimension {', '.join(map(repr, small))} must be at least 1")
+
+
+def bind(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs with sizes put in for symbolic dimensions.
+
+    Raises:
+        InputError: a dimension is not in the model, has no size, or an input's rank is unknown.
+    """
+    check_dimensions(specs, dims)
+    missing = [name for name in free_dimensions(specs) if name not in dims]
+    rankless = [name for name, spec in specs.items() if spec.shape is None]
+    if missing or rankless:
+        what = [f"dimension {name!r} has no size (--dim {name}=N)" for name in missing]
+        what += [f"the rank of input {name!r} is unknown (give an example with --inputs FILE.npz)" for name in rankless]
+        raise InputError("; ".join(what))
+    return {
+        name: tuple(
+            dim if isinstance(dim, int) else dims[f"{name}.{axis}" if dim == "?" else dim]
+            for axis, dim in enumerate(spec.shape or ())
+        )
+        for name, spec in specs.items()
+    }
+
+
+def infer_shapes(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """Types and shapes of all tensors; ``sizes`` are the shapes of the inputs at the bound dimensions."""
+    names = {d for value in graph.source.proto.graph.input for d in (spec_of(value) or _NOTHING).shape or ()}
+    symbolic = _infer(graph, None)
+    specs = {
+        name: TensorSpec(dtype=spec.dtype, shape=_known_names(spec.shape, names)) for name, spec in symbolic.items()
+    }
+    bound = _infer(graph, sizes)
+    fixed = {
+        name: tuple(dim for dim in spec.shape if isinstance(dim, int))
+        for name, spec in bound.items()
+        if spec.shape is not None and all(isinstance(dim, int) for dim in spec.shape)
+    }
+    return Shapes(specs=specs, sizes={**fixed, **sizes})
+
+
+_NOTHING = TensorSpec(dtype="", shape=None)
+
+
+def _known_names(shape: Shape | None, names: Iterable[int | str]) -> Shape | None:
+    """Names that inference made up say nothing to a caller, and may clash between stages."""
+    return None if shape is None else tuple(d if isinstance(d, int) or d in names else "?" for d in shape)
+
+
+def spec_of(value: onnx.ValueInfoProto) -> TensorSpec | None:
+    """A declared type; None for what is no tensor or has no element type."""
+    if value.type.WhichOneof("value") != "tensor_type":
+        return None
+    tensor = value.type.tensor_type
+    dtype = type_name(tensor.elem_type)
+    if dtype is None:
+        return None
+    return TensorSpec(dtype=dtype, shape=_declared(tensor.shape) if tensor.HasField("shape") else None)
+
+
+def _declared(shape: onnx.TensorShapeProto) -> Shape:
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else dim.dim_param or "?"
+        for dim in shape.dim
+    )
+
+
+def value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
+    """A specification as ONNX writes it."""
+    shape = None if spec.shape is None else [None if dim == "?" else dim for dim in spec.shape]
+    return onnx.helper.make_tensor_value_info(name, ONNX_TYPE_NUMBER[spec.dtype], shape)
+
+
+def _infer(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> dict[str, TensorSpec]:
+    """Every tensor that inference gives an element type, in the main graph."""
+    model = _skeleton(graph, sizes)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception:  # what inference cannot read stays unknown here and is observed in a run
+        inferred = model.graph
+    declared = graph.source.proto.graph
+    found: dict[str, TensorSpec] = {}
+    for value in (*declared.value_info, *declared.output):
+        spec = spec_of(value)
+        if spec is not None:
+            found[value.name] = TensorSpec(dtype=spec.dtype, shape=None)
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        spec = spec_of(value)
+        if spec is not None:
+            found[value.name] = spec
+    for tensor in declared.initializer:
+        dtype = type_name(tensor.data_type)
+        if dtype is not None:
+            found[tensor.name] = TensorSpec(dtype=dtype, shape=tuple(tensor.dims))
+    return found
+
+
+def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> onnx.ModelProto:
+    """The model without the data of large tensors and without declared shapes of what ops write."""
+    source = graph.source.proto
+    model = onnx.ModelProto(ir_version=source.ir_version)
+    model.opset_import.extend(source.opset_import)
+    model.functions.extend(source.functions)
+    model.graph.name = source.graph.name
+    for value in source.graph.input:
+        added = model.graph.input.add()
+        added.CopyFrom(value)
+        if sizes is not None and value.name in sizes:
+            elem_type = value.type.tensor_type.elem_type
+            added.CopyFrom(onnx.helper.make_tensor_value_info(value.name, elem_type, sizes[value.name]))
+    for value in source.graph.output:
+        added = model.graph.output.add()
+        added.CopyFrom(value)
+        if added.type.WhichOneof("value") == "tensor_type":
+            added.type.tensor_type.ClearField("shape")
+    for tensor in source.graph.initializer:
+        _without_data(model.graph.initializer.add(), tensor)
+    model.graph.sparse_initializer.extend(source.graph.sparse_initializer)
+    for op in graph.ops:
+        _copy_node(model.graph.node.add(), op.node)
+    return model
+
+
+def _copy_node(target: onnx.NodeProto, node: onnx.NodeProto) -> None:
+    large = [a for a in node.attribute if a.type == onnx.AttributeProto.TENSOR and a.t.ByteSize() > _KEPT_BYTES]
+    if not large and not any(True for _ in nested_graphs(node)):
+        target.CopyFrom(node)
+        return
+    bare = onnx.NodeProto(name=node.name, op_type=node.op_type, domain=node.domain, input=node.input, output=node.output)
+    target.CopyFrom(bare)
+    for attribute in node.attribute:
+        added = target.attribute.add()
+        if attribute in large:
+            added.name, added.type = attribute.name, attribute.type
+            _without_data(added.t, attribute.t)
+        else:
+            added.CopyFrom(attribute)
+
+
+def _without_data(target: onnx.TensorProto, tensor: onnx.TensorProto) -> None:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= _KEPT_BYTES:
+        target.CopyFrom(tensor)
+        return
+    target.name, target.data_type = tensor.name, tensor.data_type
+    target.dims.extend(tensor.dims)
+    target.data_location = onnx.TensorProto.EXTERNAL
+    target.external_data.add(key="location", value="absent")

@@ -1,0 +1,215 @@
+"""Element types by their ONNX names, and tensors in ``.npz`` files.
+
+ONNX's names for types (``float32``, ``bfloat16``, ``string``) are used everywhere: in plans, on the wire, in
+messages. NumPy lacks some of them; ``ml_dtypes`` adds those that ONNX Runtime can carry.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxsplit.errors import InputError
+
+Array = np.ndarray[Any, Any]
+
+_NUMPY = {
+    "float32": "f4", "float64": "f8", "float16": "f2",
+    "int8": "i1", "int16": "i2", "int32": "i4", "int64": "i8",
+    "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8",
+    "bool": "?", "complex64": "c8", "complex128": "c16",
+}  # fmt: skip
+_ML_DTYPES = {
+    "bfloat16": "bfloat16",
+    "float8e4m3fn": "float8_e4m3fn",
+    "float8e4m3fnuz": "float8_e4m3fnuz",
+    "float8e5m2": "float8_e5m2",
+    "float8e5m2fnuz": "float8_e5m2fnuz",
+}
+# TensorProto.DataType of the ONNX specification.
+ONNX_TYPE_NUMBER = {
+    "float32": 1, "uint8": 2, "int8": 3, "uint16": 4, "int16": 5, "int32": 6, "int64": 7, "string": 8, "bool": 9,
+    "float16": 10, "float64": 11, "uint32": 12, "uint64": 13, "complex64": 14, "complex128": 15, "bfloat16": 16,
+    "float8e4m3fn": 17, "float8e4m3fnuz": 18, "float8e5m2": 19, "float8e5m2fnuz": 20, "uint4": 21, "int4": 22,
+    "float4e2m1": 23, "float8e8m0": 24, "uint2": 25, "int2": 26,
+}  # fmt: skip
+_ONNX_TYPE_NAME = {number: name for name, number in ONNX_TYPE_NUMBER.items()}
+_BITS = {"uint4": 4, "int4": 4, "float4e2m1": 4, "uint2": 2, "int2": 2, "float8e8m0": 8}
+
+TRAVELLING_TYPES = frozenset([*_NUMPY, *_ML_DTYPES, "string"]) - {"complex64", "complex128"}
+"""Types whose tensors can pass from one stage to another: those an ONNX Runtime session takes and gives."""
+
+_STRING_BYTES = 16  # a guess: the length of strings is not part of their type
+_NOTE = "onnxsplit.dtypes.json"  # a member that is no .npy, so no tensor's name can meet it
+
+
+def type_name(number: int) -> str | None:
+    """ONNX's name of a ``TensorProto.DataType`` number; None for an undefined or unknown one."""
+    return _ONNX_TYPE_NAME.get(number)
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The NumPy type that holds an element; ``object`` for strings.
+
+    Raises:
+        InputError: the type cannot be held in a NumPy array.
+    """
+    if dtype in _NUMPY:
+        return np.dtype(_NUMPY[dtype])
+    if dtype == "string":
+        return np.dtype(object)
+    if dtype in _ML_DTYPES:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[dtype]))
+    raise InputError(f"type {dtype!r} cannot be held in an array; known: {', '.join(sorted(TRAVELLING_TYPES))}")
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str | None:
+    """ONNX's name of a NumPy type; None when it has none."""
+    if dtype.kind in "OUST":
+        return "string"
+    name = {"float8_" + t.split("float8", 1)[1]: t for t in _ML_DTYPES if "float8" in t}.get(dtype.name, dtype.name)
+    return name if name in _NUMPY or name in _ML_DTYPES else None
+
+
+def is_native(dtype: str) -> bool:
+    """True where NumPy itself knows the type, so that a session takes the array as it is."""
+    return dtype in _NUMPY or dtype == "string"
+
+
+def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; strings count 16 bytes each, since their length is not part of their type."""
+    count = math.prod(shape)
+    if dtype == "string":
+        return count * _STRING_BYTES
+    if dtype in _BITS:
+        return -(-count * _BITS[dtype] // 8)
+    return count * numpy_dtype(dtype).itemsize
+
+
+def check_inputs(
+    given: Mapping[str, Array],
+    specs: Mapping[str, tuple[str, Sequence[int | str] | None]],
+    optional: frozenset[str] = frozenset(),
+) -> None:
+    """Hold tensors against what a model takes.
+
+    Args:
+        given: name -> array.
+        specs: name -> (ONNX type, shape or None); symbolic names in a shape allow any size.
+        optional: inputs that may be left out.
+
+    Raises:
+        InputError: listing every name, type, rank and dimension that does not fit, with what is expected.
+    """
+    problems = [f"{name!r} is unknown" for name in given if name not in specs]
+    problems += [
+        f"{name!r} is missing ({dtype}{_shape_text(shape)})"
+        for name, (dtype, shape) in specs.items()
+        if name not in given and name not in optional
+    ]
+    for name, array in given.items():
+        if name not in specs:
+            continue
+        dtype, shape = specs[name]
+        found = dtype_name(array.dtype)
+        if found != dtype:
+            problems.append(f"{name!r} has type {found or array.dtype}, expected {dtype}")
+        if shape is None:
+            continue
+        if len(shape) != array.ndim:
+            problems.append(
+                f"{name!r} has {array.ndim} dimensions {list(array.shape)}, expected {len(shape)}: {_shape_text(shape)}"
+            )
+            continue
+        for axis, (size, want) in enumerate(zip(array.shape, shape, strict=True)):
+            if isinstance(want, int) and size != want:
+                problems.append(f"{name!r} has size {size} on axis {axis}, expected {want}: {_shape_text(shape)}")
+    if problems:
+        expected = "; ".join(f"{name}: {dtype}{_shape_text(shape)}" for name, (dtype, shape) in specs.items())
+        raise InputError("the inputs do not fit the model: " + "; ".join(problems) + f". The model takes {expected}")
+
+
+def _shape_text(shape: Sequence[int | str] | None) -> str:
+    return "[?]" if shape is None else "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def save_npz(path: Path, tensors: Mapping[str, Array]) -> None:
+    """Write tensors to an ``.npz`` under any names, with nothing pickled; the file appears whole or not at all.
+
+    Types that NumPy lacks are stored as their bits and noted in a member of the archive; strings are stored as
+    fixed-width unicode.
+    """
+    notes: dict[str, str] = {}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+            for name, tensor in tensors.items():
+                dtype = dtype_name(tensor.dtype)
+                if dtype in _ML_DTYPES:
+                    notes[name] = dtype
+                    tensor = tensor.view(np.dtype(f"u{tensor.dtype.itemsize}"))
+                elif dtype == "string":
+                    tensor = tensor.astype(str)
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asanyarray(tensor), allow_pickle=False)
+            if notes:
+                archive.writestr(_NOTE, json.dumps(notes))
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_npz(path: Path) -> dict[str, Array]:
+    """Read what :func:`save_npz` or ``numpy.savez`` wrote; strings come back as ``object`` arrays.
+
+    Raises:
+        InputError: the file is missing, is no archive, holds pickled objects, or claims more than it contains.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            notes = json.loads(archive.read(_NOTE)) if _NOTE in archive.namelist() else {}
+            tensors = {}
+            for member in archive.infolist():
+                if member.filename.endswith(".npy"):
+                    name = member.filename.removesuffix(".npy")
+                    tensors[name] = _restore(_read_array(archive, member), notes.get(name))
+            return tensors
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}") from error
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise InputError(
+            f"cannot read {path}: {error}. Allowed is an .npz archive of plain arrays (numpy.savez), without pickled objects"
+        ) from error
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
+    with archive.open(member) as stream:
+        head = io.BytesIO(stream.read(64 * 1024))
+        version = np.lib.format.read_magic(head)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(head)
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds pickled Python objects")
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"{member.filename} claims the shape {shape} of {dtype} in {member.file_size} bytes")
+    with archive.open(member) as stream:
+        array: Array = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
+
+
+def _restore(array: Array, note: str | None) -> Array:
+    if note is not None:
+        return array.view(numpy_dtype(note))
+    return array.astype(object) if array.dtype.kind in "US" else array

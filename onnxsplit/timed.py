@@ -1,0 +1,231 @@
+"""Timed runs of a model file in a process of its own.
+
+A :class:`TimedModel` loads one file with explicit threads and optimisation level and runs it when told; several are
+told to run over the same span, which is how stages are measured that will share a host. The worker is this module
+itself, run by the interpreter; it reads one JSON command a line and answers with one line. It ends when its standard
+input ends, so none outlives its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import msgspec
+
+from onnxsplit.errors import InputError, ModelError, OnnxsplitError
+from onnxsplit.session import Session, open_session
+from onnxsplit.tensors import load_npz, save_npz
+
+_START_DELAY_NS = 20_000_000  # between the order to start together and the start
+
+
+class _Load(msgspec.Struct, tag="load", frozen=True):
+    model: str
+    inputs: str
+    threads: int
+    level: str
+    provider: str
+
+
+class _Feed(msgspec.Struct, tag="feed", frozen=True):
+    inputs: str
+
+
+class _Run(msgspec.Struct, tag="run", frozen=True):
+    seconds: float
+    start_at_ns: int
+    least: int
+
+
+class _Save(msgspec.Struct, tag="save", frozen=True):
+    outputs: str
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    error: str | None = None
+    times_ns: list[int] = []  # noqa: RUF012  msgspec copies mutable defaults
+
+
+_Command = _Load | _Feed | _Run | _Save
+
+
+def quiet_environment() -> dict[str, str]:
+    """The environment for a child that must use no more threads than its session was given."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class TimedModel:
+    """A model file in a worker process; a context manager.
+
+    Args:
+        model: the file.
+        inputs: an ``.npz`` with its inputs; more than it takes is allowed.
+        threads: threads of the session.
+        level: graph optimisation level.
+        provider: execution provider.
+    """
+
+    def __init__(
+        self, model: Path, inputs: Path, *, threads: int, level: str = "all", provider: str = "cpu"
+    ) -> None:
+        self._load = _Load(str(model), str(inputs), threads, level, provider)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stderr: IO[bytes] | None = None
+
+    def __enter__(self) -> TimedModel:
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "onnxsplit.timed"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=quiet_environment(),
+        )
+        try:
+            self._ask(self._load)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout, self._stderr):
+                if stream is not None:
+                    with suppress(OSError):
+                        stream.close()
+            self._process = None
+
+    def feed(self, inputs: Path) -> None:
+        """Take other inputs from now on."""
+        self._ask(_Feed(str(inputs)))
+
+    def run(self, seconds: float, *, least: int = 1) -> list[int]:
+        """Run for about ``seconds``, at least ``least`` times; returns the nanoseconds of each run."""
+        return self._ask(_Run(seconds, 0, least)).times_ns
+
+    def save_outputs(self, path: Path) -> None:
+        """Write the outputs of the last run as ``.npz``."""
+        self._ask(_Save(str(path)))
+
+    def _ask(self, command: _Command) -> _Answer:
+        self._send(command)
+        return self._receive()
+
+    def _send(self, command: _Command) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # the answer tells how it died
+            self._process.stdin.write(msgspec.json.encode(command) + b"\n")
+            self._process.stdin.flush()
+
+    def _receive(self) -> _Answer:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ModelError(f"running {self._load.model}: {self._death()}")
+        answer = msgspec.json.decode(line, type=_Answer)
+        if answer.error is not None:
+            raise ModelError(f"running {self._load.model}: {answer.error}")
+        return answer
+
+    def _death(self) -> str:
+        assert self._process is not None
+        assert self._stderr is not None
+        code = self._process.wait()
+        self._stderr.seek(0)
+        tail = self._stderr.read()[-500:].decode(errors="replace").strip()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the process {how}" + (f": {tail}" if tail else "")
+
+
+def run_together(models: Sequence[TimedModel], seconds: float, *, least: int = 2) -> list[list[int]]:
+    """Run all models over the same span; returns the nanoseconds of each run, a list a model."""
+    start = time.monotonic_ns() + _START_DELAY_NS
+    for model in models:
+        model._send(_Run(seconds, start, least))
+    return [model._receive().times_ns for model in models]
+
+
+def median_ns(times_ns: Sequence[int]) -> int:
+    """The median as an integer."""
+    return int(statistics.median(times_ns))
+
+
+class _Worker:
+    """The other end of the pipe."""
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.inputs: dict[str, object] = {}
+        self.outputs: dict[str, object] = {}
+
+    def perform(self, command: _Command) -> _Answer:
+        match command:
+            case _Load():
+                self.session = open_session(
+                    Path(command.model), threads=command.threads, level=command.level, provider=command.provider
+                )
+                self._feed(command.inputs)
+            case _Feed():
+                self._feed(command.inputs)
+            case _Run():
+                return _Answer(times_ns=self._run(command))
+            case _Save():
+                save_npz(Path(command.outputs), self.outputs)  # type: ignore[arg-type]
+        return _Answer()
+
+    def _feed(self, path: str) -> None:
+        assert self.session is not None
+        given = load_npz(Path(path))
+        missing = [name for name, _ in self.session.inputs if name not in given]
+        if missing:
+            raise InputError(f"{path} lacks the inputs {', '.join(missing)}")
+        self.inputs = {name: given[name] for name, _ in self.session.inputs}
+
+    def _run(self, command: _Run) -> list[int]:
+        assert self.session is not None
+        if command.start_at_ns:
+            while time.monotonic_ns() < command.start_at_ns:
+                pass
+        times: list[int] = []
+        end = time.monotonic_ns() + int(command.seconds * 1e9)
+        while len(times) < command.least or time.monotonic_ns() < end:
+            begin = time.perf_counter_ns()
+            self.outputs = self.session.run(self.inputs)  # type: ignore[arg-type, assignment]
+            times.append(time.perf_counter_ns() - begin)
+        return times
+
+
+def _main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else prints must not mix with the answers
+    worker = _Worker()
+    for line in sys.stdin.buffer:
+        try:
+            answer = worker.perform(msgspec.json.decode(line, type=_Command))
+        except OnnxsplitError as error:
+            answer = _Answer(error=str(error))
+        answers.write(msgspec.json.encode(answer) + b"\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _main()
