@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import numpy as np
 
@@ -17,8 +18,10 @@ from onnxsplit.shapes import check_dimensions, free_dimensions
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype
 
 _BATCH = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
+_STATE = re.compile(r"state|hidden|cell|^[hc][n0-9]?$", re.IGNORECASE)  # [layers, batch, width] by custom
 _SEQUENCE_SIZES = (128, 32, 16, 64, 256, 512, 8, 1)
 _IMAGE_SIZES = (224, 320, 256, 640, 64, 48, 32, 512)
+_MOST_CHOICES = 64
 _OTHER_SIZES = (32, 256, 512, 16, 64, 128, 8, 1)
 _TRANSPARENT = frozenset(["Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten", "Transpose", "Clip", "Slice"])
 
@@ -32,18 +35,29 @@ def dimension_choices(specs: Mapping[str, TensorSpec], fixed: Mapping[str, int])
     free = free_dimensions(specs)
     check_dimensions(specs, fixed)
     sizes = {name: (fixed[name],) if name in fixed else _sizes(name, specs, where) for name, where in free.items()}
-    seen = []
-    for attempt in range(max((len(options) for options in sizes.values()), default=1)):
-        choice = {name: options[min(attempt, len(options) - 1)] for name, options in sizes.items()}
+    seen: list[dict[str, int]] = []
+    for choice in islice(_combinations(sizes), _MOST_CHOICES):
         if choice not in seen:
             seen.append(choice)
             yield choice
+
+
+def _combinations(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
+    """All dimensions at the same place of their lists first, then one at another place than the rest."""
+    places = range(max((len(options) for options in sizes.values()), default=1))
+    level = [{name: options[min(place, len(options) - 1)] for name, options in sizes.items()} for place in places]
+    yield from level
+    for rest in level:
+        for name, options in sizes.items():
+            yield from ({**rest, name: size} for size in options)
 
 
 def _sizes(name: str, specs: Mapping[str, TensorSpec], where: list[tuple[str, int]]) -> tuple[int, ...]:
     ranks = {len(specs[owner].shape or ()) for owner, _ in where}
     axes = {axis for _, axis in where}
     if _BATCH.search(name) or axes == {0}:
+        return (1,)
+    if ranks == {3} and axes == {1} and all(_STATE.search(owner) for owner, _ in where):
         return (1,)
     if ranks == {4} and axes <= {2, 3}:
         return _IMAGE_SIZES

@@ -139,6 +139,11 @@ def threads_per_node(nodes: int) -> int:
     return max(1, host_cores() // max(1, nodes))
 
 
+def quiet_environment() -> dict[str, str]:
+    """The environment for a child that must use no more threads than its session was given."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
@@ -160,7 +165,7 @@ def _onnxruntime() -> Any:
             "the installed onnxruntime is broken: onnxruntime and onnxruntime-gpu overwrite each other. "
             "Uninstall both, then install exactly one of 'onnxsplit[cpu]' and 'onnxsplit[gpu]'"
         )
-    onnxruntime.set_default_logger_severity(3)
+    onnxruntime.set_default_logger_severity(4)  # errors are raised, not logged as well
     return onnxruntime
 
 
@@ -273,7 +278,7 @@ def open_session(
         ort.GraphOptimizationLevel,
         {"disabled": "ORT_DISABLE_ALL"}.get(level, f"ORT_ENABLE_{level.upper()}"),
     )
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     if external_data_folder is not None:

@@ -24,7 +24,7 @@ from typing import IO
 import msgspec
 
 from onnxsplit.errors import InputError, ModelError, OnnxsplitError
-from onnxsplit.session import Session, open_session
+from onnxsplit.session import Session, open_session, quiet_environment
 from onnxsplit.tensors import load_npz, save_npz
 
 _START_DELAY_NS = 20_000_000  # between the order to start together and the start
@@ -58,11 +58,6 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 _Command = _Load | _Feed | _Run | _Save
-
-
-def quiet_environment() -> dict[str, str]:
-    """The environment for a child that must use no more threads than its session was given."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class TimedModel:

@@ -22,9 +22,10 @@ from onnxsplit.errors import InputError, ModelError
 from onnxsplit.graph import OpGraph, SourceModel
 from onnxsplit.inputs import dimension_choices, synthesize
 from onnxsplit.plan import TensorSpec
+from onnxsplit.session import quiet_environment
 from onnxsplit.shapes import Shapes, bind
 from onnxsplit.tensors import Array, save_npz
-from onnxsplit.timed import TimedModel, median_ns, quiet_environment
+from onnxsplit.timed import TimedModel, median_ns
 
 CANDIDATE_LEVELS = ("all", "extended", "basic")
 """Optimisation levels worth trying, the usual best first."""

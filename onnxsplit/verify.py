@@ -1,0 +1,182 @@
+"""The whole model against its chained stages.
+
+Two comparisons, each output by output:
+
+- with optimisation off, the stages must give what the model gives, bit for bit or within 1e-4 of the output's scale;
+- at the levels of the plan, they may be no further from the unoptimised model than twice what optimisation alone
+  moves the whole model (or 1e-4 of the scale, where it moves it less).
+
+The scale of an output is its largest finite magnitude. Integers, strings and booleans have none: they must be equal,
+and optimised ones may differ in no more elements than twice what optimisation alone changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxsplit.errors import PlanError
+from onnxsplit.graph import open_model
+from onnxsplit.plan import Plan, load_plan
+from onnxsplit.session import Session, open_session
+from onnxsplit.tensors import Array, check_inputs, load_npz, numpy_dtype
+
+TOLERANCE = 1e-4
+_SLACK = 2.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output.
+
+    Attributes:
+        output: its name.
+        exact: stages and model agree bit for bit with optimisation off.
+        difference: the largest difference with optimisation off, over the scale; for discrete types, the share of
+            elements that differ.
+        optimized: the same for the stages at the plan's levels, from the unoptimised model.
+        moved: how far optimisation alone moves the whole model.
+        repeatable: False when the whole model differs from itself on the same inputs, so that nothing can be said.
+    """
+
+    output: str
+    exact: bool
+    difference: float
+    optimized: float
+    moved: float
+    repeatable: bool = True
+
+    @property
+    def good(self) -> bool:
+        """True when both comparisons hold."""
+        if not self.repeatable:
+            return True
+        return self.difference <= TOLERANCE and self.optimized <= max(_SLACK * self.moved, TOLERANCE)
+
+
+def verify(
+    folder: str | Path, model: str | Path, *, inputs: str | Path | None = None, threads: int = 1
+) -> tuple[Comparison, ...]:
+    """Run the model and its stages on the CPU, in this process, and compare every output.
+
+    Args:
+        folder: the plan directory.
+        model: the model it was made from.
+        inputs: an ``.npz``; the plan's own example when None.
+        threads: threads of each session.
+
+    Raises:
+        PlanError: the plan is damaged, or was made from another file.
+        ModelError, InputError: a stage or the model does not run on the inputs.
+    """
+    folder = Path(folder)
+    plan = load_plan(folder)
+    source = open_model(model)
+    if source.sha256 != plan.model.sha256:
+        raise PlanError(
+            f"{folder} was made from another model than {model}: SHA-256 {plan.model.sha256[:12]} "
+            f"and {source.sha256[:12]}. Name the model it was made from, or partition this one"
+        )
+    given = load_npz(Path(inputs) if inputs is not None else example_file(folder, plan))
+    specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
+    check_inputs(given, specs, unread_inputs(plan))
+    path = Path(model)
+    plain = _run_whole(path, plan, given, "disabled", threads)
+    again = _run_whole(path, plan, given, "disabled", threads)
+    optimized = _run_whole(path, plan, given, plan.costs.whole_optimization_level, threads)
+    chained = run_stages(folder, plan, given, threads=threads, level="disabled")
+    chained_optimized = run_stages(folder, plan, given, threads=threads)
+    return tuple(
+        Comparison(
+            output=name,
+            exact=_bits_equal(plain[name], chained[name]),
+            difference=distance(chained[name], plain[name]),
+            optimized=distance(chained_optimized[name], plain[name]),
+            moved=distance(optimized[name], plain[name]),
+            repeatable=_bits_equal(plain[name], again[name]),
+        )
+        for name in plan.outputs
+    )
+
+
+def example_file(folder: Path, plan: Plan) -> Path:
+    """The plan's own example inputs."""
+    if plan.example_inputs is None:
+        raise PlanError(f"{folder} holds no example inputs; give some with --inputs FILE.npz")
+    return folder / plan.example_inputs.name
+
+
+def unread_inputs(plan: Plan) -> frozenset[str]:
+    """Inputs of the model that neither a stage nor an output reads: they may be left out."""
+    read = {name for stage in plan.stages for name in stage.inputs}
+    read |= {source.input for source in plan.passthrough.values() if source.input is not None}
+    return frozenset(plan.inputs) - read
+
+
+def run_stages(
+    folder: Path, plan: Plan, inputs: Mapping[str, Array], *, threads: int, level: str | None = None
+) -> dict[str, Array]:
+    """Run the stages one after the other in this process; returns every tensor on a border.
+
+    Args:
+        folder: the plan directory.
+        plan: the plan.
+        inputs: by name.
+        threads: threads of each session.
+        level: optimisation level; each stage's own when None.
+    """
+    values = dict(inputs)
+    for stage in plan.stages:
+        session = open_session(folder / stage.file, threads=threads, level=level or stage.optimization_level)
+        values.update(session.run({name: values[name] for name in stage.inputs}))
+    for name, origin in plan.passthrough.items():
+        values[name] = values[origin.input] if origin.input is not None else _constant(folder, plan, name)
+    return values
+
+
+def _constant(folder: Path, plan: Plan, name: str) -> Array:
+    file = plan.passthrough[name].file
+    assert file is not None
+    return load_npz(folder / file.name)[name]
+
+
+def _run_whole(path: Path, plan: Plan, inputs: Mapping[str, Array], level: str, threads: int) -> dict[str, Array]:
+    session: Session = open_session(path, threads=threads, level=level)
+    given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name in plan.inputs}
+    return session.run(given)
+
+
+def _zeros(plan: Plan, name: str) -> Array:
+    spec = plan.tensors[name]
+    return np.zeros([d if isinstance(d, int) else 1 for d in spec.shape or ()], numpy_dtype(spec.dtype))
+
+
+def _bits_equal(left: Array, right: Array) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return bool(np.array_equal(left, right)) if left.dtype == object else left.tobytes() == right.tobytes()
+
+
+def distance(found: Array, expected: Array) -> float:
+    """How far apart two tensors are, over the scale of the expected one; infinite for unlike shapes or types.
+
+    Not-a-numbers and infinities must stand in the same places.
+    """
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return float("inf")
+    if expected.size == 0:
+        return 0.0
+    if expected.dtype.kind in "biuOUS":
+        return float(np.mean(found != expected))
+    is_complex = expected.dtype.kind == "c"
+    left, right = (a.astype(np.complex128 if is_complex else np.float64) for a in (found, expected))
+    finite = np.isfinite(right)
+    if not np.array_equal(finite, np.isfinite(left)) or not np.array_equal(left[~finite], right[~finite], equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = float(np.abs(right[finite]).max()) or 1.0
+    return float(np.abs(left[finite] - right[finite]).max()) / scale

@@ -1,0 +1,130 @@
+"""Headers and tensors to frames and back. Nothing is allocated before its size is checked, and nothing is unpickled.
+
+    frame 0    header, MessagePack
+    frame 1..  the bytes of a tensor each, C order, little-endian
+
+A tensor of strings is its number of bytes for each string, as uint32, then the UTF-8 bytes of all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from onnxsplit.errors import InputError
+from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, numpy_dtype
+from runtime.errors import ProtocolError
+from runtime.messages import CoordinatorControl, Data, NodeControl, TensorHead
+
+MAX_HEADER_BYTES = 1 << 20
+MAX_TENSORS = 4096
+MAX_RANK = 32
+
+Buffer = bytes | memoryview | Array
+
+_encoder = msgspec.msgpack.Encoder()
+_node_control: msgspec.msgpack.Decoder[NodeControl] = msgspec.msgpack.Decoder(NodeControl)
+_coordinator_control: msgspec.msgpack.Decoder[CoordinatorControl] = msgspec.msgpack.Decoder(CoordinatorControl)
+_data: msgspec.msgpack.Decoder[Data] = msgspec.msgpack.Decoder(Data)
+
+
+def encode(message: NodeControl | CoordinatorControl | Data) -> bytes:
+    """A header's bytes."""
+    return _encoder.encode(message)
+
+
+def decode_node_control(frame: bytes) -> NodeControl:
+    """What a node says on the control link."""
+    return _decoded(_node_control, frame)
+
+
+def decode_coordinator_control(frame: bytes) -> CoordinatorControl:
+    """What the coordinator says on the control link."""
+    return _decoded(_coordinator_control, frame)
+
+
+def decode_data(frame: bytes) -> Data:
+    """A header of the data link."""
+    return _decoded(_data, frame)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
+    if len(frame) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    try:
+        return decoder.decode(frame)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a header that is none of the protocol: {error}") from error
+
+
+def encode_tensors(tensors: Mapping[str, Array]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
+    """Heads and frames of tensors; a numeric tensor's frame is its own memory where it is contiguous."""
+    heads, frames = [], []
+    for name, tensor in tensors.items():
+        dtype = dtype_name(tensor.dtype)
+        if dtype is None:
+            raise InputError(f"tensor {name!r} has the type {tensor.dtype}, which cannot travel")
+        heads.append(TensorHead(name, dtype, tuple(tensor.shape)))
+        frames.append(_encode_strings(tensor) if dtype == "string" else _bytes_of(tensor))
+    return tuple(heads), frames
+
+
+def _bytes_of(tensor: Array) -> Buffer:
+    flat = np.ascontiguousarray(tensor).reshape(-1)
+    return flat.view(np.uint8) if flat.size else b""
+
+
+def _encode_strings(tensor: Array) -> bytes:
+    texts = [text if isinstance(text, bytes) else str(text).encode() for text in tensor.reshape(-1)]
+    return np.array([len(text) for text in texts], dtype="<u4").tobytes() + b"".join(texts)
+
+
+def decode_tensors(heads: Sequence[TensorHead], frames: Sequence[Buffer]) -> dict[str, Array]:
+    """The tensors of a fragment. Numeric ones lie in the frames' own memory, read-only.
+
+    Raises:
+        ProtocolError: heads and frames do not fit each other.
+    """
+    if len(heads) != len(frames) or len(heads) > MAX_TENSORS:
+        raise ProtocolError(f"{len(heads)} tensors in {len(frames)} frames; at most {MAX_TENSORS} are allowed")
+    return {head.name: _decode_tensor(head, frame) for head, frame in zip(heads, frames, strict=True)}
+
+
+def _decode_tensor(head: TensorHead, frame: Buffer) -> Array:
+    if head.dtype not in TRAVELLING_TYPES:
+        raise ProtocolError(f"tensor {head.name!r} has the type {head.dtype!r}, which cannot travel")
+    if len(head.shape) > MAX_RANK or any(size < 0 for size in head.shape):
+        raise ProtocolError(f"tensor {head.name!r} has the shape {head.shape}")
+    count = math.prod(head.shape)
+    if head.dtype == "string":
+        return _decode_strings(head, bytes(frame), count)
+    dtype = numpy_dtype(head.dtype)
+    size = len(frame) if isinstance(frame, bytes) else frame.nbytes
+    if count * dtype.itemsize != size:
+        raise ProtocolError(f"tensor {head.name!r} of {head.dtype}{list(head.shape)} in {size} bytes")
+    if count == 0:
+        return np.empty(head.shape, dtype)
+    array = np.frombuffer(frame, dtype=np.uint8).view(dtype) if size else np.empty(0, dtype)
+    if not array.flags.aligned:
+        array = array.copy()
+    return array.reshape(head.shape)
+
+
+def _decode_strings(head: TensorHead, frame: bytes, count: int) -> Array:
+    if count * 4 > len(frame):
+        raise ProtocolError(f"tensor {head.name!r} of {count} strings in {len(frame)} bytes")
+    lengths = np.frombuffer(frame, dtype="<u4", count=count)
+    ends = np.cumsum(lengths, dtype=np.int64) + count * 4
+    if len(frame) != (int(ends[-1]) if count else 0):
+        raise ProtocolError(f"tensor {head.name!r}: its strings do not fill its {len(frame)} bytes")
+    try:
+        texts = [frame[end - length : end].decode() for end, length in zip(ends, lengths, strict=True)]
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"tensor {head.name!r} holds strings that are not UTF-8") from error
+    result = np.empty(count, dtype=object)
+    result[:] = texts
+    return result.reshape(head.shape)

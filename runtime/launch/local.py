@@ -1,0 +1,90 @@
+"""Nodes as processes on this host.
+
+All of a pipeline's sockets and logs are in one folder that only the user can open. It is removed when the pipeline
+closes (logs of nodes that failed are kept); when the launching process dies, the nodes remove it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from onnxsplit.session import quiet_environment
+
+_LOG_TAIL_BYTES = 2000
+_LOG_TAIL_LINES = 10
+
+
+class LocalHandle:
+    """A node process. Its standard input is its lifeline: it ends when this process does."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._log = log
+        self._descriptor = os.pidfd_open(process.pid)
+
+    def fileno(self) -> int:
+        """Readable when the process has ended."""
+        return self._descriptor
+
+    def story(self) -> str:
+        """How it ended, and its last words."""
+        code = self._process.wait()
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"ended with exit code {code}"
+        with self._log.open("rb") as stream:
+            stream.seek(max(0, self._log.stat().st_size - _LOG_TAIL_BYTES))
+            lines = stream.read().decode(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+        words = "".join(f"\n    {line}" for line in lines) if lines else " (empty)"
+        return f"{how}; its log {self._log} ends with:{words}"
+
+    def end(self, grace_s: float) -> None:
+        """Give it time, then kill it, and reap it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._descriptor)
+
+
+class LocalLauncher:
+    """Starts nodes on this host. ``folder`` is there from the start and holds sockets and logs."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="onnxsplit-", dir=_short_temporary_folder()))
+
+    def start(self, *, connect: str, stage: int, replica: int) -> LocalHandle:
+        """Start ``python -m runtime.node``, with modules of the user's folder kept out of its way."""
+        log = self.folder / f"node-{stage}.{replica}.log"
+        command = [sys.executable, "-P", "-m", "runtime.node", "--connect", connect]
+        command += ["--stage", str(stage), "--replica", str(replica), "--home", str(self.folder)]
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=quiet_environment()
+            )
+        return LocalHandle(process, log)
+
+    def close(self, *, keep_logs: bool) -> None:
+        """Remove the folder; with ``keep_logs``, all but the logs."""
+        if not keep_logs:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for file in self.folder.iterdir():
+            if file.suffix != ".log":
+                file.unlink(missing_ok=True)
+
+
+def _short_temporary_folder() -> str | None:
+    """A folder whose socket paths fit the 107 bytes that Linux allows; None for the usual one."""
+    return "/tmp" if len(tempfile.gettempdir()) > 60 else None  # noqa: S108  mkdtemp makes a private folder in it
