@@ -1,0 +1,67 @@
+"""The command line: one file a command, imported when it is used, so that help comes at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib import import_module
+from types import FrameType
+from typing import Any
+
+import click
+
+import onnxsplit
+
+_COMMANDS = {
+    "Prepare": {
+        "export": "Turn a model of another framework into ONNX.",
+        "inspect": "Show a model's ops, cost and memory, and where it can be cut.",
+        "partition": "Cut a model into balanced stages.",
+        "verify": "Compare the stages of a plan with the whole model.",
+    },
+    "Run": {
+        "run": "Run a plan once: start its nodes, run, stop them.",
+        "node": "Start one node by hand, for a pipeline that waits for it.",
+        "bench": "Measure a plan: throughput, latency, efficiency.",
+    },
+}
+
+
+class _Commands(click.Group):
+    """Commands in groups, each imported from its own file when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for group in _COMMANDS.values() for name in group]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = import_module(f"onnxsplit.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in _COMMANDS.items():
+            with formatter.section(title):
+                formatter.write_dl(list(commands.items()))
+
+
+@click.command(
+    cls=_Commands,
+    context_settings={"auto_envvar_prefix": "ONNXSPLIT", "help_option_names": ["-h", "--help"], "show_default": True},
+    epilog="Start with: onnxsplit partition model.onnx",
+)
+@click.version_option(onnxsplit.__version__)
+def cli() -> None:
+    """Cut any ONNX model into stages and run them as one pipeline of processes."""
+
+
+def main() -> None:
+    """The entry point ``onnxsplit``."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(cli())
+
+
+def _terminate(number: int, _: FrameType | None) -> Any:
+    """End as on an exception, so that everything that was opened is closed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + number)

@@ -1,0 +1,47 @@
+"""``onnxsplit node``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from onnxsplit.cli.output import Output, command, option, threads_option
+
+
+@command
+@option("--connect", required=True, metavar="ADDR", help="Address of the waiting pipeline, tcp://HOST:PORT or ipc://PATH.")
+@option("--stage", type=click.IntRange(min=0), help="The stage to execute. Without it: any that is free.")
+@option("--plan", type=click.Path(path_type=Path), metavar="DIR", help="Own copy of the plan. Without it: the pipeline's folder.")
+@option("--bind", metavar="ADDR", help="Where to take tensors. Without it: any free port or path.")
+@option("--provider", help="cpu or cuda[:N]. Without it: the pipeline's choice.")
+@threads_option
+def command(
+    output: Output,
+    *,
+    connect: str,
+    stage: int | None,
+    plan: Path | None,
+    bind: str | None,
+    provider: str | None,
+    threads: int | None,
+) -> None:
+    """Execute one stage for a pipeline that waits at ADDR (Pipeline.listen), until it ends."""
+    import logging
+
+    from runtime.node import NodeOptions, serve
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    output.note(f"Waiting for the pipeline at {connect}. Stop with Ctrl-C.")
+    code = serve(
+        NodeOptions(
+            connect=connect,
+            bind=bind,
+            stage=-1 if stage is None else stage,
+            plan=plan,
+            provider=provider,
+            threads=threads or 0,
+        )
+    )
+    output.result({"exit_code": code})
+    raise SystemExit(code)

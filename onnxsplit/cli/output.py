@@ -1,0 +1,165 @@
+"""What commands share: options, progress on a terminal, tables, JSON, and one message for an error."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from onnxsplit.errors import OnnxsplitError
+
+Command = Callable[..., Any]
+
+PLAN = click.argument("plan", type=click.Path(path_type=Path), metavar="DIR")
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+
+
+def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
+    """An option whose help names its environment variable."""
+    return click.option(*names, show_envvar=True, **settings)
+
+
+def threads_option(command: Command) -> Command:
+    """``--threads``."""
+    return option("--threads", type=click.IntRange(min=1), help="Threads of every session.")(command)
+
+
+def inputs_option(command: Command) -> Command:
+    """``--inputs``."""
+    return option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="Example inputs by name.")(command)
+
+
+def dims_option(command: Command) -> Command:
+    """``--dim NAME=N``, many times."""
+    return option(
+        "--dim", "dims", multiple=True, metavar="NAME=N", callback=_parse_dims, help="Size of a free dimension. Repeatable."
+    )(command)
+
+
+def costs_option(command: Command) -> Command:
+    """``--costs``."""
+    return option(
+        "--costs",
+        type=click.Choice(["measured", "analytic"]),
+        help="Where times come from. Without it: measured where the model runs here, else analytic.",
+    )(command)
+
+
+def _parse_dims(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> dict[str, int]:
+    dims = {}
+    for text in value:
+        name, equals, size = text.rpartition("=")
+        if not equals or not name or not size.isdecimal():
+            raise click.BadParameter(f"{text!r} is not NAME=N", context, parameter)
+        dims[name] = int(size)
+    return dims
+
+
+class Output:
+    """What a command says: results on stdout, progress and errors on stderr."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self._progress = sys.stderr.isatty()
+        self._shown = False
+
+    def say(self, what: str) -> None:
+        """Progress: one line that is replaced, on a terminal only."""
+        if self._progress:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write(f"\r\x1b[2K{what[: width - 1]}")
+            sys.stderr.flush()
+            self._shown = True
+
+    def done(self) -> None:
+        """Remove the progress line."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+            self._shown = False
+
+    def line(self, text: str = "") -> None:
+        """A line for people; nothing with ``--json``."""
+        if not self.as_json:
+            click.echo(text)
+
+    def note(self, text: str) -> None:
+        """A remark for people on stderr."""
+        click.echo(text, err=True)
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The one JSON object of ``--json``."""
+        if self.as_json:
+            click.echo(msgspec.json.encode(value, enc_hook=str))
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table for people: the first column to the left, the others to the right."""
+        if self.as_json:
+            return
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for position, column in enumerate(columns):
+            table.add_column(column, justify="right" if position else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False).print(table)
+
+
+def command(summary: Callable[..., Any]) -> click.Command:
+    """Make a command of a function that takes an :class:`Output` first: adds ``--json`` and the one-message errors."""
+
+    @functools.wraps(summary)
+    def run(*, as_json: bool, **options: Any) -> None:
+        output = Output(as_json=as_json)
+        with _messages(output):
+            summary(output, **options)
+
+    with_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(run)
+    return click.command()(with_json)
+
+
+@contextmanager
+def _messages(output: Output) -> Iterator[None]:
+    try:
+        yield
+    except OnnxsplitError as error:
+        output.done()
+        output.result({"error": {"type": type(error).__name__, "message": str(error)}})
+        click.echo(f"onnxsplit: {error}", err=True)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        output.done()
+        click.echo("onnxsplit: interrupted", err=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        output.done()
+
+
+def milliseconds(time_ns: float) -> str:
+    """``12.3 ms``."""
+    return f"{time_ns / 1e6:.3g} ms" if time_ns < 1e6 else f"{time_ns / 1e6:,.1f} ms"
+
+
+def binary(size_bytes: float) -> str:
+    """``1.5 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024 or unit == "GiB":
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    raise AssertionError
+
+
+def percent(share: float) -> str:
+    """``12.3 %``."""
+    return f"{share * 100:.1f} %"

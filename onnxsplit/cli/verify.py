@@ -1,0 +1,48 @@
+"""``onnxsplit verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnxsplit.cli.output import MODEL, PLAN, Output, command, inputs_option, threads_option
+from onnxsplit.errors import OnnxsplitError
+
+
+@command
+@PLAN
+@MODEL
+@inputs_option
+@threads_option
+def command(output: Output, *, plan: Path, model: Path, inputs: Path | None, threads: int | None) -> None:
+    """Run MODEL and the stages of the plan in DIR on the same inputs and compare every output."""
+    from onnxsplit.verify import TOLERANCE, verify
+
+    output.say("running the model and its stages")
+    comparisons = verify(plan, model, inputs=inputs, threads=threads or 1)
+    output.done()
+    rows = [
+        (
+            c.output,
+            "bit-equal" if c.exact else f"{c.difference:.1e}",
+            f"{c.optimized:.1e}",
+            f"{c.moved:.1e}",
+            ("equal" if c.good else "DIFFERENT") if c.repeatable else "random",
+        )
+        for c in comparisons
+    ]
+    output.table(("output", "optimisation off", "on", "optimisation alone", "verdict"), rows)
+    good = all(c.good for c in comparisons)
+    output.line(
+        f"\nDifferences are over the output's scale. Allowed: {TOLERANCE:.0e} with optimisation off; with it on, twice "
+        "what it does to the whole model."
+    )
+    if any(not c.repeatable for c in comparisons):
+        output.line("Outputs marked random differ between two runs of the whole model: nothing can be said of them.")
+    if good:
+        output.line(f"Next: onnxsplit run {plan} --inputs in.npz --outputs out.npz")
+    fields = ("output", "exact", "difference", "optimized", "moved", "repeatable", "good")
+    output.result({"good": good, "outputs": [{name: getattr(c, name) for name in fields} for c in comparisons]})
+    if not good:
+        if output.as_json:
+            raise SystemExit(1)
+        raise OnnxsplitError(f"the stages in {plan} do not give what {model} gives")
