@@ -63,7 +63,12 @@ def build_atoms(graph: OpGraph, shapes: Shapes) -> Atoms:
     needs = needed_tensors(graph, copied)
     groups = _groups(graph, shapes, copied, needs)
     order, atom_of = _ordered(graph, copied, needs, groups)
-    return Atoms(ops=order, copied=copied, flows=_flows(graph, copied, needs, atom_of), digraph=_digraph(needs, graph, atom_of))
+    return Atoms(
+        ops=order,
+        copied=copied,
+        flows=_flows(graph, copied, needs, atom_of),
+        digraph=_digraph(needs, graph, atom_of),
+    )
 
 
 def needed_tensors(graph: OpGraph, copied: frozenset[int]) -> dict[int, tuple[str, ...]]:
@@ -85,8 +90,7 @@ def _copied_ops(graph: OpGraph, shapes: Shapes) -> frozenset[int]:
     return frozenset(
         op.index
         for op in graph.ops
-        if outputs.isdisjoint(op.outputs)
-        and (op.index in graph.constant_ops or _is_dequantize(op, graph, shapes))
+        if outputs.isdisjoint(op.outputs) and (op.index in graph.constant_ops or _is_dequantize(op, graph, shapes))
     )
 
 
@@ -98,16 +102,16 @@ def _is_dequantize(op: Op, graph: OpGraph, shapes: Shapes) -> bool:
     return steady and shapes.travels(quantized)
 
 
-def _groups(
-    graph: OpGraph, shapes: Shapes, copied: frozenset[int], needs: dict[int, tuple[str, ...]]
-) -> UnionFind:
+def _groups(graph: OpGraph, shapes: Shapes, copied: frozenset[int], needs: dict[int, tuple[str, ...]]) -> UnionFind:
     groups = UnionFind(op.index for op in graph.ops if op.index not in copied)
     for op in graph.ops:
         if op.index in copied:
             continue
         for name in needs[op.index]:
             writer = graph.producer.get(name)
-            if writer is not None and (not shapes.travels(name) or op.op_type == "QuantizeLinear" and name == op.inputs[0]):
+            if writer is not None and (
+                not shapes.travels(name) or (op.op_type == "QuantizeLinear" and name == op.inputs[0])
+            ):
                 groups.union(writer, op.index)
     return groups
 
@@ -152,7 +156,9 @@ def _flows(
         writer = atom_of[graph.producer[name]] if name in graph.producer else CALLER
         others = tuple(sorted(atoms - {writer}))
         if others or name in outputs:
-            flows.append(Flow(tensor=name, writer=writer, readers=others, to_caller=name in outputs and writer != CALLER))
+            flows.append(
+                Flow(tensor=name, writer=writer, readers=others, to_caller=name in outputs and writer != CALLER)
+            )
     return tuple(sorted(flows, key=lambda flow: (flow.writer, flow.tensor)))
 
 

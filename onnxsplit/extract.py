@@ -16,6 +16,7 @@ from pathlib import Path
 import onnx
 
 from onnxsplit.atoms import Atoms, needed_tensors
+from onnxsplit.cost.analytic import activation_bytes
 from onnxsplit.errors import PartitionError
 from onnxsplit.graph import (
     OpGraph,
@@ -72,9 +73,7 @@ def stage_parts(graph: OpGraph, atoms: Atoms, assignment: Sequence[int]) -> tupl
     return tuple(_parts(graph, atoms.copied, tuple(sorted(ops)), wanted) for ops in own)
 
 
-def _parts(
-    graph: OpGraph, copied: frozenset[int], own: tuple[int, ...], wanted: Mapping[str, None]
-) -> StageParts:
+def _parts(graph: OpGraph, copied: frozenset[int], own: tuple[int, ...], wanted: Mapping[str, None]) -> StageParts:
     ops: set[int] = set()
     inputs: dict[str, None] = {}
     constants: dict[str, None] = {}
@@ -97,10 +96,24 @@ def _parts(
     return StageParts(
         ops=tuple(sorted(ops)),
         own=own,
-        inputs=tuple(sorted(inputs, key=lambda name: (order.get(name, len(order)), graph.producer.get(name, -1), name))),
+        inputs=tuple(
+            sorted(inputs, key=lambda name: (order.get(name, len(order)), graph.producer.get(name, -1), name))
+        ),
         outputs=tuple(name for index in own for name in graph.ops[index].outputs if name in wanted),
         constants=tuple(sorted(constants)),
     )
+
+
+def whole_parts(graph: OpGraph) -> StageParts:
+    """The whole model as one stage, for figures."""
+    every = tuple(range(len(graph.ops)))
+    constants = tuple(sorted({name for op in graph.ops for name in op.reads if name in graph.constants}))
+    return StageParts(every, every, graph.inputs, graph.outputs, constants)
+
+
+def peak_memory_bytes(graph: OpGraph, shapes: Shapes, parts: StageParts) -> int:
+    """Weights, and the largest sum of live activations while the ops run in order."""
+    return weight_bytes(graph, parts) + activation_bytes(graph, shapes, parts.ops, frozenset(parts.outputs))
 
 
 def weight_bytes(graph: OpGraph, parts: StageParts) -> int:
@@ -109,9 +122,7 @@ def weight_bytes(graph: OpGraph, parts: StageParts) -> int:
     return sum(graph.constants[name] for name in parts.constants) + sum(tensor_bytes(tensor) for tensor in stored)
 
 
-def write_stage(
-    graph: OpGraph, shapes: Shapes, parts: StageParts, folder: Path, name: str
-) -> tuple[FileEntry, ...]:
+def write_stage(graph: OpGraph, shapes: Shapes, parts: StageParts, folder: Path, name: str) -> tuple[FileEntry, ...]:
     """Write one stage, and its external data where its initializers are external in the source.
 
     Args:
@@ -173,9 +184,7 @@ def _border(name: str, shapes: Shapes, declared: Mapping[str, onnx.ValueInfoProt
     return value_info(name, spec)
 
 
-def _copy_external(
-    source: SourceModel, model: onnx.ModelProto, path: Path
-) -> tuple[FileEntry, ...]:
+def _copy_external(source: SourceModel, model: onnx.ModelProto, path: Path) -> tuple[FileEntry, ...]:
     """Copy the ranges of external data that a stage needs into its own file, and point the stage at them."""
     external = [t for t in graph_tensors(model.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
     if not external:
@@ -189,7 +198,11 @@ def _copy_external(
                 digest.update(block)
                 target.write(block)
             del tensor.external_data[:]
-            for key, value in (("location", path.name), ("offset", target.tell() - length), ("length", length)):
+            for key, value in (
+                ("location", path.name),
+                ("offset", target.tell() - length),
+                ("length", length),
+            ):
                 tensor.external_data.add(key=key, value=str(value))
         size = target.tell()
     return (FileEntry(name=path.name, sha256=digest.hexdigest(), size_bytes=size),)

@@ -30,7 +30,15 @@ FunctionKey = tuple[str, str, str]
 """Domain, name and overload of a model-local function."""
 
 _RANDOM = frozenset(
-    ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"]
+    [
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Multinomial",
+        "Bernoulli",
+        "Dropout",
+    ]
 )
 
 
@@ -320,9 +328,7 @@ def build_graph(source: SourceModel) -> OpGraph:
     )
 
 
-def _sorted_live_nodes(
-    source: SourceModel, *, given: set[str], outputs: tuple[str, ...]
-) -> list[onnx.NodeProto]:
+def _sorted_live_nodes(source: SourceModel, *, given: set[str], outputs: tuple[str, ...]) -> list[onnx.NodeProto]:
     """The ancestors of the outputs in a topological order that keeps the file's order where it can."""
     nodes = list(source.proto.graph.node)
     producer: dict[str, int] = {}

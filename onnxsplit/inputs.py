@@ -23,7 +23,9 @@ _SEQUENCE_SIZES = (128, 32, 16, 64, 256, 512, 8, 1)
 _IMAGE_SIZES = (224, 320, 256, 640, 64, 48, 32, 512)
 _MOST_CHOICES = 64
 _OTHER_SIZES = (32, 256, 512, 16, 64, 128, 8, 1)
-_TRANSPARENT = frozenset(["Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten", "Transpose", "Clip", "Slice"])
+_TRANSPARENT = frozenset(
+    ["Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten", "Transpose", "Clip", "Slice"]
+)
 
 
 def dimension_choices(specs: Mapping[str, TensorSpec], fixed: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -64,7 +66,9 @@ def _sizes(name: str, specs: Mapping[str, TensorSpec], where: list[tuple[str, in
     return _SEQUENCE_SIZES if ranks <= {2, 3} and axes == {1} else _OTHER_SIZES
 
 
-def synthesize(graph: OpGraph, specs: Mapping[str, TensorSpec], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+def synthesize(
+    graph: OpGraph, specs: Mapping[str, TensorSpec], sizes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Array]:
     """Make up inputs of the given shapes; the same ones each time.
 
     Floats lie in [0, 1); integers that index a table lie within it; masks are ones; lengths are the longest axis.
@@ -78,7 +82,12 @@ def synthesize(graph: OpGraph, specs: Mapping[str, TensorSpec], sizes: Mapping[s
 
 
 def _values(
-    name: str, dtype: str, shape: tuple[int, ...], table: int | None, longest: int, random: np.random.Generator
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    table: int | None,
+    longest: int,
+    random: np.random.Generator,
 ) -> Array:
     kind = numpy_dtype(dtype)
     low = name.lower()
@@ -98,7 +107,7 @@ def _values(
 
 
 def table_size(graph: OpGraph, name: str) -> int | None:
-    """The least number of rows among the constant tables that an input indexes with Gather; None when it indexes none."""
+    """The least number of rows of the constant tables that an input indexes with Gather; None when it indexes none."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.source.proto.graph.initializer}
     found: list[int] = []
     pending, seen = [name], {name}

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onnxsplit.atoms import CALLER
-from onnxsplit.cost.analytic import memory_bytes
 from onnxsplit.examine import Say, Subject, examine, silent
-from onnxsplit.extract import StageParts, weight_bytes
+from onnxsplit.extract import peak_memory_bytes, weight_bytes, whole_parts
 from onnxsplit.plan import Record, Shape
 from onnxsplit.tensors import Array
 
 
-class TypeRow(Record):
+class TypeRow(Record, frozen=True, kw_only=True):
     """All ops of one type: how many, and their time in nanoseconds."""
 
     op_type: str
@@ -22,7 +21,7 @@ class TypeRow(Record):
     time_ns: int
 
 
-class CutRow(Record):
+class CutRow(Record, frozen=True, kw_only=True):
     """One way to cut in two along the order of the ops: the tensors that cross, and the time on either side."""
 
     tensors: tuple[str, ...]
@@ -31,7 +30,7 @@ class CutRow(Record):
     after_ns: int
 
 
-class Inspection(Record):
+class Inspection(Record, frozen=True, kw_only=True):
     """A model in figures. Times are nanoseconds of one run, sizes bytes."""
 
     ir_version: int
@@ -63,23 +62,19 @@ def inspect_model(
     """Examine a model; ``cuts`` is how many cuts in two to list, the best balanced with its transfers first."""
     subject = examine(model, costs=costs, dims=dims, inputs=inputs, threads=threads, say=say)
     graph, shapes = subject.graph, subject.shapes
-    every = tuple(range(len(graph.ops)))
+    whole = whole_parts(graph)
     counts, times = Counter[str](), Counter[str]()
     for op, time_ns in zip(graph.ops, subject.costs.time_ns, strict=True):
         counts[op.op_type] += 1
         times[op.op_type] += time_ns
-    parts = StageParts(every, every, (), (), tuple(graph.constants))
-    weights = weight_bytes(graph, parts)
-    described = {
-        name: f"{spec.dtype} {_shape_text(spec.shape)}" for name, spec in shapes.specs.items()
-    }
+    described = {name: f"{spec.dtype} {_shape_text(spec.shape)}" for name, spec in shapes.specs.items()}
     return Inspection(
         ir_version=graph.source.proto.ir_version,
         opsets={entry.domain: entry.version for entry in graph.source.proto.opset_import},
         ops=len(graph.ops),
         atoms=len(subject.atoms.ops),
-        weight_bytes=weights,
-        peak_memory_bytes=weights + memory_bytes(graph, shapes, every, frozenset(graph.outputs)),
+        weight_bytes=weight_bytes(graph, whole),
+        peak_memory_bytes=peak_memory_bytes(graph, shapes, whole),
         time_ns=subject.costs.whole_ns,
         source=subject.costs.source,
         note=subject.note,

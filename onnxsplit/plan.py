@@ -26,7 +26,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Base of everything in a plan: immutable, compared by value, unknown JSON fields ignored."""
 
 
-class TensorSpec(Record):
+class TensorSpec(Record, frozen=True, kw_only=True):
     """A tensor as the model declares it.
 
     Attributes:
@@ -40,7 +40,7 @@ class TensorSpec(Record):
     batch_axis: int | None = None
 
 
-class FileEntry(Record):
+class FileEntry(Record, frozen=True, kw_only=True):
     """One file of the plan directory: a plain name, its size and its SHA-256 in hexadecimal."""
 
     name: str
@@ -48,7 +48,7 @@ class FileEntry(Record):
     size_bytes: int
 
 
-class Stage(Record):
+class Stage(Record, frozen=True, kw_only=True):
     """One part of the cut model.
 
     Attributes:
@@ -86,7 +86,7 @@ class Stage(Record):
     ops: int = 0
 
 
-class Cut(Record):
+class Cut(Record, frozen=True, kw_only=True):
     """A tensor that crosses from one stage to others, with its bytes at the dimensions the plan was made for."""
 
     tensor: str
@@ -95,7 +95,7 @@ class Cut(Record):
     bytes: int
 
 
-class Passthrough(Record):
+class Passthrough(Record, frozen=True, kw_only=True):
     """Where an output comes from that no stage computes: an input of the model, or a file with the constant.
 
     Exactly one of the two is set. The file is an ``.npz`` with one tensor, under the output's name.
@@ -105,7 +105,7 @@ class Passthrough(Record):
     file: FileEntry | None = None
 
 
-class ModelInfo(Record):
+class ModelInfo(Record, frozen=True, kw_only=True):
     """The source model: file name, SHA-256 of that file, and the versions its stages keep."""
 
     name: str
@@ -114,14 +114,14 @@ class ModelInfo(Record):
     opsets: dict[str, int]
 
 
-class CreatedWith(Record):
+class CreatedWith(Record, frozen=True, kw_only=True):
     """Versions at work when the plan was made; ``onnxruntime`` is None when none was installed."""
 
     onnxsplit: str
     onnxruntime: str | None
 
 
-class Prediction(Record):
+class Prediction(Record, frozen=True, kw_only=True):
     """What the plan promises.
 
     Attributes:
@@ -141,7 +141,7 @@ class Prediction(Record):
     op_lower_bound_ns: int
 
 
-class Costs(Record):
+class Costs(Record, frozen=True, kw_only=True):
     """Where the times come from.
 
     Attributes:
@@ -162,14 +162,14 @@ class Costs(Record):
     note: str | None = None
 
 
-class CorrectionRound(Record):
+class CorrectionRound(Record, frozen=True, kw_only=True):
     """One round: stage times as predicted before it ran and as measured, in nanoseconds, by stage."""
 
     predicted_ns: tuple[int, ...]
     measured_ns: tuple[int, ...]
 
 
-class Plan(Record):
+class Plan(Record, frozen=True, kw_only=True):
     """Everything a pipeline needs to know about a cut model. See ``docs/plan.md`` for each field."""
 
     format_version: int
@@ -227,7 +227,8 @@ class Plan(Record):
     def _check_files(self) -> Iterator[str]:
         seen: set[str] = set()
         for entry in self.files():
-            if not entry.name or Path(entry.name).name != entry.name or "\\" in entry.name or entry.name == PLAN_FILE:
+            plain = Path(entry.name).name == entry.name and not {"/", "\\", "\0"} & set(entry.name)
+            if not plain or entry.name in ("", ".", "..", PLAN_FILE):
                 yield f"file name {entry.name!r} is not a plain name inside the plan's folder"
             if entry.name in seen:
                 yield f"file {entry.name!r} is listed twice"
@@ -321,7 +322,7 @@ def parse_plan(text: bytes, *, where: Path) -> Plan:
                 "Upgrade onnxsplit, or partition the model again with this version"
             )
         plan = msgspec.json.decode(text, type=Plan)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{where}: plan.json is damaged: {error}. Partition the model again") from error
     problems = plan.check()
     if problems:

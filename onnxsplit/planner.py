@@ -18,11 +18,19 @@ from pathlib import Path
 import msgspec.structs
 
 import onnxsplit
-from onnxsplit.cost.analytic import memory_bytes
 from onnxsplit.cost.measured import best_level
 from onnxsplit.errors import PartitionError, PlanError
 from onnxsplit.examine import Say, Subject, examine, silent
-from onnxsplit.extract import StageParts, file_entry, stage_parts, weight_bytes, write_constant, write_stage
+from onnxsplit.extract import (
+    StageParts,
+    file_entry,
+    peak_memory_bytes,
+    stage_parts,
+    weight_bytes,
+    whole_parts,
+    write_constant,
+    write_stage,
+)
 from onnxsplit.partitioner import Assignment, Score, lower_bound, score, slice_orders
 from onnxsplit.plan import (
     FORMAT_VERSION,
@@ -38,7 +46,7 @@ from onnxsplit.plan import (
     Prediction,
     Stage,
 )
-from onnxsplit.session import gpu_count, providers_by_stage, runtime_version, threads_per_node
+from onnxsplit.session import gpu_count, host_cores, providers_by_stage, runtime_version, threads_per_node
 from onnxsplit.tensors import Array, load_npz, save_npz
 from onnxsplit.timed import TimedModel, median_ns, run_together
 
@@ -86,9 +94,7 @@ def partition(
         raise PartitionError(f"{count} stages were asked for; at least 1 is needed")
     providers = providers_by_stage(provider, count)
     threads = threads_per_node(count)
-    subject = examine(
-        model, costs=costs, dims=dims, inputs=inputs, threads=threads, provider=providers[0], say=say
-    )
+    subject = examine(model, costs=costs, dims=dims, inputs=inputs, threads=threads, provider=providers[0], say=say)
     largest = len(subject.atoms.ops)
     if count > largest:
         raise PartitionError(
@@ -117,7 +123,9 @@ def check_target(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()) and not (target / PLAN_FILE).is_file():
         raise PlanError(f"{target} is there and holds no plan; nothing was touched. Choose another place with -o DIR")
     if not target.absolute().parent.is_dir():
-        raise PlanError(f"the folder {target.absolute().parent} does not exist; create it or choose another with -o DIR")
+        raise PlanError(
+            f"the folder {target.absolute().parent} does not exist; create it or choose another with -o DIR"
+        )
 
 
 @contextmanager
@@ -178,9 +186,7 @@ class _Cut:
 class _Draft:
     """A plan in the making: cuts, writes, measures, corrects, and keeps the best cut it has seen."""
 
-    def __init__(
-        self, subject: Subject, providers: Sequence[str], threads: int, folder: Path, say: Say
-    ) -> None:
+    def __init__(self, subject: Subject, providers: Sequence[str], threads: int, folder: Path, say: Say) -> None:
         self._subject = subject
         self._providers = tuple(providers)
         self._threads = threads
@@ -190,7 +196,7 @@ class _Draft:
     def plan(self, rounds: int) -> Plan:
         """Cut, correct up to ``rounds`` times, and describe the best cut."""
         measuring = self._subject.costs.source == "measured"
-        op_ns = self._subject.costs.time_ns
+        op_ns = self._contended(self._subject.costs.time_ns)
         best: _Cut | None = None
         history: list[CorrectionRound] = []
         seen: set[Assignment] = set()
@@ -215,6 +221,12 @@ class _Draft:
             file.rename(self._folder / file.name)
         best.folder.rmdir()
         return self._describe(best, tuple(history))
+
+    def _contended(self, op_ns: tuple[int, ...]) -> tuple[int, ...]:
+        """Times with all stages at work: more threads than this host has cores take turns."""
+        on_cpu = sum(self._threads for provider in self._providers if provider == "cpu")
+        cores = host_cores()
+        return op_ns if on_cpu <= cores else tuple(time_ns * on_cpu // cores for time_ns in op_ns)
 
     def _write(self, folder: Path, assignment: Assignment, op_ns: tuple[int, ...]) -> _Cut:
         folder.mkdir()
@@ -248,9 +260,7 @@ class _Draft:
                 threads, provider = self._threads, self._providers[index]
                 level, _ = best_level(model, feed, threads=threads, provider=provider)
                 levels.append(level)
-                worker = stack.enter_context(
-                    TimedModel(model, feed, threads=threads, level=level, provider=provider)
-                )
+                worker = stack.enter_context(TimedModel(model, feed, threads=threads, level=level, provider=provider))
                 worker.run(0.0)
                 worker.save_outputs(feed)
                 values.update(load_npz(feed))
@@ -267,7 +277,7 @@ class _Draft:
         final = score(problem, cut.assignment)
         count = len(cut.parts)
         bound = lower_bound(problem.time_ns, count)
-        every = tuple(range(len(graph.ops)))
+        whole = whole_parts(graph)
         save_npz(self._folder / EXAMPLE_FILE, subject.inputs)
         on_border = {name for part in cut.parts for name in (*part.inputs, *part.outputs)}
         source = graph.source.proto
@@ -302,9 +312,8 @@ class _Draft:
             costs=Costs(
                 source=subject.costs.source,
                 whole_time_ns=subject.costs.whole_ns,
-                whole_weight_bytes=sum(graph.constants[n] for n in {n for p in cut.parts for n in p.constants})
-                + weight_bytes(graph, StageParts(every, every, (), (), ())),
-                whole_peak_memory_bytes=memory_bytes(graph, shapes, every, frozenset(graph.outputs)),
+                whole_weight_bytes=weight_bytes(graph, whole),
+                whole_peak_memory_bytes=peak_memory_bytes(graph, shapes, whole),
                 whole_optimization_level=subject.costs.level,
                 rounds=history,
                 note=subject.note,
@@ -319,16 +328,14 @@ class _Draft:
 
     def _stage(self, cut: _Cut, index: int) -> Stage:
         part, subject = cut.parts[index], self._subject
-        weights = weight_bytes(subject.graph, part)
         return Stage(
             index=index,
             file=cut.files[index][0].name,
             files=cut.files[index],
             inputs=part.inputs,
             outputs=part.outputs,
-            weight_bytes=weights,
-            peak_memory_bytes=weights
-            + memory_bytes(subject.graph, subject.shapes, part.ops, frozenset(part.outputs)),
+            weight_bytes=weight_bytes(subject.graph, part),
+            peak_memory_bytes=peak_memory_bytes(subject.graph, subject.shapes, part),
             provider=self._providers[index],
             optimization_level=cut.levels[index],
             threads=self._threads,

@@ -108,9 +108,8 @@ def gpu_count() -> int:
     """CUDA devices that ONNX Runtime could use here: 0 without the CUDA provider or an NVIDIA driver."""
     if "CUDAExecutionProvider" not in available_providers():
         return 0
-    return len([entry for entry in Path("/proc/driver/nvidia/gpus").glob("*")]) or len(
-        [entry for entry in Path("/dev").glob("nvidia[0-9]*")]
-    )
+    listed = list(Path("/proc/driver/nvidia/gpus").glob("*")) or list(Path("/dev").glob("nvidia[0-9]*"))
+    return len(listed)
 
 
 def available_providers() -> tuple[str, ...]:
@@ -157,7 +156,7 @@ def _onnxruntime() -> Any:
     except ImportError as error:
         raise ProviderError(
             f"ONNX Runtime is installed but does not load: {error}. The GPU build needs NVIDIA's libraries: "
-            "pip install 'onnxsplit[gpu]' brings them; on a host without a GPU use pip install 'onnxsplit[cpu]' instead "
+            "pip install 'onnxsplit[gpu]' brings them; without a GPU use pip install 'onnxsplit[cpu]' instead "
             "(uninstall onnxruntime-gpu first: the two builds exclude each other)"
         ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
@@ -213,9 +212,7 @@ class Session:
             else:
                 values[name] = value_type.ortvalue_from_numpy(array)
         results = self._raw.run_with_ort_values(self._names, values)
-        return {
-            name: _to_numpy(value, kind) for (name, kind), value in zip(self.outputs, results, strict=True)
-        }
+        return {name: _to_numpy(value, kind) for (name, kind), value in zip(self.outputs, results, strict=True)}
 
     def end_profiling(self) -> Path:
         """Stop the profile this session was opened with and return its file."""
@@ -231,8 +228,8 @@ def _to_numpy(value: Any, kind: str | None) -> Array:
     count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if count == 0:
         return np.empty(shape, dtype)
-    memory = (ctypes.c_ubyte * count).from_address(value.data_ptr())
-    return np.frombuffer(memory, dtype=np.uint8).copy().view(dtype).reshape(shape)
+    memory = ctypes.string_at(value.data_ptr(), count)
+    return np.frombuffer(bytearray(memory), dtype=np.uint8).view(dtype).reshape(shape)
 
 
 def runtime_type(text: str) -> str | None:
@@ -249,6 +246,7 @@ def open_session(
     threads: int,
     level: str = "all",
     provider: str = "cpu",
+    spinning: bool = False,
     external_data_folder: Path | None = None,
     profile_prefix: Path | None = None,
 ) -> Session:
@@ -259,6 +257,7 @@ def open_session(
         threads: threads of one op; ops run one after the other.
         level: graph optimisation level, one of :data:`LEVELS`.
         provider: as :func:`parse_provider` reads it.
+        spinning: let idle threads spin, as ONNX Runtime does when it has the host to itself.
         external_data_folder: where a model given as bytes finds its external data.
         profile_prefix: when given, ONNX Runtime profiles every run into a file with this prefix.
 
@@ -279,8 +278,8 @@ def open_session(
         {"disabled": "ORT_DISABLE_ALL"}.get(level, f"ORT_ENABLE_{level.upper()}"),
     )
     options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    options.add_session_config_entry("session.inter_op.allow_spinning", str(int(spinning)))
     if external_data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(external_data_folder)
@@ -339,9 +338,8 @@ def _missing_cuda_library(ort: Any) -> str | None:
 
 def _why_not_loaded(ort: Any, wanted: Provider) -> str:
     return (
-        f"provider {wanted.text!r} was asked for, and ONNX Runtime {ort.__version__} fell back to the CPU: the device or "
-        "its driver is missing, or the options do not fit. Run with ONNX Runtime's log on stderr to see its own words, "
-        "or use the provider cpu"
+        f"provider {wanted.text!r} was asked for, and ONNX Runtime {ort.__version__} fell back to the CPU: the device "
+        "or its driver is missing, or the options do not fit. Check nvidia-smi, or use the provider cpu"
     )
 
 

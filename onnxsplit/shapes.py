@@ -172,8 +172,7 @@ def spec_of(value: onnx.ValueInfoProto) -> TensorSpec | None:
 
 def _declared(shape: onnx.TensorShapeProto) -> Shape:
     return tuple(
-        dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else dim.dim_param or "?"
-        for dim in shape.dim
+        dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else dim.dim_param or "?" for dim in shape.dim
     )
 
 
@@ -238,7 +237,9 @@ def _copy_node(target: onnx.NodeProto, node: onnx.NodeProto) -> None:
     if not large and not any(True for _ in nested_graphs(node)):
         target.CopyFrom(node)
         return
-    bare = onnx.NodeProto(name=node.name, op_type=node.op_type, domain=node.domain, input=node.input, output=node.output)
+    bare = onnx.NodeProto(
+        name=node.name, op_type=node.op_type, domain=node.domain, input=node.input, output=node.output
+    )
     target.CopyFrom(bare)
     for attribute in node.attribute:
         added = target.attribute.add()

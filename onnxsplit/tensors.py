@@ -69,7 +69,8 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     if dtype in _ML_DTYPES:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[dtype]))
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML_DTYPES[dtype]))
+        return found
     raise InputError(f"type {dtype!r} cannot be held in an array; known: {', '.join(sorted(TRAVELLING_TYPES))}")
 
 
@@ -190,7 +191,7 @@ def load_npz(path: Path) -> dict[str, Array]:
         raise InputError(f"no such file: {path}") from error
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
         raise InputError(
-            f"cannot read {path}: {error}. Allowed is an .npz archive of plain arrays (numpy.savez), without pickled objects"
+            f"cannot read {path}: {error}. Allowed is an .npz archive of plain arrays, nothing pickled"
         ) from error
 
 

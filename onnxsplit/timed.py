@@ -36,6 +36,7 @@ class _Load(msgspec.Struct, tag="load", frozen=True):
     threads: int
     level: str
     provider: str
+    spinning: bool
 
 
 class _Feed(msgspec.Struct, tag="feed", frozen=True):
@@ -54,7 +55,7 @@ class _Save(msgspec.Struct, tag="save", frozen=True):
 
 class _Answer(msgspec.Struct, frozen=True):
     error: str | None = None
-    times_ns: list[int] = []  # noqa: RUF012  msgspec copies mutable defaults
+    times_ns: list[int] = []
 
 
 _Command = _Load | _Feed | _Run | _Save
@@ -69,17 +70,25 @@ class TimedModel:
         threads: threads of the session.
         level: graph optimisation level.
         provider: execution provider.
+        spinning: let idle threads spin, for a session that has the host to itself.
     """
 
     def __init__(
-        self, model: Path, inputs: Path, *, threads: int, level: str = "all", provider: str = "cpu"
+        self,
+        model: Path,
+        inputs: Path,
+        *,
+        threads: int,
+        level: str = "all",
+        provider: str = "cpu",
+        spinning: bool = False,
     ) -> None:
-        self._load = _Load(str(model), str(inputs), threads, level, provider)
+        self._load = _Load(str(model), str(inputs), threads, level, provider, spinning)
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
     def __enter__(self) -> TimedModel:
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
+        self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "onnxsplit.timed"],
             stdin=subprocess.PIPE,
@@ -175,7 +184,11 @@ class _Worker:
         match command:
             case _Load():
                 self.session = open_session(
-                    Path(command.model), threads=command.threads, level=command.level, provider=command.provider
+                    Path(command.model),
+                    threads=command.threads,
+                    level=command.level,
+                    provider=command.provider,
+                    spinning=command.spinning,
                 )
                 self._feed(command.inputs)
             case _Feed():

@@ -174,7 +174,9 @@ def distance(found: Array, expected: Array) -> float:
     is_complex = expected.dtype.kind == "c"
     left, right = (a.astype(np.complex128 if is_complex else np.float64) for a in (found, expected))
     finite = np.isfinite(right)
-    if not np.array_equal(finite, np.isfinite(left)) or not np.array_equal(left[~finite], right[~finite], equal_nan=True):
+    if not np.array_equal(finite, np.isfinite(left)) or not np.array_equal(
+        left[~finite], right[~finite], equal_nan=True
+    ):
         return float("inf")
     if not finite.any():
         return 0.0

@@ -24,7 +24,7 @@ from runtime.pipeline import Pipeline
 _RESAMPLES = 2000
 
 
-class Row(Record):
+class Row(Record, frozen=True, kw_only=True):
     """One contender: requests a second with a 95 % interval, and the pipeline's rate over its rate, slice by slice."""
 
     name: str
@@ -36,7 +36,7 @@ class Row(Record):
     ratio_high: float
 
 
-class Report(Record):
+class Report(Record, frozen=True, kw_only=True):
     """What :func:`bench` found. ``stages_ns`` is the sum of the stages' times, each alone."""
 
     rows: tuple[Row, ...]
@@ -88,7 +88,7 @@ def bench(
         if model is not None:
             say("loading the whole model")
             level, cores, count = plan.costs.whole_optimization_level, host_cores(), len(plan.stages)
-            one = stack.enter_context(TimedModel(Path(model), example, threads=cores, level=level))
+            one = stack.enter_context(TimedModel(Path(model), example, threads=cores, level=level, spinning=True))
             many = [
                 stack.enter_context(TimedModel(Path(model), example, threads=threads, level=level))
                 for _ in range(count)
@@ -153,7 +153,7 @@ def _pipeline_rate(pipeline: Pipeline, inputs: Mapping[str, Array], seconds: flo
 
 
 def _latencies(pipeline: Pipeline, inputs: Mapping[str, Array], seconds: float) -> list[int]:
-    found = []
+    found: list[int] = []
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(found) < 5:
         begun = time.perf_counter_ns()

@@ -24,7 +24,8 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
 MAX_RANK = 32
 
-Buffer = bytes | memoryview | Array
+Buffer = bytes | memoryview
+"""The bytes of one frame."""
 
 _encoder = msgspec.msgpack.Encoder()
 _node_control: msgspec.msgpack.Decoder[NodeControl] = msgspec.msgpack.Decoder(NodeControl)
@@ -39,17 +40,20 @@ def encode(message: NodeControl | CoordinatorControl | Data) -> bytes:
 
 def decode_node_control(frame: bytes) -> NodeControl:
     """What a node says on the control link."""
-    return _decoded(_node_control, frame)
+    message: NodeControl = _decoded(_node_control, frame)
+    return message
 
 
 def decode_coordinator_control(frame: bytes) -> CoordinatorControl:
     """What the coordinator says on the control link."""
-    return _decoded(_coordinator_control, frame)
+    message: CoordinatorControl = _decoded(_coordinator_control, frame)
+    return message
 
 
 def decode_data(frame: bytes) -> Data:
     """A header of the data link."""
-    return _decoded(_data, frame)
+    message: Data = _decoded(_data, frame)
+    return message
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
@@ -57,7 +61,7 @@ def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
         raise ProtocolError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
     try:
         return decoder.decode(frame)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"a header that is none of the protocol: {error}") from error
 
 
@@ -75,7 +79,7 @@ def encode_tensors(tensors: Mapping[str, Array]) -> tuple[tuple[TensorHead, ...]
 
 def _bytes_of(tensor: Array) -> Buffer:
     flat = np.ascontiguousarray(tensor).reshape(-1)
-    return flat.view(np.uint8) if flat.size else b""
+    return flat.view(np.uint8).data if flat.size else b""
 
 
 def _encode_strings(tensor: Array) -> bytes:
@@ -103,7 +107,7 @@ def _decode_tensor(head: TensorHead, frame: Buffer) -> Array:
     if head.dtype == "string":
         return _decode_strings(head, bytes(frame), count)
     dtype = numpy_dtype(head.dtype)
-    size = len(frame) if isinstance(frame, bytes) else frame.nbytes
+    size = len(frame)
     if count * dtype.itemsize != size:
         raise ProtocolError(f"tensor {head.name!r} of {head.dtype}{list(head.shape)} in {size} bytes")
     if count == 0:

@@ -235,7 +235,9 @@ class Coordinator:
         return max(0.0, until - time.monotonic()) + 0.001
 
     def _late(self, seconds: float) -> str:
-        missing = ", ".join(f"stage {stage} (node {stage}.{replica})" for stage, replica in self._machine.missing_nodes())
+        missing = ", ".join(
+            f"stage {stage} (node {stage}.{replica})" for stage, replica in self._machine.missing_nodes()
+        )
         return f"not ready after {seconds:.0f} s: {missing}"
 
     def _control_events(self, control: Inlet) -> list[Event]:
@@ -364,7 +366,9 @@ class Coordinator:
             self._setup.launcher.close(keep_logs=broken)
         with self._lock:
             self._stopped = True
-        reason = failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
+        reason = (
+            failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
+        )
         for pending in self._pending.values():
             if not pending.future.done():
                 pending.future.set_exception(reason)

@@ -139,18 +139,7 @@ class CloseAsked:
     """The pipeline is to end."""
 
 
-Event = (
-    Joined
-    | Prepared
-    | Declined
-    | Lost
-    | Submitted
-    | Returned
-    | Reported
-    | Ticked
-    | TimedOut
-    | CloseAsked
-)
+Event = Joined | Prepared | Declined | Lost | Submitted | Returned | Reported | Ticked | TimedOut | CloseAsked
 
 
 @dataclass(frozen=True)
@@ -406,7 +395,9 @@ class CoordinatorState:
         for number, request in list(self._requests.items()):
             if request.deadline_ns is not None and request.deadline_ns <= now_ns:
                 behind = [
-                    f"{stage}" for stage, r in enumerate(request.route) if r != NOT_NEEDED and stage not in request.finished
+                    f"{stage}"
+                    for stage, r in enumerate(request.route)
+                    if r != NOT_NEEDED and stage not in request.finished
                 ]
                 where = f"stage {', '.join(behind)} had not finished" if behind else "its outputs were on their way"
                 effects += self._refuse(number, DeadlineExceeded(f"the request's time ran out: {where}"))

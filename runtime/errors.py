@@ -1,14 +1,14 @@
 """The errors of the online half, an extension of ``onnxsplit.errors``.
 
-    OnnxsplitError
-    └── PipelineError
-        ├── LaunchFailed       the pipeline did not come up
-        ├── Busy               no room for another request, and the caller would not wait
-        ├── DeadlineExceeded   the request's time ran out (also a TimeoutError)
-        ├── StageFailed        a stage could not execute this request; others are not affected
-        ├── NodeFailed         a node died; names stage, node, exit code or signal, log
-        ├── PipelineClosed     the pipeline was closed
-        └── ProtocolError      a peer said something that is not of the protocol
+OnnxsplitError
+└── PipelineError
+    ├── LaunchFailed       the pipeline did not come up
+    ├── Busy               no room for another request, and the caller would not wait
+    ├── DeadlineExceeded   the request's time ran out (also a TimeoutError)
+    ├── StageFailed        a stage could not execute this request; others are not affected
+    ├── NodeFailed         a node died; names stage, node, exit code or signal, log
+    ├── PipelineClosed     the pipeline was closed
+    └── ProtocolError      a peer said something that is not of the protocol
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_li
     """Base of all headers."""
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, tag="hello", frozen=True):
     """A node reports: who it is and where it takes fragments. ``stage`` and ``replica`` are wishes, -1 for any."""
 
     protocol: int
@@ -40,23 +40,23 @@ class Hello(_Message, tag="hello"):
     replica: int
 
 
-class Ready(_Message, tag="ready"):
+class Ready(_Message, tag="ready", frozen=True):
     """The node's stage is loaded and its links are set up."""
 
 
-class Refused(_Message, tag="refused"):
+class Refused(_Message, tag="refused", frozen=True):
     """The node cannot do what it was assigned, and ends."""
 
     reason: str
 
 
-class NodeBeat(_Message, tag="node-beat"):
+class NodeBeat(_Message, tag="node-beat", frozen=True):
     """The node lives; ``progress`` counts the requests it has executed."""
 
     progress: int
 
 
-class Assign(_Message, tag="assign"):
+class Assign(_Message, tag="assign", frozen=True):
     """The stage a node is to execute.
 
     ``plan_id`` is the SHA-256 of plan.json in ``folder``, a path on the coordinator's host. ``threads`` is 0 for the
@@ -72,29 +72,29 @@ class Assign(_Message, tag="assign"):
     address: str
 
 
-class Wire(_Message, tag="wire"):
+class Wire(_Message, tag="wire", frozen=True):
     """Where all nodes take fragments: by stage, then replica."""
 
     addresses: tuple[tuple[str, ...], ...]
 
 
-class Cancel(_Message, tag="cancel"):
+class Cancel(_Message, tag="cancel", frozen=True):
     """Nobody waits for this request any more."""
 
     request: int
 
 
-class Beat(_Message, tag="beat"):
+class Beat(_Message, tag="beat", frozen=True):
     """The coordinator lives."""
 
 
-class Stop(_Message, tag="stop"):
+class Stop(_Message, tag="stop", frozen=True):
     """End; the reason is for the node's log."""
 
     reason: str
 
 
-class TensorHead(_Message):
+class TensorHead(_Message, frozen=True):
     """A tensor whose bytes are in a frame of its own."""
 
     name: str
@@ -102,7 +102,7 @@ class TensorHead(_Message):
     shape: tuple[int, ...]
 
 
-class Fragment(_Message, tag="fragment"):
+class Fragment(_Message, tag="fragment", frozen=True):
     """Tensors of one request from one source for one stage, or for the caller.
 
     Attributes:
@@ -120,7 +120,7 @@ class Fragment(_Message, tag="fragment"):
     tensors: tuple[TensorHead, ...]
 
 
-class Finished(_Message, tag="finished"):
+class Finished(_Message, tag="finished", frozen=True):
     """A stage executed a request. Times in nanoseconds: waiting for its turn, and running."""
 
     request: int
@@ -130,7 +130,7 @@ class Finished(_Message, tag="finished"):
     run_ns: int
 
 
-class Failed(_Message, tag="failed"):
+class Failed(_Message, tag="failed", frozen=True):
     """A stage could not execute a request."""
 
     request: int

@@ -223,9 +223,7 @@ class _Node:
         with Sockets() as sockets:
             inlet = sockets.bind(options.bind or self._default_address())
             sockets.watch(self._wakeup.fileno())
-            hello = Hello(
-                PROTOCOL, os.getpid(), socket.gethostname(), inlet.address, options.stage, options.replica
-            )
+            hello = Hello(PROTOCOL, os.getpid(), socket.gethostname(), inlet.address, options.stage, options.replica)
             control = _Control(self, options.connect, hello)
             control.start()
             self._loop(sockets, inlet, control)
@@ -342,9 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     return serve(
-        NodeOptions(
-            connect=given.connect, stage=given.stage, replica=given.replica, home=given.home, lifeline=True
-        )
+        NodeOptions(connect=given.connect, stage=given.stage, replica=given.replica, home=given.home, lifeline=True)
     )
 
 

@@ -197,9 +197,7 @@ class Pipeline:
         if inflight is not None and inflight < 1:
             raise InputError(f"inflight must be at least 1, not {inflight}")
         planned = [stage.provider for stage in plan.stages]
-        providers = (
-            tuple(planned) if provider is None else providers_by_stage(provider, len(planned), default=planned)
-        )
+        providers = tuple(planned) if provider is None else providers_by_stage(provider, len(planned), default=planned)
         setup = Setup(
             folder=folder,
             plan=plan,

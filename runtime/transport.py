@@ -33,6 +33,7 @@ class Sockets:
     def __init__(self, *, linger_s: float = 0.0) -> None:
         self._linger_ms = round(linger_s * 1000)
         self._context = zmq.Context(io_threads=1)
+        self._open: list[zmq.Socket[bytes]] = []
         self._bound_files: list[Path] = []
         self._poller = zmq.Poller()
 
@@ -40,7 +41,9 @@ class Sockets:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._context.destroy(linger=self._linger_ms)
+        for socket in self._open:
+            socket.close(linger=self._linger_ms)
+        self._context.term()
         for file in self._bound_files:
             file.unlink(missing_ok=True)
 
@@ -98,6 +101,7 @@ class Sockets:
             (zmq.HEARTBEAT_TIMEOUT, 10_000),
         ):
             socket.setsockopt(option, value)
+        self._open.append(socket)
         return socket
 
 
@@ -134,9 +138,8 @@ class Outlet:
         self.raw.send(header, (zmq.SNDMORE if frames else 0) | zmq.NOBLOCK)
         last = len(frames) - 1
         for position, frame in enumerate(frames):
-            size = len(frame) if isinstance(frame, bytes) else frame.nbytes
             more = zmq.SNDMORE if position < last else 0
-            self.raw.send(frame, more | zmq.NOBLOCK, copy=size < _ZERO_COPY_FROM)
+            self.raw.send(frame, more | zmq.NOBLOCK, copy=len(frame) < _ZERO_COPY_FROM)
 
     def receive(self) -> bytes | None:
         """One header if there is one."""
@@ -144,10 +147,6 @@ class Outlet:
             return self.raw.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
-
-    def close(self) -> None:
-        """Close and forget what was not sent."""
-        self.raw.close(linger=0)
 
 
 class Wakeup:

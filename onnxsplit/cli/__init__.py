@@ -30,7 +30,7 @@ _COMMANDS = {
 class _Commands(click.Group):
     """Commands in groups, each imported from its own file when it is called."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context | None) -> list[str]:
         return [name for group in _COMMANDS.values() for name in group]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -47,7 +47,11 @@ class _Commands(click.Group):
 
 @click.command(
     cls=_Commands,
-    context_settings={"auto_envvar_prefix": "ONNXSPLIT", "help_option_names": ["-h", "--help"], "show_default": True},
+    context_settings={
+        "auto_envvar_prefix": "ONNXSPLIT",
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+    },
     epilog="Start with: onnxsplit partition model.onnx",
 )
 @click.version_option(onnxsplit.__version__)

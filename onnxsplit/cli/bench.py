@@ -6,12 +6,16 @@ from pathlib import Path
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, command, inputs_option, milliseconds, option, threads_option
+from onnxsplit.cli.output import PLAN, Output, inputs_option, make_command, milliseconds, option, threads_option
 
 
-@command
+@make_command
 @PLAN
-@option("--model", type=click.Path(path_type=Path), help="The source model: compare with whole-model sessions too.")
+@option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="The source model: compare with whole-model sessions too.",
+)
 @inputs_option
 @threads_option
 @option("--slices", type=click.IntRange(min=3), default=20, help="Interleaved slices of each contender.")
@@ -43,13 +47,19 @@ def command(
     )
     output.done()
     rows = [
-        (row.name, f"{row.per_s:.1f}", f"{row.low:.1f} to {row.high:.1f}", f"{row.ratio:.3f}", f"{row.ratio_low:.3f} to {row.ratio_high:.3f}")
+        (
+            row.name,
+            f"{row.per_s:.1f}",
+            f"{row.low:.1f} to {row.high:.1f}",
+            f"{row.ratio:.3f}",
+            f"{row.ratio_low:.3f} to {row.ratio_high:.3f}",
+        )
         for row in report.rows
     ]
     output.table(("requests a second", "median", "95 % interval", "pipeline over it", "95 % interval"), rows)
     output.line(
-        f"\nOne request at a time: {milliseconds(report.latency_p50_ns)} median, {milliseconds(report.latency_p99_ns)} p99; "
-        f"its stages alone, one after the other: {milliseconds(report.stages_ns)}."
+        f"\nOne request at a time: {milliseconds(report.latency_p50_ns)} median, "
+        f"{milliseconds(report.latency_p99_ns)} p99; its stages alone, in turn: {milliseconds(report.stages_ns)}."
     )
     output.line(f"{report.slices} slices of {slice_seconds} s each, taken in turn; {report.threads} thread(s) a stage.")
     output.result({"bench": report})

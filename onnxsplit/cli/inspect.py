@@ -9,10 +9,10 @@ from onnxsplit.cli.output import (
     MODEL,
     Output,
     binary,
-    command,
     costs_option,
     dims_option,
     inputs_option,
+    make_command,
     milliseconds,
     option,
     percent,
@@ -23,7 +23,7 @@ _SHOWN_TYPES = 10
 _SHOWN_NAMES = 3
 
 
-@command
+@make_command
 @MODEL
 @costs_option
 @dims_option
@@ -36,8 +36,12 @@ def command(output: Output, *, model: Path, cuts: int, **options: Any) -> None:
 
     found = inspect_model(model, cuts=cuts, say=output.say, **options)
     output.done()
-    output.line(f"{model}: IR {found.ir_version}, {found.ops} ops in {found.atoms} atoms, {binary(found.weight_bytes)} weights")
-    output.line(f"One run: {milliseconds(found.time_ns)} ({found.source}), {binary(found.peak_memory_bytes)} at its peak")
+    output.line(
+        f"{model}: IR {found.ir_version}, {found.ops} ops in {found.atoms} atoms, {binary(found.weight_bytes)} weights"
+    )
+    output.line(
+        f"One run: {milliseconds(found.time_ns)} ({found.source}), {binary(found.peak_memory_bytes)} at its peak"
+    )
     if found.note:
         output.line(f"Costs are analytic: {found.note}")
     for title, tensors in (("Input", found.inputs), ("Output", found.outputs)):

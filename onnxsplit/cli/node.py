@@ -6,13 +6,23 @@ from pathlib import Path
 
 import click
 
-from onnxsplit.cli.output import Output, command, option, threads_option
+from onnxsplit.cli.output import Output, make_command, option, threads_option
 
 
-@command
-@option("--connect", required=True, metavar="ADDR", help="Address of the waiting pipeline, tcp://HOST:PORT or ipc://PATH.")
+@make_command
+@option(
+    "--connect",
+    required=True,
+    metavar="ADDR",
+    help="Address of the waiting pipeline, tcp://HOST:PORT or ipc://PATH.",
+)
 @option("--stage", type=click.IntRange(min=0), help="The stage to execute. Without it: any that is free.")
-@option("--plan", type=click.Path(path_type=Path), metavar="DIR", help="Own copy of the plan. Without it: the pipeline's folder.")
+@option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Own copy of the plan. Without it: the pipeline's folder.",
+)
 @option("--bind", metavar="ADDR", help="Where to take tensors. Without it: any free port or path.")
 @option("--provider", help="cpu or cuda[:N]. Without it: the pipeline's choice.")
 @threads_option

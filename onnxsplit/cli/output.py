@@ -34,13 +34,20 @@ def threads_option(command: Command) -> Command:
 
 def inputs_option(command: Command) -> Command:
     """``--inputs``."""
-    return option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="Example inputs by name.")(command)
+    return option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="Example inputs by name.")(
+        command
+    )
 
 
 def dims_option(command: Command) -> Command:
     """``--dim NAME=N``, many times."""
     return option(
-        "--dim", "dims", multiple=True, metavar="NAME=N", callback=_parse_dims, help="Size of a free dimension. Repeatable."
+        "--dim",
+        "dims",
+        multiple=True,
+        metavar="NAME=N",
+        callback=_parse_dims,
+        help="Size of a free dimension. Repeatable.",
     )(command)
 
 
@@ -116,14 +123,14 @@ class Output:
         Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False).print(table)
 
 
-def command(summary: Callable[..., Any]) -> click.Command:
+def make_command(function: Callable[..., Any]) -> click.Command:
     """Make a command of a function that takes an :class:`Output` first: adds ``--json`` and the one-message errors."""
 
-    @functools.wraps(summary)
+    @functools.wraps(function)
     def run(*, as_json: bool, **options: Any) -> None:
         output = Output(as_json=as_json)
         with _messages(output):
-            summary(output, **options)
+            function(output, **options)
 
     with_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(run)
     return click.command()(with_json)

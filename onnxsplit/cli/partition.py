@@ -11,28 +11,32 @@ from onnxsplit.cli.output import (
     MODEL,
     Output,
     binary,
-    command,
     costs_option,
     dims_option,
     inputs_option,
+    make_command,
     milliseconds,
     option,
     percent,
 )
 
 
-@command
+@make_command
 @MODEL
 @option("--stages", type=int, metavar="K", help="Number of stages. Without it: the GPUs found, else 2.")
-@option("-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Plan directory. Without it: MODEL.plan here.")
+@option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Plan directory. Without it: MODEL.plan here.",
+)
 @option("--provider", default="auto", help="cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu.")
 @costs_option
 @dims_option
 @inputs_option
 @option("--rounds", type=click.IntRange(min=0), default=2, help="Corrections by running the real stages, at most.")
-def command(  # noqa: D417  the options document themselves
-    output: Output, *, model: Path, out: Path | None, **options: Any
-) -> None:
+def command(output: Output, *, model: Path, out: Path | None, **options: Any) -> None:
     """Cut MODEL into cost-balanced stages and write a plan directory."""
     from onnxsplit.planner import default_target, partition
 
@@ -43,8 +47,15 @@ def command(  # noqa: D417  the options document themselves
     stage_times = [s.measured_time_ns or s.predicted_time_ns for s in plan.stages]
     sent = [sum(cut.bytes for cut in plan.cuts if cut.from_stage == stage.index) for stage in plan.stages]
     rows = [
-        ("whole model", milliseconds(costs.whole_time_ns), "", binary(costs.whole_weight_bytes))
-        + (binary(costs.whole_weight_bytes + costs.whole_peak_memory_bytes), "", "")
+        (
+            "whole model",
+            milliseconds(costs.whole_time_ns),
+            "",
+            binary(costs.whole_weight_bytes),
+            binary(costs.whole_peak_memory_bytes),
+            "",
+            "",
+        )
     ]
     rows += [
         (

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, command, milliseconds, option, threads_option
+from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option, threads_option
 
 
-@command
+@make_command
 @PLAN
-@option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="Inputs by name. Without it: the plan's example.")
+@option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Inputs by name. Without it: the plan's example.",
+)
 @option("--outputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="Where to write the outputs.")
 @option("--outputs-only", multiple=True, metavar="NAME", help="Only this output or cut tensor. Repeatable.")
 @option("--provider", help="cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu. Without it: the plan's.")
@@ -53,9 +58,7 @@ def command(
         stats = pipeline.stats()
     output.done()
     found = results[-1]
-    output.table(
-        ("output", "type", "shape"), [(name, str(a.dtype), str(list(a.shape))) for name, a in found.items()]
-    )
+    output.table(("output", "type", "shape"), [(name, str(a.dtype), str(list(a.shape))) for name, a in found.items()])
     output.line()
     output.table(
         ("stage", "requests", "waited", "ran"),

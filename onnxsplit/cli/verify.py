@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnxsplit.cli.output import MODEL, PLAN, Output, command, inputs_option, threads_option
+from onnxsplit.cli.output import MODEL, PLAN, Output, inputs_option, make_command, threads_option
 from onnxsplit.errors import OnnxsplitError
 
 
-@command
+@make_command
 @PLAN
 @MODEL
 @inputs_option

@@ -99,7 +99,7 @@ _FLOPS: dict[str, Callable[[Op, Shapes], int]] = {
 }
 
 
-def memory_bytes(graph: OpGraph, shapes: Shapes, ops: tuple[int, ...], kept: frozenset[str]) -> int:
+def activation_bytes(graph: OpGraph, shapes: Shapes, ops: tuple[int, ...], kept: frozenset[str]) -> int:
     """Largest sum of live activations while these ops run in order: a tensor lives from its writer to its last reader.
 
     Args:
@@ -109,7 +109,11 @@ def memory_bytes(graph: OpGraph, shapes: Shapes, ops: tuple[int, ...], kept: fro
         kept: tensors that live to the end: the outputs.
     """
     inside = set(ops)
-    last = {name: max((r for r in graph.readers.get(name, ()) if r in inside), default=-1) for op in ops for name in graph.ops[op].reads}
+    last = {
+        name: max((r for r in graph.readers.get(name, ()) if r in inside), default=-1)
+        for op in ops
+        for name in graph.ops[op].reads
+    }
     alive = sum(shapes.bytes(n) for n in last if n not in graph.constants and graph.producer.get(n) not in inside)
     largest = alive
     for index in ops:

@@ -63,8 +63,8 @@ class Profile(msgspec.Struct, frozen=True):
         error: why there is no profile.
     """
 
-    op_ns: list[int] = []  # noqa: RUF012  msgspec copies mutable defaults
-    seen: dict[str, tuple[str, tuple[int, ...]]] = {}  # noqa: RUF012
+    op_ns: list[int] = []
+    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
     error: str | None = None
 
 
@@ -133,7 +133,13 @@ def best_level(model: Path, inputs: Path, *, threads: int, provider: str) -> tup
 
 
 def measured_costs(
-    graph: OpGraph, shapes: Shapes, inputs: Mapping[str, Array], *, threads: int, provider: str, say: Callable[[str], None]
+    graph: OpGraph,
+    shapes: Shapes,
+    inputs: Mapping[str, Array],
+    *,
+    threads: int,
+    provider: str,
+    say: Callable[[str], None],
 ) -> OpCosts:
     """Profile the model on example inputs.
 
@@ -154,14 +160,10 @@ def measured_costs(
     total = sum(profile.op_ns) or 1
     # The profiler's own cost is spread evenly over its events; what a run takes without it is the truth.
     times = tuple(time_ns * whole_ns // total for time_ns in profile.op_ns)
-    return OpCosts(
-        time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes.observed(seen)
-    )
+    return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes.observed(seen))
 
 
-def _profile(
-    source: SourceModel, inputs: Path, *, threads: int, level: str, provider: str, seconds: float
-) -> Profile:
+def _profile(source: SourceModel, inputs: Path, *, threads: int, level: str, provider: str, seconds: float) -> Profile:
     request = ProfileRequest(str(source.path), str(inputs), threads, level, provider, seconds)
     done = subprocess.run(
         [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],

@@ -1,4 +1,4 @@
-"""The profiling process: reads a request on standard input, answers with a :class:`~onnxsplit.cost.measured.Profile`."""
+"""The profiling process: a request on its standard input, a profile on its standard output."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def profile(request: ProfileRequest) -> Profile:
         inputs = {name: given[name] for name, _ in session.inputs}
         end = time.monotonic() + request.seconds
         count = 0
-        while count < (3 if request.seconds else 1) or time.monotonic() < end and count < 200:
+        while count < (3 if request.seconds else 1) or (time.monotonic() < end and count < 200):
             session.run(inputs)
             count += 1
         events = msgspec.json.decode(session.end_profiling().read_bytes())
@@ -74,7 +74,8 @@ def _renamed(graph: OpGraph) -> bytes:
     kept = [value for value in model.graph.input if value.name not in graph.overridable]
     del model.graph.input[:]
     model.graph.input.extend(kept)
-    return model.SerializeToString()
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _by_run(nodes: list[dict[str, Any]], runs: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -45,14 +45,13 @@ def _orders(problem: Problem) -> list[list[int]]:
             waiting[successor] += 1
             depth[successor] = max(depth[successor], depth[atom] + 1)
     orders = [list(range(count))]
-    for keys in (_depth_first, _by_depth):
-        order = keys(successors, list(waiting), depth)
+    for order in (_depth_first(successors, list(waiting)), _by_depth(successors, list(waiting), depth)):
         if order not in orders:
             orders.append(order)
     return orders
 
 
-def _depth_first(successors: Sequence[set[int]], waiting: list[int], depth: Sequence[int]) -> list[int]:
+def _depth_first(successors: Sequence[set[int]], waiting: list[int]) -> list[int]:
     ready = sorted((atom for atom, count in enumerate(waiting) if count == 0), reverse=True)
     order = []
     while ready:

@@ -36,10 +36,7 @@ class LocalHandle:
     def story(self) -> str:
         """How it ended, and its last words."""
         code = self._process.wait()
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        else:
-            how = f"ended with exit code {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         with self._log.open("rb") as stream:
             stream.seek(max(0, self._log.stat().st_size - _LOG_TAIL_BYTES))
             lines = stream.read().decode(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
@@ -48,13 +45,13 @@ class LocalHandle:
 
     def end(self, grace_s: float) -> None:
         """Give it time, then kill it, and reap it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
         try:
             self._process.wait(grace_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # not before: to a node that still runs it means that this process died
         os.close(self._descriptor)
 
 

@@ -1,0 +1,47 @@
+# Each target works from nothing on a machine with Python 3.11 or newer and a network.
+#   make demo     read a picture with a network cut in two            make check    format, lint, types
+#   make test     the tests                                           make bench    the benchmarks
+# PYTHON chooses the interpreter; VENV the folder of the environment; EXTRAS what make test installs (leave out torch
+# to skip the exporter's tests and PyTorch's download).
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= cpu,demo,test,torch
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
+
+.PHONY: demo test check bench soak clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(f"onnxsplit needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; set PYTHON=" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml tests/constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[cpu,demo]'
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml tests/constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python models/demo.py
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/throughput/run.py
+	$(BIN)/python benchmarks/split/run.py $$($(BIN)/python models/zoo.py all)
+
+soak: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/ends/run.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

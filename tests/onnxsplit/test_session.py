@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import build
+import ml_dtypes
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from onnxsplit.errors import ModelError, ProviderError
+from onnxsplit.session import available_providers, open_session, parse_provider, providers_by_stage
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("cpu", "CPUExecutionProvider", {}),
+        ("cuda", "CUDAExecutionProvider", {}),
+        ("cuda:1", "CUDAExecutionProvider", {"device_id": "1"}),
+        ("openvino:device_type=GPU", "OpenVINOExecutionProvider", {"device_type": "GPU"}),
+        (
+            "XnnpackExecutionProvider:2:threads=4",
+            "XnnpackExecutionProvider",
+            {"device_id": "2", "threads": "4"},
+        ),
+    ],
+)
+def test_providers_are_read(text, name, options):
+    found = parse_provider(text)
+    assert (found.name, dict(found.options)) == (name, options)
+
+
+@pytest.mark.parametrize("text", ["gpu", "cuda:x", "cpu:1", ""])
+def test_unknown_providers_are_refused(text):
+    with pytest.raises(ProviderError):
+        parse_provider(text)
+
+
+def test_providers_by_stage():
+    assert providers_by_stage("cpu", 2) == ("cpu", "cpu")
+    assert providers_by_stage("0=cuda:0,1=cpu", 3) == ("cuda:0", "cpu", "cpu")
+    assert providers_by_stage("1=cuda:1", 2, default=["cuda:0", "cpu"]) == ("cuda:0", "cuda:1")
+    with pytest.raises(ProviderError, match="the stages are 0 to 1"):
+        providers_by_stage("2=cpu", 2)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in available_providers(), reason="this ONNX Runtime has CUDA")
+def test_asking_for_cuda_without_it_says_what_to_install(tmp_path):
+    with pytest.raises(ProviderError, match=r"onnxsplit\[gpu\]"):
+        open_session(build.save(build.chain(1), tmp_path), threads=1, provider="cuda")
+
+
+def test_a_model_onnx_runtime_refuses_is_an_error_of_ours(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"no model")
+    with pytest.raises(ModelError, match="ONNX Runtime refuses"):
+        open_session(tmp_path / "m.onnx", threads=1)
+
+
+def test_bfloat16_goes_in_and_out(tmp_path):
+    kind = TensorProto.BFLOAT16
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Neg", ["wide"], ["negated"]),
+        helper.make_node("Cast", ["negated"], ["y"], to=kind),
+    ]
+    proto = build.model(nodes, [build.value("x", [2], kind)], [build.value("y", [2], kind)])
+    session = open_session(build.save(proto, tmp_path), threads=1)
+    found = session.run({"x": np.array([1.5, -2], dtype=ml_dtypes.bfloat16)})["y"]
+    assert found.dtype == ml_dtypes.bfloat16
+    assert found.tolist() == [-1.5, 2]
+
+
+WITHOUT_RUNTIME = """
+import sys, builtins
+real = builtins.__import__
+def guarded(name, *rest, **more):
+    if name.split(".")[0] == "onnxruntime":
+        raise {error}
+    return real(name, *rest, **more)
+builtins.__import__ = guarded
+sys.argv = ["onnxsplit", {arguments}]
+from onnxsplit.cli import main
+main()
+"""
+
+
+def without_runtime(environment, error: str, *arguments: object):
+    words = ", ".join(repr(str(argument)) for argument in arguments)
+    code = WITHOUT_RUNTIME.format(error=error, arguments=words)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+ABSENT = "ModuleNotFoundError('No module named onnxruntime', name='onnxruntime')"
+
+
+def test_without_onnx_runtime_analytic_partition_works(tmp_path, python_environment):
+    model = build.save(build.chain(), tmp_path)
+    arguments = ["partition", model, "-o", tmp_path / "p.plan", "--costs", "analytic"]
+    done = without_runtime(python_environment, ABSENT, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "p.plan" / "plan.json").exists()
+
+
+def test_without_onnx_runtime_the_message_names_both_extras(tmp_path, chain_plan, python_environment):
+    model = build.save(build.chain(), tmp_path)
+    done = without_runtime(python_environment, ABSENT, "verify", chain_plan, model)
+    assert done.returncode == 1
+    assert "onnxsplit[cpu]" in done.stderr
+    assert "onnxsplit[gpu]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_onnx_runtime_that_fails_to_import_says_what_is_missing(tmp_path, chain_plan, python_environment):
+    model = build.save(build.chain(), tmp_path)
+    error = "ImportError('libcudart.so.13: cannot open shared object file')"
+    done = without_runtime(python_environment, error, "verify", chain_plan, model)
+    assert done.returncode == 1
+    assert "libcudart.so.13" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from runtime.errors import PipelineError
+from runtime.transport import Sockets, Wakeup, check_address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["ipc:///tmp/x", "tcp://127.0.0.1:5555", "tcp://127.0.0.9:*", "tcp://[::1]:5", "tcp://localhost:1"],
+)
+def test_addresses_of_this_host_are_allowed(address):
+    check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://0.0.0.0:5", "tcp://*:5", "tcp://10.0.0.1:5", "tcp://example.org:5", "tcp://[::]:5"]
+)
+def test_addresses_that_leave_the_host_are_refused(address):
+    with pytest.raises(PipelineError, match="would leave this host"):
+        check_address(address)
+
+
+@pytest.mark.parametrize("address", ["", "x", "udp://127.0.0.1:5", "tcp://127.0.0.1", "tcp://127.0.0.1:x", "ipc://"])
+def test_malformed_addresses_are_refused(address):
+    with pytest.raises(PipelineError, match="expected tcp://HOST:PORT"):
+        check_address(address)
+
+
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+@pytest.mark.parametrize("size", [0, 10, 100_000, 3_000_000])
+def test_frames_arrive_as_they_were_sent(tmp_path, kind, size):
+    payload = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
+    with Sockets() as sockets:
+        inlet = sockets.bind(f"ipc://{tmp_path}/s" if kind == "ipc" else "tcp://127.0.0.1:*")
+        sockets.connect(inlet.address).send(b"header", [payload, b"tail"])
+        while (message := inlet.receive()) is None:
+            assert sockets.wait(5)
+        _, header, frames = message
+        assert header == b"header"
+        assert bytes(frames[0]) == payload.tobytes()
+        assert bytes(frames[1]) == b"tail"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_message_sent_before_the_other_side_is_there_arrives(tmp_path):
+    address = f"ipc://{tmp_path}/late"
+    with Sockets() as early, Sockets() as late:
+        early.connect(address).send(b"hello")
+        inlet = late.bind(address)
+        assert late.wait(5)
+        message = inlet.receive()
+        assert message is not None
+        assert message[1] == b"hello"
+
+
+def test_an_address_in_use_is_an_error_that_says_so():
+    with Sockets() as sockets:
+        taken = sockets.bind("tcp://127.0.0.1:*").address
+        with pytest.raises(PipelineError, match=r"(?i)in use.*another address"):
+            sockets.bind(taken)
+
+
+def test_a_ring_wakes_the_waiting_thread():
+    with Sockets() as sockets:
+        wakeup = Wakeup()
+        sockets.watch(wakeup.fileno())
+        assert sockets.wait(0) == set()
+        wakeup.ring()
+        wakeup.ring()
+        assert sockets.wait(5) == {wakeup.fileno()}
+        wakeup.clear()
+        assert sockets.wait(0) == set()
+        wakeup.close()

