@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxsplit.errors import PlanError
+from onnxsplit.errors import ModelError, PlanError
 from onnxsplit.graph import open_model
 from onnxsplit.plan import Plan, load_plan
 from onnxsplit.session import Session, open_session
@@ -84,7 +84,11 @@ def verify(
     specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
     check_inputs(given, specs, unread_inputs(plan))
     path = Path(model)
-    plain = _run_whole(path, plan, given, "disabled", threads)
+    try:
+        plain = _run_whole(path, plan, given, "disabled", threads)
+    except ModelError as error:
+        hint = "" if inputs is not None else "; these inputs were made up, give real ones with --inputs FILE.npz"
+        raise ModelError(f"{model} does not run on the inputs: {error}{hint}") from error
     again = _run_whole(path, plan, given, "disabled", threads)
     optimized = _run_whole(path, plan, given, plan.costs.whole_optimization_level, threads)
     chained = run_stages(folder, plan, given, threads=threads, level="disabled")
