@@ -3,6 +3,7 @@
     OnnxsplitError
     ├── MissingDependency   an optional package is not installed; names the extra
     ├── ModelError          the model file cannot be used
+    │   └── ModelRefused    ONNX Runtime will not load it
     ├── InputError          tensors given by the user do not fit the model
     ├── PartitionError      the model cannot be cut as asked
     ├── PlanError           a plan directory cannot be used
@@ -26,6 +27,10 @@ class MissingDependency(OnnxsplitError):
 
 class ModelError(OnnxsplitError):
     """A model file is missing, damaged, unsafe or not something ONNX Runtime can run."""
+
+
+class ModelRefused(ModelError):
+    """ONNX Runtime will not load the model: its IR version, an opset, an op or a type is not one it has."""
 
 
 class InputError(OnnxsplitError):

@@ -10,10 +10,10 @@ from onnxsplit.atoms import Atoms, build_atoms
 from onnxsplit.cost import OpCosts, transfer_ns
 from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.cost.measured import find_example, measured_costs
-from onnxsplit.errors import InputError, MissingDependency, ModelError, PartitionError
-from onnxsplit.graph import OpGraph, build_graph, open_model
+from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
+from onnxsplit.graph import OpGraph, build_graph, node_tensors, open_model, tensor_bytes
 from onnxsplit.inputs import accept, dimension_choices, synthesize
-from onnxsplit.partitioner import Problem, Transfer
+from onnxsplit.partitioner import Problem, Transfer, Weight
 from onnxsplit.session import threads_per_node
 from onnxsplit.shapes import Shapes, bind, infer_shapes, input_specs
 from onnxsplit.tensors import Array, load_npz
@@ -51,7 +51,7 @@ class Subject:
         """Types and shapes of the tensors."""
         return self.costs.shapes
 
-    def problem(self, op_ns: Sequence[int]) -> Problem:
+    def problem(self, op_ns: Sequence[int], max_memory_bytes: int | None = None) -> Problem:
         """The numbers an algorithm sees, with these times of the ops."""
         atom_of = {op: atom for atom, ops in enumerate(self.atoms.ops) for op in ops}
         times = [sum(op_ns[op] for op in ops) for ops in self.atoms.ops]
@@ -60,10 +60,44 @@ class Subject:
             if reader is not None:
                 times[reader] += op_ns[op]
         transfers = tuple(
-            Transfer(flow.writer, flow.readers, transfer_ns(self.shapes.bytes(flow.tensor)), flow.to_caller)
+            Transfer(flow.writer, flow.readers, transfer_ns(size), flow.to_caller, size)
             for flow in self.atoms.flows
+            for size in [self.shapes.bytes(flow.tensor)]
         )
-        return Problem(time_ns=tuple(times), transfers=transfers)
+        return Problem(
+            time_ns=tuple(times),
+            transfers=transfers,
+            weights=self._weights(atom_of),
+            inner_bytes=self._inner_bytes(),
+            max_memory_bytes=max_memory_bytes,
+        )
+
+    def _weights(self, atom_of: Mapping[int, int]) -> tuple[Weight, ...]:
+        """Initializers, and tensors in the attributes of ops, with the atoms that read them, directly or by copies."""
+        graph = self.graph
+        held: dict[str, set[int]] = {}
+        found = []
+        for op in graph.ops:
+            atoms = (
+                {atom_of[op.index]}
+                if op.index in atom_of
+                else {atom_of[r] for r in self._readers(op.index) if r in atom_of}
+            )
+            for name in op.reads:
+                if name in graph.constants:
+                    held.setdefault(name, set()).update(atoms)
+            stored = sum(tensor_bytes(tensor) for tensor in node_tensors([op.node]))
+            if stored:
+                found.append(Weight(stored, tuple(sorted(atoms))))
+        return (*(Weight(graph.constants[name], tuple(sorted(atoms))) for name, atoms in held.items()), *found)
+
+    def _inner_bytes(self) -> tuple[int, ...]:
+        """By atom, the tensors that its ops write and that stay inside."""
+        leaving = {flow.tensor for flow in self.atoms.flows}
+        return tuple(
+            sum(self.shapes.bytes(name) for op in ops for name in self.graph.ops[op].outputs if name not in leaving)
+            for ops in self.atoms.ops
+        )
 
     def _readers(self, op: int) -> Iterator[int]:
         for name in self.graph.ops[op].outputs:
@@ -118,6 +152,10 @@ def examine(
             shapes = infer_shapes(graph, {name: array.shape for name, array in example.items()})
             op_costs = measured_costs(graph, shapes, example, threads=threads, provider=provider, say=say)
             return _subject(graph, op_costs, example, sizes, None)
+        except ModelRefused as error:
+            raise ModelRefused(
+                f"{error}. To cut it for another ONNX Runtime than this one: --costs analytic"
+            ) from error
         except (ModelError, InputError, MissingDependency) as error:
             if costs == "measured" or given is not None:
                 raise

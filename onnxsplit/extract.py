@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import EncodeError
 
 from onnxsplit.atoms import Atoms, needed_tensors
 from onnxsplit.cost.analytic import activation_bytes
@@ -57,7 +58,7 @@ class StageParts:
 
 def stage_parts(graph: OpGraph, atoms: Atoms, assignment: Sequence[int]) -> tuple[StageParts, ...]:
     """Turn an assignment of atoms to stages into the parts of every stage."""
-    stages = max(assignment) + 1
+    stages = max(assignment, default=-1) + 1
     own: list[list[int]] = [[] for _ in range(stages)]
     stage_of: dict[int, int] = {}
     for atom, stage in enumerate(assignment):
@@ -122,7 +123,19 @@ def weight_bytes(graph: OpGraph, parts: StageParts) -> int:
     return sum(graph.constants[name] for name in parts.constants) + sum(tensor_bytes(tensor) for tensor in stored)
 
 
-def write_stage(graph: OpGraph, shapes: Shapes, parts: StageParts, folder: Path, name: str) -> tuple[FileEntry, ...]:
+def _ignore(_: int) -> None:
+    """Report to nobody."""
+
+
+def write_stage(
+    graph: OpGraph,
+    shapes: Shapes,
+    parts: StageParts,
+    folder: Path,
+    name: str,
+    *,
+    wrote: Callable[[int], None] = _ignore,
+) -> tuple[FileEntry, ...]:
     """Write one stage, and its external data where its initializers are external in the source.
 
     Args:
@@ -131,19 +144,35 @@ def write_stage(graph: OpGraph, shapes: Shapes, parts: StageParts, folder: Path,
         parts: what the stage is made of.
         folder: where to.
         name: file name of the model, ``NAME.onnx``; external data goes to ``NAME.data``.
+        wrote: told of every number of bytes of external data written.
 
     Raises:
         PartitionError: the disk is full or the folder cannot be written.
     """
     model = stage_model(graph, shapes, parts)
     try:
-        data = _copy_external(graph.source, model, folder / Path(name).with_suffix(".data"))
-        content = model.SerializeToString()
+        data = copy_external(graph.source, model, folder / Path(name).with_suffix(".data"), wrote)
+        content = serialized(model)
         (folder / name).write_bytes(content)
     except OSError as error:
         raise PartitionError(f"cannot write {folder / name}: {error.strerror}") from error
     entry = FileEntry(name=name, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
     return (entry, *data)
+
+
+def serialized(model: onnx.ModelProto) -> bytes:
+    """A model's bytes.
+
+    Raises:
+        PartitionError: it is above the 2 GB that protobuf allows.
+    """
+    try:
+        content: bytes = model.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise PartitionError(
+            f"a part of the model is above the 2 GB a protobuf can hold ({error}); store the model with external data"
+        ) from error
+    return content
 
 
 def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.ModelProto:
@@ -184,7 +213,9 @@ def _border(name: str, shapes: Shapes, declared: Mapping[str, onnx.ValueInfoProt
     return value_info(name, spec)
 
 
-def _copy_external(source: SourceModel, model: onnx.ModelProto, path: Path) -> tuple[FileEntry, ...]:
+def copy_external(
+    source: SourceModel, model: onnx.ModelProto, path: Path, wrote: Callable[[int], None] = _ignore
+) -> tuple[FileEntry, ...]:
     """Copy the ranges of external data that a stage needs into its own file, and point the stage at them."""
     external = [t for t in graph_tensors(model.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
     if not external:
@@ -197,6 +228,7 @@ def _copy_external(source: SourceModel, model: onnx.ModelProto, path: Path) -> t
             for block in (bytes(padding), *_blocks(file, offset, length)):
                 digest.update(block)
                 target.write(block)
+                wrote(len(block))
             del tensor.external_data[:]
             for key, value in (
                 ("location", path.name),

@@ -12,16 +12,18 @@ from itertools import islice
 
 import numpy as np
 
+from onnxsplit.errors import InputError
 from onnxsplit.graph import OpGraph
 from onnxsplit.plan import TensorSpec
 from onnxsplit.shapes import check_dimensions, free_dimensions
-from onnxsplit.tensors import Array, check_inputs, numpy_dtype
+from onnxsplit.tensors import Array, check_inputs, numpy_dtype, size_bytes
 
 _BATCH = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
 _STATE = re.compile(r"state|hidden|cell|^[hc][n0-9]?$", re.IGNORECASE)  # [layers, batch, width] by custom
 _SEQUENCE_SIZES = (128, 32, 16, 64, 256, 512, 8, 1)
 _IMAGE_SIZES = (224, 320, 256, 640, 64, 48, 32, 512)
 _MOST_CHOICES = 64
+_MOST_BYTES = 4 << 30
 _OTHER_SIZES = (32, 256, 512, 16, 64, 128, 8, 1)
 _TRANSPARENT = frozenset(
     ["Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten", "Transpose", "Clip", "Slice"]
@@ -73,6 +75,11 @@ def synthesize(
 
     Floats lie in [0, 1); integers that index a table lie within it; masks are ones; lengths are the longest axis.
     """
+    total = sum(size_bytes(spec.dtype, sizes[name]) for name, spec in specs.items())
+    if total > _MOST_BYTES:
+        raise InputError(
+            f"example inputs of these shapes take {total} bytes, over {_MOST_BYTES}; give smaller sizes with --dim"
+        )
     random = np.random.default_rng(0)
     longest = max((max(shape, default=1) for shape in sizes.values()), default=1)
     return {

@@ -8,6 +8,7 @@ are integer nanoseconds, sizes bytes, types ONNX's names, tensor names those of 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -351,6 +352,8 @@ def check_file(folder: Path, entry: FileEntry) -> list[str]:
 def plan_schema() -> bytes:
     """The JSON Schema of ``plan.json``; ``plan.schema.json`` in the package is this."""
     schema = msgspec.json.schema(Plan)
+    for definition in schema["$defs"].values():  # Python 3.13 takes the indentation out of docstrings, others do not
+        definition["description"] = inspect.cleandoc(definition["description"])
     return msgspec.json.format(msgspec.json.encode(schema, order="sorted"), indent=2) + b"\n"
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import msgspec.structs
 
 import onnxsplit
 from onnxsplit.cost.measured import best_level
+from onnxsplit.cut_at import assignment_at
 from onnxsplit.errors import PartitionError, PlanError
 from onnxsplit.examine import Say, Subject, examine, silent
 from onnxsplit.extract import (
@@ -31,7 +33,7 @@ from onnxsplit.extract import (
     write_constant,
     write_stage,
 )
-from onnxsplit.partitioner import Assignment, Score, lower_bound, score, slice_orders
+from onnxsplit.partitioner import Assignment, Infeasible, Score, fewest_stages, lower_bound, score, slice_orders
 from onnxsplit.plan import (
     FORMAT_VERSION,
     PLAN_FILE,
@@ -51,16 +53,19 @@ from onnxsplit.tensors import Array, load_npz, save_npz
 from onnxsplit.timed import TimedModel, median_ns, run_together
 
 EXAMPLE_FILE = "example.npz"
-DEFAULT_ROUNDS = 2
+DEFAULT_ROUNDS = 3
 
+_SAY_EVERY_BYTES = 64 << 20
 _STAGE_SECONDS = 0.8  # of all stages running at once, per round
 
 
 def partition(
     model: str | Path,
     *,
-    stages: int | None = None,
+    stages: int | Literal["auto"] | None = None,
     out: str | Path | None = None,
+    cut_at: Sequence[str] = (),
+    max_memory: int | None = None,
     costs: str | None = None,
     dims: Mapping[str, int] | None = None,
     inputs: str | Path | Mapping[str, Array] | None = None,
@@ -72,13 +77,15 @@ def partition(
 
     Args:
         model: the model file.
-        stages: number of stages; the GPUs found, else 2, when None.
+        stages: number of stages; ``auto`` for the fewest that fit ``max_memory``; the GPUs found, else 2, when None.
         out: the plan directory; ``MODEL.plan`` in the current folder when None. A plan there is replaced whole.
+        cut_at: tensors to cut exactly at, instead of choosing.
+        max_memory: bytes that no stage may exceed, by estimate: its weights and its largest sum of live activations.
         costs: ``measured`` or ``analytic``; None measures where the model runs here.
         dims: sizes of free dimensions that costs are taken at; the plan runs at any.
         inputs: example inputs, or an ``.npz`` with them.
         provider: as ``--provider``: one for all, ``auto``, or by stage.
-        rounds: how often, at most, the cut is corrected by running its real stages.
+        rounds: how often, at most, the real stages are run and the cut is corrected; 0 for never.
         say: told what is being done.
 
     Raises:
@@ -86,25 +93,94 @@ def partition(
         PlanError: ``out`` is something other than a plan.
         ModelError, InputError, MissingDependency, ProviderError: as :func:`~onnxsplit.examine.examine`.
     """
-    model = Path(model)
-    target = Path(out) if out is not None else default_target(model)
+    target = Path(out) if out is not None else default_target(Path(model))
     check_target(target)
-    count = stages if stages is not None else (gpu_count() or 2)
-    if count < 1:
-        raise PartitionError(f"{count} stages were asked for; at least 1 is needed")
+    _check_request(stages, cut_at, max_memory)
+    guess = stages if isinstance(stages, int) else gpu_count() or 2
+    first = providers_by_stage(provider, guess)[0]
+    threads = threads_per_node(guess)
+    subject = examine(model, costs=costs, dims=dims, inputs=inputs, threads=threads, provider=first, say=say)
+    return write_plan(
+        subject, target, stages=stages, cut_at=cut_at, max_memory=max_memory, provider=provider, rounds=rounds, say=say
+    )
+
+
+def write_plan(
+    subject: Subject,
+    target: Path,
+    *,
+    stages: int | Literal["auto"] | None = None,
+    cut_at: Sequence[str] = (),
+    max_memory: int | None = None,
+    provider: str = "auto",
+    rounds: int = DEFAULT_ROUNDS,
+    say: Say = silent,
+) -> Plan:
+    """Cut a model that was examined. The arguments are those of :func:`partition`."""
+    check_target(target)
+    _check_request(stages, cut_at, max_memory)
+    choose, count = _chooser(subject, stages, cut_at, max_memory)
     providers = providers_by_stage(provider, count)
-    threads = threads_per_node(count)
-    subject = examine(model, costs=costs, dims=dims, inputs=inputs, threads=threads, provider=providers[0], say=say)
-    largest = len(subject.atoms.ops)
-    if count > largest:
-        raise PartitionError(
-            f"{model} cannot be cut into {count} stages: its {len(subject.graph.ops)} ops form {largest} parts that "
-            f"can be separated. Ask for {largest} stages or fewer"
-        )
     with _new_folder(target) as folder:
-        plan = _Draft(subject, providers, threads, folder, say).plan(rounds)
+        plan = _Draft(subject, choose, providers, threads_per_node(count), folder, say).plan(rounds)
         (folder / PLAN_FILE).write_bytes(plan.to_json())
     return plan
+
+
+Chooser = Callable[[Sequence[int]], Assignment]
+"""Times of the ops -> atoms to stages."""
+
+
+def _check_request(stages: int | str | None, cut_at: Sequence[str], max_memory: int | None) -> None:
+    if isinstance(stages, int) and stages < 1:
+        raise PartitionError(f"{stages} stages were asked for; at least 1 is needed")
+    if stages == "auto" and max_memory is None:
+        raise PartitionError("the fewest stages that fit need a limit: give --max-memory SIZE with --stages auto")
+    if cut_at and (stages is not None or max_memory is not None):
+        raise PartitionError("--cut-at decides the stages; leave out --stages and --max-memory")
+
+
+def _chooser(
+    subject: Subject, stages: int | str | None, cut_at: Sequence[str], max_memory: int | None
+) -> tuple[Chooser, int]:
+    """How to assign atoms, and the number of stages that comes out."""
+    if cut_at:
+        fixed = assignment_at(subject, cut_at)
+        return (lambda _: fixed), max(fixed) + 1
+    largest = len(subject.atoms.ops)
+    try:
+        count = (
+            fewest_stages(subject.problem(subject.costs.time_ns, max_memory))
+            if stages == "auto"
+            else int(stages)
+            if stages is not None
+            else min(gpu_count() or 2, largest)
+        )
+        if count > largest:
+            raise PartitionError(
+                f"{subject.graph.source.path} cannot be cut into {count} stages: its {len(subject.graph.ops)} ops form "
+                f"{largest} parts that can be separated. Ask for {largest} stages or fewer"
+            )
+        slice_orders(subject.problem(subject.costs.time_ns, max_memory), count)
+    except Infeasible:
+        raise PartitionError(_too_little_memory(subject, max_memory or 0)) from None
+    return (lambda op_ns: slice_orders(subject.problem(op_ns, max_memory), count)), count
+
+
+def _too_little_memory(subject: Subject, max_memory: int) -> str:
+    graph = subject.graph
+    problem = subject.problem(subject.costs.time_ns)
+    alone = [
+        sum(weight.size_bytes for weight in problem.weights if atom in weight.readers)
+        for atom in range(len(problem.time_ns))
+    ]
+    atom = max(range(len(alone)), key=alone.__getitem__)
+    name = graph.ops[subject.atoms.ops[atom][0]].name
+    try:
+        fits = f"The fewest stages that fit are {fewest_stages(subject.problem(subject.costs.time_ns, max_memory))}"
+    except Infeasible:
+        fits = f"Allow more: op {name!r} alone holds {alone[atom]} bytes of weights, besides its tensors"
+    return f"no cut keeps every stage within {max_memory} bytes. {fits}"
 
 
 def default_target(model: Path) -> Path:
@@ -180,29 +256,47 @@ class _Cut:
     def bottleneck_ns(self) -> int:
         """The slowest stage with its transfers; of measured times where there are any."""
         compute = self.measured_ns if self.measured_ns is not None else self.score.compute_ns
-        return max(c + t for c, t in zip(compute, self.score.transfer_ns, strict=True))
+        return max((c + t for c, t in zip(compute, self.score.transfer_ns, strict=True)), default=0)
+
+
+class _BytesWritten:
+    """Says how far writing has come, every so many bytes."""
+
+    def __init__(self, what: str, total: int, say: Say) -> None:
+        self._what, self._total, self._say = what, total, say
+        self._done, self._said = 0, 0
+        say(what)
+
+    def __call__(self, size_bytes: int) -> None:
+        """Take note of more bytes."""
+        self._done += size_bytes
+        if self._done - self._said >= _SAY_EVERY_BYTES:
+            self._said = self._done
+            self._say(f"{self._what}: {self._done >> 20} of {self._total >> 20} MiB")
 
 
 class _Draft:
     """A plan in the making: cuts, writes, measures, corrects, and keeps the best cut it has seen."""
 
-    def __init__(self, subject: Subject, providers: Sequence[str], threads: int, folder: Path, say: Say) -> None:
+    def __init__(
+        self, subject: Subject, choose: Chooser, providers: Sequence[str], threads: int, folder: Path, say: Say
+    ) -> None:
         self._subject = subject
+        self._choose = choose
         self._providers = tuple(providers)
         self._threads = threads
         self._folder = folder
         self._say = say
 
     def plan(self, rounds: int) -> Plan:
-        """Cut, correct up to ``rounds`` times, and describe the best cut."""
-        measuring = self._subject.costs.source == "measured"
+        """Cut, run and correct up to ``rounds`` times, choose the stages' levels, and describe the best cut."""
+        measuring = self._subject.costs.source == "measured" and rounds > 0
         op_ns = self._contended(self._subject.costs.time_ns)
         best: _Cut | None = None
         history: list[CorrectionRound] = []
         seen: set[Assignment] = set()
-        for number in range(rounds + 1 if measuring else 1):
-            problem = self._subject.problem(op_ns)
-            assignment = slice_orders(problem, len(self._providers))
+        for number in range(rounds if measuring else 1):
+            assignment = self._choose(op_ns)
             if assignment in seen:
                 break
             seen.add(assignment)
@@ -217,6 +311,8 @@ class _Draft:
             if loser is not None:
                 shutil.rmtree(loser.folder)
         assert best is not None
+        if measuring:
+            best = self._measure(self._with_levels(best))
         for file in best.folder.iterdir():
             file.rename(self._folder / file.name)
         best.folder.rmdir()
@@ -234,8 +330,10 @@ class _Draft:
         parts = stage_parts(subject.graph, subject.atoms, assignment)
         files = []
         for index, part in enumerate(parts):
-            self._say(f"writing stage {index} of {len(parts)}")
-            files.append(write_stage(subject.graph, subject.shapes, part, folder, f"stage{index}.onnx"))
+            progress = _BytesWritten(
+                f"writing stage {index} of {len(parts)}", weight_bytes(subject.graph, part), self._say
+            )
+            files.append(write_stage(subject.graph, subject.shapes, part, folder, f"stage{index}.onnx", wrote=progress))
         return _Cut(
             assignment=assignment,
             parts=parts,
@@ -247,29 +345,47 @@ class _Draft:
         )
 
     def _measure(self, cut: _Cut) -> _Cut:
-        """Choose each stage's level, then run all stages at once, each on what the stages before really give."""
-        levels = []
+        """Run all stages at once, each on what the stages before really give, and make the costs agree."""
+        threads = self._threads
         with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
-            values = dict(self._subject.inputs)
-            workers = []
-            for index, part in enumerate(cut.parts):
-                self._say(f"measuring stage {index} of {len(cut.parts)}")
-                model = cut.folder / cut.files[index][0].name
-                feed = Path(scratch) / f"{index}.npz"
-                save_npz(feed, {name: values[name] for name in part.inputs})
-                threads, provider = self._threads, self._providers[index]
-                level, _ = best_level(model, feed, threads=threads, provider=provider)
-                levels.append(level)
-                worker = stack.enter_context(TimedModel(model, feed, threads=threads, level=level, provider=provider))
-                worker.run(0.0)
-                worker.save_outputs(feed)
-                values.update(load_npz(feed))
-                workers.append(worker)
+            feeds = self._feeds(cut, Path(scratch))
+            workers = [
+                stack.enter_context(
+                    TimedModel(model, feed, threads=threads, level=cut.levels[index], provider=self._providers[index])
+                )
+                for index, (model, feed) in enumerate(feeds)
+            ]
             self._say("running all stages at once")
             run_together(workers, _STAGE_SECONDS / 4)
             times = run_together(workers, _STAGE_SECONDS, least=3)
         measured = tuple(median_ns(run) for run in times)
-        return replace(cut, levels=tuple(levels), measured_ns=measured, op_ns=_corrected(cut, measured))
+        return replace(cut, measured_ns=measured, op_ns=_corrected(cut, measured))
+
+    def _with_levels(self, cut: _Cut) -> _Cut:
+        """Give each stage the optimisation level at which it runs fastest."""
+        levels = []
+        with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
+            for index, (model, feed) in enumerate(self._feeds(cut, Path(scratch))):
+                self._say(f"choosing the optimisation level of stage {index} of {len(cut.parts)}")
+                level, _ = best_level(model, feed, threads=self._threads, provider=self._providers[index])
+                levels.append(level)
+        return replace(cut, levels=tuple(levels))
+
+    def _feeds(self, cut: _Cut, scratch: Path) -> list[tuple[Path, Path]]:
+        """Every stage's file, and its inputs as the stages before it give them."""
+        values = dict(self._subject.inputs)
+        feeds = []
+        for index, part in enumerate(cut.parts):
+            model, feed = cut.folder / cut.files[index][0].name, scratch / f"{index}.npz"
+            save_npz(feed, {name: values[name] for name in part.inputs})
+            if set(part.outputs) & {name for later in cut.parts[index + 1 :] for name in later.inputs}:
+                outputs = scratch / "outputs.npz"
+                with TimedModel(model, feed, threads=self._threads, level="basic") as once:
+                    once.run(0.0)
+                    once.save_outputs(outputs)
+                values.update(load_npz(outputs))
+            feeds.append((model, feed))
+        return feeds
 
     def _describe(self, cut: _Cut, history: tuple[CorrectionRound, ...]) -> Plan:
         subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes

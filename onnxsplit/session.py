@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import MissingDependency, ModelError, OnnxsplitError, ProviderError
+from onnxsplit.errors import MissingDependency, ModelError, ModelRefused, OnnxsplitError, ProviderError
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
 
 LEVELS = ("disabled", "basic", "extended", "all")
@@ -126,6 +126,22 @@ def runtime_version() -> str | None:
         return str(_onnxruntime().__version__)
     except OnnxsplitError:
         return None
+
+
+def require_runtime() -> None:
+    """Raise when no ONNX Runtime is installed or it does not load, saying what to do."""
+    _onnxruntime()
+
+
+def provider_problem(name: str) -> str | None:
+    """Why a provider of the installed ONNX Runtime cannot be used here; None when nothing speaks against it."""
+    try:
+        _require_provider(_onnxruntime(), Provider(text=name, name=name))
+    except OnnxsplitError as error:
+        return str(error)
+    if name == "CUDAExecutionProvider" and not gpu_count():
+        return "no NVIDIA GPU or driver was found"
+    return None
 
 
 def host_cores() -> int:
@@ -264,7 +280,7 @@ def open_session(
     Raises:
         MissingDependency: no ONNX Runtime is installed.
         ProviderError: the provider cannot be used; says what is missing.
-        ModelError: ONNX Runtime refuses the model.
+        ModelRefused: ONNX Runtime refuses the model.
     """
     ort = _onnxruntime()
     wanted = parse_provider(provider)
@@ -294,7 +310,7 @@ def open_session(
     try:
         raw = ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise ModelError(f"ONNX Runtime refuses the model: {_first_lines(error)}") from error
+        raise ModelRefused(f"ONNX Runtime {ort.__version__} refuses the model: {_first_lines(error)}") from error
     if wanted.name not in raw.get_providers():
         raise ProviderError(_why_not_loaded(ort, wanted))
     return Session(raw)

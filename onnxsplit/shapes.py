@@ -194,10 +194,12 @@ def _infer(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> dict[
     for value in (*declared.value_info, *declared.output):
         spec = spec_of(value)
         if spec is not None:
-            found[value.name] = TensorSpec(dtype=spec.dtype, shape=None)
+            # A declared shape is trusted only where no op relies on it: it is for the caller's eyes.
+            trusted = value.name in graph.outputs and value.name not in graph.readers
+            found[value.name] = spec if trusted else TensorSpec(dtype=spec.dtype, shape=None)
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         spec = spec_of(value)
-        if spec is not None:
+        if spec is not None and (spec.shape is not None or value.name not in found):
             found[value.name] = spec
     for tensor in declared.initializer:
         dtype = type_name(tensor.data_type)

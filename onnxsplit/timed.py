@@ -23,7 +23,7 @@ from typing import IO
 
 import msgspec
 
-from onnxsplit.errors import InputError, ModelError, OnnxsplitError
+from onnxsplit.errors import InputError, ModelError, ModelRefused, OnnxsplitError
 from onnxsplit.session import Session, open_session, quiet_environment
 from onnxsplit.tensors import load_npz, save_npz
 
@@ -55,6 +55,7 @@ class _Save(msgspec.Struct, tag="save", frozen=True):
 
 class _Answer(msgspec.Struct, frozen=True):
     error: str | None = None
+    refused: bool = False
     times_ns: list[int] = []
 
 
@@ -146,7 +147,7 @@ class TimedModel:
             raise ModelError(f"running {self._load.model}: {self._death()}")
         answer = msgspec.json.decode(line, type=_Answer)
         if answer.error is not None:
-            raise ModelError(f"running {self._load.model}: {answer.error}")
+            raise (ModelRefused if answer.refused else ModelError)(f"running {self._load.model}: {answer.error}")
         return answer
 
     def _death(self) -> str:
@@ -230,7 +231,7 @@ def _main() -> None:
         try:
             answer = worker.perform(msgspec.json.decode(line, type=_Command))
         except OnnxsplitError as error:
-            answer = _Answer(error=str(error))
+            answer = _Answer(error=str(error), refused=isinstance(error, ModelRefused))
         answers.write(msgspec.json.encode(answer) + b"\n")
         answers.flush()
 

@@ -204,6 +204,8 @@ class Coordinator:
                 handle = setup.launcher.start(connect=control.address, stage=slot[0], replica=slot[1])
                 self._handles[slot] = handle
                 sockets.watch(handle.fileno())
+        if not self._machine.nodes:  # every output passes through: there is nothing to wait for
+            self._ready.set_result(control.address)
         begun = time.monotonic()
         next_beat = begun
         closing = False

@@ -296,11 +296,11 @@ class NodeState:
             if route[target] != NOT_NEEDED:
                 tensors = {name: event.outputs[name] for name in names}
                 effects.append(Forward(target, route[target], event.request, route, wanted, tensors))
-        asked = {name: event.outputs[name] for name in self._outputs if name in wanted}
-        if asked:
-            effects.append(Forward(CALLER, 0, event.request, route, wanted, asked))
         waited, ran = event.started_ns - join.complete_ns, event.ended_ns - event.started_ns
         effects.append(Report(Finished(event.request, stage, replica, waited, ran)))
+        asked = {name: event.outputs[name] for name in self._outputs if name in wanted}
+        if asked:  # after the report, so that what a caller has is counted
+            effects.append(Forward(CALLER, 0, event.request, route, wanted, asked))
         return effects + self._next()
 
     def _forget(self, request: int) -> None:

@@ -206,7 +206,7 @@ class Pipeline:
             providers=providers,
             **links,
         )
-        admitted = 1 if mode == "sync" else inflight or 2 * sum(replicas)
+        admitted = 1 if mode == "sync" else inflight or 2 * max(1, sum(replicas))
         return cls(folder, plan, Coordinator(setup), inflight=admitted, replicas=replicas)
 
     def _wait_until_ready(self) -> Pipeline:

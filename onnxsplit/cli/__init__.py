@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from importlib import import_module
@@ -18,11 +19,16 @@ _COMMANDS = {
         "inspect": "Show a model's ops, cost and memory, and where it can be cut.",
         "partition": "Cut a model into balanced stages.",
         "verify": "Compare the stages of a plan with the whole model.",
+        "merge": "Put a plan back into one model.",
     },
     "Run": {
         "run": "Run a plan once: start its nodes, run, stop them.",
         "node": "Start one node by hand, for a pipeline that waits for it.",
         "bench": "Measure a plan: throughput, latency, efficiency.",
+    },
+    "Help": {
+        "doctor": "Show what this host has and what of it can be used.",
+        "completion": "Complete commands and options in your shell.",
     },
 }
 
@@ -60,9 +66,18 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The entry point ``onnxsplit``."""
+    """The entry point ``onnxsplit``. Wrong usage is an error object, too, with ``--json``."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(cli())
+    try:
+        sys.exit(cli(prog_name="onnxsplit", standalone_mode=False))
+    except click.ClickException as error:
+        if "--json" in sys.argv:
+            message = {"type": "UsageError", "message": error.format_message()}
+            click.echo(json.dumps({"error": message}))
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _terminate(number: int, _: FrameType | None) -> Any:

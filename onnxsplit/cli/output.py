@@ -73,14 +73,18 @@ def _parse_dims(context: click.Context, parameter: click.Parameter, value: Seque
 class Output:
     """What a command says: results on stdout, progress and errors on stderr."""
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, quiet: bool = False, verbose: bool = False) -> None:
         self.as_json = as_json
-        self._progress = sys.stderr.isatty()
+        self._quiet = quiet or as_json
+        self._verbose = verbose
+        self._progress = sys.stderr.isatty() and not quiet
         self._shown = False
 
     def say(self, what: str) -> None:
-        """Progress: one line that is replaced, on a terminal only."""
-        if self._progress:
+        """Progress: one line that is replaced, on a terminal only; a line each when verbose."""
+        if self._verbose:
+            click.echo(what, err=True)
+        elif self._progress:
             width = os.get_terminal_size(sys.stderr.fileno()).columns
             sys.stderr.write(f"\r\x1b[2K{what[: width - 1]}")
             sys.stderr.flush()
@@ -94,8 +98,8 @@ class Output:
             self._shown = False
 
     def line(self, text: str = "") -> None:
-        """A line for people; nothing with ``--json``."""
-        if not self.as_json:
+        """A line for people; nothing when quiet or with ``--json``."""
+        if not self._quiet:
             click.echo(text)
 
     def note(self, text: str) -> None:
@@ -109,7 +113,7 @@ class Output:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table for people: the first column to the left, the others to the right."""
-        if self.as_json:
+        if self._quiet:
             return
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -123,17 +127,54 @@ class Output:
         Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False).print(table)
 
 
+class ManyValues(click.Command):
+    """A command whose repeatable options also take several values at once: ``--dim a=1 b=2``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Write ``--dim a b`` as ``--dim a --dim b``; what the arguments still need is left to them."""
+        options = {name: p for p in self.params if isinstance(p, click.Option) for name in p.opts}
+        wanted = sum(isinstance(p, click.Argument) for p in self.params)
+        result: list[str] = []
+        spare: list[int] = []  # places in the result of values that an argument could claim instead
+        many, position = None, 0
+        while position < len(args):
+            token = args[position]
+            option = options.get(token)
+            if token.startswith("-"):
+                many = token if option is not None and option.multiple else None
+                takes_value = option is not None and not option.is_flag
+                result += args[position : position + 1 + takes_value]
+                position += 1 + takes_value
+                continue
+            if many is not None:
+                result += [many, token]
+                spare.append(len(result) - 1)
+            else:
+                wanted -= 1
+                result.append(token)
+            position += 1
+        for place in spare[len(spare) - wanted :] if wanted > 0 else ():
+            result[place - 1] = ""
+        return super().parse_args(ctx, [token for token in result if token])
+
+
 def make_command(function: Callable[..., Any]) -> click.Command:
-    """Make a command of a function that takes an :class:`Output` first: adds ``--json`` and the one-message errors."""
+    """Make a command of a function that takes an :class:`Output` first: adds ``--json``, ``-q``, ``-v`` and errors."""
 
     @functools.wraps(function)
-    def run(*, as_json: bool, **options: Any) -> None:
-        output = Output(as_json=as_json)
+    def wrapped(*, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+        output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
         with _messages(output):
             function(output, **options)
 
-    with_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(run)
-    return click.command()(with_json)
+    run: Command = wrapped
+    for names, variable, words in (
+        (("-v", "--verbose"), "ONNXSPLIT_VERBOSE", "Say each step, a line each, on stderr."),
+        (("-q", "--quiet"), "ONNXSPLIT_QUIET", "Say nothing but errors."),
+        (("--json", "as_json"), "ONNXSPLIT_JSON", "Print one JSON object instead of text."),
+    ):
+        run = option(*names, is_flag=True, envvar=variable, help=words)(run)
+    return click.command(cls=ManyValues)(run)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,49 @@ from onnxsplit.cli.output import (
     percent,
 )
 
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class StageCount(click.ParamType):  # type: ignore[type-arg]  # older click has no parameter here
+    """A number, or ``auto``."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        if value == "auto" or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            return self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # as above
+    """Bytes, with K, M, G or T for powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
+        if found is None:
+            return self.fail(f"{value!r} is no size; write 512M or 2.5G", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2].upper()])
+
 
 @make_command
 @MODEL
-@option("--stages", type=int, metavar="K", help="Number of stages. Without it: the GPUs found, else 2.")
+@option(
+    "--stages",
+    type=StageCount(),
+    metavar="K|auto",
+    help="Number of stages; auto: the fewest that fit --max-memory. Without it: the GPUs found, else 2.",
+)
+@option("--cut-at", multiple=True, metavar="TENSOR", help="Cut exactly here. Repeatable.")
+@option("--max-memory", type=Size(), metavar="SIZE", help="Memory no stage may exceed, as 512M or 2.5G.")
 @option(
     "-o",
     "--out",
@@ -35,7 +75,9 @@ from onnxsplit.cli.output import (
 @costs_option
 @dims_option
 @inputs_option
-@option("--rounds", type=click.IntRange(min=0), default=2, help="Corrections by running the real stages, at most.")
+@option(
+    "--rounds", type=click.IntRange(min=0), default=3, help="Times the real stages are run to correct the cut, at most."
+)
 def command(output: Output, *, model: Path, out: Path | None, **options: Any) -> None:
     """Cut MODEL into cost-balanced stages and write a plan directory."""
     from onnxsplit.planner import default_target, partition

@@ -7,7 +7,28 @@ transfers, an algorithm returns an assignment, and :mod:`~onnxsplit.partitioner.
 from __future__ import annotations
 
 from onnxsplit.partitioner.bound import lower_bound
-from onnxsplit.partitioner.linear import slice_orders
-from onnxsplit.partitioner.objective import CALLER, Assignment, Problem, Score, Transfer, score
+from onnxsplit.partitioner.linear import fewest_stages, slice_orders
+from onnxsplit.partitioner.objective import (
+    CALLER,
+    Assignment,
+    Infeasible,
+    Problem,
+    Score,
+    Transfer,
+    Weight,
+    score,
+)
 
-__all__ = ["CALLER", "Assignment", "Problem", "Score", "Transfer", "lower_bound", "score", "slice_orders"]
+__all__ = [
+    "CALLER",
+    "Assignment",
+    "Infeasible",
+    "Problem",
+    "Score",
+    "Transfer",
+    "Weight",
+    "fewest_stages",
+    "lower_bound",
+    "score",
+    "slice_orders",
+]

@@ -10,4 +10,4 @@ def lower_bound(time_ns: Sequence[int], stages: int) -> int:
 
     Transfers are left out, so the bound holds whatever they cost.
     """
-    return max(-(-sum(time_ns) // stages), max(time_ns, default=0))
+    return max(-(-sum(time_ns) // max(1, stages)), max(time_ns, default=0))

@@ -8,27 +8,56 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from onnxsplit.partitioner.objective import CALLER, Assignment, Problem, score
+from onnxsplit.partitioner.memory import Table, interval_memory
+from onnxsplit.partitioner.objective import CALLER, Assignment, Infeasible, Problem, score
 
 _LARGEST = 2500
 """Positions of an order that the table of intervals is made for; longer orders are grouped first."""
 
-Table = np.ndarray[Any, np.dtype[np.int64]]
+_NEVER = np.iinfo(np.int64).max
 
 
 def slice_orders(problem: Problem, stages: int) -> Assignment:
     """The best slicing, over several topological orders, into exactly ``stages`` stages that each hold an atom.
 
     Time is O(n^2) in the atoms for the table and O(n^2 K) for the choice, both in NumPy. Ties go to the first order.
+
+    Raises:
+        Infeasible: no slice of these orders keeps every stage within the memory allowed.
     """
-    if not 1 <= stages <= len(problem.time_ns):
+    if not 0 <= stages <= len(problem.time_ns) or (problem.time_ns and not stages):
         raise ValueError(f"{len(problem.time_ns)} atoms cannot make {stages} stages")
-    candidates = [_slice(problem, order, stages) for order in _orders(problem)]
+    candidates = [found for order in _orders(problem) if (found := _slice(problem, order, stages)) is not None]
+    if not candidates:
+        raise Infeasible
     return min(candidates, key=lambda found: (score(problem, found).bottleneck_ns, score(problem, found).latency_ns))
+
+
+def fewest_stages(problem: Problem) -> int:
+    """The fewest stages that keep every one within the memory allowed, over the same orders.
+
+    Memory only grows with a stage, so filling one stage after the other is the best for an order.
+
+    Raises:
+        Infeasible: one atom alone needs more.
+    """
+    counts = []
+    for order in _orders(problem):
+        group_of, groups = _grouped(problem, order, 1)
+        fits = interval_memory(problem, group_of, groups) <= (problem.max_memory_bytes or _NEVER)
+        begin, count = 0, 0
+        while begin < groups and fits[begin, begin]:
+            unfit = np.flatnonzero(~fits[begin, begin:])
+            begin = begin + int(unfit[0]) if unfit.size else groups
+            count += 1
+        if begin == groups:
+            counts.append(count)
+    if not counts:
+        raise Infeasible
+    return min(counts)
 
 
 def _orders(problem: Problem) -> list[list[int]]:
@@ -78,11 +107,13 @@ def _by_depth(successors: Sequence[set[int]], waiting: list[int], depth: Sequenc
     return order
 
 
-def _slice(problem: Problem, order: Sequence[int], stages: int) -> Assignment:
-    """The best slicing of one order into intervals."""
+def _slice(problem: Problem, order: Sequence[int], stages: int) -> Assignment | None:
+    """The best slicing of one order into intervals; None when memory allows none."""
     group_of, groups = _grouped(problem, order, stages)
     cost = _interval_costs(problem, group_of, groups)
-    best = np.full((stages + 1, groups + 1), np.iinfo(np.int64).max, dtype=np.int64)
+    if problem.max_memory_bytes is not None:
+        cost[:, 1:][interval_memory(problem, group_of, groups) > problem.max_memory_bytes] = _NEVER
+    best = np.full((stages + 1, groups + 1), _NEVER, dtype=np.int64)
     start = np.zeros((stages + 1, groups + 1), dtype=np.int64)
     best[0, 0] = 0
     for stage in range(1, stages + 1):
@@ -90,6 +121,8 @@ def _slice(problem: Problem, order: Sequence[int], stages: int) -> Assignment:
             worst = np.maximum(best[stage - 1, stage - 1 : end], cost[stage - 1 : end, end])
             choice = int(np.argmin(worst))
             best[stage, end], start[stage, end] = worst[choice], stage - 1 + choice
+    if best[stages, groups] == _NEVER:
+        return None
     bounds = [groups]
     for stage in range(stages, 0, -1):
         bounds.append(int(start[stage, bounds[-1]]))

@@ -21,12 +21,22 @@ class Transfer:
         readers: atoms that read it, ascending, without the writer.
         time_ns: what one crossing costs the stage that sends it and, likewise, the stage that receives it.
         to_caller: True when it also goes to the caller, wherever its writer is.
+        size_bytes: what it takes in the memory of a stage that writes or reads it.
     """
 
     writer: int
     readers: tuple[int, ...]
     time_ns: int
     to_caller: bool = False
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant: every stage with one of its readers holds it once."""
+
+    size_bytes: int
+    readers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,20 @@ class Problem:
     Attributes:
         time_ns: compute time of every atom.
         transfers: tensors between atoms; every reader's index is greater than its writer's.
+        weights: constants.
+        inner_bytes: by atom, tensors that never leave it.
+        max_memory_bytes: no stage may need more; None for no limit.
     """
 
     time_ns: tuple[int, ...]
     transfers: tuple[Transfer, ...]
+    weights: tuple[Weight, ...] = ()
+    inner_bytes: tuple[int, ...] = ()
+    max_memory_bytes: int | None = None
+
+
+class Infeasible(Exception):
+    """No partition keeps every stage within the memory allowed."""
 
 
 @dataclass(frozen=True)

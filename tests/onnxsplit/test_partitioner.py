@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxsplit.partitioner import CALLER, Problem, Transfer, lower_bound, score, slice_orders
+from onnxsplit.partitioner import (
+    CALLER,
+    Infeasible,
+    Problem,
+    Transfer,
+    Weight,
+    fewest_stages,
+    lower_bound,
+    score,
+    slice_orders,
+)
 
 
 @st.composite
@@ -71,3 +81,29 @@ def test_a_long_order_is_grouped_and_still_balanced():
 def test_more_stages_than_atoms_is_an_error():
     with pytest.raises(ValueError, match="cannot make 3 stages"):
         slice_orders(Problem((1, 1), ()), 3)
+
+
+def heavy(limit: int) -> Problem:
+    """Four atoms of 10 bytes each, the first and the last sharing 5 more."""
+    weights = (*(Weight(10, (atom,)) for atom in range(4)), Weight(5, (0, 3)))
+    return Problem((1, 1, 1, 1), tuple(Transfer(i, (i + 1,), 0) for i in range(3)), weights, (), limit)
+
+
+@pytest.mark.parametrize(("limit", "stages"), [(45, 1), (44, 2), (25, 2), (24, 3), (15, 4)])
+def test_the_fewest_stages_that_fit(limit, stages):
+    assert fewest_stages(heavy(limit)) == stages
+    assert max(slice_orders(heavy(limit), stages)) == stages - 1
+
+
+def test_a_limit_that_one_atom_breaks_is_infeasible():
+    with pytest.raises(Infeasible):
+        fewest_stages(heavy(14))
+    with pytest.raises(Infeasible):
+        slice_orders(heavy(14), 4)
+
+
+def test_memory_comes_before_balance():
+    problem = Problem(
+        (1, 1, 1, 97), tuple(Transfer(i, (i + 1,), 0) for i in range(3)), (Weight(9, (0,)), Weight(9, (1,))), (), 9
+    )
+    assert slice_orders(problem, 2) in {(0, 1, 1, 1)}

@@ -54,7 +54,7 @@ def test_asking_for_cuda_without_it_says_what_to_install(tmp_path):
 
 def test_a_model_onnx_runtime_refuses_is_an_error_of_ours(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"no model")
-    with pytest.raises(ModelError, match="ONNX Runtime refuses"):
+    with pytest.raises(ModelError, match=r"ONNX Runtime .* refuses the model"):
         open_session(tmp_path / "m.onnx", threads=1)
 
 

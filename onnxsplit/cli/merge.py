@@ -1,0 +1,24 @@
+"""``onnxsplit merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from onnxsplit.cli.output import PLAN, Output, binary, make_command, option
+
+
+@make_command
+@PLAN
+@option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="The file to write.")
+def command(output: Output, *, plan: Path, out: Path) -> None:
+    """Put the stages of the plan in DIR back into one model."""
+    from onnxsplit.merge import merge
+
+    output.say("merging")
+    merged = merge(plan, out)
+    output.done()
+    output.line(f"Wrote {out} ({binary(out.stat().st_size)}) from {len(merged.stages)} stages.")
+    output.line(f"Next: onnxsplit inspect {out}")
+    output.result({"model": out, "stages": len(merged.stages)})
