@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import onnx
@@ -33,7 +34,7 @@ from onnxsplit.plan import FileEntry
 from onnxsplit.shapes import Shapes, spec_of, value_info
 from onnxsplit.tensors import save_npz
 
-_CHUNK = 16 * 1024 * 1024
+_CHUNK = 1 << 20  # small enough to be hashed and written while it is still in the processor's cache
 _ALIGNMENT = 4096  # external data starts on pages, so that ONNX Runtime can map it
 
 
@@ -225,7 +226,7 @@ def copy_external(
         for tensor in external:
             file, offset, length = external_range(source, tensor)
             padding = -target.tell() % _ALIGNMENT
-            for block in (bytes(padding), *_blocks(file, offset, length)):
+            for block in chain([bytes(padding)], _blocks(file, offset, length)):
                 digest.update(block)
                 target.write(block)
                 wrote(len(block))
@@ -240,17 +241,19 @@ def copy_external(
     return (FileEntry(name=path.name, sha256=digest.hexdigest(), size_bytes=size),)
 
 
-def _blocks(file: Path, offset: int, length: int) -> Iterable[bytes]:
+def _blocks(file: Path, offset: int, length: int) -> Iterable[memoryview]:
+    """The bytes of a range, piece by piece, each valid until the next one."""
+    buffer = memoryview(bytearray(_CHUNK))
     descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(descriptor, "rb") as stream:
+    with os.fdopen(descriptor, "rb", buffering=0) as stream:
         stream.seek(offset)
         left = length
         while left:
-            block = stream.read(min(left, _CHUNK))
-            if not block:
+            count = stream.readinto(buffer[: min(left, _CHUNK)])
+            if not count:
                 raise PartitionError(f"{file} became shorter while it was read")
-            left -= len(block)
-            yield block
+            left -= count
+            yield buffer[:count]
 
 
 def write_constant(graph: OpGraph, output: str, folder: Path, name: str) -> FileEntry:

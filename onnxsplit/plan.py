@@ -22,6 +22,9 @@ PLAN_FILE = "plan.json"
 
 Shape = tuple[int | str, ...]
 
+Level = Literal["disabled", "basic", "extended", "all"]
+"""ONNX Runtime's graph optimisation levels, weakest first."""
+
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Base of everything in a plan: immutable, compared by value, unknown JSON fields ignored."""
@@ -78,7 +81,7 @@ class Stage(Record, frozen=True, kw_only=True):
     weight_bytes: int
     peak_memory_bytes: int
     provider: str
-    optimization_level: str
+    optimization_level: Level
     threads: int
     predicted_time_ns: int
     measured_time_ns: int | None = None
@@ -158,7 +161,7 @@ class Costs(Record, frozen=True, kw_only=True):
     whole_time_ns: int
     whole_weight_bytes: int
     whole_peak_memory_bytes: int
-    whole_optimization_level: str
+    whole_optimization_level: Level
     rounds: tuple[CorrectionRound, ...] = ()
     note: str | None = None
 

@@ -42,6 +42,7 @@ from onnxsplit.plan import (
     CreatedWith,
     Cut,
     FileEntry,
+    Level,
     ModelInfo,
     Passthrough,
     Plan,
@@ -56,6 +57,7 @@ EXAMPLE_FILE = "example.npz"
 DEFAULT_ROUNDS = 3
 
 _SAY_EVERY_BYTES = 64 << 20
+_BALANCED = 1.02  # a bottleneck this close to the mean is not worth another round
 _STAGE_SECONDS = 0.8  # of all stages running at once, per round
 
 
@@ -249,7 +251,7 @@ class _Cut:
     folder: Path
     score: Score
     op_ns: tuple[int, ...]
-    levels: tuple[str, ...]
+    levels: tuple[Level, ...]
     measured_ns: tuple[int, ...] | None = None
 
     @property
@@ -257,6 +259,12 @@ class _Cut:
         """The slowest stage with its transfers; of measured times where there are any."""
         compute = self.measured_ns if self.measured_ns is not None else self.score.compute_ns
         return max((c + t for c, t in zip(compute, self.score.transfer_ns, strict=True)), default=0)
+
+    @property
+    def balanced(self) -> bool:
+        """True when stages were measured and the slowest is close to their mean."""
+        times = self.measured_ns or ()
+        return bool(times) and max(times) * len(times) <= _BALANCED * sum(times)
 
 
 class _BytesWritten:
@@ -310,6 +318,8 @@ class _Draft:
             best = cut if loser is best else best
             if loser is not None:
                 shutil.rmtree(loser.folder)
+            if best is not None and best.balanced:
+                break
         assert best is not None
         if measuring:
             best = self._measure(self._with_levels(best))
@@ -363,7 +373,7 @@ class _Draft:
 
     def _with_levels(self, cut: _Cut) -> _Cut:
         """Give each stage the optimisation level at which it runs fastest."""
-        levels = []
+        levels: list[Level] = []
         with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
             for index, (model, feed) in enumerate(self._feeds(cut, Path(scratch))):
                 self._say(f"choosing the optimisation level of stage {index} of {len(cut.parts)}")

@@ -17,10 +17,8 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.errors import MissingDependency, ModelError, ModelRefused, OnnxsplitError, ProviderError
+from onnxsplit.plan import Level
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
-
-LEVELS = ("disabled", "basic", "extended", "all")
-"""ONNX Runtime's graph optimisation levels, weakest first."""
 
 _SHORT_NAMES = {
     "cpu": "CPUExecutionProvider",
@@ -260,7 +258,7 @@ def open_session(
     model: Path | bytes,
     *,
     threads: int,
-    level: str = "all",
+    level: Level = "all",
     provider: str = "cpu",
     spinning: bool = False,
     external_data_folder: Path | None = None,
@@ -271,7 +269,7 @@ def open_session(
     Args:
         model: a model file, or the bytes of a model.
         threads: threads of one op; ops run one after the other.
-        level: graph optimisation level, one of :data:`LEVELS`.
+        level: graph optimisation level.
         provider: as :func:`parse_provider` reads it.
         spinning: let idle threads spin, as ONNX Runtime does when it has the host to itself.
         external_data_folder: where a model given as bytes finds its external data.

@@ -21,9 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-import msgspec
+import msgspec.structs
 
 from onnxsplit.errors import InputError, ModelError, ModelRefused, OnnxsplitError
+from onnxsplit.plan import Level
 from onnxsplit.session import Session, open_session, quiet_environment
 from onnxsplit.tensors import load_npz, save_npz
 
@@ -34,7 +35,7 @@ class _Load(msgspec.Struct, tag="load", frozen=True):
     model: str
     inputs: str
     threads: int
-    level: str
+    level: Level
     provider: str
     spinning: bool
 
@@ -80,7 +81,7 @@ class TimedModel:
         inputs: Path,
         *,
         threads: int,
-        level: str = "all",
+        level: Level = "all",
         provider: str = "cpu",
         spinning: bool = False,
     ) -> None:
@@ -115,6 +116,10 @@ class TimedModel:
                     with suppress(OSError):
                         stream.close()
             self._process = None
+
+    def reload(self, level: Level) -> None:
+        """Open the model again at another optimisation level."""
+        self._ask(msgspec.structs.replace(self._load, level=level))
 
     def feed(self, inputs: Path) -> None:
         """Take other inputs from now on."""
@@ -184,6 +189,7 @@ class _Worker:
     def perform(self, command: _Command) -> _Answer:
         match command:
             case _Load():
+                self.session = None  # two at once would need twice the memory
                 self.session = open_session(
                     Path(command.model),
                     threads=command.threads,

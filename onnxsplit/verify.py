@@ -20,7 +20,7 @@ import numpy as np
 
 from onnxsplit.errors import ModelError, PlanError
 from onnxsplit.graph import open_model
-from onnxsplit.plan import Plan, load_plan
+from onnxsplit.plan import Level, Plan, load_plan
 from onnxsplit.session import Session, open_session
 from onnxsplit.tensors import Array, check_inputs, load_npz, numpy_dtype
 
@@ -121,7 +121,7 @@ def unread_inputs(plan: Plan) -> frozenset[str]:
 
 
 def run_stages(
-    folder: Path, plan: Plan, inputs: Mapping[str, Array], *, threads: int, level: str | None = None
+    folder: Path, plan: Plan, inputs: Mapping[str, Array], *, threads: int, level: Level | None = None
 ) -> dict[str, Array]:
     """Run the stages one after the other in this process; returns every tensor on a border.
 
@@ -147,7 +147,7 @@ def _constant(folder: Path, plan: Plan, name: str) -> Array:
     return load_npz(folder / file.name)[name]
 
 
-def _run_whole(path: Path, plan: Plan, inputs: Mapping[str, Array], level: str, threads: int) -> dict[str, Array]:
+def _run_whole(path: Path, plan: Plan, inputs: Mapping[str, Array], level: Level, threads: int) -> dict[str, Array]:
     session: Session = open_session(path, threads=threads, level=level)
     given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name in plan.inputs}
     return session.run(given)

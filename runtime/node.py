@@ -67,7 +67,7 @@ from runtime.node_state import (
     Wired,
 )
 from runtime.stage_runner import StageRunner
-from runtime.transport import Inlet, Outlet, Sockets, Wakeup
+from runtime.transport import Inlet, Outlet, Sockets, Wakeup, check_address
 
 BEAT_S = 1.0
 SILENCE_S = 10.0
@@ -105,7 +105,12 @@ class NodeOptions:
 
 
 def serve(options: NodeOptions) -> int:
-    """Be a node until told to stop; returns the exit code."""
+    """Be a node until told to stop; returns the exit code.
+
+    Raises:
+        PipelineError: an address cannot be used.
+    """
+    check_address(options.connect)
     if options.home is not None:
         return _Node(options, options.home).serve()
     with tempfile.TemporaryDirectory(prefix="onnxsplit-node-") as home:

@@ -50,7 +50,7 @@ def light_models(folder: Path) -> Iterator[tuple[str, Path, dict[str, int]]]:
         for node in model.graph.node:
             if node.op_type == "ConstantOfShape" and node.input[0] in shapes:
                 size = tuple(int(n) for n in shapes[node.input[0]])
-                values = (random.random(size, dtype=np.float32) - 0.4) / max(1, np.prod(size[1:])) ** 0.5
+                values = (random.random(size, dtype=np.float32) - 0.4) / float(max(1, np.prod(size[1:]))) ** 0.5
                 model.graph.initializer.append(
                     onnx.numpy_helper.from_array(np.abs(values) if len(size) == 1 else values, node.output[0])
                 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from onnxsplit.graph import OpGraph
+from onnxsplit.plan import Level
 from onnxsplit.shapes import Shapes
 
 HOP_LATENCY_NS = 60_000
@@ -29,7 +30,7 @@ class OpCosts:
 
     time_ns: tuple[int, ...]
     whole_ns: int
-    level: str
+    level: Level
     source: Literal["measured", "analytic"]
     shapes: Shapes
 

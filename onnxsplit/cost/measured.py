@@ -21,17 +21,17 @@ from onnxsplit.cost import OpCosts
 from onnxsplit.errors import InputError, ModelError
 from onnxsplit.graph import OpGraph, SourceModel
 from onnxsplit.inputs import dimension_choices, synthesize
-from onnxsplit.plan import TensorSpec
+from onnxsplit.plan import Level, TensorSpec
 from onnxsplit.session import quiet_environment
 from onnxsplit.shapes import Shapes, bind
 from onnxsplit.tensors import Array, save_npz
 from onnxsplit.timed import TimedModel, median_ns
 
-CANDIDATE_LEVELS = ("all", "extended", "basic")
+CANDIDATE_LEVELS: tuple[Level, ...] = ("all", "extended", "basic")
 """Optimisation levels worth trying, the usual best first."""
 
-_LEVEL_SECONDS = 0.4  # of runs per level when choosing one
-_PROFILE_SECONDS = 1.0
+_LEVEL_SECONDS = 0.3  # of runs per level when choosing one
+_PROFILE_SECONDS = 0.6
 _CLEARLY = 0.97  # another level must be this much faster to be preferred over the usual best
 
 
@@ -49,7 +49,7 @@ class ProfileRequest(msgspec.Struct, frozen=True):
     model: str
     inputs: str
     threads: int
-    level: str
+    level: Level
     provider: str
     seconds: float
 
@@ -116,17 +116,19 @@ def _dims_text(dims: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in dims.items()) or "its fixed dimensions"
 
 
-def best_level(model: Path, inputs: Path, *, threads: int, provider: str) -> tuple[str, int]:
+def best_level(model: Path, inputs: Path, *, threads: int, provider: str) -> tuple[Level, int]:
     """The optimisation level at which a model file runs fastest, and its nanoseconds a run.
 
     The usual best (``all``) is kept unless another is clearly faster.
     """
-    found: dict[str, int] = {}
-    for level in CANDIDATE_LEVELS:
-        with TimedModel(model, inputs, threads=threads, level=level, provider=provider) as timed:
+    found: dict[Level, int] = {}
+    usual = CANDIDATE_LEVELS[0]
+    with TimedModel(model, inputs, threads=threads, level=usual, provider=provider) as timed:
+        for level in CANDIDATE_LEVELS:
+            if level != usual:
+                timed.reload(level)
             timed.run(0.0)
             found[level] = median_ns(timed.run(_LEVEL_SECONDS, least=3))
-    usual = CANDIDATE_LEVELS[0]
     fastest = min(found, key=lambda level: found[level])
     chosen = fastest if found[fastest] < _CLEARLY * found[usual] else usual
     return chosen, found[chosen]
@@ -163,7 +165,9 @@ def measured_costs(
     return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes.observed(seen))
 
 
-def _profile(source: SourceModel, inputs: Path, *, threads: int, level: str, provider: str, seconds: float) -> Profile:
+def _profile(
+    source: SourceModel, inputs: Path, *, threads: int, level: Level, provider: str, seconds: float
+) -> Profile:
     request = ProfileRequest(str(source.path), str(inputs), threads, level, provider, seconds)
     done = subprocess.run(
         [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import re
 import signal
@@ -9,9 +10,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import onnx
@@ -26,6 +26,20 @@ _OP_NAME = re.compile(r"onnxsplit\.op(\d+)\.")
 _KERNEL = "_kernel_time"
 _INSERTED = re.compile(r"(_nchwc|_token_\d+|_\d+)$")
 _RUNTIME_TYPES = {"float": "float32", "double": "float64"}
+
+
+class _Arguments(msgspec.Struct):
+    output_type_shape: list[dict[str, tuple[int, ...]]] = []
+
+
+class _Event(msgspec.Struct):
+    """What is needed of an event of ONNX Runtime's profile; times in microseconds."""
+
+    name: str
+    ts: int
+    dur: int = 0
+    cat: str = ""
+    args: _Arguments = msgspec.field(default_factory=_Arguments)
 
 
 def profile(request: ProfileRequest) -> Profile:
@@ -48,9 +62,8 @@ def profile(request: ProfileRequest) -> Profile:
         while count < (3 if request.seconds else 1) or (time.monotonic() < end and count < 200):
             session.run(inputs)
             count += 1
-        events = msgspec.json.decode(session.end_profiling().read_bytes())
-    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(_KERNEL)]
-    runs = list(_by_run(nodes, [event for event in events if event["name"] == "model_run"]))
+        events = msgspec.json.decode(session.end_profiling().read_bytes(), type=list[_Event])
+    runs = _by_run(events)
     warm = runs[1:] or runs
     times = [_attributed(graph, run) for run in warm]
     return Profile(
@@ -78,31 +91,35 @@ def _renamed(graph: OpGraph) -> bytes:
     return content
 
 
-def _by_run(nodes: list[dict[str, Any]], runs: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    for run in sorted(runs, key=lambda event: event["ts"]):
-        inside = [n for n in nodes if run["ts"] <= n["ts"] <= run["ts"] + run["dur"]]
-        yield sorted(inside, key=lambda event: event["ts"])
-
-
-def _attributed(graph: OpGraph, events: Iterable[dict[str, Any]]) -> list[int]:
-    """Nanoseconds of every op in one run.
+def _by_run(events: list[_Event]) -> list[list[_Event]]:
+    """The kernels of each run, outermost ones alone, in order of time.
 
     Events of ops inside bodies lie within the event of the op that holds the body, so they are left out.
     """
-    times = [0] * len(graph.ops)
-    unknown, covered = 0, 0
-    last = 0
-    outer = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
-    for event in outer:
-        begin, end = event["ts"], event["ts"] + event["dur"]
-        if end <= covered and begin < covered:
+    ends = sorted(event.ts + event.dur for event in events if event.name == "model_run")
+    runs: list[list[_Event]] = [[] for _ in ends]
+    kernels = [event for event in events if event.cat == "Node" and event.name.endswith(_KERNEL)]
+    covered = 0
+    for event in sorted(kernels, key=lambda event: (event.ts, -event.dur)):
+        if event.ts + event.dur <= covered and event.ts < covered:
             continue
-        covered = end
-        op = _op_of(graph, event["name"].removesuffix(_KERNEL))
+        covered = event.ts + event.dur
+        run = bisect.bisect_left(ends, covered)
+        if run < len(runs):
+            runs[run].append(event)
+    return runs
+
+
+def _attributed(graph: OpGraph, events: Iterable[_Event]) -> list[int]:
+    """Nanoseconds of every op in one run; what the optimiser inserted is charged to the next known kernel."""
+    times = [0] * len(graph.ops)
+    unknown, last = 0, 0
+    for event in events:
+        op = _op_of(graph, event.name.removesuffix(_KERNEL))
         if op is None:
-            unknown += event["dur"] * 1000
+            unknown += event.dur * 1000
         else:
-            times[op] += event["dur"] * 1000 + unknown
+            times[op] += event.dur * 1000 + unknown
             unknown, last = 0, op
     times[last] += unknown
     return times
@@ -120,18 +137,17 @@ def _op_of(graph: OpGraph, name: str) -> int | None:
     return graph.producer[name]
 
 
-def _seen(graph: OpGraph, events: Iterable[dict[str, Any]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _seen(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[str, tuple[int, ...]]]:
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for event in events:
-        op = _OP_NAME.search(event["name"])
-        values = event["args"].get("output_type_shape") or []
+        op = _OP_NAME.search(event.name)
         if op is None:
             continue
         outputs = graph.ops[int(op.group(1))].outputs
-        if len(outputs) == len(values):
-            for name, value in zip(outputs, values, strict=True):
+        if len(outputs) == len(event.args.output_type_shape):
+            for name, value in zip(outputs, event.args.output_type_shape, strict=True):
                 for kind, shape in value.items():
-                    found[name] = (_RUNTIME_TYPES.get(kind, kind), tuple(shape))
+                    found[name] = (_RUNTIME_TYPES.get(kind, kind), shape)
     return found
 
 

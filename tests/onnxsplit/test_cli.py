@@ -131,3 +131,120 @@ def test_help_of_every_command_imports_nothing_heavy(python_environment):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=python_environment)
     assert done.stdout == "[]\n", done.stderr
+
+
+BAD = [
+    (["partition", "absent.onnx"], "no such model file: absent.onnx"),
+    (["partition", "."], ". is a folder; name the .onnx file in it"),
+    (["partition", "junk.onnx"], "junk.onnx is not an ONNX model"),
+    (["partition", "empty.onnx"], "empty.onnx is empty"),
+    (["partition", "model.onnx", "--stages", "0"], "0 stages were asked for; at least 1 is needed"),
+    (["partition", "model.onnx", "--stages", "99", "--costs", "analytic"], "Ask for 12 stages or fewer"),
+    (["partition", "model.onnx", "--cut-at", "nowhere", "--costs", "analytic"], "The nearest that can"),
+    (["partition", "model.onnx", "-o", "letters"], "letters is there and holds no plan; nothing was touched"),
+    (["partition", "model.onnx", "-o", "nowhere/m.plan"], "does not exist; create it or choose another with -o DIR"),
+    (["partition", "model.onnx", "--dim", "bach=2"], "its free dimensions are: batch"),
+    (["partition", "model.onnx", "--inputs", "junk.npz"], "cannot read junk.npz"),
+    (["partition", "model.onnx", "--inputs", "pickled.npz"], "holds pickled Python objects"),
+    (["partition", "model.onnx", "--inputs", "wrong.npz"], "'x' has size 31 on axis 1, expected 32"),
+    (["partition", "model.onnx", "--provider", "gpu"], "provider 'gpu' is unknown. Allowed: cpu, cuda"),
+    (["partition", "model.onnx", "--provider", "0=cpu,7=cpu"], "the stages are 0 to 1"),
+    (["verify", "letters", "model.onnx"], "letters is no plan directory: it has no plan.json"),
+    (["run", "absent.plan"], "absent.plan is no plan directory: it is missing"),
+    (["run", "changed.plan"], "stage1.onnx: its SHA-256 is not the plan's"),
+    (["run", "newer.plan"], "the plan has format 99, this onnxsplit reads up to 1. Upgrade onnxsplit"),
+    (["run", "good.plan", "--inputs", "wrong.npz"], "the inputs do not fit the model"),
+    (["run", "good.plan", "--outputs-only", "z"], "output 'z' is unknown; allowed: y"),
+    (["run", "good.plan", "--provider", "tensorrt"], "provider 'tensorrt' is not in the installed ONNX Runtime"),
+    (["run", "good.plan", "--outputs", "nowhere/out.npz"], "cannot write nowhere/out.npz"),
+    (["merge", "letters", "-o", "m.onnx"], "letters is no plan directory"),
+    (["merge", "good.plan", "-o", "nowhere/m.onnx"], "cannot write nowhere/m.onnx"),
+    (["node", "--connect", "tcp://10.0.0.1:5555"], "would leave this host"),
+    (["export", "absent.py", "-o", "m.onnx"], "no such recipe: absent.py"),
+    (["export", "model.pkl", "-o", "m.onnx"], "expected a recipe, FILE.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, chain_plan):
+    """A folder with what users get wrong."""
+    import shutil
+
+    place = tmp_path_factory.mktemp("bad")
+    build.save(build.chain(), place)
+    (place / "junk.onnx").write_bytes(b"junk" * 99)
+    (place / "empty.onnx").touch()
+    (place / "letters").mkdir()
+    (place / "letters" / "dear.txt").write_text("dear")
+    (place / "junk.npz").write_bytes(b"junk")
+    np.savez(place / "pickled.npz", x=np.array([{}], dtype=object))
+    np.savez(place / "wrong.npz", x=np.ones((1, 31), np.float32))
+    for name in ("good", "changed", "newer"):
+        shutil.copytree(chain_plan, place / f"{name}.plan")
+    changed, newer = place / "changed.plan" / "stage1.onnx", place / "newer.plan" / "plan.json"
+    changed.write_bytes(changed.read_bytes()[::-1])
+    newer.write_bytes(newer.read_bytes().replace(b'"format_version": 1', b'"format_version": 99'))
+    return place
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_is_one_message_and_nothing_is_left(folder, python_environment, arguments, words):
+    before = sorted(folder.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-m", "onnxsplit", *arguments],
+        capture_output=True, text=True, env=python_environment, cwd=folder, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_wrong_usage_is_an_object_with_json(onnxsplit):
+    error = json.loads(onnxsplit("partition", "--stages", "x", "m", "--json", code=2).stdout)["error"]
+    assert error["type"] == "UsageError"
+
+
+def test_repeatable_options_take_several_values_at_once(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    for arguments in (
+        ["partition", "model.onnx", "--costs", "analytic", "--cut-at", "h1", "h3"],
+        ["partition", "--cut-at", "h1", "h3", "model.onnx", "--costs", "analytic"],
+        ["partition", "--costs", "analytic", "--cut-at", "h1", "--cut-at", "h3", "model.onnx"],
+    ):
+        made = json.loads(onnxsplit(*arguments, "--json").stdout)
+        assert [cut["tensor"] for cut in made["summary"]["cuts"]] == ["h1", "h3"]
+
+
+def test_quiet_says_nothing_and_verbose_says_each_step(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    quiet = onnxsplit("partition", "model.onnx", "--costs", "analytic", "-q")
+    assert quiet.stdout + quiet.stderr == ""
+    assert "reading the model\n" in onnxsplit("partition", "model.onnx", "--costs", "analytic", "-v").stderr
+
+
+def test_doctor_tells_what_is_here(onnxsplit):
+    found = json.loads(onnxsplit("doctor", "--json").stdout)["doctor"]
+    assert found["cores"] >= 1
+    assert {"name": "CPUExecutionProvider", "problem": None} in found["providers"]
+
+
+def test_merge_says_what_it_wrote(onnxsplit, tmp_path, chain_plan):
+    assert "from 2 stages" in onnxsplit("merge", chain_plan, "-o", "merged.onnx").stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["merged.onnx"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_and_completes_without_heavy_imports(onnxsplit, python_environment, shell):
+    assert "_ONNXSPLIT_COMPLETE" in onnxsplit("completion", shell).stdout
+    code = (
+        "import sys, onnxsplit.cli as c\n"
+        "try:\n    c.cli(prog_name='onnxsplit', complete_var='_ONNXSPLIT_COMPLETE')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'onnx', 'onnxruntime', 'networkx', 'numpy', 'torch'} & set(sys.modules)))"
+    )
+    words = {"COMP_WORDS": "onnxsplit partition --st", "COMP_CWORD": "2", "_ONNXSPLIT_COMPLETE": "bash_complete"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**python_environment, **words}, check=False
+    )
+    assert done.stdout.splitlines() == ["plain,--stages", "[]"], done.stderr

@@ -95,6 +95,13 @@ def test_external_data_goes_into_each_stage_s_own_file(tmp_path):
     assert run_stages(tmp_path / "m.plan", plan, inputs, threads=1)["y"].shape == (1, 64)
 
 
+def test_external_data_of_several_pieces_is_copied_byte_for_byte(tmp_path):
+    proto = build.chain(2, width=700)  # 1.9 MB a weight
+    onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    partition(tmp_path / "m.onnx", stages=2, out=tmp_path / "m.plan", costs="analytic")
+    assert all(comparison.exact for comparison in verify(tmp_path / "m.plan", tmp_path / "m.onnx"))
+
+
 def test_functions_called_inside_bodies_go_with_their_stage(tmp_path):
     double = onnx.helper.make_function(
         "mine",
