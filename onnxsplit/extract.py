@@ -7,11 +7,13 @@ source. Initializers that the source lists as inputs are constants in the stages
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from io import FileIO
 from pathlib import Path
 
 import onnx
@@ -34,7 +36,7 @@ from onnxsplit.plan import FileEntry
 from onnxsplit.shapes import Shapes, spec_of, value_info
 from onnxsplit.tensors import save_npz
 
-_CHUNK = 1 << 20  # small enough to be hashed and written while it is still in the processor's cache
+_CHUNK = 1 << 20  # small enough to be hashed while it is still in the processor's cache
 _ALIGNMENT = 4096  # external data starts on pages, so that ONNX Runtime can map it
 
 
@@ -221,39 +223,48 @@ def copy_external(
     external = [t for t in graph_tensors(model.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
     if not external:
         return ()
-    digest = hashlib.sha256()
-    with path.open("wb") as target:
+    digest, end = hashlib.sha256(), 0
+    with path.open("wb") as target, ThreadPoolExecutor(1) as copier:
         for tensor in external:
             file, offset, length = external_range(source, tensor)
-            padding = -target.tell() % _ALIGNMENT
-            for block in chain([bytes(padding)], _blocks(file, offset, length)):
-                digest.update(block)
-                target.write(block)
-                wrote(len(block))
+            digest.update(bytes(-end % _ALIGNMENT))
+            end += -end % _ALIGNMENT
+            with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as origin:
+                copied = copier.submit(_copy_range, origin.fileno(), target.fileno(), offset, end, length)
+                _hash_range(digest, origin, offset, length, wrote)
+                copied.result()
             del tensor.external_data[:]
-            for key, value in (
-                ("location", path.name),
-                ("offset", target.tell() - length),
-                ("length", length),
-            ):
+            for key, value in (("location", path.name), ("offset", end), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
-        size = target.tell()
-    return (FileEntry(name=path.name, sha256=digest.hexdigest(), size_bytes=size),)
+            end += length
+    return (FileEntry(name=path.name, sha256=digest.hexdigest(), size_bytes=end),)
 
 
-def _blocks(file: Path, offset: int, length: int) -> Iterable[memoryview]:
-    """The bytes of a range, piece by piece, each valid until the next one."""
-    buffer = memoryview(bytearray(_CHUNK))
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(descriptor, "rb", buffering=0) as stream:
-        stream.seek(offset)
-        left = length
-        while left:
-            count = stream.readinto(buffer[: min(left, _CHUNK)])
-            if not count:
-                raise PartitionError(f"{file} became shorter while it was read")
-            left -= count
-            yield buffer[:count]
+def _copy_range(origin: int, target: int, offset: int, target_offset: int, length: int) -> None:
+    """Copy bytes from file to file inside the kernel; by hand where the file systems cannot."""
+    done = 0
+    while done < length:
+        try:
+            count = os.copy_file_range(origin, target, length - done, offset + done, target_offset + done)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            count = os.pwrite(target, os.pread(origin, min(_CHUNK, length - done), offset + done), target_offset + done)
+        if not count:
+            raise PartitionError("an external data file became shorter while it was read")
+        done += count
+
+
+def _hash_range(digest: hashlib._Hash, origin: FileIO, offset: int, length: int, done: Callable[[int], None]) -> None:
+    buffer = bytearray(_CHUNK)
+    origin.seek(offset)
+    while length:
+        count = origin.readinto(memoryview(buffer)[: min(length, _CHUNK)])
+        if not count:
+            raise PartitionError("an external data file became shorter while it was read")
+        digest.update(memoryview(buffer)[:count])
+        length -= count
+        done(count)
 
 
 def write_constant(graph: OpGraph, output: str, folder: Path, name: str) -> FileEntry:

@@ -142,12 +142,29 @@ def open_model(path: str | Path) -> SourceModel:
         raise ModelError(f"{path} holds no ONNX graph ({len(content)} bytes); expected an ONNX model")
     if not proto.graph.output:
         raise ModelError(f"{path} has no outputs; a model must give at least one")
+    _check_text(path, proto)
     digest = hashlib.sha256(content).hexdigest()
     source = SourceModel(path=path, proto=proto, sha256=digest)
     for tensor in graph_tensors(proto.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             external_range(source, tensor)
     return source
+
+
+def _check_text(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse names that are no text: protobuf gives bytes for what is not UTF-8."""
+    graphs = [proto.graph, *(g for n in all_nodes(proto.graph.node) for g in nested_graphs(n))]
+    texts: list[object] = [entry.domain for entry in proto.opset_import]
+    for graph in graphs:
+        texts += [value.name for value in (*graph.input, *graph.output, *graph.value_info)]
+        texts += [d.dim_param for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim]
+    for node in all_nodes((*proto.graph.node, *(n for f in proto.functions for n in f.node))):
+        texts += [node.name, node.op_type, node.domain, node.overload, *node.input, *node.output]
+        texts += [attribute.name for attribute in node.attribute]
+    for tensor in graph_tensors(proto.graph):
+        texts += [tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))]
+    if not all(isinstance(text, str) for text in texts):
+        raise ModelError(f"{path} is damaged: it holds names that are not UTF-8 text")
 
 
 def external_range(source: SourceModel, tensor: onnx.TensorProto) -> tuple[Path, int, int]:

@@ -139,3 +139,11 @@ def test_external_data_that_is_missing_short_or_a_link_is_refused(tmp_path):
     (tmp_path / "w.bin").symlink_to("real")
     with pytest.raises(ModelError, match="is a link"):
         open_model(path)
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    """Found by fuzzing: protobuf gives bytes for such names."""
+    path = build.save(build.chain(1), tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"matmul0", b"matmul\xff"))
+    with pytest.raises(ModelError, match="not UTF-8"):
+        open_model(path)
