@@ -38,10 +38,13 @@ check: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/throughput/run.py
-	$(BIN)/python benchmarks/split/run.py $$($(BIN)/python models/zoo.py all)
+	$(BIN)/python benchmarks/generality/run.py
+	$(BIN)/python benchmarks/backend/run.py
 
 soak: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/ends/run.py
+	$(BIN)/python benchmarks/fuzz/run.py
+	$(BIN)/python benchmarks/large/run.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.plan import Record
-from onnxsplit.session import available_providers, gpu_count, host_cores, provider_problem, require_runtime
+from onnxsplit.providers import available_providers, gpu_count, load_runtime, provider_problem
+from onnxsplit.session import host_cores
 
 PACKAGES = ("onnxsplit", "onnxruntime", "onnxruntime-gpu", "onnx", "networkx", "numpy", "pyzmq", "torch")
 
@@ -46,7 +47,7 @@ def diagnose() -> Diagnosis:
     """Look at versions, providers, cores, memory and limits. Starts nothing."""
     runtime_problem = None
     try:
-        require_runtime()
+        load_runtime()
     except OnnxsplitError as error:
         runtime_problem = str(error)
     providers = tuple(ProviderState(name=name, problem=provider_problem(name)) for name in available_providers())

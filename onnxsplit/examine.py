@@ -11,11 +11,12 @@ from onnxsplit.cost import OpCosts, transfer_ns
 from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.cost.measured import find_example, measured_costs
 from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
-from onnxsplit.graph import OpGraph, build_graph, node_tensors, open_model, tensor_bytes
+from onnxsplit.graph import OpGraph, build_graph
 from onnxsplit.inputs import accept, dimension_choices, synthesize
 from onnxsplit.partitioner import Problem, Transfer, Weight
 from onnxsplit.session import threads_per_node
 from onnxsplit.shapes import Shapes, bind, infer_shapes, input_specs
+from onnxsplit.source import node_tensors, open_model, tensor_bytes
 from onnxsplit.tensors import Array, load_npz
 
 Say = Callable[[str], None]

@@ -22,8 +22,10 @@ from google.protobuf.message import EncodeError
 from onnxsplit.atoms import Atoms, needed_tensors
 from onnxsplit.cost.analytic import activation_bytes
 from onnxsplit.errors import PartitionError
-from onnxsplit.graph import (
-    OpGraph,
+from onnxsplit.graph import OpGraph
+from onnxsplit.plan import FileEntry
+from onnxsplit.shapes import Shapes, spec_of, value_info
+from onnxsplit.source import (
     SourceModel,
     called_functions,
     external_range,
@@ -32,8 +34,6 @@ from onnxsplit.graph import (
     node_tensors,
     tensor_bytes,
 )
-from onnxsplit.plan import FileEntry
-from onnxsplit.shapes import Shapes, spec_of, value_info
 from onnxsplit.tensors import save_npz
 
 _CHUNK = 1 << 20  # small enough to be hashed while it is still in the processor's cache

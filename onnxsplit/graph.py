@@ -14,32 +14,13 @@ Only live ops are in it: the ancestors of the model's outputs. Tensors captured 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import networkx as nx
 import onnx
-from google.protobuf.message import DecodeError
 
 from onnxsplit.errors import ModelError
-from onnxsplit.tensors import size_bytes, type_name
-
-FunctionKey = tuple[str, str, str]
-"""Domain, name and overload of a model-local function."""
-
-_RANDOM = frozenset(
-    [
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Multinomial",
-        "Bernoulli",
-        "Dropout",
-    ]
-)
+from onnxsplit.source import FunctionKey, SourceModel, functions_of, is_random, nested_graphs, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -73,20 +54,6 @@ class Op:
 
 
 @dataclass(frozen=True)
-class SourceModel:
-    """A model file, opened: its protobuf without the external data, and where that data lies."""
-
-    path: Path
-    proto: onnx.ModelProto = field(repr=False)
-    sha256: str
-
-    @property
-    def folder(self) -> Path:
-        """Where external data is looked for."""
-        return self.path.parent
-
-
-@dataclass(frozen=True)
 class OpGraph:
     """The graph of a model's live ops, with everything needed to look a tensor up by its name.
 
@@ -115,138 +82,6 @@ class OpGraph:
     constant_ops: frozenset[int]
 
 
-def open_model(path: str | Path) -> SourceModel:
-    """Read a model without its external data.
-
-    Raises:
-        ModelError: missing, a folder, empty, damaged, not ONNX, or external data that is missing, too short,
-            outside the model's folder or a link.
-    """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ModelError(f"no such model file: {path}") from error
-    except IsADirectoryError as error:
-        raise ModelError(f"{path} is a folder; name the .onnx file in it") from error
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    if not content:
-        raise ModelError(f"{path} is empty; expected an ONNX model")
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(content)
-    except DecodeError as error:
-        raise ModelError(f"{path} is not an ONNX model, or it is truncated ({len(content)} bytes)") from error
-    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
-        raise ModelError(f"{path} holds no ONNX graph ({len(content)} bytes); expected an ONNX model")
-    if not proto.graph.output:
-        raise ModelError(f"{path} has no outputs; a model must give at least one")
-    _check_text(path, proto)
-    digest = hashlib.sha256(content).hexdigest()
-    source = SourceModel(path=path, proto=proto, sha256=digest)
-    for tensor in graph_tensors(proto.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            external_range(source, tensor)
-    return source
-
-
-def _check_text(path: Path, proto: onnx.ModelProto) -> None:
-    """Refuse names that are no text: protobuf gives bytes for what is not UTF-8."""
-    graphs = [proto.graph, *(g for n in all_nodes(proto.graph.node) for g in nested_graphs(n))]
-    texts: list[object] = [entry.domain for entry in proto.opset_import]
-    for graph in graphs:
-        texts += [value.name for value in (*graph.input, *graph.output, *graph.value_info)]
-        texts += [d.dim_param for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim]
-    for node in all_nodes((*proto.graph.node, *(n for f in proto.functions for n in f.node))):
-        texts += [node.name, node.op_type, node.domain, node.overload, *node.input, *node.output]
-        texts += [attribute.name for attribute in node.attribute]
-    for tensor in graph_tensors(proto.graph):
-        texts += [tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))]
-    if not all(isinstance(text, str) for text in texts):
-        raise ModelError(f"{path} is damaged: it holds names that are not UTF-8 text")
-
-
-def external_range(source: SourceModel, tensor: onnx.TensorProto) -> tuple[Path, int, int]:
-    """Where a tensor's external data lies: file, offset, length in bytes.
-
-    Raises:
-        ModelError: the file is missing, a link, outside the model's folder, or too short.
-    """
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location, what = entries.get("location", ""), f"external data of {tensor.name!r} in {source.path}"
-    path = source.folder / location
-    if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-        raise ModelError(f"{what}: location {location!r} is not a path inside the model's folder")
-    if any((source.folder / part).is_symlink() for part in _prefixes(Path(location))):
-        raise ModelError(f"{what}: {location!r} is a link; put the file itself into the model's folder")
-    if not path.is_file():
-        raise ModelError(f"{what}: {path} is missing; keep it beside the model")
-    try:
-        offset = int(entries.get("offset") or 0)
-        expected = size_bytes(type_name(tensor.data_type) or "uint8", tuple(tensor.dims))
-        length = int(entries.get("length") or expected)
-    except ValueError as error:
-        raise ModelError(f"{what}: offset or length is no number") from error
-    available = path.stat().st_size
-    if offset < 0 or length < 0 or length < expected or offset + length > available:
-        raise ModelError(
-            f"{what}: needs {max(length, expected)} bytes at {offset}, {location!r} has {available}: "
-            "the file is truncated or belongs to another model"
-        )
-    return path, offset, length
-
-
-def _prefixes(path: Path) -> Iterator[Path]:
-    yield path
-    yield from (parent for parent in path.parents if parent != Path())
-
-
-def nested_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The bodies an op holds directly, as attributes."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """The nodes and those of their bodies, at any depth."""
-    for node in nodes:
-        yield node
-        for graph in nested_graphs(node):
-            yield from all_nodes(graph.node)
-
-
-def graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored in a graph: initializers and attributes, bodies included."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from node_tensors(graph.node)
-
-
-def node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored in the attributes of nodes, bodies included."""
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                yield attribute.t
-            elif attribute.type == onnx.AttributeProto.TENSORS:
-                yield from attribute.tensors
-        for graph in nested_graphs(node):
-            yield from graph_tensors(graph)
-
-
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a stored tensor's data; strings by their real length."""
-    if tensor.data_type == onnx.TensorProto.STRING:
-        return sum(len(text) for text in tensor.string_data)
-    name = type_name(tensor.data_type)
-    return size_bytes(name, tuple(tensor.dims)) if name else 0
-
-
 def captured_names(node: onnx.NodeProto) -> tuple[str, ...]:
     """Names that an op's bodies read from outside, at any depth; a name defined in a body hides the outer one."""
     names: dict[str, None] = {}
@@ -264,32 +99,6 @@ def _defined(graph: onnx.GraphProto) -> set[str]:
     names.update(sparse.values.name for sparse in graph.sparse_initializer)
     names.update(output for node in graph.node for output in node.output)
     return names
-
-
-def functions_of(proto: onnx.ModelProto) -> dict[FunctionKey, onnx.FunctionProto]:
-    """The model-local functions by key."""
-    return {(f.domain, f.name, f.overload): f for f in proto.functions}
-
-
-def called_functions(
-    nodes: Iterable[onnx.NodeProto], functions: dict[FunctionKey, onnx.FunctionProto]
-) -> set[FunctionKey]:
-    """The functions that nodes call: from bodies at any depth, and from one function to the next."""
-    found: set[FunctionKey] = set()
-    pending = list(nodes)
-    while pending:
-        for node in all_nodes([pending.pop()]):
-            key = (node.domain, node.op_type, node.overload)
-            if key in functions and key not in found:
-                found.add(key)
-                pending.extend(functions[key].node)
-    return found
-
-
-def is_random(node: onnx.NodeProto, functions: dict[FunctionKey, onnx.FunctionProto]) -> bool:
-    """True when an op may give another result each time: itself, in a body or in a function it calls."""
-    inside = [node, *(n for key in called_functions([node], functions) for n in functions[key].node)]
-    return any(n.op_type in _RANDOM for n in all_nodes(inside))
 
 
 def build_graph(source: SourceModel) -> OpGraph:

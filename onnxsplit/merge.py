@@ -10,9 +10,9 @@ import onnx
 
 from onnxsplit.errors import PlanError
 from onnxsplit.extract import copy_external, serialized
-from onnxsplit.graph import SourceModel
 from onnxsplit.plan import Plan, load_plan
 from onnxsplit.shapes import value_info
+from onnxsplit.source import SourceModel
 from onnxsplit.tensors import load_npz
 
 

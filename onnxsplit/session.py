@@ -9,137 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import MissingDependency, ModelError, ModelRefused, OnnxsplitError, ProviderError
+from onnxsplit.errors import ModelError, ModelRefused, OnnxsplitError, ProviderError
 from onnxsplit.plan import Level
+from onnxsplit.providers import load_runtime, parse_provider, require_provider, why_not_loaded
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
 
-_SHORT_NAMES = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "rocm": "ROCMExecutionProvider",
-    "migraphx": "MIGraphXExecutionProvider",
-    "dnnl": "DnnlExecutionProvider",
-    "xnnpack": "XnnpackExecutionProvider",
-}
 _RUNTIME_TYPES = {"float": "float32", "double": "float64"}
-
-
-@dataclass(frozen=True)
-class Provider:
-    """An execution provider with its options, as ``--provider`` names it for one stage.
-
-    Attributes:
-        text: what the user wrote, in normal form: ``cpu``, ``cuda:1``, ``openvino:device_type=GPU``.
-        name: ONNX Runtime's name of it.
-        options: provider options.
-    """
-
-    text: str
-    name: str
-    options: Mapping[str, str] = field(default_factory=dict)
-
-
-def parse_provider(text: str) -> Provider:
-    """Read ``cpu``, ``cuda[:N]`` or ``NAME[:N][:KEY=VALUE ...]``.
-
-    NAME is a short name (``tensorrt``, ``openvino`` ...) or ONNX Runtime's own. N is the device's number.
-
-    Raises:
-        ProviderError: the text has another form.
-    """
-    name, *parts = text.strip().split(":")
-    full = _SHORT_NAMES.get(name.lower(), name)
-    if not full.endswith("ExecutionProvider"):
-        raise ProviderError(
-            f"provider {name!r} is unknown. Allowed: {', '.join(_SHORT_NAMES)}, or ONNX Runtime's own name "
-            "of a provider (ending in ExecutionProvider), with options as NAME[:DEVICE][:KEY=VALUE]"
-        )
-    options: dict[str, str] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if equals and key:
-            options[key] = value
-        elif part.isdecimal() and full != "CPUExecutionProvider":
-            options["device_id"] = part
-        else:
-            raise ProviderError(f"provider {text!r}: {part!r} is neither a device's number nor KEY=VALUE")
-    return Provider(text=text.strip(), name=full, options=options)
-
-
-def providers_by_stage(text: str, stages: int, default: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Give every stage its provider.
-
-    Args:
-        text: one provider for all; ``auto`` (stages over the GPUs found, else the CPU); or ``0=cuda:0,1=cpu``, where
-            a stage that is not named gets ``default``.
-        stages: number of stages.
-        default: a provider a stage; ``cpu`` when None.
-
-    Raises:
-        ProviderError: a stage or provider is unknown.
-    """
-    result = list(default) if default is not None else ["cpu"] * stages
-    if text == "auto":
-        gpus = gpu_count()
-        return tuple(f"cuda:{stage % gpus}" for stage in range(stages)) if gpus else ("cpu",) * stages
-    entries = text.split(",")
-    if not entries[0].partition("=")[0].strip().isdecimal():
-        return (parse_provider(text).text,) * stages
-    for entry in entries:
-        number, _, provider = entry.partition("=")
-        if not number.strip().isdecimal() or int(number) >= stages:
-            raise ProviderError(f"{entry!r} in {text!r}: the stages are 0 to {stages - 1}; write STAGE=PROVIDER")
-        result[int(number)] = parse_provider(provider).text
-    return tuple(result)
-
-
-def gpu_count() -> int:
-    """CUDA devices that ONNX Runtime could use here: 0 without the CUDA provider or an NVIDIA driver."""
-    if "CUDAExecutionProvider" not in available_providers():
-        return 0
-    listed = list(Path("/proc/driver/nvidia/gpus").glob("*")) or list(Path("/dev").glob("nvidia[0-9]*"))
-    return len(listed)
-
-
-def available_providers() -> tuple[str, ...]:
-    """The providers the installed ONNX Runtime was built with; empty when none is installed or it does not load."""
-    try:
-        return tuple(_onnxruntime().get_available_providers())
-    except OnnxsplitError:
-        return ()
-
-
-def runtime_version() -> str | None:
-    """Version of the installed ONNX Runtime; None when none is installed or it does not load."""
-    try:
-        return str(_onnxruntime().__version__)
-    except OnnxsplitError:
-        return None
-
-
-def require_runtime() -> None:
-    """Raise when no ONNX Runtime is installed or it does not load, saying what to do."""
-    _onnxruntime()
-
-
-def provider_problem(name: str) -> str | None:
-    """Why a provider of the installed ONNX Runtime cannot be used here; None when nothing speaks against it."""
-    try:
-        _require_provider(_onnxruntime(), Provider(text=name, name=name))
-    except OnnxsplitError as error:
-        return str(error)
-    if name == "CUDAExecutionProvider" and not gpu_count():
-        return "no NVIDIA GPU or driver was found"
-    return None
 
 
 def host_cores() -> int:
@@ -155,31 +36,6 @@ def threads_per_node(nodes: int) -> int:
 def quiet_environment() -> dict[str, str]:
     """The environment for a child that must use no more threads than its session was given."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise ProviderError(f"ONNX Runtime does not load: it needs the module {error.name!r}") from error
-        raise MissingDependency(
-            "ONNX Runtime is not installed. Install exactly one of the two extras: "
-            "pip install 'onnxsplit[cpu]' or pip install 'onnxsplit[gpu]'"
-        ) from error
-    except ImportError as error:
-        raise ProviderError(
-            f"ONNX Runtime is installed but does not load: {error}. The GPU build needs NVIDIA's libraries: "
-            "pip install 'onnxsplit[gpu]' brings them; without a GPU use pip install 'onnxsplit[cpu]' instead "
-            "(uninstall onnxruntime-gpu first: the two builds exclude each other)"
-        ) from error
-    if not hasattr(onnxruntime, "InferenceSession"):
-        raise ProviderError(
-            "the installed onnxruntime is broken: onnxruntime and onnxruntime-gpu overwrite each other. "
-            "Uninstall both, then install exactly one of 'onnxsplit[cpu]' and 'onnxsplit[gpu]'"
-        )
-    onnxruntime.set_default_logger_severity(4)  # errors are raised, not logged as well
-    return onnxruntime
 
 
 class Session:
@@ -215,7 +71,7 @@ class Session:
 
     def _run_with_values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """As :meth:`run`, for element types that ``session.run`` does not take from NumPy."""
-        value_type = _onnxruntime().OrtValue
+        value_type = load_runtime().OrtValue
         values = {}
         for name, kind in self.inputs:
             array = inputs[name]
@@ -280,9 +136,9 @@ def open_session(
         ProviderError: the provider cannot be used; says what is missing.
         ModelRefused: ONNX Runtime refuses the model.
     """
-    ort = _onnxruntime()
+    ort = load_runtime()
     wanted = parse_provider(provider)
-    _require_provider(ort, wanted)
+    require_provider(ort, wanted)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -310,51 +166,8 @@ def open_session(
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise ModelRefused(f"ONNX Runtime {ort.__version__} refuses the model: {_first_lines(error)}") from error
     if wanted.name not in raw.get_providers():
-        raise ProviderError(_why_not_loaded(ort, wanted))
+        raise ProviderError(why_not_loaded(ort, wanted))
     return Session(raw)
-
-
-def _require_provider(ort: Any, wanted: Provider) -> None:
-    available = ort.get_available_providers()
-    if wanted.name not in available:
-        hint = (
-            "This is the CPU build: pip uninstall onnxruntime, then pip install 'onnxsplit[gpu]'"
-            if wanted.name in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-            else "Install the build of ONNX Runtime that has it"
-        )
-        raise ProviderError(
-            f"provider {wanted.text!r} is not in the installed ONNX Runtime {ort.__version__}; "
-            f"it has: {', '.join(available)}. {hint}"
-        )
-    if wanted.name == "CUDAExecutionProvider":
-        missing = _missing_cuda_library(ort)
-        if missing is not None:
-            raise ProviderError(f"provider {wanted.text!r} cannot load: {missing}")
-
-
-def _missing_cuda_library(ort: Any) -> str | None:
-    """Why the CUDA provider's library does not load; None when it does."""
-    import io
-    from contextlib import redirect_stdout
-
-    preload = getattr(ort, "preload_dlls", None)
-    if preload is not None:
-        with redirect_stdout(io.StringIO()):
-            preload()
-    folder = Path(ort.__file__).parent / "capi"
-    try:
-        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
-    except OSError as error:
-        return f"{error}. NVIDIA's driver must be installed; its libraries come with pip install 'onnxsplit[gpu]'"
-    return None
-
-
-def _why_not_loaded(ort: Any, wanted: Provider) -> str:
-    return (
-        f"provider {wanted.text!r} was asked for, and ONNX Runtime {ort.__version__} fell back to the CPU: the device "
-        "or its driver is missing, or the options do not fit. Check nvidia-smi, or use the provider cpu"
-    )
 
 
 def _first_lines(error: Exception) -> str:

@@ -13,8 +13,9 @@ import onnx
 import onnx.shape_inference
 
 from onnxsplit.errors import InputError
-from onnxsplit.graph import OpGraph, nested_graphs
+from onnxsplit.graph import OpGraph
 from onnxsplit.plan import Shape, TensorSpec
+from onnxsplit.source import nested_graphs
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name
 
 _KEPT_BYTES = 64 * 1024  # stored tensors up to this size are kept for inference: some are shapes

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from onnxsplit.errors import ModelError, PlanError
-from onnxsplit.graph import open_model
 from onnxsplit.plan import Level, Plan, load_plan
 from onnxsplit.session import Session, open_session
+from onnxsplit.source import open_model
 from onnxsplit.tensors import Array, check_inputs, load_npz, numpy_dtype
 
 TOLERANCE = 1e-4

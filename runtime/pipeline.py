@@ -15,7 +15,8 @@ import numpy as np
 
 from onnxsplit.errors import InputError, PlanError
 from onnxsplit.plan import Plan, load_plan, plan_id, read_plan_file
-from onnxsplit.session import providers_by_stage, threads_per_node
+from onnxsplit.providers import providers_by_stage
+from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, check_inputs, load_npz
 from runtime.coordinator import Answer, Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed

@@ -14,8 +14,10 @@ ORDER = [
     # Each module imports only from rows above its own, or from its own package.
     ["onnxsplit", "onnxsplit.errors"],
     ["onnxsplit.tensors", "onnxsplit.plan"],
+    ["onnxsplit.providers"],
     ["onnxsplit.session"],
     ["onnxsplit.timed"],
+    ["onnxsplit.source"],
     ["onnxsplit.graph"],
     ["onnxsplit.shapes"],
     ["onnxsplit.inputs", "onnxsplit.atoms"],
@@ -24,13 +26,15 @@ ORDER = [
     ["onnxsplit.examine"],
     ["onnxsplit.cut_at"],
     ["onnxsplit.extract", "onnxsplit.inspection"],
+    ["onnxsplit.draft"],
     ["onnxsplit.verify", "onnxsplit.planner", "onnxsplit.merge", "onnxsplit.doctor"],
     ["onnxsplit.export"],
     ["runtime"],
     ["onnxsplit.cli", "onnxsplit.__main__"],
 ]
 RUNTIME_MAY_USE = {
-    "onnxsplit.errors", "onnxsplit.plan", "onnxsplit.tensors", "onnxsplit.session", "onnxsplit.timed",
+    "onnxsplit.errors", "onnxsplit.plan", "onnxsplit.tensors", "onnxsplit.providers",
+    "onnxsplit.session", "onnxsplit.timed",
 }  # fmt: skip
 RUNTIME_ORDER = [
     ["runtime.errors", "runtime.balance", "runtime.messages"],
@@ -43,13 +47,15 @@ RUNTIME_ORDER = [
 HOMES = {
     "networkx": {"onnxsplit.graph", "onnxsplit.atoms", "onnxsplit.partitioner"},
     "onnx": {
+        "onnxsplit.source",
+        "onnxsplit.merge",
         "onnxsplit.graph",
         "onnxsplit.shapes",
         "onnxsplit.extract",
         "onnxsplit.cost.profiler",
         "onnxsplit.export",
     },
-    "onnxruntime": {"onnxsplit.session"},
+    "onnxruntime": {"onnxsplit.providers"},
     "zmq": {"runtime.transport"},
     "torch": {"onnxsplit.export"},
     "rich": {"onnxsplit.cli"},

@@ -19,11 +19,12 @@ import msgspec
 
 from onnxsplit.cost import OpCosts
 from onnxsplit.errors import InputError, ModelError
-from onnxsplit.graph import OpGraph, SourceModel
+from onnxsplit.graph import OpGraph
 from onnxsplit.inputs import dimension_choices, synthesize
 from onnxsplit.plan import Level, TensorSpec
 from onnxsplit.session import quiet_environment
 from onnxsplit.shapes import Shapes, bind
+from onnxsplit.source import SourceModel
 from onnxsplit.tensors import Array, save_npz
 from onnxsplit.timed import TimedModel, median_ns
 

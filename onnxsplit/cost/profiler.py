@@ -18,8 +18,9 @@ import onnx
 
 from onnxsplit.cost.measured import Profile, ProfileRequest
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.graph import OpGraph, all_nodes, build_graph, open_model
+from onnxsplit.graph import OpGraph, build_graph
 from onnxsplit.session import open_session
+from onnxsplit.source import all_nodes, open_model
 from onnxsplit.tensors import load_npz
 
 _OP_NAME = re.compile(r"onnxsplit\.op(\d+)\.")

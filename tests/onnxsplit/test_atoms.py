@@ -5,8 +5,9 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from onnxsplit.atoms import CALLER, build_atoms
-from onnxsplit.graph import build_graph, open_model
+from onnxsplit.graph import build_graph
 from onnxsplit.shapes import infer_shapes
+from onnxsplit.source import open_model
 
 
 def atoms_of(proto, tmp_path, **sizes):

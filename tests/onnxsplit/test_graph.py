@@ -6,7 +6,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import ModelError
-from onnxsplit.graph import build_graph, captured_names, open_model
+from onnxsplit.graph import build_graph, captured_names
+from onnxsplit.source import open_model
 
 
 def graph_of(proto, tmp_path):

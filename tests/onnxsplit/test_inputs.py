@@ -7,9 +7,10 @@ from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError
 from onnxsplit.examine import examine
-from onnxsplit.graph import build_graph, open_model
+from onnxsplit.graph import build_graph
 from onnxsplit.inputs import dimension_choices, synthesize
 from onnxsplit.plan import TensorSpec
+from onnxsplit.source import open_model
 
 
 def spec(*shape):

@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import ModelError, ProviderError
-from onnxsplit.session import available_providers, open_session, parse_provider, providers_by_stage
+from onnxsplit.providers import available_providers, parse_provider, providers_by_stage
+from onnxsplit.session import open_session
 
 
 @pytest.mark.parametrize(
