@@ -22,6 +22,7 @@ _SHORT_NAMES = {
     "dnnl": "DnnlExecutionProvider",
     "xnnpack": "XnnpackExecutionProvider",
 }
+_NVIDIA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def provider_problem(name: str) -> str | None:
         require_provider(load_runtime(), Provider(text=name, name=name))
     except OnnxsplitError as error:
         return str(error)
-    if name == "CUDAExecutionProvider" and not gpu_count():
+    if name in _NVIDIA and not gpu_count():
         return "no NVIDIA GPU or driver was found"
     return None
 
@@ -165,31 +166,34 @@ def require_provider(ort: Any, wanted: Provider) -> None:
     if wanted.name not in available:
         hint = (
             "This is the CPU build: pip uninstall onnxruntime, then pip install 'onnxsplit[gpu]'"
-            if wanted.name in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+            if wanted.name in _NVIDIA
             else "Install the build of ONNX Runtime that has it"
         )
         raise ProviderError(
             f"provider {wanted.text!r} is not in the installed ONNX Runtime {ort.__version__}; "
             f"it has: {', '.join(available)}. {hint}"
         )
-    if wanted.name == "CUDAExecutionProvider":
-        missing = _missing_cuda_library(ort)
-        if missing is not None:
-            raise ProviderError(f"provider {wanted.text!r} cannot load: {missing}")
+    missing = _missing_library(ort, wanted.name)
+    if missing is not None:
+        raise ProviderError(f"provider {wanted.text!r} cannot load: {missing}")
 
 
-def _missing_cuda_library(ort: Any) -> str | None:
-    """Why the CUDA provider's library does not load; None when it does."""
+def _missing_library(ort: Any, name: str) -> str | None:
+    """Why a provider's own library does not load; None when it does, or when it has none."""
+    folder = Path(ort.__file__).parent / "capi"
+    library = folder / f"libonnxruntime_providers_{name.removesuffix('ExecutionProvider').lower()}.so"
+    if not library.is_file():
+        return None
     preload = getattr(ort, "preload_dlls", None)
-    if preload is not None:
+    if preload is not None and name in _NVIDIA:
         with redirect_stdout(io.StringIO()):
             preload()
-    folder = Path(ort.__file__).parent / "capi"
     try:
         ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
+        ctypes.CDLL(str(library))
     except OSError as error:
-        return f"{error}. NVIDIA's driver must be installed; its libraries come with pip install 'onnxsplit[gpu]'"
+        hint = "NVIDIA's driver must be installed; its libraries come with pip install 'onnxsplit[gpu]'"
+        return f"{error}" + (f". {hint}" if name in _NVIDIA else "")
     return None
 
 
