@@ -62,4 +62,5 @@ def command(
         f"{milliseconds(report.latency_p99_ns)} p99; its stages alone, in turn: {milliseconds(report.stages_ns)}."
     )
     output.line(f"{report.slices} slices of {slice_seconds} s each, taken in turn; {report.threads} thread(s) a stage.")
+    output.line(f'Next: put it to work from Python with runtime.Pipeline.launch("{plan}")')
     output.result({"bench": report})

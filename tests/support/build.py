@@ -111,21 +111,31 @@ def failing() -> onnx.ModelProto:
     return model(nodes, [value("x", ["n"])], [value("y", ["m", 3])], [rows])
 
 
+def mixed_functions() -> list[onnx.FunctionProto]:
+    """Mixed(a, b) = Inner(a) + b, Inner(a) = tanh(a): one function calls the other."""
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid("mine", 1)]
+    inner = helper.make_function("mine", "Inner", ["a"], ["r"], [helper.make_node("Tanh", ["a"], ["r"])], imports)
+    body = [helper.make_node("Inner", ["a"], ["i"], domain="mine"), helper.make_node("Add", ["i", "b"], ["r"])]
+    return [inner, helper.make_function("mine", "Mixed", ["a", "b"], ["r"], body, imports)]
+
+
 def random_dag(seed: int) -> onnx.ModelProto:
-    """A random DAG over [4, 4]: shared weights, captures, constants, dead ops, several outputs, pass-throughs."""
+    """A random DAG over [4, 4]: shared weights, captures, functions, constants, dead ops, outputs of all kinds."""
     source = random.Random(seed)
     numbers = np.random.default_rng(seed)
     weights = [constant(f"w{i}", numbers.standard_normal((4, 4)).astype(np.float32)) for i in range(3)]
     known, nodes = ["x0", "x1"], []
     for step in range(source.randint(2, 14)):
         out = f"t{step}"
-        kind = source.choice(["one", "two", "weight", "constant", "if"])
+        kind = source.choice(["one", "two", "weight", "constant", "function", "if"])
         if kind == "one":
             nodes.append(helper.make_node(source.choice(["Tanh", "Neg", "Sigmoid"]), [source.choice(known)], [out]))
         elif kind == "two":
             nodes.append(helper.make_node(source.choice(["Add", "Mul"]), source.choices(known, k=2), [out]))
         elif kind == "weight":
             nodes.append(helper.make_node("MatMul", [source.choice(known), f"w{source.randrange(3)}"], [out]))
+        elif kind == "function":
+            nodes.append(helper.make_node("Mixed", source.choices(known, k=2), [out], domain="mine"))
         elif kind == "constant":
             tensor = constant("", numbers.standard_normal((4, 4)).astype(np.float32))
             nodes.append(helper.make_node("Constant", [], [f"c{step}"], value=tensor))
@@ -153,4 +163,6 @@ def random_dag(seed: int) -> onnx.ModelProto:
         [value("x0", [4, 4]), value("x1", [4, 4])],
         [value(name, [4, 4]) for name in sorted(outputs)],
         weights,
+        functions=mixed_functions(),
+        opsets={"": OPSET, "mine": 1},
     )
