@@ -204,7 +204,8 @@ class Draft:
                 run_together(group, _STAGE_SECONDS / 4)
                 times += run_together(group, _STAGE_SECONDS, least=3)
         measured = self._contended(tuple(median_ns(run) for run in times))
-        return replace(cut, measured_ns=measured, op_ns=_corrected(cut, measured))
+        expected = score(self._subject.problem(cut.op_ns), cut.assignment).compute_ns
+        return replace(cut, measured_ns=measured, op_ns=_corrected(cut, expected, measured))
 
     def _with_levels(self, cut: _Cut) -> _Cut:
         """Give each stage the optimisation level at which it runs fastest."""
@@ -316,10 +317,10 @@ class Draft:
         return found
 
 
-def _corrected(cut: _Cut, measured: Sequence[int]) -> tuple[int, ...]:
+def _corrected(cut: _Cut, expected: Sequence[int], measured: Sequence[int]) -> tuple[int, ...]:
     """Scale the ops of every stage so that together they take what the stage took."""
     corrected = list(cut.op_ns)
-    for part, predicted, found in zip(cut.parts, cut.score.compute_ns, measured, strict=True):
+    for part, predicted, found in zip(cut.parts, expected, measured, strict=True):
         for op in part.ops if predicted else ():
             corrected[op] = cut.op_ns[op] * found // predicted
     return tuple(corrected)

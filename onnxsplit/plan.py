@@ -352,6 +352,17 @@ def check_file(folder: Path, entry: FileEntry) -> list[str]:
     return [] if digest == entry.sha256 else [f"{entry.name}: its SHA-256 is not the plan's"]
 
 
+def example_file(folder: Path, plan: Plan) -> Path:
+    """The plan's own example inputs.
+
+    Raises:
+        PlanError: it holds none.
+    """
+    if plan.example_inputs is None:
+        raise PlanError(f"{folder} holds no example inputs; give some with --inputs FILE.npz")
+    return folder / plan.example_inputs.name
+
+
 def plan_schema() -> bytes:
     """The JSON Schema of ``plan.json``; ``plan.schema.json`` in the package is this."""
     schema = msgspec.json.schema(Plan)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxsplit.errors import ModelError, PlanError
-from onnxsplit.plan import Level, Plan, load_plan
+from onnxsplit.plan import Level, Plan, example_file, load_plan
 from onnxsplit.session import Session, open_session
 from onnxsplit.source import open_model
 from onnxsplit.tensors import Array, check_inputs, load_npz, numpy_dtype
@@ -104,13 +104,6 @@ def verify(
         )
         for name in plan.outputs
     )
-
-
-def example_file(folder: Path, plan: Plan) -> Path:
-    """The plan's own example inputs."""
-    if plan.example_inputs is None:
-        raise PlanError(f"{folder} holds no example inputs; give some with --inputs FILE.npz")
-    return folder / plan.example_inputs.name
 
 
 def unread_inputs(plan: Plan) -> frozenset[str]:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from onnxsplit.errors import InputError
-from onnxsplit.plan import Plan, Record, load_plan
+from onnxsplit.plan import Plan, Record, example_file, load_plan
 from onnxsplit.session import host_cores, threads_per_node
 from onnxsplit.tensors import Array, load_npz, save_npz
 from onnxsplit.timed import TimedModel, run_together
@@ -72,9 +71,7 @@ def bench(
     """
     folder = Path(folder)
     plan = load_plan(folder)
-    if inputs is None and plan.example_inputs is None:
-        raise InputError(f"{folder} holds no example inputs; give some with --inputs FILE.npz")
-    example = Path(inputs) if inputs is not None else folder / (plan.example_inputs.name if plan.example_inputs else "")
+    example = Path(inputs) if inputs is not None else example_file(folder, plan)
     given = load_npz(example)
     threads = threads or threads_per_node(len(plan.stages))
     with ExitStack() as stack:

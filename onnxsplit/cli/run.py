@@ -39,9 +39,8 @@ def command(
     timeout: float | None,
 ) -> None:
     """Start the nodes of the plan in DIR, run one set of inputs through them, write the outputs, stop the nodes."""
-    from onnxsplit.plan import load_plan
+    from onnxsplit.plan import example_file, load_plan
     from onnxsplit.tensors import load_npz, save_npz
-    from onnxsplit.verify import example_file
     from runtime import Pipeline
 
     given = load_npz(inputs or example_file(plan, load_plan(plan, check_files=False)))

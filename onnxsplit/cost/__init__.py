@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from onnxsplit.graph import OpGraph
 from onnxsplit.plan import Level
 from onnxsplit.shapes import Shapes
 
@@ -33,14 +32,6 @@ class OpCosts:
     level: Level
     source: Literal["measured", "analytic"]
     shapes: Shapes
-
-
-class CostModel(Protocol):
-    """Gives every op its time."""
-
-    def __call__(self, graph: OpGraph, shapes: Shapes) -> OpCosts:
-        """Cost all ops of a graph."""
-        ...
 
 
 def transfer_ns(size_bytes: int) -> int:

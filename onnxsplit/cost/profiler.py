@@ -19,14 +19,13 @@ import onnx
 from onnxsplit.cost.measured import Profile, ProfileRequest
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.graph import OpGraph, build_graph
-from onnxsplit.session import open_session
+from onnxsplit.session import open_session, runtime_type
 from onnxsplit.source import all_nodes, open_model
 from onnxsplit.tensors import load_npz
 
 _OP_NAME = re.compile(r"onnxsplit\.op(\d+)\.")
 _KERNEL = "_kernel_time"
 _INSERTED = re.compile(r"(_nchwc|_token_\d+|_\d+)$")
-_RUNTIME_TYPES = {"float": "float32", "double": "float64"}
 
 
 class _Arguments(msgspec.Struct):
@@ -148,7 +147,7 @@ def _seen(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[str, tupl
         if len(outputs) == len(event.args.output_type_shape):
             for name, value in zip(outputs, event.args.output_type_shape, strict=True):
                 for kind, shape in value.items():
-                    found[name] = (_RUNTIME_TYPES.get(kind, kind), shape)
+                    found[name] = (runtime_type(f"tensor({kind})") or kind, shape)
     return found
 
 
