@@ -11,6 +11,7 @@ Everything else is an atom of a single op: any tensor that can travel is a candi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -57,11 +58,24 @@ class Atoms:
     digraph: nx.DiGraph
 
 
-def build_atoms(graph: OpGraph, shapes: Shapes) -> Atoms:
-    """Contract the graph. Linear in its size but for the sorting."""
+def build_atoms(
+    graph: OpGraph, shapes: Shapes, together: Sequence[Sequence[int]] = (), *, single: bool = False
+) -> Atoms:
+    """Contract the graph. Linear in its size but for the sorting.
+
+    Args:
+        graph: the ops.
+        shapes: which tensors can travel.
+        together: groups of ops that must share an atom, too.
+        single: contract nothing; for bounds only, since not all of it can be cut.
+    """
     copied = _copied_ops(graph, shapes)
     needs = needed_tensors(graph, copied)
-    groups = _groups(graph, shapes, copied, needs)
+    groups = UnionFind(needs.keys() - copied) if single else _groups(graph, shapes, copied, needs)
+    for group in together:
+        members = [op for op in group if op not in copied]
+        if members:
+            groups.union(*members)
     order, atom_of = _ordered(graph, copied, needs, groups)
     return Atoms(
         ops=order,

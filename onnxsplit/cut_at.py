@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from onnxsplit.atoms import CALLER
 from onnxsplit.errors import PartitionError
 from onnxsplit.examine import Subject
-from onnxsplit.partitioner import Assignment
 
 _NEAREST = 3
 
 
-def assignment_at(subject: Subject, tensors: Sequence[str]) -> Assignment:
+def assignment_at(subject: Subject, tensors: Sequence[str]) -> tuple[int, ...]:
     """Stages that begin where these tensors are read.
 
     An atom's stage is the largest number of named tensors on a path to it, so tensors one after the other make one
@@ -22,12 +21,7 @@ def assignment_at(subject: Subject, tensors: Sequence[str]) -> Assignment:
     Raises:
         PartitionError: a tensor cannot be cut; names the nearest ones that can.
     """
-    legal = {flow.tensor for flow in subject.atoms.flows if flow.writer != CALLER and flow.readers}
-    refused = [
-        f"{name!r} {_why_not(subject, name)}. {_nearest(subject, name, legal)}" for name in tensors if name not in legal
-    ]
-    if refused:
-        raise PartitionError("cannot cut at " + "; ".join(refused))
+    check_cuts(subject, tensors)
     level = [0] * len(subject.atoms.ops)
     for flow in sorted(subject.atoms.flows, key=lambda flow: flow.writer):
         if flow.writer != CALLER:
@@ -35,6 +29,20 @@ def assignment_at(subject: Subject, tensors: Sequence[str]) -> Assignment:
             for reader in flow.readers:
                 level[reader] = max(level[reader], after)
     return tuple(level)
+
+
+def check_cuts(subject: Subject, tensors: Sequence[str]) -> None:
+    """Refuse tensors that cannot be cut.
+
+    Raises:
+        PartitionError: naming the nearest ones that can.
+    """
+    legal = {flow.tensor for flow in subject.atoms.flows if flow.writer != CALLER and flow.readers}
+    refused = [
+        f"{name!r} {_why_not(subject, name)}. {_nearest(subject, name, legal)}" for name in tensors if name not in legal
+    ]
+    if refused:
+        raise PartitionError("cannot cut at " + "; ".join(refused))
 
 
 def _why_not(subject: Subject, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec.structs
 
 import onnxsplit
+from onnxsplit.choose import Choice
+from onnxsplit.cluster import Device
 from onnxsplit.cost.measured import best_level
 from onnxsplit.examine import Say, Subject
 from onnxsplit.extract import (
@@ -24,7 +26,7 @@ from onnxsplit.extract import (
     write_constant,
     write_stage,
 )
-from onnxsplit.partitioner import Assignment, Score, lower_bound, score
+from onnxsplit.partitioner import Found, Partition, Score, line_up, lower_bound, score
 from onnxsplit.plan import (
     FORMAT_VERSION,
     CorrectionRound,
@@ -39,7 +41,7 @@ from onnxsplit.plan import (
     Prediction,
     Stage,
 )
-from onnxsplit.providers import runtime_version
+from onnxsplit.providers import provider_here, runtime_version
 from onnxsplit.session import host_cores
 from onnxsplit.tensors import load_npz, save_npz
 from onnxsplit.timed import TimedModel, median_ns, run_together
@@ -50,45 +52,35 @@ _SAY_EVERY_BYTES = 64 << 20
 _BALANCED = 1.02  # a bottleneck this close to the mean is not worth another round
 _STAGE_SECONDS = 0.8  # of all stages running at once, per round
 
-Chooser = Callable[[Sequence[int]], Assignment]
-"""Times of the ops -> atoms to stages."""
-
 
 @dataclass(frozen=True)
 class _Cut:
     """A cut with its stage files written, and what is known of it.
 
     Attributes:
-        assignment: atoms to stages.
+        found: the partition, and its figures by the costs it was made with.
         parts: by stage.
         files: by stage.
         folder: where the files are.
-        score: by the costs the cut was made with.
-        op_ns: those costs; after measuring, the ones that agree with the measurement.
+        op_ns: the costs; after measuring, the ones that agree with the measurement.
+        score: the figures by those costs.
         levels: optimisation level by stage.
-        measured_ns: by stage, all running at once; None when they were not run.
+        measured_ns: by stage on a device of speed 1, all running at once; None when they were not run.
     """
 
-    assignment: Assignment
+    found: Found
     parts: tuple[StageParts, ...]
     files: tuple[tuple[FileEntry, ...], ...]
     folder: Path
-    score: Score
     op_ns: tuple[int, ...]
+    score: Score
     levels: tuple[Level, ...]
     measured_ns: tuple[int, ...] | None = None
 
-    @property
-    def bottleneck_ns(self) -> int:
-        """The slowest stage with its transfers; of measured times where there are any."""
-        compute = self.measured_ns if self.measured_ns is not None else self.score.compute_ns
-        return max((c + t for c, t in zip(compute, self.score.transfer_ns, strict=True)), default=0)
 
-    @property
-    def balanced(self) -> bool:
-        """True when stages were measured and the slowest is close to their mean."""
-        times = self.measured_ns or ()
-        return bool(times) and max(times) * len(times) <= _BALANCED * sum(times)
+def stage_file(index: int) -> str:
+    """The name of a stage's file."""
+    return f"stage{index}.onnx"
 
 
 class _BytesWritten:
@@ -108,76 +100,89 @@ class _BytesWritten:
 
 
 class Draft:
-    """A plan in the making: cuts, writes, measures, corrects, and keeps the best cut it has seen."""
+    """A plan in the making: cuts, writes, measures, corrects, and keeps the best cut it has seen.
 
-    def __init__(
-        self, subject: Subject, choose: Chooser, providers: Sequence[str], threads: int, folder: Path, say: Say
-    ) -> None:
-        self._subject = subject
+    Without a folder it writes nothing, and the plan names no files.
+    """
+
+    def __init__(self, choose: Choice, folder: Path | None, say: Say) -> None:
         self._choose = choose
-        self._providers = tuple(providers)
-        self._threads = threads
+        self._subject: Subject = choose.subject
+        self._setting = choose.setting
         self._folder = folder
         self._say = say
 
     def plan(self, rounds: int) -> Plan:
         """Cut, run and correct up to ``rounds`` times, choose the stages' levels, and describe the best cut."""
-        measuring = self._subject.costs.source == "measured" and rounds > 0
         op_ns = self._contended(self._subject.costs.time_ns)
+        found = self._choose(op_ns)
+        if self._subject.costs.source != "measured" or not rounds:
+            return self._finished(self._write("round0", found, op_ns), found.bound, ())
         best: _Cut | None = None
         history: list[CorrectionRound] = []
-        seen: set[Assignment] = set()
-        for number in range(rounds if measuring else 1):
-            assignment = self._choose(op_ns)
-            if assignment in seen:
+        seen: set[Partition] = set()
+        for number in range(rounds):
+            if found.partition in seen:
                 break
-            seen.add(assignment)
-            cut = self._write(self._folder / f"round{number}", assignment, op_ns)
-            if measuring:
-                cut = self._measure(cut)
-                assert cut.measured_ns is not None
-                history.append(CorrectionRound(predicted_ns=cut.score.compute_ns, measured_ns=cut.measured_ns))
-                op_ns = cut.op_ns
-            loser = best if best is None or cut.bottleneck_ns < best.bottleneck_ns else cut
+            seen.add(found.partition)
+            cut = self._measure(self._write(f"round{number}", found, op_ns))
+            assert cut.measured_ns is not None
+            history.append(CorrectionRound(predicted_ns=found.score.compute_ns, measured_ns=self._on_devices(cut)))
+            op_ns = cut.op_ns
+            loser = best if best is None or cut.score.rank < best.score.rank else cut
             best = cut if loser is best else best
             if loser is not None:
                 shutil.rmtree(loser.folder)
-            if best is not None and best.balanced:
-                break
+            found = self._choose(op_ns)
         assert best is not None
-        if measuring:
-            best = self._measure(self._with_levels(best))
-        for file in best.folder.iterdir():
-            file.rename(self._folder / file.name)
-        best.folder.rmdir()
-        return self._describe(best, tuple(history))
+        best = self._measure(self._with_levels(best))
+        return self._finished(best, self._choose(best.op_ns).bound, tuple(history))
+
+    def _finished(self, cut: _Cut, bound: int, history: tuple[CorrectionRound, ...]) -> Plan:
+        if self._folder is not None:
+            for file in cut.folder.iterdir():
+                file.rename(self._folder / file.name)
+            cut.folder.rmdir()
+        return self._describe(cut, bound, history)
 
     def _contended(self, times_ns: tuple[int, ...]) -> tuple[int, ...]:
-        """Times with all stages at work: more threads than this host has cores take turns."""
-        share = max(self._cpu_threads, host_cores())
+        """Times with all devices of this host at work: more threads than it has cores take turns.
+
+        Devices of a cluster are what their speeds say.
+        """
+        share = host_cores() if self._setting.cluster is not None else max(self._cpu_threads, host_cores())
         return tuple(time_ns * share // host_cores() for time_ns in times_ns)
 
     @property
     def _cpu_threads(self) -> int:
-        return sum(self._threads for provider in self._providers if provider == "cpu")
+        return sum(device.threads for device in self._setting.devices if device.provider == "cpu")
 
-    def _write(self, folder: Path, assignment: Assignment, op_ns: tuple[int, ...]) -> _Cut:
-        folder.mkdir()
+    def _device(self, cut: _Cut, stage: int) -> Device:
+        return self._setting.devices[cut.found.partition.devices[stage][0]]
+
+    def _on_devices(self, cut: _Cut) -> tuple[int, ...]:
+        """Measured times on the devices of the stages."""
+        return tuple(round(t / self._device(cut, i).speed) for i, t in enumerate(cut.measured_ns or ()))
+
+    def _write(self, name: str, found: Found, op_ns: tuple[int, ...]) -> _Cut:
         subject = self._subject
-        parts = stage_parts(subject.graph, subject.atoms, assignment)
+        folder = (self._folder or Path()) / name
+        if self._folder is not None:
+            folder.mkdir()
+        parts = stage_parts(subject.graph, subject.atoms, found.partition.stage_of)
         files = []
-        for index, part in enumerate(parts):
+        for index, part in enumerate(parts if self._folder is not None else ()):
             progress = _BytesWritten(
                 f"writing stage {index} of {len(parts)}", weight_bytes(subject.graph, part), self._say
             )
-            files.append(write_stage(subject.graph, subject.shapes, part, folder, f"stage{index}.onnx", wrote=progress))
+            files.append(write_stage(subject.graph, subject.shapes, part, folder, stage_file(index), wrote=progress))
         return _Cut(
-            assignment=assignment,
+            found=found,
             parts=parts,
             files=tuple(files),
             folder=folder,
-            score=score(subject.problem(op_ns), assignment),
             op_ns=op_ns,
+            score=found.score,
             levels=(subject.costs.level,) * len(parts),
         )
 
@@ -187,25 +192,39 @@ class Draft:
         Where this host has fewer cores than the stages have threads, as many run at once as there are cores for, and
         times are scaled to what taking turns costs: which stage the scheduler favours in a second says nothing.
         """
-        threads = self._threads
-        at_once = len(cut.parts) if self._cpu_threads <= host_cores() else max(1, host_cores() // threads)
+        devices = [self._device(cut, index) for index in range(len(cut.parts))]
+        most = max((device.threads for device in devices), default=1)
+        crowded = self._setting.cluster is not None or self._cpu_threads > host_cores()
+        at_once = max(1, host_cores() // most) if crowded else max(1, len(cut.parts))
         with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
             feeds = self._feeds(cut, Path(scratch))
             workers = [
                 stack.enter_context(
-                    TimedModel(model, feed, threads=threads, level=cut.levels[index], provider=self._providers[index])
+                    TimedModel(
+                        model,
+                        feed,
+                        threads=devices[index].threads,
+                        level=cut.levels[index],
+                        provider=self._provider_here(devices[index]),
+                    )
                 )
                 for index, (model, feed) in enumerate(feeds)
             ]
-            self._say(f"running {at_once} stages at once")
+            self._say(f"running {at_once} of {len(workers)} stages at once")
             times: list[list[int]] = []
             for first in range(0, len(workers), at_once):
                 group = workers[first : first + at_once]
                 run_together(group, _STAGE_SECONDS / 4)
                 times += run_together(group, _STAGE_SECONDS, least=3)
         measured = self._contended(tuple(median_ns(run) for run in times))
-        expected = score(self._subject.problem(cut.op_ns), cut.assignment).compute_ns
-        return replace(cut, measured_ns=measured, op_ns=_corrected(cut, expected, measured))
+        alone = score(self._subject.problem(cut.op_ns), replace(cut.found.partition, devices=((0,),) * len(times)))
+        op_ns = _corrected(cut, alone.compute_ns, measured)
+        final = score(self._subject.problem(op_ns, self._setting), cut.found.partition)
+        return replace(cut, measured_ns=measured, op_ns=op_ns, score=final)
+
+    def _provider_here(self, device: Device) -> str:
+        """What a stage is measured on: its device's provider, or the CPU where this host lacks that."""
+        return device.provider if self._setting.cluster is None else provider_here(device.provider)
 
     def _with_levels(self, cut: _Cut) -> _Cut:
         """Give each stage the optimisation level at which it runs fastest."""
@@ -213,7 +232,8 @@ class Draft:
         with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
             for index, (model, feed) in enumerate(self._feeds(cut, Path(scratch))):
                 self._say(f"choosing the optimisation level of stage {index} of {len(cut.parts)}")
-                level, _ = best_level(model, feed, threads=self._threads, provider=self._providers[index])
+                device = self._device(cut, index)
+                level, _ = best_level(model, feed, threads=device.threads, provider=self._provider_here(device))
                 levels.append(level)
         return replace(cut, levels=tuple(levels))
 
@@ -222,25 +242,24 @@ class Draft:
         values = dict(self._subject.inputs)
         feeds = []
         for index, part in enumerate(cut.parts):
-            model, feed = cut.folder / cut.files[index][0].name, scratch / f"{index}.npz"
+            model, feed = cut.folder / stage_file(index), scratch / f"{index}.npz"
             save_npz(feed, {name: values[name] for name in part.inputs})
             if set(part.outputs) & {name for later in cut.parts[index + 1 :] for name in later.inputs}:
                 outputs = scratch / "outputs.npz"
-                with TimedModel(model, feed, threads=self._threads, level="basic") as once:
+                with TimedModel(model, feed, threads=self._device(cut, index).threads, level="basic") as once:
                     once.run(0.0)
                     once.save_outputs(outputs)
                 values.update(load_npz(outputs))
             feeds.append((model, feed))
         return feeds
 
-    def _describe(self, cut: _Cut, history: tuple[CorrectionRound, ...]) -> Plan:
+    def _describe(self, cut: _Cut, bound: int, history: tuple[CorrectionRound, ...]) -> Plan:
         subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes
-        problem = subject.problem(cut.op_ns)
-        final = score(problem, cut.assignment)
         count = len(cut.parts)
-        bound = lower_bound(problem.time_ns, count)
+        options = self._choose.options
         whole = whole_parts(graph)
-        save_npz(self._folder / EXAMPLE_FILE, subject.inputs)
+        if self._folder is not None:
+            save_npz(self._folder / EXAMPLE_FILE, subject.inputs)
         on_border = {name for part in cut.parts for name in (*part.inputs, *part.outputs)}
         source = graph.source.proto
         plan = Plan(
@@ -252,9 +271,9 @@ class Draft:
                 ir_version=source.ir_version,
                 opsets={entry.domain: entry.version for entry in source.opset_import},
             ),
-            strategy="layer",
-            parallel="model",
-            objective="throughput",
+            strategy=options.strategy,
+            parallel=options.parallel,
+            objective=options.objective,
             dims=dict(subject.dims),
             stages=tuple(self._stage(cut, index) for index in range(count)),
             tensors={n: shapes.specs[n] for n in sorted(on_border | {*graph.inputs, *graph.outputs})},
@@ -263,14 +282,7 @@ class Draft:
             outputs=graph.outputs,
             passthrough=self._passthrough(),
             outputs_need={},
-            prediction=Prediction(
-                bottleneck_ns=final.bottleneck_ns,
-                throughput_per_s=1e9 / max(1, final.bottleneck_ns),
-                latency_ns=final.latency_ns,
-                lower_bound_ns=bound,
-                gap=final.bottleneck_ns / max(1, bound) - 1,
-                op_lower_bound_ns=lower_bound(cut.op_ns, count),
-            ),
+            prediction=self._prediction(cut, bound),
             costs=Costs(
                 source=subject.costs.source,
                 whole_time_ns=subject.costs.whole_ns,
@@ -280,29 +292,53 @@ class Draft:
                 rounds=history,
                 note=subject.note,
             ),
-            example_inputs=file_entry(self._folder / EXAMPLE_FILE),
+            example_inputs=file_entry(self._folder / EXAMPLE_FILE) if self._folder is not None else None,
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
         plan = msgspec.structs.replace(plan, outputs_need=needs)
-        problems = plan.check()
+        problems = plan.check() if self._folder is not None else []
         assert not problems, problems
         return plan
 
+    def _prediction(self, cut: _Cut, bound: int) -> Prediction:
+        final, memory = cut.score, self._setting.objective == "memory"
+        atoms = self._subject.problem(cut.op_ns, self._setting)
+        bound = min(bound, final.value)
+        ops = self._subject.as_ops().problem(cut.op_ns, self._setting)
+        op_bound = bound
+        if ops.atoms != atoms.atoms:
+            op_bound = min(bound, lower_bound(ops, line_up(ops, self._choose.stages, self._choose.options.parallel)))
+        return Prediction(
+            bottleneck_ns=final.bottleneck_ns,
+            throughput_per_s=1e9 / max(1, final.bottleneck_ns),
+            latency_ns=final.latency_ns,
+            lower_bound_ns=0 if memory else bound,
+            gap=final.value / max(1, bound) - 1 if cut.parts else 0.0,
+            op_lower_bound_ns=0 if memory else op_bound,
+            peak_memory_bytes=max(final.memory_bytes, default=0) if memory else None,
+            lower_bound_bytes=bound if memory else None,
+        )
+
     def _stage(self, cut: _Cut, index: int) -> Stage:
         part, subject = cut.parts[index], self._subject
+        device, replicas = self._device(cut, index), cut.found.partition.devices[index]
+        named = self._setting.cluster is not None
         return Stage(
             index=index,
-            file=cut.files[index][0].name,
-            files=cut.files[index],
+            file=stage_file(index),
+            files=cut.files[index] if cut.files else (),
             inputs=part.inputs,
             outputs=part.outputs,
             weight_bytes=weight_bytes(subject.graph, part),
             peak_memory_bytes=peak_memory_bytes(subject.graph, subject.shapes, part),
-            provider=self._providers[index],
+            provider=device.provider,
             optimization_level=cut.levels[index],
-            threads=self._threads,
-            predicted_time_ns=cut.score.compute_ns[index],
-            measured_time_ns=cut.measured_ns[index] if cut.measured_ns is not None else None,
+            threads=device.threads,
+            predicted_time_ns=cut.found.score.compute_ns[index],
+            measured_time_ns=self._on_devices(cut)[index] if cut.measured_ns is not None else None,
+            replicas=len(replicas),
+            device=device.name if named else None,
+            devices=tuple(self._setting.devices[replica].name for replica in replicas) if named else (),
             ops=len(part.ops),
         )
 
@@ -312,7 +348,7 @@ class Draft:
         for number, name in enumerate(graph.outputs):
             if name in graph.inputs:
                 found[name] = Passthrough(input=name)
-            elif name in graph.constants:
+            elif name in graph.constants and self._folder is not None:
                 found[name] = Passthrough(file=write_constant(graph, name, self._folder, f"constant{number}.npz"))
         return found
 

@@ -6,6 +6,7 @@
     │   └── ModelRefused    ONNX Runtime will not load it
     ├── InputError          tensors given by the user do not fit the model
     ├── PartitionError      the model cannot be cut as asked
+    ├── ClusterError        a cluster file cannot be used
     ├── PlanError           a plan directory cannot be used
     ├── ProviderError       an execution provider is unknown, missing or fails to load
     └── ExportError         a model could not be exported, or came out different
@@ -39,6 +40,10 @@ class InputError(OnnxsplitError):
 
 class PartitionError(OnnxsplitError):
     """The model cannot be cut as asked."""
+
+
+class ClusterError(OnnxsplitError):
+    """A cluster file is missing, is no TOML, or contradicts itself or the model."""
 
 
 class PlanError(OnnxsplitError):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnxsplit.atoms import Atoms, build_atoms
-from onnxsplit.cost import OpCosts, transfer_ns
+from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.cost.measured import find_example, measured_costs
 from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
@@ -15,6 +15,7 @@ from onnxsplit.graph import OpGraph, build_graph
 from onnxsplit.inputs import accept, dimension_choices, synthesize
 from onnxsplit.partitioner import Problem, Transfer, Weight
 from onnxsplit.session import threads_per_node
+from onnxsplit.setting import Setting, alike
 from onnxsplit.shapes import Shapes, bind, infer_shapes, input_specs
 from onnxsplit.source import node_tensors, open_model, tensor_bytes
 from onnxsplit.tensors import Array, load_npz
@@ -52,25 +53,35 @@ class Subject:
         """Types and shapes of the tensors."""
         return self.costs.shapes
 
-    def problem(self, op_ns: Sequence[int], max_memory_bytes: int | None = None) -> Problem:
-        """The numbers an algorithm sees, with these times of the ops."""
+    def tied(self, together: Sequence[Sequence[int]]) -> Subject:
+        """The same model with groups of ops that must stay together, too."""
+        return replace(self, atoms=build_atoms(self.graph, self.shapes, together)) if together else self
+
+    def as_ops(self) -> Subject:
+        """The same model as if every op could be cut from every other."""
+        return replace(self, atoms=build_atoms(self.graph, self.shapes, single=True))
+
+    def problem(self, op_ns: Sequence[int], setting: Setting | None = None) -> Problem:
+        """The numbers an algorithm sees, with these times of the ops on a device of speed 1."""
+        setting = setting or alike(1)
         atom_of = {op: atom for atom, ops in enumerate(self.atoms.ops) for op in ops}
         times = [sum(op_ns[op] for op in ops) for ops in self.atoms.ops]
         for op in self.atoms.copied:  # the first reader is charged with its copy
             reader = next((atom_of[r] for r in self._readers(op) if r in atom_of), None)
             if reader is not None:
                 times[reader] += op_ns[op]
-        transfers = tuple(
-            Transfer(flow.writer, flow.readers, transfer_ns(size), flow.to_caller, size)
-            for flow in self.atoms.flows
-            for size in [self.shapes.bytes(flow.tensor)]
-        )
         return Problem(
-            time_ns=tuple(times),
-            transfers=transfers,
+            kinds=setting.kinds(self.graph.ops, self.atoms.ops, times),
+            devices=setting.kind_of,
+            transfers=tuple(
+                Transfer(flow.writer, flow.readers, self.shapes.bytes(flow.tensor), flow.to_caller)
+                for flow in self.atoms.flows
+            ),
             weights=self._weights(atom_of),
             inner_bytes=self._inner_bytes(),
-            max_memory_bytes=max_memory_bytes,
+            links=setting.links,
+            apart=tuple((atom_of[one], atom_of[other]) for one, other in setting.apart),
+            objective=setting.objective,
         )
 
     def _weights(self, atom_of: Mapping[int, int]) -> tuple[Weight, ...]:

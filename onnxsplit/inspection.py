@@ -95,15 +95,16 @@ def _shape_text(shape: Shape | None) -> str:
 
 def _best_cuts(subject: Subject, count: int) -> tuple[CutRow, ...]:
     problem = subject.problem(subject.costs.time_ns)
-    total, before, rows = sum(problem.time_ns), 0, []
-    for last in range(len(problem.time_ns) - 1):
-        before += problem.time_ns[last]
+    times = problem.kinds[0].time_ns
+    total, before, rows = sum(times), 0, []
+    for last in range(len(times) - 1):
+        before += times[last]
         crossing = [
             (flow, transfer)
             for flow, transfer in zip(subject.atoms.flows, problem.transfers, strict=True)
             if flow.writer != CALLER and flow.writer <= last and any(reader > last for reader in flow.readers)
         ]
-        paid = sum(transfer.time_ns for _, transfer in crossing)
+        paid = sum(problem.link.transfer_ns(transfer.size_bytes) for _, transfer in crossing)
         names = tuple(flow.tensor for flow, _ in crossing)
         row = CutRow(
             tensors=names,

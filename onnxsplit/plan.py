@@ -26,6 +26,10 @@ Level = Literal["disabled", "basic", "extended", "all"]
 """ONNX Runtime's graph optimisation levels, weakest first."""
 
 
+Objective = Literal["throughput", "latency", "memory"]
+"""What a plan makes small: the slowest stage, the time of one request, or the largest need of memory."""
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Base of everything in a plan: immutable, compared by value, unknown JSON fields ignored."""
 
@@ -70,6 +74,7 @@ class Stage(Record, frozen=True, kw_only=True):
         measured_time_ns: of the real stage with all stages running at once; None when it was not run.
         replicas: nodes that execute this stage.
         device: a device of the cluster; None when the plan was made for this host alone.
+        devices: the devices of all its replicas, that one first.
         ops: number of ops in the stage.
     """
 
@@ -87,6 +92,7 @@ class Stage(Record, frozen=True, kw_only=True):
     measured_time_ns: int | None = None
     replicas: int = 1
     device: str | None = None
+    devices: tuple[str, ...] = ()
     ops: int = 0
 
 
@@ -129,12 +135,15 @@ class Prediction(Record, frozen=True, kw_only=True):
     """What the plan promises.
 
     Attributes:
-        bottleneck_ns: time of the slowest stage with its transfers.
+        bottleneck_ns: time of the slowest stage with its transfers, by request: replicas share them.
         throughput_per_s: requests a second with every stage busy.
         latency_ns: one request through all stages, transfers included.
-        lower_bound_ns: no plan for the same atoms, costs and number of stages has a smaller bottleneck.
-        gap: ``bottleneck_ns / lower_bound_ns - 1``.
+        lower_bound_ns: no plan for the same atoms, costs and devices has a smaller bottleneck; with the objective
+            ``latency``, a smaller latency; 0 with ``memory``.
+        gap: how far the objective's value is above its lower bound, as a share of that.
         op_lower_bound_ns: the same bound when every op could be cut from every other.
+        peak_memory_bytes: the largest need of a stage; with the objective ``memory`` only.
+        lower_bound_bytes: no plan has a smaller one.
     """
 
     bottleneck_ns: int
@@ -143,6 +152,8 @@ class Prediction(Record, frozen=True, kw_only=True):
     lower_bound_ns: int
     gap: float
     op_lower_bound_ns: int
+    peak_memory_bytes: int | None = None
+    lower_bound_bytes: int | None = None
 
 
 class Costs(Record, frozen=True, kw_only=True):

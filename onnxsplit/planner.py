@@ -10,145 +10,90 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from onnxsplit.cut_at import assignment_at
-from onnxsplit.draft import Chooser, Draft
-from onnxsplit.errors import PartitionError, PlanError
+from onnxsplit.choose import choice
+from onnxsplit.cluster import load_cluster
+from onnxsplit.draft import Draft
+from onnxsplit.errors import PlanError
 from onnxsplit.examine import Say, Subject, examine, silent
-from onnxsplit.partitioner import Infeasible, fewest_stages, slice_orders
-from onnxsplit.plan import (
-    PLAN_FILE,
-    Plan,
-)
-from onnxsplit.providers import gpu_count, providers_by_stage
+from onnxsplit.options import CutOptions
+from onnxsplit.plan import PLAN_FILE, Plan
+from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array
-
-DEFAULT_ROUNDS = 3
 
 
 def partition(
     model: str | Path,
     *,
-    stages: int | Literal["auto"] | None = None,
     out: str | Path | None = None,
-    cut_at: Sequence[str] = (),
-    max_memory: int | None = None,
     costs: str | None = None,
     dims: Mapping[str, int] | None = None,
     inputs: str | Path | Mapping[str, Array] | None = None,
-    provider: str = "auto",
-    rounds: int = DEFAULT_ROUNDS,
     say: Say = silent,
+    **options: Any,
 ) -> Plan:
     """Cut a model into cost-balanced stages and write the plan directory.
 
     Args:
         model: the model file.
-        stages: number of stages; ``auto`` for the fewest that fit ``max_memory``; the GPUs found, else 2, when None.
         out: the plan directory; ``MODEL.plan`` in the current folder when None. A plan there is replaced whole.
-        cut_at: tensors to cut exactly at, instead of choosing.
-        max_memory: bytes that no stage may exceed, by estimate: its weights and its largest sum of live activations.
         costs: ``measured`` or ``analytic``; None measures where the model runs here.
         dims: sizes of free dimensions that costs are taken at; the plan runs at any.
         inputs: example inputs, or an ``.npz`` with them.
-        provider: as ``--provider``: one for all, ``auto``, or by stage.
-        rounds: how often, at most, the real stages are run and the cut is corrected; 0 for never.
         say: told what is being done.
+        options: how to cut: the attributes of :class:`~onnxsplit.options.CutOptions`, ``stages`` first of all.
 
     Raises:
         PartitionError: the model cannot be cut as asked.
         PlanError: ``out`` is something other than a plan.
+        ClusterError: the cluster file is not usable.
         ModelError, InputError, MissingDependency, ProviderError: as :func:`~onnxsplit.examine.examine`.
     """
+    wanted = CutOptions(**options)
     target = Path(out) if out is not None else default_target(Path(model))
     check_target(target)
-    _check_request(stages, cut_at, max_memory)
-    guess = stages if isinstance(stages, int) else gpu_count() or 2
-    first = providers_by_stage(provider, guess)[0]
-    threads = threads_per_node(guess)
-    subject = examine(model, costs=costs, dims=dims, inputs=inputs, threads=threads, provider=first, say=say)
-    return write_plan(
-        subject, target, stages=stages, cut_at=cut_at, max_memory=max_memory, provider=provider, rounds=rounds, say=say
-    )
+    subject = examine_for(model, wanted, costs=costs, dims=dims, inputs=inputs, say=say)
+    return write_plan(subject, target, wanted, say=say)
 
 
-def write_plan(
-    subject: Subject,
-    target: Path,
+def examine_for(
+    model: str | Path,
+    options: CutOptions,
     *,
-    stages: int | Literal["auto"] | None = None,
-    cut_at: Sequence[str] = (),
-    max_memory: int | None = None,
-    provider: str = "auto",
-    rounds: int = DEFAULT_ROUNDS,
+    costs: str | None = None,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | Path | Mapping[str, Array] | None = None,
     say: Say = silent,
-) -> Plan:
-    """Cut a model that was examined. The arguments are those of :func:`partition`."""
+) -> Subject:
+    """Examine a model with the provider and the threads that its stages will have."""
+    options.check()
+    if options.cluster is not None:
+        first = load_cluster(options.cluster).devices[0]
+        provider, threads = provider_here(first.provider), first.threads
+    else:
+        guess = options.devices or (options.stages if isinstance(options.stages, int) else gpu_count() or 2)
+        provider, threads = providers_by_stage(options.provider, guess)[0], threads_per_node(guess)
+    return examine(model, costs=costs, dims=dims, inputs=inputs, threads=threads, provider=provider, say=say)
+
+
+def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say = silent) -> Plan:
+    """Cut a model that was examined, and write the plan directory."""
     check_target(target)
-    _check_request(stages, cut_at, max_memory)
-    choose, count = _chooser(subject, stages, cut_at, max_memory)
-    providers = providers_by_stage(provider, count)
+    choose = choice(subject, options, say)
     with _new_folder(target) as folder:
-        plan = Draft(subject, choose, providers, threads_per_node(count), folder, say).plan(rounds)
+        plan = Draft(choose, folder, say).plan(options.rounds)
         (folder / PLAN_FILE).write_bytes(plan.to_json())
     return plan
 
 
-def _check_request(stages: int | str | None, cut_at: Sequence[str], max_memory: int | None) -> None:
-    if isinstance(stages, int) and stages < 1:
-        raise PartitionError(f"{stages} stages were asked for; at least 1 is needed")
-    if stages == "auto" and max_memory is None:
-        raise PartitionError("the fewest stages that fit need a limit: give --max-memory SIZE with --stages auto")
-    if cut_at and (stages is not None or max_memory is not None):
-        raise PartitionError("--cut-at decides the stages; leave out --stages and --max-memory")
-
-
-def _chooser(
-    subject: Subject, stages: int | str | None, cut_at: Sequence[str], max_memory: int | None
-) -> tuple[Chooser, int]:
-    """How to assign atoms, and the number of stages that comes out."""
-    if cut_at:
-        fixed = assignment_at(subject, cut_at)
-        return (lambda _: fixed), max(fixed) + 1
-    largest = len(subject.atoms.ops)
-    try:
-        count = (
-            fewest_stages(subject.problem(subject.costs.time_ns, max_memory))
-            if stages == "auto"
-            else int(stages)
-            if stages is not None
-            else min(gpu_count() or 2, largest)
-        )
-        if count > largest:
-            raise PartitionError(
-                f"{subject.graph.source.path} cannot be cut into {count} stages: its {len(subject.graph.ops)} ops form "
-                f"{largest} parts that can be separated. Ask for {largest} stages or fewer"
-            )
-        slice_orders(subject.problem(subject.costs.time_ns, max_memory), count)
-    except Infeasible:
-        raise PartitionError(_too_little_memory(subject, max_memory or 0)) from None
-    return (lambda op_ns: slice_orders(subject.problem(op_ns, max_memory), count)), count
-
-
-def _too_little_memory(subject: Subject, max_memory: int) -> str:
-    graph = subject.graph
-    problem = subject.problem(subject.costs.time_ns)
-    alone = [
-        sum(weight.size_bytes for weight in problem.weights if atom in weight.readers)
-        for atom in range(len(problem.time_ns))
-    ]
-    atom = max(range(len(alone)), key=alone.__getitem__)
-    name = graph.ops[subject.atoms.ops[atom][0]].name
-    try:
-        fits = f"The fewest stages that fit are {fewest_stages(subject.problem(subject.costs.time_ns, max_memory))}"
-    except Infeasible:
-        fits = f"Allow more: op {name!r} alone holds {alone[atom]} bytes of weights, besides its tensors"
-    return f"no cut keeps every stage within {max_memory} bytes. {fits}"
+def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> Plan:
+    """The plan that :func:`write_plan` would begin with, before any stage has run; nothing is kept."""
+    return Draft(choice(subject, options, say), None, say).plan(0)
 
 
 def default_target(model: Path) -> Path:

@@ -129,6 +129,11 @@ def provider_problem(name: str) -> str | None:
     return None
 
 
+def provider_here(text: str) -> str:
+    """A provider as ``--provider`` names it, where this host can use it; ``cpu`` where it cannot."""
+    return text if provider_problem(parse_provider(text).name) is None else "cpu"
+
+
 def load_runtime() -> Any:
     """The module onnxruntime.
 

@@ -13,7 +13,7 @@ DRAWING = ROOT / "docs" / "modules.md"
 ORDER = [
     # Each module imports only from rows above its own, or from its own package.
     ["onnxsplit", "onnxsplit.errors"],
-    ["onnxsplit.tensors", "onnxsplit.plan"],
+    ["onnxsplit.tensors", "onnxsplit.plan", "onnxsplit.cluster"],
     ["onnxsplit.providers"],
     ["onnxsplit.session"],
     ["onnxsplit.timed"],
@@ -23,8 +23,10 @@ ORDER = [
     ["onnxsplit.inputs", "onnxsplit.atoms"],
     ["onnxsplit.cost"],
     ["onnxsplit.partitioner"],
+    ["onnxsplit.setting", "onnxsplit.options"],
     ["onnxsplit.examine"],
     ["onnxsplit.cut_at"],
+    ["onnxsplit.choose"],
     ["onnxsplit.extract", "onnxsplit.inspection"],
     ["onnxsplit.draft"],
     ["onnxsplit.verify", "onnxsplit.planner", "onnxsplit.merge", "onnxsplit.doctor"],
@@ -58,10 +60,19 @@ HOMES = {
     "onnxruntime": {"onnxsplit.providers"},
     "zmq": {"runtime.transport"},
     "torch": {"onnxsplit.export"},
+    "scipy": {"onnxsplit.partitioner"},
     "rich": {"onnxsplit.cli"},
     "click": {"onnxsplit.cli"},
 }
-PURE = ["runtime.node_state", "runtime.coordinator_state", "runtime.balance", "onnxsplit.partitioner.linear"]
+PURE = [
+    "runtime.node_state",
+    "runtime.coordinator_state",
+    "runtime.balance",
+    *(
+        f"onnxsplit.partitioner.{name}"
+        for name in ("objective", "lineup", "orders", "slices", "downsets", "exchange", "contract")
+    ),
+]
 IMPURE = {"zmq", "socket", "subprocess", "threading", "time", "os", "onnxruntime", "asyncio", "select"}
 
 

@@ -27,6 +27,7 @@ from environment import environment_line
 
 from onnxsplit.errors import ModelError, OnnxsplitError
 from onnxsplit.examine import examine
+from onnxsplit.options import CutOptions
 from onnxsplit.planner import write_plan
 from onnxsplit.session import open_session
 from onnxsplit.verify import distance, run_stages
@@ -74,7 +75,9 @@ def judge(case: Any, folder: Path) -> dict[int, str]:
         subject = examine(model, costs="analytic", inputs=inputs if tensors else None)
         for stages in (1, 2):
             if stages == 1 or len(subject.atoms.ops) >= stages:
-                plan = write_plan(subject, folder / "m.plan", stages=min(stages, len(subject.atoms.ops)) or None)
+                plan = write_plan(
+                    subject, folder / "m.plan", CutOptions(stages=min(stages, len(subject.atoms.ops)) or None)
+                )
                 found = run_stages(folder / "m.plan", plan, inputs, threads=1, level="disabled")
                 unlike = [name for name in plan.outputs if whole is None or not same(found[name], whole[name])]
                 again = session.run(inputs) if unlike and whole is not None else whole

@@ -28,6 +28,7 @@ from environment import environment_line
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.examine import examine
 from onnxsplit.export import export
+from onnxsplit.options import CutOptions
 from onnxsplit.planner import write_plan
 from onnxsplit.verify import verify
 
@@ -98,7 +99,7 @@ def main() -> None:
                 begun = time.monotonic()
                 try:
                     plan = Path(scratch) / "m.plan"
-                    write_plan(subject, plan, stages=stages, rounds=0)
+                    write_plan(subject, plan, CutOptions(stages=stages, rounds=0))
                     row |= {"cut_s": time.monotonic() - begun, "examine_s": examined}
                     found = verify(plan, model)
                     row["verdict"] = "good" if all(c.good for c in found) else "WRONG"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,8 +19,10 @@ from onnxsplit.cli.output import (
     option,
     percent,
 )
+from onnxsplit.cluster import parse_size
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+if TYPE_CHECKING:
+    from onnxsplit.plan import Plan
 
 
 class StageCount(click.ParamType):  # type: ignore[type-arg]  # older click has no parameter here
@@ -46,12 +47,51 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # as above
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read it."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
-        if found is None:
-            return self.fail(f"{value!r} is no size; write 512M or 2.5G", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2].upper()])
+        found = value if isinstance(value, int) else parse_size(value)
+        return found if found is not None else self.fail(f"{value!r} is no size; write 512M or 2.5G", param, ctx)
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]  # as above
+    """``1%`` or ``0.01``."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        text = str(value).strip()
+        try:
+            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            return self.fail(f"{value!r} is no share; write 1% or 0.01", param, ctx)
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg]  # as above
+    """``10``, ``10s``, ``2m``."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read it."""
+        text = str(value).strip()
+        unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+        try:
+            return float(text[:-1]) * unit if unit else float(text)
+        except ValueError:
+            return self.fail(f"{value!r} is no time; write 10s or 2m", param, ctx)
+
+
+def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for text in value:
+        pattern, equals, device = text.rpartition("=")
+        if not equals or not pattern or not device:
+            raise click.BadParameter(f"{text!r} is not PATTERN=DEVICE", context, parameter)
+        pairs[pattern] = device
+    return pairs
+
+
+def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> list[list[str]]:
+    return [[name.strip() for name in text.split(",") if name.strip()] for text in value]
 
 
 @make_command
@@ -62,14 +102,45 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # as above
     metavar="K|auto",
     help="Number of stages; auto: the fewest that fit --max-memory. Without it: the GPUs found, else 2.",
 )
-@option("--cut-at", multiple=True, metavar="TENSOR", help="Cut exactly here. Repeatable.")
-@option("--max-memory", type=Size(), metavar="SIZE", help="Memory no stage may exceed, as 512M or 2.5G.")
 @option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Plan directory. Without it: MODEL.plan here.",
+    "--strategy",
+    type=click.Choice(["layer", "network", "task"]),
+    default="network",
+    help="Where cuts may be: "
+    "between layers in the model's order, anywhere in its graph, or a part for each output behind a backbone.",
+)
+@option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="OUT,OUT",
+    callback=_groups,
+    help="Outputs that share a part, for --strategy task. Repeatable.",
+)
+@option(
+    "--parallel",
+    type=click.Choice(["model", "data", "hybrid"]),
+    default="model",
+    help="A device a stage, the whole model on every device, or devices divided into stages and replicas.",
+)
+@option("--devices", type=click.IntRange(min=1), help="Devices of this host, for --parallel data and hybrid.")
+@option("--cluster", type=click.Path(path_type=Path), metavar="FILE", help="Devices and links to cut for.")
+@option(
+    "--objective",
+    type=click.Choice(["throughput", "latency", "memory"]),
+    default="throughput",
+    help="What is to be small: the slowest stage, the time of a request, or the largest stage in memory.",
+)
+@option("--max-memory", type=Size(), metavar="SIZE", help="Memory no stage may exceed, as 512M or 2.5G.")
+@option("--cut-at", multiple=True, metavar="TENSOR", help="Cut exactly here. Repeatable.")
+@option("--cut", multiple=True, metavar="TENSOR", help="Cut here, too. Repeatable.")
+@option("--keep", multiple=True, metavar="TENSOR", help="Do not cut here. Repeatable.")
+@option(
+    "--together", multiple=True, metavar="PATTERN", help="Keep matching ops in one stage, as '/layer3/*'. Repeatable."
+)
+@option("--place", multiple=True, metavar="PATTERN=DEVICE", callback=_pairs, help="Run matching ops there. Repeatable.")
+@option(
+    "-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Plan directory. Without it: MODEL.plan here."
 )
 @option("--provider", default="auto", help="cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu.")
 @costs_option
@@ -78,27 +149,45 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # as above
 @option(
     "--rounds", type=click.IntRange(min=0), default=3, help="Times the real stages are run to correct the cut, at most."
 )
-def command(output: Output, *, model: Path, out: Path | None, **options: Any) -> None:
+@option("--gap", type=Share(), default="0%", help="Search until the cut is proven to be this close to the best.")
+@option("--time-limit", type=Seconds(), default="10s", help="Time for one search.")
+@option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+def command(output: Output, *, model: Path, out: Path | None, dry_run: bool, **options: Any) -> None:
     """Cut MODEL into cost-balanced stages and write a plan directory."""
-    from onnxsplit.planner import default_target, partition
+    from onnxsplit import planner
+    from onnxsplit.options import CutOptions
 
-    folder = out or default_target(model)
-    plan = partition(model, out=folder, say=output.say, **options)
+    folder = out or planner.default_target(model)
+    examined = {name: options.pop(name) for name in ("costs", "dims", "inputs")}
+    wanted = CutOptions(**options)
+    if not dry_run:
+        planner.check_target(folder)
+    subject = planner.examine_for(model, wanted, **examined, say=output.say)
+    if dry_run:
+        plan = planner.dry_run(subject, wanted, say=output.say)
+    else:
+        plan = planner.write_plan(subject, folder, wanted, say=output.say)
     output.done()
+    _show(output, plan)
+    if dry_run:
+        output.line("\nWrote nothing.")
+    else:
+        output.line(f"\nWrote {folder}. Next: onnxsplit verify {folder} {model}")
+    output.result({"plan": None if dry_run else folder, "summary": plan})
+
+
+def _show(output: Output, plan: Plan) -> None:
+    """The stages in a table, and what is proven."""
     costs, prediction = plan.costs, plan.prediction
     stage_times = [s.measured_time_ns or s.predicted_time_ns for s in plan.stages]
     sent = [sum(cut.bytes for cut in plan.cuts if cut.from_stage == stage.index) for stage in plan.stages]
-    rows = [
-        (
-            "whole model",
-            milliseconds(costs.whole_time_ns),
-            "",
-            binary(costs.whole_weight_bytes),
-            binary(costs.whole_peak_memory_bytes),
-            "",
-            "",
-        )
-    ]
+    whole = (
+        milliseconds(costs.whole_time_ns),
+        "",
+        binary(costs.whole_weight_bytes),
+        binary(costs.whole_peak_memory_bytes),
+    )
+    rows = [("whole model", *whole, "", "", "")]
     rows += [
         (
             f"stage {stage.index}",
@@ -108,19 +197,29 @@ def command(output: Output, *, model: Path, out: Path | None, **options: Any) ->
             binary(stage.peak_memory_bytes),
             binary(sent[stage.index]),
             f"{stage.ops}",
+            ", ".join(stage.devices) if stage.devices else f"{stage.replicas} replicas" if stage.replicas > 1 else "",
         )
         for stage, time_ns in zip(plan.stages, stage_times, strict=True)
     ]
-    ideal = sum(stage_times) // len(plan.stages)
-    rows.append(("ideal stage", milliseconds(ideal), "", "", "", "", ""))
-    output.table(("", "time", "predicted", "weights", "memory", "bytes out", "ops"), rows)
+    if plan.stages:
+        rows.append(("ideal stage", milliseconds(sum(stage_times) // len(plan.stages)), *[""] * 6))
+    placed = any(row[-1] for row in rows)
+    columns = ("", "time", "predicted", "weights", "memory", "bytes out", "ops", "device")
+    output.table(columns if placed else columns[:-1], [row if placed else row[:-1] for row in rows])
     output.line()
     output.line(f"Times are {costs.source}" + (f": {costs.note}" if costs.note else "."))
-    output.line(
-        f"Bottleneck {milliseconds(prediction.bottleneck_ns)} with transfers; no cut is below "
-        f"{milliseconds(prediction.lower_bound_ns)} (gap {percent(prediction.gap)})."
-    )
+    if prediction.lower_bound_bytes is not None:
+        output.line(
+            f"Largest need of memory {binary(prediction.peak_memory_bytes or 0)}; no cut is below "
+            f"{binary(prediction.lower_bound_bytes)} (gap {percent(prediction.gap)})."
+        )
+    else:
+        name, value = "Bottleneck", prediction.bottleneck_ns
+        if plan.objective == "latency":
+            name, value = "Latency", prediction.latency_ns
+        output.line(
+            f"{name} {milliseconds(value)} with transfers; no cut is below "
+            f"{milliseconds(prediction.lower_bound_ns)} (gap {percent(prediction.gap)})."
+        )
     if plan.dims:
         output.line("Sizes used: " + ", ".join(f"{name}={size}" for name, size in plan.dims.items()))
-    output.line(f"\nWrote {folder}. Next: onnxsplit verify {folder} {model}")
-    output.result({"plan": folder, "summary": plan})

@@ -1,4 +1,4 @@
-"""What ops and transfers cost, in integer nanoseconds."""
+"""What ops cost, in integer nanoseconds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ from typing import Literal
 
 from onnxsplit.plan import Level
 from onnxsplit.shapes import Shapes
-
-HOP_LATENCY_NS = 60_000
-"""What handing over one tensor costs each of the two processes, whatever its size."""
-
-HOP_BYTES_PER_S = 6_000_000_000
-"""Bytes a second that a process can send or receive on one host."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +26,3 @@ class OpCosts:
     level: Level
     source: Literal["measured", "analytic"]
     shapes: Shapes
-
-
-def transfer_ns(size_bytes: int) -> int:
-    """What one crossing of a tensor costs the stage that sends it, and the one that receives it."""
-    return HOP_LATENCY_NS + size_bytes * 1_000_000_000 // HOP_BYTES_PER_S

@@ -1,34 +1,49 @@
-"""Cutting: numbers in, an assignment of atoms to stages out.
+"""Cutting: numbers in, a partition out.
 
-Everything here is pure and deterministic and knows nothing of ONNX: a :class:`Problem` holds integer times and
-transfers, an algorithm returns an assignment, and :mod:`~onnxsplit.partitioner.objective` scores it, whoever found it.
+Everything here is deterministic and knows nothing of ONNX: a :class:`Problem` holds integer times and tensors, an
+algorithm returns a :class:`Partition`, and :mod:`~onnxsplit.partitioner.objective` scores it, whoever found it.
 """
 
 from __future__ import annotations
 
 from onnxsplit.partitioner.bound import lower_bound
-from onnxsplit.partitioner.linear import fewest_stages, slice_orders
+from onnxsplit.partitioner.lineup import Lineup, Parallel, line_up
 from onnxsplit.partitioner.objective import (
     CALLER,
-    Assignment,
+    NEVER,
     Infeasible,
+    Kind,
+    Partition,
     Problem,
     Score,
     Transfer,
     Weight,
     score,
+    stage_memory,
 )
+from onnxsplit.partitioner.search import Effort, Found, Progress, search
+from onnxsplit.partitioner.slices import fewest_stages, slice_order
 
 __all__ = [
     "CALLER",
-    "Assignment",
+    "NEVER",
+    "Effort",
+    "Found",
     "Infeasible",
+    "Kind",
+    "Lineup",
+    "Parallel",
+    "Partition",
     "Problem",
+    "Progress",
     "Score",
     "Transfer",
     "Weight",
-    "fewest_stages",
     "lower_bound",
+    "fewest_stages",
+    "line_up",
     "score",
-    "slice_orders",
+    "search",
+    "slice_order",
+    "stage_memory",
 ]

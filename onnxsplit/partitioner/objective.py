@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from onnxsplit.cluster import Link
+from onnxsplit.plan import Objective
 
 CALLER = -1
 """Stands for the caller where an atom is expected: the writer of the model's inputs."""
 
-Assignment = tuple[int, ...]
-"""The stage of every atom."""
+NEVER = 1 << 62
+"""The time of an atom on a device that may not run it."""
 
 
 @dataclass(frozen=True)
@@ -19,16 +23,14 @@ class Transfer:
     Attributes:
         writer: the atom that writes it, or :data:`CALLER`.
         readers: atoms that read it, ascending, without the writer.
-        time_ns: what one crossing costs the stage that sends it and, likewise, the stage that receives it.
+        size_bytes: what it takes on a link, and in the memory of a stage that writes or reads it.
         to_caller: True when it also goes to the caller, wherever its writer is.
-        size_bytes: what it takes in the memory of a stage that writes or reads it.
     """
 
     writer: int
     readers: tuple[int, ...]
-    time_ns: int
+    size_bytes: int
     to_caller: bool = False
-    size_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,74 +42,254 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A graph of atoms in topological order.
+class Kind:
+    """Devices that are all alike.
 
     Attributes:
-        time_ns: compute time of every atom.
-        transfers: tensors between atoms; every reader's index is greater than its writer's.
-        weights: constants.
-        inner_bytes: by atom, tensors that never leave it.
-        max_memory_bytes: no stage may need more; None for no limit.
+        time_ns: compute time of every atom, :data:`NEVER` for one that may not run here.
+        max_memory_bytes: what a stage may need here; None for no limit.
+        pays: False when moving tensors costs such a device nothing, whatever the link says.
     """
 
     time_ns: tuple[int, ...]
+    max_memory_bytes: int | None = None
+    pays: bool = True
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A graph of atoms in topological order, and the devices it is for.
+
+    Attributes:
+        kinds: kinds of devices.
+        devices: the kind of every device.
+        transfers: tensors between atoms; every reader's index is greater than its writer's.
+        weights: constants.
+        inner_bytes: by atom, tensors that never leave it.
+        link: what joins two devices, and the caller with a device.
+        links: other links, by their pair of devices, the lower first.
+        send_once: the sender pays once for a tensor, however many stages read it; else once for each.
+        apart: pairs of atoms that must be in different stages.
+        objective: what is to be small: ``throughput`` the slowest stage, ``latency`` the longest path over the
+            stages, ``memory`` the largest need of a stage.
+    """
+
+    kinds: tuple[Kind, ...]
+    devices: tuple[int, ...]
     transfers: tuple[Transfer, ...]
     weights: tuple[Weight, ...] = ()
     inner_bytes: tuple[int, ...] = ()
-    max_memory_bytes: int | None = None
+    link: Link = Link()  # noqa: RUF009 - it is frozen
+    links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
+    send_once: bool = False
+    apart: tuple[tuple[int, int], ...] = ()
+    objective: Objective = "throughput"
+
+    @cached_property
+    def atoms(self) -> int:
+        """Number of atoms."""
+        return len(self.kinds[0].time_ns)
+
+    @cached_property
+    def cheapest_link(self) -> Link:
+        """No crossing costs less than over this one."""
+        every = (self.link, *self.links.values())
+        return Link(
+            latency_ns=min(link.latency_ns for link in every),
+            bytes_per_s=max(link.bytes_per_s for link in every),
+            overlapped=any(link.overlapped for link in every),
+        )
+
+    @cached_property
+    def capped(self) -> bool:
+        """True when memory is limited anywhere."""
+        return any(kind.max_memory_bytes is not None for kind in self.kinds)
+
+    def without_idle_caps(self) -> Problem:
+        """The same problem, without limits of memory that everything together keeps."""
+        total = sum(weight.size_bytes for weight in self.weights) + sum(self.inner_bytes)
+        total += sum(flow.size_bytes for flow in self.transfers)
+        kinds = tuple(
+            replace(kind, max_memory_bytes=None) if (kind.max_memory_bytes or 0) >= total else kind
+            for kind in self.kinds
+        )
+        return replace(self, kinds=kinds)
+
+    def kind_of(self, device: int) -> Kind:
+        """The kind of a device."""
+        return self.kinds[self.devices[device]]
+
+    def link_between(self, one: Iterable[int], other: Iterable[int]) -> Link:
+        """The slowest link from any of some devices to any of others, for one byte and one tensor."""
+        if not self.links:
+            return self.link
+        pairs = {(min(a, b), max(a, b)) for a in one for b in other}
+        return max((self.links.get(pair, self.link) for pair in pairs), key=lambda link: link.transfer_ns(1 << 20))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Atoms to stages, and stages to devices.
+
+    Attributes:
+        stage_of: the stage of every atom; no tensor flows to a lower stage.
+        devices: by stage, the devices that run a replica of it.
+    """
+
+    stage_of: tuple[int, ...]
+    devices: tuple[tuple[int, ...], ...]
 
 
 class Infeasible(Exception):
-    """No partition keeps every stage within the memory allowed."""
+    """No partition was found that keeps every limit."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A partition's figures, in nanoseconds.
+    """A partition's figures.
 
     Attributes:
-        compute_ns: by stage.
-        transfer_ns: by stage, sent and received.
+        compute_ns: by stage, one request on one replica.
+        transfer_ns: by stage, tensors sent and received.
+        stage_ns: by stage, a request's share of all replicas: compute and transfers, or the larger of the two where
+            the link moves tensors while the device computes.
         latency_ns: of one request: the longest path over the stages.
+        memory_bytes: by stage; empty when nobody asked.
+        feasible: every limit is kept.
+        objective: what :attr:`value` is.
     """
 
     compute_ns: tuple[int, ...]
     transfer_ns: tuple[int, ...]
+    stage_ns: tuple[int, ...]
     latency_ns: int
-
-    @property
-    def stage_ns(self) -> tuple[int, ...]:
-        """Compute and transfers by stage."""
-        return tuple(c + t for c, t in zip(self.compute_ns, self.transfer_ns, strict=True))
+    memory_bytes: tuple[int, ...]
+    feasible: bool
+    objective: Objective
 
     @property
     def bottleneck_ns(self) -> int:
         """The slowest stage: with all stages busy, one request leaves in this time."""
         return max(self.stage_ns, default=0)
 
+    @property
+    def value(self) -> int:
+        """The objective: nanoseconds, or bytes."""
+        match self.objective:
+            case "throughput":
+                return self.bottleneck_ns
+            case "latency":
+                return self.latency_ns
+            case "memory":
+                return max(self.memory_bytes, default=0)
 
-def score(problem: Problem, assignment: Sequence[int]) -> Score:
-    """Score a partition. A tensor is sent once to every stage that reads it; sender and receiver both pay.
+    @property
+    def rank(self) -> tuple[bool, int, int, int]:
+        """Smaller is better: feasible first, the objective, then the other times."""
+        return (not self.feasible, self.value, self.bottleneck_ns, self.latency_ns)
 
-    The stages of an assignment are numbered in topological order: no tensor flows to a lower stage.
+
+def score(problem: Problem, partition: Partition) -> Score:
+    """Score a partition. Linear in the graph.
+
+    A tensor is received once by every stage that reads it. Sender and receiver both pay, unless their kind does not.
     """
-    stages = max(assignment, default=-1) + 1
-    compute, transfer = [0] * stages, [0] * stages
+    stage_of = partition.stage_of
+    stages = len(partition.devices)
+    kinds = [problem.kind_of(devices[0]) for devices in partition.devices]
+    slowest = [_slowest(problem, devices) for devices in partition.devices]
+    compute, paid, beside = [0] * stages, [0] * stages, [0] * stages
+    for atom, stage in enumerate(stage_of):
+        compute[stage] += slowest[stage][atom]
+
+    def charge(stage: int, link: Link, size_bytes: int) -> None:
+        if kinds[stage].pays:
+            (beside if link.overlapped else paid)[stage] += link.transfer_ns(size_bytes)
+
     sources: list[set[int]] = [set() for _ in range(stages)]
-    for atom, time_ns in enumerate(problem.time_ns):
-        compute[assignment[atom]] += time_ns
     for flow in problem.transfers:
-        home = None if flow.writer == CALLER else assignment[flow.writer]
-        for stage in {assignment[reader] for reader in flow.readers} - {home}:
-            transfer[stage] += flow.time_ns
-            if home is not None:
-                transfer[home] += flow.time_ns
+        home = None if flow.writer == CALLER else stage_of[flow.writer]
+        links = []
+        for stage in sorted({stage_of[reader] for reader in flow.readers} - {home}):
+            if home is None:
+                charge(stage, problem.link, flow.size_bytes)
+            else:
+                links.append(problem.link_between(partition.devices[home], partition.devices[stage]))
+                charge(stage, links[-1], flow.size_bytes)
                 sources[stage].add(home)
-        if flow.to_caller and home is not None:
-            transfer[home] += flow.time_ns
+        if home is not None:
+            links += [problem.link] * flow.to_caller
+            if problem.send_once:
+                links = [max(links, key=lambda link: link.transfer_ns(flow.size_bytes))] if links else []
+            for link in links:
+                charge(home, link, flow.size_bytes)
+
+    total = [max(c + p, b) for c, p, b in zip(compute, paid, beside, strict=True)]
     done = [0] * stages
     for stage in range(stages):
-        start = max((done[source] for source in sources[stage]), default=0)
-        done[stage] = start + compute[stage] + transfer[stage]
-    return Score(tuple(compute), tuple(transfer), max(done, default=0))
+        path = compute[stage] + paid[stage] + beside[stage]
+        done[stage] = max((done[source] for source in sources[stage]), default=0) + path
+    memory = stage_memory(problem, stage_of, stages) if problem.capped or problem.objective == "memory" else ()
+    return Score(
+        compute_ns=tuple(compute),
+        transfer_ns=tuple(p + b for p, b in zip(paid, beside, strict=True)),
+        stage_ns=tuple(-(-time_ns // len(devices)) for time_ns, devices in zip(total, partition.devices, strict=True)),
+        latency_ns=max(done, default=0),
+        memory_bytes=memory,
+        feasible=_feasible(problem, partition, compute, memory),
+        objective=problem.objective,
+    )
+
+
+def _slowest(problem: Problem, devices: tuple[int, ...]) -> Sequence[int]:
+    """Times of the atoms on the slowest of some devices; replicas are taken to be as slow as that."""
+    rows = {problem.devices[device]: problem.kind_of(device).time_ns for device in devices}
+    return next(iter(rows.values())) if len(rows) == 1 else [max(column) for column in zip(*rows.values(), strict=True)]
+
+
+def _feasible(problem: Problem, partition: Partition, compute: Sequence[int], memory: Sequence[int]) -> bool:
+    caps = [
+        min((c for d in devices if (c := problem.kind_of(d).max_memory_bytes) is not None), default=None)
+        for devices in partition.devices
+    ]
+    return (
+        all(time_ns < NEVER for time_ns in compute)
+        and all(cap is None or need <= cap for cap, need in zip(caps, memory, strict=False))
+        and all(partition.stage_of[one] != partition.stage_of[other] for one, other in problem.apart)
+    )
+
+
+def stage_memory(problem: Problem, stage_of: Sequence[int], stages: int) -> tuple[int, ...]:
+    """Bytes a stage needs: its constants, and its largest sum of live tensors while its atoms run in order.
+
+    A tensor lives from its writer, or from the start where another stage wrote it, to its last reader in the stage,
+    and to the end where it leaves the stage.
+    """
+    held = [0] * stages
+    for weight in problem.weights:
+        for stage in {stage_of[reader] for reader in weight.readers}:
+            held[stage] += weight.size_bytes
+    # Atoms of a stage run in order of their numbers: changes of the live sum before (+) and after (-) each.
+    begins, ends = [0] * problem.atoms, [0] * problem.atoms
+    start = [0] * stages
+    last: dict[int, int] = {}
+    for flow in problem.transfers:
+        home = None if flow.writer == CALLER else stage_of[flow.writer]
+        last.clear()
+        for reader in flow.readers:
+            last[stage_of[reader]] = reader
+        for stage, reader in last.items():
+            if stage != home:
+                start[stage] += flow.size_bytes
+                ends[reader] += flow.size_bytes
+        if home is not None:
+            begins[flow.writer] += flow.size_bytes
+            if not flow.to_caller and set(last) <= {home}:
+                ends[last.get(home, flow.writer)] += flow.size_bytes
+    alive, peak = list(start), list(start)
+    inner = problem.inner_bytes or (0,) * problem.atoms
+    for atom, stage in enumerate(stage_of):
+        alive[stage] += begins[atom]
+        peak[stage] = max(peak[stage], alive[stage] + inner[atom])
+        alive[stage] -= ends[atom]
+    return tuple(h + p for h, p in zip(held, peak, strict=True))

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from onnxsplit.errors import InputError, ModelError, ModelRefused, OnnxsplitError, PartitionError
 from onnxsplit.examine import examine
 from onnxsplit.merge import merge
+from onnxsplit.options import CutOptions
 from onnxsplit.planner import partition, write_plan
 from onnxsplit.session import open_session
 from onnxsplit.tensors import load_npz
@@ -100,7 +101,7 @@ def test_merge_gives_the_source_back(seed):
         folder = Path(scratch)
         model = build.save(build.random_dag(seed), folder)
         subject = examine(model, costs="analytic")
-        write_plan(subject, folder / "m.plan", stages=min(3, len(subject.atoms.ops)) or None)
+        write_plan(subject, folder / "m.plan", CutOptions(stages=min(3, len(subject.atoms.ops)) or None))
         merge(folder / "m.plan", folder / "merged.onnx")
         inputs = load_npz(folder / "m.plan" / "example.npz")
         whole, merged = (
@@ -180,7 +181,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         with pytest.raises(OnnxsplitError, match="cannot write"):
-            write_plan(subject, tmp_path / "m.plan", stages=2)
+            write_plan(subject, tmp_path / "m.plan", CutOptions(stages=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]

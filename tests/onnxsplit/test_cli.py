@@ -243,7 +243,7 @@ def test_completion_prints_a_script_and_completes_without_heavy_imports(onnxspli
         "except SystemExit: pass\n"
         "print(sorted({'onnx', 'onnxruntime', 'networkx', 'numpy', 'torch'} & set(sys.modules)))"
     )
-    words = {"COMP_WORDS": "onnxsplit partition --st", "COMP_CWORD": "2", "_ONNXSPLIT_COMPLETE": "bash_complete"}
+    words = {"COMP_WORDS": "onnxsplit partition --sta", "COMP_CWORD": "2", "_ONNXSPLIT_COMPLETE": "bash_complete"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**python_environment, **words}, check=False
     )

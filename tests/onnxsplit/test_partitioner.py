@@ -2,108 +2,352 @@
 
 from __future__ import annotations
 
-from itertools import product
+from dataclasses import replace
+from itertools import permutations, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxsplit.cluster import Link
 from onnxsplit.partitioner import (
     CALLER,
+    NEVER,
+    Effort,
     Infeasible,
+    Kind,
+    Partition,
     Problem,
     Transfer,
     Weight,
     fewest_stages,
-    lower_bound,
+    line_up,
     score,
-    slice_orders,
+    search,
+    stage_memory,
 )
+from onnxsplit.partitioner.contract import contract
+from onnxsplit.partitioner.downsets import search_downsets
+from onnxsplit.partitioner.exchange import improve
+from onnxsplit.partitioner.mixed_integer import solve
+from onnxsplit.partitioner.orders import linear_orders
+from onnxsplit.partitioner.relaxed import Relaxed
+from onnxsplit.partitioner.slices import slice_order
+
+NANOSECOND_A_BYTE = Link(latency_ns=0, bytes_per_s=1_000_000_000)
+THOROUGH = Effort(seconds=None)
+
+
+def alike(times, transfers, devices=3, **more) -> Problem:
+    """Atoms on devices of one kind; a byte takes a nanosecond to move."""
+    limit = more.pop("max_memory_bytes", None)
+    settings = {"link": NANOSECOND_A_BYTE, **more}
+    return Problem((Kind(tuple(times), limit),), (0,) * devices, tuple(transfers), **settings)
 
 
 @st.composite
-def problems(draw, chain: bool = False):
-    count = draw(st.integers(1, 7))
-    times = draw(st.lists(st.integers(0, 30), min_size=count, max_size=count))
+def problems(draw, atoms=7, kinds=1, chain=False, **more):
+    count = draw(st.integers(1, atoms))
+    moment = st.sampled_from([0, 0, 1, 3, 7, 12, 20, 30])
+    rows = [draw(st.lists(moment, min_size=count, max_size=count)) for _ in range(kinds)]
     transfers = []
-    for writer in range(CALLER, count - 1):
-        if chain:
-            readers = (writer + 1,)
-        else:
-            readers = tuple(sorted(draw(st.sets(st.integers(writer + 1, count - 1), min_size=1, max_size=3))))
-        transfers.append(Transfer(writer, readers, draw(st.integers(0, 10)), writer >= 0 and draw(st.booleans())))
-    return Problem(tuple(times), tuple(transfers))
+    for writer in range(CALLER, count):
+        readers = () if writer == count - 1 else (writer + 1,)
+        if not chain and readers:
+            readers = tuple(sorted(draw(st.sets(st.integers(writer + 1, count - 1), max_size=3))))
+        to_caller = writer >= 0 and (not readers or draw(st.booleans()))
+        if readers or to_caller:
+            transfers.append(Transfer(writer, readers, draw(st.integers(0, 10)), to_caller))
+    weights = [Weight(draw(st.integers(0, 40)), (atom,)) for atom in range(count) if draw(st.booleans())]
+    if count > 2 and draw(st.booleans()):
+        weights.append(Weight(9, (0, count - 1)))
+    return Problem(
+        tuple(Kind(tuple(row)) for row in rows),
+        tuple(draw(st.integers(0, kinds - 1)) for _ in range(3)),
+        tuple(transfers),
+        weights=tuple(weights),
+        link=replace(NANOSECOND_A_BYTE, latency_ns=draw(st.sampled_from([0, 2]))),
+        send_once=draw(st.booleans()),
+        **more,
+    )
 
 
-def partitions(problem: Problem, stages: int):
-    for assignment in product(range(stages), repeat=len(problem.time_ns)):
+def partitions(problem: Problem, stages: int, parallel: str = "model"):
+    """Every partition into exactly so many stages, on every choice of devices."""
+    devices = range(len(problem.devices))
+    if parallel == "model":
+        placements = [tuple((d,) for d in chosen) for chosen in permutations(devices, stages)]
+    else:
+        placements = [
+            tuple(tuple(d for d in devices if owner[d] == stage) for stage in range(stages))
+            for owner in product(range(-1, stages), repeat=len(devices))
+        ]
+        placements = [
+            p for p in placements if all(p) and all(len({problem.devices[d] for d in stage}) == 1 for stage in p)
+        ]
+    seen = set()
+    placements = [
+        p
+        for p in placements
+        if not ((key := tuple(tuple(problem.devices[d] for d in s) for s in p)) in seen or seen.add(key))
+    ]
+    for assignment in product(range(stages), repeat=problem.atoms):
         flows = (f for f in problem.transfers if f.writer != CALLER)
         if set(assignment) == set(range(stages)) and all(
             assignment[f.writer] <= assignment[r] for f in flows for r in f.readers
         ):
-            yield assignment
+            for placement in placements:
+                yield Partition(assignment, placement)
 
 
-@settings(deadline=None)
+def best_of(problem: Problem, stages, parallel="model"):
+    """The smallest value by brute force; None when nothing is feasible."""
+    scores = [score(problem, p) for count in stages for p in partitions(problem, count, parallel)]
+    return min((s.value for s in scores if s.feasible), default=None)
+
+
+def check(problem: Problem, stages: int | None, parallel="model", certain=False):
+    """What is found is real and no better than the best; the bound is no worse; equal when they meet."""
+    counts = [min(stages, problem.atoms)] if stages else range(1, min(3, problem.atoms) + 1)
+    best = best_of(problem, counts, parallel)
+    lineup = line_up(problem, counts[0] if stages else None, parallel)
+    try:
+        found = search(problem, lineup, THOROUGH)
+    except Infeasible:
+        assert best is None or problem.capped or problem.apart
+        return
+    assert score(problem, found.partition) == found.score
+    assert found.score.feasible
+    assert best is not None
+    assert found.bound <= best <= found.score.value
+    if certain:
+        assert found.bound == best == found.score.value
+
+
+@settings(deadline=None, max_examples=200)
 @given(problems(), st.integers(1, 3))
-def test_slices_are_a_partition_and_the_bound_holds(problem, stages):
-    stages = min(stages, len(problem.time_ns))
-    found = slice_orders(problem, stages)
-    assert found in set(partitions(problem, stages))
-    best = min(score(problem, a).bottleneck_ns for a in partitions(problem, stages))
-    assert score(problem, found).bottleneck_ns >= best >= lower_bound(problem.time_ns, stages)
+def test_the_bottleneck_is_the_smallest_there_is(problem, stages):
+    check(problem, stages, certain=problem.send_once and not any(f.to_caller and f.readers for f in problem.transfers))
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(kinds=2), st.sampled_from([None, 1, 2, 3]))
+def test_devices_of_several_kinds(problem, stages):
+    check(problem, stages)
+
+
+@settings(deadline=None, max_examples=40)
+@given(problems(atoms=6, kinds=2), st.sampled_from([None, 1, 2]))
+def test_stages_with_replicas(problem, stages):
+    check(problem, stages, "hybrid")
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(atoms=6), st.integers(1, 3), st.integers(20, 120))
+def test_memory_is_kept(problem, stages, limit):
+    check(replace(problem, kinds=tuple(replace(k, max_memory_bytes=limit) for k in problem.kinds)), stages)
+
+
+@settings(deadline=None, max_examples=40)
+@given(problems(atoms=6, objective="latency"), st.integers(1, 3))
+def test_the_latency_is_the_smallest_there_is(problem, stages):
+    check(problem, stages, certain=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(atoms=6, objective="memory"), st.integers(1, 3))
+def test_the_largest_need_of_memory(problem, stages):
+    check(problem, stages)
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(), st.integers(2, 3), st.data())
+def test_atoms_that_must_be_apart_are(problem, stages, data):
+    if problem.atoms < 2:
+        return
+    pair = tuple(sorted(data.draw(st.sets(st.integers(0, problem.atoms - 1), min_size=2, max_size=2))))
+    check(replace(problem, apart=(pair,)), stages)
+
+
+@settings(deadline=None, max_examples=8)
+@given(problems(atoms=10), st.integers(2, 3))
+def test_ten_atoms(problem, stages):
+    check(problem, stages)
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(atoms=6), st.integers(1, 3))
+def test_each_algorithm_alone(problem, stages):
+    stages = min(stages, problem.atoms)
+    best = best_of(problem, [stages])
+    lineup = line_up(problem, stages)
+    sliced = [slice_order(problem, lineup, order) for order, _ in zip(linear_orders(problem), range(4), strict=False)]
+    for found in sliced:
+        assert score(problem, found).value >= best
+        assert score(problem, improve(problem, found)).value in range(best, score(problem, found).value + 1)
+    solved = solve(problem, stages, seconds=20)
+    assert solved.bound <= best == score(problem, solved.partition).value
+    exact = search_downsets(Relaxed(problem, lineup), best)
+    assert exact is not None
+    assert exact.value <= best
+    assert search_downsets(Relaxed(problem, lineup), exact.value - 1) is None
+
+
+@settings(deadline=None, max_examples=100)
+@given(problems(), st.integers(1, 3))
+def test_contraction_keeps_the_optimum_of_at_most_so_many_stages(problem, stages):
+    problem = replace(
+        problem,
+        send_once=True,
+        transfers=tuple(replace(f, to_caller=f.to_caller and not f.readers) for f in problem.transfers),
+    )
+    smaller = contract(problem)
+    both = [
+        best_of(p, range(1, min(stages, p.atoms) + 1))
+        for p in (replace(problem, devices=(0,) * stages), replace(smaller.problem, devices=(0,) * stages))
+    ]
+    assert both[0] == both[1]
 
 
 @settings(deadline=None)
-@given(problems(chain=True), st.integers(1, 4))
-def test_a_chain_is_cut_as_well_as_it_can_be(problem, stages):
-    stages = min(stages, len(problem.time_ns))
-    best = min(score(problem, a).bottleneck_ns for a in partitions(problem, stages))
-    assert score(problem, slice_orders(problem, stages)).bottleneck_ns == best
+@given(problems(chain=True), st.integers(1, 3))
+def test_slicing_a_chain_is_exact(problem, stages):
+    stages = min(stages, problem.atoms)
+    found = slice_order(problem, line_up(problem, stages), range(problem.atoms))
+    assert score(problem, found).value == best_of(problem, [stages])
 
 
 def test_a_tensor_is_paid_once_per_stage_by_both_ends():
-    problem = Problem((10, 10, 10, 10), (Transfer(0, (1, 2, 3), 5),))
-    assert score(problem, (0, 1, 1, 2)).transfer_ns == (10, 5, 5)
+    problem = alike((10, 10, 10, 10), [Transfer(0, (1, 2, 3), 5)])
+    partition = Partition((0, 1, 1, 2), ((0,), (1,), (2,)))
+    assert score(problem, partition).transfer_ns == (10, 5, 5)
+    assert score(replace(problem, send_once=True), partition).transfer_ns == (5, 5, 5)
+
+
+def test_tensors_beside_the_compute_count_only_when_they_take_longer():
+    link = replace(NANOSECOND_A_BYTE, overlapped=True)
+    problem = alike((10, 3), [Transfer(0, (1,), 5)], link=link)
+    assert score(problem, Partition((0, 1), ((0,), (1,)))).stage_ns == (10, 5)
+
+
+def test_replicas_share_the_requests_of_a_stage():
+    problem = alike((10, 30), [Transfer(0, (1,), 2)], devices=4)
+    found = search(problem, line_up(problem, 2, "hybrid"), THOROUGH)
+    assert found.partition.devices == ((0,), (1, 2, 3))
+    assert found.score.stage_ns == (12, 11)
+    assert found.bound == 12
+    whole = search(problem, line_up(problem, None, "data"), THOROUGH)
+    assert whole.partition == Partition((0, 0), ((0, 1, 2, 3),))
+    assert whole.score.value == 10
 
 
 def test_latency_is_the_longest_path():
-    problem = Problem((10, 30, 20, 10), (Transfer(0, (1, 2), 1), Transfer(1, (3,), 1), Transfer(2, (3,), 1)))
-    assert score(problem, (0, 1, 2, 3)).latency_ns == (10 + 2) + (30 + 2) + (10 + 2)
+    flows = [Transfer(0, (1, 2), 1), Transfer(1, (3,), 1), Transfer(2, (3,), 1)]
+    problem = alike((10, 30, 20, 10), flows, devices=4)
+    assert score(problem, Partition((0, 1, 2, 3), ((0,), (1,), (2,), (3,)))).latency_ns == (10 + 2) + (30 + 2) + (
+        10 + 2
+    )
 
 
-def test_a_long_order_is_grouped_and_still_balanced():
-    problem = Problem((7,) * 6000, tuple(Transfer(i, (i + 1,), 0) for i in range(5999)))
-    found = score(problem, slice_orders(problem, 4))
-    assert found.bottleneck_ns <= 1.01 * lower_bound(problem.time_ns, 4)
+def test_branches_run_side_by_side_where_that_makes_a_request_faster():
+    flows = [
+        Transfer(0, (1, 3), 1),
+        Transfer(1, (2,), 1),
+        Transfer(2, (5,), 1),
+        Transfer(3, (4,), 1),
+        Transfer(4, (5,), 1),
+    ]
+    problem = alike((5, 20, 20, 20, 20, 5), flows, devices=4, objective="latency")
+    found = search(problem, line_up(problem, 4), THOROUGH)
+    assert found.partition.stage_of in {(0, 1, 1, 2, 2, 3), (0, 2, 2, 1, 1, 3)}
 
 
-def test_more_stages_than_atoms_is_an_error():
-    with pytest.raises(ValueError, match="cannot make 3 stages"):
-        slice_orders(Problem((1, 1), ()), 3)
+def test_a_slow_device_gets_less():
+    flows = [Transfer(i, (i + 1,), 0) for i in range(29)]
+    problem = Problem((Kind((10,) * 30), Kind((20,) * 30)), (0, 1), tuple(flows), link=NANOSECOND_A_BYTE)
+    found = search(problem, line_up(problem, 2), THOROUGH)
+    assert found.score.stage_ns in {(200, 200)}
+    assert found.bound == 200
+
+
+def test_a_device_too_slow_to_help_stays_idle():
+    problem = Problem((Kind((10, 10)), Kind((90, 90))), (0, 1), (Transfer(0, (1,), 1),), link=NANOSECOND_A_BYTE)
+    found = search(problem, line_up(problem, None), THOROUGH)
+    assert found.partition == Partition((0, 0), ((0,),))
+
+
+def test_an_atom_stays_off_a_device_that_may_not_run_it():
+    kinds = (Kind((10, NEVER, 10)), Kind((10, 10, NEVER)))
+    flows = (Transfer(0, (1,), 1), Transfer(1, (2,), 1))
+    found = search(
+        Problem(kinds, (0, 0, 1), flows, link=NANOSECOND_A_BYTE), line_up(Problem(kinds, (0, 0, 1), flows), None)
+    )
+    stage = found.partition.stage_of
+    assert found.partition.devices[stage[1]] == (2,)
+    assert found.partition.devices[stage[2]] in {(0,), (1,)}
+
+
+def test_a_slow_link_moves_the_cut():
+    flows = (Transfer(0, (1,), 1), Transfer(1, (2,), 90), Transfer(2, (3,), 1))
+    slow = Link(latency_ns=0, bytes_per_s=100_000_000)
+    problem = alike((10, 40, 40, 40), flows, devices=3)
+    near = search(problem, line_up(problem, 2), THOROUGH)
+    far = search(replace(problem, links={(0, 1): slow, (1, 2): slow, (0, 2): slow}), line_up(problem, 2), THOROUGH)
+    assert near.partition.stage_of == (0, 0, 0, 1)
+    assert far.partition.stage_of == (0, 0, 0, 1)
+    assert far.score.value == 90 + 10
+    problem = replace(problem, links={(0, 1): slow, (0, 2): slow})
+    found = search(problem, line_up(problem, 2), THOROUGH)
+    assert set(found.partition.devices) == {(1,), (2,)}
+
+
+def test_a_long_chain_is_cut_with_proof():
+    problem = alike((7,) * 6000, [Transfer(i, (i + 1,), 0) for i in range(5999)], devices=4)
+    found = search(problem, line_up(problem, 4), THOROUGH)
+    assert found.gap == 0
+
+
+def test_memory_lives_from_writer_to_last_reader():
+    flows = [Transfer(CALLER, (0,), 4), Transfer(0, (1, 2), 10), Transfer(1, (2,), 20), Transfer(2, (), 5, True)]
+    problem = alike((1, 1, 1), flows, weights=(Weight(100, (0, 2)),), inner_bytes=(0, 3, 0))
+    assert stage_memory(problem, (0, 0, 0), 1) == (100 + 35,)
+    assert stage_memory(problem, (0, 1, 1), 2) == (100 + 14, 100 + 35)
 
 
 def heavy(limit: int) -> Problem:
     """Four atoms of 10 bytes each, the first and the last sharing 5 more."""
     weights = (*(Weight(10, (atom,)) for atom in range(4)), Weight(5, (0, 3)))
-    return Problem((1, 1, 1, 1), tuple(Transfer(i, (i + 1,), 0) for i in range(3)), weights, (), limit)
+    return alike((1, 1, 1, 1), [Transfer(i, (i + 1,), 0) for i in range(3)], 4, weights=weights, max_memory_bytes=limit)
 
 
 @pytest.mark.parametrize(("limit", "stages"), [(45, 1), (44, 2), (25, 2), (24, 3), (15, 4)])
 def test_the_fewest_stages_that_fit(limit, stages):
     assert fewest_stages(heavy(limit)) == stages
-    assert max(slice_orders(heavy(limit), stages)) == stages - 1
+    found = search(heavy(limit), line_up(heavy(limit), stages))
+    assert len(found.partition.devices) == stages
 
 
 def test_a_limit_that_one_atom_breaks_is_infeasible():
     with pytest.raises(Infeasible):
         fewest_stages(heavy(14))
     with pytest.raises(Infeasible):
-        slice_orders(heavy(14), 4)
+        search(heavy(14), line_up(heavy(14), 4))
 
 
 def test_memory_comes_before_balance():
-    problem = Problem(
-        (1, 1, 1, 97), tuple(Transfer(i, (i + 1,), 0) for i in range(3)), (Weight(9, (0,)), Weight(9, (1,))), (), 9
-    )
-    assert slice_orders(problem, 2) in {(0, 1, 1, 1)}
+    weights = (Weight(9, (0,)), Weight(9, (1,)))
+    flows = [Transfer(i, (i + 1,), 0) for i in range(3)]
+    problem = alike((1, 1, 1, 97), flows, weights=weights, max_memory_bytes=9)
+    assert search(problem, line_up(problem, 2)).partition.stage_of == (0, 1, 1, 1)
+
+
+def test_the_same_search_gives_the_same_partition():
+    chain = alike(range(40), [Transfer(i, (i + 1, min(39, i + 5)), i % 7) for i in range(39)], 6)
+    assert search(chain, line_up(chain, 6), THOROUGH) == search(chain, line_up(chain, 6), THOROUGH)
+
+
+def test_progress_tells_best_and_bound():
+    told = []
+    problem = alike((5, 9, 4, 7), [Transfer(i, (i + 1,), 3) for i in range(3)])
+    found = search(problem, line_up(problem, 3), THOROUGH, lambda best, bound: told.append((best, bound)))
+    assert told[-1] == (found.score.value, found.bound)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onnxsplit.cost import transfer_ns
+from onnxsplit.cluster import Link
 from onnxsplit.errors import PartitionError, PlanError
 from onnxsplit.examine import examine
 from onnxsplit.planner import partition
@@ -137,7 +137,7 @@ def test_measured_costs_find_where_the_time_goes(tmp_path):
     assert all(stage.measured_time_ns for stage in plan.stages)
     times = [stage.measured_time_ns for stage in plan.stages]
     assert max(times) < 2 * min(times)
-    transfers = 2 * transfer_ns(0)
+    transfers = 2 * Link().transfer_ns(0)
     assert 0.99 * max(times) <= plan.prediction.bottleneck_ns - transfers <= 1.2 * max(times)
 
 

@@ -1,0 +1,245 @@
+"""The devices and links that a plan is made for, and the TOML they are written in.
+
+[[device]]
+name = "big"              # how the plan names it
+host = "host-a"           # devices of a host share its memory and its fast link; "local" when left out
+provider = "cuda:0"       # as --provider; "cpu" when left out
+speed = 4.0               # how often as fast as the device that costs are measured on; 1 when left out
+memory = "16G"            # what a stage may need there; no limit when left out
+threads = 2               # of the stage's session, on a CPU; 1 when left out
+only_ops = ["Conv"]       # op types it may run; all when left out
+not_ops = ["Loop"]        # op types it may not run
+
+[[link]]
+between = ["host-a", "host-b"]   # hosts or devices; a host with itself for the devices on it
+latency_us = 500.0               # a tensor, whatever its size
+bytes_per_s = 125e6
+overlapped = false               # true: moves tensors while both devices compute
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from onnxsplit.errors import ClusterError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Link:
+    """What moving a tensor costs the device that sends it and, likewise, the one that receives it.
+
+    The defaults were measured between two processes of one host.
+
+    Attributes:
+        latency_ns: for a tensor, whatever its size.
+        bytes_per_s: bytes a second.
+        overlapped: tensors move while the device computes, so that only the longer of the two counts.
+    """
+
+    latency_ns: int = 60_000
+    bytes_per_s: int = 6_000_000_000
+    overlapped: bool = False
+
+    def transfer_ns(self, size_bytes: int) -> int:
+        """Nanoseconds for one crossing of a tensor."""
+        return self.latency_ns + size_bytes * 1_000_000_000 // self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Device:
+    """Something that runs a stage; see the module's description for each field.
+
+    Attributes:
+        memory_bytes: None for no limit.
+    """
+
+    name: str
+    host: str = LOCAL
+    provider: str = "cpu"
+    speed: float = 1.0
+    memory_bytes: int | None = None
+    threads: int = 1
+    only_ops: tuple[str, ...] = ()
+    not_ops: tuple[str, ...] = ()
+
+    def may_run(self, op_type: str) -> bool:
+        """Whether ops of a type may be placed here."""
+        return op_type not in self.not_ops and (not self.only_ops or op_type in self.only_ops)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices, in the file's order, and links by the pair of hosts or devices they join, in order of name."""
+
+    devices: tuple[Device, ...]
+    links: Mapping[tuple[str, str], Link]
+
+    def link(self, one: Device, other: Device) -> Link:
+        """The link of two devices: theirs by name, else their hosts', else the default."""
+        for pair in ((one.name, other.name), (one.host, other.host)):
+            found = self.links.get((min(pair), max(pair)))
+            if found is not None:
+                return found
+        return Link()
+
+    def to_toml(self) -> str:
+        """The text that :func:`load_cluster` reads back."""
+        lines = []
+        for device in self.devices:
+            lines += ["[[device]]", f"name = {_text(device.name)}", f"host = {_text(device.host)}"]
+            lines += [f"provider = {_text(device.provider)}", f"speed = {device.speed:g}"]
+            lines += [f'memory = "{device.memory_bytes}"'] if device.memory_bytes is not None else []
+            lines.append(f"threads = {device.threads}")
+            for key in ("only_ops", "not_ops"):
+                if getattr(device, key):
+                    lines.append(f"{key} = [{', '.join(map(_text, getattr(device, key)))}]")
+            lines.append("")
+        for (one, other), link in self.links.items():
+            lines += ["[[link]]", f"between = [{_text(one)}, {_text(other)}]"]
+            lines += [f"latency_us = {link.latency_ns / 1000:g}", f"bytes_per_s = {float(link.bytes_per_s):g}"]
+            lines += [f"overlapped = {str(link.overlapped).lower()}", ""]
+        return "\n".join(lines)
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of ``512M`` or ``2.5G`` (powers of 1024); None for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    return None if found is None else int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def load_cluster(path: str | Path) -> Cluster:
+    """Read and check a cluster file.
+
+    Raises:
+        ClusterError: naming every violation found.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ClusterError(f"{path} does not exist; write one for this host with: onnxsplit cluster init") from error
+    except OSError as error:
+        raise ClusterError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ClusterError(f"{path} is no valid TOML: {error}") from error
+    reader = _Reader()
+    cluster = reader.cluster(content)
+    if reader.problems:
+        raise ClusterError("\n  - ".join([f"{path} describes no usable cluster:", *reader.problems]))
+    return cluster
+
+
+class _Reader:
+    """Collects what is wrong while it reads."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def cluster(self, content: Mapping[str, Any]) -> Cluster:
+        self._known("the file", content, {"device", "link"})
+        devices = tuple(
+            self._device(f"device {number}", table) for number, table in enumerate(self._tables(content, "device"))
+        )
+        names = [device.name for device in devices]
+        if not devices:
+            self.problems.append("it has no [[device]]; at least one is needed")
+        self.problems += [f"the device {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
+        ends = {*names, *(device.host for device in devices)}
+        links: dict[tuple[str, str], Link] = {}
+        for number, table in enumerate(self._tables(content, "link")):
+            where = f"link {number}"
+            pair, link = self._link(where, table)
+            if pair is not None:
+                self.problems += [
+                    f"{where}: {end!r} is no device or host; known: {', '.join(sorted(ends))}"
+                    for end in pair
+                    if end not in ends
+                ]
+                links[min(pair), max(pair)] = link
+        return Cluster(devices, links)
+
+    def _tables(self, content: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
+        tables = content.get(key, [])
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            self.problems.append(f"{key} must be written as [[{key}]] tables")
+            return []
+        return tables
+
+    def _device(self, where: str, table: Mapping[str, Any]) -> Device:
+        self._known(where, table, {f.name for f in fields(Device)} - {"memory_bytes"} | {"memory"})
+        memory = table.get("memory")
+        size = parse_size(str(memory)) if memory is not None else None
+        if memory is not None and size is None:
+            self.problems.append(f"{where}: memory {memory!r} is no size; write 512M or 2.5G")
+        name = self._value(where, table, "name", str, None)
+        return Device(
+            name=name or where,
+            host=self._value(where, table, "host", str, LOCAL),
+            provider=self._value(where, table, "provider", str, "cpu"),
+            speed=self._positive(where, table, "speed", 1.0),
+            memory_bytes=size,
+            threads=int(self._positive(where, table, "threads", 1)),
+            only_ops=self._names(where, table, "only_ops"),
+            not_ops=self._names(where, table, "not_ops"),
+        )
+
+    def _link(self, where: str, table: Mapping[str, Any]) -> tuple[tuple[str, str] | None, Link]:
+        self._known(where, table, {"between", "latency_us", "bytes_per_s", "overlapped"})
+        pair = self._names(where, table, "between")
+        if len(pair) != 2:
+            self.problems.append(f"{where}: between must name two hosts or devices")
+        default = Link()
+        latency = table.get("latency_us", default.latency_ns / 1000)
+        if not _is_number(latency) or latency < 0:
+            self.problems.append(f"{where}: latency_us must be a number of at least 0, found {latency!r}")
+            latency = 0
+        link = Link(
+            latency_ns=int(latency * 1000),
+            bytes_per_s=int(self._positive(where, table, "bytes_per_s", default.bytes_per_s)),
+            overlapped=self._value(where, table, "overlapped", bool, False),
+        )
+        return ((pair[0], pair[1]) if len(pair) == 2 else None), link
+
+    def _known(self, where: str, table: Mapping[str, Any], keys: set[str]) -> None:
+        self.problems += [
+            f"{where}: {key!r} is unknown; allowed: {', '.join(sorted(keys))}" for key in table if key not in keys
+        ]
+
+    def _value(self, where: str, table: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+        value = table.get(key, default)
+        if not isinstance(value, kind) or value == "":
+            self.problems.append(f"{where}: {key} must be a {kind.__name__}, found {value!r}")
+            return default
+        return value
+
+    def _positive(self, where: str, table: Mapping[str, Any], key: str, default: float) -> float:
+        value = table.get(key, default)
+        if not _is_number(value) or not 0 < value < 1e18 or int(value * 1e9) < 1:
+            self.problems.append(f"{where}: {key} must be a number above 0, found {value!r}")
+            return default
+        return float(value)
+
+    def _names(self, where: str, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+        value = table.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            self.problems.append(f"{where}: {key} must be a list of names, found {value!r}")
+            return ()
+        return tuple(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(value: str) -> str:
+    """A TOML basic string."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'

@@ -1,0 +1,85 @@
+"""Local search on the DAG: atoms move between stages as long as that helps, and stages never form a cycle.
+
+An atom may go to any stage from the highest of what it reads to the lowest of what reads it. It goes alone, or takes
+along what its stage holds of its ancestors (downwards) or descendants (upwards), which widens that range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from onnxsplit.partitioner.objective import Partition, Problem, Score, score
+from onnxsplit.partitioner.orders import successors
+
+
+def improve(
+    problem: Problem, start: Partition, *, tries: int = 20_000, stop: Callable[[], bool] = lambda: False
+) -> Partition:
+    """The best partition that moves lead to, with the same stages on the same devices.
+
+    Every move is judged by the true score, which is linear in the graph.
+
+    Args:
+        problem: atoms, devices and objective.
+        start: where to begin.
+        tries: moves to judge at most.
+        stop: asked from time to time whether to give up.
+    """
+    following = successors(problem)
+    preceding: list[list[int]] = [[] for _ in range(problem.atoms)]
+    for atom, readers in enumerate(following):
+        for reader in readers:
+            preceding[reader].append(atom)
+    best, best_score = start, score(problem, start)
+    improved = True
+    while improved:
+        improved = False
+        for moved in _moves(best.stage_of, preceding, following, len(best.devices)):
+            if tries == 0 or stop():
+                return best
+            tries -= 1
+            candidate = Partition(moved, best.devices)
+            found = score(problem, candidate)
+            if _better(found, best_score):
+                best, best_score, improved = candidate, found, True
+                break
+    return best
+
+
+def _better(one: Score, other: Score) -> bool:
+    return one.rank < other.rank
+
+
+def _moves(
+    stage_of: tuple[int, ...], preceding: Sequence[Sequence[int]], following: Sequence[Sequence[int]], stages: int
+) -> Iterator[tuple[int, ...]]:
+    """Assignments one move away, every stage still holding an atom."""
+    sizes = [0] * stages
+    for stage in stage_of:
+        sizes[stage] += 1
+    for atom, home in enumerate(stage_of):
+        above = _together(atom, stage_of, preceding)
+        below = _together(atom, stage_of, following)
+        for group in dict.fromkeys(((atom,), above, below)):
+            if len(group) == sizes[home]:
+                continue
+            inside = set(group)
+            lowest = max((stage_of[p] for a in group for p in preceding[a] if p not in inside), default=0)
+            highest = min((stage_of[s] for a in group for s in following[a] if s not in inside), default=stages - 1)
+            for target in range(lowest, highest + 1):
+                if target != home:
+                    moved = list(stage_of)
+                    for member in group:
+                        moved[member] = target
+                    yield tuple(moved)
+
+
+def _together(atom: int, stage_of: Sequence[int], neighbours: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """An atom with all that can be reached from it within its stage."""
+    found, pending = {atom}, [atom]
+    while pending:
+        for other in neighbours[pending.pop()]:
+            if stage_of[other] == stage_of[atom] and other not in found:
+                found.add(other)
+                pending.append(other)
+    return tuple(sorted(found))

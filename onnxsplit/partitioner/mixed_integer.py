@@ -1,0 +1,198 @@
+"""A mixed-integer model of the problem, solved by HiGHS: exact for small cases, and a lower bound for any objective.
+
+It knows what the other algorithms relax: a tensor sent to several stages is paid for each, and a stage that several
+stages wait for delays them all. It is for devices that are all alike, a stage on each.
+
+    x[a, k] = 1   atom a is in stage k        r[t, k] = 1   tensor t is received by stage k
+    s[t, k]       times stage k sends t       e[j, k] = 1   a tensor flows from stage j to stage k
+    f[k]          the time stage k is done    h[w, k] = 1   stage k holds constant w
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from onnxsplit.partitioner.objective import CALLER, Partition, Problem
+
+Term = tuple[int, float]  # a column and its factor
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What the solver found: a partition, when it found one, and what it proved about the objective's value."""
+
+    partition: Partition | None
+    bound: int
+
+
+def solve(problem: Problem, stages: int, *, seconds: float) -> Solved:
+    """Model and solve.
+
+    Args:
+        problem: devices must be of one kind, joined by one link that does not overlap.
+        stages: exactly so many.
+        seconds: time for the solver.
+    """
+    model = _Model(problem, stages)
+    # The solver works with floats: times in microseconds, sizes in KiB, so that numbers are of a like size.
+    unit = 1024.0 if problem.objective == "memory" else 1000.0
+    found = milp(
+        c=model.objective,
+        constraints=model.constraints(),
+        integrality=np.array(model.integer),
+        bounds=Bounds(0, np.array(model.upper)),
+        options={"time_limit": seconds, "mip_rel_gap": 1e-6},
+    )
+    dual = found.mip_dual_bound if found.mip_dual_bound is not None else 0.0
+    bound = max(0, int(np.ceil((dual - 1e-6 * max(1.0, abs(dual))) * unit))) if np.isfinite(dual) else 0
+    if found.x is None:
+        return Solved(None, bound)
+    placed = found.x[model.x].reshape(problem.atoms, stages).argmax(axis=1)
+    devices = tuple((device,) for device in range(stages))
+    return Solved(Partition(tuple(int(stage) for stage in placed), devices), bound)
+
+
+class _Model:
+    """Columns, and rows of ``sum(factor * column) <= right``."""
+
+    def __init__(self, problem: Problem, stages: int) -> None:
+        self._problem, self._stages = problem, stages
+        self.upper: list[float] = []
+        self.integer: list[int] = []
+        self._rows: list[list[Term]] = []
+        self._right: list[float] = []
+        atoms = problem.atoms
+        self.x = self._columns(atoms * stages, upper=1, integer=True)
+        self.value = self._columns(1)[0]
+        for atom in range(atoms):
+            self._equal([(self._x(atom, k), 1.0) for k in range(stages)], 1.0)
+        for stage in range(stages):
+            self._at_most([(self._x(atom, stage), -1.0) for atom in range(atoms)], -1.0)
+        for flow in problem.transfers:
+            for reader in flow.readers if flow.writer != CALLER else ():
+                for k in range(stages - 1):  # what the reader's stage reaches, the writer's has reached
+                    self._at_most(
+                        [(self._x(reader, j), 1.0) for j in range(k + 1)]
+                        + [(self._x(flow.writer, j), -1.0) for j in range(k + 1)],
+                        0.0,
+                    )
+        for one, other in problem.apart:
+            for k in range(stages):
+                self._at_most([(self._x(one, k), 1.0), (self._x(other, k), 1.0)], 1.0)
+        loads = self._loads()
+        if problem.capped or problem.objective == "memory":
+            self._memory()
+        if problem.objective == "throughput":
+            for load in loads:
+                self._at_most([*load, (self.value, -1.0)], 0.0)
+        elif problem.objective == "latency":
+            self._latency(loads)
+        self.objective = np.zeros(len(self.upper))
+        self.objective[self.value] = 1.0
+
+    def constraints(self) -> LinearConstraint:
+        """All rows."""
+        rows = np.repeat(np.arange(len(self._rows)), [len(row) for row in self._rows])
+        columns = np.array([column for row in self._rows for column, _ in row])
+        factors = np.array([factor for row in self._rows for _, factor in row])
+        matrix = csr_array((factors, (rows, columns)), shape=(len(self._rows), len(self.upper)))
+        return LinearConstraint(matrix, -np.inf, np.array(self._right))
+
+    def _columns(self, count: int, *, upper: float = np.inf, integer: bool = False) -> range:
+        first = len(self.upper)
+        self.upper += [upper] * count
+        self.integer += [int(integer)] * count
+        return range(first, first + count)
+
+    def _x(self, atom: int, stage: int) -> int:
+        return self.x[atom * self._stages + stage]
+
+    def _at_most(self, terms: Iterable[Term], right: float) -> None:
+        self._rows.append(list(terms))
+        self._right.append(right)
+
+    def _equal(self, terms: list[Term], right: float) -> None:
+        self._at_most(terms, right)
+        self._at_most([(column, -factor) for column, factor in terms], -right)
+
+    def _loads(self) -> list[list[Term]]:
+        """By stage, its time in microseconds as terms; columns and rows for what is received and sent."""
+        problem, stages = self._problem, self._stages
+        times = problem.kinds[0].time_ns
+        loads: list[list[Term]] = [
+            [(self._x(atom, k), time_ns / 1000) for atom, time_ns in enumerate(times)] for k in range(stages)
+        ]
+        self._received: list[tuple[int, range]] = []  # bytes, and a column a stage
+        for flow in problem.transfers:
+            cost = problem.link.transfer_ns(flow.size_bytes) / 1000
+            if not problem.kinds[0].pays:
+                continue
+            received = self._columns(stages, upper=1)
+            self._received.append((flow.size_bytes, received))
+            for k in range(stages):
+                loads[k].append((received[k], cost))
+                for reader in flow.readers:
+                    at_home = [] if flow.writer == CALLER else [(self._x(flow.writer, k), -1.0)]
+                    self._at_most([(self._x(reader, k), 1.0), *at_home, (received[k], -1.0)], 0.0)
+            if flow.writer != CALLER:
+                self._sent(flow.writer, received, cost, flow.to_caller, loads)
+        return loads
+
+    def _sent(self, writer: int, received: range, cost: float, to_caller: bool, loads: list[list[Term]]) -> None:
+        problem, stages = self._problem, self._stages
+        if to_caller:
+            for k in range(stages):
+                loads[k].append((self._x(writer, k), cost))
+            if problem.send_once:
+                return
+        for k in range(stages - 1):
+            sent = self._columns(1)[0]
+            loads[k].append((sent, cost))
+            others = [received[j] for j in range(k + 1, stages)]
+            groups = [[other] for other in others] if problem.send_once else [others]
+            for group in groups:  # counts only where the writer is here
+                self._at_most(
+                    [*((other, 1.0) for other in group), (self._x(writer, k), float(len(group))), (sent, -1.0)],
+                    float(len(group)),
+                )
+
+    def _memory(self) -> None:
+        """Constants once a stage, with all that a stage receives, which is there when it begins."""
+        problem, stages = self._problem, self._stages
+        needs: list[list[Term]] = [[] for _ in range(stages)]
+        for weight in problem.weights:
+            held = self._columns(stages, upper=1)
+            for k in range(stages):
+                needs[k].append((held[k], weight.size_bytes / 1024))
+                for reader in weight.readers:
+                    self._at_most([(self._x(reader, k), 1.0), (held[k], -1.0)], 0.0)
+        for size_bytes, received in self._received:
+            for k in range(stages):
+                needs[k].append((received[k], size_bytes / 1024))
+        limit = problem.kinds[0].max_memory_bytes
+        for need in needs:
+            if limit is not None:
+                self._at_most(need, limit / 1024)
+            if problem.objective == "memory":
+                self._at_most([*need, (self.value, -1.0)], 0.0)
+
+    def _latency(self, loads: list[list[Term]]) -> None:
+        problem, stages = self._problem, self._stages
+        most = sum(problem.kinds[0].time_ns) / 1000 + sum(
+            2 * stages * problem.link.transfer_ns(flow.size_bytes) / 1000 for flow in problem.transfers
+        )
+        done = self._columns(stages)
+        for k in range(stages):
+            self._at_most([*loads[k], (done[k], -1.0)], 0.0)
+            self._at_most([(done[k], 1.0), (self.value, -1.0)], 0.0)
+            for j in range(k):
+                flows = self._columns(1, upper=1)[0]
+                self._at_most([*loads[k], (done[j], 1.0), (done[k], -1.0), (flows, most)], most)
+                for flow in problem.transfers:
+                    for reader in flow.readers if flow.writer != CALLER else ():
+                        self._at_most([(self._x(flow.writer, j), 1.0), (self._x(reader, k), 1.0), (flows, -1.0)], 1.0)

@@ -1,0 +1,103 @@
+"""Linear orders of the atoms: every partition without cycles is a slicing of one."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from onnxsplit.partitioner.objective import CALLER, Problem
+
+Order = list[int]
+
+
+def successors(problem: Problem) -> list[list[int]]:
+    """By atom, the atoms that read from it, ascending."""
+    found: list[set[int]] = [set() for _ in range(problem.atoms)]
+    for flow in problem.transfers:
+        if flow.writer != CALLER:
+            found[flow.writer].update(flow.readers)
+    return [sorted(readers) for readers in found]
+
+
+def linear_orders(problem: Problem) -> Iterator[Order]:
+    """Topological orders, endlessly: the given one, good guesses, then random ones. The same every time."""
+    following = successors(problem)
+    depth, height = _depths(following), _heights(following)
+    yield list(range(problem.atoms))
+    yield depth_first(following)
+    yield by_priority(following, lambda atom: (depth[atom], atom))
+    yield by_priority(following, lambda atom: (-height[atom], atom))
+    yield depth_first(following, descending=True)
+    chance = random.Random(0)  # noqa: S311 - for variety, not for secrets
+    while True:
+        draw = [chance.random() for _ in range(problem.atoms)]
+        yield depth_first(following, draw)
+        yield by_priority(following, draw.__getitem__)
+
+
+def refined(stage_of: Sequence[int], order: Order) -> Order:
+    """The atoms stage by stage, each in this order: topological, too, and slicing it can give the stages back."""
+    return sorted(order, key=stage_of.__getitem__)
+
+
+def depth_first(
+    following: Sequence[Sequence[int]], draw: Sequence[float] | None = None, *, descending: bool = False
+) -> Order:
+    """Keeps a branch in one piece: an atom is followed by what it alone made ready."""
+    waiting = _waiting(following)
+
+    def sort(atoms: list[int]) -> list[int]:
+        return sorted(atoms, key=draw.__getitem__ if draw is not None else None, reverse=not descending)
+
+    ready = sort([atom for atom, count in enumerate(waiting) if count == 0])
+    order = []
+    while ready:
+        atom = ready.pop()
+        order.append(atom)
+        freed = []
+        for successor in following[atom]:
+            waiting[successor] -= 1
+            if waiting[successor] == 0:
+                freed.append(successor)
+        ready += sort(freed)
+    return order
+
+
+def by_priority(following: Sequence[Sequence[int]], priority: Callable[[int], object]) -> Order:
+    """Of the atoms that are ready, the one with the smallest priority comes next."""
+    waiting = _waiting(following)
+    ready: list[tuple[object, int]] = [(priority(atom), atom) for atom, count in enumerate(waiting) if count == 0]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, atom = heapq.heappop(ready)
+        order.append(atom)
+        for successor in following[atom]:
+            waiting[successor] -= 1
+            if waiting[successor] == 0:
+                heapq.heappush(ready, (priority(successor), successor))
+    return order
+
+
+def _waiting(following: Sequence[Sequence[int]]) -> list[int]:
+    waiting = [0] * len(following)
+    for readers in following:
+        for reader in readers:
+            waiting[reader] += 1
+    return waiting
+
+
+def _depths(following: Sequence[Sequence[int]]) -> list[int]:
+    depth = [0] * len(following)
+    for atom, readers in enumerate(following):
+        for reader in readers:
+            depth[reader] = max(depth[reader], depth[atom] + 1)
+    return depth
+
+
+def _heights(following: Sequence[Sequence[int]]) -> list[int]:
+    height = [0] * len(following)
+    for atom in range(len(following) - 1, -1, -1):
+        height[atom] = max((height[reader] + 1 for reader in following[atom]), default=0)
+    return height

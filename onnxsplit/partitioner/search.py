@@ -1,0 +1,237 @@
+"""Finding the best partition, and proving how good it is: all algorithms together, cheapest first.
+
+    slices of a few orders -> downsets below what was found -> more orders, moves -> downsets at smaller targets
+
+Each step either finds something better or raises the bound. The search ends when the two are close enough, when there
+is nothing left to try, or when the time is over. Without a time limit the result is the same every time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+
+from onnxsplit.partitioner.bound import lower_bound, throughput_bound
+from onnxsplit.partitioner.contract import Contracted, contract
+from onnxsplit.partitioner.downsets import TooMany, search_downsets
+from onnxsplit.partitioner.exchange import improve
+from onnxsplit.partitioner.lineup import Lineup, sequences
+from onnxsplit.partitioner.objective import Infeasible, Partition, Problem, Score, score
+from onnxsplit.partitioner.orders import linear_orders, refined
+from onnxsplit.partitioner.relaxed import Relaxed
+from onnxsplit.partitioner.slices import slice_order
+
+_FIRST_ORDERS = 5
+_MORE_ORDERS = 40
+_DOWNSETS = (20_000, 150_000)  # held at once: for a quick look, and in earnest
+_MIXED_INTEGER = 240  # atoms x stages up to which the solver is worth its time
+_LEAST_SHARE = 0.03  # of the distance between bound and best value, when targets are tried
+_EXCHANGE = 400  # atoms up to which single moves are
+
+Progress = Callable[[int, int], None]
+"""Told the best value and the bound whenever one of them changes."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to search.
+
+    Attributes:
+        gap: stop when the best value is within this share of the bound.
+        seconds: stop after this time; None for as long as it takes.
+    """
+
+    gap: float = 0.0
+    seconds: float | None = 10.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best partition that was found.
+
+    Attributes:
+        partition: it.
+        score: its figures.
+        bound: no partition has a smaller value of the objective.
+    """
+
+    partition: Partition
+    score: Score
+    bound: int
+
+    @property
+    def gap(self) -> float:
+        """How far the value may be above the best there is, as a share of that."""
+        return self.score.value / max(1, self.bound) - 1
+
+
+def search(
+    problem: Problem, lineup: Lineup, effort: Effort = Effort(), progress: Progress = lambda _best, _bound: None
+) -> Found:
+    """Search for the partition with the smallest value of the objective.
+
+    Raises:
+        Infeasible: none was found that keeps every limit.
+    """
+    given, problem = problem, problem.without_idle_caps()
+    run = _Search(problem, lineup, effort, progress)
+    if not problem.atoms:
+        empty = Partition((), ())
+        return Found(empty, score(problem, empty), 0)
+    run.slices(0, _FIRST_ORDERS)
+    run.raise_bound(lower_bound(problem, lineup))
+    if problem.objective == "throughput":
+        run.downsets()
+    run.slices(_FIRST_ORDERS, _MORE_ORDERS)
+    run.exchange()
+    if problem.objective != "throughput" or problem.capped:
+        run.mixed_integer()
+    if problem.objective == "throughput":
+        run.smaller_targets()
+    found = run.found()
+    return replace(found, score=score(given, found.partition))
+
+
+class _Search:
+    """One search: the best so far, the bound so far, and what is left to do."""
+
+    def __init__(self, problem: Problem, lineup: Lineup, effort: Effort, progress: Progress) -> None:
+        self._problem, self._effort, self._progress = problem, effort, progress
+        self._lineups = [*sequences(problem, _exact(lineup)), lineup] if problem.links else [lineup]
+        self._lineup = lineup
+        self._whole = Contracted(problem, tuple(range(problem.atoms)))
+        self._end = None if effort.seconds is None else time.monotonic() + effort.seconds
+        self._best: tuple[Partition, Score] | None = None
+        self._bound = 0
+        self._closed = False  # the exact search has found its optimum
+
+    def found(self) -> Found:
+        """What there is at the end."""
+        if self._best is None:
+            raise Infeasible
+        return Found(*self._best, min(self._bound, self._best[1].value))
+
+    @cached_property
+    def _smaller(self) -> Contracted:
+        """The contracted problem, where its optimum is that of the whole one.
+
+        A stage of nothing but atoms that take no time may be gone in it. That is allowed for when no partition into
+        fewer stages can be as good as what was found already.
+        """
+        smaller = contract(self._problem)
+        stages = _exact(self._lineup)
+        if stages is None:
+            return smaller
+        if smaller.problem.atoms < stages or self._best is None:
+            return self._whole
+        best = self._best[1].value
+        for fewer in range(max(1, stages - (self._problem.atoms - smaller.problem.atoms)), stages):
+            lineup = replace(self._lineup, final=self._lineup.after_stages(fewer))
+            if lineup.final and throughput_bound(Relaxed(smaller.problem, lineup)) < best:
+                return self._whole
+        return smaller
+
+    @cached_property
+    def _relaxed(self) -> Relaxed:
+        return Relaxed(self._smaller.problem, self._lineup)
+
+    def raise_bound(self, proven: int) -> None:
+        """No value is below this."""
+        if proven > self._bound:
+            self._bound = proven
+            self._tell()
+
+    def slices(self, first: int, stop: int) -> None:
+        """Slice some linear orders, and each again with the stages of the best one."""
+        for number, order in enumerate(islice(linear_orders(self._problem), stop)):
+            if number < first:
+                continue
+            for lineup in self._lineups:
+                if self._enough() and number:
+                    return
+                self._slice(lineup, order)
+                if self._best is not None and number:
+                    self._slice(lineup, refined(self._best[0].stage_of, order))
+
+    def downsets(self) -> None:
+        """Exact search below the best value."""
+        if self._best is not None and not self._enough():
+            self._below(self._best[1].value - 1, _DOWNSETS[0])
+
+    def smaller_targets(self) -> None:
+        """Prove what can be proven, with targets between the bound and the best value."""
+        share = 1.0
+        while self._best is not None and not self._closed and not self._enough() and share > _LEAST_SHARE:
+            target = self._bound + int((self._best[1].value - 1 - self._bound) * share)
+            if not self._below(target, _DOWNSETS[1]):
+                share /= 2
+
+    def exchange(self) -> None:
+        """Move single atoms."""
+        if self._best is None or self._enough() or self._problem.atoms > _EXCHANGE:
+            return
+        self._offer(improve(self._problem, self._best[0], stop=self._over))
+
+    def mixed_integer(self) -> None:
+        """Ask the solver, where it can answer."""
+        problem, stages = self._problem, _exact(self._lineup)
+        alike = len(problem.kinds) == 1 and not problem.links and not problem.link.overlapped
+        model = all(step.replicas == 1 for step in self._lineup.steps)
+        small = stages is not None and problem.atoms * stages <= _MIXED_INTEGER
+        if self._enough() or not (alike and model and small) or stages is None:
+            return
+        from onnxsplit.partitioner.mixed_integer import solve
+
+        left = 60.0 if self._end is None else max(0.1, self._end - time.monotonic())
+        solved = solve(problem, stages, seconds=left)
+        if solved.partition is not None:
+            self._offer(solved.partition)
+        self.raise_bound(solved.bound)
+
+    def _below(self, target: int, most: int) -> bool:
+        """Search for something not above a target; False when there was too much to look at."""
+        try:
+            found = search_downsets(self._relaxed, target, most=most, stop=self._over)
+        except TooMany:
+            return False
+        if found is None:
+            self.raise_bound(target + 1)
+        else:
+            self._closed = True
+            self.raise_bound(found.value)
+            self._offer(self._smaller.expanded(found.partition))
+        return True
+
+    def _slice(self, lineup: Lineup, order: list[int]) -> None:
+        limit = None if self._best is None else self._best[1].value
+        found = slice_order(
+            self._problem, lineup, order, limit=limit if self._problem.objective == "throughput" else None
+        )
+        if found is not None:
+            self._offer(found)
+
+    def _offer(self, partition: Partition) -> None:
+        found = score(self._problem, partition)
+        if found.feasible and (self._best is None or found.rank < self._best[1].rank):
+            self._best = (partition, found)
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._best is not None:
+            self._progress(self._best[1].value, self._bound)
+
+    def _over(self) -> bool:
+        return self._end is not None and time.monotonic() > self._end
+
+    def _enough(self) -> bool:
+        if self._best is None:
+            return self._over()
+        return self._over() or self._best[1].value <= self._bound * (1 + self._effort.gap)
+
+
+def _exact(lineup: Lineup) -> int | None:
+    """The number of stages when every way through has the same."""
+    return lineup.most_stages if len(lineup.final) == 1 else None
