@@ -202,7 +202,7 @@ def _show(output: Output, plan: Plan) -> None:
         for stage, time_ns in zip(plan.stages, stage_times, strict=True)
     ]
     if plan.stages:
-        rows.append(("ideal stage", milliseconds(sum(stage_times) // len(plan.stages)), *[""] * 6))
+        rows.append(("ideal stage", milliseconds(sum(stage_times) // len(plan.stages)), "", "", "", "", "", ""))
     placed = any(row[-1] for row in rows)
     columns = ("", "time", "predicted", "weights", "memory", "bytes out", "ops", "device")
     output.table(columns if placed else columns[:-1], [row if placed else row[:-1] for row in rows])

@@ -1,11 +1,18 @@
-"""Lower bounds that need no search: what no partition can beat."""
+"""Lower bounds that need no search for a partition: what none can beat."""
 
 from __future__ import annotations
 
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+
 from onnxsplit.partitioner.lineup import Lineup
-from onnxsplit.partitioner.objective import NEVER, Problem, stage_memory
+from onnxsplit.partitioner.objective import CALLER, NEVER, Problem, stage_memory
 from onnxsplit.partitioner.orders import successors
-from onnxsplit.partitioner.relaxed import Capacities, Relaxed
+from onnxsplit.partitioner.relaxed import Array, Capacities, Relaxed
+
+_LARGEST_FLOW = 1 << 29  # capacities are 32-bit numbers
+_SURROUNDINGS = 64  # atoms, those with the most to pay first
 
 
 def lower_bound(problem: Problem, lineup: Lineup) -> int:
@@ -17,6 +24,47 @@ def lower_bound(problem: Problem, lineup: Lineup) -> int:
             return latency_bound(problem)
         case "memory":
             return memory_bound(problem, lineup)
+
+
+def surroundings_bound(relaxed: Relaxed, known: int) -> int:
+    """No bottleneck is smaller than the cheapest stage around any one atom; ``known`` is a bound there is already.
+
+    A stage that holds an atom pays for the tensors on its border, or takes their other ends in and pays for those.
+    The cheapest such set is a minimum cut: atoms cost their time inside, tensors their transfer where they cross.
+    """
+    if not relaxed.all_pay:
+        return known
+    fastest = relaxed.times.min(axis=0) + relaxed.always
+    borders = fastest.copy()
+    for tensor in relaxed.crossings:
+        for atom in (tensor.writer, *tensor.readers):
+            borders[atom] += tensor.time_ns
+    most = max(step.replicas for step in relaxed.lineup.steps)
+    unit = max(1, int(fastest.sum()) // _LARGEST_FLOW + 1)
+    network = _border_network(relaxed, fastest // unit, unit)
+    for tried, atom in enumerate(np.argsort(-borders, kind="stable")):
+        if borders[atom] <= known * most or tried == _SURROUNDINGS:
+            break
+        cut = int(maximum_flow(network, int(atom), network.shape[0] - 1).flow_value)
+        known = max(known, -(-cut * unit // most))
+    return known
+
+
+def _border_network(relaxed: Relaxed, times: Array, unit: int) -> csr_array:
+    """Atoms, two vertices a tensor, and the sink: what is not cut off from an atom is in its stage."""
+    atoms, tensors = relaxed.problem.atoms, (*relaxed.crossings, *relaxed.given)
+    sink = atoms + 2 * len(tensors)
+    edges = [(atom, sink, int(time_ns)) for atom, time_ns in enumerate(times)]
+    for number, tensor in enumerate(tensors):
+        sent, received, cost = atoms + 2 * number, atoms + 2 * number + 1, tensor.time_ns // unit
+        writer = sink if tensor.writer == CALLER else tensor.writer
+        edges.append((received, writer, cost))
+        edges += [(reader, received, _LARGEST_FLOW) for reader in tensor.readers]
+        if tensor.writer != CALLER:
+            edges.append((tensor.writer, sent, cost))
+            edges += [(sent, reader, _LARGEST_FLOW) for reader in tensor.readers]
+    rows, columns, capacities = (np.array(column, dtype=np.int32) for column in zip(*edges, strict=True))
+    return csr_array((capacities, (rows, columns)), shape=(sink + 1, sink + 1))
 
 
 def throughput_bound(relaxed: Relaxed) -> int:

@@ -1,13 +1,13 @@
 """Fewer atoms, the same optimum: atoms that take no time go where they cannot do harm.
 
-Many atoms cost nothing: ops that are fused into others, or that only rename their input. For the bottleneck, where a
-tensor is sent once for all its readers,
+Many atoms cost nothing: ops that are fused into others, or that only rename their input. For the bottleneck,
 
 - an atom that alone reads what it reads, all from one other atom, may move to that atom, if what it gives is no dearer
   to move than what it takes (and always if it gives nothing): no stage pays more;
 - an atom whose outputs one other atom alone reads may move to that, if what it takes is no dearer than what it gives;
 - an atom that takes nothing may move to the first of its readers, if the others come after that one anyway.
 
+Where a tensor is paid for each stage it is sent to, the tensors that are sent instead must have one reader.
 Such a move can only empty a stage that did nothing, so an optimum for K stages may become one for fewer.
 """
 
@@ -70,6 +70,7 @@ def _contracted(problem: Problem) -> Contracted:
         writers = {flow.writer for flow in takes[atom]}
         if atom in free and len(writers) == 1 and CALLER not in writers:
             alone = all(flow.readers == (atom,) and not flow.to_caller for flow in takes[atom])
+            alone = alone and (problem.send_once or all(len(flow.readers) == 1 for flow in gives[atom]))
             cheaper = not any(f.to_caller for f in gives[atom]) and cost(gives[atom]) <= cost(takes[atom])
             if not gives[atom] or (alone and cheaper):
                 groups.union(writers.pop(), atom)
@@ -78,6 +79,8 @@ def _contracted(problem: Problem) -> Contracted:
     for atom in sorted(free - moved, reverse=True):
         readers = following[atom]
         if not readers or readers[0] in moved or any(f.to_caller for f in gives[atom]):
+            continue
+        if not problem.send_once and any(f.writer != CALLER and len(f.readers) > 1 for f in takes[atom]):
             continue
         if (
             cost(takes[atom]) <= cost(gives[atom])

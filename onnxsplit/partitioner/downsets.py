@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxsplit.partitioner.lineup import Step
-from onnxsplit.partitioner.objective import CALLER, Partition
+from onnxsplit.partitioner.objective import Partition
 from onnxsplit.partitioner.relaxed import FAR, Array, Capacities, Crossing, Relaxed
 
 
@@ -40,28 +40,54 @@ class Found:
     value: int
 
 
-def search_downsets(
-    relaxed: Relaxed,
-    target: int,
-    *,
-    most: int = 100_000,
-    stop: Callable[[], bool] = lambda: False,
-) -> Found | None:
-    """The best partition whose bottleneck is at most ``target``; None when there is provably none.
+@dataclass(frozen=True)
+class Sent:
+    """What is taken for granted about tensors, by their place among the crossings, in one branch of a search.
 
-    Time is O(d n) to list d downsets of n atoms and O(d c) to choose, for c the downsets within one stage of another.
-
-    Args:
-        relaxed: atoms, devices and their order.
-        target: nanoseconds.
-        most: downsets to hold at once.
-        stop: asked from time to time whether to give up.
-
-    Raises:
-        TooMany: nothing was proven.
+    Attributes:
+        once: one stage reads it beyond its writer's, or none.
+        twice: its writer's stage sends it to two stages at least.
     """
-    capacities = Capacities(relaxed, target)
-    return _choose(relaxed, capacities, _list_downsets(relaxed, capacities, most, stop), stop)
+
+    once: frozenset[int] = frozenset()
+    twice: frozenset[int] = frozenset()
+
+
+class DownsetSearch:
+    """The search for one target: downsets are listed once, and chosen from for any branch."""
+
+    def __init__(
+        self,
+        relaxed: Relaxed,
+        target: int,
+        *,
+        most: int = 100_000,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """List the downsets: O(d n) for d downsets of n atoms.
+
+        Args:
+            relaxed: atoms, devices and their order.
+            target: nanoseconds.
+            most: downsets to hold at once.
+            stop: asked from time to time whether to give up.
+
+        Raises:
+            TooMany: nothing was proven.
+        """
+        self._relaxed, self._stop = relaxed, stop
+        self._capacities = Capacities(relaxed, target)
+        self._downsets = _list_downsets(relaxed, self._capacities, most, stop)
+
+    def best(self, target: int | None = None, sent: Sent = Sent()) -> Found | None:
+        """The best partition whose bottleneck is at most the target; None when there is provably none.
+
+        O(d c) for c downsets within one stage of another. A ``target`` may be smaller than that of the listing.
+
+        Raises:
+            TooMany: nothing was proven.
+        """
+        return _choose(self._relaxed, self._capacities, self._downsets, target, sent, self._stop)
 
 
 class _Downsets:
@@ -166,8 +192,16 @@ def _work_of_descendants(relaxed: Relaxed) -> Array:
     return result
 
 
-def _choose(relaxed: Relaxed, capacities: Capacities, downsets: _Downsets, stop: Callable[[], bool]) -> Found | None:
+def _choose(
+    relaxed: Relaxed,
+    capacities: Capacities,
+    downsets: _Downsets,
+    target: int | None,
+    sent: Sent,
+    stop: Callable[[], bool],
+) -> Found | None:
     """The best path through downsets."""
+    target = capacities.target if target is None else target
     states, count = relaxed.lineup.states, len(downsets.work)
     if not count or downsets.member[:, 0].any() or not downsets.member[:, -1].all():
         return None
@@ -188,18 +222,18 @@ def _choose(relaxed: Relaxed, capacities: Capacities, downsets: _Downsets, stop:
         )
         for steps in following
     ]
-    pairs = _Pairs(relaxed, downsets)
+    windows = [np.flatnonzero(rows) for rows in usable]
+    pairs = _Pairs(relaxed, downsets, sent)
     for index in range(count - 1):
-        active = [state for state in range(states) if best[state, index] <= capacities.target and following[state]]
+        active = [state for state in range(states) if best[state, index] <= target and following[state]]
         if not active:
             continue
         if index % 64 == 0 and stop():
             raise TooMany
         end = max(int(reach[state][index]) for state in active)
-        useful = np.zeros(max(0, end - index - 1), dtype=bool)
-        for after in {step.after for state in active for _, step in following[state]}:
-            useful |= usable[after][index + 1 : end]
-        chosen = pairs.above(index, index + 1 + np.flatnonzero(useful))
+        afters = {step.after for state in active for _, step in following[state]}
+        chosen = _between(windows, usable, afters, index + 1, end)
+        chosen = pairs.above(index, pairs.light(index, chosen, target))
         if not len(chosen):
             continue
         loads = pairs.loads(index, chosen)
@@ -207,22 +241,53 @@ def _choose(relaxed: Relaxed, capacities: Capacities, downsets: _Downsets, stop:
             for number, step in following[state]:
                 load = loads[step.kind]
                 value = np.maximum(load if step.replicas == 1 else -(-load // step.replicas), best[state, index])
-                better = (value < best[step.after, chosen]) & (value <= capacities.target) & usable[step.after][chosen]
+                better = (value < best[step.after, chosen]) & (value <= target) & usable[step.after][chosen]
                 where = chosen[better]
                 best[step.after, where] = value[better]
                 parent[step.after, where] = index
                 taken[step.after, where] = number
-    return _path(relaxed, capacities.target, downsets, best, parent, taken)
+    return _path(relaxed, target, downsets, best, parent, taken)
+
+
+def _between(windows: list[Array], usable: list[Array], afters: set[int], first: int, end: int) -> Array:
+    """Downsets from ``first`` to before ``end`` that some of these states can use."""
+    if len(afters) == 1:
+        window = windows[next(iter(afters))]
+        return window[np.searchsorted(window, first) : np.searchsorted(window, end)]
+    useful = np.zeros(max(0, end - first), dtype=bool)
+    for after in afters:
+        useful |= usable[after][first:end]
+    return first + np.flatnonzero(useful)
 
 
 class _Pairs:
-    """What a stage between two downsets costs."""
+    """What a stage between two downsets costs, in one branch."""
 
-    def __init__(self, relaxed: Relaxed, downsets: _Downsets) -> None:
+    def __init__(self, relaxed: Relaxed, downsets: _Downsets, sent: Sent) -> None:
         self._relaxed, self._downsets = relaxed, downsets
-        self._written: list[list[Crossing]] = [[] for _ in range(relaxed.problem.atoms)]
-        for tensor in relaxed.crossings:
-            self._written[tensor.writer].append(tensor)
+        self._written: list[list[tuple[Crossing, int, bool]]] = [[] for _ in range(relaxed.problem.atoms)]
+        self._crossing_ns = downsets.crossing_ns
+        for number, tensor in enumerate(relaxed.crossings):
+            cost = tensor.time_ns * (2 if number in sent.twice else 1)
+            self._written[tensor.writer].append((tensor, cost, number in sent.once))
+            if number in sent.twice:
+                crosses = downsets.member[tensor.writer] & ~downsets.member[list(tensor.readers)].all(axis=0)
+                self._crossing_ns = self._crossing_ns + crosses * tensor.time_ns
+        self._plain = len(relaxed.problem.kinds) == 1 and relaxed.all_pay
+        self._most = max((step.replicas for step in relaxed.lineup.steps), default=1)
+
+    def light(self, index: int, others: Array, target: int) -> Array:
+        """Those of some downsets that a stage from this one may reach, by what is quickly known.
+
+        A tensor that crosses one border and not the other is sent or received in between.
+        """
+        if not self._plain:
+            return others
+        downsets = self._downsets
+        moving = np.abs(downsets.crossing_ns[others] - downsets.crossing_ns[index])
+        load = downsets.compute[0][others] - downsets.compute[0][index] + moving
+        kept: Array = others[load <= target * self._most]
+        return kept
 
     def above(self, index: int, others: Array) -> Array:
         """Those of some downsets that hold all of one: they hold its members that no other member needs."""
@@ -237,12 +302,13 @@ class _Pairs:
         """By kind, the cost of the stages between downset ``index`` and each of some larger ones."""
         relaxed, downsets = self._relaxed, self._downsets
         inside = downsets.member[:, index]
-        moving = downsets.crossing_ns[larger]
-        for tensor in self._open(inside):
-            rows = downsets.member[[reader for reader in tensor.readers if not inside[reader]]][:, larger]
-            moving = moving + rows.any(axis=0) * tensor.time_ns  # some reader is in the stage: it arrives
-            if tensor.writer != CALLER:  # it crosses the larger border, too, but another stage sent it
-                moving -= ~rows.all(axis=0) * tensor.time_ns
+        moving = self._crossing_ns[larger]
+        for readers, arrives, sent, once in self._open(inside):
+            rows = downsets.member[list(readers)][:, larger]
+            some, rest = rows.any(axis=0), ~rows.all(axis=0)
+            moving = moving + some * arrives - rest * sent  # what crosses the larger border, too, another stage sent
+            if once:
+                moving[some & rest] = FAR
         held = downsets.held[larger] - downsets.held[index]
         result = []
         for kind, compute in zip(relaxed.problem.kinds, downsets.compute, strict=True):
@@ -257,12 +323,22 @@ class _Pairs:
             result.append(load)
         return result
 
-    def _open(self, inside: Array) -> list[Crossing]:
-        """Tensors at hand for what is not in a downset, and wanted there."""
+    def _open(self, inside: Array) -> list[tuple[tuple[int, ...], int, int, bool]]:
+        """Tensors at hand for what is not in a downset, and wanted there; those with the same readers together.
+
+        Returns:
+            readers outside, what receiving costs, what sending cost another stage, and whether one stage must take all.
+        """
         wanted = np.zeros(len(inside), dtype=bool)
         wanted[self._relaxed.edges_from[~inside[self._relaxed.edges_to]]] = True
-        found = [tensor for atom in np.flatnonzero(inside & wanted) for tensor in self._written[atom]]
-        return [t for t in (*self._relaxed.given, *found) if not all(inside[reader] for reader in t.readers)]
+        found: dict[tuple[int, ...], tuple[int, int, bool]] = {}
+        tensors = [entry for atom in np.flatnonzero(inside & wanted) for entry in self._written[atom]]
+        for tensor, sent, once in (*((given, 0, False) for given in self._relaxed.given), *tensors):
+            readers = tuple(reader for reader in tensor.readers if not inside[reader])
+            if readers:
+                before = found.get(readers, (0, 0, False))
+                found[readers] = (before[0] + tensor.time_ns, before[1] + sent, before[2] or once)
+        return [(readers, *costs) for readers, costs in found.items()]
 
 
 def _path(relaxed: Relaxed, target: int, downsets: _Downsets, best: Array, parent: Array, taken: Array) -> Found | None:

@@ -14,21 +14,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
-from onnxsplit.partitioner.bound import lower_bound, throughput_bound
+from onnxsplit.partitioner.bound import lower_bound, surroundings_bound, throughput_bound
+from onnxsplit.partitioner.branch import branch
 from onnxsplit.partitioner.contract import Contracted, contract
-from onnxsplit.partitioner.downsets import TooMany, search_downsets
+from onnxsplit.partitioner.downsets import DownsetSearch, TooMany
+from onnxsplit.partitioner.downsets import Found as Exact
 from onnxsplit.partitioner.exchange import improve
 from onnxsplit.partitioner.lineup import Lineup, sequences
-from onnxsplit.partitioner.objective import Infeasible, Partition, Problem, Score, score
+from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem, Score, score
 from onnxsplit.partitioner.orders import linear_orders, refined
 from onnxsplit.partitioner.relaxed import Relaxed
 from onnxsplit.partitioner.slices import slice_order
 
 _FIRST_ORDERS = 5
 _MORE_ORDERS = 40
-_DOWNSETS = (20_000, 150_000)  # held at once: for a quick look, and in earnest
+_DOWNSETS = (20_000, 500_000)  # held at once: for a quick look, and in earnest
 _MIXED_INTEGER = 240  # atoms x stages up to which the solver is worth its time
-_LEAST_SHARE = 0.03  # of the distance between bound and best value, when targets are tried
+_SHARES = (0.1, 0.3, 0.6, 1.0)  # of the distance between bound and best value, when targets are tried
+_TRIES = 2_000  # single moves
 _EXCHANGE = 400  # atoms up to which single moves are
 
 Progress = Callable[[int, int], None]
@@ -84,13 +87,14 @@ def search(
     run.slices(0, _FIRST_ORDERS)
     run.raise_bound(lower_bound(problem, lineup))
     if problem.objective == "throughput":
+        run.surroundings()
         run.downsets()
     run.slices(_FIRST_ORDERS, _MORE_ORDERS)
     run.exchange()
-    if problem.objective != "throughput" or problem.capped:
-        run.mixed_integer()
     if problem.objective == "throughput":
-        run.smaller_targets()
+        run.raise_target()
+        run.branches()
+    run.mixed_integer()
     found = run.found()
     return replace(found, score=score(given, found.partition))
 
@@ -106,7 +110,7 @@ class _Search:
         self._end = None if effort.seconds is None else time.monotonic() + effort.seconds
         self._best: tuple[Partition, Score] | None = None
         self._bound = 0
-        self._closed = False  # the exact search has found its optimum
+        self._relaxed_best: tuple[DownsetSearch, Exact, int] | None = None
 
     def found(self) -> Found:
         """What there is at the end."""
@@ -156,24 +160,47 @@ class _Search:
                 if self._best is not None and number:
                     self._slice(lineup, refined(self._best[0].stage_of, order))
 
+    def surroundings(self) -> None:
+        """Raise the bound by what each costly atom needs around it."""
+        if not self._enough():
+            self.raise_bound(surroundings_bound(self._relaxed, self._bound))
+
     def downsets(self) -> None:
         """Exact search below the best value."""
         if self._best is not None and not self._enough():
             self._below(self._best[1].value - 1, _DOWNSETS[0])
 
-    def smaller_targets(self) -> None:
-        """Prove what can be proven, with targets between the bound and the best value."""
-        share = 1.0
-        while self._best is not None and not self._closed and not self._enough() and share > _LEAST_SHARE:
-            target = self._bound + int((self._best[1].value - 1 - self._bound) * share)
-            if not self._below(target, _DOWNSETS[1]):
-                share /= 2
+    def raise_target(self) -> None:
+        """Search below targets from the bound upwards: each that holds nothing is a proof."""
+        low = self._bound
+        for share in _SHARES:
+            if self._best is None or self._relaxed_best is not None or self._enough():
+                return
+            target = low + int((self._best[1].value - 1 - low) * share)
+            if target >= self._bound and not self._below(target, _DOWNSETS[1]):
+                return
+
+    def branches(self) -> None:
+        """Close what is left between the relaxed problem and the true one."""
+        if self._relaxed_best is None:
+            return
+        listed, found, target = self._relaxed_best
+        try:
+            for better, proven in branch(self._smaller.problem, self._relaxed, listed, found, target, self._value):
+                if better is not None:
+                    self._offer(self._smaller.expanded(better))
+                self.raise_bound(proven)
+                if self._enough():
+                    return
+        except TooMany:
+            return
 
     def exchange(self) -> None:
         """Move single atoms."""
         if self._best is None or self._enough() or self._problem.atoms > _EXCHANGE:
             return
-        self._offer(improve(self._problem, self._best[0], stop=self._over))
+        tries = _TRIES if self._problem.objective == "throughput" else 10 * _TRIES
+        self._offer(improve(self._problem, self._best[0], tries=tries, stop=self._over))
 
     def mixed_integer(self) -> None:
         """Ask the solver, where it can answer."""
@@ -194,16 +221,21 @@ class _Search:
     def _below(self, target: int, most: int) -> bool:
         """Search for something not above a target; False when there was too much to look at."""
         try:
-            found = search_downsets(self._relaxed, target, most=most, stop=self._over)
-        except TooMany:
-            return False
-        if found is None:
-            self.raise_bound(target + 1)
-        else:
-            self._closed = True
+            listed = DownsetSearch(self._relaxed, target, most=most, stop=self._over)
+            found = listed.best()
+            if found is None:
+                self.raise_bound(target + 1)
+                return True
+            self._relaxed_best = (listed, found, target)
             self.raise_bound(found.value)
             self._offer(self._smaller.expanded(found.partition))
+        except TooMany:
+            return False
         return True
+
+    def _value(self) -> int:
+        """The best value so far."""
+        return NEVER if self._best is None else self._best[1].value
 
     def _slice(self, lineup: Lineup, order: list[int]) -> None:
         limit = None if self._best is None else self._best[1].value

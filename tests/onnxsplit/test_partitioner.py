@@ -27,7 +27,7 @@ from onnxsplit.partitioner import (
     stage_memory,
 )
 from onnxsplit.partitioner.contract import contract
-from onnxsplit.partitioner.downsets import search_downsets
+from onnxsplit.partitioner.downsets import DownsetSearch
 from onnxsplit.partitioner.exchange import improve
 from onnxsplit.partitioner.mixed_integer import solve
 from onnxsplit.partitioner.orders import linear_orders
@@ -187,10 +187,10 @@ def test_each_algorithm_alone(problem, stages):
         assert score(problem, improve(problem, found)).value in range(best, score(problem, found).value + 1)
     solved = solve(problem, stages, seconds=20)
     assert solved.bound <= best == score(problem, solved.partition).value
-    exact = search_downsets(Relaxed(problem, lineup), best)
+    exact = DownsetSearch(Relaxed(problem, lineup), best).best()
     assert exact is not None
     assert exact.value <= best
-    assert search_downsets(Relaxed(problem, lineup), exact.value - 1) is None
+    assert DownsetSearch(Relaxed(problem, lineup), exact.value - 1).best() is None
 
 
 @settings(deadline=None, max_examples=100)
