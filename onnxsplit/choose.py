@@ -87,7 +87,8 @@ class Choice:
 
         def tell(best: int, least: int) -> None:
             shown = (f"{v / (1 << 20):.1f} MiB" if bytes_wanted else f"{v / 1e6:.3f} ms" for v in (best, least))
-            self.say("searching: best {}, none is below {} (gap {:.2%})".format(*shown, best / max(1, least) - 1))
+            proven = f" (gap {best / least - 1:.2%})" if least else ""
+            self.say("searching: best {}, none is below {}".format(*shown) + proven)
 
         return tell
 

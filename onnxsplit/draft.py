@@ -26,6 +26,7 @@ from onnxsplit.extract import (
     write_constant,
     write_stage,
 )
+from onnxsplit.outcome import Outcome
 from onnxsplit.partitioner import Found, Partition, Score, line_up, lower_bound, score
 from onnxsplit.plan import (
     FORMAT_VERSION,
@@ -112,7 +113,7 @@ class Draft:
         self._folder = folder
         self._say = say
 
-    def plan(self, rounds: int) -> Plan:
+    def make(self, rounds: int) -> Outcome:
         """Cut, run and correct up to ``rounds`` times, choose the stages' levels, and describe the best cut."""
         op_ns = self._contended(self._subject.costs.time_ns)
         found = self._choose(op_ns)
@@ -138,12 +139,13 @@ class Draft:
         best = self._measure(self._with_levels(best))
         return self._finished(best, self._choose(best.op_ns).bound, tuple(history))
 
-    def _finished(self, cut: _Cut, bound: int, history: tuple[CorrectionRound, ...]) -> Plan:
+    def _finished(self, cut: _Cut, bound: int, history: tuple[CorrectionRound, ...]) -> Outcome:
         if self._folder is not None:
             for file in cut.folder.iterdir():
                 file.rename(self._folder / file.name)
             cut.folder.rmdir()
-        return self._describe(cut, bound, history)
+        plan = self._describe(cut, bound, history)
+        return Outcome(plan, self._subject, cut.found.partition, cut.op_ns)
 
     def _contended(self, times_ns: tuple[int, ...]) -> tuple[int, ...]:
         """Times with all devices of this host at work: more threads than it has cores take turns.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
 
 from onnxsplit.atoms import CALLER
-from onnxsplit.examine import Say, Subject, examine, silent
+from onnxsplit.examine import Subject
 from onnxsplit.extract import peak_memory_bytes, weight_bytes, whole_parts
+from onnxsplit.multi_device import check_multi_device
 from onnxsplit.plan import Record, Shape
-from onnxsplit.tensors import Array
 
 
 class TypeRow(Record, frozen=True, kw_only=True):
@@ -31,7 +29,7 @@ class CutRow(Record, frozen=True, kw_only=True):
 
 
 class Inspection(Record, frozen=True, kw_only=True):
-    """A model in figures. Times are nanoseconds of one run, sizes bytes."""
+    """A model in figures. Times are nanoseconds of one run, sizes bytes; ``multi_device`` what is wrong there."""
 
     ir_version: int
     opsets: dict[str, int]
@@ -47,20 +45,11 @@ class Inspection(Record, frozen=True, kw_only=True):
     outputs: dict[str, str]
     op_types: tuple[TypeRow, ...]
     cuts: tuple[CutRow, ...]
+    multi_device: tuple[str, ...]
 
 
-def inspect_model(
-    model: str | Path,
-    *,
-    cuts: int = 5,
-    costs: str | None = None,
-    dims: Mapping[str, int] | None = None,
-    inputs: str | Path | Mapping[str, Array] | None = None,
-    threads: int | None = None,
-    say: Say = silent,
-) -> Inspection:
-    """Examine a model; ``cuts`` is how many cuts in two to list, the best balanced with its transfers first."""
-    subject = examine(model, costs=costs, dims=dims, inputs=inputs, threads=threads, say=say)
+def inspect_subject(subject: Subject, *, cuts: int = 5) -> Inspection:
+    """A model that was examined, in figures; ``cuts`` is how many cuts in two to list, the best balanced first."""
     graph, shapes = subject.graph, subject.shapes
     whole = whole_parts(graph)
     counts, times = Counter[str](), Counter[str]()
@@ -86,6 +75,7 @@ def inspect_model(
             for kind, time_ns in sorted(times.items(), key=lambda item: (-item[1], item[0]))
         ),
         cuts=_best_cuts(subject, cuts),
+        multi_device=tuple(check_multi_device(graph.source.proto)),
     )
 
 

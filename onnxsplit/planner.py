@@ -21,6 +21,7 @@ from onnxsplit.draft import Draft
 from onnxsplit.errors import PlanError
 from onnxsplit.examine import Say, Subject, examine, silent
 from onnxsplit.options import CutOptions
+from onnxsplit.outcome import Outcome
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
@@ -58,7 +59,7 @@ def partition(
     target = Path(out) if out is not None else default_target(Path(model))
     check_target(target)
     subject = examine_for(model, wanted, costs=costs, dims=dims, inputs=inputs, say=say)
-    return write_plan(subject, target, wanted, say=say)
+    return write_plan(subject, target, wanted, say=say).plan
 
 
 def examine_for(
@@ -81,19 +82,19 @@ def examine_for(
     return examine(model, costs=costs, dims=dims, inputs=inputs, threads=threads, provider=provider, say=say)
 
 
-def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say = silent) -> Plan:
+def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say = silent) -> Outcome:
     """Cut a model that was examined, and write the plan directory."""
     check_target(target)
     choose = choice(subject, options, say)
     with _new_folder(target) as folder:
-        plan = Draft(choose, folder, say).plan(options.rounds)
-        (folder / PLAN_FILE).write_bytes(plan.to_json())
-    return plan
+        made = Draft(choose, folder, say).make(options.rounds)
+        (folder / PLAN_FILE).write_bytes(made.plan.to_json())
+    return made
 
 
-def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> Plan:
+def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> Outcome:
     """The plan that :func:`write_plan` would begin with, before any stage has run; nothing is kept."""
-    return Draft(choice(subject, options, say), None, say).plan(0)
+    return Draft(choice(subject, options, say), None, say).make(0)
 
 
 def default_target(model: Path) -> Path:

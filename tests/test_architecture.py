@@ -27,7 +27,8 @@ ORDER = [
     ["onnxsplit.examine"],
     ["onnxsplit.cut_at"],
     ["onnxsplit.choose"],
-    ["onnxsplit.extract", "onnxsplit.inspection"],
+    ["onnxsplit.extract", "onnxsplit.multi_device", "onnxsplit.outcome", "onnxsplit.sweep", "onnxsplit.calibrate"],
+    ["onnxsplit.inspection", "onnxsplit.annotate", "onnxsplit.report"],
     ["onnxsplit.draft"],
     ["onnxsplit.verify", "onnxsplit.planner", "onnxsplit.merge", "onnxsplit.doctor"],
     ["onnxsplit.export"],
@@ -35,14 +36,14 @@ ORDER = [
     ["onnxsplit.cli", "onnxsplit.__main__"],
 ]
 RUNTIME_MAY_USE = {
-    "onnxsplit.errors", "onnxsplit.plan", "onnxsplit.tensors", "onnxsplit.providers",
+    "onnxsplit.errors", "onnxsplit.plan", "onnxsplit.cluster", "onnxsplit.tensors", "onnxsplit.providers",
     "onnxsplit.session", "onnxsplit.timed",
 }  # fmt: skip
 RUNTIME_ORDER = [
     ["runtime.errors", "runtime.balance", "runtime.messages"],
     ["runtime.codec", "runtime.node_state", "runtime.stage_runner"],
     ["runtime.transport", "runtime.coordinator_state", "runtime.launch"],
-    ["runtime.node", "runtime.coordinator"],
+    ["runtime.node", "runtime.coordinator", "runtime.link"],
     ["runtime.pipeline"],
     ["runtime.bench"],
 ]
@@ -55,6 +56,8 @@ HOMES = {
         "onnxsplit.shapes",
         "onnxsplit.extract",
         "onnxsplit.cost.profiler",
+        "onnxsplit.multi_device",
+        "onnxsplit.annotate",
         "onnxsplit.export",
     },
     "onnxruntime": {"onnxsplit.providers"},

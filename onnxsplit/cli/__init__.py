@@ -18,6 +18,7 @@ _COMMANDS = {
         "export": "Turn a model of another framework into ONNX.",
         "inspect": "Show a model's ops, cost and memory, and where it can be cut.",
         "partition": "Cut a model into balanced stages.",
+        "cluster": "Describe devices and links, and measure them.",
         "verify": "Compare the stages of a plan with the whole model.",
         "merge": "Put a plan back into one model.",
     },

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from onnxsplit.cli.output import (
     MODEL,
@@ -19,6 +21,9 @@ from onnxsplit.cli.output import (
     threads_option,
 )
 
+if TYPE_CHECKING:
+    from onnxsplit.sweep import SweepRow
+
 _SHOWN_TYPES = 10
 _SHOWN_NAMES = 3
 
@@ -30,11 +35,26 @@ _SHOWN_NAMES = 3
 @inputs_option
 @threads_option
 @option("--cuts", default=5, help="How many of the cheapest cuts in two to show.")
-def command(output: Output, *, model: Path, cuts: int, **options: Any) -> None:
+@option("--sweep", is_flag=True, help="Search for the best cut into 1 to 16 stages, too.")
+@option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report to look at; sweeps, too.")
+def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path | None, **options: Any) -> None:
     """Show what MODEL is made of, what it costs, and where it can be cut."""
-    from onnxsplit.inspection import inspect_model
+    from onnxsplit.examine import examine
+    from onnxsplit.inspection import inspect_subject
 
-    found = inspect_model(model, cuts=cuts, say=output.say, **options)
+    subject = examine(model, **options, say=output.say)
+    found = inspect_subject(subject, cuts=cuts)
+    swept: tuple[SweepRow, ...] = ()
+    if sweep or html is not None:
+        from onnxsplit import sweep as sweeping
+
+        swept = sweeping.sweep(subject, say=output.say)
+    if html is not None:
+        from onnxsplit.options import CutOptions
+        from onnxsplit.planner import dry_run
+        from onnxsplit.report import write_report
+
+        write_report(dry_run(subject, CutOptions(stages=1), say=output.say), html, swept)
     output.done()
     output.line(
         f"{model}: IR {found.ir_version}, {found.ops} ops in {found.atoms} atoms, {binary(found.weight_bytes)} weights"
@@ -59,8 +79,29 @@ def command(output: Output, *, model: Path, cuts: int, **options: Any) -> None:
         for cut in found.cuts
     ]
     output.table(("best cuts in two: tensors", "bytes", "before", "after"), rows)
-    output.line(f"\nNext: onnxsplit partition {model}")
-    output.result({"model": model, "inspection": found})
+    for problem in found.multi_device:
+        output.line(f"Multi-device fields: {problem}")
+    if swept:
+        output.line()
+        output.table(
+            ("stages", "bottleneck", "no cut below", "gap", "latency", "largest in memory"),
+            [
+                (
+                    f"{row.stages}",
+                    milliseconds(row.bottleneck_ns),
+                    milliseconds(row.lower_bound_ns),
+                    percent(row.gap),
+                    milliseconds(row.latency_ns),
+                    binary(row.peak_memory_bytes),
+                )
+                for row in swept
+            ],
+        )
+    output.line()
+    if html is not None:
+        output.line(f"Wrote {html}.")
+    output.line(f"Next: onnxsplit partition {model}")
+    output.result({"model": model, "inspection": found, "sweep": swept})
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -19,65 +19,11 @@ from onnxsplit.cli.output import (
     option,
     percent,
 )
-from onnxsplit.cluster import parse_size
+from onnxsplit.cli.values import Seconds, Share, Size, StageCount
 
 if TYPE_CHECKING:
+    from onnxsplit.outcome import Outcome
     from onnxsplit.plan import Plan
-
-
-class StageCount(click.ParamType):  # type: ignore[type-arg]  # older click has no parameter here
-    """A number, or ``auto``."""
-
-    name = "count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
-        if value == "auto" or isinstance(value, int):
-            return value
-        try:
-            return int(value)
-        except ValueError:
-            return self.fail(f"{value!r} is neither a number nor auto", param, ctx)
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]  # as above
-    """Bytes, with K, M, G or T for powers of 1024."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
-        found = value if isinstance(value, int) else parse_size(value)
-        return found if found is not None else self.fail(f"{value!r} is no size; write 512M or 2.5G", param, ctx)
-
-
-class Share(click.ParamType):  # type: ignore[type-arg]  # as above
-    """``1%`` or ``0.01``."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
-        text = str(value).strip()
-        try:
-            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        except ValueError:
-            return self.fail(f"{value!r} is no share; write 1% or 0.01", param, ctx)
-
-
-class Seconds(click.ParamType):  # type: ignore[type-arg]  # as above
-    """``10``, ``10s``, ``2m``."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
-        text = str(value).strip()
-        unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
-        try:
-            return float(text[:-1]) * unit if unit else float(text)
-        except ValueError:
-            return self.fail(f"{value!r} is no time; write 10s or 2m", param, ctx)
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
@@ -151,8 +97,19 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
 )
 @option("--gap", type=Share(), default="0%", help="Search until the cut is proven to be this close to the best.")
 @option("--time-limit", type=Seconds(), default="10s", help="Time for one search.")
-@option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
-def command(output: Output, *, model: Path, out: Path | None, dry_run: bool, **options: Any) -> None:
+@option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report to look at, too.")
+@option("--annotate", type=click.Path(path_type=Path), metavar="FILE", help="Write the model with the plan in it, too.")
+@option("--dry-run", is_flag=True, help="Show the plan and write no plan.")
+def command(
+    output: Output,
+    *,
+    model: Path,
+    out: Path | None,
+    html: Path | None,
+    annotate: Path | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """Cut MODEL into cost-balanced stages and write a plan directory."""
     from onnxsplit import planner
     from onnxsplit.options import CutOptions
@@ -163,17 +120,38 @@ def command(output: Output, *, model: Path, out: Path | None, dry_run: bool, **o
     if not dry_run:
         planner.check_target(folder)
     subject = planner.examine_for(model, wanted, **examined, say=output.say)
-    if dry_run:
-        plan = planner.dry_run(subject, wanted, say=output.say)
-    else:
-        plan = planner.write_plan(subject, folder, wanted, say=output.say)
+    made = (
+        planner.dry_run(subject, wanted, say=output.say)
+        if dry_run
+        else planner.write_plan(subject, folder, wanted, say=output.say)
+    )
+    files = _beside(output, made, html, annotate)
     output.done()
-    _show(output, plan)
+    _show(output, made.plan)
+    output.line()
+    if files:
+        output.line(f"Wrote {', '.join(map(str, files))}.")
     if dry_run:
-        output.line("\nWrote nothing.")
+        output.line("Wrote no plan.")
     else:
-        output.line(f"\nWrote {folder}. Next: onnxsplit verify {folder} {model}")
-    output.result({"plan": None if dry_run else folder, "summary": plan})
+        output.line(f"Wrote {folder}. Next: onnxsplit verify {folder} {model}")
+    output.result({"plan": None if dry_run else folder, "files": files, "summary": made.plan})
+
+
+def _beside(output: Output, made: Outcome, html: Path | None, annotate: Path | None) -> list[Path]:
+    """Write what else was asked for."""
+    files: list[Path] = []
+    if annotate is not None:
+        from onnxsplit import annotate as annotation
+
+        files += annotation.annotate(made, annotate)
+    if html is not None:
+        from onnxsplit.report import write_report
+        from onnxsplit.sweep import sweep
+
+        write_report(made, html, sweep(made.subject, say=output.say))
+        files.append(html)
+    return files
 
 
 def _show(output: Output, plan: Plan) -> None:

@@ -3,6 +3,7 @@
 The model is profiled in a process of its own, at the optimisation level that runs it fastest, with the threads its
 stages will have. Ops are given unique names there, so that ONNX Runtime's events find their way back; kernels that
 the optimiser renamed are found by the tensor they write, and what it inserted is charged to the next known kernel.
+The time of a fused kernel goes to the op in it that has the most work.
 One run without optimisation shows every tensor's true type and shape.
 """
 
@@ -11,13 +12,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from onnxsplit.cost import OpCosts
+from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.errors import InputError, ModelError
 from onnxsplit.graph import OpGraph
 from onnxsplit.inputs import dimension_choices, synthesize
@@ -162,8 +164,33 @@ def measured_costs(
         )
     total = sum(profile.op_ns) or 1
     # The profiler's own cost is spread evenly over its events; what a run takes without it is the truth.
-    times = tuple(time_ns * whole_ns // total for time_ns in profile.op_ns)
+    fused = _where_the_work_is(graph, shapes.observed(seen), profile.op_ns)
+    times = tuple(time_ns * whole_ns // total for time_ns in fused)
     return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes.observed(seen))
+
+
+def _where_the_work_is(graph: OpGraph, shapes: Shapes, op_ns: Sequence[int]) -> list[int]:
+    """Move the time of every fused kernel to the op of the heaviest work in it.
+
+    A kernel is known by the tensor it writes, so its time is that of the last of its ops: the activation after a
+    convolution. Ops without a kernel of their own, all of whose readers belong to one kernel, are fused into it.
+    """
+    work = analytic_costs(graph, shapes).time_ns
+    kernel: list[int | None] = [None] * len(graph.ops)
+    heaviest = list(range(len(graph.ops)))
+    for op in reversed(graph.ops):
+        if op_ns[op.index]:
+            kernel[op.index] = op.index
+            continue
+        found = {kernel[reader] for name in op.outputs for reader in graph.readers.get(name, ())}
+        if len(found) == 1 and op.index not in graph.constant_ops and (one := found.pop()) is not None:
+            kernel[op.index] = one
+            if work[op.index] > work[heaviest[one]]:
+                heaviest[one] = op.index
+    times = [0] * len(graph.ops)
+    for op_index, time_ns in enumerate(op_ns):
+        times[heaviest[op_index]] += time_ns
+    return times
 
 
 def _profile(

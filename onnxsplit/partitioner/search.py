@@ -84,12 +84,12 @@ def search(
     if not problem.atoms:
         empty = Partition((), ())
         return Found(empty, score(problem, empty), 0)
-    run.slices(0, _FIRST_ORDERS)
+    run.first_slices()
     run.raise_bound(lower_bound(problem, lineup))
     if problem.objective == "throughput":
         run.surroundings()
         run.downsets()
-    run.slices(_FIRST_ORDERS, _MORE_ORDERS)
+    run.more_slices(0)
     run.exchange()
     if problem.objective == "throughput":
         run.raise_target()
@@ -148,17 +148,29 @@ class _Search:
             self._bound = proven
             self._tell()
 
-    def slices(self, first: int, stop: int) -> None:
-        """Slice some linear orders, and each again with the stages of the best one."""
-        for number, order in enumerate(islice(linear_orders(self._problem), stop)):
-            if number < first:
-                continue
+    def first_slices(self) -> None:
+        """Slice a few linear orders, of the contracted atoms where there are enough: no cut is worse elsewhere."""
+        stages = _exact(self._lineup)
+        smaller = contract(self._problem) if self._problem.objective == "throughput" else self._whole
+        if smaller.problem.atoms < (stages or 1):
+            smaller = self._whole
+        for number, order in enumerate(islice(linear_orders(smaller.problem), _FIRST_ORDERS)):
             for lineup in self._lineups:
-                if self._enough() and number:
+                if number and self._enough():
                     return
-                self._slice(lineup, order)
-                if self._best is not None and number:
-                    self._slice(lineup, refined(self._best[0].stage_of, order))
+                self._slice(smaller, lineup, order)
+        if self._best is None:
+            self.more_slices(0)
+
+    def more_slices(self, first: int) -> None:
+        """Slice more orders, and each again with the stages of the best partition."""
+        for order in islice(linear_orders(self._problem), first, _MORE_ORDERS):
+            for lineup in self._lineups:
+                if self._enough():
+                    return
+                self._slice(self._whole, lineup, order)
+                if self._best is not None:
+                    self._slice(self._whole, lineup, refined(self._best[0].stage_of, order))
 
     def surroundings(self) -> None:
         """Raise the bound by what each costly atom needs around it."""
@@ -237,13 +249,11 @@ class _Search:
         """The best value so far."""
         return NEVER if self._best is None else self._best[1].value
 
-    def _slice(self, lineup: Lineup, order: list[int]) -> None:
-        limit = None if self._best is None else self._best[1].value
-        found = slice_order(
-            self._problem, lineup, order, limit=limit if self._problem.objective == "throughput" else None
-        )
+    def _slice(self, atoms: Contracted, lineup: Lineup, order: list[int]) -> None:
+        limit = None if self._best is None or self._problem.objective != "throughput" else self._best[1].value
+        found = slice_order(atoms.problem, lineup, order, limit=limit)
         if found is not None:
-            self._offer(found)
+            self._offer(atoms.expanded(found))
 
     def _offer(self, partition: Partition) -> None:
         found = score(self._problem, partition)

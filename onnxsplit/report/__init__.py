@@ -1,0 +1,102 @@
+"""The report: one HTML file that needs no network, to look at a cut."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+
+from onnxsplit.errors import PartitionError
+from onnxsplit.outcome import Outcome
+from onnxsplit.plan import Plan, Record
+from onnxsplit.sweep import SweepRow
+
+
+class OpRow(Record, frozen=True, kw_only=True):
+    """An op: where it is, what it takes, and the positions of the ops that read from it."""
+
+    name: str
+    type: str
+    stage: int
+    atom: int
+    time_ns: int
+    bytes: int
+    readers: tuple[int, ...]
+
+
+class Content(Record, frozen=True, kw_only=True):
+    """Everything the page shows."""
+
+    model: str
+    plan: Plan
+    ops: tuple[OpRow, ...]
+    sweep: tuple[SweepRow, ...]
+
+
+def content(outcome: Outcome, sweep: Sequence[SweepRow] = ()) -> Content:
+    """Gather what the page shows."""
+    graph, shapes = outcome.subject.graph, outcome.subject.shapes
+    stage_of = outcome.stage_of_ops()
+    atom_of = {op: atom for atom, ops in enumerate(outcome.subject.atoms.ops) for op in ops}
+    shown = sorted(stage_of)
+    position = {op: place for place, op in enumerate(shown)}
+    rows = tuple(
+        OpRow(
+            name=graph.ops[op].name,
+            type=graph.ops[op].op_type,
+            stage=stage_of[op],
+            atom=atom_of.get(op, -1),
+            time_ns=outcome.op_ns[op],
+            bytes=sum(shapes.bytes(name) for name in graph.ops[op].outputs),
+            readers=tuple(position[reader] for reader in graph.digraph.successors(op) if reader in position),
+        )
+        for op in shown
+    )
+    return Content(model=graph.source.path.name, plan=outcome.plan, ops=rows, sweep=tuple(sweep))
+
+
+def page(shown: Content) -> str:
+    """The HTML page."""
+    assets = files(__name__) / "assets"
+
+    def text(name: str) -> str:
+        return (assets / name).read_text(encoding="utf-8")
+
+    data = msgspec.json.encode(shown).decode().replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    result = text("report.html")
+    parts = {
+        "styles": text("uPlot.min.css") + text("report.css"),
+        "licences": "\n".join(
+            f"{name}\n{text(file)}" for name, file in (("dagre", "dagre.LICENSE"), ("uPlot", "uPlot.LICENSE"))
+        ).replace("--", "- -"),
+        "libraries": "\n".join(_script(text(name)) for name in ("dagre.min.js", "uPlot.iife.min.js", "draw.js")),
+        "data": data,
+        "script": _script(text("report.js")),
+    }
+    for name, part in parts.items():
+        result = result.replace(f"/*{name}*/", part, 1)
+    return result
+
+
+def _script(source: str) -> str:
+    """JavaScript without a pointer to a map that is not there."""
+    return "\n".join(line for line in source.splitlines() if not line.startswith("//# sourceMappingURL"))
+
+
+def write_report(outcome: Outcome, target: str | Path, sweep: Sequence[SweepRow] = ()) -> None:
+    """Write the page. It appears whole or not at all.
+
+    Raises:
+        PartitionError: the file cannot be written.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page(content(outcome, sweep)), encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PartitionError(f"cannot write {target}: {error.strerror}") from error
