@@ -91,7 +91,7 @@ def _check_stages(model: onnx.ModelProto) -> Iterator[str]:
                 if entry.configuration_id != configuration.name or not entry.HasField("pipeline_stage"):
                     continue
                 for name in node.input:
-                    if name and written.get(name, 0) > entry.pipeline_stage:
+                    if written.get(name, entry.pipeline_stage) > entry.pipeline_stage:
                         yield (
                             f"op {node.name!r} of pipeline stage {entry.pipeline_stage} reads {name!r}, "
                             f"which the later stage {written[name]} writes"

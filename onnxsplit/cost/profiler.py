@@ -87,6 +87,11 @@ def _renamed(graph: OpGraph) -> bytes:
     kept = [value for value in model.graph.input if value.name not in graph.overridable]
     del model.graph.input[:]
     model.graph.input.extend(kept)
+    # ONNX Runtime refuses initializers of old models that nothing reads and that are no inputs.
+    read = {name for op in graph.ops for name in op.reads} | set(graph.outputs)
+    for position in range(len(model.graph.initializer) - 1, -1, -1):
+        if model.graph.initializer[position].name not in read:
+            del model.graph.initializer[position]
     content: bytes = model.SerializeToString()
     return content
 

@@ -84,6 +84,8 @@ def search(
     if not problem.atoms:
         empty = Partition((), ())
         return Found(empty, score(problem, empty), 0)
+    if any(min(times) >= NEVER for times in zip(*(kind.time_ns for kind in problem.kinds), strict=True)):
+        raise Infeasible
     run.first_slices()
     run.raise_bound(lower_bound(problem, lineup))
     if problem.objective == "throughput":

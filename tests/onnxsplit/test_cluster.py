@@ -1,0 +1,86 @@
+"""Cluster files: what is written is read back, and everything wrong is named at once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnxsplit.calibrate import measured, this_host
+from onnxsplit.cluster import Cluster, Device, Link, load_cluster, parse_size
+from onnxsplit.errors import ClusterError
+
+names = st.text(min_size=1, max_size=12).filter(lambda text: "\r" not in text)
+
+
+@given(names, names, st.floats(0.001, 1000), st.none() | st.integers(1, 1 << 40), st.lists(names, max_size=2))
+def test_what_is_written_is_read_back(tmp_path_factory, name, host, speed, memory, ops):
+    speed = float(f"{speed:g}")
+    device = Device(name, host, "cpu", speed, memory, 2, tuple(ops), ("Loop",))
+    cluster = Cluster((device,), {(host, host): Link(5_000, 2_000_000_000, True)})
+    file = tmp_path_factory.mktemp("cluster") / "cluster.toml"
+    file.write_text(cluster.to_toml(), encoding="utf-8")
+    assert load_cluster(file) == cluster
+
+
+def test_links_go_by_device_then_host_then_default():
+    a, b, c = Device("a", "one"), Device("b", "two"), Device("c", "three")
+    cluster = Cluster((a, b, c), {("a", "b"): Link(1), ("one", "three"): Link(2)})
+    assert [cluster.link(a, b), cluster.link(c, a), cluster.link(b, c)] == [Link(1), Link(2), Link()]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512M", 512 << 20), ("2.5g", 5 << 29), ("7", 7), ("1KiB", 1024), ("x", None)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", r"no \[\[device\]\]"),
+        ("device = 3", "must be written as"),
+        ("[[device]]\n", "name must be a str"),
+        ('[[device]]\nname="a"\nspeed=0', "speed must be a number above 0"),
+        ('[[device]]\nname="a"\nspeed="fast"', "speed must be a number above 0"),
+        ('[[device]]\nname="a"\nmemory="much"', "no size; write 512M"),
+        ('[[device]]\nname="a"\nthread=2', "'thread' is unknown; allowed: .*threads"),
+        ('[[device]]\nname="a"\n[[device]]\nname="a"', "'a' is there twice"),
+        ('[[device]]\nname="a"\nonly_ops="Conv"', "only_ops must be a list"),
+        ('[[device]]\nname="a"\n[[link]]\nbetween=["a"]', "between must name two"),
+        ('[[device]]\nname="a"\n[[link]]\nbetween=["a","z"]', "'z' is no device or host; known: a, local"),
+        ('[[device]]\nname="a"\n[[link]]\nbetween=["a","a"]\nlatency_us=-1', "latency_us must be"),
+        ("[[device", "no valid TOML"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, text, word):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ClusterError, match=word):
+        load_cluster(tmp_path / "c.toml")
+
+
+def test_all_violations_come_together(tmp_path):
+    (tmp_path / "c.toml").write_text('x = 1\n[[device]]\nname="a"\nspeed=-1\nmemory="?"')
+    with pytest.raises(ClusterError) as caught:
+        load_cluster(tmp_path / "c.toml")
+    assert str(caught.value).count("\n  - ") == 3
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path):
+    with pytest.raises(ClusterError, match="onnxsplit cluster init"):
+        load_cluster(tmp_path / "c.toml")
+
+
+def test_speeds_are_measured_for_devices_of_this_host(tmp_path):
+    import build
+
+    model = build.save(build.chain(), tmp_path)
+    far = Device("far", "elsewhere", speed=7.0)
+    cluster = Cluster((*this_host().devices, far), {})
+    found = measured(cluster, model)
+    assert found.devices[0].speed == 1
+    assert all(device.speed > 0 for device in found.devices)
+    assert found.devices[-1] == far
+    with pytest.raises(ClusterError, match="no device of this host"):
+        measured(Cluster((far,), {}), model)

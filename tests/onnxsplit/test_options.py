@@ -1,0 +1,192 @@
+"""What can be asked of a cut, from the API down to the plan."""
+
+from __future__ import annotations
+
+import build
+import numpy as np
+import pytest
+from onnx import helper
+
+from onnxsplit.cluster import Cluster, Device
+from onnxsplit.errors import ClusterError, PartitionError
+from onnxsplit.options import CutOptions
+from onnxsplit.planner import dry_run, examine_for, partition
+from onnxsplit.sweep import sweep
+from onnxsplit.verify import verify
+
+
+def heads(length: int = 3, width: int = 32):
+    """A backbone of MatMuls, and two heads a and b."""
+    weight = build.constant("w", np.eye(width, dtype=np.float32) / 2)
+    nodes, last = [], "x"
+    for step in range(length):
+        nodes.append(helper.make_node("MatMul", [last, "w"], [f"h{step}"], name=f"/back/{step}"))
+        last = f"h{step}"
+    for head in "ab":
+        nodes.append(helper.make_node("MatMul", [last, "w"], [f"{head}0"], name=f"/{head}/0"))
+        nodes.append(helper.make_node("Relu", [f"{head}0"], [head], name=f"/{head}/1"))
+    outputs = [build.value(name, ["n", width]) for name in "ab"]
+    return build.model(nodes, [build.value("x", ["n", width])], outputs, [weight])
+
+
+@pytest.fixture
+def model(tmp_path):
+    return build.save(heads(), tmp_path)
+
+
+def cut(model, **options):
+    return partition(model, out=model.with_suffix(".plan"), costs="analytic", **options)
+
+
+def cluster_file(model, *devices: Device, links=None):
+    file = model.with_name("cluster.toml")
+    file.write_text(Cluster(devices, links or {}).to_toml())
+    return file
+
+
+def stage_of(model, op: str) -> int:
+    import onnx
+
+    for file in sorted(model.with_suffix(".plan").glob("stage*.onnx")):
+        if any(node.name == op for node in onnx.load(file).graph.node):
+            return int(file.stem.removeprefix("stage"))
+    raise AssertionError(op)
+
+
+def test_each_task_gets_a_part_and_needs_no_other(model):
+    plan = cut(model, strategy="task")
+    assert len(plan.stages) == 3
+    assert plan.outputs_need == {"a": (0, 1), "b": (0, 2)}
+    assert {stage_of(model, f"/back/{i}") for i in range(3)} == {0}
+    assert all(c.good for c in verify(model.with_suffix(".plan"), model))
+
+
+def test_tasks_can_share_a_part(model):
+    plan = cut(model, strategy="task", tasks=[["a", "b"]], stages=2)
+    assert plan.outputs_need["a"] == plan.outputs_need["b"]
+
+
+def test_a_backbone_is_cut_further_when_there_are_more_stages(model):
+    plan = cut(model, strategy="task", stages=5)
+    assert len(plan.stages) == 5
+    assert not set(plan.outputs_need["a"]) & set(plan.outputs_need["b"]) - set(range(3))
+
+
+def test_layers_are_slices_of_the_models_order(model):
+    cut(model, strategy="layer", stages=3)
+    order = [stage_of(model, name) for name in ("/back/0", "/back/1", "/back/2", "/a/0", "/a/1", "/b/0", "/b/1")]
+    assert order == sorted(order)
+
+
+def test_ops_that_match_stay_together(model):
+    cut(model, stages=3, together=["/back/*"])
+    assert len({stage_of(model, f"/back/{i}") for i in range(3)}) == 1
+
+
+def test_a_tensor_to_keep_is_not_cut_and_one_to_cut_is(model):
+    plan = cut(model, stages=3, cut=["h0"], keep=["h2"])
+    crossing = {c.tensor for c in plan.cuts}
+    assert "h0" in crossing
+    assert "h2" not in crossing
+
+
+def test_fast_devices_get_more(model, tmp_path):
+    model = build.save(build.chain(20, 256), tmp_path, "chain.onnx")
+    file = cluster_file(model, Device("slow", speed=0.25), Device("fast"))
+    plan = cut(model, cluster=file)
+    time_of = {stage.device: stage.predicted_time_ns for stage in plan.stages}
+    assert time_of["slow"] == pytest.approx(time_of["fast"], rel=0.35)
+    ops = {stage.device: stage.ops for stage in plan.stages}
+    assert ops["fast"] > 2 * ops["slow"]
+    assert all(stage.devices == (stage.device,) for stage in plan.stages)
+
+
+def test_ops_go_where_they_may(model):
+    file = cluster_file(model, Device("plain", not_ops=("Relu",)), Device("relu", speed=0.5))
+    cut(model, cluster=file)
+    plan = cut(model, cluster=file, stages=2)
+    assert {plan.stages[stage_of(model, f"/{head}/1")].device for head in "ab"} == {"relu"}
+
+
+def test_ops_sit_where_they_are_placed(model):
+    file = cluster_file(model, Device("one"), Device("two"))
+    plan = cut(model, cluster=file, place={"/b/*": "two"})
+    assert {plan.stages[stage_of(model, f"/b/{i}")].device for i in (0, 1)} == {"two"}
+
+
+def test_replicas_of_the_whole_and_of_stages(model, tmp_path):
+    plan = cut(model, parallel="data", devices=3)
+    assert [stage.replicas for stage in plan.stages] == [3]
+    model = build.save(build.chain(2, 512), tmp_path, "chain.onnx")
+    plan = cut(model, parallel="hybrid", devices=4, stages=2)
+    assert sum(stage.replicas for stage in plan.stages) == 4
+
+
+def test_a_memory_limit_makes_hybrid_cut(tmp_path):
+    model = build.save(build.chain(8, 256), tmp_path)
+    free = cut(model, parallel="hybrid", devices=4)
+    tight = cut(model, parallel="hybrid", devices=4, max_memory=free.costs.whole_weight_bytes * 6 // 10)
+    assert len(free.stages) == 1
+    assert len(tight.stages) > 1
+    assert max(stage.peak_memory_bytes for stage in tight.stages) <= free.costs.whole_weight_bytes * 6 // 10
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency", "memory"])
+def test_every_objective_makes_a_plan_with_its_proof(model, objective):
+    plan = cut(model, stages=2, objective=objective)
+    assert plan.objective == objective
+    assert plan.prediction.gap >= 0
+    assert (plan.prediction.lower_bound_bytes is not None) == (objective == "memory")
+    assert plan.prediction.op_lower_bound_ns <= plan.prediction.lower_bound_ns
+
+
+def test_a_dry_run_writes_nothing(model):
+    options = CutOptions(stages=2)
+    subject = examine_for(model, options, costs="analytic")
+    before = sorted(model.parent.iterdir())
+    plan = dry_run(subject, options).plan
+    assert len(plan.stages) == 2
+    assert sorted(model.parent.iterdir()) == before
+
+
+def test_a_sweep_tells_what_each_number_of_stages_gives(model):
+    rows = sweep(examine_for(model, CutOptions(), costs="analytic"), range(1, 5))
+    assert [row.stages for row in rows] == [1, 2, 3, 4]
+    assert all(row.bottleneck_ns >= row.lower_bound_ns > 0 and row.peak_memory_bytes > 0 for row in rows)
+
+
+BAD = [
+    ({"stages": 3, "parallel": "data"}, "one stage, not 3"),
+    ({"stages": 2, "devices": 4}, "--parallel hybrid"),
+    ({"tasks": [["a"]]}, "--strategy task"),
+    ({"strategy": "task", "tasks": [["z"]]}, "'z' is no output.*a, b"),
+    ({"strategy": "task", "tasks": [["a"], ["a"]]}, "more than one group"),
+    ({"strategy": "layer", "parallel": "hybrid"}, "goes with --strategy network"),
+    ({"place": {"x": "y"}}, "give --cluster FILE"),
+    ({"together": ["nothing*"]}, "no op's name matches 'nothing\\*'.*'/back/0'"),
+    ({"keep": ["zzz"]}, "'zzz' is no tensor"),
+    ({"cut": ["zzz"]}, "cannot cut at 'zzz'"),
+    ({"cut": ["h0"], "keep": ["h0"]}, "cannot cut at 'h0' ties"),
+    ({"cut_at": ["h0"], "strategy": "task"}, "leave out --strategy"),
+    ({"gap": -1.0}, "--gap"),
+    ({"time_limit": 0.0}, "--time-limit"),
+    ({"stages": 99}, "cannot be cut into 99"),
+    ({"stages": "auto", "parallel": "hybrid", "max_memory": 9}, "leave out --cluster and --parallel"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_contradictions_are_named(model, options, message):
+    with pytest.raises(PartitionError, match=message):
+        cut(model, **options)
+    assert [path.name for path in model.parent.iterdir()] == ["model.onnx"]
+
+
+def test_unknown_devices_are_named(model):
+    file = cluster_file(model, Device("one"), Device("two"))
+    with pytest.raises(PartitionError, match="'three' is no device of the cluster; it has one, two"):
+        cut(model, cluster=file, place={"/b/*": "three"})
+    with pytest.raises(PartitionError, match="no cut was found that keeps to the ops they may run"):
+        cut(model, cluster=cluster_file(model, Device("one", not_ops=("Relu",))))
+    with pytest.raises(ClusterError, match="cluster init"):
+        cut(model, cluster=model.with_name("absent.toml"))
