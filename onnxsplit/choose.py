@@ -157,7 +157,7 @@ def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> 
     stages = {"model": count, "data": 1, "hybrid": options.stages}[options.parallel] if atoms else 0
     setting = alike(
         max(1, count),
-        providers=providers_by_stage(options.provider, count),
+        providers=providers_by_stage(options.provider, max(1, count)),
         threads=threads_per_node(count),
         max_memory_bytes=limit,
         objective=objective,

@@ -73,7 +73,7 @@ def synthetic(shape: str, count: int, devices: int) -> Problem:
     elif shape == "dense":
         for first in range(0, count, 20):
             for atom in range(first, min(first + 20, count)):
-                readers[atom] = [r for r in range(atom + 1, min(first + 21, count))]
+                readers[atom] = list(range(atom + 1, min(first + 21, count)))
     else:
         first = 0
         while first < count - 1:
@@ -130,7 +130,8 @@ def main() -> None:
     if not given.json:
         print(environment_line())
         print(
-            f"{'model':22} {'atoms':>6} {'K':>3} {'bottleneck':>12} {'no cut below':>13} {'op bound':>10} {'gap':>8} {'s':>6}"
+            f"{'model':22} {'atoms':>6} {'K':>3} {'bottleneck':>12} {'no cut below':>13} "
+            f"{'op bound':>10} {'gap':>8} {'s':>6}"
         )
     gaps = []
     for found in rows(given):

@@ -41,7 +41,8 @@ def main() -> None:
     if not given.json:
         print(environment_line())
         print(
-            f"{'model':18} {'K':>2} {'predicted':>12} {'measured':>12} {'off by':>8} {'over mean':>9} {'gap':>7} {'s':>6}"
+            f"{'model':18} {'K':>2} {'predicted':>12} {'measured':>12} {'off by':>8} "
+            f"{'over mean':>9} {'gap':>7} {'s':>6}"
         )
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         for name in given.names:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import build
 import numpy as np
@@ -78,6 +79,43 @@ def test_bench_puts_the_pipeline_beside_its_ceiling(onnxsplit, tmp_path):
     )["bench"]
     assert len(report["rows"]) == 4
     assert all(row["per_s"] > 0 for row in report["rows"])
+
+
+def test_a_cluster_file_is_written_measured_and_cut_for(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    assert "cluster measure" in onnxsplit("cluster", "init").stdout
+    assert "--force" in onnxsplit("cluster", "init", code=1).stderr
+    found = json.loads(onnxsplit("cluster", "measure", "model.onnx", "--json").stdout)
+    assert set(found["speeds"]) == {"cpu0", "cpu1"}
+    assert found["link"]["bytes_per_s"] > found["link"]["latency_ns"] > 0
+    made = json.loads(onnxsplit("partition", "model.onnx", "--cluster", "cluster.toml", "--stages", 2, "--json").stdout)
+    assert [stage["device"] for stage in made["summary"]["stages"]] in (["cpu0", "cpu1"], ["cpu1", "cpu0"])
+
+
+def test_a_report_and_an_annotated_model_come_with_the_plan(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    beside = ("--html", "r.html", "--annotate", "a.onnx", "--costs", "analytic")
+    made = json.loads(onnxsplit("partition", "model.onnx", *beside, "--json").stdout)
+    names = {Path(file).name for file in made["files"]}
+    assert names == {"a.onnx", "a.onnx.memory.json", "a.onnx.time.json", "r.html"}
+    assert names < {path.name for path in tmp_path.iterdir()}
+    told = onnxsplit("inspect", "model.onnx", "--sweep", "--html", "i.html", "--costs", "analytic").stdout
+    assert "no cut below" in told
+    assert (tmp_path / "i.html").stat().st_size > 100_000
+
+
+def test_a_dry_run_shows_the_plan_and_writes_none(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    assert "Wrote no plan" in onnxsplit("partition", "model.onnx", "--dry-run", "--costs", "analytic").stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_shares_and_times_are_read(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    onnxsplit("partition", "model.onnx", "--gap", "1%", "--time-limit", "2s", "--dry-run", "--costs", "analytic")
+    onnxsplit("partition", "model.onnx", "--gap", "much", code=2)
+    onnxsplit("partition", "model.onnx", "--time-limit", "soon", code=2)
+    onnxsplit("partition", "model.onnx", "--place", "x", code=2)
 
 
 def test_failures_exit_with_1_and_one_message(onnxsplit, tmp_path):
