@@ -1,4 +1,4 @@
-"""Devices that are not alike, for real: nodes held to 100 %, 50 % and 25 % of a core, a cut made for that and an equal one.
+"""Devices that are not alike, for real: nodes held to 100 %, 50 % and 25 % of a core, a planned cut and an equal one.
 
     python benchmarks/devices/run.py [NAME|MODEL.onnx ...] [--slices 10] [--json]
     python benchmarks/devices/run.py --hybrid [NAME ...]    stages and replicas planned for 2, 4 and 8 alike devices
