@@ -30,6 +30,8 @@ from onnxsplit.providers import gpu_count, providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.setting import Setting, alike, of_cluster
 
+_QUICK = Effort(gap=0.002, seconds=2.0)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -49,8 +51,8 @@ class Choice:
     options: CutOptions
     say: Say
 
-    def __call__(self, op_ns: Sequence[int]) -> Found:
-        """The partition for these times of the ops.
+    def __call__(self, op_ns: Sequence[int], *, quick: bool = False) -> Found:
+        """The partition for these times of the ops; ``quick`` where its proof is not yet needed.
 
         Raises:
             PartitionError: there is none.
@@ -58,11 +60,11 @@ class Choice:
         problem = self.subject.problem(op_ns, self.setting)
         lineup = line_up(problem, self.stages, self.options.parallel)
         try:
-            return self._chosen(problem, lineup)
+            return self._chosen(problem, lineup, quick)
         except Infeasible:
             raise PartitionError(self._why_not(problem)) from None
 
-    def _chosen(self, problem: Problem, lineup: Lineup) -> Found:
+    def _chosen(self, problem: Problem, lineup: Lineup, quick: bool) -> Found:
         options = self.options
         if options.cut_at:
             stage_of = assignment_at(self.subject, options.cut_at)
@@ -70,6 +72,8 @@ class Choice:
             return Found(fixed, score(problem, fixed), lower_bound(problem, lineup))
         if options.strategy == "network" or not problem.atoms:
             effort = Effort(gap=options.gap, seconds=options.time_limit)
+            if quick:
+                effort = Effort(gap=max(_QUICK.gap, options.gap), seconds=min(_QUICK.seconds or 0, options.time_limit))
             return search(problem, lineup, effort, self._progress)
         order, walls = list(range(problem.atoms)), []
         if options.strategy == "task":
@@ -244,5 +248,5 @@ def _too_little_memory(subject: Subject, limit: int) -> str:
     try:
         fits = f"The fewest stages that fit are {fewest_stages(capped)}"
     except Infeasible:
-        fits = f"Allow more: op {name!r} alone holds {alone[atom]} bytes of weights, besides its tensors"
+        fits = f"Allow more: op {name!r} alone holds {alone[atom]} bytes of weights and packed copies, besides its tensors"
     return f"no cut keeps every stage within {limit} bytes. {fits}"

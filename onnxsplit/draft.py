@@ -50,7 +50,7 @@ from onnxsplit.timed import TimedModel, median_ns, run_together
 EXAMPLE_FILE = "example.npz"
 
 _SAY_EVERY_BYTES = 64 << 20
-_BALANCED = 1.02  # a bottleneck this close to the mean is not worth another round
+_GOOD = 1.02  # a cut this close to the best by its own measured times is not worth another round
 _STAGE_SECONDS = 0.8  # of all stages running at once, per round
 
 
@@ -114,19 +114,25 @@ class Draft:
         self._say = say
 
     def make(self, rounds: int) -> Outcome:
-        """Cut, run and correct up to ``rounds`` times, choose the stages' levels, and describe the best cut."""
+        """Cut, run and correct up to ``rounds`` times, and describe the best cut.
+
+        The stages' optimisation levels are chosen for the first cut and kept: they change what stages take.
+        """
         op_ns = self._contended(self._subject.costs.time_ns)
-        found = self._choose(op_ns)
         if self._subject.costs.source != "measured" or not rounds:
+            found = self._choose(op_ns)
             return self._finished(self._write("round0", found, op_ns), found.bound, ())
+        found = self._choose(op_ns, quick=True)
         best: _Cut | None = None
         history: list[CorrectionRound] = []
+        levels: tuple[Level, ...] | None = None
         seen: set[Partition] = set()
         for number in range(rounds):
-            if found.partition in seen:
-                break
             seen.add(found.partition)
-            cut = self._measure(self._write(f"round{number}", found, op_ns))
+            cut = self._write(f"round{number}", found, op_ns)
+            if levels is None or len(levels) != len(cut.parts):
+                levels = self._best_levels(cut)
+            cut = self._measure(replace(cut, levels=levels))
             assert cut.measured_ns is not None
             history.append(CorrectionRound(predicted_ns=found.score.compute_ns, measured_ns=self._on_devices(cut)))
             op_ns = cut.op_ns
@@ -134,9 +140,10 @@ class Draft:
             best = cut if loser is best else best
             if loser is not None:
                 shutil.rmtree(loser.folder)
-            found = self._choose(op_ns)
+            found = self._choose(op_ns, quick=True)
+            if found.partition in seen or cut.score.value <= _GOOD * found.score.value:
+                break
         assert best is not None
-        best = self._measure(self._with_levels(best))
         return self._finished(best, self._choose(best.op_ns).bound, tuple(history))
 
     def _finished(self, cut: _Cut, bound: int, history: tuple[CorrectionRound, ...]) -> Outcome:
@@ -228,8 +235,8 @@ class Draft:
         """What a stage is measured on: its device's provider, or the CPU where this host lacks that."""
         return device.provider if self._setting.cluster is None else provider_here(device.provider)
 
-    def _with_levels(self, cut: _Cut) -> _Cut:
-        """Give each stage the optimisation level at which it runs fastest."""
+    def _best_levels(self, cut: _Cut) -> tuple[Level, ...]:
+        """The optimisation level at which each stage runs fastest."""
         levels: list[Level] = []
         with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
             for index, (model, feed) in enumerate(self._feeds(cut, Path(scratch))):
@@ -237,7 +244,7 @@ class Draft:
                 device = self._device(cut, index)
                 level, _ = best_level(model, feed, threads=device.threads, provider=self._provider_here(device))
                 levels.append(level)
-        return replace(cut, levels=tuple(levels))
+        return tuple(levels)
 
     def _feeds(self, cut: _Cut, scratch: Path) -> list[tuple[Path, Path]]:
         """Every stage's file, and its inputs as the stages before it give them."""
@@ -332,7 +339,7 @@ class Draft:
             inputs=part.inputs,
             outputs=part.outputs,
             weight_bytes=weight_bytes(subject.graph, part),
-            peak_memory_bytes=peak_memory_bytes(subject.graph, subject.shapes, part),
+            peak_memory_bytes=peak_memory_bytes(subject.graph, subject.shapes, part, packed=device.provider == "cpu"),
             provider=device.provider,
             optimization_level=cut.levels[index],
             threads=device.threads,

@@ -77,14 +77,14 @@ class Subject:
                 Transfer(flow.writer, flow.readers, self.shapes.bytes(flow.tensor), flow.to_caller)
                 for flow in self.atoms.flows
             ),
-            weights=self._weights(atom_of),
+            weights=self._weights(atom_of, setting.packs),
             inner_bytes=self._inner_bytes(),
             links=setting.links,
             apart=tuple((atom_of[one], atom_of[other]) for one, other in setting.apart),
             objective=setting.objective,
         )
 
-    def _weights(self, atom_of: Mapping[int, int]) -> tuple[Weight, ...]:
+    def _weights(self, atom_of: Mapping[int, int], packs: bool) -> tuple[Weight, ...]:
         """Initializers, and tensors in the attributes of ops, with the atoms that read them, directly or by copies."""
         graph = self.graph
         held: dict[str, set[int]] = {}
@@ -101,7 +101,11 @@ class Subject:
             stored = sum(tensor_bytes(tensor) for tensor in node_tensors([op.node]))
             if stored:
                 found.append(Weight(stored, tuple(sorted(atoms))))
-        return (*(Weight(graph.constants[name], tuple(sorted(atoms))) for name, atoms in held.items()), *found)
+        copies = graph.packed if packs else frozenset()
+        return (
+            *(Weight(graph.constants[name] * (1 + (name in copies)), tuple(sorted(a))) for name, a in held.items()),
+            *found,
+        )
 
     def _inner_bytes(self) -> tuple[int, ...]:
         """By atom, the tensors that its ops write and that stay inside."""

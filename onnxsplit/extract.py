@@ -115,9 +115,14 @@ def whole_parts(graph: OpGraph) -> StageParts:
     return StageParts(every, every, graph.inputs, graph.outputs, constants)
 
 
-def peak_memory_bytes(graph: OpGraph, shapes: Shapes, parts: StageParts) -> int:
-    """Weights, and the largest sum of live activations while the ops run in order."""
-    return weight_bytes(graph, parts) + activation_bytes(graph, shapes, parts.ops, frozenset(parts.outputs))
+def peak_memory_bytes(graph: OpGraph, shapes: Shapes, parts: StageParts, *, packed: bool = True) -> int:
+    """Weights, and the largest sum of live activations while the ops run in order.
+
+    With ``packed``, weights count twice that ONNX Runtime keeps packed for its kernels, too, as it does on a CPU.
+    """
+    copies = sum(graph.constants[name] for name in parts.constants if packed and name in graph.packed)
+    activations = activation_bytes(graph, shapes, parts.ops, frozenset(parts.outputs))
+    return weight_bytes(graph, parts) + copies + activations
 
 
 def weight_bytes(graph: OpGraph, parts: StageParts) -> int:

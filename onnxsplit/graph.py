@@ -22,6 +22,21 @@ import onnx
 from onnxsplit.errors import ModelError
 from onnxsplit.source import FunctionKey, SourceModel, functions_of, is_random, nested_graphs, tensor_bytes
 
+_PACKING = frozenset(
+    [
+        "Conv",
+        "ConvTranspose",
+        "MatMul",
+        "Gemm",
+        "LSTM",
+        "GRU",
+        "QLinearConv",
+        "QLinearMatMul",
+        "MatMulInteger",
+        "ConvInteger",
+    ]
+)
+
 
 @dataclass(frozen=True)
 class Op:
@@ -66,6 +81,7 @@ class OpGraph:
         inputs: inputs a caller must give: initializers listed as inputs are constants here, see ``overridable``.
         outputs: outputs of the model, each once.
         constants: initializers of the main graph (sparse ones included) -> bytes.
+        packed: those of them that some op reads of which ONNX Runtime's CPU kernels keep a packed copy.
         overridable: initializers that the model also lists as inputs. Stages treat them as constants.
         constant_ops: ops whose result never changes: no path leads to them from an input or a random op.
     """
@@ -78,6 +94,7 @@ class OpGraph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: dict[str, int]
+    packed: frozenset[str]
     overridable: tuple[str, ...]
     constant_ops: frozenset[int]
 
@@ -149,6 +166,7 @@ def build_graph(source: SourceModel) -> OpGraph:
         inputs=inputs,
         outputs=outputs,
         constants=constants,
+        packed=frozenset(name for op in ops if op.op_type in _PACKING for name in op.inputs if name in constants),
         overridable=tuple(value.name for value in proto.input if value.name in constants),
         constant_ops=_constant_ops(ops, constants, producer, functions),
     )

@@ -66,7 +66,7 @@ class Stage(Record, frozen=True, kw_only=True):
         inputs: tensors read: inputs of the model, or outputs of earlier stages.
         outputs: tensors written: cut tensors and outputs of the model.
         weight_bytes: initializers this stage holds.
-        peak_memory_bytes: weights and the largest sum of live activations, estimated.
+        peak_memory_bytes: weights, their packed copies on a CPU, and the largest sum of live activations, estimated.
         provider: the provider the plan was made for, as ``--provider`` takes it.
         optimization_level: ONNX Runtime's graph optimisation level: disabled, basic, extended or all.
         threads: threads of the session when it was measured.

@@ -56,6 +56,11 @@ class Setting:
             for device in (first[kind] for kind in range(len(first)))
         )
 
+    @property
+    def packs(self) -> bool:
+        """Whether a device keeps packed copies of weights, as ONNX Runtime does on a CPU."""
+        return any(device.provider == "cpu" for device in self.devices)
+
     @cached_property
     def links(self) -> dict[tuple[int, int], Link]:
         """Links by pair of devices, where a cluster says so."""

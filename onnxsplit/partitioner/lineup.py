@@ -67,6 +67,12 @@ class Lineup:
             longest[step.after] = max(longest[step.after], longest[step.before] + 1)
         return max((longest[state] for state in self.final), default=0)
 
+    @cached_property
+    def exact_stages(self) -> int | None:
+        """The number of stages, when every way through has the same."""
+        counts = [count for count in range(self.most_stages + 1) if self.after_stages(count) & self.final]
+        return counts[0] if len(counts) == 1 else None
+
     def after_stages(self, stages: int) -> frozenset[int]:
         """The states in which so many stages may be done."""
         reached = {0}

@@ -106,7 +106,7 @@ class _Search:
 
     def __init__(self, problem: Problem, lineup: Lineup, effort: Effort, progress: Progress) -> None:
         self._problem, self._effort, self._progress = problem, effort, progress
-        self._lineups = [*sequences(problem, _exact(lineup)), lineup] if problem.links else [lineup]
+        self._lineups = [*sequences(problem, lineup.exact_stages), lineup] if problem.links else [lineup]
         self._lineup = lineup
         self._whole = Contracted(problem, tuple(range(problem.atoms)))
         self._end = None if effort.seconds is None else time.monotonic() + effort.seconds
@@ -128,7 +128,7 @@ class _Search:
         fewer stages can be as good as what was found already.
         """
         smaller = contract(self._problem)
-        stages = _exact(self._lineup)
+        stages = self._lineup.exact_stages
         if stages is None:
             return smaller
         if smaller.problem.atoms < stages or self._best is None:
@@ -152,7 +152,7 @@ class _Search:
 
     def first_slices(self) -> None:
         """Slice a few linear orders, of the contracted atoms where there are enough: no cut is worse elsewhere."""
-        stages = _exact(self._lineup)
+        stages = self._lineup.exact_stages
         smaller = contract(self._problem) if self._problem.objective == "throughput" else self._whole
         if smaller.problem.atoms < (stages or 1):
             smaller = self._whole
@@ -218,7 +218,7 @@ class _Search:
 
     def mixed_integer(self) -> None:
         """Ask the solver, where it can answer."""
-        problem, stages = self._problem, _exact(self._lineup)
+        problem, stages = self._problem, self._lineup.exact_stages
         alike = len(problem.kinds) == 1 and not problem.links and not problem.link.overlapped
         model = all(step.replicas == 1 for step in self._lineup.steps)
         small = stages is not None and problem.atoms * stages <= _MIXED_INTEGER
@@ -274,8 +274,3 @@ class _Search:
         if self._best is None:
             return self._over()
         return self._over() or self._best[1].value <= self._bound * (1 + self._effort.gap)
-
-
-def _exact(lineup: Lineup) -> int | None:
-    """The number of stages when every way through has the same."""
-    return lineup.most_stages if len(lineup.final) == 1 else None
