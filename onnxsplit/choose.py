@@ -248,5 +248,7 @@ def _too_little_memory(subject: Subject, limit: int) -> str:
     try:
         fits = f"The fewest stages that fit are {fewest_stages(capped)}"
     except Infeasible:
-        fits = f"Allow more: op {name!r} alone holds {alone[atom]} bytes of weights and packed copies, besides its tensors"
+        fits = (
+            f"Allow more: op {name!r} alone holds {alone[atom]} bytes of weights and packed copies, besides its tensors"
+        )
     return f"no cut keeps every stage within {limit} bytes. {fits}"

@@ -26,7 +26,7 @@
   // ---- bars
   const sent = plan.stages.map((stage) => sum(plan.cuts.filter((cut) => cut.from_stage === stage.index).map((cut) => cut.bytes)));
   const bars = (title, values, format, { ideal, bound, part, notes } = {}) => {
-    const top = Math.max(1, ...values, ideal || 0, bound || 0);
+    const top = 1.02 * Math.max(1, ...values, ideal || 0, bound || 0);
     const rows = values.map((value, index) => {
       const bar = element("div", { class: "bar", style: `--hue:${hue(index)}` }, element("i", { style: `width:${100 * value / top}%` }));
       if (part) bar.append(element("i", { class: "more", style: `width:${100 * part[index] / top}%` }));
