@@ -1,16 +1,19 @@
 """Branch and bound over tensors that are sent to several stages, on top of the search over downsets.
 
 That search pays for a tensor once, however many stages read it. Where its best partition sends a tensor several times
-from a stage that matters, there are two cases: the tensor goes to one stage, or it goes to two at least and costs
-twice. Each is searched again; the smaller value of the two is the new bound.
+from a stage that matters, there are two cases: the tensor goes to one stage, or to two at least and costs twice. Where
+that is not enough, two of the atoms that it joins are in one stage, or they are apart: a tensor with m readers that
+are all apart from each other and from its writer is sent m times at least. Each case is searched again; the smaller
+value of the two is the new bound.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from onnxsplit.partitioner.downsets import DownsetSearch, Found, Sent
+from onnxsplit.partitioner.downsets import DownsetSearch, Found, Ties
 from onnxsplit.partitioner.objective import Partition, Problem, score
 from onnxsplit.partitioner.relaxed import Relaxed
 
@@ -30,35 +33,46 @@ def branch(
         target: what was searched for.
         best: the best value known.
     """
-    pending = [(first.value, 0, Sent(), first)]
-    proven = first.value
+    pending = [(first.value, 0, Ties(), first)]
     for number in range(1, _BRANCHES):
         if not pending:
             yield None, min(best(), target + 1)
             return
-        proven, _, sent, found = heapq.heappop(pending)
+        proven, _, ties, found = heapq.heappop(pending)
         yield found.partition, min(proven, best())
-        tensor = _sent_often(problem, relaxed, found, sent)
-        if tensor is None:
+        sides = _branches(problem, relaxed, found, ties)
+        if sides is None:
             return
-        for side, taken in enumerate((Sent(sent.once | {tensor}, sent.twice), Sent(sent.once, sent.twice | {tensor}))):
+        for side, taken in enumerate(sides):
             below = listed.best(min(target, best() - 1), taken)
             if below is not None:
                 heapq.heappush(pending, (max(below.value, proven), 2 * number + side, taken, below))
 
 
-def _sent_often(problem: Problem, relaxed: Relaxed, found: Found, sent: Sent) -> int | None:
-    """The tensor whose second copy costs the slowest stage most; None when no copies were left out of its time."""
+def _branches(problem: Problem, relaxed: Relaxed, found: Found, ties: Ties) -> tuple[Ties, Ties] | None:
+    """Two branches, about a tensor for which a partition pays less than it does in truth.
+
+    The tensor is the one whose copies, beyond those paid for, cost the slowest stage most; None when there is none.
+    """
     figures = score(problem, found.partition)
     slowest = max(range(len(figures.stage_ns)), key=figures.stage_ns.__getitem__)
     if figures.stage_ns[slowest] <= found.value:
         return None
     stage_of = found.partition.stage_of
-    copies = {
-        number: len({stage_of[reader] for reader in tensor.readers} - {slowest}) * tensor.time_ns
+    unpaid = {
+        number: (len({stage_of[r] for r in tensor.readers} - {slowest}) - ties.copies(number, tensor)) * tensor.time_ns
         for number, tensor in enumerate(relaxed.crossings)
         if stage_of[tensor.writer] == slowest
-        and number not in sent.twice
-        and len({stage_of[reader] for reader in tensor.readers} - {slowest}) > 1
     }
-    return max(copies, key=lambda number: (copies[number], -number), default=None)
+    number = max(unpaid, key=lambda number: (unpaid[number], -number), default=None)
+    if number is None or unpaid[number] <= 0:
+        return None
+    if number not in ties.twice:
+        return replace(ties, once=ties.once | {number}), replace(ties, twice=ties.twice | {number})
+    tensor = relaxed.crossings[number]
+    known = ties.surely_apart(tensor)
+    reached = {stage_of[atom] for atom in known}
+    reader = next(r for r in tensor.readers if stage_of[r] not in reached)
+    pairs = ((min(atom, reader), max(atom, reader)) for atom in known)
+    pair = next(pair for pair in pairs if pair not in ties.apart)
+    return replace(ties, together=ties.together | {pair}), replace(ties, apart=ties.apart | {pair})

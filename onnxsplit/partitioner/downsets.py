@@ -41,16 +41,32 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What is taken for granted about tensors, by their place among the crossings, in one branch of a search.
+class Ties:
+    """What is taken for granted in one branch of a search.
 
     Attributes:
-        once: one stage reads it beyond its writer's, or none.
-        twice: its writer's stage sends it to two stages at least.
+        once: tensors, by their place among the crossings, that one stage reads beyond their writer's, or none.
+        twice: tensors that their writer's stage sends to two stages at least.
+        together: pairs of atoms, the lower first, that are in one stage.
+        apart: pairs of atoms that are in different stages.
     """
 
     once: frozenset[int] = frozenset()
     twice: frozenset[int] = frozenset()
+    together: frozenset[tuple[int, int]] = frozenset()
+    apart: frozenset[tuple[int, int]] = frozenset()
+
+    def copies(self, number: int, tensor: Crossing) -> int:
+        """How often a tensor is sent at least, where it crosses."""
+        return max(1 + (number in self.twice), len(self.surely_apart(tensor)) - 1)
+
+    def surely_apart(self, tensor: Crossing) -> list[int]:
+        """A tensor's writer, and readers that are all apart from it and from each other."""
+        found = [tensor.writer]
+        for reader in tensor.readers:
+            if all((min(atom, reader), max(atom, reader)) in self.apart for atom in found):
+                found.append(reader)
+        return found
 
 
 class DownsetSearch:
@@ -79,7 +95,7 @@ class DownsetSearch:
         self._capacities = Capacities(relaxed, target)
         self._downsets = _list_downsets(relaxed, self._capacities, most, stop)
 
-    def best(self, target: int | None = None, sent: Sent = Sent()) -> Found | None:
+    def best(self, target: int | None = None, ties: Ties = Ties()) -> Found | None:
         """The best partition whose bottleneck is at most the target; None when there is provably none.
 
         O(d c) for c downsets within one stage of another. A ``target`` may be smaller than that of the listing.
@@ -87,7 +103,7 @@ class DownsetSearch:
         Raises:
             TooMany: nothing was proven.
         """
-        return _choose(self._relaxed, self._capacities, self._downsets, target, sent, self._stop)
+        return _choose(self._relaxed, self._capacities, self._downsets, target, ties, self._stop)
 
 
 class _Downsets:
@@ -197,7 +213,7 @@ def _choose(
     capacities: Capacities,
     downsets: _Downsets,
     target: int | None,
-    sent: Sent,
+    ties: Ties,
     stop: Callable[[], bool],
 ) -> Found | None:
     """The best path through downsets."""
@@ -223,7 +239,7 @@ def _choose(
         for steps in following
     ]
     windows = [np.flatnonzero(rows) for rows in usable]
-    pairs = _Pairs(relaxed, downsets, sent)
+    pairs = _Pairs(relaxed, downsets, ties)
     for index in range(count - 1):
         active = [state for state in range(states) if best[state, index] <= target and following[state]]
         if not active:
@@ -263,16 +279,17 @@ def _between(windows: list[Array], usable: list[Array], afters: set[int], first:
 class _Pairs:
     """What a stage between two downsets costs, in one branch."""
 
-    def __init__(self, relaxed: Relaxed, downsets: _Downsets, sent: Sent) -> None:
+    def __init__(self, relaxed: Relaxed, downsets: _Downsets, ties: Ties) -> None:
         self._relaxed, self._downsets = relaxed, downsets
+        self._ties = ties
         self._written: list[list[tuple[Crossing, int, bool]]] = [[] for _ in range(relaxed.problem.atoms)]
         self._crossing_ns = downsets.crossing_ns
         for number, tensor in enumerate(relaxed.crossings):
-            cost = tensor.time_ns * (2 if number in sent.twice else 1)
-            self._written[tensor.writer].append((tensor, cost, number in sent.once))
-            if number in sent.twice:
+            copies = ties.copies(number, tensor)
+            self._written[tensor.writer].append((tensor, copies * tensor.time_ns, number in ties.once))
+            if copies > 1:
                 crosses = downsets.member[tensor.writer] & ~downsets.member[list(tensor.readers)].all(axis=0)
-                self._crossing_ns = self._crossing_ns + crosses * tensor.time_ns
+                self._crossing_ns = self._crossing_ns + crosses * (copies - 1) * tensor.time_ns
         self._plain = len(relaxed.problem.kinds) == 1 and relaxed.all_pay
         self._most = max((step.replicas for step in relaxed.lineup.steps), default=1)
 
@@ -317,17 +334,26 @@ class _Pairs:
                 load = np.maximum(load, moving) if relaxed.overlapped else load + moving
             if kind.max_memory_bytes is not None:
                 load = np.where(held > kind.max_memory_bytes, FAR, load)
-            for one, other in relaxed.problem.apart:
-                if not inside[one] and not inside[other]:
-                    load = np.where(downsets.member[one, larger] & downsets.member[other, larger], FAR, load)
-            result.append(load)
+            result.append(np.where(self._broken(inside, larger), FAR, load))
         return result
+
+    def _broken(self, inside: Array, larger: Array) -> Array:
+        """Stages that part what must be together, or hold what must be apart."""
+        member = self._downsets.member
+        broken = np.zeros(len(larger), dtype=bool)
+        for one, other in (*self._relaxed.problem.apart, *self._ties.apart):
+            if not inside[one] and not inside[other]:
+                broken |= member[one, larger] & member[other, larger]
+        for one, other in self._ties.together:
+            if not inside[one] and not inside[other]:
+                broken |= member[one, larger] ^ member[other, larger]
+        return broken
 
     def _open(self, inside: Array) -> list[tuple[tuple[int, ...], int, int, bool]]:
         """Tensors at hand for what is not in a downset, and wanted there; those with the same readers together.
 
         Returns:
-            readers outside, what receiving costs, what sending cost another stage, and whether one stage must take all.
+            readers outside, what receiving costs, what sending cost another stage, whether one stage must take all.
         """
         wanted = np.zeros(len(inside), dtype=bool)
         wanted[self._relaxed.edges_from[~inside[self._relaxed.edges_to]]] = True
