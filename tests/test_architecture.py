@@ -73,7 +73,7 @@ PURE = [
     "runtime.balance",
     *(
         f"onnxsplit.partitioner.{name}"
-        for name in ("objective", "lineup", "orders", "slices", "downsets", "exchange", "contract")
+        for name in ("objective", "lineup", "orders", "slices", "downsets", "paths", "branch", "exchange", "contract")
     ),
 ]
 IMPURE = {"zmq", "socket", "subprocess", "threading", "time", "os", "onnxruntime", "asyncio", "select"}

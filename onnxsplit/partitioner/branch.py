@@ -13,15 +13,15 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from onnxsplit.partitioner.downsets import DownsetSearch, Found, Ties
 from onnxsplit.partitioner.objective import Partition, Problem, score
+from onnxsplit.partitioner.paths import Found, PathSearch, Ties
 from onnxsplit.partitioner.relaxed import Relaxed
 
 _BRANCHES = 200
 
 
 def branch(
-    problem: Problem, relaxed: Relaxed, listed: DownsetSearch, first: Found, target: int, best: Callable[[], int]
+    problem: Problem, relaxed: Relaxed, listed: PathSearch, first: Found, target: int, best: Callable[[], int]
 ) -> Iterator[tuple[Partition | None, int]]:
     """Partitions, each with a bound that holds for all, until the two meet or branches run out.
 

@@ -1,30 +1,21 @@
-"""Exact search over downsets, for a target: the best partition not above it, or the proof that there is none.
+"""The downsets that a target leaves, listed.
 
 The stages of a partition without cycles, taken in order, fill up *downsets*: sets that hold all ancestors of their
-members. A path through downsets is therefore any partition there is, and not only the slicing of one order. A graph can
-have far too many of them; but with a target B for the bottleneck most are of no use. What is left of a downset I after
-the devices of a state must fit those devices, what is left out must fit the others, and both pay for what crosses:
+members. A graph can have far too many of them; but with a target B for the bottleneck most are of no use. What is in a
+downset I must fit the devices used so far, what is left out must fit the others, and both pay for what crosses:
 
     work(I) + crossing(I) <= B x devices used        work(rest) + crossing(I) <= B x devices left
 
 So downsets are listed atom by atom in a topological order (in or out), and dropped as soon as what is decided breaks
-this for every state. Then one pass of dynamic programming over pairs of downsets gives the exact optimum
-(Tarnawski et al., NeurIPS 2020, do this over all downsets). A small target leaves few downsets, so a lower bound can be
-proven where the optimum cannot be found.
-
-The search is exact for the :class:`~onnxsplit.partitioner.relaxed.Relaxed` problem. Its best value is a lower bound
-whatever happens; whether the partition found is as good is for :func:`~onnxsplit.partitioner.objective.score` to say.
+this for every state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from onnxsplit.partitioner.lineup import Step
-from onnxsplit.partitioner.objective import Partition
 from onnxsplit.partitioner.relaxed import FAR, Array, Capacities, Crossing, Relaxed
 
 
@@ -32,81 +23,7 @@ class TooMany(Exception):
     """There are more downsets than were allowed, or the time is over."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """The best partition of the relaxed problem, and its value: no partition has a smaller bottleneck."""
-
-    partition: Partition
-    value: int
-
-
-@dataclass(frozen=True)
-class Ties:
-    """What is taken for granted in one branch of a search.
-
-    Attributes:
-        once: tensors, by their place among the crossings, that one stage reads beyond their writer's, or none.
-        twice: tensors that their writer's stage sends to two stages at least.
-        together: pairs of atoms, the lower first, that are in one stage.
-        apart: pairs of atoms that are in different stages.
-    """
-
-    once: frozenset[int] = frozenset()
-    twice: frozenset[int] = frozenset()
-    together: frozenset[tuple[int, int]] = frozenset()
-    apart: frozenset[tuple[int, int]] = frozenset()
-
-    def copies(self, number: int, tensor: Crossing) -> int:
-        """How often a tensor is sent at least, where it crosses."""
-        return max(1 + (number in self.twice), len(self.surely_apart(tensor)) - 1)
-
-    def surely_apart(self, tensor: Crossing) -> list[int]:
-        """A tensor's writer, and readers that are all apart from it and from each other."""
-        found = [tensor.writer]
-        for reader in tensor.readers:
-            if all((min(atom, reader), max(atom, reader)) in self.apart for atom in found):
-                found.append(reader)
-        return found
-
-
-class DownsetSearch:
-    """The search for one target: downsets are listed once, and chosen from for any branch."""
-
-    def __init__(
-        self,
-        relaxed: Relaxed,
-        target: int,
-        *,
-        most: int = 100_000,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """List the downsets: O(d n) for d downsets of n atoms.
-
-        Args:
-            relaxed: atoms, devices and their order.
-            target: nanoseconds.
-            most: downsets to hold at once.
-            stop: asked from time to time whether to give up.
-
-        Raises:
-            TooMany: nothing was proven.
-        """
-        self._relaxed, self._stop = relaxed, stop
-        self._capacities = Capacities(relaxed, target)
-        self._downsets = _list_downsets(relaxed, self._capacities, most, stop)
-
-    def best(self, target: int | None = None, ties: Ties = Ties()) -> Found | None:
-        """The best partition whose bottleneck is at most the target; None when there is provably none.
-
-        O(d c) for c downsets within one stage of another. A ``target`` may be smaller than that of the listing.
-
-        Raises:
-            TooMany: nothing was proven.
-        """
-        return _choose(self._relaxed, self._capacities, self._downsets, target, ties, self._stop)
-
-
-class _Downsets:
+class Downsets:
     """Downsets in order of their work, smaller ones first where work is equal.
 
     Attributes:
@@ -148,7 +65,7 @@ def _sums(member: Array, values: Array) -> Array:
     return total
 
 
-def _list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Callable[[], bool]) -> _Downsets:
+def list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Callable[[], bool]) -> Downsets:
     """Every downset that some state can use, and perhaps a few more."""
     count = relaxed.problem.atoms
     bits = np.zeros((1, -(-count // 8)), dtype=np.uint8)
@@ -192,7 +109,7 @@ def _list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Ca
             crossing_ns, crossings = crossing_ns[useful], crossings[useful]
         if len(bits) > most or (atom % 16 == 0 and stop()):
             raise TooMany
-    return _Downsets(relaxed, np.unpackbits(bits, axis=1, count=count, bitorder="little").T.astype(bool))
+    return Downsets(relaxed, np.unpackbits(bits, axis=1, count=count, bitorder="little").T.astype(bool))
 
 
 def _work_of_descendants(relaxed: Relaxed) -> Array:
@@ -206,179 +123,3 @@ def _work_of_descendants(relaxed: Relaxed) -> Array:
             later[atom] |= later[successor]
         result[atom] = relaxed.work[np.unpackbits(later[atom], count=count, bitorder="little").view(bool)].sum()
     return result
-
-
-def _choose(
-    relaxed: Relaxed,
-    capacities: Capacities,
-    downsets: _Downsets,
-    target: int | None,
-    ties: Ties,
-    stop: Callable[[], bool],
-) -> Found | None:
-    """The best path through downsets."""
-    target = capacities.target if target is None else target
-    states, count = relaxed.lineup.states, len(downsets.work)
-    if not count or downsets.member[:, 0].any() or not downsets.member[:, -1].all():
-        return None
-    best = np.full((states, count), FAR, dtype=np.int64)
-    parent = np.full((states, count), -1, dtype=np.int32)
-    taken = np.full((states, count), -1, dtype=np.int32)
-    best[0, 0] = 0
-    usable = [
-        capacities.usable(state, downsets.work, downsets.work, downsets.crossing_ns, downsets.crossings)
-        for state in range(states)
-    ]
-    following: list[list[tuple[int, Step]]] = [[] for _ in range(states)]
-    for number, step in enumerate(relaxed.lineup.steps):
-        following[step.before].append((number, step))
-    reach = [
-        downsets.work.searchsorted(
-            downsets.work + max((capacities.most(s) for _, s in steps), default=0.0) + 0.5, "right"
-        )
-        for steps in following
-    ]
-    windows = [np.flatnonzero(rows) for rows in usable]
-    pairs = _Pairs(relaxed, downsets, ties)
-    for index in range(count - 1):
-        active = [state for state in range(states) if best[state, index] <= target and following[state]]
-        if not active:
-            continue
-        if index % 64 == 0 and stop():
-            raise TooMany
-        end = max(int(reach[state][index]) for state in active)
-        afters = {step.after for state in active for _, step in following[state]}
-        chosen = _between(windows, usable, afters, index + 1, end)
-        chosen = pairs.above(index, pairs.light(index, chosen, target))
-        if not len(chosen):
-            continue
-        loads = pairs.loads(index, chosen)
-        for state in active:
-            for number, step in following[state]:
-                load = loads[step.kind]
-                value = np.maximum(load if step.replicas == 1 else -(-load // step.replicas), best[state, index])
-                better = (value < best[step.after, chosen]) & (value <= target) & usable[step.after][chosen]
-                where = chosen[better]
-                best[step.after, where] = value[better]
-                parent[step.after, where] = index
-                taken[step.after, where] = number
-    return _path(relaxed, target, downsets, best, parent, taken)
-
-
-def _between(windows: list[Array], usable: list[Array], afters: set[int], first: int, end: int) -> Array:
-    """Downsets from ``first`` to before ``end`` that some of these states can use."""
-    if len(afters) == 1:
-        window = windows[next(iter(afters))]
-        return window[np.searchsorted(window, first) : np.searchsorted(window, end)]
-    useful = np.zeros(max(0, end - first), dtype=bool)
-    for after in afters:
-        useful |= usable[after][first:end]
-    return first + np.flatnonzero(useful)
-
-
-class _Pairs:
-    """What a stage between two downsets costs, in one branch."""
-
-    def __init__(self, relaxed: Relaxed, downsets: _Downsets, ties: Ties) -> None:
-        self._relaxed, self._downsets = relaxed, downsets
-        self._ties = ties
-        self._written: list[list[tuple[Crossing, int, bool]]] = [[] for _ in range(relaxed.problem.atoms)]
-        self._crossing_ns = downsets.crossing_ns
-        for number, tensor in enumerate(relaxed.crossings):
-            copies = ties.copies(number, tensor)
-            self._written[tensor.writer].append((tensor, copies * tensor.time_ns, number in ties.once))
-            if copies > 1:
-                crosses = downsets.member[tensor.writer] & ~downsets.member[list(tensor.readers)].all(axis=0)
-                self._crossing_ns = self._crossing_ns + crosses * (copies - 1) * tensor.time_ns
-        self._plain = len(relaxed.problem.kinds) == 1 and relaxed.all_pay
-        self._most = max((step.replicas for step in relaxed.lineup.steps), default=1)
-
-    def light(self, index: int, others: Array, target: int) -> Array:
-        """Those of some downsets that a stage from this one may reach, by what is quickly known.
-
-        A tensor that crosses one border and not the other is sent or received in between.
-        """
-        if not self._plain:
-            return others
-        downsets = self._downsets
-        moving = np.abs(downsets.crossing_ns[others] - downsets.crossing_ns[index])
-        load = downsets.compute[0][others] - downsets.compute[0][index] + moving
-        kept: Array = others[load <= target * self._most]
-        return kept
-
-    def above(self, index: int, others: Array) -> Array:
-        """Those of some downsets that hold all of one: they hold its members that no other member needs."""
-        inside = self._downsets.member[:, index]
-        needed = np.zeros(len(inside), dtype=bool)
-        needed[self._relaxed.edges_from[inside[self._relaxed.edges_to]]] = True
-        for atom in np.flatnonzero(inside & ~needed):
-            others = others[self._downsets.member[atom, others]]
-        return others
-
-    def loads(self, index: int, larger: Array) -> list[Array]:
-        """By kind, the cost of the stages between downset ``index`` and each of some larger ones."""
-        relaxed, downsets = self._relaxed, self._downsets
-        inside = downsets.member[:, index]
-        moving = self._crossing_ns[larger]
-        for readers, arrives, sent, once in self._open(inside):
-            rows = downsets.member[list(readers)][:, larger]
-            some, rest = rows.any(axis=0), ~rows.all(axis=0)
-            moving = moving + some * arrives - rest * sent  # what crosses the larger border, too, another stage sent
-            if once:
-                moving[some & rest] = FAR
-        held = downsets.held[larger] - downsets.held[index]
-        result = []
-        for kind, compute in zip(relaxed.problem.kinds, downsets.compute, strict=True):
-            load = compute[larger] - compute[index]
-            if kind.pays:
-                load = np.maximum(load, moving) if relaxed.overlapped else load + moving
-            if kind.max_memory_bytes is not None:
-                load = np.where(held > kind.max_memory_bytes, FAR, load)
-            result.append(np.where(self._broken(inside, larger), FAR, load))
-        return result
-
-    def _broken(self, inside: Array, larger: Array) -> Array:
-        """Stages that part what must be together, or hold what must be apart."""
-        member = self._downsets.member
-        broken = np.zeros(len(larger), dtype=bool)
-        for one, other in (*self._relaxed.problem.apart, *self._ties.apart):
-            if not inside[one] and not inside[other]:
-                broken |= member[one, larger] & member[other, larger]
-        for one, other in self._ties.together:
-            if not inside[one] and not inside[other]:
-                broken |= member[one, larger] ^ member[other, larger]
-        return broken
-
-    def _open(self, inside: Array) -> list[tuple[tuple[int, ...], int, int, bool]]:
-        """Tensors at hand for what is not in a downset, and wanted there; those with the same readers together.
-
-        Returns:
-            readers outside, what receiving costs, what sending cost another stage, whether one stage must take all.
-        """
-        wanted = np.zeros(len(inside), dtype=bool)
-        wanted[self._relaxed.edges_from[~inside[self._relaxed.edges_to]]] = True
-        found: dict[tuple[int, ...], tuple[int, int, bool]] = {}
-        tensors = [entry for atom in np.flatnonzero(inside & wanted) for entry in self._written[atom]]
-        for tensor, sent, once in (*((given, 0, False) for given in self._relaxed.given), *tensors):
-            readers = tuple(reader for reader in tensor.readers if not inside[reader])
-            if readers:
-                before = found.get(readers, (0, 0, False))
-                found[readers] = (before[0] + tensor.time_ns, before[1] + sent, before[2] or once)
-        return [(readers, *costs) for readers, costs in found.items()]
-
-
-def _path(relaxed: Relaxed, target: int, downsets: _Downsets, best: Array, parent: Array, taken: Array) -> Found | None:
-    index = len(downsets.work) - 1
-    value, state = min((int(best[state, index]), state) for state in relaxed.lineup.final)
-    if value > target:
-        return None
-    stage_of = np.zeros(relaxed.problem.atoms, dtype=np.int64)
-    steps: list[Step] = []
-    while index or state:
-        step, before = relaxed.lineup.steps[int(taken[state, index])], int(parent[state, index])
-        stage_of[downsets.member[:, index] & ~downsets.member[:, before]] = len(steps)
-        steps.append(step)
-        index, state = before, step.before
-    steps.reverse()
-    stages = tuple(len(steps) - 1 - int(stage) for stage in stage_of)
-    return Found(Partition(stages, relaxed.lineup.devices(relaxed.problem, steps)), value)

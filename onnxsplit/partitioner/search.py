@@ -17,12 +17,13 @@ from itertools import islice
 from onnxsplit.partitioner.bound import lower_bound, surroundings_bound, throughput_bound
 from onnxsplit.partitioner.branch import branch
 from onnxsplit.partitioner.contract import Contracted, contract
-from onnxsplit.partitioner.downsets import DownsetSearch, TooMany
-from onnxsplit.partitioner.downsets import Found as Exact
+from onnxsplit.partitioner.downsets import TooMany
 from onnxsplit.partitioner.exchange import improve
 from onnxsplit.partitioner.lineup import Lineup, sequences
 from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem, Score, score
 from onnxsplit.partitioner.orders import linear_orders, refined
+from onnxsplit.partitioner.paths import Found as Exact
+from onnxsplit.partitioner.paths import PathSearch
 from onnxsplit.partitioner.relaxed import Relaxed
 from onnxsplit.partitioner.slices import slice_order
 
@@ -112,7 +113,7 @@ class _Search:
         self._end = None if effort.seconds is None else time.monotonic() + effort.seconds
         self._best: tuple[Partition, Score] | None = None
         self._bound = 0
-        self._relaxed_best: tuple[DownsetSearch, Exact, int] | None = None
+        self._relaxed_best: tuple[PathSearch, Exact, int] | None = None
 
     def found(self) -> Found:
         """What there is at the end."""
@@ -235,7 +236,7 @@ class _Search:
     def _below(self, target: int, most: int) -> bool:
         """Search for something not above a target; False when there was too much to look at."""
         try:
-            listed = DownsetSearch(self._relaxed, target, most=most, stop=self._over)
+            listed = PathSearch(self._relaxed, target, most=most, stop=self._over)
             found = listed.best()
             if found is None:
                 self.raise_bound(target + 1)

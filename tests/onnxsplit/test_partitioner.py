@@ -27,10 +27,10 @@ from onnxsplit.partitioner import (
     stage_memory,
 )
 from onnxsplit.partitioner.contract import contract
-from onnxsplit.partitioner.downsets import DownsetSearch
 from onnxsplit.partitioner.exchange import improve
 from onnxsplit.partitioner.mixed_integer import solve
 from onnxsplit.partitioner.orders import linear_orders
+from onnxsplit.partitioner.paths import PathSearch
 from onnxsplit.partitioner.relaxed import Relaxed
 from onnxsplit.partitioner.slices import slice_order
 
@@ -187,10 +187,10 @@ def test_each_algorithm_alone(problem, stages):
         assert score(problem, improve(problem, found)).value in range(best, score(problem, found).value + 1)
     solved = solve(problem, stages, seconds=20)
     assert solved.bound <= best == score(problem, solved.partition).value
-    exact = DownsetSearch(Relaxed(problem, lineup), best).best()
+    exact = PathSearch(Relaxed(problem, lineup), best).best()
     assert exact is not None
     assert exact.value <= best
-    assert DownsetSearch(Relaxed(problem, lineup), exact.value - 1).best() is None
+    assert PathSearch(Relaxed(problem, lineup), exact.value - 1).best() is None
 
 
 @settings(deadline=None, max_examples=100)
