@@ -6,82 +6,33 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import msgspec.structs
-
-import onnxsplit
 from onnxsplit.choose import Choice
 from onnxsplit.cluster import Device
 from onnxsplit.cost.measured import best_level
+from onnxsplit.describe import Description, WrittenCut, stage_file
 from onnxsplit.examine import Say, Subject
 from onnxsplit.extract import (
-    StageParts,
-    file_entry,
-    peak_memory_bytes,
     stage_parts,
     weight_bytes,
-    whole_parts,
-    write_constant,
     write_stage,
 )
 from onnxsplit.outcome import Outcome
-from onnxsplit.partitioner import Found, Partition, Score, line_up, lower_bound, score
+from onnxsplit.partitioner import Found, Partition, score
 from onnxsplit.plan import (
-    FORMAT_VERSION,
     CorrectionRound,
-    Costs,
-    CreatedWith,
-    Cut,
-    FileEntry,
     Level,
-    ModelInfo,
-    Passthrough,
-    Plan,
-    Prediction,
-    Stage,
 )
-from onnxsplit.providers import provider_here, runtime_version
+from onnxsplit.providers import provider_here
 from onnxsplit.session import host_cores
 from onnxsplit.tensors import load_npz, save_npz
 from onnxsplit.timed import TimedModel, median_ns, run_together
 
-EXAMPLE_FILE = "example.npz"
-
 _SAY_EVERY_BYTES = 64 << 20
 _GOOD = 1.02  # a cut this close to the best by its own measured times is not worth another round
 _STAGE_SECONDS = 0.8  # of all stages running at once, per round
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A cut with its stage files written, and what is known of it.
-
-    Attributes:
-        found: the partition, and its figures by the costs it was made with.
-        parts: by stage.
-        files: by stage.
-        folder: where the files are.
-        op_ns: the costs; after measuring, the ones that agree with the measurement.
-        score: the figures by those costs.
-        levels: optimisation level by stage.
-        measured_ns: by stage on a device of speed 1, all running at once; None when they were not run.
-    """
-
-    found: Found
-    parts: tuple[StageParts, ...]
-    files: tuple[tuple[FileEntry, ...], ...]
-    folder: Path
-    op_ns: tuple[int, ...]
-    score: Score
-    levels: tuple[Level, ...]
-    measured_ns: tuple[int, ...] | None = None
-
-
-def stage_file(index: int) -> str:
-    """The name of a stage's file."""
-    return f"stage{index}.onnx"
 
 
 class _BytesWritten:
@@ -123,7 +74,7 @@ class Draft:
             found = self._choose(op_ns)
             return self._finished(self._write("round0", found, op_ns), found.bound, ())
         found = self._choose(op_ns, quick=True)
-        best: _Cut | None = None
+        best: WrittenCut | None = None
         history: list[CorrectionRound] = []
         levels: tuple[Level, ...] | None = None
         seen: set[Partition] = set()
@@ -134,7 +85,9 @@ class Draft:
                 levels = self._best_levels(cut)
             cut = self._measure(replace(cut, levels=levels))
             assert cut.measured_ns is not None
-            history.append(CorrectionRound(predicted_ns=found.score.compute_ns, measured_ns=self._on_devices(cut)))
+            history.append(
+                CorrectionRound(predicted_ns=found.score.compute_ns, measured_ns=cut.times_on_devices(self._setting))
+            )
             op_ns = cut.op_ns
             loser = best if best is None or cut.score.rank < best.score.rank else cut
             best = cut if loser is best else best
@@ -146,12 +99,12 @@ class Draft:
         assert best is not None
         return self._finished(best, self._choose(best.op_ns).bound, tuple(history))
 
-    def _finished(self, cut: _Cut, bound: int, history: tuple[CorrectionRound, ...]) -> Outcome:
+    def _finished(self, cut: WrittenCut, bound: int, history: tuple[CorrectionRound, ...]) -> Outcome:
         if self._folder is not None:
             for file in cut.folder.iterdir():
                 file.rename(self._folder / file.name)
             cut.folder.rmdir()
-        plan = self._describe(cut, bound, history)
+        plan = Description(self._choose, self._folder).plan(cut, bound, history)
         return Outcome(plan, self._subject, cut.found.partition, cut.op_ns)
 
     def _contended(self, times_ns: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,14 +119,7 @@ class Draft:
     def _cpu_threads(self) -> int:
         return sum(device.threads for device in self._setting.devices if device.provider == "cpu")
 
-    def _device(self, cut: _Cut, stage: int) -> Device:
-        return self._setting.devices[cut.found.partition.devices[stage][0]]
-
-    def _on_devices(self, cut: _Cut) -> tuple[int, ...]:
-        """Measured times on the devices of the stages."""
-        return tuple(round(t / self._device(cut, i).speed) for i, t in enumerate(cut.measured_ns or ()))
-
-    def _write(self, name: str, found: Found, op_ns: tuple[int, ...]) -> _Cut:
+    def _write(self, name: str, found: Found, op_ns: tuple[int, ...]) -> WrittenCut:
         subject = self._subject
         folder = (self._folder or Path()) / name
         if self._folder is not None:
@@ -185,7 +131,7 @@ class Draft:
                 f"writing stage {index} of {len(parts)}", weight_bytes(subject.graph, part), self._say
             )
             files.append(write_stage(subject.graph, subject.shapes, part, folder, stage_file(index), wrote=progress))
-        return _Cut(
+        return WrittenCut(
             found=found,
             parts=parts,
             files=tuple(files),
@@ -195,13 +141,13 @@ class Draft:
             levels=(subject.costs.level,) * len(parts),
         )
 
-    def _measure(self, cut: _Cut) -> _Cut:
+    def _measure(self, cut: WrittenCut) -> WrittenCut:
         """Run all stages at once, each on what the stages before really give, and make the costs agree.
 
         Where this host has fewer cores than the stages have threads, as many run at once as there are cores for, and
         times are scaled to what taking turns costs: which stage the scheduler favours in a second says nothing.
         """
-        devices = [self._device(cut, index) for index in range(len(cut.parts))]
+        devices = [cut.device(self._setting, index) for index in range(len(cut.parts))]
         most = max((device.threads for device in devices), default=1)
         crowded = self._setting.cluster is not None or self._cpu_threads > host_cores()
         at_once = max(1, host_cores() // most) if crowded else max(1, len(cut.parts))
@@ -235,18 +181,18 @@ class Draft:
         """What a stage is measured on: its device's provider, or the CPU where this host lacks that."""
         return device.provider if self._setting.cluster is None else provider_here(device.provider)
 
-    def _best_levels(self, cut: _Cut) -> tuple[Level, ...]:
+    def _best_levels(self, cut: WrittenCut) -> tuple[Level, ...]:
         """The optimisation level at which each stage runs fastest."""
         levels: list[Level] = []
         with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
             for index, (model, feed) in enumerate(self._feeds(cut, Path(scratch))):
                 self._say(f"choosing the optimisation level of stage {index} of {len(cut.parts)}")
-                device = self._device(cut, index)
+                device = cut.device(self._setting, index)
                 level, _ = best_level(model, feed, threads=device.threads, provider=self._provider_here(device))
                 levels.append(level)
         return tuple(levels)
 
-    def _feeds(self, cut: _Cut, scratch: Path) -> list[tuple[Path, Path]]:
+    def _feeds(self, cut: WrittenCut, scratch: Path) -> list[tuple[Path, Path]]:
         """Every stage's file, and its inputs as the stages before it give them."""
         values = dict(self._subject.inputs)
         feeds = []
@@ -255,128 +201,18 @@ class Draft:
             save_npz(feed, {name: values[name] for name in part.inputs})
             if set(part.outputs) & {name for later in cut.parts[index + 1 :] for name in later.inputs}:
                 outputs = scratch / "outputs.npz"
-                with TimedModel(model, feed, threads=self._device(cut, index).threads, level="basic") as once:
+                with TimedModel(model, feed, threads=cut.device(self._setting, index).threads, level="basic") as once:
                     once.run(0.0)
                     once.save_outputs(outputs)
                 values.update(load_npz(outputs))
             feeds.append((model, feed))
         return feeds
 
-    def _describe(self, cut: _Cut, bound: int, history: tuple[CorrectionRound, ...]) -> Plan:
-        subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes
-        count = len(cut.parts)
-        options = self._choose.options
-        whole = whole_parts(graph)
-        if self._folder is not None:
-            save_npz(self._folder / EXAMPLE_FILE, subject.inputs)
-        on_border = {name for part in cut.parts for name in (*part.inputs, *part.outputs)}
-        source = graph.source.proto
-        plan = Plan(
-            format_version=FORMAT_VERSION,
-            created_with=CreatedWith(onnxsplit=onnxsplit.__version__, onnxruntime=runtime_version()),
-            model=ModelInfo(
-                name=graph.source.path.name,
-                sha256=graph.source.sha256,
-                ir_version=source.ir_version,
-                opsets={entry.domain: entry.version for entry in source.opset_import},
-            ),
-            strategy=options.strategy,
-            parallel=options.parallel,
-            objective=options.objective,
-            dims=dict(subject.dims),
-            stages=tuple(self._stage(cut, index) for index in range(count)),
-            tensors={n: shapes.specs[n] for n in sorted(on_border | {*graph.inputs, *graph.outputs})},
-            cuts=_cuts(cut.parts, subject),
-            inputs=graph.inputs,
-            outputs=graph.outputs,
-            passthrough=self._passthrough(),
-            outputs_need={},
-            prediction=self._prediction(cut, bound),
-            costs=Costs(
-                source=subject.costs.source,
-                whole_time_ns=subject.costs.whole_ns,
-                whole_weight_bytes=weight_bytes(graph, whole),
-                whole_peak_memory_bytes=peak_memory_bytes(graph, shapes, whole),
-                whole_optimization_level=subject.costs.level,
-                rounds=history,
-                note=subject.note,
-            ),
-            example_inputs=file_entry(self._folder / EXAMPLE_FILE) if self._folder is not None else None,
-        )
-        needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
-        plan = msgspec.structs.replace(plan, outputs_need=needs)
-        problems = plan.check() if self._folder is not None else []
-        assert not problems, problems
-        return plan
 
-    def _prediction(self, cut: _Cut, bound: int) -> Prediction:
-        final, memory = cut.score, self._setting.objective == "memory"
-        atoms = self._subject.problem(cut.op_ns, self._setting)
-        bound = min(bound, final.value)
-        ops = self._subject.as_ops().problem(cut.op_ns, self._setting)
-        op_bound = bound
-        if ops.atoms != atoms.atoms:
-            op_bound = min(bound, lower_bound(ops, line_up(ops, self._choose.stages, self._choose.options.parallel)))
-        return Prediction(
-            bottleneck_ns=final.bottleneck_ns,
-            throughput_per_s=1e9 / max(1, final.bottleneck_ns),
-            latency_ns=final.latency_ns,
-            lower_bound_ns=0 if memory else bound,
-            gap=final.value / max(1, bound) - 1 if cut.parts else 0.0,
-            op_lower_bound_ns=0 if memory else op_bound,
-            peak_memory_bytes=max(final.memory_bytes, default=0) if memory else None,
-            lower_bound_bytes=bound if memory else None,
-        )
-
-    def _stage(self, cut: _Cut, index: int) -> Stage:
-        part, subject = cut.parts[index], self._subject
-        device, replicas = self._device(cut, index), cut.found.partition.devices[index]
-        named = self._setting.cluster is not None
-        return Stage(
-            index=index,
-            file=stage_file(index),
-            files=cut.files[index] if cut.files else (),
-            inputs=part.inputs,
-            outputs=part.outputs,
-            weight_bytes=weight_bytes(subject.graph, part),
-            peak_memory_bytes=peak_memory_bytes(subject.graph, subject.shapes, part, packed=device.provider == "cpu"),
-            provider=device.provider,
-            optimization_level=cut.levels[index],
-            threads=device.threads,
-            predicted_time_ns=cut.found.score.compute_ns[index],
-            measured_time_ns=self._on_devices(cut)[index] if cut.measured_ns is not None else None,
-            replicas=len(replicas),
-            device=device.name if named else None,
-            devices=tuple(self._setting.devices[replica].name for replica in replicas) if named else (),
-            ops=len(part.ops),
-        )
-
-    def _passthrough(self) -> dict[str, Passthrough]:
-        graph = self._subject.graph
-        found = {}
-        for number, name in enumerate(graph.outputs):
-            if name in graph.inputs:
-                found[name] = Passthrough(input=name)
-            elif name in graph.constants and self._folder is not None:
-                found[name] = Passthrough(file=write_constant(graph, name, self._folder, f"constant{number}.npz"))
-        return found
-
-
-def _corrected(cut: _Cut, expected: Sequence[int], measured: Sequence[int]) -> tuple[int, ...]:
+def _corrected(cut: WrittenCut, expected: Sequence[int], measured: Sequence[int]) -> tuple[int, ...]:
     """Scale the ops of every stage so that together they take what the stage took."""
     corrected = list(cut.op_ns)
     for part, predicted, found in zip(cut.parts, expected, measured, strict=True):
         for op in part.ops if predicted else ():
             corrected[op] = cut.op_ns[op] * found // predicted
     return tuple(corrected)
-
-
-def _cuts(parts: Sequence[StageParts], subject: Subject) -> tuple[Cut, ...]:
-    found = []
-    for index, part in enumerate(parts):
-        for name in part.outputs:
-            to = tuple(other for other, reader in enumerate(parts) if name in reader.inputs)
-            if to:
-                size = subject.shapes.bytes(name)
-                found.append(Cut(tensor=name, from_stage=index, to_stages=to, bytes=size))
-    return tuple(found)

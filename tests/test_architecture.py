@@ -29,6 +29,7 @@ ORDER = [
     ["onnxsplit.choose"],
     ["onnxsplit.extract", "onnxsplit.multi_device", "onnxsplit.outcome", "onnxsplit.sweep", "onnxsplit.calibrate"],
     ["onnxsplit.inspection", "onnxsplit.annotate", "onnxsplit.report"],
+    ["onnxsplit.describe"],
     ["onnxsplit.draft"],
     ["onnxsplit.verify", "onnxsplit.planner", "onnxsplit.merge", "onnxsplit.doctor"],
     ["onnxsplit.export"],
