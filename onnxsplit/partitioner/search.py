@@ -30,6 +30,7 @@ from onnxsplit.partitioner.slices import slice_order
 _FIRST_ORDERS = 5
 _MORE_ORDERS = 40
 _DOWNSETS = (20_000, 500_000)  # held at once: for a quick look, and in earnest
+_ATOMS = 40_000  # up to which downsets are listed: that takes memory for every pair of them, a bit each
 _MIXED_INTEGER = 240  # atoms x stages up to which the solver is worth its time
 _SHARES = (0.1, 0.3, 0.6, 1.0)  # of the distance between bound and best value, when targets are tried
 _TRIES = 2_000  # single moves
@@ -235,6 +236,8 @@ class _Search:
 
     def _below(self, target: int, most: int) -> bool:
         """Search for something not above a target; False when there was too much to look at."""
+        if self._smaller.problem.atoms > _ATOMS:
+            return False
         try:
             listed = PathSearch(self._relaxed, target, most=most, stop=self._over)
             found = listed.best()
