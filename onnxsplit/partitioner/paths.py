@@ -92,19 +92,19 @@ class PathSearch:
         Raises:
             TooMany: nothing was proven.
         """
-        return _choose(self._relaxed, self._capacities, self._downsets, target, ties, self._stop)
+        capacities = self._capacities if target is None else Capacities(self._relaxed, target)
+        return _choose(self._relaxed, capacities, self._downsets, ties, self._stop)
 
 
 def _choose(
     relaxed: Relaxed,
     capacities: Capacities,
     downsets: Downsets,
-    target: int | None,
     ties: Ties,
     stop: Callable[[], bool],
 ) -> Found | None:
     """The best path through downsets."""
-    target = capacities.target if target is None else target
+    target = capacities.target
     states, count = relaxed.lineup.states, len(downsets.work)
     if not count or downsets.member[:, 0].any() or not downsets.member[:, -1].all():
         return None

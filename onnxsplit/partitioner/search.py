@@ -114,7 +114,7 @@ class _Search:
         self._end = None if effort.seconds is None else time.monotonic() + effort.seconds
         self._best: tuple[Partition, Score] | None = None
         self._bound = 0
-        self._relaxed_best: tuple[PathSearch, Exact, int] | None = None
+        self._relaxed_best: Exact | None = None
 
     def found(self) -> Found:
         """What there is at the end."""
@@ -198,10 +198,12 @@ class _Search:
 
     def branches(self) -> None:
         """Close what is left between the relaxed problem and the true one."""
-        if self._relaxed_best is None:
+        if self._relaxed_best is None or self._enough():
             return
-        listed, found, target = self._relaxed_best
+        found = self._relaxed_best
         try:
+            target = self._value() - 1
+            listed = PathSearch(self._relaxed, target, most=_DOWNSETS[1], stop=self._over)
             for better, proven in branch(self._smaller.problem, self._relaxed, listed, found, target, self._value):
                 if better is not None:
                     self._offer(self._smaller.expanded(better))
@@ -239,12 +241,11 @@ class _Search:
         if self._smaller.problem.atoms > _ATOMS:
             return False
         try:
-            listed = PathSearch(self._relaxed, target, most=most, stop=self._over)
-            found = listed.best()
+            found = PathSearch(self._relaxed, target, most=most, stop=self._over).best()
             if found is None:
                 self.raise_bound(target + 1)
                 return True
-            self._relaxed_best = (listed, found, target)
+            self._relaxed_best = found
             self.raise_bound(found.value)
             self._offer(self._smaller.expanded(found.partition))
         except TooMany:
