@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 
 def environment() -> dict[str, str]:
@@ -20,6 +22,16 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def benchmark(name: str) -> ModuleType:
+    """Another benchmark's module, for what it shares."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / name / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment_line() -> str:

@@ -9,8 +9,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +16,9 @@ from pathlib import Path
 import onnx
 
 from onnxsplit.errors import PartitionError
-from onnxsplit.extract import copy_external, serialized
+from onnxsplit.extract import write_model
 from onnxsplit.multi_device import FIRST_IR_VERSION, check_multi_device
 from onnxsplit.outcome import Outcome
-from onnxsplit.source import SourceModel
 
 CONFIGURATION = "onnxsplit"
 """The name of the device configuration that is written."""
@@ -45,14 +42,8 @@ def annotate(outcome: Outcome, out: str | Path) -> tuple[Path, ...]:
     problems = check_multi_device(model)
     assert not problems, problems
     try:
-        with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=out.absolute().parent) as scratch:
-            source = outcome.subject.graph.source
-            copy_external(SourceModel(source.path, model, source.sha256), model, Path(scratch) / f"{out.name}.data")
-            (Path(scratch) / out.name).write_bytes(serialized(model))
-            for kind, values in overlays(outcome, model).items():
-                (Path(scratch) / f"{out.name}.{kind}.json").write_text(json.dumps(values, indent=1))
-            written = sorted(Path(scratch).iterdir(), key=lambda file: file.name == out.name)
-            return tuple(Path(shutil.move(file, out.absolute().parent / file.name)) for file in reversed(written))
+        texts = {f"{kind}.json": json.dumps(values, indent=1) for kind, values in overlays(outcome, model).items()}
+        return write_model(outcome.subject.graph.source, model, out, texts)
     except OSError as error:
         raise PartitionError(f"cannot write {out}: {error.strerror or error}") from error
 

@@ -30,7 +30,7 @@ from onnxsplit.providers import gpu_count, providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.setting import Setting, alike, of_cluster
 
-_QUICK = Effort(gap=0.002, seconds=2.0)
+_QUICK_GAP, _QUICK_SECONDS = 0.002, 2.0
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Choice:
             fixed = Partition(stage_of, tuple((stage,) for stage in range(max(stage_of, default=-1) + 1)))
             return Found(fixed, score(problem, fixed), lower_bound(problem, lineup))
         if options.strategy == "network" or not problem.atoms:
-            effort = Effort(gap=options.gap, seconds=options.time_limit)
+            gap, seconds = options.gap, options.time_limit
             if quick:
-                effort = Effort(gap=max(_QUICK.gap, options.gap), seconds=min(_QUICK.seconds or 0, options.time_limit))
-            return search(problem, lineup, effort, self._progress)
+                gap, seconds = max(gap, _QUICK_GAP), min(seconds, _QUICK_SECONDS)
+            return search(problem, lineup, Effort(gap=gap, seconds=seconds), self._progress)
         order, walls = list(range(problem.atoms)), []
         if options.strategy == "task":
             group_of = task_groups(self.subject, options.tasks)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,6 +168,22 @@ def write_stage(
         raise PartitionError(f"cannot write {folder / name}: {error.strerror}") from error
     entry = FileEntry(name=name, sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
     return (entry, *data)
+
+
+def write_model(source: SourceModel, model: onnx.ModelProto, out: Path, beside: Mapping[str, str]) -> tuple[Path, ...]:
+    """Write a model, its external data to ``OUT.data``, and texts to ``OUT.NAME``; the model appears last.
+
+    Returns:
+        The files, the model first.
+    """
+    folder = out.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=folder) as scratch:
+        copy_external(source, model, Path(scratch) / f"{out.name}.data")
+        (Path(scratch) / out.name).write_bytes(serialized(model))
+        for name, text in beside.items():
+            (Path(scratch) / f"{out.name}.{name}").write_text(text)
+        written = sorted(Path(scratch).iterdir(), key=lambda file: file.name == out.name)
+        return tuple(Path(shutil.move(file, folder / file.name)) for file in written)[::-1]
 
 
 def serialized(model: onnx.ModelProto) -> bytes:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import onnx
 
 from onnxsplit.errors import PlanError
-from onnxsplit.extract import copy_external, serialized
+from onnxsplit.extract import write_model
 from onnxsplit.plan import Plan, load_plan
 from onnxsplit.shapes import value_info
 from onnxsplit.source import SourceModel
@@ -28,12 +26,7 @@ def merge(folder: str | Path, out: str | Path) -> Plan:
     plan = load_plan(folder)
     model = _merged(folder, plan)
     try:
-        with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=out.absolute().parent) as scratch:
-            source = SourceModel(path=folder / "plan", proto=model, sha256="")
-            copy_external(source, model, Path(scratch) / f"{out.name}.data")
-            (Path(scratch) / out.name).write_bytes(serialized(model))
-            for part in sorted(Path(scratch).iterdir(), key=lambda part: part.name == out.name):
-                shutil.move(part, out.absolute().parent / part.name)
+        write_model(SourceModel(path=folder / "plan", proto=model, sha256=""), model, out, {})
     except OSError as error:
         raise PlanError(f"cannot write {out}: {error.strerror or error}") from error
     return plan

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.errors import InputError
+from onnxsplit.files import replacing
 
 Array = np.ndarray[Any, Any]
 
@@ -151,9 +151,8 @@ def save_npz(path: Path, tensors: Mapping[str, Array]) -> None:
     fixed-width unicode.
     """
     notes: dict[str, str] = {}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
             for name, tensor in tensors.items():
                 dtype = dtype_name(tensor.dtype)
                 if dtype in _ML_DTYPES:
@@ -165,11 +164,8 @@ def save_npz(path: Path, tensors: Mapping[str, Array]) -> None:
                     np.lib.format.write_array(member, np.asanyarray(tensor), allow_pickle=False)
             if notes:
                 archive.writestr(_NOTE, json.dumps(notes))
-        temporary.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_npz(path: Path) -> dict[str, Array]:

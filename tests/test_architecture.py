@@ -13,6 +13,7 @@ DRAWING = ROOT / "docs" / "modules.md"
 ORDER = [
     # Each module imports only from rows above its own, or from its own package.
     ["onnxsplit", "onnxsplit.errors"],
+    ["onnxsplit.files"],
     ["onnxsplit.tensors", "onnxsplit.plan", "onnxsplit.cluster"],
     ["onnxsplit.providers"],
     ["onnxsplit.session"],

@@ -10,7 +10,6 @@ pipelines take turns.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 
-from environment import environment_line
+from environment import benchmark, environment_line
 
 from onnxsplit.choose import choice
 from onnxsplit.cluster import Cluster, Device
@@ -139,11 +138,7 @@ def main() -> None:
     parser.add_argument("--hybrid", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks/throughput/run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    throughput = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(throughput)
+    throughput = benchmark("throughput")
     if not given.json:
         print(environment_line())
     names = given.names or (["resnet50", "bert", "ocr-recognizer", "table"] if given.hybrid else ["resnet50", "bert"])

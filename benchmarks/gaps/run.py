@@ -11,7 +11,6 @@ block).
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 
-from environment import environment_line
+from environment import benchmark, environment_line
 
 from onnxsplit.examine import examine
 from onnxsplit.export import export
@@ -38,11 +37,7 @@ SIZES = (1_000, 5_000, 20_000)
 
 def models(names: list[str], folder: Path) -> Iterator[tuple[str, Path, dict[str, int]]]:
     """Those of the generality benchmark, and the recipes in full size."""
-    spec = importlib.util.spec_from_file_location("generality", ROOT / "benchmarks/generality/run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    generality = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generality)
+    generality = benchmark("generality")
     yield from generality.models(names, folder)
     for name in RECIPES:
         if not names or name in names:

@@ -9,7 +9,6 @@ the optimisation levels of the plan.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 
-from environment import environment_line
+from environment import benchmark, environment_line
 
 from onnxsplit.planner import partition
 
@@ -33,11 +32,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks/throughput/run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    throughput = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(throughput)
+    throughput = benchmark("throughput")
     if not given.json:
         print(environment_line())
         print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,13 +71,12 @@ def measure(output: Output, *, model: Path, file: Path, dims: dict[str, int]) ->
 
 def _write(file: Path, cluster: Cluster) -> None:
     from onnxsplit.errors import ClusterError
+    from onnxsplit.files import replacing
 
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(cluster.to_toml(), encoding="utf-8")
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            temporary.write_text(cluster.to_toml(), encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ClusterError(f"cannot write {file}: {error.strerror}") from error
 
 

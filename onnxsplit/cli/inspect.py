@@ -82,26 +82,31 @@ def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path |
     for problem in found.multi_device:
         output.line(f"Multi-device fields: {problem}")
     if swept:
-        output.line()
-        output.table(
-            ("stages", "bottleneck", "no cut below", "gap", "latency", "largest in memory"),
-            [
-                (
-                    f"{row.stages}",
-                    milliseconds(row.bottleneck_ns),
-                    milliseconds(row.lower_bound_ns),
-                    percent(row.gap),
-                    milliseconds(row.latency_ns),
-                    binary(row.peak_memory_bytes),
-                )
-                for row in swept
-            ],
-        )
+        _show_sweep(output, swept)
     output.line()
     if html is not None:
         output.line(f"Wrote {html}.")
     output.line(f"Next: onnxsplit partition {model}")
     output.result({"model": model, "inspection": found, "sweep": swept})
+
+
+def _show_sweep(output: Output, swept: tuple[SweepRow, ...]) -> None:
+    """What each number of stages would give."""
+    output.line()
+    output.table(
+        ("stages", "bottleneck", "no cut below", "gap", "latency", "largest in memory"),
+        [
+            (
+                f"{row.stages}",
+                milliseconds(row.bottleneck_ns),
+                milliseconds(row.lower_bound_ns),
+                percent(row.gap),
+                milliseconds(row.latency_ns),
+                binary(row.peak_memory_bytes),
+            )
+            for row in swept
+        ],
+    )
 
 
 def _listed(names: tuple[str, ...]) -> str:

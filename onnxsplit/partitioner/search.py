@@ -123,14 +123,17 @@ class _Search:
         return Found(*self._best, min(self._bound, self._best[1].value))
 
     @cached_property
+    def _contracted(self) -> Contracted:
+        return contract(self._problem)
+
+    @cached_property
     def _smaller(self) -> Contracted:
         """The contracted problem, where its optimum is that of the whole one.
 
         A stage of nothing but atoms that take no time may be gone in it. That is allowed for when no partition into
         fewer stages can be as good as what was found already.
         """
-        smaller = contract(self._problem)
-        stages = self._lineup.exact_stages
+        smaller, stages = self._contracted, self._lineup.exact_stages
         if stages is None:
             return smaller
         if smaller.problem.atoms < stages or self._best is None:
@@ -155,7 +158,7 @@ class _Search:
     def first_slices(self) -> None:
         """Slice a few linear orders, of the contracted atoms where there are enough: no cut is worse elsewhere."""
         stages = self._lineup.exact_stages
-        smaller = contract(self._problem) if self._problem.objective == "throughput" else self._whole
+        smaller = self._contracted if self._problem.objective == "throughput" else self._whole
         if smaller.problem.atoms < (stages or 1):
             smaller = self._whole
         for number, order in enumerate(islice(linear_orders(smaller.problem), _FIRST_ORDERS)):

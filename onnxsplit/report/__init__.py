@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from onnxsplit.errors import PartitionError
+from onnxsplit.files import replacing
 from onnxsplit.outcome import Outcome
 from onnxsplit.plan import Plan, Record
 from onnxsplit.sweep import SweepRow
@@ -93,10 +93,9 @@ def write_report(outcome: Outcome, target: str | Path, sweep: Sequence[SweepRow]
         PartitionError: the file cannot be written.
     """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    text = page(content(outcome, sweep))
     try:
-        temporary.write_text(page(content(outcome, sweep)), encoding="utf-8")
-        temporary.replace(target)
+        with replacing(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise PartitionError(f"cannot write {target}: {error.strerror}") from error
