@@ -53,6 +53,8 @@ class Session:
         self.output_shapes: dict[str, list[Any]] = {value.name: value.shape for value in raw.get_outputs()}
         self._names = [name for name, _ in self.outputs]
         self._plain = all(kind is not None and is_native(kind) for _, kind in (*self.inputs, *self.outputs))
+        self._binding: Any = None
+        self.bindable = all(kind is not None and kind != "string" for _, kind in (*self.inputs, *self.outputs))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Execute once.
@@ -69,6 +71,40 @@ class Session:
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise ModelError(_first_lines(error)) from error
 
+    def run_into(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> dict[str, Array]:
+        """Execute once, with outputs written in place. Only where the session is ``bindable``: strings cannot be bound.
+
+        Args:
+            inputs: contiguous arrays; they are read where they are.
+            into: arrays for some of the outputs. Each must have just the type and shape the output will have, and the
+                output must not be an input of the model too: ONNX Runtime leaves such a one unwritten.
+
+        Returns:
+            All outputs: those of ``into``, and arrays of ONNX Runtime's own memory.
+
+        Raises:
+            ModelError: ONNX Runtime could not execute the model, or a shape is not as promised.
+        """
+        binding = self._binding = self._binding or self._raw.io_binding()
+        try:
+            for name, kind in self.inputs:
+                array = inputs[name]
+                binding.bind_input(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, _address(array))  # type: ignore[index]
+            for name, kind in self.outputs:
+                # Every run anew: an output bound without a buffer would be written over by the next run.
+                if name in into:
+                    array = into[name]
+                    binding.bind_output(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, _address(array))  # type: ignore[index]
+                else:
+                    binding.bind_output(name, "cpu")
+            self._raw.run_with_iobinding(binding)
+            if len(into) == len(self._names):
+                return {name: into[name] for name in self._names}
+            values = zip(self.outputs, binding.get_outputs(), strict=True)
+            return {name: into[name] if name in into else _view(value, kind) for (name, kind), value in values}
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise ModelError(_first_lines(error)) from error
+
     def _run_with_values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """As :meth:`run`, for element types that ``session.run`` does not take from NumPy."""
         value_type = load_runtime().OrtValue
@@ -82,24 +118,31 @@ class Session:
             else:
                 values[name] = value_type.ortvalue_from_numpy(array)
         results = self._raw.run_with_ort_values(self._names, values)
-        return {name: _to_numpy(value, kind) for (name, kind), value in zip(self.outputs, results, strict=True)}
+        return {
+            name: value.numpy() if kind is None or is_native(kind) else np.array(_view(value, kind))
+            for (name, kind), value in zip(self.outputs, results, strict=True)
+        }
 
     def end_profiling(self) -> Path:
         """Stop the profile this session was opened with and return its file."""
         return Path(self._raw.end_profiling())
 
 
-def _to_numpy(value: Any, kind: str | None) -> Array:
-    if kind is None or is_native(kind):
-        result: Array = value.numpy()
-        return result
-    dtype = numpy_dtype(kind)
-    shape = value.shape()
-    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if count == 0:
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _view(value: Any, kind: str | None) -> Array:
+    """An array in the memory of an ``OrtValue``, which lives as long as the array does."""
+    assert kind is not None
+    shape, dtype = value.shape(), numpy_dtype(kind)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size == 0:
         return np.empty(shape, dtype)
-    memory = ctypes.string_at(value.data_ptr(), count)
-    return np.frombuffer(bytearray(memory), dtype=np.uint8).view(dtype).reshape(shape)
+    memory = (ctypes.c_uint8 * size).from_address(value.data_ptr())
+    memory.owner = value  # type: ignore[attr-defined]
+    return np.ndarray(shape, dtype, memory)  # type: ignore[arg-type]
 
 
 def runtime_type(text: str) -> str | None:
@@ -119,6 +162,7 @@ def open_session(
     spinning: bool = False,
     external_data_folder: Path | None = None,
     profile_prefix: Path | None = None,
+    save_packed: Path | None = None,
 ) -> Session:
     """Open a session.
 
@@ -130,6 +174,8 @@ def open_session(
         spinning: let idle threads spin, as ONNX Runtime does when it has the host to itself.
         external_data_folder: where a model given as bytes finds its external data.
         profile_prefix: when given, ONNX Runtime profiles every run into a file with this prefix.
+        save_packed: when given, the optimised model is written there, and beside it its weights as this CPU's kernels
+            read them; a session on that file, at the level ``disabled``, maps them.
 
     Raises:
         MissingDependency: no ONNX Runtime is installed.
@@ -157,6 +203,12 @@ def open_session(
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
+    if save_packed is not None:
+        options.optimized_model_filepath = str(save_packed)
+        prefix = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{prefix}_file_name", f"{save_packed.stem}.data")
+        options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
+        options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     providers: list[Any] = [(wanted.name, dict(wanted.options))]
     if wanted.name != "CPUExecutionProvider":
         providers.append("CPUExecutionProvider")

@@ -6,6 +6,7 @@ messages. NumPy lacks some of them; ``ml_dtypes`` adds those that ONNX Runtime c
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -56,6 +57,7 @@ def type_name(number: int) -> str | None:
     return _ONNX_TYPE_NAME.get(number)
 
 
+@functools.cache
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The NumPy type that holds an element; ``object`` for strings.
 
@@ -74,6 +76,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     raise InputError(f"type {dtype!r} cannot be held in an array; known: {', '.join(sorted(TRAVELLING_TYPES))}")
 
 
+@functools.cache
 def dtype_name(dtype: np.dtype[Any]) -> str | None:
     """ONNX's name of a NumPy type; None when it has none."""
     if dtype.kind in "OUST":

@@ -1,7 +1,7 @@
 """Headers and tensors to frames and back. Nothing is allocated before its size is checked, and nothing is unpickled.
 
-    frame 0    header, MessagePack
-    frame 1..  the bytes of a tensor each, C order, little-endian
+    frame 0    header, MessagePack; small tensors are in it
+    frame 1..  the bytes of a tensor each, C order, little-endian; none for those in the sender's shared memory
 
 A tensor of strings is its number of bytes for each string, as uint32, then the UTF-8 bytes of all.
 """
@@ -9,7 +9,7 @@ A tensor of strings is its number of bytes for each string, as uint32, then the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -18,11 +18,16 @@ import numpy as np
 from onnxsplit.errors import InputError
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, numpy_dtype
 from runtime.errors import ProtocolError
-from runtime.messages import CoordinatorControl, Data, NodeControl, TensorHead
+from runtime.messages import CoordinatorControl, Data, NodeControl, Place, TensorHead
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
 MAX_RANK = 32
+
+INLINE_BYTES = 16 << 10
+"""Tensors up to this size ride in the header: copying them costs less than keeping track of them."""
+
+_INLINE_TOTAL_BYTES = MAX_HEADER_BYTES // 2
 
 Buffer = bytes | memoryview
 """The bytes of one frame."""
@@ -65,15 +70,32 @@ def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
         raise ProtocolError(f"a header that is none of the protocol: {error}") from error
 
 
-def encode_tensors(tensors: Mapping[str, Array]) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
-    """Heads and frames of tensors; a numeric tensor's frame is its own memory where it is contiguous."""
+def encode_tensors(
+    tensors: Mapping[str, Array], places: Mapping[str, Place] | None = None
+) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
+    """Heads and frames of tensors.
+
+    Args:
+        tensors: by name.
+        places: where those are that lie in shared memory. Of the others, small ones go into their heads, and the
+            rest into frames: a numeric tensor's frame is its own memory where it is contiguous.
+    """
     heads, frames = [], []
+    room = _INLINE_TOTAL_BYTES
     for name, tensor in tensors.items():
         dtype = dtype_name(tensor.dtype)
         if dtype is None:
             raise InputError(f"tensor {name!r} has the type {tensor.dtype}, which cannot travel")
-        heads.append(TensorHead(name, dtype, tuple(tensor.shape)))
-        frames.append(_encode_strings(tensor) if dtype == "string" else _bytes_of(tensor))
+        payload: bytes | Place | None = places.get(name) if places else None
+        if payload is None:
+            raw = _encode_strings(tensor) if dtype == "string" else None
+            size = tensor.nbytes if raw is None else len(raw)
+            if size <= INLINE_BYTES and size <= room:
+                payload = tensor.tobytes() if raw is None else raw
+                room -= size
+            else:
+                frames.append(_bytes_of(tensor) if raw is None else raw)
+        heads.append(TensorHead(name, dtype, tensor.shape, payload))
     return tuple(heads), frames
 
 
@@ -87,22 +109,43 @@ def _encode_strings(tensor: Array) -> bytes:
     return np.array([len(text) for text in texts], dtype="<u4").tobytes() + b"".join(texts)
 
 
-def decode_tensors(heads: Sequence[TensorHead], frames: Sequence[Buffer]) -> dict[str, Array]:
-    """The tensors of a fragment. Numeric ones lie in the frames' own memory, read-only.
+def frames_of(heads: Sequence[TensorHead]) -> int:
+    """Number of frames that follow a header."""
+    return sum(head.payload is None for head in heads)
+
+
+def decode_tensors(
+    heads: Sequence[TensorHead], frames: Sequence[Buffer], at: Callable[[Place, str, Sequence[int]], Array]
+) -> dict[str, Array]:
+    """The tensors of a fragment. Numeric ones lie where they are: in the message or in shared memory, read-only.
+
+    Args:
+        heads: of all tensors.
+        frames: that followed the header.
+        at: the array at a place of the sender's memory, given type and shape.
 
     Raises:
         ProtocolError: heads and frames do not fit each other.
     """
-    if len(heads) != len(frames) or len(heads) > MAX_TENSORS:
+    if frames_of(heads) != len(frames) or len(heads) > MAX_TENSORS:
         raise ProtocolError(f"{len(heads)} tensors in {len(frames)} frames; at most {MAX_TENSORS} are allowed")
-    return {head.name: _decode_tensor(head, frame) for head, frame in zip(heads, frames, strict=True)}
+    rest = iter(frames)
+    found = {}
+    for head in heads:
+        if head.dtype not in TRAVELLING_TYPES:
+            raise ProtocolError(f"tensor {head.name!r} has the type {head.dtype!r}, which cannot travel")
+        if len(head.shape) > MAX_RANK or any(size < 0 for size in head.shape):
+            raise ProtocolError(f"tensor {head.name!r} has the shape {head.shape}")
+        if isinstance(head.payload, Place):
+            if head.dtype == "string":
+                raise ProtocolError(f"tensor {head.name!r}: strings do not go through shared memory")
+            found[head.name] = at(head.payload, head.dtype, head.shape)
+        else:
+            found[head.name] = _decode_tensor(head, next(rest) if head.payload is None else head.payload)
+    return found
 
 
 def _decode_tensor(head: TensorHead, frame: Buffer) -> Array:
-    if head.dtype not in TRAVELLING_TYPES:
-        raise ProtocolError(f"tensor {head.name!r} has the type {head.dtype!r}, which cannot travel")
-    if len(head.shape) > MAX_RANK or any(size < 0 for size in head.shape):
-        raise ProtocolError(f"tensor {head.name!r} has the shape {head.shape}")
     count = math.prod(head.shape)
     if head.dtype == "string":
         return _decode_strings(head, bytes(frame), count)
@@ -112,10 +155,8 @@ def _decode_tensor(head: TensorHead, frame: Buffer) -> Array:
         raise ProtocolError(f"tensor {head.name!r} of {head.dtype}{list(head.shape)} in {size} bytes")
     if count == 0:
         return np.empty(head.shape, dtype)
-    array = np.frombuffer(frame, dtype=np.uint8).view(dtype) if size else np.empty(0, dtype)
-    if not array.flags.aligned:
-        array = array.copy()
-    return array.reshape(head.shape)
+    array: Array = np.ndarray(head.shape, dtype, frame)
+    return array if array.flags.aligned else array.copy()
 
 
 def _decode_strings(head: TensorHead, frame: bytes, count: int) -> Array:

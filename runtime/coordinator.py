@@ -1,6 +1,7 @@
 """The coordinator's loop: performs the effects of :class:`~runtime.coordinator_state.CoordinatorState`.
 
-It runs in a thread of the caller's process. Callers post requests from their own threads; answers go to futures.
+It runs in a thread of the caller's process. A request goes out in its caller's own thread and comes back in the
+coordinator's, so neither hands it to another; the lock is held only to decide and to send, never to copy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from onnxsplit.plan import Plan
 from onnxsplit.tensors import Array
 from runtime import codec
+from runtime.arena import Step
 from runtime.coordinator_state import (
     Announce,
     CloseAsked,
@@ -27,10 +29,12 @@ from runtime.coordinator_state import (
     Effect,
     Enter,
     Event,
+    Expired,
     Forget,
     GiveStage,
     Joined,
     Lost,
+    Met,
     NodeState,
     Prepared,
     Reject,
@@ -38,9 +42,10 @@ from runtime.coordinator_state import (
     Resolve,
     Returned,
     SendAway,
+    ShareMemory,
     Slot,
+    State,
     Submitted,
-    Ticked,
     TimedOut,
     WireAll,
 )
@@ -53,16 +58,19 @@ from runtime.messages import (
     Beat,
     Cancel,
     Failed,
-    Finished,
     Fragment,
     Hello,
     NodeBeat,
+    Peer,
     Ready,
     Refused,
+    Share,
     Stop,
+    Visit,
     Wire,
 )
 from runtime.node_state import sources
+from runtime.payloads import Outgoing, Payloads, shapes_of
 from runtime.transport import Inlet, Outlet, Sockets, Wakeup
 
 BEAT_S = 1.0
@@ -72,7 +80,14 @@ SILENCE_S = 10.0
 _STOP_GRACE_S = 3.0
 _log = logging.getLogger("runtime.coordinator")
 
-Answer = Future[dict[str, Array]]
+
+@dataclass(frozen=True)
+class Answer:
+    """How a request ended: its outputs, which are the caller's own, or an error; and the stages it passed."""
+
+    outputs: dict[str, Array]
+    error: PipelineError | None = None
+    visits: tuple[Visit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,13 @@ class Setup:
         replicas: nodes of every stage.
         providers: provider of every stage.
         threads: threads of every node's session; 0 for the plan's number.
+        share_weights: whether the replicas of each stage map one copy of its weights.
+        memory_bytes: of shared memory for the requests' inputs at most; 0 for none.
         control: where nodes report.
         data: where results come in.
         launcher: starts the nodes; None waits for nodes started by hand.
         start_timeout_s: time for all nodes to become ready; None waits for ever.
+        progress: told how many of all nodes are ready, whenever one more is.
     """
 
     folder: Path
@@ -98,18 +116,20 @@ class Setup:
     replicas: tuple[int, ...]
     providers: tuple[str, ...]
     threads: int
+    share_weights: tuple[bool, ...]
+    memory_bytes: int
     control: str
     data: str
     launcher: Launcher | None
     start_timeout_s: float | None
+    progress: Callable[[int, int], None]
 
 
 @dataclass
 class _Pending:
-    """A request in flight: what the caller gave, what has come back, and the caller's future."""
+    """A request in flight: who wants to know, and what has come back."""
 
-    future: Answer
-    inputs: Mapping[str, Array]
+    done: Callable[[Answer], None]
     outputs: dict[str, Array] = field(default_factory=dict)
 
 
@@ -119,23 +139,25 @@ class Coordinator:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._machine = CoordinatorState(setup.plan, setup.replicas)
-        self._entrances = tuple(
-            tuple(name for name in stage.inputs if name in setup.plan.inputs)
-            if CALLER in sources(setup.plan, stage.index)
-            else None
+        self._entrances = {
+            stage.index: tuple(name for name in stage.inputs if name in setup.plan.inputs)
             for stage in setup.plan.stages
-        )
+            if CALLER in sources(setup.plan, stage.index)
+        }
+        self._payloads = Payloads(setup.memory_bytes)
         self._posted: deque[Event] = deque()
         self._wakeup = Wakeup()
+        self._lock = threading.Lock()  # of the machine, what is pending, the links and the own shared memory
         self._pending: dict[int, _Pending] = {}
-        self._lock = threading.Lock()
+        self._answers: list[tuple[Callable[[Answer], None], Answer]] = []
+        self._links: dict[int, Outlet] = {}
         self._count = 0
+        self._sleeps_until = 0.0
+        self._stopped = False
         self._ready: Future[str] = Future()
         self._handles: dict[Slot, Handle] = {}
         self._heard: dict[bytes, float] = {}
-        self._links: dict[Slot, Outlet] = {}
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
-        self._stopped = False
 
     # Called from any thread
 
@@ -145,17 +167,39 @@ class Coordinator:
         return self._ready
 
     def submit(
-        self, inputs: Mapping[str, Array], wanted: tuple[str, ...], deadline_ns: int | None, future: Answer
-    ) -> None:
-        """Post a request. ``inputs`` must not change until the future is done."""
+        self,
+        inputs: Mapping[str, Array],
+        wanted: tuple[str, ...],
+        deadline_ns: int | None,
+        done: Callable[[Answer], None],
+    ) -> int:
+        """Send a request in; returns its number. ``inputs`` are copied before this returns.
+
+        ``done`` is called once, in the coordinator's thread, or in this one when the request is refused at once.
+        """
+        entering = None
         with self._lock:
-            if self._stopped:
-                future.set_exception(self._machine.error or PipelineClosed("the pipeline was closed"))
-                return
             number = self._count
             self._count += 1
-            self._pending[number] = _Pending(future, inputs)
-            self._post(Submitted(number, wanted, deadline_ns))
+            if self._stopped:
+                error = self._machine.error or PipelineClosed("the pipeline was closed")
+                self._answers.append((done, Answer({}, error)))
+            else:
+                self._pending[number] = _Pending(done)
+                for effect in self._machine.handle(Submitted(number, wanted, deadline_ns)):
+                    if isinstance(effect, Enter):
+                        targets = self._targets(effect.route)
+                        going = Outgoing()
+                        self._payloads.place(going, shapes_of(inputs), targets)
+                        entering = effect, targets, going
+                    else:
+                        self._answer(effect)
+        if entering is not None:
+            self._enter(*entering, inputs)
+            if deadline_ns is not None and deadline_ns / 1e9 < self._sleeps_until:
+                self._wakeup.ring()
+        self._deliver()
+        return number
 
     def close(self) -> None:
         """Stop the nodes, fail what is in flight, and end; returns when everything is gone."""
@@ -173,9 +217,46 @@ class Coordinator:
         """Processes that were started here."""
         return {slot: handle.pid for slot, handle in self._handles.items()}
 
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of inputs in shared memory that nodes have not returned yet."""
+        with self._lock:
+            return self._payloads.lent_bytes
+
     def _post(self, event: Event) -> None:
         self._posted.append(event)
         self._wakeup.ring()
+
+    def _targets(self, route: tuple[int, ...]) -> Mapping[int, tuple[str, ...]]:
+        """The inputs that each node on a route reads, by the node's number."""
+        return {
+            self._machine.number((stage, route[stage])): names
+            for stage, names in self._entrances.items()
+            if route[stage] != NOT_NEEDED
+        }
+
+    def _enter(
+        self, enter: Enter, targets: Mapping[int, tuple[str, ...]], going: Outgoing, inputs: Mapping[str, Array]
+    ) -> None:
+        for name, array in inputs.items():
+            if name in going.arrays:
+                going.arrays[name][...] = array
+            else:  # small ones are copied into the message
+                going.arrays[name] = array if array.nbytes <= codec.INLINE_BYTES else np.array(array, order="C")
+        with self._lock:
+            if self._stopped:
+                return
+            for number, names in targets.items():
+                self._payloads.send(
+                    self._links[number],
+                    number,
+                    going,
+                    names,
+                    request=enter.request,
+                    source=CALLER,
+                    route=enter.route,
+                    wanted=enter.wanted,
+                )
 
     # The coordinator's thread
 
@@ -186,6 +267,8 @@ class Coordinator:
                 try:
                     self._loop(sockets)
                 finally:
+                    with self._lock:
+                        self._stopped = True
                     self._end_nodes()
         except BaseException as error:  # a caller must never wait for a thread that died
             failure = error
@@ -206,41 +289,57 @@ class Coordinator:
                 sockets.watch(handle.fileno())
         if not self._machine.nodes:  # every output passes through: there is nothing to wait for
             self._ready.set_result(control.address)
-        begun = time.monotonic()
-        next_beat = begun
-        closing = False
-        while not closing:
+        begun = next_beat = time.monotonic()
+        while self._machine.state is not State.CLOSED:
             ready = sockets.wait(self._patience(next_beat))
-            self._wakeup.clear()
-            events = [*self._control_events(control), *self._data_events(data), *self._exits(sockets, ready)]
+            events: list[Event] = self._data_events(data) if data.raw in ready else []
+            if len(ready) > (data.raw in ready):
+                self._wakeup.clear()
+                events += [*self._control_events(control), *self._exits(sockets, ready)]
             while self._posted:
                 events.append(self._posted.popleft())
             now = time.monotonic()
             if now >= next_beat:
                 next_beat = now + BEAT_S
-                events += self._silent(now)
-                for identity in self._heard:
-                    control.send(identity, codec.encode(Beat()))
+                events += self._beat(control, now)
                 if setup.start_timeout_s is not None and now - begun > setup.start_timeout_s:
                     events.append(TimedOut(self._late(setup.start_timeout_s)))
-            events.append(Ticked(time.monotonic_ns()))
-            for event in events:
-                closing = closing or isinstance(event, CloseAsked)
-                for effect in self._machine.handle(event):
-                    self._perform(effect, sockets, control, data)
+            with self._lock:
+                events += self._expired()
+                for event in events:
+                    self._handle(event, sockets, control, data)
+            self._deliver()
+
+    def _handle(self, event: Event, sockets: Sockets, control: Inlet, data: Inlet) -> None:
+        effects = deque(self._machine.handle(event))
+        while effects:
+            answer = self._perform(effects.popleft(), sockets, control, data)
+            if answer is not None:
+                effects.extend(self._machine.handle(answer))
+        if isinstance(event, Prepared):
+            total = len(self._machine.nodes)
+            self._setup.progress(total - len(self._machine.missing_nodes()), total)
 
     def _patience(self, next_beat: float) -> float:
-        if self._posted:
-            return 0.0
-        deadline = self._machine.next_deadline_ns()
-        until = next_beat if deadline is None else min(next_beat, deadline / 1e9)
-        return max(0.0, until - time.monotonic()) + 0.001
+        with self._lock:
+            deadline = self._machine.next_deadline_ns()
+            self._sleeps_until = next_beat if deadline is None else min(next_beat, deadline / 1e9)
+        return 0.0 if self._posted else max(0.0, self._sleeps_until - time.monotonic()) + 0.001
 
     def _late(self, seconds: float) -> str:
         missing = ", ".join(
             f"stage {stage} (node {stage}.{replica})" for stage, replica in self._machine.missing_nodes()
         )
         return f"not ready after {seconds:.0f} s: {missing}"
+
+    def _expired(self) -> list[Event]:
+        """Requests whose time ran out, with what the nodes' memory tells of how far they came."""
+        found: list[Event] = []
+        for number, route in self._machine.expired(time.monotonic_ns()).items():
+            nodes = {stage: self._machine.number((stage, r)) for stage, r in enumerate(route) if r != NOT_NEEDED}
+            finished = (stage for stage, node in nodes.items() if self._payloads.step(node, number) is Step.DONE)
+            found.append(Expired(number, frozenset(finished)))
+        return found
 
     def _control_events(self, control: Inlet) -> list[Event]:
         events: list[Event] = []
@@ -255,8 +354,8 @@ class Coordinator:
             match said:
                 case Hello():
                     events.append(Joined(identity, said))
-                case Ready():
-                    events.append(Prepared(identity))
+                case Ready(mapped):
+                    events.append(Prepared(identity, mapped))
                 case Refused(reason):
                     events.append(Declined(identity, reason))
                 case NodeBeat():
@@ -272,20 +371,21 @@ class Coordinator:
                 match said:
                     case Fragment():
                         events += self._collect(said, frames)
-                    case Finished() | Failed():
+                    case Failed():
                         events.append(Reported(said))
             except ProtocolError as error:
                 _log.warning("dropped: %s", error)
         return events
 
     def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> list[Event]:
+        tensors = self._payloads.receive(fragment, frames)
         pending = self._pending.get(fragment.request)
-        if pending is None:
+        # Copied: the caller's arrays are its own, writable and not tied to a message or to a node's memory.
+        copies = {name: np.array(tensor) for name, tensor in tensors.items()} if pending is not None else {}
+        if not self._payloads.give_back(fragment) or pending is None:
             return []
-        tensors = codec.decode_tensors(fragment.tensors, frames)
-        # Copied: the caller's arrays are its own, writable and not tied to a message.
-        pending.outputs.update({name: np.array(tensor) for name, tensor in tensors.items()})
-        return [Returned(fragment.request, tuple(tensors))]
+        pending.outputs.update(copies)
+        return [Returned(fragment.request, tuple(tensors), fragment.history)]
 
     def _exits(self, sockets: Sockets, ready: set[object]) -> list[Event]:
         events: list[Event] = []
@@ -295,8 +395,10 @@ class Coordinator:
                 events.append(Lost(slot, handle.story()))
         return events
 
-    def _silent(self, now: float) -> list[Event]:
-        """Nodes that nobody here started are known to be alive by their beats alone."""
+    def _beat(self, control: Inlet, now: float) -> list[Event]:
+        """Let nodes hear that the coordinator lives; those that nobody here started are known by their beats alone."""
+        for identity in self._heard:
+            control.send(identity, codec.encode(Beat()))
         if self._setup.launcher is not None:
             return []
         return [
@@ -305,15 +407,11 @@ class Coordinator:
             if node.identity in self._heard and now - self._heard[node.identity] > SILENCE_S
         ]
 
-    def _perform(self, effect: Effect, sockets: Sockets, control: Inlet, data: Inlet) -> None:
+    def _perform(self, effect: Effect, sockets: Sockets, control: Inlet, data: Inlet) -> Event | None:
         setup = self._setup
         match effect:
-            case Enter(request, route, wanted):
-                self._enter(request, route, wanted)
-            case Resolve(request):
-                self._answer(request, None)
-            case Reject(request, error):
-                self._answer(request, error)
+            case Resolve() | Reject():
+                self._answer(effect)
             case Forget(request, identities):
                 for identity in identities:
                     control.send(identity, codec.encode(Cancel(request)))
@@ -325,36 +423,51 @@ class Coordinator:
                     replica=replica,
                     provider=setup.providers[stage],
                     threads=setup.threads,
-                    address=data.address,
+                    share_weights=setup.share_weights[stage],
                 )
                 control.send(identity, codec.encode(assign))
-            case WireAll(identities, addresses):
-                for slot in self._machine.nodes:
-                    self._links[slot] = sockets.connect(addresses[slot[0]][slot[1]])
-                for identity in identities:
-                    control.send(identity, codec.encode(Wire(addresses)))
+            case WireAll():
+                return self._wire(sockets, control, data)
+            case ShareMemory(None, readers):
+                self._payloads.share(readers)
+            case ShareMemory(identity, readers):
+                control.send(identity, codec.encode(Share(readers)))
             case SendAway(identity, reason):
                 control.send(identity, codec.encode(Stop(reason)))
             case Announce(None):
                 self._ready.set_result(self._address)
             case Announce(error):
                 self._ready.set_exception(error)
+        return None
 
-    def _enter(self, request: int, route: tuple[int, ...], wanted: tuple[str, ...]) -> None:
-        inputs = self._pending[request].inputs
-        for stage, names in enumerate(self._entrances):
-            if names is None or route[stage] == NOT_NEEDED:
-                continue
-            heads, frames = codec.encode_tensors({name: inputs[name] for name in names})
-            header = Fragment(request, CALLER, route, wanted, heads)
-            self._links[stage, route[stage]].send(codec.encode(header), frames)
+    def _wire(self, sockets: Sockets, control: Inlet, data: Inlet) -> Event:
+        peers = [Peer(CALLER, 0, data.address, self._payloads.memory)]
+        for (stage, replica), node in self._machine.nodes.items():
+            assert node.hello is not None
+            peers.append(Peer(stage, replica, node.hello.address, node.hello.memory))
+        nodes = dict(enumerate(peers))
+        del nodes[0]
+        for number, peer in nodes.items():
+            self._links[number] = sockets.connect(peer.address)
+        for node in self._machine.nodes.values():
+            control.send(node.identity, codec.encode(Wire(tuple(peers))))
+        return Met(self._payloads.meet(0, nodes))
 
-    def _answer(self, request: int, error: PipelineError | None) -> None:
-        pending = self._pending.pop(request)
-        if error is None:
-            pending.future.set_result(pending.outputs)
-        else:
-            pending.future.set_exception(error)
+    def _answer(self, effect: Effect) -> None:
+        """Note what to tell a caller; it is told when the lock is free, since it may submit again at once."""
+        match effect:
+            case Resolve(request, visits):
+                pending = self._pending.pop(request)
+                self._answers.append((pending.done, Answer(pending.outputs, None, visits)))
+            case Reject(request, error):
+                self._answers.append((self._pending.pop(request).done, Answer({}, error)))
+
+    def _deliver(self) -> None:
+        if self._answers:
+            with self._lock:
+                answers, self._answers = self._answers, []
+            for done, answer in answers:
+                done(answer)
 
     def _end_nodes(self) -> None:
         deadline = time.monotonic() + _STOP_GRACE_S
@@ -366,14 +479,14 @@ class Coordinator:
         broken = failure is not None or any(n.state is NodeState.LOST for n in self._machine.nodes.values())
         if self._setup.launcher is not None:
             self._setup.launcher.close(keep_logs=broken)
-        with self._lock:
-            self._stopped = True
         reason = (
             failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
         )
-        for pending in self._pending.values():
-            if not pending.future.done():
-                pending.future.set_exception(reason)
-        self._pending.clear()
+        with self._lock:
+            self._stopped = True
+            self._answers += [(pending.done, Answer({}, reason)) for pending in self._pending.values()]
+            self._pending.clear()
+            self._payloads.close()
+        self._deliver()
         if not self._ready.done():
             self._ready.set_exception(reason)

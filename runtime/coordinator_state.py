@@ -13,8 +13,12 @@ node's story, and so does what comes after.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from heapq import heappop, heappush
+
+from msgspec import Struct
 
 from onnxsplit.plan import Plan
 from runtime.balance import least_outstanding
@@ -26,7 +30,7 @@ from runtime.errors import (
     PipelineError,
     StageFailed,
 )
-from runtime.messages import NOT_NEEDED, PROTOCOL, Failed, Finished, Hello
+from runtime.messages import NOT_NEEDED, PROTOCOL, Failed, Hello, Visit
 
 Slot = tuple[int, int]
 """A stage and a replica of it."""
@@ -58,6 +62,7 @@ class NodeRecord:
     state: NodeState = NodeState.EXPECTED
     identity: bytes = b""
     hello: Hello | None = None
+    mapped: frozenset[int] = frozenset()
     outstanding: int = 0
     requests: int = 0
     failures: int = 0
@@ -65,39 +70,41 @@ class NodeRecord:
     run_ns: int = 0
 
 
-@dataclass(frozen=True)
-class Joined:
+class Joined(Struct, frozen=True):
     """A node reported."""
 
     identity: bytes
     hello: Hello
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A node has loaded its stage and set up its links."""
+class Prepared(Struct, frozen=True):
+    """A node has loaded its stage and set up its links; it has mapped the memory of these peers."""
 
     identity: bytes
+    mapped: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Declined:
+class Met(Struct, frozen=True):
+    """The coordinator itself has mapped the memory of these nodes."""
+
+    mapped: tuple[int, ...]
+
+
+class Declined(Struct, frozen=True):
     """A node cannot do what it was assigned."""
 
     identity: bytes
     reason: str
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(Struct, frozen=True):
     """A node is gone; the reason is its story."""
 
     slot: Slot
     reason: str
 
 
-@dataclass(frozen=True)
-class Submitted:
+class Submitted(Struct, frozen=True):
     """A caller asks for tensors. ``deadline_ns`` is None for none."""
 
     request: int
@@ -105,76 +112,72 @@ class Submitted:
     deadline_ns: int | None
 
 
-@dataclass(frozen=True)
-class Returned:
-    """Tensors of a request came back."""
+class Returned(Struct, frozen=True):
+    """Tensors of a request came back, from a stage with this history."""
 
     request: int
     names: tuple[str, ...]
+    history: tuple[Visit, ...]
 
 
-@dataclass(frozen=True)
-class Reported:
-    """A node says how a request fared at its stage."""
+class Reported(Struct, frozen=True):
+    """A node says that a request failed at its stage."""
 
-    message: Finished | Failed
-
-
-@dataclass(frozen=True)
-class Ticked:
-    """Time has passed."""
-
-    now_ns: int
+    message: Failed
 
 
-@dataclass(frozen=True)
-class TimedOut:
+class Expired(Struct, frozen=True):
+    """A request's time ran out; these stages are known to have finished it."""
+
+    request: int
+    finished: frozenset[int]
+
+
+class TimedOut(Struct, frozen=True):
     """The nodes did not all come up in time."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class CloseAsked:
+class CloseAsked(Struct, frozen=True):
     """The pipeline is to end."""
 
 
-Event = Joined | Prepared | Declined | Lost | Submitted | Returned | Reported | Ticked | TimedOut | CloseAsked
+Event = Joined | Met | Prepared | Declined | Lost | Submitted | Returned | Reported | Expired | TimedOut | CloseAsked
 
 
-@dataclass(frozen=True)
-class GiveStage:
+class GiveStage(Struct, frozen=True):
     """Assign a slot to a node."""
 
     identity: bytes
     slot: Slot
 
 
-@dataclass(frozen=True)
-class WireAll:
-    """Tell every node where all nodes are, by stage, then replica."""
-
-    identities: tuple[bytes, ...]
-    addresses: tuple[tuple[str, ...], ...]
+class WireAll(Struct, frozen=True):
+    """Tell every node who all processes are; answer with :class:`Met`."""
 
 
-@dataclass(frozen=True)
-class SendAway:
+class ShareMemory(Struct, frozen=True):
+    """These peers read a node's memory (the coordinator's own when ``identity`` is None)."""
+
+    identity: bytes | None
+    readers: tuple[int, ...]
+
+
+class SendAway(Struct, frozen=True):
     """Tell a node to end."""
 
     identity: bytes
     reason: str
 
 
-@dataclass(frozen=True)
-class Announce:
+class Announce(Struct, frozen=True):
     """The pipeline is ready, or will never be."""
 
     error: PipelineError | None
 
 
-@dataclass(frozen=True)
-class Enter:
+class Enter(Struct, frozen=True):
     """Send a request's inputs to the stages on its route that read them."""
 
     request: int
@@ -182,30 +185,28 @@ class Enter:
     wanted: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Resolve:
-    """Give the caller its tensors."""
+class Resolve(Struct, frozen=True):
+    """Give the caller its tensors; they passed these stages."""
 
     request: int
+    visits: tuple[Visit, ...]
 
 
-@dataclass(frozen=True)
-class Reject:
+class Reject(Struct, frozen=True):
     """Give the caller an error."""
 
     request: int
     error: PipelineError
 
 
-@dataclass(frozen=True)
-class Forget:
+class Forget(Struct, frozen=True):
     """Tell nodes that nobody waits for a request any more."""
 
     request: int
     identities: tuple[bytes, ...]
 
 
-Effect = GiveStage | WireAll | SendAway | Announce | Enter | Resolve | Reject | Forget
+Effect = GiveStage | WireAll | ShareMemory | SendAway | Announce | Enter | Resolve | Reject | Forget
 
 
 @dataclass
@@ -213,8 +214,8 @@ class _Request:
     wanted: tuple[str, ...]
     route: tuple[int, ...]
     deadline_ns: int | None
-    missing: set[str] = field(default_factory=set)
-    finished: set[int] = field(default_factory=set)
+    missing: set[str]
+    visits: dict[int, Visit] = field(default_factory=dict)
 
 
 class CoordinatorState:
@@ -233,38 +234,58 @@ class CoordinatorState:
             for stage, count in enumerate(replicas)
             for replica in range(count)
         }
+        self._numbers = {slot: position + 1 for position, slot in enumerate(self.nodes)}
         self._plan = plan
         self._replicas = replicas
         self._requests: dict[int, _Request] = {}
+        self._deadlines: list[tuple[int, int]] = []
+        self._mapped: frozenset[int] = frozenset()
 
     def handle(self, event: Event) -> list[Effect]:
         """Take an event; returns what is to be done, in order."""
         match event:
+            case Submitted():
+                return self._submitted(event)
+            case Returned():
+                return self._returned(event)
             case Joined(identity, hello):
                 return self._joined(identity, hello)
-            case Prepared(identity):
-                return self._prepared(identity)
+            case Met(mapped):
+                self._mapped = frozenset(mapped)
+                return []
+            case Prepared():
+                return self._prepared(event)
             case Declined(identity, reason):
                 record = self._by_identity(identity)
                 return self._break(LaunchFailed(f"{self._called(record)}: {reason}")) if record else []
             case Lost(slot, reason):
                 return self._lost(self.nodes[slot], reason)
-            case Submitted():
-                return self._submitted(event)
-            case Returned(request, names):
-                return self._returned(request, names)
             case Reported(message):
                 return self._reported(message)
-            case Ticked(now_ns):
-                return self._ticked(now_ns)
+            case Expired(request, finished):
+                return self._expired(request, finished)
             case TimedOut(reason):
                 return self._break(LaunchFailed(reason)) if self.state is State.STARTING else []
             case CloseAsked():
                 return self._close()
 
     def next_deadline_ns(self) -> int | None:
-        """When :class:`Ticked` is needed next."""
-        return min((r.deadline_ns for r in self._requests.values() if r.deadline_ns is not None), default=None)
+        """When a request's time runs out next."""
+        while self._deadlines and self._deadlines[0][1] not in self._requests:
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def expired(self, now_ns: int) -> Mapping[int, tuple[int, ...]]:
+        """The requests whose time has run out, and their routes."""
+        late = {}
+        while (first := self.next_deadline_ns()) is not None and first <= now_ns:
+            number = heappop(self._deadlines)[1]
+            late[number] = self._requests[number].route
+        return late
+
+    def number(self, slot: Slot) -> int:
+        """The number under which all processes know a node; 0 is the coordinator's own."""
+        return self._numbers[slot]
 
     def missing_nodes(self) -> tuple[Slot, ...]:
         """The slots whose nodes are not ready."""
@@ -290,22 +311,27 @@ class CoordinatorState:
         record.identity, record.hello, record.state = identity, hello, NodeState.LOADING
         effects: list[Effect] = [GiveStage(identity, record.slot)]
         if all(node.hello is not None for node in self.nodes.values()):
-            addresses = tuple(
-                tuple(self._address((stage, replica)) for replica in range(count))
-                for stage, count in enumerate(self._replicas)
-            )
-            effects.append(WireAll(tuple(node.identity for node in self.nodes.values()), addresses))
+            effects.append(WireAll())
         return effects
 
-    def _prepared(self, identity: bytes) -> list[Effect]:
-        record = self._by_identity(identity)
+    def _prepared(self, event: Prepared) -> list[Effect]:
+        record = self._by_identity(event.identity)
         if record is None or record.state is not NodeState.LOADING:
             return []
-        record.state = NodeState.READY
+        record.state, record.mapped = NodeState.READY, frozenset(event.mapped)
         if self.state is State.STARTING and not self.missing_nodes():
             self.state = State.READY
-            return [Announce(None)]
+            return [*self._shared(), Announce(None)]
         return []
+
+    def _shared(self) -> list[Effect]:
+        """Memory is lent to those who can read it and whose returns can be read."""
+        mapped = {0: self._mapped} | {self._numbers[slot]: node.mapped for slot, node in self.nodes.items()}
+        identities = {0: None} | {self._numbers[slot]: node.identity for slot, node in self.nodes.items()}
+        return [
+            ShareMemory(identity, tuple(other for other in sorted(mapped[number]) if number in mapped.get(other, ())))
+            for number, identity in identities.items()
+        ]
 
     def _lost(self, record: NodeRecord, reason: str) -> list[Effect]:
         if record.state is NodeState.LOST or self.state is State.CLOSED:
@@ -313,11 +339,6 @@ class CoordinatorState:
         record.state = NodeState.LOST
         kind = LaunchFailed if self.state is State.STARTING else NodeFailed
         return self._break(kind(f"{self._called(record)} {reason}"))
-
-    def _address(self, slot: Slot) -> str:
-        hello = self.nodes[slot].hello
-        assert hello is not None
-        return hello.address
 
     def _by_identity(self, identity: bytes) -> NodeRecord | None:
         return next((node for node in self.nodes.values() if node.identity == identity), None)
@@ -340,68 +361,58 @@ class CoordinatorState:
             if replica != NOT_NEEDED:
                 self.nodes[stage, replica].outstanding += 1
         self._requests[event.request] = _Request(event.wanted, route, event.deadline_ns, set(event.wanted))
+        if event.deadline_ns is not None:
+            heappush(self._deadlines, (event.deadline_ns, event.request))
         return [Enter(event.request, route, event.wanted)]
 
     def _choose(self, stage: int) -> int:
         return least_outstanding([self.nodes[stage, r].outstanding for r in range(self._replicas[stage])])
 
-    def _returned(self, number: int, names: tuple[str, ...]) -> list[Effect]:
-        request = self._requests.get(number)
+    def _returned(self, event: Returned) -> list[Effect]:
+        request = self._requests.get(event.request)
         if request is None:
             return []
-        request.missing.difference_update(names)
+        request.missing.difference_update(event.names)
+        request.visits.update((visit.stage, visit) for visit in event.history)
         if request.missing:
             return []
-        self._end(number)
-        return [Resolve(number)]
+        self._end(event.request)
+        for visit in request.visits.values():
+            record = self.nodes.get((visit.stage, visit.replica))
+            if record is not None:
+                record.requests += 1
+                record.wait_ns += visit.started_ns - visit.arrived_ns
+                record.run_ns += visit.ended_ns - visit.started_ns
+        return [Resolve(event.request, tuple(request.visits.values()))]
 
-    def _reported(self, message: Finished | Failed) -> list[Effect]:
+    def _reported(self, message: Failed) -> list[Effect]:
         record = self.nodes.get((message.stage, message.replica))
         if record is None:
-            return []
-        request = self._requests.get(message.request)
-        if request is not None and message.stage not in request.finished:
-            request.finished.add(message.stage)
-            record.outstanding -= 1
-        if isinstance(message, Finished):
-            record.requests += 1
-            record.wait_ns += message.wait_ns
-            record.run_ns += message.run_ns
             return []
         record.failures += 1
         error = StageFailed(f"{self._called(record)} could not execute the request: {message.reason}")
         return self._refuse(message.request, error)
 
+    def _expired(self, number: int, finished: frozenset[int]) -> list[Effect]:
+        request = self._requests.get(number)
+        if request is None:
+            return []
+        behind = [str(stage) for stage, r in enumerate(request.route) if r != NOT_NEEDED and stage not in finished]
+        where = f"stage {', '.join(behind)} had not finished" if behind else "its outputs were on their way"
+        return self._refuse(number, DeadlineExceeded(f"the request's time ran out: {where}"))
+
     def _refuse(self, number: int, error: PipelineError) -> list[Effect]:
         request = self._requests.get(number)
         if request is None:
             return []
-        waiting = tuple(
-            self.nodes[stage, replica].identity
-            for stage, replica in enumerate(request.route)
-            if replica != NOT_NEEDED and stage not in request.finished
-        )
         self._end(number)
-        return [Reject(number, error), Forget(number, waiting)]
+        nodes = [self.nodes[stage, replica] for stage, replica in enumerate(request.route) if replica != NOT_NEEDED]
+        return [Reject(number, error), Forget(number, tuple(node.identity for node in nodes))]
 
     def _end(self, number: int) -> None:
-        request = self._requests.pop(number)
-        for stage, replica in enumerate(request.route):
-            if replica != NOT_NEEDED and stage not in request.finished:
+        for stage, replica in enumerate(self._requests.pop(number).route):
+            if replica != NOT_NEEDED:
                 self.nodes[stage, replica].outstanding -= 1
-
-    def _ticked(self, now_ns: int) -> list[Effect]:
-        effects: list[Effect] = []
-        for number, request in list(self._requests.items()):
-            if request.deadline_ns is not None and request.deadline_ns <= now_ns:
-                behind = [
-                    f"{stage}"
-                    for stage, r in enumerate(request.route)
-                    if r != NOT_NEEDED and stage not in request.finished
-                ]
-                where = f"stage {', '.join(behind)} had not finished" if behind else "its outputs were on their way"
-                effects += self._refuse(number, DeadlineExceeded(f"the request's time ran out: {where}"))
-        return effects
 
     # The end
 

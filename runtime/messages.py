@@ -1,12 +1,12 @@
 """What is said on the wire.
 
-Two links, each ROUTER (who binds) to DEALER (who connects), each message a header and then, for fragments, one frame
-a tensor:
+Two links, each ROUTER (who binds) to DEALER (who connects), each message a header and then, for fragments, a frame
+for every tensor that is neither in the header nor in shared memory:
 
     control   node DEALER -> coordinator ROUTER    Hello Ready Refused NodeBeat         once, and once a second
-              coordinator -> node                  Assign Wire Cancel Beat Stop
+              coordinator -> node                  Assign Wire Share Cancel Beat Stop
     data      coordinator, node -> node ROUTER     Fragment [tensor ...]                inputs of a stage
-              node -> coordinator ROUTER           Fragment [tensor ...] Finished Failed
+              node -> coordinator ROUTER           Fragment [tensor ...] Failed
 
 Headers are MessagePack with a tag; unknown fields and tags are refused.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Both ends must speak the same version; a node that speaks another is refused by name."""
 
 CALLER = -1
@@ -29,6 +29,25 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_li
     """Base of all headers."""
 
 
+class Memory(_Message, frozen=True):
+    """A process's shared memory: where to open it, on which host, and the token that shows it is the right one."""
+
+    host: str
+    pid: int
+    descriptor: int
+    token: bytes
+    size_bytes: int
+
+
+class Peer(_Message, frozen=True):
+    """A process: the stage it executes (:data:`CALLER`: the caller's), where it takes fragments, its memory."""
+
+    stage: int
+    replica: int
+    address: str
+    memory: Memory | None
+
+
 class Hello(_Message, tag="hello", frozen=True):
     """A node reports: who it is and where it takes fragments. ``stage`` and ``replica`` are wishes, -1 for any."""
 
@@ -38,10 +57,13 @@ class Hello(_Message, tag="hello", frozen=True):
     address: str
     stage: int
     replica: int
+    memory: Memory | None
 
 
 class Ready(_Message, tag="ready", frozen=True):
-    """The node's stage is loaded and its links are set up."""
+    """The node's stage is loaded and its links are set up; it has mapped the memory of the peers ``mapped``."""
+
+    mapped: tuple[int, ...]
 
 
 class Refused(_Message, tag="refused", frozen=True):
@@ -60,7 +82,7 @@ class Assign(_Message, tag="assign", frozen=True):
     """The stage a node is to execute.
 
     ``plan_id`` is the SHA-256 of plan.json in ``folder``, a path on the coordinator's host. ``threads`` is 0 for the
-    plan's number. ``address`` takes results.
+    plan's number. ``share_weights``: map them from the copy that the replicas on a host have in common.
     """
 
     plan_id: str
@@ -69,13 +91,19 @@ class Assign(_Message, tag="assign", frozen=True):
     replica: int
     provider: str
     threads: int
-    address: str
+    share_weights: bool
 
 
 class Wire(_Message, tag="wire", frozen=True):
-    """Where all nodes take fragments: by stage, then replica."""
+    """All processes of the pipeline. A peer's number is its position; the first is the caller's."""
 
-    addresses: tuple[tuple[str, ...], ...]
+    peers: tuple[Peer, ...]
+
+
+class Share(_Message, tag="share", frozen=True):
+    """The peers that can read the node's memory, and whose returns it can read: to them, tensors go in place."""
+
+    readers: tuple[int, ...]
 
 
 class Cancel(_Message, tag="cancel", frozen=True):
@@ -94,12 +122,43 @@ class Stop(_Message, tag="stop", frozen=True):
     reason: str
 
 
+class Place(_Message, frozen=True):
+    """Where a tensor is in the sender's memory: a use of a slot, and the offset of the tensor in the whole memory."""
+
+    slot: int
+    generation: int
+    offset: int
+
+
 class TensorHead(_Message, frozen=True):
-    """A tensor whose bytes are in a frame of its own."""
+    """A tensor, and where its bytes are: here, in the sender's memory, or (None) in a frame of its own."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    payload: bytes | Place | None
+
+
+class Visit(_Message, frozen=True):
+    """A request at a stage. Times are the host's monotonic clock in nanoseconds.
+
+    Attributes:
+        stage: the stage.
+        replica: which node of it.
+        arrived_ns: its last fragment was there.
+        started_ns: the session began.
+        ended_ns: the session ended.
+        sent_ns: its outputs were ready to go.
+        output_bytes: of all outputs that were sent.
+    """
+
+    stage: int
+    replica: int
+    arrived_ns: int
+    started_ns: int
+    ended_ns: int
+    sent_ns: int
+    output_bytes: int
 
 
 class Fragment(_Message, tag="fragment", frozen=True):
@@ -107,27 +166,21 @@ class Fragment(_Message, tag="fragment", frozen=True):
 
     Attributes:
         request: number of the request.
+        sender: number of the process that sends.
         source: the stage that sends, or :data:`CALLER`.
         route: the replica that executes each stage, :data:`NOT_NEEDED` where none does.
         wanted: tensors the caller asked for.
-        tensors: one for every frame that follows.
+        tensors: what is sent.
+        history: the stages the request has passed on the way here.
     """
 
     request: int
+    sender: int
     source: int
     route: tuple[int, ...]
     wanted: tuple[str, ...]
     tensors: tuple[TensorHead, ...]
-
-
-class Finished(_Message, tag="finished", frozen=True):
-    """A stage executed a request. Times in nanoseconds: waiting for its turn, and running."""
-
-    request: int
-    stage: int
-    replica: int
-    wait_ns: int
-    run_ns: int
+    history: tuple[Visit, ...]
 
 
 class Failed(_Message, tag="failed", frozen=True):
@@ -140,5 +193,5 @@ class Failed(_Message, tag="failed", frozen=True):
 
 
 NodeControl = Hello | Ready | Refused | NodeBeat
-CoordinatorControl = Assign | Wire | Cancel | Beat | Stop
-Data = Fragment | Finished | Failed
+CoordinatorControl = Assign | Wire | Share | Cancel | Beat | Stop
+Data = Fragment | Failed

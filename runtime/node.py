@@ -8,6 +8,7 @@ told to, when its coordinator falls silent, and, started by a launcher, as soon 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import select
@@ -19,41 +20,31 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec.structs
 
 from onnxsplit.errors import OnnxsplitError
+from onnxsplit.tensors import Array
 from runtime import codec
+from runtime.arena import Step
 from runtime.errors import ProtocolError
-from runtime.messages import (
-    CALLER,
-    PROTOCOL,
-    Assign,
-    Beat,
-    Cancel,
-    Fragment,
-    Hello,
-    NodeBeat,
-    NodeControl,
-    Ready,
-    Refused,
-    Stop,
-    Wire,
-)
+from runtime.messages import PROTOCOL, Assign, Fragment, Hello, Peer, Ready, Refused
+from runtime.node_control import ControlLink
 from runtime.node_state import (
     Arrived,
-    Assigned,
     Cancelled,
     Connect,
+    Discard,
     Effect,
     Event,
     Executed,
     ExecutionFailed,
     Exit,
     Forward,
+    GiveBack,
     Load,
     Loaded,
     LoadFailed,
@@ -62,16 +53,17 @@ from runtime.node_state import (
     Run,
     SayReady,
     SayRefused,
+    Share,
     State,
     StopAsked,
-    Wired,
+    Turn,
 )
+from runtime.payloads import Outgoing, Payloads
 from runtime.stage_runner import StageRunner
 from runtime.transport import Inlet, Outlet, Sockets, Wakeup, check_address
 
-BEAT_S = 1.0
-SILENCE_S = 10.0
-"""A coordinator that was heard of and then says nothing for this long is taken for dead."""
+DEFAULT_MEMORY_BYTES = 1 << 30
+"""Of a node's outputs in shared memory at once; what does not fit is copied through sockets."""
 
 _EXIT_GRACE_S = 2.0
 _log = logging.getLogger("runtime.node")
@@ -89,6 +81,7 @@ class NodeOptions:
         plan: its own copy of the plan directory; the coordinator's folder when None.
         provider: overrides the coordinator's choice.
         threads: overrides the plan's number; 0 does not.
+        memory_bytes: of shared memory for its outputs at most; 0 for none.
         home: a folder of the launcher's, removed when the launcher dies. Set together with ``lifeline``.
         lifeline: end when standard input does.
     """
@@ -100,6 +93,7 @@ class NodeOptions:
     plan: Path | None = None
     provider: str | None = None
     threads: int = 0
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
     home: Path | None = None
     lifeline: bool = False
 
@@ -117,73 +111,6 @@ def serve(options: NodeOptions) -> int:
         return _Node(options, Path(home)).serve()
 
 
-class _Control(threading.Thread):
-    """Speaks with the coordinator: hands over what it says, sends what the node has to say, and beats."""
-
-    def __init__(self, node: _Node, address: str, hello: Hello) -> None:
-        super().__init__(name="control", daemon=True)
-        self._node = node
-        self._address = address
-        self._outbox: deque[NodeControl] = deque([hello])
-        self._wakeup = Wakeup()
-        self._ending = False
-
-    def say(self, message: NodeControl) -> None:
-        """Send a message soon; callable from any thread."""
-        self._outbox.append(message)
-        self._wakeup.ring()
-
-    def end(self) -> None:
-        """Send what is left and end the thread."""
-        self._ending = True
-        self._wakeup.ring()
-        self.join(_EXIT_GRACE_S)
-
-    def run(self) -> None:
-        """Until the node ends or the coordinator falls silent."""
-        with Sockets(linger_s=0.5) as sockets:
-            link = sockets.connect(self._address, receive=True)
-            sockets.watch(self._wakeup.fileno())
-            heard: float | None = None
-            next_beat = 0.0
-            while True:
-                ending = self._ending
-                while self._outbox:
-                    link.send(codec.encode(self._outbox.popleft()))
-                if ending:
-                    return
-                now = time.monotonic()
-                if heard is not None and now >= next_beat:
-                    link.send(codec.encode(NodeBeat(self._node.progress)))
-                    next_beat = now + BEAT_S
-                if heard is not None and now - heard > SILENCE_S:
-                    self._node.lost(f"the coordinator has been silent for {SILENCE_S:.0f} s")
-                    return
-                sockets.wait(BEAT_S / 2)
-                self._wakeup.clear()
-                while (header := link.receive()) is not None:
-                    heard = time.monotonic()
-                    self._take(header)
-
-    def _take(self, header: bytes) -> None:
-        try:
-            message = codec.decode_coordinator_control(header)
-        except ProtocolError as error:
-            _log.warning("dropped: %s", error)
-            return
-        match message:
-            case Assign():
-                self._node.post(Assigned(message))
-            case Wire(addresses):
-                self._node.post(Wired(addresses))
-            case Cancel(request):
-                self._node.post(Cancelled(request))
-            case Stop(reason):
-                self._node.lost(reason)
-            case Beat():
-                pass
-
-
 class _Node:
     """The main thread: performs the effects of :class:`~runtime.node_state.NodeState`."""
 
@@ -193,8 +120,11 @@ class _Node:
         self._machine = NodeState()
         self._posted: deque[Event] = deque()
         self._wakeup = Wakeup()
-        self._links: dict[tuple[int, int], Outlet] = {}
+        self._payloads = Payloads(options.memory_bytes)
+        self._mapped: tuple[int, ...] = ()
+        self._links: dict[int, Outlet] = {}
         self._runner: StageRunner | None = None
+        self._ran = _Ran({}, Outgoing())
         self._refused = False
         self._exit: Exit | None = None
 
@@ -228,8 +158,16 @@ class _Node:
         with Sockets() as sockets:
             inlet = sockets.bind(options.bind or self._default_address())
             sockets.watch(self._wakeup.fileno())
-            hello = Hello(PROTOCOL, os.getpid(), socket.gethostname(), inlet.address, options.stage, options.replica)
-            control = _Control(self, options.connect, hello)
+            hello = Hello(
+                protocol=PROTOCOL,
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                address=inlet.address,
+                stage=options.stage,
+                replica=options.replica,
+                memory=self._payloads.memory,
+            )
+            control = ControlLink(self, options.connect, hello)
             control.start()
             self._loop(sockets, inlet, control)
             control.end()
@@ -242,21 +180,23 @@ class _Node:
             return "tcp://127.0.0.1:*"
         return f"ipc://{self._home / f'node-{os.getpid()}'}"
 
-    def _loop(self, sockets: Sockets, inlet: Inlet, control: _Control) -> None:
+    def _loop(self, sockets: Sockets, inlet: Inlet, control: ControlLink) -> None:
+        """What the coordinator says goes first, then what comes in, then one request at a time."""
+        machine = self._machine
         while self._exit is None:
-            sockets.wait(60.0)
-            self._wakeup.clear()
-            while self._posted and self._exit is None:
-                self._handle(self._posted.popleft(), sockets, control)
-            while self._exit is None and (message := inlet.receive()) is not None:
-                _, header, frames = message
-                event = _arrival(header, frames)
-                if event is not None and self._machine.state is State.READY:
+            ready = sockets.wait(0.0 if machine.ready else 60.0)
+            if self._posted or self._wakeup.fileno() in ready:
+                self._wakeup.clear()
+                while self._posted and self._exit is None:
+                    self._handle(self._posted.popleft(), sockets, control)
+            if inlet.raw in ready and (message := inlet.receive()) is not None:
+                event = self._arrival(*message[1:])
+                if event is not None and machine.state is State.READY:
                     self._handle(event, sockets, control)
-                if self._posted:
-                    break
+            if machine.ready and self._exit is None:
+                self._handle(Turn(), sockets, control)
 
-    def _handle(self, event: Event, sockets: Sockets, control: _Control) -> None:
+    def _handle(self, event: Event, sockets: Sockets, control: ControlLink) -> None:
         if isinstance(event, Cancelled) and self._machine.state is not State.READY:
             return
         effects = deque(self._machine.handle(event))
@@ -265,26 +205,27 @@ class _Node:
             if answer is not None:
                 effects.extend(self._machine.handle(answer))
 
-    def _perform(self, effect: Effect, sockets: Sockets, control: _Control) -> Event | None:
+    def _perform(self, effect: Effect, sockets: Sockets, control: ControlLink) -> Event | None:
         match effect:
-            case Run(request, inputs):
-                return self._run(request, inputs)
+            case Run(request, inputs, targets):
+                return self._run(request, inputs, targets)
+            case GiveBack(fragments):
+                held = [self._payloads.give_back(fragment) for fragment in fragments]
+                self._ran.valid = all(held)
             case Forward():
-                heads, frames = codec.encode_tensors(effect.tensors)
-                source = self._assign.stage
-                header = Fragment(effect.request, source, effect.route, effect.wanted, heads)
-                self._links[effect.stage, effect.replica].send(codec.encode(header), frames)
+                self._forward(effect)
+            case Discard():
+                self._payloads.drop(self._ran.going)
             case Report(message):
-                self._links[CALLER, 0].send(codec.encode(message))
+                self._links[0].send(codec.encode(message))
             case Load(assign):
                 return self._load(assign)
-            case Connect(addresses):
-                self._links[CALLER, 0] = sockets.connect(self._assign.address)
-                for stage, replicas in addresses.items():
-                    for replica, address in enumerate(replicas):
-                        self._links[stage, replica] = sockets.connect(address)
+            case Connect(me, neighbours, targets):
+                self._connect(me, neighbours, targets, sockets)
+            case Share(readers):
+                self._payloads.share(readers)
             case SayReady():
-                control.say(Ready())
+                control.say(Ready(self._mapped))
             case SayRefused(reason):
                 self._refused = True
                 control.say(Refused(reason))
@@ -303,25 +244,65 @@ class _Node:
             return LoadFailed(str(error))
         return Loaded(self._runner.plan)
 
-    def _run(self, request: int, inputs: object) -> Event:
+    def _connect(self, me: int, neighbours: Mapping[int, Peer], targets: frozenset[int], sockets: Sockets) -> None:
+        self._mapped = self._payloads.meet(me, neighbours)
+        for number in targets:
+            self._links[number] = sockets.connect(neighbours[number].address)
+        gc.freeze()  # what is here now stays; requests make no cycles, so there is little to look for
+        gc.set_threshold(100_000, 50, 50)
+
+    def _arrival(self, header: bytes, frames: list[codec.Buffer]) -> Arrived | None:
+        try:
+            fragment = codec.decode_data(header)
+            if not isinstance(fragment, Fragment):
+                raise ProtocolError(f"a {type(fragment).__name__} where only fragments come in")
+            return Arrived(fragment, self._payloads.receive(fragment, frames), time.monotonic_ns())
+        except ProtocolError as error:
+            _log.warning("dropped: %s", error)
+            return None
+
+    def _run(self, request: int, inputs: Mapping[str, Array], targets: Mapping[int, tuple[str, ...]]) -> Event:
         assert self._runner is not None
+        payloads = self._payloads
+        going = payloads.reserve(self._runner.proven(inputs), targets)
+        self._ran = _Ran(targets, going)
+        payloads.record(request, Step.RUNNING)
         started = time.monotonic_ns()
         try:
-            outputs = self._runner.run(inputs)  # type: ignore[arg-type]
+            outputs = self._runner.run(inputs, going.arrays)
         except OnnxsplitError as error:
+            payloads.drop(going)
             return ExecutionFailed(request, str(error))
-        return Executed(request, outputs, started, time.monotonic_ns())
+        ended = time.monotonic_ns()
+        payloads.complete(going, outputs, targets)
+        payloads.record(request, Step.DONE)
+        return Executed(request, started, ended, time.monotonic_ns(), going.size_bytes)
+
+    def _forward(self, effect: Forward) -> None:
+        if not self._ran.valid:  # the inputs were taken away meanwhile: somebody else does this request
+            self._payloads.drop(self._ran.going)
+            return
+        for number, names in self._ran.targets.items():
+            self._payloads.send(
+                self._links[number],
+                number,
+                self._ran.going,
+                names,
+                request=effect.request,
+                source=self._assign.stage,
+                route=effect.route,
+                wanted=effect.wanted,
+                history=effect.history,
+            )
 
 
-def _arrival(header: bytes, frames: list[codec.Buffer]) -> Arrived | None:
-    try:
-        fragment = codec.decode_data(header)
-        if not isinstance(fragment, Fragment):
-            raise ProtocolError(f"a {type(fragment).__name__} where only fragments come in")
-        return Arrived(fragment, codec.decode_tensors(fragment.tensors, frames), time.monotonic_ns())
-    except ProtocolError as error:
-        _log.warning("dropped: %s", error)
-        return None
+@dataclass
+class _Ran:
+    """The request that ran last: its outputs, who gets which, and whether its inputs were there to the end."""
+
+    targets: Mapping[int, tuple[str, ...]]
+    going: Outgoing
+    valid: bool = True
 
 
 def _watch_lifeline(home: Path) -> None:
@@ -342,10 +323,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", type=int, required=True)
     parser.add_argument("--replica", type=int, required=True)
     parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--memory", type=int, required=True)
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     return serve(
-        NodeOptions(connect=given.connect, stage=given.stage, replica=given.replica, home=given.home, lifeline=True)
+        NodeOptions(
+            connect=given.connect,
+            stage=given.stage,
+            replica=given.replica,
+            memory_bytes=given.memory,
+            home=given.home,
+            lifeline=True,
+        )
     )
 
 

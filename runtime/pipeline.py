@@ -9,23 +9,25 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import InputError, PlanError
+from onnxsplit.errors import InputError
 from onnxsplit.plan import Plan, load_plan, plan_id, read_plan_file
 from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, check_inputs, load_npz
+from runtime.admission import Admission
 from runtime.coordinator import Answer, Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
+from runtime.launch import Launcher
 from runtime.launch.local import LocalLauncher
+from runtime.microbatch import Axes, batch_axes, batch_size, join, split
+from runtime.options import RunOptions, memory_for_requests_bytes
 from runtime.transport import check_address
 
 START_TIMEOUT_S = 120.0
-
-Mode = Literal["sync", "async"]
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,19 @@ class Pipeline:
     """A running plan; a context manager. Made by :meth:`launch` or :meth:`listen`, ended by :meth:`close`.
 
     Callable from any number of threads.
+
+    Attributes:
+        plan: what it runs.
+        inflight: requests, or micro-batches, that it admits at once.
+        address: where nodes report.
     """
 
-    def __init__(
-        self, folder: Path, plan: Plan, coordinator: Coordinator, *, inflight: int, replicas: tuple[int, ...]
-    ) -> None:
+    def __init__(self, folder: Path, plan: Plan, coordinator: Coordinator, entrance: Admission, rows: int) -> None:
         self.plan = plan
-        self.inflight = inflight
-        self._replicas = replicas
+        self.inflight = entrance.requests
+        self._entrance = entrance
+        self._rows = rows
         self._coordinator = coordinator
-        self._room = threading.BoundedSemaphore(inflight)
         self._closed = False
         self._constants = {
             name: load_npz(folder / origin.file.name)[name]
@@ -84,52 +89,41 @@ class Pipeline:
             if origin.file is not None
         }
         self._specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
-        self._optional: dict[tuple[str, ...], frozenset[str]] = {}
-        self._stage_tensors = frozenset(plan.producers())
+        self._asked: dict[tuple[str, ...], _Asked] = {}
         self._ready = coordinator.start()
 
     @classmethod
-    def launch(
-        cls,
-        plan: str | Path,
-        *,
-        replicas: int | Mapping[int, int] | None = None,
-        mode: Mode = "async",
-        provider: str | None = None,
-        threads: int | None = None,
-        inflight: int | None = None,
-        start_timeout: float = START_TIMEOUT_S,
-    ) -> Pipeline:
+    def launch(cls, plan: str | Path, **options: Any) -> Pipeline:
         """Start a process for every node on this host and wait until all are ready.
 
         Args:
             plan: the plan directory.
-            replicas: nodes of every stage: a number, or stage -> number; the plan's when None.
-            mode: ``async`` keeps requests in flight in every stage; ``sync`` lets one in when the one before is out.
-            provider: as ``--provider``; the plan's when None.
-            threads: threads of every node's session; this host's cores divided by the nodes when None.
-            inflight: requests in flight at most; two a node when None. ``sync`` has one.
-            start_timeout: seconds until all nodes must be ready.
+            options: the attributes of :class:`~runtime.options.RunOptions`: ``replicas``, ``mode``, ``provider``,
+                ``threads``, ``inflight`` and others.
 
         Raises:
             PlanError: the directory holds no usable plan.
+            InputError: an option makes no sense.
             LaunchFailed: a node did not come up; says which and why.
         """
-        folder, loaded, counts = _opened(plan, replicas)
-        launcher = LocalLauncher()
+        wanted = RunOptions(**options)
+        wanted.check()
+        folder = Path(plan)
+        loaded = load_plan(folder)
+        nodes = sum(wanted.counts(loaded))
+        memory = wanted.inflight_bytes or memory_for_requests_bytes()
+        launcher = LocalLauncher(memory_bytes=memory if wanted.shared_memory else 0)
         try:
             pipeline = cls._build(
                 folder,
                 loaded,
-                counts,
-                mode,
-                provider,
-                inflight,
-                threads=threads or threads_per_node(sum(counts)),
+                wanted,
+                memory,
+                threads=wanted.threads or threads_per_node(nodes),
                 control=f"ipc://{launcher.folder / 'control'}",
                 data=f"ipc://{launcher.folder / 'results'}",
                 launcher=launcher,
-                start_timeout_s=start_timeout,
+                start_timeout=wanted.start_timeout or START_TIMEOUT_S,
             )
         except BaseException:
             launcher.close(keep_logs=False)
@@ -137,49 +131,32 @@ class Pipeline:
         return pipeline._wait_until_ready()
 
     @classmethod
-    def listen(
-        cls,
-        plan: str | Path,
-        *,
-        bind: str,
-        replicas: int | Mapping[int, int] | None = None,
-        mode: Mode = "async",
-        provider: str | None = None,
-        threads: int | None = None,
-        inflight: int | None = None,
-        start_timeout: float | None = None,
-    ) -> Pipeline:
+    def listen(cls, plan: str | Path, *, bind: str, **options: Any) -> Pipeline:
         """Wait at an address for nodes started by hand (``onnxsplit node --connect ADDR``) until all are there.
 
         Args:
             plan: the plan directory.
             bind: ``tcp://127.0.0.1:PORT`` or ``ipc://PATH``.
-            replicas: as for :meth:`launch`.
-            mode: as for :meth:`launch`.
-            provider: as for :meth:`launch`; a node's own choice goes before it.
-            threads: threads of every node's session; the plan's when None, and a node's own choice goes before it.
-            inflight: as for :meth:`launch`.
-            start_timeout: seconds until all nodes must be ready; None waits for ever.
+            options: as for :meth:`launch`. A node's own provider and threads go before those given here.
 
         Raises:
             PipelineError: the address cannot be used.
-            PlanError, LaunchFailed: as for :meth:`launch`.
+            PlanError, InputError, LaunchFailed: as for :meth:`launch`.
         """
         check_address(bind)
-        folder, loaded, counts = _opened(plan, replicas)
-        data = "tcp://127.0.0.1:*" if bind.startswith("tcp://") else f"{bind}.results"
+        wanted = RunOptions(**options)
+        wanted.check()
+        folder = Path(plan)
         return cls._build(
             folder,
-            loaded,
-            counts,
-            mode,
-            provider,
-            inflight,
-            threads=threads or 0,
+            load_plan(folder),
+            wanted,
+            wanted.inflight_bytes or memory_for_requests_bytes(),
+            threads=wanted.threads or 0,
             control=bind,
-            data=data,
+            data="tcp://127.0.0.1:*" if bind.startswith("tcp://") else f"{bind}.results",
             launcher=None,
-            start_timeout_s=start_timeout,
+            start_timeout=wanted.start_timeout,
         )._wait_until_ready()
 
     @classmethod
@@ -187,28 +164,38 @@ class Pipeline:
         cls,
         folder: Path,
         plan: Plan,
-        replicas: tuple[int, ...],
-        mode: Mode,
-        provider: str | None,
-        inflight: int | None,
-        **links: Any,
+        wanted: RunOptions,
+        memory_bytes: int,
+        *,
+        threads: int,
+        control: str,
+        data: str,
+        launcher: Launcher | None,
+        start_timeout: float | None,
     ) -> Pipeline:
-        if mode not in ("sync", "async"):
-            raise InputError(f"mode {mode!r} is unknown; allowed: sync, async")
-        if inflight is not None and inflight < 1:
-            raise InputError(f"inflight must be at least 1, not {inflight}")
         planned = [stage.provider for stage in plan.stages]
-        providers = tuple(planned) if provider is None else providers_by_stage(provider, len(planned), default=planned)
+        given = wanted.provider
+        replicas = wanted.counts(plan)
         setup = Setup(
             folder=folder,
             plan=plan,
             plan_id=plan_id(read_plan_file(folder)),
             replicas=replicas,
-            providers=providers,
-            **links,
+            providers=tuple(planned) if given is None else providers_by_stage(given, len(planned), default=planned),
+            threads=threads,
+            share_weights=tuple(
+                count > 1 if wanted.share_weights is None else wanted.share_weights for count in replicas
+            ),
+            memory_bytes=memory_bytes if wanted.shared_memory else 0,
+            control=control,
+            data=data,
+            launcher=launcher,
+            start_timeout_s=start_timeout,
+            progress=wanted.progress,
         )
-        admitted = 1 if mode == "sync" else inflight or 2 * max(1, sum(replicas))
-        return cls(folder, plan, Coordinator(setup), inflight=admitted, replicas=replicas)
+        requests = 1 if wanted.mode == "sync" else wanted.inflight or 2 * max(1, sum(replicas))
+        rows = batch_size(plan) if wanted.micro_batch is None else wanted.micro_batch
+        return cls(folder, plan, Coordinator(setup), Admission(requests, memory_bytes), rows)
 
     def _wait_until_ready(self) -> Pipeline:
         try:
@@ -251,8 +238,9 @@ class Pipeline:
     ) -> Future[dict[str, Array]]:
         """Send one request into the pipeline.
 
-        Waits while as many requests are in flight as the pipeline admits. Inputs are copied, so the caller may change
-        them at once; the outputs are the caller's own.
+        Waits while as many requests are in flight as the pipeline admits. A batch that is larger than a micro-batch
+        enters part by part, and its answer is put together in order. Inputs are copied, so the caller may change them
+        at once; the outputs are the caller's own.
 
         Args:
             inputs: name -> array, typed and shaped as the model declares.
@@ -269,28 +257,29 @@ class Pipeline:
             Busy, DeadlineExceeded, PipelineClosed: the request was not admitted.
         """
         begun = time.monotonic_ns()
-        wanted = tuple(dict.fromkeys(outputs)) if outputs is not None else self.plan.outputs
+        wanted = tuple(outputs) if outputs is not None else self.plan.outputs
+        asked = self._asked.get(wanted) or self._ask(wanted)
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        check_inputs(arrays, self._specs, self._optional_inputs(wanted))
+        check_inputs(arrays, self._specs, asked.optional)
         if self._closed:
             raise PipelineClosed("the pipeline was closed")
-        ready = {name: self._passed_through(name, arrays) for name in wanted if name in self.plan.passthrough}
-        computed = tuple(name for name in wanted if name not in ready)
-        future: Answer = Future()
-        future.set_running_or_notify_cancel()
-        if not computed:
+        ready = {name: self._passed_through(name, arrays) for name in asked.passed}
+        if not asked.computed:
+            future: Future[dict[str, Array]] = Future()
             future.set_result(ready)
             return future
-        self._admit(timeout, block)
-        inner: Answer = Future()
-        inner.add_done_callback(lambda done: self._deliver(done, ready, wanted, future))
+        parts = split(arrays, asked.axes, self._rows) if asked.axes is not None and self._rows else [arrays]
+        if len(parts) > 1:  # later parts enter after this call has returned
+            parts = [{name: np.array(array) for name, array in part.items()} for part in parts]
+        size = sum(array.nbytes for array in parts[0].values())
+        self._admit(size, timeout, block)
         deadline = None if timeout is None else begun + int(timeout * 1e9)
-        copies = {name: np.array(array, order="C") for name, array in arrays.items()}
-        self._coordinator.submit(copies, computed, deadline, inner)
-        return future
+        request = _Request(self._coordinator, self._entrance, parts, asked, size, deadline, ready)
+        request.enter()
+        return request.future
 
-    def _admit(self, timeout: float | None, block: bool) -> None:
-        if self._room.acquire(blocking=block, timeout=timeout if block and timeout is not None else None):
+    def _admit(self, size: int, timeout: float | None, block: bool) -> None:
+        if self._entrance.enter(size, block=block, timeout=timeout):
             return
         if block:
             raise DeadlineExceeded(
@@ -298,30 +287,26 @@ class Pipeline:
             )
         raise Busy(f"{self.inflight} requests are in flight, which is all this pipeline admits; try again")
 
-    def _deliver(self, done: Answer, ready: dict[str, Array], wanted: tuple[str, ...], future: Answer) -> None:
-        self._room.release()
-        error = done.exception()
-        if error is not None:
-            future.set_exception(error)
-            return
-        found = {**ready, **done.result()}
-        future.set_result({name: found[name] for name in wanted})
-
-    def _optional_inputs(self, wanted: tuple[str, ...]) -> frozenset[str]:
-        """Inputs that nothing reads which is asked for; also checks the names asked for."""
-        known = self._optional.get(wanted)
-        if known is not None:
-            return known
+    def _ask(self, wanted: tuple[str, ...]) -> _Asked:
+        """Check the names asked for, and work out what that means; remembered."""
         plan = self.plan
-        unknown = [name for name in wanted if name not in self._stage_tensors and name not in plan.outputs]
+        stage_tensors = plan.producers()
+        unknown = [name for name in wanted if name not in stage_tensors and name not in plan.outputs]
         if unknown or not wanted:
             what = f"output {', '.join(map(repr, unknown))} is unknown" if unknown else "no output is asked for"
-            allowed = dict.fromkeys((*plan.outputs, *self._stage_tensors))
+            allowed = dict.fromkeys((*plan.outputs, *stage_tensors))
             raise InputError(f"{what}; allowed: {', '.join(allowed)}")
         read = {name for stage in plan.stages_for(wanted) for name in plan.stages[stage].inputs}
         read |= {o.input for n, o in plan.passthrough.items() if n in wanted and o.input is not None}
-        self._optional[wanted] = frozenset(plan.inputs) - read
-        return self._optional[wanted]
+        computed = tuple(dict.fromkeys(name for name in wanted if name not in plan.passthrough))
+        self._asked[wanted] = _Asked(
+            names=wanted,
+            computed=computed,
+            passed=tuple(name for name in wanted if name in plan.passthrough),
+            optional=frozenset(plan.inputs) - read,
+            axes=batch_axes(plan, computed),
+        )
+        return self._asked[wanted]
 
     def _passed_through(self, name: str, inputs: Mapping[str, Array]) -> Array:
         origin = self.plan.passthrough[name]
@@ -359,18 +344,88 @@ class Pipeline:
         )
 
 
-def _opened(plan: str | Path, replicas: int | Mapping[int, int] | None) -> tuple[Path, Plan, tuple[int, ...]]:
-    """The plan, with its files checked, and the number of nodes of every stage."""
-    folder = Path(plan)
-    loaded = load_plan(folder)
-    counts = {stage.index: stage.replicas for stage in loaded.stages}
-    if isinstance(replicas, int):
-        counts = dict.fromkeys(counts, replicas)
-    elif replicas is not None:
-        unknown = [stage for stage in replicas if stage not in counts]
-        if unknown:
-            raise PlanError(f"replicas for stage {unknown[0]}; the plan has the stages 0 to {len(counts) - 1}")
-        counts.update(replicas)
-    if any(count < 1 for count in counts.values()):
-        raise InputError("every stage needs at least 1 replica")
-    return folder, loaded, tuple(counts[stage] for stage in sorted(counts))
+@dataclass(frozen=True)
+class _Asked:
+    """What asking for some outputs means.
+
+    Attributes:
+        names: as asked.
+        computed: those that stages compute.
+        passed: those that pass through.
+        optional: inputs that need not be given.
+        axes: to split and join along; None when such a request cannot be split.
+    """
+
+    names: tuple[str, ...]
+    computed: tuple[str, ...]
+    passed: tuple[str, ...]
+    optional: frozenset[str]
+    axes: Axes | None
+
+
+class _Request:
+    """A request of one or more parts. The first was admitted; the others enter while there is room, or as parts leave.
+
+    A part that is done hands its place to the next, so that a batch always goes on.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        entrance: Admission,
+        parts: list[dict[str, Array]],
+        asked: _Asked,
+        size: int,
+        deadline_ns: int | None,
+        ready: dict[str, Array],
+    ) -> None:
+        self.future: Future[dict[str, Array]] = Future()
+        self.future.set_running_or_notify_cancel()
+        self._coordinator = coordinator
+        self._entrance = entrance
+        self._parts = parts
+        self._asked = asked
+        self._size = size
+        self._deadline_ns = deadline_ns
+        self._ready = ready
+        self._lock = threading.Lock()
+        self._entered = 0
+        self._failed = False
+        self._answers: dict[int, dict[str, Array]] = {}
+
+    def enter(self) -> None:
+        """Let the first part in, and as many more as there is room for."""
+        self._next()
+        while self._entered < len(self._parts) and self._entrance.enter(self._size, block=False):
+            if not self._next():
+                self._entrance.leave(self._size)
+
+    def _next(self) -> bool:
+        """Send the next part into the place that is held for it; False when there is none."""
+        with self._lock:
+            number = self._entered
+            if self._failed or number == len(self._parts):
+                return False
+            self._entered += 1
+        done = lambda answer: self._done(number, answer)  # noqa: E731
+        self._coordinator.submit(self._parts[number], self._asked.computed, self._deadline_ns, done)
+        return True
+
+    def _done(self, number: int, answer: Answer) -> None:
+        with self._lock:
+            if answer.error is not None:
+                first, self._failed = not self._failed, True
+            else:
+                self._answers[number] = answer.outputs
+                first = not self._failed and len(self._answers) == len(self._parts)
+        if not self._next():
+            self._entrance.leave(self._size)
+        if not first:
+            return
+        if answer.error is not None:
+            self.future.set_exception(answer.error)
+            return
+        parts = [self._answers[position] for position in range(len(self._parts))]
+        found = parts[0] if len(parts) == 1 else join(parts, self._asked.axes or {})
+        found.update(self._ready)
+        self.future.set_result({name: found[name] for name in self._asked.names})

@@ -114,12 +114,16 @@ class Inlet:
 
     def receive(self) -> tuple[bytes, bytes, list[Buffer]] | None:
         """One message if there is one: the sender's identity, the header, and the frames of tensors."""
+        raw = self.raw
         try:
-            identity, *frames = self.raw.recv_multipart(zmq.NOBLOCK, copy=False)
+            identity = raw.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
-        header = bytes(frames[0].buffer) if frames else b""
-        return bytes(identity.buffer), header, [frame.buffer for frame in frames[1:]]
+        header = raw.recv() if raw.getsockopt(zmq.RCVMORE) else b""
+        frames: list[Buffer] = []
+        while raw.getsockopt(zmq.RCVMORE):
+            frames.append(raw.recv(copy=False).buffer)
+        return identity, header, frames
 
     def send(self, identity: bytes, header: bytes) -> None:
         """Answer a peer; a peer that is gone is no error here, its end is noticed elsewhere."""
@@ -133,13 +137,21 @@ class Outlet:
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self.raw = socket
 
-    def send(self, header: bytes, frames: Sequence[Buffer] = ()) -> None:
-        """Queue one message; large frames go out from their own memory, which must not change until then."""
+    def send(self, header: bytes, frames: Sequence[Buffer] = (), *, track: bool = False) -> list[zmq.MessageTracker]:
+        """Queue one message; large frames go out from their own memory, which must not change until then.
+
+        With ``track`` all frames do, and the trackers returned say when they are out.
+        """
         self.raw.send(header, (zmq.SNDMORE if frames else 0) | zmq.NOBLOCK)
         last = len(frames) - 1
+        trackers = []
         for position, frame in enumerate(frames):
-            more = zmq.SNDMORE if position < last else 0
-            self.raw.send(frame, more | zmq.NOBLOCK, copy=len(frame) < _ZERO_COPY_FROM)
+            flags = (zmq.SNDMORE if position < last else 0) | zmq.NOBLOCK
+            if track:
+                trackers.append(self.raw.send(frame, flags, copy=False, track=True))
+            else:
+                self.raw.send(frame, flags, copy=len(frame) < _ZERO_COPY_FROM)
+        return trackers
 
     def receive(self) -> bytes | None:
         """One header if there is one."""

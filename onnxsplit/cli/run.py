@@ -46,7 +46,7 @@ def command(
     given = load_npz(inputs or example_file(plan, load_plan(plan, check_files=False)))
     output.say("starting nodes")
     begun = time.monotonic()
-    with Pipeline.launch(plan, mode=mode, provider=provider, threads=threads) as pipeline:  # type: ignore[arg-type]
+    with Pipeline.launch(plan, mode=mode, provider=provider, threads=threads) as pipeline:
         started_s = time.monotonic() - begun
         output.say("running")
         begun = time.monotonic()

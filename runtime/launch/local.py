@@ -56,9 +56,14 @@ class LocalHandle:
 
 
 class LocalLauncher:
-    """Starts nodes on this host. ``folder`` is there from the start and holds sockets and logs."""
+    """Starts nodes on this host. ``folder`` is there from the start and holds sockets and logs.
 
-    def __init__(self) -> None:
+    Args:
+        memory_bytes: of shared memory for a node's outputs at most; 0 for none.
+    """
+
+    def __init__(self, *, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
         self.folder = Path(tempfile.mkdtemp(prefix="onnxsplit-", dir=_short_temporary_folder()))
 
     def start(self, *, connect: str, stage: int, replica: int) -> LocalHandle:
@@ -66,6 +71,7 @@ class LocalLauncher:
         log = self.folder / f"node-{stage}.{replica}.log"
         command = [sys.executable, "-P", "-m", "runtime.node", "--connect", connect]
         command += ["--stage", str(stage), "--replica", str(replica), "--home", str(self.folder)]
+        command += ["--memory", str(self._memory_bytes)]
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=quiet_environment()

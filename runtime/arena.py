@@ -1,0 +1,286 @@
+"""Shared memory for payloads on one host: written by one process, read in place by its peers.
+
+Every process of a pipeline, the caller's too, owns one arena and maps those of its neighbours for reading. Nobody
+ever writes into memory that is not its own, so a process that was stopped and wakes late can hurt nobody:
+
+    sign          token, 32 bytes         who maps the arena compares it with what the owner told
+    ledger        u64 a request           how far the owner is with it; can be read when the owner is dead
+    generations   u64 a slot              which use of the slot holds; a reader looks again after it has read
+    returns       u64 a slot, a row a peer   the use of that peer's slot which the owner no longer reads
+    data
+
+A slot is lent to its readers for one use. It is free when the returns of all of them show its generation; the owner
+looks there when it needs room, so giving back costs no message. The file is a sealed memfd: it can neither shrink
+under a reader nor leave anything behind, and a peer opens it through ``/proc/PID/fd`` also after its owner was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import mmap
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from onnxsplit.tensors import Array, numpy_dtype
+from runtime.errors import ProtocolError
+from runtime.extents import Extents, aligned
+from runtime.messages import Memory, Place
+
+SLOTS = 1024
+"""Slots of an arena; who needs more at once sends its tensors as frames."""
+
+PEERS = 256
+_LEDGER = 4096
+_TOKEN_BYTES = 32
+_PAGE = mmap.PAGESIZE
+_LEDGER_AT = _PAGE
+_GENERATIONS_AT = _LEDGER_AT + 8 * _LEDGER
+_RETURNS_AT = _GENERATIONS_AT + 8 * SLOTS
+_DATA_AT = _RETURNS_AT + 8 * SLOTS * PEERS
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_STEP_BYTES = 1 << 20  # memory is taken from the system in such steps
+_SPARE_BYTES = 64 << 20
+_LOOK_EVERY = 1000  # uses of slots after which memory that was not needed goes back to the system
+
+
+class Step(IntEnum):
+    """How far a process is with a request, as its ledger says. ``UNKNOWN``: it has not begun, or it is long ago."""
+
+    UNKNOWN = 0
+    RUNNING = 1
+    DONE = 2
+
+
+class Sent(Protocol):
+    """Something on its way out of a slot's memory."""
+
+    @property
+    def done(self) -> bool:
+        """True once the memory may change."""
+        ...
+
+
+@dataclass
+class Block:
+    """One use of a slot: a piece of the owner's memory, and who still reads it."""
+
+    number: int
+    generation: int
+    offset: int
+    size: int
+    readers: list[memoryview]
+    sending: list[Sent] = field(default_factory=list)
+
+    def place(self, at: int) -> Place:
+        """Where the byte ``at`` of the block is, as readers are told."""
+        return Place(self.number, self.generation, self.offset + at)
+
+    @property
+    def free(self) -> bool:
+        """True when nobody reads it any more."""
+        number, generation = self.number, self.generation
+        return all(row[number] == generation for row in self.readers) and all(sent.done for sent in self.sending)
+
+
+class Arena:
+    """This process's own memory.
+
+    Args:
+        limit_bytes: of payloads at once. Only what was used is taken from the system.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        size = _DATA_AT + aligned(limit_bytes)
+        self._descriptor = os.memfd_create("onnxsplit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._descriptor, size)
+        fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        self._map = mmap.mmap(self._descriptor, size)
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        self._map[:_TOKEN_BYTES] = token
+        self.address = Memory(host_token(), os.getpid(), self._descriptor, token, size)
+        view = memoryview(self._map)
+        self._ledger = view[_LEDGER_AT:_GENERATIONS_AT].cast("Q")
+        self._generations = view[_GENERATIONS_AT:_RETURNS_AT].cast("Q")
+        self._returns = view[_RETURNS_AT:_DATA_AT].cast("Q")
+        self._extents = Extents(size - _DATA_AT)
+        self._numbers = list(range(SLOTS - 1, -1, -1))
+        self._busy: deque[Block] = deque()
+        # Later than any that a process in this one's place has used before, so that its returns mean nothing here.
+        self._generation = time.monotonic_ns()
+        self._taken = 0
+        self._peak = 0
+        self._uses = 0
+
+    def close(self) -> None:
+        """Let go of the memory; peers that map it keep it until they let go too."""
+        for view in (self._ledger, self._generations, self._returns):
+            view.release()
+        with suppress(BufferError):  # arrays that lie in it are still held: it goes with them
+            self._map.close()
+        os.close(self._descriptor)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the slots that are lent."""
+        self._sweep(thorough=True)
+        return self._extents.used
+
+    @property
+    def busy(self) -> int:
+        """Slots that are lent."""
+        self._sweep(thorough=True)
+        return len(self._busy)
+
+    def reserve(self, size: int, readers: Iterable[memoryview]) -> Block | None:
+        """Lend a slot of ``size`` bytes to readers, each given by its row of returns; None when there is no room."""
+        self._sweep()
+        offset = self._extents.take(size)
+        if offset is None or not self._numbers:
+            if offset is not None:
+                self._extents.give(offset, size)
+            if not self._sweep(thorough=True):
+                return None
+            return self.reserve(size, readers)
+        if not self._back(offset + aligned(size)):
+            self._extents.give(offset, size)
+            return None
+        self._generation += 1
+        block = Block(self._numbers.pop(), self._generation, _DATA_AT + offset, size, list(readers))
+        self._generations[block.number] = block.generation
+        self._busy.append(block)
+        return block
+
+    def array(self, block: Block, at: int, dtype: str, shape: Sequence[int]) -> Array:
+        """The owner's array in a block, from its byte ``at``."""
+        return np.ndarray(tuple(shape), numpy_dtype(dtype), self._map, block.offset + at)
+
+    def give_back(self, peer: int, place: Place) -> None:
+        """Say that this process no longer reads a slot of a peer."""
+        self._returns[peer * SLOTS + place.slot] = place.generation
+
+    def record(self, request: int, step: Step) -> None:
+        """Note in the ledger how far this process is with a request."""
+        self._ledger[request % _LEDGER] = request << 2 | step
+
+    def _sweep(self, *, thorough: bool = False) -> bool:
+        """Free the slots that came back, oldest first; all of them when ``thorough``. True when there were any."""
+        found = False
+        for _ in range(len(self._busy)):
+            block = self._busy[0]
+            if block.free:
+                self._busy.popleft()
+                self._extents.give(block.offset - _DATA_AT, block.size)
+                self._numbers.append(block.number)
+                found = True
+            elif thorough:
+                self._busy.rotate(-1)
+            else:
+                break
+        return found
+
+    def _back(self, reach: int) -> bool:
+        """See that the system has the first ``reach`` bytes of data; a write to what it lacks would kill the process."""
+        self._peak = max(self._peak, reach)
+        self._uses += 1
+        if self._uses >= _LOOK_EVERY:
+            self._uses = 0
+            self._trim()
+        if reach <= self._taken:
+            return True
+        wanted = min(self._extents.size, -(-reach // _STEP_BYTES) * _STEP_BYTES)
+        try:
+            os.posix_fallocate(self._descriptor, _DATA_AT + self._taken, wanted - self._taken)
+        except OSError:
+            return False
+        self._taken = wanted
+        return True
+
+    def _trim(self) -> None:
+        """Give memory back that the last uses did not need."""
+        keep = -(-(2 * self._peak + _SPARE_BYTES) // _PAGE) * _PAGE
+        if self._taken > keep and all(block.offset + block.size <= _DATA_AT + keep for block in self._busy):
+            self._map.madvise(mmap.MADV_REMOVE, _DATA_AT + keep, self._taken - keep)
+            self._taken = keep
+        self._peak = 0
+
+
+class PeerArena:
+    """A peer's memory, mapped for reading.
+
+    Raises:
+        OSError: it cannot be opened: the peer is on another host or another user's, or long gone.
+        ProtocolError: what was found there is not the memory the peer told of.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        if memory.host != host_token():
+            raise OSError("the peer is on another host")
+        descriptor = os.open(f"/proc/{memory.pid}/fd/{memory.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != memory.size_bytes or size < _DATA_AT or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) != _SEALS:
+                raise ProtocolError(f"process {memory.pid} does not hold the memory it told of")
+            self._map = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+        if not secrets.compare_digest(self._map[:_TOKEN_BYTES], memory.token):
+            self._map.close()
+            raise ProtocolError(f"process {memory.pid} does not hold the memory it told of")
+        self._size = size
+        view = memoryview(self._map)
+        self._ledger = view[_LEDGER_AT:_GENERATIONS_AT].cast("Q")
+        self._generations = view[_GENERATIONS_AT:_RETURNS_AT].cast("Q")
+        self._returns = view[_RETURNS_AT:_DATA_AT].cast("Q")
+
+    def close(self) -> None:
+        """Unmap it."""
+        for view in (self._ledger, self._generations, self._returns):
+            with suppress(BufferError):
+                view.release()
+        with suppress(BufferError):
+            self._map.close()
+
+    def array(self, place: Place, dtype: str, shape: Sequence[int]) -> Array:
+        """A tensor in the peer's memory, read-only.
+
+        Raises:
+            ProtocolError: the place is outside of the memory.
+        """
+        kind = numpy_dtype(dtype)
+        size = kind.itemsize
+        for length in shape:
+            size *= length
+        if not (0 <= place.slot < SLOTS and _DATA_AT <= place.offset <= self._size - size):
+            raise ProtocolError(f"{size} bytes in slot {place.slot} at {place.offset} are outside of the peer's memory")
+        return np.ndarray(tuple(shape), kind, self._map, place.offset)
+
+    def holds(self, place: Place) -> bool:
+        """True while the slot is still lent for this use; what was read before that is what was written."""
+        return self._generations[place.slot] == place.generation
+
+    def returns(self, owner: int) -> memoryview:
+        """The row in which the peer returns the slots of the process with the number ``owner``."""
+        return self._returns[owner * SLOTS : (owner + 1) * SLOTS]
+
+    def step(self, request: int) -> Step:
+        """How far the peer is, or was when it died, with a request."""
+        entry = self._ledger[request % _LEDGER]
+        return Step(entry & 3) if entry >> 2 == request else Step.UNKNOWN
+
+
+@functools.cache
+def host_token() -> str:
+    """Equal in processes that can open each other's memory: same boot, same process ids, same user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{os.getuid()}"  # noqa: PTH115  no path

@@ -1,0 +1,71 @@
+"""Splitting a request along its batch axis, and putting its answer together. Pure.
+
+    inputs    | 0 1 | 2 3 | 4 |     micro-batches of two rows: parts of their own, in any order, on any replica
+    outputs   | 0 1 | 2 3 | 4 |     joined along the outputs' own axis
+
+Only plans whose maker proved that the halves of a batch give what the whole gives carry batch axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onnxsplit.errors import InputError
+from onnxsplit.plan import Plan
+from onnxsplit.tensors import Array
+
+Axes = Mapping[str, int | None]
+"""The batch axis of each tensor; None for one that every part gets, or gives, whole."""
+
+
+def batch_axes(plan: Plan, outputs: Sequence[str]) -> Axes | None:
+    """The axes to split inputs and join ``outputs`` along; None when such a request cannot be split."""
+    if not any(plan.tensors[name].batch_axis is not None for name in plan.inputs):
+        return None
+    if any(plan.tensors[name].batch_axis is None for name in outputs):
+        return None
+    return {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *outputs)}
+
+
+def batch_size(plan: Plan) -> int:
+    """The batch size the plan was made and measured for; 1 when it has none."""
+    for name in plan.inputs:
+        spec = plan.tensors[name]
+        if spec.batch_axis is not None and spec.shape is not None:
+            size = spec.shape[spec.batch_axis]
+            return size if isinstance(size, int) else plan.dims.get(size, 1)
+    return 1
+
+
+def split(inputs: Mapping[str, Array], axes: Axes, rows: int) -> list[dict[str, Array]]:
+    """Parts of at most ``rows`` rows each, as views of the inputs.
+
+    Raises:
+        InputError: the inputs disagree about the number of rows.
+    """
+    sizes = {name: array.shape[axis] for name, array in inputs.items() if (axis := axes[name]) is not None}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name!r} has {size}" for name, size in sizes.items())
+        raise InputError(f"the inputs disagree about the batch size: {found}")
+    total = next(iter(sizes.values()), 0)
+    if total <= rows:
+        return [dict(inputs)]
+    return [
+        {name: _rows(array, axes[name], start, start + rows) for name, array in inputs.items()}
+        for start in range(0, total, rows)
+    ]
+
+
+def join(parts: Sequence[Mapping[str, Array]], axes: Axes) -> dict[str, Array]:
+    """The outputs of all parts, in order, as one."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: np.concatenate([part[name] for part in parts], axis=axes[name] or 0) for name in parts[0]}
+
+
+def _rows(array: Array, axis: int | None, start: int, end: int) -> Array:
+    if axis is None:
+        return array
+    return array[(slice(None),) * axis + (slice(start, end),)]

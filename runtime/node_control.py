@@ -1,0 +1,108 @@
+"""A node's link to its coordinator, on a thread of its own, so that it answers while the session runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from typing import Protocol
+
+from runtime import codec
+from runtime.errors import ProtocolError
+from runtime.messages import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Wire
+from runtime.node_state import Assigned, Cancelled, Event, Shared, Wired
+from runtime.transport import Sockets, Wakeup
+
+BEAT_S = 1.0
+SILENCE_S = 10.0
+"""A coordinator that was heard of and then says nothing for this long is taken for dead."""
+
+_JOIN_S = 2.0
+_log = logging.getLogger("runtime.node")
+
+
+class Body(Protocol):
+    """The node as its control link sees it. All of it can be called from any thread."""
+
+    @property
+    def progress(self) -> int:
+        """Requests executed so far."""
+        ...
+
+    def post(self, event: Event) -> None:
+        """Take an event."""
+        ...
+
+    def lost(self, reason: str) -> None:
+        """End soon."""
+        ...
+
+
+class ControlLink(threading.Thread):
+    """Hands over what the coordinator says, sends what the node has to say, and beats."""
+
+    def __init__(self, body: Body, address: str, hello: Hello) -> None:
+        super().__init__(name="control", daemon=True)
+        self._body = body
+        self._address = address
+        self._outbox: deque[NodeControl] = deque([hello])
+        self._wakeup = Wakeup()
+        self._ending = False
+
+    def say(self, message: NodeControl) -> None:
+        """Send a message soon; callable from any thread."""
+        self._outbox.append(message)
+        self._wakeup.ring()
+
+    def end(self) -> None:
+        """Send what is left and end the thread."""
+        self._ending = True
+        self._wakeup.ring()
+        self.join(_JOIN_S)
+
+    def run(self) -> None:
+        """Until the node ends or the coordinator falls silent."""
+        with Sockets(linger_s=0.5) as sockets:
+            link = sockets.connect(self._address, receive=True)
+            sockets.watch(self._wakeup.fileno())
+            heard: float | None = None
+            next_beat = 0.0
+            while True:
+                ending = self._ending
+                while self._outbox:
+                    link.send(codec.encode(self._outbox.popleft()))
+                if ending:
+                    return
+                now = time.monotonic()
+                if heard is not None and now >= next_beat:
+                    link.send(codec.encode(NodeBeat(self._body.progress)))
+                    next_beat = now + BEAT_S
+                if heard is not None and now - heard > SILENCE_S:
+                    self._body.lost(f"the coordinator has been silent for {SILENCE_S:.0f} s")
+                    return
+                sockets.wait(BEAT_S / 2)
+                self._wakeup.clear()
+                while (header := link.receive()) is not None:
+                    heard = time.monotonic()
+                    self._take(header)
+
+    def _take(self, header: bytes) -> None:
+        try:
+            message = codec.decode_coordinator_control(header)
+        except ProtocolError as error:
+            _log.warning("dropped: %s", error)
+            return
+        match message:
+            case Assign():
+                self._body.post(Assigned(message))
+            case Wire(peers):
+                self._body.post(Wired(peers))
+            case Share(readers):
+                self._body.post(Shared(readers))
+            case Cancel(request):
+                self._body.post(Cancelled(request))
+            case Stop(reason):
+                self._body.lost(reason)
+            case Beat():
+                pass

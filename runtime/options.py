@@ -1,0 +1,95 @@
+"""How a plan is to be run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from onnxsplit.errors import InputError, PlanError
+from onnxsplit.plan import Plan
+
+Mode = Literal["sync", "async"]
+
+_SHARE_OF_MEMORY = 4  # a quarter of what is free
+
+
+def _silent(_ready: int, _total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How to run a plan.
+
+    Attributes:
+        replicas: nodes of every stage: a number, or stage -> number; the plan's when None.
+        mode: ``async`` keeps requests in flight in every stage; ``sync`` lets one in when the one before is out.
+        provider: as ``--provider``; the plan's when None.
+        threads: threads of every node's session; when None, this host's cores divided by the nodes that are started
+            on it, or the plan's number for nodes started by hand.
+        inflight: requests in flight at most, micro-batches counted one by one; two a node when None. ``sync`` has one.
+        inflight_bytes: of the tensors of all requests in flight at most; a quarter of the free memory when None.
+        micro_batch: rows along the batch axis that run as one; a larger request is split and put together again. The
+            plan's own batch size when None; 0 never splits.
+        shared_memory: let tensors cross in shared memory where processes share a host.
+        share_weights: let the replicas of a stage on this host map one copy of its weights; None does where a stage
+            has several.
+        start_timeout: seconds until all nodes must be ready; when None, two minutes for nodes that are started, and
+            for ever for nodes started by hand.
+        progress: told how many of all nodes are ready, whenever one more is.
+    """
+
+    replicas: int | Mapping[int, int] | None = None
+    mode: Mode = "async"
+    provider: str | None = None
+    threads: int | None = None
+    inflight: int | None = None
+    inflight_bytes: int | None = None
+    micro_batch: int | None = None
+    shared_memory: bool = True
+    share_weights: bool | None = None
+    start_timeout: float | None = None
+    progress: Callable[[int, int], None] = _silent
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            InputError: naming the option, what was found and what is allowed.
+        """
+        if self.mode not in ("sync", "async"):
+            raise InputError(f"mode {self.mode!r} is unknown; allowed: sync, async")
+        for name in ("threads", "inflight", "inflight_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")
+        if self.micro_batch is not None and self.micro_batch < 0:
+            raise InputError(f"micro_batch must be at least 1, or 0 for no splitting, not {self.micro_batch}")
+
+    def counts(self, plan: Plan) -> tuple[int, ...]:
+        """The number of nodes of every stage.
+
+        Raises:
+            PlanError: replicas of a stage that the plan does not have.
+            InputError: fewer than one.
+        """
+        counts = {stage.index: stage.replicas for stage in plan.stages}
+        if isinstance(self.replicas, int):
+            counts = dict.fromkeys(counts, self.replicas)
+        elif self.replicas is not None:
+            unknown = [stage for stage in self.replicas if stage not in counts]
+            if unknown:
+                raise PlanError(f"replicas for stage {unknown[0]}; the plan has the stages 0 to {len(counts) - 1}")
+            counts.update(self.replicas)
+        if any(count < 1 for count in counts.values()):
+            raise InputError("every stage needs at least 1 replica")
+        return tuple(counts[stage] for stage in sorted(counts))
+
+
+def memory_for_requests_bytes() -> int:
+    """A quarter of the memory this host has free, at least 64 MiB."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+    return max(64 << 20, free // _SHARE_OF_MEMORY)

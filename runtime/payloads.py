@@ -1,0 +1,208 @@
+"""How tensors get from one process of a pipeline to another: in place where they share memory, else as frames."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxsplit.tensors import Array, dtype_name, numpy_dtype, size_bytes
+from runtime import codec
+from runtime.arena import Arena, Block, PeerArena, Step
+from runtime.errors import ProtocolError
+from runtime.extents import aligned
+from runtime.messages import Fragment, Memory, Peer, Place, Visit
+from runtime.stage_runner import Shapes
+from runtime.transport import Outlet
+
+_log = logging.getLogger("runtime.payloads")
+
+
+Readers = Mapping[int, Sequence[str]]
+"""The tensors that each peer will get, by its number."""
+
+
+@dataclass
+class Outgoing:
+    """Tensors that are about to go to some peers: the arrays, and where those are that lie in shared memory."""
+
+    arrays: dict[str, Array] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+class Payloads:
+    """One process's side: its own memory, and that of the peers it has mapped.
+
+    Args:
+        limit_bytes: of own payloads in shared memory at once; what does not fit goes as frames, and with 0 all does.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._arena: Arena | None = None
+        if limit_bytes:
+            try:
+                self._arena = Arena(limit_bytes)
+            except OSError as error:
+                _log.warning("no shared memory (%s): tensors are copied through sockets", error.strerror)
+        self._me = -1
+        self._peers: dict[int, PeerArena] = {}
+        self._rows: dict[int, memoryview] = {}  # returns of the peers that may read this process's memory
+
+    def close(self) -> None:
+        """Let go of all memory."""
+        for row in self._rows.values():
+            row.release()
+        self._rows.clear()
+        for peer in self._peers.values():
+            peer.close()
+        if self._arena is not None:
+            self._arena.close()
+
+    @property
+    def memory(self) -> Memory | None:
+        """What peers need to map this process's memory."""
+        return self._arena.address if self._arena is not None else None
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of this process's memory that peers have not returned yet."""
+        return self._arena.used_bytes if self._arena is not None else 0
+
+    def meet(self, me: int, peers: Mapping[int, Peer]) -> tuple[int, ...]:
+        """Learn the own number, and map the memory of peers by theirs; returns those where that went well."""
+        self._me = me
+        for number, peer in peers.items():
+            if peer.memory is None or self._arena is None:
+                continue
+            try:
+                self._peers[number] = PeerArena(peer.memory)
+            except (OSError, ProtocolError) as error:
+                _log.info("stage %d.%d shares no memory with this process: %s", peer.stage, peer.replica, error)
+        return tuple(self._peers)
+
+    def share(self, readers: Iterable[int]) -> None:
+        """From now on, lend memory to these peers."""
+        self._rows = {reader: self._peers[reader].returns(self._me) for reader in readers if reader in self._peers}
+
+    def step(self, peer: int, request: int) -> Step:
+        """How far a peer is with a request, as far as its memory tells."""
+        return self._peers[peer].step(request) if peer in self._peers else Step.UNKNOWN
+
+    def record(self, request: int, step: Step) -> None:
+        """Let peers see how far this process is with a request."""
+        if self._arena is not None:
+            self._arena.record(request, step)
+
+    # Outgoing
+
+    def reserve(self, shapes: Shapes, readers: Readers) -> Outgoing:
+        """Arrays for tensors that peers will get: large ones in shared memory, as far as it goes."""
+        going = Outgoing()
+        self.place(going, shapes, readers)
+        for name, (dtype, shape) in shapes.items():
+            if name not in going.arrays:
+                going.arrays[name] = np.empty(shape, numpy_dtype(dtype))
+        return going
+
+    def place(self, going: Outgoing, shapes: Shapes, readers: Readers) -> None:
+        """Add arrays in shared memory, for those tensors where it is worth it and there is room."""
+        if not self._rows:
+            return
+        shared = {name for reader, names in readers.items() if reader in self._rows for name in names}
+        sizes = {name: size_bytes(*shapes[name]) for name in shapes if name in shared and shapes[name][0] != "string"}
+        large = {name: aligned(size) for name, size in sizes.items() if size > codec.INLINE_BYTES}
+        if not large:
+            return
+        assert self._arena is not None
+        rows = [row for reader, row in self._rows.items() if not large.keys().isdisjoint(readers.get(reader, ()))]
+        block = self._arena.reserve(sum(large.values()), rows)
+        if block is None:
+            return
+        going.blocks.append(block)
+        at = 0
+        for name, size in large.items():
+            going.arrays[name] = self._arena.array(block, at, *shapes[name])
+            going.places[name] = block.place(at)
+            at += size
+
+    def complete(self, going: Outgoing, tensors: Mapping[str, Array], readers: Readers) -> None:
+        """See that ``going`` holds all of ``tensors``: what is not there yet is copied to where readers find it."""
+        rest = {name: tensor for name, tensor in tensors.items() if going.arrays.get(name) is not tensor}
+        for name in rest:
+            going.places.pop(name, None)
+        self.place(going, shapes_of(rest), readers)
+        for name, tensor in rest.items():
+            if name in going.places:
+                going.arrays[name][...] = tensor
+            else:
+                going.arrays[name] = tensor
+
+    def drop(self, going: Outgoing) -> None:
+        """Take the tensors back: they go nowhere."""
+        for block in going.blocks:
+            block.readers.clear()
+
+    def send(
+        self,
+        link: Outlet,
+        reader: int,
+        going: Outgoing,
+        names: Iterable[str],
+        *,
+        request: int,
+        source: int,
+        route: tuple[int, ...],
+        wanted: tuple[str, ...],
+        history: tuple[Visit, ...] = (),
+    ) -> None:
+        """Send some of the tensors to one of the peers they are for."""
+        shared = reader in self._rows
+        heads, frames = codec.encode_tensors({n: going.arrays[n] for n in names}, going.places if shared else {})
+        header = codec.encode(Fragment(request, self._me, source, route, wanted, heads, history))
+        trackers = link.send(header, frames, track=bool(frames and going.blocks))
+        for block in going.blocks:
+            block.sending += trackers
+
+    # Incoming
+
+    def receive(self, fragment: Fragment, frames: Sequence[codec.Buffer]) -> dict[str, Array]:
+        """The tensors of a fragment, where they are. Give them back with :meth:`give_back`.
+
+        Raises:
+            ProtocolError: the message does not hold together.
+        """
+
+        def at(place: Place, dtype: str, shape: Sequence[int]) -> Array:
+            peer = self._peers.get(fragment.sender)
+            if peer is None:
+                raise ProtocolError(f"tensors in the memory of process {fragment.sender}, which is not mapped here")
+            return peer.array(place, dtype, shape)
+
+        return codec.decode_tensors(fragment.tensors, frames, at)
+
+    def give_back(self, fragment: Fragment) -> bool:
+        """Let the sender have its memory again; False when it had not waited, and what was read there means nothing."""
+        held = True
+        slot = -1
+        for head in fragment.tensors:
+            place = head.payload
+            if isinstance(place, Place) and place.slot != slot:
+                slot = place.slot
+                held = held and self._peers[fragment.sender].holds(place)
+                assert self._arena is not None
+                self._arena.give_back(fragment.sender, place)
+        return held
+
+
+def shapes_of(tensors: Mapping[str, Array]) -> Shapes:
+    """Types and shapes of tensors; those whose type has no name are left out."""
+    named = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}
+    return {name: (dtype, tensors[name].shape) for name, dtype in named.items() if dtype is not None}
