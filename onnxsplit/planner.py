@@ -12,9 +12,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from onnxsplit.batch import with_batch_axes
 from onnxsplit.choose import choice
 from onnxsplit.cluster import load_cluster
 from onnxsplit.draft import Draft
@@ -88,6 +90,9 @@ def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say 
     choose = choice(subject, options, say)
     with _new_folder(target) as folder:
         made = Draft(choose, folder, say).make(options.rounds)
+        if made.plan.costs.source == "measured":
+            say("looking for the batch axis")
+            made = replace(made, plan=with_batch_axes(made.plan, folder, subject.inputs))
         (folder / PLAN_FILE).write_bytes(made.plan.to_json())
     return made
 

@@ -190,7 +190,7 @@ class Arena:
         return found
 
     def _back(self, reach: int) -> bool:
-        """See that the system has the first ``reach`` bytes of data; a write to what it lacks would kill the process."""
+        """See that the system has the first ``reach`` bytes of data: a write to what it lacks kills the process."""
         self._peak = max(self._peak, reach)
         self._uses += 1
         if self._uses >= _LOOK_EVERY:

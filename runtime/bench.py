@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from onnxsplit.plan import Plan, Record, example_file, load_plan
-from onnxsplit.session import host_cores, threads_per_node
+from onnxsplit.session import Session, host_cores, open_session, threads_per_node
 from onnxsplit.tensors import Array, load_npz, save_npz
 from onnxsplit.timed import TimedModel, run_together
+from runtime.options import RunOptions
 from runtime.pipeline import Pipeline
 
 _RESAMPLES = 2000
@@ -36,12 +38,23 @@ class Row(Record, frozen=True, kw_only=True):
 
 
 class Report(Record, frozen=True, kw_only=True):
-    """What :func:`bench` found. ``stages_ns`` is the sum of the stages' times, each alone."""
+    """What :func:`bench` found.
+
+    Attributes:
+        rows: the contenders, the pipeline first.
+        latency_p50_ns: of one request at a time through the pipeline: the median.
+        latency_p99_ns: and the 99th percentile.
+        stages_ns: the same stage files called one after the other in one process: the median.
+        whole_ns: the whole model in one session with as many threads; None when it was not given.
+        slices: slices of each contender.
+        threads: threads of a stage.
+    """
 
     rows: tuple[Row, ...]
     latency_p50_ns: int
     latency_p99_ns: int
     stages_ns: int
+    whole_ns: int | None
     slices: int
     threads: int
 
@@ -51,11 +64,12 @@ def bench(
     *,
     model: str | Path | None = None,
     inputs: str | Path | None = None,
-    threads: int | None = None,
     slices: int = 20,
     slice_seconds: float = 0.5,
-    inflight: int | None = None,
+    peers: Mapping[str, Callable[[float], float]] | None = None,
+    closed: Callable[[Pipeline], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
+    **options: Any,
 ) -> Report:
     """Measure a plan on this host's CPU.
 
@@ -63,70 +77,93 @@ def bench(
         folder: the plan directory.
         model: the source model, to compare with whole-model sessions too.
         inputs: an ``.npz``; the plan's example when None.
-        threads: threads of a stage; this host's cores divided by the stages when None.
         slices: slices of each contender.
         slice_seconds: length of one.
-        inflight: requests in flight in the pipeline.
+        peers: other contenders: given seconds, requests a second.
+        closed: told of the pipeline when it is closed.
         say: told what is being done.
+        options: how to run the plan: the attributes of :class:`~runtime.options.RunOptions`.
     """
     folder = Path(folder)
     plan = load_plan(folder)
     example = Path(inputs) if inputs is not None else example_file(folder, plan)
     given = load_npz(example)
-    threads = threads or threads_per_node(len(plan.stages))
+    replicas = RunOptions(**options).counts(plan)
+    threads = options["threads"] = options.get("threads") or threads_per_node(sum(replicas))
+    rates: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-")))
+        contenders: dict[str, Callable[[float], float]] = {}
+        pipeline = stack.enter_context(Pipeline.launch(folder, **options))
+        contenders["pipeline"] = lambda seconds: _pipeline_rate(pipeline, given, seconds)
         say("loading stages")
-        stages = [stack.enter_context(worker) for worker in _stage_workers(folder, plan, given, threads, scratch)]
-        contenders: dict[str, Callable[[], float]] = {}
-        pipeline = stack.enter_context(Pipeline.launch(folder, threads=threads, inflight=inflight))
-        contenders["pipeline"] = lambda: _pipeline_rate(pipeline, given, slice_seconds)
-        contenders["ceiling: stages at once, no communication"] = lambda: min(_rates(stages, slice_seconds))
+        stages = _stage_workers(stack, folder, plan, given, threads, replicas)
+        contenders["ceiling: stages at once, no communication"] = lambda seconds: _ceiling(stages, seconds)
         if model is not None:
             say("loading the whole model")
-            level, cores, count = plan.costs.whole_optimization_level, host_cores(), len(plan.stages)
+            level, cores, count = plan.costs.whole_optimization_level, host_cores(), sum(replicas)
             one = stack.enter_context(TimedModel(Path(model), example, threads=cores, level=level, spinning=True))
             many = [
                 stack.enter_context(TimedModel(Path(model), example, threads=threads, level=level))
                 for _ in range(count)
             ]
-            contenders[f"one session, {cores} threads"] = lambda: _rates([one], slice_seconds)[0]
-            contenders[f"{count} whole-model processes"] = lambda: sum(_rates(many, slice_seconds))
-        rates: dict[str, list[float]] = {name: [] for name in contenders}
+            contenders[f"one session, {cores} threads"] = lambda seconds: _rates([one], seconds)[0]
+            contenders[f"{count} whole-model processes"] = lambda seconds: sum(_rates(many, seconds))
+        contenders.update(peers or {})
+        rates = {name: [] for name in contenders}
         for number in range(slices + 1):
             say(f"slice {number} of {slices}")
             for name, measure in contenders.items():
-                rate = measure()
+                rate = measure(slice_seconds)
                 if number:  # the first warms up
                     rates[name].append(rate)
         say("latency")
-        latencies = _latencies(pipeline, given, max(1.0, slice_seconds))
-        alone = sum(int(statistics.median(stage.run(slice_seconds, least=3))) for stage in stages)
+        chain = [
+            (open_session(folder / stage.file, threads=threads, level=stage.optimization_level), stage.inputs)
+            for stage in plan.stages
+        ]
+        whole = None
+        if model is not None:
+            whole = open_session(Path(model), threads=threads, level=plan.costs.whole_optimization_level)
+        through, chained, alone = _latencies(pipeline, chain, whole, given, max(2.0, 4 * slice_seconds))
+    closed(pipeline)
     return Report(
         rows=tuple(_row(name, rates[name], rates["pipeline"]) for name in contenders),
-        latency_p50_ns=int(statistics.median(latencies)),
-        latency_p99_ns=sorted(latencies)[int(len(latencies) * 0.99)],
-        stages_ns=alone,
+        latency_p50_ns=int(statistics.median(through)),
+        latency_p99_ns=sorted(through)[int(len(through) * 0.99)],
+        stages_ns=int(statistics.median(chained)),
+        whole_ns=int(statistics.median(alone)) if alone else None,
         slices=slices,
         threads=threads,
     )
 
 
 def _stage_workers(
-    folder: Path, plan: Plan, inputs: Mapping[str, Array], threads: int, scratch: Path
-) -> Sequence[TimedModel]:
-    """A worker for every stage, with the inputs that the stages before it give."""
+    stack: ExitStack, folder: Path, plan: Plan, inputs: Mapping[str, Array], threads: int, replicas: Sequence[int]
+) -> list[list[TimedModel]]:
+    """Workers for every replica of every stage, with the inputs that the stages before it give."""
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-")))
     values, workers = dict(inputs), []
-    for stage in plan.stages:
+    for stage, count in zip(plan.stages, replicas, strict=True):
         feed = scratch / f"{stage.index}.npz"
         save_npz(feed, {name: values[name] for name in stage.inputs})
-        worker = TimedModel(folder / stage.file, feed, threads=threads, level=stage.optimization_level)
-        with TimedModel(folder / stage.file, feed, threads=threads, level=stage.optimization_level) as once:
-            once.run(0.0)
-            once.save_outputs(scratch / "outputs.npz")
+        workers.append(
+            [
+                stack.enter_context(
+                    TimedModel(folder / stage.file, feed, threads=threads, level=stage.optimization_level)
+                )
+                for _ in range(count)
+            ]
+        )
+        workers[-1][0].run(0.0)
+        workers[-1][0].save_outputs(scratch / "outputs.npz")
         values.update(load_npz(scratch / "outputs.npz"))
-        workers.append(worker)
     return workers
+
+
+def _ceiling(stages: Sequence[Sequence[TimedModel]], seconds: float) -> float:
+    """The rate of the slowest stage, with all replicas of all stages at work."""
+    rates = iter(_rates([worker for replicas in stages for worker in replicas], seconds))
+    return min(sum(next(rates) for _ in replicas) for replicas in stages)
 
 
 def _rates(models: Sequence[TimedModel], seconds: float) -> list[float]:
@@ -149,14 +186,32 @@ def _pipeline_rate(pipeline: Pipeline, inputs: Mapping[str, Array], seconds: flo
     return rate
 
 
-def _latencies(pipeline: Pipeline, inputs: Mapping[str, Array], seconds: float) -> list[int]:
-    found: list[int] = []
+def _latencies(
+    pipeline: Pipeline,
+    chain: Sequence[tuple[Session, Sequence[str]]],
+    whole: Session | None,
+    inputs: Mapping[str, Array],
+    seconds: float,
+) -> tuple[list[int], list[int], list[int]]:
+    """Nanoseconds of single requests, in turn: through the pipeline, through its stages in this process, whole."""
+    through: list[int] = []
+    chained: list[int] = []
+    alone: list[int] = []
     end = time.monotonic() + seconds
-    while time.monotonic() < end or len(found) < 5:
+    while time.monotonic() < end or len(through) < 5:
         begun = time.perf_counter_ns()
         pipeline.run(inputs)
-        found.append(time.perf_counter_ns() - begun)
-    return found
+        through.append(time.perf_counter_ns() - begun)
+        values = dict(inputs)
+        begun = time.perf_counter_ns()
+        for session, names in chain:
+            values.update(session.run({name: values[name] for name in names}))
+        chained.append(time.perf_counter_ns() - begun)
+        if whole is not None:
+            begun = time.perf_counter_ns()
+            whole.run({name: inputs[name] for name, _ in whole.inputs})
+            alone.append(time.perf_counter_ns() - begun)
+    return through, chained, alone
 
 
 def _row(name: str, rates: Sequence[float], own: Sequence[float]) -> Row:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,11 +67,11 @@ from runtime.messages import (
     Refused,
     Share,
     Stop,
-    Visit,
     Wire,
 )
 from runtime.node_state import sources
 from runtime.payloads import Outgoing, Payloads, shapes_of
+from runtime.trace import Traced
 from runtime.transport import Inlet, Outlet, Sockets, Wakeup
 
 BEAT_S = 1.0
@@ -83,11 +84,10 @@ _log = logging.getLogger("runtime.coordinator")
 
 @dataclass(frozen=True)
 class Answer:
-    """How a request ended: its outputs, which are the caller's own, or an error; and the stages it passed."""
+    """How a request ended: its outputs, which are the caller's own, or an error."""
 
     outputs: dict[str, Array]
     error: PipelineError | None = None
-    visits: tuple[Visit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ class Setup:
         providers: provider of every stage.
         threads: threads of every node's session; 0 for the plan's number.
         share_weights: whether the replicas of each stage map one copy of its weights.
+        trace: record when each request was where.
+        profile: have the sessions profiled.
         memory_bytes: of shared memory for the requests' inputs at most; 0 for none.
         control: where nodes report.
         data: where results come in.
@@ -117,6 +119,8 @@ class Setup:
     providers: tuple[str, ...]
     threads: int
     share_weights: tuple[bool, ...]
+    trace: bool
+    profile: bool
     memory_bytes: int
     control: str
     data: str
@@ -130,6 +134,7 @@ class _Pending:
     """A request in flight: who wants to know, and what has come back."""
 
     done: Callable[[Answer], None]
+    entered_ns: int
     outputs: dict[str, Array] = field(default_factory=dict)
 
 
@@ -149,6 +154,8 @@ class Coordinator:
         self._wakeup = Wakeup()
         self._lock = threading.Lock()  # of the machine, what is pending, the links and the own shared memory
         self._pending: dict[int, _Pending] = {}
+        self.traced: list[Traced] = []
+        self.profiles: dict[Slot, list[dict[str, Any]]] = {}
         self._answers: list[tuple[Callable[[Answer], None], Answer]] = []
         self._links: dict[int, Outlet] = {}
         self._count = 0
@@ -185,7 +192,7 @@ class Coordinator:
                 error = self._machine.error or PipelineClosed("the pipeline was closed")
                 self._answers.append((done, Answer({}, error)))
             else:
-                self._pending[number] = _Pending(done)
+                self._pending[number] = _Pending(done, time.monotonic_ns())
                 for effect in self._machine.handle(Submitted(number, wanted, deadline_ns)):
                     if isinstance(effect, Enter):
                         targets = self._targets(effect.route)
@@ -424,6 +431,7 @@ class Coordinator:
                     provider=setup.providers[stage],
                     threads=setup.threads,
                     share_weights=setup.share_weights[stage],
+                    profile=setup.profile,
                 )
                 control.send(identity, codec.encode(assign))
             case WireAll():
@@ -458,7 +466,9 @@ class Coordinator:
         match effect:
             case Resolve(request, visits):
                 pending = self._pending.pop(request)
-                self._answers.append((pending.done, Answer(pending.outputs, None, visits)))
+                self._answers.append((pending.done, Answer(pending.outputs)))
+                if self._setup.trace:
+                    self.traced.append(Traced(request, pending.entered_ns, visits, time.monotonic_ns()))
             case Reject(request, error):
                 self._answers.append((self._pending.pop(request).done, Answer({}, error)))
 
@@ -478,6 +488,8 @@ class Coordinator:
         """Leave nobody waiting, whatever happened."""
         broken = failure is not None or any(n.state is NodeState.LOST for n in self._machine.nodes.values())
         if self._setup.launcher is not None:
+            if self._setup.profile:
+                self.profiles = {slot: self._setup.launcher.profile(*slot) for slot in self._machine.nodes}
             self._setup.launcher.close(keep_logs=broken)
         reason = (
             failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")

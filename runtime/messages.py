@@ -83,6 +83,7 @@ class Assign(_Message, tag="assign", frozen=True):
 
     ``plan_id`` is the SHA-256 of plan.json in ``folder``, a path on the coordinator's host. ``threads`` is 0 for the
     plan's number. ``share_weights``: map them from the copy that the replicas on a host have in common.
+    ``profile``: have ONNX Runtime profile its runs into a file of the node's home.
     """
 
     plan_id: str
@@ -92,6 +93,7 @@ class Assign(_Message, tag="assign", frozen=True):
     provider: str
     threads: int
     share_weights: bool
+    profile: bool
 
 
 class Wire(_Message, tag="wire", frozen=True):

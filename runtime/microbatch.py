@@ -34,8 +34,8 @@ def batch_size(plan: Plan) -> int:
     for name in plan.inputs:
         spec = plan.tensors[name]
         if spec.batch_axis is not None and spec.shape is not None:
-            size = spec.shape[spec.batch_axis]
-            return size if isinstance(size, int) else plan.dims.get(size, 1)
+            dim = spec.shape[spec.batch_axis]
+            return plan.dims.get(f"{name}.{spec.batch_axis}" if dim == "?" else str(dim), 1)
     return 1
 
 

@@ -170,6 +170,8 @@ class _Node:
             control = ControlLink(self, options.connect, hello)
             control.start()
             self._loop(sockets, inlet, control)
+            if self._runner is not None:
+                self._runner.close()
             control.end()
         assert self._exit is not None
         _log.info("ending: %s", self._exit.reason)
@@ -239,7 +241,7 @@ class _Node:
         if self._options.provider is not None:
             assign = msgspec.structs.replace(assign, provider=self._options.provider)
         try:
-            self._runner = StageRunner(folder, assign, threads=self._options.threads)
+            self._runner = StageRunner(folder, assign, home=self._home, threads=self._options.threads)
         except OnnxsplitError as error:
             return LoadFailed(str(error))
         return Loaded(self._runner.plan)

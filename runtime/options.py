@@ -36,6 +36,8 @@ class RunOptions:
         shared_memory: let tensors cross in shared memory where processes share a host.
         share_weights: let the replicas of a stage on this host map one copy of its weights; None does where a stage
             has several.
+        trace: record when each request was where, for :meth:`~runtime.pipeline.Pipeline.trace`.
+        trace_ops: record ONNX Runtime's own profile of every stage too.
         start_timeout: seconds until all nodes must be ready; when None, two minutes for nodes that are started, and
             for ever for nodes started by hand.
         progress: told how many of all nodes are ready, whenever one more is.
@@ -50,6 +52,8 @@ class RunOptions:
     micro_batch: int | None = None
     shared_memory: bool = True
     share_weights: bool | None = None
+    trace: bool = False
+    trace_ops: bool = False
     start_timeout: float | None = None
     progress: Callable[[int, int], None] = _silent
 

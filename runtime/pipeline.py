@@ -25,6 +25,7 @@ from runtime.launch import Launcher
 from runtime.launch.local import LocalLauncher
 from runtime.microbatch import Axes, batch_axes, batch_size, join, split
 from runtime.options import RunOptions, memory_for_requests_bytes
+from runtime.trace import chrome_trace
 from runtime.transport import check_address
 
 START_TIMEOUT_S = 120.0
@@ -183,6 +184,8 @@ class Pipeline:
             replicas=replicas,
             providers=tuple(planned) if given is None else providers_by_stage(given, len(planned), default=planned),
             threads=threads,
+            trace=wanted.trace,
+            profile=wanted.trace_ops,
             share_weights=tuple(
                 count > 1 if wanted.share_weights is None else wanted.share_weights for count in replicas
             ),
@@ -311,6 +314,17 @@ class Pipeline:
     def _passed_through(self, name: str, inputs: Mapping[str, Array]) -> Array:
         origin = self.plan.passthrough[name]
         return np.array(inputs[origin.input] if origin.input is not None else self._constants[name])
+
+    def trace(self) -> dict[str, Any]:
+        """The run so far as a timeline, in Chrome's trace event format, when launched with ``trace``.
+
+        Profiles of the sessions (``trace_ops``) are in it once the pipeline is closed.
+        """
+        readers = {
+            stage.index: [other.index for other in self.plan.stages if set(stage.outputs) & set(other.inputs)]
+            for stage in self.plan.stages
+        }
+        return chrome_trace(self._coordinator.traced, readers, self._coordinator.profiles)
 
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:

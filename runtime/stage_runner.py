@@ -27,6 +27,7 @@ class StageRunner:
     Args:
         folder: the plan directory.
         assign: the stage, and with what to run it.
+        home: where to profile into.
         threads: threads of the session; the plan's number when 0.
 
     Raises:
@@ -34,7 +35,7 @@ class StageRunner:
         ModelError, ProviderError, MissingDependency: the session does not open.
     """
 
-    def __init__(self, folder: Path, assign: Assign, *, threads: int = 0) -> None:
+    def __init__(self, folder: Path, assign: Assign, *, home: Path, threads: int = 0) -> None:
         text = read_plan_file(folder)
         if plan_id(text) != assign.plan_id:
             raise PlanError(f"{folder} holds another plan than the coordinator's; copy the coordinator's plan here")
@@ -49,10 +50,17 @@ class StageRunner:
             threads=threads or assign.threads or stage.threads,
             level="disabled" if packed else stage.optimization_level,
             provider=assign.provider,
+            profile_prefix=home / f"profile-{assign.stage}.{assign.replica}" if assign.profile else None,
         )
+        self._profiled = assign.profile
         self._inputs = stage.inputs
         self._proven: dict[tuple[tuple[int, ...], ...], Shapes] = {}
         self._unbound = {name for name in stage.outputs if name in stage.inputs}
+
+    def close(self) -> None:
+        """Write the profile, if there is one."""
+        if self._profiled:
+            self._session.end_profiling()
 
     def proven(self, inputs: Mapping[str, Array]) -> Shapes:
         """The outputs whose type and shape are proven for inputs of these shapes."""

@@ -32,7 +32,7 @@ ORDER = [
     ["onnxsplit.inspection", "onnxsplit.annotate", "onnxsplit.report"],
     ["onnxsplit.describe"],
     ["onnxsplit.draft"],
-    ["onnxsplit.verify", "onnxsplit.planner", "onnxsplit.merge", "onnxsplit.doctor"],
+    ["onnxsplit.verify", "onnxsplit.batch", "onnxsplit.planner", "onnxsplit.merge", "onnxsplit.doctor"],
     ["onnxsplit.export"],
     ["runtime"],
     ["onnxsplit.cli", "onnxsplit.__main__"],
@@ -42,10 +42,18 @@ RUNTIME_MAY_USE = {
     "onnxsplit.session", "onnxsplit.timed",
 }  # fmt: skip
 RUNTIME_ORDER = [
-    ["runtime.errors", "runtime.balance", "runtime.messages"],
-    ["runtime.codec", "runtime.node_state", "runtime.stage_runner"],
-    ["runtime.transport", "runtime.coordinator_state", "runtime.launch"],
-    ["runtime.node", "runtime.coordinator", "runtime.link"],
+    [
+        "runtime.errors",
+        "runtime.balance",
+        "runtime.messages",
+        "runtime.extents",
+        "runtime.admission",
+        "runtime.options",
+    ],
+    ["runtime.codec", "runtime.arena", "runtime.node_state", "runtime.microbatch", "runtime.weights", "runtime.trace"],
+    ["runtime.transport", "runtime.coordinator_state", "runtime.launch", "runtime.stage_runner"],
+    ["runtime.payloads", "runtime.node_control", "runtime.link"],
+    ["runtime.node", "runtime.coordinator"],
     ["runtime.pipeline"],
     ["runtime.bench"],
 ]
@@ -73,6 +81,9 @@ PURE = [
     "runtime.node_state",
     "runtime.coordinator_state",
     "runtime.balance",
+    "runtime.extents",
+    "runtime.microbatch",
+    "runtime.trace",
     *(
         f"onnxsplit.partitioner.{name}"
         for name in ("objective", "lineup", "orders", "slices", "downsets", "paths", "branch", "exchange", "contract")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, inputs_option, make_command, milliseconds, option, threads_option
+from onnxsplit.cli.output import PLAN, Output, inputs_option, make_command, milliseconds, option
+from onnxsplit.cli.running import keywords, running_options, write_trace
 
 
 @make_command
@@ -17,20 +19,18 @@ from onnxsplit.cli.output import PLAN, Output, inputs_option, make_command, mill
     help="The source model: compare with whole-model sessions too.",
 )
 @inputs_option
-@threads_option
+@running_options
 @option("--slices", type=click.IntRange(min=3), default=20, help="Interleaved slices of each contender.")
 @option("--slice-seconds", type=click.FloatRange(min=0.05), default=0.5, help="Length of one slice.")
-@option("--inflight", type=click.IntRange(min=1), help="Requests in flight. Without it: two a node.")
 def command(
     output: Output,
     *,
     plan: Path,
     model: Path | None,
     inputs: Path | None,
-    threads: int | None,
     slices: int,
     slice_seconds: float,
-    inflight: int | None,
+    **running: Any,
 ) -> None:
     """Measure the plan in DIR against its ceiling: the stage files running at once with no communication."""
     from runtime.bench import bench
@@ -39,11 +39,11 @@ def command(
         plan,
         model=model,
         inputs=inputs,
-        threads=threads,
         slices=slices,
         slice_seconds=slice_seconds,
-        inflight=inflight,
+        closed=lambda pipeline: write_trace(output, pipeline, running["trace"]),
         say=output.say,
+        **keywords(output, running),
     )
     output.done()
     rows = [
@@ -59,7 +59,9 @@ def command(
     output.table(("requests a second", "median", "95 % interval", "pipeline over it", "95 % interval"), rows)
     output.line(
         f"\nOne request at a time: {milliseconds(report.latency_p50_ns)} median, "
-        f"{milliseconds(report.latency_p99_ns)} p99; its stages alone, in turn: {milliseconds(report.stages_ns)}."
+        f"{milliseconds(report.latency_p99_ns)} p99; its stages in turn in one process: "
+        f"{milliseconds(report.stages_ns)}"
+        + (f"; the whole model: {milliseconds(report.whole_ns)}." if report.whole_ns is not None else ".")
     )
     output.line(f"{report.slices} slices of {slice_seconds} s each, taken in turn; {report.threads} thread(s) a stage.")
     output.line(f'Next: put it to work from Python with runtime.Pipeline.launch("{plan}")')

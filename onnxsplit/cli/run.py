@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option, threads_option
+from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option
+from onnxsplit.cli.running import keywords, running_options, write_trace
 
 
 @make_command
@@ -20,9 +22,7 @@ from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, optio
 )
 @option("--outputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="Where to write the outputs.")
 @option("--outputs-only", multiple=True, metavar="NAME", help="Only this output or cut tensor. Repeatable.")
-@option("--provider", help="cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu. Without it: the plan's.")
-@threads_option
-@option("--mode", type=click.Choice(["sync", "async"]), default="async", help="One request at a time, or many.")
+@running_options
 @option("--repeat", type=click.IntRange(min=1), default=1, help="Send the request this many times.")
 @option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds a request may take.")
 def command(
@@ -32,11 +32,9 @@ def command(
     inputs: Path | None,
     outputs: Path | None,
     outputs_only: tuple[str, ...],
-    provider: str | None,
-    threads: int | None,
-    mode: str,
     repeat: int,
     timeout: float | None,
+    **running: Any,
 ) -> None:
     """Start the nodes of the plan in DIR, run one set of inputs through them, write the outputs, stop the nodes."""
     from onnxsplit.plan import example_file, load_plan
@@ -46,7 +44,7 @@ def command(
     given = load_npz(inputs or example_file(plan, load_plan(plan, check_files=False)))
     output.say("starting nodes")
     begun = time.monotonic()
-    with Pipeline.launch(plan, mode=mode, provider=provider, threads=threads) as pipeline:
+    with Pipeline.launch(plan, **keywords(output, running)) as pipeline:
         started_s = time.monotonic() - begun
         output.say("running")
         begun = time.monotonic()
@@ -56,6 +54,7 @@ def command(
         ran_s = time.monotonic() - begun
         stats = pipeline.stats()
     output.done()
+    write_trace(output, pipeline, running["trace"])
     found = results[-1]
     output.table(("output", "type", "shape"), [(name, str(a.dtype), str(list(a.shape))) for name, a in found.items()])
     output.line()

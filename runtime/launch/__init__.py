@@ -6,7 +6,7 @@ becomes readable when the process is gone. Local processes are the first kind.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Handle(Protocol):
@@ -32,6 +32,10 @@ class Launcher(Protocol):
 
     def start(self, *, connect: str, stage: int, replica: int) -> Handle:
         """Start one node that reports to ``connect``."""
+        ...
+
+    def profile(self, stage: int, replica: int) -> list[dict[str, Any]]:
+        """The events of ONNX Runtime's profile that a node left when it ended; empty when it left none."""
         ...
 
     def close(self, *, keep_logs: bool) -> None:

@@ -6,13 +6,16 @@ closes (logs of nodes that failed are kept); when the launching process dies, th
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from onnxsplit.session import quiet_environment
 
@@ -77,6 +80,14 @@ class LocalLauncher:
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=quiet_environment()
             )
         return LocalHandle(process, log)
+
+    def profile(self, stage: int, replica: int) -> list[dict[str, Any]]:
+        """What the node's session wrote into the folder."""
+        for file in self.folder.glob(f"profile-{stage}.{replica}_*.json"):
+            with suppress(ValueError):  # the node was killed while it wrote
+                events: list[dict[str, Any]] = json.loads(file.read_bytes())
+                return events
+        return []
 
     def close(self, *, keep_logs: bool) -> None:
         """Remove the folder; with ``keep_logs``, all but the logs."""

@@ -1,0 +1,111 @@
+"""Options of commands that run a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxsplit.cli.output import Command, Output, option, threads_option
+from onnxsplit.cli.values import Size
+
+if TYPE_CHECKING:
+    from runtime import Pipeline
+
+
+def running_options(command: Command) -> Command:
+    """How to run: options that a command takes as ``**running`` and turns into keywords with :func:`keywords`."""
+    for names, settings in reversed(_OPTIONS):
+        command = option(*names, **settings)(command)
+    return threads_option(command)
+
+
+_OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("--provider",), {"help": "cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu. Without it: the plan's."}),
+    (
+        ("--replicas",),
+        {
+            "multiple": True,
+            "metavar": "N|STAGE=N",
+            "help": "Nodes of every stage, or of one; repeatable. Without it: the plan's.",
+        },
+    ),
+    (
+        ("--mode",),
+        {"type": click.Choice(["sync", "async"]), "default": "async", "help": "One request at a time, or many."},
+    ),
+    (
+        ("--inflight",),
+        {"type": click.IntRange(min=1), "help": "Requests in flight at most. Without it: two a node."},
+    ),
+    (
+        ("--inflight-bytes",),
+        {"type": Size(), "help": "Of their tensors at most, as 512M. Without it: a quarter of the free memory."},
+    ),
+    (
+        ("--micro-batch",),
+        {
+            "type": click.IntRange(min=0),
+            "help": "Rows that run as one; larger batches are split, 0 never does. Without it: the plan's batch size.",
+        },
+    ),
+    (
+        ("--shared-memory/--no-shared-memory",),
+        {"default": True, "help": "Whether tensors cross in shared memory on one host."},
+    ),
+    (
+        ("--trace",),
+        {
+            "type": click.Path(path_type=Path),
+            "metavar": "FILE.json",
+            "help": "Write a timeline of the run; ui.perfetto.dev opens it.",
+        },
+    ),
+    (("--trace-ops",), {"is_flag": True, "help": "With --trace: also every op, by ONNX Runtime's profiler."}),
+]
+
+
+def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
+    """What :meth:`runtime.Pipeline.launch` is to be called with."""
+    found = {name: value for name, value in running.items() if name not in ("trace", "trace_ops", "replicas")}
+    if running["trace_ops"] and running["trace"] is None:
+        raise click.UsageError("--trace-ops adds to a timeline; name its file with --trace FILE.json")
+    return {
+        **found,
+        "replicas": _replicas(running["replicas"]),
+        "trace": running["trace"] is not None,
+        "trace_ops": running["trace_ops"],
+        "progress": lambda ready, total: output.say(f"{ready} of {total} nodes ready"),
+    }
+
+
+def _replicas(texts: tuple[str, ...]) -> int | dict[int, int] | None:
+    found: dict[int, int] = {}
+    for text in texts:
+        stage, equals, count = text.rpartition("=")
+        if not count.isdecimal() or (equals and not stage.isdecimal()):
+            raise click.BadParameter(f"{text!r} is neither N nor STAGE=N", param_hint="--replicas")
+        if not equals and len(texts) > 1:
+            raise click.BadParameter(f"{text!r} is for all stages; give it alone", param_hint="--replicas")
+        if not equals:
+            return int(count)
+        found[int(stage)] = int(count)
+    return found or None
+
+
+def write_trace(output: Output, pipeline: Pipeline, file: Path | None) -> None:
+    """Write the timeline of a pipeline that was closed, when it was asked for."""
+    from onnxsplit.errors import InputError
+    from onnxsplit.files import replacing
+
+    if file is None:
+        return
+    try:
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(pipeline.trace()))
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}. Choose another file with --trace") from error
+    output.line(f"Wrote {file}; open it in https://ui.perfetto.dev")

@@ -1,0 +1,142 @@
+"""A run as a timeline, in the trace event format of Chrome; https://ui.perfetto.dev opens it. Pure.
+
+A process a node, and one for the caller. In each node:
+
+    session     run | send | run | send ...      what the node's main thread does
+    requests    receive, wait                     a bar a request: on its way here, then waiting for its turn
+    queue       a counter: requests that wait
+
+and arrows from where a request leaves a node to where it starts in the next. Times are microseconds of the host's
+monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from runtime.messages import Visit
+
+Slot = tuple[int, int]
+Event = dict[str, Any]
+
+_SESSION, _OPS = 1, 2  # tracks
+_CALLER = 0  # process
+
+
+class Traced(Struct, frozen=True):
+    """A request from its entrance to its answer. Times are the host's monotonic clock in nanoseconds."""
+
+    request: int
+    entered_ns: int
+    visits: tuple[Visit, ...]
+    answered_ns: int
+
+
+def chrome_trace(
+    requests: Sequence[Traced], readers: Mapping[int, Sequence[int]], profiles: Mapping[Slot, Sequence[Event]]
+) -> dict[str, Any]:
+    """The trace of a run.
+
+    Args:
+        requests: what was recorded.
+        readers: the stages that read from each stage.
+        profiles: ONNX Runtime's own profile of a node's session, to be merged in.
+    """
+    slots = sorted({(visit.stage, visit.replica) for request in requests for visit in request.visits})
+    process = {slot: number + 1 for number, slot in enumerate(slots)}
+    events = [_named(_CALLER, "caller", None)]
+    for (stage, replica), number in process.items():
+        events += [_named(number, f"stage {stage}, replica {replica}", None), _named(number, "session", _SESSION)]
+    for request in requests:
+        events += _caller(request)
+        for visit in request.visits:
+            events += _visit(request, visit, process)
+        events += _arrows(request, process, readers)
+    events += _counters(requests, process)
+    for slot, profile in profiles.items():
+        if slot in process:
+            events += _ops(process[slot], slot, requests, profile)
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _named(process: int, name: str, track: int | None) -> Event:
+    kind = "process_name" if track is None else "thread_name"
+    return {"ph": "M", "pid": process, "tid": track or 0, "name": kind, "args": {"name": name}}
+
+
+def _slice(process: int, track: int, name: str, start_ns: int, end_ns: int, request: int) -> Event:
+    return {
+        "ph": "X", "pid": process, "tid": track, "name": name, "cat": name,
+        "ts": start_ns / 1e3, "dur": (end_ns - start_ns) / 1e3, "args": {"request": request},
+    }  # fmt: skip
+
+
+def _bar(process: int, name: str, start_ns: int, end_ns: int, request: int) -> Iterator[Event]:
+    for phase, time_ns in (("b", start_ns), ("e", end_ns)):
+        yield {
+            "ph": phase, "pid": process, "tid": 0, "name": name, "cat": "requests", "id": request, "ts": time_ns / 1e3,
+            "args": {"request": request},
+        }  # fmt: skip
+
+
+def _caller(request: Traced) -> Iterator[Event]:
+    yield from _bar(_CALLER, "request", request.entered_ns, request.answered_ns, request.request)
+
+
+def _visit(request: Traced, visit: Visit, process: Mapping[Slot, int]) -> Iterator[Event]:
+    number, here = request.request, process[visit.stage, visit.replica]
+    left = max([v.sent_ns for v in request.visits if v.sent_ns <= visit.arrived_ns], default=request.entered_ns)
+    yield from _bar(here, "receive", left, visit.arrived_ns, number)
+    yield from _bar(here, "wait", visit.arrived_ns, visit.started_ns, number)
+    yield _slice(here, _SESSION, "run", visit.started_ns, visit.ended_ns, number)
+    yield _slice(here, _SESSION, "send", visit.ended_ns, visit.sent_ns, number)
+
+
+def _arrows(request: Traced, process: Mapping[Slot, int], readers: Mapping[int, Sequence[int]]) -> Iterator[Event]:
+    by_stage = {visit.stage: visit for visit in request.visits}
+    for visit in request.visits:
+        for stage in readers.get(visit.stage, ()):
+            if stage not in by_stage:
+                continue
+            to = by_stage[stage]
+            name = {"name": "fragment", "cat": "fragment", "id": f"{request.request}.{visit.stage}.{stage}"}
+            begin = {
+                "ph": "s",
+                "pid": process[visit.stage, visit.replica],
+                "ts": (visit.ended_ns + visit.sent_ns) / 2e3,
+            }
+            end = {"ph": "f", "bp": "e", "pid": process[to.stage, to.replica], "ts": to.started_ns / 1e3}
+            yield {**name, **begin, "tid": _SESSION}
+            yield {**name, **end, "tid": _SESSION}
+
+
+def _counters(requests: Sequence[Traced], process: Mapping[Slot, int]) -> Iterator[Event]:
+    """How many requests wait at each node, and are in the pipeline."""
+    steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for request in requests:
+        steps[_CALLER] += [(request.entered_ns, 1), (request.answered_ns, -1)]
+        for visit in request.visits:
+            steps[process[visit.stage, visit.replica]] += [(visit.arrived_ns, 1), (visit.started_ns, -1)]
+    for number, changes in sorted(steps.items()):
+        count = 0
+        for time_ns, change in sorted(changes):
+            count += change
+            name = "queue" if number else "in flight"
+            yield {"ph": "C", "pid": number, "name": name, "ts": time_ns / 1e3, "args": {"requests": count}}
+
+
+def _ops(process: int, slot: Slot, requests: Sequence[Traced], profile: Sequence[Event]) -> Iterator[Event]:
+    """ONNX Runtime's profile, moved to where its first run began here."""
+    runs = [event["ts"] for event in profile if event.get("name") == "model_run"]
+    starts = [v.started_ns for request in requests for v in request.visits if (v.stage, v.replica) == slot]
+    if not runs or not starts:
+        return
+    shift = min(starts) / 1e3 - min(runs)
+    yield _named(process, "ops", _OPS)
+    for event in profile:
+        if event.get("ph") == "X" and event.get("cat") == "Node" and event["ts"] >= min(runs):
+            yield {**event, "pid": process, "tid": _OPS, "ts": event["ts"] + shift}
