@@ -68,6 +68,8 @@ class NodeRecord:
     failures: int = 0
     wait_ns: int = 0
     run_ns: int = 0
+    output_bytes: int = 0
+    shared_bytes: int = 0
 
 
 class Joined(Struct, frozen=True):
@@ -383,6 +385,8 @@ class CoordinatorState:
                 record.requests += 1
                 record.wait_ns += visit.started_ns - visit.arrived_ns
                 record.run_ns += visit.ended_ns - visit.started_ns
+                record.output_bytes += visit.output_bytes
+                record.shared_bytes += visit.shared_bytes
         return [Resolve(event.request, tuple(request.visits.values()))]
 
     def _reported(self, message: Failed) -> list[Effect]:

@@ -151,7 +151,8 @@ class Visit(_Message, frozen=True):
         started_ns: the session began.
         ended_ns: the session ended.
         sent_ns: its outputs were ready to go.
-        output_bytes: of all outputs that were sent.
+        output_bytes: of all its outputs.
+        shared_bytes: of those that lie in shared memory.
     """
 
     stage: int
@@ -161,6 +162,7 @@ class Visit(_Message, frozen=True):
     ended_ns: int
     sent_ns: int
     output_bytes: int
+    shared_bytes: int
 
 
 class Fragment(_Message, tag="fragment", frozen=True):

@@ -89,6 +89,7 @@ class Executed(Struct, frozen=True):
     ended_ns: int
     ready_ns: int
     output_bytes: int
+    shared_bytes: int
 
 
 class ExecutionFailed(Struct, frozen=True):
@@ -364,6 +365,7 @@ class NodeState:
             event.ended_ns,
             event.ready_ns,
             event.output_bytes,
+            event.shared_bytes,
         )
         first, *others = join.fragments
         history = first.history

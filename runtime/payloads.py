@@ -37,6 +37,11 @@ class Outgoing:
         """Of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
+    @property
+    def shared_bytes(self) -> int:
+        """Of those in shared memory."""
+        return sum(self.arrays[name].nbytes for name in self.places)
+
 
 class Payloads:
     """One process's side: its own memory, and that of the peers it has mapped.

@@ -50,11 +50,13 @@ class NodeStats:
     Attributes:
         stage: its stage.
         replica: which replica of it.
-        requests: executed.
+        requests: answered ones that it executed.
         failures: that could not be executed.
         outstanding: on their way to it or in it.
         wait_ns: mean time a request waited there for its turn.
         run_ns: mean time in the session.
+        output_bytes: of all tensors it gave for them.
+        shared_bytes: of those that crossed in shared memory.
     """
 
     stage: int
@@ -64,6 +66,8 @@ class NodeStats:
     outstanding: int
     wait_ns: int
     run_ns: int
+    output_bytes: int
+    shared_bytes: int
 
 
 class Pipeline:
@@ -353,6 +357,8 @@ class Pipeline:
                 outstanding=record.outstanding,
                 wait_ns=record.wait_ns // max(1, record.requests),
                 run_ns=record.run_ns // max(1, record.requests),
+                output_bytes=record.output_bytes,
+                shared_bytes=record.shared_bytes,
             )
             for slot, record in self._coordinator.machine.nodes.items()
         )

@@ -26,6 +26,7 @@ from onnxsplit.cli.output import Output, make_command, option, threads_option
 @option("--bind", metavar="ADDR", help="Where to take tensors. Without it: any free port or path.")
 @option("--provider", help="cpu or cuda[:N]. Without it: the pipeline's choice.")
 @threads_option
+@option("--shared-memory/--no-shared-memory", default=True, help="Whether tensors cross in shared memory on one host.")
 def command(
     output: Output,
     *,
@@ -35,11 +36,12 @@ def command(
     bind: str | None,
     provider: str | None,
     threads: int | None,
+    shared_memory: bool,
 ) -> None:
     """Execute one stage for a pipeline that waits at ADDR (Pipeline.listen), until it ends."""
     import logging
 
-    from runtime.node import NodeOptions, serve
+    from runtime.node import DEFAULT_MEMORY_BYTES, NodeOptions, serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     output.note(f"Waiting for the pipeline at {connect}. Stop with Ctrl-C.")
@@ -51,6 +53,7 @@ def command(
             plan=plan,
             provider=provider,
             threads=threads or 0,
+            memory_bytes=DEFAULT_MEMORY_BYTES if shared_memory else 0,
         )
     )
     output.result({"exit_code": code})

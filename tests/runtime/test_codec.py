@@ -12,17 +12,38 @@ from hypothesis.extra import numpy as hnp
 
 from runtime import codec
 from runtime.errors import ProtocolError
-from runtime.messages import Assign, Cancel, Finished, Fragment, Hello, TensorHead, Wire
+from runtime.messages import (
+    Assign,
+    Cancel,
+    Failed,
+    Fragment,
+    Hello,
+    Memory,
+    Peer,
+    Place,
+    Share,
+    TensorHead,
+    Visit,
+    Wire,
+)
 
+HEAD = TensorHead("x", "float32", (4,), bytes(16))
 KINDS = ["f4", "f8", "f2", "i1", "i4", "i8", "u1", "u8", "?"]
 ARRAYS = st.sampled_from(KINDS).flatmap(
     lambda kind: hnp.arrays(kind, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0))
 )
 
 
+MEMORY = Memory("host", 3, 4, b"token", 5)
+
+
+def nowhere(place, dtype, shape):
+    raise ProtocolError("no memory is mapped here")
+
+
 def over_the_wire(array):
     heads, frames = codec.encode_tensors({"x": array})
-    return codec.decode_tensors(heads, [bytes(frame) for frame in frames])["x"]
+    return codec.decode_tensors(heads, [bytes(frame) for frame in frames], nowhere)["x"]
 
 
 @given(ARRAYS)
@@ -58,12 +79,13 @@ def test_a_view_is_sent_as_what_it_shows():
 @pytest.mark.parametrize(
     ("decode", "message"),
     [
-        (codec.decode_node_control, Hello(1, 2, "h", "a", -1, -1)),
-        (codec.decode_coordinator_control, Assign("id", "f", 0, 1, "cpu", 0, "a")),
-        (codec.decode_coordinator_control, Wire((("a", "b"), ("c",)))),
+        (codec.decode_node_control, Hello(1, 2, "h", "a", -1, -1, MEMORY)),
+        (codec.decode_coordinator_control, Assign("id", "f", 0, 1, "cpu", 0, True, False)),
+        (codec.decode_coordinator_control, Wire((Peer(-1, 0, "a", None), Peer(0, 1, "b", MEMORY)))),
+        (codec.decode_coordinator_control, Share((0, 3))),
         (codec.decode_coordinator_control, Cancel(7)),
-        (codec.decode_data, Fragment(1, -1, (0, -1), ("y",), (TensorHead("x", "float32", (1,)),))),
-        (codec.decode_data, Finished(1, 2, 3, 4, 5)),
+        (codec.decode_data, Fragment(1, 0, -1, (0, -1), ("y",), (HEAD,), (Visit(0, 0, 1, 2, 3, 4, 5, 6),))),
+        (codec.decode_data, Failed(1, 2, 3, "why")),
     ],
 )
 def test_headers_survive(decode, message):
@@ -79,13 +101,13 @@ def test_garbage_is_refused(frame):
 
 @given(st.data())
 def test_a_mutated_header_is_refused_or_read(data):
-    header = bytearray(codec.encode(Fragment(1, -1, (0,), ("y",), (TensorHead("x", "float32", (4,)),))))
+    header = bytearray(codec.encode(Fragment(1, 0, -1, (0,), ("y",), (HEAD,), ())))
     for _ in range(data.draw(st.integers(1, 4))):
         header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
     try:
         message = codec.decode_data(bytes(header))
         if isinstance(message, Fragment):
-            codec.decode_tensors(message.tensors, [bytes(16)])
+            codec.decode_tensors(message.tensors, [bytes(16)], nowhere)
     except ProtocolError:
         pass
 
@@ -98,19 +120,44 @@ def test_an_oversized_header_is_refused():
 @pytest.mark.parametrize(
     "head",
     [
-        TensorHead("x", "float32", (1 << 40, 1 << 40)),
-        TensorHead("x", "float32", (5,)),
-        TensorHead("x", "float32", (-1, -4)),
-        TensorHead("x", "string", (1 << 40,)),
-        TensorHead("x", "object", (4,)),
-        TensorHead("x", "float32", (1,) * 33),
+        TensorHead("x", "float32", (1 << 40, 1 << 40), None),
+        TensorHead("x", "float32", (5,), None),
+        TensorHead("x", "float32", (-1, -4), None),
+        TensorHead("x", "string", (1 << 40,), None),
+        TensorHead("x", "object", (4,), None),
+        TensorHead("x", "float32", (1,) * 33, None),
+        TensorHead("x", "float32", (4,), bytes(16)),
+        TensorHead("x", "string", (1,), Place(0, 1, 2)),
     ],
 )
 def test_a_head_that_does_not_fit_its_frame_is_refused(head):
     with pytest.raises(ProtocolError):
-        codec.decode_tensors((head,), [bytes(16)])
+        codec.decode_tensors((head,), [bytes(16)], nowhere)
+
+
+def test_small_tensors_ride_in_the_header_and_large_ones_follow_it():
+    small, large = np.arange(8.0), np.zeros(codec.INLINE_BYTES, np.float32)
+    heads, frames = codec.encode_tensors({"small": small, "large": large})
+    assert [head.payload for head in heads] == [small.tobytes(), None]
+    assert [len(frame) for frame in frames] == [large.nbytes]
+
+
+def test_many_small_tensors_do_not_make_a_header_too_large():
+    tensors = {f"t{n}": np.zeros(codec.INLINE_BYTES, np.uint8) for n in range(200)}
+    heads, frames = codec.encode_tensors(tensors)
+    header = codec.encode(Fragment(1, 0, -1, (0,), ("y",), heads, ()))
+    assert len(header) <= codec.MAX_HEADER_BYTES
+    assert len(frames) == codec.frames_of(heads) > 100
+
+
+def test_a_tensor_in_shared_memory_is_taken_from_its_place():
+    place = Place(3, 4, 5)
+    heads, frames = codec.encode_tensors({"x": np.ones(4, np.float32)}, {"x": place})
+    assert frames == []
+    found = codec.decode_tensors(heads, frames, lambda *where: where)["x"]
+    assert found == (place, "float32", (4,))
 
 
 def test_unknown_fields_are_refused():
     with pytest.raises(ProtocolError):
-        codec.decode_data(msgspec.msgpack.encode(["finished", 1, 2, 3, 4, 5, "more"]))
+        codec.decode_data(msgspec.msgpack.encode(["failed", 1, 2, 3, "why", "more"]))

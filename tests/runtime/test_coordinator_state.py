@@ -11,28 +11,30 @@ from runtime.coordinator_state import (
     CoordinatorState,
     Declined,
     Enter,
+    Expired,
     Forget,
     GiveStage,
     Joined,
     Lost,
+    Met,
     Prepared,
     Reject,
     Reported,
     Resolve,
     Returned,
     SendAway,
+    ShareMemory,
     State,
     Submitted,
-    Ticked,
     TimedOut,
     WireAll,
 )
 from runtime.errors import DeadlineExceeded, LaunchFailed, NodeFailed, PipelineClosed, StageFailed
-from runtime.messages import PROTOCOL, Failed, Finished, Hello
+from runtime.messages import PROTOCOL, Failed, Hello, Visit
 
 
 def hello(name: str, stage: int = -1, replica: int = -1) -> Joined:
-    return Joined(name.encode(), Hello(PROTOCOL, 1, "host", f"address-{name}", stage, replica))
+    return Joined(name.encode(), Hello(PROTOCOL, 1, "host", f"address-{name}", stage, replica, None))
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def ready(plan, replicas=(1, 1, 1, 1)) -> CoordinatorState:
     for number in range(sum(replicas)):
         machine.handle(hello(f"n{number}"))
     for number in range(sum(replicas)):
-        machine.handle(Prepared(f"n{number}".encode()))
+        machine.handle(Prepared(f"n{number}".encode(), ()))
     assert machine.state is State.READY
     return machine
 
@@ -57,10 +59,21 @@ def test_nodes_are_wired_when_all_are_there_and_announced_when_all_are_ready(pla
     machine.handle(hello("c"))
     give, wire = machine.handle(hello("d"))
     assert give == GiveStage(b"d", (3, 0))
-    assert isinstance(wire, WireAll)
-    assert wire.addresses == (("address-b",), ("address-c",), ("address-a",), ("address-d",))
-    assert [machine.handle(Prepared(n)) for n in (b"a", b"b", b"c")] == [[], [], []]
-    assert machine.handle(Prepared(b"d")) == [Announce(None)]
+    assert wire == WireAll()
+    assert [machine.handle(Prepared(n, ())) for n in (b"a", b"b", b"c")] == [[], [], []]
+    assert machine.handle(Prepared(b"d", ()))[-1] == Announce(None)
+
+
+def test_memory_is_lent_only_where_both_sides_have_mapped_each_other(plan):
+    machine = CoordinatorState(plan, (1, 1, 1, 1))
+    for name in "abcd":
+        machine.handle(hello(name))
+    machine.handle(Met((1, 4)))
+    mapped = {"a": (0, 2, 3), "b": (1, 4), "c": (4,), "d": (2, 3)}
+    for name, numbers in mapped.items():
+        effects = machine.handle(Prepared(name.encode(), numbers))
+    shared = {effect.identity: effect.readers for effect in effects if isinstance(effect, ShareMemory)}
+    assert shared == {None: (1,), b"a": (0, 2), b"b": (1, 4), b"c": (4,), b"d": (2, 3)}
 
 
 def test_one_node_too_many_is_sent_away_by_name(plan):
@@ -72,7 +85,7 @@ def test_one_node_too_many_is_sent_away_by_name(plan):
 
 def test_a_node_of_another_version_is_sent_away(plan):
     machine = CoordinatorState(plan, (1, 1, 1, 1))
-    (effect,) = machine.handle(Joined(b"old", Hello(PROTOCOL + 1, 1, "h", "a", -1, -1)))
+    (effect,) = machine.handle(Joined(b"old", Hello(PROTOCOL + 1, 1, "h", "a", -1, -1, None)))
     assert isinstance(effect, SendAway)
     assert "same version" in effect.reason
 
@@ -80,9 +93,12 @@ def test_a_node_of_another_version_is_sent_away(plan):
 def test_a_request_enters_and_is_answered_when_all_is_back(plan):
     machine = ready(plan)
     assert machine.handle(Submitted(1, ("y", "a"), None)) == [Enter(1, (0, 0, 0, 0), ("y", "a"))]
-    assert machine.handle(Returned(1, ("a",))) == []
-    assert machine.handle(Returned(1, ("y",))) == [Resolve(1)]
-    assert machine.handle(Returned(1, ("y",))) == []
+    first, last = Visit(0, 0, 1, 2, 9, 9, 8, 4), Visit(3, 0, 10, 12, 20, 20, 0, 0)
+    assert machine.handle(Returned(1, ("a",), (first,))) == []
+    assert machine.handle(Returned(1, ("y",), (first, last))) == [Resolve(1, (first, last))]
+    assert machine.handle(Returned(1, ("y",), (first, last))) == []
+    assert (machine.nodes[0, 0].requests, machine.nodes[0, 0].wait_ns, machine.nodes[0, 0].run_ns) == (1, 1, 7)
+    assert (machine.nodes[0, 0].output_bytes, machine.nodes[0, 0].shared_bytes) == (8, 4)
 
 
 def test_only_the_stages_that_are_needed_are_on_the_route(plan):
@@ -94,19 +110,18 @@ def test_requests_go_to_the_replica_with_the_fewest(plan):
     machine = ready(plan, (1, 2, 1, 1))
     routes = [machine.handle(Submitted(n, ("y",), None))[0].route for n in range(3)]
     assert [route[1] for route in routes] == [0, 1, 0]
-    machine.handle(Reported(Finished(0, 1, 0, 0, 0)))
-    machine.handle(Reported(Finished(2, 1, 0, 0, 0)))
+    machine.handle(Returned(0, ("y",), ()))
+    machine.handle(Returned(2, ("y",), ()))
     assert machine.handle(Submitted(3, ("y",), None))[0].route[1] == 0
 
 
 def test_outstanding_work_returns_to_nothing(plan):
     machine = ready(plan)
     machine.handle(Submitted(1, ("y",), None))
-    machine.handle(Reported(Finished(1, 0, 0, 5, 7)))
-    machine.handle(Returned(1, ("y",)))
-    machine.handle(Reported(Finished(1, 3, 0, 5, 7)))
+    machine.handle(Submitted(2, ("y",), None))
+    machine.handle(Returned(1, ("y",), ()))
+    machine.handle(Reported(Failed(2, 3, 0, "why")))
     assert [node.outstanding for node in machine.nodes.values()] == [0, 0, 0, 0]
-    assert machine.nodes[0, 0].run_ns == 7
 
 
 def test_a_failed_stage_fails_its_request_alone(plan):
@@ -118,18 +133,27 @@ def test_a_failed_stage_fails_its_request_alone(plan):
     assert "stage 1" in str(reject.error)
     assert "bad shape" in str(reject.error)
     assert isinstance(forget, Forget)
-    assert machine.handle(Returned(2, ("y",))) == [Resolve(2)]
+    assert machine.handle(Returned(2, ("y",), ())) == [Resolve(2, ())]
 
 
 def test_a_deadline_names_the_stages_that_had_not_finished(plan):
     machine = ready(plan)
     machine.handle(Submitted(1, ("y",), 1000))
-    machine.handle(Reported(Finished(1, 0, 0, 0, 0)))
     assert machine.next_deadline_ns() == 1000
-    assert machine.handle(Ticked(999)) == []
-    reject, _ = machine.handle(Ticked(1000))
+    assert machine.expired(999) == {}
+    assert machine.expired(1000) == {1: (0, 0, 0, 0)}
+    reject, _ = machine.handle(Expired(1, frozenset({0})))
     assert isinstance(reject.error, DeadlineExceeded)
     assert "stage 1, 2, 3 had not finished" in str(reject.error)
+
+
+def test_a_deadline_of_an_answered_request_is_forgotten(plan):
+    machine = ready(plan)
+    machine.handle(Submitted(1, ("y",), 1000))
+    machine.handle(Submitted(2, ("y",), 2000))
+    machine.handle(Returned(1, ("y",), ()))
+    assert machine.next_deadline_ns() == 2000
+    assert machine.expired(1500) == {}
 
 
 def test_a_lost_node_fails_everything_with_its_story(plan):

@@ -1,0 +1,246 @@
+"""Shared memory: what is lent stays as it is until all readers returned it, and nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import msgspec
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.arena import SLOTS, Arena, PeerArena, Step
+from runtime.errors import ProtocolError
+from runtime.extents import ALIGNMENT, Extents, aligned
+from runtime.messages import Memory, Place
+
+MIB = 1 << 20
+ME, READER = 3, 7
+
+
+@pytest.fixture
+def arena():
+    arena = Arena(8 * MIB)
+    yield arena
+    arena.close()
+
+
+@pytest.fixture
+def reader():
+    arena = Arena(MIB)
+    yield arena
+    arena.close()
+
+
+def returns(reader: Arena) -> memoryview:
+    """The row in which the reader returns the slots of the process with the number ``ME``."""
+    return PeerArena(reader.address).returns(ME)
+
+
+def test_a_tensor_is_read_in_place_and_read_only(arena, reader):
+    block = arena.reserve(4000, [returns(reader)])
+    arena.array(block, 64, "float32", (10, 100))[...] = 7
+    peer = PeerArena(arena.address)
+    found = peer.array(block.place(64), "float32", (10, 100))
+    assert found.shape == (10, 100)
+    assert (found == 7).all()
+    with pytest.raises(ValueError, match="read-only"):
+        found[0, 0] = 1
+    arena.array(block, 64, "float32", (10, 100))[0, 0] = 8
+    assert found[0, 0] == 8, "it is the owner's memory itself"
+
+
+def test_a_slot_is_free_when_every_reader_has_returned_it(arena, reader):
+    with_two = Arena(MIB)
+    block = arena.reserve(100, [returns(reader), returns(with_two)])
+    reader.give_back(ME, block.place(0))
+    assert arena.busy == 1
+    with_two.give_back(ME, block.place(0))
+    assert arena.busy == 0
+    with_two.close()
+
+
+def test_a_late_return_of_an_old_use_frees_nothing(arena, reader):
+    row = [returns(reader)]
+    old = arena.reserve(100, row)
+    stale = old.place(0)
+    reader.give_back(ME, stale)
+    new = arena.reserve(100, row)
+    assert new.number == old.number
+    reader.give_back(ME, stale)
+    assert arena.busy == 1
+
+
+def test_a_reader_notices_that_a_slot_was_taken_away(arena, reader):
+    peer = PeerArena(arena.address)
+    block = arena.reserve(100, [returns(reader)])
+    place = block.place(0)
+    assert peer.holds(place)
+    block.readers.clear()  # the owner was told that the reader is gone
+    arena.reserve(100, [returns(reader)])
+    assert not peer.holds(place)
+
+
+def test_what_does_not_fit_is_refused_and_fits_when_there_is_room_again(arena, reader):
+    row = [returns(reader)]
+    blocks = [arena.reserve(MIB, row) for _ in range(8)]
+    assert arena.reserve(1, row) is None
+    reader.give_back(ME, blocks[5].place(0))
+    assert arena.reserve(MIB, row).offset == blocks[5].offset
+
+
+def test_there_are_only_so_many_slots(reader):
+    arena = Arena(MIB)
+    row = [returns(reader)]
+    blocks = [arena.reserve(1, row) for _ in range(SLOTS)]
+    assert arena.reserve(1, row) is None
+    reader.give_back(ME, blocks[0].place(0))
+    assert arena.reserve(1, row) is not None
+    arena.close()
+
+
+def test_memory_is_taken_as_it_is_used_and_goes_back(reader):
+    arena = Arena(1 << 30)
+    row = [returns(reader)]
+
+    def taken() -> int:
+        return os.fstat(arena.address.descriptor).st_blocks * 512
+
+    assert taken() < MIB
+    large = arena.reserve(200 * MIB, row)
+    assert 200 * MIB <= taken() < 202 * MIB
+    reader.give_back(ME, large.place(0))
+    for _ in range(2100):
+        reader.give_back(ME, arena.reserve(1000, row).place(0))
+    assert taken() < 70 * MIB
+    block = arena.reserve(300 * MIB, row)
+    arena.array(block, 0, "uint8", (300 * MIB,))[::4096] = 1
+    arena.close()
+
+
+def test_memory_that_the_system_does_not_have_is_refused_and_not_written(arena, reader, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert arena.reserve(100, [returns(reader)]) is None
+    monkeypatch.undo()
+    assert arena.reserve(100, [returns(reader)]) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"host": "another"}, OSError),
+        ({"token": bytes(32)}, ProtocolError),
+        ({"size_bytes": 5}, ProtocolError),
+        ({"descriptor": 0}, (ProtocolError, OSError)),
+        ({"pid": 1 << 22}, OSError),
+    ],
+)
+def test_memory_that_is_not_what_the_peer_told_is_refused(arena, change, error):
+    told = msgspec.structs.replace(arena.address, **change)
+    with pytest.raises(error):
+        PeerArena(told)
+
+
+@pytest.mark.parametrize(
+    "place", [Place(0, 1, 0), Place(0, 1, 1 << 40), Place(0, 1, -5), Place(-1, 1, 1 << 22), Place(SLOTS, 1, 1 << 22)]
+)
+def test_a_place_outside_of_the_memory_is_refused(arena, place):
+    with pytest.raises(ProtocolError, match="outside"):
+        PeerArena(arena.address).array(place, "float32", (1 << 19,))
+
+
+def test_a_tensor_that_claims_more_than_there_is_is_refused(arena):
+    with pytest.raises(ProtocolError, match="outside"):
+        PeerArena(arena.address).array(Place(0, 1, 3 * MIB), "float32", (1 << 40, 1 << 40))
+
+
+def test_the_memory_cannot_shrink_under_a_reader(arena):
+    with pytest.raises(OSError, match="not permitted"):
+        os.ftruncate(arena.address.descriptor, 0)
+
+
+def test_the_ledger_tells_how_far_a_request_is(arena):
+    peer = PeerArena(arena.address)
+    assert peer.step(5) is Step.UNKNOWN
+    arena.record(5, Step.RUNNING)
+    assert peer.step(5) is Step.RUNNING
+    arena.record(5, Step.DONE)
+    assert peer.step(5) is Step.DONE
+    assert peer.step(5 + 4096) is Step.UNKNOWN
+
+
+OWNER = """
+import sys, numpy as np, msgspec
+from runtime.arena import Arena, Step
+from runtime.messages import Memory
+arena = Arena(1 << 20)
+block = arena.reserve(4096, [])
+arena.array(block, 0, "int32", (1024,))[:] = range(1024)
+arena.record(9, Step.RUNNING)
+sys.stdout.buffer.write(msgspec.json.encode((arena.address, block.place(0))) + b"\\n")
+sys.stdout.flush()
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_owner_wrote_can_still_be_read_and_leaves_no_file(python_environment):
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=python_environment
+    )
+    memory, place = msgspec.json.decode(owner.stdout.readline(), type=tuple[Memory, Place])
+    peer = PeerArena(memory)
+    owner.send_signal(signal.SIGKILL)
+    owner.communicate()
+    assert peer.array(place, "int32", (1024,)).tolist() == list(range(1024))
+    assert peer.step(9) is Step.RUNNING
+    with pytest.raises(OSError, match="No such"):
+        PeerArena(memory)
+    peer.close()
+
+
+def test_nothing_stays_open():
+    before = psutil.Process().num_fds(), len(psutil.Process().memory_maps(grouped=False))
+    for _ in range(20):
+        arena, other = Arena(MIB), Arena(MIB)
+        peer = PeerArena(other.address)
+        arena.reserve(10, [peer.returns(0)]).readers.clear()
+        peer.close()
+        arena.close()
+        other.close()
+    assert psutil.Process().num_fds() == before[0]
+    assert len(psutil.Process().memory_maps(grouped=False)) <= before[1] + 2
+
+
+@given(st.lists(st.integers(1, 3000), max_size=60), st.randoms())
+def test_extents_never_overlap_and_all_come_back(sizes, random):
+    extents = Extents(64 * 1024)
+    taken: list[tuple[int, int]] = []
+    for size in sizes:
+        offset = extents.take(size)
+        if offset is not None:
+            assert offset % ALIGNMENT == 0
+            assert offset + size <= 64 * 1024
+            assert all(offset + aligned(size) <= o or o + aligned(s) <= offset for o, s in taken)
+            taken.append((offset, size))
+        if taken and random.random() < 0.4:
+            extents.give(*taken.pop(random.randrange(len(taken))))
+    for one in taken:
+        extents.give(*one)
+    assert extents.used == 0
+    assert extents.take(64 * 1024) == 0, "neighbours that became free were joined"
+
+
+def test_the_lowest_room_is_used_first():
+    extents = Extents(1024)
+    first, second, _ = (extents.take(100) for _ in range(3))
+    extents.give(first, 100)
+    assert extents.take(100) == first
+    extents.give(second, 100)
+    assert extents.take(64) == second

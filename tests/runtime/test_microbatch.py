@@ -1,0 +1,32 @@
+"""Requests are split along their batch and put together as they were."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnxsplit.errors import InputError
+from runtime.microbatch import join, split
+
+
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 2))
+def test_what_is_split_and_joined_is_what_it_was(total, rows, axis):
+    shape = [2, 3, 4]
+    shape[axis] = total
+    array = np.arange(np.prod(shape)).reshape(shape)
+    parts = split({"x": array, "whole": np.ones(3)}, {"x": axis, "whole": None}, rows)
+    assert len(parts) == -(-total // rows)
+    assert all(part["x"].shape[axis] <= rows for part in parts)
+    assert all(part["whole"].shape == (3,) for part in parts)
+    assert np.array_equal(join([{"x": part["x"]} for part in parts], {"x": axis})["x"], array)
+
+
+def test_inputs_that_disagree_are_named():
+    with pytest.raises(InputError, match="'a' has 2, 'b' has 3"):
+        split({"a": np.ones((2, 1)), "b": np.ones((3, 1))}, {"a": 0, "b": 0}, 1)
+
+
+def test_an_empty_batch_is_one_part():
+    assert len(split({"x": np.ones((0, 4))}, {"x": 0}, 2)) == 1
