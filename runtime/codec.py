@@ -55,13 +55,13 @@ def decode_coordinator_control(frame: bytes) -> CoordinatorControl:
     return message
 
 
-def decode_data(frame: bytes) -> Data:
+def decode_data(frame: Buffer) -> Data:
     """A header of the data link."""
     message: Data = _decoded(_data, frame)
     return message
 
 
-def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
+def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: Buffer) -> Any:
     if len(frame) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
     try:

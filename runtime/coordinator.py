@@ -7,6 +7,7 @@ coordinator's, so neither hands it to another; the lock is held only to decide a
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from collections import deque
@@ -72,7 +73,7 @@ from runtime.messages import (
 from runtime.node_state import sources
 from runtime.payloads import Outgoing, Payloads, shapes_of
 from runtime.trace import Traced
-from runtime.transport import Inlet, Outlet, Sockets, Wakeup
+from runtime.transport import AnsweringInlet, Inlet, Outlet, Sockets, Wakeup
 
 BEAT_S = 1.0
 SILENCE_S = 10.0
@@ -107,6 +108,7 @@ class Setup:
         memory_bytes: of shared memory for the requests' inputs at most; 0 for none.
         control: where nodes report.
         data: where results come in.
+        home: a folder that only the user can open, for sockets of this host; the launcher's, or removed at the end.
         launcher: starts the nodes; None waits for nodes started by hand.
         start_timeout_s: time for all nodes to become ready; None waits for ever.
         progress: told how many of all nodes are ready, whenever one more is.
@@ -124,6 +126,7 @@ class Setup:
     memory_bytes: int
     control: str
     data: str
+    home: Path
     launcher: Launcher | None
     start_timeout_s: float | None
     progress: Callable[[int, int], None]
@@ -150,6 +153,7 @@ class Coordinator:
             if CALLER in sources(setup.plan, stage.index)
         }
         self._payloads = Payloads(setup.memory_bytes)
+        self._shortcut = setup.home / "results.fragments" if setup.memory_bytes else None
         self._posted: deque[Event] = deque()
         self._wakeup = Wakeup()
         self._lock = threading.Lock()  # of the machine, what is pending, the links and the own shared memory
@@ -286,7 +290,8 @@ class Coordinator:
 
     def _loop(self, sockets: Sockets) -> None:
         setup = self._setup
-        control, data = sockets.bind(setup.control), sockets.bind(setup.data)
+        control = sockets.answering(setup.control)
+        data = sockets.inlet(setup.data, shortcut=self._shortcut)
         self._address = control.address
         sockets.watch(self._wakeup.fileno())
         if setup.launcher is not None:
@@ -299,10 +304,12 @@ class Coordinator:
         begun = next_beat = time.monotonic()
         while self._machine.state is not State.CLOSED:
             ready = sockets.wait(self._patience(next_beat))
-            events: list[Event] = self._data_events(data) if data.raw in ready else []
-            if len(ready) > (data.raw in ready):
+            events: list[Event] = self._data_events(data, ready)
+            if control.raw in ready:
+                events += self._control_events(control)
+            if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
-                events += [*self._control_events(control), *self._exits(sockets, ready)]
+            events += self._exits(sockets, ready)
             while self._posted:
                 events.append(self._posted.popleft())
             now = time.monotonic()
@@ -317,7 +324,7 @@ class Coordinator:
                     self._handle(event, sockets, control, data)
             self._deliver()
 
-    def _handle(self, event: Event, sockets: Sockets, control: Inlet, data: Inlet) -> None:
+    def _handle(self, event: Event, sockets: Sockets, control: AnsweringInlet, data: Inlet) -> None:
         effects = deque(self._machine.handle(event))
         while effects:
             answer = self._perform(effects.popleft(), sockets, control, data)
@@ -348,10 +355,10 @@ class Coordinator:
             found.append(Expired(number, frozenset(finished)))
         return found
 
-    def _control_events(self, control: Inlet) -> list[Event]:
+    def _control_events(self, control: AnsweringInlet) -> list[Event]:
         events: list[Event] = []
         while (message := control.receive()) is not None:
-            identity, header, _ = message
+            identity, header = message
             try:
                 said = codec.decode_node_control(header)
             except ProtocolError as error:
@@ -369,10 +376,10 @@ class Coordinator:
                     pass
         return events
 
-    def _data_events(self, data: Inlet) -> list[Event]:
+    def _data_events(self, data: Inlet, ready: set[object]) -> list[Event]:
         events: list[Event] = []
-        while (message := data.receive()) is not None:
-            _, header, frames = message
+        if (message := data.receive(ready)) is not None:
+            header, frames = message
             try:
                 said = codec.decode_data(header)
                 match said:
@@ -402,7 +409,7 @@ class Coordinator:
                 events.append(Lost(slot, handle.story()))
         return events
 
-    def _beat(self, control: Inlet, now: float) -> list[Event]:
+    def _beat(self, control: AnsweringInlet, now: float) -> list[Event]:
         """Let nodes hear that the coordinator lives; those that nobody here started are known by their beats alone."""
         for identity in self._heard:
             control.send(identity, codec.encode(Beat()))
@@ -414,7 +421,7 @@ class Coordinator:
             if node.identity in self._heard and now - self._heard[node.identity] > SILENCE_S
         ]
 
-    def _perform(self, effect: Effect, sockets: Sockets, control: Inlet, data: Inlet) -> Event | None:
+    def _perform(self, effect: Effect, sockets: Sockets, control: AnsweringInlet, data: Inlet) -> Event | None:
         setup = self._setup
         match effect:
             case Resolve() | Reject():
@@ -448,18 +455,21 @@ class Coordinator:
                 self._ready.set_exception(error)
         return None
 
-    def _wire(self, sockets: Sockets, control: Inlet, data: Inlet) -> Event:
-        peers = [Peer(CALLER, 0, data.address, self._payloads.memory)]
+    def _wire(self, sockets: Sockets, control: AnsweringInlet, data: Inlet) -> Event:
+        peers = [Peer(CALLER, 0, data.address, str(self._shortcut or ""), self._payloads.memory)]
         for (stage, replica), node in self._machine.nodes.items():
             assert node.hello is not None
-            peers.append(Peer(stage, replica, node.hello.address, node.hello.memory))
+            hello = node.hello
+            peers.append(Peer(stage, replica, hello.address, hello.shortcut, hello.memory))
         nodes = dict(enumerate(peers))
         del nodes[0]
+        mapped = self._payloads.meet(0, nodes)
         for number, peer in nodes.items():
-            self._links[number] = sockets.connect(peer.address)
+            shortcut = peer.shortcut if number in mapped else ""
+            self._links[number] = sockets.connect(peer.address, shortcut=shortcut)
         for node in self._machine.nodes.values():
             control.send(node.identity, codec.encode(Wire(tuple(peers))))
-        return Met(self._payloads.meet(0, nodes))
+        return Met(mapped)
 
     def _answer(self, effect: Effect) -> None:
         """Note what to tell a caller; it is told when the lock is free, since it may submit again at once."""
@@ -491,6 +501,8 @@ class Coordinator:
             if self._setup.profile:
                 self.profiles = {slot: self._setup.launcher.profile(*slot) for slot in self._machine.nodes}
             self._setup.launcher.close(keep_logs=broken)
+        else:
+            shutil.rmtree(self._setup.home, ignore_errors=True)
         reason = (
             failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
         )
@@ -499,6 +511,7 @@ class Coordinator:
             self._answers += [(pending.done, Answer({}, reason)) for pending in self._pending.values()]
             self._pending.clear()
             self._payloads.close()
+            self._wakeup.close()
         self._deliver()
         if not self._ready.done():
             self._ready.set_exception(reason)

@@ -1,71 +1,101 @@
-"""What moving a tensor between two processes of this host costs, by real transfers over the transport of the nodes."""
+"""What a tensor's crossing costs between two processes of this host, by real messages over the nodes' own data link."""
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from onnxsplit.cluster import Link
 from onnxsplit.session import quiet_environment
+from runtime.arena import Arena
 from runtime.errors import PipelineError
-from runtime.transport import Outlet, Sockets
+from runtime.transport import Inlet, Sockets, private_folder
 
-_SIZES = (64, 1 << 20, 8 << 20)
-_REPEATS = 60
+_COPIED_BYTES = 8 << 20
+_REPEATS = 100
 _DEADLINE_S = 20.0
 
 
 def measure_link() -> Link:
-    """Start a process, send it messages, and time its answers.
+    """Start a process and time its answers; time copies into shared memory.
 
     A crossing costs both ends; each is charged with half of it, which is what a :class:`~onnxsplit.cluster.Link` means.
+    Tensors are read in place, so bytes cost no more than a copy into shared memory, which only inputs and shapes that
+    are not known before need.
 
     Raises:
         PipelineError: the other process did not answer.
     """
-    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder, Sockets() as sockets:
-        address = f"ipc://{Path(folder) / 'link'}"
-        command = [sys.executable, "-P", "-m", "runtime.link", address]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=quiet_environment())
-        try:
-            outlet = sockets.connect(address, receive=True)
-            times = [_round_trip_ns(sockets, outlet, size) for size in _SIZES]
-        finally:
+    home = private_folder()
+    process = None
+    try:
+        with Sockets() as sockets:
+            answers = sockets.inlet(f"ipc://{home / 'here'}", shortcut=home / "here.fragments")
+            command = [sys.executable, "-P", "-m", "runtime.link", str(home)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=quiet_environment())
+            _receive(sockets, answers)  # it is up
+            outlet = sockets.connect(f"ipc://{home / 'there'}", shortcut=str(home / "there.fragments"))
+
+            def ask() -> None:
+                outlet.send(bytes(200))
+                _receive(sockets, answers)
+
+            crossing_ns = _median_ns(ask) / 2
+    finally:
+        if process is not None:
             process.kill()
             process.wait()
             assert process.stdin is not None
             process.stdin.close()
-    one_way = times[0] / 2
-    carried = max(1.0, times[-1] - times[0])
-    return Link(latency_ns=round(one_way / 2), bytes_per_s=round(2 * (_SIZES[-1] - _SIZES[0]) / carried * 1e9))
+        shutil.rmtree(home, ignore_errors=True)
+    return Link(latency_ns=round(crossing_ns / 2), bytes_per_s=round(2 * _COPIED_BYTES / _copy_ns() * 1e9))
 
 
-def _round_trip_ns(sockets: Sockets, outlet: Outlet, size: int) -> float:
-    payload = bytes(size)
+def _receive(sockets: Sockets, inlet: Inlet) -> None:
+    while inlet.receive(ready := sockets.wait(_DEADLINE_S)) is None:
+        if not ready:
+            raise PipelineError(f"no answer to a message within {_DEADLINE_S:g} s on this host")
+
+
+def _copy_ns() -> float:
+    arena = Arena(_COPIED_BYTES)
+    block = arena.reserve(_COPIED_BYTES, [])
+    assert block is not None
+    shared = arena.array(block, 0, "uint8", (_COPIED_BYTES,))
+    private = np.ones(_COPIED_BYTES, np.uint8)
+    found = _median_ns(lambda: np.copyto(shared, private))
+    del shared
+    arena.close()
+    return found
+
+
+def _median_ns(what: Callable[[], None]) -> float:
     times = []
     for _ in range(_REPEATS):
         begun = time.perf_counter_ns()
-        outlet.send(b"tensor", [payload])
-        while outlet.receive() is None:
-            if not sockets.wait(_DEADLINE_S):
-                raise PipelineError(f"no answer to a message of {size} bytes within {_DEADLINE_S:g} s on this host")
+        what()
         times.append(time.perf_counter_ns() - begun)
     return statistics.median(times)
 
 
-def _answer(address: str) -> None:
+def _answer(home: Path) -> None:
     """The other end: answers every message with a short one, until it is killed or its parent is gone."""
     with Sockets() as sockets:
-        inlet = sockets.bind(address)
+        inlet = sockets.inlet(f"ipc://{home / 'there'}", shortcut=home / "there.fragments")
+        outlet = sockets.connect(f"ipc://{home / 'here'}", shortcut=str(home / "here.fragments"))
         sockets.watch(sys.stdin.fileno())
-        while sys.stdin.fileno() not in sockets.wait(_DEADLINE_S):
-            while (message := inlet.receive()) is not None:
-                inlet.send(message[0], b"done")
+        outlet.send(b"up")
+        while sys.stdin.fileno() not in (ready := sockets.wait(_DEADLINE_S)):
+            if inlet.receive(ready) is not None:
+                outlet.send(b"done")
 
 
 if __name__ == "__main__":
-    _answer(sys.argv[1])
+    _answer(Path(sys.argv[1]))

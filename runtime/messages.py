@@ -1,12 +1,12 @@
 """What is said on the wire.
 
-Two links, each ROUTER (who binds) to DEALER (who connects), each message a header and then, for fragments, a frame
+Two links, each a ROUTER or DEALER that binds and DEALERs that connect, each message a header and then, for fragments, a frame
 for every tensor that is neither in the header nor in shared memory:
 
     control   node DEALER -> coordinator ROUTER    Hello Ready Refused NodeBeat         once, and once a second
               coordinator -> node                  Assign Wire Share Cancel Beat Stop
-    data      coordinator, node -> node ROUTER     Fragment [tensor ...]                inputs of a stage
-              node -> coordinator ROUTER           Fragment [tensor ...] Failed
+    data      coordinator, node -> node DEALER     Fragment [tensor ...]                inputs of a stage
+              node -> coordinator DEALER           Fragment [tensor ...] Failed
 
 Headers are MessagePack with a tag; unknown fields and tags are refused.
 """
@@ -40,11 +40,20 @@ class Memory(_Message, frozen=True):
 
 
 class Peer(_Message, frozen=True):
-    """A process: the stage it executes (:data:`CALLER`: the caller's), where it takes fragments, its memory."""
+    """A process of the pipeline.
+
+    Attributes:
+        stage: that it executes; :data:`CALLER` for the caller's process.
+        replica: of that stage.
+        address: where it takes fragments.
+        shortcut: where it takes those of its own host that need no frames; empty for nowhere.
+        memory: its shared memory, if it has any.
+    """
 
     stage: int
     replica: int
     address: str
+    shortcut: str
     memory: Memory | None
 
 
@@ -57,6 +66,7 @@ class Hello(_Message, tag="hello", frozen=True):
     address: str
     stage: int
     replica: int
+    shortcut: str
     memory: Memory | None
 
 

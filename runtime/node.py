@@ -16,7 +16,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -60,7 +59,7 @@ from runtime.node_state import (
 )
 from runtime.payloads import Outgoing, Payloads
 from runtime.stage_runner import StageRunner
-from runtime.transport import Inlet, Outlet, Sockets, Wakeup, check_address
+from runtime.transport import Inlet, Outlet, Sockets, Wakeup, check_address, private_folder
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 """Of a node's outputs in shared memory at once; what does not fit is copied through sockets."""
@@ -107,8 +106,11 @@ def serve(options: NodeOptions) -> int:
     check_address(options.connect)
     if options.home is not None:
         return _Node(options, options.home).serve()
-    with tempfile.TemporaryDirectory(prefix="onnxsplit-node-") as home:
-        return _Node(options, Path(home)).serve()
+    home = private_folder()
+    try:
+        return _Node(options, home).serve()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
 
 
 class _Node:
@@ -156,7 +158,8 @@ class _Node:
         if options.lifeline:
             threading.Thread(target=_watch_lifeline, args=(self._home,), daemon=True).start()
         with Sockets() as sockets:
-            inlet = sockets.bind(options.bind or self._default_address())
+            shortcut = self._home / f"node-{os.getpid()}.fragments" if options.memory_bytes else None
+            inlet = sockets.inlet(options.bind or self._default_address(), shortcut=shortcut)
             sockets.watch(self._wakeup.fileno())
             hello = Hello(
                 protocol=PROTOCOL,
@@ -165,6 +168,7 @@ class _Node:
                 address=inlet.address,
                 stage=options.stage,
                 replica=options.replica,
+                shortcut=str(shortcut or ""),
                 memory=self._payloads.memory,
             )
             control = ControlLink(self, options.connect, hello)
@@ -191,8 +195,8 @@ class _Node:
                 self._wakeup.clear()
                 while self._posted and self._exit is None:
                     self._handle(self._posted.popleft(), sockets, control)
-            if inlet.raw in ready and (message := inlet.receive()) is not None:
-                event = self._arrival(*message[1:])
+            if (message := inlet.receive(ready)) is not None:
+                event = self._arrival(*message)
                 if event is not None and machine.state is State.READY:
                     self._handle(event, sockets, control)
             if machine.ready and self._exit is None:
@@ -249,11 +253,13 @@ class _Node:
     def _connect(self, me: int, neighbours: Mapping[int, Peer], targets: frozenset[int], sockets: Sockets) -> None:
         self._mapped = self._payloads.meet(me, neighbours)
         for number in targets:
-            self._links[number] = sockets.connect(neighbours[number].address)
+            peer = neighbours[number]
+            shortcut = peer.shortcut if number in self._mapped else ""
+            self._links[number] = sockets.connect(peer.address, shortcut=shortcut)
         gc.freeze()  # what is here now stays; requests make no cycles, so there is little to look for
         gc.set_threshold(100_000, 50, 50)
 
-    def _arrival(self, header: bytes, frames: list[codec.Buffer]) -> Arrived | None:
+    def _arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
         try:
             fragment = codec.decode_data(header)
             if not isinstance(fragment, Fragment):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from runtime.launch.local import LocalLauncher
 from runtime.microbatch import Axes, batch_axes, batch_size, join, split
 from runtime.options import RunOptions, memory_for_requests_bytes
 from runtime.trace import chrome_trace
-from runtime.transport import check_address
+from runtime.transport import check_address, private_folder
 
 START_TIMEOUT_S = 120.0
 
@@ -127,6 +128,7 @@ class Pipeline:
                 threads=wanted.threads or threads_per_node(nodes),
                 control=f"ipc://{launcher.folder / 'control'}",
                 data=f"ipc://{launcher.folder / 'results'}",
+                home=launcher.folder,
                 launcher=launcher,
                 start_timeout=wanted.start_timeout or START_TIMEOUT_S,
             )
@@ -152,17 +154,25 @@ class Pipeline:
         wanted = RunOptions(**options)
         wanted.check()
         folder = Path(plan)
-        return cls._build(
-            folder,
-            load_plan(folder),
-            wanted,
-            wanted.inflight_bytes or memory_for_requests_bytes(),
-            threads=wanted.threads or 0,
-            control=bind,
-            data="tcp://127.0.0.1:*" if bind.startswith("tcp://") else f"{bind}.results",
-            launcher=None,
-            start_timeout=wanted.start_timeout,
-        )._wait_until_ready()
+        loaded = load_plan(folder)
+        home = private_folder()
+        try:
+            pipeline = cls._build(
+                folder,
+                loaded,
+                wanted,
+                wanted.inflight_bytes or memory_for_requests_bytes(),
+                threads=wanted.threads or 0,
+                control=bind,
+                data="tcp://127.0.0.1:*" if bind.startswith("tcp://") else f"{bind}.results",
+                home=home,
+                launcher=None,
+                start_timeout=wanted.start_timeout,
+            )
+        except BaseException:
+            shutil.rmtree(home, ignore_errors=True)
+            raise
+        return pipeline._wait_until_ready()
 
     @classmethod
     def _build(
@@ -175,6 +185,7 @@ class Pipeline:
         threads: int,
         control: str,
         data: str,
+        home: Path,
         launcher: Launcher | None,
         start_timeout: float | None,
     ) -> Pipeline:
@@ -196,6 +207,7 @@ class Pipeline:
             memory_bytes=memory_bytes if wanted.shared_memory else 0,
             control=control,
             data=data,
+            home=home,
             launcher=launcher,
             start_timeout_s=start_timeout,
             progress=wanted.progress,

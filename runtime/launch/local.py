@@ -12,12 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from onnxsplit.session import quiet_environment
+from runtime.transport import private_folder
 
 _LOG_TAIL_BYTES = 2000
 _LOG_TAIL_LINES = 10
@@ -67,7 +67,7 @@ class LocalLauncher:
 
     def __init__(self, *, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
-        self.folder = Path(tempfile.mkdtemp(prefix="onnxsplit-", dir=_short_temporary_folder()))
+        self.folder = private_folder()
 
     def start(self, *, connect: str, stage: int, replica: int) -> LocalHandle:
         """Start ``python -m runtime.node``, with modules of the user's folder kept out of its way."""
@@ -97,8 +97,3 @@ class LocalLauncher:
         for file in self.folder.iterdir():
             if file.suffix != ".log":
                 file.unlink(missing_ok=True)
-
-
-def _short_temporary_folder() -> str | None:
-    """A folder whose socket paths fit the 107 bytes that Linux allows; None for the usual one."""
-    return "/tmp" if len(tempfile.gettempdir()) > 60 else None  # noqa: S108  mkdtemp makes a private folder in it

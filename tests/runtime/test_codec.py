@@ -79,9 +79,9 @@ def test_a_view_is_sent_as_what_it_shows():
 @pytest.mark.parametrize(
     ("decode", "message"),
     [
-        (codec.decode_node_control, Hello(1, 2, "h", "a", -1, -1, MEMORY)),
+        (codec.decode_node_control, Hello(1, 2, "h", "a", -1, -1, "s", MEMORY)),
         (codec.decode_coordinator_control, Assign("id", "f", 0, 1, "cpu", 0, True, False)),
-        (codec.decode_coordinator_control, Wire((Peer(-1, 0, "a", None), Peer(0, 1, "b", MEMORY)))),
+        (codec.decode_coordinator_control, Wire((Peer(-1, 0, "a", "", None), Peer(0, 1, "b", "s", MEMORY)))),
         (codec.decode_coordinator_control, Share((0, 3))),
         (codec.decode_coordinator_control, Cancel(7)),
         (codec.decode_data, Fragment(1, 0, -1, (0, -1), ("y",), (HEAD,), (Visit(0, 0, 1, 2, 3, 4, 5, 6),))),

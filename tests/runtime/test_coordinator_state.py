@@ -34,7 +34,7 @@ from runtime.messages import PROTOCOL, Failed, Hello, Visit
 
 
 def hello(name: str, stage: int = -1, replica: int = -1) -> Joined:
-    return Joined(name.encode(), Hello(PROTOCOL, 1, "host", f"address-{name}", stage, replica, None))
+    return Joined(name.encode(), Hello(PROTOCOL, 1, "host", f"address-{name}", stage, replica, "", None))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_one_node_too_many_is_sent_away_by_name(plan):
 
 def test_a_node_of_another_version_is_sent_away(plan):
     machine = CoordinatorState(plan, (1, 1, 1, 1))
-    (effect,) = machine.handle(Joined(b"old", Hello(PROTOCOL + 1, 1, "h", "a", -1, -1, None)))
+    (effect,) = machine.handle(Joined(b"old", Hello(PROTOCOL + 1, 1, "h", "a", -1, -1, "", None)))
     assert isinstance(effect, SendAway)
     assert "same version" in effect.reason
 

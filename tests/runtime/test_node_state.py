@@ -36,7 +36,7 @@ from runtime.node_state import (
 )
 
 ROUTE = (0, 0, 0, 0)
-PEERS = (Peer(CALLER, 0, "caller", None), *(Peer(stage, 0, f"node {stage}", None) for stage in range(4)))
+PEERS = (Peer(CALLER, 0, "caller", "", None), *(Peer(stage, 0, f"node {stage}", "", None) for stage in range(4)))
 
 
 def assign(stage: int) -> Assign:

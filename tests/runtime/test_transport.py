@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from runtime.errors import PipelineError
-from runtime.transport import Sockets, Wakeup, check_address
+from runtime.transport import Inlet, Sockets, Wakeup, check_address
 
 
 @pytest.mark.parametrize(
@@ -29,16 +29,20 @@ def test_malformed_addresses_are_refused(address):
         check_address(address)
 
 
+def receive(sockets: Sockets, inlet: Inlet):
+    while (message := inlet.receive(sockets.wait(5))) is None:
+        pass
+    return bytes(message[0]), message[1]
+
+
 @pytest.mark.parametrize("kind", ["ipc", "tcp"])
 @pytest.mark.parametrize("size", [0, 10, 100_000, 3_000_000])
 def test_frames_arrive_as_they_were_sent(tmp_path, kind, size):
     payload = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
     with Sockets() as sockets:
-        inlet = sockets.bind(f"ipc://{tmp_path}/s" if kind == "ipc" else "tcp://127.0.0.1:*")
+        inlet = sockets.inlet(f"ipc://{tmp_path}/s" if kind == "ipc" else "tcp://127.0.0.1:*")
         sockets.connect(inlet.address).send(b"header", [payload, b"tail"])
-        while (message := inlet.receive()) is None:
-            assert sockets.wait(5)
-        _, header, frames = message
+        header, frames = receive(sockets, inlet)
         assert header == b"header"
         assert bytes(frames[0]) == payload.tobytes()
         assert bytes(frames[1]) == b"tail"
@@ -49,18 +53,42 @@ def test_a_message_sent_before_the_other_side_is_there_arrives(tmp_path):
     address = f"ipc://{tmp_path}/late"
     with Sockets() as early, Sockets() as late:
         early.connect(address).send(b"hello")
-        inlet = late.bind(address)
-        assert late.wait(5)
-        message = inlet.receive()
-        assert message is not None
-        assert message[1] == b"hello"
+        assert receive(late, late.inlet(address))[0] == b"hello"
+
+
+def test_the_shortcut_takes_what_needs_no_frames_and_zmq_the_rest(tmp_path):
+    with Sockets() as sockets:
+        inlet = sockets.inlet(f"ipc://{tmp_path}/s", shortcut=tmp_path / "short")
+        outlet = sockets.connect(inlet.address, shortcut=str(tmp_path / "short"))
+        outlet.send(b"alone")
+        outlet.send(b"with", [b"frame"])
+        outlet.send(bytes(900_000))
+        found = sorted((len(header), len(frames)) for header, frames in (receive(sockets, inlet) for _ in range(3)))
+        assert found == [(4, 1), (5, 0), (900_000, 0)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_finds_the_shortcut_s_queue_full_arrives_all_the_same(tmp_path):
+    with Sockets() as sockets:
+        inlet = sockets.inlet(f"ipc://{tmp_path}/s", shortcut=tmp_path / "short")
+        outlet = sockets.connect(inlet.address, shortcut=str(tmp_path / "short"))
+        for number in range(500):
+            outlet.send(b"%d" % number)
+        assert sorted(int(receive(sockets, inlet)[0]) for _ in range(500)) == list(range(500))
+
+
+def test_a_shortcut_that_is_not_there_is_not_needed(tmp_path):
+    with Sockets() as sockets:
+        inlet = sockets.inlet(f"ipc://{tmp_path}/s")
+        sockets.connect(inlet.address, shortcut=str(tmp_path / "nothing")).send(b"hello")
+        assert receive(sockets, inlet)[0] == b"hello"
 
 
 def test_an_address_in_use_is_an_error_that_says_so():
     with Sockets() as sockets:
-        taken = sockets.bind("tcp://127.0.0.1:*").address
+        taken = sockets.inlet("tcp://127.0.0.1:*").address
         with pytest.raises(PipelineError, match=r"(?i)in use.*another address"):
-            sockets.bind(taken)
+            sockets.inlet(taken)
 
 
 def test_a_ring_wakes_the_waiting_thread():
