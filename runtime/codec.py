@@ -127,7 +127,7 @@ def decode_tensors(
     Raises:
         ProtocolError: heads and frames do not fit each other.
     """
-    if frames_of(heads) != len(frames) or len(heads) > MAX_TENSORS:
+    if len(heads) > MAX_TENSORS or frames_of(heads) != len(frames):
         raise ProtocolError(f"{len(heads)} tensors in {len(frames)} frames; at most {MAX_TENSORS} are allowed")
     rest = iter(frames)
     found = {}

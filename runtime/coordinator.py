@@ -1,7 +1,8 @@
 """The coordinator's loop: performs the effects of :class:`~runtime.coordinator_state.CoordinatorState`.
 
-It runs in a thread of the caller's process. A request goes out in its caller's own thread and comes back in the
-coordinator's, so neither hands it to another; the lock is held only to decide and to send, never to copy.
+Two threads of the caller's process. One takes results; the other speaks with the nodes, watches their processes and
+minds the time. A request goes out in its caller's own thread and comes back in the first, and nobody hands it on; the
+lock is held only to decide and to send, never to copy.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ from runtime.messages import (
     Assign,
     Beat,
     Cancel,
-    Failed,
     Fragment,
     Hello,
     NodeBeat,
@@ -156,11 +156,13 @@ class Coordinator:
         self._shortcut = setup.home / "results.fragments" if setup.memory_bytes else None
         self._posted: deque[Event] = deque()
         self._wakeup = Wakeup()
+        self._results_wakeup = Wakeup()
         self._lock = threading.Lock()  # of the machine, what is pending, the links and the own shared memory
+        self._control_effects: deque[Effect] = deque()  # for the thread that owns the control socket
         self._pending: dict[int, _Pending] = {}
         self.traced: list[Traced] = []
         self.profiles: dict[Slot, list[dict[str, Any]]] = {}
-        self._answers: list[tuple[Callable[[Answer], None], Answer]] = []
+        self._answers: deque[tuple[Callable[[Answer], None], Answer]] = deque()
         self._links: dict[int, Outlet] = {}
         self._count = 0
         self._sleeps_until = 0.0
@@ -197,14 +199,14 @@ class Coordinator:
                 self._answers.append((done, Answer({}, error)))
             else:
                 self._pending[number] = _Pending(done, time.monotonic_ns())
-                for effect in self._machine.handle(Submitted(number, wanted, deadline_ns)):
-                    if isinstance(effect, Enter):
-                        targets = self._targets(effect.route)
-                        going = Outgoing()
-                        self._payloads.place(going, shapes_of(inputs), targets)
-                        entering = effect, targets, going
-                    else:
-                        self._answer(effect)
+                (effect,) = self._machine.handle(Submitted(number, wanted, deadline_ns))
+                if isinstance(effect, Enter):
+                    targets = self._targets(effect.route)
+                    going = Outgoing()
+                    self._payloads.place(going, shapes_of(inputs), targets)
+                    entering = effect, targets, going
+                else:
+                    self._answer(effect)
         if entering is not None:
             self._enter(*entering, inputs)
             if deadline_ns is not None and deadline_ns / 1e9 < self._sleeps_until:
@@ -269,17 +271,55 @@ class Coordinator:
                     wanted=enter.wanted,
                 )
 
-    # The coordinator's thread
+    # The thread that takes results
+
+    def _take_results(self, sockets: Sockets, data: Inlet) -> None:
+        while not self._stopped:
+            ready = sockets.wait(60.0)
+            message = data.receive(ready)
+            event = self._result(*message) if message is not None else None
+            if event is not None:
+                with self._lock:
+                    for effect in self._machine.handle(event):
+                        self._answer(effect)
+                self._deliver()
+
+    def _result(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Event | None:
+        try:
+            said = codec.decode_data(header)
+            return self._collect(said, frames) if isinstance(said, Fragment) else Reported(said)
+        except ProtocolError as error:
+            _log.warning("dropped: %s", error)
+            return None
+
+    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> Event | None:
+        tensors = self._payloads.receive(fragment, frames)
+        pending = self._pending.get(fragment.request)
+        # Copied: the caller's arrays are its own, writable and not tied to a message or to a node's memory.
+        copies = {name: np.array(tensor) for name, tensor in tensors.items()} if pending is not None else {}
+        if not self._payloads.give_back(fragment) or pending is None:
+            return None
+        pending.outputs.update(copies)
+        return Returned(fragment.request, tuple(tensors), fragment.history)
+
+    # The thread that minds the nodes
 
     def _serve(self) -> None:
         failure: BaseException | None = None
         try:
-            with Sockets(linger_s=0.5) as sockets:
+            with Sockets(linger_s=0.5) as sockets, Sockets() as results:
+                control = sockets.answering(self._setup.control)
+                data = results.inlet(self._setup.data, shortcut=self._shortcut)
+                results.watch(self._results_wakeup.fileno())
+                taker = threading.Thread(target=self._take_results, args=(results, data), name="results", daemon=True)
+                taker.start()
                 try:
-                    self._loop(sockets)
+                    self._loop(sockets, results, control, data)
                 finally:
                     with self._lock:
                         self._stopped = True
+                    self._results_wakeup.ring()
+                    taker.join()
                     self._end_nodes()
         except BaseException as error:  # a caller must never wait for a thread that died
             failure = error
@@ -288,10 +328,8 @@ class Coordinator:
         finally:
             self._finish(failure)
 
-    def _loop(self, sockets: Sockets) -> None:
+    def _loop(self, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
         setup = self._setup
-        control = sockets.answering(setup.control)
-        data = sockets.inlet(setup.data, shortcut=self._shortcut)
         self._address = control.address
         sockets.watch(self._wakeup.fileno())
         if setup.launcher is not None:
@@ -304,12 +342,8 @@ class Coordinator:
         begun = next_beat = time.monotonic()
         while self._machine.state is not State.CLOSED:
             ready = sockets.wait(self._patience(next_beat))
-            events: list[Event] = self._data_events(data, ready)
-            if control.raw in ready:
-                events += self._control_events(control)
-            if self._wakeup.fileno() in ready:
-                self._wakeup.clear()
-            events += self._exits(sockets, ready)
+            self._wakeup.clear()
+            events: list[Event] = [*self._control_events(control), *self._exits(sockets, ready)]
             while self._posted:
                 events.append(self._posted.popleft())
             now = time.monotonic()
@@ -321,13 +355,15 @@ class Coordinator:
             with self._lock:
                 events += self._expired()
                 for event in events:
-                    self._handle(event, sockets, control, data)
+                    self._handle(event, results, control, data)
+                while self._control_effects:
+                    self._perform(self._control_effects.popleft(), results, control, data)
             self._deliver()
 
-    def _handle(self, event: Event, sockets: Sockets, control: AnsweringInlet, data: Inlet) -> None:
+    def _handle(self, event: Event, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
         effects = deque(self._machine.handle(event))
         while effects:
-            answer = self._perform(effects.popleft(), sockets, control, data)
+            answer = self._perform(effects.popleft(), results, control, data)
             if answer is not None:
                 effects.extend(self._machine.handle(answer))
         if isinstance(event, Prepared):
@@ -376,31 +412,6 @@ class Coordinator:
                     pass
         return events
 
-    def _data_events(self, data: Inlet, ready: set[object]) -> list[Event]:
-        events: list[Event] = []
-        if (message := data.receive(ready)) is not None:
-            header, frames = message
-            try:
-                said = codec.decode_data(header)
-                match said:
-                    case Fragment():
-                        events += self._collect(said, frames)
-                    case Failed():
-                        events.append(Reported(said))
-            except ProtocolError as error:
-                _log.warning("dropped: %s", error)
-        return events
-
-    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> list[Event]:
-        tensors = self._payloads.receive(fragment, frames)
-        pending = self._pending.get(fragment.request)
-        # Copied: the caller's arrays are its own, writable and not tied to a message or to a node's memory.
-        copies = {name: np.array(tensor) for name, tensor in tensors.items()} if pending is not None else {}
-        if not self._payloads.give_back(fragment) or pending is None:
-            return []
-        pending.outputs.update(copies)
-        return [Returned(fragment.request, tuple(tensors), fragment.history)]
-
     def _exits(self, sockets: Sockets, ready: set[object]) -> list[Event]:
         events: list[Event] = []
         for slot, handle in self._handles.items():
@@ -421,7 +432,7 @@ class Coordinator:
             if node.identity in self._heard and now - self._heard[node.identity] > SILENCE_S
         ]
 
-    def _perform(self, effect: Effect, sockets: Sockets, control: AnsweringInlet, data: Inlet) -> Event | None:
+    def _perform(self, effect: Effect, results: Sockets, control: AnsweringInlet, data: Inlet) -> Event | None:
         setup = self._setup
         match effect:
             case Resolve() | Reject():
@@ -442,7 +453,7 @@ class Coordinator:
                 )
                 control.send(identity, codec.encode(assign))
             case WireAll():
-                return self._wire(sockets, control, data)
+                return self._wire(results, control, data)
             case ShareMemory(None, readers):
                 self._payloads.share(readers)
             case ShareMemory(identity, readers):
@@ -455,7 +466,7 @@ class Coordinator:
                 self._ready.set_exception(error)
         return None
 
-    def _wire(self, sockets: Sockets, control: AnsweringInlet, data: Inlet) -> Event:
+    def _wire(self, results: Sockets, control: AnsweringInlet, data: Inlet) -> Event:
         peers = [Peer(CALLER, 0, data.address, str(self._shortcut or ""), self._payloads.memory)]
         for (stage, replica), node in self._machine.nodes.items():
             assert node.hello is not None
@@ -466,13 +477,16 @@ class Coordinator:
         mapped = self._payloads.meet(0, nodes)
         for number, peer in nodes.items():
             shortcut = peer.shortcut if number in mapped else ""
-            self._links[number] = sockets.connect(peer.address, shortcut=shortcut)
+            self._links[number] = results.connect(peer.address, shortcut=shortcut)
         for node in self._machine.nodes.values():
             control.send(node.identity, codec.encode(Wire(tuple(peers))))
         return Met(mapped)
 
     def _answer(self, effect: Effect) -> None:
-        """Note what to tell a caller; it is told when the lock is free, since it may submit again at once."""
+        """Note what to tell a caller; it is told when the lock is free, since it may submit again at once.
+
+        What is to be told to nodes is left to the thread that can.
+        """
         match effect:
             case Resolve(request, visits):
                 pending = self._pending.pop(request)
@@ -481,13 +495,17 @@ class Coordinator:
                     self.traced.append(Traced(request, pending.entered_ns, visits, time.monotonic_ns()))
             case Reject(request, error):
                 self._answers.append((self._pending.pop(request).done, Answer({}, error)))
+            case _:
+                self._control_effects.append(effect)
+                self._wakeup.ring()
 
     def _deliver(self) -> None:
-        if self._answers:
-            with self._lock:
-                answers, self._answers = self._answers, []
-            for done, answer in answers:
-                done(answer)
+        while True:
+            try:
+                done, answer = self._answers.popleft()
+            except IndexError:  # another thread may have delivered them
+                return
+            done(answer)
 
     def _end_nodes(self) -> None:
         deadline = time.monotonic() + _STOP_GRACE_S
@@ -512,6 +530,7 @@ class Coordinator:
             self._pending.clear()
             self._payloads.close()
             self._wakeup.close()
+            self._results_wakeup.close()
         self._deliver()
         if not self._ready.done():
             self._ready.set_exception(reason)

@@ -240,6 +240,7 @@ class CoordinatorState:
         self._plan = plan
         self._replicas = replicas
         self._requests: dict[int, _Request] = {}
+        self._needed: dict[tuple[str, ...], frozenset[int]] = {}
         self._deadlines: list[tuple[int, int]] = []
         self._mapped: frozenset[int] = frozenset()
 
@@ -357,8 +358,11 @@ class CoordinatorState:
             return [Reject(event.request, self.error)]
         if self.state is not State.READY:
             return [Reject(event.request, PipelineClosed("the pipeline is not ready"))]
-        needed = self._plan.stages_for(event.wanted)
-        route = tuple(self._choose(stage.index) if stage.index in needed else NOT_NEEDED for stage in self._plan.stages)
+        needed = self._needed.get(event.wanted)
+        if needed is None:
+            needed = self._needed[event.wanted] = self._plan.stages_for(event.wanted)
+        stages = range(len(self._replicas))
+        route = tuple([self._choose(stage) if stage in needed else NOT_NEEDED for stage in stages])
         for stage, replica in enumerate(route):
             if replica != NOT_NEEDED:
                 self.nodes[stage, replica].outstanding += 1
@@ -368,6 +372,8 @@ class CoordinatorState:
         return [Enter(event.request, route, event.wanted)]
 
     def _choose(self, stage: int) -> int:
+        if self._replicas[stage] == 1:
+            return 0
         return least_outstanding([self.nodes[stage, r].outstanding for r in range(self._replicas[stage])])
 
     def _returned(self, event: Returned) -> list[Effect]:

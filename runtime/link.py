@@ -71,7 +71,6 @@ def _copy_ns() -> float:
     shared = arena.array(block, 0, "uint8", (_COPIED_BYTES,))
     private = np.ones(_COPIED_BYTES, np.uint8)
     found = _median_ns(lambda: np.copyto(shared, private))
-    del shared
     arena.close()
     return found
 

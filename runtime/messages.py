@@ -1,7 +1,7 @@
 """What is said on the wire.
 
-Two links, each a ROUTER or DEALER that binds and DEALERs that connect, each message a header and then, for fragments, a frame
-for every tensor that is neither in the header nor in shared memory:
+Two links, each a ROUTER or DEALER that binds and DEALERs that connect; each message a header and then, for fragments,
+a frame for every tensor that is neither in the header nor in shared memory:
 
     control   node DEALER -> coordinator ROUTER    Hello Ready Refused NodeBeat         once, and once a second
               coordinator -> node                  Assign Wire Share Cancel Beat Stop

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import select
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ class Sockets:
         self._open: list[zmq.Socket[bytes]] = []
         self._bound_files: list[Path] = []
         self._datagram_sockets: list[socket.socket] = []
-        self._poller = zmq.Poller()
+        self._poll = select.poll()
+        self._sources: dict[int, object] = {}
+        self._unread: set[object] = set()
 
     def __enter__(self) -> Sockets:
         return self
@@ -68,7 +71,7 @@ class Sockets:
         """
         router = self._socket(zmq.ROUTER)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        return AnsweringInlet(router, self._bind(router, address))
+        return AnsweringInlet(router, self._bind(router, address), self._unread)
 
     def inlet(self, address: str, *, shortcut: Path | None = None) -> Inlet:
         """Take messages at an address, and on this host at a shortcut beside it.
@@ -83,8 +86,8 @@ class Sockets:
             datagrams = self._datagrams()
             datagrams.bind(str(shortcut))
             self._bound_files.append(shortcut)
-            self._poller.register(datagrams.fileno(), zmq.POLLIN)
-        return Inlet(dealer, bound, datagrams)
+            self.watch(datagrams.fileno())
+        return Inlet(dealer, bound, datagrams, self._unread)
 
     def connect(self, address: str, *, receive: bool = False, shortcut: str = "") -> Outlet:
         """Send to whoever has bound an address; ``receive`` also takes what comes back."""
@@ -95,13 +98,13 @@ class Sockets:
         except zmq.ZMQError as error:
             raise PipelineError(f"cannot connect to {address}: {error.strerror}") from error
         if receive:
-            self._poller.register(dealer, zmq.POLLIN)
+            self._listen(dealer)
         datagrams = None
         if shortcut:
             datagrams = self._datagrams()
             with suppress(OSError):  # the ZeroMQ link is there all the same
                 datagrams.connect(shortcut)
-        return Outlet(dealer, datagrams)
+        return Outlet(dealer, datagrams, self._unread)
 
     def _bind(self, raw: zmq.Socket[bytes], address: str) -> str:
         check_address(address)
@@ -112,7 +115,7 @@ class Sockets:
         bound = raw.getsockopt_string(zmq.LAST_ENDPOINT)
         if bound.startswith("ipc://"):
             self._bound_files.append(Path(bound.removeprefix("ipc://")))
-        self._poller.register(raw, zmq.POLLIN)
+        self._listen(raw)
         return bound
 
     def _datagrams(self) -> socket.socket:
@@ -122,15 +125,30 @@ class Sockets:
 
     def watch(self, descriptor: int) -> None:
         """Also wake up when a file descriptor becomes readable."""
-        self._poller.register(descriptor, zmq.POLLIN)
+        self._sources[descriptor] = descriptor
+        self._poll.register(descriptor, select.POLLIN)
 
     def unwatch(self, descriptor: int) -> None:
         """No longer wake up for a file descriptor."""
-        self._poller.unregister(descriptor)
+        del self._sources[descriptor]
+        self._poll.unregister(descriptor)
 
     def wait(self, seconds: float) -> set[object]:
         """The sockets (as their raw selves) and descriptors with something to read, after at most ``seconds``."""
-        return {ready for ready, _ in self._poller.poll(max(0, round(seconds * 1000)))}
+        if self._unread:
+            return self._unread | {self._sources[ready] for ready, _ in self._poll.poll(0)}
+        return {self._sources[ready] for ready, _ in self._poll.poll(seconds * 1000)}
+
+    def _listen(self, raw: zmq.Socket[bytes]) -> None:
+        """Wake up for a ZeroMQ socket.
+
+        Its descriptor tells only of news, so a socket counts as unread until a receive has found nothing. (zmq's own
+        poller asks every socket at every turn, which takes longer than all else here.)
+        """
+        descriptor = int(raw.getsockopt(zmq.FD))
+        self._sources[descriptor] = raw
+        self._poll.register(descriptor, select.POLLIN)
+        self._unread.add(raw)
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         raw = self._context.socket(kind)
@@ -150,16 +168,19 @@ class Sockets:
 class AnsweringInlet:
     """A bound ROUTER. ``address`` is where it really is."""
 
-    def __init__(self, raw: zmq.Socket[bytes], address: str) -> None:
+    def __init__(self, raw: zmq.Socket[bytes], address: str, unread: set[object]) -> None:
         self.raw = raw
         self.address = address
+        self._unread = unread
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """One message if there is one: the sender's identity, and the header."""
         try:
             identity, *frames = self.raw.recv_multipart(_NOBLOCK)
         except zmq.Again:
+            self._unread.discard(self.raw)
             return None
+        self._unread.add(self.raw)
         return identity, frames[0] if frames else b""
 
     def send(self, identity: bytes, header: bytes) -> None:
@@ -171,9 +192,12 @@ class AnsweringInlet:
 class Inlet:
     """A bound DEALER, and a shortcut for senders on this host. ``address`` is where it really is."""
 
-    def __init__(self, raw: zmq.Socket[bytes], address: str, datagrams: socket.socket | None) -> None:
+    def __init__(
+        self, raw: zmq.Socket[bytes], address: str, datagrams: socket.socket | None, unread: set[object]
+    ) -> None:
         self.raw = raw
         self.address = address
+        self._unread = unread
         self._datagrams = datagrams
         self._descriptor = -1 if datagrams is None else datagrams.fileno()
         self._room = memoryview(bytearray(MAX_HEADER_BYTES if datagrams is not None else 0))
@@ -185,8 +209,10 @@ class Inlet:
         """
         if self._descriptor in ready:
             assert self._datagrams is not None
-            with suppress(BlockingIOError):
+            try:
                 return self._room[: self._datagrams.recv_into(self._room)], []
+            except BlockingIOError:
+                pass
         if self.raw in ready:
             return self._from_zmq()
         return None
@@ -195,7 +221,9 @@ class Inlet:
         try:
             header = self.raw.recv(_NOBLOCK)
         except zmq.Again:
+            self._unread.discard(self.raw)
             return None
+        self._unread.add(self.raw)
         frames: list[Buffer] = []
         while self.raw.getsockopt(_RCVMORE):
             frames.append(self.raw.recv(copy=False).buffer)
@@ -205,8 +233,9 @@ class Inlet:
 class Outlet:
     """A connected DEALER, and the shortcut to the same reader when it is on this host."""
 
-    def __init__(self, raw: zmq.Socket[bytes], datagrams: socket.socket | None = None) -> None:
+    def __init__(self, raw: zmq.Socket[bytes], datagrams: socket.socket | None, unread: set[object]) -> None:
         self.raw = raw
+        self._unread = unread
         self._datagrams = datagrams
 
     def send(self, header: bytes, frames: Sequence[Buffer] = (), *, track: bool = False) -> list[zmq.MessageTracker]:
@@ -234,9 +263,12 @@ class Outlet:
     def receive(self) -> bytes | None:
         """One header if there is one."""
         try:
-            return self.raw.recv(_NOBLOCK)
+            header = self.raw.recv(_NOBLOCK)
         except zmq.Again:
+            self._unread.discard(self.raw)
             return None
+        self._unread.add(self.raw)
+        return header
 
 
 class Wakeup:
