@@ -20,6 +20,8 @@ from onnxsplit.plan import Level
 from onnxsplit.providers import load_runtime, parse_provider, require_provider, why_not_loaded
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
 
+_BINDINGS = 256  # that a session remembers
+_SMALL_BYTES = 16 << 10
 _RUNTIME_TYPES = {"float": "float32", "double": "float64"}
 
 
@@ -53,7 +55,8 @@ class Session:
         self.output_shapes: dict[str, list[Any]] = {value.name: value.shape for value in raw.get_outputs()}
         self._names = [name for name, _ in self.outputs]
         self._plain = all(kind is not None and is_native(kind) for _, kind in (*self.inputs, *self.outputs))
-        self._binding: Any = None
+        self._small: dict[tuple[str, tuple[int, ...]], Array] = {}
+        self._bindings: dict[tuple[tuple[int, tuple[int, ...]], ...], Any] = {}
         self.bindable = all(kind is not None and kind != "string" for _, kind in (*self.inputs, *self.outputs))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -71,7 +74,7 @@ class Session:
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise ModelError(_first_lines(error)) from error
 
-    def run_into(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> dict[str, Array]:
+    def run_into(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Mapping[str, Array]:
         """Execute once, with outputs written in place. Only where the session is ``bindable``: strings cannot be bound.
 
         Args:
@@ -80,30 +83,63 @@ class Session:
                 output must not be an input of the model too: ONNX Runtime leaves such a one unwritten.
 
         Returns:
-            All outputs: those of ``into``, and arrays of ONNX Runtime's own memory.
+            ``into`` itself where it holds all outputs; else all outputs: those of ``into``, and arrays of ONNX
+            Runtime's own memory.
 
         Raises:
             ModelError: ONNX Runtime could not execute the model, or a shape is not as promised.
         """
-        binding = self._binding = self._binding or self._raw.io_binding()
         try:
-            for name, kind in self.inputs:
-                array = inputs[name]
-                binding.bind_input(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, _address(array))  # type: ignore[index]
-            for name, kind in self.outputs:
-                # Every run anew: an output bound without a buffer would be written over by the next run.
-                if name in into:
-                    array = into[name]
-                    binding.bind_output(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, _address(array))  # type: ignore[index]
-                else:
-                    binding.bind_output(name, "cpu")
-            self._raw.run_with_iobinding(binding)
             if len(into) == len(self._names):
-                return {name: into[name] for name in self._names}
+                self._raw.run_with_iobinding(self._bound(inputs, into))
+                return into
+            binding = self._bind(inputs, into)
+            self._raw.run_with_iobinding(binding)
             values = zip(self.outputs, binding.get_outputs(), strict=True)
             return {name: into[name] if name in into else _view(value, kind) for (name, kind), value in values}
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise ModelError(_first_lines(error)) from error
+
+    def _bound(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
+        """A binding of all inputs and outputs to where they are; those places come again, so bindings are kept.
+
+        Small inputs are copied to where they always lie, since a message has them anywhere.
+        """
+        inputs = {
+            name: array if array.nbytes > _SMALL_BYTES else self._moved(name, array) for name, array in inputs.items()
+        }
+        arrays = [inputs[name] for name, _ in self.inputs]
+        arrays += [into[name] for name in self._names]
+        key = tuple([(_address(array), array.shape) for array in arrays])
+        binding = self._bindings.get(key)
+        if binding is None:
+            if len(self._bindings) >= _BINDINGS:
+                self._bindings.clear()
+                self._small.clear()
+            binding = self._bindings[key] = self._bind(inputs, into)
+        return binding
+
+    def _moved(self, name: str, array: Array) -> Array:
+        kept = self._small.get((name, array.shape))
+        if kept is None:
+            kept = self._small[name, array.shape] = np.array(array)
+        else:
+            kept[...] = array
+        return kept
+
+    def _bind(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
+        """A new binding: an output bound without a buffer would be written over by a later run with the same one."""
+        binding = self._raw.io_binding()
+        for name, kind in self.inputs:
+            array = inputs[name]
+            binding.bind_input(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, _address(array))  # type: ignore[index]
+        for name, kind in self.outputs:
+            if name in into:
+                array = into[name]
+                binding.bind_output(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, _address(array))  # type: ignore[index]
+            else:
+                binding.bind_output(name, "cpu")
+        return binding
 
     def _run_with_values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """As :meth:`run`, for element types that ``session.run`` does not take from NumPy."""

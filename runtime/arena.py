@@ -23,7 +23,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -90,7 +90,10 @@ class Block:
     def free(self) -> bool:
         """True when nobody reads it any more."""
         number, generation = self.number, self.generation
-        return all(row[number] == generation for row in self.readers) and all(sent.done for sent in self.sending)
+        for row in self.readers:
+            if row[number] != generation:
+                return False
+        return not self.sending or all(sent.done for sent in self.sending)
 
 
 class Arena:
@@ -142,7 +145,7 @@ class Arena:
         self._sweep(thorough=True)
         return len(self._busy)
 
-    def reserve(self, size: int, readers: Iterable[memoryview]) -> Block | None:
+    def reserve(self, size: int, readers: Sequence[memoryview]) -> Block | None:
         """Lend a slot of ``size`` bytes to readers, each given by its row of returns; None when there is no room."""
         self._sweep()
         offset = self._extents.take(size)

@@ -284,7 +284,7 @@ class _Node:
         ended = time.monotonic_ns()
         payloads.complete(going, outputs, targets)
         payloads.record(request, Step.DONE)
-        return Executed(request, started, ended, time.monotonic_ns(), going.size_bytes, going.shared_bytes)
+        return Executed(request, started, ended, time.monotonic_ns(), *going.count_bytes())
 
     def _forward(self, effect: Forward) -> None:
         if not self._ran.valid:  # the inputs were taken away meanwhile: somebody else does this request

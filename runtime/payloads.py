@@ -17,6 +17,7 @@ from runtime.messages import Fragment, Memory, Peer, Place, Visit
 from runtime.stage_runner import Shapes
 from runtime.transport import Outlet
 
+_LAYOUTS = 256  # that are remembered
 _log = logging.getLogger("runtime.payloads")
 
 
@@ -32,15 +33,30 @@ class Outgoing:
     places: dict[str, Place] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
 
-    @property
-    def size_bytes(self) -> int:
-        """Of all arrays."""
-        return sum(array.nbytes for array in self.arrays.values())
+    def count_bytes(self) -> tuple[int, int]:
+        """Of all arrays, and of those in shared memory."""
+        return (
+            sum([array.nbytes for array in self.arrays.values()]),
+            sum([self.arrays[name].nbytes for name in self.places]),
+        )
 
-    @property
-    def shared_bytes(self) -> int:
-        """Of those in shared memory."""
-        return sum(self.arrays[name].nbytes for name in self.places)
+
+@dataclass(frozen=True)
+class _Layout:
+    """How tensors of some shapes go to some peers; worked out once.
+
+    Attributes:
+        shapes: of all tensors.
+        large: of those that go to shared memory, the offset in a slot of ``size`` bytes.
+        small: arrays for those that go into headers, used again every time.
+        rows: the returns of the peers that read from the slot.
+    """
+
+    shapes: Shapes
+    large: Mapping[str, int]
+    size: int
+    small: Mapping[str, Array]
+    rows: tuple[memoryview, ...]
 
 
 class Payloads:
@@ -59,10 +75,12 @@ class Payloads:
                 _log.warning("no shared memory (%s): tensors are copied through sockets", error.strerror)
         self._me = -1
         self._peers: dict[int, PeerArena] = {}
+        self._layouts: dict[tuple[int, tuple[tuple[int, Sequence[str]], ...]], _Layout] = {}
         self._rows: dict[int, memoryview] = {}  # returns of the peers that may read this process's memory
 
     def close(self) -> None:
         """Let go of all memory."""
+        self._layouts.clear()
         for row in self._rows.values():
             row.release()
         self._rows.clear()
@@ -96,6 +114,7 @@ class Payloads:
     def share(self, readers: Iterable[int]) -> None:
         """From now on, lend memory to these peers."""
         self._rows = {reader: self._peers[reader].returns(self._me) for reader in readers if reader in self._peers}
+        self._layouts.clear()
 
     def step(self, peer: int, request: int) -> Step:
         """How far a peer is with a request, as far as its memory tells."""
@@ -109,37 +128,63 @@ class Payloads:
     # Outgoing
 
     def reserve(self, shapes: Shapes, readers: Readers) -> Outgoing:
-        """Arrays for tensors that peers will get: large ones in shared memory, as far as it goes."""
+        """Arrays for tensors that peers will get: large ones in shared memory, as far as it goes.
+
+        Small ones lie where those of the last call lay, since they are copied as they are sent. ``shapes`` must not
+        change any more.
+        """
         going = Outgoing()
-        self.place(going, shapes, readers)
+        layout = self._layout(shapes, readers)
+        self._place(going, layout)
         for name, (dtype, shape) in shapes.items():
             if name not in going.arrays:
-                going.arrays[name] = np.empty(shape, numpy_dtype(dtype))
+                small = layout.small.get(name)
+                going.arrays[name] = np.empty(shape, numpy_dtype(dtype)) if small is None else small
         return going
 
     def place(self, going: Outgoing, shapes: Shapes, readers: Readers) -> None:
         """Add arrays in shared memory, for those tensors where it is worth it and there is room."""
-        if not self._rows:
-            return
-        shared = {name for reader, names in readers.items() if reader in self._rows for name in names}
-        sizes = {name: size_bytes(*shapes[name]) for name in shapes if name in shared and shapes[name][0] != "string"}
-        large = {name: aligned(size) for name, size in sizes.items() if size > codec.INLINE_BYTES}
-        if not large:
+        if self._rows:
+            self._place(going, self._make_layout(shapes, readers))
+
+    def _place(self, going: Outgoing, layout: _Layout) -> None:
+        if not layout.large:
             return
         assert self._arena is not None
-        rows = [row for reader, row in self._rows.items() if not large.keys().isdisjoint(readers.get(reader, ()))]
-        block = self._arena.reserve(sum(large.values()), rows)
+        block = self._arena.reserve(layout.size, layout.rows)
         if block is None:
             return
         going.blocks.append(block)
-        at = 0
-        for name, size in large.items():
-            going.arrays[name] = self._arena.array(block, at, *shapes[name])
+        for name, at in layout.large.items():
+            going.arrays[name] = self._arena.array(block, at, *layout.shapes[name])
             going.places[name] = block.place(at)
-            at += size
+
+    def _layout(self, shapes: Shapes, readers: Readers) -> _Layout:
+        key = (id(shapes), tuple(readers.items()))  # the layout holds the shapes, so the number stays theirs
+        layout = self._layouts.get(key)
+        if layout is None:
+            if len(self._layouts) >= _LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[key] = self._make_layout(shapes, readers)
+        return layout
+
+    def _make_layout(self, shapes: Shapes, readers: Readers) -> _Layout:
+        shared = {name for reader, names in readers.items() if reader in self._rows for name in names}
+        large, at, small = {}, 0, {}
+        for name, (dtype, shape) in shapes.items():
+            size = size_bytes(dtype, shape)
+            if size <= codec.INLINE_BYTES and dtype != "string":
+                small[name] = np.empty(shape, numpy_dtype(dtype))
+            elif name in shared and dtype != "string":
+                large[name] = at
+                at += aligned(size)
+        rows = [row for reader, row in self._rows.items() if not large.keys().isdisjoint(readers.get(reader, ()))]
+        return _Layout(shapes, large, at, small, tuple(rows))
 
     def complete(self, going: Outgoing, tensors: Mapping[str, Array], readers: Readers) -> None:
         """See that ``going`` holds all of ``tensors``: what is not there yet is copied to where readers find it."""
+        if tensors is going.arrays:
+            return
         rest = {name: tensor for name, tensor in tensors.items() if going.arrays.get(name) is not tensor}
         for name in rest:
             going.places.pop(name, None)

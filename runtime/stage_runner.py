@@ -66,13 +66,16 @@ class StageRunner:
         """The outputs whose type and shape are proven for inputs of these shapes."""
         return self._proven.get(self._signature(inputs), {})
 
-    def run(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Mapping[str, Array]:
         """Execute the stage once.
 
         Args:
             inputs: by name.
             into: arrays for outputs that are :meth:`proven`; where one of them is not the array returned, it was not
                 written.
+
+        Returns:
+            All outputs; ``into`` itself where they are all in it.
 
         Raises:
             ModelError: ONNX Runtime could not execute it.
@@ -88,7 +91,7 @@ class StageRunner:
             wrong = {name for name, array in into.items() if outputs[name].shape != array.shape}
             self._unbound |= wrong or set(into)
             self._proven.clear()
-        if len(into) < len(outputs):
+        if outputs is not into:
             self._learn(inputs, outputs)
         return outputs
 

@@ -1,0 +1,26 @@
+"""A node whose session sleeps before it runs: a stage that computes elsewhere, as on an accelerator."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+import runtime.node
+from onnxsplit.tensors import Array
+from runtime.stage_runner import StageRunner
+
+CONNECT, STAGE, SECONDS = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+
+
+class SleepingRunner(StageRunner):
+    """Takes no processor for the time a stage is to take."""
+
+    def run(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> dict[str, Array]:
+        """Sleep, then run."""
+        time.sleep(SECONDS)
+        return super().run(inputs, into)
+
+
+runtime.node.StageRunner = SleepingRunner
+sys.exit(runtime.node.serve(runtime.node.NodeOptions(connect=CONNECT, stage=STAGE, threads=1)))
