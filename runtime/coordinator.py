@@ -297,7 +297,9 @@ class Coordinator:
         pending = self._pending.get(fragment.request)
         # Copied: the caller's arrays are its own, writable and not tied to a message or to a node's memory.
         copies = {name: np.array(tensor) for name, tensor in tensors.items()} if pending is not None else {}
-        if not self._payloads.give_back(fragment) or pending is None:
+        held = self._payloads.hold((fragment,))
+        self._payloads.give_back(fragment)
+        if pending is None or not held:
             return None
         pending.outputs.update(copies)
         return Returned(fragment.request, tuple(tensors), fragment.history)

@@ -26,7 +26,6 @@ from pathlib import Path
 import msgspec.structs
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.tensors import Array
 from runtime import codec
 from runtime.arena import Step
 from runtime.errors import ProtocolError
@@ -126,7 +125,7 @@ class _Node:
         self._mapped: tuple[int, ...] = ()
         self._links: dict[int, Outlet] = {}
         self._runner: StageRunner | None = None
-        self._ran = _Ran({}, Outgoing())
+        self._ran = _Ran({}, Outgoing(), valid=False)
         self._refused = False
         self._exit: Exit | None = None
 
@@ -213,13 +212,13 @@ class _Node:
 
     def _perform(self, effect: Effect, sockets: Sockets, control: ControlLink) -> Event | None:
         match effect:
-            case Run(request, inputs, targets):
-                return self._run(request, inputs, targets)
-            case GiveBack(fragments):
-                held = [self._payloads.give_back(fragment) for fragment in fragments]
-                self._ran.valid = all(held)
+            case Run():
+                return self._run(effect)
             case Forward():
                 self._forward(effect)
+            case GiveBack(fragments):
+                for fragment in fragments:
+                    self._payloads.give_back(fragment)
             case Discard():
                 self._payloads.drop(self._ran.going)
             case Report(message):
@@ -269,22 +268,22 @@ class _Node:
             _log.warning("dropped: %s", error)
             return None
 
-    def _run(self, request: int, inputs: Mapping[str, Array], targets: Mapping[int, tuple[str, ...]]) -> Event:
+    def _run(self, run: Run) -> Event:
         assert self._runner is not None
-        payloads = self._payloads
-        going = payloads.reserve(self._runner.proven(inputs), targets)
-        self._ran = _Ran(targets, going)
+        payloads, request, targets = self._payloads, run.request, run.targets
+        going = payloads.reserve(self._runner.proven(run.inputs), targets)
         payloads.record(request, Step.RUNNING)
         started = time.monotonic_ns()
         try:
-            outputs = self._runner.run(inputs, going.arrays)
+            outputs = self._runner.run(run.inputs, going.arrays)
         except OnnxsplitError as error:
             payloads.drop(going)
             return ExecutionFailed(request, str(error))
         ended = time.monotonic_ns()
         payloads.complete(going, outputs, targets)
         payloads.record(request, Step.DONE)
-        return Executed(request, started, ended, time.monotonic_ns(), *going.count_bytes())
+        self._ran = _Ran(targets, going, payloads.hold(run.fragments))
+        return Executed(request, started, ended, time.monotonic_ns(), going.size_bytes, going.shared_bytes)
 
     def _forward(self, effect: Forward) -> None:
         if not self._ran.valid:  # the inputs were taken away meanwhile: somebody else does this request
@@ -310,7 +309,7 @@ class _Ran:
 
     targets: Mapping[int, tuple[str, ...]]
     going: Outgoing
-    valid: bool = True
+    valid: bool
 
 
 def _watch_lifeline(home: Path) -> None:

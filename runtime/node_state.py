@@ -174,11 +174,12 @@ class Share(Struct, frozen=True):
 class Run(Struct, frozen=True):
     """Execute the session; answer with :class:`Executed` or :class:`ExecutionFailed`.
 
-    ``targets`` are the tensors that each peer will get, by its number.
+    ``targets`` are the tensors that each peer will get, by its number; the inputs lie in ``fragments``.
     """
 
     request: int
     inputs: Tensors
+    fragments: tuple[Fragment, ...]
     targets: Mapping[int, tuple[str, ...]]
 
 
@@ -336,7 +337,7 @@ class NodeState:
             return []
         request = self._running = self._queue.popleft()
         join = self._joins[request]
-        return [Run(request, join.tensors, self._targets(join.fragments[0]))]
+        return [Run(request, join.tensors, tuple(join.fragments), self._targets(join.fragments[0]))]
 
     def _targets(self, fragment: Fragment) -> dict[int, tuple[str, ...]]:
         targets = {
@@ -371,7 +372,7 @@ class NodeState:
         history = first.history
         for other in others:  # branches that meet again share the stages before they parted
             history += tuple(visited for visited in other.history if visited not in history)
-        return [back, Forward(event.request, first.route, first.wanted, (*history, visit))]
+        return [Forward(event.request, first.route, first.wanted, (*history, visit)), back]
 
     def _failed(self, request: int, reason: str) -> list[Effect]:
         self._running = None

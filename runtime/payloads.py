@@ -32,13 +32,13 @@ class Outgoing:
     arrays: dict[str, Array] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
+    size_bytes: int = 0
+    shared_bytes: int = 0
 
-    def count_bytes(self) -> tuple[int, int]:
-        """Of all arrays, and of those in shared memory."""
-        return (
-            sum([array.nbytes for array in self.arrays.values()]),
-            sum([self.arrays[name].nbytes for name in self.places]),
-        )
+    def count(self) -> None:
+        """Add up the bytes of all arrays, and of those in shared memory."""
+        self.size_bytes = sum(array.nbytes for array in self.arrays.values())
+        self.shared_bytes = sum(self.arrays[name].nbytes for name in self.places)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class _Layout:
         large: of those that go to shared memory, the offset in a slot of ``size`` bytes.
         small: arrays for those that go into headers, used again every time.
         rows: the returns of the peers that read from the slot.
+        size_bytes: of all tensors.
     """
 
     shapes: Shapes
@@ -57,6 +58,7 @@ class _Layout:
     size: int
     small: Mapping[str, Array]
     rows: tuple[memoryview, ...]
+    size_bytes: int
 
 
 class Payloads:
@@ -140,6 +142,7 @@ class Payloads:
             if name not in going.arrays:
                 small = layout.small.get(name)
                 going.arrays[name] = np.empty(shape, numpy_dtype(dtype)) if small is None else small
+        going.size_bytes = layout.size_bytes
         return going
 
     def place(self, going: Outgoing, shapes: Shapes, readers: Readers) -> None:
@@ -155,6 +158,7 @@ class Payloads:
         if block is None:
             return
         going.blocks.append(block)
+        going.shared_bytes += layout.size
         for name, at in layout.large.items():
             going.arrays[name] = self._arena.array(block, at, *layout.shapes[name])
             going.places[name] = block.place(at)
@@ -170,16 +174,17 @@ class Payloads:
 
     def _make_layout(self, shapes: Shapes, readers: Readers) -> _Layout:
         shared = {name for reader, names in readers.items() if reader in self._rows for name in names}
-        large, at, small = {}, 0, {}
+        large, at, small, total = {}, 0, {}, 0
         for name, (dtype, shape) in shapes.items():
             size = size_bytes(dtype, shape)
+            total += size
             if size <= codec.INLINE_BYTES and dtype != "string":
                 small[name] = np.empty(shape, numpy_dtype(dtype))
             elif name in shared and dtype != "string":
                 large[name] = at
                 at += aligned(size)
         rows = [row for reader, row in self._rows.items() if not large.keys().isdisjoint(readers.get(reader, ()))]
-        return _Layout(shapes, large, at, small, tuple(rows))
+        return _Layout(shapes, large, at, small, tuple(rows), total)
 
     def complete(self, going: Outgoing, tensors: Mapping[str, Array], readers: Readers) -> None:
         """See that ``going`` holds all of ``tensors``: what is not there yet is copied to where readers find it."""
@@ -194,6 +199,7 @@ class Payloads:
                 going.arrays[name][...] = tensor
             else:
                 going.arrays[name] = tensor
+        going.count()
 
     def drop(self, going: Outgoing) -> None:
         """Take the tensors back: they go nowhere."""
@@ -238,18 +244,22 @@ class Payloads:
 
         return codec.decode_tensors(fragment.tensors, frames, at)
 
-    def give_back(self, fragment: Fragment) -> bool:
-        """Let the sender have its memory again; False when it had not waited, and what was read there means nothing."""
-        held = True
+    def hold(self, fragments: Sequence[Fragment]) -> bool:
+        """False when a sender has taken its memory back meanwhile, and what was read there means nothing."""
+        for fragment in fragments:
+            for head in fragment.tensors:
+                if isinstance(head.payload, Place) and not self._peers[fragment.sender].holds(head.payload):
+                    return False
+        return True
+
+    def give_back(self, fragment: Fragment) -> None:
+        """Let the sender have its memory again."""
         slot = -1
         for head in fragment.tensors:
             place = head.payload
-            if isinstance(place, Place) and place.slot != slot:
+            if isinstance(place, Place) and place.slot != slot and self._arena is not None:
                 slot = place.slot
-                held = held and self._peers[fragment.sender].holds(place)
-                assert self._arena is not None
                 self._arena.give_back(fragment.sender, place)
-        return held
 
 
 def shapes_of(tensors: Mapping[str, Array]) -> Shapes:

@@ -106,7 +106,8 @@ def test_a_join_runs_when_all_its_sources_are_here(plan):
     assert turn(node) == []
     arrive(node, 7, 2, {"right": 2})
     assert node.ready
-    assert turn(node) == [Run(7, {"left": 1, "right": 2}, {0: ("y",)})]
+    (run,) = turn(node)
+    assert run == Run(7, {"left": 1, "right": 2}, (fragment(7, 1), fragment(7, 2)), {0: ("y",)})
 
 
 def test_fragments_of_two_requests_do_not_mix(plan):
@@ -145,11 +146,11 @@ def test_outputs_go_to_every_stage_that_reads_them(plan):
     assert turn(node)[0].targets == {2: ("a",), 3: ("a",)}
 
 
-def test_inputs_are_given_back_before_outputs_go_on_with_what_the_request_has_passed(plan):
+def test_outputs_go_on_with_what_the_request_has_passed_and_then_inputs_are_given_back(plan):
     node = ready(plan, 0)
     arrive(node, 1, CALLER)
     turn(node)
-    back, forward = node.handle(executed(1))
+    forward, back = node.handle(executed(1))
     assert back == GiveBack((fragment(1, CALLER),))
     assert forward == Forward(1, ROUTE, ("y",), (Visit(0, 0, 100, 150, 170, 175, 64, 32),))
 
@@ -160,7 +161,7 @@ def test_a_join_joins_what_its_branches_have_passed_once_each(plan):
     arrive(node, 1, 1, history=(first, left))
     arrive(node, 1, 2, history=(first, right))
     turn(node)
-    forward = node.handle(executed(1))[1]
+    forward = node.handle(executed(1))[0]
     assert [visit.stage for visit in forward.history] == [0, 1, 2, 3]
 
 
