@@ -36,6 +36,7 @@ from onnxsplit.tensors import Array, numpy_dtype
 from runtime.errors import ProtocolError
 from runtime.extents import Extents, aligned
 from runtime.messages import Memory, Place
+from runtime.pinned import Pin
 
 SLOTS = 1024
 """Slots of an arena; who needs more at once sends its tensors as frames."""
@@ -124,6 +125,17 @@ class Arena:
         self._taken = 0
         self._peak = 0
         self._uses = 0
+        self._pin: Pin | None = None
+
+    def pin(self, pin: Pin) -> None:
+        """Pin all memory that is used from now on; it is kept then."""
+        self._pin = pin
+        if self._taken:
+            pin(self._address + _DATA_AT, self._taken, False)
+
+    @property
+    def _address(self) -> int:
+        return np.frombuffer(self._map, np.uint8).ctypes.data
 
     def close(self) -> None:
         """Let go of the memory; peers that map it keep it until they let go too."""
@@ -206,13 +218,19 @@ class Arena:
             os.posix_fallocate(self._descriptor, _DATA_AT + self._taken, wanted - self._taken)
         except OSError:
             return False
+        if self._pin is not None:
+            self._pin(self._address + _DATA_AT + self._taken, wanted - self._taken, False)
         self._taken = wanted
         return True
 
     def _trim(self) -> None:
         """Give memory back that the last uses did not need."""
         keep = -(-(2 * self._peak + _SPARE_BYTES) // _PAGE) * _PAGE
-        if self._taken > keep and all(block.offset + block.size <= _DATA_AT + keep for block in self._busy):
+        if (
+            self._pin is None
+            and self._taken > keep
+            and all(block.offset + block.size <= _DATA_AT + keep for block in self._busy)
+        ):
             self._map.madvise(mmap.MADV_REMOVE, _DATA_AT + keep, self._taken - keep)
             self._taken = keep
         self._peak = 0
@@ -241,6 +259,8 @@ class PeerArena:
             self._map.close()
             raise ProtocolError(f"process {memory.pid} does not hold the memory it told of")
         self._size = size
+        self._pin: Pin | None = None
+        self._pinned = _DATA_AT
         view = memoryview(self._map)
         self._ledger = view[_LEDGER_AT:_GENERATIONS_AT].cast("Q")
         self._generations = view[_GENERATIONS_AT:_RETURNS_AT].cast("Q")
@@ -254,6 +274,10 @@ class PeerArena:
         with suppress(BufferError):
             self._map.close()
 
+    def pin(self, pin: Pin) -> None:
+        """Pin what is read from now on."""
+        self._pin = pin
+
     def array(self, place: Place, dtype: str, shape: Sequence[int]) -> Array:
         """A tensor in the peer's memory, read-only.
 
@@ -266,6 +290,11 @@ class PeerArena:
             size *= length
         if not (0 <= place.slot < SLOTS and _DATA_AT <= place.offset <= self._size - size):
             raise ProtocolError(f"{size} bytes in slot {place.slot} at {place.offset} are outside of the peer's memory")
+        if self._pin is not None and place.offset + size > self._pinned:
+            reach = min(self._size, -(-(place.offset + size) // _STEP_BYTES) * _STEP_BYTES)
+            address = np.frombuffer(self._map, np.uint8).ctypes.data
+            self._pin(address + self._pinned, reach - self._pinned, True)
+            self._pinned = reach
         return np.ndarray(tuple(shape), kind, self._map, place.offset)
 
     def holds(self, place: Place) -> bool:

@@ -57,6 +57,7 @@ from runtime.node_state import (
     Turn,
 )
 from runtime.payloads import Outgoing, Payloads
+from runtime.pinned import cuda_pin
 from runtime.stage_runner import StageRunner
 from runtime.transport import Inlet, Outlet, Sockets, Wakeup, check_address, private_folder
 
@@ -239,10 +240,10 @@ class _Node:
         return None
 
     def _load(self, assign: Assign) -> Event:
-        self._assign = assign
         folder = self._options.plan or Path(assign.folder)
         if self._options.provider is not None:
             assign = msgspec.structs.replace(assign, provider=self._options.provider)
+        self._assign = assign
         try:
             self._runner = StageRunner(folder, assign, home=self._home, threads=self._options.threads)
         except OnnxsplitError as error:
@@ -251,6 +252,8 @@ class _Node:
 
     def _connect(self, me: int, neighbours: Mapping[int, Peer], targets: frozenset[int], sockets: Sockets) -> None:
         self._mapped = self._payloads.meet(me, neighbours)
+        if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:
+            self._payloads.pin(pin)
         for number in targets:
             peer = neighbours[number]
             shortcut = peer.shortcut if number in self._mapped else ""

@@ -14,6 +14,7 @@ from runtime.arena import Arena, Block, PeerArena, Step
 from runtime.errors import ProtocolError
 from runtime.extents import aligned
 from runtime.messages import Fragment, Memory, Peer, Place, Visit
+from runtime.pinned import Pin
 from runtime.stage_runner import Shapes
 from runtime.transport import Outlet
 
@@ -117,6 +118,13 @@ class Payloads:
         """From now on, lend memory to these peers."""
         self._rows = {reader: self._peers[reader].returns(self._me) for reader in readers if reader in self._peers}
         self._layouts.clear()
+
+    def pin(self, pin: Pin) -> None:
+        """Pin own and mapped memory for a device, as it is used."""
+        if self._arena is not None:
+            self._arena.pin(pin)
+        for peer in self._peers.values():
+            peer.pin(pin)
 
     def step(self, peer: int, request: int) -> Step:
         """How far a peer is with a request, as far as its memory tells."""

@@ -49,6 +49,7 @@ RUNTIME_ORDER = [
         "runtime.extents",
         "runtime.admission",
         "runtime.options",
+        "runtime.pinned",
     ],
     ["runtime.codec", "runtime.arena", "runtime.node_state", "runtime.microbatch", "runtime.weights", "runtime.trace"],
     ["runtime.transport", "runtime.coordinator_state", "runtime.launch", "runtime.stage_runner"],

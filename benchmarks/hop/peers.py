@@ -1,6 +1,6 @@
 """Senders of one tensor to a process, each timed from the send until the receiver has it.
 
-    python peers.py zmq-ipc|zmq-tcp|iceoryx2|ray SIZE
+    python peers.py zmq-ipc|zmq-tcp|datagram|iceoryx2|ray SIZE
 
 Says ``ready``; then, for every line with a number, sends as often, one at a time, and answers with a JSON list of
 microseconds. Both ends read the same monotonic clock.
@@ -12,6 +12,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -65,6 +66,39 @@ def zmq_sender(kind: str, size: int) -> Iterator[Send]:
         process.terminate()
         process.join()
         context.destroy(linger=0)
+
+
+def datagram_receiver(path: str, answers) -> None:
+    """Takes datagrams and tells when."""
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(path)
+    answers.send_bytes(bytes(8))
+    room = bytearray(1 << 16)
+    while True:
+        receiver.recv_into(room)
+        answers.send_bytes(time.monotonic_ns().to_bytes(8, "little"))
+
+
+@contextmanager
+def datagram_sender() -> Iterator[Send]:
+    """A Unix datagram of 200 bytes, the size of a header: what a hop in shared memory needs at least."""
+    with tempfile.TemporaryDirectory() as folder:
+        here, there = multiprocessing.Pipe()
+        path = f"{folder}/there"
+        process = multiprocessing.Process(target=datagram_receiver, args=(path, there), daemon=True)
+        process.start()
+        taken(here)
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sender.connect(path)
+
+        def send() -> float:
+            begun = time.monotonic_ns()
+            sender.send(bytes(200))
+            return (taken(here) - begun) / 1e3
+
+        yield send
+        process.terminate()
+        process.join()
 
 
 def iceoryx_node(name: str):
@@ -155,7 +189,7 @@ def main() -> None:
     kind, size = sys.argv[1], int(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what else prints must not mix with the answers
-    senders = {"iceoryx2": lambda: iceoryx_sender(size), "ray": lambda: ray_sender(size)}
+    senders = {"datagram": datagram_sender, "iceoryx2": lambda: iceoryx_sender(size), "ray": lambda: ray_sender(size)}
     with senders.get(kind, lambda: zmq_sender(kind, size))() as send:
         print("ready", file=answers)
         for line in sys.stdin:

@@ -5,8 +5,9 @@
 Ours: from the end of a stage's session to the start of the next one's, by the nodes' own clocks, one request at a
 time; the tensor is written by the first session where the second reads it. Beside it, in turns of the same run: a bare
 ZeroMQ message over ipc and over tcp (one way, zero-copy, from the send to the receive), a copy of as many bytes in
-one process, and, where the interpreter named by ``--python`` has them (the extra ``peers``), iceoryx2 (loan, send,
-notify; wait, receive) and a Ray actor call with the tensor as its argument. Microseconds, medians.
+one process, a Unix datagram as large as a header, and, where the interpreter named by ``--python`` has them (the extra
+``peers``), iceoryx2 (loan, send, notify; wait, receive) and a Ray actor call with the tensor as its argument.
+Microseconds, medians.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def measure(size: int, repeats: int, python: str) -> dict[str, float | str]:
         }
         found: dict[str, float | str] = {}
         for kind, interpreter in (
-            ("zmq-ipc", sys.executable), ("zmq-tcp", sys.executable), ("iceoryx2", python), ("ray", python),
+            ("zmq-ipc", sys.executable), ("zmq-tcp", sys.executable), ("datagram", sys.executable),
+            ("iceoryx2", python), ("ray", python),
         ):  # fmt: skip
             try:
                 contenders[kind] = stack.enter_context(peer(kind, size, interpreter))
@@ -155,7 +157,7 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="an interpreter with the extra peers")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    names = ["ours", "zmq-ipc", "zmq-tcp", "memcpy", "iceoryx2", "ray"]
+    names = ["ours", "zmq-ipc", "zmq-tcp", "memcpy", "datagram", "iceoryx2", "ray"]
     if not given.json:
         print(environment_line())
         print(f"{'us':8}" + "".join(f"{name:>10}" for name in names) + f"{'ours / zmq-ipc':>16}")

@@ -2,8 +2,8 @@
 
     python benchmarks/requests/run.py [--requests 100000] [--json]
 
-Two stages of next to nothing with 64 KiB between them (so every request takes a slot), a hundred requests waiting at
-most; memory of the nodes and of this process, and their open descriptors, are taken along the way.
+Two stages of next to nothing with 64 KiB between them, so that every request takes a slot; as many in flight as the
+pipeline admits. Memory of this process and of the nodes, and their open descriptors, are taken along the way.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         plan = benchmark("hop").plan_of(64 << 10, Path(scratch))
         with Pipeline.launch(plan, threads=1) as pipeline:
             processes = [psutil.Process()] + [psutil.Process(node.pid) for node in pipeline.nodes]
-            latencies = np.zeros(given.requests)
+            latencies = np.full(given.requests, np.nan)
             wrong, samples, answered = 0, [], threading.Semaphore(0)
 
             def ask(number: int) -> None:
@@ -57,7 +57,7 @@ def main() -> None:
                 ask(number % given.requests)
             for number in range(given.requests):
                 if number % (given.requests // SAMPLES) == 0:
-                    samples.append((number, sum(process.memory_info().rss for process in processes)))
+                    samples.append((number, *(process.memory_info().rss for process in processes)))
                 if number == 0:
                     descriptors = [process.num_fds() for process in processes]
                 ask(number)
@@ -67,13 +67,13 @@ def main() -> None:
             lent = pipeline._coordinator.lent_bytes
             first = pipeline.stats()[0]
             shared = (first.shared_bytes, first.output_bytes)
-    numbers, sizes = np.array(samples[SAMPLES // 4 :]).T
-    slope = np.polyfit(numbers, sizes, 1)[0]
+    numbers, *sizes = np.array(samples[SAMPLES // 4 :]).T  # from a quarter of the way on
+    slopes = [float(np.polyfit(numbers, size, 1)[0]) for size in sizes]
     p50, p99, p999 = np.percentile(latencies, [50, 99, 99.9]) * 1e6
     found = {
         "requests": given.requests, "wrong": int(wrong),
-        "memory_mib_first_last": [s[1] / 2**20 for s in (samples[0], samples[-1])],
-        "slope_bytes_a_request": slope, "descriptors_before_after": [descriptors, left], "lent_bytes_at_the_end": lent,
+        "memory_mib_first_last": [sum(sample[1:]) / 2**20 for sample in (samples[0], samples[-1])],
+        "slope_bytes_a_request_caller_and_nodes": slopes, "descriptors_before_after": [descriptors, left], "lent_bytes_at_the_end": lent,
         "shared_of_output_bytes": shared, "p50_us": p50, "p99_us": p99, "p999_us": p999,
     }  # fmt: skip
     if given.json:
@@ -81,7 +81,7 @@ def main() -> None:
         return
     print(environment_line())
     for name, value in found.items():
-        print(f"{name:28} {value}")
+        print(f"{name:40} {value}")
 
 
 if __name__ == "__main__":

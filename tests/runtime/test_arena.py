@@ -17,6 +17,7 @@ from runtime.arena import SLOTS, Arena, PeerArena, Step
 from runtime.errors import ProtocolError
 from runtime.extents import ALIGNMENT, Extents, aligned
 from runtime.messages import Memory, Place
+from runtime.pinned import pin_with
 
 MIB = 1 << 20
 ME, READER = 3, 7
@@ -244,3 +245,39 @@ def test_the_lowest_room_is_used_first():
     assert extents.take(100) == first
     extents.give(second, 100)
     assert extents.take(64) == second
+
+
+class FakeCuda:
+    """A CUDA runtime that notes what it is asked to pin, and refuses from some call on."""
+
+    def __init__(self, calls: int) -> None:
+        self.pinned: list[tuple[int, int]] = []
+
+        def register(_address: int, size: int, flags: int) -> int:
+            if len(self.pinned) == calls:
+                return 2
+            self.pinned.append((size, flags))
+            return 0
+
+        self.cudaHostRegister = register
+
+
+def test_memory_is_pinned_as_it_is_used(arena, reader):
+    own, theirs = FakeCuda(9), FakeCuda(9)
+    peer = PeerArena(arena.address)
+    arena.pin(pin_with(own))
+    peer.pin(pin_with(theirs))
+    first = arena.reserve(MIB, [returns(reader)])
+    second = arena.reserve(3 * MIB, [returns(reader)])
+    for block in (first, second, first):
+        peer.array(block.place(0), "uint8", (block.size,))
+    assert own.pinned == [(MIB, 1), (3 * MIB, 1)]
+    assert [flags for _, flags in theirs.pinned] == [1 | 8] * 2
+    assert sum(size for size, _ in theirs.pinned) >= 4 * MIB
+
+
+def test_what_cuda_refuses_to_pin_is_used_all_the_same(arena, reader, caplog):
+    cuda = FakeCuda(1)
+    arena.pin(pin_with(cuda))
+    assert all(arena.reserve(MIB, [returns(reader)]) is not None for _ in range(4))
+    assert caplog.text.count("refuses to pin") == 1
