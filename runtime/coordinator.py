@@ -1,8 +1,7 @@
 """The coordinator's loop: performs the effects of :class:`~runtime.coordinator_state.CoordinatorState`.
 
-Two threads of the caller's process. One takes results; the other speaks with the nodes, watches their processes and
-minds the time. A request goes out in its caller's own thread and comes back in the first, and nobody hands it on; the
-lock is held only to decide and to send, never to copy.
+A thread of the caller's process speaks with the nodes, watches their processes and minds the time; requests and results
+are the business of :mod:`runtime.flow`.
 """
 
 from __future__ import annotations
@@ -12,16 +11,13 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from onnxsplit.plan import Plan
-from onnxsplit.tensors import Array
 from runtime import codec
 from runtime.arena import Step
 from runtime.coordinator_state import (
@@ -30,7 +26,6 @@ from runtime.coordinator_state import (
     CoordinatorState,
     Declined,
     Effect,
-    Enter,
     Event,
     Expired,
     Forget,
@@ -41,18 +36,16 @@ from runtime.coordinator_state import (
     NodeState,
     Prepared,
     Reject,
-    Reported,
     Resolve,
-    Returned,
     SendAway,
     ShareMemory,
     Slot,
     State,
-    Submitted,
     TimedOut,
     WireAll,
 )
 from runtime.errors import PipelineClosed, PipelineError, ProtocolError
+from runtime.flow import Flow
 from runtime.launch import Handle, Launcher
 from runtime.messages import (
     CALLER,
@@ -60,7 +53,6 @@ from runtime.messages import (
     Assign,
     Beat,
     Cancel,
-    Fragment,
     Hello,
     NodeBeat,
     Peer,
@@ -70,10 +62,9 @@ from runtime.messages import (
     Stop,
     Wire,
 )
-from runtime.node_state import sources
-from runtime.payloads import Outgoing, Payloads, shapes_of
+from runtime.payloads import Payloads
 from runtime.trace import Traced
-from runtime.transport import AnsweringInlet, Inlet, Outlet, Sockets, Wakeup
+from runtime.transport import AnsweringInlet, Inlet, Sockets, Wakeup
 
 BEAT_S = 1.0
 SILENCE_S = 10.0
@@ -81,14 +72,6 @@ SILENCE_S = 10.0
 
 _STOP_GRACE_S = 3.0
 _log = logging.getLogger("runtime.coordinator")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a request ended: its outputs, which are the caller's own, or an error."""
-
-    outputs: dict[str, Array]
-    error: PipelineError | None = None
 
 
 @dataclass(frozen=True)
@@ -132,41 +115,28 @@ class Setup:
     progress: Callable[[int, int], None]
 
 
-@dataclass
-class _Pending:
-    """A request in flight: who wants to know, and what has come back."""
-
-    done: Callable[[Answer], None]
-    entered_ns: int
-    outputs: dict[str, Array] = field(default_factory=dict)
-
-
 class Coordinator:
     """Starts nodes, wires them, routes requests, watches, collects. Start it once with :meth:`start`."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._machine = CoordinatorState(setup.plan, setup.replicas)
-        self._entrances = {
-            stage.index: tuple(name for name in stage.inputs if name in setup.plan.inputs)
-            for stage in setup.plan.stages
-            if CALLER in sources(setup.plan, stage.index)
-        }
         self._payloads = Payloads(setup.memory_bytes)
+        self._flow = Flow(
+            setup.plan,
+            self._machine,
+            self._payloads,
+            trace=setup.trace,
+            elsewhere=self._leave_to_control,
+            deadline=self._expect,
+        )
+        self.submit = self._flow.submit
+        self.profiles: dict[Slot, list[dict[str, Any]]] = {}
         self._shortcut = setup.home / "results.fragments" if setup.memory_bytes else None
         self._posted: deque[Event] = deque()
+        self._left: deque[Effect] = deque()  # to the thread that owns the control socket
         self._wakeup = Wakeup()
-        self._results_wakeup = Wakeup()
-        self._lock = threading.Lock()  # of the machine, what is pending, the links and the own shared memory
-        self._control_effects: deque[Effect] = deque()  # for the thread that owns the control socket
-        self._pending: dict[int, _Pending] = {}
-        self.traced: list[Traced] = []
-        self.profiles: dict[Slot, list[dict[str, Any]]] = {}
-        self._answers: deque[tuple[Callable[[Answer], None], Answer]] = deque()
-        self._links: dict[int, Outlet] = {}
-        self._count = 0
         self._sleeps_until = 0.0
-        self._stopped = False
         self._ready: Future[str] = Future()
         self._handles: dict[Slot, Handle] = {}
         self._heard: dict[bytes, float] = {}
@@ -178,41 +148,6 @@ class Coordinator:
         """Begin; the future gives the control address when every node is ready, or the reason why not."""
         self._thread.start()
         return self._ready
-
-    def submit(
-        self,
-        inputs: Mapping[str, Array],
-        wanted: tuple[str, ...],
-        deadline_ns: int | None,
-        done: Callable[[Answer], None],
-    ) -> int:
-        """Send a request in; returns its number. ``inputs`` are copied before this returns.
-
-        ``done`` is called once, in the coordinator's thread, or in this one when the request is refused at once.
-        """
-        entering = None
-        with self._lock:
-            number = self._count
-            self._count += 1
-            if self._stopped:
-                error = self._machine.error or PipelineClosed("the pipeline was closed")
-                self._answers.append((done, Answer({}, error)))
-            else:
-                self._pending[number] = _Pending(done, time.monotonic_ns())
-                (effect,) = self._machine.handle(Submitted(number, wanted, deadline_ns))
-                if isinstance(effect, Enter):
-                    targets = self._targets(effect.route)
-                    going = Outgoing()
-                    self._payloads.place(going, shapes_of(inputs), targets)
-                    entering = effect, targets, going
-                else:
-                    self._answer(effect)
-        if entering is not None:
-            self._enter(*entering, inputs)
-            if deadline_ns is not None and deadline_ns / 1e9 < self._sleeps_until:
-                self._wakeup.ring()
-        self._deliver()
-        return number
 
     def close(self) -> None:
         """Stop the nodes, fail what is in flight, and end; returns when everything is gone."""
@@ -233,76 +168,25 @@ class Coordinator:
     @property
     def lent_bytes(self) -> int:
         """Bytes of inputs in shared memory that nodes have not returned yet."""
-        with self._lock:
+        with self._flow.lock:
             return self._payloads.lent_bytes
+
+    @property
+    def traced(self) -> list[Traced]:
+        """What was recorded of answered requests, when asked to."""
+        return self._flow.traced
 
     def _post(self, event: Event) -> None:
         self._posted.append(event)
         self._wakeup.ring()
 
-    def _targets(self, route: tuple[int, ...]) -> Mapping[int, tuple[str, ...]]:
-        """The inputs that each node on a route reads, by the node's number."""
-        return {
-            self._machine.number((stage, route[stage])): names
-            for stage, names in self._entrances.items()
-            if route[stage] != NOT_NEEDED
-        }
+    def _leave_to_control(self, effect: Effect) -> None:
+        self._left.append(effect)
+        self._wakeup.ring()
 
-    def _enter(
-        self, enter: Enter, targets: Mapping[int, tuple[str, ...]], going: Outgoing, inputs: Mapping[str, Array]
-    ) -> None:
-        for name, array in inputs.items():
-            if name in going.arrays:
-                going.arrays[name][...] = array
-            else:  # small ones are copied into the message
-                going.arrays[name] = array if array.nbytes <= codec.INLINE_BYTES else np.array(array, order="C")
-        with self._lock:
-            if self._stopped:
-                return
-            for number, names in targets.items():
-                self._payloads.send(
-                    self._links[number],
-                    number,
-                    going,
-                    names,
-                    request=enter.request,
-                    source=CALLER,
-                    route=enter.route,
-                    wanted=enter.wanted,
-                )
-
-    # The thread that takes results
-
-    def _take_results(self, sockets: Sockets, data: Inlet) -> None:
-        while not self._stopped:
-            ready = sockets.wait(60.0)
-            message = data.receive(ready)
-            event = self._result(*message) if message is not None else None
-            if event is not None:
-                with self._lock:
-                    for effect in self._machine.handle(event):
-                        self._answer(effect)
-                self._deliver()
-
-    def _result(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Event | None:
-        try:
-            said = codec.decode_data(header)
-            return self._collect(said, frames) if isinstance(said, Fragment) else Reported(said)
-        except ProtocolError as error:
-            _log.warning("dropped: %s", error)
-            return None
-
-    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> Event | None:
-        tensors = self._payloads.receive(fragment, frames)
-        pending = self._pending.get(fragment.request)
-        # Copied: the caller's arrays are its own, writable and not tied to a message or to a node's memory.
-        copies = {name: np.array(tensor) for name, tensor in tensors.items()} if pending is not None else {}
-        held = self._payloads.hold((fragment,))
-        self._payloads.give_back(fragment)
-        if pending is None or not held:
-            return None
-        pending.outputs.update(copies)
-        return Returned(fragment.request, tuple(tensors), fragment.history)
+    def _expect(self, deadline_ns: int) -> None:
+        if deadline_ns / 1e9 < self._sleeps_until:
+            self._wakeup.ring()
 
     # The thread that minds the nodes
 
@@ -312,15 +196,15 @@ class Coordinator:
             with Sockets(linger_s=0.5) as sockets, Sockets() as results:
                 control = sockets.answering(self._setup.control)
                 data = results.inlet(self._setup.data, shortcut=self._shortcut)
-                results.watch(self._results_wakeup.fileno())
-                taker = threading.Thread(target=self._take_results, args=(results, data), name="results", daemon=True)
+                results.watch(self._flow.wakeup.fileno())
+                taker = threading.Thread(
+                    target=self._flow.take_results, args=(results, data), name="results", daemon=True
+                )
                 taker.start()
                 try:
                     self._loop(sockets, results, control, data)
                 finally:
-                    with self._lock:
-                        self._stopped = True
-                    self._results_wakeup.ring()
+                    self._flow.stop()
                     taker.join()
                     self._end_nodes()
         except BaseException as error:  # a caller must never wait for a thread that died
@@ -354,13 +238,13 @@ class Coordinator:
                 events += self._beat(control, now)
                 if setup.start_timeout_s is not None and now - begun > setup.start_timeout_s:
                     events.append(TimedOut(self._late(setup.start_timeout_s)))
-            with self._lock:
+            with self._flow.lock:
                 events += self._expired()
                 for event in events:
                     self._handle(event, results, control, data)
-                while self._control_effects:
-                    self._perform(self._control_effects.popleft(), results, control, data)
-            self._deliver()
+                while self._left:
+                    self._perform(self._left.popleft(), results, control, data)
+            self._flow.deliver()
 
     def _handle(self, event: Event, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
         effects = deque(self._machine.handle(event))
@@ -373,7 +257,7 @@ class Coordinator:
             self._setup.progress(total - len(self._machine.missing_nodes()), total)
 
     def _patience(self, next_beat: float) -> float:
-        with self._lock:
+        with self._flow.lock:
             deadline = self._machine.next_deadline_ns()
             self._sleeps_until = next_beat if deadline is None else min(next_beat, deadline / 1e9)
         return 0.0 if self._posted else max(0.0, self._sleeps_until - time.monotonic()) + 0.001
@@ -438,7 +322,7 @@ class Coordinator:
         setup = self._setup
         match effect:
             case Resolve() | Reject():
-                self._answer(effect)
+                self._flow.answer(effect)
             case Forget(request, identities):
                 for identity in identities:
                     control.send(identity, codec.encode(Cancel(request)))
@@ -479,35 +363,10 @@ class Coordinator:
         mapped = self._payloads.meet(0, nodes)
         for number, peer in nodes.items():
             shortcut = peer.shortcut if number in mapped else ""
-            self._links[number] = results.connect(peer.address, shortcut=shortcut)
+            self._flow.links[number] = results.connect(peer.address, shortcut=shortcut)
         for node in self._machine.nodes.values():
             control.send(node.identity, codec.encode(Wire(tuple(peers))))
         return Met(mapped)
-
-    def _answer(self, effect: Effect) -> None:
-        """Note what to tell a caller; it is told when the lock is free, since it may submit again at once.
-
-        What is to be told to nodes is left to the thread that can.
-        """
-        match effect:
-            case Resolve(request, visits):
-                pending = self._pending.pop(request)
-                self._answers.append((pending.done, Answer(pending.outputs)))
-                if self._setup.trace:
-                    self.traced.append(Traced(request, pending.entered_ns, visits, time.monotonic_ns()))
-            case Reject(request, error):
-                self._answers.append((self._pending.pop(request).done, Answer({}, error)))
-            case _:
-                self._control_effects.append(effect)
-                self._wakeup.ring()
-
-    def _deliver(self) -> None:
-        while True:
-            try:
-                done, answer = self._answers.popleft()
-            except IndexError:  # another thread may have delivered them
-                return
-            done(answer)
 
     def _end_nodes(self) -> None:
         deadline = time.monotonic() + _STOP_GRACE_S
@@ -526,13 +385,7 @@ class Coordinator:
         reason = (
             failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
         )
-        with self._lock:
-            self._stopped = True
-            self._answers += [(pending.done, Answer({}, reason)) for pending in self._pending.values()]
-            self._pending.clear()
-            self._payloads.close()
-            self._wakeup.close()
-            self._results_wakeup.close()
-        self._deliver()
+        self._flow.fail(reason)
+        self._wakeup.close()
         if not self._ready.done():
             self._ready.set_exception(reason)

@@ -52,6 +52,7 @@ class _Layout:
         small: arrays for those that go into headers, used again every time.
         rows: the returns of the peers that read from the slot.
         size_bytes: of all tensors.
+        shared_bytes: of the large ones, without what lies between them.
     """
 
     shapes: Shapes
@@ -60,6 +61,7 @@ class _Layout:
     small: Mapping[str, Array]
     rows: tuple[memoryview, ...]
     size_bytes: int
+    shared_bytes: int
 
 
 class Payloads:
@@ -166,7 +168,7 @@ class Payloads:
         if block is None:
             return
         going.blocks.append(block)
-        going.shared_bytes += layout.size
+        going.shared_bytes += layout.shared_bytes
         for name, at in layout.large.items():
             going.arrays[name] = self._arena.array(block, at, *layout.shapes[name])
             going.places[name] = block.place(at)
@@ -182,17 +184,25 @@ class Payloads:
 
     def _make_layout(self, shapes: Shapes, readers: Readers) -> _Layout:
         shared = {name for reader, names in readers.items() if reader in self._rows for name in names}
-        large, at, small, total = {}, 0, {}, 0
-        for name, (dtype, shape) in shapes.items():
-            size = size_bytes(dtype, shape)
-            total += size
-            if size <= codec.INLINE_BYTES and dtype != "string":
+        sizes = {name: size_bytes(*spec) for name, spec in shapes.items() if spec[0] != "string"}
+        large, at, small = {}, 0, {}
+        for name, size in sizes.items():
+            if size <= codec.INLINE_BYTES:
+                dtype, shape = shapes[name]
                 small[name] = np.empty(shape, numpy_dtype(dtype))
-            elif name in shared and dtype != "string":
+            elif name in shared:
                 large[name] = at
                 at += aligned(size)
         rows = [row for reader, row in self._rows.items() if not large.keys().isdisjoint(readers.get(reader, ()))]
-        return _Layout(shapes, large, at, small, tuple(rows), total)
+        return _Layout(
+            shapes=shapes,
+            large=large,
+            size=at,
+            small=small,
+            rows=tuple(rows),
+            size_bytes=sum(sizes.values()),
+            shared_bytes=sum(sizes[name] for name in large),
+        )
 
     def complete(self, going: Outgoing, tensors: Mapping[str, Array], readers: Readers) -> None:
         """See that ``going`` holds all of ``tensors``: what is not there yet is copied to where readers find it."""

@@ -20,8 +20,9 @@ from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, check_inputs, load_npz
 from runtime.admission import Admission
-from runtime.coordinator import Answer, Coordinator, Setup
+from runtime.coordinator import Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
+from runtime.flow import Answer
 from runtime.launch import Launcher
 from runtime.launch.local import LocalLauncher
 from runtime.microbatch import Axes, batch_axes, batch_size, join, split

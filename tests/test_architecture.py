@@ -54,7 +54,8 @@ RUNTIME_ORDER = [
     ["runtime.codec", "runtime.arena", "runtime.node_state", "runtime.microbatch", "runtime.weights", "runtime.trace"],
     ["runtime.transport", "runtime.coordinator_state", "runtime.launch", "runtime.stage_runner"],
     ["runtime.payloads", "runtime.node_control", "runtime.link"],
-    ["runtime.node", "runtime.coordinator"],
+    ["runtime.flow", "runtime.node"],
+    ["runtime.coordinator"],
     ["runtime.pipeline"],
     ["runtime.bench"],
 ]

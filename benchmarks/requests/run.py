@@ -71,11 +71,17 @@ def main() -> None:
     slopes = [float(np.polyfit(numbers, size, 1)[0]) for size in sizes]
     p50, p99, p999 = np.percentile(latencies, [50, 99, 99.9]) * 1e6
     found = {
-        "requests": given.requests, "wrong": int(wrong),
+        "requests": given.requests,
+        "wrong": int(wrong),
         "memory_mib_first_last": [sum(sample[1:]) / 2**20 for sample in (samples[0], samples[-1])],
-        "slope_bytes_a_request_caller_and_nodes": slopes, "descriptors_before_after": [descriptors, left], "lent_bytes_at_the_end": lent,
-        "shared_of_output_bytes": shared, "p50_us": p50, "p99_us": p99, "p999_us": p999,
-    }  # fmt: skip
+        "slope_bytes_a_request_caller_and_nodes": slopes,
+        "descriptors_before_after": [descriptors, left],
+        "lent_bytes_at_the_end": lent,
+        "shared_of_output_bytes": shared,
+        "p50_us": p50,
+        "p99_us": p99,
+        "p999_us": p999,
+    }
     if given.json:
         print(json.dumps({**found, "environment": environment()}))
         return
