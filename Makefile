@@ -38,10 +38,15 @@ check: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/throughput/run.py
+	$(BIN)/python benchmarks/hop/run.py
+	$(BIN)/python benchmarks/scaling/run.py
+	$(BIN)/python benchmarks/memory/run.py
+	$(BIN)/python benchmarks/spread/run.py
 	$(BIN)/python benchmarks/generality/run.py
 	$(BIN)/python benchmarks/backend/run.py
 
 soak: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/requests/run.py
 	$(BIN)/python benchmarks/ends/run.py
 	$(BIN)/python benchmarks/fuzz/run.py
 	$(BIN)/python benchmarks/large/run.py

@@ -63,7 +63,6 @@ from runtime.messages import (
     Wire,
 )
 from runtime.payloads import Payloads
-from runtime.trace import Traced
 from runtime.transport import AnsweringInlet, Inlet, Sockets, Wakeup
 
 BEAT_S = 1.0
@@ -116,13 +115,18 @@ class Setup:
 
 
 class Coordinator:
-    """Starts nodes, wires them, routes requests, watches, collects. Start it once with :meth:`start`."""
+    """Starts nodes, wires them and watches them. Start it once with :meth:`start`.
+
+    Attributes:
+        flow: requests go in there.
+        profiles: of the nodes' sessions, when asked for and the coordinator was closed.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._machine = CoordinatorState(setup.plan, setup.replicas)
         self._payloads = Payloads(setup.memory_bytes)
-        self._flow = Flow(
+        self.flow = Flow(
             setup.plan,
             self._machine,
             self._payloads,
@@ -130,7 +134,6 @@ class Coordinator:
             elsewhere=self._leave_to_control,
             deadline=self._expect,
         )
-        self.submit = self._flow.submit
         self.profiles: dict[Slot, list[dict[str, Any]]] = {}
         self._shortcut = setup.home / "results.fragments" if setup.memory_bytes else None
         self._posted: deque[Event] = deque()
@@ -165,17 +168,6 @@ class Coordinator:
         """Processes that were started here."""
         return {slot: handle.pid for slot, handle in self._handles.items()}
 
-    @property
-    def lent_bytes(self) -> int:
-        """Bytes of inputs in shared memory that nodes have not returned yet."""
-        with self._flow.lock:
-            return self._payloads.lent_bytes
-
-    @property
-    def traced(self) -> list[Traced]:
-        """What was recorded of answered requests, when asked to."""
-        return self._flow.traced
-
     def _post(self, event: Event) -> None:
         self._posted.append(event)
         self._wakeup.ring()
@@ -196,15 +188,15 @@ class Coordinator:
             with Sockets(linger_s=0.5) as sockets, Sockets() as results:
                 control = sockets.answering(self._setup.control)
                 data = results.inlet(self._setup.data, shortcut=self._shortcut)
-                results.watch(self._flow.wakeup.fileno())
+                results.watch(self.flow.wakeup.fileno())
                 taker = threading.Thread(
-                    target=self._flow.take_results, args=(results, data), name="results", daemon=True
+                    target=self.flow.take_results, args=(results, data), name="results", daemon=True
                 )
                 taker.start()
                 try:
                     self._loop(sockets, results, control, data)
                 finally:
-                    self._flow.stop()
+                    self.flow.stop()
                     taker.join()
                     self._end_nodes()
         except BaseException as error:  # a caller must never wait for a thread that died
@@ -238,13 +230,13 @@ class Coordinator:
                 events += self._beat(control, now)
                 if setup.start_timeout_s is not None and now - begun > setup.start_timeout_s:
                     events.append(TimedOut(self._late(setup.start_timeout_s)))
-            with self._flow.lock:
+            with self.flow.lock:
                 events += self._expired()
                 for event in events:
                     self._handle(event, results, control, data)
                 while self._left:
                     self._perform(self._left.popleft(), results, control, data)
-            self._flow.deliver()
+            self.flow.deliver()
 
     def _handle(self, event: Event, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
         effects = deque(self._machine.handle(event))
@@ -257,7 +249,7 @@ class Coordinator:
             self._setup.progress(total - len(self._machine.missing_nodes()), total)
 
     def _patience(self, next_beat: float) -> float:
-        with self._flow.lock:
+        with self.flow.lock:
             deadline = self._machine.next_deadline_ns()
             self._sleeps_until = next_beat if deadline is None else min(next_beat, deadline / 1e9)
         return 0.0 if self._posted else max(0.0, self._sleeps_until - time.monotonic()) + 0.001
@@ -322,7 +314,7 @@ class Coordinator:
         setup = self._setup
         match effect:
             case Resolve() | Reject():
-                self._flow.answer(effect)
+                self.flow.answer(effect)
             case Forget(request, identities):
                 for identity in identities:
                     control.send(identity, codec.encode(Cancel(request)))
@@ -363,7 +355,7 @@ class Coordinator:
         mapped = self._payloads.meet(0, nodes)
         for number, peer in nodes.items():
             shortcut = peer.shortcut if number in mapped else ""
-            self._flow.links[number] = results.connect(peer.address, shortcut=shortcut)
+            self.flow.links[number] = results.connect(peer.address, shortcut=shortcut)
         for node in self._machine.nodes.values():
             control.send(node.identity, codec.encode(Wire(tuple(peers))))
         return Met(mapped)
@@ -385,7 +377,7 @@ class Coordinator:
         reason = (
             failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
         )
-        self._flow.fail(reason)
+        self.flow.fail(reason)
         self._wakeup.close()
         if not self._ready.done():
             self._ready.set_exception(reason)

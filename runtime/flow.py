@@ -220,6 +220,12 @@ class Flow:
                 return
             done(answer)
 
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of inputs in shared memory that nodes have not returned yet."""
+        with self.lock:
+            return self._payloads.lent_bytes
+
     def stop(self) -> None:
         """Send nothing more; what is pending stays so until :meth:`fail`."""
         with self.lock:

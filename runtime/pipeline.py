@@ -22,12 +22,12 @@ from onnxsplit.tensors import Array, check_inputs, load_npz
 from runtime.admission import Admission
 from runtime.coordinator import Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
-from runtime.flow import Answer
+from runtime.flow import Answer, Flow
 from runtime.launch import Launcher
 from runtime.launch.local import LocalLauncher
 from runtime.microbatch import Axes, batch_axes, batch_size, join, split
 from runtime.options import RunOptions, memory_for_requests_bytes
-from runtime.trace import chrome_trace
+from runtime.trace import Traced, chrome_trace
 from runtime.transport import check_address, private_folder
 
 START_TIMEOUT_S = 120.0
@@ -294,7 +294,7 @@ class Pipeline:
         size = sum(array.nbytes for array in parts[0].values())
         self._admit(size, timeout, block)
         deadline = None if timeout is None else begun + int(timeout * 1e9)
-        request = _Request(self._coordinator, self._entrance, parts, asked, size, deadline, ready)
+        request = _Request(self._coordinator.flow, self._entrance, parts, asked, size, deadline, ready)
         request.enter()
         return request.future
 
@@ -332,6 +332,16 @@ class Pipeline:
         origin = self.plan.passthrough[name]
         return np.array(inputs[origin.input] if origin.input is not None else self._constants[name])
 
+    @property
+    def traced(self) -> list[Traced]:
+        """When each answered request was where, when launched with ``trace``; may be cleared."""
+        return self._coordinator.flow.traced
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of inputs in shared memory that nodes have not returned yet."""
+        return self._coordinator.flow.lent_bytes
+
     def trace(self) -> dict[str, Any]:
         """The run so far as a timeline, in Chrome's trace event format, when launched with ``trace``.
 
@@ -341,7 +351,7 @@ class Pipeline:
             stage.index: [other.index for other in self.plan.stages if set(stage.outputs) & set(other.inputs)]
             for stage in self.plan.stages
         }
-        return chrome_trace(self._coordinator.traced, readers, self._coordinator.profiles)
+        return chrome_trace(self.traced, readers, self._coordinator.profiles)
 
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:
@@ -404,7 +414,7 @@ class _Request:
 
     def __init__(
         self,
-        coordinator: Coordinator,
+        flow: Flow,
         entrance: Admission,
         parts: list[dict[str, Array]],
         asked: _Asked,
@@ -414,7 +424,7 @@ class _Request:
     ) -> None:
         self.future: Future[dict[str, Array]] = Future()
         self.future.set_running_or_notify_cancel()
-        self._coordinator = coordinator
+        self._flow = flow
         self._entrance = entrance
         self._parts = parts
         self._asked = asked
@@ -441,7 +451,7 @@ class _Request:
                 return False
             self._entered += 1
         done = lambda answer: self._done(number, answer)  # noqa: E731
-        self._coordinator.submit(self._parts[number], self._asked.computed, self._deadline_ns, done)
+        self._flow.submit(self._parts[number], self._asked.computed, self._deadline_ns, done)
         return True
 
     def _done(self, number: int, answer: Answer) -> None:

@@ -61,11 +61,11 @@ def plan_of(size: int, folder: Path) -> Path:
 def ours(pipeline: Pipeline, repeats: int) -> list[float]:
     """Microseconds from session to session, a request at a time."""
     given = {"x": np.ones(1, np.float32)}
-    before = len(pipeline._coordinator.traced)
+    before = len(pipeline.traced)
     for _ in range(repeats):
         pipeline.run(given)
     found = []
-    for traced in pipeline._coordinator.traced[before:]:
+    for traced in pipeline.traced[before:]:
         first, second = sorted(traced.visits, key=lambda visit: visit.stage)
         found.append((second.started_ns - first.ended_ns) / 1e3)
     return found

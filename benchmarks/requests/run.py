@@ -64,7 +64,7 @@ def main() -> None:
             for _ in range(given.requests + 5000):
                 answered.acquire()
             left = [process.num_fds() for process in processes]
-            lent = pipeline._coordinator.lent_bytes
+            lent = pipeline.lent_bytes
             first = pipeline.stats()[0]
             shared = (first.shared_bytes, first.output_bytes)
     numbers, *sizes = np.array(samples[SAMPLES // 4 :]).T  # from a quarter of the way on

@@ -111,7 +111,7 @@ def main() -> None:
         with Pipeline.launch(plan, trace=True) as pipeline:
             for _ in range(3):
                 pipeline.run(inputs)
-            pipeline._coordinator.traced.clear()
+            pipeline.traced.clear()
             for future in [pipeline.submit(inputs) for _ in range(given.requests)]:
                 future.result()
         trace = pipeline.trace()

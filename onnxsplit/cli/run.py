@@ -41,10 +41,11 @@ def command(
     from onnxsplit.tensors import load_npz, save_npz
     from runtime import Pipeline
 
+    options = keywords(output, running)
     given = load_npz(inputs or example_file(plan, load_plan(plan, check_files=False)))
     output.say("starting nodes")
     begun = time.monotonic()
-    with Pipeline.launch(plan, **keywords(output, running)) as pipeline:
+    with Pipeline.launch(plan, **options) as pipeline:
         started_s = time.monotonic() - begun
         output.say("running")
         begun = time.monotonic()

@@ -23,6 +23,22 @@ def running_options(command: Command) -> Command:
     return threads_option(command)
 
 
+def _replicas(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> int | dict[int, int] | None:
+    found: dict[int, int] = {}
+    for text in texts:
+        stage, equals, count = text.rpartition("=")
+        if not count.isdecimal() or (equals and not stage.isdecimal()):
+            raise click.BadParameter(f"{text!r} is neither N nor STAGE=N", context, parameter)
+        if not equals and len(texts) > 1:
+            raise click.BadParameter(f"{text!r} is for all stages; give it alone", context, parameter)
+        if not equals:
+            return int(count)
+        found[int(stage)] = int(count)
+    return found or None
+
+
 _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("--provider",), {"help": "cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu. Without it: the plan's."}),
     (
@@ -30,6 +46,7 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         {
             "multiple": True,
             "metavar": "N|STAGE=N",
+            "callback": _replicas,
             "help": "Nodes of every stage, or of one; repeatable. Without it: the plan's.",
         },
     ),
@@ -70,30 +87,13 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
 
 def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
     """What :meth:`runtime.Pipeline.launch` is to be called with."""
-    found = {name: value for name, value in running.items() if name not in ("trace", "trace_ops", "replicas")}
     if running["trace_ops"] and running["trace"] is None:
         raise click.UsageError("--trace-ops adds to a timeline; name its file with --trace FILE.json")
     return {
-        **found,
-        "replicas": _replicas(running["replicas"]),
+        **running,
         "trace": running["trace"] is not None,
-        "trace_ops": running["trace_ops"],
         "progress": lambda ready, total: output.say(f"{ready} of {total} nodes ready"),
     }
-
-
-def _replicas(texts: tuple[str, ...]) -> int | dict[int, int] | None:
-    found: dict[int, int] = {}
-    for text in texts:
-        stage, equals, count = text.rpartition("=")
-        if not count.isdecimal() or (equals and not stage.isdecimal()):
-            raise click.BadParameter(f"{text!r} is neither N nor STAGE=N", param_hint="--replicas")
-        if not equals and len(texts) > 1:
-            raise click.BadParameter(f"{text!r} is for all stages; give it alone", param_hint="--replicas")
-        if not equals:
-            return int(count)
-        found[int(stage)] = int(count)
-    return found or None
 
 
 def write_trace(output: Output, pipeline: Pipeline, file: Path | None) -> None:

@@ -70,7 +70,7 @@ def test_large_tensors_cross_in_shared_memory_and_all_of_it_comes_back(plan):
         for seed in range(5):
             assert np.array_equal(pipeline.run(given(seed))["y"], expected(plan, given(seed))["y"])
         assert shares(pipeline, before) == [1.0, 1.0]
-        assert pipeline._coordinator.lent_bytes == 0
+        assert pipeline.lent_bytes == 0
     assert maps_of_ours() == 0
 
 

@@ -195,6 +195,8 @@ BAD = [
     (["run", "good.plan", "--outputs-only", "z"], "output 'z' is unknown; allowed: y"),
     (["run", "good.plan", "--provider", "tensorrt"], "provider 'tensorrt' is not in the installed ONNX Runtime"),
     (["run", "good.plan", "--outputs", "nowhere/out.npz"], "cannot write nowhere/out.npz"),
+    (["run", "good.plan", "--trace", "nowhere/trace.json"], "cannot write nowhere/trace.json"),
+    (["run", "good.plan", "--replicas", "7=2"], "replicas for stage 7; the plan has the stages 0 to 1"),
     (["merge", "letters", "-o", "m.onnx"], "letters is no plan directory"),
     (["merge", "good.plan", "-o", "nowhere/m.onnx"], "cannot write nowhere/m.onnx"),
     (["node", "--connect", "tcp://10.0.0.1:5555"], "would leave this host"),
@@ -241,6 +243,20 @@ def test_bad_input_is_one_message_and_nothing_is_left(folder, python_environment
 def test_wrong_usage_is_an_object_with_json(onnxsplit):
     error = json.loads(onnxsplit("partition", "--stages", "x", "m", "--json", code=2).stdout)["error"]
     assert error["type"] == "UsageError"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--replicas", "x"], "'x' is neither N nor STAGE=N"),
+        (["--replicas", "2", "--replicas", "1=3"], "'2' is for all stages; give it alone"),
+        (["--trace-ops"], "name its file with --trace FILE.json"),
+        (["--inflight-bytes", "many"], "'many' is no size"),
+        (["--inflight", "0"], "0 is not in the range"),
+    ],
+)
+def test_running_options_that_make_no_sense_are_wrong_usage(onnxsplit, options, words):
+    assert words in onnxsplit("run", "any.plan", *options, code=2).stderr
 
 
 def test_repeatable_options_take_several_values_at_once(onnxsplit, tmp_path):
