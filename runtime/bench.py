@@ -23,6 +23,7 @@ from runtime.options import RunOptions
 from runtime.pipeline import Pipeline
 
 _RESAMPLES = 2000
+_LATENCY_SLICES = 8
 
 
 class Row(Record, frozen=True, kw_only=True):
@@ -124,7 +125,7 @@ def bench(
         whole = None
         if model is not None:
             whole = open_session(Path(model), threads=threads, level=plan.costs.whole_optimization_level)
-        through, chained, alone = _latencies(pipeline, chain, whole, given, max(2.0, 4 * slice_seconds))
+        through, chained, alone = _latencies(pipeline, chain, whole, given, 4 * slice_seconds)
     closed(pipeline)
     return Report(
         rows=tuple(_row(name, rates[name], rates["pipeline"]) for name in contenders),
@@ -193,24 +194,29 @@ def _latencies(
     inputs: Mapping[str, Array],
     seconds: float,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Nanoseconds of single requests, in turn: through the pipeline, through its stages in this process, whole."""
-    through: list[int] = []
-    chained: list[int] = []
-    alone: list[int] = []
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(through) < 5:
-        begun = time.perf_counter_ns()
-        pipeline.run(inputs)
-        through.append(time.perf_counter_ns() - begun)
+    """Nanoseconds of single requests, in slices: through the pipeline, through its stages in this process, whole."""
+
+    def in_turn() -> None:
         values = dict(inputs)
-        begun = time.perf_counter_ns()
         for session, names in chain:
             values.update(session.run({name: values[name] for name in names}))
-        chained.append(time.perf_counter_ns() - begun)
-        if whole is not None:
-            begun = time.perf_counter_ns()
-            whole.run({name: inputs[name] for name, _ in whole.inputs})
-            alone.append(time.perf_counter_ns() - begun)
+
+    contenders: list[Callable[[], object]] = [lambda: pipeline.run(inputs), in_turn]
+    if whole is not None:
+        given = {name: inputs[name] for name, _ in whole.inputs}
+        contenders.append(lambda: whole.run(given))
+    times: list[list[int]] = [[], [], []]
+    for _ in range(_LATENCY_SLICES):
+        for found, run in zip(times, contenders, strict=False):  # without the whole model its list stays empty
+            run()  # what ran before has taken the caches
+            end = time.monotonic() + seconds / _LATENCY_SLICES
+            while True:
+                begun = time.perf_counter_ns()
+                run()
+                found.append(time.perf_counter_ns() - begun)
+                if time.monotonic() >= end:
+                    break
+    through, chained, alone = times
     return through, chained, alone
 
 
