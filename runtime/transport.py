@@ -175,13 +175,11 @@ class AnsweringInlet:
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """One message if there is one: the sender's identity, and the header."""
-        try:
-            identity, *frames = self.raw.recv_multipart(_NOBLOCK)
-        except zmq.Again:
-            self._unread.discard(self.raw)
+        identity = _take(self.raw, self._unread)
+        if identity is None:
             return None
-        self._unread.add(self.raw)
-        return identity, frames[0] if frames else b""
+        frames = self.raw.recv_multipart() if self.raw.getsockopt(_RCVMORE) else [b""]
+        return identity, frames[0]
 
     def send(self, identity: bytes, header: bytes) -> None:
         """Answer a peer; a peer that is gone is no error here, its end is noticed elsewhere."""
@@ -218,12 +216,9 @@ class Inlet:
         return None
 
     def _from_zmq(self) -> tuple[Buffer, list[Buffer]] | None:
-        try:
-            header = self.raw.recv(_NOBLOCK)
-        except zmq.Again:
-            self._unread.discard(self.raw)
+        header = _take(self.raw, self._unread)
+        if header is None:
             return None
-        self._unread.add(self.raw)
         frames: list[Buffer] = []
         while self.raw.getsockopt(_RCVMORE):
             frames.append(self.raw.recv(copy=False).buffer)
@@ -262,13 +257,18 @@ class Outlet:
 
     def receive(self) -> bytes | None:
         """One header if there is one."""
-        try:
-            header = self.raw.recv(_NOBLOCK)
-        except zmq.Again:
-            self._unread.discard(self.raw)
-            return None
-        self._unread.add(self.raw)
-        return header
+        return _take(self.raw, self._unread)
+
+
+def _take(raw: zmq.Socket[bytes], unread: set[object]) -> bytes | None:
+    """The first frame of the next message, if there is one; keeps track of whether there may be more."""
+    try:
+        frame = raw.recv(_NOBLOCK)
+    except zmq.Again:
+        unread.discard(raw)
+        return None
+    unread.add(raw)
+    return frame
 
 
 class Wakeup:

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import numpy as np
-from environment import environment, environment_line
+from environment import ended, environment, environment_line
 from onnx import TensorProto, helper, numpy_helper, save_model
 
 from onnxsplit.planner import partition
@@ -112,12 +112,7 @@ def peer(kind: str, size: int, python: str) -> Iterator[Callable[[int], list[flo
         answer()
         yield ask
     finally:
-        process.stdin.close()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        ended(process, 20)
         process.stdout.close()
         process.stderr.close()
 

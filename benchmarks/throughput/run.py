@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 import msgspec
 import numpy as np
 import zoo
-from environment import environment, environment_line
+from environment import ended, environment, environment_line
 from onnx import TensorProto, helper, numpy_helper, save_model
 
 from onnxsplit.errors import OnnxsplitError
@@ -121,13 +121,7 @@ def started(name: str, python: str, plan: Path) -> Iterator[Peer]:
         try:
             yield Peer(process, errors)
         finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
+            ended(process, 60)
 
 
 def main() -> None:
