@@ -55,7 +55,7 @@ class NodeStats:
         requests: answered ones that it executed.
         failures: that could not be executed.
         outstanding: on their way to it or in it.
-        wait_ns: mean time a request waited there for its turn.
+        wait_ns: mean time a request waited there for its turn, once the node had read it; it reads between runs.
         run_ns: mean time in the session.
         output_bytes: of all tensors it gave for them.
         shared_bytes: of those that crossed in shared memory.

@@ -3,7 +3,7 @@
     python benchmarks/timeline/run.py [NAME|MODEL.onnx] [--requests 12] [--models FOLDER] [--out FOLDER]
 
 The JSON is what ``onnxsplit run --trace`` writes, and opens in https://ui.perfetto.dev; the picture shows the same
-events: a row a node, its runs by request, what waits for it below, arrows from stage to stage.
+events: a row a node, its runs by request; below, what is on its way there or waits; arrows from stage to stage.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def picture(trace: dict[str, Any]) -> str:
             rows = depth.setdefault(process, [])
             free = next((n for n, until in enumerate(rows) if until <= begun), len(rows))
             rows[free : free + 1] = [event["ts"]]
-            if event["name"] != "receive" and free < 6:
+            if free < 4:
                 at = y(process) + RUN + 3 + free * (WAIT + 1)
                 parts.append(
                     f'<rect x="{x(begun)}" y="{at}" width="{max(0.5, x(event["ts"]) - x(begun)):.2f}" height="{WAIT}" '
