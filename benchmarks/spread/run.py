@@ -61,12 +61,12 @@ def main() -> None:
                 if way != "hybrid on three":
                     for rows, seconds in batches(plan).items():
                         say(given.json, f"  a batch of 16 in parts of {rows}", rows_per_s=16 / seconds)
-        for name, outputs in (("multitask", None), ("basic-pitch", None)):
+        for name in ("multitask", "basic-pitch"):
             model, dims = model_of(name, given.models or folder)
-            made = partition(model, out=folder / "t.plan", dims=dims, strategy="task", stages=3)
+            made = partition(model, out=folder / "t.plan", dims=dims, strategy="task", stages=4)  # a backbone, three heads
             inputs = load_npz(example_file(folder / "t.plan", made))
             with Pipeline.launch(folder / "t.plan") as pipeline:
-                for output in outputs or made.outputs:
+                for output in made.outputs:
                     before = [node.requests for node in pipeline.stats()]
                     for _ in range(5):
                         pipeline.run(inputs, outputs=[output])
