@@ -104,7 +104,7 @@ class Sockets:
             datagrams = self._datagrams()
             with suppress(OSError):  # the ZeroMQ link is there all the same
                 datagrams.connect(shortcut)
-        return Outlet(dealer, datagrams, self._unread)
+        return Outlet(dealer, datagrams, self._unread if receive else None)
 
     def _bind(self, raw: zmq.Socket[bytes], address: str) -> str:
         check_address(address)
@@ -183,6 +183,7 @@ class AnsweringInlet:
 
     def send(self, identity: bytes, header: bytes) -> None:
         """Answer a peer; a peer that is gone is no error here, its end is noticed elsewhere."""
+        self._unread.add(self.raw)  # sending may take note of what came in meanwhile, and nobody else then would
         with suppress(zmq.ZMQError):
             self.raw.send_multipart([identity, header], _NOBLOCK)
 
@@ -228,7 +229,7 @@ class Inlet:
 class Outlet:
     """A connected DEALER, and the shortcut to the same reader when it is on this host."""
 
-    def __init__(self, raw: zmq.Socket[bytes], datagrams: socket.socket | None, unread: set[object]) -> None:
+    def __init__(self, raw: zmq.Socket[bytes], datagrams: socket.socket | None, unread: set[object] | None) -> None:
         self.raw = raw
         self._unread = unread
         self._datagrams = datagrams
@@ -244,6 +245,8 @@ class Outlet:
                 return []
             except OSError:  # too large, the queue is full, or the reader is gone, which is noticed elsewhere
                 pass
+        if self._unread is not None:
+            self._unread.add(self.raw)  # as for an answer
         self.raw.send(header, _MORE | _NOBLOCK if frames else _NOBLOCK)
         last = len(frames) - 1
         trackers = []
@@ -256,7 +259,8 @@ class Outlet:
         return trackers
 
     def receive(self) -> bytes | None:
-        """One header if there is one."""
+        """One header if there is one, where the outlet also receives."""
+        assert self._unread is not None
         return _take(self.raw, self._unread)
 
 

@@ -63,7 +63,8 @@ def main() -> None:
                         say(given.json, f"  a batch of 16 in parts of {rows}", rows_per_s=16 / seconds)
         for name in ("multitask", "basic-pitch"):
             model, dims = model_of(name, given.models or folder)
-            made = partition(model, out=folder / "t.plan", dims=dims, strategy="task", stages=4)  # a backbone, three heads
+            # A backbone and three heads.
+            made = partition(model, out=folder / "t.plan", dims=dims, strategy="task", stages=4)
             inputs = load_npz(example_file(folder / "t.plan", made))
             with Pipeline.launch(folder / "t.plan") as pipeline:
                 for output in made.outputs:

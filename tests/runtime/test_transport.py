@@ -102,3 +102,20 @@ def test_a_ring_wakes_the_waiting_thread():
         wakeup.clear()
         assert sockets.wait(0) == set()
         wakeup.close()
+
+
+def test_what_comes_in_while_sending_is_not_overlooked(tmp_path):
+    """ZeroMQ's descriptor tells of news once, and a send takes note of it."""
+    with Sockets() as here, Sockets() as there:
+        inlet = here.answering(f"ipc://{tmp_path}/s")
+        outlet = there.connect(inlet.address, receive=True)
+        for number in range(200):
+            outlet.send(b"ask %d" % number)
+            while (message := inlet.receive()) is None:
+                assert here.wait(5)
+            inlet.send(message[0], b"answer")
+            outlet.send(b"more")  # perhaps after the answer came in
+            while outlet.receive() is None:
+                assert there.wait(5), number
+            while inlet.receive() is None:
+                assert here.wait(5), number
