@@ -74,6 +74,13 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         {"default": True, "help": "Whether tensors cross in shared memory on one host."},
     ),
     (
+        ("--share-weights/--no-share-weights",),
+        {
+            "default": None,
+            "help": "Whether nodes map one packed copy of a stage's weights. Without it: where a stage has replicas.",
+        },
+    ),
+    (
         ("--trace",),
         {
             "type": click.Path(path_type=Path),
