@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -22,11 +21,11 @@ from onnxsplit.tensors import Array, check_inputs, load_npz
 from runtime.admission import Admission
 from runtime.coordinator import Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
-from runtime.flow import Answer, Flow
 from runtime.launch import Launcher
 from runtime.launch.local import LocalLauncher
-from runtime.microbatch import Axes, batch_axes, batch_size, join, split
+from runtime.microbatch import batch_axes, batch_size, split
 from runtime.options import RunOptions, memory_for_requests_bytes
+from runtime.request import Asked, Request
 from runtime.trace import Traced, chrome_trace
 from runtime.transport import check_address, private_folder
 
@@ -96,7 +95,7 @@ class Pipeline:
             if origin.file is not None
         }
         self._specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
-        self._asked: dict[tuple[str, ...], _Asked] = {}
+        self._asked: dict[tuple[str, ...], Asked] = {}
         self._ready = coordinator.start()
 
     @classmethod
@@ -294,7 +293,7 @@ class Pipeline:
         size = sum(array.nbytes for array in parts[0].values())
         self._admit(size, timeout, block)
         deadline = None if timeout is None else begun + int(timeout * 1e9)
-        request = _Request(self._coordinator.flow, self._entrance, parts, asked, size, deadline, ready)
+        request = Request(self._coordinator.flow, self._entrance, parts, asked, size, deadline, ready)
         request.enter()
         return request.future
 
@@ -307,7 +306,7 @@ class Pipeline:
             )
         raise Busy(f"{self.inflight} requests are in flight, which is all this pipeline admits; try again")
 
-    def _ask(self, wanted: tuple[str, ...]) -> _Asked:
+    def _ask(self, wanted: tuple[str, ...]) -> Asked:
         """Check the names asked for, and work out what that means; remembered."""
         plan = self.plan
         stage_tensors = plan.producers()
@@ -319,7 +318,7 @@ class Pipeline:
         read = {name for stage in plan.stages_for(wanted) for name in plan.stages[stage].inputs}
         read |= {o.input for n, o in plan.passthrough.items() if n in wanted and o.input is not None}
         computed = tuple(dict.fromkeys(name for name in wanted if name not in plan.passthrough))
-        self._asked[wanted] = _Asked(
+        self._asked[wanted] = Asked(
             names=wanted,
             computed=computed,
             passed=tuple(name for name in wanted if name in plan.passthrough),
@@ -385,90 +384,3 @@ class Pipeline:
             )
             for slot, record in self._coordinator.machine.nodes.items()
         )
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What asking for some outputs means.
-
-    Attributes:
-        names: as asked.
-        computed: those that stages compute.
-        passed: those that pass through.
-        optional: inputs that need not be given.
-        axes: to split and join along; None when such a request cannot be split.
-    """
-
-    names: tuple[str, ...]
-    computed: tuple[str, ...]
-    passed: tuple[str, ...]
-    optional: frozenset[str]
-    axes: Axes | None
-
-
-class _Request:
-    """A request of one or more parts. The first was admitted; the others enter while there is room, or as parts leave.
-
-    A part that is done hands its place to the next, so that a batch always goes on.
-    """
-
-    def __init__(
-        self,
-        flow: Flow,
-        entrance: Admission,
-        parts: list[dict[str, Array]],
-        asked: _Asked,
-        size: int,
-        deadline_ns: int | None,
-        ready: dict[str, Array],
-    ) -> None:
-        self.future: Future[dict[str, Array]] = Future()
-        self.future.set_running_or_notify_cancel()
-        self._flow = flow
-        self._entrance = entrance
-        self._parts = parts
-        self._asked = asked
-        self._size = size
-        self._deadline_ns = deadline_ns
-        self._ready = ready
-        self._lock = threading.Lock()
-        self._entered = 0
-        self._failed = False
-        self._answers: dict[int, dict[str, Array]] = {}
-
-    def enter(self) -> None:
-        """Let the first part in, and as many more as there is room for."""
-        self._next()
-        while self._entered < len(self._parts) and self._entrance.enter(self._size, block=False):
-            if not self._next():
-                self._entrance.leave(self._size)
-
-    def _next(self) -> bool:
-        """Send the next part into the place that is held for it; False when there is none."""
-        with self._lock:
-            number = self._entered
-            if self._failed or number == len(self._parts):
-                return False
-            self._entered += 1
-        done = lambda answer: self._done(number, answer)  # noqa: E731
-        self._flow.submit(self._parts[number], self._asked.computed, self._deadline_ns, done)
-        return True
-
-    def _done(self, number: int, answer: Answer) -> None:
-        with self._lock:
-            if answer.error is not None:
-                first, self._failed = not self._failed, True
-            else:
-                self._answers[number] = answer.outputs
-                first = not self._failed and len(self._answers) == len(self._parts)
-        if not self._next():
-            self._entrance.leave(self._size)
-        if not first:
-            return
-        if answer.error is not None:
-            self.future.set_exception(answer.error)
-            return
-        parts = [self._answers[position] for position in range(len(self._parts))]
-        found = parts[0] if len(parts) == 1 else join(parts, self._asked.axes or {})
-        found.update(self._ready)
-        self.future.set_result({name: found[name] for name in self._asked.names})

@@ -55,7 +55,7 @@ RUNTIME_ORDER = [
     ["runtime.transport", "runtime.coordinator_state", "runtime.launch", "runtime.stage_runner"],
     ["runtime.payloads", "runtime.node_control", "runtime.link"],
     ["runtime.flow", "runtime.node"],
-    ["runtime.coordinator"],
+    ["runtime.coordinator", "runtime.request"],
     ["runtime.pipeline"],
     ["runtime.bench"],
 ]

@@ -1,0 +1,84 @@
+"""A request in parts: all of them, in order, or the first error; and its places are given back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from runtime.admission import Admission
+from runtime.errors import PipelineClosed, StageFailed
+from runtime.flow import Answer
+from runtime.request import Asked, Request
+
+ASKED = Asked(names=("y", "c"), computed=("y",), passed=("c",), optional=frozenset(), axes={"x": 0, "y": 0})
+
+
+class FakeFlow:
+    """Keeps what enters; answers when told."""
+
+    def __init__(self) -> None:
+        self.entered = []
+
+    def submit(self, inputs, wanted, deadline_ns, done) -> None:
+        assert wanted == ("y",)
+        self.entered.append((inputs["x"], done))
+
+    def answer(self, number: int, error=None) -> None:
+        array, done = self.entered[number]
+        done(Answer({"y": array * 10} if error is None else {}, error))
+
+
+def started(parts: int, room: int):
+    """A request of so many parts of one row each, at an entrance for ``room`` parts."""
+    flow, entrance = FakeFlow(), Admission(room, 1 << 20)
+    entrance.enter(8)
+    arrays = [{"x": np.array([number])} for number in range(parts)]
+    request = Request(flow, entrance, arrays, ASKED, 8, None, {"c": np.array(7)})
+    request.enter()
+    return request, flow, entrance
+
+
+def free(entrance: Admission) -> int:
+    count = 0
+    while entrance.enter(8, block=False):
+        count += 1
+    return count
+
+
+def test_parts_enter_as_far_as_there_is_room_and_as_others_leave():
+    _, flow, _ = started(5, room=2)
+    assert len(flow.entered) == 2
+    flow.answer(1)
+    flow.answer(0)
+    assert len(flow.entered) == 4
+
+
+def test_the_answer_is_in_order_whatever_the_order_of_the_parts():
+    request, flow, entrance = started(3, room=3)
+    for number in (2, 0, 1):
+        assert not request.future.done()
+        flow.answer(number)
+    found = request.future.result(0)
+    assert found["y"].tolist() == [0, 10, 20]
+    assert found["c"] == 7
+    assert list(found) == ["y", "c"]
+    assert free(entrance) == 3
+
+
+def test_the_first_error_is_the_answer_and_no_more_parts_enter():
+    request, flow, entrance = started(5, room=2)
+    flow.answer(0, StageFailed("bad"))
+    assert isinstance(request.future.exception(0), StageFailed)
+    flow.answer(1, PipelineClosed("later"))
+    assert isinstance(request.future.exception(0), StageFailed)
+    assert len(flow.entered) == 2
+    assert free(entrance) == 2
+
+
+@pytest.mark.parametrize("room", [1, 2, 7])
+def test_all_places_come_back(room):
+    request, flow, entrance = started(6, room)
+    for number in range(6):
+        flow.answer(number)
+    assert request.future.result(0)["y"].tolist() == [0, 10, 20, 30, 40, 50]
+    assert free(entrance) == room
