@@ -52,7 +52,6 @@ class Session:
         self._raw = raw
         self.inputs = tuple((value.name, runtime_type(value.type)) for value in raw.get_inputs())
         self.outputs = tuple((value.name, runtime_type(value.type)) for value in raw.get_outputs())
-        self.output_shapes: dict[str, list[Any]] = {value.name: value.shape for value in raw.get_outputs()}
         self._names = [name for name, _ in self.outputs]
         self._plain = all(kind is not None and is_native(kind) for _, kind in (*self.inputs, *self.outputs))
         self._small: dict[tuple[str, tuple[int, ...]], Array] = {}

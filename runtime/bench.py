@@ -91,7 +91,6 @@ def bench(
     given = load_npz(example)
     replicas = RunOptions(**options).counts(plan)
     threads = options["threads"] = options.get("threads") or threads_per_node(sum(replicas))
-    rates: dict[str, list[float]] = {}
     with ExitStack() as stack:
         contenders: dict[str, Callable[[float], float]] = {}
         pipeline = stack.enter_context(Pipeline.launch(folder, **options))
@@ -110,13 +109,7 @@ def bench(
             contenders[f"one session, {cores} threads"] = lambda seconds: _rates([one], seconds)[0]
             contenders[f"{count} whole-model processes"] = lambda seconds: sum(_rates(many, seconds))
         contenders.update(peers or {})
-        rates = {name: [] for name in contenders}
-        for number in range(slices + 1):
-            say(f"slice {number} of {slices}")
-            for name, measure in contenders.items():
-                rate = measure(slice_seconds)
-                if number:  # the first warms up
-                    rates[name].append(rate)
+        rates = _in_turns(contenders, slices, slice_seconds, say)
         say("latency")
         chain = [
             (open_session(folder / stage.file, threads=threads, level=stage.optimization_level), stage.inputs)
@@ -136,6 +129,20 @@ def bench(
         slices=slices,
         threads=threads,
     )
+
+
+def _in_turns(
+    contenders: Mapping[str, Callable[[float], float]], slices: int, slice_seconds: float, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """The rates of all contenders, a slice of each at a time."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(slices + 1):
+        say(f"slice {number} of {slices}")
+        for name, measure in contenders.items():
+            rate = measure(slice_seconds)
+            if number:  # the first warms up
+                rates[name].append(rate)
+    return rates
 
 
 def _stage_workers(

@@ -17,13 +17,11 @@ class Extents:
 
     Attributes:
         used: bytes taken.
-        reach: one past the highest byte that was ever taken.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.used = 0
-        self.reach = 0
         self._free: list[tuple[int, int]] = [(0, size)]  # (offset, bytes), by offset, no two touching
 
     def take(self, size: int) -> int | None:
@@ -36,7 +34,6 @@ class Extents:
                 else:
                     self._free[position] = (offset + size, free - size)
                 self.used += size
-                self.reach = max(self.reach, offset + size)
                 return offset
         return None
 

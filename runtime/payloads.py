@@ -49,19 +49,19 @@ class _Layout:
     Attributes:
         shapes: of all tensors.
         large: of those that go to shared memory, the offset in a slot of ``size`` bytes.
-        small: arrays for those that go into headers, used again every time.
         rows: the returns of the peers that read from the slot.
         size_bytes: of all tensors.
         shared_bytes: of the large ones, without what lies between them.
+        small: arrays for those that go into headers, made when first needed and used again every time.
     """
 
     shapes: Shapes
     large: Mapping[str, int]
     size: int
-    small: Mapping[str, Array]
     rows: tuple[memoryview, ...]
     size_bytes: int
     shared_bytes: int
+    small: dict[str, Array] = field(default_factory=dict)
 
 
 class Payloads:
@@ -149,9 +149,14 @@ class Payloads:
         layout = self._layout(shapes, readers)
         self._place(going, layout)
         for name, (dtype, shape) in shapes.items():
-            if name not in going.arrays:
-                small = layout.small.get(name)
-                going.arrays[name] = np.empty(shape, numpy_dtype(dtype)) if small is None else small
+            if name in going.arrays:
+                continue
+            array = layout.small.get(name)
+            if array is None:
+                array = np.empty(shape, numpy_dtype(dtype))
+                if array.nbytes <= codec.INLINE_BYTES:
+                    layout.small[name] = array
+            going.arrays[name] = array
         going.size_bytes = layout.size_bytes
         return going
 
@@ -185,12 +190,9 @@ class Payloads:
     def _make_layout(self, shapes: Shapes, readers: Readers) -> _Layout:
         shared = {name for reader, names in readers.items() if reader in self._rows for name in names}
         sizes = {name: size_bytes(*spec) for name, spec in shapes.items() if spec[0] != "string"}
-        large, at, small = {}, 0, {}
+        large, at = {}, 0
         for name, size in sizes.items():
-            if size <= codec.INLINE_BYTES:
-                dtype, shape = shapes[name]
-                small[name] = np.empty(shape, numpy_dtype(dtype))
-            elif name in shared:
+            if size > codec.INLINE_BYTES and name in shared:
                 large[name] = at
                 at += aligned(size)
         rows = [row for reader, row in self._rows.items() if not large.keys().isdisjoint(readers.get(reader, ()))]
@@ -198,7 +200,6 @@ class Payloads:
             shapes=shapes,
             large=large,
             size=at,
-            small=small,
             rows=tuple(rows),
             size_bytes=sum(sizes.values()),
             shared_bytes=sum(sizes[name] for name in large),
