@@ -4,7 +4,8 @@ Every process of a pipeline, the caller's too, owns one arena and maps those of 
 ever writes into memory that is not its own, so a process that was stopped and wakes late can hurt nobody:
 
     sign          token, 32 bytes         who maps the arena compares it with what the owner told
-    ledger        u64 a request           how far the owner is with it; can be read when the owner is dead
+    board         see runtime/board.py    how busy the owner is
+    ledger        u64 a request           how far the owner is with which attempt at it; can be read when it is dead
     generations   u64 a slot              which use of the slot holds; a reader looks again after it has read
     returns       u64 a slot, a row a peer   the use of that peer's slot which the owner no longer reads
     data
@@ -33,6 +34,7 @@ from typing import Protocol
 import numpy as np
 
 from onnxsplit.tensors import Array, numpy_dtype
+from runtime.board import BOARD_BYTES, PEERS, Board
 from runtime.errors import ProtocolError
 from runtime.extents import Extents, aligned
 from runtime.messages import Memory, Place
@@ -41,11 +43,11 @@ from runtime.pinned import Pin
 SLOTS = 1024
 """Slots of an arena; who needs more at once sends its tensors as frames."""
 
-PEERS = 256
 _LEDGER = 4096
 _TOKEN_BYTES = 32
 _PAGE = mmap.PAGESIZE
-_LEDGER_AT = _PAGE
+_BOARD_AT = _PAGE
+_LEDGER_AT = _BOARD_AT + -(-BOARD_BYTES // _PAGE) * _PAGE
 _GENERATIONS_AT = _LEDGER_AT + 8 * _LEDGER
 _RETURNS_AT = _GENERATIONS_AT + 8 * SLOTS
 _DATA_AT = _RETURNS_AT + 8 * SLOTS * PEERS
@@ -55,8 +57,12 @@ _SPARE_BYTES = 64 << 20
 _LOOK_EVERY = 1000  # uses of slots after which memory that was not needed goes back to the system
 
 
+_FEW = 32
+_ATTEMPTS = 1 << 8  # of a request, that a ledger tells apart
+
+
 class Step(IntEnum):
-    """How far a process is with a request, as its ledger says. ``UNKNOWN``: it has not begun, or it is long ago."""
+    """How far a process is with an attempt, as its ledger says. ``UNKNOWN``: it has not begun, or it is long ago."""
 
     UNKNOWN = 0
     RUNNING = 1
@@ -74,14 +80,20 @@ class Sent(Protocol):
 
 @dataclass
 class Block:
-    """One use of a slot: a piece of the owner's memory, and who still reads it."""
+    """One use of a slot: a piece of the owner's memory, and who reads it: the owner itself, while it is ``held``."""
 
     number: int
     generation: int
     offset: int
     size: int
-    readers: list[memoryview]
+    readers: list[memoryview] = field(default_factory=list)
     sending: list[Sent] = field(default_factory=list)
+    held: bool = True
+
+    def lend(self, readers: Sequence[memoryview]) -> None:
+        """From now on the readers with these rows of returns hold it, and the owner does not."""
+        self.readers = list(readers)
+        self.held = False
 
     def place(self, at: int) -> Place:
         """Where the byte ``at`` of the block is, as readers are told."""
@@ -90,6 +102,8 @@ class Block:
     @property
     def free(self) -> bool:
         """True when nobody reads it any more."""
+        if self.held:
+            return False
         number, generation = self.number, self.generation
         for row in self.readers:
             if row[number] != generation:
@@ -114,6 +128,7 @@ class Arena:
         self._map[:_TOKEN_BYTES] = token
         self.address = Memory(host_token(), os.getpid(), self._descriptor, token, size)
         view = memoryview(self._map)
+        self.board = Board(view[_BOARD_AT : _BOARD_AT + BOARD_BYTES])
         self._ledger = view[_LEDGER_AT:_GENERATIONS_AT].cast("Q")
         self._generations = view[_GENERATIONS_AT:_RETURNS_AT].cast("Q")
         self._returns = view[_RETURNS_AT:_DATA_AT].cast("Q")
@@ -139,7 +154,7 @@ class Arena:
 
     def close(self) -> None:
         """Let go of the memory; peers that map it keep it until they let go too."""
-        for view in (self._ledger, self._generations, self._returns):
+        for view in (self.board, self._ledger, self._generations, self._returns):
             view.release()
         with suppress(BufferError):  # arrays that lie in it are still held: it goes with them
             self._map.close()
@@ -157,8 +172,8 @@ class Arena:
         self._sweep(thorough=True)
         return len(self._busy)
 
-    def reserve(self, size: int, readers: Sequence[memoryview]) -> Block | None:
-        """Lend a slot of ``size`` bytes to readers, each given by its row of returns; None when there is no room."""
+    def reserve(self, size: int) -> Block | None:
+        """A slot of ``size`` bytes, held by the owner until it is lent; None when there is no room."""
         self._sweep()
         offset = self._extents.take(size)
         if offset is None or not self._numbers:
@@ -166,12 +181,12 @@ class Arena:
                 self._extents.give(offset, size)
             if not self._sweep(thorough=True):
                 return None
-            return self.reserve(size, readers)
+            return self.reserve(size)
         if not self._back(offset + aligned(size)):
             self._extents.give(offset, size)
             return None
         self._generation += 1
-        block = Block(self._numbers.pop(), self._generation, _DATA_AT + offset, size, list(readers))
+        block = Block(self._numbers.pop(), self._generation, _DATA_AT + offset, size)
         self._generations[block.number] = block.generation
         self._busy.append(block)
         return block
@@ -180,17 +195,23 @@ class Arena:
         """The owner's array in a block, from its byte ``at``."""
         return np.ndarray(tuple(shape), numpy_dtype(dtype), self._map, block.offset + at)
 
+    def forget(self, row: memoryview) -> None:
+        """The peer with these returns is gone: it reads nothing any more."""
+        for block in self._busy:
+            block.readers = [reader for reader in block.readers if reader is not row]
+
     def give_back(self, peer: int, place: Place) -> None:
         """Say that this process no longer reads a slot of a peer."""
         self._returns[peer * SLOTS + place.slot] = place.generation
 
-    def record(self, request: int, step: Step) -> None:
-        """Note in the ledger how far this process is with a request."""
-        self._ledger[request % _LEDGER] = request << 2 | step
+    def record(self, request: int, attempt: int, step: Step) -> None:
+        """Note in the ledger how far this process is with an attempt at a request."""
+        self._ledger[request % _LEDGER] = (request * _ATTEMPTS + attempt % _ATTEMPTS) << 2 | step
 
     def _sweep(self, *, thorough: bool = False) -> bool:
-        """Free the slots that came back, oldest first; all of them when ``thorough``. True when there were any."""
+        """Free the slots that came back: of few all, of many only the oldest unless ``thorough``. True for any."""
         found = False
+        thorough = thorough or len(self._busy) <= _FEW
         for _ in range(len(self._busy)):
             block = self._busy[0]
             if block.free:
@@ -262,13 +283,14 @@ class PeerArena:
         self._pin: Pin | None = None
         self._pinned = _DATA_AT
         view = memoryview(self._map)
+        self.board = Board(view[_BOARD_AT : _BOARD_AT + BOARD_BYTES])
         self._ledger = view[_LEDGER_AT:_GENERATIONS_AT].cast("Q")
         self._generations = view[_GENERATIONS_AT:_RETURNS_AT].cast("Q")
         self._returns = view[_RETURNS_AT:_DATA_AT].cast("Q")
 
     def close(self) -> None:
         """Unmap it."""
-        for view in (self._ledger, self._generations, self._returns):
+        for view in (self.board, self._ledger, self._generations, self._returns):
             with suppress(BufferError):
                 view.release()
         with suppress(BufferError):
@@ -305,10 +327,11 @@ class PeerArena:
         """The row in which the peer returns the slots of the process with the number ``owner``."""
         return self._returns[owner * SLOTS : (owner + 1) * SLOTS]
 
-    def step(self, request: int) -> Step:
-        """How far the peer is, or was when it died, with a request."""
+    def step(self, request: int, attempt: int) -> Step:
+        """How far the peer is, or was when it died, with an attempt at a request."""
         entry = self._ledger[request % _LEDGER]
-        return Step(entry & 3) if entry >> 2 == request else Step.UNKNOWN
+        same = entry >> 2 == request * _ATTEMPTS + attempt % _ATTEMPTS
+        return Step(entry & 3) if same and entry & 3 < len(Step) else Step.UNKNOWN
 
 
 @functools.cache

@@ -1,10 +1,155 @@
-"""Which replica takes a request. Pure: numbers in, a choice out."""
+"""Which replica takes a request. Pure: numbers in, a choice out.
+
+    completion   where it will be done first: the transfer, what is before it, itself; at the replica's own speed
+    resource     in proportion to measured capacity, whatever is outstanding (smooth weighted round robin)
+    task         where the least work is outstanding, weighted by what requests cost
+    latency      where the slowest recent time, times the work outstanding, is least (peak-EWMA)
+    round-robin  each in turn
+
+Costs are in thousandths of an ordinary request, times in nanoseconds.
+
+Source of peak-EWMA: Finagle's load balancer, https://twitter.github.io/finagle/guide/Clients.html#power-of-two-choices-p2c-least-loaded;
+of smooth weighted round robin: nginx, ngx_http_upstream_round_robin.c.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Policy = Literal["completion", "resource", "task", "latency", "round-robin"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+ORDINARY = 1000
+"""The cost of the request that a plan was made for."""
+
+_FORGET_NS = 500_000_000  # what was measured longer ago than this counts for little
+_DOUBT_NS = 5_000_000_000  # by then a replica that nobody chose is thought as quick as the others again
+_PEAK_NS = 2_000_000_000  # by then a peak has come down
 
 
-def least_outstanding(outstanding: Sequence[int]) -> int:
-    """The replica with the fewest requests on their way to it or in it; the first of equals."""
-    return min(range(len(outstanding)), key=lambda replica: outstanding[replica])
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """What is known of a replica when a request is to go there.
+
+    Attributes:
+        outstanding: cost of what is on its way to it or in it.
+        service_ns: for an ordinary request; 0 when nothing is known yet.
+        peak_ns: the slowest of late.
+        age_ns: since that was measured.
+        running: cost of what runs there now; 0 for nothing, or when that is not known.
+        running_ns: for how long it has.
+        transfer_ns: for the request's tensors to get there.
+    """
+
+    outstanding: int
+    service_ns: int = 0
+    peak_ns: int = 0
+    age_ns: int = 0
+    running: int = 0
+    running_ns: int = 0
+    transfer_ns: int = 0
+
+
+class Chooser:
+    """Chooses among the replicas of one stage; replicas are told apart by position.
+
+    Args:
+        policy: by what.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._turn = 0
+        self._last: dict[int, int] = {}  # the turn in which each was chosen last
+        self._credit: dict[int, float] = {}  # of the weighted round robin
+
+    def choose(self, replicas: Sequence[Replica], cost: int) -> int:
+        """The position of the replica that is to take a request; of equals, the one not chosen for longest."""
+        self._turn += 1
+        positions = range(len(replicas))
+        if self._policy == "resource":
+            chosen = self._in_proportion(_services(replicas))
+        else:
+            costs = self._costs(replicas, cost)
+            chosen = min(positions, key=lambda n: (costs[n], self._last.get(n, 0), n))
+        self._last[chosen] = self._turn
+        return chosen
+
+    def _costs(self, replicas: Sequence[Replica], cost: int) -> Sequence[float]:
+        match self._policy:
+            case "round-robin":
+                return [0.0] * len(replicas)
+            case "task":
+                return [float(replica.outstanding) for replica in replicas]
+            case "latency":
+                peaks = [r.peak_ns * 0.5 ** (r.age_ns / _PEAK_NS) for r in replicas]
+                return [peak * (r.outstanding + cost) for peak, r in zip(peaks, replicas, strict=True)]
+            case _:
+                services = _services(replicas)
+                return [_completion_ns(r, service, cost) for r, service in zip(replicas, services, strict=True)]
+
+    def _in_proportion(self, services: Sequence[float]) -> int:
+        weights = [1.0 / max(1.0, service) for service in services]
+        for position, weight in enumerate(weights):
+            self._credit[position] = self._credit.get(position, 0.0) + weight
+        chosen = max(range(len(weights)), key=lambda n: (self._credit[n], -n))
+        self._credit[chosen] -= sum(weights)
+        return chosen
+
+
+def _services(replicas: Sequence[Replica]) -> list[float]:
+    """What an ordinary request takes at each: as measured, doubted with age, and never less than what runs shows."""
+    known = [replica.service_ns for replica in replicas if replica.service_ns]
+    best = min(known, default=1)
+    found = []
+    for replica in replicas:
+        trust = 0.5 ** (replica.age_ns / _DOUBT_NS) if replica.service_ns else 0.0
+        service = best + (max(best, replica.service_ns) - best) * trust
+        if replica.running:
+            service = max(service, replica.running_ns * ORDINARY / replica.running)
+        found.append(service)
+    return found
+
+
+def _completion_ns(replica: Replica, service_ns: float, cost: int) -> float:
+    work = service_ns * (replica.outstanding + cost) / ORDINARY
+    behind = min(replica.running_ns, service_ns * replica.running / ORDINARY)
+    return replica.transfer_ns + work - behind
+
+
+class Gauge:
+    """How long requests take at a node, from the runs so far.
+
+    Attributes:
+        service_ns: for an ordinary request; times of requests that cost more are spread over their cost.
+        peak_ns: the same, the slowest of late.
+        longest_ns: the same, the slowest ever.
+    """
+
+    def __init__(self) -> None:
+        self.service_ns = 0
+        self.peak_ns = 0
+        self.longest_ns = 0
+        self._run = 0.0
+        self._cost = 0.0
+        self._at_ns = 0
+
+    def ran(self, run_ns: int, cost: int, now_ns: int) -> None:
+        """A run of a request ended."""
+        each = run_ns * ORDINARY / cost
+        passed = now_ns - self._at_ns if self._at_ns else 0
+        self._at_ns = now_ns
+        keep = math.exp(-passed / max(_FORGET_NS, 4 * run_ns))
+        self._run = self._run * keep + run_ns
+        self._cost = self._cost * keep + cost
+        self.service_ns = int(self._run * ORDINARY / self._cost)
+        self.longest_ns = int(max(each, self.longest_ns))
+        self.peak_ns = int(max(each, self.service_ns, self.peak_ns * math.exp(-passed / _PEAK_NS)))
+
+
+def cost_of(size_bytes: int, ordinary_bytes: int) -> int:
+    """The cost of a request by the bytes of its inputs, beside those that the plan was made for."""
+    return max(1, min(size_bytes * ORDINARY // max(1, ordinary_bytes), 1 << 40))

@@ -1,7 +1,7 @@
-"""The coordinator's loop: performs the effects of :class:`~runtime.coordinator_state.CoordinatorState`.
+"""The coordinator: performs the effects of :class:`~runtime.coordinator_state.CoordinatorState`.
 
-A thread of the caller's process speaks with the nodes, watches their processes and minds the time; requests and results
-are the business of :mod:`runtime.flow`.
+One thread of the caller's process speaks with the nodes, watches their processes and minds the time; requests and
+results are the business of :mod:`runtime.flow`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,40 +20,47 @@ from typing import Any
 from onnxsplit.plan import Plan
 from runtime import codec
 from runtime.arena import Step
+from runtime.balance import Policy
 from runtime.coordinator_state import (
+    Again,
     Announce,
     CloseAsked,
     CoordinatorState,
     Declined,
+    DrainAsked,
+    Drained,
     Effect,
+    Enter,
     Event,
     Expired,
     Forget,
     GiveStage,
+    Introduce,
     Joined,
+    LeaveWanted,
     Lost,
     Met,
-    NodeState,
     Prepared,
     Reject,
     Resolve,
+    Scaled,
     SendAway,
     ShareMemory,
-    Slot,
     State,
+    Steps,
+    Tick,
     TimedOut,
-    WireAll,
 )
-from runtime.errors import PipelineClosed, PipelineError, ProtocolError
+from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, ProtocolError
 from runtime.flow import Flow
 from runtime.launch import Handle, Launcher
 from runtime.messages import (
     CALLER,
-    NOT_NEEDED,
     Assign,
     Beat,
     Cancel,
     Hello,
+    Leaving,
     NodeBeat,
     Peer,
     Ready,
@@ -62,12 +69,12 @@ from runtime.messages import (
     Stop,
     Wire,
 )
+from runtime.node_state import sources
 from runtime.payloads import Payloads
+from runtime.roster import Kill, Phase, Slot, Start
+from runtime.router import Router
 from runtime.transport import AnsweringInlet, Inlet, Sockets, Wakeup
-
-BEAT_S = 1.0
-SILENCE_S = 10.0
-"""A node that says nothing for this long is taken for dead."""
+from runtime.watch import Timings, Watch
 
 _STOP_GRACE_S = 3.0
 _log = logging.getLogger("runtime.coordinator")
@@ -87,6 +94,9 @@ class Setup:
         share_weights: whether the replicas of each stage map one copy of its weights.
         trace: record when each request was where.
         profile: have the sessions profiled.
+        balance: how to choose among replicas.
+        attempts: a request is given up when it killed so many nodes.
+        timings: when something counts as failed, and when to try again.
         memory_bytes: of shared memory for the requests' inputs at most; 0 for none.
         control: where nodes report.
         data: where results come in.
@@ -105,6 +115,9 @@ class Setup:
     share_weights: tuple[bool, ...]
     trace: bool
     profile: bool
+    balance: Policy
+    attempts: int
+    timings: Timings
     memory_bytes: int
     control: str
     data: str
@@ -124,12 +137,24 @@ class Coordinator:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._machine = CoordinatorState(setup.plan, setup.replicas)
         self._payloads = Payloads(setup.memory_bytes)
+        self._router = Router(setup.balance, self._payloads.board)
+        self._sources = {stage.index: sorted(sources(setup.plan, stage.index)) for stage in setup.plan.stages}
+        self._machine = CoordinatorState(
+            setup.plan,
+            setup.replicas,
+            choose=self._choose,
+            timings=setup.timings,
+            attempts=setup.attempts,
+        )
+        self._roster = self._machine.roster
+        self._watch = Watch(setup.timings)
         self.flow = Flow(
             setup.plan,
             self._machine,
             self._payloads,
+            self._router,
+            replay=setup.attempts > 1,
             trace=setup.trace,
             elsewhere=self._leave_to_control,
             deadline=self._expect,
@@ -141,8 +166,10 @@ class Coordinator:
         self._wakeup = Wakeup()
         self._sleeps_until = 0.0
         self._ready: Future[str] = Future()
-        self._handles: dict[Slot, Handle] = {}
-        self._heard: dict[bytes, float] = {}
+        self._drained: Future[None] = Future()
+        self._handles: dict[int, Handle] = {}  # by the number of the node
+        self._gone: dict[int, str] = {}  # numbers of nodes that are dead, and their stories
+        self._progress = -1
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
 
     # Called from any thread
@@ -158,15 +185,33 @@ class Coordinator:
             self._post(CloseAsked())
             self._thread.join()
 
+    def drain(self) -> Future[None]:
+        """Take no more requests; the future is done when those in flight are answered."""
+        self._post(DrainAsked())
+        return self._drained
+
+    def scale(self, stage: int, replicas: int) -> None:
+        """Have so many nodes of a stage from now on."""
+        self._post(Scaled(stage, replicas, time.monotonic_ns()))
+
     @property
     def machine(self) -> CoordinatorState:
         """To be read only: the nodes and what they have done."""
         return self._machine
 
     @property
-    def pids(self) -> dict[Slot, int]:
-        """Processes that were started here."""
-        return {slot: handle.pid for slot, handle in self._handles.items()}
+    def pids(self) -> dict[int, int]:
+        """Processes that were started here, by the number of the node."""
+        return {number: handle.pid for number, handle in self._handles.items()}
+
+    def queues(self) -> dict[int, int]:
+        """What is on its way to every node or waits in it, by its number, as cost."""
+        with self.flow.lock:
+            known = self._router.known
+            return {n: self._router.outstanding(n, known) for n in known - {0}}
+
+    def _choose(self, stage: int, cost: int) -> int | None:
+        return self._router.choose(stage, self._sources[stage], cost, 0, time.monotonic_ns())
 
     def _post(self, event: Event) -> None:
         self._posted.append(event)
@@ -210,114 +255,161 @@ class Coordinator:
         setup = self._setup
         self._address = control.address
         sockets.watch(self._wakeup.fileno())
-        if setup.launcher is not None:
-            for slot in self._machine.nodes:
-                handle = setup.launcher.start(connect=control.address, stage=slot[0], replica=slot[1])
-                self._handles[slot] = handle
-                sockets.watch(handle.fileno())
-        if not self._machine.nodes:  # every output passes through: there is nothing to wait for
+        if not self._roster.nodes:  # every output passes through: there is nothing to wait for
             self._ready.set_result(control.address)
-        begun = next_beat = time.monotonic()
+        begun = time.monotonic()
+        next_beat = 0.0
         while self._machine.state is not State.CLOSED:
-            ready = sockets.wait(self._patience(next_beat))
-            self._wakeup.clear()
-            events: list[Event] = [*self._control_events(control), *self._exits(sockets, ready)]
-            while self._posted:
-                events.append(self._posted.popleft())
             now = time.monotonic()
+            events: list[Event] = []
             if now >= next_beat:
-                next_beat = now + BEAT_S
-                events += self._beat(control, now)
-                if setup.start_timeout_s is not None and now - begun > setup.start_timeout_s:
-                    events.append(TimedOut(self._late(setup.start_timeout_s)))
+                next_beat = now + setup.timings.beat_s
+                events += self._beat(control, now - begun)
             with self.flow.lock:
+                while self._posted:
+                    events.append(self._posted.popleft())
+                steps, now_ns = self._steps() if self._gone else {}, time.monotonic_ns()
+                events += [Lost(number, reason, steps, now_ns) for number, reason in self._gone.items()]
+                self._gone.clear()
                 events += self._expired()
                 for event in events:
-                    self._handle(event, results, control, data)
+                    self._handle(event, sockets, results, control, data)
                 while self._left:
-                    self._perform(self._left.popleft(), results, control, data)
+                    self._perform(self._left.popleft(), sockets, results, control, data)
             self.flow.deliver()
+            ready = sockets.wait(self._patience(next_beat))
+            self._wakeup.clear()
+            self._posted.extend(self._control_events(control))
+            self._exits(sockets, ready)
 
-    def _handle(self, event: Event, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
+    def _handle(self, event: Event, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
         effects = deque(self._machine.handle(event))
         while effects:
-            answer = self._perform(effects.popleft(), results, control, data)
+            answer = self._perform(effects.popleft(), sockets, results, control, data)
             if answer is not None:
                 effects.extend(self._machine.handle(answer))
         if isinstance(event, Prepared):
-            total = len(self._machine.nodes)
-            self._setup.progress(total - len(self._machine.missing_nodes()), total)
+            total = len(self._roster.nodes)
+            ready = total - len(self._roster.missing())
+            if ready != self._progress:
+                self._progress = ready
+                self._setup.progress(ready, total)
 
     def _patience(self, next_beat: float) -> float:
         with self.flow.lock:
             deadline = self._machine.next_deadline_ns()
-            self._sleeps_until = next_beat if deadline is None else min(next_beat, deadline / 1e9)
-        return 0.0 if self._posted else max(0.0, self._sleeps_until - time.monotonic()) + 0.001
+            due = min((r.due_ns for r in self._roster if r.phase in (Phase.BACKOFF, Phase.OPEN)), default=None)
+            times = [next_beat, *(at / 1e9 for at in (deadline, due) if at is not None)]
+            self._sleeps_until = min(times)
+        return 0.0 if self._posted or self._gone else max(0.0, self._sleeps_until - time.monotonic()) + 0.001
 
     def _late(self, seconds: float) -> str:
-        missing = ", ".join(
-            f"stage {stage} (node {stage}.{replica})" for stage, replica in self._machine.missing_nodes()
-        )
+        missing = ", ".join(f"stage {stage} (node {stage}.{replica})" for stage, replica in self._roster.missing())
         return f"not ready after {seconds:.0f} s: {missing}"
+
+    def _steps(self) -> Steps:
+        """How far all nodes are with all attempts in flight, as their memory, or what they said, tells."""
+        numbers = [record.number for record in self._roster if record.number >= 0]
+        steps: dict[tuple[int, int], dict[int, Step]] = {}
+        for key in self._machine.in_flight:
+            steps[key] = {n: step for n in numbers if (step := self._payloads.step(n, *key)) is not Step.UNKNOWN}
+        for number, key in self.flow.started.items():
+            if key in steps:
+                steps[key].setdefault(number, Step.RUNNING)
+        return steps
 
     def _expired(self) -> list[Event]:
         """Requests whose time ran out, with what the nodes' memory tells of how far they came."""
-        found: list[Event] = []
-        for number, route in self._machine.expired(time.monotonic_ns()).items():
-            nodes = {stage: self._machine.number((stage, r)) for stage, r in enumerate(route) if r != NOT_NEEDED}
-            finished = (stage for stage, node in nodes.items() if self._payloads.step(node, number) is Step.DONE)
-            found.append(Expired(number, frozenset(finished)))
-        return found
+        late = self._machine.expired(time.monotonic_ns())
+        steps = self._steps() if late else {}
+        return [Expired(request, steps.get((request, attempt), {})) for request, attempt in late]
 
     def _control_events(self, control: AnsweringInlet) -> list[Event]:
         events: list[Event] = []
         while (message := control.receive()) is not None:
             identity, header = message
+            now = time.monotonic_ns()
             try:
                 said = codec.decode_node_control(header)
             except ProtocolError as error:
                 _log.warning("dropped: %s", error)
                 continue
-            self._heard[identity] = time.monotonic()
             match said:
                 case Hello():
-                    events.append(Joined(identity, said))
+                    events.append(Joined(identity, said, now))
                 case Ready(mapped):
-                    events.append(Prepared(identity, mapped))
+                    events.append(Prepared(identity, mapped, now))
                 case Refused(reason):
-                    events.append(Declined(identity, reason))
+                    events.append(Declined(identity, reason, now))
+                case Leaving():
+                    events.append(LeaveWanted(identity, now))
                 case NodeBeat():
-                    pass
+                    self._heard(identity, said, control, now)
         return events
 
-    def _exits(self, sockets: Sockets, ready: set[object]) -> list[Event]:
-        events: list[Event] = []
-        for slot, handle in self._handles.items():
-            if handle.fileno() in ready and self._machine.nodes[slot].state is not NodeState.LOST:
+    def _heard(self, identity: bytes, beat: NodeBeat, control: AnsweringInlet, now_ns: int) -> None:
+        record = self._roster.by_identity(identity)
+        if record is None:  # it was cut off, taken for dead, and is back
+            control.send(identity, codec.encode(Stop("the pipeline has another node in its place")))
+            return
+        verdict = self._watch.heard(record.number, beat, now_ns)
+        if verdict is not None:
+            self._give_up({record.number: verdict})
+
+    def _give_up(self, verdicts: Mapping[int, str]) -> None:
+        """Take nodes for dead, and see that they are."""
+        for number, reason in verdicts.items():
+            self._watch.end(number)
+            self._gone.setdefault(number, reason)
+            if number in self._handles:
+                self._handles[number].kill()
+
+    def _exits(self, sockets: Sockets, ready: set[object]) -> None:
+        for number, handle in list(self._handles.items()):
+            if handle.fileno() in ready:
                 sockets.unwatch(handle.fileno())
-                events.append(Lost(slot, handle.story()))
+                del self._handles[number]
+                self._watch.end(number)
+                self._gone.setdefault(number, handle.story())
+                handle.end(0.0)
+
+    def _beat(self, control: AnsweringInlet, running_s: float) -> list[Event]:
+        """Let nodes hear that the coordinator lives; look for those that do not."""
+        setup, now = self._setup, time.monotonic_ns()
+        oldest = self._machine.oldest
+        header = codec.encode(Beat(self.flow.count if oldest is None else oldest))
+        for record in self._roster:
+            if record.identity:
+                control.send(record.identity, header)
+        events: list[Event] = [Tick(now)]
+        patience = setup.start_timeout_s
+        if self._machine.state is State.STARTING:
+            if patience is not None and running_s > patience:
+                events.append(TimedOut(self._late(patience)))
+        else:
+            self._give_up(self._watch.silent(now))
+            if patience is not None and setup.launcher is not None:
+                self._give_up(dict(self._roster.late(now, patience)))
         return events
 
-    def _beat(self, control: AnsweringInlet, now: float) -> list[Event]:
-        """Let nodes hear that the coordinator lives; those that nobody here started are known by their beats alone."""
-        for identity in self._heard:
-            control.send(identity, codec.encode(Beat()))
-        if self._setup.launcher is not None:
-            return []
-        return [
-            Lost(slot, f"has been silent for {SILENCE_S:.0f} s")
-            for slot, node in self._machine.nodes.items()
-            if node.identity in self._heard and now - self._heard[node.identity] > SILENCE_S
-        ]
-
-    def _perform(self, effect: Effect, results: Sockets, control: AnsweringInlet, data: Inlet) -> Event | None:
+    def _perform(
+        self, effect: Effect, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet
+    ) -> Event | None:
         setup = self._setup
         match effect:
-            case Resolve() | Reject():
+            case Enter() | Again() | Resolve() | Reject():
                 self.flow.answer(effect)
-            case Forget(request, identities):
+            case Forget(request, attempt, identities):
                 for identity in identities:
-                    control.send(identity, codec.encode(Cancel(request)))
+                    control.send(identity, codec.encode(Cancel(request, attempt)))
+            case Start((stage, replica), number):
+                if setup.launcher is not None:
+                    handle = setup.launcher.start(connect=control.address, stage=stage, replica=replica)
+                    self._handles[number] = handle
+                    sockets.watch(handle.fileno())
+            case Kill(number):
+                if number in self._handles:
+                    self._handles[number].kill()
             case GiveStage(identity, (stage, replica)):
                 assign = Assign(
                     plan_id=setup.plan_id,
@@ -328,10 +420,13 @@ class Coordinator:
                     threads=setup.threads,
                     share_weights=setup.share_weights[stage],
                     profile=setup.profile,
+                    beat_ns=int(setup.timings.beat_s * 1e9),
+                    silence_ns=int(setup.timings.silence_s * 1e9),
+                    balance=setup.balance,
                 )
                 control.send(identity, codec.encode(assign))
-            case WireAll():
-                return self._wire(results, control, data)
+            case Introduce(identities, meet):
+                return self._introduce(identities, meet, results, control, data)
             case ShareMemory(None, readers):
                 self._payloads.share(readers)
             case ShareMemory(identity, readers):
@@ -342,22 +437,44 @@ class Coordinator:
                 self._ready.set_result(self._address)
             case Announce(error):
                 self._ready.set_exception(error)
+            case Drained():
+                if not self._drained.done():
+                    self._drained.set_result(None)
         return None
 
-    def _wire(self, results: Sockets, control: AnsweringInlet, data: Inlet) -> Event:
-        peers = [Peer(CALLER, 0, data.address, str(self._shortcut or ""), self._payloads.memory)]
-        for (stage, replica), node in self._machine.nodes.items():
-            assert node.hello is not None
-            hello = node.hello
-            peers.append(Peer(stage, replica, hello.address, hello.shortcut, hello.memory))
-        nodes = dict(enumerate(peers))
-        del nodes[0]
+    def _introduce(
+        self,
+        identities: tuple[bytes, ...],
+        meet: bool,
+        results: Sockets,
+        control: AnsweringInlet,
+        data: Inlet,
+    ) -> Event | None:
+        """Tell nodes who all processes are, and learn it here."""
+        starting = self._machine.state is State.STARTING
+        caller = Peer(0, CALLER, 0, False, data.address, str(self._shortcut or ""), self._payloads.memory, "")
+        for identity in identities:
+            record = self._roster.by_identity(identity)
+            assert record is not None
+            record.introduced = True
+            peers = self._roster.peers(record, everyone=starting)
+            control.send(identity, codec.encode(Wire(self._roster.view, record.number, (caller, *peers))))
+        if not meet:
+            return None
+        peers = self._roster.peers(None, everyone=starting)
+        nodes = {peer.number: peer for peer in peers}
         mapped = self._payloads.meet(0, nodes)
-        for number, peer in nodes.items():
+        self._router.learn(0, (caller, *peers), self._payloads.boards())
+        for number in self.flow.links.keys() - nodes.keys():
+            self.flow.links.pop(number).close()
+            self.flow.started.pop(number, None)
+            self._watch.end(number)
+        for number in nodes.keys() - self.flow.links.keys():
+            peer = nodes[number]
             shortcut = peer.shortcut if number in mapped else ""
             self.flow.links[number] = results.connect(peer.address, shortcut=shortcut)
-        for node in self._machine.nodes.values():
-            control.send(node.identity, codec.encode(Wire(tuple(peers))))
+            predicted = self._setup.plan.stages[peer.stage].predicted_time_ns or 0
+            self._watch.begin(number, predicted, time.monotonic_ns())
         return Met(mapped)
 
     def _end_nodes(self) -> None:
@@ -367,10 +484,10 @@ class Coordinator:
 
     def _finish(self, failure: BaseException | None) -> None:
         """Leave nobody waiting, whatever happened."""
-        broken = failure is not None or any(n.state is NodeState.LOST for n in self._machine.nodes.values())
+        broken = failure is not None or isinstance(self._machine.error, LaunchFailed) or self._roster.losses > 0
         if self._setup.launcher is not None:
             if self._setup.profile:
-                self.profiles = {slot: self._setup.launcher.profile(*slot) for slot in self._machine.nodes}
+                self.profiles = {slot: self._setup.launcher.profile(*slot) for slot in self._roster.nodes}
             self._setup.launcher.close(keep_logs=broken)
         else:
             shutil.rmtree(self._setup.home, ignore_errors=True)
@@ -379,5 +496,6 @@ class Coordinator:
         )
         self.flow.fail(reason)
         self._wakeup.close()
-        if not self._ready.done():
-            self._ready.set_exception(reason)
+        for future in (self._ready, self._drained):
+            if not future.done():
+                future.set_exception(reason)

@@ -1,19 +1,23 @@
-"""What a coordinator decides, without doing it: an event in, effects out. Knows no socket, no process and no clock.
+"""What a coordinator decides about its nodes and its requests, without doing it: an event in, effects out.
 
-The pipeline goes through these states:
+Knows no socket, no process and no clock. :data:`TRANSITIONS` holds what may happen to the pipeline; nodes have a table
+in :mod:`runtime.roster`; docs/states.md is drawn from both.
 
-    STARTING --every node Prepared--> READY            CloseAsked leads to CLOSED from everywhere
-        |                               |
-        +--Declined, Lost--> BROKEN <---+--Lost
+The promise: while the coordinator lives, every request that was accepted is answered once, with the right tensors, all
+of one attempt, or with an error that says why. It rests on this:
 
-and a request through these: admitted with a route (one replica of every stage it needs), then answered once: with all
-tensors it asked for, or with the first error. A pipeline that lost a node is BROKEN: what is in it fails with the
-node's story, and so does what comes after.
+- The coordinator holds a request's inputs until the answer is there.
+- When a node of stage s is lost, every attempt that needs s is made again, unless it is known that another node of s
+  has it, or that everybody who reads from s has. What is known stands in the nodes' ledgers; what is not known counts
+  against the attempt, since making it again only costs time.
+- An attempt begins with the number of changes there have been in the pipeline (its *view*), and nobody who knows of
+  fewer passes it on. So no attempt that began after a loss is sent to the node that was lost.
+- What comes back from an attempt that is over is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from heapq import heappop, heappush
@@ -21,55 +25,58 @@ from heapq import heappop, heappush
 from msgspec import Struct
 
 from onnxsplit.plan import Plan
-from runtime.balance import least_outstanding
+from runtime.arena import Step
 from runtime.errors import (
+    Cancelled,
     DeadlineExceeded,
     LaunchFailed,
     NodeFailed,
     PipelineClosed,
     PipelineError,
     StageFailed,
+    StageUnavailable,
 )
-from runtime.messages import NOT_NEEDED, PROTOCOL, Failed, Hello, Visit
+from runtime.messages import ANY, NOT_NEEDED, Failed, Hello, Visit
+from runtime.node_state import sources
+from runtime.roster import Kill, Phase, Record, Roster, Slot, Start
+from runtime.table import Machine
+from runtime.watch import Timings
 
-Slot = tuple[int, int]
-"""A stage and a replica of it."""
+Key = tuple[int, int]
+"""A request and an attempt at it."""
+
+Steps = Mapping[Key, Mapping[int, Step]]
+"""How far nodes, by number, are known to be with attempts."""
+
+Choose = Callable[[int, int], int | None]
+"""The number of the node that is to execute a stage for a request of a cost."""
 
 
 class State(Enum):
-    """See the drawing above."""
+    """Of the pipeline."""
 
     STARTING = auto()
     READY = auto()
-    BROKEN = auto()
+    DRAINING = auto()
+    FAILED = auto()
     CLOSED = auto()
 
 
-class NodeState(Enum):
-    """Of one node, as the coordinator sees it."""
+class Change(Enum):
+    """What happens to it."""
 
-    EXPECTED = "expected"
-    LOADING = "loading"
-    READY = "ready"
-    LOST = "lost"
+    ALL_READY = "all nodes are ready"
+    DRAIN = "drain"
+    FAIL = "a node fails"
+    CLOSE = "close"
 
 
-@dataclass
-class NodeRecord:
-    """One node, and what it has done so far. Times are sums in nanoseconds."""
-
-    slot: Slot
-    state: NodeState = NodeState.EXPECTED
-    identity: bytes = b""
-    hello: Hello | None = None
-    mapped: frozenset[int] = frozenset()
-    outstanding: int = 0
-    requests: int = 0
-    failures: int = 0
-    wait_ns: int = 0
-    run_ns: int = 0
-    output_bytes: int = 0
-    shared_bytes: int = 0
+TRANSITIONS: Mapping[tuple[State, Change], State] = {
+    (State.STARTING, Change.ALL_READY): State.READY,
+    (State.STARTING, Change.FAIL): State.FAILED,
+    (State.READY, Change.DRAIN): State.DRAINING,
+    **{(state, Change.CLOSE): State.CLOSED for state in State},
+}
 
 
 class Joined(Struct, frozen=True):
@@ -77,13 +84,15 @@ class Joined(Struct, frozen=True):
 
     identity: bytes
     hello: Hello
+    now_ns: int
 
 
 class Prepared(Struct, frozen=True):
-    """A node has loaded its stage and set up its links; it has mapped the memory of these peers."""
+    """A node has loaded its stage and its links are as it was told; it has mapped the memory of these peers."""
 
     identity: bytes
     mapped: tuple[int, ...]
+    now_ns: int
 
 
 class Met(Struct, frozen=True):
@@ -97,13 +106,26 @@ class Declined(Struct, frozen=True):
 
     identity: bytes
     reason: str
+    now_ns: int
+
+
+class LeaveWanted(Struct, frozen=True):
+    """A node asks to be relieved of its work."""
+
+    identity: bytes
+    now_ns: int
 
 
 class Lost(Struct, frozen=True):
-    """A node is gone; the reason is its story."""
+    """The process with this number is gone.
 
-    slot: Slot
+    ``reason`` is its story; ``steps`` how far all nodes are with all attempts in flight.
+    """
+
+    number: int
     reason: str
+    steps: Steps
+    now_ns: int
 
 
 class Submitted(Struct, frozen=True):
@@ -111,28 +133,43 @@ class Submitted(Struct, frozen=True):
 
     request: int
     wanted: tuple[str, ...]
+    cost: int
     deadline_ns: int | None
+    now_ns: int
 
 
 class Returned(Struct, frozen=True):
-    """Tensors of a request came back, from a stage with this history."""
+    """Tensors of an attempt came back, from a stage with this history."""
 
     request: int
+    attempt: int
     names: tuple[str, ...]
     history: tuple[Visit, ...]
 
 
 class Reported(Struct, frozen=True):
-    """A node says that a request failed at its stage."""
+    """A node says that an attempt failed at its stage."""
 
     message: Failed
 
 
 class Expired(Struct, frozen=True):
-    """A request's time ran out; these stages are known to have finished it."""
+    """A request's time ran out."""
 
     request: int
-    finished: frozenset[int]
+    steps: Mapping[int, Step]
+
+
+class GivenUp(Struct, frozen=True):
+    """The caller does not want a request any more."""
+
+    request: int
+
+
+class Tick(Struct, frozen=True):
+    """Time passed."""
+
+    now_ns: int
 
 
 class TimedOut(Struct, frozen=True):
@@ -141,11 +178,40 @@ class TimedOut(Struct, frozen=True):
     reason: str
 
 
+class Scaled(Struct, frozen=True):
+    """A stage is to have so many nodes from now on."""
+
+    stage: int
+    replicas: int
+    now_ns: int
+
+
+class DrainAsked(Struct, frozen=True):
+    """No more requests; the ones in flight are to be answered."""
+
+
 class CloseAsked(Struct, frozen=True):
     """The pipeline is to end."""
 
 
-Event = Joined | Met | Prepared | Declined | Lost | Submitted | Returned | Reported | Expired | TimedOut | CloseAsked
+Event = (
+    Joined
+    | Met
+    | Prepared
+    | Declined
+    | LeaveWanted
+    | Lost
+    | Submitted
+    | Returned
+    | Reported
+    | Expired
+    | GivenUp
+    | Tick
+    | TimedOut
+    | Scaled
+    | DrainAsked
+    | CloseAsked
+)
 
 
 class GiveStage(Struct, frozen=True):
@@ -155,8 +221,11 @@ class GiveStage(Struct, frozen=True):
     slot: Slot
 
 
-class WireAll(Struct, frozen=True):
-    """Tell every node who all processes are; answer with :class:`Met`."""
+class Introduce(Struct, frozen=True):
+    """Tell these nodes who all processes are; with ``meet``, learn it, too, and answer with :class:`Met`."""
+
+    identities: tuple[bytes, ...]
+    meet: bool
 
 
 class ShareMemory(Struct, frozen=True):
@@ -180,11 +249,23 @@ class Announce(Struct, frozen=True):
 
 
 class Enter(Struct, frozen=True):
-    """Send a request's inputs to the stages on its route that read them."""
+    """Begin an attempt: send the request's inputs to the stages that read them."""
 
     request: int
+    attempt: int
+    view: int
+    cost: int
+    deadline_ns: int | None
     route: tuple[int, ...]
     wanted: tuple[str, ...]
+
+
+class Again(Struct, frozen=True):
+    """The attempt under way is over: what came back of it is void. Another follows, maybe later."""
+
+    request: int
+    attempt: int
+    reason: str
 
 
 class Resolve(Struct, frozen=True):
@@ -202,21 +283,48 @@ class Reject(Struct, frozen=True):
 
 
 class Forget(Struct, frozen=True):
-    """Tell nodes that nobody waits for a request any more."""
+    """Tell nodes that nobody waits for this attempt, and those before it, any more."""
 
     request: int
+    attempt: int
     identities: tuple[bytes, ...]
 
 
-Effect = GiveStage | WireAll | ShareMemory | SendAway | Announce | Enter | Resolve | Reject | Forget
+class Drained(Struct, frozen=True):
+    """No request is in flight any more, and none will be."""
 
 
-@dataclass
+Effect = (
+    Start
+    | Kill
+    | GiveStage
+    | Introduce
+    | ShareMemory
+    | SendAway
+    | Announce
+    | Enter
+    | Again
+    | Resolve
+    | Reject
+    | Forget
+    | Drained
+)
+
+
+@dataclass(slots=True)
 class _Request:
     wanted: tuple[str, ...]
-    route: tuple[int, ...]
+    needed: frozenset[int]
+    cost: int
     deadline_ns: int | None
+    entered_ns: int
     missing: set[str]
+    attempt: int = 0
+    waits: bool = False  # for a node of a stage it needs
+    view: int = 0
+    route: tuple[int, ...] = ()
+    blamed: list[str] = field(default_factory=list)  # stories of nodes that died executing it
+    begun_ns: int = 0
     visits: dict[int, Visit] = field(default_factory=dict)
 
 
@@ -226,23 +334,42 @@ class CoordinatorState:
     Args:
         plan: what the pipeline runs.
         replicas: number of nodes of every stage.
+        choose: names the node of a stage that joins several inputs, whose fragments must meet.
+        timings: when to try again.
+        attempts: a request that killed so many nodes is not tried any more; 1: nothing is ever tried again.
     """
 
-    def __init__(self, plan: Plan, replicas: tuple[int, ...]) -> None:
-        self.state = State.STARTING
+    def __init__(
+        self,
+        plan: Plan,
+        replicas: tuple[int, ...],
+        *,
+        choose: Choose,
+        timings: Timings | None = None,
+        attempts: int = 3,
+    ) -> None:
         self.error: PipelineError | None = None
-        self.nodes = {
-            (stage, replica): NodeRecord((stage, replica))
-            for stage, count in enumerate(replicas)
-            for replica in range(count)
-        }
-        self._numbers = {slot: position + 1 for position, slot in enumerate(self.nodes)}
+        self.retries = 0
+        self.roster = Roster(replicas, timings or Timings())
+        self._machine = Machine("pipeline", TRANSITIONS, State.STARTING)
         self._plan = plan
-        self._replicas = replicas
+        self._choose = choose
+        self._timings = timings or Timings()
+        self._attempts = attempts
+        self._joins = frozenset(s.index for s in plan.stages if len(sources(plan, s.index)) > 1)
+        self._readers = {
+            s.index: frozenset(o.index for o in plan.stages if set(s.outputs) & set(o.inputs)) for s in plan.stages
+        }
         self._requests: dict[int, _Request] = {}
+        self._waiting: dict[int, None] = {}  # those that wait for a node, in order
         self._needed: dict[tuple[str, ...], frozenset[int]] = {}
         self._deadlines: list[tuple[int, int]] = []
-        self._mapped: frozenset[int] = frozenset()
+        self._usual_ns = 0.0  # from an attempt's beginning to its end
+
+    @property
+    def state(self) -> State:
+        """Of the pipeline."""
+        return self._machine.state
 
     def handle(self, event: Event) -> list[Effect]:
         """Take an event; returns what is to be done, in order."""
@@ -251,26 +378,60 @@ class CoordinatorState:
                 return self._submitted(event)
             case Returned():
                 return self._returned(event)
-            case Joined(identity, hello):
-                return self._joined(identity, hello)
+            case Joined():
+                return self._joined(event)
             case Met(mapped):
-                self._mapped = frozenset(mapped)
-                return []
+                self.roster.mapped = frozenset(mapped)
+                return self._shared()
             case Prepared():
                 return self._prepared(event)
-            case Declined(identity, reason):
-                record = self._by_identity(identity)
-                return self._break(LaunchFailed(f"{self._called(record)}: {reason}")) if record else []
-            case Lost(slot, reason):
-                return self._lost(self.nodes[slot], reason)
+            case Declined(identity, reason, now_ns):
+                record = self.roster.by_identity(identity)
+                return [] if record is None else self._gone(record, f"refused: {reason}", {}, now_ns)
+            case LeaveWanted(identity, now_ns):
+                return self._leave(identity, now_ns)
+            case Lost(number, reason, steps, now_ns):
+                record = self.roster.by_number(number)
+                return [] if record is None else self._gone(record, reason, steps, now_ns)
             case Reported(message):
                 return self._reported(message)
-            case Expired(request, finished):
-                return self._expired(request, finished)
+            case Expired(request, steps):
+                return self._expired(request, steps)
+            case GivenUp(request):
+                return self._refuse(request, Cancelled("the caller gave the request up"))
+            case Tick(now_ns):
+                return self._tick(now_ns)
             case TimedOut(reason):
-                return self._break(LaunchFailed(reason)) if self.state is State.STARTING else []
+                return self._fail(LaunchFailed(reason)) if self.state is State.STARTING else []
+            case Scaled(stage, replicas, now_ns):
+                return self._scaled(stage, replicas, now_ns)
+            case DrainAsked():
+                if self.state is State.READY:
+                    self._machine.go(Change.DRAIN)
+                    self.error = PipelineClosed("the pipeline is ending and takes no more requests")
+                return self._settled()
             case CloseAsked():
                 return self._close()
+
+    @property
+    def in_flight(self) -> tuple[Key, ...]:
+        """The attempts under way."""
+        return tuple((number, r.attempt) for number, r in self._requests.items() if not r.waits)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a node of a stage they need."""
+        return len(self._waiting)
+
+    @property
+    def oldest(self) -> int | None:
+        """The first request that is not answered; None when all are."""
+        return next(iter(self._requests), None)
+
+    def attempt(self, request: int) -> int:
+        """The attempt at a request that is under way; 0 for none."""
+        found = self._requests.get(request)
+        return found.attempt if found is not None and not found.waits else 0
 
     def next_deadline_ns(self) -> int | None:
         """When a request's time runs out next."""
@@ -278,78 +439,132 @@ class CoordinatorState:
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def expired(self, now_ns: int) -> Mapping[int, tuple[int, ...]]:
-        """The requests whose time has run out, and their routes."""
-        late = {}
+    def expired(self, now_ns: int) -> tuple[Key, ...]:
+        """The requests whose time has run out, and their attempts."""
+        late = []
         while (first := self.next_deadline_ns()) is not None and first <= now_ns:
             number = heappop(self._deadlines)[1]
-            late[number] = self._requests[number].route
-        return late
-
-    def number(self, slot: Slot) -> int:
-        """The number under which all processes know a node; 0 is the coordinator's own."""
-        return self._numbers[slot]
-
-    def missing_nodes(self) -> tuple[Slot, ...]:
-        """The slots whose nodes are not ready."""
-        return tuple(slot for slot, record in self.nodes.items() if record.state is not NodeState.READY)
+            late.append((number, self._requests[number].attempt))
+        return tuple(late)
 
     # Nodes
 
-    def _joined(self, identity: bytes, hello: Hello) -> list[Effect]:
-        if hello.protocol != PROTOCOL:
-            reason = f"the node speaks protocol {hello.protocol}, the coordinator {PROTOCOL}: install the same version"
-            return [SendAway(identity, reason)]
-        if self._by_identity(identity) is not None:
+    def _joined(self, event: Joined) -> list[Effect]:
+        refusal = self.roster.join(event.identity, event.hello, event.now_ns, open_=self._open)
+        if isinstance(refusal, str):
+            return [SendAway(event.identity, refusal)]
+        if refusal is None:
             return []
-        free = [
-            record
-            for (stage, replica), record in self.nodes.items()
-            if record.state is NodeState.EXPECTED and hello.stage in (-1, stage) and hello.replica in (-1, replica)
-        ]
-        if self.state is not State.STARTING or not free:
-            wish = f"stage {hello.stage}" if hello.stage >= 0 else "any stage"
-            return [SendAway(identity, f"no node is wanted for {wish}: all {len(self.nodes)} places are taken")]
-        record = free[0]
-        record.identity, record.hello, record.state = identity, hello, NodeState.LOADING
-        effects: list[Effect] = [GiveStage(identity, record.slot)]
-        if all(node.hello is not None for node in self.nodes.values()):
-            effects.append(WireAll())
+        record = refusal
+        effects: list[Effect] = [GiveStage(record.identity, record.slot)]
+        if self.state is not State.STARTING:
+            effects.append(Introduce((record.identity,), meet=False))
+        elif all(node.hello is not None for node in self.roster.nodes.values()):
+            effects.append(self._introduce())
         return effects
 
+    @property
+    def _open(self) -> bool:
+        return self.state in (State.STARTING, State.READY, State.DRAINING)
+
+    def _introduce(self) -> Effect:
+        self.roster.view += 1
+        return Introduce(self.roster.introduced(everyone=self.state is State.STARTING), meet=True)
+
     def _prepared(self, event: Prepared) -> list[Effect]:
-        record = self._by_identity(event.identity)
-        if record is None or record.state is not NodeState.LOADING:
+        record = self.roster.by_identity(event.identity)
+        if record is None:
             return []
-        record.state, record.mapped = NodeState.READY, frozenset(event.mapped)
-        if self.state is State.STARTING and not self.missing_nodes():
-            self.state = State.READY
+        is_new = self.roster.prepare(record, event.mapped, event.now_ns)
+        if self.state is State.STARTING:
+            if self.roster.missing():
+                return []
+            self._machine.go(Change.ALL_READY)
             return [*self._shared(), Announce(None)]
-        return []
+        effects = self._shared()
+        if is_new:
+            effects += [self._introduce(), *self._resume(event.now_ns)]
+        return effects
 
     def _shared(self) -> list[Effect]:
-        """Memory is lent to those who can read it and whose returns can be read."""
-        mapped = {0: self._mapped} | {self._numbers[slot]: node.mapped for slot, node in self.nodes.items()}
-        identities = {0: None} | {self._numbers[slot]: node.identity for slot, node in self.nodes.items()}
-        return [
-            ShareMemory(identity, tuple(other for other in sorted(mapped[number]) if number in mapped.get(other, ())))
-            for number, identity in identities.items()
-        ]
-
-    def _lost(self, record: NodeRecord, reason: str) -> list[Effect]:
-        if record.state is NodeState.LOST or self.state is State.CLOSED:
+        if self.state is State.STARTING:
             return []
-        record.state = NodeState.LOST
-        kind = LaunchFailed if self.state is State.STARTING else NodeFailed
-        return self._break(kind(f"{self._called(record)} {reason}"))
+        return [ShareMemory(identity, readers) for identity, readers in self.roster.share()]
 
-    def _by_identity(self, identity: bytes) -> NodeRecord | None:
-        return next((node for node in self.nodes.values() if node.identity == identity), None)
+    def _gone(self, record: Record, reason: str, steps: Steps, now_ns: int) -> list[Effect]:
+        """A node is lost: its work is done again elsewhere."""
+        if self.state in (State.CLOSED, State.FAILED):
+            return []
+        called = record.called
+        if self.state is State.STARTING:
+            return self._fail(LaunchFailed(f"{called} {reason}"))
+        number, served = record.number, record.phase in (Phase.READY, Phase.LEAVING)
+        effects: list[Effect] = [*self.roster.lose(record, reason, now_ns)]
+        if record.identity:  # it may live, and come back when a link does
+            effects.append(SendAway(record.identity, "it was taken for dead, and replaced"))
+            record.identity = b""
+        if served:
+            effects.append(self._introduce())
+        stage = record.slot[0]
+        for request in list(self._requests):
+            found = self._requests[request]
+            known = steps.get((request, found.attempt), {})
+            if served and known.get(number) is Step.RUNNING and not found.waits:
+                found.blamed.append(f"{called} {reason}")
+            if not found.waits and stage in found.needed and self._lacks(found, stage, number, known):
+                effects += self._again(request, f"{called} was lost", now_ns)
+        return [*effects, *self._give_up()]
 
-    def _called(self, record: NodeRecord) -> str:
-        stage, replica = record.slot
-        where = f", pid {record.hello.pid} on {record.hello.host}" if record.hello is not None else ""
-        return f"stage {stage} (node {stage}.{replica}{where})"
+    def _lacks(self, request: _Request, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
+        """True when the loss of a node may mean that the attempt never gets past its stage."""
+        pinned = request.route[stage]
+        if pinned not in (ANY, lost):
+            return False
+
+        def has(which: int) -> bool:
+            return any(known.get(node, Step.UNKNOWN) is not Step.UNKNOWN for node in self.roster.numbers(which))
+
+        if has(stage):
+            return False
+        readers = self._readers[stage] & request.needed
+        asked = request.missing.intersection(self._plan.stages[stage].outputs)
+        return bool(asked) or not readers or not all(has(reader) for reader in readers)
+
+    def _leave(self, identity: bytes, now_ns: int) -> list[Effect]:
+        record = self.roster.by_identity(identity)
+        if record is None:
+            return []
+        if record.phase is not Phase.READY or not self._open:
+            return [SendAway(identity, "it asked to leave")]
+        self.roster.leave(record)
+        effects = [self._introduce(), *self.roster.replace(record, now_ns)]
+        record.leaves_at = self.roster.view
+        return [*effects, *self._settled()]
+
+    def _scaled(self, stage: int, replicas: int, now_ns: int) -> list[Effect]:
+        if not self._open:
+            return []
+        started, removed = self.roster.scale(stage, replicas, now_ns)
+        effects: list[Effect] = [*started]
+        leaving = [record for record in removed if record.phase is Phase.READY]
+        for record in removed:
+            if record in leaving:
+                self.roster.leave(record)
+            else:
+                effects.append(Kill(record.number))
+        if leaving:
+            effects.append(self._introduce())
+            for record in leaving:
+                record.leaves_at = self.roster.view
+        return [*effects, *self._settled()]
+
+    def _tick(self, now_ns: int) -> list[Effect]:
+        effects: list[Effect] = [*self.roster.due(now_ns)]
+        patience = max(self._timings.lost_s * 1e9, self._timings.stall_factor * self._usual_ns)
+        for number, request in list(self._requests.items()):
+            if not request.waits and now_ns - request.begun_ns > patience * 2 ** min(request.attempt - 1, 8):
+                effects += self._again(number, "nothing was heard of it for too long", now_ns)
+        return effects
 
     # Requests
 
@@ -361,87 +576,172 @@ class CoordinatorState:
         needed = self._needed.get(event.wanted)
         if needed is None:
             needed = self._needed[event.wanted] = self._plan.stages_for(event.wanted)
-        stages = range(len(self._replicas))
-        route = tuple([self._choose(stage) if stage in needed else NOT_NEEDED for stage in stages])
-        for stage, replica in enumerate(route):
-            if replica != NOT_NEEDED:
-                self.nodes[stage, replica].outstanding += 1
-        self._requests[event.request] = _Request(event.wanted, route, event.deadline_ns, set(event.wanted))
+        self._requests[event.request] = _Request(
+            event.wanted, needed, event.cost, event.deadline_ns, event.now_ns, set(event.wanted)
+        )
         if event.deadline_ns is not None:
             heappush(self._deadlines, (event.deadline_ns, event.request))
-        return [Enter(event.request, route, event.wanted)]
+        return self._begin(event.request, event.now_ns)
 
-    def _choose(self, stage: int) -> int:
-        if self._replicas[stage] == 1:
-            return 0
-        return least_outstanding([self.nodes[stage, r].outstanding for r in range(self._replicas[stage])])
+    def _begin(self, number: int, now_ns: int) -> list[Effect]:
+        """Begin an attempt, or wait for a node."""
+        request = self._requests[number]
+        absent = [stage for stage in request.needed if not self.roster.taking(stage)]
+        if absent:
+            error = self._hopeless(absent)
+            if error is not None:
+                return self._refuse(number, error)
+            request.waits = True
+            self._waiting[number] = None
+            return []
+        route = [NOT_NEEDED] * len(self._plan.stages)
+        for stage in request.needed:
+            chosen = self._choose(stage, request.cost) if stage in self._joins else ANY
+            assert chosen is not None
+            route[stage] = chosen
+        request.waits = False
+        request.attempt += 1
+        request.view = self.roster.view
+        request.route = tuple(route)
+        request.begun_ns = now_ns
+        return [
+            Enter(
+                number,
+                request.attempt,
+                request.view,
+                request.cost,
+                request.deadline_ns,
+                request.route,
+                request.wanted,
+            )
+        ]
+
+    def _again(self, number: int, reason: str, now_ns: int) -> list[Effect]:
+        """Make another attempt, unless this request kills whoever tries."""
+        request = self._requests[number]
+        if self._attempts == 1:
+            story = "; ".join(request.blamed) or reason
+            return self._refuse(number, NodeFailed(f"{story}; with one attempt a request is not tried again"))
+        if len(request.blamed) >= self._attempts:
+            stories = "; ".join(dict.fromkeys(request.blamed))
+            return self._refuse(
+                number, NodeFailed(f"the request was given up after it ran on {len(request.blamed)} nodes: {stories}")
+            )
+        self.retries += 1
+        request.missing = set(request.wanted)
+        request.visits.clear()
+        over: list[Effect] = [Again(number, request.attempt, reason), self._forget(number, request)]
+        return over + self._begin(number, now_ns)
+
+    def _forget(self, number: int, request: _Request) -> Effect:
+        nodes = [node.identity for node in self.roster.nodes.values() if node.slot[0] in request.needed]
+        return Forget(number, request.attempt, tuple(identity for identity in nodes if identity))
+
+    def _resume(self, now_ns: int) -> list[Effect]:
+        """Begin what waited for a node, as far as it now can."""
+        waiting, self._waiting = self._waiting, {}
+        return [effect for number in waiting for effect in self._begin(number, now_ns)]
+
+    def _hopeless(self, stages: list[int]) -> PipelineError | None:
+        for stage in stages:
+            story = self.roster.broken(stage)
+            if story is not None:
+                return StageUnavailable(f"stage {stage} has no node: {story}")
+        return None
+
+    def _give_up(self) -> list[Effect]:
+        """Refuse what waits for a stage whose nodes keep failing."""
+        effects: list[Effect] = []
+        for number in list(self._waiting):
+            absent = [stage for stage in self._requests[number].needed if not self.roster.taking(stage)]
+            error = self._hopeless(absent)
+            if error is not None:
+                effects += self._refuse(number, error)
+        return effects
 
     def _returned(self, event: Returned) -> list[Effect]:
         request = self._requests.get(event.request)
-        if request is None:
+        if request is None or request.waits or request.attempt != event.attempt:
             return []
         request.missing.difference_update(event.names)
-        request.visits.update((visit.stage, visit) for visit in event.history)
+        for visit in event.history:
+            request.visits[visit.stage] = visit
         if request.missing:
             return []
         self._end(event.request)
+        last_ns = 0
         for visit in request.visits.values():
-            record = self.nodes.get((visit.stage, visit.replica))
-            if record is not None:
-                record.requests += 1
-                record.wait_ns += visit.started_ns - visit.arrived_ns
-                record.run_ns += visit.ended_ns - visit.started_ns
-                record.output_bytes += visit.output_bytes
-                record.shared_bytes += visit.shared_bytes
-        return [Resolve(event.request, tuple(request.visits.values()))]
+            self.roster.visited(visit)
+            last_ns = max(last_ns, visit.sent_ns)
+        if last_ns:
+            self._usual_ns += 0.05 * (max(0, last_ns - request.begun_ns) - self._usual_ns)
+        return [Resolve(event.request, tuple(request.visits.values())), *self._settled()]
 
     def _reported(self, message: Failed) -> list[Effect]:
-        record = self.nodes.get((message.stage, message.replica))
-        if record is None:
+        request = self._requests.get(message.request)
+        record = self.roster.nodes.get((message.stage, message.replica))
+        if record is None or request is None or request.attempt != message.attempt:
             return []
         record.failures += 1
-        error = StageFailed(f"{self._called(record)} could not execute the request: {message.reason}")
+        error = StageFailed(f"{record.called} could not execute the request: {message.reason}")
         return self._refuse(message.request, error)
 
-    def _expired(self, number: int, finished: frozenset[int]) -> list[Effect]:
+    def _expired(self, number: int, steps: Mapping[int, Step]) -> list[Effect]:
         request = self._requests.get(number)
         if request is None:
             return []
-        behind = [str(stage) for stage, r in enumerate(request.route) if r != NOT_NEEDED and stage not in finished]
-        where = f"stage {', '.join(behind)} had not finished" if behind else "its outputs were on their way"
-        return self._refuse(number, DeadlineExceeded(f"the request's time ran out: {where}"))
+        if request.waits:
+            absent = [str(stage) for stage in sorted(request.needed) if not self.roster.taking(stage)]
+            where = f"no node of stage {', '.join(absent)} was up" if absent else "it had not begun"
+        else:
+            done = {self.roster.stage_of(node) for node, step in steps.items() if step is Step.DONE}
+            behind = [str(stage) for stage in sorted(request.needed) if stage not in done]
+            where = f"stage {', '.join(behind)} had not finished" if behind else "its outputs were on their way"
+        tries = f" in {request.attempt} attempts" if request.attempt > 1 else ""
+        return self._refuse(number, DeadlineExceeded(f"the request's time ran out{tries}: {where}"))
 
     def _refuse(self, number: int, error: PipelineError) -> list[Effect]:
         request = self._requests.get(number)
         if request is None:
             return []
         self._end(number)
-        nodes = [self.nodes[stage, replica] for stage, replica in enumerate(request.route) if replica != NOT_NEEDED]
-        return [Reject(number, error), Forget(number, tuple(node.identity for node in nodes))]
+        effects: list[Effect] = [Reject(number, error)]
+        if request.attempt:
+            effects.append(self._forget(number, request))
+        return [*effects, *self._settled()]
 
     def _end(self, number: int) -> None:
-        for stage, replica in enumerate(self._requests.pop(number).route):
-            if replica != NOT_NEEDED:
-                self.nodes[stage, replica].outstanding -= 1
+        del self._requests[number]
+        self._waiting.pop(number, None)
+
+    def _settled(self) -> list[Effect]:
+        """Let nodes go that nothing under way can reach any more; say so when nothing is under way at all."""
+        effects: list[Effect] = []
+        if self.roster.leaving:
+            oldest = min((r.view for r in self._requests.values() if not r.waits), default=self.roster.view)
+            for record in self.roster.leaving:
+                if record.leaves_at <= oldest and not record.released:
+                    record.released = True
+                    effects.append(SendAway(record.identity, "it has no more work"))
+        if self.state is State.DRAINING and not self._requests:
+            effects.append(Drained())
+        return effects
 
     # The end
 
-    def _break(self, error: PipelineError) -> list[Effect]:
-        if self.state in (State.BROKEN, State.CLOSED):
-            return []
-        effects: list[Effect] = [Announce(error)] if self.state is State.STARTING else []
-        self.state, self.error = State.BROKEN, error
-        for number in list(self._requests):
-            effects += self._refuse(number, error)
-        return effects
+    def _fail(self, error: PipelineError) -> list[Effect]:
+        self._machine.go(Change.FAIL)
+        self.error = error
+        return [Announce(error)]
 
     def _close(self) -> list[Effect]:
         if self.state is State.CLOSED:
             return []
         error = PipelineClosed("the pipeline was closed")
         effects: list[Effect] = [Announce(error)] if self.state is State.STARTING else []
-        self.state, self.error = State.CLOSED, self.error or error
+        self._machine.go(Change.CLOSE)
+        self.error = self.error or error
         for number in list(self._requests):
             effects += self._refuse(number, error)
-        known = [node.identity for node in self.nodes.values() if node.identity and node.state is not NodeState.LOST]
+        known = [node.identity for node in self.roster.nodes.values() if node.identity]
         return [*effects, *(SendAway(identity, "the pipeline was closed") for identity in known)]

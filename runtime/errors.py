@@ -5,8 +5,10 @@ OnnxsplitError
     ├── LaunchFailed       the pipeline did not come up
     ├── Busy               no room for another request, and the caller would not wait
     ├── DeadlineExceeded   the request's time ran out (also a TimeoutError)
+    ├── Cancelled          the caller gave the request up
     ├── StageFailed        a stage could not execute this request; others are not affected
-    ├── NodeFailed         a node died; names stage, node, exit code or signal, log
+    ├── NodeFailed         the request killed every node that tried it; names stage, node, exit code or signal, log
+    ├── StageUnavailable   the nodes of a stage keep failing; tells why, and when they are tried again
     ├── PipelineClosed     the pipeline was closed
     └── ProtocolError      a peer said something that is not of the protocol
 """
@@ -37,7 +39,15 @@ class StageFailed(PipelineError):
 
 
 class NodeFailed(PipelineError):
-    """A node died. Every request in the pipeline fails with it."""
+    """Nodes died while they executed this request, as often as it was tried; it is not tried again."""
+
+
+class StageUnavailable(PipelineError):
+    """The nodes of a stage that the request needs keep failing; they are left alone for a while. Try again then."""
+
+
+class Cancelled(PipelineError):
+    """The caller gave the request up."""
 
 
 class PipelineClosed(PipelineError):

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,10 +19,12 @@ from onnxsplit.plan import Plan
 from onnxsplit.tensors import Array
 from runtime import codec
 from runtime.coordinator_state import (
+    Again,
     CoordinatorState,
     Effect,
     Enter,
     Event,
+    GivenUp,
     Reject,
     Reported,
     Resolve,
@@ -30,9 +32,10 @@ from runtime.coordinator_state import (
     Submitted,
 )
 from runtime.errors import PipelineClosed, PipelineError, ProtocolError
-from runtime.messages import CALLER, NOT_NEEDED, Fragment
+from runtime.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
 from runtime.node_state import sources
-from runtime.payloads import Outgoing, Payloads, shapes_of
+from runtime.payloads import Attempt, Outgoing, Payloads, shapes_of
+from runtime.router import Router
 from runtime.trace import Traced
 from runtime.transport import Inlet, Outlet, Sockets, Wakeup
 
@@ -50,12 +53,32 @@ class Answer:
 Done = Callable[[Answer], None]
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """Tensors that came back."""
+
+    request: int
+    attempt: int
+    tensors: dict[str, Array]
+    history: tuple[Visit, ...]
+
+
 @dataclass
 class _Pending:
-    """A request in flight: who wants to know, and what has come back."""
+    """A request that is not answered: who wants to know, its inputs, and what has come back of the attempt.
+
+    Attributes:
+        done: told the answer.
+        entered_ns: it was submitted.
+        going: its inputs, held until it is answered so that they can be sent again.
+        enter: the attempt under way, or to come as soon as the inputs are ``placed``.
+    """
 
     done: Done
     entered_ns: int
+    going: Outgoing = field(default_factory=Outgoing)
+    placed: bool = False
+    enter: Enter | None = None
     outputs: dict[str, Array] = field(default_factory=dict)
 
 
@@ -66,6 +89,8 @@ class Flow:
         plan: what the nodes execute.
         machine: decides.
         payloads: the caller's side of shared memory.
+        router: chooses among replicas.
+        replay: hold inputs until the answer is there, so that another attempt can be made.
         trace: record when each request was where.
         elsewhere: takes effects that are not about requests, while the lock is held; any thread calls it.
         deadline: told of a request's deadline in nanoseconds.
@@ -73,6 +98,7 @@ class Flow:
     Attributes:
         lock: of the machine, the links, the own shared memory and what is pending here.
         links: to the nodes, by number.
+        started: the attempt that nodes on other hosts said last they begin to execute, by number.
         wakeup: to be watched by the sockets that :meth:`take_results` waits at.
         traced: what was recorded.
     """
@@ -82,17 +108,22 @@ class Flow:
         plan: Plan,
         machine: CoordinatorState,
         payloads: Payloads,
+        router: Router,
         *,
+        replay: bool,
         trace: bool,
         elsewhere: Callable[[Effect], None],
         deadline: Callable[[int], None],
     ) -> None:
         self.lock = threading.Lock()
         self.links: dict[int, Outlet] = {}
+        self.started: dict[int, tuple[int, int]] = {}
         self.wakeup = Wakeup()
         self.traced: list[Traced] = []
         self._machine = machine
         self._payloads = payloads
+        self._router = router
+        self._replay = replay
         self._trace = trace
         self._elsewhere = elsewhere
         self._deadline = deadline
@@ -101,70 +132,95 @@ class Flow:
             for stage in plan.stages
             if CALLER in sources(plan, stage.index)
         }
+        self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
         self._pending: dict[int, _Pending] = {}
         self._answers: deque[tuple[Done, Answer]] = deque()
         self._count = 0
         self._stopped = False
 
-    def submit(self, inputs: Mapping[str, Array], wanted: tuple[str, ...], deadline_ns: int | None, done: Done) -> None:
-        """Send a request in; ``inputs`` are copied before this returns.
+    def submit(
+        self, inputs: Mapping[str, Array], wanted: tuple[str, ...], cost: int, deadline_ns: int | None, done: Done
+    ) -> int:
+        """Send a request in, and return its number; ``inputs`` are copied before this returns.
 
         ``done`` is called once: in a thread of the coordinator's, or in this one when the request is refused at once.
         """
-        entering = None
+        pending = None
         with self.lock:
+            number = self._count
+            self._count += 1
+            now = time.monotonic_ns()
             if self._stopped:
-                self._answers.append(
-                    (done, Answer({}, self._machine.error or PipelineClosed("the pipeline was closed")))
-                )
+                reason = self._machine.error or PipelineClosed("the pipeline was closed")
+                self._answers.append((done, Answer({}, reason)))
             else:
-                number = self._count
-                self._count += 1
-                self._pending[number] = _Pending(done, time.monotonic_ns())
-                (effect,) = self._machine.handle(Submitted(number, wanted, deadline_ns))
-                if isinstance(effect, Enter):
-                    targets = self._targets(effect.route)
-                    going = Outgoing()
-                    self._payloads.place(going, shapes_of(inputs), targets)
-                    entering = effect, targets, going
+                pending = self._pending[number] = _Pending(done, now)
+                self.perform(self._machine.handle(Submitted(number, wanted, cost, deadline_ns, now)))
+                if number in self._pending:
+                    leaving = {name for names in self._entrances.values() for name in names}
+                    self._payloads.place(pending.going, shapes_of(inputs), leaving)
                 else:
-                    self.answer(effect)
-        if entering is not None:
-            self._enter(*entering, inputs)
+                    pending = None
+        if pending is not None:
+            self._place(pending, number, inputs)
             if deadline_ns is not None:
                 self._deadline(deadline_ns)
         self.deliver()
+        return number
 
-    def _targets(self, route: tuple[int, ...]) -> Mapping[int, tuple[str, ...]]:
-        """The inputs that each node on a route reads, by the node's number."""
-        return {
-            self._machine.number((stage, route[stage])): names
-            for stage, names in self._entrances.items()
-            if route[stage] != NOT_NEEDED
-        }
-
-    def _enter(
-        self, enter: Enter, targets: Mapping[int, tuple[str, ...]], going: Outgoing, inputs: Mapping[str, Array]
-    ) -> None:
+    def _place(self, pending: _Pending, number: int, inputs: Mapping[str, Array]) -> None:
+        """Copy a request's inputs to where nodes read them, and begin the attempt that waits for that."""
+        arrays = pending.going.arrays
         for name, array in inputs.items():
-            if name in going.arrays:
-                going.arrays[name][...] = array
+            if name in arrays:
+                arrays[name][...] = array
+            elif self._replay or array.nbytes > codec.INLINE_BYTES:
+                arrays[name] = np.array(array, order="C")
             else:  # small ones are copied into the message
-                going.arrays[name] = array if array.nbytes <= codec.INLINE_BYTES else np.array(array, order="C")
+                arrays[name] = array
         with self.lock:
-            if self._stopped:
-                return
-            for number, names in targets.items():
-                self._payloads.send(
-                    self.links[number],
-                    number,
-                    going,
-                    names,
-                    request=enter.request,
-                    source=CALLER,
-                    route=enter.route,
-                    wanted=enter.wanted,
-                )
+            pending.placed = True
+            if number not in self._pending or self._stopped:
+                self._payloads.release(pending.going)  # it was answered meanwhile
+            elif pending.enter is not None:
+                self._send(pending, pending.enter)
+
+    def give_up(self, number: int) -> None:
+        """The caller does not want an answer any more."""
+        with self.lock:
+            self.perform(self._machine.handle(GivenUp(number)))
+        self.deliver()
+
+    def _send(self, pending: _Pending, enter: Enter) -> None:
+        """Send a request's inputs to the nodes of its route, while the lock is held."""
+        now = time.monotonic_ns()
+        going = pending.going
+        attempt = Attempt(
+            request=enter.request,
+            attempt=enter.attempt,
+            view=enter.view,
+            cost=enter.cost,
+            budget_ns=0 if enter.deadline_ns is None else max(1, enter.deadline_ns - now),
+            route=enter.route,
+            wanted=enter.wanted,
+        )
+        readers = {}
+        for stage, names in self._entrances.items():
+            if enter.route[stage] == NOT_NEEDED:
+                continue
+            number: int | None = enter.route[stage]
+            if number == ANY:
+                size = sum(going.arrays[name].nbytes for name in names if name in going.arrays)
+                number = self._router.choose(stage, self._sources[stage], enter.cost, size, now)
+            if number is not None and number in self.links:
+                readers[number] = names
+        for number, names in readers.items():
+            self._router.sent(number, enter.cost)
+            if set(names) & going.places.keys():
+                self._payloads.lend_too(going, number)
+            self._payloads.send(self.links[number], number, going, names, attempt, CALLER)
+        if not self._replay:
+            self._payloads.release(going)
 
     def take_results(self, sockets: Sockets, data: Inlet) -> None:
         """Take what comes back until :meth:`stop`."""
@@ -174,42 +230,79 @@ class Flow:
             event = self._result(*message) if message is not None else None
             if event is not None:
                 with self.lock:
-                    for effect in self._machine.handle(event):
-                        self.answer(effect)
+                    if not isinstance(event, _Outputs):
+                        self.perform(self._machine.handle(event))
+                    elif self._machine.attempt(event.request) == event.attempt:
+                        self._pending[event.request].outputs.update(event.tensors)
+                        names = tuple(event.tensors)
+                        self.perform(self._machine.handle(Returned(event.request, event.attempt, names, event.history)))
                 self.deliver()
 
-    def _result(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Event | None:
+    def _result(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Event | _Outputs | None:
         try:
             said = codec.decode_data(header)
-            return self._collect(said, frames) if isinstance(said, Fragment) else Reported(said)
+            match said:
+                case Fragment():
+                    return self._collect(said, frames)
+                case Failed():
+                    return Reported(said)
+                case Receipt():
+                    with self.lock:
+                        self._router.told(said, time.monotonic_ns())
+                case Started(request, attempt, sender):
+                    self.started[sender] = request, attempt
         except ProtocolError as error:
             _log.warning("dropped: %s", error)
-            return None
+        return None
 
-    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> Event | None:
-        tensors = self._payloads.receive(fragment, frames)
-        pending = self._pending.get(fragment.request)
+    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> _Outputs | None:
+        with self.lock:
+            tensors = self._payloads.receive(fragment, frames)
+            wanted = self._machine.attempt(fragment.request) == fragment.attempt
         # Copied: the caller's arrays are its own, writable and not tied to a message or to a node's memory.
-        copies = {name: np.array(tensor) for name, tensor in tensors.items()} if pending is not None else {}
-        held = self._payloads.hold((fragment,))
-        self._payloads.give_back(fragment)
-        if pending is None or not held:
+        copies = {name: np.array(tensor) for name, tensor in tensors.items()} if wanted else {}
+        with self.lock:
+            held = self._payloads.hold((fragment,))
+            self._payloads.give_back(fragment)
+        if not wanted or not held:
             return None
-        pending.outputs.update(copies)
-        return Returned(fragment.request, tuple(tensors), fragment.history)
+        return _Outputs(fragment.request, fragment.attempt, copies, fragment.history)
+
+    def perform(self, effects: Iterable[Effect]) -> None:
+        """Do what is to be done about requests, while the lock is held, and leave the rest to the control thread."""
+        for effect in effects:
+            self.answer(effect)
 
     def answer(self, effect: Effect) -> None:
-        """Note what to tell a caller, while the lock is held; :meth:`deliver` tells it, since it may submit again."""
+        """Send, or note what to tell a caller, while the lock is held.
+
+        :meth:`deliver` tells it, without: a caller may submit again.
+        """
         match effect:
+            case Enter(request):
+                pending = self._pending[request]
+                pending.enter = effect
+                if pending.placed:
+                    self._send(pending, effect)
+            case Again(request):
+                pending = self._pending[request]
+                pending.enter = None
+                pending.outputs = {}
             case Resolve(request, visits):
-                pending = self._pending.pop(request)
+                pending = self._end(request)
                 self._answers.append((pending.done, Answer(pending.outputs)))
                 if self._trace:
                     self.traced.append(Traced(request, pending.entered_ns, visits, time.monotonic_ns()))
             case Reject(request, error):
-                self._answers.append((self._pending.pop(request).done, Answer({}, error)))
+                self._answers.append((self._end(request).done, Answer({}, error)))
             case _:
                 self._elsewhere(effect)
+
+    def _end(self, request: int) -> _Pending:
+        pending = self._pending.pop(request)
+        if pending.placed:
+            self._payloads.release(pending.going)
+        return pending
 
     def deliver(self) -> None:
         """Tell callers what was noted; without the lock."""
@@ -219,6 +312,11 @@ class Flow:
             except IndexError:  # another thread may have delivered them
                 return
             done(answer)
+
+    @property
+    def count(self) -> int:
+        """Requests so far."""
+        return self._count
 
     @property
     def lent_bytes(self) -> int:

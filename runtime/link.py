@@ -66,7 +66,7 @@ def _receive(sockets: Sockets, inlet: Inlet) -> None:
 
 def _copy_ns() -> float:
     arena = Arena(_COPIED_BYTES)
-    block = arena.reserve(_COPIED_BYTES, [])
+    block = arena.reserve(_COPIED_BYTES)
     assert block is not None
     shared = arena.array(block, 0, "uint8", (_COPIED_BYTES,))
     private = np.ones(_COPIED_BYTES, np.uint8)

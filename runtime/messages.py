@@ -3,19 +3,24 @@
 Two links, each a ROUTER or DEALER that binds and DEALERs that connect; each message a header and then, for fragments,
 a frame for every tensor that is neither in the header nor in shared memory:
 
-    control   node DEALER -> coordinator ROUTER    Hello Ready Refused NodeBeat         once, and once a second
+    control   node DEALER -> coordinator ROUTER    Hello Ready Refused NodeBeat Leaving    rarely, and twice a second
               coordinator -> node                  Assign Wire Share Cancel Beat Stop
-    data      coordinator, node -> node DEALER     Fragment [tensor ...]                inputs of a stage
-              node -> coordinator DEALER           Fragment [tensor ...] Failed
+    data      coordinator, node -> node DEALER     Fragment [tensor ...]                   inputs of a stage
+              node -> node, coordinator DEALER     Receipt                                 between hosts, to balance
+              node -> coordinator DEALER           Fragment [tensor ...] Started Failed
 
 Headers are MessagePack with a tag; unknown fields and tags are refused.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
-PROTOCOL = 2
+from runtime.balance import Policy
+
+PROTOCOL = 3
 """Both ends must speak the same version; a node that speaks another is refused by name."""
 
 CALLER = -1
@@ -23,6 +28,14 @@ CALLER = -1
 
 NOT_NEEDED = -1
 """In a route: this stage does not run for the request."""
+
+ANY = 0
+"""In a route: who sends there chooses the replica. (0 is the coordinator's own number, which executes nothing.)"""
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+Cost = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -43,18 +56,24 @@ class Peer(_Message, frozen=True):
     """A process of the pipeline.
 
     Attributes:
+        number: by which all others know it; a process started in its place gets another.
         stage: that it executes; :data:`CALLER` for the caller's process.
         replica: of that stage.
+        takes: requests may be sent to it; False while it is being relieved of its work.
         address: where it takes fragments.
         shortcut: where it takes those of its own host that need no frames; empty for nowhere.
         memory: its shared memory, if it has any.
+        key: its public key, by which others know that they speak with it; empty where links are not encrypted.
     """
 
+    number: Number
     stage: int
     replica: int
+    takes: bool
     address: str
     shortcut: str
     memory: Memory | None
+    key: str
 
 
 class Hello(_Message, tag="hello", frozen=True):
@@ -68,12 +87,13 @@ class Hello(_Message, tag="hello", frozen=True):
     replica: int
     shortcut: str
     memory: Memory | None
+    key: str
 
 
 class Ready(_Message, tag="ready", frozen=True):
-    """The node's stage is loaded and its links are set up; it has mapped the memory of the peers ``mapped``."""
+    """The node's stage is loaded and its links are as :class:`Wire` says; it has mapped the memory of ``mapped``."""
 
-    mapped: tuple[int, ...]
+    mapped: tuple[Number, ...]
 
 
 class Refused(_Message, tag="refused", frozen=True):
@@ -83,9 +103,23 @@ class Refused(_Message, tag="refused", frozen=True):
 
 
 class NodeBeat(_Message, tag="node-beat", frozen=True):
-    """The node lives; ``progress`` counts the requests it has executed."""
+    """The node lives.
 
-    progress: int
+    Attributes:
+        progress: requests executed so far.
+        running_ns: for how long the session has been at the present one; 0 when it is at none.
+        cost: of that request.
+        longest_ns: an ordinary request took at most so long here.
+    """
+
+    progress: Count
+    running_ns: Count
+    cost: Count
+    longest_ns: Count
+
+
+class Leaving(_Message, tag="leaving", frozen=True):
+    """The node was told to end, and asks to be relieved of its work first."""
 
 
 class Assign(_Message, tag="assign", frozen=True):
@@ -93,7 +127,9 @@ class Assign(_Message, tag="assign", frozen=True):
 
     ``plan_id`` is the SHA-256 of plan.json in ``folder``, a path on the coordinator's host. ``threads`` is 0 for the
     plan's number. ``share_weights``: map them from the copy that the replicas on a host have in common.
-    ``profile``: have ONNX Runtime profile its runs into a file of the node's home.
+    ``profile``: have ONNX Runtime profile its runs into a file of the node's home. ``beat_ns`` and ``silence_ns``: how
+    often to give signs of life, and after how long without one the coordinator is taken for dead. ``balance``: how to
+    choose among replicas.
     """
 
     plan_id: str
@@ -104,28 +140,36 @@ class Assign(_Message, tag="assign", frozen=True):
     threads: int
     share_weights: bool
     profile: bool
+    beat_ns: int
+    silence_ns: int
+    balance: Policy
 
 
 class Wire(_Message, tag="wire", frozen=True):
-    """All processes of the pipeline. A peer's number is its position; the first is the caller's."""
+    """All processes of the pipeline, from now on. ``view`` counts the changes; ``me`` is the node's own number."""
 
+    view: Count
+    me: Number
     peers: tuple[Peer, ...]
 
 
 class Share(_Message, tag="share", frozen=True):
     """The peers that can read the node's memory, and whose returns it can read: to them, tensors go in place."""
 
-    readers: tuple[int, ...]
+    readers: tuple[Number, ...]
 
 
 class Cancel(_Message, tag="cancel", frozen=True):
-    """Nobody waits for this request any more."""
+    """Nobody waits for these attempts at a request any more: for this one and all before it."""
 
-    request: int
+    request: Count
+    attempt: Count
 
 
 class Beat(_Message, tag="beat", frozen=True):
-    """The coordinator lives."""
+    """The coordinator lives; nobody waits for a request before ``oldest`` any more."""
+
+    oldest: Count
 
 
 class Stop(_Message, tag="stop", frozen=True):
@@ -180,16 +224,24 @@ class Fragment(_Message, tag="fragment", frozen=True):
 
     Attributes:
         request: number of the request.
+        attempt: number of the try at it, from 1; fragments of different attempts never meet.
+        view: who does not know of this many changes in the pipeline yet must not pass the attempt on.
+        cost: of the request, in thousandths of an ordinary one.
+        budget_ns: time it has left; 0 for no limit.
         sender: number of the process that sends.
         source: the stage that sends, or :data:`CALLER`.
-        route: the replica that executes each stage, :data:`NOT_NEEDED` where none does.
+        route: of each stage the number of the node that executes it, :data:`ANY`, or :data:`NOT_NEEDED`.
         wanted: tensors the caller asked for.
         tensors: what is sent.
         history: the stages the request has passed on the way here.
     """
 
-    request: int
-    sender: int
+    request: Count
+    attempt: Count
+    view: Count
+    cost: Cost
+    budget_ns: Count
+    sender: Number
     source: int
     route: tuple[int, ...]
     wanted: tuple[str, ...]
@@ -197,15 +249,40 @@ class Fragment(_Message, tag="fragment", frozen=True):
     history: tuple[Visit, ...]
 
 
-class Failed(_Message, tag="failed", frozen=True):
-    """A stage could not execute a request."""
+class Started(_Message, tag="started", frozen=True):
+    """A node begins to execute an attempt; said where the coordinator cannot read it in the node's memory."""
 
-    request: int
+    request: Count
+    attempt: Count
+    sender: Number
+
+
+class Receipt(_Message, tag="receipt", frozen=True):
+    """What a peer on another host would read from the sender's board.
+
+    Attributes:
+        sender: number of the process that sends.
+        done: cost of all work from the reader that it is done with, ever.
+        service_ns: time of an ordinary request there.
+        peak_ns: the same, the slowest of late.
+    """
+
+    sender: Number
+    done: Count
+    service_ns: Count
+    peak_ns: Count
+
+
+class Failed(_Message, tag="failed", frozen=True):
+    """A stage could not execute an attempt; another would fare no better."""
+
+    request: Count
+    attempt: Count
     stage: int
     replica: int
     reason: str
 
 
-NodeControl = Hello | Ready | Refused | NodeBeat
+NodeControl = Hello | Ready | Refused | NodeBeat | Leaving
 CoordinatorControl = Assign | Wire | Share | Cancel | Beat | Stop
-Data = Fragment | Failed
+Data = Fragment | Receipt | Started | Failed

@@ -8,13 +8,14 @@ Only plans whose maker proved that the halves of a batch give what the whole giv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import Plan
-from onnxsplit.tensors import Array
+from onnxsplit.tensors import Array, numpy_dtype
 
 Axes = Mapping[str, int | None]
 """The batch axis of each tensor; None for one that every part gets, or gives, whole."""
@@ -37,6 +38,20 @@ def batch_size(plan: Plan) -> int:
             dim = spec.shape[spec.batch_axis]
             return plan.dims.get(f"{name}.{spec.batch_axis}" if dim == "?" else str(dim), 1)
     return 1
+
+
+def ordinary_bytes(plan: Plan) -> int:
+    """Bytes of the inputs that the plan was made and measured for; sizes that are not known count as 1."""
+    total = 0
+    for name in plan.inputs:
+        spec = plan.tensors[name]
+        shape = spec.shape or ()
+        sizes = [
+            dim if isinstance(dim, int) else plan.dims.get(f"{name}.{axis}" if dim == "?" else str(dim), 1)
+            for axis, dim in enumerate(shape)
+        ]
+        total += math.prod(sizes) * (8 if spec.dtype == "string" else numpy_dtype(spec.dtype).itemsize)
+    return total
 
 
 def split(inputs: Mapping[str, Array], axes: Axes, rows: int) -> list[dict[str, Array]]:

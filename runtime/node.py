@@ -19,17 +19,31 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec.structs
 
 from onnxsplit.errors import OnnxsplitError
-from runtime import codec
+from runtime import codec, node_state
 from runtime.arena import Step
+from runtime.balance import Gauge
 from runtime.errors import ProtocolError
-from runtime.messages import PROTOCOL, Assign, Fragment, Hello, Peer, Ready, Refused
+from runtime.messages import (
+    ANY,
+    CALLER,
+    PROTOCOL,
+    Assign,
+    Fragment,
+    Hello,
+    Leaving,
+    NodeBeat,
+    Ready,
+    Receipt,
+    Refused,
+    Started,
+)
 from runtime.node_control import ControlLink
 from runtime.node_state import (
     Arrived,
@@ -43,28 +57,35 @@ from runtime.node_state import (
     Exit,
     Forward,
     GiveBack,
+    LeaveAsked,
     Load,
     Loaded,
     LoadFailed,
     NodeState,
+    Passed,
     Report,
     Run,
+    SayLeaving,
     SayReady,
     SayRefused,
     Share,
     State,
     StopAsked,
     Turn,
+    sources,
 )
-from runtime.payloads import Outgoing, Payloads
+from runtime.payloads import Attempt, Outgoing, Payloads
 from runtime.pinned import cuda_pin
+from runtime.router import Router
 from runtime.stage_runner import StageRunner
 from runtime.transport import Inlet, Outlet, Sockets, Wakeup, check_address, private_folder
+from runtime.watch import Timings
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 """Of a node's outputs in shared memory at once; what does not fit is copied through sockets."""
 
 _EXIT_GRACE_S = 2.0
+_SERVING = (State.READY, State.LEAVING)
 _log = logging.getLogger("runtime.node")
 
 
@@ -83,6 +104,7 @@ class NodeOptions:
         memory_bytes: of shared memory for its outputs at most; 0 for none.
         home: a folder of the launcher's, removed when the launcher dies. Set together with ``lifeline``.
         lifeline: end when standard input does.
+        drain_s: wait so long to be relieved of work before ending on a signal.
     """
 
     connect: str
@@ -95,6 +117,7 @@ class NodeOptions:
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     home: Path | None = None
     lifeline: bool = False
+    drain_s: float = Timings().drain_s
 
 
 def serve(options: NodeOptions) -> int:
@@ -123,17 +146,29 @@ class _Node:
         self._posted: deque[Event] = deque()
         self._wakeup = Wakeup()
         self._payloads = Payloads(options.memory_bytes)
+        self._router = Router("completion", self._payloads.board)
+        self._gauge = Gauge()
         self._mapped: tuple[int, ...] = ()
+        self._me = -1
         self._links: dict[int, Outlet] = {}
+        self._receipts: dict[int, Outlet] = {}  # to senders who cannot read this node's board, and have a choice
+        self._sources: dict[int, list[int]] = {}  # of every stage
+        self._shared: dict[node_state.Leaving, tuple[str, ...]] = {}
         self._runner: StageRunner | None = None
-        self._ran = _Ran({}, Outgoing(), valid=False)
+        self._ran = _Ran(Outgoing(), valid=False)
+        self._began: tuple[int, int] | None = None
         self._refused = False
+        self._asked = False
         self._exit: Exit | None = None
 
     @property
-    def progress(self) -> int:
-        """Requests executed so far."""
-        return self._machine.executed
+    def beat(self) -> NodeBeat:
+        """A sign of life, as of now."""
+        began = self._began
+        if began is None:
+            return NodeBeat(self._machine.executed, 0, 0, self._gauge.longest_ns)
+        running_ns = max(1, time.monotonic_ns() - began[0])
+        return NodeBeat(self._machine.executed, running_ns, began[1], self._gauge.longest_ns)
 
     def post(self, event: Event) -> None:
         """Hand an event to the main thread."""
@@ -147,6 +182,17 @@ class _Node:
         timer.start()
         self.post(StopAsked(reason))
 
+    def _asked_to_end(self, what: str) -> None:
+        """By a signal: end when the work is done, or after a while; a second one ends it soon."""
+        if self._asked:
+            self.lost(f"received {what} again")
+            return
+        self._asked = True
+        timer = threading.Timer(self._options.drain_s, self.lost, (f"received {what}",))
+        timer.daemon = True
+        timer.start()
+        self.post(LeaveAsked(f"received {what}"))
+
     def serve(self) -> int:
         """Until an :class:`Exit` effect."""
         options = self._options
@@ -154,7 +200,7 @@ class _Node:
             if options.lifeline and number == signal.SIGINT:
                 signal.signal(number, signal.SIG_IGN)  # Ctrl-C in the terminal is the launcher's to handle
             else:
-                signal.signal(number, lambda number, _: self.lost(f"received {signal.Signals(number).name}"))
+                signal.signal(number, lambda number, _: self._asked_to_end(signal.Signals(number).name))
         if options.lifeline:
             threading.Thread(target=_watch_lifeline, args=(self._home,), daemon=True).start()
         with Sockets() as sockets:
@@ -170,6 +216,7 @@ class _Node:
                 replica=options.replica,
                 shortcut=str(shortcut or ""),
                 memory=self._payloads.memory,
+                key="",
             )
             control = ControlLink(self, options.connect, hello)
             control.start()
@@ -197,13 +244,13 @@ class _Node:
                     self._handle(self._posted.popleft(), sockets, control)
             if (message := inlet.receive(ready)) is not None:
                 event = self._arrival(*message)
-                if event is not None and machine.state is State.READY:
+                if event is not None and machine.state in _SERVING:
                     self._handle(event, sockets, control)
             if machine.ready and self._exit is None:
-                self._handle(Turn(), sockets, control)
+                self._handle(Turn(time.monotonic_ns()), sockets, control)
 
     def _handle(self, event: Event, sockets: Sockets, control: ControlLink) -> None:
-        if isinstance(event, Cancelled) and self._machine.state is not State.READY:
+        if isinstance(event, Cancelled | Passed) and self._machine.state not in _SERVING:
             return
         effects = deque(self._machine.handle(event))
         while effects and self._exit is None:
@@ -219,19 +266,22 @@ class _Node:
                 self._forward(effect)
             case GiveBack(fragments):
                 for fragment in fragments:
-                    self._payloads.give_back(fragment)
+                    self._give_back(fragment)
             case Discard():
                 self._payloads.drop(self._ran.going)
             case Report(message):
                 self._links[0].send(codec.encode(message))
             case Load(assign):
                 return self._load(assign)
-            case Connect(me, neighbours, targets):
-                self._connect(me, neighbours, targets, sockets)
+            case Connect():
+                self._connect(effect, sockets)
             case Share(readers):
                 self._payloads.share(readers)
+                self._shared.clear()
             case SayReady():
                 control.say(Ready(self._mapped))
+            case SayLeaving():
+                control.say(Leaving())
             case SayRefused(reason):
                 self._refused = True
                 control.say(Refused(reason))
@@ -244,73 +294,141 @@ class _Node:
         if self._options.provider is not None:
             assign = msgspec.structs.replace(assign, provider=self._options.provider)
         self._assign = assign
+        self._router = Router(assign.balance, self._payloads.board)
         try:
             self._runner = StageRunner(folder, assign, home=self._home, threads=self._options.threads)
         except OnnxsplitError as error:
             return LoadFailed(str(error))
-        return Loaded(self._runner.plan)
+        plan = self._runner.plan
+        self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
+        return Loaded(plan)
 
-    def _connect(self, me: int, neighbours: Mapping[int, Peer], targets: frozenset[int], sockets: Sockets) -> None:
-        self._mapped = self._payloads.meet(me, neighbours)
-        if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:
-            self._payloads.pin(pin)
-        for number in targets:
-            peer = neighbours[number]
+    def _connect(self, connect: Connect, sockets: Sockets) -> None:
+        first = not self._links
+        peers = {peer.number: peer for peer in connect.peers}
+        self._mapped = self._payloads.meet(connect.me, {n: peers[n] for n in connect.neighbours})
+        self._router.learn(connect.me, connect.peers, self._payloads.boards())
+        self._shared.clear()
+        for number in self._links.keys() - connect.targets:
+            self._links.pop(number).close()
+        for number in connect.targets - self._links.keys():
+            peer = peers[number]
             shortcut = peer.shortcut if number in self._mapped else ""
             self._links[number] = sockets.connect(peer.address, shortcut=shortcut)
+        self._me = connect.me
+        for number in self._receipts.keys() - peers.keys():
+            self._receipts.pop(number).close()
+        siblings = sum(peer.stage == self._assign.stage and peer.takes for peer in connect.peers)
+        for number in connect.neighbours - self._receipts.keys() if siblings > 1 else ():
+            if not self._router.mapped(number) and peers[number].stage in self._sources[self._assign.stage]:
+                self._receipts[number] = sockets.connect(peers[number].address)
+        if not first:
+            return
+        if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:
+            self._payloads.pin(pin)
         gc.freeze()  # what is here now stays; requests make no cycles, so there is little to look for
         gc.set_threshold(100_000, 50, 50)
 
     def _arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
         try:
-            fragment = codec.decode_data(header)
-            if not isinstance(fragment, Fragment):
-                raise ProtocolError(f"a {type(fragment).__name__} where only fragments come in")
-            return Arrived(fragment, self._payloads.receive(fragment, frames), time.monotonic_ns())
+            said = codec.decode_data(header)
+            if isinstance(said, Fragment):
+                return Arrived(said, self._payloads.receive(said, frames), time.monotonic_ns())
+            if not isinstance(said, Receipt):
+                raise ProtocolError(f"a {type(said).__name__}, which is not for nodes")
+            self._router.told(said, time.monotonic_ns())
+            return None
         except ProtocolError as error:
             _log.warning("dropped: %s", error)
             return None
 
+    def _give_back(self, fragment: Fragment) -> None:
+        self._payloads.give_back(fragment)
+        sender = fragment.sender
+        if not self._router.mapped(sender) and (link := self._receipts.get(sender)) is not None:
+            board = self._payloads.board
+            service_ns, peak_ns, *_ = board.times
+            me = self._me
+            link.send(codec.encode(Receipt(me, board.done(sender), service_ns, peak_ns)))
+
     def _run(self, run: Run) -> Event:
         assert self._runner is not None
-        payloads, request, targets = self._payloads, run.request, run.targets
-        going = payloads.reserve(self._runner.proven(run.inputs), targets)
-        payloads.record(request, Step.RUNNING)
+        payloads, board = self._payloads, self._payloads.board
+        shared = self._shared.get(run.leaving)
+        if shared is None:
+            shared = self._shared[run.leaving] = self._find_shared(run.leaving)
+        going = payloads.reserve(self._runner.proven(run.inputs), shared)
+        if not self._router.mapped(0):
+            self._links[0].send(codec.encode(Started(*run.key, self._me)))
+        payloads.record(*run.key, Step.RUNNING)
         started = time.monotonic_ns()
+        self._began = started, run.cost
+        board.began(run.cost, started)
         try:
             outputs = self._runner.run(run.inputs, going.arrays)
         except OnnxsplitError as error:
             payloads.drop(going)
-            return ExecutionFailed(request, str(error))
-        ended = time.monotonic_ns()
-        payloads.complete(going, outputs, targets)
-        payloads.record(request, Step.DONE)
-        self._ran = _Ran(targets, going, payloads.hold(run.fragments))
-        return Executed(request, started, ended, time.monotonic_ns(), going.size_bytes, going.shared_bytes)
+            return ExecutionFailed(str(error))
+        finally:
+            ended = time.monotonic_ns()
+            self._began = None
+            self._gauge.ran(ended - started, run.cost, ended)
+            board.ended(self._gauge, ended)
+        payloads.complete(going, outputs, shared)
+        payloads.record(*run.key, Step.DONE)
+        self._ran = _Ran(going, payloads.hold(run.fragments))
+        return Executed(started, ended, time.monotonic_ns(), going.size_bytes, going.shared_bytes)
 
     def _forward(self, effect: Forward) -> None:
+        going, fragment = self._ran.going, effect.fragment
         if not self._ran.valid:  # the inputs were taken away meanwhile: somebody else does this request
-            self._payloads.drop(self._ran.going)
+            self._payloads.drop(going)
             return
-        for number, names in self._ran.targets.items():
-            self._payloads.send(
-                self._links[number],
-                number,
-                self._ran.going,
-                names,
-                request=effect.request,
-                source=self._assign.stage,
-                route=effect.route,
-                wanted=effect.wanted,
-                history=effect.history,
-            )
+        readers = {}
+        for stage, names in effect.leaving:
+            if stage == CALLER:
+                readers[0] = names
+                continue
+            number: int | None = fragment.route[stage]
+            if number == ANY:
+                number = self._choose(stage, names, going, fragment.cost)
+            if number is not None and number in self._links:  # else that node is lost, and others do this request
+                readers[number] = names
+                self._router.sent(number, fragment.cost)
+        self._payloads.lend(going, readers)
+        attempt = Attempt(
+            request=fragment.request,
+            attempt=fragment.attempt,
+            view=fragment.view,
+            cost=fragment.cost,
+            budget_ns=effect.budget_ns,
+            route=fragment.route,
+            wanted=fragment.wanted,
+            history=effect.history,
+        )
+        for number, names in readers.items():
+            self._payloads.send(self._links[number], number, going, names, attempt, self._assign.stage)
+
+    def _find_shared(self, leaving: node_state.Leaving) -> tuple[str, ...]:
+        """The outputs that somebody may read in place."""
+        shared: set[str] = set()
+        for stage, names in leaving:
+            numbers = (0,) if stage == CALLER else self._router.nodes(stage)
+            if any(self._payloads.lends_to(number) for number in numbers):
+                shared.update(names)
+        return tuple(sorted(shared))
+
+    def _choose(self, stage: int, names: tuple[str, ...], going: Outgoing, cost: int) -> int | None:
+        if len(self._router.nodes(stage)) == 1:
+            return self._router.nodes(stage)[0]
+        size = sum(going.arrays[name].nbytes for name in names)
+        return self._router.choose(stage, self._sources[stage], cost, size, time.monotonic_ns())
 
 
 @dataclass
 class _Ran:
-    """The request that ran last: its outputs, who gets which, and whether its inputs were there to the end."""
+    """The request that ran last: its outputs, and whether its inputs were there to the end."""
 
-    targets: Mapping[int, tuple[str, ...]]
     going: Outgoing
     valid: bool
 

@@ -11,12 +11,9 @@ from typing import Protocol
 from runtime import codec
 from runtime.errors import ProtocolError
 from runtime.messages import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Wire
-from runtime.node_state import Assigned, Cancelled, Event, Shared, Wired
+from runtime.node_state import Assigned, Cancelled, Event, Passed, Shared, Wired
 from runtime.transport import Sockets, Wakeup
-
-BEAT_S = 1.0
-SILENCE_S = 10.0
-"""A coordinator that was heard of and then says nothing for this long is taken for dead."""
+from runtime.watch import Timings
 
 _JOIN_S = 2.0
 _log = logging.getLogger("runtime.node")
@@ -26,8 +23,8 @@ class Body(Protocol):
     """The node as its control link sees it. All of it can be called from any thread."""
 
     @property
-    def progress(self) -> int:
-        """Requests executed so far."""
+    def beat(self) -> NodeBeat:
+        """A sign of life, as of now."""
         ...
 
     def post(self, event: Event) -> None:
@@ -49,6 +46,7 @@ class ControlLink(threading.Thread):
         self._outbox: deque[NodeControl] = deque([hello])
         self._wakeup = Wakeup()
         self._ending = False
+        self._beat_s, self._silence_s = Timings().beat_s, Timings().silence_s
 
     def say(self, message: NodeControl) -> None:
         """Send a message soon; callable from any thread."""
@@ -76,12 +74,12 @@ class ControlLink(threading.Thread):
                     return
                 now = time.monotonic()
                 if heard is not None and now >= next_beat:
-                    link.send(codec.encode(NodeBeat(self._body.progress)))
-                    next_beat = now + BEAT_S
-                if heard is not None and now - heard > SILENCE_S:
-                    self._body.lost(f"the coordinator has been silent for {SILENCE_S:.0f} s")
+                    link.send(codec.encode(self._body.beat))
+                    next_beat = now + self._beat_s
+                if heard is not None and now - heard > self._silence_s:
+                    self._body.lost(f"the coordinator has been silent for {self._silence_s:.0f} s")
                     return
-                sockets.wait(BEAT_S / 2)
+                sockets.wait(self._beat_s / 2)
                 self._wakeup.clear()
                 while (header := link.receive()) is not None:
                     heard = time.monotonic()
@@ -95,14 +93,15 @@ class ControlLink(threading.Thread):
             return
         match message:
             case Assign():
+                self._beat_s, self._silence_s = message.beat_ns / 1e9, message.silence_ns / 1e9
                 self._body.post(Assigned(message))
-            case Wire(peers):
-                self._body.post(Wired(peers))
+            case Wire():
+                self._body.post(Wired(message))
             case Share(readers):
                 self._body.post(Shared(readers))
-            case Cancel(request):
-                self._body.post(Cancelled(request))
+            case Cancel(request, attempt):
+                self._body.post(Cancelled(request, attempt))
             case Stop(reason):
                 self._body.lost(reason)
-            case Beat():
-                pass
+            case Beat(oldest):
+                self._body.post(Passed(oldest))

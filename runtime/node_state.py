@@ -1,13 +1,12 @@
 """What a node does, without doing it: an event in, effects out. Knows no socket, no session and no clock.
 
-A node goes through these states; the requests it holds are joined and run only in READY:
+:data:`TRANSITIONS` holds what may happen in each state; docs/states.md is drawn from it. Requests are joined and run
+in READY and LEAVING only.
 
-    WAITING --Assigned--> LOADING --Loaded--> LOADED --Wired--> READY
-                             |
-                             +--LoadFailed--> STOPPED            StopAsked leads to STOPPED from everywhere
-
-Two rules. A request runs once the fragments of all its sources are here. One request runs at a time, in the order in
-which they became complete, whenever the loop gives a :class:`Turn`.
+Three rules. A request runs once the fragments of all its sources are here, all of one attempt. One request runs at a
+time, in the order in which they became complete, whenever the loop gives a :class:`Turn`. A fragment of an attempt
+that began when more was known of the pipeline than is known here waits until that is known here too: so nothing new
+is ever sent to a node that was lost before it began.
 """
 
 from __future__ import annotations
@@ -21,21 +20,29 @@ from typing import Any
 from msgspec import Struct
 
 from onnxsplit.plan import Plan
-from runtime.messages import CALLER, NOT_NEEDED, Assign, Failed, Fragment, Peer, Visit
+from runtime.messages import CALLER, NOT_NEEDED, Assign, Failed, Fragment, Peer, Visit, Wire
+from runtime.table import Machine
 
 _REMEMBERED = 4096  # cancelled requests, whose fragments may still be under way
 
 Tensors = Mapping[str, Any]
 """Tensors by name; what they are is the loop's business."""
 
+Key = tuple[int, int]
+"""A request and an attempt at it."""
+
+Leaving = tuple[tuple[int, tuple[str, ...]], ...]
+"""Stages, or the caller, and the outputs that they get."""
+
 
 class State(Enum):
-    """See the drawing above."""
+    """Of a node."""
 
     WAITING = auto()
     LOADING = auto()
     LOADED = auto()
     READY = auto()
+    LEAVING = auto()
     STOPPED = auto()
 
 
@@ -58,9 +65,9 @@ class LoadFailed(Struct, frozen=True):
 
 
 class Wired(Struct, frozen=True):
-    """All processes of the pipeline are known, by number."""
+    """All processes of the pipeline are known, as of now."""
 
-    peers: tuple[Peer, ...]
+    wire: Wire
 
 
 class Shared(Struct, frozen=True):
@@ -80,11 +87,12 @@ class Arrived(Struct, frozen=True):
 class Turn(Struct, frozen=True):
     """The loop has time for a request."""
 
+    now_ns: int
+
 
 class Executed(Struct, frozen=True):
-    """The session ran a request, and its outputs are ready to go."""
+    """The session ran the request it was given, and its outputs are ready to go."""
 
-    request: int
     started_ns: int
     ended_ns: int
     ready_ns: int
@@ -93,16 +101,28 @@ class Executed(Struct, frozen=True):
 
 
 class ExecutionFailed(Struct, frozen=True):
-    """The session could not run a request."""
+    """The session could not run the request it was given."""
 
-    request: int
     reason: str
 
 
 class Cancelled(Struct, frozen=True):
-    """Nobody waits for a request any more."""
+    """Nobody waits for this attempt at a request, and those before it, any more."""
 
     request: int
+    attempt: int
+
+
+class Passed(Struct, frozen=True):
+    """Nobody waits for requests before this one any more."""
+
+    oldest: int
+
+
+class LeaveAsked(Struct, frozen=True):
+    """Somebody asks the node to end when its work is done."""
+
+    reason: str
 
 
 class StopAsked(Struct, frozen=True):
@@ -122,23 +142,24 @@ Event = (
     | Executed
     | ExecutionFailed
     | Cancelled
+    | Passed
+    | LeaveAsked
     | StopAsked
 )
+
+_SERVING = (Wired, Shared, Arrived, Turn, Executed, ExecutionFailed, Cancelled, Passed)
 
 TRANSITIONS: Mapping[tuple[State, type[Event]], State] = {
     (State.WAITING, Assigned): State.LOADING,
     (State.LOADING, Loaded): State.LOADED,
     (State.LOADING, LoadFailed): State.STOPPED,
     (State.LOADED, Wired): State.READY,
-    (State.READY, Shared): State.READY,
-    (State.READY, Arrived): State.READY,
-    (State.READY, Turn): State.READY,
-    (State.READY, Executed): State.READY,
-    (State.READY, ExecutionFailed): State.READY,
-    (State.READY, Cancelled): State.READY,
+    **{(State.READY, kind): State.READY for kind in _SERVING},
+    (State.READY, LeaveAsked): State.LEAVING,
+    **{(State.LEAVING, kind): State.LEAVING for kind in (*_SERVING, LeaveAsked)},
+    **{(state, LeaveAsked): State.STOPPED for state in (State.WAITING, State.LOADING, State.LOADED)},
     **{(state, StopAsked): State.STOPPED for state in State},
 }
-"""What is legal, and where it leads. Anything else is a bug or a peer that broke the protocol."""
 
 
 class Load(Struct, frozen=True):
@@ -148,15 +169,20 @@ class Load(Struct, frozen=True):
 
 
 class Connect(Struct, frozen=True):
-    """Learn the own number, map the memory of neighbours, and open links to those that get something, by number."""
+    """Learn the own number and all processes; map the memory of neighbours, and open links to those it sends to."""
 
     me: int
-    neighbours: Mapping[int, Peer]
+    peers: tuple[Peer, ...]
+    neighbours: frozenset[int]
     targets: frozenset[int]
 
 
 class SayReady(Struct, frozen=True):
-    """Tell the coordinator that requests may come."""
+    """Tell the coordinator that links are as it told."""
+
+
+class SayLeaving(Struct, frozen=True):
+    """Ask the coordinator to be relieved of work."""
 
 
 class SayRefused(Struct, frozen=True):
@@ -174,13 +200,14 @@ class Share(Struct, frozen=True):
 class Run(Struct, frozen=True):
     """Execute the session; answer with :class:`Executed` or :class:`ExecutionFailed`.
 
-    ``targets`` are the tensors that each peer will get, by its number; the inputs lie in ``fragments``.
+    The inputs lie in ``fragments``; ``leaving`` are the outputs that each stage, or the caller, gets.
     """
 
-    request: int
+    key: Key
+    cost: int
     inputs: Tensors
     fragments: tuple[Fragment, ...]
-    targets: Mapping[int, tuple[str, ...]]
+    leaving: Leaving
 
 
 class GiveBack(Struct, frozen=True):
@@ -190,11 +217,18 @@ class GiveBack(Struct, frozen=True):
 
 
 class Forward(Struct, frozen=True):
-    """Send the outputs of the request that ran last to the peers they are for."""
+    """Send the outputs of the request that ran last.
 
-    request: int
-    route: tuple[int, ...]
-    wanted: tuple[str, ...]
+    Attributes:
+        fragment: one that it came with: whose attempt, route and wish it is.
+        budget_ns: time it has left; 0 for no limit.
+        leaving: what each stage on the route, or the caller, gets.
+        history: the stages it has passed, this one the last.
+    """
+
+    fragment: Fragment
+    budget_ns: int
+    leaving: Leaving
     history: tuple[Visit, ...]
 
 
@@ -214,17 +248,16 @@ class Exit(Struct, frozen=True):
     reason: str
 
 
-Effect = Load | Connect | SayReady | SayRefused | Share | Run | GiveBack | Forward | Discard | Report | Exit
-
-
-class IllegalEventError(Exception):
-    """An event that has no place in the present state; tells what led here."""
+Effect = (
+    Load | Connect | SayReady | SayLeaving | SayRefused | Share | Run | GiveBack | Forward | Discard | Report | Exit
+)
 
 
 @dataclass
 class _Join:
-    """A request whose fragments are being gathered."""
+    """An attempt whose fragments are being gathered."""
 
+    deadline_ns: int
     fragments: list[Fragment] = field(default_factory=list)
     tensors: dict[str, Any] = field(default_factory=dict)
     complete_ns: int = 0
@@ -234,18 +267,26 @@ class NodeState:
     """The state machine of one node."""
 
     def __init__(self) -> None:
-        self.state = State.WAITING
         self.executed = 0
+        self.running: Key | None = None
+        self._machine = Machine("node", TRANSITIONS, State.WAITING)
         self._assign: Assign | None = None
+        self._view = -1
         self._sources: frozenset[int] = frozenset()
         self._readers: dict[int, tuple[str, ...]] = {}  # which outputs each stage reads
+        self._rivals: frozenset[int] = frozenset()  # the stages that send where this one sends
         self._outputs: tuple[str, ...] = ()
-        self._numbers: dict[tuple[int, int], int] = {}
-        self._joins: dict[int, _Join] = {}
-        self._queue: deque[int] = deque()
-        self._running: int | None = None
-        self._cancelled: OrderedDict[int, None] = OrderedDict()
-        self._story: deque[tuple[type[Event], State]] = deque(maxlen=20)
+        self._leaving: dict[tuple[tuple[int, ...], tuple[str, ...]], Leaving] = {}
+        self._early: list[Arrived] = []
+        self._joins: dict[Key, _Join] = {}
+        self._queue: deque[Key] = deque()
+        self._cancelled: OrderedDict[int, int] = OrderedDict()  # request -> its last attempt that is
+        self._oldest = 0
+
+    @property
+    def state(self) -> State:
+        """Of the node."""
+        return self._machine.state
 
     def handle(self, event: Event) -> list[Effect]:
         """Take an event; returns what is to be done, in order.
@@ -253,24 +294,21 @@ class NodeState:
         Raises:
             IllegalEventError: the event is not legal in this state.
         """
-        kind = type(event)
-        target = TRANSITIONS.get((self.state, kind))
-        if target is None:
-            story = ", ".join(f"{kind.__name__} in {state.name}" for kind, state in self._story)
-            raise IllegalEventError(f"{kind.__name__} in state {self.state.name}; before it: {story or 'nothing'}")
-        self._story.append((kind, self.state))
-        self.state = target
+        state = self._machine.go(type(event))
         match event:
             case Arrived():
                 return self._arrived(event)
-            case Turn():
-                return self._next()
+            case Turn(now_ns):
+                return self._next(now_ns)
             case Executed():
                 return self._executed(event)
-            case ExecutionFailed(request, reason):
-                return self._failed(request, reason)
-            case Cancelled(request):
-                return self._cancel(request)
+            case ExecutionFailed(reason):
+                return self._failed(reason)
+            case Cancelled(request, attempt):
+                return self._cancel(request, attempt)
+            case Passed(oldest):
+                self._oldest = max(self._oldest, oldest)
+                return self._drop([key for key in self._joins if key[0] < self._oldest])
             case Assigned(assign):
                 self._assign = assign
                 return [Load(assign)]
@@ -279,17 +317,19 @@ class NodeState:
                 return []
             case LoadFailed(reason):
                 return [SayRefused(reason), Exit(reason)]
-            case Wired(peers):
-                return [self._meet(peers), SayReady()]
+            case Wired(wire):
+                return self._wired(wire)
             case Shared(readers):
                 return [Share(readers)]
+            case LeaveAsked(reason):
+                return [Exit(reason)] if state is State.STOPPED else [SayLeaving()]
             case StopAsked(reason):
                 return [Exit(reason)]
 
     @property
     def ready(self) -> bool:
         """True when a request waits for its turn."""
-        return bool(self._queue) and self._running is None
+        return bool(self._queue) and self.running is None
 
     def _learn(self, plan: Plan) -> None:
         """Who sends to this stage, and which of its outputs go where."""
@@ -301,61 +341,90 @@ class NodeState:
             for other in plan.stages
             if (names := tuple(name for name in stage.outputs if name in other.inputs))
         }
+        self._rivals = frozenset(source for reader in self._readers for source in sources(plan, reader))
 
     def _place(self) -> tuple[int, int]:
         assert self._assign is not None
         return self._assign.stage, self._assign.replica
 
-    def _meet(self, peers: tuple[Peer, ...]) -> Connect:
-        self._numbers = {(peer.stage, peer.replica): number for number, peer in enumerate(peers)}
-        targets = {number for number, peer in enumerate(peers) if peer.stage in self._readers or peer.stage == CALLER}
-        neighbours = targets | {number for number, peer in enumerate(peers) if peer.stage in self._sources}
-        return Connect(
-            me=self._numbers[self._place()],
-            neighbours={number: peers[number] for number in sorted(neighbours)},
-            targets=frozenset(targets),
-        )
+    def _wired(self, wire: Wire) -> list[Effect]:
+        self._view = wire.view
+        targets = {p.number for p in wire.peers if p.stage in self._readers or p.stage == CALLER}
+        senders = {p.number for p in wire.peers if p.stage in self._sources | self._rivals}
+        effects: list[Effect] = [
+            Connect(
+                me=wire.me,
+                peers=wire.peers,
+                neighbours=frozenset((targets | senders) - {wire.me}),
+                targets=frozenset(targets),
+            ),
+            SayReady(),
+        ]
+        early, self._early = self._early, []
+        for event in early:
+            effects += self._arrived(event)
+        return effects
 
     def _arrived(self, event: Arrived) -> list[Effect]:
         fragment = event.fragment
-        request = fragment.request
-        join = self._joins.get(request)
+        if fragment.view > self._view:
+            self._early.append(event)
+            return []
+        key = fragment.request, fragment.attempt
+        join = self._joins.get(key)
         seen = join is not None and any(other.source == fragment.source for other in join.fragments)
-        if fragment.source not in self._sources or seen or request in self._cancelled:
+        if fragment.source not in self._sources or seen or self._over(key):
             return [GiveBack((fragment,))]  # a stray or a duplicate: the first one counts
         if join is None:
-            join = self._joins[request] = _Join()
+            join = self._joins[key] = _Join(event.now_ns + fragment.budget_ns if fragment.budget_ns else 0)
         join.fragments.append(fragment)
         join.tensors.update(event.tensors)
         if len(join.fragments) == len(self._sources):
             join.complete_ns = event.now_ns
-            self._queue.append(request)
+            self._queue.append(key)
         return []
 
-    def _next(self) -> list[Effect]:
-        if not self._queue or self._running is not None:
-            return []
-        request = self._running = self._queue.popleft()
-        join = self._joins[request]
-        return [Run(request, join.tensors, tuple(join.fragments), self._targets(join.fragments[0]))]
+    def _over(self, key: Key) -> bool:
+        """Nobody waits for the attempt."""
+        return key[0] < self._oldest or key[1] <= self._cancelled.get(key[0], 0)
 
-    def _targets(self, fragment: Fragment) -> dict[int, tuple[str, ...]]:
-        targets = {
-            self._numbers[stage, fragment.route[stage]]: names
-            for stage, names in self._readers.items()
-            if fragment.route[stage] != NOT_NEEDED
-        }
-        asked = tuple(name for name in self._outputs if name in fragment.wanted)
-        if asked:
-            targets[self._numbers[CALLER, 0]] = asked
-        return targets
+    def _next(self, now_ns: int) -> list[Effect]:
+        effects: list[Effect] = []
+        while self._queue and self.running is None:
+            key = self._queue.popleft()
+            join = self._joins[key]
+            if join.deadline_ns and now_ns > join.deadline_ns:
+                del self._joins[key]
+                effects.append(GiveBack(tuple(join.fragments)))
+                continue
+            self.running = key
+            first = join.fragments[0]
+            effects.append(Run(key, first.cost, join.tensors, tuple(join.fragments), self._leave(first)))
+        return effects
+
+    def _leave(self, fragment: Fragment) -> Leaving:
+        """The outputs that others get; worked out once for each route and wish."""
+        found = self._leaving.get((fragment.route, fragment.wanted))
+        if found is None:
+            if len(self._leaving) >= _REMEMBERED:
+                self._leaving.clear()
+            asked = tuple(name for name in self._outputs if name in fragment.wanted)
+            stages = ((s, names) for s, names in self._readers.items() if self._needs(fragment, s))
+            found = (*stages, *([(CALLER, asked)] if asked else []))
+            self._leaving[fragment.route, fragment.wanted] = found
+        return found
+
+    @staticmethod
+    def _needs(fragment: Fragment, stage: int) -> bool:
+        return stage < len(fragment.route) and fragment.route[stage] != NOT_NEEDED
 
     def _executed(self, event: Executed) -> list[Effect]:
         self.executed += 1
-        self._running = None
-        join = self._joins.pop(event.request)
+        key, self.running = self.running, None
+        assert key is not None
+        join = self._joins.pop(key)
         back = GiveBack(tuple(join.fragments))
-        if event.request in self._cancelled:
+        if self._over(key):
             return [back, Discard()]
         stage, replica = self._place()
         visit = Visit(
@@ -372,23 +441,34 @@ class NodeState:
         history = first.history
         for other in others:  # branches that meet again share the stages before they parted
             history += tuple(visited for visited in other.history if visited not in history)
-        return [Forward(event.request, first.route, first.wanted, (*history, visit)), back]
+        forward = Forward(
+            fragment=first,
+            budget_ns=max(1, join.deadline_ns - event.ready_ns) if join.deadline_ns else 0,
+            leaving=self._leave(first),
+            history=(*history, visit),
+        )
+        return [forward, back]
 
-    def _failed(self, request: int, reason: str) -> list[Effect]:
-        self._running = None
+    def _failed(self, reason: str) -> list[Effect]:
+        key, self.running = self.running, None
+        assert key is not None
         stage, replica = self._place()
-        join = self._joins.pop(request)
-        return [GiveBack(tuple(join.fragments)), Report(Failed(request, stage, replica, reason))]
+        join = self._joins.pop(key)
+        return [GiveBack(tuple(join.fragments)), Report(Failed(*key, stage, replica, reason))]
 
-    def _cancel(self, request: int) -> list[Effect]:
-        self._cancelled[request] = None
+    def _cancel(self, request: int, attempt: int) -> list[Effect]:
+        self._cancelled[request] = max(attempt, self._cancelled.get(request, 0))
         if len(self._cancelled) > _REMEMBERED:
             self._cancelled.popitem(last=False)
-        if request == self._running or request not in self._joins:
+        return self._drop([key for key in self._joins if key[0] == request and key[1] <= attempt])
+
+    def _drop(self, keys: list[Key]) -> list[Effect]:
+        """Forget attempts that nobody waits for; the one that runs is forgotten when it ends."""
+        dropped = [key for key in keys if key != self.running]
+        if not dropped:
             return []
-        if request in self._queue:
-            self._queue.remove(request)
-        return [GiveBack(tuple(self._joins.pop(request).fragments))]
+        self._queue = deque(key for key in self._queue if key not in dropped)
+        return [GiveBack(tuple(self._joins.pop(key).fragments)) for key in dropped]
 
 
 def sources(plan: Plan, stage: int) -> frozenset[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from onnxsplit.errors import InputError, PlanError
 from onnxsplit.plan import Plan
+from runtime.balance import POLICIES, Policy
+from runtime.watch import Timings
 
 Mode = Literal["sync", "async"]
 
@@ -36,6 +38,11 @@ class RunOptions:
         shared_memory: let tensors cross in shared memory where processes share a host.
         share_weights: let the replicas of a stage on this host map one copy of its weights; None does where a stage
             has several.
+        balance: how to choose among the replicas of a stage, at each hop: ``completion`` (where it is done first),
+            ``resource``, ``task``, ``latency`` or ``round-robin``; see :mod:`runtime.balance`.
+        attempts: a request that killed so many nodes is given up; others are tried again as often as it takes. 1:
+            nothing is tried again, and inputs are not held.
+        timings: when a node counts as failed, and when it is started again.
         trace: record when each request was where, for :meth:`~runtime.pipeline.Pipeline.trace`.
         trace_ops: record ONNX Runtime's own profile of every stage too.
         start_timeout: seconds until all nodes must be ready; when None, two minutes for nodes that are started, and
@@ -52,6 +59,9 @@ class RunOptions:
     micro_batch: int | None = None
     shared_memory: bool = True
     share_weights: bool | None = None
+    balance: Policy = "completion"
+    attempts: int = 3
+    timings: Timings = field(default_factory=Timings)
     trace: bool = False
     trace_ops: bool = False
     start_timeout: float | None = None
@@ -65,7 +75,9 @@ class RunOptions:
         """
         if self.mode not in ("sync", "async"):
             raise InputError(f"mode {self.mode!r} is unknown; allowed: sync, async")
-        for name in ("threads", "inflight", "inflight_bytes"):
+        if self.balance not in POLICIES:
+            raise InputError(f"balance {self.balance!r} is unknown; allowed: {', '.join(POLICIES)}")
+        for name in ("threads", "inflight", "inflight_bytes", "attempts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")

@@ -19,13 +19,15 @@ from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, check_inputs, load_npz
 from runtime.admission import Admission
+from runtime.balance import ORDINARY, cost_of
 from runtime.coordinator import Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
 from runtime.launch import Launcher
 from runtime.launch.local import LocalLauncher
-from runtime.microbatch import batch_axes, batch_size, split
+from runtime.microbatch import batch_axes, batch_size, ordinary_bytes, split
 from runtime.options import RunOptions, memory_for_requests_bytes
 from runtime.request import Asked, Request
+from runtime.roster import Incident
 from runtime.trace import Traced, chrome_trace
 from runtime.transport import check_address, private_folder
 
@@ -51,22 +53,30 @@ class NodeStats:
     Attributes:
         stage: its stage.
         replica: which replica of it.
+        state: of the node now, in words.
         requests: answered ones that it executed.
         failures: that could not be executed.
-        outstanding: on their way to it or in it.
+        restarts: processes that were lost there.
+        queue: ordinary requests' worth of work on its way to it or in it; on other hosts, as far as the caller sent it.
         wait_ns: mean time a request waited there for its turn, once the node had read it; it reads between runs.
         run_ns: mean time in the session.
+        p50_ns: of the last thousand requests, the median time from their arrival to their departure.
+        p99_ns: and the 99th percentile.
         output_bytes: of all tensors it gave for them.
         shared_bytes: of those that crossed in shared memory.
     """
 
     stage: int
     replica: int
+    state: str
     requests: int
     failures: int
-    outstanding: int
+    restarts: int
+    queue: float
     wait_ns: int
     run_ns: int
+    p50_ns: int
+    p99_ns: int
     output_bytes: int
     shared_bytes: int
 
@@ -94,16 +104,18 @@ class Pipeline:
             for name, origin in plan.passthrough.items()
             if origin.file is not None
         }
+        self._ordinary_bytes = ordinary_bytes(plan)
         self._specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
         self._asked: dict[tuple[str, ...], Asked] = {}
         self._ready = coordinator.start()
 
     @classmethod
-    def launch(cls, plan: str | Path, **options: Any) -> Pipeline:
+    def launch(cls, plan: str | Path, *, launcher: LocalLauncher | None = None, **options: Any) -> Pipeline:
         """Start a process for every node on this host and wait until all are ready.
 
         Args:
             plan: the plan directory.
+            launcher: what starts the nodes, and ends with the pipeline; processes of this host when None.
             options: the attributes of :class:`~runtime.options.RunOptions`: ``replicas``, ``mode``, ``provider``,
                 ``threads``, ``inflight`` and others.
 
@@ -118,7 +130,7 @@ class Pipeline:
         loaded = load_plan(folder)
         nodes = sum(wanted.counts(loaded))
         memory = wanted.inflight_bytes or memory_for_requests_bytes()
-        launcher = LocalLauncher(memory_bytes=memory if wanted.shared_memory else 0)
+        launcher = launcher or LocalLauncher(memory_bytes=memory if wanted.shared_memory else 0)
         try:
             pipeline = cls._build(
                 folder,
@@ -204,6 +216,9 @@ class Pipeline:
             share_weights=tuple(
                 count > 1 if wanted.share_weights is None else wanted.share_weights for count in replicas
             ),
+            balance=wanted.balance,
+            attempts=wanted.attempts,
+            timings=wanted.timings,
             memory_bytes=memory_bytes if wanted.shared_memory else 0,
             control=control,
             data=data,
@@ -269,7 +284,8 @@ class Pipeline:
             block: False raises :class:`~runtime.errors.Busy` instead of waiting.
 
         Returns:
-            A future of name -> array. It fails with StageFailed, NodeFailed, DeadlineExceeded or PipelineClosed.
+            A future of name -> array. It fails with StageFailed, NodeFailed, StageUnavailable, DeadlineExceeded or
+            PipelineClosed; ``cancel()`` gives the request up.
 
         Raises:
             InputError: inputs or names do not fit the model; nothing was sent.
@@ -293,7 +309,8 @@ class Pipeline:
         size = sum(array.nbytes for array in parts[0].values())
         self._admit(size, timeout, block)
         deadline = None if timeout is None else begun + int(timeout * 1e9)
-        request = Request(self._coordinator.flow, self._entrance, parts, asked, size, deadline, ready)
+        cost = cost_of(size, self._ordinary_bytes)
+        request = Request(self._coordinator.flow, self._entrance, parts, asked, size, cost, deadline, ready)
         request.enter()
         return request.future
 
@@ -352,6 +369,29 @@ class Pipeline:
         }
         return chrome_trace(self.traced, readers, self._coordinator.profiles)
 
+    def drain(self, timeout: float | None = None) -> None:
+        """Take no more requests, and wait until those in flight are answered.
+
+        Raises:
+            TimeoutError: they were not, in ``timeout`` seconds; they go on.
+        """
+        self._coordinator.drain().result(timeout)
+
+    def scale(self, stage: int, replicas: int) -> None:
+        """Have so many nodes of a stage from now on, while requests go on.
+
+        New nodes take requests as soon as they are ready; nodes that are not needed any more first finish what they
+        have.
+
+        Raises:
+            InputError: there is no such stage, or it would have no node.
+        """
+        if not 0 <= stage < len(self.plan.stages):
+            raise InputError(f"stage {stage} is unknown; the plan has the stages 0 to {len(self.plan.stages) - 1}")
+        if replicas < 1:
+            raise InputError(f"stage {stage} needs at least 1 replica, not {replicas}")
+        self._coordinator.scale(stage, replicas)
+
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:
         """One record a node, by stage and replica."""
@@ -360,27 +400,47 @@ class Pipeline:
             NodeInfo(
                 stage=slot[0],
                 replica=slot[1],
-                pid=record.hello.pid if record.hello is not None else pids.get(slot),
+                pid=record.hello.pid if record.hello is not None else pids.get(record.number),
                 host=record.hello.host if record.hello is not None else None,
                 address=record.hello.address if record.hello is not None else None,
-                state=record.state.value,
+                state=record.phase.value,
             )
-            for slot, record in self._coordinator.machine.nodes.items()
+            for slot, record in self._coordinator.machine.roster.nodes.items()
         )
 
     def stats(self) -> tuple[NodeStats, ...]:
-        """Counts and mean times per stage and replica."""
-        return tuple(
-            NodeStats(
-                stage=slot[0],
-                replica=slot[1],
-                requests=record.requests,
-                failures=record.failures,
-                outstanding=record.outstanding,
-                wait_ns=record.wait_ns // max(1, record.requests),
-                run_ns=record.run_ns // max(1, record.requests),
-                output_bytes=record.output_bytes,
-                shared_bytes=record.shared_bytes,
+        """Counts and times per stage and replica, since the pipeline was launched."""
+        queues = self._coordinator.queues()
+        roster = self._coordinator.machine.roster
+        found = []
+        for slot, record in roster.nodes.items():
+            tally = record.tally
+            latencies = sorted(tally.latencies_ns)
+            found.append(
+                NodeStats(
+                    stage=slot[0],
+                    replica=slot[1],
+                    state=record.phase.value,
+                    requests=tally.requests,
+                    failures=tally.failures,
+                    restarts=tally.restarts,
+                    queue=queues.get(record.number, 0) / ORDINARY,
+                    wait_ns=tally.wait_ns // max(1, tally.requests),
+                    run_ns=tally.run_ns // max(1, tally.requests),
+                    p50_ns=latencies[len(latencies) // 2] if latencies else 0,
+                    p99_ns=latencies[len(latencies) * 99 // 100] if latencies else 0,
+                    output_bytes=tally.output_bytes,
+                    shared_bytes=tally.shared_bytes,
+                )
             )
-            for slot, record in self._coordinator.machine.nodes.items()
-        )
+        return tuple(found)
+
+    @property
+    def incidents(self) -> tuple[Incident, ...]:
+        """The nodes that were lost, the first one first, at most a hundred."""
+        return tuple(self._coordinator.machine.roster.incidents)
+
+    @property
+    def retries(self) -> int:
+        """Attempts that were made again."""
+        return self._coordinator.machine.retries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -31,6 +32,21 @@ class Asked:
     axes: Axes | None
 
 
+class Answering(Future[dict[str, Array]]):
+    """A caller's future; giving it up ends the request's work in the pipeline."""
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        super().__init__()
+        self._give_up = give_up
+
+    def cancel(self) -> bool:
+        """Give the request up; False when it is answered already."""
+        if not super().cancel():
+            return False
+        self._give_up()
+        return True
+
+
 class Request:
     """A request of one or more parts. The first was admitted; the others enter while there is room, or as parts leave.
 
@@ -44,20 +60,22 @@ class Request:
         parts: list[dict[str, Array]],
         asked: Asked,
         size: int,
+        cost: int,
         deadline_ns: int | None,
         ready: dict[str, Array],
     ) -> None:
-        self.future: Future[dict[str, Array]] = Future()
-        self.future.set_running_or_notify_cancel()
+        self.future = Answering(self._give_up)
         self._flow = flow
         self._entrance = entrance
         self._parts = parts
         self._asked = asked
         self._size = size
+        self._cost = cost
         self._deadline_ns = deadline_ns
         self._ready = ready
         self._lock = threading.Lock()
         self._entered = 0
+        self._numbers: list[int] = []
         self._failed = False
         self._answers: dict[int, dict[str, Array]] = {}
 
@@ -76,8 +94,17 @@ class Request:
                 return False
             self._entered += 1
         done = lambda answer: self._done(number, answer)  # noqa: E731
-        self._flow.submit(self._parts[number], self._asked.computed, self._deadline_ns, done)
+        sent = self._flow.submit(self._parts[number], self._asked.computed, self._cost, self._deadline_ns, done)
+        self._numbers.append(sent)
+        if self.future.cancelled():
+            self._flow.give_up(sent)
         return True
+
+    def _give_up(self) -> None:
+        with self._lock:
+            self._failed = True
+        for number in list(self._numbers):
+            self._flow.give_up(number)
 
     def _done(self, number: int, answer: Answer) -> None:
         with self._lock:
@@ -88,7 +115,7 @@ class Request:
                 first = not self._failed and len(self._answers) == len(self._parts)
         if not self._next():
             self._entrance.leave(self._size)
-        if not first:
+        if not first or not self.future.set_running_or_notify_cancel():
             return
         if answer.error is not None:
             self.future.set_exception(answer.error)

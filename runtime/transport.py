@@ -16,7 +16,7 @@ import os
 import select
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -104,7 +104,19 @@ class Sockets:
             datagrams = self._datagrams()
             with suppress(OSError):  # the ZeroMQ link is there all the same
                 datagrams.connect(shortcut)
-        return Outlet(dealer, datagrams, self._unread if receive else None)
+        return Outlet(dealer, datagrams, self._unread if receive else None, self._close)
+
+    def _close(self, raw: zmq.Socket[bytes], datagrams: socket.socket | None) -> None:
+        """Close one link; what it has not sent yet is for nobody."""
+        self._open.remove(raw)
+        for descriptor, source in list(self._sources.items()):
+            if source is raw:
+                self.unwatch(descriptor)
+        self._unread.discard(raw)
+        raw.close(linger=0)
+        if datagrams is not None:
+            self._datagram_sockets.remove(datagrams)
+            datagrams.close()
 
     def _bind(self, raw: zmq.Socket[bytes], address: str) -> str:
         check_address(address)
@@ -229,10 +241,21 @@ class Inlet:
 class Outlet:
     """A connected DEALER, and the shortcut to the same reader when it is on this host."""
 
-    def __init__(self, raw: zmq.Socket[bytes], datagrams: socket.socket | None, unread: set[object] | None) -> None:
+    def __init__(
+        self,
+        raw: zmq.Socket[bytes],
+        datagrams: socket.socket | None,
+        unread: set[object] | None,
+        close: Callable[[zmq.Socket[bytes], socket.socket | None], None],
+    ) -> None:
         self.raw = raw
         self._unread = unread
         self._datagrams = datagrams
+        self._close = close
+
+    def close(self) -> None:
+        """Speak to this reader no more."""
+        self._close(self.raw, self._datagrams)
 
     def send(self, header: bytes, frames: Sequence[Buffer] = (), *, track: bool = False) -> list[zmq.MessageTracker]:
         """Queue one message; large frames go out from their own memory, which must not change until then.

@@ -42,17 +42,11 @@ RUNTIME_MAY_USE = {
     "onnxsplit.session", "onnxsplit.timed",
 }  # fmt: skip
 RUNTIME_ORDER = [
-    [
-        "runtime.errors",
-        "runtime.balance",
-        "runtime.messages",
-        "runtime.extents",
-        "runtime.admission",
-        "runtime.options",
-        "runtime.pinned",
-    ],
-    ["runtime.codec", "runtime.arena", "runtime.node_state", "runtime.microbatch", "runtime.weights", "runtime.trace"],
-    ["runtime.transport", "runtime.coordinator_state", "runtime.launch", "runtime.stage_runner"],
+    ["runtime.errors", "runtime.balance", "runtime.extents", "runtime.admission", "runtime.pinned", "runtime.table"],
+    ["runtime.messages", "runtime.board"],
+    ["runtime.watch", "runtime.codec", "runtime.arena", "runtime.microbatch", "runtime.weights", "runtime.trace"],
+    ["runtime.options", "runtime.node_state", "runtime.roster", "runtime.router", "runtime.transport"],
+    ["runtime.coordinator_state", "runtime.launch", "runtime.stage_runner"],
     ["runtime.payloads", "runtime.node_control", "runtime.link"],
     ["runtime.flow", "runtime.node"],
     ["runtime.coordinator", "runtime.request"],
@@ -82,6 +76,10 @@ HOMES = {
 PURE = [
     "runtime.node_state",
     "runtime.coordinator_state",
+    "runtime.roster",
+    "runtime.table",
+    "runtime.watch",
+    "runtime.router",
     "runtime.balance",
     "runtime.extents",
     "runtime.microbatch",

@@ -22,6 +22,10 @@ class Handle(Protocol):
         """How it ended: exit code or signal, the last lines of its log, and where the log is."""
         ...
 
+    def kill(self) -> None:
+        """End it at once."""
+        ...
+
     def end(self, grace_s: float) -> None:
         """Wait for it to end by itself for a while, then kill it; reap it."""
         ...

@@ -46,6 +46,10 @@ class LocalHandle:
         words = "".join(f"\n    {line}" for line in lines) if lines else " (empty)"
         return f"{how}; its log {self._log} ends with:{words}"
 
+    def kill(self) -> None:
+        """End it at once, also when it is stopped or stuck."""
+        self._process.kill()
+
     def end(self, grace_s: float) -> None:
         """Give it time, then kill it, and reap it."""
         try:
@@ -63,7 +67,13 @@ class LocalLauncher:
 
     Args:
         memory_bytes: of shared memory for a node's outputs at most; 0 for none.
+
+    Attributes:
+        folder: the sockets and logs.
+        module: what nodes execute.
     """
+
+    module = "runtime.node"
 
     def __init__(self, *, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
@@ -72,10 +82,10 @@ class LocalLauncher:
     def start(self, *, connect: str, stage: int, replica: int) -> LocalHandle:
         """Start ``python -m runtime.node``, with modules of the user's folder kept out of its way."""
         log = self.folder / f"node-{stage}.{replica}.log"
-        command = [sys.executable, "-P", "-m", "runtime.node", "--connect", connect]
+        command = [sys.executable, "-P", "-m", self.module, "--connect", connect]
         command += ["--stage", str(stage), "--replica", str(replica), "--home", str(self.folder)]
         command += ["--memory", str(self._memory_bytes)]
-        with log.open("wb") as stream:
+        with log.open("ab") as stream:  # what the process before it said stays
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=quiet_environment()
             )

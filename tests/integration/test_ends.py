@@ -7,14 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
 from runtime import Pipeline
-from runtime.errors import NodeFailed
 
 GIVEN = {"x": np.ones((1, 32), np.float32)}
 
@@ -61,25 +59,6 @@ def test_a_caller_that_raises_leaves_nothing(chain_plan, python_environment):
     assert process.returncode == 1
     assert "the caller's own" in errors
     assert gone(pids)
-
-
-def test_a_killed_node_fails_what_is_pending_and_tells_its_story(chain_plan):
-    with Pipeline.launch(chain_plan) as pipeline:
-        victim = pipeline.nodes[1]
-        os.kill(victim.pid, signal.SIGSTOP)
-        futures = [pipeline.submit(GIVEN) for _ in range(3)]
-        os.kill(victim.pid, signal.SIGKILL)
-        for future in futures:
-            with pytest.raises(NodeFailed) as failed:
-                future.result(10)
-        story = str(failed.value)
-        assert f"stage 1 (node 1.0, pid {victim.pid}" in story
-        assert "was killed by SIGKILL" in story
-        log = story.split("its log ")[1].split(" ")[0]
-        with pytest.raises(NodeFailed):
-            pipeline.run(GIVEN)
-        assert [node.state for node in pipeline.nodes] == ["ready", "lost"]
-    assert Path(log).exists(), "the log of a failed node is kept"
 
 
 def test_a_node_stopped_for_good_does_not_hold_up_closing(chain_plan):

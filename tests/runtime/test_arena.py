@@ -42,8 +42,16 @@ def returns(reader: Arena) -> memoryview:
     return PeerArena(reader.address).returns(ME)
 
 
+def lend(arena: Arena, size: int, readers):
+    """A slot that is lent at once; None when there is no room."""
+    block = arena.reserve(size)
+    if block is not None:
+        block.lend(readers)
+    return block
+
+
 def test_a_tensor_is_read_in_place_and_read_only(arena, reader):
-    block = arena.reserve(4000, [returns(reader)])
+    block = lend(arena, 4000, [returns(reader)])
     arena.array(block, 64, "float32", (10, 100))[...] = 7
     peer = PeerArena(arena.address)
     found = peer.array(block.place(64), "float32", (10, 100))
@@ -57,7 +65,7 @@ def test_a_tensor_is_read_in_place_and_read_only(arena, reader):
 
 def test_a_slot_is_free_when_every_reader_has_returned_it(arena, reader):
     with_two = Arena(MIB)
-    block = arena.reserve(100, [returns(reader), returns(with_two)])
+    block = lend(arena, 100, [returns(reader), returns(with_two)])
     reader.give_back(ME, block.place(0))
     assert arena.busy == 1
     with_two.give_back(ME, block.place(0))
@@ -67,10 +75,10 @@ def test_a_slot_is_free_when_every_reader_has_returned_it(arena, reader):
 
 def test_a_late_return_of_an_old_use_frees_nothing(arena, reader):
     row = [returns(reader)]
-    old = arena.reserve(100, row)
+    old = lend(arena, 100, row)
     stale = old.place(0)
     reader.give_back(ME, stale)
-    new = arena.reserve(100, row)
+    new = lend(arena, 100, row)
     assert new.number == old.number
     reader.give_back(ME, stale)
     assert arena.busy == 1
@@ -78,29 +86,38 @@ def test_a_late_return_of_an_old_use_frees_nothing(arena, reader):
 
 def test_a_reader_notices_that_a_slot_was_taken_away(arena, reader):
     peer = PeerArena(arena.address)
-    block = arena.reserve(100, [returns(reader)])
+    block = lend(arena, 100, [returns(reader)])
     place = block.place(0)
     assert peer.holds(place)
-    block.readers.clear()  # the owner was told that the reader is gone
-    arena.reserve(100, [returns(reader)])
+    arena.forget(block.readers[0])  # the owner was told that the reader is gone
+    lend(arena, 100, [returns(reader)])
     assert not peer.holds(place)
+
+
+def test_a_slot_that_its_owner_holds_is_not_free_whoever_returned_it(arena, reader):
+    block = arena.reserve(100)
+    block.readers.append(returns(reader))
+    reader.give_back(ME, block.place(0))
+    assert arena.busy == 1
+    block.held = False
+    assert arena.busy == 0
 
 
 def test_what_does_not_fit_is_refused_and_fits_when_there_is_room_again(arena, reader):
     row = [returns(reader)]
-    blocks = [arena.reserve(MIB, row) for _ in range(8)]
-    assert arena.reserve(1, row) is None
+    blocks = [lend(arena, MIB, row) for _ in range(8)]
+    assert lend(arena, 1, row) is None
     reader.give_back(ME, blocks[5].place(0))
-    assert arena.reserve(MIB, row).offset == blocks[5].offset
+    assert lend(arena, MIB, row).offset == blocks[5].offset
 
 
 def test_there_are_only_so_many_slots(reader):
     arena = Arena(MIB)
     row = [returns(reader)]
-    blocks = [arena.reserve(1, row) for _ in range(SLOTS)]
-    assert arena.reserve(1, row) is None
+    blocks = [lend(arena, 1, row) for _ in range(SLOTS)]
+    assert lend(arena, 1, row) is None
     reader.give_back(ME, blocks[0].place(0))
-    assert arena.reserve(1, row) is not None
+    assert lend(arena, 1, row) is not None
     arena.close()
 
 
@@ -112,13 +129,13 @@ def test_memory_is_taken_as_it_is_used_and_goes_back(reader):
         return os.fstat(arena.address.descriptor).st_blocks * 512
 
     assert taken() < MIB
-    large = arena.reserve(200 * MIB, row)
+    large = lend(arena, 200 * MIB, row)
     assert 200 * MIB <= taken() < 202 * MIB
     reader.give_back(ME, large.place(0))
     for _ in range(2100):
-        reader.give_back(ME, arena.reserve(1000, row).place(0))
+        reader.give_back(ME, lend(arena, 1000, row).place(0))
     assert taken() < 70 * MIB
-    block = arena.reserve(300 * MIB, row)
+    block = lend(arena, 300 * MIB, row)
     arena.array(block, 0, "uint8", (300 * MIB,))[::4096] = 1
     arena.close()
 
@@ -128,9 +145,9 @@ def test_memory_that_the_system_does_not_have_is_refused_and_not_written(arena, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert arena.reserve(100, [returns(reader)]) is None
+    assert lend(arena, 100, [returns(reader)]) is None
     monkeypatch.undo()
-    assert arena.reserve(100, [returns(reader)]) is not None
+    assert lend(arena, 100, [returns(reader)]) is not None
 
 
 @pytest.mark.parametrize(
@@ -169,12 +186,12 @@ def test_the_memory_cannot_shrink_under_a_reader(arena):
 
 def test_the_ledger_tells_how_far_a_request_is(arena):
     peer = PeerArena(arena.address)
-    assert peer.step(5) is Step.UNKNOWN
-    arena.record(5, Step.RUNNING)
-    assert peer.step(5) is Step.RUNNING
-    arena.record(5, Step.DONE)
-    assert peer.step(5) is Step.DONE
-    assert peer.step(5 + 4096) is Step.UNKNOWN
+    assert peer.step(5, 1) is Step.UNKNOWN
+    arena.record(5, 1, Step.RUNNING)
+    assert peer.step(5, 1) is Step.RUNNING
+    arena.record(5, 1, Step.DONE)
+    assert peer.step(5, 1) is Step.DONE
+    assert peer.step(5 + 4096, 1) is Step.UNKNOWN
 
 
 OWNER = """
@@ -182,9 +199,9 @@ import sys, numpy as np, msgspec
 from runtime.arena import Arena, Step
 from runtime.messages import Memory
 arena = Arena(1 << 20)
-block = arena.reserve(4096, [])
+block = arena.reserve(4096)
 arena.array(block, 0, "int32", (1024,))[:] = range(1024)
-arena.record(9, Step.RUNNING)
+arena.record(9, 2, Step.RUNNING)
 sys.stdout.buffer.write(msgspec.json.encode((arena.address, block.place(0))) + b"\\n")
 sys.stdout.flush()
 sys.stdin.read()
@@ -200,7 +217,7 @@ def test_what_a_killed_owner_wrote_can_still_be_read_and_leaves_no_file(python_e
     owner.send_signal(signal.SIGKILL)
     owner.communicate()
     assert peer.array(place, "int32", (1024,)).tolist() == list(range(1024))
-    assert peer.step(9) is Step.RUNNING
+    assert peer.step(9, 2) is Step.RUNNING
     with pytest.raises(OSError, match="No such"):
         PeerArena(memory)
     peer.close()
@@ -211,7 +228,7 @@ def test_nothing_stays_open():
     for _ in range(20):
         arena, other = Arena(MIB), Arena(MIB)
         peer = PeerArena(other.address)
-        arena.reserve(10, [peer.returns(0)]).readers.clear()
+        lend(arena, 10, [peer.returns(0)]).readers.clear()
         peer.close()
         arena.close()
         other.close()
@@ -267,8 +284,8 @@ def test_memory_is_pinned_as_it_is_used(arena, reader):
     peer = PeerArena(arena.address)
     arena.pin(pin_with(own))
     peer.pin(pin_with(theirs))
-    first = arena.reserve(MIB, [returns(reader)])
-    second = arena.reserve(3 * MIB, [returns(reader)])
+    first = lend(arena, MIB, [returns(reader)])
+    second = lend(arena, 3 * MIB, [returns(reader)])
     for block in (first, second, first):
         peer.array(block.place(0), "uint8", (block.size,))
     assert own.pinned == [(MIB, 1), (3 * MIB, 1)]
@@ -279,5 +296,5 @@ def test_memory_is_pinned_as_it_is_used(arena, reader):
 def test_what_cuda_refuses_to_pin_is_used_all_the_same(arena, reader, caplog):
     cuda = FakeCuda(1)
     arena.pin(pin_with(cuda))
-    assert all(arena.reserve(MIB, [returns(reader)]) is not None for _ in range(4))
+    assert all(lend(arena, MIB, [returns(reader)]) is not None for _ in range(4))
     assert caplog.text.count("refuses to pin") == 1

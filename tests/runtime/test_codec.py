@@ -14,14 +14,19 @@ from runtime import codec
 from runtime.errors import ProtocolError
 from runtime.messages import (
     Assign,
+    Beat,
     Cancel,
     Failed,
     Fragment,
     Hello,
+    Leaving,
     Memory,
+    NodeBeat,
     Peer,
     Place,
+    Receipt,
     Share,
+    Started,
     TensorHead,
     Visit,
     Wire,
@@ -79,13 +84,24 @@ def test_a_view_is_sent_as_what_it_shows():
 @pytest.mark.parametrize(
     ("decode", "message"),
     [
-        (codec.decode_node_control, Hello(1, 2, "h", "a", -1, -1, "s", MEMORY)),
-        (codec.decode_coordinator_control, Assign("id", "f", 0, 1, "cpu", 0, True, False)),
-        (codec.decode_coordinator_control, Wire((Peer(-1, 0, "a", "", None), Peer(0, 1, "b", "s", MEMORY)))),
+        (codec.decode_node_control, Hello(1, 2, "h", "a", -1, -1, "s", MEMORY, "key")),
+        (codec.decode_coordinator_control, Assign("id", "f", 0, 1, "cpu", 0, True, False, 1, 2, "task")),
+        (
+            codec.decode_coordinator_control,
+            Wire(3, 1, (Peer(0, -1, 0, False, "a", "", None, ""), Peer(1, 0, 1, True, "b", "s", MEMORY, "key"))),
+        ),
         (codec.decode_coordinator_control, Share((0, 3))),
-        (codec.decode_coordinator_control, Cancel(7)),
-        (codec.decode_data, Fragment(1, 0, -1, (0, -1), ("y",), (HEAD,), (Visit(0, 0, 1, 2, 3, 4, 5, 6),))),
-        (codec.decode_data, Failed(1, 2, 3, "why")),
+        (codec.decode_coordinator_control, Cancel(7, 1)),
+        (
+            codec.decode_data,
+            Fragment(1, 2, 3, 1000, 0, 0, -1, (0, -1), ("y",), (HEAD,), (Visit(0, 0, 1, 2, 3, 4, 5, 6),)),
+        ),
+        (codec.decode_data, Failed(1, 1, 2, 3, "why")),
+        (codec.decode_data, Started(1, 1, 3)),
+        (codec.decode_data, Receipt(3, 1000, 5, 7)),
+        (codec.decode_node_control, NodeBeat(5, 4, 1000, 9)),
+        (codec.decode_node_control, Leaving()),
+        (codec.decode_coordinator_control, Beat(7)),
     ],
 )
 def test_headers_survive(decode, message):
@@ -101,7 +117,7 @@ def test_garbage_is_refused(frame):
 
 @given(st.data())
 def test_a_mutated_header_is_refused_or_read(data):
-    header = bytearray(codec.encode(Fragment(1, 0, -1, (0,), ("y",), (HEAD,), ())))
+    header = bytearray(codec.encode(Fragment(1, 1, 0, 1000, 0, 0, -1, (0,), ("y",), (HEAD,), ())))
     for _ in range(data.draw(st.integers(1, 4))):
         header[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -145,7 +161,7 @@ def test_small_tensors_ride_in_the_header_and_large_ones_follow_it():
 def test_many_small_tensors_do_not_make_a_header_too_large():
     tensors = {f"t{n}": np.zeros(codec.INLINE_BYTES, np.uint8) for n in range(200)}
     heads, frames = codec.encode_tensors(tensors)
-    header = codec.encode(Fragment(1, 0, -1, (0,), ("y",), heads, ()))
+    header = codec.encode(Fragment(1, 1, 0, 1000, 0, 0, -1, (0,), ("y",), heads, ()))
     assert len(header) <= codec.MAX_HEADER_BYTES
     assert len(frames) == codec.frames_of(heads) > 100
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import pytest
 
 from onnxsplit.plan import load_plan
+from runtime.arena import Step
 from runtime.coordinator_state import (
+    Again,
     Announce,
     CloseAsked,
     CoordinatorState,
     Declined,
+    DrainAsked,
+    Drained,
     Enter,
     Expired,
     Forget,
+    GivenUp,
     GiveStage,
+    Introduce,
     Joined,
+    LeaveWanted,
     Lost,
     Met,
     Prepared,
@@ -22,169 +29,428 @@ from runtime.coordinator_state import (
     Reported,
     Resolve,
     Returned,
+    Scaled,
     SendAway,
     ShareMemory,
     State,
     Submitted,
+    Tick,
     TimedOut,
-    WireAll,
 )
-from runtime.errors import DeadlineExceeded, LaunchFailed, NodeFailed, PipelineClosed, StageFailed
-from runtime.messages import PROTOCOL, Failed, Hello, Visit
+from runtime.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    LaunchFailed,
+    NodeFailed,
+    PipelineClosed,
+    StageFailed,
+    StageUnavailable,
+)
+from runtime.messages import ANY, NOT_NEEDED, PROTOCOL, Failed, Hello, Visit
+from runtime.roster import Phase, Start
+from runtime.watch import Timings
+
+SECOND = 1_000_000_000
+TIMINGS = Timings(backoff_s=1, settled_s=5, circuit_failures=3, circuit_s=30, lost_s=10)
 
 
 def hello(name: str, stage: int = -1, replica: int = -1) -> Joined:
-    return Joined(name.encode(), Hello(PROTOCOL, 1, "host", f"address-{name}", stage, replica, "", None))
+    return Joined(name.encode(), Hello(PROTOCOL, 1, "host", f"at {name}", stage, replica, "", None, ""), 0)
 
 
 @pytest.fixture
 def plan(diamond_plan):
+    """A diamond: 0 feeds 1 and 2, which 3 joins."""
     return load_plan(diamond_plan)
 
 
-def ready(plan, replicas=(1, 1, 1, 1)) -> CoordinatorState:
-    machine = CoordinatorState(plan, replicas)
-    for number in range(sum(replicas)):
+def new(plan, replicas=(1, 1, 1, 1), attempts=3) -> CoordinatorState:
+    """A machine whose processes were started, numbered from 1 by stage and replica."""
+    machine = CoordinatorState(
+        plan, replicas, choose=lambda stage, _: machine.roster.numbers(stage)[0], timings=TIMINGS, attempts=attempts
+    )
+    machine.handle(Tick(0))
+    return machine
+
+
+def ready(plan, replicas=(1, 1, 1, 1), attempts=3) -> CoordinatorState:
+    machine = new(plan, replicas, attempts)
+    for number in range(1, sum(replicas) + 1):
         machine.handle(hello(f"n{number}"))
-    for number in range(sum(replicas)):
-        machine.handle(Prepared(f"n{number}".encode(), ()))
+    for number in range(1, sum(replicas) + 1):
+        machine.handle(Prepared(f"n{number}".encode(), (), 0))
     assert machine.state is State.READY
     return machine
 
 
-def test_nodes_are_wired_when_all_are_there_and_announced_when_all_are_ready(plan):
-    machine = CoordinatorState(plan, (1, 1, 1, 1))
+def submit(machine, request, wanted=("y",), deadline_ns=None, now_ns=0):
+    return machine.handle(Submitted(request, wanted, 1000, deadline_ns, now_ns))
+
+
+def returned(machine, request, names=("y",), history=(), attempt=1):
+    return machine.handle(Returned(request, attempt, names, history))
+
+
+def lose(machine, number, steps=None, reason="was killed", now_ns=SECOND):
+    return machine.handle(Lost(number, reason, steps or {}, now_ns))
+
+
+def come_back(machine, effects, now_ns=2 * SECOND):
+    """Let the process that was started for a lost one report and load; returns what then happens."""
+    (start,) = [effect for effect in effects if isinstance(effect, Start)]
+    name = f"n{start.number}"
+    machine.handle(hello(name, *start.slot))
+    return machine.handle(Prepared(name.encode(), (), now_ns))
+
+
+def of(effects, kind):
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def test_processes_are_started_and_numbered(plan):
+    machine = CoordinatorState(plan, (1, 2, 1, 1), choose=lambda *_: None)
+    slots = [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)]
+    assert machine.handle(Tick(0)) == [Start(slot, number + 1) for number, slot in enumerate(slots)]
+    assert machine.handle(Tick(1)) == []
+
+
+def test_nodes_are_introduced_when_all_are_there_and_announced_when_all_are_ready(plan):
+    machine = new(plan)
     assert machine.handle(hello("a", stage=2)) == [GiveStage(b"a", (2, 0))]
     machine.handle(hello("b"))
     machine.handle(hello("c"))
-    give, wire = machine.handle(hello("d"))
+    give, introduce = machine.handle(hello("d"))
     assert give == GiveStage(b"d", (3, 0))
-    assert wire == WireAll()
-    assert [machine.handle(Prepared(n, ())) for n in (b"a", b"b", b"c")] == [[], [], []]
-    assert machine.handle(Prepared(b"d", ()))[-1] == Announce(None)
+    assert introduce == Introduce((b"b", b"c", b"a", b"d"), meet=True)
+    assert [machine.handle(Prepared(n, (), 0)) for n in (b"a", b"b", b"c")] == [[], [], []]
+    assert machine.handle(Prepared(b"d", (), 0))[-1] == Announce(None)
 
 
 def test_memory_is_lent_only_where_both_sides_have_mapped_each_other(plan):
-    machine = CoordinatorState(plan, (1, 1, 1, 1))
+    machine = new(plan)
     for name in "abcd":
         machine.handle(hello(name))
     machine.handle(Met((1, 4)))
     mapped = {"a": (0, 2, 3), "b": (1, 4), "c": (4,), "d": (2, 3)}
     for name, numbers in mapped.items():
-        effects = machine.handle(Prepared(name.encode(), numbers))
-    shared = {effect.identity: effect.readers for effect in effects if isinstance(effect, ShareMemory)}
+        effects = machine.handle(Prepared(name.encode(), numbers, 0))
+    shared = {effect.identity: effect.readers for effect in of(effects, ShareMemory)}
     assert shared == {None: (1,), b"a": (0, 2), b"b": (1, 4), b"c": (4,), b"d": (2, 3)}
+    again = machine.handle(Prepared(b"c", (1, 4), 0))
+    assert again == [ShareMemory(b"a", (0, 2, 3)), ShareMemory(b"c", (1, 4))], "those for whom something changed"
 
 
 def test_one_node_too_many_is_sent_away_by_name(plan):
-    machine = ready(plan)
-    (effect,) = machine.handle(hello("late", stage=1))
+    (effect,) = ready(plan).handle(hello("late", stage=1))
     assert isinstance(effect, SendAway)
     assert "stage 1" in effect.reason
 
 
 def test_a_node_of_another_version_is_sent_away(plan):
-    machine = CoordinatorState(plan, (1, 1, 1, 1))
-    (effect,) = machine.handle(Joined(b"old", Hello(PROTOCOL + 1, 1, "h", "a", -1, -1, "", None)))
+    old = Joined(b"old", Hello(PROTOCOL + 1, 1, "h", "a", -1, -1, "", None, ""), 0)
+    (effect,) = new(plan).handle(old)
     assert isinstance(effect, SendAway)
     assert "same version" in effect.reason
 
 
 def test_a_request_enters_and_is_answered_when_all_is_back(plan):
     machine = ready(plan)
-    assert machine.handle(Submitted(1, ("y", "a"), None)) == [Enter(1, (0, 0, 0, 0), ("y", "a"))]
+    assert submit(machine, 1, ("y", "a")) == [Enter(1, 1, 1, 1000, None, (ANY, ANY, ANY, 4), ("y", "a"))]
     first, last = Visit(0, 0, 1, 2, 9, 9, 8, 4), Visit(3, 0, 10, 12, 20, 20, 0, 0)
-    assert machine.handle(Returned(1, ("a",), (first,))) == []
-    assert machine.handle(Returned(1, ("y",), (first, last))) == [Resolve(1, (first, last))]
-    assert machine.handle(Returned(1, ("y",), (first, last))) == []
-    assert (machine.nodes[0, 0].requests, machine.nodes[0, 0].wait_ns, machine.nodes[0, 0].run_ns) == (1, 1, 7)
-    assert (machine.nodes[0, 0].output_bytes, machine.nodes[0, 0].shared_bytes) == (8, 4)
+    assert returned(machine, 1, ("a",), (first,)) == []
+    assert returned(machine, 1, ("y",), (first, last)) == [Resolve(1, (first, last))]
+    assert returned(machine, 1, ("y",), (first, last)) == []
+    tally = machine.roster.nodes[0, 0].tally
+    assert (tally.requests, tally.wait_ns, tally.run_ns, tally.output_bytes, tally.shared_bytes) == (1, 1, 7, 8, 4)
 
 
 def test_only_the_stages_that_are_needed_are_on_the_route(plan):
-    (enter,) = ready(plan).handle(Submitted(1, ("left",), None))
-    assert enter == Enter(1, (0, 0, -1, -1), ("left",))
-
-
-def test_requests_go_to_the_replica_with_the_fewest(plan):
-    machine = ready(plan, (1, 2, 1, 1))
-    routes = [machine.handle(Submitted(n, ("y",), None))[0].route for n in range(3)]
-    assert [route[1] for route in routes] == [0, 1, 0]
-    machine.handle(Returned(0, ("y",), ()))
-    machine.handle(Returned(2, ("y",), ()))
-    assert machine.handle(Submitted(3, ("y",), None))[0].route[1] == 0
-
-
-def test_outstanding_work_returns_to_nothing(plan):
-    machine = ready(plan)
-    machine.handle(Submitted(1, ("y",), None))
-    machine.handle(Submitted(2, ("y",), None))
-    machine.handle(Returned(1, ("y",), ()))
-    machine.handle(Reported(Failed(2, 3, 0, "why")))
-    assert [node.outstanding for node in machine.nodes.values()] == [0, 0, 0, 0]
+    (enter,) = submit(ready(plan), 1, ("left",))
+    assert enter.route == (ANY, ANY, NOT_NEEDED, NOT_NEEDED)
 
 
 def test_a_failed_stage_fails_its_request_alone(plan):
     machine = ready(plan)
-    machine.handle(Submitted(1, ("y",), None))
-    machine.handle(Submitted(2, ("y",), None))
-    reject, forget = machine.handle(Reported(Failed(1, 1, 0, "bad shape")))
+    submit(machine, 1)
+    submit(machine, 2)
+    reject, forget = machine.handle(Reported(Failed(1, 1, 1, 0, "bad shape")))
     assert isinstance(reject.error, StageFailed)
     assert "stage 1" in str(reject.error)
     assert "bad shape" in str(reject.error)
-    assert isinstance(forget, Forget)
-    assert machine.handle(Returned(2, ("y",), ())) == [Resolve(2, ())]
+    assert forget == Forget(1, 1, (b"n1", b"n2", b"n3", b"n4"))
+    assert returned(machine, 2) == [Resolve(2, ())]
 
 
 def test_a_deadline_names_the_stages_that_had_not_finished(plan):
     machine = ready(plan)
-    machine.handle(Submitted(1, ("y",), 1000))
+    submit(machine, 1, deadline_ns=1000)
     assert machine.next_deadline_ns() == 1000
-    assert machine.expired(999) == {}
-    assert machine.expired(1000) == {1: (0, 0, 0, 0)}
-    reject, _ = machine.handle(Expired(1, frozenset({0})))
+    assert machine.expired(999) == ()
+    assert machine.expired(1000) == ((1, 1),)
+    reject, _ = machine.handle(Expired(1, {1: Step.DONE, 2: Step.RUNNING}))
     assert isinstance(reject.error, DeadlineExceeded)
     assert "stage 1, 2, 3 had not finished" in str(reject.error)
 
 
 def test_a_deadline_of_an_answered_request_is_forgotten(plan):
     machine = ready(plan)
-    machine.handle(Submitted(1, ("y",), 1000))
-    machine.handle(Submitted(2, ("y",), 2000))
-    machine.handle(Returned(1, ("y",), ()))
+    submit(machine, 1, deadline_ns=1000)
+    submit(machine, 2, deadline_ns=2000)
+    returned(machine, 1)
     assert machine.next_deadline_ns() == 2000
-    assert machine.expired(1500) == {}
+    assert machine.expired(1500) == ()
 
 
-def test_a_lost_node_fails_everything_with_its_story(plan):
+def test_a_request_that_is_given_up_is_forgotten_everywhere(plan):
     machine = ready(plan)
-    machine.handle(Submitted(1, ("y",), None))
-    reject = machine.handle(Lost((2, 0), "was killed by SIGKILL"))[0]
+    submit(machine, 1)
+    reject, forget = machine.handle(GivenUp(1))
+    assert isinstance(reject.error, Cancelled)
+    assert forget == Forget(1, 1, (b"n1", b"n2", b"n3", b"n4"))
+    assert machine.handle(GivenUp(1)) == []
+
+
+# Losses
+
+
+def test_what_a_lost_node_may_have_had_begins_again_when_another_is_there(plan):
+    machine = ready(plan)
+    submit(machine, 1)
+    effects = lose(machine, 3)
+    assert of(effects, Start) == [Start((2, 0), 5)]
+    assert of(effects, Introduce) == [Introduce((b"n1", b"n2", b"n4"), meet=True)]
+    assert of(effects, Forget) == [Forget(1, 1, (b"n1", b"n2", b"n4"))]
+    assert of(effects, Again)[0].attempt == 1
+    assert of(effects, Enter) == []
+    assert machine.waiting == 1
+    assert returned(machine, 1) == [], "the first attempt is over"
+    (enter,) = of(come_back(machine, effects), Enter)
+    assert (enter.attempt, enter.view) == (2, machine.roster.view)
+    assert returned(machine, 1, attempt=1) == []
+    assert returned(machine, 1, attempt=2) == [Resolve(1, ())]
+
+
+def test_with_a_replica_the_next_attempt_begins_at_once(plan):
+    machine = ready(plan, (1, 2, 1, 1))
+    submit(machine, 1)
+    (enter,) = of(lose(machine, 2), Enter)
+    assert (enter.attempt, enter.view) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("known", "again"),
+    [
+        ({}, True),
+        ({2: Step.RUNNING}, True),
+        ({3: Step.RUNNING}, False),
+        ({3: Step.DONE}, False),
+        ({2: Step.DONE, 5: Step.RUNNING}, False),
+        ({2: Step.DONE, 4: Step.RUNNING}, True),
+        ({1: Step.RUNNING}, True),
+    ],
+    ids=[
+        "unknown",
+        "it ran there",
+        "its replica runs it",
+        "its replica ran it",
+        "its reader has it",
+        "another has something else of it",
+        "it may be on its way",
+    ],
+)
+def test_an_attempt_goes_on_when_the_loss_does_not_concern_it(plan, known, again):
+    machine = ready(plan, (1, 2, 1, 1))  # numbers: 1 / 2, 3 / 4 / 5
+    submit(machine, 1)
+    effects = lose(machine, 2, {(1, 1): known})
+    assert bool(of(effects, Again)) is again
+
+
+def test_an_attempt_named_another_node_of_a_join_goes_on(plan):
+    machine = ready(plan, (1, 1, 1, 2))
+    submit(machine, 1)
+    assert of(lose(machine, 5), Again) == []
+    assert of(lose(machine, 4), Again) != []
+
+
+def test_only_what_ran_on_a_lost_node_is_to_blame_and_is_given_up_in_the_end(plan):
+    machine = ready(plan, (2, 1, 1, 1))
+    submit(machine, 1)
+    submit(machine, 2)
+    number, attempts = 1, []
+    for time in range(1, 4):
+        steps = {(1, time): {number: Step.RUNNING}, (2, time): {}}
+        effects = lose(machine, number, steps, "was killed by SIGSEGV", now_ns=time * 100 * SECOND)
+        attempts.append([effect.request for effect in of(effects, Enter)])
+        number = of(effects, Start)[0].number if of(effects, Start) else number
+        come_back(machine, effects, now_ns=time * 100 * SECOND + 1)
+    assert attempts == [[1, 2], [1, 2], [2]]
+    (reject,) = of(effects, Reject)
     assert isinstance(reject.error, NodeFailed)
-    assert "stage 2 (node 2.0, pid 1 on host) was killed by SIGKILL" in str(reject.error)
-    assert machine.handle(Submitted(2, ("y",), None)) == [Reject(2, reject.error)]
-    assert machine.handle(Lost((1, 0), "too")) == []
+    assert "3 nodes" in str(reject.error)
+    assert "stage 0" in str(reject.error)
+    assert "SIGSEGV" in str(reject.error)
+    assert returned(machine, 2, attempt=4) == [Resolve(2, ())]
+
+
+def test_with_one_attempt_nothing_is_tried_again(plan):
+    machine = ready(plan, (2, 1, 1, 1), attempts=1)
+    submit(machine, 1)
+    (reject,) = of(lose(machine, 1), Reject)
+    assert isinstance(reject.error, NodeFailed)
+    assert "not tried again" in str(reject.error)
+
+
+def test_restarts_in_a_row_come_later_and_later_until_the_circuit_opens(plan):
+    machine = ready(plan)
+    starts = of(lose(machine, 1, now_ns=0), Start)
+    assert len(starts) == 1, "the first at once"
+    assert of(lose(machine, starts[0].number, now_ns=0), Start) == []
+    assert machine.handle(Tick(SECOND - 1)) == []
+    (start,) = machine.handle(Tick(SECOND))
+    submit(machine, 1)
+    (reject,) = of(lose(machine, start.number, reason="ended with exit code 1", now_ns=SECOND), Reject)
+    assert isinstance(reject.error, StageUnavailable)
+    assert "stage 0 has no node" in str(reject.error)
+    assert "3 times in a row" in str(reject.error)
+    assert "exit code 1" in str(reject.error)
+    assert isinstance(submit(machine, 2)[0].error, StageUnavailable)
+    assert machine.handle(Tick(30 * SECOND)) == []
+    half_open = machine.handle(Tick(31 * SECOND))
+    assert submit(machine, 3) == [], "it waits for the trial"
+    (enter,) = of(come_back(machine, half_open, now_ns=32 * SECOND), Enter)
+    assert enter.request == 3
+
+
+def test_a_node_that_served_well_is_started_again_at_once(plan):
+    machine = ready(plan)
+    number = 1
+    for time in range(1, 8):
+        effects = lose(machine, number, now_ns=time * 10 * SECOND)
+        (start,) = of(effects, Start)
+        number = start.number
+        come_back(machine, effects, now_ns=time * 10 * SECOND + 1)
+
+
+def test_numbers_come_back_late(plan):
+    machine = ready(plan)
+    number, seen = 1, []
+    for time in range(1, 300):
+        effects = lose(machine, number, now_ns=time * 10 * SECOND)
+        number = of(effects, Start)[0].number
+        seen.append(number)
+        come_back(machine, effects, now_ns=time * 10 * SECOND + 1)
+    assert seen[:251] == list(range(5, 256))
+    assert 0 not in seen
+    assert not {2, 3, 4} & set(seen), "others have them"
+
+
+def test_an_attempt_of_which_nothing_is_heard_is_made_again_more_and_more_patiently(plan):
+    machine = ready(plan)
+    submit(machine, 1)
+    assert machine.handle(Tick(10 * SECOND)) == []
+    effects = machine.handle(Tick(10 * SECOND + 1))
+    assert [type(effect) for effect in effects] == [Again, Forget, Enter]
+    assert machine.handle(Tick(25 * SECOND)) == []
+    assert of(machine.handle(Tick(31 * SECOND)), Enter)[0].attempt == 3
+
+
+def test_a_lost_node_that_comes_back_is_sent_away_and_not_heard(plan):
+    machine = ready(plan)
+    effects = lose(machine, 2, reason="has been silent")
+    assert SendAway(b"n2", "it was taken for dead, and replaced") in effects
+    assert machine.handle(Prepared(b"n2", (), 0)) == []
+    assert machine.handle(LeaveWanted(b"n2", 0)) == []
 
 
 def test_a_node_lost_before_all_are_ready_fails_the_launch(plan):
-    machine = CoordinatorState(plan, (1, 1, 1, 1))
-    (announce,) = machine.handle(Lost((0, 0), "ended with exit code 1"))
+    machine = new(plan)
+    (announce,) = lose(machine, 1, reason="ended with exit code 1")
     assert isinstance(announce.error, LaunchFailed)
+    assert lose(machine, 2) == []
 
 
 def test_a_refusal_and_a_late_start_fail_the_launch(plan):
-    machine = CoordinatorState(plan, (1, 1, 1, 1))
+    machine = new(plan)
     machine.handle(hello("a", stage=0))
-    (announce,) = machine.handle(Declined(b"a", "no CUDA here"))
+    (announce,) = machine.handle(Declined(b"a", "no CUDA here", 0))
     assert "no CUDA here" in str(announce.error)
-    (announce,) = CoordinatorState(plan, (1, 1, 1, 1)).handle(TimedOut("not ready"))
+    (announce,) = new(plan).handle(TimedOut("not ready"))
     assert isinstance(announce.error, LaunchFailed)
+
+
+# More and fewer nodes
+
+
+def test_a_node_is_added_while_requests_go_on(plan):
+    machine = ready(plan)
+    submit(machine, 1)
+    (start,) = machine.handle(Scaled(1, 2, 0))
+    assert start.slot == (1, 1)
+    assert machine.handle(hello("new", 1, 1))[1] == Introduce((b"new",), meet=False)
+    effects = machine.handle(Prepared(b"new", (), 0))
+    assert of(effects, Introduce) == [Introduce((b"n1", b"n2", b"new", b"n3", b"n4"), meet=True)]
+    assert returned(machine, 1) == [Resolve(1, ())]
+
+
+def test_a_node_that_is_not_needed_goes_when_nothing_can_reach_it(plan):
+    machine = ready(plan, (1, 2, 1, 1))
+    submit(machine, 1)
+    effects = machine.handle(Scaled(1, 1, 0))
+    assert len(of(effects, Introduce)[0].identities) == 5
+    assert of(effects, SendAway) == []
+    submit(machine, 2)
+    assert of(returned(machine, 2), SendAway) == []
+    (away,) = of(returned(machine, 1), SendAway)
+    assert away.identity == b"n3"
+    assert of(lose(machine, 3, reason="ended with exit code 0"), Start) == []
+    assert machine.roster.incidents == type(machine.roster.incidents)(), "that was no failure"
+
+
+def test_a_node_that_leaves_is_replaced_and_its_work_is_not_lost(plan):
+    machine = ready(plan)
+    submit(machine, 1)
+    effects = machine.handle(LeaveWanted(b"n2", SECOND))
+    assert of(effects, Start) == [Start((1, 0), 5)]
+    assert of(effects, SendAway) == []
+    assert submit(machine, 2) == [], "it waits for the new one"
+    assert of(returned(machine, 1), SendAway) == [SendAway(b"n2", "it has no more work")]
+    lose(machine, 2, reason="ended with exit code 0")
+    assert of(come_back(machine, effects), Enter)[0].request == 2
+
+
+def test_a_node_that_dies_while_it_leaves_loses_nothing(plan):
+    machine = ready(plan, (1, 2, 1, 1))
+    submit(machine, 1)
+    machine.handle(Scaled(1, 1, 0))
+    (enter,) = of(lose(machine, 3), Enter)
+    assert enter.attempt == 2
+
+
+# The end
+
+
+def test_draining_answers_what_is_in_flight_and_refuses_the_rest(plan):
+    machine = ready(plan)
+    submit(machine, 1)
+    assert machine.handle(DrainAsked()) == []
+    (reject,) = submit(machine, 2)
+    assert isinstance(reject.error, PipelineClosed)
+    assert returned(machine, 1) == [Resolve(1, ()), Drained()]
+    assert machine.handle(DrainAsked()) == [Drained()]
+
+
+def test_losses_while_draining_are_made_good(plan):
+    machine = ready(plan, (2, 1, 1, 1))
+    submit(machine, 1)
+    machine.handle(DrainAsked())
+    assert of(lose(machine, 1), Enter)[0].attempt == 2
 
 
 def test_closing_fails_what_is_in_flight_and_sends_all_nodes_away(plan):
     machine = ready(plan)
-    machine.handle(Submitted(1, ("y",), None))
+    submit(machine, 1)
     reject, _, *away = machine.handle(CloseAsked())
     assert isinstance(reject.error, PipelineClosed)
     assert len(away) == 4
     assert machine.handle(CloseAsked()) == []
+    assert machine.roster.nodes[0, 0].phase is Phase.READY

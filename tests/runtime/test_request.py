@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtime.admission import Admission
-from runtime.errors import PipelineClosed, StageFailed
+from runtime.errors import Cancelled, PipelineClosed, StageFailed
 from runtime.flow import Answer
 from runtime.request import Asked, Request
 
@@ -19,9 +19,13 @@ class FakeFlow:
     def __init__(self) -> None:
         self.entered = []
 
-    def submit(self, inputs, wanted, deadline_ns, done) -> None:
-        assert wanted == ("y",)
+    def submit(self, inputs, wanted, cost, deadline_ns, done) -> int:
+        assert (wanted, cost) == (("y",), 1000)
         self.entered.append((inputs["x"], done))
+        return len(self.entered) - 1
+
+    def give_up(self, number: int) -> None:
+        self.answer(number, Cancelled("given up"))
 
     def answer(self, number: int, error=None) -> None:
         array, done = self.entered[number]
@@ -33,7 +37,7 @@ def started(parts: int, room: int):
     flow, entrance = FakeFlow(), Admission(room, 1 << 20)
     entrance.enter(8)
     arrays = [{"x": np.array([number])} for number in range(parts)]
-    request = Request(flow, entrance, arrays, ASKED, 8, None, {"c": np.array(7)})
+    request = Request(flow, entrance, arrays, ASKED, 8, 1000, None, {"c": np.array(7)})
     request.enter()
     return request, flow, entrance
 
@@ -82,3 +86,18 @@ def test_all_places_come_back(room):
         flow.answer(number)
     assert request.future.result(0)["y"].tolist() == [0, 10, 20, 30, 40, 50]
     assert free(entrance) == room
+
+
+def test_a_request_that_is_given_up_ends_its_parts_and_leaves_its_places():
+    request, flow, entrance = started(5, room=2)
+    assert request.future.cancel()
+    assert request.future.cancelled()
+    assert len(flow.entered) == 2, "no other part enters"
+    assert free(entrance) == 2
+
+
+def test_an_answered_request_cannot_be_given_up():
+    request, flow, _ = started(1, room=2)
+    flow.answer(0)
+    assert not request.future.cancel()
+    assert request.future.result(0)["y"] == [0]

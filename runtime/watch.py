@@ -1,0 +1,100 @@
+"""Which nodes are dead although their processes are there. Pure: what was heard and when in, verdicts out.
+
+    silent   it said nothing for ``silence_s``: stopped, cut off, or its interpreter is stuck
+    stuck    it answers, but one run lasts longer than ``stall_s`` and than ``stall_factor`` times what such a request
+             ever took there, or was predicted to take
+
+ZeroMQ's own heartbeats would not do: a thread of its library answers them whatever becomes of the interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.balance import ORDINARY
+from runtime.messages import NodeBeat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """When something counts as failed, and when to try again. All in seconds unless said.
+
+    Attributes:
+        beat_s: between two signs of life, in either direction.
+        silence_s: without one, a node, or the coordinator, is taken for dead.
+        stall_s: a run that lasts no longer is never taken for stuck.
+        stall_factor: a run is taken for stuck when it lasts so many times what is usual.
+        backoff_s: before the second restart in a row of a node; doubled each time. The first comes at once.
+        backoff_most_s: between two restarts at most.
+        settled_s: a node that served so long has its failures forgotten.
+        circuit_failures: failures in a row of one node that open its circuit: it is left alone for a while.
+        circuit_s: for so long; then it is tried once more.
+        lost_s: an attempt that is under way for longer, and for longer than ``stall_factor`` times the usual, is made
+            again: a message was lost.
+        drain_s: a node that was told to end waits so long to be relieved of its work.
+    """
+
+    beat_s: float = 0.5
+    silence_s: float = 5.0
+    stall_s: float = 10.0
+    stall_factor: float = 20.0
+    backoff_s: float = 0.25
+    backoff_most_s: float = 30.0
+    settled_s: float = 5.0
+    circuit_failures: int = 5
+    circuit_s: float = 30.0
+    lost_s: float = 30.0
+    drain_s: float = 30.0
+
+
+@dataclass(slots=True)
+class _Node:
+    heard_ns: int
+    predicted_ns: int
+
+
+class Watch:
+    """Minds the nodes that serve.
+
+    Args:
+        timings: when to give up on one.
+    """
+
+    def __init__(self, timings: Timings) -> None:
+        self._timings = timings
+        self._nodes: dict[int, _Node] = {}
+
+    def begin(self, node: int, predicted_ns: int, now_ns: int) -> None:
+        """Mind a node from now on; an ordinary request is predicted to take so long there."""
+        self._nodes.setdefault(node, _Node(now_ns, predicted_ns))
+
+    def end(self, node: int) -> None:
+        """Mind it no longer."""
+        self._nodes.pop(node, None)
+
+    def heard(self, node: int, beat: NodeBeat, now_ns: int) -> str | None:
+        """It gave a sign of life.
+
+        Returns:
+            Why it is taken for dead, if it is.
+        """
+        found = self._nodes.get(node)
+        if found is None:
+            return None
+        found.heard_ns = now_ns
+        longest_ns = max(found.predicted_ns, beat.longest_ns)
+        usual = longest_ns * max(beat.cost, ORDINARY) / ORDINARY
+        if beat.running_ns > max(self._timings.stall_s * 1e9, self._timings.stall_factor * usual):
+            return (
+                f"is stuck: a request has been running for {beat.running_ns / 1e9:.1f} s, "
+                f"and an ordinary one takes {longest_ns / 1e9:.3f} s at most"
+            )
+        return None
+
+    def silent(self, now_ns: int) -> dict[int, str]:
+        """The nodes that have said nothing for too long, and why they are taken for dead."""
+        return {
+            number: f"has been silent for {(now_ns - node.heard_ns) / 1e9:.1f} s: stopped, cut off or stuck"
+            for number, node in self._nodes.items()
+            if now_ns - node.heard_ns > self._timings.silence_s * 1e9
+        }
