@@ -404,7 +404,7 @@ class Coordinator:
                     control.send(identity, codec.encode(Cancel(request, attempt)))
             case Start((stage, replica), number):
                 if setup.launcher is not None:
-                    handle = setup.launcher.start(connect=control.address, stage=stage, replica=replica)
+                    handle = setup.launcher.start(connect=control.address, stage=stage, replica=replica, number=number)
                     self._handles[number] = handle
                     sockets.watch(handle.fileno())
             case Kill(number):
@@ -475,7 +475,7 @@ class Coordinator:
             self.flow.links[number] = results.connect(peer.address, shortcut=shortcut)
             predicted = self._setup.plan.stages[peer.stage].predicted_time_ns or 0
             self._watch.begin(number, predicted, time.monotonic_ns())
-        return Met(mapped)
+        return Met(mapped, time.monotonic_ns())
 
     def _end_nodes(self) -> None:
         deadline = time.monotonic() + _STOP_GRACE_S

@@ -96,9 +96,10 @@ class Prepared(Struct, frozen=True):
 
 
 class Met(Struct, frozen=True):
-    """The coordinator itself has mapped the memory of these nodes."""
+    """The coordinator itself knows the nodes as they are now, and has mapped the memory of these."""
 
     mapped: tuple[int, ...]
+    now_ns: int
 
 
 class Declined(Struct, frozen=True):
@@ -380,9 +381,9 @@ class CoordinatorState:
                 return self._returned(event)
             case Joined():
                 return self._joined(event)
-            case Met(mapped):
+            case Met(mapped, now_ns):
                 self.roster.mapped = frozenset(mapped)
-                return self._shared()
+                return [*self._shared(), *self._resume(now_ns)]
             case Prepared():
                 return self._prepared(event)
             case Declined(identity, reason, now_ns):
@@ -481,10 +482,7 @@ class CoordinatorState:
                 return []
             self._machine.go(Change.ALL_READY)
             return [*self._shared(), Announce(None)]
-        effects = self._shared()
-        if is_new:
-            effects += [self._introduce(), *self._resume(event.now_ns)]
-        return effects
+        return [*self._shared(), *([self._introduce()] if is_new else [])]
 
     def _shared(self) -> list[Effect]:
         if self.state is State.STARTING:
@@ -504,15 +502,14 @@ class CoordinatorState:
             effects.append(SendAway(record.identity, "it was taken for dead, and replaced"))
             record.identity = b""
         if served:
-            effects.append(self._introduce())
-        stage = record.slot[0]
-        for request in list(self._requests):
-            found = self._requests[request]
-            known = steps.get((request, found.attempt), {})
-            if served and known.get(number) is Step.RUNNING and not found.waits:
-                found.blamed.append(f"{called} {reason}")
-            if not found.waits and stage in found.needed and self._lacks(found, stage, number, known):
-                effects += self._again(request, f"{called} was lost", now_ns)
+            stage = record.slot[0]
+            for request, found in list(self._requests.items()):
+                known = steps.get((request, found.attempt), {})
+                if not found.waits and known.get(number) is Step.RUNNING:
+                    found.blamed.append(f"{called} {reason}")
+                if not found.waits and stage in found.needed and self._lacks(found, stage, number, known):
+                    effects += self._again(request, f"{called} was lost")
+            effects.append(self._introduce())  # what is to be made again begins when that is done
         return [*effects, *self._give_up()]
 
     def _lacks(self, request: _Request, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
@@ -563,7 +560,7 @@ class CoordinatorState:
         patience = max(self._timings.lost_s * 1e9, self._timings.stall_factor * self._usual_ns)
         for number, request in list(self._requests.items()):
             if not request.waits and now_ns - request.begun_ns > patience * 2 ** min(request.attempt - 1, 8):
-                effects += self._again(number, "nothing was heard of it for too long", now_ns)
+                effects += [*self._again(number, "nothing was heard of it for too long"), *self._resume(now_ns)]
         return effects
 
     # Requests
@@ -616,8 +613,8 @@ class CoordinatorState:
             )
         ]
 
-    def _again(self, number: int, reason: str, now_ns: int) -> list[Effect]:
-        """Make another attempt, unless this request kills whoever tries."""
+    def _again(self, number: int, reason: str) -> list[Effect]:
+        """End an attempt; another waits to begin, unless this request kills whoever tries."""
         request = self._requests[number]
         if self._attempts == 1:
             story = "; ".join(request.blamed) or reason
@@ -630,8 +627,9 @@ class CoordinatorState:
         self.retries += 1
         request.missing = set(request.wanted)
         request.visits.clear()
-        over: list[Effect] = [Again(number, request.attempt, reason), self._forget(number, request)]
-        return over + self._begin(number, now_ns)
+        request.waits = True
+        self._waiting[number] = None
+        return [Again(number, request.attempt, reason), self._forget(number, request)]
 
     def _forget(self, number: int, request: _Request) -> Effect:
         nodes = [node.identity for node in self.roster.nodes.values() if node.slot[0] in request.needed]

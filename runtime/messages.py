@@ -77,9 +77,13 @@ class Peer(_Message, frozen=True):
 
 
 class Hello(_Message, tag="hello", frozen=True):
-    """A node reports: who it is and where it takes fragments. ``stage`` and ``replica`` are wishes, -1 for any."""
+    """A node reports: who it is and where it takes fragments.
+
+    ``number`` is the one its launcher gave it, 0 for none. ``stage`` and ``replica`` are wishes, -1 for any.
+    """
 
     protocol: int
+    number: Number
     pid: int
     host: str
     address: str

@@ -98,6 +98,7 @@ class NodeOptions:
         bind: where to take fragments; a free port or path of the coordinator's kind when None.
         stage: the stage it wants, -1 for any.
         replica: the replica it wants to be, -1 for any.
+        number: given by its launcher; 0 for none.
         plan: its own copy of the plan directory; the coordinator's folder when None.
         provider: overrides the coordinator's choice.
         threads: overrides the plan's number; 0 does not.
@@ -111,6 +112,7 @@ class NodeOptions:
     bind: str | None = None
     stage: int = -1
     replica: int = -1
+    number: int = 0
     plan: Path | None = None
     provider: str | None = None
     threads: int = 0
@@ -209,6 +211,7 @@ class _Node:
             sockets.watch(self._wakeup.fileno())
             hello = Hello(
                 protocol=PROTOCOL,
+                number=options.number,
                 pid=os.getpid(),
                 host=socket.gethostname(),
                 address=inlet.address,
@@ -450,6 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--connect", required=True)
     parser.add_argument("--stage", type=int, required=True)
     parser.add_argument("--replica", type=int, required=True)
+    parser.add_argument("--number", type=int, required=True)
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--memory", type=int, required=True)
     given = parser.parse_args(arguments)
@@ -459,6 +463,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             connect=given.connect,
             stage=given.stage,
             replica=given.replica,
+            number=given.number,
             memory_bytes=given.memory,
             home=given.home,
             lifeline=True,

@@ -284,7 +284,10 @@ class Roster:
         free = [
             record
             for (stage, replica), record in self.nodes.items()
-            if record.phase is Phase.STARTED and hello.stage in (-1, stage) and hello.replica in (-1, replica)
+            if record.phase is Phase.STARTED
+            and hello.number in (0, record.number)
+            and hello.stage in (-1, stage)
+            and hello.replica in (-1, replica)
         ]
         if not open_ or not free:
             wish = f"stage {hello.stage}" if hello.stage >= 0 else "any stage"

@@ -34,8 +34,8 @@ class Handle(Protocol):
 class Launcher(Protocol):
     """Starts nodes."""
 
-    def start(self, *, connect: str, stage: int, replica: int) -> Handle:
-        """Start one node that reports to ``connect``."""
+    def start(self, *, connect: str, stage: int, replica: int, number: int) -> Handle:
+        """Start one node that reports to ``connect``; ``number`` is this process's alone."""
         ...
 
     def profile(self, stage: int, replica: int) -> list[dict[str, Any]]:

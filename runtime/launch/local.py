@@ -79,12 +79,12 @@ class LocalLauncher:
         self._memory_bytes = memory_bytes
         self.folder = private_folder()
 
-    def start(self, *, connect: str, stage: int, replica: int) -> LocalHandle:
+    def start(self, *, connect: str, stage: int, replica: int, number: int) -> LocalHandle:
         """Start ``python -m runtime.node``, with modules of the user's folder kept out of its way."""
         log = self.folder / f"node-{stage}.{replica}.log"
         command = [sys.executable, "-P", "-m", self.module, "--connect", connect]
         command += ["--stage", str(stage), "--replica", str(replica), "--home", str(self.folder)]
-        command += ["--memory", str(self._memory_bytes)]
+        command += ["--number", str(number), "--memory", str(self._memory_bytes)]
         with log.open("ab") as stream:  # what the process before it said stays
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=quiet_environment()

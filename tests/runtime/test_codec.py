@@ -84,7 +84,7 @@ def test_a_view_is_sent_as_what_it_shows():
 @pytest.mark.parametrize(
     ("decode", "message"),
     [
-        (codec.decode_node_control, Hello(1, 2, "h", "a", -1, -1, "s", MEMORY, "key")),
+        (codec.decode_node_control, Hello(1, 5, 2, "h", "a", -1, -1, "s", MEMORY, "key")),
         (codec.decode_coordinator_control, Assign("id", "f", 0, 1, "cpu", 0, True, False, 1, 2, "task")),
         (
             codec.decode_coordinator_control,

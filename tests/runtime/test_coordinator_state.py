@@ -54,8 +54,8 @@ SECOND = 1_000_000_000
 TIMINGS = Timings(backoff_s=1, settled_s=5, circuit_failures=3, circuit_s=30, lost_s=10)
 
 
-def hello(name: str, stage: int = -1, replica: int = -1) -> Joined:
-    return Joined(name.encode(), Hello(PROTOCOL, 1, "host", f"at {name}", stage, replica, "", None, ""), 0)
+def hello(name: str, stage: int = -1, replica: int = -1, number: int = 0) -> Joined:
+    return Joined(name.encode(), Hello(PROTOCOL, number, 1, "host", f"at {name}", stage, replica, "", None, ""), 0)
 
 
 @pytest.fixture
@@ -91,16 +91,23 @@ def returned(machine, request, names=("y",), history=(), attempt=1):
     return machine.handle(Returned(request, attempt, names, history))
 
 
+def met(machine, effects, now_ns=SECOND):
+    """What a coordinator does, with what follows when it has learned what it was to learn."""
+    if any(isinstance(effect, Introduce) and effect.meet for effect in effects):
+        effects = [*effects, *machine.handle(Met((), now_ns))]
+    return effects
+
+
 def lose(machine, number, steps=None, reason="was killed", now_ns=SECOND):
-    return machine.handle(Lost(number, reason, steps or {}, now_ns))
+    return met(machine, machine.handle(Lost(number, reason, steps or {}, now_ns)), now_ns)
 
 
 def come_back(machine, effects, now_ns=2 * SECOND):
     """Let the process that was started for a lost one report and load; returns what then happens."""
     (start,) = [effect for effect in effects if isinstance(effect, Start)]
     name = f"n{start.number}"
-    machine.handle(hello(name, *start.slot))
-    return machine.handle(Prepared(name.encode(), (), now_ns))
+    machine.handle(hello(name, *start.slot, number=start.number))
+    return met(machine, machine.handle(Prepared(name.encode(), (), now_ns)), now_ns)
 
 
 def of(effects, kind):
@@ -130,7 +137,7 @@ def test_memory_is_lent_only_where_both_sides_have_mapped_each_other(plan):
     machine = new(plan)
     for name in "abcd":
         machine.handle(hello(name))
-    machine.handle(Met((1, 4)))
+    machine.handle(Met((1, 4), 0))
     mapped = {"a": (0, 2, 3), "b": (1, 4), "c": (4,), "d": (2, 3)}
     for name, numbers in mapped.items():
         effects = machine.handle(Prepared(name.encode(), numbers, 0))
@@ -146,8 +153,17 @@ def test_one_node_too_many_is_sent_away_by_name(plan):
     assert "stage 1" in effect.reason
 
 
+def test_a_process_that_was_replaced_before_it_reported_does_not_take_the_place_of_the_next(plan):
+    machine = ready(plan)
+    (old,) = of(lose(machine, 1), Start)
+    lose(machine, old.number)
+    (start,) = machine.handle(Tick(3 * SECOND))
+    assert isinstance(machine.handle(hello("old", 0, 0, number=old.number))[0], SendAway)
+    assert machine.handle(hello("new", 0, 0, number=start.number))[0] == GiveStage(b"new", (0, 0))
+
+
 def test_a_node_of_another_version_is_sent_away(plan):
-    old = Joined(b"old", Hello(PROTOCOL + 1, 1, "h", "a", -1, -1, "", None, ""), 0)
+    old = Joined(b"old", Hello(PROTOCOL + 1, 0, 1, "h", "a", -1, -1, "", None, ""), 0)
     (effect,) = new(plan).handle(old)
     assert isinstance(effect, SendAway)
     assert "same version" in effect.reason
