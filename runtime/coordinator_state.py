@@ -496,19 +496,20 @@ class CoordinatorState:
         called = record.called
         if self.state is State.STARTING:
             return self._fail(LaunchFailed(f"{called} {reason}"))
-        number, served = record.number, record.phase in (Phase.READY, Phase.LEAVING)
+        number, known_of = record.number, record.phase in (Phase.READY, Phase.LEAVING)
+        had_work = known_of and not record.released
         effects: list[Effect] = [*self.roster.lose(record, reason, now_ns)]
         if record.identity:  # it may live, and come back when a link does
             effects.append(SendAway(record.identity, "it was taken for dead, and replaced"))
             record.identity = b""
-        if served:
-            stage = record.slot[0]
-            for request, found in list(self._requests.items()):
-                known = steps.get((request, found.attempt), {})
-                if not found.waits and known.get(number) is Step.RUNNING:
-                    found.blamed.append(f"{called} {reason}")
-                if not found.waits and stage in found.needed and self._lacks(found, stage, number, known):
-                    effects += self._again(request, f"{called} was lost")
+        stage = record.slot[0]
+        for request, found in list(self._requests.items()) if had_work else ():
+            known = steps.get((request, found.attempt), {})
+            if not found.waits and known.get(number) is Step.RUNNING:
+                found.blamed.append(f"{called} {reason}")
+            if not found.waits and stage in found.needed and self._lacks(found, stage, number, known):
+                effects += self._again(request, f"{called} was lost")
+        if known_of:
             effects.append(self._introduce())  # what is to be made again begins when that is done
         return [*effects, *self._give_up()]
 

@@ -183,7 +183,8 @@ class World:
     def work(self, number: int) -> None:
         """One turn of a node's loop."""
         process = self.processes[number]
-        event = process.events.popleft() if process.events else n.Turn(self.now)
+        turn = not process.events or (process.state.ready and self.choices.random() < 0.3)
+        event = n.Turn(self.now) if turn else process.events.popleft()
         if process.state.state not in (n.State.READY, n.State.LEAVING) and isinstance(
             event, n.Arrived | n.Cancelled | n.Turn
         ):
@@ -268,7 +269,7 @@ class World:
             while self.exits:
                 self.notice(self.exits.pop())
             keys, busy = self.waiting(), self.busy()
-            if keys:
+            if keys and (not busy or self.choices.random() < 0.5):
                 self.deliver(self.choices.choice(keys))
             elif busy:
                 self.work(self.choices.choice(busy))

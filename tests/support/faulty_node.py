@@ -1,0 +1,131 @@
+"""A node that fails where it is told to: ``python -m faulty_node`` with the arguments of ``runtime.node``.
+
+The environment variable FAULTS holds a JSON list of ``{"what", "at", "stage", "request", "once"}``: what happens
+(``kill``, ``segfault``, ``stop``, ``hang`` the session, ``freeze`` the interpreter, ``slow``), at which step, to the
+node of which stage, at which request (null for any), and a file that sees to it that it happens once.
+``poison`` kills every node that runs a request whose input holds 1e30.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime import node
+from runtime.launch.local import LocalLauncher
+from runtime.stage_runner import StageRunner
+
+STEPS = ("received", "before the run", "in the run", "after the run", "sent")
+
+
+class FaultyLauncher(LocalLauncher):
+    """Starts such nodes."""
+
+    module = "faulty_node"
+
+    def __init__(self, *faults: dict[str, Any], memory_bytes: int = 256 << 20) -> None:
+        super().__init__(memory_bytes=memory_bytes)
+        for number, fault in enumerate(faults):
+            if fault.pop("only_once", True):
+                fault["once"] = str(self.folder / f"fault-{number}")
+        self.faults = faults
+
+    def start(self, **of: Any) -> Any:
+        """Start one."""
+        here = Path(__file__).parent
+        os.environ["FAULTS"] = json.dumps(self.faults)
+        paths = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
+        try:
+            return super().start(**of)
+        finally:
+            del os.environ["FAULTS"]
+            if paths is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = paths
+
+    @property
+    def happened(self) -> int:
+        """How many faults have happened."""
+        return len(list(self.folder.glob("fault-*")))
+
+
+def fail(what: str) -> None:
+    """Do it."""
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "segfault":
+        ctypes.string_at(0)
+    elif what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif what == "hang":
+        time.sleep(600)
+    elif what == "freeze":
+        ctypes.PyDLL(None).sleep(600)  # keeps the interpreter's lock, as a stuck extension does
+    elif what == "slow":
+        time.sleep(0.05)
+
+
+def main() -> int:
+    """Patch the node, then be one."""
+    stage = int(sys.argv[sys.argv.index("--stage") + 1])
+    replica = int(sys.argv[sys.argv.index("--replica") + 1])
+    faults = [
+        fault
+        for fault in json.loads(os.environ["FAULTS"])
+        if fault.get("stage") in (stage, None) and fault.get("replica") in (replica, None)
+    ]
+
+    def step(name: str, request: int) -> None:
+        for fault in faults:
+            if fault.get("at", "in the run") == name and fault.get("request") in (request, None):
+                if "once" in fault:
+                    try:
+                        os.close(os.open(fault["once"], os.O_CREAT | os.O_EXCL))
+                    except FileExistsError:
+                        continue
+                fail(fault["what"])
+
+    arrival, run, forward, execute = node._Node._arrival, node._Node._run, node._Node._forward, StageRunner.run
+    running = [0]
+
+    def faulty_arrival(self: Any, *message: Any) -> Any:
+        event = arrival(self, *message)
+        if event is not None:
+            step("received", event.fragment.request)
+        return event
+
+    def faulty_run(self: Any, effect: Any) -> Any:
+        running[0] = effect.key[0]
+        step("before the run", running[0])
+        found = run(self, effect)
+        step("after the run", running[0])
+        return found
+
+    def faulty_execute(self: Any, inputs: Any, into: Any) -> Any:
+        step("in the run", running[0])
+        for fault in faults:
+            if fault["what"] == "poison" and any((np.asarray(a) == np.float32(1e30)).any() for a in inputs.values()):
+                fail("segfault")
+        return execute(self, inputs, into)
+
+    def faulty_forward(self: Any, effect: Any) -> None:
+        forward(self, effect)
+        step("sent", effect.fragment.request)
+
+    node._Node._arrival, node._Node._run, node._Node._forward = faulty_arrival, faulty_run, faulty_forward
+    StageRunner.run = faulty_execute
+    return node.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
