@@ -7,6 +7,7 @@ results are the business of :mod:`runtime.flow`.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 import time
@@ -67,13 +68,15 @@ from runtime.messages import (
     Refused,
     Share,
     Stop,
+    Trust,
     Wire,
 )
 from runtime.node_state import sources
 from runtime.payloads import Payloads
 from runtime.roster import Kill, Phase, Slot, Start
 from runtime.router import Router
-from runtime.transport import AnsweringInlet, Inlet, Sockets, Wakeup
+from runtime.stats import Door, NodeStats, Snapshot, node_stats, sweep
+from runtime.transport import AnsweringInlet, Inlet, Security, Sockets, Wakeup
 from runtime.watch import Timings, Watch
 
 _STOP_GRACE_S = 3.0
@@ -100,6 +103,8 @@ class Setup:
         memory_bytes: of shared memory for the requests' inputs at most; 0 for none.
         control: where nodes report.
         data: where results come in.
+        security: what protects links by tcp.
+        trusted: the public keys of the nodes that are allowed now; None where links are plain.
         home: a folder that only the user can open, for sockets of this host; the launcher's, or removed at the end.
         launcher: starts the nodes; None waits for nodes started by hand.
         start_timeout_s: time for all nodes to become ready; None waits for ever.
@@ -121,6 +126,8 @@ class Setup:
     memory_bytes: int
     control: str
     data: str
+    security: Security
+    trusted: Callable[[], frozenset[str]] | None
     home: Path
     launcher: Launcher | None
     start_timeout_s: float | None
@@ -169,6 +176,7 @@ class Coordinator:
         self._drained: Future[None] = Future()
         self._handles: dict[int, Handle] = {}  # by the number of the node
         self._gone: dict[int, str] = {}  # numbers of nodes that are dead, and their stories
+        self._trusted: frozenset[str] = frozenset() if setup.trusted is None else setup.trusted()
         self._progress = -1
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
 
@@ -204,11 +212,28 @@ class Coordinator:
         """Processes that were started here, by the number of the node."""
         return {number: handle.pid for number, handle in self._handles.items()}
 
-    def queues(self) -> dict[int, int]:
-        """What is on its way to every node or waits in it, by its number, as cost."""
+    def stats(self) -> tuple[NodeStats, ...]:
+        """Of every node."""
         with self.flow.lock:
             known = self._router.known
-            return {n: self._router.outstanding(n, known) for n in known - {0}}
+            queues = {number: self._router.outstanding(number, known) for number in known - {0}}
+            return node_stats(self._roster, queues)
+
+    def _snapshot(self) -> Snapshot:
+        machine, incidents = self._machine, self._roster.incidents
+        return Snapshot(
+            plan=str(self._setup.folder.resolve()),
+            pid=os.getpid(),
+            state=machine.state.name.lower(),
+            taken_ns=time.monotonic_ns(),
+            requests=self.flow.count,
+            in_flight=machine.unanswered,
+            waiting=machine.waiting,
+            retries=machine.retries,
+            losses=self._roster.losses,
+            cause=incidents[0].story if incidents else "",
+            nodes=self.stats(),
+        )
 
     def _choose(self, stage: int, cost: int) -> int | None:
         return self._router.choose(stage, self._sources[stage], cost, 0, time.monotonic_ns())
@@ -229,8 +254,10 @@ class Coordinator:
 
     def _serve(self) -> None:
         failure: BaseException | None = None
+        sweep()
         try:
-            with Sockets(linger_s=0.5) as sockets, Sockets() as results:
+            security = self._setup.security
+            with Sockets(linger_s=0.5, security=security) as sockets, Sockets(security=security) as results:
                 control = sockets.answering(self._setup.control)
                 data = results.inlet(self._setup.data, shortcut=self._shortcut)
                 results.watch(self.flow.wakeup.fileno())
@@ -239,7 +266,8 @@ class Coordinator:
                 )
                 taker.start()
                 try:
-                    self._loop(sockets, results, control, data)
+                    with Door(self._setup.home) as door:
+                        self._loop(sockets, results, control, data, door)
                 finally:
                     self.flow.stop()
                     taker.join()
@@ -251,10 +279,11 @@ class Coordinator:
         finally:
             self._finish(failure)
 
-    def _loop(self, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
+    def _loop(self, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet, door: Door) -> None:
         setup = self._setup
         self._address = control.address
         sockets.watch(self._wakeup.fileno())
+        sockets.watch(door.fileno())
         if not self._roster.nodes:  # every output passes through: there is nothing to wait for
             self._ready.set_result(control.address)
         begun = time.monotonic()
@@ -281,6 +310,8 @@ class Coordinator:
             self._wakeup.clear()
             self._posted.extend(self._control_events(control))
             self._exits(sockets, ready)
+            if door.fileno() in ready:
+                door.answer(self._snapshot())
 
     def _handle(self, event: Event, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
         effects = deque(self._machine.handle(event))
@@ -327,7 +358,7 @@ class Coordinator:
     def _control_events(self, control: AnsweringInlet) -> list[Event]:
         events: list[Event] = []
         while (message := control.receive()) is not None:
-            identity, header = message
+            identity, header, key = message
             now = time.monotonic_ns()
             try:
                 said = codec.decode_node_control(header)
@@ -335,6 +366,8 @@ class Coordinator:
                 _log.warning("dropped: %s", error)
                 continue
             match said:
+                case Hello() if self._setup.trusted is not None and said.key != key:
+                    _log.warning("dropped: a node that says it has another key than it has")
                 case Hello():
                     events.append(Joined(identity, said, now))
                 case Ready(mapped):
@@ -381,6 +414,13 @@ class Coordinator:
         for record in self._roster:
             if record.identity:
                 control.send(record.identity, header)
+        if setup.trusted is not None and (trusted := setup.trusted()) != self._trusted:
+            self._trusted = trusted
+            for record in self._roster:
+                if record.identity:
+                    control.send(record.identity, codec.encode(Trust(tuple(trusted))))
+                if record.hello is not None and record.hello.key not in trusted:
+                    self._give_up({record.number: "had its key revoked"})
         events: list[Event] = [Tick(now)]
         patience = setup.start_timeout_s
         if self._machine.state is State.STARTING:
@@ -424,6 +464,7 @@ class Coordinator:
                     silence_ns=int(setup.timings.silence_s * 1e9),
                     balance=setup.balance,
                 )
+                control.send(identity, codec.encode(Trust(tuple(self._trusted))))
                 control.send(identity, codec.encode(assign))
             case Introduce(identities, meet):
                 return self._introduce(identities, meet, results, control, data)
@@ -452,7 +493,9 @@ class Coordinator:
     ) -> Event | None:
         """Tell nodes who all processes are, and learn it here."""
         starting = self._machine.state is State.STARTING
-        caller = Peer(0, CALLER, 0, False, data.address, str(self._shortcut or ""), self._payloads.memory, "")
+        pair = self._setup.security.pair
+        key = pair.public if pair is not None else ""
+        caller = Peer(0, CALLER, 0, False, data.address, str(self._shortcut or ""), self._payloads.memory, key)
         for identity in identities:
             record = self._roster.by_identity(identity)
             assert record is not None
@@ -472,7 +515,7 @@ class Coordinator:
         for number in nodes.keys() - self.flow.links.keys():
             peer = nodes[number]
             shortcut = peer.shortcut if number in mapped else ""
-            self.flow.links[number] = results.connect(peer.address, shortcut=shortcut)
+            self.flow.links[number] = results.connect(peer.address, shortcut=shortcut, key=peer.key)
             predicted = self._setup.plan.stages[peer.stage].predicted_time_ns or 0
             self._watch.begin(number, predicted, time.monotonic_ns())
         return Met(mapped, time.monotonic_ns())

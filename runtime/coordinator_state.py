@@ -420,6 +420,11 @@ class CoordinatorState:
         return tuple((number, r.attempt) for number, r in self._requests.items() if not r.waits)
 
     @property
+    def unanswered(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._requests)
+
+    @property
     def waiting(self) -> int:
         """Requests that wait for a node of a stage they need."""
         return len(self._waiting)

@@ -4,7 +4,7 @@ Two links, each a ROUTER or DEALER that binds and DEALERs that connect; each mes
 a frame for every tensor that is neither in the header nor in shared memory:
 
     control   node DEALER -> coordinator ROUTER    Hello Ready Refused NodeBeat Leaving    rarely, and twice a second
-              coordinator -> node                  Assign Wire Share Cancel Beat Stop
+              coordinator -> node                  Assign Trust Wire Share Cancel Beat Stop
     data      coordinator, node -> node DEALER     Fragment [tensor ...]                   inputs of a stage
               node -> node, coordinator DEALER     Receipt                                 between hosts, to balance
               node -> coordinator DEALER           Fragment [tensor ...] Started Failed
@@ -149,6 +149,12 @@ class Assign(_Message, tag="assign", frozen=True):
     balance: Policy
 
 
+class Trust(_Message, tag="trust", frozen=True):
+    """The public keys of the nodes that may send to each other, from now on."""
+
+    keys: tuple[str, ...]
+
+
 class Wire(_Message, tag="wire", frozen=True):
     """All processes of the pipeline, from now on. ``view`` counts the changes; ``me`` is the node's own number."""
 
@@ -288,5 +294,5 @@ class Failed(_Message, tag="failed", frozen=True):
 
 
 NodeControl = Hello | Ready | Refused | NodeBeat | Leaving
-CoordinatorControl = Assign | Wire | Share | Cancel | Beat | Stop
+CoordinatorControl = Assign | Trust | Wire | Share | Cancel | Beat | Stop
 Data = Fragment | Receipt | Started | Failed

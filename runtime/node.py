@@ -30,6 +30,7 @@ from runtime import codec, node_state
 from runtime.arena import Step
 from runtime.balance import Gauge
 from runtime.errors import ProtocolError
+from runtime.keys import Keys
 from runtime.messages import (
     ANY,
     CALLER,
@@ -78,7 +79,16 @@ from runtime.payloads import Attempt, Outgoing, Payloads
 from runtime.pinned import cuda_pin
 from runtime.router import Router
 from runtime.stage_runner import StageRunner
-from runtime.transport import Inlet, Outlet, Sockets, Wakeup, check_address, private_folder
+from runtime.transport import (
+    Inlet,
+    Outlet,
+    Security,
+    Sockets,
+    Wakeup,
+    check_address,
+    own_address,
+    private_folder,
+)
 from runtime.watch import Timings
 
 DEFAULT_MEMORY_BYTES = 1 << 30
@@ -106,6 +116,10 @@ class NodeOptions:
         home: a folder of the launcher's, removed when the launcher dies. Set together with ``lifeline``.
         lifeline: end when standard input does.
         drain_s: wait so long to be relieved of work before ending on a signal.
+        rejoin_s: without a lifeline, look so long for a coordinator that fell silent before ending.
+        advertise: the address that others are told, where it is another than ``bind``.
+        keys: folder with the keys that protect links by tcp; None leaves them plain.
+        insecure: plain links may leave this host.
     """
 
     connect: str
@@ -120,30 +134,50 @@ class NodeOptions:
     home: Path | None = None
     lifeline: bool = False
     drain_s: float = Timings().drain_s
+    rejoin_s: float = 60.0
+    advertise: str | None = None
+    keys: Path | None = None
+    insecure: bool = False
 
 
 def serve(options: NodeOptions) -> int:
     """Be a node until told to stop; returns the exit code.
 
+    A coordinator that was there and fell silent is looked for, with nothing of the work for it left.
+
     Raises:
         PipelineError: an address cannot be used.
+        InputError: the keys cannot be used.
     """
-    check_address(options.connect)
+    keys = Keys(options.keys) if options.keys is not None else None
+    check_address(options.connect, Security(pair=keys.pair if keys else None, insecure=options.insecure))
     if options.home is not None:
-        return _Node(options, options.home).serve()
-    home = private_folder()
-    try:
-        return _Node(options, home).serve()
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+        return _Node(options, options.home, keys).serve()
+    patience = None
+    while True:
+        home = private_folder()
+        try:
+            node = _Node(options, home, keys, patience)
+            code = node.serve()
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
+        if not node.deserted:
+            return code
+        patience = options.rejoin_s
+        _log.warning("looking for the coordinator for %.0f s", patience)
 
 
 class _Node:
     """The main thread: performs the effects of :class:`~runtime.node_state.NodeState`."""
 
-    def __init__(self, options: NodeOptions, home: Path) -> None:
+    def __init__(self, options: NodeOptions, home: Path, keys: Keys | None, patience_s: float | None = None) -> None:
         self._options = options
         self._home = home
+        self._keys = keys
+        self._patience_s = patience_s
+        self._trusted: frozenset[str] = frozenset()
+        self.deserted = False
+        self._timer: threading.Timer | None = None
         self._machine = NodeState()
         self._posted: deque[Event] = deque()
         self._wakeup = Wakeup()
@@ -177,12 +211,27 @@ class _Node:
         self._posted.append(event)
         self._wakeup.ring()
 
+    def trust(self, keys: frozenset[str]) -> None:
+        """Let the owners of these public keys send."""
+        self._trusted = keys
+
     def lost(self, reason: str) -> None:
         """End soon; at the latest in two seconds, whatever the session does."""
-        timer = threading.Timer(_EXIT_GRACE_S, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(_EXIT_GRACE_S, os._exit, (1,))
+        self._timer.daemon = True
+        self._timer.start()
         self.post(StopAsked(reason))
+
+    def silent(self, reason: str) -> None:
+        """The coordinator is gone: drop the work, and be ready to begin anew."""
+        self.deserted = not self._options.lifeline
+        self.lost(reason)
+
+    def unwelcome(self, reason: str) -> None:
+        """The coordinator will never take this node."""
+        self._refused = True
+        _log.error("%s", reason)
+        self.lost(reason)
 
     def _asked_to_end(self, what: str) -> None:
         """By a signal: end when the work is done, or after a while; a second one ends it soon."""
@@ -205,7 +254,13 @@ class _Node:
                 signal.signal(number, lambda number, _: self._asked_to_end(signal.Signals(number).name))
         if options.lifeline:
             threading.Thread(target=_watch_lifeline, args=(self._home,), daemon=True).start()
-        with Sockets() as sockets:
+        keys = self._keys
+        security = Security(
+            pair=keys.pair if keys else None,
+            allows=lambda key: key in self._trusted or (keys is not None and key in keys.allowed),
+            insecure=options.insecure,
+        )
+        with Sockets(security=security) as sockets:
             shortcut = self._home / f"node-{os.getpid()}.fragments" if options.memory_bytes else None
             inlet = sockets.inlet(options.bind or self._default_address(), shortcut=shortcut)
             sockets.watch(self._wakeup.fileno())
@@ -214,26 +269,31 @@ class _Node:
                 number=options.number,
                 pid=os.getpid(),
                 host=socket.gethostname(),
-                address=inlet.address,
+                address=options.advertise or inlet.address,
                 stage=options.stage,
                 replica=options.replica,
                 shortcut=str(shortcut or ""),
                 memory=self._payloads.memory,
-                key="",
+                key=keys.pair.public if keys else "",
             )
-            control = ControlLink(self, options.connect, hello)
+            key = keys.of("coordinator") if keys else ""
+            control = ControlLink(self, options.connect, hello, security=security, key=key, patience_s=self._patience_s)
             control.start()
             self._loop(sockets, inlet, control)
             if self._runner is not None:
                 self._runner.close()
             control.end()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._payloads.close()
+        self._wakeup.close()
         assert self._exit is not None
         _log.info("ending: %s", self._exit.reason)
         return 1 if self._refused else 0
 
     def _default_address(self) -> str:
         if self._options.connect.startswith("tcp://"):
-            return "tcp://127.0.0.1:*"
+            return f"tcp://{own_address(self._options.connect)}:*"
         return f"ipc://{self._home / f'node-{os.getpid()}'}"
 
     def _loop(self, sockets: Sockets, inlet: Inlet, control: ControlLink) -> None:
@@ -317,14 +377,14 @@ class _Node:
         for number in connect.targets - self._links.keys():
             peer = peers[number]
             shortcut = peer.shortcut if number in self._mapped else ""
-            self._links[number] = sockets.connect(peer.address, shortcut=shortcut)
+            self._links[number] = sockets.connect(peer.address, shortcut=shortcut, key=peer.key)
         self._me = connect.me
         for number in self._receipts.keys() - peers.keys():
             self._receipts.pop(number).close()
         siblings = sum(peer.stage == self._assign.stage and peer.takes for peer in connect.peers)
         for number in connect.neighbours - self._receipts.keys() if siblings > 1 else ():
             if not self._router.mapped(number) and peers[number].stage in self._sources[self._assign.stage]:
-                self._receipts[number] = sockets.connect(peers[number].address)
+                self._receipts[number] = sockets.connect(peers[number].address, key=peers[number].key)
         if not first:
             return
         if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:

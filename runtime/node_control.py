@@ -10,9 +10,9 @@ from typing import Protocol
 
 from runtime import codec
 from runtime.errors import ProtocolError
-from runtime.messages import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Wire
+from runtime.messages import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Trust, Wire
 from runtime.node_state import Assigned, Cancelled, Event, Passed, Shared, Wired
-from runtime.transport import Sockets, Wakeup
+from runtime.transport import Security, Sockets, Wakeup
 from runtime.watch import Timings
 
 _JOIN_S = 2.0
@@ -31,18 +31,44 @@ class Body(Protocol):
         """Take an event."""
         ...
 
+    def trust(self, keys: frozenset[str]) -> None:
+        """Let the owners of these public keys send."""
+        ...
+
     def lost(self, reason: str) -> None:
         """End soon."""
         ...
 
+    def silent(self, reason: str) -> None:
+        """The coordinator is gone: drop the work."""
+        ...
+
+    def unwelcome(self, reason: str) -> None:
+        """The coordinator will never take this node."""
+        ...
+
 
 class ControlLink(threading.Thread):
-    """Hands over what the coordinator says, sends what the node has to say, and beats."""
+    """Hands over what the coordinator says, sends what the node has to say, and beats.
 
-    def __init__(self, body: Body, address: str, hello: Hello) -> None:
+    Args:
+        body: the node.
+        address: of the coordinator.
+        hello: said first.
+        security: of the link.
+        key: the coordinator's public key, where links are encrypted.
+        patience_s: for the coordinator's first word; None waits for ever.
+    """
+
+    def __init__(
+        self, body: Body, address: str, hello: Hello, *, security: Security, key: str, patience_s: float | None
+    ) -> None:
         super().__init__(name="control", daemon=True)
         self._body = body
         self._address = address
+        self._security = security
+        self._key = key
+        self._patience_s = patience_s
         self._outbox: deque[NodeControl] = deque([hello])
         self._wakeup = Wakeup()
         self._ending = False
@@ -61,8 +87,9 @@ class ControlLink(threading.Thread):
 
     def run(self) -> None:
         """Until the node ends or the coordinator falls silent."""
-        with Sockets(linger_s=0.5) as sockets:
-            link = sockets.connect(self._address, receive=True)
+        with Sockets(linger_s=0.5, security=self._security) as sockets:
+            link = sockets.connect(self._address, receive=True, key=self._key)
+            begun = time.monotonic()
             sockets.watch(self._wakeup.fileno())
             heard: float | None = None
             next_beat = 0.0
@@ -77,7 +104,13 @@ class ControlLink(threading.Thread):
                     link.send(codec.encode(self._body.beat))
                     next_beat = now + self._beat_s
                 if heard is not None and now - heard > self._silence_s:
-                    self._body.lost(f"the coordinator has been silent for {self._silence_s:.0f} s")
+                    self._body.silent(f"the coordinator has been silent for {self._silence_s:.0f} s")
+                    return
+                if heard is None and (reason := link.refused()) is not None:
+                    self._body.unwelcome(f"the coordinator at {self._address} refuses this node: {reason}")
+                    return
+                if heard is None and self._patience_s is not None and now - begun > self._patience_s:
+                    self._body.unwelcome(f"no coordinator was at {self._address} for {self._patience_s:.0f} s")
                     return
                 sockets.wait(self._beat_s / 2)
                 self._wakeup.clear()
@@ -95,6 +128,8 @@ class ControlLink(threading.Thread):
             case Assign():
                 self._beat_s, self._silence_s = message.beat_ns / 1e9, message.silence_ns / 1e9
                 self._body.post(Assigned(message))
+            case Trust(keys):
+                self._body.trust(frozenset(keys))
             case Wire():
                 self._body.post(Wired(message))
             case Share(readers):

@@ -43,6 +43,8 @@ class RunOptions:
         attempts: a request that killed so many nodes is given up; others are tried again as often as it takes. 1:
             nothing is tried again, and inputs are not held.
         timings: when a node counts as failed, and when it is started again.
+        keys: for nodes started by hand: folder of the keys that protect links by tcp (``onnxsplit keys new``).
+        insecure: for nodes started by hand: plain links may leave this host.
         trace: record when each request was where, for :meth:`~runtime.pipeline.Pipeline.trace`.
         trace_ops: record ONNX Runtime's own profile of every stage too.
         start_timeout: seconds until all nodes must be ready; when None, two minutes for nodes that are started, and
@@ -62,6 +64,8 @@ class RunOptions:
     balance: Policy = "completion"
     attempts: int = 3
     timings: Timings = field(default_factory=Timings)
+    keys: Path | None = None
+    insecure: bool = False
     trace: bool = False
     trace_ops: bool = False
     start_timeout: float | None = None

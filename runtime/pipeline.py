@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,19 @@ from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, check_inputs, load_npz
 from runtime.admission import Admission
-from runtime.balance import ORDINARY, cost_of
+from runtime.balance import cost_of
 from runtime.coordinator import Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
+from runtime.keys import Keys
 from runtime.launch import Launcher
 from runtime.launch.local import LocalLauncher
 from runtime.microbatch import batch_axes, batch_size, ordinary_bytes, split
 from runtime.options import RunOptions, memory_for_requests_bytes
 from runtime.request import Asked, Request
 from runtime.roster import Incident
+from runtime.stats import NodeStats
 from runtime.trace import Traced, chrome_trace
-from runtime.transport import check_address, private_folder
+from runtime.transport import Security, check_address, private_folder
 
 START_TIMEOUT_S = 120.0
 
@@ -44,41 +46,6 @@ class NodeInfo:
     host: str | None
     address: str | None
     state: str
-
-
-@dataclass(frozen=True)
-class NodeStats:
-    """What one node has done.
-
-    Attributes:
-        stage: its stage.
-        replica: which replica of it.
-        state: of the node now, in words.
-        requests: answered ones that it executed.
-        failures: that could not be executed.
-        restarts: processes that were lost there.
-        queue: ordinary requests' worth of work on its way to it or in it; on other hosts, as far as the caller sent it.
-        wait_ns: mean time a request waited there for its turn, once the node had read it; it reads between runs.
-        run_ns: mean time in the session.
-        p50_ns: of the last thousand requests, the median time from their arrival to their departure.
-        p99_ns: and the 99th percentile.
-        output_bytes: of all tensors it gave for them.
-        shared_bytes: of those that crossed in shared memory.
-    """
-
-    stage: int
-    replica: int
-    state: str
-    requests: int
-    failures: int
-    restarts: int
-    queue: float
-    wait_ns: int
-    run_ns: int
-    p50_ns: int
-    p99_ns: int
-    output_bytes: int
-    shared_bytes: int
 
 
 class Pipeline:
@@ -155,16 +122,23 @@ class Pipeline:
 
         Args:
             plan: the plan directory.
-            bind: ``tcp://127.0.0.1:PORT`` or ``ipc://PATH``.
+            bind: ``tcp://HOST:PORT`` or ``ipc://PATH``. By tcp, links are encrypted with ``keys``; without any, HOST
+                must be of this host alone, or ``insecure`` be said.
             options: as for :meth:`launch`. A node's own provider and threads go before those given here.
 
         Raises:
             PipelineError: the address cannot be used.
             PlanError, InputError, LaunchFailed: as for :meth:`launch`.
         """
-        check_address(bind)
         wanted = RunOptions(**options)
         wanted.check()
+        keys = Keys(wanted.keys) if wanted.keys is not None else None
+        security = Security(
+            pair=keys.pair if keys else None,
+            allows=lambda key: keys is not None and key in keys.allowed,
+            insecure=wanted.insecure,
+        )
+        check_address(bind, security)
         folder = Path(plan)
         loaded = load_plan(folder)
         home = private_folder()
@@ -176,7 +150,9 @@ class Pipeline:
                 wanted.inflight_bytes or memory_for_requests_bytes(),
                 threads=wanted.threads or 0,
                 control=bind,
-                data="tcp://127.0.0.1:*" if bind.startswith("tcp://") else f"{bind}.results",
+                data=f"{bind.rpartition(':')[0]}:*" if bind.startswith("tcp://") else f"{bind}.results",
+                security=security,
+                trusted=(lambda: keys.allowed) if keys is not None else None,
                 home=home,
                 launcher=None,
                 start_timeout=wanted.start_timeout,
@@ -200,6 +176,8 @@ class Pipeline:
         home: Path,
         launcher: Launcher | None,
         start_timeout: float | None,
+        security: Security | None = None,
+        trusted: Callable[[], frozenset[str]] | None = None,
     ) -> Pipeline:
         planned = [stage.provider for stage in plan.stages]
         given = wanted.provider
@@ -222,6 +200,8 @@ class Pipeline:
             memory_bytes=memory_bytes if wanted.shared_memory else 0,
             control=control,
             data=data,
+            security=security or Security(),
+            trusted=trusted,
             home=home,
             launcher=launcher,
             start_timeout_s=start_timeout,
@@ -410,30 +390,7 @@ class Pipeline:
 
     def stats(self) -> tuple[NodeStats, ...]:
         """Counts and times per stage and replica, since the pipeline was launched."""
-        queues = self._coordinator.queues()
-        roster = self._coordinator.machine.roster
-        found = []
-        for slot, record in roster.nodes.items():
-            tally = record.tally
-            latencies = sorted(tally.latencies_ns)
-            found.append(
-                NodeStats(
-                    stage=slot[0],
-                    replica=slot[1],
-                    state=record.phase.value,
-                    requests=tally.requests,
-                    failures=tally.failures,
-                    restarts=tally.restarts,
-                    queue=queues.get(record.number, 0) / ORDINARY,
-                    wait_ns=tally.wait_ns // max(1, tally.requests),
-                    run_ns=tally.run_ns // max(1, tally.requests),
-                    p50_ns=latencies[len(latencies) // 2] if latencies else 0,
-                    p99_ns=latencies[len(latencies) * 99 // 100] if latencies else 0,
-                    output_bytes=tally.output_bytes,
-                    shared_bytes=tally.shared_bytes,
-                )
-            )
-        return tuple(found)
+        return self._coordinator.stats()
 
     @property
     def incidents(self) -> tuple[Incident, ...]:

@@ -20,7 +20,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import zmq
+import zmq.auth.thread
+import zmq.utils.monitor
 
 from runtime.codec import MAX_HEADER_BYTES, Buffer
 from runtime.errors import PipelineError
@@ -30,8 +33,49 @@ _ZERO_COPY_FROM = 64 * 1024
 
 _BACKLOG = 1024
 
+DEFAULT_MESSAGE_BYTES = 512 << 20
+"""The largest frame that is taken; a connection that announces a larger one is closed before memory is taken for it."""
+
+_DOMAIN = "onnxsplit"
+_PATIENCE = 5  # handshakes that may fail without a reason, as when the other side is just ending
+_REFUSALS = {
+    int(zmq.Event.HANDSHAKE_FAILED_AUTH): "it does not allow this process's key",
+    int(zmq.Event.HANDSHAKE_FAILED_PROTOCOL): "one side has keys and the other has none",
+    int(zmq.Event.HANDSHAKE_FAILED_NO_DETAIL): "it closed the link: is its public key the one in allowed/?",
+}
+
 # As integers: combining zmq's enums costs more than sending.
 _NOBLOCK, _MORE, _RCVMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.RCVMORE)
+
+
+class KeyPair(msgspec.Struct, frozen=True):
+    """A CURVE key pair, each half as 40 characters of Z85."""
+
+    public: str
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"KeyPair(public={self.public!r})"
+
+
+def new_key_pair() -> KeyPair:
+    """A new one, at random."""
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public.decode(), secret.decode())
+
+
+class Security(msgspec.Struct, frozen=True):
+    """What links of tcp are to be protected with.
+
+    Attributes:
+        pair: the own keys; None leaves links plain.
+        allows: whether the owner of a public key may connect; called in a thread of its own.
+        insecure: plain links may leave this host.
+    """
+
+    pair: KeyPair | None = None
+    allows: Callable[[str], bool] = lambda _: False
+    insecure: bool = False
 
 
 class Sockets:
@@ -39,12 +83,24 @@ class Sockets:
 
     Args:
         linger_s: how long closing waits for messages that are still to be sent.
+        security: of links by tcp.
+        message_bytes: the largest frame that is taken.
     """
 
-    def __init__(self, *, linger_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        linger_s: float = 0.0,
+        security: Security | None = None,
+        message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    ) -> None:
         self._linger_ms = round(linger_s * 1000)
+        self._security = security or Security()
+        self._message_bytes = message_bytes
         self._context = zmq.Context(io_threads=1)
+        self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
         self._open: list[zmq.Socket[bytes]] = []
+        self._monitors: list[zmq.Socket[bytes]] = []
         self._bound_files: list[Path] = []
         self._datagram_sockets: list[socket.socket] = []
         self._poll = select.poll()
@@ -55,8 +111,12 @@ class Sockets:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for monitor in self._monitors:
+            monitor.close(linger=0)
         for raw in self._open:
             raw.close(linger=self._linger_ms)
+        if self._authenticator is not None:
+            self._authenticator.stop()
         self._context.term()
         for datagrams in self._datagram_sockets:
             datagrams.close()
@@ -70,6 +130,7 @@ class Sockets:
             PipelineError: the address is malformed, in use, or would be reachable from other hosts.
         """
         router = self._socket(zmq.ROUTER)
+        router.setsockopt(zmq.MAXMSGSIZE, MAX_HEADER_BYTES)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         return AnsweringInlet(router, self._bind(router, address), self._unread)
 
@@ -89,10 +150,24 @@ class Sockets:
             self.watch(datagrams.fileno())
         return Inlet(dealer, bound, datagrams, self._unread)
 
-    def connect(self, address: str, *, receive: bool = False, shortcut: str = "") -> Outlet:
-        """Send to whoever has bound an address; ``receive`` also takes what comes back."""
-        check_address(address)
+    def connect(self, address: str, *, receive: bool = False, shortcut: str = "", key: str = "") -> Outlet:
+        """Send to whoever has bound an address; ``receive`` also takes what comes back.
+
+        ``key`` is the public key of who must be there, where links are encrypted.
+        """
+        check_address(address, self._security)
         dealer = self._socket(zmq.DEALER)
+        pair = self._security.pair
+        if pair is not None and address.startswith("tcp://"):
+            if not key:
+                raise PipelineError(f"no key is known of the process at {address}, so no link is made to it")
+            dealer.curve_publickey = pair.public.encode()
+            dealer.curve_secretkey = pair.secret.encode()
+            dealer.curve_serverkey = key.encode()
+        monitor = None
+        if receive:
+            monitor = dealer.get_monitor_socket(sum(_REFUSALS))
+            self._monitors.append(monitor)
         try:
             dealer.connect(address)
         except zmq.ZMQError as error:
@@ -104,7 +179,7 @@ class Sockets:
             datagrams = self._datagrams()
             with suppress(OSError):  # the ZeroMQ link is there all the same
                 datagrams.connect(shortcut)
-        return Outlet(dealer, datagrams, self._unread if receive else None, self._close)
+        return Outlet(dealer, datagrams, self._unread if receive else None, monitor, self._close)
 
     def _close(self, raw: zmq.Socket[bytes], datagrams: socket.socket | None) -> None:
         """Close one link; what it has not sent yet is for nobody."""
@@ -119,7 +194,13 @@ class Sockets:
             datagrams.close()
 
     def _bind(self, raw: zmq.Socket[bytes], address: str) -> str:
-        check_address(address)
+        check_address(address, self._security)
+        pair = self._security.pair
+        if pair is not None and address.startswith("tcp://"):
+            self._authenticate()
+            raw.curve_server = True
+            raw.curve_secretkey = pair.secret.encode()
+            raw.zap_domain = _DOMAIN.encode()
         try:
             raw.bind(address)
         except zmq.ZMQError as error:
@@ -129,6 +210,15 @@ class Sockets:
             self._bound_files.append(Path(bound.removeprefix("ipc://")))
         self._listen(raw)
         return bound
+
+    def _authenticate(self) -> None:
+        """Ask for each link that comes in whether its owner is allowed."""
+        if self._authenticator is None:
+            self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback(
+                domain=_DOMAIN, credentials_provider=_Allowed(self._security.allows)
+            )
 
     def _datagrams(self) -> socket.socket:
         datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
@@ -169,6 +259,7 @@ class Sockets:
             (zmq.SNDHWM, 0),
             (zmq.RCVHWM, 0),
             (zmq.BACKLOG, _BACKLOG),
+            (zmq.MAXMSGSIZE, self._message_bytes),
             (zmq.HEARTBEAT_IVL, 1000),
             (zmq.HEARTBEAT_TIMEOUT, 10_000),
         ):
@@ -185,13 +276,18 @@ class AnsweringInlet:
         self.address = address
         self._unread = unread
 
-    def receive(self) -> tuple[bytes, bytes] | None:
-        """One message if there is one: the sender's identity, and the header."""
+    def receive(self) -> tuple[bytes, bytes, str] | None:
+        """One message if there is one: the sender's identity, the header, and the key the sender has shown to have."""
         identity = _take(self.raw, self._unread)
         if identity is None:
             return None
-        frames = self.raw.recv_multipart() if self.raw.getsockopt(_RCVMORE) else [b""]
-        return identity, frames[0]
+        if not self.raw.getsockopt(_RCVMORE):
+            return identity, b"", ""
+        header = self.raw.recv(copy=False)
+        while self.raw.getsockopt(_RCVMORE):
+            self.raw.recv()
+        key = header.get("User-Id") if self.raw.curve_server else ""
+        return identity, header.bytes, str(key)
 
     def send(self, identity: bytes, header: bytes) -> None:
         """Answer a peer; a peer that is gone is no error here, its end is noticed elsewhere."""
@@ -246,12 +342,26 @@ class Outlet:
         raw: zmq.Socket[bytes],
         datagrams: socket.socket | None,
         unread: set[object] | None,
+        monitor: zmq.Socket[bytes] | None,
         close: Callable[[zmq.Socket[bytes], socket.socket | None], None],
     ) -> None:
         self.raw = raw
         self._unread = unread
         self._datagrams = datagrams
+        self._monitor = monitor
+        self._failed = 0
         self._close = close
+
+    def refused(self) -> str | None:
+        """Why whoever has bound the address does not speak with this process, if it became clear that it never will."""
+        assert self._monitor is not None
+        while self._monitor.poll(0):
+            event = int(zmq.utils.monitor.recv_monitor_message(self._monitor)["event"])
+            if event in _REFUSALS:
+                self._failed += _PATIENCE if event != zmq.Event.HANDSHAKE_FAILED_NO_DETAIL else 1
+                if self._failed >= _PATIENCE:
+                    return _REFUSALS[event]
+        return None
 
     def close(self) -> None:
         """Speak to this reader no more."""
@@ -323,7 +433,8 @@ class Wakeup:
     def close(self) -> None:
         """Close both ends."""
         os.close(self._read)
-        os.close(self._write)
+        write, self._write = self._write, -1  # ringing late must not reach whatever has the number next
+        os.close(write)
 
 
 def private_folder() -> Path:
@@ -332,12 +443,37 @@ def private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="onnxsplit-", dir=short))
 
 
-def check_address(address: str) -> None:
-    """Refuse what is neither ipc nor loopback tcp: links that leave the host need keys, which are not there yet.
+def own_address(peer: str) -> str:
+    """The address of this host by which the host of a tcp address reaches it; brackets around IPv6."""
+    host = peer.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # sends nothing: it asks the routing table
+            name = str(probe.getsockname()[0])
+    except OSError as error:
+        raise PipelineError(f"cannot reach {peer}: {error.strerror}") from error
+    return f"[{name}]" if ":" in name else name
+
+
+class _Allowed:
+    """Answers the authenticator."""
+
+    def __init__(self, allows: Callable[[str], bool]) -> None:
+        self._allows = allows
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        """Whether a public key may connect."""
+        return self._allows(key.decode())
+
+
+def check_address(address: str, security: Security | None = None) -> None:
+    """Refuse an address that is malformed, or that would let plain messages leave this host.
 
     Raises:
         PipelineError: saying what is allowed.
     """
+    security = security or Security()
     scheme, _, rest = address.partition("://")
     if scheme == "ipc" and rest:
         return
@@ -349,8 +485,9 @@ def check_address(address: str) -> None:
         loopback = name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         loopback = False
-    if not loopback:
+    if not loopback and security.pair is None and not security.insecure:
         raise PipelineError(
-            f"address {address!r} would leave this host, and links are not encrypted yet; use 127.0.0.1 "
-            "(between hosts: through an ssh tunnel)"
+            f"address {address!r} leaves this host, and there are no keys to protect the link: make some with "
+            "`onnxsplit keys new` and give them with --keys, or say --insecure where everybody on the network is "
+            "trusted"
         )

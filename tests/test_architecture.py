@@ -46,6 +46,7 @@ RUNTIME_ORDER = [
     ["runtime.messages", "runtime.board"],
     ["runtime.watch", "runtime.codec", "runtime.arena", "runtime.microbatch", "runtime.weights", "runtime.trace"],
     ["runtime.options", "runtime.node_state", "runtime.roster", "runtime.router", "runtime.transport"],
+    ["runtime.keys", "runtime.stats"],
     ["runtime.coordinator_state", "runtime.launch", "runtime.stage_runner"],
     ["runtime.payloads", "runtime.node_control", "runtime.link"],
     ["runtime.flow", "runtime.node"],

@@ -25,6 +25,8 @@ _COMMANDS = {
     "Run": {
         "run": "Run a plan once: start its nodes, run, stop them.",
         "node": "Start one node by hand, for a pipeline that waits for it.",
+        "status": "Show what runs on this host: nodes, rates, queues, restarts.",
+        "keys": "Make and manage the keys that protect links between hosts.",
         "bench": "Measure a plan: throughput, latency, efficiency.",
     },
     "Help": {

@@ -26,6 +26,20 @@ from onnxsplit.cli.output import Output, make_command, option, threads_option
 @option("--bind", metavar="ADDR", help="Where to take tensors. Without it: any free port or path.")
 @option("--provider", help="cpu or cuda[:N]. Without it: the pipeline's choice.")
 @threads_option
+@option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keys that protect links by tcp. Without it: ~/.config/onnxsplit/keys, when it is there.",
+)
+@option("--insecure", is_flag=True, help="Let plain links leave this host.")
+@option("--advertise", metavar="ADDR", help="Where others reach --bind, when that is elsewhere, as behind a proxy.")
+@option(
+    "--rejoin",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    help="Seconds to look for a pipeline that fell silent before ending.",
+)
 @option("--shared-memory/--no-shared-memory", default=True, help="Whether tensors cross in shared memory on one host.")
 def command(
     output: Output,
@@ -36,11 +50,16 @@ def command(
     bind: str | None,
     provider: str | None,
     threads: int | None,
+    keys: Path | None,
+    insecure: bool,
+    advertise: str | None,
+    rejoin: float,
     shared_memory: bool,
 ) -> None:
     """Execute one stage for a pipeline that waits at ADDR (Pipeline.listen), until it ends."""
     import logging
 
+    from runtime.keys import default_folder
     from runtime.node import DEFAULT_MEMORY_BYTES, NodeOptions, serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -53,6 +72,10 @@ def command(
             plan=plan,
             provider=provider,
             threads=threads or 0,
+            keys=keys or default_folder(),
+            insecure=insecure,
+            advertise=advertise,
+            rejoin_s=rejoin,
             memory_bytes=DEFAULT_MEMORY_BYTES if shared_memory else 0,
         )
     )

@@ -79,6 +79,6 @@ def command(
             "file": outputs,
             "start_s": started_s,
             "run_s": ran_s,
-            "nodes": [{f: getattr(s, f) for f in s.__dataclass_fields__} for s in stats],
+            "nodes": stats,
         }
     )

@@ -81,6 +81,22 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         },
     ),
     (
+        ("--balance",),
+        {
+            "type": click.Choice(["completion", "resource", "task", "latency", "round-robin"]),
+            "default": "completion",
+            "help": "How to choose among the nodes of a stage.",
+        },
+    ),
+    (
+        ("--attempts",),
+        {
+            "type": click.IntRange(min=1),
+            "default": 3,
+            "help": "Give a request up when it killed so many nodes. 1: what a dead node had is an error at once.",
+        },
+    ),
+    (
         ("--trace",),
         {
             "type": click.Path(path_type=Path),

@@ -253,3 +253,4 @@ def test_nodes_notice_that_their_coordinator_died_and_end(plan, free_port, pytho
     assert [node.wait(20) for node in nodes] == [1, 1, 1]
     assert time.monotonic() - begun < 15
     caller.communicate()
+    Pipeline.launch(plan).close()  # removes what the killed process left

@@ -1,0 +1,66 @@
+"""``onnxsplit keys``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from onnxsplit.cli.output import Output, make_command, option
+
+
+@click.group()
+def command() -> None:
+    """Make and manage the keys that protect links between hosts."""
+
+
+@make_command
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@option("--node", "nodes", multiple=True, metavar="NAME", help="Also make keys for this node, in DIR/NAME. Repeatable.")
+def new(output: Output, *, folder: Path, nodes: tuple[str, ...]) -> None:
+    """Make a key pair in DIR; with --node, pairs for a coordinator and its nodes that allow each other."""
+    from runtime.keys import create, create_for
+
+    if not nodes:
+        create(folder)
+        output.line(f"Wrote {folder}. Give {folder / 'public.key'} to those who are to speak with this process,")
+        output.line(f"and let them in with: onnxsplit keys allow {folder} THEIR.key --name NAME")
+        output.result({"folders": [folder]})
+        return
+    made = create_for(folder, nodes)
+    for one in made:
+        output.line(f"Wrote {one}")
+    output.line(f"Move each node's folder to its host; start it with: onnxsplit node --keys {made[1].name} ...")
+    output.result({"folders": made})
+
+
+@make_command
+@click.argument("folder", type=click.Path(path_type=Path, exists=True), metavar="DIR")
+@click.argument("public", type=click.Path(path_type=Path, exists=True), metavar="PUBLIC.key")
+@option("--name", required=True, help="How to call the owner of the key; a node calls its coordinator 'coordinator'.")
+def allow_one(output: Output, *, folder: Path, public: Path, name: str) -> None:
+    """Let the owner of a public key speak with the process whose keys are in DIR."""
+    from runtime.keys import Keys, allow
+
+    Keys(folder)
+    allow(folder, public, name)
+    output.line(f"{name} is allowed in {folder}.")
+    output.result({"allowed": name})
+
+
+@make_command
+@click.argument("folder", type=click.Path(path_type=Path, exists=True), metavar="DIR")
+@click.argument("name")
+def revoke_one(output: Output, *, folder: Path, name: str) -> None:
+    """Let NAME speak with the process whose keys are in DIR no more; a running pipeline lets it go at once."""
+    from runtime.keys import Keys, revoke
+
+    Keys(folder)
+    revoke(folder, name)
+    output.line(f"{name} is not allowed in {folder} any more.")
+    output.result({"revoked": name})
+
+
+command.add_command(new, "new")
+command.add_command(allow_one, "allow")
+command.add_command(revoke_one, "revoke")

@@ -1,0 +1,98 @@
+"""``onnxsplit status``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from onnxsplit.cli.output import Output, make_command, milliseconds, option
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from runtime.stats import Snapshot
+
+_BETWEEN_S = 0.5
+
+
+@make_command
+@option("--pid", type=int, help="Only the pipeline that this process runs.")
+@option("--once", is_flag=True, help="Show it once, also on a terminal.")
+@option("--every", type=click.FloatRange(min=0.1), default=1.0, help="Seconds between two looks.")
+def command(output: Output, *, pid: int | None, once: bool, every: float) -> None:
+    """Show the pipelines that run on this host: a row a node; first of all, what failed first. Ctrl-C ends it."""
+    live = sys.stdout.isatty() and not once and not output.as_json
+    if live:
+        from rich.live import Live
+
+        before = _look(pid)
+        time.sleep(_BETWEEN_S)
+        now = _look(pid)
+        with Live(_tables(before, now), auto_refresh=False, screen=True) as screen:
+            while True:
+                time.sleep(every)
+                before, now = now, _look(pid)
+                screen.update(_tables(before, now), refresh=True)
+    before = _look(pid)
+    if before:
+        time.sleep(_BETWEEN_S)
+    now = _look(pid)
+    if not now:
+        output.line("No pipeline is running on this host. Start one with: onnxsplit run DIR, or runtime.Pipeline.")
+    elif not output.as_json:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(_tables(before, now))
+    output.result({"pipelines": list(now.values())})
+
+
+def _look(pid: int | None) -> dict[int, Snapshot]:
+    from runtime.stats import ask, running
+
+    found = [snapshot for door in running() if (snapshot := ask(door)) is not None]
+    return {snapshot.pid: snapshot for snapshot in found if pid in (None, snapshot.pid)}
+
+
+def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Text | Table] = []
+    for pid, snapshot in now.items():
+        if snapshot.cause:
+            first = snapshot.cause.splitlines()[0]
+            parts.append(Text(f"first of {snapshot.losses} failures: {first}", style="red"))
+        parts.append(
+            Text(
+                f"{snapshot.plan}  (process {pid}, {snapshot.state}): {snapshot.requests} requests, "
+                f"{snapshot.in_flight} in flight, {snapshot.waiting} waiting for a node, {snapshot.retries} made again"
+            )
+        )
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for number, column in enumerate(
+            ("node", "stage", "process", "state", "requests/s", "p99", "queue", "failures", "restarts")
+        ):
+            table.add_column(column, justify="left" if number in (0, 2, 3) else "right")
+        earlier = {(n.stage, n.replica): n for n in before[pid].nodes} if pid in before else {}
+        seconds = max(1e-9, (snapshot.taken_ns - before[pid].taken_ns) / 1e9) if pid in before else 1.0
+        for node in snapshot.nodes:
+            old = earlier.get((node.stage, node.replica))
+            rate = (node.requests - old.requests) / seconds if old is not None else 0.0
+            table.add_row(
+                f"{node.stage}.{node.replica}",
+                f"{node.stage}",
+                f"{node.pid or '-'} on {node.host or '-'}",
+                Text(node.state, style="green" if node.state == "ready" else "red"),
+                f"{rate:,.1f}",
+                milliseconds(node.p99_ns),
+                f"{node.queue:.1f}",
+                f"{node.failures}",
+                f"{node.restarts}",
+            )
+        parts.append(table)
+    return Group(*(parts or [Text("No pipeline is running on this host.")]))

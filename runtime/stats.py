@@ -1,0 +1,190 @@
+"""What a pipeline tells of itself while it runs, and the door at which other processes of the user can ask for it.
+
+The door is a Unix socket in the pipeline's own folder, which only the user can open: whoever connects gets one
+:class:`Snapshot` as JSON, and the connection is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from runtime.balance import ORDINARY
+from runtime.roster import Roster
+
+_DOOR = "status"
+_PATIENCE_S = 2.0
+
+
+class NodeStats(Struct, frozen=True):
+    """What one node has done.
+
+    Attributes:
+        stage: its stage.
+        replica: which replica of it.
+        pid: of its process, once it has reported.
+        host: it runs on.
+        state: of the node now, in words.
+        requests: answered ones that it executed.
+        failures: that could not be executed.
+        restarts: processes that were lost there.
+        queue: ordinary requests' worth of work on its way to it or in it; on other hosts, as far as the caller sent it.
+        wait_ns: mean time a request waited there for its turn, once the node had read it; it reads between runs.
+        run_ns: mean time in the session.
+        p50_ns: of the last thousand requests, the median time from their arrival to their departure.
+        p99_ns: and the 99th percentile.
+        output_bytes: of all tensors it gave for them.
+        shared_bytes: of those that crossed in shared memory.
+    """
+
+    stage: int
+    replica: int
+    pid: int | None
+    host: str | None
+    state: str
+    requests: int
+    failures: int
+    restarts: int
+    queue: float
+    wait_ns: int
+    run_ns: int
+    p50_ns: int
+    p99_ns: int
+    output_bytes: int
+    shared_bytes: int
+
+
+class Snapshot(Struct, frozen=True):
+    """A pipeline at a moment.
+
+    Attributes:
+        plan: its folder.
+        pid: of the process that runs it.
+        state: of the pipeline.
+        taken_ns: when, by the host's monotonic clock.
+        requests: submitted so far.
+        in_flight: not answered yet.
+        waiting: of those, the ones that wait for a node.
+        retries: attempts that were made again so far.
+        losses: nodes that were lost so far.
+        cause: the story of the first node that was lost of late; empty when all went well.
+        nodes: each.
+    """
+
+    plan: str
+    pid: int
+    state: str
+    taken_ns: int
+    requests: int
+    in_flight: int
+    waiting: int
+    retries: int
+    losses: int
+    cause: str
+    nodes: tuple[NodeStats, ...]
+
+
+def node_stats(roster: Roster, queues: Mapping[int, int]) -> tuple[NodeStats, ...]:
+    """Of every slot; ``queues`` is the cost of what is on its way to each node or in it, by number."""
+    found = []
+    for (stage, replica), record in roster.nodes.items():
+        tally = record.tally
+        latencies = sorted(tally.latencies_ns)
+        found.append(
+            NodeStats(
+                stage=stage,
+                replica=replica,
+                pid=record.hello.pid if record.hello is not None else None,
+                host=record.hello.host if record.hello is not None else None,
+                state=record.phase.value,
+                requests=tally.requests,
+                failures=tally.failures,
+                restarts=tally.restarts,
+                queue=queues.get(record.number, 0) / ORDINARY,
+                wait_ns=tally.wait_ns // max(1, tally.requests),
+                run_ns=tally.run_ns // max(1, tally.requests),
+                p50_ns=latencies[len(latencies) // 2] if latencies else 0,
+                p99_ns=latencies[len(latencies) * 99 // 100] if latencies else 0,
+                output_bytes=tally.output_bytes,
+                shared_bytes=tally.shared_bytes,
+            )
+        )
+    return tuple(found)
+
+
+class Door:
+    """Where to ask; a context manager.
+
+    Args:
+        home: the pipeline's folder.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / _DOOR
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self._socket.bind(str(self._path))
+        self._socket.listen(8)
+
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
+
+    def fileno(self) -> int:
+        """Readable when somebody asks."""
+        return self._socket.fileno()
+
+    def answer(self, snapshot: Snapshot) -> None:
+        """Tell one who asks; one who does not listen is left."""
+        try:
+            connection, _ = self._socket.accept()
+        except OSError:
+            return
+        with connection:
+            connection.settimeout(0.1)
+            try:
+                connection.sendall(msgspec.json.encode(snapshot))
+            except OSError:
+                return
+
+
+def running() -> list[Path]:
+    """The doors of all pipelines of this user on this host, by their folders."""
+    places = {Path(tempfile.gettempdir()), Path("/tmp")}  # noqa: S108  where private_folder puts them
+    doors = [door for place in places for door in place.glob(f"onnxsplit-*/{_DOOR}")]
+    return sorted(door for door in doors if door.parent.stat().st_uid == os.getuid())
+
+
+def sweep() -> None:
+    """Remove the folders of pipelines whose process was killed; nobody else could."""
+    for door in running():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, suppress(OSError):
+            connection.settimeout(_PATIENCE_S)
+            try:
+                connection.connect(str(door))
+            except ConnectionRefusedError:
+                shutil.rmtree(door.parent, ignore_errors=True)
+
+
+def ask(door: Path) -> Snapshot | None:
+    """What a pipeline tells; None when it is gone or does not answer."""
+    found = b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_PATIENCE_S)
+        try:
+            connection.connect(str(door))
+            while piece := connection.recv(1 << 16):
+                found += piece
+            return msgspec.json.decode(found, type=Snapshot)
+        except (OSError, msgspec.DecodeError):
+            return None
