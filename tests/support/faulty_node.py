@@ -90,7 +90,8 @@ def main() -> int:
             if fault.get("at", "in the run") == name and fault.get("request") in (request, None):
                 if "once" in fault:
                     try:
-                        os.close(os.open(fault["once"], os.O_CREAT | os.O_EXCL))
+                        with Path(fault["once"]).open("x") as claim:
+                            claim.write(f"{time.monotonic()}")
                     except FileExistsError:
                         continue
                 fail(fault["what"])

@@ -1,0 +1,40 @@
+"""A node whose runs of stage 1 take as long as the benchmark says; see run.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from runtime import node
+from runtime.stage_runner import StageRunner
+
+
+def main() -> int:
+    """Patch the session's run, then be a node."""
+    stage = int(sys.argv[sys.argv.index("--stage") + 1])
+    replica = int(sys.argv[sys.argv.index("--replica") + 1])
+    case, row_ms = json.loads(os.environ["SLEEPING"])
+    execute = StageRunner.run
+
+    def factor() -> float:
+        if case == "slow":
+            return 10.0 if replica == 0 else 1.0
+        if case == "transient":
+            return 5.0 if int(time.monotonic() / 0.5) % 9 == 3 * replica else 1.0
+        return 1.0
+
+    def run(self: Any, inputs: Any, into: Any) -> Any:
+        rows = next(iter(inputs.values())).shape[0]
+        time.sleep(row_ms * rows * factor() / 1e3)
+        return execute(self, inputs, into)
+
+    if stage == 1:
+        StageRunner.run = run
+    return node.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
