@@ -55,6 +55,7 @@ from runtime.coordinator_state import (
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, ProtocolError
 from runtime.flow import Flow
 from runtime.launch import Handle, Launcher
+from runtime.logs import log_event
 from runtime.messages import (
     CALLER,
     Assign,
@@ -314,6 +315,10 @@ class Coordinator:
                 door.answer(self._snapshot())
 
     def _handle(self, event: Event, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
+        if isinstance(event, Lost) and (record := self._roster.by_number(event.number)) is not None:
+            stage, replica = record.slot
+            level = logging.INFO if record.released else logging.WARNING
+            log_event(_log, level, "node lost", stage=stage, replica=replica, reason=event.reason)
         effects = deque(self._machine.handle(event))
         while effects:
             answer = self._perform(effects.popleft(), sockets, results, control, data)
@@ -443,6 +448,7 @@ class Coordinator:
                 for identity in identities:
                     control.send(identity, codec.encode(Cancel(request, attempt)))
             case Start((stage, replica), number):
+                log_event(_log, logging.INFO, "node starts", stage=stage, replica=replica, number=number)
                 if setup.launcher is not None:
                     handle = setup.launcher.start(connect=control.address, stage=stage, replica=replica, number=number)
                     self._handles[number] = handle
@@ -473,8 +479,10 @@ class Coordinator:
             case ShareMemory(identity, readers):
                 control.send(identity, codec.encode(Share(readers)))
             case SendAway(identity, reason):
+                log_event(_log, logging.INFO, "node sent away", reason=reason)
                 control.send(identity, codec.encode(Stop(reason)))
             case Announce(None):
+                log_event(_log, logging.INFO, "pipeline ready", nodes=len(self._roster.nodes))
                 self._ready.set_result(self._address)
             case Announce(error):
                 self._ready.set_exception(error)

@@ -32,6 +32,7 @@ from runtime.coordinator_state import (
     Submitted,
 )
 from runtime.errors import PipelineClosed, PipelineError, ProtocolError
+from runtime.logs import log_event
 from runtime.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
 from runtime.node_state import sources
 from runtime.payloads import Attempt, Outgoing, Payloads, shapes_of
@@ -284,7 +285,8 @@ class Flow:
                 pending.enter = effect
                 if pending.placed:
                     self._send(pending, effect)
-            case Again(request):
+            case Again(request, attempt, reason):
+                log_event(_log, logging.WARNING, "attempt over", request=request, attempt=attempt, reason=reason)
                 pending = self._pending[request]
                 pending.enter = None
                 pending.outputs = {}
@@ -294,6 +296,9 @@ class Flow:
                 if self._trace:
                     self.traced.append(Traced(request, pending.entered_ns, visits, time.monotonic_ns()))
             case Reject(request, error):
+                log_event(
+                    _log, logging.WARNING, "request failed", request=request, error=type(error).__name__, reason=error
+                )
                 self._answers.append((self._end(request).done, Answer({}, error)))
             case _:
                 self._elsewhere(effect)

@@ -31,6 +31,7 @@ from runtime.arena import Step
 from runtime.balance import Gauge
 from runtime.errors import ProtocolError
 from runtime.keys import Keys
+from runtime.logs import log_event
 from runtime.messages import (
     ANY,
     CALLER,
@@ -333,6 +334,15 @@ class _Node:
             case Discard():
                 self._payloads.drop(self._ran.going)
             case Report(message):
+                log_event(
+                    _log,
+                    logging.WARNING,
+                    "request failed",
+                    request=message.request,
+                    attempt=message.attempt,
+                    stage=message.stage,
+                    reason=message.reason,
+                )
                 self._links[0].send(codec.encode(message))
             case Load(assign):
                 return self._load(assign)
@@ -364,6 +374,9 @@ class _Node:
             return LoadFailed(str(error))
         plan = self._runner.plan
         self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
+        log_event(
+            _log, logging.INFO, "stage loaded", stage=assign.stage, replica=assign.replica, provider=assign.provider
+        )
         return Loaded(plan)
 
     def _connect(self, connect: Connect, sockets: Sockets) -> None:

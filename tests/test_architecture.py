@@ -42,7 +42,15 @@ RUNTIME_MAY_USE = {
     "onnxsplit.session", "onnxsplit.timed",
 }  # fmt: skip
 RUNTIME_ORDER = [
-    ["runtime.errors", "runtime.balance", "runtime.extents", "runtime.admission", "runtime.pinned", "runtime.table"],
+    [
+        "runtime.errors",
+        "runtime.balance",
+        "runtime.extents",
+        "runtime.admission",
+        "runtime.pinned",
+        "runtime.table",
+        "runtime.logs",
+    ],
     ["runtime.messages", "runtime.board"],
     ["runtime.watch", "runtime.codec", "runtime.arena", "runtime.microbatch", "runtime.weights", "runtime.trace"],
     ["runtime.options", "runtime.node_state", "runtime.roster", "runtime.router", "runtime.transport"],

@@ -1,0 +1,17 @@
+"""Log lines are for people and programs."""
+
+from __future__ import annotations
+
+import logging
+
+from runtime.logs import log_event
+
+
+def test_a_line_has_what_happened_and_to_what(caplog):
+    log = logging.getLogger("runtime.test")
+    with caplog.at_level(logging.INFO, "runtime.test"):
+        log_event(log, logging.INFO, "attempt over", request=7, attempt=2, stage=None, reason='it said "no"\nand died')
+        log_event(log, logging.DEBUG, "not shown", request=8)
+    (record,) = caplog.records
+    assert record.getMessage() == 'attempt over request=7 attempt=2 reason="it said \\"no\\"\\nand died"'
+    assert record.fields == {"request": 7, "attempt": 2, "reason": 'it said "no"\nand died'}

@@ -1,0 +1,71 @@
+"""docs/states.md is drawn from the tables that the state machines go by, and every table is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime import coordinator_state, node_state, roster
+from runtime.table import IllegalEventError, Machine, drawing
+
+DRAWING = Path(__file__).parents[1] / "docs" / "states.md"
+TABLES = {
+    "A pipeline, as its coordinator sees it": (
+        "runtime/coordinator_state.py",
+        coordinator_state.TRANSITIONS,
+        coordinator_state.State.STARTING,
+        {coordinator_state.State.CLOSED},
+    ),
+    "A node, as the coordinator sees it": (
+        "runtime/roster.py",
+        roster.TRANSITIONS,
+        roster.Phase.BACKOFF,
+        {roster.Phase.GONE},
+    ),
+    "A node, as it sees itself": (
+        "runtime/node_state.py",
+        node_state.TRANSITIONS,
+        node_state.State.WAITING,
+        {node_state.State.STOPPED},
+    ),
+}
+
+
+def text() -> str:
+    parts = [
+        "# States\n\nDrawn from the tables in the code by `python tests/test_states.py`. A change that a table does "
+        "not list is an error\nthat tells what led there.\n"
+    ]
+    for title, (module, table, first, _) in TABLES.items():
+        parts.append(f"## {title}\n\n`{module}`\n\n```mermaid\n{drawing(table, first)}\n```\n")
+    return "\n".join(parts)
+
+
+def test_the_drawings_show_the_tables_as_they_are():
+    assert DRAWING.read_text() == text(), "run: python tests/test_states.py"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_state_can_be_reached_and_every_one_but_the_last_be_left(name):
+    _, table, first, last = TABLES[name]
+    reached, before = {first}, set()
+    while reached != before:
+        before = set(reached)
+        reached |= {target for (state, _), target in table.items() if state in reached}
+    assert reached == set(type(first))
+    assert {state for (state, _), target in table.items() if target is not state} >= set(type(first)) - last
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_a_table_does_not_list_is_an_error_with_its_story(name):
+    _, table, first, _ = TABLES[name]
+    changes = {change for _, change in table}
+    machine = Machine(name, table, first)
+    for change in [change for change in changes if (first, change) not in table]:
+        with pytest.raises(IllegalEventError, match=f"in state {first.name}; before it: nothing"):
+            machine.go(change)
+
+
+if __name__ == "__main__":
+    DRAWING.write_text(text())
