@@ -26,7 +26,7 @@ ORDINARY = 1000
 """The cost of the request that a plan was made for."""
 
 _FORGET_NS = 500_000_000  # what was measured longer ago than this counts for little
-_DOUBT_NS = 5_000_000_000  # by then a replica that nobody chose is thought as quick as the others again
+_DOUBT_NS = 10_000_000_000  # by then a replica that nobody chose is thought as quick as the others again
 _PEAK_NS = 2_000_000_000  # by then a peak has come down
 
 
@@ -94,9 +94,9 @@ class Chooser:
     def _in_proportion(self, services: Sequence[float]) -> int:
         weights = [1.0 / max(1.0, service) for service in services]
         for position, weight in enumerate(weights):
-            self._credit[position] = self._credit.get(position, 0.0) + weight
+            self._credit[position] = self._credit.get(position, 0.0) + weight / sum(weights)
         chosen = max(range(len(weights)), key=lambda n: (self._credit[n], -n))
-        self._credit[chosen] -= sum(weights)
+        self._credit[chosen] -= 1.0
         return chosen
 
 
@@ -106,7 +106,9 @@ def _services(replicas: Sequence[Replica]) -> list[float]:
     best = min(known, default=1)
     found = []
     for replica in replicas:
-        trust = 0.5 ** (replica.age_ns / _DOUBT_NS) if replica.service_ns else 0.0
+        trust = 1.0 if replica.service_ns else 0.0
+        if not replica.outstanding:  # one request at a time finds out whether it still is so slow
+            trust *= 0.5 ** (replica.age_ns / _DOUBT_NS)
         service = best + (max(best, replica.service_ns) - best) * trust
         if replica.running:
             service = max(service, replica.running_ns * ORDINARY / replica.running)

@@ -1,0 +1,104 @@
+"""The balancing policies, by numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from runtime.balance import ORDINARY, POLICIES, Chooser, Gauge, Replica, cost_of
+from runtime.board import Board
+
+MS = 1_000_000
+
+
+def replica(outstanding=0.0, service_ms=5.0, **more) -> Replica:
+    return Replica(int(outstanding * ORDINARY), int(service_ms * MS), int(service_ms * MS), **more)
+
+
+def chosen(policy, *replicas, cost=ORDINARY, times=1):
+    chooser = Chooser(policy)
+    found = [chooser.choose(replicas, cost) for _ in range(times)]
+    return found[0] if times == 1 else Counter(found)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equals_take_turns(policy):
+    assert chosen(policy, replica(), replica(), replica(), times=9) == {0: 3, 1: 3, 2: 3}
+
+
+@pytest.mark.parametrize(
+    ("policy", "replicas", "expected"),
+    [
+        ("completion", [replica(3), replica(0, 10)], 1),
+        ("completion", [replica(3), replica(0, 30)], 0),
+        ("completion", [replica(1, transfer_ns=20 * MS), replica(3)], 1),
+        ("completion", [replica(2, running=ORDINARY, running_ns=4 * MS), replica(2)], 0),
+        ("completion", [replica(1, running=ORDINARY, running_ns=90 * MS), replica(3)], 1),
+        ("completion", [replica(0, 50, age_ns=60_000 * MS), replica(3)], 0),
+        ("completion", [replica(1, 50, age_ns=60_000 * MS), replica(3)], 1),
+        ("completion", [replica(0, 0), replica(1)], 0),
+        ("task", [replica(3, 1), replica(2, 50)], 1),
+        ("latency", [replica(0, 50), replica(3)], 1),
+        ("latency", [Replica(0, 5 * MS, 40 * MS), replica(3)], 1),
+    ],
+    ids=[
+        "the quicker queue",
+        "the quicker node",
+        "the nearer one",
+        "the one that is nearly done",
+        "not the one that is stuck",
+        "a slow one is tried again after a while",
+        "with one request at a time",
+        "a new one",
+        "the least work",
+        "the least time",
+        "a peak counts",
+    ],
+)
+def test_a_policy_picks(policy, replicas, expected):
+    assert chosen(policy, *replicas) == expected
+
+
+def test_resource_goes_by_speed_whatever_is_outstanding():
+    assert chosen("resource", replica(9, 5), replica(0, 10), replica(0, 10), times=20) == {0: 10, 1: 5, 2: 5}
+
+
+def test_resource_recovers_from_not_knowing():
+    chooser = Chooser("resource")
+    for _ in range(7):
+        chooser.choose([replica(0, 0), replica(0, 0)], ORDINARY)
+    found = Counter(chooser.choose([replica(0, 5), replica(0, 15)], ORDINARY) for _ in range(40))
+    assert abs(found[0] - 30) <= 1
+
+
+def test_large_requests_count_as_what_they_are():
+    assert chosen("task", replica(16), replica(3)) == 1
+    assert cost_of(1600, 100) == 16 * ORDINARY
+    assert cost_of(0, 100) == 1
+    assert cost_of(1 << 60, 1) == 1 << 40
+
+
+def test_a_gauge_spreads_time_over_cost_and_forgets():
+    gauge = Gauge()
+    gauge.ran(160 * MS, 16 * ORDINARY, 1)
+    assert gauge.service_ns == 10 * MS
+    gauge.ran(50 * MS, ORDINARY, 1000 * MS)
+    assert gauge.service_ns > 30 * MS, "what was a second ago counts for little"
+    assert gauge.peak_ns == gauge.longest_ns == 50 * MS
+    gauge.ran(10 * MS, ORDINARY, 9000 * MS)
+    assert gauge.service_ns < 11 * MS
+    assert gauge.peak_ns < 11 * MS
+    assert gauge.longest_ns == 50 * MS
+
+
+def test_what_is_outstanding_is_what_all_sent_less_what_is_done():
+    sender, other, node = Board(), Board(), Board()
+    sender.send(3, 5000)
+    other.send(3, 1000)
+    node.finish(1, 2000)
+    assert [sender.sent(3) - node.done(1), other.sent(3) - node.done(2)] == [3000, 1000]
+    sender.clear(3)
+    assert sender.sent(3) == 0
+    node.began(1000, 7)
+    assert node.times == (0, 0, 0, 7, 1000)
