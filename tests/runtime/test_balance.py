@@ -84,7 +84,7 @@ def test_a_gauge_spreads_time_over_cost_and_forgets():
     gauge.ran(160 * MS, 16 * ORDINARY, 1)
     assert gauge.service_ns == 10 * MS
     gauge.ran(50 * MS, ORDINARY, 1000 * MS)
-    assert gauge.service_ns > 30 * MS, "what was a second ago counts for little"
+    assert gauge.service_ns > 20 * MS, "what was a second ago counts for little, large as it was"
     assert gauge.peak_ns == gauge.longest_ns == 50 * MS
     gauge.ran(10 * MS, ORDINARY, 9000 * MS)
     assert gauge.service_ns < 11 * MS
