@@ -286,7 +286,7 @@ class Flow:
                 if pending.placed:
                     self._send(pending, effect)
             case Again(request, attempt, reason):
-                log_event(_log, logging.WARNING, "attempt over", request=request, attempt=attempt, reason=reason)
+                log_event(_log, logging.INFO, "attempt over", request=request, attempt=attempt, reason=reason)
                 pending = self._pending[request]
                 pending.enter = None
                 pending.outputs = {}
@@ -297,7 +297,7 @@ class Flow:
                     self.traced.append(Traced(request, pending.entered_ns, visits, time.monotonic_ns()))
             case Reject(request, error):
                 log_event(
-                    _log, logging.WARNING, "request failed", request=request, error=type(error).__name__, reason=error
+                    _log, logging.INFO, "request failed", request=request, error=type(error).__name__, reason=error
                 )
                 self._answers.append((self._end(request).done, Answer({}, error)))
             case _:

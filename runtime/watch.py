@@ -87,7 +87,7 @@ class Watch:
         if beat.running_ns > max(self._timings.stall_s * 1e9, self._timings.stall_factor * usual):
             return (
                 f"is stuck: a request has been running for {beat.running_ns / 1e9:.1f} s, "
-                f"and an ordinary one takes {longest_ns / 1e9:.3f} s at most"
+                f"and an ordinary one takes {longest_ns / 1e6:.3g} ms at most"
             )
         return None
 
