@@ -55,7 +55,7 @@ from runtime.coordinator_state import (
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, ProtocolError
 from runtime.flow import Flow
 from runtime.launch import Handle, Launcher
-from runtime.logs import log_event
+from runtime.logs import Drops, log_event
 from runtime.messages import (
     CALLER,
     Assign,
@@ -77,11 +77,12 @@ from runtime.payloads import Payloads
 from runtime.roster import Kill, Phase, Slot, Start
 from runtime.router import Router
 from runtime.stats import Door, NodeStats, Snapshot, node_stats, sweep
-from runtime.transport import AnsweringInlet, Inlet, Security, Sockets, Wakeup
+from runtime.transport import AnsweringInlet, Inlet, Security, Sockets, Wakeup, check_address
 from runtime.watch import Timings, Watch
 
 _STOP_GRACE_S = 3.0
 _log = logging.getLogger("runtime.coordinator")
+_drops = Drops(_log)
 
 
 @dataclass(frozen=True)
@@ -368,12 +369,17 @@ class Coordinator:
             try:
                 said = codec.decode_node_control(header)
             except ProtocolError as error:
-                _log.warning("dropped: %s", error)
+                _drops.note(error)
                 continue
             match said:
                 case Hello() if self._setup.trusted is not None and said.key != key:
-                    _log.warning("dropped: a node that says it has another key than it has")
+                    _drops.note("a node that says it has another key than it has")
                 case Hello():
+                    try:
+                        check_address(said.address, self._setup.security)
+                    except PipelineError as error:
+                        _drops.note(error)
+                        continue
                     events.append(Joined(identity, said, now))
                 case Ready(mapped):
                     events.append(Prepared(identity, mapped, now))

@@ -17,7 +17,7 @@ of one attempt, or with an error that says why. It rests on this:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from heapq import heappop, heappush
@@ -364,6 +364,7 @@ class CoordinatorState:
         self._requests: dict[int, _Request] = {}
         self._waiting: dict[int, None] = {}  # those that wait for a node, in order
         self._needed: dict[tuple[str, ...], frozenset[int]] = {}
+        self._routes: dict[frozenset[int], tuple[int, ...]] = {}
         self._deadlines: list[tuple[int, int]] = []
         self._usual_ns = 0.0  # from an attempt's beginning to its end
 
@@ -589,23 +590,25 @@ class CoordinatorState:
     def _begin(self, number: int, now_ns: int) -> list[Effect]:
         """Begin an attempt, or wait for a node."""
         request = self._requests[number]
-        absent = [stage for stage in request.needed if not self.roster.taking(stage)]
-        if absent:
-            error = self._hopeless(absent)
+        if not request.needed <= self.roster.served:
+            error = self._hopeless(request.needed - self.roster.served)
             if error is not None:
                 return self._refuse(number, error)
             request.waits = True
             self._waiting[number] = None
             return []
-        route = [NOT_NEEDED] * len(self._plan.stages)
-        for stage in request.needed:
-            chosen = self._choose(stage, request.cost) if stage in self._joins else ANY
+        route = self._routes.get(request.needed)
+        if route is None:
+            stages = range(len(self._plan.stages))
+            route = self._routes[request.needed] = tuple(ANY if s in request.needed else NOT_NEEDED for s in stages)
+        for stage in self._joins & request.needed:
+            chosen = self._choose(stage, request.cost)
             assert chosen is not None
-            route[stage] = chosen
+            route = (*route[:stage], chosen, *route[stage + 1 :])
         request.waits = False
         request.attempt += 1
         request.view = self.roster.view
-        request.route = tuple(route)
+        request.route = route
         request.begun_ns = now_ns
         return [
             Enter(
@@ -646,7 +649,7 @@ class CoordinatorState:
         waiting, self._waiting = self._waiting, {}
         return [effect for number in waiting for effect in self._begin(number, now_ns)]
 
-    def _hopeless(self, stages: list[int]) -> PipelineError | None:
+    def _hopeless(self, stages: Iterable[int]) -> PipelineError | None:
         for stage in stages:
             story = self.roster.broken(stage)
             if story is not None:
@@ -657,8 +660,7 @@ class CoordinatorState:
         """Refuse what waits for a stage whose nodes keep failing."""
         effects: list[Effect] = []
         for number in list(self._waiting):
-            absent = [stage for stage in self._requests[number].needed if not self.roster.taking(stage)]
-            error = self._hopeless(absent)
+            error = self._hopeless(self._requests[number].needed - self.roster.served)
             if error is not None:
                 effects += self._refuse(number, error)
         return effects
@@ -695,7 +697,7 @@ class CoordinatorState:
         if request is None:
             return []
         if request.waits:
-            absent = [str(stage) for stage in sorted(request.needed) if not self.roster.taking(stage)]
+            absent = [str(stage) for stage in sorted(request.needed - self.roster.served)]
             where = f"no node of stage {', '.join(absent)} was up" if absent else "it had not begun"
         else:
             done = {self.roster.stage_of(node) for node, step in steps.items() if step is Step.DONE}
@@ -721,9 +723,9 @@ class CoordinatorState:
     def _settled(self) -> list[Effect]:
         """Let nodes go that nothing under way can reach any more; say so when nothing is under way at all."""
         effects: list[Effect] = []
-        if self.roster.leaving:
+        if self.roster.departing:
             oldest = min((r.view for r in self._requests.values() if not r.waits), default=self.roster.view)
-            for record in self.roster.leaving:
+            for record in self.roster.departing:
                 if record.leaves_at <= oldest and not record.released:
                     record.released = True
                     effects.append(SendAway(record.identity, "it has no more work"))

@@ -32,8 +32,8 @@ from runtime.coordinator_state import (
     Submitted,
 )
 from runtime.errors import PipelineClosed, PipelineError, ProtocolError
-from runtime.logs import log_event
-from runtime.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
+from runtime.logs import Drops, log_event
+from runtime.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started
 from runtime.node_state import sources
 from runtime.payloads import Attempt, Outgoing, Payloads, shapes_of
 from runtime.router import Router
@@ -41,6 +41,7 @@ from runtime.trace import Traced
 from runtime.transport import Inlet, Outlet, Sockets, Wakeup
 
 _log = logging.getLogger("runtime.coordinator")
+_drops = Drops(_log)
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,10 @@ Done = Callable[[Answer], None]
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Tensors that came back."""
+    """A fragment that came back, and copies of its tensors; None when nobody waits for them."""
 
-    request: int
-    attempt: int
-    tensors: dict[str, Array]
-    history: tuple[Visit, ...]
+    fragment: Fragment
+    tensors: dict[str, Array] | None
 
 
 @dataclass
@@ -158,8 +157,7 @@ class Flow:
                 pending = self._pending[number] = _Pending(done, now)
                 self.perform(self._machine.handle(Submitted(number, wanted, cost, deadline_ns, now)))
                 if number in self._pending:
-                    leaving = {name for names in self._entrances.values() for name in names}
-                    self._payloads.place(pending.going, shapes_of(inputs), leaving)
+                    self._payloads.place(pending.going, shapes_of(inputs), inputs)
                 else:
                     pending = None
         if pending is not None:
@@ -231,13 +229,22 @@ class Flow:
             event = self._result(*message) if message is not None else None
             if event is not None:
                 with self.lock:
-                    if not isinstance(event, _Outputs):
-                        self.perform(self._machine.handle(event))
-                    elif self._machine.attempt(event.request) == event.attempt:
-                        self._pending[event.request].outputs.update(event.tensors)
-                        names = tuple(event.tensors)
-                        self.perform(self._machine.handle(Returned(event.request, event.attempt, names, event.history)))
+                    self._take(event)
                 self.deliver()
+
+    def _take(self, event: Event | _Outputs) -> None:
+        """Act on what came back, while the lock is held."""
+        if not isinstance(event, _Outputs):
+            self.perform(self._machine.handle(event))
+            return
+        fragment = event.fragment
+        request, attempt = fragment.request, fragment.attempt
+        held = self._payloads.hold((fragment,))
+        self._payloads.give_back(fragment)
+        if held and event.tensors is not None and self._machine.attempt(request) == attempt:
+            self._pending[request].outputs.update(event.tensors)
+            names = tuple(event.tensors)
+            self.perform(self._machine.handle(Returned(request, attempt, names, fragment.history)))
 
     def _result(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Event | _Outputs | None:
         try:
@@ -253,21 +260,15 @@ class Flow:
                 case Started(request, attempt, sender):
                     self.started[sender] = request, attempt
         except ProtocolError as error:
-            _log.warning("dropped: %s", error)
+            _drops.note(error)
         return None
 
-    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> _Outputs | None:
-        with self.lock:
-            tensors = self._payloads.receive(fragment, frames)
-            wanted = self._machine.attempt(fragment.request) == fragment.attempt
+    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> _Outputs:
+        tensors = self._payloads.receive(fragment, frames)
+        if self._machine.attempt(fragment.request) != fragment.attempt:
+            return _Outputs(fragment, None)
         # Copied: the caller's arrays are its own, writable and not tied to a message or to a node's memory.
-        copies = {name: np.array(tensor) for name, tensor in tensors.items()} if wanted else {}
-        with self.lock:
-            held = self._payloads.hold((fragment,))
-            self._payloads.give_back(fragment)
-        if not wanted or not held:
-            return None
-        return _Outputs(fragment.request, fragment.attempt, copies, fragment.history)
+        return _Outputs(fragment, {name: np.array(tensor) for name, tensor in tensors.items()})
 
     def perform(self, effects: Iterable[Effect]) -> None:
         """Do what is to be done about requests, while the lock is held, and leave the rest to the control thread."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from typing import Any
 
 
@@ -19,3 +20,25 @@ def log_event(log: logging.Logger, level: int, what: str, **fields: Any) -> None
 def _plain(value: Any) -> str:
     text = str(value)
     return text if text and text.isprintable() and not any(c in text for c in ' "=') else json.dumps(text)
+
+
+class Drops:
+    """Notes messages that were dropped, a line a second at most, so that nobody can fill a disk with them.
+
+    Args:
+        log: where to.
+    """
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._next_s = 0.0
+        self._unsaid = 0
+
+    def note(self, reason: object) -> None:
+        """One was dropped."""
+        now = time.monotonic()
+        if now < self._next_s:
+            self._unsaid += 1
+            return
+        log_event(self._log, logging.WARNING, "message dropped", reason=reason, more=self._unsaid or None)
+        self._next_s, self._unsaid = now + 1.0, 0

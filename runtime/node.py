@@ -26,12 +26,13 @@ from pathlib import Path
 import msgspec.structs
 
 from onnxsplit.errors import OnnxsplitError
+from onnxsplit.plan import Plan
 from runtime import codec, node_state
 from runtime.arena import Step
 from runtime.balance import Gauge
 from runtime.errors import ProtocolError
 from runtime.keys import Keys
-from runtime.logs import log_event
+from runtime.logs import Drops, log_event
 from runtime.messages import (
     ANY,
     CALLER,
@@ -98,6 +99,7 @@ DEFAULT_MEMORY_BYTES = 1 << 30
 _EXIT_GRACE_S = 2.0
 _SERVING = (State.READY, State.LEAVING)
 _log = logging.getLogger("runtime.node")
+_drops = Drops(_log)
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class _Node:
         self._links: dict[int, Outlet] = {}
         self._receipts: dict[int, Outlet] = {}  # to senders who cannot read this node's board, and have a choice
         self._sources: dict[int, list[int]] = {}  # of every stage
+        self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types from each source
         self._shared: dict[node_state.Leaving, tuple[str, ...]] = {}
         self._runner: StageRunner | None = None
         self._ran = _Ran(Outgoing(), valid=False)
@@ -374,6 +377,7 @@ class _Node:
             return LoadFailed(str(error))
         plan = self._runner.plan
         self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
+        self._expected = expected_tensors(plan, assign.stage)
         log_event(
             _log, logging.INFO, "stage loaded", stage=assign.stage, replica=assign.replica, provider=assign.provider
         )
@@ -409,14 +413,29 @@ class _Node:
         try:
             said = codec.decode_data(header)
             if isinstance(said, Fragment):
+                self._check(said)
                 return Arrived(said, self._payloads.receive(said, frames), time.monotonic_ns())
             if not isinstance(said, Receipt):
                 raise ProtocolError(f"a {type(said).__name__}, which is not for nodes")
             self._router.told(said, time.monotonic_ns())
             return None
         except ProtocolError as error:
-            _log.warning("dropped: %s", error)
+            _drops.note(error)
             return None
+
+    def _check(self, fragment: Fragment) -> None:
+        """Refuse a fragment that is not what its source has for this stage.
+
+        Raises:
+            ProtocolError: saying what is wrong with it.
+        """
+        expected = self._expected.get(fragment.source)
+        if expected is not None and (
+            len(fragment.route) != len(self._sources)
+            or tuple([head.name for head in fragment.tensors]) != expected[0]
+            or tuple([head.dtype for head in fragment.tensors]) != expected[1]
+        ):
+            raise ProtocolError(f"a fragment from stage {fragment.source} that is none of this plan's")
 
     def _give_back(self, fragment: Fragment) -> None:
         self._payloads.give_back(fragment)
@@ -507,6 +526,18 @@ class _Ran:
 
     going: Outgoing
     valid: bool
+
+
+def expected_tensors(plan: Plan, stage: int) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Names and types of what each source sends to a stage."""
+    found = {}
+    for source in sources(plan, stage):
+        if source == CALLER:
+            names = tuple(name for name in plan.stages[stage].inputs if name in plan.inputs)
+        else:
+            names = tuple(n for n in plan.stages[source].outputs if n in plan.stages[stage].inputs)
+        found[source] = names, tuple(plan.tensors[name].dtype for name in names)
+    return found
 
 
 def _watch_lifeline(home: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from runtime import codec
 from runtime.errors import ProtocolError
+from runtime.logs import Drops
 from runtime.messages import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Trust, Wire
 from runtime.node_state import Assigned, Cancelled, Event, Passed, Shared, Wired
 from runtime.transport import Security, Sockets, Wakeup
@@ -17,6 +18,7 @@ from runtime.watch import Timings
 
 _JOIN_S = 2.0
 _log = logging.getLogger("runtime.node")
+_drops = Drops(_log)
 
 
 class Body(Protocol):
@@ -122,7 +124,7 @@ class ControlLink(threading.Thread):
         try:
             message = codec.decode_coordinator_control(header)
         except ProtocolError as error:
-            _log.warning("dropped: %s", error)
+            _drops.note(error)
             return
         match message:
             case Assign():

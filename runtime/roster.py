@@ -172,6 +172,7 @@ class Roster:
         self._timings = timings
         self._last = 0
         self._own_readers: tuple[int, ...] = ()
+        self._served: frozenset[int] | None = None  # worked out again when a node comes or goes
         for stage, count in enumerate(replicas):
             for replica in range(count):
                 self._add((stage, replica))
@@ -210,9 +211,12 @@ class Roster:
         """Of the nodes of a stage that have work or take it."""
         return tuple(r.number for r in self if r.slot[0] == stage and r.phase in (Phase.READY, Phase.LEAVING))
 
-    def taking(self, stage: int) -> bool:
-        """True when a node of a stage takes requests."""
-        return any(r.phase is Phase.READY for slot, r in self.nodes.items() if slot[0] == stage)
+    @property
+    def served(self) -> frozenset[int]:
+        """The stages of which a node takes requests."""
+        if self._served is None:
+            self._served = frozenset(slot[0] for slot, r in self.nodes.items() if r.phase is Phase.READY)
+        return self._served
 
     def broken(self, stage: int) -> str | None:
         """Why a stage will have no node for a while; None when it has one, or will soon."""
@@ -314,6 +318,7 @@ class Roster:
         record.mapped = frozenset(mapped)
         if is_new:
             record.ready_ns = now_ns
+            self._served = None
         return is_new
 
     def share(self) -> list[tuple[bytes | None, tuple[int, ...]]]:
@@ -355,6 +360,7 @@ class Roster:
 
     def lose(self, record: Record, reason: str, now_ns: int) -> list[Start]:
         """A process is gone. Its slot gets another one, now or when it is due."""
+        self._served = None
         if record in self.departing:
             self.departing.remove(record)
             record.machine.go(Change.END)
@@ -388,13 +394,9 @@ class Roster:
         """Start the process of a slot, when it is due."""
         return [self._start(record, now_ns)] if record.due_ns <= now_ns else []
 
-    @property
-    def leaving(self) -> list[Record]:
-        """The nodes that are being relieved of their work."""
-        return [record for record in self if record.phase is Phase.LEAVING]
-
     def leave(self, record: Record) -> None:
         """A node takes no more requests; it ends when it has no more work."""
+        self._served = None
         record.machine.go(Change.LEAVE)
         del self.nodes[record.slot]
         self.departing.append(record)

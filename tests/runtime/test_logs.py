@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from runtime.logs import log_event
+from runtime.logs import Drops, log_event
 
 
 def test_a_line_has_what_happened_and_to_what(caplog):
@@ -15,3 +15,13 @@ def test_a_line_has_what_happened_and_to_what(caplog):
     (record,) = caplog.records
     assert record.getMessage() == 'attempt over request=7 attempt=2 reason="it said \\"no\\"\\nand died"'
     assert record.fields == {"request": 7, "attempt": 2, "reason": 'it said "no"\nand died'}
+
+
+def test_what_is_dropped_fills_no_log(caplog):
+    drops = Drops(logging.getLogger("runtime.test"))
+    for _ in range(1000):
+        drops.note("garbage")
+    assert len(caplog.records) == 1
+    drops._next_s = 0
+    drops.note("again")
+    assert caplog.records[-1].fields == {"reason": "again", "more": 999}
