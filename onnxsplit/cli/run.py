@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option
 from onnxsplit.cli.running import keywords, running_options, write_trace
+
+if TYPE_CHECKING:
+    from onnxsplit.tensors import Array
 
 
 @make_command
@@ -36,7 +43,10 @@ def command(
     timeout: float | None,
     **running: Any,
 ) -> None:
-    """Start the nodes of the plan in DIR, run one set of inputs through them, write the outputs, stop the nodes."""
+    """Start the nodes of the plan in DIR, run one set of inputs through them, write the outputs, stop the nodes.
+
+    SIGTERM ends a long --repeat: what was sent is answered, nothing more is sent.
+    """
     from onnxsplit.plan import example_file, load_plan
     from onnxsplit.tensors import load_npz, save_npz
     from runtime import Pipeline
@@ -50,13 +60,11 @@ def command(
         output.say("running")
         begun = time.monotonic()
         wanted = outputs_only or None
-        futures = [pipeline.submit(given, outputs=wanted, timeout=timeout) for _ in range(repeat)]
-        results = [future.result() for future in futures]
+        asked, found = _repeat(lambda: pipeline.submit(given, outputs=wanted, timeout=timeout), repeat)
         ran_s = time.monotonic() - begun
         stats = pipeline.stats()
     output.done()
     write_trace(output, pipeline, running["trace"])
-    found = results[-1]
     output.table(("output", "type", "shape"), [(name, str(a.dtype), str(list(a.shape))) for name, a in found.items()])
     output.line()
     output.table(
@@ -67,7 +75,7 @@ def command(
             if s.requests
         ],
     )
-    output.line(f"\n{len(stats)} nodes ready in {started_s:.2f} s, {repeat} request(s) in {ran_s:.3f} s.")
+    output.line(f"\n{len(stats)} nodes ready in {started_s:.2f} s, {asked} request(s) in {ran_s:.3f} s.")
     if outputs is not None:
         save_npz(outputs, found)
         output.line(f"Wrote {outputs}. Next: onnxsplit bench {plan}")
@@ -79,6 +87,26 @@ def command(
             "file": outputs,
             "start_s": started_s,
             "run_s": ran_s,
+            "requests": asked,
             "nodes": stats,
         }
     )
+
+
+def _repeat(submit: Callable[[], Future[dict[str, Array]]], times: int) -> tuple[int, dict[str, Array]]:
+    """Send a request so many times, or until SIGTERM; the number sent, and the last answer when all are there."""
+    ending: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: ending.append(number))
+    try:
+        pending: deque[Future[dict[str, Array]]] = deque()
+        sent, last = 0, {}
+        while sent < times and (not ending or not sent):
+            pending.append(submit())
+            sent += 1
+            while pending and pending[0].done():  # answers are not kept: there may be many
+                last = pending.popleft().result()
+        for future in pending:
+            last = future.result()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return sent, last

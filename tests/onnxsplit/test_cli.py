@@ -199,7 +199,7 @@ BAD = [
     (["run", "good.plan", "--replicas", "7=2"], "replicas for stage 7; the plan has the stages 0 to 1"),
     (["merge", "letters", "-o", "m.onnx"], "letters is no plan directory"),
     (["merge", "good.plan", "-o", "nowhere/m.onnx"], "cannot write nowhere/m.onnx"),
-    (["node", "--connect", "tcp://10.0.0.1:5555"], "would leave this host"),
+    (["node", "--connect", "tcp://10.0.0.1:5555"], "leaves this host"),
     (["export", "absent.py", "-o", "m.onnx"], "no such recipe: absent.py"),
     (["export", "model.pkl", "-o", "m.onnx"], "expected a recipe, FILE.py"),
 ]

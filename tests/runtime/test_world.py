@@ -146,7 +146,7 @@ class Faults(RuleBasedStateMachine):
             assert phases == {Phase.READY}
 
 
-Faults.TestCase.settings = settings(max_examples=600, stateful_step_count=80, deadline=None)
+Faults.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 TestFaults = Faults.TestCase
 
 

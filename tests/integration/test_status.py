@@ -1,0 +1,88 @@
+"""What a running pipeline tells of itself, to other processes too; and a short attack on its links."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from runtime import Pipeline
+
+ROOT = Path(__file__).parents[2]
+GIVEN = {"x": np.ones((1, 32), np.float32)}
+
+
+def onnxsplit(environment, *words) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "onnxsplit", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_status_shows_each_node_and_first_of_all_what_failed_first(chain_plan, python_environment):
+    with Pipeline.launch(chain_plan, replicas={1: 2}) as pipeline:
+        for _ in range(10):
+            pipeline.run(GIVEN)
+        os.kill(pipeline.nodes[0].pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while not pipeline.incidents or any(node.state != "ready" for node in pipeline.nodes):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        pipeline.run(GIVEN)
+        shown = onnxsplit(python_environment, "status", "--pid", str(os.getpid()))
+        found = json.loads(onnxsplit(python_environment, "status", "--pid", str(os.getpid()), "--json").stdout)
+        nodes = pipeline.nodes
+    assert shown.returncode == 0
+    first, second = shown.stdout.splitlines()[:2]
+    assert first.startswith("first of 1 failures: stage 0 (node 0.0, pid")
+    assert "11 requests, 0 in flight" in second
+    (one,) = found["pipelines"]
+    assert [(n["stage"], n["replica"], n["state"]) for n in one["nodes"]] == [
+        (0, 0, "ready"),
+        (1, 0, "ready"),
+        (1, 1, "ready"),
+    ]
+    assert [n["restarts"] for n in one["nodes"]] == [1, 0, 0]
+    assert {n["pid"] for n in one["nodes"]} == {node.pid for node in nodes}
+    assert sum(n["requests"] for n in one["nodes"] if n["stage"] == 1) == 11
+
+
+def test_status_with_nothing_running_says_what_to_do(python_environment):
+    shown = onnxsplit(python_environment, "status", "--pid", "1")
+    assert (shown.returncode, "onnxsplit run DIR" in shown.stdout) == (0, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_run_that_is_told_to_end_finishes_what_it_has(chain_plan, python_environment, number):
+    command = [sys.executable, "-P", "-m", "onnxsplit", "run", str(chain_plan), "--repeat", "100000000", "--json"]
+    process = subprocess.Popen(
+        command, env=python_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 30
+    while len(psutil.Process(process.pid).children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(3)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    found = json.loads(output)
+    assert found["requests"] > 0
+    assert all(node["failures"] == 0 for node in found["nodes"])
+
+
+def test_garbage_on_every_link_breaks_nothing(python_environment):
+    command = [sys.executable, "benchmarks/wire/run.py", "--cases", "5000", "--sent", "1000", "--json"]
+    done = subprocess.run(command, env=python_environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert found["decoders"]["crashed"] == 0
+    assert found["live"]["alive"] == [True, True]
+    assert found["live"]["wrong or missing answers"] == 0
+    assert max(found["live"]["memory grew by MiB at most (nodes, caller)"]) < 100
