@@ -44,8 +44,14 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/spread/run.py
 	$(BIN)/python benchmarks/generality/run.py
 	$(BIN)/python benchmarks/backend/run.py
+	$(BIN)/python benchmarks/balance/run.py
+	$(BIN)/python benchmarks/keys/run.py
+	$(BIN)/python benchmarks/promise/run.py
 
 soak: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/soak/run.py
+	$(BIN)/python benchmarks/faults/run.py
+	$(BIN)/python benchmarks/wire/run.py
 	$(BIN)/python benchmarks/requests/run.py
 	$(BIN)/python benchmarks/ends/run.py
 	$(BIN)/python benchmarks/fuzz/run.py

@@ -22,11 +22,10 @@ from onnxsplit.plan import Plan
 from runtime import codec
 from runtime.arena import Step
 from runtime.balance import Policy
-from runtime.coordinator_state import (
+from runtime.coordinator_events import (
     Again,
     Announce,
     CloseAsked,
-    CoordinatorState,
     Declined,
     DrainAsked,
     Drained,
@@ -47,11 +46,11 @@ from runtime.coordinator_state import (
     Scaled,
     SendAway,
     ShareMemory,
-    State,
     Steps,
     Tick,
     TimedOut,
 )
+from runtime.coordinator_state import CoordinatorState, State
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, ProtocolError
 from runtime.flow import Flow
 from runtime.launch import Handle, Launcher

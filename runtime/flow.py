@@ -18,9 +18,8 @@ import numpy as np
 from onnxsplit.plan import Plan
 from onnxsplit.tensors import Array
 from runtime import codec
-from runtime.coordinator_state import (
+from runtime.coordinator_events import (
     Again,
-    CoordinatorState,
     Effect,
     Enter,
     Event,
@@ -31,6 +30,7 @@ from runtime.coordinator_state import (
     Returned,
     Submitted,
 )
+from runtime.coordinator_state import CoordinatorState
 from runtime.errors import PipelineClosed, PipelineError, ProtocolError
 from runtime.logs import Drops, log_event
 from runtime.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started

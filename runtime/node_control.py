@@ -12,7 +12,14 @@ from runtime import codec
 from runtime.errors import ProtocolError
 from runtime.logs import Drops
 from runtime.messages import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Trust, Wire
-from runtime.node_state import Assigned, Cancelled, Event, Passed, Shared, Wired
+from runtime.node_events import (
+    Assigned,
+    Cancelled,
+    Event,
+    Passed,
+    Shared,
+    Wired,
+)
 from runtime.transport import Security, Sockets, Wakeup
 from runtime.watch import Timings
 

@@ -6,11 +6,10 @@ import pytest
 
 from onnxsplit.plan import load_plan
 from runtime.arena import Step
-from runtime.coordinator_state import (
+from runtime.coordinator_events import (
     Again,
     Announce,
     CloseAsked,
-    CoordinatorState,
     Declined,
     DrainAsked,
     Drained,
@@ -32,11 +31,11 @@ from runtime.coordinator_state import (
     Scaled,
     SendAway,
     ShareMemory,
-    State,
     Submitted,
     Tick,
     TimedOut,
 )
+from runtime.coordinator_state import CoordinatorState, State
 from runtime.errors import (
     Cancelled,
     DeadlineExceeded,

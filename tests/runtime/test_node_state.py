@@ -6,8 +6,7 @@ import pytest
 
 from onnxsplit.plan import load_plan
 from runtime.messages import ANY, CALLER, Assign, Failed, Fragment, Peer, Visit, Wire
-from runtime.node_state import (
-    TRANSITIONS,
+from runtime.node_events import (
     Arrived,
     Assigned,
     Cancelled,
@@ -22,7 +21,6 @@ from runtime.node_state import (
     Load,
     Loaded,
     LoadFailed,
-    NodeState,
     Passed,
     Report,
     Run,
@@ -31,11 +29,11 @@ from runtime.node_state import (
     SayRefused,
     Share,
     Shared,
-    State,
     StopAsked,
     Turn,
     Wired,
 )
+from runtime.node_state import TRANSITIONS, NodeState, State
 from runtime.table import IllegalEventError
 
 ROUTE = (ANY, ANY, ANY, 4)

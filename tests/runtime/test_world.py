@@ -15,9 +15,8 @@ from world import SECOND, World
 
 from onnxsplit.plan import load_plan
 from onnxsplit.planner import partition
-from runtime import coordinator_state as c
-from runtime import node_state as n
-from runtime.coordinator_state import GivenUp
+from runtime import coordinator_events as c
+from runtime import node_events as n
 from runtime.roster import Phase
 
 _MADE: list = []
@@ -123,7 +122,7 @@ class Faults(RuleBasedStateMachine):
         open_ = [number for number, answers in self.world.answers.items() if not answers]
         if open_:
             number = data.draw(st.sampled_from(open_))
-            self.world.tell(GivenUp(number))
+            self.world.tell(c.GivenUp(number))
             del self.world.answers[number]
             self.world.answers[number] = []
             self.given_up.add(number)

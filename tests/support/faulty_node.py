@@ -22,6 +22,7 @@ import numpy as np
 from runtime import node
 from runtime.launch.local import LocalLauncher
 from runtime.stage_runner import StageRunner
+from runtime.worker import Worker
 
 STEPS = ("received", "before the run", "in the run", "after the run", "sent")
 
@@ -96,7 +97,7 @@ def main() -> int:
                         continue
                 fail(fault["what"])
 
-    arrival, run, forward, execute = node._Node._arrival, node._Node._run, node._Node._forward, StageRunner.run
+    arrival, run, forward, execute = Worker.arrival, Worker.run, Worker.forward, StageRunner.run
     running = [0]
 
     def faulty_arrival(self: Any, *message: Any) -> Any:
@@ -123,7 +124,7 @@ def main() -> int:
         forward(self, effect)
         step("sent", effect.fragment.request)
 
-    node._Node._arrival, node._Node._run, node._Node._forward = faulty_arrival, faulty_run, faulty_forward
+    Worker.arrival, Worker.run, Worker.forward = faulty_arrival, faulty_run, faulty_forward
     StageRunner.run = faulty_execute
     return node.main()
 

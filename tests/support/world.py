@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from onnxsplit.plan import Plan
-from runtime import coordinator_state as c
-from runtime import node_state as n
+from runtime import coordinator_events as c
+from runtime import node_events as n
 from runtime.arena import Step
-from runtime.coordinator_state import CoordinatorState
+from runtime.coordinator_state import CoordinatorState, State
 from runtime.messages import ANY, CALLER, NOT_NEEDED, PROTOCOL, Assign, Fragment, Hello, Peer, TensorHead, Wire
 from runtime.node_state import NodeState, sources
+from runtime.node_state import State as NodeStates
 from runtime.roster import Kill, Start
 from runtime.watch import Timings
 
@@ -102,7 +103,7 @@ class World:
 
     def introduce(self, identities: tuple[bytes, ...], meet: bool) -> list[Any]:
         roster = self.coordinator.roster
-        starting = self.coordinator.state is c.State.STARTING
+        starting = self.coordinator.state is State.STARTING
         caller = Peer(0, CALLER, 0, False, "", "", None, "")
         for identity in identities:
             record = roster.by_identity(identity)
@@ -185,7 +186,7 @@ class World:
         process = self.processes[number]
         turn = not process.events or (process.state.ready and self.choices.random() < 0.3)
         event = n.Turn(self.now) if turn else process.events.popleft()
-        if process.state.state not in (n.State.READY, n.State.LEAVING) and isinstance(
+        if process.state.state not in (NodeStates.READY, NodeStates.LEAVING) and isinstance(
             event, n.Arrived | n.Cancelled | n.Turn
         ):
             return

@@ -1,0 +1,277 @@
+"""What a node does with tensors: takes them in, executes its stage, and sends on what comes out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxsplit.errors import OnnxsplitError
+from onnxsplit.plan import Plan
+from runtime import codec
+from runtime.arena import Step
+from runtime.balance import Gauge
+from runtime.errors import ProtocolError
+from runtime.logs import Drops, log_event
+from runtime.messages import ANY, CALLER, Assign, Failed, Fragment, Receipt, Started
+from runtime.node_events import (
+    Arrived,
+    Connect,
+    Event,
+    Executed,
+    ExecutionFailed,
+    Forward,
+    Leaving,
+    Loaded,
+    LoadFailed,
+    Run,
+)
+from runtime.node_state import sources
+from runtime.payloads import Attempt, Outgoing, Payloads
+from runtime.pinned import cuda_pin
+from runtime.router import Router
+from runtime.stage_runner import StageRunner
+from runtime.transport import Outlet, Sockets
+
+_log = logging.getLogger("runtime.node")
+_drops = Drops(_log)
+
+
+class Worker:
+    """Belongs to the node's main thread; ``began`` and ``longest_ns`` may be read from others.
+
+    Args:
+        memory_bytes: of shared memory for outputs at most; 0 for none.
+
+    Attributes:
+        payloads: this process's side of shared memory.
+        mapped: the peers whose memory is mapped.
+        began: since when the session is at a request, by the host's monotonic clock, and the request's cost.
+    """
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.payloads = Payloads(memory_bytes)
+        self.mapped: tuple[int, ...] = ()
+        self.began: tuple[int, int] | None = None
+        self._router = Router("completion", self.payloads.board)
+        self._gauge = Gauge()
+        self._me = -1
+        self._links: dict[int, Outlet] = {}
+        self._receipts: dict[int, Outlet] = {}  # to senders who cannot read this node's board, and have a choice
+        self._sources: dict[int, list[int]] = {}  # of every stage
+        self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types from each source
+        self._shared: dict[Leaving, tuple[str, ...]] = {}
+        self._runner: StageRunner | None = None
+        self._ran = _Ran(Outgoing(), valid=False)
+
+    def close(self) -> None:
+        """Close the session and let go of all memory."""
+        if self._runner is not None:
+            self._runner.close()
+        self.payloads.close()
+
+    @property
+    def longest_ns(self) -> int:
+        """An ordinary request took at most so long."""
+        return self._gauge.longest_ns
+
+    def share(self, readers: tuple[int, ...]) -> None:
+        """Lend memory to these peers from now on."""
+        self.payloads.share(readers)
+        self._shared.clear()
+
+    def report(self, message: Failed) -> None:
+        """Tell the coordinator that a request failed here."""
+        log_event(
+            _log,
+            logging.WARNING,
+            "request failed",
+            request=message.request,
+            attempt=message.attempt,
+            stage=message.stage,
+            reason=message.reason,
+        )
+        self._links[0].send(codec.encode(message))
+
+    def discard(self) -> None:
+        """Nobody wants the outputs of the request that ran last."""
+        self.payloads.drop(self._ran.going)
+
+    def load(self, folder: Path, assign: Assign, *, home: Path, threads: int) -> Event:
+        """Open the session; :class:`Loaded` or :class:`LoadFailed`."""
+        self._assign = assign
+        self._router = Router(assign.balance, self.payloads.board)
+        try:
+            self._runner = StageRunner(folder, assign, home=home, threads=threads)
+        except OnnxsplitError as error:
+            return LoadFailed(str(error))
+        plan = self._runner.plan
+        self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
+        self._expected = expected_tensors(plan, assign.stage)
+        log_event(
+            _log, logging.INFO, "stage loaded", stage=assign.stage, replica=assign.replica, provider=assign.provider
+        )
+        return Loaded(plan)
+
+    def connect(self, connect: Connect, sockets: Sockets) -> None:
+        """Know the processes there are now, map their memory, and open and close links as needed."""
+        first = not self._links
+        peers = {peer.number: peer for peer in connect.peers}
+        self.mapped = self.payloads.meet(connect.me, {n: peers[n] for n in connect.neighbours})
+        self._router.learn(connect.me, connect.peers, self.payloads.boards())
+        self._shared.clear()
+        for number in self._links.keys() - connect.targets:
+            self._links.pop(number).close()
+        for number in connect.targets - self._links.keys():
+            peer = peers[number]
+            shortcut = peer.shortcut if number in self.mapped else ""
+            self._links[number] = sockets.connect(peer.address, shortcut=shortcut, key=peer.key)
+        self._me = connect.me
+        for number in self._receipts.keys() - peers.keys():
+            self._receipts.pop(number).close()
+        siblings = sum(peer.stage == self._assign.stage and peer.takes for peer in connect.peers)
+        for number in connect.neighbours - self._receipts.keys() if siblings > 1 else ():
+            if not self._router.mapped(number) and peers[number].stage in self._sources[self._assign.stage]:
+                self._receipts[number] = sockets.connect(peers[number].address, key=peers[number].key)
+        if not first:
+            return
+        if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:
+            self.payloads.pin(pin)
+        gc.freeze()  # what is here now stays; requests make no cycles, so there is little to look for
+        gc.set_threshold(100_000, 50, 50)
+
+    def arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
+        """A message of the data link: a fragment, or None for what was taken note of or dropped."""
+        try:
+            said = codec.decode_data(header)
+            if isinstance(said, Fragment):
+                self._check(said)
+                return Arrived(said, self.payloads.receive(said, frames), time.monotonic_ns())
+            if not isinstance(said, Receipt):
+                raise ProtocolError(f"a {type(said).__name__}, which is not for nodes")
+            self._router.told(said, time.monotonic_ns())
+            return None
+        except ProtocolError as error:
+            _drops.note(error)
+            return None
+
+    def _check(self, fragment: Fragment) -> None:
+        """Refuse a fragment that is not what its source has for this stage.
+
+        Raises:
+            ProtocolError: saying what is wrong with it.
+        """
+        expected = self._expected.get(fragment.source)
+        if expected is not None and (
+            len(fragment.route) != len(self._sources)
+            or tuple([head.name for head in fragment.tensors]) != expected[0]
+            or tuple([head.dtype for head in fragment.tensors]) != expected[1]
+        ):
+            raise ProtocolError(f"a fragment from stage {fragment.source} that is none of this plan's")
+
+    def give_back(self, fragment: Fragment) -> None:
+        """Let the sender have its memory again, and know how busy this node is."""
+        self.payloads.give_back(fragment)
+        sender = fragment.sender
+        if not self._router.mapped(sender) and (link := self._receipts.get(sender)) is not None:
+            board = self.payloads.board
+            service_ns, peak_ns, *_ = board.times
+            me = self._me
+            link.send(codec.encode(Receipt(me, board.done(sender), service_ns, peak_ns)))
+
+    def run(self, run: Run) -> Event:
+        """Execute the session; :class:`Executed` or :class:`ExecutionFailed`. The outputs are kept for what follows."""
+        assert self._runner is not None
+        payloads, board = self.payloads, self.payloads.board
+        shared = self._shared.get(run.leaving)
+        if shared is None:
+            shared = self._shared[run.leaving] = self._find_shared(run.leaving)
+        going = payloads.reserve(self._runner.proven(run.inputs), shared)
+        if not self._router.mapped(0):
+            self._links[0].send(codec.encode(Started(*run.key, self._me)))
+        payloads.record(*run.key, Step.RUNNING)
+        started = time.monotonic_ns()
+        self.began = started, run.cost
+        board.began(run.cost, started)
+        try:
+            outputs = self._runner.run(run.inputs, going.arrays)
+        except OnnxsplitError as error:
+            payloads.drop(going)
+            return ExecutionFailed(str(error))
+        finally:
+            ended = time.monotonic_ns()
+            self.began = None
+            self._gauge.ran(ended - started, run.cost, ended)
+            board.ended(self._gauge, ended)
+        payloads.complete(going, outputs, shared)
+        payloads.record(*run.key, Step.DONE)
+        self._ran = _Ran(going, payloads.hold(run.fragments))
+        return Executed(started, ended, time.monotonic_ns(), going.size_bytes, going.shared_bytes)
+
+    def forward(self, effect: Forward) -> None:
+        """Send the outputs of the request that ran last to whom they are for."""
+        going, fragment = self._ran.going, effect.fragment
+        if not self._ran.valid:  # the inputs were taken away meanwhile: somebody else does this request
+            self.payloads.drop(going)
+            return
+        readers = {}
+        for stage, names in effect.leaving:
+            if stage == CALLER:
+                readers[0] = names
+                continue
+            number: int | None = fragment.route[stage]
+            if number == ANY:
+                number = self._choose(stage, names, going, fragment.cost)
+            if number is not None and number in self._links:  # else that node is lost, and others do this request
+                readers[number] = names
+                self._router.sent(number, fragment.cost)
+        self.payloads.lend(going, readers)
+        attempt = Attempt(
+            request=fragment.request,
+            attempt=fragment.attempt,
+            view=fragment.view,
+            cost=fragment.cost,
+            budget_ns=effect.budget_ns,
+            route=fragment.route,
+            wanted=fragment.wanted,
+            history=effect.history,
+        )
+        for number, names in readers.items():
+            self.payloads.send(self._links[number], number, going, names, attempt, self._assign.stage)
+
+    def _find_shared(self, leaving: Leaving) -> tuple[str, ...]:
+        """The outputs that somebody may read in place."""
+        shared: set[str] = set()
+        for stage, names in leaving:
+            numbers = (0,) if stage == CALLER else self._router.nodes(stage)
+            if any(self.payloads.lends_to(number) for number in numbers):
+                shared.update(names)
+        return tuple(sorted(shared))
+
+    def _choose(self, stage: int, names: tuple[str, ...], going: Outgoing, cost: int) -> int | None:
+        if len(self._router.nodes(stage)) == 1:
+            return self._router.nodes(stage)[0]
+        size = sum(going.arrays[name].nbytes for name in names)
+        return self._router.choose(stage, self._sources[stage], cost, size, time.monotonic_ns())
+
+
+@dataclass
+class _Ran:
+    """The request that ran last: its outputs, and whether its inputs were there to the end."""
+
+    going: Outgoing
+    valid: bool
+
+
+def expected_tensors(plan: Plan, stage: int) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Names and types of what each source sends to a stage."""
+    found = {}
+    for source in sources(plan, stage):
+        if source == CALLER:
+            names = tuple(name for name in plan.stages[stage].inputs if name in plan.inputs)
+        else:
+            names = tuple(n for n in plan.stages[source].outputs if n in plan.stages[stage].inputs)
+        found[source] = names, tuple(plan.tensors[name].dtype for name in names)
+    return found
