@@ -126,7 +126,8 @@ def serve(options: NodeOptions) -> int:
         PipelineError: an address cannot be used.
         InputError: the keys cannot be used.
     """
-    keys = Keys(options.keys) if options.keys is not None else None
+    by_tcp = options.connect.startswith("tcp://")
+    keys = Keys(options.keys) if options.keys is not None and by_tcp else None
     check_address(options.connect, Security(pair=keys.pair if keys else None, insecure=options.insecure))
     if options.home is not None:
         return _Node(options, options.home, keys).serve()

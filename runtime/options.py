@@ -43,7 +43,8 @@ class RunOptions:
         attempts: a request that killed so many nodes is given up; others are tried again as often as it takes. 1:
             nothing is tried again, and inputs are not held.
         timings: when a node counts as failed, and when it is started again.
-        keys: for nodes started by hand: folder of the keys that protect links by tcp (``onnxsplit keys new``).
+        keys: for nodes started by hand: folder of the keys that protect links by tcp (``onnxsplit keys new``);
+            ``~/.config/onnxsplit/keys`` when None, if it is there.
         insecure: for nodes started by hand: plain links may leave this host.
         trace: record when each request was where, for :meth:`~runtime.pipeline.Pipeline.trace`.
         trace_ops: record ONNX Runtime's own profile of every stage too.

@@ -22,7 +22,7 @@ from runtime.admission import Admission
 from runtime.balance import cost_of
 from runtime.coordinator import Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
-from runtime.keys import Keys
+from runtime.keys import Keys, default_folder
 from runtime.launch import Launcher
 from runtime.launch.local import LocalLauncher
 from runtime.microbatch import batch_axes, batch_size, ordinary_bytes, split
@@ -132,7 +132,8 @@ class Pipeline:
         """
         wanted = RunOptions(**options)
         wanted.check()
-        keys = Keys(wanted.keys) if wanted.keys is not None else None
+        folder_of_keys = wanted.keys or (None if wanted.insecure else default_folder())
+        keys = Keys(folder_of_keys) if folder_of_keys is not None and bind.startswith("tcp://") else None
         security = Security(
             pair=keys.pair if keys else None,
             allows=lambda key: keys is not None and key in keys.allowed,

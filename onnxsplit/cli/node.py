@@ -72,7 +72,7 @@ def command(
             plan=plan,
             provider=provider,
             threads=threads or 0,
-            keys=keys or default_folder(),
+            keys=keys or (None if insecure else default_folder()),
             insecure=insecure,
             advertise=advertise,
             rejoin_s=rejoin,
