@@ -540,7 +540,8 @@ class Coordinator:
 
     def _finish(self, failure: BaseException | None) -> None:
         """Leave nobody waiting, whatever happened."""
-        broken = failure is not None or isinstance(self._machine.error, LaunchFailed) or self._roster.losses > 0
+        broken = failure is not None or isinstance(self._machine.error, LaunchFailed)
+        broken = broken or any(record.phase is Phase.OPEN for record in self._roster)
         if self._setup.launcher is not None:
             if self._setup.profile:
                 self.profiles = {slot: self._setup.launcher.profile(*slot) for slot in self._roster.nodes}

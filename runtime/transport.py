@@ -40,9 +40,10 @@ _DOMAIN = "onnxsplit"
 _PATIENCE = 5  # handshakes that may fail without a reason, as when the other side is just ending
 _REFUSALS = {
     int(zmq.Event.HANDSHAKE_FAILED_AUTH): "it does not allow this process's key",
-    int(zmq.Event.HANDSHAKE_FAILED_PROTOCOL): "one side has keys and the other has none",
-    int(zmq.Event.HANDSHAKE_FAILED_NO_DETAIL): "it closed the link: is its public key the one in allowed/?",
+    int(zmq.Event.HANDSHAKE_FAILED_PROTOCOL): "it has no keys, and this process has",
+    int(zmq.Event.HANDSHAKE_FAILED_NO_DETAIL): "it has no keys, or other keys than allowed/coordinator.key says",
 }
+_KEYLESS = "it speaks with those who have keys, and this process has none; give it some with --keys DIR"
 
 # As integers: combining zmq's enums costs more than sending.
 _NOBLOCK, _MORE, _RCVMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.RCVMORE)
@@ -360,7 +361,7 @@ class Outlet:
             if event in _REFUSALS:
                 self._failed += _PATIENCE if event != zmq.Event.HANDSHAKE_FAILED_NO_DETAIL else 1
                 if self._failed >= _PATIENCE:
-                    return _REFUSALS[event]
+                    return _REFUSALS[event] if self.raw.mechanism == zmq.CURVE else _KEYLESS
         return None
 
     def close(self) -> None:

@@ -89,10 +89,10 @@ def test_nodes_with_their_keys_serve_and_the_wire_shows_nothing(plan, wanted, ke
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("no key", "one side has keys and the other has none"),
+        ("no key", "this process has none; give it some with --keys DIR"),
         ("a key of another", "it does not allow this process's key"),
         ("a revoked key", "it does not allow this process's key"),
-        ("another coordinator's key", "is its public key the one in allowed/"),
+        ("another coordinator's key", "other keys than allowed/coordinator.key says"),
     ],
 )
 def test_a_node_without_the_right_key_is_told_and_gets_nothing(
