@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 # A folder for temporary files of this run alone, so that what is left behind is this run's.
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="t-")
 atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
+
+# Started in the background, or under nohup, we would pass ignored signals on to the processes that tests end by them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import build
 import psutil
