@@ -24,7 +24,8 @@ class Router:
         self._policy = policy
         self._board = board
         self._me = -1
-        self._nodes: dict[int, tuple[int, ...]] = {}  # of each stage, those that take requests
+        # Of each stage those that take requests; where all leave, those: they stay for what began before they left.
+        self._nodes: dict[int, tuple[int, ...]] = {}
         self._numbers: dict[int, tuple[int, ...]] = {}  # of each stage, all
         self._boards: dict[int, Board] = {}
         self._copies: dict[int, Board] = {}  # of peers whose memory is not mapped
@@ -37,6 +38,7 @@ class Router:
         stages = {peer.stage for peer in peers}
         self._numbers = {stage: tuple(p.number for p in peers if p.stage == stage) for stage in stages}
         nodes = {stage: tuple(p.number for p in peers if p.stage == stage and p.takes) for stage in stages}
+        nodes = {stage: takers or self._numbers[stage] for stage, takers in nodes.items()}
         for stage in stages - {CALLER}:
             if nodes[stage] != self._nodes.get(stage):  # positions mean others now
                 self._choosers[stage] = Chooser(self._policy)

@@ -8,6 +8,8 @@ import pytest
 
 from runtime.balance import ORDINARY, POLICIES, Chooser, Gauge, Replica, cost_of
 from runtime.board import Board
+from runtime.messages import Peer
+from runtime.router import Router
 
 MS = 1_000_000
 
@@ -102,3 +104,12 @@ def test_what_is_outstanding_is_what_all_sent_less_what_is_done():
     assert sender.sent(3) == 0
     node.began(1000, 7)
     assert node.times == (0, 0, 0, 7, 1000)
+
+
+def test_the_last_node_of_a_stage_is_chosen_while_it_leaves():
+    nodes = [Peer(number, 0, number, takes, "", "", None, "") for number, takes in ((1, False), (2, True))]
+    router = Router("completion", Board())
+    router.learn(0, nodes, {1: Board(), 2: Board()})
+    assert router.choose(0, (), ORDINARY, 0, 0) == 2
+    router.learn(0, nodes[:1], {1: Board()})
+    assert router.choose(0, (), ORDINARY, 0, 0) == 1

@@ -158,3 +158,16 @@ def test_without_harm_nothing_is_made_twice(seed):
     world.settle()
     world.check()
     assert world.coordinator.retries == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_requests_on_their_way_when_the_last_node_of_a_stage_leaves_are_answered(seed):
+    world = World(diamond(), (1, 1, 1, 1), random.Random(seed))
+    world.settle()
+    for _ in range(5):
+        world.submit(("y",))
+    number = next(p.number for p in world.processes.values() if p.slot == (1, 0))
+    world.processes[number].events.append(n.LeaveAsked("SIGTERM"))
+    world.settle()
+    world.check()
+    assert world.coordinator.retries == 0

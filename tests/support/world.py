@@ -223,7 +223,8 @@ class World:
             if stage == CALLER:
                 number: int | None = COORDINATOR
             elif effect.fragment.route[stage] == ANY:
-                there = [peer.number for peer in process.peers if peer.stage == stage and peer.takes]
+                stays = [peer for peer in process.peers if peer.stage == stage]
+                there = [peer.number for peer in stays if peer.takes] or [peer.number for peer in stays]
                 number = self.choices.choice(there) if there else None
             else:
                 number = effect.fragment.route[stage]
