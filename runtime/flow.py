@@ -33,7 +33,7 @@ from runtime.coordinator_events import (
 from runtime.coordinator_state import CoordinatorState
 from runtime.errors import PipelineClosed, PipelineError, ProtocolError
 from runtime.logs import Drops, log_event
-from runtime.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started
+from runtime.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
 from runtime.node_state import sources
 from runtime.payloads import Attempt, Outgoing, Payloads, shapes_of
 from runtime.router import Router
@@ -46,10 +46,11 @@ _drops = Drops(_log)
 
 @dataclass(frozen=True)
 class Answer:
-    """How a request ended: its outputs, which are the caller's own, or an error."""
+    """How a request ended: its outputs, which are the caller's own, and where it was when; or an error."""
 
     outputs: dict[str, Array]
     error: PipelineError | None = None
+    visits: tuple[Visit, ...] = ()
 
 
 Done = Callable[[Answer], None]
@@ -293,7 +294,7 @@ class Flow:
                 pending.outputs = {}
             case Resolve(request, visits):
                 pending = self._end(request)
-                self._answers.append((pending.done, Answer(pending.outputs)))
+                self._answers.append((pending.done, Answer(pending.outputs, visits=visits)))
                 if self._trace:
                     self.traced.append(Traced(request, pending.entered_ns, visits, time.monotonic_ns()))
             case Reject(request, error):

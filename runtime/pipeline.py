@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +26,7 @@ from runtime.launch import Launcher
 from runtime.launch.local import LocalLauncher
 from runtime.microbatch import batch_axes, batch_size, ordinary_bytes, split
 from runtime.options import RunOptions, memory_for_requests_bytes
-from runtime.request import Asked, Request
+from runtime.request import Answering, Asked, Request
 from runtime.roster import Incident
 from runtime.stats import NodeStats
 from runtime.trace import Traced, chrome_trace
@@ -250,7 +249,7 @@ class Pipeline:
         outputs: Sequence[str] | None = None,
         timeout: float | None = None,
         block: bool = True,
-    ) -> Future[dict[str, Array]]:
+    ) -> Answering:
         """Send one request into the pipeline.
 
         Waits while as many requests are in flight as the pipeline admits. A batch that is larger than a micro-batch
@@ -265,23 +264,21 @@ class Pipeline:
             block: False raises :class:`~runtime.errors.Busy` instead of waiting.
 
         Returns:
-            A future of name -> array. It fails with StageFailed, NodeFailed, StageUnavailable, DeadlineExceeded or
-            PipelineClosed; ``cancel()`` gives the request up.
+            A future of name -> array, which also says where the request was (``visits``). It fails with StageFailed,
+            NodeFailed, StageUnavailable, DeadlineExceeded or PipelineClosed; ``cancel()`` gives the request up.
 
         Raises:
             InputError: inputs or names do not fit the model; nothing was sent.
             Busy, DeadlineExceeded, PipelineClosed: the request was not admitted.
         """
         begun = time.monotonic_ns()
-        wanted = tuple(outputs) if outputs is not None else self.plan.outputs
-        asked = self._asked.get(wanted) or self._ask(wanted)
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        check_inputs(arrays, self._specs, asked.optional)
+        asked = self.check(arrays, outputs)
         if self._closed:
             raise PipelineClosed("the pipeline was closed")
         ready = {name: self._passed_through(name, arrays) for name in asked.passed}
         if not asked.computed:
-            future: Future[dict[str, Array]] = Future()
+            future = Answering()
             future.set_result(ready)
             return future
         parts = split(arrays, asked.axes, self._rows) if asked.axes is not None and self._rows else [arrays]
@@ -294,6 +291,17 @@ class Pipeline:
         request = Request(self._coordinator.flow, self._entrance, parts, asked, size, cost, deadline, ready)
         request.enter()
         return request.future
+
+    def check(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Asked:
+        """Hold a request against the model, as :meth:`submit` does; and what it means.
+
+        Raises:
+            InputError: inputs or names do not fit the model.
+        """
+        wanted = tuple(outputs) if outputs is not None else self.plan.outputs
+        asked = self._asked.get(wanted) or self._ask(wanted)
+        check_inputs(inputs, self._specs, asked.optional)
+        return asked
 
     def _admit(self, size: int, timeout: float | None, block: bool) -> None:
         if self._entrance.enter(size, block=block, timeout=timeout):

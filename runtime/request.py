@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from onnxsplit.tensors import Array
 from runtime.admission import Admission
 from runtime.flow import Answer, Flow
+from runtime.messages import Visit
 from runtime.microbatch import Axes, join
 
 
@@ -33,10 +34,15 @@ class Asked:
 
 
 class Answering(Future[dict[str, Array]]):
-    """A caller's future; giving it up ends the request's work in the pipeline."""
+    """A caller's future; giving it up ends the request's work in the pipeline.
 
-    def __init__(self, give_up: Callable[[], None]) -> None:
+    Attributes:
+        visits: where the request was, and when, once it is answered.
+    """
+
+    def __init__(self, give_up: Callable[[], None] = lambda: None) -> None:
         super().__init__()
+        self.visits: tuple[Visit, ...] = ()
         self._give_up = give_up
 
     def cancel(self) -> bool:
@@ -77,7 +83,7 @@ class Request:
         self._entered = 0
         self._numbers: list[int] = []
         self._failed = False
-        self._answers: dict[int, dict[str, Array]] = {}
+        self._answers: dict[int, Answer] = {}
 
     def enter(self) -> None:
         """Let the first part in, and as many more as there is room for."""
@@ -111,7 +117,7 @@ class Request:
             if answer.error is not None:
                 first, self._failed = not self._failed, True
             else:
-                self._answers[number] = answer.outputs
+                self._answers[number] = answer
                 first = not self._failed and len(self._answers) == len(self._parts)
         if not self._next():
             self._entrance.leave(self._size)
@@ -120,7 +126,9 @@ class Request:
         if answer.error is not None:
             self.future.set_exception(answer.error)
             return
-        parts = [self._answers[position] for position in range(len(self._parts))]
+        answers = [self._answers[position] for position in range(len(self._parts))]
+        self.future.visits = tuple(visit for answer in answers for visit in answer.visits)
+        parts = [answer.outputs for answer in answers]
         found = parts[0] if len(parts) == 1 else join(parts, self._asked.axes or {})
         found.update(self._ready)
         self.future.set_result({name: found[name] for name in self._asked.names})

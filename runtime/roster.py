@@ -6,6 +6,7 @@ number that no other process of the pipeline has. :data:`TRANSITIONS` is what an
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ Slot = tuple[int, int]
 
 _SETTLED_REQUESTS = 20
 _LATENCIES = 1000  # that percentiles are taken of
+BUCKETS_NS = tuple(int(1000 * scale * 10**power) for power in range(2, 8) for scale in (1, 2.5, 5))
+"""Upper ends of the buckets that session times are counted in, 100 us to 50 s; a last one is without an end."""
+
 _INCIDENTS = 100
 
 
@@ -91,6 +95,7 @@ class Tally:
     output_bytes: int = 0
     shared_bytes: int = 0
     latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
 
 
 @dataclass(eq=False)
@@ -348,7 +353,9 @@ class Roster:
             return
         tally.requests += 1
         tally.wait_ns += visit.started_ns - visit.arrived_ns
-        tally.run_ns += visit.ended_ns - visit.started_ns
+        run_ns = visit.ended_ns - visit.started_ns
+        tally.run_ns += run_ns
+        tally.buckets[bisect_left(BUCKETS_NS, run_ns)] += 1
         tally.output_bytes += visit.output_bytes
         tally.shared_bytes += visit.shared_bytes
         tally.latencies_ns.append(visit.sent_ns - visit.arrived_ns)

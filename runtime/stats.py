@@ -39,6 +39,9 @@ class NodeStats(Struct, frozen=True):
         queue: ordinary requests' worth of work on its way to it or in it; on other hosts, as far as the caller sent it.
         wait_ns: mean time a request waited there for its turn, once the node had read it; it reads between runs.
         run_ns: mean time in the session.
+        waited_ns: sum of the times it waited there.
+        ran_ns: sum of the times in the session.
+        run_buckets: how many of those ended in each of :data:`~runtime.roster.BUCKETS_NS`; the last: later.
         p50_ns: of the last thousand requests, the median time from their arrival to their departure.
         p99_ns: and the 99th percentile.
         output_bytes: of all tensors it gave for them.
@@ -56,6 +59,9 @@ class NodeStats(Struct, frozen=True):
     queue: float
     wait_ns: int
     run_ns: int
+    waited_ns: int
+    ran_ns: int
+    run_buckets: tuple[int, ...]
     p50_ns: int
     p99_ns: int
     output_bytes: int
@@ -111,6 +117,9 @@ def node_stats(roster: Roster, queues: Mapping[int, int]) -> tuple[NodeStats, ..
                 queue=queues.get(record.number, 0) / ORDINARY,
                 wait_ns=tally.wait_ns // max(1, tally.requests),
                 run_ns=tally.run_ns // max(1, tally.requests),
+                waited_ns=tally.wait_ns,
+                ran_ns=tally.run_ns,
+                run_buckets=tuple(tally.buckets),
                 p50_ns=latencies[len(latencies) // 2] if latencies else 0,
                 p99_ns=latencies[len(latencies) * 99 // 100] if latencies else 0,
                 output_bytes=tally.output_bytes,

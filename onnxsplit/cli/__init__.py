@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 import onnxsplit
+from onnxsplit.cli import settings
 
 _COMMANDS = {
     "Prepare": {
@@ -24,6 +25,7 @@ _COMMANDS = {
     },
     "Run": {
         "run": "Run a plan once: start its nodes, run, stop them.",
+        "serve": "Serve plans over HTTP and gRPC, with metrics and a page.",
         "node": "Start one node by hand, for a pipeline that waits for it.",
         "status": "Show what runs on this host: nodes, rates, queues, restarts.",
         "keys": "Make and manage the keys that protect links between hosts.",
@@ -47,6 +49,14 @@ class _Commands(click.Group):
             return None
         command: click.Command = import_module(f"onnxsplit.cli.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        found = super().resolve_command(ctx, args)
+        if found[0] is not None:
+            settings.apply(ctx, self, found[0])
+        return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, commands in _COMMANDS.items():

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from onnxsplit.cli.output import PLAN, Output, inputs_option, make_command, milliseconds, option
-from onnxsplit.cli.running import keywords, running_options, write_trace
+from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
 
 
 @make_command
@@ -20,6 +20,7 @@ from onnxsplit.cli.running import keywords, running_options, write_trace
 )
 @inputs_option
 @running_options
+@tracing_options
 @option("--slices", type=click.IntRange(min=3), default=20, help="Interleaved slices of each contender.")
 @option("--slice-seconds", type=click.FloatRange(min=0.05), default=0.5, help="Length of one slice.")
 def command(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option
-from onnxsplit.cli.running import keywords, running_options, write_trace
+from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
 
 if TYPE_CHECKING:
     from onnxsplit.tensors import Array
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @option("--outputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="Where to write the outputs.")
 @option("--outputs-only", multiple=True, metavar="NAME", help="Only this output or cut tensor. Repeatable.")
 @running_options
+@tracing_options
 @option("--repeat", type=click.IntRange(min=1), default=1, help="Send the request this many times.")
 @option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds a request may take.")
 def command(

@@ -18,9 +18,18 @@ if TYPE_CHECKING:
 
 def running_options(command: Command) -> Command:
     """How to run: options that a command takes as ``**running`` and turns into keywords with :func:`keywords`."""
-    for names, settings in reversed(_OPTIONS):
+    return threads_option(_with(_OPTIONS, command))
+
+
+def tracing_options(command: Command) -> Command:
+    """What to record of a run that ends; taken as ``**running``, too."""
+    return _with(_TRACING, command)
+
+
+def _with(options: list[tuple[tuple[str, ...], dict[str, Any]]], command: Command) -> Command:
+    for names, settings in reversed(options):
         command = option(*names, **settings)(command)
-    return threads_option(command)
+    return command
 
 
 def _replicas(
@@ -96,6 +105,8 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
             "help": "Give a request up when it killed so many nodes. 1: what a dead node had is an error at once.",
         },
     ),
+]
+_TRACING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (
         ("--trace",),
         {
@@ -110,11 +121,11 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
 
 def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
     """What :meth:`runtime.Pipeline.launch` is to be called with."""
-    if running["trace_ops"] and running["trace"] is None:
+    if running.get("trace_ops") and running["trace"] is None:
         raise click.UsageError("--trace-ops adds to a timeline; name its file with --trace FILE.json")
     return {
         **running,
-        "trace": running["trace"] is not None,
+        "trace": running.get("trace") is not None,
         "progress": lambda ready, total: output.say(f"{ready} of {total} nodes ready"),
     }
 

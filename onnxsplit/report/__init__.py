@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from onnxsplit import drawing
 from onnxsplit.errors import PartitionError
 from onnxsplit.files import replacing
 from onnxsplit.outcome import Outcome
@@ -66,24 +67,14 @@ def page(shown: Content) -> str:
         return (assets / name).read_text(encoding="utf-8")
 
     data = msgspec.json.encode(shown).decode().replace("<", "\\u003c").replace("\u2028", "\\u2028")
-    result = text("report.html")
-    parts = {
-        "styles": text("uPlot.min.css") + text("report.css"),
-        "licences": "\n".join(
-            f"{name}\n{text(file)}" for name, file in (("dagre", "dagre.LICENSE"), ("uPlot", "uPlot.LICENSE"))
-        ).replace("--", "- -"),
-        "libraries": "\n".join(_script(text(name)) for name in ("dagre.min.js", "uPlot.iife.min.js", "draw.js")),
-        "data": data,
-        "script": _script(text("report.js")),
-    }
-    for name, part in parts.items():
-        result = result.replace(f"/*{name}*/", part, 1)
-    return result
-
-
-def _script(source: str) -> str:
-    """JavaScript without a pointer to a map that is not there."""
-    return "\n".join(line for line in source.splitlines() if not line.startswith("//# sourceMappingURL"))
+    return drawing.fill(
+        text("report.html"),
+        styles=drawing.styles() + text("uPlot.min.css") + text("report.css"),
+        licences=drawing.licences(("uPlot", text("uPlot.LICENSE"))),
+        libraries=drawing.libraries() + "\n" + drawing.script(text("uPlot.iife.min.js")),
+        data=data,
+        script=text("report.js"),
+    )
 
 
 def write_report(outcome: Outcome, target: str | Path, sweep: Sequence[SweepRow] = ()) -> None:

@@ -166,3 +166,35 @@ def random_dag(seed: int) -> onnx.ModelProto:
         functions=mixed_functions(),
         opsets={"": OPSET, "mine": 1},
     )
+
+
+ECHOED = {
+    "bool": TensorProto.BOOL,
+    "uint8": TensorProto.UINT8, "uint16": TensorProto.UINT16, "uint32": TensorProto.UINT32, "uint64": TensorProto.UINT64,
+    "int8": TensorProto.INT8, "int16": TensorProto.INT16, "int32": TensorProto.INT32, "int64": TensorProto.INT64,
+    "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE,
+    "bfloat16": TensorProto.BFLOAT16, "string": TensorProto.STRING,
+}  # fmt: skip
+
+
+def echo() -> onnx.ModelProto:
+    """in_T -> mid_T -> out_T for every type of the Open Inference Protocol."""
+    nodes, inputs, outputs = [], [], []
+    for name, kind in ECHOED.items():
+        inputs.append(value(f"in_{name}", ["rows", "columns"], kind))
+        outputs.append(value(f"out_{name}", ["rows", "columns"], kind))
+        nodes.append(helper.make_node("Identity", [f"in_{name}"], [f"mid_{name}"], name=f"first_{name}"))
+        nodes.append(helper.make_node("Identity", [f"mid_{name}"], [f"out_{name}"], name=f"second_{name}"))
+    return model(nodes, inputs, outputs)
+
+
+def heads(width: int = 16) -> onnx.ModelProto:
+    """x -> a; a -> left, a -> right: two outputs that share a beginning."""
+    weight = constant("w", np.random.default_rng(1).standard_normal((width, width)).astype(np.float32))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Sigmoid", ["a"], ["left"]),
+        helper.make_node("Tanh", ["a"], ["right"]),
+    ]
+    outputs = [value("left", ["batch", width]), value("right", ["batch", width])]
+    return model(nodes, [value("x", ["batch", width])], outputs, [weight])

@@ -1,0 +1,159 @@
+"""``onnxsplit serve``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxsplit.cli.output import Output, make_command, option
+from onnxsplit.cli.running import keywords, running_options
+from onnxsplit.cli.settings import different
+from onnxsplit.cli.values import Size
+
+if TYPE_CHECKING:
+    from runtime.gateway.server import Serving
+    from runtime.pipeline import Pipeline
+
+
+def _port(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
+    if text == "off":
+        return None
+    if not text.isdecimal() or int(text) > 65535:
+        raise click.BadParameter(f"{text!r} is no port; allowed: 0 to 65535, or off", context, parameter)
+    return int(text)
+
+
+@make_command
+@click.argument("plans", type=click.Path(path_type=Path), metavar="DIR...", nargs=-1, required=True)
+@option("--host", default="127.0.0.1", help="Where to listen. Others than this host can ask only with another.")
+@option("--http-port", type=click.IntRange(0, 65535), default=8000, help="Port of HTTP, metrics and the page; 0: any.")
+@option("--grpc-port", default="8001", callback=_port, metavar="N|off", help="Port of gRPC; 0: any.")
+@running_options
+@option("--max-batch", type=click.IntRange(min=1), default=1, help="Join requests to so many rows at most.")
+@option("--max-delay", type=click.FloatRange(min=0), default=0.0, help="Milliseconds to wait for more to join.")
+@option("--max-queue", type=click.IntRange(min=1), default=256, help="Requests that may wait; more are refused.")
+@option("--max-queue-bytes", type=Size(), default="1G", help="Bytes of requests that may wait.")
+@option("--max-body", type=Size(), default="256M", help="Bytes a request may have.")
+@option("--versions", type=click.IntRange(min=1), default=1, help="How many of the newest versions to load.")
+@option("--tls-cert", type=click.Path(path_type=Path), metavar="FILE.pem", help="Certificate chain; then TLS only.")
+@option("--tls-key", type=click.Path(path_type=Path), metavar="FILE.pem", help="Its key.")
+@option(
+    "--token-file", type=click.Path(path_type=Path), metavar="FILE", help="Tokens, one a line; clients must show one."
+)
+@option("--drain", type=click.FloatRange(min=0), default=30.0, help="Seconds for accepted requests at the end.")
+@option("--otel", is_flag=True, help="Send spans to OpenTelemetry, as OTEL_* variables say.")
+@option(
+    "--launcher",
+    type=click.Choice(["local", "none"]),
+    default="local",
+    help="Start nodes on this host, or wait at --bind for nodes started by hand.",
+)
+@option("--bind", metavar="ADDR", help="tcp://HOST:PORT or ipc://PATH for nodes started by hand.")
+@option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Keys for links by tcp to those nodes.")
+@option("--insecure", is_flag=True, help="Let plain links to those nodes leave this host.")
+def command(
+    output: Output,
+    *,
+    plans: tuple[Path, ...],
+    host: str,
+    http_port: int,
+    grpc_port: int | None,
+    max_batch: int,
+    max_delay: float,
+    max_queue: int,
+    max_queue_bytes: int,
+    max_body: int,
+    versions: int,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    token_file: Path | None,
+    drain: float,
+    otel: bool,
+    launcher: str,
+    bind: str | None,
+    keys: Path | None,
+    insecure: bool,
+    **running: Any,
+) -> None:
+    """Serve the plans in DIR... to clients of the Open Inference Protocol (KServe v2, Triton), until SIGTERM.
+
+    A folder of numbered folders serves those as versions of one model. SIGTERM answers what was accepted, and ends.
+    """
+    if launcher == "none" and (bind is None or len(plans) > 1):
+        raise click.UsageError("--launcher none waits for the nodes of one plan: name where with --bind, and one DIR")
+    if launcher == "local" and bind is not None:
+        raise click.UsageError("--bind is for nodes started by hand; add --launcher none")
+    try:
+        from runtime.gateway.server import ServeOptions, serve
+    except ImportError as error:
+        from onnxsplit.errors import InputError
+
+        raise InputError(f"serving needs more packages: pip install 'onnxsplit[serve]' ({error})") from error
+    from runtime import Pipeline
+    from runtime.gateway.repository import find_versions
+    from runtime.options import RunOptions, memory_for_requests_bytes
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    chosen = different(click.get_current_context())
+    if chosen:
+        output.note("settings that differ from the defaults: " + ", ".join(chosen))
+    options = keywords(output, running)
+    if max_batch > 1 and options["micro_batch"] is None:
+        options["micro_batch"] = max_batch
+    found = find_versions(plans)
+    if len(found) > 1:  # they share this host
+        from onnxsplit.session import threads_per_node
+
+        nodes = sum(sum(RunOptions(replicas=options["replicas"]).counts(version.plan)) for version in found)
+        options["threads"] = options["threads"] or threads_per_node(nodes)
+        options["inflight_bytes"] = options["inflight_bytes"] or memory_for_requests_bytes() // len(found)
+
+    def start(folder: Path) -> Pipeline:
+        if launcher == "none":
+            assert bind is not None
+            output.note(f"waiting for nodes: onnxsplit node --connect {bind}")
+            return Pipeline.listen(folder, bind=bind, keys=keys, insecure=insecure, **options)
+        return Pipeline.launch(folder, **options)
+
+    serve(
+        plans,
+        ServeOptions(
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            max_batch=max_batch,
+            max_delay_ms=max_delay,
+            max_queue=max_queue,
+            max_queue_bytes=max_queue_bytes,
+            max_body=max_body,
+            newest=versions,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            token_file=token_file,
+            drain_s=drain,
+            spans=otel,
+        ),
+        start,
+        told=lambda serving: _tell(output, serving, secret=token_file is not None, open_=host),
+        progress=output.say,
+    )
+
+
+def _tell(output: Output, serving: Serving, *, secret: bool, open_: str) -> None:
+    from runtime.gateway.guard import LOOPBACK
+
+    output.done()
+    models = ", ".join(f"{name} (version {', '.join(numbers)})" for name, numbers in serving.models.items())
+    first = next(iter(serving.models))
+    token = " -H 'Authorization: Bearer TOKEN'" if secret else ""
+    if open_ not in LOOPBACK and not (secret and serving.http.startswith("https")):
+        output.note(f"{open_} can be reached from other hosts, and " + ("TLS" if secret else "a token") + " is not set")
+    output.line(f"Serving {models}")
+    output.line(f"  HTTP   {serving.http}" + (f"   gRPC {serving.grpc}" if serving.grpc else ""))
+    output.line(f"  Page   {serving.http}/   Metrics {serving.http}/metrics")
+    output.line(f"  Try    curl -s{token} {serving.http}/v2/models/{first}")
+    output.line("  Stop   Ctrl-C, or SIGTERM: what was accepted is answered first")
+    output.result({"http": serving.http, "grpc": serving.grpc, "models": serving.models})

@@ -1,0 +1,99 @@
+"""Settings that are not on the command line: ``onnxsplit.toml`` in this folder or the nearest above it.
+
+    [serve]
+    http-port = 9000
+    replicas = ["0=2"]
+
+A table a command, a key an option without its dashes. The command line goes before ``ONNXSPLIT_*`` variables, those
+before the file, and that before the defaults.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+FILE = "onnxsplit.toml"
+
+
+def find(start: Path) -> Path | None:
+    """The nearest file, in a folder or above it."""
+    return next((place / FILE for place in (start, *start.parents) if (place / FILE).is_file()), None)
+
+
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    """The settings of each command, by the names of parameters.
+
+    Raises:
+        click.UsageError: it is not as said above.
+    """
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise click.UsageError(f"{file} cannot be read: {error}") from error
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise click.UsageError(f"{file}: {name!r} stands outside of a table; settings are in tables by command")
+    return {name: {key.replace("-", "_"): value for key, value in table.items()} for name, table in tables.items()}
+
+
+def apply(context: click.Context, commands: click.Group, command: str) -> None:
+    """Let the file say what the command line and the environment leave open for a command.
+
+    Raises:
+        click.UsageError: the file has a command or an option that there is not.
+    """
+    file = find(Path.cwd())
+    if file is None:
+        return
+    tables = read(file)
+    unknown = [name for name in tables if name not in commands.list_commands(context)]
+    if unknown:
+        raise click.UsageError(f"{file}: there is no command {unknown[0]!r}")
+    found = commands.get_command(context, command)
+    given = tables.get(command, {})
+    if found is None or not given:
+        return
+    options = {
+        name.lstrip("-").replace("-", "_"): parameter
+        for parameter in found.params
+        if isinstance(parameter, click.Option)
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    wrong = [key for key in given if key not in options]
+    if wrong:
+        raise click.UsageError(f"{file}: {command} has no option {wrong[0].replace('_', '-')!r}")
+    values = {}
+    for key, value in given.items():
+        parameter = options[key]
+        if parameter.multiple and not isinstance(value, list):
+            value = [value]
+        if parameter.is_flag and not isinstance(value, bool):
+            raise click.UsageError(f"{file}: {command}.{key} is {value!r}; allowed: true, false")
+        values[str(parameter.name)] = value if parameter.is_flag else _text(value)
+    context.default_map = {**(context.default_map or {}), command: values}
+
+
+def _text(value: Any) -> Any:
+    """As the command line would have it, so that the same checks hold."""
+    return [str(item) for item in value] if isinstance(value, list) else str(value)
+
+
+def different(context: click.Context) -> list[str]:
+    """What was set otherwise than the default, with where; for a log."""
+    words = {
+        ParameterSource.COMMANDLINE: "command line",
+        ParameterSource.ENVIRONMENT: "environment",
+        ParameterSource.DEFAULT_MAP: FILE,
+    }
+    found = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name)) if isinstance(parameter, click.Option) else None
+        if source in words and parameter.name is not None:
+            value = context.params.get(parameter.name)
+            found.append(f"{parameter.name.replace('_', '-')} = {value} ({words[source]})")
+    return found

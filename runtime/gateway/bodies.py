@@ -1,0 +1,111 @@
+"""The body of an HTTP request: bounded in size, in time and in what all of them hold together."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from onnxsplit.errors import InputError
+from runtime.errors import Busy, Cancelled
+from runtime.gateway.errors import TooLarge, TooSlow
+
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+
+SILENCE_S = 10.0
+SLOWEST_BYTES_PER_S = 64 << 10
+_PATIENCE_S = 30.0
+
+_WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+
+
+class Bodies:
+    """Takes bodies in.
+
+    Args:
+        most_bytes: of one, also after it was decompressed.
+        all_bytes: of those that are on their way, together.
+    """
+
+    def __init__(self, most_bytes: int, all_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self._all_bytes = all_bytes
+        self.held_bytes = 0
+
+    async def read(self, headers: Mapping[str, str], receive: Receive) -> bytes | bytearray:
+        """A whole body, decompressed.
+
+        Raises:
+            TooLarge, TooSlow, Busy: as said above.
+            InputError: it is not compressed as it says.
+            Cancelled: the client went away.
+        """
+        claimed = headers.get("content-length", "")
+        length = int(claimed) if claimed.isdecimal() else None
+        if length is not None and length > self.most_bytes:
+            raise TooLarge(f"the request has {length} bytes; at most {self.most_bytes} are allowed (--max-body)")
+        coding = headers.get("content-encoding", "identity").lower()
+        if coding not in ("identity", "gzip", "deflate"):
+            raise InputError(f"Content-Encoding is {coding!r}; allowed: gzip, deflate, identity")
+        body = await self._whole(receive, length)
+        return body if coding == "identity" else self._decompress(body, coding)
+
+    async def _whole(self, receive: Receive, length: int | None) -> bytes | bytearray:
+        message = await _next(receive, SILENCE_S)
+        if not message.get("more_body"):
+            return message["body"]  # type: ignore[no-any-return]
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _PATIENCE_S + (self.most_bytes if length is None else length) / SLOWEST_BYTES_PER_S
+        body = bytearray()
+        try:
+            while True:
+                piece = message["body"]
+                if len(body) + len(piece) > self.most_bytes:
+                    raise TooLarge(f"the request has more than the {self.most_bytes} bytes allowed (--max-body)")
+                if body and self.held_bytes + len(piece) > self._all_bytes:
+                    raise Busy(f"requests of {self.held_bytes} bytes are being received, which is all; try again later")
+                self.held_bytes += len(piece)
+                body += piece
+                if not message.get("more_body"):
+                    return body
+                message = await _next(receive, min(SILENCE_S, end - loop.time()))
+        finally:
+            self.held_bytes -= len(body)
+
+    def _decompress(self, body: bytes | bytearray, coding: str) -> bytes:
+        machine = zlib.decompressobj(_WINDOW[coding])
+        try:
+            data = machine.decompress(body, self.most_bytes + 1)
+        except zlib.error as error:
+            raise InputError(f"the body is not {coding}, as Content-Encoding says: {error}") from error
+        if len(data) > self.most_bytes:
+            raise TooLarge(f"decompressed, the request has more than the {self.most_bytes} bytes allowed (--max-body)")
+        if not machine.eof:
+            raise InputError(f"the body ends within its {coding} stream")
+        return data
+
+
+async def _next(receive: Receive, patience_s: float) -> Mapping[str, Any]:
+    try:
+        async with asyncio.timeout(max(0.0, patience_s)):
+            message = await receive()
+    except TimeoutError:
+        raise TooSlow(
+            f"the body did not arrive in time: {SILENCE_S:g} s without a byte, or less than {SLOWEST_BYTES_PER_S} a second"
+        ) from None
+    if message["type"] == "http.disconnect":
+        raise Cancelled("the client went away before its request was whole")
+    return message
+
+
+def compress(pieces: list[bytes | memoryview], accepted: str) -> tuple[list[bytes | memoryview], str]:
+    """An answer's body in the coding that a client asks for by name alone, and that; else as it is, and ``""``.
+
+    Browsers and libraries name several codings in every request; tensors gain little from any, and it takes long.
+    """
+    coding = accepted.strip().lower()
+    if coding not in _WINDOW:
+        return pieces, ""
+    machine = zlib.compressobj(1, wbits=_WINDOW[coding])
+    return [*(machine.compress(piece) for piece in pieces), machine.flush()], coding

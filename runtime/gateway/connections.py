@@ -1,0 +1,120 @@
+"""HTTP connections that cannot be held for nothing: uvicorn's protocol, with limits on headers and on waiting.
+
+silent after connecting, or half a header    closed after ``HEADER_S``
+a header of more than ``HEADER_BYTES``       400, closed
+an answer that is not read                   aborted after ``UNREAD_S`` without a byte leaving
+gone before the answer                       the request is given up (``scope["abandon"]``)
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEADER_S = 10.0
+HEADER_BYTES = 64 << 10
+UNREAD_S = 30.0
+
+_TOO_LARGE = f"the header is larger than the {HEADER_BYTES} bytes allowed"
+
+
+class Connection(HttpToolsProtocol):
+    """One connection."""
+
+    _clock: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+    _unfinished_bytes = 0
+    _problem = ""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Somebody connects: the first header is due."""
+        super().connection_made(transport)
+        self._due()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Somebody is gone: so is the reason to work on the request."""
+        self._came()
+        self._read()
+        waiting = [self.cycle, *(cycle for cycle, _ in self.pipeline)]
+        super().connection_lost(exc)
+        for cycle in waiting:
+            if cycle is not None and not cycle.response_complete:
+                abandon = cycle.scope.get("abandon")
+                if callable(abandon):
+                    abandon()
+
+    def on_message_begin(self) -> None:
+        """A header begins."""
+        super().on_message_begin()
+        self._header_bytes = 0
+        if self._clock is None:
+            self._due()
+
+    def on_url(self, url: bytes) -> None:
+        """Part of it."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Part of it."""
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """It is whole."""
+        self._came()
+        self._unfinished_bytes = 0
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes; those of a header that does not end are counted, too: the parser keeps them until a field is whole."""
+        super().data_received(data)
+        if self._clock is not None and not self.transport.is_closing():
+            self._unfinished_bytes += len(data)
+            if self._unfinished_bytes > HEADER_BYTES:
+                self._problem = _TOO_LARGE
+                self.send_400_response("")
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  the parser's words say too little
+        """Say what is wrong, as all errors are said, and hang up."""
+        text = (self._problem or "this is not HTTP/1.1 as RFC 9112 has it").encode()
+        body = b'{"error":"' + text + b'"}'
+        self.transport.write(
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
+            + str(len(body)).encode()
+            + b"\r\n\r\n"
+            + body
+        )
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The answer waits to be read."""
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It is being read."""
+        super().resume_writing()
+        self._read()
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > HEADER_BYTES:
+            self._problem = _TOO_LARGE
+            raise ValueError(_TOO_LARGE)
+
+    def _due(self) -> None:
+        self._clock = self.loop.call_later(HEADER_S, self.transport.close)
+
+    def _came(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None

@@ -1,0 +1,307 @@
+"""The way from the gateway into one pipeline: requests wait in line, are joined, run, and taken apart again.
+
+All of it is called in the event loop's thread; only the copying of large tensors is done beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from onnxsplit.errors import OnnxsplitError
+from onnxsplit.tensors import Array
+from runtime.errors import Busy, DeadlineExceeded, NodeFailed, PipelineClosed, StageFailed
+from runtime.gateway.line import Limits, Line, Waiting
+from runtime.gateway.tally import Tally
+from runtime.messages import Visit
+from runtime.microbatch import Axes, join
+from runtime.pipeline import Pipeline
+from runtime.request import Answering, Asked
+
+_LARGE_BYTES = 4 << 20  # copied beside the event loop
+_AGAIN_S = 0.005
+
+
+@dataclass
+class Passage:
+    """A request on its way through.
+
+    Attributes:
+        inputs: name -> array.
+        asked: what it means to the pipeline.
+        rows: along the batch axis.
+        answer: its outputs, to come.
+        entered_ns: it went into the pipeline.
+        ended_ns: its outputs were there.
+        visits: where it was in the pipeline, and when.
+    """
+
+    inputs: Mapping[str, Array]
+    asked: Asked
+    rows: int
+    answer: asyncio.Future[dict[str, Array]]
+    entered_ns: int = 0
+    ended_ns: int = 0
+    visits: tuple[Visit, ...] = ()
+
+
+@dataclass(eq=False)
+class _Inside:
+    """Requests that went in together."""
+
+    requests: list[Waiting]
+    entered_ns: int
+    future: Answering | None = None
+    rows: list[int] = field(default_factory=list)
+
+
+class Entrance:
+    """The line before one pipeline, and what is in the pipeline.
+
+    Args:
+        pipeline: a running one; nobody else should send much into it.
+        limits: of the line.
+        tally: counts executions.
+    """
+
+    def __init__(self, pipeline: Pipeline, limits: Limits, tally: Tally) -> None:
+        self.line = Line(limits)
+        self._pipeline = pipeline
+        self._tally = tally
+        self._loop = asyncio.get_running_loop()
+        self._inside: set[_Inside] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed: OnnxsplitError | None = None
+
+    @property
+    def inside(self) -> int:
+        """Executions in the pipeline."""
+        return len(self._inside)
+
+    async def run(
+        self, inputs: Mapping[str, Array], outputs: tuple[str, ...], arrived_ns: int, deadline_ns: int | None
+    ) -> tuple[dict[str, Array], Passage]:
+        """Wait in line, run, and give the outputs.
+
+        Args:
+            inputs: name -> array; may be views of the message they came in.
+            outputs: names of outputs.
+            arrived_ns: when the request came.
+            deadline_ns: it is worth nothing after.
+
+        Raises:
+            InputError: inputs or names do not fit the model.
+            Busy: refused, with the reason.
+            PipelineError: as for a pipeline.
+        """
+        asked = self._pipeline.check(inputs, outputs)
+        if self._closed is not None:
+            raise self._closed
+        passage = Passage(inputs, asked, _rows(inputs, asked.axes), self._loop.create_future())
+        request = Waiting(
+            key=self._key(inputs, outputs, asked),
+            rows=passage.rows,
+            size_bytes=sum(array.nbytes for array in inputs.values()),
+            arrived_ns=arrived_ns,
+            deadline_ns=deadline_ns,
+            subject=passage,
+        )
+        self._pump()  # what came before goes first, if there is room
+        self.line.join(request)
+        self._idle.clear()
+        self._pump()
+        expiry = None
+        if deadline_ns is not None and not passage.answer.done():
+            left_s = max(0, deadline_ns - time.monotonic_ns()) / 1e9
+            expiry = self._loop.call_later(left_s, self._expire, request)
+        try:
+            return await passage.answer, passage
+        except asyncio.CancelledError:
+            self._give_up(request)
+            raise
+        finally:
+            if expiry is not None:
+                expiry.cancel()
+
+    async def empty(self) -> None:
+        """Wait until nobody is in line or in the pipeline."""
+        await self._idle.wait()
+
+    def close(self, reason: OnnxsplitError) -> None:
+        """Take nothing more; who waits in line is told why."""
+        self._closed = reason
+        for request in list(self.line):
+            self._fail(request, reason)
+        self._settle()
+
+    def _key(self, inputs: Mapping[str, Array], outputs: tuple[str, ...], asked: Asked) -> object:
+        axes = asked.axes
+        if self.line.limits.max_batch < 2 or axes is None or not all(axes[name] is not None for name in inputs):
+            return None
+        return outputs, tuple(
+            (name, array.dtype, *(size for axis, size in enumerate(array.shape) if axis != axes[name]))
+            for name, array in sorted(inputs.items())
+        )
+
+    def _pump(self) -> None:
+        """Let requests in while there is room."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while len(self.line):
+            now = time.monotonic_ns()
+            for request in self.line.late(now):
+                self._fail(
+                    request, DeadlineExceeded("the answer could not have been there in the time the request had")
+                )
+            if len(self._inside) >= self._pipeline.inflight:
+                break
+            together = self.line.next(now)
+            if not together:
+                due = self.line.due_ns()
+                if due is not None:
+                    self._timer = self._loop.call_later(max(0, due - now) / 1e9, self._pump)
+                break
+            if not self._enter(together):
+                self.line.back(together)
+                if not self._inside:  # what was given up has not left the pipeline yet
+                    self._timer = self._loop.call_later(_AGAIN_S, self._pump)
+                break
+        self._settle()
+
+    def _settle(self) -> None:
+        if not len(self.line) and not self._inside:
+            self._idle.set()
+
+    def _enter(self, requests: list[Waiting]) -> bool:
+        """Send requests into the pipeline as one; False when there is no room."""
+        first: Passage = requests[0].subject
+        passages: list[Passage] = [request.subject for request in requests]
+        inside = _Inside(requests, time.monotonic_ns(), rows=[request.rows for request in requests])
+        deadlines = [request.deadline_ns for request in requests]
+        timeout = None  # the last one's: earlier ones are told at theirs
+        if None not in deadlines:
+            timeout = max(1e-6, (max(deadline or 0 for deadline in deadlines) - inside.entered_ns) / 1e9)
+        inputs = join([p.inputs for p in passages], first.asked.axes or {}) if len(passages) > 1 else first.inputs
+        if sum(request.size_bytes for request in requests) > _LARGE_BYTES:
+            self._inside.add(inside)
+            sending = self._loop.run_in_executor(None, self._submit, inputs, first.asked.names, timeout)
+            sending.add_done_callback(lambda done: self._sent(inside, done))
+            return True
+        try:
+            future = self._submit(inputs, first.asked.names, timeout)
+        except Busy:
+            return False
+        except OnnxsplitError as error:
+            self._inside.add(inside)
+            self._loop.call_soon(self._ended, inside, error)
+            return True
+        self._inside.add(inside)
+        self._await(inside, future)
+        return True
+
+    def _submit(self, inputs: Mapping[str, Array], names: tuple[str, ...], timeout: float | None) -> Answering:
+        return self._pipeline.submit(inputs, outputs=names, timeout=timeout, block=False)
+
+    def _sent(self, inside: _Inside, sending: asyncio.Future[Answering]) -> None:
+        """Large tensors were copied, or there was no room for them."""
+        error = sending.exception()
+        if isinstance(error, Busy):
+            self._inside.discard(inside)
+            self.line.back(inside.requests)
+            self._timer = self._timer or self._loop.call_later(_AGAIN_S, self._pump)
+        elif error is not None:
+            self._ended(inside, error)
+        else:
+            self._await(inside, sending.result())
+
+    def _await(self, inside: _Inside, future: Answering) -> None:
+        inside.future = future
+        for request in inside.requests:
+            request.subject.entered_ns = inside.entered_ns
+        if all(request.subject.answer.done() for request in inside.requests):  # given up while they were copied
+            future.cancel()
+        future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._ended, inside, None))
+
+    def _ended(self, inside: _Inside, error: BaseException | None) -> None:
+        """The pipeline has answered, or not taken it."""
+        if inside not in self._inside:
+            return
+        self._inside.discard(inside)
+        now = time.monotonic_ns()
+        rows = sum(inside.rows)
+        future = inside.future
+        if future is not None:
+            error = PipelineClosed("given up") if future.cancelled() else future.exception()
+        if error is None and future is not None:
+            self.line.came_out(rows, inside.entered_ns, now)
+            self._tally.ran(rows, now - inside.entered_ns)
+            self._deal(inside, future, now)
+        elif isinstance(error, StageFailed | NodeFailed) and len(inside.requests) > 1:
+            for request in inside.requests:  # one of them is to blame: each by itself
+                request.key = None
+            self.line.back(inside.requests)
+        else:
+            assert error is not None
+            for request in inside.requests:
+                self._fail(request, error)
+        self._pump()
+
+    def _deal(self, inside: _Inside, future: Future[dict[str, Array]], now: int) -> None:
+        """Give everybody the rows that are theirs."""
+        outputs = future.result()
+        start = 0
+        for request, rows in zip(inside.requests, inside.rows, strict=True):
+            passage: Passage = request.subject
+            passage.ended_ns = now
+            passage.visits = getattr(future, "visits", ())
+            mine = outputs
+            if len(inside.requests) > 1:
+                axes: Axes = passage.asked.axes or {}
+                mine = {
+                    name: array[(slice(None),) * (axes[name] or 0) + (slice(start, start + rows),)]
+                    for name, array in outputs.items()
+                }
+            start += rows
+            if not passage.answer.done():
+                passage.answer.set_result(mine)
+
+    def _fail(self, request: Waiting, error: BaseException) -> None:
+        self.line.leave(request)
+        if not request.subject.answer.done():
+            request.subject.answer.set_exception(error)
+
+    def _expire(self, request: Waiting) -> None:
+        """A request's time is up; what it runs with may go on for others."""
+        if request.subject.answer.done():
+            return
+        if self.line.leave(request):
+            self._fail(request, DeadlineExceeded("the request's time ran out while it waited for the pipeline"))
+            self._settle()
+        elif any(request in inside.requests and len(inside.requests) > 1 for inside in self._inside):
+            self._fail(request, DeadlineExceeded("the request's time ran out while it ran in a batch with others"))
+
+    def _give_up(self, request: Waiting) -> None:
+        """Nobody waits for the answer any more."""
+        if self.line.leave(request):
+            self._settle()
+            return
+        for inside in self._inside:
+            alone = all(other is request or other.subject.answer.done() for other in inside.requests)
+            if request in inside.requests and alone and inside.future is not None:
+                inside.future.cancel()
+                return
+
+
+def _rows(inputs: Mapping[str, Array], axes: Axes | None) -> int:
+    """Along the batch axis; 1 without one."""
+    for name, array in inputs.items():
+        axis = axes[name] if axes is not None else None
+        if axis is not None:
+            return int(array.shape[axis])
+    return 1

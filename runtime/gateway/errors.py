@@ -1,0 +1,80 @@
+"""What the gateway refuses, and what each error of the system is to a client.
+
+OnnxsplitError
+└── GatewayError
+    ├── UnknownModel     no such model or version here
+    ├── NotLoaded        it is known, but not loaded, or the server stops
+    ├── Unauthorized     no token, or not one of ours
+    ├── Forbidden        not from there
+    ├── TooLarge         a request is larger than allowed
+    ├── TooSlow          a request did not arrive in time
+    └── Unsupported      an endpoint of the protocol that this server does not have
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from onnxsplit.errors import InputError, OnnxsplitError
+from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
+
+
+class GatewayError(OnnxsplitError):
+    """Base of what the gateway itself refuses."""
+
+
+class UnknownModel(GatewayError):
+    """The model, or the version, is not one of this server's. HTTP 404, gRPC NOT_FOUND."""
+
+
+class NotLoaded(GatewayError):
+    """The model is known but takes no requests now. HTTP 503, gRPC UNAVAILABLE."""
+
+
+class Unauthorized(GatewayError):
+    """A token is needed, and none of ours came. HTTP 401, gRPC UNAUTHENTICATED."""
+
+
+class Forbidden(GatewayError):
+    """This is not served to whoever asks from there. HTTP 403, gRPC PERMISSION_DENIED."""
+
+
+class TooLarge(GatewayError):
+    """More bytes than allowed. HTTP 413, gRPC RESOURCE_EXHAUSTED."""
+
+
+class TooSlow(GatewayError):
+    """The client did not send its request in time. HTTP 408, gRPC DEADLINE_EXCEEDED."""
+
+
+class Unsupported(GatewayError):
+    """The protocol has it, this server has not. HTTP 501, gRPC UNIMPLEMENTED."""
+
+
+class Status(NamedTuple):
+    """What an error is to a client: HTTP's status, and the name of gRPC's."""
+
+    http: int
+    grpc: str
+
+
+_STATUS: tuple[tuple[type[BaseException], Status], ...] = (
+    (InputError, Status(400, "INVALID_ARGUMENT")),
+    (UnknownModel, Status(404, "NOT_FOUND")),
+    (NotLoaded, Status(503, "UNAVAILABLE")),
+    (Unauthorized, Status(401, "UNAUTHENTICATED")),
+    (Forbidden, Status(403, "PERMISSION_DENIED")),
+    (TooLarge, Status(413, "RESOURCE_EXHAUSTED")),
+    (TooSlow, Status(408, "DEADLINE_EXCEEDED")),
+    (Unsupported, Status(501, "UNIMPLEMENTED")),
+    (Busy, Status(503, "UNAVAILABLE")),
+    (StageUnavailable, Status(503, "UNAVAILABLE")),
+    (PipelineClosed, Status(503, "UNAVAILABLE")),
+    (DeadlineExceeded, Status(504, "DEADLINE_EXCEEDED")),
+    (Cancelled, Status(499, "CANCELLED")),
+)
+
+
+def status_of(error: BaseException) -> Status:
+    """What a client is told; what is not listed, a stage that failed among it, is 500 and INTERNAL."""
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), Status(500, "INTERNAL"))

@@ -1,0 +1,219 @@
+"""Requests and answers as HTTP carries them: JSON, and tensors as bytes behind it. Pure.
+
+    body    | {"inputs": [{"name", "shape", "datatype", "parameters": {"binary_data_size": 8}}, ...]} | 8 bytes | ...
+    header    Inference-Header-Content-Length: the length of the JSON, when bytes follow it
+
+Source: Triton's extension for binary tensor data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from onnxsplit.errors import InputError
+from onnxsplit.tensors import Array, dtype_name
+from runtime.gateway.protocol import (
+    DATATYPES,
+    InferRequest,
+    Place,
+    Read,
+    Wanted,
+    from_bytes,
+    from_json,
+    to_bytes,
+    to_json,
+)
+
+Parameters = dict[str, Any]
+
+
+class _Input(Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: Raw | UnsetType = UNSET
+    parameters: Parameters | None = None
+
+
+class _Output(Struct):
+    name: str
+    parameters: Parameters | None = None
+
+
+class _Body(Struct):
+    inputs: list[_Input]
+    outputs: list[_Output] | None = None
+    id: str | None = None
+    parameters: Parameters | None = None
+
+
+_DECODER = msgspec.json.Decoder(_Body)
+_OURS = {"timeout", "priority", "binary_data_output", "sequence_id", "sequence_start", "sequence_end"}
+
+
+def parse(body: bytes | bytearray | memoryview, header_length: int | None, read: Read) -> InferRequest:
+    """A request.
+
+    Args:
+        body: the whole of it; the inputs may be views of it.
+        header_length: of the JSON, when bytes follow it.
+        read: gives what lies in shared memory.
+
+    Raises:
+        InputError: it is none; says where and why.
+    """
+    whole = memoryview(body)
+    if header_length is not None and not 0 < header_length <= len(whole):
+        raise InputError(f"Inference-Header-Content-Length is {header_length}, and the body has {len(whole)} bytes")
+    try:
+        said = _DECODER.decode(whole[:header_length])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InputError(f"the request is not as the protocol has it: {error}") from error
+    rest = whole[len(whole) if header_length is None else header_length :]
+    inputs: dict[str, Array] = {}
+    for tensor in said.inputs:
+        if tensor.name in inputs:
+            raise InputError(f"input {tensor.name!r} is given twice")
+        inputs[tensor.name], rest = _input(tensor, rest, read)
+    if len(rest):
+        raise InputError(f"{len(rest)} bytes follow the inputs; no input claims them as binary_data_size")
+    parameters = said.parameters or {}
+    return InferRequest(
+        id=said.id or "",
+        inputs=inputs,
+        wanted=tuple(_wanted(output, parameters) for output in said.outputs or ()),
+        all_binary=_flag(parameters, "binary_data_output"),
+        timeout_ns=timeout_ns(parameters),
+        parameters={name: value for name, value in parameters.items() if name not in _OURS},
+    )
+
+
+def _input(tensor: _Input, rest: memoryview, read: Read) -> tuple[Array, memoryview]:
+    """An input, and the bytes that follow it."""
+    name, parameters = tensor.name, tensor.parameters or {}
+    place = place_of(name, parameters)
+    size = _number(parameters, "binary_data_size")
+    if sum((place is not None, size is not None, tensor.data is not UNSET)) != 1:
+        raise InputError(
+            f"input {name!r} needs exactly one of: data, the parameter binary_data_size, a region of shared memory"
+        )
+    if place is not None:
+        return from_bytes(name, tensor.datatype, tensor.shape, read(place)), rest
+    if size is not None:
+        if not 0 <= size <= len(rest):
+            raise InputError(f"input {name!r} claims {size} bytes of binary data, and {len(rest)} are there")
+        return from_bytes(name, tensor.datatype, tensor.shape, rest[:size]), rest[size:]
+    assert isinstance(tensor.data, Raw)
+    return from_json(name, tensor.datatype, tensor.shape, tensor.data), rest
+
+
+def _wanted(output: _Output, request: Parameters) -> Wanted:
+    parameters = output.parameters or {}
+    classes = _number(parameters, "classification") or 0
+    if classes < 0:
+        raise InputError(f"classification of output {output.name!r} is {classes}; it is how many classes to give")
+    binary = parameters.get("binary_data", request.get("binary_data_output", False))
+    return Wanted(output.name, binary is True, place_of(output.name, parameters), classes)
+
+
+def place_of(name: str, parameters: Mapping[str, Any]) -> Place | None:
+    """Where in shared memory a tensor is, or goes; None when it is not said to.
+
+    Raises:
+        InputError: the place makes no sense.
+    """
+    region = parameters.get("shared_memory_region")
+    if region is None:
+        return None
+    size = _number(parameters, "shared_memory_byte_size")
+    offset = _number(parameters, "shared_memory_offset") or 0
+    if not isinstance(region, str) or size is None or size < 0 or offset < 0:
+        raise InputError(
+            f"tensor {name!r} in shared memory needs shared_memory_region (a name), shared_memory_byte_size and "
+            "shared_memory_offset (bytes, 0 or more)"
+        )
+    return Place(region, offset, size)
+
+
+def timeout_ns(parameters: Mapping[str, Any]) -> int | None:
+    """The time a request may take; the protocol counts microseconds, and 0 is no limit.
+
+    Raises:
+        InputError: it is no number, or the request is one of a sequence.
+    """
+    if parameters.get("sequence_id"):
+        raise InputError("sequence_id: requests that belong together are not supported; leave it out")
+    timeout = _number(parameters, "timeout") or 0
+    if timeout < 0:
+        raise InputError(f"timeout is {timeout}; it is microseconds, 0 or more")
+    return timeout * 1000 or None
+
+
+def _number(parameters: Mapping[str, Any], name: str) -> int | None:
+    value = parameters.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise InputError(f"parameter {name!r} is {value!r}; it is a whole number")
+    return value
+
+
+def _flag(parameters: Mapping[str, Any], name: str) -> bool:
+    value = parameters.get(name, False)
+    if not isinstance(value, bool):
+        raise InputError(f"parameter {name!r} is {value!r}; it is true or false")
+    return value
+
+
+def answer(
+    request: InferRequest,
+    model: str,
+    version: str,
+    outputs: Mapping[str, Array],
+    wanted: Sequence[Wanted],
+) -> tuple[list[bytes | memoryview], int | None]:
+    """An answer: the pieces of the body, and the length of the JSON when bytes follow it.
+
+    Outputs that go to shared memory are described only.
+    """
+    described: list[dict[str, Any]] = []
+    pieces: list[bytes | memoryview] = []
+    for output in wanted:
+        array = outputs[output.name]
+        entry: dict[str, Any] = {
+            "name": output.name,
+            "datatype": DATATYPES[dtype_name(array.dtype) or ""],
+            "shape": array.shape,
+        }
+        if output.place is None and output.binary:
+            piece = to_bytes(array)
+            entry["parameters"] = {"binary_data_size": len(piece)}
+            pieces.append(piece)
+        elif output.place is None:
+            entry["data"] = to_json(output.name, array)
+        described.append(entry)
+    said: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": described}
+    if request.id:
+        said["id"] = request.id
+    head = msgspec.json.encode(said)
+    return [head, *pieces], len(head) if pieces else None
+
+
+def ask(inputs: Mapping[str, Array]) -> tuple[list[bytes | memoryview], int]:
+    """A request as a client makes it: the pieces of the body, and the length of the JSON."""
+    pieces = [to_bytes(array) for array in inputs.values()]
+    said = {
+        "inputs": [
+            {
+                "name": name,
+                "datatype": DATATYPES[dtype_name(array.dtype) or ""],
+                "shape": array.shape,
+                "parameters": {"binary_data_size": len(piece)},
+            }
+            for (name, array), piece in zip(inputs.items(), pieces, strict=True)
+        ]
+    }
+    head = msgspec.json.encode(said)
+    return [head, *pieces], len(head)

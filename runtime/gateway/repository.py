@@ -1,0 +1,295 @@
+"""The models a server has: plans by name and version, each with a pipeline of its own while it is loaded.
+
+model.plan/                      model "model", version 1
+models/resnet/1/, .../2/         given as ``models/resnet``: model "resnet", versions 1 and 2
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from onnxsplit.errors import InputError, OnnxsplitError
+from onnxsplit.plan import PLAN_FILE, Plan, load_plan
+from onnxsplit.tensors import Array
+from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
+from runtime.gateway.entrance import Entrance, Passage
+from runtime.gateway.errors import GatewayError, NotLoaded, UnknownModel
+from runtime.gateway.line import Limits
+from runtime.gateway.protocol import DATATYPES, InferRequest, Wanted
+from runtime.gateway.tally import Tally
+from runtime.logs import log_event
+from runtime.microbatch import batch_axes
+from runtime.pipeline import Pipeline
+
+_log = logging.getLogger("runtime.gateway")
+
+Start = Callable[[Path], Pipeline]
+"""Starts the pipeline of a plan; blocks until its nodes are ready."""
+
+
+class State(Enum):
+    """Of a version. The values are the protocol's."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass(eq=False)
+class Version:
+    """One version of a model.
+
+    Attributes:
+        model: its name.
+        number: of the version, as the protocol has it: text.
+        folder: of the plan.
+        plan: what it says.
+        state: whether it takes requests.
+        reason: why it does not.
+        tally: what it did since it was loaded.
+        pipeline: while it is loaded.
+        entrance: the way into that.
+    """
+
+    model: str
+    number: str
+    folder: Path
+    plan: Plan
+    state: State = State.UNAVAILABLE
+    reason: str = "it was not loaded"
+    tally: Tally = field(default_factory=Tally)
+    pipeline: Pipeline | None = None
+    entrance: Entrance | None = None
+
+    @property
+    def batched(self) -> bool:
+        """True when the first axis of every input and output is proven to be the batch axis."""
+        names = (*self.plan.inputs, *self.plan.outputs)
+        return bool(self.plan.inputs) and all(self.plan.tensors[name].batch_axis == 0 for name in names)
+
+    @property
+    def ready(self) -> bool:
+        """True when a request would be executed now: every stage has a node that is ready."""
+        if self.state is not State.READY or self.pipeline is None:
+            return False
+        up = {node.stage for node in self.pipeline.nodes if node.state == "ready"}
+        return up == {stage.index for stage in self.plan.stages}
+
+    def wanted(self, request: InferRequest) -> tuple[Wanted, ...]:
+        """The outputs of a request, in the order it names them.
+
+        Raises:
+            InputError: the model has no such output, or one is named twice.
+        """
+        if not request.wanted:
+            return tuple(Wanted(name, request.all_binary) for name in self.plan.outputs)
+        names = [output.name for output in request.wanted]
+        unknown = [name for name in names if name not in self.plan.outputs]
+        if unknown or len(set(names)) < len(names):
+            what = f"has no output {unknown[0]!r}" if unknown else "is asked for an output twice"
+            raise InputError(f"model {self.model!r} {what}; it has {', '.join(self.plan.outputs)}")
+        return request.wanted
+
+    async def infer(
+        self, request: InferRequest, wanted: Sequence[Wanted], arrived_ns: int, deadline_ns: int | None
+    ) -> tuple[dict[str, Array], Passage]:
+        """Run a request; the stages that no wanted output needs do not run."""
+        if self.entrance is None:
+            raise NotLoaded(f"model {self.model!r} version {self.number} is not loaded: {self.reason}")
+        names = {output.name for output in wanted}
+        outputs = tuple(name for name in self.plan.outputs if name in names)
+        return await self.entrance.run(request.inputs, outputs, arrived_ns, deadline_ns)
+
+
+def why(error: BaseException) -> str:
+    """The kind of a failure, as metrics name it."""
+    if isinstance(error, Busy | StageUnavailable | PipelineClosed | NotLoaded):
+        return "REJECTED"
+    if isinstance(error, asyncio.CancelledError | Cancelled):
+        return "CANCELED"
+    if isinstance(error, DeadlineExceeded):
+        return "TIMEOUT"
+    return "INVALID" if isinstance(error, InputError | GatewayError) else "OTHER"
+
+
+def find_versions(places: Iterable[Path]) -> list[Version]:
+    """The versions that lie at some places.
+
+    Raises:
+        OnnxsplitError: there is no plan, one cannot be used, or two have the same name.
+    """
+    found: list[Version] = []
+    for place in places:
+        name = place.resolve().name.removesuffix(".plan") or "model"
+        numbered = sorted(
+            (path for path in (place.iterdir() if place.is_dir() else ()) if path.name.isdecimal() and path.is_dir()),
+            key=lambda path: int(path.name),
+        )
+        folders = [place] if (place / PLAN_FILE).exists() or not numbered else numbered
+        if any(version.model == name for version in found):
+            raise InputError(f"two plans would be served as model {name!r}; rename a folder, or make them versions")
+        for folder in folders:
+            plan = load_plan(folder)
+            _check_types(name, plan)
+            found.append(Version(name, "1" if folder is place else folder.name, folder, plan))
+    return found
+
+
+def _check_types(name: str, plan: Plan) -> None:
+    for tensor in (*plan.inputs, *plan.outputs):
+        dtype = plan.tensors[tensor].dtype
+        if dtype not in DATATYPES:
+            raise InputError(
+                f"model {name!r}: tensor {tensor!r} has type {dtype}, which the Open Inference Protocol lacks; "
+                f"allowed: {', '.join(DATATYPES)}"
+            )
+
+
+class Repository:
+    """Versions by model.
+
+    Args:
+        versions: all there are.
+        start: starts a pipeline.
+        limits: of the line before each.
+        newest: so many of the newest versions of a model are loaded.
+    """
+
+    def __init__(self, versions: Iterable[Version], start: Start, limits: Limits, *, newest: int = 1) -> None:
+        self._models: dict[str, dict[str, Version]] = {}
+        for version in versions:
+            self._models.setdefault(version.model, {})[version.number] = version
+        self._start = start
+        self._limits = limits
+        self._newest = newest
+        self._changing = asyncio.Lock()
+        self.ending = False
+
+    def __iter__(self) -> Iterator[Version]:
+        for versions in self._models.values():
+            yield from versions.values()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names."""
+        return tuple(self._models)
+
+    @property
+    def ready(self) -> bool:
+        """True when every model that is to be loaded takes requests and executes them."""
+        wanted = [version for version in self if version.state is not State.UNAVAILABLE or version.entrance is not None]
+        return not self.ending and bool(wanted) and all(version.ready for version in wanted)
+
+    def find(self, model: str, number: str = "") -> Version:
+        """A version; the newest that is loaded, or else the newest, when none is named.
+
+        Raises:
+            UnknownModel: there is none.
+        """
+        versions = self._models.get(model)
+        if versions is None:
+            raise UnknownModel(f"model {model!r} is unknown; this server has {', '.join(self._models)}")
+        if not number:
+            loaded = [version for version in versions.values() if version.entrance is not None]
+            return (loaded or list(versions.values()))[-1]
+        if number not in versions:
+            raise UnknownModel(f"model {model!r} has no version {number!r}; it has {', '.join(versions)}")
+        return versions[number]
+
+    def loaded(self, model: str, number: str = "") -> Version:
+        """A version that takes requests.
+
+        Raises:
+            UnknownModel: there is none such.
+            NotLoaded: it takes none.
+        """
+        version = self.find(model, number)
+        if self.ending:
+            raise NotLoaded("the server is ending and takes no more requests")
+        if version.entrance is None:
+            raise NotLoaded(f"model {model!r} version {version.number} takes no requests: {version.reason}")
+        return version
+
+    def versions(self, model: str) -> tuple[Version, ...]:
+        """All of a model.
+
+        Raises:
+            UnknownModel: there is none such.
+        """
+        self.find(model)
+        return tuple(self._models[model].values())
+
+    async def load(self, model: str) -> None:
+        """Start the newest versions of a model, those that are not running; what fails says so in its state.
+
+        Raises:
+            UnknownModel: there is none such.
+            OnnxsplitError: a pipeline did not come up.
+        """
+        versions = self.versions(model)
+        async with self._changing:
+            for version in versions[-self._newest :]:
+                if version.entrance is None and not self.ending:
+                    await self._load(version)
+
+    async def _load(self, version: Version) -> None:
+        version.state, version.reason = State.LOADING, "it is being loaded"
+        begun = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            version.plan = await loop.run_in_executor(None, load_plan, version.folder)
+            version.pipeline = await loop.run_in_executor(None, self._start, version.folder)
+        except OnnxsplitError as error:
+            version.state, version.reason = State.UNAVAILABLE, str(error)
+            raise
+        version.tally = Tally()
+        version.entrance = Entrance(version.pipeline, self._limits, version.tally)
+        version.state, version.reason = State.READY, ""
+        if self._limits.max_batch > 1 and batch_axes(version.plan, version.plan.outputs) is None:
+            log_event(_log, logging.WARNING, "not batched: it has no proven batch axis", model=version.model)
+        log_event(
+            _log,
+            logging.INFO,
+            "loaded",
+            model=version.model,
+            version=version.number,
+            seconds=round(time.monotonic() - begun, 2),
+        )
+
+    async def unload(self, model: str) -> None:
+        """Finish what the versions of a model have, and end their pipelines.
+
+        Raises:
+            UnknownModel: there is none such.
+        """
+        versions = self.versions(model)
+        async with self._changing:
+            for version in versions:
+                await self._unload(version, "it was unloaded; load it with the repository API")
+
+    async def _unload(self, version: Version, reason: str, patience_s: float | None = None) -> None:
+        pipeline, entrance = version.pipeline, version.entrance
+        if pipeline is None or entrance is None:
+            return
+        version.state, version.reason = State.UNLOADING, reason
+        version.entrance = None
+        try:
+            await asyncio.wait_for(entrance.empty(), patience_s)
+        except TimeoutError:
+            entrance.close(PipelineClosed("the server ended before the request's turn came"))
+        await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
+        version.pipeline = None
+        version.state = State.UNAVAILABLE
+
+    async def close(self, patience_s: float) -> None:
+        """Finish what is accepted, at most so long, and end all pipelines; nothing more is accepted."""
+        self.ending = True
+        async with self._changing:
+            await asyncio.gather(*(self._unload(v, "the server is ending", patience_s) for v in self))

@@ -1,0 +1,305 @@
+"""Starting the servers, serving, and ending: what was accepted is answered first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import uvicorn
+from tritonclient.grpc import service_pb2_grpc
+
+from onnxsplit.errors import InputError
+from runtime.errors import LaunchFailed
+from runtime.gateway.bodies import Bodies
+from runtime.gateway.connections import Connection
+from runtime.gateway.guard import LOOPBACK, Guard, read_tokens
+from runtime.gateway.line import Limits
+from runtime.gateway.regions import Regions
+from runtime.gateway.repository import Repository, Start, find_versions
+from runtime.gateway.rpc import Rpc
+from runtime.gateway.service import Service
+from runtime.gateway.spans import Spans
+from runtime.gateway.watcher import Watcher
+from runtime.gateway.web import Web
+from runtime.logs import log_event
+
+_log = logging.getLogger("runtime.gateway")
+
+_CONNECTIONS = 4096
+_KEEP_ALIVE_S = 75
+_DESCRIPTORS = 65536
+_GRPC_METADATA_BYTES = 64 << 10
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """How to serve.
+
+    Attributes:
+        host: to listen at; a name or an address.
+        http_port: of HTTP; 0 takes any that is free.
+        grpc_port: of gRPC; 0 takes any that is free; None serves none.
+        max_batch: rows that requests are joined to at most; 1 joins none.
+        max_delay_ms: a request waits so long for others to join.
+        max_queue: requests that may wait before a pipeline.
+        max_queue_bytes: bytes of their inputs.
+        max_body: bytes a request may have.
+        newest: so many of the newest versions of each model are loaded.
+        tls_cert: file with the certificate chain, PEM.
+        tls_key: file with its key, PEM.
+        token_file: file with the tokens that clients may show; None asks for none.
+        drain_s: seconds for accepted requests when it is to end.
+        spans: send spans to OpenTelemetry.
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int | None = 8001
+    max_batch: int = 1
+    max_delay_ms: float = 0.0
+    max_queue: int = 256
+    max_queue_bytes: int = 1 << 30
+    max_body: int = 256 << 20
+    newest: int = 1
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token_file: Path | None = None
+    drain_s: float = 30.0
+    spans: bool = False
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            InputError: naming the option.
+        """
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise InputError("--tls-cert and --tls-key belong together; give both or none")
+        for file in (self.tls_cert, self.tls_key):
+            if file is not None and not file.is_file():
+                raise InputError(f"no such file: {file}")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Where a server can be reached.
+
+    Attributes:
+        http: its URL.
+        grpc: host and port; None when it serves none.
+        models: name -> the versions that are loaded.
+    """
+
+    http: str
+    grpc: str | None
+    models: dict[str, list[str]] = field(default_factory=dict)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us."""
+
+    def capture_signals(self) -> Any:
+        return nullcontext()
+
+
+def serve(
+    places: Sequence[Path],
+    options: ServeOptions,
+    start: Start,
+    *,
+    told: Callable[[Serving], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serve plans until SIGTERM or SIGINT; then what was accepted is answered, and everything ends.
+
+    Args:
+        places: plan directories, or folders of versions.
+        options: how.
+        start: starts a pipeline of a plan.
+        told: hears once when all is ready.
+        progress: hears of each step.
+
+    Raises:
+        OnnxsplitError: it cannot serve; says why.
+    """
+    options.check()
+    versions = find_versions(places)
+    guard = Guard(
+        read_tokens(options.token_file) if options.token_file is not None else (), loopback=options.host in LOOPBACK
+    )
+    _allow_descriptors()
+    with listen(options.host, options.http_port) as listener:
+        serving = _serve(options, guard, listener, versions, start, told, progress)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(serving)
+
+
+async def _serve(
+    options: ServeOptions,
+    guard: Guard,
+    listener: socket.socket,
+    versions: list[Any],
+    start: Start,
+    told: Callable[[Serving], None],
+    progress: Callable[[str], None],
+) -> None:
+    loop = asyncio.get_running_loop()
+    ending = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    limits = Limits(
+        requests=options.max_queue,
+        size_bytes=options.max_queue_bytes,
+        max_batch=options.max_batch,
+        max_delay_ns=int(options.max_delay_ms * 1e6),
+    )
+    repository = Repository(versions, start, limits, newest=options.newest)
+    regions = Regions(allowed=options.host in LOOPBACK)
+    spans = Spans.exporting() if options.spans else None
+    service = Service(repository, regions, spans)
+    bodies = Bodies(options.max_body, max(options.max_queue_bytes, options.max_body))
+    watcher = Watcher(service, bodies)
+    web = _http(Web(service, bodies, guard, watcher), options)
+    serving_http = asyncio.ensure_future(web.serve(sockets=[listener]))
+    rpc: Any = None
+    try:
+        rpc, grpc_port = await _grpc(Rpc(service, guard, watcher), options)
+        watcher.start()
+        for model in repository.models:
+            progress(f"starting the nodes of {model}")
+            await _unless(ending, repository.load(model))
+        if not ending.is_set():
+            scheme = "https" if options.tls_cert is not None else "http"
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            told(
+                Serving(
+                    http=f"{scheme}://{host}:{listener.getsockname()[1]}",
+                    grpc=None if grpc_port is None else f"{host}:{grpc_port}",
+                    models={
+                        model: [v.number for v in repository.versions(model) if v.entrance is not None]
+                        for model in repository.models
+                    },
+                )
+            )
+        await ending.wait()
+    finally:
+        log_event(_log, logging.INFO, "ending", patience_s=options.drain_s)
+        await repository.close(options.drain_s)
+        await watcher.stop()
+        if rpc is not None:
+            await rpc.stop(1.0)
+        web.should_exit = True
+        await serving_http
+        regions.close()
+        if spans is not None:
+            spans.close()
+
+
+async def _unless(ending: asyncio.Event, work: Any) -> None:
+    """Do something that is left alone when the end comes first."""
+    doing = asyncio.ensure_future(work)
+    waiting = asyncio.ensure_future(ending.wait())
+    await asyncio.wait((doing, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    await doing  # a launch is not cut short: its nodes would be left to themselves
+
+
+def _http(web: Web, options: ServeOptions) -> uvicorn.Server:
+    return _Uvicorn(
+        uvicorn.Config(
+            web.app(),
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level=logging.WARNING,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=2,
+            ssl_certfile=options.tls_cert,
+            ssl_keyfile=options.tls_key,
+        )
+    )
+
+
+async def _grpc(rpc: Rpc, options: ServeOptions) -> tuple[Any, int | None]:
+    """The gRPC server and its port."""
+    if options.grpc_port is None:
+        return None, None
+    limit = min(options.max_body, _INT32_MAX)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", _GRPC_METADATA_BYTES),
+            ("grpc.server_handshake_timeout_ms", 10_000),
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.so_reuseport", 0),
+        ],
+        maximum_concurrent_rpcs=_CONNECTIONS,
+    )
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(rpc, server)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"{host}:{options.grpc_port}"
+    try:
+        if options.tls_cert is not None and options.tls_key is not None:
+            pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
+            port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        else:
+            port = server.add_insecure_port(address)
+    except (RuntimeError, OSError) as error:
+        raise LaunchFailed(f"cannot serve gRPC at {address}: {error}. Choose another --grpc-port, or 'off'") from error
+    await server.start()
+    return server, port
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        LaunchFailed: the address cannot be used.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.bind(address)
+            opened.listen(2048)
+        except BaseException:
+            opened.close()
+            raise
+    except OSError as error:
+        raise LaunchFailed(
+            f"cannot listen at {host}:{port}: {error.strerror or error}. Choose another --host or --http-port"
+        ) from error
+    return opened
+
+
+def _allow_descriptors() -> None:
+    """As many open connections as the user may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    import uvloop
+
+    return uvloop.new_event_loop

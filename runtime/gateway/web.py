@@ -1,0 +1,334 @@
+"""The gateway's HTTP side: Open Inference Protocol v2 with Triton's extensions, metrics, the page.
+
+Built on Starlette; every answer is one send, and every error is ``{"error": "..."}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from onnxsplit.errors import InputError, OnnxsplitError
+from runtime.errors import Cancelled
+from runtime.gateway import describe, http_codec, metrics, openapi, page
+from runtime.gateway.bodies import Bodies, compress
+from runtime.gateway.errors import Unauthorized, Unsupported, status_of
+from runtime.gateway.guard import Guard
+from runtime.gateway.regions import Region
+from runtime.gateway.repository import State
+from runtime.gateway.service import Service
+from runtime.gateway.watcher import Watcher
+from runtime.logs import log_event
+
+_log = logging.getLogger("runtime.gateway")
+_HEADER_LENGTH = "inference-header-content-length"
+_RETRY_S = "1"
+
+
+class Web:
+    """The HTTP side of a service.
+
+    Args:
+        service: what it serves.
+        bodies: takes requests in.
+        guard: decides who may ask.
+        watcher: knows what the page shows.
+    """
+
+    def __init__(self, service: Service, bodies: Bodies, guard: Guard, watcher: Watcher) -> None:
+        self._service = service
+        self._repository = service.repository
+        self._regions = service.regions
+        self._bodies = bodies
+        self._guard = guard
+        self._watcher = watcher
+
+    def app(self) -> ASGIApp:
+        """The ASGI application."""
+        model = "/v2/models/{model}"
+        routes: list[BaseRoute] = []
+
+        def add(method: str, path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> None:
+            routes.append(Route(path, endpoint, methods=[method]))
+
+        for place in (model, f"{model}/versions/{{version}}"):
+            routes.append(Route(f"{place}/infer", _App(self._infer), methods=["POST"]))
+            add("GET", f"{place}/ready", self._model_ready)
+            add("GET", f"{place}/config", self._config)
+            add("GET", f"{place}/stats", self._stats)
+            add("GET", place, self._metadata)
+            add("GET", f"{place}/trace/setting", _unsupported("trace settings"))
+            add("POST", f"{place}/trace/setting", _unsupported("trace settings"))
+        add("GET", "/v2", self._server)
+        add("GET", "/v2/health/live", self._live)
+        add("GET", "/v2/health/ready", self._ready)
+        add("GET", "/v2/models/stats", self._all_stats)
+        add("POST", "/v2/repository/index", self._index)
+        add("POST", "/v2/repository/models/{model}/load", self._load)
+        add("POST", "/v2/repository/models/{model}/unload", self._unload)
+        for what in ("/v2/systemsharedmemory", "/v2/systemsharedmemory/region/{region}"):
+            add("GET", f"{what}/status", self._region_status)
+            add("POST", f"{what}/unregister", self._unregister)
+        add("POST", "/v2/systemsharedmemory/region/{region}/register", self._register)
+        for what in ("/v2/cudasharedmemory", "/v2/cudasharedmemory/region/{region}"):
+            add("GET", f"{what}/status", self._cuda_status)
+            add("POST", f"{what}/unregister", self._cuda_unregister)
+        add("POST", "/v2/cudasharedmemory/region/{region}/register", _unsupported("CUDA shared memory"))
+        for path, words in (("/v2/trace/setting", "trace settings"), ("/v2/logging", "log settings")):
+            add("GET", path, _unsupported(words))
+            add("POST", path, _unsupported(words))
+        add("GET", "/metrics", self._metrics)
+        add("GET", "/openapi.json", self._openapi)
+        add("GET", "/", self._page)
+        add("GET", "/events", self._events)
+        add("GET", "/example/{model}", self._example)
+        routes.sort(key=lambda route: "{" in getattr(route, "path", ""))  # /v2/models/stats is no model
+        routes.sort(key=lambda route: not getattr(route, "path", "").endswith("/infer"))  # most asked for
+        app = Starlette(
+            routes=routes,
+            exception_handlers={HTTPException: _not_found, OnnxsplitError: _answer_error, Exception: _answer_error},
+        )
+        return _Guarded(app, self._guard)
+
+    # Inference
+
+    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        path = scope["path_params"]
+        task = asyncio.current_task()
+        try:
+            body = await self._bodies.read(headers, receive)
+            if task is not None:
+                scope["abandon"] = task.cancel
+            length = headers.get(_HEADER_LENGTH)
+            if length is not None and not length.isdecimal():
+                raise InputError(f"Inference-Header-Content-Length is {length!r}; it is a number of bytes")
+            pieces, json_bytes = await self._service.infer(
+                path["model"],
+                path.get("version", ""),
+                lambda read: http_codec.parse(body, None if length is None else int(length), read),
+                http_codec.answer,
+                size_bytes=len(body),
+                headers=headers,
+            )
+        except asyncio.CancelledError:
+            return  # the client is gone
+        finally:
+            scope.pop("abandon", None)
+        said = [(b"content-type", b"application/json" if json_bytes is None else b"application/octet-stream")]
+        if json_bytes is not None:
+            said.append((_HEADER_LENGTH.encode(), str(json_bytes).encode()))
+        pieces, coding = compress(pieces, headers.get("accept-encoding", ""))
+        if coding:
+            said.append((b"content-encoding", coding.encode()))
+        whole = b"".join(pieces)
+        said.append((b"content-length", str(len(whole)).encode()))
+        await send({"type": "http.response.start", "status": 200, "headers": said})
+        await send({"type": "http.response.body", "body": whole})
+
+    # What it is
+
+    async def _server(self, _: Request) -> Response:
+        return _json(describe.server())
+
+    async def _live(self, _: Request) -> Response:
+        return Response()
+
+    async def _ready(self, _: Request) -> Response:
+        return _readiness(self._repository.ready, self._watcher.why_not())
+
+    async def _model_ready(self, request: Request) -> Response:
+        version, _ = self._service.find(*_named(request))
+        return _readiness(version.ready, version.reason or "a stage has no node that is ready")
+
+    async def _metadata(self, request: Request) -> Response:
+        version, stage = self._service.find(*_named(request))
+        loaded = [other.number for other in self._repository.versions(version.model) if other.entrance is not None]
+        return _json(describe.metadata(version, loaded, stage))
+
+    async def _config(self, request: Request) -> Response:
+        version, stage = self._service.find(*_named(request))
+        return _json(describe.config(version, stage))
+
+    async def _stats(self, request: Request) -> Response:
+        return _json({"model_stats": self._watcher.statistics(*_named(request))})
+
+    async def _all_stats(self, _: Request) -> Response:
+        return _json({"model_stats": self._watcher.statistics("")})
+
+    # The repository
+
+    async def _index(self, request: Request) -> Response:
+        only_ready = bool((await self._json(request)).get("ready", False))
+        return _json(
+            [
+                {"name": v.model, "version": v.number, "state": v.state.value, "reason": v.reason}
+                for v in self._repository
+                if not only_ready or v.state is State.READY
+            ]
+        )
+
+    async def _load(self, request: Request) -> Response:
+        given = (await self._json(request)).get("parameters") or {}
+        if given:
+            raise InputError(f"a plan is loaded as it lies; the parameters {', '.join(given)} are not supported")
+        await self._repository.load(request.path_params["model"])
+        return Response()
+
+    async def _unload(self, request: Request) -> Response:
+        await self._json(request)
+        await self._repository.unload(request.path_params["model"])
+        return Response()
+
+    # Shared memory
+
+    async def _region_status(self, request: Request) -> Response:
+        regions = self._regions.status(request.path_params.get("region", ""))
+        return _json(
+            [{"name": r.name, "key": r.key, "offset": r.offset, "byte_size": r.size_bytes} for r in regions.values()]
+        )
+
+    async def _register(self, request: Request) -> Response:
+        said = await self._json(request)
+        key, offset, size = said.get("key"), said.get("offset", 0), said.get("byte_size")
+        if not isinstance(key, str) or type(offset) is not int or type(size) is not int:
+            raise InputError("a region needs key (text), byte_size and offset (numbers of bytes)")
+        self._regions.register(Region(request.path_params["region"], key, offset, size))
+        return Response()
+
+    async def _unregister(self, request: Request) -> Response:
+        self._regions.unregister(request.path_params.get("region", ""))
+        return Response()
+
+    async def _cuda_status(self, request: Request) -> Response:
+        name = request.path_params.get("region", "")
+        if name:
+            raise InputError(f"region {name!r} is not registered; CUDA shared memory is not supported")
+        return _json([])
+
+    async def _cuda_unregister(self, _: Request) -> Response:
+        return Response()  # none is registered, so none is left
+
+    # To look at
+
+    async def _metrics(self, _: Request) -> Response:
+        text, content_type = metrics.exposition(self._watcher)
+        return Response(text, headers={"content-type": content_type})
+
+    async def _openapi(self, _: Request) -> Response:
+        return _json(openapi.description())
+
+    async def _page(self, _: Request) -> Response:
+        return Response(page.html(), media_type="text/html", headers=page.headers())
+
+    async def _events(self, _: Request) -> Response:
+        return StreamingResponse(
+            self._watcher.events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
+        )
+
+    async def _example(self, request: Request) -> Response:
+        version = self._repository.find(request.path_params["model"])
+        pieces, length = await asyncio.get_running_loop().run_in_executor(None, page.example, version)
+        return Response(
+            b"".join(pieces),
+            media_type="application/octet-stream",
+            headers={} if length is None else {_HEADER_LENGTH: str(length)},
+        )
+
+    async def _json(self, request: Request) -> dict[str, Any]:
+        """The object in a small body; an empty body is an empty object."""
+        body = await self._bodies.read(request.headers, request.receive)
+        try:
+            found = msgspec.json.decode(body) if body else {}
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise InputError(f"the body is no JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise InputError(f"the body is a JSON {type(found).__name__}; an object is expected")
+        return found
+
+
+class _App:
+    """An endpoint that speaks ASGI itself; a class, since Starlette wraps functions."""
+
+    def __init__(self, run: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._run = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._run(scope, receive, send)
+
+
+class _Guarded:
+    """An application behind a guard."""
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = Headers(scope=scope)
+        try:
+            self._guard.check_site(headers)
+            self._guard.check(headers.get("authorization"))
+        except OnnxsplitError as error:
+            await _error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _named(request: Request) -> tuple[str, str]:
+    return request.path_params["model"], request.path_params.get("version", "")
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _readiness(ready: bool, reason: str) -> Response:
+    return Response() if ready else JSONResponse({"error": reason or "not ready"}, 503, {"retry-after": _RETRY_S})
+
+
+def _unsupported(what: str) -> Callable[[Request], Awaitable[Response]]:
+    async def refuse(_: Request) -> Response:
+        raise Unsupported(f"{what}: this server does not have them")
+
+    return refuse
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    words = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json lists what there is"
+    return JSONResponse({"error": words}, error.status_code, dict(error.headers or {}))
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    return _error_response(error)
+
+
+def _error_response(error: Exception) -> Response:
+    status = status_of(error).http
+    if status == 500 and not isinstance(error, OnnxsplitError):
+        log_event(_log, logging.ERROR, "a bug", error=type(error).__name__, reason=error)
+    headers: dict[str, str] = {}
+    if status == 503:
+        headers["retry-after"] = _RETRY_S
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = 'Basic realm="onnxsplit, any name, the token as password", Bearer'
+    if status in (408, 413, 499) or isinstance(error, Cancelled):
+        headers["connection"] = "close"  # the rest of the body is not waited for
+    message = str(error) if isinstance(error, OnnxsplitError) else f"an error in the server: {type(error).__name__}"
+    return Response(json.dumps({"error": message}), status, headers, "application/json")

@@ -1,0 +1,77 @@
+"""A server in a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+
+class Served:
+    """``onnxsplit serve`` on free ports; a context manager that ends it with SIGTERM."""
+
+    def __init__(self, *words: object, environment: dict[str, str], folder: Path | None = None) -> None:
+        command = [sys.executable, "-P", "-m", "onnxsplit", "serve", "--json", "--http-port", "0", "--grpc-port", "0"]
+        self.process = subprocess.Popen(
+            [*command, *map(str, words)], env=environment, cwd=folder,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        line = self.process.stdout.readline()
+        if not line or "error" in json.loads(line):
+            self.process.wait(timeout=20)
+            self._reader.join()
+            raise AssertionError(f"the server did not start: {line}{''.join(self.log)}")
+        said = json.loads(line)
+        self.http: str = said["http"]
+        self.grpc: str = said["grpc"]
+        self.host = self.http.partition("//")[2]
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(self.process.stderr)
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.end() == 0, "".join(self.log[-20:])
+
+    def end(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(timeout=40)
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return status
+
+    def ask(
+        self, path: str, body: bytes | None = None, *, method: str | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        """One HTTP request: status, headers, body."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(f"{self.http}{path}", body, named, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+    def json(self, path: str, body: Any = None) -> Any:
+        """The JSON at a path; what is posted is given as an object."""
+        status, _, found = self.ask(path, None if body is None else json.dumps(body).encode())
+        assert status == 200, found
+        return json.loads(found)
