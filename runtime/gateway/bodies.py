@@ -92,7 +92,7 @@ async def _next(receive: Receive, patience_s: float) -> Mapping[str, Any]:
             message = await receive()
     except TimeoutError:
         raise TooSlow(
-            f"the body did not arrive in time: {SILENCE_S:g} s without a byte, or less than {SLOWEST_BYTES_PER_S} a second"
+            f"the body came too slowly: {SILENCE_S:g} s without a byte, or under {SLOWEST_BYTES_PER_S} a second"
         ) from None
     if message["type"] == "http.disconnect":
         raise Cancelled("the client went away before its request was whole")

@@ -3,6 +3,7 @@
 OnnxsplitError
 └── GatewayError
     ├── UnknownModel     no such model or version here
+    ├── UnknownRegion    no such shared memory
     ├── NotLoaded        it is known, but not loaded, or the server stops
     ├── Unauthorized     no token, or not one of ours
     ├── Forbidden        not from there
@@ -25,6 +26,10 @@ class GatewayError(OnnxsplitError):
 
 class UnknownModel(GatewayError):
     """The model, or the version, is not one of this server's. HTTP 404, gRPC NOT_FOUND."""
+
+
+class UnknownRegion(GatewayError):
+    """No region of this name, or no such shared memory. HTTP 404, gRPC NOT_FOUND."""
 
 
 class NotLoaded(GatewayError):
@@ -61,6 +66,7 @@ class Status(NamedTuple):
 _STATUS: tuple[tuple[type[BaseException], Status], ...] = (
     (InputError, Status(400, "INVALID_ARGUMENT")),
     (UnknownModel, Status(404, "NOT_FOUND")),
+    (UnknownRegion, Status(404, "NOT_FOUND")),
     (NotLoaded, Status(503, "UNAVAILABLE")),
     (Unauthorized, Status(401, "UNAUTHENTICATED")),
     (Forbidden, Status(403, "PERMISSION_DENIED")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnxsplit
@@ -14,7 +15,7 @@ _ERRORS = {
     400: "The request makes no sense; the message says where.",
     401: "A token is needed (only where the server was started with tokens).",
     403: "Not from there: another site's page, another host's shared memory.",
-    404: "No such model or version.",
+    404: "No such model, version or region.",
     408: f"The body stopped arriving for {SILENCE_S:g} s.",
     413: "Larger than allowed.",
     500: "A stage could not execute the request, or the server has a bug.",
@@ -24,8 +25,12 @@ _ERRORS = {
 }
 
 
-def description() -> Json:
-    """The document."""
+def description(versions: Mapping[str, Sequence[str]]) -> Json:
+    """The document.
+
+    Args:
+        versions: of each model that is loaded.
+    """
     return {
         "openapi": "3.1.0",
         "info": {
@@ -37,7 +42,11 @@ def description() -> Json:
         "security": [{}, {"bearer": []}],
         "paths": _paths(),
         "components": {
-            "schemas": _SCHEMAS,
+            "schemas": {
+                **_SCHEMAS,
+                "Model": {"type": "string", "enum": list(versions)},
+                "Version": {"type": "string", "enum": sorted({n for numbers in versions.values() for n in numbers})},
+            },
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -87,7 +96,7 @@ def _paths() -> Json:
         }  # fmt: skip
     paths["/v2/systemsharedmemory/region/{region}/register"] = {
         "post": _operation(
-            "Name a region of shared memory", None, *_BODY, given=("region",), body={"schema": _of("Region")}
+            "Name a region of shared memory", None, 404, *_BODY, given=("region",), body={"schema": _of("Region")}
         )
     }
     for kind in ("system", "cuda"):
@@ -95,7 +104,9 @@ def _paths() -> Json:
             place = f"/v2/{kind}sharedmemory{part}"
             given = ("region",) if part else ()
             regions = {"type": "array", "items": {"type": "object"}}
-            paths[f"{place}/status"] = {"get": _operation("The regions", regions, 400, given=given)}
+            paths[f"{place}/status"] = {
+                "get": _operation("The regions", regions, *([404] if part else []), given=given)
+            }
             paths[f"{place}/unregister"] = {"post": _operation("Forget regions", None, given=given)}
     paths["/v2/cudasharedmemory/region/{region}/register"] = {
         "post": _operation("Refused", None, 501, given=("region",))
@@ -127,12 +138,10 @@ def _operation(
             "content": {"application/json": {"schema": _of("Error")}},
         }
     if given:
-        found["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in given
-        ]
+        found["parameters"] = [{"name": name, "in": "path", "required": True, "schema": _GIVEN[name]} for name in given]
     if body is not None:
-        found["requestBody"] = {"content": {"application/json": body}}
+        needed = "$ref" in body["schema"] and bool(_SCHEMAS[body["schema"]["$ref"].rpartition("/")[2]]["required"])
+        found["requestBody"] = {"required": needed, "content": {"application/json": body}}
     return found
 
 
@@ -157,6 +166,7 @@ def _object(required: tuple[str, ...] = (), **properties: Json) -> Json:
     return {"type": "object", "properties": properties, "required": list(required)}
 
 
+_GIVEN = {"model": _of("Model"), "version": _of("Version"), "region": {"type": "string", "minLength": 1}}
 _TEXT: Json = {"type": "string"}
 _COUNT: Json = {"type": "integer", "minimum": 0}
 _DATATYPE: Json = {"type": "string", "enum": list(DATATYPES.values())}
@@ -220,7 +230,7 @@ _SCHEMAS: Json = {
     ),
     "Region": _object(
         ("key", "byte_size"),
-        key=_TEXT,
+        key={"type": "string", "pattern": "^/?[^/.]{1,200}$"},
         offset={"type": "integer", "minimum": 0},
         byte_size={"type": "integer", "minimum": 1},
     ),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import InputError
-from runtime.gateway.errors import Forbidden
+from runtime.gateway.errors import Forbidden, UnknownRegion
 from runtime.gateway.protocol import Place
 
 _FOLDER = Path("/dev/shm")  # noqa: S108  where shm_open keeps them
@@ -54,7 +54,8 @@ class Regions:
         """Open a region.
 
         Raises:
-            InputError: the name is taken, the key or the size makes no sense, or there is no such memory.
+            InputError: the name is taken, or the key or the size makes no sense.
+            UnknownRegion: there is no such memory.
             Forbidden: it is not the user's own, or clients may be elsewhere.
         """
         if not self._allowed:
@@ -73,7 +74,7 @@ class Regions:
         try:
             opened = os.open(_FOLDER / region.key.strip("/"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise InputError(f"region {region.name!r}: cannot open {region.key!r}: {error.strerror}") from error
+            raise UnknownRegion(f"region {region.name!r}: cannot open {region.key!r}: {error.strerror}") from error
         try:
             found = os.fstat(opened)
             if found.st_uid != os.getuid() or not stat.S_ISREG(found.st_mode):
@@ -98,10 +99,10 @@ class Regions:
         """The regions by name, or one.
 
         Raises:
-            InputError: there is none of this name.
+            UnknownRegion: there is none of this name.
         """
         if name and name not in self._open:
-            raise InputError(f"region {name!r} is not registered")
+            raise UnknownRegion(f"region {name!r} is not registered")
         return {other: region for other, (region, _) in self._open.items() if name in ("", other)}
 
     def read(self, place: Place) -> bytes:

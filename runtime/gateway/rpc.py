@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from onnxsplit.errors import InputError, OnnxsplitError
 from runtime.gateway import describe, grpc_codec
-from runtime.gateway.errors import Unsupported, status_of
+from runtime.gateway.errors import UnknownRegion, Unsupported, status_of
 from runtime.gateway.guard import Guard
 from runtime.gateway.regions import Region
 from runtime.gateway.repository import State
@@ -227,7 +227,7 @@ class Rpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         """There are none."""
         if request.name:
-            raise InputError(f"region {request.name!r} is not registered; CUDA shared memory is not supported")
+            raise UnknownRegion(f"region {request.name!r} is not registered; CUDA shared memory is not supported")
         return pb.CudaSharedMemoryStatusResponse()
 
     @_checked

@@ -24,7 +24,7 @@ from onnxsplit.errors import InputError, OnnxsplitError
 from runtime.errors import Cancelled
 from runtime.gateway import describe, http_codec, metrics, openapi, page
 from runtime.gateway.bodies import Bodies, compress
-from runtime.gateway.errors import Unauthorized, Unsupported, status_of
+from runtime.gateway.errors import Unauthorized, UnknownRegion, Unsupported, status_of
 from runtime.gateway.guard import Guard
 from runtime.gateway.regions import Region
 from runtime.gateway.repository import State
@@ -60,8 +60,8 @@ class Web:
         model = "/v2/models/{model}"
         routes: list[BaseRoute] = []
 
-        def add(method: str, path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> None:
-            routes.append(Route(path, endpoint, methods=[method]))
+        def add(methods: str, path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> None:
+            routes.append(Route(path, endpoint, methods=methods.split()))
 
         for place in (model, f"{model}/versions/{{version}}"):
             routes.append(Route(f"{place}/infer", _App(self._infer), methods=["POST"]))
@@ -69,8 +69,7 @@ class Web:
             add("GET", f"{place}/config", self._config)
             add("GET", f"{place}/stats", self._stats)
             add("GET", place, self._metadata)
-            add("GET", f"{place}/trace/setting", _unsupported("trace settings"))
-            add("POST", f"{place}/trace/setting", _unsupported("trace settings"))
+            add("GET POST", f"{place}/trace/setting", _unsupported("trace settings"))
         add("GET", "/v2", self._server)
         add("GET", "/v2/health/live", self._live)
         add("GET", "/v2/health/ready", self._ready)
@@ -87,8 +86,7 @@ class Web:
             add("POST", f"{what}/unregister", self._cuda_unregister)
         add("POST", "/v2/cudasharedmemory/region/{region}/register", _unsupported("CUDA shared memory"))
         for path, words in (("/v2/trace/setting", "trace settings"), ("/v2/logging", "log settings")):
-            add("GET", path, _unsupported(words))
-            add("POST", path, _unsupported(words))
+            add("GET POST", path, _unsupported(words))
         add("GET", "/metrics", self._metrics)
         add("GET", "/openapi.json", self._openapi)
         add("GET", "/", self._page)
@@ -171,7 +169,9 @@ class Web:
     # The repository
 
     async def _index(self, request: Request) -> Response:
-        only_ready = bool((await self._json(request)).get("ready", False))
+        only_ready = (await self._json(request)).get("ready", False)
+        if not isinstance(only_ready, bool):
+            raise InputError(f"ready is {only_ready!r}; it is true or false")
         return _json(
             [
                 {"name": v.model, "version": v.number, "state": v.state.value, "reason": v.reason}
@@ -215,7 +215,7 @@ class Web:
     async def _cuda_status(self, request: Request) -> Response:
         name = request.path_params.get("region", "")
         if name:
-            raise InputError(f"region {name!r} is not registered; CUDA shared memory is not supported")
+            raise UnknownRegion(f"region {name!r} is not registered; CUDA shared memory is not supported")
         return _json([])
 
     async def _cuda_unregister(self, _: Request) -> Response:
@@ -228,7 +228,11 @@ class Web:
         return Response(text, headers={"content-type": content_type})
 
     async def _openapi(self, _: Request) -> Response:
-        return _json(openapi.description())
+        loaded: dict[str, list[str]] = {}
+        for version in self._repository:
+            if version.entrance is not None:
+                loaded.setdefault(version.model, []).append(version.number)
+        return _json(openapi.description(loaded))
 
     async def _page(self, _: Request) -> Response:
         return Response(page.html(), media_type="text/html", headers=page.headers())

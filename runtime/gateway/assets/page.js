@@ -2,7 +2,7 @@
 (() => {
   const { hue, milliseconds, bytes, element, shape } = draw;
   const by = (id) => document.getElementById(id);
-  const DOWN = "#c2571a";
+  const DOWN = "#c92a2a";
   const rate = (value) => (value >= 100 ? value.toFixed(0) : value.toFixed(1)) + "/s";
   const percent = (share) => (100 * share).toFixed(0) + " %";
   const key = (model) => `${model.name}/${model.version}`;
@@ -66,9 +66,11 @@
       });
     }
     boxes.push({ id: "out", title: "outputs", lines: [rate(model.per_s)], hue: "#888888", outside: true, about: plan.outputs.join(", ") });
+    const planned = (stage) => plan.edges.reduce((sum, edge) => sum + (edge.from === stage ? edge.bytes : 0), 0);
+    const sent = (stage) => model.nodes.reduce((sum, node) => sum + (node.stage === stage ? node.output_bytes_per_s : 0), 0);
     const edges = plan.edges.map((edge) => ({
       from: edge.from < 0 ? "in" : `s${edge.from}`, to: edge.to < 0 ? "out" : `s${edge.to}`,
-      label: edge.bytes ? `${bytes(edge.bytes)}` : "",
+      label: edge.bytes ? `${bytes(edge.bytes)}, ${bytes(Math.round(sent(edge.from) * edge.bytes / planned(edge.from)))}/s` : "",
     }));
     const focused = parts.graph.contains(document.activeElement) ? document.activeElement.dataset.id : null;
     const scroll = parts.graph.scrollLeft;
