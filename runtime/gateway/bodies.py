@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from onnxsplit.errors import InputError
@@ -16,6 +17,7 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 SILENCE_S = 10.0
 SLOWEST_BYTES_PER_S = 64 << 10
 _PATIENCE_S = 30.0
+_DISCARD_S = 3.0
 
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
@@ -44,6 +46,8 @@ class Bodies:
         claimed = headers.get("content-length", "")
         length = int(claimed) if claimed.isdecimal() else None
         if length is not None and length > self.most_bytes:
+            if "expect" not in headers:
+                await _discard(receive)
             raise TooLarge(f"the request has {length} bytes; at most {self.most_bytes} are allowed (--max-body)")
         coding = headers.get("content-encoding", "identity").lower()
         if coding not in ("identity", "gzip", "deflate"):
@@ -62,6 +66,7 @@ class Bodies:
             while True:
                 piece = message["body"]
                 if len(body) + len(piece) > self.most_bytes:
+                    await _discard(receive)
                     raise TooLarge(f"the request has more than the {self.most_bytes} bytes allowed (--max-body)")
                 if body and self.held_bytes + len(piece) > self._all_bytes:
                     raise Busy(f"requests of {self.held_bytes} bytes are being received, which is all; try again later")
@@ -84,6 +89,14 @@ class Bodies:
         if not machine.eof:
             raise InputError(f"the body ends within its {coding} stream")
         return data
+
+
+async def _discard(receive: Receive) -> None:
+    """Throw away what a client sends on for a while: many read no answer before they have sent all."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            while (await receive()).get("more_body"):
+                pass
 
 
 async def _next(receive: Receive, patience_s: float) -> Mapping[str, Any]:

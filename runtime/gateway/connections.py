@@ -1,9 +1,12 @@
 """HTTP connections that cannot be held for nothing: uvicorn's protocol, with limits on headers and on waiting.
 
-silent after connecting, or half a header    closed after ``HEADER_S``
-a header of more than ``HEADER_BYTES``       400, closed
-an answer that is not read                   aborted after ``UNREAD_S`` without a byte leaving
-gone before the answer                       the request is given up (``scope["abandon"]``)
+What a client may do, and what becomes of it:
+
+    silent after connecting, or half a header    closed after ``HEADER_S``
+    a header of more than ``HEADER_BYTES``       400, closed
+    a body that goes on after its answer         thrown away, closed after ``LINGER_S``
+    an answer that is not read                   aborted after ``UNREAD_S`` without a byte leaving
+    gone before the answer                       the request is given up (``scope["abandon"]``)
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_S = 10.0
 HEADER_BYTES = 64 << 10
+LINGER_S = 5.0
 UNREAD_S = 30.0
 
 _TOO_LARGE = f"the header is larger than the {HEADER_BYTES} bytes allowed"
@@ -23,7 +27,9 @@ class Connection(HttpToolsProtocol):
     """One connection."""
 
     _clock: asyncio.TimerHandle | None = None
+    _linger: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+    _whole = True
     _header_bytes = 0
     _unfinished_bytes = 0
     _problem = ""
@@ -37,6 +43,7 @@ class Connection(HttpToolsProtocol):
         """Somebody is gone: so is the reason to work on the request."""
         self._came()
         self._read()
+        self._stop_lingering()
         waiting = [self.cycle, *(cycle for cycle, _ in self.pipeline)]
         super().connection_lost(exc)
         for cycle in waiting:
@@ -49,6 +56,7 @@ class Connection(HttpToolsProtocol):
         """A header begins."""
         super().on_message_begin()
         self._header_bytes = 0
+        self._whole = False
         if self._clock is None:
             self._due()
 
@@ -67,6 +75,18 @@ class Connection(HttpToolsProtocol):
         self._came()
         self._unfinished_bytes = 0
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        self._whole = True
+        self._stop_lingering()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """It was answered; perhaps before it was whole, and then a client that sends on must be able to read that."""
+        super().on_response_complete()
+        if not self._whole and self._linger is None:
+            self._linger = self.loop.call_later(LINGER_S, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
         """Bytes; those of a header that does not end are counted, too: the parser keeps them until a field is whole."""
@@ -113,6 +133,11 @@ class Connection(HttpToolsProtocol):
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+
+    def _stop_lingering(self) -> None:
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
 
     def _read(self) -> None:
         if self._unread is not None:

@@ -332,7 +332,7 @@ def _error_response(error: Exception) -> Response:
         headers["retry-after"] = _RETRY_S
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = 'Basic realm="onnxsplit, any name, the token as password", Bearer'
-    if status in (408, 413, 499) or isinstance(error, Cancelled):
+    if status in (408, 499) or isinstance(error, Cancelled):
         headers["connection"] = "close"  # the rest of the body is not waited for
     message = str(error) if isinstance(error, OnnxsplitError) else f"an error in the server: {type(error).__name__}"
     return Response(json.dumps({"error": message}), status, headers, "application/json")

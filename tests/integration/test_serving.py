@@ -1,0 +1,488 @@
+"""Serving under load, under fault, under attack, and to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import build
+import numpy as np
+import psutil
+import pytest
+from onnx import TensorProto, helper
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from served import Served
+from tritonclient.utils import InferenceServerException
+
+from onnxsplit.planner import partition
+
+
+INFER = b"POST /v2/models/model/infer HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def asked(rows=1, value=0.5, **parameters) -> bytes:
+    tensor = {"name": "x", "shape": [rows, 32], "datatype": "FP32", "data": [value] * (32 * rows)}
+    return json.dumps({"inputs": [tensor], "parameters": parameters}).encode()
+
+
+@pytest.fixture(scope="module")
+def batched_plan(tmp_path_factory):
+    """A chain whose batch axis is proven."""
+    folder = tmp_path_factory.mktemp("batched")
+    partition(build.save(build.chain(), folder), stages=2, out=folder / "chain.plan", costs="measured")
+    return folder / "chain.plan"
+
+
+@pytest.fixture(scope="module")
+def slow_plan(tmp_path_factory):
+    """Some milliseconds a request of 64 rows."""
+    folder = tmp_path_factory.mktemp("slow")
+    partition(build.save(build.chain(6, 512), folder), stages=2, out=folder / "slow.plan", costs="analytic")
+    return folder / "slow.plan"
+
+
+def slow_request() -> tuple[bytes, dict[str, str]]:
+    array = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    inputs = [{"name": "x", "shape": [64, 512], "datatype": "FP32", "parameters": {"binary_data_size": array.nbytes}}]
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    return head + array.tobytes(), {"Inference_Header_Content_Length": str(len(head))}
+
+
+def nodes(server: Served) -> list[psutil.Process]:
+    return [p for p in psutil.Process(server.process.pid).children() if "runtime.node" in " ".join(p.cmdline())]
+
+
+# Faults
+
+
+def test_kill_9_of_nodes_under_load_fails_no_request(chain_plan, python_environment):
+    x = np.ones((1, 32), np.float32)
+    ending = threading.Event()
+    problems: list[str] = []
+    counts: Counter[str] = Counter()
+
+    def over_http():
+        while not ending.is_set():
+            status, _, body = server.ask("/v2/models/model/infer", asked())
+            counts["http"] += 1
+            if status != 200:
+                problems.append(body.decode())
+
+    def over_grpc():
+        given = triton_grpc.InferInput("x", [1, 32], "FP32")
+        given.set_data_from_numpy(x)
+        with triton_grpc.InferenceServerClient(server.grpc) as client:
+            while not ending.is_set():
+                try:
+                    client.infer("model", [given])
+                except InferenceServerException as error:
+                    problems.append(str(error))
+                counts["grpc"] += 1
+
+    with Served(chain_plan, "--replicas", "2", environment=python_environment) as server:
+        threads = [threading.Thread(target=target) for target in (over_http, over_http, over_grpc, over_grpc)]
+        for thread in threads:
+            thread.start()
+        for _ in range(6):
+            time.sleep(1)
+            victims = nodes(server)
+            os.kill(victims[len(victims) // 2].pid, signal.SIGKILL)
+        time.sleep(1)
+        ending.set()
+        for thread in threads:
+            thread.join()
+        text = server.ask("/metrics")[2].decode()
+    assert problems == []
+    assert min(counts["http"], counts["grpc"]) > 100
+    lost = sum(float(v) for v in re.findall(r"^onnxsplit_node_restarts_total\{.*\} (\S+)$", text, re.MULTILINE))
+    assert lost == 6
+
+
+def test_overload_is_refused_with_reasons_and_what_is_accepted_is_in_time(slow_plan, python_environment):
+    body, headers = slow_request()
+    limited = body.replace(b'"binary_data_output": true', b'"binary_data_output": true, "timeout": 15000', 1)
+    headers["Inference_Header_Content_Length"] = str(int(headers["Inference_Header_Content_Length"]) + 18)
+    found: list[tuple[int, str, float]] = []
+    ending = time.monotonic() + 6
+
+    def ask(_):
+        while time.monotonic() < ending:
+            begun = time.monotonic()
+            status, _, answer = server.ask("/v2/models/slow/infer", limited, **headers)
+            took = time.monotonic() - begun
+            found.append((status, "" if status == 200 else json.loads(answer)["error"], took))
+
+    with Served(slow_plan, "--threads", "1", environment=python_environment) as server:
+        with ThreadPoolExecutor(40) as pool:
+            list(pool.map(ask, range(40)))
+        assert server.ask("/v2/models/slow/infer", body, **slow_request()[1])[0] == 200, "and then all is well again"
+    statuses = Counter(status for status, _, _ in found)
+    assert set(statuses) <= {200, 503, 504}
+    assert min(statuses[200], statuses[503]) > 20
+    for status, words, _ in found:
+        assert status == 200 or re.search(
+            "is expected in .* left|requests wait|time the request had|time ran out", words
+        )
+
+
+def test_slow_and_half_open_clients_hurt_nobody(chain_plan, python_environment):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
+    with Served(chain_plan, environment=python_environment) as server:
+        host, _, port = server.host.partition(":")
+        before = psutil.Process(server.process.pid).memory_info().rss
+        begun = time.monotonic()
+        opened = [socket.create_connection((host, int(port))) for _ in range(200)]
+        for number, connection in enumerate(opened):
+            match number % 4:
+                case 0:
+                    connection.sendall(INFER + b"X-Slow: ")  # half a header
+                case 1:
+                    connection.sendall(INFER + b"Content-Length: 200000000\r\n\r\n{")  # a body that does not come
+                case 2:
+                    connection.sendall(INFER + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nzz")
+        rpc_host, _, rpc_port = server.grpc.partition(":")
+        silent = [socket.create_connection((rpc_host, int(rpc_port))) for _ in range(50)]
+        times = []
+        for _ in range(200):
+            at = time.monotonic()
+            assert server.ask("/v2/models/model/infer", asked())[0] == 200
+            times.append(time.monotonic() - at)
+        assert sorted(times)[-5] < 0.5
+        for number, connection in enumerate(opened):
+            connection.settimeout(max(0.1, 25 - (time.monotonic() - begun)))
+            answer = b""
+            try:
+                while piece := connection.recv(4096):
+                    answer += piece
+            except ConnectionResetError:
+                pass
+            expected = {0: b"", 1: b"HTTP/1.1 408", 2: b"HTTP/1.1 400", 3: b""}[number % 4]
+            assert answer.startswith(expected), (number, answer)
+            connection.close()
+        for connection in silent:
+            connection.close()
+        assert psutil.Process(server.process.pid).memory_info().rss - before < 60 << 20
+        assert server.ask("/v2/models/model/infer", asked())[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "words"),
+    [
+        (b"GET /" + b"a" * 100_000, b"400", b"larger than the 65536 bytes"),
+        (b"GET / HTTP/1.1\r\n" + b"X-A: b\r\n" * 20_000 + b"\r\n", b"400", b"larger than the 65536 bytes"),
+        (b"GET / HTTP/1.1\r\nX-A: " + b"b" * 100_000, b"400", b"larger than the 65536 bytes"),
+        (b"\x16\x03\x01 hello", b"400", b"not HTTP/1.1"),
+        (INFER + b"Content-Length: 99999999999\r\n\r\n", b"413", b"max-body"),
+        (INFER + b"Content-Length: -5\r\n\r\n", b"400", b"not HTTP/1.1"),
+    ],
+    ids=["endless line", "many headers", "endless header", "TLS", "huge body", "negative body"],
+)  # fmt: skip
+def test_what_is_not_a_request_is_answered_and_hung_up(served_chain, sent, status, words):
+    host, _, port = served_chain.host.partition(":")
+    with socket.create_connection((host, int(port)), timeout=15) as connection:
+        with suppress(OSError):  # it may have hung up already
+            connection.sendall(sent)
+        answer = b""
+        try:
+            while piece := connection.recv(4096):
+                answer += piece
+        except ConnectionResetError:
+            pass
+    assert answer.split()[1] == status
+    assert words in answer
+
+
+@pytest.fixture(scope="module")
+def served_chain(chain_plan):
+    from pathlib import Path
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with Served(chain_plan, environment=environment) as server:
+        yield server
+
+
+def test_a_client_that_goes_away_gives_its_request_up(slow_plan, python_environment):
+    body, headers = slow_request()
+    length = headers["Inference_Header_Content_Length"]
+    head = (
+        f"POST /v2/models/slow/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        f"Inference-Header-Content-Length: {length}\r\n\r\n"
+    ).encode()
+    with Served(slow_plan, "--threads", "1", environment=python_environment) as server:
+        host, _, port = server.host.partition(":")
+        opened = [socket.create_connection((host, int(port))) for _ in range(60)]
+        for connection in opened:
+            connection.sendall(head + body)
+        for connection in opened:
+            connection.close()
+        deadline = time.monotonic() + 10
+        while True:
+            text = server.ask("/metrics")[2].decode()
+            if 'nv_inference_pending_request_count{model="slow",version="1"} 0.0' in text:
+                break
+            assert time.monotonic() < deadline
+        given_up = float(re.search(r'onnxsplit_request_failures_total\{.*reason="canceled".*\} (\S+)', text)[1])
+        assert given_up > 30
+
+
+# Batching
+
+
+def test_joined_requests_get_their_own_rows(batched_plan, python_environment):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    whole = onnxruntime.InferenceSession(build.chain().SerializeToString(), options, ["CPUExecutionProvider"])
+    source = np.random.default_rng(3)
+    inputs = [source.standard_normal((rows, 32)).astype(np.float32) for rows in source.integers(1, 4, 200)]
+
+    with Served(batched_plan, "--max-batch", "8", "--max-delay", "3", environment=python_environment) as server:
+
+        def ask(x):
+            with triton_http.InferenceServerClient(server.host) as client:
+                given = triton_http.InferInput("x", list(x.shape), "FP32")
+                given.set_data_from_numpy(x)
+                return client.infer("chain", [given]).as_numpy("y")
+
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(ask, inputs))
+        statistics = server.json("/v2/models/chain/stats")["model_stats"][0]
+    for x, y in zip(inputs, found, strict=True):
+        np.testing.assert_allclose(y, whole.run(None, {"x": x})[0], rtol=1e-4, atol=1e-5)
+    assert statistics["inference_count"] == sum(len(x) for x in inputs)
+    assert statistics["execution_count"] < 150, "200 requests were joined"
+    assert max(entry["batch_size"] for entry in statistics["batch_stats"]) > 3
+
+
+def test_a_request_that_fails_in_a_batch_fails_alone(tmp_path, python_environment):
+    table = build.constant("table", np.arange(64, dtype=np.float32).reshape(16, 4))
+    ops = [helper.make_node("Gather", ["table", "i"], ["row"]), helper.make_node("Relu", ["row"], ["y"])]
+    proto = build.model(
+        ops, [build.value("i", ["batch"], TensorProto.INT64)], [build.value("y", ["batch", 4])], [table]
+    )
+    partition(build.save(proto, tmp_path), stages=2, out=tmp_path / "rows.plan", costs="measured")
+    plan = json.loads((tmp_path / "rows.plan" / "plan.json").read_text())
+    assert plan["tensors"]["i"]["batch_axis"] == 0
+
+    with Served(
+        tmp_path / "rows.plan", "--max-batch", "16", "--max-delay", "20", environment=python_environment
+    ) as server:
+
+        def ask(row):
+            tensor = {"name": "i", "shape": [1], "datatype": "INT64", "data": [row]}
+            status, _, body = server.ask("/v2/models/rows/infer", json.dumps({"inputs": [tensor]}).encode())
+            return status, json.loads(body)
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(ask, [0, 1, 99, 3, 4, 5, 6, 7]))
+    assert [status for status, _ in found] == [200, 200, 500, 200, 200, 200, 200, 200]
+    assert "stage" in found[2][1]["error"]
+    assert found[7][1]["outputs"][0]["data"] == [28, 29, 30, 31]
+
+
+# Who may ask
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text("# for the tests\nsesame-open-yourself-now\n")
+    file.chmod(0o600)
+    return file
+
+
+def test_tokens_guard_everything(chain_plan, python_environment, token_file):
+    with Served(chain_plan, "--token-file", token_file, environment=python_environment) as server:
+        for path in ("/", "/metrics", "/v2", "/events", "/openapi.json", "/v2/health/live"):
+            status, headers, body = server.ask(path)
+            assert (status, "Authorization: Bearer" in json.loads(body)["error"]) == (401, True), path
+            assert headers["www-authenticate"].startswith("Basic")
+        good = "Bearer sesame-open-yourself-now"
+        assert server.ask("/metrics", Authorization=good)[0] == 200
+        assert server.ask("/metrics", Authorization="Bearer sesame-open-yourself-nox")[0] == 401
+        assert server.ask("/", Authorization="Basic YW55OnNlc2FtZS1vcGVuLXlvdXJzZWxmLW5vdw==")[0] == 200
+        assert server.ask("/", Authorization="Basic !!!")[0] == 401
+        with triton_grpc.InferenceServerClient(server.grpc) as client:
+            with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+                client.is_server_ready()
+            assert client.is_server_ready(headers={"authorization": good})
+            heard: list[object] = []
+            done = threading.Event()
+            client.start_stream(lambda result, error: (heard.append(error), done.set()))
+            given = triton_grpc.InferInput("x", [1, 32], "FP32")
+            given.set_data_from_numpy(np.ones((1, 32), np.float32))
+            with suppress(InferenceServerException):  # when the refusal was faster
+                client.async_stream_infer("model", [given])
+            assert done.wait(10)
+            assert "UNAUTHENTICATED" in str(heard[0])
+    assert "sesame" not in "".join(server.log)
+
+
+@pytest.mark.parametrize(("text", "mode", "words"), [
+    ("sesame-open-yourself-now", 0o644, "can be read by others"),
+    ("short", 0o600, "at least 16 characters"),
+    ("# nothing", 0o600, "at least 16 characters"),
+])  # fmt: skip
+def test_weak_token_files_are_refused(chain_plan, python_environment, tmp_path, text, mode, words):
+    file = tmp_path / "tokens"
+    file.write_text(text)
+    file.chmod(mode)
+    status, errors = start(python_environment, chain_plan, "--token-file", file)
+    assert (status, words in errors) == (1, True), errors
+
+
+def test_tls(chain_plan, python_environment, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here to make a certificate; install it with: apt-get install openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with Served(chain_plan, "--tls-cert", certificate, "--tls-key", key, environment=python_environment) as server:
+        assert server.http.startswith("https://")
+        context = ssl.create_default_context(cafile=certificate)
+        with urllib.request.urlopen(f"{server.http}/v2/health/ready", context=context, timeout=10) as answer:
+            assert answer.status == 200
+        with triton_grpc.InferenceServerClient(server.grpc, ssl=True, root_certificates=str(certificate)) as client:
+            assert client.is_server_ready()
+        with triton_grpc.InferenceServerClient(server.grpc) as client, pytest.raises(InferenceServerException):
+            client.is_server_ready(client_timeout=2)
+    assert start(python_environment, chain_plan, "--tls-cert", certificate)[1].count("belong together") == 1
+
+
+# Settings
+
+
+def start(environment, *words, folder=None) -> tuple[int, str]:
+    """A start that fails: the status, and what was said."""
+    command = [sys.executable, "-P", "-m", "onnxsplit", "serve", "--http-port", "0", "--grpc-port", "0"]
+    done = subprocess.run(
+        [*command, *map(str, words)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def test_the_command_line_goes_before_the_environment_before_the_file(chain_plan, python_environment, tmp_path):
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    (tmp_path / "onnxsplit.toml").write_text(
+        "[serve]\nmax-queue = 7\nmax-body = '1M'\ninflight = 3\nreplicas = ['0=2']\n"
+    )
+    environment = {**python_environment, "ONNXSPLIT_SERVE_INFLIGHT": "5", "ONNXSPLIT_SERVE_MAX_BODY": "2M"}
+    with Served(chain_plan, "--max-body", "3M", environment=environment, folder=inner) as server:
+        assert len(nodes(server)) == 3
+        status, _, body = server.ask("/v2/models/model/infer", bytes(4 << 20))
+        assert (status, f"at most {3 << 20}" in body.decode()) == (413, True)
+    said = next(line for line in server.log if "differ from the defaults" in line)
+    assert "max-body = 3145728 (command line)" in said
+    assert "inflight = 5 (environment)" in said
+    assert "max-queue = 7 (onnxsplit.toml)" in said
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("[serve]\nmax-quue = 7\n", "has no option 'max-quue'"),
+    ("[srve]\n", "there is no command 'srve'"),
+    ("max-queue = 7\n", "stands outside of a table"),
+    ("[serve\n", "cannot be read"),
+    ("[serve]\nmax-queue = 'many'\n", "'many' is not a valid integer"),
+    ("[serve]\ninsecure = 'no'\n", "allowed: true, false"),
+])  # fmt: skip
+def test_a_wrong_settings_file_is_refused_by_name(chain_plan, python_environment, tmp_path, text, words):
+    (tmp_path / "onnxsplit.toml").write_text(text)
+    status, errors = start(python_environment, chain_plan, folder=tmp_path)
+    assert (status, words in errors) == (2, True), errors
+
+
+def test_a_port_in_use_is_said_before_anything_is_started(chain_plan, python_environment, free_port):
+    with socket.create_server(("127.0.0.1", free_port)):
+        for option in ("--http-port", "--grpc-port"):
+            status, errors = start(python_environment, chain_plan, option, str(free_port))
+            assert status == 1
+            assert re.search(rf"cannot .* 127\.0\.0\.1:{free_port}.*{option}", errors), errors
+            assert "node starts" not in errors
+
+
+def test_two_plans_of_one_name_are_refused(chain_plan, python_environment, tmp_path):
+    shutil.copytree(chain_plan, tmp_path / chain_plan.name)
+    status, errors = start(python_environment, chain_plan, tmp_path / chain_plan.name)
+    assert (status, "two plans would be served as model 'model'" in errors) == (1, True)
+
+
+def test_nodes_started_by_hand_can_be_waited_for(chain_plan, python_environment, tmp_path):
+    address = f"ipc://{tmp_path}/c"
+    by_hand = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "onnxsplit", "node", "--connect", address, "--plan", str(chain_plan)],
+            env=python_environment, stderr=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    with Served(chain_plan, "--launcher", "none", "--bind", address, environment=python_environment) as server:
+        assert server.ask("/v2/models/model/infer", asked())[0] == 200
+    assert [process.wait(timeout=20) for process in by_hand] == [0, 0]
+
+
+# The end
+
+
+def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(slow_plan, python_environment):
+    body, headers = slow_request()
+    with ThreadPoolExecutor(30) as pool:
+        server = Served(slow_plan, "--threads", "1", environment=python_environment)
+        begun = threading.Barrier(31)
+
+        def ask(_):
+            begun.wait()
+            return server.ask("/v2/models/slow/infer", body, **headers)[0]
+
+        waiting = [pool.submit(ask, number) for number in range(30)]
+        begun.wait()
+        deadline = time.monotonic() + 10
+        while not re.search(r"nv_inference_pending_request_count\{.*\} 3\d\.0", server.ask("/metrics")[2].decode()):
+            if all(future.done() for future in waiting):
+                break
+            assert time.monotonic() < deadline
+        assert server.end() == 0
+        statuses = Counter(future.result() for future in waiting)
+    assert set(statuses) == {200}, statuses
+
+
+def test_ctrl_c_while_nodes_start_leaves_nothing(chain_plan, python_environment):
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "onnxsplit", "serve", str(chain_plan), "--http-port", "0", "--grpc-port", "0"],
+        env=python_environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "node starts" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
