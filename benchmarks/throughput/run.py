@@ -101,11 +101,16 @@ class Peer:
 
     def rate(self, seconds: float) -> float:
         """Answers a second over a span."""
+        answer = self.slice(seconds)
+        return answer["requests"] / answer["seconds"]
+
+    def slice(self, seconds: float) -> dict[str, float]:
+        """What a span gave: requests, seconds, and the 50th and 99th percentile of their times."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"%f\n" % seconds)
         self._process.stdin.flush()
-        answer = json.loads(self.line())
-        return answer["requests"] / answer["seconds"]
+        answer: dict[str, float] = json.loads(self.line())
+        return answer
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 
 from runtime.errors import Busy
 
+_SPREADS = 2.5  # of the usual spread that are reckoned with
 _FORGET = 0.1  # the weight of the newest in what is remembered of the pace
 
 
@@ -68,6 +69,7 @@ class Line:
         self._rows = 0
         self._gap_ns = 0.0  # between two rows that come out, while others wait
         self._inside_ns = 0.0  # from going in to coming out
+        self._spread_ns = 0.0  # how far that is off, usually
         self._out_ns: int | None = None  # the last came out, and others have waited since
 
     def __len__(self) -> int:
@@ -77,8 +79,13 @@ class Line:
         return iter(self._waiting)
 
     def expected_ns(self, rows: int = 0) -> int:
-        """How long the answer to a request of ``rows`` that came now would take, by the pace of late."""
-        return int((self._rows + rows) * self._gap_ns + self._inside_ns)
+        """How long the answer to a request of ``rows`` that came now may take, by the pace of late."""
+        return int((self._rows + rows) * self._gap_ns + self._passage_ns)
+
+    @property
+    def _passage_ns(self) -> float:
+        """From going in to coming out; few take longer."""
+        return self._inside_ns + _SPREADS * self._spread_ns
 
     def join(self, request: Waiting) -> None:
         """Stand at the end.
@@ -127,7 +134,7 @@ class Line:
         found = []
         while self._waiting:
             deadline = self._waiting[0].deadline_ns
-            if deadline is None or now_ns + self._inside_ns <= deadline:
+            if deadline is None or now_ns + self._passage_ns <= deadline:
                 break
             found.append(self._waiting[0])
             self.leave(self._waiting[0])
@@ -158,7 +165,10 @@ class Line:
 
     def came_out(self, rows: int, entered_ns: int, now_ns: int) -> None:
         """An answer to ``rows`` that went in together is there."""
-        self._inside_ns += _FORGET * (now_ns - entered_ns - self._inside_ns) if self._inside_ns else now_ns - entered_ns
+        took_ns = now_ns - entered_ns
+        off_ns = took_ns - self._inside_ns if self._inside_ns else 0.0
+        self._inside_ns = self._inside_ns + _FORGET * off_ns if self._inside_ns else took_ns
+        self._spread_ns += _FORGET * (abs(off_ns) - self._spread_ns)
         if self._out_ns is not None and rows:
             gap = (now_ns - self._out_ns) / rows
             self._gap_ns += _FORGET * (gap - self._gap_ns) if self._gap_ns else gap

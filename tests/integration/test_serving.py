@@ -34,7 +34,6 @@ from tritonclient.utils import InferenceServerException
 
 from onnxsplit.planner import partition
 
-
 INFER = b"POST /v2/models/model/infer HTTP/1.1\r\nHost: localhost\r\n"
 
 

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import mosec
-from peer import Peer, Plan, Runner, Tensors, free_port, join, main, split
+from http_callers import Callers
+from peer import Plan, Runner, Tensors, free_port, join, main, split
 
 LARGEST = 1 << 30
 
@@ -52,47 +51,14 @@ def serve() -> None:
     server.run()
 
 
-def call(port: int, requests: SimpleQueue[Tensors | None], answers: SimpleQueue[Tensors | Exception]) -> None:
-    """One caller: a connection that is kept, one request at a time."""
-    connection = HTTPConnection("127.0.0.1", port)
-    while (tensors := requests.get()) is not None:
-        try:
-            connection.request("POST", "/inference", join(tensors))
-            response = connection.getresponse()
-            body = response.read()
-            answers.put(split(body) if response.status == 200 else RuntimeError(body.decode(errors="replace")))
-        except Exception as error:
-            answers.put(error)
-    connection.close()
-
-
-class Callers(Peer):
-    """As many callers as there are requests in flight."""
-
-    def __init__(self, port: int, inflight: int) -> None:
-        self.requests: SimpleQueue[Tensors | None] = SimpleQueue()
-        self.answers: SimpleQueue[Tensors | Exception] = SimpleQueue()
-        self.threads = [Thread(target=call, args=(port, self.requests, self.answers)) for _ in range(inflight)]
-        for thread in self.threads:
-            thread.start()
-
-    def submit(self, tensors: Tensors) -> None:
-        """Send one request."""
-        self.requests.put(tensors)
-
-    def take(self) -> Tensors:
-        """Wait for the next answer."""
-        answer = self.answers.get()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def close(self) -> None:
-        """Let the callers go."""
-        for _ in self.threads:
-            self.requests.put(None)
-        for thread in self.threads:
-            thread.join()
+def ask(connection: HTTPConnection, tensors: Tensors) -> Tensors:
+    """One request."""
+    connection.request("POST", "/inference", join(tensors))
+    response = connection.getresponse()
+    body = response.read()
+    if response.status != 200:
+        raise RuntimeError(body.decode(errors="replace"))
+    return split(body)
 
 
 def wait_until_up(server: subprocess.Popen[bytes], port: int) -> None:
@@ -120,7 +86,7 @@ def start(plan: Plan, known: Tensors, inflight: int) -> Iterator[Callers]:
     server = subprocess.Popen(command, cwd=Path(__file__).parent, env=os.environ | environment)
     try:
         wait_until_up(server, port)
-        callers = Callers(port, inflight)
+        callers = Callers(port, inflight, ask)
         try:
             yield callers
         finally:

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -151,20 +152,34 @@ Start = Callable[[Plan, Tensors, int], AbstractContextManager[Peer]]
 
 
 def drive(peer: Peer, request: Tensors, inflight: int, seconds: float) -> dict[str, float]:
-    """Keep requests in flight; time starts when the first lot is answered, and ends with the last answer counted."""
-    for _ in range(inflight):
+    """Keep requests in flight; time starts when the first lot is answered, and ends with the last answer counted.
+
+    All requests are alike, so an answer is put down to the oldest that has none.
+    """
+    sent: deque[float] = deque()
+
+    def submit() -> None:
+        sent.append(time.perf_counter())
         peer.submit(request)
+
+    for _ in range(inflight):
+        submit()
     for _ in range(inflight):
         peer.take()
-        peer.submit(request)
-    answered, spent, start = 0, 0.0, time.perf_counter()
+        sent.popleft()
+        submit()
+    times, spent, start = [], 0.0, time.perf_counter()
     while spent < seconds:
         peer.take()
-        answered, spent = answered + 1, time.perf_counter() - start
-        peer.submit(request)
+        now = time.perf_counter()
+        times.append(now - sent.popleft())
+        spent = now - start
+        submit()
     for _ in range(inflight):
         peer.take()
-    return {"requests": answered, "seconds": spent}
+    times.sort()
+    p99_ms = 1e3 * times[len(times) * 99 // 100]
+    return {"requests": len(times), "seconds": spent, "p50_ms": 1e3 * times[len(times) // 2], "p99_ms": p99_ms}
 
 
 def check(peer: Peer, plan: Plan, request: Tensors, known: Tensors) -> None:

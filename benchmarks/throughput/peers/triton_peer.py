@@ -13,12 +13,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 
-import numpy as np
 from google.protobuf import text_format
-from peer import Peer, Plan, Tensors, free_port, main
-from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
+from grpc_caller import Caller
+from peer import Plan, Tensors, free_port, main
+from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
@@ -80,32 +79,6 @@ def backends(folder: Path) -> Path:
     return python.parent
 
 
-class Ensemble(Peer):
-    """The ensemble behind gRPC; answers come by callback."""
-
-    def __init__(self, client: InferenceServerClient, plan: Plan, known: Tensors, alias: dict[str, str]) -> None:
-        self.client, self.plan, self.alias = client, plan, alias
-        self.shapes = {name: known[name].shape for name in plan.outputs}
-        self.answers: SimpleQueue[tuple[InferResult, InferenceServerException | None]] = SimpleQueue()
-
-    def submit(self, tensors: Tensors) -> None:
-        """Send one request."""
-        inputs = []
-        for name, array in tensors.items():
-            array = np.atleast_1d(array)
-            inputs.append(InferInput(self.alias[name], array.shape, np_to_triton_dtype(array.dtype)))
-            inputs[-1].set_data_from_numpy(array)
-        self.client.async_infer("ensemble", inputs, callback=lambda result, error: self.answers.put((result, error)))
-
-    def take(self) -> Tensors:
-        """Wait for the next answer."""
-        result, error = self.answers.get()
-        if error is not None:
-            raise error
-        answer = {name: result.as_numpy(self.alias[name]) for name in self.plan.outputs}
-        return {name: array if self.shapes[name] else array.reshape(()) for name, array in answer.items()}
-
-
 def wait_until_ready(server: subprocess.Popen[bytes], client: InferenceServerClient) -> None:
     """Return once all models are loaded."""
     while server.poll() is None:
@@ -119,7 +92,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], client: InferenceServerCli
 
 
 @contextmanager
-def start(plan: Plan, known: Tensors, inflight: int) -> Iterator[Ensemble]:
+def start(plan: Plan, known: Tensors, inflight: int) -> Iterator[Caller]:
     """Start the server on a port of its own, with gRPC only."""
     alias = {name: f"t{index}" for index, name in enumerate(known)}  # Triton takes few characters in names
     address = f"127.0.0.1:{free_port()}"
@@ -144,7 +117,7 @@ def start(plan: Plan, known: Tensors, inflight: int) -> Iterator[Ensemble]:
         try:
             with InferenceServerClient(address) as client:
                 wait_until_ready(server, client)
-                yield Ensemble(client, plan, known, alias)
+                yield Caller(client, "ensemble", plan, known, alias)
         finally:
             server.terminate()
             server.wait()
