@@ -7,6 +7,7 @@ The lock is held only to decide and to send, never to copy.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -138,6 +139,11 @@ class Flow:
         self._answers: deque[tuple[Done, Answer]] = deque()
         self._count = 0
         self._stopped = False
+        self._sockets: Sockets
+        self._data: Inlet
+        self._elsewhere_taken = False
+        self._thread_ended = threading.Event()
+        self._taking = threading.Lock()
 
     def submit(
         self, inputs: Mapping[str, Array], wanted: tuple[str, ...], cost: int, deadline_ns: int | None, done: Done
@@ -223,15 +229,38 @@ class Flow:
             self._payloads.release(going)
 
     def take_results(self, sockets: Sockets, data: Inlet) -> None:
-        """Take what comes back until :meth:`stop`."""
-        while not self._stopped:
-            ready = sockets.wait(60.0)
-            message = data.receive(ready)
-            event = self._result(*message) if message is not None else None
-            if event is not None:
-                with self.lock:
-                    self._take(event)
-                self.deliver()
+        """Take what comes back until :meth:`stop`, or until somebody else takes it."""
+        self._sockets, self._data = sockets, data
+        while not (self._stopped or self._elsewhere_taken):
+            self._take_one(sockets.wait(60.0))
+        self._thread_ended.set()
+
+    def take_in_loop(self) -> tuple[int, Callable[[], None]]:
+        """End the thread that takes results, so that an event loop can: saves waking it, and then the loop, each time.
+
+        Returns:
+            a descriptor of the caller's own, to be watched, and what to call whenever it is readable.
+        """
+        self._elsewhere_taken = True
+        self.wakeup.ring()
+        self._thread_ended.wait()
+        return os.dup(self._sockets.fileno()), self._take_waiting
+
+    def _take_waiting(self) -> None:
+        with self._taking:
+            self.wakeup.clear()
+            while not self._stopped and self._take_one(self._sockets.wait(0.0)):
+                pass
+
+    def _take_one(self, ready: set[object]) -> bool:
+        """Take a message of what is ready; False when there is none."""
+        message = self._data.receive(ready)
+        event = self._result(*message) if message is not None else None
+        if event is not None:
+            with self.lock:
+                self._take(event)
+            self.deliver()
+        return message is not None
 
     def _take(self, event: Event | _Outputs) -> None:
         """Act on what came back, while the lock is held."""
@@ -336,6 +365,8 @@ class Flow:
         with self.lock:
             self._stopped = True
         self.wakeup.ring()
+        with self._taking:  # nobody is at the sockets any more
+            pass
 
     def fail(self, reason: PipelineError) -> None:
         """Leave nobody waiting."""

@@ -337,6 +337,15 @@ class Pipeline:
         origin = self.plan.passthrough[name]
         return np.array(inputs[origin.input] if origin.input is not None else self._constants[name])
 
+    def take_in_loop(self) -> tuple[int, Callable[[], None]]:
+        """Let an event loop take results, and call what futures call, in place of a thread of this pipeline's.
+
+        Returns:
+            a descriptor that is to be watched until :meth:`close` and then closed by the caller, and what to call
+            whenever it is readable. Requests are only answered by that.
+        """
+        return self._coordinator.flow.take_in_loop()
+
     @property
     def traced(self) -> list[Traced]:
         """When each answered request was where, when launched with ``trace``; may be cleared."""

@@ -104,7 +104,7 @@ class Sockets:
         self._monitors: list[zmq.Socket[bytes]] = []
         self._bound_files: list[Path] = []
         self._datagram_sockets: list[socket.socket] = []
-        self._poll = select.poll()
+        self._poll = select.epoll()
         self._sources: dict[int, object] = {}
         self._unread: set[object] = set()
 
@@ -123,6 +123,11 @@ class Sockets:
             datagrams.close()
         for file in self._bound_files:
             file.unlink(missing_ok=True)
+        self._poll.close()
+
+    def fileno(self) -> int:
+        """Readable when :meth:`wait` would find something that has come since it found nothing."""
+        return self._poll.fileno()
 
     def answering(self, address: str) -> AnsweringInlet:
         """Take messages at an address, which may end in ``:*`` for any free tcp port, from senders to be answered.
@@ -229,7 +234,7 @@ class Sockets:
     def watch(self, descriptor: int) -> None:
         """Also wake up when a file descriptor becomes readable."""
         self._sources[descriptor] = descriptor
-        self._poll.register(descriptor, select.POLLIN)
+        self._poll.register(descriptor, select.EPOLLIN)
 
     def unwatch(self, descriptor: int) -> None:
         """No longer wake up for a file descriptor."""
@@ -240,7 +245,7 @@ class Sockets:
         """The sockets (as their raw selves) and descriptors with something to read, after at most ``seconds``."""
         if self._unread:
             return self._unread | {self._sources[ready] for ready, _ in self._poll.poll(0)}
-        return {self._sources[ready] for ready, _ in self._poll.poll(seconds * 1000)}
+        return {self._sources[ready] for ready, _ in self._poll.poll(seconds)}
 
     def _listen(self, raw: zmq.Socket[bytes]) -> None:
         """Wake up for a ZeroMQ socket.
@@ -250,7 +255,7 @@ class Sockets:
         """
         descriptor = int(raw.getsockopt(zmq.FD))
         self._sources[descriptor] = raw
-        self._poll.register(descriptor, select.POLLIN)
+        self._poll.register(descriptor, select.EPOLLIN)
         self._unread.add(raw)
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:

@@ -20,7 +20,43 @@ HEADER_BYTES = 64 << 10
 LINGER_S = 5.0
 UNREAD_S = 30.0
 
+_JOINED_BYTES = 64 << 10  # larger bodies are not copied behind their head
+
 _TOO_LARGE = f"the header is larger than the {HEADER_BYTES} bytes allowed"
+
+
+class _OneWrite:
+    """A transport that holds the head of an answer until its body is there: two writes would wake the client twice."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        for name in ("get_extra_info", "is_closing", "abort", "pause_reading", "resume_reading", "set_protocol"):
+            setattr(self, name, getattr(transport, name))
+
+    def write(self, data: bytes) -> None:
+        """Send; but hold a head."""
+        if self._head:
+            head, self._head = self._head, b""
+            if len(data) < _JOINED_BYTES:
+                self._transport.write(head + data)
+            else:
+                self._transport.writelines((head, data))
+        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
+            self._head = data
+        else:
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        """Send a head that has no body."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+    def close(self) -> None:
+        """Send what is held, and close."""
+        self.flush()
+        self._transport.close()
 
 
 class Connection(HttpToolsProtocol):
@@ -36,7 +72,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Somebody connects: the first header is due."""
-        super().connection_made(transport)
+        super().connection_made(_OneWrite(transport))  # type: ignore[arg-type]  # it has what is used of one
         self._due()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -84,6 +120,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """It was answered; perhaps before it was whole, and then a client that sends on must be able to read that."""
+        self.transport.flush()  # type: ignore[attr-defined]  # as above
         super().on_response_complete()
         if not self._whole and self._linger is None:
             self._linger = self.loop.call_later(LINGER_S, self.transport.close)

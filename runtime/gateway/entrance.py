@@ -6,6 +6,8 @@ All of it is called in the event loop's thread; only the copying of large tensor
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -74,6 +76,9 @@ class Entrance:
         self._loop = asyncio.get_running_loop()
         self._inside: set[_Inside] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._thread = threading.get_ident()
+        self._results, take = pipeline.take_in_loop()
+        self._loop.add_reader(self._results, take)
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed: OnnxsplitError | None = None
@@ -132,12 +137,17 @@ class Entrance:
         """Wait until nobody is in line or in the pipeline."""
         await self._idle.wait()
 
-    def close(self, reason: OnnxsplitError) -> None:
+    def refuse(self, reason: OnnxsplitError) -> None:
         """Take nothing more; who waits in line is told why."""
         self._closed = reason
         for request in list(self.line):
             self._fail(request, reason)
         self._settle()
+
+    def close(self) -> None:
+        """Leave the pipeline, which may then be closed."""
+        self._loop.remove_reader(self._results)
+        os.close(self._results)
 
     def _key(self, inputs: Mapping[str, Array], outputs: tuple[str, ...], asked: Asked) -> object:
         axes = asked.axes
@@ -226,7 +236,14 @@ class Entrance:
             request.subject.entered_ns = inside.entered_ns
         if all(request.subject.answer.done() for request in inside.requests):  # given up while they were copied
             future.cancel()
-        future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._ended, inside, None))
+        future.add_done_callback(lambda _: self._heard(inside))
+
+    def _heard(self, inside: _Inside) -> None:
+        """An answer is there, in any thread."""
+        if threading.get_ident() == self._thread:
+            self._loop.call_soon(self._ended, inside, None)
+        else:
+            self._loop.call_soon_threadsafe(self._ended, inside, None)
 
     def _ended(self, inside: _Inside, error: BaseException | None) -> None:
         """The pipeline has answered, or not taken it."""

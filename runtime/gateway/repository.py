@@ -283,7 +283,8 @@ class Repository:
         try:
             await asyncio.wait_for(entrance.empty(), patience_s)
         except TimeoutError:
-            entrance.close(PipelineClosed("the server ended before the request's turn came"))
+            entrance.refuse(PipelineClosed("the server ended before the request's turn came"))
+        entrance.close()
         await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
         version.pipeline = None
         version.state = State.UNAVAILABLE
