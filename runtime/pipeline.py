@@ -273,7 +273,12 @@ class Pipeline:
         """
         begun = time.monotonic_ns()
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        asked = self.check(arrays, outputs)
+        return self.enter(arrays, self.check(arrays, outputs), begun_ns=begun, timeout=timeout, block=block)
+
+    def enter(
+        self, arrays: Mapping[str, Array], asked: Asked, *, begun_ns: int, timeout: float | None, block: bool
+    ) -> Answering:
+        """Send in what :meth:`check` has passed; otherwise as :meth:`submit`. ``timeout`` runs from ``begun_ns``."""
         if self._closed:
             raise PipelineClosed("the pipeline was closed")
         ready = {name: self._passed_through(name, arrays) for name in asked.passed}
@@ -281,12 +286,12 @@ class Pipeline:
             future = Answering()
             future.set_result(ready)
             return future
-        parts = split(arrays, asked.axes, self._rows) if asked.axes is not None and self._rows else [arrays]
+        parts = split(arrays, asked.axes, self._rows) if asked.axes is not None and self._rows else [dict(arrays)]
         if len(parts) > 1:  # later parts enter after this call has returned
             parts = [{name: np.array(array) for name, array in part.items()} for part in parts]
         size = sum(array.nbytes for array in parts[0].values())
         self._admit(size, timeout, block)
-        deadline = None if timeout is None else begun + int(timeout * 1e9)
+        deadline = None if timeout is None else begun_ns + int(timeout * 1e9)
         cost = cost_of(size, self._ordinary_bytes)
         request = Request(self._coordinator.flow, self._entrance, parts, asked, size, cost, deadline, ready)
         request.enter()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,7 @@ from onnxsplit.errors import InputError
 from runtime.errors import Busy, Cancelled
 from runtime.gateway.errors import TooLarge, TooSlow
 
+Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
 SILENCE_S = 10.0
@@ -35,8 +37,8 @@ class Bodies:
         self._all_bytes = all_bytes
         self.held_bytes = 0
 
-    async def read(self, headers: Mapping[str, str], receive: Receive) -> bytes | bytearray:
-        """A whole body, decompressed.
+    async def read(self, headers: Mapping[str, str], scope: Scope, receive: Receive) -> bytes | bytearray:
+        """A whole body, decompressed. Silence is noticed by the connection, which sets ``scope["silent"]``.
 
         Raises:
             TooLarge, TooSlow, Busy: as said above.
@@ -52,18 +54,23 @@ class Bodies:
         coding = headers.get("content-encoding", "identity").lower()
         if coding not in ("identity", "gzip", "deflate"):
             raise InputError(f"Content-Encoding is {coding!r}; allowed: gzip, deflate, identity")
-        body = await self._whole(receive, length)
+        body = await self._whole(scope, receive, length)
         return body if coding == "identity" else self._decompress(body, coding)
 
-    async def _whole(self, receive: Receive, length: int | None) -> bytes | bytearray:
-        message = await _next(receive, SILENCE_S)
-        if not message.get("more_body"):
+    async def _whole(self, scope: Scope, receive: Receive, length: int | None) -> bytes | bytearray:
+        message = await receive()
+        if not message.get("more_body", message["type"] == "http.disconnect"):
             return message["body"]  # type: ignore[no-any-return]
-        loop = asyncio.get_running_loop()
-        end = loop.time() + _PATIENCE_S + (self.most_bytes if length is None else length) / SLOWEST_BYTES_PER_S
+        end = time.monotonic() + _PATIENCE_S + (self.most_bytes if length is None else length) / SLOWEST_BYTES_PER_S
         body = bytearray()
         try:
             while True:
+                if message["type"] == "http.disconnect":
+                    raise Cancelled("the client went away before its request was whole")
+                if scope.get("silent") or time.monotonic() > end:
+                    raise TooSlow(
+                        f"the body is too slow: {SILENCE_S:g} s without a byte, or under {SLOWEST_BYTES_PER_S} bytes/s"
+                    )
                 piece = message["body"]
                 if len(body) + len(piece) > self.most_bytes:
                     await _discard(receive)
@@ -74,7 +81,7 @@ class Bodies:
                 body += piece
                 if not message.get("more_body"):
                     return body
-                message = await _next(receive, min(SILENCE_S, end - loop.time()))
+                message = await receive()
         finally:
             self.held_bytes -= len(body)
 
@@ -97,19 +104,6 @@ async def _discard(receive: Receive) -> None:
         async with asyncio.timeout(_DISCARD_S):
             while (await receive()).get("more_body"):
                 pass
-
-
-async def _next(receive: Receive, patience_s: float) -> Mapping[str, Any]:
-    try:
-        async with asyncio.timeout(max(0.0, patience_s)):
-            message = await receive()
-    except TimeoutError:
-        raise TooSlow(
-            f"the body came too slowly: {SILENCE_S:g} s without a byte, or under {SLOWEST_BYTES_PER_S} a second"
-        ) from None
-    if message["type"] == "http.disconnect":
-        raise Cancelled("the client went away before its request was whole")
-    return message
 
 
 def compress(pieces: list[bytes | memoryview], accepted: str) -> tuple[list[bytes | memoryview], str]:

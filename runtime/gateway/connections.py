@@ -4,6 +4,7 @@ What a client may do, and what becomes of it:
 
     silent after connecting, or half a header    closed after ``HEADER_S``
     a header of more than ``HEADER_BYTES``       400, closed
+    a body that stops arriving                   ``scope["silent"]`` after ``SILENCE_S``; then 408
     a body that goes on after its answer         thrown away, closed after ``LINGER_S``
     an answer that is not read                   aborted after ``UNREAD_S`` without a byte leaving
     gone before the answer                       the request is given up (``scope["abandon"]``)
@@ -14,6 +15,8 @@ from __future__ import annotations
 import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from runtime.gateway.bodies import SILENCE_S
 
 HEADER_S = 10.0
 HEADER_BYTES = 64 << 10
@@ -63,6 +66,7 @@ class Connection(HttpToolsProtocol):
     """One connection."""
 
     _clock: asyncio.TimerHandle | None = None
+    _silence: asyncio.TimerHandle | None = None
     _linger: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
     _whole = True
@@ -80,6 +84,8 @@ class Connection(HttpToolsProtocol):
         self._came()
         self._read()
         self._stop_lingering()
+        if self._silence is not None:
+            self._silence.cancel()
         waiting = [self.cycle, *(cycle for cycle, _ in self.pipeline)]
         super().connection_lost(exc)
         for cycle in waiting:
@@ -128,6 +134,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Bytes; those of a header that does not end are counted, too: the parser keeps them until a field is whole."""
         super().data_received(data)
+        self._heard()
         if self._clock is not None and not self.transport.is_closing():
             self._unfinished_bytes += len(data)
             if self._unfinished_bytes > HEADER_BYTES:
@@ -162,6 +169,18 @@ class Connection(HttpToolsProtocol):
         if self._header_bytes > HEADER_BYTES:
             self._problem = _TOO_LARGE
             raise ValueError(_TOO_LARGE)
+
+    def _heard(self) -> None:
+        """Bytes came: if the request is not whole yet, more are due."""
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+        if not self._whole and self._clock is None:
+            self._silence = self.loop.call_later(SILENCE_S, self._tell_silence)
+
+    def _tell_silence(self) -> None:
+        self.cycle.scope["silent"] = True  # type: ignore[typeddict-unknown-key]
+        self.cycle.message_event.set()
 
     def _due(self) -> None:
         self._clock = self.loop.call_later(HEADER_S, self.transport.close)

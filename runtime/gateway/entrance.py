@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.tensors import Array
 from runtime.errors import Busy, DeadlineExceeded, NodeFailed, PipelineClosed, StageFailed
@@ -27,8 +29,7 @@ _LARGE_BYTES = 4 << 20  # copied beside the event loop
 _AGAIN_S = 0.005
 
 
-@dataclass
-class Passage:
+class Passage(Struct, eq=False):
     """A request on its way through.
 
     Attributes:
@@ -200,11 +201,11 @@ class Entrance:
         inputs = join([p.inputs for p in passages], first.asked.axes or {}) if len(passages) > 1 else first.inputs
         if sum(request.size_bytes for request in requests) > _LARGE_BYTES:
             self._inside.add(inside)
-            sending = self._loop.run_in_executor(None, self._submit, inputs, first.asked.names, timeout)
+            sending = self._loop.run_in_executor(None, self._submit, inputs, first.asked, timeout)
             sending.add_done_callback(lambda done: self._sent(inside, done))
             return True
         try:
-            future = self._submit(inputs, first.asked.names, timeout)
+            future = self._submit(inputs, first.asked, timeout)
         except Busy:
             return False
         except OnnxsplitError as error:
@@ -215,8 +216,8 @@ class Entrance:
         self._await(inside, future)
         return True
 
-    def _submit(self, inputs: Mapping[str, Array], names: tuple[str, ...], timeout: float | None) -> Answering:
-        return self._pipeline.submit(inputs, outputs=names, timeout=timeout, block=False)
+    def _submit(self, inputs: Mapping[str, Array], asked: Asked, timeout: float | None) -> Answering:
+        return self._pipeline.enter(inputs, asked, begun_ns=time.monotonic_ns(), timeout=timeout, block=False)
 
     def _sent(self, inside: _Inside, sending: asyncio.Future[Answering]) -> None:
         """Large tensors were copied, or there was no room for them."""

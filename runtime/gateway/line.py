@@ -15,6 +15,8 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
+
 from runtime.errors import Busy
 
 _SPREADS = 2.5  # of the usual spread that are reckoned with
@@ -38,8 +40,7 @@ class Limits:
     max_delay_ns: int = 0
 
 
-@dataclass(eq=False)
-class Waiting:
+class Waiting(Struct, eq=False):
     """A request in the line.
 
     Attributes:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 
 from onnxsplit.errors import InputError
 from onnxsplit.tensors import Array, numpy_dtype
@@ -32,8 +32,7 @@ RANK = 32
 _LENGTH = np.dtype("<u4")
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where in a region of shared memory a tensor is."""
 
     region: str
@@ -41,8 +40,7 @@ class Place:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """An output that a client asks for.
 
     Attributes:
@@ -58,8 +56,7 @@ class Wanted:
     classes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class InferRequest:
+class InferRequest(Struct, frozen=True):
     """What a client asks.
 
     Attributes:
@@ -76,7 +73,7 @@ class InferRequest:
     wanted: tuple[Wanted, ...] = ()
     all_binary: bool = False
     timeout_ns: int | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, Any] = {}
 
 
 Read = Callable[[Place], bytes]

@@ -17,7 +17,7 @@ import grpc
 import uvicorn
 from tritonclient.grpc import service_pb2_grpc
 
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, OnnxsplitError
 from runtime.errors import LaunchFailed
 from runtime.gateway.bodies import Bodies
 from runtime.gateway.connections import Connection
@@ -211,7 +211,11 @@ async def _unless(ending: asyncio.Event, work: Any) -> None:
     waiting = asyncio.ensure_future(ending.wait())
     await asyncio.wait((doing, waiting), return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
-    await doing  # a launch is not cut short: its nodes would be left to themselves
+    try:
+        await doing  # a launch is not cut short: its nodes would be left to themselves
+    except OnnxsplitError:
+        if not ending.is_set():  # else Ctrl-C may have ended the nodes that it waited for
+            raise
 
 
 def _http(web: Web, options: ServeOptions) -> uvicorn.Server:

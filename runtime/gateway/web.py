@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ from runtime.logs import log_event
 _log = logging.getLogger("runtime.gateway")
 _HEADER_LENGTH = "inference-header-content-length"
 _RETRY_S = "1"
+_INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
 
 class Web:
@@ -98,7 +100,7 @@ class Web:
             routes=routes,
             exception_handlers={HTTPException: _not_found, OnnxsplitError: _answer_error, Exception: _answer_error},
         )
-        return _Guarded(app, self._guard)
+        return _Guarded(app, self._infer, self._guard)
 
     # Inference
 
@@ -107,7 +109,7 @@ class Web:
         path = scope["path_params"]
         task = asyncio.current_task()
         try:
-            body = await self._bodies.read(headers, receive)
+            body = await self._bodies.read(headers, scope, receive)
             if task is not None:
                 scope["abandon"] = task.cancel
             length = headers.get(_HEADER_LENGTH)
@@ -253,7 +255,7 @@ class Web:
 
     async def _json(self, request: Request) -> dict[str, Any]:
         """The object in a small body; an empty body is an empty object."""
-        body = await self._bodies.read(request.headers, request.receive)
+        body = await self._bodies.read(request.headers, request.scope, request.receive)
         try:
             found = msgspec.json.decode(body) if body else {}
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -274,11 +276,12 @@ class _App:
 
 
 class _Guarded:
-    """An application behind a guard."""
+    """An application behind a guard. Inferences, which are most of what is asked, skip its layers."""
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, infer: ASGIApp, guard: Guard) -> None:
         self._app = app
         self._guard = guard
+        self._infer = infer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -290,7 +293,15 @@ class _Guarded:
         except OnnxsplitError as error:
             await _error_response(error)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        found = _INFER.fullmatch(scope["path"]) if scope["method"] == "POST" else None
+        if found is None:
+            await self._app(scope, receive, send)
+            return
+        scope["path_params"] = found.groupdict("")
+        try:
+            await self._infer(scope, receive, send)
+        except Exception as error:
+            await _error_response(error)(scope, receive, send)
 
 
 def _named(request: Request) -> tuple[str, str]:
