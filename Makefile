@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= cpu,demo,test,torch
+EXTRAS ?= cpu,demo,otel,serve,test,torch
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
@@ -47,6 +47,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/balance/run.py
 	$(BIN)/python benchmarks/keys/run.py
 	$(BIN)/python benchmarks/promise/run.py
+	$(BIN)/python benchmarks/gateway/run.py
 
 soak: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/soak/run.py

@@ -176,16 +176,24 @@ def overload(folder: Path, seconds: float) -> None:
         print(f"capacity   {capacity.per_s:.1f} /s with four callers, p99 {capacity.percentile_ms(0.99):.0f} ms")
         before = process.memory_info().rss
         command = [sys.executable, str(Path(__file__).parent / "flood.py"), server.host, "over", str(plan)]
-        done = subprocess.run(
-            [*command, str(3 * capacity.per_s), str(seconds), "500"], capture_output=True, text=True, check=True
+        flood = subprocess.Popen(
+            [*command, str(3 * capacity.per_s), str(seconds), "500"], stdout=subprocess.PIPE, text=True
         )
-        print(done.stdout, end="")
-        answered = float(done.stdout.split("answered in time")[1].split("/s")[0])
+        memory = []
+        while flood.poll() is None:
+            memory.append(process.memory_info().rss / 2**20)
+            time.sleep(seconds / 20)
+        assert flood.stdout is not None
+        said = flood.stdout.read()
+        print(said, end="")
+        answered = float(said.split("answered in time")[1].split("/s")[0])
         after = drive(calls, 5.0)
         both = (capacity.per_s + after.per_s) / 2
         print(f"capacity   {after.per_s:.1f} /s afterwards")
         print(f"goodput    {answered / both:.3f} of the capacity before and after")
-        print(f"memory     {before / 2**20:.1f} -> {process.memory_info().rss / 2**20:.1f} MiB")
+        quarters = [max(memory[len(memory) * q // 4 : len(memory) * (q + 1) // 4]) for q in range(4)]
+        print(f"memory     {before / 2**20:.0f} MiB before; most in each quarter: "
+              + ", ".join(f"{found:.0f}" for found in quarters))  # fmt: skip
 
 
 def main() -> None:

@@ -154,6 +154,8 @@ class Entrance:
         axes = asked.axes
         if self.line.limits.max_batch < 2 or axes is None or not all(axes[name] is not None for name in inputs):
             return None
+        if len({array.shape[axes[name] or 0] for name, array in inputs.items()}) > 1:  # the pipeline says what is wrong
+            return None
         return outputs, tuple(
             (name, array.dtype, *(size for axis, size in enumerate(array.shape) if axis != axes[name]))
             for name, array in sorted(inputs.items())
@@ -261,9 +263,10 @@ class Entrance:
             self._tally.ran(rows, now - inside.entered_ns)
             self._deal(inside, future, now)
         elif isinstance(error, StageFailed | NodeFailed) and len(inside.requests) > 1:
-            for request in inside.requests:  # one of them is to blame: each by itself
+            again = [request for request in inside.requests if not request.subject.answer.done()]
+            for request in again:  # one of them is to blame: each by itself
                 request.key = None
-            self.line.back(inside.requests)
+            self.line.back(again)
         else:
             assert error is not None
             for request in inside.requests:

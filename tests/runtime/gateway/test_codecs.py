@@ -1,0 +1,123 @@
+"""Requests as bytes and back: what a client makes is what is understood, and garbage is refused with words."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from onnxsplit.errors import InputError
+from onnxsplit.tensors import numpy_dtype
+from runtime.gateway.bodies import compress
+from runtime.gateway.http_codec import answer, ask, parse
+from runtime.gateway.protocol import DATATYPES, InferRequest, Place, Wanted, classify, from_bytes, from_json, to_bytes
+
+KINDS = [dtype for dtype in DATATYPES if dtype not in ("string", "bfloat16")]
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
+ARRAYS = st.sampled_from(KINDS).flatmap(lambda dtype: hnp.arrays(numpy_dtype(dtype), SHAPES))
+TEXTS = SHAPES.flatmap(lambda shape: hnp.arrays(object, shape, elements=st.text(max_size=5)))
+
+
+def nowhere(place: Place) -> bytes:
+    raise AssertionError(place)
+
+
+def same(one, other):
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+@given(st.dictionaries(st.text(min_size=1), st.one_of(ARRAYS, TEXTS), max_size=3))
+def test_what_is_asked_is_what_is_understood(inputs):
+    pieces, length = ask(inputs)
+    found = parse(b"".join(pieces), length, nowhere).inputs
+    assert list(found) == list(inputs)
+    for name, array in inputs.items():
+        if array.dtype == object:
+            assert np.array_equal(found[name], array)
+        else:
+            assert same(found[name], array)
+
+
+@given(st.one_of(ARRAYS, TEXTS), st.booleans())
+def test_an_answer_says_what_the_model_gave(array, binary):
+    if array.dtype.kind == "f" and not np.isfinite(array).all() and not binary:
+        with pytest.raises(InputError, match="binary"):
+            answer(InferRequest("7", {}), "m", "1", {"y": array}, [Wanted("y", binary)])
+        return
+    pieces, length = answer(InferRequest("7", {}), "m", "1", {"y": array}, [Wanted("y", binary)])
+    body = b"".join(pieces)
+    said = json.loads(body[:length])
+    (output,) = said["outputs"]
+    assert (said["id"], output["shape"]) == ("7", list(array.shape))
+    if binary:
+        found = from_bytes("y", output["datatype"], output["shape"], body[length:])
+    else:
+        import msgspec
+
+        data = msgspec.Raw(json.dumps(output["data"]).encode())
+        found = from_json("y", output["datatype"], output["shape"], data)
+    assert np.array_equal(found, array)
+
+
+@given(st.binary(max_size=200), st.one_of(st.none(), st.integers(-5, 250)))
+def test_garbage_is_refused_with_words(body, length):
+    with pytest.raises(InputError, match=r".{10}"):
+        parse(body, length, nowhere)
+
+
+@given(st.data())
+def test_a_request_with_a_byte_changed_is_understood_or_refused(data):
+    pieces, length = ask({"x": np.arange(6, dtype=np.int16).reshape(2, 3), "s": np.array(["ab", ""], object)})
+    body = bytearray(b"".join(pieces))
+    at = data.draw(st.integers(0, len(body) - 1))
+    body[at] = data.draw(st.integers(0, 255))
+    with suppress(InputError):
+        assert all(array.size < 100 for array in parse(body, length, nowhere).inputs.values())
+
+
+def test_a_place_in_shared_memory_is_read_where_it_is():
+    tensor = {"name": "x", "shape": [2], "datatype": "INT32", "parameters": {
+        "shared_memory_region": "r", "shared_memory_byte_size": 8, "shared_memory_offset": 4}}  # fmt: skip
+    asked = []
+
+    def read(place):
+        asked.append(place)
+        return np.array([1, 2], np.int32).tobytes()
+
+    found = parse(json.dumps({"inputs": [tensor]}).encode(), None, read)
+    assert asked == [Place("r", 4, 8)]
+    assert found.inputs["x"].tolist() == [1, 2]
+
+
+def test_classes_are_the_greatest_first_and_ties_by_position():
+    rows = np.array([[0.5, 2.0, 2.0, -1.0], [3.0, 0.0, 1.0, 2.0]], np.float32)
+    assert classify(rows, 2, batched=True).tolist() == [
+        ["2.000000:1", "2.000000:2"], ["3.000000:0", "2.000000:3"],
+    ]  # fmt: skip
+    assert classify(rows, 1, batched=False).tolist() == ["3.000000:4"]
+    assert classify(rows, 99, batched=True).shape == (2, 4)
+
+
+def test_tensors_that_lie_in_order_are_not_copied():
+    array = np.arange(4, dtype=np.float32)
+    assert np.shares_memory(np.frombuffer(to_bytes(array), np.float32), array)
+    turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    assert bytes(to_bytes(turned)) == turned.tobytes()
+
+
+@pytest.mark.parametrize(("accepted", "coding"), [
+    ("gzip", "gzip"), ("deflate", "deflate"), ("gzip, deflate", ""), ("", ""), ("br", ""), ("*", ""),
+])  # fmt: skip
+def test_answers_are_compressed_for_who_asks_for_one_coding(accepted, coding):
+    import gzip
+    import zlib
+
+    pieces, found = compress([b"head", memoryview(b"tail" * 100)], accepted)
+    whole = b"".join(pieces)
+    unpack = {"gzip": gzip.decompress, "deflate": zlib.decompress, "": bytes}[coding]
+    assert (found, unpack(whole)) == (coding, b"head" + b"tail" * 100)

@@ -1,0 +1,145 @@
+"""Who waits, who goes in with whom, who is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import Busy
+from runtime.gateway.line import Limits, Line, Waiting
+
+MS = 1_000_000
+
+
+def request(key=None, *, rows=1, size=10, at=0, deadline=None, name="") -> Waiting:
+    return Waiting(key=key, rows=rows, size_bytes=size, arrived_ns=at, deadline_ns=deadline, subject=name)
+
+
+def names(requests):
+    return [one.subject for one in requests]
+
+
+def line(*requests, **limits) -> Line:
+    made = Line(Limits(**limits))
+    for one in requests:
+        made.join(one)
+    return made
+
+
+def test_without_batching_they_go_in_one_by_one_in_order():
+    made = line(request(name="a"), request(name="b"))
+    assert [names(made.next(0)), names(made.next(0)), names(made.next(0))] == [["a"], ["b"], []]
+
+
+def test_only_requests_of_one_shape_are_joined():
+    made = line(*(request(key, name=name) for key, name in zip("xyxxy", "abcde", strict=True)), max_batch=3)
+    assert [names(made.next(0)) for _ in range(2)] == [["a", "c", "d"], ["b", "e"]]
+
+
+def test_a_batch_has_no_more_rows_than_allowed():
+    made = line(*(request("x", rows=rows, name=str(rows)) for rows in (3, 2, 1, 9)), max_batch=4)
+    assert [names(made.next(0)) for _ in range(3)] == [["3", "1"], ["2"], ["9"]]
+
+
+def test_a_batch_that_is_not_full_waits_for_more_until_its_first_has_waited_long_enough():
+    made = line(request("x", at=5 * MS, name="a"), max_batch=2, max_delay_ns=3 * MS)
+    assert made.next(7 * MS) == []
+    assert made.due_ns() == 8 * MS
+    assert names(made.next(8 * MS)) == ["a"]
+    made.join(request("x", at=9 * MS, name="b"))
+    made.join(request("x", at=9 * MS, name="c"))
+    assert names(made.next(9 * MS)) == ["b", "c"], "a full one waits for nobody"
+
+
+def test_what_cannot_be_joined_never_waits_for_more():
+    made = line(request(None, name="a"), max_batch=2, max_delay_ns=3 * MS)
+    assert made.due_ns() is None
+    assert names(made.next(0)) == ["a"]
+
+
+def test_a_full_line_refuses():
+    made = line(request(), request(), requests=2)
+    with pytest.raises(Busy, match="2 requests wait"):
+        made.join(request())
+    made.next(0)
+    made.join(request())
+
+
+def test_bytes_are_bounded_but_one_request_alone_always_fits():
+    made = line(request(size=100), size_bytes=50)
+    with pytest.raises(Busy, match="100 bytes of requests wait"):
+        made.join(request(size=1))
+    made.next(0)
+    made.join(request(size=1))
+
+
+def paced(gap_ms=10, passage_ms=20) -> Line:
+    """A line that has seen a steady pace."""
+    made = Line(Limits())
+    for number in range(1, 200):
+        made.join(request(at=number * gap_ms * MS))
+        made.join(request(at=number * gap_ms * MS))
+        made.next(number * gap_ms * MS)
+        made.came_out(1, (number * gap_ms - passage_ms) * MS, number * gap_ms * MS)
+        made.next(number * gap_ms * MS)
+    return made
+
+
+def test_who_cannot_be_answered_in_time_is_refused_at_once():
+    made = paced()
+    for _ in range(3):
+        made.join(request())
+    assert made.expected_ns(1) == pytest.approx(4 * 10 * MS + 20 * MS, rel=0.05)
+    with pytest.raises(Busy, match=r"expected in 0\.06. s, and the request has 0\.050 s left"):
+        made.join(request(deadline=50 * MS))
+    made.join(request(deadline=70 * MS))
+
+
+def test_who_has_no_chance_any_more_is_dropped_before_it_costs_anything():
+    made = paced()
+    made.join(request(deadline=100 * MS, name="a"))
+    made.join(request(deadline=500 * MS, name="b"))
+    assert made.late(70 * MS) == []
+    assert names(made.late(90 * MS)) == ["a"]
+    assert names(made.next(90 * MS)) == ["b"]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("join"), st.sampled_from([None, "x", "y"]), st.integers(1, 5), st.integers(0, 30)),
+            st.tuples(st.just("next"), st.booleans()),
+            st.tuples(st.just("leave"), st.integers(0, 10)),
+        ),
+        max_size=60,
+    )
+)
+def test_nobody_is_lost_or_served_twice(steps):
+    made = Line(Limits(requests=10, size_bytes=100, max_batch=4, max_delay_ns=0))
+    there, out = [], []
+    for number, step in enumerate(steps):
+        if step[0] == "join":
+            one = request(step[1], rows=step[2], size=step[3], at=number, name=number)
+            try:
+                made.join(one)
+            except Busy:
+                continue
+            there.append(one)
+        elif step[0] == "next":
+            found = made.next(number)
+            if step[1]:
+                made.back(found)
+                continue
+            assert sum(one.rows for one in found) <= 4 or len(found) < 2
+            assert len({one.key for one in found}) < 2
+            assert not found or found[0] is there[0], "first come, first served"
+            out += found
+            there = [one for one in there if one not in found]
+        elif there:
+            gone = there.pop(step[1] % len(there))
+            assert made.leave(gone)
+            assert not made.leave(gone)
+        assert list(made) == there
+        assert made.size_bytes == sum(one.size_bytes for one in there)
+    assert len({id(one) for one in out}) == len(out)

@@ -1,0 +1,95 @@
+"""Shared memory of clients: theirs is read and written where they said, and nothing else is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from onnxsplit.errors import InputError
+from runtime.gateway.errors import Forbidden, UnknownRegion
+from runtime.gateway.protocol import Place
+from runtime.gateway.regions import Region, Regions
+
+
+@pytest.fixture
+def memory():
+    file = Path(f"/dev/shm/onnxsplit-region-{os.getpid()}")
+    file.write_bytes(bytes(range(64)))
+    yield file
+    file.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def regions(memory):
+    made = Regions()
+    made.register(Region("r", f"/{memory.name}", 16, 32))
+    yield made
+    made.close()
+
+
+def test_places_count_from_where_the_region_begins(regions, memory):
+    assert regions.read(Place("r", 4, 3)) == bytes([20, 21, 22])
+    regions.write(Place("r", 30, 2), b"\xff\xff")
+    assert memory.read_bytes()[44:50] == bytes([44, 45, 255, 255, 48, 49])
+
+
+@pytest.mark.parametrize("place", [Place("r", 0, 33), Place("r", 32, 1), Place("r", 1 << 60, 1), Place("q", 0, 1)])
+def test_places_outside_are_refused(regions, place):
+    with pytest.raises(InputError):
+        regions.read(place)
+    with pytest.raises(InputError):
+        regions.write(place, b"x")
+
+
+def test_an_output_larger_than_its_place_is_refused(regions):
+    with pytest.raises(InputError, match="3 bytes, and its place in 'r' 2"):
+        regions.write(Place("r", 0, 2), b"abc")
+
+
+def test_a_region_that_shrinks_ends_nobody(regions, memory):
+    os.truncate(memory, 20)
+    with pytest.raises(InputError, match="shorter"):
+        regions.read(Place("r", 0, 32))
+    with pytest.raises(InputError, match="shorter"):
+        regions.write(Place("r", 16, 8), bytes(8))
+    assert memory.stat().st_size == 20
+
+
+def test_links_and_other_things_are_refused(memory):
+    link = memory.with_name(f"{memory.name}-link")
+    link.symlink_to("/etc/passwd")
+    fifo = memory.with_name(f"{memory.name}-fifo")
+    os.mkfifo(fifo)
+    try:
+        for name, error in ((link.name, UnknownRegion), (fifo.name, Forbidden)):
+            with pytest.raises(error):
+                Regions().register(Region("r", name, 0, 8))
+    finally:
+        link.unlink()
+        fifo.unlink()
+
+
+def test_too_long_or_twice_or_not_allowed_is_refused(regions, memory):
+    for region, words in (
+        (Region("s", memory.name, 60, 8), "ends at byte 68"),
+        (Region("s", memory.name, -1, 8), "offset -1"),
+        (Region("s", memory.name, 0, 0), "0 bytes"),
+        (Region("r", memory.name, 0, 8), "registered already"),
+        (Region("", memory.name, 0, 8), "a key is one name"),
+    ):
+        with pytest.raises(InputError, match=words):
+            regions.register(region)
+    with pytest.raises(Forbidden, match="clients of this host"):
+        Regions(allowed=False).register(Region("s", memory.name, 0, 8))
+
+
+def test_what_is_unregistered_is_closed(regions):
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    regions.unregister("r")
+    regions.unregister("r")
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened - 1
+    assert regions.status() == {}
+    with pytest.raises(UnknownRegion):
+        regions.status("r")
