@@ -37,17 +37,17 @@ def parameters_of(message: Any) -> dict[str, Any]:
     return {name: getattr(value, value.WhichOneof("parameter_choice") or "", None) for name, value in message.items()}
 
 
-def parse(message: Any, read: Read) -> InferRequest:
+def parse(message: Any, raw: Sequence[bytes], read: Read) -> InferRequest:
     """A request of a ``ModelInferRequest``.
 
     Args:
         message: as received.
+        raw: its ``raw_input_contents``, which protobuf copies each time it is asked for them.
         read: gives what lies in shared memory.
 
     Raises:
         InputError: it makes no sense; says where and why.
     """
-    raw = message.raw_input_contents
     taken = 0
     inputs: dict[str, Array] = {}
     for tensor in message.inputs:

@@ -70,12 +70,13 @@ class Rpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     async def _infer(self, request: Any, timeout_ns: int | None, context: Any) -> Any:
         headers = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+        raw = list(request.raw_input_contents)
         return await self._service.infer(
             request.model_name,
             request.model_version,
-            lambda read: grpc_codec.parse(request, read),
+            lambda read: grpc_codec.parse(request, raw, read),
             grpc_codec.answer,
-            size_bytes=sum(map(len, request.raw_input_contents)),
+            size_bytes=sum(map(len, raw)),
             timeout_ns=timeout_ns,
             headers=headers,
         )
