@@ -419,8 +419,7 @@ class Coordinator:
     def _beat(self, control: AnsweringInlet, running_s: float) -> list[Event]:
         """Let nodes hear that the coordinator lives; look for those that do not."""
         setup, now = self._setup, time.monotonic_ns()
-        oldest = self._machine.oldest
-        header = codec.encode(Beat(self.flow.count if oldest is None else oldest))
+        header = codec.encode(Beat(self.flow.oldest))
         for record in self._roster:
             if record.identity:
                 control.send(record.identity, header)

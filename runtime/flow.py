@@ -355,6 +355,16 @@ class Flow:
         return self._count
 
     @property
+    def oldest(self) -> int:
+        """The first request that is not answered, or else the next to come: nodes may forget all before it.
+
+        Read at once, or a request that comes in between would be forgotten as soon as it is there.
+        """
+        with self.lock:
+            oldest = self._machine.oldest
+            return self._count if oldest is None else oldest
+
+    @property
     def lent_bytes(self) -> int:
         """Bytes of inputs in shared memory that nodes have not returned yet."""
         with self.lock:

@@ -37,7 +37,7 @@ class Bodies:
         self._all_bytes = all_bytes
         self.held_bytes = 0
 
-    async def read(self, headers: Mapping[str, str], scope: Scope, receive: Receive) -> bytes | bytearray:
+    async def read(self, headers: Mapping[str, str], scope: Scope, receive: Receive) -> bytes:
         """A whole body, decompressed. Silence is noticed by the connection, which sets ``scope["silent"]``.
 
         Raises:
@@ -49,7 +49,7 @@ class Bodies:
         length = int(claimed) if claimed.isdecimal() else None
         if length is not None and length > self.most_bytes:
             if "expect" not in headers:
-                await _discard(receive)
+                await _discard(scope, receive)
             raise TooLarge(f"the request has {length} bytes; at most {self.most_bytes} are allowed (--max-body)")
         coding = headers.get("content-encoding", "identity").lower()
         if coding not in ("identity", "gzip", "deflate"):
@@ -57,12 +57,15 @@ class Bodies:
         body = await self._whole(scope, receive, length)
         return body if coding == "identity" else self._decompress(body, coding)
 
-    async def _whole(self, scope: Scope, receive: Receive, length: int | None) -> bytes | bytearray:
+    async def _whole(self, scope: Scope, receive: Receive, length: int | None) -> bytes:
+        """All of it. Pieces lie in ``scope["pieces"]``, from the connection; ``receive`` only tells that some came."""
+        pieces: list[bytes] = scope["pieces"]
         message = await receive()
-        if not message.get("more_body", message["type"] == "http.disconnect"):
-            return message["body"]  # type: ignore[no-any-return]
+        if len(pieces) < 2 and message["type"] == "http.request" and not message["more_body"]:
+            return pieces[0] if pieces else b""
         end = time.monotonic() + _PATIENCE_S + (self.most_bytes if length is None else length) / SLOWEST_BYTES_PER_S
-        body = bytearray()
+        body: list[bytes] = []
+        size = 0
         try:
             while True:
                 if message["type"] == "http.disconnect":
@@ -71,21 +74,23 @@ class Bodies:
                     raise TooSlow(
                         f"the body is too slow: {SILENCE_S:g} s without a byte, or under {SLOWEST_BYTES_PER_S} bytes/s"
                     )
-                piece = message["body"]
-                if len(body) + len(piece) > self.most_bytes:
-                    await _discard(receive)
+                more = sum(map(len, pieces))
+                if size + more > self.most_bytes:
+                    await _discard(scope, receive)
                     raise TooLarge(f"the request has more than the {self.most_bytes} bytes allowed (--max-body)")
-                if body and self.held_bytes + len(piece) > self._all_bytes:
+                if size and self.held_bytes + more > self._all_bytes:
                     raise Busy(f"requests of {self.held_bytes} bytes are being received, which is all; try again later")
-                self.held_bytes += len(piece)
-                body += piece
-                if not message.get("more_body"):
-                    return body
+                self.held_bytes += more
+                size += more
+                body += pieces
+                pieces.clear()
+                if not message["more_body"]:
+                    return b"".join(body)
                 message = await receive()
         finally:
-            self.held_bytes -= len(body)
+            self.held_bytes -= size
 
-    def _decompress(self, body: bytes | bytearray, coding: str) -> bytes:
+    def _decompress(self, body: bytes, coding: str) -> bytes:
         machine = zlib.decompressobj(_WINDOW[coding])
         try:
             data = machine.decompress(body, self.most_bytes + 1)
@@ -98,12 +103,12 @@ class Bodies:
         return data
 
 
-async def _discard(receive: Receive) -> None:
+async def _discard(scope: Scope, receive: Receive) -> None:
     """Throw away what a client sends on for a while: many read no answer before they have sent all."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_S):
             while (await receive()).get("more_body"):
-                pass
+                scope["pieces"].clear()
 
 
 def compress(pieces: list[bytes | memoryview], accepted: str) -> tuple[list[bytes | memoryview], str]:

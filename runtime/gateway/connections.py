@@ -20,6 +20,7 @@ from runtime.gateway.bodies import SILENCE_S
 
 HEADER_S = 10.0
 HEADER_BYTES = 64 << 10
+AHEAD_BYTES = 1 << 20
 LINGER_S = 5.0
 UNREAD_S = 30.0
 
@@ -70,6 +71,8 @@ class Connection(HttpToolsProtocol):
     _linger: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
     _whole = True
+    _pieces: list[bytes]
+    _ahead_bytes = 0
     _header_bytes = 0
     _unfinished_bytes = 0
     _problem = ""
@@ -116,7 +119,20 @@ class Connection(HttpToolsProtocol):
         """It is whole."""
         self._came()
         self._unfinished_bytes = 0
+        self.scope["pieces"] = self._pieces = []  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body, laid where :class:`~runtime.gateway.bodies.Bodies` takes it: copied but once more."""
+        if self.cycle.response_complete:
+            return
+        if not self._pieces:
+            self._ahead_bytes = 0
+        self._pieces.append(body)
+        self._ahead_bytes += len(body)
+        if self._ahead_bytes > AHEAD_BYTES:
+            self.flow.pause_reading()
+        self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         """A request is whole."""

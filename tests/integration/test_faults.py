@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import build
@@ -19,6 +20,7 @@ from onnxsplit.plan import load_plan
 from onnxsplit.planner import partition
 from onnxsplit.verify import run_stages
 from runtime import Pipeline
+from runtime.coordinator_state import CoordinatorState
 from runtime.errors import NodeFailed, PipelineClosed, StageUnavailable
 from runtime.watch import Timings
 
@@ -254,3 +256,23 @@ def test_nodes_notice_that_their_coordinator_died_and_end(plan, free_port, pytho
     assert time.monotonic() - begun < 15
     caller.communicate()
     Pipeline.launch(plan).close()  # removes what the killed process left
+
+
+def test_a_request_that_comes_while_nodes_are_told_what_is_over_is_not_forgotten(chain_plan, monkeypatch):
+    plain = CoordinatorState.oldest.fget
+    answers = []
+
+    def slowly(machine):
+        found = plain(machine)
+        if threading.current_thread() is threading.main_thread():
+            submitting.start()  # as any caller's thread might, just now
+            submitting.join(0.3)
+        return found
+
+    with Pipeline.launch(chain_plan) as pipeline:
+        given = {"x": np.ones((1, 32), np.float32)}
+        submitting = threading.Thread(target=lambda: answers.append(pipeline.run(given, timeout=5)))
+        monkeypatch.setattr(CoordinatorState, "oldest", property(slowly))
+        assert pipeline._coordinator.flow.oldest == 0, "the request that came meanwhile is not over"
+        submitting.join(10)
+    assert len(answers) == 1
