@@ -95,7 +95,6 @@ class Web:
         add("GET", "/events", self._events)
         add("GET", "/example/{model}", self._example)
         routes.sort(key=lambda route: "{" in getattr(route, "path", ""))  # /v2/models/stats is no model
-        routes.sort(key=lambda route: not getattr(route, "path", "").endswith("/infer"))  # most asked for
         app = Starlette(
             routes=routes,
             exception_handlers={HTTPException: _not_found, OnnxsplitError: _answer_error, Exception: _answer_error},

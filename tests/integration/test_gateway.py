@@ -23,6 +23,7 @@ from served import Served
 from onnxsplit.planner import partition
 from onnxsplit.tensors import numpy_dtype
 
+pytest.importorskip("uvicorn", reason="needs the extra serve")
 triton_http = pytest.importorskip("tritonclient.http", reason="needs the extra test")
 import tritonclient.grpc as triton_grpc  # noqa: E402
 import tritonclient.grpc.aio as triton_grpc_aio  # noqa: E402
