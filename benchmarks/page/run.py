@@ -66,7 +66,8 @@ def main() -> None:
         page.wait_for_selector(".graph .box.down", timeout=20_000)
         time.sleep(4)
         page.evaluate(  # where this was run is nobody's business
-            "folder => { const p = document.querySelector('.trouble'); p.innerHTML = p.innerHTML.replaceAll(folder, '…'); }",
+            "folder => { for (const part of document.querySelector('.trouble').childNodes)"
+            " part.textContent = part.textContent.replaceAll(folder, '…'); }",
             str(folder),
         )
         page.screenshot(path=DOCS / "page-dead.png", full_page=True)
