@@ -54,23 +54,23 @@ class Bodies:
         coding = headers.get("content-encoding", "identity").lower()
         if coding not in ("identity", "gzip", "deflate"):
             raise InputError(f"Content-Encoding is {coding!r}; allowed: gzip, deflate, identity")
-        body = await self._whole(scope, receive, length)
+        body = await self._whole(scope, receive)
         return body if coding == "identity" else self._decompress(body, coding)
 
-    async def _whole(self, scope: Scope, receive: Receive, length: int | None) -> bytes:
+    async def _whole(self, scope: Scope, receive: Receive) -> bytes:
         """All of it. Pieces lie in ``scope["pieces"]``, from the connection; ``receive`` only tells that some came."""
         pieces: list[bytes] = scope["pieces"]
         message = await receive()
         if len(pieces) < 2 and message["type"] == "http.request" and not message["more_body"]:
             return pieces[0] if pieces else b""
-        end = time.monotonic() + _PATIENCE_S + (self.most_bytes if length is None else length) / SLOWEST_BYTES_PER_S
+        begun = time.monotonic()
         body: list[bytes] = []
         size = 0
         try:
             while True:
                 if message["type"] == "http.disconnect":
                     raise Cancelled("the client went away before its request was whole")
-                if scope.get("silent") or time.monotonic() > end:
+                if scope.get("silent") or time.monotonic() > begun + _PATIENCE_S + size / SLOWEST_BYTES_PER_S:
                     raise TooSlow(
                         f"the body is too slow: {SILENCE_S:g} s without a byte, or under {SLOWEST_BYTES_PER_S} bytes/s"
                     )
