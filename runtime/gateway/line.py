@@ -50,6 +50,7 @@ class Waiting(Struct, eq=False):
         arrived_ns: when.
         deadline_ns: its answer is worth nothing after; None for ever.
         subject: whatever it is.
+        turn: its place among all that ever stood in the line; the line's to give.
     """
 
     key: Hashable | None
@@ -58,6 +59,7 @@ class Waiting(Struct, eq=False):
     arrived_ns: int
     deadline_ns: int | None
     subject: Any
+    turn: int = 0
 
 
 class Line:
@@ -67,6 +69,7 @@ class Line:
         self.limits = limits
         self.size_bytes = 0
         self._waiting: deque[Waiting] = deque()
+        self._turns = 0
         self._rows = 0
         self._gap_ns = 0.0  # between two rows that come out, while others wait
         self._inside_ns = 0.0  # from going in to coming out
@@ -109,6 +112,8 @@ class Line:
                     f"the answer is expected in {expected / 1e9:.3f} s, and the request has {max(0, left) / 1e9:.3f} s "
                     "left; try again later"
                 )
+        self._turns += 1
+        request.turn = self._turns
         self._waiting.append(request)
         self._rows += request.rows
         self.size_bytes += request.size_bytes
@@ -152,11 +157,10 @@ class Line:
         return True
 
     def back(self, requests: list[Waiting]) -> None:
-        """To the head again: there was no room for them after all."""
-        for request in reversed(requests):
-            self._waiting.appendleft(request)
-            self._rows += request.rows
-            self.size_bytes += request.size_bytes
+        """To the places they had: there was no room for them after all."""
+        self._waiting = deque(sorted((*requests, *self._waiting), key=lambda one: one.turn))
+        self._rows += sum(request.rows for request in requests)
+        self.size_bytes += sum(request.size_bytes for request in requests)
 
     def due_ns(self) -> int | None:
         """When a batch that waits for more has waited long enough; None when none does."""

@@ -105,6 +105,14 @@ def test_who_has_no_chance_any_more_is_dropped_before_it_costs_anything():
     assert names(made.next(90 * MS)) == ["b"]
 
 
+def test_a_batch_that_found_no_room_is_put_back_where_it_stood_not_before_those_it_had_passed():
+    made = line(*(request(key, name=name) for key, name in zip("xyx", "abc", strict=True)), max_batch=3)
+    together = made.next(0)
+    assert names(together) == ["a", "c"]
+    made.back(together)
+    assert names(made) == ["a", "b", "c"]
+
+
 @given(
     st.lists(
         st.one_of(
