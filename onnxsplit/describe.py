@@ -176,6 +176,7 @@ class Description:
             replicas=len(replicas),
             device=device.name if named else None,
             devices=tuple(self._setting.devices[replica].name for replica in replicas) if named else (),
+            hosts=tuple(self._setting.devices[replica].host for replica in replicas) if named else (),
             ops=len(part.ops),
         )
 

@@ -75,6 +75,7 @@ class Stage(Record, frozen=True, kw_only=True):
         replicas: nodes that execute this stage.
         device: a device of the cluster; None when the plan was made for this host alone.
         devices: the devices of all its replicas, that one first.
+        hosts: the host of each of those, ``local`` for one that the cluster does not name.
         ops: number of ops in the stage.
     """
 
@@ -93,6 +94,7 @@ class Stage(Record, frozen=True, kw_only=True):
     replicas: int = 1
     device: str | None = None
     devices: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     ops: int = 0
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from onnxsplit.errors import InputError
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, numpy_dtype
 from runtime.errors import ProtocolError
-from runtime.messages import CoordinatorControl, Data, NodeControl, Place, TensorHead
+from runtime.messages import CoordinatorControl, Data, Fetch, FileAnswer, NodeControl, Place, TensorHead
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
@@ -35,10 +35,12 @@ Buffer = bytes | memoryview
 _encoder = msgspec.msgpack.Encoder()
 _node_control: msgspec.msgpack.Decoder[NodeControl] = msgspec.msgpack.Decoder(NodeControl)
 _coordinator_control: msgspec.msgpack.Decoder[CoordinatorControl] = msgspec.msgpack.Decoder(CoordinatorControl)
+_fetch: msgspec.msgpack.Decoder[Fetch] = msgspec.msgpack.Decoder(Fetch)
+_file_answer: msgspec.msgpack.Decoder[FileAnswer] = msgspec.msgpack.Decoder(FileAnswer)
 _data: msgspec.msgpack.Decoder[Data] = msgspec.msgpack.Decoder(Data)
 
 
-def encode(message: NodeControl | CoordinatorControl | Data) -> bytes:
+def encode(message: NodeControl | CoordinatorControl | Data | Fetch | FileAnswer) -> bytes:
     """A header's bytes."""
     return _encoder.encode(message)
 
@@ -58,6 +60,18 @@ def decode_coordinator_control(frame: bytes) -> CoordinatorControl:
 def decode_data(frame: Buffer) -> Data:
     """A header of the data link."""
     message: Data = _decoded(_data, frame)
+    return message
+
+
+def decode_fetch(frame: Buffer) -> Fetch:
+    """What a node says on the link for files."""
+    message: Fetch = _decoded(_fetch, frame)
+    return message
+
+
+def decode_file_answer(frame: Buffer) -> FileAnswer:
+    """What the coordinator says there."""
+    message: FileAnswer = _decoded(_file_answer, frame)
     return message
 
 

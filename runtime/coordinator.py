@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ from runtime.coordinator_events import (
 )
 from runtime.coordinator_state import CoordinatorState, State
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, ProtocolError
+from runtime.file_server import FileServer
 from runtime.flow import Flow
-from runtime.launch import Handle, Launcher
+from runtime.launch import Handle, Launcher, Premises
 from runtime.logs import Drops, log_event
 from runtime.messages import (
     CALLER,
@@ -76,7 +78,7 @@ from runtime.payloads import Payloads
 from runtime.roster import Kill, Phase, Slot, Start
 from runtime.router import Router
 from runtime.stats import Door, NodeStats, Snapshot, node_stats, sweep
-from runtime.transport import AnsweringInlet, Inlet, Security, Sockets, Wakeup, check_address
+from runtime.transport import AnsweringInlet, Inlet, Sockets, Wakeup, check_address
 from runtime.watch import Timings, Watch
 
 _STOP_GRACE_S = 3.0
@@ -102,11 +104,8 @@ class Setup:
         attempts: a request is given up when it killed so many nodes.
         timings: when something counts as failed, and when to try again.
         memory_bytes: of shared memory for the requests' inputs at most; 0 for none.
-        control: where nodes report.
-        data: where results come in.
-        security: what protects links by tcp.
-        trusted: the public keys of the nodes that are allowed now; None where links are plain.
-        home: a folder that only the user can open, for sockets of this host; the launcher's, or removed at the end.
+        elastic: take nodes beyond those that there are to be, for as long as they stay.
+        premises: where nodes are met; without a launcher, its home is removed at the end.
         launcher: starts the nodes; None waits for nodes started by hand.
         start_timeout_s: time for all nodes to become ready; None waits for ever.
         progress: told how many of all nodes are ready, whenever one more is.
@@ -125,11 +124,8 @@ class Setup:
     attempts: int
     timings: Timings
     memory_bytes: int
-    control: str
-    data: str
-    security: Security
-    trusted: Callable[[], frozenset[str]] | None
-    home: Path
+    elastic: bool
+    premises: Premises
     launcher: Launcher | None
     start_timeout_s: float | None
     progress: Callable[[int, int], None]
@@ -154,7 +150,11 @@ class Coordinator:
             choose=self._choose,
             timings=setup.timings,
             attempts=setup.attempts,
+            elastic=setup.elastic,
+            patient=setup.launcher is None,
         )
+        self._premises = setup.premises
+        self._files: FileServer | None = None
         self._roster = self._machine.roster
         self._watch = Watch(setup.timings)
         self.flow = Flow(
@@ -168,7 +168,7 @@ class Coordinator:
             deadline=self._expect,
         )
         self.profiles: dict[Slot, list[dict[str, Any]]] = {}
-        self._shortcut = setup.home / "results.fragments" if setup.memory_bytes else None
+        self._shortcut = setup.premises.home / "results.fragments" if setup.memory_bytes else None
         self._posted: deque[Event] = deque()
         self._left: deque[Effect] = deque()  # to the thread that owns the control socket
         self._wakeup = Wakeup()
@@ -177,9 +177,13 @@ class Coordinator:
         self._drained: Future[None] = Future()
         self._handles: dict[int, Handle] = {}  # by the number of the node
         self._gone: dict[int, str] = {}  # numbers of nodes that are dead, and their stories
-        self._trusted: frozenset[str] = frozenset() if setup.trusted is None else setup.trusted()
+        self._trusted = self._allowed() or frozenset()
         self._progress = -1
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
+
+    def _allowed(self) -> frozenset[str] | None:
+        """The public keys that are allowed now; None where links are plain."""
+        return None if self._premises.trusted is None else self._premises.trusted()
 
     # Called from any thread
 
@@ -211,14 +215,14 @@ class Coordinator:
     @property
     def pids(self) -> dict[int, int]:
         """Processes that were started here, by the number of the node."""
-        return {number: handle.pid for number, handle in self._handles.items()}
+        return {number: handle.pid for number, handle in list(self._handles.items())}
 
     def stats(self) -> tuple[NodeStats, ...]:
         """Of every node."""
         with self.flow.lock:
-            known = self._router.known
+            known = frozenset() if self.flow.ended else self._router.known
             queues = {number: self._router.outstanding(number, known) for number in known - {0}}
-            return node_stats(self._roster, queues)
+            return node_stats(self._roster, queues, self._setup.providers)
 
     def _snapshot(self) -> Snapshot:
         machine, incidents = self._machine, self._roster.incidents
@@ -257,17 +261,25 @@ class Coordinator:
         failure: BaseException | None = None
         sweep()
         try:
-            security = self._setup.security
-            with Sockets(linger_s=0.5, security=security) as sockets, Sockets(security=security) as results:
-                control = sockets.answering(self._setup.control)
-                data = results.inlet(self._setup.data, shortcut=self._shortcut)
+            premises, security = self._premises, self._premises.security
+            with (
+                Sockets(linger_s=0.5, security=security) as sockets,
+                Sockets(security=security) as results,
+                ExitStack() as stack,
+            ):
+                control = sockets.answering(premises.control)
+                data = results.inlet(premises.data, shortcut=self._shortcut)
+                if premises.files:
+                    setup = self._setup
+                    server = FileServer(premises.files, setup.folder, setup.plan, setup.plan_id, security=security)
+                    self._files = stack.enter_context(server)
                 results.watch(self.flow.wakeup.fileno())
                 taker = threading.Thread(
                     target=self.flow.take_results, args=(results, data), name="results", daemon=True
                 )
                 taker.start()
                 try:
-                    with Door(self._setup.home) as door:
+                    with Door(premises.home) as door:
                         self._loop(sockets, results, control, data, door)
                 finally:
                     self.flow.stop()
@@ -315,6 +327,8 @@ class Coordinator:
                 door.answer(self._snapshot())
 
     def _handle(self, event: Event, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
+        if isinstance(event, Lost):
+            self._watch.end(event.number)
         if isinstance(event, Lost) and (record := self._roster.by_number(event.number)) is not None:
             stage, replica = record.slot
             level = logging.INFO if record.released else logging.WARNING
@@ -371,11 +385,11 @@ class Coordinator:
                 _drops.note(error)
                 continue
             match said:
-                case Hello() if self._setup.trusted is not None and said.key != key:
+                case Hello() if self._premises.trusted is not None and said.key != key:
                     _drops.note("a node that says it has another key than it has")
                 case Hello():
                     try:
-                        check_address(said.address, self._setup.security)
+                        check_address(said.address, self._premises.security)
                     except PipelineError as error:
                         _drops.note(error)
                         continue
@@ -423,7 +437,7 @@ class Coordinator:
         for record in self._roster:
             if record.identity:
                 control.send(record.identity, header)
-        if setup.trusted is not None and (trusted := setup.trusted()) != self._trusted:
+        if (trusted := self._allowed()) is not None and trusted != self._trusted:
             self._trusted = trusted
             for record in self._roster:
                 if record.identity:
@@ -432,13 +446,13 @@ class Coordinator:
                     self._give_up({record.number: "had its key revoked"})
         events: list[Event] = [Tick(now)]
         patience = setup.start_timeout_s
-        if self._machine.state is State.STARTING:
-            if patience is not None and running_s > patience:
-                events.append(TimedOut(self._late(patience)))
-        else:
-            self._give_up(self._watch.silent(now))
-            if patience is not None and setup.launcher is not None:
-                self._give_up(dict(self._roster.late(now, patience)))
+        if patience is not None and self._files is not None and self._files.idle_s < patience:
+            patience = None  # nobody is late while stage files are on their way
+        self._give_up(self._watch.silent(now))
+        if patience is not None and self._machine.state is State.STARTING and running_s > patience:
+            events.append(TimedOut(self._late(patience)))
+        elif patience is not None and self._machine.state is not State.STARTING and setup.launcher is not None:
+            self._give_up(dict(self._roster.late(now, patience)))
         return events
 
     def _perform(
@@ -454,7 +468,12 @@ class Coordinator:
             case Start((stage, replica), number):
                 log_event(_log, logging.INFO, "node starts", stage=stage, replica=replica, number=number)
                 if setup.launcher is not None:
-                    handle = setup.launcher.start(connect=control.address, stage=stage, replica=replica, number=number)
+                    address = control.address
+                    try:
+                        handle = setup.launcher.start(connect=address, stage=stage, replica=replica, number=number)
+                    except OSError as error:  # no room for a process, a file, a descriptor: it is tried again later
+                        self._gone[number] = f"could not be started: {error}"
+                        return None
                     self._handles[number] = handle
                     sockets.watch(handle.fileno())
             case Kill(number):
@@ -464,6 +483,7 @@ class Coordinator:
                 assign = Assign(
                     plan_id=setup.plan_id,
                     folder=str(setup.folder.resolve()),
+                    files=self._files.address if self._files is not None else "",
                     stage=stage,
                     replica=replica,
                     provider=setup.providers[stage],
@@ -476,15 +496,18 @@ class Coordinator:
                 )
                 control.send(identity, codec.encode(Trust(tuple(self._trusted))))
                 control.send(identity, codec.encode(assign))
+                if (record := self._roster.by_identity(identity)) is not None:
+                    predicted = setup.plan.stages[stage].predicted_time_ns or 0
+                    self._watch.begin(record.number, predicted, time.monotonic_ns())
             case Introduce(identities, meet):
                 return self._introduce(identities, meet, results, control, data)
             case ShareMemory(None, readers):
                 self._payloads.share(readers)
             case ShareMemory(identity, readers):
                 control.send(identity, codec.encode(Share(readers)))
-            case SendAway(identity, reason):
+            case SendAway(identity, reason, later):
                 log_event(_log, logging.INFO, "node sent away", reason=reason)
-                control.send(identity, codec.encode(Stop(reason)))
+                control.send(identity, codec.encode(Stop(reason, later)))
             case Announce(None):
                 log_event(_log, logging.INFO, "pipeline ready", nodes=len(self._roster.nodes))
                 self._ready.set_result(self._address)
@@ -505,7 +528,7 @@ class Coordinator:
     ) -> Event | None:
         """Tell nodes who all processes are, and learn it here."""
         starting = self._machine.state is State.STARTING
-        pair = self._setup.security.pair
+        pair = self._premises.security.pair
         key = pair.public if pair is not None else ""
         caller = Peer(0, CALLER, 0, False, data.address, str(self._shortcut or ""), self._payloads.memory, key)
         for identity in identities:
@@ -528,8 +551,6 @@ class Coordinator:
             peer = nodes[number]
             shortcut = peer.shortcut if number in mapped else ""
             self.flow.links[number] = results.connect(peer.address, shortcut=shortcut, key=peer.key)
-            predicted = self._setup.plan.stages[peer.stage].predicted_time_ns or 0
-            self._watch.begin(number, predicted, time.monotonic_ns())
         return Met(mapped, time.monotonic_ns())
 
     def _end_nodes(self) -> None:
@@ -546,7 +567,7 @@ class Coordinator:
                 self.profiles = {slot: self._setup.launcher.profile(*slot) for slot in self._roster.nodes}
             self._setup.launcher.close(keep_logs=broken)
         else:
-            shutil.rmtree(self._setup.home, ignore_errors=True)
+            shutil.rmtree(self._premises.home, ignore_errors=True)
         reason = (
             failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
         )

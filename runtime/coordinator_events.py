@@ -179,10 +179,11 @@ class ShareMemory(Struct, frozen=True):
 
 
 class SendAway(Struct, frozen=True):
-    """Tell a node to end."""
+    """Tell a node to end; ``later``: it may ask again."""
 
     identity: bytes
     reason: str
+    later: bool = False
 
 
 class Announce(Struct, frozen=True):

@@ -67,7 +67,7 @@ from runtime.errors import (
     StageFailed,
     StageUnavailable,
 )
-from runtime.messages import ANY, NOT_NEEDED, Failed, Visit
+from runtime.messages import ANY, NOT_NEEDED, PROTOCOL, Failed, Visit
 from runtime.node_state import sources
 from runtime.roster import Kill, Phase, Record, Roster
 from runtime.table import Machine
@@ -130,6 +130,8 @@ class CoordinatorState:
         choose: names the node of a stage that joins several inputs, whose fragments must meet.
         timings: when to try again.
         attempts: a request that killed so many nodes is not tried any more; 1: nothing is ever tried again.
+        elastic: take nodes beyond those that there are to be, for as long as they stay.
+        patient: wait for another when a node is lost before all were ready.
     """
 
     def __init__(
@@ -140,15 +142,19 @@ class CoordinatorState:
         choose: Choose,
         timings: Timings | None = None,
         attempts: int = 3,
+        elastic: bool = False,
+        patient: bool = False,
     ) -> None:
         self.error: PipelineError | None = None
         self.retries = 0
-        self.roster = Roster(replicas, timings or Timings())
+        hosts = {(s.index, replica): host for s in plan.stages for replica, host in enumerate(s.hosts)}
+        self.roster = Roster(replicas, timings or Timings(), hosts=hosts, elastic=elastic)
         self._machine = Machine("pipeline", TRANSITIONS, State.STARTING)
         self._plan = plan
         self._choose = choose
         self._timings = timings or Timings()
         self._attempts = attempts
+        self._patient = patient
         self._joins = frozenset(s.index for s in plan.stages if len(sources(plan, s.index)) > 1)
         self._readers = {
             s.index: frozenset(o.index for o in plan.stages if set(s.outputs) & set(o.inputs)) for s in plan.stages
@@ -181,6 +187,8 @@ class CoordinatorState:
                 return self._prepared(event)
             case Declined(identity, reason, now_ns):
                 record = self.roster.by_identity(identity)
+                if record is not None and self.state is State.STARTING:
+                    return self._fail(LaunchFailed(f"{record.called} refused: {reason}"))
                 return [] if record is None else self._gone(record, f"refused: {reason}", {}, now_ns)
             case LeaveWanted(identity, now_ns):
                 return self._leave(identity, now_ns)
@@ -251,7 +259,7 @@ class CoordinatorState:
     def _joined(self, event: Joined) -> list[Effect]:
         refusal = self.roster.join(event.identity, event.hello, event.now_ns, open_=self._open)
         if isinstance(refusal, str):
-            return [SendAway(event.identity, refusal)]
+            return [SendAway(event.identity, refusal, later=self._open and event.hello.protocol == PROTOCOL)]
         if refusal is None:
             return []
         record = refusal
@@ -292,7 +300,7 @@ class CoordinatorState:
         if self.state in (State.CLOSED, State.FAILED):
             return []
         called = record.called
-        if self.state is State.STARTING:
+        if self.state is State.STARTING and not self._patient:
             return self._fail(LaunchFailed(f"{called} {reason}"))
         number, known_of = record.number, record.phase in (Phase.READY, Phase.LEAVING)
         had_work = known_of and not record.released
@@ -306,8 +314,9 @@ class CoordinatorState:
             if not found.waits and known.get(number) is Step.RUNNING:
                 found.blamed.append(f"{called} {reason}")
             if not found.waits and stage in found.needed and self._lacks(found, stage, number, known):
+                record.tally.retries += 1
                 effects += self._again(request, f"{called} was lost")
-        if known_of:
+        if known_of or (self.state is State.STARTING and self.roster.introduced(everyone=False)):
             effects.append(self._introduce())  # what is to be made again begins when that is done
         return [*effects, *self._give_up()]
 

@@ -124,6 +124,7 @@ class Flow:
         self.traced: list[Traced] = []
         self._machine = machine
         self._payloads = payloads
+        self.ended = False
         self._router = router
         self._replay = replay
         self._trace = trace
@@ -384,6 +385,7 @@ class Flow:
             self._stopped = True
             self._answers += [(pending.done, Answer({}, reason)) for pending in self._pending.values()]
             self._pending.clear()
+            self.ended = True
             self._payloads.close()
             self.wakeup.close()
         self.deliver()

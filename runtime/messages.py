@@ -1,6 +1,6 @@
 """What is said on the wire.
 
-Two links, each a ROUTER or DEALER that binds and DEALERs that connect; each message a header and then, for fragments,
+Three links, each a ROUTER or DEALER that binds and DEALERs that connect; each message a header and then, for fragments,
 a frame for every tensor that is neither in the header nor in shared memory:
 
     control   node DEALER -> coordinator ROUTER    Hello Ready Refused NodeBeat Leaving    rarely, and twice a second
@@ -8,6 +8,8 @@ a frame for every tensor that is neither in the header nor in shared memory:
     data      coordinator, node -> node DEALER     Fragment [tensor ...]                   inputs of a stage
               node -> node, coordinator DEALER     Receipt                                 between hosts, to balance
               node -> coordinator DEALER           Fragment [tensor ...] Started Failed
+    files     node DEALER -> coordinator ROUTER    Fetch                                   where the plan is not at hand
+              coordinator -> node                  Chunk bytes | NoFile
 
 Headers are MessagePack with a tag; unknown fields and tags are refused.
 """
@@ -20,7 +22,7 @@ import msgspec
 
 from runtime.balance import Policy
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Both ends must speak the same version; a node that speaks another is refused by name."""
 
 CALLER = -1
@@ -28,6 +30,9 @@ CALLER = -1
 
 NOT_NEEDED = -1
 """In a route: this stage does not run for the request."""
+
+CHUNK_BYTES = 1 << 20
+"""Of a file that is asked for at once, at most."""
 
 ANY = 0
 """In a route: who sends there chooses the replica. (0 is the coordinator's own number, which executes nothing.)"""
@@ -111,7 +116,8 @@ class NodeBeat(_Message, tag="node-beat", frozen=True):
 
     Attributes:
         progress: requests executed so far.
-        running_ns: for how long the session has been at the present one; 0 when it is at none.
+        running_ns: for how long the session has been at the present one, or the node at something else; 0 when it
+            waits for work.
         cost: of that request.
         longest_ns: an ordinary request took at most so long here.
     """
@@ -130,7 +136,8 @@ class Assign(_Message, tag="assign", frozen=True):
     """The stage a node is to execute.
 
     ``plan_id`` is the SHA-256 of plan.json in ``folder``, a path on the coordinator's host. ``threads`` is 0 for the
-    plan's number. ``share_weights``: map them from the copy that the replicas on a host have in common.
+    plan's number. ``files``: where the plan's files can be fetched by those who do not see that folder; empty for
+    nowhere. ``share_weights``: map them from the copy that the replicas on a host have in common.
     ``profile``: have ONNX Runtime profile its runs into a file of the node's home. ``beat_ns`` and ``silence_ns``: how
     often to give signs of life, and after how long without one the coordinator is taken for dead. ``balance``: how to
     choose among replicas.
@@ -138,6 +145,7 @@ class Assign(_Message, tag="assign", frozen=True):
 
     plan_id: str
     folder: str
+    files: str
     stage: int
     replica: int
     provider: str
@@ -183,9 +191,10 @@ class Beat(_Message, tag="beat", frozen=True):
 
 
 class Stop(_Message, tag="stop", frozen=True):
-    """End; the reason is for the node's log."""
+    """End; the reason is for the node's log. ``later``: there is no place now, and there may be one soon."""
 
     reason: str
+    later: bool = False
 
 
 class Place(_Message, frozen=True):
@@ -293,6 +302,30 @@ class Failed(_Message, tag="failed", frozen=True):
     reason: str
 
 
+class Fetch(_Message, tag="fetch", frozen=True):
+    """A node asks for a piece of a file of the plan, or of ``plan.json``, by the file's SHA-256."""
+
+    sha256: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
+    offset: Count
+    length: Annotated[int, msgspec.Meta(ge=1, le=CHUNK_BYTES)]
+
+
+class Chunk(_Message, tag="chunk", frozen=True):
+    """The piece from ``offset`` of a file of ``size_bytes``; its bytes are the frame that follows."""
+
+    sha256: str
+    offset: Count
+    size_bytes: Count
+
+
+class NoFile(_Message, tag="no-file", frozen=True):
+    """No file of the plan has this SHA-256, or it cannot be read any more."""
+
+    sha256: str
+    reason: str
+
+
 NodeControl = Hello | Ready | Refused | NodeBeat | Leaving
 CoordinatorControl = Assign | Trust | Wire | Share | Cancel | Beat | Stop
 Data = Fragment | Receipt | Started | Failed
+FileAnswer = Chunk | NoFile

@@ -27,7 +27,9 @@ def batch_axes(plan: Plan, outputs: Sequence[str]) -> Axes | None:
         return None
     if any(plan.tensors[name].batch_axis is None for name in outputs):
         return None
-    return {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *outputs)}
+    passed = {name: origin.input for name, origin in plan.passthrough.items() if origin.input is not None}
+    axes = {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *outputs)}
+    return axes | {name: axes[source] for name, source in passed.items()}
 
 
 def batch_size(plan: Plan) -> int:

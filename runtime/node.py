@@ -24,6 +24,8 @@ from pathlib import Path
 
 import msgspec.structs
 
+from runtime.balance import ORDINARY
+from runtime.health import write_health
 from runtime.keys import Keys
 from runtime.messages import (
     PROTOCOL,
@@ -56,6 +58,9 @@ from runtime.node_events import (
     Turn,
 )
 from runtime.node_state import NodeState, State
+from runtime.stage_cache import DEFAULT_CACHE_BYTES, StageCache, cache_folder
+from runtime.stage_files import StageFiles
+from runtime.stats import hold, sweep
 from runtime.transport import (
     Inlet,
     Security,
@@ -64,6 +69,7 @@ from runtime.transport import (
     check_address,
     own_address,
     private_folder,
+    reachable,
 )
 from runtime.watch import Timings
 from runtime.worker import Worker
@@ -72,6 +78,7 @@ DEFAULT_MEMORY_BYTES = 1 << 30
 """Of a node's outputs in shared memory at once; what does not fit is copied through sockets."""
 
 _EXIT_GRACE_S = 2.0
+_SPARE_S = 0.5  # between two questions for a place
 _SERVING = (State.READY, State.LEAVING)
 _log = logging.getLogger("runtime.node")
 
@@ -86,14 +93,20 @@ class NodeOptions:
         stage: the stage it wants, -1 for any.
         replica: the replica it wants to be, -1 for any.
         number: given by its launcher; 0 for none.
-        plan: its own copy of the plan directory; the coordinator's folder when None.
+        plan: its own copy of the plan directory; when None, the coordinator's folder where it is seen from here, else
+            the stage's files are fetched.
+        fetch: fetch them also where the coordinator's folder is seen.
+        cache_bytes: that fetched stage files may take on this host.
+        host: by which the cluster file knows this host; its own name when None.
+        health: a file that says how the node is, for probes; see :mod:`runtime.health`.
         provider: overrides the coordinator's choice.
         threads: overrides the plan's number; 0 does not.
         memory_bytes: of shared memory for its outputs at most; 0 for none.
         home: a folder of the launcher's, removed when the launcher dies. Set together with ``lifeline``.
         lifeline: end when standard input does.
         drain_s: wait so long to be relieved of work before ending on a signal.
-        rejoin_s: without a lifeline, look so long for a coordinator that fell silent before ending.
+        rejoin_s: without a lifeline, look so long for a coordinator that fell silent, or for a place at one that has
+            none free, before ending.
         advertise: the address that others are told, where it is another than ``bind``.
         keys: folder with the keys that protect links by tcp; None leaves them plain.
         insecure: plain links may leave this host.
@@ -105,6 +118,10 @@ class NodeOptions:
     replica: int = -1
     number: int = 0
     plan: Path | None = None
+    fetch: bool = False
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    host: str | None = None
+    health: Path | None = None
     provider: str | None = None
     threads: int = 0
     memory_bytes: int = DEFAULT_MEMORY_BYTES
@@ -131,17 +148,32 @@ def serve(options: NodeOptions) -> int:
     check_address(options.connect, Security(pair=keys.pair if keys else None, insecure=options.insecure))
     if options.home is not None:
         return _Node(options, options.home, keys).serve()
+    sweep()
     patience = None
+    spare_since: float | None = None
     while True:
         home = private_folder()
+        held = hold(home)
         try:
             node = _Node(options, home, keys, patience)
             code = node.serve()
         finally:
             shutil.rmtree(home, ignore_errors=True)
+            os.close(held)
+            if options.health is not None:
+                options.health.unlink(missing_ok=True)
+        if node.ended.is_set():
+            return code
+        if node.is_spare:
+            spare_since = spare_since or time.monotonic()
+            if time.monotonic() - spare_since > options.rejoin_s:
+                return 1
+            if node.ended.wait(_SPARE_S):
+                return code
+            continue
         if not node.deserted:
             return code
-        patience = options.rejoin_s
+        spare_since, patience = None, options.rejoin_s
         _log.warning("looking for the coordinator for %.0f s", patience)
 
 
@@ -155,19 +187,26 @@ class _Node:
         self._patience_s = patience_s
         self._trusted: frozenset[str] = frozenset()
         self.deserted = False
+        self.is_spare = False
         self._timer: threading.Timer | None = None
         self._machine = NodeState()
         self._posted: deque[Event] = deque()
         self._wakeup = Wakeup()
         self._worker = Worker(options.memory_bytes)
+        self._cache = StageCache(cache_folder(), options.cache_bytes)
         self._refused = False
-        self._asked = False
+        self.ended = threading.Event()  # a signal asked for the end
         self._exit: Exit | None = None
+        self._turn_ns = 0  # the main thread is at work since then; 0 while it waits
 
     @property
     def beat(self) -> NodeBeat:
         """A sign of life, as of now."""
+        if self._options.health is not None:
+            write_health(self._options.health, self._machine.state.name.lower())
         began, longest_ns = self._worker.began, self._worker.longest_ns
+        if began is None and self._turn_ns and self._machine.state in _SERVING:
+            began = self._turn_ns, ORDINARY  # at something else than a request, which should not take longer than one
         if began is None:
             return NodeBeat(self._machine.executed, 0, 0, longest_ns)
         return NodeBeat(self._machine.executed, max(1, time.monotonic_ns() - began[0]), began[1], longest_ns)
@@ -193,6 +232,12 @@ class _Node:
         self.deserted = not self._options.lifeline
         self.lost(reason)
 
+    def spare(self, reason: str) -> None:
+        """There is no place for this node now; there may be one when another is found dead."""
+        self.is_spare = not self._options.lifeline
+        _log.log(logging.INFO if self._patience_s is None else logging.DEBUG, "%s", reason)
+        self.lost(reason)
+
     def unwelcome(self, reason: str) -> None:
         """The coordinator will never take this node."""
         self._refused = True
@@ -201,10 +246,10 @@ class _Node:
 
     def _asked_to_end(self, what: str) -> None:
         """By a signal: end when the work is done, or after a while; a second one ends it soon."""
-        if self._asked:
+        if self.ended.is_set():
             self.lost(f"received {what} again")
             return
-        self._asked = True
+        self.ended.set()
         timer = threading.Timer(self._options.drain_s, self.lost, (f"received {what}",))
         timer.daemon = True
         timer.start()
@@ -226,6 +271,15 @@ class _Node:
             allows=lambda key: key in self._trusted or (keys is not None and key in keys.allowed),
             insecure=options.insecure,
         )
+        key = keys.of("coordinator") if keys else ""
+        self._files = StageFiles(
+            own=options.plan,
+            shared=not options.fetch,
+            cache=self._cache,
+            coordinator=options.connect,
+            security=security,
+            key=key,
+        )
         with Sockets(security=security) as sockets:
             shortcut = self._home / f"node-{os.getpid()}.fragments" if options.memory_bytes else None
             inlet = sockets.inlet(options.bind or self._default_address(), shortcut=shortcut)
@@ -234,7 +288,7 @@ class _Node:
                 protocol=PROTOCOL,
                 number=options.number,
                 pid=os.getpid(),
-                host=socket.gethostname(),
+                host=options.host or socket.gethostname(),
                 address=options.advertise or inlet.address,
                 stage=options.stage,
                 replica=options.replica,
@@ -242,11 +296,11 @@ class _Node:
                 memory=self._worker.payloads.memory,
                 key=keys.pair.public if keys else "",
             )
-            key = keys.of("coordinator") if keys else ""
             control = ControlLink(self, options.connect, hello, security=security, key=key, patience_s=self._patience_s)
             control.start()
             self._loop(sockets, inlet, control)
             self._worker.close()
+            self._cache.close()
             control.end()
         if self._timer is not None:
             self._timer.cancel()
@@ -264,7 +318,9 @@ class _Node:
         """What the coordinator says goes first, then what comes in, then one request at a time."""
         machine = self._machine
         while self._exit is None:
+            self._turn_ns = 0
             ready = sockets.wait(0.0 if machine.ready else 60.0)
+            self._turn_ns = time.monotonic_ns()
             if self._posted or self._wakeup.fileno() in ready:
                 self._wakeup.clear()
                 while self._posted and self._exit is None:
@@ -303,10 +359,11 @@ class _Node:
                 options = self._options
                 if options.provider is not None:
                     assign = msgspec.structs.replace(assign, provider=options.provider)
-                folder = options.plan or Path(assign.folder)
-                return worker.load(folder, assign, home=self._home, threads=options.threads)
-            case Connect():
-                worker.connect(effect, sockets)
+                return worker.load(self._files, assign, home=self._home, threads=options.threads)
+            case Connect(peers=peers):
+                by = self._options.connect
+                here = tuple(msgspec.structs.replace(p, address=reachable(p.address, by)) for p in peers)
+                worker.connect(msgspec.structs.replace(effect, peers=here), sockets)
             case Share(readers):
                 worker.share(readers)
             case SayReady():
@@ -341,6 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--number", type=int, required=True)
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--memory", type=int, required=True)
+    parser.add_argument("--keys", type=Path)
+    parser.add_argument("--host")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     return serve(
@@ -351,6 +410,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             number=given.number,
             memory_bytes=given.memory,
             home=given.home,
+            keys=given.keys,
+            host=given.host,
             lifeline=True,
         )
     )

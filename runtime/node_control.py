@@ -52,6 +52,10 @@ class Body(Protocol):
         """The coordinator is gone: drop the work."""
         ...
 
+    def spare(self, reason: str) -> None:
+        """The coordinator has no place for this node now."""
+        ...
+
     def unwelcome(self, reason: str) -> None:
         """The coordinator will never take this node."""
         ...
@@ -109,9 +113,10 @@ class ControlLink(threading.Thread):
                 if ending:
                     return
                 now = time.monotonic()
-                if heard is not None and now >= next_beat:
-                    link.send(codec.encode(self._body.beat))
-                    next_beat = now + self._beat_s
+                if now >= next_beat:
+                    beat, next_beat = self._body.beat, now + self._beat_s
+                    if heard is not None:
+                        link.send(codec.encode(beat))
                 if heard is not None and now - heard > self._silence_s:
                     self._body.silent(f"the coordinator has been silent for {self._silence_s:.0f} s")
                     return
@@ -145,7 +150,7 @@ class ControlLink(threading.Thread):
                 self._body.post(Shared(readers))
             case Cancel(request, attempt):
                 self._body.post(Cancelled(request, attempt))
-            case Stop(reason):
-                self._body.lost(reason)
+            case Stop(reason, later):
+                (self._body.spare if later else self._body.lost)(reason)
             case Beat(oldest):
                 self._body.post(Passed(oldest))

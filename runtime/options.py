@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from runtime.watch import Timings
 
 Mode = Literal["sync", "async"]
 
+_MOST_INFLIGHT = 1024
 _SHARE_OF_MEMORY = 4  # a quarter of what is free
 
 
@@ -31,7 +32,8 @@ class RunOptions:
         provider: as ``--provider``; the plan's when None.
         threads: threads of every node's session; when None, this host's cores divided by the nodes that are started
             on it, or the plan's number for nodes started by hand.
-        inflight: requests in flight at most, micro-batches counted one by one; two a node when None. ``sync`` has one.
+        inflight: requests in flight at most, micro-batches counted one by one; when None, two a node, and more where
+            links are long. ``sync`` has one.
         inflight_bytes: of the tensors of all requests in flight at most; a quarter of the free memory when None.
         micro_batch: rows along the batch axis that run as one; a larger request is split and put together again. The
             plan's own batch size when None; 0 never splits.
@@ -43,6 +45,7 @@ class RunOptions:
         attempts: a request that killed so many nodes is given up; others are tried again as often as it takes. 1:
             nothing is tried again, and inputs are not held.
         timings: when a node counts as failed, and when it is started again.
+        elastic: for nodes started by hand: take more of a stage than there are to be, for as long as they stay.
         keys: for nodes started by hand: folder of the keys that protect links by tcp (``onnxsplit keys new``);
             ``~/.config/onnxsplit/keys`` when None, if it is there.
         insecure: for nodes started by hand: plain links may leave this host.
@@ -65,6 +68,7 @@ class RunOptions:
     balance: Policy = "completion"
     attempts: int = 3
     timings: Timings = field(default_factory=Timings)
+    elastic: bool = False
     keys: Path | None = None
     insecure: bool = False
     trace: bool = False
@@ -107,6 +111,16 @@ class RunOptions:
         if any(count < 1 for count in counts.values()):
             raise InputError("every stage needs at least 1 replica")
         return tuple(counts[stage] for stage in sorted(counts))
+
+
+def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
+    """Requests in flight that keep all nodes busy: two a node, or half as many again as are under way at full rate.
+
+    Those are throughput times latency (Little's law), as predicted; where links are long, they make up much of it.
+    """
+    predicted = plan.prediction
+    under_way = -(-3 * predicted.latency_ns // (2 * max(1, predicted.bottleneck_ns)))
+    return max(2 * max(1, sum(replicas)), min(under_way, _MOST_INFLIGHT))
 
 
 def memory_for_requests_bytes() -> int:

@@ -22,10 +22,10 @@ from runtime.balance import cost_of
 from runtime.coordinator import Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
 from runtime.keys import Keys, default_folder
-from runtime.launch import Launcher
+from runtime.launch import Launcher, Premises
 from runtime.launch.local import LocalLauncher
 from runtime.microbatch import batch_axes, batch_size, ordinary_bytes, split
-from runtime.options import RunOptions, memory_for_requests_bytes
+from runtime.options import RunOptions, enough_inflight, memory_for_requests_bytes
 from runtime.request import Answering, Asked, Request
 from runtime.roster import Incident
 from runtime.stats import NodeStats
@@ -76,8 +76,8 @@ class Pipeline:
         self._ready = coordinator.start()
 
     @classmethod
-    def launch(cls, plan: str | Path, *, launcher: LocalLauncher | None = None, **options: Any) -> Pipeline:
-        """Start a process for every node on this host and wait until all are ready.
+    def launch(cls, plan: str | Path, *, launcher: Launcher | None = None, **options: Any) -> Pipeline:
+        """Start a process for every node, on this host unless the launcher has others, and wait until all are ready.
 
         Args:
             plan: the plan directory.
@@ -97,16 +97,15 @@ class Pipeline:
         nodes = sum(wanted.counts(loaded))
         memory = wanted.inflight_bytes or memory_for_requests_bytes()
         launcher = launcher or LocalLauncher(memory_bytes=memory if wanted.shared_memory else 0)
+        shared = launcher.premises.single_host
         try:
             pipeline = cls._build(
                 folder,
                 loaded,
                 wanted,
                 memory,
-                threads=wanted.threads or threads_per_node(nodes),
-                control=f"ipc://{launcher.folder / 'control'}",
-                data=f"ipc://{launcher.folder / 'results'}",
-                home=launcher.folder,
+                launcher.premises,
+                threads=wanted.threads or (threads_per_node(nodes) if shared else 0),
                 launcher=launcher,
                 start_timeout=wanted.start_timeout or START_TIMEOUT_S,
             )
@@ -142,18 +141,23 @@ class Pipeline:
         folder = Path(plan)
         loaded = load_plan(folder)
         home = private_folder()
+        any_port = f"{bind.rpartition(':')[0]}:*" if bind.startswith("tcp://") else None
+        premises = Premises(
+            control=bind,
+            data=any_port or f"{bind}.results",
+            files=any_port or f"{bind}.files",
+            home=home,
+            security=security,
+            trusted=(lambda: keys.allowed) if keys is not None else None,
+        )
         try:
             pipeline = cls._build(
                 folder,
                 loaded,
                 wanted,
                 wanted.inflight_bytes or memory_for_requests_bytes(),
+                premises,
                 threads=wanted.threads or 0,
-                control=bind,
-                data=f"{bind.rpartition(':')[0]}:*" if bind.startswith("tcp://") else f"{bind}.results",
-                security=security,
-                trusted=(lambda: keys.allowed) if keys is not None else None,
-                home=home,
                 launcher=None,
                 start_timeout=wanted.start_timeout,
             )
@@ -169,15 +173,11 @@ class Pipeline:
         plan: Plan,
         wanted: RunOptions,
         memory_bytes: int,
+        premises: Premises,
         *,
         threads: int,
-        control: str,
-        data: str,
-        home: Path,
         launcher: Launcher | None,
         start_timeout: float | None,
-        security: Security | None = None,
-        trusted: Callable[[], frozenset[str]] | None = None,
     ) -> Pipeline:
         planned = [stage.provider for stage in plan.stages]
         given = wanted.provider
@@ -198,16 +198,13 @@ class Pipeline:
             attempts=wanted.attempts,
             timings=wanted.timings,
             memory_bytes=memory_bytes if wanted.shared_memory else 0,
-            control=control,
-            data=data,
-            security=security or Security(),
-            trusted=trusted,
-            home=home,
+            elastic=wanted.elastic,
+            premises=premises,
             launcher=launcher,
             start_timeout_s=start_timeout,
             progress=wanted.progress,
         )
-        requests = 1 if wanted.mode == "sync" else wanted.inflight or 2 * max(1, sum(replicas))
+        requests = 1 if wanted.mode == "sync" else wanted.inflight or enough_inflight(plan, replicas)
         rows = batch_size(plan) if wanted.micro_batch is None else wanted.micro_batch
         return cls(folder, plan, Coordinator(setup), Admission(requests, memory_bytes), rows)
 
@@ -408,7 +405,7 @@ class Pipeline:
                 address=record.hello.address if record.hello is not None else None,
                 state=record.phase.value,
             )
-            for slot, record in self._coordinator.machine.roster.nodes.items()
+            for slot, record in list(self._coordinator.machine.roster.nodes.items())
         )
 
     def stats(self) -> tuple[NodeStats, ...]:

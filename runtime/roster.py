@@ -14,6 +14,7 @@ from enum import Enum
 
 from msgspec import Struct
 
+from onnxsplit.cluster import LOCAL
 from runtime.board import PEERS
 from runtime.messages import PROTOCOL, Hello, Peer, Visit
 from runtime.table import Machine
@@ -90,6 +91,7 @@ class Tally:
     requests: int = 0
     failures: int = 0
     restarts: int = 0
+    retries: int = 0
     wait_ns: int = 0
     run_ns: int = 0
     output_bytes: int = 0
@@ -156,6 +158,8 @@ class Roster:
     Args:
         replicas: number of nodes of every stage.
         timings: when to start a lost one again.
+        hosts: where the plan has the node of a slot; a node that reports from there fills it first.
+        elastic: a node that reports for a stage without a free slot gets one of its own, which goes with it.
 
     Attributes:
         nodes: the present process of every slot.
@@ -166,7 +170,14 @@ class Roster:
         incidents: the nodes that were lost, first ones first.
     """
 
-    def __init__(self, replicas: tuple[int, ...], timings: Timings) -> None:
+    def __init__(
+        self,
+        replicas: tuple[int, ...],
+        timings: Timings,
+        *,
+        hosts: Mapping[Slot, str] | None = None,
+        elastic: bool = False,
+    ) -> None:
         self.nodes: dict[Slot, Record] = {}
         self.departing: list[Record] = []
         self.tallies: dict[Slot, Tally] = {}
@@ -175,6 +186,9 @@ class Roster:
         self.incidents: deque[Incident] = deque(maxlen=_INCIDENTS)
         self.losses = 0
         self._timings = timings
+        self._hosts = hosts or {}
+        self._elastic = elastic
+        self._planned = list(replicas)
         self._last = 0
         self._own_readers: tuple[int, ...] = ()
         self._served: frozenset[int] | None = None  # worked out again when a node comes or goes
@@ -298,13 +312,32 @@ class Roster:
             and hello.stage in (-1, stage)
             and hello.replica in (-1, replica)
         ]
+        if open_ and not free and self._elastic and 0 <= hello.stage < len(self._planned):
+            free = self._extended(hello.stage, now_ns)
         if not open_ or not free:
             wish = f"stage {hello.stage}" if hello.stage >= 0 else "any stage"
             return f"no node is wanted for {wish}: all {len(self.nodes)} places are taken"
-        record = free[0]
+        record = min(free, key=lambda record: self._strangeness(record, hello))
         record.machine.go(Change.JOIN)
         record.identity, record.hello, record.started_ns = identity, hello, now_ns
         return record
+
+    def _extended(self, stage: int, now_ns: int) -> list[Record]:
+        """One more slot of a stage, for a node that is there already; none when there are no numbers left."""
+        if sum(1 for _ in self) + 1 >= PEERS:
+            return []
+        record = self._add((stage, next(n for n in range(PEERS) if (stage, n) not in self.nodes)))
+        self._start(record, now_ns)
+        return [record]
+
+    def _strangeness(self, record: Record, hello: Hello) -> int:
+        """How little a node is the one the plan has in a slot; the first of equals is taken."""
+        host = self._hosts.get(record.slot, LOCAL)
+        return 0 if host == hello.host else 1 if host == LOCAL else 2
+
+    def _surplus(self, stage: int) -> bool:
+        """True when a stage has more slots than there are to be, for nodes that came by themselves."""
+        return self._elastic and sum(slot[0] == stage for slot in self.nodes) > self._planned[stage]
 
     def introduced(self, *, everyone: bool) -> tuple[bytes, ...]:
         """Identities of the nodes to be told of a change; ``everyone``: those too that were told nothing yet."""
@@ -378,6 +411,11 @@ class Roster:
             now_ns - record.ready_ns > self._timings.settled_s * 1e9 or record.requests >= _SETTLED_REQUESTS
         )
         self._note(record, reason, now_ns)
+        if self._surplus(record.slot[0]):
+            record.machine.go(Change.END)
+            record.number = -1
+            del self.nodes[record.slot]
+            return []
         record.tally.restarts += 1
         record.failed_in_row = 1 if served else record.failed_in_row + 1
         record.reason = reason
@@ -409,11 +447,14 @@ class Roster:
         self.departing.append(record)
 
     def replace(self, record: Record, now_ns: int) -> list[Start]:
-        """Another process takes the place of one that leaves."""
+        """Another process takes the place of one that leaves, unless it had come by itself."""
+        if self._elastic and sum(slot[0] == record.slot[0] for slot in self.nodes) >= self._planned[record.slot[0]]:
+            return []
         return self._due_at_once(self._add(record.slot), now_ns)
 
     def scale(self, stage: int, replicas: int, now_ns: int) -> tuple[list[Start], list[Record]]:
         """Make it so many slots; returns what is to be started, and the records whose slots are gone."""
+        self._planned[stage] = replicas
         present = sorted(slot for slot in self.nodes if slot[0] == stage)
         started: list[Start] = []
         free = (number for number in range(PEERS) if (stage, number) not in self.nodes)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onnxsplit.errors import ModelError, PlanError
-from onnxsplit.plan import Plan, check_file, parse_plan, plan_id, read_plan_file
+from onnxsplit.plan import Plan, check_file
 from onnxsplit.session import open_session
 from onnxsplit.tensors import Array, dtype_name
 from runtime.messages import Assign
@@ -25,22 +25,19 @@ class StageRunner:
     contradicts (shapes that depend on data), that output is never bound again.
 
     Args:
-        folder: the plan directory.
+        plan: the plan.
+        folder: where the stage's files are.
         assign: the stage, and with what to run it.
         home: where to profile into.
         threads: threads of the session; the plan's number when 0.
 
     Raises:
-        PlanError: the folder holds another plan than the assignment's, or the stage's files were changed.
+        PlanError: the stage's files are not as the plan says.
         ModelError, ProviderError, MissingDependency: the session does not open.
     """
 
-    def __init__(self, folder: Path, assign: Assign, *, home: Path, threads: int = 0) -> None:
-        text = read_plan_file(folder)
-        if plan_id(text) != assign.plan_id:
-            raise PlanError(f"{folder} holds another plan than the coordinator's; copy the coordinator's plan here")
-        self.plan: Plan = parse_plan(text, where=folder)
-        stage = self.plan.stages[assign.stage]
+    def __init__(self, plan: Plan, folder: Path, assign: Assign, *, home: Path, threads: int = 0) -> None:
+        stage = plan.stages[assign.stage]
         problems = [problem for entry in stage.files for problem in check_file(folder, entry)]
         if problems:
             raise PlanError(f"the plan {folder} was changed: {'; '.join(problems)}. Copy it again")

@@ -6,11 +6,12 @@ The door is a Unix socket in the pipeline's own folder, which only the user can 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from runtime.balance import ORDINARY
 from runtime.roster import Roster
 
 _DOOR = "status"
+_HELD = "held"
 _PATIENCE_S = 2.0
 
 
@@ -33,9 +35,11 @@ class NodeStats(Struct, frozen=True):
         pid: of its process, once it has reported.
         host: it runs on.
         state: of the node now, in words.
+        provider: that it was told to run on.
         requests: answered ones that it executed.
         failures: that could not be executed.
         restarts: processes that were lost there.
+        retries: attempts that were made again because one of those was.
         queue: ordinary requests' worth of work on its way to it or in it; on other hosts, as far as the caller sent it.
         wait_ns: mean time a request waited there for its turn, once the node had read it; it reads between runs.
         run_ns: mean time in the session.
@@ -53,9 +57,11 @@ class NodeStats(Struct, frozen=True):
     pid: int | None
     host: str | None
     state: str
+    provider: str
     requests: int
     failures: int
     restarts: int
+    retries: int
     queue: float
     wait_ns: int
     run_ns: int
@@ -98,8 +104,14 @@ class Snapshot(Struct, frozen=True):
     nodes: tuple[NodeStats, ...]
 
 
-def node_stats(roster: Roster, queues: Mapping[int, int]) -> tuple[NodeStats, ...]:
-    """Of every slot; ``queues`` is the cost of what is on its way to each node or in it, by number."""
+def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[str]) -> tuple[NodeStats, ...]:
+    """Of every slot.
+
+    Args:
+        roster: the nodes.
+        queues: the cost of what is on its way to each node or in it, by number.
+        providers: of every stage.
+    """
     found = []
     for (stage, replica), record in roster.nodes.items():
         tally = record.tally
@@ -111,9 +123,11 @@ def node_stats(roster: Roster, queues: Mapping[int, int]) -> tuple[NodeStats, ..
                 pid=record.hello.pid if record.hello is not None else None,
                 host=record.hello.host if record.hello is not None else None,
                 state=record.phase.value,
+                provider=providers[stage],
                 requests=tally.requests,
                 failures=tally.failures,
                 restarts=tally.restarts,
+                retries=tally.retries,
                 queue=queues.get(record.number, 0) / ORDINARY,
                 wait_ns=tally.wait_ns // max(1, tally.requests),
                 run_ns=tally.run_ns // max(1, tally.requests),
@@ -169,13 +183,29 @@ class Door:
 
 def running() -> list[Path]:
     """The doors of all pipelines of this user on this host, by their folders."""
+    return _mine(_DOOR)
+
+
+def _mine(name: str) -> list[Path]:
+    """Files of a name in private folders of this user."""
     places = {Path(tempfile.gettempdir()), Path("/tmp")}  # noqa: S108  where private_folder puts them
-    doors = [door for place in places for door in place.glob(f"onnxsplit-*/{_DOOR}")]
-    return sorted(door for door in doors if door.parent.stat().st_uid == os.getuid())
+    found = [file for place in places for file in place.glob(f"onnxsplit-*/{name}")]
+    return sorted(file for file in found if file.parent.stat().st_uid == os.getuid())
+
+
+def hold(home: Path) -> int:
+    """Mark a folder as in use while this process lives; returns the descriptor that does, for the caller to close."""
+    descriptor = os.open(home / _HELD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def sweep() -> None:
-    """Remove the folders of pipelines whose process was killed; nobody else could."""
+    """Remove the folders of pipelines, and of nodes started by hand, whose process was killed; nobody else could."""
+    for held in _mine(_HELD):
+        with suppress(OSError), held.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(held.parent, ignore_errors=True)
     for door in running():
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, suppress(OSError):
             connection.settimeout(_PATIENCE_S)

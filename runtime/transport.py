@@ -207,10 +207,13 @@ class Sockets:
             raw.curve_server = True
             raw.curve_secretkey = pair.secret.encode()
             raw.zap_domain = _DOMAIN.encode()
+        before = os.umask(0o077)  # an ipc socket is for the own user, wherever it is
         try:
             raw.bind(address)
         except zmq.ZMQError as error:
             raise PipelineError(f"cannot listen at {address}: {error.strerror}. Choose another address") from error
+        finally:
+            os.umask(before)
         bound = raw.getsockopt_string(zmq.LAST_ENDPOINT)
         if bound.startswith("ipc://"):
             self._bound_files.append(Path(bound.removeprefix("ipc://")))
@@ -295,11 +298,11 @@ class AnsweringInlet:
         key = header.get("User-Id") if self.raw.curve_server else ""
         return identity, header.bytes, str(key)
 
-    def send(self, identity: bytes, header: bytes) -> None:
+    def send(self, identity: bytes, header: bytes, *frames: Buffer) -> None:
         """Answer a peer; a peer that is gone is no error here, its end is noticed elsewhere."""
         self._unread.add(self.raw)  # sending may take note of what came in meanwhile, and nobody else then would
         with suppress(zmq.ZMQError):
-            self.raw.send_multipart([identity, header], _NOBLOCK)
+            self.raw.send_multipart([identity, header, *frames], _NOBLOCK, copy=not frames)
 
 
 class Inlet:
@@ -332,12 +335,7 @@ class Inlet:
 
     def _from_zmq(self) -> tuple[Buffer, list[Buffer]] | None:
         header = _take(self.raw, self._unread)
-        if header is None:
-            return None
-        frames: list[Buffer] = []
-        while self.raw.getsockopt(_RCVMORE):
-            frames.append(self.raw.recv(copy=False).buffer)
-        return header, frames
+        return None if header is None else (header, _frames(self.raw))
 
 
 class Outlet:
@@ -402,6 +400,19 @@ class Outlet:
         assert self._unread is not None
         return _take(self.raw, self._unread)
 
+    def receive_all(self) -> tuple[bytes, list[Buffer]] | None:
+        """One header if there is one, with the frames that follow it."""
+        header = self.receive()
+        return None if header is None else (header, _frames(self.raw))
+
+
+def _frames(raw: zmq.Socket[bytes]) -> list[Buffer]:
+    """The frames that follow a header that was taken."""
+    frames: list[Buffer] = []
+    while raw.getsockopt(_RCVMORE):
+        frames.append(raw.recv(copy=False).buffer)
+    return frames
+
 
 def _take(raw: zmq.Socket[bytes], unread: set[object]) -> bytes | None:
     """The first frame of the next message, if there is one; keeps track of whether there may be more."""
@@ -460,6 +471,14 @@ def own_address(peer: str) -> str:
     except OSError as error:
         raise PipelineError(f"cannot reach {peer}: {error.strerror}") from error
     return f"[{name}]" if ":" in name else name
+
+
+def reachable(address: str, by: str) -> str:
+    """An address told by somebody who listens at all addresses of its host, for one who reached that host at ``by``."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if not address.startswith("tcp://") or host not in ("0.0.0.0", "[::]"):  # noqa: S104  nothing is bound here
+        return address
+    return f"{by.rpartition(':')[0]}:{port}"
 
 
 class _Allowed:

@@ -9,8 +9,10 @@ ZeroMQ's own heartbeats would not do: a thread of its library answers them whate
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
+from onnxsplit.errors import InputError
 from runtime.balance import ORDINARY
 from runtime.messages import NodeBeat
 
@@ -45,6 +47,21 @@ class Timings:
     circuit_s: float = 30.0
     lost_s: float = 30.0
     drain_s: float = 30.0
+
+
+def timings(changes: Mapping[str, float]) -> Timings:
+    """The usual timings, with changes by name.
+
+    Raises:
+        InputError: there is no such timing, or it is no number above 0.
+    """
+    known = {field.name: field.type for field in fields(Timings)}
+    for name, value in changes.items():
+        if name not in known:
+            raise InputError(f"there is no timing {name!r}; there are: {', '.join(known)}")
+        if not 0 < value < 1e9:
+            raise InputError(f"the timing {name} must be a number above 0, not {value:g}")
+    return Timings(**{name: round(value) if known[name] == "int" else value for name, value in changes.items()})  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)

@@ -32,6 +32,7 @@ from runtime.node_state import sources
 from runtime.payloads import Attempt, Outgoing, Payloads
 from runtime.pinned import cuda_pin
 from runtime.router import Router
+from runtime.stage_files import StageFiles
 from runtime.stage_runner import StageRunner
 from runtime.transport import Outlet, Sockets
 
@@ -99,15 +100,15 @@ class Worker:
         """Nobody wants the outputs of the request that ran last."""
         self.payloads.drop(self._ran.going)
 
-    def load(self, folder: Path, assign: Assign, *, home: Path, threads: int) -> Event:
+    def load(self, files: StageFiles, assign: Assign, *, home: Path, threads: int) -> Event:
         """Open the session; :class:`Loaded` or :class:`LoadFailed`."""
         self._assign = assign
         self._router = Router(assign.balance, self.payloads.board)
         try:
-            self._runner = StageRunner(folder, assign, home=home, threads=threads)
+            plan, folder = files.find(assign)
+            self._runner = StageRunner(plan, folder, assign, home=home, threads=threads)
         except OnnxsplitError as error:
             return LoadFailed(str(error))
-        plan = self._runner.plan
         self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
         self._expected = expected_tensors(plan, assign.stage)
         log_event(

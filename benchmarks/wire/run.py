@@ -80,7 +80,7 @@ def samples() -> list[tuple[bytes, list[bytes]]]:
         (Ready((1, 2)), []),
         (Refused("no"), []),
         (NodeBeat(1, 2, 3, 4), []),
-        (Assign("id", "/nowhere", 0, 0, "cpu", 1, False, False, 1, 1, "task"), []),
+        (Assign("id", "/nowhere", "", 0, 0, "cpu", 1, False, False, 1, 1, "task"), []),
         (Wire(1, 1, (peer,)), []),
         (Share((1,)), []),
         (Trust(("k" * 40,)), []),

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from onnxsplit.cli.output import Output, make_command, option, threads_option
+from onnxsplit.cli.values import Size
 
 
 @make_command
@@ -21,8 +22,11 @@ from onnxsplit.cli.output import Output, make_command, option, threads_option
     "--plan",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Own copy of the plan. Without it: the pipeline's folder.",
+    help="Own copy of the plan. Without it: the pipeline's folder, or its stage's files are fetched from there.",
 )
+@option("--fetch", is_flag=True, help="Fetch them also where the pipeline's folder is seen from here.")
+@option("--cache", type=Size(), default="64G", help="Bytes that fetched stage files may take on this host.")
+@option("--host", metavar="NAME", help="This host in the cluster file. Without it: its own name.")
 @option("--bind", metavar="ADDR", help="Where to take tensors. Without it: any free port or path.")
 @option("--provider", help="cpu or cuda[:N]. Without it: the pipeline's choice.")
 @threads_option
@@ -41,12 +45,16 @@ from onnxsplit.cli.output import Output, make_command, option, threads_option
     help="Seconds to look for a pipeline that fell silent before ending.",
 )
 @option("--shared-memory/--no-shared-memory", default=True, help="Whether tensors cross in shared memory on one host.")
+@option("--health", type=click.Path(path_type=Path), metavar="FILE", help="Tell probes how the node is, in this file.")
 def command(
     output: Output,
     *,
     connect: str,
     stage: int | None,
     plan: Path | None,
+    fetch: bool,
+    cache: int,
+    host: str | None,
     bind: str | None,
     provider: str | None,
     threads: int | None,
@@ -55,6 +63,7 @@ def command(
     advertise: str | None,
     rejoin: float,
     shared_memory: bool,
+    health: Path | None,
 ) -> None:
     """Execute one stage for a pipeline that waits at ADDR (Pipeline.listen), until it ends."""
     import logging
@@ -70,6 +79,10 @@ def command(
             bind=bind,
             stage=-1 if stage is None else stage,
             plan=plan,
+            fetch=fetch,
+            cache_bytes=cache,
+            host=host,
+            health=health,
             provider=provider,
             threads=threads or 0,
             keys=keys or (None if insecure else default_folder()),

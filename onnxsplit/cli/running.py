@@ -48,6 +48,17 @@ def _replicas(
     return found or None
 
 
+def _timings(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, seconds = text.partition("=")
+        try:
+            found[name] = float(seconds)
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not NAME=SECONDS", context, parameter) from None
+    return found
+
+
 _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("--provider",), {"help": "cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu. Without it: the plan's."}),
     (
@@ -106,6 +117,18 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         },
     ),
 ]
+_OPTIONS.append(
+    (
+        ("--timing", "timings"),
+        {
+            "multiple": True,
+            "metavar": "NAME=SECONDS",
+            "callback": _timings,
+            "help": "When a node counts as failed, and when it is tried again; NAME as in runtime.watch.Timings: "
+            "silence_s, stall_s, lost_s, backoff_s, circuit_s, ... Repeatable.",
+        },
+    )
+)
 _TRACING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (
         ("--trace",),
@@ -123,8 +146,11 @@ def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
     """What :meth:`runtime.Pipeline.launch` is to be called with."""
     if running.get("trace_ops") and running["trace"] is None:
         raise click.UsageError("--trace-ops adds to a timeline; name its file with --trace FILE.json")
+    from runtime.watch import timings
+
     return {
         **running,
+        "timings": timings(running["timings"]),
         "trace": running.get("trace") is not None,
         "progress": lambda ready, total: output.say(f"{ready} of {total} nodes ready"),
     }

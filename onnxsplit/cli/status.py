@@ -75,9 +75,21 @@ def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
         )
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for number, column in enumerate(
-            ("node", "stage", "process", "state", "requests/s", "p99", "queue", "failures", "restarts")
+            (
+                "node",
+                "stage",
+                "host",
+                "process",
+                "device",
+                "state",
+                "requests/s",
+                "p99",
+                "queue",
+                "failures",
+                "restarts",
+            )
         ):
-            table.add_column(column, justify="left" if number in (0, 2, 3) else "right")
+            table.add_column(column, justify="left" if number in (0, 2, 3, 4, 5) else "right")
         earlier = {(n.stage, n.replica): n for n in before[pid].nodes} if pid in before else {}
         seconds = max(1e-9, (snapshot.taken_ns - before[pid].taken_ns) / 1e9) if pid in before else 1.0
         for node in snapshot.nodes:
@@ -86,7 +98,9 @@ def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
             table.add_row(
                 f"{node.stage}.{node.replica}",
                 f"{node.stage}",
-                f"{node.pid or '-'} on {node.host or '-'}",
+                node.host or "-",
+                f"{node.pid or '-'}",
+                node.provider,
                 Text(node.state, style="green" if node.state == "ready" else "red"),
                 f"{rate:,.1f}",
                 milliseconds(node.p99_ns),

@@ -95,11 +95,13 @@ def config(version: Version, stage: int | None = None) -> Json:
     if stage is None:
         said["ensemble_scheduling"] = {"step": [_step(version.model, one) for one in plan.stages]}
     else:
+        nodes = [n for n in version.pipeline.stats() if n.stage == stage] if version.pipeline is not None else []
+        provider = nodes[0].provider if nodes else plan.stages[stage].provider
         said["instance_group"] = [
             {
                 "name": said["name"],
-                "kind": "KIND_GPU" if "cuda" in plan.stages[stage].provider.lower() else "KIND_CPU",
-                "count": plan.stages[stage].replicas,
+                "kind": "KIND_GPU" if "cuda" in provider.lower() else "KIND_CPU",
+                "count": len(nodes) or plan.stages[stage].replicas,
             }
         ]
     return said

@@ -168,7 +168,7 @@ class Entrance:
             self._timer = None
         while len(self.line):
             now = time.monotonic_ns()
-            for request in self.line.late(now):
+            for request in self.line.late(now, alone=not self._inside):
                 self._fail(
                     request, DeadlineExceeded("the answer could not have been there in the time the request had")
                 )
@@ -285,7 +285,7 @@ class Entrance:
             if len(inside.requests) > 1:
                 axes: Axes = passage.asked.axes or {}
                 mine = {
-                    name: array[(slice(None),) * (axes[name] or 0) + (slice(start, start + rows),)]
+                    name: array if (axis := axes.get(name)) is None else _rows_of(array, axis, start, start + rows)
                     for name, array in outputs.items()
                 }
             start += rows
@@ -317,6 +317,11 @@ class Entrance:
             if request in inside.requests and alone and inside.future is not None:
                 inside.future.cancel()
                 return
+
+
+def _rows_of(array: Array, axis: int, start: int, stop: int) -> Array:
+    """Some rows along the batch axis."""
+    return array[(slice(None),) * axis + (slice(start, stop),)]
 
 
 def _rows(inputs: Mapping[str, Array], axes: Axes | None) -> int:

@@ -77,8 +77,12 @@ class Guard:
             Forbidden: the site is not ours, or the name is not.
         """
         host = headers.get("host", "")
-        if self._loopback and host and (urlsplit(f"//{host}").hostname or "") not in LOOPBACK:
-            raise Forbidden(f"this server is of this host alone, and was asked as {host!r}; ask localhost")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        try:
+            name, site = urlsplit(f"//{host}").hostname or "", urlsplit(origin or "").netloc
+        except ValueError as error:
+            raise Forbidden(f"the header Host or Origin holds no address: {error}") from error
+        if self._loopback and host and name not in LOOPBACK:
+            raise Forbidden(f"this server is of this host alone, and was asked as {host!r}; ask localhost")
+        if origin is not None and site != host:
             raise Forbidden(f"pages of {origin!r} may not ask this server")

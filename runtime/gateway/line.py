@@ -135,12 +135,17 @@ class Line:
             self.leave(request)
         return together
 
-    def late(self, now_ns: int) -> list[Waiting]:
-        """Those at the head that could not be answered in time any more; they are out of the line."""
+    def late(self, now_ns: int, *, alone: bool = False) -> list[Waiting]:
+        """Those at the head that could not be answered in time any more; they are out of the line.
+
+        ``alone``: nothing else is inside. Then the head may try unless its time is over, whatever the pace was: how
+        else should it be known that it is better now?
+        """
         found = []
+        passage_ns = 0 if alone else self._passage_ns
         while self._waiting:
             deadline = self._waiting[0].deadline_ns
-            if deadline is None or now_ns + self._passage_ns <= deadline:
+            if deadline is None or now_ns + passage_ns <= deadline:
                 break
             found.append(self._waiting[0])
             self.leave(self._waiting[0])

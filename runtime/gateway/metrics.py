@@ -6,6 +6,7 @@ replica; never a request's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
@@ -30,6 +31,9 @@ from runtime.stats import NodeStats
 _MODEL = ("model", "version")
 _NODE = ("model", "version", "stage", "replica")
 
+_BARE_HEADS = re.compile(rb"^(# (?:HELP|TYPE) nv_\w+?)_total(?= )", re.MULTILINE)
+"""Of counters whose names have no ``_total``: the library gives their heads one all the same."""
+
 Value = tuple[Sequence[str], float]
 
 _NODE_COUNTERS: tuple[tuple[str, str, Callable[[NodeStats], float]], ...] = (
@@ -37,6 +41,7 @@ _NODE_COUNTERS: tuple[tuple[str, str, Callable[[NodeStats], float]], ...] = (
     ("onnxsplit_node_wait_seconds", "Time requests waited in a node.", lambda n: n.waited_ns / 1e9),
     ("onnxsplit_node_busy_seconds", "Time a node's session ran.", lambda n: n.ran_ns / 1e9),
     ("onnxsplit_node_failures", "Requests that a node could not execute.", lambda n: n.failures),
+    ("onnxsplit_node_retries", "Attempts made again because a node was lost.", lambda n: n.retries),
     ("onnxsplit_node_restarts", "Processes of a node that were lost.", lambda n: n.restarts),
     ("onnxsplit_node_output_bytes", "Bytes that a node gave.", lambda n: n.output_bytes),
     ("onnxsplit_node_shared_bytes", "Of those, in shared memory.", lambda n: n.shared_bytes),
@@ -47,7 +52,8 @@ def exposition(watcher: Watcher) -> tuple[bytes, str]:
     """All metrics now, in Prometheus' text format, and its content type."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(watcher))
-    return generate_latest(registry), CONTENT_TYPE_LATEST
+    text = generate_latest(registry)
+    return _BARE_HEADS.sub(rb"\1", text), CONTENT_TYPE_LATEST
 
 
 class _Collector(Collector):

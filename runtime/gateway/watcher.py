@@ -130,18 +130,20 @@ class Watcher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._tell(b"")
+
+    def _tell(self, event: bytes) -> None:
+        """To all who listen; who reads too slowly misses the oldest."""
         for listener in self._listeners:
-            listener.put_nowait(b"")
+            if listener.full():
+                listener.get_nowait()
+            listener.put_nowait(event)
 
     async def _watch(self) -> None:
         while True:
             view = self.look()
             self._views.append(view)
-            event = b"data: " + msgspec.json.encode(view) + b"\n\n"
-            for listener in self._listeners:
-                if listener.full():
-                    listener.get_nowait()
-                listener.put_nowait(event)
+            self._tell(b"data: " + msgspec.json.encode(view) + b"\n\n")
             await asyncio.sleep(EVERY_S)
 
     async def events(self) -> AsyncIterator[bytes]:

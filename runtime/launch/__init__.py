@@ -1,12 +1,43 @@
 """Launchers: what starts node processes.
 
-A launcher is asked for a node and returns a :class:`Handle`; the coordinator watches the handle's descriptor, which
-becomes readable when the process is gone. Local processes are the first kind.
+A launcher says where nodes and their coordinator meet (:class:`Premises`); asked for a node, it returns a
+:class:`Handle`. The coordinator watches the handle's descriptor, which becomes readable when the process is gone.
+
+    local    processes of this host
+    ray      processes on the hosts of a Ray cluster
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+from runtime.transport import Security
+
+
+@dataclass(frozen=True)
+class Premises:
+    """Where a coordinator and its nodes meet, and what protects them there.
+
+    Attributes:
+        control: where nodes report.
+        data: where results come in.
+        files: where nodes can ask for stage files; empty where they all see the plan's folder.
+        home: a folder that only the user can open, for sockets of this host.
+        security: what protects links by tcp.
+        trusted: the public keys of the nodes that are allowed now; None where links are plain.
+        single_host: all nodes run on this host and share its cores.
+    """
+
+    control: str
+    data: str
+    files: str
+    home: Path
+    security: Security = Security()  # noqa: RUF009 - it is frozen
+    trusted: Callable[[], frozenset[str]] | None = None
+    single_host: bool = False
 
 
 class Handle(Protocol):
@@ -33,6 +64,8 @@ class Handle(Protocol):
 
 class Launcher(Protocol):
     """Starts nodes."""
+
+    premises: Premises
 
     def start(self, *, connect: str, stage: int, replica: int, number: int) -> Handle:
         """Start one node that reports to ``connect``; ``number`` is this process's alone."""

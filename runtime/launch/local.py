@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.session import quiet_environment
+from runtime.launch import Premises
 from runtime.transport import private_folder
 
 _LOG_TAIL_BYTES = 2000
@@ -70,6 +71,7 @@ class LocalLauncher:
 
     Attributes:
         folder: the sockets and logs.
+        premises: in it.
         module: what nodes execute.
     """
 
@@ -78,6 +80,13 @@ class LocalLauncher:
     def __init__(self, *, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
         self.folder = private_folder()
+        self.premises = Premises(
+            control=f"ipc://{self.folder / 'control'}",
+            data=f"ipc://{self.folder / 'results'}",
+            files="",
+            home=self.folder,
+            single_host=True,
+        )
 
     def start(self, *, connect: str, stage: int, replica: int, number: int) -> LocalHandle:
         """Start ``python -m runtime.node``, with modules of the user's folder kept out of its way."""

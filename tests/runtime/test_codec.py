@@ -85,7 +85,7 @@ def test_a_view_is_sent_as_what_it_shows():
     ("decode", "message"),
     [
         (codec.decode_node_control, Hello(1, 5, 2, "h", "a", -1, -1, "s", MEMORY, "key")),
-        (codec.decode_coordinator_control, Assign("id", "f", 0, 1, "cpu", 0, True, False, 1, 2, "task")),
+        (codec.decode_coordinator_control, Assign("id", "f", "", 0, 1, "cpu", 0, True, False, 1, 2, "task")),
         (
             codec.decode_coordinator_control,
             Wire(3, 1, (Peer(0, -1, 0, False, "a", "", None, ""), Peer(1, 0, 1, True, "b", "s", MEMORY, "key"))),

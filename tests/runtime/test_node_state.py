@@ -48,7 +48,7 @@ def wire(me: int, view: int = VIEW, without: int = -1) -> Wire:
 
 
 def assign(stage: int) -> Assign:
-    return Assign("id", "folder", stage, 0, "cpu", 0, False, False, 1, 1, "completion")
+    return Assign("id", "folder", "", stage, 0, "cpu", 0, False, False, 1, 1, "completion")
 
 
 def ready(plan, stage: int) -> NodeState:

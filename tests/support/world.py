@@ -80,11 +80,11 @@ class World:
                 case Kill(number):
                     self.kill(number)
                 case c.GiveStage(identity, (stage, replica)):
-                    assign = Assign("id", "", stage, replica, "cpu", 0, False, False, 1, 1, "task")
+                    assign = Assign("id", "", "", stage, replica, "cpu", 0, False, False, 1, 1, "task")
                     self.send(COORDINATOR, int(identity), "control", n.Assigned(assign))
                 case c.Introduce(identities, meet):
                     effects.extend(self.introduce(identities, meet))
-                case c.SendAway(identity, _):
+                case c.SendAway(identity):
                     self.send(COORDINATOR, int(identity), "control", n.StopAsked("told to"))
                 case c.Forget(request, attempt, identities):
                     for identity in identities:

@@ -113,6 +113,15 @@ def test_a_batch_that_found_no_room_is_put_back_where_it_stood_not_before_those_
     assert names(made) == ["a", "b", "c"]
 
 
+def test_one_slow_answer_does_not_lock_out_for_ever_those_who_have_little_time():
+    made = paced(passage_ms=2000)
+    made.join(request(deadline=200 * MS, name="a"))
+    assert made.late(100 * MS, alone=True) == [], "nothing is inside: it may try"
+    assert names(made.next(100 * MS)) == ["a"]
+    made.join(request(deadline=200 * MS, name="b"))
+    assert names(made.late(201 * MS, alone=True)) == ["b"], "its time is over"
+
+
 @given(
     st.lists(
         st.one_of(

@@ -1,0 +1,20 @@
+"""How a node tells probes of a supervisor that it lives: a file that it writes anew with each sign of life.
+
+The file holds the state of the node in a word (``waiting``, ``loading``, ``ready``, ...). A shell can ask it:
+
+    is ready    grep -q ready FILE
+    lives       test $(($(date +%s) - $(stat -c %Y FILE))) -lt 15
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_health(file: Path, state: str) -> None:
+    """Say how the node is, now."""
+    draft = file.with_name(f".{file.name}.draft")
+    with suppress(OSError):  # a full disk makes the probe fail, and not the node
+        draft.write_text(f"{state}\n")
+        draft.replace(file)

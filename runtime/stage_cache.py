@@ -1,0 +1,109 @@
+"""Stage files that came from elsewhere, kept by what is in them: one copy a host, whoever asked for it.
+
+    FOLDER/KEY/            the files of a stage, whole and checked; KEY is a hash of their names and hashes
+    FOLDER/KEY.partial/    on their way; the next try goes on from here
+    FOLDER/KEY.lock        held by who fetches (alone), and by every node that runs the stage (together)
+
+When the cache would outgrow its bound, stages that nobody runs go, the longest unused first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from onnxsplit.plan import FileEntry, Stage
+from runtime.errors import PipelineError
+
+DEFAULT_CACHE_BYTES = 64 << 30
+
+Fetch = Callable[[FileEntry, Path], None]
+"""Brings one file to a path, where some of it may be already."""
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/onnxsplit/stages``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxsplit" / "stages"
+
+
+class StageCache:
+    """The cache of this host's user.
+
+    Args:
+        folder: where it is.
+        limit_bytes: that its files may take; a stage that is needed is kept all the same.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._held: dict[str, int] = {}  # locks of the stages that this process runs
+
+    def close(self) -> None:
+        """Let the stages go that this process ran."""
+        for descriptor in self._held.values():
+            os.close(descriptor)
+        self._held.clear()
+
+    def obtain(self, stage: Stage, fetch: Fetch) -> Path:
+        """A folder with the stage's files; they stay until :meth:`close`.
+
+        Waits while another process fetches the same stage.
+
+        Raises:
+            PipelineError: they cannot be had or kept.
+        """
+        key = _key(stage)
+        target = self._folder / key
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if key not in self._held:
+                self._held[key] = os.open(self._folder / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = self._held[key]
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            while not target.is_dir():  # it may be gone again: changing a lock lets go of it for a moment
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                try:
+                    if not target.is_dir():
+                        self._bring(stage, target, fetch)
+                finally:
+                    fcntl.flock(lock, fcntl.LOCK_SH)
+            os.utime(target)
+            return target
+        except OSError as error:
+            raise PipelineError(f"cannot keep stage files in {self._folder}: {error.strerror or error}") from error
+
+    def _bring(self, stage: Stage, target: Path, fetch: Fetch) -> None:
+        self._make_room(sum(entry.size_bytes for entry in stage.files), target.name)
+        partial = target.with_suffix(".partial")
+        partial.mkdir(mode=0o700, exist_ok=True)
+        for entry in stage.files:
+            fetch(entry, partial / entry.name)
+        partial.rename(target)
+
+    def _make_room(self, wanted_bytes: int, key: str) -> None:
+        """Remove what nobody runs, the longest unused first, until there is room within the bound."""
+        folders = [entry for entry in self._folder.iterdir() if entry.is_dir() and entry.stem != key]
+        sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in folders}
+        total = sum(sizes.values()) + wanted_bytes
+        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
+            if total <= self._limit_bytes:
+                return
+            lock = os.open(self._folder / f"{folder.stem}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                with suppress(BlockingIOError):  # somebody runs it
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+                    total -= sizes[folder]
+            finally:
+                os.close(lock)
+
+
+def _key(stage: Stage) -> str:
+    lines = sorted(f"{entry.sha256} {entry.name}" for entry in stage.files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

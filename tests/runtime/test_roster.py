@@ -1,0 +1,64 @@
+"""Who fills which place: nodes the plan has somewhere, and nodes that come by themselves."""
+
+from __future__ import annotations
+
+from runtime.messages import PROTOCOL, Hello
+from runtime.roster import Phase, Roster
+from runtime.watch import Timings
+
+
+def hello(stage: int = -1, host: str = "h") -> Hello:
+    return Hello(PROTOCOL, 0, 1, host, "tcp://h:1", stage, -1, "", None, "")
+
+
+def waiting(replicas, **options) -> Roster:
+    roster = Roster(replicas, Timings(), **options)
+    roster.due(0)
+    return roster
+
+
+def join(roster, identity: bytes, said: Hello):
+    return roster.join(identity, said, 0, open_=True)
+
+
+def serve(roster, record):
+    roster.prepare(record, (), 0)
+    return record
+
+
+def test_a_node_fills_the_place_that_the_plan_has_on_its_host():
+    roster = waiting((1, 2), hosts={(0, 0): "a", (1, 0): "b", (1, 1): "local"})
+    assert join(roster, b"1", hello(host="b")).slot == (1, 0)
+    assert join(roster, b"2", hello(host="c")).slot == (1, 1), "nobody is expected there in particular"
+    assert join(roster, b"3", hello(host="c")).slot == (0, 0), "better there than nowhere"
+
+
+def test_a_node_too_many_is_refused_unless_the_pipeline_is_elastic():
+    roster = waiting((1,))
+    join(roster, b"1", hello(0))
+    assert "all 1 places are taken" in join(roster, b"2", hello(0))
+    roster = waiting((1,), elastic=True)
+    join(roster, b"1", hello(0))
+    assert join(roster, b"2", hello(0)).slot == (0, 1)
+    assert "no node is wanted for any stage" in join(roster, b"3", hello())
+
+
+def test_the_place_of_a_node_that_came_by_itself_goes_with_it():
+    roster = waiting((1,), elastic=True)
+    first = serve(roster, join(roster, b"1", hello(0)))
+    second = serve(roster, join(roster, b"2", hello(0)))
+    roster.lose(second, "is gone", 0)
+    assert list(roster.nodes) == [(0, 0)]
+    roster.lose(first, "is gone", 0)
+    assert [record.phase for record in roster.nodes.values()] == [Phase.STARTED], "one there is to be: it is waited for"
+
+
+def test_a_node_that_leaves_is_replaced_only_as_far_as_there_are_to_be_some():
+    roster = waiting((1,), elastic=True)
+    first = serve(roster, join(roster, b"1", hello(0)))
+    second = serve(roster, join(roster, b"2", hello(0)))
+    roster.leave(first)
+    assert roster.replace(first, 0) == []
+    assert list(roster.nodes) == [(0, 1)]
+    roster.leave(second)
+    assert [start.slot for start in roster.replace(second, 0)] == [(0, 1)]
