@@ -1,5 +1,7 @@
 """The devices and links that a plan is made for, and the TOML they are written in.
 
+caller = "host-a"         # the host or device that requests come from; over the default link to all when left out
+
 [[device]]
 name = "big"              # how the plan names it
 host = "host-a"           # devices of a host share its memory and its fast link; "local" when left out
@@ -12,7 +14,8 @@ not_ops = ["Loop"]        # op types it may not run
 
 [[link]]
 between = ["host-a", "host-b"]   # hosts or devices; a host with itself for the devices on it
-latency_us = 500.0               # a tensor, whatever its size
+latency_us = 500.0               # a tensor occupies the device so long, whatever its size
+delay_us = 2000.0                # it is on its way so much longer, and occupies nobody
 bytes_per_s = 125e6
 overlapped = false               # true: moves tensors while both devices compute
 """
@@ -42,11 +45,13 @@ class Link:
         latency_ns: for a tensor, whatever its size.
         bytes_per_s: bytes a second.
         overlapped: tensors move while the device computes, so that only the longer of the two counts.
+        delay_ns: a tensor arrives so much later; occupies neither end, so it counts for the time of a request alone.
     """
 
     latency_ns: int = 60_000
     bytes_per_s: int = 6_000_000_000
     overlapped: bool = False
+    delay_ns: int = 0
 
     def transfer_ns(self, size_bytes: int) -> int:
         """Nanoseconds for one crossing of a tensor."""
@@ -77,10 +82,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Devices, in the file's order, and links by the pair of hosts or devices they join, in order of name."""
+    """What a plan is made for.
+
+    Attributes:
+        devices: in the file's order.
+        links: by the pair of hosts or devices they join, in order of name.
+        caller: the host or device that requests come from; None for nowhere in particular.
+    """
 
     devices: tuple[Device, ...]
     links: Mapping[tuple[str, str], Link]
+    caller: str | None = None
 
     def link(self, one: Device, other: Device) -> Link:
         """The link of two devices: theirs by name, else their hosts', else the default."""
@@ -90,9 +102,19 @@ class Cluster:
                 return found
         return Link()
 
+    def caller_link(self, device: Device) -> Link:
+        """The link of the caller with a device."""
+        if self.caller is None:
+            return Link()
+        return self.link(Device(name=self.caller, host=self._host_of(self.caller)), device)
+
+    def _host_of(self, name: str) -> str:
+        """The host of a device; a host's own name."""
+        return next((device.host for device in self.devices if device.name == name), name)
+
     def to_toml(self) -> str:
         """The text that :func:`load_cluster` reads back."""
-        lines = []
+        lines = [f"caller = {_text(self.caller)}", ""] if self.caller is not None else []
         for device in self.devices:
             lines += ["[[device]]", f"name = {_text(device.name)}", f"host = {_text(device.host)}"]
             lines += [f"provider = {_text(device.provider)}", f"speed = {device.speed:g}"]
@@ -105,6 +127,7 @@ class Cluster:
         for (one, other), link in self.links.items():
             lines += ["[[link]]", f"between = [{_text(one)}, {_text(other)}]"]
             lines += [f"latency_us = {link.latency_ns / 1000:g}", f"bytes_per_s = {float(link.bytes_per_s):g}"]
+            lines += [f"delay_us = {link.delay_ns / 1000:g}"] if link.delay_ns else []
             lines += [f"overlapped = {str(link.overlapped).lower()}", ""]
         return "\n".join(lines)
 
@@ -144,7 +167,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def cluster(self, content: Mapping[str, Any]) -> Cluster:
-        self._known("the file", content, {"device", "link"})
+        self._known("the file", content, {"device", "link", "caller"})
         devices = tuple(
             self._device(f"device {number}", table) for number, table in enumerate(self._tables(content, "device"))
         )
@@ -164,7 +187,10 @@ class _Reader:
                     if end not in ends
                 ]
                 links[min(pair), max(pair)] = link
-        return Cluster(devices, links)
+        caller = content.get("caller")
+        if caller is not None and caller not in ends | {LOCAL}:
+            self.problems.append(f"caller {caller!r} is no device or host; known: {', '.join(sorted(ends))}")
+        return Cluster(devices, links, caller)
 
     def _tables(self, content: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
         tables = content.get(key, [])
@@ -192,21 +218,25 @@ class _Reader:
         )
 
     def _link(self, where: str, table: Mapping[str, Any]) -> tuple[tuple[str, str] | None, Link]:
-        self._known(where, table, {"between", "latency_us", "bytes_per_s", "overlapped"})
+        self._known(where, table, {"between", "latency_us", "delay_us", "bytes_per_s", "overlapped"})
         pair = self._names(where, table, "between")
         if len(pair) != 2:
             self.problems.append(f"{where}: between must name two hosts or devices")
         default = Link()
-        latency = table.get("latency_us", default.latency_ns / 1000)
-        if not _is_number(latency) or latency < 0:
-            self.problems.append(f"{where}: latency_us must be a number of at least 0, found {latency!r}")
-            latency = 0
         link = Link(
-            latency_ns=int(latency * 1000),
+            latency_ns=self._time_ns(where, table, "latency_us", default.latency_ns),
+            delay_ns=self._time_ns(where, table, "delay_us", default.delay_ns),
             bytes_per_s=int(self._positive(where, table, "bytes_per_s", default.bytes_per_s)),
             overlapped=self._value(where, table, "overlapped", bool, False),
         )
         return ((pair[0], pair[1]) if len(pair) == 2 else None), link
+
+    def _time_ns(self, where: str, table: Mapping[str, Any], key: str, default_ns: int) -> int:
+        value = table.get(key, default_ns / 1000)
+        if not _is_number(value) or not 0 <= value < 1e15:
+            self.problems.append(f"{where}: {key} must be a number of at least 0, found {value!r}")
+            return default_ns
+        return int(value * 1000)
 
     def _known(self, where: str, table: Mapping[str, Any], keys: set[str]) -> None:
         self.problems += [

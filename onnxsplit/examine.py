@@ -80,6 +80,7 @@ class Subject:
             weights=self._weights(atom_of, setting.packs),
             inner_bytes=self._inner_bytes(),
             links=setting.links,
+            caller_links=setting.caller_links,
             apart=tuple((atom_of[one], atom_of[other]) for one, other in setting.apart),
             objective=setting.objective,
         )

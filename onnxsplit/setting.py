@@ -73,6 +73,13 @@ class Setting:
         }
         return found if any(link != Link() for link in found.values()) else {}
 
+    @cached_property
+    def caller_links(self) -> dict[int, Link]:
+        """The caller's link by device, where a cluster says where the caller is."""
+        if self.cluster is None or self.cluster.caller is None:
+            return {}
+        return {number: self.cluster.caller_link(device) for number, device in enumerate(self.devices)}
+
     def _may_run(self, device: Device, op: Op) -> bool:
         return device.may_run(op.op_type) and device.name in self.placed.get(op.index, {device.name})
 

@@ -63,7 +63,9 @@ def _contracted(problem: Problem) -> Contracted:
     groups = UnionFind(range(problem.atoms))
 
     def cost(flows: Sequence[Transfer]) -> int:
-        return sum((problem.link if f.writer == CALLER else link).transfer_ns(f.size_bytes) for f in flows)
+        return sum(
+            (problem.cheapest_caller_link if f.writer == CALLER else link).transfer_ns(f.size_bytes) for f in flows
+        )
 
     moved = set()
     for atom in range(problem.atoms):

@@ -46,6 +46,33 @@ def improve(
     return best
 
 
+def rearranged(problem: Problem, start: Partition, *, stop: Callable[[], bool] = lambda: False) -> Partition:
+    """The best partition that exchanging devices leads to: two of different stages, or one in use for an idle one.
+
+    Stages keep their atoms and the number of their replicas.
+    """
+    best, best_score = start, score(problem, start)
+    improved = True
+    while improved and not stop():
+        improved = False
+        for devices in _exchanges(best.devices, len(problem.devices)):
+            candidate = Partition(best.stage_of, devices)
+            found = score(problem, candidate)
+            if _better(found, best_score):
+                best, best_score, improved = candidate, found, True
+                break
+    return best
+
+
+def _exchanges(devices: tuple[tuple[int, ...], ...], count: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    home = {device: stage for stage, members in enumerate(devices) for device in members}
+    for one in range(count):
+        for other in range(one):
+            if home.get(one) != home.get(other):
+                swap = {one: other, other: one}
+                yield tuple(tuple(sorted(swap.get(d, d) for d in members)) for members in devices)
+
+
 def _better(one: Score, other: Score) -> bool:
     return one.rank < other.rank
 

@@ -33,6 +33,7 @@ class Step:
         replicas: how many of them.
         arriving: link that tensors come over.
         leaving: link that tensors leave over.
+        caller: link that outputs go to the caller over.
         devices: the very devices, where the lineup fixes them.
     """
 
@@ -42,6 +43,7 @@ class Step:
     replicas: int
     arriving: Link
     leaving: Link
+    caller: Link
     devices: tuple[int, ...] = ()
 
 
@@ -114,7 +116,7 @@ def line_up(problem: Problem, stages: int | None, parallel: Parallel = "model") 
                 following = (*state[:kind], state[kind] + replicas, *state[kind + 1 :])
                 after = number.get((following, depth + 1 if len(depths) > 1 else 0))
                 if after is not None and (parallel != "data" or before == 0):
-                    steps.append(Step(before, after, kind, replicas, link, link))
+                    steps.append(Step(before, after, kind, replicas, link, link, problem.cheapest_caller_link))
     final = frozenset(
         index
         for (state, depth), index in number.items()
@@ -129,7 +131,7 @@ def sequences(problem: Problem, stages: int | None) -> list[Lineup]:
 
     Devices that are joined by the cheapest links stand together; orders of such groups are tried.
     """
-    if not problem.links:
+    if not (problem.links or problem.caller_links):
         return []
     count = len(problem.devices)
     groups: list[list[int]] = []
@@ -158,8 +160,9 @@ def _fixed(problem: Problem, devices: Sequence[int], stages: int | None) -> Line
     steps = []
     for position, device in enumerate(devices):
         near = [devices[other] for other in (position - 1, position + 1) if 0 <= other < len(devices)]
-        arriving = problem.link_between((device,), (near[0],)) if position else problem.link
-        leaving = problem.link_between((device,), (near[-1],)) if position + 1 < len(devices) else problem.link
-        steps.append(Step(position, position + 1, problem.devices[device], 1, arriving, leaving, (device,)))
+        caller = problem.caller_link((device,))
+        arriving = problem.link_between((device,), (near[0],)) if position else caller
+        leaving = problem.link_between((device,), (near[-1],)) if position + 1 < len(devices) else caller
+        steps.append(Step(position, position + 1, problem.devices[device], 1, arriving, leaving, caller, (device,)))
     final = range(1, len(devices) + 1) if stages is None else (stages,)
     return Lineup(len(devices) + 1, tuple(steps), frozenset(final))

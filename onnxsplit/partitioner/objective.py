@@ -68,6 +68,7 @@ class Problem:
         inner_bytes: by atom, tensors that never leave it.
         link: what joins two devices, and the caller with a device.
         links: other links, by their pair of devices, the lower first.
+        caller_links: other links of the caller, by device.
         send_once: the sender pays once for a tensor, however many stages read it; else once for each.
         apart: pairs of atoms that must be in different stages.
         objective: what is to be small: ``throughput`` the slowest stage, ``latency`` the longest path over the
@@ -81,6 +82,7 @@ class Problem:
     inner_bytes: tuple[int, ...] = ()
     link: Link = Link()  # noqa: RUF009 - it is frozen
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
+    caller_links: Mapping[int, Link] = field(default_factory=dict)
     send_once: bool = False
     apart: tuple[tuple[int, int], ...] = ()
     objective: Objective = "throughput"
@@ -93,12 +95,12 @@ class Problem:
     @cached_property
     def cheapest_link(self) -> Link:
         """No crossing costs less than over this one."""
-        every = (self.link, *self.links.values())
-        return Link(
-            latency_ns=min(link.latency_ns for link in every),
-            bytes_per_s=max(link.bytes_per_s for link in every),
-            overlapped=any(link.overlapped for link in every),
-        )
+        return _cheapest((self.link, *self.links.values()))
+
+    @cached_property
+    def cheapest_caller_link(self) -> Link:
+        """The same, to or from the caller."""
+        return _cheapest(tuple(self.caller_links.get(device, self.link) for device in range(len(self.devices))))
 
     @cached_property
     def capped(self) -> bool:
@@ -125,6 +127,22 @@ class Problem:
             return self.link
         pairs = {(min(a, b), max(a, b)) for a in one for b in other}
         return max((self.links.get(pair, self.link) for pair in pairs), key=lambda link: link.transfer_ns(1 << 20))
+
+    def caller_link(self, devices: Iterable[int]) -> Link:
+        """The slowest link of the caller with any of some devices."""
+        if not self.caller_links:
+            return self.link
+        return max((self.caller_links.get(d, self.link) for d in devices), key=lambda link: link.transfer_ns(1 << 20))
+
+
+def _cheapest(links: Sequence[Link]) -> Link:
+    """A link that is as good as the best of some in each respect."""
+    return Link(
+        latency_ns=min(link.latency_ns for link in links),
+        bytes_per_s=max(link.bytes_per_s for link in links),
+        overlapped=any(link.overlapped for link in links),
+        delay_ns=min(link.delay_ns for link in links),
+    )
 
 
 @dataclass(frozen=True)
@@ -206,19 +224,24 @@ def score(problem: Problem, partition: Partition) -> Score:
         if kinds[stage].pays:
             (beside if link.overlapped else paid)[stage] += link.transfer_ns(size_bytes)
 
-    sources: list[set[int]] = [set() for _ in range(stages)]
+    sources: list[dict[int, int]] = [{} for _ in range(stages)]  # of every stage: the delay from each
+    entering, leaving = [0] * stages, [0] * stages  # delays from and to the caller
+    callers = [problem.caller_link(devices) for devices in partition.devices]
     for flow in problem.transfers:
         home = None if flow.writer == CALLER else stage_of[flow.writer]
         links = []
         for stage in sorted({stage_of[reader] for reader in flow.readers} - {home}):
             if home is None:
-                charge(stage, problem.link, flow.size_bytes)
+                charge(stage, callers[stage], flow.size_bytes)
+                entering[stage] = callers[stage].delay_ns
             else:
                 links.append(problem.link_between(partition.devices[home], partition.devices[stage]))
                 charge(stage, links[-1], flow.size_bytes)
-                sources[stage].add(home)
+                sources[stage][home] = links[-1].delay_ns
         if home is not None:
-            links += [problem.link] * flow.to_caller
+            if flow.to_caller:
+                links.append(callers[home])
+                leaving[home] = callers[home].delay_ns
             if problem.send_once:
                 links = [max(links, key=lambda link: link.transfer_ns(flow.size_bytes))] if links else []
             for link in links:
@@ -228,13 +251,14 @@ def score(problem: Problem, partition: Partition) -> Score:
     done = [0] * stages
     for stage in range(stages):
         path = compute[stage] + paid[stage] + beside[stage]
-        done[stage] = max((done[source] for source in sources[stage]), default=0) + path
+        begun = [done[source] + delay_ns for source, delay_ns in sources[stage].items()]
+        done[stage] = max(*begun, entering[stage], 0) + path
     memory = stage_memory(problem, stage_of, stages) if problem.capped or problem.objective == "memory" else ()
     return Score(
         compute_ns=tuple(compute),
         transfer_ns=tuple(p + b for p, b in zip(paid, beside, strict=True)),
         stage_ns=tuple(-(-time_ns // len(devices)) for time_ns, devices in zip(total, partition.devices, strict=True)),
-        latency_ns=max(done, default=0),
+        latency_ns=max((time_ns + delay for time_ns, delay in zip(done, leaving, strict=True)), default=0),
         memory_bytes=memory,
         feasible=_feasible(problem, partition, compute, memory),
         objective=problem.objective,

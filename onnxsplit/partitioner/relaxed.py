@@ -49,8 +49,8 @@ class Relaxed:
 
     def __init__(self, problem: Problem, lineup: Lineup) -> None:
         self.problem, self.lineup = problem, lineup
-        link = problem.cheapest_link
-        self.overlapped = link.overlapped
+        link, caller_link = problem.cheapest_link, problem.cheapest_caller_link
+        self.overlapped = link.overlapped or caller_link.overlapped
         following = successors(problem)
         self.edges_from = np.array([a for a, readers in enumerate(following) for _ in readers], dtype=np.int64)
         self.edges_to = np.array([reader for readers in following for reader in readers], dtype=np.int64)
@@ -65,7 +65,7 @@ class Relaxed:
             if flow.writer != CALLER and flow.readers
         )
         self.given = tuple(
-            Crossing(CALLER, flow.readers, problem.link.transfer_ns(flow.size_bytes))
+            Crossing(CALLER, flow.readers, caller_link.transfer_ns(flow.size_bytes))
             for flow in problem.transfers
             if flow.writer == CALLER
         )
@@ -74,7 +74,7 @@ class Relaxed:
         self.always = np.zeros(problem.atoms, dtype=np.int64)
         for flow in for_caller:
             if not self.overlapped and not (problem.send_once and flow.readers):
-                self.always[flow.writer] += problem.link.transfer_ns(flow.size_bytes)
+                self.always[flow.writer] += caller_link.transfer_ns(flow.size_bytes)
         self.times = np.array([kind.time_ns for kind in problem.kinds], dtype=np.int64)
         usual = max(range(len(problem.kinds)), key=problem.devices.count)
         allowed = np.where(self.times >= NEVER, _HUGE, self.times)

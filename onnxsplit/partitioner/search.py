@@ -18,7 +18,7 @@ from onnxsplit.partitioner.bound import lower_bound, surroundings_bound, through
 from onnxsplit.partitioner.branch import branch
 from onnxsplit.partitioner.contract import Contracted, contract
 from onnxsplit.partitioner.downsets import TooMany
-from onnxsplit.partitioner.exchange import improve
+from onnxsplit.partitioner.exchange import improve, rearranged
 from onnxsplit.partitioner.lineup import Lineup, sequences
 from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem, Score, score
 from onnxsplit.partitioner.orders import linear_orders, refined
@@ -99,6 +99,7 @@ def search(
         run.raise_target()
         run.branches()
     run.mixed_integer()
+    run.rearrange()
     found = run.found()
     return replace(found, score=score(given, found.partition))
 
@@ -108,7 +109,7 @@ class _Search:
 
     def __init__(self, problem: Problem, lineup: Lineup, effort: Effort, progress: Progress) -> None:
         self._problem, self._effort, self._progress = problem, effort, progress
-        self._lineups = [*sequences(problem, lineup.exact_stages), lineup] if problem.links else [lineup]
+        self._lineups = [*sequences(problem, lineup.exact_stages), lineup]
         self._lineup = lineup
         self._whole = Contracted(problem, tuple(range(problem.atoms)))
         self._end = None if effort.seconds is None else time.monotonic() + effort.seconds
@@ -226,7 +227,8 @@ class _Search:
     def mixed_integer(self) -> None:
         """Ask the solver, where it can answer."""
         problem, stages = self._problem, self._lineup.exact_stages
-        alike = len(problem.kinds) == 1 and not problem.links and not problem.link.overlapped
+        one_link = not (problem.links or problem.caller_links or problem.link.overlapped)
+        alike = len(problem.kinds) == 1 and one_link
         model = all(step.replicas == 1 for step in self._lineup.steps)
         small = stages is not None and problem.atoms * stages <= _MIXED_INTEGER
         if self._enough() or not (alike and model and small) or stages is None:
@@ -238,6 +240,11 @@ class _Search:
         if solved.partition is not None:
             self._offer(solved.partition)
         self.raise_bound(solved.bound)
+
+    def rearrange(self) -> None:
+        """Try the devices in other places, where it matters which is where."""
+        if self._best is not None and (self._problem.links or self._problem.caller_links):
+            self._offer(rearranged(self._problem, self._best[0], stop=self._over))
 
     def _below(self, target: int, most: int) -> bool:
         """Search for something not above a target; False when there was too much to look at."""

@@ -38,6 +38,7 @@ class _Slices:
         self.compute = [_sums([kind.time_ns[atom] for atom in order]) for kind in problem.kinds]
         self.arriving = {link: np.zeros(count + 1, dtype=np.int64) for link in links}
         self.leaving = {link: np.zeros(count + 1, dtype=np.int64) for link in links}
+        self.answering = {link: np.zeros(count + 1, dtype=np.int64) for link in links}
         self.memory = np.zeros(count + 1, dtype=np.int64) if problem.capped or problem.objective == "memory" else None
         self._held = np.zeros(count + 1, dtype=np.int64)
         self._live_peak = np.zeros(count + 1, dtype=np.int64)
@@ -83,7 +84,7 @@ class _Slices:
                 if not (to_caller and once):
                     leaving[begin + 1 : last + 1] += time_ns
                 if to_caller:
-                    leaving[begin + 1 :] += self._problem.link.transfer_ns(size_bytes)
+                    self.answering[link][begin + 1 :] += time_ns
         if self.memory is not None:
             for size_bytes, following in self._constants[begin]:
                 self._held[begin + 1 : following + 1] += size_bytes
@@ -99,6 +100,7 @@ class _Slices:
             moving: Vector | int = 0
         else:
             moving = self.arriving[step.arriving][begin + 1 : stop] + self.leaving[step.leaving][begin + 1 : stop]
+            moving = moving + self.answering[step.caller][begin + 1 : stop]
         beside = step.arriving.overlapped and step.leaving.overlapped
         total = np.maximum(compute, moving) if beside else compute + moving
         result: Vector = total if step.replicas == 1 else -(-total // step.replicas)
@@ -125,7 +127,7 @@ def slice_order(
     if not count:
         return Partition((), ())
     slices = _Slices(
-        problem, order, walls, list({link: None for s in lineup.steps for link in (s.arriving, s.leaving)})
+        problem, order, walls, list({link: None for s in lineup.steps for link in (s.arriving, s.leaving, s.caller)})
     )
     never = np.iinfo(np.int64).max
     top = NEVER >> 17 if limit is None else limit
@@ -135,11 +137,11 @@ def slice_order(
     best[list(lineup.final), count] = 0
     for begin in range(count - 1, -1, -1):
         furthest = slices.begin_at(begin)
-        costs: dict[tuple[int, int, Link, Link], Vector] = {}
+        costs: dict[tuple[int, int, Link, Link, Link], Vector] = {}
         for number, step in enumerate(lineup.steps):
             if begin == 0 and step.before != 0:
                 continue
-            key = (step.kind, step.replicas, step.arriving, step.leaving)
+            key = (step.kind, step.replicas, step.arriving, step.leaving, step.caller)
             cost = costs.get(key)
             if cost is None:
                 sums = slices.compute[step.kind]
