@@ -90,15 +90,15 @@ class Pipeline:
             InputError: an option makes no sense.
             LaunchFailed: a node did not come up; says which and why.
         """
-        wanted = RunOptions(**options)
-        wanted.check()
         folder = Path(plan)
-        loaded = load_plan(folder)
-        nodes = sum(wanted.counts(loaded))
-        memory = wanted.inflight_bytes or memory_for_requests_bytes()
-        launcher = launcher or LocalLauncher(memory_bytes=memory if wanted.shared_memory else 0)
-        shared = launcher.premises.single_host
         try:
+            wanted = RunOptions(**options)
+            wanted.check()
+            loaded = load_plan(folder)
+            nodes = sum(wanted.counts(loaded))
+            memory = wanted.inflight_bytes or memory_for_requests_bytes()
+            launcher = launcher or LocalLauncher(memory_bytes=memory if wanted.shared_memory else 0)
+            shared = launcher.premises.single_host
             pipeline = cls._build(
                 folder,
                 loaded,
@@ -110,7 +110,8 @@ class Pipeline:
                 start_timeout=wanted.start_timeout or START_TIMEOUT_S,
             )
         except BaseException:
-            launcher.close(keep_logs=False)
+            if launcher is not None:
+                launcher.close(keep_logs=False)
             raise
         return pipeline._wait_until_ready()
 

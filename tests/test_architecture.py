@@ -116,6 +116,7 @@ HOMES = {
     "tritonclient": {"runtime.gateway.server", "runtime.gateway.rpc", "runtime.gateway.grpc_codec"},
     "prometheus_client": {"runtime.gateway.metrics"},
     "opentelemetry": {"runtime.gateway.spans"},
+    "ray": {"runtime.launch.ray", "runtime.launch.ray_node"},
 }
 PURE = [
     "runtime.node_state",

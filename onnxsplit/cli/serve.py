@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from onnxsplit.cli.values import Size
 
 if TYPE_CHECKING:
     from runtime.gateway.server import Serving
+    from runtime.launch.ray import Placement
     from runtime.pipeline import Pipeline
 
 
@@ -47,10 +49,17 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
 @option("--otel", is_flag=True, help="Send spans to OpenTelemetry, as OTEL_* variables say.")
 @option(
     "--launcher",
-    type=click.Choice(["local", "none"]),
+    type=click.Choice(["local", "ray", "none"]),
     default="local",
-    help="Start nodes on this host, or wait at --bind for nodes started by hand.",
+    help="Start nodes on this host, on a Ray cluster, or wait at --bind for nodes started by hand.",
 )
+@option(
+    "--placement",
+    type=click.Choice(["spread", "strict-spread", "pack"]),
+    default="spread",
+    help="How Ray spreads nodes over hosts.",
+)
+@option("--elastic", is_flag=True, help="With --launcher none: take more nodes of a stage than the plan has.")
 @option("--bind", metavar="ADDR", help="tcp://HOST:PORT or ipc://PATH for nodes started by hand.")
 @option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Keys for links by tcp to those nodes.")
 @option("--insecure", is_flag=True, help="Let plain links to those nodes leave this host.")
@@ -73,6 +82,8 @@ def command(
     drain: float,
     otel: bool,
     launcher: str,
+    placement: Placement,
+    elastic: bool,
     bind: str | None,
     keys: Path | None,
     insecure: bool,
@@ -84,14 +95,16 @@ def command(
     """
     if launcher == "none" and (bind is None or len(plans) > 1):
         raise click.UsageError("--launcher none waits for the nodes of one plan: name where with --bind, and one DIR")
-    if launcher == "local" and bind is not None:
-        raise click.UsageError("--bind is for nodes started by hand; add --launcher none")
+    if launcher != "none" and (bind is not None or elastic):
+        raise click.UsageError("--bind and --elastic are for nodes started by hand; add --launcher none")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # nodes are started by exec: nobody uses gRPC in between
     try:
         from runtime.gateway.server import ServeOptions, serve
     except ImportError as error:
         from onnxsplit.errors import InputError
 
         raise InputError(f"serving needs more packages: pip install 'onnxsplit[serve]' ({error})") from error
+    from onnxsplit.plan import load_plan
     from runtime import Pipeline
     from runtime.gateway.repository import find_versions
     from runtime.options import RunOptions, memory_for_requests_bytes
@@ -115,7 +128,14 @@ def command(
         if launcher == "none":
             assert bind is not None
             output.note(f"waiting for nodes: onnxsplit node --connect {bind}")
-            return Pipeline.listen(folder, bind=bind, keys=keys, insecure=insecure, **options)
+            return Pipeline.listen(folder, bind=bind, keys=keys, insecure=insecure, elastic=elastic, **options)
+        if launcher == "ray":
+            from runtime.launch.ray import RayLauncher
+
+            plan = load_plan(folder)
+            counts = RunOptions(replicas=options["replicas"]).counts(plan)
+            ray = RayLauncher(plan, placement=placement, replicas=counts)
+            return Pipeline.launch(folder, launcher=ray, **options)
         return Pipeline.launch(folder, **options)
 
     serve(

@@ -12,12 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from onnxsplit.session import quiet_environment
 from runtime.launch import Premises
+from runtime.stats import hold
 from runtime.transport import private_folder
 
 _LOG_TAIL_BYTES = 2000
@@ -80,6 +82,7 @@ class LocalLauncher:
     def __init__(self, *, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
         self.folder = private_folder()
+        self._held = hold(self.folder)
         self.premises = Premises(
             control=f"ipc://{self.folder / 'control'}",
             data=f"ipc://{self.folder / 'results'}",
@@ -88,12 +91,15 @@ class LocalLauncher:
             single_host=True,
         )
 
-    def start(self, *, connect: str, stage: int, replica: int, number: int) -> LocalHandle:
-        """Start ``python -m runtime.node``, with modules of the user's folder kept out of its way."""
+    def start(self, *, connect: str, stage: int, replica: int, number: int, more: Sequence[str] = ()) -> LocalHandle:
+        """Start ``python -m runtime.node``, with modules of the user's folder kept out of its way.
+
+        ``more`` are further words of that command.
+        """
         log = self.folder / f"node-{stage}.{replica}.log"
         command = [sys.executable, "-P", "-m", self.module, "--connect", connect]
         command += ["--stage", str(stage), "--replica", str(replica), "--home", str(self.folder)]
-        command += ["--number", str(number), "--memory", str(self._memory_bytes)]
+        command += ["--number", str(number), "--memory", str(self._memory_bytes), *more]
         with log.open("ab") as stream:  # what the process before it said stays
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=quiet_environment()
@@ -110,6 +116,7 @@ class LocalLauncher:
 
     def close(self, *, keep_logs: bool) -> None:
         """Remove the folder; with ``keep_logs``, all but the logs."""
+        os.close(self._held)
         if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
