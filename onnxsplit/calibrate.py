@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from onnxsplit.cluster import LOCAL, Cluster, Device
 from onnxsplit.errors import ClusterError, ModelError, OnnxsplitError
 from onnxsplit.examine import Say, examine, silent
 from onnxsplit.providers import gpu_count, provider_here
 from onnxsplit.session import host_cores
+from onnxsplit.source import external_range, graph_tensors, open_model
 from onnxsplit.tensors import save_npz
 from onnxsplit.timed import TimedModel, median_ns
 
@@ -27,37 +29,76 @@ def this_host() -> Cluster:
     return Cluster(gpus or cpus, {})
 
 
-def measured(
-    cluster: Cluster, model: str | Path, *, dims: Mapping[str, int] | None = None, say: Say = silent
-) -> Cluster:
-    """The cluster with the speeds of this host's devices on a model, the first of them being 1.
+class Elsewhere(Protocol):
+    """Times models on other hosts."""
 
-    Devices of other hosts, and those whose provider this host lacks, keep the speed they have.
+    def send(self, files: Sequence[Path], say: Say) -> None:
+        """Put files on all of them."""
+        ...
+
+    def time_ns(self, model: Path, inputs: Path, device: Device) -> int | None:
+        """What a model takes on a device of one of them; None where it cannot run there."""
+        ...
+
+
+def measured(
+    cluster: Cluster,
+    model: str | Path,
+    *,
+    dims: Mapping[str, int] | None = None,
+    hosts: Collection[str] = (),
+    elsewhere: Elsewhere | None = None,
+    say: Say = silent,
+) -> Cluster:
+    """The cluster with the speeds of devices on a model, the first of them being 1.
+
+    Measured are this host's devices, and those of ``hosts``, which are ``elsewhere``. Devices of other hosts, and those
+    whose provider their host lacks, keep the speed they have.
 
     Raises:
-        ClusterError: no device of this host could run the model.
+        ClusterError: no device could run the model, or it cannot be sent to other hosts.
     """
     subject = examine(model, costs="analytic", dims=dims, say=say)
-    times: dict[tuple[str, int], int | None] = {}
+    model = Path(model)
+    times: dict[tuple[str, str, int], int | None] = {}
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
-        inputs = Path(folder) / "inputs.npz"
+        inputs = Path(folder) / "onnxsplit-inputs.npz"
         save_npz(inputs, subject.inputs)
+        if elsewhere is not None:
+            elsewhere.send([*_files(model), inputs], say)
         for device in cluster.devices:
-            key = (device.provider, device.threads)
-            if device.host == LOCAL and key not in times and provider_here(device.provider) == device.provider:
+            key = (device.host, device.provider, device.threads)
+            if key in times:
+                continue
+            if device.host in hosts and elsewhere is not None:
                 say(f"timing the model on {device.name}")
-                times[key] = _time_ns(Path(model), inputs, device)
-    found = [
-        times.get((device.provider, device.threads)) if device.host == LOCAL else None for device in cluster.devices
-    ]
+                times[key] = elsewhere.time_ns(model, inputs, device)
+            elif device.host == LOCAL and provider_here(device.provider) == device.provider:
+                say(f"timing the model on {device.name}")
+                times[key] = _time_ns(model, inputs, device)
+    found = [times.get((device.host, device.provider, device.threads)) for device in cluster.devices]
     first = next((time_ns for time_ns in found if time_ns), None)
     if first is None:
-        raise ClusterError(f"no device of this host (host = {LOCAL!r}) can run {model}; measure where they are")
+        raise ClusterError(
+            f"no device of this host (host = {LOCAL!r}) or of a host with an agent can run {model}; start agents where "
+            "devices are (onnxsplit cluster agent), and name them with --agent HOST=ADDR"
+        )
     devices = tuple(
         replace(device, speed=float(f"{first / time_ns:.4g}")) if time_ns else device
         for device, time_ns in zip(cluster.devices, found, strict=True)
     )
     return replace(cluster, devices=devices)
+
+
+def _files(model: Path) -> list[Path]:
+    """The model file and its external data."""
+    source = open_model(model)
+    tensors = list(graph_tensors(source.proto.graph))
+    external = {external_range(source, t)[0] for t in tensors if t.external_data}
+    away = [file for file in external if file.parent.resolve() != model.resolve().parent]
+    if away:
+        raise ClusterError(f"external data in folders of its own ({away[0]}) cannot be sent to agents")
+    return [model, *sorted(external)]
 
 
 def _time_ns(model: Path, inputs: Path, device: Device) -> int | None:

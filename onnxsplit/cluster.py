@@ -176,6 +176,8 @@ class _Reader:
             self.problems.append("it has no [[device]]; at least one is needed")
         self.problems += [f"the device {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
         ends = {*names, *(device.host for device in devices)}
+        caller = content.get("caller")
+        ends |= {LOCAL} if caller == LOCAL else set()
         links: dict[tuple[str, str], Link] = {}
         for number, table in enumerate(self._tables(content, "link")):
             where = f"link {number}"
@@ -187,8 +189,7 @@ class _Reader:
                     if end not in ends
                 ]
                 links[min(pair), max(pair)] = link
-        caller = content.get("caller")
-        if caller is not None and caller not in ends | {LOCAL}:
+        if caller is not None and caller not in ends:
             self.problems.append(f"caller {caller!r} is no device or host; known: {', '.join(sorted(ends))}")
         return Cluster(devices, links, caller)
 

@@ -70,6 +70,11 @@ class WrittenCut:
         """The device of a stage, the first of its replicas'."""
         return setting.devices[self.found.partition.devices[stage][0]]
 
+    @property
+    def reference_ns(self) -> tuple[int, ...]:
+        """Times on a device of speed 1: measured ones, else by the costs."""
+        return self.measured_ns or tuple(sum(self.op_ns[op] for op in part.ops) for part in self.parts)
+
     def times_on_devices(self, setting: Setting) -> tuple[int, ...]:
         """Measured times as they are on the stages' devices, in nanoseconds."""
         return tuple(
@@ -173,6 +178,7 @@ class Description:
             threads=device.threads,
             predicted_time_ns=cut.found.score.compute_ns[index],
             measured_time_ns=cut.times_on_devices(self._setting)[index] if cut.measured_ns is not None else None,
+            reference_time_ns=cut.reference_ns[index],
             replicas=len(replicas),
             device=device.name if named else None,
             devices=tuple(self._setting.devices[replica].name for replica in replicas) if named else (),

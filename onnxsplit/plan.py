@@ -71,6 +71,7 @@ class Stage(Record, frozen=True, kw_only=True):
         optimization_level: ONNX Runtime's graph optimisation level: disabled, basic, extended or all.
         threads: threads of the session when it was measured.
         predicted_time_ns: by the cost model, without transfers.
+        reference_time_ns: of either, on a device of speed 1; None in plans made before there was this.
         measured_time_ns: of the real stage with all stages running at once; None when it was not run.
         replicas: nodes that execute this stage.
         device: a device of the cluster; None when the plan was made for this host alone.
@@ -91,6 +92,7 @@ class Stage(Record, frozen=True, kw_only=True):
     threads: int
     predicted_time_ns: int
     measured_time_ns: int | None = None
+    reference_time_ns: int | None = None
     replicas: int = 1
     device: str | None = None
     devices: tuple[str, ...] = ()

@@ -18,7 +18,17 @@ import numpy as np
 from onnxsplit.errors import InputError
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, numpy_dtype
 from runtime.errors import ProtocolError
-from runtime.messages import CoordinatorControl, Data, Fetch, FileAnswer, NodeControl, Place, TensorHead
+from runtime.messages import (
+    Asked,
+    CoordinatorControl,
+    Data,
+    Fetch,
+    FileAnswer,
+    NodeControl,
+    Place,
+    TensorHead,
+    Told,
+)
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
@@ -37,10 +47,12 @@ _node_control: msgspec.msgpack.Decoder[NodeControl] = msgspec.msgpack.Decoder(No
 _coordinator_control: msgspec.msgpack.Decoder[CoordinatorControl] = msgspec.msgpack.Decoder(CoordinatorControl)
 _fetch: msgspec.msgpack.Decoder[Fetch] = msgspec.msgpack.Decoder(Fetch)
 _file_answer: msgspec.msgpack.Decoder[FileAnswer] = msgspec.msgpack.Decoder(FileAnswer)
+_asked: msgspec.msgpack.Decoder[Asked] = msgspec.msgpack.Decoder(Asked)
+_told: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
 _data: msgspec.msgpack.Decoder[Data] = msgspec.msgpack.Decoder(Data)
 
 
-def encode(message: NodeControl | CoordinatorControl | Data | Fetch | FileAnswer) -> bytes:
+def encode(message: NodeControl | CoordinatorControl | Data | Fetch | FileAnswer | Asked | Told) -> bytes:
     """A header's bytes."""
     return _encoder.encode(message)
 
@@ -66,6 +78,18 @@ def decode_data(frame: Buffer) -> Data:
 def decode_fetch(frame: Buffer) -> Fetch:
     """What a node says on the link for files."""
     message: Fetch = _decoded(_fetch, frame)
+    return message
+
+
+def decode_asked(frame: Buffer) -> Asked:
+    """What an agent is asked."""
+    message: Asked = _decoded(_asked, frame)
+    return message
+
+
+def decode_told(frame: Buffer) -> Told:
+    """What an agent tells."""
+    message: Told = _decoded(_told, frame)
     return message
 
 

@@ -1,6 +1,6 @@
 """What is said on the wire.
 
-Three links, each a ROUTER or DEALER that binds and DEALERs that connect; each message a header and then, for fragments,
+Four links, each a ROUTER or DEALER that binds and DEALERs that connect; each message a header and then, for fragments,
 a frame for every tensor that is neither in the header nor in shared memory:
 
     control   node DEALER -> coordinator ROUTER    Hello Ready Refused NodeBeat Leaving    rarely, and twice a second
@@ -10,6 +10,8 @@ a frame for every tensor that is neither in the header nor in shared memory:
               node -> coordinator DEALER           Fragment [tensor ...] Started Failed
     files     node DEALER -> coordinator ROUTER    Fetch                                   where the plan is not at hand
               coordinator -> node                  Chunk bytes | NoFile
+    measure   any DEALER -> agent ROUTER           Ping [bytes] Trust MeasureLink Put bytes MeasureModel
+              agent -> who asked                   Pong LinkFigures Taken ModelTime | Cannot
 
 Headers are MessagePack with a tag; unknown fields and tags are refused.
 """
@@ -325,7 +327,77 @@ class NoFile(_Message, tag="no-file", frozen=True):
     reason: str
 
 
+class Ping(_Message, tag="ping", frozen=True):
+    """Answer at once. Bytes may follow, to see how fast they come."""
+
+    number: Count
+
+
+class Pong(_Message, tag="pong", frozen=True):
+    """The answer."""
+
+    number: Count
+
+
+class MeasureLink(_Message, tag="measure-link", frozen=True):
+    """Measure the link to another agent at an address; its public key, where links are encrypted."""
+
+    address: str
+    key: str
+
+
+class LinkFigures(_Message, tag="link-figures", frozen=True):
+    """A link as measured.
+
+    Attributes:
+        round_trip_ns: of a message of next to nothing.
+        message_ns: between two such messages of many at once.
+        bytes_per_s: of large ones.
+    """
+
+    round_trip_ns: Count
+    message_ns: Count
+    bytes_per_s: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Put(_Message, tag="put", frozen=True):
+    """A piece of a file, which follows; ``name`` is a plain one. The first piece begins the file anew."""
+
+    name: str
+    offset: Count
+
+
+class Taken(_Message, tag="taken", frozen=True):
+    """The file has so many bytes now."""
+
+    name: str
+    size_bytes: Count
+
+
+class MeasureModel(_Message, tag="measure-model", frozen=True):
+    """Time a model that was put here, on inputs that were."""
+
+    model: str
+    inputs: str
+    provider: str
+    threads: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+
+
+class ModelTime(_Message, tag="model-time", frozen=True):
+    """It takes so long; 0 where the provider is not to be had."""
+
+    time_ns: Count
+
+
+class Cannot(_Message, tag="cannot", frozen=True):
+    """What was asked cannot be done."""
+
+    reason: str
+
+
 NodeControl = Hello | Ready | Refused | NodeBeat | Leaving
 CoordinatorControl = Assign | Trust | Wire | Share | Cancel | Beat | Stop
 Data = Fragment | Receipt | Started | Failed
 FileAnswer = Chunk | NoFile
+Asked = Ping | Trust | MeasureLink | Put | MeasureModel
+Told = Pong | LinkFigures | Taken | ModelTime | Cannot

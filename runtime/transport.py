@@ -287,16 +287,19 @@ class AnsweringInlet:
 
     def receive(self) -> tuple[bytes, bytes, str] | None:
         """One message if there is one: the sender's identity, the header, and the key the sender has shown to have."""
+        message = self.receive_all()
+        return None if message is None else (message[0], message[1], message[3])
+
+    def receive_all(self) -> tuple[bytes, bytes, list[Buffer], str] | None:
+        """The same, with the frames that follow the header before the key."""
         identity = _take(self.raw, self._unread)
         if identity is None:
             return None
         if not self.raw.getsockopt(_RCVMORE):
-            return identity, b"", ""
+            return identity, b"", [], ""
         header = self.raw.recv(copy=False)
-        while self.raw.getsockopt(_RCVMORE):
-            self.raw.recv()
         key = header.get("User-Id") if self.raw.curve_server else ""
-        return identity, header.bytes, str(key)
+        return identity, header.bytes, _frames(self.raw), str(key)
 
     def send(self, identity: bytes, header: bytes, *frames: Buffer) -> None:
         """Answer a peer; a peer that is gone is no error here, its end is noticed elsewhere."""

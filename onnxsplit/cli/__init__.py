@@ -20,6 +20,7 @@ _COMMANDS = {
         "inspect": "Show a model's ops, cost and memory, and where it can be cut.",
         "partition": "Cut a model into balanced stages.",
         "cluster": "Describe devices and links, and measure them.",
+        "place": "Give a plan's stages other devices, without cutting anew.",
         "verify": "Compare the stages of a plan with the whole model.",
         "merge": "Put a plan back into one model.",
     },

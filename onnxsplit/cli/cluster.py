@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,33 +41,106 @@ def init(output: Output, *, file: Path, force: bool) -> None:
     output.result({"file": file, "devices": [device.name for device in cluster.devices]})
 
 
+def _parse_agents(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> dict[str, str]:
+    agents = {}
+    for text in value:
+        host, equals, address = text.partition("=")
+        if not equals or not host or "://" not in address:
+            raise click.BadParameter(f"{text!r} is not HOST=tcp://ADDRESS:PORT", context, parameter)
+        agents[host] = address
+    return agents
+
+
 @make_command
 @MODEL
 @_FILE
 @dims_option
-def measure(output: Output, *, model: Path, file: Path, dims: dict[str, int]) -> None:
-    """Measure this host's devices on MODEL, and its link by real transfers; write both into the cluster file."""
+@option(
+    "--agent",
+    "agents",
+    multiple=True,
+    metavar="HOST=ADDR",
+    callback=_parse_agents,
+    help="An agent on another host of the file (onnxsplit cluster agent). Repeatable.",
+)
+@option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Keys for links to agents.")
+@option("--insecure", is_flag=True, help="Let plain links to agents leave this host.")
+def measure(
+    output: Output,
+    *,
+    model: Path,
+    file: Path,
+    dims: dict[str, int],
+    agents: dict[str, str],
+    keys: Path | None,
+    insecure: bool,
+) -> None:
+    """Measure devices on MODEL, and links by real transfers; write both into the cluster file.
+
+    This host's, and those of hosts with an agent: their links with each other and with this one.
+    """
     from onnxsplit.calibrate import measured
-    from onnxsplit.cluster import LOCAL, Cluster, load_cluster
+    from onnxsplit.cluster import LOCAL, load_cluster
+    from onnxsplit.errors import ClusterError
+    from runtime.agent import Agents
+    from runtime.keys import Keys
     from runtime.link import measure_link
 
-    cluster = measured(load_cluster(file), model, dims=dims, say=output.say)
-    output.say("sending messages between two processes")
-    link = measure_link()
-    cluster = Cluster(cluster.devices, {**cluster.links, (LOCAL, LOCAL): link})
+    cluster = load_cluster(file)
+    known = {device.host for device in cluster.devices}
+    strange = [host for host in agents if host not in known]
+    if strange:
+        raise ClusterError(f"{file} has no device on the host {strange[0]!r}; it has {', '.join(sorted(known))}")
+    with Agents(agents, keys=Keys(keys) if keys is not None else None, insecure=insecure) as elsewhere:
+        links = {pair: link for pair, link in elsewhere.links(output.say).items() if set(pair) <= known | {LOCAL}}
+        if LOCAL not in known | {cluster.caller}:
+            links = {pair: link for pair, link in links.items() if LOCAL not in pair}
+        cluster = measured(
+            cluster, model, dims=dims, hosts=agents, elsewhere=elsewhere if agents else None, say=output.say
+        )
+    if LOCAL in known:
+        output.say("sending messages between two processes")
+        links[LOCAL, LOCAL] = measure_link()
+    cluster = replace(cluster, links={**cluster.links, **links})
     _write(file, cluster)
     output.done()
     output.table(
         ("device", "host", "provider", "threads", "speed"),
         [(d.name, d.host, d.provider, f"{d.threads}", f"{d.speed:g}") for d in cluster.devices],
     )
-    output.line(
-        f"\nLink on this host: {link.latency_ns / 1000:.0f} us and {link.bytes_per_s / 1e9:.1f} GB/s at each end."
+    output.line()
+    output.table(
+        ("link", "latency", "delay", "MB/s"),
+        [
+            (
+                " - ".join(pair),
+                f"{link.latency_ns / 1000:,.0f} us",
+                f"{link.delay_ns / 1000:,.0f} us",
+                f"{link.bytes_per_s / 1e6:,.0f}",
+            )
+            for pair, link in cluster.links.items()
+        ],
     )
-    output.line(f"Wrote {file}. Next: onnxsplit partition {model} --cluster {file}")
+    output.line(f"\nWrote {file}. Next: onnxsplit partition {model} --cluster {file}")
     speeds = {device.name: device.speed for device in cluster.devices}
-    output.result(
-        {"file": file, "speeds": speeds, "link": {"latency_ns": link.latency_ns, "bytes_per_s": link.bytes_per_s}}
+    figures = [{"between": pair, **asdict(link)} for pair, link in cluster.links.items()]
+    output.result({"file": file, "speeds": speeds, "links": figures})
+
+
+@make_command
+@option("--bind", required=True, metavar="ADDR", help="Where to listen, as tcp://10.0.0.2:7000.")
+@option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Keys that protect links by tcp.")
+@option("--insecure", is_flag=True, help="Let plain links leave this host.")
+def agent(output: Output, *, bind: str, keys: Path | None, insecure: bool) -> None:
+    """Answer onnxsplit cluster measure on this host, until Ctrl-C: run the model it sends, and measure links."""
+    from runtime.agent import serve
+    from runtime.keys import Keys
+
+    serve(
+        bind,
+        keys=Keys(keys) if keys is not None else None,
+        insecure=insecure,
+        told=lambda address: output.note(f"Measuring for those who ask at {address}. Stop with Ctrl-C."),
     )
 
 
@@ -82,3 +157,4 @@ def _write(file: Path, cluster: Cluster) -> None:
 
 command.add_command(init, "init")
 command.add_command(measure, "measure")
+command.add_command(agent, "agent")

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import permutations, product
+from itertools import islice, permutations, product
+from math import factorial
 from typing import Literal
 
 from onnxsplit.cluster import Link
@@ -129,40 +130,47 @@ def line_up(problem: Problem, stages: int | None, parallel: Parallel = "model") 
 def sequences(problem: Problem, stages: int | None) -> list[Lineup]:
     """Lineups that fix which device follows which, a device a stage, where links differ; else none.
 
-    Devices that are joined by the cheapest links stand together; orders of such groups are tried.
+    A few devices are tried in all orders. Of more, those that are joined by the cheapest links stand together; orders
+    of such groups are tried.
     """
     if not (problem.links or problem.caller_links):
         return []
     count = len(problem.devices)
+    groups = [[device] for device in range(count)]
+    if factorial(count) > _SEQUENCES:
+        near = _near(problem)
+        groups = near if 1 < len(near) < count else groups
+    orders = islice(permutations(groups), _SEQUENCES)
+    return [fixed(problem, [(device,) for group in order for device in group], stages) for order in orders]
+
+
+def _near(problem: Problem) -> list[list[int]]:
+    """Groups of devices that are joined by the cheapest links."""
+
+    def cost(one: int, other: int) -> int:
+        return problem.link_between((one,), (other,)).transfer_ns(1 << 20)
+
+    count = len(problem.devices)
+    cheapest = min((cost(a, b) for a in range(count) for b in range(a)), default=0)
     groups: list[list[int]] = []
-    cheapest = min(
-        (problem.link_between((a,), (b,)).transfer_ns(1 << 20) for a in range(count) for b in range(a)), default=0
-    )
     for device in range(count):
-        near = next(
-            (g for g in groups if problem.link_between((g[0],), (device,)).transfer_ns(1 << 20) <= cheapest), None
-        )
-        if near is not None:
-            near.append(device)
+        group = next((group for group in groups if cost(group[0], device) <= cheapest), None)
+        if group is not None:
+            group.append(device)
         else:
             groups.append([device])
-    if len(groups) == count or len(groups) == 1:
-        groups = [[device] for device in range(count)]
-    found: list[Lineup] = []
-    for order in permutations(groups):
-        if len(found) == _SEQUENCES:
-            break
-        found.append(_fixed(problem, [device for group in order for device in group], stages))
-    return found
+    return groups
 
 
-def _fixed(problem: Problem, devices: Sequence[int], stages: int | None) -> Lineup:
+def fixed(problem: Problem, homes: Sequence[tuple[int, ...]], stages: int | None) -> Lineup:
+    """The lineup of stages on just these devices, in this order; ``stages`` of them, or any number of the first."""
     steps = []
-    for position, device in enumerate(devices):
-        near = [devices[other] for other in (position - 1, position + 1) if 0 <= other < len(devices)]
-        caller = problem.caller_link((device,))
-        arriving = problem.link_between((device,), (near[0],)) if position else caller
-        leaving = problem.link_between((device,), (near[-1],)) if position + 1 < len(devices) else caller
-        steps.append(Step(position, position + 1, problem.devices[device], 1, arriving, leaving, caller, (device,)))
-    final = range(1, len(devices) + 1) if stages is None else (stages,)
-    return Lineup(len(devices) + 1, tuple(steps), frozenset(final))
+    for position, devices in enumerate(homes):
+        caller = problem.caller_link(devices)
+        before, after = position > 0, position + 1 < len(homes)
+        arriving = problem.link_between(devices, homes[position - 1]) if before else caller
+        leaving = problem.link_between(devices, homes[position + 1]) if after else caller
+        kind = problem.devices[devices[0]]
+        steps.append(Step(position, position + 1, kind, len(devices), arriving, leaving, caller, devices))
+    final = range(1, len(homes) + 1) if stages is None else (stages,)
+    return Lineup(len(homes) + 1, tuple(steps), frozenset(final))

@@ -19,7 +19,7 @@ from onnxsplit.partitioner.branch import branch
 from onnxsplit.partitioner.contract import Contracted, contract
 from onnxsplit.partitioner.downsets import TooMany
 from onnxsplit.partitioner.exchange import improve, rearranged
-from onnxsplit.partitioner.lineup import Lineup, sequences
+from onnxsplit.partitioner.lineup import Lineup, fixed, sequences
 from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem, Score, score
 from onnxsplit.partitioner.orders import linear_orders, refined
 from onnxsplit.partitioner.paths import Found as Exact
@@ -242,9 +242,17 @@ class _Search:
         self.raise_bound(solved.bound)
 
     def rearrange(self) -> None:
-        """Try the devices in other places, where it matters which is where."""
-        if self._best is not None and (self._problem.links or self._problem.caller_links):
-            self._offer(rearranged(self._problem, self._best[0], stop=self._over))
+        """Try the devices in other places, where it matters which is where, and cut for those places."""
+        if not (self._problem.links or self._problem.caller_links):
+            return
+        before = None
+        while self._best is not None and self._best[0] != before and not self._enough():
+            before = self._best[0]
+            self._offer(rearranged(self._problem, before, stop=self._over))
+            homes = self._best[0].devices
+            lineup = fixed(self._problem, homes, len(homes))
+            for order in islice(linear_orders(self._problem), _FIRST_ORDERS):
+                self._slice(self._whole, lineup, order)
 
     def _below(self, target: int, most: int) -> bool:
         """Search for something not above a target; False when there was too much to look at."""

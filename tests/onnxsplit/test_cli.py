@@ -87,7 +87,7 @@ def test_a_cluster_file_is_written_measured_and_cut_for(onnxsplit, tmp_path):
     assert "--force" in onnxsplit("cluster", "init", code=1).stderr
     found = json.loads(onnxsplit("cluster", "measure", "model.onnx", "--json").stdout)
     assert set(found["speeds"]) == {"cpu0", "cpu1"}
-    assert found["link"]["bytes_per_s"] > found["link"]["latency_ns"] > 0
+    assert found["links"][0]["bytes_per_s"] > found["links"][0]["latency_ns"] > 0
     made = json.loads(onnxsplit("partition", "model.onnx", "--cluster", "cluster.toml", "--stages", 2, "--json").stdout)
     assert [stage["device"] for stage in made["summary"]["stages"]] in (["cpu0", "cpu1"], ["cpu1", "cpu0"])
 

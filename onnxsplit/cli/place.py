@@ -1,0 +1,47 @@
+"""``onnxsplit place``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option, percent
+
+if TYPE_CHECKING:
+    from onnxsplit.partitioner import Parallel
+
+
+@make_command
+@PLAN
+@option("--cluster", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The devices and links.")
+@option("-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write another plan. Without it: this one.")
+@option(
+    "--parallel",
+    type=click.Choice(["model", "hybrid"]),
+    default="model",
+    help="A device a stage, or replicas on those that are left.",
+)
+def command(output: Output, *, plan: Path, cluster: Path, out: Path | None, parallel: Parallel) -> None:
+    """Give the stages of the plan in DIR other devices, without cutting the model anew."""
+    from onnxsplit.place import place
+
+    found = place(plan, cluster, out=out, parallel=parallel)
+    rows: list[tuple[Any, ...]] = [
+        (
+            f"stage {stage.index}",
+            milliseconds(stage.predicted_time_ns),
+            ", ".join(stage.devices),
+            ", ".join(stage.hosts),
+        )
+        for stage in found.stages
+    ]
+    output.table(("", "predicted", "devices", "hosts"), rows)
+    prediction = found.prediction
+    output.line(
+        f"\nBottleneck {milliseconds(prediction.bottleneck_ns)} with transfers; no placing of these stages is below "
+        f"{milliseconds(prediction.lower_bound_ns)} (gap {percent(prediction.gap)})."
+    )
+    output.line(f"Wrote {out or plan}. Next: onnxsplit serve {out or plan}")
+    output.result({"plan": out or plan, "summary": found})

@@ -1,0 +1,84 @@
+"""Links between hosts, and devices on them, measured by agents: real processes, real messages, keys."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import build
+import pytest
+
+from onnxsplit.cluster import Cluster, Device, load_cluster
+from runtime.agent import Agents
+from runtime.errors import PipelineError
+from runtime.keys import Keys, create_for
+
+
+def free() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@contextmanager
+def agent(environment, *options):
+    address = f"tcp://127.0.0.1:{free()}"
+    command = [sys.executable, "-P", "-m", "onnxsplit", "cluster", "agent", "--bind", address, *map(str, options)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert "Measuring for those who ask" in process.stderr.readline()
+        yield address
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+
+
+@pytest.fixture
+def keys(tmp_path):
+    create_for(tmp_path / "keys", ("a", "b"))
+    return tmp_path / "keys"
+
+
+def test_links_and_speeds_of_other_hosts_are_measured_over_links_with_keys(tmp_path, keys, python_environment):
+    model = build.save(build.chain(6, 128), tmp_path)
+    file = tmp_path / "cluster.toml"
+    file.write_text(Cluster((Device("one", "a"), Device("two", "b")), {}, "a").to_toml())
+    with (
+        agent(python_environment, "--keys", keys / "a") as one,
+        agent(python_environment, "--keys", keys / "b") as two,
+    ):
+        command = [sys.executable, "-P", "-m", "onnxsplit", "cluster", "measure", model, "-c", file, "--json"]
+        command += ["--agent", f"a={one}", "--agent", f"b={two}", "--keys", keys / "coordinator"]
+        done = subprocess.run([*map(str, command)], env=python_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = load_cluster(file)
+    assert list(found.links) == [("a", "b")], "this host has no device and no caller here"
+    link = found.links["a", "b"]
+    assert link.overlapped
+    assert 1e6 < link.bytes_per_s < 1e11
+    assert 0 < link.latency_ns + link.delay_ns < 50_000_000
+    assert found.devices[0].speed == 1.0
+    assert 0.1 < found.devices[1].speed < 10
+    assert json.loads(done.stdout)["links"][0]["between"] == ["a", "b"]
+
+
+def test_an_agent_answers_only_those_it_knows_and_takes_only_plain_names(tmp_path, keys, python_environment):
+    (tmp_path / "f").write_bytes(b"x" * 1_200_000)
+    with agent(python_environment, "--keys", keys / "a") as one:
+        create_for(tmp_path / "strange", ("a",))
+        with pytest.raises(PipelineError, match="refuses this process"):
+            Agents({"a": one}, keys=Keys(tmp_path / "strange" / "coordinator"), insecure=False)
+        with Agents({"a": one}, keys=Keys(keys / "coordinator"), insecure=False) as agents:
+            agents.send([tmp_path / "f"])
+            with pytest.raises(PipelineError, match="no plain name"):
+                agents._clients["a"].put("../f", tmp_path / "f")
+            with pytest.raises(PipelineError, match="the model does not run here"):
+                agents.time_ns(tmp_path / "f", tmp_path / "f", Device("one", "a"))
+
+
+def test_an_agent_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr("runtime.agent.AgentClient.ask.__kwdefaults__", {"patience_s": 0.3})
+    with pytest.raises(PipelineError, match=r"no agent answers at .*onnxsplit cluster agent --bind"):
+        Agents({"a": f"tcp://127.0.0.1:{free()}"}, keys=None, insecure=False)
