@@ -123,6 +123,7 @@ HOMES = {
     "tritonclient": {"runtime.gateway.server", "runtime.gateway.rpc", "runtime.gateway.grpc_codec"},
     "prometheus_client": {"runtime.gateway.metrics"},
     "opentelemetry": {"runtime.gateway.spans"},
+    "yaml": {"runtime.launch.kubernetes"},
     "ray": {"runtime.launch.ray", "runtime.launch.ray_node"},
 }
 PURE = [

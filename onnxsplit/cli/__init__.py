@@ -28,6 +28,7 @@ _COMMANDS = {
         "run": "Run a plan once: start its nodes, run, stop them.",
         "serve": "Serve plans over HTTP and gRPC, with metrics and a page.",
         "node": "Start one node by hand, for a pipeline that waits for it.",
+        "deploy": "Write what Kubernetes needs to run a plan.",
         "status": "Show what runs on this host: nodes, rates, queues, restarts.",
         "keys": "Make and manage the keys that protect links between hosts.",
         "bench": "Measure a plan: throughput, latency, efficiency.",
