@@ -1,0 +1,125 @@
+"""The files in docs/deploy: nodes started by ssh, by Slurm and by systemd, with stand-ins for what is not here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import build
+import numpy as np
+import pytest
+
+from onnxsplit.plan import load_plan
+from onnxsplit.planner import partition
+from onnxsplit.verify import run_stages
+from runtime import Pipeline
+from runtime.keys import create_for
+from runtime.transport import reachable
+from runtime.watch import Timings
+
+DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
+X = {"x": np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    partition(build.save(build.chain(8), tmp_path), stages=2, out=tmp_path / "m.plan", costs="analytic")
+    return tmp_path / "m.plan"
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """A folder of commands that stand in for what is not installed, before all others."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def add(name: str, text: str) -> None:
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+
+    add("onnxsplit", f'exec {sys.executable} -P -m onnxsplit "$@"')
+    folder_path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return add, folder_path
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process group as Ctrl-C in its terminal would."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_nodes_by_ssh_serve_and_come_back(plan, commands, free_port, python_environment):
+    add, path = commands
+    # drops its options and the host, and runs the rest here
+    add("fake-ssh", 'while [[ $1 == -* ]]; do [[ $1 == -o ]] && shift; shift; done; shift; exec "$@"')
+    wanted = run_stages(plan, load_plan(plan), X, threads=1)["y"]
+    address = f"tcp://127.0.0.1:{free_port}"
+    environment = {**python_environment, "PATH": path, "SSH": "fake-ssh"}
+    script = subprocess.Popen(
+        [DEPLOY / "nodes-by-ssh.sh", address, "host-a", "host-b"], env=environment, start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        timings = Timings(beat_s=0.2, silence_s=1.5)
+        with Pipeline.listen(plan, bind=address, start_timeout=60, timings=timings) as pipeline:
+            assert np.array_equal(pipeline.run(X)["y"], wanted)
+            assert sorted(node.host for node in pipeline.nodes) == ["host-a", "host-b"]
+            os.kill(pipeline.nodes[0].pid, signal.SIGKILL)
+            assert np.array_equal(pipeline.run(X, timeout=60)["y"], wanted)
+            assert len(pipeline.incidents) == 1
+    finally:
+        end(script)
+
+
+def test_a_slurm_job_serves(plan, commands, free_port, python_environment, tmp_path):
+    add, path = commands
+    create_for(tmp_path / "keys", ("node",))
+    add("scontrol", "echo node-1")
+    add("getent", "echo 127.0.0.1 node-1")
+    add("srun", 'shift; for n in 0 1 2; do SLURM_PROCID=$n "$@" & done; trap "kill -TERM 0" TERM; wait')
+    environment = {**python_environment, "PATH": path, "PORT": str(free_port), "SLURM_JOB_NODELIST": "node-[1-3]"}
+    environment |= {"ONNXSPLIT_SERVE_HTTP_PORT": str(free_port + 1), "ONNXSPLIT_SERVE_GRPC_PORT": "off"}
+    job = subprocess.Popen(
+        ["bash", DEPLOY / "onnxsplit.sbatch", plan, tmp_path / "keys"], env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{free_port + 1}/v2/health/ready", timeout=5).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+    finally:
+        end(job)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_the_systemd_unit_is_well_formed(tmp_path):
+    text = (DEPLOY / "onnxsplit-node@.service").read_text()
+    unit = tmp_path / "onnxsplit-node@.service"
+    unit.write_text(text.replace("/opt/onnxsplit/bin/onnxsplit", sys.executable).replace("User=onnxsplit", "User=root"))
+    command = ["systemd-analyze", "verify", "--recursive-errors=no", f"{tmp_path}/onnxsplit-node@0.service"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    ours = [line for line in done.stderr.splitlines() if "onnxsplit-node" in line]
+    assert ours == []
+
+
+def test_who_listens_everywhere_is_reached_where_it_was_reached_before():
+    by = "tcp://coordinator.example:5555"
+    assert reachable("tcp://0.0.0.0:41", by) == "tcp://coordinator.example:41"
+    assert reachable("tcp://[::]:41", by) == "tcp://coordinator.example:41"
+    assert reachable("tcp://10.0.0.7:41", by) == "tcp://10.0.0.7:41"
+    assert reachable("ipc:///run/x", by) == "ipc:///run/x"
