@@ -6,10 +6,15 @@
     latency      where the slowest recent time, times the work outstanding, is least (peak-EWMA)
     round-robin  each in turn
 
+Among many replicas, only a few are looked at: the one whose turn it is, and some at random, of which one that is much
+better is taken instead. What a choice costs stays the same, and a few are nearly as good as all ("the power of two
+choices").
+
 Costs are in thousandths of an ordinary request, times in nanoseconds.
 
 Source of peak-EWMA: Finagle's load balancer, https://twitter.github.io/finagle/guide/Clients.html#power-of-two-choices-p2c-least-loaded;
-of smooth weighted round robin: nginx, ngx_http_upstream_round_robin.c.
+of smooth weighted round robin: nginx, ngx_http_upstream_round_robin.c; of looking at a few: M. Mitzenmacher, "The
+Power of Two Choices in Randomized Load Balancing", IEEE TPDS 12(10), 2001.
 """
 
 from __future__ import annotations
@@ -25,6 +30,14 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 ORDINARY = 1000
 """The cost of the request that a plan was made for."""
 
+ALL = 16
+"""Of so many replicas all are looked at for every request."""
+
+SOME = 4
+"""Of more, so many, the one whose turn it is among them."""
+
+_MUCH = 1.5  # another is taken out of turn when its cost is so much less
+_MASK = (1 << 64) - 1
 _FORGET_NS = 500_000_000  # what was measured longer ago than this counts for little
 _DOUBT_NS = 10_000_000_000  # by then a replica that nobody chose is thought as quick as the others again
 _PEAK_NS = 2_000_000_000  # by then a peak has come down
@@ -58,23 +71,49 @@ class Chooser:
 
     Args:
         policy: by what.
+        seed: of what is left to chance; processes that choose alike should not choose the same.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, seed: int = 0) -> None:
         self._policy = policy
-        self._turn = 0
+        self._first = seed * 2654435761 % (1 << 32)  # where it begins among equals
+        self._turn = self._first
+        self._random = seed
         self._last: dict[int, int] = {}  # the turn in which each was chosen last
         self._credit: dict[int, float] = {}  # of the weighted round robin
 
-    def choose(self, replicas: Sequence[Replica], cost: int) -> int:
-        """The position of the replica that is to take a request; of equals, the one not chosen for longest."""
+    def look_at(self, count: int) -> Sequence[int]:
+        """The positions to choose among: all of a few replicas; of many, the one whose turn it is, some at random."""
+        if count <= ALL:
+            return range(count)
+        found = [self._turn % count]
+        for _ in range(0 if self._policy == "round-robin" else SOME - 1):
+            self._random = (self._random * 6364136223846793005 + 1442695040888963407) & _MASK  # Knuth's MMIX
+            found.append((self._random >> 33) % count)
+        return found
+
+    def choose(self, replicas: Sequence[Replica], cost: int, places: Sequence[int] | None = None) -> int:
+        """The position of the replica that is to take a request.
+
+        Of all, the best; of equals, the one not chosen for longest. Where ``places`` are the positions of a few of many
+        (:meth:`look_at`), the first, whose turn it is, unless another is much better: what senders know of one of many
+        is seldom fresh, and who acts on it meets others who do.
+        """
         self._turn += 1
-        positions = range(len(replicas))
-        if self._policy == "resource":
-            chosen = self._in_proportion(_services(replicas))
+        many = isinstance(places, list)
+        places = range(len(replicas)) if places is None else places
+        if len(places) == 1:
+            chosen = places[0]
+        elif self._policy == "resource":
+            chosen = self._in_proportion(places, _services(replicas))
         else:
             costs = self._costs(replicas, cost)
-            chosen = min(positions, key=lambda n: (costs[n], self._last.get(n, 0), n))
+            if many and costs[0] <= _MUCH * min(costs):
+                chosen = places[0]
+            else:
+                last, first, count = self._last, self._first, len(places)
+                order = [(last.get(place, 0), (place + first) % count, place) for place in places]
+                _, (_, _, chosen) = min(zip(costs, order, strict=True))
         self._last[chosen] = self._turn
         return chosen
 
@@ -91,11 +130,11 @@ class Chooser:
                 services = _services(replicas)
                 return [_completion_ns(r, service, cost) for r, service in zip(replicas, services, strict=True)]
 
-    def _in_proportion(self, services: Sequence[float]) -> int:
+    def _in_proportion(self, places: Sequence[int], services: Sequence[float]) -> int:
         weights = [1.0 / max(1.0, service) for service in services]
-        for position, weight in enumerate(weights):
+        for position, weight in zip(places, weights, strict=True):
             self._credit[position] = self._credit.get(position, 0.0) + weight / sum(weights)
-        chosen = max(range(len(weights)), key=lambda n: (self._credit[n], -n))
+        chosen = max(places, key=lambda n: (self._credit[n], -n))
         self._credit[chosen] -= 1.0
         return chosen
 

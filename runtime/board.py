@@ -9,7 +9,7 @@
     done         by peer: the cost of all from there that this process is done with, ever
 
 What is on its way to a process or waits in it is what all have sent there less what it has done: sums that nobody has
-to agree upon, each written by one process. Of peers on other hosts a copy is kept, brought up to date by messages.
+to agree upon, each written by one process. Peers on other hosts say in messages what of it concerns the reader.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ BOARD_BYTES = 8 * (8 + 2 * PEERS)
 
 _SERVICE, _PEAK, _MEASURED, _RUNNING_SINCE, _RUNNING_COST = range(5)
 _SENT = 8
-_DONE = _SENT + PEERS
 _MASK = (1 << 64) - 1
 
 
@@ -32,12 +31,14 @@ class Board:
 
     Args:
         memory: of :data:`BOARD_BYTES`; new memory when None.
+        peers: processes that there may be, where the memory is new.
     """
 
-    __slots__ = ("_cells",)
+    __slots__ = ("_cells", "_done")
 
-    def __init__(self, memory: memoryview | None = None) -> None:
-        self._cells = (memory if memory is not None else memoryview(bytearray(BOARD_BYTES))).cast("Q")
+    def __init__(self, memory: memoryview | None = None, *, peers: int = PEERS) -> None:
+        self._cells = (memory if memory is not None else memoryview(bytearray(8 * (8 + 2 * peers)))).cast("Q")
+        self._done = _SENT + peers
 
     def release(self) -> None:
         """Let go of the memory."""
@@ -73,7 +74,7 @@ class Board:
     def finish(self, peer: int, cost: int) -> None:
         """Work from a peer is done with."""
         cells = self._cells
-        cells[_DONE + peer] = (cells[_DONE + peer] + cost) & _MASK
+        cells[self._done + peer] = (cells[self._done + peer] + cost) & _MASK
 
     def sent(self, peer: int) -> int:
         """The cost of all that was sent to a peer."""
@@ -81,13 +82,9 @@ class Board:
 
     def done(self, peer: int) -> int:
         """The cost of all from a peer that is done with."""
-        return self._cells[_DONE + peer]
-
-    def told(self, peer: int, done: int) -> None:
-        """Copy what the process on another host says of the work that came from ``peer``."""
-        self._cells[_DONE + peer] = done
+        return self._cells[self._done + peer]
 
     def clear(self, peer: int) -> None:
         """The number belongs to a new process."""
         self._cells[_SENT + peer] = 0
-        self._cells[_DONE + peer] = 0
+        self._cells[self._done + peer] = 0

@@ -221,7 +221,7 @@ class Coordinator:
         """Of every node."""
         with self.flow.lock:
             known = frozenset() if self.flow.ended else self._router.known
-            queues = {number: self._router.outstanding(number, known) for number in known - {0}}
+            queues = {number: self._router.outstanding(number) for number in known - {0}}
             return node_stats(self._roster, queues, self._setup.providers)
 
     def _snapshot(self) -> Snapshot:

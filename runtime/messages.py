@@ -284,12 +284,14 @@ class Receipt(_Message, tag="receipt", frozen=True):
     Attributes:
         sender: number of the process that sends.
         done: cost of all work from the reader that it is done with, ever.
+        others: cost of the work from all others that is there now.
         service_ns: time of an ordinary request there.
         peak_ns: the same, the slowest of late.
     """
 
     sender: Number
     done: Count
+    others: Count
     service_ns: Count
     peak_ns: Count
 

@@ -194,18 +194,20 @@ class Roster:
         self._served: frozenset[int] | None = None  # worked out again when a node comes or goes
         for stage, count in enumerate(replicas):
             for replica in range(count):
-                self._add((stage, replica))
+                self.nodes[stage, replica] = self._record((stage, replica))
 
     def __iter__(self) -> Iterator[Record]:
         yield from self.nodes.values()
         yield from self.departing
 
-    def _add(self, slot: Slot) -> Record:
+    def _record(self, slot: Slot) -> Record:
         tally = self.tallies.setdefault(slot, Tally())
-        record = Record(slot, tally, Machine(f"node {slot[0]}.{slot[1]}", TRANSITIONS, Phase.BACKOFF))
-        self.nodes[slot] = record
+        return Record(slot, tally, Machine(f"node {slot[0]}.{slot[1]}", TRANSITIONS, Phase.BACKOFF))
+
+    def _add(self, slot: Slot) -> Record:
+        self.nodes[slot] = self._record(slot)
         self.nodes = dict(sorted(self.nodes.items()))
-        return record
+        return self.nodes[slot]
 
     # Who is there
 

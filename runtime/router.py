@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from onnxsplit.cluster import Link
 from runtime.balance import Chooser, Policy, Replica
@@ -10,10 +11,29 @@ from runtime.board import Board
 from runtime.messages import CALLER, Peer, Receipt
 
 _BETWEEN_HOSTS = Link()
+_FRESH = 16.0  # times of a request after which half of what a node said of others' work is still true
+_FORGET = 0.05
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What a peer on another host said last: see :class:`~runtime.messages.Receipt`."""
+
+    done: int = 0
+    others: int = 0
+    service_ns: int = 0
+    peak_ns: int = 0
+    measured_ns: int = 0
+
+
+_NOTHING = _Heard()
 
 
 class Router:
     """The replicas of every stage, and how busy they are.
+
+    Of peers whose memory is mapped, everything is known: what all others whose memory is, too, have sent there. Of
+    peers on other hosts, what this process sent there itself, and what they say of that and of others' work.
 
     Args:
         policy: how to choose among them.
@@ -27,39 +47,47 @@ class Router:
         # Of each stage those that take requests; where all leave, those: they stay for what began before they left.
         self._nodes: dict[int, tuple[int, ...]] = {}
         self._numbers: dict[int, tuple[int, ...]] = {}  # of each stage, all
-        self._boards: dict[int, Board] = {}
-        self._copies: dict[int, Board] = {}  # of peers whose memory is not mapped
+        self._boards: dict[int, Board] = {}  # of this process, and of the peers whose memory is mapped
+        self._heard: dict[int, _Heard] = {}  # of others
+        self._senders: dict[tuple[int, ...], Mapping[int, Board]] = {}  # by the stages that send
         self._choosers: dict[int, Chooser] = {}
         self._known: frozenset[int] = frozenset()
+        self._usual_ns = 0.0
+        self._usual = 0.0  # work of others that nodes on other hosts have
 
     def learn(self, me: int, peers: Sequence[Peer], boards: Mapping[int, Board]) -> None:
         """All processes of the pipeline, and the boards of those whose memory is mapped."""
         self._me = me
-        stages = {peer.stage for peer in peers}
-        self._numbers = {stage: tuple(p.number for p in peers if p.stage == stage) for stage in stages}
-        nodes = {stage: tuple(p.number for p in peers if p.stage == stage and p.takes) for stage in stages}
+        stages: dict[int, list[Peer]] = {}
+        for peer in peers:
+            stages.setdefault(peer.stage, []).append(peer)
+        self._numbers = {stage: tuple(p.number for p in members) for stage, members in stages.items()}
+        nodes = {stage: tuple(p.number for p in members if p.takes) for stage, members in stages.items()}
         nodes = {stage: takers or self._numbers[stage] for stage, takers in nodes.items()}
-        for stage in stages - {CALLER}:
+        for stage in stages.keys() - {CALLER}:
             if nodes[stage] != self._nodes.get(stage):  # positions mean others now
-                self._choosers[stage] = Chooser(self._policy)
+                self._choosers[stage] = Chooser(self._policy, seed=me * 1_000_003 + stage)
         self._nodes = nodes
         known = frozenset(peer.number for peer in peers)
         for number in known - self._known:
             self._board.clear(number)
         self._known = known
-        self._copies = {n: self._copies.get(n) or Board() for n in known - boards.keys() - {me}}
-        self._boards = {**self._copies, **boards, me: self._board}
+        self._boards = {**boards, me: self._board}
+        self._heard = {n: heard for n, heard in self._heard.items() if n in known and n not in self._boards}
+        self._senders.clear()
 
     def mapped(self, number: int) -> bool:
         """True when a peer reads this process's board by itself."""
-        return number not in self._copies
+        return number in self._boards or number not in self._known
 
     def told(self, receipt: Receipt, now_ns: int) -> None:
         """A peer on another host said what its board shows."""
-        copy = self._copies.get(receipt.sender)
-        if copy is not None:
-            copy.told(self._me, receipt.done)
-            copy.show(receipt.service_ns, receipt.peak_ns, now_ns)
+        if not self.mapped(receipt.sender):
+            self._usual += _FORGET * (receipt.others - self._usual)
+            self._usual_ns += _FORGET * (receipt.service_ns - self._usual_ns) if self._usual_ns else receipt.service_ns
+            self._heard[receipt.sender] = _Heard(
+                receipt.done, receipt.others, receipt.service_ns, receipt.peak_ns, now_ns
+            )
 
     @property
     def known(self) -> frozenset[int]:
@@ -83,26 +111,51 @@ class Router:
         nodes = self._nodes.get(stage, ())
         if len(nodes) < 2:
             return nodes[0] if nodes else None
-        senders = [number for source in sources for number in self._numbers.get(source, ())]
-        replicas = [self._replica(number, senders, size_bytes, now_ns) for number in nodes]
-        return nodes[self._choosers[stage].choose(replicas, cost)]
+        chooser = self._choosers[stage]
+        places = chooser.look_at(len(nodes))
+        if len(places) == 1:
+            return nodes[chooser.choose((), cost, places)]
+        senders = self._sending(tuple(sources))
+        replicas = [self._replica(nodes[place], senders, size_bytes, now_ns) for place in places]
+        return nodes[chooser.choose(replicas, cost, places)]
 
-    def outstanding(self, number: int, senders: Iterable[int]) -> int:
-        """The cost of what some processes have sent to a node and it is not done with."""
-        board = self._boards[number]
-        return sum(max(0, self._boards[sender].sent(number) - board.done(sender)) for sender in senders)
+    def outstanding(self, number: int) -> int:
+        """The cost of what has been sent to a node and it is not done with, as far as that is known here."""
+        return self._outstanding(number, self._sending(tuple(self._numbers)))
 
-    def _replica(self, number: int, senders: Sequence[int], size_bytes: int, now_ns: int) -> Replica:
-        service_ns, peak_ns, measured_ns, running_since, running = self._boards[number].times
-        away = number in self._copies
+    def _outstanding(self, number: int, senders: Mapping[int, Board]) -> int:
+        board = self._boards.get(number)
+        if board is None:
+            return max(0, self._board.sent(number) - self._heard.get(number, _NOTHING).done)
+        return sum([max(0, sent.sent(number) - board.done(sender)) for sender, sent in senders.items()])
+
+    def _sending(self, stages: tuple[int, ...]) -> Mapping[int, Board]:
+        """The boards of those in some stages that can be read."""
+        found = self._senders.get(stages)
+        if found is None:
+            numbers = {number for stage in stages for number in self._numbers.get(stage, ())}
+            found = self._senders[stages] = {n: board for n, board in self._boards.items() if n in numbers}
+        return found
+
+    def _replica(self, number: int, senders: Mapping[int, Board], size_bytes: int, now_ns: int) -> Replica:
+        board = self._boards.get(number)
+        outstanding = self._outstanding(number, senders)
+        if board is None:
+            heard = self._heard.get(number, _NOTHING)
+            age_ns, transfer_ns = now_ns - heard.measured_ns, _BETWEEN_HOSTS.transfer_ns(size_bytes)
+            # What it had of others is known as of then; by and by it is taken to have what nodes usually have.
+            trust = 0.5 ** (age_ns / max(1, _FRESH * heard.service_ns))
+            outstanding += int(self._usual + (heard.others - self._usual) * trust)
+            service = self._usual_ns + (heard.service_ns - self._usual_ns) * trust
+            return Replica(outstanding, int(service), heard.peak_ns, age_ns, transfer_ns=transfer_ns)
+        service_ns, peak_ns, measured_ns, running_since, running = board.times
         return Replica(
-            outstanding=self.outstanding(number, senders),
-            service_ns=service_ns,
-            peak_ns=peak_ns,
-            age_ns=max(0, now_ns - measured_ns),
-            running=running if running_since else 0,
-            running_ns=max(0, now_ns - running_since) if running_since else 0,
-            transfer_ns=_BETWEEN_HOSTS.transfer_ns(size_bytes) if away else 0,
+            outstanding,
+            service_ns,
+            peak_ns,
+            max(0, now_ns - measured_ns),
+            running if running_since else 0,
+            max(0, now_ns - running_since) if running_since else 0,
         )
 
     def sent(self, number: int, cost: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,7 @@ class Worker:
         self._sources: dict[int, list[int]] = {}  # of every stage
         self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types from each source
         self._shared: dict[Leaving, tuple[str, ...]] = {}
+        self._here: Counter[int] = Counter()  # cost of what is here, by who sent it
         self._runner: StageRunner | None = None
         self._ran = _Ran(Outgoing(), valid=False)
 
@@ -149,6 +151,7 @@ class Worker:
             said = codec.decode_data(header)
             if isinstance(said, Fragment):
                 self._check(said)
+                self._here[said.sender] += said.cost
                 return Arrived(said, self.payloads.receive(said, frames), time.monotonic_ns())
             if not isinstance(said, Receipt):
                 raise ProtocolError(f"a {type(said).__name__}, which is not for nodes")
@@ -176,11 +179,13 @@ class Worker:
         """Let the sender have its memory again, and know how busy this node is."""
         self.payloads.give_back(fragment)
         sender = fragment.sender
+        self._here[sender] -= fragment.cost
         if not self._router.mapped(sender) and (link := self._receipts.get(sender)) is not None:
             board = self.payloads.board
             service_ns, peak_ns, *_ = board.times
             me = self._me
-            link.send(codec.encode(Receipt(me, board.done(sender), service_ns, peak_ns)))
+            others = sum(self._here.values()) - self._here[sender]
+            link.send(codec.encode(Receipt(me, board.done(sender), others, service_ns, peak_ns)))
 
     def run(self, run: Run) -> Event:
         """Execute the session; :class:`Executed` or :class:`ExecutionFailed`. The outputs are kept for what follows."""

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.balance import ORDINARY, POLICIES, Chooser, Gauge, Replica, cost_of
 from runtime.board import Board
-from runtime.messages import Peer
+from runtime.messages import Peer, Receipt
 from runtime.router import Router
 
 MS = 1_000_000
@@ -113,3 +113,54 @@ def test_the_last_node_of_a_stage_is_chosen_while_it_leaves():
     assert router.choose(0, (), ORDINARY, 0, 0) == 2
     router.learn(0, nodes[:1], {1: Board()})
     assert router.choose(0, (), ORDINARY, 0, 0) == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_of_many_replicas_a_few_are_looked_at_and_none_is_forgotten(policy):
+    chooser, count = Chooser(policy, seed=7), 50
+    found = Counter()
+    for _ in range(count * 40):
+        places = chooser.look_at(count)
+        assert 0 < len(places) < 10
+        found[chooser.choose([replica() for _ in places], ORDINARY, places)] += 1
+    assert sorted(found) == list(range(count))
+    assert max(found.values()) < 4 * 40
+
+
+def test_a_busy_one_of_many_is_left_alone():
+    chooser = Chooser("completion", seed=1)
+    busy = set(range(20))
+    for _ in range(200):
+        places = chooser.look_at(60)
+        taken = chooser.choose([replica(9 if place in busy else 0) for place in places], ORDINARY, places)
+        assert taken not in busy or set(places) <= busy
+
+
+def far(count: int) -> Router:
+    """A router whose replicas are all on other hosts."""
+    router = Router("completion", Board(peers=count + 2))
+    router.learn(0, [Peer(n + 1, 0, n, True, "", "", None, "") for n in range(count)], {})
+    return router
+
+
+def test_of_replicas_on_other_hosts_what_was_sent_and_what_they_say_counts():
+    router = far(3)
+    for number, times in ((1, 3), (2, 1), (3, 2)):
+        for _ in range(times):
+            router.sent(number, ORDINARY)
+    assert router.choose(0, (-1,), ORDINARY, 0, 0) == 2
+    router.told(Receipt(1, 3 * ORDINARY, 0, 5 * MS, 5 * MS), 1)
+    assert router.outstanding(1) == 0
+    assert router.choose(0, (-1,), ORDINARY, 0, 1) == 1
+    router.learn(0, [Peer(n, 0, n, True, "", "", None, "") for n in (2, 3, 4)], {})
+    assert (router.outstanding(4), router.outstanding(2)) == (0, ORDINARY)
+
+
+def test_a_choice_costs_the_same_among_a_thousand_as_among_twenty():
+    import timeit
+
+    def cost(router: Router) -> float:
+        return min(timeit.repeat(lambda: router.choose(0, (-1,), ORDINARY, 1000, 1), number=200, repeat=5)) / 200
+
+    few, many = far(20), far(1000)
+    assert cost(many) < 3 * cost(few)
