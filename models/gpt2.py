@@ -1,8 +1,13 @@
-"""A GPT-2-like decoder (Radford et al. 2019: layer norm before each half, causal, tied output), random weights."""
+"""A GPT-2-like decoder (Radford et al. 2019: layer norm before each half, causal, tied output), random weights.
+
+``build`` makes one that reads a whole text; ``with_cache`` one whose keys and values are inputs and outputs, under the
+names that the ecosystem has for them.
+"""
 
 from __future__ import annotations
 
 import torch
+from llama import cache_names, causal
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
@@ -23,12 +28,27 @@ class Block(nn.Module):
         self.narrow = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.parts(x)
+        return self.rest(x, scaled_dot_product_attention(query, key, value, is_causal=True))
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: [batch, heads, length, width of a head]."""
         batch, length, width = x.shape
         parts = self.query_key_value(self.norm_attention(x)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
+        return query, key, value
+
+    def rest(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What comes after attention."""
+        x = x + self.project(mixed.transpose(1, 2).reshape(x.shape))
         return x + self.narrow(gelu(self.widen(self.norm_hidden(x)), approximate="tanh"))
+
+    def step(self, x: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, where the keys and values of what came before are given."""
+        query, key, value = self.parts(x)
+        key, value = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
+        scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5 + causal(x.shape[1], past_key.shape[2])
+        return self.rest(x, scores.softmax(-1) @ value), key, value
 
 
 class Decoder(nn.Module):
@@ -46,6 +66,34 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x) @ self.tokens.weight.T
+
+
+class Stepping(Decoder):
+    """Tokens and the cache in; scores of the next token, and the cache, out."""
+
+    def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        length = past[0].shape[2]
+        places = length + torch.arange(input_ids.shape[1])
+        x, present = self.tokens(input_ids) + self.positions[places], []
+        for number, block in enumerate(self.blocks):
+            x, key, value = block.step(x, past[2 * number], past[2 * number + 1])
+            present += [key, value]
+        return (self.norm(x) @ self.tokens.weight.T, *present)
+
+
+def with_cache(
+    layers: int = 4, width: int = 256, heads: int = 8, vocabulary: int = 1000, positions: int = 256
+) -> Recipe:
+    """A small one with its cache."""
+    torch.manual_seed(0)
+    past = torch.randn(2, heads, 3, width // heads)
+    axes = {name: {0: "batch", 2: "past_sequence"} for name in cache_names("past_key_values", layers)}
+    return Recipe(
+        network=Stepping(layers, width, heads, vocabulary, positions).eval(),
+        inputs={"input_ids": torch.randint(0, vocabulary, (2, 5)), **dict.fromkeys(axes, past)},
+        outputs=("logits", *cache_names("present", layers)),
+        dynamic_axes={"input_ids": {0: "batch", 1: "sequence"}, **axes},
+    )
 
 
 def build(

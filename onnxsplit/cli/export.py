@@ -27,13 +27,14 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
 
 @make_command
 @click.argument("source")
+@option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="The file to write.")
+@option("--opset", type=click.IntRange(min=7), help="Of the standard operators. Without it: the converter's choice.")
 @option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="model.onnx",
-    help="The file to write.",
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME=DTYPE[DIMS]",
+    help="What the model takes, as x=float32[batch,3,224,224], where the source does not say. Repeatable.",
 )
 @option(
     "--set",
@@ -44,14 +45,33 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
     help="An argument of the recipe's function. Repeatable.",
 )
 @option("--check/--no-check", default=True, help="Compare with the framework's own outputs.")
-def command(output: Output, *, source: str, out: Path, parameters: dict[str, Any], check: bool) -> None:
-    """Export SOURCE, a recipe FILE.py[:FUNCTION], to ONNX. The file is run: use only recipes you trust."""
+@option("--trust", is_flag=True, help="Load a source that runs code when it is loaded; only if you trust who made it.")
+@option("--simplify", is_flag=True, help="Simplify the model with onnxsim.")
+@option("--cache/--no-cache", default=True, help="Whether decoders take and give their key/value cache.")
+@option("--offline", is_flag=True, help="Ask no hub; what was fetched before will do.")
+def command(
+    output: Output,
+    *,
+    source: str,
+    out: Path,
+    inputs: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Export SOURCE to ONNX, and compare the two.
+
+    A recipe FILE.py[:NAME] or package.module:NAME, which is run; a saved model of PyTorch, TensorFlow, Keras,
+    scikit-learn, LightGBM, XGBoost or CatBoost; a folder or config.json of transformers; hf://ORG/REPO; an ONNX file.
+    """
     from onnxsplit.export import export
+    from onnxsplit.export.specs import parse_spec
 
     output.say(f"exporting {source}")
-    exported = export(source, out, parameters=parameters, check=check)
+    done = export(source, out, inputs=tuple(parse_spec(text) for text in inputs), say=output.say, **options)
     output.done()
-    for name, difference in exported.differences.items():
-        output.line(f"{name}: differs from the framework by {difference:.1e} of its scale")
-    output.line(f"Wrote {out} ({binary(out.stat().st_size)}). Next: onnxsplit partition {out}")
-    output.result({"model": out, "differences": exported.differences})
+    for exported in done:
+        for name, difference in exported.differences.items():
+            output.line(f"{name}: differs from the framework by {difference:.1e} of its scale")
+        output.line(f"Wrote {exported.path} ({binary(exported.path.stat().st_size)}), from {exported.framework}.")
+    output.line(f"Next: onnxsplit partition {done[0].path}")
+    models = [{"model": one.path, "framework": one.framework, "differences": one.differences} for one in done]
+    output.result({"model": done[0].path, "differences": done[0].differences, "models": models})

@@ -1,31 +1,40 @@
 """Models of other frameworks to ONNX: one converter a file behind one contract, imported when it is used.
 
-A converter writes the model and returns an :class:`Exported`: what it wrote, and how far ONNX Runtime's outputs are
-from the framework's own on the same inputs.
+    source ----> recognised ----> converted by its framework's own tool ----> finished ----> compared ----> in its place
+    (sources)    (sources)        (pytorch, tensorflow, ...)                  (finish)       (finish)
+
+A converter gives :class:`Conversion`: how to write the model, and how to ask the framework for the same outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from onnxsplit.errors import ExportError
+from onnxsplit.export.sources import Kind, Source, recognise
+from onnxsplit.export.specs import InputSpec
+from onnxsplit.tensors import Array
 
 TOLERANCE = 1e-3
 """Largest difference to the framework that passes, over an output's scale."""
 
+Say = Callable[[str], None]
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe's ``build()`` returns: a network and how to call it.
+    """What a recipe's function returns: a network and how to call it.
 
     Attributes:
-        network: the network; for PyTorch a module in evaluation mode.
-        inputs: example inputs by name, in the order of the network's arguments.
+        network: the network: a PyTorch module in evaluation mode, or a function of JAX arrays.
+        inputs: example inputs by name, in the order of the network's arguments; free dimensions larger than 1.
         outputs: names of the outputs, in the order in which the network returns them.
-        dynamic_axes: input -> axis -> name of the free dimension.
+        dynamic_axes: input -> axis -> name of the free dimension; axes of one name have one size.
     """
 
     network: Any
@@ -34,39 +43,134 @@ class Recipe:
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What can be asked of an export.
+
+    Attributes:
+        opset: of the standard operators; the converter's choice when None.
+        inputs: what the model takes, where the source does not say.
+        check: compare ONNX Runtime's outputs with the framework's.
+        trust: let the source run code, where loading it does.
+        simplify: have the model simplified (onnxsim).
+        cache: decoders take and give their key/value cache; only the logits when False.
+        offline: ask no hub; what was fetched before will do.
+        parameters: keyword arguments of a recipe's function.
+        say: told what is being done.
+    """
+
+    opset: int | None = None
+    inputs: Sequence[InputSpec] = ()
+    check: bool = True
+    trust: bool = False
+    simplify: bool = False
+    cache: bool = True
+    offline: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    say: Say = lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A model, ready to be written.
+
+    Attributes:
+        framework: name and version, for messages and the model's metadata.
+        write: writes the model to a path, large ones with external data beside it.
+        samples: inputs to compare on, by name; the sizes of free dimensions differ from one to the next.
+        reference: the framework's own outputs for such inputs, by the ONNX model's names.
+        part: what of the source it is, where that becomes several models.
+        axes: tensor -> axis -> name of the free dimension, where the converter has none, or one of its own making.
+        jumps: outputs that may jump at a threshold (trees): up to this share of rows may differ.
+        about: more for the model's metadata.
+    """
+
+    framework: str
+    write: Callable[[Path], None]
+    samples: Sequence[Mapping[str, Array]]
+    reference: Callable[[Mapping[str, Array]], Mapping[str, Array]]
+    part: str | None = None
+    axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    jumps: float = 0.0
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Exported:
     """What was written.
 
     Attributes:
         path: the model file.
+        framework: it came from, with its version.
         differences: output -> largest difference to the framework, over the output's scale; empty when not compared.
     """
 
     path: Path
+    framework: str
     differences: Mapping[str, float]
 
 
-def export(
-    source: str, out: str | Path, *, parameters: Mapping[str, Any] | None = None, check: bool = True
-) -> Exported:
-    """Export a model.
+_CONVERTERS: Mapping[Kind, str] = {
+    "recipe": "pytorch",
+    "exported-program": "pytorch",
+    "torchscript": "pytorch",
+    "transformers": "huggingface",
+    "hub": "huggingface",
+    "saved-model": "tensorflow",
+    "keras": "tensorflow",
+    "tflite": "tensorflow",
+    "pickle": "sklearn",
+    "skops": "sklearn",
+    "lightgbm": "boosters",
+    "xgboost": "boosters",
+    "catboost": "boosters",
+    "onnx": "onnx_file",
+}
+
+
+def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]:
+    """Export a model. Each file appears whole or not at all.
 
     Args:
-        source: ``recipe.py`` or ``recipe.py:NAME``: a Python file with a function (``build`` when no name is given)
-            that returns a :class:`Recipe`. It is run, so it must be a file you trust.
-        out: the model file to write.
-        parameters: keyword arguments of that function.
-        check: compare ONNX Runtime's outputs with the framework's.
+        source: a recipe (``FILE.py[:NAME]``), an importable callable (``package.module:NAME``), a saved model, a folder
+            or configuration of ``transformers``, ``hf://ORG/REPO[@REVISION][/FILE]``; see docs/export.md.
+        out: the model file to write. A source that becomes several models writes ``out`` with a part's name in each.
+        options: the attributes of :class:`ExportOptions`.
+
+    Returns:
+        What was written, a model each.
 
     Raises:
-        ExportError: the source is none of these, the export failed, or the outputs differ.
-        MissingDependency: the framework is not installed.
+        ExportError: the source is unknown or damaged, runs code without ``trust``, the export failed, outputs differ.
+        MissingDependency: the framework or its converter is not installed; names the extra.
     """
-    file, _, name = source.partition(":")
-    if not file.endswith(".py"):
-        raise ExportError(f"cannot export {source!r}: expected a recipe, FILE.py or FILE.py:FUNCTION")
-    from onnxsplit.export.torch_exporter import export_recipe, load_recipe
+    from onnxsplit.export import finish
 
-    recipe = load_recipe(Path(file), name or "build", dict(parameters or {}))
-    return export_recipe(recipe, Path(out), check=check)
+    wanted, target = ExportOptions(**options), Path(out)
+    if not target.absolute().parent.is_dir():
+        raise ExportError(f"the folder {target.absolute().parent} does not exist; create it or choose another with -o")
+    found = recognise(source)
+    wanted.say(f"{source} is {found.what}")
+    conversions = convert(found, wanted)
+    done = []
+    with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=target.absolute().parent) as scratch:
+        for number, conversion in enumerate(conversions):
+            name = target.name
+            if conversion.part is not None:
+                name = f"{target.name.removesuffix('.onnx')}-{conversion.part}.onnx"
+            folder = Path(scratch) / f"{number}"
+            folder.mkdir()
+            differences = finish.finish(conversion, folder / name, source, wanted)
+            done.append((folder, Exported(target.parent / name, conversion.framework, differences)))
+        for folder, exported in done:  # the data of a model before the model
+            model = folder / exported.path.name
+            for part in sorted(folder.iterdir(), key=lambda part, model=model: part == model):  # type: ignore[misc]
+                part.replace(exported.path.parent / part.name)
+    return tuple(exported for _, exported in done)
+
+
+def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
+    """Have a source converted by the module for its kind."""
+    module = import_module(f"onnxsplit.export.{_CONVERTERS[source.kind]}")
+    found: Sequence[Conversion] = module.convert(source, options)
+    return found

@@ -1,0 +1,127 @@
+"""What is done to every exported model, whatever it came from: written, named, noted, simplified, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+import onnxsplit
+from onnxsplit.errors import ExportError, MissingDependency, ModelError
+from onnxsplit.export import TOLERANCE, Conversion, ExportOptions
+from onnxsplit.session import host_cores, open_session
+from onnxsplit.tensors import Array
+from onnxsplit.verify import distance
+
+SOURCE, FRAMEWORK, TOOL = "onnxsplit.source", "onnxsplit.framework", "onnxsplit.version"
+
+
+def finish(conversion: Conversion, file: Path, source: str, options: ExportOptions) -> dict[str, float]:
+    """Write a model to ``file``; how far its outputs are from the framework's, over their scale.
+
+    Raises:
+        ExportError: the model is not valid, ONNX Runtime refuses it, or its outputs differ.
+        MissingDependency: a simplifier was asked for and is not installed.
+    """
+    options.say("converting")
+    conversion.write(file)
+    proto = onnx.load(str(file), load_external_data=False)
+    _name_axes(proto, conversion.axes)
+    if options.simplify:
+        options.say("simplifying")
+        proto = _simplified(proto)
+    noted = {SOURCE: source, FRAMEWORK: conversion.framework, TOOL: onnxsplit.__version__, **conversion.about}
+    kept = {entry.key: entry.value for entry in proto.metadata_props} | noted
+    del proto.metadata_props[:]
+    for key, value in kept.items():
+        proto.metadata_props.add(key=key, value=value)
+    file.write_bytes(proto.SerializeToString())
+    options.say("checking")
+    try:
+        onnx.checker.check_model(str(file))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"the exported model is not valid: {str(error).splitlines()[0]}; nothing was written"
+        ) from error
+    return _compared(conversion, file, options)
+
+
+def _name_axes(proto: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Give free dimensions the names that the conversion has for them."""
+    if not axes:
+        return
+    renamed: dict[str, str] = {}
+    for value in (*proto.graph.input, *proto.graph.output):
+        for axis, name in axes.get(value.name, {}).items():
+            dims = value.type.tensor_type.shape.dim
+            if axis < len(dims) and not (dims[axis].HasField("dim_value") and dims[axis].dim_value > 1):
+                if dims[axis].dim_param:
+                    renamed[dims[axis].dim_param] = name
+                dims[axis].Clear()
+                dims[axis].dim_param = name
+    for value in proto.graph.value_info:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in renamed:
+                dim.dim_param = renamed[dim.dim_param]
+
+
+def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+        raise ExportError("a model with external data is too large for --simplify; leave that out")
+    try:
+        import onnxsim
+    except ImportError as error:
+        raise MissingDependency("--simplify needs onnxsim: pip install 'onnxsplit[simplify]'") from error
+    simple: onnx.ModelProto
+    simple, good = onnxsim.simplify(proto)
+    if not good:
+        raise ExportError("the simplified model gives other outputs than the model; leave out --simplify")
+    ends = [[value.name for value in values] for values in (proto.graph.input, proto.graph.output)]
+    if [[value.name for value in values] for values in (simple.graph.input, simple.graph.output)] != ends:
+        raise ExportError("the simplified model has other inputs or outputs than the model; leave out --simplify")
+    return simple
+
+
+def _compared(conversion: Conversion, file: Path, options: ExportOptions) -> dict[str, float]:
+    try:
+        session = open_session(file, threads=host_cores())
+    except ModelError as error:
+        raise ExportError(f"ONNX Runtime refuses the exported model: {error}; nothing was written") from error
+    if not options.check:
+        return {}
+    worst: dict[str, float] = {}
+    for sample in conversion.samples:
+        options.say("comparing with the framework")
+        try:
+            found = session.run({name: sample[name] for name, _ in session.inputs})
+        except ModelError as error:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sample.items())
+            raise ExportError(
+                f"the exported model does not run on {shapes}: {error}; nothing was written. Export with --no-check to "
+                "look at it"
+            ) from error
+        for name, expected in conversion.reference(sample).items():
+            worst[name] = max(worst.get(name, 0.0), _difference(found[name], np.asarray(expected), conversion.jumps))
+    far = {name: difference for name, difference in worst.items() if not difference <= TOLERANCE}
+    if far:
+        listed = ", ".join(f"{name}: {difference:.1e}" for name, difference in far.items())
+        raise ExportError(
+            f"the exported model differs from {conversion.framework} by more than {TOLERANCE:.0e} of the scale "
+            f"({listed}); nothing was written. Export with --no-check to look at it"
+        )
+    return worst
+
+
+def _difference(found: Array, expected: Array, jumps: float) -> float:
+    """Over the scale; of the rows that must agree, where some may not."""
+    if found.dtype.kind in "OUS" or expected.dtype.kind in "OUS":
+        return 0.0 if np.mean(found.astype(str) != expected.reshape(found.shape).astype(str)) <= jumps else 1.0
+    expected = expected.reshape(found.shape) if expected.size == found.size else expected
+    if not jumps or found.shape != expected.shape or not found.ndim:
+        return distance(found, expected)
+    scale = max(float(np.abs(expected).max(initial=0.0)), 1e-30)
+    off = np.abs(found.astype(np.float64) - expected.astype(np.float64)).reshape(len(found), -1).max(axis=1) / scale
+    kept = np.sort(off)[: max(1, len(off) - int(jumps * len(off)))]
+    return float(kept[-1])

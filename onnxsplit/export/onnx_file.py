@@ -1,0 +1,94 @@
+"""ONNX itself: checked, shapes inferred, its opset raised when asked, with external data above 2 GB."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from onnxsplit.cost.measured import find_example
+from onnxsplit.errors import ExportError, InputError, ModelError
+from onnxsplit.export import Conversion, ExportOptions
+from onnxsplit.export.sources import Source
+from onnxsplit.graph import build_graph
+from onnxsplit.session import host_cores, open_session
+from onnxsplit.shapes import input_specs
+from onnxsplit.source import external_range, graph_tensors, open_model
+from onnxsplit.tensors import Array
+
+_LARGE_BYTES = 1_900_000_000  # a protobuf may have 2 GiB
+
+
+def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
+    """A model file; the reference is the file itself, run by ONNX Runtime."""
+    assert source.path is not None
+    path = source.path
+    model = open_model(path)
+    graph = build_graph(model)
+    held: list[Any] = []
+
+    def write(file: Path) -> None:
+        files = {
+            external_range(model, tensor)[0] for tensor in graph_tensors(model.proto.graph) if tensor.external_data
+        }
+        size = path.stat().st_size + sum(part.stat().st_size for part in files)
+        version = next((one.version for one in model.proto.opset_import if one.domain in ("", "ai.onnx")), None)
+        raised = options.opset is not None and version != options.opset
+        if raised and size > _LARGE_BYTES:
+            raise ExportError(
+                f"{path} is above 2 GB: its opset cannot be changed, since ONNX's converter takes it whole"
+            )
+        if raised or size <= _LARGE_BYTES:
+            _small(path, file, options.opset if raised else None)
+        else:
+            _large(path, file, files)
+
+    def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
+        if not held:
+            held.append(open_session(path, threads=host_cores()))
+        found: dict[str, Array] = held[0].run(sample)
+        return found
+
+    samples: list[dict[str, Array]] = []
+    if options.check:
+        try:
+            example = find_example(graph, input_specs(graph), {}, threads=host_cores(), provider="cpu", say=options.say)
+            samples = [dict(example.inputs)]
+        except (ModelError, InputError) as error:
+            raise ExportError(
+                f"{path} does not run here, so nothing can be compared: {error}. Say --no-check"
+            ) from error
+    return [Conversion(framework=f"ONNX {onnx.__version__}", write=write, samples=samples, reference=reference)]
+
+
+def _small(path: Path, file: Path, opset: int | None) -> None:
+    proto = onnx.load(str(path))
+    if opset is not None:
+        try:
+            proto = onnx.version_converter.convert_version(proto, opset)
+        except Exception as error:  # ONNX's converter raises plain RuntimeErrors
+            raise ExportError(f"{path} cannot be had in opset {opset}: {' '.join(str(error).split())[:300]}") from error
+    try:
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except Exception as error:  # as above
+        raise ExportError(
+            f"the shapes in {path} contradict each other: {' '.join(str(error).split())[:300]}"
+        ) from error
+    onnx.save(proto, str(file))
+
+
+def _large(path: Path, file: Path, files: set[Path]) -> None:
+    """Shapes inferred by path; the data stays as it is, under its name."""
+    for part in files:
+        if part.parent.resolve() != path.parent.resolve():
+            raise ExportError(f"external data of {path} lies in a folder of its own ({part}); move it beside the model")
+        try:
+            os.link(part, file.parent / part.name)
+        except OSError:
+            shutil.copyfile(part, file.parent / part.name)
+    shutil.copyfile(path, file)
+    onnx.shape_inference.infer_shapes_path(str(file), str(file))

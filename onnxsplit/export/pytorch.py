@@ -1,0 +1,399 @@
+"""PyTorch: recipes, callables, saved programs and modules, through its own exporter, the one on ``torch.export``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from onnxsplit.errors import ExportError, MissingDependency
+from onnxsplit.export import Conversion, ExportOptions, Recipe
+from onnxsplit.export.sources import Source, refuse_code
+from onnxsplit.export.specs import samples
+from onnxsplit.session import host_cores
+from onnxsplit.tensors import Array
+
+_EXTRA = "pip install 'onnxsplit[torch]'"
+
+
+def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
+    """Python code, a saved program, or a saved module."""
+    if source.kind == "recipe":
+        return [_from_code(source, options)]
+    torch = require_torch()
+    if source.kind == "exported-program":
+        why = "its loading unpickles and evaluates what is in it (PyTorch says so, too)"
+        refuse_code(source, why, trust=options.trust)
+        return [_from_program(torch, source, options)]
+    refuse_code(source, "its loading runs code that is in it", trust=options.trust)
+    return [_from_module(torch, source, options)]
+
+
+def require_torch() -> Any:
+    """PyTorch, with its exporter's needs.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401  PyTorch's exporter needs it
+        import torch
+    except ModuleNotFoundError as error:
+        raise MissingDependency(f"exporting from PyTorch needs {error.name}: {_EXTRA}") from error
+    torch.set_num_threads(host_cores())
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports torchvision missing to those who want none
+    return torch
+
+
+# From code
+
+
+def _from_code(source: Source, options: ExportOptions) -> Conversion:
+    found = _made(_loaded(source), source, options)
+    if isinstance(found, Recipe) and not _is_jax(found.network):
+        return of_recipe(require_torch(), found, options)
+    if _is_jax(found.network if isinstance(found, Recipe) else found):
+        from onnxsplit.export import jax
+
+        return jax.convert(found, source, options)
+    if _is_a("sklearn.base", "BaseEstimator", found):
+        from onnxsplit.export import sklearn
+
+        return sklearn.of_estimator(found, options)
+    torch = require_torch()
+    if isinstance(found, torch.nn.Module) or callable(found):
+        return of_recipe(torch, _recipe_of(torch, found, source, options), options)
+    raise ExportError(
+        f"{source.text} gave a {type(found).__name__}; expected an onnxsplit.export.Recipe, a module of PyTorch, a "
+        "function of tensors or JAX arrays, or an estimator of scikit-learn"
+    )
+
+
+def _loaded(source: Source) -> Any:
+    """The object that the source names.
+
+    Raises:
+        ExportError: there is none.
+        MissingDependency: the code needs what is not installed.
+    """
+    assert source.name is not None
+    try:
+        if source.path is None:
+            module = importlib.import_module(source.text.rpartition(":")[0])
+        else:
+            if not source.path.is_file():
+                raise ExportError(f"no such recipe: {source.path}")
+            spec = importlib.util.spec_from_file_location(source.path.stem, source.path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.path.insert(0, str(source.path.resolve().parent))  # recipes import what stands beside them
+            try:
+                spec.loader.exec_module(module)
+            finally:
+                sys.path.pop(0)
+    except ModuleNotFoundError as error:
+        raise MissingDependency(f"{source.text} needs the module {error.name!r}; for PyTorch: {_EXTRA}") from error
+    found = getattr(module, source.name, None)
+    if found is None:
+        raise ExportError(
+            f"{source.text} has no function {source.name!r}; name one with {source.path or 'module'}:FUNCTION"
+        )
+    return found
+
+
+def _made(found: Any, source: Source, options: ExportOptions) -> Any:
+    """What a function returns that makes a model; the object itself when it is one."""
+    makes = inspect.isclass(found) or (
+        inspect.isfunction(found) and (options.parameters or source.name == "build" or not _required(found))
+    )
+    if not makes:
+        return found
+    try:
+        made = found(**options.parameters)
+    except TypeError as error:
+        raise ExportError(f"{source.text}: {error}") from error
+    if made is None or isinstance(made, int | float | str):
+        raise ExportError(
+            f"{source.text} returned a {type(made).__name__}, expected an onnxsplit.export.Recipe or a model"
+        )
+    return made
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    kinds = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+    )
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
+
+
+def _is_jax(found: Any) -> bool:
+    """Whether it is made of JAX: a function whose module has JAX, a jitted one, a module of flax."""
+    if "jax" not in sys.modules:
+        return False
+    origin = type(found).__module__.split(".")[0]
+    function = inspect.unwrap(found) if callable(found) else found
+    names = {getattr(v, "__name__", "") for v in getattr(function, "__globals__", {}).values() if inspect.ismodule(v)}
+    return origin in ("jax", "jaxlib", "flax") or any(name.split(".")[0] in ("jax", "flax") for name in names)
+
+
+def _is_a(module: str, name: str, found: Any) -> bool:
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(found, kind)
+
+
+def _recipe_of(torch: Any, network: Any, source: Source, options: ExportOptions) -> Recipe:
+    """A recipe from a module or function, and what was said of its inputs."""
+    if not options.inputs:
+        raise ExportError(
+            f"{source.text} does not say what it takes; say it, an --input for each argument: "
+            "--input x=float32[batch,3,224,224]"
+        )
+    if not isinstance(network, torch.nn.Module):
+        network = _Function(torch, network)
+    first = next(samples(options.inputs))
+    inputs = {name: torch.from_numpy(array) for name, array in first.items()}
+    network = network.eval()
+    with torch.no_grad():
+        try:
+            given = network(*inputs.values())
+        except Exception as error:  # whatever the network raises
+            raise ExportError(f"{source.text} does not run on the inputs given: {str(error)[:300]}") from error
+    return Recipe(
+        network=network,
+        inputs=inputs,
+        outputs=_names(given),
+        dynamic_axes={spec.name: spec.axes for spec in options.inputs if spec.axes},
+    )
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    if isinstance(given, dict):
+        return tuple(given)
+    count = len(given) if isinstance(given, tuple | list) else 1
+    return ("output",) if count == 1 else tuple(f"output_{number}" for number in range(count))
+
+
+def _Function(torch: Any, function: Callable[..., Any]) -> Any:  # noqa: N802  as a class would be called
+    """A function as a module."""
+
+    class Function(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, *arguments: Any) -> Any:
+            return function(*arguments)
+
+    return Function()
+
+
+# Through PyTorch's exporter
+
+
+def of_recipe(torch: Any, recipe: Recipe, options: ExportOptions, **more: Any) -> Conversion:
+    """A recipe's module."""
+    network = recipe.network.eval()
+
+    def write(file: Path) -> None:
+        program = exported(
+            torch,
+            network,
+            tuple(recipe.inputs.values()),
+            opset=options.opset,
+            input_names=list(recipe.inputs),
+            output_names=list(recipe.outputs),
+            dynamic_shapes=_dynamic_shapes(network, recipe),
+        )
+        program.save(str(file))
+
+    def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
+        with torch.no_grad():
+            found = network(*(torch.from_numpy(sample[name].copy()) for name in recipe.inputs))
+        return dict(zip(recipe.outputs, (tensor.numpy() for tensor in flat(found)), strict=True))
+
+    first = {name: tensor.numpy() for name, tensor in recipe.inputs.items()}
+    return Conversion(
+        framework=f"PyTorch {torch.__version__}",
+        write=write,
+        samples=(first, *_resized(first, recipe)),
+        reference=reference,
+        axes=recipe.dynamic_axes,
+        **more,
+    )
+
+
+def flat(found: Any) -> list[Any]:
+    """The tensors that a network returned, in order."""
+    if isinstance(found, dict):
+        return [tensor for value in found.values() for tensor in flat(value)]
+    if isinstance(found, tuple | list):
+        return [tensor for value in found for tensor in flat(value)]
+    return [found]
+
+
+def exported(torch: Any, network: Any, arguments: tuple[Any, ...], *, opset: int | None, **words: Any) -> Any:
+    """PyTorch's ONNX program.
+
+    Raises:
+        ExportError: it could not be exported; says which operator, where.
+    """
+    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            return torch.onnx.export(network, arguments, dynamo=True, verbose=False, opset_version=opset, **words)
+        except Exception as error:  # PyTorch's exporter raises whatever its parts raise
+            raise ExportError(f"PyTorch could not export the network: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The words of the first cause, with the place in the model where it is known."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    texts = [" ".join(str(one).split()) for one in chain if str(one).strip()]
+    unsupported = next((text for text in texts if "No ONNX function found" in text or "No decomposition" in text), None)
+    return (unsupported or texts[-1] if texts else type(error).__name__)[:600]
+
+
+def _dynamic_shapes(network: Any, recipe: Recipe) -> tuple[Any, ...] | None:
+    """By argument; those of ``*arguments`` are one, a tuple."""
+    if not recipe.dynamic_axes:
+        return None
+    shapes = [dict(recipe.dynamic_axes.get(name, {})) or None for name in recipe.inputs]
+    parameters = list(inspect.signature(network.forward).parameters.values())
+    many = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
+    return tuple(shapes) if many is None else (*shapes[:many], tuple(shapes[many:]))
+
+
+def _resized(first: Mapping[str, Array], recipe: Recipe) -> list[dict[str, Array]]:
+    """Another sample with free dimensions one smaller, when there are some: a part of the first."""
+    if not recipe.dynamic_axes:
+        return []
+    found = {}
+    for name, array in first.items():
+        axes = recipe.dynamic_axes.get(name, {})
+        part = tuple(slice(0, max(1, size - 1) if axis in axes else size) for axis, size in enumerate(array.shape))
+        found[name] = array[part].copy()
+    return [found]
+
+
+# Saved by PyTorch
+
+
+def _from_program(torch: Any, source: Source, options: ExportOptions) -> Conversion:
+    try:
+        program = torch.export.load(source.path)
+    except Exception as error:  # whatever its parts raise
+        raise ExportError(f"PyTorch cannot load {source.text}: {str(error)[:300]}") from error
+    module = program.module()
+    inputs, free = _placeholders(program)
+    given = {name: _example(torch, value) for name, value in inputs.items()}
+    with torch.no_grad():
+        outputs = _names(module(*given.values()))
+
+    def write(file: Path) -> None:
+        names = {"input_names": list(inputs), "output_names": list(outputs)}
+        exported(torch, program, (), opset=options.opset, **names).save(str(file))
+
+    def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
+        with torch.no_grad():
+            found = module(*(torch.from_numpy(sample[name]) for name in inputs))
+        return dict(zip(outputs, (tensor.numpy() for tensor in flat(found)), strict=True))
+
+    return Conversion(
+        framework=f"PyTorch {torch.__version__}",
+        write=write,
+        samples=[{name: tensor.numpy() for name, tensor in given.items()}],
+        reference=reference,
+        axes=free | {name: {0: "batch"} for name in outputs if any(0 in axes for axes in free.values())},
+    )
+
+
+def _placeholders(program: Any) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
+    """The user's inputs of a program by name, as fake tensors, and names for their free dimensions.
+
+    A saved program has lost the names that dimensions had: the first axis is called ``batch``, others by their symbol.
+    """
+    wanted = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
+    inputs = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in wanted and "val" in node.meta}
+    free = {
+        name: {
+            axis: "batch" if axis == 0 else f"{name}_{axis}"
+            for axis, size in enumerate(value.shape)
+            if not isinstance(size, int)
+        }
+        for name, value in inputs.items()
+    }
+    return inputs, {name: axes for name, axes in free.items() if axes}
+
+
+def _example(torch: Any, value: Any) -> Any:
+    sizes = [size if isinstance(size, int) else 3 for size in value.shape]
+    if value.dtype.is_floating_point:
+        return torch.randn(sizes, dtype=value.dtype)
+    return torch.zeros(sizes, dtype=value.dtype)
+
+
+def _from_module(torch: Any, source: Source, options: ExportOptions) -> Conversion:
+    """TorchScript, or a module that was pickled whole; both run code when they are loaded."""
+    assert source.path is not None
+    try:
+        with zipfile.ZipFile(source.path) as archive:
+            scripted = any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        scripted = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            network = (
+                torch.jit.load(source.path)
+                if scripted
+                else torch.load(source.path, weights_only=False, map_location="cpu")
+            )
+        except Exception as error:  # whatever its parts raise
+            raise ExportError(f"PyTorch cannot load {source.text}: {str(error)[:300]}") from error
+    if isinstance(network, Mapping):
+        raise ExportError(f"{source.text} holds weights without a network; write a recipe that loads them into theirs")
+    if not isinstance(network, torch.nn.Module):
+        raise ExportError(f"{source.text} holds a {type(network).__name__}, expected a module of PyTorch")
+    recipe = _recipe_of(torch, network, source, options)
+    if not scripted:
+        return of_recipe(torch, recipe, options)
+    return _from_script(torch, recipe, options)
+
+
+def _from_script(torch: Any, recipe: Recipe, options: ExportOptions) -> Conversion:
+    """TorchScript goes through the older exporter: the newer one follows Python, of which there is none left."""
+    made = of_recipe(torch, recipe, options)
+
+    def write(file: Path) -> None:
+        axes = {name: dict(axes) for name, axes in recipe.dynamic_axes.items()}
+        first = {0: "batch"} if any(0 in one for one in axes.values()) else {}
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            try:
+                torch.onnx.export(
+                    recipe.network,
+                    tuple(recipe.inputs.values()),
+                    str(file),
+                    dynamo=False,
+                    opset_version=options.opset or 18,
+                    input_names=list(recipe.inputs),
+                    output_names=list(recipe.outputs),
+                    dynamic_axes=axes | {name: first for name in recipe.outputs if first},
+                )
+            except Exception as error:  # as above
+                raise ExportError(f"PyTorch could not export the network: {_reason(error)}") from error
+
+    return Conversion(
+        framework=made.framework, write=write, samples=made.samples, reference=made.reference, axes=recipe.dynamic_axes
+    )

@@ -1,0 +1,184 @@
+"""scikit-learn: fitted estimators and pipelines, through skl2onnx; saved by skops, or pickled and trusted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxsplit.errors import ExportError, MissingDependency
+from onnxsplit.export import Conversion, ExportOptions
+from onnxsplit.export.sources import Source, refuse_code
+from onnxsplit.export.specs import InputSpec, samples
+from onnxsplit.tensors import Array
+
+_EXTRA = "pip install 'onnxsplit[sklearn]'"
+_ROWS = (200, 7)
+_OPSET, _ML_OPSET = 18, 3
+JUMPS = 0.02
+"""Share of rows in which a tree may take another way: ONNX's thresholds are 32-bit."""
+
+_SAFE = (  # that skops does not know by itself, and that run no code of a file
+    "sklearn.tree._tree.Tree",
+    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
+)
+
+
+def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
+    """A file by skops, or a pickled one."""
+    assert source.path is not None
+    _required()
+    if source.kind == "skops":
+        return [of_estimator(_skops(source, options), options)]
+    refuse_code(source, "its loading runs whatever code is in it", trust=options.trust)
+    try:
+        import joblib
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = joblib.load(source.path)
+    except Exception as error:  # whatever is in it
+        raise ExportError(f"{source.text} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return [of_estimator(found, options)]
+
+
+def _required() -> Any:
+    try:
+        import skl2onnx
+        import sklearn
+    except ImportError as error:
+        raise MissingDependency(f"exporting from scikit-learn needs {error.name}: {_EXTRA}") from error
+    del sklearn
+    return skl2onnx
+
+
+def _skops(source: Source, options: ExportOptions) -> Any:
+    try:
+        import skops.io
+    except ImportError as error:
+        raise MissingDependency(f"{source.text} needs skops: {_EXTRA}") from error
+    try:
+        unknown = sorted(set(skops.io.get_untrusted_types(file=source.path)) - set(_SAFE))
+    except Exception as error:  # a damaged file
+        raise ExportError(f"{source.text} is no file of skops: {' '.join(str(error).split())[:200]}") from error
+    if unknown:
+        refuse_code(source, f"it holds types that are not known to be safe ({', '.join(unknown)})", trust=options.trust)
+    return skops.io.load(source.path, trusted=[*unknown, *_SAFE])
+
+
+def of_estimator(estimator: Any, options: ExportOptions) -> Conversion:
+    """A fitted estimator.
+
+    Raises:
+        ExportError: it is none, was not fitted, or does not say what it takes.
+    """
+    _required()
+    import sklearn
+    from sklearn.base import BaseEstimator, is_classifier
+
+    if not isinstance(estimator, BaseEstimator):
+        raise ExportError(f"it holds a {type(estimator).__name__}, expected an estimator or a pipeline of scikit-learn")
+    specs = list(options.inputs)
+    if not specs:
+        count = getattr(estimator, "n_features_in_", None)
+        if count is None:
+            raise ExportError(
+                "the estimator does not say how many features it takes: was it fitted? --input x=float32[batch,N] does"
+            )
+        specs = [InputSpec("input", "float32", ("batch", int(count)))]
+    classifies = is_classifier(estimator)
+    names: list[str] = []  # of the model's outputs, once it is written
+
+    def write(file: Path) -> None:
+        from skl2onnx import convert_sklearn
+
+        more = {"options": {id(estimator): {"zipmap": False}}} if classifies else {}
+        targets = {"": options.opset or _OPSET, "ai.onnx.ml": _ML_OPSET}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                proto = convert_sklearn(estimator, initial_types=_types(specs), target_opset=targets, **more)
+        except Exception as error:  # skl2onnx raises whatever its parts raise
+            raise ExportError(
+                f"skl2onnx could not convert the estimator: {' '.join(str(error).split())[:500]}"
+            ) from error
+        names.extend(value.name for value in proto.graph.output)
+        file.write_bytes(normalised(proto, options.opset or _OPSET).SerializeToString())
+
+    def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
+        given = _table(estimator, specs, sample)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = [np.asarray(answer(given)) for answer in _answers(estimator, len(names))]
+        return dict(zip(names, found, strict=True))
+
+    return Conversion(
+        framework=f"scikit-learn {sklearn.__version__}",
+        write=write,
+        samples=[_sample(specs, rows) for rows in _ROWS],
+        reference=reference,
+        jumps=JUMPS,
+    )
+
+
+def _answers(estimator: Any, count: int) -> list[Any]:
+    """The methods whose results the model's outputs are: of a classifier its label and its scores, else one."""
+    if count > 1:
+        scores = "predict_proba" if hasattr(estimator, "predict_proba") else "decision_function"
+        return [estimator.predict, getattr(estimator, scores)]
+    return [estimator.predict if hasattr(estimator, "predict") else estimator.transform]
+
+
+def _types(specs: Sequence[InputSpec]) -> list[Any]:
+    from skl2onnx.common import data_types as kinds
+
+    known = {
+        "float32": kinds.FloatTensorType,
+        "float64": kinds.DoubleTensorType,
+        "int64": kinds.Int64TensorType,
+        "string": kinds.StringTensorType,
+        "bool": kinds.BooleanTensorType,
+    }
+    unknown = [spec for spec in specs if spec.dtype not in known]
+    if unknown:
+        raise ExportError(f"scikit-learn's models take {', '.join(known)}, not {unknown[0].dtype}")
+    return [(s.name, known[s.dtype]([None if isinstance(d, str) else d for d in s.shape])) for s in specs]
+
+
+def _sample(specs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
+    return next(samples(specs, fixed=dict.fromkeys((d for s in specs for d in s.shape if isinstance(d, str)), rows)))
+
+
+def _table(estimator: Any, specs: Sequence[InputSpec], sample: Mapping[str, Array]) -> Any:
+    """One array; or columns by name, for pipelines that were fitted on a table."""
+    if len(specs) == 1 and not hasattr(estimator, "feature_names_in_"):
+        return sample[specs[0].name]
+    if len(specs) == 1:
+        import pandas
+
+        return pandas.DataFrame(sample[specs[0].name], columns=list(estimator.feature_names_in_))
+    import pandas
+
+    return pandas.DataFrame({spec.name: sample[spec.name].reshape(-1) for spec in specs})
+
+
+def normalised(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """With a free ``batch``, operators of ``ai.onnx`` in a newer version, and nothing left that contradicts it."""
+    found = {one.domain: one for one in proto.opset_import}
+    if "" not in found:
+        proto.opset_import.append(onnx.helper.make_opsetid("", opset))
+    elif found[""].version < opset:
+        proto = onnx.version_converter.convert_version(proto, opset)
+    proto.ir_version = max(proto.ir_version, 8)
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.type.HasField("tensor_type") and value.type.tensor_type.shape.dim:
+            first = value.type.tensor_type.shape.dim[0]
+            first.Clear()
+            first.dim_param = "batch"
+    del proto.graph.value_info[:]
+    return proto

@@ -1,0 +1,188 @@
+"""What a source is: recognised by its form and its first bytes, without loading it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from onnxsplit.errors import ExportError
+
+Kind = Literal[
+    "recipe",
+    "exported-program",
+    "torchscript",
+    "transformers",
+    "hub",
+    "saved-model",
+    "keras",
+    "tflite",
+    "pickle",
+    "skops",
+    "lightgbm",
+    "xgboost",
+    "catboost",
+    "onnx",
+]
+
+WHAT: dict[Kind, str] = {
+    "recipe": "Python code",
+    "exported-program": "a saved ExportedProgram of PyTorch",
+    "torchscript": "TorchScript, or a module saved by PyTorch",
+    "transformers": "a configuration or folder of transformers",
+    "hub": "a repository of a hub",
+    "saved-model": "a SavedModel of TensorFlow",
+    "keras": "a model saved by Keras",
+    "tflite": "a TFLite model",
+    "pickle": "a pickled object",
+    "skops": "a scikit-learn model saved by skops",
+    "lightgbm": "a LightGBM model",
+    "xgboost": "an XGBoost model",
+    "catboost": "a CatBoost model",
+    "onnx": "an ONNX model",
+}
+
+_ENDINGS: dict[str, Kind] = {
+    ".pt2": "exported-program",
+    ".pt": "torchscript",
+    ".pth": "torchscript",
+    ".keras": "keras",
+    ".h5": "keras",
+    ".tflite": "tflite",
+    ".pkl": "pickle",
+    ".pickle": "pickle",
+    ".joblib": "pickle",
+    ".skops": "skops",
+    ".ubj": "xgboost",
+    ".cbm": "catboost",
+    ".onnx": "onnx",
+}
+_KNOWN = (
+    "FILE.py[:NAME] or package.module:NAME, .pt2, .pt, a folder or config.json of transformers, "
+    "hf://ORG/REPO[@REVISION][/FILE], a SavedModel folder, .keras, .tflite, .skops, .pkl, .joblib, LightGBM's .txt, "
+    "XGBoost's .json or .ubj, .cbm, .onnx"
+)
+_HUB = re.compile(
+    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>(?!/)(?:(?!\.\.)[\w./ -])+))?", re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that was recognised.
+
+    Attributes:
+        text: as it was given.
+        kind: what it is.
+        path: the file or folder; None for a module or a repository.
+        name: of the callable, in Python code.
+        repo: ``ORG/REPO`` of a hub.
+        revision: of it; None for its newest.
+        file: in it; None for the whole.
+    """
+
+    text: str
+    kind: Kind
+    path: Path | None = None
+    name: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    file: str | None = None
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        return WHAT[self.kind]
+
+
+def recognise(text: str) -> Source:
+    """What a source is.
+
+    Raises:
+        ExportError: it is not there, or nothing that is known; says what is.
+    """
+    if text.startswith("hf://"):
+        found = _HUB.fullmatch(text)
+        if found is None:
+            raise ExportError(f"{text!r} names no repository; write hf://ORG/REPO[@REVISION][/FILE]")
+        return Source(text, "hub", None, None, found["repo"], found["revision"], found["file"])
+    path = Path(text)
+    if path.is_dir():
+        return Source(text, _folder(path), path)
+    code, colon, name = text.rpartition(":")
+    if colon and (code.endswith(".py") or _is_module(code)):
+        return Source(text, "recipe", Path(code) if code.endswith(".py") else None, name)
+    if text.endswith(".py"):
+        if not path.is_file():
+            raise ExportError(f"no such recipe: {text}")
+        return Source(text, "recipe", path, "build")
+    if not path.is_file():
+        raise ExportError(f"there is no {text!r}; a source is: {_KNOWN}")
+    kind = _ENDINGS.get(path.suffix.lower()) or _by_content(path)
+    if kind is None:
+        raise ExportError(f"{text} is nothing that is known; a source is: {_KNOWN}")
+    if kind == "torchscript" and _is_exported_program(path):
+        kind = "exported-program"
+    return Source(text, kind, path)
+
+
+def _folder(path: Path) -> Kind:
+    if (path / "saved_model.pb").is_file():
+        return "saved-model"
+    if (path / "config.json").is_file():
+        return "transformers"
+    raise ExportError(f"the folder {path} holds neither saved_model.pb (TensorFlow) nor config.json (transformers)")
+
+
+def _is_module(name: str) -> bool:
+    if not all(part.isidentifier() for part in name.split(".")):
+        return False
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _by_content(path: Path) -> Kind | None:
+    """By what is in it, for endings that several kinds have."""
+    with path.open("rb") as stream:
+        begin = stream.read(64)
+    if begin.startswith(b"tree\n"):
+        return "lightgbm"
+    if begin.startswith(b"CBM1"):
+        return "catboost"
+    if path.suffix.lower() == ".json":
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError:
+            return None
+        if isinstance(content, dict) and "learner" in content:
+            return "xgboost"
+        if isinstance(content, dict) and "model_type" in content:
+            return "transformers"
+    return None
+
+
+def _is_exported_program(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("archive_format") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def refuse_code(source: Source, why: str, *, trust: bool) -> None:
+    """Refuse a source whose loading runs code, unless it is trusted.
+
+    Raises:
+        ExportError: saying what --trust means.
+    """
+    if not trust:
+        raise ExportError(
+            f"{source.text} is {source.what}: {why}, so whoever made it can do on this host whatever you can. "
+            "Nothing was loaded. If you made it yourself or trust who did, say --trust"
+        )

@@ -1,0 +1,88 @@
+"""What a model takes, as said on the command line: ``NAME=DTYPE[DIMS]``.
+
+image=float32[batch,3,224,224]     three sizes, and a free one
+ids=int64[batch,sequence]          axes of one name have one size
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxsplit.errors import ExportError
+from onnxsplit.tensors import TRAVELLING_TYPES, Array, numpy_dtype
+
+_FORM = re.compile(r"(?P<name>[^=]+)=(?P<dtype>\w+)(?:\[(?P<dims>[^\[\]]*)\])?")
+_SIZES = (
+    (2, 5, 7, 11, 13),
+    (3, 4, 6, 9, 10),
+)  # of free dimensions, in two samples; none is 1, which exporters take as fixed
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input.
+
+    Attributes:
+        name: its name.
+        dtype: ONNX's name of the element type.
+        shape: sizes, and names of free dimensions.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def axes(self) -> dict[int, str]:
+        """The free dimensions by axis."""
+        return {axis: dim for axis, dim in enumerate(self.shape) if isinstance(dim, str)}
+
+
+def parse_spec(text: str) -> InputSpec:
+    """Read ``NAME=DTYPE[DIMS]``.
+
+    Raises:
+        ExportError: naming what is wrong with it.
+    """
+    found = _FORM.fullmatch(text.strip())
+    if found is None:
+        raise ExportError(f"the input {text!r} is not NAME=DTYPE[DIMS], as in x=float32[batch,3,224,224]")
+    if found["dtype"] not in TRAVELLING_TYPES:
+        raise ExportError(f"the input {text!r}: there is no type {found['dtype']!r}; {', '.join(TRAVELLING_TYPES)}")
+    shape: list[int | str] = []
+    for part in (found["dims"] or "").split(",") if found["dims"] else ():
+        part = part.strip()
+        if part.isdecimal() and int(part) > 0:
+            shape.append(int(part))
+        elif part.isidentifier():
+            shape.append(part)
+        else:
+            raise ExportError(f"the input {text!r}: {part!r} is neither a size above 0 nor a name of a free dimension")
+    return InputSpec(found["name"].strip(), found["dtype"], tuple(shape))
+
+
+def samples(specs: Sequence[InputSpec], *, fixed: Mapping[str, int] | None = None) -> Iterator[dict[str, Array]]:
+    """Two sets of random inputs, of other sizes where those are free. Integers are small."""
+    names = list(dict.fromkeys(dim for spec in specs for dim in spec.shape if isinstance(dim, str)))
+    for number, choices in enumerate(_SIZES):
+        sizes = {name: choices[place % len(choices)] for place, name in enumerate(names)} | dict(fixed or {})
+        source = np.random.default_rng(number)
+        yield {
+            spec.name: _random(source, spec.dtype, tuple(d if isinstance(d, int) else sizes[d] for d in spec.shape))
+            for spec in specs
+        }
+
+
+def _random(source: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Array:
+    if dtype == "string":
+        return source.integers(0, 10, shape).astype(str).astype(object)
+    kind = numpy_dtype(dtype)
+    if kind.kind in "iu":
+        return source.integers(0, 10, shape).astype(kind)
+    if kind.kind == "b":
+        return source.integers(0, 2, shape).astype(kind)
+    return source.standard_normal(shape).astype(kind)
