@@ -1,16 +1,18 @@
 # Each target works from nothing on a machine with Python 3.11 or newer and a network.
 #   make demo     read a picture with a network cut in two            make check    format, lint, types
 #   make test     the tests                                           make bench    the benchmarks
+#   make test-export   the exporters' tests with all frameworks (5 GB to install; about two minutes to run)
 # PYTHON chooses the interpreter; VENV the folder of the environment; EXTRAS what make test installs (leave out torch
 # to skip the exporter's tests and PyTorch's download).
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= cpu,demo,otel,serve,test,torch
+EXTRAS ?= cpu,demo,deploy,lightgbm,otel,ray,serve,simplify,sklearn,test,transformers
+ALL_FRAMEWORKS := cpu,catboost,jax,lightgbm,simplify,sklearn,tensorflow,test,transformers,xgboost
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: demo test check bench soak clean
+.PHONY: demo test test-export check bench soak clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -31,6 +33,11 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest
 
+test-export: | $(BIN)/python
+	$(PIP) --editable '.[$(ALL_FRAMEWORKS)]'
+	$(BIN)/python -m pytest tests/onnxsplit/test_export.py tests/integration/test_export_docs.py
+	$(BIN)/python benchmarks/export/run.py
+
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,6 +55,9 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/keys/run.py
 	$(BIN)/python benchmarks/promise/run.py
 	$(BIN)/python benchmarks/gateway/run.py
+	$(BIN)/python benchmarks/ray/run.py
+	$(BIN)/python benchmarks/simulation/run.py
+	$(BIN)/python benchmarks/export/run.py
 
 soak: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/soak/run.py
@@ -57,6 +67,8 @@ soak: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/ends/run.py
 	$(BIN)/python benchmarks/fuzz/run.py
 	$(BIN)/python benchmarks/large/run.py
+	$(BIN)/python benchmarks/larger/run.py
+	$(BIN)/python benchmarks/hosts/run.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

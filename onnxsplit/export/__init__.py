@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class ExportOptions:
         offline: ask no hub; what was fetched before will do.
         parameters: keyword arguments of a recipe's function.
         say: told what is being done.
+        scratch: a folder for what lives as long as the export.
     """
 
     opset: int | None = None
@@ -68,6 +69,7 @@ class ExportOptions:
     offline: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
     say: Say = lambda _: None
+    scratch: Path = Path()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +153,10 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
         raise ExportError(f"the folder {target.absolute().parent} does not exist; create it or choose another with -o")
     found = recognise(source)
     wanted.say(f"{source} is {found.what}")
-    conversions = convert(found, wanted)
     done = []
     with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=target.absolute().parent) as scratch:
+        wanted = replace(wanted, scratch=Path(scratch))
+        conversions = convert(found, wanted)
         for number, conversion in enumerate(conversions):
             name = target.name
             if conversion.part is not None:

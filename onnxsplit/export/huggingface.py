@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -81,12 +82,18 @@ def _fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
         ) from error
     except HfHubHTTPError as error:
         raise ExportError(f"the hub does not give {source.text}: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ValueError) as error:
-        raise ExportError(f"cannot fetch {source.text}: {str(error)[:300]}") from error
-    path = Path(folder) if source.file is None else Path(folder) / source.file
-    if not path.exists():
+    except Exception as error:  # an answer that is none of a hub's
+        raise ExportError(f"cannot fetch {source.text}: {' '.join(str(error).split())[:300]}") from error
+    if source.file is None:
+        return Path(folder), Path(folder).name
+    found = Path(folder) / source.file
+    if not found.exists():
         raise ExportError(f"{source.repo} has no file {source.file!r}")
-    return path, Path(folder).name
+    place = options.scratch / "fetched"  # a hub's cache is made of links, which models with external data may not be
+    place.mkdir()
+    for file in found.parent.glob(f"{found.name}*"):
+        shutil.copyfile(file, place / file.name)
+    return place / found.name, Path(folder).name
 
 
 def _model(torch: Any, path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,9 +85,6 @@ def _large(path: Path, file: Path, files: set[Path]) -> None:
     for part in files:
         if part.parent.resolve() != path.parent.resolve():
             raise ExportError(f"external data of {path} lies in a folder of its own ({part}); move it beside the model")
-        try:
-            os.link(part, file.parent / part.name)
-        except OSError:
-            shutil.copyfile(part, file.parent / part.name)
+        shutil.copyfile(part, file.parent / part.name)  # links are refused by whoever loads it
     shutil.copyfile(path, file)
     onnx.shape_inference.infer_shapes_path(str(file), str(file))

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import re
 import sys
 import warnings
 import zipfile
@@ -23,6 +24,7 @@ from onnxsplit.session import host_cores
 from onnxsplit.tensors import Array
 
 _EXTRA = "pip install 'onnxsplit[torch]'"
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
@@ -259,9 +261,13 @@ def _reason(error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    texts = [" ".join(str(one).split()) for one in chain if str(one).strip()]
-    unsupported = next((text for text in texts if "No ONNX function found" in text or "No decomposition" in text), None)
-    return (unsupported or texts[-1] if texts else type(error).__name__)[:600]
+    texts = [" ".join(_COLOURS.sub("", str(one)).split()) for one in chain if str(one).strip()] or [
+        type(error).__name__
+    ]
+    where = next(
+        (text.partition(". See the stack")[0] for text in texts if text.startswith("Error when translating")), ""
+    )
+    return f"{texts[-1][:500]} {where[:300]}".strip()
 
 
 def _dynamic_shapes(network: Any, recipe: Recipe) -> tuple[Any, ...] | None:

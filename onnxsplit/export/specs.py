@@ -52,7 +52,9 @@ def parse_spec(text: str) -> InputSpec:
     if found is None:
         raise ExportError(f"the input {text!r} is not NAME=DTYPE[DIMS], as in x=float32[batch,3,224,224]")
     if found["dtype"] not in TRAVELLING_TYPES:
-        raise ExportError(f"the input {text!r}: there is no type {found['dtype']!r}; {', '.join(TRAVELLING_TYPES)}")
+        raise ExportError(
+            f"the input {text!r}: there is no type {found['dtype']!r}; allowed: {', '.join(sorted(TRAVELLING_TYPES))}"
+        )
     shape: list[int | str] = []
     for part in (found["dims"] or "").split(",") if found["dims"] else ():
         part = part.strip()

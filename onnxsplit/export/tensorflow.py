@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,21 +128,13 @@ def _keras(tf: Any, tf2onnx: Any, source: Source, opset: int, options: ExportOpt
         if "Lambda" in str(error) or "lambda" in str(error):
             refuse_code(source, "it has Lambda layers, which are code", trust=options.trust)
         raise _failed(f"Keras cannot load {source.path}", error) from error
-    folder = tempfile.TemporaryDirectory(prefix="onnxsplit-")
-    model.export(folder.name, format="tf_saved_model", verbose=False)
-    made = _saved_model(tf, tf2onnx, Path(folder.name), opset, options)
-
-    def write(file: Path) -> None:
-        made.write(file)
-        folder.cleanup()
-
-    return Conversion(
-        framework=f"Keras {keras.__version__}, {made.framework}",
-        write=write,
-        samples=made.samples,
-        reference=made.reference,
-        axes=made.axes,
-    )
+    folder = options.scratch / "saved-model"
+    try:
+        model.export(str(folder), format="tf_saved_model", verbose=False)
+    except Exception as error:  # as above
+        raise _failed(f"Keras cannot export {source.path}", error) from error
+    made = _saved_model(tf, tf2onnx, folder, opset, options)
+    return replace(made, framework=f"Keras {keras.__version__}, {made.framework}")
 
 
 def _lambdas(path: Path) -> list[str]:
@@ -156,12 +148,8 @@ def _lambdas(path: Path) -> list[str]:
 
     def walk(value: Any) -> None:
         if isinstance(value, dict):
-            if value.get("class_name") in ("Lambda", "__lambda__"):
-                found.append(
-                    str((value.get("config") or {}).get("name", "lambda"))
-                    if isinstance(value.get("config"), dict)
-                    else "lambda"
-                )
+            if value.get("class_name") == "Lambda":
+                found.append(str(dict(value.get("config") or {}).get("name", "lambda")))
             for one in value.values():
                 walk(one)
         elif isinstance(value, list):

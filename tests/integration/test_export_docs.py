@@ -1,0 +1,56 @@
+"""The examples of docs/export.md, one a framework, as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+TEXT = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+NEEDS = {
+    "PyTorch": ("torch", "onnxscript"),
+    "transformers": ("torch", "transformers"),
+    "TensorFlow": ("tensorflow", "tf2onnx"),
+    "scikit-learn": ("sklearn", "skl2onnx", "skops"),
+    "LightGBM": ("lightgbm", "onnxmltools"),
+    "JAX": ("jax", "jax2onnx"),
+    "ONNX": ("onnx",),
+}
+
+
+def section(title: str) -> str:
+    return TEXT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_each_framework_has_its_example():
+    found = set(re.findall(r"^## (.+)$", TEXT, re.MULTILINE)) - {"What runs code"}
+    assert found == set(NEEDS)
+
+
+@pytest.mark.parametrize("title", list(NEEDS))
+def test_an_example_runs_as_it_stands(title, tmp_path, python_environment):
+    missing = [name for name in NEEDS[title] if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed; make test-export installs all")
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            words, cwd=tmp_path, env=python_environment, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for name, code in re.findall(r"```python(?: file=(\S+))?\n(.*?)```", section(title), re.DOTALL):
+        if name:
+            (tmp_path / name).write_text(code)
+        else:
+            run(sys.executable, "-c", code)
+    (command,) = re.findall(r"^\$ onnxsplit (.+)$", section(title), re.MULTILINE)
+    said = run(sys.executable, "-P", "-m", "onnxsplit", *shlex.split(command))
+    assert "differs from the framework by" in said
+    assert "Next: onnxsplit partition" in said
