@@ -34,15 +34,20 @@ def make(folder: Path, gigabytes: int) -> Path:
     """A chain of MatMul and Relu, its weights in one file beside it."""
     layers = gigabytes * (1 << 30) // (4 * WIDTH * WIDTH)
     nodes, weights, last = [], [], "x"
-    block = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype(np.float32).tobytes()
+    scale = (2 / WIDTH) ** 0.5  # outputs keep their size from layer to layer
+    weight = (np.random.default_rng(0).standard_normal(WIDTH * WIDTH) * scale).astype(np.float32)
     with (folder / "weights.bin").open("wb") as data:
         for layer in range(layers):
             tensor = TensorProto(name=f"w{layer}", data_type=TensorProto.FLOAT, dims=[WIDTH, WIDTH])
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", "weights.bin"), ("offset", layer * len(block)), ("length", len(block))):
+            for key, value in (
+                ("location", "weights.bin"),
+                ("offset", layer * weight.nbytes),
+                ("length", weight.nbytes),
+            ):
                 tensor.external_data.add(key=key, value=str(value))
             weights.append(tensor)
-            data.write(block)
+            data.write(np.roll(weight, 997 * layer).data)  # ONNX Runtime keeps one copy of weights that are equal
             nodes.append(helper.make_node("MatMul", [last, f"w{layer}"], [f"m{layer}"]))
             nodes.append(helper.make_node("Relu", [f"m{layer}"], [f"h{layer}"]))
             last = f"h{layer}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,37 @@ def test_serving_in_ten_lines(tmp_path, python_environment):
         code = python.replace("localhost:8000", server.host)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(1, 5)"
+
+
+def test_from_one_host_to_three_in_ten_lines(tmp_path, python_environment, free_port):
+    section = README.read_text().split("## From one host to three")[1].split("\n## ")[0]
+    (shell,) = re.findall(r"```\n(.*?)```", section, re.DOTALL)[:1]
+    lines = shell.strip().replace("10.0.0.1:5555", f"127.0.0.1:{free_port}").splitlines()
+    assert len(lines) <= 10
+    build.save(build.chain(8), tmp_path)
+    nodes, serve = [], []
+    try:
+        for line in lines:
+            prompt, words = line.split("$ ")
+            place = tmp_path / prompt if prompt else tmp_path
+            if words.startswith("scp"):
+                for source, host in re.findall(r"scp -r (\S+) (host-\w):", words):
+                    shutil.copytree(tmp_path / source, tmp_path / host / Path(source).name)
+                continue
+            command = words.removeprefix("onnxsplit ").split()
+            run = [sys.executable, "-P", "-m", "onnxsplit", *command]
+            if command[0] == "serve":
+                serve = command[1:]
+            elif command[0] == "node":
+                nodes.append(subprocess.Popen(run, cwd=place, env=python_environment, stderr=subprocess.DEVNULL))
+            else:
+                subprocess.run(run, cwd=place, env=python_environment, check=True, capture_output=True)
+        with Served(*serve, environment=python_environment, folder=tmp_path) as server:
+            row = [float(number) for number in range(32)]
+            body = {"inputs": [{"name": "x", "shape": [1, 32], "datatype": "FP32", "data": row}]}
+            assert server.json("/v2/models/model/infer", body)["outputs"][0]["shape"] == [1, 32]
+    finally:
+        for node in nodes:
+            node.terminate()
+            node.wait(20)
+    assert len(nodes) == 3
