@@ -66,6 +66,7 @@ def _fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingDependency(f"hf:// needs huggingface_hub: {_EXTRA}") from error
+    assert source.repo is not None
     if source.file is not None and not source.file.endswith(".onnx"):
         raise ExportError(f"{source.text}: of a repository's files, only .onnx ones can be exported by themselves")
     wanted = _FILES if source.file is None else [source.file, f"{source.file}_data*", f"{source.file}.data*"]
