@@ -133,7 +133,7 @@ def measured_cluster(hosts: Hosts, model: Path, dims: dict[str, int], folder: Pa
     return load_cluster(file)
 
 
-def caller(folder: Path, plan: Path, port: int, slices: int) -> None:
+def caller(folder: Path, plan: Path, port: int) -> None:
     """What runs on h1: the coordinator and the load; commands on standard input, a line of JSON for each answer."""
     from onnxsplit.plan import example_file, load_plan
     from onnxsplit.tensors import load_npz
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.caller is not None:
-        caller(given.caller, given.plan, given.port, given.slices)
+        caller(given.caller, given.plan, given.port)
         return
     if os.geteuid() != 0 or shutil.which("ip") is None:
         sys.exit("namespaces need root and iproute2 (apt-get install iproute2)")

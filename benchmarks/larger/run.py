@@ -94,16 +94,13 @@ class Peak:
                 self.resident[name] = max(self.resident[name], total)
 
 
-WHOLE = (
-    """
+WHOLE = """
 import sys, numpy as np
 from pathlib import Path
 from onnxsplit.session import open_session
 session = open_session(Path(sys.argv[1]), threads=1)
-np.save(sys.argv[2], session.run({'x': np.ones((1, %d), np.float32)})[session.outputs[0][0]])
-"""
-    % WIDTH
-)
+np.save(sys.argv[2], session.run({'x': np.ones((1, WIDTH), np.float32)})[session.outputs[0][0]])
+""".replace("WIDTH", str(WIDTH))
 
 
 def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
@@ -168,8 +165,7 @@ def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
     return found
 
 
-CALLER = (
-    """
+CALLER = """
 import json, sys, time
 import numpy as np
 from pathlib import Path
@@ -178,16 +174,14 @@ begun = time.monotonic()
 plan, bind, keys, wanted = sys.argv[1:]
 with Pipeline.listen(plan, bind=bind, keys=Path(keys), shared_memory=False, start_timeout=1200) as pipeline:
     ready = time.monotonic() - begun
-    one = {'x': np.ones((1, %d), np.float32)}
+    one = {'x': np.ones((1, WIDTH), np.float32)}
     found = next(iter(pipeline.run(one).values()))
     difference = float(np.abs(found - np.load(wanted)).max() / np.abs(np.load(wanted)).max())
     begun = time.monotonic()
     for future in [pipeline.submit(one) for _ in range(20)]:
         future.result()
     print(json.dumps({'ready_s': ready, 'difference': difference, 'per_s': 20 / (time.monotonic() - begun)}))
-"""
-    % WIDTH
-)
+""".replace("WIDTH", str(WIDTH))
 
 
 def status(code: int) -> str:
