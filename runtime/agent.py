@@ -36,7 +36,7 @@ from runtime.messages import (
     Told,
     Trust,
 )
-from runtime.transport import Security, Sockets
+from runtime.transport import Client, Security, Sockets
 
 _PIECE_BYTES = 512 << 10
 _ROUND_TRIPS = 30
@@ -49,28 +49,8 @@ _PATIENCE_S = 30.0
 _MODEL_PATIENCE_S = 600.0
 
 
-class AgentClient:
-    """A link to an agent; a context manager.
-
-    Args:
-        address: of the agent.
-        security: of the link.
-        key: the agent's public key, where links are encrypted.
-
-    Raises:
-        PipelineError: the address cannot be used.
-    """
-
-    def __init__(self, address: str, *, security: Security, key: str = "") -> None:
-        self._address = address
-        self._sockets = Sockets(security=security)
-        self._link = self._sockets.connect(address, receive=True, key=key)
-
-    def __enter__(self) -> AgentClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sockets.__exit__()
+class AgentClient(Client):
+    """A link to an agent."""
 
     def ask(self, question: Asked, piece: bytes = b"", *, patience_s: float = _PATIENCE_S) -> Told:
         """Ask, and wait for the answer.

@@ -18,7 +18,7 @@ from runtime import codec
 from runtime.codec import Buffer
 from runtime.errors import PipelineError
 from runtime.messages import CHUNK_BYTES, Chunk, Fetch, NoFile
-from runtime.transport import Security, Sockets
+from runtime.transport import Client
 
 MAX_PLAN_BYTES = 64 << 20
 """A larger ``plan.json`` is not taken."""
@@ -29,28 +29,8 @@ _PATIENCE_S = 60.0
 _ROOM_BYTES = 64 << 20  # that stay free on the disk
 
 
-class FileClient:
-    """A link to a file server; a context manager.
-
-    Args:
-        address: of the server.
-        security: of the link.
-        key: the server's public key, where links are encrypted.
-
-    Raises:
-        PipelineError: the address cannot be used.
-    """
-
-    def __init__(self, address: str, *, security: Security, key: str = "") -> None:
-        self._address = address
-        self._sockets = Sockets(security=security)
-        self._link = self._sockets.connect(address, receive=True, key=key)
-
-    def __enter__(self) -> FileClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sockets.__exit__()
+class FileClient(Client):
+    """A link to a file server."""
 
     def plan(self, plan_id: str) -> bytes:
         """The bytes of the ``plan.json`` with this SHA-256.

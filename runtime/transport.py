@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import msgspec
 import zmq
@@ -426,6 +427,30 @@ def _take(raw: zmq.Socket[bytes], unread: set[object]) -> bytes | None:
         return None
     unread.add(raw)
     return frame
+
+
+class Client:
+    """A link to somebody who answers, with sockets of its own; a context manager.
+
+    Args:
+        address: of who answers.
+        security: of the link.
+        key: the other's public key, where links are encrypted.
+
+    Raises:
+        PipelineError: the address cannot be used.
+    """
+
+    def __init__(self, address: str, *, security: Security, key: str = "") -> None:
+        self._address = address
+        self._sockets = Sockets(security=security)
+        self._link = self._sockets.connect(address, receive=True, key=key)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sockets.__exit__()
 
 
 class Wakeup:

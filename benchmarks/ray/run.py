@@ -47,22 +47,9 @@ def cluster() -> Any:
     return made
 
 
-def rate(pipeline: Pipeline, inputs: dict[str, Any]) -> float:
-    """Requests a second with the pipeline full."""
-    pending = [pipeline.submit(inputs) for _ in range(4)]
-    count, begun = 0, time.monotonic()
-    while time.monotonic() - begun < SLICE_S:
-        pending.pop(0).result()
-        count += 1
-        pending.append(pipeline.submit(inputs))
-    elapsed = time.monotonic() - begun
-    for future in pending:
-        future.result()
-    return count / elapsed
-
-
 def throughput(plan: Path, inputs: dict[str, Any], slices: int) -> dict[str, Any]:
     """Both launchers in turn, each alone for its slice."""
+    rate = benchmark("devices").rate
     begun = time.monotonic()
     with Pipeline.launch(plan, threads=1) as local:
         local_s = time.monotonic() - begun
@@ -70,7 +57,7 @@ def throughput(plan: Path, inputs: dict[str, Any], slices: int) -> dict[str, Any
         with Pipeline.launch(plan, launcher=RayLauncher(load_plan(plan)), threads=1) as ray:
             ray_s = time.monotonic() - begun
             hosts = [node.host for node in ray.nodes]
-            rates = [(rate(ray, inputs), rate(local, inputs)) for _ in range(slices + 1)][1:]
+            rates = [(rate(ray, inputs, SLICE_S), rate(local, inputs, SLICE_S)) for _ in range(slices + 1)][1:]
     ratios = [one / other for one, other in rates]
     return {
         "start_local_s": local_s,

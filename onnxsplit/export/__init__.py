@@ -113,7 +113,7 @@ class Exported:
 
 
 _CONVERTERS: Mapping[Kind, str] = {
-    "recipe": "pytorch",
+    "recipe": "code",
     "exported-program": "pytorch",
     "torchscript": "pytorch",
     "transformers": "huggingface",

@@ -10,7 +10,6 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.errors import ExportError, MissingDependency
-from onnxsplit.export import Conversion, ExportOptions, onnx_file
+from onnxsplit.export import Conversion, ExportOptions, hub, onnx_file
 from onnxsplit.export.pytorch import exported, flat, require_torch
 from onnxsplit.export.sources import Source, recognise
 from onnxsplit.tensors import Array
 
 _EXTRA = "pip install 'onnxsplit[transformers]'"
 _SIZES = ({"batch": 2, "sequence": 5, "past": 3, "encoder": 7}, {"batch": 3, "sequence": 2, "past": 4, "encoder": 6})
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 Axes = dict[int, str]
 
 
@@ -33,7 +31,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     """A configuration, a folder, or a repository."""
     about: dict[str, str] = {}
     if source.kind == "hub":
-        path, revision = _fetched(source, options)
+        path, revision = hub.fetched(source, options)
         about["onnxsplit.revision"] = revision
         if source.file is not None:
             return [_with(conversion, about) for conversion in onnx_file.convert(recognise(str(path)), options)]
@@ -50,51 +48,6 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
 
 def _with(conversion: Conversion, about: Mapping[str, str]) -> Conversion:
     return replace(conversion, about={**conversion.about, **about})
-
-
-# Where models come from
-
-
-def _fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
-    """A repository's files, or one of them with its data, and the revision they are of.
-
-    Raises:
-        ExportError: they cannot be had.
-    """
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise MissingDependency(f"hf:// needs huggingface_hub: {_EXTRA}") from error
-    assert source.repo is not None
-    if source.file is not None and not source.file.endswith(".onnx"):
-        raise ExportError(f"{source.text}: of a repository's files, only .onnx ones can be exported by themselves")
-    wanted = _FILES if source.file is None else [source.file, f"{source.file}_data*", f"{source.file}.data*"]
-    offline = options.offline or os.environ.get("HF_HUB_OFFLINE") == "1"
-    options.say(f"fetching {source.repo}")
-    try:
-        folder = snapshot_download(
-            source.repo, revision=source.revision, allow_patterns=wanted, local_files_only=offline, etag_timeout=10
-        )
-    except LocalEntryNotFoundError as error:
-        why = "you asked for no hub (--offline)" if offline else "the hub cannot be reached"
-        raise ExportError(
-            f"{source.text} is not on this host, and {why}. Fetch it where there is a network, or name a local folder"
-        ) from error
-    except HfHubHTTPError as error:
-        raise ExportError(f"the hub does not give {source.text}: {str(error).strip().splitlines()[0]}") from error
-    except Exception as error:  # an answer that is none of a hub's
-        raise ExportError(f"cannot fetch {source.text}: {' '.join(str(error).split())[:300]}") from error
-    if source.file is None:
-        return Path(folder), Path(folder).name
-    found = Path(folder) / source.file
-    if not found.exists():
-        raise ExportError(f"{source.repo} has no file {source.file!r}")
-    place = options.scratch / "fetched"  # a hub's cache is made of links, which models with external data may not be
-    place.mkdir()
-    for file in found.parent.glob(f"{found.name}*"):
-        shutil.copyfile(file, place / file.name)
-    return place / found.name, Path(folder).name
 
 
 def _model(torch: Any, path: Path) -> Any:

@@ -1,13 +1,10 @@
-"""PyTorch: recipes, callables, saved programs and modules, through its own exporter, the one on ``torch.export``."""
+"""PyTorch: recipes, modules and saved programs, through its own exporter, the one on ``torch.export``."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import logging
 import re
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +20,12 @@ from onnxsplit.export.specs import samples
 from onnxsplit.session import host_cores
 from onnxsplit.tensors import Array
 
-_EXTRA = "pip install 'onnxsplit[torch]'"
+EXTRA = "pip install 'onnxsplit[torch]'"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """Python code, a saved program, or a saved module."""
-    if source.kind == "recipe":
-        return [_from_code(source, options)]
+    """A saved program, or a saved module."""
     torch = require_torch()
     if source.kind == "exported-program":
         why = "its loading unpickles and evaluates what is in it (PyTorch says so, too)"
@@ -50,113 +45,13 @@ def require_torch() -> Any:
         import onnxscript  # noqa: F401  PyTorch's exporter needs it
         import torch
     except ModuleNotFoundError as error:
-        raise MissingDependency(f"exporting from PyTorch needs {error.name}: {_EXTRA}") from error
+        raise MissingDependency(f"exporting from PyTorch needs {error.name}: {EXTRA}") from error
     torch.set_num_threads(host_cores())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports torchvision missing to those who want none
     return torch
 
 
-# From code
-
-
-def _from_code(source: Source, options: ExportOptions) -> Conversion:
-    found = _made(_loaded(source), source, options)
-    if isinstance(found, Recipe) and not _is_jax(found.network):
-        return of_recipe(require_torch(), found, options)
-    if _is_jax(found.network if isinstance(found, Recipe) else found):
-        from onnxsplit.export import jax
-
-        return jax.convert(found, source, options)
-    if _is_a("sklearn.base", "BaseEstimator", found):
-        from onnxsplit.export import sklearn
-
-        return sklearn.of_estimator(found, options)
-    torch = require_torch()
-    if isinstance(found, torch.nn.Module) or callable(found):
-        return of_recipe(torch, _recipe_of(torch, found, source, options), options)
-    raise ExportError(
-        f"{source.text} gave a {type(found).__name__}; expected an onnxsplit.export.Recipe, a module of PyTorch, a "
-        "function of tensors or JAX arrays, or an estimator of scikit-learn"
-    )
-
-
-def _loaded(source: Source) -> Any:
-    """The object that the source names.
-
-    Raises:
-        ExportError: there is none.
-        MissingDependency: the code needs what is not installed.
-    """
-    assert source.name is not None
-    try:
-        if source.path is None:
-            module = importlib.import_module(source.text.rpartition(":")[0])
-        else:
-            if not source.path.is_file():
-                raise ExportError(f"no such recipe: {source.path}")
-            spec = importlib.util.spec_from_file_location(source.path.stem, source.path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.path.insert(0, str(source.path.resolve().parent))  # recipes import what stands beside them
-            try:
-                spec.loader.exec_module(module)
-            finally:
-                sys.path.pop(0)
-    except ModuleNotFoundError as error:
-        raise MissingDependency(f"{source.text} needs the module {error.name!r}; for PyTorch: {_EXTRA}") from error
-    found = getattr(module, source.name, None)
-    if found is None:
-        raise ExportError(
-            f"{source.text} has no function {source.name!r}; name one with {source.path or 'module'}:FUNCTION"
-        )
-    return found
-
-
-def _made(found: Any, source: Source, options: ExportOptions) -> Any:
-    """What a function returns that makes a model; the object itself when it is one."""
-    makes = inspect.isclass(found) or (
-        inspect.isfunction(found) and (options.parameters or source.name == "build" or not _required(found))
-    )
-    if not makes:
-        return found
-    try:
-        made = found(**options.parameters)
-    except TypeError as error:
-        raise ExportError(f"{source.text}: {error}") from error
-    if made is None or isinstance(made, int | float | str):
-        raise ExportError(
-            f"{source.text} returned a {type(made).__name__}, expected an onnxsplit.export.Recipe or a model"
-        )
-    return made
-
-
-def _required(function: Callable[..., Any]) -> list[str]:
-    kinds = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.VAR_POSITIONAL,
-    )
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
-
-
-def _is_jax(found: Any) -> bool:
-    """Whether it is made of JAX: a function whose module has JAX, a jitted one, a module of flax."""
-    if "jax" not in sys.modules:
-        return False
-    origin = type(found).__module__.split(".")[0]
-    function = inspect.unwrap(found) if callable(found) else found
-    names = {getattr(v, "__name__", "") for v in getattr(function, "__globals__", {}).values() if inspect.ismodule(v)}
-    return origin in ("jax", "jaxlib", "flax") or any(name.split(".")[0] in ("jax", "flax") for name in names)
-
-
-def _is_a(module: str, name: str, found: Any) -> bool:
-    kind = getattr(sys.modules.get(module), name, None)
-    return kind is not None and isinstance(found, kind)
-
-
-def _recipe_of(torch: Any, network: Any, source: Source, options: ExportOptions) -> Recipe:
+def recipe_of(torch: Any, network: Any, source: Source, options: ExportOptions) -> Recipe:
     """A recipe from a module or function, and what was said of its inputs."""
     if not options.inputs:
         raise ExportError(
@@ -371,7 +266,7 @@ def _from_module(torch: Any, source: Source, options: ExportOptions) -> Conversi
         raise ExportError(f"{source.text} holds weights without a network; write a recipe that loads them into theirs")
     if not isinstance(network, torch.nn.Module):
         raise ExportError(f"{source.text} holds a {type(network).__name__}, expected a module of PyTorch")
-    recipe = _recipe_of(torch, network, source, options)
+    recipe = recipe_of(torch, network, source, options)
     if not scripted:
         return of_recipe(torch, recipe, options)
     return _from_script(torch, recipe, options)

@@ -118,7 +118,7 @@ class Entrance:
             subject=passage,
         )
         self._pump()  # what came before goes first, if there is room
-        self.line.join(request)
+        self.line.join(request, alone=not self._inside)
         self._idle.clear()
         self._pump()
         expiry = None

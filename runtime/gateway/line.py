@@ -91,8 +91,8 @@ class Line:
         """From going in to coming out; few take longer."""
         return self._inside_ns + _SPREADS * self._spread_ns
 
-    def join(self, request: Waiting) -> None:
-        """Stand at the end.
+    def join(self, request: Waiting, *, alone: bool = False) -> None:
+        """Stand at the end. ``alone``: nothing is inside, so it may try whatever the pace was.
 
         Raises:
             Busy: it is refused; says why.
@@ -104,7 +104,7 @@ class Line:
                 f"{self.size_bytes} bytes of requests wait, and with {request.size_bytes} more there would be more "
                 f"than the {self.limits.size_bytes} that may; try again later"
             )
-        if request.deadline_ns is not None and self._waiting:
+        if request.deadline_ns is not None and not alone:
             left = request.deadline_ns - request.arrived_ns
             expected = self.expected_ns(request.rows)
             if expected > left:

@@ -20,6 +20,7 @@ from onnxsplit.planner import partition
 from onnxsplit.verify import run_stages
 from runtime import Pipeline
 from runtime.keys import create_for
+from runtime.stats import sweep
 from runtime.transport import reachable
 from runtime.watch import Timings
 
@@ -56,6 +57,7 @@ def end(process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    sweep()  # what killed nodes left, as the next one would
 
 
 def test_nodes_by_ssh_serve_and_come_back(plan, commands, free_port, python_environment):

@@ -211,6 +211,7 @@ class Proxy:
     def __init__(self, port: int, target: int) -> None:
         self.server = socket.create_server(("127.0.0.1", port))
         self.target, self.delay_s, self.open = target, 0.0, True
+        self.seen = bytearray()
         self.pairs: list[socket.socket] = []
         threading.Thread(target=self.serve, daemon=True).start()
 
@@ -236,6 +237,7 @@ class Proxy:
         try:
             while data := source.recv(1 << 16):
                 time.sleep(self.delay_s)
+                self.seen += data
                 target.sendall(data)
         except OSError:
             pass
@@ -255,6 +257,34 @@ class Proxy:
     def close(self) -> None:
         self.cut()
         self.server.close()
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_the_wire_shows_tensors_only_where_there_are_no_keys(plan, keys, free_port, python_environment, protected):
+    fragments, behind = free(), free()
+    proxy = Proxy(fragments, behind)
+    far = ["--bind", f"tcp://127.0.0.1:{behind}", "--advertise", f"tcp://127.0.0.1:{fragments}", "--stage", "0"]
+    own = [["--keys", keys / name] if protected else [] for name in ("a", "b")]
+    address = f"tcp://127.0.0.1:{free_port}"
+    with (
+        nodes(
+            address,
+            python_environment,
+            [*far, "--no-shared-memory", *own[0]],
+            ["--stage", "1", "--no-shared-memory", *own[1]],
+        ),
+        Pipeline.listen(
+            plan,
+            bind=address,
+            keys=keys / "coordinator" if protected else None,
+            start_timeout=30,
+            shared_memory=False,
+        ) as pipeline,
+    ):
+        pipeline.run(given(3))
+    proxy.close()
+    assert len(proxy.seen) > given(3)["x"].nbytes
+    assert (given(3)["x"].tobytes()[1000:1064] in proxy.seen) is not protected
 
 
 def with_suppress(what) -> None:

@@ -201,7 +201,7 @@ BAD = [
     (["merge", "good.plan", "-o", "nowhere/m.onnx"], "cannot write nowhere/m.onnx"),
     (["node", "--connect", "tcp://10.0.0.1:5555"], "leaves this host"),
     (["export", "absent.py", "-o", "m.onnx"], "no such recipe: absent.py"),
-    (["export", "model.pkl", "-o", "m.onnx"], "expected a recipe, FILE.py"),
+    (["export", "model.pkl", "-o", "m.onnx"], "there is no 'model.pkl'; a source is: FILE.py"),
 ]
 
 

@@ -115,10 +115,12 @@ def test_a_batch_that_found_no_room_is_put_back_where_it_stood_not_before_those_
 
 def test_one_slow_answer_does_not_lock_out_for_ever_those_who_have_little_time():
     made = paced(passage_ms=2000)
-    made.join(request(deadline=200 * MS, name="a"))
+    with pytest.raises(Busy, match="the answer is expected in"):
+        made.join(request(deadline=200 * MS, name="a"))
+    made.join(request(deadline=200 * MS, name="a"), alone=True)
     assert made.late(100 * MS, alone=True) == [], "nothing is inside: it may try"
     assert names(made.next(100 * MS)) == ["a"]
-    made.join(request(deadline=200 * MS, name="b"))
+    made.join(request(deadline=200 * MS, name="b"), alone=True)
     assert names(made.late(201 * MS, alone=True)) == ["b"], "its time is over"
 
 
