@@ -2,7 +2,8 @@
 
     FOLDER/KEY/            the files of a stage, whole and checked; KEY is a hash of their names and hashes
     FOLDER/KEY.partial/    on their way; the next try goes on from here
-    FOLDER/KEY.lock        held by who fetches (alone), and by every node that runs the stage (together)
+    FOLDER/KEY.lock        held by all who run the stage or wait for it, together: who would remove it wants it alone
+    FOLDER/KEY.making      held by who fetches it, alone
 
 When the cache would outgrow its bound, stages that nobody runs go, the longest unused first.
 """
@@ -64,15 +65,12 @@ class StageCache:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if key not in self._held:
                 self._held[key] = os.open(self._folder / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            lock = self._held[key]
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            while not target.is_dir():  # it may be gone again: changing a lock lets go of it for a moment
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                try:
+            fcntl.flock(self._held[key], fcntl.LOCK_SH)
+            if not target.is_dir():
+                with (self._folder / f"{key}.making").open("wb") as making:
+                    fcntl.flock(making, fcntl.LOCK_EX)
                     if not target.is_dir():
                         self._bring(stage, target, fetch)
-                finally:
-                    fcntl.flock(lock, fcntl.LOCK_SH)
             os.utime(target)
             return target
         except OSError as error:

@@ -55,7 +55,9 @@ def node(address, environment, cache, *options):
 
 
 def fetched(cache) -> list[str]:
-    return sorted(p.name for p in (cache / "onnxsplit" / "stages").rglob("*") if p.is_file() and p.suffix != ".lock")
+    return sorted(
+        p.name for p in (cache / "onnxsplit" / "stages").rglob("*") if p.is_file() and p.suffix in (".onnx", ".data")
+    )
 
 
 def files(stage) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 
 import msgspec.structs
 import pytest
@@ -111,10 +112,11 @@ def test_a_stage_is_fetched_once_for_all_who_want_it(tmp_path, plan):
         target.write_bytes(BODY)
 
     caches = [StageCache(tmp_path, 1 << 30) for _ in range(2)]
-    threads = [threading.Thread(target=cache.obtain, args=(stage, slowly)) for cache in caches]
+    threads = [threading.Thread(target=cache.obtain, args=(stage, slowly), daemon=True) for cache in caches]
     for thread in threads:
         thread.start()
     started.wait(10)
+    time.sleep(0.1)  # the other waits by now
     go_on.set()
     for thread in threads:
         thread.join(10)
@@ -147,7 +149,7 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, plan)
 
     with pytest.raises(PipelineError, match="gone"):
         cache.obtain(stage, broken)
-    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".lock", ".partial"]
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".lock", ".making", ".partial"]
     cache.close()
     assert cache.obtain(stage, copy_of(BODY)).is_dir()
     cache.close()
