@@ -195,8 +195,10 @@ def _mine(name: str) -> list[Path]:
 
 def hold(home: Path) -> int:
     """Mark a folder as in use while this process lives; returns the descriptor that does, for the caller to close."""
-    descriptor = os.open(home / _HELD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    draft = home / f".{_HELD}"
+    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    draft.rename(home / _HELD)  # not before it is locked: others remove folders whose mark nobody holds
     return descriptor
 
 

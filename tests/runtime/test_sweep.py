@@ -1,0 +1,27 @@
+"""Folders of processes that were killed are removed by the next of the same user; those of others that live stay."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from runtime.stats import hold, sweep
+from runtime.transport import private_folder
+
+
+def test_only_what_nobody_holds_any_more_is_swept(python_environment):
+    mine = private_folder()
+    held = hold(mine)
+    code = "from runtime.stats import hold; from runtime.transport import private_folder; import os, sys, signal; "
+    code += "home = private_folder(); hold(home); print(home); sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    environment = {**python_environment, "TMPDIR": os.environ["TMPDIR"]}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    left = mine.parent / killed.stdout.strip().rpartition("/")[2]
+    assert left.is_dir()
+    sweep()
+    assert not left.exists()
+    assert mine.is_dir()
+    os.close(held)
+    sweep()
+    assert not mine.exists()
