@@ -2,8 +2,8 @@
 #   make demo     read a picture with a network cut in two            make check    format, lint, types
 #   make test     the tests                                           make bench    the benchmarks
 #   make test-export   the exporters' tests with all frameworks (5 GB to install; about two minutes to run)
-# PYTHON chooses the interpreter; VENV the folder of the environment; EXTRAS what make test installs (leave out torch
-# to skip the exporter's tests and PyTorch's download).
+# PYTHON chooses the interpreter; VENV the folder of the environment; EXTRAS what make test installs (leave out
+# transformers to skip the exporter's tests and PyTorch's download).
 
 PYTHON ?= python3
 VENV ?= .venv

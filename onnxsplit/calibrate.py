@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from onnxsplit.cluster import LOCAL, Cluster, Device
-from onnxsplit.errors import ClusterError, ModelError, OnnxsplitError
+from onnxsplit.errors import ClusterError, OnnxsplitError
 from onnxsplit.examine import Say, examine, silent
 from onnxsplit.providers import gpu_count, provider_here
 from onnxsplit.session import host_cores
@@ -49,11 +49,13 @@ def measured(
     hosts: Collection[str] = (),
     elsewhere: Elsewhere | None = None,
     say: Say = silent,
+    note: Say = silent,
 ) -> Cluster:
     """The cluster with the speeds of devices on a model, the first of them being 1.
 
     Measured are this host's devices, and those of ``hosts``, which are ``elsewhere``. Devices of other hosts, and those
-    whose provider their host lacks, keep the speed they have.
+    whose provider their host lacks or where the model does not run, keep the speed they have; ``note`` hears of the
+    latter.
 
     Raises:
         ClusterError: no device could run the model, or it cannot be sent to other hosts.
@@ -83,6 +85,9 @@ def measured(
             f"no device of this host (host = {LOCAL!r}) or of a host with an agent can run {model}; start agents where "
             "devices are (onnxsplit cluster agent), and name them with --agent HOST=ADDR"
         )
+    for device, time_ns in zip(cluster.devices, found, strict=True):
+        if not time_ns and (device.host in hosts or device.host == LOCAL):
+            note(f"{device.name} keeps its speed of {device.speed:g}: {model} did not run there")
     devices = tuple(
         replace(device, speed=float(f"{first / time_ns:.4g}")) if time_ns else device
         for device, time_ns in zip(cluster.devices, found, strict=True)
@@ -106,7 +111,5 @@ def _time_ns(model: Path, inputs: Path, device: Device) -> int | None:
         with TimedModel(model, inputs, threads=device.threads, level="all", provider=device.provider) as timed:
             timed.run(_SECONDS / 4)
             return median_ns(timed.run(_SECONDS, least=3))
-    except ModelError:
-        raise
     except OnnxsplitError:
         return None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import cast
 
@@ -16,9 +17,23 @@ import msgspec.structs
 from onnxsplit.cluster import Cluster, Device, load_cluster
 from onnxsplit.errors import PartitionError, PlanError
 from onnxsplit.files import replacing
-from onnxsplit.partitioner import CALLER, Found, Infeasible, Kind, Parallel, Problem, Transfer, Weight, line_up, search
+from onnxsplit.graph import build_graph
+from onnxsplit.partitioner import (
+    CALLER,
+    NEVER,
+    Found,
+    Infeasible,
+    Kind,
+    Parallel,
+    Problem,
+    Transfer,
+    Weight,
+    line_up,
+    search,
+)
 from onnxsplit.plan import PLAN_FILE, Objective, Plan, Prediction, Stage, load_plan
 from onnxsplit.setting import of_cluster
+from onnxsplit.source import open_model
 from onnxsplit.tensors import numpy_dtype
 
 
@@ -42,30 +57,56 @@ def place(
         PartitionError: the cluster has too few devices, or too little memory.
     """
     folder, there = Path(plan), load_cluster(cluster)
-    found = placed(load_plan(folder), there, parallel)
+    before = load_plan(folder)
+    found = placed(before, there, parallel, ops=_ops(before, folder, there))
     target = folder if out is None else Path(out)
-    if target.resolve() != folder.resolve():
-        if target.exists() and any(target.iterdir()):
-            raise PlanError(f"{target} is there already; nothing was touched. Choose another place with -o DIR")
-        shutil.copytree(folder, target, dirs_exist_ok=True)
-    with replacing(target / PLAN_FILE) as temporary:
-        temporary.write_bytes(found.to_json())
+    if target.resolve() == folder.resolve():
+        with replacing(target / PLAN_FILE) as temporary:
+            temporary.write_bytes(found.to_json())
+        return found
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise PlanError(f"{target} is there already; nothing was touched. Choose another place with -o DIR")
+    with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=_parent(target)) as scratch:
+        made = Path(scratch) / target.name
+        shutil.copytree(folder, made)
+        (made / PLAN_FILE).write_bytes(found.to_json())
+        made.replace(target)
     return found
 
 
-def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model") -> Plan:
-    """The same plan on the devices of a cluster; see :func:`place`."""
+def _parent(target: Path) -> Path:
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise PlanError(f"the folder {parent} does not exist; create it or choose another with -o")
+    return parent
+
+
+def _ops(plan: Plan, folder: Path, cluster: Cluster) -> Sequence[Set[str]]:
+    """Op types of each stage, where a device of the cluster may not run all."""
+    if not any(device.only_ops or device.not_ops for device in cluster.devices):
+        return ()
+    found = []
+    for stage in plan.stages:
+        graph = build_graph(open_model(folder / stage.file))
+        found.append({op.op_type for op in graph.ops})
+    return found
+
+
+def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: Sequence[Set[str]] = ()) -> Plan:
+    """The same plan on the devices of a cluster; see :func:`place`. ``ops``: op types of each stage."""
     stages, devices = len(plan.stages), cluster.devices
     if stages > len(devices):
         raise PartitionError(
             f"the plan has {stages} stages and the cluster {len(devices)} devices; add devices, or cut the model anew"
         )
-    problem = _problem(plan, cluster)
+    problem = _problem(plan, cluster, ops)
     try:
         found = search(problem, line_up(problem, stages, parallel))
     except Infeasible:
         needs = ", ".join(f"{stage.peak_memory_bytes >> 20} MiB" for stage in plan.stages)
-        raise PartitionError(f"no placing of the stages, which need {needs}, keeps to the devices' memory") from None
+        raise PartitionError(
+            f"no placing of the stages, which need {needs}, keeps to the devices' memory and the ops they may run"
+        ) from None
     homes = [tuple(devices[number] for number in numbers) for numbers in found.partition.devices]
     return msgspec.structs.replace(
         plan,
@@ -82,14 +123,19 @@ def reference_ns(stage: Stage) -> int:
     return stage.measured_time_ns or stage.predicted_time_ns
 
 
-def _problem(plan: Plan, cluster: Cluster) -> Problem:
+def _problem(plan: Plan, cluster: Cluster, ops: Sequence[Set[str]]) -> Problem:
     setting = of_cluster(cluster, objective=cast(Objective, plan.objective))
     numbers = setting.kind_of
     first = {kind: cluster.devices[device] for device, kind in reversed(list(enumerate(numbers)))}
     times = [reference_ns(stage) for stage in plan.stages]
+
+    def time_ns(stage: int, device: Device) -> int:
+        able = not ops or all(map(device.may_run, ops[stage]))
+        return round(times[stage] / device.speed) if able else NEVER
+
     return Problem(
         kinds=tuple(
-            Kind(tuple(round(time_ns / first[kind].speed) for time_ns in times), first[kind].memory_bytes)
+            Kind(tuple(time_ns(stage, first[kind]) for stage in range(len(times))), first[kind].memory_bytes)
             for kind in range(len(first))
         ),
         devices=numbers,

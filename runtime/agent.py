@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,7 @@ _MOST_PIECES = 1 << 13
 _MODEL_S = 1.0
 _PATIENCE_S = 30.0
 _MODEL_PATIENCE_S = 600.0
+_FAREWELL_S = 2.0
 
 
 class AgentClient(Client):
@@ -174,8 +175,11 @@ class _Agent:
             match asked:
                 case Ping(number):
                     return Pong(number)
-                case Trust(keys):
+                case Trust(keys):  # a measurement begins, or ends: what another left goes
+                    self._vouched.clear()
                     self._vouched.update(keys)
+                    for file in self._folder.iterdir():
+                        file.unlink()
                     return Pong(0)
                 case MeasureLink(address, key):
                     with AgentClient(address, security=self._security, key=key) as other:
@@ -209,8 +213,8 @@ class _Agent:
             with TimedModel(model, inputs, threads=asked.threads, level="all", provider=asked.provider) as timed:
                 timed.run(_MODEL_S / 4)
                 return median_ns(timed.run(_MODEL_S, least=3))
-        except ModelError as error:
-            raise PipelineError(f"the model does not run here: {error}") from error
+        except ModelError:
+            return 0
 
 
 class Agents:
@@ -230,6 +234,7 @@ class Agents:
         self._addresses = addresses
         self._keys = {host: keys.of(host) if keys else "" for host in addresses}
         security = Security(pair=keys.pair if keys else None, insecure=insecure)
+        self._without: set[str] = set()  # hosts that have not got the files
         self._stack = ExitStack()
         with ExitStack() as undo:
             self._clients = {
@@ -244,6 +249,9 @@ class Agents:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for client in self._clients.values():
+            with suppress(PipelineError):  # it may be gone
+                client.ask(Trust(()), patience_s=_FAREWELL_S)
         self._stack.close()
 
     def links(self, say: Callable[[str], None] = lambda _: None) -> dict[tuple[str, str], Link]:
@@ -262,14 +270,20 @@ class Agents:
         return found
 
     def send(self, files: Sequence[Path], say: Callable[[str], None] = lambda _: None) -> None:
-        """Put files on all hosts, for :meth:`time_ns`."""
+        """Put files on all hosts, for :meth:`time_ns`; a host that cannot take them runs nothing."""
         for host, client in self._clients.items():
-            for file in files:
-                say(f"sending {file.name} to {host}")
-                client.put(file.name, file)
+            try:
+                for file in files:
+                    say(f"sending {file.name} to {host}")
+                    client.put(file.name, file)
+            except PipelineError as error:
+                say(f"{host} does not take the model: {error}")
+                self._without.add(host)
 
     def time_ns(self, model: Path, inputs: Path, device: Device) -> int | None:
         """What a model that was sent takes on a device of one of the hosts; None where it cannot run there."""
+        if device.host in self._without:
+            return None
         question = MeasureModel(model.name, inputs.name, device.provider, device.threads)
         said = self._clients[device.host].ask(question, patience_s=_MODEL_PATIENCE_S)
         assert isinstance(said, ModelTime)

@@ -222,10 +222,15 @@ class _Node:
 
     def lost(self, reason: str) -> None:
         """End soon; at the latest in two seconds, whatever the session does."""
-        self._timer = threading.Timer(_EXIT_GRACE_S, os._exit, (1,))
+        self._timer = threading.Timer(_EXIT_GRACE_S, self._break_off)
         self._timer.daemon = True
         self._timer.start()
         self.post(StopAsked(reason))
+
+    def _break_off(self) -> None:
+        if not self._options.lifeline:  # else the launcher removes it
+            shutil.rmtree(self._home, ignore_errors=True)
+        os._exit(1)
 
     def silent(self, reason: str) -> None:
         """The coordinator is gone: drop the work, and be ready to begin anew."""
@@ -245,11 +250,14 @@ class _Node:
         self.lost(reason)
 
     def _asked_to_end(self, what: str) -> None:
-        """By a signal: end when the work is done, or after a while; a second one ends it soon."""
+        """By a signal: end when the work is done, or after a while; without work, or by a second one, soon."""
         if self.ended.is_set():
             self.lost(f"received {what} again")
             return
         self.ended.set()
+        if self._machine.state not in _SERVING:  # fetching or loading, perhaps, which nothing interrupts
+            self.lost(f"received {what}")
+            return
         timer = threading.Timer(self._options.drain_s, self.lost, (f"received {what}",))
         timer.daemon = True
         timer.start()

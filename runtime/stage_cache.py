@@ -51,6 +51,16 @@ class StageCache:
             os.close(descriptor)
         self._held.clear()
 
+    def discard(self, folder: Path) -> None:
+        """Have a stage fetched anew by whoever obtains it next: what is here is damaged. Others who run it go on."""
+        with (self._folder / f"{folder.name}.making").open("wb") as making:
+            fcntl.flock(making, fcntl.LOCK_EX)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def holds(self, folder: Path) -> bool:
+        """Whether a folder is the cache's."""
+        return folder.parent == self._folder
+
     def obtain(self, stage: Stage, fetch: Fetch) -> Path:
         """A folder with the stage's files; they stay until :meth:`close`.
 
@@ -82,24 +92,42 @@ class StageCache:
         partial.mkdir(mode=0o700, exist_ok=True)
         for entry in stage.files:
             fetch(entry, partial / entry.name)
+            _to_disk(partial / entry.name)
+        _to_disk(partial)
         partial.rename(target)
 
     def _make_room(self, wanted_bytes: int, key: str) -> None:
         """Remove what nobody runs, the longest unused first, until there is room within the bound."""
         folders = [entry for entry in self._folder.iterdir() if entry.is_dir() and entry.stem != key]
-        sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in folders}
-        total = sum(sizes.values()) + wanted_bytes
-        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime):
+        known = {folder: _size_and_age(folder) for folder in folders}
+        total = sum(size for size, _ in known.values()) + wanted_bytes
+        for folder, (size, _) in sorted(known.items(), key=lambda one: one[1][1]):
             if total <= self._limit_bytes:
                 return
             lock = os.open(self._folder / f"{folder.stem}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 with suppress(BlockingIOError):  # somebody runs it
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder)
-                    total -= sizes[folder]
+                    shutil.rmtree(folder, ignore_errors=True)
+                    total -= size
             finally:
                 os.close(lock)
+
+
+def _size_and_age(folder: Path) -> tuple[int, float]:
+    """Bytes, and when it was last used; other processes may be renaming or removing it."""
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir()), folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0, 0.0
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _key(stage: Stage) -> str:

@@ -63,6 +63,14 @@ class StageFiles:
             )
         return self._fetched(assign)
 
+    def discard(self, folder: Path) -> bool:
+        """The files there are damaged; whether to :meth:`find` them again, since they were fetched."""
+        if not self.cache.holds(folder):
+            return False
+        log_event(_log, logging.WARNING, "fetching again what is damaged in the cache", folder=str(folder))
+        self.cache.discard(folder)
+        return True
+
     def _seen(self, assign: Assign) -> tuple[Plan, Path] | None:
         """The plan in the coordinator's folder, when it is seen from here."""
         folder = Path(assign.folder)

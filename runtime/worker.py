@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxsplit.errors import OnnxsplitError
+from onnxsplit.errors import OnnxsplitError, PlanError
 from onnxsplit.plan import Plan
 from runtime import codec
 from runtime.arena import Step
@@ -108,7 +108,13 @@ class Worker:
         self._router = Router(assign.balance, self.payloads.board)
         try:
             plan, folder = files.find(assign)
-            self._runner = StageRunner(plan, folder, assign, home=home, threads=threads)
+            try:
+                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads)
+            except PlanError:
+                if not files.discard(folder):
+                    raise
+                plan, folder = files.find(assign)
+                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads)
         except OnnxsplitError as error:
             return LoadFailed(str(error))
         self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}

@@ -96,7 +96,13 @@ def measure(
         if LOCAL not in known | {cluster.caller}:
             links = {pair: link for pair, link in links.items() if LOCAL not in pair}
         cluster = measured(
-            cluster, model, dims=dims, hosts=agents, elsewhere=elsewhere if agents else None, say=output.say
+            cluster,
+            model,
+            dims=dims,
+            hosts=agents,
+            elsewhere=elsewhere if agents else None,
+            say=output.say,
+            note=output.note,
         )
     if LOCAL in known:
         output.say("sending messages between two processes")

@@ -186,6 +186,14 @@ def _messages(output: Output) -> Iterator[None]:
         output.result({"error": {"type": type(error).__name__, "message": str(error)}})
         click.echo(f"onnxsplit: {error}", err=True)
         raise SystemExit(1) from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        output.done()
+        message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        output.result({"error": {"type": "OSError", "message": message}})
+        click.echo(f"onnxsplit: {message}", err=True)
+        raise SystemExit(1) from error
     except KeyboardInterrupt:
         output.done()
         click.echo("onnxsplit: interrupted", err=True)

@@ -9,7 +9,7 @@ A converter gives :class:`Conversion`: how to write the model, and how to ask th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -112,6 +112,8 @@ class Exported:
     differences: Mapping[str, float]
 
 
+_TAKES_INPUTS: Set[Kind] = {"recipe", "torchscript", "saved-model", "keras", "pickle", "skops"}
+
 _CONVERTERS: Mapping[Kind, str] = {
     "recipe": "code",
     "exported-program": "pytorch",
@@ -173,7 +175,19 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """Have a source converted by the module for its kind."""
+    """Have a source converted by the module for its kind.
+
+    Raises:
+        ExportError: as :func:`export`, or an option was given that says nothing about such a source.
+    """
+    for option, given, kinds in (
+        ("--input", options.inputs, _TAKES_INPUTS),
+        ("--set", options.parameters, {"recipe"}),
+        ("--no-cache", not options.cache, {"transformers", "hub"}),
+        ("--offline", options.offline, {"hub"}),
+    ):
+        if given and source.kind not in kinds:
+            raise ExportError(f"{source.text} is {source.what}, about which {option} says nothing; leave it out")
     module = import_module(f"onnxsplit.export.{_CONVERTERS[source.kind]}")
     found: Sequence[Conversion] = module.convert(source, options)
     return found

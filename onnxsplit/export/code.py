@@ -6,10 +6,11 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from onnxsplit.errors import ExportError, MissingDependency
+from onnxsplit.errors import ExportError, MissingDependency, OnnxsplitError
 from onnxsplit.export import Conversion, ExportOptions, Recipe
 from onnxsplit.export.pytorch import EXTRA, of_recipe, recipe_of, require_torch
 from onnxsplit.export.sources import Source
@@ -22,6 +23,8 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
 
 def _from_code(source: Source, options: ExportOptions) -> Conversion:
     found = _made(_loaded(source), source, options)
+    if isinstance(found, Recipe) and options.inputs:
+        raise ExportError(f"{source.text} says itself what it takes (a Recipe); leave out --input")
     if isinstance(found, Recipe) and not _is_jax(found.network):
         return of_recipe(require_torch(), found, options)
     if _is_jax(found.network if isinstance(found, Recipe) else found):
@@ -66,6 +69,8 @@ def _loaded(source: Source) -> Any:
                 sys.path.pop(0)
     except ModuleNotFoundError as error:
         raise MissingDependency(f"{source.text} needs the module {error.name!r}; for PyTorch: {EXTRA}") from error
+    except Exception as error:  # whatever the code raises
+        raise _broken(source, error) from error
     found = getattr(module, source.name, None)
     if found is None:
         raise ExportError(
@@ -80,16 +85,30 @@ def _made(found: Any, source: Source, options: ExportOptions) -> Any:
         inspect.isfunction(found) and (options.parameters or source.name == "build" or not _required(found))
     )
     if not makes:
+        if options.parameters:
+            raise ExportError(f"{source.text} is a {type(found).__name__}, not a function that makes a model: no --set")
         return found
     try:
         made = found(**options.parameters)
-    except TypeError as error:
-        raise ExportError(f"{source.text}: {error}") from error
+    except ModuleNotFoundError as error:
+        raise MissingDependency(f"{source.text} needs the module {error.name!r}; for PyTorch: {EXTRA}") from error
+    except OnnxsplitError:
+        raise
+    except Exception as error:  # whatever the code raises
+        raise _broken(source, error) from error
     if made is None or isinstance(made, int | float | str):
         raise ExportError(
             f"{source.text} returned a {type(made).__name__}, expected an onnxsplit.export.Recipe or a model"
         )
     return made
+
+
+def _broken(source: Source, error: Exception) -> ExportError:
+    """Code that raises: what, and where."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (place.filename, place.lineno)
+    words = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())[:300]
+    return ExportError(f"{source.text} raises {type(error).__name__} at {where[0]}:{where[1]}: {words}")
 
 
 def _required(function: Callable[..., Any]) -> list[str]:

@@ -15,6 +15,9 @@ from onnxsplit.session import host_cores, open_session
 from onnxsplit.tensors import Array
 from onnxsplit.verify import distance
 
+LARGE_BYTES = 1_900_000_000
+"""A protobuf may have 2 GiB; above this, weights lie beside the model."""
+
 SOURCE, FRAMEWORK, TOOL = "onnxsplit.source", "onnxsplit.framework", "onnxsplit.version"
 
 
@@ -46,6 +49,15 @@ def finish(conversion: Conversion, file: Path, source: str, options: ExportOptio
             f"the exported model is not valid: {str(error).splitlines()[0]}; nothing was written"
         ) from error
     return _compared(conversion, file, options)
+
+
+def save(proto: onnx.ModelProto, file: Path) -> None:
+    """Write a model that a converter has in memory, with its weights beside it where it is too large for one file."""
+    weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if weights > LARGE_BYTES:
+        onnx.save(proto, str(file), save_as_external_data=True, location=f"{file.name}.data", size_threshold=1024)
+    else:
+        file.write_bytes(proto.SerializeToString())
 
 
 def _name_axes(proto: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> None:
@@ -102,7 +114,15 @@ def _compared(conversion: Conversion, file: Path, options: ExportOptions) -> dic
                 f"the exported model does not run on {shapes}: {error}; nothing was written. Export with --no-check to "
                 "look at it"
             ) from error
-        for name, expected in conversion.reference(sample).items():
+        try:
+            wanted = conversion.reference(sample)
+        except Exception as error:  # the framework raises whatever its parts raise
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sample.items())
+            raise ExportError(
+                f"{conversion.framework} itself does not run on {shapes}: {' '.join(str(error).split())[:300]}; "
+                "nothing was written. Export with --no-check to go without"
+            ) from error
+        for name, expected in wanted.items():
             worst[name] = max(worst.get(name, 0.0), _difference(found[name], np.asarray(expected), conversion.jumps))
     far = {name: difference for name, difference in worst.items() if not difference <= TOLERANCE}
     if far:

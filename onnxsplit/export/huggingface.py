@@ -24,6 +24,8 @@ from onnxsplit.tensors import Array
 
 _EXTRA = "pip install 'onnxsplit[transformers]'"
 _SIZES = ({"batch": 2, "sequence": 5, "past": 3, "encoder": 7}, {"batch": 3, "sequence": 2, "past": 4, "encoder": 6})
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WORDS = (".json", ".txt", ".model", ".md", ".jinja")  # of a folder, files that are no weights
 Axes = dict[int, str]
 
 
@@ -39,19 +41,53 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
         assert source.path is not None
         path = source.path
     torch = require_torch()
-    model = _model(torch, path)
+    is_random = _has_random_weights(path, fetched=source.kind == "hub")
+    model = _model(torch, path, is_random=is_random)
     kind = _kind(model)
     options.say(f"{type(model).__name__}: {kind}")
     build = {"pair": _pair, "decoder": _decoder, "vision": _vision, "encoder": _encoder}[kind]
-    return [_with(conversion, about) for conversion in build(torch, model, options)]
+    try:
+        made = build(torch, model, options)
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise ExportError(
+            f"{type(model).__name__} was taken for a network of the kind {kind!r} and does not run as one: "
+            f"{' '.join(str(error).split())[:300]}. A recipe can say how it is called (docs/export.md)"
+        ) from error
+    more = ", random weights" if is_random else ""
+    return [_with(replace(one, framework=one.framework + more), about) for one in made]
 
 
 def _with(conversion: Conversion, about: Mapping[str, str]) -> Conversion:
     return replace(conversion, about={**conversion.about, **about})
 
 
-def _model(torch: Any, path: Path) -> Any:
-    """The network of a folder with weights, or one with random weights of a configuration.
+def _has_random_weights(path: Path, *, fetched: bool) -> bool:
+    """Whether a network has to make its weights up: a configuration alone has none.
+
+    Raises:
+        ExportError: there are weights that are not read, or some are missing.
+    """
+    if not path.is_dir():
+        return True
+    files = {file.name for file in path.iterdir()}
+    if any(name.endswith(".safetensors") for name in files):
+        return False
+    if found := sorted(name for name in files if name.endswith(_PICKLED)):
+        raise ExportError(
+            f"{path} has its weights in a pickled file ({found[0]}), whose loading could run code; convert them to "
+            "model.safetensors (save_pretrained of transformers does)"
+        )
+    strange = sorted(name for name in files if not name.startswith(".") and not name.endswith(_WORDS))
+    if strange or fetched or any(name.endswith(".index.json") for name in files):
+        raise ExportError(
+            f"{path} has no weights in *.safetensors{f', but {strange[0]}' if strange else ''}; save them so "
+            "(save_pretrained of transformers does), or name its config.json for random weights"
+        )
+    return True
+
+
+def _model(torch: Any, path: Path, *, is_random: bool) -> Any:
+    """The network of a folder with weights, or of a configuration.
 
     Raises:
         ExportError: it needs code of its own, or cannot be loaded.
@@ -64,7 +100,6 @@ def _model(torch: Any, path: Path) -> Any:
     except ImportError as error:
         raise MissingDependency(f"exporting from transformers needs it: {_EXTRA}") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    folder = path if path.is_dir() else path.parent
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -73,17 +108,12 @@ def _model(torch: Any, path: Path) -> Any:
             kind = getattr(transformers, name, None) if name else None
             if name and kind is None:
                 raise ExportError(f"this transformers ({transformers.__version__}) has no {name}; install a newer one")
-            if path.is_dir() and any(folder.glob("*.safetensors")):
+            if not is_random:
                 make = kind or transformers.AutoModel
                 return make.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+                    path, local_files_only=True, use_safetensors=True, trust_remote_code=False,
                     attn_implementation="eager", dtype=torch.float32,
                 ).eval()  # fmt: skip
-            if path.is_dir() and any(folder.glob("*.bin")):
-                raise ExportError(
-                    f"{folder} has its weights in a pickled file, whose loading could run code; convert them to "
-                    "model.safetensors (save_pretrained of transformers does)"
-                )
             torch.manual_seed(0)
             make = kind._from_config if kind is not None else transformers.AutoModel.from_config
             return make(config, attn_implementation="eager").eval().float()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.errors import ExportError, MissingDependency
-from onnxsplit.export import Conversion, ExportOptions, Recipe
+from onnxsplit.export import Conversion, ExportOptions, Recipe, finish
 from onnxsplit.export.sources import Source
 from onnxsplit.export.specs import InputSpec, samples
 from onnxsplit.tensors import Array, dtype_name
@@ -72,7 +72,7 @@ def convert(found: Any, source: Source, options: ExportOptions) -> Conversion:
                 f"jax2onnx could not convert the function: {' '.join(str(error).split())[:500]}"
             ) from error
         del proto.graph.value_info[:]  # some of it is out of date; shapes are inferred where they are needed
-        file.write_bytes(proto.SerializeToString())
+        finish.save(proto, file)
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
         found = jax.tree_util.tree_leaves(function(*(sample[spec.name] for spec in specs)))

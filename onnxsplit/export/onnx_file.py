@@ -11,15 +11,13 @@ import onnx
 
 from onnxsplit.cost.measured import find_example
 from onnxsplit.errors import ExportError, InputError, ModelError
-from onnxsplit.export import Conversion, ExportOptions
+from onnxsplit.export import Conversion, ExportOptions, finish
 from onnxsplit.export.sources import Source
 from onnxsplit.graph import build_graph
 from onnxsplit.session import host_cores, open_session
 from onnxsplit.shapes import input_specs
-from onnxsplit.source import external_range, graph_tensors, open_model
+from onnxsplit.source import SourceModel, external_range, graph_tensors, open_model
 from onnxsplit.tensors import Array
-
-_LARGE_BYTES = 1_900_000_000  # a protobuf may have 2 GiB
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
@@ -37,14 +35,14 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
         size = path.stat().st_size + sum(part.stat().st_size for part in files)
         version = next((one.version for one in model.proto.opset_import if one.domain in ("", "ai.onnx")), None)
         raised = options.opset is not None and version != options.opset
-        if raised and size > _LARGE_BYTES:
+        if raised and size > finish.LARGE_BYTES:
             raise ExportError(
                 f"{path} is above 2 GB: its opset cannot be changed, since ONNX's converter takes it whole"
             )
-        if raised or size <= _LARGE_BYTES:
+        if raised or size <= finish.LARGE_BYTES:
             _small(path, file, options.opset if raised else None)
         else:
-            _large(path, file, files)
+            _large(model, file)
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
         if not held:
@@ -80,11 +78,15 @@ def _small(path: Path, file: Path, opset: int | None) -> None:
     onnx.save(proto, str(file))
 
 
-def _large(path: Path, file: Path, files: set[Path]) -> None:
-    """Shapes inferred by path; the data stays as it is, under its name."""
-    for part in files:
-        if part.parent.resolve() != path.parent.resolve():
-            raise ExportError(f"external data of {path} lies in a folder of its own ({part}); move it beside the model")
-        shutil.copyfile(part, file.parent / part.name)  # links are refused by whoever loads it
-    shutil.copyfile(path, file)
+def _large(model: SourceModel, file: Path) -> None:
+    """Shapes inferred by path; the data as it is, in files that have the new model's name."""
+    names: dict[Path, str] = {}
+    for tensor in graph_tensors(model.proto.graph):
+        if tensor.external_data:
+            part = external_range(model, tensor)[0]
+            if part not in names:
+                names[part] = f"{file.name}.data{len(names) or ''}"
+                shutil.copyfile(part, file.parent / names[part])  # links are refused by whoever loads it
+            next(entry for entry in tensor.external_data if entry.key == "location").value = names[part]
+    file.write_bytes(model.proto.SerializeToString())
     onnx.shape_inference.infer_shapes_path(str(file), str(file))

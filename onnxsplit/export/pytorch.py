@@ -61,7 +61,10 @@ def recipe_of(torch: Any, network: Any, source: Source, options: ExportOptions) 
     if not isinstance(network, torch.nn.Module):
         network = _Function(torch, network)
     first = next(samples(options.inputs))
-    inputs = {name: torch.from_numpy(array) for name, array in first.items()}
+    try:
+        inputs = {name: torch.from_numpy(array) for name, array in first.items()}
+    except TypeError as error:
+        raise ExportError(f"PyTorch takes no such inputs from arrays: {str(error).partition('.')[0]}") from error
     network = network.eval()
     with torch.no_grad():
         try:

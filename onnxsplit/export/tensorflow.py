@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.errors import ExportError, MissingDependency
-from onnxsplit.export import Conversion, ExportOptions
+from onnxsplit.export import Conversion, ExportOptions, finish
 from onnxsplit.export.sources import Source, refuse_code
 from onnxsplit.export.specs import InputSpec, samples
 from onnxsplit.tensors import Array, dtype_name
@@ -81,7 +81,7 @@ def _saved_model(tf: Any, tf2onnx: Any, path: Path, opset: int, options: ExportO
         except Exception as error:  # as above
             raise _failed("tf2onnx could not convert the model", error) from error
         assert external is None
-        file.write_bytes(proto.SerializeToString())
+        finish.save(proto, file)
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
         assert loaded is not None  # its functions live as long as it does
@@ -89,6 +89,8 @@ def _saved_model(tf: Any, tf2onnx: Any, path: Path, opset: int, options: ExportO
         return {name: value.numpy() for name, value in found.items()}
 
     known = {spec.name: spec for spec in options.inputs}
+    if strange := known.keys() - {spec.name for spec in specs}:
+        raise ExportError(f"{path} has no input {min(strange)!r}; it has: {', '.join(spec.name for spec in specs)}")
     inputs = [known.get(spec.name) or _spec(spec) for spec in specs]
     free = {spec.name: spec.axes for spec in inputs if spec.axes}
     batched = any(axes.get(0) == "batch" for axes in free.values())
@@ -117,6 +119,8 @@ def _spec(spec: Any) -> InputSpec:
 
 def _keras(tf: Any, tf2onnx: Any, source: Source, opset: int, options: ExportOptions) -> Conversion:
     assert source.path is not None
+    if not zipfile.is_zipfile(source.path):
+        refuse_code(source, "in the older HDF5 form, layers may be code, and nothing tells which", trust=options.trust)
     lambdas = _lambdas(source.path)
     if lambdas:
         refuse_code(source, f"it has Lambda layers ({', '.join(lambdas)}), which are code", trust=options.trust)
@@ -186,7 +190,7 @@ def _tflite(tf: Any, tf2onnx: Any, path: Path, opset: int) -> Conversion:
             proto, _ = tf2onnx.convert.from_tflite(str(path), opset=opset)
         except Exception as error:  # as above
             raise _failed("tf2onnx could not convert the model", error) from error
-        file.write_bytes(proto.SerializeToString())
+        finish.save(proto, file)
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
         run = interpreter()

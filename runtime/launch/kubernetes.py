@@ -26,6 +26,7 @@ Document = dict[str, Any]
 PORT, HTTP_PORT, GRPC_PORT = 5555, 8000, 8001
 _USER = 10001
 _ROOM_BYTES = 512 << 20  # of a process beside its stage
+_QUEUE = "512M"  # of requests that wait at the gateway; those in flight have a quarter of what is free
 _HEALTH = "/run/onnxsplit/health"
 _FRESH_S = 15
 _MI = 1 << 20
@@ -159,6 +160,7 @@ def _gateway(wishes: Wishes, stages: list[str]) -> list[Document]:
         "--keys",
         "/keys/own",
     ]
+    words += ["--max-queue-bytes", _QUEUE]
     words += ["--host", "0.0.0.0", "--http-port", str(HTTP_PORT), "--grpc-port", str(GRPC_PORT)]  # noqa: S104
     ports = {"http": HTTP_PORT, "grpc": GRPC_PORT, "nodes": PORT}
     container = _container("gateway", wishes, words) | {

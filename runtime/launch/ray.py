@@ -199,6 +199,11 @@ class RayLauncher:
         names = {node["NodeID"]: str(node["NodeName"]) for node in self._ray.nodes()}
         return names.get(node_id, str(node_id))
 
+    def ended(self, slot: Slot, actor: Any) -> None:
+        """A node came to its end: its actor stays for the next in its bundle; without a bundle it lets its host go."""
+        if slot not in self._slots:
+            self.forget(slot, actor)
+
     def forget(self, slot: Slot, actor: Any) -> None:
         """An actor does not answer, or is gone; the next try makes another, elsewhere."""
         with self._lock:
@@ -247,11 +252,14 @@ class RayHandle:
     def _follow(self) -> None:
         try:
             self._actor = self._launcher.actor(self._slot)
+            if self._killed:
+                self._launcher.forget(self._slot, self._actor)
             host = self._launcher.begin(self._actor, self._slot)
             stage, replica = self._slot
             started = self._actor.start.remote(self._connect, stage, replica, self._number, host)
             self.pid = self._ray.get(started, timeout=_UP_S)
             self._story = self._ray.get(self._actor.wait.remote(self._number))
+            self._launcher.ended(self._slot, self._actor)
         except BaseException as error:  # Ray ends threads that wait for it by SystemExit
             if self._actor is not None and not self._killed:
                 self._launcher.forget(self._slot, self._actor)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import build
@@ -52,11 +53,14 @@ def commands(tmp_path):
 def end(process: subprocess.Popen) -> None:
     """End a process group as Ctrl-C in its terminal would."""
     os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    deadline = time.monotonic() + 20
+    with suppress(ProcessLookupError):  # nobody of the group is left
+        while process.poll() is None or os.killpg(process.pid, 0) is None:
+            if time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.05)
+    process.wait()
     sweep()  # what killed nodes left, as the next one would
 
 

@@ -91,6 +91,13 @@ def test_a_killed_node_comes_back_with_what_was_fetched_before(plan, wanted, fre
             assert np.array_equal(future.result(60)["y"], wanted)
             second.terminate()
             assert "fetching" not in second.communicate(timeout=30)[1]
+            (cached,) = [file for file in tmp_path.rglob("*.onnx") if file.name == load_plan(plan).stages[0].file]
+            cached.write_bytes(cached.read_bytes()[:-1])
+            future = pipeline.submit(X)
+            with node(address, python_environment, tmp_path, "--stage", 0) as third:
+                assert np.array_equal(future.result(60)["y"], wanted)
+                third.terminate()
+                assert "fetching again what is damaged" in third.communicate(timeout=30)[1]
 
 
 def test_a_pipeline_that_is_elastic_takes_more_nodes_and_lets_them_go(plan, wanted, free_port, python_environment):

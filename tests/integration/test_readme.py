@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from served import Served
 
 from onnxsplit.planner import partition
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 
 
 def test_serving_in_ten_lines(tmp_path, python_environment):
@@ -49,27 +51,43 @@ def test_serving_in_ten_lines(tmp_path, python_environment):
     assert done.stdout.strip() == "(1, 5)"
 
 
-def test_from_one_host_to_three_in_ten_lines(tmp_path, python_environment, free_port):
-    section = README.read_text().split("## From one host to three")[1].split("\n## ")[0]
-    (shell,) = re.findall(r"```\n(.*?)```", section, re.DOTALL)[:1]
-    lines = shell.strip().replace("10.0.0.1:5555", f"127.0.0.1:{free_port}").splitlines()
-    assert len(lines) <= 10
+def on_this_host(text: str, free_port: int) -> str:
+    """Commands with the addresses of other hosts as ports of this one."""
+    ports: dict[str, int] = {"10.0.0.1:5555": free_port}
+
+    def local(found: re.Match) -> str:
+        if found[0] not in ports:
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                ports[found[0]] = server.getsockname()[1]
+        return f"127.0.0.1:{ports[found[0]]}"
+
+    return re.sub(r"10\.0\.0\.\d:\d+", local, text)
+
+
+@pytest.mark.parametrize(("page", "lasting"), [("README.md", 3), ("docs/hosts.md", 4)])
+def test_from_one_host_to_three_in_a_few_lines(page, lasting, tmp_path, python_environment, free_port):
+    section = (ROOT / page).read_text().split("## From one host to three")[1].split("\n## ")[0]
+    for name, text in re.findall(r"```toml file=(\S+)\n(.*?)```", section, re.DOTALL):
+        (tmp_path / name).write_text(text)
+    (shell,) = re.findall(r"```\n(\$.*?)```", section, re.DOTALL)[:1]
+    lines = on_this_host(shell.strip(), free_port).splitlines()
+    assert len(lines) <= 13
     build.save(build.chain(8), tmp_path)
-    nodes, serve = [], []
+    running, serve = [], []
     try:
         for line in lines:
-            prompt, words = line.split("$ ")
+            prompt, words = line.partition(" #")[0].split("$ ")
             place = tmp_path / prompt if prompt else tmp_path
             if words.startswith("scp"):
-                for source, host in re.findall(r"scp -r (\S+) (host-\w):", words):
-                    shutil.copytree(tmp_path / source, tmp_path / host / Path(source).name)
+                for source, host, name in re.findall(r"scp -r (\S+) (host-\w):(\w*)", words):
+                    shutil.copytree(tmp_path / source, tmp_path / host / (name or Path(source).name))
                 continue
             command = words.removeprefix("onnxsplit ").split()
             run = [sys.executable, "-P", "-m", "onnxsplit", *command]
             if command[0] == "serve":
                 serve = command[1:]
-            elif command[0] == "node":
-                nodes.append(subprocess.Popen(run, cwd=place, env=python_environment, stderr=subprocess.DEVNULL))
+            elif command[0] == "node" or command[:2] == ["cluster", "agent"]:
+                running.append(subprocess.Popen(run, cwd=place, env=python_environment, stderr=subprocess.DEVNULL))
             else:
                 subprocess.run(run, cwd=place, env=python_environment, check=True, capture_output=True)
         with Served(*serve, environment=python_environment, folder=tmp_path) as server:
@@ -77,7 +95,7 @@ def test_from_one_host_to_three_in_ten_lines(tmp_path, python_environment, free_
             body = {"inputs": [{"name": "x", "shape": [1, 32], "datatype": "FP32", "data": row}]}
             assert server.json("/v2/models/model/infer", body)["outputs"][0]["shape"] == [1, 32]
     finally:
-        for node in nodes:
-            node.terminate()
-            node.wait(20)
-    assert len(nodes) == 3
+        for process in running:
+            process.terminate()
+            process.wait(20)
+    assert len(running) == lasting

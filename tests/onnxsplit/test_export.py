@@ -331,6 +331,34 @@ def test_an_operator_that_cannot_be_exported_is_named(tmp_path):
         export(recipe(tmp_path, text), tmp_path / "out.onnx")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def build(:\n", r"raises SyntaxError at .*recipe.py:1: "),
+        ("\n1 / 0\n", r"raises ZeroDivisionError at .*recipe.py:2: division by zero"),
+        ("def build():\n    return {}['x']\n", r"raises KeyError at .*recipe.py:2: 'x'"),
+    ],
+)
+def test_code_that_fails_is_said_with_its_place(text, words, tmp_path):
+    with pytest.raises(ExportError, match=words):
+        export(recipe(tmp_path, text), tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"inputs": (parse_spec("x=float32[2]"),)}, "--input"),
+        ({"parameters": {"a": 1}}, "--set"),
+        ({"cache": False}, "--no-cache"),
+        ({"offline": True}, "--offline"),
+    ],
+)
+def test_options_that_say_nothing_about_a_source_are_refused(options, words, tmp_path):
+    source = build.save(build.chain(2), tmp_path)
+    with pytest.raises(ExportError, match=f"is an ONNX model, about which {words} says nothing"):
+        export(str(source), tmp_path / "out.onnx", **options)
+
+
 # ONNX itself
 
 
@@ -358,15 +386,18 @@ def test_a_model_is_simplified_when_asked(tmp_path, python_environment, monkeypa
 
 def test_a_model_with_external_data_keeps_it_beside(tmp_path, python_environment, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", python_environment["PYTHONPATH"])
-    monkeypatch.setattr("onnxsplit.export.onnx_file._LARGE_BYTES", 1000)
+    monkeypatch.setattr("onnxsplit.export.finish.LARGE_BYTES", 1000)
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     onnx.save(
         build.chain(4, 64), tmp_path / "in" / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
     )
     (exported,) = export(str(tmp_path / "in" / "m.onnx"), tmp_path / "out" / "m.onnx")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["m.data", "m.onnx"]
     assert exported.differences == {"y": 0.0}
+    (tmp_path / "out" / "m.data").write_bytes(b"another's")
+    export(str(tmp_path / "in" / "m.onnx"), tmp_path / "out" / "m.onnx")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["m.data", "m.onnx", "m.onnx.data"]
+    assert (tmp_path / "out" / "m.data").read_bytes() == b"another's"
     with pytest.raises(ExportError, match="its opset cannot be changed"):
         export(str(tmp_path / "in" / "m.onnx"), tmp_path / "out" / "m.onnx", opset=22)
 
@@ -459,6 +490,12 @@ def test_a_folder_whose_weights_are_pickled_is_refused(tmp_path):
     (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ExportError, match="has its weights in a pickled file"):
         export(str(tmp_path / "m"), tmp_path / "out.onnx")
+    (tmp_path / "m" / "pytorch_model.bin").rename(tmp_path / "m" / "tf_model.h5")
+    with pytest.raises(ExportError, match=r"has no weights in \*\.safetensors, but tf_model\.h5"):
+        export(str(tmp_path / "m"), tmp_path / "out.onnx")
+    (tmp_path / "m" / "tf_model.h5").unlink()
+    (exported,) = export(str(tmp_path / "m"), tmp_path / "out.onnx")
+    assert exported.framework.endswith("random weights")
     (tmp_path / "c.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "code.Model"}}))
     with pytest.raises(ExportError, match="names code of its own"):
         export(str(tmp_path / "c.json"), tmp_path / "out.onnx")

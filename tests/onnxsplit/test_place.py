@@ -125,3 +125,18 @@ def test_where_the_caller_is_must_be_known(tmp_path):
     file.write_text(there.to_toml())
     assert load_cluster(file) == there
     assert there.caller_link(there.devices[0]) == SLOW
+
+
+def test_ops_stay_off_devices_that_may_not_run_them(plan, tmp_path):
+    file = tmp_path / "cluster.toml"
+    able = [Device(f"able{number}", "a") for number in range(3)]
+    file.write_text(Cluster((Device("unable", "a", speed=100.0, not_ops=("Gemm", "MatMul")), *able), {}).to_toml())
+    assert "unable" not in {stage.device for stage in place(plan, file, out=tmp_path / "p").stages}
+    file.write_text(Cluster((Device("unable", "a", not_ops=("Gemm", "MatMul")), *able[:2]), {}).to_toml())
+    with pytest.raises(PartitionError, match="the ops they may run"):
+        place(plan, file, out=tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+    (tmp_path / "q").write_text("a file")
+    file.write_text(Cluster(tuple(able), {}).to_toml())
+    with pytest.raises(PlanError, match="is there already; nothing was touched"):
+        place(plan, file, out=tmp_path / "q")
