@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 
 import runtime.node
+import runtime.worker
 from onnxsplit.tensors import Array
 from runtime.stage_runner import StageRunner
 
@@ -22,5 +23,5 @@ class SleepingRunner(StageRunner):
         return super().run(inputs, into)
 
 
-runtime.node.StageRunner = SleepingRunner
+runtime.worker.StageRunner = SleepingRunner
 sys.exit(runtime.node.serve(runtime.node.NodeOptions(connect=CONNECT, stage=STAGE, threads=1)))
