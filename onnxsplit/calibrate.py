@@ -15,9 +15,8 @@ from onnxsplit.providers import gpu_count, provider_here
 from onnxsplit.session import host_cores
 from onnxsplit.source import external_range, graph_tensors, open_model
 from onnxsplit.tensors import save_npz
-from onnxsplit.timed import TimedModel, median_ns
+from onnxsplit.timed import typical_ns
 
-_SECONDS = 1.0
 _CPU_DEVICES = 2
 
 
@@ -108,8 +107,6 @@ def _files(model: Path) -> list[Path]:
 
 def _time_ns(model: Path, inputs: Path, device: Device) -> int | None:
     try:
-        with TimedModel(model, inputs, threads=device.threads, level="all", provider=device.provider) as timed:
-            timed.run(_SECONDS / 4)
-            return median_ns(timed.run(_SECONDS, least=3))
+        return typical_ns(model, inputs, threads=device.threads, provider=device.provider)
     except OnnxsplitError:
         return None

@@ -56,3 +56,8 @@ class ProviderError(OnnxsplitError):
 
 class ExportError(OnnxsplitError):
     """A model could not be exported, or the exported model gives other results than its framework."""
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error of another library says, in one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import cast
@@ -16,7 +15,7 @@ import msgspec.structs
 
 from onnxsplit.cluster import Cluster, Device, load_cluster
 from onnxsplit.errors import PartitionError, PlanError
-from onnxsplit.files import replacing
+from onnxsplit.files import check_parent, new_folder, replacing
 from onnxsplit.graph import build_graph
 from onnxsplit.partitioner import (
     CALLER,
@@ -34,7 +33,7 @@ from onnxsplit.partitioner import (
 from onnxsplit.plan import PLAN_FILE, Objective, Plan, Prediction, Stage, load_plan
 from onnxsplit.setting import of_cluster
 from onnxsplit.source import open_model
-from onnxsplit.tensors import numpy_dtype
+from onnxsplit.tensors import size_bytes
 
 
 def place(
@@ -64,21 +63,13 @@ def place(
         with replacing(target / PLAN_FILE) as temporary:
             temporary.write_bytes(found.to_json())
         return found
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise PlanError(f"{target} is there already; nothing was touched. Choose another place with -o DIR")
-    with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=_parent(target)) as scratch:
-        made = Path(scratch) / target.name
-        shutil.copytree(folder, made)
+    check_parent(target)
+    with new_folder(target) as made:
+        shutil.copytree(folder, made, dirs_exist_ok=True)
         (made / PLAN_FILE).write_bytes(found.to_json())
-        made.replace(target)
     return found
-
-
-def _parent(target: Path) -> Path:
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise PlanError(f"the folder {parent} does not exist; create it or choose another with -o")
-    return parent
 
 
 def _ops(plan: Plan, folder: Path, cluster: Cluster) -> Sequence[Set[str]]:
@@ -165,11 +156,11 @@ def _transfers(plan: Plan) -> Iterator[Transfer]:
 def _bytes(plan: Plan, name: str) -> int:
     """Of a tensor, at the sizes the plan was made for; a size that is not known counts as 1."""
     spec = plan.tensors[name]
-    sizes = [
+    sizes = (
         dim if isinstance(dim, int) else plan.dims.get(f"{name}.{axis}" if dim == "?" else dim, 1)
         for axis, dim in enumerate(spec.shape or ())
-    ]
-    return math.prod(sizes) * (8 if spec.dtype == "string" else numpy_dtype(spec.dtype).itemsize)
+    )
+    return size_bytes(spec.dtype, tuple(sizes))
 
 
 def _moved(stage: Stage, homes: tuple[Device, ...], time_ns: int) -> Stage:

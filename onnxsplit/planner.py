@@ -7,11 +7,7 @@ A plan directory appears whole or not at all: it is written beside its place and
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from onnxsplit.cluster import load_cluster
 from onnxsplit.draft import Draft
 from onnxsplit.errors import PlanError
 from onnxsplit.examine import Say, Subject, examine, silent
+from onnxsplit.files import check_parent, new_folder
 from onnxsplit.options import CutOptions
 from onnxsplit.outcome import Outcome
 from onnxsplit.plan import PLAN_FILE, Plan
@@ -88,7 +85,7 @@ def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say 
     """Cut a model that was examined, and write the plan directory."""
     check_target(target)
     choose = choice(subject, options, say)
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         made = Draft(choose, folder, say).make(options.rounds)
         if made.plan.costs.source == "measured":
             say("looking for the batch axis")
@@ -117,31 +114,4 @@ def check_target(target: Path) -> None:
         raise PlanError(f"{target} is there and is no folder; choose another place with -o DIR")
     if target.is_dir() and any(target.iterdir()) and not (target / PLAN_FILE).is_file():
         raise PlanError(f"{target} is there and holds no plan; nothing was touched. Choose another place with -o DIR")
-    if not target.absolute().parent.is_dir():
-        raise PlanError(
-            f"the folder {target.absolute().parent} does not exist; create it or choose another with -o DIR"
-        )
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that takes the target's place when all went well, and leaves no trace when not."""
-    target = target.absolute()
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise PlanError(f"cannot write into {target.parent}: {error.strerror}") from error
-    try:
-        yield folder
-        mask = os.umask(0)
-        os.umask(mask)
-        folder.chmod(0o777 & ~mask)
-        old = folder.with_suffix(".old")
-        if target.is_dir():
-            target.rename(old)
-        folder.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise PlanError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    check_parent(target)

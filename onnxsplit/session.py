@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import ModelError, ModelRefused, OnnxsplitError, ProviderError
+from onnxsplit.errors import ModelError, ModelRefused, OnnxsplitError, ProviderError, one_line
 from onnxsplit.plan import Level
 from onnxsplit.providers import load_runtime, parse_provider, require_provider, why_not_loaded
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
@@ -258,5 +258,5 @@ def open_session(
 
 
 def _first_lines(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if len(text) <= 600 else text[:600] + " ..."

@@ -28,6 +28,7 @@ from onnxsplit.plan import Level
 from onnxsplit.session import Session, open_session, quiet_environment
 from onnxsplit.tensors import load_npz, save_npz
 
+_TYPICAL_S = 1.0
 _START_DELAY_NS = 20_000_000  # between the order to start together and the start
 
 
@@ -171,6 +172,17 @@ def run_together(models: Sequence[TimedModel], seconds: float, *, least: int = 2
     for model in models:
         model._send(_Run(seconds, start, least))
     return [model._receive().times_ns for model in models]
+
+
+def typical_ns(model: Path, inputs: Path, *, threads: int, provider: str) -> int:
+    """What one run of a whole model takes here, by itself: the median of a second, once it is warm.
+
+    Raises:
+        ModelError, InputError, ProviderError: it does not run.
+    """
+    with TimedModel(model, inputs, threads=threads, level="all", provider=provider) as timed:
+        timed.run(_TYPICAL_S / 4)
+        return median_ns(timed.run(_TYPICAL_S, least=3))
 
 
 def median_ns(times_ns: Sequence[int]) -> int:

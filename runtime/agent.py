@@ -18,7 +18,7 @@ from pathlib import Path
 from onnxsplit.cluster import LOCAL, Device, Link
 from onnxsplit.errors import ModelError, OnnxsplitError
 from onnxsplit.providers import provider_here
-from onnxsplit.timed import TimedModel, median_ns
+from onnxsplit.timed import typical_ns
 from runtime import codec
 from runtime.errors import PipelineError, ProtocolError
 from runtime.keys import Keys
@@ -44,7 +44,6 @@ _MESSAGES = 300
 _BULK_S = 2.0  # of large messages
 _BULK_AHEAD = 16
 _MOST_PIECES = 1 << 13
-_MODEL_S = 1.0
 _PATIENCE_S = 30.0
 _MODEL_PATIENCE_S = 600.0
 _FAREWELL_S = 2.0
@@ -210,9 +209,7 @@ class _Agent:
             return 0
         model, inputs = self._file(asked.model), self._file(asked.inputs)
         try:
-            with TimedModel(model, inputs, threads=asked.threads, level="all", provider=asked.provider) as timed:
-                timed.run(_MODEL_S / 4)
-                return median_ns(timed.run(_MODEL_S, least=3))
+            return typical_ns(model, inputs, threads=asked.threads, provider=asked.provider)
         except ModelError:
             return 0
 

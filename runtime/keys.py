@@ -78,13 +78,18 @@ class Keys:
         return _read(file)
 
 
+def is_occupied(folder: Path) -> bool:
+    """Whether something is there: a file, or a folder that is not empty."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def create(folder: Path) -> None:
     """Make a keys folder with a new pair and an empty allow-list.
 
     Raises:
         InputError: there is something at ``folder``.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         raise InputError(f"{folder} exists; keys are never overwritten. Choose another folder, or remove it first")
     pair = new_key_pair()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -104,7 +109,7 @@ def create_for(folder: Path, nodes: tuple[str, ...]) -> list[Path]:
         check_name(name)
     if "coordinator" in nodes or len(set(nodes)) < len(nodes):
         raise InputError("nodes need names of their own, other than 'coordinator'")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         raise InputError(f"{folder} exists; keys are never overwritten. Choose another folder, or remove it first")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     coordinator = folder / "coordinator"

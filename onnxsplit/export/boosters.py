@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxsplit.errors import ExportError, MissingDependency
+from onnxsplit.errors import ExportError, MissingDependency, one_line
 from onnxsplit.export import Conversion, ExportOptions
 from onnxsplit.export.sklearn import JUMPS, normalised
 from onnxsplit.export.sources import Source
@@ -39,7 +39,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     except ExportError:
         raise
     except Exception as error:  # the frameworks raise whatever their parts raise
-        raise ExportError(f"{source.text} cannot be exported: {' '.join(str(error).split())[:400]}") from error
+        raise ExportError(f"{source.text} cannot be exported: {one_line(error, 400)}") from error
     spec = InputSpec(INPUT, "float32", ("batch", features))
     return [
         Conversion(

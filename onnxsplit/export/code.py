@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from onnxsplit.errors import ExportError, MissingDependency, OnnxsplitError
+from onnxsplit.errors import ExportError, MissingDependency, OnnxsplitError, one_line
 from onnxsplit.export import Conversion, ExportOptions, Recipe
 from onnxsplit.export.pytorch import EXTRA, of_recipe, recipe_of, require_torch
 from onnxsplit.export.sources import Source
@@ -107,7 +107,7 @@ def _broken(source: Source, error: Exception) -> ExportError:
     """Code that raises: what, and where."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (place.filename, place.lineno)
-    words = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())[:300]
+    words = error.msg if isinstance(error, SyntaxError) else one_line(error, 300)
     return ExportError(f"{source.text} raises {type(error).__name__} at {where[0]}:{where[1]}: {words}")
 
 

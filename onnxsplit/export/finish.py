@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 import onnxsplit
-from onnxsplit.errors import ExportError, MissingDependency, ModelError
+from onnxsplit.errors import ExportError, MissingDependency, ModelError, one_line
 from onnxsplit.export import TOLERANCE, Conversion, ExportOptions
 from onnxsplit.session import host_cores, open_session
 from onnxsplit.tensors import Array
@@ -119,7 +119,7 @@ def _compared(conversion: Conversion, file: Path, options: ExportOptions) -> dic
         except Exception as error:  # the framework raises whatever its parts raise
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sample.items())
             raise ExportError(
-                f"{conversion.framework} itself does not run on {shapes}: {' '.join(str(error).split())[:300]}; "
+                f"{conversion.framework} itself does not run on {shapes}: {one_line(error, 300)}; "
                 "nothing was written. Export with --no-check to go without"
             ) from error
         for name, expected in wanted.items():

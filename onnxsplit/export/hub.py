@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from onnxsplit.errors import ExportError, MissingDependency
+from onnxsplit.errors import ExportError, MissingDependency, one_line
 from onnxsplit.export import ExportOptions
 from onnxsplit.export.sources import Source
 
@@ -43,7 +43,7 @@ def fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
     except HfHubHTTPError as error:
         raise ExportError(f"the hub does not give {source.text}: {str(error).strip().splitlines()[0]}") from error
     except Exception as error:  # an answer that is none of a hub's
-        raise ExportError(f"cannot fetch {source.text}: {' '.join(str(error).split())[:300]}") from error
+        raise ExportError(f"cannot fetch {source.text}: {one_line(error, 300)}") from error
     if source.file is None:
         return Path(folder), Path(folder).name
     found = Path(folder) / source.file

@@ -16,11 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onnxsplit.errors import ExportError, MissingDependency
+from onnxsplit.errors import ExportError, MissingDependency, one_line
 from onnxsplit.export import Conversion, ExportOptions, hub, onnx_file
-from onnxsplit.export.pytorch import exported, flat, require_torch
+from onnxsplit.export.pytorch import answers, exported, require_torch
 from onnxsplit.export.sources import Source, recognise
-from onnxsplit.tensors import Array
 
 _EXTRA = "pip install 'onnxsplit[transformers]'"
 _SIZES = ({"batch": 2, "sequence": 5, "past": 3, "encoder": 7}, {"batch": 3, "sequence": 2, "past": 4, "encoder": 6})
@@ -51,7 +50,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     except Exception as error:  # transformers raises whatever its parts raise
         raise ExportError(
             f"{type(model).__name__} was taken for a network of the kind {kind!r} and does not run as one: "
-            f"{' '.join(str(error).split())[:300]}. A recipe can say how it is called (docs/export.md)"
+            f"{one_line(error, 300)}. A recipe can say how it is called (docs/export.md)"
         ) from error
     more = ", random weights" if is_random else ""
     return [_with(replace(one, framework=one.framework + more), about) for one in made]
@@ -120,7 +119,7 @@ def _model(torch: Any, path: Path, *, is_random: bool) -> Any:
     except ExportError:
         raise
     except Exception as error:  # transformers raises whatever its parts raise
-        raise ExportError(f"transformers cannot load {path}: {' '.join(str(error).split())[:400]}") from error
+        raise ExportError(f"transformers cannot load {path}: {one_line(error, 400)}") from error
 
 
 def _config(transformers: Any, path: Path) -> Any:
@@ -185,16 +184,11 @@ def _conversion(
         )
         program.save(str(file))
 
-    def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
-        with torch.no_grad():
-            found = network(*(torch.from_numpy(sample[name]) for name in first))
-        return dict(zip(outputs, (tensor.numpy() for tensor in flat(found)), strict=True))
-
     return Conversion(
         framework=f"transformers {transformers.__version__}, PyTorch {torch.__version__}",
         write=write,
         samples=[{name: tensor.numpy() for name, tensor in make(sizes).items()} for sizes in _SIZES],
-        reference=reference,
+        reference=answers(torch, network, first, outputs),
         part=part,
         axes=axes,
     )

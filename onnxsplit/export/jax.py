@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import ExportError, MissingDependency
+from onnxsplit.errors import ExportError, MissingDependency, one_line
 from onnxsplit.export import Conversion, ExportOptions, Recipe, finish
 from onnxsplit.export.sources import Source
 from onnxsplit.export.specs import InputSpec, samples
@@ -51,7 +51,7 @@ def convert(found: Any, source: Source, options: ExportOptions) -> Conversion:
     try:
         shown = function(*given[0].values())
     except Exception as error:  # whatever the function raises
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ExportError(f"{source.text} does not run on the inputs given: {reason}") from error
     leaves = jax.tree_util.tree_leaves(shown)
     names = outputs or _names(shown, len(leaves))
@@ -68,9 +68,7 @@ def convert(found: Any, source: Source, options: ExportOptions) -> Conversion:
                 output_names=list(names),
             )
         except Exception as error:  # jax2onnx raises whatever its parts raise
-            raise ExportError(
-                f"jax2onnx could not convert the function: {' '.join(str(error).split())[:500]}"
-            ) from error
+            raise ExportError(f"jax2onnx could not convert the function: {one_line(error, 500)}") from error
         del proto.graph.value_info[:]  # some of it is out of date; shapes are inferred where they are needed
         finish.save(proto, file)
 

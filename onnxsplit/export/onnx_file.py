@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from onnxsplit.cost.measured import find_example
-from onnxsplit.errors import ExportError, InputError, ModelError
+from onnxsplit.errors import ExportError, InputError, ModelError, one_line
 from onnxsplit.export import Conversion, ExportOptions, finish
 from onnxsplit.export.sources import Source
 from onnxsplit.graph import build_graph
@@ -68,13 +68,11 @@ def _small(path: Path, file: Path, opset: int | None) -> None:
         try:
             proto = onnx.version_converter.convert_version(proto, opset)
         except Exception as error:  # ONNX's converter raises plain RuntimeErrors
-            raise ExportError(f"{path} cannot be had in opset {opset}: {' '.join(str(error).split())[:300]}") from error
+            raise ExportError(f"{path} cannot be had in opset {opset}: {one_line(error, 300)}") from error
     try:
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception as error:  # as above
-        raise ExportError(
-            f"the shapes in {path} contradict each other: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise ExportError(f"the shapes in {path} contradict each other: {one_line(error, 300)}") from error
     onnx.save(proto, str(file))
 
 

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -115,28 +115,36 @@ def of_recipe(torch: Any, recipe: Recipe, options: ExportOptions, **more: Any) -
         )
         program.save(str(file))
 
-    def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
-        with torch.no_grad():
-            found = network(*(torch.from_numpy(sample[name].copy()) for name in recipe.inputs))
-        return dict(zip(recipe.outputs, (tensor.numpy() for tensor in flat(found)), strict=True))
-
     first = {name: tensor.numpy() for name, tensor in recipe.inputs.items()}
     return Conversion(
         framework=f"PyTorch {torch.__version__}",
         write=write,
         samples=(first, *_resized(first, recipe)),
-        reference=reference,
+        reference=answers(torch, network, recipe.inputs, recipe.outputs),
         axes=recipe.dynamic_axes,
         **more,
     )
 
 
-def flat(found: Any) -> list[Any]:
+def answers(
+    torch: Any, network: Callable[..., Any], inputs: Iterable[str], outputs: Iterable[str]
+) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    """How to ask PyTorch itself: outputs by name for inputs by name, which the network may overwrite."""
+
+    def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
+        with torch.no_grad():
+            found = network(*(torch.from_numpy(sample[name].copy()) for name in inputs))
+        return dict(zip(outputs, (tensor.numpy() for tensor in _flat(found)), strict=True))
+
+    return reference
+
+
+def _flat(found: Any) -> list[Any]:
     """The tensors that a network returned, in order."""
     if isinstance(found, dict):
-        return [tensor for value in found.values() for tensor in flat(value)]
+        return [tensor for value in found.values() for tensor in _flat(value)]
     if isinstance(found, tuple | list):
-        return [tensor for value in found for tensor in flat(value)]
+        return [tensor for value in found for tensor in _flat(value)]
     return [found]
 
 
@@ -208,16 +216,11 @@ def _from_program(torch: Any, source: Source, options: ExportOptions) -> Convers
         names = {"input_names": list(inputs), "output_names": list(outputs)}
         exported(torch, program, (), opset=options.opset, **names).save(str(file))
 
-    def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
-        with torch.no_grad():
-            found = module(*(torch.from_numpy(sample[name]) for name in inputs))
-        return dict(zip(outputs, (tensor.numpy() for tensor in flat(found)), strict=True))
-
     return Conversion(
         framework=f"PyTorch {torch.__version__}",
         write=write,
         samples=[{name: tensor.numpy() for name, tensor in given.items()}],
-        reference=reference,
+        reference=answers(torch, module, inputs, outputs),
         axes=free | {name: {0: "batch"} for name in outputs if any(0 in axes for axes in free.values())},
     )
 

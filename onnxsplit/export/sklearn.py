@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxsplit.errors import ExportError, MissingDependency
+from onnxsplit.errors import ExportError, MissingDependency, one_line
 from onnxsplit.export import Conversion, ExportOptions
 from onnxsplit.export.sources import Source, refuse_code
 from onnxsplit.export.specs import InputSpec, samples
@@ -43,7 +43,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
             warnings.simplefilter("ignore")
             found = joblib.load(source.path)
     except Exception as error:  # whatever is in it
-        raise ExportError(f"{source.text} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise ExportError(f"{source.text} cannot be loaded: {one_line(error, 300)}") from error
     return [of_estimator(found, options)]
 
 
@@ -65,7 +65,7 @@ def _skops(source: Source, options: ExportOptions) -> Any:
     try:
         unknown = sorted(set(skops.io.get_untrusted_types(file=source.path)) - set(_SAFE))
     except Exception as error:  # a damaged file
-        raise ExportError(f"{source.text} is no file of skops: {' '.join(str(error).split())[:200]}") from error
+        raise ExportError(f"{source.text} is no file of skops: {one_line(error, 200)}") from error
     if unknown:
         refuse_code(source, f"it holds types that are not known to be safe ({', '.join(unknown)})", trust=options.trust)
     return skops.io.load(source.path, trusted=[*unknown, *_SAFE])
@@ -104,9 +104,7 @@ def of_estimator(estimator: Any, options: ExportOptions) -> Conversion:
                 warnings.simplefilter("ignore")
                 proto = convert_sklearn(estimator, initial_types=_types(specs), target_opset=targets, **more)
         except Exception as error:  # skl2onnx raises whatever its parts raise
-            raise ExportError(
-                f"skl2onnx could not convert the estimator: {' '.join(str(error).split())[:500]}"
-            ) from error
+            raise ExportError(f"skl2onnx could not convert the estimator: {one_line(error, 500)}") from error
         names.extend(value.name for value in proto.graph.output)
         file.write_bytes(normalised(proto, options.opset or _OPSET).SerializeToString())
 
@@ -158,12 +156,10 @@ def _table(estimator: Any, specs: Sequence[InputSpec], sample: Mapping[str, Arra
     """One array; or columns by name, for pipelines that were fitted on a table."""
     if len(specs) == 1 and not hasattr(estimator, "feature_names_in_"):
         return sample[specs[0].name]
-    if len(specs) == 1:
-        import pandas
-
-        return pandas.DataFrame(sample[specs[0].name], columns=list(estimator.feature_names_in_))
     import pandas
 
+    if len(specs) == 1:
+        return pandas.DataFrame(sample[specs[0].name], columns=list(estimator.feature_names_in_))
     return pandas.DataFrame({spec.name: sample[spec.name].reshape(-1) for spec in specs})
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import ExportError, MissingDependency
+from onnxsplit.errors import ExportError, MissingDependency, one_line
 from onnxsplit.export import Conversion, ExportOptions, finish
 from onnxsplit.export.sources import Source, refuse_code
 from onnxsplit.export.specs import InputSpec, samples
@@ -57,7 +57,7 @@ def _required() -> tuple[Any, Any]:
 
 
 def _failed(what: str, error: BaseException) -> ExportError:
-    return ExportError(f"{what}: {' '.join(str(error).split())[:500]}")
+    return ExportError(f"{what}: {one_line(error, 500)}")
 
 
 def _saved_model(tf: Any, tf2onnx: Any, path: Path, opset: int, options: ExportOptions) -> Conversion:

@@ -19,7 +19,7 @@ from typing import Any
 
 from onnxsplit.errors import InputError, MissingDependency, PlanError
 from onnxsplit.plan import Plan, Stage
-from runtime.keys import create_for
+from runtime.keys import create_for, is_occupied
 
 Document = dict[str, Any]
 
@@ -100,7 +100,7 @@ def write(plan: Plan, wishes: Wishes, folder: Path) -> list[Path]:
         MissingDependency: PyYAML is not installed.
     """
     files = manifests(plan, wishes)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         raise PlanError(f"{folder} is there already; nothing was touched. Choose another place with -o DIR")
     texts = {path: to_yaml(documents) for path, documents in files.items()}
     try:
