@@ -58,6 +58,12 @@ class ExportError(OnnxsplitError):
     """A model could not be exported, or the exported model gives other results than its framework."""
 
 
+def shown(value: object, most: int = 80) -> str:
+    """A value as a message shows it: its ``repr``, cut where it is long, so that no input can make a message large."""
+    text = repr(value[: most + 1] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def one_line(error: BaseException, most: int | None = None) -> str:
     """What an error of another library says, in one line of at most so many characters."""
     return " ".join(str(error).split())[:most]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, shown
 from onnxsplit.files import replacing
 
 Array = np.ndarray[Any, Any]
@@ -47,6 +47,12 @@ _BITS = {"uint4": 4, "int4": 4, "float4e2m1": 4, "uint2": 2, "int2": 2, "float8e
 
 TRAVELLING_TYPES = frozenset([*_NUMPY, *_ML_DTYPES, "string"]) - {"complex64", "complex128"}
 """Types whose tensors can pass from one stage to another: those an ONNX Runtime session takes and gives."""
+
+MAX_RANK = 32
+"""Dimensions a tensor may have."""
+
+_ADDRESSES = 1 << 62  # bytes that no tensor reaches, so that sizes can be added and multiplied without a second look
+_MOST_PROBLEMS = 10  # that one message lists
 
 _STRING_BYTES = 16  # a guess: the length of strings is not part of their type
 _NOTE = "onnxsplit.dtypes.json"  # a member that is no .npy, so no tensor's name can meet it
@@ -100,6 +106,18 @@ def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return count * numpy_dtype(dtype).itemsize
 
 
+def element_count(shape: Sequence[int], itemsize: int = 1) -> int | None:
+    """The number of elements of a shape; None where no array can have it.
+
+    A size may not be negative. The sizes other than 0 are bounded together, since NumPy computes strides of them too.
+    """
+    if len(shape) > MAX_RANK or any(size < 0 for size in shape):
+        return None
+    if math.prod(size or 1 for size in shape) * itemsize > _ADDRESSES:
+        return None
+    return math.prod(shape)
+
+
 def check_inputs(
     given: Mapping[str, Array],
     specs: Mapping[str, tuple[str, Sequence[int | str] | None]],
@@ -115,7 +133,7 @@ def check_inputs(
     Raises:
         InputError: listing every name, type, rank and dimension that does not fit, with what is expected.
     """
-    problems = [f"{name!r} is unknown" for name in given if name not in specs]
+    problems = [f"{shown(name)} is unknown" for name in given if name not in specs]
     problems += [
         f"{name!r} is missing ({dtype}{_shape_text(shape)})"
         for name, (dtype, shape) in specs.items()
@@ -140,7 +158,10 @@ def check_inputs(
                 problems.append(f"{name!r} has size {size} on axis {axis}, expected {want}: {_shape_text(shape)}")
     if problems:
         expected = "; ".join(f"{name}: {dtype}{_shape_text(shape)}" for name, (dtype, shape) in specs.items())
-        raise InputError("the inputs do not fit the model: " + "; ".join(problems) + f". The model takes {expected}")
+        listed = problems[:_MOST_PROBLEMS]
+        if len(problems) > len(listed):
+            listed.append(f"and {len(problems) - len(listed)} more")
+        raise InputError("the inputs do not fit the model: " + "; ".join(listed) + f". The model takes {expected}")
 
 
 def _shape_text(shape: Sequence[int | str] | None) -> str:

@@ -36,12 +36,21 @@ class Admission:
         try:
             turn.get(timeout=timeout)
         except Empty:
-            with self._lock:
-                if turn.empty():
-                    self._waiting.remove((size, turn))
-                    self._admit()  # it may have stood in the way of a smaller one
-                    return False
+            return not self._gave_up(size, turn)
+        except BaseException:  # an interrupted caller takes no place with it
+            if not self._gave_up(size, turn):
+                self.leave(size)
+            raise
         return True
+
+    def _gave_up(self, size: int, turn: SimpleQueue[None]) -> bool:
+        """Wait no longer; False when it was let in meanwhile."""
+        with self._lock:
+            if (size, turn) not in self._waiting:
+                return False
+            self._waiting.remove((size, turn))
+            self._admit()  # it may have stood in the way of a smaller one
+            return True
 
     def leave(self, size: int) -> None:
         """A request that was let in with ``size`` bytes is out."""
@@ -49,6 +58,11 @@ class Admission:
             self._inside -= 1
             self._inside_bytes -= size
             self._admit()
+
+    @property
+    def inside(self) -> int:
+        """Requests that were let in and are not out."""
+        return self._inside
 
     def _admit(self) -> None:
         while self._waiting and self._fits(self._waiting[0][0]):

@@ -33,15 +33,12 @@ from typing import Protocol
 
 import numpy as np
 
-from onnxsplit.tensors import Array, numpy_dtype
+from onnxsplit.tensors import Array, element_count, numpy_dtype
 from runtime.board import BOARD_BYTES, PEERS, Board
 from runtime.errors import ProtocolError
 from runtime.extents import Extents, aligned
-from runtime.messages import Memory, Place
+from runtime.messages import SLOTS, Memory, Place
 from runtime.pinned import Pin
-
-SLOTS = 1024
-"""Slots of an arena; who needs more at once sends its tensors as frames."""
 
 _LEDGER = 4096
 _TOKEN_BYTES = 32
@@ -307,9 +304,10 @@ class PeerArena:
             ProtocolError: the place is outside of the memory.
         """
         kind = numpy_dtype(dtype)
-        size = kind.itemsize
-        for length in shape:
-            size *= length
+        count = element_count(shape, kind.itemsize)
+        if count is None:
+            raise ProtocolError(f"a tensor of the shape {list(shape)} would be outside of any memory")
+        size = count * kind.itemsize
         if not (0 <= place.slot < SLOTS and _DATA_AT <= place.offset <= self._size - size):
             raise ProtocolError(f"{size} bytes in slot {place.slot} at {place.offset} are outside of the peer's memory")
         if self._pin is not None and place.offset + size > self._pinned:

@@ -8,16 +8,15 @@ A tensor of strings is its number of bytes for each string, as uint32, then the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from onnxsplit.errors import InputError
-from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, numpy_dtype
-from runtime.errors import ProtocolError
+from onnxsplit.errors import InputError, shown
+from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, element_count, numpy_dtype
+from runtime.errors import ProtocolError, StageFailed
 from runtime.messages import (
     Asked,
     CoordinatorControl,
@@ -32,7 +31,8 @@ from runtime.messages import (
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
-MAX_RANK = 32
+MAX_FRAME_BYTES = 512 << 20
+"""The largest tensor that goes as a frame; a reader closes a link on which a larger one is announced."""
 
 INLINE_BYTES = 16 << 10
 """Tensors up to this size ride in the header: copying them costs less than keeping track of them."""
@@ -143,8 +143,27 @@ def _bytes_of(tensor: Array) -> Buffer:
 
 
 def _encode_strings(tensor: Array) -> bytes:
-    texts = [text if isinstance(text, bytes) else str(text).encode() for text in tensor.reshape(-1)]
+    texts = [str(text).encode() for text in tensor.reshape(-1)]
     return np.array([len(text) for text in texts], dtype="<u4").tobytes() + b"".join(texts)
+
+
+def check_sizes(names: Sequence[str], header: bytes, frames: Sequence[Buffer]) -> None:
+    """Refuse to send what no reader would take, and what would be sent again and again.
+
+    Raises:
+        StageFailed: saying what is too large.
+    """
+    largest = max(map(len, frames), default=0)
+    if largest > MAX_FRAME_BYTES:
+        raise StageFailed(
+            f"one of the tensors {shown(list(names))} has {largest} bytes; at most {MAX_FRAME_BYTES} can be sent where "
+            "it does not fit into shared memory. Allow more of that (--inflight-bytes), or send smaller batches"
+        )
+    if len(header) > MAX_HEADER_BYTES:
+        raise StageFailed(
+            f"the names and shapes of the {len(names)} tensors {shown(list(names))} take {len(header)} bytes; at most "
+            f"{MAX_HEADER_BYTES} can be sent at once"
+        )
 
 
 def frames_of(heads: Sequence[TensorHead]) -> int:
@@ -171,9 +190,7 @@ def decode_tensors(
     found = {}
     for head in heads:
         if head.dtype not in TRAVELLING_TYPES:
-            raise ProtocolError(f"tensor {head.name!r} has the type {head.dtype!r}, which cannot travel")
-        if len(head.shape) > MAX_RANK or any(size < 0 for size in head.shape):
-            raise ProtocolError(f"tensor {head.name!r} has the shape {head.shape}")
+            raise ProtocolError(f"tensor {shown(head.name)} has the type {head.dtype!r}, which cannot travel")
         if isinstance(head.payload, Place):
             if head.dtype == "string":
                 raise ProtocolError(f"tensor {head.name!r}: strings do not go through shared memory")
@@ -184,13 +201,15 @@ def decode_tensors(
 
 
 def _decode_tensor(head: TensorHead, frame: Buffer) -> Array:
-    count = math.prod(head.shape)
+    dtype = numpy_dtype(head.dtype)
+    count = element_count(head.shape, dtype.itemsize)
+    if count is None:
+        raise ProtocolError(f"tensor {shown(head.name)} has the shape {shown(head.shape)}, which no tensor has")
     if head.dtype == "string":
         return _decode_strings(head, bytes(frame), count)
-    dtype = numpy_dtype(head.dtype)
     size = len(frame)
     if count * dtype.itemsize != size:
-        raise ProtocolError(f"tensor {head.name!r} of {head.dtype}{list(head.shape)} in {size} bytes")
+        raise ProtocolError(f"tensor {shown(head.name)} of {head.dtype}{list(head.shape)} in {size} bytes")
     if count == 0:
         return np.empty(head.shape, dtype)
     array: Array = np.ndarray(head.shape, dtype, frame)

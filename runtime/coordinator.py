@@ -7,6 +7,7 @@ results are the business of :mod:`runtime.flow`.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import threading
@@ -77,11 +78,12 @@ from runtime.node_state import sources
 from runtime.payloads import Payloads
 from runtime.roster import Kill, Phase, Slot, Start
 from runtime.router import Router
-from runtime.stats import Door, NodeStats, Snapshot, node_stats, sweep
+from runtime.stats import Door, NodeStats, Snapshot, hold, node_stats, sweep
 from runtime.transport import AnsweringInlet, Inlet, Sockets, Wakeup, check_address
 from runtime.watch import Timings, Watch
 
 _STOP_GRACE_S = 3.0
+_TURN_S = 10.0  # without a turn of its loop, which takes half a second at most, the coordinator is in trouble
 _log = logging.getLogger("runtime.coordinator")
 _drops = Drops(_log)
 
@@ -166,6 +168,7 @@ class Coordinator:
             trace=setup.trace,
             elsewhere=self._leave_to_control,
             deadline=self._expect,
+            broken=self._break,
         )
         self.profiles: dict[Slot, list[dict[str, Any]]] = {}
         self._shortcut = setup.premises.home / "results.fragments" if setup.memory_bytes else None
@@ -173,6 +176,9 @@ class Coordinator:
         self._left: deque[Effect] = deque()  # to the thread that owns the control socket
         self._wakeup = Wakeup()
         self._sleeps_until = 0.0
+        self._turned = math.inf  # when the thread last looked after its nodes; it has not begun to
+        self._broken: BaseException | None = None
+        self._held: int | None = None
         self._ready: Future[str] = Future()
         self._drained: Future[None] = Future()
         self._handles: dict[int, Handle] = {}  # by the number of the node
@@ -224,6 +230,16 @@ class Coordinator:
             queues = {number: self._router.outstanding(number) for number in known - {0}}
             return node_stats(self._roster, queues, self._setup.providers)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nobody looks after the requests; None when somebody does."""
+        if self.flow.ended or not self._thread.is_alive():
+            return str(self.flow.reason)
+        late_s = time.monotonic() - self._turned
+        if late_s > _TURN_S:
+            return f"the coordinator has not looked after its nodes for {late_s:.0f} s"
+        return None
+
     def _snapshot(self) -> Snapshot:
         machine, incidents = self._machine, self._roster.incidents
         return Snapshot(
@@ -251,6 +267,11 @@ class Coordinator:
         self._left.append(effect)
         self._wakeup.ring()
 
+    def _break(self, error: BaseException) -> None:
+        """Results cannot be taken any more."""
+        self._broken = error
+        self._wakeup.ring()
+
     def _expect(self, deadline_ns: int) -> None:
         if deadline_ns / 1e9 < self._sleeps_until:
             self._wakeup.ring()
@@ -259,9 +280,10 @@ class Coordinator:
 
     def _serve(self) -> None:
         failure: BaseException | None = None
-        sweep()
         try:
+            sweep()
             premises, security = self._premises, self._premises.security
+            self._held = hold(premises.home)
             with (
                 Sockets(linger_s=0.5, security=security) as sockets,
                 Sockets(security=security) as results,
@@ -302,12 +324,18 @@ class Coordinator:
         begun = time.monotonic()
         next_beat = 0.0
         while self._machine.state is not State.CLOSED:
-            now = time.monotonic()
+            if self._broken is not None:
+                raise self._broken
+            now = self._turned = time.monotonic()
             events: list[Event] = []
-            if now >= next_beat:
+            beats = now >= next_beat
+            if beats:
                 next_beat = now + setup.timings.beat_s
                 events += self._beat(control, now - begun)
             with self.flow.lock:
+                if beats:
+                    now_ns = time.monotonic_ns()
+                    events.append(Tick(now_ns, self._steps() if self._machine.overdue(now_ns) else {}))
                 while self._posted:
                     events.append(self._posted.popleft())
                 steps, now_ns = self._steps() if self._gone else {}, time.monotonic_ns()
@@ -444,7 +472,7 @@ class Coordinator:
                     control.send(record.identity, codec.encode(Trust(tuple(trusted))))
                 if record.hello is not None and record.hello.key not in trusted:
                     self._give_up({record.number: "had its key revoked"})
-        events: list[Event] = [Tick(now)]
+        events: list[Event] = []
         patience = setup.start_timeout_s
         if patience is not None and self._files is not None and self._files.idle_s < patience:
             patience = None  # nobody is late while stage files are on their way
@@ -550,7 +578,10 @@ class Coordinator:
         for number in nodes.keys() - self.flow.links.keys():
             peer = nodes[number]
             shortcut = peer.shortcut if number in mapped else ""
-            self.flow.links[number] = results.connect(peer.address, shortcut=shortcut, key=peer.key)
+            try:
+                self.flow.links[number] = results.connect(peer.address, shortcut=shortcut, key=peer.key)
+            except PipelineError as error:
+                self._give_up({number: f"cannot be reached: {error}"})
         return Met(mapped, time.monotonic_ns())
 
     def _end_nodes(self) -> None:
@@ -559,20 +590,37 @@ class Coordinator:
             handle.end(max(0.0, deadline - time.monotonic()))
 
     def _finish(self, failure: BaseException | None) -> None:
-        """Leave nobody waiting, whatever happened."""
-        broken = failure is not None or isinstance(self._machine.error, LaunchFailed)
-        broken = broken or any(record.phase is Phase.OPEN for record in self._roster)
-        if self._setup.launcher is not None:
-            if self._setup.profile:
-                self.profiles = {slot: self._setup.launcher.profile(*slot) for slot in self._roster.nodes}
-            self._setup.launcher.close(keep_logs=broken)
-        else:
-            shutil.rmtree(self._premises.home, ignore_errors=True)
+        """Leave nobody waiting, whatever happened, and whatever fails on the way."""
         reason = (
             failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
         )
-        self.flow.fail(reason)
-        self._wakeup.close()
+        steps: tuple[Callable[[], None], ...] = (
+            lambda: self.flow.fail(reason),
+            lambda: self._remove(failure),
+            self._let_go,
+            self._wakeup.close,
+        )
+        for step in steps:
+            try:
+                step()
+            except Exception:
+                _log.exception("the coordinator could not end in order")
         for future in (self._ready, self._drained):
             if not future.done():
                 future.set_exception(reason)
+
+    def _let_go(self) -> None:
+        """Hold the pipeline's folder no more; not before what is to stay in it is all that is left."""
+        if self._held is not None:
+            os.close(self._held)
+
+    def _remove(self, failure: BaseException | None) -> None:
+        """End the launcher, and remove what is in the pipeline's folder; the logs stay where they are needed."""
+        broken = failure is not None or isinstance(self._machine.error, LaunchFailed)
+        broken = broken or any(record.phase is Phase.OPEN for record in self._roster)
+        if self._setup.launcher is None:
+            shutil.rmtree(self._premises.home, ignore_errors=True)
+            return
+        if self._setup.profile:
+            self.profiles = {slot: self._setup.launcher.profile(*slot) for slot in self._roster.nodes}
+        self._setup.launcher.close(keep_logs=broken)

@@ -109,10 +109,19 @@ class GivenUp(Struct, frozen=True):
     request: int
 
 
+class Unsendable(Struct, frozen=True):
+    """A request cannot be sent, or what came back of an attempt at it cannot be read; 0 stands for any attempt."""
+
+    request: int
+    error: PipelineError
+    attempt: int = 0
+
+
 class Tick(Struct, frozen=True):
-    """Time passed."""
+    """Time passed. ``steps``: as for :class:`Lost`, where an attempt is overdue."""
 
     now_ns: int
+    steps: Steps = {}
 
 
 class TimedOut(Struct, frozen=True):
@@ -149,6 +158,7 @@ Event = (
     | Reported
     | Expired
     | GivenUp
+    | Unsendable
     | Tick
     | TimedOut
     | Scaled

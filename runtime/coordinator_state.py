@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from onnxsplit.plan import Plan
 from runtime.arena import Step
@@ -56,6 +56,7 @@ from runtime.coordinator_events import (
     Submitted,
     Tick,
     TimedOut,
+    Unsendable,
 )
 from runtime.errors import (
     Cancelled,
@@ -75,6 +76,9 @@ from runtime.watch import Timings
 
 Choose = Callable[[int, int], int | None]
 """The number of the node that is to execute a stage for a request of a cost."""
+
+
+_REMEMBERED = 1024  # of what is kept although it may not be needed again
 
 
 class State(Enum):
@@ -159,6 +163,9 @@ class CoordinatorState:
         self._readers = {
             s.index: frozenset(o.index for o in plan.stages if set(s.outputs) & set(o.inputs)) for s in plan.stages
         }
+        self._feeders = {
+            s.index: frozenset(o.index for o in plan.stages if set(o.outputs) & set(s.inputs)) for s in plan.stages
+        }
         self._requests: dict[int, _Request] = {}
         self._waiting: dict[int, None] = {}  # those that wait for a node, in order
         self._needed: dict[tuple[str, ...], frozenset[int]] = {}
@@ -201,8 +208,10 @@ class CoordinatorState:
                 return self._expired(request, steps)
             case GivenUp(request):
                 return self._refuse(request, Cancelled("the caller gave the request up"))
-            case Tick(now_ns):
-                return self._tick(now_ns)
+            case Unsendable(request, error, attempt):
+                return self._refuse(request, error) if attempt in (0, self.attempt(request)) else []
+            case Tick():
+                return self._tick(event)
             case TimedOut(reason):
                 return self._fail(LaunchFailed(reason)) if self.state is State.STARTING else []
             case Scaled(stage, replicas, now_ns):
@@ -253,6 +262,15 @@ class CoordinatorState:
             number = heappop(self._deadlines)[1]
             late.append((number, self._requests[number].attempt))
         return tuple(late)
+
+    def overdue(self, now_ns: int) -> tuple[Key, ...]:
+        """The attempts of which nothing was heard for too long."""
+        patience = max(self._timings.lost_s * 1e9, self._timings.stall_factor * self._usual_ns)
+        return tuple(
+            (number, found.attempt)
+            for number, found in self._requests.items()
+            if not found.waits and now_ns - found.begun_ns > patience * 2 ** min(found.attempt - 1, 8)
+        )
 
     # Nodes
 
@@ -363,13 +381,38 @@ class CoordinatorState:
                 record.leaves_at = self.roster.view
         return [*effects, *self._settled()]
 
-    def _tick(self, now_ns: int) -> list[Effect]:
-        effects: list[Effect] = [*self.roster.due(now_ns)]
-        patience = max(self._timings.lost_s * 1e9, self._timings.stall_factor * self._usual_ns)
-        for number, request in list(self._requests.items()):
-            if not request.waits and now_ns - request.begun_ns > patience * 2 ** min(request.attempt - 1, 8):
-                effects += [*self._again(number, "nothing was heard of it for too long"), *self._resume(now_ns)]
+    def _tick(self, event: Tick) -> list[Effect]:
+        effects: list[Effect] = [*self.roster.due(event.now_ns)]
+        for number, attempt in self.overdue(event.now_ns):
+            request = self._requests[number]
+            since_s = (event.now_ns - request.begun_ns) / 1e9
+            awaited = self._awaited(request, event.steps.get((number, attempt), {}))
+            effects += self._again(number, f"nothing was heard of it for {since_s:.0f} s: {awaited}")
+            effects += self._resume(event.now_ns)
         return effects
+
+    def _awaited(self, request: _Request, steps: Mapping[int, Step]) -> str:
+        """What a request waits for: the stages that are next, with their nodes, as far as is known."""
+        at = {step: {self.roster.stage_of(n): n for n, found in steps.items() if found is step} for step in Step}
+        behind = request.needed - at[Step.DONE].keys()
+        if not behind:
+            return "its outputs were on their way from " + self._names(max(request.needed))
+        words = []
+        for stage in sorted(behind):
+            running = self.roster.by_number(at[Step.RUNNING].get(stage, -1))
+            if running is not None:
+                words.append(f"{running.called} was running it")
+            elif not self._feeders[stage] & behind:  # else it is the turn of another first
+                words.append(f"{self._names(stage)} had not begun it")
+        return "; ".join(words)
+
+    def _names(self, stage: int) -> str:
+        """A stage and its nodes, as messages name them, with what is wrong with those that are not ready."""
+        records = [record for slot, record in self.roster.nodes.items() if slot[0] == stage]
+        if len(records) == 1:
+            return records[0].called + _unready(records[0])
+        nodes = ", ".join(f"{stage}.{record.slot[1]}{_unready(record)}" for record in records)
+        return f"stage {stage} (nodes {nodes})"
 
     # Requests
 
@@ -380,13 +423,22 @@ class CoordinatorState:
             return [Reject(event.request, PipelineClosed("the pipeline is not ready"))]
         needed = self._needed.get(event.wanted)
         if needed is None:
+            if len(self._needed) >= _REMEMBERED:
+                self._needed.clear()
             needed = self._needed[event.wanted] = self._plan.stages_for(event.wanted)
         self._requests[event.request] = _Request(
             event.wanted, needed, event.cost, event.deadline_ns, event.now_ns, set(event.wanted)
         )
         if event.deadline_ns is not None:
-            heappush(self._deadlines, (event.deadline_ns, event.request))
+            self._note_deadline(event.deadline_ns, event.request)
         return self._begin(event.request, event.now_ns)
+
+    def _note_deadline(self, deadline_ns: int, number: int) -> None:
+        """Remember a deadline; those of requests that were answered long before theirs go when they are most."""
+        if len(self._deadlines) > 2 * len(self._requests) + _REMEMBERED:
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+            heapify(self._deadlines)
+        heappush(self._deadlines, (deadline_ns, number))
 
     def _begin(self, number: int, now_ns: int) -> list[Effect]:
         """Begin an attempt, or wait for a node."""
@@ -497,13 +549,13 @@ class CoordinatorState:
         request = self._requests.get(number)
         if request is None:
             return []
-        if request.waits:
-            absent = [str(stage) for stage in sorted(request.needed - self.roster.served)]
-            where = f"no node of stage {', '.join(absent)} was up" if absent else "it had not begun"
+        absent = sorted(request.needed - self.roster.served)
+        if not request.waits:
+            where = self._awaited(request, steps)
+        elif absent:
+            where = "it waited for a node of " + ", ".join(self._names(stage) for stage in absent)
         else:
-            done = {self.roster.stage_of(node) for node, step in steps.items() if step is Step.DONE}
-            behind = [str(stage) for stage in sorted(request.needed) if stage not in done]
-            where = f"stage {', '.join(behind)} had not finished" if behind else "its outputs were on their way"
+            where = "its next attempt had not begun"
         tries = f" in {request.attempt} attempts" if request.attempt > 1 else ""
         return self._refuse(number, DeadlineExceeded(f"the request's time ran out{tries}: {where}"))
 
@@ -552,3 +604,10 @@ class CoordinatorState:
             effects += self._refuse(number, error)
         known = [node.identity for node in self.roster.nodes.values() if node.identity]
         return [*effects, *(SendAway(identity, "the pipeline was closed") for identity in known)]
+
+
+def _unready(record: Record) -> str:
+    """What is wrong with a node that is not ready; nothing of one that is."""
+    if record.phase is Phase.READY:
+        return ""
+    return f": {record.phase.value}" + (f", it {record.reason}" if record.reason else "")

@@ -7,10 +7,12 @@ OnnxsplitError
     ├── DeadlineExceeded   the request's time ran out (also a TimeoutError)
     ├── Cancelled          the caller gave the request up
     ├── StageFailed        a stage could not execute this request; others are not affected
+    ├── NotSeparable       the answers to the parts of a batch do not fit each other
     ├── NodeFailed         the request killed every node that tried it; names stage, node, exit code or signal, log
     ├── StageUnavailable   the nodes of a stage keep failing; tells why, and when they are tried again
     ├── PipelineClosed     the pipeline was closed
     └── ProtocolError      a peer said something that is not of the protocol
+        └── MemoryWithdrawn    a message names memory that is not, or no longer, mapped here
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ class StageFailed(PipelineError):
     """A stage could not execute this request; carries ONNX Runtime's words. Other requests are not affected."""
 
 
+class NotSeparable(PipelineError):
+    """A batch ran in parts, and their outputs cannot be joined: the model's rows are not independent."""
+
+
 class NodeFailed(PipelineError):
     """Nodes died while they executed this request, as often as it was tried; it is not tried again."""
 
@@ -56,3 +62,7 @@ class PipelineClosed(PipelineError):
 
 class ProtocolError(PipelineError):
     """A peer sent something that is not of the protocol; it is dropped."""
+
+
+class MemoryWithdrawn(ProtocolError):
+    """A message names memory that is not, or no longer, mapped here; another attempt at the request follows."""

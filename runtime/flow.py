@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from onnxsplit.errors import one_line
 from onnxsplit.plan import Plan
 from onnxsplit.tensors import Array
 from runtime import codec
@@ -30,9 +31,10 @@ from runtime.coordinator_events import (
     Resolve,
     Returned,
     Submitted,
+    Unsendable,
 )
 from runtime.coordinator_state import CoordinatorState
-from runtime.errors import PipelineClosed, PipelineError, ProtocolError
+from runtime.errors import MemoryWithdrawn, PipelineClosed, PipelineError, ProtocolError, StageFailed
 from runtime.logs import Drops, log_event
 from runtime.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
 from runtime.node_state import sources
@@ -57,12 +59,21 @@ class Answer:
 Done = Callable[[Answer], None]
 
 
+def _nobody(_: Answer) -> None:
+    """Hears the answer to a request whose caller was told otherwise."""
+
+
+_WORDS = 500
+_MOST_FAULTS = 100  # messages in a row that cannot be taken, after which the pipeline ends
+
+
 @dataclass(frozen=True)
 class _Outputs:
-    """A fragment that came back, and copies of its tensors; None when nobody waits for them."""
+    """A fragment that came back, and copies of its tensors; None when nobody waits for them, or they were not made."""
 
     fragment: Fragment
     tensors: dict[str, Array] | None
+    error: PipelineError | None = None
 
 
 @dataclass
@@ -84,8 +95,16 @@ class _Pending:
     outputs: dict[str, Array] = field(default_factory=dict)
 
 
+class _Here(threading.local):
+    """What the present thread is at."""
+
+    delivering = False
+
+
 class Flow:
     """The requests of one coordinator.
+
+    A fault that has to do with one request ends that request alone: no thread that others need ends with it.
 
     Args:
         plan: what the nodes execute.
@@ -96,6 +115,7 @@ class Flow:
         trace: record when each request was where.
         elsewhere: takes effects that are not about requests, while the lock is held; any thread calls it.
         deadline: told of a request's deadline in nanoseconds.
+        broken: told, in any thread, that results cannot be taken any more.
 
     Attributes:
         lock: of the machine, the links, the own shared memory and what is pending here.
@@ -116,6 +136,7 @@ class Flow:
         trace: bool,
         elsewhere: Callable[[Effect], None],
         deadline: Callable[[int], None],
+        broken: Callable[[BaseException], None],
     ) -> None:
         self.lock = threading.Lock()
         self.links: dict[int, Outlet] = {}
@@ -130,6 +151,10 @@ class Flow:
         self._trace = trace
         self._elsewhere = elsewhere
         self._deadline = deadline
+        self._broken = broken
+        self._reason: PipelineError | None = None
+        self._here = _Here()
+        self._faults = 0
         self._entrances = {
             stage.index: tuple(name for name in stage.inputs if name in plan.inputs)
             for stage in plan.stages
@@ -152,28 +177,49 @@ class Flow:
         """Send a request in, and return its number; ``inputs`` are copied before this returns.
 
         ``done`` is called once: in a thread of the coordinator's, or in this one when the request is refused at once.
+        When this raises, nothing of the request is left, and ``done`` is not called from then on.
         """
         pending = None
         with self.lock:
             number = self._count
             self._count += 1
-            now = time.monotonic_ns()
             if self._stopped:
-                reason = self._machine.error or PipelineClosed("the pipeline was closed")
-                self._answers.append((done, Answer({}, reason)))
+                self._answers.append((done, Answer({}, self.reason)))
             else:
-                pending = self._pending[number] = _Pending(done, now)
-                self.perform(self._machine.handle(Submitted(number, wanted, cost, deadline_ns, now)))
-                if number in self._pending:
-                    self._payloads.place(pending.going, shapes_of(inputs), inputs)
-                else:
-                    pending = None
+                pending = self._decide(number, inputs, wanted, cost, deadline_ns, done)
         if pending is not None:
-            self._place(pending, number, inputs)
+            try:
+                self._place(pending, number, inputs)
+            except BaseException:
+                with self.lock:
+                    self._withdraw(number)
+                raise
             if deadline_ns is not None:
                 self._deadline(deadline_ns)
         self.deliver()
         return number
+
+    def _decide(
+        self,
+        number: int,
+        inputs: Mapping[str, Array],
+        wanted: tuple[str, ...],
+        cost: int,
+        deadline_ns: int | None,
+        done: Done,
+    ) -> _Pending | None:
+        """Let the machine take a request, while the lock is held; None when it is refused."""
+        now = time.monotonic_ns()
+        pending = self._pending[number] = _Pending(done, now)
+        try:
+            self.perform(self._machine.handle(Submitted(number, wanted, cost, deadline_ns, now)))
+            if number not in self._pending:
+                return None
+            self._payloads.place(pending.going, shapes_of(inputs), inputs)
+        except BaseException:
+            self._withdraw(number)
+            raise
+        return pending
 
     def _place(self, pending: _Pending, number: int, inputs: Mapping[str, Array]) -> None:
         """Copy a request's inputs to where nodes read them, and begin the attempt that waits for that."""
@@ -181,22 +227,37 @@ class Flow:
         for name, array in inputs.items():
             if name in arrays:
                 arrays[name][...] = array
-            elif self._replay or array.nbytes > codec.INLINE_BYTES:
+            else:
                 arrays[name] = np.array(array, order="C")
-            else:  # small ones are copied into the message
-                arrays[name] = array
         with self.lock:
             pending.placed = True
             if number not in self._pending or self._stopped:
                 self._payloads.release(pending.going)  # it was answered meanwhile
             elif pending.enter is not None:
-                self._send(pending, pending.enter)
+                self._start(pending, pending.enter)
+
+    def _withdraw(self, number: int) -> None:
+        """Leave nothing of a request that could not be sent in, while the lock is held."""
+        pending = self._pending.get(number)
+        if pending is None:
+            return
+        pending.done = _nobody
+        self.perform(self._machine.handle(GivenUp(number)))
+        self._pending.pop(number, None)
+        self._payloads.release(pending.going)
 
     def give_up(self, number: int) -> None:
         """The caller does not want an answer any more."""
         with self.lock:
             self.perform(self._machine.handle(GivenUp(number)))
         self.deliver()
+
+    def _start(self, pending: _Pending, enter: Enter) -> None:
+        """Begin an attempt, while the lock is held; a request that cannot be sent ends with the reason."""
+        try:
+            self._send(pending, enter)
+        except Exception as error:
+            self.perform(self._machine.handle(Unsendable(enter.request, unsendable(error))))
 
     def _send(self, pending: _Pending, enter: Enter) -> None:
         """Send a request's inputs to the nodes of its route, while the lock is held."""
@@ -222,19 +283,23 @@ class Flow:
             if number is not None and number in self.links:
                 readers[number] = names
         for number, names in readers.items():
-            self._router.sent(number, enter.cost)
             if set(names) & going.places.keys():
                 self._payloads.lend_too(going, number)
             self._payloads.send(self.links[number], number, going, names, attempt, CALLER)
+            self._router.sent(number, enter.cost)
         if not self._replay:
             self._payloads.release(going)
 
     def take_results(self, sockets: Sockets, data: Inlet) -> None:
         """Take what comes back until :meth:`stop`, or until somebody else takes it."""
         self._sockets, self._data = sockets, data
-        while not (self._stopped or self._elsewhere_taken):
-            self._take_one(sockets.wait(60.0))
-        self._thread_ended.set()
+        try:
+            while not (self._stopped or self._elsewhere_taken):
+                self._take_one(sockets.wait(60.0))
+        except BaseException as error:
+            self._broken(error)
+        finally:
+            self._thread_ended.set()
 
     def take_in_loop(self) -> tuple[int, Callable[[], None]]:
         """End the thread that takes results, so that an event loop can: saves waking it, and then the loop, each time.
@@ -248,20 +313,35 @@ class Flow:
         return os.dup(self._sockets.fileno()), self._take_waiting
 
     def _take_waiting(self) -> None:
-        with self._taking:
-            self.wakeup.clear()
-            while not self._stopped and self._take_one(self._sockets.wait(0.0)):
-                pass
+        try:
+            with self._taking:
+                self.wakeup.clear()
+                while not self._stopped and self._take_one(self._sockets.wait(0.0)):
+                    pass
+        except BaseException as error:
+            self._broken(error)
 
     def _take_one(self, ready: set[object]) -> bool:
-        """Take a message of what is ready; False when there is none."""
+        """Take a message of what is ready; False when there is none.
+
+        A message that cannot be taken is dropped. Only when nothing else comes any more is that the pipeline's end.
+        """
         message = self._data.receive(ready)
-        event = self._result(*message) if message is not None else None
-        if event is not None:
-            with self.lock:
-                self._take(event)
-            self.deliver()
-        return message is not None
+        if message is None:
+            return False
+        try:
+            event = self._result(*message)
+            if event is not None:
+                with self.lock:
+                    self._take(event)
+            self._faults = 0
+        except Exception:
+            self._faults += 1
+            if self._faults > _MOST_FAULTS:
+                raise
+            _log.exception("a message could not be taken")
+        self.deliver()
+        return True
 
     def _take(self, event: Event | _Outputs) -> None:
         """Act on what came back, while the lock is held."""
@@ -276,6 +356,8 @@ class Flow:
             self._pending[request].outputs.update(event.tensors)
             names = tuple(event.tensors)
             self.perform(self._machine.handle(Returned(request, attempt, names, fragment.history)))
+        elif event.error is not None:
+            self.perform(self._machine.handle(Unsendable(request, event.error, attempt)))
 
     def _result(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Event | _Outputs | None:
         try:
@@ -294,12 +376,20 @@ class Flow:
             _drops.note(error)
         return None
 
-    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> _Outputs:
-        tensors = self._payloads.receive(fragment, frames)
+    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> Event | _Outputs:
+        try:
+            tensors = self._payloads.receive(fragment, frames)
+        except MemoryWithdrawn:
+            raise  # another attempt is made
+        except Exception as error:
+            return Unsendable(fragment.request, _unreadable(fragment, error), fragment.attempt)
         if self._machine.attempt(fragment.request) != fragment.attempt:
             return _Outputs(fragment, None)
-        # Copied: the caller's arrays are its own, writable and not tied to a message or to a node's memory.
-        return _Outputs(fragment, {name: np.array(tensor) for name, tensor in tensors.items()})
+        try:
+            # Copied: the caller's arrays are its own, writable and not tied to a message or to a node's memory.
+            return _Outputs(fragment, {name: np.array(tensor) for name, tensor in tensors.items()})
+        except MemoryError as error:
+            return _Outputs(fragment, None, _unreadable(fragment, error))
 
     def perform(self, effects: Iterable[Effect]) -> None:
         """Do what is to be done about requests, while the lock is held, and leave the rest to the control thread."""
@@ -316,7 +406,7 @@ class Flow:
                 pending = self._pending[request]
                 pending.enter = effect
                 if pending.placed:
-                    self._send(pending, effect)
+                    self._start(pending, effect)
             case Again(request, attempt, reason):
                 log_event(_log, logging.INFO, "attempt over", request=request, attempt=attempt, reason=reason)
                 pending = self._pending[request]
@@ -342,13 +432,37 @@ class Flow:
         return pending
 
     def deliver(self) -> None:
-        """Tell callers what was noted; without the lock."""
-        while True:
-            try:
-                done, answer = self._answers.popleft()
-            except IndexError:  # another thread may have delivered them
-                return
-            done(answer)
+        """Tell callers what was noted; without the lock.
+
+        A callback may submit, which comes here again: then the loop that called it goes on with what that noted.
+        """
+        if self._here.delivering:
+            return
+        self._here.delivering = True
+        try:
+            while True:
+                try:
+                    done, answer = self._answers.popleft()
+                except IndexError:  # another thread may have delivered them
+                    return
+                try:
+                    done(answer)
+                except KeyboardInterrupt:
+                    raise
+                except BaseException:  # a caller's callback; others wait for this thread
+                    _log.exception("a callback of a request raised")
+        finally:
+            self._here.delivering = False
+
+    @property
+    def delivering(self) -> bool:
+        """True in a callback of a request: the present thread brings answers, so it must not wait for any."""
+        return self._here.delivering
+
+    @property
+    def reason(self) -> PipelineError:
+        """Why no more requests are taken."""
+        return self._reason or self._machine.error or PipelineClosed("the pipeline was closed")
 
     @property
     def count(self) -> int:
@@ -383,9 +497,27 @@ class Flow:
         """Leave nobody waiting."""
         with self.lock:
             self._stopped = True
+            self._reason = reason
             self._answers += [(pending.done, Answer({}, reason)) for pending in self._pending.values()]
             self._pending.clear()
             self.ended = True
             self._payloads.close()
             self.wakeup.close()
         self.deliver()
+
+
+def _unreadable(fragment: Fragment, error: Exception) -> PipelineError:
+    found = StageFailed(
+        f"what stage {fragment.source} gave cannot be taken: {type(error).__name__}: {one_line(error, _WORDS)}"
+    )
+    found.__cause__ = error
+    return found
+
+
+def unsendable(error: BaseException) -> PipelineError:
+    """Why a request could not be sent, as its caller is told."""
+    if isinstance(error, PipelineError):
+        return error
+    found = PipelineError(f"the request could not be sent: {type(error).__name__}: {one_line(error, _WORDS)}")
+    found.__cause__ = error
+    return found

@@ -40,7 +40,14 @@ ANY = 0
 """In a route: who sends there chooses the replica. (0 is the coordinator's own number, which executes nothing.)"""
 
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+SLOTS = 1024
+"""Slots of a process's shared memory."""
+
+# Every number has a bound, and all stay within 64 bits whatever is done with them: nothing said can end a process.
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+Index = Annotated[int, msgspec.Meta(ge=-1, le=1 << 16)]
 Number = Annotated[int, msgspec.Meta(ge=0, lt=256)]
 Cost = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 
@@ -53,10 +60,10 @@ class Memory(_Message, frozen=True):
     """A process's shared memory: where to open it, on which host, and the token that shows it is the right one."""
 
     host: str
-    pid: int
-    descriptor: int
+    pid: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    descriptor: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
     token: bytes
-    size_bytes: int
+    size_bytes: Bytes
 
 
 class Peer(_Message, frozen=True):
@@ -74,8 +81,8 @@ class Peer(_Message, frozen=True):
     """
 
     number: Number
-    stage: int
-    replica: int
+    stage: Index
+    replica: Index
     takes: bool
     address: str
     shortcut: str
@@ -89,13 +96,13 @@ class Hello(_Message, tag="hello", frozen=True):
     ``number`` is the one its launcher gave it, 0 for none. ``stage`` and ``replica`` are wishes, -1 for any.
     """
 
-    protocol: int
+    protocol: Count
     number: Number
-    pid: int
+    pid: Count
     host: str
     address: str
-    stage: int
-    replica: int
+    stage: Index
+    replica: Index
     shortcut: str
     memory: Memory | None
     key: str
@@ -125,9 +132,9 @@ class NodeBeat(_Message, tag="node-beat", frozen=True):
     """
 
     progress: Count
-    running_ns: Count
+    running_ns: Nanoseconds
     cost: Count
-    longest_ns: Count
+    longest_ns: Nanoseconds
 
 
 class Leaving(_Message, tag="leaving", frozen=True):
@@ -148,14 +155,14 @@ class Assign(_Message, tag="assign", frozen=True):
     plan_id: str
     folder: str
     files: str
-    stage: int
-    replica: int
+    stage: Index
+    replica: Index
     provider: str
-    threads: int
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1024)]
     share_weights: bool
     profile: bool
-    beat_ns: int
-    silence_ns: int
+    beat_ns: Nanoseconds
+    silence_ns: Nanoseconds
     balance: Policy
 
 
@@ -202,9 +209,9 @@ class Stop(_Message, tag="stop", frozen=True):
 class Place(_Message, frozen=True):
     """Where a tensor is in the sender's memory: a use of a slot, and the offset of the tensor in the whole memory."""
 
-    slot: int
-    generation: int
-    offset: int
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=SLOTS)]
+    generation: Nanoseconds
+    offset: Bytes
 
 
 class TensorHead(_Message, frozen=True):
@@ -230,14 +237,14 @@ class Visit(_Message, frozen=True):
         shared_bytes: of those that lie in shared memory.
     """
 
-    stage: int
-    replica: int
-    arrived_ns: int
-    started_ns: int
-    ended_ns: int
-    sent_ns: int
-    output_bytes: int
-    shared_bytes: int
+    stage: Index
+    replica: Index
+    arrived_ns: Nanoseconds
+    started_ns: Nanoseconds
+    ended_ns: Nanoseconds
+    sent_ns: Nanoseconds
+    output_bytes: Bytes
+    shared_bytes: Bytes
 
 
 class Fragment(_Message, tag="fragment", frozen=True):
@@ -261,10 +268,10 @@ class Fragment(_Message, tag="fragment", frozen=True):
     attempt: Count
     view: Count
     cost: Cost
-    budget_ns: Count
+    budget_ns: Nanoseconds
     sender: Number
-    source: int
-    route: tuple[int, ...]
+    source: Index
+    route: tuple[Index, ...]
     wanted: tuple[str, ...]
     tensors: tuple[TensorHead, ...]
     history: tuple[Visit, ...]
@@ -292,8 +299,8 @@ class Receipt(_Message, tag="receipt", frozen=True):
     sender: Number
     done: Count
     others: Count
-    service_ns: Count
-    peak_ns: Count
+    service_ns: Nanoseconds
+    peak_ns: Nanoseconds
 
 
 class Failed(_Message, tag="failed", frozen=True):
@@ -301,8 +308,8 @@ class Failed(_Message, tag="failed", frozen=True):
 
     request: Count
     attempt: Count
-    stage: int
-    replica: int
+    stage: Index
+    replica: Index
     reason: str
 
 
@@ -357,9 +364,9 @@ class LinkFigures(_Message, tag="link-figures", frozen=True):
         bytes_per_s: of large ones.
     """
 
-    round_trip_ns: Count
-    message_ns: Count
-    bytes_per_s: Annotated[int, msgspec.Meta(ge=1)]
+    round_trip_ns: Nanoseconds
+    message_ns: Nanoseconds
+    bytes_per_s: Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
 
 
 class Put(_Message, tag="put", frozen=True):
@@ -388,7 +395,7 @@ class MeasureModel(_Message, tag="measure-model", frozen=True):
 class ModelTime(_Message, tag="model-time", frozen=True):
     """It takes so long; 0 where the provider is not to be had."""
 
-    time_ns: Count
+    time_ns: Nanoseconds
 
 
 class Cannot(_Message, tag="cannot", frozen=True):

@@ -16,6 +16,7 @@ import numpy as np
 from onnxsplit.errors import InputError
 from onnxsplit.plan import Plan
 from onnxsplit.tensors import Array, numpy_dtype
+from runtime.errors import NotSeparable
 
 Axes = Mapping[str, int | None]
 """The batch axis of each tensor; None for one that every part gets, or gives, whole."""
@@ -76,10 +77,24 @@ def split(inputs: Mapping[str, Array], axes: Axes, rows: int) -> list[dict[str, 
 
 
 def join(parts: Sequence[Mapping[str, Array]], axes: Axes) -> dict[str, Array]:
-    """The outputs of all parts, in order, as one."""
+    """The tensors of all parts, in order, as one.
+
+    Raises:
+        NotSeparable: the parts of a tensor do not fit each other.
+    """
     if len(parts) == 1:
         return dict(parts[0])
-    return {name: np.concatenate([part[name] for part in parts], axis=axes[name] or 0) for name in parts[0]}
+    found = {}
+    for name in parts[0]:
+        try:
+            found[name] = np.concatenate([part[name] for part in parts], axis=axes[name] or 0)
+        except ValueError as error:
+            shapes = ", ".join(str(list(shape)) for shape in dict.fromkeys(part[name].shape for part in parts))
+            raise NotSeparable(
+                f"the parts of a batch cannot be joined along axis {axes[name] or 0}: {name!r} came back as {shapes}. "
+                "This model's rows depend on each other; run its requests whole, with micro_batch=0 (--micro-batch 0)"
+            ) from error
+    return found
 
 
 def _rows(array: Array, axis: int | None, start: int, end: int) -> Array:

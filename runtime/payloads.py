@@ -14,7 +14,7 @@ from onnxsplit.tensors import Array, dtype_name, numpy_dtype, size_bytes
 from runtime import codec
 from runtime.arena import Arena, Block, PeerArena, Step
 from runtime.board import Board
-from runtime.errors import ProtocolError
+from runtime.errors import MemoryWithdrawn, ProtocolError
 from runtime.extents import aligned
 from runtime.messages import Fragment, Memory, Peer, Place, Visit
 from runtime.pinned import Pin
@@ -307,9 +307,14 @@ class Payloads:
     def send(
         self, link: Outlet, reader: int, going: Outgoing, names: Iterable[str], attempt: Attempt, source: int
     ) -> None:
-        """Send some of the tensors to one of the peers they are for."""
+        """Send some of the tensors to one of the peers they are for.
+
+        Raises:
+            StageFailed: they are too large to be sent.
+        """
         places = going.places if reader in self._rows else {}
-        heads, frames = codec.encode_tensors({n: going.arrays[n] for n in names}, places)
+        sent = {n: going.arrays[n] for n in names}
+        heads, frames = codec.encode_tensors(sent, places)
         fragment = Fragment(
             attempt.request,
             attempt.attempt,
@@ -323,7 +328,9 @@ class Payloads:
             heads,
             attempt.history,
         )
-        trackers = link.send(codec.encode(fragment), frames, track=bool(frames and going.blocks))
+        header = codec.encode(fragment)
+        codec.check_sizes(tuple(sent), header, frames)
+        trackers = link.send(header, frames, track=bool(frames and going.blocks))
         for block in going.blocks:
             block.sending += trackers
 
@@ -332,7 +339,10 @@ class Payloads:
     def receive(self, fragment: Fragment, frames: Sequence[codec.Buffer]) -> dict[str, Array]:
         """The tensors of a fragment, where they are. Give them back with :meth:`give_back`.
 
+        When this raises, the sender has been given its memory back.
+
         Raises:
+            MemoryWithdrawn: the tensors lie in memory that is not mapped here.
             ProtocolError: the message does not hold together.
         """
         lies = False
@@ -342,10 +352,14 @@ class Payloads:
             lies = True
             peer = self._peers.get(fragment.sender)
             if peer is None:
-                raise ProtocolError(f"tensors in the memory of process {fragment.sender}, which is not mapped here")
+                raise MemoryWithdrawn(f"tensors in the memory of process {fragment.sender}, which is not mapped here")
             return peer.array(place, dtype, shape)
 
-        tensors = codec.decode_tensors(fragment.tensors, frames, at)
+        try:
+            tensors = codec.decode_tensors(fragment.tensors, frames, at)
+        except BaseException:
+            self.refuse(fragment)
+            raise
         if lies:
             self._reading[fragment.sender] += 1
         return tensors
@@ -362,6 +376,13 @@ class Payloads:
 
     def give_back(self, fragment: Fragment) -> None:
         """Let the sender have its memory again, and know that its work is done with. Once for each fragment."""
+        if self.refuse(fragment):
+            self._reading[fragment.sender] -= 1
+            if self._gone:
+                self._let_go(fragment.sender)
+
+    def refuse(self, fragment: Fragment) -> bool:
+        """The same for a fragment that was not received; True where some of its tensors lie in shared memory."""
         self._board.finish(fragment.sender, fragment.cost)
         slot = -1
         for head in fragment.tensors:
@@ -369,10 +390,7 @@ class Payloads:
             if isinstance(place, Place) and place.slot != slot and self._arena is not None:
                 slot = place.slot
                 self._arena.give_back(fragment.sender, place)
-        if slot >= 0:
-            self._reading[fragment.sender] -= 1
-            if self._gone:
-                self._let_go(fragment.sender)
+        return slot >= 0
 
 
 def shapes_of(tensors: Mapping[str, Array]) -> Shapes:

@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, shown
 from onnxsplit.plan import Plan, load_plan, plan_id, read_plan_file
 from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, check_inputs, load_npz
 from runtime.admission import Admission
 from runtime.balance import cost_of
+from runtime.board import PEERS
 from runtime.coordinator import Coordinator, Setup
 from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
+from runtime.intake import normal_inputs, normal_names, normal_timeout_ns
 from runtime.keys import Keys, default_folder
 from runtime.launch import Launcher, Premises
 from runtime.launch.local import LocalLauncher
@@ -33,6 +35,8 @@ from runtime.trace import Traced, chrome_trace
 from runtime.transport import Security, check_address, private_folder
 
 START_TIMEOUT_S = 120.0
+
+_REMEMBERED = 256  # sets of outputs that were asked for
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ class Pipeline:
             inputs: name -> array, typed and shaped as the model declares.
             outputs: names of outputs, or of any tensor that crosses between stages; all outputs of the model when
                 None. Only the stages they need run, and only the inputs of those must be given.
-            timeout: seconds from this call until the answer; then the future fails.
+            timeout: seconds from this call until the answer, above 0 and a year at most; then the future fails.
             block: False raises :class:`~runtime.errors.Busy` instead of waiting.
 
         Returns:
@@ -266,17 +270,18 @@ class Pipeline:
             NodeFailed, StageUnavailable, DeadlineExceeded or PipelineClosed; ``cancel()`` gives the request up.
 
         Raises:
-            InputError: inputs or names do not fit the model; nothing was sent.
+            InputError: inputs, names or the timeout are not as said above; nothing was sent.
             Busy, DeadlineExceeded, PipelineClosed: the request was not admitted.
         """
         begun = time.monotonic_ns()
-        arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        return self.enter(arrays, self.check(arrays, outputs), begun_ns=begun, timeout=timeout, block=block)
+        limit = normal_timeout_ns(timeout)
+        names = normal_names(outputs)
+        arrays = normal_inputs(inputs, self._specs)
+        deadline = None if limit is None else begun + limit
+        return self.enter(arrays, self.check(arrays, names), deadline_ns=deadline, block=block)
 
-    def enter(
-        self, arrays: Mapping[str, Array], asked: Asked, *, begun_ns: int, timeout: float | None, block: bool
-    ) -> Answering:
-        """Send in what :meth:`check` has passed; otherwise as :meth:`submit`. ``timeout`` runs from ``begun_ns``."""
+    def enter(self, arrays: Mapping[str, Array], asked: Asked, *, deadline_ns: int | None, block: bool) -> Answering:
+        """Send in what is normal (:mod:`runtime.intake`) and :meth:`check` has passed; otherwise as :meth:`submit`."""
         if self._closed:
             raise PipelineClosed("the pipeline was closed")
         ready = {name: self._passed_through(name, arrays) for name in asked.passed}
@@ -288,30 +293,33 @@ class Pipeline:
         if len(parts) > 1:  # later parts enter after this call has returned
             parts = [{name: np.array(array) for name, array in part.items()} for part in parts]
         size = sum(array.nbytes for array in parts[0].values())
-        self._admit(size, timeout, block)
-        deadline = None if timeout is None else begun_ns + int(timeout * 1e9)
         cost = cost_of(size, self._ordinary_bytes)
-        request = Request(self._coordinator.flow, self._entrance, parts, asked, size, cost, deadline, ready)
+        request = Request(self._coordinator.flow, self._entrance, parts, asked, size, cost, deadline_ns, ready)
+        self._admit(size, deadline_ns, block)
         request.enter()
         return request.future
 
-    def check(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Asked:
+    def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> Asked:
         """Hold a request against the model, as :meth:`submit` does; and what it means.
 
         Raises:
             InputError: inputs or names do not fit the model.
         """
-        wanted = tuple(outputs) if outputs is not None else self.plan.outputs
+        wanted = outputs if outputs is not None else self.plan.outputs
         asked = self._asked.get(wanted) or self._ask(wanted)
         check_inputs(inputs, self._specs, asked.optional)
         return asked
 
-    def _admit(self, size: int, timeout: float | None, block: bool) -> None:
-        if self._entrance.enter(size, block=block, timeout=timeout):
+    def _admit(self, size: int, deadline_ns: int | None, block: bool) -> None:
+        """Take a place for a part of ``size`` bytes. A callback does not wait for one: it brings those who leave."""
+        waits = block and not self._coordinator.flow.delivering
+        timeout = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
+        if self._entrance.enter(size, block=waits, timeout=timeout):
             return
-        if block:
+        if waits:
             raise DeadlineExceeded(
-                f"the request's time ran out before it was admitted: {self.inflight} requests were in flight"
+                "the request's time ran out before it was admitted: it waited for a place among the "
+                f"{self.inflight} requests in flight that this pipeline admits"
             )
         raise Busy(f"{self.inflight} requests are in flight, which is all this pipeline admits; try again")
 
@@ -321,20 +329,22 @@ class Pipeline:
         stage_tensors = plan.producers()
         unknown = [name for name in wanted if name not in stage_tensors and name not in plan.outputs]
         if unknown or not wanted:
-            what = f"output {', '.join(map(repr, unknown))} is unknown" if unknown else "no output is asked for"
+            what = f"output {shown(unknown[0])} is unknown" if unknown else "no output is asked for"
             allowed = dict.fromkeys((*plan.outputs, *stage_tensors))
             raise InputError(f"{what}; allowed: {', '.join(allowed)}")
         read = {name for stage in plan.stages_for(wanted) for name in plan.stages[stage].inputs}
         read |= {o.input for n, o in plan.passthrough.items() if n in wanted and o.input is not None}
         computed = tuple(dict.fromkeys(name for name in wanted if name not in plan.passthrough))
-        self._asked[wanted] = Asked(
+        if len(self._asked) >= _REMEMBERED:
+            self._asked.clear()
+        asked = self._asked[wanted] = Asked(
             names=wanted,
             computed=computed,
             passed=tuple(name for name in wanted if name in plan.passthrough),
             optional=frozenset(plan.inputs) - read,
             axes=batch_axes(plan, computed),
         )
-        return self._asked[wanted]
+        return asked
 
     def _passed_through(self, name: str, inputs: Mapping[str, Array]) -> Array:
         origin = self.plan.passthrough[name]
@@ -375,8 +385,15 @@ class Pipeline:
 
         Raises:
             TimeoutError: they were not, in ``timeout`` seconds; they go on.
+            InputError: the timeout is no number of seconds above 0.
         """
-        self._coordinator.drain().result(timeout)
+        limit_ns = normal_timeout_ns(timeout)
+        self._coordinator.drain().result(None if limit_ns is None else limit_ns / 1e9)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why this pipeline serves nobody, as when a thread of it has failed; None when it does, or may soon."""
+        return self._coordinator.trouble
 
     def scale(self, stage: int, replicas: int) -> None:
         """Have so many nodes of a stage from now on, while requests go on.
@@ -387,10 +404,12 @@ class Pipeline:
         Raises:
             InputError: there is no such stage, or it would have no node.
         """
-        if not 0 <= stage < len(self.plan.stages):
-            raise InputError(f"stage {stage} is unknown; the plan has the stages 0 to {len(self.plan.stages) - 1}")
-        if replicas < 1:
-            raise InputError(f"stage {stage} needs at least 1 replica, not {replicas}")
+        if not isinstance(stage, int) or not 0 <= stage < len(self.plan.stages):
+            raise InputError(
+                f"stage {shown(stage)} is unknown; the plan has the stages 0 to {len(self.plan.stages) - 1}"
+            )
+        if not isinstance(replicas, int) or isinstance(replicas, bool) or not 1 <= replicas < PEERS:
+            raise InputError(f"stage {stage} needs from 1 to {PEERS - 1} replicas, not {shown(replicas)}")
         self._coordinator.scale(stage, replicas)
 
     @property

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from onnxsplit.tensors import Array
 from runtime.admission import Admission
-from runtime.flow import Answer, Flow
+from runtime.errors import PipelineError
+from runtime.flow import Answer, Flow, unsendable
 from runtime.messages import Visit
 from runtime.microbatch import Axes, join
 
@@ -40,10 +41,11 @@ class Answering(Future[dict[str, Array]]):
         visits: where the request was, and when, once it is answered.
     """
 
-    def __init__(self, give_up: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, give_up: Callable[[], None] = lambda: None, flow: Flow | None = None) -> None:
         super().__init__()
         self.visits: tuple[Visit, ...] = ()
         self._give_up = give_up
+        self._flow = flow
 
     def cancel(self) -> bool:
         """Give the request up; False when it is answered already."""
@@ -52,11 +54,33 @@ class Answering(Future[dict[str, Array]]):
         self._give_up()
         return True
 
+    def result(self, timeout: float | None = None) -> dict[str, Array]:
+        """The outputs, as soon as they are there.
+
+        Raises:
+            PipelineError: the request failed; or this is a callback of the pipeline, which would wait for itself.
+        """
+        self._check_waiting()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """How the request failed, as soon as it is known; None when it did not. Raises as :meth:`result` does."""
+        self._check_waiting()
+        return super().exception(timeout)
+
+    def _check_waiting(self) -> None:
+        if self._flow is not None and self._flow.delivering and not self.done():
+            raise PipelineError(
+                "a callback of a request cannot wait for another request: the thread that runs it brings the answers. "
+                "Add a callback to that one, or wait in a thread of your own"
+            )
+
 
 class Request:
     """A request of one or more parts. The first was admitted; the others enter while there is room, or as parts leave.
 
-    A part that is done hands its place to the next, so that a batch always goes on.
+    A part that is done hands its place to the next, so that a batch always goes on. Whatever goes wrong, every place
+    that was taken is given back once, and the future ends once.
     """
 
     def __init__(
@@ -70,7 +94,7 @@ class Request:
         deadline_ns: int | None,
         ready: dict[str, Array],
     ) -> None:
-        self.future = Answering(self._give_up)
+        self.future = Answering(self._give_up, flow)
         self._flow = flow
         self._entrance = entrance
         self._parts = parts
@@ -82,53 +106,98 @@ class Request:
         self._lock = threading.Lock()
         self._entered = 0
         self._numbers: list[int] = []
-        self._failed = False
+        self._over: set[int] = set()  # parts that hold no place any more
+        self._ended = False
         self._answers: dict[int, Answer] = {}
 
     def enter(self) -> None:
-        """Let the first part in, and as many more as there is room for."""
-        self._next()
-        while self._entered < len(self._parts) and self._entrance.enter(self._size, block=False):
-            if not self._next():
-                self._entrance.leave(self._size)
+        """Let the first part in, into the place that is held for it, and as many more as there is room for."""
+        self._use_place()
+        while self._waiting() and self._entrance.enter(self._size, block=False):
+            self._use_place()
 
-    def _next(self) -> bool:
-        """Send the next part into the place that is held for it; False when there is none."""
+    def _waiting(self) -> bool:
+        """True while there are parts that are still to enter."""
+        with self._lock:
+            return not self._ended and self._entered < len(self._parts)
+
+    def _use_place(self) -> None:
+        """Send the next part into a place that is held; without one, give the place back."""
+        number = self._next()
+        if number is None:
+            self._entrance.leave(self._size)
+            return
+        try:
+            self._send(number)
+        except BaseException as error:
+            if self._is_over(number):
+                self._entrance.leave(self._size)
+            self._end(unsendable(error))
+            if not isinstance(error, Exception):
+                raise
+
+    def _next(self) -> int | None:
+        """The number of the part that enters next; None when there is none."""
         with self._lock:
             number = self._entered
-            if self._failed or number == len(self._parts):
-                return False
+            if self._ended or number == len(self._parts):
+                return None
             self._entered += 1
+            return number
+
+    def _send(self, number: int) -> None:
         done = lambda answer: self._done(number, answer)  # noqa: E731
         sent = self._flow.submit(self._parts[number], self._asked.computed, self._cost, self._deadline_ns, done)
         self._numbers.append(sent)
         if self.future.cancelled():
             self._flow.give_up(sent)
-        return True
+
+    def _is_over(self, number: int) -> bool:
+        """Note that a part holds its place no more; True the first time, for the place goes on once."""
+        with self._lock:
+            first = number not in self._over
+            self._over.add(number)
+            return first
 
     def _give_up(self) -> None:
         with self._lock:
-            self._failed = True
+            self._ended = True
         for number in list(self._numbers):
             self._flow.give_up(number)
 
     def _done(self, number: int, answer: Answer) -> None:
+        """A part is over: its place goes on, and with the last one, or the first that failed, the future ends."""
+        if not self._is_over(number):
+            return
         with self._lock:
-            if answer.error is not None:
-                first, self._failed = not self._failed, True
-            else:
+            if answer.error is None:
                 self._answers[number] = answer
-                first = not self._failed and len(self._answers) == len(self._parts)
-        if not self._next():
-            self._entrance.leave(self._size)
+            whole = len(self._answers) == len(self._parts)
+        if answer.error is None and not whole:
+            self._use_place()
+            return
+        self._entrance.leave(self._size)  # no other part enters: all have, or this one has failed
+        self._end(answer.error)
+
+    def _end(self, error: BaseException | None) -> None:
+        """End the future, with the joined outputs or an error, unless that has been done."""
+        with self._lock:
+            first, self._ended = not self._ended, True
         if not first or not self.future.set_running_or_notify_cancel():
             return
-        if answer.error is not None:
-            self.future.set_exception(answer.error)
-            return
+        try:
+            outputs = self._joined() if error is None else {}
+        except Exception as problem:
+            error = problem
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(outputs)
+
+    def _joined(self) -> dict[str, Array]:
+        """The outputs asked for, of all parts, in order."""
         answers = [self._answers[position] for position in range(len(self._parts))]
         self.future.visits = tuple(visit for answer in answers for visit in answer.visits)
-        parts = [answer.outputs for answer in answers]
-        found = parts[0] if len(parts) == 1 else join(parts, self._asked.axes or {})
+        found = join([answer.outputs for answer in answers], self._asked.axes or {})
         found.update(self._ready)
-        self.future.set_result({name: found[name] for name in self._asked.names})
+        return {name: found[name] for name in self._asked.names}

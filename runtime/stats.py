@@ -187,10 +187,20 @@ def running() -> list[Path]:
 
 
 def _mine(name: str) -> list[Path]:
-    """Files of a name in private folders of this user."""
-    places = {Path(tempfile.gettempdir()), Path("/tmp")}  # noqa: S108  where private_folder puts them
-    found = [file for place in places for file in place.glob(f"onnxsplit-*/{name}")]
-    return sorted(file for file in found if file.parent.stat().st_uid == os.getuid())
+    """Files of a name in private folders of this user. Others make and remove their folders while we look."""
+    found = []
+    for place in {tempfile.gettempdir(), "/tmp"}:  # noqa: S108  where private_folder puts them
+        with suppress(OSError), os.scandir(place) as entries:
+            folders = [Path(entry.path) for entry in entries if entry.name.startswith("onnxsplit-")]
+            found += [folder / name for folder in folders if _is_mine(folder) and (folder / name).exists()]
+    return sorted(found)
+
+
+def _is_mine(folder: Path) -> bool:
+    try:
+        return folder.stat().st_uid == os.getuid()
+    except OSError:  # it is gone
+        return False
 
 
 def hold(home: Path) -> int:
@@ -203,18 +213,15 @@ def hold(home: Path) -> int:
 
 
 def sweep() -> None:
-    """Remove the folders of pipelines, and of nodes started by hand, whose process was killed; nobody else could."""
+    """Remove the folders of pipelines, and of nodes started by hand, whose process was killed; nobody else could.
+
+    Only what is marked (:func:`hold`) and held by nobody is removed. A folder that another process removes, or that
+    cannot be removed, is left to others.
+    """
     for held in _mine(_HELD):
         with suppress(OSError), held.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(held.parent, ignore_errors=True)
-    for door in running():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, suppress(OSError):
-            connection.settimeout(_PATIENCE_S)
-            try:
-                connection.connect(str(door))
-            except ConnectionRefusedError:
-                shutil.rmtree(door.parent, ignore_errors=True)
 
 
 def ask(door: Path) -> Snapshot | None:

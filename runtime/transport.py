@@ -26,7 +26,7 @@ import zmq
 import zmq.auth.thread
 import zmq.utils.monitor
 
-from runtime.codec import MAX_HEADER_BYTES, Buffer
+from runtime.codec import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Buffer
 from runtime.errors import PipelineError
 
 _ZERO_COPY_FROM = 64 * 1024
@@ -34,7 +34,7 @@ _ZERO_COPY_FROM = 64 * 1024
 
 _BACKLOG = 1024
 
-DEFAULT_MESSAGE_BYTES = 512 << 20
+DEFAULT_MESSAGE_BYTES = MAX_FRAME_BYTES
 """The largest frame that is taken; a connection that announces a larger one is closed before memory is taken for it."""
 
 _DOMAIN = "onnxsplit"

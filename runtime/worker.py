@@ -9,12 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxsplit.errors import OnnxsplitError, PlanError
+from onnxsplit.errors import OnnxsplitError, PlanError, one_line
 from onnxsplit.plan import Plan
 from runtime import codec
 from runtime.arena import Step
 from runtime.balance import Gauge
-from runtime.errors import ProtocolError
+from runtime.errors import MemoryWithdrawn, ProtocolError, StageFailed
 from runtime.logs import Drops, log_event
 from runtime.messages import ANY, CALLER, Assign, Failed, Fragment, Receipt, Started
 from runtime.node_events import (
@@ -39,6 +39,7 @@ from runtime.transport import Outlet, Sockets
 
 _log = logging.getLogger("runtime.node")
 _drops = Drops(_log)
+_WORDS = 500
 
 
 class Worker:
@@ -152,34 +153,50 @@ class Worker:
         gc.set_threshold(100_000, 50, 50)
 
     def arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
-        """A message of the data link: a fragment, or None for what was taken note of or dropped."""
+        """A message of the data link: a fragment, or None for what was taken note of or dropped.
+
+        The coordinator is told of a fragment that cannot be read, since another attempt would fare no better.
+        """
+        said: object = None
         try:
             said = codec.decode_data(header)
             if isinstance(said, Fragment):
-                self._check(said)
-                self._here[said.sender] += said.cost
-                return Arrived(said, self.payloads.receive(said, frames), time.monotonic_ns())
+                return self._fragment(said, frames)
             if not isinstance(said, Receipt):
                 raise ProtocolError(f"a {type(said).__name__}, which is not for nodes")
             self._router.told(said, time.monotonic_ns())
-            return None
-        except ProtocolError as error:
+        except MemoryWithdrawn as error:
             _drops.note(error)
+        except Exception as error:  # of this request alone, whatever it is
+            _drops.note(error)
+            if isinstance(said, Fragment):
+                source = "the caller" if said.source == CALLER else f"stage {said.source}"
+                self._fail(said, f"what {source} sent cannot be read: {one_line(error, _WORDS)}")
+        return None
+
+    def _fragment(self, fragment: Fragment, frames: list[codec.Buffer]) -> Arrived | None:
+        tensors = self.payloads.receive(fragment, frames)
+        self._here[fragment.sender] += fragment.cost
+        if self._is_foreign(fragment):
+            self.give_back(fragment)
+            _drops.note(f"a fragment from stage {fragment.source} that is not of this plan")
             return None
+        return Arrived(fragment, tensors, time.monotonic_ns())
 
-    def _check(self, fragment: Fragment) -> None:
-        """Refuse a fragment that is not what its source has for this stage.
+    def _fail(self, fragment: Fragment, reason: str) -> None:
+        """Tell the coordinator that this stage cannot execute an attempt."""
+        if 0 in self._links:
+            stage, replica = self._assign.stage, self._assign.replica
+            self.report(Failed(fragment.request, fragment.attempt, stage, replica, reason))
 
-        Raises:
-            ProtocolError: saying what is wrong with it.
-        """
+    def _is_foreign(self, fragment: Fragment) -> bool:
+        """True for a fragment that is not what its source has for this stage."""
         expected = self._expected.get(fragment.source)
-        if expected is not None and (
+        return expected is not None and (
             len(fragment.route) != len(self._sources)
             or tuple([head.name for head in fragment.tensors]) != expected[0]
             or tuple([head.dtype for head in fragment.tensors]) != expected[1]
-        ):
-            raise ProtocolError(f"a fragment from stage {fragment.source} that is none of this plan's")
+        )
 
     def give_back(self, fragment: Fragment) -> None:
         """Let the sender have its memory again, and know how busy this node is."""
@@ -209,9 +226,9 @@ class Worker:
         board.began(run.cost, started)
         try:
             outputs = self._runner.run(run.inputs, going.arrays)
-        except OnnxsplitError as error:
+        except (OnnxsplitError, MemoryError) as error:
             payloads.drop(going)
-            return ExecutionFailed(str(error))
+            return ExecutionFailed(str(error) or "out of memory")
         finally:
             ended = time.monotonic_ns()
             self.began = None
@@ -238,7 +255,6 @@ class Worker:
                 number = self._choose(stage, names, going, fragment.cost)
             if number is not None and number in self._links:  # else that node is lost, and others do this request
                 readers[number] = names
-                self._router.sent(number, fragment.cost)
         self.payloads.lend(going, readers)
         attempt = Attempt(
             request=fragment.request,
@@ -250,8 +266,14 @@ class Worker:
             wanted=fragment.wanted,
             history=effect.history,
         )
-        for number, names in readers.items():
-            self.payloads.send(self._links[number], number, going, names, attempt, self._assign.stage)
+        try:
+            for number, names in readers.items():
+                self.payloads.send(self._links[number], number, going, names, attempt, self._assign.stage)
+                if number:
+                    self._router.sent(number, fragment.cost)
+        except StageFailed as error:
+            self.payloads.drop(going)
+            self._fail(fragment, str(error))
 
     def _find_shared(self, leaving: Leaving) -> tuple[str, ...]:
         """The outputs that somebody may read in place."""

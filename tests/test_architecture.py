@@ -57,6 +57,7 @@ RUNTIME_ORDER = [
         "runtime.pinned",
         "runtime.table",
         "runtime.logs",
+        "runtime.intake",
     ],
     ["runtime.messages", "runtime.board"],
     [
@@ -138,6 +139,7 @@ PURE = [
     "runtime.balance",
     "runtime.extents",
     "runtime.microbatch",
+    "runtime.intake",
     "runtime.trace",
     "runtime.gateway.protocol",
     "runtime.gateway.http_codec",

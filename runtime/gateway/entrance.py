@@ -197,17 +197,16 @@ class Entrance:
         passages: list[Passage] = [request.subject for request in requests]
         inside = _Inside(requests, time.monotonic_ns(), rows=[request.rows for request in requests])
         deadlines = [request.deadline_ns for request in requests]
-        timeout = None  # the last one's: earlier ones are told at theirs
-        if None not in deadlines:
-            timeout = max(1e-6, (max(deadline or 0 for deadline in deadlines) - inside.entered_ns) / 1e9)
+        # The last one's: earlier ones are told at theirs.
+        deadline = None if None in deadlines else max(deadline or 0 for deadline in deadlines)
         inputs = join([p.inputs for p in passages], first.asked.axes or {}) if len(passages) > 1 else first.inputs
         if sum(request.size_bytes for request in requests) > _LARGE_BYTES:
             self._inside.add(inside)
-            sending = self._loop.run_in_executor(None, self._submit, inputs, first.asked, timeout)
+            sending = self._loop.run_in_executor(None, self._submit, inputs, first.asked, deadline)
             sending.add_done_callback(lambda done: self._sent(inside, done))
             return True
         try:
-            future = self._submit(inputs, first.asked, timeout)
+            future = self._submit(inputs, first.asked, deadline)
         except Busy:
             return False
         except OnnxsplitError as error:
@@ -218,8 +217,8 @@ class Entrance:
         self._await(inside, future)
         return True
 
-    def _submit(self, inputs: Mapping[str, Array], asked: Asked, timeout: float | None) -> Answering:
-        return self._pipeline.enter(inputs, asked, begun_ns=time.monotonic_ns(), timeout=timeout, block=False)
+    def _submit(self, inputs: Mapping[str, Array], asked: Asked, deadline_ns: int | None) -> Answering:
+        return self._pipeline.enter(inputs, asked, deadline_ns=deadline_ns, block=False)
 
     def _sent(self, inside: _Inside, sending: asyncio.Future[Answering]) -> None:
         """Large tensors were copied, or there was no room for them."""

@@ -19,7 +19,6 @@ from typing import Any
 
 from onnxsplit.session import quiet_environment
 from runtime.launch import Premises
-from runtime.stats import hold
 from runtime.transport import private_folder
 
 _LOG_TAIL_BYTES = 2000
@@ -82,7 +81,6 @@ class LocalLauncher:
     def __init__(self, *, memory_bytes: int) -> None:
         self._memory_bytes = memory_bytes
         self.folder = private_folder()
-        self._held = hold(self.folder)
         self.premises = Premises(
             control=f"ipc://{self.folder / 'control'}",
             data=f"ipc://{self.folder / 'results'}",
@@ -116,7 +114,6 @@ class LocalLauncher:
 
     def close(self, *, keep_logs: bool) -> None:
         """Remove the folder; with ``keep_logs``, all but the logs."""
-        os.close(self._held)
         if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
             return

@@ -34,6 +34,7 @@ from runtime.coordinator_events import (
     Submitted,
     Tick,
     TimedOut,
+    Unsendable,
 )
 from runtime.coordinator_state import CoordinatorState, State
 from runtime.errors import (
@@ -204,7 +205,37 @@ def test_a_deadline_names_the_stages_that_had_not_finished(plan):
     assert machine.expired(1000) == ((1, 1),)
     reject, _ = machine.handle(Expired(1, {1: Step.DONE, 2: Step.RUNNING}))
     assert isinstance(reject.error, DeadlineExceeded)
-    assert "stage 1, 2, 3 had not finished" in str(reject.error)
+    assert "stage 1 (node 1.0, pid 1 on host) was running it" in str(reject.error)
+    assert "stage 2 (node 2.0, pid 1 on host) had not begun it" in str(reject.error)
+    assert "stage 3" not in str(reject.error), "it is the turn of 1 and 2 first"
+
+
+def test_deadlines_of_answered_requests_do_not_pile_up(plan):
+    machine = ready(plan)
+    for number in range(5000):
+        submit(machine, number, deadline_ns=10**15)
+        returned(machine, number)
+    assert len(machine._deadlines) < 2000
+
+
+def test_what_is_overdue_says_for_which_node_it_waited(plan):
+    machine = ready(plan, attempts=1)
+    submit(machine, 1)
+    late = int(1e12)
+    assert machine.overdue(late) == ((1, 1),)
+    reject, *_ = machine.handle(Tick(late, {(1, 1): {1: Step.DONE, 2: Step.RUNNING}}))
+    assert "nothing was heard of it for 1000 s" in str(reject.error)
+    assert "stage 1 (node 1.0, pid 1 on host) was running it" in str(reject.error)
+
+
+def test_a_request_that_cannot_be_sent_ends_alone(plan):
+    machine = ready(plan)
+    submit(machine, 1)
+    submit(machine, 2)
+    assert machine.handle(Unsendable(1, StageFailed("too large"), attempt=7)) == [], "an attempt that is over"
+    reject, *_ = machine.handle(Unsendable(1, StageFailed("too large")))
+    assert str(reject.error) == "too large"
+    assert machine.unanswered == 1
 
 
 def test_a_deadline_of_an_answered_request_is_forgotten(plan):

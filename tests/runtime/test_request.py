@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtime.admission import Admission
-from runtime.errors import Cancelled, PipelineClosed, StageFailed
+from runtime.errors import Cancelled, NotSeparable, PipelineClosed, StageFailed
 from runtime.flow import Answer
 from runtime.request import Asked, Request
 
@@ -16,11 +16,22 @@ ASKED = Asked(names=("y", "c"), computed=("y",), passed=("c",), optional=frozens
 class FakeFlow:
     """Keeps what enters; answers when told."""
 
+    delivering = False
+    fails_from = None
+    refuses = False
+    problem: BaseException = MemoryError("no room")
+
     def __init__(self) -> None:
         self.entered = []
 
     def submit(self, inputs, wanted, cost, deadline_ns, done) -> int:
         assert (wanted, cost) == (("y",), 1000)
+        if self.fails_from is not None and len(self.entered) >= self.fails_from:
+            raise self.problem
+        if self.refuses:
+            self.entered.append((inputs["x"], done))
+            done(Answer({}, PipelineClosed("closed")))
+            return len(self.entered) - 1
         self.entered.append((inputs["x"], done))
         return len(self.entered) - 1
 
@@ -32,9 +43,11 @@ class FakeFlow:
         done(Answer({"y": array * 10} if error is None else {}, error))
 
 
-def started(parts: int, room: int):
+def started(parts: int, room: int, **flow_is):
     """A request of so many parts of one row each, at an entrance for ``room`` parts."""
     flow, entrance = FakeFlow(), Admission(room, 1 << 20)
+    for name, value in flow_is.items():
+        setattr(flow, name, value)
     entrance.enter(8)
     arrays = [{"x": np.array([number])} for number in range(parts)]
     request = Request(flow, entrance, arrays, ASKED, 8, 1000, None, {"c": np.array(7)})
@@ -94,6 +107,55 @@ def test_a_request_that_is_given_up_ends_its_parts_and_leaves_its_places():
     assert request.future.cancelled()
     assert len(flow.entered) == 2, "no other part enters"
     assert free(entrance) == 2
+
+
+def test_parts_that_are_refused_at_once_do_not_keep_the_caller():
+    request, flow, entrance = started(64, room=8, refuses=True)
+    assert isinstance(request.future.exception(0), PipelineClosed)
+    assert len(flow.entered) == 1
+    assert free(entrance) == 8
+
+
+@pytest.mark.parametrize("fails_from", [0, 1, 3])
+def test_a_part_that_cannot_be_sent_ends_the_request_and_leaves_its_place(fails_from):
+    request, flow, entrance = started(5, room=2, fails_from=fails_from)
+    for number in range(fails_from):
+        if number < len(flow.entered):
+            flow.answer(number)
+    assert "no room" in str(request.future.exception(0))
+    for number in range(fails_from, len(flow.entered)):
+        flow.answer(number)
+    assert free(entrance) == 2
+
+
+def test_an_interrupt_while_a_part_is_sent_leaves_its_place():
+    flow, entrance = FakeFlow(), Admission(2, 1 << 20)
+    flow.fails_from, flow.problem = 0, KeyboardInterrupt()
+    entrance.enter(8)
+    request = Request(flow, entrance, [{"x": np.array([0])}], ASKED, 8, 1000, None, {})
+    with pytest.raises(KeyboardInterrupt):
+        request.enter()
+    assert free(entrance) == 2
+
+
+def test_parts_that_cannot_be_joined_end_the_request_with_words():
+    request, flow, entrance = started(2, room=2)
+    for number in range(2):
+        _, done = flow.entered[number]
+        done(Answer({"y": np.zeros((1, 3 + number))}))
+    with pytest.raises(NotSeparable, match=r"'y' came back as \[1, 3\], \[1, 4\].*micro_batch=0"):
+        request.future.result(0)
+    assert free(entrance) == 2
+
+
+def test_an_answer_that_comes_twice_counts_once():
+    request, flow, entrance = started(2, room=1)
+    flow.answer(0)
+    flow.answer(0)
+    flow.answer(1)
+    flow.answer(1, StageFailed("late"))
+    assert request.future.result(0)["y"].tolist() == [0, 10]
+    assert entrance.inside == 0
 
 
 def test_an_answered_request_cannot_be_given_up():
