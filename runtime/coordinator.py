@@ -231,9 +231,14 @@ class Coordinator:
             return node_stats(self._roster, queues, self._setup.providers)
 
     @property
+    def ended(self) -> bool:
+        """True when its thread has ended, or is about to."""
+        return self.flow.ended or not self._thread.is_alive()
+
+    @property
     def trouble(self) -> str | None:
         """Why nobody looks after the requests; None when somebody does."""
-        if self.flow.ended or not self._thread.is_alive():
+        if self.ended:
             return str(self.flow.reason)
         late_s = time.monotonic() - self._turned
         if late_s > _TURN_S:

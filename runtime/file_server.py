@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -10,9 +11,11 @@ from pathlib import Path
 
 from onnxsplit.plan import PLAN_FILE, Plan
 from runtime import codec
-from runtime.errors import ProtocolError
+from runtime.logs import Drops
 from runtime.messages import Chunk, Fetch, NoFile
 from runtime.transport import AnsweringInlet, Security, Sockets, Wakeup
+
+_drops = Drops(logging.getLogger("runtime.coordinator"))
 
 
 class FileServer:
@@ -74,8 +77,8 @@ class FileServer:
                 identity, header, _ = message
                 try:
                     self._answer(self._inlet, identity, codec.decode_fetch(header))
-                except ProtocolError:
-                    continue  # who speaks like that gets no answer
+                except Exception as error:  # who speaks like that gets no answer, and others get theirs
+                    _drops.note(error)
 
     def _answer(self, inlet: AnsweringInlet, identity: bytes, fetch: Fetch) -> None:
         try:

@@ -54,6 +54,7 @@ class RunOptions:
         start_timeout: seconds until all nodes must be ready; when None, two minutes for nodes that are started, and
             for ever for nodes started by hand.
         progress: told how many of all nodes are ready, whenever one more is.
+        abandoned: asked now and then while the nodes start; when it is true, the launch is given up. None never is.
     """
 
     replicas: int | Mapping[int, int] | None = None
@@ -75,6 +76,7 @@ class RunOptions:
     trace_ops: bool = False
     start_timeout: float | None = None
     progress: Callable[[int, int], None] = _silent
+    abandoned: Callable[[], bool] | None = None
 
     def check(self) -> None:
         """Refuse what makes no sense.

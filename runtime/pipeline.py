@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,8 @@ from runtime.admission import Admission
 from runtime.balance import cost_of
 from runtime.board import PEERS
 from runtime.coordinator import Coordinator, Setup
-from runtime.errors import Busy, DeadlineExceeded, PipelineClosed
+from runtime.descriptors import require_descriptors
+from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed
 from runtime.intake import normal_inputs, normal_names, normal_timeout_ns
 from runtime.keys import Keys, default_folder
 from runtime.launch import Launcher, Premises
@@ -36,6 +38,8 @@ from runtime.transport import Security, check_address, private_folder
 
 START_TIMEOUT_S = 120.0
 
+_LOOK_S = 0.2
+_NODE_DESCRIPTORS = 8
 _REMEMBERED = 256  # sets of outputs that were asked for
 
 
@@ -100,6 +104,7 @@ class Pipeline:
             wanted.check()
             loaded = load_plan(folder)
             nodes = sum(wanted.counts(loaded))
+            require_descriptors(_NODE_DESCRIPTORS * nodes, f"a pipeline of {nodes} nodes")
             memory = wanted.inflight_bytes or memory_for_requests_bytes()
             launcher = launcher or LocalLauncher(memory_bytes=memory if wanted.shared_memory else 0)
             shared = launcher.premises.single_host
@@ -117,7 +122,7 @@ class Pipeline:
             if launcher is not None:
                 launcher.close(keep_logs=False)
             raise
-        return pipeline._wait_until_ready()
+        return pipeline._wait_until_ready(wanted.abandoned)
 
     @classmethod
     def listen(cls, plan: str | Path, *, bind: str, **options: Any) -> Pipeline:
@@ -169,7 +174,7 @@ class Pipeline:
         except BaseException:
             shutil.rmtree(home, ignore_errors=True)
             raise
-        return pipeline._wait_until_ready()
+        return pipeline._wait_until_ready(wanted.abandoned)
 
     @classmethod
     def _build(
@@ -213,8 +218,11 @@ class Pipeline:
         rows = batch_size(plan) if wanted.micro_batch is None else wanted.micro_batch
         return cls(folder, plan, Coordinator(setup), Admission(requests, memory_bytes), rows)
 
-    def _wait_until_ready(self) -> Pipeline:
+    def _wait_until_ready(self, abandoned: Callable[[], bool] | None) -> Pipeline:
         try:
+            while not wait((self._ready,), None if abandoned is None else _LOOK_S).done:
+                if abandoned is not None and abandoned():
+                    raise LaunchFailed("the launch was given up before all nodes were ready")
             self.address = self._ready.result()
         except BaseException:
             self.close()
@@ -389,6 +397,11 @@ class Pipeline:
         """
         limit_ns = normal_timeout_ns(timeout)
         self._coordinator.drain().result(None if limit_ns is None else limit_ns / 1e9)
+
+    @property
+    def ended(self) -> bool:
+        """True when nobody looks after its requests any more: it was closed, or a thread of it has failed."""
+        return self._coordinator.ended
 
     @property
     def trouble(self) -> str | None:

@@ -27,12 +27,14 @@ import zmq.auth.thread
 import zmq.utils.monitor
 
 from runtime.codec import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Buffer
+from runtime.descriptors import require_descriptors
 from runtime.errors import PipelineError
 
 _ZERO_COPY_FROM = 64 * 1024
 """Bytes below which copying a frame is quicker than keeping track of it."""
 
 _BACKLOG = 1024
+_CONTEXT_DESCRIPTORS, _SOCKET_DESCRIPTORS = 16, 8
 
 DEFAULT_MESSAGE_BYTES = MAX_FRAME_BYTES
 """The largest frame that is taken; a connection that announces a larger one is closed before memory is taken for it."""
@@ -96,6 +98,7 @@ class Sockets:
         security: Security | None = None,
         message_bytes: int = DEFAULT_MESSAGE_BYTES,
     ) -> None:
+        require_descriptors(_CONTEXT_DESCRIPTORS, "a set of sockets")
         self._linger_ms = round(linger_s * 1000)
         self._security = security or Security()
         self._message_bytes = message_bytes
@@ -263,6 +266,7 @@ class Sockets:
         self._unread.add(raw)
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        require_descriptors(_SOCKET_DESCRIPTORS, "a link")
         raw = self._context.socket(kind)
         for option, value in (
             (zmq.LINGER, self._linger_ms),

@@ -58,6 +58,7 @@ RUNTIME_ORDER = [
         "runtime.table",
         "runtime.logs",
         "runtime.intake",
+        "runtime.descriptors",
     ],
     ["runtime.messages", "runtime.board"],
     [
@@ -84,6 +85,7 @@ RUNTIME_ORDER = [
     ["runtime.coordinator", "runtime.request", "runtime.node"],
     ["runtime.pipeline"],
     ["runtime.bench", "runtime.gateway.errors", "runtime.gateway.tally"],
+    ["runtime.gateway.budget"],
     ["runtime.gateway.protocol", "runtime.gateway.line", "runtime.gateway.guard", "runtime.gateway.bodies"],
     [
         "runtime.gateway.http_codec",

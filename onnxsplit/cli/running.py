@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 def running_options(command: Command) -> Command:
     """How to run: options that a command takes as ``**running`` and turns into keywords with :func:`keywords`."""
-    return threads_option(_with(_OPTIONS, command))
+    return threads_option(_with([*_OPTIONS, _MEMORY, _TIMING], command))
+
+
+def serving_options(command: Command) -> Command:
+    """The same for ``serve``, whose ``--shared-memory`` is about the memory of clients."""
+    return threads_option(_with([*_OPTIONS, _NO_MEMORY, _TIMING], command))
 
 
 def tracing_options(command: Command) -> Command:
@@ -90,10 +95,6 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         },
     ),
     (
-        ("--shared-memory/--no-shared-memory",),
-        {"default": True, "help": "Whether tensors cross in shared memory on one host."},
-    ),
-    (
         ("--share-weights/--no-share-weights",),
         {
             "default": None,
@@ -117,17 +118,23 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         },
     ),
 ]
-_OPTIONS.append(
-    (
-        ("--timing", "timings"),
-        {
-            "multiple": True,
-            "metavar": "NAME=SECONDS",
-            "callback": _timings,
-            "help": "When a node counts as failed, and when it is tried again; NAME as in runtime.watch.Timings: "
-            "silence_s, stall_s, lost_s, backoff_s, circuit_s, ... Repeatable.",
-        },
-    )
+_MEMORY: tuple[tuple[str, ...], dict[str, Any]] = (
+    ("--shared-memory/--no-shared-memory",),
+    {"default": True, "help": "Whether tensors cross in shared memory on one host."},
+)
+_NO_MEMORY: tuple[tuple[str, ...], dict[str, Any]] = (
+    ("--no-shared-memory",),
+    {"is_flag": True, "help": "Let tensors cross between nodes through sockets, not in shared memory."},
+)
+_TIMING: tuple[tuple[str, ...], dict[str, Any]] = (
+    ("--timing", "timings"),
+    {
+        "multiple": True,
+        "metavar": "NAME=SECONDS",
+        "callback": _timings,
+        "help": "When a node counts as failed, and when it is tried again; NAME as in runtime.watch.Timings: "
+        "silence_s, stall_s, lost_s, backoff_s, circuit_s, ... Repeatable.",
+    },
 )
 _TRACING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (
@@ -148,6 +155,9 @@ def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
         raise click.UsageError("--trace-ops adds to a timeline; name its file with --trace FILE.json")
     from runtime.watch import timings
 
+    running = dict(running)
+    if running.pop("no_shared_memory", False):
+        running["shared_memory"] = False
     return {
         **running,
         "timings": timings(running["timings"]),

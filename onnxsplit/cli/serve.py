@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxsplit.cli.output import Output, make_command, option
-from onnxsplit.cli.running import keywords, running_options
+from onnxsplit.cli.running import keywords, serving_options
 from onnxsplit.cli.settings import different
 from onnxsplit.cli.values import Size
 
@@ -33,7 +34,7 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
 @option("--host", default="127.0.0.1", help="Where to listen. Others than this host can ask only with another.")
 @option("--http-port", type=click.IntRange(0, 65535), default=8000, help="Port of HTTP, metrics and the page; 0: any.")
 @option("--grpc-port", default="8001", callback=_port, metavar="N|off", help="Port of gRPC; 0: any.")
-@running_options
+@serving_options
 @option("--max-batch", type=click.IntRange(min=1), default=1, help="Join requests to so many rows at most.")
 @option("--max-delay", type=click.FloatRange(min=0), default=0.0, help="Milliseconds to wait for more to join.")
 @option("--max-queue", type=click.IntRange(min=1), default=256, help="Requests that may wait; more are refused.")
@@ -44,6 +45,13 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
 @option("--tls-key", type=click.Path(path_type=Path), metavar="FILE.pem", help="Its key.")
 @option(
     "--token-file", type=click.Path(path_type=Path), metavar="FILE", help="Tokens, one a line; clients must show one."
+)
+@option(
+    "--shared-memory",
+    is_flag=False,
+    flag_value="",
+    metavar="[PREFIX]",
+    help="Let clients of this host register shared memory of this user whose name begins with PREFIX; any without it.",
 )
 @option("--drain", type=click.FloatRange(min=0), default=30.0, help="Seconds for accepted requests at the end.")
 @option("--otel", is_flag=True, help="Send spans to OpenTelemetry, as OTEL_* variables say.")
@@ -79,6 +87,7 @@ def command(
     tls_cert: Path | None,
     tls_key: Path | None,
     token_file: Path | None,
+    shared_memory: str | None,
     drain: float,
     otel: bool,
     launcher: str,
@@ -124,19 +133,21 @@ def command(
         options["threads"] = options["threads"] or threads_per_node(nodes)
         options["inflight_bytes"] = options["inflight_bytes"] or memory_for_requests_bytes() // len(found)
 
-    def start(folder: Path) -> Pipeline:
+    def start(folder: Path, abandoned: Callable[[], bool]) -> Pipeline:
         if launcher == "none":
             assert bind is not None
             output.note(f"waiting for nodes: onnxsplit node --connect {bind}")
-            return Pipeline.listen(folder, bind=bind, keys=keys, insecure=insecure, elastic=elastic, **options)
+            return Pipeline.listen(
+                folder, bind=bind, keys=keys, insecure=insecure, elastic=elastic, abandoned=abandoned, **options
+            )
         if launcher == "ray":
             from runtime.launch.ray import RayLauncher
 
             plan = load_plan(folder)
             counts = RunOptions(replicas=options["replicas"]).counts(plan)
             ray = RayLauncher(plan, placement=placement, replicas=counts)
-            return Pipeline.launch(folder, launcher=ray, **options)
-        return Pipeline.launch(folder, **options)
+            return Pipeline.launch(folder, launcher=ray, abandoned=abandoned, **options)
+        return Pipeline.launch(folder, abandoned=abandoned, **options)
 
     serve(
         plans,
@@ -153,6 +164,7 @@ def command(
             tls_cert=tls_cert,
             tls_key=tls_key,
             token_file=token_file,
+            shared_memory=shared_memory,
             drain_s=drain,
             spans=otel,
         ),

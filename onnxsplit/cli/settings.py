@@ -74,7 +74,9 @@ def apply(context: click.Context, commands: click.Group, command: str) -> None:
             value = [value]
         if parameter.is_flag and not isinstance(value, bool):
             raise click.UsageError(f"{file}: {command}.{key} is {value!r}; allowed: true, false")
-        values[str(parameter.name)] = value if parameter.is_flag else _text(value)
+        if isinstance(value, bool) and parameter.flag_value is not None and not parameter.is_flag:
+            value = parameter.flag_value if value else None  # an option whose value may be left out
+        values[str(parameter.name)] = value if parameter.is_flag or value is None else _text(value)
     context.default_map = {**(context.default_map or {}), command: values}
 
 

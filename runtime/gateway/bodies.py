@@ -6,11 +6,13 @@ import asyncio
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
 
-from onnxsplit.errors import InputError
-from runtime.errors import Busy, Cancelled
+from onnxsplit.errors import InputError, shown
+from runtime.errors import Cancelled
+from runtime.gateway.budget import Budget
 from runtime.gateway.errors import TooLarge, TooSlow
 
 Scope = MutableMapping[str, Any]
@@ -20,6 +22,8 @@ SILENCE_S = 10.0
 SLOWEST_BYTES_PER_S = 64 << 10
 _PATIENCE_S = 30.0
 _DISCARD_S = 3.0
+_QUICK_BYTES = 4 << 10  # compressed, are decompressed at once: to some MiB at most
+_STEP_BYTES = 1 << 20
 
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
@@ -29,16 +33,19 @@ class Bodies:
 
     Args:
         most_bytes: of one, also after it was decompressed.
-        all_bytes: of those that are on their way, together.
+        budget: of all requests.
+        workers: where what takes long is done, beside the event loop.
     """
 
-    def __init__(self, most_bytes: int, all_bytes: int) -> None:
+    def __init__(self, most_bytes: int, budget: Budget, workers: Executor) -> None:
         self.most_bytes = most_bytes
-        self._all_bytes = all_bytes
-        self.held_bytes = 0
+        self._budget = budget
+        self._workers = workers
 
-    async def read(self, headers: Mapping[str, str], scope: Scope, receive: Receive) -> bytes:
+    async def read(self, headers: Mapping[str, str], scope: Scope, receive: Receive) -> bytes | bytearray:
         """A whole body, decompressed. Silence is noticed by the connection, which sets ``scope["silent"]``.
+
+        What is held of it is noted in the scope, until :meth:`release`.
 
         Raises:
             TooLarge, TooSlow, Busy: as said above.
@@ -53,51 +60,66 @@ class Bodies:
             raise TooLarge(f"the request has {length} bytes; at most {self.most_bytes} are allowed (--max-body)")
         coding = headers.get("content-encoding", "identity").lower()
         if coding not in ("identity", "gzip", "deflate"):
-            raise InputError(f"Content-Encoding is {coding!r}; allowed: gzip, deflate, identity")
+            raise InputError(f"Content-Encoding is {shown(coding)}; allowed: gzip, deflate, identity")
         body = await self._whole(scope, receive)
-        return body if coding == "identity" else self._decompress(body, coding)
+        if coding == "identity":
+            return body
+        if len(body) <= _QUICK_BYTES:
+            return self._decompress(body, coding, scope)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, self._decompress, body, coding, scope)
 
-    async def _whole(self, scope: Scope, receive: Receive) -> bytes:
+    def release(self, scope: Scope) -> None:
+        """The body that was read is not needed any more."""
+        self._budget.give(scope.pop("held", 0))
+
+    def _hold(self, scope: Scope, size: int) -> None:
+        self._budget.take(size)
+        scope["held"] = scope.get("held", 0) + size
+
+    async def _whole(self, scope: Scope, receive: Receive) -> bytes | bytearray:
         """All of it. Pieces lie in ``scope["pieces"]``, from the connection; ``receive`` only tells that some came."""
         pieces: list[bytes] = scope["pieces"]
         message = await receive()
         if len(pieces) < 2 and message["type"] == "http.request" and not message["more_body"]:
             return pieces[0] if pieces else b""
         begun = time.monotonic()
-        body: list[bytes] = []
-        size = 0
-        try:
-            while True:
-                if message["type"] == "http.disconnect":
-                    raise Cancelled("the client went away before its request was whole")
-                if scope.get("silent") or time.monotonic() > begun + _PATIENCE_S + size / SLOWEST_BYTES_PER_S:
-                    raise TooSlow(
-                        f"the body is too slow: {SILENCE_S:g} s without a byte, or under {SLOWEST_BYTES_PER_S} bytes/s"
-                    )
-                more = sum(map(len, pieces))
-                if size + more > self.most_bytes:
-                    await _discard(scope, receive)
-                    raise TooLarge(f"the request has more than the {self.most_bytes} bytes allowed (--max-body)")
-                if size and self.held_bytes + more > self._all_bytes:
-                    raise Busy(f"requests of {self.held_bytes} bytes are being received, which is all; try again later")
-                self.held_bytes += more
-                size += more
-                body += pieces
-                pieces.clear()
-                if not message["more_body"]:
-                    return b"".join(body)
-                message = await receive()
-        finally:
-            self.held_bytes -= size
+        body = bytearray()
+        while True:
+            if message["type"] == "http.disconnect":
+                raise Cancelled("the client went away before its request was whole")
+            if scope.get("silent") or time.monotonic() > begun + _PATIENCE_S + len(body) / SLOWEST_BYTES_PER_S:
+                raise TooSlow(
+                    f"the body is too slow: {SILENCE_S:g} s without a byte, or under {SLOWEST_BYTES_PER_S} bytes/s"
+                )
+            more = sum(map(len, pieces))
+            if len(body) + more > self.most_bytes:
+                await _discard(scope, receive)
+                raise TooLarge(f"the request has more than the {self.most_bytes} bytes allowed (--max-body)")
+            self._hold(scope, more)
+            for piece in pieces:  # not joined at the end, which would keep all other threads waiting
+                body += piece
+            pieces.clear()
+            if not message["more_body"]:
+                return body
+            message = await receive()
 
-    def _decompress(self, body: bytes, coding: str) -> bytes:
+    def _decompress(self, body: bytes | bytearray, coding: str, scope: Scope) -> bytearray:
+        """What a body is when it is decompressed, step by step, so that its size is known before it is there."""
         machine = zlib.decompressobj(_WINDOW[coding])
-        try:
-            data = machine.decompress(body, self.most_bytes + 1)
-        except zlib.error as error:
-            raise InputError(f"the body is not {coding}, as Content-Encoding says: {error}") from error
-        if len(data) > self.most_bytes:
-            raise TooLarge(f"decompressed, the request has more than the {self.most_bytes} bytes allowed (--max-body)")
+        data = bytearray()
+        rest: bytes | bytearray = body
+        while rest and not machine.eof:
+            try:
+                step = machine.decompress(rest, _STEP_BYTES)
+            except zlib.error as error:
+                raise InputError(f"the body is not {coding}, as Content-Encoding says: {error}") from error
+            if len(data) + len(step) > self.most_bytes:
+                raise TooLarge(
+                    f"decompressed, the request has more than the {self.most_bytes} bytes allowed (--max-body)"
+                )
+            self._hold(scope, len(step))
+            data += step
+            rest = machine.unconsumed_tail
         if not machine.eof:
             raise InputError(f"the body ends within its {coding} stream")
         return data
@@ -111,13 +133,16 @@ async def _discard(scope: Scope, receive: Receive) -> None:
                 scope["pieces"].clear()
 
 
-def compress(pieces: list[bytes | memoryview], accepted: str) -> tuple[list[bytes | memoryview], str]:
-    """An answer's body in the coding that a client asks for by name alone, and that; else as it is, and ``""``.
+def coding_of(accepted: str) -> str:
+    """The coding that a client asks an answer in by name alone; empty for none.
 
     Browsers and libraries name several codings in every request; tensors gain little from any, and it takes long.
     """
     coding = accepted.strip().lower()
-    if coding not in _WINDOW:
-        return pieces, ""
+    return coding if coding in _WINDOW else ""
+
+
+def compress(pieces: list[bytes | memoryview], coding: str) -> list[bytes | memoryview]:
+    """An answer's body in a coding that :func:`coding_of` gave."""
     machine = zlib.compressobj(1, wbits=_WINDOW[coding])
-    return [*(machine.compress(piece) for piece in pieces), machine.flush()], coding
+    return [*(machine.compress(piece) for piece in pieces), machine.flush()]

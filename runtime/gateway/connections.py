@@ -81,6 +81,8 @@ class Connection(HttpToolsProtocol):
         """Somebody connects: the first header is due."""
         super().connection_made(_OneWrite(transport))  # type: ignore[arg-type]  # it has what is used of one
         self._due()
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
+            transport.abort()  # descriptors are needed for other things, too
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Somebody is gone: so is the reason to work on the request."""
@@ -120,6 +122,7 @@ class Connection(HttpToolsProtocol):
         self._came()
         self._unfinished_bytes = 0
         self.scope["pieces"] = self._pieces = []  # type: ignore[typeddict-unknown-key]
+        self.scope["target"] = self.url.decode("latin-1")  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

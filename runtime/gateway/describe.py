@@ -17,12 +17,13 @@ from runtime.gateway.tally import Duration, Tally
 from runtime.stats import NodeStats
 
 NAME = "onnxsplit"
+_SHARED_MEMORY = "system_shared_memory"
 EXTENSIONS = (
     "classification",
     "model_repository",
     "model_repository(unload_dependents)",
     "model_configuration",
-    "system_shared_memory",
+    _SHARED_MEMORY,
     "binary_tensor_data",
     "parameters",
     "statistics",
@@ -31,9 +32,10 @@ EXTENSIONS = (
 Json = dict[str, Any]
 
 
-def server() -> Json:
-    """``GET /v2``."""
-    return {"name": NAME, "version": onnxsplit.__version__, "extensions": list(EXTENSIONS)}
+def server(*, shared_memory: bool) -> Json:
+    """``GET /v2``; ``shared_memory``: whether clients may register some."""
+    extensions = [name for name in EXTENSIONS if shared_memory or name != _SHARED_MEMORY]
+    return {"name": NAME, "version": onnxsplit.__version__, "extensions": extensions}
 
 
 def stage_name(model: str, stage: int) -> str:

@@ -6,18 +6,20 @@ All of it is called in the event loop's thread; only the copying of large tensor
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 import os
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from msgspec import Struct
 
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.tensors import Array
-from runtime.errors import Busy, DeadlineExceeded, NodeFailed, PipelineClosed, StageFailed
+from runtime.errors import Busy, DeadlineExceeded, NodeFailed, NotSeparable, PipelineClosed, StageFailed
+from runtime.gateway.errors import NotLoaded
 from runtime.gateway.line import Limits, Line, Waiting
 from runtime.gateway.tally import Tally
 from runtime.messages import Visit
@@ -27,6 +29,7 @@ from runtime.request import Answering, Asked
 
 _LARGE_BYTES = 4 << 20  # copied beside the event loop
 _AGAIN_S = 0.005
+_log = logging.getLogger("runtime.gateway")
 
 
 class Passage(Struct, eq=False):
@@ -108,6 +111,8 @@ class Entrance:
         asked = self._pipeline.check(inputs, outputs)
         if self._closed is not None:
             raise self._closed
+        if (trouble := self._pipeline.trouble) is not None:
+            raise NotLoaded(f"the model takes no requests: {trouble}")
         passage = Passage(inputs, asked, _rows(inputs, asked.axes), self._loop.create_future())
         request = Waiting(
             key=self._key(inputs, outputs, asked),
@@ -199,25 +204,26 @@ class Entrance:
         deadlines = [request.deadline_ns for request in requests]
         # The last one's: earlier ones are told at theirs.
         deadline = None if None in deadlines else max(deadline or 0 for deadline in deadlines)
-        inputs = join([p.inputs for p in passages], first.asked.axes or {}) if len(passages) > 1 else first.inputs
-        if sum(request.size_bytes for request in requests) > _LARGE_BYTES:
-            self._inside.add(inside)
-            sending = self._loop.run_in_executor(None, self._submit, inputs, first.asked, deadline)
+        large = sum(request.size_bytes for request in requests) > _LARGE_BYTES
+        send = functools.partial(self._submit, passages, first.asked, deadline)
+        self._inside.add(inside)
+        if large:
+            sending = self._loop.run_in_executor(None, send)
             sending.add_done_callback(lambda done: self._sent(inside, done))
             return True
         try:
-            future = self._submit(inputs, first.asked, deadline)
+            future = send()
         except Busy:
+            self._inside.discard(inside)
             return False
-        except OnnxsplitError as error:
-            self._inside.add(inside)
+        except Exception as error:  # whatever it is, those who wait hear of it
             self._loop.call_soon(self._ended, inside, error)
             return True
-        self._inside.add(inside)
         self._await(inside, future)
         return True
 
-    def _submit(self, inputs: Mapping[str, Array], asked: Asked, deadline_ns: int | None) -> Answering:
+    def _submit(self, passages: list[Passage], asked: Asked, deadline_ns: int | None) -> Answering:
+        inputs = join([passage.inputs for passage in passages], asked.axes or {})
         return self._pipeline.enter(inputs, asked, deadline_ns=deadline_ns, block=False)
 
     def _sent(self, inside: _Inside, sending: asyncio.Future[Answering]) -> None:
@@ -248,38 +254,50 @@ class Entrance:
             self._loop.call_soon_threadsafe(self._ended, inside, None)
 
     def _ended(self, inside: _Inside, error: BaseException | None) -> None:
-        """The pipeline has answered, or not taken it."""
+        """The pipeline has answered, or not taken it. Everybody who went in together is answered, or goes in again."""
         if inside not in self._inside:
             return
         self._inside.discard(inside)
+        try:
+            self._settle_up(inside, error)
+        except Exception as problem:
+            _log.exception("an answer could not be given")
+            for request in inside.requests:
+                self._fail(request, problem)
+        self._pump()
+
+    def _settle_up(self, inside: _Inside, error: BaseException | None) -> None:
         now = time.monotonic_ns()
         rows = sum(inside.rows)
         future = inside.future
         if future is not None:
             error = PipelineClosed("given up") if future.cancelled() else future.exception()
+        together = len(inside.requests) > 1
         if error is None and future is not None:
             self.line.came_out(rows, inside.entered_ns, now)
             self._tally.ran(rows, now - inside.entered_ns)
-            self._deal(inside, future, now)
-        elif isinstance(error, StageFailed | NodeFailed) and len(inside.requests) > 1:
+            if not together or _separable(future.result(), inside, rows):
+                self._deal(inside, future, now)
+                return
+            error = NotSeparable("the answer to a joined batch does not have the batch's rows")
+        assert error is not None
+        if together and isinstance(error, StageFailed | NodeFailed | NotSeparable):
             again = [request for request in inside.requests if not request.subject.answer.done()]
             for request in again:  # one of them is to blame: each by itself
                 request.key = None
             self.line.back(again)
-        else:
-            assert error is not None
-            for request in inside.requests:
-                self._fail(request, error)
-        self._pump()
+            return
+        for request in inside.requests:
+            self._fail(request, error)
 
-    def _deal(self, inside: _Inside, future: Future[dict[str, Array]], now: int) -> None:
+    def _deal(self, inside: _Inside, future: Answering, now: int) -> None:
         """Give everybody the rows that are theirs."""
         outputs = future.result()
         start = 0
         for request, rows in zip(inside.requests, inside.rows, strict=True):
             passage: Passage = request.subject
             passage.ended_ns = now
-            passage.visits = getattr(future, "visits", ())
+            passage.visits = future.visits
             mine = outputs
             if len(inside.requests) > 1:
                 axes: Axes = passage.asked.axes or {}
@@ -316,6 +334,15 @@ class Entrance:
             if request in inside.requests and alone and inside.future is not None:
                 inside.future.cancel()
                 return
+
+
+def _separable(outputs: Mapping[str, Array], inside: _Inside, rows: int) -> bool:
+    """True when every output of a joined batch has the batch's rows, so that each request can be given its own."""
+    axes: Axes = inside.requests[0].subject.asked.axes or {}
+    return all(
+        (axis := axes.get(name)) is None or (axis < array.ndim and array.shape[axis] == rows)
+        for name, array in outputs.items()
+    )
 
 
 def _rows_of(array: Array, axis: int, start: int, stop: int) -> Array:

@@ -56,6 +56,12 @@ class Unsupported(GatewayError):
     """The protocol has it, this server has not. HTTP 501, gRPC UNIMPLEMENTED."""
 
 
+def words(error: BaseException, most: int = 2000) -> str:
+    """What a client is told of an error: of a bounded length, since what a client sent may be in it."""
+    text = str(error) if isinstance(error, OnnxsplitError) else f"an error in the server: {type(error).__name__}"
+    return text if len(text) <= most else f"{text[:most]} ... ({len(text)} characters)"
+
+
 class Status(NamedTuple):
     """What an error is to a client: HTTP's status, and the name of gRPC's."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, shown
 from runtime.gateway.errors import Forbidden, Unauthorized
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -50,16 +50,21 @@ class Guard:
         self._tokens = tuple(token.encode() for token in tokens)
         self._loopback = loopback
 
-    def check(self, authorization: str | None) -> None:
+    def check(self, authorizations: Sequence[str]) -> None:
         """Hold what a client shows against the tokens: ``Bearer TOKEN``, or ``Basic`` with it as the password.
 
+        Args:
+            authorizations: every one that came.
+
         Raises:
-            Unauthorized: none, or not one of ours.
+            Unauthorized: none, not one of ours, or several.
         """
+        if len(authorizations) > 1:
+            raise Unauthorized(f"the request carries {len(authorizations)} authorizations; send one")
         if not self._tokens:
             return
-        scheme, _, shown = (authorization or "").partition(" ")
-        token = shown.strip().encode()
+        scheme, _, given = (authorizations[0] if authorizations else "").partition(" ")
+        token = given.strip().encode()
         if scheme.lower() == "basic":
             try:
                 token = base64.b64decode(token, validate=True).partition(b":")[2]
@@ -70,19 +75,31 @@ class Guard:
         if sum(hmac.compare_digest(token, ours) for ours in self._tokens) == 0:
             raise Unauthorized("this server asks for a token: send the header Authorization: Bearer TOKEN")
 
-    def check_site(self, headers: Mapping[str, str]) -> None:
-        """Refuse what a page of another site makes a browser send.
+    def check_site(self, hosts: Sequence[str], origins: Sequence[str], target: str) -> None:
+        """Refuse what a page of another site makes a browser send, and what could be read in two ways.
+
+        Args:
+            hosts: every ``Host`` that came.
+            origins: every ``Origin``.
+            target: what is asked for, as the request's first line has it.
 
         Raises:
+            InputError: there is not one host.
             Forbidden: the site is not ours, or the name is not.
         """
-        host = headers.get("host", "")
-        origin = headers.get("origin")
+        if len(hosts) != 1 or not hosts[0]:
+            raise InputError(f"the request has {len(hosts)} Host headers; HTTP needs one, with the name of this server")
+        if len(origins) > 1:
+            raise Forbidden(f"the request has {len(origins)} Origin headers; a browser sends one")
+        host, origin = hosts[0], origins[0] if origins else None
         try:
             name, site = urlsplit(f"//{host}").hostname or "", urlsplit(origin or "").netloc
+            asked = urlsplit(target).netloc if not target.startswith("/") else host
         except ValueError as error:
-            raise Forbidden(f"the header Host or Origin holds no address: {error}") from error
-        if self._loopback and host and name not in LOOPBACK:
-            raise Forbidden(f"this server is of this host alone, and was asked as {host!r}; ask localhost")
+            raise Forbidden(f"the request names no address: {error}") from error
+        if asked not in (host, ""):
+            raise Forbidden(f"the request asks {shown(asked)} for something, and says to {shown(host)}")
+        if self._loopback and name not in LOOPBACK:
+            raise Forbidden(f"this server is of this host alone, and was asked as {shown(host)}; ask localhost")
         if origin is not None and site != host:
-            raise Forbidden(f"pages of {origin!r} may not ask this server")
+            raise Forbidden(f"pages of {shown(origin)} may not ask this server")

@@ -14,19 +14,22 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array, dtype_name
+from runtime.gateway.errors import TooLarge
 from runtime.gateway.protocol import (
     DATATYPES,
     InferRequest,
     Place,
     Read,
     Wanted,
+    bytes_of,
     from_bytes,
     from_json,
     to_bytes,
     to_json,
 )
+from runtime.intake import MOST_TIMEOUT_S
 
 Parameters = dict[str, Any]
 
@@ -51,6 +54,15 @@ class _Body(Struct):
     parameters: Parameters | None = None
 
 
+MOST_JSON_BYTES = 64 << 20
+"""The JSON of a request; tensors may follow it as bytes."""
+
+MOST_TENSORS = 4096
+"""Inputs of a request, and outputs."""
+
+_LONG = 1 << 20
+_WORDS = 500
+
 _DECODER = msgspec.json.Decoder(_Body)
 _OURS = {"timeout", "priority", "binary_data_output", "sequence_id", "sequence_start", "sequence_end"}
 
@@ -69,15 +81,18 @@ def parse(body: bytes | bytearray | memoryview, header_length: int | None, read:
     whole = memoryview(body)
     if header_length is not None and not 0 < header_length <= len(whole):
         raise InputError(f"Inference-Header-Content-Length is {header_length}, and the body has {len(whole)} bytes")
+    _check_size(whole[:header_length])
     try:
         said = _DECODER.decode(whole[:header_length])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise InputError(f"the request is not as the protocol has it: {error}") from error
+        raise InputError(f"the request is not as the protocol has it: {one_line(error, _WORDS)}") from error
     rest = whole[len(whole) if header_length is None else header_length :]
+    if max(len(said.inputs), len(said.outputs or ())) > MOST_TENSORS:
+        raise InputError(f"the request has {len(said.inputs)} inputs; at most {MOST_TENSORS} are allowed")
     inputs: dict[str, Array] = {}
     for tensor in said.inputs:
         if tensor.name in inputs:
-            raise InputError(f"input {tensor.name!r} is given twice")
+            raise InputError(f"input {shown(tensor.name)} is given twice")
         inputs[tensor.name], rest = _input(tensor, rest, read)
     if len(rest):
         raise InputError(f"{len(rest)} bytes follow the inputs; no input claims them as binary_data_size")
@@ -92,6 +107,21 @@ def parse(body: bytes | bytearray | memoryview, header_length: int | None, read:
     )
 
 
+def _check_size(text: memoryview) -> None:
+    """Refuse a JSON that would take too long, or too much memory, to look at.
+
+    Raises:
+        TooLarge, InputError: saying what is allowed.
+    """
+    if len(text) > MOST_JSON_BYTES:
+        raise TooLarge(
+            f"the JSON of the request has {len(text)} bytes; at most {MOST_JSON_BYTES} are allowed: send tensors as "
+            "binary data"
+        )
+    if len(text) > _LONG and (names := bytes(text).count(b'"name"')) > 2 * MOST_TENSORS:
+        raise InputError(f"the request names {names} tensors; at most {MOST_TENSORS} are allowed")
+
+
 def _input(tensor: _Input, rest: memoryview, read: Read) -> tuple[Array, memoryview]:
     """An input, and the bytes that follow it."""
     name, parameters = tensor.name, tensor.parameters or {}
@@ -99,23 +129,42 @@ def _input(tensor: _Input, rest: memoryview, read: Read) -> tuple[Array, memoryv
     size = _number(parameters, "binary_data_size")
     if sum((place is not None, size is not None, tensor.data is not UNSET)) != 1:
         raise InputError(
-            f"input {name!r} needs exactly one of: data, the parameter binary_data_size, a region of shared memory"
+            f"input {shown(name)} needs exactly one of: data, the parameter binary_data_size, a region of shared memory"
         )
     if place is not None:
-        return from_bytes(name, tensor.datatype, tensor.shape, read(place)), rest
+        return from_place(name, tensor.datatype, tensor.shape, place, read), rest
     if size is not None:
         if not 0 <= size <= len(rest):
-            raise InputError(f"input {name!r} claims {size} bytes of binary data, and {len(rest)} are there")
+            raise InputError(
+                f"input {shown(name)} claims {shown(size)} bytes of binary data, and {len(rest)} are there"
+            )
         return from_bytes(name, tensor.datatype, tensor.shape, rest[:size]), rest[size:]
     assert isinstance(tensor.data, Raw)
     return from_json(name, tensor.datatype, tensor.shape, tensor.data), rest
+
+
+def from_place(name: str, datatype: str, shape: Sequence[int], place: Place, read: Read) -> Array:
+    """A tensor in shared memory; its size is held against its shape before it is read.
+
+    Raises:
+        InputError: there is no such tensor.
+    """
+    size = bytes_of(name, datatype, shape)
+    if size is not None and size != place.size_bytes:
+        raise InputError(
+            f"tensor {shown(name)} has shared_memory_byte_size {shown(place.size_bytes)}; {datatype} of shape "
+            f"{list(shape)} has {size} bytes"
+        )
+    return from_bytes(name, datatype, shape, read(place))
 
 
 def _wanted(output: _Output, request: Parameters) -> Wanted:
     parameters = output.parameters or {}
     classes = _number(parameters, "classification") or 0
     if classes < 0:
-        raise InputError(f"classification of output {output.name!r} is {classes}; it is how many classes to give")
+        raise InputError(
+            f"classification of output {shown(output.name)} is {shown(classes)}; it is how many classes to give"
+        )
     binary = parameters.get("binary_data", request.get("binary_data_output", False))
     return Wanted(output.name, binary is True, place_of(output.name, parameters), classes)
 
@@ -133,7 +182,7 @@ def place_of(name: str, parameters: Mapping[str, Any]) -> Place | None:
     offset = _number(parameters, "shared_memory_offset") or 0
     if not isinstance(region, str) or size is None or size < 0 or offset < 0:
         raise InputError(
-            f"tensor {name!r} in shared memory needs shared_memory_region (a name), shared_memory_byte_size and "
+            f"tensor {shown(name)} in shared memory needs shared_memory_region (a name), shared_memory_byte_size and "
             "shared_memory_offset (bytes, 0 or more)"
         )
     return Place(region, offset, size)
@@ -148,22 +197,25 @@ def timeout_ns(parameters: Mapping[str, Any]) -> int | None:
     if parameters.get("sequence_id"):
         raise InputError("sequence_id: requests that belong together are not supported; leave it out")
     timeout = _number(parameters, "timeout") or 0
-    if timeout < 0:
-        raise InputError(f"timeout is {timeout}; it is microseconds, 0 or more")
+    if not 0 <= timeout <= MOST_TIMEOUT_S * 10**6:
+        raise InputError(
+            f"timeout is {shown(timeout)}; it is microseconds, at most {MOST_TIMEOUT_S * 10**6} (a year), and 0 is no "
+            "limit"
+        )
     return timeout * 1000 or None
 
 
 def _number(parameters: Mapping[str, Any], name: str) -> int | None:
     value = parameters.get(name)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise InputError(f"parameter {name!r} is {value!r}; it is a whole number")
+        raise InputError(f"parameter {shown(name)} is {shown(value)}; it is a whole number")
     return value
 
 
 def _flag(parameters: Mapping[str, Any], name: str) -> bool:
     value = parameters.get(name, False)
     if not isinstance(value, bool):
-        raise InputError(f"parameter {name!r} is {value!r}; it is true or false")
+        raise InputError(f"parameter {shown(name)} is {shown(value)}; it is true or false")
     return value
 
 

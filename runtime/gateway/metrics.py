@@ -77,7 +77,7 @@ class _Collector(Collector):
         yield _gauge("onnxsplit_start_time_seconds", "When the server was started.", (), [((), watcher.started_s)])
         ready = watcher.service.repository.ready
         yield _gauge("onnxsplit_ready", "1 when all models execute requests.", (), [((), float(ready))])
-        held = float(watcher.bodies.held_bytes)
+        held = float(watcher.budget.held_bytes)
         yield _gauge("onnxsplit_receiving_bytes", "Bytes of requests that are not whole yet.", (), [((), held)])
 
     def _nodes(self, nodes: dict[Version, tuple[NodeStats, ...]]) -> Iterator[Metric]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnxsplit
+from onnxsplit.tensors import MAX_RANK
 from runtime.gateway.bodies import SILENCE_S
-from runtime.gateway.protocol import DATATYPES, RANK
+from runtime.gateway.protocol import DATATYPES
 
 Json = dict[str, Any]
 
@@ -199,7 +200,7 @@ _SCHEMAS: Json = {
             "items": _object(
                 ("name", "shape", "datatype"),
                 name=_TEXT,
-                shape={"type": "array", "items": _COUNT, "maxItems": RANK},
+                shape={"type": "array", "items": _COUNT, "maxItems": MAX_RANK},
                 datatype=_DATATYPE,
                 parameters=_PARAMETERS,
                 data={"type": "array", "description": "Elements in row-major order, flat or nested."},

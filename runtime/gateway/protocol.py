@@ -7,15 +7,15 @@ classification, statistics, model configuration, system shared memory).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
-from onnxsplit.errors import InputError
-from onnxsplit.tensors import Array, numpy_dtype
+from onnxsplit.errors import InputError, one_line, shown
+from onnxsplit.tensors import MAX_RANK, Array, element_count, numpy_dtype
 
 DATATYPES = {
     "bool": "BOOL",
@@ -26,10 +26,11 @@ DATATYPES = {
 """The protocol's name of each ONNX type that it has."""
 _ONNX = {datatype: dtype for dtype, datatype in DATATYPES.items()}
 
-RANK = 32
-"""Dimensions a tensor may have."""
-
-_LENGTH = np.dtype("<u4")
+_STRINGS = 1 << 22  # of one tensor
+_JSON_STRINGS = 1 << 20  # of one tensor; more take too long to decode at once
+_STEP_BYTES = 256 << 10  # of numbers in JSON that are decoded at once: other threads run in between
+_STEP = 16 << 10  # elements that are converted at once, likewise
+_WORDS = 200
 
 
 class Place(Struct, frozen=True):
@@ -76,7 +77,7 @@ class InferRequest(Struct, frozen=True):
     parameters: dict[str, Any] = {}
 
 
-Read = Callable[[Place], bytes]
+Read = Callable[[Place], bytes | bytearray]
 """Gives the bytes of a place in shared memory."""
 
 
@@ -87,60 +88,72 @@ def dtype_of(name: str, datatype: str) -> str:
         InputError: there is none such.
     """
     if datatype not in _ONNX:
-        raise InputError(f"tensor {name!r} has datatype {datatype!r}; allowed: {', '.join(_ONNX)}")
+        raise InputError(f"tensor {shown(name)} has datatype {shown(datatype)}; allowed: {', '.join(_ONNX)}")
     return _ONNX[datatype]
 
 
-def check_shape(name: str, shape: Sequence[int]) -> int:
+def check_shape(name: str, shape: Sequence[int], dtype: str) -> int:
     """The number of elements.
 
     Raises:
-        InputError: a size is negative, or there are too many dimensions.
+        InputError: no tensor has such a shape: a size is negative, there are too many dimensions, or too many elements.
     """
-    if len(shape) > RANK:
-        raise InputError(f"tensor {name!r} has {len(shape)} dimensions; at most {RANK} are allowed")
-    if any(size < 0 for size in shape):
-        raise InputError(f"tensor {name!r} has shape {list(shape)}; sizes are 0 or more")
-    return math.prod(shape)
+    if len(shape) > MAX_RANK:
+        raise InputError(f"tensor {shown(name)} has {len(shape)} dimensions; at most {MAX_RANK} are allowed")
+    count = element_count(shape, numpy_dtype(dtype).itemsize)
+    if count is None:
+        raise InputError(
+            f"tensor {shown(name)} has shape {shown(list(shape))}; sizes are 0 or more, and fit into memory together"
+        )
+    return count
 
 
-def from_bytes(name: str, datatype: str, shape: Sequence[int], data: bytes | memoryview) -> Array:
+def bytes_of(name: str, datatype: str, shape: Sequence[int]) -> int | None:
+    """The bytes of a tensor; None for strings, whose length the shape does not say. Raises as :func:`from_bytes`."""
+    dtype = dtype_of(name, datatype)
+    count = check_shape(name, shape, dtype)
+    return None if dtype == "string" else count * numpy_dtype(dtype).itemsize
+
+
+def from_bytes(name: str, datatype: str, shape: Sequence[int], data: bytes | bytearray | memoryview) -> Array:
     """A tensor of little-endian bytes, without a copy; each string is its length in four bytes, and itself.
 
     Raises:
         InputError: the bytes are not those of such a tensor.
     """
     dtype = dtype_of(name, datatype)
-    count = check_shape(name, shape)
+    count = check_shape(name, shape, dtype)
     if dtype == "string":
         return _strings(name, data, count).reshape(shape)
     kind = numpy_dtype(dtype)
     if len(data) != count * kind.itemsize:
         raise InputError(
-            f"tensor {name!r} has {len(data)} bytes; {datatype} of shape {list(shape)} has {count * kind.itemsize}"
+            f"tensor {shown(name)} has {len(data)} bytes; {datatype} of shape {list(shape)} has {count * kind.itemsize}"
         )
     if dtype == "bool":
         return np.frombuffer(data, np.uint8).astype(bool).reshape(shape)
     return np.frombuffer(data, kind).reshape(shape)
 
 
-def _strings(name: str, data: bytes | memoryview, count: int) -> Array:
+def _strings(name: str, data: bytes | bytearray | memoryview, count: int) -> Array:
+    if count > _STRINGS:
+        raise InputError(f"tensor {shown(name)} has {count} strings; at most {_STRINGS} are allowed")
     if count > len(data) // 4:
-        raise InputError(f"tensor {name!r} has {len(data)} bytes, too few for {count} strings")
+        raise InputError(f"tensor {shown(name)} has {len(data)} bytes, too few for {count} strings")
     result = np.empty(count, object)
     view, start = memoryview(data), 0
     for position in range(count):
         size = int.from_bytes(view[start : start + 4], "little")
         end = start + 4 + size
         if start + 4 > len(view) or end > len(view):
-            raise InputError(f"tensor {name!r} ends within string {position} of {count}")
+            raise InputError(f"tensor {shown(name)} ends within string {position} of {count}")
         try:
             result[position] = str(view[start + 4 : end], "utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"string {position} of tensor {name!r} is not UTF-8: {error.reason}") from error
+            raise InputError(f"string {position} of tensor {shown(name)} is not UTF-8: {error.reason}") from error
         start = end
     if start != len(view):
-        raise InputError(f"tensor {name!r} has {len(view) - start} bytes more than its {count} strings")
+        raise InputError(f"tensor {shown(name)} has {len(view) - start} bytes more than its {count} strings")
     return result
 
 
@@ -160,24 +173,77 @@ _ITEMS: dict[str, msgspec.json.Decoder[Any]] = {
     for kind, item in (("b", list[bool]), ("i", list[int]), ("u", list[int]), ("f", list[float]), ("O", list[str]))
 }
 _NESTED = msgspec.json.Decoder(list[Any])
+_OPENING = b"[ \t\r\n"
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw) -> Array:
-    """A tensor of JSON: its elements in row-major order, flat or nested.
+    """A tensor of JSON: its elements in row-major order, flat or nested as the shape is.
+
+    The number of elements is held against the shape before they are decoded.
 
     Raises:
         InputError: they are not those of such a tensor.
     """
     dtype = dtype_of(name, datatype)
-    decoder = _ITEMS["f" if dtype == "bfloat16" else numpy_dtype(dtype).kind]
+    count = check_shape(name, shape, dtype)
+    text = bytes(data)
+    depth = text[: len(text) - len(text.lstrip(_OPENING))].count(b"[")
+    if depth not in (1, len(shape)) and not (depth and count == 0):
+        raise InputError(
+            f"the data of tensor {shown(name)} are {depth} lists deep; shape {list(shape)} takes one list, or "
+            f"{len(shape)} inside each other"
+        )
     try:
-        try:
-            values = decoder.decode(data)
-        except msgspec.ValidationError:
-            values = msgspec.convert(_flat(_NESTED.decode(data), len(shape)), decoder.type)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise InputError(f"the data of tensor {name!r} are not {datatype}: {error}") from error
-    return from_items(name, datatype, shape, values)
+        if dtype == "string":
+            return from_items(name, datatype, shape, _json_strings(name, text, len(shape), count))
+        return _json_numbers(name, text, dtype, shape)
+    except (msgspec.DecodeError, RecursionError, OverflowError, UnicodeDecodeError) as error:
+        raise InputError(f"the data of tensor {shown(name)} are not {datatype}: {one_line(error, _WORDS)}") from error
+
+
+def _json_numbers(name: str, text: bytes, dtype: str, shape: Sequence[int]) -> Array:
+    count = math.prod(shape)
+    flat = text.translate(None, b"[]")
+    found = flat.count(b",") + 1 if flat.strip(b", \t\r\n") else 0
+    if found != count:
+        raise InputError(f"tensor {shown(name)} has {found} elements; shape {list(shape)} has {count}")
+    kind = numpy_dtype(dtype)
+    decoder = _ITEMS["f" if dtype == "bfloat16" else kind.kind]
+    result = np.empty(count, kind)
+    start = 0
+    with np.errstate(over="ignore"):
+        for piece in _pieces(flat) if count else ():
+            values = decoder.decode(b"[" + piece + b"]")
+            result[start : start + len(values)] = np.array(values, kind)
+            start += len(values)
+    if decoder is _ITEMS["f"] and not np.isfinite(result).all():
+        raise InputError(f"the data of tensor {shown(name)} hold a number that is too large for {dtype}")
+    return result.reshape(shape)
+
+
+def _pieces(flat: bytes) -> Iterator[bytes]:
+    """A list of numbers in pieces that end at a comma."""
+    start = 0
+    while start < len(flat):
+        end = flat.find(b",", start + _STEP_BYTES)
+        end = end if end >= 0 else len(flat)
+        yield flat[start:end]
+        start = end + 1
+
+
+def _json_strings(name: str, text: bytes, rank: int, count: int) -> list[str]:
+    at_least = (text.count(b'"') - text.count(b'\\"')) // 2  # a quote within a string is escaped
+    if at_least > count or count > _JSON_STRINGS:
+        raise InputError(
+            f"tensor {shown(name)} has {max(at_least, count)} strings; its shape has {count}, and as JSON at most "
+            f"{_JSON_STRINGS} are allowed: send more as binary data"
+        )
+    try:
+        values = _ITEMS["O"].decode(text)
+    except msgspec.ValidationError:
+        values = msgspec.convert(_flat(_NESTED.decode(text), rank), list[str])
+    found: list[str] = values
+    return found
 
 
 def from_items(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any]) -> Array:
@@ -187,13 +253,17 @@ def from_items(name: str, datatype: str, shape: Sequence[int], values: Sequence[
         InputError: there are not so many, or one is too large for the type.
     """
     dtype = dtype_of(name, datatype)
-    count = check_shape(name, shape)
+    count = check_shape(name, shape, dtype)
     if len(values) != count:
-        raise InputError(f"tensor {name!r} has {len(values)} elements; shape {list(shape)} has {count}")
+        raise InputError(f"tensor {shown(name)} has {len(values)} elements; shape {list(shape)} has {count}")
+    kind = numpy_dtype(dtype)
+    result = np.empty(count, kind)
     try:
-        return np.array(values, numpy_dtype(dtype)).reshape(shape)
-    except OverflowError as error:
-        raise InputError(f"the data of tensor {name!r} are not {datatype}: {error}") from error
+        for start in range(0, count, _STEP):
+            result[start : start + _STEP] = np.array(values[start : start + _STEP], kind)
+    except (OverflowError, ValueError) as error:
+        raise InputError(f"the data of tensor {shown(name)} are not {datatype}: {one_line(error, _WORDS)}") from error
+    return result.reshape(shape)
 
 
 def _flat(values: list[Any], rank: int) -> list[Any]:
@@ -204,8 +274,8 @@ def _flat(values: list[Any], rank: int) -> list[Any]:
     return values
 
 
-def to_json(name: str, array: Array) -> list[Any]:
-    """The elements of a tensor, in row-major order.
+def to_json(name: str, array: Array) -> msgspec.Raw:
+    """The elements of a tensor, in row-major order, as a list in JSON.
 
     Raises:
         InputError: there are some that JSON has no word for.
@@ -214,11 +284,12 @@ def to_json(name: str, array: Array) -> list[Any]:
         array = array.astype(np.float32)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InputError(
-            f"output {name!r} holds infinities or NaN, which JSON cannot carry; ask for it as binary data "
+            f"output {shown(name)} holds infinities or NaN, which JSON cannot carry; ask for it as binary data "
             '("parameters": {"binary_data": true})'
         )
-    found: list[Any] = array.ravel().tolist()
-    return found
+    flat = array.ravel()
+    pieces = [msgspec.json.encode(flat[start : start + _STEP].tolist())[1:-1] for start in range(0, len(flat), _STEP)]
+    return msgspec.Raw(b"[" + b",".join(pieces) + b"]")
 
 
 def classify(array: Array, classes: int, *, batched: bool) -> Array:

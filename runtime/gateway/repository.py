@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from onnxsplit.errors import InputError, OnnxsplitError
+from onnxsplit.errors import InputError, OnnxsplitError, shown
 from onnxsplit.plan import PLAN_FILE, Plan, load_plan
 from onnxsplit.tensors import Array
 from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
 from runtime.gateway.entrance import Entrance, Passage
-from runtime.gateway.errors import GatewayError, NotLoaded, UnknownModel
+from runtime.gateway.errors import GatewayError, NotLoaded, UnknownModel, words
 from runtime.gateway.line import Limits
 from runtime.gateway.protocol import DATATYPES, InferRequest, Wanted
 from runtime.gateway.tally import Tally
@@ -27,10 +27,12 @@ from runtime.logs import log_event
 from runtime.microbatch import batch_axes
 from runtime.pipeline import Pipeline
 
+_LOOK_S = 0.5
+_AGAIN_S, _AGAIN_MOST_S = 1.0, 60.0
 _log = logging.getLogger("runtime.gateway")
 
-Start = Callable[[Path], Pipeline]
-"""Starts the pipeline of a plan; blocks until its nodes are ready."""
+Start = Callable[[Path, Callable[[], bool]], Pipeline]
+"""Starts the pipeline of a plan; blocks until its nodes are ready, or until the function says that nobody waits."""
 
 
 class State(Enum):
@@ -76,11 +78,22 @@ class Version:
 
     @property
     def ready(self) -> bool:
-        """True when a request would be executed now: every stage has a node that is ready."""
+        """True when a request would be executed now."""
+        return self.why_not() is None
+
+    def why_not(self) -> str | None:
+        """Why a request would not be executed now; None when it would.
+
+        The pipeline is asked whether the threads that look after it do so: what its nodes were last known to be says
+        nothing when they do not.
+        """
         if self.state is not State.READY or self.pipeline is None:
-            return False
+            return self.reason or "it is not loaded"
+        if (trouble := self.pipeline.trouble) is not None:
+            return trouble
         up = {node.stage for node in self.pipeline.nodes if node.state == "ready"}
-        return up == {stage.index for stage in self.plan.stages}
+        down = [stage.index for stage in self.plan.stages if stage.index not in up]
+        return f"stage {', '.join(map(str, down))} has no node that is ready" if down else None
 
     def wanted(self, request: InferRequest) -> tuple[Wanted, ...]:
         """The outputs of a request, in the order it names them.
@@ -93,7 +106,7 @@ class Version:
         names = [output.name for output in request.wanted]
         unknown = [name for name in names if name not in self.plan.outputs]
         if unknown or len(set(names)) < len(names):
-            what = f"has no output {unknown[0]!r}" if unknown else "is asked for an output twice"
+            what = f"has no output {shown(unknown[0])}" if unknown else "is asked for an output twice"
             raise InputError(f"model {self.model!r} {what}; it has {', '.join(self.plan.outputs)}")
         return request.wanted
 
@@ -152,8 +165,16 @@ def _check_types(name: str, plan: Plan) -> None:
             )
 
 
+@dataclass
+class _Again:
+    """When a version whose pipeline has ended is started again: after each failure twice as long."""
+
+    at_s: float
+    wait_s: float
+
+
 class Repository:
-    """Versions by model.
+    """Versions by model. A version whose pipeline has ended by itself is started again (:meth:`watch`).
 
     Args:
         versions: all there are.
@@ -170,6 +191,7 @@ class Repository:
         self._limits = limits
         self._newest = newest
         self._changing = asyncio.Lock()
+        self._again: dict[Version, _Again] = {}
         self.ending = False
 
     def __iter__(self) -> Iterator[Version]:
@@ -184,8 +206,17 @@ class Repository:
     @property
     def ready(self) -> bool:
         """True when every model that is to be loaded takes requests and executes them."""
-        wanted = [version for version in self if version.state is not State.UNAVAILABLE or version.entrance is not None]
+        wanted = self.wanted
         return not self.ending and bool(wanted) and all(version.ready for version in wanted)
+
+    @property
+    def wanted(self) -> tuple[Version, ...]:
+        """The versions that are to take requests: those that do, that are loading, or that are started again."""
+        return tuple(
+            version
+            for version in self
+            if version.state is not State.UNAVAILABLE or version.entrance is not None or version in self._again
+        )
 
     def find(self, model: str, number: str = "") -> Version:
         """A version; the newest that is loaded, or else the newest, when none is named.
@@ -195,12 +226,12 @@ class Repository:
         """
         versions = self._models.get(model)
         if versions is None:
-            raise UnknownModel(f"model {model!r} is unknown; this server has {', '.join(self._models)}")
+            raise UnknownModel(f"model {shown(model)} is unknown; this server has {', '.join(self._models)}")
         if not number:
             loaded = [version for version in versions.values() if version.entrance is not None]
             return (loaded or list(versions.values()))[-1]
         if number not in versions:
-            raise UnknownModel(f"model {model!r} has no version {number!r}; it has {', '.join(versions)}")
+            raise UnknownModel(f"model {model!r} has no version {shown(number)}; it has {', '.join(versions)}")
         return versions[number]
 
     def loaded(self, model: str, number: str = "") -> Version:
@@ -226,6 +257,46 @@ class Repository:
         self.find(model)
         return tuple(self._models[model].values())
 
+    async def watch(self) -> None:
+        """Start again what has ended by itself, until this is cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for version in self:
+                pipeline = version.pipeline
+                if pipeline is not None and version.state is State.READY and pipeline.ended:
+                    self._again[version] = _Again(time.monotonic(), _AGAIN_S)
+            for version, again in list(self._again.items()):
+                if time.monotonic() >= again.at_s and not self.ending:
+                    await self._start_again(version, again)
+
+    async def _start_again(self, version: Version, again: _Again) -> None:
+        """End what is left of a version's pipeline, and start another."""
+        async with self._changing:
+            if version not in self._again:  # somebody has unloaded or loaded it meanwhile
+                return
+            if version.pipeline is not None:
+                reason = f"its pipeline ended and is started again: {version.pipeline.trouble}"
+                log_event(_log, logging.ERROR, "pipeline ended", model=version.model, reason=version.pipeline.trouble)
+                await self._drop(version, NotLoaded(f"model {version.model!r} takes no requests: {reason}"))
+                version.reason = reason
+            try:
+                await self._load(version)
+                del self._again[version]
+            except Exception as error:
+                again.at_s, again.wait_s = time.monotonic() + again.wait_s, min(2 * again.wait_s, _AGAIN_MOST_S)
+                log_event(_log, logging.ERROR, "not started again yet", model=version.model, reason=words(error))
+
+    async def _drop(self, version: Version, reason: OnnxsplitError) -> None:
+        """Take leave of a pipeline; who still waits is told why."""
+        pipeline, entrance = version.pipeline, version.entrance
+        version.pipeline, version.entrance = None, None
+        version.state = State.UNAVAILABLE
+        if entrance is not None:
+            entrance.refuse(reason)
+            entrance.close()
+        if pipeline is not None:
+            await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
+
     async def load(self, model: str) -> None:
         """Start the newest versions of a model, those that are not running; what fails says so in its state.
 
@@ -245,9 +316,9 @@ class Repository:
         loop = asyncio.get_running_loop()
         try:
             version.plan = await loop.run_in_executor(None, load_plan, version.folder)
-            version.pipeline = await loop.run_in_executor(None, self._start, version.folder)
-        except OnnxsplitError as error:
-            version.state, version.reason = State.UNAVAILABLE, str(error)
+            version.pipeline = await loop.run_in_executor(None, self._start, version.folder, lambda: self.ending)
+        except Exception as error:
+            version.state, version.reason = State.UNAVAILABLE, words(error)
             raise
         version.tally = Tally()
         version.entrance = Entrance(version.pipeline, self._limits, version.tally)
@@ -272,6 +343,7 @@ class Repository:
         versions = self.versions(model)
         async with self._changing:
             for version in versions:
+                self._again.pop(version, None)
                 await self._unload(version, "it was unloaded; load it with the repository API")
 
     async def _unload(self, version: Version, reason: str, patience_s: float | None = None) -> None:

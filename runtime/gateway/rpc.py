@@ -3,90 +3,157 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-from google.protobuf import json_format
-from tritonclient.grpc import model_config_pb2, service_pb2_grpc
+from google.protobuf import json_format, message_factory
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 
-from onnxsplit.errors import InputError, OnnxsplitError
+from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
+from runtime.errors import Busy
 from runtime.gateway import describe, grpc_codec
-from runtime.gateway.errors import UnknownRegion, Unsupported, status_of
+from runtime.gateway.budget import Budget
+from runtime.gateway.errors import UnknownRegion, Unsupported, status_of, words
 from runtime.gateway.guard import Guard
 from runtime.gateway.regions import Region
 from runtime.gateway.repository import State
 from runtime.gateway.service import Service
 from runtime.gateway.watcher import Watcher
+from runtime.intake import MOST_TIMEOUT_S
+from runtime.logs import log_event
 
+_log = logging.getLogger("runtime.gateway")
+_WORDS = 500
 _IN_STREAM = 64  # requests of a stream that are under way at once
+_STREAMS = 64  # that may be open at once
+_LONG_BYTES = 256 << 10  # of a message that is taken apart beside the event loop
 
-Handler = Callable[[Any, Any, Any], Awaitable[Any]]
-
-
-def _checked(handler: Handler) -> Handler:
-    """A handler that shows its errors as gRPC has them."""
-
-    async def run(self: Any, request: Any, context: Any) -> Any:
-        try:
-            self._admit(context)
-            return await handler(self, request, context)
-        except OnnxsplitError as error:
-            code = getattr(grpc.StatusCode, status_of(error).grpc)
-            await context.abort(code, str(error))
-
-    return run
+_Handler = Callable[[Any, Any], Awaitable[Any]]
 
 
-class Rpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+class Rpc:
     """The gRPC side of a service.
+
+    Every message is read by the handlers here, not before them: so a client is known to be allowed before anything
+    is read, and all messages together stay within the budget.
 
     Args:
         service: what it serves.
+        budget: of the bytes of all requests.
         guard: decides who may ask.
         watcher: knows the statistics.
     """
 
-    def __init__(self, service: Service, guard: Guard, watcher: Watcher) -> None:
+    def __init__(self, service: Service, budget: Budget, guard: Guard, watcher: Watcher) -> None:
         self._service = service
         self._repository = service.repository
         self._regions = service.regions
+        self._budget = budget
         self._guard = guard
         self._watcher = watcher
+        self._streams = 0
+
+    def add_to(self, server: Any) -> None:
+        """Have a gRPC server call this."""
+        service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+        handlers = {}
+        for method in service.methods:
+            handler = getattr(self, method.name)
+            if method.name == "ModelStreamInfer":
+                found = grpc.stream_stream_rpc_method_handler(self._streaming(handler), None, _encode)
+            else:
+                kind = message_factory.GetMessageClass(method.input_type)
+                parse = handler if method.name == "ModelInfer" else self._parsed(handler, kind)
+                found = grpc.stream_unary_rpc_method_handler(self._once(parse), None, _encode)
+            handlers[method.name] = found
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+    def _once(self, handler: _Handler) -> Any:
+        """A handler of one message, given as bytes, that shows its errors as gRPC has them."""
+
+        async def run(_: Any, context: Any) -> Any:
+            try:
+                self._admit(context)
+                async with self._budget.arrival():
+                    message = await context.read()
+                if not isinstance(message, bytes):
+                    raise InputError("the call ended without a message")
+                with self._budget.holding(len(message)):
+                    return await handler(message, context)
+            except Exception as error:
+                await _abort(context, error)
+
+        return run
+
+    def _parsed(self, handler: Any, kind: Any) -> Any:
+        """A handler of a message."""
+
+        async def run(message: bytes, context: Any) -> Any:
+            try:
+                request = kind.FromString(message)
+            except DecodeError as error:
+                raise InputError(f"the message is no {kind.DESCRIPTOR.name}") from error
+            return await handler(request, context)
+
+        return run
+
+    def _streaming(self, handler: Any) -> Any:
+        """A handler of many messages."""
+
+        async def run(_: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                self._admit(context)
+                if self._streams >= _STREAMS:
+                    raise Busy(f"{self._streams} streams are open, which is all there may be; try again later")
+                self._streams += 1
+                try:
+                    async for said in handler(context):
+                        yield said
+                finally:
+                    self._streams -= 1
+            except Exception as error:
+                await _abort(context, error)
+
+        return run
 
     def _admit(self, context: Any) -> None:
-        shown = dict(context.invocation_metadata() or ()).get("authorization")
-        self._guard.check(shown if isinstance(shown, str) or shown is None else "")
+        shown = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+        self._guard.check([value if isinstance(value, str) else "" for value in shown])
 
     # Inference
 
-    @_checked
-    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def ModelInfer(self, message: bytes, context: Any) -> Any:  # noqa: N802
         """One request."""
-        left = context.time_remaining()
-        return await self._infer(request, None if left is None else int(left * 1e9), context)
+        left_s = context.time_remaining()
+        within = left_s is not None and left_s < MOST_TIMEOUT_S  # some clients name a time that never comes
+        request, raw = await self._split(message)
+        return await self._infer(request, raw, len(message), int(left_s * 1e9) if within else None, context)
 
-    async def _infer(self, request: Any, timeout_ns: int | None, context: Any) -> Any:
+    async def _split(self, message: bytes) -> tuple[Any, list[memoryview]]:
+        if len(message) <= _LONG_BYTES:
+            return grpc_codec.split(message)
+        return await asyncio.get_running_loop().run_in_executor(self._service.workers, grpc_codec.split, message)
+
+    async def _infer(self, request: Any, raw: list[memoryview], size: int, timeout_ns: int | None, context: Any) -> Any:
         headers = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-        raw = list(request.raw_input_contents)
         return await self._service.infer(
             request.model_name,
             request.model_version,
             lambda read: grpc_codec.parse(request, raw, read),
             grpc_codec.answer,
-            size_bytes=sum(map(len, raw)),
+            long_bytes=size - sum(map(len, raw)),
+            large_bytes=size,
             timeout_ns=timeout_ns,
             headers=headers,
         )
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def ModelStreamInfer(self, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Many requests; their answers come in order, an error among them as a message."""
-        try:
-            self._admit(context)
-        except OnnxsplitError as error:
-            await context.abort(getattr(grpc.StatusCode, status_of(error).grpc), str(error))
         running: deque[asyncio.Task[Any]] = deque()
         more = asyncio.Event()
         room = asyncio.Semaphore(_IN_STREAM)
@@ -95,10 +162,11 @@ class Rpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         async def take() -> None:
             nonlocal over
             try:
-                async for request in requests:
-                    await room.acquire()
-                    running.append(asyncio.ensure_future(self._streamed(request, context)))
+                while isinstance(message := await context.read(), bytes):
+                    running.append(asyncio.ensure_future(self._streamed(message, context)))
+                    del message  # held by whom it is for alone
                     more.set()
+                    await room.acquire()
             finally:
                 over = True
                 more.set()
@@ -120,55 +188,52 @@ class Rpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
                 task.cancel()
             await asyncio.gather(taking, *running, return_exceptions=True)
 
-    async def _streamed(self, request: Any, context: Any) -> Any:
+    async def _streamed(self, message: bytes, context: Any) -> Any:
+        request = pb.ModelInferRequest()
         try:
-            said = await self._infer(request, None, context)
-        except OnnxsplitError as error:
+            with self._budget.holding(len(message)):
+                request, raw = await self._split(message)
+                said = await self._infer(request, raw, len(message), None, context)
+        except Exception as error:
+            _note(error)
             name, number = request.model_name, request.model_version
             said = pb.ModelInferResponse(model_name=name, model_version=number, id=request.id)
-            return pb.ModelStreamInferResponse(error_message=str(error), infer_response=said)
+            return pb.ModelStreamInferResponse(error_message=words(error), infer_response=said)
         if request.parameters["triton_enable_empty_final_response"].bool_param:
             said.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=said)
 
     # What it is
 
-    @_checked
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The process answers."""
         return pb.ServerLiveResponse(live=True)
 
-    @_checked
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         """All models execute requests."""
         return pb.ServerReadyResponse(ready=self._repository.ready)
 
-    @_checked
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         """A model executes requests."""
         version, _ = self._service.find(request.name, request.version)
         return pb.ModelReadyResponse(ready=version.ready)
 
-    @_checked
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The server."""
-        return json_format.ParseDict(describe.server(), pb.ServerMetadataResponse())
+        return json_format.ParseDict(describe.server(shared_memory=self._regions.enabled), pb.ServerMetadataResponse())
 
-    @_checked
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         """A model's inputs and outputs."""
         version, stage = self._service.find(request.name, request.version)
         loaded = [other.number for other in self._repository.versions(version.model) if other.entrance is not None]
         return json_format.ParseDict(describe.metadata(version, loaded, stage), pb.ModelMetadataResponse())
 
-    @_checked
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
         """A model's configuration."""
         version, stage = self._service.find(request.name, request.version)
         config = json_format.ParseDict(describe.config(version, stage), model_config_pb2.ModelConfig())
         return pb.ModelConfigResponse(config=config)
 
-    @_checked
     async def ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
         """What was counted."""
         found = {"model_stats": self._watcher.statistics(request.name, request.version)}
@@ -176,7 +241,6 @@ class Rpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     # The repository
 
-    @_checked
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
         """All models."""
         said = pb.RepositoryIndexResponse()
@@ -185,16 +249,14 @@ class Rpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
                 said.models.add(name=v.model, version=v.number, state=v.state.value, reason=v.reason)
         return said
 
-    @_checked
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Start a model."""
         if request.parameters:
-            given = ", ".join(request.parameters)
-            raise InputError(f"a plan is loaded as it lies; the parameters {given} are not supported")
+            given = shown(list(request.parameters))
+            raise InputError(f"a plan is loaded as it lies, without parameters; given: {given}")
         await self._repository.load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
-    @_checked
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
         """End a model."""
         await self._repository.unload(request.model_name)
@@ -202,7 +264,6 @@ class Rpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 
     # Shared memory
 
-    @_checked
     async def SystemSharedMemoryStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The regions."""
         said = pb.SystemSharedMemoryStatusResponse()
@@ -212,41 +273,51 @@ class Rpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
             entry.offset, entry.byte_size = region.offset, region.size_bytes
         return said
 
-    @_checked
     async def SystemSharedMemoryRegister(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Open one."""
         self._regions.register(Region(request.name, request.key, request.offset, request.byte_size))
         return pb.SystemSharedMemoryRegisterResponse()
 
-    @_checked
     async def SystemSharedMemoryUnregister(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Close one, or all."""
         self._regions.unregister(request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
 
-    @_checked
     async def CudaSharedMemoryStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         """There are none."""
         if request.name:
-            raise UnknownRegion(f"region {request.name!r} is not registered; CUDA shared memory is not supported")
+            raise UnknownRegion(f"region {shown(request.name)} is not registered; CUDA shared memory is not supported")
         return pb.CudaSharedMemoryStatusResponse()
 
-    @_checked
     async def CudaSharedMemoryRegister(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Refused."""
         raise Unsupported("CUDA shared memory: this server does not have it")
 
-    @_checked
     async def CudaSharedMemoryUnregister(self, request: Any, context: Any) -> Any:  # noqa: N802
         """None is registered, so none is left."""
         return pb.CudaSharedMemoryUnregisterResponse()
 
-    @_checked
     async def TraceSetting(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Refused."""
         raise Unsupported("trace settings: this server does not have them")
 
-    @_checked
     async def LogSettings(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Refused."""
         raise Unsupported("log settings: this server does not have them")
+
+
+def _encode(message: Any) -> bytes:
+    encoded: bytes = message.SerializeToString()
+    return encoded
+
+
+def _note(error: Exception) -> None:
+    """Log what is no client's mistake."""
+    if not isinstance(error, OnnxsplitError):
+        log_event(_log, logging.ERROR, "a bug", error=type(error).__name__, reason=one_line(error, _WORDS))
+
+
+async def _abort(context: Any, error: Exception) -> None:
+    """End a call with an error, as gRPC has it."""
+    _note(error)
+    await context.abort(getattr(grpc.StatusCode, status_of(error).grpc), words(error))

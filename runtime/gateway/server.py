@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 
 import grpc
 import uvicorn
-from tritonclient.grpc import service_pb2_grpc
 
 from onnxsplit.errors import InputError, OnnxsplitError
+from runtime.descriptors import raise_limit
 from runtime.errors import LaunchFailed
 from runtime.gateway.bodies import Bodies
+from runtime.gateway.budget import Budget
 from runtime.gateway.connections import Connection
 from runtime.gateway.guard import LOOPBACK, Guard, read_tokens
 from runtime.gateway.line import Limits
@@ -37,6 +38,7 @@ _log = logging.getLogger("runtime.gateway")
 _CONNECTIONS = 4096
 _KEEP_ALIVE_S = 75
 _DESCRIPTORS = 65536
+_WORKERS = 2  # threads beside the event loop
 _GRPC_METADATA_BYTES = 64 << 10
 _INT32_MAX = 2**31 - 1
 
@@ -58,6 +60,7 @@ class ServeOptions:
         tls_cert: file with the certificate chain, PEM.
         tls_key: file with its key, PEM.
         token_file: file with the tokens that clients may show; None asks for none.
+        shared_memory: clients may register shared memory whose name begins so, any with an empty text, none with None.
         drain_s: seconds for accepted requests when it is to end.
         spans: send spans to OpenTelemetry.
     """
@@ -74,6 +77,7 @@ class ServeOptions:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     token_file: Path | None = None
+    shared_memory: str | None = None
     drain_s: float = 30.0
     spans: bool = False
 
@@ -137,15 +141,16 @@ def serve(
     guard = Guard(
         read_tokens(options.token_file) if options.token_file is not None else (), loopback=options.host in LOOPBACK
     )
-    _allow_descriptors()
+    connections = min(_CONNECTIONS, raise_limit(_DESCRIPTORS) // 2)  # the others are for the nodes
     with listen(options.host, options.http_port) as listener:
-        serving = _serve(options, guard, listener, versions, start, told, progress)
+        serving = _serve(options, connections, guard, listener, versions, start, told, progress)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serving)
 
 
 async def _serve(
     options: ServeOptions,
+    connections: int,
     guard: Guard,
     listener: socket.socket,
     versions: list[Any],
@@ -155,8 +160,6 @@ async def _serve(
 ) -> None:
     loop = asyncio.get_running_loop()
     ending = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ending.set)
     limits = Limits(
         requests=options.max_queue,
         size_bytes=options.max_queue_bytes,
@@ -164,17 +167,27 @@ async def _serve(
         max_delay_ns=int(options.max_delay_ms * 1e6),
     )
     repository = Repository(versions, start, limits, newest=options.newest)
-    regions = Regions(allowed=options.host in LOOPBACK)
+
+    def end() -> None:
+        repository.ending = True
+        ending.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    regions = Regions(options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body)
     spans = Spans.exporting() if options.spans else None
-    service = Service(repository, regions, spans)
-    bodies = Bodies(options.max_body, max(options.max_queue_bytes, options.max_body))
-    watcher = Watcher(service, bodies)
-    web = _http(Web(service, bodies, guard, watcher), options)
+    workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gateway")
+    service = Service(repository, regions, workers, spans)
+    budget = Budget(options.max_queue_bytes, options.max_body)
+    watcher = Watcher(service, budget)
+    web = _http(Web(service, Bodies(options.max_body, budget, workers), guard, watcher), options, connections)
     serving_http = asyncio.ensure_future(web.serve(sockets=[listener]))
     rpc: Any = None
+    watching: asyncio.Future[None] | None = None
     try:
-        rpc, grpc_port = await _grpc(Rpc(service, guard, watcher), options)
+        rpc, grpc_port = await _grpc(Rpc(service, budget, guard, watcher), options)
         watcher.start()
+        watching = asyncio.ensure_future(repository.watch())
         for model in repository.models:
             progress(f"starting the nodes of {model}")
             await _unless(ending, repository.load(model))
@@ -194,6 +207,8 @@ async def _serve(
         await ending.wait()
     finally:
         log_event(_log, logging.INFO, "ending", patience_s=options.drain_s)
+        if watching is not None:
+            watching.cancel()
         await repository.close(options.drain_s)
         await watcher.stop()
         if rpc is not None:
@@ -201,6 +216,7 @@ async def _serve(
         web.should_exit = True
         await serving_http
         regions.close()
+        workers.shutdown(wait=False, cancel_futures=True)
         if spans is not None:
             spans.close()
 
@@ -212,13 +228,13 @@ async def _unless(ending: asyncio.Event, work: Any) -> None:
     await asyncio.wait((doing, waiting), return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
     try:
-        await doing  # a launch is not cut short: its nodes would be left to themselves
+        await doing  # a launch ends in order, or its nodes would be left to themselves
     except OnnxsplitError:
         if not ending.is_set():  # else Ctrl-C may have ended the nodes that it waited for
             raise
 
 
-def _http(web: Web, options: ServeOptions) -> uvicorn.Server:
+def _http(web: Web, options: ServeOptions, connections: int) -> uvicorn.Server:
     return _Uvicorn(
         uvicorn.Config(
             web.app(),
@@ -230,7 +246,7 @@ def _http(web: Web, options: ServeOptions) -> uvicorn.Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
+            limit_concurrency=connections,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=2,
             ssl_certfile=options.tls_cert,
@@ -257,7 +273,7 @@ async def _grpc(rpc: Rpc, options: ServeOptions) -> tuple[Any, int | None]:
         ],
         maximum_concurrent_rpcs=_CONNECTIONS,
     )
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(rpc, server)
+    rpc.add_to(server)
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{host}:{options.grpc_port}"
     try:
@@ -293,14 +309,6 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen at {host}:{port}: {error.strerror or error}. Choose another --host or --http-port"
         ) from error
     return opened
-
-
-def _allow_descriptors() -> None:
-    """As many open connections as the user may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

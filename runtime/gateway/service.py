@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from concurrent.futures import Executor
+from typing import Any, TypeVar
 
-from onnxsplit.errors import OnnxsplitError
 from onnxsplit.tensors import Array
 from runtime.gateway.describe import split_name
-from runtime.gateway.errors import Unsupported
+from runtime.gateway.errors import Unsupported, words
 from runtime.gateway.protocol import InferRequest, Read, Wanted, classify, to_bytes
 from runtime.gateway.regions import Regions
 from runtime.gateway.repository import Repository, Version, why
@@ -20,7 +20,9 @@ Said = TypeVar("Said")
 Encode = Callable[[InferRequest, str, str, Mapping[str, Array], Sequence[Wanted]], Said]
 """Makes the answer of the request, model, version, outputs, and which of them are wanted how."""
 
-_LARGE_BYTES = 4 << 20  # parsed beside the event loop
+_LONG_BYTES = 256 << 10  # of what is looked at one by one: done beside the event loop
+_LARGE_BYTES = 4 << 20  # of what is copied only
+_WORDS = 500  # of an error that are remembered
 
 
 class Service:
@@ -29,12 +31,15 @@ class Service:
     Args:
         repository: the models.
         regions: of shared memory.
+        workers: where what takes long is done, beside the event loop. Few, so that few large requests are unfolded
+            at once.
         spans: tells of requests to OpenTelemetry; None tells nobody.
     """
 
-    def __init__(self, repository: Repository, regions: Regions, spans: Spans | None = None) -> None:
+    def __init__(self, repository: Repository, regions: Regions, workers: Executor, spans: Spans | None = None) -> None:
         self.repository = repository
         self.regions = regions
+        self.workers = workers
         self._spans = spans
 
     def find(self, name: str, number: str = "") -> tuple[Version, int | None]:
@@ -56,7 +61,8 @@ class Service:
         parse: Callable[[Read], InferRequest],
         encode: Encode[Said],
         *,
-        size_bytes: int,
+        long_bytes: int,
+        large_bytes: int,
         timeout_ns: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Said:
@@ -67,7 +73,8 @@ class Service:
             number: of the version; empty for the newest.
             parse: makes the request of what came, with a way to read shared memory.
             encode: makes what goes.
-            size_bytes: of what came.
+            long_bytes: of what came, those that are looked at one by one.
+            large_bytes: those that are copied only.
             timeout_ns: the carrier's own limit.
             headers: that tell where a trace began.
 
@@ -82,26 +89,19 @@ class Service:
         tally = version.tally
         tally.pending += 1
         try:
-            if size_bytes > _LARGE_BYTES:
-                request = await asyncio.get_running_loop().run_in_executor(None, parse, self.regions.read)
-            else:
-                request = parse(self.regions.read)
+            takes_long = long_bytes > _LONG_BYTES or large_bytes > _LARGE_BYTES or self.regions.any
+            request: InferRequest = await self._beside(takes_long, parse, self.regions.reader())
             wanted = version.wanted(request)
             limits = [limit for limit in (timeout_ns, request.timeout_ns) if limit is not None]
             decoded = time.monotonic_ns()
             outputs, passage = await version.infer(request, wanted, decoded, arrived + min(limits) if limits else None)
             back = time.monotonic_ns()
-            for output in wanted:
-                if output.classes:
-                    outputs[output.name] = classify(
-                        outputs[output.name], output.classes, batched=version.batched and outputs[output.name].ndim > 1
-                    )
-                if output.place is not None:
-                    self.regions.write(output.place, to_bytes(outputs[output.name]))
-            said = encode(request, version.model, version.number, outputs, wanted)
+            said: Said = await self._beside(
+                _takes_long(wanted, outputs), self._answer, version, request, wanted, outputs, encode
+            )
             ended = time.monotonic_ns()
-        except (OnnxsplitError, asyncio.CancelledError) as error:
-            tally.failed(why(error), time.monotonic_ns() - arrived, str(error))
+        except (Exception, asyncio.CancelledError) as error:
+            tally.failed(why(error), time.monotonic_ns() - arrived, words(error, _WORDS))
             if self._spans is not None:
                 self._spans.failed(version, headers or {}, arrived, time.monotonic_ns(), error)
             raise
@@ -118,3 +118,38 @@ class Service:
         if self._spans is not None:
             self._spans.answered(version, request.id, headers or {}, arrived, passage, ended)
         return said
+
+    async def _beside(self, takes_long: bool, work: Callable[..., Any], *given: object) -> Any:
+        """Do some work: at once, or beside the event loop where it takes long."""
+        if not takes_long:
+            return work(*given)
+        return await asyncio.get_running_loop().run_in_executor(self.workers, work, *given)
+
+    def _answer(
+        self,
+        version: Version,
+        request: InferRequest,
+        wanted: Sequence[Wanted],
+        outputs: dict[str, Array],
+        encode: Encode[Said],
+    ) -> Said:
+        """What goes back, with what goes into shared memory written there."""
+        for output in wanted:
+            if output.classes:
+                array = outputs[output.name]
+                outputs[output.name] = classify(array, output.classes, batched=version.batched and array.ndim > 1)
+            if output.place is not None:
+                self.regions.write(output.place, to_bytes(outputs[output.name]))
+        return encode(request, version.model, version.number, outputs, wanted)
+
+
+def _takes_long(wanted: Sequence[Wanted], outputs: Mapping[str, Array]) -> bool:
+    """True when an answer is better made beside the event loop."""
+    long = large = 0
+    for output in wanted:
+        array = outputs[output.name]
+        if output.place is not None or (output.binary and not output.classes and array.dtype != object):
+            large += array.nbytes
+        else:
+            long += array.nbytes
+    return long > _LONG_BYTES or large > _LARGE_BYTES

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxsplit.errors import InputError
 from runtime.gateway.entrance import Passage
+from runtime.gateway.errors import words
 
 if TYPE_CHECKING:
     from runtime.gateway.repository import Version
@@ -90,7 +91,7 @@ class Spans:
     ) -> None:
         """A request was not."""
         span = self._begin(version, headers, arrived_ns)
-        span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+        span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, f"{type(error).__name__}: {words(error)}"))
         span.set_attribute("error.type", type(error).__name__)
         span.end(self._epoch_ns + ended_ns)
 

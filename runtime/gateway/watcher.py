@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime.gateway import describe
-from runtime.gateway.bodies import Bodies
+from runtime.gateway.budget import Budget
 from runtime.gateway.repository import Version
 from runtime.gateway.service import Service
 from runtime.stats import NodeStats
@@ -108,12 +108,12 @@ class Watcher:
 
     Args:
         service: what is looked at.
-        bodies: whose bytes are told, too.
+        budget: whose bytes are told, too.
     """
 
-    def __init__(self, service: Service, bodies: Bodies) -> None:
+    def __init__(self, service: Service, budget: Budget) -> None:
         self.service = service
-        self.bodies = bodies
+        self.budget = budget
         self.started_s = time.time()
         self._repository = service.repository
         self._before: dict[Version, _Before] = {}
@@ -176,11 +176,9 @@ class Watcher:
         """Why the server is not ready, in words."""
         if self._repository.ending:
             return "the server is ending"
-        for version in self._repository:
-            if not version.ready and (version.entrance is not None or version.reason):
-                return f"model {version.model!r} version {version.number}: " + (
-                    version.reason or "a stage has no node that is ready"
-                )
+        for version in self._repository.wanted or self._repository:
+            if (reason := version.why_not()) is not None:
+                return f"model {version.model!r} version {version.number}: {reason}"
         return "no model is loaded"
 
     def statistics(self, name: str, number: str = "") -> list[describe.Json]:

@@ -21,11 +21,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from onnxsplit.errors import InputError, OnnxsplitError
+from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Cancelled
 from runtime.gateway import describe, http_codec, metrics, openapi, page
-from runtime.gateway.bodies import Bodies, compress
-from runtime.gateway.errors import Unauthorized, UnknownRegion, Unsupported, status_of
+from runtime.gateway.bodies import Bodies, coding_of, compress
+from runtime.gateway.errors import TooLarge, Unauthorized, UnknownRegion, Unsupported, status_of, words
 from runtime.gateway.guard import Guard
 from runtime.gateway.regions import Region
 from runtime.gateway.repository import State
@@ -36,6 +36,10 @@ from runtime.logs import log_event
 _log = logging.getLogger("runtime.gateway")
 _HEADER_LENGTH = "inference-header-content-length"
 _RETRY_S = "1"
+_SEND_BYTES = 1 << 20  # of an answer at once
+_OBJECT_BYTES = 1 << 20  # of JSON that describes no tensors
+_DIGITS = 18
+_WORDS = 500
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
 
@@ -87,8 +91,8 @@ class Web:
             add("GET", f"{what}/status", self._cuda_status)
             add("POST", f"{what}/unregister", self._cuda_unregister)
         add("POST", "/v2/cudasharedmemory/region/{region}/register", _unsupported("CUDA shared memory"))
-        for path, words in (("/v2/trace/setting", "trace settings"), ("/v2/logging", "log settings")):
-            add("GET POST", path, _unsupported(words))
+        for path, what in (("/v2/trace/setting", "trace settings"), ("/v2/logging", "log settings")):
+            add("GET POST", path, _unsupported(what))
         add("GET", "/metrics", self._metrics)
         add("GET", "/openapi.json", self._openapi)
         add("GET", "/", self._page)
@@ -111,46 +115,50 @@ class Web:
             body = await self._bodies.read(headers, scope, receive)
             if task is not None:
                 scope["abandon"] = task.cancel
-            length = headers.get(_HEADER_LENGTH)
-            if length is not None and not length.isdecimal():
-                raise InputError(f"Inference-Header-Content-Length is {length!r}; it is a number of bytes")
+            length = _header_length(headers)
             pieces, json_bytes = await self._service.infer(
                 path["model"],
                 path.get("version", ""),
-                lambda read: http_codec.parse(body, None if length is None else int(length), read),
+                lambda read: http_codec.parse(body, length, read),
                 http_codec.answer,
-                size_bytes=len(body),
+                long_bytes=len(body) if length is None else length,
+                large_bytes=len(body),
                 headers=headers,
             )
+            said = [(b"content-type", b"application/json" if json_bytes is None else b"application/octet-stream")]
+            if json_bytes is not None:
+                said.append((_HEADER_LENGTH.encode(), str(json_bytes).encode()))
+            if coding := coding_of(headers.get("accept-encoding", "")):
+                pieces = await self._compressed(pieces, coding)
+                said.append((b"content-encoding", coding.encode()))
         except asyncio.CancelledError:
             return  # the client is gone
         finally:
             scope.pop("abandon", None)
-        said = [(b"content-type", b"application/json" if json_bytes is None else b"application/octet-stream")]
-        if json_bytes is not None:
-            said.append((_HEADER_LENGTH.encode(), str(json_bytes).encode()))
-        pieces, coding = compress(pieces, headers.get("accept-encoding", ""))
-        if coding:
-            said.append((b"content-encoding", coding.encode()))
-        whole = b"".join(pieces)
-        said.append((b"content-length", str(len(whole)).encode()))
+            self._bodies.release(scope)
+        said.append((b"content-length", str(sum(map(len, pieces))).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": said})
-        await send({"type": "http.response.body", "body": whole})
+        await _send_body(send, pieces)
+
+    async def _compressed(self, pieces: list[bytes | memoryview], coding: str) -> list[bytes | memoryview]:
+        if sum(map(len, pieces)) <= _SEND_BYTES:
+            return compress(pieces, coding)
+        return await asyncio.get_running_loop().run_in_executor(self._service.workers, compress, pieces, coding)
 
     # What it is
 
     async def _server(self, _: Request) -> Response:
-        return _json(describe.server())
+        return _json(describe.server(shared_memory=self._regions.enabled))
 
     async def _live(self, _: Request) -> Response:
         return Response()
 
     async def _ready(self, _: Request) -> Response:
-        return _readiness(self._repository.ready, self._watcher.why_not())
+        return _readiness(None if self._repository.ready else self._watcher.why_not())
 
     async def _model_ready(self, request: Request) -> Response:
         version, _ = self._service.find(*_named(request))
-        return _readiness(version.ready, version.reason or "a stage has no node that is ready")
+        return _readiness(version.why_not())
 
     async def _metadata(self, request: Request) -> Response:
         version, stage = self._service.find(*_named(request))
@@ -172,7 +180,7 @@ class Web:
     async def _index(self, request: Request) -> Response:
         only_ready = (await self._json(request)).get("ready", False)
         if not isinstance(only_ready, bool):
-            raise InputError(f"ready is {only_ready!r}; it is true or false")
+            raise InputError(f"ready is {shown(only_ready)}; it is true or false")
         return _json(
             [
                 {"name": v.model, "version": v.number, "state": v.state.value, "reason": v.reason}
@@ -182,9 +190,9 @@ class Web:
         )
 
     async def _load(self, request: Request) -> Response:
-        given = (await self._json(request)).get("parameters") or {}
-        if given:
-            raise InputError(f"a plan is loaded as it lies; the parameters {', '.join(given)} are not supported")
+        given = (await self._json(request)).get("parameters", {})
+        if not isinstance(given, dict) or given:
+            raise InputError(f"a plan is loaded as it lies, without parameters; given: {shown(given)}")
         await self._repository.load(request.path_params["model"])
         return Response()
 
@@ -254,11 +262,15 @@ class Web:
 
     async def _json(self, request: Request) -> dict[str, Any]:
         """The object in a small body; an empty body is an empty object."""
-        body = await self._bodies.read(request.headers, request.scope, request.receive)
         try:
+            body = await self._bodies.read(request.headers, request.scope, request.receive)
+            if len(body) > _OBJECT_BYTES:
+                raise TooLarge(f"the body has {len(body)} bytes; at most {_OBJECT_BYTES} are allowed here")
             found = msgspec.json.decode(body) if body else {}
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise InputError(f"the body is no JSON: {error}") from error
+            raise InputError(f"the body is no JSON: {one_line(error, _WORDS)}") from error
+        finally:
+            self._bodies.release(request.scope)
         if not isinstance(found, dict):
             raise InputError(f"the body is a JSON {type(found).__name__}; an object is expected")
         return found
@@ -287,8 +299,8 @@ class _Guarded:
             return
         headers = Headers(scope=scope)
         try:
-            self._guard.check_site(headers)
-            self._guard.check(headers.get("authorization"))
+            self._guard.check_site(headers.getlist("host"), headers.getlist("origin"), scope["target"])
+            self._guard.check(headers.getlist("authorization"))
         except OnnxsplitError as error:
             await _error_response(error)(scope, receive, send)
             return
@@ -303,6 +315,26 @@ class _Guarded:
             await _error_response(error)(scope, receive, send)
 
 
+def _header_length(headers: Headers) -> int | None:
+    length = headers.get(_HEADER_LENGTH)
+    if length is None:
+        return None
+    if not length.isascii() or not length.isdecimal() or len(length) > _DIGITS:
+        raise InputError(f"Inference-Header-Content-Length is {shown(length)}; it is a number of bytes")
+    return int(length)
+
+
+async def _send_body(send: Send, pieces: list[bytes | memoryview]) -> None:
+    """Send an answer's body: a small one at once, a large one in steps, so that others have their turn in between."""
+    if sum(map(len, pieces)) <= _SEND_BYTES:
+        await send({"type": "http.response.body", "body": b"".join(pieces)})
+        return
+    for piece in pieces:
+        for start in range(0, len(piece), _SEND_BYTES):
+            await send({"type": "http.response.body", "body": piece[start : start + _SEND_BYTES], "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
 def _named(request: Request) -> tuple[str, str]:
     return request.path_params["model"], request.path_params.get("version", "")
 
@@ -311,8 +343,9 @@ def _json(value: object) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 
-def _readiness(ready: bool, reason: str) -> Response:
-    return Response() if ready else JSONResponse({"error": reason or "not ready"}, 503, {"retry-after": _RETRY_S})
+def _readiness(why_not: str | None) -> Response:
+    """Ready; or why not."""
+    return Response() if why_not is None else JSONResponse({"error": why_not}, 503, {"retry-after": _RETRY_S})
 
 
 def _unsupported(what: str) -> Callable[[Request], Awaitable[Response]]:
@@ -325,8 +358,9 @@ def _unsupported(what: str) -> Callable[[Request], Awaitable[Response]]:
 async def _not_found(request: Request, error: Exception) -> Response:
     """What Starlette itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    words = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json lists what there is"
-    return JSONResponse({"error": words}, error.status_code, dict(error.headers or {}))
+    asked = f"{request.method} {shown(request.scope['path'])}"
+    text = f"{asked}: {error.detail.lower()}; /openapi.json lists what there is"
+    return JSONResponse({"error": text}, error.status_code, dict(error.headers or {}))
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
@@ -336,7 +370,7 @@ async def _answer_error(_: Request, error: Exception) -> Response:
 def _error_response(error: Exception) -> Response:
     status = status_of(error).http
     if status == 500 and not isinstance(error, OnnxsplitError):
-        log_event(_log, logging.ERROR, "a bug", error=type(error).__name__, reason=error)
+        log_event(_log, logging.ERROR, "a bug", error=type(error).__name__, reason=one_line(error, _WORDS))
     headers: dict[str, str] = {}
     if status == 503:
         headers["retry-after"] = _RETRY_S
@@ -344,5 +378,4 @@ def _error_response(error: Exception) -> Response:
         headers["www-authenticate"] = 'Basic realm="onnxsplit, any name, the token as password", Bearer'
     if status in (408, 499) or isinstance(error, Cancelled):
         headers["connection"] = "close"  # the rest of the body is not waited for
-    message = str(error) if isinstance(error, OnnxsplitError) else f"an error in the server: {type(error).__name__}"
-    return Response(json.dumps({"error": message}), status, headers, "application/json")
+    return Response(json.dumps({"error": words(error)}), status, headers, "application/json")

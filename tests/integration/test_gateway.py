@@ -55,7 +55,7 @@ def server(tmp_path_factory, chain_plan, diamond_plan, echo_plan):
         shutil.copytree(chain_plan, folder / "numbered" / version)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     plans = [folder / name for name in ("chain.plan", "diamond.plan", "echo.plan", "heads.plan", "numbered")]
-    with Served(*plans, "--versions", "2", environment=environment) as found:
+    with Served(*plans, "--versions", "2", "--shared-memory", environment=environment) as found:
         yield found
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from onnxsplit.errors import InputError
 from runtime.errors import Busy, Cancelled
 from runtime.gateway import bodies
 from runtime.gateway.bodies import Bodies
+from runtime.gateway.budget import Budget
 from runtime.gateway.errors import TooLarge, TooSlow
 
 
@@ -19,7 +23,9 @@ def _impatient(monkeypatch):
 
 def read(*pieces, headers=(), most=100, together=1000, end=True, between=lambda: None):
     """What a server makes of pieces that come one by one; None is a client that goes away."""
-    taken = Bodies(most, together)
+    budget = Budget(together, most)
+    workers = ThreadPoolExecutor(1)
+    taken = Bodies(most, budget, workers)
     scope = {"pieces": []}
     coming = list(pieces)
 
@@ -36,9 +42,13 @@ def read(*pieces, headers=(), most=100, together=1000, end=True, between=lambda:
         return {"type": "http.request", "body": b"", "more_body": bool(coming) or not end}
 
     try:
-        return asyncio.run(taken.read(dict(headers), scope, receive))
+        found = asyncio.run(taken.read(dict(headers), scope, receive))
+        assert budget.held_bytes == (len(found) if len(pieces) > 1 or dict(headers).get("content-encoding") else 0)
+        return found
     finally:
-        assert taken.held_bytes == 0
+        taken.release(scope)
+        assert budget.held_bytes == 0
+        workers.shutdown()
 
 
 def test_pieces_are_put_together():
@@ -52,8 +62,50 @@ def test_too_many_bytes_are_refused_claimed_or_not():
         read(b"x" * 101, headers={"content-length": "101"})
     with pytest.raises(TooLarge, match="more than the 100"):
         read(b"x" * 60, b"x" * 60)
-    with pytest.raises(Busy, match="being received"):
-        read(b"x" * 30, b"x" * 30, together=50)
+
+
+def test_what_all_hold_together_is_bounded():
+    budget = Budget(100, 60)
+    with budget.holding(60):
+        with pytest.raises(Busy, match=r"holds 60 bytes .* more than the 100"):
+            budget.take(41)
+        with budget.holding(40):
+            assert budget.held_bytes == 100
+    assert budget.held_bytes == 0
+    budget.take(100)
+
+
+def test_messages_of_unknown_size_wait_for_each_other_and_the_slow_make_room(monkeypatch):
+    monkeypatch.setattr("runtime.gateway.budget.PATIENCE_S", 0.05)
+    order = []
+
+    async def slow(budget):
+        async with budget.arrival():
+            order.append("slow")
+            await asyncio.Event().wait()
+
+    async def quick(budget):
+        await asyncio.sleep(0)
+        async with budget.arrival():
+            order.append("quick")
+
+    async def both():
+        budget = Budget(100, 100)
+        return await asyncio.gather(slow(budget), quick(budget), return_exceptions=True)
+
+    assert [type(found) for found in asyncio.run(both())] == [TooSlow, type(None)]
+    assert order == ["slow", "quick"]
+
+
+@pytest.mark.parametrize("size", [100, 50_000_000])
+def test_what_is_compressed_counts_as_what_it_becomes(size):
+    packed = gzip.compress(bytes(size))
+    coding = {"content-encoding": "gzip"}
+    assert len(read(packed, headers=coding, most=size, together=2 * size)) == size
+    with pytest.raises(TooLarge, match="decompressed"):
+        read(packed, headers=coding, most=size - 1, together=2 * size)
+    with pytest.raises(InputError, match="ends within its gzip"):
+        read(packed[:-8], headers=coding, most=size, together=2 * size)
 
 
 def test_silence_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from contextlib import suppress
 
 import numpy as np
@@ -10,12 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from msgspec import Raw
 
 from onnxsplit.errors import InputError
 from onnxsplit.tensors import numpy_dtype
-from runtime.gateway.bodies import compress
+from runtime.gateway.bodies import coding_of, compress
 from runtime.gateway.http_codec import answer, ask, parse
-from runtime.gateway.protocol import DATATYPES, InferRequest, Place, Wanted, classify, from_bytes, from_json, to_bytes
+from runtime.gateway.protocol import (
+    DATATYPES,
+    InferRequest,
+    Place,
+    Wanted,
+    classify,
+    from_bytes,
+    from_json,
+    to_bytes,
+    to_json,
+)
 
 KINDS = [dtype for dtype in DATATYPES if dtype not in ("string", "bfloat16")]
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
@@ -117,7 +129,87 @@ def test_answers_are_compressed_for_who_asks_for_one_coding(accepted, coding):
     import gzip
     import zlib
 
-    pieces, found = compress([b"head", memoryview(b"tail" * 100)], accepted)
-    whole = b"".join(pieces)
-    unpack = {"gzip": gzip.decompress, "deflate": zlib.decompress, "": bytes}[coding]
-    assert (found, unpack(whole)) == (coding, b"head" + b"tail" * 100)
+    assert coding_of(accepted) == coding
+    if coding:
+        whole = b"".join(compress([b"head", memoryview(b"tail" * 100)], coding))
+        unpack = {"gzip": gzip.decompress, "deflate": zlib.decompress}[coding]
+        assert unpack(whole) == b"head" + b"tail" * 100
+
+
+def raw(text: str) -> Raw:
+    return Raw(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "text"),
+    [
+        ("FP32", [2, 2], "[1, 2, 3, 4]"),
+        ("FP32", [2, 2], "[[1, 2], [3, 4]]"),
+        ("INT8", [4], " [1,2 ,3,4] "),
+        ("BOOL", [2], "[true, false]"),
+        ("BYTES", [2], '["a,[", "b\\\\"]'),
+        ("BYTES", [1, 1], '[["\\"\\""]]'),
+        ("FP32", [0], "[]"),
+        ("FP32", [2, 0], "[[], []]"),
+        ("FP64", [], "[5]"),
+    ],
+)
+def test_json_is_read_flat_or_nested(datatype, shape, text):
+    found = from_json("x", datatype, shape, raw(text))
+    assert found.tolist() == np.array(json.loads(text)).reshape(shape).tolist()
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "text", "words"),
+    [
+        ("FP32", [1], "[1,2]", "has 2 elements"),
+        ("FP32", [1], "5", "0 lists deep"),
+        ("FP32", [1], '{"a":1}', "0 lists deep"),
+        ("FP32", [1], "[[[1]]]", "3 lists deep"),
+        ("FP32", [1], "[1e39]", "too large for float32"),
+        ("FP32", [1], '["1"]', "are not FP32"),
+        ("INT64", [1], "[1.5]", "are not INT64"),
+        ("INT64", [1], "[99999999999999999999]", "are not INT64"),
+        ("BYTES", [1], '["a", "b"]', "has 2 strings"),
+        ("BYTES", [1], "[1]", "are not BYTES"),
+        ("FP32", [0, 2**62], "[]", "fit into memory together"),
+        ("FP32", [2**70], "[]", "fit into memory together"),
+    ],
+)
+def test_json_that_is_no_such_tensor_is_refused(datatype, shape, text, words):
+    with pytest.raises(InputError, match=words):
+        from_json("x", datatype, shape, raw(text))
+
+
+def test_many_numbers_are_read_in_pieces_and_are_the_same():
+    values = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
+    found = from_json("x", "FP32", [400, 500], raw(json.dumps(values.reshape(400, 500).tolist())))
+    assert np.array_equal(found, values.reshape(400, 500))
+    assert json.loads(bytes(to_json("y", values))) == values.tolist()
+
+
+def test_a_list_is_held_against_its_shape_before_it_is_decoded():
+    """Ten million numbers take some 300 MB as Python's objects; the shape says that one is wanted."""
+    text = raw("[" + "0.5," * 10_000_000 + "0.5]")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="10000001 elements"):
+            from_json("x", "FP32", [1], text)
+        assert tracemalloc.get_traced_memory()[1] < 120 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_names_and_values_of_any_length_make_short_messages():
+    name = "x" * 8_000_000
+    body = json.dumps({"inputs": [{"name": name, "shape": [1], "datatype": name, "data": [1]}]}).encode()
+    with pytest.raises(InputError) as caught:
+        parse(body, None, nowhere)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("timeout", [2**63 - 1, -1, 10**400, "5", 1.5, True])
+def test_a_timeout_that_is_none_is_refused(timeout):
+    body = json.dumps({"inputs": [], "parameters": {"timeout": timeout}}).encode()
+    with pytest.raises(InputError):
+        parse(body, None, nowhere)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from onnxsplit.errors import InputError
-from runtime.gateway.errors import Forbidden, UnknownRegion
+from runtime.gateway.errors import Forbidden, TooLarge, UnknownRegion
 from runtime.gateway.protocol import Place
 from runtime.gateway.regions import Region, Regions
 
@@ -23,7 +23,7 @@ def memory():
 
 @pytest.fixture
 def regions(memory):
-    made = Regions()
+    made = Regions("")
     made.register(Region("r", f"/{memory.name}", 16, 32))
     yield made
     made.close()
@@ -65,7 +65,7 @@ def test_links_and_other_things_are_refused(memory):
     try:
         for name, error in ((link.name, UnknownRegion), (fifo.name, Forbidden)):
             with pytest.raises(error):
-                Regions().register(Region("r", name, 0, 8))
+                Regions("").register(Region("r", name, 0, 8))
     finally:
         link.unlink()
         fifo.unlink()
@@ -82,7 +82,40 @@ def test_too_long_or_twice_or_not_allowed_is_refused(regions, memory):
         with pytest.raises(InputError, match=words):
             regions.register(region)
     with pytest.raises(Forbidden, match="clients of this host"):
-        Regions(allowed=False).register(Region("s", memory.name, 0, 8))
+        Regions("", allowed=False).register(Region("s", memory.name, 0, 8))
+
+
+def test_nothing_is_registered_unless_the_server_was_told(memory):
+    with pytest.raises(Forbidden, match="--shared-memory"):
+        Regions().register(Region("s", memory.name, 0, 8))
+
+
+def test_only_names_under_the_prefix_are_registered(memory):
+    named = Regions(memory.name[:-1])
+    named.register(Region("s", f"/{memory.name}", 0, 8))
+    named.close()
+    with pytest.raises(Forbidden, match="begins with 'other'"):
+        Regions("other").register(Region("s", memory.name, 0, 8))
+
+
+def test_one_request_reads_no_more_than_a_request_may_have(memory):
+    regions = Regions("", most_bytes=40)
+    regions.register(Region("r", memory.name, 0, 64))
+    read = regions.reader()
+    assert read(Place("r", 0, 30)) == memory.read_bytes()[:30]
+    with pytest.raises(TooLarge, match="more bytes than the 40"):
+        read(Place("r", 0, 30))
+    regions.close()
+
+
+def test_what_the_system_writes_in_part_is_written_to_the_end(regions, memory, monkeypatch):
+    """Linux writes and reads 2,147,479,552 bytes at once at most."""
+    write, read = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda opened, data, at: write(opened, data[:3], at))
+    monkeypatch.setattr(os, "preadv", lambda opened, rooms, at: read(opened, [rooms[0][:3]], at))
+    regions.write(Place("r", 0, 16), bytes(range(100, 116)))
+    assert memory.read_bytes()[16:32] == bytes(range(100, 116))
+    assert regions.read(Place("r", 0, 16)) == bytes(range(100, 116))
 
 
 def test_what_is_unregistered_is_closed(regions):

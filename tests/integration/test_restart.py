@@ -1,0 +1,99 @@
+"""A model whose coordinator fails is not ready, says why, and is started again by itself."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+from runtime import Pipeline
+from runtime.errors import LaunchFailed
+from runtime.gateway import repository as repositories
+from runtime.gateway.errors import NotLoaded, status_of
+from runtime.gateway.line import Limits
+from runtime.gateway.protocol import InferRequest
+from runtime.gateway.repository import Repository, find_versions
+
+X = {"x": np.ones((1, 32), np.float32)}
+
+
+async def until(condition) -> None:
+    """Wait until something is so; a minute at most."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def infer(version):
+    request = InferRequest("", X)
+    outputs, _ = await version.infer(request, version.wanted(request), 0, None)
+    return outputs["y"]
+
+
+def break_coordinator(pipeline: Pipeline) -> None:
+    """Let the next thing that its coordinator's thread decides be an error."""
+
+    def fails(_):
+        raise ZeroDivisionError("a bug")
+
+    pipeline._coordinator.machine.handle = fails
+
+
+def test_a_model_whose_coordinator_failed_is_started_again(chain_plan, monkeypatch):
+    monkeypatch.setattr(repositories, "_AGAIN_S", 0.05)
+    refusals = [LaunchFailed("not yet"), None]
+
+    def start(folder, abandoned):
+        problem = refusals.pop() if refusals else None
+        if problem is not None:
+            raise problem
+        return Pipeline.launch(folder, abandoned=abandoned)
+
+    async def scene():
+        models = Repository(find_versions([chain_plan]), start, Limits())
+        (version,) = models
+        await models.load(version.model)
+        watching = asyncio.ensure_future(models.watch())
+        assert models.ready
+        right = await infer(version)
+        first = version.pipeline
+        break_coordinator(first)
+        await until(lambda: not models.ready)
+        with pytest.raises(NotLoaded, match="ZeroDivisionError") as caught:
+            await infer(version)
+        assert status_of(caught.value).http == 503
+        assert "ZeroDivisionError" in version.why_not()
+        assert version in models.wanted
+        await until(lambda: models.ready)
+        assert version.pipeline is not first
+        assert refusals == [], "it was tried again after it could not be started"
+        assert np.array_equal(await infer(version), right)
+        watching.cancel()
+        await models.close(10)
+
+    asyncio.run(scene())
+
+
+def test_a_model_that_does_not_turn_is_not_ready(chain_plan, monkeypatch):
+    async def scene():
+        models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
+        (version,) = models
+        await models.load(version.model)
+        monkeypatch.setattr("runtime.coordinator._TURN_S", -1.0)
+        assert not models.ready
+        assert "has not looked after its nodes" in version.why_not()
+        with pytest.raises(NotLoaded, match="has not looked after"):
+            await infer(version)
+        monkeypatch.undo()
+        assert models.ready
+        await models.close(10)
+
+    asyncio.run(scene())
+
+
+def test_a_launch_that_nobody_waits_for_any_more_is_given_up(chain_plan, tmp_path):
+    with pytest.raises(LaunchFailed, match="given up"):
+        Pipeline.listen(chain_plan, bind=f"ipc://{tmp_path}/control", abandoned=lambda: True)
