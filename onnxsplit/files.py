@@ -1,15 +1,83 @@
-"""Files and folders that appear whole or not at all."""
+"""Files that users name, read with care; files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from onnxsplit.errors import PlanError
+
+MOST_TEXT_BYTES = 1 << 20
+"""Bytes that a file of settings, keys or tokens may have."""
+
+MOST_FILE_BYTES = 512 << 30
+"""Bytes that any one file of a model or a plan may have."""
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def check_regular(path: Path, *, most_bytes: int = MOST_FILE_BYTES) -> None:
+    """Refuse what is not a regular file of at most so many bytes. Nothing is opened, so nothing can block.
+
+    Raises:
+        OSError: it is missing, something else than a file, or too large; ``strerror`` says which.
+    """
+    _check_regular(path, path.stat(), most_bytes)
+
+
+def open_regular(path: Path, *, most_bytes: int = MOST_FILE_BYTES) -> BufferedReader:
+    """Open a regular file for reading. A FIFO or a device that takes its place meanwhile cannot block either.
+
+    Raises:
+        OSError: as :func:`check_regular`, or it may not be read.
+    """
+    check_regular(path, most_bytes=most_bytes)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        _check_regular(path, os.fstat(descriptor), most_bytes)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path, *, most_bytes: int) -> bytes:
+    """The content of a regular file of at most so many bytes.
+
+    Raises:
+        OSError: as :func:`open_regular`.
+    """
+    with open_regular(path, most_bytes=most_bytes) as stream:
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:  # it has grown, or it is one of /proc, whose sizes say nothing
+        raise _too_large(path, len(content), most_bytes)
+    return content
+
+
+def _check_regular(path: Path, found: os.stat_result, most_bytes: int) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+        raise OSError(number, f"it is {kind}; only a regular file can be read", str(path))
+    if found.st_size > most_bytes:
+        raise _too_large(path, found.st_size, most_bytes)
+
+
+def _too_large(path: Path, size_bytes: int, most_bytes: int) -> OSError:
+    return OSError(errno.EFBIG, f"it has {size_bytes} bytes or more; at most {most_bytes} are allowed", str(path))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from onnxsplit.partitioner import (
     line_up,
     search,
 )
-from onnxsplit.plan import PLAN_FILE, Objective, Plan, Prediction, Stage, load_plan
+from onnxsplit.plan import PLAN_FILE, Objective, Plan, Prediction, Stage, checked_json, load_plan
 from onnxsplit.setting import of_cluster
 from onnxsplit.source import open_model
 from onnxsplit.tensors import size_bytes
@@ -61,14 +61,14 @@ def place(
     target = folder if out is None else Path(out)
     if target.resolve() == folder.resolve():
         with replacing(target / PLAN_FILE) as temporary:
-            temporary.write_bytes(found.to_json())
+            temporary.write_bytes(checked_json(found))
         return found
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise PlanError(f"{target} is there already; nothing was touched. Choose another place with -o DIR")
     check_parent(target)
     with new_folder(target) as made:
         shutil.copytree(folder, made, dirs_exist_ok=True)
-        (made / PLAN_FILE).write_bytes(found.to_json())
+        (made / PLAN_FILE).write_bytes(checked_json(found))
     return found
 
 

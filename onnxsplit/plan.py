@@ -9,18 +9,43 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from onnxsplit.errors import PlanError
+from onnxsplit.files import MOST_FILE_BYTES, open_regular, read_regular
 
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"
 
-Shape = tuple[int | str, ...]
+MOST_NODES = 255
+"""Nodes that a plan's stages may have together, replicas included; so also the most stages."""
+
+MOST_THREADS = 1024
+"""Threads that one session may have."""
+
+_MOST_PLAN_BYTES = 64 << 20
+_MOST_RANK = 64
+_MOST_INTEGER = 2**53 - 1  # what every reader of JSON keeps exact
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_INTEGER)]
+"""A time in nanoseconds, a size in bytes, the size of a dimension, or a number of things."""
+
+StageIndex = Annotated[int, msgspec.Meta(ge=0, lt=MOST_NODES)]
+Replicas = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)]
+Threads = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
+Axis = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_RANK)]
+FileSize = Annotated[int, msgspec.Meta(ge=0, le=MOST_FILE_BYTES)]
+Version = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
+
+Shape = tuple[Count | str, ...]
 
 Level = Literal["disabled", "basic", "extended", "all"]
 """ONNX Runtime's graph optimisation levels, weakest first."""
@@ -45,7 +70,7 @@ class TensorSpec(Record, frozen=True, kw_only=True):
 
     dtype: str
     shape: Shape | None
-    batch_axis: int | None = None
+    batch_axis: Axis | None = None
 
 
 class FileEntry(Record, frozen=True, kw_only=True):
@@ -53,7 +78,7 @@ class FileEntry(Record, frozen=True, kw_only=True):
 
     name: str
     sha256: str
-    size_bytes: int
+    size_bytes: FileSize
 
 
 class Stage(Record, frozen=True, kw_only=True):
@@ -80,33 +105,33 @@ class Stage(Record, frozen=True, kw_only=True):
         ops: number of ops in the stage.
     """
 
-    index: int
+    index: StageIndex
     file: str
     files: tuple[FileEntry, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    weight_bytes: int
-    peak_memory_bytes: int
+    weight_bytes: Count
+    peak_memory_bytes: Count
     provider: str
     optimization_level: Level
-    threads: int
-    predicted_time_ns: int
-    measured_time_ns: int | None = None
-    reference_time_ns: int | None = None
-    replicas: int = 1
+    threads: Threads
+    predicted_time_ns: Count
+    measured_time_ns: Count | None = None
+    reference_time_ns: Count | None = None
+    replicas: Replicas = 1
     device: str | None = None
     devices: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
-    ops: int = 0
+    ops: Count = 0
 
 
 class Cut(Record, frozen=True, kw_only=True):
     """A tensor that crosses from one stage to others, with its bytes at the dimensions the plan was made for."""
 
     tensor: str
-    from_stage: int
-    to_stages: tuple[int, ...]
-    bytes: int
+    from_stage: StageIndex
+    to_stages: tuple[StageIndex, ...]
+    bytes: Count
 
 
 class Passthrough(Record, frozen=True, kw_only=True):
@@ -124,8 +149,8 @@ class ModelInfo(Record, frozen=True, kw_only=True):
 
     name: str
     sha256: str
-    ir_version: int
-    opsets: dict[str, int]
+    ir_version: Version
+    opsets: dict[str, Version]
 
 
 class CreatedWith(Record, frozen=True, kw_only=True):
@@ -150,14 +175,14 @@ class Prediction(Record, frozen=True, kw_only=True):
         lower_bound_bytes: no plan has a smaller one.
     """
 
-    bottleneck_ns: int
-    throughput_per_s: float
-    latency_ns: int
-    lower_bound_ns: int
-    gap: float
-    op_lower_bound_ns: int
-    peak_memory_bytes: int | None = None
-    lower_bound_bytes: int | None = None
+    bottleneck_ns: Count
+    throughput_per_s: Rate
+    latency_ns: Count
+    lower_bound_ns: Count
+    gap: Rate
+    op_lower_bound_ns: Count
+    peak_memory_bytes: Count | None = None
+    lower_bound_bytes: Count | None = None
 
 
 class Costs(Record, frozen=True, kw_only=True):
@@ -173,9 +198,9 @@ class Costs(Record, frozen=True, kw_only=True):
     """
 
     source: Literal["measured", "analytic"]
-    whole_time_ns: int
-    whole_weight_bytes: int
-    whole_peak_memory_bytes: int
+    whole_time_ns: Count
+    whole_weight_bytes: Count
+    whole_peak_memory_bytes: Count
     whole_optimization_level: Level
     rounds: tuple[CorrectionRound, ...] = ()
     note: str | None = None
@@ -184,27 +209,27 @@ class Costs(Record, frozen=True, kw_only=True):
 class CorrectionRound(Record, frozen=True, kw_only=True):
     """One round: stage times as predicted before it ran and as measured, in nanoseconds, by stage."""
 
-    predicted_ns: tuple[int, ...]
-    measured_ns: tuple[int, ...]
+    predicted_ns: tuple[Count, ...]
+    measured_ns: tuple[Count, ...]
 
 
 class Plan(Record, frozen=True, kw_only=True):
     """Everything a pipeline needs to know about a cut model. See ``docs/plan.md`` for each field."""
 
-    format_version: int
+    format_version: Annotated[int, msgspec.Meta(ge=1)]
     created_with: CreatedWith
     model: ModelInfo
     strategy: str
     parallel: str
     objective: str
-    dims: dict[str, int]
+    dims: dict[str, Count]
     stages: tuple[Stage, ...]
     tensors: dict[str, TensorSpec]
     cuts: tuple[Cut, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     passthrough: dict[str, Passthrough]
-    outputs_need: dict[str, tuple[int, ...]]
+    outputs_need: dict[str, tuple[StageIndex, ...]]
     prediction: Prediction
     costs: Costs
     example_inputs: FileEntry | None = None
@@ -241,7 +266,7 @@ class Plan(Record, frozen=True, kw_only=True):
 
     def check(self) -> list[str]:
         """Every violation of what a plan promises, in words; empty for a good plan."""
-        return [*self._check_files(), *self._check_stages(), *self._check_ends()]
+        return [*self._check_files(), *self._check_stages(), *self._check_tensors(), *self._check_ends()]
 
     def _check_files(self) -> Iterator[str]:
         seen: set[str] = set()
@@ -251,8 +276,8 @@ class Plan(Record, frozen=True, kw_only=True):
                 yield f"file name {entry.name!r} is not a plain name inside the plan's folder"
             if entry.name in seen:
                 yield f"file {entry.name!r} is listed twice"
-            if entry.size_bytes < 0 or len(entry.sha256) != 64:
-                yield f"file {entry.name!r} has no valid size and SHA-256"
+            if not _SHA256.fullmatch(entry.sha256):
+                yield f"file {entry.name!r} has no valid SHA-256: expected 64 hexadecimal digits"
             seen.add(entry.name)
 
     def _check_stages(self) -> Iterator[str]:
@@ -263,8 +288,9 @@ class Plan(Record, frozen=True, kw_only=True):
                 yield f"{where} carries the index {stage.index}"
             if not stage.files or stage.files[0].name != stage.file:
                 yield f"{where}: {stage.file!r} is not the first of its files"
-            if stage.replicas < 1 or stage.threads < 1:
-                yield f"{where}: replicas and threads must be at least 1"
+            for name, given in (("devices", stage.devices), ("hosts", stage.hosts)):
+                if len(given) not in (0, stage.replicas):
+                    yield f"{where} names {len(given)} {name} for {stage.replicas} replicas"
             if not stage.outputs:
                 yield f"{where} has no outputs"
             for name in stage.inputs:
@@ -277,6 +303,21 @@ class Plan(Record, frozen=True, kw_only=True):
                 if name not in self.tensors:
                     yield f"{where}: {name!r} is not among the tensors"
             available.update(stage.outputs)
+        nodes = sum(stage.replicas for stage in self.stages)
+        if nodes > MOST_NODES:
+            yield f"the stages have {nodes} replicas together; at most {MOST_NODES} are allowed"
+
+    def _check_tensors(self) -> Iterator[str]:
+        for name, spec in self.tensors.items():
+            if spec.batch_axis is not None and spec.shape is not None and spec.batch_axis >= len(spec.shape):
+                yield f"tensor {name!r} has the batch axis {spec.batch_axis} and {len(spec.shape)} dimensions"
+        producer = self.producers()
+        for cut in self.cuts:
+            if producer.get(cut.tensor) != cut.from_stage:
+                yield f"cut {cut.tensor!r} is not an output of stage {cut.from_stage}"
+            for stage in cut.to_stages:
+                if stage >= len(self.stages) or cut.tensor not in self.stages[stage].inputs:
+                    yield f"cut {cut.tensor!r} is not an input of stage {stage}"
 
     def _check_ends(self) -> Iterator[str]:
         producer = self.producers()
@@ -299,7 +340,7 @@ class Plan(Record, frozen=True, kw_only=True):
 
 
 class _Version(msgspec.Struct):
-    format_version: int
+    format_version: Annotated[int, msgspec.Meta(ge=1)]
 
 
 def load_plan(folder: str | Path, *, check_files: bool = True) -> Plan:
@@ -323,7 +364,7 @@ def load_plan(folder: str | Path, *, check_files: bool = True) -> Plan:
 def read_plan_file(folder: Path) -> bytes:
     """The bytes of a plan directory's ``plan.json``."""
     try:
-        return (folder / PLAN_FILE).read_bytes()
+        return read_regular(folder / PLAN_FILE, most_bytes=_MOST_PLAN_BYTES)
     except FileNotFoundError as error:
         found = "it is missing" if not folder.exists() else f"it has no {PLAN_FILE}"
         raise PlanError(f"{folder} is no plan directory: {found}. Make one with: onnxsplit partition MODEL") from error
@@ -332,7 +373,13 @@ def read_plan_file(folder: Path) -> bytes:
 
 
 def parse_plan(text: bytes, *, where: Path) -> Plan:
-    """A checked plan from the bytes of a ``plan.json``; ``where`` is for messages."""
+    """A checked plan from the bytes of a ``plan.json``; ``where`` is for messages.
+
+    Raises:
+        PlanError: naming every violation found.
+    """
+    if len(text) > _MOST_PLAN_BYTES:
+        raise PlanError(f"{where}: plan.json has {len(text)} bytes; at most {_MOST_PLAN_BYTES} are allowed")
     try:
         version = msgspec.json.decode(text, type=_Version).format_version
         if version > FORMAT_VERSION:
@@ -343,10 +390,26 @@ def parse_plan(text: bytes, *, where: Path) -> Plan:
         plan = msgspec.json.decode(text, type=Plan)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{where}: plan.json is damaged: {error}. Partition the model again") from error
+    except RecursionError as error:
+        raise PlanError(f"{where}: plan.json is damaged: it is nested too deeply. Partition the model again") from error
     problems = plan.check()
     if problems:
         raise PlanError(_listed(f"{where}: plan.json contradicts itself", problems))
     return plan
+
+
+def checked_json(plan: Plan) -> bytes:
+    """The bytes of a new ``plan.json``, which can be read back.
+
+    Raises:
+        PlanError: the plan holds a number or a reference that no plan may hold.
+    """
+    text = plan.to_json()
+    try:
+        parse_plan(text, where=Path(plan.model.name))
+    except PlanError as error:
+        raise PlanError(f"the new plan breaks the limits of plans, so it was not written: {error}") from error
+    return text
 
 
 def plan_id(text: bytes) -> str:
@@ -357,13 +420,18 @@ def plan_id(text: bytes) -> str:
 def check_file(folder: Path, entry: FileEntry) -> list[str]:
     """What is wrong with one file of a plan directory: missing, a link, another size, another content."""
     path = folder / entry.name
-    if path.is_symlink() or not path.is_file():
-        return [f"{entry.name}: {'is a link' if path.is_symlink() else 'missing'}"]
-    size = path.stat().st_size
-    if size != entry.size_bytes:
-        return [f"{entry.name}: {size} bytes, the plan says {entry.size_bytes}"]
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        if path.is_symlink():
+            return [f"{entry.name}: is a link"]
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != entry.size_bytes:
+                return [f"{entry.name}: {size} bytes, the plan says {entry.size_bytes}"]
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        return [f"{entry.name}: missing"]
+    except OSError as error:
+        return [f"{entry.name}: {error.strerror}"]
     return [] if digest == entry.sha256 else [f"{entry.name}: its SHA-256 is not the plan's"]
 
 

@@ -21,7 +21,7 @@ from onnxsplit.examine import Say, Subject, examine, silent
 from onnxsplit.files import check_parent, new_folder
 from onnxsplit.options import CutOptions
 from onnxsplit.outcome import Outcome
-from onnxsplit.plan import PLAN_FILE, Plan
+from onnxsplit.plan import PLAN_FILE, Plan, checked_json
 from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array
@@ -90,7 +90,7 @@ def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say 
         if made.plan.costs.source == "measured":
             say("looking for the batch axis")
             made = replace(made, plan=with_batch_axes(made.plan, folder, subject.inputs))
-        (folder / PLAN_FILE).write_bytes(made.plan.to_json())
+        (folder / PLAN_FILE).write_bytes(checked_json(made.plan))
     return made
 
 

@@ -14,9 +14,10 @@ to agree upon, each written by one process. Peers on other hosts say in messages
 
 from __future__ import annotations
 
+from onnxsplit.plan import MOST_NODES
 from runtime.balance import Gauge
 
-PEERS = 256
+PEERS = MOST_NODES + 1
 """Processes of a pipeline at once, its caller among them."""
 
 BOARD_BYTES = 8 * (8 + 2 * PEERS)

@@ -11,7 +11,7 @@ import pytest
 
 import onnxsplit
 from onnxsplit.errors import PlanError
-from onnxsplit.plan import Plan, load_plan, parse_plan, plan_schema
+from onnxsplit.plan import Plan, checked_json, load_plan, parse_plan, plan_schema
 
 GOLDEN = Path(__file__).with_name("golden_plan.json")
 SCHEMA = Path(onnxsplit.__file__).with_name("plan.schema.json")
@@ -48,6 +48,111 @@ def test_fields_of_a_later_version_are_ignored():
 
 def test_a_newer_format_is_refused_with_what_to_do():
     assert "Upgrade onnxsplit" in refuse(golden(format_version=2))
+
+
+def changed(path: str, value: object) -> dict:
+    """The golden plan with one value changed, as in ``stages.0.replicas``."""
+    plan = golden()
+    *way, last = [int(part) if part.isdecimal() else part for part in path.split(".")]
+    inside = plan
+    for part in way:
+        inside = inside[part]
+    inside[last] = value
+    return plan
+
+
+INTEGERS = [
+    "format_version", "model.ir_version", "model.opsets.", "dims.batch",
+    "stages.0.index", "stages.0.replicas", "stages.0.threads", "stages.0.weight_bytes", "stages.0.peak_memory_bytes",
+    "stages.0.predicted_time_ns", "stages.0.measured_time_ns", "stages.0.reference_time_ns", "stages.0.ops",
+    "stages.0.files.0.size_bytes", "example_inputs.size_bytes",
+    "tensors.x.batch_axis", "tensors.x.shape.1",
+    "cuts.0.from_stage", "cuts.0.to_stages.0", "cuts.0.bytes", "outputs_need.y.1",
+    "prediction.bottleneck_ns", "prediction.latency_ns", "prediction.lower_bound_ns", "prediction.op_lower_bound_ns",
+    "prediction.peak_memory_bytes", "prediction.lower_bound_bytes", "prediction.throughput_per_s", "prediction.gap",
+    "costs.whole_time_ns", "costs.whole_weight_bytes", "costs.whole_peak_memory_bytes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", INTEGERS)
+@pytest.mark.parametrize("value", [-1, 2**63, 2**70, 10**400, True, [1]])
+def test_every_number_of_a_plan_has_bounds(path, value):
+    assert refuse(changed(path, value))
+
+
+def test_every_integer_of_the_schema_has_bounds():
+    """So that a new field cannot be without."""
+    unbounded = []
+
+    def walk(node, where):
+        if isinstance(node, dict):
+            if node.get("type") in ("integer", "number") and "minimum" not in node:
+                unbounded.append(where)
+            for key, value in node.items():
+                walk(value, f"{where}.{key}")
+        elif isinstance(node, list):
+            for number, value in enumerate(node):
+                walk(value, f"{where}.{number}")
+
+    walk(msgspec.json.decode(SCHEMA.read_bytes()), "")
+    assert unbounded == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("stages.0.replicas", 10**6, r"<= 255 - at `\$.stages\[0\].replicas`"),
+        ("stages.0.replicas", 0, r">= 1 - at"),
+        ("stages.0.replicas", 255, "the stages have 256 replicas together; at most 255 are allowed"),
+        ("stages.0.threads", 1025, "<= 1024"),
+        ("tensors.x.batch_axis", 99, "<= 63"),
+        ("tensors.x.batch_axis", 2, "tensor 'x' has the batch axis 2 and 2 dimensions"),
+        ("format_version", 0, ">= 1"),
+        ("cuts.0.from_stage", 1, "cut 'h1' is not an output of stage 1"),
+        ("cuts.0.to_stages", [0], "cut 'h1' is not an input of stage 0"),
+        ("cuts.0.to_stages", [7], "cut 'h1' is not an input of stage 7"),
+        ("outputs_need.y", [0, 7], "output 'y' does not need the stages"),
+        ("stages.0.devices", ["a", "b"], "stage 0 names 2 devices for 1 replicas"),
+        ("stages.0.files.0.sha256", "g" * 64, "expected 64 hexadecimal digits"),
+    ],
+)
+def test_what_is_out_of_range_is_named_with_what_is_allowed(path, value, words):
+    with pytest.raises(PlanError, match=words):
+        parse_plan(msgspec.json.encode(changed(path, value)), where=Path("p"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"format_version": 1, "later": ' + b"[" * 1_000_000,
+        b'{"format_version": 1, "later": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"format_version": ' + b"9" * 5_000 + b"}",
+        b'{"format_version": 1e999}',
+        b'{"format_version": NaN}',
+        b'{"format_version": 1, "strategy": "\\ud800"}',
+        '{"format_version": 1}'.encode("utf-16"),
+    ],
+)
+def test_json_that_nests_or_counts_without_end_is_refused(text):
+    with pytest.raises(PlanError, match="damaged"):
+        parse_plan(text, where=Path("p"))
+
+
+def test_a_plan_file_of_any_size_is_not_read(tmp_path):
+    with (tmp_path / "plan.json").open("wb") as stream:
+        stream.truncate((64 << 20) + 1)
+    with pytest.raises(PlanError, match="at most 67108864 are allowed"):
+        load_plan(tmp_path)
+    with pytest.raises(PlanError, match="at most 67108864 are allowed"):
+        parse_plan(bytes((64 << 20) + 1), where=tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_a_plan_that_could_not_be_read_back_is_not_written(value):
+    plan = parse_plan(GOLDEN.read_bytes(), where=GOLDEN)
+    strange = msgspec.structs.replace(plan, prediction=msgspec.structs.replace(plan.prediction, gap=value))
+    with pytest.raises(PlanError, match="it was not written"):
+        checked_json(strange)
 
 
 @pytest.mark.parametrize("name", ["../evil.onnx", "/etc/passwd", "a/b.onnx", "", "..", "plan.json", "a\\b"])
