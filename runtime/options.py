@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from onnxsplit.errors import InputError, PlanError
+from onnxsplit.memory import free_memory_bytes
 from onnxsplit.plan import Plan
 from runtime.balance import POLICIES, Policy
 from runtime.watch import Timings
@@ -127,16 +128,4 @@ def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
 
 def memory_for_requests_bytes() -> int:
     """A quarter of the memory this host, or this container, has free, at least 64 MiB."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
-    return max(64 << 20, min(free, _free_in_group_bytes(free)) // _SHARE_OF_MEMORY)
-
-
-def _free_in_group_bytes(unlimited: int) -> int:
-    """Memory that the control group of this process (cgroup v2) has left; ``unlimited`` when it has no limit."""
-    try:
-        own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
-        group = Path("/sys/fs/cgroup") / own
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no such groups, or "max"
-        return unlimited
+    return max(64 << 20, free_memory_bytes() // _SHARE_OF_MEMORY)
