@@ -22,6 +22,7 @@ overlapped = false               # true: moves tensors while both devices comput
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from onnxsplit.errors import ClusterError
+from onnxsplit.errors import ClusterError, one_line
+from onnxsplit.files import MOST_TEXT_BYTES, read_regular
+from onnxsplit.plan import MOST_NODES, MOST_THREADS
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LOCAL = "local"
+
+MOST_BYTES = 1 << 50
+"""The largest size that can be written: a pebibyte."""
+
+_MOST_LATENCY_US = 1e9
 
 
 @dataclass(frozen=True)
@@ -133,9 +141,10 @@ class Cluster:
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of ``512M`` or ``2.5G`` (powers of 1024); None for anything else."""
+    """Bytes of ``512M`` or ``2.5G`` (powers of 1024), at most :data:`MOST_BYTES`; None for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    return None if found is None else int(float(found[1]) * _UNITS[found[2].upper()])
+    size = float(found[1]) * _UNITS[found[2].upper()] if found is not None else math.inf
+    return int(size) if size <= MOST_BYTES else None
 
 
 def load_cluster(path: str | Path) -> Cluster:
@@ -146,13 +155,13 @@ def load_cluster(path: str | Path) -> Cluster:
     """
     path = Path(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_regular(path, most_bytes=MOST_TEXT_BYTES).decode())
     except FileNotFoundError as error:
         raise ClusterError(f"{path} does not exist; write one for this host with: onnxsplit cluster init") from error
     except OSError as error:
         raise ClusterError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ClusterError(f"{path} is no valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # tomllib raises both beside its own
+        raise ClusterError(f"{path} is no valid TOML: {one_line(error, 300)}") from error
     reader = _Reader()
     cluster = reader.cluster(content)
     if reader.problems:
@@ -172,6 +181,8 @@ class _Reader:
             self._device(f"device {number}", table) for number, table in enumerate(self._tables(content, "device"))
         )
         names = [device.name for device in devices]
+        if len(devices) > MOST_NODES:
+            self.problems.append(f"it has {len(devices)} devices; at most {MOST_NODES} are allowed")
         if not devices:
             self.problems.append("it has no [[device]]; at least one is needed")
         self.problems += [f"the device {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
@@ -205,7 +216,7 @@ class _Reader:
         memory = table.get("memory")
         size = parse_size(str(memory)) if memory is not None else None
         if memory is not None and size is None:
-            self.problems.append(f"{where}: memory {memory!r} is no size; write 512M or 2.5G")
+            self.problems.append(f"{where}: memory {memory!r} is no size; write 512M or 2.5G, at most 1024T")
         name = self._value(where, table, "name", str, None)
         return Device(
             name=name or where,
@@ -213,7 +224,7 @@ class _Reader:
             provider=self._value(where, table, "provider", str, "cpu"),
             speed=self._positive(where, table, "speed", 1.0),
             memory_bytes=size,
-            threads=int(self._positive(where, table, "threads", 1)),
+            threads=self._threads(where, table),
             only_ops=self._names(where, table, "only_ops"),
             not_ops=self._names(where, table, "not_ops"),
         )
@@ -227,15 +238,15 @@ class _Reader:
         link = Link(
             latency_ns=self._time_ns(where, table, "latency_us", default.latency_ns),
             delay_ns=self._time_ns(where, table, "delay_us", default.delay_ns),
-            bytes_per_s=int(self._positive(where, table, "bytes_per_s", default.bytes_per_s)),
+            bytes_per_s=int(self._positive(where, table, "bytes_per_s", default.bytes_per_s, least=1)),
             overlapped=self._value(where, table, "overlapped", bool, False),
         )
         return ((pair[0], pair[1]) if len(pair) == 2 else None), link
 
     def _time_ns(self, where: str, table: Mapping[str, Any], key: str, default_ns: int) -> int:
         value = table.get(key, default_ns / 1000)
-        if not _is_number(value) or not 0 <= value < 1e15:
-            self.problems.append(f"{where}: {key} must be a number of at least 0, found {value!r}")
+        if not _is_number(value) or not 0 <= value <= _MOST_LATENCY_US:
+            self.problems.append(f"{where}: {key} must be a number from 0 to {_MOST_LATENCY_US:g}, found {value!r}")
             return default_ns
         return int(value * 1000)
 
@@ -251,12 +262,21 @@ class _Reader:
             return default
         return value
 
-    def _positive(self, where: str, table: Mapping[str, Any], key: str, default: float) -> float:
+    def _positive(
+        self, where: str, table: Mapping[str, Any], key: str, default: float, *, least: float = 1e-9
+    ) -> float:
         value = table.get(key, default)
-        if not _is_number(value) or not 0 < value < 1e18 or int(value * 1e9) < 1:
-            self.problems.append(f"{where}: {key} must be a number above 0, found {value!r}")
+        if not _is_number(value) or not least <= value < 1e18:
+            self.problems.append(f"{where}: {key} must be a number above 0, from {least:g} to 1e18, found {value!r}")
             return default
         return float(value)
+
+    def _threads(self, where: str, table: Mapping[str, Any]) -> int:
+        value = table.get("threads", 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_THREADS:
+            self.problems.append(f"{where}: threads must be a whole number from 1 to {MOST_THREADS}, found {value!r}")
+            return 1
+        return value
 
     def _names(self, where: str, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
         value = table.get(key, [])

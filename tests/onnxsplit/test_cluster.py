@@ -52,6 +52,17 @@ def test_sizes(text, size):
         ('[[device]]\nname="a"\n[[link]]\nbetween=["a","z"]', "'z' is no device or host; known: a, local"),
         ('[[device]]\nname="a"\n[[link]]\nbetween=["a","a"]\nlatency_us=-1', "latency_us must be"),
         ("[[device", "no valid TOML"),
+        ("x = " + "[" * 5_000, "no valid TOML"),
+        ("x = " + "9" * 5_000, "no valid TOML"),
+        ('[[device]]\nname="a"\nthreads=0.5', "threads must be a whole number from 1 to 1024, found 0.5"),
+        ('[[device]]\nname="a"\nthreads=1000000000', "from 1 to 1024"),
+        ('[[device]]\nname="a"\nspeed=nan', "speed must be a number above 0"),
+        ('[[device]]\nname="a"\nspeed=inf', "speed must be a number above 0"),
+        (f'[[device]]\nname="a"\nspeed={10**400}', "speed must be a number above 0"),
+        (f'[[device]]\nname="a"\nmemory="{"9" * 400}T"', "no size; write 512M"),
+        ('[[device]]\nname="a"\n[[link]]\nbetween=["a","a"]\nlatency_us=1e300', "latency_us must be a number from 0"),
+        ('[[device]]\nname="a"\n[[link]]\nbetween=["a","a"]\nbytes_per_s=0.5', "bytes_per_s must be a number above 0"),
+        ("".join(f'[[device]]\nname="{n}"\n' for n in range(256)), "256 devices; at most 255 are allowed"),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, word):
