@@ -10,7 +10,7 @@ from onnxsplit.errors import PlanError
 from onnxsplit.extract import write_model
 from onnxsplit.plan import Plan, load_plan
 from onnxsplit.shapes import value_info
-from onnxsplit.source import SourceModel
+from onnxsplit.source import SourceModel, open_model
 from onnxsplit.tensors import load_npz
 
 
@@ -21,6 +21,7 @@ def merge(folder: str | Path, out: str | Path) -> Plan:
 
     Raises:
         PlanError: the plan is damaged, or the file cannot be written.
+        ModelError: a stage is not a usable model.
     """
     folder, out = Path(folder), Path(out)
     plan = load_plan(folder)
@@ -39,7 +40,7 @@ def _merged(folder: Path, plan: Plan) -> onnx.ModelProto:
     constants: set[str] = set()
     functions: set[tuple[str, str, str]] = set()
     for stage in plan.stages:
-        part = onnx.load(folder / stage.file, load_external_data=False)
+        part = open_model(folder / stage.file).proto
         if not written:
             model.opset_import.extend(part.opset_import)
             model.metadata_props.extend(part.metadata_props)

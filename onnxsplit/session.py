@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.errors import ModelError, ModelRefused, OnnxsplitError, ProviderError, one_line
+from onnxsplit.files import check_regular
 from onnxsplit.plan import Level
 from onnxsplit.providers import load_runtime, parse_provider, require_provider, why_not_loaded
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
@@ -214,6 +215,7 @@ def open_session(
 
     Raises:
         MissingDependency: no ONNX Runtime is installed.
+        ModelError: there is no such file, or it is not a regular one.
         ProviderError: the provider cannot be used; says what is missing.
         ModelRefused: ONNX Runtime refuses the model.
     """
@@ -248,6 +250,11 @@ def open_session(
     if wanted.name != "CPUExecutionProvider":
         providers.append("CPUExecutionProvider")
     source = model if isinstance(model, bytes) else str(model)
+    if not isinstance(model, bytes):
+        try:
+            check_regular(Path(model))
+        except OSError as error:
+            raise ModelError(f"cannot read {model}: {error.strerror}") from error
     try:
         raw = ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base class

@@ -11,10 +11,13 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnxsplit.errors import ModelError
+from onnxsplit.files import check_regular, read_regular
 from onnxsplit.tensors import size_bytes, type_name
 
 FunctionKey = tuple[str, str, str]
 """Domain, name and overload of a model-local function."""
+
+_MOST_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
 
 _RANDOM = frozenset(
     [
@@ -47,12 +50,12 @@ def open_model(path: str | Path) -> SourceModel:
     """Read a model without its external data.
 
     Raises:
-        ModelError: missing, a folder, empty, damaged, not ONNX, or external data that is missing, too short,
-            outside the model's folder or a link.
+        ModelError: missing, not a regular file, empty, too large, damaged or not ONNX; or external data that is
+            missing, too short, not a regular file, outside the model's folder or a link.
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = read_regular(path, most_bytes=_MOST_MODEL_BYTES)
     except FileNotFoundError as error:
         raise ModelError(f"no such model file: {path}") from error
     except IsADirectoryError as error:
@@ -65,7 +68,10 @@ def open_model(path: str | Path) -> SourceModel:
     try:
         proto.ParseFromString(content)
     except DecodeError as error:
-        raise ModelError(f"{path} is not an ONNX model, or it is truncated ({len(content)} bytes)") from error
+        raise ModelError(
+            f"{path} is not an ONNX model, it is truncated ({len(content)} bytes), or it nests bodies deeper than the "
+            "100 levels of messages that protobuf reads"
+        ) from error
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError(f"{path} holds no ONNX graph ({len(content)} bytes); expected an ONNX model")
     if not proto.graph.output:
@@ -89,10 +95,16 @@ def _check_text(path: Path, proto: onnx.ModelProto) -> None:
     for node in all_nodes((*proto.graph.node, *(n for f in proto.functions for n in f.node))):
         texts += [node.name, node.op_type, node.domain, node.overload, *node.input, *node.output]
         texts += [attribute.name for attribute in node.attribute]
+    for function in proto.functions:
+        texts += [function.domain, function.name, function.overload, *function.input, *function.output]
     for tensor in graph_tensors(proto.graph):
         texts += [tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))]
     if not all(isinstance(text, str) for text in texts):
         raise ModelError(f"{path} is damaged: it holds names that are not UTF-8 text")
+
+
+def _key(node: onnx.NodeProto) -> FunctionKey:
+    return node.domain, node.op_type, node.overload
 
 
 def external_range(source: SourceModel, tensor: onnx.TensorProto) -> tuple[Path, int, int]:
@@ -108,8 +120,12 @@ def external_range(source: SourceModel, tensor: onnx.TensorProto) -> tuple[Path,
         raise ModelError(f"{what}: location {location!r} is not a path inside the model's folder")
     if any((source.folder / part).is_symlink() for part in _prefixes(Path(location))):
         raise ModelError(f"{what}: {location!r} is a link; put the file itself into the model's folder")
-    if not path.is_file():
-        raise ModelError(f"{what}: {path} is missing; keep it beside the model")
+    try:
+        check_regular(path)
+    except FileNotFoundError as error:
+        raise ModelError(f"{what}: {path} is missing; keep it beside the model") from error
+    except OSError as error:
+        raise ModelError(f"{what}: {path} cannot be used: {error.strerror}") from error
     try:
         offset = int(entries.get("offset") or 0)
         expected = size_bytes(type_name(tensor.data_type) or "uint8", tuple(tensor.dims))
@@ -188,7 +204,7 @@ def called_functions(
     pending = list(nodes)
     while pending:
         for node in all_nodes([pending.pop()]):
-            key = (node.domain, node.op_type, node.overload)
+            key = _key(node)
             if key in functions and key not in found:
                 found.add(key)
                 pending.extend(functions[key].node)

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 from pathlib import Path
 
 from onnxsplit.errors import InputError
+from onnxsplit.files import MOST_TEXT_BYTES, read_regular, replacing
 from runtime.transport import KeyPair, new_key_pair
 
 _KEY = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # Z85, https://rfc.zeromq.org/spec/32/
@@ -128,8 +128,8 @@ def allow(folder: Path, public: Path, name: str) -> None:
         InputError: it is no public key, or no name.
     """
     check_name(name)
-    _read(public)
-    shutil.copyfile(public, folder / "allowed" / f"{name}.key")
+    with replacing(folder / "allowed" / f"{name}.key") as temporary:
+        _write(temporary, _read(public), 0o644)
 
 
 def revoke(folder: Path, name: str) -> None:
@@ -158,9 +158,11 @@ def check_name(name: str) -> None:
 
 def _read(file: Path) -> str:
     try:
-        text = file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the key {file}: {error}") from error
+        text = read_regular(file, most_bytes=MOST_TEXT_BYTES).decode().strip()
+    except OSError as error:
+        raise InputError(f"cannot read the key {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} holds no key: expected 40 characters of Z85") from error
     if not _KEY.fullmatch(text):
         raise InputError(f"{file} holds no key: expected 40 characters of Z85")
     return text

@@ -17,6 +17,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from onnxsplit.errors import one_line
+from onnxsplit.files import MOST_TEXT_BYTES, read_regular
+
 FILE = "onnxsplit.toml"
 
 
@@ -32,9 +35,11 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
         click.UsageError: it is not as said above.
     """
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise click.UsageError(f"{file} cannot be read: {error}") from error
+        tables = tomllib.loads(read_regular(file, most_bytes=MOST_TEXT_BYTES).decode())
+    except OSError as error:
+        raise click.UsageError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # tomllib raises both beside its own
+        raise click.UsageError(f"{file} is not valid TOML: {one_line(error, 300)}") from error
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise click.UsageError(f"{file}: {name!r} stands outside of a table; settings are in tables by command")

@@ -20,8 +20,10 @@ from onnxsplit.errors import ExportError, MissingDependency, one_line
 from onnxsplit.export import Conversion, ExportOptions, hub, onnx_file
 from onnxsplit.export.pytorch import answers, exported, require_torch
 from onnxsplit.export.sources import Source, recognise
+from onnxsplit.files import read_regular
 
 _EXTRA = "pip install 'onnxsplit[transformers]'"
+_MOST_CONFIG_BYTES = 64 << 20
 _SIZES = ({"batch": 2, "sequence": 5, "past": 3, "encoder": 7}, {"batch": 3, "sequence": 2, "past": 4, "encoder": 6})
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WORDS = (".json", ".txt", ".model", ".md", ".jinja")  # of a folder, files that are no weights
@@ -125,7 +127,7 @@ def _model(torch: Any, path: Path, *, is_random: bool) -> Any:
 def _config(transformers: Any, path: Path) -> Any:
     if path.is_dir():
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    content = json.loads(path.read_bytes())
+    content = json.loads(read_regular(path, most_bytes=_MOST_CONFIG_BYTES))
     if "auto_map" in content:
         raise ExportError(f"{path} names code of its own (auto_map), which is not run")
     return transformers.AutoConfig.for_model(**content)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from onnxsplit.errors import ExportError
+from onnxsplit.files import check_regular, read_regular
 
 Kind = Literal[
     "recipe",
@@ -66,6 +67,7 @@ _KNOWN = (
     "hf://ORG/REPO[@REVISION][/FILE], a SavedModel folder, .keras, .tflite, .skops, .pkl, .joblib, LightGBM's .txt, "
     "XGBoost's .json or .ubj, .cbm, .onnx"
 )
+_MOST_JSON_BYTES = 1 << 30
 _HUB = re.compile(
     r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>(?!/)(?:(?!\.\.)[\w./ -])+))?", re.ASCII
 )
@@ -120,8 +122,12 @@ def recognise(text: str) -> Source:
         if not path.is_file():
             raise ExportError(f"no such recipe: {text}")
         return Source(text, "recipe", path, "build")
-    if not path.is_file():
-        raise ExportError(f"there is no {text!r}; a source is: {_KNOWN}")
+    try:
+        check_regular(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ExportError(f"there is no {text!r}; a source is: {_KNOWN}") from error
+    except OSError as error:
+        raise ExportError(f"{text!r} cannot be exported: {error.strerror}") from error
     kind = _ENDINGS.get(path.suffix.lower()) or _by_content(path)
     if kind is None:
         raise ExportError(f"{text} is nothing that is known; a source is: {_KNOWN}")
@@ -157,9 +163,11 @@ def _by_content(path: Path) -> Kind | None:
         return "catboost"
     if path.suffix.lower() == ".json":
         try:
-            content = json.loads(path.read_bytes())
-        except ValueError:
+            content = json.loads(read_regular(path, most_bytes=_MOST_JSON_BYTES))
+        except (ValueError, RecursionError):
             return None
+        except OSError as error:
+            raise ExportError(f"cannot read {path}: {error.strerror}") from error
         if isinstance(content, dict) and "learner" in content:
             return "xgboost"
         if isinstance(content, dict) and "model_type" in content:

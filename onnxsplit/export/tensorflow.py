@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from onnxsplit.tensors import Array, dtype_name
 
 _EXTRA = "pip install 'onnxsplit[tensorflow]'"
 _NEWEST_OPSET = 18  # that tf2onnx 1.17 knows
+_MOST_CONFIG_BYTES = 64 << 20
 _SIGNATURE = "serving_default"
 
 
@@ -145,9 +147,11 @@ def _lambdas(path: Path) -> list[str]:
     """Names of the layers that are code, by the configuration in the file, which is JSON."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if archive.getinfo("config.json").file_size > _MOST_CONFIG_BYTES:
+                raise ExportError(f"{path}: its config.json has over {_MOST_CONFIG_BYTES} bytes, which none needs")
             config = json.loads(archive.read("config.json"))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        return []
+    except (OSError, KeyError, ValueError, RuntimeError, RecursionError, zlib.error, zipfile.BadZipFile):
+        return []  # Keras says what is wrong with it
     found: list[str] = []
 
     def walk(value: Any) -> None:

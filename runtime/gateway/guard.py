@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from onnxsplit.errors import InputError, shown
+from onnxsplit.files import MOST_TEXT_BYTES, read_regular
 from runtime.gateway.errors import Forbidden, Unauthorized
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -24,9 +25,11 @@ def read_tokens(file: Path) -> tuple[str, ...]:
     """
     try:
         mode = file.stat().st_mode
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the tokens in {file}: {error}") from error
+        lines = read_regular(file, most_bytes=MOST_TEXT_BYTES).decode().splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read the tokens in {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read the tokens in {file}: they are not UTF-8 text") from error
     if mode & 0o077:
         raise InputError(f"{file} can be read by others (mode {mode & 0o777:o}); make it your own: chmod 600 {file}")
     tokens = tuple(text for line in lines if (text := line.partition("#")[0].strip()))
