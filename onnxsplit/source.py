@@ -17,7 +17,11 @@ from onnxsplit.tensors import size_bytes, type_name
 FunctionKey = tuple[str, str, str]
 """Domain, name and overload of a model-local function."""
 
+MOST_UNFOLDED_OPS = 50_000
+"""Ops that the calls of model-local functions may stand for: ONNX Runtime unfolds them all, in quadratic time."""
+
 _MOST_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
+_MOST_CALL_DEPTH = 100  # the limit of ONNX's shape inference
 
 _RANDOM = frozenset(
     [
@@ -50,8 +54,9 @@ def open_model(path: str | Path) -> SourceModel:
     """Read a model without its external data.
 
     Raises:
-        ModelError: missing, not a regular file, empty, too large, damaged or not ONNX; or external data that is
-            missing, too short, not a regular file, outside the model's folder or a link.
+        ModelError: missing, not a regular file, empty, too large, damaged, not ONNX, or with functions that call
+            themselves or unfold to too many ops; or external data that is missing, too short, not a regular file,
+            outside the model's folder or a link.
     """
     path = Path(path)
     try:
@@ -77,6 +82,7 @@ def open_model(path: str | Path) -> SourceModel:
     if not proto.graph.output:
         raise ModelError(f"{path} has no outputs; a model must give at least one")
     _check_text(path, proto)
+    _check_functions(path, proto)
     digest = hashlib.sha256(content).hexdigest()
     source = SourceModel(path=path, proto=proto, sha256=digest)
     for tensor in graph_tensors(proto.graph):
@@ -103,8 +109,54 @@ def _check_text(path: Path, proto: onnx.ModelProto) -> None:
         raise ModelError(f"{path} is damaged: it holds names that are not UTF-8 text")
 
 
+def _check_functions(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse functions that call themselves, and calls that unfold to too many ops. Takes linear time."""
+    functions = functions_of(proto)
+    unfolded: dict[FunctionKey, int] = {}
+    for key in functions:
+        _unfold(path, key, functions, unfolded, ())
+    calls = [key for node in all_nodes(proto.graph.node) if (key := _key(node)) in functions]
+    total = sum(unfolded[key] for key in calls)
+    if total > MOST_UNFOLDED_OPS:
+        largest = max(calls, key=lambda key: unfolded[key])
+        raise ModelError(
+            f"{path}: its calls of functions unfold to {_number(total)} ops, the function {largest[1]!r} alone to "
+            f"{_number(unfolded[largest])}; at most {MOST_UNFOLDED_OPS} are allowed. Export it with functions that "
+            "call each other less often"
+        )
+
+
+def _unfold(
+    path: Path,
+    key: FunctionKey,
+    functions: dict[FunctionKey, onnx.FunctionProto],
+    unfolded: dict[FunctionKey, int],
+    callers: tuple[FunctionKey, ...],
+) -> None:
+    """Count the ops that a call of a function stands for, and those of all functions it calls."""
+    if key in unfolded:
+        return
+    if key in callers:
+        raise ModelError(f"{path}: its function {key[1]!r} calls itself, directly or through others; none may")
+    if len(callers) >= _MOST_CALL_DEPTH:
+        raise ModelError(f"{path}: its function {key[1]!r} is called at a depth of over {_MOST_CALL_DEPTH} functions")
+    count = 0
+    for node in all_nodes(functions[key].node):
+        called = _key(node)
+        if called in functions:
+            _unfold(path, called, functions, unfolded, (*callers, key))
+            count += unfolded[called]
+        else:
+            count += 1
+    unfolded[key] = count
+
+
 def _key(node: onnx.NodeProto) -> FunctionKey:
     return node.domain, node.op_type, node.overload
+
+
+def _number(count: int) -> str:
+    return str(count) if count < 10**12 else f"over 10^{len(str(count)) - 1}"
 
 
 def external_range(source: SourceModel, tensor: onnx.TensorProto) -> tuple[Path, int, int]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import build
 import numpy as np
 import pytest
@@ -148,3 +150,67 @@ def test_names_that_are_no_text_are_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"matmul0", b"matmul\xff"))
     with pytest.raises(ModelError, match="not UTF-8"):
         open_model(path)
+
+
+def calling(depth: int, times: int, last: str = "Relu"):
+    """A model that calls f0, which calls f1 so many times, and so on; the innermost holds one op."""
+    imports = [helper.make_opsetid("", build.OPSET), helper.make_opsetid("mine", 1)]
+    functions = []
+    for level in range(depth):
+        names = ["a", *(f"t{number}" for number in range(times - 1)), "r"] if level < depth - 1 else ["a", "r"]
+        callee, domain = (f"f{level + 1}", "mine") if level < depth - 1 else (last, "mine" if last[0] == "f" else "")
+        nodes = [helper.make_node(callee, [one], [other], domain=domain) for one, other in pairwise(names)]
+        functions.append(helper.make_function("mine", f"f{level}", ["a"], ["r"], nodes, imports))
+    nodes = [helper.make_node("f0", ["x"], ["h"], domain="mine"), helper.make_node("Neg", ["h"], ["y"])]
+    opsets = {"": build.OPSET, "mine": 1}
+    ends = [build.value("x", [4])], [build.value("y", [4])]
+    return build.model(nodes, *ends, functions=functions, opsets=opsets)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (calling(19, 2), "unfold to 262144 ops, the function 'f0' alone to 262144; at most 50000 are allowed"),
+        (calling(100, 50), r"unfold to over 10\^168 ops"),
+        (calling(1, 1, "f0"), "its function 'f0' calls itself"),
+        (calling(3, 1, "f0"), "its function 'f0' calls itself"),
+        (calling(300, 1), "is called at a depth of over 100 functions"),
+    ],
+    ids=["2^18", "50^99", "itself", "in a circle", "deep"],
+)
+def test_functions_that_unfold_without_bound_are_refused_before_they_are(tmp_path, model, words):
+    with pytest.raises(ModelError, match=words):
+        open_model(build.save(model, tmp_path))
+
+
+def test_functions_that_call_each_other_within_the_bound_are_taken(tmp_path):
+    assert len(graph_of(calling(12, 2), tmp_path).ops) == 2
+
+
+def test_calls_in_bodies_count_too(tmp_path):
+    proto = calling(10, 2)
+    call = helper.make_node("f0", ["x"], ["o"], domain="mine")
+    body = helper.make_graph([call], "body", [], [build.value("o", None)])
+    for number in range(100):
+        proto.graph.node.append(helper.make_node("If", ["c"], [f"i{number}"], then_branch=body, else_branch=body))
+    with pytest.raises(ModelError, match="unfold to 102912 ops, the function 'f0' alone to 512"):
+        open_model(build.save(proto, tmp_path))
+
+
+def test_bodies_nested_two_thousand_deep_are_refused(tmp_path):
+    """As bytes: protobuf itself does not write so deep. Field 1 of a node is an input, 5 an attribute, and so on."""
+
+    def field(number: int, content: bytes) -> bytes:
+        size, length = len(content), b""
+        while size >= 0x80:
+            length += bytes([size & 0x7F | 0x80])
+            size >>= 7
+        return bytes([number << 3 | 2]) + length + bytes([size]) + content
+
+    body = b""
+    for _ in range(2_000):
+        node = field(4, b"If") + field(5, field(1, b"then_branch") + field(6, body) + b"\xa0\x01\x05")
+        body = field(1, node)
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a" + field(7, body))
+    with pytest.raises(ModelError, match="nests bodies deeper than"):
+        open_model(tmp_path / "model.onnx")
