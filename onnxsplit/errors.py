@@ -64,6 +64,13 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def in_one_line(error: Exception) -> str:
+    """The message of one of our own errors; of any other error, what it says in one line, with its type."""
+    if isinstance(error, OnnxsplitError):
+        return str(error)
+    return f"{type(error).__name__}: {one_line(error, 600)}"
+
+
 def one_line(error: BaseException, most: int | None = None) -> str:
     """What an error of another library says, in one line of at most so many characters."""
     return " ".join(str(error).split())[:most]

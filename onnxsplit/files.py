@@ -29,6 +29,15 @@ _KINDS = {
 }
 
 
+def is_text(path: Path) -> bool:
+    """Whether a path is UTF-8 text, as ONNX Runtime, JSON and messages need it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_regular(path: Path, *, most_bytes: int = MOST_FILE_BYTES) -> None:
     """Refuse what is not a regular file of at most so many bytes. Nothing is opened, so nothing can block.
 

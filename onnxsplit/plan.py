@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from onnxsplit.errors import PlanError
-from onnxsplit.files import MOST_FILE_BYTES, open_regular, read_regular
+from onnxsplit.files import MOST_FILE_BYTES, is_text, open_regular, read_regular
 
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"
@@ -363,6 +363,8 @@ def load_plan(folder: str | Path, *, check_files: bool = True) -> Plan:
 
 def read_plan_file(folder: Path) -> bytes:
     """The bytes of a plan directory's ``plan.json``."""
+    if not is_text(folder):
+        raise PlanError(f"the path of the plan, {str(folder)!r}, is not UTF-8 text; give the folder another name")
     try:
         return read_regular(folder / PLAN_FILE, most_bytes=_MOST_PLAN_BYTES)
     except FileNotFoundError as error:

@@ -18,7 +18,7 @@ from onnxsplit.cluster import load_cluster
 from onnxsplit.draft import Draft
 from onnxsplit.errors import PlanError
 from onnxsplit.examine import Say, Subject, examine, silent
-from onnxsplit.files import check_parent, new_folder
+from onnxsplit.files import check_parent, is_text, new_folder
 from onnxsplit.options import CutOptions
 from onnxsplit.outcome import Outcome
 from onnxsplit.plan import PLAN_FILE, Plan, checked_json
@@ -110,6 +110,8 @@ def check_target(target: Path) -> None:
     Raises:
         PlanError: naming what is there.
     """
+    if not is_text(target):
+        raise PlanError(f"the path {str(target)!r} is not UTF-8 text; choose another place with -o DIR")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise PlanError(f"{target} is there and is no folder; choose another place with -o DIR")
     if target.is_dir() and any(target.iterdir()) and not (target / PLAN_FILE).is_file():

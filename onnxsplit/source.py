@@ -11,7 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnxsplit.errors import ModelError
-from onnxsplit.files import check_regular, read_regular
+from onnxsplit.files import check_regular, is_text, read_regular
 from onnxsplit.tensors import size_bytes, type_name
 
 FunctionKey = tuple[str, str, str]
@@ -59,6 +59,8 @@ def open_model(path: str | Path) -> SourceModel:
             outside the model's folder or a link.
     """
     path = Path(path)
+    if not is_text(path):
+        raise ModelError(f"the path of the model, {str(path)!r}, is not UTF-8 text; give the file another name")
     try:
         content = read_regular(path, most_bytes=_MOST_MODEL_BYTES)
     except FileNotFoundError as error:

@@ -23,7 +23,7 @@ from typing import IO
 
 import msgspec.structs
 
-from onnxsplit.errors import InputError, ModelError, ModelRefused, OnnxsplitError
+from onnxsplit.errors import InputError, ModelError, ModelRefused, in_one_line
 from onnxsplit.plan import Level
 from onnxsplit.session import Session, open_session, quiet_environment
 from onnxsplit.tensors import load_npz, save_npz
@@ -248,8 +248,8 @@ def _main() -> None:
     for line in sys.stdin.buffer:
         try:
             answer = worker.perform(msgspec.json.decode(line, type=_Command))
-        except OnnxsplitError as error:
-            answer = _Answer(error=str(error), refused=isinstance(error, ModelRefused))
+        except Exception as error:  # such as no space or no memory left; the parent says it in one line
+            answer = _Answer(error=in_one_line(error), refused=isinstance(error, ModelRefused))
         answers.write(msgspec.json.encode(answer) + b"\n")
         answers.flush()
 

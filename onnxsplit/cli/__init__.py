@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 import onnxsplit
-from onnxsplit.cli import settings
+from onnxsplit.cli import settings, streams
+from onnxsplit.cli.output import Output
 
 _COMMANDS = {
     "Prepare": {
@@ -81,18 +82,39 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The entry point ``onnxsplit``. Wrong usage is an error object, too, with ``--json``."""
+    """The entry point ``onnxsplit``. Whatever goes wrong is one message, and an error object with ``--json``."""
+    streams.prepare()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(cli(prog_name="onnxsplit", standalone_mode=False))
+        code = _called()
+        sys.stdout.flush()
+    except streams.OutputFailed as failed:
+        streams.drop_output()
+        if not failed.nobody_reads:
+            click.echo(f"onnxsplit: {failed}", err=True)
+        code = failed.code
+    sys.exit(code)
+
+
+def _called() -> Any:
+    """Call the command that the arguments name; the exit code."""
+    as_json = "--json" in sys.argv
+    try:
+        return cli(prog_name="onnxsplit", standalone_mode=False)
+    except SystemExit as ending:
+        return ending.code
     except click.ClickException as error:
-        if "--json" in sys.argv:
+        error.show()
+        if as_json:
             message = {"type": "UsageError", "message": error.format_message()}
             click.echo(json.dumps({"error": message}))
-        error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except click.Abort:
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
+    except streams.OutputFailed:
+        raise
+    except Exception as error:  # outside of a command: in reading settings, or in finding the command
+        return Output(as_json=as_json).fail(error)
 
 
 def _terminate(number: int, _: FrameType | None) -> Any:

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import click
 import msgspec
 
-from onnxsplit.errors import OnnxsplitError
+from onnxsplit.cli.streams import OutputFailed
+from onnxsplit.errors import OnnxsplitError, in_one_line, one_line
 
 Command = Callable[..., Any]
 
@@ -109,7 +111,22 @@ class Output:
     def result(self, value: Mapping[str, Any]) -> None:
         """The one JSON object of ``--json``."""
         if self.as_json:
-            click.echo(msgspec.json.encode(value, enc_hook=str))
+            click.echo(msgspec.json.encode(value, enc_hook=_printable))
+
+    def fail(self, error: Exception) -> int:
+        """Say what went wrong, in one message; with ``--verbose``, of what nobody foresaw, where too.
+
+        Returns:
+            The exit code.
+        """
+        self.done()
+        kind, message = _in_words(error)
+        message = _printable(message)
+        if self._verbose and not isinstance(error, OnnxsplitError):
+            traceback.print_exception(error)
+        click.echo(f"onnxsplit: {message}", err=True)
+        self.result({"error": {"type": kind, "message": message}})
+        return 1
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table for people: the first column to the left, the others to the right."""
@@ -181,25 +198,38 @@ def make_command(function: Callable[..., Any]) -> click.Command:
 def _messages(output: Output) -> Iterator[None]:
     try:
         yield
-    except OnnxsplitError as error:
-        output.done()
-        output.result({"error": {"type": type(error).__name__, "message": str(error)}})
-        click.echo(f"onnxsplit: {error}", err=True)
-        raise SystemExit(1) from error
-    except OSError as error:
-        if error.filename is None:
-            raise
-        output.done()
-        message = f"{os.fsdecode(error.filename)}: {error.strerror}"
-        output.result({"error": {"type": "OSError", "message": message}})
-        click.echo(f"onnxsplit: {message}", err=True)
-        raise SystemExit(1) from error
+    except (OutputFailed, click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except Exception as error:
+        raise SystemExit(output.fail(error)) from error
     except KeyboardInterrupt:
         output.done()
         click.echo("onnxsplit: interrupted", err=True)
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
         output.done()
+
+
+def _in_words(error: Exception) -> tuple[str, str]:
+    """An error's type, as ``--json`` names it, and what to tell a user."""
+    kind = type(error).__name__
+    match error:
+        case OnnxsplitError():
+            return kind, str(error)
+        case OSError():
+            what = error.strerror or one_line(error)
+            return "OSError", f"{os.fsdecode(error.filename)}: {what}" if error.filename is not None else what
+        case MemoryError():
+            return kind, "there is not enough memory for this; free some, or take a smaller model or smaller sizes"
+        case RecursionError():
+            return kind, "what was given is nested too deeply to be read"
+        case _:
+            return kind, f"internal error: {in_one_line(error)}. Please report it with what -v shows"
+
+
+def _printable(value: object) -> str:
+    """Text for JSON and messages; parts of file names that are not text come out as escapes."""
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def milliseconds(time_ns: float) -> str:

@@ -17,7 +17,7 @@ import msgspec
 import onnx
 
 from onnxsplit.cost.measured import Profile, ProfileRequest
-from onnxsplit.errors import OnnxsplitError
+from onnxsplit.errors import in_one_line
 from onnxsplit.graph import OpGraph, build_graph
 from onnxsplit.session import open_session, runtime_type
 from onnxsplit.source import all_nodes, open_model
@@ -163,8 +163,8 @@ def _main() -> None:
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=ProfileRequest)
     try:
         answer = profile(request)
-    except OnnxsplitError as error:
-        answer = Profile(error=str(error))
+    except Exception as error:  # such as no space or no memory left; the parent says it in one line
+        answer = Profile(error=in_one_line(error))
     answers.write(msgspec.json.encode(answer))
     answers.flush()
 
