@@ -32,14 +32,11 @@ from typing import Any
 
 from onnxsplit.errors import ClusterError, one_line
 from onnxsplit.files import MOST_TEXT_BYTES, read_regular
+from onnxsplit.numbers import MOST_BYTES
 from onnxsplit.plan import MOST_NODES, MOST_THREADS
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LOCAL = "local"
-
-MOST_BYTES = 1 << 50
-"""The largest size that can be written: a pebibyte."""
-
 _MOST_LATENCY_US = 1e9
 
 
@@ -141,7 +138,7 @@ class Cluster:
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of ``512M`` or ``2.5G`` (powers of 1024), at most :data:`MOST_BYTES`; None for anything else."""
+    """Bytes of ``512M`` or ``2.5G`` (powers of 1024), at most a pebibyte; None for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     size = float(found[1]) * _UNITS[found[2].upper()] if found is not None else math.inf
     return int(size) if size <= MOST_BYTES else None

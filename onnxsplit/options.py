@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from onnxsplit.errors import PartitionError
+from onnxsplit.numbers import MOST_BYTES, MOST_ROUNDS, MOST_SECONDS, as_int, real_problem, whole_problem
 from onnxsplit.partitioner import Parallel
-from onnxsplit.plan import Objective
+from onnxsplit.plan import MOST_NODES, Objective
 
 Strategy = Literal["layer", "network", "task"]
+
+_MOST_GAP = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +62,18 @@ class CutOptions:
     gap: float = 0.0
     time_limit: float = 10.0
 
+    def __post_init__(self) -> None:
+        """Take NumPy's integers for Python's."""
+        for name in ("stages", "devices", "max_memory", "rounds"):
+            object.__setattr__(self, name, as_int(getattr(self, name)))
+
     def check(self) -> None:
-        """Refuse what contradicts itself.
+        """Refuse numbers out of range and what contradicts itself.
 
         Raises:
-            PartitionError: naming the contradiction.
+            PartitionError: naming the option, or the contradiction.
         """
-        if isinstance(self.stages, int) and self.stages < 1:
-            raise PartitionError(f"{self.stages} stages were asked for; at least 1 is needed")
-        if self.devices is not None and self.devices < 1:
-            raise PartitionError(f"{self.devices} devices were given; at least 1 is needed")
+        self._check_numbers()
         if self.stages == "auto" and self.max_memory is None:
             raise PartitionError("the fewest stages that fit need a limit: give --max-memory SIZE with --stages auto")
         if self.cut_at and (self.stages is not None or self.max_memory is not None or self.cluster is not None):
@@ -94,5 +99,16 @@ class CutOptions:
             raise PartitionError(f"--parallel {self.parallel} goes with --strategy network, not {self.strategy}")
         if self.place and self.cluster is None:
             raise PartitionError("--place names a device of a cluster; give --cluster FILE")
-        if not 0 <= self.gap < 10 or self.time_limit <= 0:
-            raise PartitionError("--gap is a share of at least 0, and --time-limit seconds above 0")
+
+    def _check_numbers(self) -> None:
+        problems = [
+            self.stages not in (None, "auto") and whole_problem("--stages", self.stages, 1, MOST_NODES),
+            self.devices is not None and whole_problem("--devices", self.devices, 1, MOST_NODES),
+            self.max_memory is not None and whole_problem("--max-memory", self.max_memory, 1, MOST_BYTES),
+            whole_problem("--rounds", self.rounds, 0, MOST_ROUNDS),
+            real_problem("--gap", self.gap, _MOST_GAP, zero=True),
+            real_problem("--time-limit", self.time_limit, MOST_SECONDS),
+        ]
+        found = [problem for problem in problems if problem]
+        if found:
+            raise PartitionError("; ".join(found))

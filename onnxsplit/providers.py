@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.errors import MissingDependency, OnnxsplitError, ProviderError
+from onnxsplit.numbers import parse_whole
 
 _SHORT_NAMES = {
     "cpu": "CPUExecutionProvider",
@@ -88,9 +89,10 @@ def providers_by_stage(text: str, stages: int, default: Sequence[str] | None = N
         return (parse_provider(text).text,) * stages
     for entry in entries:
         number, _, provider = entry.partition("=")
-        if not number.strip().isdecimal() or int(number) >= stages:
+        stage = parse_whole(number.strip(), stages - 1)
+        if stage is None:
             raise ProviderError(f"{entry!r} in {text!r}: the stages are 0 to {stages - 1}; write STAGE=PROVIDER")
-        result[int(number)] = parse_provider(provider).text
+        result[stage] = parse_provider(provider).text
     return tuple(result)
 
 

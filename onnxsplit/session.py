@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import ModelError, ModelRefused, OnnxsplitError, ProviderError, one_line
+from onnxsplit.errors import InputError, ModelError, ModelRefused, OnnxsplitError, ProviderError, one_line
 from onnxsplit.files import check_regular
-from onnxsplit.plan import Level
+from onnxsplit.numbers import whole_problem
+from onnxsplit.plan import MOST_THREADS, Level
 from onnxsplit.providers import load_runtime, parse_provider, require_provider, why_not_loaded
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
 
@@ -215,15 +216,19 @@ def open_session(
 
     Raises:
         MissingDependency: no ONNX Runtime is installed.
+        InputError: that number of threads is none.
         ModelError: there is no such file, or it is not a regular one.
         ProviderError: the provider cannot be used; says what is missing.
         ModelRefused: ONNX Runtime refuses the model.
     """
+    problem = whole_problem("threads", threads, 1, MOST_THREADS)
+    if problem:
+        raise InputError(problem)
     ort = load_runtime()
     wanted = parse_provider(provider)
     require_provider(ort, wanted)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = int(threads)
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = getattr(

@@ -14,6 +14,7 @@ import onnx.shape_inference
 
 from onnxsplit.errors import InputError
 from onnxsplit.graph import OpGraph
+from onnxsplit.numbers import MOST_SIZE, whole_problem
 from onnxsplit.plan import Shape, TensorSpec
 from onnxsplit.source import nested_graphs
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name
@@ -97,7 +98,7 @@ def free_dimensions(specs: Mapping[str, TensorSpec]) -> dict[str, list[tuple[str
 
 
 def check_dimensions(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> None:
-    """Refuse sizes for dimensions that the inputs do not have, and sizes below one.
+    """Refuse sizes for dimensions that the inputs do not have, and sizes that no dimension has.
 
     Raises:
         InputError: naming them and the dimensions there are.
@@ -109,9 +110,10 @@ def check_dimensions(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -
             f"dimension {', '.join(map(repr, unknown))} is not in the model; "
             f"its free dimensions are: {', '.join(free) or 'none'}"
         )
-    small = [name for name, size in dims.items() if size < 1]
-    if small:
-        raise InputError(f"dimension {', '.join(map(repr, small))} must be at least 1")
+    for name, size in dims.items():
+        problem = whole_problem(f"dimension {name!r}", size, 1, MOST_SIZE)
+        if problem:
+            raise InputError(problem)
 
 
 def bind(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

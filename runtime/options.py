@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from onnxsplit.errors import InputError, PlanError
 from onnxsplit.memory import free_memory_bytes
-from onnxsplit.plan import Plan
+from onnxsplit.numbers import (
+    MOST_ATTEMPTS,
+    MOST_BYTES,
+    MOST_INFLIGHT,
+    MOST_SECONDS,
+    MOST_SIZE,
+    as_int,
+    real_problem,
+    whole_problem,
+)
+from onnxsplit.plan import MOST_NODES, MOST_THREADS, Plan
 from runtime.balance import POLICIES, Policy
-from runtime.watch import Timings
+from runtime.watch import Timings, timings
 
 Mode = Literal["sync", "async"]
 
-_MOST_INFLIGHT = 1024
+_ENOUGH_INFLIGHT = 1024
+_WHOLE = {  # options that are whole numbers, with the least and the most
+    "threads": (1, MOST_THREADS),
+    "inflight": (1, MOST_INFLIGHT),
+    "inflight_bytes": (1, MOST_BYTES),
+    "attempts": (1, MOST_ATTEMPTS),
+    "micro_batch": (0, MOST_SIZE),
+}
 _SHARE_OF_MEMORY = 4  # a quarter of what is free
 
 
@@ -79,6 +96,11 @@ class RunOptions:
     progress: Callable[[int, int], None] = _silent
     abandoned: Callable[[], bool] | None = None
 
+    def __post_init__(self) -> None:
+        """Take NumPy's integers for Python's."""
+        for name in ("replicas", *_WHOLE):
+            object.__setattr__(self, name, as_int(getattr(self, name)))
+
     def check(self) -> None:
         """Refuse what makes no sense.
 
@@ -89,31 +111,42 @@ class RunOptions:
             raise InputError(f"mode {self.mode!r} is unknown; allowed: sync, async")
         if self.balance not in POLICIES:
             raise InputError(f"balance {self.balance!r} is unknown; allowed: {', '.join(POLICIES)}")
-        for name in ("threads", "inflight", "inflight_bytes", "attempts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
-        if self.micro_batch is not None and self.micro_batch < 0:
-            raise InputError(f"micro_batch must be at least 1, or 0 for no splitting, not {self.micro_batch}")
+        problems = [
+            whole_problem(name, getattr(self, name), least, most)
+            for name, (least, most) in _WHOLE.items()
+            if getattr(self, name) is not None or name == "attempts"
+        ]
+        if self.start_timeout is not None:
+            problems.append(real_problem("start_timeout", self.start_timeout, MOST_SECONDS))
+        found = [problem for problem in problems if problem]
+        if found:
+            raise InputError("; ".join(found))
+        timings(asdict(self.timings))
 
     def counts(self, plan: Plan) -> tuple[int, ...]:
         """The number of nodes of every stage.
 
         Raises:
             PlanError: replicas of a stage that the plan does not have.
-            InputError: fewer than one.
+            InputError: a number of replicas that is none, is below one, or makes more nodes than a pipeline can have.
         """
         counts = {stage.index: stage.replicas for stage in plan.stages}
-        if isinstance(self.replicas, int):
-            counts = dict.fromkeys(counts, self.replicas)
-        elif self.replicas is not None:
+        if isinstance(self.replicas, Mapping):
             unknown = [stage for stage in self.replicas if stage not in counts]
             if unknown:
-                raise PlanError(f"replicas for stage {unknown[0]}; the plan has the stages 0 to {len(counts) - 1}")
+                raise PlanError(f"replicas for stage {unknown[0]!r}; the plan has the stages 0 to {len(counts) - 1}")
             counts.update(self.replicas)
-        if any(count < 1 for count in counts.values()):
-            raise InputError("every stage needs at least 1 replica")
-        return tuple(counts[stage] for stage in sorted(counts))
+        elif self.replicas is not None:
+            counts = dict.fromkeys(counts, self.replicas)
+        for stage, count in counts.items():
+            problem = whole_problem(f"replicas of stage {stage}", count, 1, MOST_NODES)
+            if problem:
+                raise InputError(problem)
+        if sum(counts.values()) > MOST_NODES:
+            raise InputError(
+                f"the stages have {sum(counts.values())} replicas together; at most {MOST_NODES} nodes make a pipeline"
+            )
+        return tuple(int(counts[stage]) for stage in sorted(counts))
 
 
 def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
@@ -123,7 +156,7 @@ def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
     """
     predicted = plan.prediction
     under_way = -(-3 * predicted.latency_ns // (2 * max(1, predicted.bottleneck_ns)))
-    return max(2 * max(1, sum(replicas)), min(under_way, _MOST_INFLIGHT))
+    return max(2 * max(1, sum(replicas)), min(under_way, _ENOUGH_INFLIGHT))
 
 
 def memory_for_requests_bytes() -> int:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from onnxsplit.errors import InputError
+from onnxsplit.numbers import MOST_SECONDS, real_problem
 from runtime.balance import ORDINARY
 from runtime.messages import NodeBeat
 
@@ -53,14 +54,17 @@ def timings(changes: Mapping[str, float]) -> Timings:
     """The usual timings, with changes by name.
 
     Raises:
-        InputError: there is no such timing, or it is no number above 0.
+        InputError: there is no such timing, or it is not a number above 0 and at most 115 days.
     """
     known = {field.name: field.type for field in fields(Timings)}
     for name, value in changes.items():
         if name not in known:
             raise InputError(f"there is no timing {name!r}; there are: {', '.join(known)}")
-        if not 0 < value < 1e9:
-            raise InputError(f"the timing {name} must be a number above 0, not {value:g}")
+        problem = real_problem(f"the timing {name}", value, MOST_SECONDS)
+        if problem is None and known[name] == "int" and round(value) < 1:
+            problem = f"the timing {name} must be at least 1, not {value:g}"
+        if problem:
+            raise InputError(problem)
     return Timings(**{name: round(value) if known[name] == "int" else value for name, value in changes.items()})  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ DRAWING = ROOT / "docs" / "modules.md"
 ORDER = [
     # Each module imports only from rows above its own, or from its own package.
     ["onnxsplit", "onnxsplit.errors"],
-    ["onnxsplit.files", "onnxsplit.memory", "onnxsplit.drawing"],
+    ["onnxsplit.files", "onnxsplit.memory", "onnxsplit.numbers", "onnxsplit.drawing"],
     ["onnxsplit.tensors", "onnxsplit.plan", "onnxsplit.cluster"],
     ["onnxsplit.providers"],
     ["onnxsplit.session"],
@@ -45,8 +45,8 @@ ORDER = [
     ["onnxsplit.cli", "onnxsplit.__main__"],
 ]
 RUNTIME_MAY_USE = {
-    "onnxsplit.errors", "onnxsplit.files", "onnxsplit.memory", "onnxsplit.plan", "onnxsplit.cluster",
-    "onnxsplit.tensors", "onnxsplit.providers",
+    "onnxsplit.errors", "onnxsplit.files", "onnxsplit.memory", "onnxsplit.numbers", "onnxsplit.plan",
+    "onnxsplit.cluster", "onnxsplit.tensors", "onnxsplit.providers",
     "onnxsplit.session", "onnxsplit.timed", "onnxsplit.drawing", "onnxsplit",  # that for the version
 }  # fmt: skip
 RUNTIME_ORDER = [

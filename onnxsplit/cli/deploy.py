@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from onnxsplit.cli.output import PLAN, Output, make_command, option
+from onnxsplit.cli.values import NODES, Number
 
 
 @click.group()
@@ -24,8 +25,10 @@ def command() -> None:
     metavar="NAME",
     help="PersistentVolumeClaim with the plan. Without it: the image has it at /plans/NAME.plan.",
 )
-@option("--max-replicas", "most_replicas", type=int, default=8, help="Up to which a stage is scaled.")
-@option("--utilisation", type=float, default=0.8, help="Of a stage's nodes, that scaling aims at.")
+@option("--max-replicas", "most_replicas", type=NODES, default=8, help="Up to which a stage is scaled.")
+@option(
+    "--utilisation", type=Number(0, 1, min_open=True), default=0.8, help="Of a stage's nodes, that scaling aims at."
+)
 def kubernetes(
     output: Output,
     *,

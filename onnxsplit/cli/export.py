@@ -20,7 +20,7 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
             raise click.BadParameter(f"{text!r} is not NAME=VALUE", context, parameter)
         try:
             settings[name] = ast.literal_eval(literal)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two of deep nesting
             settings[name] = literal
     return settings
 
@@ -28,7 +28,7 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
 @make_command
 @click.argument("source")
 @option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="The file to write.")
-@option("--opset", type=click.IntRange(min=7), help="Of the standard operators. Without it: the converter's choice.")
+@option("--opset", type=click.IntRange(7, 100), help="Of the standard operators. Without it: the converter's choice.")
 @option(
     "--input",
     "inputs",

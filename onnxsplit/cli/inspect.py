@@ -34,7 +34,7 @@ _SHOWN_NAMES = 3
 @dims_option
 @inputs_option
 @threads_option
-@option("--cuts", default=5, help="How many of the cheapest cuts in two to show.")
+@option("--cuts", type=click.IntRange(0, 1000), default=5, help="How many of the cheapest cuts in two to show.")
 @option("--sweep", is_flag=True, help="Search for the best cut into 1 to 16 stages, too.")
 @option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report to look at; sweeps, too.")
 def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path | None, **options: Any) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from onnxsplit.cli.output import Output, make_command, option, threads_option
-from onnxsplit.cli.values import Size
+from onnxsplit.cli.values import STAGE, Number, Size
+from onnxsplit.numbers import MOST_SECONDS
 
 
 @make_command
@@ -17,7 +18,7 @@ from onnxsplit.cli.values import Size
     metavar="ADDR",
     help="Address of the waiting pipeline, tcp://HOST:PORT or ipc://PATH.",
 )
-@option("--stage", type=click.IntRange(min=0), help="The stage to execute. Without it: any that is free.")
+@option("--stage", type=STAGE, help="The stage to execute. Without it: any that is free.")
 @option(
     "--plan",
     type=click.Path(path_type=Path),
@@ -25,7 +26,7 @@ from onnxsplit.cli.values import Size
     help="Own copy of the plan. Without it: the pipeline's folder, or its stage's files are fetched from there.",
 )
 @option("--fetch", is_flag=True, help="Fetch them also where the pipeline's folder is seen from here.")
-@option("--cache", type=Size(), default="64G", help="Bytes that fetched stage files may take on this host.")
+@option("--cache", type=Size(least=0), default="64G", help="Bytes that fetched stage files may take on this host.")
 @option("--host", metavar="NAME", help="This host in the cluster file. Without it: its own name.")
 @option("--bind", metavar="ADDR", help="Where to take tensors. Without it: any free port or path.")
 @option("--provider", help="cpu or cuda[:N]. Without it: the pipeline's choice.")
@@ -40,7 +41,7 @@ from onnxsplit.cli.values import Size
 @option("--advertise", metavar="ADDR", help="Where others reach --bind, when that is elsewhere, as behind a proxy.")
 @option(
     "--rejoin",
-    type=click.FloatRange(min=0),
+    type=Number(0, MOST_SECONDS),
     default=60.0,
     help="Seconds to look for a pipeline that fell silent before ending.",
 )

@@ -16,7 +16,9 @@ import click
 import msgspec
 
 from onnxsplit.cli.streams import OutputFailed
+from onnxsplit.cli.values import THREADS
 from onnxsplit.errors import OnnxsplitError, in_one_line, one_line
+from onnxsplit.numbers import MOST_SIZE, parse_whole
 
 Command = Callable[..., Any]
 
@@ -31,7 +33,7 @@ def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
 
 def threads_option(command: Command) -> Command:
     """``--threads``."""
-    return option("--threads", type=click.IntRange(min=1), help="Threads of every session.")(command)
+    return option("--threads", type=THREADS, help="Threads of every session.")(command)
 
 
 def inputs_option(command: Command) -> Command:
@@ -66,9 +68,10 @@ def _parse_dims(context: click.Context, parameter: click.Parameter, value: Seque
     dims = {}
     for text in value:
         name, equals, size = text.rpartition("=")
-        if not equals or not name or not size.isdecimal():
-            raise click.BadParameter(f"{text!r} is not NAME=N", context, parameter)
-        dims[name] = int(size)
+        number = parse_whole(size, MOST_SIZE)
+        if not equals or not name or not number:
+            raise click.BadParameter(f"{text!r} is not NAME=N with N from 1 to {MOST_SIZE}", context, parameter)
+        dims[name] = number
     return dims
 
 

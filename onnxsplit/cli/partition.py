@@ -19,7 +19,8 @@ from onnxsplit.cli.output import (
     option,
     percent,
 )
-from onnxsplit.cli.values import Seconds, Share, Size, StageCount
+from onnxsplit.cli.values import NODES, Seconds, Share, Size, StageCount
+from onnxsplit.numbers import MOST_ROUNDS
 
 if TYPE_CHECKING:
     from onnxsplit.outcome import Outcome
@@ -69,7 +70,7 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
     default="model",
     help="A device a stage, the whole model on every device, or devices divided into stages and replicas.",
 )
-@option("--devices", type=click.IntRange(min=1), help="Devices of this host, for --parallel data and hybrid.")
+@option("--devices", type=NODES, help="Devices of this host, for --parallel data and hybrid.")
 @option("--cluster", type=click.Path(path_type=Path), metavar="FILE", help="Devices and links to cut for.")
 @option(
     "--objective",
@@ -93,7 +94,10 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
 @dims_option
 @inputs_option
 @option(
-    "--rounds", type=click.IntRange(min=0), default=3, help="Times the real stages are run to correct the cut, at most."
+    "--rounds",
+    type=click.IntRange(0, MOST_ROUNDS),
+    default=3,
+    help="Times the real stages are run to correct the cut, at most.",
 )
 @option("--gap", type=Share(), default="0%", help="Search until the cut is proven to be this close to the best.")
 @option("--time-limit", type=Seconds(), default="10s", help="Time for one search.")

@@ -14,6 +14,8 @@ import click
 
 from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
+from onnxsplit.cli.values import Number
+from onnxsplit.numbers import MOST_SECONDS
 
 if TYPE_CHECKING:
     from onnxsplit.tensors import Array
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 @option("--outputs-only", multiple=True, metavar="NAME", help="Only this output or cut tensor. Repeatable.")
 @running_options
 @tracing_options
-@option("--repeat", type=click.IntRange(min=1), default=1, help="Send the request this many times.")
-@option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds a request may take.")
+@option("--repeat", type=click.IntRange(1, 1_000_000_000), default=1, help="Send the request this many times.")
+@option("--timeout", type=Number(0, MOST_SECONDS, min_open=True), help="Seconds a request may take.")
 def command(
     output: Output,
     *,

@@ -11,6 +11,8 @@ import click
 
 from onnxsplit.cli.output import Command, Output, option, threads_option
 from onnxsplit.cli.values import Size
+from onnxsplit.numbers import MOST_ATTEMPTS, MOST_INFLIGHT, MOST_SECONDS, MOST_SIZE, parse_whole, real_problem
+from onnxsplit.plan import MOST_NODES
 
 if TYPE_CHECKING:
     from runtime import Pipeline
@@ -43,13 +45,15 @@ def _replicas(
     found: dict[int, int] = {}
     for text in texts:
         stage, equals, count = text.rpartition("=")
-        if not count.isdecimal() or (equals and not stage.isdecimal()):
-            raise click.BadParameter(f"{text!r} is neither N nor STAGE=N", context, parameter)
+        number, index = parse_whole(count, MOST_NODES), parse_whole(stage, MOST_NODES - 1)
+        if not number or (equals and index is None):
+            wanted = f"neither N nor STAGE=N with N from 1 to {MOST_NODES}"
+            raise click.BadParameter(f"{text!r} is {wanted}", context, parameter)
         if not equals and len(texts) > 1:
             raise click.BadParameter(f"{text!r} is for all stages; give it alone", context, parameter)
-        if not equals:
-            return int(count)
-        found[int(stage)] = int(count)
+        if index is None:
+            return number
+        found[index] = number
     return found or None
 
 
@@ -61,6 +65,9 @@ def _timings(context: click.Context, parameter: click.Parameter, texts: tuple[st
             found[name] = float(seconds)
         except ValueError:
             raise click.BadParameter(f"{text!r} is not NAME=SECONDS", context, parameter) from None
+        problem = real_problem(name, found[name], MOST_SECONDS)
+        if problem:
+            raise click.BadParameter(problem, context, parameter)
     return found
 
 
@@ -81,7 +88,7 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     ),
     (
         ("--inflight",),
-        {"type": click.IntRange(min=1), "help": "Requests in flight at most. Without it: two a node."},
+        {"type": click.IntRange(1, MOST_INFLIGHT), "help": "Requests in flight at most. Without it: two a node."},
     ),
     (
         ("--inflight-bytes",),
@@ -90,7 +97,7 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (
         ("--micro-batch",),
         {
-            "type": click.IntRange(min=0),
+            "type": click.IntRange(0, MOST_SIZE),
             "help": "Rows that run as one; larger batches are split, 0 never does. Without it: the plan's batch size.",
         },
     ),
@@ -112,7 +119,7 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (
         ("--attempts",),
         {
-            "type": click.IntRange(min=1),
+            "type": click.IntRange(1, MOST_ATTEMPTS),
             "default": 3,
             "help": "Give a request up when it killed so many nodes. 1: what a dead node had is an error at once.",
         },

@@ -13,7 +13,8 @@ import click
 from onnxsplit.cli.output import Output, make_command, option
 from onnxsplit.cli.running import keywords, serving_options
 from onnxsplit.cli.settings import different
-from onnxsplit.cli.values import Size
+from onnxsplit.cli.values import Number, Size
+from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE, parse_whole
 
 if TYPE_CHECKING:
     from runtime.gateway.server import Serving
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 def _port(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
     if text == "off":
         return None
-    if not text.isdecimal() or int(text) > 65535:
+    port = parse_whole(text, 65535)
+    if port is None:
         raise click.BadParameter(f"{text!r} is no port; allowed: 0 to 65535, or off", context, parameter)
-    return int(text)
+    return port
 
 
 @make_command
@@ -35,12 +37,12 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
 @option("--http-port", type=click.IntRange(0, 65535), default=8000, help="Port of HTTP, metrics and the page; 0: any.")
 @option("--grpc-port", default="8001", callback=_port, metavar="N|off", help="Port of gRPC; 0: any.")
 @serving_options
-@option("--max-batch", type=click.IntRange(min=1), default=1, help="Join requests to so many rows at most.")
-@option("--max-delay", type=click.FloatRange(min=0), default=0.0, help="Milliseconds to wait for more to join.")
-@option("--max-queue", type=click.IntRange(min=1), default=256, help="Requests that may wait; more are refused.")
+@option("--max-batch", type=click.IntRange(1, MOST_SIZE), default=1, help="Join requests to so many rows at most.")
+@option("--max-delay", type=Number(0, 60_000), default=0.0, help="Milliseconds to wait for more to join.")
+@option("--max-queue", type=click.IntRange(1, 1_000_000), default=256, help="Requests that may wait; more are refused.")
 @option("--max-queue-bytes", type=Size(), default="1G", help="Bytes of requests that may wait.")
 @option("--max-body", type=Size(), default="256M", help="Bytes a request may have.")
-@option("--versions", type=click.IntRange(min=1), default=1, help="How many of the newest versions to load.")
+@option("--versions", type=click.IntRange(1, 1000), default=1, help="How many of the newest versions to load.")
 @option("--tls-cert", type=click.Path(path_type=Path), metavar="FILE.pem", help="Certificate chain; then TLS only.")
 @option("--tls-key", type=click.Path(path_type=Path), metavar="FILE.pem", help="Its key.")
 @option(
@@ -53,7 +55,7 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
     metavar="[PREFIX]",
     help="Let clients of this host register shared memory of this user whose name begins with PREFIX; any without it.",
 )
-@option("--drain", type=click.FloatRange(min=0), default=30.0, help="Seconds for accepted requests at the end.")
+@option("--drain", type=Number(0, MOST_SECONDS), default=30.0, help="Seconds for accepted requests at the end.")
 @option("--otel", is_flag=True, help="Send spans to OpenTelemetry, as OTEL_* variables say.")
 @option(
     "--launcher",
@@ -122,6 +124,9 @@ def command(
     chosen = different(click.get_current_context())
     if chosen:
         output.note("settings that differ from the defaults: " + ", ".join(chosen))
+    for pem in (tls_cert, tls_key):
+        if pem is not None:
+            _check_pem(pem)
     options = keywords(output, running)
     if max_batch > 1 and options["micro_batch"] is None:
         options["micro_batch"] = max_batch
@@ -172,6 +177,19 @@ def command(
         told=lambda serving: _tell(output, serving, secret=token_file is not None, open_=host),
         progress=output.say,
     )
+
+
+def _check_pem(file: Path) -> None:
+    """Refuse what OpenSSL would wait for, or read without end."""
+    from onnxsplit.errors import InputError
+    from onnxsplit.files import MOST_TEXT_BYTES, check_regular
+
+    try:
+        check_regular(file, most_bytes=MOST_TEXT_BYTES)
+    except FileNotFoundError:
+        raise InputError(f"no such file: {file}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _tell(output: Output, serving: Serving, *, secret: bool, open_: str) -> None:

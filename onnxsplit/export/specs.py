@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxsplit.errors import ExportError
+from onnxsplit.numbers import MOST_SIZE, parse_whole
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, numpy_dtype
 
 _FORM = re.compile(r"(?P<name>[^=]+)=(?P<dtype>\w+)(?:\[(?P<dims>[^\[\]]*)\])?")
@@ -58,12 +59,14 @@ def parse_spec(text: str) -> InputSpec:
     shape: list[int | str] = []
     for part in (found["dims"] or "").split(",") if found["dims"] else ():
         part = part.strip()
-        if part.isdecimal() and int(part) > 0:
-            shape.append(int(part))
+        if size := parse_whole(part, MOST_SIZE):
+            shape.append(size)
         elif part.isidentifier():
             shape.append(part)
         else:
-            raise ExportError(f"the input {text!r}: {part!r} is neither a size above 0 nor a name of a free dimension")
+            raise ExportError(
+                f"the input {text!r}: {part!r} is neither a size from 1 to {MOST_SIZE} nor a name of a free dimension"
+            )
     return InputSpec(found["name"].strip(), found["dtype"], tuple(shape))
 
 

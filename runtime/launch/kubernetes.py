@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.errors import InputError, MissingDependency, PlanError
-from onnxsplit.plan import Plan, Stage
+from onnxsplit.numbers import whole_problem
+from onnxsplit.plan import MOST_NODES, Plan, Stage
 from runtime.keys import create_for, is_occupied
 
 Document = dict[str, Any]
@@ -65,8 +66,9 @@ class Wishes:
             raise InputError(f"{self.image!r} is no image")
         if not 0 < self.utilisation <= 1:
             raise InputError(f"--utilisation is above 0 and at most 1, not {self.utilisation:g}")
-        if self.most_replicas < 1:
-            raise InputError(f"--max-replicas must be at least 1, not {self.most_replicas}")
+        problem = whole_problem("--max-replicas", self.most_replicas, 1, MOST_NODES)
+        if problem:
+            raise InputError(problem)
 
 
 def name_of(plan: Plan) -> str:

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import build
+import click
 import numpy as np
 import pytest
 
+from onnxsplit.cli import cli
 from onnxsplit.tensors import load_npz, save_npz
 
 
@@ -176,7 +178,6 @@ BAD = [
     (["partition", "."], ". is a folder; name the .onnx file in it"),
     (["partition", "junk.onnx"], "junk.onnx is not an ONNX model"),
     (["partition", "empty.onnx"], "empty.onnx is empty"),
-    (["partition", "model.onnx", "--stages", "0"], "0 stages were asked for; at least 1 is needed"),
     (["partition", "model.onnx", "--stages", "99", "--costs", "analytic"], "Ask for 12 stages or fewer"),
     (["partition", "model.onnx", "--cut-at", "nowhere", "--costs", "analytic"], "The nearest that can"),
     (["partition", "model.onnx", "-o", "letters"], "letters is there and holds no plan; nothing was touched"),
@@ -238,6 +239,42 @@ def test_bad_input_is_one_message_and_nothing_is_left(folder, python_environment
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(folder.rglob("*")) == before
+
+
+def numeric_options() -> list[tuple[list[str], click.Option]]:
+    """The options of all commands that take a number, with the words that lead to the command."""
+
+    def walk(command: click.Command, way: list[str]):
+        if isinstance(command, click.Group):
+            for name in command.list_commands(click.Context(command)):
+                yield from walk(command.get_command(click.Context(command), name), [*way, name])
+        else:
+            yield from ((command, way, parameter) for parameter in command.params)
+
+    named = {"dims", "replicas", "timings", "grpc_port"}
+    return [
+        (command, way, parameter)
+        for command, way, parameter in walk(cli, [])
+        if isinstance(parameter, click.Option)
+        and not parameter.is_flag
+        and (parameter.name in named or not isinstance(parameter.type, click.Choice | click.Path | type(click.STRING)))
+    ]
+
+
+ABSURD = ["-1", "nan", "inf", "1e400", "1e30", "9" * 20, "9" * 5_000, "9" * 400 + "T", "", "²", "True", "0x10"]
+
+
+def test_no_option_takes_an_absurd_number():
+    """Not even ``nan``, which no range of click's refuses, and numbers too long for Python to read."""
+    found = numeric_options()
+    assert len(found) >= 50
+    for command, way, parameter in found:
+        prefixes = {"dims": ["batch="], "replicas": ["", "0="], "timings": ["stall_s="]}.get(parameter.name, [""])
+        for value in (prefix + text for prefix in prefixes for text in ABSURD):
+            option = max(parameter.opts, key=len)
+            with pytest.raises(click.BadParameter) as refused:
+                command.make_context(way[-1], [f"{option}={value}"])
+            assert option in refused.value.format_message(), (way, option, value[:30])
 
 
 def test_wrong_usage_is_an_object_with_json(onnxsplit):

@@ -8,9 +8,10 @@ import pytest
 from onnx import helper
 
 from onnxsplit.cluster import Cluster, Device
-from onnxsplit.errors import ClusterError, PartitionError
+from onnxsplit.errors import ClusterError, InputError, PartitionError
 from onnxsplit.options import CutOptions
 from onnxsplit.planner import dry_run, examine_for, partition
+from onnxsplit.session import open_session
 from onnxsplit.sweep import sweep
 from onnxsplit.verify import verify
 
@@ -190,3 +191,39 @@ def test_unknown_devices_are_named(model):
         cut(model, cluster=cluster_file(model, Device("one", not_ops=("Relu",))))
     with pytest.raises(ClusterError, match="cluster init"):
         cut(model, cluster=model.with_name("absent.toml"))
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 256, 10**9, 2**70, pytest.param(10**5_000, id="5000 digits"), 1.0, float("nan"), True, "2", [2]]
+)
+@pytest.mark.parametrize("name", ["stages", "devices"])
+def test_a_number_of_stages_or_devices_that_is_none_is_refused(name, value):
+    with pytest.raises(PartitionError, match=f"--{name} must be a whole number, at least 1 and at most 255, not "):
+        CutOptions(**{name: value}).check()
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), 1e30, True, "1"])
+@pytest.mark.parametrize("name", ["gap", "time_limit", "rounds", "max_memory"])
+def test_other_numbers_have_bounds_too(name, value):
+    with pytest.raises(PartitionError, match=f"--{name.replace('_', '-')} must be a"):
+        CutOptions(**{name: value}).check()
+
+
+def test_integers_of_numpy_will_do():
+    options = CutOptions(stages=np.int64(2), max_memory=np.uint32(1 << 20), gap=np.float32(0.5))
+    options.check()
+    assert type(options.stages) is int
+    with pytest.raises(PartitionError, match="--stages"):
+        CutOptions(stages=np.bool_(True)).check()
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**31, 10**30, 1.5, True, "2"])
+def test_a_dimension_has_a_size_that_there_is(model, size):
+    with pytest.raises(InputError, match="dimension 'n' must be a whole number, at least 1 and at most 2147483647"):
+        cut(model, dims={"n": size})
+
+
+@pytest.mark.parametrize("threads", [-1, 10**9, 2**70, 1.5, True])
+def test_a_session_has_a_number_of_threads_that_there_is(model, threads):
+    with pytest.raises(InputError, match="threads must be a whole number, at least 1 and at most 1024"):
+        open_session(model, threads=threads)

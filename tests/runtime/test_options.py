@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import msgspec.structs
+import numpy as np
 import pytest
 
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, PlanError
 from onnxsplit.plan import load_plan
-from runtime.options import enough_inflight
+from runtime.options import RunOptions, enough_inflight
 from runtime.watch import Timings, timings
 
 
@@ -33,3 +34,45 @@ def test_timings_are_changed_by_name_and_wrong_ones_named():
         timings({"silence": 1.0})
     with pytest.raises(InputError, match="silence_s must be a number above 0, not -1"):
         timings({"silence_s": -1.0})
+
+
+NUMBERS = ["threads", "inflight", "inflight_bytes", "attempts", "micro_batch", "start_timeout"]
+
+
+@pytest.mark.parametrize(
+    "value", [-1, 2**70, pytest.param(10**5_000, id="5000 digits"), float("nan"), float("inf"), True, "2"]
+)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_makes_no_sense_is_named_with_what_is_allowed(name, value):
+    with pytest.raises(InputError, match=f"{name} must be a "):
+        RunOptions(**{name: value}).check()
+
+
+@pytest.mark.parametrize("value", [0, -1, 256, 10**6, 2**70, 1.5, True, "2", {0: 0}, {1: 10**6}, {0: True}])
+def test_replicas_that_no_stage_can_have_are_refused(chain_plan, value):
+    with pytest.raises(InputError, match=r"replicas of stage \d must be a whole number, at least 1 and at most 255"):
+        RunOptions(replicas=value).counts(load_plan(chain_plan))
+
+
+def test_all_nodes_together_fit_into_one_pipeline(chain_plan):
+    plan = load_plan(chain_plan)
+    with pytest.raises(InputError, match="256 replicas together; at most 255 nodes make a pipeline"):
+        RunOptions(replicas=128).counts(plan)
+    assert RunOptions(replicas={0: 128}).counts(plan) == (128, 1)
+    with pytest.raises(PlanError, match="replicas for stage 2"):
+        RunOptions(replicas={2: 1}).counts(plan)
+
+
+def test_integers_of_numpy_will_do(chain_plan):
+    options = RunOptions(replicas=np.int32(2), threads=np.int64(1), inflight=np.uint8(3), start_timeout=np.float32(5))
+    options.check()
+    assert [type(value) for value in options.counts(load_plan(chain_plan))] == [int, int]
+    assert type(options.threads) is int
+
+
+@pytest.mark.parametrize("changes", [{"silence_s": float("nan")}, {"circuit_failures": 0}, {"beat_s": float("inf")}])
+def test_timings_that_make_no_sense_are_refused_however_they_come(changes):
+    with pytest.raises(InputError, match="the timing"):
+        RunOptions(timings=Timings(**changes)).check()
+    with pytest.raises(InputError, match="the timing"):
+        timings({"circuit_failures": 0.4})
