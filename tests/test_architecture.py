@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,7 @@ PURE = [
 IMPURE = {"zmq", "socket", "subprocess", "threading", "time", "os", "onnxruntime", "asyncio", "select"}
 
 
+@cache
 def modules() -> dict[str, Path]:
     found = {}
     for package in ("onnxsplit", "runtime"):
@@ -197,39 +200,51 @@ def row_of(name: str, order: list[list[str]]) -> int:
     return 0
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_imports_run_one_way(module):
-    for imported in imports(modules()[module]):
-        if imported.split(".")[0] not in ("onnxsplit", "runtime"):
-            continue
-        if module.startswith("runtime"):
-            if imported.startswith("onnxsplit"):
-                assert imported in RUNTIME_MAY_USE, f"{module} imports {imported}"
-            elif module != "runtime":
-                below, above = row_of(imported, RUNTIME_ORDER), row_of(module, RUNTIME_ORDER)
-                assert below <= above, f"{module} imports {imported}, which stands above it"
-        elif module != "onnxsplit":
-            assert row_of(imported, ORDER) <= row_of(module, ORDER), (
-                f"{module} imports {imported}, which stands above it"
-            )
+@pytest.fixture(scope="module")
+def imported_by() -> dict[str, set[str]]:
+    """What each module imports."""
+    return {module: imports(path) for module, path in sorted(modules().items())}
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_each_library_has_its_home(module):
-    for imported in imports(modules()[module]):
-        homes = HOMES.get(imported.split(".")[0])
-        assert homes is None or any(module == h or module.startswith(f"{h}.") for h in homes), f"{module}: {imported}"
+def goes_up(module: str, imported: str) -> bool:
+    """Whether an import breaks the order of the rows, or what the runtime may use of onnxsplit."""
+    if imported.split(".")[0] not in ("onnxsplit", "runtime"):
+        return False
+    if not module.startswith("runtime"):
+        return module != "onnxsplit" and row_of(imported, ORDER) > row_of(module, ORDER)
+    if imported.startswith("onnxsplit"):
+        return imported not in RUNTIME_MAY_USE
+    return module != "runtime" and row_of(imported, RUNTIME_ORDER) > row_of(module, RUNTIME_ORDER)
 
 
-@pytest.mark.parametrize("module", PURE)
-def test_pure_modules_touch_nothing(module):
-    assert imports(modules()[module]).isdisjoint(IMPURE)
+def within(module: str, homes: Iterable[str]) -> bool:
+    return any(module == home or module.startswith(f"{home}.") for home in homes)
 
 
-def test_every_module_has_a_row():
+def test_imports_run_one_way(imported_by):
+    wrong = [f"{m} imports {i}" for m, found in imported_by.items() for i in found if goes_up(m, i)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_each_library_has_its_home(imported_by):
+    wrong = [
+        f"{module} imports {imported}"
+        for module, found in imported_by.items()
+        for imported in found
+        if (homes := HOMES.get(imported.split(".")[0])) is not None and not within(module, homes)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_pure_modules_touch_nothing(imported_by):
+    wrong = [f"{module} imports {imported}" for module in PURE for imported in imported_by[module] & IMPURE]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_module_has_a_row(imported_by):
     placed = [entry for order in (ORDER, RUNTIME_ORDER) for row in order for entry in row]
-    for module in modules():
-        assert any(module == entry or module.startswith(f"{entry}.") for entry in placed), module
+    wrong = [module for module in imported_by if not within(module, placed)]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_drawing_shows_the_imports_as_they_are():
