@@ -6,7 +6,6 @@ import atexit
 import os
 import shutil
 import signal
-import socket
 import tempfile
 from pathlib import Path
 
@@ -19,6 +18,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import build
+import ports
 import psutil
 import pytest
 
@@ -56,7 +56,7 @@ def leftovers() -> list[str]:
         for path in Path(tempfile.gettempdir()).glob("onnxsplit-*")
         if path.is_dir() and any(entry.is_socket() for entry in path.iterdir())
     ]
-    memory = [str(path) for path in Path("/dev/shm").glob("onnxsplit*")]
+    memory = [str(path) for path in Path("/dev/shm").glob("onnxsplit*")]  # tests name theirs otherwise
     return processes + folders + memory
 
 
@@ -74,6 +74,20 @@ def nothing_left():
     assert leftovers() == []
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium; what is expected of a page may take a minute."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no Chromium here; install it with: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra test")
+    sync_api.expect.set_options(timeout=60_000)
+    with sync_api.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=found, args=["--no-sandbox"], timeout=120_000)
+        yield opened
+        opened.close()
+
+
 @pytest.fixture
 def python_environment() -> dict[str, str]:
     """The environment for a Python that is to find this checkout."""
@@ -83,5 +97,4 @@ def python_environment() -> dict[str, str]:
 @pytest.fixture
 def free_port() -> int:
     """A tcp port of the loopback that nobody uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    return ports.free_port()

@@ -44,7 +44,7 @@ def test_an_example_runs_as_it_stands(title, tmp_path, python_environment):
 
     def run(*words: str) -> str:
         done = subprocess.run(
-            words, cwd=tmp_path, env=python_environment, capture_output=True, text=True, check=False, timeout=120
+            words, cwd=tmp_path, env=python_environment, capture_output=True, text=True, check=False, timeout=250
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 from faulty_node import STEPS, FaultyLauncher
+from waiting import wait_until
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import load_plan
@@ -21,11 +22,11 @@ from onnxsplit.planner import partition
 from onnxsplit.verify import run_stages
 from runtime import Pipeline
 from runtime.coordinator_state import CoordinatorState
-from runtime.errors import NodeFailed, PipelineClosed, StageUnavailable
+from runtime.errors import Busy, NodeFailed, PipelineClosed, StageUnavailable
 from runtime.watch import Timings
 
 WIDTH = 128
-QUICK = Timings(beat_s=0.1, silence_s=1.0, stall_s=1.0, stall_factor=5)
+QUICK = Timings(beat_s=0.2, silence_s=3.0, stall_s=3.0, stall_factor=5)
 
 
 def given(seed: int = 0):
@@ -53,15 +54,6 @@ def ask(pipeline, wanted, count: int, timeout: float = 60.0) -> None:
         assert np.array_equal(future.result(timeout)["y"], wanted[number % 8]), number
 
 
-def wait_for(what, seconds: float = 20.0) -> float:
-    """Seconds until something is so."""
-    begun = time.monotonic()
-    while not what():
-        assert time.monotonic() - begun < seconds, "it did not heal"
-        time.sleep(0.01)
-    return time.monotonic() - begun
-
-
 def whole(pipeline) -> bool:
     return all(node.state == "ready" for node in pipeline.nodes)
 
@@ -76,7 +68,7 @@ def test_a_node_of_each_stage_killed_at_each_step_of_a_request_loses_nothing(pla
     with Pipeline.launch(plan, launcher=launcher, replicas=replicas, inflight=8) as pipeline:
         ask(pipeline, wanted, 10 * len(steps) + 40)
         assert launcher.happened == len(steps)
-        wait_for(lambda: whole(pipeline))
+        wait_until(lambda: whole(pipeline))
         assert sum(stats.restarts for stats in pipeline.stats()) == len(steps)
         assert pipeline.lent_bytes == 0
         assert all("was killed by SIGKILL" in incident.story for incident in pipeline.incidents)
@@ -95,7 +87,7 @@ def test_a_node_that_lives_and_does_nothing_is_found_and_replaced(plan, wanted, 
     launcher = FaultyLauncher({"what": what, "stage": 1, "request": 20})
     with Pipeline.launch(plan, launcher=launcher, replicas=2, timings=QUICK) as pipeline:
         ask(pipeline, wanted, 60)
-        wait_for(lambda: len(pipeline.incidents) == 1 and whole(pipeline))
+        wait_until(lambda: len(pipeline.incidents) == 1 and whole(pipeline))
         assert story in pipeline.incidents[0].story
         assert pipeline.stats()[2].restarts + pipeline.stats()[3].restarts == 1
 
@@ -106,7 +98,7 @@ def test_a_stopped_node_that_wakes_before_anybody_minds_goes_on(plan, wanted):
         os.kill(pipeline.nodes[1].pid, signal.SIGSTOP)
         time.sleep(0.5)
         os.kill(pipeline.nodes[1].pid, signal.SIGCONT)
-        assert all(np.array_equal(f.result(20)["y"], wanted[n]) for n, f in enumerate(futures))
+        assert all(np.array_equal(f.result(60)["y"], wanted[n]) for n, f in enumerate(futures))
         assert (pipeline.incidents, pipeline.retries) == ((), 0)
 
 
@@ -130,7 +122,7 @@ def test_two_nodes_killed_at_once_and_again_lose_nothing(plan, wanted):
             for node in (pipeline.nodes[round_], pipeline.nodes[3]):
                 os.kill(node.pid, signal.SIGKILL)
             assert all(np.array_equal(f.result(60)["y"], wanted[n]) for n, f in enumerate(futures))
-            wait_for(lambda: whole(pipeline))
+            wait_until(lambda: whole(pipeline))
         ask(pipeline, wanted, 20)
 
 
@@ -143,15 +135,15 @@ def test_all_nodes_killed_at_once_lose_nothing(plan, wanted):
 
 
 def test_a_stage_that_keeps_failing_opens_its_circuit_with_the_reason_and_closes_it_again(plan, wanted):
-    timings = Timings(backoff_s=0.05, circuit_failures=3, circuit_s=2.0, settled_s=60)
+    timings = Timings(backoff_s=0.05, circuit_failures=3, circuit_s=5.0, settled_s=60)
     launcher = FaultyLauncher(*({"what": "kill", "stage": 1, "at": "received"} for _ in range(3)))
     with Pipeline.launch(plan, launcher=launcher, timings=timings) as pipeline:
         with pytest.raises(StageUnavailable, match=r"stage 1 has no node: .*3 times in a row .*SIGKILL"):
-            pipeline.run(given(), timeout=30)
+            pipeline.run(given(), timeout=60)
         with pytest.raises(StageUnavailable):
-            pipeline.run(given(), timeout=30)
+            pipeline.run(given(), timeout=60)
         assert pipeline.nodes[1].state == "circuit open"
-        wait_for(lambda: whole(pipeline))
+        wait_until(lambda: whole(pipeline))
         ask(pipeline, wanted, 8)
 
 
@@ -162,7 +154,7 @@ def test_with_one_attempt_a_loss_is_an_error_that_names_the_stage(plan, wanted):
         errors = [future.exception(60) for future in futures]
         assert isinstance(errors[5], NodeFailed)
         assert "stage 1 (node 1.0, pid" in str(errors[5])
-        wait_for(lambda: whole(pipeline))
+        wait_until(lambda: whole(pipeline))
         ask(pipeline, wanted, 8)
 
 
@@ -172,9 +164,9 @@ def test_replicas_come_and_go_while_requests_go_on(plan, wanted):
         for replicas in (3, 1, 2, 1):
             pipeline.scale(1, replicas)
             futures += [pipeline.submit(given(number % 8)) for number in range(40)]
-            wait_for(lambda replicas=replicas: len(pipeline.nodes) == 2 + replicas and whole(pipeline))
+            wait_until(lambda replicas=replicas: len(pipeline.nodes) == 2 + replicas and whole(pipeline))
         assert all(np.array_equal(f.result(60)["y"], wanted[n % 40 % 8]) for n, f in enumerate(futures))
-        wait_for(lambda: len(psutil.Process().children()) == 3)
+        wait_until(lambda: len(psutil.Process().children()) == 3)
         assert (pipeline.incidents, pipeline.retries) == ((), 0)
         with pytest.raises(InputError, match="at least 1 replica"):
             pipeline.scale(1, 0)
@@ -188,14 +180,14 @@ def test_a_node_told_to_end_finishes_its_work_and_is_replaced(plan, wanted):
         futures = [pipeline.submit(given(number % 8)) for number in range(40)]
         os.kill(old, signal.SIGTERM)
         assert all(np.array_equal(f.result(60)["y"], wanted[n % 8]) for n, f in enumerate(futures))
-        wait_for(lambda: whole(pipeline) and not psutil.pid_exists(old))
+        wait_until(lambda: whole(pipeline) and not psutil.pid_exists(old))
         assert (pipeline.incidents, pipeline.retries) == ((), 0)
 
 
 def test_draining_answers_everything_and_takes_nothing_more(plan, wanted):
     with Pipeline.launch(plan) as pipeline:
         futures = [pipeline.submit(given(number)) for number in range(6)]
-        pipeline.drain(timeout=30)
+        pipeline.drain(timeout=60)
         assert all(future.done() for future in futures)
         assert all(np.array_equal(f.result()["y"], wanted[n]) for n, f in enumerate(futures))
         with pytest.raises(PipelineClosed, match="takes no more requests"):
@@ -203,33 +195,43 @@ def test_draining_answers_everything_and_takes_nothing_more(plan, wanted):
 
 
 def test_a_request_that_is_given_up_leaves_its_place_to_others(plan, wanted):
-    launcher = FaultyLauncher({"what": "slow", "stage": 0, "only_once": False})
+    launcher = FaultyLauncher({"what": "hold", "stage": 0})
     with Pipeline.launch(plan, launcher=launcher, inflight=2) as pipeline:
         futures = [pipeline.submit(given(number)) for number in range(2)]
+        with pytest.raises(Busy):
+            pipeline.submit(given(2), block=False)
         assert futures[1].cancel()
-        begun = time.monotonic()
-        pipeline.submit(given(2))
-        assert time.monotonic() - begun < 0.05, "its place was free"
-        assert np.array_equal(futures[0].result(20)["y"], wanted[0])
+        pipeline.submit(given(2), block=False)
+        launcher.release()
+        assert np.array_equal(futures[0].result(60)["y"], wanted[0])
         assert futures[1].cancelled()
 
 
 def test_a_slow_replica_gets_less(plan, wanted):
-    launcher = FaultyLauncher({"what": "slow", "stage": 1, "replica": 0, "only_once": False})
+    launcher = FaultyLauncher({"what": "slow", "seconds": 0.5, "stage": 1, "replica": 0, "only_once": False})
     with Pipeline.launch(plan, launcher=launcher, replicas={1: 2}, inflight=6) as pipeline:
         ask(pipeline, wanted, 60)
         slow, quick = (stats.requests for stats in pipeline.stats()[1:3])
         assert slow + quick == 60
-        assert slow < 15
+        assert slow < quick
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_memory_that_is_full_is_no_fault(plan, wanted, full, monkeypatch):
-    launcher = FaultyLauncher(memory_bytes=1 << 16 if full else 256 << 20)
-    with Pipeline.launch(plan, launcher=launcher, replicas={1: 2}) as pipeline:
-        ask(pipeline, wanted, 40)
-        shared = sum(stats.shared_bytes for stats in pipeline.stats())
-        assert (shared < 0.9 * sum(stats.output_bytes for stats in pipeline.stats())) is full
+def test_memory_that_is_full_is_no_fault(plan, wanted, full):
+    """Stage 2 holds a request until stage 1 has sent eight; when memory is small, it has room for two of them."""
+    faults = {"what": "count", "stage": 1, "at": "sent"}, {"what": "hold", "stage": 2, "request": 8}
+    launcher = FaultyLauncher(*faults, memory_bytes=1 << 16 if full else 256 << 20)
+    with Pipeline.launch(plan, launcher=launcher, inflight=8) as pipeline:
+        ask(pipeline, wanted, 8)
+        before = pipeline.stats()[1]
+        futures = [pipeline.submit(given(number)) for number in range(8)]
+        wait_until(lambda: launcher.happened == 8 + 8 + 1)  # what was sent, and what is held
+        launcher.release()
+        assert all(np.array_equal(f.result(60)["y"], wanted[n]) for n, f in enumerate(futures))
+        after = pipeline.stats()[1]
+        shared, output = after.shared_bytes - before.shared_bytes, after.output_bytes - before.output_bytes
+        assert (shared <= output // 4) is full
+        assert (shared == output) is not full
 
 
 CALLER = """
@@ -251,9 +253,7 @@ def test_nodes_notice_that_their_coordinator_died_and_end(plan, free_port, pytho
     nodes = [subprocess.Popen(command, env=python_environment, stderr=subprocess.DEVNULL) for _ in range(3)]
     assert caller.stdout.readline() == b"ready\n"
     caller.kill()
-    begun = time.monotonic()
-    assert [node.wait(20) for node in nodes] == [1, 1, 1]
-    assert time.monotonic() - begun < 15
+    assert [node.wait(60) for node in nodes] == [1, 1, 1]
     caller.communicate()
     Pipeline.launch(plan).close()  # removes what the killed process left
 
@@ -271,8 +271,8 @@ def test_a_request_that_comes_while_nodes_are_told_what_is_over_is_not_forgotten
 
     with Pipeline.launch(chain_plan) as pipeline:
         given = {"x": np.ones((1, 32), np.float32)}
-        submitting = threading.Thread(target=lambda: answers.append(pipeline.run(given, timeout=5)))
+        submitting = threading.Thread(target=lambda: answers.append(pipeline.run(given, timeout=60)))
         monkeypatch.setattr(CoordinatorState, "oldest", property(slowly))
         assert pipeline._coordinator.flow.oldest == 0, "the request that came meanwhile is not over"
-        submitting.join(10)
+        submitting.join(60)
     assert len(answers) == 1

@@ -178,7 +178,7 @@ def test_inference_of_a_version(client, version):
 
 
 def test_parameters(client):
-    result = client.infer("chain", [client.input("x", X)], priority=2, timeout=5_000_000, parameters={"mine": "yes"})
+    result = client.infer("chain", [client.input("x", X)], priority=2, timeout=60_000_000, parameters={"mine": "yes"})
     assert result.as_numpy("y").shape == (2, 32)
 
 
@@ -238,11 +238,11 @@ def test_the_repository(client):
 def test_shared_memory(client):
     import tritonclient.utils.shared_memory as shm
 
-    out_bytes = expected().nbytes
-    region = shm.create_shared_memory_region("both", f"/onnxsplit-test-{id(client)}", X.nbytes + out_bytes)
+    out_bytes, name = expected().nbytes, f"test-{os.getpid()}-{id(client)}"
+    region = shm.create_shared_memory_region("both", f"/{name}", X.nbytes + out_bytes)
     try:
         shm.set_shared_memory_region(region, [X])
-        client.register_system_shared_memory("both", f"/onnxsplit-test-{id(client)}", X.nbytes + out_bytes)
+        client.register_system_shared_memory("both", f"/{name}", X.nbytes + out_bytes)
         status = client.plain(client.get_system_shared_memory_status())
         status = status[0] if isinstance(status, list) else status["regions"]["both"]
         assert (status["name"], int(status["byte_size"])) == ("both", X.nbytes + out_bytes)
@@ -259,7 +259,7 @@ def test_shared_memory(client):
         with pytest.raises(InferenceServerException, match="are asked of region"):
             client.infer("chain", [given], outputs=[wanted])
         with pytest.raises(InferenceServerException, match="registered already"):
-            client.register_system_shared_memory("both", f"/onnxsplit-test-{id(client)}", 8)
+            client.register_system_shared_memory("both", f"/{name}", 8)
         client.unregister_system_shared_memory("both")
         client.unregister_system_shared_memory()
         with pytest.raises(InferenceServerException, match="not registered"):
@@ -301,12 +301,12 @@ def test_callbacks_and_streams(server):
 
         called = threading.Event()
         rpc.async_infer("chain", [given], callback=lambda result, error: called.set())
-        assert called.wait(20)
+        assert called.wait(60)
         rpc.start_stream(heard)
         for number in range(20):
             rpc.async_stream_infer("chain", [given], request_id=str(number))
         rpc.async_stream_infer("nobody", [given])
-        assert done.wait(20)
+        assert done.wait(60)
         rpc.stop_stream()
         assert found[:20] == [str(number) for number in range(20)]
         assert "model 'nobody' is unknown" in found[20]

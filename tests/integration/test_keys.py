@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 
 import build
 import numpy as np
+import ports
 import pytest
+from waiting import wait_until
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import load_plan
@@ -64,7 +66,7 @@ def nodes(address, environment, *options):
             if node.poll() is None:
                 node.terminate()
             try:
-                node.communicate(timeout=10)
+                node.communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 node.kill()
                 node.communicate()
@@ -80,7 +82,7 @@ def test_nodes_with_their_keys_serve_and_the_wire_shows_nothing(plan, wanted, ke
     address = f"tcp://127.0.0.1:{free_port}"
     with (
         nodes(address, python_environment, ["--keys", keys / "a"], ["--keys", keys / "b"]),
-        Pipeline.listen(plan, bind=address, keys=keys / "coordinator", start_timeout=30) as pipeline,
+        Pipeline.listen(plan, bind=address, keys=keys / "coordinator", start_timeout=120) as pipeline,
     ):
         ask(pipeline, wanted)
         assert all(node.address.startswith("tcp://") for node in pipeline.nodes)
@@ -116,9 +118,9 @@ def test_a_node_without_the_right_key_is_told_and_gets_nothing(
         allow(keys / "coordinator", tmp_path / "stranger" / "public.key", "stranger")
     with (
         nodes(address, python_environment, ["--keys", keys / "a"], ["--keys", keys / "b"], options) as started,
-        Pipeline.listen(plan, bind=address, keys=keys / "coordinator", start_timeout=30) as pipeline,
+        Pipeline.listen(plan, bind=address, keys=keys / "coordinator", start_timeout=120) as pipeline,
     ):
-        assert started[2].wait(20) == 1
+        assert started[2].wait(60) == 1
         assert words in started[2].stderr.read()
         ask(pipeline, wanted)
 
@@ -135,11 +137,11 @@ def test_a_revoked_node_is_let_go_while_it_serves(plan, wanted, keys, free_port,
             ["--keys", keys / "a", "--stage", "0"],
             ["--keys", keys / "b", "--stage", "1"],
         ) as started,
-        Pipeline.listen(plan, bind=address, keys=keys / "coordinator", start_timeout=30, timings=QUICK) as pipeline,
+        Pipeline.listen(plan, bind=address, keys=keys / "coordinator", start_timeout=120, timings=QUICK) as pipeline,
     ):
         ask(pipeline, wanted)
         revoke(keys / "coordinator", "b")
-        assert started[1].wait(20) == 0
+        assert started[1].wait(60) == 0
         assert "had its key revoked" in pipeline.incidents[0].story
         with nodes(address, python_environment, ["--keys", keys / "more" / "c"]):
             ask(pipeline, wanted)
@@ -149,14 +151,9 @@ def test_a_link_may_leave_this_host_only_with_keys_or_when_told(plan, keys):
     with pytest.raises(PipelineError, match=r"onnxsplit keys new.*--insecure"):
         Pipeline.listen(plan, bind="tcp://0.0.0.0:7777")
     with pytest.raises(LaunchFailed, match="not ready after"):
-        Pipeline.listen(plan, bind=f"tcp://0.0.0.0:{free()}", insecure=True, start_timeout=0.1)
+        Pipeline.listen(plan, bind=f"tcp://0.0.0.0:{ports.free_port()}", insecure=True, start_timeout=0.1)
     with pytest.raises(LaunchFailed, match="not ready after"):
-        Pipeline.listen(plan, bind=f"tcp://0.0.0.0:{free()}", keys=keys / "coordinator", start_timeout=0.1)
-
-
-def free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+        Pipeline.listen(plan, bind=f"tcp://0.0.0.0:{ports.free_port()}", keys=keys / "coordinator", start_timeout=0.1)
 
 
 def test_keys_that_others_can_read_are_refused_with_what_to_do(keys):
@@ -261,7 +258,7 @@ class Proxy:
 
 @pytest.mark.parametrize("protected", [True, False])
 def test_the_wire_shows_tensors_only_where_there_are_no_keys(plan, keys, free_port, python_environment, protected):
-    fragments, behind = free(), free()
+    fragments, behind = ports.free_port(), ports.free_port()
     proxy = Proxy(fragments, behind)
     far = ["--bind", f"tcp://127.0.0.1:{behind}", "--advertise", f"tcp://127.0.0.1:{fragments}", "--stage", "0"]
     own = [["--keys", keys / name] if protected else [] for name in ("a", "b")]
@@ -277,7 +274,7 @@ def test_the_wire_shows_tensors_only_where_there_are_no_keys(plan, keys, free_po
             plan,
             bind=address,
             keys=keys / "coordinator" if protected else None,
-            start_timeout=30,
+            start_timeout=120,
             shared_memory=False,
         ) as pipeline,
     ):
@@ -293,22 +290,28 @@ def with_suppress(what) -> None:
 
 
 @pytest.fixture
-def linked(plan, free_port, python_environment):
+def timings():
+    return QUICK
+
+
+@pytest.fixture
+def linked(plan, free_port, python_environment, timings):
     """A pipeline whose second node is behind proxies, for its control link and for its fragments."""
-    control, fragments, behind = free(), free(), free()
+    control, fragments, behind = ports.free_port(), ports.free_port(), ports.free_port()
     proxies = [Proxy(control, free_port), Proxy(fragments, behind)]
     far = ["--connect", f"tcp://127.0.0.1:{control}", "--bind", f"tcp://127.0.0.1:{behind}", "--no-shared-memory"]
     far += ["--advertise", f"tcp://127.0.0.1:{fragments}", "--stage", "1"]
     address = f"tcp://127.0.0.1:{free_port}"
     with (
         nodes(address, python_environment, ["--stage", "0"], far),
-        Pipeline.listen(plan, bind=address, start_timeout=30, timings=QUICK, inflight=8) as pipeline,
+        Pipeline.listen(plan, bind=address, start_timeout=120, timings=timings, inflight=8) as pipeline,
     ):
         yield pipeline, proxies
     for proxy in proxies:
         proxy.close()
 
 
+@pytest.mark.parametrize("timings", [Timings()])
 def test_a_slow_link_is_no_fault(linked, wanted):
     pipeline, proxies = linked
     for proxy in proxies:
@@ -335,10 +338,7 @@ def test_a_node_that_is_cut_off_for_long_is_given_up_and_comes_back(linked, want
     for proxy in proxies:
         proxy.cut()
     futures = [pipeline.submit(given(number)) for number in range(4)]
-    deadline = time.monotonic() + 20
-    while not pipeline.incidents:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: pipeline.incidents)
     assert "has been silent" in pipeline.incidents[0].story
     for proxy in proxies:
         proxy.mend()

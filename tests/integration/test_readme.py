@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from onnx import helper
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
+import ports
 from served import Served
 
 from onnxsplit.planner import partition
@@ -51,26 +51,25 @@ def test_serving_in_ten_lines(tmp_path, python_environment):
     assert done.stdout.strip() == "(1, 5)"
 
 
-def on_this_host(text: str, free_port: int) -> str:
+def on_this_host(text: str) -> str:
     """Commands with the addresses of other hosts as ports of this one."""
-    ports: dict[str, int] = {"10.0.0.1:5555": free_port}
+    addresses: dict[str, int] = {}
 
     def local(found: re.Match) -> str:
-        if found[0] not in ports:
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                ports[found[0]] = server.getsockname()[1]
-        return f"127.0.0.1:{ports[found[0]]}"
+        if found[0] not in addresses:
+            addresses[found[0]] = ports.free_port()
+        return f"127.0.0.1:{addresses[found[0]]}"
 
     return re.sub(r"10\.0\.0\.\d:\d+", local, text)
 
 
 @pytest.mark.parametrize(("page", "lasting"), [("README.md", 3), ("docs/hosts.md", 4)])
-def test_from_one_host_to_three_in_a_few_lines(page, lasting, tmp_path, python_environment, free_port):
+def test_from_one_host_to_three_in_a_few_lines(page, lasting, tmp_path, python_environment):
     section = (ROOT / page).read_text().split("## From one host to three")[1].split("\n## ")[0]
     for name, text in re.findall(r"```toml file=(\S+)\n(.*?)```", section, re.DOTALL):
         (tmp_path / name).write_text(text)
     (shell,) = re.findall(r"```\n(\$.*?)```", section, re.DOTALL)[:1]
-    lines = on_this_host(shell.strip(), free_port).splitlines()
+    lines = on_this_host(shell.strip()).splitlines()
     assert len(lines) <= 13
     build.save(build.chain(8), tmp_path)
     running, serve = [], []
@@ -97,5 +96,5 @@ def test_from_one_host_to_three_in_a_few_lines(page, lasting, tmp_path, python_e
     finally:
         for process in running:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
     assert len(running) == lasting

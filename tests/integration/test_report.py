@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 
 import build
 import pytest
@@ -12,8 +11,6 @@ from onnxsplit.options import CutOptions
 from onnxsplit.planner import examine_for, write_plan
 from onnxsplit.report import write_report
 from onnxsplit.sweep import sweep
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +35,6 @@ def test_the_file_stands_alone(report):
     assert text.count("Permission is hereby granted") >= 2, "the licences of what is inside"
     assert not re.search(r"/\*(styles|data|libraries|script|licences)\*/", text)
     assert list(report.parent.glob(".*.tmp")) == []
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if BROWSER is None:
-        pytest.skip("no Chromium here; install it with: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra test")
-    with sync_api.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(params=["light", "dark"])

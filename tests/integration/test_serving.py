@@ -13,7 +13,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +30,11 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from served import Served
 from tritonclient.utils import InferenceServerException
+from waiting import wait_until
 
 from onnxsplit.planner import partition
 
+PENDING = "nv_inference_pending_request_count"
 INFER = b"POST /v2/models/model/infer HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -58,15 +59,40 @@ def slow_plan(tmp_path_factory):
     return folder / "slow.plan"
 
 
-def slow_request() -> tuple[bytes, dict[str, str]]:
+def slow_request(**parameters: object) -> tuple[bytes, dict[str, str]]:
     array = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
     inputs = [{"name": "x", "shape": [64, 512], "datatype": "FP32", "parameters": {"binary_data_size": array.nbytes}}]
-    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True, **parameters}}).encode()
     return head + array.tobytes(), {"Inference_Header_Content_Length": str(len(head))}
+
+
+def metric(server: Served, name: str, labels: str = "") -> float:
+    """The sum of a metric over all that have these labels."""
+    text = server.ask("/metrics")[2].decode()
+    found = re.findall(rf"^{name}\{{.*{labels}.*\}} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, found))
 
 
 def nodes(server: Served) -> list[psutil.Process]:
     return [p for p in psutil.Process(server.process.pid).children() if "runtime.node" in " ".join(p.cmdline())]
+
+
+def stop(server: Served) -> None:
+    """Stop the nodes, so that no request is answered."""
+    for node in nodes(server):
+        node.suspend()
+
+
+def go_on(server: Served) -> None:
+    for node in nodes(server):
+        node.resume()
+
+
+def refuses(server: Served) -> bool:
+    try:
+        return server.ask("/v2/health/ready")[0] == 503
+    except OSError:
+        return True  # it listens no more
 
 
 # Faults
@@ -96,47 +122,53 @@ def test_kill_9_of_nodes_under_load_fails_no_request(chain_plan, python_environm
                     problems.append(str(error))
                 counts["grpc"] += 1
 
+    def restarts_and_ready() -> tuple[float, float]:
+        return metric(server, "onnxsplit_node_restarts_total"), metric(server, "onnxsplit_node_up")
+
     with Served(chain_plan, "--replicas", "2", environment=python_environment) as server:
         threads = [threading.Thread(target=target) for target in (over_http, over_http, over_grpc, over_grpc)]
         for thread in threads:
             thread.start()
-        for _ in range(6):
-            time.sleep(1)
-            victims = nodes(server)
-            os.kill(victims[len(victims) // 2].pid, signal.SIGKILL)
-        time.sleep(1)
-        ending.set()
-        for thread in threads:
-            thread.join()
-        text = server.ask("/metrics")[2].decode()
+        try:
+            for killed in range(7):
+                wait_until(lambda so_many=killed: restarts_and_ready() == (so_many, 4))
+                before = Counter(counts)
+                wait_until(lambda since=before: min((counts - since)[name] for name in ("http", "grpc")) > 10)
+                if killed < 6:
+                    victims = nodes(server)
+                    os.kill(victims[len(victims) // 2].pid, signal.SIGKILL)
+        finally:
+            ending.set()
+            for thread in threads:
+                thread.join()
     assert problems == []
-    assert min(counts["http"], counts["grpc"]) > 100
-    lost = sum(float(v) for v in re.findall(r"^onnxsplit_node_restarts_total\{.*\} (\S+)$", text, re.MULTILINE))
-    assert lost == 6
 
 
 def test_overload_is_refused_with_reasons_and_what_is_accepted_is_in_time(slow_plan, python_environment):
-    body, headers = slow_request()
-    limited = body.replace(b'"binary_data_output": true', b'"binary_data_output": true, "timeout": 15000', 1)
-    headers["Inference_Header_Content_Length"] = str(int(headers["Inference_Header_Content_Length"]) + 18)
-    found: list[tuple[int, str, float]] = []
-    ending = time.monotonic() + 6
+    bodies = slow_request(), slow_request(timeout=500)  # microseconds, fewer than a request takes
+    found: list[tuple[int, str]] = []
+    ending = threading.Event()
 
-    def ask(_):
-        while time.monotonic() < ending:
-            begun = time.monotonic()
-            status, _, answer = server.ask("/v2/models/slow/infer", limited, **headers)
-            took = time.monotonic() - begun
-            found.append((status, "" if status == 200 else json.loads(answer)["error"], took))
+    def ask(number):
+        body, headers = bodies[number % 2]
+        while not ending.is_set():
+            status, _, answer = server.ask("/v2/models/slow/infer", body, **headers)
+            found.append((status, "" if status == 200 else json.loads(answer)["error"]))
+
+    def counts() -> Counter[int]:
+        return Counter(status for status, _ in found)
 
     with Served(slow_plan, "--threads", "1", environment=python_environment) as server:
         with ThreadPoolExecutor(40) as pool:
-            list(pool.map(ask, range(40)))
-        assert server.ask("/v2/models/slow/infer", body, **slow_request()[1])[0] == 200, "and then all is well again"
-    statuses = Counter(status for status, _, _ in found)
-    assert set(statuses) <= {200, 503, 504}
-    assert min(statuses[200], statuses[503]) > 20
-    for status, words, _ in found:
+            asking = [pool.submit(ask, number) for number in range(40)]
+            try:
+                wait_until(lambda: min(counts()[200], counts()[503]) > 20)
+            finally:
+                ending.set()
+        assert [future.exception() for future in asking] == [None] * 40
+        assert server.ask("/v2/models/slow/infer", bodies[0][0], **bodies[0][1])[0] == 200, "and then all is well again"
+    assert set(counts()) <= {200, 503, 504}
+    for status, words in found:
         assert status == 200 or re.search(
             "is expected in .* left|requests wait|time the request had|time ran out", words
         )
@@ -147,7 +179,6 @@ def test_slow_and_half_open_clients_hurt_nobody(chain_plan, python_environment):
     with Served(chain_plan, environment=python_environment) as server:
         host, _, port = server.host.partition(":")
         before = psutil.Process(server.process.pid).memory_info().rss
-        begun = time.monotonic()
         opened = [socket.create_connection((host, int(port))) for _ in range(200)]
         for number, connection in enumerate(opened):
             match number % 4:
@@ -159,14 +190,10 @@ def test_slow_and_half_open_clients_hurt_nobody(chain_plan, python_environment):
                     connection.sendall(INFER + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nzz")
         rpc_host, _, rpc_port = server.grpc.partition(":")
         silent = [socket.create_connection((rpc_host, int(rpc_port))) for _ in range(50)]
-        times = []
         for _ in range(200):
-            at = time.monotonic()
             assert server.ask("/v2/models/model/infer", asked())[0] == 200
-            times.append(time.monotonic() - at)
-        assert sorted(times)[-5] < 0.5
         for number, connection in enumerate(opened):
-            connection.settimeout(max(0.1, 25 - (time.monotonic() - begun)))
+            connection.settimeout(60)
             answer = b""
             try:
                 while piece := connection.recv(4096):
@@ -196,7 +223,7 @@ def test_slow_and_half_open_clients_hurt_nobody(chain_plan, python_environment):
 )  # fmt: skip
 def test_what_is_not_a_request_is_answered_and_hung_up(served_chain, sent, status, words):
     host, _, port = served_chain.host.partition(":")
-    with socket.create_connection((host, int(port)), timeout=15) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         with suppress(OSError):  # it may have hung up already
             connection.sendall(sent)
         answer = b""
@@ -225,21 +252,19 @@ def test_a_client_that_goes_away_gives_its_request_up(slow_plan, python_environm
         f"POST /v2/models/slow/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         f"Inference-Header-Content-Length: {length}\r\n\r\n"
     ).encode()
-    with Served(slow_plan, "--threads", "1", environment=python_environment) as server:
+    with Served(slow_plan, "--timing", "silence_s=300", environment=python_environment) as server:
         host, _, port = server.host.partition(":")
+        stop(server)
         opened = [socket.create_connection((host, int(port))) for _ in range(60)]
         for connection in opened:
             connection.sendall(head + body)
+        wait_until(lambda: metric(server, PENDING) == 60)
         for connection in opened:
             connection.close()
-        deadline = time.monotonic() + 10
-        while True:
-            text = server.ask("/metrics")[2].decode()
-            if 'nv_inference_pending_request_count{model="slow",version="1"} 0.0' in text:
-                break
-            assert time.monotonic() < deadline
-        given_up = float(re.search(r'onnxsplit_request_failures_total\{.*reason="canceled".*\} (\S+)', text)[1])
-        assert given_up > 30
+        wait_until(lambda: metric(server, PENDING) == 0)
+        assert metric(server, "onnxsplit_request_failures_total", 'reason="canceled"') == 60
+        go_on(server)
+        assert server.ask("/v2/models/slow/infer", body, **headers)[0] == 200
 
 
 # Batching
@@ -254,7 +279,7 @@ def test_joined_requests_get_their_own_rows(batched_plan, python_environment):
     source = np.random.default_rng(3)
     inputs = [source.standard_normal((rows, 32)).astype(np.float32) for rows in source.integers(1, 4, 200)]
 
-    with Served(batched_plan, "--max-batch", "8", "--max-delay", "3", environment=python_environment) as server:
+    with Served(batched_plan, "--max-batch", "8", "--max-delay", "100", environment=python_environment) as server:
 
         def ask(x):
             with triton_http.InferenceServerClient(server.host) as client:
@@ -283,7 +308,7 @@ def test_a_request_that_fails_in_a_batch_fails_alone(tmp_path, python_environmen
     assert plan["tensors"]["i"]["batch_axis"] == 0
 
     with Served(
-        tmp_path / "rows.plan", "--max-batch", "16", "--max-delay", "20", environment=python_environment
+        tmp_path / "rows.plan", "--max-batch", "16", "--max-delay", "100", environment=python_environment
     ) as server:
 
         def ask(row):
@@ -331,7 +356,7 @@ def test_tokens_guard_everything(chain_plan, python_environment, token_file):
             given.set_data_from_numpy(np.ones((1, 32), np.float32))
             with suppress(InferenceServerException):  # when the refusal was faster
                 client.async_stream_infer("model", [given])
-            assert done.wait(10)
+            assert done.wait(60)
             assert "UNAUTHENTICATED" in str(heard[0])
     assert "sesame" not in "".join(server.log)
 
@@ -361,7 +386,7 @@ def test_tls(chain_plan, python_environment, tmp_path):
     with Served(chain_plan, "--tls-cert", certificate, "--tls-key", key, environment=python_environment) as server:
         assert server.http.startswith("https://")
         context = ssl.create_default_context(cafile=certificate)
-        with urllib.request.urlopen(f"{server.http}/v2/health/ready", context=context, timeout=10) as answer:
+        with urllib.request.urlopen(f"{server.http}/v2/health/ready", context=context, timeout=60) as answer:
             assert answer.status == 200
         with triton_grpc.InferenceServerClient(server.grpc, ssl=True, root_certificates=str(certificate)) as client:
             assert client.is_server_ready()
@@ -382,7 +407,7 @@ def start(environment, *words, folder=None) -> tuple[int, str]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     return done.returncode, done.stderr
@@ -445,7 +470,7 @@ def test_nodes_started_by_hand_can_be_waited_for(chain_plan, python_environment,
     ]  # fmt: skip
     with Served(chain_plan, "--launcher", "none", "--bind", address, environment=python_environment) as server:
         assert server.ask("/v2/models/model/infer", asked())[0] == 200
-    assert [process.wait(timeout=20) for process in by_hand] == [0, 0]
+    assert [process.wait(timeout=60) for process in by_hand] == [0, 0]
 
 
 # The end
@@ -454,23 +479,16 @@ def test_nodes_started_by_hand_can_be_waited_for(chain_plan, python_environment,
 def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(slow_plan, python_environment):
     body, headers = slow_request()
     with ThreadPoolExecutor(30) as pool:
-        server = Served(slow_plan, "--threads", "1", environment=python_environment)
-        begun = threading.Barrier(31)
-
-        def ask(_):
-            begun.wait()
-            return server.ask("/v2/models/slow/infer", body, **headers)[0]
-
-        waiting = [pool.submit(ask, number) for number in range(30)]
-        begun.wait()
-        deadline = time.monotonic() + 10
-        while not re.search(r"nv_inference_pending_request_count\{.*\} 3\d\.0", server.ask("/metrics")[2].decode()):
-            if all(future.done() for future in waiting):
-                break
-            assert time.monotonic() < deadline
-        assert server.end() == 0
-        statuses = Counter(future.result() for future in waiting)
-    assert set(statuses) == {200}, statuses
+        server = Served(slow_plan, "--timing", "silence_s=300", environment=python_environment)
+        stop(server)
+        waiting = [pool.submit(server.ask, "/v2/models/slow/infer", body, **headers) for _ in range(30)]
+        wait_until(lambda: metric(server, PENDING) == 30)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: refuses(server))
+        go_on(server)
+        assert server.wait() == 0
+        statuses = Counter(future.result()[0] for future in waiting)
+    assert statuses == {200: 30}
 
 
 def test_ctrl_c_while_nodes_start_leaves_nothing(chain_plan, python_environment):
@@ -483,5 +501,5 @@ def test_ctrl_c_while_nodes_start_leaves_nothing(chain_plan, python_environment)
         if "node starts" in line:
             break
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 0

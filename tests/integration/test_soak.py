@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 
 import build
 import numpy as np
@@ -28,20 +27,20 @@ def test_nodes_killed_and_stopped_at_random_under_load_lose_nothing(tmp_path):
     choices.shuffle(signals)
     timings = Timings(beat_s=0.2, silence_s=1.5)
     with Pipeline.launch(tmp_path / "m.plan", replicas=2, timings=timings, inflight=8) as pipeline:
-        answered, harmed, next_harm = 0, 0, time.monotonic() + 0.3
+        answered, harmed = 0, set()
         pending = [(n % 8, pipeline.submit(inputs[n % 8])) for n in range(8)]
-        while signals or not all(node.state == "ready" for node in pipeline.nodes) or len(pipeline.incidents) < harmed:
+        while signals or len(pipeline.incidents) < len(harmed) or not all(n.state == "ready" for n in pipeline.nodes):
             number, future = pending.pop(0)
-            assert np.array_equal(future.result(30)["y"], wanted[number])
+            assert np.array_equal(future.result(60)["y"], wanted[number])
             answered += 1
             pending.append((answered % 8, pipeline.submit(inputs[answered % 8])))
-            ready = [node.pid for node in pipeline.nodes if node.state == "ready"]
-            if signals and ready and time.monotonic() > next_harm:
-                os.kill(choices.choice(ready), signals.pop())
-                harmed, next_harm = harmed + 1, time.monotonic() + 0.5
+            ready = [node.pid for node in pipeline.nodes if node.state == "ready" and node.pid not in harmed]
+            if signals and ready and answered >= 20 * (len(harmed) + 1):
+                victim = choices.choice(ready)
+                os.kill(victim, signals.pop())
+                harmed.add(victim)
         for number, future in pending:
-            assert np.array_equal(future.result(30)["y"], wanted[number])
-        assert harmed == KILLS + STOPS
-        assert answered > 100
+            assert np.array_equal(future.result(60)["y"], wanted[number])
+        assert len(harmed) == KILLS + STOPS
         assert pipeline.lent_bytes == 0
-        assert sum(stats.restarts for stats in pipeline.stats()) >= harmed
+        assert sum(stats.restarts for stats in pipeline.stats()) >= len(harmed)

@@ -233,7 +233,7 @@ def test_bad_input_is_one_message_and_nothing_is_left(folder, python_environment
     before = sorted(folder.rglob("*"))
     done = subprocess.run(
         [sys.executable, "-m", "onnxsplit", *arguments],
-        capture_output=True, text=True, env=python_environment, cwd=folder, check=False, timeout=60,
+        capture_output=True, text=True, env=python_environment, cwd=folder, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert words in done.stderr

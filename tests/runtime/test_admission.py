@@ -56,8 +56,8 @@ def test_first_come_first_served_even_where_a_later_one_would_fit():
     small = waiting(entrance, 5, log, "small")
     assert log == []
     entrance.leave(90)
-    large.join(5)
-    small.join(5)
+    large.join(60)
+    small.join(60)
     assert sorted(log) == [("large", True), ("small", True)]
 
 
@@ -67,6 +67,6 @@ def test_who_gives_up_no_longer_stands_in_the_way():
     gives_up = threading.Thread(target=lambda: log.append(("large", entrance.enter(80, timeout=0.05))))
     gives_up.start()
     small = waiting(entrance, 5, log, "small")
-    gives_up.join(5)
-    small.join(5)
+    gives_up.join(60)
+    small.join(60)
     assert log == [("small", True), ("large", False)] or log == [("large", False), ("small", True)]

@@ -107,7 +107,7 @@ def test_a_stage_is_fetched_once_for_all_who_want_it(tmp_path, plan):
 
     def slowly(entry, target):
         started.set()
-        go_on.wait(10)
+        go_on.wait(60)
         fetched.append(entry.name)
         target.write_bytes(BODY)
 
@@ -115,11 +115,11 @@ def test_a_stage_is_fetched_once_for_all_who_want_it(tmp_path, plan):
     threads = [threading.Thread(target=cache.obtain, args=(stage, slowly), daemon=True) for cache in caches]
     for thread in threads:
         thread.start()
-    started.wait(10)
+    started.wait(60)
     time.sleep(0.1)  # the other waits by now
     go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert fetched == ["stage0.onnx"]
     for cache in caches:

@@ -30,7 +30,7 @@ def test_malformed_addresses_are_refused(address):
 
 
 def receive(sockets: Sockets, inlet: Inlet):
-    while (message := inlet.receive(sockets.wait(5))) is None:
+    while (message := inlet.receive(sockets.wait(60))) is None:
         pass
     return bytes(message[0]), message[1]
 
@@ -98,7 +98,7 @@ def test_a_ring_wakes_the_waiting_thread():
         assert sockets.wait(0) == set()
         wakeup.ring()
         wakeup.ring()
-        assert sockets.wait(5) == {wakeup.fileno()}
+        assert sockets.wait(60) == {wakeup.fileno()}
         wakeup.clear()
         assert sockets.wait(0) == set()
         wakeup.close()
@@ -112,10 +112,10 @@ def test_what_comes_in_while_sending_is_not_overlooked(tmp_path):
         for number in range(200):
             outlet.send(b"ask %d" % number)
             while (message := inlet.receive()) is None:
-                assert here.wait(5)
+                assert here.wait(60)
             inlet.send(message[0], b"answer")
             outlet.send(b"more")  # perhaps after the answer came in
             while outlet.receive() is None:
-                assert there.wait(5), number
+                assert there.wait(60), number
             while inlet.receive() is None:
-                assert here.wait(5), number
+                assert here.wait(60), number

@@ -3,7 +3,8 @@
 The environment variable FAULTS holds a JSON list of ``{"what", "at", "stage", "request", "once"}``: what happens
 (``kill``, ``segfault``, ``stop``, ``hang`` the session, ``freeze`` the interpreter, ``slow``), at which step, to the
 node of which stage, at which request (null for any), and a file that sees to it that it happens once.
-``poison`` kills every node that runs a request whose input holds 1e30.
+``poison`` kills every node that runs a request whose input holds 1e30. ``hold`` waits until the launcher is told to
+``release``; ``count`` adds to the launcher's ``happened`` and does nothing else.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from runtime.launch.local import LocalLauncher
 from runtime.stage_runner import StageRunner
 from runtime.worker import Worker
 
+RELEASED = "released"
 STEPS = ("received", "before the run", "in the run", "after the run", "sent")
 
 
@@ -35,7 +37,8 @@ class FaultyLauncher(LocalLauncher):
     def __init__(self, *faults: dict[str, Any], memory_bytes: int = 256 << 20) -> None:
         super().__init__(memory_bytes=memory_bytes)
         for number, fault in enumerate(faults):
-            if fault.pop("only_once", True):
+            fault["folder"] = str(self.folder)
+            if fault["what"] != "count" and fault.pop("only_once", True):
                 fault["once"] = str(self.folder / f"fault-{number}")
         self.faults = faults
 
@@ -59,9 +62,14 @@ class FaultyLauncher(LocalLauncher):
         """How many faults have happened."""
         return len(list(self.folder.glob("fault-*")))
 
+    def release(self) -> None:
+        """Let nodes go on that were told to hold."""
+        (self.folder / RELEASED).touch()
 
-def fail(what: str) -> None:
-    """Do it."""
+
+def fail(fault: dict[str, Any], request: int) -> None:
+    """Do what a fault says at a request."""
+    what, folder = fault["what"], Path(fault["folder"])
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "segfault":
@@ -73,7 +81,12 @@ def fail(what: str) -> None:
     elif what == "freeze":
         ctypes.PyDLL(None).sleep(600)  # keeps the interpreter's lock, as a stuck extension does
     elif what == "slow":
-        time.sleep(0.05)
+        time.sleep(fault.get("seconds", 0.05))
+    elif what == "hold":
+        while not (folder / RELEASED).exists():
+            time.sleep(0.01)
+    elif what == "count":
+        (folder / f"fault-request-{request}").touch()
 
 
 def main() -> int:
@@ -95,7 +108,7 @@ def main() -> int:
                             claim.write(f"{time.monotonic()}")
                     except FileExistsError:
                         continue
-                fail(fault["what"])
+                fail(fault, request)
 
     arrival, run, forward, execute = Worker.arrival, Worker.run, Worker.forward, StageRunner.run
     running = [0]
@@ -117,7 +130,7 @@ def main() -> int:
         step("in the run", running[0])
         for fault in faults:
             if fault["what"] == "poison" and any((np.asarray(a) == np.float32(1e30)).any() for a in inputs.values()):
-                fail("segfault")
+                fail({**fault, "what": "segfault"}, running[0])
         return execute(self, inputs, into)
 
     def faulty_forward(self: Any, effect: Any) -> None:

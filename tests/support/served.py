@@ -28,7 +28,7 @@ class Served:
         self._reader.start()
         line = self.process.stdout.readline()
         if not line or "error" in json.loads(line):
-            self.process.wait(timeout=20)
+            self.process.wait(timeout=60)
             self._reader.join()
             raise AssertionError(f"the server did not start: {line}{''.join(self.log)}")
         said = json.loads(line)
@@ -49,7 +49,11 @@ class Served:
     def end(self) -> int:
         """SIGTERM, and the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(timeout=40)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+        status = self.process.wait(timeout=90)
         self._reader.join()
         assert self.process.stdout is not None
         self.process.stdout.close()
@@ -64,7 +68,7 @@ class Served:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(f"{self.http}{path}", body, named, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()
         except urllib.error.HTTPError as error:
             with error:
