@@ -1,18 +1,22 @@
 # Each target works from nothing on a machine with Python 3.11 or newer and a network.
 #   make demo     read a picture with a network cut in two            make check    format, lint, types
-#   make test     the tests                                           make bench    the benchmarks
+#   make test     the tests, about five minutes on two cores          make bench    the benchmarks
+#   make test-all      the tests that take long too, with all frameworks, and the soak (5 GB to install, 36 GB of disk)
 #   make test-export   the exporters' tests with all frameworks (5 GB to install; about two minutes to run)
 # PYTHON chooses the interpreter; VENV the folder of the environment; EXTRAS what make test installs (leave out
-# transformers to skip the exporter's tests and PyTorch's download).
+# transformers to skip the exporter's tests and PyTorch's download); WORKERS how many processes run the tests.
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 EXTRAS ?= cpu,demo,deploy,lightgbm,otel,ray,serve,simplify,sklearn,test,transformers
 ALL_FRAMEWORKS := cpu,catboost,jax,lightgbm,simplify,sklearn,tensorflow,test,transformers,xgboost
 BIN := $(VENV)/bin
+# Each file's tests run in one process, and conftest.py has the longest files first.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: demo test test-export check bench soak clean
+.PHONY: demo test test-all test-export check bench soak clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -31,11 +35,18 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python models/demo.py
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# An empty -m takes the tests that are marked as exhaustive too.
+test-all: $(VENV)/test.stamp
+	$(PIP) --editable '.[$(EXTRAS),$(ALL_FRAMEWORKS)]'
+	$(PYTEST) -m ""
+	$(BIN)/python benchmarks/export/run.py
+	$(MAKE) soak
 
 test-export: | $(BIN)/python
 	$(PIP) --editable '.[$(ALL_FRAMEWORKS)]'
-	$(BIN)/python -m pytest tests/onnxsplit/test_export.py tests/integration/test_export_docs.py
+	$(PYTEST) -m "" tests/onnxsplit/test_export.py tests/integration/test_export_docs.py
 	$(BIN)/python benchmarks/export/run.py
 
 check: $(VENV)/test.stamp

@@ -24,6 +24,24 @@ import pytest
 
 from onnxsplit.planner import partition
 
+LONGEST = ["export", "serving", "cli", "zoo", "faults", "gateway", "readme", "export_docs", "ray", "page", "keys"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first, so that no worker is left with one at the end."""
+    first = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements():
+    """Models are measured for a tenth of the usual time: no test is about how well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnxsplit.cost.measured._LEVEL_SECONDS", 0.03)
+        patch.setattr("onnxsplit.cost.measured._PROFILE_SECONDS", 0.06)
+        patch.setattr("onnxsplit.draft._STAGE_SECONDS", 0.08)
+        yield
+
 
 @pytest.fixture(scope="session")
 def chain_plan(tmp_path_factory) -> Path:

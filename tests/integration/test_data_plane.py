@@ -34,7 +34,7 @@ def plan(tmp_path_factory) -> Path:
     """A chain in two stages, whose tensors are large enough for shared memory; measured, so its batch is known."""
     folder = tmp_path_factory.mktemp("wide")
     model = build.save(build.chain(8, WIDTH), folder)
-    partition(model, stages=2, out=folder / "m.plan", rounds=1, dims={"batch": 16})
+    partition(model, stages=2, out=folder / "m.plan", rounds=0, dims={"batch": 16})
     return folder / "m.plan"
 
 

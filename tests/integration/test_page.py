@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    partition(build.save(build.diamond(), folder), stages=4, out=folder / "diamond.plan", costs="measured")
+    partition(build.save(build.diamond(), folder), stages=4, out=folder / "diamond.plan", costs="measured", rounds=0)
     return folder
 
 

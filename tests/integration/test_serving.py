@@ -47,7 +47,7 @@ def asked(rows=1, value=0.5, **parameters) -> bytes:
 def batched_plan(tmp_path_factory):
     """A chain whose batch axis is proven."""
     folder = tmp_path_factory.mktemp("batched")
-    partition(build.save(build.chain(), folder), stages=2, out=folder / "chain.plan", costs="measured")
+    partition(build.save(build.chain(), folder), stages=2, out=folder / "chain.plan", costs="measured", rounds=0)
     return folder / "chain.plan"
 
 
@@ -303,7 +303,7 @@ def test_a_request_that_fails_in_a_batch_fails_alone(tmp_path, python_environmen
     proto = build.model(
         ops, [build.value("i", ["batch"], TensorProto.INT64)], [build.value("y", ["batch", 4])], [table]
     )
-    partition(build.save(proto, tmp_path), stages=2, out=tmp_path / "rows.plan", costs="measured")
+    partition(build.save(proto, tmp_path), stages=2, out=tmp_path / "rows.plan", costs="measured", rounds=0)
     plan = json.loads((tmp_path / "rows.plan" / "plan.json").read_text())
     assert plan["tensors"]["i"]["batch_axis"] == 0
 

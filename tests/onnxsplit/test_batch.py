@@ -13,7 +13,7 @@ FREE = ["batch", 8]
 
 
 def axes(proto, tmp_path, **options):
-    plan = partition(build.save(proto, tmp_path), stages=2, out=tmp_path / "m.plan", rounds=1, **options)
+    plan = partition(build.save(proto, tmp_path), stages=2, out=tmp_path / "m.plan", rounds=0, **options)
     return {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *plan.outputs)}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import build
@@ -143,15 +142,17 @@ def test_an_environment_variable_stands_for_an_option(onnxsplit, tmp_path, pytho
 
 
 def test_help_comes_at_once(python_environment):
-    times = []
-    for _ in range(5):
-        begun = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "onnxsplit", "--help"], capture_output=True, env=python_environment
-        )
-        times.append(time.monotonic() - begun)
-        assert b"partition" in done.stdout
-    assert sorted(times)[2] < 0.5, "0.25 s on a quiet machine; this leaves room for a busy one"
+    """Of that, what does not depend on the machine: how many modules are loaded; 130 when this was written."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(len(sys.modules), file=sys.stderr))\n"
+        "sys.argv = ['onnxsplit', '--help']\n"
+        "from onnxsplit.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=python_environment)
+    assert "partition" in done.stdout
+    assert int(done.stderr) < 200
 
 
 def test_importing_the_package_loads_nothing_heavy(python_environment):

@@ -67,7 +67,14 @@ def test_a_recipe_becomes_a_model_that_can_be_cut(name, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["m.plan", f"{name}.onnx"])
 
 
-@pytest.mark.parametrize("model", list(frameworks.models()), ids=lambda model: model.name)
+def cases():
+    """The models; those of frameworks that make test does not install are for make test-all."""
+    for model in frameworks.models():
+        usual = not {"tensorflow", "xgboost", "catboost", "jax"}.intersection(model.needs)
+        yield pytest.param(model, id=model.name, marks=() if usual else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("model", list(cases()))
 def test_a_model_of_each_framework_is_exported_compared_and_cut(model, tmp_path, monkeypatch):
     needs(*model.needs)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))

@@ -145,8 +145,14 @@ class Faults(RuleBasedStateMachine):
             assert phases == {Phase.READY}
 
 
+class MoreFaults(Faults):
+    """The same at length."""
+
+
 Faults.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+MoreFaults.TestCase.settings = settings(max_examples=10_000, stateful_step_count=120, deadline=None)
 TestFaults = Faults.TestCase
+TestMoreFaults = pytest.mark.exhaustive(MoreFaults.TestCase)
 
 
 @pytest.mark.parametrize("seed", range(3))
