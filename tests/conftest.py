@@ -27,6 +27,12 @@ from onnxsplit.planner import partition
 LONGEST = ["export", "serving", "cli", "zoo", "faults", "gateway", "readme", "export_docs", "ray", "page", "keys"]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give temporary folders short names without the user's: the path of a socket has 107 bytes at most."""
+    config.option.basetemp = config.option.basetemp or f"{tempfile.tempdir}/p"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest come first, so that no worker is left with one at the end."""
     first = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}

@@ -137,7 +137,7 @@ def test_a_revoked_node_is_let_go_while_it_serves(plan, wanted, keys, free_port,
             ["--keys", keys / "a", "--stage", "0"],
             ["--keys", keys / "b", "--stage", "1"],
         ) as started,
-        Pipeline.listen(plan, bind=address, keys=keys / "coordinator", start_timeout=120, timings=QUICK) as pipeline,
+        Pipeline.listen(plan, bind=address, keys=keys / "coordinator", start_timeout=120) as pipeline,
     ):
         ask(pipeline, wanted)
         revoke(keys / "coordinator", "b")

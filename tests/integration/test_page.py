@@ -155,7 +155,7 @@ def test_a_dead_stage_is_shown_and_comes_back(page, server, stage_file):
     assert (status, "has no node that is ready" in json.loads(body)["error"]) == (503, True)
     assert server.ask("/v2/health/live")[0] == 200
     hidden.rename(stage_file)
-    expect(page.locator("#health")).to_have_text("ready")
+    expect(page.locator("#health")).to_have_text("ready", timeout=120_000)  # its circuit may be open for 30 s
     assert server.ask("/v2/health/ready")[0] == 200
 
 

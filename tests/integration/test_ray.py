@@ -30,12 +30,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray's own sockets and files
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-QUICK = Timings(beat_s=0.2, silence_s=1.5)
+QUICK = Timings(beat_s=0.2, silence_s=3)
 X = {"x": np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)}
 SOON = {  # a host that is gone is known to be after a second
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
-    "health_check_timeout_ms": 500,
+    "health_check_timeout_ms": 10_000,  # a connection that is refused fails at once
     "health_check_failure_threshold": 2,
 }
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "memory": 2 << 30}
