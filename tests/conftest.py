@@ -18,11 +18,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import build
+import hypothesis
 import ports
 import psutil
 import pytest
 
 from onnxsplit.planner import partition
+
+# On a busy machine an example may take any time.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 LONGEST = ["export", "serving", "cli", "zoo", "faults", "gateway", "readme", "export_docs", "ray", "page", "keys"]
 

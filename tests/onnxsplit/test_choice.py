@@ -10,7 +10,7 @@ import build
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
@@ -94,7 +94,7 @@ def test_requests_that_contradict_themselves(tmp_path, options, words):
         planned(build.chain(), tmp_path, **options)
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(st.integers(0, 10**6))
 def test_merge_gives_the_source_back(seed):
     with tempfile.TemporaryDirectory() as scratch:

@@ -124,43 +124,43 @@ def check(problem: Problem, stages: int | None, parallel="model", certain=False)
         assert found.bound == best == found.score.value
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(problems(), st.integers(1, 3))
 def test_the_bottleneck_is_the_smallest_there_is(problem, stages):
     check(problem, stages, certain=problem.send_once and not any(f.to_caller and f.readers for f in problem.transfers))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(problems(kinds=2), st.sampled_from([None, 1, 2, 3]))
 def test_devices_of_several_kinds(problem, stages):
     check(problem, stages)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(problems(atoms=6, kinds=2), st.sampled_from([None, 1, 2]))
 def test_stages_with_replicas(problem, stages):
     check(problem, stages, "hybrid")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(problems(atoms=6), st.integers(1, 3), st.integers(20, 120))
 def test_memory_is_kept(problem, stages, limit):
     check(replace(problem, kinds=tuple(replace(k, max_memory_bytes=limit) for k in problem.kinds)), stages)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(problems(atoms=6, objective="latency"), st.integers(1, 3))
 def test_the_latency_is_the_smallest_there_is(problem, stages):
     check(problem, stages, certain=True)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(problems(atoms=6, objective="memory"), st.integers(1, 3))
 def test_the_largest_need_of_memory(problem, stages):
     check(problem, stages)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(problems(), st.integers(2, 3), st.data())
 def test_atoms_that_must_be_apart_are(problem, stages, data):
     if problem.atoms < 2:
@@ -169,13 +169,13 @@ def test_atoms_that_must_be_apart_are(problem, stages, data):
     check(replace(problem, apart=(pair,)), stages)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(problems(atoms=10), st.integers(2, 3))
 def test_ten_atoms(problem, stages):
     check(problem, stages)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(problems(atoms=6), st.integers(1, 3))
 def test_each_algorithm_alone(problem, stages):
     stages = min(stages, problem.atoms)
@@ -193,7 +193,7 @@ def test_each_algorithm_alone(problem, stages):
     assert PathSearch(Relaxed(problem, lineup), exact.value - 1).best() is None
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(problems(), st.integers(1, 3))
 def test_contraction_keeps_the_optimum_of_at_most_so_many_stages(problem, stages):
     problem = replace(
@@ -209,7 +209,6 @@ def test_contraction_keeps_the_optimum_of_at_most_so_many_stages(problem, stages
     assert both[0] == both[1]
 
 
-@settings(deadline=None)
 @given(problems(chain=True), st.integers(1, 3))
 def test_slicing_a_chain_is_exact(problem, stages):
     stages = min(stages, problem.atoms)

@@ -10,7 +10,7 @@ import build
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
@@ -27,7 +27,7 @@ def split(proto: onnx.ModelProto, folder: Path, stages: int, **options):
     return partition(model, stages=stages, out=folder / "m.plan", costs="analytic", **options), model
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(st.integers(0, 10**6))
 def test_random_graphs_give_the_same_in_stages(seed):
     with tempfile.TemporaryDirectory() as scratch:

@@ -149,8 +149,8 @@ class MoreFaults(Faults):
     """The same at length."""
 
 
-Faults.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
-MoreFaults.TestCase.settings = settings(max_examples=10_000, stateful_step_count=120, deadline=None)
+Faults.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
+MoreFaults.TestCase.settings = settings(max_examples=10_000, stateful_step_count=120)
 TestFaults = Faults.TestCase
 TestMoreFaults = pytest.mark.exhaustive(MoreFaults.TestCase)
 
