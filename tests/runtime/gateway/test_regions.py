@@ -15,7 +15,7 @@ from runtime.gateway.regions import Region, Regions
 
 @pytest.fixture
 def memory():
-    file = Path(f"/dev/shm/onnxsplit-region-{os.getpid()}")
+    file = Path(f"/dev/shm/test-region-{os.getpid()}")
     file.write_bytes(bytes(range(64)))
     yield file
     file.unlink(missing_ok=True)
