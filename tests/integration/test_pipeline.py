@@ -153,7 +153,9 @@ def test_busy_and_deadline(chain_plan):
         first.result(60)
         node.suspend()
         late = pipeline.submit(batch(), timeout=0.05)
-        with pytest.raises(DeadlineExceeded, match=r"stage 0 \(node 0.0, pid \d+ on .+\) (was running|had not begun) it"):
+        with pytest.raises(
+            DeadlineExceeded, match=r"stage 0 \(node 0.0, pid \d+ on .+\) (was running|had not begun) it"
+        ):
             late.result(60)
         node.resume()
         assert np.array_equal(pipeline.run(batch(), timeout=60)["y"], expected(chain_plan, batch())["y"])
