@@ -63,6 +63,7 @@ from runtime.messages import (
     Assign,
     Beat,
     Cancel,
+    Fate,
     Hello,
     Leaving,
     NodeBeat,
@@ -73,6 +74,7 @@ from runtime.messages import (
     Stop,
     Trust,
     Wire,
+    refusal,
 )
 from runtime.node_state import sources
 from runtime.payloads import Payloads
@@ -182,7 +184,9 @@ class Coordinator:
         self._ready: Future[str] = Future()
         self._drained: Future[None] = Future()
         self._handles: dict[int, Handle] = {}  # by the number of the node
-        self._gone: dict[int, str] = {}  # numbers of nodes that are dead, and their stories
+        self._gone: dict[
+            int, tuple[str, Fate]
+        ] = {}  # numbers of nodes that are dead, their stories, what they are told
         self._trusted = self._allowed() or frozenset()
         self._progress = -1
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
@@ -326,8 +330,7 @@ class Coordinator:
         sockets.watch(door.fileno())
         if not self._roster.nodes:  # every output passes through: there is nothing to wait for
             self._ready.set_result(control.address)
-        begun = time.monotonic()
-        next_beat = 0.0
+        begun = next_beat = time.monotonic()
         while self._machine.state is not State.CLOSED:
             if self._broken is not None:
                 raise self._broken
@@ -335,6 +338,8 @@ class Coordinator:
             events: list[Event] = []
             beats = now >= next_beat
             if beats:
+                if (late := now - next_beat) > setup.timings.beat_s:  # this process was stopped, or its host is busy
+                    self._watch.excuse(int(late * 1e9))
                 next_beat = now + setup.timings.beat_s
                 events += self._beat(control, now - begun)
             with self.flow.lock:
@@ -344,7 +349,8 @@ class Coordinator:
                 while self._posted:
                     events.append(self._posted.popleft())
                 steps, now_ns = self._steps() if self._gone else {}, time.monotonic_ns()
-                events += [Lost(number, reason, steps, now_ns) for number, reason in self._gone.items()]
+                for number, (reason, fate) in self._gone.items():
+                    events.append(Lost(number, reason, steps, now_ns, fate))
                 self._gone.clear()
                 events += self._expired()
                 for event in events:
@@ -372,6 +378,8 @@ class Coordinator:
             if answer is not None:
                 effects.extend(self._machine.handle(answer))
         if isinstance(event, Prepared):
+            if (record := self._roster.by_identity(event.identity)) is not None:
+                self._watch.serves(record.number)
             total = len(self._roster.nodes)
             ready = total - len(self._roster.missing())
             if ready != self._progress:
@@ -440,17 +448,18 @@ class Coordinator:
     def _heard(self, identity: bytes, beat: NodeBeat, control: AnsweringInlet, now_ns: int) -> None:
         record = self._roster.by_identity(identity)
         if record is None:  # it was cut off, taken for dead, and is back
-            control.send(identity, codec.encode(Stop("the pipeline has another node in its place")))
+            told = "the pipeline took it for dead, or was started anew"
+            control.send(identity, codec.encode(Stop(told, "rejoin")))
             return
         verdict = self._watch.heard(record.number, beat, now_ns)
         if verdict is not None:
             self._give_up({record.number: verdict})
 
-    def _give_up(self, verdicts: Mapping[int, str]) -> None:
+    def _give_up(self, verdicts: Mapping[int, str], fate: Fate = "rejoin") -> None:
         """Take nodes for dead, and see that they are."""
         for number, reason in verdicts.items():
             self._watch.end(number)
-            self._gone.setdefault(number, reason)
+            self._gone.setdefault(number, (reason, fate))
             if number in self._handles:
                 self._handles[number].kill()
 
@@ -460,7 +469,7 @@ class Coordinator:
                 sockets.unwatch(handle.fileno())
                 del self._handles[number]
                 self._watch.end(number)
-                self._gone.setdefault(number, handle.story())
+                self._gone.setdefault(number, (handle.story(), "rejoin"))
                 handle.end(0.0)
 
     def _beat(self, control: AnsweringInlet, running_s: float) -> list[Event]:
@@ -468,15 +477,15 @@ class Coordinator:
         setup, now = self._setup, time.monotonic_ns()
         header = codec.encode(Beat(self.flow.oldest))
         for record in self._roster:
-            if record.identity:
-                control.send(record.identity, header)
+            if record.identity and not control.send(record.identity, header):
+                self._watch.closed(record.number, now)
         if (trusted := self._allowed()) is not None and trusted != self._trusted:
             self._trusted = trusted
             for record in self._roster:
                 if record.identity:
                     control.send(record.identity, codec.encode(Trust(tuple(trusted))))
                 if record.hello is not None and record.hello.key not in trusted:
-                    self._give_up({record.number: "had its key revoked"})
+                    self._give_up({record.number: f"had its key revoked ({record.hello.key})"}, "refused")
         events: list[Event] = []
         patience = setup.start_timeout_s
         if patience is not None and self._files is not None and self._files.idle_s < patience:
@@ -505,7 +514,7 @@ class Coordinator:
                     try:
                         handle = setup.launcher.start(connect=address, stage=stage, replica=replica, number=number)
                     except OSError as error:  # no room for a process, a file, a descriptor: it is tried again later
-                        self._gone[number] = f"could not be started: {error}"
+                        self._gone[number] = f"could not be started: {error}", "rejoin"
                         return None
                     self._handles[number] = handle
                     sockets.watch(handle.fileno())
@@ -538,9 +547,9 @@ class Coordinator:
                 self._payloads.share(readers)
             case ShareMemory(identity, readers):
                 control.send(identity, codec.encode(Share(readers)))
-            case SendAway(identity, reason, later):
-                log_event(_log, logging.INFO, "node sent away", reason=reason)
-                control.send(identity, codec.encode(Stop(reason, later)))
+            case SendAway(identity, reason, fate, again):
+                log_event(_log, logging.DEBUG if again else logging.INFO, "node sent away", reason=reason)
+                control.send(identity, refusal(reason) if fate == "refused" else codec.encode(Stop(reason, fate)))
             case Announce(None):
                 log_event(_log, logging.INFO, "pipeline ready", nodes=len(self._roster.nodes))
                 self._ready.set_result(self._address)

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from runtime.arena import Step
 from runtime.errors import PipelineError
-from runtime.messages import Failed, Hello, Visit
+from runtime.messages import Failed, Fate, Hello, Visit
 from runtime.roster import Kill, Slot, Start
 
 Key = tuple[int, int]
@@ -62,13 +62,15 @@ class LeaveWanted(Struct, frozen=True):
 class Lost(Struct, frozen=True):
     """The process with this number is gone.
 
-    ``reason`` is its story; ``steps`` how far all nodes are with all attempts in flight.
+    ``reason`` is its story; ``steps`` how far all nodes are with all attempts in flight; ``fate`` what it is told, in
+    case it lives.
     """
 
     number: int
     reason: str
     steps: Steps
     now_ns: int
+    fate: Fate = "rejoin"
 
 
 class Submitted(Struct, frozen=True):
@@ -189,11 +191,12 @@ class ShareMemory(Struct, frozen=True):
 
 
 class SendAway(Struct, frozen=True):
-    """Tell a node to end; ``later``: it may ask again."""
+    """Tell a node to stop, and what is to become of it; ``again``: it was told so before, and keeps asking."""
 
     identity: bytes
     reason: str
-    later: bool = False
+    fate: Fate
+    again: bool = False
 
 
 class Announce(Struct, frozen=True):

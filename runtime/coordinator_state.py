@@ -68,9 +68,9 @@ from runtime.errors import (
     StageFailed,
     StageUnavailable,
 )
-from runtime.messages import ANY, NOT_NEEDED, PROTOCOL, Failed, Visit
+from runtime.messages import ANY, NOT_NEEDED, Failed, Fate, Visit
 from runtime.node_state import sources
-from runtime.roster import Kill, Phase, Record, Roster
+from runtime.roster import Kill, Phase, Record, Refusal, Roster
 from runtime.table import Machine
 from runtime.watch import Timings
 
@@ -199,9 +199,9 @@ class CoordinatorState:
                 return [] if record is None else self._gone(record, f"refused: {reason}", {}, now_ns)
             case LeaveWanted(identity, now_ns):
                 return self._leave(identity, now_ns)
-            case Lost(number, reason, steps, now_ns):
+            case Lost(number, reason, steps, now_ns, fate):
                 record = self.roster.by_number(number)
-                return [] if record is None else self._gone(record, reason, steps, now_ns)
+                return [] if record is None else self._gone(record, reason, steps, now_ns, fate)
             case Reported(message):
                 return self._reported(message)
             case Expired(request, steps):
@@ -276,8 +276,8 @@ class CoordinatorState:
 
     def _joined(self, event: Joined) -> list[Effect]:
         refusal = self.roster.join(event.identity, event.hello, event.now_ns, open_=self._open)
-        if isinstance(refusal, str):
-            return [SendAway(event.identity, refusal, later=self._open and event.hello.protocol == PROTOCOL)]
+        if isinstance(refusal, Refusal):
+            return [SendAway(event.identity, refusal.reason, refusal.fate, refusal.again)]
         if refusal is None:
             return []
         record = refusal
@@ -313,7 +313,7 @@ class CoordinatorState:
             return []
         return [ShareMemory(identity, readers) for identity, readers in self.roster.share()]
 
-    def _gone(self, record: Record, reason: str, steps: Steps, now_ns: int) -> list[Effect]:
+    def _gone(self, record: Record, reason: str, steps: Steps, now_ns: int, fate: Fate = "rejoin") -> list[Effect]:
         """A node is lost: its work is done again elsewhere."""
         if self.state in (State.CLOSED, State.FAILED):
             return []
@@ -324,7 +324,8 @@ class CoordinatorState:
         had_work = known_of and not record.released
         effects: list[Effect] = [*self.roster.lose(record, reason, now_ns)]
         if record.identity:  # it may live, and come back when a link does
-            effects.append(SendAway(record.identity, "it was taken for dead, and replaced"))
+            told = f"the pipeline took it for dead: it {reason}" if fate == "rejoin" else f"it {reason}"
+            effects.append(SendAway(record.identity, told, fate))
             record.identity = b""
         stage = record.slot[0]
         for request, found in list(self._requests.items()) if had_work else ():
@@ -358,7 +359,7 @@ class CoordinatorState:
         if record is None:
             return []
         if record.phase is not Phase.READY or not self._open:
-            return [SendAway(identity, "it asked to leave")]
+            return [SendAway(identity, "it asked to leave", "end")]
         self.roster.leave(record)
         effects = [self._introduce(), *self.roster.replace(record, now_ns)]
         record.leaves_at = self.roster.view
@@ -581,7 +582,7 @@ class CoordinatorState:
             for record in self.roster.departing:
                 if record.leaves_at <= oldest and not record.released:
                     record.released = True
-                    effects.append(SendAway(record.identity, "it has no more work"))
+                    effects.append(SendAway(record.identity, "it has no more work", "end"))
         if self.state is State.DRAINING and not self._requests:
             effects.append(Drained())
         return effects
@@ -603,7 +604,7 @@ class CoordinatorState:
         for number in list(self._requests):
             effects += self._refuse(number, error)
         known = [node.identity for node in self.roster.nodes.values() if node.identity]
-        return [*effects, *(SendAway(identity, "the pipeline was closed") for identity in known)]
+        return [*effects, *(SendAway(identity, "the pipeline was closed", "end") for identity in known)]
 
 
 def _unready(record: Record) -> str:

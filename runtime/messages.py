@@ -18,14 +18,17 @@ Headers are MessagePack with a tag; unknown fields and tags are refused.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from runtime.balance import Policy
 
-PROTOCOL = 4
-"""Both ends must speak the same version; a node that speaks another is refused by name."""
+PROTOCOL = 5
+"""Both ends must speak the same version; a node that speaks another is refused by name.
+
+For that, the fields of :class:`Hello` and the first one of :class:`Stop` are the same in all versions.
+"""
 
 CALLER = -1
 """As a fragment's source: the caller's inputs, sent by the coordinator."""
@@ -199,11 +202,26 @@ class Beat(_Message, tag="beat", frozen=True):
     oldest: Count
 
 
+Fate = Literal["end", "rejoin", "refused"]
+"""What is to become of a node that is told to stop.
+
+    end      its work is done: it exits with 0
+    rejoin   it has no place now, or was taken for dead and may not be: it drops its work and asks for a place again,
+             unless a launcher started it, which starts another
+    refused  it will never have a place, because of its key, its version or its wish: it exits with 1
+"""
+
+
 class Stop(_Message, tag="stop", frozen=True):
-    """End; the reason is for the node's log. ``later``: there is no place now, and there may be one soon."""
+    """Stop; the reason is for the node's log."""
 
     reason: str
-    later: bool = False
+    fate: Fate = "refused"
+
+
+def refusal(reason: str) -> bytes:
+    """A :class:`Stop` for good, in the form that nodes of every version understand."""
+    return msgspec.msgpack.encode(["stop", reason])
 
 
 class Place(_Message, frozen=True):

@@ -1,8 +1,9 @@
 """A runtime node: the process that executes one stage.
 
 Two threads. The main one waits for fragments, runs the session and sends what comes out, with no hand-over in
-between; the other speaks with the coordinator, so that it answers while the session runs. A node ends when it is
-told to, when its coordinator falls silent, and, started by a launcher, as soon as the launching process is gone.
+between; the other speaks with the coordinator, so that it answers while the session runs. When the coordinator is
+gone, or says that another node has this one's place, a node drops its work; one that was started by hand then asks for
+a place again, one that a launcher started ends, as it does as soon as the launching process is gone.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ DEFAULT_MEMORY_BYTES = 1 << 30
 """Of a node's outputs in shared memory at once; what does not fit is copied through sockets."""
 
 _EXIT_GRACE_S = 2.0
-_SPARE_S = 0.5  # between two questions for a place
+_SPARE_S = 0.5  # between the first two questions for a place; twice as long each time
+_SPARE_MOST_S = 5.0
 _SERVING = (State.READY, State.LEAVING)
 _log = logging.getLogger("runtime.node")
 
@@ -137,7 +139,8 @@ class NodeOptions:
 def serve(options: NodeOptions) -> int:
     """Be a node until told to stop; returns the exit code.
 
-    A coordinator that was there and fell silent is looked for, with nothing of the work for it left.
+    A node that was started by hand begins anew, with nothing of its work left, when its coordinator fell silent or
+    says that it was replaced, and keeps asking while there is no place for it, for ``rejoin_s`` each.
 
     Raises:
         PipelineError: an address cannot be used.
@@ -149,46 +152,66 @@ def serve(options: NodeOptions) -> int:
     if options.home is not None:
         return _Node(options, options.home, keys).serve()
     sweep()
-    patience = None
+    try:
+        return _serve_by_hand(options, keys)
+    finally:
+        if options.health is not None:
+            options.health.unlink(missing_ok=True)
+
+
+def _serve_by_hand(options: NodeOptions, keys: Keys | None) -> int:
+    """One node after the other, until one need not come back; returns the exit code."""
+    patience: float | None = None
     spare_since: float | None = None
+    pause = _SPARE_S
     while True:
         home = private_folder()
         held = hold(home)
         try:
-            node = _Node(options, home, keys, patience)
+            node = _Node(options, home, keys, patience, asked_before=spare_since is not None)
             code = node.serve()
         finally:
             shutil.rmtree(home, ignore_errors=True)
             os.close(held)
-            if options.health is not None:
-                options.health.unlink(missing_ok=True)
-        if node.ended.is_set():
+        if node.ended.is_set() or not node.rejoins:
             return code
-        if node.is_spare:
-            spare_since = spare_since or time.monotonic()
-            if time.monotonic() - spare_since > options.rejoin_s:
-                return 1
-            if node.ended.wait(_SPARE_S):
-                return code
+        if options.health is not None:
+            write_health(options.health, State.WAITING.name.lower())
+        if node.had_place:
+            patience, spare_since, pause = options.rejoin_s, None, _SPARE_S
+            _log.warning("asking %s for a place again, for %.0f s", options.connect, options.rejoin_s)
             continue
-        if not node.deserted:
+        spare_since = spare_since or time.monotonic()
+        left = options.rejoin_s - (time.monotonic() - spare_since)
+        if left <= 0:
+            _log.error("ending: there was no place for this node at %s in %.0f s", options.connect, options.rejoin_s)
+            return 1
+        if node.ended.wait(min(pause, left)):
             return code
-        spare_since, patience = None, options.rejoin_s
-        _log.warning("looking for the coordinator for %.0f s", patience)
+        patience, pause = max(left, _SPARE_S), min(2 * pause, _SPARE_MOST_S)
 
 
 class _Node:
     """The main thread: performs the effects of :class:`~runtime.node_state.NodeState`."""
 
-    def __init__(self, options: NodeOptions, home: Path, keys: Keys | None, patience_s: float | None = None) -> None:
+    def __init__(
+        self,
+        options: NodeOptions,
+        home: Path,
+        keys: Keys | None,
+        patience_s: float | None = None,
+        *,
+        asked_before: bool = False,
+    ) -> None:
         self._options = options
         self._home = home
         self._keys = keys
         self._patience_s = patience_s
+        self._asked_before = asked_before
         self._trusted: frozenset[str] = frozenset()
-        self.deserted = False
-        self.is_spare = False
-        self._timer: threading.Timer | None = None
+        self.rejoins = False  # when it has ended, another is to begin in this process
+        self.had_place = False
+        self._timers: list[threading.Timer] = []
         self._machine = NodeState()
         self._posted: deque[Event] = deque()
         self._wakeup = Wakeup()
@@ -222,31 +245,41 @@ class _Node:
 
     def lost(self, reason: str) -> None:
         """End soon; at the latest in two seconds, whatever the session does."""
-        self._timer = threading.Timer(_EXIT_GRACE_S, self._break_off)
-        self._timer.daemon = True
-        self._timer.start()
+        self._end_within(_EXIT_GRACE_S, reason)
+
+    def _end_within(self, seconds: float, reason: str) -> None:
+        timer = threading.Timer(seconds, self._break_off, (seconds, reason))
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
         self.post(StopAsked(reason))
 
-    def _break_off(self) -> None:
+    def _break_off(self, seconds: float, reason: str) -> None:
+        _log.error("ending %.0f s after it was to stop, in the middle of its work: %s", seconds, reason)
         if not self._options.lifeline:  # else the launcher removes it
             shutil.rmtree(self._home, ignore_errors=True)
         os._exit(1)
 
     def silent(self, reason: str) -> None:
-        """The coordinator is gone: drop the work, and be ready to begin anew."""
-        self.deserted = not self._options.lifeline
-        self.lost(reason)
+        """The coordinator is gone: drop the work, and look for it, unless a launcher started this node."""
+        self.rejoin(reason)
 
-    def spare(self, reason: str) -> None:
-        """There is no place for this node now; there may be one when another is found dead."""
-        self.is_spare = not self._options.lifeline
-        _log.log(logging.INFO if self._patience_s is None else logging.DEBUG, "%s", reason)
-        self.lost(reason)
+    def rejoin(self, reason: str) -> None:
+        """Drop the work and ask for a place anew, unless a launcher started this node.
+
+        Loading or a run may take its time before: nobody waits for either any more.
+        """
+        if self._options.lifeline:
+            self.lost(reason)
+        elif not self.rejoins:
+            self.rejoins = True
+            self._end_within(max(_EXIT_GRACE_S, self._options.rejoin_s), reason)
 
     def unwelcome(self, reason: str) -> None:
         """The coordinator will never take this node."""
-        self._refused = True
-        _log.error("%s", reason)
+        if not self._refused:
+            _log.error("%s", reason)
+        self._refused, self.rejoins = True, False
         self.lost(reason)
 
     def _asked_to_end(self, what: str) -> None:
@@ -261,6 +294,7 @@ class _Node:
         timer = threading.Timer(self._options.drain_s, self.lost, (f"received {what}",))
         timer.daemon = True
         timer.start()
+        self._timers.append(timer)
         self.post(LeaveAsked(f"received {what}"))
 
     def serve(self) -> int:
@@ -310,12 +344,21 @@ class _Node:
             self._worker.close()
             self._cache.close()
             control.end()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()
         self._wakeup.close()
         assert self._exit is not None
-        _log.info("ending: %s", self._exit.reason)
+        self._tell_end(self._exit.reason)
         return 1 if self._refused else 0
+
+    def _tell_end(self, reason: str) -> None:
+        if not self.rejoins:
+            _log.info("ending: %s", reason)
+        elif self.had_place:
+            _log.warning("dropped all work: %s", reason)
+        else:  # said once, and not each time that it asks
+            level = logging.DEBUG if self._asked_before else logging.INFO
+            _log.log(level, "%s; asking again for %.0f s", reason, self._options.rejoin_s)
 
     def _default_address(self) -> str:
         if self._options.connect.startswith("tcp://"):
@@ -364,6 +407,7 @@ class _Node:
             case Report(message):
                 worker.report(message)
             case Load(assign):
+                self.had_place = True
                 options = self._options
                 if options.provider is not None:
                     assign = msgspec.structs.replace(assign, provider=options.provider)

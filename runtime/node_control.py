@@ -49,11 +49,11 @@ class Body(Protocol):
         ...
 
     def silent(self, reason: str) -> None:
-        """The coordinator is gone: drop the work."""
+        """The coordinator is gone: drop the work, and look for it."""
         ...
 
-    def spare(self, reason: str) -> None:
-        """The coordinator has no place for this node now."""
+    def rejoin(self, reason: str) -> None:
+        """The coordinator gave this node's place to another, or has none: drop the work, and ask for a place."""
         ...
 
     def unwelcome(self, reason: str) -> None:
@@ -85,6 +85,7 @@ class ControlLink(threading.Thread):
         self._outbox: deque[NodeControl] = deque([hello])
         self._wakeup = Wakeup()
         self._ending = False
+        self._assigned = False
         self._beat_s, self._silence_s = Timings().beat_s, Timings().silence_s
 
     def say(self, message: NodeControl) -> None:
@@ -106,6 +107,8 @@ class ControlLink(threading.Thread):
             sockets.watch(self._wakeup.fileno())
             heard: float | None = None
             next_beat = 0.0
+            deserted = False
+            turned = begun
             while True:
                 ending = self._ending
                 while self._outbox:
@@ -113,13 +116,16 @@ class ControlLink(threading.Thread):
                 if ending:
                     return
                 now = time.monotonic()
+                if heard is not None:  # while this process was stopped, it could not hear
+                    heard += max(0.0, now - turned - 2 * self._beat_s)
+                turned = now
                 if now >= next_beat:
                     beat, next_beat = self._body.beat, now + self._beat_s
-                    if heard is not None:
+                    if heard is not None and not deserted:
                         link.send(codec.encode(beat))
-                if heard is not None and now - heard > self._silence_s:
+                if heard is not None and not deserted and now - heard > self._silence_s:
+                    deserted = True
                     self._body.silent(f"the coordinator has been silent for {self._silence_s:.0f} s")
-                    return
                 if heard is None and (reason := link.refused()) is not None:
                     self._body.unwelcome(f"the coordinator at {self._address} refuses this node: {reason}")
                     return
@@ -130,17 +136,25 @@ class ControlLink(threading.Thread):
                 self._wakeup.clear()
                 while (header := link.receive()) is not None:
                     heard = time.monotonic()
-                    self._take(header)
+                    if not deserted:
+                        self._take(header)
 
     def _take(self, header: bytes) -> None:
         try:
             message = codec.decode_coordinator_control(header)
         except ProtocolError as error:
-            _drops.note(error)
+            if self._assigned:
+                _drops.note(error)
+            else:
+                self._body.unwelcome(
+                    f"the coordinator at {self._address} says what this node does not understand; "
+                    f"install the same version of onnxsplit on both hosts ({error})"
+                )
             return
         match message:
             case Assign():
                 self._beat_s, self._silence_s = message.beat_ns / 1e9, message.silence_ns / 1e9
+                self._assigned = True
                 self._body.post(Assigned(message))
             case Trust(keys):
                 self._body.trust(frozenset(keys))
@@ -150,7 +164,11 @@ class ControlLink(threading.Thread):
                 self._body.post(Shared(readers))
             case Cancel(request, attempt):
                 self._body.post(Cancelled(request, attempt))
-            case Stop(reason, later):
-                (self._body.spare if later else self._body.lost)(reason)
+            case Stop(reason, "end"):
+                self._body.lost(reason)
+            case Stop(reason, "rejoin"):
+                self._body.rejoin(reason)
+            case Stop(reason):
+                self._body.unwelcome(f"the coordinator at {self._address} has no place for this node: {reason}")
             case Beat(oldest):
                 self._body.post(Passed(oldest))

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from onnxsplit.cluster import LOCAL
 from runtime.board import PEERS
-from runtime.messages import PROTOCOL, Hello, Peer, Visit
+from runtime.messages import PROTOCOL, Fate, Hello, Peer, Visit
 from runtime.table import Machine
 from runtime.watch import Timings
 
@@ -29,6 +29,7 @@ BUCKETS_NS = tuple(int(1000 * scale * 10**power) for power in range(2, 8) for sc
 """Upper ends of the buckets that session times are counted in, 100 us to 50 s; a last one is without an end."""
 
 _INCIDENTS = 100
+_ASKED_AGAIN_NS = 60 * 10**9  # a node that was refused a place and asks within this time has kept asking
 
 
 class Phase(Enum):
@@ -152,6 +153,14 @@ class Incident(Struct, frozen=True):
     story: str
 
 
+class Refusal(Struct, frozen=True):
+    """Why a node gets no place, what is to become of it, and whether it was refused before and keeps asking."""
+
+    reason: str
+    fate: Fate
+    again: bool = False
+
+
 class Roster:
     """All nodes.
 
@@ -192,6 +201,7 @@ class Roster:
         self._last = 0
         self._own_readers: tuple[int, ...] = ()
         self._served: frozenset[int] | None = None  # worked out again when a node comes or goes
+        self._refused: dict[tuple[str, int], int] = {}  # when processes, by host and pid, were refused a place last
         for stage, count in enumerate(replicas):
             for replica in range(count):
                 self.nodes[stage, replica] = self._record((stage, replica))
@@ -300,10 +310,18 @@ class Roster:
             if record.phase in (Phase.STARTED, Phase.LOADING) and now_ns - record.started_ns > patience_s * 1e9
         ]
 
-    def join(self, identity: bytes, hello: Hello, now_ns: int, *, open_: bool) -> Record | str | None:
+    def join(self, identity: bytes, hello: Hello, now_ns: int, *, open_: bool) -> Record | Refusal | None:
         """A node reports: the record it fills, why it cannot, or None when it is known already."""
         if hello.protocol != PROTOCOL:
-            return f"the node speaks protocol {hello.protocol}, the coordinator {PROTOCOL}: install the same version"
+            return Refusal(
+                f"the node speaks protocol {hello.protocol}, the coordinator {PROTOCOL}: install the same version",
+                "refused",
+            )
+        if hello.stage >= len(self._planned):
+            return Refusal(
+                f"the node wants stage {hello.stage}, and the plan has the stages 0 to {len(self._planned) - 1}",
+                "refused",
+            )
         if self.by_identity(identity) is not None:
             return None
         free = [
@@ -318,11 +336,21 @@ class Roster:
             free = self._extended(hello.stage, now_ns)
         if not open_ or not free:
             wish = f"stage {hello.stage}" if hello.stage >= 0 else "any stage"
-            return f"no node is wanted for {wish}: all {len(self.nodes)} places are taken"
+            reason = f"no node is wanted for {wish}: all {len(self.nodes)} places are taken"
+            return Refusal(reason, "rejoin" if open_ else "end", again=self._asks_again(hello, now_ns))
+        self._refused.pop((hello.host, hello.pid), None)
         record = min(free, key=lambda record: self._strangeness(record, hello))
         record.machine.go(Change.JOIN)
         record.identity, record.hello, record.started_ns = identity, hello, now_ns
         return record
+
+    def _asks_again(self, hello: Hello, now_ns: int) -> bool:
+        """True when a process that gets no place was refused one before, not long ago."""
+        process = hello.host, hello.pid
+        self._refused = {p: at for p, at in self._refused.items() if now_ns - at < _ASKED_AGAIN_NS}
+        again = process in self._refused
+        self._refused[process] = now_ns
+        return again
 
     def _extended(self, stage: int, now_ns: int) -> list[Record]:
         """One more slot of a stage, for a node that is there already; none when there are no numbers left."""

@@ -142,6 +142,7 @@ class Sockets:
         router = self._socket(zmq.ROUTER)
         router.setsockopt(zmq.MAXMSGSIZE, MAX_HEADER_BYTES)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who connects anew is who it was, also before its end is noticed
         return AnsweringInlet(router, self._bind(router, address), self._unread)
 
     def inlet(self, address: str, *, shortcut: Path | None = None) -> Inlet:
@@ -167,6 +168,8 @@ class Sockets:
         """
         check_address(address, self._security)
         dealer = self._socket(zmq.DEALER)
+        if receive:  # so that who answers knows it again when the link breaks and comes back
+            dealer.setsockopt(zmq.ROUTING_ID, b"\x01" + os.urandom(16))
         pair = self._security.pair
         if pair is not None and address.startswith("tcp://"):
             if not key:
@@ -306,11 +309,14 @@ class AnsweringInlet:
         key = header.get("User-Id") if self.raw.curve_server else ""
         return identity, header.bytes, _frames(self.raw), str(key)
 
-    def send(self, identity: bytes, header: bytes, *frames: Buffer) -> None:
-        """Answer a peer; a peer that is gone is no error here, its end is noticed elsewhere."""
+    def send(self, identity: bytes, header: bytes, *frames: Buffer) -> bool:
+        """Answer a peer; False when there is no link to it now, which is not an error here."""
         self._unread.add(self.raw)  # sending may take note of what came in meanwhile, and nobody else then would
-        with suppress(zmq.ZMQError):
+        try:
             self.raw.send_multipart([identity, header, *frames], _NOBLOCK, copy=not frames)
+        except zmq.ZMQError:
+            return False
+        return True
 
 
 class Inlet:

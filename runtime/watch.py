@@ -1,6 +1,7 @@
 """Which nodes are dead although their processes are there. Pure: what was heard and when in, verdicts out.
 
-    silent   it said nothing for ``silence_s``: stopped, cut off, or its interpreter is stuck
+    silent   it said nothing for ``silence_s``: stopped, cut off, or its interpreter is stuck; while it loads its stage,
+             which may hold up its interpreter, for ``loading_silence_s``
     stuck    it answers, but one run lasts longer than ``stall_s`` and than ``stall_factor`` times what such a request
              ever took there, or was predicted to take
 
@@ -24,7 +25,8 @@ class Timings:
 
     Attributes:
         beat_s: between two signs of life, in either direction.
-        silence_s: without one, a node, or the coordinator, is taken for dead.
+        silence_s: without one, a node that serves, or the coordinator, is taken for dead.
+        loading_silence_s: the same for a node that is not ready yet. One whose link was closed has ``silence_s``.
         stall_s: a run that lasts no longer is never taken for stuck.
         stall_factor: a run is taken for stuck when it lasts so many times what is usual.
         backoff_s: before the second restart in a row of a node; doubled each time. The first comes at once.
@@ -39,6 +41,7 @@ class Timings:
 
     beat_s: float = 0.5
     silence_s: float = 5.0
+    loading_silence_s: float = 60.0
     stall_s: float = 10.0
     stall_factor: float = 20.0
     backoff_s: float = 0.25
@@ -72,10 +75,12 @@ def timings(changes: Mapping[str, float]) -> Timings:
 class _Node:
     heard_ns: int
     predicted_ns: int
+    serves: bool = False
+    closed: bool = False
 
 
 class Watch:
-    """Minds the nodes that serve.
+    """Watches nodes from the moment they get a stage.
 
     Args:
         timings: when to give up on one.
@@ -86,8 +91,28 @@ class Watch:
         self._nodes: dict[int, _Node] = {}
 
     def begin(self, node: int, predicted_ns: int, now_ns: int) -> None:
-        """Mind a node from now on; an ordinary request is predicted to take so long there."""
+        """Watch a node that begins to load; an ordinary request is predicted to take so long there."""
         self._nodes.setdefault(node, _Node(now_ns, predicted_ns))
+
+    def serves(self, node: int) -> None:
+        """The node is ready: from now on it has ``silence_s``."""
+        if node in self._nodes:
+            self._nodes[node].serves = True
+
+    def closed(self, node: int, now_ns: int) -> None:
+        """There is no link to the node now.
+
+        The link of a process that ended is closed while it was heard of lately; that of one that was stopped is given
+        up by ZeroMQ much later, which says nothing new.
+        """
+        found = self._nodes.get(node)
+        if found is not None and now_ns - found.heard_ns < self._timings.silence_s * 1e9:
+            found.closed = True
+
+    def excuse(self, absent_ns: int) -> None:
+        """The watcher itself did not run for so long, so silence in that time says nothing about the nodes."""
+        for node in self._nodes.values():
+            node.heard_ns += absent_ns
 
     def end(self, node: int) -> None:
         """Mind it no longer."""
@@ -102,7 +127,7 @@ class Watch:
         found = self._nodes.get(node)
         if found is None:
             return None
-        found.heard_ns = now_ns
+        found.heard_ns, found.closed = now_ns, False
         longest_ns = max(found.predicted_ns, beat.longest_ns)
         usual = longest_ns * max(beat.cost, ORDINARY) / ORDINARY
         if beat.running_ns > max(self._timings.stall_s * 1e9, self._timings.stall_factor * usual):
@@ -114,8 +139,11 @@ class Watch:
 
     def silent(self, now_ns: int) -> dict[int, str]:
         """The nodes that have said nothing for too long, and why they are taken for dead."""
-        return {
-            number: f"has been silent for {(now_ns - node.heard_ns) / 1e9:.1f} s: stopped, cut off or stuck"
-            for number, node in self._nodes.items()
-            if now_ns - node.heard_ns > self._timings.silence_s * 1e9
-        }
+        found = {}
+        for number, node in self._nodes.items():
+            seconds = (now_ns - node.heard_ns) / 1e9
+            hurried = node.serves or node.closed
+            if seconds > (self._timings.silence_s if hurried else self._timings.loading_silence_s):
+                when = "" if node.serves else " before it was ready"
+                found[number] = f"has been silent for {seconds:.1f} s{when}: stopped, cut off or stuck"
+        return found

@@ -151,6 +151,7 @@ def test_one_node_too_many_is_sent_away_by_name(plan):
     (effect,) = ready(plan).handle(hello("late", stage=1))
     assert isinstance(effect, SendAway)
     assert "stage 1" in effect.reason
+    assert (effect.fate, effect.again) == ("rejoin", False)
 
 
 def test_a_process_that_was_replaced_before_it_reported_does_not_take_the_place_of_the_next(plan):
@@ -167,6 +168,7 @@ def test_a_node_of_another_version_is_sent_away(plan):
     (effect,) = new(plan).handle(old)
     assert isinstance(effect, SendAway)
     assert "same version" in effect.reason
+    assert effect.fate == "refused"
 
 
 def test_a_request_enters_and_is_answered_when_all_is_back(plan):
@@ -403,7 +405,7 @@ def test_an_attempt_of_which_nothing_is_heard_is_made_again_more_and_more_patien
 def test_a_lost_node_that_comes_back_is_sent_away_and_not_heard(plan):
     machine = ready(plan)
     effects = lose(machine, 2, reason="has been silent")
-    assert SendAway(b"n2", "it was taken for dead, and replaced") in effects
+    assert SendAway(b"n2", "the pipeline took it for dead: it has been silent", "rejoin") in effects
     assert machine.handle(Prepared(b"n2", (), 0)) == []
     assert machine.handle(LeaveWanted(b"n2", 0)) == []
 
@@ -459,7 +461,7 @@ def test_a_node_that_leaves_is_replaced_and_its_work_is_not_lost(plan):
     assert of(effects, Start) == [Start((1, 0), 5)]
     assert of(effects, SendAway) == []
     assert submit(machine, 2) == [], "it waits for the new one"
-    assert of(returned(machine, 1), SendAway) == [SendAway(b"n2", "it has no more work")]
+    assert of(returned(machine, 1), SendAway) == [SendAway(b"n2", "it has no more work", "end")]
     lose(machine, 2, reason="ended with exit code 0")
     assert of(come_back(machine, effects), Enter)[0].request == 2
 

@@ -6,6 +6,8 @@ from runtime.messages import PROTOCOL, Hello
 from runtime.roster import Phase, Roster
 from runtime.watch import Timings
 
+SECOND = 1_000_000_000
+
 
 def hello(stage: int = -1, host: str = "h") -> Hello:
     return Hello(PROTOCOL, 0, 1, host, "tcp://h:1", stage, -1, "", None, "")
@@ -36,11 +38,34 @@ def test_a_node_fills_the_place_that_the_plan_has_on_its_host():
 def test_a_node_too_many_is_refused_unless_the_pipeline_is_elastic():
     roster = waiting((1,))
     join(roster, b"1", hello(0))
-    assert "all 1 places are taken" in join(roster, b"2", hello(0))
+    assert "all 1 places are taken" in join(roster, b"2", hello(0)).reason
     roster = waiting((1,), elastic=True)
     join(roster, b"1", hello(0))
     assert join(roster, b"2", hello(0)).slot == (0, 1)
-    assert "no node is wanted for any stage" in join(roster, b"3", hello())
+    assert "no node is wanted for any stage" in join(roster, b"3", hello()).reason
+
+
+def test_a_node_that_keeps_asking_is_known_until_it_gets_a_place_or_stays_away():
+    roster = waiting((1,))
+    first = serve(roster, join(roster, b"1", hello(0)))
+    spare = hello(0, host="spare")
+    times = (0, 30 * SECOND, 60 * SECOND, 200 * SECOND)
+    refusals = [roster.join(b"%d" % at, spare, at, open_=True) for at in times]
+    assert [(refusal.fate, refusal.again) for refusal in refusals] == [
+        ("rejoin", False),
+        ("rejoin", True),
+        ("rejoin", True),
+        ("rejoin", False),
+    ]
+    roster.lose(first, "is gone", 201 * SECOND)
+    assert roster.join(b"5", spare, 201 * SECOND, open_=True).slot == (0, 0)
+    assert not roster.join(b"6", spare, 202 * SECOND, open_=True).again
+
+
+def test_a_node_that_wants_a_stage_the_plan_has_not_is_refused_for_good():
+    refusal = join(waiting((1, 1)), b"1", hello(7))
+    assert refusal.fate == "refused"
+    assert "wants stage 7, and the plan has the stages 0 to 1" in refusal.reason
 
 
 def test_the_place_of_a_node_that_came_by_itself_goes_with_it():
