@@ -6,7 +6,7 @@ a frame for every tensor that is neither in the header nor in shared memory:
     control   node DEALER -> coordinator ROUTER    Hello Ready Refused NodeBeat Leaving    rarely, and twice a second
               coordinator -> node                  Assign Trust Wire Share Cancel Beat Stop
     data      coordinator, node -> node DEALER     Fragment [tensor ...]                   inputs of a stage
-              node -> node, coordinator DEALER     Receipt                                 between hosts, to balance
+              node -> node, coordinator DEALER     Receipt                                 between hosts, for balancing
               node -> coordinator DEALER           Fragment [tensor ...] Started Failed
     files     node DEALER -> coordinator ROUTER    Fetch                                   where the plan is not at hand
               coordinator -> node                  Chunk bytes | NoFile
@@ -309,6 +309,7 @@ class Receipt(_Message, tag="receipt", frozen=True):
     Attributes:
         sender: number of the process that sends.
         done: cost of all work from the reader that it is done with, ever.
+        arrived: cost of all work from the reader that has arrived there, ever; what it is done with is part of it.
         others: cost of the work from all others that is there now.
         service_ns: time of an ordinary request there.
         peak_ns: the same, the slowest of late.
@@ -316,6 +317,7 @@ class Receipt(_Message, tag="receipt", frozen=True):
 
     sender: Number
     done: Count
+    arrived: Count
     others: Count
     service_ns: Nanoseconds
     peak_ns: Nanoseconds

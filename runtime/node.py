@@ -367,19 +367,23 @@ class _Node:
 
     def _loop(self, sockets: Sockets, inlet: Inlet, control: ControlLink) -> None:
         """What the coordinator says goes first, then what comes in, then one request at a time."""
-        machine = self._machine
+        machine, worker = self._machine, self._worker
         while self._exit is None:
             self._turn_ns = 0
-            ready = sockets.wait(0.0 if machine.ready else 60.0)
+            ready = sockets.wait(0.0 if machine.ready else worker.receipts_due_s(time.monotonic()))
             self._turn_ns = time.monotonic_ns()
             if self._posted or self._wakeup.fileno() in ready:
                 self._wakeup.clear()
                 while self._posted and self._exit is None:
                     self._handle(self._posted.popleft(), sockets, control)
-            if (message := inlet.receive(ready)) is not None:
-                event = self._worker.arrival(*message)
+            while self._exit is None and (message := inlet.receive(ready)) is not None:
+                event = worker.arrival(*message)
                 if event is not None and machine.state in _SERVING:
                     self._handle(event, sockets, control)
+                if not worker.has_far_senders:  # else all is taken in, for receipts to be true
+                    break
+            if worker.has_far_senders and self._exit is None:
+                worker.tell_senders(time.monotonic())
             if machine.ready and self._exit is None:
                 self._handle(Turn(time.monotonic_ns()), sockets, control)
 

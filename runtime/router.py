@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnxsplit.cluster import Link
 from runtime.balance import Chooser, Policy, Replica
@@ -13,17 +14,39 @@ from runtime.messages import CALLER, Peer, Receipt
 _BETWEEN_HOSTS = Link()
 _FRESH = 16.0  # times of a request after which half of what a node said of others' work is still true
 _FORGET = 0.05
+_LOST_NS = 10_000_000_000  # what was sent so long ago and has not arrived is taken for lost
+_APART_NS = 1_000_000_000  # between two notes of what had been sent
 
 
 @dataclass(slots=True)
 class _Heard:
-    """What a peer on another host said last: see :class:`~runtime.messages.Receipt`."""
+    """What a peer on another host said last: see :class:`~runtime.messages.Receipt`.
+
+    Attributes:
+        lost: cost of the work for it that is taken for lost on the way. Worked out anew from each receipt, so that a
+            wrong belief lasts until the next one.
+        notes: when, and the cost of all work that had been sent there by then; the first one is ``_LOST_NS`` old.
+    """
 
     done: int = 0
     others: int = 0
     service_ns: int = 0
     peak_ns: int = 0
     measured_ns: int = 0
+    lost: int = 0
+    notes: deque[tuple[int, int]] = field(default_factory=deque)
+
+    def hear(self, receipt: Receipt, sent: int, now_ns: int) -> None:
+        """Take in a receipt; ``sent`` is the cost of all work that has been sent there by now."""
+        notes = self.notes
+        if not notes or now_ns - notes[-1][0] >= _APART_NS:
+            notes.append((now_ns, sent))
+        while len(notes) > 1 and now_ns - notes[1][0] >= _LOST_NS:
+            notes.popleft()
+        due = notes[0][1] if now_ns - notes[0][0] >= _LOST_NS else 0
+        self.lost = max(0, due - receipt.arrived)
+        self.done, self.others = receipt.done, receipt.others
+        self.service_ns, self.peak_ns, self.measured_ns = receipt.service_ns, receipt.peak_ns, now_ns
 
 
 _NOTHING = _Heard()
@@ -85,9 +108,8 @@ class Router:
         if not self.mapped(receipt.sender):
             self._usual += _FORGET * (receipt.others - self._usual)
             self._usual_ns += _FORGET * (receipt.service_ns - self._usual_ns) if self._usual_ns else receipt.service_ns
-            self._heard[receipt.sender] = _Heard(
-                receipt.done, receipt.others, receipt.service_ns, receipt.peak_ns, now_ns
-            )
+            heard = self._heard.setdefault(receipt.sender, _Heard())
+            heard.hear(receipt, self._board.sent(receipt.sender), now_ns)
 
     @property
     def known(self) -> frozenset[int]:
@@ -126,7 +148,8 @@ class Router:
     def _outstanding(self, number: int, senders: Mapping[int, Board]) -> int:
         board = self._boards.get(number)
         if board is None:
-            return max(0, self._board.sent(number) - self._heard.get(number, _NOTHING).done)
+            heard = self._heard.get(number, _NOTHING)
+            return max(0, self._board.sent(number) - heard.done - heard.lost)
         return sum([max(0, sent.sent(number) - board.done(sender)) for sender, sent in senders.items()])
 
     def _sending(self, stages: tuple[int, ...]) -> Mapping[int, Board]:

@@ -6,6 +6,7 @@ import gc
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from runtime.arena import Step
 from runtime.balance import Gauge
 from runtime.errors import MemoryWithdrawn, ProtocolError, StageFailed
 from runtime.logs import Drops, log_event
-from runtime.messages import ANY, CALLER, Assign, Failed, Fragment, Receipt, Started
+from runtime.messages import ANY, CALLER, Assign, Failed, Fragment, Peer, Receipt, Started
 from runtime.node_events import (
     Arrived,
     Connect,
@@ -36,6 +37,10 @@ from runtime.router import Router
 from runtime.stage_files import StageFiles
 from runtime.stage_runner import StageRunner
 from runtime.transport import Outlet, Sockets
+
+_RECEIPT_S = 0.5  # between two receipts to one sender, where nothing waits for them
+_REPEAT_S = 5.0  # after so long a receipt is sent though it says nothing new: what was lost on the way shows by it
+_IDLE_S = 60.0
 
 _log = logging.getLogger("runtime.node")
 _drops = Drops(_log)
@@ -62,7 +67,11 @@ class Worker:
         self._gauge = Gauge()
         self._me = -1
         self._links: dict[int, Outlet] = {}
-        self._receipts: dict[int, Outlet] = {}  # to senders who cannot read this node's board, and have a choice
+        self._receipts: dict[int, Outlet] = {}  # to senders who cannot read this node's board
+        self._told: dict[int, tuple[Receipt, float]] = {}  # what each of them was told last, and when
+        self._waited_for: set[int] = set()  # those of them who choose by the next receipt
+        self._has_siblings = False
+        self._next_receipts = 0.0
         self._sources: dict[int, list[int]] = {}  # of every stage
         self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types from each source
         self._shared: dict[Leaving, tuple[str, ...]] = {}
@@ -139,18 +148,58 @@ class Worker:
             shortcut = peer.shortcut if number in self.mapped else ""
             self._links[number] = sockets.connect(peer.address, shortcut=shortcut, key=peer.key)
         self._me = connect.me
-        for number in self._receipts.keys() - peers.keys():
-            self._receipts.pop(number).close()
-        siblings = sum(peer.stage == self._assign.stage and peer.takes for peer in connect.peers)
-        for number in connect.neighbours - self._receipts.keys() if siblings > 1 else ():
-            if not self._router.mapped(number) and peers[number].stage in self._sources[self._assign.stage]:
-                self._receipts[number] = sockets.connect(peers[number].address, key=peers[number].key)
+        self._meet_senders(connect, peers, sockets)
         if not first:
             return
         if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:
             self.payloads.pin(pin)
         gc.freeze()  # what is here now stays; requests make no cycles, so there is little to look for
         gc.set_threshold(100_000, 50, 50)
+
+    def _meet_senders(self, connect: Connect, peers: Mapping[int, Peer], sockets: Sockets) -> None:
+        """Have a link for receipts to each sender who cannot read this node's board."""
+        self._has_siblings = sum(peer.stage == self._assign.stage and peer.takes for peer in connect.peers) > 1
+        sources = self._sources[self._assign.stage]
+        far = {n for n in connect.neighbours if peers[n].stage in sources and not self._router.mapped(n)}
+        for number in self._receipts.keys() - far:
+            self._receipts.pop(number).close()
+            self._told.pop(number, None)
+        for number in far - self._receipts.keys():
+            self._receipts[number] = sockets.connect(peers[number].address, key=peers[number].key)
+            self._waited_for.add(number)
+        for number in self._here.keys() - peers.keys():
+            del self._here[number]
+
+    @property
+    def has_far_senders(self) -> bool:
+        """True when some sender learns from receipts alone how busy this node is."""
+        return bool(self._receipts)
+
+    def receipts_due_s(self, now_s: float) -> float:
+        """Seconds until :meth:`tell_senders` may have something to say."""
+        if not self._receipts:
+            return _IDLE_S
+        return 0.0 if self._waited_for else max(0.0, self._next_receipts - now_s)
+
+    def tell_senders(self, now_s: float) -> None:
+        """Send the receipts that are due. All that has come in must have been taken in before."""
+        beat = now_s >= self._next_receipts
+        if beat:
+            self._next_receipts = now_s + _RECEIPT_S
+        for number in list(self._receipts) if beat else self._waited_for & self._receipts.keys():
+            said, at = self._told.get(number, (None, 0.0))
+            receipt = self._receipt(number)
+            if receipt != said or now_s - at >= _REPEAT_S:
+                self._receipts[number].send(codec.encode(receipt))
+                self._told[number] = receipt, now_s
+        self._waited_for.clear()
+
+    def _receipt(self, sender: int) -> Receipt:
+        board, here = self.payloads.board, self._here
+        service_ns, peak_ns, *_ = board.times
+        done, waiting = board.done(sender), here[sender]
+        others = max(0, sum(here.values()) - waiting)
+        return Receipt(self._me, done, done + max(0, waiting), others, service_ns, peak_ns)
 
     def arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
         """A message of the data link: a fragment, or None for what was taken note of or dropped.
@@ -201,14 +250,20 @@ class Worker:
     def give_back(self, fragment: Fragment) -> None:
         """Let the sender have its memory again, and know how busy this node is."""
         self.payloads.give_back(fragment)
+        self._settle(fragment)
+
+    def write_off(self, fragment: Fragment) -> None:
+        """Count a fragment as done that was counted as here, and whose tensors could not be taken in."""
+        self.payloads.board.finish(fragment.sender, fragment.cost)
+        self._settle(fragment)
+
+    def _settle(self, fragment: Fragment) -> None:
+        """A fragment is here no more; who can choose another replica is told soon."""
         sender = fragment.sender
-        self._here[sender] -= fragment.cost
-        if not self._router.mapped(sender) and (link := self._receipts.get(sender)) is not None:
-            board = self.payloads.board
-            service_ns, peak_ns, *_ = board.times
-            me = self._me
-            others = sum(self._here.values()) - self._here[sender]
-            link.send(codec.encode(Receipt(me, board.done(sender), others, service_ns, peak_ns)))
+        if sender in self._here:  # else it is gone
+            self._here[sender] -= fragment.cost
+        if self._has_siblings and sender in self._receipts:
+            self._waited_for.add(sender)
 
     def run(self, run: Run) -> Event:
         """Execute the session; :class:`Executed` or :class:`ExecutionFailed`. The outputs are kept for what follows."""

@@ -231,7 +231,8 @@ class World:
             for number in fragment.route:
                 self.done[number] = self.done.get(number, 0) + ORDINARY
                 gauge = self.nodes[number].gauge
-                self.router.told(Receipt(number, self.done[number], 0, gauge.service_ns, gauge.peak_ns), self.now)
+                done = self.done[number]
+                self.router.told(Receipt(number, done, done, 0, gauge.service_ns, gauge.peak_ns), self.now)
         self.tell(c.Returned(fragment.request, fragment.attempt, ("y",), fragment.history))
 
     # Nodes
@@ -297,8 +298,9 @@ class World:
         if self.early:
             return
         router = self.router if sender == 0 else self.nodes[sender].router
-        others = sum(node.here.values()) - node.here[sender]
-        said = Receipt(node.number, node.board.done(sender), others, node.gauge.service_ns, node.gauge.peak_ns)
+        here, done = node.here[sender], node.board.done(sender)
+        others = sum(node.here.values()) - here
+        said = Receipt(node.number, done, done + here, others, node.gauge.service_ns, node.gauge.peak_ns)
         self.later(self.delay_ns, lambda: router.told(said, self.now))
 
     # A run
@@ -405,7 +407,7 @@ def decision(given: argparse.Namespace) -> list[dict[str, Any]]:
                 boards = {peer.number: Board() for peer in peers} if where == "memory" else {}
                 router.learn(0, peers, boards)
                 for peer in peers:
-                    router.told(Receipt(peer.number, 0, 0, SERVICE_NS, SERVICE_NS), 1)
+                    router.told(Receipt(peer.number, 0, 0, 0, SERVICE_NS, SERVICE_NS), 1)
                 times = []
                 for _ in range(20):
                     begun = time.perf_counter_ns()

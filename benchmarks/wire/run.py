@@ -75,7 +75,7 @@ def samples() -> list[tuple[bytes, list[bytes]]]:
         (Fragment(FAR + 2, 1, 0, 1000, 0, 1, 0, (0, 0), ("y",), (place,), (visit, visit)), []),
         (Failed(3, 1, 0, 0, "why"), []),
         (Started(3, 1, 1), []),
-        (Receipt(1, 1000, 0, 5, 6), []),
+        (Receipt(1, 1000, 2000, 0, 5, 6), []),
         (Hello(3, 0, 1, "host", "tcp://127.0.0.1:1", 0, 0, "", None, ""), []),
         (Ready((1, 2)), []),
         (Refused("no"), []),

@@ -198,3 +198,32 @@ def test_a_node_of_another_version_is_told_and_exits_with_1(plan, tmp_path, star
         assert done.returncode == 1, done.stderr
         assert words in done.stderr
         start(address)
+
+
+def answered(pipeline, count: int) -> list[int]:
+    """How many of so many requests each replica of stage 0 executed, with a few in flight."""
+    before = [stats.requests for stats in pipeline.stats() if stats.stage == 0]
+    for future in [pipeline.submit(X) for _ in range(count)]:
+        future.result(60)
+    after = [stats.requests for stats in pipeline.stats() if stats.stage == 0]
+    return [now - (before[n] if n < len(before) else 0) for n, now in enumerate(after)]
+
+
+def test_replicas_that_share_no_memory_share_the_work_as_they_come_and_go(plan, tmp_path, start):
+    """The second one got everything and the first nothing, for ever; a lone one's queue grew without end."""
+    address = f"ipc://{tmp_path}/control"
+    first = start(address, "--no-shared-memory")
+    with Pipeline.listen(plan, bind=address, start_timeout=60, elastic=True, timings=QUICK) as pipeline:
+        assert answered(pipeline, 300) == [300]
+        wait_for(lambda: pipeline.stats()[0].queue == 0, "the queue of a lone node does not return to 0")
+        second = start(address, "--no-shared-memory", "--stage", "0")
+        wait_for(lambda: len(pipeline.nodes) == 2 and ready(pipeline))
+        shares = answered(pipeline, 300)
+        assert min(shares) >= 50, shares
+        wait_for(lambda: all(stats.queue == 0 for stats in pipeline.stats()))
+        second.signal(signal.SIGTERM)
+        assert second.exit_code() == 0
+        assert answered(pipeline, 100) == [100]
+        wait_for(lambda: pipeline.stats()[0].queue == 0)
+        assert (pipeline.incidents, pipeline.retries) == ((), 0)
+    assert first.exit_code() == 0

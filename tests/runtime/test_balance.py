@@ -149,7 +149,7 @@ def test_of_replicas_on_other_hosts_what_was_sent_and_what_they_say_counts():
         for _ in range(times):
             router.sent(number, ORDINARY)
     assert router.choose(0, (-1,), ORDINARY, 0, 0) == 2
-    router.told(Receipt(1, 3 * ORDINARY, 0, 5 * MS, 5 * MS), 1)
+    router.told(Receipt(1, 3 * ORDINARY, 3 * ORDINARY, 0, 5 * MS, 5 * MS), 1)
     assert router.outstanding(1) == 0
     assert router.choose(0, (-1,), ORDINARY, 0, 1) == 1
     router.learn(0, [Peer(n, 0, n, True, "", "", None, "") for n in (2, 3, 4)], {})

@@ -1,0 +1,157 @@
+"""What a sender believes of replicas on other hosts, by a clock that the tests turn."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from runtime.balance import ORDINARY
+from runtime.board import Board
+from runtime.messages import Peer, Receipt
+from runtime.router import Router
+
+SECOND = 1_000_000_000
+MS = 1_000_000
+
+
+class Far:
+    """A replica on another host: what has arrived at it and what it is done with, from one sender."""
+
+    def __init__(self, number: int, service_ns: int = 5 * MS) -> None:
+        self.number, self.service_ns = number, service_ns
+        self.arrived = self.done = 0
+
+    def take(self, cost: int = ORDINARY) -> None:
+        self.arrived += cost
+
+    def finish(self, cost: int = ORDINARY) -> None:
+        self.done += cost
+
+    @property
+    def receipt(self) -> Receipt:
+        return Receipt(self.number, self.done, self.arrived, 0, self.service_ns, self.service_ns)
+
+
+def knowing(*numbers: int) -> Router:
+    router = Router("completion", Board())
+    learn(router, *numbers)
+    return router
+
+
+def learn(router: Router, *numbers: int) -> None:
+    router.learn(0, [Peer(n, 0, n, True, "tcp://10.0.0.1:1", "", None, "") for n in numbers], {})
+
+
+def test_the_queue_of_a_lone_replica_returns_to_nothing():
+    """It was never told anything, so all that was ever sent there counted as queued."""
+    router, far = knowing(1), Far(1)
+    for _ in range(100):
+        router.sent(1, ORDINARY)
+        far.take()
+    router.told(far.receipt, 0)
+    assert router.outstanding(1) == 100 * ORDINARY
+    for _ in range(100):
+        far.finish()
+    router.told(far.receipt, SECOND)
+    assert router.outstanding(1) == 0
+
+
+def test_what_was_lost_on_the_way_is_not_counted_for_ever():
+    router, far = knowing(1), Far(1)
+    for _ in range(5):
+        router.sent(1, ORDINARY)
+    far.take()
+    far.finish()
+    found = []
+    for second in range(15):
+        router.told(far.receipt, second * SECOND)
+        found.append(router.outstanding(1) // ORDINARY)
+    assert found == [4] * 10 + [0] * 5
+
+
+def test_what_arrives_after_it_was_taken_for_lost_counts_again():
+    router, far = knowing(1), Far(1)
+    router.sent(1, ORDINARY)
+    for second in range(12):
+        router.told(far.receipt, second * SECOND)
+    assert router.outstanding(1) == 0
+    far.take()
+    router.told(far.receipt, 12 * SECOND)
+    assert router.outstanding(1) == ORDINARY
+    far.finish()
+    router.told(far.receipt, 13 * SECOND)
+    assert router.outstanding(1) == 0
+
+
+def test_work_that_waits_at_a_slow_replica_is_never_taken_for_lost():
+    router, far = knowing(1), Far(1, service_ns=20 * SECOND)
+    for _ in range(3):
+        router.sent(1, ORDINARY)
+        far.take()
+    for second in range(60):
+        router.told(far.receipt, second * SECOND)
+        assert router.outstanding(1) == 3 * ORDINARY
+
+
+def test_receipts_that_come_late_mislead_until_the_next_one_only():
+    router, far = knowing(1), Far(1)
+    router.told(far.receipt, 0)
+    old = far.receipt
+    for _ in range(50):
+        router.sent(1, ORDINARY)
+        far.take()
+    for second in range(1, 20):  # the link for receipts is dead; all that while nothing is known
+        assert router.outstanding(1) == 50 * ORDINARY, second
+    router.told(old, 20 * SECOND)
+    router.told(far.receipt, 20 * SECOND + 1)
+    assert router.outstanding(1) == 50 * ORDINARY
+    far.finish(50 * ORDINARY)
+    router.told(far.receipt, 21 * SECOND)
+    assert router.outstanding(1) == 0
+
+
+def test_a_replica_that_joins_starts_at_nothing_and_shares_the_work():
+    """It got everything and the old one nothing, for ever: all that was ever sent to that one counted as queued."""
+    router, old, new = knowing(1), Far(1), Far(2)
+    for _ in range(1000):
+        router.sent(1, ORDINARY)
+        old.take()
+        old.finish()
+    router.told(old.receipt, SECOND)
+    learn(router, 1, 2)
+    assert (router.outstanding(1), router.outstanding(2)) == (0, 0)
+    taken = Counter()
+    for turn in range(200):
+        now = SECOND + turn * 5 * MS
+        number = router.choose(0, (-1,), ORDINARY, 0, now)
+        taken[number] += 1
+        router.sent(number, ORDINARY)
+        far = old if number == 1 else new
+        far.take()
+        far.finish()
+        router.told(far.receipt, now + 4 * MS)
+    assert min(taken[1], taken[2]) > 60, taken
+
+
+def test_a_number_that_is_used_again_starts_at_nothing():
+    router, far = knowing(1, 2), Far(2)
+    for _ in range(20):
+        router.sent(2, ORDINARY)
+        far.take()
+    router.told(far.receipt, 0)
+    learn(router, 1)
+    learn(router, 1, 2)
+    assert router.outstanding(2) == 0
+    router.sent(2, ORDINARY)
+    router.told(Receipt(2, 0, ORDINARY, 0, MS, MS), 30 * SECOND)
+    assert router.outstanding(2) == ORDINARY
+
+
+def test_a_receipt_of_who_is_not_known_or_is_read_in_memory_changes_nothing():
+    router = knowing(1)
+    router.told(Receipt(9, 5, 5, 0, MS, MS), 0)
+    board = Board()
+    router.learn(0, [Peer(1, 0, 0, True, "ipc://x", "", None, "")], {1: board})
+    router.sent(1, ORDINARY)
+    router.told(Receipt(1, ORDINARY, ORDINARY, 0, MS, MS), 0)
+    assert router.outstanding(9) == 0
+    board.finish(0, ORDINARY)
