@@ -40,6 +40,8 @@ from runtime.coordinator_events import (
     Introduce,
     Joined,
     LeaveWanted,
+    LinkChanged,
+    LinksSeen,
     Lost,
     Met,
     Prepared,
@@ -78,6 +80,7 @@ from runtime.messages import (
 )
 from runtime.node_state import sources
 from runtime.payloads import Payloads
+from runtime.reach import Reach
 from runtime.roster import Kill, Phase, Slot, Start
 from runtime.router import Router
 from runtime.stats import Door, NodeStats, Snapshot, hold, node_stats, sweep
@@ -161,6 +164,7 @@ class Coordinator:
         self._files: FileServer | None = None
         self._roster = self._machine.roster
         self._watch = Watch(setup.timings)
+        self._reach = Reach(setup.timings.unreachable_s)
         self.flow = Flow(
             setup.plan,
             self._machine,
@@ -184,9 +188,7 @@ class Coordinator:
         self._ready: Future[str] = Future()
         self._drained: Future[None] = Future()
         self._handles: dict[int, Handle] = {}  # by the number of the node
-        self._gone: dict[
-            int, tuple[str, Fate]
-        ] = {}  # numbers of nodes that are dead, their stories, what they are told
+        self._gone: dict[int, tuple[str, Fate]] = {}  # numbers of dead nodes: their stories, and what they are told
         self._trusted = self._allowed() or frozenset()
         self._progress = -1
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
@@ -227,6 +229,12 @@ class Coordinator:
         """Processes that were started here, by the number of the node."""
         return {number: handle.pid for number, handle in list(self._handles.items())}
 
+    @property
+    def unreachable(self) -> str | None:
+        """Why no request can get through although every stage has a node: dead links. None when all is well."""
+        with self.flow.lock:
+            return self._machine.unreachable
+
     def stats(self) -> tuple[NodeStats, ...]:
         """Of every node."""
         with self.flow.lock:
@@ -261,12 +269,13 @@ class Coordinator:
             waiting=machine.waiting,
             retries=machine.retries,
             losses=self._roster.losses,
-            cause=incidents[0].story if incidents else "",
+            cause=next(iter([*machine.dead_links.values(), *(incident.story for incident in incidents)]), ""),
             nodes=self.stats(),
         )
 
     def _choose(self, stage: int, cost: int) -> int | None:
-        return self._router.choose(stage, self._sources[stage], cost, 0, time.monotonic_ns())
+        avoid = self._machine.avoided(stage) if self._machine.dead_links else frozenset()
+        return self._router.choose(stage, self._sources[stage], cost, 0, time.monotonic_ns(), avoid=avoid)
 
     def _post(self, event: Event) -> None:
         self._posted.append(event)
@@ -326,6 +335,7 @@ class Coordinator:
     def _loop(self, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet, door: Door) -> None:
         setup = self._setup
         self._address = control.address
+        self._machine.data_address = data.address
         sockets.watch(self._wakeup.fileno())
         sockets.watch(door.fileno())
         if not self._roster.nodes:  # every output passes through: there is nothing to wait for
@@ -451,6 +461,7 @@ class Coordinator:
             told = "the pipeline took it for dead, or was started anew"
             control.send(identity, codec.encode(Stop(told, "rejoin")))
             return
+        self._reach.seen(record.number, beat.unreachable, now_ns)
         verdict = self._watch.heard(record.number, beat, now_ns)
         if verdict is not None:
             self._give_up({record.number: verdict})
@@ -486,7 +497,7 @@ class Coordinator:
                     control.send(record.identity, codec.encode(Trust(tuple(trusted))))
                 if record.hello is not None and record.hello.key not in trusted:
                     self._give_up({record.number: f"had its key revoked ({record.hello.key})"}, "refused")
-        events: list[Event] = []
+        events: list[Event] = [*self._look_at_links(now)]
         patience = setup.start_timeout_s
         if patience is not None and self._files is not None and self._files.idle_s < patience:
             patience = None  # nobody is late while stage files are on their way
@@ -496,6 +507,17 @@ class Coordinator:
         elif patience is not None and self._machine.state is not State.STARTING and setup.launcher is not None:
             self._give_up(dict(self._roster.late(now, patience)))
         return events
+
+    def _look_at_links(self, now_ns: int) -> list[Event]:
+        """Who cannot reach whom, where that changed."""
+        entrances = {number for stage in self._machine.entrances for number in self._roster.numbers(stage)}
+        own = frozenset(
+            number for number in entrances & self.flow.links.keys() if not self.flow.links[number].connected
+        )
+        self._router.unreachable = own
+        self._reach.seen(0, own, now_ns)
+        dead = self._reach.dead({0, *(record.number for record in self._roster)}, now_ns)
+        return [LinksSeen(dead, now_ns)] if dead != self._machine.dead_links.keys() else []
 
     def _perform(
         self, effect: Effect, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet
@@ -550,6 +572,8 @@ class Coordinator:
             case SendAway(identity, reason, fate, again):
                 log_event(_log, logging.DEBUG if again else logging.INFO, "node sent away", reason=reason)
                 control.send(identity, refusal(reason) if fate == "refused" else codec.encode(Stop(reason, fate)))
+            case LinkChanged(story, is_dead):
+                _log.log(logging.WARNING if is_dead else logging.INFO, "%s", story)
             case Announce(None):
                 log_event(_log, logging.INFO, "pipeline ready", nodes=len(self._roster.nodes))
                 self._ready.set_result(self._address)

@@ -12,6 +12,7 @@ from msgspec import Struct
 from runtime.arena import Step
 from runtime.errors import PipelineError
 from runtime.messages import Failed, Fate, Hello, Visit
+from runtime.reach import Link
 from runtime.roster import Kill, Slot, Start
 
 Key = tuple[int, int]
@@ -71,6 +72,13 @@ class Lost(Struct, frozen=True):
     steps: Steps
     now_ns: int
     fate: Fate = "rejoin"
+
+
+class LinksSeen(Struct, frozen=True):
+    """These links, and no others, are dead now: numbers of who sends and of who should receive."""
+
+    dead: frozenset[Link]
+    now_ns: int
 
 
 class Submitted(Struct, frozen=True):
@@ -155,6 +163,7 @@ Event = (
     | Declined
     | LeaveWanted
     | Lost
+    | LinksSeen
     | Submitted
     | Returned
     | Reported
@@ -197,6 +206,13 @@ class SendAway(Struct, frozen=True):
     reason: str
     fate: Fate
     again: bool = False
+
+
+class LinkChanged(Struct, frozen=True):
+    """A link between two processes is dead, or works again; the story names both."""
+
+    story: str
+    is_dead: bool
 
 
 class Announce(Struct, frozen=True):
@@ -258,6 +274,7 @@ Effect = (
     | Introduce
     | ShareMemory
     | SendAway
+    | LinkChanged
     | Announce
     | Enter
     | Again

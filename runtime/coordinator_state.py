@@ -42,6 +42,8 @@ from runtime.coordinator_events import (
     Joined,
     Key,
     LeaveWanted,
+    LinkChanged,
+    LinksSeen,
     Lost,
     Met,
     Prepared,
@@ -68,8 +70,9 @@ from runtime.errors import (
     StageFailed,
     StageUnavailable,
 )
-from runtime.messages import ANY, NOT_NEEDED, Failed, Fate, Visit
+from runtime.messages import ANY, CALLER, NOT_NEEDED, Failed, Fate, Visit
 from runtime.node_state import sources
+from runtime.reach import Link, dead_ends
 from runtime.roster import Kill, Phase, Record, Refusal, Roster
 from runtime.table import Machine
 from runtime.watch import Timings
@@ -153,19 +156,24 @@ class CoordinatorState:
         self.retries = 0
         hosts = {(s.index, replica): host for s in plan.stages for replica, host in enumerate(s.hosts)}
         self.roster = Roster(replicas, timings or Timings(), hosts=hosts, elastic=elastic)
+        self.dead_links: dict[Link, str] = {}  # and their stories
+        self.data_address = ""  # where nodes send results
         self._machine = Machine("pipeline", TRANSITIONS, State.STARTING)
         self._plan = plan
         self._choose = choose
         self._timings = timings or Timings()
         self._attempts = attempts
         self._patient = patient
-        self._joins = frozenset(s.index for s in plan.stages if len(sources(plan, s.index)) > 1)
+        self._senders = {s.index: sources(plan, s.index) for s in plan.stages}
+        self._joins = frozenset(stage for stage, senders in self._senders.items() if len(senders) > 1)
         self._readers = {
             s.index: frozenset(o.index for o in plan.stages if set(s.outputs) & set(o.inputs)) for s in plan.stages
         }
-        self._feeders = {
-            s.index: frozenset(o.index for o in plan.stages if set(o.outputs) & set(s.inputs)) for s in plan.stages
+        self._paths: dict[int, frozenset[int]] = {
+            stage: readers | ({CALLER} if set(plan.stages[stage].outputs) & set(plan.outputs) else set())
+            for stage, readers in self._readers.items()
         }
+        self._paths[CALLER] = frozenset(s.index for s in plan.stages if CALLER in self._senders[s.index])
         self._requests: dict[int, _Request] = {}
         self._waiting: dict[int, None] = {}  # those that wait for a node, in order
         self._needed: dict[tuple[str, ...], frozenset[int]] = {}
@@ -202,6 +210,8 @@ class CoordinatorState:
             case Lost(number, reason, steps, now_ns, fate):
                 record = self.roster.by_number(number)
                 return [] if record is None else self._gone(record, reason, steps, now_ns, fate)
+            case LinksSeen(dead, now_ns):
+                return self._links_seen(dead, now_ns)
             case Reported(message):
                 return self._reported(message)
             case Expired(request, steps):
@@ -294,6 +304,7 @@ class CoordinatorState:
 
     def _introduce(self) -> Effect:
         self.roster.view += 1
+        self.roster.dead_ends = self._dead_ends()
         return Introduce(self.roster.introduced(everyone=self.state is State.STARTING), meet=True)
 
     def _prepared(self, event: Prepared) -> list[Effect]:
@@ -338,6 +349,72 @@ class CoordinatorState:
         if known_of or (self.state is State.STARTING and self.roster.introduced(everyone=False)):
             effects.append(self._introduce())  # what is to be made again begins when that is done
         return [*effects, *self._give_up()]
+
+    # Links
+
+    @property
+    def entrances(self) -> frozenset[int]:
+        """The stages that the coordinator itself sends to."""
+        return self._paths[CALLER]
+
+    @property
+    def unreachable(self) -> str | None:
+        """Why no request can get through although every stage has a node: dead links. None when all is well."""
+        return "; ".join(self.dead_links.values()) if 0 in self._dead_ends() else None
+
+    def avoided(self, stage: int) -> frozenset[int]:
+        """The nodes of a stage that some of those who send to it cannot reach."""
+        senders = self._senders[stage]
+        return frozenset(b for a, b in self.dead_links if self._stage_of(b) == stage and self._stage_of(a) in senders)
+
+    def _stage_of(self, number: int) -> int | None:
+        return CALLER if number == 0 else self.roster.stage_of(number)
+
+    def _dead_ends(self) -> frozenset[int]:
+        nodes = {stage.index: self.roster.takers(stage.index) for stage in self._plan.stages}
+        return dead_ends(self._paths, nodes, self.dead_links.keys())
+
+    def _links_seen(self, dead: frozenset[Link], now_ns: int) -> list[Effect]:
+        """Links died or came back: say so, lead requests around them, and try again what may be stuck there."""
+        effects: list[Effect] = []
+        for link in self.dead_links.keys() - dead:
+            del self.dead_links[link]
+            sender, receiver = map(self.roster.name_of, link)
+            if None not in map(self._stage_of, link):  # else one of the two is gone
+                effects.append(LinkChanged(f"{sender} reaches {receiver} again", is_dead=False))
+        new = sorted(dead - self.dead_links.keys())
+        for link in new:
+            sender, receiver = map(self.roster.name_of, link)
+            record = self.roster.by_number(link[1])
+            at = record.hello.address if record is not None and record.hello is not None else self.data_address
+            self.dead_links[link] = story = f"{sender} cannot reach {receiver} at {at}"
+            self.roster.note_link(*link, story, now_ns)
+            effects.append(LinkChanged(story, is_dead=True))
+        if self.state in (State.READY, State.DRAINING):
+            if self._dead_ends() != self.roster.dead_ends:
+                effects.append(self._introduce())
+            effects += self._stuck(new, now_ns)
+        return effects
+
+    def _stuck(self, links: list[Link], now_ns: int) -> list[Effect]:
+        """Make attempts again that may be stuck at links that just were found dead."""
+        if self._attempts == 1:
+            return []
+        effects: list[Effect] = []
+        for number, request in list(self._requests.items()):
+            old = now_ns - request.begun_ns > self._timings.unreachable_s * 1e9
+            on_way = [self.dead_links[link] for link in links if self._passes(request, link)]
+            if old and on_way and not request.waits:
+                effects += self._again(number, on_way[0])
+        return [*effects, *self._resume(now_ns)] if effects else []
+
+    def _passes(self, request: _Request, link: Link) -> bool:
+        """True when the request's way may lead over a link."""
+        return all(self._stage_of(end) in (*request.needed, CALLER) for end in link)
+
+    def _blocked(self, request: _Request) -> str:
+        """The dead links that a request's way may lead over, for messages about it."""
+        return "".join(f"; {story}" for link, story in self.dead_links.items() if self._passes(request, link))
 
     def _lacks(self, request: _Request, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
         """True when the loss of a node may mean that the attempt never gets past its stage."""
@@ -388,7 +465,7 @@ class CoordinatorState:
             request = self._requests[number]
             since_s = (event.now_ns - request.begun_ns) / 1e9
             awaited = self._awaited(request, event.steps.get((number, attempt), {}))
-            effects += self._again(number, f"nothing was heard of it for {since_s:.0f} s: {awaited}")
+            effects += self._again(number, f"nothing was heard of it for {since_s:.0f} s: {awaited}{self._blocked(request)}")
             effects += self._resume(event.now_ns)
         return effects
 
@@ -403,7 +480,7 @@ class CoordinatorState:
             running = self.roster.by_number(at[Step.RUNNING].get(stage, -1))
             if running is not None:
                 words.append(f"{running.called} was running it")
-            elif not self._feeders[stage] & behind:  # else it is the turn of another first
+            elif not self._senders[stage] & behind:  # else it is the turn of another first
                 words.append(f"{self._names(stage)} had not begun it")
         return "; ".join(words)
 
@@ -557,6 +634,7 @@ class CoordinatorState:
             where = "it waited for a node of " + ", ".join(self._names(stage) for stage in absent)
         else:
             where = "its next attempt had not begun"
+        where += self._blocked(request)
         tries = f" in {request.attempt} attempts" if request.attempt > 1 else ""
         return self._refuse(number, DeadlineExceeded(f"the request's time ran out{tries}: {where}"))
 

@@ -132,12 +132,14 @@ class NodeBeat(_Message, tag="node-beat", frozen=True):
             waits for work.
         cost: of that request.
         longest_ns: an ordinary request took at most so long here.
+        unreachable: the processes that it has a link to which is not connected now.
     """
 
     progress: Count
     running_ns: Nanoseconds
     cost: Count
     longest_ns: Nanoseconds
+    unreachable: tuple[Number, ...] = ()
 
 
 class Leaving(_Message, tag="leaving", frozen=True):

@@ -230,9 +230,8 @@ class _Node:
         began, longest_ns = self._worker.began, self._worker.longest_ns
         if began is None and self._turn_ns and self._machine.state in _SERVING:
             began = self._turn_ns, ORDINARY  # at something else than a request, which should not take longer than one
-        if began is None:
-            return NodeBeat(self._machine.executed, 0, 0, longest_ns)
-        return NodeBeat(self._machine.executed, max(1, time.monotonic_ns() - began[0]), began[1], longest_ns)
+        running_ns, cost = (max(1, time.monotonic_ns() - began[0]), began[1]) if began is not None else (0, 0)
+        return NodeBeat(self._machine.executed, running_ns, cost, longest_ns, self._worker.look_at_links())
 
     def post(self, event: Event) -> None:
         """Hand an event to the main thread."""

@@ -446,8 +446,16 @@ class Pipeline:
         return self._coordinator.stats()
 
     @property
+    def unreachable(self) -> str | None:
+        """Why no request can get through although every stage has a node, naming the dead links; None when all is well.
+
+        A pipeline for which this is not None is not ready to serve.
+        """
+        return self._coordinator.unreachable
+
+    @property
     def incidents(self) -> tuple[Incident, ...]:
-        """The nodes that were lost, the first one first, at most a hundred."""
+        """The nodes that were lost and the links that died, the first one first, at most a hundred."""
         return tuple(self._coordinator.machine.roster.incidents)
 
     @property

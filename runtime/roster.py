@@ -146,7 +146,7 @@ class Record:
 
 
 class Incident(Struct, frozen=True):
-    """A node that was lost: when, by the host's monotonic clock, which, and why."""
+    """A node that was lost, or cannot reach another: when, by the host's monotonic clock, which, and why."""
 
     at_ns: int
     slot: Slot
@@ -176,6 +176,7 @@ class Roster:
         tallies: of every slot there ever was.
         view: counts the changes that nodes were told.
         mapped: peers whose memory the coordinator has mapped.
+        dead_ends: numbers of nodes from which a request cannot go on; they take none while others do.
         incidents: the nodes that were lost, first ones first.
     """
 
@@ -192,6 +193,7 @@ class Roster:
         self.tallies: dict[Slot, Tally] = {}
         self.view = 0
         self.mapped: frozenset[int] = frozenset()
+        self.dead_ends: frozenset[int] = frozenset()
         self.incidents: deque[Incident] = deque(maxlen=_INCIDENTS)
         self.losses = 0
         self._timings = timings
@@ -238,6 +240,15 @@ class Roster:
         """The slots whose nodes are not ready."""
         return tuple(slot for slot, record in self.nodes.items() if record.phase is not Phase.READY)
 
+    def name_of(self, number: int) -> str:
+        """What messages call a process."""
+        record = self.by_number(number)
+        return f"node {record.slot[0]}.{record.slot[1]}" if record is not None else "the coordinator"
+
+    def takers(self, stage: int) -> tuple[int, ...]:
+        """Of the nodes of a stage that take requests."""
+        return tuple(r.number for slot, r in self.nodes.items() if slot[0] == stage and r.phase is Phase.READY)
+
     def numbers(self, stage: int) -> tuple[int, ...]:
         """Of the nodes of a stage that have work or take it."""
         return tuple(r.number for r in self if r.slot[0] == stage and r.phase in (Phase.READY, Phase.LEAVING))
@@ -265,7 +276,7 @@ class Roster:
                 number=record.number,
                 stage=record.slot[0],
                 replica=record.slot[1],
-                takes=record.phase is not Phase.LEAVING,
+                takes=record.phase is not Phase.LEAVING and record.number not in self.dead_ends,
                 address=record.hello.address,
                 shortcut=record.hello.shortcut,
                 memory=record.hello.memory,
@@ -464,6 +475,12 @@ class Roster:
     def _note(self, record: Record, reason: str, now_ns: int) -> None:
         self.losses += 1
         self.incidents.append(Incident(now_ns, record.slot, f"{record.called} {reason}"))
+
+    def note_link(self, sender: int, receiver: int, story: str, now_ns: int) -> None:
+        """Remember that a link is dead."""
+        record = self.by_number(sender) or self.by_number(receiver)
+        if record is not None:
+            self.incidents.append(Incident(now_ns, record.slot, story))
 
     def _due_at_once(self, record: Record, now_ns: int) -> list[Start]:
         """Start the process of a slot, when it is due."""

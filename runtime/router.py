@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnxsplit.cluster import Link
-from runtime.balance import Chooser, Policy, Replica
+from runtime.balance import ALL, Chooser, Policy, Replica
 from runtime.board import Board
 from runtime.messages import CALLER, Peer, Receipt
 
@@ -61,9 +61,13 @@ class Router:
     Args:
         policy: how to choose among them.
         board: this process's own.
+
+    Attributes:
+        unreachable: processes that nothing can be sent to now; they are chosen only where there are no others.
     """
 
     def __init__(self, policy: Policy, board: Board) -> None:
+        self.unreachable: frozenset[int] = frozenset()
         self._policy = policy
         self._board = board
         self._me = -1
@@ -120,7 +124,16 @@ class Router:
         """The numbers of the replicas that take requests."""
         return self._nodes.get(stage, ())
 
-    def choose(self, stage: int, sources: Sequence[int], cost: int, size_bytes: int, now_ns: int) -> int | None:
+    def choose(
+        self,
+        stage: int,
+        sources: Sequence[int],
+        cost: int,
+        size_bytes: int,
+        now_ns: int,
+        *,
+        avoid: frozenset[int] = frozenset(),
+    ) -> int | None:
         """The number of the replica that is to take a request; None when there is none.
 
         Args:
@@ -129,12 +142,18 @@ class Router:
             cost: of the request.
             size_bytes: of the tensors that are to get there.
             now_ns: the host's monotonic clock.
+            avoid: processes to be chosen only where there are no others, besides those that are unreachable.
         """
         nodes = self._nodes.get(stage, ())
         if len(nodes) < 2:
             return nodes[0] if nodes else None
         chooser = self._choosers[stage]
         places = chooser.look_at(len(nodes))
+        if self.unreachable or avoid:
+            avoid |= self.unreachable
+            reachable = [place for place, number in enumerate(nodes) if number not in avoid]
+            places = [place for place in places if nodes[place] not in avoid] or reachable or places
+            places = tuple(places) if len(nodes) <= ALL else places
         if len(places) == 1:
             return nodes[chooser.choose((), cost, places)]
         senders = self._sending(tuple(sources))

@@ -87,7 +87,8 @@ class Snapshot(Struct, frozen=True):
         waiting: of those, the ones that wait for a node.
         retries: attempts that were made again so far.
         losses: nodes that were lost so far.
-        cause: the story of the first node that was lost of late; empty when all went well.
+        cause: the story of a link that is dead now, else of the first node or link that was lost of late; empty when
+            all went well.
         nodes: each.
     """
 

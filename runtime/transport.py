@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -106,6 +107,7 @@ class Sockets:
         self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
         self._open: list[zmq.Socket[bytes]] = []
         self._monitors: list[zmq.Socket[bytes]] = []
+        self._states: dict[zmq.Socket[bytes], _LinkState] = {}
         self._bound_files: list[Path] = []
         self._datagram_sockets: list[socket.socket] = []
         self._poll = select.epoll()
@@ -118,6 +120,8 @@ class Sockets:
     def __exit__(self, *_: object) -> None:
         for monitor in self._monitors:
             monitor.close(linger=0)
+        for state in self._states.values():
+            state.close()
         for raw in self._open:
             raw.close(linger=self._linger_ms)
         if self._authenticator is not None:
@@ -181,6 +185,8 @@ class Sockets:
         if receive:
             monitor = dealer.get_monitor_socket(sum(_REFUSALS))
             self._monitors.append(monitor)
+        elif address.startswith("tcp://"):
+            self._states[dealer] = _LinkState(dealer, self._context)
         try:
             dealer.connect(address)
         except zmq.ZMQError as error:
@@ -192,11 +198,14 @@ class Sockets:
             datagrams = self._datagrams()
             with suppress(OSError):  # the ZeroMQ link is there all the same
                 datagrams.connect(shortcut)
-        return Outlet(dealer, datagrams, self._unread if receive else None, monitor, self._close)
+        unread = self._unread if receive else None
+        return Outlet(dealer, datagrams, unread, monitor, self._states.get(dealer), self._close)
 
     def _close(self, raw: zmq.Socket[bytes], datagrams: socket.socket | None) -> None:
         """Close one link; what it has not sent yet is for nobody."""
         self._open.remove(raw)
+        if (state := self._states.pop(raw, None)) is not None:
+            state.close()
         for descriptor, source in list(self._sources.items()):
             if source is raw:
                 self.unwatch(descriptor)
@@ -279,10 +288,49 @@ class Sockets:
             (zmq.MAXMSGSIZE, self._message_bytes),
             (zmq.HEARTBEAT_IVL, 1000),
             (zmq.HEARTBEAT_TIMEOUT, 10_000),
+            (zmq.CONNECT_TIMEOUT, 3_000),  # the system's own grows, so a link that is mended would come back late
         ):
             raw.setsockopt(option, value)
         self._open.append(raw)
         return raw
+
+
+class _LinkState:
+    """Whether a link is connected, as ZeroMQ tells; may be asked from any thread.
+
+    Args:
+        raw: the link's socket.
+        context: of the socket.
+    """
+
+    def __init__(self, raw: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._raw = raw
+        self._connected = False
+        self._lock = threading.Lock()
+        address = f"inproc://state-{raw.fileno()}"
+        raw.monitor(address, int(zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED))
+        self._events = context.socket(zmq.PAIR)
+        self._events.setsockopt(zmq.RCVHWM, 0)  # ZeroMQ's own thread would wait for room
+        self._events.connect(address)
+
+    @property
+    def connected(self) -> bool:
+        """True when the other side has shaken hands, and the connection was not lost since."""
+        with self._lock:
+            while not self._events.closed:
+                try:
+                    event = self._events.recv_multipart(_NOBLOCK)
+                except zmq.Again:
+                    break
+                found = zmq.utils.monitor.parse_monitor_message(event)
+                self._connected = found["event"] == zmq.Event.HANDSHAKE_SUCCEEDED
+            return self._connected
+
+    def close(self) -> None:
+        """Listen to ZeroMQ no more; before the link's socket is closed, in the thread that uses it."""
+        with self._lock:
+            self._raw.disable_monitor()
+            self._events.close(linger=0)
 
 
 class AnsweringInlet:
@@ -361,12 +409,14 @@ class Outlet:
         datagrams: socket.socket | None,
         unread: set[object] | None,
         monitor: zmq.Socket[bytes] | None,
+        state: _LinkState | None,
         close: Callable[[zmq.Socket[bytes], socket.socket | None], None],
     ) -> None:
         self.raw = raw
         self._unread = unread
         self._datagrams = datagrams
         self._monitor = monitor
+        self._state = state
         self._failed = 0
         self._close = close
 
@@ -380,6 +430,11 @@ class Outlet:
                 if self._failed >= _PATIENCE:
                     return _REFUSALS[event] if self.raw.mechanism == zmq.CURVE else _KEYLESS
         return None
+
+    @property
+    def connected(self) -> bool:
+        """False while a link by tcp that only sends is not connected; may be asked from any thread."""
+        return self._state is None or self._state.connected
 
     def close(self) -> None:
         """Speak to this reader no more."""

@@ -37,6 +37,7 @@ class Timings:
         lost_s: an attempt that is under way for longer, and for longer than ``stall_factor`` times the usual, is made
             again: a message was lost.
         drain_s: a node that was told to end waits so long to be relieved of its work.
+        unreachable_s: a link between two processes that is not connected for so long is taken for dead.
     """
 
     beat_s: float = 0.5
@@ -51,6 +52,7 @@ class Timings:
     circuit_s: float = 30.0
     lost_s: float = 30.0
     drain_s: float = 30.0
+    unreachable_s: float = 3.0
 
 
 def timings(changes: Mapping[str, float]) -> Timings:

@@ -48,7 +48,7 @@ _WORDS = 500
 
 
 class Worker:
-    """Belongs to the node's main thread; ``began`` and ``longest_ns`` may be read from others.
+    """Belongs to the node's main thread; ``began``, ``longest_ns`` and ``look_at_links`` are for any.
 
     Args:
         memory_bytes: of shared memory for outputs at most; 0 for none.
@@ -89,6 +89,12 @@ class Worker:
     def longest_ns(self) -> int:
         """An ordinary request took at most so long."""
         return self._gauge.longest_ns
+
+    def look_at_links(self) -> tuple[int, ...]:
+        """The processes that cannot be reached now; they get nothing while others of their stage can be reached."""
+        found = tuple(sorted(number for number, link in list(self._links.items()) if not link.connected))
+        self._router.unreachable = frozenset(found)
+        return found
 
     def share(self, readers: tuple[int, ...]) -> None:
         """Lend memory to these peers from now on."""

@@ -66,6 +66,7 @@ RUNTIME_ORDER = [
     ["runtime.messages", "runtime.board"],
     [
         "runtime.watch",
+        "runtime.reach",
         "runtime.codec",
         "runtime.arena",
         "runtime.microbatch",
@@ -140,6 +141,7 @@ PURE = [
     "runtime.roster",
     "runtime.table",
     "runtime.watch",
+    "runtime.reach",
     "runtime.router",
     "runtime.balance",
     "runtime.extents",

@@ -67,7 +67,8 @@ def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
     for pid, snapshot in now.items():
         if snapshot.cause:
             first = snapshot.cause.splitlines()[0]
-            parts.append(Text(f"first of {snapshot.losses} failures: {first}", style="red"))
+            which = f"first of {snapshot.losses} failures: " if snapshot.losses else ""
+            parts.append(Text(which + first, style="red"))
         parts.append(
             Text(
                 f"{snapshot.plan}  (process {pid}, {snapshot.state}): {snapshot.requests} requests, "

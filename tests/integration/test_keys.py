@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import build
 import numpy as np
 import ports
 import pytest
+from proxy import Proxy
 from waiting import wait_until
 
 from onnxsplit.errors import InputError
@@ -202,60 +201,6 @@ def test_keys_by_the_command_line(tmp_path, python_environment):
     assert (refused.returncode, "never overwritten" in refused.stderr) == (1, True)
 
 
-class Proxy:
-    """A link that can be cut, and delayed: forwards a port to another."""
-
-    def __init__(self, port: int, target: int) -> None:
-        self.server = socket.create_server(("127.0.0.1", port))
-        self.target, self.delay_s, self.open = target, 0.0, True
-        self.seen = bytearray()
-        self.pairs: list[socket.socket] = []
-        threading.Thread(target=self.serve, daemon=True).start()
-
-    def serve(self) -> None:
-        while True:
-            try:
-                near, _ = self.server.accept()
-            except OSError:
-                return
-            if not self.open:
-                near.close()
-                continue
-            try:
-                far = socket.create_connection(("127.0.0.1", self.target))
-            except OSError:
-                near.close()
-                continue
-            self.pairs += [near, far]
-            for one, other in ((near, far), (far, near)):
-                threading.Thread(target=self.pump, args=(one, other), daemon=True).start()
-
-    def pump(self, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                time.sleep(self.delay_s)
-                self.seen += data
-                target.sendall(data)
-        except OSError:
-            pass
-        for end in (source, target):
-            with_suppress(end.close)
-
-    def cut(self) -> None:
-        """Close what is open, and take nothing more."""
-        self.open = False
-        for end in self.pairs:
-            with_suppress(lambda end=end: end.shutdown(socket.SHUT_RDWR))
-        self.pairs.clear()
-
-    def mend(self) -> None:
-        self.open = True
-
-    def close(self) -> None:
-        self.cut()
-        self.server.close()
-
-
 @pytest.mark.parametrize("protected", [True, False])
 def test_the_wire_shows_tensors_only_where_there_are_no_keys(plan, keys, free_port, python_environment, protected):
     fragments, behind = ports.free_port(), ports.free_port()
@@ -282,11 +227,6 @@ def test_the_wire_shows_tensors_only_where_there_are_no_keys(plan, keys, free_po
     proxy.close()
     assert len(proxy.seen) > given(3)["x"].nbytes
     assert (given(3)["x"].tobytes()[1000:1064] in proxy.seen) is not protected
-
-
-def with_suppress(what) -> None:
-    with suppress(OSError):
-        what()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ The rows of the table in docs/running.md, with real processes.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -16,11 +17,15 @@ from pathlib import Path
 
 import build
 import numpy as np
+import psutil
 import pytest
+from proxy import Proxy, free
 
 from onnxsplit.planner import partition
 from runtime import Pipeline
+from runtime.errors import DeadlineExceeded
 from runtime.keys import create_for, revoke
+from runtime.stats import sweep
 from runtime.watch import Timings
 
 X = {"x": np.ones((2, 32), np.float32)}
@@ -227,3 +232,256 @@ def test_replicas_that_share_no_memory_share_the_work_as_they_come_and_go(plan, 
         wait_for(lambda: pipeline.stats()[0].queue == 0)
         assert (pipeline.incidents, pipeline.retries) == ((), 0)
     assert first.exit_code() == 0
+
+
+LINKS = Timings(beat_s=0.1, silence_s=2, unreachable_s=0.5, lost_s=3)
+
+
+@contextmanager
+def far_node(start, address):
+    """A node of stage 1 whose link for tensors goes through a proxy; gives that, and the address others know."""
+    shown, behind = free(), free()
+    proxy = Proxy(shown, behind)
+    bind = ["--bind", f"tcp://127.0.0.1:{behind}", "--advertise", f"tcp://127.0.0.1:{shown}"]
+    start(address, "--stage", "1", "--no-shared-memory", *bind)
+    try:
+        yield proxy, f"tcp://127.0.0.1:{shown}"
+    finally:
+        proxy.close()
+
+
+def test_a_dead_link_between_two_nodes_is_named_and_the_pipeline_is_not_ready(
+    chain_plan, start, free_port, caplog, python_environment
+):
+    """Both reached the coordinator, so all looked well, and requests stood still for 30 s at a time."""
+    caplog.set_level(logging.INFO, "runtime.coordinator")
+    address = f"tcp://127.0.0.1:{free_port}"
+    start(address, "--stage", "0")
+    with (
+        far_node(start, address) as (proxy, shown),
+        Pipeline.listen(chain_plan, bind=address, start_timeout=60, timings=LINKS) as pipeline,
+    ):
+        pipeline.run(X, timeout=30)
+        assert pipeline.unreachable is None
+        story = f"node 0.0 cannot reach node 1.0 at {shown}"
+        proxy.cut()
+        wait_for(lambda: pipeline.unreachable == story)
+        assert pipeline.incidents[-1].story == story
+        assert all(node.state == "ready" for node in pipeline.nodes)
+        with pytest.raises(DeadlineExceeded, match=f"the request's time ran out.*: .*; {story}"):
+            pipeline.run(X, timeout=1)
+        command = [sys.executable, "-P", "-m", "onnxsplit", "status", "--pid", str(os.getpid())]
+        shows = subprocess.run(command, env=python_environment, capture_output=True, text=True, check=True)
+        assert shows.stdout.splitlines()[0] == story
+        proxy.mend()
+        wait_for(lambda: pipeline.unreachable is None)
+        pipeline.run(X, timeout=30)
+        said = [(r.levelname, r.getMessage()) for r in caplog.records if "reach" in r.getMessage()]
+        assert [one for one in said if "request failed" not in one[1] and "attempt over" not in one[1]] == [
+            ("WARNING", story),
+            ("INFO", "node 0.0 reaches node 1.0 again"),
+        ]
+
+
+def test_a_replica_that_cannot_be_reached_gets_nothing_while_another_can(chain_plan, start, free_port):
+    address = f"tcp://127.0.0.1:{free_port}"
+    start(address, "--stage", "0")
+    start(address, "--stage", "1", "--no-shared-memory")
+    with (
+        far_node(start, address) as (proxy, shown),
+        Pipeline.listen(chain_plan, bind=address, start_timeout=60, replicas={1: 2}, timings=LINKS) as pipeline,
+    ):
+        for future in [pipeline.submit(X) for _ in range(50)]:
+            future.result(60)
+        proxy.cut()
+        wait_for(lambda: pipeline.incidents)
+        assert f"at {shown}" in pipeline.incidents[0].story
+        assert pipeline.unreachable is None, "there is another way"
+        before = pipeline.retries
+        for future in [pipeline.submit(X) for _ in range(200)]:
+            future.result(60)
+        assert pipeline.retries == before
+
+
+COORDINATOR = """
+import sys, numpy as np
+from runtime import Pipeline
+from runtime.watch import Timings
+plan, address, silence_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
+timings = Timings(beat_s=0.1, silence_s=silence_s, loading_silence_s=silence_s)
+made = Pipeline.listen(plan, bind=address, timings=timings) if address else Pipeline.launch(plan, timings=timings)
+with made as pipeline:
+    print(*(node.pid for node in pipeline.nodes), flush=True)
+    for line in sys.stdin:
+        pipeline.run({"x": np.ones((2, 32), np.float32)}, timeout=60)
+        print(len(pipeline.incidents), *(node.pid for node in pipeline.nodes), flush=True)
+"""
+
+
+class Caller:
+    """A coordinator in a process of its own. Without an address it launches its nodes."""
+
+    def __init__(self, plan: Path, address: str, silence_s: float, environment: dict[str, str]) -> None:
+        command = [sys.executable, "-P", "-c", COORDINATOR, str(plan), address, str(silence_s)]
+        self.process = subprocess.Popen(
+            command, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def numbers(self) -> list[int]:
+        """The next line that it says."""
+        return [int(word) for word in self.process.stdout.readline().split()]
+
+    def ask(self) -> list[int]:
+        """Have it answer one request; how many nodes were lost so far, and the present ones' pids."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.numbers()
+
+    def stop_for(self, seconds: float) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        assert self.process.wait(60) == 0
+
+
+@pytest.fixture
+def call(plan, python_environment):
+    """Starts coordinators, and ends them."""
+    callers: list[Caller] = []
+
+    def one(address: str, silence_s: float = 1.0) -> Caller:
+        callers.append(Caller(plan, address, silence_s, python_environment))
+        return callers[-1]
+
+    yield one
+    for caller in callers:
+        if caller.process.poll() is None:
+            caller.process.kill()
+        caller.process.stdin = None if caller.process.stdin.closed else caller.process.stdin
+        caller.process.communicate()
+    sweep()  # what killed ones left
+
+
+@pytest.fixture
+def address(free_port):
+    return f"tcp://127.0.0.1:{free_port}"
+
+
+def test_a_coordinator_that_is_stopped_for_less_than_silence_s_finds_all_as_it_was(address, start, call):
+    caller, node = call(address, silence_s=3.0), start(address)
+    caller.numbers()
+    caller.stop_for(1.0)
+    assert caller.ask() == [0, node.process.pid]
+    assert node.said.count("stage loaded") == 1
+    caller.end()
+    assert node.exit_code() == 0
+
+
+def test_a_coordinator_that_is_stopped_for_longer_gets_its_nodes_back(address, start, call):
+    caller, node = call(address), start(address)
+    caller.numbers()
+    caller.process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: "dropped all work: the coordinator has been silent for 1 s" in node.said)
+    caller.process.send_signal(signal.SIGCONT)
+    assert caller.ask() == [1, node.process.pid]
+    assert node.said.count("stage loaded") == 2
+    caller.end()
+    assert node.exit_code() == 0
+
+
+def test_launched_nodes_end_when_their_coordinator_is_stopped_for_long_and_are_started_again(call):
+    caller = call("")
+    (old,) = caller.numbers()
+    caller.process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(old).status() == psutil.STATUS_ZOMBIE)
+    caller.process.send_signal(signal.SIGCONT)
+    lost, new = caller.ask()
+    assert (lost, new != old) == (1, True)
+    caller.end()
+
+
+@pytest.mark.parametrize("when", ["at once", "after silence_s"])
+def test_a_coordinator_that_is_killed_and_starts_again_at_its_address_gets_its_nodes_back(
+    address, start, call, python_environment, when
+):
+    silence_s = 20.0 if when == "at once" else 1.0
+    caller, node = call(address, silence_s), start(address)
+    caller.numbers()
+    caller.process.kill()
+    if when == "after silence_s":
+        wait_for(lambda: "the coordinator has been silent for 1 s" in node.said)
+    again = call(address, silence_s)
+    assert again.numbers() == [node.process.pid]
+    assert again.ask() == [0, node.process.pid]
+    if when == "at once":
+        assert "dropped all work: the pipeline took it for dead, or was started anew" in node.said
+    again.end()
+    assert node.exit_code() == 0
+
+
+def test_nodes_and_spares_whose_coordinator_does_not_come_back_end_with_1(address, start, call):
+    caller, node = call(address), start(address, "--rejoin", "2")
+    caller.numbers()
+    spare = start(address, "--rejoin", "4")
+    wait_for(lambda: "asking again" in spare.said)
+    caller.process.kill()
+    assert (node.exit_code(), spare.exit_code()) == (1, 1)
+    assert f"no coordinator was at {address} for 2 s" in node.said
+    assert "no coordinator was at" in spare.said or "there was no place for this node" in spare.said
+
+
+def test_a_spare_whose_coordinator_is_closed_looks_for_it_and_takes_a_place_at_the_next(address, start, call):
+    """It waited for ever where it had been told to look for a while."""
+    caller, node = call(address), start(address)
+    caller.numbers()
+    spare = start(address, "--rejoin", "30")
+    wait_for(lambda: "asking again" in spare.said)
+    caller.end()
+    assert node.exit_code() == 0
+    again = call(address)
+    assert again.numbers() == [spare.process.pid]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_spare_that_is_told_to_end_does(plan, tmp_path, start, number):
+    address = f"ipc://{tmp_path}/control"
+    start(address)
+    with Pipeline.listen(plan, bind=address, start_timeout=60):
+        spare = start(address)
+        wait_for(lambda: "asking again" in spare.said)
+        spare.signal(number)
+        assert spare.exit_code() == 0
+
+
+def test_a_node_that_is_told_twice_to_end_does_not_wait_for_its_work(chain_plan, tmp_path, start):
+    """Nobody can take its work over, so the first signal alone would let it wait for drain_s."""
+    address = f"ipc://{tmp_path}/control"
+    first, second = start(address, "--stage", "0"), start(address, "--stage", "1")
+    with Pipeline.listen(chain_plan, bind=address, start_timeout=60) as pipeline:
+        second.signal(signal.SIGSTOP)
+        pending = pipeline.submit(X)
+        first.signal(signal.SIGTERM)
+        wait_for(lambda: pipeline.nodes[0].state == "starting")
+        assert first.process.poll() is None, "it waits for what it sent to be answered"
+        first.signal(signal.SIGTERM)
+        assert first.exit_code() == 0
+        assert "received SIGTERM again" in first.said
+        second.signal(signal.SIGCONT)
+        start(address, "--stage", "0")
+        assert pending.result(60)["y"].shape == (2, 32)
+
+
+def test_a_spare_whose_key_is_revoked_ends_with_1(plan, tmp_path, start, address):
+    create_for(tmp_path / "keys", ("a", "b"))
+    coordinator = tmp_path / "keys" / "coordinator"
+    start(address, "--keys", tmp_path / "keys" / "a")
+    with Pipeline.listen(plan, bind=address, keys=coordinator, start_timeout=60):
+        spare = start(address, "--keys", tmp_path / "keys" / "b")
+        wait_for(lambda: "asking again" in spare.said)
+        revoke(coordinator, "b")
+        assert spare.exit_code() == 1
+        assert "refuses this node: it does not allow this process's key" in spare.said

@@ -99,7 +99,7 @@ def test_a_view_is_sent_as_what_it_shows():
         (codec.decode_data, Failed(1, 1, 2, 3, "why")),
         (codec.decode_data, Started(1, 1, 3)),
         (codec.decode_data, Receipt(3, 1000, 1500, 9, 5, 7)),
-        (codec.decode_node_control, NodeBeat(5, 4, 1000, 9)),
+        (codec.decode_node_control, NodeBeat(5, 4, 1000, 9, (2,))),
         (codec.decode_node_control, Leaving()),
         (codec.decode_coordinator_control, Beat(7)),
     ],

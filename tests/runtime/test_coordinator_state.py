@@ -21,6 +21,8 @@ from runtime.coordinator_events import (
     Introduce,
     Joined,
     LeaveWanted,
+    LinkChanged,
+    LinksSeen,
     Lost,
     Met,
     Prepared,
@@ -502,3 +504,71 @@ def test_closing_fails_what_is_in_flight_and_sends_all_nodes_away(plan):
     assert len(away) == 4
     assert machine.handle(CloseAsked()) == []
     assert machine.roster.nodes[0, 0].phase is Phase.READY
+
+
+def links(machine, *dead, now_ns=SECOND):
+    return met(machine, machine.handle(LinksSeen(frozenset(dead), now_ns)), now_ns)
+
+
+def test_a_link_that_dies_is_told_once_with_both_its_ends_and_again_when_it_is_back(plan):
+    machine = ready(plan)
+    story = "node 0.0 cannot reach node 1.0 at at n2"
+    assert of(links(machine, (1, 2)), LinkChanged) == [LinkChanged(story, is_dead=True)]
+    assert of(links(machine, (1, 2)), LinkChanged) == []
+    assert machine.roster.incidents[-1].story == story
+    assert machine.unreachable == story
+    assert of(links(machine), LinkChanged) == [LinkChanged("node 0.0 reaches node 1.0 again", is_dead=False)]
+    assert machine.unreachable is None
+
+
+def test_a_dead_link_beside_which_there_is_another_way_keeps_nobody_from_serving(plan):
+    machine = ready(plan, (1, 2, 1, 1))  # 0.0 is 1; 1.0 and 1.1 are 2 and 3; 2.0 is 4; 3.0 is 5
+    links(machine, (1, 2))
+    assert (machine.unreachable, machine.roster.dead_ends) == (None, frozenset())
+    effects = links(machine, (2, 5))
+    assert machine.roster.dead_ends == {2}, "what goes to 1.0 cannot go on"
+    (introduce,) = of(effects, Introduce)
+    assert [peer.takes for peer in machine.roster.peers(None, everyone=False)] == [True, False, True, True, True]
+    assert introduce.meet
+    links(machine, (2, 5), (3, 5))
+    assert "node 1.1 cannot reach node 3.0" in machine.unreachable
+    assert machine.avoided(3) == {5}
+    links(machine)
+    assert machine.roster.dead_ends == frozenset()
+
+
+def test_an_attempt_that_may_be_stuck_at_a_dead_link_is_made_again(plan):
+    machine = ready(plan, (1, 2, 1, 1))
+    submit(machine, 1, now_ns=0)
+    submit(machine, 2, now_ns=9 * SECOND)
+    submit(machine, 3, ("right",), now_ns=0)
+    effects = links(machine, (1, 2), now_ns=10 * SECOND)
+    (again,) = of(effects, Again)
+    assert (again.request, again.reason) == (1, "node 0.0 cannot reach node 1.0 at at n2")
+    assert [(enter.request, enter.attempt) for enter in of(effects, Enter)] == [(1, 2)]
+
+
+def test_a_request_whose_time_runs_out_names_the_dead_link_on_its_way(plan):
+    machine = ready(plan)
+    submit(machine, 1, deadline_ns=SECOND)
+    links(machine, (1, 2))
+    (reject, *_) = of(machine.handle(Expired(1, {})), Reject)
+    assert "node 0.0 cannot reach node 1.0 at at n2" in str(reject.error)
+    submit(machine, 2, ("right",), deadline_ns=SECOND)
+    (reject, *_) = of(machine.handle(Expired(2, {})), Reject)
+    assert "cannot reach" not in str(reject.error)
+
+
+def test_a_node_that_cannot_send_its_results_is_named_with_the_address_it_sends_them_to(plan):
+    machine = ready(plan)
+    machine.data_address = "tcp://10.0.0.1:7"
+    links(machine, (4, 0))
+    assert machine.unreachable == "node 3.0 cannot reach the coordinator at tcp://10.0.0.1:7"
+
+
+def test_the_links_of_a_node_that_is_lost_are_forgotten(plan):
+    machine = ready(plan)
+    links(machine, (1, 2))
+    lose(machine, 2)
+    assert of(links(machine), LinkChanged) == []
+    assert machine.dead_links == {}

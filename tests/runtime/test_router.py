@@ -155,3 +155,21 @@ def test_a_receipt_of_who_is_not_known_or_is_read_in_memory_changes_nothing():
     router.told(Receipt(1, ORDINARY, ORDINARY, 0, MS, MS), 0)
     assert router.outstanding(9) == 0
     board.finish(0, ORDINARY)
+
+
+def test_who_cannot_be_reached_gets_nothing_while_others_can():
+    router = knowing(*range(1, 5))
+    router.unreachable = frozenset({1, 2})
+    taken = Counter(router.choose(0, (-1,), ORDINARY, 0, 0, avoid=frozenset({3})) for _ in range(20))
+    assert taken == {4: 20}
+    router.unreachable = frozenset({1, 2, 3, 4})
+    assert len({router.choose(0, (-1,), ORDINARY, 0, 0) for _ in range(20)}) > 1, "if nobody can be reached, all wait"
+
+
+def test_of_many_those_who_cannot_be_reached_get_nothing():
+    router = Router("completion", Board(peers=60))
+    learn(router, *range(1, 51))
+    router.unreachable = frozenset(range(1, 41))
+    taken = {router.choose(0, (-1,), ORDINARY, 0, 0) for _ in range(200)}
+    assert taken <= set(range(41, 51))
+    assert len(taken) > 3

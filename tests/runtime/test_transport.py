@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import socket
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -119,3 +123,33 @@ def test_what_comes_in_while_sending_is_not_overlooked(tmp_path):
                 assert there.wait(60), number
             while inlet.receive() is None:
                 assert here.wait(60), number
+
+
+def test_a_link_tells_when_it_is_connected_and_when_it_is_not():
+    with Sockets() as sockets:
+        other = Sockets()
+        inlet = other.inlet("tcp://127.0.0.1:*")
+        outlet = sockets.connect(inlet.address)
+        wait_until(lambda: outlet.connected)
+        other.__exit__()
+        wait_until(lambda: not outlet.connected)
+        with Sockets() as again:
+            again.inlet(inlet.address)
+            wait_until(lambda: outlet.connected)
+        outlet.close()
+        assert sockets.connect(inlet.address).connected is False
+
+
+def test_a_link_whose_other_side_hangs_up_at_once_is_not_connected():
+    with socket.create_server(("127.0.0.1", 0)) as refusing, Sockets() as sockets:
+        done = threading.Event()
+
+        def refuse() -> None:
+            for _ in range(5):
+                refusing.accept()[0].close()
+            done.set()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        outlet = sockets.connect(f"tcp://127.0.0.1:{refusing.getsockname()[1]}")
+        assert done.wait(60)
+        assert not outlet.connected
