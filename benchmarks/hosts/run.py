@@ -77,6 +77,7 @@ def network():
         if process is not None:
             process.stdin.close()
             process.wait(10)
+            process.stdout.close()
         for name in names.values():
             subprocess.run(["ip", "netns", "del", name], check=False)
 

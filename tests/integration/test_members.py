@@ -43,9 +43,12 @@ def plan(tmp_path_factory):
 class Node:
     """A node started by hand; its log in a file."""
 
-    def __init__(self, address: str, log: Path, environment: dict[str, str], *options: object) -> None:
+    def __init__(
+        self, address: str, log: Path, environment: dict[str, str], *options: object, before: str = ""
+    ) -> None:
         self.log = log
-        command = [sys.executable, "-P", "-m", "onnxsplit", "node", "--connect", address, *map(str, options)]
+        program = f"{before}\nfrom onnxsplit.cli import main; main()"
+        command = [sys.executable, "-P", "-c", program, "node", "--connect", address, *map(str, options)]
         with log.open("wb") as stream:
             self.process = subprocess.Popen(command, env=environment, stderr=stream)
 
@@ -65,8 +68,9 @@ def start(tmp_path, python_environment):
     """Starts nodes, and ends them."""
     nodes: list[Node] = []
 
-    def one(address: str, *options: object) -> Node:
-        nodes.append(Node(address, tmp_path / f"node-{len(nodes)}.log", python_environment, *options))
+    def one(address: str, *options: object, before: str = "") -> Node:
+        log = tmp_path / f"node-{len(nodes)}.log"
+        nodes.append(Node(address, log, python_environment, *options, before=before))
         return nodes[-1]
 
     yield one
@@ -74,6 +78,7 @@ def start(tmp_path, python_environment):
         if node.process.poll() is None:
             node.process.kill()
         node.process.wait()
+    sweep()  # what killed ones left
 
 
 def wait_for(what, words: str = "it did not happen", seconds: float = 60.0) -> None:
@@ -186,22 +191,21 @@ def test_a_revoked_node_is_told_and_exits_with_1(plan, tmp_path, start, free_por
 
 
 @pytest.mark.parametrize(
-    ("protocol", "words"),
-    [("runtime.messages.PROTOCOL", "speaks protocol 99"), ("runtime.codec._coordinator_control", "same version")],
+    ("before", "options", "words"),
+    [
+        ("import runtime.messages as m; m.PROTOCOL = 99", (), "speaks protocol 99"),
+        ("import runtime.codec as c; c._coordinator_control = c._node_control", (), "the same version of onnxsplit"),
+        ("", ("--stage", "7"), "the node wants stage 7, and the plan has the stages 0 to 0"),
+    ],
+    ids=["its protocol", "what it understands", "its wish"],
 )
-def test_a_node_of_another_version_is_told_and_exits_with_1(plan, tmp_path, start, python_environment, protocol, words):
-    """One that says another version, and one that does not even understand what it is told."""
+def test_a_node_that_can_never_serve_is_told_why_and_exits_with_1(plan, tmp_path, start, before, options, words):
     address = f"ipc://{tmp_path}/control"
-    module, _, name = protocol.rpartition(".")
-    value = "99" if name == "PROTOCOL" else "codec._node_control"
-    program = f"from runtime import codec; import {module} as m; m.{name} = {value}\n"
-    program += "import sys; from runtime.node import NodeOptions, serve\n"
-    program += f"import logging; logging.basicConfig(); sys.exit(serve(NodeOptions(connect={address!r})))"
     with listening(plan, address, timings=QUICK):
-        command = [sys.executable, "-P", "-c", program]
-        done = subprocess.run(command, env=python_environment, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 1, done.stderr
-        assert words in done.stderr
+        node = start(address, *options, before=before)
+        assert node.exit_code() == 1
+        assert words in node.said
+        assert "ERROR" in node.said
         start(address)
 
 
@@ -485,3 +489,30 @@ def test_a_spare_whose_key_is_revoked_ends_with_1(plan, tmp_path, start, address
         revoke(coordinator, "b")
         assert spare.exit_code() == 1
         assert "refuses this node: it does not allow this process's key" in spare.said
+
+
+def test_a_spare_outlasts_pauses_of_its_coordinator_and_its_own(address, start, call):
+    caller, node = call(address), start(address)
+    caller.numbers()
+    spare = start(address)
+    wait_for(lambda: "asking again" in spare.said)
+    caller.stop_for(0.5)
+    spare.signal(signal.SIGSTOP)
+    time.sleep(2)
+    spare.signal(signal.SIGCONT)
+    node.signal(signal.SIGKILL)
+    wait_for(lambda: "stage loaded" in spare.said)
+    assert caller.ask() == [1, spare.process.pid]
+
+
+def test_a_node_whose_coordinator_dies_while_it_loads_ends_loading_and_comes_back(address, start, call):
+    """It was ended in the middle of loading, with 1."""
+    slowly = "import time, runtime.worker as w; plain = w.StageRunner.__init__\n"
+    slowly += "def load(self, *of, **more): time.sleep(5); plain(self, *of, **more)\nw.StageRunner.__init__ = load"
+    caller, node = call(address), start(address, before=slowly)
+    wait_for(lambda: node.log.exists() and psutil.Process(node.process.pid).num_threads() > 3)
+    time.sleep(1.5)  # it has its stage by now
+    caller.process.kill()
+    wait_for(lambda: "dropped all work: the coordinator has been silent" in node.said)
+    again = call(address)
+    assert again.numbers() == [node.process.pid]

@@ -1,0 +1,139 @@
+"""Three hosts, as network namespaces with a switch in between: replicas come and go under load, and share the work."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import build
+import pytest
+
+from onnxsplit.planner import partition
+from runtime.keys import create_for
+
+ROOT = Path(__file__).parents[2]
+HOSTS = ("h1", "h2", "h3")
+
+CALLER = """
+import json, sys, threading, time
+import numpy as np
+from runtime import Pipeline
+
+plan, address, keys = sys.argv[1:]
+x = {"x": np.ones((2, 32), np.float32)}
+wrong, ended = [], False
+
+def load(pipeline):
+    wanted = pipeline.run(x)["y"]
+    pending = [pipeline.submit(x) for _ in range(6)]
+    while not ended:
+        found = pending.pop(0).result(60)["y"]
+        if not np.array_equal(found, wanted):
+            wrong.append(1)
+        pending.append(pipeline.submit(x))
+    for future in pending:
+        future.result(60)
+
+def counts(pipeline):
+    return {f"{s.stage}.{s.replica}": s.requests for s in pipeline.stats()}
+
+with Pipeline.listen(plan, bind=address, keys=keys, elastic=True, shared_memory=False, start_timeout=60) as pipeline:
+    loading = threading.Thread(target=load, args=(pipeline,))
+    loading.start()
+    for line in sys.stdin:
+        nodes, requests = map(int, line.split())
+        deadline = time.monotonic() + 60
+        while len(pipeline.nodes) != nodes or any(node.state != "ready" for node in pipeline.nodes):
+            assert time.monotonic() < deadline, pipeline.nodes
+            time.sleep(0.02)
+        before = counts(pipeline)
+        while sum((now := counts(pipeline)).values()) - sum(before.get(name, 0) for name in now) < requests:
+            assert time.monotonic() < deadline, now
+            time.sleep(0.02)
+        print(json.dumps({name: count - before.get(name, 0) for name, count in now.items()}), flush=True)
+    ended = True
+    loading.join(60)
+    deadline = time.monotonic() + 60
+    while any(s.queue for s in pipeline.stats()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    queues = [s.queue for s in pipeline.stats()]
+    stories = [incident.story for incident in pipeline.incidents]
+    print(json.dumps({"wrong": len(wrong), "queues": queues, "incidents": stories, "retries": pipeline.retries}))
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """The names of the namespaces, by host, and the switch."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and the command ip (iproute2)")
+    made = subprocess.run(["ip", "netns", "add", f"onnxsplit-try-{os.getpid()}"], capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"network namespaces cannot be made here: {made.stderr.strip()}")
+    subprocess.run(["ip", "netns", "del", f"onnxsplit-try-{os.getpid()}"], check=True)
+    sys.path.append(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("hosts_benchmark", ROOT / "benchmarks" / "hosts" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.network() as (_, names):
+        yield names
+
+
+def share(found: dict[str, int]) -> float:
+    """The least share of a replica, as a part of what is its due."""
+    return min(found.values()) * len(found) / sum(found.values())
+
+
+def test_replicas_on_three_hosts_share_the_work_as_they_come_and_go_under_load(hosts, tmp_path, python_environment):
+    """A second one that joined on another host got everything, and the first nothing, for ever."""
+    partition(build.save(build.chain(8), tmp_path), stages=1, out=tmp_path / "m.plan", costs="analytic")
+    create_for(tmp_path / "keys", HOSTS)
+    address = "tcp://10.77.0.1:5600"
+
+    with ExitStack() as stack:
+
+        def start(host: str, *words: object, **options: object) -> subprocess.Popen:
+            command = ["ip", "netns", "exec", hosts[host], sys.executable, "-P", *map(str, words)]
+            process = subprocess.Popen(command, env=python_environment, **options)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        def node(host: str) -> subprocess.Popen:
+            words = ["--connect", address, "--keys", tmp_path / "keys" / host, "--host", host, "--stage", 0]
+            return start(host, "-m", "onnxsplit", "node", *words, "--no-shared-memory", stderr=subprocess.DEVNULL)
+
+        caller = start(
+            "h1", "-c", CALLER, tmp_path / "m.plan", address, tmp_path / "keys" / "coordinator",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+        def shares(nodes: int, requests: int) -> dict[str, int]:
+            """Wait for so many nodes; what each executes of so many requests."""
+            caller.stdin.write(f"{nodes} {requests}\n")
+            caller.stdin.flush()
+            return json.loads(caller.stdout.readline())
+
+        started = [node("h1")]
+        assert shares(1, 200).keys() == {"0.0"}
+        for count, host in ((2, "h2"), (3, "h3")):
+            started.append(node(host))
+            found = shares(count, 300)
+            assert len(found) == count
+            assert share(found) > 1 / 3, found
+        for gone in started[1:]:
+            gone.send_signal(signal.SIGTERM)
+            assert gone.wait(60) == 0
+        assert shares(1, 200).keys() == {"0.0"}
+        caller.stdin.close()
+        ended = json.loads(caller.stdout.readline())
+        assert caller.wait(60) == 0
+        assert started[0].wait(60) == 0
+    assert ended == {"wrong": 0, "queues": [0.0], "incidents": [], "retries": 0}
