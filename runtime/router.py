@@ -16,6 +16,7 @@ _FRESH = 16.0  # times of a request after which half of what a node said of othe
 _FORGET = 0.05
 _LOST_NS = 10_000_000_000  # what was sent so long ago and has not arrived is taken for lost
 _APART_NS = 1_000_000_000  # between two notes of what had been sent
+_DEAF_NS = 15_000_000_000  # a peer that says nothing for so long, and for some runs, cannot be heard
 
 
 @dataclass(slots=True)
@@ -38,15 +39,25 @@ class _Heard:
 
     def hear(self, receipt: Receipt, sent: int, now_ns: int) -> None:
         """Take in a receipt; ``sent`` is the cost of all work that has been sent there by now."""
+        self.lost = max(0, self._due(sent, now_ns) - receipt.arrived)
+        self.done, self.others = receipt.done, receipt.others
+        self.service_ns, self.peak_ns, self.measured_ns = receipt.service_ns, receipt.peak_ns, now_ns
+
+    def outstanding(self, sent: int, now_ns: int) -> int:
+        """The cost of what is there or on its way; of a peer that cannot be heard, what was sent of late."""
+        over = self.done + self.lost
+        if now_ns - self.measured_ns > max(_DEAF_NS, 4 * self.peak_ns):
+            over = max(over, self._due(sent, now_ns))
+        return max(0, sent - over)
+
+    def _due(self, sent: int, now_ns: int) -> int:
+        """The cost of all work that was sent so long ago that it should have arrived; notes what was sent by now."""
         notes = self.notes
         if not notes or now_ns - notes[-1][0] >= _APART_NS:
             notes.append((now_ns, sent))
         while len(notes) > 1 and now_ns - notes[1][0] >= _LOST_NS:
             notes.popleft()
-        due = notes[0][1] if now_ns - notes[0][0] >= _LOST_NS else 0
-        self.lost = max(0, due - receipt.arrived)
-        self.done, self.others = receipt.done, receipt.others
-        self.service_ns, self.peak_ns, self.measured_ns = receipt.service_ns, receipt.peak_ns, now_ns
+        return notes[0][1] if now_ns - notes[0][0] >= _LOST_NS else 0
 
 
 _NOTHING = _Heard()
@@ -181,9 +192,9 @@ class Router:
 
     def _replica(self, number: int, senders: Mapping[int, Board], size_bytes: int, now_ns: int) -> Replica:
         board = self._boards.get(number)
-        outstanding = self._outstanding(number, senders)
         if board is None:
-            heard = self._heard.get(number, _NOTHING)
+            heard = self._heard.get(number) or self._heard.setdefault(number, _Heard(measured_ns=now_ns))
+            outstanding = heard.outstanding(self._board.sent(number), now_ns)
             age_ns, transfer_ns = now_ns - heard.measured_ns, _BETWEEN_HOSTS.transfer_ns(size_bytes)
             # What it had of others is known as of then; by and by it is taken to have what nodes usually have.
             trust = 0.5 ** (age_ns / max(1, _FRESH * heard.service_ns))
@@ -192,7 +203,7 @@ class Router:
             return Replica(outstanding, int(service), heard.peak_ns, age_ns, transfer_ns=transfer_ns)
         service_ns, peak_ns, measured_ns, running_since, running = board.times
         return Replica(
-            outstanding,
+            self._outstanding(number, senders),
             service_ns,
             peak_ns,
             max(0, now_ns - measured_ns),

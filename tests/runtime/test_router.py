@@ -109,6 +109,22 @@ def test_receipts_that_come_late_mislead_until_the_next_one_only():
     assert router.outstanding(1) == 0
 
 
+def test_a_replica_that_cannot_tell_anything_is_not_left_without_work():
+    """As when nodes there cannot connect to this host: what was sent to it would count for ever."""
+    router, far = knowing(1, 2), Far(2)
+    taken = Counter()
+    for turn in range(1000):
+        now = turn * 100 * MS
+        number = router.choose(0, (-1,), ORDINARY, 0, now)
+        taken[number] += turn >= 500
+        router.sent(number, ORDINARY)
+        if number == 2:
+            far.take()
+            far.finish()
+        router.told(far.receipt, now + 50 * MS)
+    assert taken[1] >= 3, taken  # one whenever what was sent last is long ago
+
+
 def test_a_replica_that_joins_starts_at_nothing_and_shares_the_work():
     """It got everything and the old one nothing, for ever: all that was ever sent to that one counted as queued."""
     router, old, new = knowing(1), Far(1), Far(2)
