@@ -45,6 +45,7 @@ from runtime.coordinator_events import (
     Lost,
     Met,
     Prepared,
+    Reconnected,
     Reject,
     Resolve,
     Scaled,
@@ -189,6 +190,7 @@ class Coordinator:
         self._drained: Future[None] = Future()
         self._handles: dict[int, Handle] = {}  # by the number of the node
         self._gone: dict[int, tuple[str, Fate]] = {}  # numbers of dead nodes: their stories, and what they are told
+        self._unreached: set[bytes] = set()  # identities of nodes that something could not be sent to
         self._trusted = self._allowed() or frozenset()
         self._progress = -1
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
@@ -452,19 +454,31 @@ class Coordinator:
                 case Leaving():
                     events.append(LeaveWanted(identity, now))
                 case NodeBeat():
-                    self._heard(identity, said, control, now)
+                    events += self._heard(identity, said, control, now)
         return events
 
-    def _heard(self, identity: bytes, beat: NodeBeat, control: AnsweringInlet, now_ns: int) -> None:
+    def _heard(self, identity: bytes, beat: NodeBeat, control: AnsweringInlet, now_ns: int) -> list[Event]:
         record = self._roster.by_identity(identity)
         if record is None:  # it was cut off, taken for dead, and is back
             told = "the pipeline took it for dead, or was started anew"
             control.send(identity, codec.encode(Stop(told, "rejoin")))
-            return
+            return []
         self._reach.seen(record.number, beat.unreachable, now_ns)
         verdict = self._watch.heard(record.number, beat, now_ns)
         if verdict is not None:
             self._give_up({record.number: verdict})
+        if identity not in self._unreached:
+            return []
+        self._unreached.remove(identity)
+        control.send(identity, codec.encode(Trust(tuple(self._trusted))))
+        return [Reconnected(identity)]
+
+    def _tell(self, control: AnsweringInlet, identity: bytes, header: bytes) -> bool:
+        """Say something to a node; what does not reach it because its link is broken is said again when it is heard."""
+        reached = control.send(identity, header)
+        if not reached:
+            self._unreached.add(identity)
+        return reached
 
     def _give_up(self, verdicts: Mapping[int, str], fate: Fate = "rejoin") -> None:
         """Take nodes for dead, and see that they are."""
@@ -487,14 +501,15 @@ class Coordinator:
         """Let nodes hear that the coordinator lives; look for those that do not."""
         setup, now = self._setup, time.monotonic_ns()
         header = codec.encode(Beat(self.flow.oldest))
+        self._unreached &= {record.identity for record in self._roster}
         for record in self._roster:
-            if record.identity and not control.send(record.identity, header):
+            if record.identity and not self._tell(control, record.identity, header):
                 self._watch.closed(record.number, now)
         if (trusted := self._allowed()) is not None and trusted != self._trusted:
             self._trusted = trusted
             for record in self._roster:
                 if record.identity:
-                    control.send(record.identity, codec.encode(Trust(tuple(trusted))))
+                    self._tell(control, record.identity, codec.encode(Trust(tuple(trusted))))
                 if record.hello is not None and record.hello.key not in trusted:
                     self._give_up({record.number: f"had its key revoked ({record.hello.key})"}, "refused")
         events: list[Event] = [*self._look_at_links(now)]
@@ -568,7 +583,7 @@ class Coordinator:
             case ShareMemory(None, readers):
                 self._payloads.share(readers)
             case ShareMemory(identity, readers):
-                control.send(identity, codec.encode(Share(readers)))
+                self._tell(control, identity, codec.encode(Share(readers)))
             case SendAway(identity, reason, fate, again):
                 log_event(_log, logging.DEBUG if again else logging.INFO, "node sent away", reason=reason)
                 control.send(identity, refusal(reason) if fate == "refused" else codec.encode(Stop(reason, fate)))
@@ -602,7 +617,7 @@ class Coordinator:
             assert record is not None
             record.introduced = True
             peers = self._roster.peers(record, everyone=starting)
-            control.send(identity, codec.encode(Wire(self._roster.view, record.number, (caller, *peers))))
+            self._tell(control, identity, codec.encode(Wire(self._roster.view, record.number, (caller, *peers))))
         if not meet:
             return None
         peers = self._roster.peers(None, everyone=starting)

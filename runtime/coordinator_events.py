@@ -74,6 +74,12 @@ class Lost(Struct, frozen=True):
     fate: Fate = "rejoin"
 
 
+class Reconnected(Struct, frozen=True):
+    """A node is heard again whose control link was broken; what it was told meanwhile did not reach it."""
+
+    identity: bytes
+
+
 class LinksSeen(Struct, frozen=True):
     """These links, and no others, are dead now: numbers of who sends and of who should receive."""
 
@@ -163,6 +169,7 @@ Event = (
     | Declined
     | LeaveWanted
     | Lost
+    | Reconnected
     | LinksSeen
     | Submitted
     | Returned

@@ -47,6 +47,7 @@ from runtime.coordinator_events import (
     Lost,
     Met,
     Prepared,
+    Reconnected,
     Reject,
     Reported,
     Resolve,
@@ -204,12 +205,17 @@ class CoordinatorState:
                 record = self.roster.by_identity(identity)
                 if record is not None and self.state is State.STARTING:
                     return self._fail(LaunchFailed(f"{record.called} refused: {reason}"))
-                return [] if record is None else self._gone(record, f"refused: {reason}", {}, now_ns)
+                return [] if record is None else self._gone(record, f"refused: {reason}", {}, now_ns, "refused")
             case LeaveWanted(identity, now_ns):
                 return self._leave(identity, now_ns)
             case Lost(number, reason, steps, now_ns, fate):
                 record = self.roster.by_number(number)
                 return [] if record is None else self._gone(record, reason, steps, now_ns, fate)
+            case Reconnected(identity):
+                record = self.roster.by_identity(identity)
+                if record is None or not record.introduced:
+                    return []
+                return [Introduce((identity,), meet=False), ShareMemory(identity, record.readers)]
             case LinksSeen(dead, now_ns):
                 return self._links_seen(dead, now_ns)
             case Reported(message):

@@ -260,6 +260,20 @@ def test_a_slow_link_is_no_fault(linked, wanted):
     assert pipeline.incidents == ()
 
 
+def test_a_control_link_that_breaks_and_soon_comes_back_is_no_loss(linked, wanted):
+    """The node was not known again when it connected anew, and was told that it had been replaced."""
+    pipeline, (control, _) = linked
+    ask(pipeline, wanted)
+    for _ in range(3):
+        control.cut()
+        time.sleep(0.5)
+        control.mend()
+        ask(pipeline, wanted)
+        time.sleep(0.5)
+    assert pipeline.incidents == ()
+    assert [node.state for node in pipeline.nodes] == ["ready", "ready"]
+
+
 def test_a_link_for_fragments_that_is_cut_and_mended_loses_nothing(linked, wanted):
     pipeline, (_, fragments) = linked
     ask(pipeline, wanted)

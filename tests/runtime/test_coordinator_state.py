@@ -26,6 +26,7 @@ from runtime.coordinator_events import (
     Lost,
     Met,
     Prepared,
+    Reconnected,
     Reject,
     Reported,
     Resolve,
@@ -572,3 +573,13 @@ def test_the_links_of_a_node_that_is_lost_are_forgotten(plan):
     lose(machine, 2)
     assert of(links(machine), LinkChanged) == []
     assert machine.dead_links == {}
+
+
+def test_a_node_whose_control_link_was_broken_is_told_again_who_there_is(plan):
+    machine = new(plan)
+    machine.handle(hello("n1"))
+    assert machine.handle(Reconnected(b"n1")) == [], "it was told nothing yet"
+    machine = ready(plan)
+    assert machine.handle(Reconnected(b"stranger")) == []
+    machine.roster.nodes[0, 0].introduced = True
+    assert machine.handle(Reconnected(b"n1")) == [Introduce((b"n1",), meet=False), ShareMemory(b"n1", ())]
