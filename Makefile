@@ -73,6 +73,7 @@ bench: $(VENV)/test.stamp
 soak: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/soak/run.py
 	$(BIN)/python benchmarks/faults/run.py
+	$(BIN)/python benchmarks/chaos/run.py
 	$(BIN)/python benchmarks/wire/run.py
 	$(BIN)/python benchmarks/requests/run.py
 	$(BIN)/python benchmarks/ends/run.py
