@@ -74,6 +74,7 @@ soak: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/soak/run.py
 	$(BIN)/python benchmarks/faults/run.py
 	$(BIN)/python benchmarks/chaos/run.py
+	$(BIN)/python benchmarks/hostile/run.py
 	$(BIN)/python benchmarks/wire/run.py
 	$(BIN)/python benchmarks/requests/run.py
 	$(BIN)/python benchmarks/ends/run.py

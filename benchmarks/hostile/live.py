@@ -1,0 +1,35 @@
+"""Asks HOST PORT [TOKEN] every 20 ms whether it lives; a line an answer: when, seconds, status.
+
+A process of its own, so that what the attack costs its own interpreter does not count.
+"""
+
+from __future__ import annotations
+
+import http.client
+import select
+import sys
+import time
+
+EVERY_S = 0.02
+
+
+def main() -> None:
+    """Until standard input is closed."""
+    host, port = sys.argv[1], int(sys.argv[2])
+    shown = {"Authorization": f"Bearer {sys.argv[3]}"} if sys.argv[3:] and sys.argv[3] else {}
+    connection = http.client.HTTPConnection(host, port, timeout=60)
+    while not select.select([sys.stdin], [], [], EVERY_S)[0]:
+        begun = time.monotonic()
+        try:
+            connection.request("GET", "/v2/health/live", headers=shown)
+            answer = connection.getresponse()
+            answer.read()
+            status = str(answer.status)
+        except (OSError, http.client.HTTPException) as error:
+            status = type(error).__name__
+            connection.close()
+        print(f"{begun:.6f} {time.monotonic() - begun:.6f} {status}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
