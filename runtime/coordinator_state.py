@@ -471,7 +471,9 @@ class CoordinatorState:
             request = self._requests[number]
             since_s = (event.now_ns - request.begun_ns) / 1e9
             awaited = self._awaited(request, event.steps.get((number, attempt), {}))
-            effects += self._again(number, f"nothing was heard of it for {since_s:.0f} s: {awaited}{self._blocked(request)}")
+            effects += self._again(
+                number, f"nothing was heard of it for {since_s:.0f} s: {awaited}{self._blocked(request)}"
+            )
             effects += self._resume(event.now_ns)
         return effects
 

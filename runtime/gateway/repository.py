@@ -93,7 +93,9 @@ class Version:
             return trouble
         up = {node.stage for node in self.pipeline.nodes if node.state == "ready"}
         down = [stage.index for stage in self.plan.stages if stage.index not in up]
-        return f"stage {', '.join(map(str, down))} has no node that is ready" if down else None
+        if down:
+            return f"stage {', '.join(map(str, down))} has no node that is ready"
+        return self.pipeline.unreachable
 
     def wanted(self, request: InferRequest) -> tuple[Wanted, ...]:
         """The outputs of a request, in the order it names them.

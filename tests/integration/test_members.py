@@ -17,9 +17,10 @@ from pathlib import Path
 
 import build
 import numpy as np
+import ports
 import psutil
 import pytest
-from proxy import Proxy, free
+from proxy import Proxy
 
 from onnxsplit.planner import partition
 from runtime import Pipeline
@@ -244,7 +245,7 @@ LINKS = Timings(beat_s=0.1, silence_s=2, unreachable_s=0.5, lost_s=3)
 @contextmanager
 def far_node(start, address):
     """A node of stage 1 whose link for tensors goes through a proxy; gives that, and the address others know."""
-    shown, behind = free(), free()
+    shown, behind = ports.free_port(), ports.free_port()
     proxy = Proxy(shown, behind)
     bind = ["--bind", f"tcp://127.0.0.1:{behind}", "--advertise", f"tcp://127.0.0.1:{shown}"]
     start(address, "--stage", "1", "--no-shared-memory", *bind)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from runtime.errors import PipelineError
 from runtime.transport import Inlet, Sockets, Wakeup, check_address

@@ -8,11 +8,6 @@ import time
 from contextlib import suppress
 
 
-def free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 class Proxy:
     """A link that can be cut, and delayed: forwards a port to another."""
 
