@@ -89,6 +89,7 @@ from runtime.transport import AnsweringInlet, Inlet, Sockets, Wakeup, check_addr
 from runtime.watch import Timings, Watch
 
 _STOP_GRACE_S = 3.0
+_LOCK_S = 1.0
 _TURN_S = 10.0  # without a turn of its loop, which takes half a second at most, the coordinator is in trouble
 _log = logging.getLogger("runtime.coordinator")
 _drops = Drops(_log)
@@ -234,8 +235,12 @@ class Coordinator:
     @property
     def unreachable(self) -> str | None:
         """Why no request can get through although every stage has a node: dead links. None when all is well."""
-        with self.flow.lock:
+        if not self.flow.lock.acquire(timeout=_LOCK_S):
+            return f"the coordinator has not answered for {_LOCK_S:.0f} s"
+        try:
             return self._machine.unreachable
+        finally:
+            self.flow.lock.release()
 
     def stats(self) -> tuple[NodeStats, ...]:
         """Of every node."""

@@ -136,6 +136,7 @@ class Entrance:
             self._give_up(request)
             raise
         finally:
+            passage.inputs = {}  # an error that is the answer would hold them
             if expiry is not None:
                 expiry.cancel()
 
@@ -205,7 +206,7 @@ class Entrance:
         # The last one's: earlier ones are told at theirs.
         deadline = None if None in deadlines else max(deadline or 0 for deadline in deadlines)
         large = sum(request.size_bytes for request in requests) > _LARGE_BYTES
-        send = functools.partial(self._submit, passages, first.asked, deadline)
+        send = functools.partial(self._submit, [passage.inputs for passage in passages], first.asked, deadline)
         self._inside.add(inside)
         if large:
             sending = self._loop.run_in_executor(None, send)
@@ -222,16 +223,15 @@ class Entrance:
         self._await(inside, future)
         return True
 
-    def _submit(self, passages: list[Passage], asked: Asked, deadline_ns: int | None) -> Answering:
-        inputs = join([passage.inputs for passage in passages], asked.axes or {})
-        return self._pipeline.enter(inputs, asked, deadline_ns=deadline_ns, block=False)
+    def _submit(self, inputs: list[Mapping[str, Array]], asked: Asked, deadline_ns: int | None) -> Answering:
+        return self._pipeline.enter(join(inputs, asked.axes or {}), asked, deadline_ns=deadline_ns, block=False)
 
     def _sent(self, inside: _Inside, sending: asyncio.Future[Answering]) -> None:
         """Large tensors were copied, or there was no room for them."""
         error = sending.exception()
         if isinstance(error, Busy):
             self._inside.discard(inside)
-            self.line.back(inside.requests)
+            self.line.back([request for request in inside.requests if not request.subject.answer.done()])
             self._timer = self._timer or self._loop.call_later(_AGAIN_S, self._pump)
         elif error is not None:
             self._ended(inside, error)

@@ -14,6 +14,7 @@ OnnxsplitError
 
 from __future__ import annotations
 
+import traceback
 from typing import NamedTuple
 
 from onnxsplit.errors import InputError, OnnxsplitError
@@ -60,6 +61,14 @@ def words(error: BaseException, most: int = 2000) -> str:
     """What a client is told of an error: of a bounded length, since what a client sent may be in it."""
     text = str(error) if isinstance(error, OnnxsplitError) else f"an error in the server: {type(error).__name__}"
     return text if len(text) <= most else f"{text[:most]} ... ({len(text)} characters)"
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let an error hold nothing of the request it ended: in its traceback are all that was at hand, and in cycles."""
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        found = found.__cause__ or found.__context__
 
 
 class Status(NamedTuple):

@@ -18,7 +18,7 @@ from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Busy
 from runtime.gateway import describe, grpc_codec
 from runtime.gateway.budget import Budget
-from runtime.gateway.errors import UnknownRegion, Unsupported, status_of, words
+from runtime.gateway.errors import UnknownRegion, Unsupported, forget_frames, status_of, words
 from runtime.gateway.guard import Guard
 from runtime.gateway.regions import Region
 from runtime.gateway.repository import State
@@ -77,16 +77,22 @@ class Rpc:
         """A handler of one message, given as bytes, that shows its errors as gRPC has them."""
 
         async def run(_: Any, context: Any) -> Any:
+            held = 0
             try:
                 self._admit(context)
                 async with self._budget.arrival():
                     message = await context.read()
-                if not isinstance(message, bytes):
-                    raise InputError("the call ended without a message")
-                with self._budget.holding(len(message)):
-                    return await handler(message, context)
+                    if not isinstance(message, bytes):
+                        raise InputError("the call ended without a message")
+                    self._budget.take(len(message))
+                    held = len(message)
+                return await handler(message, context)
             except Exception as error:
-                await _abort(context, error)
+                failure = _failure(error)
+                message = None
+            finally:
+                self._budget.give(held)
+            return await context.abort(*failure)
 
         return run
 
@@ -116,8 +122,10 @@ class Rpc:
                         yield said
                 finally:
                     self._streams -= 1
+                return
             except Exception as error:
-                await _abort(context, error)
+                failure = _failure(error)
+            await context.abort(*failure)
 
         return run
 
@@ -195,10 +203,10 @@ class Rpc:
                 request, raw = await self._split(message)
                 said = await self._infer(request, raw, len(message), None, context)
         except Exception as error:
-            _note(error)
+            _, text = _failure(error)
             name, number = request.model_name, request.model_version
             said = pb.ModelInferResponse(model_name=name, model_version=number, id=request.id)
-            return pb.ModelStreamInferResponse(error_message=words(error), infer_response=said)
+            return pb.ModelStreamInferResponse(error_message=text, infer_response=said)
         if request.parameters["triton_enable_empty_final_response"].bool_param:
             said.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=said)
@@ -311,13 +319,9 @@ def _encode(message: Any) -> bytes:
     return encoded
 
 
-def _note(error: Exception) -> None:
-    """Log what is no client's mistake."""
+def _failure(error: Exception) -> tuple[Any, str]:
+    """What ends a call for an error: gRPC's code, and words. Nothing of the call is kept by the error."""
     if not isinstance(error, OnnxsplitError):
         log_event(_log, logging.ERROR, "a bug", error=type(error).__name__, reason=one_line(error, _WORDS))
-
-
-async def _abort(context: Any, error: Exception) -> None:
-    """End a call with an error, as gRPC has it."""
-    _note(error)
-    await context.abort(getattr(grpc.StatusCode, status_of(error).grpc), words(error))
+    forget_frames(error)
+    return getattr(grpc.StatusCode, status_of(error).grpc), words(error)

@@ -25,7 +25,7 @@ from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Cancelled
 from runtime.gateway import describe, http_codec, metrics, openapi, page
 from runtime.gateway.bodies import Bodies, coding_of, compress
-from runtime.gateway.errors import TooLarge, Unauthorized, UnknownRegion, Unsupported, status_of, words
+from runtime.gateway.errors import TooLarge, Unauthorized, UnknownRegion, Unsupported, forget_frames, status_of, words
 from runtime.gateway.guard import Guard
 from runtime.gateway.regions import Region
 from runtime.gateway.repository import State
@@ -311,8 +311,11 @@ class _Guarded:
         scope["path_params"] = found.groupdict("")
         try:
             await self._infer(scope, receive, send)
+            return
         except Exception as error:
-            await _error_response(error)(scope, receive, send)
+            response = _error_response(error)
+            forget_frames(error)
+        await response(scope, receive, send)
 
 
 def _header_length(headers: Headers) -> int | None:

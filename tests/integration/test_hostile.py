@@ -1,0 +1,234 @@
+"""Requests that mean harm, or are wrong: each is refused with its status and words, and the server stays as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import re
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from served import Served
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+grpc = pytest.importorskip("grpc", reason="needs the extra serve")
+from tritonclient.grpc import service_pb2 as pb  # noqa: E402
+
+from runtime.gateway.errors import Forbidden, Unauthorized  # noqa: E402
+from runtime.gateway.guard import Guard  # noqa: E402
+
+LIMIT = 48 << 20
+TENSOR = {"name": "x", "shape": [1, 32], "datatype": "FP32", "data": [0.5] * 32}
+
+
+@pytest.fixture(scope="module")
+def server(chain_plan):
+    words = ("--max-body", str(LIMIT), "--max-queue-bytes", str(LIMIT))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with Served(chain_plan, *words, environment=environment) as found:
+        found.model = chain_plan.name.removesuffix(".plan")
+        found.ask(f"/v2/models/{found.model}/infer", json.dumps({"inputs": [TENSOR]}).encode())
+        yield found
+
+
+def raw(server, head: str) -> tuple[int, str]:
+    """The status and the body of the answer to a request as it stands."""
+    host, port = server.host.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), 60) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode())
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    return int(answer.split()[1]), answer.partition(b"\r\n\r\n")[2].decode()
+
+
+def infer(server, body: dict | bytes, **headers: str) -> tuple[int, str]:
+    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, _, found = server.ask(f"/v2/models/{server.model}/infer", text, **headers)
+    return status, json.loads(found).get("error", "")
+
+
+def works(server) -> bool:
+    return infer(server, {"inputs": [TENSOR]})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "words"),
+    [
+        ("GET /v2 HTTP/1.1\nHost: {host}\nHost: evil.example\n", 400, "has 2 Host headers"),
+        ("GET /v2 HTTP/1.1\n", 400, "has 0 Host headers"),
+        ("GET /v2 HTTP/1.0\n", 400, "has 0 Host headers"),
+        ("GET /v2 HTTP/1.1\nHost: \n", 400, "Host"),
+        ("GET http://evil.example/v2 HTTP/1.1\nHost: {host}\n", 403, "asks 'evil.example'"),
+        ("GET /v2 HTTP/1.1\nHost: {host}\nOrigin: http://{host}\nOrigin: http://evil.example\n", 403, "2 Origin"),
+        ("GET /v2 HTTP/1.1\nHost: evil.example\n", 403, "ask localhost"),
+        ("GET http://{host}/v2 HTTP/1.1\nHost: {host}\n", 200, "onnxsplit"),
+        ("GET /v2 HTTP/1.1\nHost: {host}\nOrigin: http://{host}\n", 200, "onnxsplit"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_refused(server, head, status, words):
+    found, body = raw(server, head.format(host=server.host) + "Connection: close\n\n")
+    assert (found, words in body) == (status, True), body
+
+
+def test_one_authorization_counts_and_several_are_none():
+    guard = Guard(("a" * 16,))
+    guard.check([f"Bearer {'a' * 16}"])
+    for shown in ([], ["Bearer " + "b" * 16], [f"Bearer {'a' * 16}", "Bearer x"], [f"Bearer {'a' * 16}"] * 2):
+        with pytest.raises(Unauthorized):
+            guard.check(shown)
+    with pytest.raises(Forbidden):
+        guard.check_site(["localhost"], ["null"], "/")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"shape": [0, 2**62], "data": []},
+        {"shape": [2**62, 2], "data": []},
+        {"shape": [2**70], "data": []},
+        {"shape": [1, 32], "data": [1e39] * 32},
+        {"shape": [1], "data": [0.5] * 1_000_000},
+    ],
+)
+def test_shapes_and_numbers_that_no_tensor_has_are_the_client_s_mistake(server, changed):
+    status, said = infer(server, {"inputs": [{**TENSOR, **changed}]})
+    assert (status, "'x'" in said) == (400, True), said
+    assert works(server)
+
+
+@pytest.mark.parametrize("timeout", [2**63 - 1, 2**64, -1, "5", 1.5])
+def test_odd_timeouts_are_the_client_s_mistake(server, timeout):
+    assert infer(server, {"inputs": [TENSOR], "parameters": {"timeout": timeout}})[0] == 400
+    assert works(server)
+
+
+@pytest.mark.parametrize("parameters", [5, [], "x", None, {"a": 1}])
+def test_a_load_takes_no_parameters_of_any_kind(server, parameters):
+    path = f"/v2/repository/models/{server.model}/load"
+    status, _, body = server.ask(path, json.dumps({"parameters": parameters}).encode())
+    assert (status, "without parameters" in json.loads(body)["error"]) == (400, True)
+
+
+def test_a_name_of_any_length_makes_a_short_error_wherever_it_is_told(server):
+    name = "x" * 8_000_000
+    status, said = infer(server, {"inputs": [{**TENSOR, "name": name}]})
+    assert status == 400
+    assert len(said) < 3000
+    host, port = server.host.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), 60) as listener:
+        listener.sendall(f"GET /events HTTP/1.1\r\nHost: {server.host}\r\n\r\n".encode())
+        seen = b""
+        while b"unknown" not in seen:  # the next look at the model tells its last error
+            seen += listener.recv(65536)
+            assert len(seen) < 500_000
+    assert len(server.ask("/metrics")[2]) < 500_000
+
+
+def test_a_bomb_is_refused_and_others_are_answered_meanwhile(server):
+    import gzip
+
+    bomb = gzip.compress(bytes(2 * LIMIT))
+    with concurrent.futures.ThreadPoolExecutor(8) as clients:
+        bombs = [clients.submit(infer, server, bomb, Content_Encoding="gzip") for _ in range(8)]
+        assert server.ask("/v2/health/live")[0] == 200
+        assert {found.result()[0] for found in bombs} <= {413, 503}
+    assert works(server)
+
+
+def peak_bytes(server) -> int:
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1]) << 10
+
+
+def test_messages_of_many_clients_stay_within_their_bound_together(server):
+    """Eight of 40 MB at once: what arrives is bounded, and so is what is held."""
+    before = peak_bytes(server)
+    request = pb.ModelInferRequest(model_name="nobody", raw_input_contents=[bytes(40 << 20)])
+    message = request.SerializeToString()
+
+    async def ask(channel):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(message, timeout=120)
+        return error.value.code()
+
+    async def all_at_once():
+        options = [("grpc.max_send_message_length", -1)]
+        channels = [grpc.aio.insecure_channel(server.grpc, [*options, ("n", n)]) for n in range(8)]
+        try:
+            return await asyncio.gather(*(ask(channel) for channel in channels))
+        finally:
+            for channel in channels:
+                await channel.close()
+
+    codes = set(asyncio.run(all_at_once()))
+    assert codes <= {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE}
+    assert grpc.StatusCode.NOT_FOUND in codes
+    assert peak_bytes(server) - before < 8 * LIMIT
+    assert works(server)
+
+
+def call(server, method: str, message: bytes, metadata=()) -> tuple[str, str]:
+    """The code and the words of a call that fails."""
+    with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as error:
+        channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(message, timeout=60, metadata=metadata)
+    return error.value.code().name, error.value.details()
+
+
+def infer_message(**changed) -> bytes:
+    tensor = pb.ModelInferRequest.InferInputTensor(**{"name": "x", "datatype": "FP32", "shape": [1, 32], **changed})
+    return pb.ModelInferRequest(model_name="m", inputs=[tensor], raw_input_contents=[bytes(128)]).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("ModelInfer", b"\xff" * 20),
+        ("ModelInfer", b"\x3a\xff\xff\xff\xff\x0f"),
+        ("ModelInfer", b"\x0b\x0c"),
+        ("ModelReady", b"\xff" * 20),
+        ("RepositoryModelLoad", b"\x12\xff"),
+    ],
+)
+def test_bytes_that_are_no_message_are_the_client_s_mistake(server, method, message):
+    assert call(server, method, message)[0] == "INVALID_ARGUMENT"
+    assert works(server)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"shape": [0, 2**62]}, "fit into memory"),
+        ({"shape": [-1, 32]}, "sizes are 0 or more"),
+        ({"shape": [1] * 33}, "at most 32"),
+        ({"contents": {"fp32_contents": [1.0] * 32}}, "give one of them"),
+        ({"datatype": "FP99"}, "allowed: BOOL"),
+    ],
+)
+def test_tensors_that_are_none_are_the_client_s_mistake_over_grpc_too(server, changed, words):
+    message = infer_message(**changed).replace(
+        b"\x0a\x01m", b"\x0a" + bytes([len(server.model)]) + server.model.encode()
+    )
+    code, said = call(server, "ModelInfer", message)
+    assert (code, words in said) == ("INVALID_ARGUMENT", True), said
+
+
+def test_a_call_without_a_message_is_the_client_s_mistake(server):
+    with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as error:
+        channel.stream_unary("/inference.GRPCInferenceService/ServerLive")(iter(()), timeout=60)
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_deadline_that_never_comes_is_none(server):
+    message = pb.ModelInferRequest(
+        model_name=server.model,
+        inputs=[pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 32])],
+        raw_input_contents=[np.full(32, 0.5, np.float32).tobytes()],
+    )
+    with grpc.insecure_channel(server.grpc) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", message.__class__.SerializeToString)
+        for timeout in (2**31, 1e9, 60):
+            assert infer(message, timeout=timeout)
