@@ -27,6 +27,7 @@ import zmq
 import zmq.auth.thread
 import zmq.utils.monitor
 
+from onnxsplit.numbers import parse_whole
 from runtime.codec import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Buffer
 from runtime.descriptors import require_descriptors
 from runtime.errors import PipelineError
@@ -596,8 +597,8 @@ def check_address(address: str, security: Security | None = None) -> None:
     if scheme == "ipc" and rest:
         return
     host, _, port = rest.rpartition(":")
-    if scheme != "tcp" or not host or not (port == "*" or port.isdecimal()):
-        raise PipelineError(f"address {address!r}: expected tcp://HOST:PORT or ipc://PATH")
+    if scheme != "tcp" or not host or (port != "*" and parse_whole(port, 65535) is None):
+        raise PipelineError(f"address {address!r}: expected tcp://HOST:PORT, with a port up to 65535, or ipc://PATH")
     name = host.strip("[]")
     try:
         loopback = name == "localhost" or ipaddress.ip_address(name).is_loopback

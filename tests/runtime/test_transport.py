@@ -27,7 +27,9 @@ def test_addresses_that_leave_the_host_are_refused(address):
         check_address(address)
 
 
-@pytest.mark.parametrize("address", ["", "x", "udp://127.0.0.1:5", "tcp://127.0.0.1", "tcp://127.0.0.1:x", "ipc://"])
+@pytest.mark.parametrize(
+    "address", ["", "x", "udp://127.0.0.1:5", "tcp://127.0.0.1", "tcp://127.0.0.1:x", "tcp://127.0.0.1:65536", "ipc://"]
+)
 def test_malformed_addresses_are_refused(address):
     with pytest.raises(PipelineError, match="expected tcp://HOST:PORT"):
         check_address(address)
