@@ -13,6 +13,7 @@ from onnxsplit.cost.measured import find_example, measured_costs
 from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
 from onnxsplit.graph import OpGraph, build_graph
 from onnxsplit.inputs import accept, dimension_choices, synthesize
+from onnxsplit.memory import free_memory_bytes
 from onnxsplit.partitioner import Problem, Transfer, Weight
 from onnxsplit.session import threads_per_node
 from onnxsplit.setting import Setting, alike
@@ -162,6 +163,7 @@ def examine(
     note = None
     if costs != "analytic" and graph.ops:
         try:
+            _check_memory(graph)
             example, sizes = given, fixed
             if example is None:
                 found = find_example(graph, specs, fixed, threads=threads, provider=provider, say=say)
@@ -182,6 +184,16 @@ def examine(
         given = synthesize(graph, specs, bind(specs, fixed))
     shapes = infer_shapes(graph, {name: array.shape for name, array in given.items()})
     return _subject(graph, analytic_costs(graph, shapes), given, fixed, note)
+
+
+def _check_memory(graph: OpGraph) -> None:
+    """Refuse to run a model whose weights alone take more memory than this host has free."""
+    needed, free = sum(graph.constants.values()), free_memory_bytes()
+    if needed > free:
+        raise ModelError(
+            f"{graph.source.path} does not run here: its weights take {needed} bytes, and {free} bytes of memory are "
+            "free. Free some, or cut it without running it: --costs analytic"
+        )
 
 
 def _subject(

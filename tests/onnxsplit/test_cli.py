@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,11 @@ def test_help_of_every_command_imports_nothing_heavy(python_environment):
 
 BAD = [
     (["partition", "absent.onnx"], "no such model file: absent.onnx"),
+    (["inspect", "/dev/zero"], "cannot read /dev/zero: it is a character device; only a regular file can be read"),
+    (["verify", "good.plan", "fifo"], "cannot read fifo: it is a FIFO"),
+    (["run", "good.plan", "--inputs", "fifo"], "cannot read fifo: it is a FIFO"),
+    (["place", "good.plan", "--cluster", "fifo"], "cannot read fifo: it is a FIFO"),
+    (["run", "good.plan", "--replicas", "128"], "256 replicas together; at most 255 nodes make a pipeline"),
     (["partition", "."], ". is a folder; name the .onnx file in it"),
     (["partition", "junk.onnx"], "junk.onnx is not an ONNX model"),
     (["partition", "empty.onnx"], "empty.onnx is empty"),
@@ -216,6 +222,7 @@ def folder(tmp_path_factory, chain_plan):
     build.save(build.chain(), place)
     (place / "junk.onnx").write_bytes(b"junk" * 99)
     (place / "empty.onnx").touch()
+    os.mkfifo(place / "fifo")
     (place / "letters").mkdir()
     (place / "letters" / "dear.txt").write_text("dear")
     (place / "junk.npz").write_bytes(b"junk")

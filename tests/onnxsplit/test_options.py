@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from onnx import helper
 
+from onnxsplit import examine
 from onnxsplit.cluster import Cluster, Device
-from onnxsplit.errors import ClusterError, InputError, PartitionError
+from onnxsplit.errors import ClusterError, InputError, ModelError, PartitionError
 from onnxsplit.options import CutOptions
 from onnxsplit.planner import dry_run, examine_for, partition
 from onnxsplit.session import open_session
@@ -227,3 +228,12 @@ def test_a_dimension_has_a_size_that_there_is(model, size):
 def test_a_session_has_a_number_of_threads_that_there_is(model, threads):
     with pytest.raises(InputError, match="threads must be a whole number, at least 1 and at most 1024"):
         open_session(model, threads=threads)
+
+
+def test_a_model_whose_weights_exceed_the_free_memory_is_not_run(model, monkeypatch):
+    monkeypatch.setattr(examine, "free_memory_bytes", lambda: 1000)
+    plan = partition(model, out=model.with_suffix(".plan"))
+    assert plan.costs.source == "analytic"
+    assert "its weights take 4096 bytes, and 1000 bytes of memory are free" in str(plan.costs.note)
+    with pytest.raises(ModelError, match="does not run here"):
+        partition(model, out=model.with_suffix(".plan"), costs="measured")
