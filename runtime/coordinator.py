@@ -246,7 +246,8 @@ class Coordinator:
         """Of every node."""
         with self.flow.lock:
             known = frozenset() if self.flow.ended else self._router.known
-            queues = {number: self._router.outstanding(number) for number in known - {0}}
+            most = self._machine.unanswered_cost  # what is done at a lone node of another host is told twice a second
+            queues = {number: min(most, self._router.outstanding(number)) for number in known - {0}}
             return node_stats(self._roster, queues, self._setup.providers)
 
     @property

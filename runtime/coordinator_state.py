@@ -251,6 +251,11 @@ class CoordinatorState:
         return len(self._requests)
 
     @property
+    def unanswered_cost(self) -> int:
+        """What they cost together: no node can have more to do."""
+        return sum(request.cost for request in self._requests.values())
+
+    @property
     def waiting(self) -> int:
         """Requests that wait for a node of a stage they need."""
         return len(self._waiting)

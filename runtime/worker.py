@@ -172,7 +172,7 @@ class Worker:
             self._told.pop(number, None)
         for number in far - self._receipts.keys():
             self._receipts[number] = sockets.connect(peers[number].address, key=peers[number].key)
-            self._waited_for.add(number)
+        self._waited_for.update(self._receipts)  # who had no choice before was told seldom
         for number in self._here.keys() - peers.keys():
             del self._here[number]
 

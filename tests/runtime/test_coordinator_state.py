@@ -583,3 +583,12 @@ def test_a_node_whose_control_link_was_broken_is_told_again_who_there_is(plan):
     assert machine.handle(Reconnected(b"stranger")) == []
     machine.roster.nodes[0, 0].introduced = True
     assert machine.handle(Reconnected(b"n1")) == [Introduce((b"n1",), meet=False), ShareMemory(b"n1", ())]
+
+
+def test_what_all_unanswered_requests_cost_is_known(plan):
+    machine = ready(plan)
+    submit(machine, 1)
+    submit(machine, 2)
+    assert machine.unanswered_cost == 2000
+    returned(machine, 1)
+    assert machine.unanswered_cost == 1000
