@@ -100,7 +100,14 @@ class ControlLink(threading.Thread):
         self.join(_JOIN_S)
 
     def run(self) -> None:
-        """Until the node ends or the coordinator falls silent."""
+        """Until the node ends. A node must not live on without this thread, so what fails here ends it."""
+        try:
+            self._speak()
+        except Exception as error:
+            _log.exception("the link to the coordinator failed")
+            self._body.unwelcome(f"the link to the coordinator at {self._address} failed: {error}")
+
+    def _speak(self) -> None:
         with Sockets(linger_s=0.5, security=self._security) as sockets:
             link = sockets.connect(self._address, receive=True, key=self._key)
             begun = time.monotonic()

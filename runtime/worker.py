@@ -258,11 +258,6 @@ class Worker:
         self.payloads.give_back(fragment)
         self._settle(fragment)
 
-    def write_off(self, fragment: Fragment) -> None:
-        """Count a fragment as done that was counted as here, and whose tensors could not be taken in."""
-        self.payloads.board.finish(fragment.sender, fragment.cost)
-        self._settle(fragment)
-
     def _settle(self, fragment: Fragment) -> None:
         """A fragment is here no more; who can choose another replica is told soon."""
         sender = fragment.sender
