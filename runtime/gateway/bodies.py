@@ -22,6 +22,7 @@ SILENCE_S = 10.0
 SLOWEST_BYTES_PER_S = 64 << 10
 _PATIENCE_S = 30.0
 _DISCARD_S = 3.0
+_DIGITS = 18
 _QUICK_BYTES = 4 << 10  # compressed, are decompressed at once: to some MiB at most
 _STEP_BYTES = 1 << 20
 
@@ -53,7 +54,7 @@ class Bodies:
             Cancelled: the client went away.
         """
         claimed = headers.get("content-length", "")
-        length = int(claimed) if claimed.isdecimal() else None
+        length = int(claimed) if claimed.isdecimal() and len(claimed) <= _DIGITS else None
         if length is not None and length > self.most_bytes:
             if "expect" not in headers:
                 await _discard(scope, receive)

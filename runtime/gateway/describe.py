@@ -17,6 +17,7 @@ from runtime.gateway.tally import Duration, Tally
 from runtime.stats import NodeStats
 
 NAME = "onnxsplit"
+_STAGE_DIGITS = 6
 _SHARED_MEMORY = "system_shared_memory"
 EXTENSIONS = (
     "classification",
@@ -48,7 +49,7 @@ def split_name(name: str, models: Iterable[str]) -> tuple[str, int | None]:
     if name in models:
         return name, None
     model, _, stage = name.rpartition(".stage")
-    if stage.isdecimal() and model in models:
+    if len(stage) <= _STAGE_DIGITS and stage.isascii() and stage.isdecimal() and model in models:
         return model, int(stage)
     return name, None
 

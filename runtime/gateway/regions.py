@@ -22,6 +22,7 @@ from runtime.gateway.protocol import Place, Read
 _FOLDER = Path("/dev/shm")  # noqa: S108  where shm_open keeps them
 _KEY = re.compile(r"/?[^/\0]{1,254}")
 _MOST = 1024
+_OWN = "onnxsplit"
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Regions:
     memory that may be.
 
     Args:
-        prefix: of the names of shared memory that may be registered; None allows none, and empty any. The memory of
-            the runtime itself has no name (:mod:`runtime.arena`), so nobody can register that.
+        prefix: of the names of shared memory that may be registered; None allows none, and empty any. Names that are
+            kept for the runtime are never allowed.
         allowed: False refuses them all, as where clients are on other hosts.
         most_bytes: that a request may read.
     """
@@ -99,6 +100,11 @@ class Regions:
                 f"region {shown(region.name)} has key {shown(region.key)}; a key is one name, as in /my_tensors"
             )
         key = region.key.strip("/")
+        if key.startswith(_OWN):
+            raise Forbidden(
+                f"region {shown(region.name)}: names that begin with {_OWN!r} are kept for the runtime itself, and "
+                f"{shown(region.key)} does; choose another"
+            )
         if not key.startswith(self._prefix):
             raise Forbidden(
                 f"region {shown(region.name)}: this server uses shared memory whose name begins with {self._prefix!r} "

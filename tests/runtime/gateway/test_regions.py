@@ -90,6 +90,17 @@ def test_nothing_is_registered_unless_the_server_was_told(memory):
         Regions().register(Region("s", memory.name, 0, 8))
 
 
+@pytest.mark.parametrize("prefix", ["", "onnxsplit"])
+def test_names_of_the_runtime_are_never_registered(prefix):
+    file = Path(f"/dev/shm/onnxsplit-{os.getpid()}")
+    file.write_bytes(bytes(64))
+    try:
+        with pytest.raises(Forbidden, match="kept for the runtime"):
+            Regions(prefix).register(Region("s", file.name, 0, 8))
+    finally:
+        file.unlink()
+
+
 def test_only_names_under_the_prefix_are_registered(memory):
     named = Regions(memory.name[:-1])
     named.register(Region("s", f"/{memory.name}", 0, 8))
