@@ -172,8 +172,7 @@ async def _serve(
         repository.ending = True
         ending.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+    _end_on_signals(loop, end)
     regions = Regions(options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body)
     spans = Spans.exporting() if options.spans else None
     workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gateway")
@@ -191,6 +190,7 @@ async def _serve(
         for model in repository.models:
             progress(f"starting the nodes of {model}")
             await _unless(ending, repository.load(model))
+        _end_on_signals(loop, end)  # again: Ray, as it starts, takes SIGTERM, and aborts the process 3 s after one
         if not ending.is_set():
             scheme = "https" if options.tls_cert is not None else "http"
             host = f"[{options.host}]" if ":" in options.host else options.host
@@ -219,6 +219,12 @@ async def _serve(
         workers.shutdown(wait=False, cancel_futures=True)
         if spans is not None:
             spans.close()
+
+
+def _end_on_signals(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> None:
+    """Let SIGTERM and SIGINT begin the end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
 
 
 async def _unless(ending: asyncio.Event, work: Any) -> None:

@@ -28,13 +28,12 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from served import Served
+from served import PENDING, Served
 from tritonclient.utils import InferenceServerException
 from waiting import wait_until
 
 from onnxsplit.planner import partition
 
-PENDING = "nv_inference_pending_request_count"
 INFER = b"POST /v2/models/model/infer HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -64,13 +63,6 @@ def slow_request(**parameters: object) -> tuple[bytes, dict[str, str]]:
     inputs = [{"name": "x", "shape": [64, 512], "datatype": "FP32", "parameters": {"binary_data_size": array.nbytes}}]
     head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True, **parameters}}).encode()
     return head + array.tobytes(), {"Inference_Header_Content_Length": str(len(head))}
-
-
-def metric(server: Served, name: str, labels: str = "") -> float:
-    """The sum of a metric over all that have these labels."""
-    text = server.ask("/metrics")[2].decode()
-    found = re.findall(rf"^{name}\{{.*{labels}.*\}} (\S+)$", text, re.MULTILINE)
-    return sum(map(float, found))
 
 
 def nodes(server: Served) -> list[psutil.Process]:
@@ -123,7 +115,7 @@ def test_kill_9_of_nodes_under_load_fails_no_request(chain_plan, python_environm
                 counts["grpc"] += 1
 
     def restarts_and_ready() -> tuple[float, float]:
-        return metric(server, "onnxsplit_node_restarts_total"), metric(server, "onnxsplit_node_up")
+        return server.metric("onnxsplit_node_restarts_total"), server.metric("onnxsplit_node_up")
 
     with Served(chain_plan, "--replicas", "2", environment=python_environment) as server:
         threads = [threading.Thread(target=target) for target in (over_http, over_http, over_grpc, over_grpc)]
@@ -258,11 +250,11 @@ def test_a_client_that_goes_away_gives_its_request_up(slow_plan, python_environm
         opened = [socket.create_connection((host, int(port))) for _ in range(60)]
         for connection in opened:
             connection.sendall(head + body)
-        wait_until(lambda: metric(server, PENDING) == 60)
+        wait_until(lambda: server.metric(PENDING) == 60)
         for connection in opened:
             connection.close()
-        wait_until(lambda: metric(server, PENDING) == 0)
-        assert metric(server, "onnxsplit_request_failures_total", 'reason="canceled"') == 60
+        wait_until(lambda: server.metric(PENDING) == 0)
+        assert server.metric("onnxsplit_request_failures_total", 'reason="canceled"') == 60
         go_on(server)
         assert server.ask("/v2/models/slow/infer", body, **headers)[0] == 200
 
@@ -482,7 +474,7 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(slow_plan, pytho
         server = Served(slow_plan, "--timing", "silence_s=300", environment=python_environment)
         stop(server)
         waiting = [pool.submit(server.ask, "/v2/models/slow/infer", body, **headers) for _ in range(30)]
-        wait_until(lambda: metric(server, PENDING) == 30)
+        wait_until(lambda: server.metric(PENDING) == 30)
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: refuses(server))
         go_on(server)

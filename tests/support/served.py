@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+PENDING = "nv_inference_pending_request_count"
 
 
 class Served:
@@ -73,6 +76,11 @@ class Served:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+
+    def metric(self, name: str, labels: str = "") -> float:
+        """The sum of a metric over all that have these labels."""
+        text = self.ask("/metrics")[2].decode()
+        return sum(map(float, re.findall(rf"^{name}\{{.*{labels}.*\}} (\S+)$", text, re.MULTILINE)))
 
     def json(self, path: str, body: Any = None) -> Any:
         """The JSON at a path; what is posted is given as an object."""
