@@ -537,7 +537,8 @@ class Coordinator:
         )
         self._router.unreachable = own
         self._reach.seen(0, own, now_ns)
-        dead = self._reach.dead({0, *(record.number for record in self._roster)}, now_ns)
+        known = {0, *(record.number for record in self._roster)}
+        dead = self._reach.dead(known, {0, *self._watch.heard_lately(now_ns)}, now_ns)
         return [LinksSeen(dead, now_ns)] if dead != self._machine.dead_links.keys() else []
 
     def _perform(

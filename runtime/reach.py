@@ -23,6 +23,7 @@ class Reach:
     def __init__(self, unreachable_s: float) -> None:
         self._patience_ns = int(unreachable_s * 1e9)
         self._since: dict[Link, int] = {}
+        self._dead: frozenset[Link] = frozenset()
 
     def seen(self, sender: int, unreachable: Collection[int], now_ns: int) -> None:
         """A process says which others it is not connected to now."""
@@ -31,10 +32,18 @@ class Reach:
         for number in unreachable:
             self._since.setdefault((sender, number), now_ns)
 
-    def dead(self, known: Set[int], now_ns: int) -> frozenset[Link]:
-        """The links among ``known`` processes that are dead; all others are forgotten."""
+    def dead(self, known: Set[int], heard: Set[int], now_ns: int) -> frozenset[Link]:
+        """The links among ``known`` processes that are dead; all others are forgotten.
+
+        A link to or from a process that was not ``heard`` lately is not found dead: the process may be.
+        """
         self._since = {link: since for link, since in self._since.items() if known >= set(link)}
-        return frozenset(link for link, since in self._since.items() if now_ns - since >= self._patience_ns)
+        self._dead = frozenset(
+            link
+            for link, since in self._since.items()
+            if now_ns - since >= self._patience_ns and (link in self._dead or heard >= set(link))
+        )
+        return self._dead
 
 
 def dead_ends(

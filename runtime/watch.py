@@ -139,6 +139,11 @@ class Watch:
             )
         return None
 
+    def heard_lately(self, now_ns: int) -> frozenset[int]:
+        """The nodes that gave a sign of life not long ago."""
+        patience_ns = max(1.0, 4 * self._timings.beat_s) * 1e9
+        return frozenset(number for number, node in self._nodes.items() if now_ns - node.heard_ns < patience_ns)
+
     def silent(self, now_ns: int) -> dict[int, str]:
         """The nodes that have said nothing for too long, and why they are taken for dead."""
         found = {}

@@ -335,7 +335,12 @@ class Caller:
 
     def numbers(self) -> list[int]:
         """The next line that it says."""
-        return [int(word) for word in self.process.stdout.readline().split()]
+        deadline = threading.Timer(90, self.process.kill)
+        deadline.start()
+        try:
+            return [int(word) for word in self.process.stdout.readline().split()]
+        finally:
+            deadline.cancel()
 
     def ask(self) -> list[int]:
         """Have it answer one request; how many nodes were lost so far, and the present ones' pids."""
@@ -358,7 +363,7 @@ def call(plan, python_environment):
     """Starts coordinators, and ends them."""
     callers: list[Caller] = []
 
-    def one(address: str, silence_s: float = 1.0) -> Caller:
+    def one(address: str, silence_s: float = 2.0) -> Caller:
         callers.append(Caller(plan, address, silence_s, python_environment))
         return callers[-1]
 
@@ -390,7 +395,7 @@ def test_a_coordinator_that_is_stopped_for_longer_gets_its_nodes_back(address, s
     caller, node = call(address), start(address)
     caller.numbers()
     caller.process.send_signal(signal.SIGSTOP)
-    wait_for(lambda: "dropped all work: the coordinator has been silent for 1 s" in node.said)
+    wait_for(lambda: "dropped all work: the coordinator has been silent for 2 s" in node.said)
     caller.process.send_signal(signal.SIGCONT)
     assert caller.ask() == [1, node.process.pid]
     assert node.said.count("stage loaded") == 2
@@ -413,12 +418,12 @@ def test_launched_nodes_end_when_their_coordinator_is_stopped_for_long_and_are_s
 def test_a_coordinator_that_is_killed_and_starts_again_at_its_address_gets_its_nodes_back(
     address, start, call, python_environment, when
 ):
-    silence_s = 20.0 if when == "at once" else 1.0
+    silence_s = 20.0 if when == "at once" else 2.0
     caller, node = call(address, silence_s), start(address)
     caller.numbers()
     caller.process.kill()
     if when == "after silence_s":
-        wait_for(lambda: "the coordinator has been silent for 1 s" in node.said)
+        wait_for(lambda: "the coordinator has been silent for 2 s" in node.said)
     again = call(address, silence_s)
     assert again.numbers() == [node.process.pid]
     assert again.ask() == [0, node.process.pid]
@@ -443,7 +448,7 @@ def test_a_spare_whose_coordinator_is_closed_looks_for_it_and_takes_a_place_at_t
     """It waited for ever where it had been told to look for a while."""
     caller, node = call(address), start(address)
     caller.numbers()
-    spare = start(address, "--rejoin", "30")
+    spare = start(address)
     wait_for(lambda: "asking again" in spare.said)
     caller.end()
     assert node.exit_code() == 0
@@ -499,7 +504,7 @@ def test_a_spare_outlasts_pauses_of_its_coordinator_and_its_own(address, start, 
     wait_for(lambda: "asking again" in spare.said)
     caller.stop_for(0.5)
     spare.signal(signal.SIGSTOP)
-    time.sleep(2)
+    time.sleep(3)
     spare.signal(signal.SIGCONT)
     node.signal(signal.SIGKILL)
     wait_for(lambda: "stage loaded" in spare.said)
@@ -509,7 +514,7 @@ def test_a_spare_outlasts_pauses_of_its_coordinator_and_its_own(address, start, 
 def test_a_node_whose_coordinator_dies_while_it_loads_ends_loading_and_comes_back(address, start, call):
     """It was ended in the middle of loading, with 1."""
     slowly = "import time, runtime.worker as w; plain = w.StageRunner.__init__\n"
-    slowly += "def load(self, *of, **more): time.sleep(5); plain(self, *of, **more)\nw.StageRunner.__init__ = load"
+    slowly += "def load(self, *of, **more): time.sleep(6); plain(self, *of, **more)\nw.StageRunner.__init__ = load"
     caller, node = call(address), start(address, before=slowly)
     wait_for(lambda: node.log.exists() and psutil.Process(node.process.pid).num_threads() > 3)
     time.sleep(1.5)  # it has its stage by now

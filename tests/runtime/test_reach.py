@@ -14,31 +14,39 @@ def test_a_link_is_dead_when_it_was_not_connected_for_long_enough():
     reach = Reach(3.0)
     reach.seen(1, (2,), 0)
     reach.seen(1, (2,), 2 * SECOND)
-    assert reach.dead(EVERYBODY, 2 * SECOND) == frozenset()
-    assert reach.dead(EVERYBODY, 3 * SECOND) == {(1, 2)}
+    assert reach.dead(EVERYBODY, EVERYBODY, 2 * SECOND) == frozenset()
+    assert reach.dead(EVERYBODY, EVERYBODY, 3 * SECOND) == {(1, 2)}
     reach.seen(1, (), 4 * SECOND)
-    assert reach.dead(EVERYBODY, 4 * SECOND) == frozenset()
+    assert reach.dead(EVERYBODY, EVERYBODY, 4 * SECOND) == frozenset()
 
 
 def test_a_link_that_came_back_in_between_is_not_dead():
     reach = Reach(3.0)
     for second, unreachable in ((0, (2,)), (2, ()), (3, (2,))):
         reach.seen(1, unreachable, second * SECOND)
-    assert reach.dead(EVERYBODY, 5 * SECOND) == frozenset()
+    assert reach.dead(EVERYBODY, EVERYBODY, 5 * SECOND) == frozenset()
+
+
+def test_a_link_is_not_blamed_for_a_process_that_is_silent():
+    reach = Reach(3.0)
+    reach.seen(1, (2,), 0)
+    assert reach.dead(EVERYBODY, {0, 1}, 5 * SECOND) == frozenset()
+    assert reach.dead(EVERYBODY, EVERYBODY, 6 * SECOND) == {(1, 2)}
+    assert reach.dead(EVERYBODY, {0, 1}, 7 * SECOND) == {(1, 2)}, "it was dead before"
 
 
 def test_links_of_who_is_gone_are_forgotten():
     reach = Reach(3.0)
     reach.seen(1, (2, 3), 0)
-    assert reach.dead({0, 1, 3}, 5 * SECOND) == {(1, 3)}
-    assert reach.dead(EVERYBODY, 5 * SECOND) == {(1, 3)}
+    assert reach.dead({0, 1, 3}, EVERYBODY, 5 * SECOND) == {(1, 3)}
+    assert reach.dead(EVERYBODY, EVERYBODY, 5 * SECOND) == {(1, 3)}
 
 
 def test_what_one_process_sees_says_nothing_about_the_links_of_others():
     reach = Reach(3.0)
     reach.seen(1, (3,), 0)
     reach.seen(2, (), SECOND)
-    assert reach.dead(EVERYBODY, 5 * SECOND) == {(1, 3)}
+    assert reach.dead(EVERYBODY, EVERYBODY, 5 * SECOND) == {(1, 3)}
 
 
 def test_a_dead_link_that_can_be_gone_around_ends_nothing():
