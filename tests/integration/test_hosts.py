@@ -1,8 +1,7 @@
-"""Three hosts, as network namespaces with a switch in between: replicas come and go under load, and share the work."""
+"""Three hosts, as network namespaces: replicas come and go there under load, and share the work."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,16 +9,30 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import build
 import pytest
 
 from onnxsplit.planner import partition
 from runtime.keys import create_for
+from runtime.stats import sweep
 
-ROOT = Path(__file__).parents[2]
 HOSTS = ("h1", "h2", "h3")
+
+NODE = """
+import time
+from runtime.stage_runner import StageRunner
+
+plain = StageRunner.run
+
+def run(self, inputs, into):
+    time.sleep(0.01)  # so that replicas are equal, however busy this machine is
+    return plain(self, inputs, into)
+
+StageRunner.run = run
+from onnxsplit.cli import main
+main()
+"""
 
 CALLER = """
 import json, sys, threading, time
@@ -69,21 +82,37 @@ with Pipeline.listen(plan, bind=address, keys=keys, elastic=True, shared_memory=
 """
 
 
+def ip(*words: object) -> None:
+    subprocess.run(["ip", *map(str, words)], check=True, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def hosts():
-    """The names of the namespaces, by host, and the switch."""
+    """A namespace for the caller and one for each host, and a link between the caller and each; their names."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the command ip (iproute2)")
-    made = subprocess.run(["ip", "netns", "add", f"onnxsplit-try-{os.getpid()}"], capture_output=True, text=True)
-    if made.returncode != 0:
-        pytest.skip(f"network namespaces cannot be made here: {made.stderr.strip()}")
-    subprocess.run(["ip", "netns", "del", f"onnxsplit-try-{os.getpid()}"], check=True)
-    sys.path.append(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("hosts_benchmark", ROOT / "benchmarks" / "hosts" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.network() as (_, names):
+    names = {host: f"onnxsplit-{os.getpid()}-{host}" for host in ("caller", *HOSTS)}
+    try:
+        ip("netns", "add", names["caller"])
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+    try:
+        for host in HOSTS:
+            ip("netns", "add", names[host])
+        for name in names.values():
+            ip("-n", name, "link", "set", "lo", "up")
+        for number, host in enumerate(HOSTS):
+            ends = {names["caller"]: f"to-{host}", names[host]: "eth0"}
+            here, there = (f"on{os.getpid()}{end}{number}" for end in "nf")
+            ip("link", "add", here, "type", "veth", "peer", "name", there)
+            for (name, interface), made, last in zip(ends.items(), (here, there), (1, 2), strict=True):
+                ip("link", "set", made, "netns", name, "name", interface)
+                ip("-n", name, "addr", "add", f"10.78.{number}.{last}/24", "dev", interface)
+                ip("-n", name, "link", "set", interface, "up")
         yield names
+    finally:
+        for name in names.values():
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def share(found: dict[str, int]) -> float:
@@ -95,9 +124,9 @@ def test_replicas_on_three_hosts_share_the_work_as_they_come_and_go_under_load(h
     """A second one that joined on another host got everything, and the first nothing, for ever."""
     partition(build.save(build.chain(8), tmp_path), stages=1, out=tmp_path / "m.plan", costs="analytic")
     create_for(tmp_path / "keys", HOSTS)
-    address = "tcp://10.77.0.1:5600"
 
     with ExitStack() as stack:
+        stack.callback(sweep)  # what killed ones left, should the test fail
 
         def start(host: str, *words: object, **options: object) -> subprocess.Popen:
             command = ["ip", "netns", "exec", hosts[host], sys.executable, "-P", *map(str, words)]
@@ -107,11 +136,12 @@ def test_replicas_on_three_hosts_share_the_work_as_they_come_and_go_under_load(h
             return process
 
         def node(host: str) -> subprocess.Popen:
+            address = f"tcp://10.78.{HOSTS.index(host)}.1:5600"
             words = ["--connect", address, "--keys", tmp_path / "keys" / host, "--host", host, "--stage", 0]
-            return start(host, "-m", "onnxsplit", "node", *words, "--no-shared-memory", stderr=subprocess.DEVNULL)
+            return start(host, "-c", NODE, "node", *words, "--no-shared-memory", stderr=subprocess.DEVNULL)
 
         caller = start(
-            "h1", "-c", CALLER, tmp_path / "m.plan", address, tmp_path / "keys" / "coordinator",
+            "caller", "-c", CALLER, tmp_path / "m.plan", "tcp://0.0.0.0:5600", tmp_path / "keys" / "coordinator",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
