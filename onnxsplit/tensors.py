@@ -110,6 +110,13 @@ def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return count * numpy_dtype(dtype).itemsize
 
 
+def content_bytes(array: Array) -> int:
+    """Bytes of an array with what its strings hold, which ``nbytes`` leaves out."""
+    if array.dtype != object:
+        return array.nbytes
+    return array.nbytes + sum(map(len, array.ravel().tolist()))
+
+
 def element_count(shape: Sequence[int], itemsize: int = 1) -> int | None:
     """The number of elements of a shape; None where no array can have it.
 

@@ -17,7 +17,7 @@ from onnxsplit.errors import InputError, shown
 from onnxsplit.plan import Plan, load_plan, plan_id, read_plan_file
 from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
-from onnxsplit.tensors import Array, check_inputs, load_npz
+from onnxsplit.tensors import Array, check_inputs, content_bytes, load_npz
 from runtime.admission import Admission
 from runtime.balance import cost_of
 from runtime.board import PEERS
@@ -300,8 +300,8 @@ class Pipeline:
         parts = split(arrays, asked.axes, self._rows) if asked.axes is not None and self._rows else [dict(arrays)]
         if len(parts) > 1:  # later parts enter after this call has returned
             parts = [{name: np.array(array) for name, array in part.items()} for part in parts]
-        size = sum(array.nbytes for array in parts[0].values())
-        cost = cost_of(size, self._ordinary_bytes)
+        size = sum(map(content_bytes, parts[0].values()))
+        cost = cost_of(sum(array.nbytes for array in parts[0].values()), self._ordinary_bytes)
         request = Request(self._coordinator.flow, self._entrance, parts, asked, size, cost, deadline_ns, ready)
         self._admit(size, deadline_ns, block)
         request.enter()

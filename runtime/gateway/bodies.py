@@ -105,7 +105,11 @@ class Bodies:
             message = await receive()
 
     def _decompress(self, body: bytes | bytearray, coding: str, scope: Scope) -> bytearray:
-        """What a body is when it is decompressed, step by step, so that its size is known before it is there."""
+        """What a body is when it is decompressed, step by step, so that its size is known before it is there.
+
+        From now on that is what counts as held.
+        """
+        self.release(scope)
         machine = zlib.decompressobj(_WINDOW[coding])
         data = bytearray()
         rest: bytes | bytearray = body

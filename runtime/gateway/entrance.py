@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.tensors import Array
+from onnxsplit.tensors import Array, content_bytes
 from runtime.errors import Busy, DeadlineExceeded, NodeFailed, NotSeparable, PipelineClosed, StageFailed
 from runtime.gateway.errors import NotLoaded
 from runtime.gateway.line import Limits, Line, Waiting
@@ -117,7 +117,7 @@ class Entrance:
         request = Waiting(
             key=self._key(inputs, outputs, asked),
             rows=passage.rows,
-            size_bytes=sum(array.nbytes for array in inputs.values()),
+            size_bytes=sum(map(content_bytes, inputs.values())),
             arrived_ns=arrived_ns,
             deadline_ns=deadline_ns,
             subject=passage,

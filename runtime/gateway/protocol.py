@@ -203,8 +203,10 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw)
 
 def _json_numbers(name: str, text: bytes, dtype: str, shape: Sequence[int]) -> Array:
     count = math.prod(shape)
-    flat = text.translate(None, b"[]")
-    found = flat.count(b",") + 1 if flat.strip(b", \t\r\n") else 0
+    found = text.count(b",") + 1
+    flat = text.translate(None, b"[]") if found == count or count == 0 else text
+    if not flat.strip(b", \t\r\n"):
+        found = 0
     if found != count:
         raise InputError(f"tensor {shown(name)} has {found} elements; shape {list(shape)} has {count}")
     kind = numpy_dtype(dtype)

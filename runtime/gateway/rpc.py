@@ -183,8 +183,12 @@ class Rpc:
         try:
             while True:
                 while running:
-                    yield await running[0]
+                    said, held = await running[0]
                     running.popleft()
+                    try:
+                        yield said
+                    finally:
+                        self._budget.give(held)
                     room.release()
                 if over:
                     return
@@ -194,22 +198,28 @@ class Rpc:
             taking.cancel()
             for task in running:
                 task.cancel()
-            await asyncio.gather(taking, *running, return_exceptions=True)
+            await asyncio.gather(taking, return_exceptions=True)
+            for left in await asyncio.gather(*running, return_exceptions=True):
+                if isinstance(left, tuple):
+                    self._budget.give(left[1])
 
-    async def _streamed(self, message: bytes, context: Any) -> Any:
+    async def _streamed(self, message: bytes, context: Any) -> tuple[Any, int]:
+        """The answer to a message of a stream, and how many bytes are held for it until it is sent."""
         request = pb.ModelInferRequest()
         try:
             with self._budget.holding(len(message)):
                 request, raw = await self._split(message)
                 said = await self._infer(request, raw, len(message), None, context)
+            held = said.ByteSize()
+            self._budget.take(held)
         except Exception as error:
             _, text = _failure(error)
             name, number = request.model_name, request.model_version
             said = pb.ModelInferResponse(model_name=name, model_version=number, id=request.id)
-            return pb.ModelStreamInferResponse(error_message=text, infer_response=said)
+            return pb.ModelStreamInferResponse(error_message=text, infer_response=said), 0
         if request.parameters["triton_enable_empty_final_response"].bool_param:
             said.parameters["triton_final_response"].bool_param = True
-        return pb.ModelStreamInferResponse(infer_response=said)
+        return pb.ModelStreamInferResponse(infer_response=said), held
 
     # What it is
 

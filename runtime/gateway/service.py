@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
-from onnxsplit.tensors import Array
+from onnxsplit.tensors import Array, content_bytes
 from runtime.gateway.describe import split_name
 from runtime.gateway.errors import Unsupported, words
 from runtime.gateway.protocol import InferRequest, Read, Wanted, classify, to_bytes
@@ -151,5 +151,5 @@ def _takes_long(wanted: Sequence[Wanted], outputs: Mapping[str, Array]) -> bool:
         if output.place is not None or (output.binary and not output.classes and array.dtype != object):
             large += array.nbytes
         else:
-            long += array.nbytes
+            long += content_bytes(array)
     return long > _LONG_BYTES or large > _LARGE_BYTES
