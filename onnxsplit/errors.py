@@ -60,7 +60,7 @@ class ExportError(OnnxsplitError):
 
 def shown(value: object, most: int = 80) -> str:
     """A value as a message shows it: its ``repr``, cut where it is long, so that no input can make a message large."""
-    text = repr(value[: most + 1] if isinstance(value, str | bytes) else value)
+    text = repr(value[: most + 1] if isinstance(value, str | bytes | list | tuple) else value)
     return text if len(text) <= most else f"{text[:most]}..."
 
 

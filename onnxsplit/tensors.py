@@ -122,11 +122,15 @@ def element_count(shape: Sequence[int], itemsize: int = 1) -> int | None:
 
     A size may not be negative. The sizes other than 0 are bounded together, since NumPy computes strides of them too.
     """
-    if len(shape) > MAX_RANK or any(size < 0 for size in shape):
+    if len(shape) > MAX_RANK:
         return None
-    if math.prod(size or 1 for size in shape) * itemsize > _ADDRESSES:
-        return None
-    return math.prod(shape)
+    count, extent = 1, itemsize
+    for size in shape:
+        if size < 0:
+            return None
+        count *= size
+        extent *= size or 1
+    return count if extent <= _ADDRESSES else None
 
 
 def check_inputs(

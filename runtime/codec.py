@@ -8,7 +8,7 @@ A tensor of strings is its number of bytes for each string, as uint32, then the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -147,23 +147,23 @@ def _encode_strings(tensor: Array) -> bytes:
     return np.array([len(text) for text in texts], dtype="<u4").tobytes() + b"".join(texts)
 
 
-def check_sizes(names: Sequence[str], header: bytes, frames: Sequence[Buffer]) -> None:
+def check_sizes(names: Collection[str], header: bytes, frames: Sequence[Buffer]) -> None:
     """Refuse to send what no reader would take, and what would be sent again and again.
 
     Raises:
         StageFailed: saying what is too large.
     """
-    largest = max(map(len, frames), default=0)
-    if largest > MAX_FRAME_BYTES:
-        raise StageFailed(
-            f"one of the tensors {shown(list(names))} has {largest} bytes; at most {MAX_FRAME_BYTES} can be sent where "
-            "it does not fit into shared memory. Allow more of that (--inflight-bytes), or send smaller batches"
-        )
     if len(header) > MAX_HEADER_BYTES:
         raise StageFailed(
             f"the names and shapes of the {len(names)} tensors {shown(list(names))} take {len(header)} bytes; at most "
             f"{MAX_HEADER_BYTES} can be sent at once"
         )
+    for frame in frames:
+        if len(frame) > MAX_FRAME_BYTES:
+            raise StageFailed(
+                f"one of the tensors {shown(list(names))} has {len(frame)} bytes; at most {MAX_FRAME_BYTES} can be sent "
+                "where it does not fit into shared memory. Allow more of that (--inflight-bytes), or send smaller batches"
+            )
 
 
 def frames_of(heads: Sequence[TensorHead]) -> int:

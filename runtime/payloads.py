@@ -329,7 +329,7 @@ class Payloads:
             attempt.history,
         )
         header = codec.encode(fragment)
-        codec.check_sizes(tuple(sent), header, frames)
+        codec.check_sizes(sent, header, frames)
         trackers = link.send(header, frames, track=bool(frames and going.blocks))
         for block in going.blocks:
             block.sending += trackers
