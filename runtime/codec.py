@@ -161,8 +161,9 @@ def check_sizes(names: Collection[str], header: bytes, frames: Sequence[Buffer])
     for frame in frames:
         if len(frame) > MAX_FRAME_BYTES:
             raise StageFailed(
-                f"one of the tensors {shown(list(names))} has {len(frame)} bytes; at most {MAX_FRAME_BYTES} can be sent "
-                "where it does not fit into shared memory. Allow more of that (--inflight-bytes), or send smaller batches"
+                f"one of the tensors {shown(list(names))} has {len(frame)} bytes; at most {MAX_FRAME_BYTES} can be "
+                "sent where it does not fit into shared memory. Allow more of that (--inflight-bytes), or send smaller "
+                "batches"
             )
 
 

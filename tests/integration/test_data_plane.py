@@ -225,11 +225,11 @@ def test_a_run_writes_a_timeline_with_the_ops_of_the_sessions(plan, tmp_path, py
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"inflight": 0}, "inflight must be at least 1"),
-        ({"inflight_bytes": 0}, "inflight_bytes must be at least 1"),
-        ({"micro_batch": -1}, "micro_batch must be at least 1"),
+        ({"inflight": 0}, "inflight must be a whole number, at least 1"),
+        ({"inflight_bytes": 0}, "inflight_bytes must be a whole number, at least 1"),
+        ({"micro_batch": -1}, "micro_batch must be a whole number, at least 0"),
         ({"mode": "later"}, "allowed: sync, async"),
-        ({"replicas": 0}, "at least 1 replica"),
+        ({"replicas": 0}, "replicas of stage 0 must be a whole number, at least 1"),
     ],
 )
 def test_options_that_make_no_sense_are_named(plan, options, words):
