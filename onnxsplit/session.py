@@ -57,7 +57,8 @@ class Session:
         self._names = [name for name, _ in self.outputs]
         self._plain = all(kind is not None and is_native(kind) for _, kind in (*self.inputs, *self.outputs))
         self._small: dict[tuple[str, tuple[int, ...]], Array] = {}
-        self._bindings: dict[tuple[tuple[int, tuple[int, ...]], ...], Any] = {}
+        # A binding knows addresses only, so what it was made for of our own lives as long as it does.
+        self._bindings: dict[tuple[tuple[int, tuple[int, ...]], ...], tuple[Any, list[Array]]] = {}
         self.bindable = all(kind is not None and kind != "string" for _, kind in (*self.inputs, *self.outputs))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -112,13 +113,14 @@ class Session:
         arrays = [inputs[name] for name, _ in self.inputs]
         arrays += [into[name] for name in self._names]
         key = tuple([(_address(array), array.shape) for array in arrays])
-        binding = self._bindings.get(key)
-        if binding is None:
+        found = self._bindings.get(key)
+        if found is None:
             if len(self._bindings) >= _BINDINGS:
                 self._bindings.clear()
                 self._small.clear()
-            binding = self._bindings[key] = self._bind(inputs, into)
-        return binding
+            own = [array for array in inputs.values() if array.nbytes <= _SMALL_BYTES]
+            found = self._bindings[key] = self._bind(inputs, into), own
+        return found[0]
 
     def _moved(self, name: str, array: Array) -> Array:
         kept = self._small.get((name, array.shape))

@@ -120,3 +120,13 @@ def test_an_onnx_runtime_that_fails_to_import_says_what_is_missing(tmp_path, cha
     assert done.returncode == 1
     assert "libcudart.so.13" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_answers_stay_right_when_more_places_came_than_bindings_are_kept(tmp_path):
+    """What a binding reads must live as long as it: once in 256 new ones, freed memory was read."""
+    session = open_session(build.save(build.chain(6, 48), tmp_path), threads=1)
+    source = np.random.default_rng(0)
+    for into in [np.empty((70, 48), np.float32) for _ in range(1300)]:
+        given = {"x": source.standard_normal((70, 48)).astype(np.float32)}
+        found = session.run_into(given, {"y": into})["y"].copy()
+        np.testing.assert_allclose(found, session.run(given)["y"], atol=1e-5)
