@@ -60,7 +60,10 @@ class ExportError(OnnxsplitError):
 
 def shown(value: object, most: int = 80) -> str:
     """A value as a message shows it: its ``repr``, cut where it is long, so that no input can make a message large."""
-    text = repr(value[: most + 1] if isinstance(value, str | bytes | list | tuple) else value)
+    try:
+        text = repr(value[: most + 1] if isinstance(value, str | bytes | list | tuple) else value)
+    except Exception:  # a value's own repr may raise anything; Python's does for numbers of thousands of digits
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= most else f"{text[:most]}..."
 
 

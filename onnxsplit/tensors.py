@@ -86,7 +86,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     raise InputError(f"type {dtype!r} cannot be held in an array; known: {', '.join(sorted(TRAVELLING_TYPES))}")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # callers may come with any number of structured types
 def dtype_name(dtype: np.dtype[Any]) -> str | None:
     """ONNX's name of a NumPy type; None when it has none."""
     if dtype.kind in "OUST":
@@ -160,7 +160,7 @@ def check_inputs(
         dtype, shape = specs[name]
         found = dtype_name(array.dtype)
         if found != dtype:
-            problems.append(f"{name!r} has type {found or array.dtype}, expected {dtype}")
+            problems.append(f"{name!r} has type {found or shown(array.dtype)}, expected {dtype}")
         if shape is None:
             continue
         if len(shape) != array.ndim:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """Somebody who waits for a place."""
+
+    place: object
+    size: int
+    turn: SimpleQueue[None] = field(default_factory=SimpleQueue)
 
 
 class Admission:
     """The entrance: who does not fit waits its turn, first come, first served.
+
+    A place is an object of the caller's, so giving it back twice is as good as once, and one that was taken in the
+    moment of an interrupt can still be given back.
 
     Args:
         requests: in flight at most.
@@ -19,62 +32,48 @@ class Admission:
         self.requests = requests
         self.size_bytes = size_bytes
         self._lock = threading.Lock()
-        self._inside = 0
-        self._inside_bytes = 0
-        self._waiting: deque[tuple[int, SimpleQueue[None]]] = deque()
+        self._places: dict[object, int] = {}  # that are taken, with the bytes of each
+        self._waiting: deque[_Waiting] = deque()
 
-    def enter(self, size: int, *, block: bool = True, timeout: float | None = None) -> bool:
-        """Let a request of ``size`` bytes in; False when there was no room, in time or at all without ``block``."""
+    def enter(self, place: object, size: int, *, block: bool = True, timeout: float | None = None) -> bool:
+        """Let in a request of ``size`` bytes; False when there was no room, in time or at all without ``block``.
+
+        Whatever this raises, call :meth:`leave` then.
+        """
         with self._lock:
             if not self._waiting and self._fits(size):
-                self._take(size)
+                self._places[place] = size
                 return True
             if not block:
                 return False
-            turn: SimpleQueue[None] = SimpleQueue()
-            self._waiting.append((size, turn))
+            waiting = _Waiting(place, size)
+            self._waiting.append(waiting)
         try:
-            turn.get(timeout=timeout)
+            waiting.turn.get(timeout=timeout)
         except Empty:
-            return not self._gave_up(size, turn)
-        except BaseException:  # an interrupted caller takes no place with it
-            if not self._gave_up(size, turn):
-                self.leave(size)
-            raise
+            with self._lock:
+                if place in self._places:
+                    return True
+            self.leave(place)
+            return False
         return True
 
-    def _gave_up(self, size: int, turn: SimpleQueue[None]) -> bool:
-        """Wait no longer; False when it was let in meanwhile."""
+    def leave(self, place: object) -> None:
+        """Give a place back, or wait for it no longer."""
         with self._lock:
-            if (size, turn) not in self._waiting:
-                return False
-            self._waiting.remove((size, turn))
-            self._admit()  # it may have stood in the way of a smaller one
-            return True
-
-    def leave(self, size: int) -> None:
-        """A request that was let in with ``size`` bytes is out."""
-        with self._lock:
-            self._inside -= 1
-            self._inside_bytes -= size
-            self._admit()
+            if self._places.pop(place, None) is None:
+                self._waiting = deque(other for other in self._waiting if other.place is not place)
+            while self._waiting and self._fits(self._waiting[0].size):
+                first = self._waiting.popleft()
+                self._places[first.place] = first.size
+                first.turn.put(None)
 
     @property
     def inside(self) -> int:
         """Requests that were let in and are not out."""
-        return self._inside
-
-    def _admit(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][0]):
-            size, turn = self._waiting.popleft()
-            self._take(size)
-            turn.put(None)
+        return len(self._places)
 
     def _fits(self, size: int) -> bool:
-        if self._inside == 0:
+        if not self._places:
             return True
-        return self._inside < self.requests and self._inside_bytes + size <= self.size_bytes
-
-    def _take(self, size: int) -> None:
-        self._inside += 1
-        self._inside_bytes += size
+        return len(self._places) < self.requests and sum(self._places.values()) + size <= self.size_bytes

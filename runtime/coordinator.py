@@ -193,7 +193,7 @@ class Coordinator:
         self._gone: dict[int, tuple[str, Fate]] = {}  # numbers of dead nodes: their stories, and what they are told
         self._unreached: set[bytes] = set()  # identities of nodes that something could not be sent to
         self._trusted = self._allowed() or frozenset()
-        self._progress = -1
+        self._progress = self._told_progress = (-1, -1)  # nodes that are ready, of all
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
 
     def _allowed(self) -> frozenset[str] | None:
@@ -211,7 +211,8 @@ class Coordinator:
         """Stop the nodes, fail what is in flight, and end; returns when everything is gone."""
         if self._thread.is_alive():
             self._post(CloseAsked())
-            self._thread.join()
+            if not self.flow.delivering and threading.current_thread() is not self._thread:
+                self._thread.join()
 
     def drain(self) -> Future[None]:
         """Take no more requests; the future is done when those in flight are answered."""
@@ -258,8 +259,8 @@ class Coordinator:
     @property
     def trouble(self) -> str | None:
         """Why nobody looks after the requests; None when somebody does."""
-        if self.ended:
-            return str(self.flow.reason)
+        if self.ended or self._broken is not None or self._machine.error is not None:
+            return str(self._broken or self.flow.reason)
         late_s = time.monotonic() - self._turned
         if late_s > _TURN_S:
             return f"the coordinator has not looked after its nodes for {late_s:.0f} s"
@@ -376,6 +377,7 @@ class Coordinator:
                 while self._left:
                     self._perform(self._left.popleft(), sockets, results, control, data)
             self.flow.deliver()
+            self._tell_progress()
             ready = sockets.wait(self._patience(next_beat))
             self._wakeup.clear()
             self._posted.extend(self._control_events(control))
@@ -400,9 +402,17 @@ class Coordinator:
                 self._watch.serves(record.number)
             total = len(self._roster.nodes)
             ready = total - len(self._roster.missing())
-            if ready != self._progress:
-                self._progress = ready
-                self._setup.progress(ready, total)
+            self._progress = ready, total
+
+    def _tell_progress(self) -> None:
+        """Tell the caller how many nodes are ready, where that has changed; without the lock, and at its own risk."""
+        if self._progress == self._told_progress:
+            return
+        self._told_progress = self._progress
+        try:
+            self._setup.progress(*self._progress)
+        except Exception:
+            _log.exception("the callback for progress raised")
 
     def _patience(self, next_beat: float) -> float:
         with self.flow.lock:

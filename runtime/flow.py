@@ -179,24 +179,25 @@ class Flow:
         ``done`` is called once: in a thread of the coordinator's, or in this one when the request is refused at once.
         When this raises, nothing of the request is left, and ``done`` is not called from then on.
         """
-        pending = None
-        with self.lock:
-            number = self._count
-            self._count += 1
-            if self._stopped:
-                self._answers.append((done, Answer({}, self.reason)))
-            else:
-                pending = self._decide(number, inputs, wanted, cost, deadline_ns, done)
-        if pending is not None:
-            try:
+        number = -1
+        try:
+            with self.lock:
+                number = self._count
+                self._count += 1
+                if self._stopped:
+                    self._answers.append((done, Answer({}, self.reason)))
+                    pending = None
+                else:
+                    pending = self._decide(number, inputs, wanted, cost, deadline_ns, done)
+            if pending is not None:
                 self._place(pending, number, inputs)
-            except BaseException:
-                with self.lock:
-                    self._withdraw(number)
-                raise
-            if deadline_ns is not None:
-                self._deadline(deadline_ns)
-        self.deliver()
+                if deadline_ns is not None:
+                    self._deadline(deadline_ns)
+            self._hand_on()
+        except BaseException:
+            with self.lock:
+                self._withdraw(number)
+            raise
         return number
 
     def _decide(
@@ -211,14 +212,10 @@ class Flow:
         """Let the machine take a request, while the lock is held; None when it is refused."""
         now = time.monotonic_ns()
         pending = self._pending[number] = _Pending(done, now)
-        try:
-            self.perform(self._machine.handle(Submitted(number, wanted, cost, deadline_ns, now)))
-            if number not in self._pending:
-                return None
-            self._payloads.place(pending.going, shapes_of(inputs), inputs)
-        except BaseException:
-            self._withdraw(number)
-            raise
+        self.perform(self._machine.handle(Submitted(number, wanted, cost, deadline_ns, now)))
+        if number not in self._pending:
+            return None
+        self._payloads.place(pending.going, shapes_of(inputs), inputs)
         return pending
 
     def _place(self, pending: _Pending, number: int, inputs: Mapping[str, Array]) -> None:
@@ -250,7 +247,19 @@ class Flow:
         """The caller does not want an answer any more."""
         with self.lock:
             self.perform(self._machine.handle(GivenUp(number)))
-        self.deliver()
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Have what was noted delivered: by the thread that brings answers, so that no interrupt of this one loses any.
+
+        Where that thread has ended, by this one.
+        """
+        if not self._answers:
+            return
+        if self._stopped or self._here.delivering:
+            self.deliver()
+        else:
+            self.wakeup.ring()
 
     def _start(self, pending: _Pending, enter: Enter) -> None:
         """Begin an attempt, while the lock is held; a request that cannot be sent ends with the reason."""
@@ -295,7 +304,11 @@ class Flow:
         self._sockets, self._data = sockets, data
         try:
             while not (self._stopped or self._elsewhere_taken):
-                self._take_one(sockets.wait(60.0))
+                ready = sockets.wait(60.0)
+                if self.wakeup.fileno() in ready:
+                    self.wakeup.clear()
+                    self.deliver()
+                self._take_one(ready)
         except BaseException as error:
             self._broken(error)
         finally:
@@ -316,6 +329,7 @@ class Flow:
         try:
             with self._taking:
                 self.wakeup.clear()
+                self.deliver()
                 while not self._stopped and self._take_one(self._sockets.wait(0.0)):
                     pass
         except BaseException as error:
@@ -447,9 +461,7 @@ class Flow:
                     return
                 try:
                     done(answer)
-                except KeyboardInterrupt:
-                    raise
-                except BaseException:  # a caller's callback; others wait for this thread
+                except BaseException:  # a caller's callback, whatever it raises: others wait for this thread
                     _log.exception("a callback of a request raised")
         finally:
             self._here.delivering = False

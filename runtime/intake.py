@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.ma  # loaded now: an interrupt while a request loads it would stop all others
 
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array
@@ -68,7 +69,8 @@ def normal_timeout_ns(timeout: object) -> int | None:
     """
     if timeout is None:
         return None
-    is_number = isinstance(timeout, int | float | np.integer | np.floating) and not isinstance(timeout, bool)
+    kinds = int | float | np.integer | np.floating
+    is_number = isinstance(timeout, kinds) and not isinstance(timeout, bool | np.timedelta64)
     if is_number and 0 < timeout <= MOST_TIMEOUT_S:  # type: ignore[operator]
         return max(1, int(float(timeout) * 1e9))  # type: ignore[arg-type]
     raise InputError(
@@ -86,7 +88,9 @@ def _array(name: str, value: object, expected: str | None) -> Array:
         raise InputError(f"input {shown(name)} has masked entries, which a model cannot see; fill them, as by filled()")
     if array.dtype.kind in _TEXT_KINDS:
         if expected not in (None, "string"):
-            raise InputError(f"input {shown(name)} is {_kind(value)} of {array.dtype}, expected {expected}")
+            raise InputError(
+                f"input {shown(name)} is {_kind(value)} of {str(array.dtype)[:_WORDS]}, expected {expected}"
+            )
         return _strings(name, array)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
@@ -108,5 +112,5 @@ def _strings(name: str, array: Array) -> Array:
 
 
 def _kind(value: Any) -> str:
-    name = type(value).__name__
+    name = type(value).__name__[:_WORDS] or "nameless object"
     return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"

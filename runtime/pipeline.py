@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.errors import InputError, shown
+from onnxsplit.numbers import is_whole
 from onnxsplit.plan import Plan, load_plan, plan_id, read_plan_file
 from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
@@ -23,7 +25,7 @@ from runtime.balance import cost_of
 from runtime.board import PEERS
 from runtime.coordinator import Coordinator, Setup
 from runtime.descriptors import require_descriptors
-from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed
+from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed, PipelineError
 from runtime.intake import normal_inputs, normal_names, normal_timeout_ns
 from runtime.keys import Keys, default_folder
 from runtime.launch import Launcher, Premises
@@ -73,6 +75,7 @@ class Pipeline:
         self._rows = rows
         self._coordinator = coordinator
         self._closed = False
+        self._pid = os.getpid()
         self._constants = {
             name: load_npz(folder / origin.file.name)[name]
             for name, origin in plan.passthrough.items()
@@ -238,7 +241,10 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Stop the nodes; requests in flight fail with :class:`~runtime.errors.PipelineClosed`."""
+        """Stop the nodes; requests in flight fail with :class:`~runtime.errors.PipelineClosed`.
+
+        Returns when all is gone; in a callback of a request at once, since the thread that runs it is needed for that.
+        """
         self._closed = True
         self._coordinator.close()
 
@@ -292,6 +298,10 @@ class Pipeline:
         """Send in what is normal (:mod:`runtime.intake`) and :meth:`check` has passed; otherwise as :meth:`submit`."""
         if self._closed:
             raise PipelineClosed("the pipeline was closed")
+        if os.getpid() != self._pid:
+            raise PipelineError(
+                f"this pipeline belongs to process {self._pid}, of which this one is a fork; launch another here"
+            )
         ready = {name: self._passed_through(name, arrays) for name in asked.passed}
         if not asked.computed:
             future = Answering()
@@ -299,12 +309,18 @@ class Pipeline:
             return future
         parts = split(arrays, asked.axes, self._rows) if asked.axes is not None and self._rows else [dict(arrays)]
         if len(parts) > 1:  # later parts enter after this call has returned
-            parts = [{name: np.array(array) for name, array in part.items()} for part in parts]
+            axes = asked.axes or {}
+            whole = {name: np.array(array) for name, array in arrays.items() if axes[name] is None}
+            parts = [{n: whole[n] if n in whole else np.array(array) for n, array in part.items()} for part in parts]
         size = sum(map(content_bytes, parts[0].values()))
         cost = cost_of(sum(array.nbytes for array in parts[0].values()), self._ordinary_bytes)
         request = Request(self._coordinator.flow, self._entrance, parts, asked, size, cost, deadline_ns, ready)
-        self._admit(size, deadline_ns, block)
-        request.enter()
+        try:
+            self._admit(request.first_place, size, deadline_ns, block)
+            request.enter()
+        except BaseException:
+            request.abandon()
+            raise
         return request.future
 
     def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> Asked:
@@ -318,11 +334,11 @@ class Pipeline:
         check_inputs(inputs, self._specs, asked.optional)
         return asked
 
-    def _admit(self, size: int, deadline_ns: int | None, block: bool) -> None:
+    def _admit(self, place: object, size: int, deadline_ns: int | None, block: bool) -> None:
         """Take a place for a part of ``size`` bytes. A callback does not wait for one: it brings those who leave."""
         waits = block and not self._coordinator.flow.delivering
         timeout = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
-        if self._entrance.enter(size, block=waits, timeout=timeout):
+        if self._entrance.enter(place, size, block=waits, timeout=timeout):
             return
         if waits:
             raise DeadlineExceeded(
@@ -417,13 +433,13 @@ class Pipeline:
         Raises:
             InputError: there is no such stage, or it would have no node.
         """
-        if not isinstance(stage, int) or not 0 <= stage < len(self.plan.stages):
+        if not is_whole(stage) or not 0 <= stage < len(self.plan.stages):
             raise InputError(
                 f"stage {shown(stage)} is unknown; the plan has the stages 0 to {len(self.plan.stages) - 1}"
             )
-        if not isinstance(replicas, int) or isinstance(replicas, bool) or not 1 <= replicas < PEERS:
+        if not is_whole(replicas) or not 1 <= replicas < PEERS:
             raise InputError(f"stage {stage} needs from 1 to {PEERS - 1} replicas, not {shown(replicas)}")
-        self._coordinator.scale(stage, replicas)
+        self._coordinator.scale(int(stage), int(replicas))
 
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:

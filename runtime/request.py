@@ -80,7 +80,7 @@ class Request:
     """A request of one or more parts. The first was admitted; the others enter while there is room, or as parts leave.
 
     A part that is done hands its place to the next, so that a batch always goes on. Whatever goes wrong, every place
-    that was taken is given back once, and the future ends once.
+    that was taken is given back, and the future ends once.
     """
 
     def __init__(
@@ -106,35 +106,30 @@ class Request:
         self._lock = threading.Lock()
         self._entered = 0
         self._numbers: list[int] = []
-        self._over: set[int] = set()  # parts that hold no place any more
+        self.first_place = object()
+        self._places = [self.first_place]
+        self._place_of: dict[int, object] = {}  # parts that are under way
         self._ended = False
         self._answers: dict[int, Answer] = {}
 
     def enter(self) -> None:
-        """Let the first part in, into the place that is held for it, and as many more as there is room for."""
-        self._use_place()
-        while self._waiting() and self._entrance.enter(self._size, block=False):
-            self._use_place()
+        """Let the first part in, which has ``first_place``, and as many more as there is room for."""
+        place = self.first_place
+        while True:
+            self._send_into(place)
+            with self._lock:
+                if self._ended or self._entered == len(self._parts):
+                    return
+            place = object()
+            self._places.append(place)
+            if not self._entrance.enter(place, self._size, block=False):
+                return
 
-    def _waiting(self) -> bool:
-        """True while there are parts that are still to enter."""
-        with self._lock:
-            return not self._ended and self._entered < len(self._parts)
-
-    def _use_place(self) -> None:
-        """Send the next part into a place that is held; without one, give the place back."""
-        number = self._next()
-        if number is None:
-            self._entrance.leave(self._size)
-            return
-        try:
-            self._send(number)
-        except BaseException as error:
-            if self._is_over(number):
-                self._entrance.leave(self._size)
-            self._end(unsendable(error))
-            if not isinstance(error, Exception):
-                raise
+    def abandon(self) -> None:
+        """Leave nothing of a request whose caller was interrupted while it entered."""
+        self._give_up()
+        for place in self._places:
+            self._entrance.leave(place)
 
     def _next(self) -> int | None:
         """The number of the part that enters next; None when there is none."""
@@ -145,19 +140,22 @@ class Request:
             self._entered += 1
             return number
 
-    def _send(self, number: int) -> None:
+    def _send_into(self, place: object) -> None:
+        """Send the next part into a place that is taken; give that back when there is none, or it cannot be sent."""
+        number = self._next()
+        if number is None:
+            self._entrance.leave(place)
+            return
+        self._place_of[number] = place
         done = lambda answer: self._done(number, answer)  # noqa: E731
-        sent = self._flow.submit(self._parts[number], self._asked.computed, self._cost, self._deadline_ns, done)
-        self._numbers.append(sent)
-        if self.future.cancelled():
-            self._flow.give_up(sent)
-
-    def _is_over(self, number: int) -> bool:
-        """Note that a part holds its place no more; True the first time, for the place goes on once."""
-        with self._lock:
-            first = number not in self._over
-            self._over.add(number)
-            return first
+        try:
+            sent = self._flow.submit(self._parts[number], self._asked.computed, self._cost, self._deadline_ns, done)
+            self._numbers.append(sent)
+            if self.future.cancelled():
+                self._flow.give_up(sent)
+        except Exception as error:
+            self._entrance.leave(place)
+            self._end(unsendable(error))
 
     def _give_up(self) -> None:
         with self._lock:
@@ -167,16 +165,17 @@ class Request:
 
     def _done(self, number: int, answer: Answer) -> None:
         """A part is over: its place goes on, and with the last one, or the first that failed, the future ends."""
-        if not self._is_over(number):
-            return
         with self._lock:
+            place = self._place_of.pop(number, None)
+            if place is None:
+                return  # it is over already
             if answer.error is None:
                 self._answers[number] = answer
             whole = len(self._answers) == len(self._parts)
         if answer.error is None and not whole:
-            self._use_place()
+            self._send_into(place)
             return
-        self._entrance.leave(self._size)  # no other part enters: all have, or this one has failed
+        self._entrance.leave(place)  # no other part enters: all have, or this one has failed
         self._end(answer.error)
 
     def _end(self, error: BaseException | None) -> None:

@@ -18,8 +18,56 @@ from contextlib import asynccontextmanager, contextmanager
 from runtime.errors import Busy
 from runtime.gateway.errors import TooSlow
 
-PATIENCE_S = 30.0
+PATIENCE_S = 10.0
 """How long a message may keep others waiting that want to arrive."""
+
+
+class Gate:
+    """Lets so many messages of unknown size arrive at once; others wait, and then none may take its time.
+
+    Args:
+        places: messages that may be arriving at once.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._room = asyncio.Semaphore(places)
+        self._arriving: set[asyncio.Timeout] = set()
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def passing(self) -> AsyncIterator[None]:
+        """A message comes in; waits until there is room for it.
+
+        Raises:
+            TooSlow: it took longer than :data:`PATIENCE_S` while others waited.
+        """
+        if self._room.locked():
+            self._hurry()
+            self._waiting += 1
+            try:
+                await self._room.acquire()
+            finally:
+                self._waiting -= 1
+        else:
+            await self._room.acquire()
+        try:
+            async with asyncio.timeout(PATIENCE_S if self._waiting else None) as limit:
+                self._arriving.add(limit)
+                try:
+                    yield
+                finally:
+                    self._arriving.discard(limit)
+        except TimeoutError as error:
+            raise TooSlow(f"the message was not whole after {PATIENCE_S:g} s, and others waited") from error
+        finally:
+            self._room.release()
+
+    def _hurry(self) -> None:
+        """Somebody waits: those who are arriving have from now on so long."""
+        end = asyncio.get_running_loop().time() + PATIENCE_S
+        for limit in self._arriving:
+            if limit.when() is None:
+                limit.reschedule(end)
 
 
 class Budget:
@@ -28,14 +76,16 @@ class Budget:
     Args:
         all_bytes: of all requests together.
         most_bytes: of one.
+
+    Attributes:
+        gate: for messages whose size is not known before they are whole.
     """
 
     def __init__(self, all_bytes: int, most_bytes: int) -> None:
         self.all_bytes = max(all_bytes, most_bytes)
         self.held_bytes = 0
+        self.gate = Gate(max(1, self.all_bytes // most_bytes))
         self._lock = threading.Lock()
-        self._room = asyncio.Semaphore(max(1, self.all_bytes // most_bytes))
-        self._arriving: set[asyncio.Timeout] = set()
 
     def take(self, size: int) -> None:
         """Hold so many bytes more.
@@ -65,30 +115,3 @@ class Budget:
             yield
         finally:
             self.give(size)
-
-    @asynccontextmanager
-    async def arrival(self) -> AsyncIterator[None]:
-        """A message of unknown size comes in; waits until there is room for it.
-
-        Raises:
-            TooSlow: it took longer than :data:`PATIENCE_S` while others waited.
-        """
-        if self._room.locked():
-            self._hurry()
-        async with self._room:
-            try:
-                async with asyncio.timeout(None) as limit:
-                    self._arriving.add(limit)
-                    try:
-                        yield
-                    finally:
-                        self._arriving.discard(limit)
-            except TimeoutError as error:
-                raise TooSlow(f"the message was not whole after {PATIENCE_S:g} s, and others waited") from error
-
-    def _hurry(self) -> None:
-        """Somebody waits: those who are arriving have from now on so long."""
-        end = asyncio.get_running_loop().time() + PATIENCE_S
-        for limit in self._arriving:
-            if limit.when() is None:
-                limit.reschedule(end)

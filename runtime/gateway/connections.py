@@ -38,16 +38,16 @@ class _OneWrite:
         for name in ("get_extra_info", "is_closing", "abort", "pause_reading", "resume_reading", "set_protocol"):
             setattr(self, name, getattr(transport, name))
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Send; but hold a head."""
         if self._head:
             head, self._head = self._head, b""
             if len(data) < _JOINED_BYTES:
-                self._transport.write(head + data)
+                self._transport.write(head + bytes(data))
             else:
                 self._transport.writelines((head, data))
-        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
-            self._head = data
+        elif bytes(data[:9]) == b"HTTP/1.1 " and bytes(data[9:12]) != b"100":
+            self._head = bytes(data)
         else:
             self._transport.write(data)
 

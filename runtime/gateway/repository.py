@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from onnxsplit.errors import InputError, OnnxsplitError, shown
 from onnxsplit.plan import PLAN_FILE, Plan, load_plan
@@ -173,6 +174,7 @@ class _Again:
 
     at_s: float
     wait_s: float
+    cause: str
 
 
 class Repository:
@@ -194,6 +196,8 @@ class Repository:
         self._newest = newest
         self._changing = asyncio.Lock()
         self._again: dict[Version, _Again] = {}
+        self._ended = asyncio.Event()  # the server is to end, with so much patience for what was accepted
+        self._patience_s = 0.0
         self.ending = False
 
     def __iter__(self) -> Iterator[Version]:
@@ -266,7 +270,7 @@ class Repository:
             for version in self:
                 pipeline = version.pipeline
                 if pipeline is not None and version.state is State.READY and pipeline.ended:
-                    self._again[version] = _Again(time.monotonic(), _AGAIN_S)
+                    self._again[version] = _Again(time.monotonic(), _AGAIN_S, pipeline.trouble or "")
             for version, again in list(self._again.items()):
                 if time.monotonic() >= again.at_s and not self.ending:
                     await self._start_again(version, again)
@@ -276,15 +280,15 @@ class Repository:
         async with self._changing:
             if version not in self._again:  # somebody has unloaded or loaded it meanwhile
                 return
+            cause = f"its pipeline ended and is started again: {again.cause}"
             if version.pipeline is not None:
-                reason = f"its pipeline ended and is started again: {version.pipeline.trouble}"
-                log_event(_log, logging.ERROR, "pipeline ended", model=version.model, reason=version.pipeline.trouble)
-                await self._drop(version, NotLoaded(f"model {version.model!r} takes no requests: {reason}"))
-                version.reason = reason
+                log_event(_log, logging.ERROR, "pipeline ended", model=version.model, reason=again.cause)
+                await self._drop(version, NotLoaded(f"model {version.model!r} takes no requests: {cause}"))
             try:
-                await self._load(version)
+                await self._load(version, cause)
                 del self._again[version]
             except Exception as error:
+                version.reason = f"{cause}; {version.reason}"
                 again.at_s, again.wait_s = time.monotonic() + again.wait_s, min(2 * again.wait_s, _AGAIN_MOST_S)
                 log_event(_log, logging.ERROR, "not started again yet", model=version.model, reason=words(error))
 
@@ -292,7 +296,7 @@ class Repository:
         """Take leave of a pipeline; who still waits is told why."""
         pipeline, entrance = version.pipeline, version.entrance
         version.pipeline, version.entrance = None, None
-        version.state = State.UNAVAILABLE
+        version.state, version.reason = State.UNAVAILABLE, str(reason)
         if entrance is not None:
             entrance.refuse(reason)
             entrance.close()
@@ -307,13 +311,22 @@ class Repository:
             OnnxsplitError: a pipeline did not come up.
         """
         versions = self.versions(model)
+        await self._to_the_end(self._load_all(versions[-self._newest :]))
+
+    async def _load_all(self, versions: Sequence[Version]) -> None:
         async with self._changing:
-            for version in versions[-self._newest :]:
+            for version in versions:
                 if version.entrance is None and not self.ending:
+                    self._again.pop(version, None)
                     await self._load(version)
 
-    async def _load(self, version: Version) -> None:
-        version.state, version.reason = State.LOADING, "it is being loaded"
+    @staticmethod
+    async def _to_the_end(change: Coroutine[Any, Any, None]) -> None:
+        """Make a change whole, also when the client that asked for it goes away."""
+        await asyncio.shield(asyncio.ensure_future(change))
+
+    async def _load(self, version: Version, reason: str = "it is being loaded") -> None:
+        version.state, version.reason = State.LOADING, reason
         begun = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
@@ -342,7 +355,9 @@ class Repository:
         Raises:
             UnknownModel: there is none such.
         """
-        versions = self.versions(model)
+        await self._to_the_end(self._unload_all(self.versions(model)))
+
+    async def _unload_all(self, versions: Sequence[Version]) -> None:
         async with self._changing:
             for version in versions:
                 self._again.pop(version, None)
@@ -354,17 +369,30 @@ class Repository:
             return
         version.state, version.reason = State.UNLOADING, reason
         version.entrance = None
-        try:
-            await asyncio.wait_for(entrance.empty(), patience_s)
-        except TimeoutError:
+        if not await self._emptied(entrance, patience_s):
             entrance.refuse(PipelineClosed("the server ended before the request's turn came"))
         entrance.close()
         await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
         version.pipeline = None
         version.state = State.UNAVAILABLE
 
+    async def _emptied(self, entrance: Entrance, patience_s: float | None) -> bool:
+        """Wait until nobody is in line or inside; without a patience of its own, as long as the server lives."""
+        emptied = asyncio.ensure_future(entrance.empty())
+        try:
+            if patience_s is None:
+                ended = asyncio.ensure_future(self._ended.wait())
+                await asyncio.wait((emptied, ended), return_when=asyncio.FIRST_COMPLETED)
+                ended.cancel()
+                patience_s = self._patience_s
+            return bool((await asyncio.wait((emptied,), timeout=patience_s))[0])
+        finally:
+            emptied.cancel()
+
     async def close(self, patience_s: float) -> None:
         """Finish what is accepted, at most so long, and end all pipelines; nothing more is accepted."""
         self.ending = True
+        self._patience_s = patience_s
+        self._ended.set()
         async with self._changing:
             await asyncio.gather(*(self._unload(v, "the server is ending", patience_s) for v in self))

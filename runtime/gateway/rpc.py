@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Busy
 from runtime.gateway import describe, grpc_codec
-from runtime.gateway.budget import Budget
+from runtime.gateway.budget import Budget, Gate
 from runtime.gateway.errors import UnknownRegion, Unsupported, forget_frames, status_of, words
 from runtime.gateway.guard import Guard
 from runtime.gateway.regions import Region
@@ -30,6 +30,7 @@ from runtime.logs import log_event
 _log = logging.getLogger("runtime.gateway")
 _WORDS = 500
 _IN_STREAM = 64  # requests of a stream that are under way at once
+_QUESTIONS = 64  # messages of other calls that may be arriving at once
 _STREAMS = 64  # that may be open at once
 _LONG_BYTES = 256 << 10  # of a message that is taken apart beside the event loop
 
@@ -62,25 +63,29 @@ class Rpc:
         """Have a gRPC server call this."""
         service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
         handlers = {}
+        asked = Gate(_QUESTIONS)  # of their own, so that no inference keeps anybody from asking how the server is
         for method in service.methods:
             handler = getattr(self, method.name)
             if method.name == "ModelStreamInfer":
                 found = grpc.stream_stream_rpc_method_handler(self._streaming(handler), None, _encode)
             else:
                 kind = message_factory.GetMessageClass(method.input_type)
-                parse = handler if method.name == "ModelInfer" else self._parsed(handler, kind)
-                found = grpc.stream_unary_rpc_method_handler(self._once(parse), None, _encode)
+                infers = method.name == "ModelInfer"
+                once = (
+                    self._once(handler, self._budget.gate) if infers else self._once(self._parsed(handler, kind), asked)
+                )
+                found = grpc.stream_unary_rpc_method_handler(once, None, _encode)
             handlers[method.name] = found
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
-    def _once(self, handler: _Handler) -> Any:
+    def _once(self, handler: _Handler, gate: Gate) -> Any:
         """A handler of one message, given as bytes, that shows its errors as gRPC has them."""
 
         async def run(_: Any, context: Any) -> Any:
             held = 0
             try:
                 self._admit(context)
-                async with self._budget.arrival():
+                async with gate.passing():
                     message = await context.read()
                     if not isinstance(message, bytes):
                         raise InputError("the call ended without a message")

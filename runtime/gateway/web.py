@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Cancelled
@@ -309,10 +309,19 @@ class _Guarded:
             await self._app(scope, receive, send)
             return
         scope["path_params"] = found.groupdict("")
+        begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await self._infer(scope, receive, send)
+            await self._infer(scope, receive, sent)
             return
         except Exception as error:
+            if begun:  # an answer that broke off is no other answer
+                raise
             response = _error_response(error)
             forget_frames(error)
         await response(scope, receive, send)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tritonclient.grpc import service_pb2 as pb  # noqa: E402
 
 from runtime.gateway.errors import Forbidden, Unauthorized  # noqa: E402
 from runtime.gateway.guard import Guard  # noqa: E402
+from runtime.gateway.http_codec import ask  # noqa: E402
 
 LIMIT = 48 << 20
 TENSOR = {"name": "x", "shape": [1, 32], "datatype": "FP32", "data": [0.5] * 32}
@@ -232,3 +234,44 @@ def test_a_deadline_that_never_comes_is_none(server):
         infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", message.__class__.SerializeToString)
         for timeout in (2**31, 1e9, 60):
             assert infer(message, timeout=timeout)
+
+
+@pytest.mark.parametrize("rows", [1, 6_000, 12_000])
+def test_answers_of_any_size_come_whole(server, rows):
+    given = np.random.default_rng(0).standard_normal((rows, 32)).astype(np.float32)
+    pieces, length = ask({"x": given})
+    path = f"/v2/models/{server.model}/infer"
+    said = {"binary_data_output": True}
+    head = json.loads(pieces[0]) | {"parameters": said}
+    text = json.dumps(head).encode()
+    status, headers, body = server.ask(path, text + bytes(pieces[1]), Inference_Header_Content_Length=str(len(text)))
+    assert status == 200
+    at = int(headers["inference-header-content-length"])
+    assert json.loads(body[:at])["outputs"][0]["parameters"]["binary_data_size"] == len(body) - at == given.nbytes
+    assert length
+
+
+def test_calls_that_say_nothing_keep_nobody_from_asking(server):
+    with grpc.insecure_channel(server.grpc) as channel:
+        silent = [
+            channel.stream_unary("/inference.GRPCInferenceService/ModelInfer").future(Silence(), timeout=50)
+            for _ in range(4)
+        ]
+        live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=40)
+        assert pb.ServerLiveResponse.FromString(live).live
+        for call in silent:
+            call.cancel()
+
+
+class Silence:
+    """Messages that never come."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.over.wait(60)
+        raise StopIteration

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import threading
@@ -12,6 +13,7 @@ import build
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
+from waiting import wait_until
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import load_plan
@@ -202,3 +204,74 @@ def test_a_request_that_cannot_be_sent_ends_with_the_reason_and_leaves_its_place
                 with pytest.raises(PipelineError, match="no room for it"):
                     pipeline.submit(batch()).result(60)
         assert np.array_equal(pipeline.run(batch(), timeout=60)["y"], expected(chain_plan, batch())["y"])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some meet the garbage collector
+def test_interrupts_of_a_caller_lose_no_place(chain_plan):
+    """A signal handler that raises in the middle of submit, again and again, as Ctrl-C does."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    source = random.Random(1)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    with Pipeline.launch(chain_plan, inflight=3) as pipeline:
+        pipeline.run(batch())
+        interrupted = 0
+        try:
+            for _ in range(300):
+                signal.setitimer(signal.ITIMER_REAL, source.uniform(2e-5, 1.5e-3))
+                try:
+                    pipeline.submit(batch(), timeout=60)
+                except KeyboardInterrupt:
+                    interrupted += 1
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert interrupted
+        wait_until(lambda: pipeline._entrance.inside == 0, "all places free")
+        assert np.array_equal(pipeline.run(batch(), timeout=60)["y"], expected(chain_plan, batch())["y"])
+
+
+def test_a_pipeline_may_be_closed_in_a_callback(chain_plan):
+    pipeline = Pipeline.launch(chain_plan)
+    pipeline.submit(batch()).add_done_callback(lambda _: pipeline.close())
+    wait_until(lambda: pipeline.ended, "the pipeline ends")
+    pipeline.close()
+    with pytest.raises(PipelineClosed):
+        pipeline.run(batch())
+
+
+def test_a_callback_for_progress_that_raises_harms_nobody(chain_plan):
+    def wrong(_ready, _total):
+        raise ValueError("a caller's mistake")
+
+    with Pipeline.launch(chain_plan, progress=wrong) as pipeline:
+        pipeline.scale(0, 2)
+        wait_until(lambda: len([n for n in pipeline.nodes if n.state == "ready"]) == 3, "the second node is ready")
+        assert np.array_equal(pipeline.run(batch(), timeout=60)["y"], expected(chain_plan, batch())["y"])
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # a fork with threads is the point
+def test_a_fork_cannot_use_its_parent_s_pipeline(chain_plan):
+    with Pipeline.launch(chain_plan) as pipeline:
+        child = os.fork()
+        if child == 0:
+            try:
+                pipeline.submit(batch())
+            except PipelineError as error:
+                os._exit(0 if "fork" in str(error) else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert np.array_equal(pipeline.run(batch(), timeout=60)["y"], expected(chain_plan, batch())["y"])
+
+
+def test_a_pipeline_that_drains_says_so(chain_plan):
+    with Pipeline.launch(chain_plan) as pipeline:
+        pipeline.drain(60)
+        assert "takes no more requests" in pipeline.trouble

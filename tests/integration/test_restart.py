@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -97,3 +99,40 @@ def test_a_model_that_does_not_turn_is_not_ready(chain_plan, monkeypatch):
 def test_a_launch_that_nobody_waits_for_any_more_is_given_up(chain_plan, tmp_path):
     with pytest.raises(LaunchFailed, match="given up"):
         Pipeline.listen(chain_plan, bind=f"ipc://{tmp_path}/control", abandoned=lambda: True)
+
+
+def test_an_unload_that_waits_does_not_keep_the_server_from_ending(chain_plan):
+    async def scene():
+        models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
+        (version,) = models
+        await models.load(version.model)
+        for node in version.pipeline.nodes:
+            os.kill(node.pid, signal.SIGSTOP)
+        asked = asyncio.ensure_future(infer(version))
+        await asyncio.sleep(0)
+        unloading = asyncio.ensure_future(models.unload(version.model))
+        await until(lambda: version.state is repositories.State.UNLOADING)
+        async with asyncio.timeout(60):
+            await models.close(0.1)
+        await asyncio.gather(asked, unloading, return_exceptions=True)
+        assert version.pipeline is None
+
+    asyncio.run(scene())
+
+
+def test_a_load_whose_client_goes_away_is_made_whole(chain_plan):
+    async def scene():
+        models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
+        (version,) = models
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await models.load(version.model)
+        await until(lambda: models.ready)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await models.unload(version.model)
+        await until(lambda: version.state is repositories.State.UNAVAILABLE)
+        assert version.pipeline is None
+        await models.close(10)
+
+    asyncio.run(scene())

@@ -4,58 +4,88 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+from waiting import wait_until
+
+from runtime import admission
 from runtime.admission import Admission
 
 
 def waiting(entrance: Admission, size: int, log: list, name: str) -> threading.Thread:
     """A thread that waits at the entrance; it is in the queue when this returns."""
     before = len(entrance._waiting)
-    thread = threading.Thread(target=lambda: log.append((name, entrance.enter(size))))
+    thread = threading.Thread(target=lambda: log.append((name, entrance.enter(name, size))))
     thread.start()
-    while len(entrance._waiting) == before and thread.is_alive():
-        threading.Event().wait(0.001)
+    wait_until(lambda: len(entrance._waiting) > before or not thread.is_alive())
     return thread
 
 
 def test_requests_are_counted():
     entrance = Admission(2, 1000)
-    assert entrance.enter(1)
-    assert entrance.enter(1)
-    assert not entrance.enter(1, block=False)
-    entrance.leave(1)
-    assert entrance.enter(1, block=False)
+    assert entrance.enter("a", 1)
+    assert entrance.enter("b", 1)
+    assert not entrance.enter("c", 1, block=False)
+    entrance.leave("a")
+    assert entrance.enter("c", 1, block=False)
 
 
 def test_bytes_are_counted():
     entrance = Admission(10, 100)
-    assert entrance.enter(60)
-    assert not entrance.enter(60, block=False)
-    assert entrance.enter(40, block=False)
+    assert entrance.enter("a", 60)
+    assert not entrance.enter("b", 60, block=False)
+    assert entrance.enter("b", 40, block=False)
 
 
 def test_one_request_may_be_larger_than_all_there_is_room_for():
     entrance = Admission(10, 100)
-    assert entrance.enter(5000)
-    assert not entrance.enter(1, block=False)
-    entrance.leave(5000)
-    assert entrance.enter(1, block=False)
+    assert entrance.enter("a", 5000)
+    assert not entrance.enter("b", 1, block=False)
+    entrance.leave("a")
+    assert entrance.enter("b", 1, block=False)
 
 
 def test_a_wait_ends_in_time():
     entrance = Admission(1, 100)
-    entrance.enter(1)
-    assert not entrance.enter(1, timeout=0.01)
-    entrance.leave(1)
-    assert entrance.enter(1, block=False), "who gave up takes no place"
+    entrance.enter("a", 1)
+    assert not entrance.enter("b", 1, timeout=0.01)
+    entrance.leave("a")
+    assert entrance.enter("c", 1, block=False), "who gave up takes no place"
+
+
+def test_a_place_that_is_given_back_twice_is_free_once():
+    entrance = Admission(2, 100)
+    entrance.enter("a", 1)
+    entrance.enter("b", 1)
+    entrance.leave("a")
+    entrance.leave("a")
+    entrance.leave("nobody")
+    assert entrance.inside == 1
+
+
+def test_an_interrupt_while_somebody_waits_takes_no_place(monkeypatch):
+    class Interrupted(admission.SimpleQueue):
+        def get(self, timeout=None):
+            entrance.leave("a")  # the place came at the very moment
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(admission, "SimpleQueue", Interrupted)
+    monkeypatch.setattr(admission._Waiting, "__init__", lambda self, place, size: self.__dict__.update(
+        place=place, size=size, turn=Interrupted()))  # fmt: skip
+    entrance = Admission(1, 100)
+    entrance.enter("a", 1)
+    with pytest.raises(KeyboardInterrupt):
+        entrance.enter("b", 1)
+    entrance.leave("b")
+    assert entrance.inside == 0
 
 
 def test_first_come_first_served_even_where_a_later_one_would_fit():
     entrance, log = Admission(10, 100), []
-    entrance.enter(90)
+    entrance.enter("a", 90)
     large = waiting(entrance, 80, log, "large")
     small = waiting(entrance, 5, log, "small")
     assert log == []
-    entrance.leave(90)
+    entrance.leave("a")
     large.join(60)
     small.join(60)
     assert sorted(log) == [("large", True), ("small", True)]
@@ -63,10 +93,10 @@ def test_first_come_first_served_even_where_a_later_one_would_fit():
 
 def test_who_gives_up_no_longer_stands_in_the_way():
     entrance, log = Admission(10, 100), []
-    entrance.enter(90)
-    gives_up = threading.Thread(target=lambda: log.append(("large", entrance.enter(80, timeout=0.05))))
+    entrance.enter("a", 90)
+    gives_up = threading.Thread(target=lambda: log.append(("large", entrance.enter("large", 80, timeout=0.05))))
     gives_up.start()
     small = waiting(entrance, 5, log, "small")
     gives_up.join(60)
     small.join(60)
-    assert log == [("small", True), ("large", False)] or log == [("large", False), ("small", True)]
+    assert sorted(log) == [("large", False), ("small", True)]

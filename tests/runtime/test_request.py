@@ -48,18 +48,15 @@ def started(parts: int, room: int, **flow_is):
     flow, entrance = FakeFlow(), Admission(room, 1 << 20)
     for name, value in flow_is.items():
         setattr(flow, name, value)
-    entrance.enter(8)
     arrays = [{"x": np.array([number])} for number in range(parts)]
     request = Request(flow, entrance, arrays, ASKED, 8, 1000, None, {"c": np.array(7)})
+    entrance.enter(request.first_place, 8)
     request.enter()
     return request, flow, entrance
 
 
 def free(entrance: Admission) -> int:
-    count = 0
-    while entrance.enter(8, block=False):
-        count += 1
-    return count
+    return entrance.requests - entrance.inside
 
 
 def test_parts_enter_as_far_as_there_is_room_and_as_others_leave():
@@ -131,10 +128,11 @@ def test_a_part_that_cannot_be_sent_ends_the_request_and_leaves_its_place(fails_
 def test_an_interrupt_while_a_part_is_sent_leaves_its_place():
     flow, entrance = FakeFlow(), Admission(2, 1 << 20)
     flow.fails_from, flow.problem = 0, KeyboardInterrupt()
-    entrance.enter(8)
     request = Request(flow, entrance, [{"x": np.array([0])}], ASKED, 8, 1000, None, {})
+    entrance.enter(request.first_place, 8)
     with pytest.raises(KeyboardInterrupt):
         request.enter()
+    request.abandon()
     assert free(entrance) == 2
 
 

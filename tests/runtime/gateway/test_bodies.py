@@ -79,22 +79,22 @@ def test_messages_of_unknown_size_wait_for_each_other_and_the_slow_make_room(mon
     monkeypatch.setattr("runtime.gateway.budget.PATIENCE_S", 0.05)
     order = []
 
-    async def slow(budget):
-        async with budget.arrival():
+    async def slow(gate):
+        async with gate.passing():
             order.append("slow")
             await asyncio.Event().wait()
 
-    async def quick(budget):
+    async def quick(gate):
         await asyncio.sleep(0)
-        async with budget.arrival():
+        async with gate.passing():
             order.append("quick")
 
     async def both():
-        budget = Budget(100, 100)
-        return await asyncio.gather(slow(budget), quick(budget), return_exceptions=True)
+        gate = Budget(100, 100).gate
+        return await asyncio.gather(slow(gate), slow(gate), quick(gate), return_exceptions=True)
 
-    assert [type(found) for found in asyncio.run(both())] == [TooSlow, type(None)]
-    assert order == ["slow", "quick"]
+    assert [type(found) for found in asyncio.run(both())] == [TooSlow, TooSlow, type(None)]
+    assert order == ["slow", "slow", "quick"]
 
 
 @pytest.mark.parametrize("size", [100, 50_000_000])
