@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from onnxsplit.errors import InputError, PlanError
+from onnxsplit.errors import InputError, PlanError, shown
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.numbers import (
     MOST_ATTEMPTS,
@@ -34,6 +34,9 @@ _WHOLE = {  # options that are whole numbers, with the least and the most
     "micro_batch": (0, MOST_SIZE),
 }
 _SHARE_OF_MEMORY = 4  # a quarter of what is free
+
+
+_FLAGS = ("shared_memory", "elastic", "insecure", "trace", "trace_ops")
 
 
 def _silent(_ready: int, _total: int) -> None:
@@ -108,9 +111,31 @@ class RunOptions:
             InputError: naming the option, what was found and what is allowed.
         """
         if self.mode not in ("sync", "async"):
-            raise InputError(f"mode {self.mode!r} is unknown; allowed: sync, async")
+            raise InputError(f"mode {shown(self.mode)} is unknown; allowed: sync, async")
         if self.balance not in POLICIES:
-            raise InputError(f"balance {self.balance!r} is unknown; allowed: {', '.join(POLICIES)}")
+            raise InputError(f"balance {shown(self.balance)} is unknown; allowed: {', '.join(POLICIES)}")
+        problems = [
+            *(
+                f"{name} must be True or False, not {shown(getattr(self, name))}"
+                for name in _FLAGS
+                if not isinstance(getattr(self, name), bool)
+            ),
+            *(
+                f"{name} must be a function, not {shown(getattr(self, name))}"
+                for name in ("progress", "abandoned")
+                if getattr(self, name) is not None and not callable(getattr(self, name))
+            ),
+        ]
+        shared, given = self.share_weights, self.timings
+        if shared not in (None, True, False):
+            problems.append(f"share_weights must be True, False or None, not {shown(shared)}")
+        if type(given) is not Timings:
+            problems.append(f"timings must be runtime.watch.Timings, not {shown(given)}")
+        if problems:
+            raise InputError("; ".join(problems))
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         problems = [
             whole_problem(name, getattr(self, name), least, most)
             for name, (least, most) in _WHOLE.items()
@@ -134,7 +159,9 @@ class RunOptions:
         if isinstance(self.replicas, Mapping):
             unknown = [stage for stage in self.replicas if stage not in counts]
             if unknown:
-                raise PlanError(f"replicas for stage {unknown[0]!r}; the plan has the stages 0 to {len(counts) - 1}")
+                raise PlanError(
+                    f"replicas for stage {shown(unknown[0])}; the plan has the stages 0 to {len(counts) - 1}"
+                )
             counts.update(self.replicas)
         elif self.replicas is not None:
             counts = dict.fromkeys(counts, self.replicas)

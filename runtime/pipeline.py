@@ -101,8 +101,8 @@ class Pipeline:
             InputError: an option makes no sense.
             LaunchFailed: a node did not come up; says which and why.
         """
-        folder = Path(plan)
         try:
+            folder = _folder(plan)
             wanted = RunOptions(**options)
             wanted.check()
             loaded = load_plan(folder)
@@ -151,7 +151,7 @@ class Pipeline:
             insecure=wanted.insecure,
         )
         check_address(bind, security)
-        folder = Path(plan)
+        folder = _folder(plan)
         loaded = load_plan(folder)
         home = private_folder()
         any_port = f"{bind.rpartition(':')[0]}:*" if bind.startswith("tcp://") else None
@@ -478,3 +478,10 @@ class Pipeline:
     def retries(self) -> int:
         """Attempts that were made again."""
         return self._coordinator.machine.retries
+
+
+def _folder(plan: object) -> Path:
+    """A plan directory as callers name it."""
+    if isinstance(plan, str | os.PathLike):
+        return Path(plan)
+    raise InputError(f"a plan is named by its folder, a text or a path, not by {shown(plan)}")

@@ -33,6 +33,7 @@ PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 _UP_S = 15.0  # for an actor to come up, before another place is tried
 _GROUP_S = 30.0
 _PROBE_S = 3.0
+_END_S = 15.0  # for nodes to end in order, before their actors are killed
 _PROCESS_BYTES = 256 << 20  # of a node beside its stage: Python, ONNX Runtime
 _log = logging.getLogger("runtime.launch")
 
@@ -106,7 +107,7 @@ class RayLauncher:
             actors, self._actors = list(self._actors.values()), {}
         ending = [actor.close.remote() for actor in actors]
         if ending:
-            self._ray.wait(ending, num_returns=len(ending), timeout=_PROBE_S)
+            self._ray.wait(ending, num_returns=len(ending), timeout=_END_S)
         for actor in actors:
             self._ray.kill(actor)
         if self._group is not None:

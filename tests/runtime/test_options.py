@@ -76,3 +76,20 @@ def test_timings_that_make_no_sense_are_refused_however_they_come(changes):
         RunOptions(timings=Timings(**changes)).check()
     with pytest.raises(InputError, match="the timing"):
         timings({"circuit_failures": 0.4})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shared_memory": "no"}, "shared_memory must be True or False, not 'no'"),
+        ({"share_weights": "text"}, "share_weights must be True, False or None"),
+        ({"timings": None}, "timings must be"),
+        ({"abandoned": 5}, "abandoned must be a function"),
+        ({"mode": "m" * 10**7}, "mode 'mmm"),
+        ({"balance": "b" * 10**7}, "balance 'bbb"),
+    ],
+)
+def test_options_of_wrong_kinds_are_named_in_few_words(options, words):
+    with pytest.raises(InputError, match=words) as caught:
+        RunOptions(**options).check()
+    assert len(str(caught.value)) < 1000
