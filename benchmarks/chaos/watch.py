@@ -20,7 +20,7 @@ _SLACK_DESCRIPTORS = 4
 def places_taken(pipeline: Pipeline) -> tuple[int, int, int]:
     """Places and bytes that requests hold at the entrance, and how many wait there."""
     entrance: Any = pipeline._entrance
-    return entrance._inside, entrance._inside_bytes, len(entrance._waiting)
+    return entrance.inside, sum(entrance._places.values()), len(entrance._waiting)
 
 
 def unanswered(pipeline: Pipeline) -> tuple[int, int]:
