@@ -5,6 +5,7 @@ What a client may do, and what becomes of it:
     silent after connecting, or half a header    closed after ``HEADER_S``
     a header of more than ``HEADER_BYTES``       400, closed
     a body that stops arriving                   ``scope["silent"]`` after ``SILENCE_S``; then 408
+    trailers behind a chunked body               counted as a header, and ignored
     a body that goes on after its answer         thrown away, closed after ``LINGER_S``
     an answer that is not read                   aborted after ``UNREAD_S`` without a byte leaving
     gone before the answer                       the request is given up (``scope["abandon"]``)
@@ -75,6 +76,7 @@ class Connection(HttpToolsProtocol):
     _ahead_bytes = 0
     _header_bytes = 0
     _unfinished_bytes = 0
+    _progress = False
     _problem = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -113,20 +115,22 @@ class Connection(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Part of it."""
+        """Part of it; or a trailer, which must not change a request that was judged by its header."""
         self._count(len(name) + len(value))
-        super().on_header(name, value)
+        if self._clock is not None:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """It is whole."""
         self._came()
-        self._unfinished_bytes = 0
+        self._progress = True
         self.scope["pieces"] = self._pieces = []  # type: ignore[typeddict-unknown-key]
         self.scope["target"] = self.url.decode("latin-1")  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body, laid where :class:`~runtime.gateway.bodies.Bodies` takes it: copied but once more."""
+        self._progress = True
         if self.cycle.response_complete:
             return
         if not self._pieces:
@@ -139,7 +143,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request is whole."""
-        self._whole = True
+        self._whole = self._progress = True
         self._stop_lingering()
         super().on_message_complete()
 
@@ -151,10 +155,17 @@ class Connection(HttpToolsProtocol):
             self._linger = self.loop.call_later(LINGER_S, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes; those of a header that does not end are counted, too: the parser keeps them until a field is whole."""
+        """Bytes come. Reads that complete no header, no request and no piece of a body are counted.
+
+        The parser keeps what belongs to an unfinished field, of a header or of trailers, until the field is whole.
+        Such reads do not end a silence either.
+        """
+        self._progress = False
         super().data_received(data)
-        self._heard()
-        if self._clock is not None and not self.transport.is_closing():
+        if self._progress:
+            self._unfinished_bytes = 0
+            self._heard()
+        elif not self.transport.is_closing():
             self._unfinished_bytes += len(data)
             if self._unfinished_bytes > HEADER_BYTES:
                 self._problem = _TOO_LARGE

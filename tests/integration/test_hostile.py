@@ -275,3 +275,51 @@ class Silence:
     def __next__(self):
         self.over.wait(60)
         raise StopIteration
+
+
+def exchange(server, *parts: bytes) -> bytes:
+    """All that a server answers to bytes, sent part by part, until it hangs up."""
+    host, port = server.host.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), 60) as connection:
+        for part in parts:
+            connection.sendall(part)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    return answer
+
+
+def test_a_large_request_and_the_beginning_of_the_next_are_both_answered(server):
+    body = json.dumps({"inputs": [TENSOR], "id": "x" * 100_000}).encode()
+    first = f"POST /v2/models/{server.model}/infer HTTP/1.1\r\nHost: {server.host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    second = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    answer = exchange(server, first.encode() + body + second[:20], second[20:])
+    assert answer.count(b"HTTP/1.1 200") == 2, answer[:300]
+
+
+@pytest.mark.parametrize(
+    ("header", "trailer", "status"),
+    [
+        ("", "Host: localhost", 400),
+        ("Host: localhost\r\n", "Content-Encoding: gzip", 200),
+        ("Host: localhost\r\n", "Host: evil.example", 200),
+    ],
+)
+def test_trailers_change_no_request(server, header, trailer, status):
+    answer = exchange(
+        server,
+        f"POST /v2/repository/index HTTP/1.1\r\n{header}Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        f"2\r\n{{}}\r\n0\r\n{trailer}\r\n\r\n".encode(),
+    )
+    assert answer.startswith(f"HTTP/1.1 {status}".encode()), answer
+
+
+@pytest.mark.parametrize("endless", [b"2\r\n{}\r\n0\r\nX: ", b"1;"])
+def test_a_trailer_or_a_chunk_s_extension_without_an_end_is_refused(server, endless):
+    head = b"POST /v2/repository/index HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    host, port = server.host.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), 60) as connection:
+        connection.sendall(head + endless)
+        with pytest.raises(ConnectionError):
+            connection.sendall(b"x" * 10_000_000)
+    assert works(server)
