@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -172,14 +172,14 @@ _ITEMS: dict[str, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(item)
     for kind, item in (("b", list[bool]), ("i", list[int]), ("u", list[int]), ("f", list[float]), ("O", list[str]))
 }
-_NESTED = msgspec.json.Decoder(list[Any])
 _OPENING = b"[ \t\r\n"
+_NOT_STRUCTURE = bytes(sorted(set(range(256)) - set(b"[],")))
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw) -> Array:
     """A tensor of JSON: its elements in row-major order, flat or nested as the shape is.
 
-    The number of elements is held against the shape before they are decoded.
+    The number of elements, and how lists of numbers are nested, are held against the shape before they are decoded.
 
     Raises:
         InputError: they are not those of such a tensor.
@@ -195,7 +195,7 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw)
         )
     try:
         if dtype == "string":
-            return from_items(name, datatype, shape, _json_strings(name, text, len(shape), count))
+            return from_items(name, datatype, shape, _json_strings(name, text, shape, count))
         return _json_numbers(name, text, dtype, shape)
     except (msgspec.DecodeError, RecursionError, OverflowError, UnicodeDecodeError) as error:
         raise InputError(f"the data of tensor {shown(name)} are not {datatype}: {one_line(error, _WORDS)}") from error
@@ -209,6 +209,7 @@ def _json_numbers(name: str, text: bytes, dtype: str, shape: Sequence[int]) -> A
         found = 0
     if found != count:
         raise InputError(f"tensor {shown(name)} has {found} elements; shape {list(shape)} has {count}")
+    _check_nesting(name, text, shape)
     kind = numpy_dtype(dtype)
     decoder = _ITEMS["f" if dtype == "bfloat16" else kind.kind]
     result = np.empty(count, kind)
@@ -223,6 +224,26 @@ def _json_numbers(name: str, text: bytes, dtype: str, shape: Sequence[int]) -> A
     return result.reshape(shape)
 
 
+def _check_nesting(name: str, text: bytes, shape: Sequence[int]) -> None:
+    """Refuse lists in JSON that are neither flat nor nested as the shape is.
+
+    The text must have as many elements as the shape, none of them a string.
+    """
+    lists = text.count(b"[")
+    if lists == 1:
+        return
+    if lists == sum(math.prod(shape[:level]) for level in range(len(shape))):
+        nested = b""
+        for size in reversed(shape):
+            nested = b"[" + ((nested + b",") * size)[:-1] + b"]"
+        if text.translate(None, _NOT_STRUCTURE) == nested:
+            return
+    raise InputError(
+        f"the data of tensor {shown(name)} are not nested as shape {list(shape)} is; each list needs as many entries "
+        "as its dimension has, or give all elements in one list"
+    )
+
+
 def _pieces(flat: bytes) -> Iterator[bytes]:
     """A list of numbers in pieces that end at a comma."""
     start = 0
@@ -233,19 +254,38 @@ def _pieces(flat: bytes) -> Iterator[bytes]:
         start = end + 1
 
 
-def _json_strings(name: str, text: bytes, rank: int, count: int) -> list[str]:
+def _json_strings(name: str, text: bytes, shape: Sequence[int], count: int) -> list[str]:
     at_least = (text.count(b'"') - text.count(b'\\"')) // 2  # a quote within a string is escaped
     if at_least > count or count > _JSON_STRINGS:
         raise InputError(
             f"tensor {shown(name)} has {max(at_least, count)} strings; its shape has {count}, and as JSON at most "
             f"{_JSON_STRINGS} are allowed: send more as binary data"
         )
+    if count == 0:
+        _check_nesting(name, text, shape)
+        return []
     try:
         values = _ITEMS["O"].decode(text)
     except msgspec.ValidationError:
-        values = msgspec.convert(_flat(_NESTED.decode(text), rank), list[str])
+        if len(shape) < 2:
+            raise
+        values = _nested_strings(text, shape)
     found: list[str] = values
     return found
+
+
+def _nested_strings(text: bytes, shape: Sequence[int]) -> list[Any]:
+    """The strings of lists that are nested as a shape is, which has no size of 0.
+
+    The decoder stops at the first list of another length, so that it never holds more lists than strings.
+    """
+    kind: Any = str
+    for size in reversed(shape):
+        kind = Annotated[list[kind], msgspec.Meta(min_length=size, max_length=size)]
+    values: list[Any] = msgspec.json.decode(text, type=kind)
+    for _ in shape[1:]:
+        values = [item for value in values for item in value]
+    return values
 
 
 def from_items(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any]) -> Array:
@@ -266,14 +306,6 @@ def from_items(name: str, datatype: str, shape: Sequence[int], values: Sequence[
     except (OverflowError, ValueError) as error:
         raise InputError(f"the data of tensor {shown(name)} are not {datatype}: {one_line(error, _WORDS)}") from error
     return result.reshape(shape)
-
-
-def _flat(values: list[Any], rank: int) -> list[Any]:
-    for _ in range(rank - 1):
-        if not values or not all(isinstance(value, list) for value in values):
-            break
-        values = [item for value in values for item in value]
-    return values
 
 
 def to_json(name: str, array: Array) -> msgspec.Raw:

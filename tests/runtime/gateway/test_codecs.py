@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from msgspec import Raw
 
 from onnxsplit.errors import InputError
-from onnxsplit.tensors import numpy_dtype
+from onnxsplit.tensors import dtype_name, numpy_dtype
 from runtime.gateway.bodies import coding_of, compress
 from runtime.gateway.http_codec import answer, ask, parse
 from runtime.gateway.protocol import (
@@ -213,3 +213,46 @@ def test_a_timeout_that_is_none_is_refused(timeout):
     body = json.dumps({"inputs": [], "parameters": {"timeout": timeout}}).encode()
     with pytest.raises(InputError):
         parse(body, None, nowhere)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "text"),
+    [
+        ("FP32", [2, 3], "[[1, 2, 3, 4, 5], [6]]"),
+        ("FP32", [2, 2], "[[1, 2], 3, 4]"),
+        ("FP32", [3], "[1, [2], 3]"),
+        ("FP32", [2, 3], "[[1, 2], [3, 4], [5, 6]]"),
+        ("FP32", [1, 2], "[[1, [2]]]"),
+        ("FP32", [2, 2], "[[], [1, 2, 3]]"),
+        ("INT8", [2, 1, 2], "[[[1, 2]], [[3], [4]]]"),
+        ("FP32", [2, 0], "[[], [], []]"),
+        ("FP32", [10**9, 0], "[[], []]"),
+        ("FP32", [0], "[[]]"),
+        ("BYTES", [2, 2], '[["a", "b", "c"], ["d"]]'),
+        ("BYTES", [2, 2], '[["a", "b"], "c", "d"]'),
+        ("BYTES", [2, 2], '[["a", "b"], ["c", "d"], []]'),
+        ("BYTES", [2], '["a", ["b"]]'),
+        ("BYTES", [2, 0], "[[], [], []]"),
+    ],
+)
+def test_json_that_is_not_nested_as_its_shape_is_refused(datatype, shape, text):
+    with pytest.raises(InputError, match="data of tensor 'x' are not"):
+        from_json("x", datatype, shape, raw(text))
+
+
+@given(st.one_of(ARRAYS, TEXTS))
+def test_json_nested_as_numpy_nests_it_is_read(array):
+    if array.ndim and (array.dtype.kind != "f" or np.isfinite(array).all()):
+        found = from_json("x", DATATYPES[dtype_name(array.dtype)], array.shape, raw(json.dumps(array.tolist())))
+        assert np.array_equal(found, array)
+
+
+def test_a_list_of_empty_lists_is_refused_before_it_is_held():
+    text = raw('[["a"]' + ",[]" * 5_000_000 + "]")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="are not BYTES"):
+            from_json("x", "BYTES", [1, 1], text)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
