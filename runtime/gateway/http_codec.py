@@ -36,22 +36,22 @@ Parameters = dict[str, Any]
 
 class _Input(Struct):
     name: str
-    shape: list[int]
+    shape: Raw
     datatype: str
     data: Raw | UnsetType = UNSET
-    parameters: Parameters | None = None
+    parameters: Raw | UnsetType = UNSET
 
 
 class _Output(Struct):
     name: str
-    parameters: Parameters | None = None
+    parameters: Raw | UnsetType = UNSET
 
 
 class _Body(Struct):
     inputs: list[_Input]
     outputs: list[_Output] | None = None
     id: str | None = None
-    parameters: Parameters | None = None
+    parameters: Raw | UnsetType = UNSET
 
 
 MOST_JSON_BYTES = 64 << 20
@@ -60,10 +60,14 @@ MOST_JSON_BYTES = 64 << 20
 MOST_TENSORS = 4096
 """Inputs of a request, and outputs."""
 
+_MOST_PARAMETERS_BYTES = 64 << 10  # of the JSON of a request's parameters, and of each tensor's
+_MOST_SHAPE_BYTES = 4 << 10  # of the JSON of one shape
 _LONG = 1 << 20
 _WORDS = 500
 
 _DECODER = msgspec.json.Decoder(_Body)
+_PARAMETERS = msgspec.json.Decoder(Parameters | None)
+_SHAPE = msgspec.json.Decoder(list[int])
 _OURS = {"timeout", "priority", "binary_data_output", "sequence_id", "sequence_start", "sequence_end"}
 
 
@@ -96,7 +100,7 @@ def parse(body: bytes | bytearray | memoryview, header_length: int | None, read:
         inputs[tensor.name], rest = _input(tensor, rest, read)
     if len(rest):
         raise InputError(f"{len(rest)} bytes follow the inputs; no input claims them as binary_data_size")
-    parameters = said.parameters or {}
+    parameters = _parameters("the parameters of the request", said.parameters)
     return InferRequest(
         id=said.id or "",
         inputs=inputs,
@@ -122,9 +126,33 @@ def _check_size(text: memoryview) -> None:
         raise InputError(f"the request names {names} tensors; at most {MOST_TENSORS} are allowed")
 
 
+def _small(what: str, text: Raw, most_bytes: int, decoder: msgspec.json.Decoder[Any]) -> Any:
+    """Decode a part of a request that has a bounded size.
+
+    Raises:
+        InputError: it is too large, or not what the decoder takes.
+    """
+    size = len(memoryview(text))
+    if size > most_bytes:
+        raise InputError(f"{what} have {size} bytes of JSON; at most {most_bytes} are allowed")
+    try:
+        return decoder.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} are not as the protocol has them: {one_line(error, _WORDS)}") from error
+
+
+def _parameters(what: str, text: Raw | UnsetType) -> Parameters:
+    """Parameters of a request or of a tensor; none given, or null, are none."""
+    if text is UNSET:
+        return {}
+    return _small(what, text, _MOST_PARAMETERS_BYTES, _PARAMETERS) or {}
+
+
 def _input(tensor: _Input, rest: memoryview, read: Read) -> tuple[Array, memoryview]:
     """An input, and the bytes that follow it."""
-    name, parameters = tensor.name, tensor.parameters or {}
+    name = tensor.name
+    parameters = _parameters(f"the parameters of input {shown(name)}", tensor.parameters)
+    shape = _small(f"the sizes in the shape of input {shown(name)}", tensor.shape, _MOST_SHAPE_BYTES, _SHAPE)
     place = place_of(name, parameters)
     size = _number(parameters, "binary_data_size")
     if sum((place is not None, size is not None, tensor.data is not UNSET)) != 1:
@@ -132,15 +160,15 @@ def _input(tensor: _Input, rest: memoryview, read: Read) -> tuple[Array, memoryv
             f"input {shown(name)} needs exactly one of: data, the parameter binary_data_size, a region of shared memory"
         )
     if place is not None:
-        return from_place(name, tensor.datatype, tensor.shape, place, read), rest
+        return from_place(name, tensor.datatype, shape, place, read), rest
     if size is not None:
         if not 0 <= size <= len(rest):
             raise InputError(
                 f"input {shown(name)} claims {shown(size)} bytes of binary data, and {len(rest)} are there"
             )
-        return from_bytes(name, tensor.datatype, tensor.shape, rest[:size]), rest[size:]
+        return from_bytes(name, tensor.datatype, shape, rest[:size]), rest[size:]
     assert isinstance(tensor.data, Raw)
-    return from_json(name, tensor.datatype, tensor.shape, tensor.data), rest
+    return from_json(name, tensor.datatype, shape, tensor.data), rest
 
 
 def from_place(name: str, datatype: str, shape: Sequence[int], place: Place, read: Read) -> Array:
@@ -159,7 +187,7 @@ def from_place(name: str, datatype: str, shape: Sequence[int], place: Place, rea
 
 
 def _wanted(output: _Output, request: Parameters) -> Wanted:
-    parameters = output.parameters or {}
+    parameters = _parameters(f"the parameters of output {shown(output.name)}", output.parameters)
     classes = _number(parameters, "classification") or 0
     if classes < 0:
         raise InputError(

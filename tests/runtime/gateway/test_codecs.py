@@ -256,3 +256,30 @@ def test_a_list_of_empty_lists_is_refused_before_it_is_held():
         assert tracemalloc.get_traced_memory()[1] < 50 << 20
     finally:
         tracemalloc.stop()
+
+
+ONE = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"parameters": {"a": [[]] * 40_000}}, "the parameters of the request have"),
+        ({"inputs": [{**ONE, "parameters": {"a": [[]] * 40_000}}]}, "the parameters of input 'x' have"),
+        ({"outputs": [{"name": "y", "parameters": {"a": [[]] * 40_000}}]}, "the parameters of output 'y' have"),
+        ({"inputs": [{**ONE, "shape": [1] * 3000}]}, "the shape of input 'x' have"),
+        ({"parameters": 5}, "parameters of the request are not"),
+        ({"inputs": [{**ONE, "parameters": []}]}, "parameters of input 'x' are not"),
+        ({"inputs": [{**ONE, "shape": ["1"]}]}, "shape of input 'x' are not"),
+        ({"inputs": [{**ONE, "shape": None}]}, "shape of input 'x' are not"),
+    ],
+)
+def test_parameters_and_shapes_are_bounded_before_they_are_decoded(changed, words):
+    body = json.dumps({"inputs": [ONE], **changed}).encode()
+    with pytest.raises(InputError, match=words):
+        parse(body, None, nowhere)
+
+
+def test_parameters_that_are_null_are_none():
+    body = {"inputs": [{**ONE, "parameters": None}], "outputs": [{"name": "y", "parameters": None}], "parameters": None}
+    assert parse(json.dumps(body).encode(), None, nowhere).parameters == {}
