@@ -13,12 +13,15 @@ from tritonclient.grpc import service_pb2 as pb
 
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array, dtype_name
-from runtime.gateway.http_codec import MOST_TENSORS, from_place, place_of, timeout_ns
+from runtime.gateway.errors import TooLarge
+from runtime.gateway.http_codec import MOST_JSON_BYTES, MOST_TENSORS, from_place, place_of, timeout_ns
 from runtime.gateway.protocol import (
     DATATYPES,
     InferRequest,
     Read,
     Wanted,
+    check_count,
+    check_rank,
     from_bytes,
     from_items,
     to_bytes,
@@ -49,6 +52,7 @@ def split(whole: bytes) -> tuple[Any, list[memoryview]]:
 
     Raises:
         InputError: the bytes are no such message, or have too many fields.
+        TooLarge: there are too many bytes besides those of ``raw_input_contents``.
     """
     view, rest, raw = memoryview(whole), [], []
     at = begun = fields = 0
@@ -68,6 +72,11 @@ def split(whole: bytes) -> tuple[Any, list[memoryview]]:
                 raw.append(view[at - size : at])
                 begun = at
         rest.append(view[begun:])
+        if (size := sum(map(len, rest))) > MOST_JSON_BYTES:
+            raise TooLarge(
+                f"the message has {size} bytes outside raw_input_contents; at most {MOST_JSON_BYTES} are allowed: send "
+                "tensors in raw_input_contents"
+            )
         return pb.ModelInferRequest.FromString(b"".join(rest)), raw
     except (DecodeError, KeyError, IndexError) as error:
         raise InputError(f"the message is no ModelInferRequest: {one_line(error, _WORDS)}") from error
@@ -101,7 +110,9 @@ def parse(message: Any, raw: Sequence[bytes | memoryview], read: Read) -> InferR
     taken = 0
     inputs: dict[str, Array] = {}
     for tensor in message.inputs:
-        name, shape = tensor.name, tuple(tensor.shape)
+        name = tensor.name
+        check_rank(name, len(tensor.shape))
+        shape = tuple(tensor.shape)
         if name in inputs:
             raise InputError(f"input {shown(name)} is given twice")
         parameters = parameters_of(tensor.parameters)
@@ -142,6 +153,7 @@ def _typed(name: str, tensor: Any, shape: tuple[int, ...]) -> Array:
         raise InputError(
             f"input {shown(name)} of datatype {shown(tensor.datatype)} takes its elements from {field} alone"
         )
+    check_count(name, tensor.datatype, shape, len(values))
     if tensor.datatype == "BYTES":
         try:
             values = [value.decode() for value in values]

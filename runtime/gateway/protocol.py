@@ -92,14 +92,23 @@ def dtype_of(name: str, datatype: str) -> str:
     return _ONNX[datatype]
 
 
+def check_rank(name: str, rank: int) -> None:
+    """Refuse more dimensions than a tensor can have.
+
+    Raises:
+        InputError: there are too many.
+    """
+    if rank > MAX_RANK:
+        raise InputError(f"tensor {shown(name)} has {rank} dimensions; at most {MAX_RANK} are allowed")
+
+
 def check_shape(name: str, shape: Sequence[int], dtype: str) -> int:
     """The number of elements.
 
     Raises:
         InputError: no tensor has such a shape: a size is negative, there are too many dimensions, or too many elements.
     """
-    if len(shape) > MAX_RANK:
-        raise InputError(f"tensor {shown(name)} has {len(shape)} dimensions; at most {MAX_RANK} are allowed")
+    check_rank(name, len(shape))
     count = element_count(shape, numpy_dtype(dtype).itemsize)
     if count is None:
         raise InputError(
@@ -135,9 +144,13 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: bytes | byt
     return np.frombuffer(data, kind).reshape(shape)
 
 
-def _strings(name: str, data: bytes | bytearray | memoryview, count: int) -> Array:
+def _check_strings(name: str, count: int) -> None:
     if count > _STRINGS:
         raise InputError(f"tensor {shown(name)} has {count} strings; at most {_STRINGS} are allowed")
+
+
+def _strings(name: str, data: bytes | bytearray | memoryview, count: int) -> Array:
+    _check_strings(name, count)
     if count > len(data) // 4:
         raise InputError(f"tensor {shown(name)} has {len(data)} bytes, too few for {count} strings")
     result = np.empty(count, object)
@@ -288,17 +301,29 @@ def _nested_strings(text: bytes, shape: Sequence[int]) -> list[Any]:
     return values
 
 
+def check_count(name: str, datatype: str, shape: Sequence[int], found: int) -> None:
+    """Hold the number of elements that came against the shape.
+
+    Raises:
+        InputError: there are not so many, or there are more strings than are allowed.
+    """
+    dtype = dtype_of(name, datatype)
+    count = check_shape(name, shape, dtype)
+    if found != count:
+        raise InputError(f"tensor {shown(name)} has {found} elements; shape {list(shape)} has {count}")
+    if dtype == "string":
+        _check_strings(name, count)
+
+
 def from_items(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any]) -> Array:
     """A tensor of its elements, in row-major order.
 
     Raises:
-        InputError: there are not so many, or one is too large for the type.
+        InputError: as :func:`check_count`, or one is too large for the type.
     """
-    dtype = dtype_of(name, datatype)
-    count = check_shape(name, shape, dtype)
-    if len(values) != count:
-        raise InputError(f"tensor {shown(name)} has {len(values)} elements; shape {list(shape)} has {count}")
-    kind = numpy_dtype(dtype)
+    count = len(values)
+    check_count(name, datatype, shape, count)
+    kind = numpy_dtype(dtype_of(name, datatype))
     result = np.empty(count, kind)
     try:
         for start in range(0, count, _STEP):
