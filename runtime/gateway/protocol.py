@@ -359,7 +359,8 @@ def classify(array: Array, classes: int, *, batched: bool) -> Array:
     """
     if array.dtype == object:
         raise InputError("a classification is of numbers, and the output has strings")
-    rows = array.reshape(array.shape[0] if batched and array.ndim else 1, -1)
+    count = array.shape[0] if batched and array.ndim else 1
+    rows = array.reshape(count, array.size // count if count else math.prod(array.shape[1:]))
     classes = min(classes, rows.shape[1])
     order = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :classes]
     found = np.empty(order.shape, object)

@@ -283,3 +283,10 @@ def test_parameters_and_shapes_are_bounded_before_they_are_decoded(changed, word
 def test_parameters_that_are_null_are_none():
     body = {"inputs": [{**ONE, "parameters": None}], "outputs": [{"name": "y", "parameters": None}], "parameters": None}
     assert parse(json.dumps(body).encode(), None, nowhere).parameters == {}
+
+
+def test_a_batch_of_no_rows_has_classes_of_none():
+    assert classify(np.empty((0, 4), np.float32), 2, batched=True).shape == (0, 2)
+    assert classify(np.empty((0, 2, 3), np.float32), 99, batched=True).shape == (0, 6)
+    assert classify(np.empty((0, 4), np.float32), 2, batched=False).shape == (0,)
+    assert classify(np.empty((3, 0), np.float32), 2, batched=True).shape == (3, 0)
