@@ -20,13 +20,14 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
 SILENCE_S = 10.0
 SLOWEST_BYTES_PER_S = 64 << 10
-_PATIENCE_S = 30.0
+_WINDOW_S = 30.0  # in each, a body must keep up the slowest pace
+_WINDOW_BYTES = int(_WINDOW_S) * SLOWEST_BYTES_PER_S
 _DISCARD_S = 3.0
 _DIGITS = 18
 _QUICK_BYTES = 4 << 10  # compressed, are decompressed at once: to some MiB at most
 _STEP_BYTES = 1 << 20
 
-_WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_WBITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
 class Bodies:
@@ -83,16 +84,20 @@ class Bodies:
         message = await receive()
         if len(pieces) < 2 and message["type"] == "http.request" and not message["more_body"]:
             return pieces[0] if pieces else b""
-        begun = time.monotonic()
         body = bytearray()
+        due_s, due_bytes = time.monotonic() + _WINDOW_S, _WINDOW_BYTES
         while True:
             if message["type"] == "http.disconnect":
                 raise Cancelled("the client went away before its request was whole")
-            if scope.get("silent") or time.monotonic() > begun + _PATIENCE_S + len(body) / SLOWEST_BYTES_PER_S:
-                raise TooSlow(
-                    f"the body is too slow: {SILENCE_S:g} s without a byte, or under {SLOWEST_BYTES_PER_S} bytes/s"
-                )
             more = sum(map(len, pieces))
+            late = time.monotonic() > due_s
+            if scope.get("silent") or (late and len(body) + more < due_bytes):
+                raise TooSlow(
+                    f"the body is too slow: {SILENCE_S:g} s without a byte, or under {SLOWEST_BYTES_PER_S} bytes/s "
+                    f"for {_WINDOW_S:g} s"
+                )
+            if late:
+                due_s, due_bytes = time.monotonic() + _WINDOW_S, len(body) + more + _WINDOW_BYTES
             if len(body) + more > self.most_bytes:
                 await _discard(scope, receive)
                 raise TooLarge(f"the request has more than the {self.most_bytes} bytes allowed (--max-body)")
@@ -110,7 +115,7 @@ class Bodies:
         From now on that is what counts as held.
         """
         self.release(scope)
-        machine = zlib.decompressobj(_WINDOW[coding])
+        machine = zlib.decompressobj(_WBITS[coding])
         data = bytearray()
         rest: bytes | bytearray = body
         while rest and not machine.eof:
@@ -144,10 +149,10 @@ def coding_of(accepted: str) -> str:
     Browsers and libraries name several codings in every request; tensors gain little from any, and it takes long.
     """
     coding = accepted.strip().lower()
-    return coding if coding in _WINDOW else ""
+    return coding if coding in _WBITS else ""
 
 
 def compress(pieces: list[bytes | memoryview], coding: str) -> list[bytes | memoryview]:
     """An answer's body in a coding that :func:`coding_of` gave."""
-    machine = zlib.compressobj(1, wbits=_WINDOW[coding])
+    machine = zlib.compressobj(1, wbits=_WBITS[coding])
     return [*(machine.compress(piece) for piece in pieces), machine.flush()]

@@ -122,7 +122,9 @@ def test_a_drip_is_refused_though_it_never_falls_silent(monkeypatch):
 
     with pytest.raises(TooSlow):
         read(*[b"x"] * 6, between=pass_time)
-    assert len(read(*[b"x" * 300_000] * 6, most=1 << 21, together=1 << 22, between=pass_time)) == 1_800_000
+    assert len(read(*[b"x" * 600_000] * 6, most=1 << 22, together=1 << 23, between=pass_time)) == 3_600_000
+    with pytest.raises(TooSlow):  # however much came before
+        read(b"x" * (1 << 24), *[b"x"] * 12, most=1 << 25, together=1 << 25, between=pass_time)
 
 
 def test_a_client_that_goes_away_is_no_error_of_the_server():
