@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
@@ -25,7 +25,8 @@ _WINDOW_BYTES = int(_WINDOW_S) * SLOWEST_BYTES_PER_S
 _DISCARD_S = 3.0
 _DIGITS = 18
 _QUICK_BYTES = 4 << 10  # compressed, are decompressed at once: to some MiB at most
-_STEP_BYTES = 1 << 20
+_STEP_BYTES = 1 << 20  # decompressed at once
+_SLICE_BYTES = 64 << 10  # given to be decompressed at once
 
 _WBITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
@@ -117,22 +118,36 @@ class Bodies:
         self.release(scope)
         machine = zlib.decompressobj(_WBITS[coding])
         data = bytearray()
-        rest: bytes | bytearray = body
-        while rest and not machine.eof:
-            try:
-                step = machine.decompress(rest, _STEP_BYTES)
-            except zlib.error as error:
-                raise InputError(f"the body is not {coding}, as Content-Encoding says: {error}") from error
-            if len(data) + len(step) > self.most_bytes:
-                raise TooLarge(
-                    f"decompressed, the request has more than the {self.most_bytes} bytes allowed (--max-body)"
-                )
-            self._hold(scope, len(step))
-            data += step
-            rest = machine.unconsumed_tail
+        try:
+            for step in _steps(machine, body):
+                if len(data) + len(step) > self.most_bytes:
+                    raise TooLarge(
+                        f"decompressed, the request has more than the {self.most_bytes} bytes allowed (--max-body)"
+                    )
+                self._hold(scope, len(step))
+                data += step
+        except zlib.error as error:
+            raise InputError(f"the body is not {coding}, as Content-Encoding says: {error}") from error
         if not machine.eof:
             raise InputError(f"the body ends within its {coding} stream")
         return data
+
+
+def _steps(machine: zlib._Decompress, body: bytes | bytearray) -> Iterator[bytes]:
+    """Pieces of what a body decompresses to.
+
+    It is fed in slices, since zlib copies what it has not consumed whenever it stops.
+    """
+    view = memoryview(body)
+    for start in range(0, len(view), _SLICE_BYTES):
+        rest: bytes | memoryview = view[start : start + _SLICE_BYTES]
+        while rest and not machine.eof:
+            yield machine.decompress(rest, _STEP_BYTES)
+            rest = machine.unconsumed_tail
+        if machine.eof:
+            if left := len(machine.unused_data) + len(view[start + _SLICE_BYTES :]):
+                raise InputError(f"the body has {left} bytes after the end of its compressed stream; send one stream")
+            return
 
 
 async def _discard(scope: Scope, receive: Receive) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -130,3 +131,19 @@ def test_a_drip_is_refused_though_it_never_falls_silent(monkeypatch):
 def test_a_client_that_goes_away_is_no_error_of_the_server():
     with pytest.raises(Cancelled):
         read(b"x", None, end=False)
+
+
+@pytest.mark.parametrize("more", [b"x", gzip.compress(b"more"), bytes(200_000)])
+def test_what_follows_a_compressed_stream_is_refused(more):
+    packed = gzip.compress(b"body")
+    coding = {"content-encoding": "gzip"}
+    with pytest.raises(InputError, match=f"{len(more)} bytes after the end"):
+        read(packed + more, headers=coding, most=1 << 20, together=1 << 21)
+
+
+@pytest.mark.parametrize("level", [0, 9])
+def test_what_is_compressed_comes_out_the_same_at_any_ratio(level):
+    data = random.Random(0).randbytes(300_000) + bytes(3_000_000) + b"end"
+    packed = gzip.compress(data, level)
+    pieces = [packed[start : start + 100_000] for start in range(0, len(packed), 100_000)]
+    assert read(*pieces, headers={"content-encoding": "gzip"}, most=1 << 22, together=1 << 23) == data
