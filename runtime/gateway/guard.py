@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from runtime.gateway.errors import Forbidden, Unauthorized
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _SHORTEST = 16
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
 def read_tokens(file: Path) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ class Guard:
             target: what is asked for, as the request's first line has it.
 
         Raises:
-            InputError: there is not one host.
+            InputError: there is not one host, or it is not written as one.
             Forbidden: the site is not ours, or the name is not.
         """
         if len(hosts) != 1 or not hosts[0]:
@@ -95,8 +97,15 @@ class Guard:
         if len(origins) > 1:
             raise Forbidden(f"the request has {len(origins)} Origin headers; a browser sends one")
         host, origin = hosts[0], origins[0] if origins else None
+        found = _HOST.fullmatch(host)
+        if found is None:
+            raise InputError(
+                f"the Host header is {shown(host)}; it must be a name, an IPv4 address or an [IPv6 address], with or "
+                "without :PORT"
+            )
+        name = found["name"].strip("[]").lower()
         try:
-            name, site = urlsplit(f"//{host}").hostname or "", urlsplit(origin or "").netloc
+            site = urlsplit(origin or "").netloc
             asked = urlsplit(target).netloc if not target.startswith("/") else host
         except ValueError as error:
             raise Forbidden(f"the request names no address: {error}") from error
