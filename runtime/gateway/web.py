@@ -246,10 +246,11 @@ class Web:
     async def _page(self, _: Request) -> Response:
         return Response(page.html(), media_type="text/html", headers=page.headers())
 
-    async def _events(self, _: Request) -> Response:
-        return StreamingResponse(
-            self._watcher.events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
-        )
+    async def _events(self, request: Request) -> Response:
+        kind, headers = "text/event-stream", {"cache-control": "no-store"}
+        if request.method == "HEAD":
+            return Response(media_type=kind, headers=headers)
+        return StreamingResponse(self._watcher.events(), media_type=kind, headers=headers)
 
     async def _example(self, request: Request) -> Response:
         version = self._repository.find(request.path_params["model"])

@@ -323,3 +323,9 @@ def test_a_trailer_or_a_chunk_s_extension_without_an_end_is_refused(server, endl
         with pytest.raises(ConnectionError):
             connection.sendall(b"x" * 10_000_000)
     assert works(server)
+
+
+def test_the_head_of_events_is_answered_at_once(server):
+    head = b"HEAD /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    answer = exchange(server, head, head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    assert answer.count(b"HTTP/1.1 200") == answer.count(b"content-type: text/event-stream") == 2
