@@ -13,11 +13,12 @@ from typing import Any
 from onnxsplit.errors import InputError, shown
 from runtime.errors import Cancelled
 from runtime.gateway.budget import Budget
-from runtime.gateway.errors import TooLarge, TooSlow
+from runtime.gateway.errors import NotLoaded, TooLarge, TooSlow
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
+STOPPING = "the server is stopping and gave the request up"
 SILENCE_S = 10.0
 SLOWEST_BYTES_PER_S = 64 << 10
 _WINDOW_S = 30.0  # in each, a body must keep up the slowest pace
@@ -54,6 +55,7 @@ class Bodies:
             TooLarge, TooSlow, Busy: as said above.
             InputError: it is not compressed as it says.
             Cancelled: the client went away.
+            NotLoaded: the server stops, and does not wait for the rest.
         """
         claimed = headers.get("content-length", "")
         length = int(claimed) if claimed.isdecimal() and len(claimed) <= _DIGITS else None
@@ -64,7 +66,10 @@ class Bodies:
         coding = headers.get("content-encoding", "identity").lower()
         if coding not in ("identity", "gzip", "deflate"):
             raise InputError(f"Content-Encoding is {shown(coding)}; allowed: gzip, deflate, identity")
-        body = await self._whole(scope, receive)
+        try:
+            body = await self._whole(scope, receive)
+        except asyncio.CancelledError as error:  # a client that goes away is told of otherwise
+            raise NotLoaded(STOPPING) from error
         if coding == "identity":
             return body
         if len(body) <= _QUICK_BYTES:

@@ -24,8 +24,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Cancelled
 from runtime.gateway import describe, http_codec, metrics, openapi, page
-from runtime.gateway.bodies import Bodies, coding_of, compress
-from runtime.gateway.errors import TooLarge, Unauthorized, UnknownRegion, Unsupported, forget_frames, status_of, words
+from runtime.gateway.bodies import STOPPING, Bodies, coding_of, compress
+from runtime.gateway.errors import (
+    NotLoaded,
+    TooLarge,
+    Unauthorized,
+    UnknownRegion,
+    Unsupported,
+    forget_frames,
+    status_of,
+    words,
+)
 from runtime.gateway.guard import Guard
 from runtime.gateway.regions import Region
 from runtime.gateway.repository import State
@@ -111,10 +120,17 @@ class Web:
         headers = Headers(scope=scope)
         path = scope["path_params"]
         task = asyncio.current_task()
+        gone = False
+
+        def abandon() -> None:
+            nonlocal gone
+            gone = True
+            if task is not None:
+                task.cancel()
+
         try:
             body = await self._bodies.read(headers, scope, receive)
-            if task is not None:
-                scope["abandon"] = task.cancel
+            scope["abandon"] = abandon
             length = _header_length(headers)
             pieces, json_bytes = await self._service.infer(
                 path["model"],
@@ -131,8 +147,10 @@ class Web:
             if coding := coding_of(headers.get("accept-encoding", "")):
                 pieces = await self._compressed(pieces, coding)
                 said.append((b"content-encoding", coding.encode()))
-        except asyncio.CancelledError:
-            return  # the client is gone
+        except asyncio.CancelledError as error:
+            if gone:
+                return
+            raise NotLoaded(STOPPING) from error
         finally:
             scope.pop("abandon", None)
             self._bodies.release(scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -291,7 +292,9 @@ def exchange(server, *parts: bytes) -> bytes:
 
 def test_a_large_request_and_the_beginning_of_the_next_are_both_answered(server):
     body = json.dumps({"inputs": [TENSOR], "id": "x" * 100_000}).encode()
-    first = f"POST /v2/models/{server.model}/infer HTTP/1.1\r\nHost: {server.host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    first = (
+        f"POST /v2/models/{server.model}/infer HTTP/1.1\r\nHost: {server.host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     second = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answer = exchange(server, first.encode() + body + second[:20], second[20:])
     assert answer.count(b"HTTP/1.1 200") == 2, answer[:300]
@@ -329,3 +332,23 @@ def test_the_head_of_events_is_answered_at_once(server):
     head = b"HEAD /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
     answer = exchange(server, head, head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
     assert answer.count(b"HTTP/1.1 200") == answer.count(b"content-type: text/event-stream") == 2
+
+
+def test_requests_that_are_half_sent_when_the_server_stops_are_told_so(chain_plan):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with Served(chain_plan, environment=environment) as found, contextlib.ExitStack() as opened:
+        model, (host, port) = chain_plan.name.removesuffix(".plan"), found.host.rsplit(":", 1)
+        connections = []
+        for path in (f"/v2/models/{model}/infer", "/v2/repository/index"):
+            connection = opened.enter_context(socket.create_connection((host, int(port)), 60))
+            head = f"POST {path} HTTP/1.1\r\nHost: {found.host}\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n"
+            connection.sendall(head.encode())
+            assert b"100 Continue" in connection.recv(65536), "the body is waited for"
+            connection.sendall(b"{")
+            connections.append(connection)
+        assert found.end() == 0
+        for connection in connections:
+            answer = connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 503"), answer
+            assert "is stopping" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert not any("without starting response" in line for line in found.log)
