@@ -24,6 +24,7 @@ from google.protobuf.message import EncodeError
 from onnxsplit.atoms import Atoms, needed_tensors
 from onnxsplit.cost.analytic import activation_bytes
 from onnxsplit.errors import PartitionError
+from onnxsplit.files import written_file
 from onnxsplit.graph import OpGraph
 from onnxsplit.plan import FileEntry
 from onnxsplit.shapes import Shapes, spec_of, value_info
@@ -175,15 +176,20 @@ def write_model(source: SourceModel, model: onnx.ModelProto, out: Path, beside: 
 
     Returns:
         The files, the model first.
+
+    Raises:
+        OSError: a file cannot be written, or what is there is no regular file.
     """
-    folder = out.absolute().parent
+    out = written_file(out)
+    folder = out.parent
     with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=folder) as scratch:
         copy_external(source, model, Path(scratch) / f"{out.name}.data")
         (Path(scratch) / out.name).write_bytes(serialized(model))
         for name, text in beside.items():
             (Path(scratch) / f"{out.name}.{name}").write_text(text)
         written = sorted(Path(scratch).iterdir(), key=lambda file: file.name == out.name)
-        return tuple(Path(shutil.move(file, folder / file.name)) for file in written)[::-1]
+        targets = [written_file(folder / file.name) for file in written]
+        return tuple(Path(shutil.move(*pair)) for pair in zip(written, targets, strict=True))[::-1]
 
 
 def serialized(model: onnx.ModelProto) -> bytes:

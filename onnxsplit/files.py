@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from onnxsplit.errors import PlanError
+from onnxsplit.errors import InputError, PlanError
 
 MOST_TEXT_BYTES = 1 << 20
 """Bytes that a file of settings, keys or tokens may have."""
@@ -78,23 +78,65 @@ def read_regular(path: Path, *, most_bytes: int) -> bytes:
 
 def _check_regular(path: Path, found: os.stat_result, most_bytes: int) -> None:
     if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
-        raise OSError(number, f"it is {kind}; only a regular file can be read", str(path))
+        raise OSError(number, f"it is {_kind(found.st_mode)}; only a regular file can be read", str(path))
     if found.st_size > most_bytes:
         raise _too_large(path, found.st_size, most_bytes)
+
+
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 def _too_large(path: Path, size_bytes: int, most_bytes: int) -> OSError:
     return OSError(errno.EFBIG, f"it has {size_bytes} bytes or more; at most {most_bytes} are allowed", str(path))
 
 
+def written_file(target: Path) -> Path:
+    """The file that writing to a path changes: what a link leads to, which need not be there yet.
+
+    Raises:
+        OSError: it is there and is no regular file, so that replacing it would destroy a device, a FIFO or a folder.
+    """
+    real = Path(os.path.realpath(target))
+    try:
+        mode = real.stat().st_mode
+    except FileNotFoundError:
+        return real
+    if not stat.S_ISREG(mode):
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, f"it is {_kind(mode)}; only a regular file can be replaced", str(target))
+    return real
+
+
+def check_outputs(*targets: Path | None) -> None:
+    """Refuse files that cannot be written to, before work is done whose results they are to take.
+
+    Raises:
+        InputError: naming the first one.
+    """
+    for target in targets:
+        if target is not None:
+            try:
+                written_file(target)
+            except OSError as error:
+                raise InputError(f"cannot write {target}: {error.strerror}. Choose another file") from error
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside the target, which takes its place at the end; nothing is left when that fails."""
+    """A temporary path beside the target, which takes its place at the end; nothing is left when that fails.
+
+    A target that is a link stays one: the file that it leads to is replaced.
+
+    Raises:
+        OSError: as :func:`written_file`, or the target cannot be written.
+    """
+    target = written_file(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        written_file(target)  # something else may have taken its place meanwhile
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

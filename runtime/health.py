@@ -11,10 +11,10 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from onnxsplit.files import replacing
+
 
 def write_health(file: Path, state: str) -> None:
     """Say how the node is, now."""
-    draft = file.with_name(f".{file.name}.draft")
-    with suppress(OSError):  # a full disk makes the probe fail, and not the node
+    with suppress(OSError), replacing(file) as draft:  # a full disk makes the probe fail, and not the node
         draft.write_text(f"{state}\n")
-        draft.replace(file)

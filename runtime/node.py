@@ -20,11 +20,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec.structs
 
+from onnxsplit.files import check_outputs, written_file
 from runtime.balance import ORDINARY
 from runtime.health import write_health
 from runtime.keys import Keys
@@ -149,6 +151,7 @@ def serve(options: NodeOptions) -> int:
     by_tcp = options.connect.startswith("tcp://")
     keys = Keys(options.keys) if options.keys is not None and by_tcp else None
     check_address(options.connect, Security(pair=keys.pair if keys else None, insecure=options.insecure))
+    check_outputs(options.health)
     if options.home is not None:
         return _Node(options, options.home, keys).serve()
     sweep()
@@ -156,7 +159,8 @@ def serve(options: NodeOptions) -> int:
         return _serve_by_hand(options, keys)
     finally:
         if options.health is not None:
-            options.health.unlink(missing_ok=True)
+            with suppress(OSError):
+                written_file(options.health).unlink(missing_ok=True)
 
 
 def _serve_by_hand(options: NodeOptions, keys: Keys | None) -> int:

@@ -40,8 +40,10 @@ _SHOWN_NAMES = 3
 def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path | None, **options: Any) -> None:
     """Show what MODEL is made of, what it costs, and where it can be cut."""
     from onnxsplit.examine import examine
+    from onnxsplit.files import check_outputs
     from onnxsplit.inspection import inspect_subject
 
+    check_outputs(html)
     subject = examine(model, **options, say=output.say)
     found = inspect_subject(subject, cuts=cuts)
     swept: tuple[SweepRow, ...] = ()

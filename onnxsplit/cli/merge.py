@@ -14,8 +14,10 @@ from onnxsplit.cli.output import PLAN, Output, binary, make_command, option
 @option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="The file to write.")
 def command(output: Output, *, plan: Path, out: Path) -> None:
     """Put the stages of the plan in DIR back into one model."""
+    from onnxsplit.files import check_outputs
     from onnxsplit.merge import merge
 
+    check_outputs(out)
     output.say("merging")
     merged = merge(plan, out)
     output.done()

@@ -116,8 +116,10 @@ def command(
 ) -> None:
     """Cut MODEL into cost-balanced stages and write a plan directory."""
     from onnxsplit import planner
+    from onnxsplit.files import check_outputs
     from onnxsplit.options import CutOptions
 
+    check_outputs(html, annotate)
     folder = out or planner.default_target(model)
     examined = {name: options.pop(name) for name in ("costs", "dims", "inputs")}
     wanted = CutOptions(**options)

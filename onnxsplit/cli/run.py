@@ -50,10 +50,12 @@ def command(
 
     SIGTERM ends a long --repeat: what was sent is answered, nothing more is sent.
     """
+    from onnxsplit.files import check_outputs
     from onnxsplit.plan import example_file, load_plan
     from onnxsplit.tensors import load_npz, save_npz
     from runtime import Pipeline
 
+    check_outputs(outputs)
     options = keywords(output, running)
     given = load_npz(inputs or example_file(plan, load_plan(plan, check_files=False)))
     output.say("starting nodes")

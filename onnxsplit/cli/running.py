@@ -160,8 +160,10 @@ def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
     """What :meth:`runtime.Pipeline.launch` is to be called with."""
     if running.get("trace_ops") and running["trace"] is None:
         raise click.UsageError("--trace-ops adds to a timeline; name its file with --trace FILE.json")
+    from onnxsplit.files import check_outputs
     from runtime.watch import timings
 
+    check_outputs(running.get("trace"))
     running = dict(running)
     if running.pop("no_shared_memory", False):
         running["shared_memory"] = False

@@ -18,6 +18,7 @@ from typing import Any
 from onnxsplit.errors import ExportError
 from onnxsplit.export.sources import Kind, Source, recognise
 from onnxsplit.export.specs import InputSpec
+from onnxsplit.files import written_file
 from onnxsplit.tensors import Array
 
 TOLERANCE = 1e-3
@@ -150,7 +151,7 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
     """
     from onnxsplit.export import finish
 
-    wanted, target = ExportOptions(**options), Path(out)
+    wanted, target = ExportOptions(**options), _target(Path(out))
     if not target.absolute().parent.is_dir():
         raise ExportError(f"the folder {target.absolute().parent} does not exist; create it or choose another with -o")
     found = recognise(source)
@@ -170,8 +171,20 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
         for folder, exported in done:  # the data of a model before the model
             model = folder / exported.path.name
             for part in sorted(folder.iterdir(), key=lambda part, model=model: part == model):  # type: ignore[misc]
-                part.replace(exported.path.parent / part.name)
+                part.replace(_target(exported.path.parent / part.name))
     return tuple(exported for _, exported in done)
+
+
+def _target(path: Path) -> Path:
+    """The file that is to be written for a path.
+
+    Raises:
+        ExportError: what is there is no regular file.
+    """
+    try:
+        return written_file(path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror}. Choose another file with -o") from error
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:

@@ -347,3 +347,41 @@ def test_completion_prints_a_script_and_completes_without_heavy_imports(onnxspli
         [sys.executable, "-c", code], capture_output=True, text=True, env={**python_environment, **words}, check=False
     )
     assert done.stdout.splitlines() == ["plain,--stages", "[]"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run no.plan --outputs fifo",
+        "run no.plan --trace fifo",
+        "bench no.plan --trace fifo",
+        "merge no.plan -o fifo",
+        "partition no.onnx --html fifo",
+        "partition no.onnx --annotate fifo",
+        "partition no.onnx -o fifo",
+        "inspect no.onnx --html fifo",
+        "export no.onnx -o fifo",
+        "cluster init --force -c fifo",
+        "node --connect ipc://none --health fifo",
+    ],
+)
+def test_what_is_no_regular_file_is_no_place_for_results(onnxsplit, tmp_path, words):
+    """``--outputs`` put a file in the place of a device or a FIFO."""
+    os.mkfifo(tmp_path / "fifo")
+    before = (tmp_path / "fifo").stat().st_ino
+    said = onnxsplit(*words.split(), code=1).stderr
+    assert "it is a FIFO; only a regular file can be replaced" in said or "is there and is no folder" in said
+    assert (tmp_path / "fifo").is_fifo()
+    assert (tmp_path / "fifo").stat().st_ino == before
+
+
+def test_models_are_written_through_links_with_their_data_beside_the_real_file(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    onnxsplit("partition", "model.onnx", "--costs", "analytic")
+    (tmp_path / "there").mkdir()
+    for command in (("merge", "model.plan"), ("export", "model.onnx")):
+        (tmp_path / "link").symlink_to("there/real.onnx")
+        onnxsplit(*command, "-o", "link")
+        assert (tmp_path / "link").is_symlink()
+        onnxsplit("inspect", "there/real.onnx", "--costs", "analytic")
+        (tmp_path / "link").unlink()

@@ -10,19 +10,22 @@ from pathlib import Path
 
 import build
 import click
+import numpy as np
 import pytest
 
 from onnxsplit import files
 from onnxsplit.cli import settings
 from onnxsplit.cluster import load_cluster
-from onnxsplit.errors import OnnxsplitError
+from onnxsplit.errors import ExportError, InputError, OnnxsplitError
+from onnxsplit.export import export
 from onnxsplit.export.sources import recognise
-from onnxsplit.files import MOST_TEXT_BYTES, check_regular, open_regular, read_regular
+from onnxsplit.files import MOST_TEXT_BYTES, check_outputs, check_regular, open_regular, read_regular, replacing
 from onnxsplit.plan import check_file, load_plan
 from onnxsplit.session import open_session
 from onnxsplit.source import open_model
-from onnxsplit.tensors import load_npz
+from onnxsplit.tensors import load_npz, save_npz
 from runtime.gateway.guard import read_tokens
+from runtime.health import write_health
 from runtime.keys import allow, create
 
 TERABYTE = 1 << 40
@@ -156,3 +159,55 @@ def test_external_data_that_is_not_a_file_is_refused(tmp_path, make, words):
     expected = "is a link" if make is device else words
     with pytest.raises(OnnxsplitError, match=expected):
         open_model(build.save(proto, tmp_path))
+
+
+SPECIAL = [(fifo, "it is a FIFO"), (folder, "it is a folder"), (listening, "it is a socket")]
+
+
+@pytest.mark.parametrize(("make", "words"), SPECIAL)
+@pytest.mark.parametrize("by_link", [False, True])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path, make, words, by_link):
+    make(tmp_path / "f")
+    before = (tmp_path / "f").stat().st_ino
+    target = tmp_path / "f"
+    if by_link:
+        target = tmp_path / "link"
+        target.symlink_to("f")
+    with pytest.raises(OSError, match=words), replacing(target) as draft:
+        draft.write_text("new")
+    with pytest.raises(InputError, match=f"cannot write .*{words}"):
+        check_outputs(None, target)
+    with pytest.raises(InputError, match=words):
+        save_npz(target, {"x": np.zeros(1)})
+    write_health(target, "ready")
+    with pytest.raises(ExportError, match=words):
+        export("/nothing", target)
+    assert (tmp_path / "f").stat().st_ino == before
+    assert sorted(os.listdir(tmp_path)) == (["f", "link"] if by_link else ["f"])
+
+
+def test_what_takes_the_place_of_a_target_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(OSError, match="it is a FIFO"), replacing(tmp_path / "f") as draft:
+        draft.write_text("new")
+        fifo(tmp_path / "f")
+    assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_written_through_and_stays(tmp_path, there):
+    real, link = tmp_path / "elsewhere" / "real", tmp_path / "link"
+    real.parent.mkdir()
+    if there:
+        real.write_text("old")
+    link.symlink_to(real)
+    with replacing(link) as draft:
+        draft.write_text("new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    write_health(link, "ready")
+    assert link.is_symlink()
+    assert real.read_text() == "ready\n"
+    link.unlink()
+    link.symlink_to("link")
+    with pytest.raises(InputError, match="[Ll]oop|[Tt]oo many"):
+        check_outputs(link)
