@@ -28,6 +28,7 @@ import msgspec.structs
 
 from onnxsplit.files import check_outputs, written_file
 from runtime.balance import ORDINARY
+from runtime.errors import PipelineError
 from runtime.health import write_health
 from runtime.keys import Keys
 from runtime.messages import (
@@ -150,7 +151,12 @@ def serve(options: NodeOptions) -> int:
     """
     by_tcp = options.connect.startswith("tcp://")
     keys = Keys(options.keys) if options.keys is not None and by_tcp else None
-    check_address(options.connect, Security(pair=keys.pair if keys else None, insecure=options.insecure))
+    security = Security(pair=keys.pair if keys else None, insecure=options.insecure)
+    check_address(options.connect, security)
+    if options.advertise is not None:
+        check_address(options.advertise, security)
+        if options.advertise.endswith(":*"):
+            raise PipelineError(f"--advertise {options.advertise}: others need the port itself, as in tcp://HOST:PORT")
     check_outputs(options.health)
     if options.home is not None:
         return _Node(options, options.home, keys).serve()
@@ -274,7 +280,7 @@ class _Node:
         """
         if self._options.lifeline:
             self.lost(reason)
-        elif not self.rejoins:
+        elif not self.rejoins and not self._refused:
             self.rejoins = True
             self._end_within(max(_EXIT_GRACE_S, self._options.rejoin_s), reason)
 

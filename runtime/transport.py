@@ -27,6 +27,7 @@ import zmq
 import zmq.auth.thread
 import zmq.utils.monitor
 
+from onnxsplit.errors import shown
 from onnxsplit.numbers import parse_whole
 from runtime.codec import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Buffer
 from runtime.descriptors import require_descriptors
@@ -36,6 +37,7 @@ _ZERO_COPY_FROM = 64 * 1024
 """Bytes below which copying a frame is quicker than keeping track of it."""
 
 _BACKLOG = 1024
+_MOST_SOCKET_PATH_BYTES = 107  # as sockaddr_un has room for
 _CONTEXT_DESCRIPTORS, _SOCKET_DESCRIPTORS = 16, 8
 
 DEFAULT_MESSAGE_BYTES = MAX_FRAME_BYTES
@@ -595,10 +597,19 @@ def check_address(address: str, security: Security | None = None) -> None:
     security = security or Security()
     scheme, _, rest = address.partition("://")
     if scheme == "ipc" and rest:
+        if (length := len(os.fsencode(rest))) > _MOST_SOCKET_PATH_BYTES:
+            raise PipelineError(
+                f"address {shown(address)}: its path has {length} bytes; a path of a socket may have "
+                f"{_MOST_SOCKET_PATH_BYTES}. Choose a shorter one"
+            )
+        if "\0" in rest:
+            raise PipelineError(f"address {shown(address)}: a path holds no NUL byte")
         return
     host, _, port = rest.rpartition(":")
     if scheme != "tcp" or not host or (port != "*" and parse_whole(port, 65535) is None):
-        raise PipelineError(f"address {address!r}: expected tcp://HOST:PORT, with a port up to 65535, or ipc://PATH")
+        raise PipelineError(
+            f"address {shown(address)}: expected tcp://HOST:PORT, with a port up to 65535, or ipc://PATH"
+        )
     name = host.strip("[]")
     try:
         loopback = name == "localhost" or ipaddress.ip_address(name).is_loopback
@@ -606,7 +617,7 @@ def check_address(address: str, security: Security | None = None) -> None:
         loopback = False
     if not loopback and security.pair is None and not security.insecure:
         raise PipelineError(
-            f"address {address!r} leaves this host, and there are no keys to protect the link: make some with "
+            f"address {shown(address)} leaves this host, and there are no keys to protect the link: make some with "
             "`onnxsplit keys new` and give them with --keys, or say --insecure where everybody on the network is "
             "trusted"
         )

@@ -155,3 +155,20 @@ def test_a_link_whose_other_side_hangs_up_at_once_is_not_connected():
         outlet = sockets.connect(f"tcp://127.0.0.1:{refusing.getsockname()[1]}")
         assert done.wait(60)
         assert not outlet.connected
+
+
+def test_a_path_that_no_socket_can_have_is_refused_with_its_length(tmp_path):
+    """ZeroMQ raised an error that nobody foresaw."""
+    longest = "/" + "a" * 106
+    check_address(f"ipc://{longest}")
+    for path, words in ((f"{longest}a", "108 bytes; a path of a socket may have 107"), ("ä" * 54, "108 bytes")):
+        with pytest.raises(PipelineError, match=words):
+            check_address(f"ipc://{path}")
+    with pytest.raises(PipelineError, match="NUL"):
+        check_address("ipc:///tmp/\0")
+
+
+def test_the_message_about_a_long_address_is_short():
+    with pytest.raises(PipelineError) as refused:
+        check_address("x" * 100_000)
+    assert len(str(refused.value)) < 300
