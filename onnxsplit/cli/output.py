@@ -173,9 +173,18 @@ class ManyValues(click.Command):
                 wanted -= 1
                 result.append(token)
             position += 1
-        for place in spare[len(spare) - wanted :] if wanted > 0 else ():
-            result[place - 1] = ""
-        return super().parse_args(ctx, [token for token in result if token])
+        claimed = {place - 1 for place in spare[len(spare) - wanted :]} if wanted > 0 else set()
+        return super().parse_args(ctx, [token for place, token in enumerate(result) if place not in claimed])
+
+
+class FilePath(click.Path):
+    """A file or a folder. An empty name is refused: to pathlib it is the folder that the command runs in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if value == "":
+            self.fail("the name is empty; name a file or a folder", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def make_command(function: Callable[..., Any]) -> click.Command:
@@ -194,7 +203,11 @@ def make_command(function: Callable[..., Any]) -> click.Command:
         (("--json", "as_json"), "ONNXSPLIT_JSON", "Print one JSON object instead of text."),
     ):
         run = option(*names, is_flag=True, envvar=variable, help=words)(run)
-    return click.command(cls=ManyValues)(run)
+    made = click.command(cls=ManyValues)(run)
+    for parameter in made.params:
+        if isinstance(parameter.type, click.Path):
+            parameter.type = FilePath(path_type=Path, exists=parameter.type.exists)
+    return made
 
 
 @contextmanager

@@ -385,3 +385,27 @@ def test_models_are_written_through_links_with_their_data_beside_the_real_file(o
         assert (tmp_path / "link").is_symlink()
         onnxsplit("inspect", "there/real.onnx", "--costs", "analytic")
         (tmp_path / "link").unlink()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("partition", "model.onnx", "-o", "", "--dry-run"),
+        ("partition", "model.onnx", "--out=", "--dry-run"),
+        ("partition", "", "--dry-run"),
+        ("run", "model.plan", "--outputs", "", "--repeat", "2"),
+        ("merge", "model.plan", "-o", ""),
+        ("node", "--connect", "ipc://none", "--health", ""),
+    ],
+)
+def test_an_empty_name_of_a_file_is_refused_and_swallows_no_option(onnxsplit, tmp_path, words):
+    """An empty value vanished, so ``-o "" --dry-run`` wrote a plan named ``--dry-run``."""
+    assert "the name is empty; name a file or a folder" in onnxsplit(*words, code=2).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_value_is_the_value_of_its_option(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    made = ("partition", "model.onnx", "--costs", "analytic", "--dry-run")
+    assert "provider '' is unknown" in onnxsplit(*made, "--provider", "", code=1).stderr
+    assert "Got unexpected extra argument" not in onnxsplit(*made, "--cut-at", "", "h1", code=1).stderr

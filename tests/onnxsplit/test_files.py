@@ -183,14 +183,16 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path, make, words, by_lin
     with pytest.raises(ExportError, match=words):
         export("/nothing", target)
     assert (tmp_path / "f").stat().st_ino == before
-    assert sorted(os.listdir(tmp_path)) == (["f", "link"] if by_link else ["f"])
+    assert {path.name for path in tmp_path.iterdir()} == {"f", target.name}
 
 
 def test_what_takes_the_place_of_a_target_meanwhile_is_not_replaced(tmp_path):
-    with pytest.raises(OSError, match="it is a FIFO"), replacing(tmp_path / "f") as draft:
-        draft.write_text("new")
-        fifo(tmp_path / "f")
-    assert os.listdir(tmp_path) == ["f"]
+    written = replacing(tmp_path / "f")
+    (written.__enter__()).write_text("new")
+    fifo(tmp_path / "f")
+    with pytest.raises(OSError, match="it is a FIFO"):
+        written.__exit__(None, None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -209,5 +211,5 @@ def test_a_link_is_written_through_and_stays(tmp_path, there):
     assert real.read_text() == "ready\n"
     link.unlink()
     link.symlink_to("link")
-    with pytest.raises(InputError, match="[Ll]oop|[Tt]oo many"):
+    with pytest.raises(InputError, match="symbolic links"):
         check_outputs(link)
