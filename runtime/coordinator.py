@@ -521,6 +521,8 @@ class Coordinator:
         for record in self._roster:
             if record.identity and not self._tell(control, record.identity, header):
                 self._watch.closed(record.number, now)
+                if record.released and record.number not in self._handles:  # it was to end, and it has
+                    self._give_up({record.number: "has left"}, "end")
         if (trusted := self._allowed()) is not None and trusted != self._trusted:
             self._trusted = trusted
             for record in self._roster:
@@ -547,8 +549,7 @@ class Coordinator:
         )
         self._router.unreachable = own
         self._reach.seen(0, own, now_ns)
-        known = {0, *(record.number for record in self._roster)}
-        dead = self._reach.dead(known, {0, *self._watch.heard_lately(now_ns)}, now_ns)
+        dead = self._reach.dead(self._roster.linked, {0, *self._watch.heard_lately(now_ns)}, now_ns)
         return [LinksSeen(dead, now_ns)] if dead != self._machine.dead_links.keys() else []
 
     def _perform(

@@ -391,7 +391,7 @@ class CoordinatorState:
         for link in self.dead_links.keys() - dead:
             del self.dead_links[link]
             sender, receiver = map(self.roster.name_of, link)
-            if None not in map(self._stage_of, link):  # else one of the two is gone
+            if self.roster.linked >= set(link):  # else one of the two is gone
                 effects.append(LinkChanged(f"{sender} reaches {receiver} again", is_dead=False))
         new = sorted(dead - self.dead_links.keys())
         for link in new:

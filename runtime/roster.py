@@ -236,6 +236,11 @@ class Roster:
         record = self.by_number(number)
         return record.slot[0] if record is not None else None
 
+    @property
+    def linked(self) -> frozenset[int]:
+        """Numbers of the processes that are to reach each other: all but those that were told to end."""
+        return frozenset({0, *(record.number for record in self if not record.released)})
+
     def missing(self) -> tuple[Slot, ...]:
         """The slots whose nodes are not ready."""
         return tuple(slot for slot, record in self.nodes.items() if record.phase is not Phase.READY)

@@ -478,6 +478,26 @@ def test_a_spare_that_is_told_to_end_does(plan, tmp_path, start, number):
         assert spare.exit_code() == 0
 
 
+def test_a_node_that_left_is_nobodys_fault(chain_plan, tmp_path, start, caplog):
+    """It was told as a dead link 3 s later, and then as silent."""
+    address = f"ipc://{tmp_path}/control"
+    caplog.set_level(logging.INFO)
+    first = start(address, "--stage", "0")
+    start(address, "--stage", "1")
+    timings = Timings(beat_s=0.1, silence_s=60, unreachable_s=0.5)
+    with Pipeline.listen(chain_plan, bind=address, start_timeout=60, timings=timings) as pipeline:
+        first.signal(signal.SIGTERM)
+        assert first.exit_code() == 0
+        wait_for(lambda: "has left" in caplog.text)
+        start(address, "--stage", "0")
+        assert pipeline.run(X, timeout=60)["y"].shape == (2, 32)
+        time.sleep(1)  # twice unreachable_s
+        assert not pipeline.incidents
+        assert pipeline.unreachable is None
+    assert "cannot reach" not in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_a_node_that_is_told_twice_to_end_does_not_wait_for_its_work(chain_plan, tmp_path, start):
     """Nobody can take its work over, so the first signal alone would let it wait for drain_s."""
     address = f"ipc://{tmp_path}/control"

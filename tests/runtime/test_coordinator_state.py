@@ -575,6 +575,17 @@ def test_the_links_of_a_node_that_is_lost_are_forgotten(plan):
     assert machine.dead_links == {}
 
 
+def test_the_links_of_a_node_that_has_left_are_not_said_to_be_back(plan):
+    machine = ready(plan)
+    links(machine, (1, 2))
+    submit(machine, 1)
+    machine.handle(LeaveWanted(b"n2", SECOND))
+    assert machine.roster.linked >= {1, 2}
+    returned(machine, 1)
+    assert 2 not in machine.roster.linked
+    assert of(links(machine), LinkChanged) == []
+
+
 def test_a_node_whose_control_link_was_broken_is_told_again_who_there_is(plan):
     machine = new(plan)
     machine.handle(hello("n1"))

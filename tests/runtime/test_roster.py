@@ -87,3 +87,14 @@ def test_a_node_that_leaves_is_replaced_only_as_far_as_there_are_to_be_some():
     assert list(roster.nodes) == [(0, 1)]
     roster.leave(second)
     assert [start.slot for start in roster.replace(second, 0)] == [(0, 1)]
+
+
+def test_a_node_that_was_told_to_end_is_to_reach_nobody():
+    roster = waiting((1, 1))
+    first, second = (serve(roster, join(roster, b"%d" % stage, hello(stage))) for stage in (0, 1))
+    roster.leave(first)
+    assert roster.linked == {0, first.number, second.number}, "it still has work, which must get on"
+    first.released = True
+    assert roster.linked == {0, second.number}
+    assert roster.lose(first, "has left", SECOND) == []
+    assert not roster.incidents
