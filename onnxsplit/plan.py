@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from onnxsplit.errors import PlanError
+from onnxsplit.errors import PlanError, one_line
 from onnxsplit.files import MOST_FILE_BYTES, is_text, open_regular, read_regular
 
 FORMAT_VERSION = 1
@@ -31,6 +31,7 @@ MOST_THREADS = 1024
 
 _MOST_PLAN_BYTES = 64 << 20
 _MOST_RANK = 64
+_MOST_PROBLEM = 300  # characters of one problem in a message
 _MOST_INTEGER = 2**53 - 1  # what every reader of JSON keeps exact
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -391,7 +392,9 @@ def parse_plan(text: bytes, *, where: Path) -> Plan:
             )
         plan = msgspec.json.decode(text, type=Plan)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{where}: plan.json is damaged: {error}. Partition the model again") from error
+        raise PlanError(
+            f"{where}: plan.json is damaged: {_short(one_line(error))}. Partition the model again"
+        ) from error
     except RecursionError as error:
         raise PlanError(f"{where}: plan.json is damaged: it is nested too deeply. Partition the model again") from error
     problems = plan.check()
@@ -457,6 +460,12 @@ def plan_schema() -> bytes:
 
 
 def _listed(head: str, problems: list[str]) -> str:
-    shown = problems[:20]
+    shown = [_short(problem) for problem in problems[:20]]
     more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
     return "\n  - ".join([head + ":", *shown, *more])
+
+
+def _short(problem: str) -> str:
+    """A problem without its middle where it is long: names in a plan may have any length."""
+    half = _MOST_PROBLEM // 2
+    return problem if len(problem) <= _MOST_PROBLEM else f"{problem[:half]} ... {problem[-half:]}"

@@ -210,3 +210,17 @@ def test_a_folder_without_a_plan_says_how_to_make_one(tmp_path):
 
 def test_a_moved_plan_works(chain_plan, tmp_path):
     assert load_plan(shutil.copytree(chain_plan, tmp_path / "elsewhere")) == load_plan(chain_plan)
+
+
+def test_names_of_any_length_make_short_messages():
+    """Names of 100,000 characters made messages of 300 KB."""
+    long = "n" * 100_000
+    plan = golden()
+    plan["stages"][0]["inputs"] = [f"{long}{number}" for number in range(30)]
+    said = refuse(plan)
+    assert len(said) < 10_000
+    assert "which neither an earlier stage nor the caller gives" in said
+    assert "more" in said.splitlines()[-1]
+    plan = golden()
+    plan["stages"][0]["optimization_level"] = long
+    assert len(refuse(plan)) < 1000
