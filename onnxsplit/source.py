@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from onnxsplit.errors import ModelError
+from onnxsplit.errors import ModelError, shown
 from onnxsplit.files import check_regular, is_text, read_regular
 from onnxsplit.tensors import size_bytes, type_name
 
@@ -19,6 +20,9 @@ FunctionKey = tuple[str, str, str]
 
 MOST_UNFOLDED_OPS = 50_000
 """Ops that the calls of model-local functions may stand for: ONNX Runtime unfolds them all, in quadratic time."""
+
+MOST_RANK = 64 if int(np.__version__.split(".")[0]) >= 2 else 32
+"""Dimensions that an array of the installed NumPy can have."""
 
 _MOST_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
 _MOST_CALL_DEPTH = 100  # the limit of ONNX's shape inference
@@ -84,6 +88,7 @@ def open_model(path: str | Path) -> SourceModel:
     if not proto.graph.output:
         raise ModelError(f"{path} has no outputs; a model must give at least one")
     _check_text(path, proto)
+    _check_ranks(path, proto)
     _check_functions(path, proto)
     digest = hashlib.sha256(content).hexdigest()
     source = SourceModel(path=path, proto=proto, sha256=digest)
@@ -109,6 +114,16 @@ def _check_text(path: Path, proto: onnx.ModelProto) -> None:
         texts += [tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))]
     if not all(isinstance(text, str) for text in texts):
         raise ModelError(f"{path} is damaged: it holds names that are not UTF-8 text")
+
+
+def _check_ranks(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse stored tensors, inputs and outputs with more dimensions than an array can have."""
+    values = (*proto.graph.input, *proto.graph.output)
+    ranks = [(f"the tensor {shown(value.name)}", len(value.type.tensor_type.shape.dim)) for value in values]
+    ranks += [(f"the tensor {shown(tensor.name)}", len(tensor.dims)) for tensor in graph_tensors(proto.graph)]
+    for what, rank in ranks:
+        if rank > MOST_RANK:
+            raise ModelError(f"{path}: {what} has {rank} dimensions; at most {MOST_RANK} are allowed")
 
 
 def _check_functions(path: Path, proto: onnx.ModelProto) -> None:
@@ -179,7 +194,7 @@ def external_range(source: SourceModel, tensor: onnx.TensorProto) -> tuple[Path,
     except FileNotFoundError as error:
         raise ModelError(f"{what}: {path} is missing; keep it beside the model") from error
     except OSError as error:
-        raise ModelError(f"{what}: {path} cannot be used: {error.strerror}") from error
+        raise ModelError(f"{what}: {shown(str(path))} cannot be used: {error.strerror}") from error
     try:
         offset = int(entries.get("offset") or 0)
         expected = size_bytes(type_name(tensor.data_type) or "uint8", tuple(tensor.dims))

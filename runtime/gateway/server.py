@@ -310,9 +310,10 @@ def listen(host: str, port: int) -> socket.socket:
         except BaseException:
             opened.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that has a label of over 63 characters, or none
+        what = getattr(error, "strerror", None) or error
         raise LaunchFailed(
-            f"cannot listen at {host}:{port}: {error.strerror or error}. Choose another --host or --http-port"
+            f"cannot listen at {host[:80]}:{port}: {what}. Choose another --host or --http-port"
         ) from error
     return opened
 

@@ -4,12 +4,13 @@ from itertools import pairwise
 
 import build
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import ModelError
 from onnxsplit.graph import build_graph, captured_names
-from onnxsplit.source import open_model
+from onnxsplit.source import MOST_RANK, open_model
 
 
 def graph_of(proto, tmp_path):
@@ -214,3 +215,34 @@ def test_bodies_nested_two_thousand_deep_are_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"\x08\x0a" + field(7, body))
     with pytest.raises(ModelError, match="nests bodies deeper than"):
         open_model(tmp_path / "model.onnx")
+
+
+def _relu(rank: int) -> onnx.ModelProto:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1] * rank)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    return helper.make_model(helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y]))
+
+
+def test_more_dimensions_than_an_array_can_have_are_refused(tmp_path):
+    """NumPy raised an error that nobody foresaw."""
+    onnx.save(_relu(MOST_RANK), tmp_path / "m.onnx")
+    assert np.zeros((1,) * MOST_RANK).ndim == MOST_RANK
+    open_model(tmp_path / "m.onnx")
+    onnx.save(_relu(MOST_RANK + 1), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=f"the tensor 'x' has {MOST_RANK + 1} dimensions"):
+        open_model(tmp_path / "m.onnx")
+    model = _relu(1)
+    model.graph.initializer.add(name="w", data_type=TensorProto.FLOAT, dims=[1] * 2000, float_data=[1.0])
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="the tensor 'w' has 2000 dimensions"):
+        open_model(tmp_path / "m.onnx")
+
+
+def test_external_data_whose_name_holds_a_nul_byte_is_refused(tmp_path):
+    model = _relu(1)
+    data = model.graph.initializer.add(name="w", data_type=TensorProto.FLOAT, dims=[1])
+    data.data_location = TensorProto.EXTERNAL
+    data.external_data.add(key="location", value="a\0b")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="its name holds a NUL byte"):
+        open_model(tmp_path / "m.onnx")
