@@ -353,6 +353,8 @@ class Roster:
         if not open_ or not free:
             wish = f"stage {hello.stage}" if hello.stage >= 0 else "any stage"
             reason = f"no node is wanted for {wish}: all {len(self.nodes)} places are taken"
+            if self._elastic and hello.stage < 0:
+                reason += "; started with --stage N it would get a place of its own"
             return Refusal(reason, "rejoin" if open_ else "end", again=self._asks_again(hello, now_ns))
         self._refused.pop((hello.host, hello.pid), None)
         record = min(free, key=lambda record: self._strangeness(record, hello))

@@ -18,7 +18,11 @@ from onnxsplit.numbers import MOST_SECONDS
     metavar="ADDR",
     help="Address of the waiting pipeline, tcp://HOST:PORT or ipc://PATH.",
 )
-@option("--stage", type=STAGE, help="The stage to execute. Without it: any that is free.")
+@option(
+    "--stage",
+    type=STAGE,
+    help="The stage to execute. Without it: any that is free; a pipeline with --elastic makes no new place for it.",
+)
 @option(
     "--plan",
     type=click.Path(path_type=Path),
@@ -43,7 +47,7 @@ from onnxsplit.numbers import MOST_SECONDS
     "--rejoin",
     type=Number(0, MOST_SECONDS),
     default=60.0,
-    help="Seconds to look for a pipeline that fell silent before ending.",
+    help="Seconds to look for a pipeline that fell silent, or to wait for a place at one that has none, before ending.",
 )
 @option("--shared-memory/--no-shared-memory", default=True, help="Whether tensors cross in shared memory on one host.")
 @option("--health", type=click.Path(path_type=Path), metavar="FILE", help="Tell probes how the node is, in this file.")

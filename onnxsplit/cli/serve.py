@@ -69,7 +69,11 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
     default="spread",
     help="How Ray spreads nodes over hosts.",
 )
-@option("--elastic", is_flag=True, help="With --launcher none: take more nodes of a stage than the plan has.")
+@option(
+    "--elastic",
+    is_flag=True,
+    help="With --launcher none: take more nodes of a stage than the plan has, if they name it with --stage.",
+)
 @option("--bind", metavar="ADDR", help="tcp://HOST:PORT or ipc://PATH for nodes started by hand.")
 @option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Keys for links by tcp to those nodes.")
 @option("--insecure", is_flag=True, help="Let plain links to those nodes leave this host.")

@@ -42,7 +42,9 @@ def test_a_node_too_many_is_refused_unless_the_pipeline_is_elastic():
     roster = waiting((1,), elastic=True)
     join(roster, b"1", hello(0))
     assert join(roster, b"2", hello(0)).slot == (0, 1)
-    assert "no node is wanted for any stage" in join(roster, b"3", hello()).reason
+    refused = join(roster, b"3", hello()).reason
+    assert "no node is wanted for any stage" in refused
+    assert "started with --stage N it would get a place of its own" in refused
 
 
 def test_a_node_that_keeps_asking_is_known_until_it_gets_a_place_or_stays_away():
