@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
+WORKERS ?= 3
 EXTRAS ?= cpu,demo,deploy,lightgbm,otel,ray,serve,simplify,sklearn,test,transformers
 ALL_FRAMEWORKS := cpu,catboost,jax,lightgbm,simplify,sklearn,tensorflow,test,transformers,xgboost
 BIN := $(VENV)/bin

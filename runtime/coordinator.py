@@ -259,8 +259,10 @@ class Coordinator:
     @property
     def trouble(self) -> str | None:
         """Why nobody looks after the requests; None when somebody does."""
-        if self.ended or self._broken is not None or self._machine.error is not None:
-            return str(self._broken or self.flow.reason)
+        if self.ended or self._machine.error is not None:
+            return str(self.flow.reason)
+        if self._broken is not None:
+            return f"answers cannot be taken any more: {self._broken}"
         late_s = time.monotonic() - self._turned
         if late_s > _TURN_S:
             return f"the coordinator has not looked after its nodes for {late_s:.0f} s"

@@ -328,6 +328,8 @@ class Flow:
     def _take_waiting(self) -> None:
         try:
             with self._taking:
+                if self._stopped:  # the sockets may be closed
+                    return
                 self.wakeup.clear()
                 self.deliver()
                 while not self._stopped and self._take_one(self._sockets.wait(0.0)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 
 from runtime.keys import create
 from runtime.launch.local import LocalHandle, LocalLauncher
+from runtime.stats import hold
 
 
 class NodeActor:
@@ -18,6 +20,7 @@ class NodeActor:
 
     def __init__(self, memory_bytes: int) -> None:
         self._launcher = LocalLauncher(memory_bytes=memory_bytes)
+        self._held = hold(self._launcher.folder)  # or nobody could remove it when this actor is killed
         self._keys = self._launcher.folder / "keys"
         self._public = ""
         self._handles: dict[int, LocalHandle] = {}
@@ -50,6 +53,7 @@ class NodeActor:
         for handle in list(self._handles.values()):
             handle.kill()
         self._launcher.close(keep_logs=False)
+        os.close(self._held)
 
     def wait(self, number: int) -> str:
         """Wait until a process has ended; its story."""
