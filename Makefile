@@ -1,6 +1,6 @@
 # Each target works from nothing on a machine with Python 3.11 or newer and a network.
 #   make demo     read a picture with a network cut in two            make check    format, lint, types
-#   make test     the tests, about five minutes on two cores          make bench    the benchmarks
+#   make test     the tests, about six minutes on two cores           make bench    the benchmarks
 #   make test-all      the tests that take long too, with all frameworks, and the soak (5 GB to install, 36 GB of disk)
 #   make test-export   the exporters' tests with all frameworks (5 GB to install; about two minutes to run)
 # PYTHON chooses the interpreter; VENV the folder of the environment; EXTRAS what make test installs (leave out

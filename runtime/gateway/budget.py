@@ -11,6 +11,7 @@ they come, piece by piece, and so is what is decompressed.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -20,6 +21,9 @@ from runtime.gateway.errors import TooSlow
 
 PATIENCE_S = 10.0
 """How long a message may keep others waiting that want to arrive."""
+
+
+_TRIM_BYTES = 64 << 20
 
 
 class Gate:
@@ -85,6 +89,7 @@ class Budget:
         self.all_bytes = max(all_bytes, most_bytes)
         self.held_bytes = 0
         self.gate = Gate(max(1, self.all_bytes // most_bytes))
+        self._given_bytes = 0
         self._lock = threading.Lock()
 
     def take(self, size: int) -> None:
@@ -106,6 +111,17 @@ class Budget:
         """Hold so many bytes less."""
         with self._lock:
             self.held_bytes -= size
+            self._given_bytes += size
+
+    def trim(self) -> None:
+        """Give memory back to the system after much was held; the C library would keep it for what comes next."""
+        with self._lock:
+            if self._given_bytes < _TRIM_BYTES or self.held_bytes > _TRIM_BYTES:
+                return
+            self._given_bytes = 0
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim is not None:
+            trim(0)
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:

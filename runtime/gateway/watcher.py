@@ -145,6 +145,7 @@ class Watcher:
             self._views.append(view)
             self._tell(b"data: " + msgspec.json.encode(view) + b"\n\n")
             await asyncio.sleep(EVERY_S)
+            await asyncio.get_running_loop().run_in_executor(None, self.budget.trim)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events: what was seen of late, then each look."""

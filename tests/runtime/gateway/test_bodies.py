@@ -147,3 +147,22 @@ def test_what_is_compressed_comes_out_the_same_at_any_ratio(level):
     packed = gzip.compress(data, level)
     pieces = [packed[start : start + 100_000] for start in range(0, len(packed), 100_000)]
     assert read(*pieces, headers={"content-encoding": "gzip"}, most=1 << 22, together=1 << 23) == data
+
+
+def test_memory_goes_back_to_the_system_after_much_was_held(monkeypatch):
+    trimmed = []
+
+    class Library:
+        @staticmethod
+        def malloc_trim(pad):
+            trimmed.append(pad)
+
+    monkeypatch.setattr("ctypes.CDLL", lambda _: Library)
+    budget = Budget(1 << 30, 1 << 30)
+    budget.trim()
+    with budget.holding(100 << 20):
+        budget.trim()
+        assert trimmed == [], "much is still held"
+    budget.trim()
+    budget.trim()
+    assert trimmed == [0], "once for what was held"
