@@ -30,7 +30,7 @@ from runtime.transport import Security, new_key_pair, private_folder
 Placement = Literal["spread", "strict-spread", "pack"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
-_UP_S = 15.0  # for an actor to come up, before another place is tried
+_UP_S = 60.0  # for an actor to come up, before another place is tried
 _GROUP_S = 30.0
 _PROBE_S = 3.0
 _END_S = 15.0  # for nodes to end in order, before their actors are killed

@@ -251,7 +251,7 @@ def linked(plan, free_port, python_environment, timings):
         proxy.close()
 
 
-@pytest.mark.parametrize("timings", [Timings()])
+@pytest.mark.parametrize("timings", [Timings(silence_s=60)])
 def test_a_slow_link_is_no_fault(linked, wanted):
     pipeline, proxies = linked
     for proxy in proxies:
@@ -260,6 +260,7 @@ def test_a_slow_link_is_no_fault(linked, wanted):
     assert pipeline.incidents == ()
 
 
+@pytest.mark.parametrize("timings", [Timings(beat_s=0.2, silence_s=300)])
 def test_a_control_link_that_breaks_and_soon_comes_back_is_no_loss(linked, wanted):
     """The node was not known again when it connected anew, and was told that it had been replaced."""
     pipeline, (control, _) = linked
