@@ -103,14 +103,15 @@ def captured_names(node: onnx.NodeProto) -> tuple[str, ...]:
     """Names that an op's bodies read from outside, at any depth; a name defined in a body hides the outer one."""
     names: dict[str, None] = {}
     for graph in nested_graphs(node):
-        own = _defined(graph)
+        own = defined_names(graph)
         for inner in graph.node:
             names.update(dict.fromkeys(n for n in (*inner.input, *captured_names(inner)) if n and n not in own))
         names.update(dict.fromkeys(o.name for o in graph.output if o.name and o.name not in own))
     return tuple(names)
 
 
-def _defined(graph: onnx.GraphProto) -> set[str]:
+def defined_names(graph: onnx.GraphProto) -> set[str]:
+    """The names that a graph itself gives to tensors."""
     names = {value.name for value in graph.input}
     names.update(tensor.name for tensor in graph.initializer)
     names.update(sparse.values.name for sparse in graph.sparse_initializer)

@@ -74,6 +74,18 @@ class TensorSpec(Record, frozen=True, kw_only=True):
     batch_axis: Axis | None = None
 
 
+class BatchClaim(Record, frozen=True, kw_only=True):
+    """Whether requests can be split along the batch axes of ``tensors``, and joined with others.
+
+    Attributes:
+        trials: batches that gave the same whole and in parts; the model's structure was followed op by op, too.
+        why_not: what ended the claim; empty where it holds. Then no tensor has a batch axis.
+    """
+
+    trials: Count = 0
+    why_not: str = ""
+
+
 class FileEntry(Record, frozen=True, kw_only=True):
     """One file of the plan directory: a plain name, its size and its SHA-256 in hexadecimal."""
 
@@ -233,6 +245,7 @@ class Plan(Record, frozen=True, kw_only=True):
     outputs_need: dict[str, tuple[StageIndex, ...]]
     prediction: Prediction
     costs: Costs
+    batch: BatchClaim | None = None
     example_inputs: FileEntry | None = None
 
     def to_json(self) -> bytes:

@@ -89,7 +89,7 @@ def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say 
         made = Draft(choose, folder, say).make(options.rounds)
         if made.plan.costs.source == "measured":
             say("looking for the batch axis")
-            made = replace(made, plan=with_batch_axes(made.plan, folder, subject.inputs))
+            made = replace(made, plan=with_batch_axes(made.plan, folder, subject, say))
         (folder / PLAN_FILE).write_bytes(checked_json(made.plan))
     return made
 

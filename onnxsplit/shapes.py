@@ -10,16 +10,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import onnx
+import onnx.inliner
 import onnx.shape_inference
 
 from onnxsplit.errors import InputError
 from onnxsplit.graph import OpGraph
 from onnxsplit.numbers import MOST_SIZE, whole_problem
 from onnxsplit.plan import Shape, TensorSpec
-from onnxsplit.source import nested_graphs
+from onnxsplit.source import SourceModel, external_range, nested_graphs, tensor_bytes
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name
 
 _KEPT_BYTES = 64 * 1024  # stored tensors up to this size are kept for inference: some are shapes
+_KEPT_OUTSIDE_BYTES = 1024  # the same, for tensors in other files
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,20 @@ def _infer(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> dict[
     return found
 
 
+def annotated(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
+    """A copy without large weights, with functions unfolded, and with every shape that inference finds, at any depth.
+
+    Its ops are the live ones, in topological order. ``sizes`` are the shapes of the inputs.
+    """
+    model = _skeleton(graph, sizes)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # what inference cannot read stays unknown
+        return model
+
+
 def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> onnx.ModelProto:
     """The model without the data of large tensors and without declared shapes of what ops write."""
     source = graph.source.proto
@@ -230,7 +246,11 @@ def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> on
         if added.type.WhichOneof("value") == "tensor_type":
             added.type.tensor_type.ClearField("shape")
     for tensor in source.graph.initializer:
-        _without_data(model.graph.initializer.add(), tensor)
+        added_tensor = model.graph.initializer.add()
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and tensor_bytes(tensor) <= _KEPT_OUTSIDE_BYTES:
+            _with_data(added_tensor, tensor, graph.source)
+        else:
+            _without_data(added_tensor, tensor)
     model.graph.sparse_initializer.extend(source.graph.sparse_initializer)
     for op in graph.ops:
         _copy_node(model.graph.node.add(), op.node)
@@ -253,6 +273,16 @@ def _copy_node(target: onnx.NodeProto, node: onnx.NodeProto) -> None:
             _without_data(added.t, attribute.t)
         else:
             added.CopyFrom(attribute)
+
+
+def _with_data(target: onnx.TensorProto, tensor: onnx.TensorProto, source: SourceModel) -> None:
+    """A small tensor whose data lies in another file."""
+    file, offset, length = external_range(source, tensor)
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        content = stream.read(length)
+    target.name, target.data_type, target.raw_data = tensor.name, tensor.data_type, content
+    target.dims.extend(tensor.dims)
 
 
 def _without_data(target: onnx.TensorProto, tensor: onnx.TensorProto) -> None:

@@ -24,7 +24,7 @@ from onnxsplit.numbers import MOST_ROUNDS
 
 if TYPE_CHECKING:
     from onnxsplit.outcome import Outcome
-    from onnxsplit.plan import Plan
+    from onnxsplit.plan import BatchClaim, Plan
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
@@ -205,5 +205,16 @@ def _show(output: Output, plan: Plan) -> None:
             f"{name} {milliseconds(value)} with transfers; no cut is below "
             f"{milliseconds(prediction.lower_bound_ns)} (gap {percent(prediction.gap)})."
         )
+    if plan.batch is not None:
+        output.line(_rows_text(plan, plan.batch))
     if plan.dims:
         output.line("Sizes used: " + ", ".join(f"{name}={size}" for name, size in plan.dims.items()))
+
+
+def _rows_text(plan: Plan, claim: BatchClaim) -> str:
+    """Which inputs and outputs carry rows, or why requests are neither split nor joined."""
+    if claim.why_not:
+        return f"Batches are neither split nor joined: {claim.why_not}."
+    axes = {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *plan.outputs)}
+    carrying = ", ".join(f"{name} (axis {axis})" for name, axis in axes.items() if axis is not None)
+    return f"Rows of a batch: {carrying}. Proven by the model's structure; {claim.trials} trials agree."

@@ -212,3 +212,16 @@ def _profile(
     if profile.error is not None:
         raise ModelError(f"profiling {source.path}: {profile.error}")
     return profile
+
+
+def shapes_of_run(graph: OpGraph, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """The shapes that the tensors have in one run on the CPU.
+
+    Raises:
+        ModelError: the model does not run on these inputs.
+    """
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+        file = Path(folder) / "inputs.npz"
+        save_npz(file, inputs)
+        seen = _profile(graph.source, file, threads=1, level="disabled", provider="cpu", seconds=0.0).seen
+    return {name: shape for name, (_, shape) in seen.items()}

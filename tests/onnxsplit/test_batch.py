@@ -1,11 +1,12 @@
-"""A batch axis is what was proven to be one."""
+"""A batch axis is what was proven to be one: by the structure of the model, and by trials."""
 
 from __future__ import annotations
 
 import build
+import deceivers
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from onnxsplit.planner import partition
 
@@ -86,3 +87,67 @@ def test_a_fixed_batch_cannot_be_proven(tmp_path):
 
 def test_costs_by_arithmetic_prove_nothing(tmp_path):
     assert axes(build.chain(4, 16), tmp_path, costs="analytic") == {"x": None, "y": None}
+
+
+@pytest.mark.parametrize("net", deceivers.DECEIVERS, ids=lambda net: net.__name__)
+def test_nothing_is_claimed_of_a_net_whose_rows_act_on_each_other(tmp_path, net):
+    plan = partition(build.save(net(), tmp_path), stages=1, out=tmp_path / "m.plan", rounds=0, dims={"batch": 2})
+
+    assert {spec.batch_axis for spec in plan.tensors.values()} == {None}
+    assert plan.batch.why_not
+    assert plan.batch.trials == 0
+
+
+@pytest.mark.parametrize("net", deceivers.HONEST, ids=lambda net: net.__name__)
+def test_rows_that_do_not_know_each_other_are_claimed(tmp_path, net):
+    plan = partition(build.save(net(), tmp_path), stages=1, out=tmp_path / "m.plan", rounds=0)
+
+    assert {name: plan.tensors[name].batch_axis for name in ("x", "y")} == {"x": 0, "y": 0}
+    assert plan.batch.why_not == ""
+    assert plan.batch.trials >= 3
+
+
+def test_the_reason_names_the_op_that_mixes_rows(tmp_path):
+    plan = partition(
+        build.save(deceivers.sorted_over_the_batch(), tmp_path), stages=1, out=tmp_path / "m.plan", rounds=0
+    )
+
+    assert plan.batch.why_not == "op 'z' (TopK): it computes with the number of rows"
+
+
+def test_a_token_model_has_its_batch_along_the_first_axis_and_not_along_the_sequence(tmp_path):
+    proto = model(
+        ("Gather", ["table", "ids"], ["h"]),
+        ("Transpose", ["h"], ["t"], {"perm": [0, 2, 1]}),
+        ("MatMul", ["h", "t"], ["scores"]),
+        ("Softmax", ["scores"], ["p"], {"axis": -1}),
+        ("MatMul", ["p", "h"], ["y"]),
+        inputs=[build.value("ids", ["n", "sequence"], TensorProto.INT64)],
+        outputs=[build.value("y", ["n", "sequence", 4])],
+        weights=[build.constant("table", np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32))],
+    )
+    assert axes(proto, tmp_path) == {"ids": 0, "y": 0}
+
+
+def test_a_model_that_groups_rows_only_at_some_lengths_has_none(tmp_path):
+    """At 8 columns the shape [-1, 8] keeps rows apart; at others it does not."""
+    proto = model(
+        ("Reshape", ["x", "shape"], ["a"]),
+        ("Softmax", ["a"], ["b"], {"axis": -1}),
+        ("Shape", ["x"], ["s"]),
+        ("Reshape", ["b", "s"], ["y"]),
+        inputs=[build.value("x", ["batch", "columns"])],
+        outputs=[build.value("y", ["batch", "columns"])],
+        weights=[build.constant("shape", np.array([-1, 8], np.int64))],
+    )
+    assert axes(proto, tmp_path, dims={"columns": 8}) == {"x": None, "y": None}
+
+
+def test_a_mask_of_one_row_that_may_have_more_is_not_the_same_for_all(tmp_path):
+    proto = model(
+        ("Mul", ["x", "mask"], ["m"]),
+        ("Tanh", ["m"], ["y"]),
+        inputs=[build.value("x", ["batch", 8]), build.value("mask", [8, "others"])],
+        outputs=[build.value("y", [None, 8])],
+    )
+    assert axes(proto, tmp_path, dims={"batch": 8, "others": 8}) == {"x": None, "mask": None, "y": None}
