@@ -6,8 +6,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import onnx
+
 from onnxsplit.batch.facts import SAME, Fact, Kind, Sizes, rows
-from onnxsplit.batch.walk import Walk, graph_sizes
+from onnxsplit.batch.refine import refined
+from onnxsplit.batch.walk import Learned, Walk, graph_sizes
 from onnxsplit.errors import shown
 from onnxsplit.graph import OpGraph
 from onnxsplit.plan import TensorSpec
@@ -18,6 +21,7 @@ Axes = Mapping[str, int]
 
 _BATCH_NAME = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
 _MOST_CANDIDATES = 8
+_MOST_ROUNDS = 10  # of a walk and shape inference, in turn; each goes at least one op further
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class Structure:
     def __init__(self, graph: OpGraph, inputs: Sizes, seen: Sizes) -> None:
         self._graph = graph
         self._inputs = inputs
+        self._seen = {**seen, **inputs}
         self._model = annotated(graph, inputs)
-        self._sizes = {**graph_sizes(self._model.graph), **seen, **inputs}
 
     def claim(self, axes: Axes) -> Claim:
         """What the structure proves when the inputs carry rows along these axes."""
@@ -72,14 +76,23 @@ class Structure:
         if len(batch) != 1:
             return Claim({}, "the inputs have unequal numbers of rows")
         given = {name: rows(axes[name]) if name in axes else SAME for name in self._inputs}
-        opsets = {
-            entry.domain.removeprefix("ai.onnx") if entry.domain == "ai.onnx" else entry.domain: entry.version
-            for entry in self._model.opset_import
-        }
-        walk = Walk(opsets=opsets, batch=batch.pop())
-        facts = walk.over(self._model.graph, self._model.graph.node, given, self._sizes)
-        why = next(self._failures(facts), "")
-        return Claim({}, why) if why else Claim({n: f.axis for n, f in facts.items() if _one_a_row(f)})
+        model, count = onnx.ModelProto(), batch.pop()
+        model.CopyFrom(self._model)
+        for _ in range(_MOST_ROUNDS):
+            facts, learned = self._walk(model, given, count)
+            why = next(self._failures(facts), "")
+            if not why:
+                return Claim({n: f.axis for n, f in facts.items() if _one_a_row(f)})
+            better = refined(model, learned)
+            if better is None:
+                break
+            model = better
+        return Claim({}, why)
+
+    def _walk(self, model: onnx.ModelProto, given: Mapping[str, Fact], count: int) -> tuple[dict[str, Fact], Learned]:
+        opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
+        walk, graph = Walk(opsets=opsets, batch=count), model.graph
+        return walk.over(graph, graph.node, given, {**graph_sizes(graph), **self._seen}), walk.learned
 
     def _failures(self, facts: Mapping[str, Fact]) -> Iterator[str]:
         for name in self._graph.outputs:

@@ -112,7 +112,9 @@ class Call:
 
     def shape(self, index: int) -> tuple[int, ...]:
         """The shape of an input."""
-        found = self.shapes[index]
+        found, fact = self.shapes[index], self.facts[index]
+        if found is None and fact is not None and fact.values is not None:
+            return tuple(fact.values.shape)
         if found is None:
             raise Mixes(f"the shape of its input {self.node.input[index]!r} is not known")
         return found

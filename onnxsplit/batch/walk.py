@@ -7,17 +7,20 @@ dimensions, and nothing else: whatever has no rule mixes rows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import onnx
 
 from onnxsplit.batch.evaluate import evaluate, widened
 from onnxsplit.batch.facts import SAME, Call, Fact, Kind, Mixes, Sizes, known, stored, without_values
-from onnxsplit.batch.linear import MOST_ELEMENTS, Undecided
+from onnxsplit.batch.linear import MOST_ELEMENTS, Undecided, Values
 from onnxsplit.batch.rules import RULES
 from onnxsplit.errors import shown
 from onnxsplit.graph import defined_names
 from onnxsplit.source import nested_graphs
+
+Learned = list[tuple[onnx.GraphProto, str, Values | onnx.ValueInfoProto]]
+"""Tensors by their graph and name, with their numbers, or with the shape that the only branch that runs gives."""
 
 _DOMAINS = frozenset(["", "ai.onnx", "ai.onnx.ml", "com.microsoft"])
 _NOT_BY_NAME = frozenset([("com.microsoft", "Attention")])  # ops that share a name with one that works otherwise
@@ -33,10 +36,12 @@ class Walk:
     Attributes:
         opsets: version by domain.
         batch: rows in the shapes that are given.
+        learned: filled by the walk: what shape inference did not know.
     """
 
     opsets: Mapping[str, int]
     batch: int
+    learned: Learned = field(default_factory=list)
 
     def over(
         self, graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto], given: Mapping[str, Fact], sizes: Sizes
@@ -56,13 +61,15 @@ class Walk:
         for sparse in graph.sparse_initializer:
             facts[sparse.values.name] = SAME
         for node in nodes:
-            found = self._outputs(node, facts, sizes)
+            found = self._outputs(graph, node, facts, sizes)
             for name, fact in zip(node.output, found, strict=True):
                 if name:
                     facts[name] = self._checked(name, fact, sizes)
         return facts
 
-    def _outputs(self, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes) -> Sequence[Fact]:
+    def _outputs(
+        self, graph: onnx.GraphProto, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes
+    ) -> Sequence[Fact]:
         count = len(node.output)
         reads = [facts.get(name, _UNKNOWN) if name else None for name in node.input]
         mixed = next((fact for fact in reads if fact is not None and fact.kind is Kind.MIXED), None)
@@ -70,8 +77,9 @@ class Walk:
             return [mixed] * count
         try:
             if any(True for _ in nested_graphs(node)):
-                return self._with_bodies(node, facts, sizes)
+                return self._with_bodies(graph, node, facts, sizes)
             found = self._one(node, reads, sizes)
+            self._learn_numbers(graph, node, found)
         except Mixes as reason:
             return [_ended(node, str(reason))] * count
         except (Undecided, IndexError, ValueError, TypeError, AssertionError):  # an op in a form that no rule knows
@@ -112,12 +120,16 @@ class Walk:
             return fact
         return Fact(Kind.MIXED, why=f"the shape of {shown(name)} does not follow the number of rows")
 
-    def _with_bodies(self, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes) -> Sequence[Fact]:
+    def _with_bodies(
+        self, graph: onnx.GraphProto, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes
+    ) -> Sequence[Fact]:
         if node.domain not in ("", "ai.onnx") or node.op_type not in ("If", "Loop"):
             raise Mixes("it runs a body for parts of its inputs")
-        return self._if(node, facts, sizes) if node.op_type == "If" else self._loop(node, facts, sizes)
+        return self._if(graph, node, facts, sizes) if node.op_type == "If" else self._loop(node, facts, sizes)
 
-    def _if(self, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes) -> Sequence[Fact]:
+    def _if(
+        self, graph: onnx.GraphProto, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes
+    ) -> Sequence[Fact]:
         test = facts.get(node.input[0], _UNKNOWN)
         if test.kind is not Kind.SAME:
             raise Mixes("which of its branches runs depends on the batch")
@@ -125,7 +137,22 @@ class Walk:
         if test.values is not None:
             bodies = {name: g for name, g in bodies.items() if (name == "then_branch") == bool(test.values.flat[0])}
         found = [self._body(body, facts, {}, sizes) for body in bodies.values()]
+        if len(bodies) == 1:
+            self._learn_shapes(graph, node, next(iter(bodies.values())))
         return [_agreed(outputs) for outputs in zip(*found, strict=True)]
+
+    def _learn_numbers(self, graph: onnx.GraphProto, node: onnx.NodeProto, found: Fact | Sequence[Fact]) -> None:
+        if isinstance(found, Fact) and found.kind is Kind.SAME and found.values is not None and found.values.size:
+            self.learned.append((graph, node.output[0], found.values))
+
+    def _learn_shapes(self, graph: onnx.GraphProto, node: onnx.NodeProto, body: onnx.GraphProto) -> None:
+        inside = {value.name: value for value in (*body.input, *body.value_info, *body.output)}
+        for name, value in zip(node.output, body.output, strict=True):
+            if name and value.name in graph_sizes(body):
+                found = onnx.ValueInfoProto()
+                found.CopyFrom(inside[value.name])
+                found.name = name
+                self.learned.append((graph, name, found))
 
     def _loop(self, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes) -> Sequence[Fact]:
         body = next(a.g for a in node.attribute if a.name == "body")

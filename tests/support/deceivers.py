@@ -343,5 +343,33 @@ def two_halves_of_each_row() -> onnx.ModelProto:
     )
 
 
-HONEST: tuple[Net, ...] = (shape_of_the_rows_kept, token_for_every_row, two_halves_of_each_row)
+def branch_chosen_by_a_shape() -> onnx.ModelProto:
+    """Exporters of squeeze() ask whether an axis has one entry, and pad by numbers that they compute."""
+    squeezed = helper.make_graph(
+        [helper.make_node("Squeeze", ["u", "one"], ["then_out"])], "then", [], [build.value("then_out", None)]
+    )
+    kept = helper.make_graph(
+        [helper.make_node("Identity", ["u"], ["else_out"])], "else", [], [build.value("else_out", None)]
+    )
+    return _net(
+        [
+            _op("Unsqueeze", "h one", "u"),
+            _op("Shape", "u", "size", start=1, end=2),
+            _op("Equal", "size one", "single"),
+            helper.make_node("If", ["single"], ["s"], then_branch=squeezed, else_branch=kept),
+            _op("Sub", "size size", "none"),
+            _op("Concat", "none size none none", "pads", axis=0),
+            _op("Pad", "s pads", "p"),
+            _op("Slice", "p zero eight one", "z"),
+        ],
+        weights=[_numbers("one", 1), _numbers("zero", 0), _numbers("eight", WIDTH)],
+    )
+
+
+HONEST: tuple[Net, ...] = (
+    shape_of_the_rows_kept,
+    token_for_every_row,
+    two_halves_of_each_row,
+    branch_chosen_by_a_shape,
+)
 """Nets whose rows do not know each other, though they compute with shapes."""
