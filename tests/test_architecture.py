@@ -108,6 +108,7 @@ RUNTIME_ORDER = [
 HOMES = {
     "networkx": {"onnxsplit.graph", "onnxsplit.atoms", "onnxsplit.partitioner"},
     "onnx": {
+        "onnxsplit.batch",
         "onnxsplit.source",
         "onnxsplit.merge",
         "onnxsplit.graph",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 
 from onnxsplit.batch.facts import Call, Fact, Kind, Mixes, from_front
 from onnxsplit.batch.linear import MOST_ELEMENTS, Linear, Undecided, Values, is_plain, values
@@ -124,8 +125,6 @@ def _constant_of_shape(call: Call) -> Values:
 
 
 def _scalar(tensor: object) -> object:
-    import onnx
-
     return onnx.numpy_helper.to_array(tensor).reshape(-1)[0].item()  # type: ignore[arg-type]
 
 

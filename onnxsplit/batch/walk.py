@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx
 
 from onnxsplit.batch.evaluate import evaluate, widened
@@ -209,8 +210,6 @@ def _constant(node: onnx.NodeProto) -> Fact:
             numbers = stored(attribute.t, MOST_ELEMENTS)
             return SAME if numbers is None else known(numbers)
         if attribute.name in ("value_int", "value_ints", "value_float", "value_floats"):
-            import numpy as np
-
             found = np.array(onnx.helper.get_attribute_value(attribute), dtype=object)
             return known(found) if found.size <= MOST_ELEMENTS else SAME
     return SAME
