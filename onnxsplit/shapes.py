@@ -46,19 +46,21 @@ class Shapes:
         spec, size = self.specs.get(name), self.sizes.get(name)
         return size_bytes(spec.dtype, size) if spec is not None and size is not None else 0
 
-    def observed(self, seen: Mapping[str, tuple[str, tuple[int, ...]]]) -> Shapes:
-        """The same, corrected by what a run showed: name -> (type, shape).
+    def observed(self, sizes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> Shapes:
+        """The same, corrected by the shapes that a run showed and completed by the types that a session reports.
 
-        A declared dimension that the run contradicts becomes ``"?"``, a contradicted rank an unknown one.
+        A type that is known here stays. A dimension that the run contradicts becomes ``"?"``, a contradicted rank an
+        unknown one.
         """
         specs = dict(self.specs)
-        for name, (dtype, size) in seen.items():
+        for name, dtype in types.items():
+            if name not in specs:
+                specs[name] = TensorSpec(dtype=dtype, shape=("?",) * len(sizes[name]) if name in sizes else None)
+        for name, size in sizes.items():
             spec = specs.get(name)
-            if spec is None or spec.dtype != dtype:
-                specs[name] = TensorSpec(dtype=dtype, shape=("?",) * len(size))
-            elif spec.shape is not None:
-                specs[name] = TensorSpec(dtype=dtype, shape=_reconciled(spec.shape, size))
-        return replace(self, specs=specs, sizes={**self.sizes, **{name: size for name, (_, size) in seen.items()}})
+            if spec is not None and spec.shape is not None:
+                specs[name] = TensorSpec(dtype=spec.dtype, shape=_reconciled(spec.shape, size))
+        return replace(self, specs=specs, sizes={**self.sizes, **sizes})
 
 
 def _reconciled(shape: Shape, size: tuple[int, ...]) -> Shape | None:

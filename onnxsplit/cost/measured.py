@@ -4,7 +4,9 @@ The model is profiled in a process of its own, at the optimisation level that ru
 stages will have. Ops are given unique names there, so that ONNX Runtime's events find their way back; kernels that
 the optimiser renamed are found by the tensor they write, and what it inserted is charged to the next known kernel.
 The time of a fused kernel goes to the op in it that has the most work.
-One run without optimisation shows every tensor's true type and shape.
+One run without optimisation shows every tensor's shape. It does not show types: for an op whose half-precision kernel
+is missing, ONNX Runtime runs the float32 kernel between casts, and its profile shows float32. Types that shape
+inference does not find come from a session that has these tensors as outputs, since it reports their true types.
 """
 
 from __future__ import annotations
@@ -47,7 +49,17 @@ class Example:
 
 
 class ProfileRequest(msgspec.Struct, frozen=True):
-    """What the profiling process is told."""
+    """What the profiling process is told.
+
+    Attributes:
+        model: the model file.
+        inputs: an ``.npz`` with its inputs.
+        threads: threads of the session.
+        level: optimisation level; the shapes of tensors are noted at ``disabled`` alone.
+        provider: execution provider.
+        seconds: how long to run; 0 for a single run.
+        untyped: tensors whose types are wanted.
+    """
 
     model: str
     inputs: str
@@ -55,6 +67,7 @@ class ProfileRequest(msgspec.Struct, frozen=True):
     level: Level
     provider: str
     seconds: float
+    untyped: tuple[str, ...] = ()
 
 
 class Profile(msgspec.Struct, frozen=True):
@@ -62,12 +75,14 @@ class Profile(msgspec.Struct, frozen=True):
 
     Attributes:
         op_ns: by op of the graph, median over the runs.
-        seen: tensor -> (type, shape), only at the level ``disabled``.
+        sizes: tensor -> shape, only at the level ``disabled``.
+        types: tensor -> type, of those tensors of unknown type that are tensors in ONNX Runtime's eyes.
         error: why there is no profile.
     """
 
     op_ns: list[int] = []
-    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    types: dict[str, str] = {}
     error: str | None = None
 
 
@@ -155,18 +170,22 @@ def measured_costs(
         file = Path(folder) / "inputs.npz"
         save_npz(file, inputs)
         say("observing shapes")
-        seen = _profile(graph.source, file, threads=threads, level="disabled", provider=provider, seconds=0.0).seen
+        untyped = tuple(name for name in graph.producer if name not in shapes.specs)
+        seen = _profile(
+            graph.source, file, threads=threads, level="disabled", provider=provider, seconds=0.0, untyped=untyped
+        )
         say("timing optimisation levels")
         level, whole_ns = best_level(graph.source.path, file, threads=threads, provider=provider)
         say(f"profiling ops at level {level}")
         profile = _profile(
             graph.source, file, threads=threads, level=level, provider=provider, seconds=_PROFILE_SECONDS
         )
+    shapes = shapes.observed(seen.sizes, seen.types)
     total = sum(profile.op_ns) or 1
     # The profiler's own cost is spread evenly over its events; what a run takes without it is the truth.
-    fused = _where_the_work_is(graph, shapes.observed(seen), profile.op_ns)
+    fused = _where_the_work_is(graph, shapes, profile.op_ns)
     times = tuple(time_ns * whole_ns // total for time_ns in fused)
-    return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes.observed(seen))
+    return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes)
 
 
 def _where_the_work_is(graph: OpGraph, shapes: Shapes, op_ns: Sequence[int]) -> list[int]:
@@ -194,9 +213,16 @@ def _where_the_work_is(graph: OpGraph, shapes: Shapes, op_ns: Sequence[int]) -> 
 
 
 def _profile(
-    source: SourceModel, inputs: Path, *, threads: int, level: Level, provider: str, seconds: float
+    source: SourceModel,
+    inputs: Path,
+    *,
+    threads: int,
+    level: Level,
+    provider: str,
+    seconds: float,
+    untyped: tuple[str, ...] = (),
 ) -> Profile:
-    request = ProfileRequest(str(source.path), str(inputs), threads, level, provider, seconds)
+    request = ProfileRequest(str(source.path), str(inputs), threads, level, provider, seconds, untyped)
     done = subprocess.run(
         [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],
         input=msgspec.json.encode(request),
@@ -223,5 +249,4 @@ def shapes_of_run(graph: OpGraph, inputs: Mapping[str, Array]) -> dict[str, tupl
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         file = Path(folder) / "inputs.npz"
         save_npz(file, inputs)
-        seen = _profile(graph.source, file, threads=1, level="disabled", provider="cpu", seconds=0.0).seen
-    return {name: shape for name, (_, shape) in seen.items()}
+        return _profile(graph.source, file, threads=1, level="disabled", provider="cpu", seconds=0.0).sizes

@@ -19,7 +19,7 @@ import onnx
 from onnxsplit.cost.measured import Profile, ProfileRequest
 from onnxsplit.errors import in_one_line
 from onnxsplit.graph import OpGraph, build_graph
-from onnxsplit.session import open_session, runtime_type
+from onnxsplit.session import open_session
 from onnxsplit.source import all_nodes, open_model
 from onnxsplit.tensors import load_npz
 
@@ -49,7 +49,7 @@ def profile(request: ProfileRequest) -> Profile:
     given = load_npz(Path(request.inputs))
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         session = open_session(
-            _renamed(graph),
+            _renamed(graph).SerializeToString(),
             threads=request.threads,
             level=request.level,
             provider=request.provider,
@@ -63,16 +63,33 @@ def profile(request: ProfileRequest) -> Profile:
             session.run(inputs)
             count += 1
         events = msgspec.json.decode(session.end_profiling().read_bytes(), type=list[_Event])
+    del session  # two at once would need twice the memory
     runs = _by_run(events)
     warm = runs[1:] or runs
     times = [_attributed(graph, run) for run in warm]
     return Profile(
         op_ns=[int(statistics.median(column)) for column in zip(*times, strict=True)],
-        seen=_seen(graph, runs[0]) if request.level == "disabled" else {},
+        sizes=_sizes(graph, runs[0]) if request.level == "disabled" else {},
+        types=_types(graph, request) if request.untyped else {},
     )
 
 
-def _renamed(graph: OpGraph) -> bytes:
+def _types(graph: OpGraph, request: ProfileRequest) -> dict[str, str]:
+    """Types of tensors as ONNX Runtime infers them, asked for by making them outputs; nothing is run."""
+    model = _renamed(graph)
+    outputs = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in request.untyped if name not in outputs)
+    session = open_session(
+        model.SerializeToString(),
+        threads=1,
+        level="disabled",
+        provider=request.provider,
+        external_data_folder=graph.source.folder.resolve(),
+    )
+    return {name: kind for name, kind in session.outputs if kind is not None and name in request.untyped}
+
+
+def _renamed(graph: OpGraph) -> onnx.ModelProto:
     """The model with a unique name for every live op; ops in bodies lose theirs, so that none is mistaken."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.source.proto)
@@ -92,8 +109,7 @@ def _renamed(graph: OpGraph) -> bytes:
     for position in range(len(model.graph.initializer) - 1, -1, -1):
         if model.graph.initializer[position].name not in read:
             del model.graph.initializer[position]
-    content: bytes = model.SerializeToString()
-    return content
+    return model
 
 
 def _by_run(events: list[_Event]) -> list[list[_Event]]:
@@ -142,8 +158,9 @@ def _op_of(graph: OpGraph, name: str) -> int | None:
     return graph.producer[name]
 
 
-def _seen(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+def _sizes(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[int, ...]]:
+    """The shapes that one run showed. The types beside them are those of kernels, not those of the model."""
+    found: dict[str, tuple[int, ...]] = {}
     for event in events:
         op = _OP_NAME.search(event.name)
         if op is None:
@@ -151,8 +168,8 @@ def _seen(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[str, tupl
         outputs = graph.ops[int(op.group(1))].outputs
         if len(outputs) == len(event.args.output_type_shape):
             for name, value in zip(outputs, event.args.output_type_shape, strict=True):
-                for kind, shape in value.items():
-                    found[name] = (runtime_type(f"tensor({kind})") or kind, shape)
+                for shape in value.values():
+                    found[name] = shape
     return found
 
 
