@@ -2,9 +2,13 @@
 
 Two comparisons, each output by output:
 
-- with optimisation off, the stages must give what the model gives, bit for bit or within 1e-4 of the output's scale;
+- with optimisation off, the stages must give what the model gives, bit for bit or within the tolerance;
 - at the levels of the plan, they may be no further from the unoptimised model than twice what optimisation alone
-  moves the whole model (or 1e-4 of the scale, where it moves it less).
+  moves the whole model (or the tolerance, where it moves it less).
+
+The tolerance is 1e-4 of the output's scale, and larger where a float type narrower than float32 crosses a border or
+is computed in (see :mod:`onnxsplit.precision`). A model that computes in such a type may amplify its roundings far
+beyond the type's own epsilon, so with optimisation off, too, twice what optimisation alone moves it is allowed there.
 
 The scale of an output is its largest finite magnitude. Integers, strings and booleans have none: they must be equal,
 and optimised ones may differ in no more elements than twice what optimisation alone changes.
@@ -19,12 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from onnxsplit.errors import ModelError, PlanError
+from onnxsplit.graph import build_graph
 from onnxsplit.plan import Level, Plan, example_file, load_plan
+from onnxsplit.precision import LEAST_TOLERANCE, computed_types, narrowest, tolerance
 from onnxsplit.session import Session, open_session
-from onnxsplit.source import open_model
+from onnxsplit.shapes import infer_shapes
+from onnxsplit.source import SourceModel, open_model
 from onnxsplit.tensors import Array, check_inputs, load_npz, numpy_dtype
 
-TOLERANCE = 1e-4
 _SLACK = 2.0
 
 
@@ -40,6 +46,9 @@ class Comparison:
         optimized: the same for the stages at the plan's levels, from the unoptimised model.
         moved: how far optimisation alone moves the whole model.
         repeatable: False when the whole model differs from itself on the same inputs, so that nothing can be said.
+        tolerance: what ``difference`` may be, and ``optimized`` where optimisation alone moves the model less. For
+            discrete types, it is that of float32.
+        narrowest: the float type that the tolerance follows; None where there is none narrower than float32.
     """
 
     output: str
@@ -48,13 +57,17 @@ class Comparison:
     optimized: float
     moved: float
     repeatable: bool = True
+    tolerance: float = LEAST_TOLERANCE
+    narrowest: str | None = None
 
     @property
     def good(self) -> bool:
         """True when both comparisons hold."""
         if not self.repeatable:
             return True
-        return self.difference <= TOLERANCE and self.optimized <= max(_SLACK * self.moved, TOLERANCE)
+        allowed = max(_SLACK * self.moved, self.tolerance)
+        off = self.tolerance if self.narrowest is None else allowed
+        return self.difference <= off and self.optimized <= allowed
 
 
 def verify(
@@ -93,6 +106,7 @@ def verify(
     optimized = _run_whole(path, plan, given, plan.costs.whole_optimization_level, threads)
     chained = run_stages(folder, plan, given, threads=threads, level="disabled")
     chained_optimized = run_stages(folder, plan, given, threads=threads)
+    types = _float_types(source, plan, given)
     return tuple(
         Comparison(
             output=name,
@@ -101,9 +115,18 @@ def verify(
             optimized=distance(chained_optimized[name], plain[name]),
             moved=distance(optimized[name], plain[name]),
             repeatable=_bits_equal(plain[name], again[name]),
+            tolerance=tolerance(types if not _is_discrete(plain[name]) else ()),
+            narrowest=narrowest(types),
         )
         for name in plan.outputs
     )
+
+
+def _float_types(source: SourceModel, plan: Plan, inputs: Mapping[str, Array]) -> frozenset[str]:
+    """Types that cross a border of the plan, and types that the model computes in."""
+    graph = build_graph(source)
+    shapes = infer_shapes(graph, {name: inputs[name].shape for name in graph.inputs if name in inputs})
+    return computed_types(graph, shapes) | {spec.dtype for spec in plan.tensors.values()}
 
 
 def unread_inputs(plan: Plan) -> frozenset[str]:
@@ -157,6 +180,10 @@ def _bits_equal(left: Array, right: Array) -> bool:
     return bool(np.array_equal(left, right)) if left.dtype == object else left.tobytes() == right.tobytes()
 
 
+def _is_discrete(array: Array) -> bool:
+    return array.dtype.kind in "biuOUS"
+
+
 def distance(found: Array, expected: Array) -> float:
     """How far apart two tensors are, over the scale of the expected one; infinite for unlike shapes or types.
 
@@ -166,7 +193,7 @@ def distance(found: Array, expected: Array) -> float:
         return float("inf")
     if expected.size == 0:
         return 0.0
-    if expected.dtype.kind in "biuOUS":
+    if _is_discrete(expected):
         return float(np.mean(found != expected))
     is_complex = expected.dtype.kind == "c"
     left, right = (a.astype(np.complex128 if is_complex else np.float64) for a in (found, expected))

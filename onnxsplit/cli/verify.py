@@ -15,7 +15,7 @@ from onnxsplit.errors import OnnxsplitError
 @threads_option
 def command(output: Output, *, plan: Path, model: Path, inputs: Path | None, threads: int | None) -> None:
     """Run MODEL and the stages of the plan in DIR on the same inputs and compare every output."""
-    from onnxsplit.verify import TOLERANCE, verify
+    from onnxsplit.verify import verify
 
     output.say("running the model and its stages")
     comparisons = verify(plan, model, inputs=inputs, threads=threads or 1)
@@ -32,17 +32,36 @@ def command(output: Output, *, plan: Path, model: Path, inputs: Path | None, thr
     ]
     output.table(("output", "optimisation off", "on", "optimisation alone", "verdict"), rows)
     good = all(c.good for c in comparisons)
+    allowed = max(c.tolerance for c in comparisons)
+    narrowest = comparisons[0].narrowest
     output.line(
-        f"\nDifferences are over the output's scale. Allowed: {TOLERANCE:.0e} with optimisation off; with it on, twice "
-        "what it does to the whole model."
+        f"\nDifferences are over the output's scale. {_reason(narrowest, allowed)} With optimisation on, twice what it "
+        "does to the whole model is allowed, too."
     )
     if any(not c.repeatable for c in comparisons):
         output.line("Outputs marked random differ between two runs of the whole model: nothing can be said of them.")
     if good:
         output.line(f"Next: onnxsplit run {plan} --inputs in.npz --outputs out.npz")
     fields = ("output", "exact", "difference", "optimized", "moved", "repeatable", "good")
-    output.result({"good": good, "outputs": [{name: getattr(c, name) for name in fields} for c in comparisons]})
+    output.result(
+        {
+            "good": good,
+            "tolerance": allowed,
+            "narrowest_type": narrowest,
+            "outputs": [{name: getattr(c, name) for name in fields} for c in comparisons],
+        }
+    )
     if not good:
         if output.as_json:
             raise SystemExit(1)
         raise OnnxsplitError(f"the stages in {plan} do not give what {model} gives")
+
+
+def _reason(narrowest: str | None, allowed: float) -> str:
+    """What is allowed with optimisation off, and why."""
+    if narrowest is None:
+        return f"Allowed with optimisation off: {allowed:.0e} (the model computes in float32 or wider)."
+    return (
+        f"Allowed with optimisation off: {allowed:.1e}, since {narrowest} is the narrowest float type that crosses or "
+        "is computed in, or twice what optimisation does to the whole model."
+    )

@@ -1,0 +1,165 @@
+"""Half precision: types are the model's, not those of kernels, and comparisons allow for its roundings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import build
+import ml_dtypes
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from onnxsplit.examine import examine
+from onnxsplit.extract import file_entry
+from onnxsplit.merge import merge
+from onnxsplit.planner import partition
+from onnxsplit.precision import LEAST_TOLERANCE, computed_types, tolerance
+from onnxsplit.tensors import load_npz
+from onnxsplit.verify import distance, verify
+
+HALF = TensorProto.FLOAT16
+
+
+def half_chain(length: int = 6, width: int = 32, *, float32_io: bool = False) -> onnx.ModelProto:
+    """(LayerNormalization, MatMul, Tanh) * length in float16, between casts when its inputs are float32."""
+    source = np.random.default_rng(0)
+    kind = TensorProto.FLOAT if float32_io else HALF
+    nodes, weights = [], [build.constant("one", np.ones(width, np.float16))]
+    last, end = "x", "y"
+    if float32_io:
+        nodes.append(helper.make_node("Cast", ["x"], ["narrow"], to=HALF))
+        last, end = "narrow", "wide"
+    for step in range(length):
+        weights.append(build.constant(f"w{step}", (source.standard_normal((width, width)) / 6).astype(np.float16)))
+        out = end if step == length - 1 else f"h{step}"
+        nodes += [
+            helper.make_node("LayerNormalization", [last, "one"], [f"n{step}"]),
+            helper.make_node("MatMul", [f"n{step}", f"w{step}"], [f"m{step}"]),
+            helper.make_node("Tanh", [f"m{step}"], [out]),
+        ]
+        last = out
+    if float32_io:
+        nodes.append(helper.make_node("Cast", ["wide"], ["y"], to=TensorProto.FLOAT))
+    return build.model(nodes, [build.value("x", ["n", width], kind)], [build.value("y", ["n", width], kind)], weights)
+
+
+def with_ops_that_inference_does_not_know(width: int = 32) -> onnx.ModelProto:
+    """Float16 with ops that only ONNX Runtime knows, and no declared types behind them."""
+    source = np.random.default_rng(0)
+    weights = [
+        build.constant(f"w{step}", (source.standard_normal((width, width)) / 6).astype(np.float16)) for step in range(3)
+    ]
+    nodes = [
+        helper.make_node("Trilu", ["x"], ["a"], domain="com.microsoft"),
+        helper.make_node("MatMul", ["a", "w0"], ["b"]),
+        helper.make_node("Tanh", ["b"], ["c"]),
+        helper.make_node("MatMul", ["c", "w1"], ["d"]),
+        helper.make_node("Trilu", ["d"], ["e"], domain="com.microsoft", upper=0),
+        helper.make_node("MatMul", ["e", "w2"], ["f"]),
+        helper.make_node("Sigmoid", ["f"], ["y"]),
+    ]
+    ends = ([build.value("x", ["n", width], HALF)], [build.value("y", ["n", width], HALF)])
+    return build.model(nodes, *ends, weights, ir_version=8, opsets={"": 17, "com.microsoft": 1})
+
+
+def plainly(path, given):
+    """What a plain session makes of a model file."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, {v.name: given[v.name] for v in session.get_inputs()}), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("proto", "stages"),
+    [(half_chain(), 3), (half_chain(float32_io=True), 2), (with_ops_that_inference_does_not_know(), 3)],
+)
+def test_a_float16_model_is_cut_at_default_settings(tmp_path, proto, stages):
+    """Profiles show float32 where kernels run between casts; the stages once declared that."""
+    model, folder = build.save(proto, tmp_path), tmp_path / "m.plan"
+    plan = partition(model, stages=stages, out=folder)
+    assert plan.costs.source == "measured"
+    assert len(plan.stages) == stages
+    given = load_npz(folder / plan.example_inputs.name)
+    values = dict(given)
+    for stage in plan.stages:
+        values |= plainly(folder / stage.file, values)
+    whole = plainly(model, given)
+    assert distance(values["y"], whole["y"]) <= tolerance(["float16"])
+    merge(folder, tmp_path / "merged.onnx")
+    assert distance(plainly(tmp_path / "merged.onnx", given)["y"], whole["y"]) == 0
+    assert all(c.good and c.narrowest == "float16" for c in verify(folder, model))
+
+
+def test_types_that_inference_does_not_find_are_those_of_the_model_and_not_of_kernels(tmp_path):
+    subject = examine(build.save(with_ops_that_inference_does_not_know(), tmp_path), costs="measured")
+    written = {name: subject.shapes.specs[name].dtype for name in subject.graph.producer}
+    assert written == dict.fromkeys("abcdefy", "float16")
+    assert subject.shapes.sizes["c"] == (1, 32)
+
+
+def test_the_tolerance_follows_the_narrowest_float_type():
+    assert tolerance(["float32", "int64", "string"]) == tolerance([]) == LEAST_TOLERANCE
+    order = [tolerance([kind]) for kind in ("float32", "float16", "bfloat16", "float8e4m3fn", "float8e5m2")]
+    assert order == sorted(set(order))
+    assert tolerance(["float16", "bfloat16", "float32"]) == tolerance(["bfloat16"])
+
+
+def test_weights_stored_in_fewer_bits_widen_no_tolerance(tmp_path):
+    weight = onnx.numpy_helper.from_array(np.ones((4, 4), ml_dtypes.bfloat16), "stored")
+    nodes = [
+        helper.make_node("Cast", ["stored"], ["w"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    proto = build.model(nodes, [build.value("x", [1, 4])], [build.value("y", [1, 4])], [weight])
+    subject = examine(build.save(proto, tmp_path), costs="analytic")
+    assert computed_types(subject.graph, subject.shapes) == {"float32"}
+
+
+def test_a_body_that_computes_in_float16_widens_the_tolerance(tmp_path):
+    half = [
+        helper.make_node("Cast", ["x"], ["a"], to=HALF),
+        helper.make_node("Cast", ["a"], ["b"], to=TensorProto.FLOAT),
+    ]
+    branches = {
+        "then_branch": helper.make_graph(half, "then", [], [build.value("b", None)]),
+        "else_branch": helper.make_graph([helper.make_node("Neg", ["x"], ["c"])], "else", [], [build.value("c", None)]),
+    }
+    proto = build.model(
+        [helper.make_node("If", ["when"], ["y"], **branches)],
+        [build.value("x", [4]), build.value("when", [], TensorProto.BOOL)],
+        [build.value("y", [4])],
+    )
+    subject = examine(build.save(proto, tmp_path), costs="analytic")
+    assert "float16" in computed_types(subject.graph, subject.shapes)
+
+
+def test_verify_says_which_tolerance_it_holds_and_why(tmp_path, python_environment):
+    model, folder = build.save(half_chain(), tmp_path), tmp_path / "m.plan"
+    partition(model, stages=2, out=folder, costs="analytic")
+
+    def said(*more: str) -> str:
+        command = [sys.executable, "-m", "onnxsplit", "verify", str(folder), str(model), *more]
+        return subprocess.run(command, capture_output=True, text=True, env=python_environment, check=True).stdout
+
+    assert "3.9e-03, since float16 is the narrowest float type" in said()
+    found = json.loads(said("--json"))
+    assert (found["tolerance"], found["narrowest_type"]) == (tolerance(["float16"]), "float16")
+
+
+def test_a_wrong_stage_of_a_float16_model_is_found_by_verify(tmp_path):
+    model, folder = build.save(half_chain(), tmp_path), tmp_path / "m.plan"
+    plan = partition(model, stages=2, out=folder, costs="analytic")
+    file = folder / plan.stages[1].file
+    stage = onnx.load(file)
+    weight = next(t for t in stage.graph.initializer if t.name.startswith("w"))
+    weight.CopyFrom(build.constant(weight.name, onnx.numpy_helper.to_array(weight) * np.float16(1.1)))
+    file.write_bytes(stage.SerializeToString())
+    wrong = msgspec.structs.replace(plan.stages[1], files=(file_entry(file),))
+    (folder / "plan.json").write_bytes(msgspec.structs.replace(plan, stages=(plan.stages[0], wrong)).to_json())
+    assert not any(c.good for c in verify(folder, model))
