@@ -20,6 +20,7 @@ from onnxsplit.files import check_regular
 from onnxsplit.numbers import whole_problem
 from onnxsplit.plan import MOST_THREADS, Level
 from onnxsplit.providers import load_runtime, parse_provider, require_provider, why_not_loaded
+from onnxsplit.string_value import string_value
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
 
 _BINDINGS = 256  # that a session remembers
@@ -146,7 +147,8 @@ class Session:
 
     def _run_with_values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """As :meth:`run`, for element types that ``session.run`` does not take from NumPy."""
-        value_type = load_runtime().OrtValue
+        runtime = load_runtime()
+        value_type = runtime.OrtValue
         values = {}
         for name, kind in self.inputs:
             array = inputs[name]
@@ -154,6 +156,8 @@ class Session:
                 values[name] = value_type.ortvalue_from_numpy_with_onnx_type(
                     array.view(f"u{array.dtype.itemsize}"), ONNX_TYPE_NUMBER[kind]
                 )
+            elif kind == "string":
+                values[name] = string_value(runtime, array)
             else:
                 values[name] = value_type.ortvalue_from_numpy(array)
         results = self._raw.run_with_ort_values(self._names, values)

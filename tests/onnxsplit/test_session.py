@@ -6,12 +6,15 @@ import sys
 import build
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import ModelError, ProviderError
+from onnxsplit.planner import partition
 from onnxsplit.providers import available_providers, parse_provider, providers_by_stage
 from onnxsplit.session import open_session
+from onnxsplit.verify import verify
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,41 @@ def test_bfloat16_goes_in_and_out(tmp_path):
     found = session.run({"x": np.array([1.5, -2], dtype=ml_dtypes.bfloat16)})["y"]
     assert found.dtype == ml_dtypes.bfloat16
     assert found.tolist() == [-1.5, 2]
+
+
+def strings_beside_bfloat16() -> onnx.ModelProto:
+    """Strings and bfloat16 go in and out; float32 in between, so that it can be cut."""
+    kind = TensorProto.BFLOAT16
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Neg", ["wide"], ["negated"]),
+        helper.make_node("Cast", ["negated"], ["narrow"], to=kind),
+        helper.make_node("Identity", ["s"], ["passed"]),
+        helper.make_node("Identity", ["narrow"], ["y"]),
+        helper.make_node("Identity", ["passed"], ["t"]),
+    ]
+    inputs = [build.value("x", ["n"], kind), build.value("s", ["n", "m"], TensorProto.STRING)]
+    outputs = [build.value("y", ["n"], kind), build.value("t", ["n", "m"], TensorProto.STRING)]
+    return build.model(nodes, inputs, outputs)
+
+
+@pytest.mark.parametrize("texts", [[["a", "b \u20ac"], ["", "c" * 1000]], [[], []]])
+def test_a_model_takes_and_gives_strings_beside_bfloat16(tmp_path, texts):
+    """ONNX Runtime makes no value of strings, and takes bfloat16 as nothing else: "only supported from non-string"."""
+    session = open_session(build.save(strings_beside_bfloat16(), tmp_path), threads=1)
+    given = {"x": np.array([1.5, -2], ml_dtypes.bfloat16), "s": np.array(texts, dtype=object)}
+    for _ in range(2):
+        found = session.run(given)
+        assert found["y"].dtype == ml_dtypes.bfloat16
+        assert found["y"].tolist() == [-1.5, 2]
+        assert found["t"].tolist() == texts
+
+
+def test_a_stage_with_strings_beside_bfloat16_runs(tmp_path):
+    model = build.save(strings_beside_bfloat16(), tmp_path)
+    plan = partition(model, out=tmp_path / "m.plan", cut_at=["narrow", "passed"])
+    assert {cut.tensor for cut in plan.cuts} == {"narrow", "passed"}
+    assert all(c.exact for c in verify(tmp_path / "m.plan", model))
 
 
 WITHOUT_RUNTIME = """

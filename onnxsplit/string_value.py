@@ -1,0 +1,38 @@
+"""Strings as an ``OrtValue``.
+
+ONNX Runtime makes an ``OrtValue`` of NumPy arrays other than strings, and takes a value of a type that NumPy lacks in
+no other form than an ``OrtValue``; it does not take a mixture. So strings come out of a model that holds them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnxsplit.tensors import Array
+
+
+def string_value(runtime: Any, array: Array) -> Any:
+    """The value of an array of ``str``; takes a few milliseconds, since it opens a session.
+
+    Args:
+        runtime: the module ``onnxruntime``.
+        array: of any shape.
+    """
+    import onnx
+
+    texts = [str(text).encode() for text in array.ravel().tolist()]
+    kind = onnx.TensorProto.STRING
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["held"], ["given"])],
+        "strings",
+        [],
+        [onnx.helper.make_tensor_value_info("given", kind, array.shape)],
+        [onnx.helper.make_tensor("held", kind, array.shape, texts)],
+    )
+    # The lowest versions that serve, so that every ONNX Runtime takes them.
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run_with_ort_values(["given"], {})[0]
