@@ -11,9 +11,10 @@ from typing import Protocol
 from onnxsplit.cluster import LOCAL, Cluster, Device
 from onnxsplit.errors import ClusterError, OnnxsplitError
 from onnxsplit.examine import Say, examine, silent
+from onnxsplit.external import is_external, location_of
 from onnxsplit.providers import gpu_count, provider_here
 from onnxsplit.session import host_cores
-from onnxsplit.source import external_range, graph_tensors, open_model
+from onnxsplit.source import graph_tensors, open_model
 from onnxsplit.tensors import save_npz
 from onnxsplit.timed import typical_ns
 
@@ -96,13 +97,12 @@ def measured(
 
 def _files(model: Path) -> list[Path]:
     """The model file and its external data."""
-    source = open_model(model)
-    tensors = list(graph_tensors(source.proto.graph))
-    external = {external_range(source, t)[0] for t in tensors if t.external_data}
-    away = [file for file in external if file.parent.resolve() != model.resolve().parent]
+    tensors = graph_tensors(open_model(model).proto.graph)
+    locations = sorted({location_of(tensor) for tensor in tensors if is_external(tensor)})
+    away = [location for location in locations if len(Path(location).parts) != 1]
     if away:
         raise ClusterError(f"external data in folders of its own ({away[0]}) cannot be sent to agents")
-    return [model, *sorted(external)]
+    return [model, *(model.parent / location for location in locations)]
 
 
 def _time_ns(model: Path, inputs: Path, device: Device) -> int | None:

@@ -24,6 +24,7 @@ from google.protobuf.message import EncodeError
 from onnxsplit.atoms import Atoms, needed_tensors
 from onnxsplit.cost.analytic import activation_bytes
 from onnxsplit.errors import PartitionError
+from onnxsplit.external import external_range, is_external, load_external, open_external
 from onnxsplit.files import written_file
 from onnxsplit.graph import OpGraph
 from onnxsplit.plan import FileEntry
@@ -31,7 +32,6 @@ from onnxsplit.shapes import Shapes, spec_of, value_info
 from onnxsplit.source import (
     SourceModel,
     called_functions,
-    external_range,
     functions_of,
     graph_tensors,
     node_tensors,
@@ -249,16 +249,16 @@ def copy_external(
     source: SourceModel, model: onnx.ModelProto, path: Path, wrote: Callable[[int], None] = _ignore
 ) -> tuple[FileEntry, ...]:
     """Copy the ranges of external data that a stage needs into its own file, and point the stage at them."""
-    external = [t for t in graph_tensors(model.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
+    external = [tensor for tensor in graph_tensors(model.graph) if is_external(tensor)]
     if not external:
         return ()
     digest, end = hashlib.sha256(), 0
     with path.open("wb") as target, ThreadPoolExecutor(1) as copier:
         for tensor in external:
-            file, offset, length = external_range(source, tensor)
+            file, offset, length = external_range(source.path, tensor)
             digest.update(bytes(-end % _ALIGNMENT))
             end += -end % _ALIGNMENT
-            with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as origin:
+            with open_external(file) as origin:
                 copied = copier.submit(_copy_range, origin.fileno(), target.fileno(), offset, end, length)
                 _hash_range(digest, origin, offset, length, wrote)
                 copied.result()
@@ -301,7 +301,10 @@ def write_constant(graph: OpGraph, output: str, folder: Path, name: str) -> File
     tensor = next((t for t in graph.source.proto.graph.initializer if t.name == output), None)
     if tensor is None:
         raise PartitionError(f"output {output!r} is a sparse initializer; a stage cannot serve it")
-    array = onnx.numpy_helper.to_array(tensor, base_dir=str(graph.source.folder))
+    held = onnx.TensorProto()
+    held.CopyFrom(tensor)
+    load_external(graph.source.path, [held])
+    array = onnx.numpy_helper.to_array(held)
     if array.dtype.kind in "OS":
         array = array.astype(str)
     save_npz(folder / name, {output: array})

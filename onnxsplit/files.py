@@ -44,7 +44,7 @@ def check_regular(path: Path, *, most_bytes: int = MOST_FILE_BYTES) -> None:
     Raises:
         OSError: it is missing, something else than a file, or too large; ``strerror`` says which.
     """
-    _check_name(path)
+    check_name(path)
     _check_regular(path, path.stat(), most_bytes)
 
 
@@ -85,7 +85,12 @@ def _check_regular(path: Path, found: os.stat_result, most_bytes: int) -> None:
         raise _too_large(path, found.st_size, most_bytes)
 
 
-def _check_name(path: Path) -> None:
+def check_name(path: Path) -> None:
+    """Refuse a path that no file can have.
+
+    Raises:
+        OSError: it holds a NUL byte.
+    """
     if "\0" in str(path):  # which Python answers with a ValueError
         raise OSError(errno.EINVAL, "its name holds a NUL byte, which no file's may", str(path))
 
@@ -104,7 +109,7 @@ def written_file(target: Path) -> Path:
     Raises:
         OSError: it is there and is no regular file, so that replacing it would destroy a device, a FIFO or a folder.
     """
-    _check_name(target)
+    check_name(target)
     real = Path(os.path.realpath(target))
     try:
         mode = real.stat().st_mode

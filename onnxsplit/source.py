@@ -12,7 +12,8 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnxsplit.errors import ModelError, shown
-from onnxsplit.files import check_regular, is_text, read_regular
+from onnxsplit.external import external_range, is_external
+from onnxsplit.files import is_text, read_regular
 from onnxsplit.tensors import size_bytes, type_name
 
 FunctionKey = tuple[str, str, str]
@@ -48,11 +49,6 @@ class SourceModel:
     proto: onnx.ModelProto = field(repr=False)
     sha256: str
 
-    @property
-    def folder(self) -> Path:
-        """Where external data is looked for."""
-        return self.path.parent
-
 
 def open_model(path: str | Path) -> SourceModel:
     """Read a model without its external data.
@@ -60,7 +56,7 @@ def open_model(path: str | Path) -> SourceModel:
     Raises:
         ModelError: missing, not a regular file, empty, too large, damaged, not ONNX, or with functions that call
             themselves or unfold to too many ops; or external data that is missing, too short, not a regular file,
-            outside the model's folder or a link.
+            or outside the folders allowed.
     """
     path = Path(path)
     if not is_text(path):
@@ -93,8 +89,8 @@ def open_model(path: str | Path) -> SourceModel:
     digest = hashlib.sha256(content).hexdigest()
     source = SourceModel(path=path, proto=proto, sha256=digest)
     for tensor in graph_tensors(proto.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            external_range(source, tensor)
+        if is_external(tensor):
+            external_range(path, tensor)
     return source
 
 
@@ -174,45 +170,6 @@ def _key(node: onnx.NodeProto) -> FunctionKey:
 
 def _number(count: int) -> str:
     return str(count) if count < 10**12 else f"over 10^{len(str(count)) - 1}"
-
-
-def external_range(source: SourceModel, tensor: onnx.TensorProto) -> tuple[Path, int, int]:
-    """Where a tensor's external data lies: file, offset, length in bytes.
-
-    Raises:
-        ModelError: the file is missing, a link, outside the model's folder, or too short.
-    """
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location, what = entries.get("location", ""), f"external data of {tensor.name!r} in {source.path}"
-    path = source.folder / location
-    if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-        raise ModelError(f"{what}: location {location!r} is not a path inside the model's folder")
-    if any((source.folder / part).is_symlink() for part in _prefixes(Path(location))):
-        raise ModelError(f"{what}: {location!r} is a link; put the file itself into the model's folder")
-    try:
-        check_regular(path)
-    except FileNotFoundError as error:
-        raise ModelError(f"{what}: {path} is missing; keep it beside the model") from error
-    except OSError as error:
-        raise ModelError(f"{what}: {shown(str(path))} cannot be used: {error.strerror}") from error
-    try:
-        offset = int(entries.get("offset") or 0)
-        expected = size_bytes(type_name(tensor.data_type) or "uint8", tuple(tensor.dims))
-        length = int(entries.get("length") or expected)
-    except ValueError as error:
-        raise ModelError(f"{what}: offset or length is no number") from error
-    available = path.stat().st_size
-    if offset < 0 or length < 0 or length < expected or offset + length > available:
-        raise ModelError(
-            f"{what}: needs {max(length, expected)} bytes at {offset}, {location!r} has {available}: "
-            "the file is truncated or belongs to another model"
-        )
-    return path, offset, length
-
-
-def _prefixes(path: Path) -> Iterator[Path]:
-    yield path
-    yield from (parent for parent in path.parents if parent != Path())
 
 
 def nested_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

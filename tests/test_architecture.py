@@ -20,6 +20,7 @@ ORDER = [
     ["onnxsplit.providers", "onnxsplit.string_value"],
     ["onnxsplit.session"],
     ["onnxsplit.timed"],
+    ["onnxsplit.external"],
     ["onnxsplit.source"],
     ["onnxsplit.graph"],
     ["onnxsplit.shapes"],
@@ -109,6 +110,7 @@ HOMES = {
     "networkx": {"onnxsplit.graph", "onnxsplit.atoms", "onnxsplit.partitioner"},
     "onnx": {
         "onnxsplit.batch",
+        "onnxsplit.external",
         "onnxsplit.source",
         "onnxsplit.merge",
         "onnxsplit.graph",

@@ -18,9 +18,10 @@ import onnx
 
 from onnxsplit.cost.measured import Profile, ProfileRequest
 from onnxsplit.errors import in_one_line
+from onnxsplit.external import point_from_one_folder
 from onnxsplit.graph import OpGraph, build_graph
 from onnxsplit.session import open_session
-from onnxsplit.source import all_nodes, open_model
+from onnxsplit.source import all_nodes, graph_tensors, open_model
 from onnxsplit.tensors import load_npz
 
 _OP_NAME = re.compile(r"onnxsplit\.op(\d+)\.")
@@ -48,12 +49,14 @@ def profile(request: ProfileRequest) -> Profile:
     graph = build_graph(source)
     given = load_npz(Path(request.inputs))
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+        model = _renamed(graph)
+        data_folder = point_from_one_folder(source.path, graph_tensors(model.graph))
         session = open_session(
-            _renamed(graph).SerializeToString(),
+            model.SerializeToString(),
             threads=request.threads,
             level=request.level,
             provider=request.provider,
-            external_data_folder=source.folder.resolve(),
+            external_data_folder=data_folder,
             profile_prefix=Path(folder) / "profile",
         )
         inputs = {name: given[name] for name, _ in session.inputs}
@@ -79,12 +82,13 @@ def _types(graph: OpGraph, request: ProfileRequest) -> dict[str, str]:
     model = _renamed(graph)
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in request.untyped if name not in outputs)
+    data_folder = point_from_one_folder(graph.source.path, graph_tensors(model.graph))
     session = open_session(
         model.SerializeToString(),
         threads=1,
         level="disabled",
         provider=request.provider,
-        external_data_folder=graph.source.folder.resolve(),
+        external_data_folder=data_folder,
     )
     return {name: kind for name, kind in session.outputs if kind is not None and name in request.untyped}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from onnxsplit.errors import ExportError, MissingDependency, one_line
@@ -49,8 +48,4 @@ def fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
     found = Path(folder) / source.file
     if not found.exists():
         raise ExportError(f"{source.repo} has no file {source.file!r}")
-    place = options.scratch / "fetched"  # a hub's cache is made of links, which models with external data may not be
-    place.mkdir()
-    for file in found.parent.glob(f"{found.name}*"):
-        shutil.copyfile(file, place / file.name)
-    return place / found.name, Path(folder).name
+    return found, Path(folder).name

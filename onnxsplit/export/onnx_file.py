@@ -13,10 +13,11 @@ from onnxsplit.cost.measured import find_example
 from onnxsplit.errors import ExportError, InputError, ModelError, one_line
 from onnxsplit.export import Conversion, ExportOptions, finish
 from onnxsplit.export.sources import Source
+from onnxsplit.external import external_range, is_external, load_external
 from onnxsplit.graph import build_graph
 from onnxsplit.session import host_cores, open_session
 from onnxsplit.shapes import input_specs
-from onnxsplit.source import SourceModel, external_range, graph_tensors, open_model
+from onnxsplit.source import SourceModel, graph_tensors, open_model
 from onnxsplit.tensors import Array
 
 
@@ -29,9 +30,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     held: list[Any] = []
 
     def write(file: Path) -> None:
-        files = {
-            external_range(model, tensor)[0] for tensor in graph_tensors(model.proto.graph) if tensor.external_data
-        }
+        files = {external_range(path, tensor)[0] for tensor in graph_tensors(model.proto.graph) if is_external(tensor)}
         size = path.stat().st_size + sum(part.stat().st_size for part in files)
         version = next((one.version for one in model.proto.opset_import if one.domain in ("", "ai.onnx")), None)
         raised = options.opset is not None and version != options.opset
@@ -40,7 +39,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
                 f"{path} is above 2 GB: its opset cannot be changed, since ONNX's converter takes it whole"
             )
         if raised or size <= finish.LARGE_BYTES:
-            _small(path, file, options.opset if raised else None)
+            _small(model, file, options.opset if raised else None)
         else:
             _large(model, file)
 
@@ -62,8 +61,10 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     return [Conversion(framework=f"ONNX {onnx.__version__}", write=write, samples=samples, reference=reference)]
 
 
-def _small(path: Path, file: Path, opset: int | None) -> None:
-    proto = onnx.load(str(path))
+def _small(model: SourceModel, file: Path, opset: int | None) -> None:
+    path, proto = model.path, onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    load_external(path, graph_tensors(proto.graph))
     if opset is not None:
         try:
             proto = onnx.version_converter.convert_version(proto, opset)
@@ -80,8 +81,8 @@ def _large(model: SourceModel, file: Path) -> None:
     """Shapes inferred by path; the data as it is, in files that have the new model's name."""
     names: dict[Path, str] = {}
     for tensor in graph_tensors(model.proto.graph):
-        if tensor.external_data:
-            part = external_range(model, tensor)[0]
+        if is_external(tensor):
+            part = external_range(model.path, tensor)[0]
             if part not in names:
                 names[part] = f"{file.name}.data{len(names) or ''}"
                 shutil.copyfile(part, file.parent / names[part])  # links are refused by whoever loads it
