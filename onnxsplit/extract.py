@@ -1,8 +1,8 @@
 """Stage files: each a valid ONNX model of its own.
 
-A stage keeps the source's IR version, opsets, metadata and symbolic dimension names, the functions its ops call (and
-those that they call), and only the initializers and copied ops it reads. Names of ops and tensors stay those of the
-source. Initializers that the source lists as inputs are constants in the stages.
+A stage keeps the source's IR version (4 at least), opsets, metadata and symbolic dimension names, the functions its ops
+call (and those that they call), and only the initializers and copied ops it reads. Names of ops and tensors stay those
+of the source. Initializers that the source lists as inputs are constants in the stages.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ from onnxsplit.source import (
     tensor_bytes,
 )
 from onnxsplit.tensors import save_npz
+
+CONSTANTS_IR_VERSION = 4
+"""The first IR version in which an initializer need not be an input, as those of stages are not."""
 
 _CHUNK = 1 << 20  # small enough to be hashed while it is still in the processor's cache
 _ALIGNMENT = 4096  # external data starts on pages, so that ONNX Runtime can map it
@@ -218,6 +221,7 @@ def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.Model
             getattr(model, descriptor.name).extend(value)
         else:
             setattr(model, descriptor.name, value)
+    model.ir_version = max(source.ir_version, CONSTANTS_IR_VERSION)
     nodes = [graph.ops[index].node for index in parts.ops]
     called = called_functions(nodes, functions_of(source))
     model.functions.extend(f for f in source.functions if (f.domain, f.name, f.overload) in called)

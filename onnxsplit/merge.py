@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from onnxsplit.errors import PlanError
-from onnxsplit.extract import write_model
+from onnxsplit.extract import CONSTANTS_IR_VERSION, write_model
 from onnxsplit.plan import Plan, load_plan
 from onnxsplit.shapes import value_info
 from onnxsplit.source import SourceModel, open_model
@@ -34,7 +34,7 @@ def merge(folder: str | Path, out: str | Path) -> Plan:
 
 
 def _merged(folder: Path, plan: Plan) -> onnx.ModelProto:
-    model = onnx.ModelProto(ir_version=plan.model.ir_version)
+    model = onnx.ModelProto(ir_version=max(plan.model.ir_version, CONSTANTS_IR_VERSION))
     graph = model.graph
     written: set[str] = set()
     constants: set[str] = set()

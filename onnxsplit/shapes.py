@@ -243,6 +243,8 @@ def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> on
             elem_type = value.type.tensor_type.elem_type
             added.CopyFrom(onnx.helper.make_tensor_value_info(value.name, elem_type, sizes[value.name]))
     for value in source.graph.output:
+        if value.name not in graph.producer:  # inference would forget the shape of that input or initializer
+            continue
         added = model.graph.output.add()
         added.CopyFrom(value)
         if added.type.WhichOneof("value") == "tensor_type":

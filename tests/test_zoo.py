@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import zoo
+from checked import check_plan
 
 from onnxsplit.planner import partition
 from onnxsplit.verify import verify
@@ -35,6 +36,7 @@ def test_a_trained_model_gives_the_same_in_stages(name, costs, tmp_path):
     for comparison in verify(tmp_path / "m.plan", model):
         assert comparison.repeatable
         assert comparison.good, comparison
+    check_plan(tmp_path / "m.plan", model)
 
 
 def test_a_registry_out_of_reach_is_one_clear_message(tmp_path):

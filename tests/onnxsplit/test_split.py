@@ -10,6 +10,7 @@ import build
 import numpy as np
 import onnx
 import pytest
+from checked import check_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -39,6 +40,7 @@ def test_random_graphs_give_the_same_in_stages(seed):
         stages = random.Random(seed).randint(1, min(5, atoms))
         partition(model, stages=stages, out=folder / "m.plan", costs="analytic")
         assert all(c.exact and c.good for c in verify(folder / "m.plan", model))
+        check_plan(folder / "m.plan", model)
 
 
 def test_captures_become_inputs_of_the_stage(tmp_path):
