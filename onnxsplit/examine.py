@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,10 +88,14 @@ class Subject:
         )
 
     def _weights(self, atom_of: Mapping[int, int], packs: bool) -> tuple[Weight, ...]:
-        """Initializers, and tensors in the attributes of ops, with the atoms that read them, directly or by copies."""
+        """Initializers, and tensors in the attributes of ops, with the atoms that read them, directly or by copies.
+
+        On a CPU, bytes that initializers share are mapped once, and some kernels keep a packed copy for each
+        initializer. Other devices hold every initializer by itself.
+        """
         graph = self.graph
         held: dict[str, set[int]] = {}
-        found = []
+        sizes: Counter[tuple[int, ...]] = Counter()
         for op in graph.ops:
             atoms = (
                 {atom_of[op.index]}
@@ -100,14 +105,15 @@ class Subject:
             for name in op.reads:
                 if name in graph.constants:
                     held.setdefault(name, set()).update(atoms)
-            stored = sum(tensor_bytes(tensor) for tensor in node_tensors([op.node]))
-            if stored:
-                found.append(Weight(stored, tuple(sorted(atoms))))
-        copies = graph.packed if packs else frozenset()
-        return (
-            *(Weight(graph.constants[name] * (1 + (name in copies)), tuple(sorted(a))) for name, a in held.items()),
-            *found,
-        )
+            sizes[tuple(sorted(atoms))] += sum(tensor_bytes(tensor) for tensor in node_tensors([op.node]))
+        if packs:
+            for stored in graph.stored:
+                sizes[tuple(sorted({atom for name in stored.names for atom in held.get(name, ())}))] += (
+                    stored.size_bytes
+                )
+        for name, readers in held.items():
+            sizes[tuple(sorted(readers))] += graph.constants[name] * (name in graph.packed if packs else 1)
+        return tuple(Weight(size, readers) for readers, size in sizes.items() if size and readers)
 
     def _inner_bytes(self) -> tuple[int, ...]:
         """By atom, the tensors that its ops write and that stay inside."""
@@ -188,7 +194,7 @@ def examine(
 
 def _check_memory(graph: OpGraph) -> None:
     """Refuse to run a model whose weights alone take more memory than this host has free."""
-    needed, free = sum(graph.constants.values()), free_memory_bytes()
+    needed, free = sum(stored.size_bytes for stored in graph.stored), free_memory_bytes()
     if needed > free:
         raise ModelError(
             f"{graph.source.path} does not run here: its weights take {needed} bytes, and {free} bytes of memory are "

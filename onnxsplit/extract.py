@@ -37,6 +37,7 @@ from onnxsplit.source import (
     node_tensors,
     tensor_bytes,
 )
+from onnxsplit.storage import Extent, blocks, extents
 from onnxsplit.tensors import save_npz
 
 CONSTANTS_IR_VERSION = 4
@@ -124,17 +125,27 @@ def whole_parts(graph: OpGraph) -> StageParts:
 def peak_memory_bytes(graph: OpGraph, shapes: Shapes, parts: StageParts, *, packed: bool = True) -> int:
     """Weights, and the largest sum of live activations while the ops run in order.
 
-    With ``packed``, weights count twice that ONNX Runtime keeps packed for its kernels, too, as it does on a CPU.
+    With ``packed``, as ONNX Runtime does on a CPU, bytes that initializers share are in memory once, and weights count
+    twice that it keeps packed for its kernels, too. Without, every initializer has memory of its own.
     """
-    copies = sum(graph.constants[name] for name in parts.constants if packed and name in graph.packed)
+    sizes = [graph.constants[name] for name in parts.constants if not packed or name in graph.packed]
+    shared = 0 if packed else _initializer_bytes(graph, parts)
     activations = activation_bytes(graph, shapes, parts.ops, frozenset(parts.outputs))
-    return weight_bytes(graph, parts) + copies + activations
+    return weight_bytes(graph, parts) - shared + sum(sizes) + activations
 
 
 def weight_bytes(graph: OpGraph, parts: StageParts) -> int:
-    """Bytes of the constants that a stage holds: initializers, and tensors in the attributes of its ops."""
-    stored = node_tensors(graph.ops[index].node for index in parts.ops)
-    return sum(graph.constants[name] for name in parts.constants) + sum(tensor_bytes(tensor) for tensor in stored)
+    """Bytes of the constants that a stage holds: initializers, and tensors in the attributes of its ops.
+
+    Bytes that several initializers share count once.
+    """
+    attributes = node_tensors(graph.ops[index].node for index in parts.ops)
+    return _initializer_bytes(graph, parts) + sum(tensor_bytes(tensor) for tensor in attributes)
+
+
+def _initializer_bytes(graph: OpGraph, parts: StageParts) -> int:
+    held = set(parts.constants)
+    return sum(stored.size_bytes for stored in graph.stored if held & stored.names)
 
 
 def _ignore(_: int) -> None:
@@ -174,8 +185,12 @@ def write_stage(
     return (entry, *data)
 
 
-def write_model(source: SourceModel, model: onnx.ModelProto, out: Path, beside: Mapping[str, str]) -> tuple[Path, ...]:
+def write_model(
+    source: SourceModel, model: onnx.ModelProto, out: Path, beside: Mapping[str, str], *, by_content: bool = False
+) -> tuple[Path, ...]:
     """Write a model, its external data to ``OUT.data``, and texts to ``OUT.NAME``; the model appears last.
+
+    ``by_content`` is as for :func:`copy_external`.
 
     Returns:
         The files, the model first.
@@ -186,7 +201,7 @@ def write_model(source: SourceModel, model: onnx.ModelProto, out: Path, beside: 
     out = written_file(out)
     folder = out.parent
     with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=folder) as scratch:
-        copy_external(source, model, Path(scratch) / f"{out.name}.data")
+        copy_external(source, model, Path(scratch) / f"{out.name}.data", by_content=by_content)
         (Path(scratch) / out.name).write_bytes(serialized(model))
         for name, text in beside.items():
             (Path(scratch) / f"{out.name}.{name}").write_text(text)
@@ -250,27 +265,64 @@ def _border(name: str, shapes: Shapes, declared: Mapping[str, onnx.ValueInfoProt
 
 
 def copy_external(
-    source: SourceModel, model: onnx.ModelProto, path: Path, wrote: Callable[[int], None] = _ignore
+    source: SourceModel,
+    model: onnx.ModelProto,
+    path: Path,
+    wrote: Callable[[int], None] = _ignore,
+    *,
+    by_content: bool = False,
 ) -> tuple[FileEntry, ...]:
-    """Copy the ranges of external data that a stage needs into its own file, and point the stage at them."""
-    external = [tensor for tensor in graph_tensors(model.graph) if is_external(tensor)]
-    if not external:
+    """Copy the external data that a stage needs into its own file, and point the stage at it.
+
+    Bytes that tensors share are written once; large initializers of the model file that are equal go there, too.
+
+    Args:
+        source: the model that the external data is of.
+        model: the stage.
+        path: its data file.
+        wrote: told of every number of bytes written.
+        by_content: look for equal bytes in different places, too.
+    """
+    count = len(model.graph.initializer)
+    tensors = [t for position, t in enumerate(graph_tensors(model.graph)) if position < count or is_external(t)]
+    places = extents(source.path, tensors, by_content=by_content)
+    block_of = blocks(place for place in places if place is not None)
+    inside: dict[Extent, list[tuple[onnx.TensorProto, Extent]]] = {}
+    for tensor, place in zip(tensors, places, strict=True):
+        if place is not None:
+            inside.setdefault(block_of[place], []).append((tensor, place))
+    if not inside:
         return ()
     digest, end = hashlib.sha256(), 0
     with path.open("wb") as target, ThreadPoolExecutor(1) as copier:
-        for tensor in external:
-            file, offset, length = external_range(source.path, tensor)
+        for block, held in inside.items():
             digest.update(bytes(-end % _ALIGNMENT))
             end += -end % _ALIGNMENT
-            with open_external(file) as origin:
-                copied = copier.submit(_copy_range, origin.fileno(), target.fileno(), offset, end, length)
-                _hash_range(digest, origin, offset, length, wrote)
-                copied.result()
-            del tensor.external_data[:]
-            for key, value in (("location", path.name), ("offset", end), ("length", length)):
-                tensor.external_data.add(key=key, value=str(value))
-            end += length
+            tensor, place = held[0]
+            if is_external(tensor):
+                file, offset, _ = external_range(source.path, tensor)
+                start = offset - (place.offset - block.offset)
+                with open_external(file) as origin:
+                    copied = copier.submit(_copy_range, origin.fileno(), target.fileno(), start, end, block.length)
+                    _hash_range(digest, origin, start, block.length, wrote)
+                    copied.result()
+            else:
+                target.seek(end)
+                target.write(tensor.raw_data)
+                digest.update(tensor.raw_data)
+                wrote(block.length)
+            for tensor, place in held:
+                _point(tensor, path.name, end + place.offset - block.offset, place.length)
+            end += block.length
     return (FileEntry(name=path.name, sha256=digest.hexdigest(), size_bytes=end),)
+
+
+def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def _copy_range(origin: int, target: int, offset: int, target_offset: int, length: int) -> None:

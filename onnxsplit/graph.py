@@ -21,6 +21,7 @@ import onnx
 
 from onnxsplit.errors import ModelError
 from onnxsplit.source import FunctionKey, SourceModel, functions_of, is_random, nested_graphs, tensor_bytes
+from onnxsplit.storage import Extent, Stored, extents, stored_once
 
 _PACKING = frozenset(
     [
@@ -81,6 +82,7 @@ class OpGraph:
         inputs: inputs a caller must give: initializers listed as inputs are constants here, see ``overridable``.
         outputs: outputs of the model, each once.
         constants: initializers of the main graph (sparse ones included) -> bytes.
+        stored: the bytes of the constants, each counted once where several share it.
         packed: those of them that some op reads of which ONNX Runtime's CPU kernels keep a packed copy.
         overridable: initializers that the model also lists as inputs. Stages treat them as constants.
         constant_ops: ops whose result never changes: no path leads to them from an input or a random op.
@@ -94,6 +96,7 @@ class OpGraph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: dict[str, int]
+    stored: tuple[Stored, ...]
     packed: frozenset[str]
     overridable: tuple[str, ...]
     constant_ops: frozenset[int]
@@ -167,10 +170,17 @@ def build_graph(source: SourceModel) -> OpGraph:
         inputs=inputs,
         outputs=outputs,
         constants=constants,
+        stored=stored_once(constants, _places(source)),
         packed=frozenset(name for op in ops if op.op_type in _PACKING for name in op.inputs if name in constants),
         overridable=tuple(value.name for value in proto.input if value.name in constants),
         constant_ops=_constant_ops(ops, constants, producer, functions),
     )
+
+
+def _places(source: SourceModel) -> dict[str, Extent]:
+    tensors = source.proto.graph.initializer
+    places = zip(tensors, extents(source.path, tensors), strict=True)
+    return {tensor.name: place for tensor, place in places if place is not None}
 
 
 def _sorted_live_nodes(source: SourceModel, *, given: set[str], outputs: tuple[str, ...]) -> list[onnx.NodeProto]:

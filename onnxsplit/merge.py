@@ -27,7 +27,7 @@ def merge(folder: str | Path, out: str | Path) -> Plan:
     plan = load_plan(folder)
     model = _merged(folder, plan)
     try:
-        write_model(SourceModel(path=folder / "plan", proto=model, sha256=""), model, out, {})
+        write_model(SourceModel(path=folder / "plan", proto=model, sha256=""), model, out, {}, by_content=True)
     except OSError as error:
         raise PlanError(f"cannot write {out}: {error.strerror or error}") from error
     return plan
