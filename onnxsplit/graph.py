@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 import networkx as nx
 import onnx
 
+from onnxsplit.bodies import defined_names, nested_graphs
 from onnxsplit.errors import ModelError
-from onnxsplit.source import FunctionKey, SourceModel, functions_of, is_random, nested_graphs, tensor_bytes
+from onnxsplit.source import FunctionKey, SourceModel, functions_of, is_random, tensor_bytes
 from onnxsplit.storage import Extent, Stored, extents, stored_once
 
 _PACKING = frozenset(
@@ -111,15 +112,6 @@ def captured_names(node: onnx.NodeProto) -> tuple[str, ...]:
             names.update(dict.fromkeys(n for n in (*inner.input, *captured_names(inner)) if n and n not in own))
         names.update(dict.fromkeys(o.name for o in graph.output if o.name and o.name not in own))
     return tuple(names)
-
-
-def defined_names(graph: onnx.GraphProto) -> set[str]:
-    """The names that a graph itself gives to tensors."""
-    names = {value.name for value in graph.input}
-    names.update(tensor.name for tensor in graph.initializer)
-    names.update(sparse.values.name for sparse in graph.sparse_initializer)
-    names.update(output for node in graph.node for output in node.output)
-    return names
 
 
 def build_graph(source: SourceModel) -> OpGraph:

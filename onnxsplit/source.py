@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from onnxsplit.bodies import nested_graphs as nested_graphs  # also for those that import it from here
 from onnxsplit.errors import ModelError, shown
 from onnxsplit.external import external_range, is_external
 from onnxsplit.files import is_text, read_regular
+from onnxsplit.optimised import is_saved, rename_initializers
 from onnxsplit.tensors import size_bytes, type_name
 
 FunctionKey = tuple[str, str, str]
@@ -53,6 +55,8 @@ class SourceModel:
 def open_model(path: str | Path) -> SourceModel:
     """Read a model without its external data.
 
+    Initializers of a model that ONNX Runtime's optimiser saved get other names, so that it can be optimised again.
+
     Raises:
         ModelError: missing, not a regular file, empty, too large, damaged, not ONNX, or with functions that call
             themselves or unfold to too many ops; or external data that is missing, too short, not a regular file,
@@ -91,6 +95,8 @@ def open_model(path: str | Path) -> SourceModel:
     for tensor in graph_tensors(proto.graph):
         if is_external(tensor):
             external_range(path, tensor)
+    if is_saved(proto):
+        rename_initializers(proto)
     return source
 
 
@@ -170,15 +176,6 @@ def _key(node: onnx.NodeProto) -> FunctionKey:
 
 def _number(count: int) -> str:
     return str(count) if count < 10**12 else f"over 10^{len(str(count)) - 1}"
-
-
-def nested_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The bodies an op holds directly, as attributes."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
 
 
 def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

@@ -17,12 +17,13 @@ and optimised ones may differ in no more elements than twice what optimisation a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from onnxsplit.errors import ModelError, PlanError
+from onnxsplit.errors import ModelError, ModelRefused, PlanError
 from onnxsplit.graph import build_graph
 from onnxsplit.plan import Level, Plan, example_file, load_plan
 from onnxsplit.precision import LEAST_TOLERANCE, computed_types, narrowest, tolerance
@@ -103,7 +104,7 @@ def verify(
         hint = "" if inputs is not None else "; these inputs were made up, give real ones with --inputs FILE.npz"
         raise ModelError(f"{model} does not run on the inputs: {error}{hint}") from error
     again = _run_whole(path, plan, given, "disabled", threads)
-    optimized = _run_whole(path, plan, given, plan.costs.whole_optimization_level, threads)
+    optimized = _run_optimized(path, plan, given, threads)
     chained = run_stages(folder, plan, given, threads=threads, level="disabled")
     chained_optimized = run_stages(folder, plan, given, threads=threads)
     types = _float_types(source, plan, given)
@@ -167,6 +168,19 @@ def _run_whole(path: Path, plan: Plan, inputs: Mapping[str, Array], level: Level
     session: Session = open_session(path, threads=threads, level=level)
     given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name in plan.inputs}
     return session.run(given)
+
+
+def _run_optimized(path: Path, plan: Plan, inputs: Mapping[str, Array], threads: int) -> dict[str, Array]:
+    """Run the whole model at the plan's level, or at the highest one below at which ONNX Runtime takes it.
+
+    ONNX Runtime cannot optimise some models again that its own optimiser saved.
+    """
+    levels: tuple[Level, ...] = ("all", "extended", "basic")
+    first = plan.costs.whole_optimization_level
+    for level in levels[levels.index(first) :] if first in levels else ():
+        with suppress(ModelRefused):
+            return _run_whole(path, plan, inputs, level, threads)
+    return _run_whole(path, plan, inputs, "disabled", threads)
 
 
 def _zeros(plan: Plan, name: str) -> Array:

@@ -16,9 +16,8 @@ from onnxsplit.batch.evaluate import evaluate, widened
 from onnxsplit.batch.facts import SAME, Call, Fact, Kind, Mixes, Sizes, known, stored, without_values
 from onnxsplit.batch.linear import MOST_ELEMENTS, Undecided, Values
 from onnxsplit.batch.rules import RULES
+from onnxsplit.bodies import defined_names, nested_graphs
 from onnxsplit.errors import shown
-from onnxsplit.graph import defined_names
-from onnxsplit.source import nested_graphs
 
 Learned = list[tuple[onnx.GraphProto, str, Values | onnx.ValueInfoProto]]
 """Tensors by their graph and name, with their numbers, or with the shape that the only branch that runs gives."""

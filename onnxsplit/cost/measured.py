@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import msgspec
 
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
-from onnxsplit.errors import InputError, ModelError
+from onnxsplit.errors import InputError, ModelError, ModelRefused
 from onnxsplit.graph import OpGraph
 from onnxsplit.inputs import dimension_choices, synthesize
 from onnxsplit.plan import Level, TensorSpec
@@ -137,16 +138,31 @@ def _dims_text(dims: Mapping[str, int]) -> str:
 def best_level(model: Path, inputs: Path, *, threads: int, provider: str) -> tuple[Level, int]:
     """The optimisation level at which a model file runs fastest, and its nanoseconds a run.
 
-    The usual best (``all``) is kept unless another is clearly faster.
+    The usual best (``all``) is kept unless another is clearly faster. Levels at which ONNX Runtime refuses the model
+    are left out: it cannot optimise some models again that its own optimiser saved.
+
+    Raises:
+        ModelRefused: it refuses the model at every level.
     """
     found: dict[Level, int] = {}
-    usual = CANDIDATE_LEVELS[0]
-    with TimedModel(model, inputs, threads=threads, level=usual, provider=provider) as timed:
+    refused: list[ModelRefused] = []
+    with ExitStack() as stack:
+        timed: TimedModel | None = None
         for level in CANDIDATE_LEVELS:
-            if level != usual:
-                timed.reload(level)
+            try:
+                if timed is None:
+                    one = TimedModel(model, inputs, threads=threads, level=level, provider=provider)
+                    timed = stack.enter_context(one)
+                else:
+                    timed.reload(level)
+            except ModelRefused as error:
+                refused.append(error)
+                continue
             timed.run(0.0)
             found[level] = median_ns(timed.run(_LEVEL_SECONDS, least=3))
+    if not found:
+        raise refused[0]
+    usual = next(iter(found))
     fastest = min(found, key=lambda level: found[level])
     chosen = fastest if found[fastest] < _CLEARLY * found[usual] else usual
     return chosen, found[chosen]
