@@ -13,12 +13,12 @@ from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.cost.measured import find_example, measured_costs
 from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
 from onnxsplit.graph import OpGraph, build_graph
-from onnxsplit.inputs import accept, dimension_choices, synthesize
+from onnxsplit.inputs import accept, dimension_choices, guesses
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.partitioner import Problem, Transfer, Weight
 from onnxsplit.session import threads_per_node
 from onnxsplit.setting import Setting, alike
-from onnxsplit.shapes import Shapes, bind, infer_shapes, input_specs
+from onnxsplit.shapes import Shapes, bind, infer_shapes, input_specs, with_formulas
 from onnxsplit.source import node_tensors, open_model, tensor_bytes
 from onnxsplit.tensors import Array, load_npz
 
@@ -187,7 +187,8 @@ def examine(
             note = str(error)
     if given is None:
         fixed = next(dimension_choices(specs, fixed))
-        given = synthesize(graph, specs, bind(specs, fixed))
+        *_, given = guesses(graph, specs, bind(specs, fixed))  # the last is the most careful
+        fixed = with_formulas(specs, fixed)
     shapes = infer_shapes(graph, {name: array.shape for name, array in given.items()})
     return _subject(graph, analytic_costs(graph, shapes), given, fixed, note)
 

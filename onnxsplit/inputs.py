@@ -1,7 +1,8 @@
 """Example inputs: those a user gives, or made up so that real models accept them.
 
 Made-up inputs follow from what the model says of them: type, shape, name, and the tables that integers index. Sizes
-of free dimensions are tried in turn until the model runs.
+of free dimensions are tried in turn until the model runs. Where a dimension is a formula of others, such as
+``past + 1``, its size follows from theirs.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from itertools import islice
 import numpy as np
 
 from onnxsplit.errors import InputError
-from onnxsplit.graph import OpGraph
+from onnxsplit.graph import Op, OpGraph
 from onnxsplit.plan import TensorSpec
-from onnxsplit.shapes import check_dimensions, free_dimensions
+from onnxsplit.shapes import Shapes, check_dimensions, free_dimensions, infer_shapes, sized_dimensions, with_formulas
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype, size_bytes
 
 _BATCH = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
 _STATE = re.compile(r"state|hidden|cell|^[hc][n0-9]?$", re.IGNORECASE)  # [layers, batch, width] by custom
+_PAST = re.compile(r"past|cache", re.IGNORECASE)
 _SEQUENCE_SIZES = (128, 32, 16, 64, 256, 512, 8, 1)
 _IMAGE_SIZES = (224, 320, 256, 640, 64, 48, 32, 512)
 _MOST_CHOICES = 64
 _MOST_BYTES = 4 << 30
 _OTHER_SIZES = (32, 256, 512, 16, 64, 128, 8, 1)
+_INDEXING = frozenset(["Gather", "GatherElements", "GatherND", "Scatter", "ScatterElements", "ScatterND"])
+_INDEX_TYPES = frozenset(["int32", "int64"])
 _TRANSPARENT = frozenset(
     ["Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten", "Transpose", "Clip", "Slice"]
 )
@@ -34,16 +38,25 @@ def dimension_choices(specs: Mapping[str, TensorSpec], fixed: Mapping[str, int])
     """Sizes to try for the free dimensions, likeliest first; those in ``fixed`` stay.
 
     Raises:
-        InputError: ``fixed`` names a dimension that is not in the model.
+        InputError: ``fixed`` names a dimension that is not in the model, or no size that is tried suits a formula.
     """
-    free = free_dimensions(specs)
+    free = sized_dimensions(specs)
     check_dimensions(specs, fixed)
     sizes = {name: (fixed[name],) if name in fixed else _sizes(name, specs, where) for name, where in free.items()}
     seen: list[dict[str, int]] = []
+    unsuitable: InputError | None = None
     for choice in islice(_combinations(sizes), _MOST_CHOICES):
-        if choice not in seen:
-            seen.append(choice)
-            yield choice
+        if choice in seen:
+            continue
+        try:
+            with_formulas(specs, choice)
+        except InputError as error:
+            unsuitable = unsuitable or error
+            continue
+        seen.append(choice)
+        yield choice
+    if unsuitable is not None and not seen:
+        raise unsuitable
 
 
 def _combinations(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
@@ -63,17 +76,38 @@ def _sizes(name: str, specs: Mapping[str, TensorSpec], where: list[tuple[str, in
         return (1,)
     if ranks == {3} and axes == {1} and all(_STATE.search(owner) for owner, _ in where):
         return (1,)
+    if _PAST.search(name):
+        return (*_SEQUENCE_SIZES, 0)
     if ranks == {4} and axes <= {2, 3}:
         return _IMAGE_SIZES
     return _SEQUENCE_SIZES if ranks <= {2, 3} and axes == {1} else _OTHER_SIZES
 
 
-def synthesize(
+def guesses(
     graph: OpGraph, specs: Mapping[str, TensorSpec], sizes: Mapping[str, tuple[int, ...]]
+) -> Iterator[dict[str, Array]]:
+    """Inputs of the given shapes to try in turn: as they come, then with integers that index other tensors bounded."""
+    yield synthesize(graph, specs, sizes)
+    if any(_indexes(graph, name) for name, spec in specs.items() if spec.dtype in _INDEX_TYPES):
+        yield synthesize(graph, specs, sizes, infer_shapes(graph, sizes))
+
+
+def synthesize(
+    graph: OpGraph,
+    specs: Mapping[str, TensorSpec],
+    sizes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes | None = None,
 ) -> dict[str, Array]:
     """Make up inputs of the given shapes; the same ones each time.
 
     Floats lie in [0, 1); integers that index a table lie within it; masks are ones; lengths are the longest axis.
+
+    Args:
+        graph: the model.
+        specs: its inputs.
+        sizes: their shapes.
+        shapes: those of all tensors at these sizes; with them, integers also lie within what they index that is no
+            constant, such as the nodes of a graph network.
     """
     total = sum(size_bytes(spec.dtype, sizes[name]) for name, spec in specs.items())
     if total > _MOST_BYTES:
@@ -83,9 +117,19 @@ def synthesize(
     random = np.random.default_rng(0)
     longest = max((max(shape, default=1) for shape in sizes.values()), default=1)
     return {
-        name: _values(name, spec.dtype, sizes[name], table_size(graph, name), longest, random)
+        name: _values(name, spec.dtype, sizes[name], _bound(graph, name, spec, shapes), longest, random)
         for name, spec in specs.items()
     }
+
+
+def _bound(graph: OpGraph, name: str, spec: TensorSpec, shapes: Shapes | None) -> int | None:
+    """What integers of an input must stay below, as far as that is known."""
+    bounds = [table_size(graph, name)]
+    if shapes is not None and spec.dtype in _INDEX_TYPES:
+        for data, axes in _indexed(graph, name, shapes):
+            size = shapes.sizes.get(data, ())  # where it is unknown, 0 is the index that most tensors have
+            bounds.append(min((size[axis] for axis in axes if -len(size) <= axis < len(size)), default=1))
+    return min((max(1, bound) for bound in bounds if bound is not None), default=None)
 
 
 def _values(
@@ -132,6 +176,38 @@ def table_size(graph: OpGraph, name: str) -> int | None:
                 pending += new
                 seen.update(new)
     return min(found, default=None)
+
+
+def _indexes(graph: OpGraph, name: str) -> bool:
+    """Whether values that come from an input may index a tensor that is no constant."""
+    return any(data not in graph.constants for data, _ in _indexed(graph, name, None))
+
+
+def _indexed(graph: OpGraph, name: str, shapes: Shapes | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensors that values computed from an input index, and along which axes.
+
+    Values are followed through every op that writes integers, as far as ``shapes`` knows.
+    """
+    pending, seen = [name], {name}
+    while pending:
+        tensor = pending.pop()
+        for index in graph.readers.get(tensor, ()):
+            op = graph.ops[index]
+            if op.op_type in _INDEXING and len(op.node.input) > 1 and op.node.input[1] == tensor:
+                yield op.node.input[0], _indexed_axes(op, tensor, shapes)
+            for output in op.outputs:
+                spec = shapes.specs.get(output) if shapes is not None else None
+                if output not in seen and (spec is None or spec.dtype in _INDEX_TYPES):
+                    seen.add(output)
+                    pending.append(output)
+
+
+def _indexed_axes(op: Op, indices: str, shapes: Shapes | None) -> tuple[int, ...]:
+    """The axes of its first input that an op's indices go along."""
+    if op.op_type in ("GatherND", "ScatterND"):
+        size = shapes.sizes.get(indices, ()) if shapes is not None else ()
+        return tuple(range(size[-1] if size else 1))
+    return (next((a.i for a in op.node.attribute if a.name == "axis"), 0),)
 
 
 def accept(graph: OpGraph, specs: Mapping[str, TensorSpec], given: Mapping[str, Array]) -> dict[str, int]:

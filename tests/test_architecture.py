@@ -15,7 +15,7 @@ DRAWING = ROOT / "docs" / "modules.md"
 ORDER = [
     # Each module imports only from rows above its own, or from its own package.
     ["onnxsplit", "onnxsplit.errors"],
-    ["onnxsplit.files", "onnxsplit.memory", "onnxsplit.numbers", "onnxsplit.drawing"],
+    ["onnxsplit.files", "onnxsplit.memory", "onnxsplit.numbers", "onnxsplit.drawing", "onnxsplit.formulas"],
     ["onnxsplit.tensors", "onnxsplit.plan", "onnxsplit.cluster"],
     ["onnxsplit.providers", "onnxsplit.string_value"],
     ["onnxsplit.session"],

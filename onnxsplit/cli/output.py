@@ -51,7 +51,7 @@ def dims_option(command: Command) -> Command:
         multiple=True,
         metavar="NAME=N",
         callback=_parse_dims,
-        help="Size of a free dimension. Repeatable.",
+        help="Size of a free dimension; 0 for a past that is empty. Repeatable.",
     )(command)
 
 
@@ -69,8 +69,8 @@ def _parse_dims(context: click.Context, parameter: click.Parameter, value: Seque
     for text in value:
         name, equals, size = text.rpartition("=")
         number = parse_whole(size, MOST_SIZE)
-        if not equals or not name or not number:
-            raise click.BadParameter(f"{text!r} is not NAME=N with N from 1 to {MOST_SIZE}", context, parameter)
+        if not equals or not name or number is None:
+            raise click.BadParameter(f"{text!r} is not NAME=N with N from 0 to {MOST_SIZE}", context, parameter)
         dims[name] = number
     return dims
 

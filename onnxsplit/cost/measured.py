@@ -25,10 +25,10 @@ from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.errors import InputError, ModelError, ModelRefused
 from onnxsplit.graph import OpGraph
-from onnxsplit.inputs import dimension_choices, synthesize
+from onnxsplit.inputs import dimension_choices, guesses
 from onnxsplit.plan import Level, TensorSpec
 from onnxsplit.session import quiet_environment
-from onnxsplit.shapes import Shapes, bind
+from onnxsplit.shapes import Shapes, bind, with_formulas
 from onnxsplit.source import SourceModel
 from onnxsplit.tensors import Array, save_npz
 from onnxsplit.timed import TimedModel, median_ns
@@ -109,19 +109,19 @@ def find_example(
         try:
             for dims in dimension_choices(specs, fixed):
                 say("trying inputs" + (f" with {_dims_text(dims)}" if dims else ""))
-                inputs = synthesize(graph, specs, bind(specs, dims))
-                save_npz(file, inputs)
-                if model is None:
-                    model = TimedModel(
-                        graph.source.path, file, threads=threads, level="basic", provider=provider
-                    ).__enter__()
-                else:
-                    model.feed(file)
-                try:
-                    model.run(0.0)
-                    return Example(inputs, dims)
-                except ModelError as error:
-                    failures.append(f"with {_dims_text(dims)}: {error}")
+                for inputs in guesses(graph, specs, bind(specs, dims)):
+                    save_npz(file, inputs)
+                    if model is None:
+                        model = TimedModel(
+                            graph.source.path, file, threads=threads, level="basic", provider=provider
+                        ).__enter__()
+                    else:
+                        model.feed(file)
+                    try:
+                        model.run(0.0)
+                        return Example(inputs, with_formulas(specs, dims))
+                    except ModelError as error:
+                        failures.append(f"with {_dims_text(dims)}: {error}")
         finally:
             if model is not None:
                 model.__exit__(None, None, None)
