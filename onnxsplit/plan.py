@@ -158,7 +158,10 @@ class Passthrough(Record, frozen=True, kw_only=True):
 
 
 class ModelInfo(Record, frozen=True, kw_only=True):
-    """The source model: file name, SHA-256 of that file, and the versions its stages keep."""
+    """The source model: file name, SHA-256 of that file, and the versions its stages keep.
+
+    Of a model given in memory, the name is that of its graph, and the hash that of its bytes.
+    """
 
     name: str
     sha256: str
@@ -247,6 +250,10 @@ class Plan(Record, frozen=True, kw_only=True):
     costs: Costs
     batch: BatchClaim | None = None
     example_inputs: FileEntry | None = None
+    defaults: dict[str, FileEntry] = {}
+    constant_inputs: dict[str, str] = {}
+    dropped_outputs: tuple[str, ...] = ()
+    dropped_inputs: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
         """The bytes of ``plan.json``."""
@@ -261,6 +268,21 @@ class Plan(Record, frozen=True, kw_only=True):
                 yield source.file
         if self.example_inputs is not None:
             yield self.example_inputs
+        yield from self.defaults.values()
+
+    def refused_inputs(self) -> dict[str, str]:
+        """Inputs of the source model that a request cannot give: name -> why, and what to do."""
+        found = {
+            name: f"input {name!r} became a constant ({value}) when the model was cut; "
+            f"cut again with --keep-input {name} to give values"
+            for name, value in self.constant_inputs.items()
+        }
+        left_out = ", ".join(self.dropped_outputs)
+        return found | {
+            name: f"input {name!r} is no longer an input: only outputs that were left out when the model was cut "
+            f"need it ({left_out}); leave it out"
+            for name in self.dropped_inputs
+        }
 
     def producers(self) -> dict[str, int]:
         """The stage that writes each tensor that a stage writes."""
@@ -338,6 +360,12 @@ class Plan(Record, frozen=True, kw_only=True):
         for name in self.inputs:
             if name not in self.tensors:
                 yield f"input {name!r} is not among the tensors"
+        for name in self.defaults:
+            if name not in self.inputs:
+                yield f"{name!r} has a default and is no input"
+        for name in (*self.constant_inputs, *self.dropped_inputs):
+            if name in self.inputs:
+                yield f"input {name!r} is a constant, or was left out"
         for name in self.outputs:
             source = self.passthrough.get(name)
             if source is None and name not in producer:
@@ -462,6 +490,11 @@ def example_file(folder: Path, plan: Plan) -> Path:
     if plan.example_inputs is None:
         raise PlanError(f"{folder} holds no example inputs; give some with --inputs FILE.npz")
     return folder / plan.example_inputs.name
+
+
+def default_files(folder: Path, plan: Plan) -> dict[str, Path]:
+    """The files that hold the defaults of a plan's inputs: an ``.npz`` each, with one tensor under the input's name."""
+    return {name: folder / entry.name for name, entry in plan.defaults.items()}
 
 
 def plan_schema() -> bytes:

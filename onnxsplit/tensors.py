@@ -11,7 +11,7 @@ import json
 import math
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -136,7 +136,9 @@ def element_count(shape: Sequence[int], itemsize: int = 1) -> int | None:
 def check_inputs(
     given: Mapping[str, Array],
     specs: Mapping[str, tuple[str, Sequence[int | str] | None]],
-    optional: frozenset[str] = frozenset(),
+    optional: Collection[str] = frozenset(),
+    *,
+    refused: Mapping[str, str] | None = None,
 ) -> None:
     """Hold tensors against what a model takes.
 
@@ -144,11 +146,13 @@ def check_inputs(
         given: name -> array.
         specs: name -> (ONNX type, shape or None); symbolic names in a shape allow any size.
         optional: inputs that may be left out.
+        refused: inputs that the model once had: name -> what to say when one is given.
 
     Raises:
         InputError: listing every name, type, rank and dimension that does not fit, with what is expected.
     """
-    problems = [f"{shown(name)} is unknown" for name in given if name not in specs]
+    explained = refused or {}
+    problems = [explained.get(name, f"{shown(name)} is unknown") for name in given if name not in specs]
     problems += [
         f"{name!r} is missing ({dtype}{_shape_text(shape)})"
         for name, (dtype, shape) in specs.items()

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from onnxsplit.errors import InputError
 from onnxsplit.plan import Plan, Record, example_file, load_plan
 from onnxsplit.session import Session, host_cores, open_session, threads_per_node
 from onnxsplit.tensors import Array, load_npz, save_npz
@@ -87,6 +88,11 @@ def bench(
     """
     folder = Path(folder)
     plan = load_plan(folder)
+    if model is not None and plan.dropped_inputs:
+        raise InputError(
+            f"{folder} leaves out the input {', '.join(plan.dropped_inputs)}, without which {model} does not run; "
+            "measure the plan without --model"
+        )
     example = Path(inputs) if inputs is not None else example_file(folder, plan)
     given = load_npz(example)
     replicas = RunOptions(**options).counts(plan)

@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxsplit.errors import InputError, shown
 from onnxsplit.numbers import is_whole
-from onnxsplit.plan import Plan, load_plan, plan_id, read_plan_file
+from onnxsplit.plan import Plan, default_files, load_plan, plan_id, read_plan_file
 from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, check_inputs, content_bytes, load_npz
@@ -81,6 +81,8 @@ class Pipeline:
             for name, origin in plan.passthrough.items()
             if origin.file is not None
         }
+        self._defaults = {name: load_npz(file)[name] for name, file in default_files(folder, plan).items()}
+        self._refused = plan.refused_inputs()
         self._ordinary_bytes = ordinary_bytes(plan)
         self._specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
         self._asked: dict[tuple[str, ...], Asked] = {}
@@ -302,6 +304,7 @@ class Pipeline:
             raise PipelineError(
                 f"this pipeline belongs to process {self._pid}, of which this one is a fork; launch another here"
             )
+        arrays = {**{name: self._defaults[name] for name in asked.defaults}, **arrays}
         ready = {name: self._passed_through(name, arrays) for name in asked.passed}
         if not asked.computed:
             future = Answering()
@@ -331,7 +334,7 @@ class Pipeline:
         """
         wanted = outputs if outputs is not None else self.plan.outputs
         asked = self._asked.get(wanted) or self._ask(wanted)
-        check_inputs(inputs, self._specs, asked.optional)
+        check_inputs(inputs, self._specs, asked.optional, refused=self._refused)
         return asked
 
     def _admit(self, place: object, size: int, deadline_ns: int | None, block: bool) -> None:
@@ -365,7 +368,8 @@ class Pipeline:
             names=wanted,
             computed=computed,
             passed=tuple(name for name in wanted if name in plan.passthrough),
-            optional=frozenset(plan.inputs) - read,
+            optional=frozenset(plan.inputs) - (read - plan.defaults.keys()),
+            defaults=tuple(name for name in plan.defaults if name in read),
             axes=batch_axes(plan, computed),
         )
         return asked

@@ -24,6 +24,7 @@ class Asked:
         computed: those that stages compute.
         passed: those that pass through.
         optional: inputs that need not be given.
+        defaults: those of them that have their default then.
         axes: to split and join along; None when such a request cannot be split.
     """
 
@@ -31,6 +32,7 @@ class Asked:
     computed: tuple[str, ...]
     passed: tuple[str, ...]
     optional: frozenset[str]
+    defaults: tuple[str, ...]
     axes: Axes | None
 
 

@@ -92,7 +92,7 @@ def config(version: Version, stage: int | None = None) -> Json:
         "backend": "" if stage is None else "onnxruntime",
         "version_policy": {"specific": {"versions": [int(version.number)]}},
         "max_batch_size": 0,
-        "input": [_configured(plan, name) for name in inputs],
+        "input": [_configured_input(plan, name) for name in inputs],
         "output": [_configured(plan, name) for name in outputs],
     }
     if stage is None:
@@ -114,6 +114,11 @@ def _configured(plan: Plan, name: str) -> Json:
     datatype = DATATYPES.get(plan.tensors[name].dtype)
     kind = "TYPE_INVALID" if datatype is None else "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
     return {"name": name, "data_type": kind, "dims": dims(plan, name)}
+
+
+def _configured_input(plan: Plan, name: str) -> Json:
+    said = _configured(plan, name)
+    return {**said, "optional": True} if name in plan.defaults else said
 
 
 def _step(model: str, stage: Stage) -> Json:
