@@ -285,7 +285,7 @@ def copy_external(
     """
     count = len(model.graph.initializer)
     tensors = [t for position, t in enumerate(graph_tensors(model.graph)) if position < count or is_external(t)]
-    places = extents(source.path, tensors, by_content=by_content)
+    places = extents(source.place, tensors, by_content=by_content)
     block_of = blocks(place for place in places if place is not None)
     inside: dict[Extent, list[tuple[onnx.TensorProto, Extent]]] = {}
     for tensor, place in zip(tensors, places, strict=True):
@@ -300,7 +300,7 @@ def copy_external(
             end += -end % _ALIGNMENT
             tensor, place = held[0]
             if is_external(tensor):
-                file, offset, _ = external_range(source.path, tensor)
+                file, offset, _ = external_range(source.place, tensor)
                 start = offset - (place.offset - block.offset)
                 with open_external(file) as origin:
                     copied = copier.submit(_copy_range, origin.fileno(), target.fileno(), start, end, block.length)
@@ -359,7 +359,7 @@ def write_constant(graph: OpGraph, output: str, folder: Path, name: str) -> File
         raise PartitionError(f"output {output!r} is a sparse initializer; a stage cannot serve it")
     held = onnx.TensorProto()
     held.CopyFrom(tensor)
-    load_external(graph.source.path, [held])
+    load_external(graph.source.place, [held])
     array = onnx.numpy_helper.to_array(held)
     if array.dtype.kind in "OS":
         array = array.astype(str)

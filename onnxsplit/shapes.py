@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import onnx
 import onnx.inliner
 import onnx.shape_inference
 
 from onnxsplit.errors import InputError
+from onnxsplit.external import external_range, open_external
 from onnxsplit.formulas import Formula, formulas_among
 from onnxsplit.graph import OpGraph
 from onnxsplit.numbers import MOST_SIZE, whole_problem
 from onnxsplit.plan import Shape, TensorSpec
-from onnxsplit.source import SourceModel, external_range, nested_graphs, tensor_bytes
+from onnxsplit.source import nested_graphs, tensor_bytes
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name
 
 _KEPT_BYTES = 64 * 1024  # stored tensors up to this size are kept for inference: some are shapes
@@ -299,7 +301,7 @@ def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> on
     for tensor in source.graph.initializer:
         added_tensor = model.graph.initializer.add()
         if tensor.data_location == onnx.TensorProto.EXTERNAL and tensor_bytes(tensor) <= _KEPT_OUTSIDE_BYTES:
-            _with_data(added_tensor, tensor, graph.source)
+            _with_data(added_tensor, tensor, graph.source.place)
         else:
             _without_data(added_tensor, tensor)
     model.graph.sparse_initializer.extend(source.graph.sparse_initializer)
@@ -326,10 +328,10 @@ def _copy_node(target: onnx.NodeProto, node: onnx.NodeProto) -> None:
             added.CopyFrom(attribute)
 
 
-def _with_data(target: onnx.TensorProto, tensor: onnx.TensorProto, source: SourceModel) -> None:
+def _with_data(target: onnx.TensorProto, tensor: onnx.TensorProto, model: Path) -> None:
     """A small tensor whose data lies in another file."""
-    file, offset, length = external_range(source, tensor)
-    with file.open("rb") as stream:
+    file, offset, length = external_range(model, tensor)
+    with open_external(file) as stream:
         stream.seek(offset)
         content = stream.read(length)
     target.name, target.data_type, target.raw_data = tensor.name, tensor.data_type, content

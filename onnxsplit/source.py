@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,18 +44,60 @@ _RANDOM = frozenset(
 
 
 @dataclass(frozen=True)
+class Ends:
+    """How the inputs and outputs of a model were changed before it is cut.
+
+    Attributes:
+        inputs: those that the model itself declares.
+        outputs: the same for outputs.
+        defaults: initializers that were taken out, since the inputs of the same names are kept as inputs.
+        dead_nodes: ops that were taken out, since no output needs them, by their places.
+        dropped_outputs: outputs that are left out.
+        dropped_inputs: inputs that only those need.
+    """
+
+    inputs: tuple[onnx.ValueInfoProto, ...]
+    outputs: tuple[onnx.ValueInfoProto, ...]
+    defaults: Mapping[str, onnx.TensorProto]
+    dead_nodes: Mapping[int, onnx.NodeProto]
+    dropped_outputs: tuple[str, ...]
+    dropped_inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SourceModel:
-    """A model file, opened: its protobuf without the external data, and where that data lies."""
+    """A model, opened: its protobuf without the external data, and where that data lies.
+
+    Attributes:
+        path: the file it was read from; of a model given in memory, a name alone.
+        proto: the model as it is cut: its inputs and outputs may differ from the file's, see ``ends``.
+        sha256: of the bytes that were given.
+        in_file: whether the file at ``path`` holds this protobuf.
+        data_folder: where external data lies, when that is elsewhere than beside ``path``.
+        ends: how inputs and outputs were changed; None when they were not.
+    """
 
     path: Path
     proto: onnx.ModelProto = field(repr=False)
     sha256: str
+    in_file: bool = True
+    data_folder: Path | None = None
+    ends: Ends | None = field(default=None, repr=False)
+
+    @property
+    def place(self) -> Path:
+        """The path that locations of external data are relative to, as if the model lay there."""
+        return self.path if self.data_folder is None else self.data_folder / self.path.name
 
 
-def open_model(path: str | Path) -> SourceModel:
+def open_model(path: str | Path, *, data_folder: Path | None = None) -> SourceModel:
     """Read a model without its external data.
 
     Initializers of a model that ONNX Runtime's optimiser saved get other names, so that it can be optimised again.
+
+    Args:
+        path: the file.
+        data_folder: where its external data lies; beside it when None.
 
     Raises:
         ModelError: missing, not a regular file, empty, too large, damaged, not ONNX, or with functions that call
@@ -83,21 +125,31 @@ def open_model(path: str | Path) -> SourceModel:
             f"{path} is not an ONNX model, it is truncated ({len(content)} bytes), or it nests bodies deeper than the "
             "100 levels of messages that protobuf reads"
         ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    source = SourceModel(path=path, proto=proto, sha256=digest, data_folder=data_folder)
+    check_source(source, len(content))
+    return source
+
+
+def check_source(source: SourceModel, size_bytes: int) -> None:
+    """Refuse a model that is none, or that cannot be walked through safely; ``size_bytes`` is for messages.
+
+    Raises:
+        ModelError: as :func:`open_model`.
+    """
+    path, proto = source.path, source.proto
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
-        raise ModelError(f"{path} holds no ONNX graph ({len(content)} bytes); expected an ONNX model")
+        raise ModelError(f"{path} holds no ONNX graph ({size_bytes} bytes); expected an ONNX model")
     if not proto.graph.output:
         raise ModelError(f"{path} has no outputs; a model must give at least one")
     _check_text(path, proto)
     _check_ranks(path, proto)
     _check_functions(path, proto)
-    digest = hashlib.sha256(content).hexdigest()
-    source = SourceModel(path=path, proto=proto, sha256=digest)
     for tensor in graph_tensors(proto.graph):
         if is_external(tensor):
-            external_range(path, tensor)
+            external_range(source.place, tensor)
     if is_saved(proto):
         rename_initializers(proto)
-    return source
 
 
 def _check_text(path: Path, proto: onnx.ModelProto) -> None:

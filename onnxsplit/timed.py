@@ -39,6 +39,7 @@ class _Load(msgspec.Struct, tag="load", frozen=True):
     level: Level
     provider: str
     spinning: bool
+    data_folder: str | None
 
 
 class _Feed(msgspec.Struct, tag="feed", frozen=True):
@@ -74,6 +75,7 @@ class TimedModel:
         level: graph optimisation level.
         provider: execution provider.
         spinning: let idle threads spin, for a session that has the host to itself.
+        data_folder: where the model's external data lies; beside the file when None.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class TimedModel:
         level: Level = "all",
         provider: str = "cpu",
         spinning: bool = False,
+        data_folder: Path | None = None,
     ) -> None:
-        self._load = _Load(str(model), str(inputs), threads, level, provider, spinning)
+        folder = None if data_folder is None else str(data_folder)
+        self._load = _Load(str(model), str(inputs), threads, level, provider, spinning, folder)
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
@@ -202,12 +206,14 @@ class _Worker:
         match command:
             case _Load():
                 self.session = None  # two at once would need twice the memory
+                folder = None if command.data_folder is None else Path(command.data_folder)
                 self.session = open_session(
-                    Path(command.model),
+                    Path(command.model) if folder is None else Path(command.model).read_bytes(),
                     threads=command.threads,
                     level=command.level,
                     provider=command.provider,
                     spinning=command.spinning,
+                    external_data_folder=folder,
                 )
                 self._feed(command.inputs)
             case _Feed():

@@ -26,10 +26,10 @@ from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.errors import InputError, ModelError, ModelRefused
 from onnxsplit.graph import OpGraph
 from onnxsplit.inputs import dimension_choices, guesses
+from onnxsplit.opening import ModelFile, runnable
 from onnxsplit.plan import Level, TensorSpec
 from onnxsplit.session import quiet_environment
 from onnxsplit.shapes import Shapes, bind, with_formulas
-from onnxsplit.source import SourceModel
 from onnxsplit.tensors import Array, save_npz
 from onnxsplit.timed import TimedModel, median_ns
 
@@ -69,6 +69,7 @@ class ProfileRequest(msgspec.Struct, frozen=True):
     provider: str
     seconds: float
     untyped: tuple[str, ...] = ()
+    data_folder: str | None = None
 
 
 class Profile(msgspec.Struct, frozen=True):
@@ -103,7 +104,7 @@ def find_example(
         ModelError: ONNX Runtime refuses the model.
     """
     failures: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+    with runnable(graph.source) as source, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         file = Path(folder) / "inputs.npz"
         model: TimedModel | None = None
         try:
@@ -113,7 +114,12 @@ def find_example(
                     save_npz(file, inputs)
                     if model is None:
                         model = TimedModel(
-                            graph.source.path, file, threads=threads, level="basic", provider=provider
+                            source.path,
+                            file,
+                            threads=threads,
+                            level="basic",
+                            provider=provider,
+                            data_folder=source.data_folder,
                         ).__enter__()
                     else:
                         model.feed(file)
@@ -135,7 +141,9 @@ def _dims_text(dims: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in dims.items()) or "its fixed dimensions"
 
 
-def best_level(model: Path, inputs: Path, *, threads: int, provider: str) -> tuple[Level, int]:
+def best_level(
+    model: Path, inputs: Path, *, threads: int, provider: str, data_folder: Path | None = None
+) -> tuple[Level, int]:
     """The optimisation level at which a model file runs fastest, and its nanoseconds a run.
 
     The usual best (``all``) is kept unless another is clearly faster. Levels at which ONNX Runtime refuses the model
@@ -151,7 +159,9 @@ def best_level(model: Path, inputs: Path, *, threads: int, provider: str) -> tup
         for level in CANDIDATE_LEVELS:
             try:
                 if timed is None:
-                    one = TimedModel(model, inputs, threads=threads, level=level, provider=provider)
+                    one = TimedModel(
+                        model, inputs, threads=threads, level=level, provider=provider, data_folder=data_folder
+                    )
                     timed = stack.enter_context(one)
                 else:
                     timed.reload(level)
@@ -182,20 +192,20 @@ def measured_costs(
     Raises:
         ModelError: it does not run on them.
     """
-    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+    with runnable(graph.source) as source, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         file = Path(folder) / "inputs.npz"
         save_npz(file, inputs)
         say("observing shapes")
         untyped = tuple(name for name in graph.producer if name not in shapes.specs)
         seen = _profile(
-            graph.source, file, threads=threads, level="disabled", provider=provider, seconds=0.0, untyped=untyped
+            source, file, threads=threads, level="disabled", provider=provider, seconds=0.0, untyped=untyped
         )
         say("timing optimisation levels")
-        level, whole_ns = best_level(graph.source.path, file, threads=threads, provider=provider)
-        say(f"profiling ops at level {level}")
-        profile = _profile(
-            graph.source, file, threads=threads, level=level, provider=provider, seconds=_PROFILE_SECONDS
+        level, whole_ns = best_level(
+            source.path, file, threads=threads, provider=provider, data_folder=source.data_folder
         )
+        say(f"profiling ops at level {level}")
+        profile = _profile(source, file, threads=threads, level=level, provider=provider, seconds=_PROFILE_SECONDS)
     shapes = shapes.observed(seen.sizes, seen.types)
     total = sum(profile.op_ns) or 1
     # The profiler's own cost is spread evenly over its events; what a run takes without it is the truth.
@@ -229,7 +239,7 @@ def _where_the_work_is(graph: OpGraph, shapes: Shapes, op_ns: Sequence[int]) -> 
 
 
 def _profile(
-    source: SourceModel,
+    source: ModelFile,
     inputs: Path,
     *,
     threads: int,
@@ -238,7 +248,8 @@ def _profile(
     seconds: float,
     untyped: tuple[str, ...] = (),
 ) -> Profile:
-    request = ProfileRequest(str(source.path), str(inputs), threads, level, provider, seconds, untyped)
+    folder = None if source.data_folder is None else str(source.data_folder)
+    request = ProfileRequest(str(source.path), str(inputs), threads, level, provider, seconds, untyped, folder)
     done = subprocess.run(
         [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],
         input=msgspec.json.encode(request),
@@ -262,7 +273,7 @@ def shapes_of_run(graph: OpGraph, inputs: Mapping[str, Array]) -> dict[str, tupl
     Raises:
         ModelError: the model does not run on these inputs.
     """
-    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+    with runnable(graph.source) as source, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         file = Path(folder) / "inputs.npz"
         save_npz(file, inputs)
-        return _profile(graph.source, file, threads=1, level="disabled", provider="cpu", seconds=0.0).sizes
+        return _profile(source, file, threads=1, level="disabled", provider="cpu", seconds=0.0).sizes

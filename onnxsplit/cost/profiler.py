@@ -45,12 +45,13 @@ class _Event(msgspec.Struct):
 
 def profile(request: ProfileRequest) -> Profile:
     """Run the model under ONNX Runtime's profiler and attribute its events to ops."""
-    source = open_model(request.model)
+    data_folder = None if request.data_folder is None else Path(request.data_folder)
+    source = open_model(request.model, data_folder=data_folder)
     graph = build_graph(source)
     given = load_npz(Path(request.inputs))
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         model = _renamed(graph)
-        data_folder = point_from_one_folder(source.path, graph_tensors(model.graph))
+        data_folder = point_from_one_folder(source.place, graph_tensors(model.graph))
         session = open_session(
             model.SerializeToString(),
             threads=request.threads,
@@ -82,7 +83,7 @@ def _types(graph: OpGraph, request: ProfileRequest) -> dict[str, str]:
     model = _renamed(graph)
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in request.untyped if name not in outputs)
-    data_folder = point_from_one_folder(graph.source.path, graph_tensors(model.graph))
+    data_folder = point_from_one_folder(graph.source.place, graph_tensors(model.graph))
     session = open_session(
         model.SerializeToString(),
         threads=1,

@@ -82,7 +82,7 @@ def _large(model: SourceModel, file: Path) -> None:
     names: dict[Path, str] = {}
     for tensor in graph_tensors(model.proto.graph):
         if is_external(tensor):
-            part = external_range(model.path, tensor)[0]
+            part = external_range(model.place, tensor)[0]
             if part not in names:
                 names[part] = f"{file.name}.data{len(names) or ''}"
                 shutil.copyfile(part, file.parent / names[part])  # links are refused by whoever loads it
