@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx
 
+from onnxsplit.ends import restored
 from onnxsplit.errors import PartitionError
 from onnxsplit.extract import write_model
 from onnxsplit.multi_device import FIRST_IR_VERSION, check_multi_device
@@ -51,8 +52,7 @@ def annotate(outcome: Outcome, out: str | Path) -> tuple[Path, ...]:
 def annotated(outcome: Outcome) -> onnx.ModelProto:
     """A copy of the source model, every op named, with stages and times."""
     plan, graph = outcome.plan, outcome.subject.graph
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.source.proto)
+    model = restored(graph.source)
     model.ir_version = max(model.ir_version, FIRST_IR_VERSION)
     _name_ops(model)
     kept = [entry for entry in model.configuration if entry.name != CONFIGURATION]

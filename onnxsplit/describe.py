@@ -11,6 +11,7 @@ import msgspec.structs
 import onnxsplit
 from onnxsplit.choose import Choice
 from onnxsplit.cluster import Device
+from onnxsplit.ends import constant_text, defaults
 from onnxsplit.examine import Subject
 from onnxsplit.extract import (
     StageParts,
@@ -135,6 +136,10 @@ class Description:
                 note=subject.note,
             ),
             example_inputs=file_entry(self._folder / EXAMPLE_FILE) if self._folder is not None else None,
+            defaults=self._defaults(),
+            constant_inputs={name: constant_text(graph.source, name) for name in graph.overridable},
+            dropped_outputs=graph.source.ends.dropped_outputs if graph.source.ends is not None else (),
+            dropped_inputs=graph.source.ends.dropped_inputs if graph.source.ends is not None else (),
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
         plan = msgspec.structs.replace(plan, outputs_need=needs)
@@ -194,6 +199,17 @@ class Description:
                 found[name] = Passthrough(input=name)
             elif name in graph.constants and self._folder is not None:
                 found[name] = Passthrough(file=write_constant(graph, name, self._folder, f"constant{number}.npz"))
+        return found
+
+    def _defaults(self) -> dict[str, FileEntry]:
+        """A file for each input that has a default."""
+        if self._folder is None:
+            return {}
+        found = {}
+        for number, (name, array) in enumerate(defaults(self._subject.graph.source).items()):
+            file = self._folder / f"default{number}.npz"
+            save_npz(file, {name: array})
+            found[name] = file_entry(file)
         return found
 
 

@@ -11,15 +11,17 @@ from onnxsplit.atoms import Atoms, build_atoms
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.cost.measured import find_example, measured_costs
+from onnxsplit.ends import check_handed_on, constant_text, defaults, select
 from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
 from onnxsplit.graph import OpGraph, build_graph
-from onnxsplit.inputs import accept, dimension_choices, guesses
+from onnxsplit.inputs import accept, dimension_choices, guesses, sizes_in
 from onnxsplit.memory import free_memory_bytes
+from onnxsplit.opening import ModelLike, open_any
 from onnxsplit.partitioner import Problem, Transfer, Weight
 from onnxsplit.session import threads_per_node
 from onnxsplit.setting import Setting, alike
-from onnxsplit.shapes import Shapes, bind, infer_shapes, input_specs, with_formulas
-from onnxsplit.source import node_tensors, open_model, tensor_bytes
+from onnxsplit.shapes import Shapes, bind, infer_shapes, input_specs, sized_dimensions, with_formulas
+from onnxsplit.source import SourceModel, node_tensors, tensor_bytes
 from onnxsplit.tensors import Array, load_npz
 
 Say = Callable[[str], None]
@@ -132,11 +134,14 @@ class Subject:
 
 
 def examine(
-    model: str | Path,
+    model: ModelLike | SourceModel,
     *,
     costs: str | None = None,
     dims: Mapping[str, int] | None = None,
     inputs: str | Path | Mapping[str, Array] | None = None,
+    outputs: Sequence[str] | None = None,
+    drop_outputs: Sequence[str] = (),
+    keep_inputs: Sequence[str] = (),
     threads: int | None = None,
     provider: str = "cpu",
     say: Say = silent,
@@ -144,10 +149,14 @@ def examine(
     """Read a model, find inputs it runs on, cost its ops and contract them.
 
     Args:
-        model: the model file.
+        model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; or one that was
+            opened, which is changed where outputs or inputs are named.
         costs: ``measured`` or ``analytic``; None measures, and falls back with a note when the model does not run here.
         dims: sizes of free dimensions.
         inputs: example inputs, or an ``.npz`` with them; made up when None.
+        outputs: outputs to cut for, others are left out; all when None.
+        drop_outputs: outputs to leave out.
+        keep_inputs: inputs that are initializers too and stay inputs, with the initializer as default.
         threads: threads of a session that is measured; all cores of this host when None.
         provider: execution provider that measures.
         say: told what is being done.
@@ -155,22 +164,28 @@ def examine(
     Raises:
         ModelError: the file is no usable model.
         InputError: inputs or dimensions do not fit it.
-        PartitionError: it has outputs that cannot be handed to a caller.
+        PartitionError: it has outputs that cannot be handed to a caller, or none of those named.
         MissingDependency, ProviderError: measuring was asked for and is not possible.
     """
     say("reading the model")
-    graph = build_graph(open_model(model))
+    source = model if isinstance(model, SourceModel) else open_any(model)
+    graph = build_graph(select(source, outputs=outputs, drop_outputs=drop_outputs, keep_inputs=keep_inputs))
+    check_handed_on(graph)
     specs = input_specs(graph)
-    fixed = dict(dims or {})
-    given = load_npz(Path(inputs)) if isinstance(inputs, str | Path) else inputs
+    kept = defaults(graph.source)
+    sized = sized_dimensions(specs)
+    fixed = {dim: size for dim, size in sizes_in(specs, kept).items() if dim in sized} | dict(dims or {})
+    given: Mapping[str, Array] | None = load_npz(Path(inputs)) if isinstance(inputs, str | Path) else inputs
     if given is not None:
+        given = _given(graph, given, kept)
         fixed |= accept(graph, specs, given)
     threads = threads or threads_per_node(1)
     note = None
     if costs != "analytic" and graph.ops:
         try:
             _check_memory(graph)
-            example, sizes = given, fixed
+            example: Mapping[str, Array] | None = given
+            sizes = fixed
             if example is None:
                 found = find_example(graph, specs, fixed, threads=threads, provider=provider, say=say)
                 example, sizes = found.inputs, dict(found.dims)
@@ -187,10 +202,27 @@ def examine(
             note = str(error)
     if given is None:
         fixed = next(dimension_choices(specs, fixed))
-        *_, given = guesses(graph, specs, bind(specs, fixed))  # the last is the most careful
+        *_, given = guesses(graph, specs, bind(specs, fixed), kept)  # the last is the most careful
         fixed = with_formulas(specs, fixed)
     shapes = infer_shapes(graph, {name: array.shape for name, array in given.items()})
     return _subject(graph, analytic_costs(graph, shapes), given, fixed, note)
+
+
+def _given(graph: OpGraph, given: Mapping[str, Array], kept: Mapping[str, Array]) -> dict[str, Array]:
+    """The inputs a user gave, without those that are no longer needed, and with the defaults of those left out.
+
+    Raises:
+        InputError: a value is given for an input that becomes a constant.
+    """
+    constant = [name for name in graph.overridable if name in given]
+    if constant:
+        name = constant[0]
+        raise InputError(
+            f"input {name!r} becomes a constant ({constant_text(graph.source, name)}) when the model is cut; "
+            f"add --keep-input {name} to give values"
+        )
+    gone = graph.source.ends.dropped_inputs if graph.source.ends is not None else ()
+    return {**kept, **{name: array for name, array in given.items() if name not in gone}}
 
 
 def _check_memory(graph: OpGraph) -> None:

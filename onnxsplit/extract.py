@@ -23,8 +23,9 @@ from google.protobuf.message import EncodeError
 
 from onnxsplit.atoms import Atoms, needed_tensors
 from onnxsplit.cost.analytic import activation_bytes
+from onnxsplit.ends import stored_array
 from onnxsplit.errors import PartitionError
-from onnxsplit.external import external_range, is_external, load_external, open_external
+from onnxsplit.external import external_range, is_external, open_external
 from onnxsplit.files import written_file
 from onnxsplit.graph import OpGraph
 from onnxsplit.plan import FileEntry
@@ -357,13 +358,7 @@ def write_constant(graph: OpGraph, output: str, folder: Path, name: str) -> File
     tensor = next((t for t in graph.source.proto.graph.initializer if t.name == output), None)
     if tensor is None:
         raise PartitionError(f"output {output!r} is a sparse initializer; a stage cannot serve it")
-    held = onnx.TensorProto()
-    held.CopyFrom(tensor)
-    load_external(graph.source.place, [held])
-    array = onnx.numpy_helper.to_array(held)
-    if array.dtype.kind in "OS":
-        array = array.astype(str)
-    save_npz(folder / name, {output: array})
+    save_npz(folder / name, {output: stored_array(graph.source, tensor)})
     return file_entry(folder / name)
 
 

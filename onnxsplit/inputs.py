@@ -84,12 +84,20 @@ def _sizes(name: str, specs: Mapping[str, TensorSpec], where: list[tuple[str, in
 
 
 def guesses(
-    graph: OpGraph, specs: Mapping[str, TensorSpec], sizes: Mapping[str, tuple[int, ...]]
+    graph: OpGraph,
+    specs: Mapping[str, TensorSpec],
+    sizes: Mapping[str, tuple[int, ...]],
+    defaults: Mapping[str, Array],
 ) -> Iterator[dict[str, Array]]:
-    """Inputs of the given shapes to try in turn: as they come, then with integers that index other tensors bounded."""
-    yield synthesize(graph, specs, sizes)
+    """Inputs of the given shapes to try in turn: as they come, then with integers that index other tensors bounded.
+
+    Inputs that have a default are that.
+    """
+    specs = {name: spec for name, spec in specs.items() if name not in defaults}
+    sizes = {**sizes, **{name: array.shape for name, array in defaults.items()}}
+    yield {**synthesize(graph, specs, sizes), **defaults}
     if any(_indexes(graph, name) for name, spec in specs.items() if spec.dtype in _INDEX_TYPES):
-        yield synthesize(graph, specs, sizes, infer_shapes(graph, sizes))
+        yield {**synthesize(graph, specs, sizes, infer_shapes(graph, sizes)), **defaults}
 
 
 def synthesize(
@@ -217,6 +225,11 @@ def accept(graph: OpGraph, specs: Mapping[str, TensorSpec], given: Mapping[str, 
         InputError: they do not fit, or give one dimension two sizes.
     """
     check_inputs(given, {name: (spec.dtype, spec.shape) for name, spec in specs.items()}, _unread(graph))
+    return sizes_in(specs, given)
+
+
+def sizes_in(specs: Mapping[str, TensorSpec], given: Mapping[str, Array]) -> dict[str, int]:
+    """The sizes that free dimensions have in inputs, where those agree."""
     dims: dict[str, int] = {}
     for dim, where in free_dimensions(specs).items():
         found = {given[owner].shape[axis] for owner, axis in where if owner in given}

@@ -8,7 +8,7 @@ import onnx
 
 from onnxsplit.errors import PlanError
 from onnxsplit.extract import CONSTANTS_IR_VERSION, write_model
-from onnxsplit.plan import Plan, load_plan
+from onnxsplit.plan import Plan, default_files, load_plan
 from onnxsplit.shapes import value_info
 from onnxsplit.source import SourceModel, open_model
 from onnxsplit.tensors import load_npz
@@ -17,7 +17,8 @@ from onnxsplit.tensors import load_npz
 def merge(folder: str | Path, out: str | Path) -> Plan:
     """Write one model that gives what a plan's stages give. It appears whole or not at all.
 
-    Ops and constants that several stages hold copies of are there once. External data goes to ``OUT.data`` beside it.
+    Ops and constants that several stages hold copies of are there once. Inputs that may be left out keep their default:
+    they are initializers, too. External data goes to ``OUT.data`` beside it.
 
     Raises:
         PlanError: the plan is damaged, or the file cannot be written.
@@ -67,6 +68,8 @@ def _merged(folder: Path, plan: Plan) -> onnx.ModelProto:
         graph.quantization_annotation.extend(
             a for a in part.graph.quantization_annotation if a.tensor_name not in known
         )
+    for name, file in default_files(folder, plan).items():
+        graph.initializer.append(onnx.numpy_helper.from_array(load_npz(file)[name], name))
     for name, origin in plan.passthrough.items():
         if origin.file is not None and name not in constants:
             array = load_npz(folder / origin.file.name)[name]

@@ -7,7 +7,7 @@ A plan directory appears whole or not at all: it is written beside its place and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,41 @@ from onnxsplit.draft import Draft
 from onnxsplit.errors import PlanError
 from onnxsplit.examine import Say, Subject, examine, silent
 from onnxsplit.files import check_parent, is_text, new_folder
+from onnxsplit.opening import ModelLike, open_any
 from onnxsplit.options import CutOptions
 from onnxsplit.outcome import Outcome
 from onnxsplit.plan import PLAN_FILE, Plan, checked_json
 from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
+from onnxsplit.source import SourceModel
 from onnxsplit.tensors import Array
 
 
 def partition(
-    model: str | Path,
+    model: ModelLike,
     *,
     out: str | Path | None = None,
     costs: str | None = None,
     dims: Mapping[str, int] | None = None,
     inputs: str | Path | Mapping[str, Array] | None = None,
+    outputs: Sequence[str] | None = None,
+    drop_outputs: Sequence[str] = (),
+    keep_inputs: Sequence[str] = (),
     say: Say = silent,
     **options: Any,
 ) -> Plan:
     """Cut a model into cost-balanced stages and write the plan directory.
 
     Args:
-        model: the model file.
-        out: the plan directory; ``MODEL.plan`` in the current folder when None. A plan there is replaced whole.
+        model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+        out: the plan directory; ``MODEL.plan`` in the current folder when None, where MODEL is the file's name, or the
+            graph's for a model in memory. A plan there is replaced whole.
         costs: ``measured`` or ``analytic``; None measures where the model runs here.
         dims: sizes of free dimensions that costs are taken at; the plan runs at any.
         inputs: example inputs, or an ``.npz`` with them.
+        outputs: outputs to cut for; the others are left out, with the ops and inputs that only they need.
+        drop_outputs: outputs to leave out.
+        keep_inputs: inputs that are initializers too, and that requests may still give.
         say: told what is being done.
         options: how to cut: the attributes of :class:`~onnxsplit.options.CutOptions`, ``stages`` first of all.
 
@@ -55,22 +64,28 @@ def partition(
         ModelError, InputError, MissingDependency, ProviderError: as :func:`~onnxsplit.examine.examine`.
     """
     wanted = CutOptions(**options)
-    target = Path(out) if out is not None else default_target(Path(model))
+    source = open_any(model)
+    target = Path(out) if out is not None else default_target(source.path)
     check_target(target)
-    subject = examine_for(model, wanted, costs=costs, dims=dims, inputs=inputs, say=say)
+    subject = examine_for(
+        source,
+        wanted,
+        costs=costs,
+        dims=dims,
+        inputs=inputs,
+        outputs=outputs,
+        drop_outputs=drop_outputs,
+        keep_inputs=keep_inputs,
+        say=say,
+    )
     return write_plan(subject, target, wanted, say=say).plan
 
 
-def examine_for(
-    model: str | Path,
-    options: CutOptions,
-    *,
-    costs: str | None = None,
-    dims: Mapping[str, int] | None = None,
-    inputs: str | Path | Mapping[str, Array] | None = None,
-    say: Say = silent,
-) -> Subject:
-    """Examine a model with the provider and the threads that its stages will have."""
+def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say = silent, **examined: Any) -> Subject:
+    """Examine a model with the provider and the threads that its stages will have.
+
+    ``examined`` are further arguments of :func:`~onnxsplit.examine.examine`.
+    """
     options.check()
     if options.cluster is not None:
         first = load_cluster(options.cluster).devices[0]
@@ -78,7 +93,7 @@ def examine_for(
     else:
         guess = options.devices or (options.stages if isinstance(options.stages, int) else gpu_count() or 2)
         provider, threads = providers_by_stage(options.provider, guess)[0], threads_per_node(guess)
-    return examine(model, costs=costs, dims=dims, inputs=inputs, threads=threads, provider=provider, say=say)
+    return examine(model, threads=threads, provider=provider, say=say, **examined)
 
 
 def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say = silent) -> Outcome:

@@ -207,6 +207,15 @@ def infer_shapes(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> Shapes
     return Shapes(specs=specs, sizes={**fixed, **sizes})
 
 
+def declared_types(graph: OpGraph) -> dict[str, onnx.TypeProto]:
+    """Types of the model's outputs, of whatever kind: as declared, else as ONNX's inference finds them."""
+    outputs = graph.source.proto.graph.output
+    found = {value.name: value.type for value in outputs if value.type.WhichOneof("value") is not None}
+    if any(name not in found for name in graph.outputs):
+        found = {value.name: value.type for value in _inferred(_skeleton(graph, None)).graph.output} | found
+    return found
+
+
 _NOTHING = TensorSpec(dtype="", shape=None)
 
 
@@ -240,11 +249,7 @@ def value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
 
 def _infer(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> dict[str, TensorSpec]:
     """Every tensor that inference gives an element type, in the main graph."""
-    model = _skeleton(graph, sizes)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    except Exception:  # what inference cannot read stays unknown here and is observed in a run
-        inferred = model.graph
+    inferred = _inferred(_skeleton(graph, sizes)).graph
     declared = graph.source.proto.graph
     found: dict[str, TensorSpec] = {}
     for value in (*declared.value_info, *declared.output):
@@ -270,11 +275,14 @@ def annotated(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> onnx.Mode
     Its ops are the live ones, in topological order. ``sizes`` are the shapes of the inputs.
     """
     model = _skeleton(graph, sizes)
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+    return _inferred(onnx.inliner.inline_local_functions(model) if model.functions else model)
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model as ONNX's inference leaves it."""
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # what inference cannot read stays unknown
+    except Exception:  # what inference cannot read stays unknown here and is observed in a run
         return model
 
 

@@ -27,7 +27,7 @@ def string_value(runtime: Any, array: Array) -> Any:
         "strings",
         [],
         [onnx.helper.make_tensor_value_info("given", kind, array.shape)],
-        [onnx.helper.make_tensor("held", kind, array.shape, texts)],
+        [onnx.TensorProto(name="held", data_type=kind, dims=array.shape, string_data=texts)],
     )
     # The lowest versions that serve, so that every ONNX Runtime takes them.
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)

@@ -23,13 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxsplit.ends import select
 from onnxsplit.errors import ModelError, ModelRefused, PlanError
 from onnxsplit.graph import build_graph
-from onnxsplit.plan import Level, Plan, example_file, load_plan
+from onnxsplit.opening import ModelFile, ModelLike, open_any, runnable
+from onnxsplit.plan import Level, Plan, default_files, example_file, load_plan
 from onnxsplit.precision import LEAST_TOLERANCE, computed_types, narrowest, tolerance
 from onnxsplit.session import Session, open_session
 from onnxsplit.shapes import infer_shapes
-from onnxsplit.source import SourceModel, open_model
+from onnxsplit.source import SourceModel
 from onnxsplit.tensors import Array, check_inputs, load_npz, numpy_dtype
 
 _SLACK = 2.0
@@ -72,13 +74,13 @@ class Comparison:
 
 
 def verify(
-    folder: str | Path, model: str | Path, *, inputs: str | Path | None = None, threads: int = 1
+    folder: str | Path, model: ModelLike, *, inputs: str | Path | None = None, threads: int = 1
 ) -> tuple[Comparison, ...]:
     """Run the model and its stages on the CPU, in this process, and compare every output.
 
     Args:
         folder: the plan directory.
-        model: the model it was made from.
+        model: the model it was made from, as :func:`~onnxsplit.planner.partition` takes it.
         inputs: an ``.npz``; the plan's own example when None.
         threads: threads of each session.
 
@@ -88,23 +90,23 @@ def verify(
     """
     folder = Path(folder)
     plan = load_plan(folder)
-    source = open_model(model)
+    source = open_any(model)
+    name = str(model) if isinstance(model, str | Path) else source.path.name
     if source.sha256 != plan.model.sha256:
         raise PlanError(
-            f"{folder} was made from another model than {model}: SHA-256 {plan.model.sha256[:12]} "
+            f"{folder} was made from another model than {name}: SHA-256 {plan.model.sha256[:12]} "
             f"and {source.sha256[:12]}. Name the model it was made from, or partition this one"
         )
-    given = load_npz(Path(inputs) if inputs is not None else example_file(folder, plan))
-    specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
-    check_inputs(given, specs, unread_inputs(plan))
-    path = Path(model)
-    try:
-        plain = _run_whole(path, plan, given, "disabled", threads)
-    except ModelError as error:
-        hint = "" if inputs is not None else "; these inputs were made up, give real ones with --inputs FILE.npz"
-        raise ModelError(f"{model} does not run on the inputs: {error}{hint}") from error
-    again = _run_whole(path, plan, given, "disabled", threads)
-    optimized = _run_optimized(path, plan, given, threads)
+    given = _given(folder, plan, Path(inputs) if inputs is not None else example_file(folder, plan))
+    source = select(source, outputs=plan.outputs, keep_inputs=plan.defaults)
+    with runnable(source) as file:
+        try:
+            plain = _run_whole(file, plan, given, "disabled", threads)
+        except ModelError as error:
+            hint = "" if inputs is not None else "; these inputs were made up, give real ones with --inputs FILE.npz"
+            raise ModelError(f"{name} does not run on the inputs: {error}{hint}") from error
+        again = _run_whole(file, plan, given, "disabled", threads)
+        optimized = _run_optimized(file, plan, given, threads)
     chained = run_stages(folder, plan, given, threads=threads, level="disabled")
     chained_optimized = run_stages(folder, plan, given, threads=threads)
     types = _float_types(source, plan, given)
@@ -128,6 +130,19 @@ def _float_types(source: SourceModel, plan: Plan, inputs: Mapping[str, Array]) -
     graph = build_graph(source)
     shapes = infer_shapes(graph, {name: inputs[name].shape for name in graph.inputs if name in inputs})
     return computed_types(graph, shapes) | {spec.dtype for spec in plan.tensors.values()}
+
+
+def _given(folder: Path, plan: Plan, file: Path) -> dict[str, Array]:
+    """Inputs in a file, without those that the plan leaves out, and with the defaults of those that are not there.
+
+    Raises:
+        InputError: they do not fit the plan.
+    """
+    given = {name: array for name, array in load_npz(file).items() if name not in plan.dropped_inputs}
+    specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
+    check_inputs(given, specs, unread_inputs(plan) | plan.defaults.keys(), refused=plan.refused_inputs())
+    defaults = {name: load_npz(path)[name] for name, path in default_files(folder, plan).items() if name not in given}
+    return {**defaults, **given}
 
 
 def unread_inputs(plan: Plan) -> frozenset[str]:
@@ -164,13 +179,21 @@ def _constant(folder: Path, plan: Plan, name: str) -> Array:
     return load_npz(folder / file.name)[name]
 
 
-def _run_whole(path: Path, plan: Plan, inputs: Mapping[str, Array], level: Level, threads: int) -> dict[str, Array]:
-    session: Session = open_session(path, threads=threads, level=level)
+def _run_whole(
+    file: ModelFile, plan: Plan, inputs: Mapping[str, Array], level: Level, threads: int
+) -> dict[str, Array]:
+    apart = file.data_folder is not None
+    session: Session = open_session(
+        file.path.read_bytes() if apart else file.path,
+        threads=threads,
+        level=level,
+        external_data_folder=file.data_folder,
+    )
     given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name in plan.inputs}
     return session.run(given)
 
 
-def _run_optimized(path: Path, plan: Plan, inputs: Mapping[str, Array], threads: int) -> dict[str, Array]:
+def _run_optimized(file: ModelFile, plan: Plan, inputs: Mapping[str, Array], threads: int) -> dict[str, Array]:
     """Run the whole model at the plan's level, or at the highest one below at which ONNX Runtime takes it.
 
     ONNX Runtime cannot optimise some models again that its own optimiser saved.
@@ -179,8 +202,8 @@ def _run_optimized(path: Path, plan: Plan, inputs: Mapping[str, Array], threads:
     first = plan.costs.whole_optimization_level
     for level in levels[levels.index(first) :] if first in levels else ():
         with suppress(ModelRefused):
-            return _run_whole(path, plan, inputs, level, threads)
-    return _run_whole(path, plan, inputs, "disabled", threads)
+            return _run_whole(file, plan, inputs, level, threads)
+    return _run_whole(file, plan, inputs, "disabled", threads)
 
 
 def _zeros(plan: Plan, name: str) -> Array:

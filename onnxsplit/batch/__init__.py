@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def with_batch_axes(plan: Plan, folder: Path, subject: Subject, say: Say) -> Pla
         subject: the model it was cut from.
         say: told what is being done.
     """
-    axes, why_not = _by_structure(subject)
+    axes, why_not = _by_structure(subject, plan.defaults)
     tried = 0
     if axes:
         say("trying batches and their parts")
@@ -55,10 +55,14 @@ def with_batch_axes(plan: Plan, folder: Path, subject: Subject, say: Say) -> Pla
     return msgspec.structs.replace(plan, tensors=tensors, batch=BatchClaim(trials=tried))
 
 
-def _by_structure(subject: Subject) -> tuple[Axes, str]:
-    """Axes of all tensors that the structure proves to have one, or what speaks against the likeliest choice."""
-    graph, specs = subject.graph, input_specs(subject.graph)
-    choices = [axes for axes in candidates(specs) if axes.keys() <= subject.inputs.keys()]
+def _by_structure(subject: Subject, defaults: Container[str]) -> tuple[Axes, str]:
+    """Axes of all tensors that the structure proves to have one, or what speaks against the likeliest choice.
+
+    An input that has a default carries no rows: the default always has the same size.
+    """
+    graph = subject.graph
+    specs = {name: spec for name, spec in input_specs(graph).items() if name not in defaults}
+    choices = [axes for axes in candidates(specs) if all(_has_rows(subject, name, axis) for name, axis in axes.items())]
     if not choices:
         return {}, "no input has a free dimension"
     structure = Structure(graph, {name: a.shape for name, a in subject.inputs.items()}, subject.shapes.sizes)
@@ -69,6 +73,10 @@ def _by_structure(subject: Subject) -> tuple[Axes, str]:
             return _at_other_sizes(subject, choice, claim.axes)
         reasons.append(claim.why_not)
     return {}, reasons[0]
+
+
+def _has_rows(subject: Subject, name: str, axis: int) -> bool:
+    return name in subject.inputs and subject.inputs[name].shape[axis] > 0
 
 
 def _at_other_sizes(subject: Subject, choice: Axes, proven: Axes) -> tuple[Axes, str]:

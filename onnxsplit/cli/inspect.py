@@ -13,6 +13,7 @@ from onnxsplit.cli.output import (
     binary,
     costs_option,
     dims_option,
+    ends_options,
     inputs_option,
     make_command,
     milliseconds,
@@ -33,6 +34,7 @@ _SHOWN_NAMES = 3
 @costs_option
 @dims_option
 @inputs_option
+@ends_options
 @threads_option
 @option("--cuts", type=click.IntRange(0, 1000), default=5, help="How many of the cheapest cuts in two to show.")
 @option("--sweep", is_flag=True, help="Search for the best cut into 1 to 16 stages, too.")

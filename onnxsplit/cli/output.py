@@ -55,6 +55,31 @@ def dims_option(command: Command) -> Command:
     )(command)
 
 
+def ends_options(command: Command) -> Command:
+    """``--outputs``, ``--drop-output``, ``--keep-input``: what of the model is cut."""
+    for names, metavar, callback, text in reversed(_ENDS):
+        command = option(*names, multiple=True, metavar=metavar, callback=callback, help=text)(command)
+    return command
+
+
+def _parse_outputs(
+    _context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    return tuple(name.strip() for text in value for name in text.split(",") if name.strip()) if value else None
+
+
+_ENDS: tuple[tuple[tuple[str, ...], str, Callable[..., Any] | None, str], ...] = (
+    (("--outputs",), "NAME,NAME", _parse_outputs, "Cut for these outputs alone. Repeatable."),
+    (("--drop-output", "drop_outputs"), "NAME", None, "Leave this output out. Repeatable."),
+    (
+        ("--keep-input", "keep_inputs"),
+        "NAME",
+        None,
+        "Leave this input with a default an input: without it, it becomes a constant. Repeatable.",
+    ),
+)
+
+
 def costs_option(command: Command) -> Command:
     """``--costs``."""
     return option(

@@ -13,6 +13,7 @@ from onnxsplit.cli.output import (
     binary,
     costs_option,
     dims_option,
+    ends_options,
     inputs_option,
     make_command,
     milliseconds,
@@ -25,6 +26,8 @@ from onnxsplit.numbers import MOST_ROUNDS
 if TYPE_CHECKING:
     from onnxsplit.outcome import Outcome
     from onnxsplit.plan import BatchClaim, Plan
+
+_EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs")
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
@@ -93,6 +96,7 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
 @costs_option
 @dims_option
 @inputs_option
+@ends_options
 @option(
     "--rounds",
     type=click.IntRange(0, MOST_ROUNDS),
@@ -121,7 +125,7 @@ def command(
 
     check_outputs(html, annotate)
     folder = out or planner.default_target(model)
-    examined = {name: options.pop(name) for name in ("costs", "dims", "inputs")}
+    examined = {name: options.pop(name) for name in _EXAMINED}
     wanted = CutOptions(**options)
     if not dry_run:
         planner.check_target(folder)
@@ -158,6 +162,10 @@ def _beside(output: Output, made: Outcome, html: Path | None, annotate: Path | N
         write_report(made, html, sweep(made.subject, say=output.say))
         files.append(html)
     return files
+
+
+def _no_longer_asked(inputs: tuple[str, ...]) -> str:
+    return f", and with it the input {', '.join(inputs)}, which nothing else needs" if inputs else ""
 
 
 def _show(output: Output, plan: Plan) -> None:
@@ -207,6 +215,10 @@ def _show(output: Output, plan: Plan) -> None:
         )
     if plan.batch is not None:
         output.line(_rows_text(plan, plan.batch))
+    if plan.dropped_outputs:
+        output.line(f"Left out: the output {', '.join(plan.dropped_outputs)}" + _no_longer_asked(plan.dropped_inputs))
+    for name in plan.defaults:
+        output.line(f"Input {name} stays an input; a request that leaves it out gets the model's own value.")
     if plan.dims:
         output.line("Sizes used: " + ", ".join(f"{name}={size}" for name, size in plan.dims.items()))
 

@@ -23,6 +23,7 @@ import msgspec
 
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
+from onnxsplit.ends import defaults
 from onnxsplit.errors import InputError, ModelError, ModelRefused
 from onnxsplit.graph import OpGraph
 from onnxsplit.inputs import dimension_choices, guesses
@@ -97,20 +98,21 @@ def find_example(
     provider: str,
     say: Callable[[str], None],
 ) -> Example:
-    """Make up inputs until the model runs on them.
+    """Make up inputs until the model runs on them; those that have a default are that.
 
     Raises:
         InputError: it ran on none; carries the first failure.
         ModelError: ONNX Runtime refuses the model.
     """
     failures: list[str] = []
+    kept = defaults(graph.source)
     with runnable(graph.source) as source, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         file = Path(folder) / "inputs.npz"
         model: TimedModel | None = None
         try:
             for dims in dimension_choices(specs, fixed):
                 say("trying inputs" + (f" with {_dims_text(dims)}" if dims else ""))
-                for inputs in guesses(graph, specs, bind(specs, dims)):
+                for inputs in guesses(graph, specs, bind(specs, dims), kept):
                     save_npz(file, inputs)
                     if model is None:
                         model = TimedModel(
