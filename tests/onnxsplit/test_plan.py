@@ -224,3 +224,19 @@ def test_names_of_any_length_make_short_messages():
     plan = golden()
     plan["stages"][0]["optimization_level"] = long
     assert len(refuse(plan)) < 1000
+
+
+def test_a_plan_of_before_there_were_defaults_is_read():
+    plan = golden()
+    for name in ("defaults", "constant_inputs", "dropped_outputs", "dropped_inputs"):
+        del plan[name]
+    found = parse_plan(msgspec.json.encode(plan), where=Path("plan"))
+    assert (found.defaults, found.constant_inputs, found.dropped_outputs, found.dropped_inputs) == ({}, {}, (), ())
+
+
+def test_a_default_of_what_is_no_input_is_refused():
+    entry = {"name": "default0.npz", "sha256": "0" * 64, "size_bytes": 1}
+    given = golden()["inputs"][0]
+    message = refuse(golden(defaults={"nothing": entry}, constant_inputs={given: "1.0"}))
+    assert "'nothing' has a default and is no input" in message
+    assert f"input {given!r} is a constant, or was left out" in message

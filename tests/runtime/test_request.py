@@ -10,7 +10,9 @@ from runtime.errors import Cancelled, NotSeparable, PipelineClosed, StageFailed
 from runtime.flow import Answer
 from runtime.request import Asked, Request
 
-ASKED = Asked(names=("y", "c"), computed=("y",), passed=("c",), optional=frozenset(), axes={"x": 0, "y": 0})
+ASKED = Asked(
+    names=("y", "c"), computed=("y",), passed=("c",), optional=frozenset(), defaults=(), axes={"x": 0, "y": 0}
+)
 
 
 class FakeFlow:
