@@ -4,6 +4,7 @@
     ├── MissingDependency   an optional package is not installed; names the extra
     ├── ModelError          the model file cannot be used
     │   └── ModelRefused    ONNX Runtime will not load it
+    │       └── CustomOpsError  a library of custom ops is missing, is another build, or does not load
     ├── InputError          tensors given by the user do not fit the model
     ├── PartitionError      the model cannot be cut as asked
     ├── ClusterError        a cluster file cannot be used
@@ -32,6 +33,10 @@ class ModelError(OnnxsplitError):
 
 class ModelRefused(ModelError):
     """ONNX Runtime will not load the model: its IR version, an opset, an op or a type is not one it has."""
+
+
+class CustomOpsError(ModelRefused):
+    """A library of custom ops is missing, is another build than the plan's, or does not load."""
 
 
 class InputError(OnnxsplitError):

@@ -94,6 +94,13 @@ class FileEntry(Record, frozen=True, kw_only=True):
     size_bytes: FileSize
 
 
+class CustomOps(Record, frozen=True, kw_only=True):
+    """A library of custom ops: the name of its file, or ``onnxruntime-extensions``, and the file's SHA-256."""
+
+    name: str
+    sha256: str
+
+
 class Stage(Record, frozen=True, kw_only=True):
     """One part of the cut model.
 
@@ -116,6 +123,7 @@ class Stage(Record, frozen=True, kw_only=True):
         devices: the devices of all its replicas, that one first.
         hosts: the host of each of those, ``local`` for one that the cluster does not name.
         ops: number of ops in the stage.
+        custom_ops: names of the libraries of custom ops, among the plan's, that it cannot run without.
     """
 
     index: StageIndex
@@ -136,6 +144,7 @@ class Stage(Record, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     ops: Count = 0
+    custom_ops: tuple[str, ...] = ()
 
 
 class Cut(Record, frozen=True, kw_only=True):
@@ -254,6 +263,7 @@ class Plan(Record, frozen=True, kw_only=True):
     constant_inputs: dict[str, str] = {}
     dropped_outputs: tuple[str, ...] = ()
     dropped_inputs: tuple[str, ...] = ()
+    custom_ops: tuple[CustomOps, ...] = ()
 
     def to_json(self) -> bytes:
         """The bytes of ``plan.json``."""
@@ -302,7 +312,13 @@ class Plan(Record, frozen=True, kw_only=True):
 
     def check(self) -> list[str]:
         """Every violation of what a plan promises, in words; empty for a good plan."""
-        return [*self._check_files(), *self._check_stages(), *self._check_tensors(), *self._check_ends()]
+        return [
+            *self._check_files(),
+            *self._check_custom_ops(),
+            *self._check_stages(),
+            *self._check_tensors(),
+            *self._check_ends(),
+        ]
 
     def _check_files(self) -> Iterator[str]:
         seen: set[str] = set()
@@ -315,6 +331,20 @@ class Plan(Record, frozen=True, kw_only=True):
             if not _SHA256.fullmatch(entry.sha256):
                 yield f"file {entry.name!r} has no valid SHA-256: expected 64 hexadecimal digits"
             seen.add(entry.name)
+
+    def _check_custom_ops(self) -> Iterator[str]:
+        names = [library.name for library in self.custom_ops]
+        for library in self.custom_ops:
+            if Path(library.name).name != library.name or not library.name or "\0" in library.name:
+                yield f"the custom op library {library.name!r} is not named by a plain file name"
+            if names.count(library.name) > 1:
+                yield f"the custom op library {library.name!r} is listed twice"
+            if not _SHA256.fullmatch(library.sha256):
+                yield f"the custom op library {library.name!r} has no valid SHA-256: expected 64 hexadecimal digits"
+        for stage in self.stages:
+            for name in stage.custom_ops:
+                if name not in names:
+                    yield f"stage {stage.index} needs the custom op library {name!r}, which the plan does not list"
 
     def _check_stages(self) -> Iterator[str]:
         available = set(self.inputs)

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxsplit.errors import InputError, ModelError, ModelRefused, OnnxsplitError, ProviderError, one_line
+from onnxsplit.custom_ops import Library, sealed_copy
+from onnxsplit.errors import (
+    CustomOpsError,
+    InputError,
+    ModelError,
+    ModelRefused,
+    OnnxsplitError,
+    ProviderError,
+    one_line,
+)
 from onnxsplit.files import check_regular
 from onnxsplit.numbers import whole_problem
 from onnxsplit.plan import MOST_THREADS, Level
@@ -25,6 +34,8 @@ from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
 
 _BINDINGS = 256  # that a session remembers
 _SMALL_BYTES = 16 << 10
+_UNKNOWN_OP = "is not a registered function/op"
+_NO_FILE = "cannot open shared object file"
 _RUNTIME_TYPES = {"float": "float32", "double": "float64"}
 
 
@@ -206,6 +217,7 @@ def open_session(
     external_data_folder: Path | None = None,
     profile_prefix: Path | None = None,
     save_packed: Path | None = None,
+    custom_ops: Sequence[Library] = (),
 ) -> Session:
     """Open a session.
 
@@ -219,6 +231,7 @@ def open_session(
         profile_prefix: when given, ONNX Runtime profiles every run into a file with this prefix.
         save_packed: when given, the optimised model is written there, and beside it its weights as this CPU's kernels
             read them; a session on that file, at the level ``disabled``, maps them.
+        custom_ops: libraries of custom ops, which are loaded.
 
     Raises:
         MissingDependency: no ONNX Runtime is installed.
@@ -226,6 +239,7 @@ def open_session(
         ModelError: there is no such file, or it is not a regular one.
         ProviderError: the provider cannot be used; says what is missing.
         ModelRefused: ONNX Runtime refuses the model.
+        CustomOpsError: a library of custom ops does not load.
     """
     problem = whole_problem("threads", threads, 1, MOST_THREADS)
     if problem:
@@ -257,6 +271,8 @@ def open_session(
         options.add_session_config_entry(f"{prefix}_file_name", f"{save_packed.stem}.data")
         options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    for library in custom_ops:
+        _register(options, library)
     providers: list[Any] = [(wanted.name, dict(wanted.options))]
     if wanted.name != "CPUExecutionProvider":
         providers.append("CPUExecutionProvider")
@@ -269,10 +285,25 @@ def open_session(
     try:
         raw = ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base class
-        raise ModelRefused(f"ONNX Runtime {ort.__version__} refuses the model: {_first_lines(error)}") from error
+        text = _first_lines(error)
+        if _UNKNOWN_OP in text:
+            text += ". If a library of custom ops has it, name that: --custom-ops FILE.so"
+        raise ModelRefused(f"ONNX Runtime {ort.__version__} refuses the model: {text}") from error
     if wanted.name not in raw.get_providers():
         raise ProviderError(why_not_loaded(ort, wanted))
     return Session(raw)
+
+
+def _register(options: Any, library: Library) -> None:
+    """Load a library of custom ops, for a session with these options."""
+    copy = sealed_copy(library)
+    try:
+        options.register_custom_ops_library(copy)
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        text = _first_lines(error).replace(copy, library.path)
+        if _NO_FILE in text:
+            text += ". It is loaded from a copy, so what it needs itself is not found beside it: set LD_LIBRARY_PATH"
+        raise CustomOpsError(f"the custom op library {library.path} does not load: {text}") from error
 
 
 def _first_lines(error: Exception) -> str:

@@ -23,6 +23,7 @@ from typing import IO
 
 import msgspec.structs
 
+from onnxsplit.custom_ops import Library
 from onnxsplit.errors import InputError, ModelError, ModelRefused, in_one_line
 from onnxsplit.plan import Level
 from onnxsplit.session import Session, open_session, quiet_environment
@@ -40,6 +41,7 @@ class _Load(msgspec.Struct, tag="load", frozen=True):
     provider: str
     spinning: bool
     data_folder: str | None
+    custom_ops: tuple[Library, ...]
 
 
 class _Feed(msgspec.Struct, tag="feed", frozen=True):
@@ -76,6 +78,7 @@ class TimedModel:
         provider: execution provider.
         spinning: let idle threads spin, for a session that has the host to itself.
         data_folder: where the model's external data lies; beside the file when None.
+        custom_ops: libraries of custom ops that the session has.
     """
 
     def __init__(
@@ -88,9 +91,10 @@ class TimedModel:
         provider: str = "cpu",
         spinning: bool = False,
         data_folder: Path | None = None,
+        custom_ops: Sequence[Library] = (),
     ) -> None:
         folder = None if data_folder is None else str(data_folder)
-        self._load = _Load(str(model), str(inputs), threads, level, provider, spinning, folder)
+        self._load = _Load(str(model), str(inputs), threads, level, provider, spinning, folder, tuple(custom_ops))
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
@@ -178,13 +182,13 @@ def run_together(models: Sequence[TimedModel], seconds: float, *, least: int = 2
     return [model._receive().times_ns for model in models]
 
 
-def typical_ns(model: Path, inputs: Path, *, threads: int, provider: str) -> int:
+def typical_ns(model: Path, inputs: Path, *, threads: int, provider: str, custom_ops: Sequence[Library] = ()) -> int:
     """What one run of a whole model takes here, by itself: the median of a second, once it is warm.
 
     Raises:
         ModelError, InputError, ProviderError: it does not run.
     """
-    with TimedModel(model, inputs, threads=threads, level="all", provider=provider) as timed:
+    with TimedModel(model, inputs, threads=threads, level="all", provider=provider, custom_ops=custom_ops) as timed:
         timed.run(_TYPICAL_S / 4)
         return median_ns(timed.run(_TYPICAL_S, least=3))
 
@@ -214,6 +218,7 @@ class _Worker:
                     provider=command.provider,
                     spinning=command.spinning,
                     external_data_folder=folder,
+                    custom_ops=command.custom_ops,
                 )
                 self._feed(command.inputs)
             case _Feed():

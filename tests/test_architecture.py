@@ -17,12 +17,13 @@ ORDER = [
     ["onnxsplit", "onnxsplit.errors"],
     ["onnxsplit.files", "onnxsplit.memory", "onnxsplit.numbers", "onnxsplit.drawing", "onnxsplit.formulas"],
     ["onnxsplit.tensors", "onnxsplit.plan", "onnxsplit.cluster"],
-    ["onnxsplit.providers", "onnxsplit.string_value"],
+    ["onnxsplit.providers", "onnxsplit.string_value", "onnxsplit.custom_ops"],
     ["onnxsplit.session"],
     ["onnxsplit.timed"],
     ["onnxsplit.bodies"],
     ["onnxsplit.external", "onnxsplit.optimised"],
     ["onnxsplit.source", "onnxsplit.storage"],
+    ["onnxsplit.domains"],
     ["onnxsplit.graph", "onnxsplit.opening"],
     ["onnxsplit.shapes"],
     ["onnxsplit.ends"],
@@ -51,7 +52,7 @@ ORDER = [
 ]
 RUNTIME_MAY_USE = {
     "onnxsplit.errors", "onnxsplit.files", "onnxsplit.memory", "onnxsplit.numbers", "onnxsplit.plan",
-    "onnxsplit.cluster", "onnxsplit.tensors", "onnxsplit.providers",
+    "onnxsplit.cluster", "onnxsplit.tensors", "onnxsplit.providers", "onnxsplit.custom_ops",
     "onnxsplit.session", "onnxsplit.timed", "onnxsplit.drawing", "onnxsplit",  # that for the version
 }  # fmt: skip
 RUNTIME_ORDER = [
@@ -119,6 +120,7 @@ HOMES = {
         "onnxsplit.storage",
         "onnxsplit.opening",
         "onnxsplit.ends",
+        "onnxsplit.domains",
         "onnxsplit.merge",
         "onnxsplit.graph",
         "onnxsplit.shapes",

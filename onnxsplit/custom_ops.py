@@ -1,0 +1,207 @@
+"""Libraries of custom ops: which of them a process may load, and loading exactly what was hashed.
+
+Such a library is code that runs with the rights of the process. It is loaded only where whoever runs the process has
+named it; a plan says by name and SHA-256 which of the libraries that were named its stages need, and names no path.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from onnxsplit.errors import CustomOpsError, shown
+from onnxsplit.files import open_regular
+from onnxsplit.plan import CustomOps, Plan
+
+EXTENSIONS = "onnxruntime-extensions"
+"""The one library that is named by its package instead of by its file."""
+
+_PACKAGE, _MODULE = "onnxruntime_extensions", "_extensions_pydll"
+_MOST_BYTES = 8 << 30
+_CHUNK = 1 << 20
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+_copies: dict[str, int] = {}  # by SHA-256; never closed, since the loader knows libraries by the names of these files
+
+
+class Library(msgspec.Struct, frozen=True):
+    """A library that whoever runs this process has named.
+
+    Attributes:
+        name: as plans call it: the name of its file, or ``onnxruntime-extensions``.
+        path: its file.
+        sha256: of that file.
+    """
+
+    name: str
+    path: str
+    sha256: str
+
+
+def find_libraries(given: object) -> tuple[Library, ...]:
+    """The libraries that a user names, each once, with their hashes. Nothing is loaded.
+
+    Args:
+        given: files, or ``onnxruntime-extensions`` for the library in the package of that name; one of them, or many.
+
+    Raises:
+        CustomOpsError: a file cannot be read, or the package is not installed.
+    """
+    names = [given] if isinstance(given, str | os.PathLike) else given
+    if not isinstance(names, Iterable) or not all(isinstance(name, str | os.PathLike) for name in names):
+        raise CustomOpsError(f"custom op libraries are named by their files, in a list; {shown(given)} is none")
+    libraries = [_library(os.fspath(name)) for name in names]
+    return tuple({library.sha256: library for library in reversed(libraries)}.values())[::-1]
+
+
+def check_names(given: Sequence[Library]) -> None:
+    """Refuse libraries of one name for one plan.
+
+    Raises:
+        CustomOpsError: naming them.
+    """
+    files: dict[str, str] = {}
+    for library in given:
+        other = files.setdefault(library.name, library.path)
+        if other != library.path:
+            raise CustomOpsError(
+                f"two custom op libraries are called {library.name!r}: {other} and {library.path}; rename one file"
+            )
+
+
+def _library(text: str) -> Library:
+    path = _extensions() if text == EXTENSIONS else Path(text)
+    digest = hashlib.sha256()
+    _read(path, digest.update)
+    name = EXTENSIONS if text == EXTENSIONS else path.name
+    return Library(name=name, path=str(path.absolute()), sha256=digest.hexdigest())
+
+
+def _extensions() -> Path:
+    """What ``onnxruntime_extensions.get_library_path()`` gives; asking the package would load it before it is hashed.
+
+    Raises:
+        CustomOpsError: the package is not installed, or holds no library.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise CustomOpsError(
+            f"the package {EXTENSIONS} is not installed here: pip install {EXTENSIONS}, or name a library by its file"
+        )
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    files = [folder / f"{_MODULE}{end}" for folder in folders for end in importlib.machinery.EXTENSION_SUFFIXES]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise CustomOpsError(
+            f"the package {EXTENSIONS} in {folders[0]} holds no library for this Python; name its file instead: "
+            "--custom-ops FILE.so"
+        )
+    return found
+
+
+def needed_libraries(given: Sequence[Library], plan: Plan, stage: int | None = None) -> tuple[Library, ...]:
+    """Those of the libraries given that a plan needs, or a stage of it. They are known by their hashes.
+
+    Raises:
+        CustomOpsError: one was not given, or only another build of it.
+    """
+    names = None if stage is None else plan.stages[stage].custom_ops
+    wanted = [one for one in plan.custom_ops if names is None or one.name in names]
+    by_hash = {library.sha256: library for library in given}
+    for one in wanted:
+        if one.sha256 not in by_hash:
+            raise CustomOpsError(_lacking(one, given, "the plan" if stage is None else f"stage {stage} of the plan"))
+    return tuple(by_hash[one.sha256] for one in wanted)
+
+
+def check_wanted(given: Sequence[Library], plans: Sequence[Plan]) -> None:
+    """Refuse libraries that none of the plans names: they would not be loaded, which is not what was meant.
+
+    Raises:
+        CustomOpsError: naming the first one.
+    """
+    named = [one for plan in plans for one in plan.custom_ops]
+    known = {one.sha256 for one in named} | {one.name for one in named}
+    for library in given:
+        if library.sha256 not in known and library.name not in known:
+            wanted = ", ".join(dict.fromkeys(repr(one.name) for one in named)) or "none"
+            raise CustomOpsError(
+                f"the plan does not name the custom op library {_words(library)}; it names: {wanted}. If the model "
+                "needs it, cut it again with --custom-ops; else leave it out"
+            )
+
+
+def _lacking(one: CustomOps, given: Sequence[Library], who: str) -> str:
+    option = f"--custom-ops {EXTENSIONS if one.name == EXTENSIONS else 'FILE.so'}"
+    wants = f"{who} needs the custom op library {one.name!r} (SHA-256 {one.sha256[:12]})"
+    other = next((library for library in given if library.name == one.name), None)
+    if other is not None:
+        return (
+            f"{wants}, and {other.path} is another build of it ({other.sha256[:12]}). Give the build that the plan was "
+            f"made with, or cut the model again with this one: onnxsplit partition MODEL {option}"
+        )
+    found = ", ".join(map(_words, given)) or "none"
+    return f"{wants}; given: {found}. A library is code, and runs only where you name it: add {option}"
+
+
+def _words(library: Library) -> str:
+    return f"{library.path} (SHA-256 {library.sha256[:12]})"
+
+
+def sealed_copy(library: Library) -> str:
+    """A path to load a library by: a copy in memory that nobody can change, of just the bytes that were hashed.
+
+    Raises:
+        CustomOpsError: the file is another one than when it was named, or cannot be copied.
+    """
+    if library.sha256 not in _copies:
+        _copies[library.sha256] = _copied(library)
+    return f"/proc/self/fd/{_copies[library.sha256]}"
+
+
+def _copied(library: Library) -> int:
+    try:
+        copy = os.memfd_create(f"custom-ops-{library.sha256[:12]}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise CustomOpsError(f"no memory for a copy of {library.path} is to be had: {error.strerror}") from error
+    try:
+        digest = hashlib.sha256()
+        with os.fdopen(copy, "wb", closefd=False) as target:
+
+            def take(piece: bytes) -> None:
+                digest.update(piece)
+                target.write(piece)
+
+            _read(Path(library.path), take)
+        if digest.hexdigest() != library.sha256:
+            raise CustomOpsError(
+                f"the custom op library {library.path} was changed after it was named: its SHA-256 was "
+                f"{library.sha256[:12]} and is {digest.hexdigest()[:12]}. It was not loaded; start again"
+            )
+        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(copy)
+        raise
+    return copy
+
+
+def _read(path: Path, take: Callable[[bytes], object]) -> None:
+    """Hand over the bytes of a library's file, once from its beginning to its end.
+
+    Raises:
+        CustomOpsError: it cannot be read, or its copy cannot be written.
+    """
+    try:
+        with open_regular(path, most_bytes=_MOST_BYTES) as stream:
+            while piece := stream.read(_CHUNK):
+                take(piece)
+    except FileNotFoundError as error:
+        raise CustomOpsError(f"no such custom op library: {path}") from error
+    except OSError as error:
+        raise CustomOpsError(f"cannot read the custom op library {path}: {error.strerror}") from error
