@@ -27,6 +27,7 @@ from onnxsplit.plan import (
     CorrectionRound,
     Costs,
     CreatedWith,
+    CustomOps,
     Cut,
     FileEntry,
     Level,
@@ -140,6 +141,7 @@ class Description:
             constant_inputs={name: constant_text(graph.source, name) for name in graph.overridable},
             dropped_outputs=graph.source.ends.dropped_outputs if graph.source.ends is not None else (),
             dropped_inputs=graph.source.ends.dropped_inputs if graph.source.ends is not None else (),
+            custom_ops=tuple(CustomOps(name=one.name, sha256=one.sha256) for one in subject.custom_ops),
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
         plan = msgspec.structs.replace(plan, outputs_need=needs)
@@ -189,6 +191,7 @@ class Description:
             devices=tuple(self._setting.devices[replica].name for replica in replicas) if named else (),
             hosts=tuple(self._setting.devices[replica].host for replica in replicas) if named else (),
             ops=len(part.ops),
+            custom_ops=tuple(library.name for library in subject.libraries(part.ops)),
         )
 
     def _passthrough(self) -> dict[str, Passthrough]:

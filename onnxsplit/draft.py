@@ -161,6 +161,7 @@ class Draft:
                         threads=devices[index].threads,
                         level=cut.levels[index],
                         provider=self._provider_here(devices[index]),
+                        custom_ops=self._subject.libraries(cut.parts[index].ops),
                     )
                 )
                 for index, (model, feed) in enumerate(feeds)
@@ -188,7 +189,13 @@ class Draft:
             for index, (model, feed) in enumerate(self._feeds(cut, Path(scratch))):
                 self._say(f"choosing the optimisation level of stage {index} of {len(cut.parts)}")
                 device = cut.device(self._setting, index)
-                level, _ = best_level(model, feed, threads=device.threads, provider=self._provider_here(device))
+                level, _ = best_level(
+                    model,
+                    feed,
+                    threads=device.threads,
+                    provider=self._provider_here(device),
+                    custom_ops=self._subject.libraries(cut.parts[index].ops),
+                )
                 levels.append(level)
         return tuple(levels)
 
@@ -201,7 +208,13 @@ class Draft:
             save_npz(feed, {name: values[name] for name in part.inputs})
             if set(part.outputs) & {name for later in cut.parts[index + 1 :] for name in later.inputs}:
                 outputs = scratch / "outputs.npz"
-                with TimedModel(model, feed, threads=cut.device(self._setting, index).threads, level="basic") as once:
+                with TimedModel(
+                    model,
+                    feed,
+                    threads=cut.device(self._setting, index).threads,
+                    level="basic",
+                    custom_ops=self._subject.libraries(part.ops),
+                ) as once:
                     once.run(0.0)
                     once.save_outputs(outputs)
                 values.update(load_npz(outputs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from onnxsplit.atoms import Atoms, build_atoms
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.cost.measured import find_example, measured_costs
+from onnxsplit.custom_ops import Library, check_names, find_libraries
 from onnxsplit.ends import check_handed_on, constant_text, defaults, select
 from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
 from onnxsplit.graph import OpGraph, build_graph
@@ -43,6 +44,7 @@ class Subject:
         inputs: example inputs.
         dims: sizes of the free dimensions in them.
         note: why costs are analytic, when they are.
+        custom_ops: libraries of custom ops that the user named for it.
     """
 
     graph: OpGraph
@@ -51,6 +53,15 @@ class Subject:
     inputs: Mapping[str, Array]
     dims: Mapping[str, int]
     note: str | None = None
+    custom_ops: tuple[Library, ...] = ()
+
+    def libraries(self, ops: Iterable[int]) -> tuple[Library, ...]:
+        """The libraries that a stage of these ops needs: all of them where one is a custom op, else none.
+
+        Where no op of the model looks like a custom one, they may have any of its ops, so every stage needs them.
+        """
+        custom = self.graph.custom_ops
+        return self.custom_ops if not custom or not custom.isdisjoint(ops) else ()
 
     @property
     def shapes(self) -> Shapes:
@@ -144,6 +155,7 @@ def examine(
     keep_inputs: Sequence[str] = (),
     threads: int | None = None,
     provider: str = "cpu",
+    custom_ops: object = (),
     say: Say = silent,
 ) -> Subject:
     """Read a model, find inputs it runs on, cost its ops and contract them.
@@ -159,6 +171,8 @@ def examine(
         keep_inputs: inputs that are initializers too and stay inputs, with the initializer as default.
         threads: threads of a session that is measured; all cores of this host when None.
         provider: execution provider that measures.
+        custom_ops: libraries of custom ops, as :func:`~onnxsplit.custom_ops.find_libraries` takes them; measuring
+            loads them.
         say: told what is being done.
 
     Raises:
@@ -166,7 +180,10 @@ def examine(
         InputError: inputs or dimensions do not fit it.
         PartitionError: it has outputs that cannot be handed to a caller, or none of those named.
         MissingDependency, ProviderError: measuring was asked for and is not possible.
+        CustomOpsError: a library of custom ops cannot be read, or does not load.
     """
+    libraries = find_libraries(custom_ops)
+    check_names(libraries)
     say("reading the model")
     source = model if isinstance(model, SourceModel) else open_any(model)
     graph = build_graph(select(source, outputs=outputs, drop_outputs=drop_outputs, keep_inputs=keep_inputs))
@@ -187,11 +204,15 @@ def examine(
             example: Mapping[str, Array] | None = given
             sizes = fixed
             if example is None:
-                found = find_example(graph, specs, fixed, threads=threads, provider=provider, say=say)
+                found = find_example(
+                    graph, specs, fixed, threads=threads, provider=provider, say=say, custom_ops=libraries
+                )
                 example, sizes = found.inputs, dict(found.dims)
             shapes = infer_shapes(graph, {name: array.shape for name, array in example.items()})
-            op_costs = measured_costs(graph, shapes, example, threads=threads, provider=provider, say=say)
-            return _subject(graph, op_costs, example, sizes, None)
+            op_costs = measured_costs(
+                graph, shapes, example, threads=threads, provider=provider, say=say, custom_ops=libraries
+            )
+            return _subject(graph, op_costs, example, sizes, None, libraries)
         except ModelRefused as error:
             raise ModelRefused(
                 f"{error}. To cut it for another ONNX Runtime than this one: --costs analytic"
@@ -205,7 +226,7 @@ def examine(
         *_, given = guesses(graph, specs, bind(specs, fixed), kept)  # the last is the most careful
         fixed = with_formulas(specs, fixed)
     shapes = infer_shapes(graph, {name: array.shape for name, array in given.items()})
-    return _subject(graph, analytic_costs(graph, shapes), given, fixed, note)
+    return _subject(graph, analytic_costs(graph, shapes), given, fixed, note, libraries)
 
 
 def _given(graph: OpGraph, given: Mapping[str, Array], kept: Mapping[str, Array]) -> dict[str, Array]:
@@ -236,7 +257,12 @@ def _check_memory(graph: OpGraph) -> None:
 
 
 def _subject(
-    graph: OpGraph, costs: OpCosts, inputs: Mapping[str, Array], dims: Mapping[str, int], note: str | None
+    graph: OpGraph,
+    costs: OpCosts,
+    inputs: Mapping[str, Array],
+    dims: Mapping[str, int],
+    note: str | None,
+    custom_ops: tuple[Library, ...],
 ) -> Subject:
     for name in graph.outputs:
         if name in graph.producer and not costs.shapes.travels(name):
@@ -244,4 +270,4 @@ def _subject(
                 f"output {name!r} is not a tensor that can be handed to a caller (a sequence, a map, an optional, or a "
                 "type that ONNX Runtime cannot pass on); remove it from the model's outputs"
             )
-    return Subject(graph, costs, build_atoms(graph, costs.shapes), inputs, dims, note)
+    return Subject(graph, costs, build_atoms(graph, costs.shapes), inputs, dims, note, custom_ops)

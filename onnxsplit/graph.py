@@ -20,6 +20,7 @@ import networkx as nx
 import onnx
 
 from onnxsplit.bodies import defined_names, nested_graphs
+from onnxsplit.domains import holds_custom_op
 from onnxsplit.errors import ModelError
 from onnxsplit.source import FunctionKey, SourceModel, functions_of, is_random, tensor_bytes
 from onnxsplit.storage import Extent, Stored, extents, stored_once
@@ -86,7 +87,8 @@ class OpGraph:
         stored: the bytes of the constants, each counted once where several share it.
         packed: those of them that some op reads of which ONNX Runtime's CPU kernels keep a packed copy.
         overridable: initializers that the model also lists as inputs. Stages treat them as constants.
-        constant_ops: ops whose result never changes: no path leads to them from an input or a random op.
+        constant_ops: ops whose result never changes: no path leads to them from an input, a random or a custom op.
+        custom_ops: ops that neither ONNX nor ONNX Runtime has, and ops that hold or call such ones.
     """
 
     source: SourceModel
@@ -101,6 +103,7 @@ class OpGraph:
     packed: frozenset[str]
     overridable: tuple[str, ...]
     constant_ops: frozenset[int]
+    custom_ops: frozenset[int]
 
 
 def captured_names(node: onnx.NodeProto) -> tuple[str, ...]:
@@ -153,6 +156,7 @@ def build_graph(source: SourceModel) -> OpGraph:
         for origin, names in flows.items():
             digraph.add_edge(origin, op.index, tensors=tuple(sorted(names)))
     functions = functions_of(source.proto)
+    custom = frozenset(op.index for op in ops if holds_custom_op([op.node], functions))
     return OpGraph(
         source=source,
         digraph=digraph,
@@ -165,7 +169,8 @@ def build_graph(source: SourceModel) -> OpGraph:
         stored=stored_once(constants, _places(source)),
         packed=frozenset(name for op in ops if op.op_type in _PACKING for name in op.inputs if name in constants),
         overridable=tuple(value.name for value in proto.input if value.name in constants),
-        constant_ops=_constant_ops(ops, constants, producer, functions),
+        constant_ops=_constant_ops(ops, constants, producer, functions, custom),
+        custom_ops=custom,
     )
 
 
@@ -213,10 +218,11 @@ def _constant_ops(
     constants: dict[str, int],
     producer: dict[str, int],
     functions: dict[FunctionKey, onnx.FunctionProto],
+    custom: frozenset[int],
 ) -> frozenset[int]:
     found: set[int] = set()
     for op in ops:
         steady = all(name in constants or producer.get(name) in found for name in op.reads)
-        if steady and not is_random(op.node, functions):
+        if steady and op.index not in custom and not is_random(op.node, functions):
             found.add(op.index)
     return frozenset(found)

@@ -39,6 +39,7 @@ def partition(
     outputs: Sequence[str] | None = None,
     drop_outputs: Sequence[str] = (),
     keep_inputs: Sequence[str] = (),
+    custom_ops: object = (),
     say: Say = silent,
     **options: Any,
 ) -> Plan:
@@ -54,6 +55,8 @@ def partition(
         outputs: outputs to cut for; the others are left out, with the ops and inputs that only they need.
         drop_outputs: outputs to leave out.
         keep_inputs: inputs that are initializers too, and that requests may still give.
+        custom_ops: libraries of custom ops that the model needs: a list of files, or ``onnxruntime-extensions``. They
+            are code, which runs with the rights of this process's user.
         say: told what is being done.
         options: how to cut: the attributes of :class:`~onnxsplit.options.CutOptions`, ``stages`` first of all.
 
@@ -61,7 +64,7 @@ def partition(
         PartitionError: the model cannot be cut as asked.
         PlanError: ``out`` is something other than a plan.
         ClusterError: the cluster file is not usable.
-        ModelError, InputError, MissingDependency, ProviderError: as :func:`~onnxsplit.examine.examine`.
+        ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as :func:`~onnxsplit.examine.examine`.
     """
     wanted = CutOptions(**options)
     source = open_any(model)
@@ -76,6 +79,7 @@ def partition(
         outputs=outputs,
         drop_outputs=drop_outputs,
         keep_inputs=keep_inputs,
+        custom_ops=custom_ops,
         say=say,
     )
     return write_plan(subject, target, wanted, say=say).plan

@@ -84,7 +84,7 @@ def _at_other_sizes(subject: Subject, choice: Axes, proven: Axes) -> tuple[Axes,
     ran, failure = 0, ""
     for inputs in _other_inputs(subject, choice):
         try:
-            seen = shapes_of_run(subject.graph, inputs)
+            seen = shapes_of_run(subject.graph, inputs, custom_ops=subject.custom_ops)
         except OnnxsplitError as error:  # the model does not take these sizes
             failure = one_line(error)
             continue

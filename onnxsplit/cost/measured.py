@@ -23,6 +23,7 @@ import msgspec
 
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
+from onnxsplit.custom_ops import Library
 from onnxsplit.ends import defaults
 from onnxsplit.errors import InputError, ModelError, ModelRefused
 from onnxsplit.graph import OpGraph
@@ -71,6 +72,7 @@ class ProfileRequest(msgspec.Struct, frozen=True):
     seconds: float
     untyped: tuple[str, ...] = ()
     data_folder: str | None = None
+    custom_ops: tuple[Library, ...] = ()
 
 
 class Profile(msgspec.Struct, frozen=True):
@@ -97,6 +99,7 @@ def find_example(
     threads: int,
     provider: str,
     say: Callable[[str], None],
+    custom_ops: Sequence[Library] = (),
 ) -> Example:
     """Make up inputs until the model runs on them; those that have a default are that.
 
@@ -122,6 +125,7 @@ def find_example(
                             level="basic",
                             provider=provider,
                             data_folder=source.data_folder,
+                            custom_ops=custom_ops,
                         ).__enter__()
                     else:
                         model.feed(file)
@@ -144,7 +148,13 @@ def _dims_text(dims: Mapping[str, int]) -> str:
 
 
 def best_level(
-    model: Path, inputs: Path, *, threads: int, provider: str, data_folder: Path | None = None
+    model: Path,
+    inputs: Path,
+    *,
+    threads: int,
+    provider: str,
+    data_folder: Path | None = None,
+    custom_ops: Sequence[Library] = (),
 ) -> tuple[Level, int]:
     """The optimisation level at which a model file runs fastest, and its nanoseconds a run.
 
@@ -162,7 +172,13 @@ def best_level(
             try:
                 if timed is None:
                     one = TimedModel(
-                        model, inputs, threads=threads, level=level, provider=provider, data_folder=data_folder
+                        model,
+                        inputs,
+                        threads=threads,
+                        level=level,
+                        provider=provider,
+                        data_folder=data_folder,
+                        custom_ops=custom_ops,
                     )
                     timed = stack.enter_context(one)
                 else:
@@ -188,6 +204,7 @@ def measured_costs(
     threads: int,
     provider: str,
     say: Callable[[str], None],
+    custom_ops: Sequence[Library] = (),
 ) -> OpCosts:
     """Profile the model on example inputs.
 
@@ -200,14 +217,34 @@ def measured_costs(
         say("observing shapes")
         untyped = tuple(name for name in graph.producer if name not in shapes.specs)
         seen = _profile(
-            source, file, threads=threads, level="disabled", provider=provider, seconds=0.0, untyped=untyped
+            source,
+            file,
+            threads=threads,
+            level="disabled",
+            provider=provider,
+            seconds=0.0,
+            untyped=untyped,
+            custom_ops=custom_ops,
         )
         say("timing optimisation levels")
         level, whole_ns = best_level(
-            source.path, file, threads=threads, provider=provider, data_folder=source.data_folder
+            source.path,
+            file,
+            threads=threads,
+            provider=provider,
+            data_folder=source.data_folder,
+            custom_ops=custom_ops,
         )
         say(f"profiling ops at level {level}")
-        profile = _profile(source, file, threads=threads, level=level, provider=provider, seconds=_PROFILE_SECONDS)
+        profile = _profile(
+            source,
+            file,
+            threads=threads,
+            level=level,
+            provider=provider,
+            seconds=_PROFILE_SECONDS,
+            custom_ops=custom_ops,
+        )
     shapes = shapes.observed(seen.sizes, seen.types)
     total = sum(profile.op_ns) or 1
     # The profiler's own cost is spread evenly over its events; what a run takes without it is the truth.
@@ -249,9 +286,12 @@ def _profile(
     provider: str,
     seconds: float,
     untyped: tuple[str, ...] = (),
+    custom_ops: Sequence[Library] = (),
 ) -> Profile:
     folder = None if source.data_folder is None else str(source.data_folder)
-    request = ProfileRequest(str(source.path), str(inputs), threads, level, provider, seconds, untyped, folder)
+    request = ProfileRequest(
+        str(source.path), str(inputs), threads, level, provider, seconds, untyped, folder, tuple(custom_ops)
+    )
     done = subprocess.run(
         [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],
         input=msgspec.json.encode(request),
@@ -269,7 +309,9 @@ def _profile(
     return profile
 
 
-def shapes_of_run(graph: OpGraph, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+def shapes_of_run(
+    graph: OpGraph, inputs: Mapping[str, Array], *, custom_ops: Sequence[Library] = ()
+) -> dict[str, tuple[int, ...]]:
     """The shapes that the tensors have in one run on the CPU.
 
     Raises:
@@ -278,4 +320,12 @@ def shapes_of_run(graph: OpGraph, inputs: Mapping[str, Array]) -> dict[str, tupl
     with runnable(graph.source) as source, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         file = Path(folder) / "inputs.npz"
         save_npz(file, inputs)
-        return _profile(source, file, threads=1, level="disabled", provider="cpu", seconds=0.0).sizes
+        return _profile(
+            source,
+            file,
+            threads=1,
+            level="disabled",
+            provider="cpu",
+            seconds=0.0,
+            custom_ops=custom_ops,
+        ).sizes

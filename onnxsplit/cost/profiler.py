@@ -59,6 +59,7 @@ def profile(request: ProfileRequest) -> Profile:
             provider=request.provider,
             external_data_folder=data_folder,
             profile_prefix=Path(folder) / "profile",
+            custom_ops=request.custom_ops,
         )
         inputs = {name: given[name] for name, _ in session.inputs}
         end = time.monotonic() + request.seconds
@@ -90,6 +91,7 @@ def _types(graph: OpGraph, request: ProfileRequest) -> dict[str, str]:
         level="disabled",
         provider=request.provider,
         external_data_folder=data_folder,
+        custom_ops=request.custom_ops,
     )
     return {name: kind for name, kind in session.outputs if kind is not None and name in request.untyped}
 
