@@ -16,13 +16,14 @@ and optimised ones may differ in no more elements than twice what optimisation a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from onnxsplit.custom_ops import Library, check_wanted, find_libraries, needed_libraries
 from onnxsplit.ends import select
 from onnxsplit.errors import ModelError, ModelRefused, PlanError
 from onnxsplit.graph import build_graph
@@ -74,7 +75,12 @@ class Comparison:
 
 
 def verify(
-    folder: str | Path, model: ModelLike, *, inputs: str | Path | None = None, threads: int = 1
+    folder: str | Path,
+    model: ModelLike,
+    *,
+    inputs: str | Path | None = None,
+    threads: int = 1,
+    custom_ops: object = (),
 ) -> tuple[Comparison, ...]:
     """Run the model and its stages on the CPU, in this process, and compare every output.
 
@@ -83,15 +89,21 @@ def verify(
         model: the model it was made from, as :func:`~onnxsplit.planner.partition` takes it.
         inputs: an ``.npz``; the plan's own example when None.
         threads: threads of each session.
+        custom_ops: the libraries of custom ops that the plan names, as ``partition`` takes them. This process loads
+            them.
 
     Raises:
         PlanError: the plan is damaged, or was made from another file.
+        CustomOpsError: a library that the plan names was not given, or is another build.
         ModelError, InputError: a stage or the model does not run on the inputs.
     """
     folder = Path(folder)
     plan = load_plan(folder)
     source = open_any(model)
     name = str(model) if isinstance(model, str | Path) else source.path.name
+    libraries = find_libraries(custom_ops)
+    needed = needed_libraries(libraries, plan)
+    check_wanted(libraries, (plan,))
     if source.sha256 != plan.model.sha256:
         raise PlanError(
             f"{folder} was made from another model than {name}: SHA-256 {plan.model.sha256[:12]} "
@@ -101,14 +113,14 @@ def verify(
     source = select(source, outputs=plan.outputs, keep_inputs=plan.defaults)
     with runnable(source) as file:
         try:
-            plain = _run_whole(file, plan, given, "disabled", threads)
+            plain = _run_whole(file, plan, given, "disabled", threads, needed)
         except ModelError as error:
             hint = "" if inputs is not None else "; these inputs were made up, give real ones with --inputs FILE.npz"
             raise ModelError(f"{name} does not run on the inputs: {error}{hint}") from error
-        again = _run_whole(file, plan, given, "disabled", threads)
-        optimized = _run_optimized(file, plan, given, threads)
-    chained = run_stages(folder, plan, given, threads=threads, level="disabled")
-    chained_optimized = run_stages(folder, plan, given, threads=threads)
+        again = _run_whole(file, plan, given, "disabled", threads, needed)
+        optimized = _run_optimized(file, plan, given, threads, needed)
+    chained = run_stages(folder, plan, given, threads=threads, level="disabled", custom_ops=needed)
+    chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed)
     types = _float_types(source, plan, given)
     return tuple(
         Comparison(
@@ -153,7 +165,13 @@ def unread_inputs(plan: Plan) -> frozenset[str]:
 
 
 def run_stages(
-    folder: Path, plan: Plan, inputs: Mapping[str, Array], *, threads: int, level: Level | None = None
+    folder: Path,
+    plan: Plan,
+    inputs: Mapping[str, Array],
+    *,
+    threads: int,
+    level: Level | None = None,
+    custom_ops: Sequence[Library] = (),
 ) -> dict[str, Array]:
     """Run the stages one after the other in this process; returns every tensor on a border.
 
@@ -163,10 +181,16 @@ def run_stages(
         inputs: by name.
         threads: threads of each session.
         level: optimisation level; each stage's own when None.
+        custom_ops: libraries of custom ops; each stage has those that it needs.
     """
     values = dict(inputs)
     for stage in plan.stages:
-        session = open_session(folder / stage.file, threads=threads, level=level or stage.optimization_level)
+        session = open_session(
+            folder / stage.file,
+            threads=threads,
+            level=level or stage.optimization_level,
+            custom_ops=needed_libraries(custom_ops, plan, stage.index),
+        )
         values.update(session.run({name: values[name] for name in stage.inputs}))
     for name, origin in plan.passthrough.items():
         values[name] = values[origin.input] if origin.input is not None else _constant(folder, plan, name)
@@ -180,7 +204,12 @@ def _constant(folder: Path, plan: Plan, name: str) -> Array:
 
 
 def _run_whole(
-    file: ModelFile, plan: Plan, inputs: Mapping[str, Array], level: Level, threads: int
+    file: ModelFile,
+    plan: Plan,
+    inputs: Mapping[str, Array],
+    level: Level,
+    threads: int,
+    custom_ops: Sequence[Library],
 ) -> dict[str, Array]:
     apart = file.data_folder is not None
     session: Session = open_session(
@@ -188,12 +217,15 @@ def _run_whole(
         threads=threads,
         level=level,
         external_data_folder=file.data_folder,
+        custom_ops=custom_ops,
     )
     given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name in plan.inputs}
     return session.run(given)
 
 
-def _run_optimized(file: ModelFile, plan: Plan, inputs: Mapping[str, Array], threads: int) -> dict[str, Array]:
+def _run_optimized(
+    file: ModelFile, plan: Plan, inputs: Mapping[str, Array], threads: int, custom_ops: Sequence[Library]
+) -> dict[str, Array]:
     """Run the whole model at the plan's level, or at the highest one below at which ONNX Runtime takes it.
 
     ONNX Runtime cannot optimise some models again that its own optimiser saved.
@@ -202,8 +234,8 @@ def _run_optimized(file: ModelFile, plan: Plan, inputs: Mapping[str, Array], thr
     first = plan.costs.whole_optimization_level
     for level in levels[levels.index(first) :] if first in levels else ():
         with suppress(ModelRefused):
-            return _run_whole(file, plan, inputs, level, threads)
-    return _run_whole(file, plan, inputs, "disabled", threads)
+            return _run_whole(file, plan, inputs, level, threads, custom_ops)
+    return _run_whole(file, plan, inputs, "disabled", threads, custom_ops)
 
 
 def _zeros(plan: Plan, name: str) -> Array:
