@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 from onnxsplit.batch.claim import Axes, Structure, candidates
 from onnxsplit.batch.trials import apart, equal_rows, trials
 from onnxsplit.cost.measured import shapes_of_run
+from onnxsplit.custom_ops import Library
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from onnxsplit.examine import Say, Subject
 from onnxsplit.inputs import table_size
@@ -147,7 +148,7 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
     allowed = tolerance(spec.dtype for spec in subject.shapes.specs.values())
     until = time.monotonic() + _ENOUGH_SECONDS
     count, failure = 0, "the rows of its inputs cannot be made to differ"
-    with _Stages(plan, folder) as stages:
+    with _Stages(plan, folder, subject.custom_ops) as stages:
         for trial in trials(subject.inputs, of_inputs, limits):
             if equal_rows(trial.inputs, of_inputs, limits):
                 continue
@@ -174,8 +175,8 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
 class _Stages:
     """The stages of a plan, each in a process of its own, run one after the other; a context manager."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self._plan, self._folder = plan, folder
+    def __init__(self, plan: Plan, folder: Path, custom_ops: Sequence[Library]) -> None:
+        self._plan, self._folder, self._custom_ops = plan, folder, custom_ops
         self._workers: dict[int, TimedModel] = {}
         self._stack = ExitStack()
 
@@ -201,6 +202,7 @@ class _Stages:
                         threads=stage.threads,
                         level=stage.optimization_level,
                         provider=provider_here(stage.provider),
+                        custom_ops=self._custom_ops,
                     )
                 )
             else:
