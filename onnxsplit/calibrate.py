@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from onnxsplit.cluster import LOCAL, Cluster, Device
+from onnxsplit.custom_ops import Library
 from onnxsplit.errors import ClusterError, OnnxsplitError
 from onnxsplit.examine import Say, examine, silent
 from onnxsplit.external import is_external, location_of
@@ -48,6 +49,7 @@ def measured(
     dims: Mapping[str, int] | None = None,
     hosts: Collection[str] = (),
     elsewhere: Elsewhere | None = None,
+    custom_ops: object = (),
     say: Say = silent,
     note: Say = silent,
 ) -> Cluster:
@@ -55,12 +57,12 @@ def measured(
 
     Measured are this host's devices, and those of ``hosts``, which are ``elsewhere``. Devices of other hosts, and those
     whose provider their host lacks or where the model does not run, keep the speed they have; ``note`` hears of the
-    latter.
+    latter. ``custom_ops``: libraries of custom ops for this host's devices; agents have their own.
 
     Raises:
         ClusterError: no device could run the model, or it cannot be sent to other hosts.
     """
-    subject = examine(model, costs="analytic", dims=dims, say=say)
+    subject = examine(model, costs="analytic", dims=dims, custom_ops=custom_ops, say=say)
     model = Path(model)
     times: dict[tuple[str, str, int], int | None] = {}
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
@@ -77,7 +79,7 @@ def measured(
                 times[key] = elsewhere.time_ns(model, inputs, device)
             elif device.host == LOCAL and provider_here(device.provider) == device.provider:
                 say(f"timing the model on {device.name}")
-                times[key] = _time_ns(model, inputs, device)
+                times[key] = _time_ns(model, inputs, device, subject.custom_ops)
     found = [times.get((device.host, device.provider, device.threads)) for device in cluster.devices]
     first = next((time_ns for time_ns in found if time_ns), None)
     if first is None:
@@ -105,8 +107,8 @@ def _files(model: Path) -> list[Path]:
     return [model, *(model.parent / location for location in locations)]
 
 
-def _time_ns(model: Path, inputs: Path, device: Device) -> int | None:
+def _time_ns(model: Path, inputs: Path, device: Device, custom_ops: Sequence[Library]) -> int | None:
     try:
-        return typical_ns(model, inputs, threads=device.threads, provider=device.provider)
+        return typical_ns(model, inputs, threads=device.threads, provider=device.provider, custom_ops=custom_ops)
     except OnnxsplitError:
         return None

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from onnxsplit.cluster import LOCAL, Device, Link
+from onnxsplit.custom_ops import Library
 from onnxsplit.errors import ModelError, OnnxsplitError
 from onnxsplit.providers import provider_here
 from onnxsplit.timed import typical_ns
@@ -126,13 +127,21 @@ def link_of(figures: LinkFigures) -> Link:
     )
 
 
-def serve(bind: str, *, keys: Keys | None, insecure: bool, told: Callable[[str], None] = lambda _: None) -> None:
+def serve(
+    bind: str,
+    *,
+    keys: Keys | None,
+    insecure: bool,
+    custom_ops: tuple[Library, ...] = (),
+    told: Callable[[str], None] = lambda _: None,
+) -> None:
     """Be an agent until interrupted.
 
     Args:
         bind: where to listen.
         keys: what protects links; None leaves them plain.
         insecure: plain links may leave this host.
+        custom_ops: libraries of custom ops that the models it is sent may use; no others are ever loaded.
         told: hears the address when it listens.
 
     Raises:
@@ -149,7 +158,7 @@ def serve(bind: str, *, keys: Keys | None, insecure: bool, told: Callable[[str],
         with Sockets(security=security) as sockets:
             inlet = sockets.answering(bind)
             told(inlet.address)
-            agent = _Agent(folder, security, vouched)
+            agent = _Agent(folder, security, vouched, custom_ops)
             while True:
                 sockets.wait(60.0)
                 while (message := inlet.receive_all()) is not None:
@@ -163,8 +172,9 @@ def serve(bind: str, *, keys: Keys | None, insecure: bool, told: Callable[[str],
 
 
 class _Agent:
-    def __init__(self, folder: Path, security: Security, vouched: set[str]) -> None:
+    def __init__(self, folder: Path, security: Security, vouched: set[str], custom_ops: tuple[Library, ...]) -> None:
         self._folder = folder
+        self._custom_ops = custom_ops
         self._security = security
         self._vouched = vouched
 
@@ -209,7 +219,9 @@ class _Agent:
             return 0
         model, inputs = self._file(asked.model), self._file(asked.inputs)
         try:
-            return typical_ns(model, inputs, threads=asked.threads, provider=asked.provider)
+            return typical_ns(
+                model, inputs, threads=asked.threads, provider=asked.provider, custom_ops=self._custom_ops
+            )
         except ModelError:
             return 0
 
