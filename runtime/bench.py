@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from onnxsplit.custom_ops import Library, find_libraries, needed_libraries
 from onnxsplit.errors import InputError
 from onnxsplit.plan import Plan, Record, example_file, load_plan
 from onnxsplit.session import Session, host_cores, open_session, threads_per_node
@@ -95,21 +96,26 @@ def bench(
         )
     example = Path(inputs) if inputs is not None else example_file(folder, plan)
     given = load_npz(example)
-    replicas = RunOptions(**options).counts(plan)
+    wanted = RunOptions(**options)
+    replicas, libraries = wanted.counts(plan), find_libraries(wanted.custom_ops)
     threads = options["threads"] = options.get("threads") or threads_per_node(sum(replicas))
     with ExitStack() as stack:
         contenders: dict[str, Callable[[float], float]] = {}
         pipeline = stack.enter_context(Pipeline.launch(folder, **options))
         contenders["pipeline"] = lambda seconds: _pipeline_rate(pipeline, given, seconds)
         say("loading stages")
-        stages = _stage_workers(stack, folder, plan, given, threads, replicas)
+        stages = _stage_workers(stack, folder, plan, given, threads, replicas, libraries)
         contenders["ceiling: stages at once, no communication"] = lambda seconds: _ceiling(stages, seconds)
         if model is not None:
             say("loading the whole model")
             level, cores, count = plan.costs.whole_optimization_level, host_cores(), sum(replicas)
-            one = stack.enter_context(TimedModel(Path(model), example, threads=cores, level=level, spinning=True))
+            one = stack.enter_context(
+                TimedModel(Path(model), example, threads=cores, level=level, spinning=True, custom_ops=libraries)
+            )
             many = [
-                stack.enter_context(TimedModel(Path(model), example, threads=threads, level=level))
+                stack.enter_context(
+                    TimedModel(Path(model), example, threads=threads, level=level, custom_ops=libraries)
+                )
                 for _ in range(count)
             ]
             contenders[f"one session, {cores} threads"] = lambda seconds: _rates([one], seconds)[0]
@@ -118,12 +124,21 @@ def bench(
         rates = _in_turns(contenders, slices, slice_seconds, say)
         say("latency")
         chain = [
-            (open_session(folder / stage.file, threads=threads, level=stage.optimization_level), stage.inputs)
+            (
+                open_session(
+                    folder / stage.file,
+                    threads=threads,
+                    level=stage.optimization_level,
+                    custom_ops=needed_libraries(libraries, plan, stage.index),
+                ),
+                stage.inputs,
+            )
             for stage in plan.stages
         ]
         whole = None
         if model is not None:
-            whole = open_session(Path(model), threads=threads, level=plan.costs.whole_optimization_level)
+            level = plan.costs.whole_optimization_level
+            whole = open_session(Path(model), threads=threads, level=level, custom_ops=libraries)
         through, chained, alone = _latencies(pipeline, chain, whole, given, 4 * slice_seconds)
     closed(pipeline)
     return Report(
@@ -152,7 +167,13 @@ def _in_turns(
 
 
 def _stage_workers(
-    stack: ExitStack, folder: Path, plan: Plan, inputs: Mapping[str, Array], threads: int, replicas: Sequence[int]
+    stack: ExitStack,
+    folder: Path,
+    plan: Plan,
+    inputs: Mapping[str, Array],
+    threads: int,
+    replicas: Sequence[int],
+    custom_ops: Sequence[Library],
 ) -> list[list[TimedModel]]:
     """Workers for every replica of every stage, with the inputs that the stages before it give."""
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-")))
@@ -160,10 +181,17 @@ def _stage_workers(
     for stage, count in zip(plan.stages, replicas, strict=True):
         feed = scratch / f"{stage.index}.npz"
         save_npz(feed, {name: values[name] for name in stage.inputs})
+        needed = needed_libraries(custom_ops, plan, stage.index)
         workers.append(
             [
                 stack.enter_context(
-                    TimedModel(folder / stage.file, feed, threads=threads, level=stage.optimization_level)
+                    TimedModel(
+                        folder / stage.file,
+                        feed,
+                        threads=threads,
+                        level=stage.optimization_level,
+                        custom_ops=needed,
+                    )
                 )
                 for _ in range(count)
             ]

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import msgspec.structs
 
+from onnxsplit.custom_ops import Library, find_libraries
+from onnxsplit.errors import CustomOpsError
 from onnxsplit.files import check_outputs, written_file
 from runtime.balance import ORDINARY
 from runtime.errors import PipelineError
@@ -115,6 +117,7 @@ class NodeOptions:
         advertise: the address that others are told, where it is another than ``bind``.
         keys: folder with the keys that protect links by tcp; None leaves them plain.
         insecure: plain links may leave this host.
+        custom_ops: libraries of custom ops that it may load, and loads for a stage that needs them; no others ever.
     """
 
     connect: str
@@ -137,6 +140,7 @@ class NodeOptions:
     advertise: str | None = None
     keys: Path | None = None
     insecure: bool = False
+    custom_ops: tuple[Library, ...] = ()
 
 
 def serve(options: NodeOptions) -> int:
@@ -330,6 +334,7 @@ class _Node:
             coordinator=options.connect,
             security=security,
             key=key,
+            custom_ops=options.custom_ops,
         )
         with Sockets(security=security) as sockets:
             shortcut = self._home / f"node-{os.getpid()}.fragments" if options.memory_bytes else None
@@ -465,8 +470,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", type=int, required=True)
     parser.add_argument("--keys", type=Path)
     parser.add_argument("--host")
+    parser.add_argument("--custom-ops", action="append", default=[])
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        libraries = find_libraries(given.custom_ops)
+    except CustomOpsError as error:
+        _log.error("%s", error)
+        return 1
     return serve(
         NodeOptions(
             connect=given.connect,
@@ -477,6 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             home=given.home,
             keys=given.keys,
             host=given.host,
+            custom_ops=libraries,
             lifeline=True,
         )
     )

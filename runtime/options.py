@@ -75,6 +75,9 @@ class RunOptions:
         start_timeout: seconds until all nodes must be ready; when None, two minutes for nodes that are started, and
             for ever for nodes started by hand.
         progress: told how many of all nodes are ready, whenever one more is.
+        custom_ops: libraries of custom ops that nodes may load, each of which the plan must name: files, or
+            ``onnxruntime-extensions``. Not for nodes that are started by hand, or by a launcher that is given: these
+            are told of their own.
         abandoned: asked now and then while the nodes start; when it is true, the launch is given up. None never is.
     """
 
@@ -97,6 +100,7 @@ class RunOptions:
     trace_ops: bool = False
     start_timeout: float | None = None
     progress: Callable[[int, int], None] = _silent
+    custom_ops: Sequence[str | Path] = ()
     abandoned: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxsplit.custom_ops import check_wanted, find_libraries, needed_libraries
 from onnxsplit.errors import InputError, shown
 from onnxsplit.numbers import is_whole
 from onnxsplit.plan import Plan, default_files, load_plan, plan_id, read_plan_file
@@ -101,6 +102,7 @@ class Pipeline:
         Raises:
             PlanError: the directory holds no usable plan.
             InputError: an option makes no sense.
+            CustomOpsError: a library of custom ops that the plan names was not given, or is another build.
             LaunchFailed: a node did not come up; says which and why.
         """
         try:
@@ -111,7 +113,11 @@ class Pipeline:
             nodes = sum(wanted.counts(loaded))
             require_descriptors(_NODE_DESCRIPTORS * nodes, f"a pipeline of {nodes} nodes")
             memory = wanted.inflight_bytes or memory_for_requests_bytes()
-            launcher = launcher or LocalLauncher(memory_bytes=memory if wanted.shared_memory else 0)
+            if launcher is None:
+                shared_bytes = memory if wanted.shared_memory else 0
+                launcher = LocalLauncher(memory_bytes=shared_bytes, custom_ops=_custom_ops(loaded, wanted))
+            else:
+                _refuse_custom_ops(wanted, "the launcher that starts the nodes", "RayLauncher(custom_ops=[...])")
             shared = launcher.premises.single_host
             pipeline = cls._build(
                 folder,
@@ -145,6 +151,7 @@ class Pipeline:
         """
         wanted = RunOptions(**options)
         wanted.check()
+        _refuse_custom_ops(wanted, "each node that is started by hand", "onnxsplit node --custom-ops FILE.so")
         folder_of_keys = wanted.keys or (None if wanted.insecure else default_folder())
         keys = Keys(folder_of_keys) if folder_of_keys is not None and bind.startswith("tcp://") else None
         security = Security(
@@ -489,3 +496,22 @@ def _folder(plan: object) -> Path:
     if isinstance(plan, str | os.PathLike):
         return Path(plan)
     raise InputError(f"a plan is named by its folder, a text or a path, not by {shown(plan)}")
+
+
+def _custom_ops(plan: Plan, wanted: RunOptions) -> dict[int, tuple[str, ...]]:
+    """By stage, the libraries of custom ops that nodes on this host are to be told of.
+
+    Raises:
+        CustomOpsError: the plan needs another one, or names none of those given.
+    """
+    given = find_libraries(wanted.custom_ops)
+    needed_libraries(given, plan)
+    check_wanted(given, (plan,))
+    stages = [stage.index for stage in plan.stages if stage.custom_ops]
+    return {stage: tuple(library.path for library in needed_libraries(given, plan, stage)) for stage in stages}
+
+
+def _refuse_custom_ops(wanted: RunOptions, who: str, how: str) -> None:
+    """Raise where libraries of custom ops are given to a pipeline that does not start its nodes itself."""
+    if wanted.custom_ops:
+        raise InputError(f"custom_ops are named to {who}, not to the pipeline: {how}")

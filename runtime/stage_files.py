@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnxsplit.custom_ops import Library, needed_libraries
 from onnxsplit.errors import PlanError
 from onnxsplit.plan import FileEntry, Plan, Stage, parse_plan, plan_id, read_plan_file
 from runtime.file_client import FileClient
@@ -30,6 +31,7 @@ class StageFiles:
         coordinator: the address at which the node reached it.
         security: of links.
         key: the coordinator's public key, where links are encrypted.
+        custom_ops: libraries of custom ops that this node may load; no files are fetched for a stage that needs others.
     """
 
     own: Path | None
@@ -38,6 +40,7 @@ class StageFiles:
     coordinator: str
     security: Security
     key: str
+    custom_ops: tuple[Library, ...] = ()
 
     def find(self, assign: Assign) -> tuple[Plan, Path]:
         """The plan, and a folder with the files of the stage assigned.
@@ -45,6 +48,7 @@ class StageFiles:
         Raises:
             PlanError: the own copy is of another plan, or the plan is nowhere to be had.
             PipelineError: the files could not be fetched, or kept.
+        CustomOpsError: the stage needs a library of custom ops that this node was not started with.
         """
         if self.own is not None:
             text = read_plan_file(self.own)
@@ -87,6 +91,7 @@ class StageFiles:
         address = reachable(assign.files, self.coordinator)
         with FileClient(address, security=self.security, key=self.key) as client:
             plan = parse_plan(client.plan(assign.plan_id), where=Path(address))
+            needed_libraries(self.custom_ops, plan, assign.stage)
             said = time.monotonic()
 
             def bring(entry: FileEntry, target: Path) -> None:

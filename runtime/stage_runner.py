@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from onnxsplit.custom_ops import Library, needed_libraries
 from onnxsplit.errors import ModelError, PlanError
 from onnxsplit.plan import Plan, check_file
 from onnxsplit.session import open_session
@@ -30,24 +31,37 @@ class StageRunner:
         assign: the stage, and with what to run it.
         home: where to profile into.
         threads: threads of the session; the plan's number when 0.
+        custom_ops: libraries of custom ops that this process may load.
 
     Raises:
         PlanError: the stage's files are not as the plan says.
+        CustomOpsError: the stage needs a library that is not among them, or that does not load.
         ModelError, ProviderError, MissingDependency: the session does not open.
     """
 
-    def __init__(self, plan: Plan, folder: Path, assign: Assign, *, home: Path, threads: int = 0) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        assign: Assign,
+        *,
+        home: Path,
+        threads: int = 0,
+        custom_ops: Sequence[Library] = (),
+    ) -> None:
         stage = plan.stages[assign.stage]
+        libraries = needed_libraries(custom_ops, plan, assign.stage)
         problems = [problem for entry in stage.files for problem in check_file(folder, entry)]
         if problems:
             raise PlanError(f"the plan {folder} was changed: {'; '.join(problems)}. Copy it again")
-        packed = shared_copy(folder, stage) if assign.share_weights and assign.provider == "cpu" else None
+        packed = shared_copy(folder, stage, libraries) if assign.share_weights and assign.provider == "cpu" else None
         self._session = open_session(
             packed or folder / stage.file,
             threads=threads or assign.threads or stage.threads,
             level="disabled" if packed else stage.optimization_level,
             provider=assign.provider,
             profile_prefix=home / f"profile-{assign.stage}.{assign.replica}" if assign.profile else None,
+            custom_ops=libraries,
         )
         self._profiled = assign.profile
         self._inputs = stage.inputs

@@ -16,10 +16,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import msgspec
+
+from onnxsplit.custom_ops import Library
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.plan import Stage
 from onnxsplit.providers import load_runtime
@@ -30,18 +33,23 @@ _UNUSED_S = 30 * 24 * 3600  # copies that nobody used for so long are removed wh
 _log = logging.getLogger("runtime.weights")
 
 
-def shared_copy(folder: Path, stage: Stage) -> Path | None:
+def shared_copy(folder: Path, stage: Stage, custom_ops: Sequence[Library] = ()) -> Path | None:
     """The packed copy of a stage, made if it is not there; to be opened with the level ``disabled``.
 
     None where it cannot be made (no room, an op that cannot be written): then every replica packs its own.
+
+    Args:
+        folder: the plan directory.
+        stage: the stage.
+        custom_ops: the libraries of custom ops that it needs: optimising may run their ops.
     """
-    target = cache_folder() / _key(stage)
+    target = cache_folder() / _key(stage, custom_ops)
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _alone(target.with_suffix(".lock")):
             if not (target / MODEL_FILE).is_file():
                 _prune(target.parent)
-                _make(folder / stage.file, target, stage.optimization_level)
+                _make(folder / stage.file, target, stage.optimization_level, custom_ops)
         os.utime(target)
     except (OSError, subprocess.CalledProcessError) as error:
         _log.warning("stage %d packs weights of its own: %s", stage.index, error)
@@ -54,10 +62,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxsplit" / "weights"
 
 
-def _key(stage: Stage) -> str:
+def _key(stage: Stage, custom_ops: Sequence[Library]) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line for name in ("model name", "flags", "Features") for line in lines if line.startswith(name)][:2]
     parts = [entry.sha256 for entry in stage.files] + [load_runtime().__version__, stage.optimization_level, *cpu]
+    parts += [library.sha256 for library in custom_ops]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -69,12 +78,13 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _make(model: Path, target: Path, level: str) -> None:
+def _make(model: Path, target: Path, level: str, custom_ops: Sequence[Library]) -> None:
     """In a process of its own: packing takes memory that would stay with the node."""
     draft = target.with_suffix(f".{os.getpid()}")
     draft.mkdir(mode=0o700)
     try:
         command = [sys.executable, "-P", "-m", "runtime.weights", str(model), str(draft / MODEL_FILE), level]
+        command.append(msgspec.json.encode(custom_ops).decode())
         subprocess.run(command, check=True, env=quiet_environment(), stdin=subprocess.DEVNULL)
         draft.rename(target)
     finally:
@@ -90,9 +100,10 @@ def _prune(folder: Path) -> None:
 
 
 def _main() -> int:
-    model, target, level = sys.argv[1:]
+    model, target, level, given = sys.argv[1:]
+    libraries = msgspec.json.decode(given, type=tuple[Library, ...])
     try:
-        open_session(Path(model), threads=1, level=level, save_packed=Path(target))  # type: ignore[arg-type]
+        open_session(Path(model), threads=1, level=level, save_packed=Path(target), custom_ops=libraries)  # type: ignore[arg-type]
     except OnnxsplitError as error:
         print(error, file=sys.stderr)
         return 1

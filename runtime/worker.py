@@ -122,15 +122,16 @@ class Worker:
         """Open the session; :class:`Loaded` or :class:`LoadFailed`."""
         self._assign = assign
         self._router = Router(assign.balance, self.payloads.board)
+        own = files.custom_ops
         try:
             plan, folder = files.find(assign)
             try:
-                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads)
+                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=own)
             except PlanError:
                 if not files.discard(folder):
                     raise
                 plan, folder = files.find(assign)
-                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads)
+                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=own)
         except OnnxsplitError as error:
             return LoadFailed(str(error))
         self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}

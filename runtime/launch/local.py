@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class LocalLauncher:
 
     Args:
         memory_bytes: of shared memory for a node's outputs at most; 0 for none.
+        custom_ops: by stage, the libraries of custom ops that its nodes may load, as their command line names them.
 
     Attributes:
         folder: the sockets and logs.
@@ -78,8 +79,9 @@ class LocalLauncher:
 
     module = "runtime.node"
 
-    def __init__(self, *, memory_bytes: int) -> None:
+    def __init__(self, *, memory_bytes: int, custom_ops: Mapping[int, Sequence[str]] | None = None) -> None:
         self._memory_bytes = memory_bytes
+        self._custom_ops = custom_ops or {}
         self.folder = private_folder()
         self.premises = Premises(
             control=f"ipc://{self.folder / 'control'}",
@@ -98,6 +100,8 @@ class LocalLauncher:
         command = [sys.executable, "-P", "-m", self.module, "--connect", connect]
         command += ["--stage", str(stage), "--replica", str(replica), "--home", str(self.folder)]
         command += ["--number", str(number), "--memory", str(self._memory_bytes), *more]
+        for library in self._custom_ops.get(stage, ()):
+            command += ["--custom-ops", library]
         with log.open("ab") as stream:  # what the process before it said stays
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=quiet_environment()
