@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,6 +48,8 @@ class RayLauncher:
             ``pack``: on few.
         replicas: nodes of every stage; the plan's when None.
         memory_bytes: of shared memory for a node's outputs at most; 0 for none.
+        custom_ops: libraries of custom ops that nodes may load: ``onnxruntime-extensions``, or files by paths that are
+            good on every host. Only nodes of stages that need some are told of them.
 
     Raises:
         MissingDependency: Ray is not installed.
@@ -61,12 +64,14 @@ class RayLauncher:
         placement: Placement = "spread",
         replicas: tuple[int, ...] | None = None,
         memory_bytes: int = 1 << 30,
+        custom_ops: Sequence[str] = (),
     ) -> None:
         if placement not in PLACEMENTS:
             raise InputError(f"placement {placement!r} is unknown; allowed: {', '.join(PLACEMENTS)}")
         self._ray = _import_ray()
         self._plan = plan
         self._memory_bytes = memory_bytes
+        self._custom_ops = {stage.index: tuple(custom_ops) for stage in plan.stages if stage.custom_ops}
         self._pair = new_key_pair()
         self._allowed: set[str] = set()
         self._lock = threading.Lock()
@@ -184,7 +189,7 @@ class RayLauncher:
             options["scheduling_strategy"] = strategies.PlacementGroupSchedulingStrategy(
                 placement_group=self._group, placement_group_bundle_index=self._slots.index(slot)
             )
-        return self._ray.remote(NodeActor).options(**options).remote(self._memory_bytes)
+        return self._ray.remote(NodeActor).options(**options).remote(self._memory_bytes, self._custom_ops)
 
     def begin(self, actor: Any, slot: Slot) -> str:
         """Have an actor make its keys, and let their owner in; the name of the Ray node it is on.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+from collections.abc import Mapping, Sequence
 
 from runtime.keys import create
 from runtime.launch.local import LocalHandle, LocalLauncher
@@ -16,10 +17,11 @@ class NodeActor:
 
     Args:
         memory_bytes: of shared memory for the node's outputs at most.
+        custom_ops: by stage, the libraries of custom ops that its nodes may load.
     """
 
-    def __init__(self, memory_bytes: int) -> None:
-        self._launcher = LocalLauncher(memory_bytes=memory_bytes)
+    def __init__(self, memory_bytes: int, custom_ops: Mapping[int, Sequence[str]]) -> None:
+        self._launcher = LocalLauncher(memory_bytes=memory_bytes, custom_ops=custom_ops)
         self._held = hold(self._launcher.folder)  # or nobody could remove it when this actor is killed
         self._keys = self._launcher.folder / "keys"
         self._public = ""
