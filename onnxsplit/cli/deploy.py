@@ -29,6 +29,13 @@ def command() -> None:
 @option(
     "--utilisation", type=Number(0, 1, min_open=True), default=0.8, help="Of a stage's nodes, that scaling aims at."
 )
+@option(
+    "--custom-ops",
+    "custom_ops",
+    multiple=True,
+    metavar="FILE.so",
+    help="Where the image has a custom op library that the plan needs, or onnxruntime-extensions. Repeatable.",
+)
 def kubernetes(
     output: Output,
     *,
@@ -39,6 +46,7 @@ def kubernetes(
     claim: str | None,
     most_replicas: int,
     utilisation: float,
+    custom_ops: tuple[str, ...],
 ) -> None:
     """Write manifests for the plan in DIR, in Kustomize's layout, with new keys for its links."""
     from onnxsplit.plan import load_plan
@@ -51,6 +59,7 @@ def kubernetes(
         claim=claim,
         most_replicas=most_replicas,
         utilisation=utilisation,
+        custom_ops=custom_ops,
     )
     files = write(loaded, wishes, out)
     output.line(

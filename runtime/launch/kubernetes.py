@@ -43,6 +43,8 @@ class Wishes:
         claim: a PersistentVolumeClaim with the plan, mounted at ``/plans/NAME.plan``; None where the image has it.
         most_replicas: up to which a stage is scaled.
         utilisation: of a stage's nodes, that scaling aims at.
+        custom_ops: libraries of custom ops, for nodes of stages that need some: by their paths in the image, or
+            ``onnxruntime-extensions``, which the image has installed.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Wishes:
     claim: str | None = None
     most_replicas: int = 8
     utilisation: float = 0.8
+    custom_ops: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse what Kubernetes would.
@@ -84,6 +87,12 @@ def manifests(plan: Plan, wishes: Wishes) -> dict[str, list[Document]]:
         InputError: a wish cannot be.
     """
     wishes.check()
+    if plan.custom_ops and not wishes.custom_ops:
+        names = ", ".join(repr(library.name) for library in plan.custom_ops)
+        raise InputError(
+            f"nodes of this plan need the custom op libraries {names}; say where the image has them, with --custom-ops "
+            "FILE.so for each, or --custom-ops onnxruntime-extensions"
+        )
     stages = [f"stage-{stage.index}" for stage in plan.stages]
     files = {"base/gateway.yaml": _gateway(wishes, stages)}
     for stage in plan.stages:
@@ -230,6 +239,7 @@ def _stage(stage: Stage, wishes: Wishes) -> list[Document]:
     name, labels = f"{wishes.name}-stage-{stage.index}", _labels(wishes, f"stage-{stage.index}")
     words = ["node", "--connect", f"tcp://{wishes.name}-coordinator:{PORT}", "--stage", str(stage.index)]
     words += ["--keys", "/keys/own", "--health", _HEALTH, "--rejoin", "3600", "--no-shared-memory"]
+    words += [word for library in wishes.custom_ops if stage.custom_ops for word in ("--custom-ops", library)]
     container = _container("node", wishes, words) | {
         "livenessProbe": _shell(
             f"test $(($(date +%s) - $(stat -c %Y {_HEALTH}))) -lt {_FRESH_S}", every=5, failures=3, first=20

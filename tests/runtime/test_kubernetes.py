@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import kubernetes_validate
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from onnxsplit.errors import InputError, PlanError
-from onnxsplit.plan import parse_plan
+from onnxsplit.plan import CustomOps, parse_plan
 from runtime.keys import Keys
 from runtime.launch.kubernetes import Wishes, manifests, name_of, to_yaml, write
 
@@ -156,3 +157,15 @@ if __name__ == "__main__":
     for file, found in manifests(parse_plan(GOLDEN.read_bytes(), where=GOLDEN), WISHES).items():
         (EXAMPLE / file).parent.mkdir(parents=True, exist_ok=True)
         (EXAMPLE / file).write_text(to_yaml(found))
+
+
+def test_nodes_of_stages_with_custom_ops_name_their_libraries(plan):
+    first = msgspec.structs.replace(plan.stages[0], custom_ops=("libops.so",))
+    library = CustomOps(name="libops.so", sha256="0" * 64)
+    plan = msgspec.structs.replace(plan, stages=(first, *plan.stages[1:]), custom_ops=(library,))
+    with pytest.raises(InputError, match=r"libops\.so.*where the image has them"):
+        manifests(plan, WISHES)
+    files = manifests(plan, replace(WISHES, custom_ops=("/opt/libops.so",)))
+    sets = of_kind(files, "StatefulSet").values()
+    words = [one["spec"]["template"]["spec"]["containers"][0]["args"] for one in sets]
+    assert ["/opt/libops.so" in one for one in words] == [True] + [False] * (len(plan.stages) - 1)
