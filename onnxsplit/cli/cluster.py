@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxsplit.cli.output import MODEL, Output, dims_option, make_command, option
+from onnxsplit.cli.output import MODEL, Output, custom_ops_option, dims_option, make_command, option
 
 if TYPE_CHECKING:
     from onnxsplit.cluster import Cluster
@@ -55,6 +55,7 @@ def _parse_agents(context: click.Context, parameter: click.Parameter, value: Seq
 @MODEL
 @_FILE
 @dims_option
+@custom_ops_option
 @option(
     "--agent",
     "agents",
@@ -71,6 +72,7 @@ def measure(
     model: Path,
     file: Path,
     dims: dict[str, int],
+    custom_ops: tuple[str, ...],
     agents: dict[str, str],
     keys: Path | None,
     insecure: bool,
@@ -101,6 +103,7 @@ def measure(
             dims=dims,
             hosts=agents,
             elsewhere=elsewhere if agents else None,
+            custom_ops=custom_ops,
             say=output.say,
             note=output.note,
         )
@@ -137,8 +140,10 @@ def measure(
 @option("--bind", required=True, metavar="ADDR", help="Where to listen, as tcp://10.0.0.2:7000.")
 @option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Keys that protect links by tcp.")
 @option("--insecure", is_flag=True, help="Let plain links leave this host.")
-def agent(output: Output, *, bind: str, keys: Path | None, insecure: bool) -> None:
+@custom_ops_option
+def agent(output: Output, *, bind: str, keys: Path | None, insecure: bool, custom_ops: tuple[str, ...]) -> None:
     """Answer onnxsplit cluster measure on this host, until Ctrl-C: run the model it sends, and measure links."""
+    from onnxsplit.custom_ops import find_libraries
     from runtime.agent import serve
     from runtime.keys import Keys
 
@@ -146,6 +151,7 @@ def agent(output: Output, *, bind: str, keys: Path | None, insecure: bool) -> No
         bind,
         keys=Keys(keys) if keys is not None else None,
         insecure=insecure,
+        custom_ops=find_libraries(custom_ops),
         told=lambda address: output.note(f"Measuring for those who ask at {address}. Stop with Ctrl-C."),
     )
 

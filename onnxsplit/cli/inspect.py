@@ -12,6 +12,8 @@ from onnxsplit.cli.output import (
     Output,
     binary,
     costs_option,
+    custom_ops_option,
+    custom_ops_words,
     dims_option,
     ends_options,
     inputs_option,
@@ -35,6 +37,7 @@ _SHOWN_NAMES = 3
 @dims_option
 @inputs_option
 @ends_options
+@custom_ops_option
 @threads_option
 @option("--cuts", type=click.IntRange(0, 1000), default=5, help="How many of the cheapest cuts in two to show.")
 @option("--sweep", is_flag=True, help="Search for the best cut into 1 to 16 stages, too.")
@@ -90,7 +93,7 @@ def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path |
     output.line()
     if html is not None:
         output.line(f"Wrote {html}.")
-    output.line(f"Next: onnxsplit partition {model}")
+    output.line(f"Next: onnxsplit partition {model}{custom_ops_words(options['custom_ops'])}")
     output.result({"model": model, "inspection": found, "sweep": swept})
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from onnxsplit.cli.output import Output, make_command, option, threads_option
+from onnxsplit.cli.output import Output, custom_ops_option, make_command, option, threads_option
 from onnxsplit.cli.values import STAGE, Number, Size
 from onnxsplit.numbers import MOST_SECONDS
 
@@ -35,6 +35,7 @@ from onnxsplit.numbers import MOST_SECONDS
 @option("--bind", metavar="ADDR", help="Where to take tensors. Without it: any free port or path.")
 @option("--provider", help="cpu or cuda[:N]. Without it: the pipeline's choice.")
 @threads_option
+@custom_ops_option
 @option(
     "--keys",
     type=click.Path(path_type=Path),
@@ -63,6 +64,7 @@ def command(
     bind: str | None,
     provider: str | None,
     threads: int | None,
+    custom_ops: tuple[str, ...],
     keys: Path | None,
     insecure: bool,
     advertise: str | None,
@@ -73,10 +75,12 @@ def command(
     """Execute one stage for a pipeline that waits at ADDR (Pipeline.listen), until it ends."""
     import logging
 
+    from onnxsplit.custom_ops import find_libraries
     from runtime.keys import default_folder
     from runtime.node import DEFAULT_MEMORY_BYTES, NodeOptions, serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    libraries = find_libraries(custom_ops)
     output.note(f"Waiting for the pipeline at {connect}. Stop with Ctrl-C.")
     code = serve(
         NodeOptions(
@@ -90,6 +94,7 @@ def command(
             health=health,
             provider=provider,
             threads=threads or 0,
+            custom_ops=libraries,
             keys=keys or (None if insecure else default_folder()),
             insecure=insecure,
             advertise=advertise,

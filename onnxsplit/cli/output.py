@@ -80,6 +80,23 @@ _ENDS: tuple[tuple[tuple[str, ...], str, Callable[..., Any] | None, str], ...] =
 )
 
 
+def custom_ops_option(command: Command) -> Command:
+    """``--custom-ops``, many times. It loads code, so neither the environment nor a settings file can give it."""
+    return option(
+        "--custom-ops",
+        "custom_ops",
+        multiple=True,
+        allow_from_autoenv=False,
+        metavar="FILE.so",
+        help="Library of custom ops that the model needs, or onnxruntime-extensions. It runs here as code. Repeatable.",
+    )(command)
+
+
+def custom_ops_words(given: Sequence[str]) -> str:
+    """``--custom-ops`` as it was given, for a command to run next."""
+    return "".join(f" --custom-ops {text}" for text in given)
+
+
 def costs_option(command: Command) -> Command:
     """``--costs``."""
     return option(

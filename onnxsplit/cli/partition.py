@@ -12,6 +12,8 @@ from onnxsplit.cli.output import (
     Output,
     binary,
     costs_option,
+    custom_ops_option,
+    custom_ops_words,
     dims_option,
     ends_options,
     inputs_option,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from onnxsplit.outcome import Outcome
     from onnxsplit.plan import BatchClaim, Plan
 
-_EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs")
+_EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs", "custom_ops")
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
@@ -97,6 +99,7 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
 @dims_option
 @inputs_option
 @ends_options
+@custom_ops_option
 @option(
     "--rounds",
     type=click.IntRange(0, MOST_ROUNDS),
@@ -144,7 +147,8 @@ def command(
     if dry_run:
         output.line("Wrote no plan.")
     else:
-        output.line(f"Wrote {folder}. Next: onnxsplit verify {folder} {model}")
+        more = custom_ops_words(examined["custom_ops"])
+        output.line(f"Wrote {folder}. Next: onnxsplit verify {folder} {model}{more}")
     output.result({"plan": None if dry_run else folder, "files": files, "summary": made.plan})
 
 
@@ -219,6 +223,9 @@ def _show(output: Output, plan: Plan) -> None:
         output.line(f"Left out: the output {', '.join(plan.dropped_outputs)}" + _no_longer_asked(plan.dropped_inputs))
     for name in plan.defaults:
         output.line(f"Input {name} stays an input; a request that leaves it out gets the model's own value.")
+    for library in plan.custom_ops:
+        stages = ", ".join(str(stage.index) for stage in plan.stages if library.name in stage.custom_ops) or "none"
+        output.line(f"Custom ops of {library.name} ({library.sha256[:12]}) are needed by the stages: {stages}.")
     if plan.dims:
         output.line("Sizes used: " + ", ".join(f"{name}={size}" for name, size in plan.dims.items()))
 

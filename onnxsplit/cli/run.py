@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option
+from onnxsplit.cli.output import PLAN, Output, custom_ops_words, make_command, milliseconds, option
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
 from onnxsplit.cli.values import Number
 from onnxsplit.numbers import MOST_SECONDS
@@ -83,7 +83,7 @@ def command(
     output.line(f"\n{len(stats)} nodes ready in {started_s:.2f} s, {asked} request(s) in {ran_s:.3f} s.")
     if outputs is not None:
         save_npz(outputs, found)
-        output.line(f"Wrote {outputs}. Next: onnxsplit bench {plan}")
+        output.line(f"Wrote {outputs}. Next: onnxsplit bench {plan}{custom_ops_words(running['custom_ops'])}")
     else:
         output.line("Nothing was written; name a file with --outputs FILE.npz")
     output.result(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.output import Command, Output, option, threads_option
+from onnxsplit.cli.output import Command, Output, custom_ops_option, option, threads_option
 from onnxsplit.cli.values import Size
 from onnxsplit.numbers import MOST_ATTEMPTS, MOST_INFLIGHT, MOST_SECONDS, MOST_SIZE, parse_whole, real_problem
 from onnxsplit.plan import MOST_NODES
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 def running_options(command: Command) -> Command:
     """How to run: options that a command takes as ``**running`` and turns into keywords with :func:`keywords`."""
-    return threads_option(_with([*_OPTIONS, _MEMORY, _TIMING], command))
+    return threads_option(_with([*_OPTIONS, _MEMORY, _TIMING], custom_ops_option(command)))
 
 
 def serving_options(command: Command) -> Command:
     """The same for ``serve``, whose ``--shared-memory`` is about the memory of clients."""
-    return threads_option(_with([*_OPTIONS, _NO_MEMORY, _TIMING], command))
+    return threads_option(_with([*_OPTIONS, _NO_MEMORY, _TIMING], custom_ops_option(command)))
 
 
 def tracing_options(command: Command) -> Command:

@@ -110,6 +110,10 @@ def command(
     """
     if launcher == "none" and (bind is None or len(plans) > 1):
         raise click.UsageError("--launcher none waits for the nodes of one plan: name where with --bind, and one DIR")
+    if launcher == "none" and running["custom_ops"]:
+        raise click.UsageError(
+            "nodes that are started by hand are told themselves: onnxsplit node --custom-ops FILE.so"
+        )
     if launcher != "none" and (bind is not None or elastic):
         raise click.UsageError("--bind and --elastic are for nodes started by hand; add --launcher none")
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # nodes are started by exec: nobody uses gRPC in between
@@ -119,6 +123,7 @@ def command(
         from onnxsplit.errors import InputError
 
         raise InputError(f"serving needs more packages: pip install 'onnxsplit[serve]' ({error})") from error
+    from onnxsplit.custom_ops import check_wanted, find_libraries, needed_libraries
     from onnxsplit.plan import load_plan
     from runtime import Pipeline
     from runtime.gateway.repository import find_versions
@@ -135,6 +140,10 @@ def command(
     if max_batch > 1 and options["micro_batch"] is None:
         options["micro_batch"] = max_batch
     found = find_versions(plans)
+    custom_ops = options.pop("custom_ops")
+    if launcher == "local":
+        given = find_libraries(custom_ops)
+        check_wanted(given, [version.plan for version in found])
     if len(found) > 1:  # they share this host
         from onnxsplit.session import threads_per_node
 
@@ -154,9 +163,10 @@ def command(
 
             plan = load_plan(folder)
             counts = RunOptions(replicas=options["replicas"]).counts(plan)
-            ray = RayLauncher(plan, placement=placement, replicas=counts)
+            ray = RayLauncher(plan, placement=placement, replicas=counts, custom_ops=custom_ops)
             return Pipeline.launch(folder, launcher=ray, abandoned=abandoned, **options)
-        return Pipeline.launch(folder, abandoned=abandoned, **options)
+        names = [library.path for library in needed_libraries(given, load_plan(folder))]
+        return Pipeline.launch(folder, abandoned=abandoned, custom_ops=names, **options)
 
     serve(
         plans,

@@ -75,6 +75,10 @@ def apply(context: click.Context, commands: click.Group, command: str) -> None:
     values = {}
     for key, value in given.items():
         parameter = options[key]
+        if not parameter.allow_from_autoenv:
+            raise click.UsageError(
+                f"{file}: {key.replace('_', '-')} loads code: it can be given on the command line alone; remove it here"
+            )
         if parameter.multiple and not isinstance(value, list):
             value = [value]
         if parameter.is_flag and not isinstance(value, bool):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnxsplit.cli.output import MODEL, PLAN, Output, inputs_option, make_command, threads_option
+from onnxsplit.cli.output import (
+    MODEL,
+    PLAN,
+    Output,
+    custom_ops_option,
+    custom_ops_words,
+    inputs_option,
+    make_command,
+    threads_option,
+)
 from onnxsplit.errors import OnnxsplitError
 
 
@@ -12,13 +21,22 @@ from onnxsplit.errors import OnnxsplitError
 @PLAN
 @MODEL
 @inputs_option
+@custom_ops_option
 @threads_option
-def command(output: Output, *, plan: Path, model: Path, inputs: Path | None, threads: int | None) -> None:
+def command(
+    output: Output,
+    *,
+    plan: Path,
+    model: Path,
+    inputs: Path | None,
+    custom_ops: tuple[str, ...],
+    threads: int | None,
+) -> None:
     """Run MODEL and the stages of the plan in DIR on the same inputs and compare every output."""
     from onnxsplit.verify import verify
 
     output.say("running the model and its stages")
-    comparisons = verify(plan, model, inputs=inputs, threads=threads or 1)
+    comparisons = verify(plan, model, inputs=inputs, threads=threads or 1, custom_ops=custom_ops)
     output.done()
     rows = [
         (
@@ -41,7 +59,8 @@ def command(output: Output, *, plan: Path, model: Path, inputs: Path | None, thr
     if any(not c.repeatable for c in comparisons):
         output.line("Outputs marked random differ between two runs of the whole model: nothing can be said of them.")
     if good:
-        output.line(f"Next: onnxsplit run {plan} --inputs in.npz --outputs out.npz")
+        more = custom_ops_words(custom_ops)
+        output.line(f"Next: onnxsplit run {plan} --inputs in.npz --outputs out.npz{more}")
     fields = ("output", "exact", "difference", "optimized", "moved", "repeatable", "good")
     output.result(
         {
