@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from onnxsplit.cli.output import Output, binary, make_command, option
+from onnxsplit.cli.output import Output, binary, custom_ops_option, custom_ops_words, make_command, option
 
 
 def _parse_settings(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
 @option("--trust", is_flag=True, help="Load a source that runs code when it is loaded; only if you trust who made it.")
 @option("--simplify", is_flag=True, help="Simplify the model with onnxsim.")
 @option("--cache/--no-cache", default=True, help="Whether decoders take and give their key/value cache.")
+@custom_ops_option
 @option("--offline", is_flag=True, help="Ask no hub; what was fetched before will do.")
 def command(
     output: Output,
@@ -72,6 +73,6 @@ def command(
         for name, difference in exported.differences.items():
             output.line(f"{name}: differs from the framework by {difference:.1e} of its scale")
         output.line(f"Wrote {exported.path} ({binary(exported.path.stat().st_size)}), from {exported.framework}.")
-    output.line(f"Next: onnxsplit partition {done[0].path}")
+    output.line(f"Next: onnxsplit partition {done[0].path}{custom_ops_words(options['custom_ops'])}")
     models = [{"model": one.path, "framework": one.framework, "differences": one.differences} for one in done]
     output.result({"model": done[0].path, "differences": done[0].differences, "models": models})

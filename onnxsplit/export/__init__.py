@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from onnxsplit.custom_ops import Library, find_libraries
 from onnxsplit.errors import ExportError
 from onnxsplit.export.sources import Kind, Source, recognise
 from onnxsplit.export.specs import InputSpec
@@ -57,6 +58,7 @@ class ExportOptions:
         cache: decoders take and give their key/value cache; only the logits when False.
         offline: ask no hub; what was fetched before will do.
         parameters: keyword arguments of a recipe's function.
+        custom_ops: libraries of custom ops that the model needs, as ``partition`` takes them; comparing loads them.
         say: told what is being done.
         scratch: a folder for what lives as long as the export.
     """
@@ -69,8 +71,18 @@ class ExportOptions:
     cache: bool = True
     offline: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    custom_ops: object = ()
     say: Say = lambda _: None
     scratch: Path = Path()
+
+    @property
+    def libraries(self) -> tuple[Library, ...]:
+        """The libraries of custom ops.
+
+        Raises:
+            CustomOpsError: one cannot be read.
+        """
+        return find_libraries(self.custom_ops)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def _compared(conversion: Conversion, file: Path, options: ExportOptions) -> dict[str, float]:
     try:
-        session = open_session(file, threads=host_cores())
+        session = open_session(file, threads=host_cores(), custom_ops=options.libraries)
     except ModelError as error:
         raise ExportError(f"ONNX Runtime refuses the exported model: {error}; nothing was written") from error
     if not options.check:

@@ -45,14 +45,22 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
         if not held:
-            held.append(open_session(path, threads=host_cores()))
+            held.append(open_session(path, threads=host_cores(), custom_ops=options.libraries))
         found: dict[str, Array] = held[0].run(sample)
         return found
 
     samples: list[dict[str, Array]] = []
     if options.check:
         try:
-            example = find_example(graph, input_specs(graph), {}, threads=host_cores(), provider="cpu", say=options.say)
+            example = find_example(
+                graph,
+                input_specs(graph),
+                {},
+                threads=host_cores(),
+                provider="cpu",
+                say=options.say,
+                custom_ops=options.libraries,
+            )
             samples = [dict(example.inputs)]
         except (ModelError, InputError) as error:
             raise ExportError(

@@ -191,6 +191,7 @@ def test_commands_take_the_library_by_its_package(environment, tmp_path):
     np.savez(tmp_path / "in.npz", s=np.array(["ab", "xyz"]))
     option = ("--custom-ops", EXTENSIONS)
     assert "StringUpper" in call(environment, tmp_path, "inspect", "model.onnx", *option).stdout
+    call(environment, tmp_path, "export", "model.onnx", "-o", "again.onnx", *option)
     said = call(environment, tmp_path, "partition", "model.onnx", "--rounds", "1", *option).stdout
     assert "Custom ops of onnxruntime-extensions" in said
     assert "Next: onnxsplit verify model.plan model.onnx --custom-ops onnxruntime-extensions" in said

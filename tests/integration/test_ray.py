@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import build
+import custom
 import msgspec.structs
 import numpy as np
 import psutil
@@ -107,6 +108,20 @@ def test_nodes_go_where_the_plan_has_them(plan, wanted, cluster):
     with Pipeline.launch(plan, launcher=RayLauncher(planned_for(plan, *there))) as pipeline:
         assert np.array_equal(pipeline.run(X)["y"], wanted)
         assert hosts(pipeline) == there
+
+
+def test_hosts_load_their_own_custom_op_library_where_it_is_named(cluster, tmp_path):
+    library = custom.other_build(tmp_path)
+    given = {"s": np.array(["ab", "xyz"], dtype=object)}
+    made = partition(
+        build.save(custom.lengths(), tmp_path), stages=2, out=tmp_path / "m.plan", custom_ops=[library], rounds=1
+    )
+    with Pipeline.launch(tmp_path / "m.plan", launcher=RayLauncher(made, custom_ops=[str(library)])) as pipeline:
+        assert pipeline.run(given, timeout=60)["y"].tolist() == [4.0, 9.0]
+    with pytest.raises(LaunchFailed, match=r"stage 0 .*refused: .*'libops\.so'.*given: none"):
+        Pipeline.launch(tmp_path / "m.plan", launcher=RayLauncher(made))
+    with pytest.raises(InputError, match=r"RayLauncher\(custom_ops="):
+        Pipeline.launch(tmp_path / "m.plan", launcher=RayLauncher(made), custom_ops=[library])
 
 
 def test_what_a_cluster_has_no_room_for_is_said_with_what_it_has(plan, cluster, monkeypatch):
