@@ -1,4 +1,4 @@
-"""Libraries of custom ops: which of them a process may load, and loading exactly what was hashed.
+"""Libraries of custom ops: which of them a process may load, and whether a file is still the one that was named.
 
 Such a library is code that runs with the rights of the process. It is loaded only where whoever runs the process has
 named it; a plan says by name and SHA-256 which of the libraries that were named its stages need, and names no path.
@@ -6,12 +6,13 @@ named it; a plan says by name and SHA-256 which of the libraries that were named
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 import msgspec
@@ -25,9 +26,6 @@ EXTENSIONS = "onnxruntime-extensions"
 
 _PACKAGE, _MODULE = "onnxruntime_extensions", "_extensions_pydll"
 _MOST_BYTES = 8 << 30
-_CHUNK = 1 << 20
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-_copies: dict[str, int] = {}  # by SHA-256; never closed, since the loader knows libraries by the names of these files
 
 
 class Library(msgspec.Struct, frozen=True):
@@ -35,7 +33,7 @@ class Library(msgspec.Struct, frozen=True):
 
     Attributes:
         name: as plans call it: the name of its file, or ``onnxruntime-extensions``.
-        path: its file.
+        path: its file, absolute and without links, so that what it needs is found beside it.
         sha256: of that file.
     """
 
@@ -77,10 +75,10 @@ def check_names(given: Sequence[Library]) -> None:
 
 def _library(text: str) -> Library:
     path = _extensions() if text == EXTENSIONS else Path(text)
-    digest = hashlib.sha256()
-    _read(path, digest.update)
-    name = EXTENSIONS if text == EXTENSIONS else path.name
-    return Library(name=name, path=str(path.absolute()), sha256=digest.hexdigest())
+    with _opened(path) as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    name = EXTENSIONS if text == EXTENSIONS else path.absolute().name
+    return Library(name=name, path=os.path.realpath(path), sha256=digest)
 
 
 def _extensions() -> Path:
@@ -154,54 +152,51 @@ def _words(library: Library) -> str:
     return f"{library.path} (SHA-256 {library.sha256[:12]})"
 
 
-def sealed_copy(library: Library) -> str:
-    """A path to load a library by: a copy in memory that nobody can change, of just the bytes that were hashed.
+@contextmanager
+def unchanged(library: Library) -> Iterator[str]:
+    """The path to load a library by, in a ``with`` block: its file is what was hashed, before the block and after it.
 
     Raises:
-        CustomOpsError: the file is another one than when it was named, or cannot be copied.
+        CustomOpsError: it is another one than when it was named, or became another one inside the block.
     """
-    if library.sha256 not in _copies:
-        _copies[library.sha256] = _copied(library)
-    return f"/proc/self/fd/{_copies[library.sha256]}"
-
-
-def _copied(library: Library) -> int:
-    try:
-        copy = os.memfd_create(f"custom-ops-{library.sha256[:12]}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError as error:
-        raise CustomOpsError(f"no memory for a copy of {library.path} is to be had: {error.strerror}") from error
-    try:
-        digest = hashlib.sha256()
-        with os.fdopen(copy, "wb", closefd=False) as target:
-
-            def take(piece: bytes) -> None:
-                digest.update(piece)
-                target.write(piece)
-
-            _read(Path(library.path), take)
-        if digest.hexdigest() != library.sha256:
+    path = Path(library.path)
+    with _opened(path) as stream:
+        before = _identity(os.fstat(stream.fileno()))
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != library.sha256:
             raise CustomOpsError(
-                f"the custom op library {library.path} was changed after it was named: its SHA-256 was "
-                f"{library.sha256[:12]} and is {digest.hexdigest()[:12]}. It was not loaded; start again"
+                f"the custom op library {path} was changed after it was named: its SHA-256 was {library.sha256[:12]} "
+                f"and is {digest[:12]}. It was not loaded; start again"
             )
-        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(copy)
-        raise
-    return copy
+        yield library.path
+        try:
+            after = _identity(path.stat())
+        except OSError:
+            after = None
+        if after != before:
+            raise CustomOpsError(
+                f"the custom op library {path} was changed while it was loaded, so what was loaded is not known; "
+                "start again"
+            )
 
 
-def _read(path: Path, take: Callable[[bytes], object]) -> None:
-    """Hand over the bytes of a library's file, once from its beginning to its end.
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    """What differs when a file is replaced or written to; who may write to it cannot set the last of these."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """A library's file.
 
     Raises:
-        CustomOpsError: it cannot be read, or its copy cannot be written.
+        CustomOpsError: it cannot be read.
     """
     try:
-        with open_regular(path, most_bytes=_MOST_BYTES) as stream:
-            while piece := stream.read(_CHUNK):
-                take(piece)
+        stream = open_regular(path, most_bytes=_MOST_BYTES)
     except FileNotFoundError as error:
         raise CustomOpsError(f"no such custom op library: {path}") from error
     except OSError as error:
         raise CustomOpsError(f"cannot read the custom op library {path}: {error.strerror}") from error
+    with stream:
+        yield stream

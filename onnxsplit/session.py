@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.custom_ops import Library, sealed_copy
+from onnxsplit.custom_ops import Library, unchanged
 from onnxsplit.errors import (
     CustomOpsError,
     InputError,
@@ -35,7 +35,6 @@ from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
 _BINDINGS = 256  # that a session remembers
 _SMALL_BYTES = 16 << 10
 _UNKNOWN_OP = "is not a registered function/op"
-_NO_FILE = "cannot open shared object file"
 _RUNTIME_TYPES = {"float": "float32", "double": "float64"}
 
 
@@ -296,14 +295,11 @@ def open_session(
 
 def _register(options: Any, library: Library) -> None:
     """Load a library of custom ops, for a session with these options."""
-    copy = sealed_copy(library)
-    try:
-        options.register_custom_ops_library(copy)
-    except Exception as error:  # ONNX Runtime's errors share no base class
-        text = _first_lines(error).replace(copy, library.path)
-        if _NO_FILE in text:
-            text += ". It is loaded from a copy, so what it needs itself is not found beside it: set LD_LIBRARY_PATH"
-        raise CustomOpsError(f"the custom op library {library.path} does not load: {text}") from error
+    with unchanged(library) as path:
+        try:
+            options.register_custom_ops_library(path)
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise CustomOpsError(f"the custom op library {path} does not load: {_first_lines(error)}") from error
 
 
 def _first_lines(error: Exception) -> str:

@@ -61,7 +61,8 @@ def environment(python_environment) -> dict[str, str]:
 
 def has_loaded(pid: int | None) -> bool:
     """Whether a process has a library of custom ops."""
-    return "custom-ops-" in Path(f"/proc/{pid}/maps").read_text()
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    return any(name in maps for name in ("libops.so", "here.so", "_extensions_pydll"))
 
 
 @contextmanager
