@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from onnxsplit.errors import CustomOpsError, shown
-from onnxsplit.files import open_regular
+from onnxsplit.files import is_text, open_regular
 from onnxsplit.plan import CustomOps, Plan
 
 EXTENSIONS = "onnxruntime-extensions"
@@ -51,11 +52,25 @@ def find_libraries(given: object) -> tuple[Library, ...]:
     Raises:
         CustomOpsError: a file cannot be read, or the package is not installed.
     """
-    names = [given] if isinstance(given, str | os.PathLike) else given
-    if not isinstance(names, Iterable) or not all(isinstance(name, str | os.PathLike) for name in names):
-        raise CustomOpsError(f"custom op libraries are named by their files, in a list; {shown(given)} is none")
-    libraries = [_library(os.fspath(name)) for name in names]
+    libraries = [_library(name) for name in named(given)]
     return tuple({library.sha256: library for library in reversed(libraries)}.values())[::-1]
+
+
+def named(given: object) -> tuple[str, ...]:
+    """What a user names libraries by: ``onnxruntime-extensions``, and absolute paths; nothing is looked for.
+
+    Raises:
+        CustomOpsError: it is neither a name nor a list of names.
+    """
+    one = isinstance(given, str | os.PathLike) or not isinstance(given, Iterable)
+    names: list[Any] = [given] if one else list(given)  # type: ignore[call-overload]
+    if not all(isinstance(name, str | os.PathLike) for name in names):
+        raise CustomOpsError(f"custom op libraries are named by their files, in a list; {shown(given)} is none")
+    texts = [os.fsdecode(name) for name in names]
+    wrong = next((text for text in texts if not text or not is_text(Path(text))), None)
+    if wrong is not None:
+        raise CustomOpsError(f"the name of a custom op library, {wrong!r}, is no UTF-8 text, or empty; name a file")
+    return tuple(text if text == EXTENSIONS else str(Path(text).absolute()) for text in texts)
 
 
 def check_names(given: Sequence[Library]) -> None:
@@ -77,7 +92,7 @@ def _library(text: str) -> Library:
     path = _extensions() if text == EXTENSIONS else Path(text)
     with _opened(path) as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    name = EXTENSIONS if text == EXTENSIONS else path.absolute().name
+    name = EXTENSIONS if text == EXTENSIONS else path.name
     return Library(name=name, path=os.path.realpath(path), sha256=digest)
 
 

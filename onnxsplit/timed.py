@@ -24,7 +24,7 @@ from typing import IO
 import msgspec.structs
 
 from onnxsplit.custom_ops import Library
-from onnxsplit.errors import InputError, ModelError, ModelRefused, in_one_line
+from onnxsplit.errors import CustomOpsError, InputError, ModelError, ModelRefused, in_one_line
 from onnxsplit.plan import Level
 from onnxsplit.session import Session, open_session, quiet_environment
 from onnxsplit.tensors import load_npz, save_npz
@@ -157,6 +157,9 @@ class TimedModel:
         assert self._process is not None
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
+        if not line and self._load.custom_ops:
+            files = ", ".join(library.path for library in self._load.custom_ops)
+            raise CustomOpsError(f"running {self._load.model} with the custom op libraries {files}: {self._death()}")
         if not line:
             raise ModelError(f"running {self._load.model}: {self._death()}")
         answer = msgspec.json.decode(line, type=_Answer)

@@ -15,10 +15,10 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from onnxsplit.custom_ops import named
 from onnxsplit.errors import InputError, MissingDependency
 from onnxsplit.plan import Plan, Stage
 from onnxsplit.session import host_cores
@@ -64,14 +64,14 @@ class RayLauncher:
         placement: Placement = "spread",
         replicas: tuple[int, ...] | None = None,
         memory_bytes: int = 1 << 30,
-        custom_ops: Sequence[str] = (),
+        custom_ops: object = (),
     ) -> None:
         if placement not in PLACEMENTS:
             raise InputError(f"placement {placement!r} is unknown; allowed: {', '.join(PLACEMENTS)}")
         self._ray = _import_ray()
         self._plan = plan
         self._memory_bytes = memory_bytes
-        self._custom_ops = {stage.index: tuple(custom_ops) for stage in plan.stages if stage.custom_ops}
+        self._custom_ops = {stage.index: named(custom_ops) for stage in plan.stages if stage.custom_ops}
         self._pair = new_key_pair()
         self._allowed: set[str] = set()
         self._lock = threading.Lock()

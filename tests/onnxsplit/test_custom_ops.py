@@ -95,6 +95,12 @@ def test_what_names_no_libraries_is_refused(given):
         find_libraries(given)
 
 
+@pytest.mark.parametrize("name", ["", "a\udcff.so"])
+def test_names_that_are_empty_or_no_text_are_refused(name):
+    with pytest.raises(CustomOpsError, match="is no UTF-8 text, or empty"):
+        find_libraries([name])
+
+
 def test_files_that_are_no_regular_ones_are_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo.so")
     with pytest.raises(CustomOpsError, match=r"no such custom op library: .*missing\.so"):
@@ -174,6 +180,16 @@ def test_a_library_that_does_not_load_ends_a_partition(tmp_path):
     with pytest.raises(ModelRefused, match=r"text\.so does not load"):
         onnxsplit.partition(model, out=tmp_path / "plan", custom_ops=[tmp_path / "text.so"])
     assert not (tmp_path / "plan").exists()
+
+
+def test_a_library_that_kills_its_process_ends_a_partition_and_is_named(tmp_path, monkeypatch):
+    """Not a plan by arithmetic, with a note: nobody could run it."""
+    model = build.save(custom.lengths(), tmp_path)
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGABRT)"
+    start = subprocess.Popen
+    monkeypatch.setattr("onnxsplit.timed.subprocess.Popen", lambda _, **how: start([sys.executable, "-c", kill], **how))
+    with pytest.raises(ModelRefused, match=r"libops\.so: the process was killed by SIGABRT"):
+        onnxsplit.partition(model, out=tmp_path / "plan", custom_ops=[custom.other_build(tmp_path)])
 
 
 def test_without_a_library_the_option_that_names_one_is_told(tmp_path):
