@@ -20,6 +20,7 @@ from onnxsplit.formulas import Formula, formulas_among
 from onnxsplit.graph import OpGraph
 from onnxsplit.numbers import MOST_SIZE, whole_problem
 from onnxsplit.plan import Shape, TensorSpec
+from onnxsplit.shape_rules import use_stand_ins
 from onnxsplit.source import nested_graphs, tensor_bytes
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name
 
@@ -198,6 +199,10 @@ def infer_shapes(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> Shapes
     specs = {
         name: TensorSpec(dtype=spec.dtype, shape=_known_names(spec.shape, names)) for name, spec in symbolic.items()
     }
+    for value in graph.source.proto.graph.output:
+        inferred, declared = specs.get(value.name), spec_of(value)
+        if inferred is not None and declared is not None and value.name not in graph.readers:
+            specs[value.name] = TensorSpec(dtype=inferred.dtype, shape=_named(inferred.shape, declared.shape, names))
     bound = _infer(graph, sizes)
     fixed = {
         name: tuple(dim for dim in spec.shape if isinstance(dim, int))
@@ -222,6 +227,13 @@ _NOTHING = TensorSpec(dtype="", shape=None)
 def _known_names(shape: Shape | None, names: Iterable[int | str]) -> Shape | None:
     """Names that inference made up say nothing to a caller, and may clash between stages."""
     return None if shape is None else tuple(d if isinstance(d, int) or d in names else "?" for d in shape)
+
+
+def _named(inferred: Shape | None, declared: Shape | None, names: Iterable[int | str]) -> Shape | None:
+    """A shape with the names that the model declares for dimensions that inference cannot tell."""
+    if inferred is None or declared is None or len(inferred) != len(declared):
+        return inferred
+    return tuple(d if i == "?" and d in names else i for i, d in zip(inferred, declared, strict=True))
 
 
 def spec_of(value: onnx.ValueInfoProto) -> TensorSpec | None:
@@ -249,7 +261,9 @@ def value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
 
 def _infer(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> dict[str, TensorSpec]:
     """Every tensor that inference gives an element type, in the main graph."""
-    inferred = _inferred(_skeleton(graph, sizes)).graph
+    model = _skeleton(graph, sizes)
+    use_stand_ins(model)
+    inferred = _inferred(model).graph
     declared = graph.source.proto.graph
     found: dict[str, TensorSpec] = {}
     for value in (*declared.value_info, *declared.output):

@@ -32,8 +32,10 @@ def analytic_costs(graph: OpGraph, shapes: Shapes) -> OpCosts:
 def _op_ns(op: Op, graph: OpGraph, shapes: Shapes) -> int:
     if op.op_type in _FREE or op.index in graph.constant_ops:
         return 0
-    touched = sum(shapes.bytes(name) for name in (*op.inputs, *op.outputs))
+    touched = _touched_bytes(op, shapes)
     count = _FLOPS.get(op.op_type)
+    if op.op_type == "Attention":
+        count = _projecting_attention if op.domain == "com.microsoft" else _attention
     work = count(op, shapes) if count is not None else 0
     bodies = sum(1 for _ in all_nodes(n for body in nested_graphs(op.node) for n in body.node))
     return (
@@ -41,6 +43,14 @@ def _op_ns(op: Op, graph: OpGraph, shapes: Shapes) -> int:
         + max(work * 1_000_000_000 // FLOP_PER_S, touched * 1_000_000_000 // BYTES_PER_S)
         + bodies * _NOMINAL_BODY_OP_NS
     )
+
+
+def _touched_bytes(op: Op, shapes: Shapes) -> int:
+    """Bytes an op reads and writes; of a table only the rows it takes, which are no more than what it writes."""
+    tables = {_input(op, position) for position in _TABLES.get(op.op_type, ())}
+    written = sum(shapes.bytes(name) for name in op.outputs)
+    read = sum(min(shapes.bytes(name), written) if name in tables else shapes.bytes(name) for name in op.inputs)
+    return read + written
 
 
 def _size(name: str, shapes: Shapes) -> Size:
@@ -66,6 +76,23 @@ def _matmul(op: Op, shapes: Shapes) -> int:
     return 2 * _output_elements(op, shapes) * (left[-1] if left else 0)
 
 
+def _attention(op: Op, shapes: Shapes) -> int:
+    """Two products of queries and keys; keys are as many as the cache behind this step holds."""
+    present, key = (_size(name, shapes) for name in (_output(op, 1), _input(op, 1)))
+    keys = (present or key or _size(_input(op, 0), shapes))[-2:-1]
+    return 4 * _output_elements(op, shapes) * math.prod(keys)
+
+
+def _projecting_attention(op: Op, shapes: Shapes) -> int:
+    """com.microsoft's Attention, which multiplies its input by the weights of query, key and value first."""
+    source, weights = _size(_input(op, 0), shapes), _size(_input(op, 1), shapes)
+    return 2 * math.prod((*source, *weights[-1:])) + 4 * _output_elements(op, shapes) * math.prod(source[-2:-1])
+
+
+def _narrow_weight_product(op: Op, shapes: Shapes) -> int:
+    return 2 * _output_elements(op, shapes) * next((a.i for a in op.node.attribute if a.name == "K"), 0)
+
+
 def _gemm(op: Op, shapes: Shapes) -> int:
     left = _size(_input(op, 0), shapes)
     transposed = any(a.name == "transA" and a.i for a in op.node.attribute)
@@ -83,6 +110,21 @@ def _input(op: Op, position: int) -> str:
     return names[position] if position < len(names) else ""
 
 
+def _output(op: Op, position: int) -> str:
+    names: list[str] = list(op.node.output)
+    return names[position] if position < len(names) else ""
+
+
+_TABLES = {
+    "Gather": (0,),
+    "GatherElements": (0,),
+    "GatherND": (0,),
+    "GatherBlockQuantized": (0, 2, 3),
+    "EmbedLayerNormalization": (2, 3, 4),
+    "Slice": (0,),
+}
+"""Inputs of which an op reads no more than it writes."""
+
 _FLOPS: dict[str, Callable[[Op, Shapes], int]] = {
     "Conv": _convolution,
     "ConvInteger": _convolution,
@@ -93,7 +135,16 @@ _FLOPS: dict[str, Callable[[Op, Shapes], int]] = {
     "MatMulInteger": _matmul,
     "QLinearMatMul": _matmul,
     "FusedMatMul": _matmul,
+    "DynamicQuantizeMatMul": _matmul,
+    "MatMulIntegerToFloat": _matmul,
+    "GemmFastGelu": _matmul,
+    "MatMulNBits": _narrow_weight_product,
+    "MatMulBnb4": _narrow_weight_product,
+    "GroupQueryAttention": _attention,
+    "MultiHeadAttention": _attention,
+    "SparseAttention": _attention,
     "Gemm": _gemm,
+    "FusedGemm": _gemm,
     "LSTM": _recurrent,
     "GRU": _recurrent,
     "RNN": _recurrent,
