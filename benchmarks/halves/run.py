@@ -7,8 +7,8 @@ NAME: a model of `models/zoo.toml`, or a file MODEL.onnx; all of the zoo when no
     ort, ort-io        onnxruntime.transformers.float16, without and with keep_io_types
     common, common-io  onnxconverter_common.float16, the same (pip install --no-deps onnxconverter-common)
     bfloat16           weights stored as bfloat16, each followed by a Cast to float32
-    float8             weights stored as float8e4m3fn with a scale, each followed by a DequantizeLinear
-    int4               weights stored as int4 with a scale, the same way
+    float8             weights stored as float8e4m3fn with a scale a row, each followed by a DequantizeLinear
+    int4               weights stored as int4, the same way
 
 A difference is over the scale of an output, the largest over all outputs. Both sides run in plain sessions with the
 default options; the stages one after the other, and once more merged into one model. `verify` is what
@@ -86,7 +86,8 @@ def _narrow_weights(graph: onnx.GraphProto, kind: str) -> None:
     widened: list[onnx.NodeProto] = []
     narrow: list[onnx.TensorProto] = []
     for name, tensor in weights.items():
-        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= LEAST_ELEMENTS:
+        many = np.prod(tensor.dims) >= LEAST_ELEMENTS and (kind == "bfloat16" or len(tensor.dims) > 1)
+        if tensor.data_type == TensorProto.FLOAT and many:
             stored, op = _narrowed(name, numpy_helper.to_array(tensor), kind)
             narrow += stored
             widened.append(op)
@@ -105,12 +106,14 @@ def _narrowed(name: str, array: Any, kind: str) -> tuple[list[onnx.TensorProto],
         tensor = numpy_helper.from_array(array.astype(ml_dtypes.bfloat16), stored)
         return [tensor], helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT)
     largest = 448.0 if kind == "float8" else 7.0
-    scale = np.float32(np.abs(array).max() / largest or 1.0)
-    scaled = array / scale
+    rest = tuple(range(1, array.ndim))
+    scale = np.abs(array).max(axis=rest).astype(np.float32) / np.float32(largest)
+    scale[scale == 0] = 1
+    scaled = array / scale.reshape(-1, *(1 for _ in rest))
     tensor = numpy_helper.from_array(
         scaled.astype(ml_dtypes.float8_e4m3fn) if kind == "float8" else np.rint(scaled).astype(ml_dtypes.int4), stored
     )
-    op = helper.make_node("DequantizeLinear", [stored, f"{name}.scale"], [name])
+    op = helper.make_node("DequantizeLinear", [stored, f"{name}.scale"], [name], axis=0)
     return [tensor, numpy_helper.from_array(scale, f"{name}.scale")], op
 
 
