@@ -61,6 +61,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/memory/run.py
 	$(BIN)/python benchmarks/spread/run.py
 	$(BIN)/python benchmarks/generality/run.py
+	$(BIN)/python benchmarks/halves/run.py
 	$(BIN)/python benchmarks/backend/run.py
 	$(BIN)/python benchmarks/balance/run.py
 	$(BIN)/python benchmarks/keys/run.py

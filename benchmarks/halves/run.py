@@ -5,7 +5,8 @@
 NAME: a model of `models/zoo.toml`, or a file MODEL.onnx; all of the zoo when none is given. The ways:
 
     ort, ort-io        onnxruntime.transformers.float16, without and with keep_io_types
-    common, common-io  onnxconverter_common.float16, the same (pip install --no-deps onnxconverter-common)
+    common, common-io  onnxconverter_common.float16, the same; where it is installed
+                       (pip install --no-deps onnxconverter-common)
     bfloat16           weights stored as bfloat16, each followed by a Cast to float32
     float8             weights stored as float8e4m3fn with a scale a row, each followed by a DequantizeLinear
     int4               weights stored as int4, the same way
@@ -19,6 +20,7 @@ gives its message.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -128,6 +130,12 @@ WAYS: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
 }
 
 
+def ways_here() -> list[str]:
+    """The ways whose converter is installed."""
+    installed = importlib.util.find_spec("onnxconverter_common") is not None
+    return [way for way in WAYS if installed or not way.startswith("common")]
+
+
 def session(path: Path) -> onnxruntime.InferenceSession:
     """A plain session with the default options, but for its log."""
     options = onnxruntime.SessionOptions()
@@ -207,7 +215,7 @@ def main() -> None:
     """Print a row a model, way and K."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=ways_here())
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
