@@ -152,6 +152,30 @@ def test_verify_says_which_tolerance_it_holds_and_why(tmp_path, python_environme
     assert (found["tolerance"], found["narrowest_type"]) == (tolerance(["float16"]), "float16")
 
 
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_optimisation_alone_folds_the_initializers_that_an_old_model_lists_as_inputs(tmp_path, ir_version):
+    """A face detector in float16 was said to be cut wrongly: its stages fold what the model as it is does not."""
+    source = np.random.default_rng(0)
+    weight = build.constant("w", source.standard_normal((8, 3, 3, 3)).astype(np.float16))
+    values = {name: source.random(8).astype(np.float16) + np.float16(0.1) for name in ("scale", "bias", "mean", "var")}
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("BatchNormalization", ["c", *values], ["y"]),
+    ]
+    ends = ([build.value("x", [1, 3, 16, 16], HALF)], [build.value("y", [1, 8, 14, 14], HALF)])
+    constants = [weight, *(build.constant(name, array) for name, array in values.items())]
+    moved = []
+    for name, listed, version in (("old", True, ir_version), ("new", False, 8)):
+        proto = build.model(nodes, *ends, constants, ir_version=version, opsets={"": 15})
+        proto.graph.input.extend([build.value(t.name, list(t.dims), HALF) for t in constants] if listed else [])
+        model = build.save(proto, tmp_path, f"{name}.onnx")
+        partition(model, stages=1, out=tmp_path / "m.plan", costs="analytic")
+        (found,) = verify(tmp_path / "m.plan", model)
+        assert found.good
+        moved.append(found.moved)
+    assert moved[0] == moved[1] > 0
+
+
 def test_a_wrong_stage_of_a_float16_model_is_found_by_verify(tmp_path):
     model, folder = build.save(half_chain(), tmp_path), tmp_path / "m.plan"
     plan = partition(model, stages=2, out=folder, costs="analytic")
