@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from google.protobuf.message import DecodeError
 from onnxsplit.bodies import nested_graphs as nested_graphs  # also for those that import it from here
 from onnxsplit.errors import ModelError, shown
 from onnxsplit.external import external_range, is_external
+from onnxsplit.file_kinds import what_is
 from onnxsplit.files import is_text, read_regular
 from onnxsplit.optimised import is_saved, rename_initializers
 from onnxsplit.tensors import size_bytes, type_name
@@ -112,19 +114,21 @@ def open_model(path: str | Path, *, data_folder: Path | None = None) -> SourceMo
     except FileNotFoundError as error:
         raise ModelError(f"no such model file: {path}") from error
     except IsADirectoryError as error:
-        raise ModelError(f"{path} is a folder; name the .onnx file in it") from error
+        raise ModelError(f"{path} is {what_is(path) or 'a folder; name the .onnx file in it'}") from error
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+        what = what_is(path) if error.errno == errno.EFBIG else None
+        raise _refusal(path, what, f"cannot read {path}: {error.strerror}") from error
     if not content:
         raise ModelError(f"{path} is empty; expected an ONNX model")
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(content)
     except DecodeError as error:
-        raise ModelError(
+        why = (
             f"{path} is not an ONNX model, it is truncated ({len(content)} bytes), or it nests bodies deeper than the "
             "100 levels of messages that protobuf reads"
-        ) from error
+        )
+        raise _refusal(path, what_is(path), why) from error
     digest = hashlib.sha256(content).hexdigest()
     source = SourceModel(path=path, proto=proto, sha256=digest, data_folder=data_folder)
     check_source(source, len(content))
@@ -139,7 +143,8 @@ def check_source(source: SourceModel, size_bytes: int) -> None:
     """
     path, proto = source.path, source.proto
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
-        raise ModelError(f"{path} holds no ONNX graph ({size_bytes} bytes); expected an ONNX model")
+        why = f"{path} holds no ONNX graph ({size_bytes} bytes); expected an ONNX model"
+        raise _refusal(path, what_is(path) if source.in_file else None, why)
     if not proto.graph.output:
         raise ModelError(f"{path} has no outputs; a model must give at least one")
     _check_text(path, proto)
@@ -150,6 +155,10 @@ def check_source(source: SourceModel, size_bytes: int) -> None:
             external_range(source.place, tensor)
     if is_saved(proto):
         rename_initializers(proto)
+
+
+def _refusal(path: Path, what: str | None, otherwise: str) -> ModelError:
+    return ModelError(f"{path} is not an ONNX model: it is {what}" if what else otherwise)
 
 
 def _check_text(path: Path, proto: onnx.ModelProto) -> None:

@@ -16,7 +16,7 @@ ORDER = [
     # Each module imports only from rows above its own, or from its own package.
     ["onnxsplit", "onnxsplit.errors"],
     ["onnxsplit.files", "onnxsplit.memory", "onnxsplit.numbers", "onnxsplit.drawing", "onnxsplit.formulas"],
-    ["onnxsplit.tensors", "onnxsplit.plan", "onnxsplit.cluster"],
+    ["onnxsplit.tensors", "onnxsplit.plan", "onnxsplit.cluster", "onnxsplit.file_kinds"],
     ["onnxsplit.providers", "onnxsplit.string_value", "onnxsplit.custom_ops"],
     ["onnxsplit.session"],
     ["onnxsplit.timed"],
@@ -26,7 +26,7 @@ ORDER = [
     ["onnxsplit.domains"],
     ["onnxsplit.graph", "onnxsplit.opening"],
     ["onnxsplit.shape_rules"],
-    ["onnxsplit.shapes"],
+    ["onnxsplit.shapes", "onnxsplit.uncuttable"],
     ["onnxsplit.ends"],
     ["onnxsplit.inputs", "onnxsplit.atoms", "onnxsplit.precision"],
     ["onnxsplit.cost"],
