@@ -29,6 +29,7 @@ from onnxsplit.partitioner import (
 from onnxsplit.providers import gpu_count, providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.setting import Setting, alike, of_cluster
+from onnxsplit.uncuttable import one_op
 
 _QUICK_GAP, _QUICK_SECONDS = 0.002, 2.0
 
@@ -130,10 +131,11 @@ def choice(subject: Subject, options: CutOptions, say: Say) -> Choice:
     made = Choice(subject, setting, stages, options, say)
     largest = len(subject.atoms.ops)
     if stages is not None and stages > max(1, largest) and not options.cut_at:
-        raise PartitionError(
-            f"{subject.graph.source.path} cannot be cut into {stages} stages: its {len(subject.graph.ops)} ops form "
-            f"{largest} parts that can be separated. Ask for {largest} stages or fewer"
+        why = one_op(subject.graph) or (
+            f"its {len(subject.graph.ops)} ops form {largest} parts that can be separated. Ask for {largest} stages or "
+            "fewer"
         )
+        raise PartitionError(f"{subject.graph.source.path} cannot be cut into {stages} stages: {why}")
     return made
 
 

@@ -125,6 +125,7 @@ def command(
     from onnxsplit import planner
     from onnxsplit.files import check_outputs
     from onnxsplit.options import CutOptions
+    from onnxsplit.uncuttable import one_op
 
     check_outputs(html, annotate)
     folder = out or planner.default_target(model)
@@ -141,6 +142,10 @@ def command(
     files = _beside(output, made, html, annotate)
     output.done()
     _show(output, made.plan)
+    if wanted.stages is None and wanted.parallel == "model" and len(made.plan.stages) == 1:
+        why = one_op(made.subject.graph)
+        if why is not None:
+            output.line(f"It is one stage: {why}.")
     output.line()
     if files:
         output.line(f"Wrote {', '.join(map(str, files))}.")

@@ -44,9 +44,21 @@ def test_tensors_side_by_side_make_one_boundary(tmp_path):
     ("tensor", "words"),
     [
         ("h_1", "is no tensor of the model's main graph. The nearest that can: h1"),
-        ("w2", "is a constant"),
-        ("x", "is an input of the model"),
-        ("y", "is read by no op. The nearest that can: m5, h4"),
+        (
+            "w2",
+            "cannot cut at 'w2', which is a constant of the model: every stage that reads it holds a copy. The nearest",
+        ),
+        (
+            "x",
+            "'x', which is an input of the model: every stage that reads it takes it from the caller. The nearest that",
+        ),
+        ("y", "is read by no op: it is an output of the model. The nearest that can: m5, h4"),
+        ("matmul2", "is the name of an op, not of a tensor; name what it writes: m2. The nearest that can: m2"),
+        (
+            "relu5",
+            "is the name of an op, not of a tensor, and what it writes (y) cannot be cut either. The nearest that",
+        ),
+        ("MatMul", "is a type of ops, not of a tensor; name what it writes: m0, m1, m2 and 3 more. The nearest that"),
     ],
 )
 def test_an_illegal_tensor_gets_the_nearest_legal_ones(tmp_path, tensor, words):

@@ -168,7 +168,7 @@ BAD = [
     ({"together": ["nothing*"]}, "no op's name matches 'nothing\\*'.*'/back/0'"),
     ({"keep": ["zzz"]}, "'zzz' is no tensor"),
     ({"cut": ["zzz"]}, "cannot cut at 'zzz'"),
-    ({"cut": ["h0"], "keep": ["h0"]}, "cannot cut at 'h0' ties"),
+    ({"cut": ["h0"], "keep": ["h0"]}, "cannot cut at 'h0', which ties"),
     ({"cut_at": ["h0"], "strategy": "task"}, "leave out --strategy"),
     ({"gap": -1.0}, "--gap"),
     ({"time_limit": 0.0}, "--time-limit"),
