@@ -20,6 +20,7 @@ from onnxsplit.external import external_range, is_external, open_external
 
 _LARGE_BYTES = 64 << 10  # smaller tensors in the model file are not compared
 _CHUNK = 1 << 20
+_ENDS = 64  # bytes that are compared first
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,38 @@ def extents(model: Path, tensors: Sequence[onnx.TensorProto], *, by_content: boo
         ModelError: as :func:`~onnxsplit.external.external_range`.
     """
     ranges = [external_range(model, tensor) if is_external(tensor) else None for tensor in tensors]
-    lengths = [place[2] if place is not None else len(t.raw_data) for t, place in zip(tensors, ranges, strict=True)]
-    common = Counter(lengths)
+    glimpses = [_glimpse(t, place, by_content) for t, place in zip(tensors, ranges, strict=True)]
+    alike = Counter(glimpse for glimpse in glimpses if glimpse is not None)
     found: list[Extent | None] = []
-    for tensor, place, length in zip(tensors, ranges, lengths, strict=True):
-        twin = length >= _LARGE_BYTES and common[length] > 1
-        if place is not None and not (by_content and twin):
-            found.append(Extent(str(place[0]), place[1], length))
-        elif twin:
-            found.append(Extent(_hash(tensor, place), 0, length))
+    for tensor, place, glimpse in zip(tensors, ranges, glimpses, strict=True):
+        if glimpse is not None and alike[glimpse] > 1:
+            found.append(Extent(_hash(tensor, place), 0, glimpse[0]))
         else:
-            found.append(None)
+            found.append(Extent(str(place[0]), place[1], place[2]) if place is not None else None)
     shared = Counter(extent for extent in found if extent is not None)
     return [
-        extent if extent is not None and (is_external(tensor) or shared[extent] > 1) else None
-        for tensor, extent in zip(tensors, found, strict=True)
+        extent if extent is not None and (place is not None or shared[extent] > 1) else None
+        for extent, place in zip(found, ranges, strict=True)
     ]
+
+
+def _glimpse(
+    tensor: onnx.TensorProto, place: tuple[Path, int, int] | None, by_content: bool
+) -> tuple[int, bytes, bytes] | None:
+    """Length, beginning and end of bytes that are to be compared: what differs there need not be read whole."""
+    if place is None:
+        content = tensor.raw_data
+        length, begin, end = len(content), content[:_ENDS], content[-_ENDS:]
+    elif by_content:
+        file, offset, length = place
+        with open_external(file) as stream:
+            stream.seek(offset)
+            begin = stream.read(min(_ENDS, length))
+            stream.seek(offset + max(0, length - _ENDS))
+            end = stream.read(min(_ENDS, length))
+    else:
+        return None
+    return (length, begin, end) if length >= _LARGE_BYTES else None
 
 
 def _hash(tensor: onnx.TensorProto, place: tuple[Path, int, int] | None) -> str:
