@@ -12,6 +12,7 @@ import build
 import click
 import numpy as np
 import pytest
+from onnx import helper
 
 from onnxsplit.cli import cli
 from onnxsplit.tensors import load_npz, save_npz
@@ -409,3 +410,41 @@ def test_an_empty_value_is_the_value_of_its_option(onnxsplit, tmp_path):
     made = ("partition", "model.onnx", "--costs", "analytic", "--dry-run")
     assert "provider '' is unknown" in onnxsplit(*made, "--provider", "", code=1).stderr
     assert "Got unexpected extra argument" not in onnxsplit(*made, "--cut-at", "", "h1", code=1).stderr
+
+
+def test_the_examples_of_the_documentation_on_what_is_cut_run(onnxsplit, python_environment, tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "cutting.md").read_text()
+    text = text[text.index("## Models in memory") : text.index("## Clusters")]
+    lines = [line.removeprefix("$ onnxsplit ") for line in text.splitlines() if line.startswith("$ onnxsplit ")]
+    assert [line.split()[1] for line in lines] == ["tasks.onnx"] * 3 + ["scaled.onnx", "decoder.onnx"]
+    build.save(build.chain(), tmp_path)
+    names = ("label", "score", "boxes")
+    nodes = [helper.make_node("Relu", ["x"], ["h"]), *(helper.make_node("Sin", ["h"], [name]) for name in names)]
+    tasks = build.model(nodes, [build.value("x", [1, 4])], [build.value(name, [1, 4]) for name in names])
+    build.save(tasks, tmp_path, "tasks.onnx")
+    scaled = build.model(
+        [helper.make_node("Mul", ["x", "scale"], ["h"]), helper.make_node("Relu", ["h"], ["y"])],
+        [build.value("x", [1, 4]), build.value("scale", [1])],
+        [build.value("y", [1, 4])],
+        [build.constant("scale", np.array([2.0], np.float32))],
+    )
+    build.save(scaled, tmp_path, "scaled.onnx")
+    decoder = build.model(
+        [helper.make_node("Concat", ["past", "new"], ["all"], axis=1), helper.make_node("Add", ["all", "mask"], ["y"])],
+        [
+            build.value("new", [1, "sequence_length"]),
+            build.value("past", [1, "past_sequence_length"]),
+            build.value("mask", [1, "past_sequence_length + sequence_length"]),
+        ],
+        [build.value("y", None)],
+    )
+    build.save(decoder, tmp_path, "decoder.onnx")
+    said = [onnxsplit(*line.split()).stdout for line in lines]
+    assert "Left out: the output boxes" in said[0]
+    assert "Left out: the output boxes" in said[1]
+    assert "boxes" not in said[2]
+    assert "Input scale stays an input" in said[3]
+    assert "past_sequence_length + sequence_length=5" in said[4]
+    code = text.split("```python\n")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=python_environment, check=True, timeout=120)
+    assert (tmp_path / "memory.plan" / "plan.json").exists()
