@@ -174,6 +174,8 @@ def _what(model: object) -> str:
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
     if "torch.nn.modules.module.Module" in kinds or "torch.export.exported_program.ExportedProgram" in kinds:
         return "a PyTorch model"
+    if any(kind.startswith("torch.onnx.") and kind.endswith(".ONNXProgram") for kind in kinds):
+        return "a torch.onnx.ONNXProgram (give its model, or its model_proto)"
     if any(kind.startswith("onnxruntime.") and kind.endswith("Session") for kind in kinds):
         return "an onnxruntime session (it does not give its model back; give the file it was made from)"
     if hasattr(model, "read"):

@@ -311,13 +311,15 @@ class Pipeline:
             raise PipelineError(
                 f"this pipeline belongs to process {self._pid}, of which this one is a fork; launch another here"
             )
+        # That rows are independent was proven with the defaults: with other values they may not be.
+        splits = self._rows and asked.axes is not None and self._defaults.keys().isdisjoint(arrays)
         arrays = {**{name: self._defaults[name] for name in asked.defaults}, **arrays}
         ready = {name: self._passed_through(name, arrays) for name in asked.passed}
         if not asked.computed:
             future = Answering()
             future.set_result(ready)
             return future
-        parts = split(arrays, asked.axes, self._rows) if asked.axes is not None and self._rows else [dict(arrays)]
+        parts = split(arrays, asked.axes or {}, self._rows) if splits else [dict(arrays)]
         if len(parts) > 1:  # later parts enter after this call has returned
             axes = asked.axes or {}
             whole = {name: np.array(array) for name, array in arrays.items() if axes[name] is None}

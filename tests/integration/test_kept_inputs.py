@@ -7,7 +7,7 @@ import json
 import build
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 from served import Served
 
 from onnxsplit.errors import InputError
@@ -98,3 +98,20 @@ def test_clients_see_that_an_input_is_optional_and_joined_requests_keep_their_ow
             given = triton.InferInput("x", X.shape, "FP32")
             given.set_data_from_numpy(X)
             assert np.array_equal(client.infer("m", [given]).as_numpy("y"), expected(X, np.float32(2)))
+
+
+def test_a_batch_is_not_split_by_what_was_proven_of_another_value(tmp_path):
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("Reshape", ["a", "shape"], ["b"]),
+        helper.make_node("Sin", ["b"], ["y"]),
+    ]
+    inputs = [build.value("x", ["n", 4]), build.value("shape", [2], TensorProto.INT64)]
+    shape = build.constant("shape", np.array([-1, 4]))
+    path = build.save(build.model(nodes, inputs, [build.value("y", ["p", "q"])], [shape]), tmp_path)
+    made = partition(path, stages=2, out=tmp_path / "m.plan", keep_inputs=["shape"], costs="measured", rounds=1)
+    assert made.tensors["y"].batch_axis == 0
+    with Pipeline.launch(tmp_path / "m.plan", micro_batch=1) as pipeline:
+        found = pipeline.run({"x": X, "shape": np.array([2, -1])})["y"]
+        assert np.allclose(found, np.sin(np.maximum(X, 0)).reshape(2, -1))
+        assert pipeline.run({"x": X})["y"].shape == (3, 4)
