@@ -233,10 +233,10 @@ def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.Model
     for descriptor, value in source.ListFields():
         if descriptor.name == "graph" or descriptor.name in ("functions", "training_info"):
             continue
-        if descriptor.is_repeated:
-            getattr(model, descriptor.name).extend(value)
-        else:
+        if isinstance(value, int | str):
             setattr(model, descriptor.name, value)
+        else:  # protobuf below 6.31 has no is_repeated, which would say it
+            getattr(model, descriptor.name).extend(value)
     model.ir_version = max(source.ir_version, CONSTANTS_IR_VERSION)
     nodes = [graph.ops[index].node for index in parts.ops]
     called = called_functions(nodes, functions_of(source))
