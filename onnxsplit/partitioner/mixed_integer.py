@@ -97,8 +97,9 @@ class _Model:
 
     def constraints(self) -> LinearConstraint:
         """All rows."""
-        rows = np.repeat(np.arange(len(self._rows)), [len(row) for row in self._rows])
-        columns = np.array([column for row in self._rows for column, _ in row])
+        # The solver of SciPy below 1.15 takes no indices of 64 bits.
+        rows = np.repeat(np.arange(len(self._rows), dtype=np.int32), [len(row) for row in self._rows])
+        columns = np.array([column for row in self._rows for column, _ in row], np.int32)
         factors = np.array([factor for row in self._rows for _, factor in row])
         matrix = csr_array((factors, (rows, columns)), shape=(len(self._rows), len(self.upper)))
         return LinearConstraint(matrix, -np.inf, np.array(self._right))
