@@ -31,6 +31,7 @@ _JSON_STRINGS = 1 << 20  # of one tensor; more take too long to decode at once
 _STEP_BYTES = 256 << 10  # of numbers in JSON that are decoded at once: other threads run in between
 _STEP = 16 << 10  # elements that are converted at once, likewise
 _WORDS = 200
+_WRAPS = int(np.__version__.split(".")[0]) < 2
 
 
 class Place(Struct, frozen=True):
@@ -230,11 +231,24 @@ def _json_numbers(name: str, text: bytes, dtype: str, shape: Sequence[int]) -> A
     with np.errstate(over="ignore"):
         for piece in _pieces(flat) if count else ():
             values = decoder.decode(b"[" + piece + b"]")
-            result[start : start + len(values)] = np.array(values, kind)
+            result[start : start + len(values)] = _numbers(values, kind)
             start += len(values)
     if decoder is _ITEMS["f"] and not np.isfinite(result).all():
         raise InputError(f"the data of tensor {shown(name)} hold a number that is too large for {dtype}")
     return result.reshape(shape)
+
+
+def _numbers(values: Sequence[Any], kind: np.dtype[Any]) -> Array:
+    """Values as an array.
+
+    Raises:
+        OverflowError: a whole number is too large for the type. NumPy 1 would wrap it round to another one.
+    """
+    if _WRAPS and kind.kind in "iu" and values:
+        bounds = np.iinfo(kind)
+        if min(values) < bounds.min or max(values) > bounds.max:
+            raise OverflowError(f"whole numbers of {kind} lie from {bounds.min} to {bounds.max}")
+    return np.array(values, kind)
 
 
 def _check_nesting(name: str, text: bytes, shape: Sequence[int]) -> None:
@@ -327,7 +341,7 @@ def from_items(name: str, datatype: str, shape: Sequence[int], values: Sequence[
     result = np.empty(count, kind)
     try:
         for start in range(0, count, _STEP):
-            result[start : start + _STEP] = np.array(values[start : start + _STEP], kind)
+            result[start : start + _STEP] = _numbers(values[start : start + _STEP], kind)
     except (OverflowError, ValueError) as error:
         raise InputError(f"the data of tensor {shown(name)} are not {datatype}: {one_line(error, _WORDS)}") from error
     return result.reshape(shape)
