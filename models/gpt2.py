@@ -86,11 +86,11 @@ def with_cache(
 ) -> Recipe:
     """A small one with its cache."""
     torch.manual_seed(0)
-    past = torch.randn(2, heads, 3, width // heads)
     axes = {name: {0: "batch", 2: "past_sequence"} for name in cache_names("past_key_values", layers)}
+    past = {name: torch.randn(2, heads, 3, width // heads) for name in axes}
     return Recipe(
         network=Stepping(layers, width, heads, vocabulary, positions).eval(),
-        inputs={"input_ids": torch.randint(0, vocabulary, (2, 5)), **dict.fromkeys(axes, past)},
+        inputs={"input_ids": torch.randint(0, vocabulary, (2, 5)), **past},
         outputs=("logits", *cache_names("present", layers)),
         dynamic_axes={"input_ids": {0: "batch", 1: "sequence"}, **axes},
     )

@@ -100,11 +100,11 @@ def build(
 ) -> Recipe:
     """A small one; more ``layers`` and ``width`` make a large one."""
     torch.manual_seed(0)
-    past = torch.randn(2, groups, 3, width // heads)
     axes = {name: {0: "batch", 2: "past_sequence"} for name in cache_names("past_key_values", layers)}
+    past = {name: torch.randn(2, groups, 3, width // heads) for name in axes}
     return Recipe(
         network=Decoder(layers, width, heads, groups, hidden, vocabulary).eval(),
-        inputs={"input_ids": torch.randint(0, vocabulary, (2, 5)), **dict.fromkeys(axes, past)},
+        inputs={"input_ids": torch.randint(0, vocabulary, (2, 5)), **past},
         outputs=("logits", *cache_names("present", layers)),
         dynamic_axes={"input_ids": {0: "batch", 1: "sequence"}, **axes},
     )
