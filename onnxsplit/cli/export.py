@@ -72,7 +72,12 @@ def command(
     for exported in done:
         for name, difference in exported.differences.items():
             output.line(f"{name}: differs from the framework by {difference:.1e} of its scale")
+        for name in exported.unread:
+            output.note(f"warning: nothing in {exported.path} reads the input {name!r}, so no output depends on it")
         output.line(f"Wrote {exported.path} ({binary(exported.path.stat().st_size)}), from {exported.framework}.")
     output.line(f"Next: onnxsplit partition {done[0].path}{custom_ops_words(options['custom_ops'])}")
-    models = [{"model": one.path, "framework": one.framework, "differences": one.differences} for one in done]
-    output.result({"model": done[0].path, "differences": done[0].differences, "models": models})
+    models = [
+        {"model": one.path, "framework": one.framework, "differences": one.differences, "unread": one.unread}
+        for one in done
+    ]
+    output.result({key: models[0][key] for key in ("model", "differences", "unread")} | {"models": models})

@@ -34,7 +34,9 @@ class Recipe:
 
     Attributes:
         network: the network: a PyTorch module in evaluation mode, or a function of JAX arrays.
-        inputs: example inputs by name, in the order of the network's arguments; free dimensions larger than 1.
+        inputs: example inputs by name, in the order of the network's arguments; free dimensions larger than 1. An
+            argument of PyTorch may be a list, a tuple or a dictionary; what is in it becomes an input each, named by
+            the way to it: ``cache.0.key``.
         outputs: names of the outputs, in the order in which the network returns them.
         dynamic_axes: input -> axis -> name of the free dimension; axes of one name have one size.
     """
@@ -118,11 +120,13 @@ class Exported:
         path: the model file.
         framework: it came from, with its version.
         differences: output -> largest difference to the framework, over the output's scale; empty when not compared.
+        unread: inputs of the framework's function on which no output of the model depends.
     """
 
     path: Path
     framework: str
     differences: Mapping[str, float]
+    unread: tuple[str, ...] = ()
 
 
 _TAKES_INPUTS: Set[Kind] = {"recipe", "torchscript", "saved-model", "keras", "pickle", "skops"}
@@ -178,8 +182,8 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
                 name = f"{target.name.removesuffix('.onnx')}-{conversion.part}.onnx"
             folder = Path(scratch) / f"{number}"
             folder.mkdir()
-            differences = finish.finish(conversion, folder / name, source, wanted)
-            done.append((folder, Exported(target.parent / name, conversion.framework, differences)))
+            differences, unread = finish.finish(conversion, folder / name, source, wanted)
+            done.append((folder, Exported(target.parent / name, conversion.framework, differences, unread)))
         for folder, exported in done:  # the data of a model before the model
             model = folder / exported.path.name
             for part in sorted(folder.iterdir(), key=lambda part, model=model: part == model):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx
 import onnxsplit
 from onnxsplit.errors import ExportError, MissingDependency, ModelError, one_line
 from onnxsplit.export import TOLERANCE, Conversion, ExportOptions
+from onnxsplit.graph import captured_names
 from onnxsplit.session import host_cores, open_session
 from onnxsplit.tensors import Array
 from onnxsplit.verify import distance
@@ -21,8 +22,13 @@ LARGE_BYTES = 1_900_000_000
 SOURCE, FRAMEWORK, TOOL = "onnxsplit.source", "onnxsplit.framework", "onnxsplit.version"
 
 
-def finish(conversion: Conversion, file: Path, source: str, options: ExportOptions) -> dict[str, float]:
-    """Write a model to ``file``; how far its outputs are from the framework's, over their scale.
+def finish(
+    conversion: Conversion, file: Path, source: str, options: ExportOptions
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Write a model to ``file``, and compare it with the framework.
+
+    Returns:
+        Output -> how far it is from the framework's, over its scale; and the inputs on which no output depends.
 
     Raises:
         ExportError: the model is not valid, ONNX Runtime refuses it, or its outputs differ.
@@ -48,7 +54,19 @@ def finish(conversion: Conversion, file: Path, source: str, options: ExportOptio
         raise ExportError(
             f"the exported model is not valid: {str(error).splitlines()[0]}; nothing was written"
         ) from error
-    return _compared(conversion, file, options)
+    takes = dict.fromkeys(name for sample in conversion.samples for name in sample)
+    return _compared(conversion, file, options), _unread(proto.graph, takes)
+
+
+def _unread(graph: onnx.GraphProto, takes: Iterable[str]) -> tuple[str, ...]:
+    """Inputs of the framework's function, and of the model, from which no way leads to an output."""
+    needed = {value.name for value in graph.output}
+    for node in reversed(graph.node):  # a valid model has them in order
+        if needed.intersection(node.output):
+            needed.update(node.input, captured_names(node))
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs = [value.name for value in graph.input if value.name not in constants]
+    return tuple(name for name in dict.fromkeys((*takes, *inputs)) if name not in needed)
 
 
 def save(proto: onnx.ModelProto, file: Path) -> None:

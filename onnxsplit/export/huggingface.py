@@ -200,6 +200,13 @@ def _ids(torch: Any, config: Any, *shape: int) -> Any:
     return torch.randint(0, max(2, getattr(config, "vocab_size", 2)), shape)
 
 
+def _mask(torch: Any, batch: int, length: int, column: int = -1) -> Any:
+    """A mask that hides one place of the first row: with ones alone, what is done with a mask would not show."""
+    mask = torch.ones((batch, length), dtype=torch.int64)
+    mask[0, column] = 0
+    return mask
+
+
 def _encoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
     """Tokens and a mask in; all tensors that the network gives out."""
     config, takes = model.config, inspect.signature(model.forward).parameters
@@ -212,8 +219,8 @@ def _encoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
         shape = sizes["batch"], sizes["sequence"]
         every = {
             "input_ids": _ids(torch, config, *shape),
-            "attention_mask": torch.ones(shape, dtype=torch.int64),
-            "token_type_ids": torch.zeros(shape, dtype=torch.int64),
+            "attention_mask": _mask(torch, *shape),
+            "token_type_ids": torch.randint(0, max(1, getattr(config, "type_vocab_size", 1)), shape),
         }
         return {name: every[name] for name in names}
 
@@ -281,7 +288,7 @@ def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
         past = sizes["past"] if cached else 0
         every = {
             "input_ids": _ids(torch, text, batch, sequence),
-            "attention_mask": torch.ones((batch, past + sequence), dtype=torch.int64),
+            "attention_mask": _mask(torch, batch, past + sequence, column=0 if past else -1),
             "position_ids": torch.arange(past, past + sequence).expand(batch, sequence).contiguous(),
         }
         cache = {f"past_key_values.{name}": torch.randn(batch, heads, past, width) for name in tensors}
@@ -372,14 +379,14 @@ def _pair(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
 
     def encoded(sizes: Mapping[str, int]) -> dict[str, Any]:
         shape = sizes["batch"], sizes["encoder"]
-        return {"input_ids": _ids(torch, config, *shape), "attention_mask": torch.ones(shape, dtype=torch.int64)}
+        return {"input_ids": _ids(torch, config, *shape), "attention_mask": _mask(torch, *shape)}
 
     def decoded(sizes: Mapping[str, int]) -> dict[str, Any]:
         shape = sizes["batch"], sizes["encoder"]
         return {
             "input_ids": _ids(torch, config, sizes["batch"], sizes["sequence"]),
             "encoder_hidden_states": torch.randn(*shape, width),
-            "encoder_attention_mask": torch.ones(shape, dtype=torch.int64),
+            "encoder_attention_mask": _mask(torch, *shape),
         }
 
     source: Axes = {0: "batch", 1: "encoder_sequence"}

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxsplit.errors import ExportError, MissingDependency, one_line
 from onnxsplit.export import Conversion, ExportOptions, Recipe, finish
+from onnxsplit.export.examples import flat, varied
 from onnxsplit.export.sources import Source
 from onnxsplit.export.specs import InputSpec, samples
 from onnxsplit.tensors import Array, dtype_name
@@ -32,22 +33,29 @@ def convert(found: Any, source: Source, options: ExportOptions) -> Conversion:
         raise MissingDependency(f"exporting from JAX needs {error.name}: {_EXTRA}") from error
     outputs: tuple[str, ...] = ()
     function, specs = found, list(options.inputs)
+    bounds: dict[str, Array] = {}
     if isinstance(found, Recipe):
+        if nested := flat(found.inputs).keys() - found.inputs.keys():
+            raise ExportError(
+                f"{source.text}: {min(nested)!r} lies inside an argument, and jax2onnx takes arrays alone; write a "
+                "function that takes each array as an argument of its own"
+            )
         function, outputs = found.network, found.outputs
+        bounds = {name: np.asarray(array) for name, array in found.inputs.items()}
         specs = [
             InputSpec(
                 name,
-                dtype_name(np.asarray(array).dtype) or "float32",
-                tuple(found.dynamic_axes.get(name, {}).get(axis, size) for axis, size in enumerate(np.shape(array))),
+                dtype_name(array.dtype) or "float32",
+                tuple(found.dynamic_axes.get(name, {}).get(axis, size) for axis, size in enumerate(array.shape)),
             )
-            for name, array in found.inputs.items()
+            for name, array in bounds.items()
         ]
     if not specs:
         raise ExportError(
             f"{source.text} does not say what it takes; say it, an --input for each argument: "
             "--input x=float32[batch,8]"
         )
-    given = list(samples(specs))
+    given = [varied(sample, bounds or sample, seed=number) for number, sample in enumerate(samples(specs))]
     try:
         shown = function(*given[0].values())
     except Exception as error:  # whatever the function raises

@@ -15,6 +15,7 @@ from typing import Any
 
 from onnxsplit.errors import ExportError, MissingDependency
 from onnxsplit.export import Conversion, ExportOptions, Recipe
+from onnxsplit.export.examples import flat, mapped, resized, varied
 from onnxsplit.export.sources import Source, refuse_code
 from onnxsplit.export.specs import samples
 from onnxsplit.session import host_cores
@@ -102,38 +103,82 @@ def _Function(torch: Any, function: Callable[..., Any]) -> Any:  # noqa: N802  a
 def of_recipe(torch: Any, recipe: Recipe, options: ExportOptions, **more: Any) -> Conversion:
     """A recipe's module."""
     network = recipe.network.eval()
+    inputs = _own(torch, recipe.inputs)
+    first = {name: tensor.numpy() for name, tensor in flat(inputs).items()}
+    reference = answers(torch, network, inputs, recipe.outputs)
 
     def write(file: Path) -> None:
         program = exported(
             torch,
             network,
-            tuple(recipe.inputs.values()),
+            tuple(inputs.values()),
             opset=options.opset,
-            input_names=list(recipe.inputs),
+            input_names=list(first),
             output_names=list(recipe.outputs),
             dynamic_shapes=_dynamic_shapes(network, recipe),
         )
         program.save(str(file))
 
-    first = {name: tensor.numpy() for name, tensor in recipe.inputs.items()}
     return Conversion(
         framework=f"PyTorch {torch.__version__}",
         write=write,
-        samples=(first, *_resized(first, recipe)),
-        reference=answers(torch, network, recipe.inputs, recipe.outputs),
+        samples=_samples(first, recipe.dynamic_axes, reference) if options.check else (first,),
+        reference=reference,
         axes=recipe.dynamic_axes,
         **more,
     )
 
 
+def _own(torch: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with a tensor of its own for each: PyTorch's exporter takes a tensor that comes twice for one input.
+
+    Raises:
+        ExportError: something is not a tensor.
+    """
+
+    def own(name: str, leaf: Any) -> Any:
+        try:
+            return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ExportError(
+                f"the example input {name!r} is a {type(leaf).__name__}; expected a tensor, or a list, tuple or "
+                "dictionary of tensors. What is constant belongs in the network"
+            ) from error
+
+    return mapped(inputs, own)
+
+
+def _samples(
+    first: Mapping[str, Array],
+    axes: Mapping[str, Mapping[int, str]],
+    reference: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+) -> Sequence[Mapping[str, Array]]:
+    """The examples as they were given, then random ones, at other sizes where those are free."""
+    other = resized(first, axes)
+    random = varied(other, bounds=first)
+    try:
+        reference(random)
+    except Exception:  # whatever a network raises that asks more of its inputs than bounds
+        return first, other
+    return first, random
+
+
 def answers(
-    torch: Any, network: Callable[..., Any], inputs: Iterable[str], outputs: Iterable[str]
+    torch: Any, network: Callable[..., Any], inputs: Mapping[str, Any], outputs: Iterable[str]
 ) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    """How to ask PyTorch itself: outputs by name for inputs by name, which the network may overwrite."""
+    """How to ask PyTorch itself: outputs by name for inputs by name, which the network may overwrite.
+
+    Args:
+        torch: PyTorch.
+        network: what to call.
+        inputs: examples of its arguments, in order; their values are not used.
+        outputs: names of what it returns.
+    """
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
+        arguments = mapped(inputs, lambda name, _: torch.from_numpy(sample[name].copy()))
         with torch.no_grad():
-            found = network(*(torch.from_numpy(sample[name].copy()) for name in inputs))
+            found = network(*arguments.values())
         return dict(zip(outputs, (tensor.numpy() for tensor in _flat(found)), strict=True))
 
     return reference
@@ -154,6 +199,7 @@ def exported(torch: Any, network: Any, arguments: tuple[Any, ...], *, opset: int
     Raises:
         ExportError: it could not be exported; says which operator, where.
     """
+    arguments = arguments and (*arguments, {})  # PyTorch takes a dictionary at the end for arguments by keyword
     with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         try:
@@ -180,22 +226,11 @@ def _dynamic_shapes(network: Any, recipe: Recipe) -> tuple[Any, ...] | None:
     """By argument; those of ``*arguments`` are one, a tuple."""
     if not recipe.dynamic_axes:
         return None
-    shapes = [dict(recipe.dynamic_axes.get(name, {})) or None for name in recipe.inputs]
+    named = mapped(recipe.inputs, lambda name, _: dict(recipe.dynamic_axes.get(name, {})) or None)
+    shapes = list(named.values())
     parameters = list(inspect.signature(network.forward).parameters.values())
     many = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
     return tuple(shapes) if many is None else (*shapes[:many], tuple(shapes[many:]))
-
-
-def _resized(first: Mapping[str, Array], recipe: Recipe) -> list[dict[str, Array]]:
-    """Another sample with free dimensions one smaller, when there are some: a part of the first."""
-    if not recipe.dynamic_axes:
-        return []
-    found = {}
-    for name, array in first.items():
-        axes = recipe.dynamic_axes.get(name, {})
-        part = tuple(slice(0, max(1, size - 1) if axis in axes else size) for axis, size in enumerate(array.shape))
-        found[name] = array[part].copy()
-    return [found]
 
 
 # Saved by PyTorch
@@ -206,21 +241,28 @@ def _from_program(torch: Any, source: Source, options: ExportOptions) -> Convers
         program = torch.export.load(source.path)
     except Exception as error:  # whatever its parts raise
         raise ExportError(f"PyTorch cannot load {source.text}: {str(error)[:300]}") from error
-    module = program.module()
+    module, inputs_of = program.module(), torch.utils._pytree.tree_unflatten
+
+    def network(*tensors: Any) -> Any:
+        arguments, words = inputs_of(list(tensors), program.call_spec.in_spec)
+        return module(*arguments, **words)
+
     inputs, free = _placeholders(program)
-    given = {name: _example(torch, value) for name, value in inputs.items()}
+    given = _examples(torch, program, inputs)
     with torch.no_grad():
-        outputs = _names(module(*given.values()))
+        outputs = _names(network(*given.values()))
 
     def write(file: Path) -> None:
         names = {"input_names": list(inputs), "output_names": list(outputs)}
         exported(torch, program, (), opset=options.opset, **names).save(str(file))
 
+    reference = answers(torch, network, inputs, outputs)
+    first = {name: tensor.numpy() for name, tensor in given.items()}
     return Conversion(
         framework=f"PyTorch {torch.__version__}",
         write=write,
-        samples=[{name: tensor.numpy() for name, tensor in given.items()}],
-        reference=answers(torch, module, inputs, outputs),
+        samples=_samples(first, {}, reference) if options.check else (first,),
+        reference=reference,
         axes=free | {name: {0: "batch"} for name in outputs if any(0 in axes for axes in free.values())},
     )
 
@@ -241,6 +283,14 @@ def _placeholders(program: Any) -> tuple[dict[str, Any], dict[str, dict[int, str
         for name, value in inputs.items()
     }
     return inputs, {name: axes for name, axes in free.items() if axes}
+
+
+def _examples(torch: Any, program: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that the program was saved with, or made-up ones: floats are random, integers zero."""
+    saved = torch.utils._pytree.tree_leaves(program.example_inputs)
+    if len(saved) == len(inputs) and all(torch.is_tensor(leaf) for leaf in saved):
+        return _own(torch, dict(zip(inputs, saved, strict=True)))
+    return {name: _example(torch, value) for name, value in inputs.items()}
 
 
 def _example(torch: Any, value: Any) -> Any:
