@@ -3,6 +3,8 @@
 #   make test     the tests, about six minutes on two cores           make bench    the benchmarks
 #   make test-all      the tests that take long too, with all frameworks, and the soak (5 GB to install, 36 GB of disk)
 #   make test-export   the exporters' tests with all frameworks (5 GB to install; about two minutes to run)
+#   make test-lowest   the quick tests with the lowest allowed version of every dependency
+#   make test-newest   the quick tests with the newest version of every dependency
 # PYTHON chooses the interpreter; VENV the folder of the environment; EXTRAS what make test installs (leave out
 # transformers to skip the exporter's tests and PyTorch's download); WORKERS how many processes run the tests.
 
@@ -12,11 +14,12 @@ WORKERS ?= 3
 EXTRAS ?= cpu,demo,deploy,lightgbm,otel,ray,serve,simplify,sklearn,test,transformers
 ALL_FRAMEWORKS := cpu,catboost,jax,lightgbm,simplify,sklearn,tensorflow,test,transformers,xgboost
 BIN := $(VENV)/bin
+LOWEST_PYTHON ?= python3.11
 # Each file's tests run in one process, and conftest.py has the longest files first.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: demo test test-all test-export check bench soak clean
+.PHONY: demo test test-all test-export test-lowest test-newest check bench soak clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -49,6 +52,27 @@ test-export: | $(BIN)/python
 	$(PYTEST) -m "" tests/onnxsplit/test_export.py tests/integration/test_export_docs.py
 	$(BIN)/python benchmarks/export/run.py
 
+# The quick tests: those of the offline half and of the runtime, then a pipeline of real processes and the gateway over
+# HTTP and gRPC. Between them they call every dependency of the extras below. The exporters stay out: their frameworks
+# are gigabytes, and their oldest versions need older Pythons' NumPy than the rest.
+QUICK_EXTRAS := cpu,deploy,otel,serve,test
+QUICK_TESTS := tests/onnxsplit tests/runtime tests/integration/test_pipeline.py tests/integration/test_gateway.py \
+	--ignore-glob 'tests/onnxsplit/test_export*.py'
+
+# uv resolves to the lowest versions, which pip cannot. Only direct dependencies are held low: theirs are not ours.
+# The newest ones are taken without tests/constraints.txt. Each environment is made anew, since versions are its point.
+test-lowest: RESOLUTION := lowest-direct
+test-lowest: RESOLVER_PYTHON = $(LOWEST_PYTHON)
+test-newest: RESOLUTION := highest
+test-newest: RESOLVER_PYTHON = $(PYTHON)
+test-lowest test-newest: test-%:
+	$(RESOLVER_PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) --compile-bytecode \
+		--editable '.[$(QUICK_EXTRAS)]'
+	$(VENV)-$*/bin/uv pip list --python $(VENV)-$*/bin/python
+	$(VENV)-$*/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(QUICK_TESTS)
+
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -63,6 +87,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/generality/run.py
 	$(BIN)/python benchmarks/halves/run.py
 	$(BIN)/python benchmarks/backend/run.py
+	$(BIN)/python benchmarks/classes/run.py
 	$(BIN)/python benchmarks/balance/run.py
 	$(BIN)/python benchmarks/keys/run.py
 	$(BIN)/python benchmarks/promise/run.py
@@ -85,4 +110,4 @@ soak: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/hosts/run.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build *.egg-info
