@@ -49,7 +49,8 @@ test-all: $(VENV)/test.stamp
 
 test-export: | $(BIN)/python
 	$(PIP) --editable '.[$(ALL_FRAMEWORKS)]'
-	$(PYTEST) -m "" tests/onnxsplit/test_export.py tests/integration/test_export_docs.py
+	$(PYTEST) -m "" tests/onnxsplit/test_export.py tests/onnxsplit/test_export_inputs.py \
+		tests/integration/test_export_docs.py
 	$(BIN)/python benchmarks/export/run.py
 
 # The quick tests: those of the offline half and of the runtime, then a pipeline of real processes and the gateway over

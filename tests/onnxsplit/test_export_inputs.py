@@ -274,3 +274,38 @@ def test_a_saved_program_is_compared_on_the_inputs_it_was_saved_with(torch, tmp_
     (exported,) = export(str(tmp_path / "m.pt2"), tmp_path / "m.onnx", trust=True)
     assert max(exported.differences.values()) <= TOLERANCE
     assert exported.unread == ("unused",)
+
+
+# JAX
+
+
+JAX_RECIPE = """
+import jax.numpy as jnp, numpy as np
+from onnxsplit.export import Recipe
+
+def network(ids, first, second, unused):
+    return jnp.take(jnp.arange(28.0).reshape(7, 4), ids, axis=0) + first - 3 * second
+
+def build():
+    values = np.ones((3, 4), np.float32)
+    inputs = {"ids": np.array([0, 6, 2], np.int32), **dict.fromkeys(("first", "second", "unused"), values)}
+    return Recipe(network, inputs, ("y",), {name: {0: "batch"} for name in inputs})
+
+def nested():
+    return Recipe(network, {"ids": [np.zeros(2)]}, ("y",))
+"""
+
+
+def test_a_function_of_jax_is_compared_on_values_of_its_own_for_each_input(tmp_path):
+    if find_spec("jax2onnx") is None:
+        pytest.skip("jax2onnx not installed; make test-export installs all")
+    (tmp_path / "recipe.py").write_text(JAX_RECIPE)
+    (exported,) = export(str(tmp_path / "recipe.py"), tmp_path / "m.onnx")
+    assert exported.unread == ("unused",)
+    ids, source = np.array([6, 0], np.int32), np.random.default_rng(0)
+    first, second, unused = source.random((3, 2, 4)).astype(np.float32)
+    given = {"ids": ids, "first": first, "second": second, "unused": unused}
+    found = run(exported.path, **{name: given[name] for name in inputs_of(exported.path)})["y"]
+    assert np.allclose(found, np.arange(28.0).reshape(7, 4)[ids] + first - 3 * second, atol=1e-4)
+    with pytest.raises(ExportError, match=r"'ids.0' lies inside an argument, and jax2onnx takes arrays alone"):
+        export(f"{tmp_path / 'recipe.py'}:nested", tmp_path / "m.onnx")
