@@ -89,10 +89,10 @@ def bench(
     """
     folder = Path(folder)
     plan = load_plan(folder)
-    if model is not None and plan.dropped_inputs:
+    if model is not None and plan.dropped_outputs:
         raise InputError(
-            f"{folder} leaves out the input {', '.join(plan.dropped_inputs)}, without which {model} does not run; "
-            "measure the plan without --model"
+            f"{folder} leaves out the output {', '.join(plan.dropped_outputs)}, so {model} does other work and cannot "
+            "be compared; measure the plan without --model"
         )
     example = Path(inputs) if inputs is not None else example_file(folder, plan)
     given = load_npz(example)

@@ -13,6 +13,7 @@ from served import Served
 from onnxsplit.errors import InputError
 from onnxsplit.planner import partition
 from runtime import Pipeline
+from runtime.bench import bench
 
 X = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
 TEN = np.array([10.0], np.float32)
@@ -115,3 +116,8 @@ def test_a_batch_is_not_split_by_what_was_proven_of_another_value(tmp_path):
         found = pipeline.run({"x": X, "shape": np.array([2, -1])})["y"]
         assert np.allclose(found, np.sin(np.maximum(X, 0)).reshape(2, -1))
         assert pipeline.run({"x": X})["y"].shape == (3, 4)
+
+
+def test_a_plan_without_some_outputs_is_not_measured_against_the_whole_model(plan):
+    with pytest.raises(InputError, match=r"leaves out the output q, .* without --model"):
+        bench(plan, model=plan.parent / "model.onnx")
