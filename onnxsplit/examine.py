@@ -235,13 +235,14 @@ def _given(graph: OpGraph, given: Mapping[str, Array], kept: Mapping[str, Array]
     Raises:
         InputError: a value is given for an input that becomes a constant.
     """
-    constant = [name for name in graph.overridable if name in given]
+    constant = [
+        f"input {name!r} becomes a constant ({constant_text(graph.source, name)}) when the model is cut; "
+        f"add --keep-input {name} to give values"
+        for name in graph.overridable
+        if name in given
+    ]
     if constant:
-        name = constant[0]
-        raise InputError(
-            f"input {name!r} becomes a constant ({constant_text(graph.source, name)}) when the model is cut; "
-            f"add --keep-input {name} to give values"
-        )
+        raise InputError(". ".join(constant))
     gone = graph.source.ends.dropped_inputs if graph.source.ends is not None else ()
     return {**kept, **{name: array for name, array in given.items() if name not in gone}}
 
