@@ -175,7 +175,7 @@ def test_inputs_that_cannot_be_passed_are_refused_by_name(tmp_path):
         planned(build.model(nodes, [sequence], [build.value("y", None)]), tmp_path)
     nodes = [helper.make_node("SequenceConstruct", ["x"], ["y"])]
     output = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, [2])
-    with pytest.raises(PartitionError, match="output 'y' is not a tensor"):
+    with pytest.raises(PartitionError, match="output 'y' is a sequence, written by SequenceConstruct"):
         planned(build.model(nodes, [build.value("x", [2])], [output]), tmp_path)
 
 

@@ -218,9 +218,9 @@ def test_integers_of_numpy_will_do():
         CutOptions(stages=np.bool_(True)).check()
 
 
-@pytest.mark.parametrize("size", [0, -1, 2**31, 10**30, 1.5, True, "2"])
+@pytest.mark.parametrize("size", [-1, 2**31, 10**30, 1.5, True, "2"])
 def test_a_dimension_has_a_size_that_there_is(model, size):
-    with pytest.raises(InputError, match="dimension 'n' must be a whole number, at least 1 and at most 2147483647"):
+    with pytest.raises(InputError, match="dimension 'n' must be a whole number, at least 0 and at most 2147483647"):
         cut(model, dims={"n": size})
 
 
