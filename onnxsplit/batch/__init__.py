@@ -24,7 +24,7 @@ from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from onnxsplit.examine import Say, Subject
 from onnxsplit.inputs import table_size
 from onnxsplit.plan import BatchClaim, Plan
-from onnxsplit.precision import tolerance
+from onnxsplit.precision import computed_types, tolerance
 from onnxsplit.providers import provider_here
 from onnxsplit.shapes import bind, free_dimensions, infer_shapes, input_specs
 from onnxsplit.tensors import Array, load_npz, save_npz
@@ -145,7 +145,7 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
     graph = subject.graph
     of_inputs = {name: axis for name, axis in axes.items() if name in graph.inputs}
     limits = {name: size for name in of_inputs if (size := table_size(graph, name)) is not None}
-    allowed = tolerance(spec.dtype for spec in subject.shapes.specs.values())
+    allowed = tolerance(computed_types(graph, subject.shapes))
     until = time.monotonic() + _ENOUGH_SECONDS
     count, failure = 0, "the rows of its inputs cannot be made to differ"
     with _Stages(plan, folder, subject.custom_ops) as stages:
