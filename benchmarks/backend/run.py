@@ -77,7 +77,7 @@ def judge(case: Any, folder: Path) -> dict[int, str]:
             if stages == 1 or len(subject.atoms.ops) >= stages:
                 plan = write_plan(
                     subject, folder / "m.plan", CutOptions(stages=min(stages, len(subject.atoms.ops)) or None)
-                )
+                ).plan
                 found = run_stages(folder / "m.plan", plan, inputs, threads=1, level="disabled")
                 unlike = [name for name in plan.outputs if whole is None or not same(found[name], whole[name])]
                 again = session.run(inputs) if unlike and whole is not None else whole
