@@ -176,7 +176,7 @@ def build_graph(source: SourceModel) -> OpGraph:
 
 def _places(source: SourceModel) -> dict[str, Extent]:
     tensors = source.proto.graph.initializer
-    places = zip(tensors, extents(source.path, tensors), strict=True)
+    places = zip(tensors, extents(source.place, tensors), strict=True)
     return {tensor.name: place for tensor, place in places if place is not None}
 
 

@@ -192,10 +192,18 @@ def bind(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> dict[str, 
     }
 
 
-def infer_shapes(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> Shapes:
-    """Types and shapes of all tensors; ``sizes`` are the shapes of the inputs at the bound dimensions."""
+def infer_shapes(
+    graph: OpGraph, sizes: Mapping[str, tuple[int, ...]], known: Mapping[str, TensorSpec] | None = None
+) -> Shapes:
+    """Types and shapes of all tensors.
+
+    Args:
+        graph: the model.
+        sizes: shapes of the inputs at the bound dimensions.
+        known: types and ranks of tensors that inference does not find by itself, but can go on from.
+    """
     names = {d for value in graph.source.proto.graph.input for d in (spec_of(value) or _NOTHING).shape or ()}
-    symbolic = _infer(graph, None)
+    symbolic = _infer(graph, None, known or {})
     specs = {
         name: TensorSpec(dtype=spec.dtype, shape=_known_names(spec.shape, names)) for name, spec in symbolic.items()
     }
@@ -203,7 +211,7 @@ def infer_shapes(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> Shapes
         inferred, declared = specs.get(value.name), spec_of(value)
         if inferred is not None and declared is not None and value.name not in graph.readers:
             specs[value.name] = TensorSpec(dtype=inferred.dtype, shape=_named(inferred.shape, declared.shape, names))
-    bound = _infer(graph, sizes)
+    bound = _infer(graph, sizes, known or {})
     fixed = {
         name: tuple(dim for dim in spec.shape if isinstance(dim, int))
         for name, spec in bound.items()
@@ -259,10 +267,13 @@ def value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(name, ONNX_TYPE_NUMBER[spec.dtype], shape)
 
 
-def _infer(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> dict[str, TensorSpec]:
+def _infer(
+    graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None, known: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
     """Every tensor that inference gives an element type, in the main graph."""
     model = _skeleton(graph, sizes)
     use_stand_ins(model)
+    model.graph.value_info.extend(value_info(name, spec) for name, spec in known.items())
     inferred = _inferred(model).graph
     declared = graph.source.proto.graph
     found: dict[str, TensorSpec] = {}

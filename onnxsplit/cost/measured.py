@@ -31,12 +31,15 @@ from onnxsplit.inputs import dimension_choices, guesses
 from onnxsplit.opening import ModelFile, runnable
 from onnxsplit.plan import Level, TensorSpec
 from onnxsplit.session import quiet_environment
-from onnxsplit.shapes import Shapes, bind, with_formulas
-from onnxsplit.tensors import Array, save_npz
+from onnxsplit.shapes import Shapes, bind, infer_shapes, with_formulas
+from onnxsplit.tensors import TRAVELLING_TYPES, Array, save_npz
 from onnxsplit.timed import TimedModel, median_ns
 
 CANDIDATE_LEVELS: tuple[Level, ...] = ("all", "extended", "basic")
 """Optimisation levels worth trying, the usual best first."""
+
+_ANY_RANK = frozenset(["If", "Loop", "Reshape", "Scan", "SequenceAt", "OptionalGetElement", "Squeeze"])
+"""Ops of which the rank of an output may depend on what they are given."""
 
 _LEVEL_SECONDS = 0.3  # of runs per level when choosing one
 _PROFILE_SECONDS = 0.6
@@ -245,12 +248,29 @@ def measured_costs(
             seconds=_PROFILE_SECONDS,
             custom_ops=custom_ops,
         )
+    known = _ranks(graph, shapes, seen)
+    if known:
+        shapes = infer_shapes(graph, {name: array.shape for name, array in inputs.items()}, known)
     shapes = shapes.observed(seen.sizes, seen.types)
     total = sum(profile.op_ns) or 1
     # The profiler's own cost is spread evenly over its events; what a run takes without it is the truth.
     fused = _where_the_work_is(graph, shapes, profile.op_ns)
     times = tuple(time_ns * whole_ns // total for time_ns in fused)
     return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes)
+
+
+def _ranks(graph: OpGraph, shapes: Shapes, seen: Profile) -> dict[str, TensorSpec]:
+    """Types and ranks that a run showed behind ops that inference has no rule for, such as trees and custom ops.
+
+    The rank of what :data:`_ANY_RANK` write may be another one in the next run, so it stays unknown.
+    """
+    found = {}
+    for name, size in seen.sizes.items():
+        spec, op = shapes.specs.get(name), graph.ops[graph.producer[name]]
+        dtype = spec.dtype if spec is not None else seen.types.get(name)
+        if dtype in TRAVELLING_TYPES and (spec is None or spec.shape is None) and op.op_type not in _ANY_RANK:
+            found[name] = TensorSpec(dtype=dtype, shape=("?",) * len(size))
+    return found
 
 
 def _where_the_work_is(graph: OpGraph, shapes: Shapes, op_ns: Sequence[int]) -> list[int]:

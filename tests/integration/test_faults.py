@@ -201,7 +201,7 @@ def test_a_request_that_is_given_up_leaves_its_place_to_others(plan, wanted):
         with pytest.raises(Busy):
             pipeline.submit(given(2), block=False)
         assert futures[1].cancel()
-        pipeline.submit(given(2), block=False)
+        pipeline.submit(given(2), timeout=60)  # it waits for the place, which the cancelled request leaves
         launcher.release()
         assert np.array_equal(futures[0].result(60)["y"], wanted[0])
         assert futures[1].cancelled()
