@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import onnx
 
 from onnxsplit.graph import OpGraph
 from onnxsplit.shapes import Shapes
 from onnxsplit.source import all_nodes, graph_tensors, nested_graphs
-from onnxsplit.tensors import type_name
+from onnxsplit.tensors import Array, type_name
 
 LEAST_TOLERANCE = 1e-4
 """The tolerance for float32 and wider types, over the scale of an output."""
@@ -64,3 +65,32 @@ def _cast_to(nodes: Iterable[onnx.NodeProto]) -> Iterator[int]:
     for node in all_nodes(nodes):
         if node.op_type == "Cast":
             yield from (attribute.i for attribute in node.attribute if attribute.name == "to")
+
+
+def distance(found: Array, expected: Array) -> float:
+    """How far apart two tensors are, over the scale of the expected one; infinite for unlike shapes or types.
+
+    Not-a-numbers and infinities must stand in the same places.
+    """
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return float("inf")
+    if expected.size == 0:
+        return 0.0
+    if is_discrete(expected):
+        return float(np.mean(found != expected))
+    is_complex = expected.dtype.kind == "c"
+    left, right = (a.astype(np.complex128 if is_complex else np.float64) for a in (found, expected))
+    finite = np.isfinite(right)
+    if not np.array_equal(finite, np.isfinite(left)) or not np.array_equal(
+        left[~finite], right[~finite], equal_nan=True
+    ):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = float(np.abs(right[finite]).max()) or 1.0
+    return float(np.abs(left[finite] - right[finite]).max()) / scale
+
+
+def is_discrete(array: Array) -> bool:
+    """Whether a tensor holds whole numbers, booleans or text, which are equal or not."""
+    return array.dtype.kind in "biuOUS"

@@ -30,7 +30,7 @@ from onnxsplit.errors import ModelError, ModelRefused, PlanError
 from onnxsplit.graph import build_graph
 from onnxsplit.opening import ModelFile, ModelLike, open_any, runnable
 from onnxsplit.plan import Level, Plan, default_files, example_file, load_plan
-from onnxsplit.precision import LEAST_TOLERANCE, computed_types, narrowest, tolerance
+from onnxsplit.precision import LEAST_TOLERANCE, computed_types, distance, is_discrete, narrowest, tolerance
 from onnxsplit.session import Session, open_session
 from onnxsplit.shapes import infer_shapes
 from onnxsplit.source import SourceModel
@@ -134,7 +134,7 @@ def verify(
             optimized=distance(chained_optimized[name], plain[name]),
             moved=distance(optimized[name], plain[name]),
             repeatable=_bits_equal(plain[name], again[name]),
-            tolerance=tolerance(types if not _is_discrete(plain[name]) else ()),
+            tolerance=tolerance(types if not is_discrete(plain[name]) else ()),
             narrowest=narrowest(types),
         )
         for name in plan.outputs
@@ -268,31 +268,3 @@ def _bits_equal(left: Array, right: Array) -> bool:
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
     return bool(np.array_equal(left, right)) if left.dtype == object else left.tobytes() == right.tobytes()
-
-
-def _is_discrete(array: Array) -> bool:
-    return array.dtype.kind in "biuOUS"
-
-
-def distance(found: Array, expected: Array) -> float:
-    """How far apart two tensors are, over the scale of the expected one; infinite for unlike shapes or types.
-
-    Not-a-numbers and infinities must stand in the same places.
-    """
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return float("inf")
-    if expected.size == 0:
-        return 0.0
-    if _is_discrete(expected):
-        return float(np.mean(found != expected))
-    is_complex = expected.dtype.kind == "c"
-    left, right = (a.astype(np.complex128 if is_complex else np.float64) for a in (found, expected))
-    finite = np.isfinite(right)
-    if not np.array_equal(finite, np.isfinite(left)) or not np.array_equal(
-        left[~finite], right[~finite], equal_nan=True
-    ):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    scale = float(np.abs(right[finite]).max()) or 1.0
-    return float(np.abs(left[finite] - right[finite]).max()) / scale

@@ -29,8 +29,9 @@ from onnxsplit.errors import ModelError, OnnxsplitError
 from onnxsplit.examine import examine
 from onnxsplit.options import CutOptions
 from onnxsplit.planner import write_plan
+from onnxsplit.precision import distance
 from onnxsplit.session import open_session
-from onnxsplit.verify import distance, run_stages
+from onnxsplit.verify import run_stages
 
 
 def same(left: np.ndarray, right: np.ndarray) -> bool:

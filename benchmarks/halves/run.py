@@ -46,9 +46,10 @@ from onnxsplit.merge import merge
 from onnxsplit.options import CutOptions
 from onnxsplit.plan import load_plan
 from onnxsplit.planner import write_plan
+from onnxsplit.precision import distance
 from onnxsplit.source import all_nodes, nested_graphs
 from onnxsplit.tensors import load_npz
-from onnxsplit.verify import distance, verify
+from onnxsplit.verify import verify
 
 LEAST_ELEMENTS = 64  # of a weight that is worth fewer bits
 OPSETS = {"bfloat16": 13, "float8": 19, "int4": 21}

@@ -30,9 +30,10 @@ from onnxsplit.graph import OpGraph
 from onnxsplit.inputs import dimension_choices, guesses
 from onnxsplit.opening import ModelFile, runnable
 from onnxsplit.plan import Level, TensorSpec
+from onnxsplit.precision import distance
 from onnxsplit.session import quiet_environment
 from onnxsplit.shapes import Shapes, bind, infer_shapes, with_formulas
-from onnxsplit.tensors import TRAVELLING_TYPES, Array, save_npz
+from onnxsplit.tensors import TRAVELLING_TYPES, Array, load_npz, save_npz
 from onnxsplit.timed import TimedModel, median_ns
 
 CANDIDATE_LEVELS: tuple[Level, ...] = ("all", "extended", "basic")
@@ -43,6 +44,7 @@ _ANY_RANK = frozenset(["If", "Loop", "Reshape", "Scan", "SequenceAt", "OptionalG
 
 _LEVEL_SECONDS = 0.3  # of runs per level when choosing one
 _PROFILE_SECONDS = 0.6
+_NOTHING_TO_DO = 0.5  # of the scale: roundings do not move an answer as far
 _CLEARLY = 0.97  # another level must be this much faster to be preferred over the usual best
 
 
@@ -161,15 +163,18 @@ def best_level(
 ) -> tuple[Level, int]:
     """The optimisation level at which a model file runs fastest, and its nanoseconds a run.
 
-    The usual best (``all``) is kept unless another is clearly faster. Levels at which ONNX Runtime refuses the model
-    are left out: it cannot optimise some models again that its own optimiser saved.
+    The usual best (``all``) is kept unless another is clearly faster. Two kinds of levels are left out: those at which
+    ONNX Runtime refuses the model, since it cannot optimise some models again that its own optimiser saved; and those
+    at which its answers have nothing to do with the lowest level's, since some of its fused kernels are wrong.
 
     Raises:
         ModelRefused: it refuses the model at every level.
     """
     found: dict[Level, int] = {}
     refused: list[ModelRefused] = []
+    answers: dict[Level, dict[str, Array]] = {}
     with ExitStack() as stack:
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-"))) / "out.npz"
         timed: TimedModel | None = None
         for level in CANDIDATE_LEVELS:
             try:
@@ -190,13 +195,27 @@ def best_level(
                 refused.append(error)
                 continue
             timed.run(0.0)
+            timed.save_outputs(file)
+            answers[level] = load_npz(file)
             found[level] = median_ns(timed.run(_LEVEL_SECONDS, least=3))
-    if not found:
-        raise refused[0]
+        if not found:
+            raise refused[0]
+        assert timed is not None
+        timed.save_outputs(file)
+        again = load_npz(file)
+    *_, lowest = answers
+    if not _apart(again, answers[lowest]):  # it gives the same answers each time
+        found = {level: time_ns for level, time_ns in found.items() if not _apart(answers[level], again)}
     usual = next(iter(found))
     fastest = min(found, key=lambda level: found[level])
     chosen = fastest if found[fastest] < _CLEARLY * found[usual] else usual
     return chosen, found[chosen]
+
+
+def _apart(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
+    """Whether two answers have nothing to do with each other; whole numbers and texts are not looked at."""
+    floats = [name for name, array in one.items() if array.dtype.kind in "fV"]
+    return any(distance(one[name], other[name]) > _NOTHING_TO_DO for name in floats)
 
 
 def measured_costs(

@@ -12,9 +12,9 @@ import onnxsplit
 from onnxsplit.errors import ExportError, MissingDependency, ModelError, one_line
 from onnxsplit.export import TOLERANCE, Conversion, ExportOptions
 from onnxsplit.graph import captured_names
+from onnxsplit.precision import distance
 from onnxsplit.session import host_cores, open_session
 from onnxsplit.tensors import Array
-from onnxsplit.verify import distance
 
 LARGE_BYTES = 1_900_000_000
 """A protobuf may have 2 GiB; above this, weights lie beside the model."""

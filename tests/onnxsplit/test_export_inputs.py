@@ -15,8 +15,8 @@ import pytest
 from onnxsplit.errors import ExportError
 from onnxsplit.export import TOLERANCE, export
 from onnxsplit.export.examples import flat, resized, varied
+from onnxsplit.precision import distance
 from onnxsplit.session import open_session
-from onnxsplit.verify import distance
 
 MODELS = Path(__file__).parents[2] / "models"
 DECODERS = {

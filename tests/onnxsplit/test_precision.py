@@ -15,13 +15,15 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from onnxsplit.cost import measured
 from onnxsplit.examine import examine
 from onnxsplit.extract import file_entry
 from onnxsplit.merge import merge
 from onnxsplit.planner import partition
-from onnxsplit.precision import LEAST_TOLERANCE, computed_types, tolerance
+from onnxsplit.precision import LEAST_TOLERANCE, computed_types, distance, tolerance
+from onnxsplit.session import open_session
 from onnxsplit.tensors import load_npz
-from onnxsplit.verify import Comparison, distance, verify
+from onnxsplit.verify import Comparison, verify
 
 HALF = TensorProto.FLOAT16
 
@@ -193,3 +195,23 @@ def test_a_wrong_stage_of_a_float16_model_is_found_by_verify(tmp_path):
     wrong = msgspec.structs.replace(plan.stages[1], files=(file_entry(file),))
     (folder / "plan.json").write_bytes(msgspec.structs.replace(plan, stages=(plan.stages[0], wrong)).to_json())
     assert not any(c.good for c in verify(folder, model))
+
+
+def test_a_level_whose_answers_have_nothing_to_do_with_the_model_is_never_chosen(tmp_path, monkeypatch):
+    """ONNX Runtime 1.32 gives zeros for int4 weights of float16 products at the level "extended"."""
+    random = np.random.default_rng(0)
+    weights = helper.make_tensor("q", TensorProto.INT4, [64, 64], random.integers(-8, 8, 64 * 64).tolist())
+    scales = build.constant("s", (random.random((4, 64)) / 16).astype(np.float16))
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=0, block_size=16),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    ends = [build.value(name, ["n", 64], TensorProto.FLOAT16) for name in ("x", "y")]
+    path = build.save(build.model(nodes, ends[:1], ends[1:], [weights, scales], opsets={"": 21}), tmp_path)
+    np.savez(tmp_path / "in.npz", x=random.standard_normal((2, 64)).astype(np.float16))
+
+    monkeypatch.setattr(measured, "CANDIDATE_LEVELS", ("extended", "basic"))
+    level, _ = measured.best_level(path, tmp_path / "in.npz", threads=1, provider="cpu")
+    given = load_npz(tmp_path / "in.npz")
+    plain, chosen = (open_session(path, threads=1, level=one).run(given)["y"] for one in ("disabled", level))
+    assert distance(chosen, plain) < 0.1
