@@ -21,7 +21,7 @@ from onnxsplit.graph import OpGraph
 from onnxsplit.numbers import MOST_SIZE, whole_problem
 from onnxsplit.plan import Shape, TensorSpec
 from onnxsplit.shape_rules import use_stand_ins
-from onnxsplit.source import nested_graphs, tensor_bytes
+from onnxsplit.source import all_nodes, functions_of, nested_graphs, tensor_bytes
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name
 
 _KEPT_BYTES = 64 * 1024  # stored tensors up to this size are kept for inference: some are shapes
@@ -300,7 +300,32 @@ def annotated(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> onnx.Mode
     Its ops are the live ones, in topological order. ``sizes`` are the shapes of the inputs.
     """
     model = _skeleton(graph, sizes)
-    return _inferred(onnx.inliner.inline_local_functions(model) if model.functions else model)
+    if model.functions:
+        _write_defaults(model)
+        model = onnx.inliner.inline_local_functions(model)
+    for node in all_nodes(model.graph.node):
+        for body in nested_graphs(node):
+            _forget_shapes(body)
+    return _inferred(model)
+
+
+def _write_defaults(model: onnx.ModelProto) -> None:
+    """Write the defaults of attributes into the calls of functions that leave them out: the inliner drops them."""
+    functions = functions_of(model)
+    for node in all_nodes((*model.graph.node, *(inner for function in model.functions for inner in function.node))):
+        function = functions.get((node.domain, node.op_type, node.overload))
+        given = {attribute.name for attribute in node.attribute}
+        for attribute in function.attribute_proto if function is not None else ():
+            if attribute.name not in given:
+                node.attribute.add().CopyFrom(attribute)
+
+
+def _forget_shapes(body: onnx.GraphProto) -> None:
+    """Take out what a body declares of its tensors' shapes, which a run may contradict; types stay."""
+    del body.value_info[:]
+    for value in (*body.input, *body.output):
+        if value.type.WhichOneof("value") == "tensor_type":
+            value.type.tensor_type.ClearField("shape")
 
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:

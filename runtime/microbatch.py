@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from onnxsplit.errors import InputError
 from onnxsplit.plan import Plan
 from onnxsplit.tensors import Array, numpy_dtype
 from runtime.errors import NotSeparable
@@ -60,15 +59,11 @@ def ordinary_bytes(plan: Plan) -> int:
 def split(inputs: Mapping[str, Array], axes: Axes, rows: int) -> list[dict[str, Array]]:
     """Parts of at most ``rows`` rows each, as views of the inputs.
 
-    Raises:
-        InputError: the inputs disagree about the number of rows.
+    Inputs of unlike numbers of rows are not split: what the model makes of them is its own affair.
     """
-    sizes = {name: array.shape[axis] for name, array in inputs.items() if (axis := axes[name]) is not None}
-    if len(set(sizes.values())) > 1:
-        found = ", ".join(f"{name!r} has {size}" for name, size in sizes.items())
-        raise InputError(f"the inputs disagree about the batch size: {found}")
-    total = next(iter(sizes.values()), 0)
-    if total <= rows:
+    sizes = {array.shape[axis] for name, array in inputs.items() if (axis := axes[name]) is not None}
+    total = max(sizes, default=0)
+    if len(sizes) != 1 or total <= rows:
         return [dict(inputs)]
     return [
         {name: _rows(array, axes[name], start, start + rows) for name, array in inputs.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -23,16 +23,18 @@ from onnxsplit.custom_ops import Library
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from onnxsplit.examine import Say, Subject
 from onnxsplit.inputs import table_size
+from onnxsplit.opening import runnable
 from onnxsplit.plan import BatchClaim, Plan
 from onnxsplit.precision import computed_types, tolerance
 from onnxsplit.providers import provider_here
-from onnxsplit.shapes import bind, free_dimensions, infer_shapes, input_specs
+from onnxsplit.shapes import bind, infer_shapes, input_specs, sized_dimensions
 from onnxsplit.tensors import Array, load_npz, save_npz
 from onnxsplit.timed import TimedModel
 
 _LEAST_TRIALS = 3
 _ENOUGH_SECONDS = 20.0  # of trials, once there were the least
 _MORE_ROWS = 3  # in the run that observes shapes with more rows alone
+_MOST_DIMENSIONS = 6  # changed one by one
 _EVEN_ROWS = 4  # in those with other sizes, too: shapes that group rows in twos run with these
 
 
@@ -82,41 +84,89 @@ def _has_rows(subject: Subject, name: str, axis: int) -> bool:
 
 def _at_other_sizes(subject: Subject, choice: Axes, proven: Axes) -> tuple[Axes, str]:
     """The same axes, unless the structure says otherwise where the free dimensions have other sizes."""
-    ran, failure = 0, ""
-    for inputs in _other_inputs(subject, choice):
-        try:
-            seen = shapes_of_run(subject.graph, inputs, custom_ops=subject.custom_ops)
-        except OnnxsplitError as error:  # the model does not take these sizes
-            failure = one_line(error)
-            continue
-        ran += 1
+    with _Runs(subject) as runs:
+        more_rows = _resized(subject.inputs, choice, {}, _MORE_ROWS)
+        failure = runs.failure(more_rows)
+        if failure:
+            return {}, f"the model does not run on {_MORE_ROWS} rows: {failure}"
+        tried = [more_rows, *_other_inputs(subject, choice, runs)]
+    for inputs in tried:
         shapes = {name: array.shape for name, array in inputs.items()}
+        seen = shapes_of_run(subject.graph, inputs, custom_ops=subject.custom_ops)
         sizes = {**infer_shapes(subject.graph, shapes).sizes, **seen}
         claim = Structure(subject.graph, shapes, sizes).claim(choice)
         if claim.why_not:
             return {}, f"with inputs of the shapes {_shapes_text(shapes)}: {claim.why_not}"
         proven = {name: axis for name, axis in proven.items() if claim.axes.get(name) == axis}
-        if ran == 2:  # more rows alone, and other sizes
-            break
-    return (proven, "") if ran else ({}, f"the model does not run on {_MORE_ROWS} rows: {failure}")
+    return proven, ""
 
 
-def _other_inputs(subject: Subject, choice: Axes) -> Iterator[dict[str, Array]]:
-    """The example with more rows; then with other sizes of its other free dimensions, too, as far as it has any."""
+def _other_inputs(subject: Subject, choice: Axes, runs: _Runs) -> list[dict[str, Array]]:
+    """Inputs on which the model runs whose other free dimensions have other sizes, too.
+
+    All are changed at once where the model takes that, else each by itself: some may be fixed, whatever is declared.
+    Where they can be as large as the batch, they are that as well, so that nothing is broadcast by chance.
+    """
     specs = input_specs(subject.graph)
-    free = free_dimensions(specs)
+    free = sized_dimensions(specs)
     of_rows = {dim for dim, where in free.items() if any(choice.get(owner) == axis for owner, axis in where)}
     others = [dim for dim in free if dim not in of_rows and dim in subject.dims]
-    sizes = {**subject.dims, **dict.fromkeys(of_rows, _EVEN_ROWS)}
-    yield _resized(subject.inputs, choice, {}, _MORE_ROWS)
-    for change in _CHANGES:
-        yield from _bound(subject, choice, {**sizes, **{dim: change(sizes[dim]) for dim in others}}) if others else ()
+    sizes = {dim: subject.dims[dim] for dim in others} | dict.fromkeys(of_rows, _EVEN_ROWS)
+    groups = [others] if others else []
+    found: list[dict[str, Array]] = []
+    while groups:
+        group = groups.pop(0)
+        before = len(found)
+        for change in (*_CHANGES, _as_the_rows):
+            if len(found) > before and change is not _as_the_rows:
+                continue
+            changed = {**sizes, **{dim: change(sizes[dim]) for dim in group}}
+            with suppress(InputError):  # an input without a rank
+                inputs = _resized(subject.inputs, choice, bind(specs, changed), _EVEN_ROWS)
+                if not runs.failure(inputs):
+                    found.append(inputs)
+        if len(found) == before and len(group) > 1:
+            groups += [[dim] for dim in group[:_MOST_DIMENSIONS]]
+    return found
 
 
-def _bound(subject: Subject, choice: Axes, dims: Mapping[str, int]) -> Iterator[dict[str, Array]]:
-    """The example with other sizes, unless an input has no shapes to put them in."""
-    with suppress(InputError):
-        yield _resized(subject.inputs, choice, bind(input_specs(subject.graph), dims), _EVEN_ROWS)
+class _Runs:
+    """Tells whether a model runs on inputs; a context manager that keeps it loaded."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._stack = ExitStack()
+        self._model: TimedModel | None = None
+
+    def __enter__(self) -> _Runs:
+        self._file = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-"))) / "in.npz"
+        self._source = self._stack.enter_context(runnable(self._subject.graph.source))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def failure(self, inputs: Mapping[str, Array]) -> str:
+        """Why it does not run; empty when it does."""
+        save_npz(self._file, inputs)
+        try:
+            if self._model is None:
+                self._model = self._stack.enter_context(
+                    TimedModel(
+                        self._source.path,
+                        self._file,
+                        threads=1,
+                        level="basic",
+                        data_folder=self._source.data_folder,
+                        custom_ops=self._subject.custom_ops,
+                    )
+                )
+            else:
+                self._model.feed(self._file)
+            self._model.run(0.0)
+        except OnnxsplitError as error:
+            return one_line(error)
+        return ""
 
 
 def _resized(
@@ -138,6 +188,10 @@ _CHANGES: tuple[Callable[[int], int], ...] = (
     lambda size: size * 2 if size > 2 else size + 3,
 )
 """What is made of the sizes of dimensions other than the batch; models may take even ones or multiples only."""
+
+
+def _as_the_rows(_: int) -> int:
+    return _EVEN_ROWS
 
 
 def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[int, str]:

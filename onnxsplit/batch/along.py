@@ -19,10 +19,10 @@ def softmax(call: Call) -> Fact:
 
 def normalised(call: Call) -> Fact:
     """Layer and root mean square normalisation: over an axis and all that follow."""
-    fact = first_alone(call)
-    if fact.axis >= from_front(call.integer("axis", -1), call.rank(0)):
+    if call.carries(0) and call.require(0).axis >= from_front(call.integer("axis", -1), call.rank(0)):
         raise Mixes("it normalises over the rows")
-    return fact
+    call.others_same(0)
+    return together(call, range(len(call.facts)))
 
 
 def lp_normalised(call: Call) -> Fact:

@@ -49,7 +49,13 @@ def leading(*carriers: int) -> Rule:
         first = call.require(0)
         for index in carriers:
             fact = call.fact(index)
-            if fact is None or fact.kind is Kind.SAME:
+            if fact is None:
+                continue
+            if fact.kind is Kind.SAME:
+                if call.rank(index) and call.shape(index)[0] != 1:
+                    raise Mixes(
+                        f"its input {index} is the same for every batch, and has {call.shape(index)[0]} entries"
+                    )
                 continue
             if fact.kind is not Kind.ROWS or (fact.axis, fact.per_row) != (0, first.per_row):
                 raise Mixes("its rows do not lie along the first axis of every input")

@@ -1,9 +1,14 @@
-"""The numbers of small tensors: ops that models compute shapes with, on numbers that may depend on the rows."""
+"""The numbers of small tensors: ops that models compute shapes with, on numbers that may depend on the rows.
+
+Models compute in types of some bits, and Python does not. So whole numbers are followed within the range of int32, and
+floats as long as they are whole numbers that float32 holds exactly; whatever leaves this is no longer known.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +30,7 @@ def evaluate(call: Call) -> Values | None:
         if op not in _EVALUATIONS or any(f is not None and f.values is None for f in call.facts):
             return None
         found = _EVALUATIONS[op](call)
-    except (Undecided, Mixes, ArithmeticError, ValueError, TypeError, IndexError, AssertionError):
+    except (Undecided, Mixes, ArithmeticError, ValueError, TypeError, LookupError, AssertionError):
         return None
     return found if found.size <= MOST_ELEMENTS else None
 
@@ -43,16 +48,31 @@ def _given(call: Call, index: int) -> Values:
     return fact.values
 
 
-def _elementwise(function: Callable[..., object]) -> Evaluation:
+def _elementwise(function: Callable[..., object], *, exact: bool = True) -> Evaluation:
     def run(call: Call) -> Values:
         arrays = np.broadcast_arrays(*(_given(call, index) for index in range(len(call.facts))))
         shape = arrays[0].shape
-        return values([function(*items) for items in zip(*(a.flat for a in arrays), strict=True)], shape)
+        found = [function(*items) for items in zip(*(a.flat for a in arrays), strict=True)]
+        return values([_exact(item) for item in found] if exact else found, shape)
 
     return run
 
 
+def _exact(item: Any) -> Any:
+    """The number, when it is the same in every type that :func:`~onnxsplit.batch.facts.stored` follows."""
+    if isinstance(item, float) and not (item.is_integer() and abs(item) <= _MOST_FLOAT):
+        raise Undecided
+    if isinstance(item, int) and abs(item) > _MOST_INT:
+        raise Undecided
+    return item
+
+
+_MOST_FLOAT = 2**24
+_MOST_INT = 2**31 - 1
+
+
 def _divide(one: object, other: object) -> object:
+    one, other = _exact(one), _exact(other)
     if isinstance(one, Linear) or isinstance(other, Linear):
         return one // other  # type: ignore[operator]
     if isinstance(one, float) or isinstance(other, float):
@@ -67,14 +87,10 @@ def _rounded(function: Callable[[float], int]) -> Evaluation:
     return _elementwise(lambda item: item if isinstance(item, Linear) else float(function(item)))
 
 
-def _root(item: float) -> float:
-    return math.sqrt(item)
-
-
 def _cast(call: Call) -> Values:
-    kind = np.dtype(_CASTS[call.integer("to", 0)])
-    convert = {"f": float, "b": bool}.get(kind.kind, int)
-    return _elementwise(lambda item: item if isinstance(item, Linear) and convert is not bool else convert(item))(call)
+    kind = np.dtype(_CASTS[call.integer("to", 0)]).kind
+    convert = {"f": float, "b": bool}.get(kind, int)
+    return _elementwise(lambda item: item if isinstance(item, Linear) and kind != "b" else convert(_exact(item)))(call)
 
 
 _CASTS = {1: "f4", 11: "f8", 6: "i4", 7: "i8", 9: "?"}
@@ -94,11 +110,12 @@ def _slice(call: Call) -> Values:
     data = _given(call, 0)
     starts, ends = call.listed("starts", 1) or [], call.listed("ends", 2) or []
     axes, steps = call.listed("axes", 3) or list(range(len(starts))), (call.listed("steps", 4) or [1] * len(starts))
-    cut = [slice(None)] * data.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        first = -data.shape[axis] - 1
-        cut[axis] = slice(max(start, first), None if step < 0 and end <= first else end, step)
-    return data[tuple(cut)]
+        size = data.shape[axis]
+        lowest, highest = (0, size) if step > 0 else (-1, size - 1)
+        first, last = (min(max(n + size if n < 0 else n, lowest), highest) for n in (start, end))
+        data = np.take(data, range(max(first, 0), last, step), axis=axis)
+    return np.asarray(data, dtype=object)
 
 
 def _squeeze(call: Call) -> Values:
@@ -153,7 +170,7 @@ def _reduce(function: Callable[[list[object]], object]) -> Evaluation:
         if axes is not None and [from_front(axis, data.ndim) for axis in axes] != [0] * data.ndim:
             raise Undecided
         keep = call.integer("keepdims", 1)
-        return values([function(list(data.flat))], (1,) * data.ndim if keep else ())
+        return values([_exact(function([_exact(item) for item in data.flat]))], (1,) * data.ndim if keep else ())
 
     return run
 
@@ -172,26 +189,25 @@ def _transpose(call: Call) -> Values:
 
 _EVALUATIONS: dict[str, Evaluation] = {
     "Identity": lambda call: _given(call, 0),
-    "Add": _elementwise(lambda a, b: a + b),
-    "Sub": _elementwise(lambda a, b: a - b),
-    "Mul": _elementwise(lambda a, b: a * b),
+    "Add": _elementwise(lambda a, b: _exact(a) + _exact(b)),
+    "Sub": _elementwise(lambda a, b: _exact(a) - _exact(b)),
+    "Mul": _elementwise(lambda a, b: _exact(a) * _exact(b)),
     "Div": _elementwise(_divide),
     "Neg": _elementwise(lambda a: -a),
     "Abs": _elementwise(lambda a: a if a >= 0 else -a),
-    "Min": _elementwise(min),
-    "Max": _elementwise(max),
+    "Min": _elementwise(min, exact=False),
+    "Max": _elementwise(max, exact=False),
     "Floor": _rounded(math.floor),
     "Ceil": _rounded(math.ceil),
-    "Sqrt": _elementwise(_root),
-    "Equal": _elementwise(lambda a, b: bool(a == b)),
-    "Less": _elementwise(lambda a, b: bool(a < b)),
-    "Greater": _elementwise(lambda a, b: bool(a > b)),
-    "LessOrEqual": _elementwise(lambda a, b: bool(a <= b)),
-    "GreaterOrEqual": _elementwise(lambda a, b: bool(a >= b)),
+    "Equal": _elementwise(lambda a, b: bool(_exact(a) == _exact(b))),
+    "Less": _elementwise(lambda a, b: bool(_exact(a) < _exact(b))),
+    "Greater": _elementwise(lambda a, b: bool(_exact(a) > _exact(b))),
+    "LessOrEqual": _elementwise(lambda a, b: bool(_exact(a) <= _exact(b))),
+    "GreaterOrEqual": _elementwise(lambda a, b: bool(_exact(a) >= _exact(b))),
     "Not": _elementwise(lambda a: not a),
     "And": _elementwise(lambda a, b: bool(a and b)),
     "Or": _elementwise(lambda a, b: bool(a or b)),
-    "Where": _elementwise(lambda test, a, b: a if test else b),
+    "Where": _elementwise(lambda test, a, b: a if test else b, exact=False),
     "Cast": _cast,
     "Concat": _concat,
     "Gather": _gather,

@@ -183,18 +183,30 @@ def from_front(axis: int, rank: int) -> int:
 
 def without_values(fact: Fact) -> Fact:
     """The same, with nothing known of its numbers."""
+    if fact.kind is Kind.SIZE:
+        return Fact(Kind.MIXED, why="a body computes with the number of rows")
     return replace(fact, values=None)
+
+
+_FOLLOWED = frozenset(
+    [
+        onnx.TensorProto.BOOL,
+        onnx.TensorProto.INT32,
+        onnx.TensorProto.INT64,
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.DOUBLE,
+    ]
+)
+"""Types of numbers that are followed; shapes are computed in no others."""
 
 
 def stored(tensor: onnx.TensorProto, most: int) -> Values | None:
     """The numbers of a small stored tensor; None for a large one, one kept elsewhere, or one without numbers."""
     count = int(np.prod(tensor.dims, dtype=np.int64)) if tensor.dims else 1
-    if count > most or tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.data_type == onnx.TensorProto.STRING:
+    if count > most or tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.data_type not in _FOLLOWED:
         return None
     try:
         array = onnx.numpy_helper.to_array(tensor)
     except (ValueError, TypeError):
-        return None
-    if array.dtype.kind not in "biuf":
         return None
     return np.array(array.tolist(), dtype=object).reshape(array.shape)

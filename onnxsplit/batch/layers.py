@@ -168,6 +168,14 @@ def multi_head(*carriers: int, masks: Sequence[int] = ()) -> Rule:
     return rule
 
 
+def rotary(call: Call) -> Fact:
+    """Rotary embedding; tables of angles by position, of rank 2, are the same for all rows."""
+    tables = [index for index in (1, 2, 3) if not call.carries(index) and call.has(index) and call.rank(index) == 2]
+    found = multi_head(*(index for index in range(4) if index not in tables))(call)
+    assert isinstance(found, Fact)
+    return found
+
+
 def _with_mask_same(call: Call, index: int) -> Call:
     facts = [Fact(Kind.SAME) if i == index and f is not None else f for i, f in enumerate(call.facts)]
     return Call(call.node, call.opset, facts, call.shapes, call.outputs)

@@ -37,6 +37,7 @@ from onnxsplit.batch.layers import (
     quantized,
     recurrent,
     resized,
+    rotary,
 )
 from onnxsplit.batch.moves import MOVES
 
@@ -94,7 +95,7 @@ RULES: dict[str, Rule] = {
     "Attention": attention,
     "MultiHeadAttention": multi_head(0, 1, 2, 5, 6, 7, masks=[4]),
     "GroupQueryAttention": multi_head(0, 1, 2, 3, 4, 5, 9, 10),
-    "RotaryEmbedding": multi_head(0, 1, 2, 3),
+    "RotaryEmbedding": rotary,
     "EmbedLayerNormalization": multi_head(0, 1, 7, 8),
     "FusedConv": leading(0, 3),
     "FusedGemm": gemm,

@@ -82,12 +82,19 @@ class Walk:
             self._learn_numbers(graph, node, found)
         except Mixes as reason:
             return [_ended(node, str(reason))] * count
-        except (Undecided, IndexError, ValueError, TypeError, AssertionError):  # an op in a form that no rule knows
+        except (
+            Undecided,
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            AssertionError,
+        ):  # an op in a form that no rule knows
             return [_ended(node, "what it does to the rows cannot be told")] * count
         return [found] * count if isinstance(found, Fact) else found
 
     def _one(self, node: onnx.NodeProto, reads: Sequence[Fact | None], sizes: Sizes) -> Fact | Sequence[Fact]:
-        if node.op_type in _RANDOM:
+        if node.op_type in _RANDOM or (node.op_type == "Dropout" and not _is_known_false(reads[2:])):
             raise Mixes("it draws random numbers")
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
             return _constant(node)
@@ -181,6 +188,12 @@ class Walk:
         outside = {name: size for name, size in sizes.items() if name not in own}
         found = self.over(body, body.node, {**facts, **given}, {**outside, **graph_sizes(body)})
         return [found.get(value.name, _UNKNOWN) for value in body.output]
+
+
+def _is_known_false(flag: Sequence[Fact | None]) -> bool:
+    """Whether an optional flag is left out, or known to be false."""
+    fact = flag[0] if flag else None
+    return fact is None or (fact.values is not None and not any(fact.values.flat))
 
 
 _UNKNOWN = Fact(Kind.MIXED, why="it reads a tensor that was not followed")

@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.planner import partition
+from runtime import Pipeline
 
 FREE = ["batch", 8]
 
@@ -151,3 +152,38 @@ def test_a_mask_of_one_row_that_may_have_more_is_not_the_same_for_all(tmp_path):
         outputs=[build.value("y", [None, 8])],
     )
     assert axes(proto, tmp_path, dims={"batch": 8, "others": 8}) == {"x": None, "mask": None, "y": None}
+
+
+def test_a_dimension_that_is_fixed_whatever_is_declared_does_not_hide_another(tmp_path):
+    """p must be 6. The rows of z are only those of y while the batch of x is 1."""
+    proto = model(
+        ("MatMul", ["x", "w"], ["a"]),
+        ("Add", ["a", "z"], ["y"]),
+        inputs=[build.value("x", [3, "batch", "p"]), build.value("z", [1, "m", 5])],
+        outputs=[build.value("y", [3, None, 5])],
+        weights=[build.constant("w", np.ones((6, 5), np.float32))],
+    )
+    assert set(axes(proto, tmp_path, dims={"p": 6}).values()) == {None}
+
+
+def test_a_scale_for_every_row_of_a_normalisation_is_not_the_same_for_all(tmp_path):
+    proto = model(
+        ("LayerNormalization", ["x", "g"], ["a"], {"axis": -1}),
+        ("Tanh", ["a"], ["y"]),
+        inputs=[build.value("x", [5, "batch", 6]), build.value("g", [1, "m", 6])],
+        outputs=[build.value("y", [5, "batch", 6])],
+    )
+    assert axes(proto, tmp_path)["x"] != 1
+
+
+def test_inputs_with_batches_of_their_own_names_run_whole_when_they_differ(tmp_path):
+    proto = model(
+        ("Relu", ["x"], ["a"]),
+        ("Relu", ["z"], ["b"]),
+        inputs=[build.value("x", ["n", 4]), build.value("z", ["m", 4])],
+        outputs=[build.value("a", ["n", 4]), build.value("b", ["m", 4])],
+    )
+    partition(build.save(proto, tmp_path), stages=1, out=tmp_path / "m.plan", rounds=0)
+    with Pipeline.launch(tmp_path / "m.plan", micro_batch=1) as pipeline:
+        found = pipeline.run({"x": np.ones((3, 4), np.float32), "z": np.ones((5, 4), np.float32)})
+    assert (found["a"].shape, found["b"].shape) == ((3, 4), (5, 4))

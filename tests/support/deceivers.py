@@ -268,7 +268,47 @@ def interleaved_heads() -> onnx.ModelProto:
     )
 
 
+def function_whose_axis_is_a_default() -> onnx.ModelProto:
+    """A function normalises over the rows by the default of its attribute, which the call leaves out."""
+    inner = helper.make_node("LpNormalization", ["a"], ["b"])
+    inner.attribute.append(onnx.AttributeProto(name="axis", type=onnx.AttributeProto.INT, ref_attr_name="axis"))
+    imports = [helper.make_opsetid("", build.OPSET)]
+    function = helper.make_function(
+        "own", "Normalise", ["a"], ["b"], [inner], imports, attribute_protos=[helper.make_attribute("axis", 0)]
+    )
+    proto = _net([helper.make_node("Normalise", ["h"], ["z"], domain="own")])
+    proto.functions.append(function)
+    proto.opset_import.append(helper.make_opsetid("own", 1))
+    return proto
+
+
+def branch_chosen_by_an_overflow() -> onnx.ModelProto:
+    """200 + 100 is 44 in eight bits, and then the rows are reduced."""
+    mixing = helper.make_graph(
+        [helper.make_node("ReduceMax", ["h"], ["m"], keepdims=1), helper.make_node("Sub", ["h", "m"], ["then_out"])],
+        "then",
+        [],
+        [build.value("then_out", ["batch", WIDTH])],
+    )
+    plain = helper.make_graph(
+        [helper.make_node("Identity", ["h"], ["else_out"])], "else", [], [build.value("else_out", ["batch", WIDTH])]
+    )
+    return _net(
+        [
+            _op("Add", "two one", "sum"),
+            _op("Equal", "sum wrapped", "test"),
+            helper.make_node("If", ["test"], ["z"], then_branch=mixing, else_branch=plain),
+        ],
+        weights=[
+            build.constant(name, np.array(number, np.uint8))
+            for name, number in (("two", 200), ("one", 100), ("wrapped", 44))
+        ],
+    )
+
+
 DECEIVERS: tuple[Net, ...] = (
+    function_whose_axis_is_a_default,
+    branch_chosen_by_an_overflow,
     scaled_by_the_largest_number,
     cut_at_the_longest_row,
     masked_by_the_longest_row,
