@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onnxsplit.choose import Choice
 from onnxsplit.cluster import Device
-from onnxsplit.cost.measured import best_level
+from onnxsplit.cost.measured import LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
 from onnxsplit.describe import Description, WrittenCut, stage_file
 from onnxsplit.examine import Say, Subject
 from onnxsplit.extract import (
@@ -25,13 +25,15 @@ from onnxsplit.plan import (
     CorrectionRound,
     Level,
 )
+from onnxsplit.precision import computed_types, tolerance
 from onnxsplit.providers import provider_here
 from onnxsplit.session import host_cores
-from onnxsplit.tensors import load_npz, save_npz
+from onnxsplit.tensors import Array, load_npz, save_npz
 from onnxsplit.timed import TimedModel, median_ns, run_together
 
 _SAY_EVERY_BYTES = 64 << 20
 _GOOD = 1.02  # a cut this close to the best by its own measured times is not worth another round
+_SLACK = 2.0  # a stage's answers may move twice as far as optimisation moves the whole model's
 _STAGE_SECONDS = 0.8  # of all stages running at once, per round
 
 
@@ -97,6 +99,7 @@ class Draft:
             if found.partition in seen or cut.score.value <= _GOOD * found.score.value:
                 break
         assert best is not None
+        best = self._faithful(best)
         return self._finished(best, self._choose(best.op_ns).bound, tuple(history))
 
     def _finished(self, cut: WrittenCut, bound: int, history: tuple[CorrectionRound, ...]) -> Outcome:
@@ -189,15 +192,56 @@ class Draft:
             for index, (model, feed) in enumerate(self._feeds(cut, Path(scratch))):
                 self._say(f"choosing the optimisation level of stage {index} of {len(cut.parts)}")
                 device = cut.device(self._setting, index)
-                level, _ = best_level(
+                chosen = best_level(
                     model,
                     feed,
                     threads=device.threads,
                     provider=self._provider_here(device),
                     custom_ops=self._subject.libraries(cut.parts[index].ops),
                 )
-                levels.append(level)
+                levels.append(chosen.level)
         return tuple(levels)
+
+    def _faithful(self, cut: WrittenCut) -> WrittenCut:
+        """The cut at levels at which the model's answers are its own: stages that move them most go to the lowest.
+
+        ONNX Runtime may fuse the ops of a stage in ways in which it does not fuse the whole model, and some fused
+        kernels round more. The answers may move twice as far as optimisation moves the whole model's.
+        """
+        subject, levels = self._subject, list(cut.levels)
+        rounding = tolerance(computed_types(subject.graph, subject.shapes))
+        allowed = max(rounding, _SLACK * subject.costs.moved)
+        self._say("comparing the answers of the optimised stages")
+        plain = self._answers(cut, [LOWEST_LEVEL] * len(levels))
+        while allowed < MOST_MOVED and answers_apart(self._answers(cut, levels), plain) > allowed:
+            optimised = [index for index, level in enumerate(levels) if level != LOWEST_LEVEL]
+            if not optimised:
+                break
+            alone = {i: [levels[i] if i == j else LOWEST_LEVEL for j in range(len(levels))] for i in optimised}
+            worst = max(optimised, key=lambda index: answers_apart(self._answers(cut, alone[index]), plain))
+            levels[worst] = LOWEST_LEVEL
+        return cut if tuple(levels) == cut.levels else self._measure(replace(cut, levels=tuple(levels)))
+
+    def _answers(self, cut: WrittenCut, levels: Sequence[Level]) -> dict[str, Array]:
+        """What the stages give for the model's outputs, each at its level."""
+        values = dict(self._subject.inputs)
+        with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
+            feed, outputs = Path(scratch) / "in.npz", Path(scratch) / "out.npz"
+            for index, part in enumerate(cut.parts):
+                save_npz(feed, {name: values[name] for name in part.inputs})
+                device = cut.device(self._setting, index)
+                with TimedModel(
+                    cut.folder / stage_file(index),
+                    feed,
+                    threads=device.threads,
+                    level=levels[index],
+                    provider=self._provider_here(device),
+                    custom_ops=self._subject.libraries(part.ops),
+                ) as model:
+                    model.run(0.0)
+                    model.save_outputs(outputs)
+                values.update(load_npz(outputs))
+        return {name: values[name] for name in self._subject.graph.outputs if name in values}
 
     def _feeds(self, cut: WrittenCut, scratch: Path) -> list[tuple[Path, Path]]:
         """Every stage's file, and its inputs as the stages before it give them."""

@@ -43,19 +43,30 @@ def external_range(model: Path, tensor: onnx.TensorProto) -> tuple[Path, int, in
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location, what = location_of(tensor), f"external data of {tensor.name!r} in {model}"
     path = _resolved(model, location, what)
-    try:
-        offset = int(entries.get("offset") or 0)
-        expected = size_bytes(type_name(tensor.data_type) or "uint8", tuple(tensor.dims))
-        length = int(entries.get("length") or expected)
-    except ValueError as error:
-        raise ModelError(f"{what}: offset or length is no number") from error
+    expected = size_bytes(type_name(tensor.data_type) or "uint8", tuple(tensor.dims))
+    offset = _number(entries.get("offset"), f"{what}: offset")
+    length = _number(entries.get("length"), f"{what}: length") or expected
+    if length < expected:
+        raise ModelError(f"{what}: says that it has {length} bytes; its type and shape need {expected}")
     available = path.stat().st_size
-    if offset < 0 or length < 0 or length < expected or offset + length > available:
+    if offset + length > available:
         raise ModelError(
-            f"{what}: needs {max(length, expected)} bytes at {offset}, {location!r} has {available}: "
+            f"{what}: needs {length} bytes at {offset}, {location!r} has {available}: "
             "the file is truncated or belongs to another model"
         )
     return path, offset, length
+
+
+def _number(text: str | None, what: str) -> int:
+    """A number of bytes as ONNX writes it; 0 when it is not given."""
+    if not text:
+        return 0
+    if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS:
+        raise ModelError(f"{what} {shown(text)} is no number of bytes")
+    return int(text)
+
+
+_MOST_DIGITS = 19
 
 
 def _resolved(model: Path, location: str, what: str) -> Path:

@@ -287,10 +287,12 @@ def copy_external(
     count = len(model.graph.initializer)
     tensors = [t for position, t in enumerate(graph_tensors(model.graph)) if position < count or is_external(t)]
     places = extents(source.place, tensors, by_content=by_content)
-    block_of = blocks(place for place in places if place is not None)
+    block_of = blocks(place for place in places if place is not None and place.length)
     inside: dict[Extent, list[tuple[onnx.TensorProto, Extent]]] = {}
     for tensor, place in zip(tensors, places, strict=True):
-        if place is not None:
+        if place is not None and not place.length:  # ONNX Runtime takes no place in a file for what has no bytes
+            _keep_inside(tensor)
+        elif place is not None:
             inside.setdefault(block_of[place], []).append((tensor, place))
     if not inside:
         return ()
@@ -316,6 +318,12 @@ def copy_external(
                 _point(tensor, path.name, end + place.offset - block.offset, place.length)
             end += block.length
     return (FileEntry(name=path.name, sha256=digest.hexdigest(), size_bytes=end),)
+
+
+def _keep_inside(tensor: onnx.TensorProto) -> None:
+    del tensor.external_data[:]
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    tensor.raw_data = b""
 
 
 def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from onnxsplit.errors import ModelError, shown
 from onnxsplit.external import is_external, point_from_one_folder
-from onnxsplit.source import SourceModel, check_source, graph_tensors, open_model
+from onnxsplit.source import SourceModel, check_source, graph_tensors, node_tensors, open_model
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -120,7 +120,8 @@ def _from_bytes(content: bytes, data_folder: Path | None) -> SourceModel:
     name = proto.graph.name if isinstance(proto.graph.name, str) else ""
     path = Path(_NOT_IN_NAMES.sub("_", name).strip("._")[:_MOST_NAME] or "model")
     if data_folder is None:
-        for tensor in graph_tensors(proto.graph):
+        inside = [tensor for function in proto.functions for tensor in node_tensors(function.node)]
+        for tensor in (*graph_tensors(proto.graph), *inside):
             if is_external(tensor):
                 raise ModelError(_no_folder(path, tensor))
     digest = hashlib.sha256(content).hexdigest()

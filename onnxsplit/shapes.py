@@ -53,8 +53,8 @@ class Shapes:
     def observed(self, sizes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> Shapes:
         """The same, corrected by the shapes that a run showed and completed by the types that a session reports.
 
-        A type that is known here stays. A dimension that the run contradicts becomes ``"?"``, a contradicted rank an
-        unknown one.
+        A type that is known here stays. A dimension that the run contradicts becomes ``"?"``, and a contradicted rank
+        the one that was seen.
         """
         specs = dict(self.specs)
         for name, dtype in types.items():
@@ -67,9 +67,9 @@ class Shapes:
         return replace(self, specs=specs, sizes={**self.sizes, **sizes})
 
 
-def _reconciled(shape: Shape, size: tuple[int, ...]) -> Shape | None:
+def _reconciled(shape: Shape, size: tuple[int, ...]) -> Shape:
     if len(shape) != len(size):
-        return None
+        return ("?",) * len(size)
     return tuple("?" if isinstance(d, int) and d != n else d for d, n in zip(shape, size, strict=True))
 
 

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from onnxsplit.bodies import nested_graphs as nested_graphs  # also for those that import it from here
 from onnxsplit.errors import ModelError, shown
-from onnxsplit.external import external_range, is_external
+from onnxsplit.external import external_range, is_external, load_external
 from onnxsplit.file_kinds import what_is
 from onnxsplit.files import is_text, read_regular
 from onnxsplit.optimised import is_saved, rename_initializers
@@ -153,6 +153,8 @@ def check_source(source: SourceModel, size_bytes: int) -> None:
     for tensor in graph_tensors(proto.graph):
         if is_external(tensor):
             external_range(source.place, tensor)
+    # Constants of functions are small, and calls are unfolded wherever their model lies: the data goes into the model.
+    load_external(source.place, [tensor for function in proto.functions for tensor in node_tensors(function.node)])
     if is_saved(proto):
         rename_initializers(proto)
 

@@ -122,7 +122,8 @@ def verify(
             raise ModelError(f"{name} does not run on the inputs: {error}{hint}") from error
         again = _run_whole(file, plan, given, "disabled", threads, needed)
     with runnable(_with_constants(source)) as file:
-        optimized = _run_optimized(file, plan, given, threads, needed)
+        levels = dict.fromkeys([plan.costs.whole_optimization_level, *(s.optimization_level for s in plan.stages)])
+        optimized = [_run_optimized(file, plan, given, level, threads, needed) for level in levels]
     chained = run_stages(folder, plan, given, threads=threads, level="disabled", custom_ops=needed)
     chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed)
     types = _float_types(source, plan, given)
@@ -132,7 +133,7 @@ def verify(
             exact=_bits_equal(plain[name], chained[name]),
             difference=distance(chained[name], plain[name]),
             optimized=distance(chained_optimized[name], plain[name]),
-            moved=distance(optimized[name], plain[name]),
+            moved=max(distance(one[name], plain[name]) for one in optimized),
             repeatable=_bits_equal(plain[name], again[name]),
             tolerance=tolerance(types if not is_discrete(plain[name]) else ()),
             narrowest=narrowest(types),
@@ -245,14 +246,13 @@ def _run_whole(
 
 
 def _run_optimized(
-    file: ModelFile, plan: Plan, inputs: Mapping[str, Array], threads: int, custom_ops: Sequence[Library]
+    file: ModelFile, plan: Plan, inputs: Mapping[str, Array], first: Level, threads: int, custom_ops: Sequence[Library]
 ) -> dict[str, Array]:
-    """Run the whole model at the plan's level, or at the highest one below at which ONNX Runtime takes it.
+    """Run the whole model at a level of the plan, or at the highest one below at which ONNX Runtime takes it.
 
     ONNX Runtime cannot optimise some models again that its own optimiser saved.
     """
     levels: tuple[Level, ...] = ("all", "extended", "basic")
-    first = plan.costs.whole_optimization_level
     for level in levels[levels.index(first) :] if first in levels else ():
         with suppress(ModelRefused):
             return _run_whole(file, plan, inputs, level, threads, custom_ops)

@@ -19,6 +19,8 @@ class OpCosts:
         level: the optimisation level the times hold for.
         source: ``measured`` or ``analytic``.
         shapes: shapes as far as the model of cost knows them: observed in a run, or inferred.
+        moved: how far the whole model's answers at the levels that were tried are from those at the lowest, over their
+            scale; 0 when it was not run.
     """
 
     time_ns: tuple[int, ...]
@@ -26,3 +28,4 @@ class OpCosts:
     level: Level
     source: Literal["measured", "analytic"]
     shapes: Shapes
+    moved: float = 0.0

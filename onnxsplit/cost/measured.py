@@ -30,7 +30,7 @@ from onnxsplit.graph import OpGraph
 from onnxsplit.inputs import dimension_choices, guesses
 from onnxsplit.opening import ModelFile, runnable
 from onnxsplit.plan import Level, TensorSpec
-from onnxsplit.precision import distance
+from onnxsplit.precision import distance, is_discrete
 from onnxsplit.session import quiet_environment
 from onnxsplit.shapes import Shapes, bind, infer_shapes, with_formulas
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, load_npz, save_npz
@@ -44,8 +44,29 @@ _ANY_RANK = frozenset(["If", "Loop", "Reshape", "Scan", "SequenceAt", "OptionalG
 
 _LEVEL_SECONDS = 0.3  # of runs per level when choosing one
 _PROFILE_SECONDS = 0.6
-_NOTHING_TO_DO = 0.5  # of the scale: roundings do not move an answer as far
 _CLEARLY = 0.97  # another level must be this much faster to be preferred over the usual best
+
+
+LOWEST_LEVEL: Level = "basic"
+"""The level that others are held against: it keeps the model's ops, and so its answers."""
+
+MOST_MOVED = 0.5
+"""What optimisation may move an answer, over its scale: roundings move none as far."""
+
+
+@dataclass(frozen=True)
+class LevelChoice:
+    """An optimisation level.
+
+    Attributes:
+        level: the level.
+        time_ns: what a run takes at it.
+        moved: how far the answers at the levels that may be chosen are from the lowest level's, over their scale.
+    """
+
+    level: Level
+    time_ns: int
+    moved: float
 
 
 @dataclass(frozen=True)
@@ -160,12 +181,12 @@ def best_level(
     provider: str,
     data_folder: Path | None = None,
     custom_ops: Sequence[Library] = (),
-) -> tuple[Level, int]:
-    """The optimisation level at which a model file runs fastest, and its nanoseconds a run.
+) -> LevelChoice:
+    """The optimisation level at which a model file runs fastest.
 
     The usual best (``all``) is kept unless another is clearly faster. Two kinds of levels are left out: those at which
     ONNX Runtime refuses the model, since it cannot optimise some models again that its own optimiser saved; and those
-    at which its answers have nothing to do with the lowest level's, since some of its fused kernels are wrong.
+    at which its answers have nothing to do with those of the lowest level: some fused kernels are wrong.
 
     Raises:
         ModelRefused: it refuses the model at every level.
@@ -204,18 +225,19 @@ def best_level(
         timed.save_outputs(file)
         again = load_npz(file)
     *_, lowest = answers
-    if not _apart(again, answers[lowest]):  # it gives the same answers each time
-        found = {level: time_ns for level, time_ns in found.items() if not _apart(answers[level], again)}
+    moved = dict.fromkeys(found, MOST_MOVED)
+    if answers_apart(again, answers[lowest]) == 0:  # it gives the same answers each time
+        moved = {level: answers_apart(answers[level], again) for level in found}
+        found = {level: time_ns for level, time_ns in found.items() if moved[level] <= MOST_MOVED}
     usual = next(iter(found))
     fastest = min(found, key=lambda level: found[level])
     chosen = fastest if found[fastest] < _CLEARLY * found[usual] else usual
-    return chosen, found[chosen]
+    return LevelChoice(chosen, found[chosen], max(moved[level] for level in found))
 
 
-def _apart(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
-    """Whether two answers have nothing to do with each other; whole numbers and texts are not looked at."""
-    floats = [name for name, array in one.items() if array.dtype.kind in "fV"]
-    return any(distance(one[name], other[name]) > _NOTHING_TO_DO for name in floats)
+def answers_apart(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:
+    """How far two answers are apart; whole numbers and texts are not looked at."""
+    return max((distance(one[name], other[name]) for name, array in one.items() if not is_discrete(array)), default=0.0)
 
 
 def measured_costs(
@@ -249,7 +271,7 @@ def measured_costs(
             custom_ops=custom_ops,
         )
         say("timing optimisation levels")
-        level, whole_ns = best_level(
+        chosen = best_level(
             source.path,
             file,
             threads=threads,
@@ -257,6 +279,7 @@ def measured_costs(
             data_folder=source.data_folder,
             custom_ops=custom_ops,
         )
+        level, whole_ns = chosen.level, chosen.time_ns
         say(f"profiling ops at level {level}")
         profile = _profile(
             source,
@@ -275,7 +298,7 @@ def measured_costs(
     # The profiler's own cost is spread evenly over its events; what a run takes without it is the truth.
     fused = _where_the_work_is(graph, shapes, profile.op_ns)
     times = tuple(time_ns * whole_ns // total for time_ns in fused)
-    return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes)
+    return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes, moved=chosen.moved)
 
 
 def _ranks(graph: OpGraph, shapes: Shapes, seen: Profile) -> dict[str, TensorSpec]:

@@ -175,3 +175,34 @@ def with_location(folder: Path, location: str) -> Path:
         tensor.external_data.add(key=key, value=text)
     nodes = [onnx.helper.make_node("Add", ["x", "w"], ["y"])]
     return build.save(build.model(nodes, [build.value("x", [4])], [build.value("y", [4])], [tensor]), folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "problem"),
+    [
+        ("length", "16", "says that it has 16 bytes; its type and shape need 64"),
+        ("offset", "1_0", "offset '1_0' is no number of bytes"),
+        ("offset", " 0 ", "offset ' 0 ' is no number of bytes"),
+        ("length", "9" * 40, "is no number of bytes"),
+        ("offset", "64", "needs 64 bytes at 64"),
+    ],
+)
+def test_what_is_wrong_with_a_range_of_external_data_is_said(tmp_path, key, text, problem):
+    path = with_location(tmp_path, "w.bin")
+    (tmp_path / "w.bin").write_bytes(bytes(64))
+    proto = onnx.load(path, load_external_data=False)
+    (tensor,) = proto.graph.initializer
+    tensor.dims[:] = [4, 4]
+    del tensor.external_data[:]
+    for name, value in {"location": "w.bin", "offset": "0", "length": "64", key: text}.items():
+        tensor.external_data.add(key=name, value=value)
+    with pytest.raises(ModelError, match=problem):
+        external_range(path, tensor)
+
+
+def test_a_length_of_zero_is_one_that_is_not_given(tmp_path):
+    (tmp_path / "w.bin").write_bytes(bytes(64))
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 4], data_location=TensorProto.EXTERNAL)
+    for name, value in (("location", "w.bin"), ("length", "0")):
+        tensor.external_data.add(key=name, value=value)
+    assert external_range(tmp_path / "m.onnx", tensor) == (tmp_path / "w.bin", 0, 64)

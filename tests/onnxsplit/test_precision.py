@@ -23,7 +23,7 @@ from onnxsplit.planner import partition
 from onnxsplit.precision import LEAST_TOLERANCE, computed_types, distance, tolerance
 from onnxsplit.session import open_session
 from onnxsplit.tensors import load_npz
-from onnxsplit.verify import Comparison, verify
+from onnxsplit.verify import Comparison, run_stages, verify
 
 HALF = TensorProto.FLOAT16
 
@@ -211,7 +211,36 @@ def test_a_level_whose_answers_have_nothing_to_do_with_the_model_is_never_chosen
     np.savez(tmp_path / "in.npz", x=random.standard_normal((2, 64)).astype(np.float16))
 
     monkeypatch.setattr(measured, "CANDIDATE_LEVELS", ("extended", "basic"))
-    level, _ = measured.best_level(path, tmp_path / "in.npz", threads=1, provider="cpu")
+    level = measured.best_level(path, tmp_path / "in.npz", threads=1, provider="cpu").level
     given = load_npz(tmp_path / "in.npz")
     plain, chosen = (open_session(path, threads=1, level=one).run(given)["y"] for one in ("disabled", level))
     assert distance(chosen, plain) < 0.1
+
+
+def test_a_stage_that_would_be_fused_into_something_less_exact_than_the_model_is_not(tmp_path):
+    """A tied int8 table: ONNX Runtime fuses its product in a stage of its own, and not in the whole model."""
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["w"]),
+        helper.make_node("Gather", ["w", "ids"], ["t0"]),
+    ]
+    weights = [
+        build.constant("q", random.integers(-127, 127, (600, 128)).astype(np.int8)),
+        build.constant("scale", np.array(0.01, np.float32)),
+        build.constant("zero", np.array(0, np.int8)),
+    ]
+    for step in range(4):
+        weights.append(build.constant(f"l{step}", (random.standard_normal((128, 128)) / 11).astype(np.float32)))
+        nodes.append(helper.make_node("MatMul", [f"t{step}", f"l{step}"], [f"m{step}"]))
+        nodes.append(helper.make_node("Tanh", [f"m{step}"], [f"t{step + 1}"]))
+    nodes.append(helper.make_node("Transpose", ["w"], ["turned"], perm=[1, 0]))
+    nodes.append(helper.make_node("MatMul", ["t4", "turned"], ["y"]))
+    inputs = [build.value("ids", ["b", "s"], TensorProto.INT64)]
+    model = build.save(build.model(nodes, inputs, [build.value("y", ["b", "s", 600])], weights), tmp_path)
+    given = {"ids": random.integers(0, 600, (1, 16))}
+
+    plan = partition(model, stages=2, out=tmp_path / "m.plan", inputs=given)
+    found = run_stages(tmp_path / "m.plan", plan, given, threads=1)["y"]
+    whole = open_session(model, threads=1, level="all").run(given)["y"]
+    assert distance(found, whole) <= LEAST_TOLERANCE
+    assert all(one.good for one in verify(tmp_path / "m.plan", model))

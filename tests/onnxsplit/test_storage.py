@@ -202,3 +202,42 @@ def test_stages_of_tied_weights_run_with_measured_costs(tmp_path):
     plan = partition(model, stages=2, out=tmp_path / "m.plan", rounds=1)
     whole = open_session(model, threads=1, level="disabled").run(IDS)["logits"]
     assert np.array_equal(run_stages(tmp_path / "m.plan", plan, IDS, threads=1, level="disabled")["logits"], whole)
+
+
+def test_weights_without_elements_take_no_place_in_a_file(tmp_path):
+    """onnx.save with a threshold of 0 stores them outside, too, and ONNX Runtime looks for a file long enough."""
+    weight = build.constant("w", np.random.default_rng(0).standard_normal((90, 90)).astype(np.float32))
+    empty = build.constant("empty", np.zeros((0, 90), np.float32))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Concat", ["a", "empty"], ["b"], axis=0),
+        helper.make_node("Tanh", ["b"], ["y"]),
+    ]
+    proto = build.model(nodes, [build.value("x", [2, 90])], [build.value("y", [2, 90])], [weight, empty])
+    onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+
+    partition(tmp_path / "m.onnx", stages=2, out=tmp_path / "m.plan", rounds=0)
+    assert all(found.good for found in verify(tmp_path / "m.plan", tmp_path / "m.onnx"))
+    merge(tmp_path / "m.plan", tmp_path / "merged.onnx")
+    open_session(tmp_path / "merged.onnx", threads=1)
+
+
+def test_weights_that_a_function_keeps_in_a_file_come_with_it(tmp_path):
+    weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    (tmp_path / "w.bin").write_bytes(weight.tobytes())
+    held = place(TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[8, 8]), "w.bin", 0, weight.nbytes)
+    inner = [helper.make_node("Constant", [], ["w"], value=held), helper.make_node("MatMul", ["a", "w"], ["b"])]
+    function = helper.make_function("own", "Linear", ["a"], ["b"], inner, [helper.make_opsetid("", build.OPSET)])
+    nodes = [
+        helper.make_node("Linear", ["x"], ["h"], domain="own"),
+        helper.make_node("Tanh", ["h"], ["y"]),
+    ]
+    ends = [build.value(name, ["n", 8]) for name in ("x", "y")]
+    opsets = {"": build.OPSET, "own": 1}
+    path = build.save(build.model(nodes, ends[:1], ends[1:], functions=[function], opsets=opsets), tmp_path)
+
+    plan = partition(path, stages=2, out=tmp_path / "m.plan", costs="analytic")
+    (tmp_path / "w.bin").rename(tmp_path / "elsewhere.bin")
+    x = np.ones((2, 8), np.float32)
+    found = run_stages(tmp_path / "m.plan", plan, {"x": x}, threads=1)["y"]
+    assert np.allclose(found, np.tanh(x @ weight), atol=1e-5)
