@@ -100,7 +100,7 @@ class Structure:
             if fact.kind is Kind.MIXED:
                 yield fact.why
             elif fact.kind is not Kind.ROWS:
-                yield f"the output {shown(name)} is the same for every batch"
+                yield f"the output {shown(name)} does not carry the rows: {fact.kind.value}"
             elif fact.per_row != 1:
                 yield f"the output {shown(name)} has {fact.per_row} entries for each row along axis {fact.axis}"
 

@@ -26,6 +26,9 @@ class Kind(Enum):
 
     SAME = "it is the same for every batch"
     ROWS = "it carries the rows"
+    NUMBERS = "its entries are the numbers of the rows, from 0"
+    PLACED = "what belongs to a row depends on the number of the row"
+    INDEX = "along its last axis, the number of the row comes first, and then what the row says"
     SIZE = "it depends on the number of rows alone, and its numbers are known"
     MIXED = "it cannot be split"
 
@@ -50,6 +53,9 @@ class Fact:
 
 
 SAME = Fact(Kind.SAME)
+
+HAVE_AXIS = frozenset([Kind.ROWS, Kind.NUMBERS, Kind.PLACED, Kind.INDEX])
+"""Kinds of tensors that are as long as the batch along an axis."""
 
 
 def rows(axis: int, per_row: int = 1) -> Fact:
@@ -127,7 +133,7 @@ class Call:
         """The shape of an input for any number of rows."""
         found: list[Linear | int] = list(self.shape(index))
         fact = self.facts[index]
-        if fact is not None and fact.kind is Kind.ROWS:
+        if fact is not None and fact.kind in HAVE_AXIS:
             found[fact.axis] = linear(fact.per_row, 0)
         return found
 

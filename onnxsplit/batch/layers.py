@@ -181,6 +181,16 @@ def _with_mask_same(call: Call, index: int) -> Call:
     return Call(call.node, call.opset, facts, call.shapes, call.outputs)
 
 
+def features(call: Call) -> Fact:
+    """ArrayFeatureExtractor: columns of a table that carries rows, or labels looked up by rows of places."""
+    call.others_same(0, 1)
+    if call.carries(0) and not call.carries(1) and call.rank(0) == 2 and call.require(0).axis == 0:
+        return call.require(0)
+    if call.carries(1) and not call.carries(0) and call.rank(0) == call.rank(1) == 1:
+        return rows(1, call.require(1).per_row)
+    raise Mixes("it picks rows by their place")
+
+
 def bit_matrices(call: Call) -> Fact:
     """A product with a quantised matrix that is stored."""
     call.others_same(0)

@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 
 from onnxsplit.batch.evaluate import evaluate, widened
-from onnxsplit.batch.facts import SAME, Call, Fact, Kind, Mixes, Sizes, known, stored, without_values
+from onnxsplit.batch.facts import HAVE_AXIS, SAME, Call, Fact, Kind, Mixes, Sizes, known, stored, without_values
 from onnxsplit.batch.linear import MOST_ELEMENTS, Undecided, Values
+from onnxsplit.batch.numbered import about_numbers, numbered, numbers_of_rows
 from onnxsplit.batch.rules import RULES
 from onnxsplit.bodies import defined_names, nested_graphs
 from onnxsplit.errors import shown
@@ -112,16 +113,18 @@ class Walk:
             return known(numbers)
         if kinds <= {Kind.SAME}:
             return SAME
-        if not usual or (Kind.ROWS in kinds and node.op_type not in RULES):
+        if not usual or (kinds & HAVE_AXIS and node.op_type not in RULES):
             raise Mixes("it is not known to keep rows apart")
+        if about_numbers(reads):
+            return numbered(call)
         if Kind.ROWS not in kinds:
-            return widened(call)
+            return numbers_of_rows(call) if node.op_type == "Range" else widened(call)
         return RULES[node.op_type](call)
 
     def _checked(self, name: str, fact: Fact, sizes: Sizes) -> Fact:
         """The fact, unless the tensor's known shape contradicts it."""
         shape = sizes.get(name)
-        if fact.kind is not Kind.ROWS or shape is None:
+        if fact.kind not in HAVE_AXIS or shape is None:
             return fact
         if fact.axis < len(shape) and shape[fact.axis] == fact.per_row * self.batch:
             return fact

@@ -306,7 +306,47 @@ def branch_chosen_by_an_overflow() -> onnx.ModelProto:
     )
 
 
+def looked_up_by_the_number_of_the_row() -> onnx.ModelProto:
+    """How exporters read a mask: mask[arange(batch)[:, None], places], with shapes learned from a maximum."""
+    return _net(
+        [
+            _op("Shape", "h", "size", start=0, end=1),
+            _op("Squeeze", "size", "count"),
+            _op("Range", "first count step", "numbers"),
+            _op("Unsqueeze", "numbers one", "column"),
+            _op("Max", "column places", "both"),
+            _op("Shape", "both", "shape"),
+            _op("Expand", "column shape", "n"),
+            _op("Expand", "places shape", "p"),
+            _op("Unsqueeze", "n end", "n1"),
+            _op("Unsqueeze", "p end", "p1"),
+            _op("Concat", "n1 p1", "index", axis=-1),
+            _op("GatherND", "h index", "z"),
+        ],
+        weights=[
+            build.constant("first", np.array(0, np.int64)),
+            build.constant("step", np.array(1, np.int64)),
+            _numbers("one", 1),
+            _numbers("end", -1),
+            build.constant("places", np.array([[3, 1, 0, 2, 5, 4, 7, 6]])),
+        ],
+    )
+
+
+def numbers_of_other_rows() -> onnx.ModelProto:
+    """The same, with one added to the number of the row, modulo the batch: each row reads the next one."""
+    proto = looked_up_by_the_number_of_the_row()
+    for node in proto.graph.node:
+        if node.op_type == "Unsqueeze" and node.output[0] == "column":
+            node.input[0] = "next"
+    place = next(i for i, node in enumerate(proto.graph.node) if node.output[0] == "column")
+    proto.graph.node.insert(place, _op("Mod", "moved count", "next"))
+    proto.graph.node.insert(place, _op("Add", "numbers step", "moved"))
+    return proto
+
+
 DECEIVERS: tuple[Net, ...] = (
+    numbers_of_other_rows,
     function_whose_axis_is_a_default,
     branch_chosen_by_an_overflow,
     scaled_by_the_largest_number,
@@ -407,6 +447,7 @@ def branch_chosen_by_a_shape() -> onnx.ModelProto:
 
 
 HONEST: tuple[Net, ...] = (
+    looked_up_by_the_number_of_the_row,
     shape_of_the_rows_kept,
     token_for_every_row,
     two_halves_of_each_row,
