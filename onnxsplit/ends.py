@@ -145,13 +145,13 @@ def check_handed_on(graph: OpGraph) -> None:
     left = [name for name in graph.outputs if name not in refused]
     advice = f"Leave {'it' if len(refused) == 1 else 'them'} out: " + " ".join(f"--drop-output {n}" for n in refused)
     if not left:
-        advice = "The model has no other outputs, so give it a tensor as output"
+        advice = "The model has no other outputs, so give it such a tensor as output"
     if any(op.op_type == "ZipMap" for op in writers.values()):
         advice += (
             ". scikit-learn's exporter adds ZipMap to classifiers; for the probabilities as a tensor, export again "
             "with skl2onnx's options={'zipmap': False}"
         )
-    raise PartitionError(f"{'; '.join(found)}; only tensors can be handed to a caller. {advice}")
+    raise PartitionError(f"{'; '.join(found)}; a caller can be given only tensors of NumPy's types. {advice}")
 
 
 def _wanted(source: SourceModel, outputs: Sequence[str] | None, drop_outputs: Sequence[str]) -> set[str]:

@@ -58,7 +58,10 @@ def open_any(model: ModelLike) -> SourceModel:
         ModelError: it is none of what is allowed, or cannot be used.
     """
     if isinstance(model, str | os.PathLike):
-        return open_model(Path(model))
+        path: object = os.fspath(model)
+        if not isinstance(path, str) or not path:
+            raise ModelError(f"the path of the model is {path!r}; {_ADVICE}")
+        return open_model(Path(path))
     if isinstance(model, bytes | bytearray | memoryview):
         return _from_bytes(bytes(model), None)
     if isinstance(model, onnx.ModelProto):
