@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from onnxsplit.batch.facts import Call, Fact, Kind, Mixes, from_front
-from onnxsplit.batch.linear import MOST_ELEMENTS, Linear, Undecided, Values, is_plain, values
+from onnxsplit.batch.linear import MOST_ELEMENTS, Linear, Undecided, Values, values
 
 Evaluation = Callable[[Call], Values]
 
@@ -259,8 +259,3 @@ def _repeated(shape: list[Linear | int]) -> Fact:
     if size.fixed or size.per_row < 1:
         raise Mixes("an axis of it is not a multiple of the number of rows")
     return Fact(Kind.ROWS, places[0], size.per_row)
-
-
-def all_plain(call: Call) -> bool:
-    """True when no input depends on the number of rows."""
-    return all(fact is None or fact.values is None or is_plain(fact.values) for fact in call.facts)

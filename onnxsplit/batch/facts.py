@@ -15,7 +15,7 @@ from enum import Enum
 import numpy as np
 import onnx
 
-from onnxsplit.batch.linear import Linear, Values, linear
+from onnxsplit.batch.linear import Linear, Values, is_plain, linear
 
 Sizes = Mapping[str, tuple[int, ...]]
 """Shapes of the tensors of one graph, at one binding of the free dimensions."""
@@ -65,8 +65,7 @@ def rows(axis: int, per_row: int = 1) -> Fact:
 
 def known(found: Values) -> Fact:
     """A tensor whose numbers are known."""
-    plain = not any(isinstance(item, Linear) for item in found.flat)
-    return Fact(Kind.SAME if plain else Kind.SIZE, values=found)
+    return Fact(Kind.SAME if is_plain(found) else Kind.SIZE, values=found)
 
 
 class Mixes(Exception):
@@ -82,14 +81,12 @@ class Call:
         opset: version of its domain.
         facts: by input; None for an omitted one.
         shapes: of the inputs, None where unknown.
-        outputs: shapes of the outputs, None where unknown.
     """
 
     node: onnx.NodeProto
     opset: int
     facts: Sequence[Fact | None]
     shapes: Sequence[tuple[int, ...] | None]
-    outputs: Sequence[tuple[int, ...] | None]
 
     def fact(self, index: int) -> Fact | None:
         """What is known of an input; None when it is omitted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from onnxsplit.batch.combine import Rule, all_leading, first_alone, leading, together
 from onnxsplit.batch.facts import Call, Fact, Kind, Mixes, from_front, rows
@@ -89,7 +90,7 @@ def gemm(call: Call) -> Fact:
 
 
 def _first_two(call: Call) -> Call:
-    return Call(call.node, call.opset, call.facts[:2], call.shapes[:2], call.outputs)
+    return replace(call, facts=call.facts[:2], shapes=call.shapes[:2])
 
 
 def recurrent(call: Call) -> Sequence[Fact]:
@@ -178,7 +179,7 @@ def rotary(call: Call) -> Fact:
 
 def _with_mask_same(call: Call, index: int) -> Call:
     facts = [Fact(Kind.SAME) if i == index and f is not None else f for i, f in enumerate(call.facts)]
-    return Call(call.node, call.opset, facts, call.shapes, call.outputs)
+    return replace(call, facts=facts)
 
 
 def features(call: Call) -> Fact:

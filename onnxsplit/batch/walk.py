@@ -104,7 +104,6 @@ class Walk:
             opset=self.opsets.get("" if node.domain == "ai.onnx" else node.domain, 1),
             facts=reads,
             shapes=[sizes.get(name) for name in node.input],
-            outputs=[sizes.get(name) for name in node.output],
         )
         usual = node.domain in _DOMAINS and (node.domain, node.op_type) not in _NOT_BY_NAME
         kinds = {fact.kind for fact in reads if fact is not None}
