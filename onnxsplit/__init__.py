@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxsplit.errors import OnnxsplitError
     from onnxsplit.plan import Plan, load_plan
-    from onnxsplit.planner import partition
+    from onnxsplit.planning.planner import partition
 
 __version__ = "0.1.0"
 __all__ = ["partition", "load_plan", "Plan", "OnnxsplitError", "__version__"]
 
 _HOMES = {
-    "partition": "onnxsplit.planner",
+    "partition": "onnxsplit.planning.planner",
     "load_plan": "onnxsplit.plan",
     "Plan": "onnxsplit.plan",
     "OnnxsplitError": "onnxsplit.errors",

@@ -20,8 +20,8 @@ from onnxsplit.numbers import (
     whole_problem,
 )
 from onnxsplit.plan import MOST_NODES, MOST_THREADS, Plan
-from runtime.balance import POLICIES, Policy
-from runtime.watch import Timings, timings
+from runtime.balance.policies import POLICIES, Policy
+from runtime.coordinator.failure_detector import Timings, timings
 
 Mode = Literal["sync", "async"]
 
@@ -62,7 +62,7 @@ class RunOptions:
         share_weights: let the replicas of a stage on this host map one copy of its weights; None does where a stage
             has several.
         balance: how to choose among the replicas of a stage, at each hop: ``completion`` (where it is done first),
-            ``resource``, ``task``, ``latency`` or ``round-robin``; see :mod:`runtime.balance`.
+            ``resource``, ``task``, ``latency`` or ``round-robin``; see :mod:`runtime.balance.policies`.
         attempts: a request that killed so many nodes is given up; others are tried again as often as it takes. 1:
             nothing is tried again, and inputs are not held.
         timings: when a node counts as failed, and when it is started again.
@@ -134,7 +134,7 @@ class RunOptions:
         if shared not in (None, True, False):
             problems.append(f"share_weights must be True, False or None, not {shown(shared)}")
         if type(given) is not Timings:
-            problems.append(f"timings must be runtime.watch.Timings, not {shown(given)}")
+            problems.append(f"timings must be runtime.coordinator.failure_detector.Timings, not {shown(given)}")
         if problems:
             raise InputError("; ".join(problems))
         self._check_numbers()

@@ -22,22 +22,22 @@ from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, check_inputs, content_bytes, load_npz
 from runtime.admission import Admission
-from runtime.balance import cost_of
-from runtime.board import PEERS
-from runtime.coordinator import Coordinator, Setup
+from runtime.balance.board import PEERS
+from runtime.balance.policies import cost_of
+from runtime.coordinator.loop import Coordinator, Setup
+from runtime.coordinator.roster import Incident
+from runtime.coordinator.status import NodeStats
 from runtime.descriptors import require_descriptors
 from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed, PipelineError
 from runtime.intake import normal_inputs, normal_names, normal_timeout_ns
-from runtime.keys import Keys, default_folder
 from runtime.launch import Launcher, Premises
 from runtime.launch.local import LocalLauncher
 from runtime.microbatch import batch_axes, batch_size, ordinary_bytes, split
 from runtime.options import RunOptions, enough_inflight, memory_for_requests_bytes
 from runtime.request import Answering, Asked, Request
-from runtime.roster import Incident
-from runtime.stats import NodeStats
 from runtime.trace import Traced, chrome_trace
-from runtime.transport import Security, check_address, private_folder
+from runtime.wire.keys import Keys, default_folder
+from runtime.wire.sockets import Security, check_address, private_folder
 
 START_TIMEOUT_S = 120.0
 

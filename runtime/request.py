@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from onnxsplit.tensors import Array
 from runtime.admission import Admission
+from runtime.coordinator.request_io import Answer, Flow, unsendable
 from runtime.errors import PipelineError
-from runtime.flow import Answer, Flow, unsendable
-from runtime.messages import Visit
 from runtime.microbatch import Axes, join
+from runtime.wire.messages import Visit
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from runtime.messages import Visit
+from runtime.wire.messages import Visit
 
 Slot = tuple[int, int]
 Event = dict[str, Any]

@@ -23,7 +23,7 @@ import ports
 import psutil
 import pytest
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 
 # On a busy machine an example may take any time.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -50,7 +50,7 @@ def short_measurements():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("onnxsplit.cost.measured._LEVEL_SECONDS", 0.03)
         patch.setattr("onnxsplit.cost.measured._PROFILE_SECONDS", 0.06)
-        patch.setattr("onnxsplit.draft._STAGE_SECONDS", 0.08)
+        patch.setattr("onnxsplit.planning.rounds._STAGE_SECONDS", 0.08)
         yield
 
 

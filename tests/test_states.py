@@ -6,25 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from runtime import coordinator_state, node_state, roster
-from runtime.table import IllegalEventError, Machine, drawing
+from runtime.coordinator import roster
+from runtime.coordinator import state as coordinator_state
+from runtime.node import state as node_state
+from runtime.transition_table import IllegalEventError, Machine, drawing
 
 DRAWING = Path(__file__).parents[1] / "docs" / "states.md"
 TABLES = {
     "A pipeline, as its coordinator sees it": (
-        "runtime/coordinator_state.py",
+        "runtime/coordinator/state.py",
         coordinator_state.TRANSITIONS,
         coordinator_state.State.STARTING,
         {coordinator_state.State.CLOSED},
     ),
     "A node, as the coordinator sees it": (
-        "runtime/roster.py",
+        "runtime/coordinator/roster.py",
         roster.TRANSITIONS,
         roster.Phase.BACKOFF,
         {roster.Phase.GONE},
     ),
     "A node, as it sees itself": (
-        "runtime/node_state.py",
+        "runtime/node/state.py",
         node_state.TRANSITIONS,
         node_state.State.WAITING,
         {node_state.State.STOPPED},

@@ -10,8 +10,8 @@ import pytest
 import zoo
 from checked import check_plan
 
-from onnxsplit.planner import partition
-from onnxsplit.verify import verify
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import verify
 
 SPEECH = ("silero-vad", "silero-vad-half")  # run on few sizes, which only measuring finds
 

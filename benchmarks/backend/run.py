@@ -26,12 +26,12 @@ import onnx.backend.test.loader as loader
 from environment import environment_line
 
 from onnxsplit.errors import ModelError, OnnxsplitError
-from onnxsplit.examine import examine
-from onnxsplit.options import CutOptions
-from onnxsplit.planner import write_plan
-from onnxsplit.precision import distance
+from onnxsplit.model.precision import distance
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import write_plan
+from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
-from onnxsplit.verify import run_stages
+from onnxsplit.stages.verify import run_stages
 
 
 def same(left: np.ndarray, right: np.ndarray) -> bool:

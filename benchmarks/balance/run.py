@@ -33,9 +33,9 @@ import build
 import numpy as np
 from environment import environment, environment_line
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from runtime import Pipeline
-from runtime.balance import POLICIES
+from runtime.balance.policies import POLICIES
 from runtime.launch.local import LocalLauncher
 
 REPLICAS = 3

@@ -8,8 +8,8 @@ import sys
 import time
 from typing import Any
 
-from runtime import node
-from runtime.stage_runner import StageRunner
+from runtime.node import process as node
+from runtime.node.stage_runner import StageRunner
 
 
 def main() -> int:

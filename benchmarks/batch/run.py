@@ -34,11 +34,11 @@ import zoo
 from environment import environment_line
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.examine import examine
 from onnxsplit.export import export
-from onnxsplit.inputs import table_size
-from onnxsplit.options import CutOptions
-from onnxsplit.planner import write_plan
+from onnxsplit.model.inputs import table_size
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import write_plan
+from onnxsplit.planning.subject import examine
 from onnxsplit.session import Session, open_session
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsplit.plan import Plan, load_plan
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 
 WIDTH = 32
 FRAMES = 12

@@ -38,8 +38,8 @@ from environment import environment_line
 
 import onnxsplit
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.merge import merge
-from onnxsplit.options import CutOptions
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.stages.merge import merge
 from runtime import Pipeline
 
 EXTENSIONS = "onnxruntime-extensions"

@@ -26,13 +26,13 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 
 from environment import benchmark, environment_line
 
-from onnxsplit.choose import choice
 from onnxsplit.cluster import Cluster, Device
 from onnxsplit.errors import PartitionError
-from onnxsplit.examine import examine
-from onnxsplit.options import CutOptions
 from onnxsplit.partitioner import stage_memory
-from onnxsplit.planner import write_plan
+from onnxsplit.planning.chooser import choice
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import write_plan
+from onnxsplit.planning.subject import examine
 from runtime import Pipeline
 
 SHARES = (1.0, 0.5, 0.25)

@@ -24,7 +24,7 @@ import build
 import psutil
 from environment import environment_line
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 
 CALLER = """
 import sys

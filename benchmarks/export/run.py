@@ -28,8 +28,8 @@ from environment import environment_line
 
 from onnxsplit.errors import OnnxsplitError, PartitionError
 from onnxsplit.export import export
-from onnxsplit.planner import partition
-from onnxsplit.verify import verify
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import verify
 
 
 def measure(model: frameworks.Model, folder: Path) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from environment import environment, environment_line
 from faulty_node import FaultyLauncher
 
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
 
 WIDTH = 128

@@ -29,8 +29,8 @@ import onnx
 from environment import environment_line
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.planner import partition
-from onnxsplit.verify import verify
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import verify
 
 LIMIT_S, LIMIT_BYTES = 20, 4 << 30
 

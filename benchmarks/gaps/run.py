@@ -26,10 +26,10 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 
 from environment import benchmark, environment_line
 
-from onnxsplit.examine import examine
 from onnxsplit.export import export
 from onnxsplit.partitioner import CALLER, Effort, Found, Kind, Problem, Transfer, line_up, lower_bound, search
-from onnxsplit.setting import alike
+from onnxsplit.planning.subject import examine
+from onnxsplit.planning.target import alike
 
 RECIPES = ("resnet50", "bert", "gpt2", "inception", "multitask")
 SIZES = (1_000, 5_000, 20_000)

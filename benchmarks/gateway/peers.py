@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from environment import benchmark, environment_line
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 
 PAIRS = [("mosec", "gateway_http"), ("ray_serve_http", "gateway_http"), ("triton", "gateway_grpc")]
 SLICE_S = 2.0

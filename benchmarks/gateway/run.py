@@ -34,7 +34,7 @@ from onnx import TensorProto, helper, numpy_helper, save_model
 from served import Served
 
 from onnxsplit.plan import example_file, load_plan
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.tensors import load_npz
 from runtime import Pipeline
 

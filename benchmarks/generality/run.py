@@ -26,11 +26,11 @@ import zoo
 from environment import environment_line
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.examine import examine
 from onnxsplit.export import export
-from onnxsplit.options import CutOptions
-from onnxsplit.planner import write_plan
-from onnxsplit.verify import verify
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import write_plan
+from onnxsplit.planning.subject import examine
+from onnxsplit.stages.verify import verify
 
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet50": {"width": 16, "size": 64},

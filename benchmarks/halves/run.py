@@ -41,15 +41,15 @@ from environment import environment_line
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.examine import examine
-from onnxsplit.merge import merge
-from onnxsplit.options import CutOptions
+from onnxsplit.model.precision import distance
+from onnxsplit.model.source import all_nodes, nested_graphs
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import write_plan
-from onnxsplit.precision import distance
-from onnxsplit.source import all_nodes, nested_graphs
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import write_plan
+from onnxsplit.planning.subject import examine
+from onnxsplit.stages.merge import merge
+from onnxsplit.stages.verify import verify
 from onnxsplit.tensors import load_npz
-from onnxsplit.verify import verify
 
 LEAST_ELEMENTS = 64  # of a weight that is worth fewer bits
 OPSETS = {"bfloat16": 13, "float8": 19, "int4": 21}

@@ -31,7 +31,7 @@ import numpy as np
 from environment import ended, environment, environment_line
 from onnx import TensorProto, helper, numpy_helper, save_model
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import quiet_environment
 from runtime import Pipeline
 

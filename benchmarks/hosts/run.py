@@ -255,12 +255,12 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything."""
-    from onnxsplit.examine import examine
-    from onnxsplit.options import CutOptions
-    from onnxsplit.planner import write_plan
+    from onnxsplit.planning.options import CutOptions
+    from onnxsplit.planning.planner import write_plan
+    from onnxsplit.planning.subject import examine
     from onnxsplit.session import open_session
     from onnxsplit.tensors import save_npz
-    from runtime.keys import create_for
+    from runtime.wire.keys import create_for
 
     create_for(folder / "keys", HOSTS)
     model, dims = benchmark("throughput").model_of(given.model, folder)

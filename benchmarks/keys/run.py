@@ -28,7 +28,7 @@ from environment import benchmark, environment, environment_line
 
 from onnxsplit.session import quiet_environment
 from runtime import Pipeline
-from runtime.keys import create_for
+from runtime.wire.keys import create_for
 
 
 def launched(stack: ExitStack, plan: Path, keys: Path | None) -> Pipeline:

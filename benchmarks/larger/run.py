@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 from environment import benchmark, environment_line
 
 from onnxsplit.plan import load_plan
-from runtime.keys import create_for
+from runtime.wire.keys import create_for
 
 WIDTH = 4096
 PORT = 5700

@@ -22,7 +22,7 @@ import psutil
 from environment import benchmark, environment, environment_line
 
 from onnxsplit.plan import example_file, load_plan
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.tensors import load_npz
 from onnxsplit.timed import TimedModel
 from runtime import Pipeline

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 
 from environment import benchmark, environment_line
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 
 DEFAULT = ["resnet50", "bert", "ocr-detector", "ocr-recognizer", "ocr-classifier", "smart-turn"]
 

@@ -25,10 +25,10 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 from environment import benchmark, environment, environment_line
 
 from onnxsplit.plan import example_file, load_plan
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.tensors import load_npz
 from runtime import Pipeline
-from runtime.watch import Timings
+from runtime.coordinator.failure_detector import Timings
 
 NEVER = Timings(beat_s=3600, silence_s=86400)
 

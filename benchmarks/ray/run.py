@@ -25,7 +25,7 @@ import numpy as np
 from environment import benchmark, environment_line
 
 from onnxsplit.plan import example_file, load_plan
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import open_session
 from onnxsplit.tensors import load_npz
 from runtime import Pipeline

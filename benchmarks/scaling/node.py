@@ -6,10 +6,10 @@ import sys
 import time
 from collections.abc import Mapping
 
-import runtime.node
-import runtime.worker
+import runtime.node.process
+import runtime.node.worker
 from onnxsplit.tensors import Array
-from runtime.stage_runner import StageRunner
+from runtime.node.stage_runner import StageRunner
 
 CONNECT, STAGE, SECONDS = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 
@@ -23,5 +23,5 @@ class SleepingRunner(StageRunner):
         return super().run(inputs, into)
 
 
-runtime.worker.StageRunner = SleepingRunner
-sys.exit(runtime.node.serve(runtime.node.NodeOptions(connect=CONNECT, stage=STAGE, threads=1)))
+runtime.node.worker.StageRunner = SleepingRunner
+sys.exit(runtime.node.process.serve(runtime.node.process.NodeOptions(connect=CONNECT, stage=STAGE, threads=1)))

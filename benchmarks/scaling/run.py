@@ -25,7 +25,7 @@ import numpy as np
 from environment import environment, environment_line
 from onnx import TensorProto, helper, save_model
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import quiet_environment
 from runtime import Pipeline
 

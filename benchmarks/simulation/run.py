@@ -35,18 +35,18 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
 from environment import environment_line
 
-import runtime.roster
+import runtime.coordinator.roster
 from onnxsplit.plan import parse_plan
-from runtime import coordinator_events as c
-from runtime import node_events as n
-from runtime.balance import ORDINARY, POLICIES, Gauge
-from runtime.board import Board
-from runtime.coordinator_state import CoordinatorState, State
-from runtime.messages import ANY, CALLER, PROTOCOL, Assign, Fragment, Hello, Peer, Receipt, TensorHead, Wire
-from runtime.node_state import NodeState
-from runtime.roster import Kill, Start
-from runtime.router import Router
-from runtime.watch import Timings
+from runtime.balance.board import Board
+from runtime.balance.policies import ORDINARY, POLICIES, Gauge
+from runtime.balance.router import Router
+from runtime.coordinator import events as c
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.roster import Kill, Start
+from runtime.coordinator.state import CoordinatorState, State
+from runtime.node import events as n
+from runtime.node.state import NodeState
+from runtime.wire.messages import ANY, CALLER, PROTOCOL, Assign, Fragment, Hello, Peer, Receipt, TensorHead, Wire
 
 STAGES = 3
 SERVICE_NS = 5_000_000
@@ -104,7 +104,7 @@ class World:
         self, replicas: int, policy: str, *, seed: int = 0, early: bool = False, delay_ns: int = 50_000,
         mean_life_s: float | None = None, speeds: float = 0.2,
     ) -> None:  # fmt: skip
-        runtime.roster.PEERS = PEERS
+        runtime.coordinator.roster.PEERS = PEERS
         self.random, self.policy, self.early, self.delay_ns = random.Random(seed), policy, early, delay_ns
         self.plan, self.now, self.events, self.count = chain(), 0, [], 0
         self.mean_life_s = mean_life_s
@@ -440,7 +440,7 @@ def coordinator(given: argparse.Namespace) -> list[dict[str, Any]]:
     import build
     import numpy as np
 
-    from onnxsplit.planner import partition
+    from onnxsplit.planning.planner import partition
     from runtime import Pipeline
 
     rows = []

@@ -37,7 +37,7 @@ from onnx import TensorProto, helper, numpy_helper, save_model
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.export import export
 from onnxsplit.plan import example_file, load_plan
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import quiet_environment
 from runtime.bench import Report, bench
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 from environment import benchmark
 
 from onnxsplit.plan import example_file, load_plan
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.tensors import load_npz
 from runtime import Pipeline
 

@@ -31,11 +31,12 @@ import psutil
 import zmq
 from environment import environment, environment_line
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import quiet_environment
-from runtime import Pipeline, codec
+from runtime import Pipeline
 from runtime.errors import ProtocolError
-from runtime.messages import (
+from runtime.wire import codec
+from runtime.wire.messages import (
     Assign,
     Beat,
     Cancel,

@@ -29,8 +29,8 @@ def command() -> None:
 @option("--force", is_flag=True, help="Replace a file that is there.")
 def init(output: Output, *, file: Path, force: bool) -> None:
     """Write a cluster file for this host."""
-    from onnxsplit.calibrate import this_host
     from onnxsplit.errors import ClusterError
+    from onnxsplit.planning.calibrate import this_host
 
     if file.exists() and not force:
         raise ClusterError(f"{file} is there already; give another name with --cluster FILE, or --force to replace it")
@@ -81,12 +81,12 @@ def measure(
 
     This host's, and those of hosts with an agent: their links with each other and with this one.
     """
-    from onnxsplit.calibrate import measured
     from onnxsplit.cluster import LOCAL, load_cluster
     from onnxsplit.errors import ClusterError
-    from runtime.agent import Agents
-    from runtime.keys import Keys
-    from runtime.link import measure_link
+    from onnxsplit.planning.calibrate import measured
+    from runtime.measure.agent import Agents
+    from runtime.measure.link import measure_link
+    from runtime.wire.keys import Keys
 
     cluster = load_cluster(file)
     known = {device.host for device in cluster.devices}
@@ -144,8 +144,8 @@ def measure(
 def agent(output: Output, *, bind: str, keys: Path | None, insecure: bool, custom_ops: tuple[str, ...]) -> None:
     """Answer onnxsplit cluster measure on this host, until Ctrl-C: run the model it sends, and measure links."""
     from onnxsplit.custom_ops import find_libraries
-    from runtime.agent import serve
-    from runtime.keys import Keys
+    from runtime.measure.agent import serve
+    from runtime.wire.keys import Keys
 
     serve(
         bind,

@@ -50,7 +50,7 @@ def kubernetes(
 ) -> None:
     """Write manifests for the plan in DIR, in Kustomize's layout, with new keys for its links."""
     from onnxsplit.plan import load_plan
-    from runtime.launch.kubernetes import Wishes, name_of, write
+    from runtime.deploy.kubernetes import Wishes, name_of, write
 
     loaded = load_plan(plan)
     wishes = Wishes(

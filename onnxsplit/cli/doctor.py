@@ -8,7 +8,7 @@ from onnxsplit.cli.output import Output, binary, make_command
 @make_command
 def command(output: Output) -> None:
     """Show what this host has: versions, providers and why each can or cannot be used, cores, memory, limits."""
-    from onnxsplit.doctor import diagnose
+    from onnxsplit.views.doctor import diagnose
 
     found = diagnose()
     output.line(f"Python {found.python} on {found.platform}")

@@ -25,7 +25,7 @@ from onnxsplit.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from onnxsplit.sweep import SweepRow
+    from onnxsplit.planning.sweep import SweepRow
 
 _SHOWN_TYPES = 10
 _SHOWN_NAMES = 3
@@ -44,22 +44,22 @@ _SHOWN_NAMES = 3
 @option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report to look at; sweeps, too.")
 def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path | None, **options: Any) -> None:
     """Show what MODEL is made of, what it costs, and where it can be cut."""
-    from onnxsplit.examine import examine
     from onnxsplit.files import check_outputs
-    from onnxsplit.inspection import inspect_subject
+    from onnxsplit.planning.subject import examine
+    from onnxsplit.views.inspection import inspect_subject
 
     check_outputs(html)
     subject = examine(model, **options, say=output.say)
     found = inspect_subject(subject, cuts=cuts)
     swept: tuple[SweepRow, ...] = ()
     if sweep or html is not None:
-        from onnxsplit import sweep as sweeping
+        from onnxsplit.planning import sweep as sweeping
 
         swept = sweeping.sweep(subject, say=output.say)
     if html is not None:
-        from onnxsplit.options import CutOptions
-        from onnxsplit.planner import dry_run
-        from onnxsplit.report import write_report
+        from onnxsplit.planning.options import CutOptions
+        from onnxsplit.planning.planner import dry_run
+        from onnxsplit.views.report import write_report
 
         write_report(dry_run(subject, CutOptions(stages=1), say=output.say), html, swept)
     output.done()

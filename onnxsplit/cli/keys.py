@@ -19,7 +19,7 @@ def command() -> None:
 @option("--node", "nodes", multiple=True, metavar="NAME", help="Also make keys for this node, in DIR/NAME. Repeatable.")
 def new(output: Output, *, folder: Path, nodes: tuple[str, ...]) -> None:
     """Make a key pair in DIR; with --node, pairs for a coordinator and its nodes that allow each other."""
-    from runtime.keys import create, create_for
+    from runtime.wire.keys import create, create_for
 
     if not nodes:
         create(folder)
@@ -40,7 +40,7 @@ def new(output: Output, *, folder: Path, nodes: tuple[str, ...]) -> None:
 @option("--name", required=True, help="How to call the owner of the key; a node calls its coordinator 'coordinator'.")
 def allow_one(output: Output, *, folder: Path, public: Path, name: str) -> None:
     """Let the owner of a public key speak with the process whose keys are in DIR."""
-    from runtime.keys import Keys, allow
+    from runtime.wire.keys import Keys, allow
 
     Keys(folder)
     allow(folder, public, name)
@@ -53,7 +53,7 @@ def allow_one(output: Output, *, folder: Path, public: Path, name: str) -> None:
 @click.argument("name")
 def revoke_one(output: Output, *, folder: Path, name: str) -> None:
     """Let NAME speak with the process whose keys are in DIR no more; a running pipeline lets it go at once."""
-    from runtime.keys import Keys, revoke
+    from runtime.wire.keys import Keys, revoke
 
     Keys(folder)
     revoke(folder, name)

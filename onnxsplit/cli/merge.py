@@ -15,7 +15,7 @@ from onnxsplit.cli.output import PLAN, Output, binary, make_command, option
 def command(output: Output, *, plan: Path, out: Path) -> None:
     """Put the stages of the plan in DIR back into one model."""
     from onnxsplit.files import check_outputs
-    from onnxsplit.merge import merge
+    from onnxsplit.stages.merge import merge
 
     check_outputs(out)
     output.say("merging")

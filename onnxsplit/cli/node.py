@@ -76,8 +76,8 @@ def command(
     import logging
 
     from onnxsplit.custom_ops import find_libraries
-    from runtime.keys import default_folder
-    from runtime.node import DEFAULT_MEMORY_BYTES, NodeOptions, serve
+    from runtime.node.process import DEFAULT_MEMORY_BYTES, NodeOptions, serve
+    from runtime.wire.keys import default_folder
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     libraries = find_libraries(custom_ops)

@@ -26,8 +26,8 @@ from onnxsplit.cli.values import NODES, Seconds, Share, Size, StageCount
 from onnxsplit.numbers import MOST_ROUNDS
 
 if TYPE_CHECKING:
-    from onnxsplit.outcome import Outcome
     from onnxsplit.plan import BatchClaim, Plan
+    from onnxsplit.planning.outcome import Outcome
 
 _EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs", "custom_ops")
 
@@ -122,10 +122,10 @@ def command(
     **options: Any,
 ) -> None:
     """Cut MODEL into cost-balanced stages and write a plan directory."""
-    from onnxsplit import planner
     from onnxsplit.files import check_outputs
-    from onnxsplit.options import CutOptions
-    from onnxsplit.uncuttable import one_op
+    from onnxsplit.model.uncuttable import one_op
+    from onnxsplit.planning import planner
+    from onnxsplit.planning.options import CutOptions
 
     check_outputs(html, annotate)
     folder = out or planner.default_target(model)
@@ -161,12 +161,12 @@ def _beside(output: Output, made: Outcome, html: Path | None, annotate: Path | N
     """Write what else was asked for."""
     files: list[Path] = []
     if annotate is not None:
-        from onnxsplit import annotate as annotation
+        from onnxsplit.views import annotate as annotation
 
         files += annotation.annotate(made, annotate)
     if html is not None:
-        from onnxsplit.report import write_report
-        from onnxsplit.sweep import sweep
+        from onnxsplit.planning.sweep import sweep
+        from onnxsplit.views.report import write_report
 
         write_report(made, html, sweep(made.subject, say=output.say))
         files.append(html)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 )
 def command(output: Output, *, plan: Path, cluster: Path, out: Path | None, parallel: Parallel) -> None:
     """Give the stages of the plan in DIR other devices, without cutting the model anew."""
-    from onnxsplit.place import place
+    from onnxsplit.planning.place import place
 
     found = place(plan, cluster, out=out, parallel=parallel)
     rows: list[tuple[Any, ...]] = [

@@ -14,7 +14,7 @@ from onnxsplit.cli.values import Number
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from runtime.stats import Snapshot
+    from runtime.coordinator.status import Snapshot
 
 _BETWEEN_S = 0.5
 
@@ -51,7 +51,7 @@ def command(output: Output, *, pid: int | None, once: bool, every: float) -> Non
 
 
 def _look(pid: int | None) -> dict[int, Snapshot]:
-    from runtime.stats import ask, running
+    from runtime.coordinator.status import ask, running
 
     found = [snapshot for door in running() if (snapshot := ask(door)) is not None]
     return {snapshot.pid: snapshot for snapshot in found if pid in (None, snapshot.pid)}

@@ -33,7 +33,7 @@ def command(
     threads: int | None,
 ) -> None:
     """Run MODEL and the stages of the plan in DIR on the same inputs and compare every output."""
-    from onnxsplit.verify import verify
+    from onnxsplit.stages.verify import verify
 
     output.say("running the model and its stages")
     comparisons = verify(plan, model, inputs=inputs, threads=threads or 1, custom_ops=custom_ops)

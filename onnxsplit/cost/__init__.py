@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from onnxsplit.model.shapes import Shapes
 from onnxsplit.plan import Level
-from onnxsplit.shapes import Shapes
 
 
 @dataclass(frozen=True)

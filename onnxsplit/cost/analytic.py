@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 
 from onnxsplit.cost import OpCosts
-from onnxsplit.graph import Op, OpGraph
-from onnxsplit.shapes import Shapes
-from onnxsplit.source import all_nodes, nested_graphs
+from onnxsplit.model.graph import Op, OpGraph
+from onnxsplit.model.shapes import Shapes
+from onnxsplit.model.source import all_nodes, nested_graphs
 
 FLOP_PER_S = 40_000_000_000
 BYTES_PER_S = 8_000_000_000

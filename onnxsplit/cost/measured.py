@@ -24,15 +24,15 @@ import msgspec
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.custom_ops import Library
-from onnxsplit.ends import defaults
 from onnxsplit.errors import InputError, ModelError, ModelRefused
-from onnxsplit.graph import OpGraph
-from onnxsplit.inputs import dimension_choices, guesses
-from onnxsplit.opening import ModelFile, runnable
+from onnxsplit.model.ends import defaults
+from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.inputs import dimension_choices, guesses
+from onnxsplit.model.opening import ModelFile, runnable
+from onnxsplit.model.precision import distance, is_discrete
+from onnxsplit.model.shapes import Shapes, bind, infer_shapes, with_formulas
 from onnxsplit.plan import Level, TensorSpec
-from onnxsplit.precision import distance, is_discrete
 from onnxsplit.session import quiet_environment
-from onnxsplit.shapes import Shapes, bind, infer_shapes, with_formulas
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, load_npz, save_npz
 from onnxsplit.timed import TimedModel, median_ns
 

@@ -18,10 +18,10 @@ import onnx
 
 from onnxsplit.cost.measured import Profile, ProfileRequest
 from onnxsplit.errors import in_one_line
-from onnxsplit.external import point_from_one_folder
-from onnxsplit.graph import OpGraph, build_graph
+from onnxsplit.model.external import point_from_one_folder
+from onnxsplit.model.graph import OpGraph, build_graph
+from onnxsplit.model.source import all_nodes, graph_tensors, open_model
 from onnxsplit.session import open_session
-from onnxsplit.source import all_nodes, graph_tensors, open_model
 from onnxsplit.tensors import load_npz
 
 _OP_NAME = re.compile(r"onnxsplit\.op(\d+)\.")

@@ -13,11 +13,11 @@ from onnxsplit.cost.measured import find_example
 from onnxsplit.errors import ExportError, InputError, ModelError, one_line
 from onnxsplit.export import Conversion, ExportOptions, finish
 from onnxsplit.export.sources import Source
-from onnxsplit.external import external_range, is_external, load_external
-from onnxsplit.graph import build_graph
+from onnxsplit.model.external import external_range, is_external, load_external
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.shapes import input_specs
+from onnxsplit.model.source import SourceModel, graph_tensors, open_model
 from onnxsplit.session import host_cores, open_session
-from onnxsplit.shapes import input_specs
-from onnxsplit.source import SourceModel, graph_tensors, open_model
 from onnxsplit.tensors import Array
 
 

@@ -19,11 +19,11 @@ from onnxsplit.errors import InputError, OnnxsplitError, shown
 from onnxsplit.plan import PLAN_FILE, Plan, load_plan
 from onnxsplit.tensors import Array
 from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
-from runtime.gateway.entrance import Entrance, Passage
+from runtime.gateway.batcher import Entrance, Passage
+from runtime.gateway.counters import Tally
 from runtime.gateway.errors import GatewayError, NotLoaded, UnknownModel, words
-from runtime.gateway.line import Limits
 from runtime.gateway.protocol import DATATYPES, InferRequest, Wanted
-from runtime.gateway.tally import Tally
+from runtime.gateway.queue import Limits
 from runtime.logs import log_event
 from runtime.microbatch import batch_axes
 from runtime.pipeline import Pipeline

@@ -19,18 +19,18 @@ import uvicorn
 from onnxsplit.errors import InputError, OnnxsplitError
 from runtime.descriptors import raise_limit
 from runtime.errors import LaunchFailed
-from runtime.gateway.bodies import Bodies
 from runtime.gateway.budget import Budget
-from runtime.gateway.connections import Connection
+from runtime.gateway.grpc.servicer import Rpc
 from runtime.gateway.guard import LOOPBACK, Guard, read_tokens
-from runtime.gateway.line import Limits
+from runtime.gateway.http.app import Web
+from runtime.gateway.http.bodies import Bodies
+from runtime.gateway.http.connections import Connection
+from runtime.gateway.queue import Limits
 from runtime.gateway.regions import Regions
 from runtime.gateway.repository import Repository, Start, find_versions
-from runtime.gateway.rpc import Rpc
 from runtime.gateway.service import Service
-from runtime.gateway.spans import Spans
-from runtime.gateway.watcher import Watcher
-from runtime.gateway.web import Web
+from runtime.gateway.telemetry.sampler import Watcher
+from runtime.gateway.telemetry.spans import Spans
 from runtime.logs import log_event
 
 _log = logging.getLogger("runtime.gateway")

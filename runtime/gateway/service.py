@@ -9,12 +9,12 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from onnxsplit.tensors import Array, content_bytes
-from runtime.gateway.describe import split_name
 from runtime.gateway.errors import Unsupported, words
+from runtime.gateway.metadata import split_name
 from runtime.gateway.protocol import InferRequest, Read, Wanted, classify, to_bytes
 from runtime.gateway.regions import Regions
 from runtime.gateway.repository import Repository, Version, why
-from runtime.gateway.spans import Spans
+from runtime.gateway.telemetry.spans import Spans
 
 Said = TypeVar("Said")
 Encode = Callable[[InferRequest, str, str, Mapping[str, Array], Sequence[Wanted]], Said]

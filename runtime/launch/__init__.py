@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.transport import Security
+from runtime.wire.sockets import Security
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from onnxsplit.session import quiet_environment
 from runtime.launch import Premises
-from runtime.transport import private_folder
+from runtime.wire.sockets import private_folder
 
 _LOG_TAIL_BYTES = 2000
 _LOG_TAIL_LINES = 10

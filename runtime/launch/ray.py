@@ -22,11 +22,11 @@ from onnxsplit.custom_ops import named
 from onnxsplit.errors import InputError, MissingDependency
 from onnxsplit.plan import Plan, Stage
 from onnxsplit.session import host_cores
+from runtime.coordinator.roster import Slot
 from runtime.errors import LaunchFailed
 from runtime.launch import Premises
 from runtime.launch.ray_node import NodeActor
-from runtime.roster import Slot
-from runtime.transport import Security, new_key_pair, private_folder
+from runtime.wire.sockets import Security, new_key_pair, private_folder
 
 Placement = Literal["spread", "strict-spread", "pack"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)

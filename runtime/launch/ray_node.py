@@ -7,9 +7,9 @@ import select
 import threading
 from collections.abc import Mapping, Sequence
 
-from runtime.keys import create
+from runtime.coordinator.status import hold
 from runtime.launch.local import LocalHandle, LocalLauncher
-from runtime.stats import hold
+from runtime.wire.keys import create
 
 
 class NodeActor:

@@ -19,13 +19,13 @@ import pytest
 from waiting import wait_until
 
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.keys import create_for
-from runtime.stats import sweep
-from runtime.transport import reachable
-from runtime.watch import Timings
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.status import sweep
+from runtime.wire.keys import create_for
+from runtime.wire.sockets import reachable
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 X = {"x": np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)}

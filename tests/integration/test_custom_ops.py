@@ -20,9 +20,9 @@ from onnxsplit.cluster import load_cluster
 from onnxsplit.custom_ops import EXTENSIONS, find_libraries
 from onnxsplit.errors import CustomOpsError, InputError
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from onnxsplit.tensors import load_npz
-from onnxsplit.verify import run_stages
 from runtime import Pipeline
 from runtime.errors import LaunchFailed
 

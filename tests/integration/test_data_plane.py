@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.weights import cache_folder
+from runtime.node.weights import cache_folder
 
 ROWS, WIDTH = 64, 256
 CUT_BYTES = ROWS * WIDTH * 4

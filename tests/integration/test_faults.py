@@ -18,12 +18,12 @@ from waiting import wait_until
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.coordinator_state import CoordinatorState
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.state import CoordinatorState
 from runtime.errors import Busy, NodeFailed, PipelineClosed, StageUnavailable
-from runtime.watch import Timings
 
 WIDTH = 128
 QUICK = Timings(beat_s=0.2, silence_s=3.0, stall_s=3.0, stall_factor=5)

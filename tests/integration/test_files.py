@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.keys import create_for
-from runtime.stats import sweep
-from runtime.watch import Timings
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.status import sweep
+from runtime.wire.keys import create_for
 
 WIDTH = 256
 QUICK = Timings(beat_s=0.2, silence_s=1.5, lost_s=2)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from served import Served
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.tensors import numpy_dtype
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")

@@ -22,7 +22,7 @@ from tritonclient.grpc import service_pb2 as pb  # noqa: E402
 
 from runtime.gateway.errors import Forbidden, Unauthorized  # noqa: E402
 from runtime.gateway.guard import Guard  # noqa: E402
-from runtime.gateway.http_codec import ask  # noqa: E402
+from runtime.gateway.http.codec import ask  # noqa: E402
 
 LIMIT = 48 << 20
 TENSOR = {"name": "x", "shape": [1, 32], "datatype": "FP32", "data": [0.5] * 32}

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 import build
 import pytest
 
-from onnxsplit.planner import partition
-from runtime.keys import create_for
-from runtime.stats import sweep
+from onnxsplit.planning.planner import partition
+from runtime.coordinator.status import sweep
+from runtime.wire.keys import create_for
 
 HOSTS = ("h1", "h2", "h3")
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from served import Served
 
 from onnxsplit.errors import InputError
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from runtime import Pipeline
 from runtime.bench import bench
 

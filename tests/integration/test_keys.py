@@ -17,12 +17,12 @@ from waiting import wait_until
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
+from runtime.coordinator.failure_detector import Timings
 from runtime.errors import LaunchFailed, PipelineError
-from runtime.keys import Keys, allow, create, create_for, revoke
-from runtime.watch import Timings
+from runtime.wire.keys import Keys, allow, create, create_for, revoke
 
 WIDTH = 128
 QUICK = Timings(beat_s=0.2, silence_s=1.5, lost_s=2)

@@ -22,12 +22,12 @@ import psutil
 import pytest
 from proxy import Proxy
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from runtime import Pipeline
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.status import sweep
 from runtime.errors import DeadlineExceeded
-from runtime.keys import create_for, revoke
-from runtime.stats import sweep
-from runtime.watch import Timings
+from runtime.wire.keys import create_for, revoke
 
 X = {"x": np.ones((2, 32), np.float32)}
 QUICK = Timings(beat_s=0.1, silence_s=1, loading_silence_s=1)
@@ -194,8 +194,12 @@ def test_a_revoked_node_is_told_and_exits_with_1(plan, tmp_path, start, free_por
 @pytest.mark.parametrize(
     ("before", "options", "words"),
     [
-        ("import runtime.messages as m; m.PROTOCOL = 99", (), "speaks protocol 99"),
-        ("import runtime.codec as c; c._coordinator_control = c._node_control", (), "the same version of onnxsplit"),
+        ("import runtime.wire.messages as m; m.PROTOCOL = 99", (), "speaks protocol 99"),
+        (
+            "import runtime.wire.codec as c; c._coordinator_control = c._node_control",
+            (),
+            "the same version of onnxsplit",
+        ),
         ("", ("--stage", "7"), "the node wants stage 7, and the plan has the stages 0 to 0"),
     ],
     ids=["its protocol", "what it understands", "its wish"],
@@ -544,7 +548,7 @@ def test_a_spare_outlasts_pauses_of_its_coordinator_and_its_own(address, start, 
 
 def test_a_node_whose_coordinator_dies_while_it_loads_ends_loading_and_comes_back(address, start, call):
     """It was ended in the middle of loading, with 1."""
-    slowly = "import time, runtime.worker as w; plain = w.StageRunner.__init__\n"
+    slowly = "import time, runtime.node.worker as w; plain = w.StageRunner.__init__\n"
     slowly += "def load(self, *of, **more): time.sleep(6); plain(self, *of, **more)\nw.StageRunner.__init__ = load"
     caller, node = call(address), start(address, before=slowly)
     wait_for(lambda: node.log.exists() and psutil.Process(node.process.pid).num_threads() > 3)

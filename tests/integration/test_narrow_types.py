@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import open_session
 from runtime import Pipeline
 

@@ -17,10 +17,11 @@ from waiting import wait_until
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
-from runtime import Pipeline, codec
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
+from runtime import Pipeline
 from runtime.errors import DeadlineExceeded, NotSeparable, PipelineClosed, PipelineError, StageFailed
+from runtime.wire import codec
 
 
 def batch(rows: int = 3, width: int = 32):

@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from served import Served
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,11 +16,11 @@ from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
+from runtime.coordinator.failure_detector import Timings
 from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed, PipelineError, StageFailed
-from runtime.watch import Timings
 
 
 def batch(rows: int = 3, width: int = 32, seed: int = 0):

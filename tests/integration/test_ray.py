@@ -20,12 +20,12 @@ from waiting import wait_until
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.status import sweep
 from runtime.errors import LaunchFailed
-from runtime.stats import sweep
-from runtime.watch import Timings
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'onnxsplit[ray]'")
 from runtime.launch.ray import RayLauncher

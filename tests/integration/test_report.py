@@ -7,10 +7,10 @@ import re
 import build
 import pytest
 
-from onnxsplit.options import CutOptions
-from onnxsplit.planner import examine_for, write_plan
-from onnxsplit.report import write_report
-from onnxsplit.sweep import sweep
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import examine_for, write_plan
+from onnxsplit.planning.sweep import sweep
+from onnxsplit.views.report import write_report
 
 
 @pytest.fixture(scope="module")

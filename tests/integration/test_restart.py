@@ -15,8 +15,8 @@ from runtime import Pipeline
 from runtime.errors import LaunchFailed
 from runtime.gateway import repository as repositories
 from runtime.gateway.errors import NotLoaded, status_of
-from runtime.gateway.line import Limits
 from runtime.gateway.protocol import InferRequest
+from runtime.gateway.queue import Limits
 from runtime.gateway.repository import Repository, find_versions
 
 X = {"x": np.ones((1, 32), np.float32)}
@@ -84,7 +84,7 @@ def test_a_model_that_does_not_turn_is_not_ready(chain_plan, monkeypatch):
         models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
         (version,) = models
         await models.load(version.model)
-        monkeypatch.setattr("runtime.coordinator._TURN_S", -1.0)
+        monkeypatch.setattr("runtime.coordinator.loop._TURN_S", -1.0)
         assert not models.ready
         assert "has not looked after its nodes" in version.why_not()
         with pytest.raises(NotLoaded, match="has not looked after"):

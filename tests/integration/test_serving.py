@@ -32,7 +32,7 @@ from served import PENDING, Served
 from tritonclient.utils import InferenceServerException
 from waiting import wait_until
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 
 INFER = b"POST /v2/models/model/infer HTTP/1.1\r\nHost: localhost\r\n"
 

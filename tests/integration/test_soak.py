@@ -10,10 +10,10 @@ import build
 import numpy as np
 
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from onnxsplit.verify import run_stages
+from onnxsplit.planning.planner import partition
+from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.watch import Timings
+from runtime.coordinator.failure_detector import Timings
 
 KILLS, STOPS = 5, 2
 

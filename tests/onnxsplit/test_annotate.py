@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxsplit.annotate import CONFIGURATION, annotate
-from onnxsplit.multi_device import check_multi_device
-from onnxsplit.options import CutOptions
-from onnxsplit.planner import examine_for, write_plan
+from onnxsplit.model.multi_device import check_multi_device
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import examine_for, write_plan
 from onnxsplit.session import open_session
+from onnxsplit.views.annotate import CONFIGURATION, annotate
 
 
 def made(tmp_path, proto=None, **options):

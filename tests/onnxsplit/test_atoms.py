@@ -4,10 +4,10 @@ import build
 import numpy as np
 from onnx import TensorProto, helper
 
-from onnxsplit.atoms import CALLER, build_atoms
-from onnxsplit.graph import build_graph
-from onnxsplit.shapes import infer_shapes
-from onnxsplit.source import open_model
+from onnxsplit.model.atoms import CALLER, build_atoms
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.shapes import infer_shapes
+from onnxsplit.model.source import open_model
 
 
 def atoms_of(proto, tmp_path, **sizes):

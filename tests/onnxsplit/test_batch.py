@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from runtime import Pipeline
 
 FREE = ["batch", 8]

@@ -11,11 +11,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from onnxsplit.batch.claim import Structure, candidates
-from onnxsplit.batch.linear import Linear, Undecided, linear
-from onnxsplit.graph import build_graph
-from onnxsplit.shapes import input_specs
-from onnxsplit.source import open_model
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.shapes import input_specs
+from onnxsplit.model.source import open_model
+from onnxsplit.stages.batch.claim import Structure, candidates
+from onnxsplit.stages.batch.linear import Linear, Undecided, linear
 
 ROWS, MIDDLE, LAST = 3, 4, 6
 STEPS = [

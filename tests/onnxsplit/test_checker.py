@@ -9,9 +9,9 @@ import pytest
 from checked import check_plan
 from onnx import TensorProto, helper
 
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import open_session
-from onnxsplit.verify import verify
+from onnxsplit.stages.verify import verify
 
 
 def of_2018() -> onnx.ModelProto:

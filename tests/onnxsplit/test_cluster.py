@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxsplit.calibrate import measured, this_host
 from onnxsplit.cluster import Cluster, Device, Link, load_cluster, parse_size
 from onnxsplit.errors import ClusterError
+from onnxsplit.planning.calibrate import measured, this_host
 
 names = st.text(min_size=1, max_size=12).filter(lambda text: "\r" not in text)
 

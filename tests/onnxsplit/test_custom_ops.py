@@ -24,11 +24,11 @@ from onnxsplit.custom_ops import (
     unchanged,
 )
 from onnxsplit.errors import CustomOpsError, ModelRefused
-from onnxsplit.graph import build_graph
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.source import open_model
 from onnxsplit.plan import CustomOps, load_plan
 from onnxsplit.session import open_session
-from onnxsplit.source import open_model
-from onnxsplit.verify import run_stages, verify
+from onnxsplit.stages.verify import run_stages, verify
 
 TEXT = {"text": np.array(["a model runs cuts"], dtype=object)}
 
@@ -277,7 +277,7 @@ def test_custom_ops_on_borders_and_in_bodies(kind, stages, tmp_path, extensions)
 
 
 def test_stages_and_the_merged_model_pass_the_checker_of_onnx(tokenizer, tmp_path):
-    from onnxsplit.merge import merge
+    from onnxsplit.stages.merge import merge
 
     _, folder = tokenizer
     for stage in load_plan(folder).stages:
@@ -352,7 +352,7 @@ def test_libraries_that_the_plan_does_not_name_are_refused(tokenizer, tmp_path):
 def test_verify_loads_nothing_that_only_the_plan_names(tokenizer):
     model, folder = tokenizer
     code = (
-        "import sys; from onnxsplit.verify import verify\n"
+        "import sys; from onnxsplit.stages.verify import verify\n"
         "try: verify(sys.argv[1], sys.argv[2])\n"
         "except Exception as error: print(type(error).__name__)\n"
         "print('extensions' in open('/proc/self/maps').read())"

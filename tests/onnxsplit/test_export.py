@@ -23,9 +23,9 @@ from onnxsplit.export import TOLERANCE, Exported, export
 from onnxsplit.export.finish import FRAMEWORK, SOURCE
 from onnxsplit.export.sources import recognise
 from onnxsplit.export.specs import InputSpec, parse_spec, samples
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import open_session
-from onnxsplit.verify import verify
+from onnxsplit.stages.verify import verify
 from runtime import Pipeline
 
 MODELS = Path(__file__).parents[2] / "models"

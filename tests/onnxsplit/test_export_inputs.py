@@ -15,7 +15,7 @@ import pytest
 from onnxsplit.errors import ExportError
 from onnxsplit.export import TOLERANCE, export
 from onnxsplit.export.examples import flat, resized, varied
-from onnxsplit.precision import distance
+from onnxsplit.model.precision import distance
 from onnxsplit.session import open_session
 
 MODELS = Path(__file__).parents[2] / "models"

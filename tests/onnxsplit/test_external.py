@@ -14,15 +14,15 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from onnxsplit.calibrate import _files
 from onnxsplit.errors import ModelError
 from onnxsplit.export import export
-from onnxsplit.external import external_range, open_external
-from onnxsplit.merge import merge
-from onnxsplit.planner import partition
+from onnxsplit.model.external import external_range, open_external
+from onnxsplit.model.source import open_model
+from onnxsplit.planning.calibrate import _files
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import open_session
-from onnxsplit.source import open_model
-from onnxsplit.verify import run_stages, verify
+from onnxsplit.stages.merge import merge
+from onnxsplit.stages.verify import run_stages, verify
 
 
 def cache(folder: Path, *, inner: str = "", pieces: int = 1, model_is_link: bool = True) -> Path:

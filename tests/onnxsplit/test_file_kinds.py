@@ -19,7 +19,7 @@ import pytest
 from onnx import helper
 
 from onnxsplit.errors import ModelError
-from onnxsplit.source import open_model
+from onnxsplit.model.source import open_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 

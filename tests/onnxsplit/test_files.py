@@ -20,13 +20,13 @@ from onnxsplit.errors import ExportError, InputError, OnnxsplitError
 from onnxsplit.export import export
 from onnxsplit.export.sources import recognise
 from onnxsplit.files import MOST_TEXT_BYTES, check_outputs, check_regular, open_regular, read_regular, replacing
+from onnxsplit.model.source import open_model
 from onnxsplit.plan import check_file, load_plan
 from onnxsplit.session import open_session
-from onnxsplit.source import open_model
 from onnxsplit.tensors import load_npz, save_npz
 from runtime.gateway.guard import read_tokens
-from runtime.health import write_health
-from runtime.keys import allow, create
+from runtime.node.health import write_health
+from runtime.wire.keys import allow, create
 
 TERABYTE = 1 << 40
 

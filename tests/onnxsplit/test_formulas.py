@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxsplit.formulas import formulas_among, parse_formula
+from onnxsplit.model.formulas import formulas_among, parse_formula
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import ModelError
-from onnxsplit.graph import build_graph, captured_names
-from onnxsplit.source import MOST_RANK, open_model
+from onnxsplit.model.graph import build_graph, captured_names
+from onnxsplit.model.source import MOST_RANK, open_model
 
 
 def graph_of(proto, tmp_path):

@@ -6,14 +6,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError
-from onnxsplit.examine import examine
-from onnxsplit.graph import build_graph
-from onnxsplit.inputs import dimension_choices, synthesize
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.inputs import dimension_choices, synthesize
+from onnxsplit.model.source import open_model
 from onnxsplit.plan import TensorSpec
-from onnxsplit.planner import partition
-from onnxsplit.source import open_model
+from onnxsplit.planning.planner import partition
+from onnxsplit.planning.subject import examine
+from onnxsplit.stages.verify import verify
 from onnxsplit.tensors import load_npz
-from onnxsplit.verify import verify
 
 
 def spec(*shape):

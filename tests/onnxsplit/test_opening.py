@@ -13,11 +13,11 @@ import onnxruntime
 import pytest
 
 import onnxsplit
-from onnxsplit import opening
 from onnxsplit.errors import ModelError
-from onnxsplit.examine import examine
-from onnxsplit.opening import open_any
-from onnxsplit.verify import verify
+from onnxsplit.model import opening
+from onnxsplit.model.opening import open_any
+from onnxsplit.planning.subject import examine
+from onnxsplit.stages.verify import verify
 
 CHEAP = {"stages": 2, "rounds": 1}
 

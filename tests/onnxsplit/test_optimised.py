@@ -12,15 +12,15 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import ModelRefused
-from onnxsplit.examine import examine
-from onnxsplit.merge import merge
-from onnxsplit.optimised import is_saved, rename_initializers
-from onnxsplit.options import CutOptions
+from onnxsplit.model.optimised import is_saved, rename_initializers
+from onnxsplit.model.source import open_model
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition, write_plan
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import partition, write_plan
+from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
-from onnxsplit.source import open_model
-from onnxsplit.verify import run_stages, verify
+from onnxsplit.stages.merge import merge
+from onnxsplit.stages.verify import run_stages, verify
 
 LEVELS = ("disabled", "basic", "extended", "all")
 

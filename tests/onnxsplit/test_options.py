@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from onnxsplit import examine
 from onnxsplit.cluster import Cluster, Device
 from onnxsplit.errors import ClusterError, InputError, ModelError, PartitionError
-from onnxsplit.options import CutOptions
-from onnxsplit.planner import dry_run, examine_for, partition
+from onnxsplit.planning import subject as examine
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import dry_run, examine_for, partition
+from onnxsplit.planning.sweep import sweep
 from onnxsplit.session import open_session
-from onnxsplit.sweep import sweep
-from onnxsplit.verify import verify
+from onnxsplit.stages.verify import verify
 
 
 def heads(length: int = 3, width: int = 32):

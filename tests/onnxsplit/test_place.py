@@ -11,9 +11,9 @@ import pytest
 from onnxsplit.cluster import Cluster, Device, Link, load_cluster
 from onnxsplit.errors import ClusterError, PartitionError, PlanError
 from onnxsplit.partitioner import CALLER, Kind, Partition, Problem, Transfer, line_up, score, search
-from onnxsplit.place import place, placed
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
+from onnxsplit.planning.place import place, placed
+from onnxsplit.planning.planner import partition
 
 SLOW, FAST = Link(100_000, 10_000_000), Link(1_000, 10_000_000_000)
 

@@ -16,14 +16,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.cost import measured
-from onnxsplit.examine import examine
-from onnxsplit.extract import file_entry
-from onnxsplit.merge import merge
-from onnxsplit.planner import partition
-from onnxsplit.precision import LEAST_TOLERANCE, computed_types, distance, tolerance
+from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, tolerance
+from onnxsplit.planning.planner import partition
+from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
+from onnxsplit.stages.extract import file_entry
+from onnxsplit.stages.merge import merge
+from onnxsplit.stages.verify import Comparison, run_stages, verify
 from onnxsplit.tensors import load_npz
-from onnxsplit.verify import Comparison, run_stages, verify
 
 HALF = TensorProto.FLOAT16
 

@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import ModelError, ProviderError
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 from onnxsplit.providers import available_providers, parse_provider, providers_by_stage
 from onnxsplit.session import open_session
-from onnxsplit.verify import verify
+from onnxsplit.stages.verify import verify
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.cost.analytic import analytic_costs
-from onnxsplit.graph import build_graph
-from onnxsplit.planner import partition
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.shapes import infer_shapes
+from onnxsplit.model.source import open_model
+from onnxsplit.planning.planner import partition
 from onnxsplit.session import runtime_type
-from onnxsplit.shapes import infer_shapes
-from onnxsplit.source import open_model
 
 HALF, INT8, UINT8 = TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8
 

@@ -17,10 +17,10 @@ from onnx import helper
 
 from onnxsplit.cluster import Link
 from onnxsplit.errors import PartitionError, PlanError
-from onnxsplit.examine import examine
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
+from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
-from onnxsplit.verify import run_stages, verify
+from onnxsplit.stages.verify import run_stages, verify
 
 
 def split(proto: onnx.ModelProto, folder: Path, stages: int, **options):
@@ -197,7 +197,7 @@ def test_a_wrong_stage_is_found_by_verify(tmp_path):
     file.write_bytes(stage.SerializeToString())
     import msgspec
 
-    from onnxsplit.extract import file_entry
+    from onnxsplit.stages.extract import file_entry
 
     entry = file_entry(file)
     stages = (plan.stages[0], msgspec.structs.replace(plan.stages[1], files=(entry,)))

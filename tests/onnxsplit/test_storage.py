@@ -12,15 +12,15 @@ import pytest
 from checked import check_plan
 from onnx import TensorProto, helper
 
-from onnxsplit.annotate import annotate
-from onnxsplit.examine import examine
-from onnxsplit.extract import peak_memory_bytes, whole_parts
-from onnxsplit.merge import merge
-from onnxsplit.options import CutOptions
 from onnxsplit.plan import check_file
-from onnxsplit.planner import dry_run, partition
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import dry_run, partition
+from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
-from onnxsplit.verify import run_stages, verify
+from onnxsplit.stages.extract import peak_memory_bytes, whole_parts
+from onnxsplit.stages.merge import merge
+from onnxsplit.stages.verify import run_stages, verify
+from onnxsplit.views.annotate import annotate
 
 ROWS, WIDTH = 256, 64
 TABLE = ROWS * WIDTH * 4

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import PartitionError
-from onnxsplit.planner import partition
+from onnxsplit.planning.planner import partition
 
 
 def block(name: str, first: str, count: int) -> onnx.GraphProto:

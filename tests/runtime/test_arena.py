@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.arena import SLOTS, Arena, PeerArena, Step
 from runtime.errors import ProtocolError
-from runtime.extents import ALIGNMENT, Extents, aligned
-from runtime.messages import Memory, Place
-from runtime.pinned import pin_with
+from runtime.memory.arena import SLOTS, Arena, PeerArena, Step
+from runtime.memory.extents import ALIGNMENT, Extents, aligned
+from runtime.memory.pinned import pin_with
+from runtime.wire.messages import Memory, Place
 
 MIB = 1 << 20
 ME, READER = 3, 7

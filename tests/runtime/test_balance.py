@@ -9,10 +9,10 @@ from types import FrameType
 
 import pytest
 
-from runtime.balance import ORDINARY, POLICIES, Chooser, Gauge, Replica, cost_of
-from runtime.board import Board
-from runtime.messages import Peer, Receipt
-from runtime.router import Router
+from runtime.balance.board import Board
+from runtime.balance.policies import ORDINARY, POLICIES, Chooser, Gauge, Replica, cost_of
+from runtime.balance.router import Router
+from runtime.wire.messages import Peer, Receipt
 
 MS = 1_000_000
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from runtime import codec
 from runtime.errors import ProtocolError
-from runtime.messages import (
+from runtime.wire import codec
+from runtime.wire.messages import (
     Assign,
     Beat,
     Cancel,

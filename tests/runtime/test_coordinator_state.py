@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onnxsplit.plan import load_plan
-from runtime.arena import Step
-from runtime.coordinator_events import (
+from runtime.coordinator.events import (
     Again,
     Announce,
     CloseAsked,
@@ -39,7 +38,9 @@ from runtime.coordinator_events import (
     TimedOut,
     Unsendable,
 )
-from runtime.coordinator_state import CoordinatorState, State
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.roster import Phase, Start
+from runtime.coordinator.state import CoordinatorState, State
 from runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -49,9 +50,8 @@ from runtime.errors import (
     StageFailed,
     StageUnavailable,
 )
-from runtime.messages import ANY, NOT_NEEDED, PROTOCOL, Failed, Hello, Visit
-from runtime.roster import Phase, Start
-from runtime.watch import Timings
+from runtime.memory.arena import Step
+from runtime.wire.messages import ANY, NOT_NEEDED, PROTOCOL, Failed, Hello, Visit
 
 SECOND = 1_000_000_000
 TIMINGS = Timings(backoff_s=1, settled_s=5, circuit_failures=3, circuit_s=30, lost_s=10)

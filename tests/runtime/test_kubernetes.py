@@ -16,8 +16,8 @@ import yaml
 
 from onnxsplit.errors import InputError, PlanError
 from onnxsplit.plan import CustomOps, parse_plan
-from runtime.keys import Keys
-from runtime.launch.kubernetes import Wishes, manifests, name_of, to_yaml, write
+from runtime.deploy.kubernetes import Wishes, manifests, name_of, to_yaml, write
+from runtime.wire.keys import Keys
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "onnxsplit" / "golden_plan.json"
@@ -105,7 +105,7 @@ def test_what_is_written_can_be_built_and_its_keys_open_the_links(plan, tmp_path
 
 
 def test_the_probes_of_a_node_tell_the_truth(plan, tmp_path):
-    from runtime.health import write_health
+    from runtime.node.health import write_health
 
     (container,) = of_kind(manifests(plan, WISHES), "StatefulSet")["reader-stage-0"]["spec"]["template"]["spec"][
         "containers"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runtime.errors import PipelineError
-from runtime.node import NodeOptions, _Node, serve
+from runtime.node.process import NodeOptions, _Node, serve
 
 
 @pytest.mark.parametrize(

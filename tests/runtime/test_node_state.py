@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onnxsplit.plan import load_plan
-from runtime.messages import ANY, CALLER, Assign, Failed, Fragment, Peer, Visit, Wire
-from runtime.node_events import (
+from runtime.node.events import (
     Arrived,
     Assigned,
     Cancelled,
@@ -33,8 +32,9 @@ from runtime.node_events import (
     Turn,
     Wired,
 )
-from runtime.node_state import TRANSITIONS, NodeState, State
-from runtime.table import IllegalEventError
+from runtime.node.state import TRANSITIONS, NodeState, State
+from runtime.transition_table import IllegalEventError
+from runtime.wire.messages import ANY, CALLER, Assign, Failed, Fragment, Peer, Visit, Wire
 
 ROUTE = (ANY, ANY, ANY, 4)
 VIEW = 1

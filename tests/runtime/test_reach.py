@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runtime.messages import CALLER
-from runtime.reach import Reach, dead_ends
+from runtime.coordinator.reach import Reach, dead_ends
+from runtime.wire.messages import CALLER
 
 SECOND = 1_000_000_000
 EVERYBODY = {0, 1, 2, 3}

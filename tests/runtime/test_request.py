@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from runtime.admission import Admission
+from runtime.coordinator.request_io import Answer
 from runtime.errors import Cancelled, NotSeparable, PipelineClosed, StageFailed
-from runtime.flow import Answer
 from runtime.request import Asked, Request
 
 ASKED = Asked(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from runtime.messages import PROTOCOL, Hello
-from runtime.roster import Phase, Roster
-from runtime.watch import Timings
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.roster import Phase, Roster
+from runtime.wire.messages import PROTOCOL, Hello
 
 SECOND = 1_000_000_000
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from runtime.balance import ORDINARY
-from runtime.board import Board
-from runtime.messages import Peer, Receipt
-from runtime.router import Router
+from runtime.balance.board import Board
+from runtime.balance.policies import ORDINARY
+from runtime.balance.router import Router
+from runtime.wire.messages import Peer, Receipt
 
 SECOND = 1_000_000_000
 MS = 1_000_000

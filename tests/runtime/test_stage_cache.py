@@ -11,10 +11,10 @@ import pytest
 
 from onnxsplit.plan import FileEntry, load_plan, plan_id, read_plan_file
 from runtime.errors import PipelineError
-from runtime.file_client import FileClient
-from runtime.file_server import FileServer
-from runtime.stage_cache import StageCache
-from runtime.transport import Security
+from runtime.files.cache import StageCache
+from runtime.files.client import FileClient
+from runtime.files.server import FileServer
+from runtime.wire.sockets import Security
 
 BODY = bytes(range(256)) * 20_000  # five pieces
 

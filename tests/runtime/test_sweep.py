@@ -6,14 +6,14 @@ import os
 import subprocess
 import sys
 
-from runtime.stats import hold, sweep
-from runtime.transport import private_folder
+from runtime.coordinator.status import hold, sweep
+from runtime.wire.sockets import private_folder
 
 
 def test_only_what_nobody_holds_any_more_is_swept(python_environment):
     mine = private_folder()
     held = hold(mine)
-    code = "from runtime.stats import hold; from runtime.transport import private_folder; import os, sys, signal; "
+    code = "from runtime.coordinator.status import hold; from runtime.wire.sockets import private_folder; import os, sys, signal; "
     code += "home = private_folder(); hold(home); print(home); sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     environment = {**python_environment, "TMPDIR": os.environ["TMPDIR"]}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

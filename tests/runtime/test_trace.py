@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runtime.messages import Visit
 from runtime.trace import Traced, chrome_trace
+from runtime.wire.messages import Visit
 
 REQUEST = Traced(
     request=4,

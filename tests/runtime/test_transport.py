@@ -8,7 +8,7 @@ import pytest
 from waiting import wait_until
 
 from runtime.errors import PipelineError
-from runtime.transport import Inlet, Sockets, Wakeup, check_address
+from runtime.wire.sockets import Inlet, Sockets, Wakeup, check_address
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.messages import NodeBeat
-from runtime.watch import Timings, Watch
+from runtime.coordinator.failure_detector import Timings, Watch
+from runtime.wire.messages import NodeBeat
 
 SECOND = 1_000_000_000
 TIMINGS = Timings(beat_s=0.5, silence_s=5, loading_silence_s=60)

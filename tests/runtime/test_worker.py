@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from runtime import codec
-from runtime.messages import CALLER, Fragment, TensorHead
-from runtime.worker import Worker
+from runtime.node.worker import Worker
+from runtime.wire import codec
+from runtime.wire.messages import CALLER, Fragment, TensorHead
 
 
 @pytest.mark.parametrize(

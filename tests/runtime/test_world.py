@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from world import SECOND, World
 
 from onnxsplit.plan import load_plan
-from onnxsplit.planner import partition
-from runtime import coordinator_events as c
-from runtime import node_events as n
-from runtime.roster import Phase
+from onnxsplit.planning.planner import partition
+from runtime.coordinator import events as c
+from runtime.coordinator.roster import Phase
+from runtime.node import events as n
 
 _MADE: list = []
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import onnx
 
-from onnxsplit.merge import merge
 from onnxsplit.plan import load_plan
+from onnxsplit.stages.merge import merge
 
 
 def check_plan(folder: Path, model: Path) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime import node
 from runtime.launch.local import LocalLauncher
-from runtime.stage_runner import StageRunner
-from runtime.worker import Worker
+from runtime.node import process as node
+from runtime.node.stage_runner import StageRunner
+from runtime.node.worker import Worker
 
 RELEASED = "released"
 STEPS = ("received", "before the run", "in the run", "after the run", "sent")

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from onnxsplit.plan import Plan
-from runtime import coordinator_events as c
-from runtime import node_events as n
-from runtime.arena import Step
-from runtime.coordinator_state import CoordinatorState, State
-from runtime.messages import ANY, CALLER, NOT_NEEDED, PROTOCOL, Assign, Fragment, Hello, Peer, TensorHead, Wire
-from runtime.node_state import NodeState, sources
-from runtime.node_state import State as NodeStates
-from runtime.roster import Kill, Start
-from runtime.watch import Timings
+from runtime.coordinator import events as c
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.roster import Kill, Start
+from runtime.coordinator.state import CoordinatorState, State
+from runtime.memory.arena import Step
+from runtime.node import events as n
+from runtime.node.state import NodeState, sources
+from runtime.node.state import State as NodeStates
+from runtime.wire.messages import ANY, CALLER, NOT_NEEDED, PROTOCOL, Assign, Fragment, Hello, Peer, TensorHead, Wire
 
 SECOND = 1_000_000_000
 COORDINATOR = 0

@@ -11,10 +11,10 @@ import pytest
 
 from onnxsplit.errors import InputError
 from runtime.errors import Busy, Cancelled
-from runtime.gateway import bodies
-from runtime.gateway.bodies import Bodies
 from runtime.gateway.budget import Budget
 from runtime.gateway.errors import TooLarge, TooSlow
+from runtime.gateway.http import bodies
+from runtime.gateway.http.bodies import Bodies
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from msgspec import Raw
 
 from onnxsplit.errors import InputError
 from onnxsplit.tensors import dtype_name, numpy_dtype
-from runtime.gateway.bodies import coding_of, compress
-from runtime.gateway.http_codec import answer, ask, parse
+from runtime.gateway.http.bodies import coding_of, compress
+from runtime.gateway.http.codec import answer, ask, parse
 from runtime.gateway.protocol import (
     DATATYPES,
     InferRequest,

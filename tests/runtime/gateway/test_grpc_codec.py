@@ -8,9 +8,10 @@ pytest.importorskip("grpc", reason="needs the extra serve")
 from tritonclient.grpc import service_pb2 as pb
 
 from onnxsplit.errors import InputError
-from runtime.gateway import grpc_codec, protocol
+from runtime.gateway import protocol
 from runtime.gateway.errors import TooLarge
-from runtime.gateway.http_codec import MOST_JSON_BYTES
+from runtime.gateway.grpc import codec as grpc_codec
+from runtime.gateway.http.codec import MOST_JSON_BYTES
 from runtime.gateway.protocol import Place, from_items
 
 

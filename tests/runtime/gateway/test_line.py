@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import Busy
-from runtime.gateway.line import Limits, Line, Waiting
+from runtime.gateway.queue import Limits, Line, Waiting
 
 MS = 1_000_000
 

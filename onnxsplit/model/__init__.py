@@ -1,0 +1,1 @@
+"""The model as it is given: files, graph, shapes, atoms and example inputs."""

@@ -1,0 +1,406 @@
+"""Types and shapes of every tensor, with symbolic dimensions or with sizes bound to them.
+
+Shapes come from ONNX's own inference on a copy of the model without weights (so any size of model will do), starting
+from the declared inputs alone: shapes declared further inside are not trusted, since models carry wrong ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+import onnx.shape_inference
+
+from onnxsplit.errors import InputError
+from onnxsplit.model.external import external_range, open_external
+from onnxsplit.model.formulas import Formula, formulas_among
+from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.shape_rules import use_stand_ins
+from onnxsplit.model.source import all_nodes, functions_of, nested_graphs, tensor_bytes
+from onnxsplit.numbers import MOST_SIZE, whole_problem
+from onnxsplit.plan import Shape, TensorSpec
+from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name
+
+_KEPT_BYTES = 64 * 1024  # stored tensors up to this size are kept for inference: some are shapes
+_KEPT_OUTSIDE_BYTES = 1024  # the same, for tensors in other files
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is known of the tensors of a graph.
+
+    Attributes:
+        specs: type and symbolic shape; only tensors of a known element type are in it.
+        sizes: shape at the bound dimensions, where known.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    sizes: Mapping[str, tuple[int, ...]]
+
+    def travels(self, name: str) -> bool:
+        """True when a tensor can pass from one stage to another."""
+        spec = self.specs.get(name)
+        return spec is not None and spec.dtype in TRAVELLING_TYPES
+
+    def bytes(self, name: str) -> int:
+        """Bytes of a tensor at the bound dimensions; 0 when its shape is unknown."""
+        spec, size = self.specs.get(name), self.sizes.get(name)
+        return size_bytes(spec.dtype, size) if spec is not None and size is not None else 0
+
+    def observed(self, sizes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> Shapes:
+        """The same, corrected by the shapes that a run showed and completed by the types that a session reports.
+
+        A type that is known here stays. A dimension that the run contradicts becomes ``"?"``, and a contradicted rank
+        the one that was seen.
+        """
+        specs = dict(self.specs)
+        for name, dtype in types.items():
+            if name not in specs:
+                specs[name] = TensorSpec(dtype=dtype, shape=("?",) * len(sizes[name]) if name in sizes else None)
+        for name, size in sizes.items():
+            spec = specs.get(name)
+            if spec is not None and spec.shape is not None:
+                specs[name] = TensorSpec(dtype=spec.dtype, shape=_reconciled(spec.shape, size))
+        return replace(self, specs=specs, sizes={**self.sizes, **sizes})
+
+
+def _reconciled(shape: Shape, size: tuple[int, ...]) -> Shape:
+    if len(shape) != len(size):
+        return ("?",) * len(size)
+    return tuple("?" if isinstance(d, int) and d != n else d for d, n in zip(shape, size, strict=True))
+
+
+def input_specs(graph: OpGraph) -> dict[str, TensorSpec]:
+    """The model's inputs as declared.
+
+    Raises:
+        InputError: an input is no tensor, or of a type that cannot be passed in.
+    """
+    specs = {}
+    for value in graph.source.proto.graph.input:
+        if value.name not in graph.inputs:
+            continue
+        spec = spec_of(value)
+        if spec is None or spec.dtype not in TRAVELLING_TYPES:
+            kind = value.type.WhichOneof("value") or "no type"
+            found = spec.dtype if spec is not None else kind.removesuffix("_type")
+            raise InputError(f"input {value.name!r} is a {found}, which cannot be passed to a stage; only tensors can")
+        specs[value.name] = spec
+    return specs
+
+
+def free_dimensions(specs: Mapping[str, TensorSpec]) -> dict[str, list[tuple[str, int]]]:
+    """Dimensions of the inputs that have no fixed size: name -> the (input, axis) pairs it stands for.
+
+    A dimension without a name is called ``INPUT.AXIS``. Formulas, such as ``past + 1``, are in it under their text.
+    """
+    free: dict[str, list[tuple[str, int]]] = {}
+    for name, spec in specs.items():
+        for axis, dim in enumerate(spec.shape or ()):
+            if not isinstance(dim, int):
+                free.setdefault(f"{name}.{axis}" if dim == "?" else dim, []).append((name, axis))
+    return free
+
+
+def formula_dimensions(specs: Mapping[str, TensorSpec]) -> dict[str, Formula]:
+    """Those of the free dimensions whose sizes follow from others, by their text."""
+    return formulas_among(free_dimensions(specs))
+
+
+def sized_dimensions(specs: Mapping[str, TensorSpec]) -> dict[str, list[tuple[str, int]]]:
+    """Dimensions that a size can be chosen for: as :func:`free_dimensions`, with formulas replaced by their names.
+
+    A name that stands in formulas alone is at the places of those.
+    """
+    free, formulas = free_dimensions(specs), formula_dimensions(specs)
+    found = {name: where for name, where in free.items() if name not in formulas}
+    for text, formula in formulas.items():
+        for name in formula.names:
+            if name not in free:
+                found.setdefault(name, []).extend(free[text])
+    return found
+
+
+def check_dimensions(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> None:
+    """Refuse sizes for dimensions that the inputs do not have, or that follow from others, and sizes below 0.
+
+    Raises:
+        InputError: naming them and the dimensions there are.
+    """
+    sized, formulas = sized_dimensions(specs), formula_dimensions(specs)
+    unknown = sorted(set(dims) - set(sized))
+    if unknown and unknown[0] in formulas:
+        names = formulas[unknown[0]].names
+        raise InputError(
+            f"the size of dimension {unknown[0]!r} follows from {', '.join(map(repr, names))}; "
+            f"give {'that' if len(names) == 1 else 'those'} instead: {' '.join(f'--dim {name}=N' for name in names)}"
+        )
+    if unknown:
+        raise InputError(
+            f"dimension {', '.join(map(repr, unknown))} is not in the model; "
+            f"its free dimensions are: {', '.join(sized) or 'none'}"
+        )
+    for name, size in dims.items():
+        problem = whole_problem(f"dimension {name!r}", size, 0, MOST_SIZE)
+        if problem:
+            raise InputError(problem)
+
+
+def with_formulas(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of dimensions, and those that follow from them, by the text of their formulas.
+
+    Raises:
+        InputError: a formula gives no size: its value is negative, or above what a dimension can have.
+    """
+    found = dict(dims)
+    for text, formula in formula_dimensions(specs).items():
+        if not dims.keys() >= set(formula.names):
+            continue
+        size = formula.value(dims)
+        if size is None or size > MOST_SIZE:
+            chosen = ", ".join(f"{name}={dims[name]}" for name in formula.names)
+            raise InputError(
+                f"dimension {text!r} has no size of 0 to {MOST_SIZE} at {chosen}; give other sizes with --dim NAME=N"
+            )
+        found[text] = size
+    return found
+
+
+def bind(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs with sizes put in for symbolic dimensions.
+
+    Raises:
+        InputError: a dimension is not in the model, has no size, or an input's rank is unknown.
+    """
+    check_dimensions(specs, dims)
+    missing = [name for name in sized_dimensions(specs) if name not in dims]
+    rankless = [name for name, spec in specs.items() if spec.shape is None]
+    if missing or rankless:
+        what = [f"dimension {name!r} has no size (--dim {name}=N)" for name in missing]
+        what += [f"the rank of input {name!r} is unknown (give an example with --inputs FILE.npz)" for name in rankless]
+        raise InputError("; ".join(what))
+    sizes = with_formulas(specs, dims)
+    return {
+        name: tuple(
+            dim if isinstance(dim, int) else sizes[f"{name}.{axis}" if dim == "?" else dim]
+            for axis, dim in enumerate(spec.shape or ())
+        )
+        for name, spec in specs.items()
+    }
+
+
+def infer_shapes(
+    graph: OpGraph, sizes: Mapping[str, tuple[int, ...]], known: Mapping[str, TensorSpec] | None = None
+) -> Shapes:
+    """Types and shapes of all tensors.
+
+    Args:
+        graph: the model.
+        sizes: shapes of the inputs at the bound dimensions.
+        known: types and ranks of tensors that inference does not find by itself, but can go on from.
+    """
+    names = {d for value in graph.source.proto.graph.input for d in (spec_of(value) or _NOTHING).shape or ()}
+    symbolic = _infer(graph, None, known or {})
+    specs = {
+        name: TensorSpec(dtype=spec.dtype, shape=_known_names(spec.shape, names)) for name, spec in symbolic.items()
+    }
+    for value in graph.source.proto.graph.output:
+        inferred, declared = specs.get(value.name), spec_of(value)
+        if inferred is not None and declared is not None and value.name not in graph.readers:
+            specs[value.name] = TensorSpec(dtype=inferred.dtype, shape=_named(inferred.shape, declared.shape, names))
+    bound = _infer(graph, sizes, known or {})
+    fixed = {
+        name: tuple(dim for dim in spec.shape if isinstance(dim, int))
+        for name, spec in bound.items()
+        if spec.shape is not None and all(isinstance(dim, int) for dim in spec.shape)
+    }
+    return Shapes(specs=specs, sizes={**fixed, **sizes})
+
+
+def declared_types(graph: OpGraph) -> dict[str, onnx.TypeProto]:
+    """Types of the model's outputs, of whatever kind: as declared, else as ONNX's inference finds them."""
+    outputs = graph.source.proto.graph.output
+    found = {value.name: value.type for value in outputs if value.type.WhichOneof("value") is not None}
+    if any(name not in found for name in graph.outputs):
+        found = {value.name: value.type for value in _inferred(_skeleton(graph, None)).graph.output} | found
+    return found
+
+
+_NOTHING = TensorSpec(dtype="", shape=None)
+
+
+def _known_names(shape: Shape | None, names: Iterable[int | str]) -> Shape | None:
+    """Names that inference made up say nothing to a caller, and may clash between stages."""
+    return None if shape is None else tuple(d if isinstance(d, int) or d in names else "?" for d in shape)
+
+
+def _named(inferred: Shape | None, declared: Shape | None, names: Iterable[int | str]) -> Shape | None:
+    """A shape with the names that the model declares for dimensions that inference cannot tell."""
+    if inferred is None or declared is None or len(inferred) != len(declared):
+        return inferred
+    return tuple(d if i == "?" and d in names else i for i, d in zip(inferred, declared, strict=True))
+
+
+def spec_of(value: onnx.ValueInfoProto) -> TensorSpec | None:
+    """A declared type; None for what is no tensor or has no element type."""
+    if value.type.WhichOneof("value") != "tensor_type":
+        return None
+    tensor = value.type.tensor_type
+    dtype = type_name(tensor.elem_type)
+    if dtype is None:
+        return None
+    return TensorSpec(dtype=dtype, shape=_declared(tensor.shape) if tensor.HasField("shape") else None)
+
+
+def _declared(shape: onnx.TensorShapeProto) -> Shape:
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else dim.dim_param or "?" for dim in shape.dim
+    )
+
+
+def value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
+    """A specification as ONNX writes it."""
+    shape = None if spec.shape is None else [None if dim == "?" else dim for dim in spec.shape]
+    return onnx.helper.make_tensor_value_info(name, ONNX_TYPE_NUMBER[spec.dtype], shape)
+
+
+def _infer(
+    graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None, known: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """Every tensor that inference gives an element type, in the main graph."""
+    model = _skeleton(graph, sizes)
+    use_stand_ins(model)
+    model.graph.value_info.extend(value_info(name, spec) for name, spec in known.items())
+    inferred = _inferred(model).graph
+    declared = graph.source.proto.graph
+    found: dict[str, TensorSpec] = {}
+    for value in (*declared.value_info, *declared.output):
+        spec = spec_of(value)
+        if spec is not None:
+            # A declared shape is trusted only where no op relies on it: it is for the caller's eyes.
+            trusted = value.name in graph.outputs and value.name not in graph.readers
+            found[value.name] = spec if trusted else TensorSpec(dtype=spec.dtype, shape=None)
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        spec = spec_of(value)
+        if spec is not None and (spec.shape is not None or value.name not in found):
+            found[value.name] = spec
+    for tensor in declared.initializer:
+        dtype = type_name(tensor.data_type)
+        if dtype is not None:
+            found[tensor.name] = TensorSpec(dtype=dtype, shape=tuple(tensor.dims))
+    return found
+
+
+def annotated(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
+    """A copy without large weights, with functions unfolded, and with every shape that inference finds, at any depth.
+
+    Its ops are the live ones, in topological order. ``sizes`` are the shapes of the inputs.
+    """
+    model = _skeleton(graph, sizes)
+    if model.functions:
+        _write_defaults(model)
+        model = onnx.inliner.inline_local_functions(model)
+    for node in all_nodes(model.graph.node):
+        for body in nested_graphs(node):
+            _forget_shapes(body)
+    return _inferred(model)
+
+
+def _write_defaults(model: onnx.ModelProto) -> None:
+    """Write the defaults of attributes into the calls of functions that leave them out: the inliner drops them."""
+    functions = functions_of(model)
+    for node in all_nodes((*model.graph.node, *(inner for function in model.functions for inner in function.node))):
+        function = functions.get((node.domain, node.op_type, node.overload))
+        given = {attribute.name for attribute in node.attribute}
+        for attribute in function.attribute_proto if function is not None else ():
+            if attribute.name not in given:
+                node.attribute.add().CopyFrom(attribute)
+
+
+def _forget_shapes(body: onnx.GraphProto) -> None:
+    """Take out what a body declares of its tensors' shapes, which a run may contradict; types stay."""
+    del body.value_info[:]
+    for value in (*body.input, *body.output):
+        if value.type.WhichOneof("value") == "tensor_type":
+            value.type.tensor_type.ClearField("shape")
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model as ONNX's inference leaves it."""
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # what inference cannot read stays unknown here and is observed in a run
+        return model
+
+
+def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> onnx.ModelProto:
+    """The model without the data of large tensors and without declared shapes of what ops write."""
+    source = graph.source.proto
+    model = onnx.ModelProto(ir_version=source.ir_version)
+    model.opset_import.extend(source.opset_import)
+    model.functions.extend(source.functions)
+    model.graph.name = source.graph.name
+    for value in source.graph.input:
+        added = model.graph.input.add()
+        added.CopyFrom(value)
+        if sizes is not None and value.name in sizes:
+            elem_type = value.type.tensor_type.elem_type
+            added.CopyFrom(onnx.helper.make_tensor_value_info(value.name, elem_type, sizes[value.name]))
+    for value in source.graph.output:
+        if value.name not in graph.producer:  # inference would forget the shape of that input or initializer
+            continue
+        added = model.graph.output.add()
+        added.CopyFrom(value)
+        if added.type.WhichOneof("value") == "tensor_type":
+            added.type.tensor_type.ClearField("shape")
+    for tensor in source.graph.initializer:
+        added_tensor = model.graph.initializer.add()
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and tensor_bytes(tensor) <= _KEPT_OUTSIDE_BYTES:
+            _with_data(added_tensor, tensor, graph.source.place)
+        else:
+            _without_data(added_tensor, tensor)
+    model.graph.sparse_initializer.extend(source.graph.sparse_initializer)
+    for op in graph.ops:
+        _copy_node(model.graph.node.add(), op.node)
+    return model
+
+
+def _copy_node(target: onnx.NodeProto, node: onnx.NodeProto) -> None:
+    large = [a for a in node.attribute if a.type == onnx.AttributeProto.TENSOR and a.t.ByteSize() > _KEPT_BYTES]
+    if not large and not any(True for _ in nested_graphs(node)):
+        target.CopyFrom(node)
+        return
+    bare = onnx.NodeProto(
+        name=node.name, op_type=node.op_type, domain=node.domain, input=node.input, output=node.output
+    )
+    target.CopyFrom(bare)
+    for attribute in node.attribute:
+        added = target.attribute.add()
+        if attribute in large:
+            added.name, added.type = attribute.name, attribute.type
+            _without_data(added.t, attribute.t)
+        else:
+            added.CopyFrom(attribute)
+
+
+def _with_data(target: onnx.TensorProto, tensor: onnx.TensorProto, model: Path) -> None:
+    """A small tensor whose data lies in another file."""
+    file, offset, length = external_range(model, tensor)
+    with open_external(file) as stream:
+        stream.seek(offset)
+        content = stream.read(length)
+    target.name, target.data_type, target.raw_data = tensor.name, tensor.data_type, content
+    target.dims.extend(tensor.dims)
+
+
+def _without_data(target: onnx.TensorProto, tensor: onnx.TensorProto) -> None:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= _KEPT_BYTES:
+        target.CopyFrom(tensor)
+        return
+    target.name, target.data_type = tensor.name, tensor.data_type
+    target.dims.extend(tensor.dims)
+    target.data_location = onnx.TensorProto.EXTERNAL
+    target.external_data.add(key="location", value="absent")

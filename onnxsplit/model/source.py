@@ -1,0 +1,303 @@
+"""A model's file and its protobuf: opened, checked, walked through."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from onnxsplit.errors import ModelError, shown
+from onnxsplit.files import is_text, read_regular
+from onnxsplit.model.bodies import nested_graphs as nested_graphs  # also for those that import it from here
+from onnxsplit.model.external import external_range, is_external, load_external
+from onnxsplit.model.file_kinds import what_is
+from onnxsplit.model.optimised import is_saved, rename_initializers
+from onnxsplit.tensors import size_bytes, type_name
+
+FunctionKey = tuple[str, str, str]
+"""Domain, name and overload of a model-local function."""
+
+MOST_UNFOLDED_OPS = 50_000
+"""Ops that the calls of model-local functions may stand for: ONNX Runtime unfolds them all, in quadratic time."""
+
+MOST_RANK = 64 if int(np.__version__.split(".")[0]) >= 2 else 32
+"""Dimensions that an array of the installed NumPy can have."""
+
+_MOST_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
+_MOST_CALL_DEPTH = 100  # the limit of ONNX's shape inference
+
+_RANDOM = frozenset(
+    [
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Multinomial",
+        "Bernoulli",
+        "Dropout",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How the inputs and outputs of a model were changed before it is cut.
+
+    Attributes:
+        inputs: those that the model itself declares.
+        outputs: the same for outputs.
+        defaults: initializers that were taken out, since the inputs of the same names are kept as inputs.
+        dead_nodes: ops that were taken out, since no output needs them, by their places.
+        dropped_outputs: outputs that are left out.
+        dropped_inputs: inputs that only those need.
+    """
+
+    inputs: tuple[onnx.ValueInfoProto, ...]
+    outputs: tuple[onnx.ValueInfoProto, ...]
+    defaults: Mapping[str, onnx.TensorProto]
+    dead_nodes: Mapping[int, onnx.NodeProto]
+    dropped_outputs: tuple[str, ...]
+    dropped_inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model, opened: its protobuf without the external data, and where that data lies.
+
+    Attributes:
+        path: the file it was read from; of a model given in memory, a name alone.
+        proto: the model as it is cut: its inputs and outputs may differ from the file's, see ``ends``.
+        sha256: of the bytes that were given.
+        in_file: whether the file at ``path`` holds this protobuf.
+        data_folder: where external data lies, when that is elsewhere than beside ``path``.
+        ends: how inputs and outputs were changed; None when they were not.
+    """
+
+    path: Path
+    proto: onnx.ModelProto = field(repr=False)
+    sha256: str
+    in_file: bool = True
+    data_folder: Path | None = None
+    ends: Ends | None = field(default=None, repr=False)
+
+    @property
+    def place(self) -> Path:
+        """The path that locations of external data are relative to, as if the model lay there."""
+        return self.path if self.data_folder is None else self.data_folder / self.path.name
+
+
+def open_model(path: str | Path, *, data_folder: Path | None = None) -> SourceModel:
+    """Read a model without its external data.
+
+    Initializers of a model that ONNX Runtime's optimiser saved get other names, so that it can be optimised again.
+
+    Args:
+        path: the file.
+        data_folder: where its external data lies; beside it when None.
+
+    Raises:
+        ModelError: missing, not a regular file, empty, too large, damaged, not ONNX, or with functions that call
+            themselves or unfold to too many ops; or external data that is missing, too short, not a regular file,
+            or outside the folders allowed.
+    """
+    path = Path(path)
+    if not is_text(path):
+        raise ModelError(f"the path of the model, {str(path)!r}, is not UTF-8 text; give the file another name")
+    try:
+        content = read_regular(path, most_bytes=_MOST_MODEL_BYTES)
+    except FileNotFoundError as error:
+        raise ModelError(f"no such model file: {path}") from error
+    except IsADirectoryError as error:
+        raise ModelError(f"{path} is {what_is(path) or 'a folder; name the .onnx file in it'}") from error
+    except OSError as error:
+        what = what_is(path) if error.errno == errno.EFBIG else None
+        raise _refusal(path, what, f"cannot read {path}: {error.strerror}") from error
+    if not content:
+        raise ModelError(f"{path} is empty; expected an ONNX model")
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError as error:
+        why = (
+            f"{path} is not an ONNX model, it is truncated ({len(content)} bytes), or it nests bodies deeper than the "
+            "100 levels of messages that protobuf reads"
+        )
+        raise _refusal(path, what_is(path), why) from error
+    digest = hashlib.sha256(content).hexdigest()
+    source = SourceModel(path=path, proto=proto, sha256=digest, data_folder=data_folder)
+    check_source(source, len(content))
+    return source
+
+
+def check_source(source: SourceModel, size_bytes: int) -> None:
+    """Refuse a model that is none, or that cannot be walked through safely; ``size_bytes`` is for messages.
+
+    Raises:
+        ModelError: as :func:`open_model`.
+    """
+    path, proto = source.path, source.proto
+    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
+        why = f"{path} holds no ONNX graph ({size_bytes} bytes); expected an ONNX model"
+        raise _refusal(path, what_is(path) if source.in_file else None, why)
+    if not proto.graph.output:
+        raise ModelError(f"{path} has no outputs; a model must give at least one")
+    _check_text(path, proto)
+    _check_ranks(path, proto)
+    _check_functions(path, proto)
+    for tensor in graph_tensors(proto.graph):
+        if is_external(tensor):
+            external_range(source.place, tensor)
+    # Constants of functions are small, and calls are unfolded wherever their model lies: the data goes into the model.
+    load_external(source.place, [tensor for function in proto.functions for tensor in node_tensors(function.node)])
+    if is_saved(proto):
+        rename_initializers(proto)
+
+
+def _refusal(path: Path, what: str | None, otherwise: str) -> ModelError:
+    return ModelError(f"{path} is not an ONNX model: it is {what}" if what else otherwise)
+
+
+def _check_text(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse names that are no text: protobuf gives bytes for what is not UTF-8."""
+    graphs = [proto.graph, *(g for n in all_nodes(proto.graph.node) for g in nested_graphs(n))]
+    texts: list[object] = [entry.domain for entry in proto.opset_import]
+    for graph in graphs:
+        texts += [value.name for value in (*graph.input, *graph.output, *graph.value_info)]
+        texts += [d.dim_param for v in (*graph.input, *graph.output) for d in v.type.tensor_type.shape.dim]
+    for node in all_nodes((*proto.graph.node, *(n for f in proto.functions for n in f.node))):
+        texts += [node.name, node.op_type, node.domain, node.overload, *node.input, *node.output]
+        texts += [attribute.name for attribute in node.attribute]
+    for function in proto.functions:
+        texts += [function.domain, function.name, function.overload, *function.input, *function.output]
+    for tensor in graph_tensors(proto.graph):
+        texts += [tensor.name, *(text for entry in tensor.external_data for text in (entry.key, entry.value))]
+    if not all(isinstance(text, str) for text in texts):
+        raise ModelError(f"{path} is damaged: it holds names that are not UTF-8 text")
+
+
+def _check_ranks(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse stored tensors, inputs and outputs with more dimensions than an array can have."""
+    values = (*proto.graph.input, *proto.graph.output)
+    ranks = [(f"the tensor {shown(value.name)}", len(value.type.tensor_type.shape.dim)) for value in values]
+    ranks += [(f"the tensor {shown(tensor.name)}", len(tensor.dims)) for tensor in graph_tensors(proto.graph)]
+    for what, rank in ranks:
+        if rank > MOST_RANK:
+            raise ModelError(f"{path}: {what} has {rank} dimensions; at most {MOST_RANK} are allowed")
+
+
+def _check_functions(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse functions that call themselves, and calls that unfold to too many ops. Takes linear time."""
+    functions = functions_of(proto)
+    unfolded: dict[FunctionKey, int] = {}
+    for key in functions:
+        _unfold(path, key, functions, unfolded, ())
+    calls = [key for node in all_nodes(proto.graph.node) if (key := _key(node)) in functions]
+    total = sum(unfolded[key] for key in calls)
+    if total > MOST_UNFOLDED_OPS:
+        largest = max(calls, key=lambda key: unfolded[key])
+        raise ModelError(
+            f"{path}: its calls of functions unfold to {_number(total)} ops, the function {largest[1]!r} alone to "
+            f"{_number(unfolded[largest])}; at most {MOST_UNFOLDED_OPS} are allowed. Export it with functions that "
+            "call each other less often"
+        )
+
+
+def _unfold(
+    path: Path,
+    key: FunctionKey,
+    functions: dict[FunctionKey, onnx.FunctionProto],
+    unfolded: dict[FunctionKey, int],
+    callers: tuple[FunctionKey, ...],
+) -> None:
+    """Count the ops that a call of a function stands for, and those of all functions it calls."""
+    if key in unfolded:
+        return
+    if key in callers:
+        raise ModelError(f"{path}: its function {key[1]!r} calls itself, directly or through others; none may")
+    if len(callers) >= _MOST_CALL_DEPTH:
+        raise ModelError(f"{path}: its function {key[1]!r} is called at a depth of over {_MOST_CALL_DEPTH} functions")
+    count = 0
+    for node in all_nodes(functions[key].node):
+        called = _key(node)
+        if called in functions:
+            _unfold(path, called, functions, unfolded, (*callers, key))
+            count += unfolded[called]
+        else:
+            count += 1
+    unfolded[key] = count
+
+
+def _key(node: onnx.NodeProto) -> FunctionKey:
+    return node.domain, node.op_type, node.overload
+
+
+def _number(count: int) -> str:
+    return str(count) if count < 10**12 else f"over 10^{len(str(count)) - 1}"
+
+
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of their bodies, at any depth."""
+    for node in nodes:
+        yield node
+        for graph in nested_graphs(node):
+            yield from all_nodes(graph.node)
+
+
+def graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in a graph: initializers and attributes, bodies included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from node_tensors(graph.node)
+
+
+def node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in the attributes of nodes, bodies included."""
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            elif attribute.type == onnx.AttributeProto.TENSORS:
+                yield from attribute.tensors
+        for graph in nested_graphs(node):
+            yield from graph_tensors(graph)
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a stored tensor's data; strings by their real length."""
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return sum(len(text) for text in tensor.string_data)
+    name = type_name(tensor.data_type)
+    return size_bytes(name, tuple(tensor.dims)) if name else 0
+
+
+def functions_of(proto: onnx.ModelProto) -> dict[FunctionKey, onnx.FunctionProto]:
+    """The model-local functions by key."""
+    return {(f.domain, f.name, f.overload): f for f in proto.functions}
+
+
+def called_functions(
+    nodes: Iterable[onnx.NodeProto], functions: dict[FunctionKey, onnx.FunctionProto]
+) -> set[FunctionKey]:
+    """The functions that nodes call: from bodies at any depth, and from one function to the next."""
+    found: set[FunctionKey] = set()
+    pending = list(nodes)
+    while pending:
+        for node in all_nodes([pending.pop()]):
+            key = _key(node)
+            if key in functions and key not in found:
+                found.add(key)
+                pending.extend(functions[key].node)
+    return found
+
+
+def is_random(node: onnx.NodeProto, functions: dict[FunctionKey, onnx.FunctionProto]) -> bool:
+    """True when an op may give another result each time: itself, in a body or in a function it calls."""
+    inside = [node, *(n for key in called_functions([node], functions) for n in functions[key].node)]
+    return any(n.op_type in _RANDOM for n in all_nodes(inside))

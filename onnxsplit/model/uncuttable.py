@@ -1,0 +1,57 @@
+"""Why a model cannot be cut: nearly all of it lies in one op."""
+
+from __future__ import annotations
+
+import shlex
+
+from onnxsplit.model.bodies import nested_graphs
+from onnxsplit.model.graph import Op, OpGraph
+from onnxsplit.model.source import FunctionKey, all_nodes, called_functions, functions_of
+
+_OUTSIDE_SHARE = 10  # one op outside for so many inside is still nearly all
+
+_ADVICE = {
+    "If": "Optimum merges decoders like this (decoder_model_merged.onnx). Take the files it merged, decoder_model.onnx "
+    "and decoder_with_past_model.onnx, or export again without merging (optimum-cli export onnx --no-post-process)",
+    "Loop": "Export one step as a model of its own and repeat it from outside, or export with the loop unrolled",
+    "Scan": "Export one step as a model of its own and repeat it from outside, or export with the loop unrolled",
+}
+
+
+def one_op(graph: OpGraph) -> str | None:
+    """A sentence on the op that nearly the whole network lies in, and what to do; None when there is no such op."""
+    if not graph.ops:
+        return None
+    inside = [_inside(graph, op) for op in graph.ops]
+    held = max(range(len(inside)), key=inside.__getitem__)
+    outside = sum(inside) - inside[held] + len(graph.ops) - 1
+    if not inside[held] or outside * _OUTSIDE_SHARE > inside[held]:
+        return None
+    op = graph.ops[held]
+    if _key(op) in functions_of(graph.source.proto):
+        inlined = f"onnx.inliner.inline_local_functions(onnx.load({str(graph.source.path)!r}))"
+        command = shlex.quote(f"import onnx, onnx.inliner; onnx.save({inlined}, 'OUT.onnx')")
+        return (
+            f"nearly the whole network lies in one call of the function {op.op_type!r} (op {op.name!r}: {inside[held]} "
+            f"ops; {outside} are outside), and a call runs in one stage. Put the function's ops in its place: "
+            f"python -c {command}"
+        )
+    bodies = [sum(1 for _ in all_nodes(body.node)) for body in nested_graphs(op.node)]
+    where = "the two branches" if op.op_type == "If" else "the body"
+    advice = _ADVICE.get(op.op_type, "Export the body as a model of its own")
+    sizes = " and ".join(map(str, bodies))
+    return (
+        f"nearly the whole network lies in {where} of one {op.op_type} (op {op.name!r}: {sizes} ops; {outside} are "
+        f"outside), and an op runs in one stage with all that is in it. {advice}"
+    )
+
+
+def _inside(graph: OpGraph, op: Op) -> int:
+    """Ops in the bodies and functions of an op."""
+    functions = functions_of(graph.source.proto)
+    bodies = sum(1 for _ in all_nodes([op.node])) - 1
+    return bodies + sum(1 for key in called_functions([op.node], functions) for _ in all_nodes(functions[key].node))
+
+
+def _key(op: Op) -> FunctionKey:
+    return op.domain, op.op_type, op.node.overload

@@ -1,0 +1,1 @@
+"""Planning: from a model and a target to a plan."""

@@ -1,0 +1,114 @@
+"""Clusters from what is here: this host's devices, and their measured speeds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from onnxsplit.cluster import LOCAL, Cluster, Device
+from onnxsplit.custom_ops import Library
+from onnxsplit.errors import ClusterError, OnnxsplitError
+from onnxsplit.model.external import is_external, location_of
+from onnxsplit.model.source import graph_tensors, open_model
+from onnxsplit.planning.subject import Say, examine, silent
+from onnxsplit.providers import gpu_count, provider_here
+from onnxsplit.session import host_cores
+from onnxsplit.tensors import save_npz
+from onnxsplit.timed import typical_ns
+
+_CPU_DEVICES = 2
+
+
+def this_host() -> Cluster:
+    """A device for each GPU; without one, this host's cores as two."""
+    gpus = tuple(Device(name=f"gpu{number}", provider=f"cuda:{number}") for number in range(gpu_count()))
+    threads = max(1, host_cores() // _CPU_DEVICES)
+    cpus = tuple(Device(name=f"cpu{number}", threads=threads) for number in range(_CPU_DEVICES))
+    return Cluster(gpus or cpus, {})
+
+
+class Elsewhere(Protocol):
+    """Times models on other hosts."""
+
+    def send(self, files: Sequence[Path], say: Say) -> None:
+        """Put files on all of them."""
+        ...
+
+    def time_ns(self, model: Path, inputs: Path, device: Device) -> int | None:
+        """What a model takes on a device of one of them; None where it cannot run there."""
+        ...
+
+
+def measured(
+    cluster: Cluster,
+    model: str | Path,
+    *,
+    dims: Mapping[str, int] | None = None,
+    hosts: Collection[str] = (),
+    elsewhere: Elsewhere | None = None,
+    custom_ops: object = (),
+    say: Say = silent,
+    note: Say = silent,
+) -> Cluster:
+    """The cluster with the speeds of devices on a model, the first of them being 1.
+
+    Measured are this host's devices, and those of ``hosts``, which are ``elsewhere``. Devices of other hosts, and those
+    whose provider their host lacks or where the model does not run, keep the speed they have; ``note`` hears of the
+    latter. ``custom_ops``: libraries of custom ops for this host's devices; agents have their own.
+
+    Raises:
+        ClusterError: no device could run the model, or it cannot be sent to other hosts.
+    """
+    subject = examine(model, costs="analytic", dims=dims, custom_ops=custom_ops, say=say)
+    model = Path(model)
+    times: dict[tuple[str, str, int], int | None] = {}
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+        inputs = Path(folder) / "onnxsplit-inputs.npz"
+        save_npz(inputs, subject.inputs)
+        if elsewhere is not None:
+            elsewhere.send([*_files(model), inputs], say)
+        for device in cluster.devices:
+            key = (device.host, device.provider, device.threads)
+            if key in times:
+                continue
+            if device.host in hosts and elsewhere is not None:
+                say(f"timing the model on {device.name}")
+                times[key] = elsewhere.time_ns(model, inputs, device)
+            elif device.host == LOCAL and provider_here(device.provider) == device.provider:
+                say(f"timing the model on {device.name}")
+                times[key] = _time_ns(model, inputs, device, subject.custom_ops)
+    found = [times.get((device.host, device.provider, device.threads)) for device in cluster.devices]
+    first = next((time_ns for time_ns in found if time_ns), None)
+    if first is None:
+        raise ClusterError(
+            f"no device of this host (host = {LOCAL!r}) or of a host with an agent can run {model}; start agents where "
+            "devices are (onnxsplit cluster agent), and name them with --agent HOST=ADDR"
+        )
+    for device, time_ns in zip(cluster.devices, found, strict=True):
+        if not time_ns and (device.host in hosts or device.host == LOCAL):
+            note(f"{device.name} keeps its speed of {device.speed:g}: {model} did not run there")
+    devices = tuple(
+        replace(device, speed=float(f"{first / time_ns:.4g}")) if time_ns else device
+        for device, time_ns in zip(cluster.devices, found, strict=True)
+    )
+    return replace(cluster, devices=devices)
+
+
+def _files(model: Path) -> list[Path]:
+    """The model file and its external data."""
+    tensors = graph_tensors(open_model(model).proto.graph)
+    locations = sorted({location_of(tensor) for tensor in tensors if is_external(tensor)})
+    away = [location for location in locations if len(Path(location).parts) != 1]
+    if away:
+        raise ClusterError(f"external data in folders of its own ({away[0]}) cannot be sent to agents")
+    return [model, *(model.parent / location for location in locations)]
+
+
+def _time_ns(model: Path, inputs: Path, device: Device, custom_ops: Sequence[Library]) -> int | None:
+    try:
+        return typical_ns(model, inputs, threads=device.threads, provider=device.provider, custom_ops=custom_ops)
+    except OnnxsplitError:
+        return None

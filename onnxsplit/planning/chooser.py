@@ -1,0 +1,256 @@
+"""From what was asked to a partition: devices, constraints, strategy, and the search."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from onnxsplit.cluster import Cluster, load_cluster
+from onnxsplit.errors import PartitionError
+from onnxsplit.model.uncuttable import one_op
+from onnxsplit.partitioner import (
+    Effort,
+    Found,
+    Infeasible,
+    Lineup,
+    Partition,
+    Problem,
+    Progress,
+    fewest_stages,
+    line_up,
+    lower_bound,
+    score,
+    search,
+    slice_order,
+)
+from onnxsplit.planning.cut_at import assignment_at, check_cuts
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.subject import Say, Subject
+from onnxsplit.planning.target import Setting, alike, of_cluster
+from onnxsplit.providers import gpu_count, providers_by_stage
+from onnxsplit.session import threads_per_node
+
+_QUICK_GAP, _QUICK_SECONDS = 0.002, 2.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a model is to be cut, ready to be asked for a partition at any costs.
+
+    Attributes:
+        subject: the model, with the ops tied that must stay together.
+        setting: devices and wishes.
+        stages: exactly so many; any number when None.
+        options: what was asked.
+        say: told how the search goes.
+    """
+
+    subject: Subject
+    setting: Setting
+    stages: int | None
+    options: CutOptions
+    say: Say
+
+    def __call__(self, op_ns: Sequence[int], *, quick: bool = False) -> Found:
+        """The partition for these times of the ops; ``quick`` where its proof is not yet needed.
+
+        Raises:
+            PartitionError: there is none.
+        """
+        problem = self.subject.problem(op_ns, self.setting)
+        lineup = line_up(problem, self.stages, self.options.parallel)
+        try:
+            return self._chosen(problem, lineup, quick)
+        except Infeasible:
+            raise PartitionError(self._why_not(problem)) from None
+
+    def _chosen(self, problem: Problem, lineup: Lineup, quick: bool) -> Found:
+        options = self.options
+        if options.cut_at:
+            stage_of = assignment_at(self.subject, options.cut_at)
+            fixed = Partition(stage_of, tuple((stage,) for stage in range(max(stage_of, default=-1) + 1)))
+            return Found(fixed, score(problem, fixed), lower_bound(problem, lineup))
+        if options.strategy == "network" or not problem.atoms:
+            gap, seconds = options.gap, options.time_limit
+            if quick:
+                gap, seconds = max(gap, _QUICK_GAP), min(seconds, _QUICK_SECONDS)
+            return search(problem, lineup, Effort(gap=gap, seconds=seconds), self._progress)
+        order, walls = list(range(problem.atoms)), []
+        if options.strategy == "task":
+            group_of = task_groups(self.subject, options.tasks)
+            order.sort(key=lambda atom: group_of[atom])
+            walls = [i for i in range(1, len(order)) if group_of[order[i - 1]] != group_of[order[i]]]
+        sliced = slice_order(problem, lineup, order, walls=walls)
+        if sliced is None or not (figures := score(problem, sliced)).feasible:
+            raise Infeasible
+        return Found(sliced, figures, min(lower_bound(problem, lineup), figures.value))
+
+    @property
+    def _progress(self) -> Progress:
+        bytes_wanted = self.options.objective == "memory"
+
+        def tell(best: int, least: int) -> None:
+            shown = (f"{v / (1 << 20):.1f} MiB" if bytes_wanted else f"{v / 1e6:.3f} ms" for v in (best, least))
+            proven = f" (gap {best / least - 1:.2%})" if least else ""
+            self.say("searching: best {}, none is below {}".format(*shown) + proven)
+
+        return tell
+
+    def _why_not(self, problem: Problem) -> str:
+        wishes = [
+            name
+            for name, given in (
+                ("the memory of the devices", problem.capped),
+                (
+                    "the ops they may run",
+                    any(d.only_ops or d.not_ops for d in self.setting.devices) or self.setting.placed,
+                ),
+                ("the cuts that are wanted", self.setting.apart),
+            )
+            if given
+        ]
+        if wishes == ["the memory of the devices"] and self.options.max_memory is not None and not self.options.cluster:
+            return _too_little_memory(self.subject, self.options.max_memory)
+        return f"no cut was found that keeps to {' and '.join(wishes) or 'the number of stages'}; ask for less"
+
+
+def choice(subject: Subject, options: CutOptions, say: Say) -> Choice:
+    """Prepare cutting.
+
+    Raises:
+        PartitionError: what was asked cannot be had from this model.
+        ClusterError: the cluster file is not usable.
+        ProviderError: a provider is unknown.
+    """
+    options.check()
+    subject = subject.tied(_ties(subject, options))
+    cluster = load_cluster(options.cluster) if options.cluster is not None else None
+    stages, setting = _devices(subject, options, cluster)
+    setting = replace(setting, placed=_placed(subject, options.place, setting), apart=_apart(subject, options.cut))
+    made = Choice(subject, setting, stages, options, say)
+    largest = len(subject.atoms.ops)
+    if stages is not None and stages > max(1, largest) and not options.cut_at:
+        why = one_op(subject.graph) or (
+            f"its {len(subject.graph.ops)} ops form {largest} parts that can be separated. Ask for {largest} stages or "
+            "fewer"
+        )
+        raise PartitionError(f"{subject.graph.source.path} cannot be cut into {stages} stages: {why}")
+    return made
+
+
+def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> tuple[int | None, Setting]:
+    """Exactly how many stages, or None, and what they run on."""
+    atoms = len(subject.atoms.ops)
+    objective, limit = options.objective, options.max_memory
+    if cluster is not None:
+        setting = of_cluster(cluster, max_memory_bytes=limit, objective=objective)
+        return (1 if options.parallel == "data" else options.stages), setting  # type: ignore[return-value]
+    if options.cut_at:
+        count = max(assignment_at(subject, options.cut_at), default=-1) + 1
+    elif options.stages == "auto":
+        try:
+            count = fewest_stages(subject.problem(subject.costs.time_ns, alike(1, max_memory_bytes=limit)))
+        except Infeasible:
+            raise PartitionError(_too_little_memory(subject, limit or 0)) from None
+    elif options.parallel == "model" and options.stages is not None:
+        count = int(options.stages)
+    else:
+        count = options.devices or gpu_count() or 2
+        if options.parallel == "model":
+            groups = set(task_groups(subject, options.tasks)) if options.strategy == "task" else ()
+            count = options.devices or min(max(count, len(groups)), atoms)
+    stages = {"model": count, "data": 1, "hybrid": options.stages}[options.parallel] if atoms else 0
+    setting = alike(
+        max(1, count),
+        providers=providers_by_stage(options.provider, max(1, count)),
+        threads=threads_per_node(count),
+        max_memory_bytes=limit,
+        objective=objective,
+    )
+    return stages, setting  # type: ignore[return-value]
+
+
+def task_groups(subject: Subject, tasks: Sequence[Sequence[str]]) -> list[int]:
+    """By atom: 0 for the backbone, which several tasks need, else the number of the only task that needs it, from 1.
+
+    Raises:
+        PartitionError: a name is no output, or an output is in two groups.
+    """
+    outputs = [name for name in subject.graph.outputs if name in subject.graph.producer]
+    groups = [list(group) for group in tasks]
+    named = [name for group in groups for name in group]
+    for name in named:
+        if name not in outputs:
+            raise PartitionError(f"--task: {name!r} is no output that an op computes; outputs: {', '.join(outputs)}")
+        if named.count(name) > 1:
+            raise PartitionError(f"--task: the output {name!r} is in more than one group")
+    groups += [[name] for name in outputs if name not in named]
+    atom_of = {op: atom for atom, ops in enumerate(subject.atoms.ops) for op in ops}
+    needed: list[set[int]] = [set() for _ in subject.atoms.ops]
+    for number, group in enumerate(groups, 1):
+        pending = [atom_of[subject.graph.producer[name]] for name in group]
+        while pending:
+            atom = pending.pop()
+            if number not in needed[atom]:
+                needed[atom].add(number)
+                pending.extend(subject.atoms.digraph.predecessors(atom))
+    return [min(tasks_of) if len(tasks_of) == 1 else 0 for tasks_of in needed]
+
+
+def _ties(subject: Subject, options: CutOptions) -> list[list[int]]:
+    """Groups of ops that patterns and tensors to keep tie together."""
+    graph = subject.graph
+    ties = [_matching(subject, pattern, "--together") for pattern in options.together]
+    for name in options.keep:
+        if name not in graph.producer:
+            raise PartitionError(f"--keep: {name!r} is no tensor that an op of the model's main graph writes")
+        ties.append([graph.producer[name], *graph.readers.get(name, ())])
+    return ties
+
+
+def _placed(subject: Subject, place: Mapping[str, str], setting: Setting) -> dict[int, frozenset[str]]:
+    names = [device.name for device in setting.devices]
+    placed: dict[int, frozenset[str]] = {}
+    for pattern, device in place.items():
+        if device not in names:
+            raise PartitionError(f"--place: {device!r} is no device of the cluster; it has {', '.join(names)}")
+        for op in _matching(subject, pattern, "--place"):
+            placed[op] = placed.get(op, frozenset(names)) & {device}
+    return placed
+
+
+def _apart(subject: Subject, tensors: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Pairs of ops that cuts at these tensors part: their writer, and every reader that does not copy."""
+    check_cuts(subject, tensors)
+    graph, atoms = subject.graph, subject.atoms
+    first = {op: ops[0] for ops in atoms.ops for op in ops}
+    flows = {flow.tensor: flow for flow in atoms.flows}
+    return tuple(
+        (first[graph.producer[name]], atoms.ops[reader][0]) for name in tensors for reader in flows[name].readers
+    )
+
+
+def _matching(subject: Subject, pattern: str, where: str) -> list[int]:
+    found = [op.index for op in subject.graph.ops if fnmatch.fnmatchcase(op.name, pattern)]
+    if not found:
+        some = ", ".join(repr(op.name) for op in subject.graph.ops[:3])
+        raise PartitionError(f"{where}: no op's name matches {pattern!r}; names are like {some}")
+    return found
+
+
+def _too_little_memory(subject: Subject, limit: int) -> str:
+    problem = subject.problem(subject.costs.time_ns)
+    alone = [
+        sum(weight.size_bytes for weight in problem.weights if atom in weight.readers) for atom in range(problem.atoms)
+    ]
+    atom = max(range(len(alone)), key=alone.__getitem__)
+    name = subject.graph.ops[subject.atoms.ops[atom][0]].name
+    capped = subject.problem(subject.costs.time_ns, alike(1, max_memory_bytes=limit))
+    try:
+        fits = f"The fewest stages that fit are {fewest_stages(capped)}"
+    except Infeasible:
+        fits = (
+            f"Allow more: op {name!r} alone holds {alone[atom]} bytes of weights and packed copies, besides its tensors"
+        )
+    return f"no cut keeps every stage within {limit} bytes. {fits}"

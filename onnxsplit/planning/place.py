@@ -1,0 +1,193 @@
+"""A plan on other devices than it was made for: its stages stay as they are, and find other places.
+
+The stages are the atoms now, each by itself; all else is as when a model is cut: the same search, the same score.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence, Set
+from pathlib import Path
+from typing import cast
+
+import msgspec.structs
+
+from onnxsplit.cluster import Cluster, Device, load_cluster
+from onnxsplit.errors import PartitionError, PlanError
+from onnxsplit.files import check_parent, new_folder, replacing
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.source import open_model
+from onnxsplit.partitioner import (
+    CALLER,
+    NEVER,
+    Found,
+    Infeasible,
+    Kind,
+    Parallel,
+    Problem,
+    Transfer,
+    Weight,
+    line_up,
+    search,
+)
+from onnxsplit.plan import PLAN_FILE, Objective, Plan, Prediction, Stage, checked_json, load_plan
+from onnxsplit.planning.target import of_cluster
+from onnxsplit.tensors import size_bytes
+
+
+def place(
+    plan: str | Path, cluster: str | Path, *, out: str | Path | None = None, parallel: Parallel = "model"
+) -> Plan:
+    """Give the stages of a plan devices of a cluster.
+
+    Args:
+        plan: the plan directory.
+        cluster: the cluster file.
+        out: where to write the plan that results, with its files; over the old one when None.
+        parallel: ``model``: a device a stage; ``hybrid``: devices that are left run replicas.
+
+    Returns:
+        The plan that results.
+
+    Raises:
+        PlanError: the directory holds no usable plan, or ``out`` is something else than a plan.
+        ClusterError: the cluster file is not usable.
+        PartitionError: the cluster has too few devices, or too little memory.
+    """
+    folder, there = Path(plan), load_cluster(cluster)
+    before = load_plan(folder)
+    found = placed(before, there, parallel, ops=_ops(before, folder, there))
+    target = folder if out is None else Path(out)
+    if target.resolve() == folder.resolve():
+        with replacing(target / PLAN_FILE) as temporary:
+            temporary.write_bytes(checked_json(found))
+        return found
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise PlanError(f"{target} is there already; nothing was touched. Choose another place with -o DIR")
+    check_parent(target)
+    with new_folder(target) as made:
+        shutil.copytree(folder, made, dirs_exist_ok=True)
+        (made / PLAN_FILE).write_bytes(checked_json(found))
+    return found
+
+
+def _ops(plan: Plan, folder: Path, cluster: Cluster) -> Sequence[Set[str]]:
+    """Op types of each stage, where a device of the cluster may not run all."""
+    if not any(device.only_ops or device.not_ops for device in cluster.devices):
+        return ()
+    found = []
+    for stage in plan.stages:
+        graph = build_graph(open_model(folder / stage.file))
+        found.append({op.op_type for op in graph.ops})
+    return found
+
+
+def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: Sequence[Set[str]] = ()) -> Plan:
+    """The same plan on the devices of a cluster; see :func:`place`. ``ops``: op types of each stage."""
+    stages, devices = len(plan.stages), cluster.devices
+    if stages > len(devices):
+        raise PartitionError(
+            f"the plan has {stages} stages and the cluster {len(devices)} devices; add devices, or cut the model anew"
+        )
+    problem = _problem(plan, cluster, ops)
+    try:
+        found = search(problem, line_up(problem, stages, parallel))
+    except Infeasible:
+        needs = ", ".join(f"{stage.peak_memory_bytes >> 20} MiB" for stage in plan.stages)
+        raise PartitionError(
+            f"no placing of the stages, which need {needs}, keeps to the devices' memory and the ops they may run"
+        ) from None
+    homes = [tuple(devices[number] for number in numbers) for numbers in found.partition.devices]
+    return msgspec.structs.replace(
+        plan,
+        parallel=parallel,
+        stages=tuple(_moved(stage, homes[stage.index], found.score.compute_ns[stage.index]) for stage in plan.stages),
+        prediction=_prediction(plan, found, devices),
+    )
+
+
+def reference_ns(stage: Stage) -> int:
+    """What a stage takes on a device of speed 1."""
+    if stage.reference_time_ns is not None:
+        return stage.reference_time_ns
+    return stage.measured_time_ns or stage.predicted_time_ns
+
+
+def _problem(plan: Plan, cluster: Cluster, ops: Sequence[Set[str]]) -> Problem:
+    setting = of_cluster(cluster, objective=cast(Objective, plan.objective))
+    numbers = setting.kind_of
+    first = {kind: cluster.devices[device] for device, kind in reversed(list(enumerate(numbers)))}
+    times = [reference_ns(stage) for stage in plan.stages]
+
+    def time_ns(stage: int, device: Device) -> int:
+        able = not ops or all(map(device.may_run, ops[stage]))
+        return round(times[stage] / device.speed) if able else NEVER
+
+    return Problem(
+        kinds=tuple(
+            Kind(tuple(time_ns(stage, first[kind]) for stage in range(len(times))), first[kind].memory_bytes)
+            for kind in range(len(first))
+        ),
+        devices=numbers,
+        transfers=tuple(_transfers(plan)),
+        weights=tuple(Weight(stage.peak_memory_bytes, (stage.index,)) for stage in plan.stages),
+        inner_bytes=(0,) * len(plan.stages),
+        links=setting.links,
+        caller_links=setting.caller_links,
+        objective=setting.objective,
+    )
+
+
+def _transfers(plan: Plan) -> Iterator[Transfer]:
+    crossing = set()
+    for cut in plan.cuts:
+        crossing.add(cut.tensor)
+        yield Transfer(cut.from_stage, cut.to_stages, cut.bytes, cut.tensor in plan.outputs)
+    for name in plan.inputs:
+        readers = tuple(stage.index for stage in plan.stages if name in stage.inputs)
+        if readers:
+            yield Transfer(CALLER, readers, _bytes(plan, name))
+    for name, stage in plan.producers().items():
+        if name in plan.outputs and name not in crossing:
+            yield Transfer(stage, (), _bytes(plan, name), to_caller=True)
+
+
+def _bytes(plan: Plan, name: str) -> int:
+    """Of a tensor, at the sizes the plan was made for; a size that is not known counts as 1."""
+    spec = plan.tensors[name]
+    sizes = (
+        dim if isinstance(dim, int) else plan.dims.get(f"{name}.{axis}" if dim == "?" else dim, 1)
+        for axis, dim in enumerate(spec.shape or ())
+    )
+    return size_bytes(spec.dtype, tuple(sizes))
+
+
+def _moved(stage: Stage, homes: tuple[Device, ...], time_ns: int) -> Stage:
+    return msgspec.structs.replace(
+        stage,
+        provider=homes[0].provider,
+        threads=homes[0].threads,
+        predicted_time_ns=time_ns,
+        measured_time_ns=None,
+        reference_time_ns=reference_ns(stage),
+        replicas=len(homes),
+        device=homes[0].name,
+        devices=tuple(device.name for device in homes),
+        hosts=tuple(device.host for device in homes),
+    )
+
+
+def _prediction(plan: Plan, found: Found, devices: tuple[Device, ...]) -> Prediction:
+    final, memory = found.score, plan.objective == "memory"
+    everything = math.ceil(sum(map(reference_ns, plan.stages)) / sum(device.speed for device in devices))
+    return Prediction(
+        bottleneck_ns=final.bottleneck_ns,
+        throughput_per_s=1e9 / max(1, final.bottleneck_ns),
+        latency_ns=final.latency_ns,
+        lower_bound_ns=0 if memory else found.bound,
+        gap=found.gap,
+        op_lower_bound_ns=0 if memory else min(found.bound, everything),
+        peak_memory_bytes=max(final.memory_bytes, default=0) if memory else None,
+        lower_bound_bytes=found.bound if memory else None,
+    )

@@ -1,0 +1,227 @@
+"""From a cut whose stages are written to its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec.structs
+
+import onnxsplit
+from onnxsplit.cluster import Device
+from onnxsplit.model.ends import constant_text, defaults
+from onnxsplit.partitioner import Found, Score, line_up, lower_bound
+from onnxsplit.plan import (
+    FORMAT_VERSION,
+    CorrectionRound,
+    Costs,
+    CreatedWith,
+    CustomOps,
+    Cut,
+    FileEntry,
+    Level,
+    ModelInfo,
+    Passthrough,
+    Plan,
+    Prediction,
+    Stage,
+)
+from onnxsplit.planning.chooser import Choice
+from onnxsplit.planning.subject import Subject
+from onnxsplit.planning.target import Setting
+from onnxsplit.providers import runtime_version
+from onnxsplit.stages.extract import (
+    StageParts,
+    file_entry,
+    peak_memory_bytes,
+    weight_bytes,
+    whole_parts,
+    write_constant,
+)
+from onnxsplit.tensors import save_npz
+
+EXAMPLE_FILE = "example.npz"
+
+
+@dataclass(frozen=True)
+class WrittenCut:
+    """A cut with its stage files written, and what is known of it.
+
+    Attributes:
+        found: the partition, and its figures by the costs it was made with.
+        parts: by stage.
+        files: by stage.
+        folder: where the files are.
+        op_ns: the costs; after measuring, the ones that agree with the measurement.
+        score: the figures by those costs.
+        levels: optimisation level by stage.
+        measured_ns: by stage on a device of speed 1, all running at once; None when they were not run.
+    """
+
+    found: Found
+    parts: tuple[StageParts, ...]
+    files: tuple[tuple[FileEntry, ...], ...]
+    folder: Path
+    op_ns: tuple[int, ...]
+    score: Score
+    levels: tuple[Level, ...]
+    measured_ns: tuple[int, ...] | None = None
+
+    def device(self, setting: Setting, stage: int) -> Device:
+        """The device of a stage, the first of its replicas'."""
+        return setting.devices[self.found.partition.devices[stage][0]]
+
+    @property
+    def reference_ns(self) -> tuple[int, ...]:
+        """Times on a device of speed 1: measured ones, else by the costs."""
+        return self.measured_ns or tuple(sum(self.op_ns[op] for op in part.ops) for part in self.parts)
+
+    def times_on_devices(self, setting: Setting) -> tuple[int, ...]:
+        """Measured times as they are on the stages' devices, in nanoseconds."""
+        return tuple(
+            round(time_ns / self.device(setting, stage).speed) for stage, time_ns in enumerate(self.measured_ns or ())
+        )
+
+
+def stage_file(index: int) -> str:
+    """The name of a stage's file."""
+    return f"stage{index}.onnx"
+
+
+class Description:
+    """Describes cuts of one choice; without a folder the plan names no files."""
+
+    def __init__(self, choose: Choice, folder: Path | None) -> None:
+        self._choose, self._folder = choose, folder
+        self._subject, self._setting = choose.subject, choose.setting
+
+    def plan(self, cut: WrittenCut, bound: int, history: tuple[CorrectionRound, ...]) -> Plan:
+        """The plan of a cut, whose value is proven to be no less than ``bound``."""
+        subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes
+        count = len(cut.parts)
+        options = self._choose.options
+        whole = whole_parts(graph)
+        if self._folder is not None:
+            save_npz(self._folder / EXAMPLE_FILE, subject.inputs)
+        on_border = {name for part in cut.parts for name in (*part.inputs, *part.outputs)}
+        source = graph.source.proto
+        plan = Plan(
+            format_version=FORMAT_VERSION,
+            created_with=CreatedWith(onnxsplit=onnxsplit.__version__, onnxruntime=runtime_version()),
+            model=ModelInfo(
+                name=graph.source.path.name,
+                sha256=graph.source.sha256,
+                ir_version=source.ir_version,
+                opsets={entry.domain: entry.version for entry in source.opset_import},
+            ),
+            strategy=options.strategy,
+            parallel=options.parallel,
+            objective=options.objective,
+            dims=dict(subject.dims),
+            stages=tuple(self._stage(cut, index) for index in range(count)),
+            tensors={n: shapes.specs[n] for n in sorted(on_border | {*graph.inputs, *graph.outputs})},
+            cuts=_cuts(cut.parts, subject),
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            passthrough=self._passthrough(),
+            outputs_need={},
+            prediction=self._prediction(cut, bound),
+            costs=Costs(
+                source=subject.costs.source,
+                whole_time_ns=subject.costs.whole_ns,
+                whole_weight_bytes=weight_bytes(graph, whole),
+                whole_peak_memory_bytes=peak_memory_bytes(graph, shapes, whole),
+                whole_optimization_level=subject.costs.level,
+                rounds=history,
+                note=subject.note,
+            ),
+            example_inputs=file_entry(self._folder / EXAMPLE_FILE) if self._folder is not None else None,
+            defaults=self._defaults(),
+            constant_inputs={name: constant_text(graph.source, name) for name in graph.overridable},
+            dropped_outputs=graph.source.ends.dropped_outputs if graph.source.ends is not None else (),
+            dropped_inputs=graph.source.ends.dropped_inputs if graph.source.ends is not None else (),
+            custom_ops=tuple(CustomOps(name=one.name, sha256=one.sha256) for one in subject.custom_ops),
+        )
+        needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
+        plan = msgspec.structs.replace(plan, outputs_need=needs)
+        problems = plan.check() if self._folder is not None else []
+        assert not problems, problems
+        return plan
+
+    def _prediction(self, cut: WrittenCut, bound: int) -> Prediction:
+        final, memory = cut.score, self._setting.objective == "memory"
+        atoms = self._subject.problem(cut.op_ns, self._setting)
+        bound = min(bound, final.value)
+        ops = self._subject.as_ops().problem(cut.op_ns, self._setting)
+        op_bound = bound
+        if ops.atoms != atoms.atoms:
+            op_bound = min(bound, lower_bound(ops, line_up(ops, self._choose.stages, self._choose.options.parallel)))
+        return Prediction(
+            bottleneck_ns=final.bottleneck_ns,
+            throughput_per_s=1e9 / max(1, final.bottleneck_ns),
+            latency_ns=final.latency_ns,
+            lower_bound_ns=0 if memory else bound,
+            gap=final.value / max(1, bound) - 1 if cut.parts else 0.0,
+            op_lower_bound_ns=0 if memory else op_bound,
+            peak_memory_bytes=max(final.memory_bytes, default=0) if memory else None,
+            lower_bound_bytes=bound if memory else None,
+        )
+
+    def _stage(self, cut: WrittenCut, index: int) -> Stage:
+        part, subject = cut.parts[index], self._subject
+        device, replicas = cut.device(self._setting, index), cut.found.partition.devices[index]
+        named = self._setting.cluster is not None
+        return Stage(
+            index=index,
+            file=stage_file(index),
+            files=cut.files[index] if cut.files else (),
+            inputs=part.inputs,
+            outputs=part.outputs,
+            weight_bytes=weight_bytes(subject.graph, part),
+            peak_memory_bytes=peak_memory_bytes(subject.graph, subject.shapes, part, packed=device.provider == "cpu"),
+            provider=device.provider,
+            optimization_level=cut.levels[index],
+            threads=device.threads,
+            predicted_time_ns=cut.found.score.compute_ns[index],
+            measured_time_ns=cut.times_on_devices(self._setting)[index] if cut.measured_ns is not None else None,
+            reference_time_ns=cut.reference_ns[index],
+            replicas=len(replicas),
+            device=device.name if named else None,
+            devices=tuple(self._setting.devices[replica].name for replica in replicas) if named else (),
+            hosts=tuple(self._setting.devices[replica].host for replica in replicas) if named else (),
+            ops=len(part.ops),
+            custom_ops=tuple(library.name for library in subject.libraries(part.ops)),
+        )
+
+    def _passthrough(self) -> dict[str, Passthrough]:
+        graph = self._subject.graph
+        found = {}
+        for number, name in enumerate(graph.outputs):
+            if name in graph.inputs:
+                found[name] = Passthrough(input=name)
+            elif name in graph.constants and self._folder is not None:
+                found[name] = Passthrough(file=write_constant(graph, name, self._folder, f"constant{number}.npz"))
+        return found
+
+    def _defaults(self) -> dict[str, FileEntry]:
+        """A file for each input that has a default."""
+        if self._folder is None:
+            return {}
+        found = {}
+        for number, (name, array) in enumerate(defaults(self._subject.graph.source).items()):
+            file = self._folder / f"default{number}.npz"
+            save_npz(file, {name: array})
+            found[name] = file_entry(file)
+        return found
+
+
+def _cuts(parts: Sequence[StageParts], subject: Subject) -> tuple[Cut, ...]:
+    found = []
+    for index, part in enumerate(parts):
+        for name in part.outputs:
+            to = tuple(other for other, reader in enumerate(parts) if name in reader.inputs)
+            if to:
+                size = subject.shapes.bytes(name)
+                found.append(Cut(tensor=name, from_stage=index, to_stages=to, bytes=size))
+    return tuple(found)

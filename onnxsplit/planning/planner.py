@@ -1,0 +1,138 @@
+"""From a model to a plan directory: the offline half, end to end.
+
+    examine -> partition -> stage files -> measure -> correct, and cut again -> plan
+
+A plan directory appears whole or not at all: it is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from onnxsplit.cluster import load_cluster
+from onnxsplit.errors import PlanError
+from onnxsplit.files import check_parent, is_text, new_folder
+from onnxsplit.model.opening import ModelLike, open_any
+from onnxsplit.model.source import SourceModel
+from onnxsplit.plan import PLAN_FILE, Plan, checked_json
+from onnxsplit.planning.chooser import choice
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.outcome import Outcome
+from onnxsplit.planning.rounds import Draft
+from onnxsplit.planning.subject import Say, Subject, examine, silent
+from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
+from onnxsplit.session import threads_per_node
+from onnxsplit.stages.batch import with_batch_axes
+from onnxsplit.tensors import Array
+
+
+def partition(
+    model: ModelLike,
+    *,
+    out: str | Path | None = None,
+    costs: str | None = None,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | Path | Mapping[str, Array] | None = None,
+    outputs: Sequence[str] | None = None,
+    drop_outputs: Sequence[str] = (),
+    keep_inputs: Sequence[str] = (),
+    custom_ops: object = (),
+    say: Say = silent,
+    **options: Any,
+) -> Plan:
+    """Cut a model into cost-balanced stages and write the plan directory.
+
+    Args:
+        model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+        out: the plan directory; ``MODEL.plan`` in the current folder when None, where MODEL is the file's name, or the
+            graph's for a model in memory. A plan there is replaced whole.
+        costs: ``measured`` or ``analytic``; None measures where the model runs here.
+        dims: sizes of free dimensions that costs are taken at; the plan runs at any.
+        inputs: example inputs, or an ``.npz`` with them.
+        outputs: outputs to cut for; the others are left out, with the ops and inputs that only they need.
+        drop_outputs: outputs to leave out.
+        keep_inputs: inputs that are initializers too, and that requests may still give.
+        custom_ops: libraries of custom ops that the model needs: a list of files, or ``onnxruntime-extensions``. They
+            are code, which runs with the rights of this process's user.
+        say: told what is being done.
+        options: how to cut: the attributes of :class:`~onnxsplit.planning.options.CutOptions`, ``stages`` first of all.
+
+    Raises:
+        PartitionError: the model cannot be cut as asked.
+        PlanError: ``out`` is something other than a plan.
+        ClusterError: the cluster file is not usable.
+        ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as :func:`~onnxsplit.planning.subject.examine`.
+    """
+    wanted = CutOptions(**options)
+    source = open_any(model)
+    target = Path(out) if out is not None else default_target(source.path)
+    check_target(target)
+    subject = examine_for(
+        source,
+        wanted,
+        costs=costs,
+        dims=dims,
+        inputs=inputs,
+        outputs=outputs,
+        drop_outputs=drop_outputs,
+        keep_inputs=keep_inputs,
+        custom_ops=custom_ops,
+        say=say,
+    )
+    return write_plan(subject, target, wanted, say=say).plan
+
+
+def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say = silent, **examined: Any) -> Subject:
+    """Examine a model with the provider and the threads that its stages will have.
+
+    ``examined`` are further arguments of :func:`~onnxsplit.planning.subject.examine`.
+    """
+    options.check()
+    if options.cluster is not None:
+        first = load_cluster(options.cluster).devices[0]
+        provider, threads = provider_here(first.provider), first.threads
+    else:
+        guess = options.devices or (options.stages if isinstance(options.stages, int) else gpu_count() or 2)
+        provider, threads = providers_by_stage(options.provider, guess)[0], threads_per_node(guess)
+    return examine(model, threads=threads, provider=provider, say=say, **examined)
+
+
+def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say = silent) -> Outcome:
+    """Cut a model that was examined, and write the plan directory."""
+    check_target(target)
+    choose = choice(subject, options, say)
+    with new_folder(target) as folder:
+        made = Draft(choose, folder, say).make(options.rounds)
+        if made.plan.costs.source == "measured":
+            say("looking for the batch axis")
+            made = replace(made, plan=with_batch_axes(made.plan, folder, subject, say))
+        (folder / PLAN_FILE).write_bytes(checked_json(made.plan))
+    return made
+
+
+def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> Outcome:
+    """The plan that :func:`write_plan` would begin with, before any stage has run; nothing is kept."""
+    return Draft(choice(subject, options, say), None, say).make(0)
+
+
+def default_target(model: Path) -> Path:
+    """Where the plan of a model goes when nothing is said: ``MODEL.plan`` in the current folder."""
+    return Path(f"{model.name.removesuffix('.onnx')}.plan")
+
+
+def check_target(target: Path) -> None:
+    """Refuse to write a plan over anything but a plan or an empty folder.
+
+    Raises:
+        PlanError: naming what is there.
+    """
+    if not is_text(target):
+        raise PlanError(f"the path {str(target)!r} is not UTF-8 text; choose another place with -o DIR")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise PlanError(f"{target} is there and is no folder; choose another place with -o DIR")
+    if target.is_dir() and any(target.iterdir()) and not (target / PLAN_FILE).is_file():
+        raise PlanError(f"{target} is there and holds no plan; nothing was touched. Choose another place with -o DIR")
+    check_parent(target)

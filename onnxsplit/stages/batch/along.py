@@ -1,0 +1,92 @@
+"""Rules for ops that reduce, normalise, sort or add up along some axes: the rows must not be among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxsplit.stages.batch.combine import first_alone, together
+from onnxsplit.stages.batch.facts import Call, Fact, Mixes, from_front, rows
+
+
+def softmax(call: Call) -> Fact:
+    """Along an axis; before opset 13, along it and all that follow."""
+    fact = first_alone(call)
+    axis = from_front(call.integer("axis", -1 if call.opset >= 13 else 1), call.rank(0))
+    if fact.axis == axis or (call.opset < 13 and fact.axis > axis):
+        raise Mixes("it normalises over the rows")
+    return fact
+
+
+def normalised(call: Call) -> Fact:
+    """Layer and root mean square normalisation: over an axis and all that follow."""
+    if call.carries(0) and call.require(0).axis >= from_front(call.integer("axis", -1), call.rank(0)):
+        raise Mixes("it normalises over the rows")
+    call.others_same(0)
+    return together(call, range(len(call.facts)))
+
+
+def lp_normalised(call: Call) -> Fact:
+    """Over one axis."""
+    fact = first_alone(call)
+    if fact.axis == from_front(call.integer("axis", -1), call.rank(0)):
+        raise Mixes("it normalises over the rows")
+    return fact
+
+
+def mean_variance(call: Call) -> Fact:
+    """Over listed axes; the batch is one of them by default."""
+    fact = first_alone(call)
+    if fact.axis in [from_front(axis, call.rank(0)) for axis in call.integers("axes") or [0, 2, 3]]:
+        raise Mixes("it normalises over the rows")
+    return fact
+
+
+def skip_normalised(call: Call) -> Fact:
+    """A sum of two inputs, normalised over the last axis (com.microsoft)."""
+    fact = together(call, [0, 1])
+    if fact.axis >= call.rank(0) - 1:
+        raise Mixes("it normalises over the rows")
+    return fact
+
+
+def reduced(call: Call) -> Fact:
+    """Over listed axes, or all."""
+    call.others_same(0)
+    fact = call.require(0)
+    axes = call.listed("axes", 1)
+    if not axes:
+        if call.integer("noop_with_empty_axes", 0):
+            return fact
+        raise Mixes("it reduces over all axes, the rows among them")
+    return _without(call, fact, axes)
+
+
+def arg_reduced(call: Call) -> Fact:
+    """ArgMax and ArgMin, over one axis."""
+    return _without(call, call.require(0), [call.integer("axis", 0)])
+
+
+def _without(call: Call, fact: Fact, axes: Sequence[int]) -> Fact:
+    gone = {from_front(axis, call.rank(0)) for axis in axes}
+    if fact.axis in gone:
+        raise Mixes("it reduces over the rows")
+    lost = 0 if call.integer("keepdims", 1) else sum(axis < fact.axis for axis in gone)
+    return rows(fact.axis - lost, fact.per_row)
+
+
+def top_k(call: Call) -> Fact:
+    """Sorts along one axis."""
+    call.others_same(0)
+    fact = call.require(0)
+    if fact.axis == from_front(call.integer("axis", -1), call.rank(0)):
+        raise Mixes("it sorts the rows")
+    return rows(fact.axis, fact.per_row)
+
+
+def cumulative(call: Call) -> Fact:
+    """Adds up along one axis."""
+    call.others_same(0)
+    fact = call.require(0)
+    if fact.axis == from_front(call.ints(1)[0], call.rank(0)):
+        raise Mixes("it adds up over the rows")
+    return rows(fact.axis, fact.per_row)

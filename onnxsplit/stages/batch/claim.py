@@ -1,0 +1,109 @@
+"""A claim about rows, from the structure of a model: the batch axis of each tensor, or what speaks against it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from onnxsplit.errors import shown
+from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.shapes import annotated, free_dimensions
+from onnxsplit.plan import TensorSpec
+from onnxsplit.stages.batch.facts import SAME, Fact, Kind, Sizes, rows
+from onnxsplit.stages.batch.refine import refined
+from onnxsplit.stages.batch.walk import Learned, Walk, graph_sizes
+
+Axes = Mapping[str, int]
+"""The batch axis of the tensors that have one."""
+
+_BATCH_NAME = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
+_MOST_CANDIDATES = 8
+_MOST_ROUNDS = 10  # of a walk and shape inference, in turn; each goes at least one op further
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the structure says of one choice of axes of the inputs.
+
+    Attributes:
+        axes: of inputs, outputs and tensors between ops, where the structure proves them; empty when an output fails.
+        why_not: what ends the claim; empty when it holds.
+    """
+
+    axes: Axes
+    why_not: str = ""
+
+
+def candidates(specs: Mapping[str, TensorSpec]) -> list[Axes]:
+    """Axes of the inputs that may be the batch, likeliest first.
+
+    All free leading axes at once; every dimension that is called a batch; all free leading axes with the second ones
+    of inputs that have none (recurrent states); each other dimension.
+    """
+    free = free_dimensions(specs)
+    leading = {owner: 0 for where in free.values() for owner, axis in where if axis == 0}
+    second = {owner: 1 for where in free.values() for owner, axis in where if axis == 1 and owner not in leading}
+    found: list[Axes] = [leading] if leading else []
+    by_name = sorted(free.items(), key=lambda item: min(axis for _, axis in item[1]))
+    found += [dict(where) for name, where in by_name if _BATCH_NAME.search(name)]
+    if leading and second:
+        found.append({**second, **leading})
+    found += [dict(where) for _, where in by_name]
+    return [axes for place, axes in enumerate(found) if axes not in found[:place]][:_MOST_CANDIDATES]
+
+
+class Structure:
+    """A model's structure at one binding of its free dimensions.
+
+    Args:
+        graph: the model.
+        inputs: shapes of the inputs.
+        seen: shapes of other tensors, from a run.
+    """
+
+    def __init__(self, graph: OpGraph, inputs: Sizes, seen: Sizes) -> None:
+        self._graph = graph
+        self._inputs = inputs
+        self._seen = {**seen, **inputs}
+        self._model = annotated(graph, inputs)
+
+    def claim(self, axes: Axes) -> Claim:
+        """What the structure proves when the inputs carry rows along these axes."""
+        batch = {self._inputs[name][axis] for name, axis in axes.items()}
+        if len(batch) != 1:
+            return Claim({}, "the inputs have unequal numbers of rows")
+        given = {name: rows(axes[name]) if name in axes else SAME for name in self._inputs}
+        model, count = onnx.ModelProto(), batch.pop()
+        model.CopyFrom(self._model)
+        for _ in range(_MOST_ROUNDS):
+            facts, learned = self._walk(model, given, count)
+            why = next(self._failures(facts), "")
+            if not why:
+                return Claim({n: f.axis for n, f in facts.items() if _one_a_row(f)})
+            better = refined(model, learned)
+            if better is None:
+                break
+            model = better
+        return Claim({}, why)
+
+    def _walk(self, model: onnx.ModelProto, given: Mapping[str, Fact], count: int) -> tuple[dict[str, Fact], Learned]:
+        opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
+        walk, graph = Walk(opsets=opsets, batch=count), model.graph
+        return walk.over(graph, graph.node, given, {**graph_sizes(graph), **self._seen}), walk.learned
+
+    def _failures(self, facts: Mapping[str, Fact]) -> Iterator[str]:
+        for name in self._graph.outputs:
+            fact = facts.get(name, SAME)
+            if fact.kind is Kind.MIXED:
+                yield fact.why
+            elif fact.kind is not Kind.ROWS:
+                yield f"the output {shown(name)} does not carry the rows: {fact.kind.value}"
+            elif fact.per_row != 1:
+                yield f"the output {shown(name)} has {fact.per_row} entries for each row along axis {fact.axis}"
+
+
+def _one_a_row(fact: Fact) -> bool:
+    return fact.kind is Kind.ROWS and fact.per_row == 1

@@ -1,0 +1,101 @@
+"""Rules by which rows of several inputs come together, and rules made of rules.
+
+A rule is called only when an input carries rows and none is mixed. It returns what is known of the outputs (one fact
+for all of them, or one each), or raises :class:`~onnxsplit.stages.batch.facts.Mixes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from onnxsplit.stages.batch.facts import Call, Fact, Kind, Mixes, rows
+
+Rule = Callable[[Call], Fact | Sequence[Fact]]
+
+
+def elementwise(call: Call) -> Fact:
+    """Every element of the output depends on the elements of the inputs at its place, by broadcasting."""
+    return together(call, range(len(call.facts)))
+
+
+def together(call: Call, indices: Sequence[int]) -> Fact:
+    """Inputs that are combined by broadcasting; the others must be the same for every batch."""
+    call.others_same(*indices)
+    given = [index for index in indices if call.fact(index) is not None]
+    if any(call.facts[index].kind is Kind.SIZE for index in given):  # type: ignore[union-attr]
+        raise Mixes("it computes with the number of rows")
+    found = {(fact.axis - call.rank(i), fact.per_row) for i in given if call.carries(i) for fact in [call.require(i)]}
+    if len(found) != 1:
+        raise Mixes("it combines rows that lie along different axes")
+    back, per_row = found.pop()
+    for index in given:
+        if not call.carries(index) and call.rank(index) >= -back and call.shape(index)[back] != 1:
+            raise Mixes(f"its input {index} has {call.shape(index)[back]} entries along the axis of the rows")
+    return rows(max(call.rank(index) for index in given) + back, per_row)
+
+
+def first_alone(call: Call) -> Fact:
+    """Elementwise in the first input; the others are parameters, which must be the same for every batch."""
+    call.others_same(0)
+    fact = call.require(0)
+    return rows(fact.axis, fact.per_row)
+
+
+def leading(*carriers: int) -> Rule:
+    """Rows lie along the first axis of the first input, of other ``carriers`` that have rows, and of the outputs."""
+
+    def rule(call: Call) -> Fact:
+        call.others_same(*carriers)
+        first = call.require(0)
+        for index in carriers:
+            fact = call.fact(index)
+            if fact is None:
+                continue
+            if fact.kind is Kind.SAME:
+                if call.rank(index) and call.shape(index)[0] != 1:
+                    raise Mixes(
+                        f"its input {index} is the same for every batch, and has {call.shape(index)[0]} entries"
+                    )
+                continue
+            if fact.kind is not Kind.ROWS or (fact.axis, fact.per_row) != (0, first.per_row):
+                raise Mixes("its rows do not lie along the first axis of every input")
+        return rows(0, first.per_row)
+
+    return rule
+
+
+def all_leading(*carriers: int) -> Rule:
+    """As :func:`leading`, where all of these that are given must carry the rows."""
+
+    def rule(call: Call) -> Fact:
+        for index in carriers:
+            if call.fact(index) is not None:
+                call.require(index)
+        found = leading(*carriers)(call)
+        assert isinstance(found, Fact)
+        return found
+
+    return rule
+
+
+def only_rank(rank: int, rule: Rule) -> Rule:
+    """A rule that holds for a first input of this rank only."""
+
+    def checked(call: Call) -> Fact | Sequence[Fact]:
+        if call.rank(0) != rank:
+            raise Mixes(f"its input has the rank {call.rank(0)}; only for {rank} is it known that rows stay apart")
+        return rule(call)
+
+    return checked
+
+
+def first_output(rule: Rule) -> Rule:
+    """A rule that holds for the first output; others are numbered or summed over the whole batch."""
+
+    def checked(call: Call) -> Sequence[Fact]:
+        found = rule(call)
+        first = found if isinstance(found, Fact) else found[0]
+        rest = Fact(Kind.MIXED, why=f"a further output of {call.node.op_type} is made of the whole batch")
+        return [first, *[rest] * (len(call.node.output) - 1)]
+
+    return checked

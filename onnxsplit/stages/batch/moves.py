@@ -1,0 +1,314 @@
+"""Rules for ops that move, cut, join and look up elements: where the axis of the rows goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from onnxsplit.stages.batch.facts import Call, Fact, Kind, Mixes, from_front, rows
+from onnxsplit.stages.batch.linear import Linear, Undecided, linear
+
+_END = 10**8  # no batch has as many rows; exporters write this, or more, for "to the end"
+
+
+def equal(one: object, other: object) -> bool:
+    """Whether two numbers are equal for every number of rows."""
+    try:
+        return bool(one == other)
+    except Undecided:
+        return False
+
+
+def transposed(call: Call) -> Fact:
+    """The axes in another order."""
+    fact = call.require(0)
+    order = call.integers("perm") or list(reversed(range(call.rank(0))))
+    return rows(order.index(fact.axis), fact.per_row)
+
+
+def reshaped(call: Call) -> Fact:
+    """Reshape: what lies before the axis of the rows must stay before it, and what follows must follow."""
+    call.others_same(0, 1)
+    dims, wanted = call.dims(0), call.numbers(1) if call.has(1) else list(call.integers("shape") or [])
+    if not call.integer("allowzero", 0):
+        if any(equal(size, 0) for size in wanted[len(dims) :]):
+            raise Mixes("its shape does not fit")
+        wanted = [dims[place] if equal(size, 0) else size for place, size in enumerate(wanted)]
+    return _regrouped(call, dims, wanted)
+
+
+def flattened(call: Call) -> Fact:
+    """Flatten: two axes, what lies before one axis and the rest."""
+    dims, axis = call.dims(0), call.integer("axis", 1)
+    axis = axis + len(dims) if axis < 0 else axis
+    return _regrouped(call, dims, [_product(dims[:axis]), _product(dims[axis:])])
+
+
+def _product(dims: Sequence[Linear | int]) -> Linear | int:
+    found: Linear | int = 1
+    for size in dims:
+        found = found * size
+    return found
+
+
+def _regrouped(call: Call, dims: Sequence[Linear | int], wanted: Sequence[Linear | int]) -> Fact:
+    fact = call.require(0)
+    before = math.prod(d for d in dims[: fact.axis] if isinstance(d, int))
+    whole = _product(dims)
+    if not isinstance(whole, Linear) or whole.fixed:
+        raise Mixes("its tensors have no elements, so that nothing can be told")
+    open_places = [place for place, size in enumerate(wanted) if equal(size, -1)]
+    try:
+        found = list(wanted)
+        if open_places:
+            rest = _product([size for place, size in enumerate(wanted) if place != open_places[0]])
+            found[open_places[0]] = whole // rest
+        places = [place for place, size in enumerate(found) if isinstance(size, Linear)]
+        if len(places) != 1:
+            raise Mixes("it groups the rows with other axes")
+        size = found[places[0]]
+        assert isinstance(size, Linear)
+        ahead = _product(found[: places[0]])
+        if size.fixed or ahead != before or not equal(_product(found), whole):
+            raise Mixes("it groups the rows with other axes")
+    except Undecided as error:
+        raise Mixes("it groups the rows with other axes") from error
+    return rows(places[0], size.per_row)
+
+
+def squeezed(call: Call) -> Fact:
+    """Squeeze; without axes it takes the rows away when there is one."""
+    fact = call.require(0)
+    axes = call.listed("axes", 1)
+    if axes is None:
+        raise Mixes("it takes away every axis of one entry, that of a single row among them")
+    gone = {from_front(axis, call.rank(0)) for axis in axes}
+    if fact.axis in gone:
+        raise Mixes("it takes the axis of the rows away")
+    return rows(fact.axis - sum(axis < fact.axis for axis in gone), fact.per_row)
+
+
+def unsqueezed(call: Call) -> Fact:
+    """Unsqueeze."""
+    fact = call.require(0)
+    axes = call.listed("axes", 1) or []
+    rank = call.rank(0) + len(axes)
+    new = {from_front(axis, rank) for axis in axes}
+    kept = [axis for axis in range(rank) if axis not in new]
+    return rows(kept[fact.axis], fact.per_row)
+
+
+def expanded(call: Call) -> Fact:
+    """Expand of something that carries rows: the axis of the rows must keep its length."""
+    call.others_same(0, 1)
+    fact, shape = call.require(0), call.numbers(1)
+    rank = max(call.rank(0), len(shape))
+    axis = fact.axis + rank - call.rank(0)
+    place = axis - rank + len(shape)
+    for other, size in enumerate(shape):
+        if other == place:
+            if not equal(size, 1) and not equal(size, linear(fact.per_row, 0)):
+                raise Mixes("it repeats the rows")
+        elif isinstance(size, Linear):
+            raise Mixes("two axes of it depend on the number of rows")
+    return rows(axis, fact.per_row)
+
+
+def tiled(call: Call) -> Fact:
+    """Tile: the axis of the rows must be repeated once."""
+    call.others_same(0)
+    fact = call.require(0)
+    repeats = call.ints(1)
+    if len(repeats) != call.rank(0) or repeats[fact.axis] != 1:
+        raise Mixes("it repeats the rows")
+    return rows(fact.axis, fact.per_row)
+
+
+def concatenated(call: Call) -> Fact:
+    """Concat: along another axis, and all inputs must carry the rows."""
+    found = {(call.require(index).axis, call.require(index).per_row) for index in range(len(call.facts))}
+    axis = from_front(call.integer("axis", 1), call.rank(0))
+    if len(found) != 1:
+        raise Mixes("it joins rows that lie along different axes")
+    where, per_row = found.pop()
+    if where == axis:
+        raise Mixes("it joins tensors along the axis of the rows")
+    return rows(where, per_row)
+
+
+def split(call: Call) -> Fact:
+    """Split, along another axis."""
+    call.others_same(0)
+    fact = call.require(0)
+    if fact.axis == from_front(call.integer("axis", 0), call.rank(0)):
+        raise Mixes("it splits the rows")
+    return rows(fact.axis, fact.per_row)
+
+
+def sliced(call: Call) -> Fact:
+    """Slice: the rows must all stay."""
+    call.others_same(0, 1, 2)
+    fact = call.require(0)
+    if call.carries(1) or call.carries(2):
+        raise Mixes("where it cuts depends on the rows")
+    rank = call.rank(0)
+    axes = call.listed("axes", 3)
+    if axes is None:
+        axes = list(range(call.shape(1)[0] if call.has(1) else len(call.integers("starts") or [])))
+    for place, axis in enumerate(axes):
+        if from_front(axis, rank) == fact.axis:
+            starts = call.numbers(1) if call.has(1) else list(call.integers("starts") or [])
+            ends = call.numbers(2) if call.has(2) else list(call.integers("ends") or [])
+            steps = call.ints(4) if call.has(4) else [1] * len(axes)
+            full = equal(ends[place], linear(fact.per_row, 0)) or (isinstance(ends[place], int) and ends[place] >= _END)
+            if starts[place] != 0 or steps[place] != 1 or not full:
+                raise Mixes("it takes some of the rows")
+        elif _any_size(call, place):
+            raise Mixes("where it cuts depends on the number of rows")
+    return rows(fact.axis, fact.per_row)
+
+
+def _any_size(call: Call, place: int) -> bool:
+    """Whether one of the numbers that say where to cut depends on the number of rows."""
+    found = [call.facts[index] for index in (1, 2) if call.has(index)]
+    return any(f is not None and f.kind is Kind.SIZE and isinstance(list(f.values.flat)[place], Linear) for f in found)  # type: ignore[union-attr]
+
+
+def padded(call: Call) -> Fact:
+    """Pad: nothing is put before or after the rows."""
+    call.others_same(0)
+    fact, rank = call.require(0), call.rank(0)
+    pads = call.listed("pads", 1)
+    if pads is None:
+        raise Mixes("how it pads is not known")
+    axes = call.ints(3) if call.has(3) else list(range(rank))
+    for place, axis in enumerate(axes):
+        if from_front(axis, rank) == fact.axis and (pads[place] or pads[place + len(axes)]):
+            raise Mixes("it puts entries before or after the rows")
+    return rows(fact.axis, fact.per_row)
+
+
+def gathered(call: Call) -> Fact:
+    """Gather: rows in the data along another axis, or rows in the indices of a table."""
+    axis = from_front(call.integer("axis", 0), call.rank(0))
+    call.others_same(0, 1)
+    if call.carries(0) and call.carries(1):
+        raise Mixes("it looks rows up by rows")
+    if call.carries(1):
+        fact = call.require(1)
+        if call.facts[0] is not None and call.facts[0].kind is Kind.SIZE:
+            raise Mixes("it computes with the number of rows")
+        return rows(axis + fact.axis, fact.per_row)
+    fact = call.require(0)
+    if call.facts[1] is None or call.facts[1].kind is not Kind.SAME:
+        raise Mixes("it computes with the number of rows")
+    if fact.axis == axis:
+        raise Mixes("it picks rows by their place")
+    return rows(fact.axis + (call.rank(1) - 1 if fact.axis > axis else 0), fact.per_row)
+
+
+def gathered_elements(call: Call) -> Fact:
+    """GatherElements: data and indices must carry the rows along the same, other axis."""
+    one, other = call.require(0), call.require(1)
+    if (one.axis, one.per_row) != (other.axis, other.per_row) or one.per_row != 1:
+        raise Mixes("it looks rows up by rows")
+    if one.axis == from_front(call.integer("axis", 0), call.rank(0)):
+        raise Mixes("it picks rows by their place")
+    return rows(one.axis)
+
+
+def gathered_nd(call: Call) -> Fact:
+    """GatherND: rows in batch dimensions of both, or in the indices of a table."""
+    batch = call.integer("batch_dims", 0)
+    if call.carries(0):
+        one, other = call.require(0), call.require(1)
+        if one != other or one.axis >= batch:
+            raise Mixes("it looks rows up by rows")
+        return rows(one.axis, one.per_row)
+    call.others_same(1)
+    fact = call.require(1)
+    if fact.axis >= call.rank(1) - 1 or fact.axis < batch:
+        raise Mixes("it picks entries by the place of a row")
+    return rows(fact.axis, fact.per_row)
+
+
+def scattered_elements(call: Call) -> Fact:
+    """ScatterElements: all three must carry the rows along the same, other axis."""
+    found = [call.require(index) for index in range(3)]
+    if len(set(found)) != 1 or found[0].axis == from_front(call.integer("axis", 0), call.rank(0)):
+        raise Mixes("it writes rows by their place")
+    if found[0].per_row != 1:
+        raise Mixes("it writes rows by their place")
+    return rows(found[0].axis)
+
+
+def one_hot(call: Call) -> Fact:
+    """OneHot: a new axis beside those of the indices."""
+    call.others_same(0)
+    fact = call.require(0)
+    axis = from_front(call.integer("axis", -1), call.rank(0) + 1)
+    return rows(fact.axis + (axis <= fact.axis), fact.per_row)
+
+
+def triangular(call: Call) -> Fact:
+    """Trilu, over the last two axes."""
+    call.others_same(0)
+    fact = call.require(0)
+    if fact.axis >= call.rank(0) - 2:
+        raise Mixes("it cuts a triangle out of the rows")
+    return rows(fact.axis, fact.per_row)
+
+
+def einsum(call: Call) -> Fact:
+    """Einsum: the letter of the rows must be one letter, must stay, and nothing else may have it."""
+    equation = call.attribute("equation", b"")
+    assert isinstance(equation, bytes)
+    left, arrow, right = equation.decode().replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or "." in equation.decode() or len(terms) != len(call.facts):
+        raise Mixes("its equation is not one that can be followed")
+    letters = {terms[i][call.require(i).axis] for i in range(len(terms)) if call.carries(i)}
+    counts = {call.require(i).per_row for i in range(len(terms)) if call.carries(i)}
+    if len(letters) != 1 or len(counts) != 1:
+        raise Mixes("it combines rows that lie along different axes")
+    letter = letters.pop()
+    for index, term in enumerate(terms):
+        if letter in term and (not call.carries(index) or term.count(letter) > 1):
+            raise Mixes("it combines rows with each other")
+        if letter not in term and call.facts[index] is not None and call.facts[index].kind is not Kind.SAME:  # type: ignore[union-attr]
+            raise Mixes("it computes with the number of rows")
+    if right.count(letter) != 1:
+        raise Mixes("it sums over the rows")
+    return rows(right.index(letter), counts.pop())
+
+
+def reversed_sequence(call: Call) -> Fact:
+    """ReverseSequence: along its axis of time, by lengths of the rows."""
+    fact, lengths = call.require(0), call.require(1)
+    if fact.axis != call.integer("batch_axis", 1) or lengths.axis != 0 or (fact.per_row, lengths.per_row) != (1, 1):
+        raise Mixes("it reverses the rows")
+    return rows(fact.axis)
+
+
+MOVES: dict[str, Callable[[Call], Fact | Sequence[Fact]]] = {
+    "Transpose": transposed,
+    "Reshape": reshaped,
+    "Flatten": flattened,
+    "Squeeze": squeezed,
+    "Unsqueeze": unsqueezed,
+    "Expand": expanded,
+    "Tile": tiled,
+    "Concat": concatenated,
+    "Split": split,
+    "Slice": sliced,
+    "Pad": padded,
+    "Gather": gathered,
+    "GatherElements": gathered_elements,
+    "GatherND": gathered_nd,
+    "ScatterElements": scattered_elements,
+    "OneHot": one_hot,
+    "Trilu": triangular,
+    "Einsum": einsum,
+    "ReverseSequence": reversed_sequence,
+}
+"""By op type."""

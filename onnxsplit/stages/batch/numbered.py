@@ -1,0 +1,104 @@
+"""Rules for numbers of rows: ``Range(0, rows)``, which exporters of attention masks look rows up by.
+
+    mask[arange(batch)[:, None], places]    as    GatherND(mask, Concat(numbers, places))
+
+Row *b* picks from row *b*, so rows stay apart. A number of a row that is used as a value mixes them, since it is
+another one in a part of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import onnx
+
+from onnxsplit.stages.batch.facts import Call, Fact, Kind, Mixes, from_front, rows
+from onnxsplit.stages.batch.linear import Linear
+from onnxsplit.stages.batch.moves import equal
+from onnxsplit.stages.batch.rules import RULES
+
+_MOVES = frozenset(["Cast", "Expand", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze"])
+_WHOLE = frozenset([onnx.TensorProto.INT32, onnx.TensorProto.INT64])  # types that hold the number of any row
+_ARITHMETIC = frozenset(["Add", "Max", "Min", "Mul", "Sub"])
+
+
+def numbers_of_rows(call: Call) -> Fact:
+    """``Range`` from 0 to the number of rows."""
+    start, limit, step = (call.numbers(index)[0] for index in range(3))
+    if not (equal(start, 0) and equal(limit, Linear(1)) and equal(step, 1)):
+        raise Mixes("it computes with the number of rows")
+    return Fact(Kind.NUMBERS, 0)
+
+
+def numbered(call: Call) -> Fact:
+    """What becomes of the numbers of rows.
+
+    Raises:
+        Mixes: they are used as values.
+    """
+    op = call.node.op_type
+    if op == "Cast" and call.integer("to", 0) not in _WHOLE:
+        raise Mixes("it uses the numbers of rows as values")
+    if op in _MOVES:
+        return replace(_as_rows(call, op), kind=call.facts[0].kind)  # type: ignore[union-attr]
+    if op in _ARITHMETIC:  # exporters do this to learn a shape; what is computed is no number of a row any more
+        return replace(_as_rows(call, op), kind=Kind.PLACED)
+    if op == "Concat":
+        return _index(call)
+    if op == "GatherND":
+        return _picked(call)
+    if op == "Gather":
+        return _all(call)
+    raise Mixes("it uses the numbers of rows as values")
+
+
+def _as_rows(call: Call, op: str) -> Fact:
+    """The rule of the op, as if the numbers were rows."""
+    kinds = {Kind.NUMBERS, Kind.PLACED}
+    if any(fact is not None and fact.kind is Kind.ROWS for fact in call.facts):
+        raise Mixes("it uses the numbers of rows as values")
+    facts = [replace(f, kind=Kind.ROWS) if f is not None and f.kind in kinds else f for f in call.facts]
+    found = RULES[op](replace(call, facts=facts))
+    assert isinstance(found, Fact)
+    return found
+
+
+def _index(call: Call) -> Fact:
+    """Indices for GatherND: the number of the row first, then what the row itself or all rows say."""
+    first = call.facts[0]
+    rank = call.rank(0)
+    if first is None or first.kind is not Kind.NUMBERS or from_front(call.integer("axis", 1), rank) != rank - 1:
+        raise Mixes("it uses the numbers of rows as values")
+    if call.shape(0)[-1] != 1 or first.axis == rank - 1:
+        raise Mixes("it uses the numbers of rows as values")
+    for index in range(1, len(call.facts)):
+        other = call.require(index)
+        if (other.axis, other.per_row) != (first.axis, first.per_row):
+            raise Mixes("it joins rows that lie along different axes")
+    return replace(first, kind=Kind.INDEX)
+
+
+def _picked(call: Call) -> Fact:
+    """Each row picks from itself."""
+    data, index = call.require(0), call.facts[1]
+    assert index is not None
+    if call.integer("batch_dims", 0) or index.kind is not Kind.INDEX or (data.axis, data.per_row) != (0, 1):
+        raise Mixes("it uses the numbers of rows as values")
+    return rows(index.axis, index.per_row)
+
+
+def _all(call: Call) -> Fact:
+    """All rows, each in its place."""
+    data, index = call.require(0), call.facts[1]
+    assert index is not None
+    axis = from_front(call.integer("axis", 0), call.rank(0))
+    if index.kind is not Kind.NUMBERS or (data.axis, data.per_row) != (axis, 1) or call.rank(1) != 1:
+        raise Mixes("it uses the numbers of rows as values")
+    return rows(axis, index.per_row)
+
+
+def about_numbers(facts: Sequence[Fact | None]) -> bool:
+    """Whether an op reads numbers of rows."""
+    kinds = {Kind.NUMBERS, Kind.PLACED, Kind.INDEX}
+    return any(fact is not None and fact.kind in kinds for fact in facts)

@@ -1,0 +1,82 @@
+"""A plan back into one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from onnxsplit.errors import PlanError
+from onnxsplit.model.shapes import value_info
+from onnxsplit.model.source import SourceModel, open_model
+from onnxsplit.plan import Plan, default_files, load_plan
+from onnxsplit.stages.extract import CONSTANTS_IR_VERSION, write_model
+from onnxsplit.tensors import load_npz
+
+
+def merge(folder: str | Path, out: str | Path) -> Plan:
+    """Write one model that gives what a plan's stages give. It appears whole or not at all.
+
+    Ops and constants that several stages hold copies of are there once. Inputs that may be left out keep their default:
+    they are initializers, too. External data goes to ``OUT.data`` beside it.
+
+    Raises:
+        PlanError: the plan is damaged, or the file cannot be written.
+        ModelError: a stage is not a usable model.
+    """
+    folder, out = Path(folder), Path(out)
+    plan = load_plan(folder)
+    model = _merged(folder, plan)
+    try:
+        write_model(SourceModel(path=folder / "plan", proto=model, sha256=""), model, out, {}, by_content=True)
+    except OSError as error:
+        raise PlanError(f"cannot write {out}: {error.strerror or error}") from error
+    return plan
+
+
+def _merged(folder: Path, plan: Plan) -> onnx.ModelProto:
+    model = onnx.ModelProto(ir_version=max(plan.model.ir_version, CONSTANTS_IR_VERSION))
+    graph = model.graph
+    written: set[str] = set()
+    constants: set[str] = set()
+    functions: set[tuple[str, str, str]] = set()
+    for stage in plan.stages:
+        part = open_model(folder / stage.file).proto
+        if not written:
+            model.opset_import.extend(part.opset_import)
+            model.metadata_props.extend(part.metadata_props)
+            graph.name = part.graph.name
+            graph.metadata_props.extend(part.graph.metadata_props)
+        for function in part.functions:
+            key = (function.domain, function.name, function.overload)
+            if key not in functions:
+                functions.add(key)
+                model.functions.append(function)
+        for node in part.graph.node:
+            if not set(filter(None, node.output)) & written:
+                graph.node.append(node)
+                written.update(filter(None, node.output))
+        for tensor in part.graph.initializer:
+            if tensor.name not in constants:
+                constants.add(tensor.name)
+                graph.initializer.append(tensor)
+        for sparse in part.graph.sparse_initializer:
+            if sparse.values.name not in constants:
+                constants.add(sparse.values.name)
+                graph.sparse_initializer.append(sparse)
+        known = {annotation.tensor_name for annotation in graph.quantization_annotation}
+        graph.quantization_annotation.extend(
+            a for a in part.graph.quantization_annotation if a.tensor_name not in known
+        )
+    for name, file in default_files(folder, plan).items():
+        graph.initializer.append(onnx.numpy_helper.from_array(load_npz(file)[name], name))
+    for name, origin in plan.passthrough.items():
+        if origin.file is not None and name not in constants:
+            array = load_npz(folder / origin.file.name)[name]
+            graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    if not plan.stages:
+        model.opset_import.extend(onnx.helper.make_opsetid(d, v) for d, v in plan.model.opsets.items())
+        graph.name = Path(plan.model.name).stem
+    graph.input.extend(value_info(name, plan.tensors[name]) for name in plan.inputs)
+    graph.output.extend(value_info(name, plan.tensors[name]) for name in plan.outputs)
+    return model

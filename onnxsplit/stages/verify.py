@@ -1,0 +1,270 @@
+"""The whole model against its chained stages.
+
+Two comparisons, each output by output:
+
+- with optimisation off, the stages must give what the model gives, bit for bit or within the tolerance;
+- at the levels of the plan, they may be no further from the unoptimised model than twice what optimisation alone
+  moves the whole model (or the tolerance, where it moves it less).
+
+The tolerance is 1e-4 of the output's scale, and larger where a float type narrower than float32 crosses a border or
+is computed in (see :mod:`onnxsplit.model.precision`). A model that computes in such a type may amplify its roundings far
+beyond the type's own epsilon, so with optimisation off, too, twice what optimisation alone moves it is allowed there.
+More than half of the scale is never allowed: an optimiser that is wrong does not make a plan right.
+
+The scale of an output is its largest finite magnitude. Integers, strings and booleans have none: they must be equal,
+and optimised ones may differ in no more elements than twice what optimisation alone changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from onnxsplit.custom_ops import Library, check_wanted, find_libraries, needed_libraries
+from onnxsplit.errors import ModelError, ModelRefused, PlanError
+from onnxsplit.model.ends import select
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.opening import ModelFile, ModelLike, open_any, runnable
+from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, is_discrete, narrowest, tolerance
+from onnxsplit.model.shapes import infer_shapes
+from onnxsplit.model.source import SourceModel
+from onnxsplit.plan import Level, Plan, default_files, example_file, load_plan
+from onnxsplit.session import Session, open_session
+from onnxsplit.tensors import Array, check_inputs, load_npz, numpy_dtype
+
+_SLACK = 2.0
+_MOST_ALLOWED = 0.5  # further apart, outputs have nothing in common, whatever ONNX Runtime's optimiser does
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output.
+
+    Attributes:
+        output: its name.
+        exact: stages and model agree bit for bit with optimisation off.
+        difference: the largest difference with optimisation off, over the scale; for discrete types, the share of
+            elements that differ.
+        optimized: the same for the stages at the plan's levels, from the unoptimised model.
+        moved: how far optimisation alone moves the whole model. Initializers that it lists as inputs are constants
+            there, as in the stages.
+        repeatable: False when the whole model differs from itself on the same inputs, so that nothing can be said.
+        tolerance: what ``difference`` may be, and ``optimized`` where optimisation alone moves the model less. For
+            discrete types, it is that of float32.
+        narrowest: the float type that the tolerance follows; None where there is none narrower than float32.
+    """
+
+    output: str
+    exact: bool
+    difference: float
+    optimized: float
+    moved: float
+    repeatable: bool = True
+    tolerance: float = LEAST_TOLERANCE
+    narrowest: str | None = None
+
+    @property
+    def good(self) -> bool:
+        """True when both comparisons hold."""
+        if not self.repeatable:
+            return True
+        allowed = max(min(_SLACK * self.moved, _MOST_ALLOWED), self.tolerance)
+        off = self.tolerance if self.narrowest is None else allowed
+        return self.difference <= off and self.optimized <= allowed
+
+
+def verify(
+    folder: str | Path,
+    model: ModelLike,
+    *,
+    inputs: str | Path | None = None,
+    threads: int = 1,
+    custom_ops: object = (),
+) -> tuple[Comparison, ...]:
+    """Run the model and its stages on the CPU, in this process, and compare every output.
+
+    Args:
+        folder: the plan directory.
+        model: the model it was made from, as :func:`~onnxsplit.planning.planner.partition` takes it.
+        inputs: an ``.npz``; the plan's own example when None.
+        threads: threads of each session.
+        custom_ops: the libraries of custom ops that the plan names, as ``partition`` takes them. This process loads
+            them.
+
+    Raises:
+        PlanError: the plan is damaged, or was made from another file.
+        CustomOpsError: a library that the plan names was not given, or is another build.
+        ModelError, InputError: a stage or the model does not run on the inputs.
+    """
+    folder = Path(folder)
+    plan = load_plan(folder)
+    source = open_any(model)
+    name = str(model) if isinstance(model, str | Path) else source.path.name
+    libraries = find_libraries(custom_ops)
+    needed = needed_libraries(libraries, plan)
+    check_wanted(libraries, (plan,))
+    if source.sha256 != plan.model.sha256:
+        raise PlanError(
+            f"{folder} was made from another model than {name}: SHA-256 {plan.model.sha256[:12]} "
+            f"and {source.sha256[:12]}. Name the model it was made from, or partition this one"
+        )
+    given = _given(folder, plan, Path(inputs) if inputs is not None else example_file(folder, plan))
+    source = select(source, outputs=plan.outputs, keep_inputs=plan.defaults)
+    with runnable(source) as file:
+        try:
+            plain = _run_whole(file, plan, given, "disabled", threads, needed)
+        except ModelError as error:
+            hint = "" if inputs is not None else "; these inputs were made up, give real ones with --inputs FILE.npz"
+            raise ModelError(f"{name} does not run on the inputs: {error}{hint}") from error
+        again = _run_whole(file, plan, given, "disabled", threads, needed)
+    with runnable(_with_constants(source)) as file:
+        levels = dict.fromkeys([plan.costs.whole_optimization_level, *(s.optimization_level for s in plan.stages)])
+        optimized = [_run_optimized(file, plan, given, level, threads, needed) for level in levels]
+    chained = run_stages(folder, plan, given, threads=threads, level="disabled", custom_ops=needed)
+    chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed)
+    types = _float_types(source, plan, given)
+    return tuple(
+        Comparison(
+            output=name,
+            exact=_bits_equal(plain[name], chained[name]),
+            difference=distance(chained[name], plain[name]),
+            optimized=distance(chained_optimized[name], plain[name]),
+            moved=max(distance(one[name], plain[name]) for one in optimized),
+            repeatable=_bits_equal(plain[name], again[name]),
+            tolerance=tolerance(types if not is_discrete(plain[name]) else ()),
+            narrowest=narrowest(types),
+        )
+        for name in plan.outputs
+    )
+
+
+def _with_constants(source: SourceModel) -> SourceModel:
+    """The model with the initializers that it also lists as inputs made constants, as they are in the stages.
+
+    ONNX Runtime folds and fuses constants alone, so optimisation would seem to do less than it does in the stages. The
+    protobuf of ``source`` is changed in place.
+    """
+    graph = source.proto.graph
+    held = {tensor.name for tensor in graph.initializer}
+    asked = [value for value in graph.input if value.name not in held]
+    if len(asked) == len(graph.input):
+        return source
+    del graph.input[:]
+    graph.input.extend(asked)
+    source.proto.ir_version = max(source.proto.ir_version, 4)  # below, every initializer is an input
+    return replace(source, in_file=False)
+
+
+def _float_types(source: SourceModel, plan: Plan, inputs: Mapping[str, Array]) -> frozenset[str]:
+    """Types that cross a border of the plan, and types that the model computes in."""
+    graph = build_graph(source)
+    shapes = infer_shapes(graph, {name: inputs[name].shape for name in graph.inputs if name in inputs})
+    return computed_types(graph, shapes) | {spec.dtype for spec in plan.tensors.values()}
+
+
+def _given(folder: Path, plan: Plan, file: Path) -> dict[str, Array]:
+    """Inputs in a file, without those that the plan leaves out, and with the defaults of those that are not there.
+
+    Raises:
+        InputError: they do not fit the plan.
+    """
+    given = {name: array for name, array in load_npz(file).items() if name not in plan.dropped_inputs}
+    specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
+    check_inputs(given, specs, unread_inputs(plan) | plan.defaults.keys(), refused=plan.refused_inputs())
+    defaults = {name: load_npz(path)[name] for name, path in default_files(folder, plan).items() if name not in given}
+    return {**defaults, **given}
+
+
+def unread_inputs(plan: Plan) -> frozenset[str]:
+    """Inputs of the model that neither a stage nor an output reads: they may be left out."""
+    read = {name for stage in plan.stages for name in stage.inputs}
+    read |= {source.input for source in plan.passthrough.values() if source.input is not None}
+    return frozenset(plan.inputs) - read
+
+
+def run_stages(
+    folder: Path,
+    plan: Plan,
+    inputs: Mapping[str, Array],
+    *,
+    threads: int,
+    level: Level | None = None,
+    custom_ops: Sequence[Library] = (),
+) -> dict[str, Array]:
+    """Run the stages one after the other in this process; returns every tensor on a border.
+
+    Args:
+        folder: the plan directory.
+        plan: the plan.
+        inputs: by name.
+        threads: threads of each session.
+        level: optimisation level; each stage's own when None.
+        custom_ops: libraries of custom ops; each stage has those that it needs.
+    """
+    values = dict(inputs)
+    for stage in plan.stages:
+        session = open_session(
+            folder / stage.file,
+            threads=threads,
+            level=level or stage.optimization_level,
+            custom_ops=needed_libraries(custom_ops, plan, stage.index),
+        )
+        values.update(session.run({name: values[name] for name in stage.inputs}))
+    for name, origin in plan.passthrough.items():
+        values[name] = values[origin.input] if origin.input is not None else _constant(folder, plan, name)
+    return values
+
+
+def _constant(folder: Path, plan: Plan, name: str) -> Array:
+    file = plan.passthrough[name].file
+    assert file is not None
+    return load_npz(folder / file.name)[name]
+
+
+def _run_whole(
+    file: ModelFile,
+    plan: Plan,
+    inputs: Mapping[str, Array],
+    level: Level,
+    threads: int,
+    custom_ops: Sequence[Library],
+) -> dict[str, Array]:
+    apart = file.data_folder is not None
+    session: Session = open_session(
+        file.path.read_bytes() if apart else file.path,
+        threads=threads,
+        level=level,
+        external_data_folder=file.data_folder,
+        custom_ops=custom_ops,
+    )
+    given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name in plan.inputs}
+    return session.run(given)
+
+
+def _run_optimized(
+    file: ModelFile, plan: Plan, inputs: Mapping[str, Array], first: Level, threads: int, custom_ops: Sequence[Library]
+) -> dict[str, Array]:
+    """Run the whole model at a level of the plan, or at the highest one below at which ONNX Runtime takes it.
+
+    ONNX Runtime cannot optimise some models again that its own optimiser saved.
+    """
+    levels: tuple[Level, ...] = ("all", "extended", "basic")
+    for level in levels[levels.index(first) :] if first in levels else ():
+        with suppress(ModelRefused):
+            return _run_whole(file, plan, inputs, level, threads, custom_ops)
+    return _run_whole(file, plan, inputs, "disabled", threads, custom_ops)
+
+
+def _zeros(plan: Plan, name: str) -> Array:
+    spec = plan.tensors[name]
+    return np.zeros([d if isinstance(d, int) else 1 for d in spec.shape or ()], numpy_dtype(spec.dtype))
+
+
+def _bits_equal(left: Array, right: Array) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return bool(np.array_equal(left, right)) if left.dtype == object else left.tobytes() == right.tobytes()

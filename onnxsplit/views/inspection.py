@@ -1,0 +1,106 @@
+"""What a model is made of, in figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from onnxsplit.model.atoms import CALLER
+from onnxsplit.model.multi_device import check_multi_device
+from onnxsplit.plan import Record, Shape
+from onnxsplit.planning.subject import Subject
+from onnxsplit.stages.extract import peak_memory_bytes, weight_bytes, whole_parts
+
+
+class TypeRow(Record, frozen=True, kw_only=True):
+    """All ops of one type: how many, and their time in nanoseconds."""
+
+    op_type: str
+    count: int
+    time_ns: int
+
+
+class CutRow(Record, frozen=True, kw_only=True):
+    """One way to cut in two along the order of the ops: the tensors that cross, and the time on either side."""
+
+    tensors: tuple[str, ...]
+    bytes: int
+    before_ns: int
+    after_ns: int
+
+
+class Inspection(Record, frozen=True, kw_only=True):
+    """A model in figures. Times are nanoseconds of one run, sizes bytes; ``multi_device`` what is wrong there."""
+
+    ir_version: int
+    opsets: dict[str, int]
+    ops: int
+    atoms: int
+    weight_bytes: int
+    peak_memory_bytes: int
+    time_ns: int
+    source: str
+    note: str | None
+    dims: dict[str, int]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    op_types: tuple[TypeRow, ...]
+    cuts: tuple[CutRow, ...]
+    multi_device: tuple[str, ...]
+
+
+def inspect_subject(subject: Subject, *, cuts: int = 5) -> Inspection:
+    """A model that was examined, in figures; ``cuts`` is how many cuts in two to list, the best balanced first."""
+    graph, shapes = subject.graph, subject.shapes
+    whole = whole_parts(graph)
+    counts, times = Counter[str](), Counter[str]()
+    for op, time_ns in zip(graph.ops, subject.costs.time_ns, strict=True):
+        counts[op.op_type] += 1
+        times[op.op_type] += time_ns
+    described = {name: f"{spec.dtype} {_shape_text(spec.shape)}" for name, spec in shapes.specs.items()}
+    return Inspection(
+        ir_version=graph.source.proto.ir_version,
+        opsets={entry.domain: entry.version for entry in graph.source.proto.opset_import},
+        ops=len(graph.ops),
+        atoms=len(subject.atoms.ops),
+        weight_bytes=weight_bytes(graph, whole),
+        peak_memory_bytes=peak_memory_bytes(graph, shapes, whole),
+        time_ns=subject.costs.whole_ns,
+        source=subject.costs.source,
+        note=subject.note,
+        dims=dict(subject.dims),
+        inputs={name: described.get(name, "?") for name in graph.inputs},
+        outputs={name: described.get(name, "?") for name in graph.outputs},
+        op_types=tuple(
+            TypeRow(op_type=kind, count=counts[kind], time_ns=time_ns)
+            for kind, time_ns in sorted(times.items(), key=lambda item: (-item[1], item[0]))
+        ),
+        cuts=_best_cuts(subject, cuts),
+        multi_device=tuple(check_multi_device(graph.source.proto)),
+    )
+
+
+def _shape_text(shape: Shape | None) -> str:
+    return "of unknown rank" if shape is None else "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _best_cuts(subject: Subject, count: int) -> tuple[CutRow, ...]:
+    problem = subject.problem(subject.costs.time_ns)
+    times = problem.kinds[0].time_ns
+    total, before, rows = sum(times), 0, []
+    for last in range(len(times) - 1):
+        before += times[last]
+        crossing = [
+            (flow, transfer)
+            for flow, transfer in zip(subject.atoms.flows, problem.transfers, strict=True)
+            if flow.writer != CALLER and flow.writer <= last and any(reader > last for reader in flow.readers)
+        ]
+        paid = sum(problem.link.transfer_ns(transfer.size_bytes) for _, transfer in crossing)
+        names = tuple(flow.tensor for flow, _ in crossing)
+        row = CutRow(
+            tensors=names,
+            bytes=sum(subject.shapes.bytes(name) for name in names),
+            before_ns=before,
+            after_ns=total - before,
+        )
+        rows.append((max(before, total - before) + paid, last, row))
+    return tuple(row for _, _, row in sorted(rows, key=lambda entry: entry[:2])[:count])

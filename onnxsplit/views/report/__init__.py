@@ -1,0 +1,92 @@
+"""The report: one HTML file that needs no network, to look at a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+
+from onnxsplit import drawing
+from onnxsplit.errors import PartitionError
+from onnxsplit.files import replacing
+from onnxsplit.plan import Plan, Record
+from onnxsplit.planning.outcome import Outcome
+from onnxsplit.planning.sweep import SweepRow
+
+
+class OpRow(Record, frozen=True, kw_only=True):
+    """An op: where it is, what it takes, and the positions of the ops that read from it."""
+
+    name: str
+    type: str
+    stage: int
+    atom: int
+    time_ns: int
+    bytes: int
+    readers: tuple[int, ...]
+
+
+class Content(Record, frozen=True, kw_only=True):
+    """Everything the page shows."""
+
+    model: str
+    plan: Plan
+    ops: tuple[OpRow, ...]
+    sweep: tuple[SweepRow, ...]
+
+
+def content(outcome: Outcome, sweep: Sequence[SweepRow] = ()) -> Content:
+    """Gather what the page shows."""
+    graph, shapes = outcome.subject.graph, outcome.subject.shapes
+    stage_of = outcome.stage_of_ops()
+    atom_of = {op: atom for atom, ops in enumerate(outcome.subject.atoms.ops) for op in ops}
+    shown = sorted(stage_of)
+    position = {op: place for place, op in enumerate(shown)}
+    rows = tuple(
+        OpRow(
+            name=graph.ops[op].name,
+            type=graph.ops[op].op_type,
+            stage=stage_of[op],
+            atom=atom_of.get(op, -1),
+            time_ns=outcome.op_ns[op],
+            bytes=sum(shapes.bytes(name) for name in graph.ops[op].outputs),
+            readers=tuple(position[reader] for reader in graph.digraph.successors(op) if reader in position),
+        )
+        for op in shown
+    )
+    return Content(model=graph.source.path.name, plan=outcome.plan, ops=rows, sweep=tuple(sweep))
+
+
+def page(shown: Content) -> str:
+    """The HTML page."""
+    assets = files(__name__) / "assets"
+
+    def text(name: str) -> str:
+        return (assets / name).read_text(encoding="utf-8")
+
+    data = msgspec.json.encode(shown).decode().replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    return drawing.fill(
+        text("report.html"),
+        styles=drawing.styles() + text("uPlot.min.css") + text("report.css"),
+        licences=drawing.licences(("uPlot", text("uPlot.LICENSE"))),
+        libraries=drawing.libraries() + "\n" + drawing.script(text("uPlot.iife.min.js")),
+        data=data,
+        script=text("report.js"),
+    )
+
+
+def write_report(outcome: Outcome, target: str | Path, sweep: Sequence[SweepRow] = ()) -> None:
+    """Write the page. It appears whole or not at all.
+
+    Raises:
+        PartitionError: the file cannot be written.
+    """
+    target = Path(target)
+    text = page(content(outcome, sweep))
+    try:
+        with replacing(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PartitionError(f"cannot write {target}: {error.strerror}") from error

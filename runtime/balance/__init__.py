@@ -1,0 +1,1 @@
+"""Load balancing: which replica takes a request next."""

@@ -1,0 +1,1 @@
+"""The coordinator: it admits requests, watches nodes and replays what was lost."""

@@ -1,0 +1,1 @@
+"""Deployment files for other orchestrators."""

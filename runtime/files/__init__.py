@@ -1,0 +1,1 @@
+"""Stage files: served to nodes on other hosts, fetched, checked and cached."""

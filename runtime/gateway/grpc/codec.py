@@ -1,0 +1,191 @@
+"""Requests and answers as gRPC carries them. Pure: protobuf messages in and out.
+
+The messages are those of ``tritonclient``: a second copy of them in one process would collide with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2 as pb
+
+from onnxsplit.errors import InputError, one_line, shown
+from onnxsplit.tensors import Array, dtype_name
+from runtime.gateway.errors import TooLarge
+from runtime.gateway.http.codec import MOST_JSON_BYTES, MOST_TENSORS, from_place, place_of, timeout_ns
+from runtime.gateway.protocol import (
+    DATATYPES,
+    InferRequest,
+    Read,
+    Wanted,
+    check_count,
+    check_rank,
+    from_bytes,
+    from_items,
+    to_bytes,
+)
+
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents", "INT64": "int64_contents",
+    "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents", "UINT64": "uint64_contents",
+    "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
+}  # fmt: skip
+_RAW_CONTENTS = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
+_FIXED = {1: 8, 5: 4}  # bytes of the wire types that have a fixed size
+_MOST_FIELDS = 4 * MOST_TENSORS
+_WORDS = 200
+_OURS = {"timeout", "priority", "sequence_id", "sequence_start", "sequence_end"}
+
+
+def parameters_of(message: Any) -> dict[str, Any]:
+    """The parameters of a message as plain values."""
+    return {name: getattr(value, value.WhichOneof("parameter_choice") or "", None) for name, value in message.items()}
+
+
+def split(whole: bytes) -> tuple[Any, list[memoryview]]:
+    """A ``ModelInferRequest`` without its ``raw_input_contents``, and those as views of the bytes.
+
+    Protobuf would copy them twice: into the message, and whenever they are asked for.
+
+    Raises:
+        InputError: the bytes are no such message, or have too many fields.
+        TooLarge: there are too many bytes besides those of ``raw_input_contents``.
+    """
+    view, rest, raw = memoryview(whole), [], []
+    at = begun = fields = 0
+    try:
+        while at < len(view):
+            start = at
+            fields += 1
+            key, at = _varint(view, at)
+            size, at = _varint(view, at) if key & 7 in (0, 2) else (_FIXED[key & 7], at)
+            at += size if key & 7 else 0
+            if at > len(view) or fields > _MOST_FIELDS:
+                raise InputError(
+                    f"the message has more than {_MOST_FIELDS} fields" if at <= len(view) else "the message is cut off"
+                )
+            if key == _RAW_CONTENTS:
+                rest.append(view[begun:start])
+                raw.append(view[at - size : at])
+                begun = at
+        rest.append(view[begun:])
+        if (size := sum(map(len, rest))) > MOST_JSON_BYTES:
+            raise TooLarge(
+                f"the message has {size} bytes outside raw_input_contents; at most {MOST_JSON_BYTES} are allowed: send "
+                "tensors in raw_input_contents"
+            )
+        return pb.ModelInferRequest.FromString(b"".join(rest)), raw
+    except (DecodeError, KeyError, IndexError) as error:
+        raise InputError(f"the message is no ModelInferRequest: {one_line(error, _WORDS)}") from error
+
+
+def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    """A number of protobuf's variable length, and where what follows it is."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = view[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            break
+    return value, at
+
+
+def parse(message: Any, raw: Sequence[bytes | memoryview], read: Read) -> InferRequest:
+    """A request of a ``ModelInferRequest``.
+
+    Args:
+        message: as :func:`split` gives it.
+        raw: its ``raw_input_contents``.
+        read: gives what lies in shared memory.
+
+    Raises:
+        InputError: it makes no sense; says where and why.
+    """
+    if max(len(message.inputs), len(message.outputs)) > MOST_TENSORS:
+        raise InputError(f"the request has {len(message.inputs)} inputs; at most {MOST_TENSORS} are allowed")
+    taken = 0
+    inputs: dict[str, Array] = {}
+    for tensor in message.inputs:
+        name = tensor.name
+        check_rank(name, len(tensor.shape))
+        shape = tuple(tensor.shape)
+        if name in inputs:
+            raise InputError(f"input {shown(name)} is given twice")
+        parameters = parameters_of(tensor.parameters)
+        place = place_of(name, parameters)
+        if (raw or place is not None) and tensor.HasField("contents"):
+            raise InputError(f"input {shown(name)} has contents as well as bytes; give one of them")
+        if place is not None:
+            inputs[name] = from_place(name, tensor.datatype, shape, place, read)
+        elif not raw:
+            inputs[name] = _typed(name, tensor, shape)
+        elif taken < len(raw):
+            inputs[name] = from_bytes(name, tensor.datatype, shape, raw[taken])
+            taken += 1
+        else:
+            raise InputError(f"raw_input_contents has {len(raw)} tensors, none for input {shown(name)}")
+    if taken < len(raw):
+        raise InputError(f"raw_input_contents has {len(raw)} tensors, and {taken} inputs take one")
+    said = parameters_of(message.parameters)
+    return InferRequest(
+        id=message.id,
+        inputs=inputs,
+        wanted=tuple(_wanted(output) for output in message.outputs),
+        timeout_ns=timeout_ns(said),
+        parameters={name: value for name, value in said.items() if name not in _OURS},
+    )
+
+
+def _typed(name: str, tensor: Any, shape: tuple[int, ...]) -> Array:
+    """A tensor whose elements are numbers of the message, not bytes."""
+    field = _CONTENTS.get(tensor.datatype)
+    if field is None:
+        raise InputError(
+            f"input {shown(name)} of datatype {shown(tensor.datatype)} can only be given in raw_input_contents"
+        )
+    values: Sequence[Any] = getattr(tensor.contents, field)
+    found = sum(len(getattr(tensor.contents, other)) for other in set(_CONTENTS.values()))
+    if found != len(values):
+        raise InputError(
+            f"input {shown(name)} of datatype {shown(tensor.datatype)} takes its elements from {field} alone"
+        )
+    check_count(name, tensor.datatype, shape, len(values))
+    if tensor.datatype == "BYTES":
+        try:
+            values = [value.decode() for value in values]
+        except UnicodeDecodeError as error:
+            raise InputError(f"a string of input {shown(name)} is not UTF-8: {error.reason}") from error
+    return from_items(name, tensor.datatype, shape, values)
+
+
+def _wanted(output: Any) -> Wanted:
+    parameters = parameters_of(output.parameters)
+    classes = parameters.get("classification") or 0
+    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
+        raise InputError(
+            f"classification of output {shown(output.name)} is {shown(classes)}; it is how many classes to give"
+        )
+    return Wanted(output.name, True, place_of(output.name, parameters), classes)
+
+
+def answer(
+    request: InferRequest,
+    model: str,
+    version: str,
+    outputs: Mapping[str, Array],
+    wanted: Sequence[Wanted],
+) -> Any:
+    """A ``ModelInferResponse``. Outputs that went to shared memory are described only, and have no contents."""
+    said = pb.ModelInferResponse(model_name=model, model_version=version, id=request.id)
+    for output in wanted:
+        array = outputs[output.name]
+        said.outputs.add(name=output.name, datatype=DATATYPES[dtype_name(array.dtype) or ""], shape=array.shape)
+        if output.place is None:
+            said.raw_output_contents.append(bytes(to_bytes(array)))
+        else:
+            said.raw_output_contents.append(b"")
+    return said

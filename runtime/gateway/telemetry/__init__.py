@@ -1,0 +1,1 @@
+"""Metrics, traces and the figures behind the page."""

@@ -1,0 +1,276 @@
+"""What the server looks like from second to second: for the page, the metrics and the statistics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
+
+from runtime.coordinator.status import NodeStats
+from runtime.gateway import metadata as describe
+from runtime.gateway.budget import Budget
+from runtime.gateway.repository import Version
+from runtime.gateway.service import Service
+
+EVERY_S = 1.0
+_REMEMBERED = 60
+_LISTENERS = 64
+
+
+class NodeView(Struct, frozen=True):
+    """A node over the last interval."""
+
+    stage: int
+    replica: int
+    pid: int | None
+    host: str | None
+    state: str
+    per_s: float
+    p99_ns: int
+    run_ns: int
+    queue: float
+    utilisation: float
+    output_bytes_per_s: float
+    restarts: int
+    failures: int
+
+
+class ModelView(Struct, frozen=True):
+    """A version of a model over the last interval."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+    ready: bool
+    per_s: float
+    failures_per_s: float
+    p50_ns: int
+    p99_ns: int
+    waiting: int
+    inside: int
+    retries: int
+    losses: int
+    cause: str
+    last_error: str
+    nodes: tuple[NodeView, ...]
+
+
+class View(Struct, frozen=True):
+    """The server over the last interval."""
+
+    at_ms: int
+    ready: bool
+    models: tuple[ModelView, ...]
+
+
+class StageView(Struct, frozen=True):
+    """What the plan promises of a stage."""
+
+    index: int
+    predicted_ns: int
+
+
+class EdgeView(Struct, frozen=True, rename={"source": "from", "target": "to"}):
+    """Bytes of a request from a stage to another, as the plan has them; -1 for the caller."""
+
+    source: int
+    target: int
+    bytes: int
+
+
+class PlanView(Struct, frozen=True):
+    """What does not change while a version is loaded."""
+
+    name: str
+    version: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    stages: tuple[StageView, ...]
+    edges: tuple[EdgeView, ...]
+
+
+@dataclass
+class _Before:
+    at_ns: int
+    answered: int
+    failed: int
+    nodes: dict[tuple[int, int], NodeStats] = field(default_factory=dict)
+
+
+class Watcher:
+    """Looks at a service once a second.
+
+    Args:
+        service: what is looked at.
+        budget: whose bytes are told, too.
+    """
+
+    def __init__(self, service: Service, budget: Budget) -> None:
+        self.service = service
+        self.budget = budget
+        self.started_s = time.time()
+        self._repository = service.repository
+        self._before: dict[Version, _Before] = {}
+        self._views: deque[View] = deque(maxlen=_REMEMBERED)
+        self._listeners: set[asyncio.Queue[bytes]] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Look from now on."""
+        self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Look no more; who listens hears the end."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._tell(b"")
+
+    def _tell(self, event: bytes) -> None:
+        """To all who listen; who reads too slowly misses the oldest."""
+        for listener in self._listeners:
+            if listener.full():
+                listener.get_nowait()
+            listener.put_nowait(event)
+
+    async def _watch(self) -> None:
+        while True:
+            view = self.look()
+            self._views.append(view)
+            self._tell(b"data: " + msgspec.json.encode(view) + b"\n\n")
+            await asyncio.sleep(EVERY_S)
+            await asyncio.get_running_loop().run_in_executor(None, self.budget.trim)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events: what was seen of late, then each look."""
+        if len(self._listeners) >= _LISTENERS:
+            yield b"event: full\ndata: {}\n\n"
+            return
+        listener: asyncio.Queue[bytes] = asyncio.Queue(maxsize=4)
+        self._listeners.add(listener)
+        try:
+            yield b"event: plans\ndata: " + msgspec.json.encode([_plan(v) for v in self._repository]) + b"\n\n"
+            yield b"event: history\ndata: " + msgspec.json.encode(list(self._views)) + b"\n\n"
+            while event := await listener.get():
+                yield event
+        finally:
+            self._listeners.discard(listener)
+
+    def look(self) -> View:
+        """Now, against the look before."""
+        now = time.monotonic_ns()
+        models = tuple(self._model(version, now) for version in self._repository)
+        return View(at_ms=time.time_ns() // 1_000_000, ready=self._repository.ready, models=models)
+
+    @property
+    def last(self) -> View | None:
+        """The last look."""
+        return self._views[-1] if self._views else None
+
+    def why_not(self) -> str:
+        """Why the server is not ready, in words."""
+        if self._repository.ending:
+            return "the server is ending"
+        for version in self._repository.wanted or self._repository:
+            if (reason := version.why_not()) is not None:
+                return f"model {version.model!r} version {version.number}: {reason}"
+        return "no model is loaded"
+
+    def statistics(self, name: str, number: str = "") -> list[describe.Json]:
+        """As the protocol has it: of a model and its stages, of a stage, or of all with an empty name.
+
+        Raises:
+            UnknownModel: there is none such.
+        """
+        if not name:
+            return [part for v in self._repository if v.pipeline is not None for part in _with_stages(v)]
+        version, stage = self.service.find(name, number)
+        if stage is not None:
+            nodes = version.pipeline.stats() if version.pipeline is not None else ()
+            return [describe.stage_statistics(version, stage, nodes)]
+        return [describe.statistics(version)]
+
+    def _model(self, version: Version, now: int) -> ModelView:
+        tally, pipeline, entrance = version.tally, version.pipeline, version.entrance
+        failed = sum(tally.failures.values())
+        nodes = pipeline.stats() if pipeline is not None else ()
+        before = self._before.get(version) or _Before(now, tally.success.count, failed)
+        seconds = max(1e-9, (now - before.at_ns) / 1e9)
+        latencies = sorted(tally.latencies_ns)
+        incidents = pipeline.incidents if pipeline is not None else ()
+        view = ModelView(
+            name=version.model,
+            version=version.number,
+            state=version.state.value.lower(),
+            reason=version.reason,
+            ready=version.ready,
+            per_s=max(0.0, (tally.success.count - before.answered) / seconds),
+            failures_per_s=max(0.0, (failed - before.failed) / seconds),
+            p50_ns=latencies[len(latencies) // 2] if latencies else 0,
+            p99_ns=latencies[len(latencies) * 99 // 100] if latencies else 0,
+            waiting=len(entrance.line) if entrance is not None else 0,
+            inside=entrance.inside if entrance is not None else 0,
+            retries=pipeline.retries if pipeline is not None else 0,
+            losses=sum(node.restarts for node in nodes),
+            cause=incidents[-1].story if incidents else "",
+            last_error=tally.last_error,
+            nodes=tuple(_node(node, before.nodes.get((node.stage, node.replica)), seconds) for node in nodes),
+        )
+        self._before[version] = _Before(
+            now, tally.success.count, failed, {(node.stage, node.replica): node for node in nodes}
+        )
+        return view
+
+
+def _with_stages(version: Version) -> list[describe.Json]:
+    nodes = version.pipeline.stats() if version.pipeline is not None else ()
+    stages = [describe.stage_statistics(version, stage.index, nodes) for stage in version.plan.stages]
+    return [describe.statistics(version), *stages]
+
+
+def _plan(version: Version) -> PlanView:
+    plan = version.plan
+    edges: dict[tuple[int, int], int] = {}
+    for stage in plan.stages:
+        if set(stage.inputs) & set(plan.inputs):
+            edges[-1, stage.index] = 0
+        if set(stage.outputs) & set(plan.outputs):
+            edges[stage.index, -1] = 0
+    for cut in plan.cuts:
+        for target in cut.to_stages:
+            edges[cut.from_stage, target] = edges.get((cut.from_stage, target), 0) + cut.bytes
+    return PlanView(
+        name=version.model,
+        version=version.number,
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        stages=tuple(StageView(stage.index, stage.predicted_time_ns) for stage in plan.stages),
+        edges=tuple(EdgeView(source, target, size) for (source, target), size in edges.items()),
+    )
+
+
+def _node(node: NodeStats, before: NodeStats | None, seconds: float) -> NodeView:
+    before = before or node
+    requests = max(0, node.requests - before.requests)
+    ran_ns = max(0, node.ran_ns - before.ran_ns)
+    return NodeView(
+        stage=node.stage,
+        replica=node.replica,
+        pid=node.pid,
+        host=node.host,
+        state=node.state,
+        per_s=requests / seconds,
+        p99_ns=node.p99_ns,
+        run_ns=ran_ns // requests if requests else 0,
+        queue=node.queue,
+        utilisation=min(1.0, ran_ns / seconds / 1e9),
+        output_bytes_per_s=max(0, node.output_bytes - before.output_bytes) / seconds,
+        restarts=node.restarts,
+        failures=node.failures,
+    )

@@ -1,0 +1,109 @@
+"""Requests as OpenTelemetry's spans: one a request, and one for every stage it was at, as children.
+
+Where a trace began is taken from the caller's headers (W3C trace context, or what ``OTEL_PROPAGATORS`` names); where
+spans go is said by OpenTelemetry's own variables (``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_SERVICE_NAME`` ...).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from onnxsplit.errors import InputError
+from runtime.gateway.batcher import Passage
+from runtime.gateway.errors import words
+
+if TYPE_CHECKING:
+    from runtime.gateway.repository import Version
+
+
+class Spans:
+    """Tells of requests.
+
+    Args:
+        provider: an OpenTelemetry ``TracerProvider``.
+    """
+
+    def __init__(self, provider: Any) -> None:
+        from opentelemetry import propagate, trace
+
+        import onnxsplit
+
+        self._trace = trace
+        self._propagate = propagate
+        self._provider = provider
+        self._tracer = provider.get_tracer("onnxsplit", onnxsplit.__version__)
+        self._epoch_ns = time.time_ns() - time.monotonic_ns()
+
+    @classmethod
+    def exporting(cls) -> Spans:
+        """To where OpenTelemetry's variables say, by OTLP over HTTP.
+
+        Raises:
+            InputError: the extra ``otel`` is not installed.
+        """
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            raise InputError("traces need OpenTelemetry: pip install 'onnxsplit[otel]'") from error
+        provider = TracerProvider(resource=Resource({SERVICE_NAME: "onnxsplit"}).merge(Resource.create()))
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        return cls(provider)
+
+    def answered(
+        self,
+        version: Version,
+        request: str,
+        headers: Mapping[str, str],
+        arrived_ns: int,
+        passage: Passage,
+        ended_ns: int,
+    ) -> None:
+        """A request was answered."""
+        span = self._begin(version, headers, arrived_ns)
+        if request:
+            span.set_attribute("onnxsplit.request_id", request)
+        span.set_attribute("onnxsplit.queue_ns", max(0, passage.entered_ns - arrived_ns))
+        span.set_attribute("onnxsplit.rows", passage.rows)
+        inside = self._trace.set_span_in_context(span)
+        for visit in passage.visits:
+            stage = self._tracer.start_span(
+                f"stage {visit.stage}",
+                context=inside,
+                start_time=self._epoch_ns + visit.arrived_ns,
+                attributes={
+                    "onnxsplit.stage": visit.stage,
+                    "onnxsplit.replica": visit.replica,
+                    "onnxsplit.wait_ns": visit.started_ns - visit.arrived_ns,
+                    "onnxsplit.run_ns": visit.ended_ns - visit.started_ns,
+                    "onnxsplit.output_bytes": visit.output_bytes,
+                },
+            )
+            stage.end(self._epoch_ns + visit.sent_ns)
+        span.end(self._epoch_ns + ended_ns)
+
+    def failed(
+        self, version: Version, headers: Mapping[str, str], arrived_ns: int, ended_ns: int, error: BaseException
+    ) -> None:
+        """A request was not."""
+        span = self._begin(version, headers, arrived_ns)
+        span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, f"{type(error).__name__}: {words(error)}"))
+        span.set_attribute("error.type", type(error).__name__)
+        span.end(self._epoch_ns + ended_ns)
+
+    def _begin(self, version: Version, headers: Mapping[str, str], arrived_ns: int) -> Any:
+        return self._tracer.start_span(
+            f"infer {version.model}",
+            context=self._propagate.extract(headers),
+            kind=self._trace.SpanKind.SERVER,
+            start_time=self._epoch_ns + arrived_ns,
+            attributes={"onnxsplit.model": version.model, "onnxsplit.version": version.number},
+        )
+
+    def close(self) -> None:
+        """Send what was not sent yet."""
+        self._provider.shutdown()

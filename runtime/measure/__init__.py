@@ -1,0 +1,1 @@
+"""Measuring other hosts and the links between them."""

@@ -1,0 +1,299 @@
+"""What ``onnxsplit cluster measure`` asks on other hosts: how fast links and models are there, really tried.
+
+An agent answers one question after the other. It runs models that it is sent, so it listens beyond its own host only
+to those who have keys.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+
+from onnxsplit.cluster import LOCAL, Device, Link
+from onnxsplit.custom_ops import Library
+from onnxsplit.errors import ModelError, OnnxsplitError
+from onnxsplit.providers import provider_here
+from onnxsplit.timed import typical_ns
+from runtime.errors import PipelineError, ProtocolError
+from runtime.wire import codec
+from runtime.wire.keys import Keys
+from runtime.wire.messages import (
+    Asked,
+    Cannot,
+    LinkFigures,
+    MeasureLink,
+    MeasureModel,
+    ModelTime,
+    Ping,
+    Pong,
+    Put,
+    Taken,
+    Told,
+    Trust,
+)
+from runtime.wire.sockets import Client, Security, Sockets
+
+_PIECE_BYTES = 512 << 10
+_ROUND_TRIPS = 30
+_MESSAGES = 300
+_BULK_S = 2.0  # of large messages
+_BULK_AHEAD = 16
+_MOST_PIECES = 1 << 13
+_PATIENCE_S = 30.0
+_MODEL_PATIENCE_S = 600.0
+_FAREWELL_S = 2.0
+
+
+class AgentClient(Client):
+    """A link to an agent."""
+
+    def ask(self, question: Asked, piece: bytes = b"", *, patience_s: float = _PATIENCE_S) -> Told:
+        """Ask, and wait for the answer.
+
+        Raises:
+            PipelineError: it cannot be had; says why.
+        """
+        self._link.send(codec.encode(question), [piece] if piece else [])
+        return self._answer(patience_s)
+
+    def put(self, name: str, file: Path, told: Callable[[int], None] = lambda _: None) -> None:
+        """Send a file; ``told`` hears how many bytes are there."""
+        offset = 0
+        with file.open("rb") as stream:
+            while piece := stream.read(_PIECE_BYTES):
+                self.ask(Put(name, offset), piece)
+                told(offset := offset + len(piece))
+
+    def measure(self) -> LinkFigures:
+        """The link to this agent, from here."""
+        self.ask(Ping(0))  # it is up
+        trips = [self._timed(lambda: self.ask(Ping(1))) for _ in range(_ROUND_TRIPS)]
+        together = self._timed(lambda: self._many(_MESSAGES, b""))
+        count, bulk = _BULK_AHEAD, 0.0
+        while bulk < _BULK_S * 1e9 / 4 and count < _MOST_PIECES:
+            count *= 4 if bulk else 1
+            bulk = self._timed(partial(self._many, count, bytes(_PIECE_BYTES)))
+        return LinkFigures(
+            round_trip_ns=round(statistics.median(trips)),
+            message_ns=round(together / _MESSAGES),
+            bytes_per_s=max(1, round(count * _PIECE_BYTES / bulk * 1e9)),
+        )
+
+    def _many(self, count: int, piece: bytes) -> None:
+        """So many messages, a few ahead of their answers."""
+        frames = [piece] if piece else []
+        for number in range(count + _BULK_AHEAD):
+            if number < count:
+                self._link.send(codec.encode(Ping(number)), frames)
+            if number >= _BULK_AHEAD:
+                self._answer(_PATIENCE_S)
+
+    def _timed(self, what: Callable[[], object]) -> float:
+        begun = time.perf_counter_ns()
+        what()
+        return float(time.perf_counter_ns() - begun)
+
+    def _answer(self, patience_s: float) -> Told:
+        deadline = time.monotonic() + patience_s
+        while (header := self._link.receive()) is None:
+            if (reason := self._link.refused()) is not None:
+                raise PipelineError(f"the agent at {self._address} refuses this process: {reason}")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise PipelineError(
+                    f"no agent answers at {self._address}; start one there with: onnxsplit cluster agent --bind ADDR"
+                )
+            self._sockets.wait(min(left, 0.2))
+        said = codec.decode_told(header)
+        if isinstance(said, Cannot):
+            raise PipelineError(f"the agent at {self._address}: {said.reason}")
+        return said
+
+
+def link_of(figures: LinkFigures) -> Link:
+    """What a link between hosts costs its ends: it moves tensors by itself, so it is ``overlapped``."""
+    way_ns = figures.round_trip_ns // 2
+    return Link(
+        latency_ns=min(figures.message_ns, way_ns),
+        bytes_per_s=figures.bytes_per_s,
+        overlapped=True,
+        delay_ns=max(0, way_ns - figures.message_ns),
+    )
+
+
+def serve(
+    bind: str,
+    *,
+    keys: Keys | None,
+    insecure: bool,
+    custom_ops: tuple[Library, ...] = (),
+    told: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Be an agent until interrupted.
+
+    Args:
+        bind: where to listen.
+        keys: what protects links; None leaves them plain.
+        insecure: plain links may leave this host.
+        custom_ops: libraries of custom ops that the models it is sent may use; no others are ever loaded.
+        told: hears the address when it listens.
+
+    Raises:
+        PipelineError: the address cannot be used.
+    """
+    vouched: set[str] = set()
+    security = Security(
+        pair=keys.pair if keys else None,
+        allows=lambda key: keys is not None and (key in keys.allowed or key in vouched),
+        insecure=insecure,
+    )
+    folder = Path(tempfile.mkdtemp(prefix="onnxsplit-agent-"))
+    try:
+        with Sockets(security=security) as sockets:
+            inlet = sockets.answering(bind)
+            told(inlet.address)
+            agent = _Agent(folder, security, vouched, custom_ops)
+            while True:
+                sockets.wait(60.0)
+                while (message := inlet.receive_all()) is not None:
+                    identity, header, frames, _ = message
+                    try:
+                        inlet.send(identity, codec.encode(agent.answer(codec.decode_asked(header), frames)))
+                    except ProtocolError:
+                        continue  # who speaks like that gets no answer
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Agent:
+    def __init__(self, folder: Path, security: Security, vouched: set[str], custom_ops: tuple[Library, ...]) -> None:
+        self._folder = folder
+        self._custom_ops = custom_ops
+        self._security = security
+        self._vouched = vouched
+
+    def answer(self, asked: Asked, frames: list[codec.Buffer]) -> Told:
+        """Do it."""
+        try:
+            match asked:
+                case Ping(number):
+                    return Pong(number)
+                case Trust(keys):  # a measurement begins, or ends: what another left goes
+                    self._vouched.clear()
+                    self._vouched.update(keys)
+                    for file in self._folder.iterdir():
+                        file.unlink()
+                    return Pong(0)
+                case MeasureLink(address, key):
+                    with AgentClient(address, security=self._security, key=key) as other:
+                        return other.measure()
+                case Put(name, offset):
+                    return self._take(name, offset, frames)
+                case MeasureModel():
+                    return ModelTime(self._time_ns(asked))
+        except (OnnxsplitError, OSError) as error:
+            return Cannot(str(error))
+
+    def _file(self, name: str) -> Path:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ProtocolError(f"{name!r} is no plain name of a file")
+        return self._folder / name
+
+    def _take(self, name: str, offset: int, frames: list[codec.Buffer]) -> Told:
+        file = self._file(name)
+        with file.open("r+b" if offset else "wb") as stream:
+            if stream.seek(0, 2) != offset:
+                return Cannot(f"{name} has {stream.tell()} bytes, and a piece from {offset} came")
+            for piece in frames:
+                stream.write(piece)
+            return Taken(name, stream.tell())
+
+    def _time_ns(self, asked: MeasureModel) -> int:
+        if provider_here(asked.provider) != asked.provider:
+            return 0
+        model, inputs = self._file(asked.model), self._file(asked.inputs)
+        try:
+            return typical_ns(
+                model, inputs, threads=asked.threads, provider=asked.provider, custom_ops=self._custom_ops
+            )
+        except ModelError:
+            return 0
+
+
+class Agents:
+    """The agents of some hosts; a context manager.
+
+    Args:
+        addresses: of each, by host.
+        keys: what protects links to them; each host's public key is there under its name. None leaves links plain.
+        insecure: plain links may leave this host.
+
+    Raises:
+        PipelineError: an agent cannot be reached.
+        InputError: a host's key is missing.
+    """
+
+    def __init__(self, addresses: Mapping[str, str], *, keys: Keys | None, insecure: bool) -> None:
+        self._addresses = addresses
+        self._keys = {host: keys.of(host) if keys else "" for host in addresses}
+        security = Security(pair=keys.pair if keys else None, insecure=insecure)
+        self._without: set[str] = set()  # hosts that have not got the files
+        self._stack = ExitStack()
+        with ExitStack() as undo:
+            self._clients = {
+                host: undo.enter_context(AgentClient(address, security=security, key=self._keys[host]))
+                for host, address in addresses.items()
+            }
+            for client in self._clients.values():
+                client.ask(Trust(tuple(self._keys.values()) if keys else ()))
+            self._stack = undo.pop_all()
+
+    def __enter__(self) -> Agents:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for client in self._clients.values():
+            with suppress(PipelineError):  # it may be gone
+                client.ask(Trust(()), patience_s=_FAREWELL_S)
+        self._stack.close()
+
+    def links(self, say: Callable[[str], None] = lambda _: None) -> dict[tuple[str, str], Link]:
+        """The links of all hosts with each other, and of this one with each."""
+        found = {}
+        hosts = sorted(self._clients)
+        for number, host in enumerate(hosts):
+            say(f"measuring the link to {host}")
+            found[min(LOCAL, host), max(LOCAL, host)] = link_of(self._clients[host].measure())
+            for other in hosts[number + 1 :]:
+                say(f"measuring the link from {host} to {other}")
+                question = MeasureLink(self._addresses[other], self._keys[other])
+                figures = self._clients[host].ask(question, patience_s=_MODEL_PATIENCE_S)
+                assert isinstance(figures, LinkFigures)
+                found[host, other] = link_of(figures)
+        return found
+
+    def send(self, files: Sequence[Path], say: Callable[[str], None] = lambda _: None) -> None:
+        """Put files on all hosts, for :meth:`time_ns`; a host that cannot take them runs nothing."""
+        for host, client in self._clients.items():
+            try:
+                for file in files:
+                    say(f"sending {file.name} to {host}")
+                    client.put(file.name, file)
+            except PipelineError as error:
+                say(f"{host} does not take the model: {error}")
+                self._without.add(host)
+
+    def time_ns(self, model: Path, inputs: Path, device: Device) -> int | None:
+        """What a model that was sent takes on a device of one of the hosts; None where it cannot run there."""
+        if device.host in self._without:
+            return None
+        question = MeasureModel(model.name, inputs.name, device.provider, device.threads)
+        said = self._clients[device.host].ask(question, patience_s=_MODEL_PATIENCE_S)
+        assert isinstance(said, ModelTime)
+        return said.time_ns or None

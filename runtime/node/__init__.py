@@ -1,0 +1,1 @@
+"""A node: the process that executes one stage."""

@@ -1,0 +1,482 @@
+"""A runtime node: the process that executes one stage.
+
+Two threads. The main one waits for fragments, runs the session and sends what comes out, with no hand-over in
+between; the other speaks with the coordinator, so that it answers while the session runs. When the coordinator is
+gone, or says that another node has this one's place, a node drops its work; one that was started by hand then asks for
+a place again, one that a launcher started ends, as it does as soon as the launching process is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec.structs
+
+from onnxsplit.custom_ops import Library, find_libraries
+from onnxsplit.errors import CustomOpsError
+from onnxsplit.files import check_outputs, written_file
+from runtime.balance.policies import ORDINARY
+from runtime.coordinator.failure_detector import Timings
+from runtime.coordinator.status import hold, sweep
+from runtime.errors import PipelineError
+from runtime.files.cache import DEFAULT_CACHE_BYTES, StageCache, cache_folder
+from runtime.files.stage import StageFiles
+from runtime.node.control import ControlLink
+from runtime.node.events import (
+    Cancelled,
+    Connect,
+    Discard,
+    Effect,
+    Event,
+    Exit,
+    Forward,
+    GiveBack,
+    LeaveAsked,
+    Load,
+    Passed,
+    Report,
+    Run,
+    SayLeaving,
+    SayReady,
+    SayRefused,
+    Share,
+    StopAsked,
+    Turn,
+)
+from runtime.node.health import write_health
+from runtime.node.state import NodeState, State
+from runtime.node.worker import Worker
+from runtime.wire.keys import Keys
+from runtime.wire.messages import PROTOCOL, Hello, Leaving, NodeBeat, Ready, Refused
+from runtime.wire.sockets import Inlet, Security, Sockets, Wakeup, check_address, own_address, private_folder, reachable
+
+DEFAULT_MEMORY_BYTES = 1 << 30
+"""Of a node's outputs in shared memory at once; what does not fit is copied through sockets."""
+
+_EXIT_GRACE_S = 2.0
+_SPARE_S = 0.5  # between the first two questions for a place; twice as long each time
+_SPARE_MOST_S = 5.0
+_SERVING = (State.READY, State.LEAVING)
+_log = logging.getLogger("runtime.node")
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """What a node is started with.
+
+    Attributes:
+        connect: control address of the coordinator.
+        bind: where to take fragments; a free port or path of the coordinator's kind when None.
+        stage: the stage it wants, -1 for any.
+        replica: the replica it wants to be, -1 for any.
+        number: given by its launcher; 0 for none.
+        plan: its own copy of the plan directory; when None, the coordinator's folder where it is seen from here, else
+            the stage's files are fetched.
+        fetch: fetch them also where the coordinator's folder is seen.
+        cache_bytes: that fetched stage files may take on this host.
+        host: by which the cluster file knows this host; its own name when None.
+        health: a file that says how the node is, for probes; see :mod:`runtime.node.health`.
+        provider: overrides the coordinator's choice.
+        threads: overrides the plan's number; 0 does not.
+        memory_bytes: of shared memory for its outputs at most; 0 for none.
+        home: a folder of the launcher's, removed when the launcher dies. Set together with ``lifeline``.
+        lifeline: end when standard input does.
+        drain_s: wait so long to be relieved of work before ending on a signal.
+        rejoin_s: without a lifeline, look so long for a coordinator that fell silent, or for a place at one that has
+            none free, before ending.
+        advertise: the address that others are told, where it is another than ``bind``.
+        keys: folder with the keys that protect links by tcp; None leaves them plain.
+        insecure: plain links may leave this host.
+        custom_ops: libraries of custom ops that it may load, and loads for a stage that needs them; no others ever.
+    """
+
+    connect: str
+    bind: str | None = None
+    stage: int = -1
+    replica: int = -1
+    number: int = 0
+    plan: Path | None = None
+    fetch: bool = False
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    host: str | None = None
+    health: Path | None = None
+    provider: str | None = None
+    threads: int = 0
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    home: Path | None = None
+    lifeline: bool = False
+    drain_s: float = Timings().drain_s
+    rejoin_s: float = 60.0
+    advertise: str | None = None
+    keys: Path | None = None
+    insecure: bool = False
+    custom_ops: tuple[Library, ...] = ()
+
+
+def serve(options: NodeOptions) -> int:
+    """Be a node until told to stop; returns the exit code.
+
+    A node that was started by hand begins anew, with nothing of its work left, when its coordinator fell silent or
+    says that it was replaced, and keeps asking while there is no place for it, for ``rejoin_s`` each.
+
+    Raises:
+        PipelineError: an address cannot be used.
+        InputError: the keys cannot be used.
+    """
+    by_tcp = options.connect.startswith("tcp://")
+    keys = Keys(options.keys) if options.keys is not None and by_tcp else None
+    security = Security(pair=keys.pair if keys else None, insecure=options.insecure)
+    check_address(options.connect, security)
+    if options.advertise is not None:
+        check_address(options.advertise, security)
+        if options.advertise.endswith(":*"):
+            raise PipelineError(f"--advertise {options.advertise}: others need the port itself, as in tcp://HOST:PORT")
+    check_outputs(options.health)
+    if options.home is not None:
+        return _Node(options, options.home, keys).serve()
+    sweep()
+    try:
+        return _serve_by_hand(options, keys)
+    finally:
+        if options.health is not None:
+            with suppress(OSError):
+                written_file(options.health).unlink(missing_ok=True)
+
+
+def _serve_by_hand(options: NodeOptions, keys: Keys | None) -> int:
+    """One node after the other, until one need not come back; returns the exit code."""
+    patience: float | None = None
+    spare_since: float | None = None
+    pause = _SPARE_S
+    while True:
+        home = private_folder()
+        held = hold(home)
+        try:
+            node = _Node(options, home, keys, patience, asked_before=spare_since is not None)
+            code = node.serve()
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
+            os.close(held)
+        if node.ended.is_set() or not node.rejoins:
+            return code
+        if options.health is not None:
+            write_health(options.health, State.WAITING.name.lower())
+        if node.had_place:
+            patience, spare_since, pause = options.rejoin_s, None, _SPARE_S
+            _log.warning("asking %s for a place again, for %.0f s", options.connect, options.rejoin_s)
+            continue
+        spare_since = spare_since or time.monotonic()
+        left = options.rejoin_s - (time.monotonic() - spare_since)
+        if left <= 0:
+            _log.error("ending: there was no place for this node at %s in %.0f s", options.connect, options.rejoin_s)
+            return 1
+        if node.ended.wait(min(pause, left)):
+            return code
+        patience, pause = max(left, _SPARE_S), min(2 * pause, _SPARE_MOST_S)
+
+
+class _Node:
+    """The main thread: performs the effects of :class:`~runtime.node.state.NodeState`."""
+
+    def __init__(
+        self,
+        options: NodeOptions,
+        home: Path,
+        keys: Keys | None,
+        patience_s: float | None = None,
+        *,
+        asked_before: bool = False,
+    ) -> None:
+        self._options = options
+        self._home = home
+        self._keys = keys
+        self._patience_s = patience_s
+        self._asked_before = asked_before
+        self._trusted: frozenset[str] = frozenset()
+        self.rejoins = False  # when it has ended, another is to begin in this process
+        self.had_place = False
+        self._timers: list[threading.Timer] = []
+        self._machine = NodeState()
+        self._posted: deque[Event] = deque()
+        self._wakeup = Wakeup()
+        self._worker = Worker(options.memory_bytes)
+        self._cache = StageCache(cache_folder(), options.cache_bytes)
+        self._refused = False
+        self.ended = threading.Event()  # a signal asked for the end
+        self._exit: Exit | None = None
+        self._turn_ns = 0  # the main thread is at work since then; 0 while it waits
+
+    @property
+    def beat(self) -> NodeBeat:
+        """A sign of life, as of now."""
+        if self._options.health is not None:
+            write_health(self._options.health, self._machine.state.name.lower())
+        began, longest_ns = self._worker.began, self._worker.longest_ns
+        if began is None and self._turn_ns and self._machine.state in _SERVING:
+            began = self._turn_ns, ORDINARY  # at something else than a request, which should not take longer than one
+        running_ns, cost = (max(1, time.monotonic_ns() - began[0]), began[1]) if began is not None else (0, 0)
+        return NodeBeat(self._machine.executed, running_ns, cost, longest_ns, self._worker.look_at_links())
+
+    def post(self, event: Event) -> None:
+        """Hand an event to the main thread."""
+        self._posted.append(event)
+        self._wakeup.ring()
+
+    def trust(self, keys: frozenset[str]) -> None:
+        """Let the owners of these public keys send."""
+        self._trusted = keys
+
+    def lost(self, reason: str) -> None:
+        """End soon; at the latest in two seconds, whatever the session does."""
+        self._end_within(_EXIT_GRACE_S, reason)
+
+    def _end_within(self, seconds: float, reason: str) -> None:
+        timer = threading.Timer(seconds, self._break_off, (seconds, reason))
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
+        self.post(StopAsked(reason))
+
+    def _break_off(self, seconds: float, reason: str) -> None:
+        _log.error("ending %.0f s after it was to stop, in the middle of its work: %s", seconds, reason)
+        if not self._options.lifeline:  # else the launcher removes it
+            shutil.rmtree(self._home, ignore_errors=True)
+        os._exit(1)
+
+    def silent(self, reason: str) -> None:
+        """The coordinator is gone: drop the work, and look for it, unless a launcher started this node."""
+        self.rejoin(reason)
+
+    def rejoin(self, reason: str) -> None:
+        """Drop the work and ask for a place anew, unless a launcher started this node.
+
+        Loading or a run may take its time before: nobody waits for either any more.
+        """
+        if self._options.lifeline:
+            self.lost(reason)
+        elif not self.rejoins and not self._refused:
+            self.rejoins = True
+            self._end_within(max(_EXIT_GRACE_S, self._options.rejoin_s), reason)
+
+    def unwelcome(self, reason: str) -> None:
+        """The coordinator will never take this node."""
+        if not self._refused:
+            _log.error("%s", reason)
+        self._refused, self.rejoins = True, False
+        self.lost(reason)
+
+    def _asked_to_end(self, what: str) -> None:
+        """By a signal: end when the work is done, or after a while; without work, or by a second one, soon."""
+        if self.ended.is_set():
+            self.lost(f"received {what} again")
+            return
+        self.ended.set()
+        if self._machine.state not in _SERVING:  # fetching or loading, perhaps, which nothing interrupts
+            self.lost(f"received {what}")
+            return
+        timer = threading.Timer(self._options.drain_s, self.lost, (f"received {what}",))
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
+        self.post(LeaveAsked(f"received {what}"))
+
+    def serve(self) -> int:
+        """Until an :class:`Exit` effect."""
+        options = self._options
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if options.lifeline and number == signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)  # Ctrl-C in the terminal is the launcher's to handle
+            else:
+                signal.signal(number, lambda number, _: self._asked_to_end(signal.Signals(number).name))
+        if options.lifeline:
+            threading.Thread(target=_watch_lifeline, args=(self._home,), daemon=True).start()
+        keys = self._keys
+        security = Security(
+            pair=keys.pair if keys else None,
+            allows=lambda key: key in self._trusted or (keys is not None and key in keys.allowed),
+            insecure=options.insecure,
+        )
+        key = keys.of("coordinator") if keys else ""
+        self._files = StageFiles(
+            own=options.plan,
+            shared=not options.fetch,
+            cache=self._cache,
+            coordinator=options.connect,
+            security=security,
+            key=key,
+            custom_ops=options.custom_ops,
+        )
+        with Sockets(security=security) as sockets:
+            shortcut = self._home / f"node-{os.getpid()}.fragments" if options.memory_bytes else None
+            inlet = sockets.inlet(options.bind or self._default_address(), shortcut=shortcut)
+            sockets.watch(self._wakeup.fileno())
+            hello = Hello(
+                protocol=PROTOCOL,
+                number=options.number,
+                pid=os.getpid(),
+                host=options.host or socket.gethostname(),
+                address=options.advertise or inlet.address,
+                stage=options.stage,
+                replica=options.replica,
+                shortcut=str(shortcut or ""),
+                memory=self._worker.payloads.memory,
+                key=keys.pair.public if keys else "",
+            )
+            control = ControlLink(self, options.connect, hello, security=security, key=key, patience_s=self._patience_s)
+            control.start()
+            self._loop(sockets, inlet, control)
+            self._worker.close()
+            self._cache.close()
+            control.end()
+        for timer in self._timers:
+            timer.cancel()
+        self._wakeup.close()
+        assert self._exit is not None
+        self._tell_end(self._exit.reason)
+        return 1 if self._refused else 0
+
+    def _tell_end(self, reason: str) -> None:
+        if not self.rejoins:
+            _log.info("ending: %s", reason)
+        elif self.had_place:
+            _log.warning("dropped all work: %s", reason)
+        else:  # said once, and not each time that it asks
+            level = logging.DEBUG if self._asked_before else logging.INFO
+            _log.log(level, "%s; asking again for %.0f s", reason, self._options.rejoin_s)
+
+    def _default_address(self) -> str:
+        if self._options.connect.startswith("tcp://"):
+            return f"tcp://{own_address(self._options.connect)}:*"
+        return f"ipc://{self._home / f'node-{os.getpid()}'}"
+
+    def _loop(self, sockets: Sockets, inlet: Inlet, control: ControlLink) -> None:
+        """What the coordinator says goes first, then what comes in, then one request at a time."""
+        machine, worker = self._machine, self._worker
+        while self._exit is None:
+            self._turn_ns = 0
+            ready = sockets.wait(0.0 if machine.ready else worker.receipts_due_s(time.monotonic()))
+            self._turn_ns = time.monotonic_ns()
+            if self._posted or self._wakeup.fileno() in ready:
+                self._wakeup.clear()
+                while self._posted and self._exit is None:
+                    self._handle(self._posted.popleft(), sockets, control)
+            while self._exit is None and (message := inlet.receive(ready)) is not None:
+                event = worker.arrival(*message)
+                if event is not None and machine.state in _SERVING:
+                    self._handle(event, sockets, control)
+                if not worker.has_far_senders:  # else all is taken in, for receipts to be true
+                    break
+            if worker.has_far_senders and self._exit is None:
+                worker.tell_senders(time.monotonic())
+            if machine.ready and self._exit is None:
+                self._handle(Turn(time.monotonic_ns()), sockets, control)
+
+    def _handle(self, event: Event, sockets: Sockets, control: ControlLink) -> None:
+        if isinstance(event, Cancelled | Passed) and self._machine.state not in _SERVING:
+            return
+        effects = deque(self._machine.handle(event))
+        while effects and self._exit is None:
+            answer = self._perform(effects.popleft(), sockets, control)
+            if answer is not None:
+                effects.extend(self._machine.handle(answer))
+
+    def _perform(self, effect: Effect, sockets: Sockets, control: ControlLink) -> Event | None:
+        worker = self._worker
+        match effect:
+            case Run():
+                return worker.run(effect)
+            case Forward():
+                worker.forward(effect)
+            case GiveBack(fragments):
+                for fragment in fragments:
+                    worker.give_back(fragment)
+            case Discard():
+                worker.discard()
+            case Report(message):
+                worker.report(message)
+            case Load(assign):
+                self.had_place = True
+                options = self._options
+                if options.provider is not None:
+                    assign = msgspec.structs.replace(assign, provider=options.provider)
+                return worker.load(self._files, assign, home=self._home, threads=options.threads)
+            case Connect(peers=peers):
+                by = self._options.connect
+                here = tuple(msgspec.structs.replace(p, address=reachable(p.address, by)) for p in peers)
+                worker.connect(msgspec.structs.replace(effect, peers=here), sockets)
+            case Share(readers):
+                worker.share(readers)
+            case SayReady():
+                control.say(Ready(worker.mapped))
+            case SayLeaving():
+                control.say(Leaving())
+            case SayRefused(reason):
+                self._refused = True
+                control.say(Refused(reason))
+            case Exit():
+                self._exit = effect
+        return None
+
+
+def _watch_lifeline(home: Path) -> None:
+    """End the process when standard input ends or the parent changes: the launching process is gone."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        readable, _, _ = select.select([0], [], [], 1.0)
+        if readable and not os.read(0, 4096):
+            break
+    shutil.rmtree(home, ignore_errors=True)
+    os._exit(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command a launcher starts."""
+    parser = argparse.ArgumentParser(prog="python -m runtime.node")
+    parser.add_argument("--connect", required=True)
+    parser.add_argument("--stage", type=int, required=True)
+    parser.add_argument("--replica", type=int, required=True)
+    parser.add_argument("--number", type=int, required=True)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--memory", type=int, required=True)
+    parser.add_argument("--keys", type=Path)
+    parser.add_argument("--host")
+    parser.add_argument("--custom-ops", action="append", default=[])
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        libraries = find_libraries(given.custom_ops)
+    except CustomOpsError as error:
+        _log.error("%s", error)
+        return 1
+    return serve(
+        NodeOptions(
+            connect=given.connect,
+            stage=given.stage,
+            replica=given.replica,
+            number=given.number,
+            memory_bytes=given.memory,
+            home=given.home,
+            keys=given.keys,
+            host=given.host,
+            custom_ops=libraries,
+            lifeline=True,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""What a node does, without doing it: an event in, effects out. Knows no socket, no session and no clock.
+
+:data:`TRANSITIONS` holds what may happen in each state; docs/states.md is drawn from it. Requests are joined and run
+in READY and LEAVING only.
+
+Three rules. A request runs once the fragments of all its sources are here, all of one attempt. One request runs at a
+time, in the order in which they became complete, whenever the loop gives a :class:`Turn`. A fragment of an attempt
+that began when more was known of the pipeline than is known here waits until that is known here too: so nothing new
+is ever sent to a node that was lost before it began.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from onnxsplit.plan import Plan
+from runtime.node.events import (
+    Arrived,
+    Assigned,
+    Cancelled,
+    Connect,
+    Discard,
+    Effect,
+    Event,
+    Executed,
+    ExecutionFailed,
+    Exit,
+    Forward,
+    GiveBack,
+    Key,
+    LeaveAsked,
+    Leaving,
+    Load,
+    Loaded,
+    LoadFailed,
+    Passed,
+    Report,
+    Run,
+    SayLeaving,
+    SayReady,
+    SayRefused,
+    Share,
+    Shared,
+    StopAsked,
+    Turn,
+    Wired,
+)
+from runtime.transition_table import Machine
+from runtime.wire.messages import CALLER, NOT_NEEDED, Assign, Failed, Fragment, Visit, Wire
+
+_REMEMBERED = 4096  # cancelled requests, whose fragments may still be under way
+
+
+class State(Enum):
+    """Of a node."""
+
+    WAITING = auto()
+    LOADING = auto()
+    LOADED = auto()
+    READY = auto()
+    LEAVING = auto()
+    STOPPED = auto()
+
+
+_SERVING = (Wired, Shared, Arrived, Turn, Executed, ExecutionFailed, Cancelled, Passed)
+
+TRANSITIONS: Mapping[tuple[State, type[Event]], State] = {
+    (State.WAITING, Assigned): State.LOADING,
+    (State.LOADING, Loaded): State.LOADED,
+    (State.LOADING, LoadFailed): State.STOPPED,
+    (State.LOADED, Wired): State.READY,
+    **{(State.READY, kind): State.READY for kind in _SERVING},
+    (State.READY, LeaveAsked): State.LEAVING,
+    **{(State.LEAVING, kind): State.LEAVING for kind in (*_SERVING, LeaveAsked)},
+    **{(state, LeaveAsked): State.STOPPED for state in (State.WAITING, State.LOADING, State.LOADED)},
+    **{(state, StopAsked): State.STOPPED for state in State},
+}
+
+
+@dataclass
+class _Join:
+    """An attempt whose fragments are being gathered."""
+
+    deadline_ns: int
+    fragments: list[Fragment] = field(default_factory=list)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    complete_ns: int = 0
+
+
+class NodeState:
+    """The state machine of one node."""
+
+    def __init__(self) -> None:
+        self.executed = 0
+        self.running: Key | None = None
+        self._machine = Machine("node", TRANSITIONS, State.WAITING)
+        self._assign: Assign | None = None
+        self._view = -1
+        self._sources: frozenset[int] = frozenset()
+        self._readers: dict[int, tuple[str, ...]] = {}  # which outputs each stage reads
+        self._rivals: frozenset[int] = frozenset()  # the stages that send where this one sends
+        self._outputs: tuple[str, ...] = ()
+        self._leaving: dict[tuple[tuple[int, ...], tuple[str, ...]], Leaving] = {}
+        self._early: list[Arrived] = []
+        self._joins: dict[Key, _Join] = {}
+        self._queue: deque[Key] = deque()
+        self._cancelled: OrderedDict[int, int] = OrderedDict()  # request -> its last attempt that is
+        self._oldest = 0
+
+    @property
+    def state(self) -> State:
+        """Of the node."""
+        return self._machine.state
+
+    def handle(self, event: Event) -> list[Effect]:
+        """Take an event; returns what is to be done, in order.
+
+        Raises:
+            IllegalEventError: the event is not legal in this state.
+        """
+        state = self._machine.go(type(event))
+        match event:
+            case Arrived():
+                return self._arrived(event)
+            case Turn(now_ns):
+                return self._next(now_ns)
+            case Executed():
+                return self._executed(event)
+            case ExecutionFailed(reason):
+                return self._failed(reason)
+            case Cancelled(request, attempt):
+                return self._cancel(request, attempt)
+            case Passed(oldest):
+                self._oldest = max(self._oldest, oldest)
+                return self._drop([key for key in self._joins if key[0] < self._oldest])
+            case Assigned(assign):
+                self._assign = assign
+                return [Load(assign)]
+            case Loaded(plan):
+                self._learn(plan)
+                return []
+            case LoadFailed(reason):
+                return [SayRefused(reason), Exit(reason)]
+            case Wired(wire):
+                return self._wired(wire)
+            case Shared(readers):
+                return [Share(readers)]
+            case LeaveAsked(reason):
+                return [Exit(reason)] if state is State.STOPPED else [SayLeaving()]
+            case StopAsked(reason):
+                return [Exit(reason)]
+
+    @property
+    def ready(self) -> bool:
+        """True when a request waits for its turn."""
+        return bool(self._queue) and self.running is None
+
+    def _learn(self, plan: Plan) -> None:
+        """Who sends to this stage, and which of its outputs go where."""
+        stage = plan.stages[self._place()[0]]
+        self._sources = sources(plan, stage.index)
+        self._outputs = stage.outputs
+        self._readers = {
+            other.index: names
+            for other in plan.stages
+            if (names := tuple(name for name in stage.outputs if name in other.inputs))
+        }
+        self._rivals = frozenset(source for reader in self._readers for source in sources(plan, reader))
+
+    def _place(self) -> tuple[int, int]:
+        assert self._assign is not None
+        return self._assign.stage, self._assign.replica
+
+    def _wired(self, wire: Wire) -> list[Effect]:
+        self._view = wire.view
+        targets = {p.number for p in wire.peers if p.stage in self._readers or p.stage == CALLER}
+        senders = {p.number for p in wire.peers if p.stage in self._sources | self._rivals}
+        effects: list[Effect] = [
+            Connect(
+                me=wire.me,
+                peers=wire.peers,
+                neighbours=frozenset((targets | senders) - {wire.me}),
+                targets=frozenset(targets),
+            ),
+            SayReady(),
+        ]
+        early, self._early = self._early, []
+        for event in early:
+            effects += self._arrived(event)
+        return effects
+
+    def _arrived(self, event: Arrived) -> list[Effect]:
+        fragment = event.fragment
+        if fragment.view > self._view:
+            self._early.append(event)
+            return []
+        key = fragment.request, fragment.attempt
+        join = self._joins.get(key)
+        seen = join is not None and any(other.source == fragment.source for other in join.fragments)
+        if fragment.source not in self._sources or seen or self._over(key):
+            return [GiveBack((fragment,))]  # a stray or a duplicate: the first one counts
+        if join is None:
+            join = self._joins[key] = _Join(event.now_ns + fragment.budget_ns if fragment.budget_ns else 0)
+        join.fragments.append(fragment)
+        join.tensors.update(event.tensors)
+        if len(join.fragments) == len(self._sources):
+            join.complete_ns = event.now_ns
+            self._queue.append(key)
+        return []
+
+    def _over(self, key: Key) -> bool:
+        """Nobody waits for the attempt."""
+        return key[0] < self._oldest or key[1] <= self._cancelled.get(key[0], 0)
+
+    def _next(self, now_ns: int) -> list[Effect]:
+        effects: list[Effect] = []
+        while self._queue and self.running is None:
+            key = self._queue.popleft()
+            join = self._joins[key]
+            if join.deadline_ns and now_ns > join.deadline_ns:
+                del self._joins[key]
+                effects.append(GiveBack(tuple(join.fragments)))
+                continue
+            self.running = key
+            first = join.fragments[0]
+            effects.append(Run(key, first.cost, join.tensors, tuple(join.fragments), self._leave(first)))
+        return effects
+
+    def _leave(self, fragment: Fragment) -> Leaving:
+        """The outputs that others get; worked out once for each route and wish."""
+        found = self._leaving.get((fragment.route, fragment.wanted))
+        if found is None:
+            if len(self._leaving) >= _REMEMBERED:
+                self._leaving.clear()
+            asked = tuple(name for name in self._outputs if name in fragment.wanted)
+            stages = ((s, names) for s, names in self._readers.items() if self._needs(fragment, s))
+            found = (*stages, *([(CALLER, asked)] if asked else []))
+            self._leaving[fragment.route, fragment.wanted] = found
+        return found
+
+    @staticmethod
+    def _needs(fragment: Fragment, stage: int) -> bool:
+        return stage < len(fragment.route) and fragment.route[stage] != NOT_NEEDED
+
+    def _executed(self, event: Executed) -> list[Effect]:
+        self.executed += 1
+        key, self.running = self.running, None
+        assert key is not None
+        join = self._joins.pop(key)
+        back = GiveBack(tuple(join.fragments))
+        if self._over(key):
+            return [back, Discard()]
+        stage, replica = self._place()
+        visit = Visit(
+            stage,
+            replica,
+            join.complete_ns,
+            event.started_ns,
+            event.ended_ns,
+            event.ready_ns,
+            event.output_bytes,
+            event.shared_bytes,
+        )
+        first, *others = join.fragments
+        history = first.history
+        for other in others:  # branches that meet again share the stages before they parted
+            history += tuple(visited for visited in other.history if visited not in history)
+        forward = Forward(
+            fragment=first,
+            budget_ns=max(1, join.deadline_ns - event.ready_ns) if join.deadline_ns else 0,
+            leaving=self._leave(first),
+            history=(*history, visit),
+        )
+        return [forward, back]
+
+    def _failed(self, reason: str) -> list[Effect]:
+        key, self.running = self.running, None
+        assert key is not None
+        stage, replica = self._place()
+        join = self._joins.pop(key)
+        return [GiveBack(tuple(join.fragments)), Report(Failed(*key, stage, replica, reason))]
+
+    def _cancel(self, request: int, attempt: int) -> list[Effect]:
+        self._cancelled[request] = max(attempt, self._cancelled.get(request, 0))
+        if len(self._cancelled) > _REMEMBERED:
+            self._cancelled.popitem(last=False)
+        return self._drop([key for key in self._joins if key[0] == request and key[1] <= attempt])
+
+    def _drop(self, keys: list[Key]) -> list[Effect]:
+        """Forget attempts that nobody waits for; the one that runs is forgotten when it ends."""
+        dropped = [key for key in keys if key != self.running]
+        if not dropped:
+            return []
+        self._queue = deque(key for key in self._queue if key not in dropped)
+        return [GiveBack(tuple(self._joins.pop(key).fragments)) for key in dropped]
+
+
+def sources(plan: Plan, stage: int) -> frozenset[int]:
+    """Who sends a fragment of every request to a stage: stages, and the caller where it reads an input of the model.
+
+    A stage that reads nothing is set going by the caller.
+    """
+    writers = plan.producers()
+    found = {writers.get(name, CALLER) for name in plan.stages[stage].inputs}
+    return frozenset(found or {CALLER})

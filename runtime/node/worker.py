@@ -1,0 +1,368 @@
+"""What a node does with tensors: takes them in, executes its stage, and sends on what comes out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxsplit.errors import OnnxsplitError, PlanError, one_line
+from onnxsplit.plan import Plan
+from runtime.balance.policies import Gauge
+from runtime.balance.router import Router
+from runtime.errors import MemoryWithdrawn, ProtocolError, StageFailed
+from runtime.files.stage import StageFiles
+from runtime.logs import Drops, log_event
+from runtime.memory.arena import Step
+from runtime.memory.payloads import Attempt, Outgoing, Payloads
+from runtime.memory.pinned import cuda_pin
+from runtime.node.events import (
+    Arrived,
+    Connect,
+    Event,
+    Executed,
+    ExecutionFailed,
+    Forward,
+    Leaving,
+    Loaded,
+    LoadFailed,
+    Run,
+)
+from runtime.node.stage_runner import StageRunner
+from runtime.node.state import sources
+from runtime.wire import codec
+from runtime.wire.messages import ANY, CALLER, Assign, Failed, Fragment, Peer, Receipt, Started
+from runtime.wire.sockets import Outlet, Sockets
+
+_RECEIPT_S = 0.5  # between two receipts to one sender, where nothing waits for them
+_REPEAT_S = 5.0  # after so long a receipt is sent though it says nothing new: what was lost on the way shows by it
+_IDLE_S = 60.0
+
+_log = logging.getLogger("runtime.node")
+_drops = Drops(_log)
+_WORDS = 500
+
+
+class Worker:
+    """Belongs to the node's main thread; ``began``, ``longest_ns`` and ``look_at_links`` are for any.
+
+    Args:
+        memory_bytes: of shared memory for outputs at most; 0 for none.
+
+    Attributes:
+        payloads: this process's side of shared memory.
+        mapped: the peers whose memory is mapped.
+        began: since when the session is at a request, by the host's monotonic clock, and the request's cost.
+    """
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.payloads = Payloads(memory_bytes)
+        self.mapped: tuple[int, ...] = ()
+        self.began: tuple[int, int] | None = None
+        self._router = Router("completion", self.payloads.board)
+        self._gauge = Gauge()
+        self._me = -1
+        self._links: dict[int, Outlet] = {}
+        self._receipts: dict[int, Outlet] = {}  # to senders who cannot read this node's board
+        self._told: dict[int, tuple[Receipt, float]] = {}  # what each of them was told last, and when
+        self._waited_for: set[int] = set()  # those of them who choose by the next receipt
+        self._has_siblings = False
+        self._next_receipts = 0.0
+        self._sources: dict[int, list[int]] = {}  # of every stage
+        self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types from each source
+        self._shared: dict[Leaving, tuple[str, ...]] = {}
+        self._here: Counter[int] = Counter()  # cost of what is here, by who sent it
+        self._runner: StageRunner | None = None
+        self._ran = _Ran(Outgoing(), valid=False)
+
+    def close(self) -> None:
+        """Close the session and let go of all memory."""
+        if self._runner is not None:
+            self._runner.close()
+        self.payloads.close()
+
+    @property
+    def longest_ns(self) -> int:
+        """An ordinary request took at most so long."""
+        return self._gauge.longest_ns
+
+    def look_at_links(self) -> tuple[int, ...]:
+        """The processes that cannot be reached now; they get nothing while others of their stage can be reached."""
+        found = tuple(sorted(number for number, link in list(self._links.items()) if not link.connected))
+        self._router.unreachable = frozenset(found)
+        return found
+
+    def share(self, readers: tuple[int, ...]) -> None:
+        """Lend memory to these peers from now on."""
+        self.payloads.share(readers)
+        self._shared.clear()
+
+    def report(self, message: Failed) -> None:
+        """Tell the coordinator that a request failed here."""
+        log_event(
+            _log,
+            logging.WARNING,
+            "request failed",
+            request=message.request,
+            attempt=message.attempt,
+            stage=message.stage,
+            reason=message.reason,
+        )
+        self._links[0].send(codec.encode(message))
+
+    def discard(self) -> None:
+        """Nobody wants the outputs of the request that ran last."""
+        self.payloads.drop(self._ran.going)
+
+    def load(self, files: StageFiles, assign: Assign, *, home: Path, threads: int) -> Event:
+        """Open the session; :class:`Loaded` or :class:`LoadFailed`."""
+        self._assign = assign
+        self._router = Router(assign.balance, self.payloads.board)
+        own = files.custom_ops
+        try:
+            plan, folder = files.find(assign)
+            try:
+                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=own)
+            except PlanError:
+                if not files.discard(folder):
+                    raise
+                plan, folder = files.find(assign)
+                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=own)
+        except OnnxsplitError as error:
+            return LoadFailed(str(error))
+        self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
+        self._expected = expected_tensors(plan, assign.stage)
+        log_event(
+            _log, logging.INFO, "stage loaded", stage=assign.stage, replica=assign.replica, provider=assign.provider
+        )
+        return Loaded(plan)
+
+    def connect(self, connect: Connect, sockets: Sockets) -> None:
+        """Know the processes there are now, map their memory, and open and close links as needed."""
+        first = not self._links
+        peers = {peer.number: peer for peer in connect.peers}
+        self.mapped = self.payloads.meet(connect.me, {n: peers[n] for n in connect.neighbours})
+        self._router.learn(connect.me, connect.peers, self.payloads.boards())
+        self._shared.clear()
+        for number in self._links.keys() - connect.targets:
+            self._links.pop(number).close()
+        for number in connect.targets - self._links.keys():
+            peer = peers[number]
+            shortcut = peer.shortcut if number in self.mapped else ""
+            self._links[number] = sockets.connect(peer.address, shortcut=shortcut, key=peer.key)
+        self._me = connect.me
+        self._meet_senders(connect, peers, sockets)
+        if not first:
+            return
+        if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:
+            self.payloads.pin(pin)
+        gc.freeze()  # what is here now stays; requests make no cycles, so there is little to look for
+        gc.set_threshold(100_000, 50, 50)
+
+    def _meet_senders(self, connect: Connect, peers: Mapping[int, Peer], sockets: Sockets) -> None:
+        """Have a link for receipts to each sender who cannot read this node's board."""
+        self._has_siblings = sum(peer.stage == self._assign.stage and peer.takes for peer in connect.peers) > 1
+        sources = self._sources[self._assign.stage]
+        far = {n for n in connect.neighbours if peers[n].stage in sources and not self._router.mapped(n)}
+        for number in self._receipts.keys() - far:
+            self._receipts.pop(number).close()
+            self._told.pop(number, None)
+        for number in far - self._receipts.keys():
+            self._receipts[number] = sockets.connect(peers[number].address, key=peers[number].key)
+        self._waited_for.update(self._receipts)  # who had no choice before was told seldom
+        for number in self._here.keys() - peers.keys():
+            del self._here[number]
+
+    @property
+    def has_far_senders(self) -> bool:
+        """True when some sender learns from receipts alone how busy this node is."""
+        return bool(self._receipts)
+
+    def receipts_due_s(self, now_s: float) -> float:
+        """Seconds until :meth:`tell_senders` may have something to say."""
+        if not self._receipts:
+            return _IDLE_S
+        return 0.0 if self._waited_for else max(0.0, self._next_receipts - now_s)
+
+    def tell_senders(self, now_s: float) -> None:
+        """Send the receipts that are due. All that has come in must have been taken in before."""
+        beat = now_s >= self._next_receipts
+        if beat:
+            self._next_receipts = now_s + _RECEIPT_S
+        for number in list(self._receipts) if beat else self._waited_for & self._receipts.keys():
+            said, at = self._told.get(number, (None, 0.0))
+            receipt = self._receipt(number)
+            if receipt != said or now_s - at >= _REPEAT_S:
+                self._receipts[number].send(codec.encode(receipt))
+                self._told[number] = receipt, now_s
+        self._waited_for.clear()
+
+    def _receipt(self, sender: int) -> Receipt:
+        board, here = self.payloads.board, self._here
+        service_ns, peak_ns, *_ = board.times
+        done, waiting = board.done(sender), here[sender]
+        others = max(0, sum(here.values()) - waiting)
+        return Receipt(self._me, done, done + max(0, waiting), others, service_ns, peak_ns)
+
+    def arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
+        """A message of the data link: a fragment, or None for what was taken note of or dropped.
+
+        The coordinator is told of a fragment that cannot be read, since another attempt would fare no better.
+        """
+        said: object = None
+        try:
+            said = codec.decode_data(header)
+            if isinstance(said, Fragment):
+                return self._fragment(said, frames)
+            if not isinstance(said, Receipt):
+                raise ProtocolError(f"a {type(said).__name__}, which is not for nodes")
+            self._router.told(said, time.monotonic_ns())
+        except MemoryWithdrawn as error:
+            _drops.note(error)
+        except Exception as error:  # of this request alone, whatever it is
+            _drops.note(error)
+            if isinstance(said, Fragment):
+                source = "the caller" if said.source == CALLER else f"stage {said.source}"
+                self._fail(said, f"what {source} sent cannot be read: {one_line(error, _WORDS)}")
+        return None
+
+    def _fragment(self, fragment: Fragment, frames: list[codec.Buffer]) -> Arrived | None:
+        tensors = self.payloads.receive(fragment, frames)
+        self._here[fragment.sender] += fragment.cost
+        if self._is_foreign(fragment):
+            self.give_back(fragment)
+            _drops.note(f"a fragment from stage {fragment.source} that is not of this plan")
+            return None
+        return Arrived(fragment, tensors, time.monotonic_ns())
+
+    def _fail(self, fragment: Fragment, reason: str) -> None:
+        """Tell the coordinator that this stage cannot execute an attempt."""
+        if 0 in self._links:
+            stage, replica = self._assign.stage, self._assign.replica
+            self.report(Failed(fragment.request, fragment.attempt, stage, replica, reason))
+
+    def _is_foreign(self, fragment: Fragment) -> bool:
+        """True for a fragment that is not what its source has for this stage."""
+        expected = self._expected.get(fragment.source)
+        return expected is not None and (
+            len(fragment.route) != len(self._sources)
+            or tuple([head.name for head in fragment.tensors]) != expected[0]
+            or tuple([head.dtype for head in fragment.tensors]) != expected[1]
+        )
+
+    def give_back(self, fragment: Fragment) -> None:
+        """Let the sender have its memory again, and know how busy this node is."""
+        self.payloads.give_back(fragment)
+        self._settle(fragment)
+
+    def _settle(self, fragment: Fragment) -> None:
+        """A fragment is here no more; who can choose another replica is told soon."""
+        sender = fragment.sender
+        if sender in self._here:  # else it is gone
+            self._here[sender] -= fragment.cost
+        if self._has_siblings and sender in self._receipts:
+            self._waited_for.add(sender)
+
+    def run(self, run: Run) -> Event:
+        """Execute the session; :class:`Executed` or :class:`ExecutionFailed`. The outputs are kept for what follows."""
+        assert self._runner is not None
+        payloads, board = self.payloads, self.payloads.board
+        shared = self._shared.get(run.leaving)
+        if shared is None:
+            shared = self._shared[run.leaving] = self._find_shared(run.leaving)
+        going = payloads.reserve(self._runner.proven(run.inputs), shared)
+        if not self._router.mapped(0):
+            self._links[0].send(codec.encode(Started(*run.key, self._me)))
+        payloads.record(*run.key, Step.RUNNING)
+        started = time.monotonic_ns()
+        self.began = started, run.cost
+        board.began(run.cost, started)
+        try:
+            outputs = self._runner.run(run.inputs, going.arrays)
+        except (OnnxsplitError, MemoryError) as error:
+            payloads.drop(going)
+            return ExecutionFailed(str(error) or "out of memory")
+        finally:
+            ended = time.monotonic_ns()
+            self.began = None
+            self._gauge.ran(ended - started, run.cost, ended)
+            board.ended(self._gauge, ended)
+        payloads.complete(going, outputs, shared)
+        payloads.record(*run.key, Step.DONE)
+        self._ran = _Ran(going, payloads.hold(run.fragments))
+        return Executed(started, ended, time.monotonic_ns(), going.size_bytes, going.shared_bytes)
+
+    def forward(self, effect: Forward) -> None:
+        """Send the outputs of the request that ran last to whom they are for."""
+        going, fragment = self._ran.going, effect.fragment
+        if not self._ran.valid:  # the inputs were taken away meanwhile: somebody else does this request
+            self.payloads.drop(going)
+            return
+        readers = {}
+        for stage, names in effect.leaving:
+            if stage == CALLER:
+                readers[0] = names
+                continue
+            number: int | None = fragment.route[stage]
+            if number == ANY:
+                number = self._choose(stage, names, going, fragment.cost)
+            if number is not None and number in self._links:  # else that node is lost, and others do this request
+                readers[number] = names
+        self.payloads.lend(going, readers)
+        attempt = Attempt(
+            request=fragment.request,
+            attempt=fragment.attempt,
+            view=fragment.view,
+            cost=fragment.cost,
+            budget_ns=effect.budget_ns,
+            route=fragment.route,
+            wanted=fragment.wanted,
+            history=effect.history,
+        )
+        try:
+            for number, names in readers.items():
+                self.payloads.send(self._links[number], number, going, names, attempt, self._assign.stage)
+                if number:
+                    self._router.sent(number, fragment.cost)
+        except StageFailed as error:
+            self.payloads.drop(going)
+            self._fail(fragment, str(error))
+
+    def _find_shared(self, leaving: Leaving) -> tuple[str, ...]:
+        """The outputs that somebody may read in place."""
+        shared: set[str] = set()
+        for stage, names in leaving:
+            numbers = (0,) if stage == CALLER else self._router.nodes(stage)
+            if any(self.payloads.lends_to(number) for number in numbers):
+                shared.update(names)
+        return tuple(sorted(shared))
+
+    def _choose(self, stage: int, names: tuple[str, ...], going: Outgoing, cost: int) -> int | None:
+        if len(self._router.nodes(stage)) == 1:
+            return self._router.nodes(stage)[0]
+        size = sum(going.arrays[name].nbytes for name in names)
+        return self._router.choose(stage, self._sources[stage], cost, size, time.monotonic_ns())
+
+
+@dataclass
+class _Ran:
+    """The request that ran last: its outputs, and whether its inputs were there to the end."""
+
+    going: Outgoing
+    valid: bool
+
+
+def expected_tensors(plan: Plan, stage: int) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Names and types of what each source sends to a stage."""
+    found = {}
+    for source in sources(plan, stage):
+        if source == CALLER:
+            names = tuple(name for name in plan.stages[stage].inputs if name in plan.inputs)
+        else:
+            names = tuple(n for n in plan.stages[source].outputs if n in plan.stages[stage].inputs)
+        found[source] = names, tuple(plan.tensors[name].dtype for name in names)
+    return found
