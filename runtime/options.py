@@ -20,8 +20,8 @@ from onnxsplit.numbers import (
     whole_problem,
 )
 from onnxsplit.plan import MOST_NODES, MOST_THREADS, Plan
-from runtime.balance.policies import POLICIES, Policy
-from runtime.coordinator.failure_detector import Timings, timings
+from runtime.timings import Timings, timings
+from runtime.wire.messages import POLICIES, Policy
 
 Mode = Literal["sync", "async"]
 
@@ -134,7 +134,7 @@ class RunOptions:
         if shared not in (None, True, False):
             problems.append(f"share_weights must be True, False or None, not {shown(shared)}")
         if type(given) is not Timings:
-            problems.append(f"timings must be runtime.coordinator.failure_detector.Timings, not {shown(given)}")
+            problems.append(f"timings must be runtime.timings.Timings, not {shown(given)}")
         if problems:
             raise InputError("; ".join(problems))
         self._check_numbers()

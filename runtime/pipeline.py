@@ -29,15 +29,16 @@ from runtime.coordinator.roster import Incident
 from runtime.coordinator.status import NodeStats
 from runtime.descriptors import require_descriptors
 from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed, PipelineError
+from runtime.home import private_folder
 from runtime.intake import normal_inputs, normal_names, normal_timeout_ns
-from runtime.launch import Launcher, Premises
 from runtime.launch.local import LocalLauncher
+from runtime.launcher import Launcher, Premises
 from runtime.microbatch import batch_axes, batch_size, ordinary_bytes, split
 from runtime.options import RunOptions, enough_inflight, memory_for_requests_bytes
 from runtime.request import Answering, Asked, Request
 from runtime.trace import Traced, chrome_trace
 from runtime.wire.keys import Keys, default_folder
-from runtime.wire.sockets import Security, check_address, private_folder
+from runtime.wire.security import Security, check_address
 
 START_TIMEOUT_S = 120.0
 

@@ -41,8 +41,8 @@ from odd import KINDS, warm
 from watch import Memory, grown, quiet, start_collector, state
 
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
 from runtime.errors import PipelineClosed
+from runtime.timings import Timings
 
 THREADS = 6
 TIMINGS = Timings(beat_s=0.25, silence_s=1.5, lost_s=10, circuit_failures=1_000_000, backoff_most_s=1)

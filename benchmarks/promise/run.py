@@ -28,7 +28,7 @@ from onnxsplit.plan import example_file, load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.tensors import load_npz
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
+from runtime.timings import Timings
 
 NEVER = Timings(beat_s=3600, silence_s=86400)
 

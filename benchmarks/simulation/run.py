@@ -38,15 +38,27 @@ from environment import environment_line
 import runtime.coordinator.roster
 from onnxsplit.plan import parse_plan
 from runtime.balance.board import Board
-from runtime.balance.policies import ORDINARY, POLICIES, Gauge
+from runtime.balance.policies import ORDINARY, Gauge
 from runtime.balance.router import Router
 from runtime.coordinator import events as c
-from runtime.coordinator.failure_detector import Timings
 from runtime.coordinator.roster import Kill, Start
 from runtime.coordinator.state import CoordinatorState, State
 from runtime.node import events as n
 from runtime.node.state import NodeState
-from runtime.wire.messages import ANY, CALLER, PROTOCOL, Assign, Fragment, Hello, Peer, Receipt, TensorHead, Wire
+from runtime.timings import Timings
+from runtime.wire.messages import (
+    ANY,
+    CALLER,
+    POLICIES,
+    PROTOCOL,
+    Assign,
+    Fragment,
+    Hello,
+    Peer,
+    Receipt,
+    TensorHead,
+    Wire,
+)
 
 STAGES = 3
 SERVICE_NS = 5_000_000

@@ -139,7 +139,7 @@ _TIMING: tuple[tuple[str, ...], dict[str, Any]] = (
         "multiple": True,
         "metavar": "NAME=SECONDS",
         "callback": _timings,
-        "help": "When a node counts as failed, and when it is tried again; NAME as in runtime.coordinator.failure_detector.Timings: "
+        "help": "When a node counts as failed, and when it is tried again; NAME as in runtime.timings.Timings: "
         "silence_s, stall_s, lost_s, backoff_s, circuit_s, ... Repeatable.",
     },
 )
@@ -161,7 +161,7 @@ def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
     if running.get("trace_ops") and running["trace"] is None:
         raise click.UsageError("--trace-ops adds to a timeline; name its file with --trace FILE.json")
     from onnxsplit.files import check_outputs
-    from runtime.coordinator.failure_detector import timings
+    from runtime.timings import timings
 
     check_outputs(running.get("trace"))
     running = dict(running)

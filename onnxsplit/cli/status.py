@@ -51,7 +51,8 @@ def command(output: Output, *, pid: int | None, once: bool, every: float) -> Non
 
 
 def _look(pid: int | None) -> dict[int, Snapshot]:
-    from runtime.coordinator.status import ask, running
+    from runtime.coordinator.status import ask
+    from runtime.home import running
 
     found = [snapshot for door in running() if (snapshot := ask(door)) is not None]
     return {snapshot.pid: snapshot for snapshot in found if pid in (None, snapshot.pid)}

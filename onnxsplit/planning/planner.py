@@ -64,7 +64,8 @@ def partition(
         PartitionError: the model cannot be cut as asked.
         PlanError: ``out`` is something other than a plan.
         ClusterError: the cluster file is not usable.
-        ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as :func:`~onnxsplit.planning.subject.examine`.
+        ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as
+            :func:`~onnxsplit.planning.subject.examine`.
     """
     wanted = CutOptions(**options)
     source = open_any(model)

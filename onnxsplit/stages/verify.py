@@ -7,8 +7,8 @@ Two comparisons, each output by output:
   moves the whole model (or the tolerance, where it moves it less).
 
 The tolerance is 1e-4 of the output's scale, and larger where a float type narrower than float32 crosses a border or
-is computed in (see :mod:`onnxsplit.model.precision`). A model that computes in such a type may amplify its roundings far
-beyond the type's own epsilon, so with optimisation off, too, twice what optimisation alone moves it is allowed there.
+is computed in (see :mod:`onnxsplit.model.precision`). A model that computes in such a type may amplify its roundings
+far beyond the type's own epsilon, so with optimisation off, too, twice what optimisation alone moves it is allowed there.
 More than half of the scale is never allowed: an optimiser that is wrong does not make a plan right.
 
 The scale of an output is its largest finite magnitude. Integers, strings and booleans have none: they must be equal,

@@ -22,10 +22,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-Policy = Literal["completion", "resource", "task", "latency", "round-robin"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
+from runtime.wire.messages import Policy
 
 ORDINARY = 1000
 """The cost of the request that a plan was made for."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from onnxsplit.cluster import Link
 from runtime.balance.board import Board
-from runtime.balance.policies import ALL, Chooser, Policy, Replica
-from runtime.wire.messages import CALLER, Peer, Receipt
+from runtime.balance.policies import ALL, Chooser, Replica
+from runtime.wire.messages import CALLER, Peer, Policy, Receipt
 
 _BETWEEN_HOSTS = Link()
 _FRESH = 16.0  # times of a request after which half of what a node said of others' work is still true

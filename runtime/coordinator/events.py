@@ -12,8 +12,7 @@ from msgspec import Struct
 from runtime.coordinator.reach import Link
 from runtime.coordinator.roster import Kill, Slot, Start
 from runtime.errors import PipelineError
-from runtime.memory.arena import Step
-from runtime.wire.messages import Failed, Fate, Hello, Visit
+from runtime.wire.messages import Failed, Fate, Hello, Step, Visit
 
 Key = tuple[int, int]
 """A request and an attempt at it."""

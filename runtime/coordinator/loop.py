@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.plan import Plan
-from runtime.balance.policies import Policy
 from runtime.balance.router import Router
 from runtime.coordinator.events import (
     Again,
@@ -54,19 +53,20 @@ from runtime.coordinator.events import (
     Tick,
     TimedOut,
 )
-from runtime.coordinator.failure_detector import Timings, Watch
+from runtime.coordinator.failure_detector import Watch
 from runtime.coordinator.reach import Reach
 from runtime.coordinator.request_io import Flow
 from runtime.coordinator.roster import Kill, Phase, Slot, Start
 from runtime.coordinator.state import CoordinatorState, State
-from runtime.coordinator.status import Door, NodeStats, Snapshot, hold, node_stats, sweep
+from runtime.coordinator.status import Door, NodeStats, Snapshot, node_stats
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, ProtocolError
 from runtime.files.server import FileServer
-from runtime.launch import Handle, Launcher, Premises
+from runtime.home import hold, sweep
+from runtime.launcher import Handle, Launcher, Premises
 from runtime.logs import Drops, log_event
-from runtime.memory.arena import Step
 from runtime.memory.payloads import Payloads
-from runtime.node.state import sources
+from runtime.timings import Timings
+from runtime.topology import sources
 from runtime.wire import codec
 from runtime.wire.messages import (
     CALLER,
@@ -78,15 +78,18 @@ from runtime.wire.messages import (
     Leaving,
     NodeBeat,
     Peer,
+    Policy,
     Ready,
     Refused,
     Share,
+    Step,
     Stop,
     Trust,
     Wire,
     refusal,
 )
-from runtime.wire.sockets import AnsweringInlet, Inlet, Sockets, Wakeup, check_address
+from runtime.wire.security import check_address
+from runtime.wire.sockets import AnsweringInlet, Inlet, Sockets, Wakeup
 
 _STOP_GRACE_S = 3.0
 _LOCK_S = 1.0

@@ -37,7 +37,7 @@ from runtime.coordinator.state import CoordinatorState
 from runtime.errors import MemoryWithdrawn, PipelineClosed, PipelineError, ProtocolError, StageFailed
 from runtime.logs import Drops, log_event
 from runtime.memory.payloads import Attempt, Outgoing, Payloads, shapes_of
-from runtime.node.state import sources
+from runtime.topology import sources
 from runtime.trace import Traced
 from runtime.wire import codec
 from runtime.wire.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit

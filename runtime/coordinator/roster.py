@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from onnxsplit.cluster import LOCAL
 from runtime.balance.board import PEERS
-from runtime.coordinator.failure_detector import Timings
+from runtime.timings import Timings
 from runtime.transition_table import Machine
 from runtime.wire.messages import PROTOCOL, Fate, Hello, Peer, Visit
 

@@ -60,7 +60,6 @@ from runtime.coordinator.events import (
     TimedOut,
     Unsendable,
 )
-from runtime.coordinator.failure_detector import Timings
 from runtime.coordinator.reach import Link, dead_ends
 from runtime.coordinator.roster import Kill, Phase, Record, Refusal, Roster
 from runtime.errors import (
@@ -73,10 +72,10 @@ from runtime.errors import (
     StageFailed,
     StageUnavailable,
 )
-from runtime.memory.arena import Step
-from runtime.node.state import sources
+from runtime.timings import Timings
+from runtime.topology import sources
 from runtime.transition_table import Machine
-from runtime.wire.messages import ANY, CALLER, NOT_NEEDED, Failed, Fate, Visit
+from runtime.wire.messages import ANY, CALLER, NOT_NEEDED, Failed, Fate, Step, Visit
 
 Choose = Callable[[int, int], int | None]
 """The number of the node that is to execute a stage for a request of a cost."""

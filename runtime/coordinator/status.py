@@ -6,13 +6,8 @@ The door is a Unix socket in the pipeline's own folder, which only the user can 
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -20,10 +15,7 @@ from msgspec import Struct
 
 from runtime.balance.policies import ORDINARY
 from runtime.coordinator.roster import Roster
-
-_DOOR = "status"
-_HELD = "held"
-_PATIENCE_S = 2.0
+from runtime.home import _DOOR, _PATIENCE_S
 
 
 class NodeStats(Struct, frozen=True):
@@ -180,49 +172,6 @@ class Door:
                 connection.sendall(msgspec.json.encode(snapshot))
             except OSError:
                 return
-
-
-def running() -> list[Path]:
-    """The doors of all pipelines of this user on this host, by their folders."""
-    return _mine(_DOOR)
-
-
-def _mine(name: str) -> list[Path]:
-    """Files of a name in private folders of this user. Others make and remove their folders while we look."""
-    found = []
-    for place in {tempfile.gettempdir(), "/tmp"}:  # noqa: S108  where private_folder puts them
-        with suppress(OSError), os.scandir(place) as entries:
-            folders = [Path(entry.path) for entry in entries if entry.name.startswith("onnxsplit-")]
-            found += [folder / name for folder in folders if _is_mine(folder) and (folder / name).exists()]
-    return sorted(found)
-
-
-def _is_mine(folder: Path) -> bool:
-    try:
-        return folder.stat().st_uid == os.getuid()
-    except OSError:  # it is gone
-        return False
-
-
-def hold(home: Path) -> int:
-    """Mark a folder as in use while this process lives; returns the descriptor that does, for the caller to close."""
-    draft = home / f".{_HELD}"
-    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    draft.rename(home / _HELD)  # not before it is locked: others remove folders whose mark nobody holds
-    return descriptor
-
-
-def sweep() -> None:
-    """Remove the folders of pipelines, and of nodes started by hand, whose process was killed; nobody else could.
-
-    Only what is marked (:func:`hold`) and held by nobody is removed. A folder that another process removes, or that
-    cannot be removed, is left to others.
-    """
-    for held in _mine(_HELD):
-        with suppress(OSError), held.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(held.parent, ignore_errors=True)
 
 
 def ask(door: Path) -> Snapshot | None:

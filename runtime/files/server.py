@@ -13,7 +13,8 @@ from onnxsplit.plan import PLAN_FILE, Plan
 from runtime.logs import Drops
 from runtime.wire import codec
 from runtime.wire.messages import Chunk, Fetch, NoFile
-from runtime.wire.sockets import AnsweringInlet, Security, Sockets, Wakeup
+from runtime.wire.security import Security
+from runtime.wire.sockets import AnsweringInlet, Sockets, Wakeup
 
 _drops = Drops(logging.getLogger("runtime.coordinator"))
 

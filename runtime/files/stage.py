@@ -13,8 +13,9 @@ from onnxsplit.plan import FileEntry, Plan, Stage, parse_plan, plan_id, read_pla
 from runtime.files.cache import StageCache
 from runtime.files.client import FileClient
 from runtime.logs import log_event
+from runtime.wire.addresses import reachable
 from runtime.wire.messages import Assign
-from runtime.wire.sockets import Security, reachable
+from runtime.wire.security import Security
 
 _SAY_EVERY_S = 5.0
 _log = logging.getLogger("runtime.node")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.session import quiet_environment
-from runtime.launch import Premises
-from runtime.wire.sockets import private_folder
+from runtime.home import private_folder
+from runtime.launcher import Premises
 
 _LOG_TAIL_BYTES = 2000
 _LOG_TAIL_LINES = 10

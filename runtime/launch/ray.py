@@ -24,9 +24,10 @@ from onnxsplit.plan import Plan, Stage
 from onnxsplit.session import host_cores
 from runtime.coordinator.roster import Slot
 from runtime.errors import LaunchFailed
-from runtime.launch import Premises
+from runtime.home import private_folder
 from runtime.launch.ray_node import NodeActor
-from runtime.wire.sockets import Security, new_key_pair, private_folder
+from runtime.launcher import Premises
+from runtime.wire.security import Security, new_key_pair
 
 Placement = Literal["spread", "strict-spread", "pack"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)

@@ -7,7 +7,7 @@ import select
 import threading
 from collections.abc import Mapping, Sequence
 
-from runtime.coordinator.status import hold
+from runtime.home import hold
 from runtime.launch.local import LocalHandle, LocalLauncher
 from runtime.wire.keys import create
 

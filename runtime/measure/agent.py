@@ -37,7 +37,8 @@ from runtime.wire.messages import (
     Told,
     Trust,
 )
-from runtime.wire.sockets import Client, Security, Sockets
+from runtime.wire.security import Security
+from runtime.wire.sockets import Client, Sockets
 
 _PIECE_BYTES = 512 << 10
 _ROUND_TRIPS = 30

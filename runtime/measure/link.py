@@ -15,8 +15,9 @@ import numpy as np
 from onnxsplit.cluster import Link
 from onnxsplit.session import quiet_environment
 from runtime.errors import PipelineError
+from runtime.home import private_folder
 from runtime.memory.arena import Arena
-from runtime.wire.sockets import Inlet, Sockets, private_folder
+from runtime.wire.sockets import Inlet, Sockets
 
 _COPIED_BYTES = 8 << 20
 _REPEATS = 100

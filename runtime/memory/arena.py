@@ -27,7 +27,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -38,7 +37,7 @@ from runtime.balance.board import BOARD_BYTES, PEERS, Board
 from runtime.errors import ProtocolError
 from runtime.memory.extents import Extents, aligned
 from runtime.memory.pinned import Pin
-from runtime.wire.messages import SLOTS, Memory, Place
+from runtime.wire.messages import SLOTS, Memory, Place, Step
 
 _LEDGER = 4096
 _TOKEN_BYTES = 32
@@ -56,14 +55,6 @@ _LOOK_EVERY = 1000  # uses of slots after which memory that was not needed goes 
 
 _FEW = 32
 _ATTEMPTS = 1 << 8  # of a request, that a ledger tells apart
-
-
-class Step(IntEnum):
-    """How far a process is with an attempt, as its ledger says. ``UNKNOWN``: it has not begun, or it is long ago."""
-
-    UNKNOWN = 0
-    RUNNING = 1
-    DONE = 2
 
 
 class Sent(Protocol):

@@ -13,13 +13,16 @@ from msgspec import Struct
 from onnxsplit.tensors import Array, dtype_name, numpy_dtype, size_bytes
 from runtime.balance.board import Board
 from runtime.errors import MemoryWithdrawn, ProtocolError
-from runtime.memory.arena import Arena, Block, PeerArena, Step
+from runtime.memory.arena import Arena, Block, PeerArena
 from runtime.memory.extents import aligned
 from runtime.memory.pinned import Pin
-from runtime.node.stage_runner import Shapes
 from runtime.wire import codec
-from runtime.wire.messages import Fragment, Memory, Peer, Place, Visit
+from runtime.wire.messages import Fragment, Memory, Peer, Place, Step, Visit
 from runtime.wire.sockets import Outlet
+
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+"""ONNX type and shape of tensors, by name."""
+
 
 _LAYOUTS = 256  # that are remembered
 _log = logging.getLogger("runtime.payloads")

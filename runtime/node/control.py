@@ -8,13 +8,14 @@ import time
 from collections import deque
 from typing import Protocol
 
-from runtime.coordinator.failure_detector import Timings
 from runtime.errors import ProtocolError
 from runtime.logs import Drops
 from runtime.node.events import Assigned, Cancelled, Event, Passed, Shared, Wired
+from runtime.timings import Timings
 from runtime.wire import codec
 from runtime.wire.messages import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Trust, Wire
-from runtime.wire.sockets import Security, Sockets, Wakeup
+from runtime.wire.security import Security
+from runtime.wire.sockets import Sockets, Wakeup
 
 _JOIN_S = 2.0
 _log = logging.getLogger("runtime.node")

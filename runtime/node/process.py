@@ -15,7 +15,6 @@ import select
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from collections import deque
@@ -30,11 +29,10 @@ from onnxsplit.custom_ops import Library, find_libraries
 from onnxsplit.errors import CustomOpsError
 from onnxsplit.files import check_outputs, written_file
 from runtime.balance.policies import ORDINARY
-from runtime.coordinator.failure_detector import Timings
-from runtime.coordinator.status import hold, sweep
 from runtime.errors import PipelineError
 from runtime.files.cache import DEFAULT_CACHE_BYTES, StageCache, cache_folder
 from runtime.files.stage import StageFiles
+from runtime.home import hold, private_folder, sweep
 from runtime.node.control import ControlLink
 from runtime.node.events import (
     Cancelled,
@@ -60,9 +58,12 @@ from runtime.node.events import (
 from runtime.node.health import write_health
 from runtime.node.state import NodeState, State
 from runtime.node.worker import Worker
+from runtime.timings import Timings
+from runtime.wire.addresses import own_address, reachable
 from runtime.wire.keys import Keys
 from runtime.wire.messages import PROTOCOL, Hello, Leaving, NodeBeat, Ready, Refused
-from runtime.wire.sockets import Inlet, Security, Sockets, Wakeup, check_address, own_address, private_folder, reachable
+from runtime.wire.security import Security, check_address
+from runtime.wire.sockets import Inlet, Sockets, Wakeup
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 """Of a node's outputs in shared memory at once; what does not fit is copied through sockets."""
@@ -476,7 +477,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lifeline=True,
         )
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,13 +10,11 @@ from onnxsplit.errors import ModelError, PlanError
 from onnxsplit.plan import Plan, check_file
 from onnxsplit.session import open_session
 from onnxsplit.tensors import Array, dtype_name
+from runtime.memory.payloads import Shapes
 from runtime.node.weights import shared_copy
 from runtime.wire.messages import Assign
 
 _SIGNATURES = 256
-
-Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
-"""ONNX type and shape of tensors, by name."""
 
 
 class StageRunner:

@@ -49,6 +49,7 @@ from runtime.node.events import (
     Turn,
     Wired,
 )
+from runtime.topology import sources
 from runtime.transition_table import Machine
 from runtime.wire.messages import CALLER, NOT_NEEDED, Assign, Failed, Fragment, Visit, Wire
 
@@ -297,13 +298,3 @@ class NodeState:
             return []
         self._queue = deque(key for key in self._queue if key not in dropped)
         return [GiveBack(tuple(self._joins.pop(key).fragments)) for key in dropped]
-
-
-def sources(plan: Plan, stage: int) -> frozenset[int]:
-    """Who sends a fragment of every request to a stage: stages, and the caller where it reads an input of the model.
-
-    A stage that reads nothing is set going by the caller.
-    """
-    writers = plan.producers()
-    found = {writers.get(name, CALLER) for name in plan.stages[stage].inputs}
-    return frozenset(found or {CALLER})

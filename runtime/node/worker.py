@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError, PlanError, one_line
-from onnxsplit.plan import Plan
 from runtime.balance.policies import Gauge
 from runtime.balance.router import Router
 from runtime.errors import MemoryWithdrawn, ProtocolError, StageFailed
 from runtime.files.stage import StageFiles
 from runtime.logs import Drops, log_event
-from runtime.memory.arena import Step
 from runtime.memory.payloads import Attempt, Outgoing, Payloads
 from runtime.memory.pinned import cuda_pin
 from runtime.node.events import (
@@ -33,9 +31,9 @@ from runtime.node.events import (
     Run,
 )
 from runtime.node.stage_runner import StageRunner
-from runtime.node.state import sources
+from runtime.topology import expected_tensors, sources
 from runtime.wire import codec
-from runtime.wire.messages import ANY, CALLER, Assign, Failed, Fragment, Peer, Receipt, Started
+from runtime.wire.messages import ANY, CALLER, Assign, Failed, Fragment, Peer, Receipt, Started, Step
 from runtime.wire.sockets import Outlet, Sockets
 
 _RECEIPT_S = 0.5  # between two receipts to one sender, where nothing waits for them
@@ -354,15 +352,3 @@ class _Ran:
 
     going: Outgoing
     valid: bool
-
-
-def expected_tensors(plan: Plan, stage: int) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Names and types of what each source sends to a stage."""
-    found = {}
-    for source in sources(plan, stage):
-        if source == CALLER:
-            names = tuple(name for name in plan.stages[stage].inputs if name in plan.inputs)
-        else:
-            names = tuple(n for n in plan.stages[source].outputs if n in plan.stages[stage].inputs)
-        found[source] = names, tuple(plan.tensors[name].dtype for name in names)
-    return found

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from onnxsplit.errors import InputError
 from onnxsplit.files import MOST_TEXT_BYTES, read_regular, replacing
-from runtime.wire.sockets import KeyPair, new_key_pair
+from runtime.wire.security import KeyPair, new_key_pair
 
 _KEY = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # Z85, https://rfc.zeromq.org/spec/32/
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")

@@ -18,11 +18,24 @@ Headers are MessagePack with a tag; unknown fields and tags are refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from enum import IntEnum
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
-from runtime.balance.policies import Policy
+Policy = Literal["completion", "resource", "task", "latency", "round-robin"]
+
+
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+class Step(IntEnum):
+    """How far a process is with an attempt, as its ledger says. ``UNKNOWN``: it has not begun, or it is long ago."""
+
+    UNKNOWN = 0
+    RUNNING = 1
+    DONE = 2
+
 
 PROTOCOL = 5
 """Both ends must speak the same version; a node that speaks another is refused by name.

@@ -11,33 +11,28 @@ those threads' share of busy cores. What does not fit, or finds the queue full, 
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import select
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-import msgspec
 import zmq
 import zmq.auth.thread
 import zmq.utils.monitor
 
-from onnxsplit.errors import shown
-from onnxsplit.numbers import parse_whole
 from runtime.descriptors import require_descriptors
 from runtime.errors import PipelineError
 from runtime.wire.codec import MAX_FRAME_BYTES, MAX_HEADER_BYTES, Buffer
+from runtime.wire.security import Security, check_address
 
 _ZERO_COPY_FROM = 64 * 1024
 """Bytes below which copying a frame is quicker than keeping track of it."""
 
 _BACKLOG = 1024
-_MOST_SOCKET_PATH_BYTES = 107  # as sockaddr_un has room for
 _CONTEXT_DESCRIPTORS, _SOCKET_DESCRIPTORS = 16, 8
 
 DEFAULT_MESSAGE_BYTES = MAX_FRAME_BYTES
@@ -54,36 +49,6 @@ _KEYLESS = "it speaks with those who have keys, and this process has none; give 
 
 # As integers: combining zmq's enums costs more than sending.
 _NOBLOCK, _MORE, _RCVMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.RCVMORE)
-
-
-class KeyPair(msgspec.Struct, frozen=True):
-    """A CURVE key pair, each half as 40 characters of Z85."""
-
-    public: str
-    secret: str
-
-    def __repr__(self) -> str:
-        return f"KeyPair(public={self.public!r})"
-
-
-def new_key_pair() -> KeyPair:
-    """A new one, at random."""
-    public, secret = zmq.curve_keypair()
-    return KeyPair(public.decode(), secret.decode())
-
-
-class Security(msgspec.Struct, frozen=True):
-    """What links of tcp are to be protected with.
-
-    Attributes:
-        pair: the own keys; None leaves links plain.
-        allows: whether the owner of a public key may connect; called in a thread of its own.
-        insecure: plain links may leave this host.
-    """
-
-    pair: KeyPair | None = None
-    allows: Callable[[str], bool] = lambda _: False
-    insecure: bool = False
 
 
 class Sockets:
@@ -550,33 +515,6 @@ class Wakeup:
         os.close(write)
 
 
-def private_folder() -> Path:
-    """A new folder that only the user can open, whose socket paths fit the 107 bytes that Linux allows."""
-    short = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # noqa: S108  mkdtemp makes a private folder in it
-    return Path(tempfile.mkdtemp(prefix="onnxsplit-", dir=short))
-
-
-def own_address(peer: str) -> str:
-    """The address of this host by which the host of a tcp address reaches it; brackets around IPv6."""
-    host = peer.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)  # sends nothing: it asks the routing table
-            name = str(probe.getsockname()[0])
-    except OSError as error:
-        raise PipelineError(f"cannot reach {peer}: {error.strerror}") from error
-    return f"[{name}]" if ":" in name else name
-
-
-def reachable(address: str, by: str) -> str:
-    """An address told by somebody who listens at all addresses of its host, for one who reached that host at ``by``."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    if not address.startswith("tcp://") or host not in ("0.0.0.0", "[::]"):  # noqa: S104  nothing is bound here
-        return address
-    return f"{by.rpartition(':')[0]}:{port}"
-
-
 class _Allowed:
     """Answers the authenticator."""
 
@@ -586,38 +524,3 @@ class _Allowed:
     def callback(self, _domain: str, key: bytes) -> bool:
         """Whether a public key may connect."""
         return self._allows(key.decode())
-
-
-def check_address(address: str, security: Security | None = None) -> None:
-    """Refuse an address that is malformed, or that would let plain messages leave this host.
-
-    Raises:
-        PipelineError: saying what is allowed.
-    """
-    security = security or Security()
-    scheme, _, rest = address.partition("://")
-    if scheme == "ipc" and rest:
-        if (length := len(os.fsencode(rest))) > _MOST_SOCKET_PATH_BYTES:
-            raise PipelineError(
-                f"address {shown(address)}: its path has {length} bytes; a path of a socket may have "
-                f"{_MOST_SOCKET_PATH_BYTES}. Choose a shorter one"
-            )
-        if "\0" in rest:
-            raise PipelineError(f"address {shown(address)}: a path holds no NUL byte")
-        return
-    host, _, port = rest.rpartition(":")
-    if scheme != "tcp" or not host or (port != "*" and parse_whole(port, 65535) is None):
-        raise PipelineError(
-            f"address {shown(address)}: expected tcp://HOST:PORT, with a port up to 65535, or ipc://PATH"
-        )
-    name = host.strip("[]")
-    try:
-        loopback = name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and security.pair is None and not security.insecure:
-        raise PipelineError(
-            f"address {shown(address)} leaves this host, and there are no keys to protect the link: make some with "
-            "`onnxsplit keys new` and give them with --keys, or say --insecure where everybody on the network is "
-            "trusted"
-        )

@@ -22,10 +22,10 @@ from onnxsplit.plan import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
-from runtime.coordinator.status import sweep
+from runtime.home import sweep
+from runtime.timings import Timings
+from runtime.wire.addresses import reachable
 from runtime.wire.keys import create_for
-from runtime.wire.sockets import reachable
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 X = {"x": np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)}

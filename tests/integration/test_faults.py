@@ -21,9 +21,9 @@ from onnxsplit.plan import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
 from runtime.coordinator.state import CoordinatorState
 from runtime.errors import Busy, NodeFailed, PipelineClosed, StageUnavailable
+from runtime.timings import Timings
 
 WIDTH = 128
 QUICK = Timings(beat_s=0.2, silence_s=3.0, stall_s=3.0, stall_factor=5)

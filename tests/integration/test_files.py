@@ -15,8 +15,8 @@ from onnxsplit.plan import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
-from runtime.coordinator.status import sweep
+from runtime.home import sweep
+from runtime.timings import Timings
 from runtime.wire.keys import create_for
 
 WIDTH = 256

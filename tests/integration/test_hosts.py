@@ -14,7 +14,7 @@ import build
 import pytest
 
 from onnxsplit.planning.planner import partition
-from runtime.coordinator.status import sweep
+from runtime.home import sweep
 from runtime.wire.keys import create_for
 
 HOSTS = ("h1", "h2", "h3")

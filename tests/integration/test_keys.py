@@ -20,8 +20,8 @@ from onnxsplit.plan import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
 from runtime.errors import LaunchFailed, PipelineError
+from runtime.timings import Timings
 from runtime.wire.keys import Keys, allow, create, create_for, revoke
 
 WIDTH = 128

@@ -24,9 +24,9 @@ from proxy import Proxy
 
 from onnxsplit.planning.planner import partition
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
-from runtime.coordinator.status import sweep
 from runtime.errors import DeadlineExceeded
+from runtime.home import sweep
+from runtime.timings import Timings
 from runtime.wire.keys import create_for, revoke
 
 X = {"x": np.ones((2, 32), np.float32)}

@@ -19,8 +19,8 @@ from onnxsplit.plan import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
 from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed, PipelineError, StageFailed
+from runtime.timings import Timings
 
 
 def batch(rows: int = 3, width: int = 32, seed: int = 0):

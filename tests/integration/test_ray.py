@@ -23,9 +23,9 @@ from onnxsplit.plan import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
-from runtime.coordinator.status import sweep
 from runtime.errors import LaunchFailed
+from runtime.home import sweep
+from runtime.timings import Timings
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'onnxsplit[ray]'")
 from runtime.launch.ray import RayLauncher

@@ -13,7 +13,7 @@ from onnxsplit.plan import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.coordinator.failure_detector import Timings
+from runtime.timings import Timings
 
 KILLS, STOPS = 5, 2
 

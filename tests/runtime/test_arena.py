@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import ProtocolError
-from runtime.memory.arena import SLOTS, Arena, PeerArena, Step
+from runtime.memory.arena import SLOTS, Arena, PeerArena
 from runtime.memory.extents import ALIGNMENT, Extents, aligned
 from runtime.memory.pinned import pin_with
-from runtime.wire.messages import Memory, Place
+from runtime.wire.messages import Memory, Place, Step
 
 MIB = 1 << 20
 ME, READER = 3, 7

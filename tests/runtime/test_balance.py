@@ -10,9 +10,9 @@ from types import FrameType
 import pytest
 
 from runtime.balance.board import Board
-from runtime.balance.policies import ORDINARY, POLICIES, Chooser, Gauge, Replica, cost_of
+from runtime.balance.policies import ORDINARY, Chooser, Gauge, Replica, cost_of
 from runtime.balance.router import Router
-from runtime.wire.messages import Peer, Receipt
+from runtime.wire.messages import POLICIES, Peer, Receipt
 
 MS = 1_000_000
 

@@ -38,7 +38,6 @@ from runtime.coordinator.events import (
     TimedOut,
     Unsendable,
 )
-from runtime.coordinator.failure_detector import Timings
 from runtime.coordinator.roster import Phase, Start
 from runtime.coordinator.state import CoordinatorState, State
 from runtime.errors import (
@@ -50,8 +49,8 @@ from runtime.errors import (
     StageFailed,
     StageUnavailable,
 )
-from runtime.memory.arena import Step
-from runtime.wire.messages import ANY, NOT_NEEDED, PROTOCOL, Failed, Hello, Visit
+from runtime.timings import Timings
+from runtime.wire.messages import ANY, NOT_NEEDED, PROTOCOL, Failed, Hello, Step, Visit
 
 SECOND = 1_000_000_000
 TIMINGS = Timings(backoff_s=1, settled_s=5, circuit_failures=3, circuit_s=30, lost_s=10)

@@ -8,8 +8,8 @@ import pytest
 
 from onnxsplit.errors import InputError, PlanError
 from onnxsplit.plan import load_plan
-from runtime.coordinator.failure_detector import Timings, timings
 from runtime.options import RunOptions, enough_inflight
+from runtime.timings import Timings, timings
 
 
 def test_long_links_keep_more_requests_in_flight(chain_plan):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runtime.coordinator.failure_detector import Timings
 from runtime.coordinator.roster import Phase, Roster
+from runtime.timings import Timings
 from runtime.wire.messages import PROTOCOL, Hello
 
 SECOND = 1_000_000_000

@@ -14,7 +14,7 @@ from runtime.errors import PipelineError
 from runtime.files.cache import StageCache
 from runtime.files.client import FileClient
 from runtime.files.server import FileServer
-from runtime.wire.sockets import Security
+from runtime.wire.security import Security
 
 BODY = bytes(range(256)) * 20_000  # five pieces
 

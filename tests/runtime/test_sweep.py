@@ -6,14 +6,13 @@ import os
 import subprocess
 import sys
 
-from runtime.coordinator.status import hold, sweep
-from runtime.wire.sockets import private_folder
+from runtime.home import hold, private_folder, sweep
 
 
 def test_only_what_nobody_holds_any_more_is_swept(python_environment):
     mine = private_folder()
     held = hold(mine)
-    code = "from runtime.coordinator.status import hold; from runtime.wire.sockets import private_folder; import os, sys, signal; "
+    code = "from runtime.home import hold, private_folder; import os, sys, signal; "
     code += "home = private_folder(); hold(home); print(home); sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     environment = {**python_environment, "TMPDIR": os.environ["TMPDIR"]}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -8,7 +8,8 @@ import pytest
 from waiting import wait_until
 
 from runtime.errors import PipelineError
-from runtime.wire.sockets import Inlet, Sockets, Wakeup, check_address
+from runtime.wire.security import check_address
+from runtime.wire.sockets import Inlet, Sockets, Wakeup
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.coordinator.failure_detector import Timings, Watch
+from runtime.coordinator.failure_detector import Watch
+from runtime.timings import Timings
 from runtime.wire.messages import NodeBeat
 
 SECOND = 1_000_000_000

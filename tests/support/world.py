@@ -14,14 +14,26 @@ from typing import Any
 
 from onnxsplit.plan import Plan
 from runtime.coordinator import events as c
-from runtime.coordinator.failure_detector import Timings
 from runtime.coordinator.roster import Kill, Start
 from runtime.coordinator.state import CoordinatorState, State
-from runtime.memory.arena import Step
 from runtime.node import events as n
-from runtime.node.state import NodeState, sources
+from runtime.node.state import NodeState
 from runtime.node.state import State as NodeStates
-from runtime.wire.messages import ANY, CALLER, NOT_NEEDED, PROTOCOL, Assign, Fragment, Hello, Peer, TensorHead, Wire
+from runtime.timings import Timings
+from runtime.topology import sources
+from runtime.wire.messages import (
+    ANY,
+    CALLER,
+    NOT_NEEDED,
+    PROTOCOL,
+    Assign,
+    Fragment,
+    Hello,
+    Peer,
+    Step,
+    TensorHead,
+    Wire,
+)
 
 SECOND = 1_000_000_000
 COORDINATOR = 0

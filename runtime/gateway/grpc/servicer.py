@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Busy
-from runtime.gateway import metadata as describe
+from runtime.gateway import metadata
 from runtime.gateway.budget import Budget, Gate
 from runtime.gateway.errors import UnknownRegion, Unsupported, forget_frames, status_of, words
 from runtime.gateway.grpc import codec as grpc_codec
@@ -244,18 +244,18 @@ class Rpc:
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         """The server."""
-        return json_format.ParseDict(describe.server(shared_memory=self._regions.enabled), pb.ServerMetadataResponse())
+        return json_format.ParseDict(metadata.server(shared_memory=self._regions.enabled), pb.ServerMetadataResponse())
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         """A model's inputs and outputs."""
         version, stage = self._service.find(request.name, request.version)
         loaded = [other.number for other in self._repository.versions(version.model) if other.entrance is not None]
-        return json_format.ParseDict(describe.metadata(version, loaded, stage), pb.ModelMetadataResponse())
+        return json_format.ParseDict(metadata.metadata(version, loaded, stage), pb.ModelMetadataResponse())
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
         """A model's configuration."""
         version, stage = self._service.find(request.name, request.version)
-        config = json_format.ParseDict(describe.config(version, stage), model_config_pb2.ModelConfig())
+        config = json_format.ParseDict(metadata.config(version, stage), model_config_pb2.ModelConfig())
         return pb.ModelConfigResponse(config=config)
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802

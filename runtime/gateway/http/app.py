@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Cancelled
-from runtime.gateway import metadata as describe
+from runtime.gateway import metadata
 from runtime.gateway.errors import (
     NotLoaded,
     TooLarge,
@@ -169,7 +169,7 @@ class Web:
     # What it is
 
     async def _server(self, _: Request) -> Response:
-        return _json(describe.server(shared_memory=self._regions.enabled))
+        return _json(metadata.server(shared_memory=self._regions.enabled))
 
     async def _live(self, _: Request) -> Response:
         return Response()
@@ -184,11 +184,11 @@ class Web:
     async def _metadata(self, request: Request) -> Response:
         version, stage = self._service.find(*_named(request))
         loaded = [other.number for other in self._repository.versions(version.model) if other.entrance is not None]
-        return _json(describe.metadata(version, loaded, stage))
+        return _json(metadata.metadata(version, loaded, stage))
 
     async def _config(self, request: Request) -> Response:
         version, stage = self._service.find(*_named(request))
-        return _json(describe.config(version, stage))
+        return _json(metadata.config(version, stage))
 
     async def _stats(self, request: Request) -> Response:
         return _json({"model_stats": self._watcher.statistics(*_named(request))})

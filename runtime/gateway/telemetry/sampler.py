@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime.coordinator.status import NodeStats
-from runtime.gateway import metadata as describe
+from runtime.gateway import metadata
 from runtime.gateway.budget import Budget
 from runtime.gateway.repository import Version
 from runtime.gateway.service import Service
@@ -182,7 +182,7 @@ class Watcher:
                 return f"model {version.model!r} version {version.number}: {reason}"
         return "no model is loaded"
 
-    def statistics(self, name: str, number: str = "") -> list[describe.Json]:
+    def statistics(self, name: str, number: str = "") -> list[metadata.Json]:
         """As the protocol has it: of a model and its stages, of a stage, or of all with an empty name.
 
         Raises:
@@ -193,8 +193,8 @@ class Watcher:
         version, stage = self.service.find(name, number)
         if stage is not None:
             nodes = version.pipeline.stats() if version.pipeline is not None else ()
-            return [describe.stage_statistics(version, stage, nodes)]
-        return [describe.statistics(version)]
+            return [metadata.stage_statistics(version, stage, nodes)]
+        return [metadata.statistics(version)]
 
     def _model(self, version: Version, now: int) -> ModelView:
         tally, pipeline, entrance = version.tally, version.pipeline, version.entrance
@@ -228,10 +228,10 @@ class Watcher:
         return view
 
 
-def _with_stages(version: Version) -> list[describe.Json]:
+def _with_stages(version: Version) -> list[metadata.Json]:
     nodes = version.pipeline.stats() if version.pipeline is not None else ()
-    stages = [describe.stage_statistics(version, stage.index, nodes) for stage in version.plan.stages]
-    return [describe.statistics(version), *stages]
+    stages = [metadata.stage_statistics(version, stage.index, nodes) for stage in version.plan.stages]
+    return [metadata.statistics(version), *stages]
 
 
 def _plan(version: Version) -> PlanView:
