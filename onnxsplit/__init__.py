@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxsplit.errors import OnnxsplitError
-    from onnxsplit.plan import Plan, load_plan
+    from onnxsplit.plan import Plan
+    from onnxsplit.plan_files import load_plan
     from onnxsplit.planning.planner import partition
 
 __version__ = "0.1.0"
@@ -17,7 +18,7 @@ __all__ = ["partition", "load_plan", "Plan", "OnnxsplitError", "__version__"]
 
 _HOMES = {
     "partition": "onnxsplit.planning.planner",
-    "load_plan": "onnxsplit.plan",
+    "load_plan": "onnxsplit.plan_files",
     "Plan": "onnxsplit.plan",
     "OnnxsplitError": "onnxsplit.errors",
 }

@@ -13,12 +13,11 @@ from io import BufferedReader
 from pathlib import Path
 
 from onnxsplit.errors import InputError, PlanError
+from onnxsplit.numbers import MOST_FILE_BYTES
 
 MOST_TEXT_BYTES = 1 << 20
 """Bytes that a file of settings, keys or tokens may have."""
 
-MOST_FILE_BYTES = 512 << 30
-"""Bytes that any one file of a model or a plan may have."""
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",

@@ -69,3 +69,7 @@ def _shown(value: object) -> str:
     except ValueError:  # Python writes no number of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:80]} ..."
+
+
+MOST_FILE_BYTES = 512 << 30
+"""Bytes that any one file of a model or a plan may have."""

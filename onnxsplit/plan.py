@@ -7,9 +7,6 @@ are integer nanoseconds, sizes bytes, types ONNX's names, tensor names those of 
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from onnxsplit.errors import PlanError, one_line
-from onnxsplit.files import MOST_FILE_BYTES, is_text, open_regular, read_regular
+from onnxsplit.numbers import MOST_FILE_BYTES
 
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"
@@ -29,9 +25,7 @@ MOST_NODES = 255
 MOST_THREADS = 1024
 """Threads that one session may have."""
 
-_MOST_PLAN_BYTES = 64 << 20
 _MOST_RANK = 64
-_MOST_PROBLEM = 300  # characters of one problem in a message
 _MOST_INTEGER = 2**53 - 1  # what every reader of JSON keeps exact
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -409,139 +403,3 @@ class Plan(Record, frozen=True, kw_only=True):
             needed = self.outputs_need.get(name)
             if needed is None or set(needed) != self.stages_for((name,)):
                 yield f"output {name!r} does not need the stages {needed}"
-
-
-class _Version(msgspec.Struct):
-    format_version: Annotated[int, msgspec.Meta(ge=1)]
-
-
-def load_plan(folder: str | Path, *, check_files: bool = True) -> Plan:
-    """Read and check a plan directory.
-
-    Args:
-        folder: the plan directory.
-        check_files: also compare every file's size and SHA-256 with what the plan says.
-
-    Raises:
-        PlanError: naming every violation found.
-    """
-    folder = Path(folder)
-    plan = parse_plan(read_plan_file(folder), where=folder)
-    problems = [problem for entry in plan.files() for problem in check_file(folder, entry)] if check_files else []
-    if problems:
-        raise PlanError(_listed(f"the plan {folder} was changed or is incomplete", problems))
-    return plan
-
-
-def read_plan_file(folder: Path) -> bytes:
-    """The bytes of a plan directory's ``plan.json``."""
-    if not is_text(folder):
-        raise PlanError(f"the path of the plan, {str(folder)!r}, is not UTF-8 text; give the folder another name")
-    try:
-        return read_regular(folder / PLAN_FILE, most_bytes=_MOST_PLAN_BYTES)
-    except FileNotFoundError as error:
-        found = "it is missing" if not folder.exists() else f"it has no {PLAN_FILE}"
-        raise PlanError(f"{folder} is no plan directory: {found}. Make one with: onnxsplit partition MODEL") from error
-    except OSError as error:
-        raise PlanError(f"cannot read {folder / PLAN_FILE}: {error.strerror}") from error
-
-
-def parse_plan(text: bytes, *, where: Path) -> Plan:
-    """A checked plan from the bytes of a ``plan.json``; ``where`` is for messages.
-
-    Raises:
-        PlanError: naming every violation found.
-    """
-    if len(text) > _MOST_PLAN_BYTES:
-        raise PlanError(f"{where}: plan.json has {len(text)} bytes; at most {_MOST_PLAN_BYTES} are allowed")
-    try:
-        version = msgspec.json.decode(text, type=_Version).format_version
-        if version > FORMAT_VERSION:
-            raise PlanError(
-                f"{where}: the plan has format {version}, this onnxsplit reads up to {FORMAT_VERSION}. "
-                "Upgrade onnxsplit, or partition the model again with this version"
-            )
-        plan = msgspec.json.decode(text, type=Plan)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise PlanError(
-            f"{where}: plan.json is damaged: {_short(one_line(error))}. Partition the model again"
-        ) from error
-    except RecursionError as error:
-        raise PlanError(f"{where}: plan.json is damaged: it is nested too deeply. Partition the model again") from error
-    problems = plan.check()
-    if problems:
-        raise PlanError(_listed(f"{where}: plan.json contradicts itself", problems))
-    return plan
-
-
-def checked_json(plan: Plan) -> bytes:
-    """The bytes of a new ``plan.json``, which can be read back.
-
-    Raises:
-        PlanError: the plan holds a number or a reference that no plan may hold.
-    """
-    text = plan.to_json()
-    try:
-        parse_plan(text, where=Path(plan.model.name))
-    except PlanError as error:
-        raise PlanError(f"the new plan breaks the limits of plans, so it was not written: {error}") from error
-    return text
-
-
-def plan_id(text: bytes) -> str:
-    """The plan's identity: SHA-256 of the bytes of its ``plan.json``."""
-    return hashlib.sha256(text).hexdigest()
-
-
-def check_file(folder: Path, entry: FileEntry) -> list[str]:
-    """What is wrong with one file of a plan directory: missing, a link, another size, another content."""
-    path = folder / entry.name
-    try:
-        if path.is_symlink():
-            return [f"{entry.name}: is a link"]
-        with open_regular(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != entry.size_bytes:
-                return [f"{entry.name}: {size} bytes, the plan says {entry.size_bytes}"]
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        return [f"{entry.name}: missing"]
-    except OSError as error:
-        return [f"{entry.name}: {error.strerror}"]
-    return [] if digest == entry.sha256 else [f"{entry.name}: its SHA-256 is not the plan's"]
-
-
-def example_file(folder: Path, plan: Plan) -> Path:
-    """The plan's own example inputs.
-
-    Raises:
-        PlanError: it holds none.
-    """
-    if plan.example_inputs is None:
-        raise PlanError(f"{folder} holds no example inputs; give some with --inputs FILE.npz")
-    return folder / plan.example_inputs.name
-
-
-def default_files(folder: Path, plan: Plan) -> dict[str, Path]:
-    """The files that hold the defaults of a plan's inputs: an ``.npz`` each, with one tensor under the input's name."""
-    return {name: folder / entry.name for name, entry in plan.defaults.items()}
-
-
-def plan_schema() -> bytes:
-    """The JSON Schema of ``plan.json``; ``plan.schema.json`` in the package is this."""
-    schema = msgspec.json.schema(Plan)
-    for definition in schema["$defs"].values():  # Python 3.13 takes the indentation out of docstrings, others do not
-        definition["description"] = inspect.cleandoc(definition["description"])
-    return msgspec.json.format(msgspec.json.encode(schema, order="sorted"), indent=2) + b"\n"
-
-
-def _listed(head: str, problems: list[str]) -> str:
-    shown = [_short(problem) for problem in problems[:20]]
-    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-    return "\n  - ".join([head + ":", *shown, *more])
-
-
-def _short(problem: str) -> str:
-    """A problem without its middle where it is long: names in a plan may have any length."""
-    half = _MOST_PROBLEM // 2
-    return problem if len(problem) <= _MOST_PROBLEM else f"{problem[:half]} ... {problem[-half:]}"

@@ -25,9 +25,9 @@ import msgspec.structs
 
 from onnxsplit.custom_ops import Library
 from onnxsplit.errors import CustomOpsError, InputError, ModelError, ModelRefused, in_one_line
+from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import Level
 from onnxsplit.session import Session, open_session, quiet_environment
-from onnxsplit.tensors import load_npz, save_npz
 
 _TYPICAL_S = 1.0
 _START_DELAY_NS = 20_000_000  # between the order to start together and the start

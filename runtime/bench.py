@@ -17,9 +17,11 @@ from typing import Any
 
 from onnxsplit.custom_ops import Library, find_libraries, needed_libraries
 from onnxsplit.errors import InputError
-from onnxsplit.plan import Plan, Record, example_file, load_plan
+from onnxsplit.npz import load_npz, save_npz
+from onnxsplit.plan import Plan, Record
+from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.session import Session, host_cores, open_session, threads_per_node
-from onnxsplit.tensors import Array, load_npz, save_npz
+from onnxsplit.tensors import Array
 from onnxsplit.timed import TimedModel, run_together
 from runtime.options import RunOptions
 from runtime.pipeline import Pipeline

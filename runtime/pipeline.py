@@ -16,11 +16,13 @@ import numpy as np
 
 from onnxsplit.custom_ops import check_wanted, find_libraries, needed_libraries
 from onnxsplit.errors import InputError, shown
+from onnxsplit.npz import load_npz
 from onnxsplit.numbers import is_whole
-from onnxsplit.plan import Plan, default_files, load_plan, plan_id, read_plan_file
+from onnxsplit.plan import Plan
+from onnxsplit.plan_files import default_files, load_plan, plan_id, read_plan_file
 from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import threads_per_node
-from onnxsplit.tensors import Array, check_inputs, content_bytes, load_npz
+from onnxsplit.tensors import Array, check_inputs, content_bytes
 from runtime.admission import Admission
 from runtime.balance.board import PEERS
 from runtime.balance.policies import cost_of

@@ -21,7 +21,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxsplit.plan import Plan, load_plan
+from onnxsplit.plan import Plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 
 WIDTH = 32

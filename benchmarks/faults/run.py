@@ -30,7 +30,7 @@ import numpy as np
 from environment import environment, environment_line
 from faulty_node import FaultyLauncher
 
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline

@@ -18,8 +18,8 @@ import resource
 import uvloop
 from callers import http_body
 
-from onnxsplit.plan import example_file, load_plan
-from onnxsplit.tensors import load_npz
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import example_file, load_plan
 
 
 class Connections:

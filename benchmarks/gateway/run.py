@@ -33,9 +33,9 @@ from environment import benchmark, environment_line
 from onnx import TensorProto, helper, numpy_helper, save_model
 from served import Served
 
-from onnxsplit.plan import example_file, load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.planning.planner import partition
-from onnxsplit.tensors import load_npz
 from runtime import Pipeline
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -43,13 +43,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.model.precision import distance
 from onnxsplit.model.source import all_nodes, nested_graphs
-from onnxsplit.plan import load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan
 from onnxsplit.planning.subject import examine
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import verify
-from onnxsplit.tensors import load_npz
 
 LEAST_ELEMENTS = 64  # of a weight that is worth fewer bits
 OPSETS = {"bfloat16": 13, "float8": 19, "int4": 21}

@@ -116,7 +116,8 @@ class Hosts:
 
 def measured_cluster(hosts: Hosts, model: Path, dims: dict[str, int], folder: Path) -> Any:
     """What agents find."""
-    from onnxsplit.cluster import Cluster, Device, load_cluster
+    from onnxsplit.cluster import Cluster, Device
+    from onnxsplit.cluster_files import load_cluster
 
     file = folder / "cluster.toml"
     file.write_text(Cluster(tuple(Device(f"cpu-{host}", host) for host in HOSTS), {}, "h1").to_toml())
@@ -136,8 +137,8 @@ def measured_cluster(hosts: Hosts, model: Path, dims: dict[str, int], folder: Pa
 
 def caller(folder: Path, plan: Path, port: int) -> None:
     """What runs on h1: the coordinator and the load; commands on standard input, a line of JSON for each answer."""
-    from onnxsplit.plan import example_file, load_plan
-    from onnxsplit.tensors import load_npz
+    from onnxsplit.npz import load_npz
+    from onnxsplit.plan_files import example_file, load_plan
     from runtime import Pipeline
 
     inputs = load_npz(example_file(plan, load_plan(plan)))
@@ -172,7 +173,7 @@ class Running:
     """A plan on the three hosts."""
 
     def __init__(self, hosts: Hosts, folder: Path, plan: Path, port: int, names: dict[str, str]) -> None:
-        from onnxsplit.plan import load_plan
+        from onnxsplit.plan_files import load_plan
 
         self.plan = load_plan(plan)
         self.nodes = []
@@ -255,11 +256,11 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything."""
+    from onnxsplit.npz import save_npz
     from onnxsplit.planning.options import CutOptions
     from onnxsplit.planning.planner import write_plan
     from onnxsplit.planning.subject import examine
     from onnxsplit.session import open_session
-    from onnxsplit.tensors import save_npz
     from runtime.wire.keys import create_for
 
     create_for(folder / "keys", HOSTS)

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 from environment import benchmark, environment_line
 
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from runtime.wire.keys import create_for
 
 WIDTH = 4096

@@ -21,9 +21,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 import psutil
 from environment import benchmark, environment, environment_line
 
-from onnxsplit.plan import example_file, load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.planning.planner import partition
-from onnxsplit.tensors import load_npz
 from onnxsplit.timed import TimedModel
 from runtime import Pipeline
 

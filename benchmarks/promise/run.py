@@ -24,9 +24,9 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 from environment import benchmark, environment, environment_line
 
-from onnxsplit.plan import example_file, load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.planning.planner import partition
-from onnxsplit.tensors import load_npz
 from runtime import Pipeline
 from runtime.timings import Timings
 

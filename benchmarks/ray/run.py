@@ -24,10 +24,10 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 import numpy as np
 from environment import benchmark, environment_line
 
-from onnxsplit.plan import example_file, load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import open_session
-from onnxsplit.tensors import load_npz
 from runtime import Pipeline
 from runtime.launch.ray import RayLauncher
 

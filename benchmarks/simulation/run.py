@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 from environment import environment_line
 
 import runtime.coordinator.roster
-from onnxsplit.plan import parse_plan
+from onnxsplit.plan_files import parse_plan
 from runtime.balance.board import Board
 from runtime.balance.policies import ORDINARY, Gauge
 from runtime.balance.router import Router

@@ -30,10 +30,10 @@ import psutil
 import zoo
 from environment import environment, environment_line
 
-from onnxsplit.plan import example_file, load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import open_session
-from onnxsplit.tensors import load_npz
 from runtime import Pipeline
 
 INPUTS = 16

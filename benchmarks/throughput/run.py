@@ -36,7 +36,7 @@ from onnx import TensorProto, helper, numpy_helper, save_model
 
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.export import export
-from onnxsplit.plan import example_file, load_plan
+from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import quiet_environment
 from runtime.bench import Report, bench

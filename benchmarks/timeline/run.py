@@ -21,9 +21,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 
 from environment import benchmark
 
-from onnxsplit.plan import example_file, load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.planning.planner import partition
-from onnxsplit.tensors import load_npz
 from runtime import Pipeline
 
 WIDTH, LEFT, ROW, RUN, WAIT = 1100, 130, 74, 24, 7

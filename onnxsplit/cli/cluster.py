@@ -81,7 +81,8 @@ def measure(
 
     This host's, and those of hosts with an agent: their links with each other and with this one.
     """
-    from onnxsplit.cluster import LOCAL, load_cluster
+    from onnxsplit.cluster import LOCAL
+    from onnxsplit.cluster_files import load_cluster
     from onnxsplit.errors import ClusterError
     from onnxsplit.planning.calibrate import measured
     from runtime.measure.agent import Agents

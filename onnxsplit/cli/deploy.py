@@ -49,7 +49,7 @@ def kubernetes(
     custom_ops: tuple[str, ...],
 ) -> None:
     """Write manifests for the plan in DIR, in Kustomize's layout, with new keys for its links."""
-    from onnxsplit.plan import load_plan
+    from onnxsplit.plan_files import load_plan
     from runtime.deploy.kubernetes import Wishes, name_of, write
 
     loaded = load_plan(plan)

@@ -51,8 +51,8 @@ def command(
     SIGTERM ends a long --repeat: what was sent is answered, nothing more is sent.
     """
     from onnxsplit.files import check_outputs
-    from onnxsplit.plan import example_file, load_plan
-    from onnxsplit.tensors import load_npz, save_npz
+    from onnxsplit.npz import load_npz, save_npz
+    from onnxsplit.plan_files import example_file, load_plan
     from runtime import Pipeline
 
     check_outputs(outputs)

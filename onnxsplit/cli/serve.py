@@ -124,7 +124,7 @@ def command(
 
         raise InputError(f"serving needs more packages: pip install 'onnxsplit[serve]' ({error})") from error
     from onnxsplit.custom_ops import check_wanted, find_libraries, needed_libraries
-    from onnxsplit.plan import load_plan
+    from onnxsplit.plan_files import load_plan
     from runtime import Pipeline
     from runtime.gateway.repository import find_versions
     from runtime.options import RunOptions, memory_for_requests_bytes

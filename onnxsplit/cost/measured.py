@@ -31,9 +31,10 @@ from onnxsplit.model.inputs import dimension_choices, guesses
 from onnxsplit.model.opening import ModelFile, runnable
 from onnxsplit.model.precision import distance, is_discrete
 from onnxsplit.model.shapes import Shapes, bind, infer_shapes, with_formulas
+from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import Level, TensorSpec
 from onnxsplit.session import quiet_environment
-from onnxsplit.tensors import TRAVELLING_TYPES, Array, load_npz, save_npz
+from onnxsplit.tensors import TRAVELLING_TYPES, Array
 from onnxsplit.timed import TimedModel, median_ns
 
 CANDIDATE_LEVELS: tuple[Level, ...] = ("all", "extended", "basic")

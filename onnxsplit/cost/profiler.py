@@ -21,8 +21,8 @@ from onnxsplit.errors import in_one_line
 from onnxsplit.model.external import point_from_one_folder
 from onnxsplit.model.graph import OpGraph, build_graph
 from onnxsplit.model.source import all_nodes, graph_tensors, open_model
+from onnxsplit.npz import load_npz
 from onnxsplit.session import open_session
-from onnxsplit.tensors import load_npz
 
 _OP_NAME = re.compile(r"onnxsplit\.op(\d+)\.")
 _KERNEL = "_kernel_time"

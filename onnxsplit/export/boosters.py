@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from onnxsplit.errors import ExportError, MissingDependency, one_line
-from onnxsplit.export import Conversion, ExportOptions
+from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.export.sklearn import JUMPS, normalised
 from onnxsplit.export.sources import Source
 from onnxsplit.export.specs import InputSpec, samples

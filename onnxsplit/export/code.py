@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnxsplit.errors import ExportError, MissingDependency, OnnxsplitError, one_line
-from onnxsplit.export import Conversion, ExportOptions, Recipe
+from onnxsplit.export.conversion import Conversion, ExportOptions, Recipe
 from onnxsplit.export.pytorch import EXTRA, of_recipe, recipe_of, require_torch
 from onnxsplit.export.sources import Source
 

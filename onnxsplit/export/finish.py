@@ -10,7 +10,7 @@ import onnx
 
 import onnxsplit
 from onnxsplit.errors import ExportError, MissingDependency, ModelError, one_line
-from onnxsplit.export import TOLERANCE, Conversion, ExportOptions
+from onnxsplit.export.conversion import TOLERANCE, Conversion, ExportOptions
 from onnxsplit.model.graph import captured_names
 from onnxsplit.model.precision import distance
 from onnxsplit.session import host_cores, open_session

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from onnxsplit.errors import ExportError, MissingDependency, one_line
-from onnxsplit.export import ExportOptions
+from onnxsplit.export.conversion import ExportOptions
 from onnxsplit.export.sources import Source
 
 _EXTRA = "pip install 'onnxsplit[transformers]'"

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.errors import ExportError, MissingDependency, one_line
-from onnxsplit.export import Conversion, ExportOptions, hub, onnx_file
+from onnxsplit.export import hub, onnx_file
+from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.export.pytorch import answers, exported, require_torch
 from onnxsplit.export.sources import Source, recognise
 from onnxsplit.files import read_regular

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.errors import ExportError, MissingDependency, one_line
-from onnxsplit.export import Conversion, ExportOptions, Recipe, finish
+from onnxsplit.export import finish
+from onnxsplit.export.conversion import Conversion, ExportOptions, Recipe
 from onnxsplit.export.examples import flat, varied
 from onnxsplit.export.sources import Source
 from onnxsplit.export.specs import InputSpec, samples

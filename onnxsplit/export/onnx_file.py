@@ -11,7 +11,8 @@ import onnx
 
 from onnxsplit.cost.measured import find_example
 from onnxsplit.errors import ExportError, InputError, ModelError, one_line
-from onnxsplit.export import Conversion, ExportOptions, finish
+from onnxsplit.export import finish
+from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.export.sources import Source
 from onnxsplit.model.external import external_range, is_external, load_external
 from onnxsplit.model.graph import build_graph

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.errors import ExportError, MissingDependency
-from onnxsplit.export import Conversion, ExportOptions, Recipe
+from onnxsplit.export.conversion import Conversion, ExportOptions, Recipe
 from onnxsplit.export.examples import flat, mapped, resized, varied
 from onnxsplit.export.sources import Source, refuse_code
 from onnxsplit.export.specs import samples

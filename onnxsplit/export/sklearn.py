@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from onnxsplit.errors import ExportError, MissingDependency, one_line
-from onnxsplit.export import Conversion, ExportOptions
+from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.export.sources import Source, refuse_code
 from onnxsplit.export.specs import InputSpec, samples
 from onnxsplit.tensors import Array

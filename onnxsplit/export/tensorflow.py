@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.errors import ExportError, MissingDependency, one_line
-from onnxsplit.export import Conversion, ExportOptions, finish
+from onnxsplit.export import finish
+from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.export.sources import Source, refuse_code
 from onnxsplit.export.specs import InputSpec, samples
 from onnxsplit.tensors import Array, dtype_name

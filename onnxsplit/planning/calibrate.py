@@ -13,10 +13,10 @@ from onnxsplit.custom_ops import Library
 from onnxsplit.errors import ClusterError, OnnxsplitError
 from onnxsplit.model.external import is_external, location_of
 from onnxsplit.model.source import graph_tensors, open_model
+from onnxsplit.npz import save_npz
 from onnxsplit.planning.subject import Say, examine, silent
 from onnxsplit.providers import gpu_count, provider_here
 from onnxsplit.session import host_cores
-from onnxsplit.tensors import save_npz
 from onnxsplit.timed import typical_ns
 
 _CPU_DEVICES = 2

@@ -6,7 +6,8 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from onnxsplit.cluster import Cluster, load_cluster
+from onnxsplit.cluster import Cluster
+from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import PartitionError
 from onnxsplit.model.uncuttable import one_op
 from onnxsplit.partitioner import (

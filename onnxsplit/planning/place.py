@@ -13,7 +13,8 @@ from typing import cast
 
 import msgspec.structs
 
-from onnxsplit.cluster import Cluster, Device, load_cluster
+from onnxsplit.cluster import Cluster, Device
+from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import PartitionError, PlanError
 from onnxsplit.files import check_parent, new_folder, replacing
 from onnxsplit.model.graph import build_graph
@@ -31,7 +32,8 @@ from onnxsplit.partitioner import (
     line_up,
     search,
 )
-from onnxsplit.plan import PLAN_FILE, Objective, Plan, Prediction, Stage, checked_json, load_plan
+from onnxsplit.plan import PLAN_FILE, Objective, Plan, Prediction, Stage
+from onnxsplit.plan_files import checked_json, load_plan
 from onnxsplit.planning.target import of_cluster
 from onnxsplit.tensors import size_bytes
 

@@ -11,6 +11,7 @@ import msgspec.structs
 import onnxsplit
 from onnxsplit.cluster import Device
 from onnxsplit.model.ends import constant_text, defaults
+from onnxsplit.npz import save_npz
 from onnxsplit.partitioner import Found, Score, line_up, lower_bound
 from onnxsplit.plan import (
     FORMAT_VERSION,
@@ -39,7 +40,6 @@ from onnxsplit.stages.extract import (
     whole_parts,
     write_constant,
 )
-from onnxsplit.tensors import save_npz
 
 EXAMPLE_FILE = "example.npz"
 

@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onnxsplit.cluster import load_cluster
+from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import PlanError
 from onnxsplit.files import check_parent, is_text, new_folder
 from onnxsplit.model.opening import ModelLike, open_any
 from onnxsplit.model.source import SourceModel
-from onnxsplit.plan import PLAN_FILE, Plan, checked_json
+from onnxsplit.plan import PLAN_FILE, Plan
+from onnxsplit.plan_files import checked_json
+from onnxsplit.planning.batch_axes import with_batch_axes
 from onnxsplit.planning.chooser import choice
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.outcome import Outcome
@@ -25,7 +27,6 @@ from onnxsplit.planning.rounds import Draft
 from onnxsplit.planning.subject import Say, Subject, examine, silent
 from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
-from onnxsplit.stages.batch import with_batch_axes
 from onnxsplit.tensors import Array
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from onnxsplit.cluster import Device
 from onnxsplit.cost.measured import LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
 from onnxsplit.model.precision import computed_types, tolerance
+from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.partitioner import Found, Partition, score
 from onnxsplit.plan import (
     CorrectionRound,
@@ -24,7 +25,7 @@ from onnxsplit.planning.subject import Say, Subject
 from onnxsplit.providers import provider_here
 from onnxsplit.session import host_cores
 from onnxsplit.stages.extract import stage_parts, weight_bytes, write_stage
-from onnxsplit.tensors import Array, load_npz, save_npz
+from onnxsplit.tensors import Array
 from onnxsplit.timed import TimedModel, median_ns, run_together
 
 _SAY_EVERY_BYTES = 64 << 20

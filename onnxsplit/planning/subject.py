@@ -20,10 +20,11 @@ from onnxsplit.model.inputs import accept, dimension_choices, guesses, sizes_in
 from onnxsplit.model.opening import ModelLike, open_any
 from onnxsplit.model.shapes import Shapes, bind, infer_shapes, input_specs, sized_dimensions, with_formulas
 from onnxsplit.model.source import SourceModel, node_tensors, tensor_bytes
+from onnxsplit.npz import load_npz
 from onnxsplit.partitioner import Problem, Transfer, Weight
 from onnxsplit.planning.target import Setting, alike
 from onnxsplit.session import threads_per_node
-from onnxsplit.tensors import Array, load_npz
+from onnxsplit.tensors import Array
 
 Say = Callable[[str], None]
 """Told, in a few words, what is being done."""

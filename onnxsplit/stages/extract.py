@@ -38,8 +38,8 @@ from onnxsplit.model.source import (
     tensor_bytes,
 )
 from onnxsplit.model.storage import Extent, blocks, extents
+from onnxsplit.npz import save_npz
 from onnxsplit.plan import FileEntry
-from onnxsplit.tensors import save_npz
 
 CONSTANTS_IR_VERSION = 4
 """The first IR version in which an initializer need not be an input, as those of stages are not."""

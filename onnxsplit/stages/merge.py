@@ -9,9 +9,10 @@ import onnx
 from onnxsplit.errors import PlanError
 from onnxsplit.model.shapes import value_info
 from onnxsplit.model.source import SourceModel, open_model
-from onnxsplit.plan import Plan, default_files, load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan import Plan
+from onnxsplit.plan_files import default_files, load_plan
 from onnxsplit.stages.extract import CONSTANTS_IR_VERSION, write_model
-from onnxsplit.tensors import load_npz
 
 
 def merge(folder: str | Path, out: str | Path) -> Plan:

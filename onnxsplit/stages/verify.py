@@ -8,8 +8,8 @@ Two comparisons, each output by output:
 
 The tolerance is 1e-4 of the output's scale, and larger where a float type narrower than float32 crosses a border or
 is computed in (see :mod:`onnxsplit.model.precision`). A model that computes in such a type may amplify its roundings
-far beyond the type's own epsilon, so with optimisation off, too, twice what optimisation alone moves it is allowed there.
-More than half of the scale is never allowed: an optimiser that is wrong does not make a plan right.
+far beyond the type's own epsilon, so with optimisation off, too, twice what optimisation alone moves it is allowed
+there. More than half of the scale is never allowed: an optimiser that is wrong does not make a plan right.
 
 The scale of an output is its largest finite magnitude. Integers, strings and booleans have none: they must be equal,
 and optimised ones may differ in no more elements than twice what optimisation alone changes.
@@ -32,9 +32,11 @@ from onnxsplit.model.opening import ModelFile, ModelLike, open_any, runnable
 from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, is_discrete, narrowest, tolerance
 from onnxsplit.model.shapes import infer_shapes
 from onnxsplit.model.source import SourceModel
-from onnxsplit.plan import Level, Plan, default_files, example_file, load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan import Level, Plan
+from onnxsplit.plan_files import default_files, example_file, load_plan
 from onnxsplit.session import Session, open_session
-from onnxsplit.tensors import Array, check_inputs, load_npz, numpy_dtype
+from onnxsplit.tensors import Array, check_inputs, numpy_dtype
 
 _SLACK = 2.0
 _MOST_ALLOWED = 0.5  # further apart, outputs have nothing in common, whatever ONNX Runtime's optimiser does

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.errors import InputError, OnnxsplitError, shown
-from onnxsplit.plan import PLAN_FILE, Plan, load_plan
+from onnxsplit.plan import PLAN_FILE, Plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.tensors import Array
 from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
 from runtime.gateway.batcher import Entrance, Passage

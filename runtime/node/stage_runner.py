@@ -7,7 +7,8 @@ from pathlib import Path
 
 from onnxsplit.custom_ops import Library, needed_libraries
 from onnxsplit.errors import ModelError, PlanError
-from onnxsplit.plan import Plan, check_file
+from onnxsplit.plan import Plan
+from onnxsplit.plan_files import check_file
 from onnxsplit.session import open_session
 from onnxsplit.tensors import Array, dtype_name
 from runtime.memory.payloads import Shapes

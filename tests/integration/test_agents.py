@@ -11,7 +11,8 @@ import build
 import ports
 import pytest
 
-from onnxsplit.cluster import Cluster, Device, load_cluster
+from onnxsplit.cluster import Cluster, Device
+from onnxsplit.cluster_files import load_cluster
 from runtime.errors import PipelineError
 from runtime.measure.agent import Agents
 from runtime.wire.keys import Keys, create_for

@@ -18,7 +18,7 @@ import ports
 import pytest
 from waiting import wait_until
 
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline

@@ -16,13 +16,13 @@ import pytest
 from served import Served
 from waiting import wait_until
 
-from onnxsplit.cluster import load_cluster
+from onnxsplit.cluster_files import load_cluster
 from onnxsplit.custom_ops import EXTENSIONS, find_libraries
 from onnxsplit.errors import CustomOpsError, InputError
-from onnxsplit.plan import load_plan
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
-from onnxsplit.tensors import load_npz
 from runtime import Pipeline
 from runtime.errors import LaunchFailed
 

@@ -11,7 +11,7 @@ import build
 import numpy as np
 import pytest
 
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline

@@ -16,7 +16,7 @@ from proxy import Proxy
 from waiting import wait_until
 
 from onnxsplit.errors import InputError
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline

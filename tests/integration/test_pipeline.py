@@ -15,7 +15,7 @@ from faulty_node import FaultyLauncher
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline

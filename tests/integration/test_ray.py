@@ -19,7 +19,7 @@ from served import PENDING, Served
 from waiting import wait_until
 
 from onnxsplit.errors import InputError
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline

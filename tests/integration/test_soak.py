@@ -9,7 +9,7 @@ import signal
 import build
 import numpy as np
 
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError, ModelError, ModelRefused, OnnxsplitError, PartitionError
+from onnxsplit.npz import load_npz
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import partition, write_plan
 from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import verify
-from onnxsplit.tensors import load_npz
 
 
 def planned(proto, folder: Path, **options):

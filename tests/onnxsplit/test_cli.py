@@ -15,7 +15,7 @@ import pytest
 from onnx import helper
 
 from onnxsplit.cli import cli
-from onnxsplit.tensors import load_npz, save_npz
+from onnxsplit.npz import load_npz, save_npz
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxsplit.cluster import Cluster, Device, Link, load_cluster, parse_size
+from onnxsplit.cluster import Cluster, Device, Link, parse_size
+from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import ClusterError
 from onnxsplit.planning.calibrate import measured, this_host
 

@@ -26,7 +26,8 @@ from onnxsplit.custom_ops import (
 from onnxsplit.errors import CustomOpsError, ModelRefused
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.source import open_model
-from onnxsplit.plan import CustomOps, load_plan
+from onnxsplit.plan import CustomOps
+from onnxsplit.plan_files import load_plan
 from onnxsplit.session import open_session
 from onnxsplit.stages.verify import run_stages, verify
 

@@ -19,7 +19,8 @@ import onnx
 import pytest
 
 from onnxsplit.errors import ExportError, MissingDependency, PartitionError
-from onnxsplit.export import TOLERANCE, Exported, export
+from onnxsplit.export import Exported, export
+from onnxsplit.export.conversion import TOLERANCE
 from onnxsplit.export.finish import FRAMEWORK, SOURCE
 from onnxsplit.export.sources import recognise
 from onnxsplit.export.specs import InputSpec, parse_spec, samples

@@ -13,7 +13,8 @@ import onnx
 import pytest
 
 from onnxsplit.errors import ExportError
-from onnxsplit.export import TOLERANCE, export
+from onnxsplit.export import export
+from onnxsplit.export.conversion import TOLERANCE
 from onnxsplit.export.examples import flat, resized, varied
 from onnxsplit.model.precision import distance
 from onnxsplit.session import open_session

@@ -15,15 +15,15 @@ import pytest
 
 from onnxsplit import files
 from onnxsplit.cli import settings
-from onnxsplit.cluster import load_cluster
+from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import ExportError, InputError, OnnxsplitError
 from onnxsplit.export import export
 from onnxsplit.export.sources import recognise
 from onnxsplit.files import MOST_TEXT_BYTES, check_outputs, check_regular, open_regular, read_regular, replacing
 from onnxsplit.model.source import open_model
-from onnxsplit.plan import check_file, load_plan
+from onnxsplit.npz import load_npz, save_npz
+from onnxsplit.plan_files import check_file, load_plan
 from onnxsplit.session import open_session
-from onnxsplit.tensors import load_npz, save_npz
 from runtime.gateway.guard import read_tokens
 from runtime.node.health import write_health
 from runtime.wire.keys import allow, create

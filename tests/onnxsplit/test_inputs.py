@@ -9,11 +9,11 @@ from onnxsplit.errors import InputError
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.inputs import dimension_choices, synthesize
 from onnxsplit.model.source import open_model
+from onnxsplit.npz import load_npz
 from onnxsplit.plan import TensorSpec
 from onnxsplit.planning.planner import partition
 from onnxsplit.planning.subject import examine
 from onnxsplit.stages.verify import verify
-from onnxsplit.tensors import load_npz
 
 
 def spec(*shape):

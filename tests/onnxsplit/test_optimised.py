@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from onnxsplit.errors import ModelRefused
 from onnxsplit.model.optimised import is_saved, rename_initializers
 from onnxsplit.model.source import open_model
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import partition, write_plan
 from onnxsplit.planning.subject import examine

@@ -9,6 +9,7 @@ from onnx import helper
 
 from onnxsplit.cluster import Cluster, Device
 from onnxsplit.errors import ClusterError, InputError, ModelError, PartitionError
+from onnxsplit.planning import subject
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import dry_run, examine_for, partition
 from onnxsplit.planning.sweep import sweep

@@ -8,10 +8,11 @@ import build
 import msgspec.structs
 import pytest
 
-from onnxsplit.cluster import Cluster, Device, Link, load_cluster
+from onnxsplit.cluster import Cluster, Device, Link
+from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import ClusterError, PartitionError, PlanError
 from onnxsplit.partitioner import CALLER, Kind, Partition, Problem, Transfer, line_up, score, search
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.place import place, placed
 from onnxsplit.planning.planner import partition
 

@@ -11,7 +11,8 @@ import pytest
 
 import onnxsplit
 from onnxsplit.errors import PlanError
-from onnxsplit.plan import Plan, checked_json, load_plan, parse_plan, plan_schema
+from onnxsplit.plan import Plan
+from onnxsplit.plan_files import checked_json, load_plan, parse_plan, plan_schema
 
 GOLDEN = Path(__file__).with_name("golden_plan.json")
 SCHEMA = Path(onnxsplit.__file__).with_name("plan.schema.json")

@@ -17,13 +17,13 @@ from onnx import TensorProto, helper
 
 from onnxsplit.cost import measured
 from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, tolerance
+from onnxsplit.npz import load_npz
 from onnxsplit.planning.planner import partition
 from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
 from onnxsplit.stages.extract import file_entry
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import Comparison, run_stages, verify
-from onnxsplit.tensors import load_npz
 
 HALF = TensorProto.FLOAT16
 

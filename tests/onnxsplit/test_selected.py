@@ -10,13 +10,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError, PartitionError
-from onnxsplit.plan import load_plan
+from onnxsplit.npz import load_npz, save_npz
+from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import dry_run, examine_for, partition, write_plan
 from onnxsplit.planning.subject import examine
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import run_stages, verify
-from onnxsplit.tensors import load_npz, save_npz
 from onnxsplit.views.annotate import annotate
 
 RANDOM = np.random.default_rng(0)

@@ -12,7 +12,7 @@ import pytest
 from checked import check_plan
 from onnx import TensorProto, helper
 
-from onnxsplit.plan import check_file
+from onnxsplit.plan_files import check_file
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import dry_run, partition
 from onnxsplit.planning.subject import examine

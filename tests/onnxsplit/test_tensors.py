@@ -11,7 +11,8 @@ import pytest
 
 from onnxsplit import tensors
 from onnxsplit.errors import InputError
-from onnxsplit.tensors import check_inputs, dtype_name, load_npz, numpy_dtype, save_npz
+from onnxsplit.npz import load_npz, save_npz
+from onnxsplit.tensors import check_inputs, dtype_name, numpy_dtype
 
 
 @pytest.mark.parametrize("name", ["file", "a/b:c", "x y", "{'json': 1}", "self", "arr_0", "data.npy"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from runtime.coordinator.events import (
     Again,
     Announce,

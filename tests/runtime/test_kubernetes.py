@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from onnxsplit.errors import InputError, PlanError
-from onnxsplit.plan import CustomOps, parse_plan
+from onnxsplit.plan import CustomOps
+from onnxsplit.plan_files import parse_plan
 from runtime.deploy.kubernetes import Wishes, manifests, name_of, to_yaml, write
 from runtime.wire.keys import Keys
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from onnxsplit.errors import InputError, PlanError
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from runtime.options import RunOptions, enough_inflight
 from runtime.timings import Timings, timings
 

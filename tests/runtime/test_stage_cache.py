@@ -9,7 +9,8 @@ import time
 import msgspec.structs
 import pytest
 
-from onnxsplit.plan import FileEntry, load_plan, plan_id, read_plan_file
+from onnxsplit.plan import FileEntry
+from onnxsplit.plan_files import load_plan, plan_id, read_plan_file
 from runtime.errors import PipelineError
 from runtime.files.cache import StageCache
 from runtime.files.client import FileClient

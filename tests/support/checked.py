@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from onnxsplit.plan import load_plan
+from onnxsplit.plan_files import load_plan
 from onnxsplit.stages.merge import merge
 
 

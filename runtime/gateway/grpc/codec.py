@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2 as pb
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array, dtype_name
 from runtime.gateway.errors import TooLarge
-from runtime.gateway.http.codec import MOST_JSON_BYTES, MOST_TENSORS, from_place, place_of, timeout_ns
+from runtime.gateway.parameters import MOST_JSON_BYTES, MOST_TENSORS, from_place, place_of, timeout_ns
 from runtime.gateway.protocol import (
     DATATYPES,
     InferRequest,

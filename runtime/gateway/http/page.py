@@ -8,8 +8,8 @@ from functools import cache
 from importlib.resources import files
 
 from onnxsplit import drawing
-from onnxsplit.plan import example_file
-from onnxsplit.tensors import load_npz
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import example_file
 from runtime.gateway.http.codec import ask
 from runtime.gateway.repository import Version
 

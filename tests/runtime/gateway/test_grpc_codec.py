@@ -11,7 +11,7 @@ from onnxsplit.errors import InputError
 from runtime.gateway import protocol
 from runtime.gateway.errors import TooLarge
 from runtime.gateway.grpc import codec as grpc_codec
-from runtime.gateway.http.codec import MOST_JSON_BYTES
+from runtime.gateway.parameters import MOST_JSON_BYTES
 from runtime.gateway.protocol import Place, from_items
 
 
