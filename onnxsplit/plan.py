@@ -16,6 +16,9 @@ import msgspec
 
 from onnxsplit.numbers import MOST_FILE_BYTES
 
+CALLER = -1
+"""Stands for the caller where a stage or an atom is expected: it writes the model's inputs."""
+
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"
 
@@ -37,7 +40,7 @@ Replicas = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)]
 Threads = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
 Axis = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_RANK)]
 FileSize = Annotated[int, msgspec.Meta(ge=0, le=MOST_FILE_BYTES)]
-Version = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+VersionNumber = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 
 Shape = tuple[Count | str, ...]
@@ -50,11 +53,11 @@ Objective = Literal["throughput", "latency", "memory"]
 """What a plan makes small: the slowest stage, the time of one request, or the largest need of memory."""
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class PlanStruct(msgspec.Struct, frozen=True, kw_only=True):
     """Base of everything in a plan: immutable, compared by value, unknown JSON fields ignored."""
 
 
-class TensorSpec(Record, frozen=True, kw_only=True):
+class TensorSpec(PlanStruct, frozen=True, kw_only=True):
     """A tensor as the model declares it.
 
     Attributes:
@@ -68,7 +71,7 @@ class TensorSpec(Record, frozen=True, kw_only=True):
     batch_axis: Axis | None = None
 
 
-class BatchClaim(Record, frozen=True, kw_only=True):
+class BatchClaim(PlanStruct, frozen=True, kw_only=True):
     """Whether requests can be split along the batch axes of ``tensors``, and joined with others.
 
     Attributes:
@@ -80,7 +83,7 @@ class BatchClaim(Record, frozen=True, kw_only=True):
     why_not: str = ""
 
 
-class FileEntry(Record, frozen=True, kw_only=True):
+class FileEntry(PlanStruct, frozen=True, kw_only=True):
     """One file of the plan directory: a plain name, its size and its SHA-256 in hexadecimal."""
 
     name: str
@@ -88,14 +91,14 @@ class FileEntry(Record, frozen=True, kw_only=True):
     size_bytes: FileSize
 
 
-class CustomOps(Record, frozen=True, kw_only=True):
+class CustomOps(PlanStruct, frozen=True, kw_only=True):
     """A library of custom ops: the name of its file, or ``onnxruntime-extensions``, and the file's SHA-256."""
 
     name: str
     sha256: str
 
 
-class Stage(Record, frozen=True, kw_only=True):
+class Stage(PlanStruct, frozen=True, kw_only=True):
     """One part of the cut model.
 
     Attributes:
@@ -141,7 +144,7 @@ class Stage(Record, frozen=True, kw_only=True):
     custom_ops: tuple[str, ...] = ()
 
 
-class Cut(Record, frozen=True, kw_only=True):
+class Cut(PlanStruct, frozen=True, kw_only=True):
     """A tensor that crosses from one stage to others, with its bytes at the dimensions the plan was made for."""
 
     tensor: str
@@ -150,7 +153,7 @@ class Cut(Record, frozen=True, kw_only=True):
     bytes: Count
 
 
-class Passthrough(Record, frozen=True, kw_only=True):
+class Passthrough(PlanStruct, frozen=True, kw_only=True):
     """Where an output comes from that no stage computes: an input of the model, or a file with the constant.
 
     Exactly one of the two is set. The file is an ``.npz`` with one tensor, under the output's name.
@@ -160,7 +163,7 @@ class Passthrough(Record, frozen=True, kw_only=True):
     file: FileEntry | None = None
 
 
-class ModelInfo(Record, frozen=True, kw_only=True):
+class ModelInfo(PlanStruct, frozen=True, kw_only=True):
     """The source model: file name, SHA-256 of that file, and the versions its stages keep.
 
     Of a model given in memory, the name is that of its graph, and the hash that of its bytes.
@@ -168,18 +171,18 @@ class ModelInfo(Record, frozen=True, kw_only=True):
 
     name: str
     sha256: str
-    ir_version: Version
-    opsets: dict[str, Version]
+    ir_version: VersionNumber
+    opsets: dict[str, VersionNumber]
 
 
-class CreatedWith(Record, frozen=True, kw_only=True):
+class CreatedWith(PlanStruct, frozen=True, kw_only=True):
     """Versions at work when the plan was made; ``onnxruntime`` is None when none was installed."""
 
     onnxsplit: str
     onnxruntime: str | None
 
 
-class Prediction(Record, frozen=True, kw_only=True):
+class Prediction(PlanStruct, frozen=True, kw_only=True):
     """What the plan promises.
 
     Attributes:
@@ -204,7 +207,7 @@ class Prediction(Record, frozen=True, kw_only=True):
     lower_bound_bytes: Count | None = None
 
 
-class Costs(Record, frozen=True, kw_only=True):
+class Costs(PlanStruct, frozen=True, kw_only=True):
     """Where the times come from.
 
     Attributes:
@@ -225,14 +228,14 @@ class Costs(Record, frozen=True, kw_only=True):
     note: str | None = None
 
 
-class CorrectionRound(Record, frozen=True, kw_only=True):
+class CorrectionRound(PlanStruct, frozen=True, kw_only=True):
     """One round: stage times as predicted before it ran and as measured, in nanoseconds, by stage."""
 
     predicted_ns: tuple[Count, ...]
     measured_ns: tuple[Count, ...]
 
 
-class Plan(Record, frozen=True, kw_only=True):
+class Plan(PlanStruct, frozen=True, kw_only=True):
     """Everything a pipeline needs to know about a cut model. See ``docs/plan.md`` for each field."""
 
     format_version: Annotated[int, msgspec.Meta(ge=1)]

@@ -18,7 +18,7 @@ from typing import Any
 from onnxsplit.custom_ops import Library, find_libraries, needed_libraries
 from onnxsplit.errors import InputError
 from onnxsplit.npz import load_npz, save_npz
-from onnxsplit.plan import Plan, Record
+from onnxsplit.plan import Plan, PlanStruct
 from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.session import Session, host_cores, open_session, threads_per_node
 from onnxsplit.tensors import Array
@@ -30,7 +30,7 @@ _RESAMPLES = 2000
 _LATENCY_SLICES = 8
 
 
-class Row(Record, frozen=True, kw_only=True):
+class Row(PlanStruct, frozen=True, kw_only=True):
     """One contender: requests a second with a 95 % interval, and the pipeline's rate over its rate, slice by slice."""
 
     name: str
@@ -42,7 +42,7 @@ class Row(Record, frozen=True, kw_only=True):
     ratio_high: float
 
 
-class Report(Record, frozen=True, kw_only=True):
+class BenchReport(PlanStruct, frozen=True, kw_only=True):
     """What :func:`bench` found.
 
     Attributes:
@@ -75,7 +75,7 @@ def bench(
     closed: Callable[[Pipeline], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
-) -> Report:
+) -> BenchReport:
     """Measure a plan on this host's CPU.
 
     Args:
@@ -143,7 +143,7 @@ def bench(
             whole = open_session(Path(model), threads=threads, level=level, custom_ops=libraries)
         through, chained, alone = _latencies(pipeline, chain, whole, given, 4 * slice_seconds)
     closed(pipeline)
-    return Report(
+    return BenchReport(
         rows=tuple(_row(name, rates[name], rates["pipeline"]) for name in contenders),
         latency_p50_ns=int(statistics.median(through)),
         latency_p99_ns=sorted(through)[int(len(through) * 0.99)],

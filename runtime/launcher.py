@@ -11,7 +11,7 @@ from runtime.wire.security import Security
 
 
 @dataclass(frozen=True)
-class Premises:
+class Rendezvous:
     """Where a coordinator and its nodes meet, and what protects them there.
 
     Attributes:
@@ -58,7 +58,7 @@ class Handle(Protocol):
 class Launcher(Protocol):
     """Starts nodes."""
 
-    premises: Premises
+    premises: Rendezvous
 
     def start(self, *, connect: str, stage: int, replica: int, number: int) -> Handle:
         """Start one node that reports to ``connect``; ``number`` is this process's alone."""

@@ -17,11 +17,11 @@ from onnxsplit.plan import Plan
 from onnxsplit.tensors import Array, numpy_dtype
 from runtime.errors import NotSeparable
 
-Axes = Mapping[str, int | None]
+BatchAxes = Mapping[str, int | None]
 """The batch axis of each tensor; None for one that every part gets, or gives, whole."""
 
 
-def batch_axes(plan: Plan, outputs: Sequence[str]) -> Axes | None:
+def batch_axes(plan: Plan, outputs: Sequence[str]) -> BatchAxes | None:
     """The axes to split inputs and join ``outputs`` along; None when such a request cannot be split."""
     if not any(plan.tensors[name].batch_axis is not None for name in plan.inputs):
         return None
@@ -56,7 +56,7 @@ def ordinary_bytes(plan: Plan) -> int:
     return total
 
 
-def split(inputs: Mapping[str, Array], axes: Axes, rows: int) -> list[dict[str, Array]]:
+def split(inputs: Mapping[str, Array], axes: BatchAxes, rows: int) -> list[dict[str, Array]]:
     """Parts of at most ``rows`` rows each, as views of the inputs.
 
     Inputs of unlike numbers of rows are not split: what the model makes of them is its own affair.
@@ -71,7 +71,7 @@ def split(inputs: Mapping[str, Array], axes: Axes, rows: int) -> list[dict[str, 
     ]
 
 
-def join(parts: Sequence[Mapping[str, Array]], axes: Axes) -> dict[str, Array]:
+def join(parts: Sequence[Mapping[str, Array]], axes: BatchAxes) -> dict[str, Array]:
     """The tensors of all parts, in order, as one.
 
     Raises:

@@ -34,10 +34,10 @@ from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed,
 from runtime.home import private_folder
 from runtime.intake import normal_inputs, normal_names, normal_timeout_ns
 from runtime.launch.local import LocalLauncher
-from runtime.launcher import Launcher, Premises
+from runtime.launcher import Launcher, Rendezvous
 from runtime.microbatch import batch_axes, batch_size, ordinary_bytes, split
 from runtime.options import RunOptions, enough_inflight, memory_for_requests_bytes
-from runtime.request import Answering, Asked, Request
+from runtime.request import Answering, OutputSelection, Request
 from runtime.trace import Traced, chrome_trace
 from runtime.wire.keys import Keys, default_folder
 from runtime.wire.security import Security, check_address
@@ -89,7 +89,7 @@ class Pipeline:
         self._refused = plan.refused_inputs()
         self._ordinary_bytes = ordinary_bytes(plan)
         self._specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
-        self._asked: dict[tuple[str, ...], Asked] = {}
+        self._asked: dict[tuple[str, ...], OutputSelection] = {}
         self._ready = coordinator.start()
 
     @classmethod
@@ -167,7 +167,7 @@ class Pipeline:
         loaded = load_plan(folder)
         home = private_folder()
         any_port = f"{bind.rpartition(':')[0]}:*" if bind.startswith("tcp://") else None
-        premises = Premises(
+        premises = Rendezvous(
             control=bind,
             data=any_port or f"{bind}.results",
             files=any_port or f"{bind}.files",
@@ -198,7 +198,7 @@ class Pipeline:
         plan: Plan,
         wanted: RunOptions,
         memory_bytes: int,
-        premises: Premises,
+        premises: Rendezvous,
         *,
         threads: int,
         launcher: Launcher | None,
@@ -306,7 +306,9 @@ class Pipeline:
         deadline = None if limit is None else begun + limit
         return self.enter(arrays, self.check(arrays, names), deadline_ns=deadline, block=block)
 
-    def enter(self, arrays: Mapping[str, Array], asked: Asked, *, deadline_ns: int | None, block: bool) -> Answering:
+    def enter(
+        self, arrays: Mapping[str, Array], asked: OutputSelection, *, deadline_ns: int | None, block: bool
+    ) -> Answering:
         """Send in what is normal (:mod:`runtime.intake`) and :meth:`check` has passed; otherwise as :meth:`submit`."""
         if self._closed:
             raise PipelineClosed("the pipeline was closed")
@@ -338,7 +340,7 @@ class Pipeline:
             raise
         return request.future
 
-    def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> Asked:
+    def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> OutputSelection:
         """Hold a request against the model, as :meth:`submit` does; and what it means.
 
         Raises:
@@ -362,7 +364,7 @@ class Pipeline:
             )
         raise Busy(f"{self.inflight} requests are in flight, which is all this pipeline admits; try again")
 
-    def _ask(self, wanted: tuple[str, ...]) -> Asked:
+    def _ask(self, wanted: tuple[str, ...]) -> OutputSelection:
         """Check the names asked for, and work out what that means; remembered."""
         plan = self.plan
         stage_tensors = plan.producers()
@@ -376,7 +378,7 @@ class Pipeline:
         computed = tuple(dict.fromkeys(name for name in wanted if name not in plan.passthrough))
         if len(self._asked) >= _REMEMBERED:
             self._asked.clear()
-        asked = self._asked[wanted] = Asked(
+        asked = self._asked[wanted] = OutputSelection(
             names=wanted,
             computed=computed,
             passed=tuple(name for name in wanted if name in plan.passthrough),

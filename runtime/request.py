@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from onnxsplit.tensors import Array
 from runtime.admission import Admission
-from runtime.coordinator.request_io import Answer, Flow, unsendable
+from runtime.coordinator.request_io import Answer, RequestIO, unsendable
 from runtime.errors import PipelineError
-from runtime.microbatch import Axes, join
+from runtime.microbatch import BatchAxes, join
 from runtime.wire.messages import Visit
 
 
 @dataclass(frozen=True)
-class Asked:
+class OutputSelection:
     """What asking for some outputs means.
 
     Attributes:
@@ -33,7 +33,7 @@ class Asked:
     passed: tuple[str, ...]
     optional: frozenset[str]
     defaults: tuple[str, ...]
-    axes: Axes | None
+    axes: BatchAxes | None
 
 
 class Answering(Future[dict[str, Array]]):
@@ -43,7 +43,7 @@ class Answering(Future[dict[str, Array]]):
         visits: where the request was, and when, once it is answered.
     """
 
-    def __init__(self, give_up: Callable[[], None] = lambda: None, flow: Flow | None = None) -> None:
+    def __init__(self, give_up: Callable[[], None] = lambda: None, flow: RequestIO | None = None) -> None:
         super().__init__()
         self.visits: tuple[Visit, ...] = ()
         self._give_up = give_up
@@ -87,10 +87,10 @@ class Request:
 
     def __init__(
         self,
-        flow: Flow,
+        flow: RequestIO,
         entrance: Admission,
         parts: list[dict[str, Array]],
-        asked: Asked,
+        asked: OutputSelection,
         size: int,
         cost: int,
         deadline_ns: int | None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from onnxsplit.plan import Plan
-from runtime.wire.messages import CALLER
+from onnxsplit.plan import CALLER, Plan
+
+ReplicaKey = tuple[int, int]
+"""A stage and a replica of it, both counted from 0."""
 
 
 def sources(plan: Plan, stage: int) -> frozenset[int]:

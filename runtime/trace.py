@@ -18,10 +18,10 @@ from typing import Any
 
 from msgspec import Struct
 
+from runtime.topology import ReplicaKey
 from runtime.wire.messages import Visit
 
-Slot = tuple[int, int]
-Event = dict[str, Any]
+TraceEvent = dict[str, Any]
 
 _SESSION, _OPS = 1, 2  # tracks
 _CALLER = 0  # process
@@ -37,7 +37,9 @@ class Traced(Struct, frozen=True):
 
 
 def chrome_trace(
-    requests: Sequence[Traced], readers: Mapping[int, Sequence[int]], profiles: Mapping[Slot, Sequence[Event]]
+    requests: Sequence[Traced],
+    readers: Mapping[int, Sequence[int]],
+    profiles: Mapping[ReplicaKey, Sequence[TraceEvent]],
 ) -> dict[str, Any]:
     """The trace of a run.
 
@@ -63,19 +65,19 @@ def chrome_trace(
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _named(process: int, name: str, track: int | None) -> Event:
+def _named(process: int, name: str, track: int | None) -> TraceEvent:
     kind = "process_name" if track is None else "thread_name"
     return {"ph": "M", "pid": process, "tid": track or 0, "name": kind, "args": {"name": name}}
 
 
-def _slice(process: int, track: int, name: str, start_ns: int, end_ns: int, request: int) -> Event:
+def _slice(process: int, track: int, name: str, start_ns: int, end_ns: int, request: int) -> TraceEvent:
     return {
         "ph": "X", "pid": process, "tid": track, "name": name, "cat": name,
         "ts": start_ns / 1e3, "dur": (end_ns - start_ns) / 1e3, "args": {"request": request},
     }  # fmt: skip
 
 
-def _bar(process: int, name: str, start_ns: int, end_ns: int, request: int) -> Iterator[Event]:
+def _bar(process: int, name: str, start_ns: int, end_ns: int, request: int) -> Iterator[TraceEvent]:
     for phase, time_ns in (("b", start_ns), ("e", end_ns)):
         yield {
             "ph": phase, "pid": process, "tid": 0, "name": name, "cat": "requests", "id": request, "ts": time_ns / 1e3,
@@ -83,11 +85,11 @@ def _bar(process: int, name: str, start_ns: int, end_ns: int, request: int) -> I
         }  # fmt: skip
 
 
-def _caller(request: Traced) -> Iterator[Event]:
+def _caller(request: Traced) -> Iterator[TraceEvent]:
     yield from _bar(_CALLER, "request", request.entered_ns, request.answered_ns, request.request)
 
 
-def _visit(request: Traced, visit: Visit, process: Mapping[Slot, int]) -> Iterator[Event]:
+def _visit(request: Traced, visit: Visit, process: Mapping[ReplicaKey, int]) -> Iterator[TraceEvent]:
     number, here = request.request, process[visit.stage, visit.replica]
     left = max([v.sent_ns for v in request.visits if v.sent_ns <= visit.arrived_ns], default=request.entered_ns)
     yield from _bar(here, "receive", left, visit.arrived_ns, number)
@@ -96,7 +98,9 @@ def _visit(request: Traced, visit: Visit, process: Mapping[Slot, int]) -> Iterat
     yield _slice(here, _SESSION, "send", visit.ended_ns, visit.sent_ns, number)
 
 
-def _arrows(request: Traced, process: Mapping[Slot, int], readers: Mapping[int, Sequence[int]]) -> Iterator[Event]:
+def _arrows(
+    request: Traced, process: Mapping[ReplicaKey, int], readers: Mapping[int, Sequence[int]]
+) -> Iterator[TraceEvent]:
     by_stage = {visit.stage: visit for visit in request.visits}
     for visit in request.visits:
         for stage in readers.get(visit.stage, ()):
@@ -114,7 +118,7 @@ def _arrows(request: Traced, process: Mapping[Slot, int], readers: Mapping[int, 
             yield {**name, **end, "tid": _SESSION}
 
 
-def _counters(requests: Sequence[Traced], process: Mapping[Slot, int]) -> Iterator[Event]:
+def _counters(requests: Sequence[Traced], process: Mapping[ReplicaKey, int]) -> Iterator[TraceEvent]:
     """How many requests wait at each node, and are in the pipeline."""
     steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for request in requests:
@@ -129,7 +133,9 @@ def _counters(requests: Sequence[Traced], process: Mapping[Slot, int]) -> Iterat
             yield {"ph": "C", "pid": number, "name": name, "ts": time_ns / 1e3, "args": {"requests": count}}
 
 
-def _ops(process: int, slot: Slot, requests: Sequence[Traced], profile: Sequence[Event]) -> Iterator[Event]:
+def _ops(
+    process: int, slot: ReplicaKey, requests: Sequence[Traced], profile: Sequence[TraceEvent]
+) -> Iterator[TraceEvent]:
     """ONNX Runtime's profile, moved to where its first run began here."""
     runs = [event["ts"] for event in profile if event.get("name") == "model_run"]
     starts = [v.started_ns for request in requests for v in request.visits if (v.stage, v.replica) == slot]

@@ -13,7 +13,7 @@ PACKAGES = ("onnxsplit", "runtime")
 
 # Each row imports from rows above it, and from itself. A name stands for a file or a folder.
 OFFLINE = [
-    "errors numbers files memory drawing",
+    "errors numbers files memory drawing progress",
     "tensors npz plan plan_files cluster cluster_files",
     "providers string_value custom_ops session timed",
     "model partitioner",

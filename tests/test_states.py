@@ -16,8 +16,8 @@ TABLES = {
     "A pipeline, as its coordinator sees it": (
         "runtime/coordinator/state.py",
         coordinator_state.TRANSITIONS,
-        coordinator_state.State.STARTING,
-        {coordinator_state.State.CLOSED},
+        coordinator_state.PipelinePhase.STARTING,
+        {coordinator_state.PipelinePhase.CLOSED},
     ),
     "A node, as the coordinator sees it": (
         "runtime/coordinator/roster.py",
@@ -28,8 +28,8 @@ TABLES = {
     "A node, as it sees itself": (
         "runtime/node/state.py",
         node_state.TRANSITIONS,
-        node_state.State.WAITING,
-        {node_state.State.STOPPED},
+        node_state.NodePhase.WAITING,
+        {node_state.NodePhase.STOPPED},
     ),
 }
 

@@ -27,7 +27,8 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 from environment import benchmark, environment_line
 
 from onnxsplit.export import export
-from onnxsplit.partitioner import CALLER, Effort, Found, Kind, Problem, Transfer, line_up, lower_bound, search
+from onnxsplit.partitioner import DeviceKind, Effort, Problem, SearchResult, Transfer, line_up, lower_bound, search
+from onnxsplit.plan import CALLER
 from onnxsplit.planning.subject import examine
 from onnxsplit.planning.target import alike
 
@@ -51,7 +52,7 @@ def problem(times: list[int], readers: dict[int, list[int]], sizes: list[int], d
     for atom, size in enumerate(sizes):
         found = tuple(sorted(set(readers.get(atom, []))))
         flows.append(Transfer(atom, found, size, not found))
-    return Problem((Kind(tuple(times)),), (0,) * devices, tuple(flows))
+    return Problem((DeviceKind(tuple(times)),), (0,) * devices, tuple(flows))
 
 
 def synthetic(shape: str, count: int, devices: int) -> Problem:
@@ -82,7 +83,7 @@ def synthetic(shape: str, count: int, devices: int) -> Problem:
     return problem(times, readers, sizes, devices)
 
 
-def row(name: str, stages: int, found: Found, seconds: float, **more: Any) -> dict[str, Any]:
+def row(name: str, stages: int, found: SearchResult, seconds: float, **more: Any) -> dict[str, Any]:
     """What is printed."""
     figures = {"value_ms": found.score.value / 1e6, "lower_bound_ms": found.bound / 1e6, "gap": found.gap}
     return {"model": name, "stages": stages, **figures, "seconds": seconds, **more}

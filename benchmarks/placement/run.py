@@ -22,7 +22,7 @@ import networkx as nx
 from environment import environment_line
 
 from onnxsplit.cluster import Link
-from onnxsplit.partitioner import NEVER, Effort, Kind, Problem, Transfer, Weight, line_up, search
+from onnxsplit.partitioner import NEVER, DeviceKind, Effort, Problem, Transfer, Weight, line_up, search
 
 UNIT = 1_000_000
 """The files' unit of time, in what the partitioner takes for nanoseconds."""
@@ -66,7 +66,7 @@ def load(path: Path) -> Problem:
     accelerators, cpus = content["maxFPGAs"], content["maxCPUs"]
     limit = content.get("maxSizePerFPGA")
     return Problem(
-        kinds=(Kind(tuple(fast), None if limit is None else int(limit)), Kind(tuple(slow), pays=False)),
+        kinds=(DeviceKind(tuple(fast), None if limit is None else int(limit)), DeviceKind(tuple(slow), pays=False)),
         devices=(0,) * accelerators + (1,) * cpus,
         transfers=tuple(transfers),
         weights=tuple(Weight(size, (atom,)) for atom, size in enumerate(held) if size),

@@ -36,29 +36,18 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 from environment import environment_line
 
 import runtime.coordinator.roster
+from onnxsplit.plan import CALLER
 from onnxsplit.plan_files import parse_plan
-from runtime.balance.board import Board
+from runtime.balance.board import LoadBoard
 from runtime.balance.policies import ORDINARY, Gauge
 from runtime.balance.router import Router
 from runtime.coordinator import events as c
-from runtime.coordinator.roster import Kill, Start
-from runtime.coordinator.state import CoordinatorState, State
+from runtime.coordinator.roster import KillNode, StartNode
+from runtime.coordinator.state import CoordinatorState, PipelinePhase
 from runtime.node import events as n
 from runtime.node.state import NodeState
 from runtime.timings import Timings
-from runtime.wire.messages import (
-    ANY,
-    CALLER,
-    POLICIES,
-    PROTOCOL,
-    Assign,
-    Fragment,
-    Hello,
-    Peer,
-    Receipt,
-    TensorHead,
-    Wire,
-)
+from runtime.wire.messages import ANY, POLICIES, PROTOCOL, Assign, Fragment, Hello, Peer, Receipt, TensorHead, Wire
 
 STAGES = 3
 SERVICE_NS = 5_000_000
@@ -103,7 +92,7 @@ class Node:
 
     def __init__(self, number: int, slot: tuple[int, int], policy: str, speed: float) -> None:
         self.number, self.slot, self.speed = number, slot, speed
-        self.state, self.gauge, self.board = NodeState(), Gauge(), Board(peers=PEERS)
+        self.state, self.gauge, self.board = NodeState(), Gauge(), LoadBoard(peers=PEERS)
         self.router = Router(policy, self.board)  # type: ignore[arg-type]
         self.here: Counter[int] = Counter()
         self.alive = True
@@ -131,7 +120,7 @@ class World:
         )
         timings = Timings(circuit_failures=10**6, lost_s=10**6)
         self.coordinator = CoordinatorState(self.plan, counts, choose=lambda *_: None, timings=timings, attempts=10**6)
-        self.board = Board(peers=PEERS)
+        self.board = LoadBoard(peers=PEERS)
         self.router = Router(policy, self.board)  # type: ignore[arg-type]
         self.nodes: dict[int, Node] = {}
         self.done: dict[int, int] = {}  # by node: cost of what passed it, where routes are bound early
@@ -139,7 +128,7 @@ class World:
         self.latencies: list[int] = []
         self.wrong = self.losses = 0
         self.tell(c.Tick(0))
-        while self.coordinator.state is State.STARTING:
+        while self.coordinator.state is PipelinePhase.STARTING:
             self.step()
 
     # Time
@@ -166,9 +155,9 @@ class World:
                     self.enter(effect)
                 case c.Resolve(request):
                     self.latencies.append(self.now - self.begun.pop(request))
-                case Start(slot, number):
+                case StartNode(slot, number):
                     self.later(RESTART_NS if self.losses else 0, self.start, slot, number)
-                case Kill(number):
+                case KillNode(number):
                     self.nodes[number].alive = False
                 case c.GiveStage(identity, (stage, replica)):
                     assign = Assign("id", "", "", stage, replica, "cpu", 0, False, False, 1, 1, self.policy)
@@ -177,7 +166,7 @@ class World:
                     effects.extend(self.introduce(identities, meet))
                 case c.Forget(request, attempt, identities):
                     for identity in identities:
-                        self.later(self.delay_ns, self.hear, int(identity), n.Cancelled(request, attempt))
+                        self.later(self.delay_ns, self.hear, int(identity), n.AttemptCancelled(request, attempt))
                 case c.Reject():
                     self.wrong += 1
 
@@ -200,7 +189,7 @@ class World:
 
     def introduce(self, identities: tuple[bytes, ...], meet: bool) -> list[Any]:
         """Nodes are told who all are."""
-        roster, starting = self.coordinator.roster, self.coordinator.state is State.STARTING
+        roster, starting = self.coordinator.roster, self.coordinator.state is PipelinePhase.STARTING
         caller = Peer(0, CALLER, 0, False, "", "", None, "")
         everybody = (caller, *roster.peers(None, everyone=starting))
         records = {record.identity: record for record in roster}
@@ -415,8 +404,8 @@ def decision(given: argparse.Namespace) -> list[dict[str, Any]]:
             for where in ("hosts", "memory"):
                 if where == "memory" and count > 255:
                     continue
-                router = Router(policy, Board(peers=PEERS))
-                boards = {peer.number: Board() for peer in peers} if where == "memory" else {}
+                router = Router(policy, LoadBoard(peers=PEERS))
+                boards = {peer.number: LoadBoard() for peer in peers} if where == "memory" else {}
                 router.learn(0, peers, boards)
                 for peer in peers:
                     router.told(Receipt(peer.number, 0, 0, 0, SERVICE_NS, SERVICE_NS), 1)

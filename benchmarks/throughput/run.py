@@ -39,7 +39,7 @@ from onnxsplit.export import export
 from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import quiet_environment
-from runtime.bench import Report, bench
+from runtime.bench import BenchReport, bench
 
 CHAINS = {"chain-1ms": (512, 28), "chain-0.3ms": (256, 24)}  # width, products
 DEFAULT = ["resnet50", "bert", "gpt2", "ocr-recognizer", "smart-turn", *CHAINS]
@@ -165,7 +165,7 @@ def main() -> None:
                     say(given.json, name, peer=peer, skipped=str(error))
 
 
-def say(as_json: bool, name: str, *, peer: str = "", report: Report | None = None, skipped: str = "") -> None:
+def say(as_json: bool, name: str, *, peer: str = "", report: BenchReport | None = None, skipped: str = "") -> None:
     """One result, for people or as a line of JSON."""
     if as_json:
         found = {"model": name, "peer": peer, "environment": environment()}

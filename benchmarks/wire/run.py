@@ -45,7 +45,6 @@ from runtime.wire.messages import (
     Hello,
     NodeBeat,
     Peer,
-    Place,
     Ready,
     Receipt,
     Refused,
@@ -53,6 +52,7 @@ from runtime.wire.messages import (
     Started,
     Stop,
     TensorHead,
+    TensorPlace,
     Trust,
     Visit,
     Wire,
@@ -68,7 +68,7 @@ def samples() -> list[tuple[bytes, list[bytes]]]:
     heads, frames = codec.encode_tensors(arrays)
     large, large_frames = codec.encode_tensors({"x": np.ones((1000, 32), np.float32)})
     visit = Visit(0, 0, 1, 2, 3, 4, 5, 6)
-    place = TensorHead("x", "float32", (4, 32), Place(3, 5, 1 << 22))
+    place = TensorHead("x", "float32", (4, 32), TensorPlace(3, 5, 1 << 22))
     peer = Peer(1, 0, 0, True, "tcp://127.0.0.1:1", "", None, "")
     messages: list[tuple[Any, list[Any]]] = [
         (Fragment(FAR, 1, 0, 1000, 0, 0, -1, (0, 0), ("y",), heads, (visit,)), frames),
@@ -113,7 +113,7 @@ def mutated(source: random.Random, whole: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def no_memory(_place: Place, _dtype: str, _shape: Any) -> Any:
+def no_memory(_place: TensorPlace, _dtype: str, _shape: Any) -> Any:
     """Nobody's memory is mapped."""
     raise ProtocolError("not mapped")
 

@@ -9,7 +9,7 @@ import click
 
 from onnxsplit.cli.output import PLAN, Output, inputs_option, make_command, milliseconds, option
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
-from onnxsplit.cli.values import Number
+from onnxsplit.cli.values import NumberParam
 
 
 @make_command
@@ -23,7 +23,7 @@ from onnxsplit.cli.values import Number
 @running_options
 @tracing_options
 @option("--slices", type=click.IntRange(3, 10_000), default=20, help="Interleaved slices of each contender.")
-@option("--slice-seconds", type=Number(0.05, 3600), default=0.5, help="Length of one slice.")
+@option("--slice-seconds", type=NumberParam(0.05, 3600), default=0.5, help="Length of one slice.")
 def command(
     output: Output,
     *,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from onnxsplit.cli.output import PLAN, Output, make_command, option
-from onnxsplit.cli.values import NODES, Number
+from onnxsplit.cli.values import NODES, NumberParam
 
 
 @click.group()
@@ -27,7 +27,10 @@ def command() -> None:
 )
 @option("--max-replicas", "most_replicas", type=NODES, default=8, help="Up to which a stage is scaled.")
 @option(
-    "--utilisation", type=Number(0, 1, min_open=True), default=0.8, help="Of a stage's nodes, that scaling aims at."
+    "--utilisation",
+    type=NumberParam(0, 1, min_open=True),
+    default=0.8,
+    help="Of a stage's nodes, that scaling aims at.",
 )
 @option(
     "--custom-ops",
@@ -50,10 +53,10 @@ def kubernetes(
 ) -> None:
     """Write manifests for the plan in DIR, in Kustomize's layout, with new keys for its links."""
     from onnxsplit.plan_files import load_plan
-    from runtime.deploy.kubernetes import Wishes, name_of, write
+    from runtime.deploy.kubernetes import DeployOptions, name_of, write
 
     loaded = load_plan(plan)
-    wishes = Wishes(
+    wishes = DeployOptions(
         name=name or name_of(loaded),
         image=image,
         claim=claim,

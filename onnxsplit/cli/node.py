@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from onnxsplit.cli.output import Output, custom_ops_option, make_command, option, threads_option
-from onnxsplit.cli.values import STAGE, Number, Size
+from onnxsplit.cli.values import STAGE, NumberParam, SizeParam
 from onnxsplit.numbers import MOST_SECONDS
 
 
@@ -30,7 +30,7 @@ from onnxsplit.numbers import MOST_SECONDS
     help="Own copy of the plan. Without it: the pipeline's folder, or its stage's files are fetched from there.",
 )
 @option("--fetch", is_flag=True, help="Fetch them also where the pipeline's folder is seen from here.")
-@option("--cache", type=Size(least=0), default="64G", help="Bytes that fetched stage files may take on this host.")
+@option("--cache", type=SizeParam(least=0), default="64G", help="Bytes that fetched stage files may take on this host.")
 @option("--host", metavar="NAME", help="This host in the cluster file. Without it: its own name.")
 @option("--bind", metavar="ADDR", help="Where to take tensors. Without it: any free port or path.")
 @option("--provider", help="cpu or cuda[:N]. Without it: the pipeline's choice.")
@@ -46,7 +46,7 @@ from onnxsplit.numbers import MOST_SECONDS
 @option("--advertise", metavar="ADDR", help="Where others reach --bind, when that is elsewhere, as behind a proxy.")
 @option(
     "--rejoin",
-    type=Number(0, MOST_SECONDS),
+    type=NumberParam(0, MOST_SECONDS),
     default=60.0,
     help="Seconds to look for a pipeline that fell silent, or to wait for a place at one that has none, before ending.",
 )

@@ -22,7 +22,7 @@ from onnxsplit.cli.output import (
     option,
     percent,
 )
-from onnxsplit.cli.values import NODES, Seconds, Share, Size, StageCount
+from onnxsplit.cli.values import NODES, SecondsParam, ShareParam, SizeParam, StageCountParam
 from onnxsplit.numbers import MOST_ROUNDS
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
 @MODEL
 @option(
     "--stages",
-    type=StageCount(),
+    type=StageCountParam(),
     metavar="K|auto",
     help="Number of stages; auto: the fewest that fit --max-memory. Without it: the GPUs found, else 2.",
 )
@@ -83,7 +83,7 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
     default="throughput",
     help="What is to be small: the slowest stage, the time of a request, or the largest stage in memory.",
 )
-@option("--max-memory", type=Size(), metavar="SIZE", help="Memory no stage may exceed, as 512M or 2.5G.")
+@option("--max-memory", type=SizeParam(), metavar="SIZE", help="Memory no stage may exceed, as 512M or 2.5G.")
 @option("--cut-at", multiple=True, metavar="TENSOR", help="Cut exactly here. Repeatable.")
 @option("--cut", multiple=True, metavar="TENSOR", help="Cut here, too. Repeatable.")
 @option("--keep", multiple=True, metavar="TENSOR", help="Do not cut here. Repeatable.")
@@ -106,8 +106,8 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
     default=3,
     help="Times the real stages are run to correct the cut, at most.",
 )
-@option("--gap", type=Share(), default="0%", help="Search until the cut is proven to be this close to the best.")
-@option("--time-limit", type=Seconds(), default="10s", help="Time for one search.")
+@option("--gap", type=ShareParam(), default="0%", help="Search until the cut is proven to be this close to the best.")
+@option("--time-limit", type=SecondsParam(), default="10s", help="Time for one search.")
 @option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report to look at, too.")
 @option("--annotate", type=click.Path(path_type=Path), metavar="FILE", help="Write the model with the plan in it, too.")
 @option("--dry-run", is_flag=True, help="Show the plan and write no plan.")

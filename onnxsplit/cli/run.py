@@ -14,7 +14,7 @@ import click
 
 from onnxsplit.cli.output import PLAN, Output, custom_ops_words, make_command, milliseconds, option
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
-from onnxsplit.cli.values import Number
+from onnxsplit.cli.values import NumberParam
 from onnxsplit.numbers import MOST_SECONDS
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @running_options
 @tracing_options
 @option("--repeat", type=click.IntRange(1, 1_000_000_000), default=1, help="Send the request this many times.")
-@option("--timeout", type=Number(0, MOST_SECONDS, min_open=True), help="Seconds a request may take.")
+@option("--timeout", type=NumberParam(0, MOST_SECONDS, min_open=True), help="Seconds a request may take.")
 def command(
     output: Output,
     *,

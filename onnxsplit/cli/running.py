@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxsplit.cli.output import Command, Output, custom_ops_option, option, threads_option
-from onnxsplit.cli.values import Size
+from onnxsplit.cli.values import SizeParam
 from onnxsplit.numbers import MOST_ATTEMPTS, MOST_INFLIGHT, MOST_SECONDS, MOST_SIZE, parse_whole, real_problem
 from onnxsplit.plan import MOST_NODES
 
@@ -92,7 +92,7 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     ),
     (
         ("--inflight-bytes",),
-        {"type": Size(), "help": "Of their tensors at most, as 512M. Without it: a quarter of the free memory."},
+        {"type": SizeParam(), "help": "Of their tensors at most, as 512M. Without it: a quarter of the free memory."},
     ),
     (
         ("--micro-batch",),

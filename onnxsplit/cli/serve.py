@@ -13,7 +13,7 @@ import click
 from onnxsplit.cli.output import Output, make_command, option
 from onnxsplit.cli.running import keywords, serving_options
 from onnxsplit.cli.settings import different
-from onnxsplit.cli.values import Number, Size
+from onnxsplit.cli.values import NumberParam, SizeParam
 from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE, parse_whole
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
 @option("--grpc-port", default="8001", callback=_port, metavar="N|off", help="Port of gRPC; 0: any.")
 @serving_options
 @option("--max-batch", type=click.IntRange(1, MOST_SIZE), default=1, help="Join requests to so many rows at most.")
-@option("--max-delay", type=Number(0, 60_000), default=0.0, help="Milliseconds to wait for more to join.")
+@option("--max-delay", type=NumberParam(0, 60_000), default=0.0, help="Milliseconds to wait for more to join.")
 @option("--max-queue", type=click.IntRange(1, 1_000_000), default=256, help="Requests that may wait; more are refused.")
-@option("--max-queue-bytes", type=Size(), default="1G", help="Bytes of requests that may wait.")
-@option("--max-body", type=Size(), default="256M", help="Bytes a request may have.")
+@option("--max-queue-bytes", type=SizeParam(), default="1G", help="Bytes of requests that may wait.")
+@option("--max-body", type=SizeParam(), default="256M", help="Bytes a request may have.")
 @option("--versions", type=click.IntRange(1, 1000), default=1, help="How many of the newest versions to load.")
 @option("--tls-cert", type=click.Path(path_type=Path), metavar="FILE.pem", help="Certificate chain; then TLS only.")
 @option("--tls-key", type=click.Path(path_type=Path), metavar="FILE.pem", help="Its key.")
@@ -55,7 +55,7 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
     metavar="[PREFIX]",
     help="Let clients of this host register shared memory of this user whose name begins with PREFIX; any without it.",
 )
-@option("--drain", type=Number(0, MOST_SECONDS), default=30.0, help="Seconds for accepted requests at the end.")
+@option("--drain", type=NumberParam(0, MOST_SECONDS), default=30.0, help="Seconds for accepted requests at the end.")
 @option("--otel", is_flag=True, help="Send spans to OpenTelemetry, as OTEL_* variables say.")
 @option(
     "--launcher",

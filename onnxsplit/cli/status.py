@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onnxsplit.cli.output import Output, make_command, milliseconds, option
-from onnxsplit.cli.values import Number
+from onnxsplit.cli.values import NumberParam
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -22,7 +22,7 @@ _BETWEEN_S = 0.5
 @make_command
 @option("--pid", type=click.IntRange(1, 1 << 22), help="Only the pipeline that this process runs.")
 @option("--once", is_flag=True, help="Show it once, also on a terminal.")
-@option("--every", type=Number(0.1, 86_400), default=1.0, help="Seconds between two looks.")
+@option("--every", type=NumberParam(0.1, 86_400), default=1.0, help="Seconds between two looks.")
 def command(output: Output, *, pid: int | None, once: bool, every: float) -> None:
     """Show the pipelines that run on this host: a row a node; first of all, what failed first. Ctrl-C ends it."""
     live = sys.stdout.isatty() and not once and not output.as_json

@@ -15,7 +15,7 @@ NODES = click.IntRange(1, MOST_NODES)
 STAGE = click.IntRange(0, MOST_NODES - 1)
 
 
-class StageCount(click.ParamType):  # type: ignore[type-arg]  # older click has no parameter here
+class StageCountParam(click.ParamType):  # type: ignore[type-arg]  # older click has no parameter here
     """A number, or ``auto``."""
 
     name = "count"
@@ -30,7 +30,7 @@ class StageCount(click.ParamType):  # type: ignore[type-arg]  # older click has 
         return count
 
 
-class Size(click.ParamType):  # type: ignore[type-arg]  # as above
+class SizeParam(click.ParamType):  # type: ignore[type-arg]  # as above
     """Bytes, with K, M, G or T for powers of 1024.
 
     Args:
@@ -50,7 +50,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # as above
         return found
 
 
-class Number(click.FloatRange):
+class NumberParam(click.FloatRange):
     """A number between two others; not ``nan``, which a range alone would let through."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -59,7 +59,7 @@ class Number(click.FloatRange):
         return found if found == found else self.fail(f"{value!r} is not a number", param, ctx)
 
 
-class Share(click.ParamType):  # type: ignore[type-arg]  # as above
+class ShareParam(click.ParamType):  # type: ignore[type-arg]  # as above
     """``1%`` or ``0.01``."""
 
     name = "share"
@@ -74,7 +74,7 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # as above
         return found if 0 <= found <= 10 else self.fail(f"{value!r} is no share from 0% to 1000%", param, ctx)
 
 
-class Seconds(click.ParamType):  # type: ignore[type-arg]  # as above
+class SecondsParam(click.ParamType):  # type: ignore[type-arg]  # as above
     """``10``, ``10s``, ``2m``."""
 
     name = "time"

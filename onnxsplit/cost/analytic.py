@@ -20,7 +20,7 @@ OP_OVERHEAD_NS = 2_000
 _NOMINAL_BODY_OP_NS = 10_000  # an op in a body of If, Loop or Scan, whose shapes are not looked into
 _FREE = frozenset(["Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Size", "Constant"])
 
-Size = tuple[int, ...]
+Dims = tuple[int, ...]
 
 
 def analytic_costs(graph: OpGraph, shapes: Shapes) -> OpCosts:
@@ -53,7 +53,7 @@ def _touched_bytes(op: Op, shapes: Shapes) -> int:
     return read + written
 
 
-def _size(name: str, shapes: Shapes) -> Size:
+def _size(name: str, shapes: Shapes) -> Dims:
     return shapes.sizes.get(name, ())
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from onnxsplit.errors import ExportError
 from onnxsplit.export.conversion import TOLERANCE, Conversion, ExportOptions, Recipe
-from onnxsplit.export.sources import Kind, Source, recognise
+from onnxsplit.export.sources import Source, SourceKind, recognise
 from onnxsplit.files import written_file
 
 __all__ = ["TOLERANCE", "Exported", "Recipe", "convert", "export"]
@@ -40,9 +40,9 @@ class Exported:
     unread: tuple[str, ...] = ()
 
 
-_TAKES_INPUTS: Set[Kind] = {"recipe", "torchscript", "saved-model", "keras", "pickle", "skops"}
+_TAKES_INPUTS: Set[SourceKind] = {"recipe", "torchscript", "saved-model", "keras", "pickle", "skops"}
 
-_CONVERTERS: Mapping[Kind, str] = {
+_CONVERTERS: Mapping[SourceKind, str] = {
     "recipe": "code",
     "exported-program": "pytorch",
     "torchscript": "pytorch",

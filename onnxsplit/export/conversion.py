@@ -9,13 +9,11 @@ from typing import Any
 
 from onnxsplit.custom_ops import Library, find_libraries
 from onnxsplit.export.specs import InputSpec
+from onnxsplit.progress import Say, silent
 from onnxsplit.tensors import Array
 
 TOLERANCE = 1e-3
 """Largest difference to the framework that passes, over an output's scale."""
-
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class ExportOptions:
     offline: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
     custom_ops: object = ()
-    say: Say = lambda _: None
+    say: Say = silent
     scratch: Path = Path()
 
     @property

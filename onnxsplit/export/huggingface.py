@@ -28,7 +28,7 @@ _MOST_CONFIG_BYTES = 64 << 20
 _SIZES = ({"batch": 2, "sequence": 5, "past": 3, "encoder": 7}, {"batch": 3, "sequence": 2, "past": 4, "encoder": 6})
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WORDS = (".json", ".txt", ".model", ".md", ".jinja")  # of a folder, files that are no weights
-Axes = dict[int, str]
+DynamicAxes = dict[int, str]
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
@@ -150,7 +150,7 @@ def _conversion(
     torch: Any,
     network: Any,
     make: Callable[[Mapping[str, int]], dict[str, Any]],
-    axes: Mapping[str, Axes],
+    axes: Mapping[str, DynamicAxes],
     outputs: Sequence[str],
     options: ExportOptions,
     *,
@@ -239,7 +239,7 @@ def _encoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
             found = self.model(**{name: every[name] for name in names}, return_dict=True, **more)
             return tuple(found[name] for name in outputs)
 
-    free: Axes = {0: "batch", 1: "sequence"}
+    free: DynamicAxes = {0: "batch", 1: "sequence"}
     axes = dict.fromkeys(names, free) | {
         name: ({0: "batch", 1: "sequence"} if given[name].shape[1:2] == (_SIZES[0]["sequence"],) else {0: "batch"})
         for name in outputs
@@ -269,7 +269,7 @@ def _vision(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
             found = self.model(pixel_values=pixel_values, return_dict=True)
             return tuple(found[name] for name in outputs)
 
-    axes: dict[str, Axes] = {name: {0: "batch"} for name in ("pixel_values", *outputs)}
+    axes: dict[str, DynamicAxes] = {name: {0: "batch"} for name in ("pixel_values", *outputs)}
     return [_conversion(torch, Vision(), make, axes, outputs, options)]
 
 
@@ -296,9 +296,9 @@ def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
         return {name: every[name] for name in names} | cache
 
     network = _causal(torch, model, positions=positions, cached=cached)
-    free: Axes = {0: "batch", 1: "sequence"}
-    mask: Axes = {0: "batch", 1: "total_sequence" if cached else "sequence"}
-    axes: dict[str, Axes] = {"input_ids": free, "attention_mask": mask, "position_ids": free, "logits": free}
+    free: DynamicAxes = {0: "batch", 1: "sequence"}
+    mask: DynamicAxes = {0: "batch", 1: "total_sequence" if cached else "sequence"}
+    axes: dict[str, DynamicAxes] = {"input_ids": free, "attention_mask": mask, "position_ids": free, "logits": free}
     axes |= {f"past_key_values.{name}": {0: "batch", 2: "past_sequence"} for name in tensors}
     axes |= {f"present.{name}": {0: "batch", 2: "total_sequence"} for name in tensors}
     outputs = ["logits", *(f"present.{name}" for name in tensors)]
@@ -390,10 +390,10 @@ def _pair(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
             "encoder_attention_mask": _mask(torch, *shape),
         }
 
-    source: Axes = {0: "batch", 1: "encoder_sequence"}
-    target: Axes = {0: "batch", 1: "sequence"}
-    one: dict[str, Axes] = dict.fromkeys(("input_ids", "attention_mask", "last_hidden_state"), source)
-    two: dict[str, Axes] = {"input_ids": target, "logits": target}
+    source: DynamicAxes = {0: "batch", 1: "encoder_sequence"}
+    target: DynamicAxes = {0: "batch", 1: "sequence"}
+    one: dict[str, DynamicAxes] = dict.fromkeys(("input_ids", "attention_mask", "last_hidden_state"), source)
+    two: dict[str, DynamicAxes] = {"input_ids": target, "logits": target}
     two |= dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask"), source)
     return [
         _conversion(torch, Encoder(), encoded, one, ["last_hidden_state"], options, part="encoder"),

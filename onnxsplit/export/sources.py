@@ -13,7 +13,7 @@ from typing import Literal
 from onnxsplit.errors import ExportError
 from onnxsplit.files import check_regular, read_regular
 
-Kind = Literal[
+SourceKind = Literal[
     "recipe",
     "exported-program",
     "torchscript",
@@ -30,7 +30,7 @@ Kind = Literal[
     "onnx",
 ]
 
-WHAT: dict[Kind, str] = {
+WHAT: dict[SourceKind, str] = {
     "recipe": "Python code",
     "exported-program": "a saved ExportedProgram of PyTorch",
     "torchscript": "TorchScript, or a module saved by PyTorch",
@@ -47,7 +47,7 @@ WHAT: dict[Kind, str] = {
     "onnx": "an ONNX model",
 }
 
-_ENDINGS: dict[str, Kind] = {
+_ENDINGS: dict[str, SourceKind] = {
     ".pt2": "exported-program",
     ".pt": "torchscript",
     ".pth": "torchscript",
@@ -88,7 +88,7 @@ class Source:
     """
 
     text: str
-    kind: Kind
+    kind: SourceKind
     path: Path | None = None
     name: str | None = None
     repo: str | None = None
@@ -136,7 +136,7 @@ def recognise(text: str) -> Source:
     return Source(text, kind, path)
 
 
-def _folder(path: Path) -> Kind:
+def _folder(path: Path) -> SourceKind:
     if (path / "saved_model.pb").is_file():
         return "saved-model"
     if (path / "config.json").is_file():
@@ -153,7 +153,7 @@ def _is_module(name: str) -> bool:
         return False
 
 
-def _by_content(path: Path) -> Kind | None:
+def _by_content(path: Path) -> SourceKind | None:
     """By what is in it, for endings that several kinds have."""
     with path.open("rb") as stream:
         begin = stream.read(64)

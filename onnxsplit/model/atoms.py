@@ -19,13 +19,11 @@ from networkx.utils import UnionFind
 
 from onnxsplit.model.graph import Op, OpGraph
 from onnxsplit.model.shapes import Shapes
-
-CALLER = -1
-"""Stands for the caller where an atom is expected: the writer of the model's inputs."""
+from onnxsplit.plan import CALLER
 
 
 @dataclass(frozen=True)
-class Flow:
+class AtomEdge:
     """A tensor that leaves the atom that writes it.
 
     Attributes:
@@ -54,7 +52,7 @@ class Atoms:
 
     ops: tuple[tuple[int, ...], ...]
     copied: frozenset[int]
-    flows: tuple[Flow, ...]
+    flows: tuple[AtomEdge, ...]
     digraph: nx.DiGraph
 
 
@@ -155,7 +153,7 @@ def _ordered(
 
 def _flows(
     graph: OpGraph, copied: frozenset[int], needs: dict[int, tuple[str, ...]], atom_of: dict[int, int]
-) -> tuple[Flow, ...]:
+) -> tuple[AtomEdge, ...]:
     readers: dict[str, set[int]] = {}
     for op in graph.ops:
         if op.index not in copied:
@@ -171,7 +169,7 @@ def _flows(
         others = tuple(sorted(atoms - {writer}))
         if others or name in outputs:
             flows.append(
-                Flow(tensor=name, writer=writer, readers=others, to_caller=name in outputs and writer != CALLER)
+                AtomEdge(tensor=name, writer=writer, readers=others, to_caller=name in outputs and writer != CALLER)
             )
     return tuple(sorted(flows, key=lambda flow: (flow.writer, flow.tensor)))
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from onnxsplit.partitioner.bound import lower_bound
 from onnxsplit.partitioner.lineup import Lineup, Parallel, line_up
 from onnxsplit.partitioner.objective import (
-    CALLER,
     NEVER,
+    DeviceKind,
     Infeasible,
-    Kind,
     Partition,
     Problem,
     Score,
@@ -21,16 +20,17 @@ from onnxsplit.partitioner.objective import (
     score,
     stage_memory,
 )
-from onnxsplit.partitioner.search import Effort, Found, Progress, search
+from onnxsplit.partitioner.search import Effort, Progress, SearchResult, search
 from onnxsplit.partitioner.slices import fewest_stages, slice_order
+from onnxsplit.plan import CALLER
 
 __all__ = [
     "CALLER",
     "NEVER",
     "Effort",
-    "Found",
+    "SearchResult",
     "Infeasible",
-    "Kind",
+    "DeviceKind",
     "Lineup",
     "Parallel",
     "Partition",

@@ -7,9 +7,10 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
 from onnxsplit.partitioner.lineup import Lineup
-from onnxsplit.partitioner.objective import CALLER, NEVER, Problem, stage_memory
+from onnxsplit.partitioner.objective import NEVER, Problem, stage_memory
 from onnxsplit.partitioner.orders import successors
-from onnxsplit.partitioner.relaxed import Array, Capacities, Relaxed
+from onnxsplit.partitioner.relaxed import Capacities, Relaxed, Vector
+from onnxsplit.plan import CALLER
 
 _LARGEST_FLOW = 1 << 29  # capacities are 32-bit numbers
 _SURROUNDINGS = 64  # atoms, those with the most to pay first
@@ -50,7 +51,7 @@ def surroundings_bound(relaxed: Relaxed, known: int) -> int:
     return known
 
 
-def _border_network(relaxed: Relaxed, times: Array, unit: int) -> csr_array:
+def _border_network(relaxed: Relaxed, times: Vector, unit: int) -> csr_array:
     """Atoms, two vertices a tensor, and the sink: what is not cut off from an atom is in its stage."""
     atoms, tensors = relaxed.problem.atoms, (*relaxed.crossings, *relaxed.given)
     sink = atoms + 2 * len(tensors)

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from onnxsplit.partitioner.objective import Partition, Problem, score
-from onnxsplit.partitioner.paths import Found, PathSearch, Ties
+from onnxsplit.partitioner.paths import PathResult, PathSearch, Ties
 from onnxsplit.partitioner.relaxed import Relaxed
 
 _BRANCHES = 200
 
 
 def branch(
-    problem: Problem, relaxed: Relaxed, listed: PathSearch, first: Found, target: int, best: Callable[[], int]
+    problem: Problem, relaxed: Relaxed, listed: PathSearch, first: PathResult, target: int, best: Callable[[], int]
 ) -> Iterator[tuple[Partition | None, int]]:
     """Partitions, each with a bound that holds for all, until the two meet or branches run out.
 
@@ -49,7 +49,7 @@ def branch(
                 heapq.heappush(pending, (max(below.value, proven), 2 * number + side, taken, below))
 
 
-def _branches(problem: Problem, relaxed: Relaxed, found: Found, ties: Ties) -> tuple[Ties, Ties] | None:
+def _branches(problem: Problem, relaxed: Relaxed, found: PathResult, ties: Ties) -> tuple[Ties, Ties] | None:
     """Two branches, about a tensor for which a partition pays less than it does in truth.
 
     The tensor is the one whose copies, beyond those paid for, cost the slowest stage most; None when there is none.

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 
 from networkx.utils import UnionFind
 
-from onnxsplit.partitioner.objective import CALLER, Partition, Problem, Transfer, Weight
+from onnxsplit.partitioner.objective import Partition, Problem, Transfer, Weight
 from onnxsplit.partitioner.orders import successors
+from onnxsplit.plan import CALLER
 
 
 @dataclass(frozen=True)

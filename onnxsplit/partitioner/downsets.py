@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from onnxsplit.partitioner.relaxed import FAR, Array, Capacities, Crossing, Relaxed
+from onnxsplit.partitioner.relaxed import FAR, Capacities, Crossing, Relaxed, Vector
 
 
 class TooMany(Exception):
@@ -35,17 +35,17 @@ class Downsets:
         held: by downset, constants that one atom alone reads.
     """
 
-    def __init__(self, relaxed: Relaxed, member: Array) -> None:
+    def __init__(self, relaxed: Relaxed, member: Vector) -> None:
         work = _sums(member, relaxed.work)
         order = np.lexsort((member.sum(axis=0), work))
-        self.member: Array = np.ascontiguousarray(member[:, order])
-        self.work: Array = work[order]
+        self.member: Vector = np.ascontiguousarray(member[:, order])
+        self.work: Vector = work[order]
         self.compute = [
             _sums(self.member, np.minimum(row, FAR >> 20) + relaxed.always * kind.pays)
             for row, kind in zip(relaxed.times, relaxed.problem.kinds, strict=True)
         ]
-        self.crossing_ns: Array = np.zeros(len(work), dtype=np.int64)
-        self.crossings: Array = np.zeros(len(work), dtype=np.int64)
+        self.crossing_ns: Vector = np.zeros(len(work), dtype=np.int64)
+        self.crossings: Vector = np.zeros(len(work), dtype=np.int64)
         for tensor in relaxed.crossings:
             crosses = self.member[tensor.writer] & ~self.member[list(tensor.readers)].all(axis=0)
             self.crossing_ns += crosses * tensor.time_ns
@@ -54,10 +54,10 @@ class Downsets:
         for weight in relaxed.problem.weights:
             if len(weight.readers) == 1:
                 held[weight.readers[0]] += weight.size_bytes
-        self.held: Array = _sums(self.member, held)
+        self.held: Vector = _sums(self.member, held)
 
 
-def _sums(member: Array, values: Array) -> Array:
+def _sums(member: Vector, values: Vector) -> Vector:
     """By downset, the sum over its atoms; exact, without a copy of all members as integers."""
     total = np.zeros(member.shape[1], dtype=np.int64)
     for atom in np.flatnonzero(values):
@@ -79,8 +79,8 @@ def list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Cal
         for reader in tensor.readers:
             reads[reader].append(tensor)
 
-    def has(atom: int) -> Array:
-        found: Array = (bits[:, atom >> 3] >> (atom & 7)) & 1 == 1
+    def has(atom: int) -> Vector:
+        found: Vector = (bits[:, atom >> 3] >> (atom & 7)) & 1 == 1
         return found
 
     for atom in range(count):
@@ -112,7 +112,7 @@ def list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Cal
     return Downsets(relaxed, np.unpackbits(bits, axis=1, count=count, bitorder="little").T.astype(bool))
 
 
-def _work_of_descendants(relaxed: Relaxed) -> Array:
+def _work_of_descendants(relaxed: Relaxed) -> Vector:
     """By atom, its work and that of all that needs it."""
     count = relaxed.problem.atoms
     later = np.zeros((count, -(-count // 8)), dtype=np.uint8)

@@ -24,7 +24,7 @@ _SEQUENCES = 24  # of devices, tried where links differ
 
 
 @dataclass(frozen=True)
-class Step:
+class StageStep:
     """One more stage.
 
     Attributes:
@@ -59,7 +59,7 @@ class Lineup:
     """
 
     states: int
-    steps: tuple[Step, ...]
+    steps: tuple[StageStep, ...]
     final: frozenset[int]
 
     @cached_property
@@ -83,7 +83,7 @@ class Lineup:
             reached = {step.after for step in self.steps if step.before in reached}
         return frozenset(reached)
 
-    def devices(self, problem: Problem, steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
+    def devices(self, problem: Problem, steps: Sequence[StageStep]) -> tuple[tuple[int, ...], ...]:
         """Devices for the stages of one way through: those that the steps name, else the first free ones."""
         free: dict[int, list[int]] = {}
         for device, kind in enumerate(problem.devices):
@@ -117,7 +117,7 @@ def line_up(problem: Problem, stages: int | None, parallel: Parallel = "model") 
                 following = (*state[:kind], state[kind] + replicas, *state[kind + 1 :])
                 after = number.get((following, depth + 1 if len(depths) > 1 else 0))
                 if after is not None and (parallel != "data" or before == 0):
-                    steps.append(Step(before, after, kind, replicas, link, link, problem.cheapest_caller_link))
+                    steps.append(StageStep(before, after, kind, replicas, link, link, problem.cheapest_caller_link))
     final = frozenset(
         index
         for (state, depth), index in number.items()
@@ -171,6 +171,6 @@ def fixed(problem: Problem, homes: Sequence[tuple[int, ...]], stages: int | None
         arriving = problem.link_between(devices, homes[position - 1]) if before else caller
         leaving = problem.link_between(devices, homes[position + 1]) if after else caller
         kind = problem.devices[devices[0]]
-        steps.append(Step(position, position + 1, kind, len(devices), arriving, leaving, caller, devices))
+        steps.append(StageStep(position, position + 1, kind, len(devices), arriving, leaving, caller, devices))
     final = range(1, len(homes) + 1) if stages is None else (stages,)
     return Lineup(len(homes) + 1, tuple(steps), frozenset(final))

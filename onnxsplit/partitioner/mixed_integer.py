@@ -17,7 +17,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from onnxsplit.partitioner.objective import CALLER, Partition, Problem
+from onnxsplit.partitioner.objective import Partition, Problem
+from onnxsplit.plan import CALLER
 
 Term = tuple[int, float]  # a column and its factor
 

@@ -7,10 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from onnxsplit.cluster import Link
-from onnxsplit.plan import Objective
-
-CALLER = -1
-"""Stands for the caller where an atom is expected: the writer of the model's inputs."""
+from onnxsplit.plan import CALLER, Objective
 
 NEVER = 1 << 62
 """The time of an atom on a device that may not run it."""
@@ -42,7 +39,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Kind:
+class DeviceKind:
     """Devices that are all alike.
 
     Attributes:
@@ -75,7 +72,7 @@ class Problem:
             stages, ``memory`` the largest need of a stage.
     """
 
-    kinds: tuple[Kind, ...]
+    kinds: tuple[DeviceKind, ...]
     devices: tuple[int, ...]
     transfers: tuple[Transfer, ...]
     weights: tuple[Weight, ...] = ()
@@ -117,7 +114,7 @@ class Problem:
         )
         return replace(self, kinds=kinds)
 
-    def kind_of(self, device: int) -> Kind:
+    def kind_of(self, device: int) -> DeviceKind:
         """The kind of a device."""
         return self.kinds[self.devices[device]]
 

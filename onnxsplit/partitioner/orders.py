@@ -6,7 +6,8 @@ import heapq
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from onnxsplit.partitioner.objective import CALLER, Problem
+from onnxsplit.partitioner.objective import Problem
+from onnxsplit.plan import CALLER
 
 Order = list[int]
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxsplit.partitioner.downsets import Downsets, TooMany, list_downsets
-from onnxsplit.partitioner.lineup import Step
+from onnxsplit.partitioner.lineup import StageStep
 from onnxsplit.partitioner.objective import Partition
-from onnxsplit.partitioner.relaxed import FAR, Array, Capacities, Crossing, Relaxed
+from onnxsplit.partitioner.relaxed import FAR, Capacities, Crossing, Relaxed, Vector
 
 
 @dataclass(frozen=True)
-class Found:
+class PathResult:
     """The best partition of the relaxed problem, and its value: no partition has a smaller bottleneck."""
 
     partition: Partition
@@ -84,7 +84,7 @@ class PathSearch:
         self._capacities = Capacities(relaxed, target)
         self._downsets = list_downsets(relaxed, self._capacities, most, stop)
 
-    def best(self, target: int | None = None, ties: Ties = Ties()) -> Found | None:
+    def best(self, target: int | None = None, ties: Ties = Ties()) -> PathResult | None:
         """The best partition whose bottleneck is at most the target; None when there is provably none.
 
         O(d c) for c downsets within one stage of another. A ``target`` may be smaller than that of the listing.
@@ -102,7 +102,7 @@ def _choose(
     downsets: Downsets,
     ties: Ties,
     stop: Callable[[], bool],
-) -> Found | None:
+) -> PathResult | None:
     """The best path through downsets."""
     target = capacities.target
     states, count = relaxed.lineup.states, len(downsets.work)
@@ -116,7 +116,7 @@ def _choose(
         capacities.usable(state, downsets.work, downsets.work, downsets.crossing_ns, downsets.crossings)
         for state in range(states)
     ]
-    following: list[list[tuple[int, Step]]] = [[] for _ in range(states)]
+    following: list[list[tuple[int, StageStep]]] = [[] for _ in range(states)]
     for number, step in enumerate(relaxed.lineup.steps):
         following[step.before].append((number, step))
     reach = [
@@ -152,7 +152,7 @@ def _choose(
     return _path(relaxed, target, downsets, best, parent, taken)
 
 
-def _between(windows: list[Array], usable: list[Array], afters: set[int], first: int, end: int) -> Array:
+def _between(windows: list[Vector], usable: list[Vector], afters: set[int], first: int, end: int) -> Vector:
     """Downsets from ``first`` to before ``end`` that some of these states can use."""
     if len(afters) == 1:
         window = windows[next(iter(afters))]
@@ -180,7 +180,7 @@ class _Pairs:
         self._plain = len(relaxed.problem.kinds) == 1 and relaxed.all_pay
         self._most = max((step.replicas for step in relaxed.lineup.steps), default=1)
 
-    def light(self, index: int, others: Array, target: int) -> Array:
+    def light(self, index: int, others: Vector, target: int) -> Vector:
         """Those of some downsets that a stage from this one may reach, by what is quickly known.
 
         A tensor that crosses one border and not the other is sent or received in between.
@@ -190,10 +190,10 @@ class _Pairs:
         downsets = self._downsets
         moving = np.abs(downsets.crossing_ns[others] - downsets.crossing_ns[index])
         load = downsets.compute[0][others] - downsets.compute[0][index] + moving
-        kept: Array = others[load <= target * self._most]
+        kept: Vector = others[load <= target * self._most]
         return kept
 
-    def above(self, index: int, others: Array) -> Array:
+    def above(self, index: int, others: Vector) -> Vector:
         """Those of some downsets that hold all of one: they hold its members that no other member needs."""
         inside = self._downsets.member[:, index]
         needed = np.zeros(len(inside), dtype=bool)
@@ -202,7 +202,7 @@ class _Pairs:
             others = others[self._downsets.member[atom, others]]
         return others
 
-    def loads(self, index: int, larger: Array) -> list[Array]:
+    def loads(self, index: int, larger: Vector) -> list[Vector]:
         """By kind, the cost of the stages between downset ``index`` and each of some larger ones."""
         relaxed, downsets = self._relaxed, self._downsets
         inside = downsets.member[:, index]
@@ -224,7 +224,7 @@ class _Pairs:
             result.append(np.where(self._broken(inside, larger), FAR, load))
         return result
 
-    def _broken(self, inside: Array, larger: Array) -> Array:
+    def _broken(self, inside: Vector, larger: Vector) -> Vector:
         """Stages that part what must be together, or hold what must be apart."""
         member = self._downsets.member
         broken = np.zeros(len(larger), dtype=bool)
@@ -236,7 +236,7 @@ class _Pairs:
                 broken |= member[one, larger] ^ member[other, larger]
         return broken
 
-    def _open(self, inside: Array) -> list[tuple[tuple[int, ...], int, int, bool]]:
+    def _open(self, inside: Vector) -> list[tuple[tuple[int, ...], int, int, bool]]:
         """Tensors at hand for what is not in a downset, and wanted there; those with the same readers together.
 
         Returns:
@@ -254,13 +254,15 @@ class _Pairs:
         return [(readers, *costs) for readers, costs in found.items()]
 
 
-def _path(relaxed: Relaxed, target: int, downsets: Downsets, best: Array, parent: Array, taken: Array) -> Found | None:
+def _path(
+    relaxed: Relaxed, target: int, downsets: Downsets, best: Vector, parent: Vector, taken: Vector
+) -> PathResult | None:
     index = len(downsets.work) - 1
     value, state = min((int(best[state, index]), state) for state in relaxed.lineup.final)
     if value > target:
         return None
     stage_of = np.zeros(relaxed.problem.atoms, dtype=np.int64)
-    steps: list[Step] = []
+    steps: list[StageStep] = []
     while index or state:
         step, before = relaxed.lineup.steps[int(taken[state, index])], int(parent[state, index])
         stage_of[downsets.member[:, index] & ~downsets.member[:, before]] = len(steps)
@@ -268,4 +270,4 @@ def _path(relaxed: Relaxed, target: int, downsets: Downsets, best: Array, parent
         index, state = before, step.before
     steps.reverse()
     stages = tuple(len(steps) - 1 - int(stage) for stage in stage_of)
-    return Found(Partition(stages, relaxed.lineup.devices(relaxed.problem, steps)), value)
+    return PathResult(Partition(stages, relaxed.lineup.devices(relaxed.problem, steps)), value)

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.partitioner.lineup import Lineup, Step
-from onnxsplit.partitioner.objective import CALLER, NEVER, Problem
+from onnxsplit.partitioner.lineup import Lineup, StageStep
+from onnxsplit.partitioner.objective import NEVER, Problem
 from onnxsplit.partitioner.orders import successors
+from onnxsplit.plan import CALLER
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Vector = np.ndarray[Any, np.dtype[Any]]
 
 FAR = np.iinfo(np.int64).max // 4
 """Above every time; sums of a few do not overflow."""
@@ -78,7 +79,7 @@ class Relaxed:
         self.times = np.array([kind.time_ns for kind in problem.kinds], dtype=np.int64)
         usual = max(range(len(problem.kinds)), key=problem.devices.count)
         allowed = np.where(self.times >= NEVER, _HUGE, self.times)
-        self.work: Array = np.where(self.times[usual] >= NEVER, allowed.min(axis=0), self.times[usual])
+        self.work: Vector = np.where(self.times[usual] >= NEVER, allowed.min(axis=0), self.times[usual])
         self.rates = [self._rate(row) for row in self.times]
         self.all_pay = all(kind.pays for kind in problem.kinds) and not self.overlapped
         self.share = min(self.rates) if self.all_pay else 0.0
@@ -86,7 +87,7 @@ class Relaxed:
         self.total = int(self.work.sum())
         self._least({flow.writer for flow in for_caller})
 
-    def _rate(self, times: Array) -> float:
+    def _rate(self, times: Vector) -> float:
         busy = (times > 0) & (times < NEVER)
         if ((times == 0) & (self.work > 0)).any():
             return float(_HUGE)
@@ -131,22 +132,22 @@ class Capacities:
         # As many stages as atoms that serve the caller need send nothing to another stage.
         self._sending, self._receiving = first, then
         spared = max(relaxed.rates) * relaxed.sends * relaxed.serving
-        self.before: Array = before + spared
-        self.after: Array = after + spared
+        self.before: Vector = before + spared
+        self.after: Vector = after + spared
 
-    def gain(self, step: Step) -> float:
+    def gain(self, step: StageStep) -> float:
         """Work that the devices of a step can do, when they receive and send a tensor."""
         return self._work(step, self._relaxed.receives + self._relaxed.sends)
 
-    def most(self, step: Step) -> float:
+    def most(self, step: StageStep) -> float:
         """Work that the devices of a step can do, when they only receive a tensor."""
         return self._work(step, self._relaxed.receives)
 
-    def _work(self, step: Step, paid_ns: int) -> float:
+    def _work(self, step: StageStep, paid_ns: int) -> float:
         free = max(0, self.target * step.replicas - paid_ns)
         return min(float(_HUGE), free * self._relaxed.rates[step.kind])
 
-    def usable(self, state: int, least: Array, most: Array, crossing_ns: Array, crossings: Array) -> Array:
+    def usable(self, state: int, least: Vector, most: Vector, crossing_ns: Vector, crossings: Vector) -> Vector:
         """Which downsets, of at least and at most so much work, may be what is done in a state.
 
         Every stage pays for a tensor that it receives and one that it sends: that is in the capacities. A crossing
@@ -155,6 +156,6 @@ class Capacities:
         relaxed = self._relaxed
         sent = crossing_ns - np.minimum(crossings, self._sending[state]) * relaxed.sends
         arrived = crossing_ns - np.minimum(crossings, self._receiving[state]) * relaxed.receives
-        result: Array = least + relaxed.share * sent <= self.before[state] + 0.5
+        result: Vector = least + relaxed.share * sent <= self.before[state] + 0.5
         result &= relaxed.total - most + relaxed.share * arrived <= self.after[state] + 0.5
         return result

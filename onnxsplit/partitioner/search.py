@@ -22,7 +22,7 @@ from onnxsplit.partitioner.exchange import improve, rearranged
 from onnxsplit.partitioner.lineup import Lineup, fixed, sequences
 from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem, Score, score
 from onnxsplit.partitioner.orders import linear_orders, refined
-from onnxsplit.partitioner.paths import Found as Exact
+from onnxsplit.partitioner.paths import PathResult as Exact
 from onnxsplit.partitioner.paths import PathSearch
 from onnxsplit.partitioner.relaxed import Relaxed
 from onnxsplit.partitioner.slices import slice_order
@@ -54,7 +54,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best partition that was found.
 
     Attributes:
@@ -75,7 +75,7 @@ class Found:
 
 def search(
     problem: Problem, lineup: Lineup, effort: Effort = Effort(), progress: Progress = lambda _best, _bound: None
-) -> Found:
+) -> SearchResult:
     """Search for the partition with the smallest value of the objective.
 
     Raises:
@@ -85,7 +85,7 @@ def search(
     run = _Search(problem, lineup, effort, progress)
     if not problem.atoms:
         empty = Partition((), ())
-        return Found(empty, score(problem, empty), 0)
+        return SearchResult(empty, score(problem, empty), 0)
     if any(min(times) >= NEVER for times in zip(*(kind.time_ns for kind in problem.kinds), strict=True)):
         raise Infeasible
     run.first_slices()
@@ -117,11 +117,11 @@ class _Search:
         self._bound = 0
         self._relaxed_best: Exact | None = None
 
-    def found(self) -> Found:
+    def found(self) -> SearchResult:
         """What there is at the end."""
         if self._best is None:
             raise Infeasible
-        return Found(*self._best, min(self._bound, self._best[1].value))
+        return SearchResult(*self._best, min(self._bound, self._best[1].value))
 
     @cached_property
     def _contracted(self) -> Contracted:

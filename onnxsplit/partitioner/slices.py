@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.cluster import Link
-from onnxsplit.partitioner.lineup import Lineup, Step
-from onnxsplit.partitioner.objective import CALLER, NEVER, Infeasible, Partition, Problem
+from onnxsplit.partitioner.lineup import Lineup, StageStep
+from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem
 from onnxsplit.partitioner.orders import linear_orders
+from onnxsplit.plan import CALLER
 
 Vector = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -92,7 +93,7 @@ class _Slices:
             self.memory[begin + 1 :] = self._held[begin + 1 :] + self._live_peak[begin + 1 :]
         return self._end[begin]
 
-    def stage_ns(self, step: Step, begin: int, stop: int) -> Vector:
+    def stage_ns(self, step: StageStep, begin: int, stop: int) -> Vector:
         """Time of the stages from ``begin`` to each end before ``stop``, on the devices of a step."""
         sums = self.compute[step.kind]
         compute = sums[begin + 1 : stop] - sums[begin]
@@ -163,7 +164,7 @@ def slice_order(
     return _followed(problem, lineup, order, ends, chosen)
 
 
-def _with_memory(problem: Problem, step: Step, cost: Vector, memory: Vector) -> Vector:
+def _with_memory(problem: Problem, step: StageStep, cost: Vector, memory: Vector) -> Vector:
     limit = problem.kinds[step.kind].max_memory_bytes
     wanted = memory.copy() if problem.objective == "memory" else cost.copy()
     if problem.objective == "memory":
@@ -175,7 +176,7 @@ def _with_memory(problem: Problem, step: Step, cost: Vector, memory: Vector) -> 
 
 def _followed(problem: Problem, lineup: Lineup, order: Sequence[int], ends: Any, chosen: Any) -> Partition:
     stage_of = [0] * len(order)
-    steps: list[Step] = []
+    steps: list[StageStep] = []
     state, begin = 0, 0
     while begin < len(order):
         end, step = int(ends[state, begin]), lineup.steps[int(chosen[state, begin])]

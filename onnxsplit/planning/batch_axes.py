@@ -26,10 +26,11 @@ from onnxsplit.model.precision import computed_types, tolerance
 from onnxsplit.model.shapes import bind, infer_shapes, input_specs, sized_dimensions
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import BatchClaim, Plan
-from onnxsplit.planning.subject import Say, Subject
+from onnxsplit.planning.subject import Subject
+from onnxsplit.progress import Say
 from onnxsplit.providers import provider_here
-from onnxsplit.stages.batch.claim import Axes, Structure, candidates
-from onnxsplit.stages.batch.trials import apart, equal_rows, trials
+from onnxsplit.stages.batch.claim import Structure, candidates
+from onnxsplit.stages.batch.trials import Axes, apart, equal_rows, trials
 from onnxsplit.tensors import Array
 from onnxsplit.timed import TimedModel
 

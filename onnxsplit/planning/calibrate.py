@@ -14,7 +14,8 @@ from onnxsplit.errors import ClusterError, OnnxsplitError
 from onnxsplit.model.external import is_external, location_of
 from onnxsplit.model.source import graph_tensors, open_model
 from onnxsplit.npz import save_npz
-from onnxsplit.planning.subject import Say, examine, silent
+from onnxsplit.planning.subject import examine
+from onnxsplit.progress import Say, silent
 from onnxsplit.providers import gpu_count, provider_here
 from onnxsplit.session import host_cores
 from onnxsplit.timed import typical_ns
@@ -30,7 +31,7 @@ def this_host() -> Cluster:
     return Cluster(gpus or cpus, {})
 
 
-class Elsewhere(Protocol):
+class RemoteTimer(Protocol):
     """Times models on other hosts."""
 
     def send(self, files: Sequence[Path], say: Say) -> None:
@@ -48,7 +49,7 @@ def measured(
     *,
     dims: Mapping[str, int] | None = None,
     hosts: Collection[str] = (),
-    elsewhere: Elsewhere | None = None,
+    elsewhere: RemoteTimer | None = None,
     custom_ops: object = (),
     say: Say = silent,
     note: Say = silent,

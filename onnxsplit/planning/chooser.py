@@ -12,12 +12,12 @@ from onnxsplit.errors import PartitionError
 from onnxsplit.model.uncuttable import one_op
 from onnxsplit.partitioner import (
     Effort,
-    Found,
     Infeasible,
     Lineup,
     Partition,
     Problem,
     Progress,
+    SearchResult,
     fewest_stages,
     line_up,
     lower_bound,
@@ -27,8 +27,9 @@ from onnxsplit.partitioner import (
 )
 from onnxsplit.planning.cut_at import assignment_at, check_cuts
 from onnxsplit.planning.options import CutOptions
-from onnxsplit.planning.subject import Say, Subject
-from onnxsplit.planning.target import Setting, alike, of_cluster
+from onnxsplit.planning.subject import Subject
+from onnxsplit.planning.target import Target, alike, of_cluster
+from onnxsplit.progress import Say
 from onnxsplit.providers import gpu_count, providers_by_stage
 from onnxsplit.session import threads_per_node
 
@@ -48,12 +49,12 @@ class Choice:
     """
 
     subject: Subject
-    setting: Setting
+    setting: Target
     stages: int | None
     options: CutOptions
     say: Say
 
-    def __call__(self, op_ns: Sequence[int], *, quick: bool = False) -> Found:
+    def __call__(self, op_ns: Sequence[int], *, quick: bool = False) -> SearchResult:
         """The partition for these times of the ops; ``quick`` where its proof is not yet needed.
 
         Raises:
@@ -66,12 +67,12 @@ class Choice:
         except Infeasible:
             raise PartitionError(self._why_not(problem)) from None
 
-    def _chosen(self, problem: Problem, lineup: Lineup, quick: bool) -> Found:
+    def _chosen(self, problem: Problem, lineup: Lineup, quick: bool) -> SearchResult:
         options = self.options
         if options.cut_at:
             stage_of = assignment_at(self.subject, options.cut_at)
             fixed = Partition(stage_of, tuple((stage,) for stage in range(max(stage_of, default=-1) + 1)))
-            return Found(fixed, score(problem, fixed), lower_bound(problem, lineup))
+            return SearchResult(fixed, score(problem, fixed), lower_bound(problem, lineup))
         if options.strategy == "network" or not problem.atoms:
             gap, seconds = options.gap, options.time_limit
             if quick:
@@ -85,7 +86,7 @@ class Choice:
         sliced = slice_order(problem, lineup, order, walls=walls)
         if sliced is None or not (figures := score(problem, sliced)).feasible:
             raise Infeasible
-        return Found(sliced, figures, min(lower_bound(problem, lineup), figures.value))
+        return SearchResult(sliced, figures, min(lower_bound(problem, lineup), figures.value))
 
     @property
     def _progress(self) -> Progress:
@@ -140,7 +141,7 @@ def choice(subject: Subject, options: CutOptions, say: Say) -> Choice:
     return made
 
 
-def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> tuple[int | None, Setting]:
+def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> tuple[int | None, Target]:
     """Exactly how many stages, or None, and what they run on."""
     atoms = len(subject.atoms.ops)
     objective, limit = options.objective, options.max_memory
@@ -210,7 +211,7 @@ def _ties(subject: Subject, options: CutOptions) -> list[list[int]]:
     return ties
 
 
-def _placed(subject: Subject, place: Mapping[str, str], setting: Setting) -> dict[int, frozenset[str]]:
+def _placed(subject: Subject, place: Mapping[str, str], setting: Target) -> dict[int, frozenset[str]]:
     names = [device.name for device in setting.devices]
     placed: dict[int, frozenset[str]] = {}
     for pattern, device in place.items():

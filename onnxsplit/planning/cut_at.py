@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Sequence
 
 from onnxsplit.errors import PartitionError
-from onnxsplit.model.atoms import CALLER
 from onnxsplit.model.uncuttable import one_op
+from onnxsplit.plan import CALLER
 from onnxsplit.planning.subject import Subject
 
 _NEAREST = 3

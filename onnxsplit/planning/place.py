@@ -20,19 +20,18 @@ from onnxsplit.files import check_parent, new_folder, replacing
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.source import open_model
 from onnxsplit.partitioner import (
-    CALLER,
     NEVER,
-    Found,
+    DeviceKind,
     Infeasible,
-    Kind,
     Parallel,
     Problem,
+    SearchResult,
     Transfer,
     Weight,
     line_up,
     search,
 )
-from onnxsplit.plan import PLAN_FILE, Objective, Plan, Prediction, Stage
+from onnxsplit.plan import CALLER, PLAN_FILE, Objective, Plan, Prediction, Stage
 from onnxsplit.plan_files import checked_json, load_plan
 from onnxsplit.planning.target import of_cluster
 from onnxsplit.tensors import size_bytes
@@ -128,7 +127,7 @@ def _problem(plan: Plan, cluster: Cluster, ops: Sequence[Set[str]]) -> Problem:
 
     return Problem(
         kinds=tuple(
-            Kind(tuple(time_ns(stage, first[kind]) for stage in range(len(times))), first[kind].memory_bytes)
+            DeviceKind(tuple(time_ns(stage, first[kind]) for stage in range(len(times))), first[kind].memory_bytes)
             for kind in range(len(first))
         ),
         devices=numbers,
@@ -180,7 +179,7 @@ def _moved(stage: Stage, homes: tuple[Device, ...], time_ns: int) -> Stage:
     )
 
 
-def _prediction(plan: Plan, found: Found, devices: tuple[Device, ...]) -> Prediction:
+def _prediction(plan: Plan, found: SearchResult, devices: tuple[Device, ...]) -> Prediction:
     final, memory = found.score, plan.objective == "memory"
     everything = math.ceil(sum(map(reference_ns, plan.stages)) / sum(device.speed for device in devices))
     return Prediction(

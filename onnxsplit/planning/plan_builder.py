@@ -12,7 +12,7 @@ import onnxsplit
 from onnxsplit.cluster import Device
 from onnxsplit.model.ends import constant_text, defaults
 from onnxsplit.npz import save_npz
-from onnxsplit.partitioner import Found, Score, line_up, lower_bound
+from onnxsplit.partitioner import Score, SearchResult, line_up, lower_bound
 from onnxsplit.plan import (
     FORMAT_VERSION,
     CorrectionRound,
@@ -30,7 +30,7 @@ from onnxsplit.plan import (
 )
 from onnxsplit.planning.chooser import Choice
 from onnxsplit.planning.subject import Subject
-from onnxsplit.planning.target import Setting
+from onnxsplit.planning.target import Target
 from onnxsplit.providers import runtime_version
 from onnxsplit.stages.extract import (
     StageParts,
@@ -59,7 +59,7 @@ class WrittenCut:
         measured_ns: by stage on a device of speed 1, all running at once; None when they were not run.
     """
 
-    found: Found
+    found: SearchResult
     parts: tuple[StageParts, ...]
     files: tuple[tuple[FileEntry, ...], ...]
     folder: Path
@@ -68,7 +68,7 @@ class WrittenCut:
     levels: tuple[Level, ...]
     measured_ns: tuple[int, ...] | None = None
 
-    def device(self, setting: Setting, stage: int) -> Device:
+    def device(self, setting: Target, stage: int) -> Device:
         """The device of a stage, the first of its replicas'."""
         return setting.devices[self.found.partition.devices[stage][0]]
 
@@ -77,7 +77,7 @@ class WrittenCut:
         """Times on a device of speed 1: measured ones, else by the costs."""
         return self.measured_ns or tuple(sum(self.op_ns[op] for op in part.ops) for part in self.parts)
 
-    def times_on_devices(self, setting: Setting) -> tuple[int, ...]:
+    def times_on_devices(self, setting: Target) -> tuple[int, ...]:
         """Measured times as they are on the stages' devices, in nanoseconds."""
         return tuple(
             round(time_ns / self.device(setting, stage).speed) for stage, time_ns in enumerate(self.measured_ns or ())
@@ -89,7 +89,7 @@ def stage_file(index: int) -> str:
     return f"stage{index}.onnx"
 
 
-class Description:
+class PlanBuilder:
     """Describes cuts of one choice; without a folder the plan names no files."""
 
     def __init__(self, choose: Choice, folder: Path | None) -> None:

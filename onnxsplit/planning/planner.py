@@ -23,8 +23,9 @@ from onnxsplit.planning.batch_axes import with_batch_axes
 from onnxsplit.planning.chooser import choice
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.outcome import Outcome
-from onnxsplit.planning.rounds import Draft
-from onnxsplit.planning.subject import Say, Subject, examine, silent
+from onnxsplit.planning.rounds import Rounds
+from onnxsplit.planning.subject import Subject, examine
+from onnxsplit.progress import Say, silent
 from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array
@@ -107,7 +108,7 @@ def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say 
     check_target(target)
     choose = choice(subject, options, say)
     with new_folder(target) as folder:
-        made = Draft(choose, folder, say).make(options.rounds)
+        made = Rounds(choose, folder, say).make(options.rounds)
         if made.plan.costs.source == "measured":
             say("looking for the batch axis")
             made = replace(made, plan=with_batch_axes(made.plan, folder, subject, say))
@@ -117,7 +118,7 @@ def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say 
 
 def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> Outcome:
     """The plan that :func:`write_plan` would begin with, before any stage has run; nothing is kept."""
-    return Draft(choice(subject, options, say), None, say).make(0)
+    return Rounds(choice(subject, options, say), None, say).make(0)
 
 
 def default_target(model: Path) -> Path:

@@ -13,15 +13,16 @@ from onnxsplit.cluster import Device
 from onnxsplit.cost.measured import LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
 from onnxsplit.model.precision import computed_types, tolerance
 from onnxsplit.npz import load_npz, save_npz
-from onnxsplit.partitioner import Found, Partition, score
+from onnxsplit.partitioner import Partition, SearchResult, score
 from onnxsplit.plan import (
     CorrectionRound,
     Level,
 )
 from onnxsplit.planning.chooser import Choice
 from onnxsplit.planning.outcome import Outcome
-from onnxsplit.planning.plan_builder import Description, WrittenCut, stage_file
-from onnxsplit.planning.subject import Say, Subject
+from onnxsplit.planning.plan_builder import PlanBuilder, WrittenCut, stage_file
+from onnxsplit.planning.subject import Subject
+from onnxsplit.progress import Say
 from onnxsplit.providers import provider_here
 from onnxsplit.session import host_cores
 from onnxsplit.stages.extract import stage_parts, weight_bytes, write_stage
@@ -50,7 +51,7 @@ class _BytesWritten:
             self._say(f"{self._what}: {self._done >> 20} of {self._total >> 20} MiB")
 
 
-class Draft:
+class Rounds:
     """A plan in the making: cuts, writes, measures, corrects, and keeps the best cut it has seen.
 
     Without a folder it writes nothing, and the plan names no files.
@@ -104,7 +105,7 @@ class Draft:
             for file in cut.folder.iterdir():
                 file.rename(self._folder / file.name)
             cut.folder.rmdir()
-        plan = Description(self._choose, self._folder).plan(cut, bound, history)
+        plan = PlanBuilder(self._choose, self._folder).plan(cut, bound, history)
         return Outcome(plan, self._subject, cut.found.partition, cut.op_ns)
 
     def _contended(self, times_ns: tuple[int, ...]) -> tuple[int, ...]:
@@ -119,7 +120,7 @@ class Draft:
     def _cpu_threads(self) -> int:
         return sum(device.threads for device in self._setting.devices if device.provider == "cpu")
 
-    def _write(self, name: str, found: Found, op_ns: tuple[int, ...]) -> WrittenCut:
+    def _write(self, name: str, found: SearchResult, op_ns: tuple[int, ...]) -> WrittenCut:
         subject = self._subject
         folder = (self._folder or Path()) / name
         if self._folder is not None:

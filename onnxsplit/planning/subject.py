@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,16 +22,10 @@ from onnxsplit.model.shapes import Shapes, bind, infer_shapes, input_specs, size
 from onnxsplit.model.source import SourceModel, node_tensors, tensor_bytes
 from onnxsplit.npz import load_npz
 from onnxsplit.partitioner import Problem, Transfer, Weight
-from onnxsplit.planning.target import Setting, alike
+from onnxsplit.planning.target import Target, alike
+from onnxsplit.progress import Say, silent
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array
-
-Say = Callable[[str], None]
-"""Told, in a few words, what is being done."""
-
-
-def silent(_: str) -> None:
-    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ class Subject:
         """The same model as if every op could be cut from every other."""
         return replace(self, atoms=build_atoms(self.graph, self.shapes, single=True))
 
-    def problem(self, op_ns: Sequence[int], setting: Setting | None = None) -> Problem:
+    def problem(self, op_ns: Sequence[int], setting: Target | None = None) -> Problem:
         """The numbers an algorithm sees, with these times of the ops on a device of speed 1."""
         setting = setting or alike(1)
         atom_of = {op: atom for atom, ops in enumerate(self.atoms.ops) for op in ops}

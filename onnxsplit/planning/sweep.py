@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from onnxsplit.partitioner import Effort, line_up, search, stage_memory
-from onnxsplit.plan import Record
-from onnxsplit.planning.subject import Say, Subject, silent
+from onnxsplit.plan import PlanStruct
+from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import alike
+from onnxsplit.progress import Say, silent
 
 _EFFORT = Effort(gap=0.01, seconds=2.0)
 
 
-class SweepRow(Record, frozen=True, kw_only=True):
+class SweepRow(PlanStruct, frozen=True, kw_only=True):
     """The best cut found for a number of stages, each on a device of its own. Nanoseconds and bytes."""
 
     stages: int

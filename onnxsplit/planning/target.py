@@ -8,12 +8,12 @@ from functools import cached_property
 
 from onnxsplit.cluster import Cluster, Device, Link
 from onnxsplit.model.graph import Op
-from onnxsplit.partitioner import NEVER, Kind
+from onnxsplit.partitioner import NEVER, DeviceKind
 from onnxsplit.plan import Objective
 
 
 @dataclass(frozen=True)
-class Setting:
+class Target:
     """Devices and wishes, for every cut of a model.
 
     Attributes:
@@ -36,7 +36,7 @@ class Setting:
         numbers: dict[object, int] = {}
         return tuple(numbers.setdefault(self._nature(device), len(numbers)) for device in self.devices)
 
-    def kinds(self, ops: Sequence[Op], atoms: Sequence[Sequence[int]], times: Sequence[int]) -> tuple[Kind, ...]:
+    def kinds(self, ops: Sequence[Op], atoms: Sequence[Sequence[int]], times: Sequence[int]) -> tuple[DeviceKind, ...]:
         """Each kind, with what every atom takes there.
 
         Args:
@@ -46,7 +46,7 @@ class Setting:
         """
         first = dict(reversed(list(zip(self.kind_of, self.devices, strict=True))))
         return tuple(
-            Kind(
+            DeviceKind(
                 tuple(
                     round(time_ns / device.speed) if all(self._may_run(device, ops[op]) for op in atom) else NEVER
                     for atom, time_ns in zip(atoms, times, strict=True)
@@ -95,7 +95,7 @@ def alike(
     threads: int = 1,
     max_memory_bytes: int | None = None,
     objective: Objective = "throughput",
-) -> Setting:
+) -> Target:
     """So many devices of one host that are all alike; each with its provider, the last one's where there are fewer."""
     devices = tuple(
         Device(
@@ -106,16 +106,14 @@ def alike(
         )
         for number in range(count)
     )
-    return Setting(devices, objective=objective)
+    return Target(devices, objective=objective)
 
 
-def of_cluster(
-    cluster: Cluster, *, max_memory_bytes: int | None = None, objective: Objective = "throughput"
-) -> Setting:
+def of_cluster(cluster: Cluster, *, max_memory_bytes: int | None = None, objective: Objective = "throughput") -> Target:
     """The devices of a cluster, none with more memory than that."""
 
     def smaller(limits: Iterable[int | None]) -> int | None:
         return min((limit for limit in limits if limit is not None), default=None)
 
     devices = tuple(replace(d, memory_bytes=smaller((d.memory_bytes, max_memory_bytes))) for d in cluster.devices)
-    return Setting(devices, cluster, objective)
+    return Target(devices, cluster, objective)

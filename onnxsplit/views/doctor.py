@@ -10,21 +10,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.plan import Record
+from onnxsplit.plan import PlanStruct
 from onnxsplit.providers import available_providers, gpu_count, load_runtime, provider_problem
 from onnxsplit.session import host_cores
 
 PACKAGES = ("onnxsplit", "onnxruntime", "onnxruntime-gpu", "onnx", "networkx", "numpy", "pyzmq", "torch")
 
 
-class ProviderState(Record, frozen=True, kw_only=True):
+class ProviderState(PlanStruct, frozen=True, kw_only=True):
     """A provider of the installed ONNX Runtime; ``problem`` is None when it can be used."""
 
     name: str
     problem: str | None
 
 
-class Diagnosis(Record, frozen=True, kw_only=True):
+class Diagnosis(PlanStruct, frozen=True, kw_only=True):
     """What :func:`diagnose` found; sizes in bytes."""
 
     python: str

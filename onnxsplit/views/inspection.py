@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from onnxsplit.model.atoms import CALLER
 from onnxsplit.model.multi_device import check_multi_device
-from onnxsplit.plan import Record, Shape
+from onnxsplit.plan import CALLER, PlanStruct, Shape
 from onnxsplit.planning.subject import Subject
 from onnxsplit.stages.extract import peak_memory_bytes, weight_bytes, whole_parts
 
 
-class TypeRow(Record, frozen=True, kw_only=True):
+class TypeRow(PlanStruct, frozen=True, kw_only=True):
     """All ops of one type: how many, and their time in nanoseconds."""
 
     op_type: str
@@ -19,7 +18,7 @@ class TypeRow(Record, frozen=True, kw_only=True):
     time_ns: int
 
 
-class CutRow(Record, frozen=True, kw_only=True):
+class CutRow(PlanStruct, frozen=True, kw_only=True):
     """One way to cut in two along the order of the ops: the tensors that cross, and the time on either side."""
 
     tensors: tuple[str, ...]
@@ -28,7 +27,7 @@ class CutRow(Record, frozen=True, kw_only=True):
     after_ns: int
 
 
-class Inspection(Record, frozen=True, kw_only=True):
+class Inspection(PlanStruct, frozen=True, kw_only=True):
     """A model in figures. Times are nanoseconds of one run, sizes bytes; ``multi_device`` what is wrong there."""
 
     ir_version: int

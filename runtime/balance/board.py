@@ -27,7 +27,7 @@ _SENT = 8
 _MASK = (1 << 64) - 1
 
 
-class Board:
+class LoadBoard:
     """A board in some memory: this process's own, or (to be read only) a peer's.
 
     Args:

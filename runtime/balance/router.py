@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnxsplit.cluster import Link
-from runtime.balance.board import Board
+from onnxsplit.plan import CALLER
+from runtime.balance.board import LoadBoard
 from runtime.balance.policies import ALL, Chooser, Replica
-from runtime.wire.messages import CALLER, Peer, Policy, Receipt
+from runtime.wire.messages import Peer, Policy, Receipt
 
 _BETWEEN_HOSTS = Link()
 _FRESH = 16.0  # times of a request after which half of what a node said of others' work is still true
@@ -77,7 +78,7 @@ class Router:
         unreachable: processes that nothing can be sent to now; they are chosen only where there are no others.
     """
 
-    def __init__(self, policy: Policy, board: Board) -> None:
+    def __init__(self, policy: Policy, board: LoadBoard) -> None:
         self.unreachable: frozenset[int] = frozenset()
         self._policy = policy
         self._board = board
@@ -85,15 +86,15 @@ class Router:
         # Of each stage those that take requests; where all leave, those: they stay for what began before they left.
         self._nodes: dict[int, tuple[int, ...]] = {}
         self._numbers: dict[int, tuple[int, ...]] = {}  # of each stage, all
-        self._boards: dict[int, Board] = {}  # of this process, and of the peers whose memory is mapped
+        self._boards: dict[int, LoadBoard] = {}  # of this process, and of the peers whose memory is mapped
         self._heard: dict[int, _Heard] = {}  # of others
-        self._senders: dict[tuple[int, ...], Mapping[int, Board]] = {}  # by the stages that send
+        self._senders: dict[tuple[int, ...], Mapping[int, LoadBoard]] = {}  # by the stages that send
         self._choosers: dict[int, Chooser] = {}
         self._known: frozenset[int] = frozenset()
         self._usual_ns = 0.0
         self._usual = 0.0  # work of others that nodes on other hosts have
 
-    def learn(self, me: int, peers: Sequence[Peer], boards: Mapping[int, Board]) -> None:
+    def learn(self, me: int, peers: Sequence[Peer], boards: Mapping[int, LoadBoard]) -> None:
         """All processes of the pipeline, and the boards of those whose memory is mapped."""
         self._me = me
         stages: dict[int, list[Peer]] = {}
@@ -175,14 +176,14 @@ class Router:
         """The cost of what has been sent to a node and it is not done with, as far as that is known here."""
         return self._outstanding(number, self._sending(tuple(self._numbers)))
 
-    def _outstanding(self, number: int, senders: Mapping[int, Board]) -> int:
+    def _outstanding(self, number: int, senders: Mapping[int, LoadBoard]) -> int:
         board = self._boards.get(number)
         if board is None:
             heard = self._heard.get(number, _NOTHING)
             return max(0, self._board.sent(number) - heard.done - heard.lost)
         return sum([max(0, sent.sent(number) - board.done(sender)) for sender, sent in senders.items()])
 
-    def _sending(self, stages: tuple[int, ...]) -> Mapping[int, Board]:
+    def _sending(self, stages: tuple[int, ...]) -> Mapping[int, LoadBoard]:
         """The boards of those in some stages that can be read."""
         found = self._senders.get(stages)
         if found is None:
@@ -190,7 +191,7 @@ class Router:
             found = self._senders[stages] = {n: board for n, board in self._boards.items() if n in numbers}
         return found
 
-    def _replica(self, number: int, senders: Mapping[int, Board], size_bytes: int, now_ns: int) -> Replica:
+    def _replica(self, number: int, senders: Mapping[int, LoadBoard], size_bytes: int, now_ns: int) -> Replica:
         board = self._boards.get(number)
         if board is None:
             heard = self._heard.get(number) or self._heard.setdefault(number, _Heard(measured_ns=now_ns))

@@ -9,15 +9,13 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from runtime.coordinator.reach import Link
-from runtime.coordinator.roster import Kill, Slot, Start
+from runtime.coordinator.reach import LinkKey
+from runtime.coordinator.roster import KillNode, StartNode
 from runtime.errors import PipelineError
-from runtime.wire.messages import Failed, Fate, Hello, Step, Visit
+from runtime.topology import ReplicaKey
+from runtime.wire.messages import AttemptKey, Failed, Fate, Hello, Step, Visit
 
-Key = tuple[int, int]
-"""A request and an attempt at it."""
-
-Steps = Mapping[Key, Mapping[int, Step]]
+Steps = Mapping[AttemptKey, Mapping[int, Step]]
 """How far nodes, by number, are known to be with attempts."""
 
 
@@ -82,7 +80,7 @@ class Reconnected(Struct, frozen=True):
 class LinksSeen(Struct, frozen=True):
     """These links, and no others, are dead now: numbers of who sends and of who should receive."""
 
-    dead: frozenset[Link]
+    dead: frozenset[LinkKey]
     now_ns: int
 
 
@@ -161,7 +159,7 @@ class CloseAsked(Struct, frozen=True):
     """The pipeline is to end."""
 
 
-Event = (
+CoordinatorEvent = (
     Joined
     | Met
     | Prepared
@@ -188,7 +186,7 @@ class GiveStage(Struct, frozen=True):
     """Assign a slot to a node."""
 
     identity: bytes
-    slot: Slot
+    slot: ReplicaKey
 
 
 class Introduce(Struct, frozen=True):
@@ -273,9 +271,9 @@ class Drained(Struct, frozen=True):
     """No request is in flight any more, and none will be."""
 
 
-Effect = (
-    Start
-    | Kill
+CoordinatorEffect = (
+    StartNode
+    | KillNode
     | GiveStage
     | Introduce
     | ShareMemory

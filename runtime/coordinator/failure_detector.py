@@ -25,7 +25,7 @@ class _Node:
     closed: bool = False
 
 
-class Watch:
+class FailureDetector:
     """Watches nodes from the moment they get a stage.
 
     Args:

@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxsplit.plan import Plan
+from onnxsplit.plan import CALLER, Plan
 from runtime.balance.router import Router
 from runtime.coordinator.events import (
     Again,
     Announce,
     CloseAsked,
+    CoordinatorEffect,
+    CoordinatorEvent,
     Declined,
     DrainAsked,
     Drained,
-    Effect,
     Enter,
-    Event,
     Expired,
     Forget,
     GiveStage,
@@ -53,23 +53,22 @@ from runtime.coordinator.events import (
     Tick,
     TimedOut,
 )
-from runtime.coordinator.failure_detector import Watch
-from runtime.coordinator.reach import Reach
-from runtime.coordinator.request_io import Flow
-from runtime.coordinator.roster import Kill, Phase, Slot, Start
-from runtime.coordinator.state import CoordinatorState, State
-from runtime.coordinator.status import Door, NodeStats, Snapshot, node_stats
+from runtime.coordinator.failure_detector import FailureDetector
+from runtime.coordinator.reach import Reachability
+from runtime.coordinator.request_io import RequestIO
+from runtime.coordinator.roster import KillNode, Phase, StartNode
+from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.coordinator.status import NodeStats, Snapshot, StatusServer, node_stats
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, ProtocolError
 from runtime.files.server import FileServer
 from runtime.home import hold, sweep
-from runtime.launcher import Handle, Launcher, Premises
+from runtime.launcher import Handle, Launcher, Rendezvous
 from runtime.logs import Drops, log_event
 from runtime.memory.payloads import Payloads
 from runtime.timings import Timings
-from runtime.topology import sources
+from runtime.topology import ReplicaKey, sources
 from runtime.wire import codec
 from runtime.wire.messages import (
-    CALLER,
     Assign,
     Beat,
     Cancel,
@@ -137,7 +136,7 @@ class Setup:
     timings: Timings
     memory_bytes: int
     elastic: bool
-    premises: Premises
+    premises: Rendezvous
     launcher: Launcher | None
     start_timeout_s: float | None
     progress: Callable[[int, int], None]
@@ -168,9 +167,9 @@ class Coordinator:
         self._premises = setup.premises
         self._files: FileServer | None = None
         self._roster = self._machine.roster
-        self._watch = Watch(setup.timings)
-        self._reach = Reach(setup.timings.unreachable_s)
-        self.flow = Flow(
+        self._watch = FailureDetector(setup.timings)
+        self._reach = Reachability(setup.timings.unreachable_s)
+        self.flow = RequestIO(
             setup.plan,
             self._machine,
             self._payloads,
@@ -181,10 +180,10 @@ class Coordinator:
             deadline=self._expect,
             broken=self._break,
         )
-        self.profiles: dict[Slot, list[dict[str, Any]]] = {}
+        self.profiles: dict[ReplicaKey, list[dict[str, Any]]] = {}
         self._shortcut = setup.premises.home / "results.fragments" if setup.memory_bytes else None
-        self._posted: deque[Event] = deque()
-        self._left: deque[Effect] = deque()  # to the thread that owns the control socket
+        self._posted: deque[CoordinatorEvent] = deque()
+        self._left: deque[CoordinatorEffect] = deque()  # to the thread that owns the control socket
         self._wakeup = Wakeup()
         self._sleeps_until = 0.0
         self._turned = math.inf  # when the thread last looked after its nodes; it has not begun to
@@ -291,11 +290,11 @@ class Coordinator:
         avoid = self._machine.avoided(stage) if self._machine.dead_links else frozenset()
         return self._router.choose(stage, self._sources[stage], cost, 0, time.monotonic_ns(), avoid=avoid)
 
-    def _post(self, event: Event) -> None:
+    def _post(self, event: CoordinatorEvent) -> None:
         self._posted.append(event)
         self._wakeup.ring()
 
-    def _leave_to_control(self, effect: Effect) -> None:
+    def _leave_to_control(self, effect: CoordinatorEffect) -> None:
         self._left.append(effect)
         self._wakeup.ring()
 
@@ -333,7 +332,7 @@ class Coordinator:
                 )
                 taker.start()
                 try:
-                    with Door(premises.home) as door:
+                    with StatusServer(premises.home) as door:
                         self._loop(sockets, results, control, data, door)
                 finally:
                     self.flow.stop()
@@ -346,7 +345,9 @@ class Coordinator:
         finally:
             self._finish(failure)
 
-    def _loop(self, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet, door: Door) -> None:
+    def _loop(
+        self, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet, door: StatusServer
+    ) -> None:
         setup = self._setup
         self._address = control.address
         self._machine.data_address = data.address
@@ -355,11 +356,11 @@ class Coordinator:
         if not self._roster.nodes:  # every output passes through: there is nothing to wait for
             self._ready.set_result(control.address)
         begun = next_beat = time.monotonic()
-        while self._machine.state is not State.CLOSED:
+        while self._machine.state is not PipelinePhase.CLOSED:
             if self._broken is not None:
                 raise self._broken
             now = self._turned = time.monotonic()
-            events: list[Event] = []
+            events: list[CoordinatorEvent] = []
             beats = now >= next_beat
             if beats:
                 if (late := now - next_beat) > setup.timings.beat_s:  # this process was stopped, or its host is busy
@@ -390,7 +391,9 @@ class Coordinator:
             if door.fileno() in ready:
                 door.answer(self._snapshot())
 
-    def _handle(self, event: Event, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet) -> None:
+    def _handle(
+        self, event: CoordinatorEvent, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet
+    ) -> None:
         if isinstance(event, Lost):
             self._watch.end(event.number)
         if isinstance(event, Lost) and (record := self._roster.by_number(event.number)) is not None:
@@ -442,14 +445,14 @@ class Coordinator:
                 steps[key].setdefault(number, Step.RUNNING)
         return steps
 
-    def _expired(self) -> list[Event]:
+    def _expired(self) -> list[CoordinatorEvent]:
         """Requests whose time ran out, with what the nodes' memory tells of how far they came."""
         late = self._machine.expired(time.monotonic_ns())
         steps = self._steps() if late else {}
         return [Expired(request, steps.get((request, attempt), {})) for request, attempt in late]
 
-    def _control_events(self, control: AnsweringInlet) -> list[Event]:
-        events: list[Event] = []
+    def _control_events(self, control: AnsweringInlet) -> list[CoordinatorEvent]:
+        events: list[CoordinatorEvent] = []
         while (message := control.receive()) is not None:
             identity, header, key = message
             now = time.monotonic_ns()
@@ -478,7 +481,7 @@ class Coordinator:
                     events += self._heard(identity, said, control, now)
         return events
 
-    def _heard(self, identity: bytes, beat: NodeBeat, control: AnsweringInlet, now_ns: int) -> list[Event]:
+    def _heard(self, identity: bytes, beat: NodeBeat, control: AnsweringInlet, now_ns: int) -> list[CoordinatorEvent]:
         record = self._roster.by_identity(identity)
         if record is None:  # it was cut off, taken for dead, and is back
             told = "the pipeline took it for dead, or was started anew"
@@ -518,7 +521,7 @@ class Coordinator:
                 self._gone.setdefault(number, (handle.story(), "rejoin"))
                 handle.end(0.0)
 
-    def _beat(self, control: AnsweringInlet, running_s: float) -> list[Event]:
+    def _beat(self, control: AnsweringInlet, running_s: float) -> list[CoordinatorEvent]:
         """Let nodes hear that the coordinator lives; look for those that do not."""
         setup, now = self._setup, time.monotonic_ns()
         header = codec.encode(Beat(self.flow.oldest))
@@ -535,18 +538,18 @@ class Coordinator:
                     self._tell(control, record.identity, codec.encode(Trust(tuple(trusted))))
                 if record.hello is not None and record.hello.key not in trusted:
                     self._give_up({record.number: f"had its key revoked ({record.hello.key})"}, "refused")
-        events: list[Event] = [*self._look_at_links(now)]
+        events: list[CoordinatorEvent] = [*self._look_at_links(now)]
         patience = setup.start_timeout_s
         if patience is not None and self._files is not None and self._files.idle_s < patience:
             patience = None  # nobody is late while stage files are on their way
         self._give_up(self._watch.silent(now))
-        if patience is not None and self._machine.state is State.STARTING and running_s > patience:
+        if patience is not None and self._machine.state is PipelinePhase.STARTING and running_s > patience:
             events.append(TimedOut(self._late(patience)))
-        elif patience is not None and self._machine.state is not State.STARTING and setup.launcher is not None:
+        elif patience is not None and self._machine.state is not PipelinePhase.STARTING and setup.launcher is not None:
             self._give_up(dict(self._roster.late(now, patience)))
         return events
 
-    def _look_at_links(self, now_ns: int) -> list[Event]:
+    def _look_at_links(self, now_ns: int) -> list[CoordinatorEvent]:
         """Who cannot reach whom, where that changed."""
         entrances = {number for stage in self._machine.entrances for number in self._roster.numbers(stage)}
         own = frozenset(
@@ -558,8 +561,8 @@ class Coordinator:
         return [LinksSeen(dead, now_ns)] if dead != self._machine.dead_links.keys() else []
 
     def _perform(
-        self, effect: Effect, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet
-    ) -> Event | None:
+        self, effect: CoordinatorEffect, sockets: Sockets, results: Sockets, control: AnsweringInlet, data: Inlet
+    ) -> CoordinatorEvent | None:
         setup = self._setup
         match effect:
             case Enter() | Again() | Resolve() | Reject():
@@ -567,7 +570,7 @@ class Coordinator:
             case Forget(request, attempt, identities):
                 for identity in identities:
                     control.send(identity, codec.encode(Cancel(request, attempt)))
-            case Start((stage, replica), number):
+            case StartNode((stage, replica), number):
                 log_event(_log, logging.INFO, "node starts", stage=stage, replica=replica, number=number)
                 if setup.launcher is not None:
                     address = control.address
@@ -578,7 +581,7 @@ class Coordinator:
                         return None
                     self._handles[number] = handle
                     sockets.watch(handle.fileno())
-            case Kill(number):
+            case KillNode(number):
                 if number in self._handles:
                     self._handles[number].kill()
             case GiveStage(identity, (stage, replica)):
@@ -629,9 +632,9 @@ class Coordinator:
         results: Sockets,
         control: AnsweringInlet,
         data: Inlet,
-    ) -> Event | None:
+    ) -> CoordinatorEvent | None:
         """Tell nodes who all processes are, and learn it here."""
-        starting = self._machine.state is State.STARTING
+        starting = self._machine.state is PipelinePhase.STARTING
         pair = self._premises.security.pair
         key = pair.public if pair is not None else ""
         caller = Peer(0, CALLER, 0, False, data.address, str(self._shortcut or ""), self._payloads.memory, key)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Set
 
-from runtime.wire.messages import CALLER
+from onnxsplit.plan import CALLER
 
-Link = tuple[int, int]
+LinkKey = tuple[int, int]
 """Who sends and who should receive, by number."""
 
 
-class Reach:
+class Reachability:
     """Remembers which links are not connected, and since when.
 
     Args:
@@ -22,8 +22,8 @@ class Reach:
 
     def __init__(self, unreachable_s: float) -> None:
         self._patience_ns = int(unreachable_s * 1e9)
-        self._since: dict[Link, int] = {}
-        self._dead: frozenset[Link] = frozenset()
+        self._since: dict[LinkKey, int] = {}
+        self._dead: frozenset[LinkKey] = frozenset()
 
     def seen(self, sender: int, unreachable: Collection[int], now_ns: int) -> None:
         """A process says which others it is not connected to now."""
@@ -32,7 +32,7 @@ class Reach:
         for number in unreachable:
             self._since.setdefault((sender, number), now_ns)
 
-    def dead(self, known: Set[int], heard: Set[int], now_ns: int) -> frozenset[Link]:
+    def dead(self, known: Set[int], heard: Set[int], now_ns: int) -> frozenset[LinkKey]:
         """The links among ``known`` processes that are dead; all others are forgotten.
 
         A link to or from a process that was not ``heard`` lately is not found dead: the process may be.
@@ -47,7 +47,7 @@ class Reach:
 
 
 def dead_ends(
-    readers: Mapping[int, Collection[int]], nodes: Mapping[int, Collection[int]], dead: Set[Link]
+    readers: Mapping[int, Collection[int]], nodes: Mapping[int, Collection[int]], dead: Set[LinkKey]
 ) -> frozenset[int]:
     """The processes from which a request cannot get to the end of its way, the coordinator's number 0 among them.
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxsplit.errors import one_line
-from onnxsplit.plan import Plan
+from onnxsplit.plan import CALLER, Plan
 from onnxsplit.tensors import Array
 from runtime.balance.router import Router
 from runtime.coordinator.events import (
     Again,
-    Effect,
+    CoordinatorEffect,
+    CoordinatorEvent,
     Enter,
-    Event,
     GivenUp,
     Reject,
     Reported,
@@ -40,7 +40,7 @@ from runtime.memory.payloads import Attempt, Outgoing, Payloads, shapes_of
 from runtime.topology import sources
 from runtime.trace import Traced
 from runtime.wire import codec
-from runtime.wire.messages import ANY, CALLER, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
+from runtime.wire.messages import ANY, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
 from runtime.wire.sockets import Inlet, Outlet, Sockets, Wakeup
 
 _log = logging.getLogger("runtime.coordinator")
@@ -101,7 +101,7 @@ class _Here(threading.local):
     delivering = False
 
 
-class Flow:
+class RequestIO:
     """The requests of one coordinator.
 
     A fault that has to do with one request ends that request alone: no thread that others need ends with it.
@@ -134,7 +134,7 @@ class Flow:
         *,
         replay: bool,
         trace: bool,
-        elsewhere: Callable[[Effect], None],
+        elsewhere: Callable[[CoordinatorEffect], None],
         deadline: Callable[[int], None],
         broken: Callable[[BaseException], None],
     ) -> None:
@@ -359,7 +359,7 @@ class Flow:
         self.deliver()
         return True
 
-    def _take(self, event: Event | _Outputs) -> None:
+    def _take(self, event: CoordinatorEvent | _Outputs) -> None:
         """Act on what came back, while the lock is held."""
         if not isinstance(event, _Outputs):
             self.perform(self._machine.handle(event))
@@ -375,7 +375,7 @@ class Flow:
         elif event.error is not None:
             self.perform(self._machine.handle(Unsendable(request, event.error, attempt)))
 
-    def _result(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Event | _Outputs | None:
+    def _result(self, header: codec.Buffer, frames: list[codec.Buffer]) -> CoordinatorEvent | _Outputs | None:
         try:
             said = codec.decode_data(header)
             match said:
@@ -392,7 +392,7 @@ class Flow:
             _drops.note(error)
         return None
 
-    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> Event | _Outputs:
+    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> CoordinatorEvent | _Outputs:
         try:
             tensors = self._payloads.receive(fragment, frames)
         except MemoryWithdrawn:
@@ -407,12 +407,12 @@ class Flow:
         except MemoryError as error:
             return _Outputs(fragment, None, _unreadable(fragment, error))
 
-    def perform(self, effects: Iterable[Effect]) -> None:
+    def perform(self, effects: Iterable[CoordinatorEffect]) -> None:
         """Do what is to be done about requests, while the lock is held, and leave the rest to the control thread."""
         for effect in effects:
             self.answer(effect)
 
-    def answer(self, effect: Effect) -> None:
+    def answer(self, effect: CoordinatorEffect) -> None:
         """Send, or note what to tell a caller, while the lock is held.
 
         :meth:`deliver` tells it, without: a caller may submit again.

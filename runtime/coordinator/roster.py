@@ -1,6 +1,6 @@
 """The nodes of a pipeline as its coordinator sees them: who serves, who comes, who goes. Pure.
 
-A *slot* is a replica of a stage that there is to be; a :class:`Record` is one process in it, an incarnation, with a
+A *slot* is a replica of a stage that there is to be; a :class:`NodeRecord` is one process in it, an incarnation, with a
 number that no other process of the pipeline has. :data:`TRANSITIONS` is what an incarnation goes through.
 """
 
@@ -17,11 +17,9 @@ from msgspec import Struct
 from onnxsplit.cluster import LOCAL
 from runtime.balance.board import PEERS
 from runtime.timings import Timings
+from runtime.topology import ReplicaKey
 from runtime.transition_table import Machine
 from runtime.wire.messages import PROTOCOL, Fate, Hello, Peer, Visit
-
-Slot = tuple[int, int]
-"""A stage and a replica of it."""
 
 _SETTLED_REQUESTS = 20
 _LATENCIES = 1000  # that percentiles are taken of
@@ -44,7 +42,7 @@ class Phase(Enum):
     GONE = "gone"
 
 
-class Change(Enum):
+class NodeChange(Enum):
     """What happens to it."""
 
     START = "start"
@@ -58,35 +56,35 @@ class Change(Enum):
 
 _ALIVE = (Phase.STARTED, Phase.LOADING, Phase.READY)
 
-TRANSITIONS: Mapping[tuple[Phase, Change], Phase] = {
-    (Phase.BACKOFF, Change.START): Phase.STARTED,
-    (Phase.OPEN, Change.START): Phase.STARTED,
-    (Phase.STARTED, Change.JOIN): Phase.LOADING,
-    (Phase.LOADING, Change.PREPARE): Phase.READY,
-    (Phase.READY, Change.PREPARE): Phase.READY,
-    (Phase.LEAVING, Change.PREPARE): Phase.LEAVING,
-    (Phase.READY, Change.LEAVE): Phase.LEAVING,
-    **{(phase, Change.LOSE): Phase.BACKOFF for phase in _ALIVE},
-    **{(phase, Change.TRIP): Phase.OPEN for phase in _ALIVE},
-    **{(phase, Change.END): Phase.GONE for phase in Phase if phase is not Phase.GONE},
+TRANSITIONS: Mapping[tuple[Phase, NodeChange], Phase] = {
+    (Phase.BACKOFF, NodeChange.START): Phase.STARTED,
+    (Phase.OPEN, NodeChange.START): Phase.STARTED,
+    (Phase.STARTED, NodeChange.JOIN): Phase.LOADING,
+    (Phase.LOADING, NodeChange.PREPARE): Phase.READY,
+    (Phase.READY, NodeChange.PREPARE): Phase.READY,
+    (Phase.LEAVING, NodeChange.PREPARE): Phase.LEAVING,
+    (Phase.READY, NodeChange.LEAVE): Phase.LEAVING,
+    **{(phase, NodeChange.LOSE): Phase.BACKOFF for phase in _ALIVE},
+    **{(phase, NodeChange.TRIP): Phase.OPEN for phase in _ALIVE},
+    **{(phase, NodeChange.END): Phase.GONE for phase in Phase if phase is not Phase.GONE},
 }
 
 
-class Start(Struct, frozen=True):
+class StartNode(Struct, frozen=True):
     """Start a process for a slot; it will have this number."""
 
-    slot: Slot
+    slot: ReplicaKey
     number: int
 
 
-class Kill(Struct, frozen=True):
+class KillNode(Struct, frozen=True):
     """The process with this number is to be ended at once."""
 
     number: int
 
 
 @dataclass
-class Tally:
+class NodeCounters:
     """What the processes of one slot have done so far. Times are sums in nanoseconds."""
 
     requests: int = 0
@@ -102,12 +100,12 @@ class Tally:
 
 
 @dataclass(eq=False)
-class Record:
+class NodeRecord:
     """One process in a slot."""
 
-    slot: Slot
-    tally: Tally
-    machine: Machine[Phase, Change]
+    slot: ReplicaKey
+    tally: NodeCounters
+    machine: Machine[Phase, NodeChange]
     number: int = -1
     identity: bytes = b""
     hello: Hello | None = None
@@ -149,7 +147,7 @@ class Incident(Struct, frozen=True):
     """A node that was lost, or cannot reach another: when, by the host's monotonic clock, which, and why."""
 
     at_ns: int
-    slot: Slot
+    slot: ReplicaKey
     story: str
 
 
@@ -185,12 +183,12 @@ class Roster:
         replicas: tuple[int, ...],
         timings: Timings,
         *,
-        hosts: Mapping[Slot, str] | None = None,
+        hosts: Mapping[ReplicaKey, str] | None = None,
         elastic: bool = False,
     ) -> None:
-        self.nodes: dict[Slot, Record] = {}
-        self.departing: list[Record] = []
-        self.tallies: dict[Slot, Tally] = {}
+        self.nodes: dict[ReplicaKey, NodeRecord] = {}
+        self.departing: list[NodeRecord] = []
+        self.tallies: dict[ReplicaKey, NodeCounters] = {}
         self.view = 0
         self.mapped: frozenset[int] = frozenset()
         self.dead_ends: frozenset[int] = frozenset()
@@ -208,26 +206,26 @@ class Roster:
             for replica in range(count):
                 self.nodes[stage, replica] = self._record((stage, replica))
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[NodeRecord]:
         yield from self.nodes.values()
         yield from self.departing
 
-    def _record(self, slot: Slot) -> Record:
-        tally = self.tallies.setdefault(slot, Tally())
-        return Record(slot, tally, Machine(f"node {slot[0]}.{slot[1]}", TRANSITIONS, Phase.BACKOFF))
+    def _record(self, slot: ReplicaKey) -> NodeRecord:
+        tally = self.tallies.setdefault(slot, NodeCounters())
+        return NodeRecord(slot, tally, Machine(f"node {slot[0]}.{slot[1]}", TRANSITIONS, Phase.BACKOFF))
 
-    def _add(self, slot: Slot) -> Record:
+    def _add(self, slot: ReplicaKey) -> NodeRecord:
         self.nodes[slot] = self._record(slot)
         self.nodes = dict(sorted(self.nodes.items()))
         return self.nodes[slot]
 
     # Who is there
 
-    def by_identity(self, identity: bytes) -> Record | None:
+    def by_identity(self, identity: bytes) -> NodeRecord | None:
         """The node that reported under an identity."""
         return next((record for record in self if record.identity == identity), None)
 
-    def by_number(self, number: int) -> Record | None:
+    def by_number(self, number: int) -> NodeRecord | None:
         """The node with a number."""
         return next((record for record in self if record.number == number), None)
 
@@ -241,7 +239,7 @@ class Roster:
         """Numbers of the processes that are to reach each other: all but those that were told to end."""
         return frozenset({0, *(record.number for record in self if not record.released)})
 
-    def missing(self) -> tuple[Slot, ...]:
+    def missing(self) -> tuple[ReplicaKey, ...]:
         """The slots whose nodes are not ready."""
         return tuple(slot for slot, record in self.nodes.items() if record.phase is not Phase.READY)
 
@@ -273,7 +271,7 @@ class Roster:
         last = records[0]
         return f"{last.called} failed {last.failed_in_row} times in a row and {last.reason}"
 
-    def peers(self, to: Record | None, *, everyone: bool) -> tuple[Peer, ...]:
+    def peers(self, to: NodeRecord | None, *, everyone: bool) -> tuple[Peer, ...]:
         """All nodes, as ``to`` is told; ``everyone``: also those that are loading."""
         known = {Phase.READY, Phase.LEAVING} | ({Phase.LOADING} if everyone else set())
         return tuple(
@@ -293,7 +291,7 @@ class Roster:
 
     # Who comes
 
-    def due(self, now_ns: int) -> list[Start]:
+    def due(self, now_ns: int) -> list[StartNode]:
         """Start what is to be started by now."""
         found = [
             record
@@ -302,13 +300,13 @@ class Roster:
         ]
         return [self._start(record, now_ns) for record in found]
 
-    def _start(self, record: Record, now_ns: int) -> Start:
-        record.machine.go(Change.START)
+    def _start(self, record: NodeRecord, now_ns: int) -> StartNode:
+        record.machine.go(NodeChange.START)
         record.number = self._number()
         record.started_ns = now_ns
         record.hello, record.introduced, record.requests = None, False, 0
         record.mapped, record.readers = frozenset(), ()
-        return Start(record.slot, record.number)
+        return StartNode(record.slot, record.number)
 
     def _number(self) -> int:
         """The next one that is free; numbers come back late, when nothing of their last owner is under way."""
@@ -326,7 +324,7 @@ class Roster:
             if record.phase in (Phase.STARTED, Phase.LOADING) and now_ns - record.started_ns > patience_s * 1e9
         ]
 
-    def join(self, identity: bytes, hello: Hello, now_ns: int, *, open_: bool) -> Record | Refusal | None:
+    def join(self, identity: bytes, hello: Hello, now_ns: int, *, open_: bool) -> NodeRecord | Refusal | None:
         """A node reports: the record it fills, why it cannot, or None when it is known already."""
         if hello.protocol != PROTOCOL:
             return Refusal(
@@ -358,7 +356,7 @@ class Roster:
             return Refusal(reason, "rejoin" if open_ else "end", again=self._asks_again(hello, now_ns))
         self._refused.pop((hello.host, hello.pid), None)
         record = min(free, key=lambda record: self._strangeness(record, hello))
-        record.machine.go(Change.JOIN)
+        record.machine.go(NodeChange.JOIN)
         record.identity, record.hello, record.started_ns = identity, hello, now_ns
         return record
 
@@ -370,7 +368,7 @@ class Roster:
         self._refused[process] = now_ns
         return again
 
-    def _extended(self, stage: int, now_ns: int) -> list[Record]:
+    def _extended(self, stage: int, now_ns: int) -> list[NodeRecord]:
         """One more slot of a stage, for a node that is there already; none when there are no numbers left."""
         if sum(1 for _ in self) + 1 >= PEERS:
             return []
@@ -378,7 +376,7 @@ class Roster:
         self._start(record, now_ns)
         return [record]
 
-    def _strangeness(self, record: Record, hello: Hello) -> int:
+    def _strangeness(self, record: NodeRecord, hello: Hello) -> int:
         """How little a node is the one the plan has in a slot; the first of equals is taken."""
         host = self._hosts.get(record.slot, LOCAL)
         return 0 if host == hello.host else 1 if host == LOCAL else 2
@@ -397,10 +395,10 @@ class Roster:
         ]
         return tuple(record.identity for record in found)
 
-    def prepare(self, record: Record, mapped: tuple[int, ...], now_ns: int) -> bool:
+    def prepare(self, record: NodeRecord, mapped: tuple[int, ...], now_ns: int) -> bool:
         """A node's links are as it was told last; True when it is a new one."""
         is_new = record.phase is Phase.LOADING
-        record.machine.go(Change.PREPARE)
+        record.machine.go(NodeChange.PREPARE)
         record.mapped = frozenset(mapped)
         if is_new:
             record.ready_ns = now_ns
@@ -446,12 +444,12 @@ class Roster:
 
     # Who goes
 
-    def lose(self, record: Record, reason: str, now_ns: int) -> list[Start]:
+    def lose(self, record: NodeRecord, reason: str, now_ns: int) -> list[StartNode]:
         """A process is gone. Its slot gets another one, now or when it is due."""
         self._served = None
         if record in self.departing:
             self.departing.remove(record)
-            record.machine.go(Change.END)
+            record.machine.go(NodeChange.END)
             if not record.released:
                 self._note(record, reason, now_ns)
             return []
@@ -460,7 +458,7 @@ class Roster:
         )
         self._note(record, reason, now_ns)
         if self._surplus(record.slot[0]):
-            record.machine.go(Change.END)
+            record.machine.go(NodeChange.END)
             record.number = -1
             del self.nodes[record.slot]
             return []
@@ -469,17 +467,17 @@ class Roster:
         record.reason = reason
         record.number = -1
         if record.failed_in_row >= self._timings.circuit_failures:
-            record.machine.go(Change.TRIP)
+            record.machine.go(NodeChange.TRIP)
             record.due_ns = now_ns + int(self._timings.circuit_s * 1e9)
             return []
-        record.machine.go(Change.LOSE)
+        record.machine.go(NodeChange.LOSE)
         wait_s = 0.0
         if record.failed_in_row > 1:
             wait_s = min(self._timings.backoff_s * 2 ** (record.failed_in_row - 2), self._timings.backoff_most_s)
         record.due_ns = now_ns + int(wait_s * 1e9)
         return self._due_at_once(record, now_ns)
 
-    def _note(self, record: Record, reason: str, now_ns: int) -> None:
+    def _note(self, record: NodeRecord, reason: str, now_ns: int) -> None:
         self.losses += 1
         self.incidents.append(Incident(now_ns, record.slot, f"{record.called} {reason}"))
 
@@ -489,34 +487,34 @@ class Roster:
         if record is not None:
             self.incidents.append(Incident(now_ns, record.slot, story))
 
-    def _due_at_once(self, record: Record, now_ns: int) -> list[Start]:
+    def _due_at_once(self, record: NodeRecord, now_ns: int) -> list[StartNode]:
         """Start the process of a slot, when it is due."""
         return [self._start(record, now_ns)] if record.due_ns <= now_ns else []
 
-    def leave(self, record: Record) -> None:
+    def leave(self, record: NodeRecord) -> None:
         """A node takes no more requests; it ends when it has no more work."""
         self._served = None
-        record.machine.go(Change.LEAVE)
+        record.machine.go(NodeChange.LEAVE)
         del self.nodes[record.slot]
         self.departing.append(record)
 
-    def replace(self, record: Record, now_ns: int) -> list[Start]:
+    def replace(self, record: NodeRecord, now_ns: int) -> list[StartNode]:
         """Another process takes the place of one that leaves, unless it had come by itself."""
         if self._elastic and sum(slot[0] == record.slot[0] for slot in self.nodes) >= self._planned[record.slot[0]]:
             return []
         return self._due_at_once(self._add(record.slot), now_ns)
 
-    def scale(self, stage: int, replicas: int, now_ns: int) -> tuple[list[Start], list[Record]]:
+    def scale(self, stage: int, replicas: int, now_ns: int) -> tuple[list[StartNode], list[NodeRecord]]:
         """Make it so many slots; returns what is to be started, and the records whose slots are gone."""
         self._planned[stage] = replicas
         present = sorted(slot for slot in self.nodes if slot[0] == stage)
-        started: list[Start] = []
+        started: list[StartNode] = []
         free = (number for number in range(PEERS) if (stage, number) not in self.nodes)
         for _ in range(replicas - len(present)):
             started += self._due_at_once(self._add((stage, next(free))), now_ns)
         removed = [self.nodes[slot] for slot in present[replicas:]]
         for record in removed:
             if record.phase is not Phase.READY:
-                record.machine.go(Change.END)
+                record.machine.go(NodeChange.END)
                 del self.nodes[record.slot]
         return started, removed

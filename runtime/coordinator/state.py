@@ -22,24 +22,23 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from heapq import heapify, heappop, heappush
 
-from onnxsplit.plan import Plan
+from onnxsplit.plan import CALLER, Plan
 from runtime.coordinator.events import (
     Again,
     Announce,
     CloseAsked,
+    CoordinatorEffect,
+    CoordinatorEvent,
     Declined,
     DrainAsked,
     Drained,
-    Effect,
     Enter,
-    Event,
     Expired,
     Forget,
     GivenUp,
     GiveStage,
     Introduce,
     Joined,
-    Key,
     LeaveWanted,
     LinkChanged,
     LinksSeen,
@@ -60,8 +59,8 @@ from runtime.coordinator.events import (
     TimedOut,
     Unsendable,
 )
-from runtime.coordinator.reach import Link, dead_ends
-from runtime.coordinator.roster import Kill, Phase, Record, Refusal, Roster
+from runtime.coordinator.reach import LinkKey, dead_ends
+from runtime.coordinator.roster import KillNode, NodeRecord, Phase, Refusal, Roster
 from runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -75,7 +74,7 @@ from runtime.errors import (
 from runtime.timings import Timings
 from runtime.topology import sources
 from runtime.transition_table import Machine
-from runtime.wire.messages import ANY, CALLER, NOT_NEEDED, Failed, Fate, Step, Visit
+from runtime.wire.messages import ANY, NOT_NEEDED, AttemptKey, Failed, Fate, Step, Visit
 
 Choose = Callable[[int, int], int | None]
 """The number of the node that is to execute a stage for a request of a cost."""
@@ -84,7 +83,7 @@ Choose = Callable[[int, int], int | None]
 _REMEMBERED = 1024  # of what is kept although it may not be needed again
 
 
-class State(Enum):
+class PipelinePhase(Enum):
     """Of the pipeline."""
 
     STARTING = auto()
@@ -94,7 +93,7 @@ class State(Enum):
     CLOSED = auto()
 
 
-class Change(Enum):
+class PipelineChange(Enum):
     """What happens to it."""
 
     ALL_READY = "all nodes are ready"
@@ -103,11 +102,11 @@ class Change(Enum):
     CLOSE = "close"
 
 
-TRANSITIONS: Mapping[tuple[State, Change], State] = {
-    (State.STARTING, Change.ALL_READY): State.READY,
-    (State.STARTING, Change.FAIL): State.FAILED,
-    (State.READY, Change.DRAIN): State.DRAINING,
-    **{(state, Change.CLOSE): State.CLOSED for state in State},
+TRANSITIONS: Mapping[tuple[PipelinePhase, PipelineChange], PipelinePhase] = {
+    (PipelinePhase.STARTING, PipelineChange.ALL_READY): PipelinePhase.READY,
+    (PipelinePhase.STARTING, PipelineChange.FAIL): PipelinePhase.FAILED,
+    (PipelinePhase.READY, PipelineChange.DRAIN): PipelinePhase.DRAINING,
+    **{(state, PipelineChange.CLOSE): PipelinePhase.CLOSED for state in PipelinePhase},
 }
 
 
@@ -156,9 +155,9 @@ class CoordinatorState:
         self.retries = 0
         hosts = {(s.index, replica): host for s in plan.stages for replica, host in enumerate(s.hosts)}
         self.roster = Roster(replicas, timings or Timings(), hosts=hosts, elastic=elastic)
-        self.dead_links: dict[Link, str] = {}  # and their stories
+        self.dead_links: dict[LinkKey, str] = {}  # and their stories
         self.data_address = ""  # where nodes send results
-        self._machine = Machine("pipeline", TRANSITIONS, State.STARTING)
+        self._machine = Machine("pipeline", TRANSITIONS, PipelinePhase.STARTING)
         self._plan = plan
         self._choose = choose
         self._timings = timings or Timings()
@@ -182,11 +181,11 @@ class CoordinatorState:
         self._usual_ns = 0.0  # from an attempt's beginning to its end
 
     @property
-    def state(self) -> State:
+    def state(self) -> PipelinePhase:
         """Of the pipeline."""
         return self._machine.state
 
-    def handle(self, event: Event) -> list[Effect]:
+    def handle(self, event: CoordinatorEvent) -> list[CoordinatorEffect]:
         """Take an event; returns what is to be done, in order."""
         match event:
             case Submitted():
@@ -202,7 +201,7 @@ class CoordinatorState:
                 return self._prepared(event)
             case Declined(identity, reason, now_ns):
                 record = self.roster.by_identity(identity)
-                if record is not None and self.state is State.STARTING:
+                if record is not None and self.state is PipelinePhase.STARTING:
                     return self._fail(LaunchFailed(f"{record.called} refused: {reason}"))
                 return [] if record is None else self._gone(record, f"refused: {reason}", {}, now_ns, "refused")
             case LeaveWanted(identity, now_ns):
@@ -228,19 +227,19 @@ class CoordinatorState:
             case Tick():
                 return self._tick(event)
             case TimedOut(reason):
-                return self._fail(LaunchFailed(reason)) if self.state is State.STARTING else []
+                return self._fail(LaunchFailed(reason)) if self.state is PipelinePhase.STARTING else []
             case Scaled(stage, replicas, now_ns):
                 return self._scaled(stage, replicas, now_ns)
             case DrainAsked():
-                if self.state is State.READY:
-                    self._machine.go(Change.DRAIN)
+                if self.state is PipelinePhase.READY:
+                    self._machine.go(PipelineChange.DRAIN)
                     self.error = PipelineClosed("the pipeline is ending and takes no more requests")
                 return self._settled()
             case CloseAsked():
                 return self._close()
 
     @property
-    def in_flight(self) -> tuple[Key, ...]:
+    def in_flight(self) -> tuple[AttemptKey, ...]:
         """The attempts under way."""
         return tuple((number, r.attempt) for number, r in self._requests.items() if not r.waits)
 
@@ -275,7 +274,7 @@ class CoordinatorState:
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def expired(self, now_ns: int) -> tuple[Key, ...]:
+    def expired(self, now_ns: int) -> tuple[AttemptKey, ...]:
         """The requests whose time has run out, and their attempts."""
         late = []
         while (first := self.next_deadline_ns()) is not None and first <= now_ns:
@@ -283,7 +282,7 @@ class CoordinatorState:
             late.append((number, self._requests[number].attempt))
         return tuple(late)
 
-    def overdue(self, now_ns: int) -> tuple[Key, ...]:
+    def overdue(self, now_ns: int) -> tuple[AttemptKey, ...]:
         """The attempts of which nothing was heard for too long."""
         patience = max(self._timings.lost_s * 1e9, self._timings.stall_factor * self._usual_ns)
         return tuple(
@@ -294,15 +293,15 @@ class CoordinatorState:
 
     # Nodes
 
-    def _joined(self, event: Joined) -> list[Effect]:
+    def _joined(self, event: Joined) -> list[CoordinatorEffect]:
         refusal = self.roster.join(event.identity, event.hello, event.now_ns, open_=self._open)
         if isinstance(refusal, Refusal):
             return [SendAway(event.identity, refusal.reason, refusal.fate, refusal.again)]
         if refusal is None:
             return []
         record = refusal
-        effects: list[Effect] = [GiveStage(record.identity, record.slot)]
-        if self.state is not State.STARTING:
+        effects: list[CoordinatorEffect] = [GiveStage(record.identity, record.slot)]
+        if self.state is not PipelinePhase.STARTING:
             effects.append(Introduce((record.identity,), meet=False))
         elif all(node.hello is not None for node in self.roster.nodes.values()):
             effects.append(self._introduce())
@@ -310,40 +309,42 @@ class CoordinatorState:
 
     @property
     def _open(self) -> bool:
-        return self.state in (State.STARTING, State.READY, State.DRAINING)
+        return self.state in (PipelinePhase.STARTING, PipelinePhase.READY, PipelinePhase.DRAINING)
 
-    def _introduce(self) -> Effect:
+    def _introduce(self) -> CoordinatorEffect:
         self.roster.view += 1
         self.roster.dead_ends = self._dead_ends()
-        return Introduce(self.roster.introduced(everyone=self.state is State.STARTING), meet=True)
+        return Introduce(self.roster.introduced(everyone=self.state is PipelinePhase.STARTING), meet=True)
 
-    def _prepared(self, event: Prepared) -> list[Effect]:
+    def _prepared(self, event: Prepared) -> list[CoordinatorEffect]:
         record = self.roster.by_identity(event.identity)
         if record is None:
             return []
         is_new = self.roster.prepare(record, event.mapped, event.now_ns)
-        if self.state is State.STARTING:
+        if self.state is PipelinePhase.STARTING:
             if self.roster.missing():
                 return []
-            self._machine.go(Change.ALL_READY)
+            self._machine.go(PipelineChange.ALL_READY)
             return [*self._shared(), Announce(None)]
         return [*self._shared(), *([self._introduce()] if is_new else [])]
 
-    def _shared(self) -> list[Effect]:
-        if self.state is State.STARTING:
+    def _shared(self) -> list[CoordinatorEffect]:
+        if self.state is PipelinePhase.STARTING:
             return []
         return [ShareMemory(identity, readers) for identity, readers in self.roster.share()]
 
-    def _gone(self, record: Record, reason: str, steps: Steps, now_ns: int, fate: Fate = "rejoin") -> list[Effect]:
+    def _gone(
+        self, record: NodeRecord, reason: str, steps: Steps, now_ns: int, fate: Fate = "rejoin"
+    ) -> list[CoordinatorEffect]:
         """A node is lost: its work is done again elsewhere."""
-        if self.state in (State.CLOSED, State.FAILED):
+        if self.state in (PipelinePhase.CLOSED, PipelinePhase.FAILED):
             return []
         called = record.called
-        if self.state is State.STARTING and not self._patient:
+        if self.state is PipelinePhase.STARTING and not self._patient:
             return self._fail(LaunchFailed(f"{called} {reason}"))
         number, known_of = record.number, record.phase in (Phase.READY, Phase.LEAVING)
         had_work = known_of and not record.released
-        effects: list[Effect] = [*self.roster.lose(record, reason, now_ns)]
+        effects: list[CoordinatorEffect] = [*self.roster.lose(record, reason, now_ns)]
         if record.identity:  # it may live, and come back when a link does
             told = f"the pipeline took it for dead: it {reason}" if fate == "rejoin" else f"it {reason}"
             effects.append(SendAway(record.identity, told, fate))
@@ -356,7 +357,7 @@ class CoordinatorState:
             if not found.waits and stage in found.needed and self._lacks(found, stage, number, known):
                 record.tally.retries += 1
                 effects += self._again(request, f"{called} was lost")
-        if known_of or (self.state is State.STARTING and self.roster.introduced(everyone=False)):
+        if known_of or (self.state is PipelinePhase.STARTING and self.roster.introduced(everyone=False)):
             effects.append(self._introduce())  # what is to be made again begins when that is done
         return [*effects, *self._give_up()]
 
@@ -384,9 +385,9 @@ class CoordinatorState:
         nodes = {stage.index: self.roster.takers(stage.index) for stage in self._plan.stages}
         return dead_ends(self._paths, nodes, self.dead_links.keys())
 
-    def _links_seen(self, dead: frozenset[Link], now_ns: int) -> list[Effect]:
+    def _links_seen(self, dead: frozenset[LinkKey], now_ns: int) -> list[CoordinatorEffect]:
         """Links died or came back: say so, lead requests around them, and try again what may be stuck there."""
-        effects: list[Effect] = []
+        effects: list[CoordinatorEffect] = []
         for link in self.dead_links.keys() - dead:
             del self.dead_links[link]
             sender, receiver = map(self.roster.name_of, link)
@@ -400,17 +401,17 @@ class CoordinatorState:
             self.dead_links[link] = story = f"{sender} cannot reach {receiver} at {at}"
             self.roster.note_link(*link, story, now_ns)
             effects.append(LinkChanged(story, is_dead=True))
-        if self.state in (State.READY, State.DRAINING):
+        if self.state in (PipelinePhase.READY, PipelinePhase.DRAINING):
             if self._dead_ends() != self.roster.dead_ends:
                 effects.append(self._introduce())
             effects += self._stuck(new, now_ns)
         return effects
 
-    def _stuck(self, links: list[Link], now_ns: int) -> list[Effect]:
+    def _stuck(self, links: list[LinkKey], now_ns: int) -> list[CoordinatorEffect]:
         """Make attempts again that may be stuck at links that just were found dead."""
         if self._attempts == 1:
             return []
-        effects: list[Effect] = []
+        effects: list[CoordinatorEffect] = []
         for number, request in list(self._requests.items()):
             old = now_ns - request.begun_ns > self._timings.unreachable_s * 1e9
             on_way = [self.dead_links[link] for link in links if self._passes(request, link)]
@@ -418,7 +419,7 @@ class CoordinatorState:
                 effects += self._again(number, on_way[0])
         return [*effects, *self._resume(now_ns)] if effects else []
 
-    def _passes(self, request: _Request, link: Link) -> bool:
+    def _passes(self, request: _Request, link: LinkKey) -> bool:
         """True when the request's way may lead over a link."""
         return all(self._stage_of(end) in (*request.needed, CALLER) for end in link)
 
@@ -441,7 +442,7 @@ class CoordinatorState:
         asked = request.missing.intersection(self._plan.stages[stage].outputs)
         return bool(asked) or not readers or not all(has(reader) for reader in readers)
 
-    def _leave(self, identity: bytes, now_ns: int) -> list[Effect]:
+    def _leave(self, identity: bytes, now_ns: int) -> list[CoordinatorEffect]:
         record = self.roster.by_identity(identity)
         if record is None:
             return []
@@ -452,25 +453,25 @@ class CoordinatorState:
         record.leaves_at = self.roster.view
         return [*effects, *self._settled()]
 
-    def _scaled(self, stage: int, replicas: int, now_ns: int) -> list[Effect]:
+    def _scaled(self, stage: int, replicas: int, now_ns: int) -> list[CoordinatorEffect]:
         if not self._open:
             return []
         started, removed = self.roster.scale(stage, replicas, now_ns)
-        effects: list[Effect] = [*started]
+        effects: list[CoordinatorEffect] = [*started]
         leaving = [record for record in removed if record.phase is Phase.READY]
         for record in removed:
             if record in leaving:
                 self.roster.leave(record)
             else:
-                effects.append(Kill(record.number))
+                effects.append(KillNode(record.number))
         if leaving:
             effects.append(self._introduce())
             for record in leaving:
                 record.leaves_at = self.roster.view
         return [*effects, *self._settled()]
 
-    def _tick(self, event: Tick) -> list[Effect]:
-        effects: list[Effect] = [*self.roster.due(event.now_ns)]
+    def _tick(self, event: Tick) -> list[CoordinatorEffect]:
+        effects: list[CoordinatorEffect] = [*self.roster.due(event.now_ns)]
         for number, attempt in self.overdue(event.now_ns):
             request = self._requests[number]
             since_s = (event.now_ns - request.begun_ns) / 1e9
@@ -506,10 +507,10 @@ class CoordinatorState:
 
     # Requests
 
-    def _submitted(self, event: Submitted) -> list[Effect]:
+    def _submitted(self, event: Submitted) -> list[CoordinatorEffect]:
         if self.error is not None:
             return [Reject(event.request, self.error)]
-        if self.state is not State.READY:
+        if self.state is not PipelinePhase.READY:
             return [Reject(event.request, PipelineClosed("the pipeline is not ready"))]
         needed = self._needed.get(event.wanted)
         if needed is None:
@@ -530,7 +531,7 @@ class CoordinatorState:
             heapify(self._deadlines)
         heappush(self._deadlines, (deadline_ns, number))
 
-    def _begin(self, number: int, now_ns: int) -> list[Effect]:
+    def _begin(self, number: int, now_ns: int) -> list[CoordinatorEffect]:
         """Begin an attempt, or wait for a node."""
         request = self._requests[number]
         if not request.needed <= self.roster.served:
@@ -565,7 +566,7 @@ class CoordinatorState:
             )
         ]
 
-    def _again(self, number: int, reason: str) -> list[Effect]:
+    def _again(self, number: int, reason: str) -> list[CoordinatorEffect]:
         """End an attempt; another waits to begin, unless this request kills whoever tries."""
         request = self._requests[number]
         if self._attempts == 1:
@@ -583,11 +584,11 @@ class CoordinatorState:
         self._waiting[number] = None
         return [Again(number, request.attempt, reason), self._forget(number, request)]
 
-    def _forget(self, number: int, request: _Request) -> Effect:
+    def _forget(self, number: int, request: _Request) -> CoordinatorEffect:
         nodes = [node.identity for node in self.roster.nodes.values() if node.slot[0] in request.needed]
         return Forget(number, request.attempt, tuple(identity for identity in nodes if identity))
 
-    def _resume(self, now_ns: int) -> list[Effect]:
+    def _resume(self, now_ns: int) -> list[CoordinatorEffect]:
         """Begin what waited for a node, as far as it now can."""
         waiting, self._waiting = self._waiting, {}
         return [effect for number in waiting for effect in self._begin(number, now_ns)]
@@ -599,16 +600,16 @@ class CoordinatorState:
                 return StageUnavailable(f"stage {stage} has no node: {story}")
         return None
 
-    def _give_up(self) -> list[Effect]:
+    def _give_up(self) -> list[CoordinatorEffect]:
         """Refuse what waits for a stage whose nodes keep failing."""
-        effects: list[Effect] = []
+        effects: list[CoordinatorEffect] = []
         for number in list(self._waiting):
             error = self._hopeless(self._requests[number].needed - self.roster.served)
             if error is not None:
                 effects += self._refuse(number, error)
         return effects
 
-    def _returned(self, event: Returned) -> list[Effect]:
+    def _returned(self, event: Returned) -> list[CoordinatorEffect]:
         request = self._requests.get(event.request)
         if request is None or request.waits or request.attempt != event.attempt:
             return []
@@ -626,7 +627,7 @@ class CoordinatorState:
             self._usual_ns += 0.05 * (max(0, last_ns - request.begun_ns) - self._usual_ns)
         return [Resolve(event.request, tuple(request.visits.values())), *self._settled()]
 
-    def _reported(self, message: Failed) -> list[Effect]:
+    def _reported(self, message: Failed) -> list[CoordinatorEffect]:
         request = self._requests.get(message.request)
         record = self.roster.nodes.get((message.stage, message.replica))
         if record is None or request is None or request.attempt != message.attempt:
@@ -635,7 +636,7 @@ class CoordinatorState:
         error = StageFailed(f"{record.called} could not execute the request: {message.reason}")
         return self._refuse(message.request, error)
 
-    def _expired(self, number: int, steps: Mapping[int, Step]) -> list[Effect]:
+    def _expired(self, number: int, steps: Mapping[int, Step]) -> list[CoordinatorEffect]:
         request = self._requests.get(number)
         if request is None:
             return []
@@ -650,12 +651,12 @@ class CoordinatorState:
         tries = f" in {request.attempt} attempts" if request.attempt > 1 else ""
         return self._refuse(number, DeadlineExceeded(f"the request's time ran out{tries}: {where}"))
 
-    def _refuse(self, number: int, error: PipelineError) -> list[Effect]:
+    def _refuse(self, number: int, error: PipelineError) -> list[CoordinatorEffect]:
         request = self._requests.get(number)
         if request is None:
             return []
         self._end(number)
-        effects: list[Effect] = [Reject(number, error)]
+        effects: list[CoordinatorEffect] = [Reject(number, error)]
         if request.attempt:
             effects.append(self._forget(number, request))
         return [*effects, *self._settled()]
@@ -664,32 +665,32 @@ class CoordinatorState:
         del self._requests[number]
         self._waiting.pop(number, None)
 
-    def _settled(self) -> list[Effect]:
+    def _settled(self) -> list[CoordinatorEffect]:
         """Let nodes go that nothing under way can reach any more; say so when nothing is under way at all."""
-        effects: list[Effect] = []
+        effects: list[CoordinatorEffect] = []
         if self.roster.departing:
             oldest = min((r.view for r in self._requests.values() if not r.waits), default=self.roster.view)
             for record in self.roster.departing:
                 if record.leaves_at <= oldest and not record.released:
                     record.released = True
                     effects.append(SendAway(record.identity, "it has no more work", "end"))
-        if self.state is State.DRAINING and not self._requests:
+        if self.state is PipelinePhase.DRAINING and not self._requests:
             effects.append(Drained())
         return effects
 
     # The end
 
-    def _fail(self, error: PipelineError) -> list[Effect]:
-        self._machine.go(Change.FAIL)
+    def _fail(self, error: PipelineError) -> list[CoordinatorEffect]:
+        self._machine.go(PipelineChange.FAIL)
         self.error = error
         return [Announce(error)]
 
-    def _close(self) -> list[Effect]:
-        if self.state is State.CLOSED:
+    def _close(self) -> list[CoordinatorEffect]:
+        if self.state is PipelinePhase.CLOSED:
             return []
         error = PipelineClosed("the pipeline was closed")
-        effects: list[Effect] = [Announce(error)] if self.state is State.STARTING else []
-        self._machine.go(Change.CLOSE)
+        effects: list[CoordinatorEffect] = [Announce(error)] if self.state is PipelinePhase.STARTING else []
+        self._machine.go(PipelineChange.CLOSE)
         self.error = self.error or error
         for number in list(self._requests):
             effects += self._refuse(number, error)
@@ -697,7 +698,7 @@ class CoordinatorState:
         return [*effects, *(SendAway(identity, "the pipeline was closed", "end") for identity in known)]
 
 
-def _unready(record: Record) -> str:
+def _unready(record: NodeRecord) -> str:
     """What is wrong with a node that is not ready; nothing of one that is."""
     if record.phase is Phase.READY:
         return ""

@@ -136,7 +136,7 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
     return tuple(found)
 
 
-class Door:
+class StatusServer:
     """Where to ask; a context manager.
 
     Args:
@@ -149,7 +149,7 @@ class Door:
         self._socket.bind(str(self._path))
         self._socket.listen(8)
 
-    def __enter__(self) -> Door:
+    def __enter__(self) -> StatusServer:
         return self
 
     def __exit__(self, *_: object) -> None:

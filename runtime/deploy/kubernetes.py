@@ -34,7 +34,7 @@ _MI = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class DeployOptions:
     """What manifests are to say beyond the plan.
 
     Attributes:
@@ -80,7 +80,7 @@ def name_of(plan: Plan) -> str:
     return re.sub(r"^[^a-z]+", "", text)[:40].rstrip("-") or "model"
 
 
-def manifests(plan: Plan, wishes: Wishes) -> dict[str, list[Document]]:
+def manifests(plan: Plan, wishes: DeployOptions) -> dict[str, list[Document]]:
     """The documents of every file, by path.
 
     Raises:
@@ -102,7 +102,7 @@ def manifests(plan: Plan, wishes: Wishes) -> dict[str, list[Document]]:
     return files
 
 
-def write(plan: Plan, wishes: Wishes, folder: Path) -> list[Path]:
+def write(plan: Plan, wishes: DeployOptions, folder: Path) -> list[Path]:
     """Write manifests, and new keys for them; the files without the keys.
 
     Raises:
@@ -141,12 +141,12 @@ def to_yaml(documents: list[Document]) -> str:
     return text
 
 
-def _place(wishes: Wishes) -> str:
+def _place(wishes: DeployOptions) -> str:
     """Where the plan is in the gateway's container; the model is called by it."""
     return f"/plans/{wishes.name}.plan"
 
 
-def _labels(wishes: Wishes, part: str) -> dict[str, str]:
+def _labels(wishes: DeployOptions, part: str) -> dict[str, str]:
     return {"app.kubernetes.io/name": wishes.name, "app.kubernetes.io/component": part}
 
 
@@ -158,7 +158,7 @@ def _object(kind: str, version: str, name: str, labels: Mapping[str, str], spec:
 # The gateway
 
 
-def _gateway(wishes: Wishes, stages: list[str]) -> list[Document]:
+def _gateway(wishes: DeployOptions, stages: list[str]) -> list[Document]:
     labels = _labels(wishes, "gateway")
     words = [
         "serve",
@@ -235,7 +235,7 @@ def _http(what: str, *, every: int, failures: int) -> Document:
 # A stage
 
 
-def _stage(stage: Stage, wishes: Wishes) -> list[Document]:
+def _stage(stage: Stage, wishes: DeployOptions) -> list[Document]:
     name, labels = f"{wishes.name}-stage-{stage.index}", _labels(wishes, f"stage-{stage.index}")
     words = ["node", "--connect", f"tcp://{wishes.name}-coordinator:{PORT}", "--stage", str(stage.index)]
     words += ["--keys", "/keys/own", "--health", _HEALTH, "--rejoin", "3600", "--no-shared-memory"]
@@ -291,7 +291,7 @@ def _stage(stage: Stage, wishes: Wishes) -> list[Document]:
     ]
 
 
-def _autoscaler(stage: Stage, name: str, wishes: Wishes) -> Document:
+def _autoscaler(stage: Stage, name: str, wishes: DeployOptions) -> Document:
     """By our own metric, which the gateway has for every node: the share of time its session ran."""
     return {
         "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": name},
@@ -329,7 +329,7 @@ def _shell(test: str, *, every: int, failures: int, first: int = 0) -> Document:
 # What both have
 
 
-def _container(name: str, wishes: Wishes, words: list[str]) -> Document:
+def _container(name: str, wishes: DeployOptions, words: list[str]) -> Document:
     return {
         "name": name,
         "image": wishes.image,
@@ -346,7 +346,7 @@ def _container(name: str, wishes: Wishes, words: list[str]) -> Document:
 
 def _pod(
     labels: Mapping[str, str],
-    wishes: Wishes,
+    wishes: DeployOptions,
     container: Document,
     secret: str,
     allowed: list[str],
@@ -391,7 +391,7 @@ def _items(allowed: list[str]) -> list[Document]:
     return own + [{"key": f"{name}.key", "path": f"allowed/{name}.key"} for name in allowed]
 
 
-def _kustomization(stages: list[str], wishes: Wishes, resources: list[str]) -> Document:
+def _kustomization(stages: list[str], wishes: DeployOptions, resources: list[str]) -> Document:
     secrets = [_secret(wishes, "gateway", "coordinator", stages)]
     secrets += [_secret(wishes, name, name, ["coordinator"]) for name in stages]
     return {
@@ -402,13 +402,13 @@ def _kustomization(stages: list[str], wishes: Wishes, resources: list[str]) -> D
     }
 
 
-def _secret(wishes: Wishes, of: str, folder: str, allowed: list[str]) -> Document:
+def _secret(wishes: DeployOptions, of: str, folder: str, allowed: list[str]) -> Document:
     files = [f"secret.key=keys/{folder}/secret.key", f"public.key=keys/{folder}/public.key"]
     files += [f"{name}.key=keys/{folder}/allowed/{name}.key" for name in allowed]
     return {"name": f"{wishes.name}-keys-{of}", "files": files}
 
 
-def _overlay(plan: Plan, wishes: Wishes) -> Document:
+def _overlay(plan: Plan, wishes: DeployOptions) -> Document:
     image, _, tag = wishes.image.rpartition(":") if ":" in wishes.image.rpartition("/")[2] else (wishes.image, "", "")
     return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",

@@ -23,7 +23,7 @@ from runtime.errors import PipelineError
 
 DEFAULT_CACHE_BYTES = 64 << 30
 
-Fetch = Callable[[FileEntry, Path], None]
+FetchFile = Callable[[FileEntry, Path], None]
 """Brings one file to a path, where some of it may be already."""
 
 
@@ -61,7 +61,7 @@ class StageCache:
         """Whether a folder is the cache's."""
         return folder.parent == self._folder
 
-    def obtain(self, stage: Stage, fetch: Fetch) -> Path:
+    def obtain(self, stage: Stage, fetch: FetchFile) -> Path:
         """A folder with the stage's files; they stay until :meth:`close`.
 
         Waits while another process fetches the same stage.
@@ -86,7 +86,7 @@ class StageCache:
         except OSError as error:
             raise PipelineError(f"cannot keep stage files in {self._folder}: {error.strerror or error}") from error
 
-    def _bring(self, stage: Stage, target: Path, fetch: Fetch) -> None:
+    def _bring(self, stage: Stage, target: Path, fetch: FetchFile) -> None:
         self._make_room(sum(entry.size_bytes for entry in stage.files), target.name)
         partial = target.with_suffix(".partial")
         partial.mkdir(mode=0o700, exist_ok=True)

@@ -19,12 +19,12 @@ from msgspec import Struct
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.tensors import Array, content_bytes
 from runtime.errors import Busy, DeadlineExceeded, NodeFailed, NotSeparable, PipelineClosed, StageFailed
-from runtime.gateway.counters import Tally
+from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded
-from runtime.gateway.queue import Limits, Line, Waiting
-from runtime.microbatch import Axes, join
+from runtime.gateway.queue import Limits, RequestQueue, Waiting
+from runtime.microbatch import BatchAxes, join
 from runtime.pipeline import Pipeline
-from runtime.request import Answering, Asked
+from runtime.request import Answering, OutputSelection
 from runtime.wire.messages import Visit
 
 _LARGE_BYTES = 4 << 20  # copied beside the event loop
@@ -46,7 +46,7 @@ class Passage(Struct, eq=False):
     """
 
     inputs: Mapping[str, Array]
-    asked: Asked
+    asked: OutputSelection
     rows: int
     answer: asyncio.Future[dict[str, Array]]
     entered_ns: int = 0
@@ -64,7 +64,7 @@ class _Inside:
     rows: list[int] = field(default_factory=list)
 
 
-class Entrance:
+class Batcher:
     """The line before one pipeline, and what is in the pipeline.
 
     Args:
@@ -73,8 +73,8 @@ class Entrance:
         tally: counts executions.
     """
 
-    def __init__(self, pipeline: Pipeline, limits: Limits, tally: Tally) -> None:
-        self.line = Line(limits)
+    def __init__(self, pipeline: Pipeline, limits: Limits, tally: Counters) -> None:
+        self.line = RequestQueue(limits)
         self._pipeline = pipeline
         self._tally = tally
         self._loop = asyncio.get_running_loop()
@@ -156,7 +156,7 @@ class Entrance:
         self._loop.remove_reader(self._results)
         os.close(self._results)
 
-    def _key(self, inputs: Mapping[str, Array], outputs: tuple[str, ...], asked: Asked) -> object:
+    def _key(self, inputs: Mapping[str, Array], outputs: tuple[str, ...], asked: OutputSelection) -> object:
         axes = asked.axes
         if self.line.limits.max_batch < 2 or axes is None or not all(axes[name] is not None for name in inputs):
             return None
@@ -223,7 +223,7 @@ class Entrance:
         self._await(inside, future)
         return True
 
-    def _submit(self, inputs: list[Mapping[str, Array]], asked: Asked, deadline_ns: int | None) -> Answering:
+    def _submit(self, inputs: list[Mapping[str, Array]], asked: OutputSelection, deadline_ns: int | None) -> Answering:
         return self._pipeline.enter(join(inputs, asked.axes or {}), asked, deadline_ns=deadline_ns, block=False)
 
     def _sent(self, inside: _Inside, sending: asyncio.Future[Answering]) -> None:
@@ -300,7 +300,7 @@ class Entrance:
             passage.visits = future.visits
             mine = outputs
             if len(inside.requests) > 1:
-                axes: Axes = passage.asked.axes or {}
+                axes: BatchAxes = passage.asked.axes or {}
                 mine = {
                     name: array if (axis := axes.get(name)) is None else _rows_of(array, axis, start, start + rows)
                     for name, array in outputs.items()
@@ -338,7 +338,7 @@ class Entrance:
 
 def _separable(outputs: Mapping[str, Array], inside: _Inside, rows: int) -> bool:
     """True when every output of a joined batch has the batch's rows, so that each request can be given its own."""
-    axes: Axes = inside.requests[0].subject.asked.axes or {}
+    axes: BatchAxes = inside.requests[0].subject.asked.axes or {}
     return all(
         (axis := axes.get(name)) is None or (axis < array.ndim and array.shape[axis] == rows)
         for name, array in outputs.items()
@@ -350,7 +350,7 @@ def _rows_of(array: Array, axis: int, start: int, stop: int) -> Array:
     return array[(slice(None),) * axis + (slice(start, stop),)]
 
 
-def _rows(inputs: Mapping[str, Array], axes: Axes | None) -> int:
+def _rows(inputs: Mapping[str, Array], axes: BatchAxes | None) -> int:
     """Along the batch axis; 1 without one."""
     for name, array in inputs.items():
         axis = axes[name] if axes is not None else None

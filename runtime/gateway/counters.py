@@ -26,7 +26,7 @@ class Duration:
 
 
 @dataclass
-class Tally:
+class Counters:
     """Of one version of a model since it was loaded. Times are nanoseconds.
 
     Attributes:

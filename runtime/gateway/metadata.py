@@ -12,7 +12,7 @@ from typing import Any
 import onnxsplit
 from onnxsplit.plan import Plan, Stage
 from runtime.coordinator.status import NodeStats
-from runtime.gateway.counters import Duration, Tally
+from runtime.gateway.counters import Counters, Duration
 from runtime.gateway.protocol import DATATYPES
 from runtime.gateway.repository import Version
 
@@ -153,7 +153,7 @@ def stage_statistics(version: Version, stage: int, nodes: Sequence[NodeStats]) -
     queue = Duration(count, sum(node.waited_ns for node in mine))
     infer = Duration(count, sum(node.ran_ns for node in mine))
     failures = Duration(sum(node.failures for node in mine))
-    tally = Tally(inferences=count, executions=count, last_ms=version.tally.last_ms if count else 0)
+    tally = Counters(inferences=count, executions=count, last_ms=version.tally.last_ms if count else 0)
     parts = [Duration(count, queue.ns + infer.ns), failures, queue, Duration(count), infer, Duration(count)]
     batch = {
         "batch_size": 1,
@@ -162,7 +162,7 @@ def stage_statistics(version: Version, stage: int, nodes: Sequence[NodeStats]) -
     return _statistics(stage_name(version.model, stage), version.number, tally, parts, [batch] if count else [])
 
 
-def _statistics(name: str, number: str, tally: Tally, parts: Sequence[Duration], batches: list[Json]) -> Json:
+def _statistics(name: str, number: str, tally: Counters, parts: Sequence[Duration], batches: list[Json]) -> Json:
     names = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
     return {
         "name": name,

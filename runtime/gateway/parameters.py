@@ -8,8 +8,8 @@ from typing import Any
 from onnxsplit.errors import InputError, shown
 from onnxsplit.tensors import Array
 from runtime.gateway.protocol import (
-    Place,
     Read,
+    RegionSlice,
     bytes_of,
     from_bytes,
 )
@@ -23,7 +23,7 @@ MOST_TENSORS = 4096
 """Inputs of a request, and outputs."""
 
 
-def from_place(name: str, datatype: str, shape: Sequence[int], place: Place, read: Read) -> Array:
+def from_place(name: str, datatype: str, shape: Sequence[int], place: RegionSlice, read: Read) -> Array:
     """A tensor in shared memory; its size is held against its shape before it is read.
 
     Raises:
@@ -38,7 +38,7 @@ def from_place(name: str, datatype: str, shape: Sequence[int], place: Place, rea
     return from_bytes(name, datatype, shape, read(place))
 
 
-def place_of(name: str, parameters: Mapping[str, Any]) -> Place | None:
+def place_of(name: str, parameters: Mapping[str, Any]) -> RegionSlice | None:
     """Where in shared memory a tensor is, or goes; None when it is not said to.
 
     Raises:
@@ -54,7 +54,7 @@ def place_of(name: str, parameters: Mapping[str, Any]) -> Place | None:
             f"tensor {shown(name)} in shared memory needs shared_memory_region (a name), shared_memory_byte_size and "
             "shared_memory_offset (bytes, 0 or more)"
         )
-    return Place(region, offset, size)
+    return RegionSlice(region, offset, size)
 
 
 def timeout_ns(parameters: Mapping[str, Any]) -> int | None:

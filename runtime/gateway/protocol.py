@@ -34,7 +34,7 @@ _WORDS = 200
 _WRAPS = int(np.__version__.split(".")[0]) < 2
 
 
-class Place(Struct, frozen=True):
+class RegionSlice(Struct, frozen=True):
     """Where in a region of shared memory a tensor is."""
 
     region: str
@@ -54,7 +54,7 @@ class Wanted(Struct, frozen=True):
 
     name: str
     binary: bool = False
-    place: Place | None = None
+    place: RegionSlice | None = None
     classes: int = 0
 
 
@@ -78,7 +78,7 @@ class InferRequest(Struct, frozen=True):
     parameters: dict[str, Any] = {}
 
 
-Read = Callable[[Place], bytes | bytearray]
+Read = Callable[[RegionSlice], bytes | bytearray]
 """Gives the bytes of a place in shared memory."""
 
 

@@ -62,7 +62,7 @@ class Waiting(Struct, eq=False):
     turn: int = 0
 
 
-class Line:
+class RequestQueue:
     """The requests that wait before one pipeline, first come, first served."""
 
     def __init__(self, limits: Limits) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from onnxsplit.errors import InputError, shown
 from runtime.gateway.errors import Forbidden, TooLarge, UnknownRegion
-from runtime.gateway.protocol import Place, Read
+from runtime.gateway.protocol import Read, RegionSlice
 
 _FOLDER = Path("/dev/shm")  # noqa: S108  where shm_open keeps them
 _KEY = re.compile(r"/?[^/\0]{1,254}")
@@ -161,7 +161,7 @@ class Regions:
         """
         left = self._most_bytes
 
-        def read(place: Place) -> bytearray:
+        def read(place: RegionSlice) -> bytearray:
             nonlocal left
             left -= place.size_bytes
             if left < 0:
@@ -173,7 +173,7 @@ class Regions:
 
         return read
 
-    def read(self, place: Place) -> bytearray:
+    def read(self, place: RegionSlice) -> bytearray:
         """The bytes of a place.
 
         Raises:
@@ -191,7 +191,7 @@ class Regions:
                 done += size
         return data
 
-    def write(self, place: Place, data: bytes | memoryview) -> None:
+    def write(self, place: RegionSlice, data: bytes | memoryview) -> None:
         """Put bytes at a place.
 
         Raises:
@@ -214,7 +214,7 @@ class Regions:
                 raise InputError(f"cannot write to region {shown(place.region)}: {error.strerror}") from error
 
     @contextmanager
-    def _opened(self, place: Place) -> Iterator[tuple[int, int]]:
+    def _opened(self, place: RegionSlice) -> Iterator[tuple[int, int]]:
         """A descriptor that stays open, whoever unregisters the region, and where in it the place begins."""
         with self._lock:
             region, opened = self._find(place)
@@ -224,7 +224,7 @@ class Regions:
         finally:
             os.close(mine)
 
-    def _find(self, place: Place) -> tuple[Region, int]:
+    def _find(self, place: RegionSlice) -> tuple[Region, int]:
         if place.region not in self._open:
             raise InputError(f"region {shown(place.region)} is not registered")
         region, opened = self._open[place.region]

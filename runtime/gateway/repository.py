@@ -20,8 +20,8 @@ from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import load_plan
 from onnxsplit.tensors import Array
 from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
-from runtime.gateway.batcher import Entrance, Passage
-from runtime.gateway.counters import Tally
+from runtime.gateway.batcher import Batcher, Passage
+from runtime.gateway.counters import Counters
 from runtime.gateway.errors import GatewayError, NotLoaded, UnknownModel, words
 from runtime.gateway.protocol import DATATYPES, InferRequest, Wanted
 from runtime.gateway.queue import Limits
@@ -33,11 +33,11 @@ _LOOK_S = 0.5
 _AGAIN_S, _AGAIN_MOST_S = 1.0, 60.0
 _log = logging.getLogger("runtime.gateway")
 
-Start = Callable[[Path, Callable[[], bool]], Pipeline]
+StartPipeline = Callable[[Path, Callable[[], bool]], Pipeline]
 """Starts the pipeline of a plan; blocks until its nodes are ready, or until the function says that nobody waits."""
 
 
-class State(Enum):
+class VersionState(Enum):
     """Of a version. The values are the protocol's."""
 
     LOADING = "LOADING"
@@ -66,11 +66,11 @@ class Version:
     number: str
     folder: Path
     plan: Plan
-    state: State = State.UNAVAILABLE
+    state: VersionState = VersionState.UNAVAILABLE
     reason: str = "it was not loaded"
-    tally: Tally = field(default_factory=Tally)
+    tally: Counters = field(default_factory=Counters)
     pipeline: Pipeline | None = None
-    entrance: Entrance | None = None
+    entrance: Batcher | None = None
 
     @property
     def batched(self) -> bool:
@@ -89,7 +89,7 @@ class Version:
         The pipeline is asked whether the threads that look after it do so: what its nodes were last known to be says
         nothing when they do not.
         """
-        if self.state is not State.READY or self.pipeline is None:
+        if self.state is not VersionState.READY or self.pipeline is None:
             return self.reason or "it is not loaded"
         if (trouble := self.pipeline.trouble) is not None:
             return trouble
@@ -188,7 +188,7 @@ class Repository:
         newest: so many of the newest versions of a model are loaded.
     """
 
-    def __init__(self, versions: Iterable[Version], start: Start, limits: Limits, *, newest: int = 1) -> None:
+    def __init__(self, versions: Iterable[Version], start: StartPipeline, limits: Limits, *, newest: int = 1) -> None:
         self._models: dict[str, dict[str, Version]] = {}
         for version in versions:
             self._models.setdefault(version.model, {})[version.number] = version
@@ -222,7 +222,7 @@ class Repository:
         return tuple(
             version
             for version in self
-            if version.state is not State.UNAVAILABLE or version.entrance is not None or version in self._again
+            if version.state is not VersionState.UNAVAILABLE or version.entrance is not None or version in self._again
         )
 
     def find(self, model: str, number: str = "") -> Version:
@@ -270,7 +270,7 @@ class Repository:
             await asyncio.sleep(_LOOK_S)
             for version in self:
                 pipeline = version.pipeline
-                if pipeline is not None and version.state is State.READY and pipeline.ended:
+                if pipeline is not None and version.state is VersionState.READY and pipeline.ended:
                     self._again[version] = _Again(time.monotonic(), _AGAIN_S, pipeline.trouble or "")
             for version, again in list(self._again.items()):
                 if time.monotonic() >= again.at_s and not self.ending:
@@ -297,7 +297,7 @@ class Repository:
         """Take leave of a pipeline; who still waits is told why."""
         pipeline, entrance = version.pipeline, version.entrance
         version.pipeline, version.entrance = None, None
-        version.state, version.reason = State.UNAVAILABLE, str(reason)
+        version.state, version.reason = VersionState.UNAVAILABLE, str(reason)
         if entrance is not None:
             entrance.refuse(reason)
             entrance.close()
@@ -327,18 +327,18 @@ class Repository:
         await asyncio.shield(asyncio.ensure_future(change))
 
     async def _load(self, version: Version, reason: str = "it is being loaded") -> None:
-        version.state, version.reason = State.LOADING, reason
+        version.state, version.reason = VersionState.LOADING, reason
         begun = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             version.plan = await loop.run_in_executor(None, load_plan, version.folder)
             version.pipeline = await loop.run_in_executor(None, self._start, version.folder, lambda: self.ending)
         except Exception as error:
-            version.state, version.reason = State.UNAVAILABLE, words(error)
+            version.state, version.reason = VersionState.UNAVAILABLE, words(error)
             raise
-        version.tally = Tally()
-        version.entrance = Entrance(version.pipeline, self._limits, version.tally)
-        version.state, version.reason = State.READY, ""
+        version.tally = Counters()
+        version.entrance = Batcher(version.pipeline, self._limits, version.tally)
+        version.state, version.reason = VersionState.READY, ""
         if self._limits.max_batch > 1 and batch_axes(version.plan, version.plan.outputs) is None:
             log_event(_log, logging.WARNING, "not batched: it has no proven batch axis", model=version.model)
         log_event(
@@ -368,16 +368,16 @@ class Repository:
         pipeline, entrance = version.pipeline, version.entrance
         if pipeline is None or entrance is None:
             return
-        version.state, version.reason = State.UNLOADING, reason
+        version.state, version.reason = VersionState.UNLOADING, reason
         version.entrance = None
         if not await self._emptied(entrance, patience_s):
             entrance.refuse(PipelineClosed("the server ended before the request's turn came"))
         entrance.close()
         await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
         version.pipeline = None
-        version.state = State.UNAVAILABLE
+        version.state = VersionState.UNAVAILABLE
 
-    async def _emptied(self, entrance: Entrance, patience_s: float | None) -> bool:
+    async def _emptied(self, entrance: Batcher, patience_s: float | None) -> bool:
         """Wait until nobody is in line or inside; without a patience of its own, as long as the server lives."""
         emptied = asyncio.ensure_future(entrance.empty())
         try:

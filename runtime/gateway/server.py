@@ -20,16 +20,16 @@ from onnxsplit.errors import InputError, OnnxsplitError
 from runtime.descriptors import raise_limit
 from runtime.errors import LaunchFailed
 from runtime.gateway.budget import Budget
-from runtime.gateway.grpc.servicer import Rpc
+from runtime.gateway.grpc.servicer import GrpcServicer
 from runtime.gateway.guard import LOOPBACK, Guard, read_tokens
-from runtime.gateway.http.app import Web
+from runtime.gateway.http.app import HttpApp
 from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.connections import Connection
 from runtime.gateway.queue import Limits
 from runtime.gateway.regions import Regions
-from runtime.gateway.repository import Repository, Start, find_versions
+from runtime.gateway.repository import Repository, StartPipeline, find_versions
 from runtime.gateway.service import Service
-from runtime.gateway.telemetry.sampler import Watcher
+from runtime.gateway.telemetry.sampler import Sampler
 from runtime.gateway.telemetry.spans import Spans
 from runtime.logs import log_event
 
@@ -119,7 +119,7 @@ class _Uvicorn(uvicorn.Server):
 def serve(
     places: Sequence[Path],
     options: ServeOptions,
-    start: Start,
+    start: StartPipeline,
     *,
     told: Callable[[Serving], None] = lambda _: None,
     progress: Callable[[str], None] = lambda _: None,
@@ -154,7 +154,7 @@ async def _serve(
     guard: Guard,
     listener: socket.socket,
     versions: list[Any],
-    start: Start,
+    start: StartPipeline,
     told: Callable[[Serving], None],
     progress: Callable[[str], None],
 ) -> None:
@@ -178,13 +178,13 @@ async def _serve(
     workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gateway")
     service = Service(repository, regions, workers, spans)
     budget = Budget(options.max_queue_bytes, options.max_body)
-    watcher = Watcher(service, budget)
-    web = _http(Web(service, Bodies(options.max_body, budget, workers), guard, watcher), options, connections)
+    watcher = Sampler(service, budget)
+    web = _http(HttpApp(service, Bodies(options.max_body, budget, workers), guard, watcher), options, connections)
     serving_http = asyncio.ensure_future(web.serve(sockets=[listener]))
     rpc: Any = None
     watching: asyncio.Future[None] | None = None
     try:
-        rpc, grpc_port = await _grpc(Rpc(service, budget, guard, watcher), options)
+        rpc, grpc_port = await _grpc(GrpcServicer(service, budget, guard, watcher), options)
         watcher.start()
         watching = asyncio.ensure_future(repository.watch())
         for model in repository.models:
@@ -240,7 +240,7 @@ async def _unless(ending: asyncio.Event, work: Any) -> None:
             raise
 
 
-def _http(web: Web, options: ServeOptions, connections: int) -> uvicorn.Server:
+def _http(web: HttpApp, options: ServeOptions, connections: int) -> uvicorn.Server:
     return _Uvicorn(
         uvicorn.Config(
             web.app(),
@@ -261,7 +261,7 @@ def _http(web: Web, options: ServeOptions, connections: int) -> uvicorn.Server:
     )
 
 
-async def _grpc(rpc: Rpc, options: ServeOptions) -> tuple[Any, int | None]:
+async def _grpc(rpc: GrpcServicer, options: ServeOptions) -> tuple[Any, int | None]:
     """The gRPC server and its port."""
     if options.grpc_port is None:
         return None, None

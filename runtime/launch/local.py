@@ -19,7 +19,7 @@ from typing import Any
 
 from onnxsplit.session import quiet_environment
 from runtime.home import private_folder
-from runtime.launcher import Premises
+from runtime.launcher import Rendezvous
 
 _LOG_TAIL_BYTES = 2000
 _LOG_TAIL_LINES = 10
@@ -83,7 +83,7 @@ class LocalLauncher:
         self._memory_bytes = memory_bytes
         self._custom_ops = custom_ops or {}
         self.folder = private_folder()
-        self.premises = Premises(
+        self.premises = Rendezvous(
             control=f"ipc://{self.folder / 'control'}",
             data=f"ipc://{self.folder / 'results'}",
             files="",

@@ -22,11 +22,11 @@ from onnxsplit.custom_ops import named
 from onnxsplit.errors import InputError, MissingDependency
 from onnxsplit.plan import Plan, Stage
 from onnxsplit.session import host_cores
-from runtime.coordinator.roster import Slot
 from runtime.errors import LaunchFailed
 from runtime.home import private_folder
 from runtime.launch.ray_node import NodeActor
-from runtime.launcher import Premises
+from runtime.launcher import Rendezvous
+from runtime.topology import ReplicaKey
 from runtime.wire.security import Security, new_key_pair
 
 Placement = Literal["spread", "strict-spread", "pack"]
@@ -76,9 +76,9 @@ class RayLauncher:
         self._pair = new_key_pair()
         self._allowed: set[str] = set()
         self._lock = threading.Lock()
-        self._actors: dict[Slot, Any] = {}
-        self._avoided: dict[Slot, str] = {}  # the Ray node where the slot's actor was lost
-        self._tries: dict[Slot, int] = {}
+        self._actors: dict[ReplicaKey, Any] = {}
+        self._avoided: dict[ReplicaKey, str] = {}  # the Ray node where the slot's actor was lost
+        self._tries: dict[ReplicaKey, int] = {}
         counts = replicas or tuple(stage.replicas for stage in plan.stages)
         processors = sum(stage.threads * count for stage, count in zip(plan.stages, counts, strict=True))
         self._connection = _Connection.shared(self._ray, processors)
@@ -90,7 +90,7 @@ class RayLauncher:
             raise
         address = "127.0.0.1" if self._connection.is_own else self._ray.util.get_node_ip_address()
         self.folder = private_folder()
-        self.premises = Premises(
+        self.premises = Rendezvous(
             control=f"tcp://{address}:*",
             data=f"tcp://{address}:*",
             files=f"tcp://{address}:*",
@@ -152,7 +152,7 @@ class RayLauncher:
             needs["GPU"] = 1.0
         return needs
 
-    def _selector(self, slot: Slot, nodes: list[dict[str, Any]]) -> dict[str, str]:
+    def _selector(self, slot: ReplicaKey, nodes: list[dict[str, Any]]) -> dict[str, str]:
         """The Ray node that the plan's host of a slot is; empty where the plan or the cluster names none."""
         hosts = self._plan.stages[slot[0]].hosts
         host = hosts[slot[1]] if slot[1] < len(hosts) else None
@@ -163,7 +163,7 @@ class RayLauncher:
 
     # Actors; called from the threads of handles
 
-    def actor(self, slot: Slot) -> Any:
+    def actor(self, slot: ReplicaKey) -> Any:
         """The actor of a slot; a new one where there is none. It need not be up yet."""
         with self._lock:
             if slot in self._actors:
@@ -172,7 +172,7 @@ class RayLauncher:
             actor = self._actors[slot] = self._new_actor(slot, elsewhere=slot not in self._slots or tries % 2 == 1)
             return actor
 
-    def _new_actor(self, slot: Slot, *, elsewhere: bool) -> Any:
+    def _new_actor(self, slot: ReplicaKey, *, elsewhere: bool) -> Any:
         stage = self._plan.stages[slot[0]]
         needs = self._needs(stage, [node for node in self._ray.nodes() if node["Alive"]])
         options: dict[str, Any] = {
@@ -192,7 +192,7 @@ class RayLauncher:
             )
         return self._ray.remote(NodeActor).options(**options).remote(self._memory_bytes, self._custom_ops)
 
-    def begin(self, actor: Any, slot: Slot) -> str:
+    def begin(self, actor: Any, slot: ReplicaKey) -> str:
         """Have an actor make its keys, and let their owner in; the name of the Ray node it is on.
 
         Raises:
@@ -206,12 +206,12 @@ class RayLauncher:
         names = {node["NodeID"]: str(node["NodeName"]) for node in self._ray.nodes()}
         return names.get(node_id, str(node_id))
 
-    def ended(self, slot: Slot, actor: Any) -> None:
+    def ended(self, slot: ReplicaKey, actor: Any) -> None:
         """A node came to its end: its actor stays for the next in its bundle; without a bundle it lets its host go."""
         if slot not in self._slots:
             self.forget(slot, actor)
 
-    def forget(self, slot: Slot, actor: Any) -> None:
+    def forget(self, slot: ReplicaKey, actor: Any) -> None:
         """An actor does not answer, or is gone; the next try makes another, elsewhere."""
         with self._lock:
             if self._actors.get(slot) is actor:
@@ -223,7 +223,7 @@ class RayLauncher:
 class RayHandle:
     """A node process on some host: a thread follows it from its actor's start to its end."""
 
-    def __init__(self, launcher: RayLauncher, connect: str, slot: Slot, number: int) -> None:
+    def __init__(self, launcher: RayLauncher, connect: str, slot: ReplicaKey, number: int) -> None:
         self.pid = 0
         self._launcher, self._ray = launcher, launcher._ray
         self._connect, self._slot, self._number = connect, slot, number

@@ -24,7 +24,7 @@ from runtime.errors import PipelineError, ProtocolError
 from runtime.wire import codec
 from runtime.wire.keys import Keys
 from runtime.wire.messages import (
-    Asked,
+    AgentRequest,
     Cannot,
     LinkFigures,
     MeasureLink,
@@ -54,7 +54,7 @@ _FAREWELL_S = 2.0
 class AgentClient(Client):
     """A link to an agent."""
 
-    def ask(self, question: Asked, piece: bytes = b"", *, patience_s: float = _PATIENCE_S) -> Told:
+    def ask(self, question: AgentRequest, piece: bytes = b"", *, patience_s: float = _PATIENCE_S) -> Told:
         """Ask, and wait for the answer.
 
         Raises:
@@ -179,7 +179,7 @@ class _Agent:
         self._security = security
         self._vouched = vouched
 
-    def answer(self, asked: Asked, frames: list[codec.Buffer]) -> Told:
+    def answer(self, asked: AgentRequest, frames: list[codec.Buffer]) -> Told:
         """Do it."""
         try:
             match asked:

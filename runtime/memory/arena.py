@@ -33,11 +33,11 @@ from typing import Protocol
 import numpy as np
 
 from onnxsplit.tensors import Array, element_count, numpy_dtype
-from runtime.balance.board import BOARD_BYTES, PEERS, Board
+from runtime.balance.board import BOARD_BYTES, PEERS, LoadBoard
 from runtime.errors import ProtocolError
 from runtime.memory.extents import Extents, aligned
 from runtime.memory.pinned import Pin
-from runtime.wire.messages import SLOTS, Memory, Place, Step
+from runtime.wire.messages import SLOTS, Memory, Step, TensorPlace
 
 _LEDGER = 4096
 _TOKEN_BYTES = 32
@@ -83,9 +83,9 @@ class Block:
         self.readers = list(readers)
         self.held = False
 
-    def place(self, at: int) -> Place:
+    def place(self, at: int) -> TensorPlace:
         """Where the byte ``at`` of the block is, as readers are told."""
-        return Place(self.number, self.generation, self.offset + at)
+        return TensorPlace(self.number, self.generation, self.offset + at)
 
     @property
     def free(self) -> bool:
@@ -116,7 +116,7 @@ class Arena:
         self._map[:_TOKEN_BYTES] = token
         self.address = Memory(host_token(), os.getpid(), self._descriptor, token, size)
         view = memoryview(self._map)
-        self.board = Board(view[_BOARD_AT : _BOARD_AT + BOARD_BYTES])
+        self.board = LoadBoard(view[_BOARD_AT : _BOARD_AT + BOARD_BYTES])
         self._ledger = view[_LEDGER_AT:_GENERATIONS_AT].cast("Q")
         self._generations = view[_GENERATIONS_AT:_RETURNS_AT].cast("Q")
         self._returns = view[_RETURNS_AT:_DATA_AT].cast("Q")
@@ -188,7 +188,7 @@ class Arena:
         for block in self._busy:
             block.readers = [reader for reader in block.readers if reader is not row]
 
-    def give_back(self, peer: int, place: Place) -> None:
+    def give_back(self, peer: int, place: TensorPlace) -> None:
         """Say that this process no longer reads a slot of a peer."""
         self._returns[peer * SLOTS + place.slot] = place.generation
 
@@ -271,7 +271,7 @@ class PeerArena:
         self._pin: Pin | None = None
         self._pinned = _DATA_AT
         view = memoryview(self._map)
-        self.board = Board(view[_BOARD_AT : _BOARD_AT + BOARD_BYTES])
+        self.board = LoadBoard(view[_BOARD_AT : _BOARD_AT + BOARD_BYTES])
         self._ledger = view[_LEDGER_AT:_GENERATIONS_AT].cast("Q")
         self._generations = view[_GENERATIONS_AT:_RETURNS_AT].cast("Q")
         self._returns = view[_RETURNS_AT:_DATA_AT].cast("Q")
@@ -288,7 +288,7 @@ class PeerArena:
         """Pin what is read from now on."""
         self._pin = pin
 
-    def array(self, place: Place, dtype: str, shape: Sequence[int]) -> Array:
+    def array(self, place: TensorPlace, dtype: str, shape: Sequence[int]) -> Array:
         """A tensor in the peer's memory, read-only.
 
         Raises:
@@ -308,7 +308,7 @@ class PeerArena:
             self._pinned = reach
         return np.ndarray(tuple(shape), kind, self._map, place.offset)
 
-    def holds(self, place: Place) -> bool:
+    def holds(self, place: TensorPlace) -> bool:
         """True while the slot is still lent for this use; what was read before that is what was written."""
         return self._generations[place.slot] == place.generation
 

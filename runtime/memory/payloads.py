@@ -11,16 +11,16 @@ import numpy as np
 from msgspec import Struct
 
 from onnxsplit.tensors import Array, dtype_name, numpy_dtype, size_bytes
-from runtime.balance.board import Board
+from runtime.balance.board import LoadBoard
 from runtime.errors import MemoryWithdrawn, ProtocolError
 from runtime.memory.arena import Arena, Block, PeerArena
 from runtime.memory.extents import aligned
 from runtime.memory.pinned import Pin
 from runtime.wire import codec
-from runtime.wire.messages import Fragment, Memory, Peer, Place, Step, Visit
+from runtime.wire.messages import Fragment, Memory, Peer, Step, TensorPlace, Visit
 from runtime.wire.sockets import Outlet
 
-Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+OutputShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """ONNX type and shape of tensors, by name."""
 
 
@@ -40,7 +40,7 @@ class Outgoing:
     """
 
     arrays: dict[str, Array] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, TensorPlace] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
     size_bytes: int = 0
     shared_bytes: int = 0
@@ -63,7 +63,7 @@ class _Layout:
         small: arrays for those that go into headers, made when first needed and used again every time.
     """
 
-    shapes: Shapes
+    shapes: OutputShapes
     large: Mapping[str, int]
     size: int
     size_bytes: int
@@ -105,7 +105,7 @@ class Payloads:
         self._reading: Counter[int] = Counter()  # fragments by the peer in whose memory they lie
         self._layouts: dict[tuple[int, tuple[str, ...]], _Layout] = {}
         self._rows: dict[int, memoryview] = {}  # returns of the peers that may read this process's memory
-        self._board = self._arena.board if self._arena is not None else Board()
+        self._board = self._arena.board if self._arena is not None else LoadBoard()
 
     def close(self) -> None:
         """Let go of all memory."""
@@ -129,11 +129,11 @@ class Payloads:
         return self._arena.used_bytes if self._arena is not None else 0
 
     @property
-    def board(self) -> Board:
+    def board(self) -> LoadBoard:
         """This process's own."""
         return self._board
 
-    def boards(self) -> dict[int, Board]:
+    def boards(self) -> dict[int, LoadBoard]:
         """Those of the peers whose memory is mapped, by number."""
         return {number: peer.board for number, peer in self._peers.items() if number not in self._gone}
 
@@ -202,7 +202,7 @@ class Payloads:
 
     # Outgoing
 
-    def reserve(self, shapes: Shapes, leaving: tuple[str, ...]) -> Outgoing:
+    def reserve(self, shapes: OutputShapes, leaving: tuple[str, ...]) -> Outgoing:
         """Arrays for tensors: those ``leaving`` for peers, where large, in shared memory, as far as it goes.
 
         Small ones lie where those of the last call lay, since they are copied as they are sent. ``shapes`` must not
@@ -223,7 +223,7 @@ class Payloads:
         going.size_bytes = layout.size_bytes
         return going
 
-    def place(self, going: Outgoing, shapes: Shapes, leaving: Collection[str]) -> None:
+    def place(self, going: Outgoing, shapes: OutputShapes, leaving: Collection[str]) -> None:
         """Add arrays in shared memory, for those tensors where it is worth it and there is room."""
         if self._rows:
             self._place(going, self._make_layout(shapes, leaving))
@@ -241,7 +241,7 @@ class Payloads:
             going.arrays[name] = self._arena.array(block, at, *layout.shapes[name])
             going.places[name] = block.place(at)
 
-    def _layout(self, shapes: Shapes, leaving: tuple[str, ...]) -> _Layout:
+    def _layout(self, shapes: OutputShapes, leaving: tuple[str, ...]) -> _Layout:
         key = (id(shapes), leaving)  # the layout holds the shapes, so the number stays theirs
         layout = self._layouts.get(key)
         if layout is None:
@@ -250,7 +250,7 @@ class Payloads:
             layout = self._layouts[key] = self._make_layout(shapes, leaving)
         return layout
 
-    def _make_layout(self, shapes: Shapes, leaving: Collection[str]) -> _Layout:
+    def _make_layout(self, shapes: OutputShapes, leaving: Collection[str]) -> _Layout:
         sizes = {name: size_bytes(*spec) for name, spec in shapes.items() if spec[0] != "string"}
         large, at = {}, 0
         for name, size in sizes.items():
@@ -350,7 +350,7 @@ class Payloads:
         """
         lies = False
 
-        def at(place: Place, dtype: str, shape: Sequence[int]) -> Array:
+        def at(place: TensorPlace, dtype: str, shape: Sequence[int]) -> Array:
             nonlocal lies
             lies = True
             peer = self._peers.get(fragment.sender)
@@ -371,7 +371,7 @@ class Payloads:
         """False when a sender has taken its memory back meanwhile, and what was read there means nothing."""
         for fragment in fragments:
             for head in fragment.tensors:
-                if isinstance(head.payload, Place):
+                if isinstance(head.payload, TensorPlace):
                     peer = self._peers.get(fragment.sender)
                     if peer is None or not peer.holds(head.payload):
                         return False
@@ -390,13 +390,13 @@ class Payloads:
         slot = -1
         for head in fragment.tensors:
             place = head.payload
-            if isinstance(place, Place) and place.slot != slot and self._arena is not None:
+            if isinstance(place, TensorPlace) and place.slot != slot and self._arena is not None:
                 slot = place.slot
                 self._arena.give_back(fragment.sender, place)
         return slot >= 0
 
 
-def shapes_of(tensors: Mapping[str, Array]) -> Shapes:
+def shapes_of(tensors: Mapping[str, Array]) -> OutputShapes:
     """Types and shapes of tensors; those whose type has no name are left out."""
     named = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}
     return {name: (dtype, tensors[name].shape) for name, dtype in named.items() if dtype is not None}

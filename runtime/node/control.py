@@ -10,7 +10,7 @@ from typing import Protocol
 
 from runtime.errors import ProtocolError
 from runtime.logs import Drops
-from runtime.node.events import Assigned, Cancelled, Event, Passed, Shared, Wired
+from runtime.node.events import Assigned, AttemptCancelled, NodeEvent, Passed, Shared, Wired
 from runtime.timings import Timings
 from runtime.wire import codec
 from runtime.wire.messages import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Trust, Wire
@@ -30,7 +30,7 @@ class Body(Protocol):
         """A sign of life, as of now."""
         ...
 
-    def post(self, event: Event) -> None:
+    def post(self, event: NodeEvent) -> None:
         """Take an event."""
         ...
 
@@ -164,7 +164,7 @@ class ControlLink(threading.Thread):
             case Share(readers):
                 self._body.post(Shared(readers))
             case Cancel(request, attempt):
-                self._body.post(Cancelled(request, attempt))
+                self._body.post(AttemptCancelled(request, attempt))
             case Stop(reason, "end"):
                 self._body.lost(reason)
             case Stop(reason, "rejoin"):

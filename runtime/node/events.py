@@ -11,13 +11,10 @@ from typing import Any
 from msgspec import Struct
 
 from onnxsplit.plan import Plan
-from runtime.wire.messages import Assign, Failed, Fragment, Peer, Visit, Wire
+from runtime.wire.messages import Assign, AttemptKey, Failed, Fragment, Peer, Visit, Wire
 
 Tensors = Mapping[str, Any]
 """Tensors by name; what they are is the loop's business."""
-
-Key = tuple[int, int]
-"""A request and an attempt at it."""
 
 Leaving = tuple[tuple[int, tuple[str, ...]], ...]
 """Stages, or the caller, and the outputs that they get."""
@@ -83,7 +80,7 @@ class ExecutionFailed(Struct, frozen=True):
     reason: str
 
 
-class Cancelled(Struct, frozen=True):
+class AttemptCancelled(Struct, frozen=True):
     """Nobody waits for this attempt at a request, and those before it, any more."""
 
     request: int
@@ -108,7 +105,7 @@ class StopAsked(Struct, frozen=True):
     reason: str
 
 
-Event = (
+NodeEvent = (
     Assigned
     | Loaded
     | LoadFailed
@@ -118,7 +115,7 @@ Event = (
     | Turn
     | Executed
     | ExecutionFailed
-    | Cancelled
+    | AttemptCancelled
     | Passed
     | LeaveAsked
     | StopAsked
@@ -154,7 +151,7 @@ class SayRefused(Struct, frozen=True):
     reason: str
 
 
-class Share(Struct, frozen=True):
+class LendMemory(Struct, frozen=True):
     """Lend memory to these peers from now on."""
 
     readers: tuple[int, ...]
@@ -166,7 +163,7 @@ class Run(Struct, frozen=True):
     The inputs lie in ``fragments``; ``leaving`` are the outputs that each stage, or the caller, gets.
     """
 
-    key: Key
+    key: AttemptKey
     cost: int
     inputs: Tensors
     fragments: tuple[Fragment, ...]
@@ -199,7 +196,7 @@ class Discard(Struct, frozen=True):
     """Nobody wants the outputs of the request that ran last."""
 
 
-class Report(Struct, frozen=True):
+class ReportFailure(Struct, frozen=True):
     """Tell the coordinator that a request failed here."""
 
     message: Failed
@@ -211,6 +208,17 @@ class Exit(Struct, frozen=True):
     reason: str
 
 
-Effect = (
-    Load | Connect | SayReady | SayLeaving | SayRefused | Share | Run | GiveBack | Forward | Discard | Report | Exit
+NodeEffect = (
+    Load
+    | Connect
+    | SayReady
+    | SayLeaving
+    | SayRefused
+    | LendMemory
+    | Run
+    | GiveBack
+    | Forward
+    | Discard
+    | ReportFailure
+    | Exit
 )

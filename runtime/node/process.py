@@ -35,28 +35,28 @@ from runtime.files.stage import StageFiles
 from runtime.home import hold, private_folder, sweep
 from runtime.node.control import ControlLink
 from runtime.node.events import (
-    Cancelled,
+    AttemptCancelled,
     Connect,
     Discard,
-    Effect,
-    Event,
     Exit,
     Forward,
     GiveBack,
     LeaveAsked,
+    LendMemory,
     Load,
+    NodeEffect,
+    NodeEvent,
     Passed,
-    Report,
+    ReportFailure,
     Run,
     SayLeaving,
     SayReady,
     SayRefused,
-    Share,
     StopAsked,
     Turn,
 )
 from runtime.node.health import write_health
-from runtime.node.state import NodeState, State
+from runtime.node.state import NodePhase, NodeState
 from runtime.node.worker import Worker
 from runtime.timings import Timings
 from runtime.wire.addresses import own_address, reachable
@@ -71,7 +71,7 @@ DEFAULT_MEMORY_BYTES = 1 << 30
 _EXIT_GRACE_S = 2.0
 _SPARE_S = 0.5  # between the first two questions for a place; twice as long each time
 _SPARE_MOST_S = 5.0
-_SERVING = (State.READY, State.LEAVING)
+_SERVING = (NodePhase.READY, NodePhase.LEAVING)
 _log = logging.getLogger("runtime.node")
 
 
@@ -175,7 +175,7 @@ def _serve_by_hand(options: NodeOptions, keys: Keys | None) -> int:
         if node.ended.is_set() or not node.rejoins:
             return code
         if options.health is not None:
-            write_health(options.health, State.WAITING.name.lower())
+            write_health(options.health, NodePhase.WAITING.name.lower())
         if node.had_place:
             patience, spare_since, pause = options.rejoin_s, None, _SPARE_S
             _log.warning("asking %s for a place again, for %.0f s", options.connect, options.rejoin_s)
@@ -212,7 +212,7 @@ class _Node:
         self.had_place = False
         self._timers: list[threading.Timer] = []
         self._machine = NodeState()
-        self._posted: deque[Event] = deque()
+        self._posted: deque[NodeEvent] = deque()
         self._wakeup = Wakeup()
         self._worker = Worker(options.memory_bytes)
         self._cache = StageCache(cache_folder(), options.cache_bytes)
@@ -232,7 +232,7 @@ class _Node:
         running_ns, cost = (max(1, time.monotonic_ns() - began[0]), began[1]) if began is not None else (0, 0)
         return NodeBeat(self._machine.executed, running_ns, cost, longest_ns, self._worker.look_at_links())
 
-    def post(self, event: Event) -> None:
+    def post(self, event: NodeEvent) -> None:
         """Hand an event to the main thread."""
         self._posted.append(event)
         self._wakeup.ring()
@@ -386,8 +386,8 @@ class _Node:
             if machine.ready and self._exit is None:
                 self._handle(Turn(time.monotonic_ns()), sockets, control)
 
-    def _handle(self, event: Event, sockets: Sockets, control: ControlLink) -> None:
-        if isinstance(event, Cancelled | Passed) and self._machine.state not in _SERVING:
+    def _handle(self, event: NodeEvent, sockets: Sockets, control: ControlLink) -> None:
+        if isinstance(event, AttemptCancelled | Passed) and self._machine.state not in _SERVING:
             return
         effects = deque(self._machine.handle(event))
         while effects and self._exit is None:
@@ -395,7 +395,7 @@ class _Node:
             if answer is not None:
                 effects.extend(self._machine.handle(answer))
 
-    def _perform(self, effect: Effect, sockets: Sockets, control: ControlLink) -> Event | None:
+    def _perform(self, effect: NodeEffect, sockets: Sockets, control: ControlLink) -> NodeEvent | None:
         worker = self._worker
         match effect:
             case Run():
@@ -407,7 +407,7 @@ class _Node:
                     worker.give_back(fragment)
             case Discard():
                 worker.discard()
-            case Report(message):
+            case ReportFailure(message):
                 worker.report(message)
             case Load(assign):
                 self.had_place = True
@@ -419,7 +419,7 @@ class _Node:
                 by = self._options.connect
                 here = tuple(msgspec.structs.replace(p, address=reachable(p.address, by)) for p in peers)
                 worker.connect(msgspec.structs.replace(effect, peers=here), sockets)
-            case Share(readers):
+            case LendMemory(readers):
                 worker.share(readers)
             case SayReady():
                 control.say(Ready(worker.mapped))

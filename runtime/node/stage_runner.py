@@ -11,7 +11,7 @@ from onnxsplit.plan import Plan
 from onnxsplit.plan_files import check_file
 from onnxsplit.session import open_session
 from onnxsplit.tensors import Array, dtype_name
-from runtime.memory.payloads import Shapes
+from runtime.memory.payloads import OutputShapes
 from runtime.node.weights import shared_copy
 from runtime.wire.messages import Assign
 
@@ -64,7 +64,7 @@ class StageRunner:
         )
         self._profiled = assign.profile
         self._inputs = stage.inputs
-        self._proven: dict[tuple[tuple[int, ...], ...], Shapes] = {}
+        self._proven: dict[tuple[tuple[int, ...], ...], OutputShapes] = {}
         self._unbound = {name for name in stage.outputs if name in stage.inputs}
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class StageRunner:
         if self._profiled:
             self._session.end_profiling()
 
-    def proven(self, inputs: Mapping[str, Array]) -> Shapes:
+    def proven(self, inputs: Mapping[str, Array]) -> OutputShapes:
         """The outputs whose type and shape are proven for inputs of these shapes."""
         return self._proven.get(self._signature(inputs), {})
 

@@ -17,33 +17,32 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from onnxsplit.plan import Plan
+from onnxsplit.plan import CALLER, Plan
 from runtime.node.events import (
     Arrived,
     Assigned,
-    Cancelled,
+    AttemptCancelled,
     Connect,
     Discard,
-    Effect,
-    Event,
     Executed,
     ExecutionFailed,
     Exit,
     Forward,
     GiveBack,
-    Key,
     LeaveAsked,
     Leaving,
+    LendMemory,
     Load,
     Loaded,
     LoadFailed,
+    NodeEffect,
+    NodeEvent,
     Passed,
-    Report,
+    ReportFailure,
     Run,
     SayLeaving,
     SayReady,
     SayRefused,
-    Share,
     Shared,
     StopAsked,
     Turn,
@@ -51,12 +50,12 @@ from runtime.node.events import (
 )
 from runtime.topology import sources
 from runtime.transition_table import Machine
-from runtime.wire.messages import CALLER, NOT_NEEDED, Assign, Failed, Fragment, Visit, Wire
+from runtime.wire.messages import NOT_NEEDED, Assign, AttemptKey, Failed, Fragment, Visit, Wire
 
 _REMEMBERED = 4096  # cancelled requests, whose fragments may still be under way
 
 
-class State(Enum):
+class NodePhase(Enum):
     """Of a node."""
 
     WAITING = auto()
@@ -67,18 +66,18 @@ class State(Enum):
     STOPPED = auto()
 
 
-_SERVING = (Wired, Shared, Arrived, Turn, Executed, ExecutionFailed, Cancelled, Passed)
+_SERVING = (Wired, Shared, Arrived, Turn, Executed, ExecutionFailed, AttemptCancelled, Passed)
 
-TRANSITIONS: Mapping[tuple[State, type[Event]], State] = {
-    (State.WAITING, Assigned): State.LOADING,
-    (State.LOADING, Loaded): State.LOADED,
-    (State.LOADING, LoadFailed): State.STOPPED,
-    (State.LOADED, Wired): State.READY,
-    **{(State.READY, kind): State.READY for kind in _SERVING},
-    (State.READY, LeaveAsked): State.LEAVING,
-    **{(State.LEAVING, kind): State.LEAVING for kind in (*_SERVING, LeaveAsked)},
-    **{(state, LeaveAsked): State.STOPPED for state in (State.WAITING, State.LOADING, State.LOADED)},
-    **{(state, StopAsked): State.STOPPED for state in State},
+TRANSITIONS: Mapping[tuple[NodePhase, type[NodeEvent]], NodePhase] = {
+    (NodePhase.WAITING, Assigned): NodePhase.LOADING,
+    (NodePhase.LOADING, Loaded): NodePhase.LOADED,
+    (NodePhase.LOADING, LoadFailed): NodePhase.STOPPED,
+    (NodePhase.LOADED, Wired): NodePhase.READY,
+    **{(NodePhase.READY, kind): NodePhase.READY for kind in _SERVING},
+    (NodePhase.READY, LeaveAsked): NodePhase.LEAVING,
+    **{(NodePhase.LEAVING, kind): NodePhase.LEAVING for kind in (*_SERVING, LeaveAsked)},
+    **{(state, LeaveAsked): NodePhase.STOPPED for state in (NodePhase.WAITING, NodePhase.LOADING, NodePhase.LOADED)},
+    **{(state, StopAsked): NodePhase.STOPPED for state in NodePhase},
 }
 
 
@@ -97,8 +96,8 @@ class NodeState:
 
     def __init__(self) -> None:
         self.executed = 0
-        self.running: Key | None = None
-        self._machine = Machine("node", TRANSITIONS, State.WAITING)
+        self.running: AttemptKey | None = None
+        self._machine = Machine("node", TRANSITIONS, NodePhase.WAITING)
         self._assign: Assign | None = None
         self._view = -1
         self._sources: frozenset[int] = frozenset()
@@ -107,17 +106,17 @@ class NodeState:
         self._outputs: tuple[str, ...] = ()
         self._leaving: dict[tuple[tuple[int, ...], tuple[str, ...]], Leaving] = {}
         self._early: list[Arrived] = []
-        self._joins: dict[Key, _Join] = {}
-        self._queue: deque[Key] = deque()
+        self._joins: dict[AttemptKey, _Join] = {}
+        self._queue: deque[AttemptKey] = deque()
         self._cancelled: OrderedDict[int, int] = OrderedDict()  # request -> its last attempt that is
         self._oldest = 0
 
     @property
-    def state(self) -> State:
+    def state(self) -> NodePhase:
         """Of the node."""
         return self._machine.state
 
-    def handle(self, event: Event) -> list[Effect]:
+    def handle(self, event: NodeEvent) -> list[NodeEffect]:
         """Take an event; returns what is to be done, in order.
 
         Raises:
@@ -133,7 +132,7 @@ class NodeState:
                 return self._executed(event)
             case ExecutionFailed(reason):
                 return self._failed(reason)
-            case Cancelled(request, attempt):
+            case AttemptCancelled(request, attempt):
                 return self._cancel(request, attempt)
             case Passed(oldest):
                 self._oldest = max(self._oldest, oldest)
@@ -149,9 +148,9 @@ class NodeState:
             case Wired(wire):
                 return self._wired(wire)
             case Shared(readers):
-                return [Share(readers)]
+                return [LendMemory(readers)]
             case LeaveAsked(reason):
-                return [Exit(reason)] if state is State.STOPPED else [SayLeaving()]
+                return [Exit(reason)] if state is NodePhase.STOPPED else [SayLeaving()]
             case StopAsked(reason):
                 return [Exit(reason)]
 
@@ -176,11 +175,11 @@ class NodeState:
         assert self._assign is not None
         return self._assign.stage, self._assign.replica
 
-    def _wired(self, wire: Wire) -> list[Effect]:
+    def _wired(self, wire: Wire) -> list[NodeEffect]:
         self._view = wire.view
         targets = {p.number for p in wire.peers if p.stage in self._readers or p.stage == CALLER}
         senders = {p.number for p in wire.peers if p.stage in self._sources | self._rivals}
-        effects: list[Effect] = [
+        effects: list[NodeEffect] = [
             Connect(
                 me=wire.me,
                 peers=wire.peers,
@@ -194,7 +193,7 @@ class NodeState:
             effects += self._arrived(event)
         return effects
 
-    def _arrived(self, event: Arrived) -> list[Effect]:
+    def _arrived(self, event: Arrived) -> list[NodeEffect]:
         fragment = event.fragment
         if fragment.view > self._view:
             self._early.append(event)
@@ -213,12 +212,12 @@ class NodeState:
             self._queue.append(key)
         return []
 
-    def _over(self, key: Key) -> bool:
+    def _over(self, key: AttemptKey) -> bool:
         """Nobody waits for the attempt."""
         return key[0] < self._oldest or key[1] <= self._cancelled.get(key[0], 0)
 
-    def _next(self, now_ns: int) -> list[Effect]:
-        effects: list[Effect] = []
+    def _next(self, now_ns: int) -> list[NodeEffect]:
+        effects: list[NodeEffect] = []
         while self._queue and self.running is None:
             key = self._queue.popleft()
             join = self._joins[key]
@@ -247,7 +246,7 @@ class NodeState:
     def _needs(fragment: Fragment, stage: int) -> bool:
         return stage < len(fragment.route) and fragment.route[stage] != NOT_NEEDED
 
-    def _executed(self, event: Executed) -> list[Effect]:
+    def _executed(self, event: Executed) -> list[NodeEffect]:
         self.executed += 1
         key, self.running = self.running, None
         assert key is not None
@@ -278,20 +277,20 @@ class NodeState:
         )
         return [forward, back]
 
-    def _failed(self, reason: str) -> list[Effect]:
+    def _failed(self, reason: str) -> list[NodeEffect]:
         key, self.running = self.running, None
         assert key is not None
         stage, replica = self._place()
         join = self._joins.pop(key)
-        return [GiveBack(tuple(join.fragments)), Report(Failed(*key, stage, replica, reason))]
+        return [GiveBack(tuple(join.fragments)), ReportFailure(Failed(*key, stage, replica, reason))]
 
-    def _cancel(self, request: int, attempt: int) -> list[Effect]:
+    def _cancel(self, request: int, attempt: int) -> list[NodeEffect]:
         self._cancelled[request] = max(attempt, self._cancelled.get(request, 0))
         if len(self._cancelled) > _REMEMBERED:
             self._cancelled.popitem(last=False)
         return self._drop([key for key in self._joins if key[0] == request and key[1] <= attempt])
 
-    def _drop(self, keys: list[Key]) -> list[Effect]:
+    def _drop(self, keys: list[AttemptKey]) -> list[NodeEffect]:
         """Forget attempts that nobody waits for; the one that runs is forgotten when it ends."""
         dropped = [key for key in keys if key != self.running]
         if not dropped:

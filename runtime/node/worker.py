@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError, PlanError, one_line
+from onnxsplit.plan import CALLER
 from runtime.balance.policies import Gauge
 from runtime.balance.router import Router
 from runtime.errors import MemoryWithdrawn, ProtocolError, StageFailed
@@ -21,19 +22,19 @@ from runtime.memory.pinned import cuda_pin
 from runtime.node.events import (
     Arrived,
     Connect,
-    Event,
     Executed,
     ExecutionFailed,
     Forward,
     Leaving,
     Loaded,
     LoadFailed,
+    NodeEvent,
     Run,
 )
 from runtime.node.stage_runner import StageRunner
 from runtime.topology import expected_tensors, sources
 from runtime.wire import codec
-from runtime.wire.messages import ANY, CALLER, Assign, Failed, Fragment, Peer, Receipt, Started, Step
+from runtime.wire.messages import ANY, Assign, Failed, Fragment, Peer, Receipt, Started, Step
 from runtime.wire.sockets import Outlet, Sockets
 
 _RECEIPT_S = 0.5  # between two receipts to one sender, where nothing waits for them
@@ -116,7 +117,7 @@ class Worker:
         """Nobody wants the outputs of the request that ran last."""
         self.payloads.drop(self._ran.going)
 
-    def load(self, files: StageFiles, assign: Assign, *, home: Path, threads: int) -> Event:
+    def load(self, files: StageFiles, assign: Assign, *, home: Path, threads: int) -> NodeEvent:
         """Open the session; :class:`Loaded` or :class:`LoadFailed`."""
         self._assign = assign
         self._router = Router(assign.balance, self.payloads.board)
@@ -265,7 +266,7 @@ class Worker:
         if self._has_siblings and sender in self._receipts:
             self._waited_for.add(sender)
 
-    def run(self, run: Run) -> Event:
+    def run(self, run: Run) -> NodeEvent:
         """Execute the session; :class:`Executed` or :class:`ExecutionFailed`. The outputs are kept for what follows."""
         assert self._runner is not None
         payloads, board = self.payloads, self.payloads.board

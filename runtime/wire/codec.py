@@ -18,14 +18,14 @@ from onnxsplit.errors import InputError, shown
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, element_count, numpy_dtype
 from runtime.errors import ProtocolError, StageFailed
 from runtime.wire.messages import (
-    Asked,
+    AgentRequest,
     CoordinatorControl,
     Data,
     Fetch,
     FileAnswer,
     NodeControl,
-    Place,
     TensorHead,
+    TensorPlace,
     Told,
 )
 
@@ -47,12 +47,12 @@ _node_control: msgspec.msgpack.Decoder[NodeControl] = msgspec.msgpack.Decoder(No
 _coordinator_control: msgspec.msgpack.Decoder[CoordinatorControl] = msgspec.msgpack.Decoder(CoordinatorControl)
 _fetch: msgspec.msgpack.Decoder[Fetch] = msgspec.msgpack.Decoder(Fetch)
 _file_answer: msgspec.msgpack.Decoder[FileAnswer] = msgspec.msgpack.Decoder(FileAnswer)
-_asked: msgspec.msgpack.Decoder[Asked] = msgspec.msgpack.Decoder(Asked)
+_asked: msgspec.msgpack.Decoder[AgentRequest] = msgspec.msgpack.Decoder(AgentRequest)
 _told: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
 _data: msgspec.msgpack.Decoder[Data] = msgspec.msgpack.Decoder(Data)
 
 
-def encode(message: NodeControl | CoordinatorControl | Data | Fetch | FileAnswer | Asked | Told) -> bytes:
+def encode(message: NodeControl | CoordinatorControl | Data | Fetch | FileAnswer | AgentRequest | Told) -> bytes:
     """A header's bytes."""
     return _encoder.encode(message)
 
@@ -81,9 +81,9 @@ def decode_fetch(frame: Buffer) -> Fetch:
     return message
 
 
-def decode_asked(frame: Buffer) -> Asked:
+def decode_asked(frame: Buffer) -> AgentRequest:
     """What an agent is asked."""
-    message: Asked = _decoded(_asked, frame)
+    message: AgentRequest = _decoded(_asked, frame)
     return message
 
 
@@ -109,7 +109,7 @@ def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: Buffer) -> Any:
 
 
 def encode_tensors(
-    tensors: Mapping[str, Array], places: Mapping[str, Place] | None = None
+    tensors: Mapping[str, Array], places: Mapping[str, TensorPlace] | None = None
 ) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
     """Heads and frames of tensors.
 
@@ -124,7 +124,7 @@ def encode_tensors(
         dtype = dtype_name(tensor.dtype)
         if dtype is None:
             raise InputError(f"tensor {name!r} has the type {tensor.dtype}, which cannot travel")
-        payload: bytes | Place | None = places.get(name) if places else None
+        payload: bytes | TensorPlace | None = places.get(name) if places else None
         if payload is None:
             raw = _encode_strings(tensor) if dtype == "string" else None
             size = tensor.nbytes if raw is None else len(raw)
@@ -173,7 +173,7 @@ def frames_of(heads: Sequence[TensorHead]) -> int:
 
 
 def decode_tensors(
-    heads: Sequence[TensorHead], frames: Sequence[Buffer], at: Callable[[Place, str, Sequence[int]], Array]
+    heads: Sequence[TensorHead], frames: Sequence[Buffer], at: Callable[[TensorPlace, str, Sequence[int]], Array]
 ) -> dict[str, Array]:
     """The tensors of a fragment. Numeric ones lie where they are: in the message or in shared memory, read-only.
 
@@ -192,7 +192,7 @@ def decode_tensors(
     for head in heads:
         if head.dtype not in TRAVELLING_TYPES:
             raise ProtocolError(f"tensor {shown(head.name)} has the type {head.dtype!r}, which cannot travel")
-        if isinstance(head.payload, Place):
+        if isinstance(head.payload, TensorPlace):
             if head.dtype == "string":
                 raise ProtocolError(f"tensor {head.name!r}: strings do not go through shared memory")
             found[head.name] = at(head.payload, head.dtype, head.shape)

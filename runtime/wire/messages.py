@@ -43,8 +43,9 @@ PROTOCOL = 5
 For that, the fields of :class:`Hello` and the first one of :class:`Stop` are the same in all versions.
 """
 
-CALLER = -1
-"""As a fragment's source: the caller's inputs, sent by the coordinator."""
+
+AttemptKey = tuple[int, int]
+"""A request and its attempt, both counted from 1."""
 
 NOT_NEEDED = -1
 """In a route: this stage does not run for the request."""
@@ -60,11 +61,11 @@ SLOTS = 1024
 """Slots of a process's shared memory."""
 
 # Every number has a bound, and all stay within 64 bits whatever is done with them: nothing said can end a process.
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+Amount = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
 Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Index = Annotated[int, msgspec.Meta(ge=-1, le=1 << 16)]
-Number = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+NodeNumber = Annotated[int, msgspec.Meta(ge=0, lt=256)]
 Cost = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 
 
@@ -96,7 +97,7 @@ class Peer(_Message, frozen=True):
         key: its public key, by which others know that they speak with it; empty where links are not encrypted.
     """
 
-    number: Number
+    number: NodeNumber
     stage: Index
     replica: Index
     takes: bool
@@ -112,9 +113,9 @@ class Hello(_Message, tag="hello", frozen=True):
     ``number`` is the one its launcher gave it, 0 for none. ``stage`` and ``replica`` are wishes, -1 for any.
     """
 
-    protocol: Count
-    number: Number
-    pid: Count
+    protocol: Amount
+    number: NodeNumber
+    pid: Amount
     host: str
     address: str
     stage: Index
@@ -127,7 +128,7 @@ class Hello(_Message, tag="hello", frozen=True):
 class Ready(_Message, tag="ready", frozen=True):
     """The node's stage is loaded and its links are as :class:`Wire` says; it has mapped the memory of ``mapped``."""
 
-    mapped: tuple[Number, ...]
+    mapped: tuple[NodeNumber, ...]
 
 
 class Refused(_Message, tag="refused", frozen=True):
@@ -148,11 +149,11 @@ class NodeBeat(_Message, tag="node-beat", frozen=True):
         unreachable: the processes that it has a link to which is not connected now.
     """
 
-    progress: Count
+    progress: Amount
     running_ns: Nanoseconds
-    cost: Count
+    cost: Amount
     longest_ns: Nanoseconds
-    unreachable: tuple[Number, ...] = ()
+    unreachable: tuple[NodeNumber, ...] = ()
 
 
 class Leaving(_Message, tag="leaving", frozen=True):
@@ -193,28 +194,28 @@ class Trust(_Message, tag="trust", frozen=True):
 class Wire(_Message, tag="wire", frozen=True):
     """All processes of the pipeline, from now on. ``view`` counts the changes; ``me`` is the node's own number."""
 
-    view: Count
-    me: Number
+    view: Amount
+    me: NodeNumber
     peers: tuple[Peer, ...]
 
 
 class Share(_Message, tag="share", frozen=True):
     """The peers that can read the node's memory, and whose returns it can read: to them, tensors go in place."""
 
-    readers: tuple[Number, ...]
+    readers: tuple[NodeNumber, ...]
 
 
 class Cancel(_Message, tag="cancel", frozen=True):
     """Nobody waits for these attempts at a request any more: for this one and all before it."""
 
-    request: Count
-    attempt: Count
+    request: Amount
+    attempt: Amount
 
 
 class Beat(_Message, tag="beat", frozen=True):
     """The coordinator lives; nobody waits for a request before ``oldest`` any more."""
 
-    oldest: Count
+    oldest: Amount
 
 
 Fate = Literal["end", "rejoin", "refused"]
@@ -239,7 +240,7 @@ def refusal(reason: str) -> bytes:
     return msgspec.msgpack.encode(["stop", reason])
 
 
-class Place(_Message, frozen=True):
+class TensorPlace(_Message, frozen=True):
     """Where a tensor is in the sender's memory: a use of a slot, and the offset of the tensor in the whole memory."""
 
     slot: Annotated[int, msgspec.Meta(ge=0, lt=SLOTS)]
@@ -253,7 +254,7 @@ class TensorHead(_Message, frozen=True):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    payload: bytes | Place | None
+    payload: bytes | TensorPlace | None
 
 
 class Visit(_Message, frozen=True):
@@ -297,12 +298,12 @@ class Fragment(_Message, tag="fragment", frozen=True):
         history: the stages the request has passed on the way here.
     """
 
-    request: Count
-    attempt: Count
-    view: Count
+    request: Amount
+    attempt: Amount
+    view: Amount
     cost: Cost
     budget_ns: Nanoseconds
-    sender: Number
+    sender: NodeNumber
     source: Index
     route: tuple[Index, ...]
     wanted: tuple[str, ...]
@@ -313,9 +314,9 @@ class Fragment(_Message, tag="fragment", frozen=True):
 class Started(_Message, tag="started", frozen=True):
     """A node begins to execute an attempt; said where the coordinator cannot read it in the node's memory."""
 
-    request: Count
-    attempt: Count
-    sender: Number
+    request: Amount
+    attempt: Amount
+    sender: NodeNumber
 
 
 class Receipt(_Message, tag="receipt", frozen=True):
@@ -330,10 +331,10 @@ class Receipt(_Message, tag="receipt", frozen=True):
         peak_ns: the same, the slowest of late.
     """
 
-    sender: Number
-    done: Count
-    arrived: Count
-    others: Count
+    sender: NodeNumber
+    done: Amount
+    arrived: Amount
+    others: Amount
     service_ns: Nanoseconds
     peak_ns: Nanoseconds
 
@@ -341,8 +342,8 @@ class Receipt(_Message, tag="receipt", frozen=True):
 class Failed(_Message, tag="failed", frozen=True):
     """A stage could not execute an attempt; another would fare no better."""
 
-    request: Count
-    attempt: Count
+    request: Amount
+    attempt: Amount
     stage: Index
     replica: Index
     reason: str
@@ -352,7 +353,7 @@ class Fetch(_Message, tag="fetch", frozen=True):
     """A node asks for a piece of a file of the plan, or of ``plan.json``, by the file's SHA-256."""
 
     sha256: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
-    offset: Count
+    offset: Amount
     length: Annotated[int, msgspec.Meta(ge=1, le=CHUNK_BYTES)]
 
 
@@ -360,8 +361,8 @@ class Chunk(_Message, tag="chunk", frozen=True):
     """The piece from ``offset`` of a file of ``size_bytes``; its bytes are the frame that follows."""
 
     sha256: str
-    offset: Count
-    size_bytes: Count
+    offset: Amount
+    size_bytes: Amount
 
 
 class NoFile(_Message, tag="no-file", frozen=True):
@@ -374,13 +375,13 @@ class NoFile(_Message, tag="no-file", frozen=True):
 class Ping(_Message, tag="ping", frozen=True):
     """Answer at once. Bytes may follow, to see how fast they come."""
 
-    number: Count
+    number: Amount
 
 
 class Pong(_Message, tag="pong", frozen=True):
     """The answer."""
 
-    number: Count
+    number: Amount
 
 
 class MeasureLink(_Message, tag="measure-link", frozen=True):
@@ -408,14 +409,14 @@ class Put(_Message, tag="put", frozen=True):
     """A piece of a file, which follows; ``name`` is a plain one. The first piece begins the file anew."""
 
     name: str
-    offset: Count
+    offset: Amount
 
 
 class Taken(_Message, tag="taken", frozen=True):
     """The file has so many bytes now."""
 
     name: str
-    size_bytes: Count
+    size_bytes: Amount
 
 
 class MeasureModel(_Message, tag="measure-model", frozen=True):
@@ -443,5 +444,5 @@ NodeControl = Hello | Ready | Refused | NodeBeat | Leaving
 CoordinatorControl = Assign | Trust | Wire | Share | Cancel | Beat | Stop
 Data = Fragment | Receipt | Started | Failed
 FileAnswer = Chunk | NoFile
-Asked = Ping | Trust | MeasureLink | Put | MeasureModel
+AgentRequest = Ping | Trust | MeasureLink | Put | MeasureModel
 Told = Pong | LinkFigures | Taken | ModelTime | Cannot

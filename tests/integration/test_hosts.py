@@ -21,7 +21,7 @@ HOSTS = ("h1", "h2", "h3")
 
 NODE = """
 import time
-from runtime.stage_runner import StageRunner
+from runtime.node.stage_runner import StageRunner
 
 plain = StageRunner.run
 

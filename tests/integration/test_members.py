@@ -225,7 +225,7 @@ def answered(pipeline, count: int) -> list[int]:
 
 EQUALLY_SLOW = """
 import time
-from runtime.stage_runner import StageRunner
+from runtime.node.stage_runner import StageRunner
 plain = StageRunner.run
 def run(self, inputs, into):
     time.sleep(0.005)  # so that replicas are equal, however busy this machine is
@@ -326,7 +326,7 @@ def test_a_replica_that_cannot_be_reached_gets_nothing_while_another_can(chain_p
 COORDINATOR = """
 import sys, numpy as np
 from runtime import Pipeline
-from runtime.watch import Timings
+from runtime.timings import Timings
 plan, address, silence_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
 timings = Timings(beat_s=0.1, silence_s=silence_s, loading_silence_s=silence_s)
 made = Pipeline.listen(plan, bind=address, timings=timings) if address else Pipeline.launch(plan, timings=timings)

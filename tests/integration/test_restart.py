@@ -111,7 +111,7 @@ def test_an_unload_that_waits_does_not_keep_the_server_from_ending(chain_plan):
         asked = asyncio.ensure_future(infer(version))
         await asyncio.sleep(0)
         unloading = asyncio.ensure_future(models.unload(version.model))
-        await until(lambda: version.state is repositories.State.UNLOADING)
+        await until(lambda: version.state is repositories.VersionState.UNLOADING)
         async with asyncio.timeout(60):
             await models.close(0.1)
         await asyncio.gather(asked, unloading, return_exceptions=True)
@@ -131,7 +131,7 @@ def test_a_load_whose_client_goes_away_is_made_whole(chain_plan):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
                 await models.unload(version.model)
-        await until(lambda: version.state is repositories.State.UNAVAILABLE)
+        await until(lambda: version.state is repositories.VersionState.UNAVAILABLE)
         assert version.pipeline is None
         await models.close(10)
 

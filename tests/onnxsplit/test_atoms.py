@@ -4,10 +4,11 @@ import build
 import numpy as np
 from onnx import TensorProto, helper
 
-from onnxsplit.model.atoms import CALLER, build_atoms
+from onnxsplit.model.atoms import build_atoms
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.shapes import infer_shapes
 from onnxsplit.model.source import open_model
+from onnxsplit.plan import CALLER
 
 
 def atoms_of(proto, tmp_path, **sizes):

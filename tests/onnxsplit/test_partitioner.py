@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from onnxsplit.cluster import Link
 from onnxsplit.partitioner import (
-    CALLER,
     NEVER,
+    DeviceKind,
     Effort,
     Infeasible,
-    Kind,
     Partition,
     Problem,
     Transfer,
@@ -33,6 +32,7 @@ from onnxsplit.partitioner.orders import linear_orders
 from onnxsplit.partitioner.paths import PathSearch
 from onnxsplit.partitioner.relaxed import Relaxed
 from onnxsplit.partitioner.slices import slice_order
+from onnxsplit.plan import CALLER
 
 NANOSECOND_A_BYTE = Link(latency_ns=0, bytes_per_s=1_000_000_000)
 THOROUGH = Effort(seconds=None)
@@ -42,7 +42,7 @@ def alike(times, transfers, devices=3, **more) -> Problem:
     """Atoms on devices of one kind; a byte takes a nanosecond to move."""
     limit = more.pop("max_memory_bytes", None)
     settings = {"link": NANOSECOND_A_BYTE, **more}
-    return Problem((Kind(tuple(times), limit),), (0,) * devices, tuple(transfers), **settings)
+    return Problem((DeviceKind(tuple(times), limit),), (0,) * devices, tuple(transfers), **settings)
 
 
 @st.composite
@@ -62,7 +62,7 @@ def problems(draw, atoms=7, kinds=1, chain=False, **more):
     if count > 2 and draw(st.booleans()):
         weights.append(Weight(9, (0, count - 1)))
     return Problem(
-        tuple(Kind(tuple(row)) for row in rows),
+        tuple(DeviceKind(tuple(row)) for row in rows),
         tuple(draw(st.integers(0, kinds - 1)) for _ in range(3)),
         tuple(transfers),
         weights=tuple(weights),
@@ -263,20 +263,22 @@ def test_branches_run_side_by_side_where_that_makes_a_request_faster():
 
 def test_a_slow_device_gets_less():
     flows = [Transfer(i, (i + 1,), 0) for i in range(29)]
-    problem = Problem((Kind((10,) * 30), Kind((20,) * 30)), (0, 1), tuple(flows), link=NANOSECOND_A_BYTE)
+    problem = Problem((DeviceKind((10,) * 30), DeviceKind((20,) * 30)), (0, 1), tuple(flows), link=NANOSECOND_A_BYTE)
     found = search(problem, line_up(problem, 2), THOROUGH)
     assert found.score.stage_ns in {(200, 200)}
     assert found.bound == 200
 
 
 def test_a_device_too_slow_to_help_stays_idle():
-    problem = Problem((Kind((10, 10)), Kind((90, 90))), (0, 1), (Transfer(0, (1,), 1),), link=NANOSECOND_A_BYTE)
+    problem = Problem(
+        (DeviceKind((10, 10)), DeviceKind((90, 90))), (0, 1), (Transfer(0, (1,), 1),), link=NANOSECOND_A_BYTE
+    )
     found = search(problem, line_up(problem, None), THOROUGH)
     assert found.partition == Partition((0, 0), ((0,),))
 
 
 def test_an_atom_stays_off_a_device_that_may_not_run_it():
-    kinds = (Kind((10, NEVER, 10)), Kind((10, 10, NEVER)))
+    kinds = (DeviceKind((10, NEVER, 10)), DeviceKind((10, 10, NEVER)))
     flows = (Transfer(0, (1,), 1), Transfer(1, (2,), 1))
     found = search(
         Problem(kinds, (0, 0, 1), flows, link=NANOSECOND_A_BYTE), line_up(Problem(kinds, (0, 0, 1), flows), None)

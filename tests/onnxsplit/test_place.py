@@ -11,7 +11,8 @@ import pytest
 from onnxsplit.cluster import Cluster, Device, Link
 from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import ClusterError, PartitionError, PlanError
-from onnxsplit.partitioner import CALLER, Kind, Partition, Problem, Transfer, line_up, score, search
+from onnxsplit.partitioner import DeviceKind, Partition, Problem, Transfer, line_up, score, search
+from onnxsplit.plan import CALLER
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.place import place, placed
 from onnxsplit.planning.planner import partition
@@ -82,8 +83,8 @@ def test_too_few_devices_and_too_little_memory_are_said(plan):
 
 def test_a_delay_counts_for_the_time_of_a_request_and_not_for_the_rate():
     flows = (Transfer(CALLER, (0,), 10), Transfer(0, (1,), 10), Transfer(1, (), 10, to_caller=True))
-    quick = Problem(kinds=(Kind((100, 100)),), devices=(0, 0), transfers=flows, link=Link(1, 10**9))
-    late = Problem(kinds=(Kind((100, 100)),), devices=(0, 0), transfers=flows, link=Link(1, 10**9, delay_ns=1000))
+    quick = Problem(kinds=(DeviceKind((100, 100)),), devices=(0, 0), transfers=flows, link=Link(1, 10**9))
+    late = Problem(kinds=(DeviceKind((100, 100)),), devices=(0, 0), transfers=flows, link=Link(1, 10**9, delay_ns=1000))
     cut = Partition((0, 1), ((0,), (1,)))
     assert score(late, cut).bottleneck_ns == score(quick, cut).bottleneck_ns
     assert score(late, cut).latency_ns == score(quick, cut).latency_ns + 3000, "in, across, and out"
@@ -98,7 +99,7 @@ def test_the_search_is_as_good_as_trying_all_cuts_and_devices_where_the_caller_h
     )
     link = Link(1, 10**9)
     problem = Problem(
-        kinds=(Kind(times), Kind(tuple(time_ns // 2 for time_ns in times))),
+        kinds=(DeviceKind(times), DeviceKind(tuple(time_ns // 2 for time_ns in times))),
         devices=(0, 0, 1),
         transfers=flows,
         link=link,

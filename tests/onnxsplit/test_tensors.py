@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnxsplit import tensors
+from onnxsplit import npz
 from onnxsplit.errors import InputError
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.tensors import check_inputs, dtype_name, numpy_dtype
@@ -146,7 +146,7 @@ def test_an_archive_that_unpacks_to_more_than_half_of_the_memory_is_refused_unre
         for name in "abc":
             archive.writestr(f"{name}.npy", npy(header("(250_000,)".replace("_", "")), bytes(1_000_000)))
     assert (tmp_path / "t.npz").stat().st_size < 10_000
-    monkeypatch.setattr(tensors, "free_memory_bytes", lambda: 4_000_000)
+    monkeypatch.setattr(npz, "free_memory_bytes", lambda: 4_000_000)
     monkeypatch.setattr(zipfile.ZipFile, "open", None)
     with pytest.raises(InputError, match=r"unpacks to 3000\d+ bytes; at most 2000000, half of the free memory"):
         load_npz(tmp_path / "t.npz")

@@ -17,7 +17,7 @@ from runtime.errors import ProtocolError
 from runtime.memory.arena import SLOTS, Arena, PeerArena
 from runtime.memory.extents import ALIGNMENT, Extents, aligned
 from runtime.memory.pinned import pin_with
-from runtime.wire.messages import Memory, Place, Step
+from runtime.wire.messages import Memory, Step, TensorPlace
 
 MIB = 1 << 20
 ME, READER = 3, 7
@@ -167,7 +167,14 @@ def test_memory_that_is_not_what_the_peer_told_is_refused(arena, change, error):
 
 
 @pytest.mark.parametrize(
-    "place", [Place(0, 1, 0), Place(0, 1, 1 << 40), Place(0, 1, -5), Place(-1, 1, 1 << 22), Place(SLOTS, 1, 1 << 22)]
+    "place",
+    [
+        TensorPlace(0, 1, 0),
+        TensorPlace(0, 1, 1 << 40),
+        TensorPlace(0, 1, -5),
+        TensorPlace(-1, 1, 1 << 22),
+        TensorPlace(SLOTS, 1, 1 << 22),
+    ],
 )
 def test_a_place_outside_of_the_memory_is_refused(arena, place):
     with pytest.raises(ProtocolError, match="outside"):
@@ -176,7 +183,7 @@ def test_a_place_outside_of_the_memory_is_refused(arena, place):
 
 def test_a_tensor_that_claims_more_than_there_is_is_refused(arena):
     with pytest.raises(ProtocolError, match="outside"):
-        PeerArena(arena.address).array(Place(0, 1, 3 * MIB), "float32", (1 << 40, 1 << 40))
+        PeerArena(arena.address).array(TensorPlace(0, 1, 3 * MIB), "float32", (1 << 40, 1 << 40))
 
 
 def test_the_memory_cannot_shrink_under_a_reader(arena):
@@ -196,8 +203,8 @@ def test_the_ledger_tells_how_far_a_request_is(arena):
 
 OWNER = """
 import sys, numpy as np, msgspec
-from runtime.arena import Arena, Step
-from runtime.messages import Memory
+from runtime.memory.arena import Arena
+from runtime.wire.messages import Memory, Step
 arena = Arena(1 << 20)
 block = arena.reserve(4096)
 arena.array(block, 0, "int32", (1024,))[:] = range(1024)
@@ -212,7 +219,7 @@ def test_what_a_killed_owner_wrote_can_still_be_read_and_leaves_no_file(python_e
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=python_environment
     )
-    memory, place = msgspec.json.decode(owner.stdout.readline(), type=tuple[Memory, Place])
+    memory, place = msgspec.json.decode(owner.stdout.readline(), type=tuple[Memory, TensorPlace])
     peer = PeerArena(memory)
     owner.send_signal(signal.SIGKILL)
     owner.communicate()

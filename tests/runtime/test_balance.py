@@ -9,7 +9,7 @@ from types import FrameType
 
 import pytest
 
-from runtime.balance.board import Board
+from runtime.balance.board import LoadBoard
 from runtime.balance.policies import ORDINARY, Chooser, Gauge, Replica, cost_of
 from runtime.balance.router import Router
 from runtime.wire.messages import POLICIES, Peer, Receipt
@@ -98,7 +98,7 @@ def test_a_gauge_spreads_time_over_cost_and_forgets():
 
 
 def test_what_is_outstanding_is_what_all_sent_less_what_is_done():
-    sender, other, node = Board(), Board(), Board()
+    sender, other, node = LoadBoard(), LoadBoard(), LoadBoard()
     sender.send(3, 5000)
     other.send(3, 1000)
     node.finish(1, 2000)
@@ -111,10 +111,10 @@ def test_what_is_outstanding_is_what_all_sent_less_what_is_done():
 
 def test_the_last_node_of_a_stage_is_chosen_while_it_leaves():
     nodes = [Peer(number, 0, number, takes, "", "", None, "") for number, takes in ((1, False), (2, True))]
-    router = Router("completion", Board())
-    router.learn(0, nodes, {1: Board(), 2: Board()})
+    router = Router("completion", LoadBoard())
+    router.learn(0, nodes, {1: LoadBoard(), 2: LoadBoard()})
     assert router.choose(0, (), ORDINARY, 0, 0) == 2
-    router.learn(0, nodes[:1], {1: Board()})
+    router.learn(0, nodes[:1], {1: LoadBoard()})
     assert router.choose(0, (), ORDINARY, 0, 0) == 1
 
 
@@ -141,7 +141,7 @@ def test_a_busy_one_of_many_is_left_alone():
 
 def far(count: int) -> Router:
     """A router whose replicas are all on other hosts."""
-    router = Router("completion", Board(peers=count + 2))
+    router = Router("completion", LoadBoard(peers=count + 2))
     router.learn(0, [Peer(n + 1, 0, n, True, "", "", None, "") for n in range(count)], {})
     return router
 

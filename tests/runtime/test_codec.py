@@ -23,11 +23,11 @@ from runtime.wire.messages import (
     Memory,
     NodeBeat,
     Peer,
-    Place,
     Receipt,
     Share,
     Started,
     TensorHead,
+    TensorPlace,
     Visit,
     Wire,
 )
@@ -143,7 +143,7 @@ def test_an_oversized_header_is_refused():
         TensorHead("x", "object", (4,), None),
         TensorHead("x", "float32", (1,) * 33, None),
         TensorHead("x", "float32", (4,), bytes(16)),
-        TensorHead("x", "string", (1,), Place(0, 1, 2)),
+        TensorHead("x", "string", (1,), TensorPlace(0, 1, 2)),
     ],
 )
 def test_a_head_that_does_not_fit_its_frame_is_refused(head):
@@ -167,7 +167,7 @@ def test_many_small_tensors_do_not_make_a_header_too_large():
 
 
 def test_a_tensor_in_shared_memory_is_taken_from_its_place():
-    place = Place(3, 4, 5)
+    place = TensorPlace(3, 4, 5)
     heads, frames = codec.encode_tensors({"x": np.ones(4, np.float32)}, {"x": place})
     assert frames == []
     found = codec.decode_tensors(heads, frames, lambda *where: where)["x"]

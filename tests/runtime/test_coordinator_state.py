@@ -38,8 +38,8 @@ from runtime.coordinator.events import (
     TimedOut,
     Unsendable,
 )
-from runtime.coordinator.roster import Phase, Start
-from runtime.coordinator.state import CoordinatorState, State
+from runtime.coordinator.roster import Phase, StartNode
+from runtime.coordinator.state import CoordinatorState, PipelinePhase
 from runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -81,7 +81,7 @@ def ready(plan, replicas=(1, 1, 1, 1), attempts=3) -> CoordinatorState:
         machine.handle(hello(f"n{number}"))
     for number in range(1, sum(replicas) + 1):
         machine.handle(Prepared(f"n{number}".encode(), (), 0))
-    assert machine.state is State.READY
+    assert machine.state is PipelinePhase.READY
     return machine
 
 
@@ -106,7 +106,7 @@ def lose(machine, number, steps=None, reason="was killed", now_ns=SECOND):
 
 def come_back(machine, effects, now_ns=2 * SECOND):
     """Let the process that was started for a lost one report and load; returns what then happens."""
-    (start,) = [effect for effect in effects if isinstance(effect, Start)]
+    (start,) = [effect for effect in effects if isinstance(effect, StartNode)]
     name = f"n{start.number}"
     machine.handle(hello(name, *start.slot, number=start.number))
     return met(machine, machine.handle(Prepared(name.encode(), (), now_ns)), now_ns)
@@ -119,7 +119,7 @@ def of(effects, kind):
 def test_processes_are_started_and_numbered(plan):
     machine = CoordinatorState(plan, (1, 2, 1, 1), choose=lambda *_: None)
     slots = [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)]
-    assert machine.handle(Tick(0)) == [Start(slot, number + 1) for number, slot in enumerate(slots)]
+    assert machine.handle(Tick(0)) == [StartNode(slot, number + 1) for number, slot in enumerate(slots)]
     assert machine.handle(Tick(1)) == []
 
 
@@ -158,7 +158,7 @@ def test_one_node_too_many_is_sent_away_by_name(plan):
 
 def test_a_process_that_was_replaced_before_it_reported_does_not_take_the_place_of_the_next(plan):
     machine = ready(plan)
-    (old,) = of(lose(machine, 1), Start)
+    (old,) = of(lose(machine, 1), StartNode)
     lose(machine, old.number)
     (start,) = machine.handle(Tick(3 * SECOND))
     assert isinstance(machine.handle(hello("old", 0, 0, number=old.number))[0], SendAway)
@@ -267,7 +267,7 @@ def test_what_a_lost_node_may_have_had_begins_again_when_another_is_there(plan):
     machine = ready(plan)
     submit(machine, 1)
     effects = lose(machine, 3)
-    assert of(effects, Start) == [Start((2, 0), 5)]
+    assert of(effects, StartNode) == [StartNode((2, 0), 5)]
     assert of(effects, Introduce) == [Introduce((b"n1", b"n2", b"n4"), meet=True)]
     assert of(effects, Forget) == [Forget(1, 1, (b"n1", b"n2", b"n4"))]
     assert of(effects, Again)[0].attempt == 1
@@ -331,7 +331,7 @@ def test_only_what_ran_on_a_lost_node_is_to_blame_and_is_given_up_in_the_end(pla
         steps = {(1, time): {number: Step.RUNNING}, (2, time): {}}
         effects = lose(machine, number, steps, "was killed by SIGSEGV", now_ns=time * 100 * SECOND)
         attempts.append([effect.request for effect in of(effects, Enter)])
-        number = of(effects, Start)[0].number if of(effects, Start) else number
+        number = of(effects, StartNode)[0].number if of(effects, StartNode) else number
         come_back(machine, effects, now_ns=time * 100 * SECOND + 1)
     assert attempts == [[1, 2], [1, 2], [2]]
     (reject,) = of(effects, Reject)
@@ -352,9 +352,9 @@ def test_with_one_attempt_nothing_is_tried_again(plan):
 
 def test_restarts_in_a_row_come_later_and_later_until_the_circuit_opens(plan):
     machine = ready(plan)
-    starts = of(lose(machine, 1, now_ns=0), Start)
+    starts = of(lose(machine, 1, now_ns=0), StartNode)
     assert len(starts) == 1, "the first at once"
-    assert of(lose(machine, starts[0].number, now_ns=0), Start) == []
+    assert of(lose(machine, starts[0].number, now_ns=0), StartNode) == []
     assert machine.handle(Tick(SECOND - 1)) == []
     (start,) = machine.handle(Tick(SECOND))
     submit(machine, 1)
@@ -376,7 +376,7 @@ def test_a_node_that_served_well_is_started_again_at_once(plan):
     number = 1
     for time in range(1, 8):
         effects = lose(machine, number, now_ns=time * 10 * SECOND)
-        (start,) = of(effects, Start)
+        (start,) = of(effects, StartNode)
         number = start.number
         come_back(machine, effects, now_ns=time * 10 * SECOND + 1)
 
@@ -386,7 +386,7 @@ def test_numbers_come_back_late(plan):
     number, seen = 1, []
     for time in range(1, 300):
         effects = lose(machine, number, now_ns=time * 10 * SECOND)
-        number = of(effects, Start)[0].number
+        number = of(effects, StartNode)[0].number
         seen.append(number)
         come_back(machine, effects, now_ns=time * 10 * SECOND + 1)
     assert seen[:251] == list(range(5, 256))
@@ -452,7 +452,7 @@ def test_a_node_that_is_not_needed_goes_when_nothing_can_reach_it(plan):
     assert of(returned(machine, 2), SendAway) == []
     (away,) = of(returned(machine, 1), SendAway)
     assert away.identity == b"n3"
-    assert of(lose(machine, 3, reason="ended with exit code 0"), Start) == []
+    assert of(lose(machine, 3, reason="ended with exit code 0"), StartNode) == []
     assert machine.roster.incidents == type(machine.roster.incidents)(), "that was no failure"
 
 
@@ -460,7 +460,7 @@ def test_a_node_that_leaves_is_replaced_and_its_work_is_not_lost(plan):
     machine = ready(plan)
     submit(machine, 1)
     effects = machine.handle(LeaveWanted(b"n2", SECOND))
-    assert of(effects, Start) == [Start((1, 0), 5)]
+    assert of(effects, StartNode) == [StartNode((1, 0), 5)]
     assert of(effects, SendAway) == []
     assert submit(machine, 2) == [], "it waits for the new one"
     assert of(returned(machine, 1), SendAway) == [SendAway(b"n2", "it has no more work", "end")]

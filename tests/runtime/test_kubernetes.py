@@ -17,13 +17,13 @@ import yaml
 from onnxsplit.errors import InputError, PlanError
 from onnxsplit.plan import CustomOps
 from onnxsplit.plan_files import parse_plan
-from runtime.deploy.kubernetes import Wishes, manifests, name_of, to_yaml, write
+from runtime.deploy.kubernetes import DeployOptions, manifests, name_of, to_yaml, write
 from runtime.wire.keys import Keys
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "onnxsplit" / "golden_plan.json"
 EXAMPLE = ROOT / "docs" / "deploy" / "kubernetes"
-WISHES = Wishes(name="reader", image="registry.example/onnxsplit:0.1.0", claim="plans")
+WISHES = DeployOptions(name="reader", image="registry.example/onnxsplit:0.1.0", claim="plans")
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_names_and_wishes_that_kubernetes_would_refuse_are_refused(plan, tmp_pat
         ({"most_replicas": 0}, "--max-replicas"),
     ):
         with pytest.raises(InputError, match=words):
-            manifests(plan, Wishes(**{"name": "m", "image": "i", **wrong}))
+            manifests(plan, DeployOptions(**{"name": "m", "image": "i", **wrong}))
 
 
 def test_the_example_in_the_docs_is_what_is_written(plan):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from onnxsplit.plan import CALLER
 from onnxsplit.plan_files import load_plan
 from runtime.node.events import (
     Arrived,
     Assigned,
-    Cancelled,
+    AttemptCancelled,
     Connect,
     Discard,
     Executed,
@@ -17,24 +18,24 @@ from runtime.node.events import (
     Forward,
     GiveBack,
     LeaveAsked,
+    LendMemory,
     Load,
     Loaded,
     LoadFailed,
     Passed,
-    Report,
+    ReportFailure,
     Run,
     SayLeaving,
     SayReady,
     SayRefused,
-    Share,
     Shared,
     StopAsked,
     Turn,
     Wired,
 )
-from runtime.node.state import TRANSITIONS, NodeState, State
+from runtime.node.state import TRANSITIONS, NodePhase, NodeState
 from runtime.transition_table import IllegalEventError
-from runtime.wire.messages import ANY, CALLER, Assign, Failed, Fragment, Peer, Visit, Wire
+from runtime.wire.messages import ANY, Assign, Failed, Fragment, Peer, Visit, Wire
 
 ROUTE = (ANY, ANY, ANY, 4)
 VIEW = 1
@@ -87,8 +88,8 @@ def test_from_hello_to_ready(plan):
     connect, said = node.handle(Wired(wire(1)))
     assert connect == Connect(1, wire(1).peers, frozenset({0, 2, 3}), frozenset({0, 2, 3}))
     assert said == SayReady()
-    assert node.state is State.READY
-    assert node.handle(Shared((2, 3))) == [Share((2, 3))]
+    assert node.state is NodePhase.READY
+    assert node.handle(Shared((2, 3))) == [LendMemory((2, 3))]
 
 
 def test_a_node_knows_who_sends_to_it_as_well(plan):
@@ -104,7 +105,7 @@ def test_a_stage_that_does_not_load_is_refused_and_the_node_ends():
     node = NodeState()
     node.handle(Assigned(assign(0)))
     assert node.handle(LoadFailed("no such file")) == [SayRefused("no such file"), Exit("no such file")]
-    assert node.state is State.STOPPED
+    assert node.state is NodePhase.STOPPED
 
 
 def test_a_join_runs_when_all_its_sources_are_here(plan):
@@ -187,14 +188,14 @@ def test_a_failure_is_reported_with_its_reason(plan):
     turn(node)
     assert node.handle(ExecutionFailed("bad shape")) == [
         GiveBack((fragment(1, CALLER),)),
-        Report(Failed(1, 1, 0, 0, "bad shape")),
+        ReportFailure(Failed(1, 1, 0, 0, "bad shape")),
     ]
 
 
 def test_a_cancelled_request_is_forgotten_and_what_comes_late_is_given_back(plan):
     node = ready(plan, 3)
     arrive(node, 1, 1)
-    assert node.handle(Cancelled(1, 1)) == [GiveBack((fragment(1, 1),))]
+    assert node.handle(AttemptCancelled(1, 1)) == [GiveBack((fragment(1, 1),))]
     assert arrive(node, 1, 2) == [GiveBack((fragment(1, 2),))]
     assert turn(node) == []
 
@@ -204,15 +205,15 @@ def test_a_cancelled_request_that_waits_does_not_run_and_one_that_runs_goes_nowh
     arrive(node, 1, CALLER)
     arrive(node, 2, CALLER)
     turn(node)
-    node.handle(Cancelled(2, 1))
-    assert node.handle(Cancelled(1, 1)) == []
+    node.handle(AttemptCancelled(2, 1))
+    assert node.handle(AttemptCancelled(1, 1)) == []
     assert node.handle(executed()) == [GiveBack((fragment(1, CALLER),)), Discard()]
     assert turn(node) == []
 
 
-@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("state", list(NodePhase))
 def test_every_state_can_be_stopped(state):
-    assert TRANSITIONS[state, StopAsked] is State.STOPPED
+    assert TRANSITIONS[state, StopAsked] is NodePhase.STOPPED
 
 
 def test_an_illegal_event_tells_what_led_to_it():
@@ -226,7 +227,7 @@ def test_attempts_do_not_mix_and_cancelling_one_leaves_the_next(plan):
     node = ready(plan, 3)
     arrive(node, 1, 1, {"left": "old"})
     arrive(node, 1, 2, {"right": "new"}, attempt=2)
-    assert node.handle(Cancelled(1, 1)) == [GiveBack((fragment(1, 1),))]
+    assert node.handle(AttemptCancelled(1, 1)) == [GiveBack((fragment(1, 1),))]
     arrive(node, 1, 2, {"right": "late"})
     arrive(node, 1, 1, {"left": "new"}, attempt=2)
     assert turn(node)[0].inputs == {"left": "new", "right": "new"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runtime.coordinator.reach import Reach, dead_ends
-from runtime.wire.messages import CALLER
+from onnxsplit.plan import CALLER
+from runtime.coordinator.reach import Reachability, dead_ends
 
 SECOND = 1_000_000_000
 EVERYBODY = {0, 1, 2, 3}
@@ -11,7 +11,7 @@ CHAIN = {CALLER: {0}, 0: {1}, 1: {CALLER}}
 
 
 def test_a_link_is_dead_when_it_was_not_connected_for_long_enough():
-    reach = Reach(3.0)
+    reach = Reachability(3.0)
     reach.seen(1, (2,), 0)
     reach.seen(1, (2,), 2 * SECOND)
     assert reach.dead(EVERYBODY, EVERYBODY, 2 * SECOND) == frozenset()
@@ -21,14 +21,14 @@ def test_a_link_is_dead_when_it_was_not_connected_for_long_enough():
 
 
 def test_a_link_that_came_back_in_between_is_not_dead():
-    reach = Reach(3.0)
+    reach = Reachability(3.0)
     for second, unreachable in ((0, (2,)), (2, ()), (3, (2,))):
         reach.seen(1, unreachable, second * SECOND)
     assert reach.dead(EVERYBODY, EVERYBODY, 5 * SECOND) == frozenset()
 
 
 def test_a_link_is_not_blamed_for_a_process_that_is_silent():
-    reach = Reach(3.0)
+    reach = Reachability(3.0)
     reach.seen(1, (2,), 0)
     assert reach.dead(EVERYBODY, {0, 1}, 5 * SECOND) == frozenset()
     assert reach.dead(EVERYBODY, EVERYBODY, 6 * SECOND) == {(1, 2)}
@@ -36,14 +36,14 @@ def test_a_link_is_not_blamed_for_a_process_that_is_silent():
 
 
 def test_links_of_who_is_gone_are_forgotten():
-    reach = Reach(3.0)
+    reach = Reachability(3.0)
     reach.seen(1, (2, 3), 0)
     assert reach.dead({0, 1, 3}, EVERYBODY, 5 * SECOND) == {(1, 3)}
     assert reach.dead(EVERYBODY, EVERYBODY, 5 * SECOND) == {(1, 3)}
 
 
 def test_what_one_process_sees_says_nothing_about_the_links_of_others():
-    reach = Reach(3.0)
+    reach = Reachability(3.0)
     reach.seen(1, (3,), 0)
     reach.seen(2, (), SECOND)
     assert reach.dead(EVERYBODY, EVERYBODY, 5 * SECOND) == {(1, 3)}

@@ -8,9 +8,9 @@ import pytest
 from runtime.admission import Admission
 from runtime.coordinator.request_io import Answer
 from runtime.errors import Cancelled, NotSeparable, PipelineClosed, StageFailed
-from runtime.request import Asked, Request
+from runtime.request import OutputSelection, Request
 
-ASKED = Asked(
+ASKED = OutputSelection(
     names=("y", "c"), computed=("y",), passed=("c",), optional=frozenset(), defaults=(), axes={"x": 0, "y": 0}
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from runtime.balance.board import Board
+from runtime.balance.board import LoadBoard
 from runtime.balance.policies import ORDINARY
 from runtime.balance.router import Router
 from runtime.wire.messages import Peer, Receipt
@@ -32,7 +32,7 @@ class Far:
 
 
 def knowing(*numbers: int) -> Router:
-    router = Router("completion", Board())
+    router = Router("completion", LoadBoard())
     learn(router, *numbers)
     return router
 
@@ -165,7 +165,7 @@ def test_a_number_that_is_used_again_starts_at_nothing():
 def test_a_receipt_of_who_is_not_known_or_is_read_in_memory_changes_nothing():
     router = knowing(1)
     router.told(Receipt(9, 5, 5, 0, MS, MS), 0)
-    board = Board()
+    board = LoadBoard()
     router.learn(0, [Peer(1, 0, 0, True, "ipc://x", "", None, "")], {1: board})
     router.sent(1, ORDINARY)
     router.told(Receipt(1, ORDINARY, ORDINARY, 0, MS, MS), 0)
@@ -183,7 +183,7 @@ def test_who_cannot_be_reached_gets_nothing_while_others_can():
 
 
 def test_of_many_those_who_cannot_be_reached_get_nothing():
-    router = Router("completion", Board(peers=60))
+    router = Router("completion", LoadBoard(peers=60))
     learn(router, *range(1, 51))
     router.unreachable = frozenset(range(1, 41))
     taken = {router.choose(0, (-1,), ORDINARY, 0, 0) for _ in range(200)}

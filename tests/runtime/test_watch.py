@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.coordinator.failure_detector import Watch
+from runtime.coordinator.failure_detector import FailureDetector
 from runtime.timings import Timings
 from runtime.wire.messages import NodeBeat
 
@@ -16,7 +16,7 @@ BEAT = NodeBeat(0, 0, 0, 0)
 @pytest.fixture
 def watch():
     """One node, number 1, that got its stage at 0 s."""
-    watch = Watch(TIMINGS)
+    watch = FailureDetector(TIMINGS)
     watch.begin(1, 0, 0)
     return watch
 

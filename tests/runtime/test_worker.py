@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from onnxsplit.plan import CALLER
 from runtime.node.worker import Worker
 from runtime.wire import codec
-from runtime.wire.messages import CALLER, Fragment, TensorHead
+from runtime.wire.messages import Fragment, TensorHead
 
 
 @pytest.mark.parametrize(

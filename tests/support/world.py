@@ -12,28 +12,16 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from onnxsplit.plan import Plan
+from onnxsplit.plan import CALLER, Plan
 from runtime.coordinator import events as c
-from runtime.coordinator.roster import Kill, Start
-from runtime.coordinator.state import CoordinatorState, State
+from runtime.coordinator.roster import KillNode, StartNode
+from runtime.coordinator.state import CoordinatorState, PipelinePhase
 from runtime.node import events as n
 from runtime.node.state import NodeState
-from runtime.node.state import State as NodeStates
+from runtime.node.state import PipelinePhase as NodeStates
 from runtime.timings import Timings
 from runtime.topology import sources
-from runtime.wire.messages import (
-    ANY,
-    CALLER,
-    NOT_NEEDED,
-    PROTOCOL,
-    Assign,
-    Fragment,
-    Hello,
-    Peer,
-    Step,
-    TensorHead,
-    Wire,
-)
+from runtime.wire.messages import ANY, NOT_NEEDED, PROTOCOL, Assign, Fragment, Hello, Peer, Step, TensorHead, Wire
 
 SECOND = 1_000_000_000
 COORDINATOR = 0
@@ -82,14 +70,14 @@ class World:
         while effects:
             effect = effects.popleft()
             match effect:
-                case Start(slot, number):
+                case StartNode(slot, number):
                     old = self.processes.pop(number, None)
                     if old is not None:
                         self.dead.append(old)
                     self.processes[number] = Process(number, slot)
                     hello = Hello(PROTOCOL, number, number, "host", str(number), *slot, "", None, "")
                     self.send(number, COORDINATOR, "control", ("hello", hello))
-                case Kill(number):
+                case KillNode(number):
                     self.kill(number)
                 case c.GiveStage(identity, (stage, replica)):
                     assign = Assign("id", "", "", stage, replica, "cpu", 0, False, False, 1, 1, "task")
@@ -100,7 +88,7 @@ class World:
                     self.send(COORDINATOR, int(identity), "control", n.StopAsked("told to"))
                 case c.Forget(request, attempt, identities):
                     for identity in identities:
-                        self.send(COORDINATOR, int(identity), "control", n.Cancelled(request, attempt))
+                        self.send(COORDINATOR, int(identity), "control", n.AttemptCancelled(request, attempt))
                 case c.Announce(error):
                     assert error is None
                     self.ready = True
@@ -115,7 +103,7 @@ class World:
 
     def introduce(self, identities: tuple[bytes, ...], meet: bool) -> list[Any]:
         roster = self.coordinator.roster
-        starting = self.coordinator.state is State.STARTING
+        starting = self.coordinator.state is PipelinePhase.STARTING
         caller = Peer(0, CALLER, 0, False, "", "", None, "")
         for identity in identities:
             record = roster.by_identity(identity)
@@ -199,7 +187,7 @@ class World:
         turn = not process.events or (process.state.ready and self.choices.random() < 0.3)
         event = n.Turn(self.now) if turn else process.events.popleft()
         if process.state.state not in (NodeStates.READY, NodeStates.LEAVING) and isinstance(
-            event, n.Arrived | n.Cancelled | n.Turn
+            event, n.Arrived | n.AttemptCancelled | n.Turn
         ):
             return
         effects = deque(process.state.handle(event))

@@ -12,12 +12,10 @@ from onnxsplit.errors import shown
 from onnxsplit.model.graph import OpGraph
 from onnxsplit.model.shapes import annotated, free_dimensions
 from onnxsplit.plan import TensorSpec
-from onnxsplit.stages.batch.facts import SAME, Fact, Kind, Sizes, rows
+from onnxsplit.stages.batch.facts import SAME, Dependence, Fact, Sizes, rows
 from onnxsplit.stages.batch.refine import refined
+from onnxsplit.stages.batch.trials import Axes
 from onnxsplit.stages.batch.walk import Learned, Walk, graph_sizes
-
-Axes = Mapping[str, int]
-"""The batch axis of the tensors that have one."""
 
 _BATCH_NAME = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
 _MOST_CANDIDATES = 8
@@ -97,13 +95,13 @@ class Structure:
     def _failures(self, facts: Mapping[str, Fact]) -> Iterator[str]:
         for name in self._graph.outputs:
             fact = facts.get(name, SAME)
-            if fact.kind is Kind.MIXED:
+            if fact.kind is Dependence.MIXED:
                 yield fact.why
-            elif fact.kind is not Kind.ROWS:
+            elif fact.kind is not Dependence.ROWS:
                 yield f"the output {shown(name)} does not carry the rows: {fact.kind.value}"
             elif fact.per_row != 1:
                 yield f"the output {shown(name)} has {fact.per_row} entries for each row along axis {fact.axis}"
 
 
 def _one_a_row(fact: Fact) -> bool:
-    return fact.kind is Kind.ROWS and fact.per_row == 1
+    return fact.kind is Dependence.ROWS and fact.per_row == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from onnxsplit.stages.batch.facts import Call, Fact, Kind, Mixes, rows
+from onnxsplit.stages.batch.facts import Call, Dependence, Fact, Mixes, rows
 
 Rule = Callable[[Call], Fact | Sequence[Fact]]
 
@@ -22,7 +22,7 @@ def together(call: Call, indices: Sequence[int]) -> Fact:
     """Inputs that are combined by broadcasting; the others must be the same for every batch."""
     call.others_same(*indices)
     given = [index for index in indices if call.fact(index) is not None]
-    if any(call.facts[index].kind is Kind.SIZE for index in given):  # type: ignore[union-attr]
+    if any(call.facts[index].kind is Dependence.SIZE for index in given):  # type: ignore[union-attr]
         raise Mixes("it computes with the number of rows")
     found = {(fact.axis - call.rank(i), fact.per_row) for i in given if call.carries(i) for fact in [call.require(i)]}
     if len(found) != 1:
@@ -51,13 +51,13 @@ def leading(*carriers: int) -> Rule:
             fact = call.fact(index)
             if fact is None:
                 continue
-            if fact.kind is Kind.SAME:
+            if fact.kind is Dependence.SAME:
                 if call.rank(index) and call.shape(index)[0] != 1:
                     raise Mixes(
                         f"its input {index} is the same for every batch, and has {call.shape(index)[0]} entries"
                     )
                 continue
-            if fact.kind is not Kind.ROWS or (fact.axis, fact.per_row) != (0, first.per_row):
+            if fact.kind is not Dependence.ROWS or (fact.axis, fact.per_row) != (0, first.per_row):
                 raise Mixes("its rows do not lie along the first axis of every input")
         return rows(0, first.per_row)
 
@@ -95,7 +95,7 @@ def first_output(rule: Rule) -> Rule:
     def checked(call: Call) -> Sequence[Fact]:
         found = rule(call)
         first = found if isinstance(found, Fact) else found[0]
-        rest = Fact(Kind.MIXED, why=f"a further output of {call.node.op_type} is made of the whole batch")
+        rest = Fact(Dependence.MIXED, why=f"a further output of {call.node.op_type} is made of the whole batch")
         return [first, *[rest] * (len(call.node.output) - 1)]
 
     return checked

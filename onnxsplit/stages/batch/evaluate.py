@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxsplit.stages.batch.facts import Call, Fact, Kind, Mixes, from_front
+from onnxsplit.stages.batch.facts import Call, Dependence, Fact, Mixes, from_front
 from onnxsplit.stages.batch.linear import MOST_ELEMENTS, Linear, Undecided, Values, values
 
 Evaluation = Callable[[Call], Values]
@@ -242,11 +242,11 @@ def widened(call: Call) -> Fact:
         place = found.axis - len(shape) + len(given)
         if place >= 0 and given[place] != 1:
             raise Mixes("it expands an axis that is not 1 to the number of rows")
-        return Fact(Kind.ROWS, found.axis + max(0, len(given) - len(shape)), found.per_row)
+        return Fact(Dependence.ROWS, found.axis + max(0, len(given) - len(shape)), found.per_row)
     if op == "Tile":
         call.others_same(1)
         found = _repeated(call.numbers(1))
-        return Fact(Kind.ROWS, found.axis, found.per_row * call.shape(0)[found.axis])
+        return Fact(Dependence.ROWS, found.axis, found.per_row * call.shape(0)[found.axis])
     raise Mixes("it computes with the number of rows")
 
 
@@ -258,4 +258,4 @@ def _repeated(shape: list[Linear | int]) -> Fact:
     assert isinstance(size, Linear)
     if size.fixed or size.per_row < 1:
         raise Mixes("an axis of it is not a multiple of the number of rows")
-    return Fact(Kind.ROWS, places[0], size.per_row)
+    return Fact(Dependence.ROWS, places[0], size.per_row)

@@ -21,7 +21,7 @@ Sizes = Mapping[str, tuple[int, ...]]
 """Shapes of the tensors of one graph, at one binding of the free dimensions."""
 
 
-class Kind(Enum):
+class Dependence(Enum):
     """How a tensor depends on the batch."""
 
     SAME = "it is the same for every batch"
@@ -45,27 +45,27 @@ class Fact:
         why: for ``MIXED``, what mixes the rows.
     """
 
-    kind: Kind
+    kind: Dependence
     axis: int = 0
     per_row: int = 1
     values: Values | None = field(default=None, compare=False)
     why: str = field(default="", compare=False)
 
 
-SAME = Fact(Kind.SAME)
+SAME = Fact(Dependence.SAME)
 
-HAVE_AXIS = frozenset([Kind.ROWS, Kind.NUMBERS, Kind.PLACED, Kind.INDEX])
+HAVE_AXIS = frozenset([Dependence.ROWS, Dependence.NUMBERS, Dependence.PLACED, Dependence.INDEX])
 """Kinds of tensors that are as long as the batch along an axis."""
 
 
 def rows(axis: int, per_row: int = 1) -> Fact:
     """A tensor that carries rows."""
-    return Fact(Kind.ROWS, axis, per_row)
+    return Fact(Dependence.ROWS, axis, per_row)
 
 
 def known(found: Values) -> Fact:
     """A tensor whose numbers are known."""
-    return Fact(Kind.SAME if is_plain(found) else Kind.SIZE, values=found)
+    return Fact(Dependence.SAME if is_plain(found) else Dependence.SIZE, values=found)
 
 
 class Mixes(Exception):
@@ -95,21 +95,21 @@ class Call:
     def carries(self, index: int) -> bool:
         """True when an input carries rows."""
         found = self.fact(index)
-        return found is not None and found.kind is Kind.ROWS
+        return found is not None and found.kind is Dependence.ROWS
 
     def require(self, index: int) -> Fact:
         """The fact of an input that must carry rows."""
         found = self.fact(index)
-        if found is None or found.kind is not Kind.ROWS:
+        if found is None or found.kind is not Dependence.ROWS:
             raise Mixes(f"input {index} does not carry the rows that other inputs carry")
         return found
 
     def others_same(self, *indices: int) -> None:
         """Refuse inputs other than these that are not the same for every batch."""
         for index, found in enumerate(self.facts):
-            if index in indices or found is None or found.kind is Kind.SAME:
+            if index in indices or found is None or found.kind is Dependence.SAME:
                 continue
-            if found.kind is Kind.SIZE:
+            if found.kind is Dependence.SIZE:
                 raise Mixes("it computes with the number of rows")
             raise Mixes(f"rows reach its input {index}, from where they act on all rows")
 
@@ -186,8 +186,8 @@ def from_front(axis: int, rank: int) -> int:
 
 def without_values(fact: Fact) -> Fact:
     """The same, with nothing known of its numbers."""
-    if fact.kind is Kind.SIZE:
-        return Fact(Kind.MIXED, why="a body computes with the number of rows")
+    if fact.kind is Dependence.SIZE:
+        return Fact(Dependence.MIXED, why="a body computes with the number of rows")
     return replace(fact, values=None)
 
 

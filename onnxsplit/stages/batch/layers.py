@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnxsplit.stages.batch.combine import Rule, all_leading, first_alone, leading, together
-from onnxsplit.stages.batch.facts import Call, Fact, Kind, Mixes, from_front, rows
+from onnxsplit.stages.batch.facts import Call, Dependence, Fact, Mixes, from_front, rows
 from onnxsplit.stages.batch.moves import equal
 
 
@@ -79,12 +79,15 @@ def gemm(call: Call) -> Fact:
     found = matrices()(_first_two(call))
     assert isinstance(found, Fact)
     addend = call.fact(2)
-    if addend is None or addend.kind is Kind.SAME:
+    if addend is None or addend.kind is Dependence.SAME:
         rank, back = (call.rank(2), found.axis - 2) if addend is not None else (0, -1)
         if rank >= -back and call.shape(2)[back] != 1:
             raise Mixes("what it adds has an entry for each row")
         return found
-    if addend.kind is not Kind.ROWS or (addend.axis - call.rank(2), addend.per_row) != (found.axis - 2, found.per_row):
+    if addend.kind is not Dependence.ROWS or (addend.axis - call.rank(2), addend.per_row) != (
+        found.axis - 2,
+        found.per_row,
+    ):
         raise Mixes("it combines rows that lie along different axes")
     return found
 
@@ -100,7 +103,7 @@ def recurrent(call: Call) -> Sequence[Fact]:
     place = 0 if batch_first else 1
     for index, axis in ((0, place), (4, 0), (5, place), (6, place)):
         fact = call.fact(index)
-        if fact is not None and (fact.kind is not Kind.ROWS or (fact.axis, fact.per_row) != (axis, 1)):
+        if fact is not None and (fact.kind is not Dependence.ROWS or (fact.axis, fact.per_row) != (axis, 1)):
             raise Mixes(f"its input {index} does not carry the rows along axis {axis}")
     call.require(0)
     return [rows(0 if batch_first else 2), rows(place), rows(place)][: len(call.node.output)]
@@ -142,8 +145,8 @@ def attention(call: Call) -> Fact:
     """ONNX's own Attention: all but a mask have their rows first; a mask is broadcast against four axes."""
     fact = all_leading(0, 1, 2, 4, 5, 6)(_with_mask_same(call, 3))
     mask = call.fact(3)
-    if mask is not None and mask.kind is not Kind.SAME:
-        if mask.kind is not Kind.ROWS or (mask.axis, mask.per_row) != (0, 1) or call.rank(3) != 4:
+    if mask is not None and mask.kind is not Dependence.SAME:
+        if mask.kind is not Dependence.ROWS or (mask.axis, mask.per_row) != (0, 1) or call.rank(3) != 4:
             raise Mixes("the rows of its mask are not those of its queries")
     elif mask is not None and call.rank(3) == 4 and call.shape(3)[0] != 1:
         raise Mixes("its mask has an entry for each row")
@@ -178,7 +181,7 @@ def rotary(call: Call) -> Fact:
 
 
 def _with_mask_same(call: Call, index: int) -> Call:
-    facts = [Fact(Kind.SAME) if i == index and f is not None else f for i, f in enumerate(call.facts)]
+    facts = [Fact(Dependence.SAME) if i == index and f is not None else f for i, f in enumerate(call.facts)]
     return replace(call, facts=facts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from onnxsplit.stages.batch.facts import Call, Fact, Kind, Mixes, from_front, rows
+from onnxsplit.stages.batch.facts import Call, Dependence, Fact, Mixes, from_front, rows
 from onnxsplit.stages.batch.linear import Linear, Undecided, linear
 
 _END = 10**8  # no batch has as many rows; exporters write this, or more, for "to the end"
@@ -170,8 +170,9 @@ def sliced(call: Call) -> Fact:
 
 def _any_size(call: Call, place: int) -> bool:
     """Whether one of the numbers that say where to cut depends on the number of rows."""
-    found = [call.facts[index] for index in (1, 2) if call.has(index)]
-    return any(f is not None and f.kind is Kind.SIZE and isinstance(list(f.values.flat)[place], Linear) for f in found)  # type: ignore[union-attr]
+    given = [call.facts[index] for index in (1, 2) if call.has(index)]
+    sizes = [fact.values for fact in given if fact is not None and fact.kind is Dependence.SIZE]
+    return any(values is not None and isinstance(list(values.flat)[place], Linear) for values in sizes)
 
 
 def padded(call: Call) -> Fact:
@@ -196,11 +197,11 @@ def gathered(call: Call) -> Fact:
         raise Mixes("it looks rows up by rows")
     if call.carries(1):
         fact = call.require(1)
-        if call.facts[0] is not None and call.facts[0].kind is Kind.SIZE:
+        if call.facts[0] is not None and call.facts[0].kind is Dependence.SIZE:
             raise Mixes("it computes with the number of rows")
         return rows(axis + fact.axis, fact.per_row)
     fact = call.require(0)
-    if call.facts[1] is None or call.facts[1].kind is not Kind.SAME:
+    if call.facts[1] is None or call.facts[1].kind is not Dependence.SAME:
         raise Mixes("it computes with the number of rows")
     if fact.axis == axis:
         raise Mixes("it picks rows by their place")
@@ -275,7 +276,7 @@ def einsum(call: Call) -> Fact:
     for index, term in enumerate(terms):
         if letter in term and (not call.carries(index) or term.count(letter) > 1):
             raise Mixes("it combines rows with each other")
-        if letter not in term and call.facts[index] is not None and call.facts[index].kind is not Kind.SAME:  # type: ignore[union-attr]
+        if letter not in term and call.facts[index] is not None and call.facts[index].kind is not Dependence.SAME:  # type: ignore[union-attr]
             raise Mixes("it computes with the number of rows")
     if right.count(letter) != 1:
         raise Mixes("it sums over the rows")

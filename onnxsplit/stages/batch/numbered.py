@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import onnx
 
-from onnxsplit.stages.batch.facts import Call, Fact, Kind, Mixes, from_front, rows
+from onnxsplit.stages.batch.facts import Call, Dependence, Fact, Mixes, from_front, rows
 from onnxsplit.stages.batch.linear import Linear
 from onnxsplit.stages.batch.moves import equal
 from onnxsplit.stages.batch.rules import RULES
@@ -28,7 +28,7 @@ def numbers_of_rows(call: Call) -> Fact:
     start, limit, step = (call.numbers(index)[0] for index in range(3))
     if not (equal(start, 0) and equal(limit, Linear(1)) and equal(step, 1)):
         raise Mixes("it computes with the number of rows")
-    return Fact(Kind.NUMBERS, 0)
+    return Fact(Dependence.NUMBERS, 0)
 
 
 def numbered(call: Call) -> Fact:
@@ -43,7 +43,7 @@ def numbered(call: Call) -> Fact:
     if op in _MOVES:
         return replace(_as_rows(call, op), kind=call.facts[0].kind)  # type: ignore[union-attr]
     if op in _ARITHMETIC:  # exporters do this to learn a shape; what is computed is no number of a row any more
-        return replace(_as_rows(call, op), kind=Kind.PLACED)
+        return replace(_as_rows(call, op), kind=Dependence.PLACED)
     if op == "Concat":
         return _index(call)
     if op == "GatherND":
@@ -55,10 +55,10 @@ def numbered(call: Call) -> Fact:
 
 def _as_rows(call: Call, op: str) -> Fact:
     """The rule of the op, as if the numbers were rows."""
-    kinds = {Kind.NUMBERS, Kind.PLACED}
-    if any(fact is not None and fact.kind is Kind.ROWS for fact in call.facts):
+    kinds = {Dependence.NUMBERS, Dependence.PLACED}
+    if any(fact is not None and fact.kind is Dependence.ROWS for fact in call.facts):
         raise Mixes("it uses the numbers of rows as values")
-    facts = [replace(f, kind=Kind.ROWS) if f is not None and f.kind in kinds else f for f in call.facts]
+    facts = [replace(f, kind=Dependence.ROWS) if f is not None and f.kind in kinds else f for f in call.facts]
     found = RULES[op](replace(call, facts=facts))
     assert isinstance(found, Fact)
     return found
@@ -68,7 +68,7 @@ def _index(call: Call) -> Fact:
     """Indices for GatherND: the number of the row first, then what the row itself or all rows say."""
     first = call.facts[0]
     rank = call.rank(0)
-    if first is None or first.kind is not Kind.NUMBERS or from_front(call.integer("axis", 1), rank) != rank - 1:
+    if first is None or first.kind is not Dependence.NUMBERS or from_front(call.integer("axis", 1), rank) != rank - 1:
         raise Mixes("it uses the numbers of rows as values")
     if call.shape(0)[-1] != 1 or first.axis == rank - 1:
         raise Mixes("it uses the numbers of rows as values")
@@ -76,14 +76,14 @@ def _index(call: Call) -> Fact:
         other = call.require(index)
         if (other.axis, other.per_row) != (first.axis, first.per_row):
             raise Mixes("it joins rows that lie along different axes")
-    return replace(first, kind=Kind.INDEX)
+    return replace(first, kind=Dependence.INDEX)
 
 
 def _picked(call: Call) -> Fact:
     """Each row picks from itself."""
     data, index = call.require(0), call.facts[1]
     assert index is not None
-    if call.integer("batch_dims", 0) or index.kind is not Kind.INDEX or (data.axis, data.per_row) != (0, 1):
+    if call.integer("batch_dims", 0) or index.kind is not Dependence.INDEX or (data.axis, data.per_row) != (0, 1):
         raise Mixes("it uses the numbers of rows as values")
     return rows(index.axis, index.per_row)
 
@@ -93,12 +93,12 @@ def _all(call: Call) -> Fact:
     data, index = call.require(0), call.facts[1]
     assert index is not None
     axis = from_front(call.integer("axis", 0), call.rank(0))
-    if index.kind is not Kind.NUMBERS or (data.axis, data.per_row) != (axis, 1) or call.rank(1) != 1:
+    if index.kind is not Dependence.NUMBERS or (data.axis, data.per_row) != (axis, 1) or call.rank(1) != 1:
         raise Mixes("it uses the numbers of rows as values")
     return rows(axis, index.per_row)
 
 
 def about_numbers(facts: Sequence[Fact | None]) -> bool:
     """Whether an op reads numbers of rows."""
-    kinds = {Kind.NUMBERS, Kind.PLACED, Kind.INDEX}
+    kinds = {Dependence.NUMBERS, Dependence.PLACED, Dependence.INDEX}
     return any(fact is not None and fact.kind in kinds for fact in facts)

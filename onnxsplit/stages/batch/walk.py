@@ -15,7 +15,18 @@ import onnx
 from onnxsplit.errors import shown
 from onnxsplit.model.bodies import defined_names, nested_graphs
 from onnxsplit.stages.batch.evaluate import evaluate, widened
-from onnxsplit.stages.batch.facts import HAVE_AXIS, SAME, Call, Fact, Kind, Mixes, Sizes, known, stored, without_values
+from onnxsplit.stages.batch.facts import (
+    HAVE_AXIS,
+    SAME,
+    Call,
+    Dependence,
+    Fact,
+    Mixes,
+    Sizes,
+    known,
+    stored,
+    without_values,
+)
 from onnxsplit.stages.batch.linear import MOST_ELEMENTS, Undecided, Values
 from onnxsplit.stages.batch.numbered import about_numbers, numbered, numbers_of_rows
 from onnxsplit.stages.batch.rules import RULES
@@ -73,7 +84,7 @@ class Walk:
     ) -> Sequence[Fact]:
         count = len(node.output)
         reads = [facts.get(name, _UNKNOWN) if name else None for name in node.input]
-        mixed = next((fact for fact in reads if fact is not None and fact.kind is Kind.MIXED), None)
+        mixed = next((fact for fact in reads if fact is not None and fact.kind is Dependence.MIXED), None)
         if mixed is not None:
             return [mixed] * count
         try:
@@ -110,13 +121,13 @@ class Walk:
         numbers = evaluate(call) if usual else None
         if numbers is not None:
             return known(numbers)
-        if kinds <= {Kind.SAME}:
+        if kinds <= {Dependence.SAME}:
             return SAME
         if not usual or (kinds & HAVE_AXIS and node.op_type not in RULES):
             raise Mixes("it is not known to keep rows apart")
         if about_numbers(reads):
             return numbered(call)
-        if Kind.ROWS not in kinds:
+        if Dependence.ROWS not in kinds:
             return numbers_of_rows(call) if node.op_type == "Range" else widened(call)
         return RULES[node.op_type](call)
 
@@ -127,7 +138,7 @@ class Walk:
             return fact
         if fact.axis < len(shape) and shape[fact.axis] == fact.per_row * self.batch:
             return fact
-        return Fact(Kind.MIXED, why=f"the shape of {shown(name)} does not follow the number of rows")
+        return Fact(Dependence.MIXED, why=f"the shape of {shown(name)} does not follow the number of rows")
 
     def _with_bodies(
         self, graph: onnx.GraphProto, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes
@@ -140,7 +151,7 @@ class Walk:
         self, graph: onnx.GraphProto, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes
     ) -> Sequence[Fact]:
         test = facts.get(node.input[0], _UNKNOWN)
-        if test.kind is not Kind.SAME:
+        if test.kind is not Dependence.SAME:
             raise Mixes("which of its branches runs depends on the batch")
         bodies = {a.name: a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH}
         if test.values is not None:
@@ -151,7 +162,7 @@ class Walk:
         return [_agreed(outputs) for outputs in zip(*found, strict=True)]
 
     def _learn_numbers(self, graph: onnx.GraphProto, node: onnx.NodeProto, found: Fact | Sequence[Fact]) -> None:
-        if isinstance(found, Fact) and found.kind is Kind.SAME and found.values is not None and found.values.size:
+        if isinstance(found, Fact) and found.kind is Dependence.SAME and found.values is not None and found.values.size:
             self.learned.append((graph, node.output[0], found.values))
 
     def _learn_shapes(self, graph: onnx.GraphProto, node: onnx.NodeProto, body: onnx.GraphProto) -> None:
@@ -166,21 +177,21 @@ class Walk:
     def _loop(self, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes) -> Sequence[Fact]:
         body = next(a.g for a in node.attribute if a.name == "body")
         for name in node.input[:2]:
-            if name and facts.get(name, _UNKNOWN).kind is not Kind.SAME:
+            if name and facts.get(name, _UNKNOWN).kind is not Dependence.SAME:
                 raise Mixes("how often it runs depends on the batch")
         carried = [without_values(facts.get(name, _UNKNOWN)) for name in node.input[2:]]
         formal = [value.name for value in body.input]
         given = dict(zip(formal, [SAME, SAME, *carried], strict=True))
         outputs = self._body(body, facts, given, sizes)
-        if outputs[0].kind is not Kind.SAME:
+        if outputs[0].kind is not Dependence.SAME:
             raise Mixes("how often it runs depends on the rows")
         after = [without_values(fact) for fact in outputs[1 : 1 + len(carried)]]
         for before, fact in zip(carried, after, strict=True):
-            if fact.kind is Kind.MIXED:
+            if fact.kind is Dependence.MIXED:
                 return [fact] * len(node.output)
-            if fact != before or fact.kind is Kind.SIZE:
+            if fact != before or fact.kind is Dependence.SIZE:
                 raise Mixes("what it carries from one round to the next changes its axis of rows")
-        stacked = [replace(f, axis=f.axis + 1) if f.kind is Kind.ROWS else f for f in outputs[1 + len(carried) :]]
+        stacked = [replace(f, axis=f.axis + 1) if f.kind is Dependence.ROWS else f for f in outputs[1 + len(carried) :]]
         return [*after, *(without_values(fact) for fact in stacked)]
 
     def _body(
@@ -198,22 +209,22 @@ def _is_known_false(flag: Sequence[Fact | None]) -> bool:
     return fact is None or (fact.values is not None and not any(fact.values.flat))
 
 
-_UNKNOWN = Fact(Kind.MIXED, why="it reads a tensor that was not followed")
+_UNKNOWN = Fact(Dependence.MIXED, why="it reads a tensor that was not followed")
 
 
 def _ended(node: onnx.NodeProto, reason: str) -> Fact:
     name = node.name or next((output for output in node.output if output), "")
-    return Fact(Kind.MIXED, why=f"op {shown(name)} ({node.op_type}): {reason}")
+    return Fact(Dependence.MIXED, why=f"op {shown(name)} ({node.op_type}): {reason}")
 
 
 def _agreed(outputs: Sequence[Fact]) -> Fact:
     """What holds whichever branch ran."""
     for fact in outputs:
-        if fact.kind is Kind.MIXED:
+        if fact.kind is Dependence.MIXED:
             return fact
     if len(outputs) == 1:
         return outputs[0]
-    if any(fact != outputs[0] or fact.kind is Kind.SIZE for fact in outputs):
+    if any(fact != outputs[0] or fact.kind is Dependence.SIZE for fact in outputs):
         raise Mixes("its branches treat the rows differently")
     return without_values(outputs[0])
 

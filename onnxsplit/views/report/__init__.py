@@ -11,12 +11,12 @@ import msgspec
 from onnxsplit import drawing
 from onnxsplit.errors import PartitionError
 from onnxsplit.files import replacing
-from onnxsplit.plan import Plan, Record
+from onnxsplit.plan import Plan, PlanStruct
 from onnxsplit.planning.outcome import Outcome
 from onnxsplit.planning.sweep import SweepRow
 
 
-class OpRow(Record, frozen=True, kw_only=True):
+class OpRow(PlanStruct, frozen=True, kw_only=True):
     """An op: where it is, what it takes, and the positions of the ops that read from it."""
 
     name: str
@@ -28,7 +28,7 @@ class OpRow(Record, frozen=True, kw_only=True):
     readers: tuple[int, ...]
 
 
-class Content(Record, frozen=True, kw_only=True):
+class Content(PlanStruct, frozen=True, kw_only=True):
     """Everything the page shows."""
 
     model: str

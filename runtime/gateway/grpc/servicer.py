@@ -22,9 +22,9 @@ from runtime.gateway.errors import UnknownRegion, Unsupported, forget_frames, st
 from runtime.gateway.grpc import codec as grpc_codec
 from runtime.gateway.guard import Guard
 from runtime.gateway.regions import Region
-from runtime.gateway.repository import State
+from runtime.gateway.repository import VersionState
 from runtime.gateway.service import Service
-from runtime.gateway.telemetry.sampler import Watcher
+from runtime.gateway.telemetry.sampler import Sampler
 from runtime.intake import MOST_TIMEOUT_S
 from runtime.logs import log_event
 
@@ -38,7 +38,7 @@ _LONG_BYTES = 256 << 10  # of a message that is taken apart beside the event loo
 _Handler = Callable[[Any, Any], Awaitable[Any]]
 
 
-class Rpc:
+class GrpcServicer:
     """The gRPC side of a service.
 
     Every message is read by the handlers here, not before them: so a client is known to be allowed before anything
@@ -51,7 +51,7 @@ class Rpc:
         watcher: knows the statistics.
     """
 
-    def __init__(self, service: Service, budget: Budget, guard: Guard, watcher: Watcher) -> None:
+    def __init__(self, service: Service, budget: Budget, guard: Guard, watcher: Sampler) -> None:
         self._service = service
         self._repository = service.repository
         self._regions = service.regions
@@ -269,7 +269,7 @@ class Rpc:
         """All models."""
         said = pb.RepositoryIndexResponse()
         for v in self._repository:
-            if not request.ready or v.state is State.READY:
+            if not request.ready or v.state is VersionState.READY:
                 said.models.add(name=v.model, version=v.number, state=v.state.value, reason=v.reason)
         return said
 

@@ -39,10 +39,10 @@ from runtime.gateway.http import codec as http_codec
 from runtime.gateway.http import openapi, page
 from runtime.gateway.http.bodies import STOPPING, Bodies, coding_of, compress
 from runtime.gateway.regions import Region
-from runtime.gateway.repository import State
+from runtime.gateway.repository import VersionState
 from runtime.gateway.service import Service
 from runtime.gateway.telemetry import metrics
-from runtime.gateway.telemetry.sampler import Watcher
+from runtime.gateway.telemetry.sampler import Sampler
 from runtime.logs import log_event
 
 _log = logging.getLogger("runtime.gateway")
@@ -55,7 +55,7 @@ _WORDS = 500
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
 
-class Web:
+class HttpApp:
     """The HTTP side of a service.
 
     Args:
@@ -65,7 +65,7 @@ class Web:
         watcher: knows what the page shows.
     """
 
-    def __init__(self, service: Service, bodies: Bodies, guard: Guard, watcher: Watcher) -> None:
+    def __init__(self, service: Service, bodies: Bodies, guard: Guard, watcher: Sampler) -> None:
         self._service = service
         self._repository = service.repository
         self._regions = service.regions
@@ -206,7 +206,7 @@ class Web:
             [
                 {"name": v.model, "version": v.number, "state": v.state.value, "reason": v.reason}
                 for v in self._repository
-                if not only_ready or v.state is State.READY
+                if not only_ready or v.state is VersionState.READY
             ]
         )
 

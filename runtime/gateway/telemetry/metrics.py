@@ -26,7 +26,7 @@ from runtime.coordinator.roster import BUCKETS_NS
 from runtime.coordinator.status import NodeStats
 from runtime.gateway.metadata import stage_name
 from runtime.gateway.repository import Version
-from runtime.gateway.telemetry.sampler import Watcher
+from runtime.gateway.telemetry.sampler import Sampler
 
 _MODEL = ("model", "version")
 _NODE = ("model", "version", "stage", "replica")
@@ -48,7 +48,7 @@ _NODE_COUNTERS: tuple[tuple[str, str, Callable[[NodeStats], float]], ...] = (
 )
 
 
-def exposition(watcher: Watcher) -> tuple[bytes, str]:
+def exposition(watcher: Sampler) -> tuple[bytes, str]:
     """All metrics now, in Prometheus' text format, and its content type."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(watcher))
@@ -57,7 +57,7 @@ def exposition(watcher: Watcher) -> tuple[bytes, str]:
 
 
 class _Collector(Collector):
-    def __init__(self, watcher: Watcher) -> None:
+    def __init__(self, watcher: Sampler) -> None:
         self._watcher = watcher
 
     def describe(self) -> list[Metric]:

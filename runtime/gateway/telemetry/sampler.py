@@ -103,7 +103,7 @@ class _Before:
     nodes: dict[tuple[int, int], NodeStats] = field(default_factory=dict)
 
 
-class Watcher:
+class Sampler:
     """Looks at a service once a second.
 
     Args:

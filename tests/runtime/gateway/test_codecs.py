@@ -20,7 +20,7 @@ from runtime.gateway.http.codec import answer, ask, parse
 from runtime.gateway.protocol import (
     DATATYPES,
     InferRequest,
-    Place,
+    RegionSlice,
     Wanted,
     classify,
     from_bytes,
@@ -35,7 +35,7 @@ ARRAYS = st.sampled_from(KINDS).flatmap(lambda dtype: hnp.arrays(numpy_dtype(dty
 TEXTS = SHAPES.flatmap(lambda shape: hnp.arrays(object, shape, elements=st.text(max_size=5)))
 
 
-def nowhere(place: Place) -> bytes:
+def nowhere(place: RegionSlice) -> bytes:
     raise AssertionError(place)
 
 
@@ -102,7 +102,7 @@ def test_a_place_in_shared_memory_is_read_where_it_is():
         return np.array([1, 2], np.int32).tobytes()
 
     found = parse(json.dumps({"inputs": [tensor]}).encode(), None, read)
-    assert asked == [Place("r", 4, 8)]
+    assert asked == [RegionSlice("r", 4, 8)]
     assert found.inputs["x"].tolist() == [1, 2]
 
 

@@ -12,10 +12,10 @@ from runtime.gateway import protocol
 from runtime.gateway.errors import TooLarge
 from runtime.gateway.grpc import codec as grpc_codec
 from runtime.gateway.parameters import MOST_JSON_BYTES
-from runtime.gateway.protocol import Place, from_items
+from runtime.gateway.protocol import RegionSlice, from_items
 
 
-def nowhere(place: Place) -> bytes:
+def nowhere(place: RegionSlice) -> bytes:
     raise AssertionError(place)
 
 

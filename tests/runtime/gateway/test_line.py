@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import Busy
-from runtime.gateway.queue import Limits, Line, Waiting
+from runtime.gateway.queue import Limits, RequestQueue, Waiting
 
 MS = 1_000_000
 
@@ -20,8 +20,8 @@ def names(requests):
     return [one.subject for one in requests]
 
 
-def line(*requests, **limits) -> Line:
-    made = Line(Limits(**limits))
+def line(*requests, **limits) -> RequestQueue:
+    made = RequestQueue(Limits(**limits))
     for one in requests:
         made.join(one)
     return made
@@ -74,9 +74,9 @@ def test_bytes_are_bounded_but_one_request_alone_always_fits():
     made.join(request(size=1))
 
 
-def paced(gap_ms=10, passage_ms=20) -> Line:
+def paced(gap_ms=10, passage_ms=20) -> RequestQueue:
     """A line that has seen a steady pace."""
-    made = Line(Limits())
+    made = RequestQueue(Limits())
     for number in range(1, 200):
         made.join(request(at=number * gap_ms * MS))
         made.join(request(at=number * gap_ms * MS))
@@ -135,7 +135,7 @@ def test_one_slow_answer_does_not_lock_out_for_ever_those_who_have_little_time()
     )
 )
 def test_nobody_is_lost_or_served_twice(steps):
-    made = Line(Limits(requests=10, size_bytes=100, max_batch=4, max_delay_ns=0))
+    made = RequestQueue(Limits(requests=10, size_bytes=100, max_batch=4, max_delay_ns=0))
     there, out = [], []
     for number, step in enumerate(steps):
         if step[0] == "join":

@@ -9,7 +9,7 @@ import pytest
 
 from onnxsplit.errors import InputError
 from runtime.gateway.errors import Forbidden, TooLarge, UnknownRegion
-from runtime.gateway.protocol import Place
+from runtime.gateway.protocol import RegionSlice
 from runtime.gateway.regions import Region, Regions
 
 
@@ -30,12 +30,14 @@ def regions(memory):
 
 
 def test_places_count_from_where_the_region_begins(regions, memory):
-    assert regions.read(Place("r", 4, 3)) == bytes([20, 21, 22])
-    regions.write(Place("r", 30, 2), b"\xff\xff")
+    assert regions.read(RegionSlice("r", 4, 3)) == bytes([20, 21, 22])
+    regions.write(RegionSlice("r", 30, 2), b"\xff\xff")
     assert memory.read_bytes()[44:50] == bytes([44, 45, 255, 255, 48, 49])
 
 
-@pytest.mark.parametrize("place", [Place("r", 0, 33), Place("r", 32, 1), Place("r", 1 << 60, 1), Place("q", 0, 1)])
+@pytest.mark.parametrize(
+    "place", [RegionSlice("r", 0, 33), RegionSlice("r", 32, 1), RegionSlice("r", 1 << 60, 1), RegionSlice("q", 0, 1)]
+)
 def test_places_outside_are_refused(regions, place):
     with pytest.raises(InputError):
         regions.read(place)
@@ -45,15 +47,15 @@ def test_places_outside_are_refused(regions, place):
 
 def test_an_output_larger_than_its_place_is_refused(regions):
     with pytest.raises(InputError, match="3 bytes, and its place in 'r' 2"):
-        regions.write(Place("r", 0, 2), b"abc")
+        regions.write(RegionSlice("r", 0, 2), b"abc")
 
 
 def test_a_region_that_shrinks_ends_nobody(regions, memory):
     os.truncate(memory, 20)
     with pytest.raises(InputError, match="shorter"):
-        regions.read(Place("r", 0, 32))
+        regions.read(RegionSlice("r", 0, 32))
     with pytest.raises(InputError, match="shorter"):
-        regions.write(Place("r", 16, 8), bytes(8))
+        regions.write(RegionSlice("r", 16, 8), bytes(8))
     assert memory.stat().st_size == 20
 
 
@@ -113,9 +115,9 @@ def test_one_request_reads_no_more_than_a_request_may_have(memory):
     regions = Regions("", most_bytes=40)
     regions.register(Region("r", memory.name, 0, 64))
     read = regions.reader()
-    assert read(Place("r", 0, 30)) == memory.read_bytes()[:30]
+    assert read(RegionSlice("r", 0, 30)) == memory.read_bytes()[:30]
     with pytest.raises(TooLarge, match="more bytes than the 40"):
-        read(Place("r", 0, 30))
+        read(RegionSlice("r", 0, 30))
     regions.close()
 
 
@@ -124,9 +126,9 @@ def test_what_the_system_writes_in_part_is_written_to_the_end(regions, memory, m
     write, read = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda opened, data, at: write(opened, data[:3], at))
     monkeypatch.setattr(os, "preadv", lambda opened, rooms, at: read(opened, [rooms[0][:3]], at))
-    regions.write(Place("r", 0, 16), bytes(range(100, 116)))
+    regions.write(RegionSlice("r", 0, 16), bytes(range(100, 116)))
     assert memory.read_bytes()[16:32] == bytes(range(100, 116))
-    assert regions.read(Place("r", 0, 16)) == bytes(range(100, 116))
+    assert regions.read(RegionSlice("r", 0, 16)) == bytes(range(100, 116))
 
 
 def test_what_is_unregistered_is_closed(regions):
