@@ -17,8 +17,7 @@ from runtime.coordinator import events as c
 from runtime.coordinator.roster import KillNode, StartNode
 from runtime.coordinator.state import CoordinatorState, PipelinePhase
 from runtime.node import events as n
-from runtime.node.state import NodeState
-from runtime.node.state import PipelinePhase as NodeStates
+from runtime.node.state import NodePhase, NodeState
 from runtime.timings import Timings
 from runtime.topology import sources
 from runtime.wire.messages import ANY, NOT_NEEDED, PROTOCOL, Assign, Fragment, Hello, Peer, Step, TensorHead, Wire
@@ -186,7 +185,7 @@ class World:
         process = self.processes[number]
         turn = not process.events or (process.state.ready and self.choices.random() < 0.3)
         event = n.Turn(self.now) if turn else process.events.popleft()
-        if process.state.state not in (NodeStates.READY, NodeStates.LEAVING) and isinstance(
+        if process.state.state not in (NodePhase.READY, NodePhase.LEAVING) and isinstance(
             event, n.Arrived | n.AttemptCancelled | n.Turn
         ):
             return
