@@ -29,7 +29,7 @@ from environment import benchmark, environment_line
 from onnxsplit.cluster import Cluster, Device
 from onnxsplit.errors import PartitionError
 from onnxsplit.partitioner import stage_memory
-from onnxsplit.planning.chooser import choice
+from onnxsplit.planning.model_partitioner import model_partitioner
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan
 from onnxsplit.planning.subject import examine
@@ -120,7 +120,7 @@ def hybrid(name: str, model: Path, dims: dict[str, int]) -> Iterator[dict[str, A
                     max_memory=cap,
                 )
                 try:
-                    chosen = choice(subject, options, lambda _: None)(subject.costs.time_ns)
+                    chosen = model_partitioner(subject, options, lambda _: None)(subject.costs.time_ns)
                     row[parallel] = 1e9 / chosen.score.bottleneck_ns
                     if parallel == "hybrid":
                         row["replicas"] = [len(group) for group in chosen.partition.devices]

@@ -27,7 +27,7 @@ from onnxsplit.numbers import MOST_ROUNDS
 
 if TYPE_CHECKING:
     from onnxsplit.plan import BatchClaim, Plan
-    from onnxsplit.planning.outcome import Outcome
+    from onnxsplit.planning.result import PlanningResult
 
 _EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs", "custom_ops")
 
@@ -128,11 +128,11 @@ def command(
     from onnxsplit.planning.options import CutOptions
 
     check_outputs(html, annotate)
-    folder = out or planner.default_target(model)
+    folder = out or planner.default_plan_folder(model)
     examined = {name: options.pop(name) for name in _EXAMINED}
     wanted = CutOptions(**options)
     if not dry_run:
-        planner.check_target(folder)
+        planner.check_plan_folder(folder)
     subject = planner.examine_for(model, wanted, **examined, say=output.say)
     made = (
         planner.dry_run(subject, wanted, say=output.say)
@@ -157,7 +157,7 @@ def command(
     output.result({"plan": None if dry_run else folder, "files": files, "summary": made.plan})
 
 
-def _beside(output: Output, made: Outcome, html: Path | None, annotate: Path | None) -> list[Path]:
+def _beside(output: Output, made: PlanningResult, html: Path | None, annotate: Path | None) -> list[Path]:
     """Write what else was asked for."""
     files: list[Path] = []
     if annotate is not None:

@@ -59,15 +59,15 @@ def place(
     folder, there = Path(plan), load_cluster(cluster)
     before = load_plan(folder)
     found = placed(before, there, parallel, ops=_ops(before, folder, there))
-    target = folder if out is None else Path(out)
-    if target.resolve() == folder.resolve():
-        with replacing(target / PLAN_FILE) as temporary:
+    destination = folder if out is None else Path(out)
+    if destination.resolve() == folder.resolve():
+        with replacing(destination / PLAN_FILE) as temporary:
             temporary.write_bytes(checked_json(found))
         return found
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise PlanError(f"{target} is there already; nothing was touched. Choose another place with -o DIR")
-    check_parent(target)
-    with new_folder(target) as made:
+    if destination.is_symlink() or (destination.exists() and (not destination.is_dir() or any(destination.iterdir()))):
+        raise PlanError(f"{destination} is there already; nothing was touched. Choose another place with -o DIR")
+    check_parent(destination)
+    with new_folder(destination) as made:
         shutil.copytree(folder, made, dirs_exist_ok=True)
         (made / PLAN_FILE).write_bytes(checked_json(found))
     return found
@@ -116,8 +116,8 @@ def reference_ns(stage: Stage) -> int:
 
 
 def _problem(plan: Plan, cluster: Cluster, ops: Sequence[Set[str]]) -> Problem:
-    setting = of_cluster(cluster, objective=cast(Objective, plan.objective))
-    numbers = setting.kind_of
+    target = of_cluster(cluster, objective=cast(Objective, plan.objective))
+    numbers = target.kind_of
     first = {kind: cluster.devices[device] for device, kind in reversed(list(enumerate(numbers)))}
     times = [reference_ns(stage) for stage in plan.stages]
 
@@ -134,9 +134,9 @@ def _problem(plan: Plan, cluster: Cluster, ops: Sequence[Set[str]]) -> Problem:
         transfers=tuple(_transfers(plan)),
         weights=tuple(Weight(stage.peak_memory_bytes, (stage.index,)) for stage in plan.stages),
         inner_bytes=(0,) * len(plan.stages),
-        links=setting.links,
-        caller_links=setting.caller_links,
-        objective=setting.objective,
+        links=target.links,
+        caller_links=target.caller_links,
+        objective=target.objective,
     )
 
 

@@ -28,7 +28,7 @@ from onnxsplit.plan import (
     Prediction,
     Stage,
 )
-from onnxsplit.planning.chooser import Choice
+from onnxsplit.planning.model_partitioner import ModelPartitioner
 from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import Target
 from onnxsplit.providers import runtime_version
@@ -45,7 +45,7 @@ EXAMPLE_FILE = "example.npz"
 
 
 @dataclass(frozen=True)
-class WrittenCut:
+class CandidateCut:
     """A cut with its stage files written, and what is known of it.
 
     Attributes:
@@ -68,19 +68,19 @@ class WrittenCut:
     levels: tuple[Level, ...]
     measured_ns: tuple[int, ...] | None = None
 
-    def device(self, setting: Target, stage: int) -> Device:
+    def device(self, target: Target, stage: int) -> Device:
         """The device of a stage, the first of its replicas'."""
-        return setting.devices[self.found.partition.devices[stage][0]]
+        return target.devices[self.found.partition.devices[stage][0]]
 
     @property
     def reference_ns(self) -> tuple[int, ...]:
         """Times on a device of speed 1: measured ones, else by the costs."""
         return self.measured_ns or tuple(sum(self.op_ns[op] for op in part.ops) for part in self.parts)
 
-    def times_on_devices(self, setting: Target) -> tuple[int, ...]:
+    def times_on_devices(self, target: Target) -> tuple[int, ...]:
         """Measured times as they are on the stages' devices, in nanoseconds."""
         return tuple(
-            round(time_ns / self.device(setting, stage).speed) for stage, time_ns in enumerate(self.measured_ns or ())
+            round(time_ns / self.device(target, stage).speed) for stage, time_ns in enumerate(self.measured_ns or ())
         )
 
 
@@ -92,15 +92,15 @@ def stage_file(index: int) -> str:
 class PlanBuilder:
     """Describes cuts of one choice; without a folder the plan names no files."""
 
-    def __init__(self, choose: Choice, folder: Path | None) -> None:
-        self._choose, self._folder = choose, folder
-        self._subject, self._setting = choose.subject, choose.setting
+    def __init__(self, partitioner: ModelPartitioner, folder: Path | None) -> None:
+        self._partitioner, self._folder = partitioner, folder
+        self._subject, self._target = partitioner.subject, partitioner.target
 
-    def plan(self, cut: WrittenCut, bound: int, history: tuple[CorrectionRound, ...]) -> Plan:
+    def plan(self, cut: CandidateCut, bound: int, history: tuple[CorrectionRound, ...]) -> Plan:
         """The plan of a cut, whose value is proven to be no less than ``bound``."""
         subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes
         count = len(cut.parts)
-        options = self._choose.options
+        options = self._partitioner.options
         whole = whole_parts(graph)
         if self._folder is not None:
             save_npz(self._folder / EXAMPLE_FILE, subject.inputs)
@@ -149,14 +149,16 @@ class PlanBuilder:
         assert not problems, problems
         return plan
 
-    def _prediction(self, cut: WrittenCut, bound: int) -> Prediction:
-        final, memory = cut.score, self._setting.objective == "memory"
-        atoms = self._subject.problem(cut.op_ns, self._setting)
+    def _prediction(self, cut: CandidateCut, bound: int) -> Prediction:
+        final, memory = cut.score, self._target.objective == "memory"
+        atoms = self._subject.problem(cut.op_ns, self._target)
         bound = min(bound, final.value)
-        ops = self._subject.as_ops().problem(cut.op_ns, self._setting)
+        ops = self._subject.as_ops().problem(cut.op_ns, self._target)
         op_bound = bound
         if ops.atoms != atoms.atoms:
-            op_bound = min(bound, lower_bound(ops, line_up(ops, self._choose.stages, self._choose.options.parallel)))
+            op_bound = min(
+                bound, lower_bound(ops, line_up(ops, self._partitioner.stages, self._partitioner.options.parallel))
+            )
         return Prediction(
             bottleneck_ns=final.bottleneck_ns,
             throughput_per_s=1e9 / max(1, final.bottleneck_ns),
@@ -168,10 +170,10 @@ class PlanBuilder:
             lower_bound_bytes=bound if memory else None,
         )
 
-    def _stage(self, cut: WrittenCut, index: int) -> Stage:
+    def _stage(self, cut: CandidateCut, index: int) -> Stage:
         part, subject = cut.parts[index], self._subject
-        device, replicas = cut.device(self._setting, index), cut.found.partition.devices[index]
-        named = self._setting.cluster is not None
+        device, replicas = cut.device(self._target, index), cut.found.partition.devices[index]
+        named = self._target.cluster is not None
         return Stage(
             index=index,
             file=stage_file(index),
@@ -184,12 +186,12 @@ class PlanBuilder:
             optimization_level=cut.levels[index],
             threads=device.threads,
             predicted_time_ns=cut.found.score.compute_ns[index],
-            measured_time_ns=cut.times_on_devices(self._setting)[index] if cut.measured_ns is not None else None,
+            measured_time_ns=cut.times_on_devices(self._target)[index] if cut.measured_ns is not None else None,
             reference_time_ns=cut.reference_ns[index],
             replicas=len(replicas),
             device=device.name if named else None,
-            devices=tuple(self._setting.devices[replica].name for replica in replicas) if named else (),
-            hosts=tuple(self._setting.devices[replica].host for replica in replicas) if named else (),
+            devices=tuple(self._target.devices[replica].name for replica in replicas) if named else (),
+            hosts=tuple(self._target.devices[replica].host for replica in replicas) if named else (),
             ops=len(part.ops),
             custom_ops=tuple(library.name for library in subject.libraries(part.ops)),
         )

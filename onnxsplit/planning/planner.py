@@ -20,9 +20,9 @@ from onnxsplit.model.source import SourceModel
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import checked_json
 from onnxsplit.planning.batch_axes import with_batch_axes
-from onnxsplit.planning.chooser import choice
+from onnxsplit.planning.model_partitioner import model_partitioner
 from onnxsplit.planning.options import CutOptions
-from onnxsplit.planning.outcome import Outcome
+from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.rounds import Rounds
 from onnxsplit.planning.subject import Subject, examine
 from onnxsplit.progress import Say, silent
@@ -71,8 +71,8 @@ def partition(
     """
     wanted = CutOptions(**options)
     source = open_any(model)
-    target = Path(out) if out is not None else default_target(source.path)
-    check_target(target)
+    folder = Path(out) if out is not None else default_plan_folder(source.path)
+    check_plan_folder(folder)
     subject = examine_for(
         source,
         wanted,
@@ -85,7 +85,7 @@ def partition(
         custom_ops=custom_ops,
         say=say,
     )
-    return write_plan(subject, target, wanted, say=say).plan
+    return write_plan(subject, folder, wanted, say=say).plan
 
 
 def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say = silent, **examined: Any) -> Subject:
@@ -103,39 +103,39 @@ def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say
     return examine(model, threads=threads, provider=provider, say=say, **examined)
 
 
-def write_plan(subject: Subject, target: Path, options: CutOptions, *, say: Say = silent) -> Outcome:
+def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say = silent) -> PlanningResult:
     """Cut a model that was examined, and write the plan directory."""
-    check_target(target)
-    choose = choice(subject, options, say)
-    with new_folder(target) as folder:
-        made = Rounds(choose, folder, say).make(options.rounds)
+    check_plan_folder(folder)
+    partitioner = model_partitioner(subject, options, say)
+    with new_folder(folder) as draft:
+        made = Rounds(partitioner, draft, say).make(options.rounds)
         if made.plan.costs.source == "measured":
             say("looking for the batch axis")
-            made = replace(made, plan=with_batch_axes(made.plan, folder, subject, say))
-        (folder / PLAN_FILE).write_bytes(checked_json(made.plan))
+            made = replace(made, plan=with_batch_axes(made.plan, draft, subject, say))
+        (draft / PLAN_FILE).write_bytes(checked_json(made.plan))
     return made
 
 
-def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> Outcome:
+def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> PlanningResult:
     """The plan that :func:`write_plan` would begin with, before any stage has run; nothing is kept."""
-    return Rounds(choice(subject, options, say), None, say).make(0)
+    return Rounds(model_partitioner(subject, options, say), None, say).make(0)
 
 
-def default_target(model: Path) -> Path:
+def default_plan_folder(model: Path) -> Path:
     """Where the plan of a model goes when nothing is said: ``MODEL.plan`` in the current folder."""
     return Path(f"{model.name.removesuffix('.onnx')}.plan")
 
 
-def check_target(target: Path) -> None:
+def check_plan_folder(folder: Path) -> None:
     """Refuse to write a plan over anything but a plan or an empty folder.
 
     Raises:
         PlanError: naming what is there.
     """
-    if not is_text(target):
-        raise PlanError(f"the path {str(target)!r} is not UTF-8 text; choose another place with -o DIR")
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise PlanError(f"{target} is there and is no folder; choose another place with -o DIR")
-    if target.is_dir() and any(target.iterdir()) and not (target / PLAN_FILE).is_file():
-        raise PlanError(f"{target} is there and holds no plan; nothing was touched. Choose another place with -o DIR")
-    check_parent(target)
+    if not is_text(folder):
+        raise PlanError(f"the path {str(folder)!r} is not UTF-8 text; choose another place with -o DIR")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise PlanError(f"{folder} is there and is no folder; choose another place with -o DIR")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).is_file():
+        raise PlanError(f"{folder} is there and holds no plan; nothing was touched. Choose another place with -o DIR")
+    check_parent(folder)

@@ -18,9 +18,9 @@ from onnxsplit.plan import (
     CorrectionRound,
     Level,
 )
-from onnxsplit.planning.chooser import Choice
-from onnxsplit.planning.outcome import Outcome
-from onnxsplit.planning.plan_builder import PlanBuilder, WrittenCut, stage_file
+from onnxsplit.planning.model_partitioner import ModelPartitioner
+from onnxsplit.planning.plan_builder import CandidateCut, PlanBuilder, stage_file
+from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say
 from onnxsplit.providers import provider_here
@@ -57,24 +57,24 @@ class Rounds:
     Without a folder it writes nothing, and the plan names no files.
     """
 
-    def __init__(self, choose: Choice, folder: Path | None, say: Say) -> None:
-        self._choose = choose
-        self._subject: Subject = choose.subject
-        self._setting = choose.setting
+    def __init__(self, partitioner: ModelPartitioner, folder: Path | None, say: Say) -> None:
+        self._partitioner = partitioner
+        self._subject: Subject = partitioner.subject
+        self._target = partitioner.target
         self._folder = folder
         self._say = say
 
-    def make(self, rounds: int) -> Outcome:
+    def make(self, rounds: int) -> PlanningResult:
         """Cut, run and correct up to ``rounds`` times, and describe the best cut.
 
         The stages' optimisation levels are chosen for the first cut and kept: they change what stages take.
         """
         op_ns = self._contended(self._subject.costs.time_ns)
         if self._subject.costs.source != "measured" or not rounds:
-            found = self._choose(op_ns)
+            found = self._partitioner(op_ns)
             return self._finished(self._write("round0", found, op_ns), found.bound, ())
-        found = self._choose(op_ns, quick=True)
-        best: WrittenCut | None = None
+        found = self._partitioner(op_ns, quick=True)
+        best: CandidateCut | None = None
         history: list[CorrectionRound] = []
         levels: tuple[Level, ...] | None = None
         seen: set[Partition] = set()
@@ -86,41 +86,41 @@ class Rounds:
             cut = self._measure(replace(cut, levels=levels))
             assert cut.measured_ns is not None
             history.append(
-                CorrectionRound(predicted_ns=found.score.compute_ns, measured_ns=cut.times_on_devices(self._setting))
+                CorrectionRound(predicted_ns=found.score.compute_ns, measured_ns=cut.times_on_devices(self._target))
             )
             op_ns = cut.op_ns
             loser = best if best is None or cut.score.rank < best.score.rank else cut
             best = cut if loser is best else best
             if loser is not None:
                 shutil.rmtree(loser.folder)
-            found = self._choose(op_ns, quick=True)
+            found = self._partitioner(op_ns, quick=True)
             if found.partition in seen or cut.score.value <= _GOOD * found.score.value:
                 break
         assert best is not None
         best = self._faithful(best)
-        return self._finished(best, self._choose(best.op_ns).bound, tuple(history))
+        return self._finished(best, self._partitioner(best.op_ns).bound, tuple(history))
 
-    def _finished(self, cut: WrittenCut, bound: int, history: tuple[CorrectionRound, ...]) -> Outcome:
+    def _finished(self, cut: CandidateCut, bound: int, history: tuple[CorrectionRound, ...]) -> PlanningResult:
         if self._folder is not None:
             for file in cut.folder.iterdir():
                 file.rename(self._folder / file.name)
             cut.folder.rmdir()
-        plan = PlanBuilder(self._choose, self._folder).plan(cut, bound, history)
-        return Outcome(plan, self._subject, cut.found.partition, cut.op_ns)
+        plan = PlanBuilder(self._partitioner, self._folder).plan(cut, bound, history)
+        return PlanningResult(plan, self._subject, cut.found.partition, cut.op_ns)
 
     def _contended(self, times_ns: tuple[int, ...]) -> tuple[int, ...]:
         """Times with all devices of this host at work: more threads than it has cores take turns.
 
         Devices of a cluster are what their speeds say.
         """
-        share = host_cores() if self._setting.cluster is not None else max(self._cpu_threads, host_cores())
+        share = host_cores() if self._target.cluster is not None else max(self._cpu_threads, host_cores())
         return tuple(time_ns * share // host_cores() for time_ns in times_ns)
 
     @property
     def _cpu_threads(self) -> int:
-        return sum(device.threads for device in self._setting.devices if device.provider == "cpu")
+        return sum(device.threads for device in self._target.devices if device.provider == "cpu")
 
-    def _write(self, name: str, found: SearchResult, op_ns: tuple[int, ...]) -> WrittenCut:
+    def _write(self, name: str, found: SearchResult, op_ns: tuple[int, ...]) -> CandidateCut:
         subject = self._subject
         folder = (self._folder or Path()) / name
         if self._folder is not None:
@@ -132,7 +132,7 @@ class Rounds:
                 f"writing stage {index} of {len(parts)}", weight_bytes(subject.graph, part), self._say
             )
             files.append(write_stage(subject.graph, subject.shapes, part, folder, stage_file(index), wrote=progress))
-        return WrittenCut(
+        return CandidateCut(
             found=found,
             parts=parts,
             files=tuple(files),
@@ -142,15 +142,15 @@ class Rounds:
             levels=(subject.costs.level,) * len(parts),
         )
 
-    def _measure(self, cut: WrittenCut) -> WrittenCut:
+    def _measure(self, cut: CandidateCut) -> CandidateCut:
         """Run all stages at once, each on what the stages before really give, and make the costs agree.
 
         Where this host has fewer cores than the stages have threads, as many run at once as there are cores for, and
         times are scaled to what taking turns costs: which stage the scheduler favours in a second says nothing.
         """
-        devices = [cut.device(self._setting, index) for index in range(len(cut.parts))]
+        devices = [cut.device(self._target, index) for index in range(len(cut.parts))]
         most = max((device.threads for device in devices), default=1)
-        crowded = self._setting.cluster is not None or self._cpu_threads > host_cores()
+        crowded = self._target.cluster is not None or self._cpu_threads > host_cores()
         at_once = max(1, host_cores() // most) if crowded else max(1, len(cut.parts))
         with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
             feeds = self._feeds(cut, Path(scratch))
@@ -176,20 +176,20 @@ class Rounds:
         measured = self._contended(tuple(median_ns(run) for run in times))
         alone = score(self._subject.problem(cut.op_ns), replace(cut.found.partition, devices=((0,),) * len(times)))
         op_ns = _corrected(cut, alone.compute_ns, measured)
-        final = score(self._subject.problem(op_ns, self._setting), cut.found.partition)
+        final = score(self._subject.problem(op_ns, self._target), cut.found.partition)
         return replace(cut, measured_ns=measured, op_ns=op_ns, score=final)
 
     def _provider_here(self, device: Device) -> str:
         """What a stage is measured on: its device's provider, or the CPU where this host lacks that."""
-        return device.provider if self._setting.cluster is None else provider_here(device.provider)
+        return device.provider if self._target.cluster is None else provider_here(device.provider)
 
-    def _best_levels(self, cut: WrittenCut) -> tuple[Level, ...]:
+    def _best_levels(self, cut: CandidateCut) -> tuple[Level, ...]:
         """The optimisation level at which each stage runs fastest."""
         levels: list[Level] = []
         with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
             for index, (model, feed) in enumerate(self._feeds(cut, Path(scratch))):
                 self._say(f"choosing the optimisation level of stage {index} of {len(cut.parts)}")
-                device = cut.device(self._setting, index)
+                device = cut.device(self._target, index)
                 chosen = best_level(
                     model,
                     feed,
@@ -200,7 +200,7 @@ class Rounds:
                 levels.append(chosen.level)
         return tuple(levels)
 
-    def _faithful(self, cut: WrittenCut) -> WrittenCut:
+    def _faithful(self, cut: CandidateCut) -> CandidateCut:
         """The cut at levels at which the model's answers are its own: stages that move them most go to the lowest.
 
         ONNX Runtime may fuse the ops of a stage in ways in which it does not fuse the whole model, and some fused
@@ -220,14 +220,14 @@ class Rounds:
             levels[worst] = LOWEST_LEVEL
         return cut if tuple(levels) == cut.levels else self._measure(replace(cut, levels=tuple(levels)))
 
-    def _answers(self, cut: WrittenCut, levels: Sequence[Level]) -> dict[str, Array]:
+    def _answers(self, cut: CandidateCut, levels: Sequence[Level]) -> dict[str, Array]:
         """What the stages give for the model's outputs, each at its level."""
         values = dict(self._subject.inputs)
         with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
             feed, outputs = Path(scratch) / "in.npz", Path(scratch) / "out.npz"
             for index, part in enumerate(cut.parts):
                 save_npz(feed, {name: values[name] for name in part.inputs})
-                device = cut.device(self._setting, index)
+                device = cut.device(self._target, index)
                 with TimedModel(
                     cut.folder / stage_file(index),
                     feed,
@@ -241,7 +241,7 @@ class Rounds:
                 values.update(load_npz(outputs))
         return {name: values[name] for name in self._subject.graph.outputs if name in values}
 
-    def _feeds(self, cut: WrittenCut, scratch: Path) -> list[tuple[Path, Path]]:
+    def _feeds(self, cut: CandidateCut, scratch: Path) -> list[tuple[Path, Path]]:
         """Every stage's file, and its inputs as the stages before it give them."""
         values = dict(self._subject.inputs)
         feeds = []
@@ -253,7 +253,7 @@ class Rounds:
                 with TimedModel(
                     model,
                     feed,
-                    threads=cut.device(self._setting, index).threads,
+                    threads=cut.device(self._target, index).threads,
                     level="basic",
                     custom_ops=self._subject.libraries(part.ops),
                 ) as once:
@@ -264,7 +264,7 @@ class Rounds:
         return feeds
 
 
-def _corrected(cut: WrittenCut, expected: Sequence[int], measured: Sequence[int]) -> tuple[int, ...]:
+def _corrected(cut: CandidateCut, expected: Sequence[int], measured: Sequence[int]) -> tuple[int, ...]:
     """Scale the ops of every stage so that together they take what the stage took."""
     corrected = list(cut.op_ns)
     for part, predicted, found in zip(cut.parts, expected, measured, strict=True):

@@ -71,9 +71,9 @@ class Subject:
         """The same model as if every op could be cut from every other."""
         return replace(self, atoms=build_atoms(self.graph, self.shapes, single=True))
 
-    def problem(self, op_ns: Sequence[int], setting: Target | None = None) -> Problem:
+    def problem(self, op_ns: Sequence[int], target: Target | None = None) -> Problem:
         """The numbers an algorithm sees, with these times of the ops on a device of speed 1."""
-        setting = setting or alike(1)
+        target = target or alike(1)
         atom_of = {op: atom for atom, ops in enumerate(self.atoms.ops) for op in ops}
         times = [sum(op_ns[op] for op in ops) for ops in self.atoms.ops]
         for op in self.atoms.copied:  # the first reader is charged with its copy
@@ -81,18 +81,18 @@ class Subject:
             if reader is not None:
                 times[reader] += op_ns[op]
         return Problem(
-            kinds=setting.kinds(self.graph.ops, self.atoms.ops, times),
-            devices=setting.kind_of,
+            kinds=target.kinds(self.graph.ops, self.atoms.ops, times),
+            devices=target.kind_of,
             transfers=tuple(
                 Transfer(flow.writer, flow.readers, self.shapes.bytes(flow.tensor), flow.to_caller)
                 for flow in self.atoms.flows
             ),
-            weights=self._weights(atom_of, setting.packs),
+            weights=self._weights(atom_of, target.packs),
             inner_bytes=self._inner_bytes(),
-            links=setting.links,
-            caller_links=setting.caller_links,
-            apart=tuple((atom_of[one], atom_of[other]) for one, other in setting.apart),
-            objective=setting.objective,
+            links=target.links,
+            caller_links=target.caller_links,
+            apart=tuple((atom_of[one], atom_of[other]) for one, other in target.apart),
+            objective=target.objective,
         )
 
     def _weights(self, atom_of: Mapping[int, int], packs: bool) -> tuple[Weight, ...]:

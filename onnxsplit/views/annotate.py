@@ -18,7 +18,7 @@ import onnx
 from onnxsplit.errors import PartitionError
 from onnxsplit.model.ends import restored
 from onnxsplit.model.multi_device import FIRST_IR_VERSION, check_multi_device
-from onnxsplit.planning.outcome import Outcome
+from onnxsplit.planning.result import PlanningResult
 from onnxsplit.stages.extract import write_model
 
 CONFIGURATION = "onnxsplit"
@@ -27,7 +27,7 @@ CONFIGURATION = "onnxsplit"
 _GRADIENT = [{"stop": 0, "bgColor": "#e8f1fb"}, {"stop": 0.5, "bgColor": "#f7c873"}, {"stop": 1, "bgColor": "#d1495b"}]
 
 
-def annotate(outcome: Outcome, out: str | Path) -> tuple[Path, ...]:
+def annotate(result: PlanningResult, out: str | Path) -> tuple[Path, ...]:
     """Write the annotated model, its external data, and an overlay each for time and memory.
 
     Everything appears whole or not at all.
@@ -39,19 +39,19 @@ def annotate(outcome: Outcome, out: str | Path) -> tuple[Path, ...]:
         PartitionError: a file cannot be written.
     """
     out = Path(out)
-    model = annotated(outcome)
+    model = annotated(result)
     problems = check_multi_device(model)
     assert not problems, problems
     try:
-        texts = {f"{kind}.json": json.dumps(values, indent=1) for kind, values in overlays(outcome, model).items()}
-        return write_model(outcome.subject.graph.source, model, out, texts)
+        texts = {f"{kind}.json": json.dumps(values, indent=1) for kind, values in overlays(result, model).items()}
+        return write_model(result.subject.graph.source, model, out, texts)
     except OSError as error:
         raise PartitionError(f"cannot write {out}: {error.strerror or error}") from error
 
 
-def annotated(outcome: Outcome) -> onnx.ModelProto:
+def annotated(result: PlanningResult) -> onnx.ModelProto:
     """A copy of the source model, every op named, with stages and times."""
-    plan, graph = outcome.plan, outcome.subject.graph
+    plan, graph = result.plan, result.subject.graph
     model = restored(graph.source)
     model.ir_version = max(model.ir_version, FIRST_IR_VERSION)
     _name_ops(model)
@@ -60,7 +60,7 @@ def annotated(outcome: Outcome) -> onnx.ModelProto:
     model.configuration.extend(kept)
     devices = [device for stage in plan.stages for device in stage.devices or (f"stage {stage.index}",)]
     model.configuration.add(name=CONFIGURATION, num_devices=max(1, len(devices)), device=devices or ["none"])
-    stage_of = outcome.stage_of_ops()
+    stage_of = result.stage_of_ops()
     by_output = {graph.ops[op].outputs[0]: op for op in stage_of if graph.ops[op].outputs}
     for node in model.graph.node:
         op = next((by_output[name] for name in node.output if name in by_output), None)
@@ -78,21 +78,21 @@ def annotated(outcome: Outcome) -> onnx.ModelProto:
                 "layer_ann": f"stage{stage}",
                 "namespace": "/".join([f"stage {stage}", *scope]),
                 "onnxsplit.stage": str(stage),
-                "onnxsplit.time_ns": str(outcome.op_ns[op]),
+                "onnxsplit.time_ns": str(result.op_ns[op]),
             },
         )
     return model
 
 
-def overlays(outcome: Outcome, model: onnx.ModelProto) -> dict[str, dict[str, object]]:
+def overlays(result: PlanningResult, model: onnx.ModelProto) -> dict[str, dict[str, object]]:
     """Model Explorer's node data: milliseconds and bytes written, by op name of the annotated model."""
-    graph, shapes = outcome.subject.graph, outcome.subject.shapes
+    graph, shapes = result.subject.graph, result.subject.shapes
     by_output = {op.outputs[0]: op for op in graph.ops if op.outputs}
     times, sizes = {}, {}
     for node in model.graph.node:
         op = next((by_output[name] for name in node.output if name in by_output), None)
         if op is not None:
-            times[node.name] = {"value": round(outcome.op_ns[op.index] / 1e6, 6)}
+            times[node.name] = {"value": round(result.op_ns[op.index] / 1e6, 6)}
             sizes[node.name] = {"value": sum(shapes.bytes(name) for name in op.outputs)}
     name = model.graph.name or "main_graph"
     return {

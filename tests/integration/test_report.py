@@ -21,8 +21,8 @@ def report(tmp_path_factory):
     proto.graph.node[0].name = "</script><script>alert(1)</script>"
     model = build.save(proto, folder)
     wanted = CutOptions(stages=3)
-    outcome = write_plan(examine_for(model, wanted, costs="analytic"), folder / "model.plan", wanted)
-    write_report(outcome, folder / "report.html", sweep(outcome.subject, range(1, 5)))
+    result = write_plan(examine_for(model, wanted, costs="analytic"), folder / "model.plan", wanted)
+    write_report(result, folder / "report.html", sweep(result.subject, range(1, 5)))
     return folder / "report.html"
 
 

@@ -82,8 +82,8 @@ def test_annotating_again_replaces_what_was_there(tmp_path):
 def test_external_data_goes_along(tmp_path):
     onnx.save(build.chain(), tmp_path / "model.onnx", save_as_external_data=True, size_threshold=0)
     wanted = CutOptions(stages=2)
-    outcome = write_plan(examine_for(tmp_path / "model.onnx", wanted, costs="analytic"), tmp_path / "p", wanted)
-    annotate(outcome, tmp_path / "out.onnx")
+    result = write_plan(examine_for(tmp_path / "model.onnx", wanted, costs="analytic"), tmp_path / "p", wanted)
+    annotate(result, tmp_path / "out.onnx")
     assert (tmp_path / "out.onnx.data").is_file()
     open_session(loadable(tmp_path), threads=1).run({"x": np.ones((2, 32), np.float32)})
 

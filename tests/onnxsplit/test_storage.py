@@ -177,8 +177,8 @@ def test_memory_counts_shared_bytes_once_on_a_cpu_and_a_copy_each_elsewhere(tmp_
 
 def test_an_annotated_model_writes_tied_weights_once(tmp_path):
     model = tied(tmp_path)
-    outcome = dry_run(examine(model, costs="analytic"), CutOptions(stages=2))
-    annotate(outcome, tmp_path / "annotated.onnx")
+    result = dry_run(examine(model, costs="analytic"), CutOptions(stages=2))
+    annotate(result, tmp_path / "annotated.onnx")
     assert (tmp_path / "annotated.onnx.data").stat().st_size == TABLE
     expected, found = (
         open_session(file, threads=1, level="disabled").run(IDS)["logits"]

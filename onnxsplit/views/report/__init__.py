@@ -12,7 +12,7 @@ from onnxsplit import drawing
 from onnxsplit.errors import PartitionError
 from onnxsplit.files import replacing
 from onnxsplit.plan import Plan, PlanStruct
-from onnxsplit.planning.outcome import Outcome
+from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.sweep import SweepRow
 
 
@@ -37,11 +37,11 @@ class Content(PlanStruct, frozen=True, kw_only=True):
     sweep: tuple[SweepRow, ...]
 
 
-def content(outcome: Outcome, sweep: Sequence[SweepRow] = ()) -> Content:
+def content(result: PlanningResult, sweep: Sequence[SweepRow] = ()) -> Content:
     """Gather what the page shows."""
-    graph, shapes = outcome.subject.graph, outcome.subject.shapes
-    stage_of = outcome.stage_of_ops()
-    atom_of = {op: atom for atom, ops in enumerate(outcome.subject.atoms.ops) for op in ops}
+    graph, shapes = result.subject.graph, result.subject.shapes
+    stage_of = result.stage_of_ops()
+    atom_of = {op: atom for atom, ops in enumerate(result.subject.atoms.ops) for op in ops}
     shown = sorted(stage_of)
     position = {op: place for place, op in enumerate(shown)}
     rows = tuple(
@@ -50,13 +50,13 @@ def content(outcome: Outcome, sweep: Sequence[SweepRow] = ()) -> Content:
             type=graph.ops[op].op_type,
             stage=stage_of[op],
             atom=atom_of.get(op, -1),
-            time_ns=outcome.op_ns[op],
+            time_ns=result.op_ns[op],
             bytes=sum(shapes.bytes(name) for name in graph.ops[op].outputs),
             readers=tuple(position[reader] for reader in graph.digraph.successors(op) if reader in position),
         )
         for op in shown
     )
-    return Content(model=graph.source.path.name, plan=outcome.plan, ops=rows, sweep=tuple(sweep))
+    return Content(model=graph.source.path.name, plan=result.plan, ops=rows, sweep=tuple(sweep))
 
 
 def page(shown: Content) -> str:
@@ -77,14 +77,14 @@ def page(shown: Content) -> str:
     )
 
 
-def write_report(outcome: Outcome, target: str | Path, sweep: Sequence[SweepRow] = ()) -> None:
+def write_report(result: PlanningResult, target: str | Path, sweep: Sequence[SweepRow] = ()) -> None:
     """Write the page. It appears whole or not at all.
 
     Raises:
         PartitionError: the file cannot be written.
     """
     target = Path(target)
-    text = page(content(outcome, sweep))
+    text = page(content(result, sweep))
     try:
         with replacing(target) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ from onnxsplit.planning.subject import Subject
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PlanningResult:
     """A cut that was made.
 
     Attributes:

@@ -37,19 +37,19 @@ _QUICK_GAP, _QUICK_SECONDS = 0.002, 2.0
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelPartitioner:
     """How a model is to be cut, ready to be asked for a partition at any costs.
 
     Attributes:
         subject: the model, with the ops tied that must stay together.
-        setting: devices and wishes.
+        target: devices and wishes.
         stages: exactly so many; any number when None.
         options: what was asked.
         say: told how the search goes.
     """
 
     subject: Subject
-    setting: Target
+    target: Target
     stages: int | None
     options: CutOptions
     say: Say
@@ -60,7 +60,7 @@ class Choice:
         Raises:
             PartitionError: there is none.
         """
-        problem = self.subject.problem(op_ns, self.setting)
+        problem = self.subject.problem(op_ns, self.target)
         lineup = line_up(problem, self.stages, self.options.parallel)
         try:
             return self._chosen(problem, lineup, quick)
@@ -106,9 +106,9 @@ class Choice:
                 ("the memory of the devices", problem.capped),
                 (
                     "the ops they may run",
-                    any(d.only_ops or d.not_ops for d in self.setting.devices) or self.setting.placed,
+                    any(d.only_ops or d.not_ops for d in self.target.devices) or self.target.placed,
                 ),
-                ("the cuts that are wanted", self.setting.apart),
+                ("the cuts that are wanted", self.target.apart),
             )
             if given
         ]
@@ -117,7 +117,7 @@ class Choice:
         return f"no cut was found that keeps to {' and '.join(wishes) or 'the number of stages'}; ask for less"
 
 
-def choice(subject: Subject, options: CutOptions, say: Say) -> Choice:
+def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelPartitioner:
     """Prepare cutting.
 
     Raises:
@@ -128,9 +128,8 @@ def choice(subject: Subject, options: CutOptions, say: Say) -> Choice:
     options.check()
     subject = subject.tied(_ties(subject, options))
     cluster = load_cluster(options.cluster) if options.cluster is not None else None
-    stages, setting = _devices(subject, options, cluster)
-    setting = replace(setting, placed=_placed(subject, options.place, setting), apart=_apart(subject, options.cut))
-    made = Choice(subject, setting, stages, options, say)
+    stages, target = _devices(subject, options, cluster)
+    target = replace(target, placed=_placed(subject, options.place, target), apart=_apart(subject, options.cut))
     largest = len(subject.atoms.ops)
     if stages is not None and stages > max(1, largest) and not options.cut_at:
         why = one_op(subject.graph) or (
@@ -138,7 +137,7 @@ def choice(subject: Subject, options: CutOptions, say: Say) -> Choice:
             "fewer"
         )
         raise PartitionError(f"{subject.graph.source.path} cannot be cut into {stages} stages: {why}")
-    return made
+    return ModelPartitioner(subject, target, stages, options, say)
 
 
 def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> tuple[int | None, Target]:
@@ -146,8 +145,8 @@ def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> 
     atoms = len(subject.atoms.ops)
     objective, limit = options.objective, options.max_memory
     if cluster is not None:
-        setting = of_cluster(cluster, max_memory_bytes=limit, objective=objective)
-        return (1 if options.parallel == "data" else options.stages), setting  # type: ignore[return-value]
+        target = of_cluster(cluster, max_memory_bytes=limit, objective=objective)
+        return (1 if options.parallel == "data" else options.stages), target  # type: ignore[return-value]
     if options.cut_at:
         count = max(assignment_at(subject, options.cut_at), default=-1) + 1
     elif options.stages == "auto":
@@ -163,14 +162,14 @@ def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> 
             groups = set(task_groups(subject, options.tasks)) if options.strategy == "task" else ()
             count = options.devices or min(max(count, len(groups)), atoms)
     stages = {"model": count, "data": 1, "hybrid": options.stages}[options.parallel] if atoms else 0
-    setting = alike(
+    target = alike(
         max(1, count),
         providers=providers_by_stage(options.provider, max(1, count)),
         threads=threads_per_node(count),
         max_memory_bytes=limit,
         objective=objective,
     )
-    return stages, setting  # type: ignore[return-value]
+    return stages, target  # type: ignore[return-value]
 
 
 def task_groups(subject: Subject, tasks: Sequence[Sequence[str]]) -> list[int]:
@@ -211,8 +210,8 @@ def _ties(subject: Subject, options: CutOptions) -> list[list[int]]:
     return ties
 
 
-def _placed(subject: Subject, place: Mapping[str, str], setting: Target) -> dict[int, frozenset[str]]:
-    names = [device.name for device in setting.devices]
+def _placed(subject: Subject, place: Mapping[str, str], target: Target) -> dict[int, frozenset[str]]:
+    names = [device.name for device in target.devices]
     placed: dict[int, frozenset[str]] = {}
     for pattern, device in place.items():
         if device not in names:
