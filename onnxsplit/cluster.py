@@ -1,23 +1,23 @@
-"""The devices and links that a plan is made for, and the TOML they are written in.
+"""The devices and links that a plan is made for, and the TOML that describes them.
 
-caller = "host-a"         # the host or device that requests come from; over the default link to all when left out
+caller = "host-a"         # the host or device that requests come from; default: the default link joins it to all
 
 [[device]]
-name = "big"              # how the plan names it
-host = "host-a"           # devices of a host share its memory and its fast link; "local" when left out
-provider = "cuda:0"       # as --provider; "cpu" when left out
-speed = 4.0               # how often as fast as the device that costs are measured on; 1 when left out
-memory = "16G"            # what a stage may need there; no limit when left out
-threads = 2               # of the stage's session, on a CPU; 1 when left out
-only_ops = ["Conv"]       # op types it may run; all when left out
-not_ops = ["Loop"]        # op types it may not run
+name = "big"              # the device's name in the plan
+host = "host-a"           # devices of one host share its memory and its fast link; default: "local"
+provider = "cuda:0"       # the execution provider, as --provider takes it; default: "cpu"
+speed = 4.0               # speed relative to the device that costs are measured on; default: 1
+memory = "16G"            # memory that a stage may need on this device; default: no limit
+threads = 2               # threads of the stage's session on a CPU; default: 1
+only_ops = ["Conv"]       # op types that the device may run; default: all
+not_ops = ["Loop"]        # op types that the device may not run; default: none
 
 [[link]]
-between = ["host-a", "host-b"]   # hosts or devices; a host with itself for the devices on it
-latency_us = 500.0               # a tensor occupies the device so long, whatever its size
-delay_us = 2000.0                # it is on its way so much longer, and occupies nobody
-bytes_per_s = 125e6
-overlapped = false               # true: moves tensors while both devices compute
+between = ["host-a", "host-b"]   # two hosts or devices; a host twice for the devices on it
+latency_us = 500.0               # time that a tensor of any size occupies both devices
+delay_us = 2000.0                # further time until the tensor arrives; occupies neither device
+bytes_per_s = 125e6              # bandwidth
+overlapped = false               # true: tensors move while both devices compute
 """
 
 from __future__ import annotations
@@ -31,20 +31,24 @@ from onnxsplit.numbers import MOST_BYTES
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LOCAL = "local"
+"""The name of this host, for devices whose table names no host."""
+
 MOST_LATENCY_US = 1e9
+"""The largest latency and delay of a link, in microseconds."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """What moving a tensor costs the device that sends it and, likewise, the one that receives it.
+    """What moving a tensor costs the device that sends it, and equally the device that receives it.
 
     The defaults were measured between two processes of one host.
 
     Attributes:
-        latency_ns: for a tensor, whatever its size.
-        bytes_per_s: bytes a second.
-        overlapped: tensors move while the device computes, so that only the longer of the two counts.
-        delay_ns: a tensor arrives so much later; occupies neither end, so it counts for the time of a request alone.
+        latency_ns: time for a tensor of any size, in nanoseconds.
+        bytes_per_s: bandwidth in bytes per second.
+        overlapped: True when tensors move while the device computes, so that only the longer of the two counts.
+        delay_ns: further nanoseconds until a tensor arrives. The delay occupies neither device, so it adds to the
+            latency of a request only.
     """
 
     latency_ns: int = 60_000
@@ -53,16 +57,16 @@ class Link:
     delay_ns: int = 0
 
     def transfer_ns(self, size_bytes: int) -> int:
-        """Nanoseconds for one crossing of a tensor."""
+        """Nanoseconds that one transfer of a tensor occupies each of the two devices."""
         return self.latency_ns + size_bytes * 1_000_000_000 // self.bytes_per_s
 
 
 @dataclass(frozen=True)
 class Device:
-    """Something that runs a stage; see the module's description for each field.
+    """A device that runs a stage; the module's docstring describes each field.
 
     Attributes:
-        memory_bytes: None for no limit.
+        memory_bytes: memory that a stage may need on this device; None for no limit.
     """
 
     name: str
@@ -75,18 +79,18 @@ class Device:
     not_ops: tuple[str, ...] = ()
 
     def may_run(self, op_type: str) -> bool:
-        """Whether ops of a type may be placed here."""
+        """Whether ops of a type may run on this device."""
         return op_type not in self.not_ops and (not self.only_ops or op_type in self.only_ops)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a plan is made for.
+    """The devices that a plan is made for, and the links between them.
 
     Attributes:
-        devices: in the file's order.
-        links: by the pair of hosts or devices they join, in order of name.
-        caller: the host or device that requests come from; None for nowhere in particular.
+        devices: the devices, in the file's order.
+        links: links by the pair of hosts or devices that they join, each pair in order of name.
+        caller: the host or device that requests come from; None when it is not known.
     """
 
     devices: tuple[Device, ...]
@@ -94,25 +98,25 @@ class Cluster:
     caller: str | None = None
 
     def link(self, one: Device, other: Device) -> Link:
-        """The link of two devices: theirs by name, else their hosts', else the default."""
+        """The link between two devices: their own if one is given, else their hosts', else the default."""
         for pair in ((one.name, other.name), (one.host, other.host)):
-            found = self.links.get((min(pair), max(pair)))
-            if found is not None:
-                return found
+            link = self.links.get((min(pair), max(pair)))
+            if link is not None:
+                return link
         return Link()
 
     def caller_link(self, device: Device) -> Link:
-        """The link of the caller with a device."""
+        """The link between the caller and a device."""
         if self.caller is None:
             return Link()
         return self.link(Device(name=self.caller, host=self._host_of(self.caller)), device)
 
     def _host_of(self, name: str) -> str:
-        """The host of a device; a host's own name."""
+        """The host of the device with this name; the name itself when it is a host's."""
         return next((device.host for device in self.devices if device.name == name), name)
 
     def to_toml(self) -> str:
-        """The text that :func:`load_cluster` reads back."""
+        """The cluster as TOML that :func:`~onnxsplit.cluster_files.load_cluster` reads back."""
         lines = [f"caller = {_text(self.caller)}", ""] if self.caller is not None else []
         for device in self.devices:
             lines += ["[[device]]", f"name = {_text(device.name)}", f"host = {_text(device.host)}"]
@@ -132,13 +136,17 @@ class Cluster:
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of ``512M`` or ``2.5G`` (powers of 1024), at most a pebibyte; None for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = float(found[1]) * _UNITS[found[2].upper()] if found is not None else math.inf
+    """Read a size such as ``512M`` or ``2.5G`` in bytes (units are powers of 1024).
+
+    Returns:
+        The size in bytes; None when the text is not a size or the size is above one pebibyte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = float(match[1]) * _UNITS[match[2].upper()] if match is not None else math.inf
     return int(size) if size <= MOST_BYTES else None
 
 
 def _text(value: str) -> str:
-    """A TOML basic string."""
+    """A text as a TOML basic string."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'

@@ -1,24 +1,70 @@
-"""Cluster files: TOML that describes devices and links."""
+"""Cluster files: TOML that describes devices and links (see :mod:`onnxsplit.cluster`)."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
+
+import msgspec
+from msgspec import Meta
 
 from onnxsplit.cluster import LOCAL, MOST_LATENCY_US, Cluster, Device, Link, parse_size
-from onnxsplit.errors import ClusterError, one_line
+from onnxsplit.errors import ClusterError, one_line, shown
 from onnxsplit.files import MOST_TEXT_BYTES, read_regular
 from onnxsplit.plan import MOST_NODES, MOST_THREADS
+
+# A value's limits, and the words by which a message gives them.
+_Text = Annotated[str, Meta(min_length=1, description="a text that is not empty")]
+_Factor = Annotated[float, Meta(ge=1e-9, lt=1e18, description="a number above 0, from 1e-09 to 1e18")]
+_Rate = Annotated[float, Meta(ge=1, lt=1e18, description="a number above 0, from 1 to 1e18")]
+_Microseconds = Annotated[
+    float, Meta(ge=0, le=MOST_LATENCY_US, description=f"a number from 0 to {MOST_LATENCY_US:g} (microseconds)")
+]
+_Threads = Annotated[int, Meta(ge=1, le=MOST_THREADS, description=f"a whole number from 1 to {MOST_THREADS}")]
+_Names = Annotated[tuple[str, ...], Meta(description="a list of names")]
+_Pair = Annotated[tuple[str, str], Meta(description="a list of two hosts or devices")]
+_Size = Annotated[str | int | float, Meta(description="a size such as 512M or 2.5G, at most 1024T")]
+_Flag = Annotated[bool, Meta(description="true or false")]
+
+
+class _DeviceTable(msgspec.Struct):
+    """One ``[[device]]``."""
+
+    name: _Text
+    host: _Text = LOCAL
+    provider: _Text = "cpu"
+    speed: _Factor = 1.0
+    memory: _Size | None = None
+    threads: _Threads = 1
+    only_ops: _Names = ()
+    not_ops: _Names = ()
+
+
+class _LinkTable(msgspec.Struct):
+    """One ``[[link]]``."""
+
+    between: _Pair
+    latency_us: _Microseconds = Link().latency_ns / 1000
+    delay_us: _Microseconds = Link().delay_ns / 1000
+    bytes_per_s: _Rate = Link().bytes_per_s
+    overlapped: _Flag = False
+
+
+class _File(msgspec.Struct):
+    """The whole file."""
+
+    device: Annotated[list[dict[str, Any]], Meta(description="written as [[device]] tables")] = []
+    link: Annotated[list[dict[str, Any]], Meta(description="written as [[link]] tables")] = []
+    caller: Annotated[str, Meta(description="the name of a host or device")] | None = None
 
 
 def load_cluster(path: str | Path) -> Cluster:
     """Read and check a cluster file.
 
     Raises:
-        ClusterError: naming every violation found.
+        ClusterError: the file cannot be read, or describes no usable cluster; lists every violation.
     """
     path = Path(path)
     try:
@@ -28,7 +74,7 @@ def load_cluster(path: str | Path) -> Cluster:
     except OSError as error:
         raise ClusterError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # tomllib raises both beside its own
-        raise ClusterError(f"{path} is no valid TOML: {one_line(error, 300)}") from error
+        raise ClusterError(f"{path} is not valid TOML: {one_line(error, 300)}") from error
     reader = _Reader()
     cluster = reader.cluster(content)
     if reader.problems:
@@ -37,16 +83,14 @@ def load_cluster(path: str | Path) -> Cluster:
 
 
 class _Reader:
-    """Collects what is wrong while it reads."""
+    """Collects the violations while it decodes; a value that is not allowed counts as left out."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     def cluster(self, content: Mapping[str, Any]) -> Cluster:
-        self._known("the file", content, {"device", "link", "caller"})
-        devices = tuple(
-            self._device(f"device {number}", table) for number, table in enumerate(self._tables(content, "device"))
-        )
+        file = _File(**self._decoded("the file", content, _File))
+        devices = tuple(self._device(f"device {number}", table) for number, table in enumerate(file.device))
         names = [device.name for device in devices]
         if len(devices) > MOST_NODES:
             self.problems.append(f"it has {len(devices)} devices; at most {MOST_NODES} are allowed")
@@ -54,104 +98,77 @@ class _Reader:
             self.problems.append("it has no [[device]]; at least one is needed")
         self.problems += [f"the device {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
         ends = {*names, *(device.host for device in devices)}
-        caller = content.get("caller")
-        ends |= {LOCAL} if caller == LOCAL else set()
+        ends |= {LOCAL} if file.caller == LOCAL else set()
         links: dict[tuple[str, str], Link] = {}
-        for number, table in enumerate(self._tables(content, "link")):
-            where = f"link {number}"
-            pair, link = self._link(where, table)
-            if pair is not None:
-                self.problems += [
-                    f"{where}: {end!r} is no device or host; known: {', '.join(sorted(ends))}"
-                    for end in pair
-                    if end not in ends
-                ]
-                links[min(pair), max(pair)] = link
-        if caller is not None and caller not in ends:
-            self.problems.append(f"caller {caller!r} is no device or host; known: {', '.join(sorted(ends))}")
-        return Cluster(devices, links, caller)
+        for number, table in enumerate(file.link):
+            links |= self._link(f"link {number}", table, ends)
+        if file.caller is not None:
+            self._check_ends("caller", [file.caller], ends)
+        return Cluster(devices, links, file.caller)
 
-    def _tables(self, content: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
-        tables = content.get(key, [])
-        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            self.problems.append(f"{key} must be written as [[{key}]] tables")
-            return []
-        return tables
-
-    def _device(self, where: str, table: Mapping[str, Any]) -> Device:
-        self._known(where, table, {f.name for f in fields(Device)} - {"memory_bytes"} | {"memory"})
-        memory = table.get("memory")
-        size = parse_size(str(memory)) if memory is not None else None
-        if memory is not None and size is None:
-            self.problems.append(f"{where}: memory {memory!r} is no size; write 512M or 2.5G, at most 1024T")
-        name = self._value(where, table, "name", str, None)
+    def _device(self, where: str, content: Mapping[str, Any]) -> Device:
+        table = _DeviceTable(**{"name": where, **self._decoded(where, content, _DeviceTable)})
+        size = parse_size(str(table.memory)) if table.memory is not None else None
+        if table.memory is not None and size is None:
+            self.problems.append(_refusal(where, "memory", table.memory, _Size))
         return Device(
-            name=name or where,
-            host=self._value(where, table, "host", str, LOCAL),
-            provider=self._value(where, table, "provider", str, "cpu"),
-            speed=self._positive(where, table, "speed", 1.0),
+            name=table.name,
+            host=table.host,
+            provider=table.provider,
+            speed=table.speed,
             memory_bytes=size,
-            threads=self._threads(where, table),
-            only_ops=self._names(where, table, "only_ops"),
-            not_ops=self._names(where, table, "not_ops"),
+            threads=table.threads,
+            only_ops=table.only_ops,
+            not_ops=table.not_ops,
         )
 
-    def _link(self, where: str, table: Mapping[str, Any]) -> tuple[tuple[str, str] | None, Link]:
-        self._known(where, table, {"between", "latency_us", "delay_us", "bytes_per_s", "overlapped"})
-        pair = self._names(where, table, "between")
-        if len(pair) != 2:
-            self.problems.append(f"{where}: between must name two hosts or devices")
-        default = Link()
+    def _link(self, where: str, content: Mapping[str, Any], ends: set[str]) -> dict[tuple[str, str], Link]:
+        """The link by its two ends; empty when they are not given."""
+        values = self._decoded(where, content, _LinkTable)
+        if "between" not in values:
+            return {}
+        table = _LinkTable(**values)
+        self._check_ends(f"{where}: between", table.between, ends)
         link = Link(
-            latency_ns=self._time_ns(where, table, "latency_us", default.latency_ns),
-            delay_ns=self._time_ns(where, table, "delay_us", default.delay_ns),
-            bytes_per_s=int(self._positive(where, table, "bytes_per_s", default.bytes_per_s, least=1)),
-            overlapped=self._value(where, table, "overlapped", bool, False),
+            latency_ns=int(table.latency_us * 1000),
+            delay_ns=int(table.delay_us * 1000),
+            bytes_per_s=int(table.bytes_per_s),
+            overlapped=table.overlapped,
         )
-        return ((pair[0], pair[1]) if len(pair) == 2 else None), link
+        return {(min(table.between), max(table.between)): link}
 
-    def _time_ns(self, where: str, table: Mapping[str, Any], key: str, default_ns: int) -> int:
-        value = table.get(key, default_ns / 1000)
-        if not _is_number(value) or not 0 <= value <= MOST_LATENCY_US:
-            self.problems.append(f"{where}: {key} must be a number from 0 to {MOST_LATENCY_US:g}, found {value!r}")
-            return default_ns
-        return int(value * 1000)
-
-    def _known(self, where: str, table: Mapping[str, Any], keys: set[str]) -> None:
+    def _check_ends(self, where: str, names: Sequence[str], ends: set[str]) -> None:
         self.problems += [
-            f"{where}: {key!r} is unknown; allowed: {', '.join(sorted(keys))}" for key in table if key not in keys
+            f"{where}: {name!r} is not a device or host; known: {', '.join(sorted(ends))}"
+            for name in names
+            if name not in ends
         ]
 
-    def _value(self, where: str, table: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
-        value = table.get(key, default)
-        if not isinstance(value, kind) or value == "":
-            self.problems.append(f"{where}: {key} must be a {kind.__name__}, found {value!r}")
-            return default
-        return value
-
-    def _positive(
-        self, where: str, table: Mapping[str, Any], key: str, default: float, *, least: float = 1e-9
-    ) -> float:
-        value = table.get(key, default)
-        if not _is_number(value) or not least <= value < 1e18:
-            self.problems.append(f"{where}: {key} must be a number above 0, from {least:g} to 1e18, found {value!r}")
-            return default
-        return float(value)
-
-    def _threads(self, where: str, table: Mapping[str, Any]) -> int:
-        value = table.get("threads", 1)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_THREADS:
-            self.problems.append(f"{where}: threads must be a whole number from 1 to {MOST_THREADS}, found {value!r}")
-            return 1
-        return value
-
-    def _names(self, where: str, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
-        value = table.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            self.problems.append(f"{where}: {key} must be a list of names, found {value!r}")
-            return ()
-        return tuple(value)
+    def _decoded(self, where: str, content: Mapping[str, Any], table: type[msgspec.Struct]) -> dict[str, Any]:
+        """The values of a table that are allowed, by key; each of the others is a problem."""
+        fields = {field.name: field for field in msgspec.structs.fields(table)}
+        values = {}
+        for key, value in content.items():
+            if key not in fields:
+                self.problems.append(f"{where}: {key!r} is unknown; allowed: {', '.join(sorted(fields))}")
+                continue
+            try:
+                values[key] = msgspec.convert(value, fields[key].type)
+            except msgspec.ValidationError:
+                self.problems.append(_refusal(where, key, value, fields[key].type))
+        self.problems += [
+            f"{where}: {key} is missing; it must be {_words(field.type)}"
+            for key, field in fields.items()
+            if field.required and key not in content
+        ]
+        return values
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _refusal(where: str, key: str, value: object, kind: Any) -> str:
+    return f"{where}: {key} must be {_words(kind)}, found {shown(value)}"
+
+
+def _words(kind: Any) -> str:
+    """What a field allows, in the words of its type."""
+    annotated = kind if hasattr(kind, "__metadata__") else get_args(kind)[0]
+    return str(annotated.__metadata__[-1].description)

@@ -26,8 +26,8 @@ class OnnxsplitError(Exception):
 class MissingDependency(OnnxsplitError):
     """An optional package is needed for what was asked, and it is not installed.
 
-    The user sees it when something needs ONNX Runtime, an exporter needs its framework, or ``--simplify`` needs onnxsim.
-    The message names the extra to install.
+    The user sees it when something needs ONNX Runtime, an exporter needs its framework, or ``--simplify`` needs
+    onnxsim. The message names the extra to install.
     """
 
 

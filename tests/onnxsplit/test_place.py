@@ -121,7 +121,7 @@ def test_the_search_is_as_good_as_trying_all_cuts_and_devices_where_the_caller_h
 def test_where_the_caller_is_must_be_known(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text('caller = "z"\n[[device]]\nname = "a"\n')
-    with pytest.raises(ClusterError, match="caller 'z' is no device or host; known: a, local"):
+    with pytest.raises(ClusterError, match="caller: 'z' is not a device or host; known: a, local"):
         load_cluster(file)
     there = cluster("h", links=[("h", "local", SLOW)], caller="local")
     file.write_text(there.to_toml())
