@@ -44,14 +44,14 @@ test: $(VENV)/test.stamp
 test-all: $(VENV)/test.stamp
 	$(PIP) --editable '.[$(EXTRAS),$(ALL_FRAMEWORKS)]'
 	$(PYTEST) -m ""
-	$(BIN)/python benchmarks/export/run.py
+	$(BIN)/python benchmarks/export/exporters.py
 	$(MAKE) soak
 
 test-export: | $(BIN)/python
 	$(PIP) --editable '.[$(ALL_FRAMEWORKS)]'
 	$(PYTEST) -m "" tests/onnxsplit/test_export.py tests/onnxsplit/test_export_inputs.py \
 		tests/integration/test_export_docs.py
-	$(BIN)/python benchmarks/export/run.py
+	$(BIN)/python benchmarks/export/exporters.py
 
 # The quick tests: those of the offline half and of the runtime, then a pipeline of real processes and the gateway over
 # HTTP and gRPC. Between them they call every dependency of the extras below. The exporters stay out: their frameworks
@@ -80,35 +80,35 @@ check: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python benchmarks/throughput/run.py
-	$(BIN)/python benchmarks/hop/run.py
-	$(BIN)/python benchmarks/scaling/run.py
-	$(BIN)/python benchmarks/memory/run.py
-	$(BIN)/python benchmarks/spread/run.py
-	$(BIN)/python benchmarks/generality/run.py
-	$(BIN)/python benchmarks/halves/run.py
-	$(BIN)/python benchmarks/backend/run.py
-	$(BIN)/python benchmarks/classes/run.py
-	$(BIN)/python benchmarks/balance/run.py
-	$(BIN)/python benchmarks/keys/run.py
-	$(BIN)/python benchmarks/promise/run.py
-	$(BIN)/python benchmarks/gateway/run.py
-	$(BIN)/python benchmarks/ray/run.py
-	$(BIN)/python benchmarks/simulation/run.py
-	$(BIN)/python benchmarks/export/run.py
+	$(BIN)/python benchmarks/data_path/throughput.py
+	$(BIN)/python benchmarks/data_path/hop.py
+	$(BIN)/python benchmarks/data_path/scaling.py
+	$(BIN)/python benchmarks/data_path/memory.py
+	$(BIN)/python benchmarks/balance/spread.py
+	$(BIN)/python benchmarks/cutting/generality.py
+	$(BIN)/python benchmarks/cutting/half_precision.py
+	$(BIN)/python benchmarks/cutting/op_cases.py
+	$(BIN)/python benchmarks/cutting/model_kinds.py
+	$(BIN)/python benchmarks/balance/policies.py
+	$(BIN)/python benchmarks/hosts/keys.py
+	$(BIN)/python benchmarks/data_path/guarantees.py
+	$(BIN)/python benchmarks/gateway/serving.py
+	$(BIN)/python benchmarks/hosts/ray_launcher.py
+	$(BIN)/python benchmarks/balance/simulation.py
+	$(BIN)/python benchmarks/export/exporters.py
 
 soak: $(VENV)/test.stamp
-	$(BIN)/python benchmarks/soak/run.py
-	$(BIN)/python benchmarks/faults/run.py
-	$(BIN)/python benchmarks/chaos/run.py
-	$(BIN)/python benchmarks/hostile/run.py
-	$(BIN)/python benchmarks/wire/run.py
-	$(BIN)/python benchmarks/requests/run.py
-	$(BIN)/python benchmarks/ends/run.py
-	$(BIN)/python benchmarks/fuzz/run.py
-	$(BIN)/python benchmarks/large/run.py
-	$(BIN)/python benchmarks/larger/run.py
-	$(BIN)/python benchmarks/hosts/run.py
+	$(BIN)/python benchmarks/faults/soak.py
+	$(BIN)/python benchmarks/faults/recovery.py
+	$(BIN)/python benchmarks/faults/chaos.py
+	$(BIN)/python benchmarks/gateway/hostile.py
+	$(BIN)/python benchmarks/faults/garbage.py
+	$(BIN)/python benchmarks/data_path/many_requests.py
+	$(BIN)/python benchmarks/faults/endings.py
+	$(BIN)/python benchmarks/faults/mutated_files.py
+	$(BIN)/python benchmarks/cutting/large_models.py
+	$(BIN)/python benchmarks/hosts/larger_model.py
+	$(BIN)/python benchmarks/hosts/links.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build *.egg-info

@@ -38,7 +38,7 @@ def ended(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 def benchmark(name: str) -> ModuleType:
     """Another benchmark's module, for what it shares."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / name / "run.py")
+    spec = importlib.util.spec_from_file_location(Path(name).name, Path(__file__).parent / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""A node whose runs of stage 1 take as long as the benchmark says; see run.py."""
+"""A node whose runs of stage 1 take as long as the benchmark says; see policies.py."""
 
 from __future__ import annotations
 

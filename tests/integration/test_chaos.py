@@ -1,18 +1,12 @@
-"""A short form of benchmarks/chaos: odd requests among the load, and harm to nodes, leave a pipeline as it was."""
+"""A short form of benchmarks/faults/chaos.py: odd requests and harm to nodes leave a pipeline as it was."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "chaos"))
-
-import nets
-import odd
-from load import Ledger, stray_errors
-from run import Leg, run_leg
+from benchmarks.faults.chaos import Leg, run_leg
+from benchmarks.faults.odd import nets, requests
+from benchmarks.faults.odd.load import Ledger, stray_errors
 
 
 @pytest.mark.parametrize(
@@ -29,7 +23,7 @@ def test_odd_requests_are_answered_rightly_or_refused_and_leave_the_pipeline_as_
         attempts=attempts,
         shared_memory=attempts == 3,
         seed=1,
-        kinds=tuple(odd.KINDS),
+        kinds=tuple(requests.KINDS),
         replicas=2 if "kills" in rounds else 1,
     )
     ledger = Ledger()

@@ -1,4 +1,4 @@
-"""A short form of benchmarks/soak: nodes are killed and stopped under load, and every answer is right."""
+"""A short form of benchmarks/faults/soak.py: nodes are killed and stopped under load, and every answer is right."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_a_run_that_is_told_to_end_finishes_what_it_has(chain_plan, python_envir
 
 
 def test_garbage_on_every_link_breaks_nothing(python_environment):
-    command = [sys.executable, "benchmarks/wire/run.py", "--cases", "5000", "--sent", "1000", "--json"]
+    command = [sys.executable, "benchmarks/faults/garbage.py", "--cases", "5000", "--sent", "1000", "--json"]
     done = subprocess.run(command, env=python_environment, capture_output=True, text=True, cwd=ROOT, check=False)
     found = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,159 @@
+"""Three replicas, and reasons to prefer one: how long requests take under each balancing policy.
+
+    python benchmarks/balance/policies.py [--rounds 3] [--seconds 6] [--json]
+
+Real nodes, sockets and policies; what a run takes is slept instead of computed (so that three replicas on two cores
+are really three): a time for each row of the batch, times how slow the replica is just then.
+
+    slow        one replica is ten times slower
+    transient   each replica in turn is five times slower for half a second, every third half second one of them
+    mixed       batches of 1 and, one in ten, of 16
+
+Latency is under arrivals at random (Poisson) at some 60 % of what the replicas can do; throughput with the pipeline
+kept full. Policies take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+
+import build
+import numpy as np
+from environment import environment, environment_line
+
+from onnxsplit.planning.planner import partition
+from runtime import Pipeline
+from runtime.launch.local import LocalLauncher
+from runtime.wire.messages import POLICIES
+
+REPLICAS = 3
+CASES = {"slow": (5.0, 250.0), "transient": (5.0, 300.0), "mixed": (4.0, 170.0)}  # ms a row, arrivals a second
+
+
+class SleepingLauncher(LocalLauncher):
+    """Starts nodes whose runs are slept."""
+
+    module = "sleeping_node"
+
+    def __init__(self, case: str) -> None:
+        super().__init__(memory_bytes=64 << 20)
+        self.case = case
+
+    def start(self, **of: Any) -> Any:
+        """Start one that finds its module and its case."""
+        paths = [str(Path(__file__).parent), str(ROOT)]
+        os.environ.update(SLEEPING=json.dumps([self.case, CASES[self.case][0]]), PYTHONPATH=os.pathsep.join(paths))
+        return super().start(**of)
+
+
+def batches(case: str, count: int) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """Requests of a case."""
+    source = random.Random(1)
+    sizes = [16 if case == "mixed" and source.random() < 0.1 else 1 for _ in range(count)]
+    return [{"x": np.ones((size, 32), np.float32)} for size in sizes]
+
+
+def latencies(pipeline: Pipeline, case: str, seconds: float, seed: int) -> list[float]:
+    """Milliseconds of requests that arrive at random."""
+    source, times, lock = random.Random(seed), [], threading.Lock()
+    rate = CASES[case][1]
+    given = batches(case, int(seconds * rate))
+    futures, at = [], time.perf_counter()
+    for one in given:
+        at += source.expovariate(rate)
+        time.sleep(max(0.0, at - time.perf_counter()))
+        begun = at  # late arrivals are the system's fault
+
+        def done(_: Any, begun: float = begun) -> None:
+            with lock:
+                times.append((time.perf_counter() - begun) * 1e3)
+
+        future = pipeline.submit(one)
+        future.add_done_callback(done)
+        futures.append(future)
+    for future in futures:
+        future.result()
+    return times
+
+
+def throughput(pipeline: Pipeline, case: str, seconds: float) -> float:
+    """Rows a second of a full pipeline: twelve requests at once."""
+    given = batches(case, 400)
+    room, rows, end = threading.Semaphore(12), 0, time.perf_counter() + seconds
+    begun, number, lock = time.perf_counter(), 0, threading.Lock()
+
+    def done(size: int) -> None:
+        nonlocal rows
+        with lock:
+            rows += size
+        room.release()
+
+    while time.perf_counter() < end:
+        room.acquire()
+        one = given[number % len(given)]
+        number += 1
+        pipeline.submit(one).add_done_callback(lambda future: done(len(future.result()["y"])))
+    found = rows / (time.perf_counter() - begun)
+    for _ in range(12):
+        room.acquire()
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--policies", nargs="*", default=["round-robin", *(p for p in POLICIES if p != "round-robin")])
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
+        plan = Path(scratch) / "m.plan"
+        partition(build.save(build.chain(2), Path(scratch)), stages=2, out=plan, costs="analytic", dims={"batch": 1})
+        for case in given.cases:
+            times: dict[str, list[float]] = {policy: [] for policy in given.policies}
+            rates: dict[str, list[float]] = {policy: [] for policy in given.policies}
+            for number in range(given.rounds):
+                for policy in given.policies:
+                    with Pipeline.launch(
+                        plan,
+                        launcher=SleepingLauncher(case),
+                        replicas={1: REPLICAS},
+                        balance=policy,
+                        inflight=2000,
+                        micro_batch=0,
+                        threads=1,
+                    ) as pipeline:
+                        latencies(pipeline, case, 1.0, 99)  # replicas show how quick they are
+                        times[policy] += latencies(pipeline, case, given.seconds, number)
+                        rates[policy].append(throughput(pipeline, case, given.seconds))
+            for policy in given.policies:
+                p50, p99 = np.percentile(times[policy], [50, 99])
+                mean = float(np.mean(times[policy]))
+                rows.append((case, policy, float(p50), float(p99), mean, float(np.median(rates[policy]))))
+    if given.json:
+        names = ("case", "policy", "p50_ms", "p99_ms", "mean_ms", "rows_per_s")
+        print(json.dumps({"rows": [dict(zip(names, r, strict=True)) for r in rows], "environment": environment()}))
+        return
+    print(environment_line())
+    print("\n| case | policy | p50 ms | p99 ms | mean ms | rows/s, full |\n| --- | --- | --- | --- | --- | --- |")
+    for case, policy, p50, p99, mean, rate in rows:
+        print(f"| {case} | {policy} | {p50:.1f} | {p99:.1f} | {mean:.1f} | {rate:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Models of the kinds that people bring: the stages that run, and the merged model, against the whole model.
+
+    python benchmarks/cutting/model_kinds.py [MODEL.onnx|FOLDER ...] [--stages 2 3] [--json]
+
+Without names: the models of `kinds_made.py`. Inputs are `MODEL.npz` or `MODEL.*.npz` beside a model, else random ones.
+
+The judge is plain ONNX Runtime on the whole model, without optimisation and with it. A difference is taken over the
+scale of an output, to whichever of the two is nearer. It passes up to 1e-3 (1e-2 where the model has float16, 5e-2
+where it has bfloat16 or float8) or twice what optimisation alone moves; whole numbers and text must be equal. Where
+onnx's checker takes the model, it must take every stage and the merged model too.
+
+Each model is first cut as it is, without any option. Only where that does not end well, it is tried with the options
+that may help: example inputs, custom ops, only the outputs that are tensors, inputs that have a default. Each try is a
+row. Options that the installed version does not know are left out, so that an older version can be judged too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import kinds_made
+import numpy as np
+import onnx
+import onnxruntime
+from environment import environment_line
+
+import onnxsplit
+from onnxsplit.errors import OnnxsplitError
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.stages.merge import merge
+from runtime import Pipeline
+
+EXTENSIONS = "onnxruntime-extensions"
+LEVELS = onnxruntime.GraphOptimizationLevel
+KNOWN = {*inspect.signature(onnxsplit.partition).parameters, *(option.name for option in fields(CutOptions))}
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Options with which a model is tried."""
+
+    words: str
+    cut: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Subject:
+    """A model, its inputs, and what plain ONNX Runtime gives for them.
+
+    Attributes:
+        path: the file.
+        proto: the model without external data.
+        feeds: inputs by the name of their file; ``random`` when they were made up.
+        wanted: for each of them, the outputs without optimisation and with it.
+    """
+
+    path: Path
+    proto: onnx.ModelProto
+    feeds: dict[str, Arrays]
+    wanted: dict[str, tuple[Arrays, Arrays]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: Path) -> Subject:
+        """A file with its inputs, run by the judge."""
+        made = cls(path, onnx.load(path, load_external_data=False), {})
+        plain = made.session(path, LEVELS.ORT_DISABLE_ALL)
+        files = sorted(path.parent.glob(f"{path.name}*.npz"))
+        made.feeds = {file.name: dict(np.load(file)) for file in files} or {"random": random_inputs(plain)}
+        optimised = made.session(path, LEVELS.ORT_ENABLE_ALL)
+        made.wanted = {name: (run(plain, feed), run(optimised, feed)) for name, feed in made.feeds.items()}
+        return made
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether it has ops of onnxruntime-extensions."""
+        return any(one.domain == "ai.onnx.contrib" for one in self.proto.opset_import)
+
+    @property
+    def other_outputs(self) -> list[str]:
+        """Outputs that are not tensors."""
+        return [value.name for value in self.proto.graph.output if not value.type.HasField("tensor_type")]
+
+    @property
+    def tolerance(self) -> float:
+        """By the narrowest float type among the weights."""
+        kinds = {tensor.data_type for tensor in self.proto.graph.initializer}
+        narrow = {
+            onnx.TensorProto.BFLOAT16,
+            *(getattr(onnx.TensorProto, k) for k in dir(onnx.TensorProto) if "FLOAT8" in k),
+        }
+        return 5e-2 if kinds & narrow else 1e-2 if onnx.TensorProto.FLOAT16 in kinds else 1e-3
+
+    def session(self, path: Path, level: Any) -> onnxruntime.InferenceSession:
+        """Plain ONNX Runtime."""
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level, options.intra_op_num_threads = level, 1
+        options.log_severity_level = 3
+        if self.is_custom:
+            import onnxruntime_extensions
+
+            options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+        return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+
+    def ways(self) -> Iterator[Way]:
+        """How it is tried, one after the other until it is good."""
+        yield Way("as it is")
+        graph = self.proto.graph
+        constants = {tensor.name for tensor in graph.initializer}
+        given = next(iter(self.feeds.values()))
+        examples = {"inputs": {name: array for name, array in given.items() if name not in constants}}
+        kept = [name for name in given if name in constants]
+        tensors = [value.name for value in graph.output if value.name not in self.other_outputs]
+        if self.is_custom and "custom_ops" in KNOWN:
+            yield Way("with custom ops", {"custom_ops": [EXTENSIONS]}, {"custom_ops": [EXTENSIONS]})
+        if "random" not in self.feeds:
+            yield Way("with inputs", examples)
+        if self.other_outputs and "outputs" in KNOWN:
+            yield Way("tensor outputs", {"outputs": tensors})
+        if kept and "keep_inputs" in KNOWN:
+            yield Way("kept inputs", {"keep_inputs": kept})
+
+    def difference(self, feed: str, found: Mapping[str, Any]) -> tuple[float, float]:
+        """How far outputs are from the judge's, and how far those are from each other."""
+        off, on = self.wanted[feed]
+        names = [name for name in off if name not in self.other_outputs]
+        to_off, to_on = (max(distance(found[name], wanted[name]) for name in names) for wanted in (off, on))
+        return min(to_off, to_on), max(distance(on[name], off[name]) for name in names)
+
+
+def random_inputs(session: onnxruntime.InferenceSession) -> Arrays:
+    """Inputs of small sizes; dimensions of one name have one size."""
+    random, sizes, found = np.random.default_rng(0), dict[str, int](), {}
+    kinds = {"float": "float32", "double": "float64"}
+    for value in session.get_inputs():
+        shape = [d if isinstance(d, int) else sizes.setdefault(str(d), 3 + len(sizes)) for d in value.shape]
+        kind = value.type.removeprefix("tensor(").removesuffix(")")
+        if kind == "string":
+            found[value.name] = random.integers(0, 10, shape).astype(str).astype(object)
+        elif "float" in kind or kind == "double":
+            found[value.name] = random.standard_normal(shape).astype(kinds.get(kind, kind))
+        else:
+            found[value.name] = random.integers(0, 2, shape).astype(kind)
+    return found
+
+
+def run(session: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:
+    """Outputs by name."""
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference over the scale; infinite for another shape or type, or where text or numbers differ."""
+    if found.shape != wanted.shape or (found.dtype != wanted.dtype and wanted.dtype.kind not in "OUS"):
+        return float("inf")
+    if wanted.dtype.kind not in "fV":
+        return 0.0 if np.array_equal(found.astype(wanted.dtype), wanted) else float("inf")
+    left, right = found.astype(np.float64), wanted.astype(np.float64)
+    if not np.array_equal(np.isfinite(left), np.isfinite(right)):
+        return float("inf")
+    left, right = left[np.isfinite(right)], right[np.isfinite(right)]
+    return float(np.abs(left - right).max(initial=0.0) / (np.abs(right).max(initial=0.0) or 1.0))
+
+
+def attempt(subject: Subject, way: Way, stages: int, folder: Path) -> dict[str, Any]:
+    """Cut once, run the stages in processes, merge and run that."""
+    row: dict[str, Any] = {"way": way.words, "stages": stages}
+    plan = folder / "m.plan"
+    try:
+        onnxsplit.partition(subject.path, stages=stages, out=plan, **way.cut)
+        row["partition"] = "good"
+    except OnnxsplitError as error:
+        return row | {"partition": str(error), "verdict": "refused"}
+    except Exception as error:
+        return row | {"partition": f"{type(error).__name__}: {error}", "verdict": "CRASHED"}
+    merged = folder / "merged.onnx"
+
+    def by_stages() -> dict[str, Any]:
+        with Pipeline.launch(plan, **way.run) as pipeline:
+            return {name: pipeline.run(feed, timeout=120) for name, feed in subject.feeds.items()}
+
+    def by_merge() -> dict[str, Any]:
+        merge(plan, merged)
+        session = subject.session(merged, LEVELS.ORT_ENABLE_ALL)
+        return {name: run(session, feed) for name, feed in subject.feeds.items()}
+
+    for how, answers in (("run", by_stages), ("merge", by_merge)):
+        row[how] = judged(subject, answers)
+    row["checker"] = checked(subject.path, [*sorted(plan.glob("stage*.onnx")), merged])
+    row["moved"] = max(subject.difference(name, wanted[0])[1] for name, wanted in subject.wanted.items())
+    least = max(subject.tolerance, 2 * row["moved"])
+    figures = [row["run"], row["merge"]]
+    if any(isinstance(figure, float) and figure > least for figure in figures):
+        row["verdict"] = "WRONG"
+    else:
+        good = row["checker"] == "good" and all(isinstance(figure, float) for figure in figures)
+        row["verdict"] = "good" if good else "FAILED"
+    return row
+
+
+def checked(model: Path, files: list[Path]) -> str:
+    """What onnx's checker says of written files, where it takes the model they came from."""
+    for path in (model, *files):
+        try:
+            onnx.checker.check_model(str(path))
+        except Exception as error:  # the checker and protobuf raise errors of their own
+            return "good" if path == model else f"{path.name}: {error}"
+    return "good"
+
+
+def judged(subject: Subject, answers: Any) -> float | str:
+    """The largest difference among all inputs, or why there are no answers."""
+    try:
+        return max(subject.difference(name, found)[0] for name, found in answers().items())
+    except Exception as error:  # of onnxsplit, ONNX Runtime or the checker
+        return f"{type(error).__name__}: {error}"
+
+
+def rows(path: Path, stages: int, scratch: Path) -> Iterator[dict[str, Any]]:
+    """A row for each way that is tried."""
+    try:
+        subject = Subject.of(path)
+    except Exception as error:  # whatever ONNX Runtime or onnx raises
+        yield {"stages": stages, "way": "", "partition": "", "verdict": f"does not run whole: {error}"}
+        return
+    for way in subject.ways():
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            row = attempt(subject, way, stages, Path(folder))
+        if subject.other_outputs:
+            row["not compared"] = subject.other_outputs
+        yield row
+        if row["verdict"] in ("good", "WRONG"):  # no option excuses a wrong answer
+            return
+
+
+def models(names: list[str], folder: Path) -> Iterator[tuple[str, Path | None]]:
+    """Name and file of each model; None where it needs a package that is not installed."""
+    for given in map(Path, names):
+        found = sorted(given.rglob("*.onnx")) if given.is_dir() else [given]
+        for path in found:
+            yield str(path.relative_to(given)) if given.is_dir() else path.name, path
+    if not names:
+        for make in kinds_made.CLASSES:
+            yield make.__name__, make(folder)
+
+
+def shown(value: float | str) -> str:
+    """A cell: a difference, or the beginning of a message without the paths that ONNX Runtime puts before it."""
+    if isinstance(value, float):
+        return f"{value:.1e}"
+    return re.sub(r"Load model from \S+ failed:", "", " ".join(value.split()))[:240]
+
+
+def text(row: Mapping[str, Any]) -> str:
+    """A row for people."""
+    head = f"{row['model']:34} K={row['stages']}  {row['way']:15} {shown(row['verdict']):8}"
+    told = [f"{how}: {shown(row[how])}" for how in ("run", "merge") if how in row]
+    if row["partition"] not in ("good", ""):
+        told.append(shown(row["partition"]))
+    if row.get("checker", "good") != "good":
+        told.append(f"checker: {shown(row['checker'])}")
+    if "not compared" in row:
+        told.append(f"not tensors, not compared: {', '.join(row['not compared'])}")
+    return "  ".join([head, *told])
+
+
+def main() -> None:
+    """Print a row for each model, K and way."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL.onnx|FOLDER")
+    parser.add_argument("--stages", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    if not given.json:
+        print(environment_line())
+    first, last = Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-classes-") as scratch:
+        for name, path in models(given.models, Path(scratch)):
+            for stages in given.stages if path is not None else ():
+                tries = []
+                for row in rows(path, stages, Path(scratch)):
+                    tries.append({"model": name, **row})
+                    print(json.dumps(tries[-1]) if given.json else text(tries[-1]), flush=True)
+                first[tries[0]["verdict"].partition(":")[0]] += 1
+                last[tries[-1]["verdict"].partition(":")[0]] += 1
+            if path is None and not given.json:
+                print(f"{name:34} a package that it needs is not installed")
+    if not given.json:
+        for words, counted in (("As they are", first), ("With options", last)):
+            print(f"{words}: " + ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""ONNX's own op cases through the splitter: load, plan, extract, run, and compare bit for bit with the whole.
+
+    python benchmarks/cutting/op_cases.py [--filter TEXT] [--json]
+
+Every generated case of `onnx.backend.test` as a plan of one stage; cases of two or more ops that can be parted also
+as two stages. Cases that ONNX Runtime itself refuses or cannot run are counted apart; each other miss is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import onnx
+import onnx.backend.test.loader as loader
+from environment import environment_line
+
+from onnxsplit.errors import ModelError, OnnxsplitError
+from onnxsplit.model.precision import distance
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import write_plan
+from onnxsplit.planning.subject import examine
+from onnxsplit.session import open_session
+from onnxsplit.stages.verify import run_stages
+
+
+def same(left: np.ndarray, right: np.ndarray) -> bool:
+    """Bit for bit; strings by value."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return bool(np.array_equal(left, right)) if left.dtype == object else left.tobytes() == right.tobytes()
+
+
+def array_of(value: Any) -> Any:
+    """A case's value as an array, where it is a tensor."""
+    if isinstance(value, onnx.TensorProto):
+        return onnx.numpy_helper.to_array(value)
+    return value if isinstance(value, list) or value is None else np.asarray(value)
+
+
+def worst(names: list[str], found: dict[str, Any], whole: Any) -> float:
+    """The largest distance among outputs."""
+    return max(distance(found[name], whole[name]) for name in names)
+
+
+def judge(case: Any, folder: Path) -> dict[int, str]:
+    """K -> ``equal``, or the reason why not. 0 stands for what happened before any cut."""
+    model = folder / "model.onnx"
+    model.write_bytes(case.model.SerializeToString())
+    arrays = case.data_sets[0][0]
+    inputs = {v.name: array_of(a) for v, a in zip(case.model.graph.input, arrays, strict=False)}
+    tensors = all(isinstance(a, np.ndarray) for a in inputs.values())
+    try:
+        session = open_session(model, threads=1, level="disabled")
+        whole = session.run(inputs) if tensors else None
+    except Exception as error:
+        try:
+            examine(model, costs="analytic", inputs=inputs if tensors else None)
+        except ModelError:
+            pass
+        except OnnxsplitError as refusal:
+            return {1: f"refused: {str(refusal)[:160]}"}
+        return {0: f"ONNX Runtime: {str(error)[:90]}"}
+    verdicts: dict[int, str] = {}
+    try:
+        subject = examine(model, costs="analytic", inputs=inputs if tensors else None)
+        for stages in (1, 2):
+            if stages == 1 or len(subject.atoms.ops) >= stages:
+                plan = write_plan(
+                    subject, folder / "m.plan", CutOptions(stages=min(stages, len(subject.atoms.ops)) or None)
+                ).plan
+                found = run_stages(folder / "m.plan", plan, inputs, threads=1, level="disabled")
+                unlike = [name for name in plan.outputs if whole is None or not same(found[name], whole[name])]
+                again = session.run(inputs) if unlike and whole is not None else whole
+                moody = [name for name in unlike if again is not None and not same(again[name], whole[name])]
+                verdicts[stages] = (
+                    "random"
+                    if moody
+                    else f"DIFFERENT: {worst(unlike, found, whole):.1e} of the scale"
+                    if unlike
+                    else "equal"
+                )
+    except OnnxsplitError as error:
+        kind = "refused" if not isinstance(error, ModelError) else "FAILED"
+        verdicts[max(verdicts, default=0) + 1] = f"{kind}: {str(error)[:160]}"
+    except Exception as error:
+        verdicts[max(verdicts, default=0) + 1] = f"CRASHED: {type(error).__name__}: {str(error)[:160]}"
+    return verdicts
+
+
+def main() -> None:
+    """Print the counts and the misses."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--filter", default="")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    begun = time.monotonic()
+    cases = [case for case in loader.load_model_tests(kind="node") if given.filter in case.name]
+    counts: dict[int, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    misses = []
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-backend-") as folder:
+        for case in cases:
+            for stages, verdict in judge(case, Path(folder)).items():
+                counts[stages][verdict.split(":")[0]] += 1
+                if stages and verdict != "equal":
+                    misses.append((stages, case.name, verdict))
+    if given.json:
+        print(json.dumps({"cases": len(cases), "counts": counts, "misses": misses}))
+        return
+    print(environment_line())
+    print(f"{len(cases)} cases in {time.monotonic() - begun:.0f} s")
+    for stages, counted in sorted(counts.items()):
+        head = "cannot run whole" if stages == 0 else f"K = {stages}"
+        print(f"{head}: " + ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common()))
+    for stages, name, verdict in misses:
+        print(f"  K = {stages}  {name}: {verdict}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Launch a pipeline many times, end it in several ways, and count what is left after five seconds.
+
+    python benchmarks/faults/endings.py [--launches 50] [--json]
+
+Of every five launches one is interrupted with SIGINT and one has its parent killed with SIGKILL, each while requests
+are running; the others are closed as they should be. Counted: node processes, sockets, folders, shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+
+import build
+import psutil
+from environment import environment_line
+
+from onnxsplit.planning.planner import partition
+
+CALLER = """
+import sys
+import numpy as np
+from runtime import Pipeline
+with Pipeline.launch(sys.argv[1]) as pipeline:
+    print(*(node.pid for node in pipeline.nodes), flush=True)
+    for _ in range(100 if sys.argv[2] == "close" else 10**9):
+        pipeline.run({"x": np.ones((1, 32), np.float32)})
+"""
+
+
+def present() -> dict[str, set[str]]:
+    """What could be left: by kind, by name."""
+    sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "onnxsplit" in line}
+    processes = {
+        str(p.pid)
+        for p in psutil.process_iter(["cmdline"])
+        if "runtime.node" in (p.info["cmdline"] or []) and p.status() != psutil.STATUS_ZOMBIE
+    }
+    folders = {str(path) for path in Path(tempfile.gettempdir()).glob("onnxsplit-*")}
+    memory = {str(path) for path in Path("/dev/shm").iterdir()}
+    return {"processes": processes, "sockets": sockets, "folders": folders, "shared memory": memory}
+
+
+def main() -> None:
+    """Print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--launches", type=int, default=50)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ends-benchmark-") as scratch:
+        plan = Path(scratch) / "chain.plan"
+        partition(build.save(build.chain(), Path(scratch)), stages=2, out=plan, costs="analytic")
+        before = present()
+        ways = {0: "SIGINT", 1: "SIGKILL"}
+        counts: dict[str, int] = {}
+        for number in range(given.launches):
+            way = ways.get(number % 5, "close")
+            counts[way] = counts.get(way, 0) + 1
+            caller = subprocess.Popen(
+                [sys.executable, "-P", "-c", CALLER, str(plan), way],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=ROOT,
+            )
+            assert caller.stdout is not None
+            assert len(caller.stdout.readline().split()) == 2
+            if way != "close":
+                caller.send_signal(signal.Signals[way])
+            caller.wait(30)
+            caller.stdout.close()
+        time.sleep(5)  # the question is what is left after five seconds
+        left = {kind: sorted(names - before[kind]) for kind, names in present().items()}
+    if given.json:
+        print(json.dumps({"launches": counts, "left": left}))
+        return
+    print(environment_line())
+    print("launches: " + ", ".join(f"{count} ended by {way}" for way, count in counts.items()))
+    print("left after 5 s: " + ", ".join(f"{len(names)} {kind}" for kind, names in left.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Garbage on every link of a running pipeline: what breaks, and what memory it costs.
+
+    python benchmarks/faults/garbage.py [--cases 200000] [--sent 20000] [--seed 0] [--json]
+
+First the decoders alone: random bytes, and real messages with bytes changed, cut out, doubled or spliced. An exception
+other than the protocol's own is a crash. Then a pipeline on tcp without keys: the same is sent to its nodes and its
+coordinator over ZeroMQ, raw bytes over TCP, and headers that claim 1 GB. In between its answers are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+
+import build
+import msgspec
+import numpy as np
+import psutil
+import zmq
+from environment import environment, environment_line
+
+from onnxsplit.planning.planner import partition
+from onnxsplit.session import quiet_environment
+from runtime import Pipeline
+from runtime.errors import ProtocolError
+from runtime.wire import codec
+from runtime.wire.messages import (
+    Assign,
+    Beat,
+    Cancel,
+    Failed,
+    Fragment,
+    Hello,
+    NodeBeat,
+    Peer,
+    Ready,
+    Receipt,
+    Refused,
+    Share,
+    Started,
+    Stop,
+    TensorHead,
+    TensorPlace,
+    Trust,
+    Visit,
+    Wire,
+)
+
+GIB = 1 << 30
+FAR = 1 << 40  # numbers of requests that nobody has made
+
+
+def samples() -> list[tuple[bytes, list[bytes]]]:
+    """One message of each kind, as on the wire."""
+    arrays = {"x": np.ones((4, 32), np.float32), "s": np.array([["a", "größer"]], dtype=object)}
+    heads, frames = codec.encode_tensors(arrays)
+    large, large_frames = codec.encode_tensors({"x": np.ones((1000, 32), np.float32)})
+    visit = Visit(0, 0, 1, 2, 3, 4, 5, 6)
+    place = TensorHead("x", "float32", (4, 32), TensorPlace(3, 5, 1 << 22))
+    peer = Peer(1, 0, 0, True, "tcp://127.0.0.1:1", "", None, "")
+    messages: list[tuple[Any, list[Any]]] = [
+        (Fragment(FAR, 1, 0, 1000, 0, 0, -1, (0, 0), ("y",), heads, (visit,)), frames),
+        (Fragment(FAR + 1, 1, 0, 1000, 5, 0, -1, (0, 0), ("y",), large, ()), large_frames),
+        (Fragment(FAR + 2, 1, 0, 1000, 0, 1, 0, (0, 0), ("y",), (place,), (visit, visit)), []),
+        (Failed(3, 1, 0, 0, "why"), []),
+        (Started(3, 1, 1), []),
+        (Receipt(1, 1000, 2000, 0, 5, 6), []),
+        (Hello(3, 0, 1, "host", "tcp://127.0.0.1:1", 0, 0, "", None, ""), []),
+        (Ready((1, 2)), []),
+        (Refused("no"), []),
+        (NodeBeat(1, 2, 3, 4), []),
+        (Assign("id", "/nowhere", "", 0, 0, "cpu", 1, False, False, 1, 1, "task"), []),
+        (Wire(1, 1, (peer,)), []),
+        (Share((1,)), []),
+        (Trust(("k" * 40,)), []),
+        (Cancel(1, 1), []),
+        (Beat(5), []),
+        (Stop("so"), []),
+    ]
+    return [(codec.encode(message), [bytes(frame) for frame in frames]) for message, frames in messages]
+
+
+def mutated(source: random.Random, whole: list[bytes]) -> bytes:
+    """A message that is nearly right, or not at all."""
+    data = bytearray(source.choice(whole))
+    for _ in range(source.choice((1, 1, 2, 5))):
+        kind, at = source.randrange(6), source.randrange(len(data) + 1)
+        if kind == 0 and data:
+            data[at % len(data)] = source.randrange(256)
+        elif kind == 1:
+            del data[at : at + source.randrange(1, 9)]
+        elif kind == 2:
+            data[at:at] = source.randbytes(source.randrange(1, 9))
+        elif kind == 3:
+            other = source.choice(whole)
+            data[at:] = other[source.randrange(len(other)) :]
+        elif kind == 4:  # sizes and counts that claim a lot
+            data[at : at + 5] = b"\xdd\x40\x00\x00\x00" if source.random() < 0.5 else b"\xce\x40\x00\x00\x00"
+        else:
+            data = bytearray(source.randbytes(source.randrange(200)))
+    return bytes(data)
+
+
+def no_memory(_place: TensorPlace, _dtype: str, _shape: Any) -> Any:
+    """Nobody's memory is mapped."""
+    raise ProtocolError("not mapped")
+
+
+def decode(header: bytes, frames: list[bytes]) -> str:
+    """What the decoders make of it."""
+    outcomes = []
+    for decoder in (codec.decode_data, codec.decode_node_control, codec.decode_coordinator_control):
+        try:
+            said = decoder(header)
+            if isinstance(said, Fragment):
+                codec.decode_tensors(said.tensors, frames, no_memory)
+            outcomes.append("taken")
+        except ProtocolError:
+            outcomes.append("refused")
+    return "taken" if "taken" in outcomes else "refused"
+
+
+def decoders(cases: int, source: random.Random) -> dict[str, Any]:
+    """Count what the decoders do."""
+    whole = [header for header, _ in samples()]
+    frames = [frame for _, own in samples() for frame in own] + [b"", bytes(100)]
+    seen: dict[str, int] = {"taken": 0, "refused": 0, "crashed": 0}
+    before = psutil.Process().memory_info().rss
+    for number in range(cases):
+        header = mutated(source, whole)
+        attached = source.choices(frames, k=source.randrange(3))
+        try:
+            seen[decode(header, attached)] += 1
+        except Exception as error:  # that is what is looked for
+            seen["crashed"] += 1
+            if seen["crashed"] <= 5:
+                print(f"case {number}: {type(error).__name__}: {error}", file=sys.stderr)
+    return {**seen, "memory_mib": (psutil.Process().memory_info().rss - before) / 2**20}
+
+
+def live(sent: int, source: random.Random) -> dict[str, Any]:
+    """Send it to real processes."""
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
+        plan = Path(scratch) / "m.plan"
+        partition(build.save(build.chain(4), Path(scratch)), stages=2, out=plan, costs="analytic")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        address = f"tcp://127.0.0.1:{port}"
+        command = [sys.executable, "-P", "-m", "onnxsplit", "node", "--connect", address]
+        with (Path(scratch) / "log").open("wb") as log:
+            nodes = [subprocess.Popen(command, stderr=log, env=quiet_environment()) for _ in range(2)]
+            with Pipeline.listen(plan, bind=address, start_timeout=60) as pipeline:
+                found = attack(pipeline, nodes, address, sent, source)
+                found["incidents"] = [incident.story[:200] for incident in pipeline.incidents]
+            found["node_exit_codes"] = [node.wait(20) for node in nodes]
+        found["dropped_by_nodes"] = (Path(scratch) / "log").read_text(errors="replace").count("dropped")
+    return found
+
+
+def attack(
+    pipeline: Pipeline, nodes: list[subprocess.Popen[bytes]], control: str, sent: int, source: random.Random
+) -> dict[str, Any]:
+    """All of it."""
+    one = {"x": np.ones((2, 32), np.float32)}
+    wanted = pipeline.run(one)["y"]
+    processes = [psutil.Process(node.pid) for node in nodes] + [psutil.Process()]
+    before = [process.memory_info().rss for process in processes]
+    peak = list(before)
+    addresses = [control, *(node.address or "" for node in pipeline.nodes)]
+    whole, frames = [header for header, _ in samples()], [b"", bytes(100), bytes(512)]
+    wrong = 0
+
+    def look() -> None:
+        nonlocal wrong
+        peak[:] = [max(p, process.memory_info().rss) for p, process in zip(peak, processes, strict=True)]
+        wrong += not np.array_equal(pipeline.run(one, timeout=60)["y"], wanted)
+
+    context = zmq.Context()
+    dealers = [context.socket(zmq.DEALER) for _ in addresses]
+    for dealer, address in zip(dealers, addresses, strict=True):
+        dealer.linger = 0
+        dealer.connect(address)
+    for number in range(sent):
+        header = mutated(source, [message for message in whole if message[2:6] != b"stop"])
+        attached = source.choices(frames, k=source.randrange(3))
+        source.choice(dealers).send_multipart([header, *attached])
+        if number % 500 == 0:
+            look()
+    for address in addresses:  # frames and headers that claim 1 GB
+        for claim in (b"\x02" + GIB.to_bytes(8, "big"), b"\x03" + GIB.to_bytes(8, "big")):
+            raw(address, greeting() + claim + bytes(1 << 20))
+        for _ in range(200):
+            raw(address, source.randbytes(source.randrange(300)))
+    shape = TensorHead("x", "float32", (GIB // 4,), None)
+    strings = TensorHead("x", "string", (GIB // 4,), None)
+    empty = TensorHead("x", "float32", (0, 1 << 62, 1 << 62), None)
+    for head in (shape, strings, empty):
+        lie = codec.encode(Fragment(FAR + 9, 1, 0, 1000, 0, 0, -1, (0, 0), ("y",), (head,), ()))
+        for dealer in dealers:
+            dealer.send_multipart([lie, bytes(64)])
+    time.sleep(1)
+    look()
+    for dealer in dealers:
+        dealer.close()
+    context.term()
+    return {
+        "messages": sent,
+        "raw connections": len(addresses) * 202,
+        "wrong or missing answers": wrong,
+        "alive": [node.poll() is None for node in nodes],
+        "memory grew by MiB at most (nodes, caller)": [
+            round((p - b) / 2**20, 1) for p, b in zip(peak, before, strict=True)
+        ],
+    }
+
+
+def greeting() -> bytes:
+    """How a ZeroMQ peer without keys begins, up to its first message."""
+    ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+    return (
+        b"\xff"
+        + bytes(8)
+        + b"\x7f\x03\x00"
+        + b"NULL".ljust(20, b"\x00")
+        + bytes(32)
+        + b"\x04"
+        + bytes([len(ready)])
+        + ready
+    )
+
+
+def raw(address: str, data: bytes) -> None:
+    """Bytes over TCP."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(data)
+    except OSError:
+        pass  # closed on us: as it should
+
+
+def main() -> None:
+    """Print what was found; exit 1 after a crash."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=200_000)
+    parser.add_argument("--sent", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    source = random.Random(given.seed)
+    found = {"decoders": decoders(given.cases, source), "live": live(given.sent, source)}
+    if given.json:
+        print(msgspec.json.encode({**found, "environment": environment()}).decode())
+    else:
+        print(environment_line())
+        print(json.dumps(found, indent=2))
+    crashed = (
+        found["decoders"]["crashed"] or not all(found["live"]["alive"]) or found["live"]["wrong or missing answers"]
+    )
+    sys.stdout.flush()
+    os._exit(1 if crashed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,450 @@
+"""The load of a chaos run: callers that ask oddly, harm to the nodes meanwhile, and a judge of every answer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter, deque
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.faults.odd.requests import KINDS, Ask, Errors, ordinary
+from onnxsplit.errors import InputError, OnnxsplitError
+from runtime import Pipeline
+from runtime.errors import Busy, NodeFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from benchmarks.faults.odd.nets import Net
+
+TOLERANCE = 1e-4
+"""Of an output's largest value: other sizes of a batch take other kernels."""
+OURS = "a callback of the chaos"
+"""What callbacks that raise say."""
+_DEPTH = 4  # requests that a caller leaves unanswered at once
+
+
+@dataclass
+class Track:
+    """One request on its way.
+
+    Attributes:
+        ask: what was asked; None once it is judged.
+        calls: how often its callback was called.
+    """
+
+    ask: Ask | None
+    future: Any = None
+    raised: BaseException | None = None
+    calls: int = 0
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def done(self, _: Any) -> None:
+        """The callback that counts."""
+        self.calls += 1
+        self.ended.set()
+
+
+class Ledger:
+    """What became of the requests; any thread writes.
+
+    Attributes:
+        outcomes: kind of request -> how often it ended how.
+        faults: what must not be -> how often it was.
+        broken: set when the pipeline under test does not go on, so that nothing more is to be asked of it.
+    """
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Counter[str]] = {}
+        self.faults: Counter[str] = Counter()
+        self.broken = threading.Event()
+        self._lock = threading.Lock()
+
+    def next_pipeline(self) -> None:
+        """What was left to the last one stays with it."""
+        self.broken = threading.Event()
+
+    def note(self, kind: str, outcome: str) -> None:
+        """One request ended as it may."""
+        with self._lock:
+            self.outcomes.setdefault(kind, Counter())[outcome] += 1
+
+    def fault(self, text: str, kind: str = "", outcome: str = "") -> None:
+        """Something that must not be."""
+        with self._lock:
+            self.faults[f"{kind}: {text}" if kind else text] += 1
+            if outcome:
+                self.outcomes.setdefault(kind, Counter())[outcome] += 1
+
+    def total(self, outcome: str) -> int:
+        """Of all kinds."""
+        return sum(counts[outcome] for counts in self.outcomes.values())
+
+
+class Caller:
+    """Asks, and judges what comes back.
+
+    Args:
+        pipeline: it asks.
+        net: that the pipeline runs.
+        ledger: for what became of it.
+        source: of chance, its own.
+        patience_s: a request that takes longer hangs.
+        may: errors that any request may end with, for what is done to the nodes.
+        harms: it may kill nodes, where a kind of request wants that.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        net: Net,
+        ledger: Ledger,
+        source: np.random.Generator,
+        *,
+        patience_s: float = 60.0,
+        may: Errors = (),
+        harms: bool = False,
+    ) -> None:
+        self.doing: dict[int, tuple[str, float]] = {}  # by the thread that is in ``submit``, since when
+        self._pipeline, self._net, self._ledger, self._source = pipeline, net, ledger, source
+        self._patience_s, self._may, self._harms = patience_s, may, harms
+        self._broken = ledger.broken
+        self._tracks: list[Track] = []
+        self._more: deque[Track] = deque()  # that callbacks sent
+
+    def run(self, asks: Iterator[Ask | None]) -> None:
+        """Ask all, a few at once."""
+        waiting: deque[Track] = deque()
+        for ask in asks:
+            if self._broken.is_set():
+                return
+            if ask is not None:
+                waiting.append(self.send(ask))
+            while len(waiting) > _DEPTH:
+                self._settle(waiting.popleft())
+        while (waiting or self._more) and not self._broken.is_set():
+            self._settle(waiting.popleft() if waiting else self._more.popleft())
+        for track in self._tracks:
+            if track.calls > 1:
+                self._ledger.fault("a future ended twice")
+
+    def send(self, ask: Ask) -> Track:
+        """Submit one request, and do to it what is to be done at once."""
+        if ask.kill and self._harms:
+            ask = replace(ask, may=(*ask.may, NodeFailed))  # of a pipeline that does not try again
+        ask = replace(ask, may=(*ask.may, *self._may))
+        track = Track(ask)
+        self._tracks.append(track)
+        if ask.kill and self._harms:
+            kill(self._pipeline, stage=0)
+        self.doing[threading.get_ident()] = ask.kind, time.monotonic()
+        try:
+            track.future = self._pipeline.submit(ask.inputs, outputs=ask.outputs, timeout=ask.timeout, block=ask.block)
+        except BaseException as error:  # whatever it is, it is judged
+            track.raised = error
+        self.doing.pop(threading.get_ident())
+        if ask.change:
+            for array in ask.inputs.values():
+                array[...] = "changed" if array.dtype == object else 1
+        if track.future is not None:
+            self._follow(track, ask)
+        return track
+
+    def _follow(self, track: Track, ask: Ask) -> None:
+        future = track.future
+        with suppress(SystemExit):  # of a callback that exits, where the future is done already
+            future.add_done_callback(track.done)
+            if ask.then:
+                future.add_done_callback(lambda _: self._then(ask.then))
+        if ask.cancel == "at once":
+            future.cancel()
+        elif ask.cancel == "in a moment":
+            timer = threading.Timer(float(self._source.random() * 0.002), future.cancel)
+            timer.daemon = True
+            timer.start()
+
+    def _then(self, what: str) -> None:
+        if what == "raise":
+            raise RuntimeError(OURS)
+        if what == "exit":
+            raise SystemExit(OURS)
+        again = replace(ordinary(self._net, np.random.default_rng(0)), kind="submitted by a callback")
+        again = replace(again, block=what == "submit", may=(*again.may, Busy))
+        self._more.append(self.send(again))
+
+    def _settle(self, track: Track) -> None:
+        """Wait for the end of a request, and judge it."""
+        ask, ledger = track.ask, self._ledger
+        assert ask is not None
+        if self._broken.is_set():
+            return  # how requests of a broken pipeline end says nothing
+        if track.future is None:
+            self._judge_error(ask, track.raised)
+        elif not self._ended(track):
+            if self._broken.is_set():
+                return
+            state = "is done, and its callback was not called" if track.future.done() else "has not ended"
+            ledger.fault(f"after {self._patience_s:g} s its future {state}", ask.kind, "hanging")
+            self._broken.set()
+        elif track.future.cancelled():
+            if ask.cancel:
+                ledger.note(ask.kind, "cancelled")
+            else:
+                ledger.fault("cancelled, and nobody did that", ask.kind, "failed")
+        elif (error := track.future.exception()) is not None:
+            self._judge_error(ask, error)
+        else:
+            self._judge_answer(ask, track.future.result())
+        if ask.cancel == "after the answer" and track.future is not None:
+            track.future.cancel()
+        track.ask = track.future = track.raised = None
+
+    def _ended(self, track: Track) -> bool:
+        """Wait for an end, while the pipeline is whole."""
+        end = time.monotonic() + self._patience_s
+        while not track.ended.wait(0.2):
+            if self._broken.is_set() or time.monotonic() > end:
+                return False
+        return not self._broken.is_set()
+
+    def _judge_error(self, ask: Ask, error: BaseException | None) -> None:
+        said = f"{type(error).__name__}: {str(error)[:160]}"
+        if len(str(error)) > 10_000:
+            self._ledger.fault("an error of more than 10,000 characters", ask.kind)
+        if isinstance(error, ask.may):
+            self._ledger.note(ask.kind, "refused" if isinstance(error, InputError) else "failed as it may")
+        elif isinstance(error, OnnxsplitError):
+            self._ledger.fault(f"failed with {said}", ask.kind, "failed")
+        else:
+            self._ledger.fault(f"raw {said}", ask.kind, "raw error")
+
+    def _judge_answer(self, ask: Ask, found: Any) -> None:
+        problem = different(found, ask.want)
+        if problem:
+            self._ledger.fault(problem, ask.kind, "wrong")
+        else:
+            self._ledger.note(ask.kind, "right")
+
+
+def different(found: Any, want: dict[str, Any] | None) -> str:
+    """What is wrong with an answer; empty when nothing is."""
+    if want is None:
+        return "was answered, and there is no right answer"
+    if not isinstance(found, dict) or found.keys() != want.keys():
+        return f"has the outputs {sorted(found)}, not {sorted(want)}"
+    for name, right in want.items():
+        got = found[name]
+        if got.shape != right.shape or got.dtype != right.dtype:
+            return f"{name} is {got.dtype}{list(got.shape)}, not {right.dtype}{list(right.shape)}"
+        if right.dtype == object:
+            same = got.tolist() == right.tolist()
+        else:
+            same = bool(np.all(np.abs(got - right) <= TOLERANCE * max(1e-9, np.abs(right).max(initial=0))))
+        if not same:
+            return f"{name} has wrong values"
+        if not got.flags.writeable:
+            return f"{name} cannot be written to by the caller"
+    return ""
+
+
+def asks(net: Net, source: np.random.Generator, count: int, kinds: Sequence[str], odd: float = 0.6) -> Iterator[Ask]:
+    """So many requests, ``odd`` of them odd."""
+    made = 0
+    while made < count:
+        ask = ordinary(net, source)
+        if kinds and source.random() < odd:
+            found = KINDS[str(source.choice(np.array(kinds)))](net, source)
+            if found is None:
+                continue
+            ask = found
+        made += 1
+        yield ask
+
+
+def callers(
+    pipeline: Pipeline, net: Net, ledger: Ledger, *, requests: int, threads: int, kinds: Sequence[str], seed: int,
+    patience_s: float, may: Errors = (), harms: bool = False, odd: float = 0.6,
+) -> tuple[list[Caller], list[threading.Thread]]:  # fmt: skip
+    """Start threads that ask ``requests`` in all."""
+    started: tuple[list[Caller], list[threading.Thread]] = ([], [])
+    for number in range(threads):
+        source = np.random.default_rng([seed, number])
+        share = requests // threads + (number < requests % threads)
+        caller = Caller(pipeline, net, ledger, source, patience_s=patience_s, may=may, harms=harms)
+        thread = threading.Thread(
+            target=caller.run, args=(asks(net, source, share, kinds, odd),), name=f"caller {number}", daemon=True
+        )
+        started[0].append(caller)
+        started[1].append(thread)
+        thread.start()
+    return started
+
+
+def joined(made: list[Caller], threads: list[threading.Thread], ledger: Ledger, patience_s: float) -> None:
+    """Wait for callers; one that is held in ``submit`` for too long breaks the run."""
+    while any(thread.is_alive() for thread in threads) and not ledger.broken.is_set():
+        for thread in threads:
+            thread.join(0.05)
+        if any(held(made, patience_s + 5)):
+            ledger.broken.set()
+    if ledger.broken.is_set():
+        for kind, seconds in held(made, 1.0):
+            ledger.fault(f"submit has not returned after {seconds:.0f} s", kind, "hanging")
+
+
+def held(made: list[Caller], seconds: float) -> list[tuple[str, float]]:
+    """The kinds of requests that are in ``submit`` for longer, and for how long."""
+    now = time.monotonic()
+    doing = [entry for caller in made for entry in list(caller.doing.values())]
+    return [(kind, now - since) for kind, since in doing if now - since > seconds]
+
+
+# Harm
+
+
+def kill(pipeline: Pipeline, stage: int | None = None, source: random.Random | None = None) -> None:
+    """Kill a node that is ready."""
+    ready = [n for n in pipeline.nodes if n.state == "ready" and n.pid and stage in (None, n.stage)]
+    if ready:
+        victim = source.choice(ready) if source is not None else ready[0]
+        _signal(victim.pid or 0, signal.SIGKILL)
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+_ODD_SCALES: list[tuple[Any, Any]] = [
+    *((stage, 1) for stage in (99, -1, "0", None, 0.0, 2**70)),
+    *((0, replicas) for replicas in (0, -5, "2", None, 1.5, 2**70, float("nan"))),
+]
+
+
+class Harm:
+    """Harms the nodes of a pipeline until it is told to end.
+
+    Args:
+        pipeline: whose nodes.
+        kinds: of ``kill``, ``stop``, ``scale``, ``odd scale``.
+        seed: of its choices.
+        ledger: for what should not be.
+        every_s: mean time between two of them.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, kinds: Sequence[str], seed: int, ledger: Ledger, every_s: float = 0.3
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._pipeline, self._kinds, self._source, self._ledger = pipeline, kinds, random.Random(seed), ledger
+        self._every_s = every_s
+        self._replicas = Counter(node.stage for node in pipeline.nodes)
+        self._stopped: list[threading.Timer] = []
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="harm", daemon=True)
+
+    def __enter__(self) -> Harm:
+        if self._kinds:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._kinds:
+            self._thread.join(30)
+        for timer in self._stopped:
+            timer.join()
+        if "scale" in self._kinds:
+            for stage, count in self._replicas.items():
+                self._pipeline.scale(stage, count)
+
+    def _run(self) -> None:
+        every_s = 0.02  # the first comes at once
+        while not self._end.wait(every_s * self._source.uniform(0.3, 1.7)):
+            every_s = self._every_s
+            self._let_heal()
+            kind = self._source.choice(self._kinds)
+            self.counts[kind] += 1
+            if kind == "kill":
+                kill(self._pipeline, source=self._source)
+            elif kind == "stop":
+                self._stop()
+            elif kind == "scale":
+                stage = self._source.choice(sorted(self._replicas))
+                self._pipeline.scale(stage, self._source.randint(1, 1 + self._replicas[stage]))
+            else:
+                self._odd_scale()
+
+    def _let_heal(self) -> None:
+        """Wait until all nodes are ready, for a while: nothing is answered where harm is faster than healing."""
+        end = time.monotonic() + 3
+        while time.monotonic() < end and any(node.state != "ready" for node in self._pipeline.nodes):
+            if self._end.wait(0.02):
+                return
+
+    def _stop(self) -> None:
+        """Stop a node for a while, shorter or longer than it takes to be taken for dead."""
+        ready = [node.pid for node in self._pipeline.nodes if node.state == "ready" and node.pid]
+        if ready:
+            victim = self._source.choice(ready)
+            _signal(victim, signal.SIGSTOP)
+            timer = threading.Timer(self._source.choice([0.05, 0.5, 2.5]), _signal, (victim, signal.SIGCONT))
+            timer.start()
+            self._stopped.append(timer)
+
+    def _odd_scale(self) -> None:
+        stage, replicas = self._source.choice(_ODD_SCALES)
+        try:
+            self._pipeline.scale(stage, replicas)
+            self._ledger.fault(f"scale({stage!r}, {replicas!r}) was taken")
+        except InputError:
+            pass
+        except Exception as error:
+            self._ledger.fault(f"scale({stage!r}, {replicas!r}): raw {type(error).__name__}: {error}")
+
+
+HARM: dict[str, tuple[tuple[str, ...], Errors]] = {
+    "none": ((), ()),
+    "kills": (("kill", "kill", "stop"), (NodeFailed,)),
+    "scales": (("scale", "scale", "odd scale"), ()),
+}
+"""What is done to the nodes, and the errors that a request which is not tried again may end with."""
+
+
+@contextmanager
+def stray_errors(ledger: Ledger) -> Iterator[None]:
+    """Count threads that die of an exception, and exceptions of callbacks that are not the chaos' own."""
+    before = threading.excepthook
+
+    def hook(given: threading.ExceptHookArgs) -> None:
+        name = given.thread.name if given.thread is not None else "?"
+        ledger.fault(f"thread {name} died of {given.exc_type.__name__}: {str(given.exc_value)[:200]}")
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[1] if record.exc_info else None
+            if OURS not in str(error):
+                ledger.fault(f"logged: {record.getMessage()[:100]}: {type(error).__name__}: {str(error)[:160]}")
+
+    handler = Handler(logging.ERROR)
+    watched = [logging.getLogger(name) for name in ("concurrent.futures", "runtime", "asyncio")]
+    kept = [logger.propagate for logger in watched]
+    threading.excepthook = hook
+    for logger in watched:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+        for logger, propagate in zip(watched, kept, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate

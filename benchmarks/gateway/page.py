@@ -1,0 +1,84 @@
+"""Pictures of the gateway's page for docs/: idle, loaded, and with a dead stage.
+
+    python benchmarks/gateway/page.py MODEL.plan
+
+serves the plan, takes the pictures with Chromium, and ends. The dead stage is one whose file is hidden, so that it
+cannot be replaced until the file is back.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
+
+from playwright.sync_api import expect, sync_playwright
+from served import Served
+
+DOCS = ROOT / "docs"
+
+
+def main() -> None:
+    """See above."""
+    folder = Path(tempfile.mkdtemp())
+    plan = folder / Path(sys.argv[1]).name
+    shutil.copytree(sys.argv[1], plan)
+    name = plan.name.removesuffix(".plan")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (
+        Served(plan.name, "--replicas", "1=2", environment=environment, folder=folder) as server,
+        sync_playwright() as started,
+    ):
+        _, headers, body = server.ask(f"/example/{name}")
+        length = headers["inference-header-content-length"]
+        path = f"/v2/models/{name}/infer"
+        ending = threading.Event()
+
+        def ask() -> None:
+            while not ending.is_set():
+                server.ask(path, body, Inference_Header_Content_Length=length)
+
+        browser = started.chromium.launch(
+            executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1180, "height": 720}, device_scale_factor=1)
+        page.goto(server.http)
+        page.wait_for_selector(".graph .box")
+        time.sleep(4)
+        page.screenshot(path=DOCS / "page-idle.png")
+        callers = [threading.Thread(target=ask) for _ in range(6)]
+        for caller in callers:
+            caller.start()
+        time.sleep(25)
+        page.screenshot(path=DOCS / "page-loaded.png", full_page=True)
+        stage = plan / "stage0.onnx"
+        hidden = stage.rename(stage.with_suffix(".away"))
+        title = page.locator("table tbody tr").first.locator("td").first.get_attribute("title") or ""
+        os.kill(int(title.split()[1]), signal.SIGKILL)
+        page.wait_for_selector(".graph .box.down", timeout=20_000)
+        time.sleep(4)
+        page.evaluate(  # where this was run is nobody's business
+            "folder => { for (const part of document.querySelector('.trouble').childNodes)"
+            " part.textContent = part.textContent.replaceAll(folder, '…'); }",
+            str(folder),
+        )
+        page.screenshot(path=DOCS / "page-dead.png", full_page=True)
+        hidden.rename(stage)
+        expect(page.locator("#health")).to_have_text("ready", timeout=90_000)
+        ending.set()
+        for caller in callers:
+            caller.join()
+        browser.close()
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""`onnxsplit serve` in a process of its own, for the peers that call it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peer import Plan
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def served(plan: Plan) -> Iterator[dict[str, str]]:
+    """A server with a thread a stage, on free ports: where it listens, and the model's name."""
+    command = [sys.executable, "-P", "-m", "onnxsplit", "serve", str(plan.folder), "--json", "--threads", "1"]
+    server = subprocess.Popen(
+        [*command, "--http-port", "0", "--grpc-port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        said = json.loads(server.stdout.readline())
+        yield {"http": said["http"].partition("//")[2], "grpc": said["grpc"], "model": next(iter(said["models"]))}
+    finally:
+        server.terminate()
+        server.wait()
