@@ -22,7 +22,7 @@ def _plain(value: Any) -> str:
     return text if text and text.isprintable() and not any(c in text for c in ' "=') else json.dumps(text)
 
 
-class Drops:
+class DropLog:
     """Notes messages that were dropped, a line a second at most, so that nobody can fill a disk with them.
 
     Args:

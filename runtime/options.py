@@ -21,7 +21,7 @@ from onnxsplit.numbers import (
 )
 from onnxsplit.plan import MOST_NODES, MOST_THREADS, Plan
 from runtime.timings import Timings, timings
-from runtime.wire.messages import POLICIES, Policy
+from runtime.wire.messages.control import POLICIES, Policy
 
 Mode = Literal["sync", "async"]
 

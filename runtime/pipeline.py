@@ -38,7 +38,7 @@ from runtime.launcher import Launcher, Rendezvous
 from runtime.microbatch import batch_axes, batch_size, ordinary_bytes, split
 from runtime.options import RunOptions, enough_inflight, memory_for_requests_bytes
 from runtime.request import Answering, OutputSelection, Request
-from runtime.trace import Traced, chrome_trace
+from runtime.trace import RequestTrace, chrome_trace
 from runtime.wire.keys import Keys, default_folder
 from runtime.wire.security import Security, check_address
 
@@ -402,7 +402,7 @@ class Pipeline:
         return self._coordinator.flow.take_in_loop()
 
     @property
-    def traced(self) -> list[Traced]:
+    def traced(self) -> list[RequestTrace]:
         """When each answered request was where, when launched with ``trace``; may be cleared."""
         return self._coordinator.flow.traced
 

@@ -12,7 +12,7 @@ from runtime.admission import Admission
 from runtime.coordinator.request_io import Answer, RequestIO, unsendable
 from runtime.errors import PipelineError
 from runtime.microbatch import BatchAxes, join
-from runtime.wire.messages import Visit
+from runtime.wire.messages.data import Visit
 
 
 @dataclass(frozen=True)

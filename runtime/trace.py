@@ -19,7 +19,7 @@ from typing import Any
 from msgspec import Struct
 
 from runtime.topology import ReplicaKey
-from runtime.wire.messages import Visit
+from runtime.wire.messages.data import Visit
 
 TraceEvent = dict[str, Any]
 
@@ -27,7 +27,7 @@ _SESSION, _OPS = 1, 2  # tracks
 _CALLER = 0  # process
 
 
-class Traced(Struct, frozen=True):
+class RequestTrace(Struct, frozen=True):
     """A request from its entrance to its answer. Times are the host's monotonic clock in nanoseconds."""
 
     request: int
@@ -37,7 +37,7 @@ class Traced(Struct, frozen=True):
 
 
 def chrome_trace(
-    requests: Sequence[Traced],
+    requests: Sequence[RequestTrace],
     readers: Mapping[int, Sequence[int]],
     profiles: Mapping[ReplicaKey, Sequence[TraceEvent]],
 ) -> dict[str, Any]:
@@ -85,11 +85,11 @@ def _bar(process: int, name: str, start_ns: int, end_ns: int, request: int) -> I
         }  # fmt: skip
 
 
-def _caller(request: Traced) -> Iterator[TraceEvent]:
+def _caller(request: RequestTrace) -> Iterator[TraceEvent]:
     yield from _bar(_CALLER, "request", request.entered_ns, request.answered_ns, request.request)
 
 
-def _visit(request: Traced, visit: Visit, process: Mapping[ReplicaKey, int]) -> Iterator[TraceEvent]:
+def _visit(request: RequestTrace, visit: Visit, process: Mapping[ReplicaKey, int]) -> Iterator[TraceEvent]:
     number, here = request.request, process[visit.stage, visit.replica]
     left = max([v.sent_ns for v in request.visits if v.sent_ns <= visit.arrived_ns], default=request.entered_ns)
     yield from _bar(here, "receive", left, visit.arrived_ns, number)
@@ -99,7 +99,7 @@ def _visit(request: Traced, visit: Visit, process: Mapping[ReplicaKey, int]) -> 
 
 
 def _arrows(
-    request: Traced, process: Mapping[ReplicaKey, int], readers: Mapping[int, Sequence[int]]
+    request: RequestTrace, process: Mapping[ReplicaKey, int], readers: Mapping[int, Sequence[int]]
 ) -> Iterator[TraceEvent]:
     by_stage = {visit.stage: visit for visit in request.visits}
     for visit in request.visits:
@@ -118,7 +118,7 @@ def _arrows(
             yield {**name, **end, "tid": _SESSION}
 
 
-def _counters(requests: Sequence[Traced], process: Mapping[ReplicaKey, int]) -> Iterator[TraceEvent]:
+def _counters(requests: Sequence[RequestTrace], process: Mapping[ReplicaKey, int]) -> Iterator[TraceEvent]:
     """How many requests wait at each node, and are in the pipeline."""
     steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for request in requests:
@@ -134,7 +134,7 @@ def _counters(requests: Sequence[Traced], process: Mapping[ReplicaKey, int]) -> 
 
 
 def _ops(
-    process: int, slot: ReplicaKey, requests: Sequence[Traced], profile: Sequence[TraceEvent]
+    process: int, slot: ReplicaKey, requests: Sequence[RequestTrace], profile: Sequence[TraceEvent]
 ) -> Iterator[TraceEvent]:
     """ONNX Runtime's profile, moved to where its first run began here."""
     runs = [event["ts"] for event in profile if event.get("name") == "model_run"]

@@ -36,7 +36,7 @@ from environment import environment, environment_line
 from onnxsplit.planning.planner import partition
 from runtime import Pipeline
 from runtime.launch.local import LocalLauncher
-from runtime.wire.messages import POLICIES
+from runtime.wire.messages.control import POLICIES
 
 REPLICAS = 3
 CASES = {"slow": (5.0, 250.0), "transient": (5.0, 300.0), "mixed": (4.0, 170.0)}  # ms a row, arrivals a second

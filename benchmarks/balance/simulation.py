@@ -39,7 +39,7 @@ import runtime.coordinator.roster
 from onnxsplit.plan import CALLER
 from onnxsplit.plan_files import parse_plan
 from runtime.balance.board import LoadBoard
-from runtime.balance.policies import ORDINARY, Gauge
+from runtime.balance.policies import UNIT_COST, ServiceTime
 from runtime.balance.router import Router
 from runtime.coordinator import events as c
 from runtime.coordinator.roster import KillNode, StartNode
@@ -47,7 +47,8 @@ from runtime.coordinator.state import CoordinatorState, PipelinePhase
 from runtime.node import events as n
 from runtime.node.state import NodeState
 from runtime.timings import Timings
-from runtime.wire.messages import ANY, POLICIES, PROTOCOL, Assign, Fragment, Hello, Peer, Receipt, TensorHead, Wire
+from runtime.wire.messages.control import POLICIES, PROTOCOL, Assign, Hello, Peer, Wire
+from runtime.wire.messages.data import ANY, Fragment, Receipt, TensorHead
 
 STAGES = 3
 SERVICE_NS = 5_000_000
@@ -92,7 +93,7 @@ class Node:
 
     def __init__(self, number: int, slot: tuple[int, int], policy: str, speed: float) -> None:
         self.number, self.slot, self.speed = number, slot, speed
-        self.state, self.gauge, self.board = NodeState(), Gauge(), LoadBoard(peers=PEERS)
+        self.state, self.gauge, self.board = NodeState(), ServiceTime(), LoadBoard(peers=PEERS)
         self.router = Router(policy, self.board)  # type: ignore[arg-type]
         self.here: Counter[int] = Counter()
         self.alive = True
@@ -207,22 +208,22 @@ class World:
         """A request comes."""
         request = self.count
         self.begun[request] = self.now
-        self.tell(c.Submitted(request, ("y",), ORDINARY, None, self.now))
+        self.tell(c.Submitted(request, ("y",), UNIT_COST, None, self.now))
 
     def enter(self, enter: c.Enter) -> None:
         """A request goes to a node of the first stage."""
         route = enter.route
         if self.early:
-            route = tuple(self.router.choose(stage, (CALLER,), ORDINARY, 0, self.now) or 0 for stage in range(STAGES))
+            route = tuple(self.router.choose(stage, (CALLER,), UNIT_COST, 0, self.now) or 0 for stage in range(STAGES))
             for number in route:
-                self.router.sent(number, ORDINARY)
+                self.router.sent(number, UNIT_COST)
             number = route[0]
         else:
-            number = self.router.choose(0, (CALLER,), ORDINARY, 0, self.now) or 0
-            self.router.sent(number, ORDINARY)
+            number = self.router.choose(0, (CALLER,), UNIT_COST, 0, self.now) or 0
+            self.router.sent(number, UNIT_COST)
         heads = (TensorHead("x", "float32", (1,), b""),)
         fragment = Fragment(
-            enter.request, enter.attempt, enter.view, ORDINARY, 0, 0, CALLER, route, enter.wanted, heads, ()
+            enter.request, enter.attempt, enter.view, UNIT_COST, 0, 0, CALLER, route, enter.wanted, heads, ()
         )
         self.later(self.delay_ns, self.arrive, number, fragment)
 
@@ -230,7 +231,7 @@ class World:
         """It comes back."""
         if self.early:
             for number in fragment.route:
-                self.done[number] = self.done.get(number, 0) + ORDINARY
+                self.done[number] = self.done.get(number, 0) + UNIT_COST
                 gauge = self.nodes[number].gauge
                 done = self.done[number]
                 self.router.told(Receipt(number, done, done, 0, gauge.service_ns, gauge.peak_ns), self.now)
@@ -275,7 +276,7 @@ class World:
     def executed(self, node: Node, took: int) -> None:
         """A run ends."""
         if node.alive:
-            node.gauge.ran(took, ORDINARY, self.now)
+            node.gauge.ran(took, UNIT_COST, self.now)
             node.board.ended(node.gauge, self.now)
             self.hear(node.number, n.Executed(self.now - took, self.now, self.now, 0, 0))
 
@@ -286,10 +287,10 @@ class World:
         if stage + 1 < STAGES:
             number = fragment.route[stage + 1]
             if number == ANY:
-                number = node.router.choose(stage + 1, (stage,), ORDINARY, 0, self.now) or 0
-                node.router.sent(number, ORDINARY)
+                number = node.router.choose(stage + 1, (stage,), UNIT_COST, 0, self.now) or 0
+                node.router.sent(number, UNIT_COST)
         following = Fragment(
-            fragment.request, fragment.attempt, fragment.view, ORDINARY, 0, node.number, stage, fragment.route,
+            fragment.request, fragment.attempt, fragment.view, UNIT_COST, 0, node.number, stage, fragment.route,
             fragment.wanted, (), effect.history,
         )  # fmt: skip
         self.later(self.delay_ns, *((self.arrive, number, following) if number else (self.returned, following)))
@@ -413,8 +414,8 @@ def decision(given: argparse.Namespace) -> list[dict[str, Any]]:
                 for _ in range(20):
                     begun = time.perf_counter_ns()
                     for _ in range(500):
-                        number = router.choose(0, (CALLER,), ORDINARY, 1000, 2)
-                        router.sent(number, ORDINARY)
+                        number = router.choose(0, (CALLER,), UNIT_COST, 1000, 2)
+                        router.sent(number, UNIT_COST)
                     times.append((time.perf_counter_ns() - begun) / 500)
                 row[f"{where}_us"] = statistics.median(times) / 1000
             rows.append(show(given, row))

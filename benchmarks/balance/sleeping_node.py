@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from runtime.node import process
+from runtime.node import serve
 from runtime.node.stage_runner import StageRunner
 
 
@@ -33,7 +33,7 @@ def main() -> int:
 
     if stage == 1:
         StageRunner.run = run
-    return process.main()
+    return serve.main()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Mapping
 
-import runtime.node.process
+import runtime.node.options
+import runtime.node.serve
 import runtime.node.worker
 from onnxsplit.tensors import Array
 from runtime.node.stage_runner import StageRunner
@@ -24,4 +25,4 @@ class SleepingRunner(StageRunner):
 
 
 runtime.node.worker.StageRunner = SleepingRunner
-sys.exit(runtime.node.process.serve(runtime.node.process.NodeOptions(connect=CONNECT, stage=STAGE, threads=1)))
+sys.exit(runtime.node.serve.serve(runtime.node.options.NodeOptions(connect=CONNECT, stage=STAGE, threads=1)))

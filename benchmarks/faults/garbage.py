@@ -36,27 +36,21 @@ from onnxsplit.session import quiet_environment
 from runtime import Pipeline
 from runtime.errors import ProtocolError
 from runtime.wire import codec
-from runtime.wire.messages import (
+from runtime.wire.messages.control import (
     Assign,
     Beat,
     Cancel,
-    Failed,
-    Fragment,
     Hello,
     NodeBeat,
     Peer,
     Ready,
-    Receipt,
     Refused,
     Share,
-    Started,
     Stop,
-    TensorHead,
-    TensorPlace,
     Trust,
-    Visit,
     Wire,
 )
+from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, TensorHead, TensorPlace, Visit
 
 GIB = 1 << 30
 FAR = 1 << 40  # numbers of requests that nobody has made

@@ -76,7 +76,8 @@ def command(
     import logging
 
     from onnxsplit.custom_ops import find_libraries
-    from runtime.node.process import DEFAULT_MEMORY_BYTES, NodeOptions, serve
+    from runtime.node.options import DEFAULT_MEMORY_BYTES, NodeOptions
+    from runtime.node.serve import serve
     from runtime.wire.keys import default_folder
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

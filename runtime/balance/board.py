@@ -15,7 +15,7 @@ to agree upon, each written by one process. Peers on other hosts say in messages
 from __future__ import annotations
 
 from onnxsplit.plan import MOST_NODES
-from runtime.balance.policies import Gauge
+from runtime.balance.policies import ServiceTime
 
 PEERS = MOST_NODES + 1
 """Processes of a pipeline at once, its caller among them."""
@@ -50,7 +50,7 @@ class LoadBoard:
         self._cells[_RUNNING_COST] = cost
         self._cells[_RUNNING_SINCE] = now_ns
 
-    def ended(self, gauge: Gauge, now_ns: int) -> None:
+    def ended(self, gauge: ServiceTime, now_ns: int) -> None:
         """The session ended, and its time was measured."""
         self.show(gauge.service_ns, gauge.peak_ns, now_ns)
         self._cells[_RUNNING_SINCE] = 0

@@ -23,15 +23,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.wire.messages import Policy
+from runtime.wire.messages.control import Policy
 
-ORDINARY = 1000
+UNIT_COST = 1000
 """The cost of the request that a plan was made for."""
 
-ALL = 16
+FULL_SCAN_LIMIT = 16
 """Of so many replicas all are looked at for every request."""
 
-SOME = 4
+SAMPLE_SIZE = 4
 """Of more, so many, the one whose turn it is among them."""
 
 _MUCH = 1.5  # another is taken out of turn when its cost is so much less
@@ -64,7 +64,7 @@ class Replica:
     transfer_ns: int = 0
 
 
-class Chooser:
+class Balancer:
     """Chooses among the replicas of one stage; replicas are told apart by position.
 
     Args:
@@ -82,10 +82,10 @@ class Chooser:
 
     def look_at(self, count: int) -> Sequence[int]:
         """The positions to choose among: all of a few replicas; of many, the one whose turn it is, some at random."""
-        if count <= ALL:
+        if count <= FULL_SCAN_LIMIT:
             return range(count)
         found = [self._turn % count]
-        for _ in range(0 if self._policy == "round-robin" else SOME - 1):
+        for _ in range(0 if self._policy == "round-robin" else SAMPLE_SIZE - 1):
             self._random = (self._random * 6364136223846793005 + 1442695040888963407) & _MASK  # Knuth's MMIX
             found.append((self._random >> 33) % count)
         return found
@@ -148,18 +148,18 @@ def _services(replicas: Sequence[Replica]) -> list[float]:
             trust *= 0.5 ** (replica.age_ns / _DOUBT_NS)
         service = best + (max(best, replica.service_ns) - best) * trust
         if replica.running:
-            service = max(service, replica.running_ns * ORDINARY / replica.running)
+            service = max(service, replica.running_ns * UNIT_COST / replica.running)
         found.append(service)
     return found
 
 
 def _completion_ns(replica: Replica, service_ns: float, cost: int) -> float:
-    work = service_ns * (replica.outstanding + cost) / ORDINARY
-    behind = min(replica.running_ns, service_ns * replica.running / ORDINARY)
+    work = service_ns * (replica.outstanding + cost) / UNIT_COST
+    behind = min(replica.running_ns, service_ns * replica.running / UNIT_COST)
     return replica.transfer_ns + work - behind
 
 
-class Gauge:
+class ServiceTime:
     """How long requests take at a node, from the runs so far.
 
     Attributes:
@@ -178,17 +178,17 @@ class Gauge:
 
     def ran(self, run_ns: int, cost: int, now_ns: int) -> None:
         """A run of a request ended."""
-        each = run_ns * ORDINARY / cost
+        each = run_ns * UNIT_COST / cost
         passed = now_ns - self._at_ns if self._at_ns else 0
         self._at_ns = now_ns
         keep = math.exp(-passed / max(_FORGET_NS, 4 * run_ns))
         self._run = self._run * keep + run_ns
         self._cost = self._cost * keep + cost
-        self.service_ns = int(self._run * ORDINARY / self._cost)
+        self.service_ns = int(self._run * UNIT_COST / self._cost)
         self.longest_ns = int(max(each, self.longest_ns))
         self.peak_ns = int(max(each, self.service_ns, self.peak_ns * math.exp(-passed / _PEAK_NS)))
 
 
 def cost_of(size_bytes: int, ordinary_bytes: int) -> int:
     """The cost of a request by the bytes of its inputs, beside those that the plan was made for."""
-    return max(1, min(size_bytes * ORDINARY // max(1, ordinary_bytes), 1 << 40))
+    return max(1, min(size_bytes * UNIT_COST // max(1, ordinary_bytes), 1 << 40))

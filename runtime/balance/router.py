@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from onnxsplit.cluster import Link
 from onnxsplit.plan import CALLER
 from runtime.balance.board import LoadBoard
-from runtime.balance.policies import ALL, Chooser, Replica
-from runtime.wire.messages import Peer, Policy, Receipt
+from runtime.balance.policies import FULL_SCAN_LIMIT, Balancer, Replica
+from runtime.wire.messages.control import Peer, Policy
+from runtime.wire.messages.data import Receipt
 
 _BETWEEN_HOSTS = Link()
 _FRESH = 16.0  # times of a request after which half of what a node said of others' work is still true
@@ -22,7 +23,7 @@ _DEAF_NS = 15_000_000_000  # a peer that says nothing for so long, and for some 
 
 @dataclass(slots=True)
 class _Heard:
-    """What a peer on another host said last: see :class:`~runtime.wire.messages.Receipt`.
+    """What a peer on another host said last: see :class:`~runtime.wire.messages.data.Receipt`.
 
     Attributes:
         lost: cost of the work for it that is taken for lost on the way. Worked out anew from each receipt, so that a
@@ -89,7 +90,7 @@ class Router:
         self._boards: dict[int, LoadBoard] = {}  # of this process, and of the peers whose memory is mapped
         self._heard: dict[int, _Heard] = {}  # of others
         self._senders: dict[tuple[int, ...], Mapping[int, LoadBoard]] = {}  # by the stages that send
-        self._choosers: dict[int, Chooser] = {}
+        self._choosers: dict[int, Balancer] = {}
         self._known: frozenset[int] = frozenset()
         self._usual_ns = 0.0
         self._usual = 0.0  # work of others that nodes on other hosts have
@@ -105,7 +106,7 @@ class Router:
         nodes = {stage: takers or self._numbers[stage] for stage, takers in nodes.items()}
         for stage in stages.keys() - {CALLER}:
             if nodes[stage] != self._nodes.get(stage):  # positions mean others now
-                self._choosers[stage] = Chooser(self._policy, seed=me * 1_000_003 + stage)
+                self._choosers[stage] = Balancer(self._policy, seed=me * 1_000_003 + stage)
         self._nodes = nodes
         known = frozenset(peer.number for peer in peers)
         for number in known - self._known:
@@ -150,7 +151,7 @@ class Router:
 
         Args:
             stage: the stage.
-            sources: the stages that send there, :data:`~runtime.wire.messages.CALLER` for the caller.
+            sources: the stages that send there, :data:`~onnxsplit.plan.CALLER` for the caller.
             cost: of the request.
             size_bytes: of the tensors that are to get there.
             now_ns: the host's monotonic clock.
@@ -165,7 +166,7 @@ class Router:
             avoid |= self.unreachable
             reachable = [place for place, number in enumerate(nodes) if number not in avoid]
             places = [place for place in places if nodes[place] not in avoid] or reachable or places
-            places = tuple(places) if len(nodes) <= ALL else places
+            places = tuple(places) if len(nodes) <= FULL_SCAN_LIMIT else places
         if len(places) == 1:
             return nodes[chooser.choose((), cost, places)]
         senders = self._sending(tuple(sources))

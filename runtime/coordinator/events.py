@@ -13,7 +13,8 @@ from runtime.coordinator.reach import LinkKey
 from runtime.coordinator.roster import KillNode, StartNode
 from runtime.errors import PipelineError
 from runtime.topology import ReplicaKey
-from runtime.wire.messages import AttemptKey, Failed, Fate, Hello, Step, Visit
+from runtime.wire.messages.control import Fate, Hello
+from runtime.wire.messages.data import AttemptKey, Failed, Step, Visit
 
 Steps = Mapping[AttemptKey, Mapping[int, Step]]
 """How far nodes, by number, are known to be with attempts."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.balance.policies import ORDINARY
+from runtime.balance.policies import UNIT_COST
 from runtime.timings import Timings
-from runtime.wire.messages import NodeBeat
+from runtime.wire.messages.control import NodeBeat
 
 
 @dataclass(slots=True)
@@ -75,7 +75,7 @@ class FailureDetector:
             return None
         found.heard_ns, found.closed = now_ns, False
         longest_ns = max(found.predicted_ns, beat.longest_ns)
-        usual = longest_ns * max(beat.cost, ORDINARY) / ORDINARY
+        usual = longest_ns * max(beat.cost, UNIT_COST) / UNIT_COST
         if beat.running_ns > max(self._timings.stall_s * 1e9, self._timings.stall_factor * usual):
             return (
                 f"is stuck: a request has been running for {beat.running_ns / 1e9:.1f} s, "

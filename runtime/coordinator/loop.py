@@ -63,12 +63,13 @@ from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, Protocol
 from runtime.files.server import FileServer
 from runtime.home import hold, sweep
 from runtime.launcher import Handle, Launcher, Rendezvous
-from runtime.logs import Drops, log_event
+from runtime.logs import DropLog, log_event
 from runtime.memory.payloads import Payloads
 from runtime.timings import Timings
 from runtime.topology import ReplicaKey, sources
 from runtime.wire import codec
-from runtime.wire.messages import (
+from runtime.wire.links import AnsweringInlet, Inlet
+from runtime.wire.messages.control import (
     Assign,
     Beat,
     Cancel,
@@ -81,20 +82,21 @@ from runtime.wire.messages import (
     Ready,
     Refused,
     Share,
-    Step,
     Stop,
     Trust,
     Wire,
     refusal,
 )
+from runtime.wire.messages.data import Step
 from runtime.wire.security import check_address
-from runtime.wire.sockets import AnsweringInlet, Inlet, Sockets, Wakeup
+from runtime.wire.sockets import Sockets
+from runtime.wire.wakeup import Wakeup
 
 _STOP_GRACE_S = 3.0
 _LOCK_S = 1.0
 _TURN_S = 10.0  # without a turn of its loop, which takes half a second at most, the coordinator is in trouble
 _log = logging.getLogger("runtime.coordinator")
-_drops = Drops(_log)
+_drops = DropLog(_log)
 
 
 @dataclass(frozen=True)

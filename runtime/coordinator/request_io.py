@@ -35,16 +35,19 @@ from runtime.coordinator.events import (
 )
 from runtime.coordinator.state import CoordinatorState
 from runtime.errors import MemoryWithdrawn, PipelineClosed, PipelineError, ProtocolError, StageFailed
-from runtime.logs import Drops, log_event
-from runtime.memory.payloads import Attempt, Outgoing, Payloads, shapes_of
+from runtime.logs import DropLog, log_event
+from runtime.memory.outgoing import Attempt, Outgoing, shapes_of
+from runtime.memory.payloads import Payloads
 from runtime.topology import sources
-from runtime.trace import Traced
+from runtime.trace import RequestTrace
 from runtime.wire import codec
-from runtime.wire.messages import ANY, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
-from runtime.wire.sockets import Inlet, Outlet, Sockets, Wakeup
+from runtime.wire.links import Inlet, Outlet
+from runtime.wire.messages.data import ANY, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
+from runtime.wire.sockets import Sockets
+from runtime.wire.wakeup import Wakeup
 
 _log = logging.getLogger("runtime.coordinator")
-_drops = Drops(_log)
+_drops = DropLog(_log)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class RequestIO:
         self.links: dict[int, Outlet] = {}
         self.started: dict[int, tuple[int, int]] = {}
         self.wakeup = Wakeup()
-        self.traced: list[Traced] = []
+        self.traced: list[RequestTrace] = []
         self._machine = machine
         self._payloads = payloads
         self.ended = False
@@ -432,7 +435,7 @@ class RequestIO:
                 pending = self._end(request)
                 self._answers.append((pending.done, Answer(pending.outputs, visits=visits)))
                 if self._trace:
-                    self.traced.append(Traced(request, pending.entered_ns, visits, time.monotonic_ns()))
+                    self.traced.append(RequestTrace(request, pending.entered_ns, visits, time.monotonic_ns()))
             case Reject(request, error):
                 log_event(
                     _log, logging.INFO, "request failed", request=request, error=type(error).__name__, reason=error

@@ -19,7 +19,8 @@ from runtime.balance.board import PEERS
 from runtime.timings import Timings
 from runtime.topology import ReplicaKey
 from runtime.transition_table import Machine
-from runtime.wire.messages import PROTOCOL, Fate, Hello, Peer, Visit
+from runtime.wire.messages.control import PROTOCOL, Fate, Hello, Peer
+from runtime.wire.messages.data import Visit
 
 _SETTLED_REQUESTS = 20
 _LATENCIES = 1000  # that percentiles are taken of

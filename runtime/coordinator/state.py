@@ -74,7 +74,8 @@ from runtime.errors import (
 from runtime.timings import Timings
 from runtime.topology import sources
 from runtime.transition_table import Machine
-from runtime.wire.messages import ANY, NOT_NEEDED, AttemptKey, Failed, Fate, Step, Visit
+from runtime.wire.messages.control import Fate
+from runtime.wire.messages.data import ANY, NOT_NEEDED, AttemptKey, Failed, Step, Visit
 
 Choose = Callable[[int, int], int | None]
 """The number of the node that is to execute a stage for a request of a cost."""

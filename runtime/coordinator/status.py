@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from runtime.balance.policies import ORDINARY
+from runtime.balance.policies import UNIT_COST
 from runtime.coordinator.roster import Roster
 from runtime.home import _DOOR, _PATIENCE_S
 
@@ -121,7 +121,7 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
                 failures=tally.failures,
                 restarts=tally.restarts,
                 retries=tally.retries,
-                queue=queues.get(record.number, 0) / ORDINARY,
+                queue=queues.get(record.number, 0) / UNIT_COST,
                 wait_ns=tally.wait_ns // max(1, tally.requests),
                 run_ns=tally.run_ns // max(1, tally.requests),
                 waited_ns=tally.wait_ns,

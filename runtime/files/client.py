@@ -16,9 +16,9 @@ from pathlib import Path
 from onnxsplit.plan import FileEntry
 from runtime.errors import PipelineError
 from runtime.wire import codec
+from runtime.wire.client import Client
 from runtime.wire.codec import Buffer
-from runtime.wire.messages import CHUNK_BYTES, Chunk, Fetch, NoFile
-from runtime.wire.sockets import Client
+from runtime.wire.messages.files import CHUNK_BYTES, Chunk, Fetch, NoFile
 
 MAX_PLAN_BYTES = 64 << 20
 """A larger ``plan.json`` is not taken."""

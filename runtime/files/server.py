@@ -10,13 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from onnxsplit.plan import PLAN_FILE, Plan
-from runtime.logs import Drops
+from runtime.logs import DropLog
 from runtime.wire import codec
-from runtime.wire.messages import Chunk, Fetch, NoFile
+from runtime.wire.links import AnsweringInlet
+from runtime.wire.messages.files import Chunk, Fetch, NoFile
 from runtime.wire.security import Security
-from runtime.wire.sockets import AnsweringInlet, Sockets, Wakeup
+from runtime.wire.sockets import Sockets
+from runtime.wire.wakeup import Wakeup
 
-_drops = Drops(logging.getLogger("runtime.coordinator"))
+_drops = DropLog(logging.getLogger("runtime.coordinator"))
 
 
 class FileServer:

@@ -15,7 +15,7 @@ from runtime.files.cache import StageCache
 from runtime.files.client import FileClient
 from runtime.logs import log_event
 from runtime.wire.addresses import reachable
-from runtime.wire.messages import Assign
+from runtime.wire.messages.control import Assign
 from runtime.wire.security import Security
 
 _SAY_EVERY_S = 5.0

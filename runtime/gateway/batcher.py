@@ -25,7 +25,7 @@ from runtime.gateway.queue import Limits, RequestQueue, Waiting
 from runtime.microbatch import BatchAxes, join
 from runtime.pipeline import Pipeline
 from runtime.request import Answering, OutputSelection
-from runtime.wire.messages import Visit
+from runtime.wire.messages.data import Visit
 
 _LARGE_BYTES = 4 << 20  # copied beside the event loop
 _AGAIN_S = 0.005

@@ -22,23 +22,24 @@ from onnxsplit.providers import provider_here
 from onnxsplit.timed import typical_ns
 from runtime.errors import PipelineError, ProtocolError
 from runtime.wire import codec
+from runtime.wire.client import Client
 from runtime.wire.keys import Keys
-from runtime.wire.messages import (
+from runtime.wire.messages.control import Trust
+from runtime.wire.messages.measure import (
+    AgentAnswer,
     AgentRequest,
-    Cannot,
+    CannotMeasure,
+    FilePiece,
+    FileStored,
     LinkFigures,
     MeasureLink,
     MeasureModel,
     ModelTime,
     Ping,
     Pong,
-    Put,
-    Taken,
-    Told,
-    Trust,
 )
 from runtime.wire.security import Security
-from runtime.wire.sockets import Client, Sockets
+from runtime.wire.sockets import Sockets
 
 _PIECE_BYTES = 512 << 10
 _ROUND_TRIPS = 30
@@ -54,7 +55,7 @@ _FAREWELL_S = 2.0
 class AgentClient(Client):
     """A link to an agent."""
 
-    def ask(self, question: AgentRequest, piece: bytes = b"", *, patience_s: float = _PATIENCE_S) -> Told:
+    def ask(self, question: AgentRequest, piece: bytes = b"", *, patience_s: float = _PATIENCE_S) -> AgentAnswer:
         """Ask, and wait for the answer.
 
         Raises:
@@ -68,7 +69,7 @@ class AgentClient(Client):
         offset = 0
         with file.open("rb") as stream:
             while piece := stream.read(_PIECE_BYTES):
-                self.ask(Put(name, offset), piece)
+                self.ask(FilePiece(name, offset), piece)
                 told(offset := offset + len(piece))
 
     def measure(self) -> LinkFigures:
@@ -100,7 +101,7 @@ class AgentClient(Client):
         what()
         return float(time.perf_counter_ns() - begun)
 
-    def _answer(self, patience_s: float) -> Told:
+    def _answer(self, patience_s: float) -> AgentAnswer:
         deadline = time.monotonic() + patience_s
         while (header := self._link.receive()) is None:
             if (reason := self._link.refused()) is not None:
@@ -112,7 +113,7 @@ class AgentClient(Client):
                 )
             self._sockets.wait(min(left, 0.2))
         said = codec.decode_told(header)
-        if isinstance(said, Cannot):
+        if isinstance(said, CannotMeasure):
             raise PipelineError(f"the agent at {self._address}: {said.reason}")
         return said
 
@@ -179,7 +180,7 @@ class _Agent:
         self._security = security
         self._vouched = vouched
 
-    def answer(self, asked: AgentRequest, frames: list[codec.Buffer]) -> Told:
+    def answer(self, asked: AgentRequest, frames: list[codec.Buffer]) -> AgentAnswer:
         """Do it."""
         try:
             match asked:
@@ -194,26 +195,26 @@ class _Agent:
                 case MeasureLink(address, key):
                     with AgentClient(address, security=self._security, key=key) as other:
                         return other.measure()
-                case Put(name, offset):
+                case FilePiece(name, offset):
                     return self._take(name, offset, frames)
                 case MeasureModel():
                     return ModelTime(self._time_ns(asked))
         except (OnnxsplitError, OSError) as error:
-            return Cannot(str(error))
+            return CannotMeasure(str(error))
 
     def _file(self, name: str) -> Path:
         if Path(name).name != name or name in ("", ".", ".."):
             raise ProtocolError(f"{name!r} is no plain name of a file")
         return self._folder / name
 
-    def _take(self, name: str, offset: int, frames: list[codec.Buffer]) -> Told:
+    def _take(self, name: str, offset: int, frames: list[codec.Buffer]) -> AgentAnswer:
         file = self._file(name)
         with file.open("r+b" if offset else "wb") as stream:
             if stream.seek(0, 2) != offset:
-                return Cannot(f"{name} has {stream.tell()} bytes, and a piece from {offset} came")
+                return CannotMeasure(f"{name} has {stream.tell()} bytes, and a piece from {offset} came")
             for piece in frames:
                 stream.write(piece)
-            return Taken(name, stream.tell())
+            return FileStored(name, stream.tell())
 
     def _time_ns(self, asked: MeasureModel) -> int:
         if provider_here(asked.provider) != asked.provider:

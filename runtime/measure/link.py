@@ -17,7 +17,8 @@ from onnxsplit.session import quiet_environment
 from runtime.errors import PipelineError
 from runtime.home import private_folder
 from runtime.memory.arena import Arena
-from runtime.wire.sockets import Inlet, Sockets
+from runtime.wire.links import Inlet
+from runtime.wire.sockets import Sockets
 
 _COPIED_BYTES = 8 << 20
 _REPEATS = 100

@@ -37,7 +37,8 @@ from runtime.balance.board import BOARD_BYTES, PEERS, LoadBoard
 from runtime.errors import ProtocolError
 from runtime.memory.extents import Extents, aligned
 from runtime.memory.pinned import Pin
-from runtime.wire.messages import SLOTS, Memory, Step, TensorPlace
+from runtime.wire.messages.control import Memory
+from runtime.wire.messages.data import SLOTS, Step, TensorPlace
 
 _LEDGER = 4096
 _TOKEN_BYTES = 32

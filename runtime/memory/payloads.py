@@ -5,83 +5,23 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-from msgspec import Struct
 
-from onnxsplit.tensors import Array, dtype_name, numpy_dtype, size_bytes
+from onnxsplit.tensors import Array, numpy_dtype, size_bytes
 from runtime.balance.board import LoadBoard
 from runtime.errors import MemoryWithdrawn, ProtocolError
-from runtime.memory.arena import Arena, Block, PeerArena
+from runtime.memory.arena import Arena, PeerArena
 from runtime.memory.extents import aligned
+from runtime.memory.outgoing import Attempt, Layout, Outgoing, OutputShapes, Readers, shapes_of
 from runtime.memory.pinned import Pin
 from runtime.wire import codec
-from runtime.wire.messages import Fragment, Memory, Peer, Step, TensorPlace, Visit
-from runtime.wire.sockets import Outlet
-
-OutputShapes = Mapping[str, tuple[str, tuple[int, ...]]]
-"""ONNX type and shape of tensors, by name."""
-
+from runtime.wire.links import Outlet
+from runtime.wire.messages.control import Memory, Peer
+from runtime.wire.messages.data import Fragment, Step, TensorPlace
 
 _LAYOUTS = 256  # that are remembered
 _log = logging.getLogger("runtime.payloads")
-
-
-Readers = Mapping[int, Sequence[str]]
-"""The tensors that each peer will get, by its number."""
-
-
-@dataclass
-class Outgoing:
-    """Tensors that are about to go to some peers: the arrays, and where those are that lie in shared memory.
-
-    That memory is held by this process until it is lent, dropped or released.
-    """
-
-    arrays: dict[str, Array] = field(default_factory=dict)
-    places: dict[str, TensorPlace] = field(default_factory=dict)
-    blocks: list[Block] = field(default_factory=list)
-    size_bytes: int = 0
-    shared_bytes: int = 0
-
-    def count(self) -> None:
-        """Add up the bytes of all arrays, and of those in shared memory."""
-        self.size_bytes = sum(array.nbytes for array in self.arrays.values())
-        self.shared_bytes = sum(self.arrays[name].nbytes for name in self.places)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How tensors of some shapes go to some peers; worked out once.
-
-    Attributes:
-        shapes: of all tensors.
-        large: of those that go to shared memory, the offset in a slot of ``size`` bytes.
-        size_bytes: of all tensors.
-        shared_bytes: of the large ones, without what lies between them.
-        small: arrays for those that go into headers, made when first needed and used again every time.
-    """
-
-    shapes: OutputShapes
-    large: Mapping[str, int]
-    size: int
-    size_bytes: int
-    shared_bytes: int
-    small: dict[str, Array] = field(default_factory=dict)
-
-
-class Attempt(Struct, frozen=True):
-    """What fragments say of the attempt they belong to; see :class:`~runtime.wire.messages.Fragment`."""
-
-    request: int
-    attempt: int
-    view: int
-    cost: int
-    budget_ns: int
-    route: tuple[int, ...]
-    wanted: tuple[str, ...]
-    history: tuple[Visit, ...] = ()
 
 
 class Payloads:
@@ -103,7 +43,7 @@ class Payloads:
         self._peers: dict[int, PeerArena] = {}
         self._gone: set[int] = set()  # peers of whose memory something may still be read
         self._reading: Counter[int] = Counter()  # fragments by the peer in whose memory they lie
-        self._layouts: dict[tuple[int, tuple[str, ...]], _Layout] = {}
+        self._layouts: dict[tuple[int, tuple[str, ...]], Layout] = {}
         self._rows: dict[int, memoryview] = {}  # returns of the peers that may read this process's memory
         self._board = self._arena.board if self._arena is not None else LoadBoard()
 
@@ -228,7 +168,7 @@ class Payloads:
         if self._rows:
             self._place(going, self._make_layout(shapes, leaving))
 
-    def _place(self, going: Outgoing, layout: _Layout) -> None:
+    def _place(self, going: Outgoing, layout: Layout) -> None:
         if not layout.large:
             return
         assert self._arena is not None
@@ -241,7 +181,7 @@ class Payloads:
             going.arrays[name] = self._arena.array(block, at, *layout.shapes[name])
             going.places[name] = block.place(at)
 
-    def _layout(self, shapes: OutputShapes, leaving: tuple[str, ...]) -> _Layout:
+    def _layout(self, shapes: OutputShapes, leaving: tuple[str, ...]) -> Layout:
         key = (id(shapes), leaving)  # the layout holds the shapes, so the number stays theirs
         layout = self._layouts.get(key)
         if layout is None:
@@ -250,14 +190,14 @@ class Payloads:
             layout = self._layouts[key] = self._make_layout(shapes, leaving)
         return layout
 
-    def _make_layout(self, shapes: OutputShapes, leaving: Collection[str]) -> _Layout:
+    def _make_layout(self, shapes: OutputShapes, leaving: Collection[str]) -> Layout:
         sizes = {name: size_bytes(*spec) for name, spec in shapes.items() if spec[0] != "string"}
         large, at = {}, 0
         for name, size in sizes.items():
             if self._rows and size > codec.INLINE_BYTES and name in leaving:
                 large[name] = at
                 at += aligned(size)
-        return _Layout(
+        return Layout(
             shapes=shapes,
             large=large,
             size=at,
@@ -394,9 +334,3 @@ class Payloads:
                 slot = place.slot
                 self._arena.give_back(fragment.sender, place)
         return slot >= 0
-
-
-def shapes_of(tensors: Mapping[str, Array]) -> OutputShapes:
-    """Types and shapes of tensors; those whose type has no name are left out."""
-    named = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}
-    return {name: (dtype, tensors[name].shape) for name, dtype in named.items() if dtype is not None}

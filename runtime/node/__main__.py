@@ -2,6 +2,6 @@
 
 import sys
 
-from runtime.node.process import main
+from runtime.node.serve import main
 
 sys.exit(main())

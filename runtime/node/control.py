@@ -9,17 +9,18 @@ from collections import deque
 from typing import Protocol
 
 from runtime.errors import ProtocolError
-from runtime.logs import Drops
+from runtime.logs import DropLog
 from runtime.node.events import Assigned, AttemptCancelled, NodeEvent, Passed, Shared, Wired
 from runtime.timings import Timings
 from runtime.wire import codec
-from runtime.wire.messages import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Trust, Wire
+from runtime.wire.messages.control import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Trust, Wire
 from runtime.wire.security import Security
-from runtime.wire.sockets import Sockets, Wakeup
+from runtime.wire.sockets import Sockets
+from runtime.wire.wakeup import Wakeup
 
 _JOIN_S = 2.0
 _log = logging.getLogger("runtime.node")
-_drops = Drops(_log)
+_drops = DropLog(_log)
 
 
 class Body(Protocol):

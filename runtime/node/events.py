@@ -11,12 +11,13 @@ from typing import Any
 from msgspec import Struct
 
 from onnxsplit.plan import Plan
-from runtime.wire.messages import Assign, AttemptKey, Failed, Fragment, Peer, Visit, Wire
+from runtime.wire.messages.control import Assign, Peer, Wire
+from runtime.wire.messages.data import AttemptKey, Failed, Fragment, Visit
 
 Tensors = Mapping[str, Any]
 """Tensors by name; what they are is the loop's business."""
 
-Leaving = tuple[tuple[int, tuple[str, ...]], ...]
+OutputsByTarget = tuple[tuple[int, tuple[str, ...]], ...]
 """Stages, or the caller, and the outputs that they get."""
 
 
@@ -167,7 +168,7 @@ class Run(Struct, frozen=True):
     cost: int
     inputs: Tensors
     fragments: tuple[Fragment, ...]
-    leaving: Leaving
+    leaving: OutputsByTarget
 
 
 class GiveBack(Struct, frozen=True):
@@ -188,7 +189,7 @@ class Forward(Struct, frozen=True):
 
     fragment: Fragment
     budget_ns: int
-    leaving: Leaving
+    leaving: OutputsByTarget
     history: tuple[Visit, ...]
 
 

@@ -8,7 +8,6 @@ a place again, one that a launcher started ends, as it does as soon as the launc
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import select
@@ -18,21 +17,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec.structs
 
-from onnxsplit.custom_ops import Library, find_libraries
-from onnxsplit.errors import CustomOpsError
-from onnxsplit.files import check_outputs, written_file
-from runtime.balance.policies import ORDINARY
-from runtime.errors import PipelineError
-from runtime.files.cache import DEFAULT_CACHE_BYTES, StageCache, cache_folder
+from runtime.balance.policies import UNIT_COST
+from runtime.files.cache import StageCache, cache_folder
 from runtime.files.stage import StageFiles
-from runtime.home import hold, private_folder, sweep
 from runtime.node.control import ControlLink
 from runtime.node.events import (
     AttemptCancelled,
@@ -56,141 +47,23 @@ from runtime.node.events import (
     Turn,
 )
 from runtime.node.health import write_health
+from runtime.node.options import NodeOptions
 from runtime.node.state import NodePhase, NodeState
 from runtime.node.worker import Worker
-from runtime.timings import Timings
 from runtime.wire.addresses import own_address, reachable
 from runtime.wire.keys import Keys
-from runtime.wire.messages import PROTOCOL, Hello, Leaving, NodeBeat, Ready, Refused
-from runtime.wire.security import Security, check_address
-from runtime.wire.sockets import Inlet, Sockets, Wakeup
-
-DEFAULT_MEMORY_BYTES = 1 << 30
-"""Of a node's outputs in shared memory at once; what does not fit is copied through sockets."""
+from runtime.wire.links import Inlet
+from runtime.wire.messages.control import PROTOCOL, Hello, Leaving, NodeBeat, Ready, Refused
+from runtime.wire.security import Security
+from runtime.wire.sockets import Sockets
+from runtime.wire.wakeup import Wakeup
 
 _EXIT_GRACE_S = 2.0
-_SPARE_S = 0.5  # between the first two questions for a place; twice as long each time
-_SPARE_MOST_S = 5.0
 _SERVING = (NodePhase.READY, NodePhase.LEAVING)
 _log = logging.getLogger("runtime.node")
 
 
-@dataclass(frozen=True)
-class NodeOptions:
-    """What a node is started with.
-
-    Attributes:
-        connect: control address of the coordinator.
-        bind: where to take fragments; a free port or path of the coordinator's kind when None.
-        stage: the stage it wants, -1 for any.
-        replica: the replica it wants to be, -1 for any.
-        number: given by its launcher; 0 for none.
-        plan: its own copy of the plan directory; when None, the coordinator's folder where it is seen from here, else
-            the stage's files are fetched.
-        fetch: fetch them also where the coordinator's folder is seen.
-        cache_bytes: that fetched stage files may take on this host.
-        host: by which the cluster file knows this host; its own name when None.
-        health: a file that says how the node is, for probes; see :mod:`runtime.node.health`.
-        provider: overrides the coordinator's choice.
-        threads: overrides the plan's number; 0 does not.
-        memory_bytes: of shared memory for its outputs at most; 0 for none.
-        home: a folder of the launcher's, removed when the launcher dies. Set together with ``lifeline``.
-        lifeline: end when standard input does.
-        drain_s: wait so long to be relieved of work before ending on a signal.
-        rejoin_s: without a lifeline, look so long for a coordinator that fell silent, or for a place at one that has
-            none free, before ending.
-        advertise: the address that others are told, where it is another than ``bind``.
-        keys: folder with the keys that protect links by tcp; None leaves them plain.
-        insecure: plain links may leave this host.
-        custom_ops: libraries of custom ops that it may load, and loads for a stage that needs them; no others ever.
-    """
-
-    connect: str
-    bind: str | None = None
-    stage: int = -1
-    replica: int = -1
-    number: int = 0
-    plan: Path | None = None
-    fetch: bool = False
-    cache_bytes: int = DEFAULT_CACHE_BYTES
-    host: str | None = None
-    health: Path | None = None
-    provider: str | None = None
-    threads: int = 0
-    memory_bytes: int = DEFAULT_MEMORY_BYTES
-    home: Path | None = None
-    lifeline: bool = False
-    drain_s: float = Timings().drain_s
-    rejoin_s: float = 60.0
-    advertise: str | None = None
-    keys: Path | None = None
-    insecure: bool = False
-    custom_ops: tuple[Library, ...] = ()
-
-
-def serve(options: NodeOptions) -> int:
-    """Be a node until told to stop; returns the exit code.
-
-    A node that was started by hand begins anew, with nothing of its work left, when its coordinator fell silent or
-    says that it was replaced, and keeps asking while there is no place for it, for ``rejoin_s`` each.
-
-    Raises:
-        PipelineError: an address cannot be used.
-        InputError: the keys cannot be used.
-    """
-    by_tcp = options.connect.startswith("tcp://")
-    keys = Keys(options.keys) if options.keys is not None and by_tcp else None
-    security = Security(pair=keys.pair if keys else None, insecure=options.insecure)
-    check_address(options.connect, security)
-    if options.advertise is not None:
-        check_address(options.advertise, security)
-        if options.advertise.endswith(":*"):
-            raise PipelineError(f"--advertise {options.advertise}: others need the port itself, as in tcp://HOST:PORT")
-    check_outputs(options.health)
-    if options.home is not None:
-        return _Node(options, options.home, keys).serve()
-    sweep()
-    try:
-        return _serve_by_hand(options, keys)
-    finally:
-        if options.health is not None:
-            with suppress(OSError):
-                written_file(options.health).unlink(missing_ok=True)
-
-
-def _serve_by_hand(options: NodeOptions, keys: Keys | None) -> int:
-    """One node after the other, until one need not come back; returns the exit code."""
-    patience: float | None = None
-    spare_since: float | None = None
-    pause = _SPARE_S
-    while True:
-        home = private_folder()
-        held = hold(home)
-        try:
-            node = _Node(options, home, keys, patience, asked_before=spare_since is not None)
-            code = node.serve()
-        finally:
-            shutil.rmtree(home, ignore_errors=True)
-            os.close(held)
-        if node.ended.is_set() or not node.rejoins:
-            return code
-        if options.health is not None:
-            write_health(options.health, NodePhase.WAITING.name.lower())
-        if node.had_place:
-            patience, spare_since, pause = options.rejoin_s, None, _SPARE_S
-            _log.warning("asking %s for a place again, for %.0f s", options.connect, options.rejoin_s)
-            continue
-        spare_since = spare_since or time.monotonic()
-        left = options.rejoin_s - (time.monotonic() - spare_since)
-        if left <= 0:
-            _log.error("ending: there was no place for this node at %s in %.0f s", options.connect, options.rejoin_s)
-            return 1
-        if node.ended.wait(min(pause, left)):
-            return code
-        patience, pause = max(left, _SPARE_S), min(2 * pause, _SPARE_MOST_S)
-
-
-class _Node:
+class NodeProcess:
     """The main thread: performs the effects of :class:`~runtime.node.state.NodeState`."""
 
     def __init__(
@@ -228,7 +101,7 @@ class _Node:
             write_health(self._options.health, self._machine.state.name.lower())
         began, longest_ns = self._worker.began, self._worker.longest_ns
         if began is None and self._turn_ns and self._machine.state in _SERVING:
-            began = self._turn_ns, ORDINARY  # at something else than a request, which should not take longer than one
+            began = self._turn_ns, UNIT_COST  # at something else than a request, which should not take longer than one
         running_ns, cost = (max(1, time.monotonic_ns() - began[0]), began[1]) if began is not None else (0, 0)
         return NodeBeat(self._machine.executed, running_ns, cost, longest_ns, self._worker.look_at_links())
 
@@ -442,38 +315,3 @@ def _watch_lifeline(home: Path) -> None:
             break
     shutil.rmtree(home, ignore_errors=True)
     os._exit(0)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command a launcher starts."""
-    parser = argparse.ArgumentParser(prog="python -m runtime.node")
-    parser.add_argument("--connect", required=True)
-    parser.add_argument("--stage", type=int, required=True)
-    parser.add_argument("--replica", type=int, required=True)
-    parser.add_argument("--number", type=int, required=True)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--memory", type=int, required=True)
-    parser.add_argument("--keys", type=Path)
-    parser.add_argument("--host")
-    parser.add_argument("--custom-ops", action="append", default=[])
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
-        libraries = find_libraries(given.custom_ops)
-    except CustomOpsError as error:
-        _log.error("%s", error)
-        return 1
-    return serve(
-        NodeOptions(
-            connect=given.connect,
-            stage=given.stage,
-            replica=given.replica,
-            number=given.number,
-            memory_bytes=given.memory,
-            home=given.home,
-            keys=given.keys,
-            host=given.host,
-            custom_ops=libraries,
-            lifeline=True,
-        )
-    )

@@ -11,9 +11,9 @@ from onnxsplit.plan import Plan
 from onnxsplit.plan_files import check_file
 from onnxsplit.session import open_session
 from onnxsplit.tensors import Array, dtype_name
-from runtime.memory.payloads import OutputShapes
+from runtime.memory.outgoing import OutputShapes
 from runtime.node.weights import shared_copy
-from runtime.wire.messages import Assign
+from runtime.wire.messages.control import Assign
 
 _SIGNATURES = 256
 

@@ -30,13 +30,13 @@ from runtime.node.events import (
     Forward,
     GiveBack,
     LeaveAsked,
-    Leaving,
     LendMemory,
     Load,
     Loaded,
     LoadFailed,
     NodeEffect,
     NodeEvent,
+    OutputsByTarget,
     Passed,
     ReportFailure,
     Run,
@@ -50,7 +50,8 @@ from runtime.node.events import (
 )
 from runtime.topology import sources
 from runtime.transition_table import Machine
-from runtime.wire.messages import NOT_NEEDED, Assign, AttemptKey, Failed, Fragment, Visit, Wire
+from runtime.wire.messages.control import Assign, Wire
+from runtime.wire.messages.data import NOT_NEEDED, AttemptKey, Failed, Fragment, Visit
 
 _REMEMBERED = 4096  # cancelled requests, whose fragments may still be under way
 
@@ -104,7 +105,7 @@ class NodeState:
         self._readers: dict[int, tuple[str, ...]] = {}  # which outputs each stage reads
         self._rivals: frozenset[int] = frozenset()  # the stages that send where this one sends
         self._outputs: tuple[str, ...] = ()
-        self._leaving: dict[tuple[tuple[int, ...], tuple[str, ...]], Leaving] = {}
+        self._leaving: dict[tuple[tuple[int, ...], tuple[str, ...]], OutputsByTarget] = {}
         self._early: list[Arrived] = []
         self._joins: dict[AttemptKey, _Join] = {}
         self._queue: deque[AttemptKey] = deque()
@@ -230,7 +231,7 @@ class NodeState:
             effects.append(Run(key, first.cost, join.tensors, tuple(join.fragments), self._leave(first)))
         return effects
 
-    def _leave(self, fragment: Fragment) -> Leaving:
+    def _leave(self, fragment: Fragment) -> OutputsByTarget:
         """The outputs that others get; worked out once for each route and wish."""
         found = self._leaving.get((fragment.route, fragment.wanted))
         if found is None:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError, PlanError, one_line
 from onnxsplit.plan import CALLER
-from runtime.balance.policies import Gauge
+from runtime.balance.policies import ServiceTime
 from runtime.balance.router import Router
 from runtime.errors import MemoryWithdrawn, ProtocolError, StageFailed
 from runtime.files.stage import StageFiles
-from runtime.logs import Drops, log_event
-from runtime.memory.payloads import Attempt, Outgoing, Payloads
+from runtime.logs import DropLog, log_event
+from runtime.memory.outgoing import Attempt, Outgoing
+from runtime.memory.payloads import Payloads
 from runtime.memory.pinned import cuda_pin
 from runtime.node.events import (
     Arrived,
@@ -25,24 +26,26 @@ from runtime.node.events import (
     Executed,
     ExecutionFailed,
     Forward,
-    Leaving,
     Loaded,
     LoadFailed,
     NodeEvent,
+    OutputsByTarget,
     Run,
 )
 from runtime.node.stage_runner import StageRunner
 from runtime.topology import expected_tensors, sources
 from runtime.wire import codec
-from runtime.wire.messages import ANY, Assign, Failed, Fragment, Peer, Receipt, Started, Step
-from runtime.wire.sockets import Outlet, Sockets
+from runtime.wire.links import Outlet
+from runtime.wire.messages.control import Assign, Peer
+from runtime.wire.messages.data import ANY, Failed, Fragment, Receipt, Started, Step
+from runtime.wire.sockets import Sockets
 
 _RECEIPT_S = 0.5  # between two receipts to one sender, where nothing waits for them
 _REPEAT_S = 5.0  # after so long a receipt is sent though it says nothing new: what was lost on the way shows by it
 _IDLE_S = 60.0
 
 _log = logging.getLogger("runtime.node")
-_drops = Drops(_log)
+_drops = DropLog(_log)
 _WORDS = 500
 
 
@@ -63,7 +66,7 @@ class Worker:
         self.mapped: tuple[int, ...] = ()
         self.began: tuple[int, int] | None = None
         self._router = Router("completion", self.payloads.board)
-        self._gauge = Gauge()
+        self._gauge = ServiceTime()
         self._me = -1
         self._links: dict[int, Outlet] = {}
         self._receipts: dict[int, Outlet] = {}  # to senders who cannot read this node's board
@@ -73,7 +76,7 @@ class Worker:
         self._next_receipts = 0.0
         self._sources: dict[int, list[int]] = {}  # of every stage
         self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types from each source
-        self._shared: dict[Leaving, tuple[str, ...]] = {}
+        self._shared: dict[OutputsByTarget, tuple[str, ...]] = {}
         self._here: Counter[int] = Counter()  # cost of what is here, by who sent it
         self._runner: StageRunner | None = None
         self._ran = _Ran(Outgoing(), valid=False)
@@ -331,7 +334,7 @@ class Worker:
             self.payloads.drop(going)
             self._fail(fragment, str(error))
 
-    def _find_shared(self, leaving: Leaving) -> tuple[str, ...]:
+    def _find_shared(self, leaving: OutputsByTarget) -> tuple[str, ...]:
         """The outputs that somebody may read in place."""
         shared: set[str] = set()
         for stage, names in leaving:

@@ -17,17 +17,10 @@ import numpy as np
 from onnxsplit.errors import InputError, shown
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, element_count, numpy_dtype
 from runtime.errors import ProtocolError, StageFailed
-from runtime.wire.messages import (
-    AgentRequest,
-    CoordinatorControl,
-    Data,
-    Fetch,
-    FileAnswer,
-    NodeControl,
-    TensorHead,
-    TensorPlace,
-    Told,
-)
+from runtime.wire.messages.control import CoordinatorControl, NodeControl
+from runtime.wire.messages.data import Data, TensorHead, TensorPlace
+from runtime.wire.messages.files import Fetch, FileAnswer
+from runtime.wire.messages.measure import AgentAnswer, AgentRequest
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 4096
@@ -48,11 +41,11 @@ _coordinator_control: msgspec.msgpack.Decoder[CoordinatorControl] = msgspec.msgp
 _fetch: msgspec.msgpack.Decoder[Fetch] = msgspec.msgpack.Decoder(Fetch)
 _file_answer: msgspec.msgpack.Decoder[FileAnswer] = msgspec.msgpack.Decoder(FileAnswer)
 _asked: msgspec.msgpack.Decoder[AgentRequest] = msgspec.msgpack.Decoder(AgentRequest)
-_told: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
+_told: msgspec.msgpack.Decoder[AgentAnswer] = msgspec.msgpack.Decoder(AgentAnswer)
 _data: msgspec.msgpack.Decoder[Data] = msgspec.msgpack.Decoder(Data)
 
 
-def encode(message: NodeControl | CoordinatorControl | Data | Fetch | FileAnswer | AgentRequest | Told) -> bytes:
+def encode(message: NodeControl | CoordinatorControl | Data | Fetch | FileAnswer | AgentRequest | AgentAnswer) -> bytes:
     """A header's bytes."""
     return _encoder.encode(message)
 
@@ -87,9 +80,9 @@ def decode_asked(frame: Buffer) -> AgentRequest:
     return message
 
 
-def decode_told(frame: Buffer) -> Told:
+def decode_told(frame: Buffer) -> AgentAnswer:
     """What an agent tells."""
-    message: Told = _decoded(_told, frame)
+    message: AgentAnswer = _decoded(_told, frame)
     return message
 
 

@@ -17,7 +17,8 @@ from runtime.errors import ProtocolError
 from runtime.memory.arena import SLOTS, Arena, PeerArena
 from runtime.memory.extents import ALIGNMENT, Extents, aligned
 from runtime.memory.pinned import pin_with
-from runtime.wire.messages import Memory, Step, TensorPlace
+from runtime.wire.messages.control import Memory
+from runtime.wire.messages.data import Step, TensorPlace
 
 MIB = 1 << 20
 ME, READER = 3, 7
@@ -204,7 +205,8 @@ def test_the_ledger_tells_how_far_a_request_is(arena):
 OWNER = """
 import sys, numpy as np, msgspec
 from runtime.memory.arena import Arena
-from runtime.wire.messages import Memory, Step
+from runtime.wire.messages.control import Memory
+from runtime.wire.messages.data import Step
 arena = Arena(1 << 20)
 block = arena.reserve(4096)
 arena.array(block, 0, "int32", (1024,))[:] = range(1024)

@@ -10,19 +10,20 @@ from types import FrameType
 import pytest
 
 from runtime.balance.board import LoadBoard
-from runtime.balance.policies import ORDINARY, Chooser, Gauge, Replica, cost_of
+from runtime.balance.policies import UNIT_COST, Balancer, Replica, ServiceTime, cost_of
 from runtime.balance.router import Router
-from runtime.wire.messages import POLICIES, Peer, Receipt
+from runtime.wire.messages.control import POLICIES, Peer
+from runtime.wire.messages.data import Receipt
 
 MS = 1_000_000
 
 
 def replica(outstanding=0.0, service_ms=5.0, **more) -> Replica:
-    return Replica(int(outstanding * ORDINARY), int(service_ms * MS), int(service_ms * MS), **more)
+    return Replica(int(outstanding * UNIT_COST), int(service_ms * MS), int(service_ms * MS), **more)
 
 
-def chosen(policy, *replicas, cost=ORDINARY, times=1):
-    chooser = Chooser(policy)
+def chosen(policy, *replicas, cost=UNIT_COST, times=1):
+    chooser = Balancer(policy)
     found = [chooser.choose(replicas, cost) for _ in range(times)]
     return found[0] if times == 1 else Counter(found)
 
@@ -38,8 +39,8 @@ def test_equals_take_turns(policy):
         ("completion", [replica(3), replica(0, 10)], 1),
         ("completion", [replica(3), replica(0, 30)], 0),
         ("completion", [replica(1, transfer_ns=20 * MS), replica(3)], 1),
-        ("completion", [replica(2, running=ORDINARY, running_ns=4 * MS), replica(2)], 0),
-        ("completion", [replica(1, running=ORDINARY, running_ns=90 * MS), replica(3)], 1),
+        ("completion", [replica(2, running=UNIT_COST, running_ns=4 * MS), replica(2)], 0),
+        ("completion", [replica(1, running=UNIT_COST, running_ns=90 * MS), replica(3)], 1),
         ("completion", [replica(0, 50, age_ns=60_000 * MS), replica(3)], 0),
         ("completion", [replica(1, 50, age_ns=60_000 * MS), replica(3)], 1),
         ("completion", [replica(0, 0), replica(1)], 0),
@@ -70,28 +71,28 @@ def test_resource_goes_by_speed_whatever_is_outstanding():
 
 
 def test_resource_recovers_from_not_knowing():
-    chooser = Chooser("resource")
+    chooser = Balancer("resource")
     for _ in range(7):
-        chooser.choose([replica(0, 0), replica(0, 0)], ORDINARY)
-    found = Counter(chooser.choose([replica(0, 5), replica(0, 15)], ORDINARY) for _ in range(40))
+        chooser.choose([replica(0, 0), replica(0, 0)], UNIT_COST)
+    found = Counter(chooser.choose([replica(0, 5), replica(0, 15)], UNIT_COST) for _ in range(40))
     assert abs(found[0] - 30) <= 1
 
 
 def test_large_requests_count_as_what_they_are():
     assert chosen("task", replica(16), replica(3)) == 1
-    assert cost_of(1600, 100) == 16 * ORDINARY
+    assert cost_of(1600, 100) == 16 * UNIT_COST
     assert cost_of(0, 100) == 1
     assert cost_of(1 << 60, 1) == 1 << 40
 
 
 def test_a_gauge_spreads_time_over_cost_and_forgets():
-    gauge = Gauge()
-    gauge.ran(160 * MS, 16 * ORDINARY, 1)
+    gauge = ServiceTime()
+    gauge.ran(160 * MS, 16 * UNIT_COST, 1)
     assert gauge.service_ns == 10 * MS
-    gauge.ran(50 * MS, ORDINARY, 1000 * MS)
+    gauge.ran(50 * MS, UNIT_COST, 1000 * MS)
     assert gauge.service_ns > 20 * MS, "what was a second ago counts for little, large as it was"
     assert gauge.peak_ns == gauge.longest_ns == 50 * MS
-    gauge.ran(10 * MS, ORDINARY, 9000 * MS)
+    gauge.ran(10 * MS, UNIT_COST, 9000 * MS)
     assert gauge.service_ns < 11 * MS
     assert gauge.peak_ns < 11 * MS
     assert gauge.longest_ns == 50 * MS
@@ -113,29 +114,29 @@ def test_the_last_node_of_a_stage_is_chosen_while_it_leaves():
     nodes = [Peer(number, 0, number, takes, "", "", None, "") for number, takes in ((1, False), (2, True))]
     router = Router("completion", LoadBoard())
     router.learn(0, nodes, {1: LoadBoard(), 2: LoadBoard()})
-    assert router.choose(0, (), ORDINARY, 0, 0) == 2
+    assert router.choose(0, (), UNIT_COST, 0, 0) == 2
     router.learn(0, nodes[:1], {1: LoadBoard()})
-    assert router.choose(0, (), ORDINARY, 0, 0) == 1
+    assert router.choose(0, (), UNIT_COST, 0, 0) == 1
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_of_many_replicas_a_few_are_looked_at_and_none_is_forgotten(policy):
-    chooser, count = Chooser(policy, seed=7), 50
+    chooser, count = Balancer(policy, seed=7), 50
     found = Counter()
     for _ in range(count * 40):
         places = chooser.look_at(count)
         assert 0 < len(places) < 10
-        found[chooser.choose([replica() for _ in places], ORDINARY, places)] += 1
+        found[chooser.choose([replica() for _ in places], UNIT_COST, places)] += 1
     assert sorted(found) == list(range(count))
     assert max(found.values()) < 4 * 40
 
 
 def test_a_busy_one_of_many_is_left_alone():
-    chooser = Chooser("completion", seed=1)
+    chooser = Balancer("completion", seed=1)
     busy = set(range(20))
     for _ in range(200):
         places = chooser.look_at(60)
-        taken = chooser.choose([replica(9 if place in busy else 0) for place in places], ORDINARY, places)
+        taken = chooser.choose([replica(9 if place in busy else 0) for place in places], UNIT_COST, places)
         assert taken not in busy or set(places) <= busy
 
 
@@ -150,20 +151,20 @@ def test_of_replicas_on_other_hosts_what_was_sent_and_what_they_say_counts():
     router = far(3)
     for number, times in ((1, 3), (2, 1), (3, 2)):
         for _ in range(times):
-            router.sent(number, ORDINARY)
-    assert router.choose(0, (-1,), ORDINARY, 0, 0) == 2
-    router.told(Receipt(1, 3 * ORDINARY, 3 * ORDINARY, 0, 5 * MS, 5 * MS), 1)
+            router.sent(number, UNIT_COST)
+    assert router.choose(0, (-1,), UNIT_COST, 0, 0) == 2
+    router.told(Receipt(1, 3 * UNIT_COST, 3 * UNIT_COST, 0, 5 * MS, 5 * MS), 1)
     assert router.outstanding(1) == 0
-    assert router.choose(0, (-1,), ORDINARY, 0, 1) == 1
+    assert router.choose(0, (-1,), UNIT_COST, 0, 1) == 1
     router.learn(0, [Peer(n, 0, n, True, "", "", None, "") for n in (2, 3, 4)], {})
-    assert (router.outstanding(4), router.outstanding(2)) == (0, ORDINARY)
+    assert (router.outstanding(4), router.outstanding(2)) == (0, UNIT_COST)
 
 
 def test_a_choice_costs_the_same_among_a_thousand_as_among_twenty():
     few, many = far(20), far(1000)
 
-    assert instructions(lambda: many.choose(0, (-1,), ORDINARY, 1000, 1)) < 3 * instructions(
-        lambda: few.choose(0, (-1,), ORDINARY, 1000, 1)
+    assert instructions(lambda: many.choose(0, (-1,), UNIT_COST, 1000, 1)) < 3 * instructions(
+        lambda: few.choose(0, (-1,), UNIT_COST, 1000, 1)
     )
 
 

@@ -12,25 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 from runtime.errors import ProtocolError
 from runtime.wire import codec
-from runtime.wire.messages import (
-    Assign,
-    Beat,
-    Cancel,
-    Failed,
-    Fragment,
-    Hello,
-    Leaving,
-    Memory,
-    NodeBeat,
-    Peer,
-    Receipt,
-    Share,
-    Started,
-    TensorHead,
-    TensorPlace,
-    Visit,
-    Wire,
-)
+from runtime.wire.messages.control import Assign, Beat, Cancel, Hello, Leaving, Memory, NodeBeat, Peer, Share, Wire
+from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, TensorHead, TensorPlace, Visit
 
 HEAD = TensorHead("x", "float32", (4,), bytes(16))
 KINDS = ["f4", "f8", "f2", "i1", "i4", "i8", "u1", "u8", "?"]

@@ -50,7 +50,8 @@ from runtime.errors import (
     StageUnavailable,
 )
 from runtime.timings import Timings
-from runtime.wire.messages import ANY, NOT_NEEDED, PROTOCOL, Failed, Hello, Step, Visit
+from runtime.wire.messages.control import PROTOCOL, Hello
+from runtime.wire.messages.data import ANY, NOT_NEEDED, Failed, Step, Visit
 
 SECOND = 1_000_000_000
 TIMINGS = Timings(backoff_s=1, settled_s=5, circuit_failures=3, circuit_s=30, lost_s=10)

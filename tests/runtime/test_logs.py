@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from runtime.logs import Drops, log_event
+from runtime.logs import DropLog, log_event
 
 
 def test_a_line_has_what_happened_and_to_what(caplog):
@@ -18,7 +18,7 @@ def test_a_line_has_what_happened_and_to_what(caplog):
 
 
 def test_what_is_dropped_fills_no_log(caplog):
-    drops = Drops(logging.getLogger("runtime.test"))
+    drops = DropLog(logging.getLogger("runtime.test"))
     for _ in range(1000):
         drops.note("garbage")
     assert len(caplog.records) == 1

@@ -35,7 +35,8 @@ from runtime.node.events import (
 )
 from runtime.node.state import TRANSITIONS, NodePhase, NodeState
 from runtime.transition_table import IllegalEventError
-from runtime.wire.messages import ANY, Assign, Failed, Fragment, Peer, Visit, Wire
+from runtime.wire.messages.control import Assign, Peer, Wire
+from runtime.wire.messages.data import ANY, Failed, Fragment, Visit
 
 ROUTE = (ANY, ANY, ANY, 4)
 VIEW = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.coordinator.roster import Phase, Roster
 from runtime.timings import Timings
-from runtime.wire.messages import PROTOCOL, Hello
+from runtime.wire.messages.control import PROTOCOL, Hello
 
 SECOND = 1_000_000_000
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 from runtime.balance.board import LoadBoard
-from runtime.balance.policies import ORDINARY
+from runtime.balance.policies import UNIT_COST
 from runtime.balance.router import Router
-from runtime.wire.messages import Peer, Receipt
+from runtime.wire.messages.control import Peer
+from runtime.wire.messages.data import Receipt
 
 SECOND = 1_000_000_000
 MS = 1_000_000
@@ -20,10 +21,10 @@ class Far:
         self.number, self.service_ns = number, service_ns
         self.arrived = self.done = 0
 
-    def take(self, cost: int = ORDINARY) -> None:
+    def take(self, cost: int = UNIT_COST) -> None:
         self.arrived += cost
 
-    def finish(self, cost: int = ORDINARY) -> None:
+    def finish(self, cost: int = UNIT_COST) -> None:
         self.done += cost
 
     @property
@@ -45,10 +46,10 @@ def test_the_queue_of_a_lone_replica_returns_to_nothing():
     """It was never told anything, so all that was ever sent there counted as queued."""
     router, far = knowing(1), Far(1)
     for _ in range(100):
-        router.sent(1, ORDINARY)
+        router.sent(1, UNIT_COST)
         far.take()
     router.told(far.receipt, 0)
-    assert router.outstanding(1) == 100 * ORDINARY
+    assert router.outstanding(1) == 100 * UNIT_COST
     for _ in range(100):
         far.finish()
     router.told(far.receipt, SECOND)
@@ -58,25 +59,25 @@ def test_the_queue_of_a_lone_replica_returns_to_nothing():
 def test_what_was_lost_on_the_way_is_not_counted_for_ever():
     router, far = knowing(1), Far(1)
     for _ in range(5):
-        router.sent(1, ORDINARY)
+        router.sent(1, UNIT_COST)
     far.take()
     far.finish()
     found = []
     for second in range(15):
         router.told(far.receipt, second * SECOND)
-        found.append(router.outstanding(1) // ORDINARY)
+        found.append(router.outstanding(1) // UNIT_COST)
     assert found == [4] * 10 + [0] * 5
 
 
 def test_what_arrives_after_it_was_taken_for_lost_counts_again():
     router, far = knowing(1), Far(1)
-    router.sent(1, ORDINARY)
+    router.sent(1, UNIT_COST)
     for second in range(12):
         router.told(far.receipt, second * SECOND)
     assert router.outstanding(1) == 0
     far.take()
     router.told(far.receipt, 12 * SECOND)
-    assert router.outstanding(1) == ORDINARY
+    assert router.outstanding(1) == UNIT_COST
     far.finish()
     router.told(far.receipt, 13 * SECOND)
     assert router.outstanding(1) == 0
@@ -85,11 +86,11 @@ def test_what_arrives_after_it_was_taken_for_lost_counts_again():
 def test_work_that_waits_at_a_slow_replica_is_never_taken_for_lost():
     router, far = knowing(1), Far(1, service_ns=20 * SECOND)
     for _ in range(3):
-        router.sent(1, ORDINARY)
+        router.sent(1, UNIT_COST)
         far.take()
     for second in range(60):
         router.told(far.receipt, second * SECOND)
-        assert router.outstanding(1) == 3 * ORDINARY
+        assert router.outstanding(1) == 3 * UNIT_COST
 
 
 def test_receipts_that_come_late_mislead_until_the_next_one_only():
@@ -97,14 +98,14 @@ def test_receipts_that_come_late_mislead_until_the_next_one_only():
     router.told(far.receipt, 0)
     old = far.receipt
     for _ in range(50):
-        router.sent(1, ORDINARY)
+        router.sent(1, UNIT_COST)
         far.take()
     for second in range(1, 20):  # the link for receipts is dead; all that while nothing is known
-        assert router.outstanding(1) == 50 * ORDINARY, second
+        assert router.outstanding(1) == 50 * UNIT_COST, second
     router.told(old, 20 * SECOND)
     router.told(far.receipt, 20 * SECOND + 1)
-    assert router.outstanding(1) == 50 * ORDINARY
-    far.finish(50 * ORDINARY)
+    assert router.outstanding(1) == 50 * UNIT_COST
+    far.finish(50 * UNIT_COST)
     router.told(far.receipt, 21 * SECOND)
     assert router.outstanding(1) == 0
 
@@ -115,9 +116,9 @@ def test_a_replica_that_cannot_tell_anything_is_not_left_without_work():
     taken = Counter()
     for turn in range(1000):
         now = turn * 100 * MS
-        number = router.choose(0, (-1,), ORDINARY, 0, now)
+        number = router.choose(0, (-1,), UNIT_COST, 0, now)
         taken[number] += turn >= 500
-        router.sent(number, ORDINARY)
+        router.sent(number, UNIT_COST)
         if number == 2:
             far.take()
             far.finish()
@@ -129,7 +130,7 @@ def test_a_replica_that_joins_starts_at_nothing_and_shares_the_work():
     """It got everything and the old one nothing, for ever: all that was ever sent to that one counted as queued."""
     router, old, new = knowing(1), Far(1), Far(2)
     for _ in range(1000):
-        router.sent(1, ORDINARY)
+        router.sent(1, UNIT_COST)
         old.take()
         old.finish()
     router.told(old.receipt, SECOND)
@@ -138,9 +139,9 @@ def test_a_replica_that_joins_starts_at_nothing_and_shares_the_work():
     taken = Counter()
     for turn in range(200):
         now = SECOND + turn * 5 * MS
-        number = router.choose(0, (-1,), ORDINARY, 0, now)
+        number = router.choose(0, (-1,), UNIT_COST, 0, now)
         taken[number] += 1
-        router.sent(number, ORDINARY)
+        router.sent(number, UNIT_COST)
         far = old if number == 1 else new
         far.take()
         far.finish()
@@ -151,15 +152,15 @@ def test_a_replica_that_joins_starts_at_nothing_and_shares_the_work():
 def test_a_number_that_is_used_again_starts_at_nothing():
     router, far = knowing(1, 2), Far(2)
     for _ in range(20):
-        router.sent(2, ORDINARY)
+        router.sent(2, UNIT_COST)
         far.take()
     router.told(far.receipt, 0)
     learn(router, 1)
     learn(router, 1, 2)
     assert router.outstanding(2) == 0
-    router.sent(2, ORDINARY)
-    router.told(Receipt(2, 0, ORDINARY, 0, MS, MS), 30 * SECOND)
-    assert router.outstanding(2) == ORDINARY
+    router.sent(2, UNIT_COST)
+    router.told(Receipt(2, 0, UNIT_COST, 0, MS, MS), 30 * SECOND)
+    assert router.outstanding(2) == UNIT_COST
 
 
 def test_a_receipt_of_who_is_not_known_or_is_read_in_memory_changes_nothing():
@@ -167,25 +168,25 @@ def test_a_receipt_of_who_is_not_known_or_is_read_in_memory_changes_nothing():
     router.told(Receipt(9, 5, 5, 0, MS, MS), 0)
     board = LoadBoard()
     router.learn(0, [Peer(1, 0, 0, True, "ipc://x", "", None, "")], {1: board})
-    router.sent(1, ORDINARY)
-    router.told(Receipt(1, ORDINARY, ORDINARY, 0, MS, MS), 0)
+    router.sent(1, UNIT_COST)
+    router.told(Receipt(1, UNIT_COST, UNIT_COST, 0, MS, MS), 0)
     assert router.outstanding(9) == 0
-    board.finish(0, ORDINARY)
+    board.finish(0, UNIT_COST)
 
 
 def test_who_cannot_be_reached_gets_nothing_while_others_can():
     router = knowing(*range(1, 5))
     router.unreachable = frozenset({1, 2})
-    taken = Counter(router.choose(0, (-1,), ORDINARY, 0, 0, avoid=frozenset({3})) for _ in range(20))
+    taken = Counter(router.choose(0, (-1,), UNIT_COST, 0, 0, avoid=frozenset({3})) for _ in range(20))
     assert taken == {4: 20}
     router.unreachable = frozenset({1, 2, 3, 4})
-    assert len({router.choose(0, (-1,), ORDINARY, 0, 0) for _ in range(20)}) > 1, "if nobody can be reached, all wait"
+    assert len({router.choose(0, (-1,), UNIT_COST, 0, 0) for _ in range(20)}) > 1, "if nobody can be reached, all wait"
 
 
 def test_of_many_those_who_cannot_be_reached_get_nothing():
     router = Router("completion", LoadBoard(peers=60))
     learn(router, *range(1, 51))
     router.unreachable = frozenset(range(1, 41))
-    taken = {router.choose(0, (-1,), ORDINARY, 0, 0) for _ in range(200)}
+    taken = {router.choose(0, (-1,), UNIT_COST, 0, 0) for _ in range(200)}
     assert taken <= set(range(41, 51))
     assert len(taken) > 3

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from runtime.trace import Traced, chrome_trace
-from runtime.wire.messages import Visit
+from runtime.trace import RequestTrace, chrome_trace
+from runtime.wire.messages.data import Visit
 
-REQUEST = Traced(
+REQUEST = RequestTrace(
     request=4,
     entered_ns=1_000,
     visits=(Visit(0, 0, 2_000, 3_000, 5_000, 6_000, 10, 0), Visit(1, 0, 7_000, 8_000, 9_000, 9_500, 10, 0)),

@@ -8,8 +8,10 @@ import pytest
 from waiting import wait_until
 
 from runtime.errors import PipelineError
+from runtime.wire.links import Inlet
 from runtime.wire.security import check_address
-from runtime.wire.sockets import Inlet, Sockets, Wakeup
+from runtime.wire.sockets import Sockets
+from runtime.wire.wakeup import Wakeup
 
 
 @pytest.mark.parametrize(

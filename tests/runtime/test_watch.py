@@ -6,7 +6,7 @@ import pytest
 
 from runtime.coordinator.failure_detector import FailureDetector
 from runtime.timings import Timings
-from runtime.wire.messages import NodeBeat
+from runtime.wire.messages.control import NodeBeat
 
 SECOND = 1_000_000_000
 TIMINGS = Timings(beat_s=0.5, silence_s=5, loading_silence_s=60)

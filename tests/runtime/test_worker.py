@@ -7,7 +7,7 @@ import pytest
 from onnxsplit.plan import CALLER
 from runtime.node.worker import Worker
 from runtime.wire import codec
-from runtime.wire.messages import Fragment, TensorHead
+from runtime.wire.messages.data import Fragment, TensorHead
 
 
 @pytest.mark.parametrize(

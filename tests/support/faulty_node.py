@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from runtime.launch.local import LocalLauncher
-from runtime.node import process
+from runtime.node import serve
 from runtime.node.stage_runner import StageRunner
 from runtime.node.worker import Worker
 
@@ -139,7 +139,7 @@ def main() -> int:
 
     Worker.arrival, Worker.run, Worker.forward = faulty_arrival, faulty_run, faulty_forward
     StageRunner.run = faulty_execute
-    return process.main()
+    return serve.main()
 
 
 if __name__ == "__main__":

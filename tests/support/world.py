@@ -20,7 +20,8 @@ from runtime.node import events as n
 from runtime.node.state import NodePhase, NodeState
 from runtime.timings import Timings
 from runtime.topology import sources
-from runtime.wire.messages import ANY, NOT_NEEDED, PROTOCOL, Assign, Fragment, Hello, Peer, Step, TensorHead, Wire
+from runtime.wire.messages.control import PROTOCOL, Assign, Hello, Peer, Wire
+from runtime.wire.messages.data import ANY, NOT_NEEDED, Fragment, Step, TensorHead
 
 SECOND = 1_000_000_000
 COORDINATOR = 0
