@@ -112,7 +112,7 @@ class AgentClient(Client):
                     f"no agent answers at {self._address}; start one there with: onnxsplit cluster agent --bind ADDR"
                 )
             self._sockets.wait(min(left, 0.2))
-        said = codec.decode_told(header)
+        said = codec.decode_agent_answer(header)
         if isinstance(said, CannotMeasure):
             raise PipelineError(f"the agent at {self._address}: {said.reason}")
         return said
@@ -166,7 +166,7 @@ def serve(
                 while (message := inlet.receive_all()) is not None:
                     identity, header, frames, _ = message
                     try:
-                        inlet.send(identity, codec.encode(agent.answer(codec.decode_asked(header), frames)))
+                        inlet.send(identity, codec.encode(agent.answer(codec.decode_agent_request(header), frames)))
                     except ProtocolError:
                         continue  # who speaks like that gets no answer
     finally:

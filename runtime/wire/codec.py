@@ -1,15 +1,15 @@
-"""Headers and tensors to frames and back. Nothing is allocated before its size is checked, and nothing is unpickled.
+"""Encodes messages into frames and decodes them. The frames are drawn in :mod:`runtime.wire.messages`.
 
-    frame 0    header, MessagePack; small tensors are in it
-    frame 1..  the bytes of a tensor each, C order, little-endian; none for those in the sender's shared memory
+The bytes of a numeric tensor are its elements in C order, little-endian. Those of a string tensor are the length in
+bytes of each string, as uint32, then the UTF-8 bytes of all strings.
 
-A tensor of strings is its number of bytes for each string, as uint32, then the UTF-8 bytes of all.
+A decoder checks every size before it allocates memory, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,13 +22,19 @@ from runtime.wire.messages.data import Data, TensorHead, TensorPlace
 from runtime.wire.messages.files import Fetch, FileAnswer
 from runtime.wire.messages.measure import AgentAnswer, AgentRequest
 
+M = TypeVar("M")
+
 MAX_HEADER_BYTES = 1 << 20
+"""The largest header."""
+
 MAX_TENSORS = 4096
+"""The largest number of tensors in a fragment."""
+
 MAX_FRAME_BYTES = 512 << 20
-"""The largest tensor that goes as a frame; a reader closes a link on which a larger one is announced."""
+"""The largest tensor that is sent as a frame. A receiver closes a connection that announces a larger frame."""
 
 INLINE_BYTES = 16 << 10
-"""Tensors up to this size ride in the header: copying them costs less than keeping track of them."""
+"""The largest tensor that is sent inside the header; below this size, copying is cheaper than a frame."""
 
 _INLINE_TOTAL_BYTES = MAX_HEADER_BYTES // 2
 
@@ -36,87 +42,67 @@ Buffer = bytes | memoryview
 """The bytes of one frame."""
 
 _encoder = msgspec.msgpack.Encoder()
-_node_control: msgspec.msgpack.Decoder[NodeControl] = msgspec.msgpack.Decoder(NodeControl)
-_coordinator_control: msgspec.msgpack.Decoder[CoordinatorControl] = msgspec.msgpack.Decoder(CoordinatorControl)
-_fetch: msgspec.msgpack.Decoder[Fetch] = msgspec.msgpack.Decoder(Fetch)
-_file_answer: msgspec.msgpack.Decoder[FileAnswer] = msgspec.msgpack.Decoder(FileAnswer)
-_asked: msgspec.msgpack.Decoder[AgentRequest] = msgspec.msgpack.Decoder(AgentRequest)
-_told: msgspec.msgpack.Decoder[AgentAnswer] = msgspec.msgpack.Decoder(AgentAnswer)
-_data: msgspec.msgpack.Decoder[Data] = msgspec.msgpack.Decoder(Data)
 
 
 def encode(message: NodeControl | CoordinatorControl | Data | Fetch | FileAnswer | AgentRequest | AgentAnswer) -> bytes:
-    """A header's bytes."""
+    """The header frame of a message."""
     return _encoder.encode(message)
 
 
-def decode_node_control(frame: bytes) -> NodeControl:
-    """What a node says on the control link."""
-    message: NodeControl = _decoded(_node_control, frame)
-    return message
+class HeaderDecoder(Generic[M]):
+    """Decodes the headers that may be received from one side of a link.
+
+    Args:
+        messages: the union of the message types allowed there.
+    """
+
+    __slots__ = ("_decode",)
+
+    def __init__(self, messages: Any) -> None:
+        self._decode: Callable[[Buffer], M] = msgspec.msgpack.Decoder(messages).decode
+
+    def __call__(self, frame: Buffer) -> M:
+        """The message in a header frame.
+
+        Raises:
+            ProtocolError: the frame is too large, or holds none of the allowed messages.
+        """
+        if len(frame) > MAX_HEADER_BYTES:
+            raise ProtocolError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+        try:
+            return self._decode(frame)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ProtocolError(f"a header that is not of the protocol: {error}") from error
 
 
-def decode_coordinator_control(frame: bytes) -> CoordinatorControl:
-    """What the coordinator says on the control link."""
-    message: CoordinatorControl = _decoded(_coordinator_control, frame)
-    return message
-
-
-def decode_data(frame: Buffer) -> Data:
-    """A header of the data link."""
-    message: Data = _decoded(_data, frame)
-    return message
-
-
-def decode_fetch(frame: Buffer) -> Fetch:
-    """What a node says on the link for files."""
-    message: Fetch = _decoded(_fetch, frame)
-    return message
-
-
-def decode_asked(frame: Buffer) -> AgentRequest:
-    """What an agent is asked."""
-    message: AgentRequest = _decoded(_asked, frame)
-    return message
-
-
-def decode_told(frame: Buffer) -> AgentAnswer:
-    """What an agent tells."""
-    message: AgentAnswer = _decoded(_told, frame)
-    return message
-
-
-def decode_file_answer(frame: Buffer) -> FileAnswer:
-    """What the coordinator says there."""
-    message: FileAnswer = _decoded(_file_answer, frame)
-    return message
-
-
-def _decoded(decoder: msgspec.msgpack.Decoder[Any], frame: Buffer) -> Any:
-    if len(frame) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    try:
-        return decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"a header that is none of the protocol: {error}") from error
+decode_node_control: HeaderDecoder[NodeControl] = HeaderDecoder(NodeControl)
+decode_coordinator_control: HeaderDecoder[CoordinatorControl] = HeaderDecoder(CoordinatorControl)
+decode_data: HeaderDecoder[Data] = HeaderDecoder(Data)
+decode_fetch: HeaderDecoder[Fetch] = HeaderDecoder(Fetch)
+decode_file_answer: HeaderDecoder[FileAnswer] = HeaderDecoder(FileAnswer)
+decode_agent_request: HeaderDecoder[AgentRequest] = HeaderDecoder(AgentRequest)
+decode_agent_answer: HeaderDecoder[AgentAnswer] = HeaderDecoder(AgentAnswer)
 
 
 def encode_tensors(
     tensors: Mapping[str, Array], places: Mapping[str, TensorPlace] | None = None
 ) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
-    """Heads and frames of tensors.
+    """Encode tensors as the heads and frames of a fragment.
 
     Args:
-        tensors: by name.
-        places: where those are that lie in shared memory. Of the others, small ones go into their heads, and the
-            rest into frames: a numeric tensor's frame is its own memory where it is contiguous.
+        tensors: the tensors by name.
+        places: the places of those that lie in shared memory. Of the others, tensors of up to :data:`INLINE_BYTES` go
+            into their heads and larger ones into frames; the frame of a contiguous numeric tensor is its own memory.
+
+    Raises:
+        InputError: a tensor has a type that cannot be sent.
     """
     heads, frames = [], []
     room = _INLINE_TOTAL_BYTES
     for name, tensor in tensors.items():
         dtype = dtype_name(tensor.dtype)
         if dtype is None:
-            raise InputError(f"tensor {name!r} has the type {tensor.dtype}, which cannot travel")
+            raise InputError(f"tensor {name!r} has the type {tensor.dtype}, which cannot be sent")
         payload: bytes | TensorPlace | None = places.get(name) if places else None
         if payload is None:
             raw = _encode_strings(tensor) if dtype == "string" else None
@@ -141,10 +127,15 @@ def _encode_strings(tensor: Array) -> bytes:
 
 
 def check_sizes(names: Collection[str], header: bytes, frames: Sequence[Buffer]) -> None:
-    """Refuse to send what no reader would take, and what would be sent again and again.
+    """Check that a receiver would accept a fragment; one that it drops would be retried without end.
+
+    Args:
+        names: the names of the tensors, for the message.
+        header: the encoded header.
+        frames: the frames that follow it.
 
     Raises:
-        StageFailed: saying what is too large.
+        StageFailed: the header or a frame is too large.
     """
     if len(header) > MAX_HEADER_BYTES:
         raise StageFailed(
@@ -155,55 +146,65 @@ def check_sizes(names: Collection[str], header: bytes, frames: Sequence[Buffer])
         if len(frame) > MAX_FRAME_BYTES:
             raise StageFailed(
                 f"one of the tensors {shown(list(names))} has {len(frame)} bytes; at most {MAX_FRAME_BYTES} can be "
-                "sent where it does not fit into shared memory. Allow more of that (--inflight-bytes), or send smaller "
-                "batches"
+                "sent outside shared memory. Allow more shared memory (--inflight-bytes), or send smaller batches"
             )
 
 
 def frames_of(heads: Sequence[TensorHead]) -> int:
-    """Number of frames that follow a header."""
+    """Number of frames that follow a header with these heads."""
     return sum(head.payload is None for head in heads)
 
 
 def decode_tensors(
     heads: Sequence[TensorHead], frames: Sequence[Buffer], at: Callable[[TensorPlace, str, Sequence[int]], Array]
 ) -> dict[str, Array]:
-    """The tensors of a fragment. Numeric ones lie where they are: in the message or in shared memory, read-only.
+    """Decode the tensors of a fragment.
+
+    Numeric arrays are read-only views of the message or of shared memory; nothing is copied.
 
     Args:
-        heads: of all tensors.
-        frames: that followed the header.
-        at: the array at a place of the sender's memory, given type and shape.
+        heads: the heads of all tensors.
+        frames: the frames that followed the header.
+        at: returns the array at a place in the sender's memory, given its ONNX type and shape.
+
+    Returns:
+        The arrays by name.
 
     Raises:
-        ProtocolError: heads and frames do not fit each other.
+        ProtocolError: heads and frames do not fit each other, or a type cannot be sent.
     """
     if len(heads) > MAX_TENSORS or frames_of(heads) != len(frames):
-        raise ProtocolError(f"{len(heads)} tensors in {len(frames)} frames; at most {MAX_TENSORS} are allowed")
+        raise ProtocolError(
+            f"a fragment of {len(heads)} tensors in {len(frames)} frames; expected {frames_of(heads)} frames, and at "
+            f"most {MAX_TENSORS} tensors"
+        )
     rest = iter(frames)
-    found = {}
+    tensors = {}
     for head in heads:
         if head.dtype not in TRAVELLING_TYPES:
-            raise ProtocolError(f"tensor {shown(head.name)} has the type {head.dtype!r}, which cannot travel")
+            raise ProtocolError(f"tensor {shown(head.name)} has the type {head.dtype!r}, which cannot be sent")
         if isinstance(head.payload, TensorPlace):
             if head.dtype == "string":
-                raise ProtocolError(f"tensor {head.name!r}: strings do not go through shared memory")
-            found[head.name] = at(head.payload, head.dtype, head.shape)
+                raise ProtocolError(f"tensor {head.name!r}: strings cannot lie in shared memory")
+            tensors[head.name] = at(head.payload, head.dtype, head.shape)
         else:
-            found[head.name] = _decode_tensor(head, next(rest) if head.payload is None else head.payload)
-    return found
+            tensors[head.name] = _decode_tensor(head, next(rest) if head.payload is None else head.payload)
+    return tensors
 
 
 def _decode_tensor(head: TensorHead, frame: Buffer) -> Array:
     dtype = numpy_dtype(head.dtype)
     count = element_count(head.shape, dtype.itemsize)
     if count is None:
-        raise ProtocolError(f"tensor {shown(head.name)} has the shape {shown(head.shape)}, which no tensor has")
+        raise ProtocolError(f"tensor {shown(head.name)} has the shape {shown(head.shape)}, which no array can have")
     if head.dtype == "string":
         return _decode_strings(head, bytes(frame), count)
     size = len(frame)
     if count * dtype.itemsize != size:
-        raise ProtocolError(f"tensor {shown(head.name)} of {head.dtype}{list(head.shape)} in {size} bytes")
+        raise ProtocolError(
+            f"tensor {shown(head.name)} of {head.dtype}{list(head.shape)} has {count * dtype.itemsize} bytes, and came "
+            f"with {size}"
+        )
     if count == 0:
         return np.empty(head.shape, dtype)
     array: Array = np.ndarray(head.shape, dtype, frame)
@@ -212,11 +213,13 @@ def _decode_tensor(head: TensorHead, frame: Buffer) -> Array:
 
 def _decode_strings(head: TensorHead, frame: bytes, count: int) -> Array:
     if count * 4 > len(frame):
-        raise ProtocolError(f"tensor {head.name!r} of {count} strings in {len(frame)} bytes")
+        raise ProtocolError(
+            f"tensor {head.name!r} of {count} strings came with {len(frame)} bytes, too few for their lengths"
+        )
     lengths = np.frombuffer(frame, dtype="<u4", count=count)
     ends = np.cumsum(lengths, dtype=np.int64) + count * 4
     if len(frame) != (int(ends[-1]) if count else 0):
-        raise ProtocolError(f"tensor {head.name!r}: its strings do not fill its {len(frame)} bytes")
+        raise ProtocolError(f"tensor {head.name!r}: the lengths of its strings do not add up to its {len(frame)} bytes")
     try:
         texts = [frame[end - length : end].decode() for end, length in zip(ends, lengths, strict=True)]
     except UnicodeDecodeError as error:

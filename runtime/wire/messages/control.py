@@ -1,4 +1,4 @@
-"""What nodes and their coordinator say on the control link."""
+"""Messages of the control link, between a node and the coordinator."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ import msgspec
 from runtime.wire.messages.base import Amount, Bytes, Index, Message, Nanoseconds, NodeNumber
 
 Policy = Literal["completion", "resource", "task", "latency", "round-robin"]
-
+"""How a replica is chosen for a request; see :mod:`runtime.balance.policies`."""
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
-
 PROTOCOL = 5
-"""Both ends must speak the same version; a node that speaks another is refused by name.
+"""The version of the protocol. Both ends must have the same one; the coordinator refuses a node of another version.
 
-For that, the fields of :class:`Hello` and the first one of :class:`Stop` are the same in all versions.
+The fields of :class:`Hello` and the first field of :class:`Stop` are the same in all versions, so that a refusal can be
+understood.
 """
 
 
 class Memory(Message, frozen=True):
-    """A process's shared memory: where to open it, on which host, and the token that shows it is the right one."""
+    """The shared memory of a process, as peers need to know it to map it.
+
+    Attributes:
+        host: identifies the host, its boot and the user; equal where the memory can be mapped.
+        pid: the process.
+        descriptor: the process's file descriptor of the memory.
+        token: random bytes at the start of the memory, by which a peer checks that it has mapped the right one.
+        size_bytes: the size of the memory.
+    """
 
     host: str
     pid: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -35,14 +43,15 @@ class Peer(Message, frozen=True):
     """A process of the pipeline.
 
     Attributes:
-        number: by which all others know it; a process started in its place gets another.
-        stage: that it executes; :data:`CALLER` for the caller's process.
-        replica: of that stage.
-        takes: requests may be sent to it; False while it is being relieved of its work.
-        address: where it takes fragments.
-        shortcut: where it takes those of its own host that need no frames; empty for nowhere.
-        memory: its shared memory, if it has any.
-        key: its public key, by which others know that they speak with it; empty where links are not encrypted.
+        number: identifies the process; a process started in its place gets another number.
+        stage: the stage it executes; :data:`~onnxsplit.plan.CALLER` for the caller's process.
+        replica: which replica of that stage it is.
+        takes: whether requests may be sent to it; False while it finishes its work before it leaves.
+        address: where it receives fragments.
+        shortcut: path of the Unix datagram socket where processes of its host may send messages of one frame; empty
+            for none.
+        memory: its shared memory; None for none.
+        key: its public key; empty where links are not encrypted.
     """
 
     number: NodeNumber
@@ -56,9 +65,19 @@ class Peer(Message, frozen=True):
 
 
 class Hello(Message, tag="hello", frozen=True):
-    """A node reports: who it is and where it takes fragments.
+    """First message of a node: who it is and where it receives fragments.
 
-    ``number`` is the one its launcher gave it, 0 for none. ``stage`` and ``replica`` are wishes, -1 for any.
+    Attributes:
+        protocol: the version it speaks; see :data:`PROTOCOL`.
+        number: the number its launcher gave it; 0 for none.
+        pid: its process.
+        host: the name of its host, as in the cluster file.
+        address: where it receives fragments.
+        stage: the stage it wants; -1 for any.
+        replica: the replica it wants to be; -1 for any.
+        shortcut: as in :class:`Peer`.
+        memory: as in :class:`Peer`.
+        key: as in :class:`Peer`.
     """
 
     protocol: Amount
@@ -74,27 +93,31 @@ class Hello(Message, tag="hello", frozen=True):
 
 
 class Ready(Message, tag="ready", frozen=True):
-    """The node's stage is loaded and its links are as :class:`Wire` says; it has mapped the memory of ``mapped``."""
+    """Reply to :class:`Wire`: the node has loaded its stage and has links to its peers.
+
+    Attributes:
+        mapped: the peers whose shared memory it has mapped.
+    """
 
     mapped: tuple[NodeNumber, ...]
 
 
 class Refused(Message, tag="refused", frozen=True):
-    """The node cannot do what it was assigned, and ends."""
+    """The node cannot execute the stage it was assigned, for this reason, and exits."""
 
     reason: str
 
 
 class NodeBeat(Message, tag="node-beat", frozen=True):
-    """The node lives.
+    """Heartbeat of a node.
 
     Attributes:
-        progress: requests executed so far.
-        running_ns: for how long the session has been at the present one, or the node at something else; 0 when it
-            waits for work.
-        cost: of that request.
-        longest_ns: an ordinary request took at most so long here.
-        unreachable: the processes that it has a link to which is not connected now.
+        progress: number of requests executed so far.
+        running_ns: how long the session has been executing its present request, or the main thread has been at
+            something else; 0 when it waits for work.
+        cost: cost of that request.
+        longest_ns: the longest time that a request of unit cost has taken on this node.
+        unreachable: the processes to which the node has a link that is not connected now.
     """
 
     progress: Amount
@@ -105,18 +128,25 @@ class NodeBeat(Message, tag="node-beat", frozen=True):
 
 
 class Leaving(Message, tag="leaving", frozen=True):
-    """The node was told to end, and asks to be relieved of its work first."""
+    """The node was told to end. It asks for no further requests, and finishes those it has."""
 
 
 class Assign(Message, tag="assign", frozen=True):
-    """The stage a node is to execute.
+    """The stage that a node is to execute, and how.
 
-    ``plan_id`` is the SHA-256 of plan.json in ``folder``, a path on the coordinator's host. ``threads`` is 0 for the
-    plan's number. ``files``: where the plan's files can be fetched by those who do not see that folder; empty for
-    nowhere. ``share_weights``: map them from the copy that the replicas on a host have in common.
-    ``profile``: have ONNX Runtime profile its runs into a file of the node's home. ``beat_ns`` and ``silence_ns``: how
-    often to give signs of life, and after how long without one the coordinator is taken for dead. ``balance``: how to
-    choose among replicas.
+    Attributes:
+        plan_id: SHA-256 of ``plan.json``.
+        folder: the plan directory, a path on the coordinator's host.
+        files: address where a node that does not see that folder can fetch the plan's files; empty for none.
+        stage: the stage.
+        replica: which replica of it.
+        provider: the execution provider.
+        threads: threads of the session; 0 for the plan's number.
+        share_weights: whether to map the packed weights that all replicas on a host share.
+        profile: whether ONNX Runtime writes a profile into the node's home folder.
+        beat_ns: time between two heartbeats.
+        silence_ns: time without a heartbeat after which the coordinator is taken for dead.
+        balance: how the node chooses among replicas of the next stage.
     """
 
     plan_id: str
@@ -134,13 +164,19 @@ class Assign(Message, tag="assign", frozen=True):
 
 
 class Trust(Message, tag="trust", frozen=True):
-    """The public keys of the nodes that may send to each other, from now on."""
+    """The public keys of the processes that may send to the receiver from now on."""
 
     keys: tuple[str, ...]
 
 
 class Wire(Message, tag="wire", frozen=True):
-    """All processes of the pipeline, from now on. ``view`` counts the changes; ``me`` is the node's own number."""
+    """All processes of the pipeline, from now on.
+
+    Attributes:
+        view: number of changes to the set of processes so far.
+        me: the receiving node's own number.
+        peers: the processes.
+    """
 
     view: Amount
     me: NodeNumber
@@ -148,47 +184,45 @@ class Wire(Message, tag="wire", frozen=True):
 
 
 class Share(Message, tag="share", frozen=True):
-    """The peers that can read the node's memory, and whose returns it can read: to them, tensors go in place."""
+    """The peers that have mapped the node's memory: it may leave tensors for them there."""
 
     readers: tuple[NodeNumber, ...]
 
 
 class Cancel(Message, tag="cancel", frozen=True):
-    """Nobody waits for these attempts at a request any more: for this one and all before it."""
+    """This attempt at a request, and all before it, were given up."""
 
     request: Amount
     attempt: Amount
 
 
 class Beat(Message, tag="beat", frozen=True):
-    """The coordinator lives; nobody waits for a request before ``oldest`` any more."""
+    """Heartbeat of the coordinator. All requests with a number below ``oldest`` have ended."""
 
     oldest: Amount
 
 
 Fate = Literal["end", "rejoin", "refused"]
-"""What is to become of a node that is told to stop.
+"""What a node does when it receives :class:`Stop`.
 
     end      its work is done: it exits with 0
-    rejoin   it has no place now, or was taken for dead and may not be: it drops its work and asks for a place again,
-             unless a launcher started it, which starts another
-    refused  it will never have a place, because of its key, its version or its wish: it exits with 1
+    rejoin   it has no place now, or was taken for dead: it drops its work. A node that a launcher started exits, and
+             the launcher starts another; any other node asks for a place again
+    refused  its key, its version or the stage it wants is not acceptable: it exits with 1
 """
 
 
 class Stop(Message, tag="stop", frozen=True):
-    """Stop; the reason is for the node's log."""
+    """The node is to stop. It writes the reason to its log."""
 
     reason: str
     fate: Fate = "refused"
 
 
 def refusal(reason: str) -> bytes:
-    """A :class:`Stop` for good, in the form that nodes of every version understand."""
+    """The bytes of a :class:`Stop` with the fate ``refused``, which nodes of every version understand."""
     return msgspec.msgpack.encode(["stop", reason])
 
 
 NodeControl = Hello | Ready | Refused | NodeBeat | Leaving
-
-
 CoordinatorControl = Assign | Trust | Wire | Share | Cancel | Beat | Stop

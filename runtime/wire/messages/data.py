@@ -1,4 +1,4 @@
-"""What crosses on data links: fragments of requests, and what nodes say of them."""
+"""Messages of data links: fragments of requests, and what became of them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ import msgspec
 
 from runtime.wire.messages.base import Amount, Bytes, Cost, Index, Message, Nanoseconds, NodeNumber
 
+AttemptKey = tuple[int, int]
+"""The number of a request and of an attempt at it, both counted from 1."""
+
+NOT_NEEDED = -1
+"""In a route: this stage does not run for the request."""
+
+ANY = 0
+"""In a route: the sender chooses the replica. (0 is the coordinator's number, which executes no stage.)"""
+
+SLOTS = 1024
+"""Number of slots in the shared memory of a process."""
+
 
 class Step(IntEnum):
-    """How far a process is with an attempt, as its ledger says. ``UNKNOWN``: it has not begun, or it is long ago."""
+    """How far a process is with an attempt, as its ledger in shared memory says.
+
+    ``UNKNOWN``: it has not begun, or the ledger has been overwritten since.
+    """
 
     UNKNOWN = 0
     RUNNING = 1
     DONE = 2
 
 
-AttemptKey = tuple[int, int]
-"""A request and its attempt, both counted from 1."""
-
-
-NOT_NEEDED = -1
-"""In a route: this stage does not run for the request."""
-
-
-ANY = 0
-"""In a route: who sends there chooses the replica. (0 is the coordinator's own number, which executes nothing.)"""
-
-
-SLOTS = 1024
-"""Slots of a process's shared memory."""
-
-
 class TensorPlace(Message, frozen=True):
-    """Where a tensor is in the sender's memory: a use of a slot, and the offset of the tensor in the whole memory."""
+    """Where a tensor lies in the sender's shared memory.
+
+    Attributes:
+        slot: the slot.
+        generation: which use of the slot.
+        offset: of the tensor's first byte, from the start of the whole memory.
+    """
 
     slot: Annotated[int, msgspec.Meta(ge=0, lt=SLOTS)]
     generation: Nanoseconds
@@ -43,7 +48,14 @@ class TensorPlace(Message, frozen=True):
 
 
 class TensorHead(Message, frozen=True):
-    """A tensor, and where its bytes are: here, in the sender's memory, or (None) in a frame of its own."""
+    """Description of one tensor.
+
+    Attributes:
+        name: the tensor's name in the model.
+        dtype: ONNX's name of its type.
+        shape: its sizes.
+        payload: its bytes, or where they lie in the sender's shared memory; None when they are in a frame of their own.
+    """
 
     name: str
     dtype: str
@@ -52,17 +64,17 @@ class TensorHead(Message, frozen=True):
 
 
 class Visit(Message, frozen=True):
-    """A request at a stage. Times are the host's monotonic clock in nanoseconds.
+    """One stage that a request has passed. Times are the host's monotonic clock in nanoseconds.
 
     Attributes:
         stage: the stage.
-        replica: which node of it.
-        arrived_ns: its last fragment was there.
-        started_ns: the session began.
-        ended_ns: the session ended.
-        sent_ns: its outputs were ready to go.
-        output_bytes: of all its outputs.
-        shared_bytes: of those that lie in shared memory.
+        replica: the replica that executed it.
+        arrived_ns: when its last fragment had arrived.
+        started_ns: when the session began.
+        ended_ns: when the session ended.
+        sent_ns: when its outputs were ready to be sent.
+        output_bytes: size of all its outputs.
+        shared_bytes: size of those outputs that lie in shared memory.
     """
 
     stage: Index
@@ -76,20 +88,21 @@ class Visit(Message, frozen=True):
 
 
 class Fragment(Message, tag="fragment", frozen=True):
-    """Tensors of one request from one source for one stage, or for the caller.
+    """Tensors of one attempt at a request, from one source for one stage or for the caller.
 
     Attributes:
         request: number of the request.
-        attempt: number of the try at it, from 1; fragments of different attempts never meet.
-        view: who does not know of this many changes in the pipeline yet must not pass the attempt on.
-        cost: of the request, in thousandths of an ordinary one.
-        budget_ns: time it has left; 0 for no limit.
-        sender: number of the process that sends.
-        source: the stage that sends, or :data:`CALLER`.
-        route: of each stage the number of the node that executes it, :data:`ANY`, or :data:`NOT_NEEDED`.
-        wanted: tensors the caller asked for.
-        tensors: what is sent.
-        history: the stages the request has passed on the way here.
+        attempt: number of the attempt, from 1; fragments of different attempts are never joined.
+        view: the :class:`~runtime.wire.messages.control.Wire` that the receiver must have taken in before it handles
+            the fragment.
+        cost: cost of the request, in thousandths of the request that the plan was made for.
+        budget_ns: time left until the request's deadline; 0 for no deadline.
+        sender: number of the sending process.
+        source: the sending stage, or :data:`~onnxsplit.plan.CALLER`.
+        route: for each stage the number of the node that executes it, :data:`ANY`, or :data:`NOT_NEEDED`.
+        wanted: the outputs that the caller asked for.
+        tensors: the tensors sent.
+        history: the stages that the request has passed on its way here.
     """
 
     request: Amount
@@ -106,7 +119,7 @@ class Fragment(Message, tag="fragment", frozen=True):
 
 
 class Started(Message, tag="started", frozen=True):
-    """A node begins to execute an attempt; said where the coordinator cannot read it in the node's memory."""
+    """A node begins to execute an attempt; sent only where the coordinator cannot read the node's shared memory."""
 
     request: Amount
     attempt: Amount
@@ -114,15 +127,17 @@ class Started(Message, tag="started", frozen=True):
 
 
 class Receipt(Message, tag="receipt", frozen=True):
-    """What a peer on another host would read from the sender's board.
+    """The load of a node, for a peer on another host, which cannot read the node's load board.
+
+    Costs are sums over all time, in thousandths of the request that the plan was made for.
 
     Attributes:
-        sender: number of the process that sends.
-        done: cost of all work from the reader that it is done with, ever.
-        arrived: cost of all work from the reader that has arrived there, ever; what it is done with is part of it.
-        others: cost of the work from all others that is there now.
-        service_ns: time of an ordinary request there.
-        peak_ns: the same, the slowest of late.
+        sender: number of the sending process.
+        done: cost of all work from the receiver that the sender has finished.
+        arrived: cost of all work from the receiver that has arrived at the sender, finished work included.
+        others: cost of the unfinished work from all other processes.
+        service_ns: time that a request of unit cost takes on the sender (EWMA).
+        peak_ns: the same as a peak-EWMA.
     """
 
     sender: NodeNumber
@@ -134,7 +149,7 @@ class Receipt(Message, tag="receipt", frozen=True):
 
 
 class Failed(Message, tag="failed", frozen=True):
-    """A stage could not execute an attempt; another would fare no better."""
+    """A stage could not execute an attempt, and no other replica could."""
 
     request: Amount
     attempt: Amount

@@ -1,4 +1,4 @@
-"""What nodes ask and are told on the link for files of the plan."""
+"""Messages of the file link, by which nodes fetch files of the plan."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ import msgspec
 from runtime.wire.messages.base import Amount, Message
 
 CHUNK_BYTES = 1 << 20
-"""Of a file that is asked for at once, at most."""
+"""The largest piece of a file that can be fetched at once."""
 
 
 class Fetch(Message, tag="fetch", frozen=True):
-    """A node asks for a piece of a file of the plan, or of ``plan.json``, by the file's SHA-256."""
+    """Request for a piece of a file.
+
+    Attributes:
+        sha256: SHA-256 of a file of the plan, or of ``plan.json``.
+        offset: of the piece's first byte.
+        length: bytes wanted.
+    """
 
     sha256: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
     offset: Amount
@@ -21,7 +27,7 @@ class Fetch(Message, tag="fetch", frozen=True):
 
 
 class Chunk(Message, tag="chunk", frozen=True):
-    """The piece from ``offset`` of a file of ``size_bytes``; its bytes are the frame that follows."""
+    """The piece from ``offset`` of a file of ``size_bytes``; its bytes are in the frame that follows."""
 
     sha256: str
     offset: Amount
@@ -29,7 +35,7 @@ class Chunk(Message, tag="chunk", frozen=True):
 
 
 class NoFile(Message, tag="no-file", frozen=True):
-    """No file of the plan has this SHA-256, or it cannot be read any more."""
+    """The plan names no file with this SHA-256, or the file cannot be read."""
 
     sha256: str
     reason: str

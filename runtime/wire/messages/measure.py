@@ -1,4 +1,4 @@
-"""What a measuring agent is asked, and answers."""
+"""Messages between a measuring agent and the process that asks it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from runtime.wire.messages.control import Trust
 
 
 class Ping(Message, tag="ping", frozen=True):
-    """Answer at once. Bytes may follow, to see how fast they come."""
+    """Request for an immediate :class:`Pong`. A frame of bytes may follow, to measure the bandwidth."""
 
     number: Amount
 
 
 class Pong(Message, tag="pong", frozen=True):
-    """The answer."""
+    """Answer to :class:`Ping` or :class:`~runtime.wire.messages.control.Trust`."""
 
     number: Amount
 
 
 class MeasureLink(Message, tag="measure-link", frozen=True):
-    """Measure the link to another agent at an address; its public key, where links are encrypted."""
+    """Request to measure the link to another agent.
+
+    Attributes:
+        address: the other agent's address.
+        key: its public key; empty where links are not encrypted.
+    """
 
     address: str
     key: str
@@ -33,9 +38,9 @@ class LinkFigures(Message, tag="link-figures", frozen=True):
     """A link as measured.
 
     Attributes:
-        round_trip_ns: of a message of next to nothing.
-        message_ns: between two such messages of many at once.
-        bytes_per_s: of large ones.
+        round_trip_ns: round-trip time of an empty message.
+        message_ns: time between two empty messages when many are sent at once.
+        bytes_per_s: bandwidth, measured with large messages.
     """
 
     round_trip_ns: Nanoseconds
@@ -44,21 +49,33 @@ class LinkFigures(Message, tag="link-figures", frozen=True):
 
 
 class FilePiece(Message, tag="put", frozen=True):
-    """A piece of a file, which follows; ``name`` is a plain one. The first piece begins the file anew."""
+    """A piece of a file to be stored by the agent; its bytes are in the frame that follows.
+
+    Attributes:
+        name: name of the file, without a path.
+        offset: of the piece; 0 creates the file anew.
+    """
 
     name: str
     offset: Amount
 
 
 class FileStored(Message, tag="taken", frozen=True):
-    """The file has so many bytes now."""
+    """Answer to :class:`FilePiece`: the file's present size."""
 
     name: str
     size_bytes: Amount
 
 
 class MeasureModel(Message, tag="measure-model", frozen=True):
-    """Time a model that was put here, on inputs that were."""
+    """Request to time a model.
+
+    Attributes:
+        model: name of the model file, which was sent before.
+        inputs: name of the ``.npz`` with its inputs, which was sent before.
+        provider: the execution provider.
+        threads: threads of the session.
+    """
 
     model: str
     inputs: str
@@ -67,18 +84,16 @@ class MeasureModel(Message, tag="measure-model", frozen=True):
 
 
 class ModelTime(Message, tag="model-time", frozen=True):
-    """It takes so long; 0 where the provider is not to be had."""
+    """Time that a run of the model takes; 0 where the provider is not available."""
 
     time_ns: Nanoseconds
 
 
 class CannotMeasure(Message, tag="cannot", frozen=True):
-    """What was asked cannot be done."""
+    """The agent cannot do what it was asked, for this reason."""
 
     reason: str
 
 
 AgentRequest = Ping | Trust | MeasureLink | FilePiece | MeasureModel
-
-
 AgentAnswer = Pong | LinkFigures | FileStored | ModelTime | CannotMeasure
