@@ -58,7 +58,7 @@ class Handle(Protocol):
 class Launcher(Protocol):
     """Starts nodes."""
 
-    premises: Rendezvous
+    rendezvous: Rendezvous
 
     def start(self, *, connect: str, stage: int, replica: int, number: int) -> Handle:
         """Start one node that reports to ``connect``; ``number`` is this process's alone."""

@@ -121,13 +121,13 @@ class Pipeline:
                 launcher = LocalLauncher(memory_bytes=shared_bytes, custom_ops=_custom_ops(loaded, wanted))
             else:
                 _refuse_custom_ops(wanted, "the launcher that starts the nodes", "RayLauncher(custom_ops=[...])")
-            shared = launcher.premises.single_host
+            shared = launcher.rendezvous.single_host
             pipeline = cls._build(
                 folder,
                 loaded,
                 wanted,
                 memory,
-                launcher.premises,
+                launcher.rendezvous,
                 threads=wanted.threads or (threads_per_node(nodes) if shared else 0),
                 launcher=launcher,
                 start_timeout=wanted.start_timeout or START_TIMEOUT_S,
@@ -167,7 +167,7 @@ class Pipeline:
         loaded = load_plan(folder)
         home = private_folder()
         any_port = f"{bind.rpartition(':')[0]}:*" if bind.startswith("tcp://") else None
-        premises = Rendezvous(
+        rendezvous = Rendezvous(
             control=bind,
             data=any_port or f"{bind}.results",
             files=any_port or f"{bind}.files",
@@ -181,7 +181,7 @@ class Pipeline:
                 loaded,
                 wanted,
                 wanted.inflight_bytes or memory_for_requests_bytes(),
-                premises,
+                rendezvous,
                 threads=wanted.threads or 0,
                 launcher=None,
                 start_timeout=wanted.start_timeout,
@@ -198,7 +198,7 @@ class Pipeline:
         plan: Plan,
         wanted: RunOptions,
         memory_bytes: int,
-        premises: Rendezvous,
+        rendezvous: Rendezvous,
         *,
         threads: int,
         launcher: Launcher | None,
@@ -224,7 +224,7 @@ class Pipeline:
             timings=wanted.timings,
             memory_bytes=memory_bytes if wanted.shared_memory else 0,
             elastic=wanted.elastic,
-            premises=premises,
+            rendezvous=rendezvous,
             launcher=launcher,
             start_timeout_s=start_timeout,
             progress=wanted.progress,

@@ -118,7 +118,7 @@ class Setup:
         timings: when something counts as failed, and when to try again.
         memory_bytes: of shared memory for the requests' inputs at most; 0 for none.
         elastic: take nodes beyond those that there are to be, for as long as they stay.
-        premises: where nodes are met; without a launcher, its home is removed at the end.
+        rendezvous: where nodes are met; without a launcher, its home is removed at the end.
         launcher: starts the nodes; None waits for nodes started by hand.
         start_timeout_s: time for all nodes to become ready; None waits for ever.
         progress: told how many of all nodes are ready, whenever one more is.
@@ -138,7 +138,7 @@ class Setup:
     timings: Timings
     memory_bytes: int
     elastic: bool
-    premises: Rendezvous
+    rendezvous: Rendezvous
     launcher: Launcher | None
     start_timeout_s: float | None
     progress: Callable[[int, int], None]
@@ -166,7 +166,7 @@ class Coordinator:
             elastic=setup.elastic,
             patient=setup.launcher is None,
         )
-        self._premises = setup.premises
+        self._rendezvous = setup.rendezvous
         self._files: FileServer | None = None
         self._roster = self._machine.roster
         self._watch = FailureDetector(setup.timings)
@@ -183,7 +183,7 @@ class Coordinator:
             broken=self._break,
         )
         self.profiles: dict[ReplicaKey, list[dict[str, Any]]] = {}
-        self._shortcut = setup.premises.home / "results.fragments" if setup.memory_bytes else None
+        self._shortcut = setup.rendezvous.home / "results.fragments" if setup.memory_bytes else None
         self._posted: deque[CoordinatorEvent] = deque()
         self._left: deque[CoordinatorEffect] = deque()  # to the thread that owns the control socket
         self._wakeup = Wakeup()
@@ -202,7 +202,7 @@ class Coordinator:
 
     def _allowed(self) -> frozenset[str] | None:
         """The public keys that are allowed now; None where links are plain."""
-        return None if self._premises.trusted is None else self._premises.trusted()
+        return None if self._rendezvous.trusted is None else self._rendezvous.trusted()
 
     # Called from any thread
 
@@ -315,18 +315,18 @@ class Coordinator:
         failure: BaseException | None = None
         try:
             sweep()
-            premises, security = self._premises, self._premises.security
-            self._held = hold(premises.home)
+            rendezvous, security = self._rendezvous, self._rendezvous.security
+            self._held = hold(rendezvous.home)
             with (
                 Sockets(linger_s=0.5, security=security) as sockets,
                 Sockets(security=security) as results,
                 ExitStack() as stack,
             ):
-                control = sockets.answering(premises.control)
-                data = results.inlet(premises.data, shortcut=self._shortcut)
-                if premises.files:
+                control = sockets.answering(rendezvous.control)
+                data = results.inlet(rendezvous.data, shortcut=self._shortcut)
+                if rendezvous.files:
                     setup = self._setup
-                    server = FileServer(premises.files, setup.folder, setup.plan, setup.plan_id, security=security)
+                    server = FileServer(rendezvous.files, setup.folder, setup.plan, setup.plan_id, security=security)
                     self._files = stack.enter_context(server)
                 results.watch(self.flow.wakeup.fileno())
                 taker = threading.Thread(
@@ -334,7 +334,7 @@ class Coordinator:
                 )
                 taker.start()
                 try:
-                    with StatusServer(premises.home) as door:
+                    with StatusServer(rendezvous.home) as door:
                         self._loop(sockets, results, control, data, door)
                 finally:
                     self.flow.stop()
@@ -464,11 +464,11 @@ class Coordinator:
                 _drops.note(error)
                 continue
             match said:
-                case Hello() if self._premises.trusted is not None and said.key != key:
+                case Hello() if self._rendezvous.trusted is not None and said.key != key:
                     _drops.note("a node that says it has another key than it has")
                 case Hello():
                     try:
-                        check_address(said.address, self._premises.security)
+                        check_address(said.address, self._rendezvous.security)
                     except PipelineError as error:
                         _drops.note(error)
                         continue
@@ -637,7 +637,7 @@ class Coordinator:
     ) -> CoordinatorEvent | None:
         """Tell nodes who all processes are, and learn it here."""
         starting = self._machine.state is PipelinePhase.STARTING
-        pair = self._premises.security.pair
+        pair = self._rendezvous.security.pair
         key = pair.public if pair is not None else ""
         caller = Peer(0, CALLER, 0, False, data.address, str(self._shortcut or ""), self._payloads.memory, key)
         for identity in identities:
@@ -700,7 +700,7 @@ class Coordinator:
         broken = failure is not None or isinstance(self._machine.error, LaunchFailed)
         broken = broken or any(record.phase is Phase.OPEN for record in self._roster)
         if self._setup.launcher is None:
-            shutil.rmtree(self._premises.home, ignore_errors=True)
+            shutil.rmtree(self._rendezvous.home, ignore_errors=True)
             return
         if self._setup.profile:
             self.profiles = {slot: self._setup.launcher.profile(*slot) for slot in self._roster.nodes}

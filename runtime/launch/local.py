@@ -73,7 +73,7 @@ class LocalLauncher:
 
     Attributes:
         folder: the sockets and logs.
-        premises: in it.
+        rendezvous: in it.
         module: what nodes execute.
     """
 
@@ -83,7 +83,7 @@ class LocalLauncher:
         self._memory_bytes = memory_bytes
         self._custom_ops = custom_ops or {}
         self.folder = private_folder()
-        self.premises = Rendezvous(
+        self.rendezvous = Rendezvous(
             control=f"ipc://{self.folder / 'control'}",
             data=f"ipc://{self.folder / 'results'}",
             files="",

@@ -90,7 +90,7 @@ class RayLauncher:
             raise
         address = "127.0.0.1" if self._connection.is_own else self._ray.util.get_node_ip_address()
         self.folder = private_folder()
-        self.premises = Rendezvous(
+        self.rendezvous = Rendezvous(
             control=f"tcp://{address}:*",
             data=f"tcp://{address}:*",
             files=f"tcp://{address}:*",
