@@ -72,10 +72,10 @@ class Pipeline:
         address: where nodes report.
     """
 
-    def __init__(self, folder: Path, plan: Plan, coordinator: Coordinator, entrance: Admission, rows: int) -> None:
+    def __init__(self, folder: Path, plan: Plan, coordinator: Coordinator, admission: Admission, rows: int) -> None:
         self.plan = plan
-        self.inflight = entrance.requests
-        self._entrance = entrance
+        self.inflight = admission.requests
+        self._admission = admission
         self._rows = rows
         self._coordinator = coordinator
         self._closed = False
@@ -331,7 +331,7 @@ class Pipeline:
             parts = [{n: whole[n] if n in whole else np.array(array) for n, array in part.items()} for part in parts]
         size = sum(map(content_bytes, parts[0].values()))
         cost = cost_of(sum(array.nbytes for array in parts[0].values()), self._ordinary_bytes)
-        request = Request(self._coordinator.flow, self._entrance, parts, asked, size, cost, deadline_ns, ready)
+        request = Request(self._coordinator.requests, self._admission, parts, asked, size, cost, deadline_ns, ready)
         try:
             self._admit(request.first_place, size, deadline_ns, block)
             request.enter()
@@ -353,9 +353,9 @@ class Pipeline:
 
     def _admit(self, place: object, size: int, deadline_ns: int | None, block: bool) -> None:
         """Take a place for a part of ``size`` bytes. A callback does not wait for one: it brings those who leave."""
-        waits = block and not self._coordinator.flow.delivering
+        waits = block and not self._coordinator.requests.delivering
         timeout = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
-        if self._entrance.enter(place, size, block=waits, timeout=timeout):
+        if self._admission.enter(place, size, block=waits, timeout=timeout):
             return
         if waits:
             raise DeadlineExceeded(
@@ -399,17 +399,17 @@ class Pipeline:
             a descriptor that is to be watched until :meth:`close` and then closed by the caller, and what to call
             whenever it is readable. Requests are only answered by that.
         """
-        return self._coordinator.flow.take_in_loop()
+        return self._coordinator.requests.take_in_loop()
 
     @property
     def traced(self) -> list[RequestTrace]:
         """When each answered request was where, when launched with ``trace``; may be cleared."""
-        return self._coordinator.flow.traced
+        return self._coordinator.requests.traced
 
     @property
     def lent_bytes(self) -> int:
         """Bytes of inputs in shared memory that nodes have not returned yet."""
-        return self._coordinator.flow.lent_bytes
+        return self._coordinator.requests.lent_bytes
 
     def trace(self) -> dict[str, Any]:
         """The run so far as a timeline, in Chrome's trace event format, when launched with ``trace``.

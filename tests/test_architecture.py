@@ -74,7 +74,12 @@ PURE = [
     *("runtime.wire.messages", "runtime.topology", "runtime.transition_table", "runtime.microbatch", "runtime.trace"),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.intake"),
     *("runtime.node.state", "runtime.node.events"),
-    *("runtime.coordinator.state", "runtime.coordinator.events", "runtime.coordinator.roster"),
+    *(
+        "runtime.coordinator.state",
+        "runtime.coordinator.events",
+        "runtime.coordinator.roster",
+        "runtime.coordinator.counters",
+    ),
     *("runtime.coordinator.reach", "runtime.coordinator.failure_detector"),
     *("runtime.gateway.protocol", "runtime.gateway.parameters", "runtime.gateway.queue"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),

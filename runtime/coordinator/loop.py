@@ -148,7 +148,7 @@ class Coordinator:
     """Starts nodes, wires them and watches them. Start it once with :meth:`start`.
 
     Attributes:
-        flow: requests go in there.
+        requests: takes requests in and brings their answers.
         profiles: of the nodes' sessions, when asked for and the coordinator was closed.
     """
 
@@ -171,7 +171,7 @@ class Coordinator:
         self._roster = self._machine.roster
         self._watch = FailureDetector(setup.timings)
         self._reach = Reachability(setup.timings.unreachable_s)
-        self.flow = RequestIO(
+        self.requests = RequestIO(
             setup.plan,
             self._machine,
             self._payloads,
@@ -215,7 +215,7 @@ class Coordinator:
         """Stop the nodes, fail what is in flight, and end; returns when everything is gone."""
         if self._thread.is_alive():
             self._post(CloseAsked())
-            if not self.flow.delivering and threading.current_thread() is not self._thread:
+            if not self.requests.delivering and threading.current_thread() is not self._thread:
                 self._thread.join()
 
     def drain(self) -> Future[None]:
@@ -240,17 +240,17 @@ class Coordinator:
     @property
     def unreachable(self) -> str | None:
         """Why no request can get through although every stage has a node: dead links. None when all is well."""
-        if not self.flow.lock.acquire(timeout=_LOCK_S):
+        if not self.requests.lock.acquire(timeout=_LOCK_S):
             return f"the coordinator has not answered for {_LOCK_S:.0f} s"
         try:
             return self._machine.unreachable
         finally:
-            self.flow.lock.release()
+            self.requests.lock.release()
 
     def stats(self) -> tuple[NodeStats, ...]:
         """Of every node."""
-        with self.flow.lock:
-            known = frozenset() if self.flow.ended else self._router.known
+        with self.requests.lock:
+            known = frozenset() if self.requests.ended else self._router.known
             most = self._machine.unanswered_cost  # what is done at a lone node of another host is told twice a second
             queues = {number: min(most, self._router.outstanding(number)) for number in known - {0}}
             return node_stats(self._roster, queues, self._setup.providers)
@@ -258,13 +258,13 @@ class Coordinator:
     @property
     def ended(self) -> bool:
         """True when its thread has ended, or is about to."""
-        return self.flow.ended or not self._thread.is_alive()
+        return self.requests.ended or not self._thread.is_alive()
 
     @property
     def trouble(self) -> str | None:
         """Why nobody looks after the requests; None when somebody does."""
         if self.ended or self._machine.error is not None:
-            return str(self.flow.reason)
+            return str(self.requests.reason)
         if self._broken is not None:
             return f"answers cannot be taken any more: {self._broken}"
         late_s = time.monotonic() - self._turned
@@ -279,7 +279,7 @@ class Coordinator:
             pid=os.getpid(),
             state=machine.state.name.lower(),
             taken_ns=time.monotonic_ns(),
-            requests=self.flow.count,
+            requests=self.requests.count,
             in_flight=machine.unanswered,
             waiting=machine.waiting,
             retries=machine.retries,
@@ -328,16 +328,16 @@ class Coordinator:
                     setup = self._setup
                     server = FileServer(rendezvous.files, setup.folder, setup.plan, setup.plan_id, security=security)
                     self._files = stack.enter_context(server)
-                results.watch(self.flow.wakeup.fileno())
+                results.watch(self.requests.wakeup.fileno())
                 taker = threading.Thread(
-                    target=self.flow.take_results, args=(results, data), name="results", daemon=True
+                    target=self.requests.take_results, args=(results, data), name="results", daemon=True
                 )
                 taker.start()
                 try:
                     with StatusServer(rendezvous.home) as door:
                         self._loop(sockets, results, control, data, door)
                 finally:
-                    self.flow.stop()
+                    self.requests.stop()
                     taker.join()
                     self._end_nodes()
         except BaseException as error:  # a caller must never wait for a thread that died
@@ -369,7 +369,7 @@ class Coordinator:
                     self._watch.excuse(int(late * 1e9))
                 next_beat = now + setup.timings.beat_s
                 events += self._beat(control, now - begun)
-            with self.flow.lock:
+            with self.requests.lock:
                 if beats:
                     now_ns = time.monotonic_ns()
                     events.append(Tick(now_ns, self._steps() if self._machine.overdue(now_ns) else {}))
@@ -384,7 +384,7 @@ class Coordinator:
                     self._handle(event, sockets, results, control, data)
                 while self._left:
                     self._perform(self._left.popleft(), sockets, results, control, data)
-            self.flow.deliver()
+            self.requests.deliver()
             self._tell_progress()
             ready = sockets.wait(self._patience(next_beat))
             self._wakeup.clear()
@@ -425,7 +425,7 @@ class Coordinator:
             _log.exception("the callback for progress raised")
 
     def _patience(self, next_beat: float) -> float:
-        with self.flow.lock:
+        with self.requests.lock:
             deadline = self._machine.next_deadline_ns()
             due = min((r.due_ns for r in self._roster if r.phase in (Phase.BACKOFF, Phase.OPEN)), default=None)
             times = [next_beat, *(at / 1e9 for at in (deadline, due) if at is not None)]
@@ -442,7 +442,7 @@ class Coordinator:
         steps: dict[tuple[int, int], dict[int, Step]] = {}
         for key in self._machine.in_flight:
             steps[key] = {n: step for n in numbers if (step := self._payloads.step(n, *key)) is not Step.UNKNOWN}
-        for number, key in self.flow.started.items():
+        for number, key in self.requests.started.items():
             if key in steps:
                 steps[key].setdefault(number, Step.RUNNING)
         return steps
@@ -526,7 +526,7 @@ class Coordinator:
     def _beat(self, control: AnsweringInlet, running_s: float) -> list[CoordinatorEvent]:
         """Let nodes hear that the coordinator lives; look for those that do not."""
         setup, now = self._setup, time.monotonic_ns()
-        header = codec.encode(Beat(self.flow.oldest))
+        header = codec.encode(Beat(self.requests.oldest))
         self._unreached &= {record.identity for record in self._roster}
         for record in self._roster:
             if record.identity and not self._tell(control, record.identity, header):
@@ -555,7 +555,7 @@ class Coordinator:
         """Who cannot reach whom, where that changed."""
         entrances = {number for stage in self._machine.entrances for number in self._roster.numbers(stage)}
         own = frozenset(
-            number for number in entrances & self.flow.links.keys() if not self.flow.links[number].connected
+            number for number in entrances & self.requests.links.keys() if not self.requests.links[number].connected
         )
         self._router.unreachable = own
         self._reach.seen(0, own, now_ns)
@@ -568,7 +568,7 @@ class Coordinator:
         setup = self._setup
         match effect:
             case Enter() | Again() | Resolve() | Reject():
-                self.flow.answer(effect)
+                self.requests.answer(effect)
             case Forget(request, attempt, identities):
                 for identity in identities:
                     control.send(identity, codec.encode(Cancel(request, attempt)))
@@ -652,15 +652,15 @@ class Coordinator:
         nodes = {peer.number: peer for peer in peers}
         mapped = self._payloads.meet(0, nodes)
         self._router.learn(0, (caller, *peers), self._payloads.boards())
-        for number in self.flow.links.keys() - nodes.keys():
-            self.flow.links.pop(number).close()
-            self.flow.started.pop(number, None)
+        for number in self.requests.links.keys() - nodes.keys():
+            self.requests.links.pop(number).close()
+            self.requests.started.pop(number, None)
             self._watch.end(number)
-        for number in nodes.keys() - self.flow.links.keys():
+        for number in nodes.keys() - self.requests.links.keys():
             peer = nodes[number]
             shortcut = peer.shortcut if number in mapped else ""
             try:
-                self.flow.links[number] = results.connect(peer.address, shortcut=shortcut, key=peer.key)
+                self.requests.links[number] = results.connect(peer.address, shortcut=shortcut, key=peer.key)
             except PipelineError as error:
                 self._give_up({number: f"cannot be reached: {error}"})
         return Met(mapped, time.monotonic_ns())
@@ -676,7 +676,7 @@ class Coordinator:
             failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
         )
         steps: tuple[Callable[[], None], ...] = (
-            lambda: self.flow.fail(reason),
+            lambda: self.requests.fail(reason),
             lambda: self._remove(failure),
             self._let_go,
             self._wakeup.close,

@@ -6,16 +6,16 @@ number that no other process of the pipeline has. :data:`TRANSITIONS` is what an
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from msgspec import Struct
 
 from onnxsplit.cluster import LOCAL
 from runtime.balance.board import PEERS
+from runtime.coordinator.counters import NodeCounters
 from runtime.timings import Timings
 from runtime.topology import ReplicaKey
 from runtime.transition_table import Machine
@@ -23,10 +23,6 @@ from runtime.wire.messages.control import PROTOCOL, Fate, Hello, Peer
 from runtime.wire.messages.data import Visit
 
 _SETTLED_REQUESTS = 20
-_LATENCIES = 1000  # that percentiles are taken of
-BUCKETS_NS = tuple(int(1000 * scale * 10**power) for power in range(2, 8) for scale in (1, 2.5, 5))
-"""Upper ends of the buckets that session times are counted in, 100 us to 50 s; a last one is without an end."""
-
 _INCIDENTS = 100
 _ASKED_AGAIN_NS = 60 * 10**9  # a node that was refused a place and asks within this time has kept asking
 
@@ -84,28 +80,12 @@ class KillNode(Struct, frozen=True):
     number: int
 
 
-@dataclass
-class NodeCounters:
-    """What the processes of one slot have done so far. Times are sums in nanoseconds."""
-
-    requests: int = 0
-    failures: int = 0
-    restarts: int = 0
-    retries: int = 0
-    wait_ns: int = 0
-    run_ns: int = 0
-    output_bytes: int = 0
-    shared_bytes: int = 0
-    latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
-    buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
-
-
 @dataclass(eq=False)
 class NodeRecord:
     """One process in a slot."""
 
     slot: ReplicaKey
-    tally: NodeCounters
+    counters: NodeCounters
     machine: Machine[Phase, NodeChange]
     number: int = -1
     identity: bytes = b""
@@ -130,11 +110,11 @@ class NodeRecord:
     @property
     def failures(self) -> int:
         """Requests that could not be executed."""
-        return self.tally.failures
+        return self.counters.failures
 
     @failures.setter
     def failures(self, count: int) -> None:
-        self.tally.failures = count
+        self.counters.failures = count
 
     @property
     def called(self) -> str:
@@ -172,7 +152,7 @@ class Roster:
     Attributes:
         nodes: the present process of every slot.
         departing: processes that were replaced, or are not needed, and still have work.
-        tallies: of every slot there ever was.
+        counters: of every slot there ever was.
         view: counts the changes that nodes were told.
         mapped: peers whose memory the coordinator has mapped.
         dead_ends: numbers of nodes from which a request cannot go on; they take none while others do.
@@ -189,7 +169,7 @@ class Roster:
     ) -> None:
         self.nodes: dict[ReplicaKey, NodeRecord] = {}
         self.departing: list[NodeRecord] = []
-        self.tallies: dict[ReplicaKey, NodeCounters] = {}
+        self.counters: dict[ReplicaKey, NodeCounters] = {}
         self.view = 0
         self.mapped: frozenset[int] = frozenset()
         self.dead_ends: frozenset[int] = frozenset()
@@ -212,8 +192,8 @@ class Roster:
         yield from self.departing
 
     def _record(self, slot: ReplicaKey) -> NodeRecord:
-        tally = self.tallies.setdefault(slot, NodeCounters())
-        return NodeRecord(slot, tally, Machine(f"node {slot[0]}.{slot[1]}", TRANSITIONS, Phase.BACKOFF))
+        counters = self.counters.setdefault(slot, NodeCounters())
+        return NodeRecord(slot, counters, Machine(f"node {slot[0]}.{slot[1]}", TRANSITIONS, Phase.BACKOFF))
 
     def _add(self, slot: ReplicaKey) -> NodeRecord:
         self.nodes[slot] = self._record(slot)
@@ -428,17 +408,10 @@ class Roster:
 
     def visited(self, visit: Visit) -> None:
         """A request that was answered passed a node."""
-        tally = self.tallies.get((visit.stage, visit.replica))
-        if tally is None:
+        counters = self.counters.get((visit.stage, visit.replica))
+        if counters is None:
             return
-        tally.requests += 1
-        tally.wait_ns += visit.started_ns - visit.arrived_ns
-        run_ns = visit.ended_ns - visit.started_ns
-        tally.run_ns += run_ns
-        tally.buckets[bisect_left(BUCKETS_NS, run_ns)] += 1
-        tally.output_bytes += visit.output_bytes
-        tally.shared_bytes += visit.shared_bytes
-        tally.latencies_ns.append(visit.sent_ns - visit.arrived_ns)
+        counters.add(visit)
         record = self.nodes.get((visit.stage, visit.replica))
         if record is not None:
             record.requests += 1
@@ -463,7 +436,7 @@ class Roster:
             record.number = -1
             del self.nodes[record.slot]
             return []
-        record.tally.restarts += 1
+        record.counters.restarts += 1
         record.failed_in_row = 1 if served else record.failed_in_row + 1
         record.reason = reason
         record.number = -1

@@ -356,7 +356,7 @@ class CoordinatorState:
             if not found.waits and known.get(number) is Step.RUNNING:
                 found.blamed.append(f"{called} {reason}")
             if not found.waits and stage in found.needed and self._lacks(found, stage, number, known):
-                record.tally.retries += 1
+                record.counters.retries += 1
                 effects += self._again(request, f"{called} was lost")
         if known_of or (self.state is PipelinePhase.STARTING and self.roster.introduced(everyone=False)):
             effects.append(self._introduce())  # what is to be made again begins when that is done

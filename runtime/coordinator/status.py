@@ -37,7 +37,7 @@ class NodeStats(Struct, frozen=True):
         run_ns: mean time in the session.
         waited_ns: sum of the times it waited there.
         ran_ns: sum of the times in the session.
-        run_buckets: how many of those ended in each of :data:`~runtime.coordinator.roster.BUCKETS_NS`; the last: later.
+        run_buckets: how many of those ended in each of :data:`~runtime.coordinator.counters.BUCKETS_NS`, and above all.
         p50_ns: of the last thousand requests, the median time from their arrival to their departure.
         p99_ns: and the 99th percentile.
         output_bytes: of all tensors it gave for them.
@@ -107,8 +107,8 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
     """
     found = []
     for (stage, replica), record in roster.nodes.items():
-        tally = record.tally
-        latencies = sorted(tally.latencies_ns)
+        counters = record.counters
+        latencies = sorted(counters.latencies_ns)
         found.append(
             NodeStats(
                 stage=stage,
@@ -117,20 +117,20 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
                 host=record.hello.host if record.hello is not None else None,
                 state=record.phase.value,
                 provider=providers[stage],
-                requests=tally.requests,
-                failures=tally.failures,
-                restarts=tally.restarts,
-                retries=tally.retries,
+                requests=counters.requests,
+                failures=counters.failures,
+                restarts=counters.restarts,
+                retries=counters.retries,
                 queue=queues.get(record.number, 0) / UNIT_COST,
-                wait_ns=tally.wait_ns // max(1, tally.requests),
-                run_ns=tally.run_ns // max(1, tally.requests),
-                waited_ns=tally.wait_ns,
-                ran_ns=tally.run_ns,
-                run_buckets=tuple(tally.buckets),
+                wait_ns=counters.wait_ns // max(1, counters.requests),
+                run_ns=counters.run_ns // max(1, counters.requests),
+                waited_ns=counters.wait_ns,
+                ran_ns=counters.run_ns,
+                run_buckets=tuple(counters.buckets),
                 p50_ns=latencies[len(latencies) // 2] if latencies else 0,
                 p99_ns=latencies[len(latencies) * 99 // 100] if latencies else 0,
-                output_bytes=tally.output_bytes,
-                shared_bytes=tally.shared_bytes,
+                output_bytes=counters.output_bytes,
+                shared_bytes=counters.shared_bytes,
             )
         )
     return tuple(found)

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from runtime.coordinator.roster import BUCKETS_NS
+from runtime.coordinator.counters import BUCKETS_NS
 
 _LATENCIES = 1000
 

@@ -194,7 +194,7 @@ def test_a_coordinator_that_fails_says_so_and_leaves_nobody_waiting(chain_plan, 
 
 def test_a_request_that_cannot_be_sent_ends_with_the_reason_and_leaves_its_place(chain_plan, monkeypatch):
     with Pipeline.launch(chain_plan, inflight=1) as pipeline:
-        payloads = pipeline._coordinator.flow._payloads
+        payloads = pipeline._coordinator.requests._payloads
 
         def full(*_):
             raise MemoryError("no room for it")
@@ -234,7 +234,7 @@ def test_interrupts_of_a_caller_lose_no_place(chain_plan):
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         assert interrupted
-        wait_until(lambda: pipeline._entrance.inside == 0, "all places free")
+        wait_until(lambda: pipeline._admission.inside == 0, "all places free")
         assert np.array_equal(pipeline.run(batch(), timeout=60)["y"], expected(chain_plan, batch())["y"])
 
 

@@ -181,8 +181,14 @@ def test_a_request_enters_and_is_answered_when_all_is_back(plan):
     assert returned(machine, 1, ("a",), (first,)) == []
     assert returned(machine, 1, ("y",), (first, last)) == [Resolve(1, (first, last))]
     assert returned(machine, 1, ("y",), (first, last)) == []
-    tally = machine.roster.nodes[0, 0].tally
-    assert (tally.requests, tally.wait_ns, tally.run_ns, tally.output_bytes, tally.shared_bytes) == (1, 1, 7, 8, 4)
+    counters = machine.roster.nodes[0, 0].counters
+    assert (counters.requests, counters.wait_ns, counters.run_ns, counters.output_bytes, counters.shared_bytes) == (
+        1,
+        1,
+        7,
+        8,
+        4,
+    )
 
 
 def test_only_the_stages_that_are_needed_are_on_the_route(plan):

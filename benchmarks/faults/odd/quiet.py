@@ -19,14 +19,14 @@ _SLACK_DESCRIPTORS = 4
 
 def places_taken(pipeline: Pipeline) -> tuple[int, int, int]:
     """Places and bytes that requests hold at the entrance, and how many wait there."""
-    entrance: Any = pipeline._entrance
+    entrance: Any = pipeline._admission
     return entrance.inside, sum(entrance._places.values()), len(entrance._waiting)
 
 
 def unanswered(pipeline: Pipeline) -> tuple[int, int]:
     """Requests that the flow, and that the coordinator's machine, take for unanswered."""
     coordinator: Any = pipeline._coordinator
-    return len(coordinator.flow._pending), coordinator.machine.unanswered
+    return len(coordinator.requests._pending), coordinator.machine.unanswered
 
 
 def start_collector() -> None:

@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 import onnxsplit
-from runtime.coordinator.roster import BUCKETS_NS
+from runtime.coordinator.counters import BUCKETS_NS
 from runtime.coordinator.status import NodeStats
 from runtime.gateway.metadata import stage_name
 from runtime.gateway.repository import Version

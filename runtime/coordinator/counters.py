@@ -1,0 +1,54 @@
+"""What the nodes of a pipeline have done so far, as numbers. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass, field
+
+from runtime.wire.messages import Visit
+
+_LATENCIES = 1000  # the percentiles are those of so many requests
+
+BUCKETS_NS = tuple(int(1000 * scale * 10**power) for power in range(2, 8) for scale in (1, 2.5, 5))
+"""Upper ends of the buckets in which session times are counted, 100 us to 50 s. One more bucket takes what is above."""
+
+
+@dataclass
+class NodeCounters:
+    """What the processes of one slot have done so far, all of them together.
+
+    Attributes:
+        requests: answered requests that were executed here.
+        failures: requests that could not be executed.
+        restarts: processes that were lost.
+        retries: attempts that were made again because one of those was lost.
+        wait_ns: sum of the times that requests waited for their turn.
+        run_ns: sum of the times in the session.
+        output_bytes: bytes of all outputs.
+        shared_bytes: bytes of those outputs that crossed in shared memory.
+        latencies_ns: times from arrival to departure, of the last thousand requests.
+        buckets: number of session times in each bucket of :data:`BUCKETS_NS`.
+    """
+
+    requests: int = 0
+    failures: int = 0
+    restarts: int = 0
+    retries: int = 0
+    wait_ns: int = 0
+    run_ns: int = 0
+    output_bytes: int = 0
+    shared_bytes: int = 0
+    latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
+
+    def add(self, visit: Visit) -> None:
+        """Count a request that was answered and had been executed here."""
+        run_ns = visit.ended_ns - visit.started_ns
+        self.requests += 1
+        self.wait_ns += visit.started_ns - visit.arrived_ns
+        self.run_ns += run_ns
+        self.buckets[bisect_left(BUCKETS_NS, run_ns)] += 1
+        self.output_bytes += visit.output_bytes
+        self.shared_bytes += visit.shared_bytes
+        self.latencies_ns.append(visit.sent_ns - visit.arrived_ns)
