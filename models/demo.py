@@ -21,11 +21,11 @@ from zoo import FetchError, fetch
 
 from onnxsplit.cli.output import Output, binary, milliseconds
 from onnxsplit.errors import OnnxsplitError
+from onnxsplit.model.precision import distance
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import Plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import host_cores, open_session
-from onnxsplit.stages.verify import distance
 from onnxsplit.tensors import Array
 from runtime import Pipeline
 from runtime.bench import bench

@@ -17,7 +17,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from onnxsplit.model.source import functions_of, nested_graphs
+from onnxsplit.model.bodies import nested_graphs
+from onnxsplit.model.source import functions_of
 
 _MICROSOFT = "com.microsoft"
 

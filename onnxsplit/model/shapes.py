@@ -15,11 +15,12 @@ import onnx.inliner
 import onnx.shape_inference
 
 from onnxsplit.errors import InputError
+from onnxsplit.model.bodies import nested_graphs
 from onnxsplit.model.external import external_range, open_external
 from onnxsplit.model.formulas import Formula, formulas_among
 from onnxsplit.model.graph import OpGraph
 from onnxsplit.model.shape_rules import use_stand_ins
-from onnxsplit.model.source import all_nodes, functions_of, nested_graphs, tensor_bytes
+from onnxsplit.model.source import all_nodes, functions_of, tensor_bytes
 from onnxsplit.numbers import MOST_SIZE, whole_problem
 from onnxsplit.plan import Shape, TensorSpec
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
-from runtime.wire.messages import Visit
+from runtime.wire.messages.data import Visit
 
 _LATENCIES = 1000  # the percentiles are those of so many requests
 

@@ -38,11 +38,12 @@ from runtime.errors import MemoryWithdrawn, PipelineClosed, PipelineError, Proto
 from runtime.logs import DropLog, log_event
 from runtime.memory.outgoing import Attempt, Outgoing, shapes_of
 from runtime.memory.payloads import Payloads
+from runtime.memory.sender import Sender
 from runtime.topology import sources
 from runtime.trace import RequestTrace
 from runtime.wire import codec
 from runtime.wire.links import Inlet, Outlet
-from runtime.wire.messages.data import ANY, NOT_NEEDED, Failed, Fragment, Receipt, Started, Visit
+from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, Visit
 from runtime.wire.sockets import Sockets
 from runtime.wire.wakeup import Wakeup
 
@@ -163,7 +164,8 @@ class RequestIO:
             for stage in plan.stages
             if CALLER in sources(plan, stage.index)
         }
-        self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
+        by_stage = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
+        self._sender = Sender(payloads, router, self.links, by_stage)
         self._pending: dict[int, _Pending] = {}
         self._answers: deque[tuple[Done, Answer]] = deque()
         self._count = 0
@@ -284,21 +286,8 @@ class RequestIO:
             route=enter.route,
             wanted=enter.wanted,
         )
-        readers = {}
-        for stage, names in self._entrances.items():
-            if enter.route[stage] == NOT_NEEDED:
-                continue
-            number: int | None = enter.route[stage]
-            if number == ANY:
-                size = sum(going.arrays[name].nbytes for name in names if name in going.arrays)
-                number = self._router.choose(stage, self._sources[stage], enter.cost, size, now)
-            if number is not None and number in self.links:
-                readers[number] = names
-        for number, names in readers.items():
-            if set(names) & going.places.keys():
-                self._payloads.lend_too(going, number)
-            self._payloads.send(self.links[number], number, going, names, attempt, CALLER)
-            self._router.sent(number, enter.cost)
+        wanted = self._entrances.items()
+        self._sender.send(self._sender.readers(wanted, attempt, going), attempt, going, CALLER, keep=True)
         if not self._replay:
             self._payloads.release(going)
 

@@ -20,6 +20,7 @@ from runtime.logs import DropLog, log_event
 from runtime.memory.outgoing import Attempt, Outgoing
 from runtime.memory.payloads import Payloads
 from runtime.memory.pinned import cuda_pin
+from runtime.memory.sender import Sender
 from runtime.node.events import (
     Arrived,
     Connect,
@@ -37,7 +38,7 @@ from runtime.topology import expected_tensors, sources
 from runtime.wire import codec
 from runtime.wire.links import Outlet
 from runtime.wire.messages.control import Assign, Peer
-from runtime.wire.messages.data import ANY, Failed, Fragment, Receipt, Started, Step
+from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, Step
 from runtime.wire.sockets import Sockets
 
 _RECEIPT_S = 0.5  # between two receipts to one sender, where nothing waits for them
@@ -79,6 +80,7 @@ class Worker:
         self._shared: dict[OutputsByTarget, tuple[str, ...]] = {}
         self._here: Counter[int] = Counter()  # cost of what is here, by who sent it
         self._runner: StageRunner | None = None
+        self._sender = Sender(self.payloads, self._router, self._links, self._sources)
         self._ran = _Ran(Outgoing(), valid=False)
 
     def close(self) -> None:
@@ -137,6 +139,7 @@ class Worker:
         except OnnxsplitError as error:
             return LoadFailed(str(error))
         self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
+        self._sender = Sender(self.payloads, self._router, self._links, self._sources)
         self._expected = expected_tensors(plan, assign.stage)
         log_event(
             _log, logging.INFO, "stage loaded", stage=assign.stage, replica=assign.replica, provider=assign.provider
@@ -304,17 +307,6 @@ class Worker:
         if not self._ran.valid:  # the inputs were taken away meanwhile: somebody else does this request
             self.payloads.drop(going)
             return
-        readers = {}
-        for stage, names in effect.leaving:
-            if stage == CALLER:
-                readers[0] = names
-                continue
-            number: int | None = fragment.route[stage]
-            if number == ANY:
-                number = self._choose(stage, names, going, fragment.cost)
-            if number is not None and number in self._links:  # else that node is lost, and others do this request
-                readers[number] = names
-        self.payloads.lend(going, readers)
         attempt = Attempt(
             request=fragment.request,
             attempt=fragment.attempt,
@@ -325,11 +317,9 @@ class Worker:
             wanted=fragment.wanted,
             history=effect.history,
         )
+        readers = self._sender.readers(effect.leaving, attempt, going)
         try:
-            for number, names in readers.items():
-                self.payloads.send(self._links[number], number, going, names, attempt, self._assign.stage)
-                if number:
-                    self._router.sent(number, fragment.cost)
+            self._sender.send(readers, attempt, going, self._assign.stage, keep=False)
         except StageFailed as error:
             self.payloads.drop(going)
             self._fail(fragment, str(error))
@@ -342,12 +332,6 @@ class Worker:
             if any(self.payloads.lends_to(number) for number in numbers):
                 shared.update(names)
         return tuple(sorted(shared))
-
-    def _choose(self, stage: int, names: tuple[str, ...], going: Outgoing, cost: int) -> int | None:
-        if len(self._router.nodes(stage)) == 1:
-            return self._router.nodes(stage)[0]
-        size = sum(going.arrays[name].nbytes for name in names)
-        return self._router.choose(stage, self._sources[stage], cost, size, time.monotonic_ns())
 
 
 @dataclass

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import ProtocolError
-from runtime.memory.arena import SLOTS, Arena, PeerArena
+from runtime.memory.arena import Arena, PeerArena
 from runtime.memory.extents import ALIGNMENT, Extents, aligned
 from runtime.memory.pinned import pin_with
 from runtime.wire.messages.control import Memory
-from runtime.wire.messages.data import Step, TensorPlace
+from runtime.wire.messages.data import SLOTS, Step, TensorPlace
 
 MIB = 1 << 20
 ME, READER = 3, 7
