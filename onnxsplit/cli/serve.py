@@ -207,7 +207,7 @@ def _check_pem(file: Path) -> None:
 
 
 def _tell(output: Output, serving: Serving, *, secret: bool, open_: str) -> None:
-    from runtime.gateway.guard import LOOPBACK
+    from runtime.gateway.access import LOOPBACK
 
     output.done()
     models = ", ".join(f"{name} (version {', '.join(numbers)})" for name, numbers in serving.models.items())

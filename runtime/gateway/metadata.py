@@ -132,16 +132,16 @@ def _step(model: str, stage: Stage) -> Json:
 
 def statistics(version: Version) -> Json:
     """``GET /v2/models/M/stats``: of a model as a whole."""
-    tally = version.tally
-    failures = Duration(sum(tally.failures.values()), tally.fail.ns)
+    counters = version.counters
+    failures = Duration(sum(counters.failures.values()), counters.fail.ns)
     return _statistics(
         version.model,
         version.number,
-        tally,
-        [tally.success, failures, tally.queue, tally.decode, tally.infer, tally.encode],
+        counters,
+        [counters.success, failures, counters.queue, counters.decode, counters.infer, counters.encode],
         [
             {"batch_size": rows, **_parts(compute_infer=ran, compute_input=Duration(), compute_output=Duration())}
-            for rows, ran in sorted(tally.batches.items())
+            for rows, ran in sorted(counters.batches.items())
         ],
     )
 
@@ -153,23 +153,23 @@ def stage_statistics(version: Version, stage: int, nodes: Sequence[NodeStats]) -
     queue = Duration(count, sum(node.waited_ns for node in mine))
     infer = Duration(count, sum(node.ran_ns for node in mine))
     failures = Duration(sum(node.failures for node in mine))
-    tally = Counters(inferences=count, executions=count, last_ms=version.tally.last_ms if count else 0)
+    counters = Counters(inferences=count, executions=count, last_ms=version.counters.last_ms if count else 0)
     parts = [Duration(count, queue.ns + infer.ns), failures, queue, Duration(count), infer, Duration(count)]
     batch = {
         "batch_size": 1,
         **_parts(compute_input=Duration(count), compute_infer=infer, compute_output=Duration(count)),
     }
-    return _statistics(stage_name(version.model, stage), version.number, tally, parts, [batch] if count else [])
+    return _statistics(stage_name(version.model, stage), version.number, counters, parts, [batch] if count else [])
 
 
-def _statistics(name: str, number: str, tally: Counters, parts: Sequence[Duration], batches: list[Json]) -> Json:
+def _statistics(name: str, number: str, counters: Counters, parts: Sequence[Duration], batches: list[Json]) -> Json:
     names = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
     return {
         "name": name,
         "version": number,
-        "last_inference": tally.last_ms,
-        "inference_count": tally.inferences,
-        "execution_count": tally.executions,
+        "last_inference": counters.last_ms,
+        "inference_count": counters.inferences,
+        "execution_count": counters.executions,
         "inference_stats": {
             **_parts(**dict(zip(names, parts, strict=True))),
             **_parts(cache_hit=Duration(), cache_miss=Duration()),

@@ -23,7 +23,7 @@ MOST_TENSORS = 4096
 """Inputs of a request, and outputs."""
 
 
-def from_place(name: str, datatype: str, shape: Sequence[int], place: RegionSlice, read: Read) -> Array:
+def from_region(name: str, datatype: str, shape: Sequence[int], place: RegionSlice, read: Read) -> Array:
     """A tensor in shared memory; its size is held against its shape before it is read.
 
     Raises:
@@ -38,7 +38,7 @@ def from_place(name: str, datatype: str, shape: Sequence[int], place: RegionSlic
     return from_bytes(name, datatype, shape, read(place))
 
 
-def place_of(name: str, parameters: Mapping[str, Any]) -> RegionSlice | None:
+def region_slice_of(name: str, parameters: Mapping[str, Any]) -> RegionSlice | None:
     """Where in shared memory a tensor is, or goes; None when it is not said to.
 
     Raises:

@@ -42,19 +42,19 @@ class RegionSlice(Struct, frozen=True):
     size_bytes: int
 
 
-class Wanted(Struct, frozen=True):
+class RequestedOutput(Struct, frozen=True):
     """An output that a client asks for.
 
     Attributes:
         name: of the output.
         binary: as bytes behind the JSON.
-        place: written there instead.
+        region_slice: written there instead.
         classes: as so many best entries, ``value:index``, instead of the values; 0 for the values.
     """
 
     name: str
     binary: bool = False
-    place: RegionSlice | None = None
+    region_slice: RegionSlice | None = None
     classes: int = 0
 
 
@@ -72,7 +72,7 @@ class InferRequest(Struct, frozen=True):
 
     id: str
     inputs: dict[str, Array]
-    wanted: tuple[Wanted, ...] = ()
+    wanted: tuple[RequestedOutput, ...] = ()
     all_binary: bool = False
     timeout_ns: int | None = None
     parameters: dict[str, Any] = {}

@@ -40,7 +40,7 @@ class Limits:
     max_delay_ns: int = 0
 
 
-class Waiting(Struct, eq=False):
+class QueuedRequest(Struct, eq=False):
     """A request in the line.
 
     Attributes:
@@ -68,7 +68,7 @@ class RequestQueue:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.size_bytes = 0
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[QueuedRequest] = deque()
         self._turns = 0
         self._rows = 0
         self._gap_ns = 0.0  # between two rows that come out, while others wait
@@ -79,7 +79,7 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __iter__(self) -> Iterator[Waiting]:
+    def __iter__(self) -> Iterator[QueuedRequest]:
         return iter(self._waiting)
 
     def expected_ns(self, rows: int = 0) -> int:
@@ -91,7 +91,7 @@ class RequestQueue:
         """From going in to coming out; few take longer."""
         return self._inside_ns + _SPREADS * self._spread_ns
 
-    def join(self, request: Waiting, *, alone: bool = False) -> None:
+    def join(self, request: QueuedRequest, *, alone: bool = False) -> None:
         """Stand at the end. ``alone``: nothing is inside, so it may try whatever the pace was.
 
         Raises:
@@ -118,7 +118,7 @@ class RequestQueue:
         self._rows += request.rows
         self.size_bytes += request.size_bytes
 
-    def next(self, now_ns: int) -> list[Waiting]:
+    def next(self, now_ns: int) -> list[QueuedRequest]:
         """The requests that go in together, if there is room for one; none when it is better to wait for more."""
         if not self._waiting:
             return []
@@ -135,7 +135,7 @@ class RequestQueue:
             self.leave(request)
         return together
 
-    def late(self, now_ns: int, *, alone: bool = False) -> list[Waiting]:
+    def late(self, now_ns: int, *, alone: bool = False) -> list[QueuedRequest]:
         """Those at the head that could not be answered in time any more; they are out of the line.
 
         ``alone``: nothing else is inside. Then the head may try unless its time is over, whatever the pace was: how
@@ -151,7 +151,7 @@ class RequestQueue:
             self.leave(self._waiting[0])
         return found
 
-    def leave(self, request: Waiting) -> bool:
+    def leave(self, request: QueuedRequest) -> bool:
         """Out of the line; False when it was not there."""
         try:
             self._waiting.remove(request)
@@ -161,7 +161,7 @@ class RequestQueue:
         self.size_bytes -= request.size_bytes
         return True
 
-    def back(self, requests: list[Waiting]) -> None:
+    def back(self, requests: list[QueuedRequest]) -> None:
         """To the places they had: there was no room for them after all."""
         self._waiting = deque(sorted((*requests, *self._waiting), key=lambda one: one.turn))
         self._rows += sum(request.rows for request in requests)

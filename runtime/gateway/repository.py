@@ -20,17 +20,17 @@ from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import load_plan
 from onnxsplit.tensors import Array
 from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
-from runtime.gateway.batcher import Batcher, Passage
+from runtime.gateway.batcher import Batcher, Inference
 from runtime.gateway.counters import Counters
 from runtime.gateway.errors import GatewayError, NotLoaded, UnknownModel, words
-from runtime.gateway.protocol import DATATYPES, InferRequest, Wanted
+from runtime.gateway.protocol import DATATYPES, InferRequest, RequestedOutput
 from runtime.gateway.queue import Limits
 from runtime.logs import log_event
 from runtime.microbatch import batch_axes
 from runtime.pipeline import Pipeline
 
 _LOOK_S = 0.5
-_AGAIN_S, _AGAIN_MOST_S = 1.0, 60.0
+_RESTART_WAIT_S, _MOST_RESTART_WAIT_S = 1.0, 60.0
 _log = logging.getLogger("runtime.gateway")
 
 StartPipeline = Callable[[Path, Callable[[], bool]], Pipeline]
@@ -57,9 +57,9 @@ class Version:
         plan: what it says.
         state: whether it takes requests.
         reason: why it does not.
-        tally: what it did since it was loaded.
+        counters: what it did since it was loaded.
         pipeline: while it is loaded.
-        entrance: the way into that.
+        batcher: the way into that.
     """
 
     model: str
@@ -68,9 +68,9 @@ class Version:
     plan: Plan
     state: VersionState = VersionState.UNAVAILABLE
     reason: str = "it was not loaded"
-    tally: Counters = field(default_factory=Counters)
+    counters: Counters = field(default_factory=Counters)
     pipeline: Pipeline | None = None
-    entrance: Batcher | None = None
+    batcher: Batcher | None = None
 
     @property
     def batched(self) -> bool:
@@ -99,14 +99,14 @@ class Version:
             return f"stage {', '.join(map(str, down))} has no node that is ready"
         return self.pipeline.unreachable
 
-    def wanted(self, request: InferRequest) -> tuple[Wanted, ...]:
+    def wanted(self, request: InferRequest) -> tuple[RequestedOutput, ...]:
         """The outputs of a request, in the order it names them.
 
         Raises:
             InputError: the model has no such output, or one is named twice.
         """
         if not request.wanted:
-            return tuple(Wanted(name, request.all_binary) for name in self.plan.outputs)
+            return tuple(RequestedOutput(name, request.all_binary) for name in self.plan.outputs)
         names = [output.name for output in request.wanted]
         unknown = [name for name in names if name not in self.plan.outputs]
         if unknown or len(set(names)) < len(names):
@@ -115,14 +115,14 @@ class Version:
         return request.wanted
 
     async def infer(
-        self, request: InferRequest, wanted: Sequence[Wanted], arrived_ns: int, deadline_ns: int | None
-    ) -> tuple[dict[str, Array], Passage]:
+        self, request: InferRequest, wanted: Sequence[RequestedOutput], arrived_ns: int, deadline_ns: int | None
+    ) -> tuple[dict[str, Array], Inference]:
         """Run a request; the stages that no wanted output needs do not run."""
-        if self.entrance is None:
+        if self.batcher is None:
             raise NotLoaded(f"model {self.model!r} version {self.number} is not loaded: {self.reason}")
         names = {output.name for output in wanted}
         outputs = tuple(name for name in self.plan.outputs if name in names)
-        return await self.entrance.run(request.inputs, outputs, arrived_ns, deadline_ns)
+        return await self.batcher.run(request.inputs, outputs, arrived_ns, deadline_ns)
 
 
 def why(error: BaseException) -> str:
@@ -170,7 +170,7 @@ def _check_types(name: str, plan: Plan) -> None:
 
 
 @dataclass
-class _Again:
+class _Restart:
     """When a version whose pipeline has ended is started again: after each failure twice as long."""
 
     at_s: float
@@ -196,7 +196,7 @@ class Repository:
         self._limits = limits
         self._newest = newest
         self._changing = asyncio.Lock()
-        self._again: dict[Version, _Again] = {}
+        self._restarts: dict[Version, _Restart] = {}
         self._ended = asyncio.Event()  # the server is to end, with so much patience for what was accepted
         self._patience_s = 0.0
         self.ending = False
@@ -222,7 +222,7 @@ class Repository:
         return tuple(
             version
             for version in self
-            if version.state is not VersionState.UNAVAILABLE or version.entrance is not None or version in self._again
+            if version.state is not VersionState.UNAVAILABLE or version.batcher is not None or version in self._restarts
         )
 
     def find(self, model: str, number: str = "") -> Version:
@@ -235,7 +235,7 @@ class Repository:
         if versions is None:
             raise UnknownModel(f"model {shown(model)} is unknown; this server has {', '.join(self._models)}")
         if not number:
-            loaded = [version for version in versions.values() if version.entrance is not None]
+            loaded = [version for version in versions.values() if version.batcher is not None]
             return (loaded or list(versions.values()))[-1]
         if number not in versions:
             raise UnknownModel(f"model {model!r} has no version {shown(number)}; it has {', '.join(versions)}")
@@ -251,7 +251,7 @@ class Repository:
         version = self.find(model, number)
         if self.ending:
             raise NotLoaded("the server is ending and takes no more requests")
-        if version.entrance is None:
+        if version.batcher is None:
             raise NotLoaded(f"model {model!r} version {version.number} takes no requests: {version.reason}")
         return version
 
@@ -271,15 +271,15 @@ class Repository:
             for version in self:
                 pipeline = version.pipeline
                 if pipeline is not None and version.state is VersionState.READY and pipeline.ended:
-                    self._again[version] = _Again(time.monotonic(), _AGAIN_S, pipeline.trouble or "")
-            for version, again in list(self._again.items()):
+                    self._restarts[version] = _Restart(time.monotonic(), _RESTART_WAIT_S, pipeline.trouble or "")
+            for version, again in list(self._restarts.items()):
                 if time.monotonic() >= again.at_s and not self.ending:
                     await self._start_again(version, again)
 
-    async def _start_again(self, version: Version, again: _Again) -> None:
+    async def _start_again(self, version: Version, again: _Restart) -> None:
         """End what is left of a version's pipeline, and start another."""
         async with self._changing:
-            if version not in self._again:  # somebody has unloaded or loaded it meanwhile
+            if version not in self._restarts:  # somebody has unloaded or loaded it meanwhile
                 return
             cause = f"its pipeline ended and is started again: {again.cause}"
             if version.pipeline is not None:
@@ -287,20 +287,20 @@ class Repository:
                 await self._drop(version, NotLoaded(f"model {version.model!r} takes no requests: {cause}"))
             try:
                 await self._load(version, cause)
-                del self._again[version]
+                del self._restarts[version]
             except Exception as error:
                 version.reason = f"{cause}; {version.reason}"
-                again.at_s, again.wait_s = time.monotonic() + again.wait_s, min(2 * again.wait_s, _AGAIN_MOST_S)
+                again.at_s, again.wait_s = time.monotonic() + again.wait_s, min(2 * again.wait_s, _MOST_RESTART_WAIT_S)
                 log_event(_log, logging.ERROR, "not started again yet", model=version.model, reason=words(error))
 
     async def _drop(self, version: Version, reason: OnnxsplitError) -> None:
         """Take leave of a pipeline; who still waits is told why."""
-        pipeline, entrance = version.pipeline, version.entrance
-        version.pipeline, version.entrance = None, None
+        pipeline, batcher = version.pipeline, version.batcher
+        version.pipeline, version.batcher = None, None
         version.state, version.reason = VersionState.UNAVAILABLE, str(reason)
-        if entrance is not None:
-            entrance.refuse(reason)
-            entrance.close()
+        if batcher is not None:
+            batcher.refuse(reason)
+            batcher.close()
         if pipeline is not None:
             await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
 
@@ -317,8 +317,8 @@ class Repository:
     async def _load_all(self, versions: Sequence[Version]) -> None:
         async with self._changing:
             for version in versions:
-                if version.entrance is None and not self.ending:
-                    self._again.pop(version, None)
+                if version.batcher is None and not self.ending:
+                    self._restarts.pop(version, None)
                     await self._load(version)
 
     @staticmethod
@@ -336,8 +336,8 @@ class Repository:
         except Exception as error:
             version.state, version.reason = VersionState.UNAVAILABLE, words(error)
             raise
-        version.tally = Counters()
-        version.entrance = Batcher(version.pipeline, self._limits, version.tally)
+        version.counters = Counters()
+        version.batcher = Batcher(version.pipeline, self._limits, version.counters)
         version.state, version.reason = VersionState.READY, ""
         if self._limits.max_batch > 1 and batch_axes(version.plan, version.plan.outputs) is None:
             log_event(_log, logging.WARNING, "not batched: it has no proven batch axis", model=version.model)
@@ -361,25 +361,25 @@ class Repository:
     async def _unload_all(self, versions: Sequence[Version]) -> None:
         async with self._changing:
             for version in versions:
-                self._again.pop(version, None)
+                self._restarts.pop(version, None)
                 await self._unload(version, "it was unloaded; load it with the repository API")
 
     async def _unload(self, version: Version, reason: str, patience_s: float | None = None) -> None:
-        pipeline, entrance = version.pipeline, version.entrance
-        if pipeline is None or entrance is None:
+        pipeline, batcher = version.pipeline, version.batcher
+        if pipeline is None or batcher is None:
             return
         version.state, version.reason = VersionState.UNLOADING, reason
-        version.entrance = None
-        if not await self._emptied(entrance, patience_s):
-            entrance.refuse(PipelineClosed("the server ended before the request's turn came"))
-        entrance.close()
+        version.batcher = None
+        if not await self._emptied(batcher, patience_s):
+            batcher.refuse(PipelineClosed("the server ended before the request's turn came"))
+        batcher.close()
         await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
         version.pipeline = None
         version.state = VersionState.UNAVAILABLE
 
-    async def _emptied(self, entrance: Batcher, patience_s: float | None) -> bool:
+    async def _emptied(self, batcher: Batcher, patience_s: float | None) -> bool:
         """Wait until nobody is in line or inside; without a patience of its own, as long as the server lives."""
-        emptied = asyncio.ensure_future(entrance.empty())
+        emptied = asyncio.ensure_future(batcher.empty())
         try:
             if patience_s is None:
                 ended = asyncio.ensure_future(self._ended.wait())

@@ -19,16 +19,16 @@ import uvicorn
 from onnxsplit.errors import InputError, OnnxsplitError
 from runtime.descriptors import raise_limit
 from runtime.errors import LaunchFailed
+from runtime.gateway.access import LOOPBACK, AccessControl, read_tokens
 from runtime.gateway.budget import Budget
 from runtime.gateway.grpc.servicer import GrpcServicer
-from runtime.gateway.guard import LOOPBACK, Guard, read_tokens
 from runtime.gateway.http.app import HttpApp
 from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.connections import Connection
 from runtime.gateway.queue import Limits
-from runtime.gateway.regions import Regions
 from runtime.gateway.repository import Repository, StartPipeline, find_versions
 from runtime.gateway.service import Service
+from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.telemetry.sampler import Sampler
 from runtime.gateway.telemetry.spans import Spans
 from runtime.logs import log_event
@@ -138,12 +138,12 @@ def serve(
     """
     options.check()
     versions = find_versions(places)
-    guard = Guard(
+    access = AccessControl(
         read_tokens(options.token_file) if options.token_file is not None else (), loopback=options.host in LOOPBACK
     )
     connections = min(_CONNECTIONS, raise_limit(_DESCRIPTORS) // 2)  # the others are for the nodes
     with listen(options.host, options.http_port) as listener:
-        serving = _serve(options, connections, guard, listener, versions, start, told, progress)
+        serving = _serve(options, connections, access, listener, versions, start, told, progress)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serving)
 
@@ -151,7 +151,7 @@ def serve(
 async def _serve(
     options: ServeOptions,
     connections: int,
-    guard: Guard,
+    access: AccessControl,
     listener: socket.socket,
     versions: list[Any],
     start: StartPipeline,
@@ -173,19 +173,19 @@ async def _serve(
         ending.set()
 
     _end_on_signals(loop, end)
-    regions = Regions(options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body)
+    regions = SharedMemoryRegions(options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body)
     spans = Spans.exporting() if options.spans else None
     workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gateway")
     service = Service(repository, regions, workers, spans)
     budget = Budget(options.max_queue_bytes, options.max_body)
-    watcher = Sampler(service, budget)
-    web = _http(HttpApp(service, Bodies(options.max_body, budget, workers), guard, watcher), options, connections)
+    sampler = Sampler(service, budget)
+    web = _http(HttpApp(service, Bodies(options.max_body, budget, workers), access, sampler), options, connections)
     serving_http = asyncio.ensure_future(web.serve(sockets=[listener]))
     rpc: Any = None
     watching: asyncio.Future[None] | None = None
     try:
-        rpc, grpc_port = await _grpc(GrpcServicer(service, budget, guard, watcher), options)
-        watcher.start()
+        rpc, grpc_port = await _grpc(GrpcServicer(service, budget, access, sampler), options)
+        sampler.start()
         watching = asyncio.ensure_future(repository.watch())
         for model in repository.models:
             progress(f"starting the nodes of {model}")
@@ -199,7 +199,7 @@ async def _serve(
                     http=f"{scheme}://{host}:{listener.getsockname()[1]}",
                     grpc=None if grpc_port is None else f"{host}:{grpc_port}",
                     models={
-                        model: [v.number for v in repository.versions(model) if v.entrance is not None]
+                        model: [v.number for v in repository.versions(model) if v.batcher is not None]
                         for model in repository.models
                     },
                 )
@@ -210,7 +210,7 @@ async def _serve(
         if watching is not None:
             watching.cancel()
         await repository.close(options.drain_s)
-        await watcher.stop()
+        await sampler.stop()
         if rpc is not None:
             await rpc.stop(1.0)
         web.should_exit = True

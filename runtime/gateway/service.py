@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 from onnxsplit.tensors import Array, content_bytes
 from runtime.gateway.errors import Unsupported, words
 from runtime.gateway.metadata import split_name
-from runtime.gateway.protocol import InferRequest, Read, Wanted, classify, to_bytes
-from runtime.gateway.regions import Regions
+from runtime.gateway.protocol import InferRequest, Read, RequestedOutput, classify, to_bytes
 from runtime.gateway.repository import Repository, Version, why
+from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.telemetry.spans import Spans
 
 Said = TypeVar("Said")
-Encode = Callable[[InferRequest, str, str, Mapping[str, Array], Sequence[Wanted]], Said]
+Encode = Callable[[InferRequest, str, str, Mapping[str, Array], Sequence[RequestedOutput]], Said]
 """Makes the answer of the request, model, version, outputs, and which of them are wanted how."""
 
 _LONG_BYTES = 256 << 10  # of what is looked at one by one: done beside the event loop
@@ -36,7 +36,9 @@ class Service:
         spans: tells of requests to OpenTelemetry; None tells nobody.
     """
 
-    def __init__(self, repository: Repository, regions: Regions, workers: Executor, spans: Spans | None = None) -> None:
+    def __init__(
+        self, repository: Repository, regions: SharedMemoryRegions, workers: Executor, spans: Spans | None = None
+    ) -> None:
         self.repository = repository
         self.regions = regions
         self.workers = workers
@@ -86,37 +88,39 @@ class Service:
         if stage is not None:
             raise Unsupported(f"{name!r} is a stage and runs only as part of its model; ask {found.model!r}")
         version = self.repository.loaded(found.model, number)
-        tally = version.tally
-        tally.pending += 1
+        counters = version.counters
+        counters.pending += 1
         try:
             takes_long = long_bytes > _LONG_BYTES or large_bytes > _LARGE_BYTES or self.regions.any
             request: InferRequest = await self._beside(takes_long, parse, self.regions.reader())
             wanted = version.wanted(request)
             limits = [limit for limit in (timeout_ns, request.timeout_ns) if limit is not None]
             decoded = time.monotonic_ns()
-            outputs, passage = await version.infer(request, wanted, decoded, arrived + min(limits) if limits else None)
+            outputs, inference = await version.infer(
+                request, wanted, decoded, arrived + min(limits) if limits else None
+            )
             back = time.monotonic_ns()
             said: Said = await self._beside(
                 _takes_long(wanted, outputs), self._answer, version, request, wanted, outputs, encode
             )
             ended = time.monotonic_ns()
         except (Exception, asyncio.CancelledError) as error:
-            tally.failed(why(error), time.monotonic_ns() - arrived, words(error, _WORDS))
+            counters.failed(why(error), time.monotonic_ns() - arrived, words(error, _WORDS))
             if self._spans is not None:
                 self._spans.failed(version, headers or {}, arrived, time.monotonic_ns(), error)
             raise
         finally:
-            tally.pending -= 1
-        entered, out = passage.entered_ns or decoded, passage.ended_ns or back
-        tally.answered(
-            passage.rows,
+            counters.pending -= 1
+        entered, out = inference.entered_ns or decoded, inference.ended_ns or back
+        counters.answered(
+            inference.rows,
             decode_ns=decoded - arrived,
             queue_ns=entered - decoded,
             infer_ns=out - entered,
             encode_ns=ended - out,
         )
         if self._spans is not None:
-            self._spans.answered(version, request.id, headers or {}, arrived, passage, ended)
+            self._spans.answered(version, request.id, headers or {}, arrived, inference, ended)
         return said
 
     async def _beside(self, takes_long: bool, work: Callable[..., Any], *given: object) -> Any:
@@ -129,7 +133,7 @@ class Service:
         self,
         version: Version,
         request: InferRequest,
-        wanted: Sequence[Wanted],
+        wanted: Sequence[RequestedOutput],
         outputs: dict[str, Array],
         encode: Encode[Said],
     ) -> Said:
@@ -138,17 +142,17 @@ class Service:
             if output.classes:
                 array = outputs[output.name]
                 outputs[output.name] = classify(array, output.classes, batched=version.batched and array.ndim > 1)
-            if output.place is not None:
-                self.regions.write(output.place, to_bytes(outputs[output.name]))
+            if output.region_slice is not None:
+                self.regions.write(output.region_slice, to_bytes(outputs[output.name]))
         return encode(request, version.model, version.number, outputs, wanted)
 
 
-def _takes_long(wanted: Sequence[Wanted], outputs: Mapping[str, Array]) -> bool:
+def _takes_long(wanted: Sequence[RequestedOutput], outputs: Mapping[str, Array]) -> bool:
     """True when an answer is better made beside the event loop."""
     long = large = 0
     for output in wanted:
         array = outputs[output.name]
-        if output.place is not None or (output.binary and not output.classes and array.dtype != object):
+        if output.region_slice is not None or (output.binary and not output.classes and array.dtype != object):
             large += array.nbytes
         else:
             long += content_bytes(array)

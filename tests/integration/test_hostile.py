@@ -20,8 +20,8 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 grpc = pytest.importorskip("grpc", reason="needs the extra serve")
 from tritonclient.grpc import service_pb2 as pb  # noqa: E402
 
+from runtime.gateway.access import AccessControl  # noqa: E402
 from runtime.gateway.errors import Forbidden, Unauthorized  # noqa: E402
-from runtime.gateway.guard import Guard  # noqa: E402
 from runtime.gateway.http.codec import ask  # noqa: E402
 
 LIMIT = 48 << 20
@@ -79,13 +79,13 @@ def test_what_can_be_read_in_two_ways_is_refused(server, head, status, words):
 
 
 def test_one_authorization_counts_and_several_are_none():
-    guard = Guard(("a" * 16,))
-    guard.check([f"Bearer {'a' * 16}"])
+    access = AccessControl(("a" * 16,))
+    access.check([f"Bearer {'a' * 16}"])
     for shown in ([], ["Bearer " + "b" * 16], [f"Bearer {'a' * 16}", "Bearer x"], [f"Bearer {'a' * 16}"] * 2):
         with pytest.raises(Unauthorized):
-            guard.check(shown)
+            access.check(shown)
     with pytest.raises(Forbidden):
-        guard.check_site(["localhost"], ["null"], "/")
+        access.check_site(["localhost"], ["null"], "/")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def break_coordinator(pipeline: Pipeline) -> None:
 
 
 def test_a_model_whose_coordinator_failed_is_started_again(chain_plan, monkeypatch):
-    monkeypatch.setattr(repositories, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(repositories, "_RESTART_WAIT_S", 0.05)
     refusals = [LaunchFailed("not yet"), None]
 
     def start(folder, abandoned):

@@ -24,7 +24,7 @@ from onnxsplit.model.source import open_model
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan_files import check_file, load_plan
 from onnxsplit.session import open_session
-from runtime.gateway.guard import read_tokens
+from runtime.gateway.access import read_tokens
 from runtime.node.health import write_health
 from runtime.wire.keys import allow, create
 

@@ -14,12 +14,12 @@ from tritonclient.grpc import service_pb2 as pb
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array, dtype_name
 from runtime.gateway.errors import TooLarge
-from runtime.gateway.parameters import MOST_JSON_BYTES, MOST_TENSORS, from_place, place_of, timeout_ns
+from runtime.gateway.parameters import MOST_JSON_BYTES, MOST_TENSORS, from_region, region_slice_of, timeout_ns
 from runtime.gateway.protocol import (
     DATATYPES,
     InferRequest,
     Read,
-    Wanted,
+    RequestedOutput,
     check_count,
     check_rank,
     from_bytes,
@@ -116,11 +116,11 @@ def parse(message: Any, raw: Sequence[bytes | memoryview], read: Read) -> InferR
         if name in inputs:
             raise InputError(f"input {shown(name)} is given twice")
         parameters = parameters_of(tensor.parameters)
-        place = place_of(name, parameters)
+        place = region_slice_of(name, parameters)
         if (raw or place is not None) and tensor.HasField("contents"):
             raise InputError(f"input {shown(name)} has contents as well as bytes; give one of them")
         if place is not None:
-            inputs[name] = from_place(name, tensor.datatype, shape, place, read)
+            inputs[name] = from_region(name, tensor.datatype, shape, place, read)
         elif not raw:
             inputs[name] = _typed(name, tensor, shape)
         elif taken < len(raw):
@@ -162,14 +162,14 @@ def _typed(name: str, tensor: Any, shape: tuple[int, ...]) -> Array:
     return from_items(name, tensor.datatype, shape, values)
 
 
-def _wanted(output: Any) -> Wanted:
+def _wanted(output: Any) -> RequestedOutput:
     parameters = parameters_of(output.parameters)
     classes = parameters.get("classification") or 0
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
         raise InputError(
             f"classification of output {shown(output.name)} is {shown(classes)}; it is how many classes to give"
         )
-    return Wanted(output.name, True, place_of(output.name, parameters), classes)
+    return RequestedOutput(output.name, True, region_slice_of(output.name, parameters), classes)
 
 
 def answer(
@@ -177,14 +177,14 @@ def answer(
     model: str,
     version: str,
     outputs: Mapping[str, Array],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[RequestedOutput],
 ) -> Any:
     """A ``ModelInferResponse``. Outputs that went to shared memory are described only, and have no contents."""
     said = pb.ModelInferResponse(model_name=model, model_version=version, id=request.id)
     for output in wanted:
         array = outputs[output.name]
         said.outputs.add(name=output.name, datatype=DATATYPES[dtype_name(array.dtype) or ""], shape=array.shape)
-        if output.place is None:
+        if output.region_slice is None:
             said.raw_output_contents.append(bytes(to_bytes(array)))
         else:
             said.raw_output_contents.append(b"")

@@ -17,13 +17,13 @@ from tritonclient.grpc import service_pb2 as pb
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Busy
 from runtime.gateway import metadata
+from runtime.gateway.access import AccessControl
 from runtime.gateway.budget import Budget, Gate
 from runtime.gateway.errors import UnknownRegion, Unsupported, forget_frames, status_of, words
 from runtime.gateway.grpc import codec as grpc_codec
-from runtime.gateway.guard import Guard
-from runtime.gateway.regions import Region
 from runtime.gateway.repository import VersionState
 from runtime.gateway.service import Service
+from runtime.gateway.shared_memory import Region
 from runtime.gateway.telemetry.sampler import Sampler
 from runtime.intake import MOST_TIMEOUT_S
 from runtime.logs import log_event
@@ -47,17 +47,17 @@ class GrpcServicer:
     Args:
         service: what it serves.
         budget: of the bytes of all requests.
-        guard: decides who may ask.
-        watcher: knows the statistics.
+        access: decides who may ask.
+        sampler: knows the statistics.
     """
 
-    def __init__(self, service: Service, budget: Budget, guard: Guard, watcher: Sampler) -> None:
+    def __init__(self, service: Service, budget: Budget, access: AccessControl, sampler: Sampler) -> None:
         self._service = service
         self._repository = service.repository
         self._regions = service.regions
         self._budget = budget
-        self._guard = guard
-        self._watcher = watcher
+        self._access = access
+        self._sampler = sampler
         self._streams = 0
 
     def add_to(self, server: Any) -> None:
@@ -137,7 +137,7 @@ class GrpcServicer:
 
     def _admit(self, context: Any) -> None:
         shown = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
-        self._guard.check([value if isinstance(value, str) else "" for value in shown])
+        self._access.check([value if isinstance(value, str) else "" for value in shown])
 
     # Inference
 
@@ -249,7 +249,7 @@ class GrpcServicer:
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         """A model's inputs and outputs."""
         version, stage = self._service.find(request.name, request.version)
-        loaded = [other.number for other in self._repository.versions(version.model) if other.entrance is not None]
+        loaded = [other.number for other in self._repository.versions(version.model) if other.batcher is not None]
         return json_format.ParseDict(metadata.metadata(version, loaded, stage), pb.ModelMetadataResponse())
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -260,7 +260,7 @@ class GrpcServicer:
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
         """What was counted."""
-        found = {"model_stats": self._watcher.statistics(request.name, request.version)}
+        found = {"model_stats": self._sampler.statistics(request.name, request.version)}
         return json_format.ParseDict(found, pb.ModelStatisticsResponse())
 
     # The repository

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Cancelled
 from runtime.gateway import metadata
+from runtime.gateway.access import AccessControl
 from runtime.gateway.errors import (
     NotLoaded,
     TooLarge,
@@ -34,13 +35,12 @@ from runtime.gateway.errors import (
     status_of,
     words,
 )
-from runtime.gateway.guard import Guard
 from runtime.gateway.http import codec as http_codec
 from runtime.gateway.http import openapi, page
 from runtime.gateway.http.bodies import STOPPING, Bodies, coding_of, compress
-from runtime.gateway.regions import Region
 from runtime.gateway.repository import VersionState
 from runtime.gateway.service import Service
+from runtime.gateway.shared_memory import Region
 from runtime.gateway.telemetry import metrics
 from runtime.gateway.telemetry.sampler import Sampler
 from runtime.logs import log_event
@@ -61,17 +61,17 @@ class HttpApp:
     Args:
         service: what it serves.
         bodies: takes requests in.
-        guard: decides who may ask.
-        watcher: knows what the page shows.
+        access: decides who may ask.
+        sampler: knows what the page shows.
     """
 
-    def __init__(self, service: Service, bodies: Bodies, guard: Guard, watcher: Sampler) -> None:
+    def __init__(self, service: Service, bodies: Bodies, access: AccessControl, sampler: Sampler) -> None:
         self._service = service
         self._repository = service.repository
         self._regions = service.regions
         self._bodies = bodies
-        self._guard = guard
-        self._watcher = watcher
+        self._access = access
+        self._sampler = sampler
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -115,7 +115,7 @@ class HttpApp:
             routes=routes,
             exception_handlers={HTTPException: _not_found, OnnxsplitError: _answer_error, Exception: _answer_error},
         )
-        return _Guarded(app, self._infer, self._guard)
+        return _Guarded(app, self._infer, self._access)
 
     # Inference
 
@@ -175,7 +175,7 @@ class HttpApp:
         return Response()
 
     async def _ready(self, _: Request) -> Response:
-        return _readiness(None if self._repository.ready else self._watcher.why_not())
+        return _readiness(None if self._repository.ready else self._sampler.why_not())
 
     async def _model_ready(self, request: Request) -> Response:
         version, _ = self._service.find(*_named(request))
@@ -183,7 +183,7 @@ class HttpApp:
 
     async def _metadata(self, request: Request) -> Response:
         version, stage = self._service.find(*_named(request))
-        loaded = [other.number for other in self._repository.versions(version.model) if other.entrance is not None]
+        loaded = [other.number for other in self._repository.versions(version.model) if other.batcher is not None]
         return _json(metadata.metadata(version, loaded, stage))
 
     async def _config(self, request: Request) -> Response:
@@ -191,10 +191,10 @@ class HttpApp:
         return _json(metadata.config(version, stage))
 
     async def _stats(self, request: Request) -> Response:
-        return _json({"model_stats": self._watcher.statistics(*_named(request))})
+        return _json({"model_stats": self._sampler.statistics(*_named(request))})
 
     async def _all_stats(self, _: Request) -> Response:
-        return _json({"model_stats": self._watcher.statistics("")})
+        return _json({"model_stats": self._sampler.statistics("")})
 
     # The repository
 
@@ -254,13 +254,13 @@ class HttpApp:
     # To look at
 
     async def _metrics(self, _: Request) -> Response:
-        text, content_type = metrics.exposition(self._watcher)
+        text, content_type = metrics.exposition(self._sampler)
         return Response(text, headers={"content-type": content_type})
 
     async def _openapi(self, _: Request) -> Response:
         loaded: dict[str, list[str]] = {}
         for version in self._repository:
-            if version.entrance is not None:
+            if version.batcher is not None:
                 loaded.setdefault(version.model, []).append(version.number)
         return _json(openapi.description(loaded))
 
@@ -271,7 +271,7 @@ class HttpApp:
         kind, headers = "text/event-stream", {"cache-control": "no-store"}
         if request.method == "HEAD":
             return Response(media_type=kind, headers=headers)
-        return StreamingResponse(self._watcher.events(), media_type=kind, headers=headers)
+        return StreamingResponse(self._sampler.events(), media_type=kind, headers=headers)
 
     async def _example(self, request: Request) -> Response:
         version = self._repository.find(request.path_params["model"])
@@ -309,11 +309,11 @@ class _App:
 
 
 class _Guarded:
-    """An application behind a guard. Inferences, which are most of what is asked, skip its layers."""
+    """An application behind a access. Inferences, which are most of what is asked, skip its layers."""
 
-    def __init__(self, app: ASGIApp, infer: ASGIApp, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, infer: ASGIApp, access: AccessControl) -> None:
         self._app = app
-        self._guard = guard
+        self._access = access
         self._infer = infer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -321,8 +321,8 @@ class _Guarded:
             return
         headers = Headers(scope=scope)
         try:
-            self._guard.check_site(headers.getlist("host"), headers.getlist("origin"), scope["target"])
-            self._guard.check(headers.getlist("authorization"))
+            self._access.check_site(headers.getlist("host"), headers.getlist("origin"), scope["target"])
+            self._access.check(headers.getlist("authorization"))
         except OnnxsplitError as error:
             await _error_response(error)(scope, receive, send)
             return

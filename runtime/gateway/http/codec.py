@@ -17,12 +17,20 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array, dtype_name
 from runtime.gateway.errors import TooLarge
-from runtime.gateway.parameters import MOST_JSON_BYTES, MOST_TENSORS, _flag, _number, from_place, place_of, timeout_ns
+from runtime.gateway.parameters import (
+    MOST_JSON_BYTES,
+    MOST_TENSORS,
+    _flag,
+    _number,
+    from_region,
+    region_slice_of,
+    timeout_ns,
+)
 from runtime.gateway.protocol import (
     DATATYPES,
     InferRequest,
     Read,
-    Wanted,
+    RequestedOutput,
     from_bytes,
     from_json,
     to_bytes,
@@ -145,14 +153,14 @@ def _input(tensor: _Input, rest: memoryview, read: Read) -> tuple[Array, memoryv
     name = tensor.name
     parameters = _parameters(f"the parameters of input {shown(name)}", tensor.parameters)
     shape = _small(f"the sizes in the shape of input {shown(name)}", tensor.shape, _MOST_SHAPE_BYTES, _SHAPE)
-    place = place_of(name, parameters)
+    place = region_slice_of(name, parameters)
     size = _number(parameters, "binary_data_size")
     if sum((place is not None, size is not None, tensor.data is not UNSET)) != 1:
         raise InputError(
             f"input {shown(name)} needs exactly one of: data, the parameter binary_data_size, a region of shared memory"
         )
     if place is not None:
-        return from_place(name, tensor.datatype, shape, place, read), rest
+        return from_region(name, tensor.datatype, shape, place, read), rest
     if size is not None:
         if not 0 <= size <= len(rest):
             raise InputError(
@@ -163,7 +171,7 @@ def _input(tensor: _Input, rest: memoryview, read: Read) -> tuple[Array, memoryv
     return from_json(name, tensor.datatype, shape, tensor.data), rest
 
 
-def _wanted(output: _Output, request: Parameters) -> Wanted:
+def _wanted(output: _Output, request: Parameters) -> RequestedOutput:
     parameters = _parameters(f"the parameters of output {shown(output.name)}", output.parameters)
     classes = _number(parameters, "classification") or 0
     if classes < 0:
@@ -171,7 +179,7 @@ def _wanted(output: _Output, request: Parameters) -> Wanted:
             f"classification of output {shown(output.name)} is {shown(classes)}; it is how many classes to give"
         )
     binary = parameters.get("binary_data", request.get("binary_data_output", False))
-    return Wanted(output.name, binary is True, place_of(output.name, parameters), classes)
+    return RequestedOutput(output.name, binary is True, region_slice_of(output.name, parameters), classes)
 
 
 def answer(
@@ -179,7 +187,7 @@ def answer(
     model: str,
     version: str,
     outputs: Mapping[str, Array],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[RequestedOutput],
 ) -> tuple[list[bytes | memoryview], int | None]:
     """An answer: the pieces of the body, and the length of the JSON when bytes follow it.
 
@@ -194,11 +202,11 @@ def answer(
             "datatype": DATATYPES[dtype_name(array.dtype) or ""],
             "shape": array.shape,
         }
-        if output.place is None and output.binary:
+        if output.region_slice is None and output.binary:
             piece = to_bytes(array)
             entry["parameters"] = {"binary_data_size": len(piece)}
             pieces.append(piece)
-        elif output.place is None:
+        elif output.region_slice is None:
             entry["data"] = to_json(output.name, array)
         described.append(entry)
     said: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": described}

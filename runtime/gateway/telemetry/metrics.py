@@ -48,23 +48,23 @@ _NODE_COUNTERS: tuple[tuple[str, str, Callable[[NodeStats], float]], ...] = (
 )
 
 
-def exposition(watcher: Sampler) -> tuple[bytes, str]:
+def exposition(sampler: Sampler) -> tuple[bytes, str]:
     """All metrics now, in Prometheus' text format, and its content type."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(watcher))
+    registry.register(_Collector(sampler))
     text = generate_latest(registry)
     return _BARE_HEADS.sub(rb"\1", text), CONTENT_TYPE_LATEST
 
 
 class _Collector(Collector):
-    def __init__(self, watcher: Sampler) -> None:
-        self._watcher = watcher
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
 
     def describe(self) -> list[Metric]:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        versions = [version for version in self._watcher.service.repository if version.pipeline is not None]
+        versions = [version for version in self._sampler.service.repository if version.pipeline is not None]
         nodes = {version: version.pipeline.stats() for version in versions if version.pipeline is not None}
         yield InfoMetricFamily("onnxsplit_build", "What runs here.", {"version": onnxsplit.__version__})
         yield from self._server()
@@ -73,11 +73,11 @@ class _Collector(Collector):
         yield from self._nodes(nodes)
 
     def _server(self) -> Iterator[Metric]:
-        watcher = self._watcher
-        yield _gauge("onnxsplit_start_time_seconds", "When the server was started.", (), [((), watcher.started_s)])
-        ready = watcher.service.repository.ready
+        sampler = self._sampler
+        yield _gauge("onnxsplit_start_time_seconds", "When the server was started.", (), [((), sampler.started_s)])
+        ready = sampler.service.repository.ready
         yield _gauge("onnxsplit_ready", "1 when all models execute requests.", (), [((), float(ready))])
-        held = float(watcher.budget.held_bytes)
+        held = float(sampler.budget.held_bytes)
         yield _gauge("onnxsplit_receiving_bytes", "Bytes of requests that are not whole yet.", (), [((), held)])
 
     def _nodes(self, nodes: dict[Version, tuple[NodeStats, ...]]) -> Iterator[Metric]:
@@ -98,7 +98,7 @@ class _Collector(Collector):
         yield _gauge("onnxsplit_node_up", "1 when a node is ready.", _NODE, up)
         queues = [(labels, node.queue) for labels, node in rows]
         yield _gauge("onnxsplit_node_queue_requests", "Work on its way to a node or in it, in requests.", _NODE, queues)
-        last = self._watcher.last
+        last = self._sampler.last
         busy = [
             ((model.name, model.version, str(node.stage), str(node.replica)), node.utilisation)
             for model in (last.models if last is not None else ())
@@ -114,12 +114,12 @@ def _triton(versions: Sequence[Version], nodes: dict[Version, tuple[NodeStats, .
     sums: dict[str, list[Value]] = {name: [] for name in _TRITON}
     pending: list[Value] = []
     for version in versions:
-        tally, labels = version.tally, (version.model, version.number)
-        success.append((labels, tally.success.count))
-        failure += [((*labels, reason), tally.failures[reason]) for reason in _REASONS]
-        pending.append((labels, tally.pending))
-        times = (tally.success, tally.queue, tally.decode, tally.infer, tally.encode)
-        values = (tally.inferences, tally.executions, *(part.ns // 1000 for part in times))
+        counters, labels = version.counters, (version.model, version.number)
+        success.append((labels, counters.success.count))
+        failure += [((*labels, reason), counters.failures[reason]) for reason in _REASONS]
+        pending.append((labels, counters.pending))
+        times = (counters.success, counters.queue, counters.decode, counters.infer, counters.encode)
+        values = (counters.inferences, counters.executions, *(part.ns // 1000 for part in times))
         for name, value in zip(_TRITON, values, strict=True):
             sums[name].append((labels, value))
         for stage in version.plan.stages:
@@ -158,22 +158,24 @@ def _models(versions: Sequence[Version]) -> Iterator[Metric]:
     )
     for version in versions:
         times.add_metric(
-            (version.model, version.number), _buckets(version.tally.buckets), version.tally.success.ns / 1e9
+            (version.model, version.number), _buckets(version.counters.buckets), version.counters.success.ns / 1e9
         )
     yield times
     failures = [
-        ((v.model, v.number, reason.lower()), float(v.tally.failures[reason])) for v in versions for reason in _REASONS
+        ((v.model, v.number, reason.lower()), float(v.counters.failures[reason]))
+        for v in versions
+        for reason in _REASONS
     ]
     yield _counter("onnxsplit_request_failures", "Requests without an answer, by why.", (*_MODEL, "reason"), failures)
-    yield _counter("onnxsplit_rows", "Rows that were answered.", _MODEL, each(lambda v: v.tally.inferences))
-    yield _counter("onnxsplit_executions", "Executions of the pipeline.", _MODEL, each(lambda v: v.tally.executions))
+    yield _counter("onnxsplit_rows", "Rows that were answered.", _MODEL, each(lambda v: v.counters.inferences))
+    yield _counter("onnxsplit_executions", "Executions of the pipeline.", _MODEL, each(lambda v: v.counters.executions))
     yield _counter("onnxsplit_retries", "Attempts that were made again.", _MODEL, each(lambda v: v.pipeline.retries))
     yield _gauge("onnxsplit_model_ready", "1 when every stage has a node.", _MODEL, each(lambda v: float(v.ready)))
-    waiting = each(lambda v: len(v.entrance.line) if v.entrance is not None else 0)
+    waiting = each(lambda v: len(v.batcher.queue) if v.batcher is not None else 0)
     yield _gauge("onnxsplit_waiting_requests", "Requests in line before the pipeline.", _MODEL, waiting)
-    size = each(lambda v: v.entrance.line.size_bytes if v.entrance is not None else 0)
+    size = each(lambda v: v.batcher.queue.size_bytes if v.batcher is not None else 0)
     yield _gauge("onnxsplit_waiting_bytes", "Bytes of their inputs.", _MODEL, size)
-    inside = each(lambda v: v.entrance.inside if v.entrance is not None else 0)
+    inside = each(lambda v: v.batcher.inside if v.batcher is not None else 0)
     yield _gauge("onnxsplit_in_flight_requests", "Executions in the pipeline.", _MODEL, inside)
 
 

@@ -197,12 +197,12 @@ class Sampler:
         return [metadata.statistics(version)]
 
     def _model(self, version: Version, now: int) -> ModelView:
-        tally, pipeline, entrance = version.tally, version.pipeline, version.entrance
-        failed = sum(tally.failures.values())
+        counters, pipeline, batcher = version.counters, version.pipeline, version.batcher
+        failed = sum(counters.failures.values())
         nodes = pipeline.stats() if pipeline is not None else ()
-        before = self._before.get(version) or _Before(now, tally.success.count, failed)
+        before = self._before.get(version) or _Before(now, counters.success.count, failed)
         seconds = max(1e-9, (now - before.at_ns) / 1e9)
-        latencies = sorted(tally.latencies_ns)
+        latencies = sorted(counters.latencies_ns)
         incidents = pipeline.incidents if pipeline is not None else ()
         view = ModelView(
             name=version.model,
@@ -210,20 +210,20 @@ class Sampler:
             state=version.state.value.lower(),
             reason=version.reason,
             ready=version.ready,
-            per_s=max(0.0, (tally.success.count - before.answered) / seconds),
+            per_s=max(0.0, (counters.success.count - before.answered) / seconds),
             failures_per_s=max(0.0, (failed - before.failed) / seconds),
             p50_ns=latencies[len(latencies) // 2] if latencies else 0,
             p99_ns=latencies[len(latencies) * 99 // 100] if latencies else 0,
-            waiting=len(entrance.line) if entrance is not None else 0,
-            inside=entrance.inside if entrance is not None else 0,
+            waiting=len(batcher.queue) if batcher is not None else 0,
+            inside=batcher.inside if batcher is not None else 0,
             retries=pipeline.retries if pipeline is not None else 0,
             losses=sum(node.restarts for node in nodes),
             cause=incidents[-1].story if incidents else "",
-            last_error=tally.last_error,
+            last_error=counters.last_error,
             nodes=tuple(_node(node, before.nodes.get((node.stage, node.replica)), seconds) for node in nodes),
         )
         self._before[version] = _Before(
-            now, tally.success.count, failed, {(node.stage, node.replica): node for node in nodes}
+            now, counters.success.count, failed, {(node.stage, node.replica): node for node in nodes}
         )
         return view
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from onnxsplit.errors import InputError
-from runtime.gateway.batcher import Passage
+from runtime.gateway.batcher import Inference
 from runtime.gateway.errors import words
 
 if TYPE_CHECKING:
@@ -60,17 +60,17 @@ class Spans:
         request: str,
         headers: Mapping[str, str],
         arrived_ns: int,
-        passage: Passage,
+        inference: Inference,
         ended_ns: int,
     ) -> None:
         """A request was answered."""
         span = self._begin(version, headers, arrived_ns)
         if request:
             span.set_attribute("onnxsplit.request_id", request)
-        span.set_attribute("onnxsplit.queue_ns", max(0, passage.entered_ns - arrived_ns))
-        span.set_attribute("onnxsplit.rows", passage.rows)
+        span.set_attribute("onnxsplit.queue_ns", max(0, inference.entered_ns - arrived_ns))
+        span.set_attribute("onnxsplit.rows", inference.rows)
         inside = self._trace.set_span_in_context(span)
-        for visit in passage.visits:
+        for visit in inference.visits:
             stage = self._tracer.start_span(
                 f"stage {visit.stage}",
                 context=inside,

@@ -21,7 +21,7 @@ from runtime.gateway.protocol import (
     DATATYPES,
     InferRequest,
     RegionSlice,
-    Wanted,
+    RequestedOutput,
     classify,
     from_bytes,
     from_json,
@@ -59,9 +59,9 @@ def test_what_is_asked_is_what_is_understood(inputs):
 def test_an_answer_says_what_the_model_gave(array, binary):
     if array.dtype.kind == "f" and not np.isfinite(array).all() and not binary:
         with pytest.raises(InputError, match="binary"):
-            answer(InferRequest("7", {}), "m", "1", {"y": array}, [Wanted("y", binary)])
+            answer(InferRequest("7", {}), "m", "1", {"y": array}, [RequestedOutput("y", binary)])
         return
-    pieces, length = answer(InferRequest("7", {}), "m", "1", {"y": array}, [Wanted("y", binary)])
+    pieces, length = answer(InferRequest("7", {}), "m", "1", {"y": array}, [RequestedOutput("y", binary)])
     body = b"".join(pieces)
     said = json.loads(body[:length])
     (output,) = said["outputs"]

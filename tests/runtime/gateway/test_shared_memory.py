@@ -10,7 +10,7 @@ import pytest
 from onnxsplit.errors import InputError
 from runtime.gateway.errors import Forbidden, TooLarge, UnknownRegion
 from runtime.gateway.protocol import RegionSlice
-from runtime.gateway.regions import Region, Regions
+from runtime.gateway.shared_memory import Region, SharedMemoryRegions
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def memory():
 
 @pytest.fixture
 def regions(memory):
-    made = Regions("")
+    made = SharedMemoryRegions("")
     made.register(Region("r", f"/{memory.name}", 16, 32))
     yield made
     made.close()
@@ -67,7 +67,7 @@ def test_links_and_other_things_are_refused(memory):
     try:
         for name, error in ((link.name, UnknownRegion), (fifo.name, Forbidden)):
             with pytest.raises(error):
-                Regions("").register(Region("r", name, 0, 8))
+                SharedMemoryRegions("").register(Region("r", name, 0, 8))
     finally:
         link.unlink()
         fifo.unlink()
@@ -84,12 +84,12 @@ def test_too_long_or_twice_or_not_allowed_is_refused(regions, memory):
         with pytest.raises(InputError, match=words):
             regions.register(region)
     with pytest.raises(Forbidden, match="clients of this host"):
-        Regions("", allowed=False).register(Region("s", memory.name, 0, 8))
+        SharedMemoryRegions("", allowed=False).register(Region("s", memory.name, 0, 8))
 
 
 def test_nothing_is_registered_unless_the_server_was_told(memory):
     with pytest.raises(Forbidden, match="--shared-memory"):
-        Regions().register(Region("s", memory.name, 0, 8))
+        SharedMemoryRegions().register(Region("s", memory.name, 0, 8))
 
 
 @pytest.mark.parametrize("prefix", ["", "onnxsplit"])
@@ -98,21 +98,21 @@ def test_names_of_the_runtime_are_never_registered(prefix):
     file.write_bytes(bytes(64))
     try:
         with pytest.raises(Forbidden, match="kept for the runtime"):
-            Regions(prefix).register(Region("s", file.name, 0, 8))
+            SharedMemoryRegions(prefix).register(Region("s", file.name, 0, 8))
     finally:
         file.unlink()
 
 
 def test_only_names_under_the_prefix_are_registered(memory):
-    named = Regions(memory.name[:-1])
+    named = SharedMemoryRegions(memory.name[:-1])
     named.register(Region("s", f"/{memory.name}", 0, 8))
     named.close()
     with pytest.raises(Forbidden, match="begins with 'other'"):
-        Regions("other").register(Region("s", memory.name, 0, 8))
+        SharedMemoryRegions("other").register(Region("s", memory.name, 0, 8))
 
 
 def test_one_request_reads_no_more_than_a_request_may_have(memory):
-    regions = Regions("", most_bytes=40)
+    regions = SharedMemoryRegions("", most_bytes=40)
     regions.register(Region("r", memory.name, 0, 64))
     read = regions.reader()
     assert read(RegionSlice("r", 0, 30)) == memory.read_bytes()[:30]

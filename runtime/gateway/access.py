@@ -43,7 +43,7 @@ def read_tokens(file: Path) -> tuple[str, ...]:
     return tokens
 
 
-class Guard:
+class AccessControl:
     """Decides by a request's headers.
 
     Args:

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import Busy
-from runtime.gateway.queue import Limits, RequestQueue, Waiting
+from runtime.gateway.queue import Limits, QueuedRequest, RequestQueue
 
 MS = 1_000_000
 
 
-def request(key=None, *, rows=1, size=10, at=0, deadline=None, name="") -> Waiting:
-    return Waiting(key=key, rows=rows, size_bytes=size, arrived_ns=at, deadline_ns=deadline, subject=name)
+def request(key=None, *, rows=1, size=10, at=0, deadline=None, name="") -> QueuedRequest:
+    return QueuedRequest(key=key, rows=rows, size_bytes=size, arrived_ns=at, deadline_ns=deadline, subject=name)
 
 
 def names(requests):

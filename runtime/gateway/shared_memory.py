@@ -1,4 +1,4 @@
-"""Regions of system shared memory that clients on this host name, to give and take tensors there.
+"""SharedMemoryRegions of system shared memory that clients on this host name, to give and take tensors there.
 
 A region is read and written by copy, never mapped: a client that shortens its file while we look at it would end the
 server with a bus error.
@@ -42,7 +42,7 @@ class Region:
     size_bytes: int
 
 
-class Regions:
+class SharedMemoryRegions:
     """The regions that are registered. Callable from any thread.
 
     Whoever can register a region can have the server read and write it, so nobody can unless the server was told whose
