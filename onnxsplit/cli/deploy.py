@@ -12,32 +12,32 @@ from onnxsplit.cli.values import NODES, NumberParam
 
 @click.group()
 def command() -> None:
-    """Write what other systems need to run a plan."""
+    """Write the files with which another system runs a plan."""
 
 
 @make_command
 @PLAN
-@option("--image", required=True, help="The container image that has onnxsplit; see docs/hosts.md for a Dockerfile.")
-@option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The folder to write.")
-@option("--name", help="Of all objects. Without it: the model's.")
+@option("--image", required=True, help="Container image with onnxsplit; docs/hosts.md has a Dockerfile.")
+@option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
+@option("--name", help="Beginning of every object's name. Default: the model's name.")
 @option(
     "--claim",
     metavar="NAME",
-    help="PersistentVolumeClaim with the plan. Without it: the image has it at /plans/NAME.plan.",
+    help="PersistentVolumeClaim with the plan. Default: the image holds the plan at /plans/NAME.plan.",
 )
-@option("--max-replicas", "most_replicas", type=NODES, default=8, help="Up to which a stage is scaled.")
+@option("--max-replicas", "most_replicas", type=NODES, default=8, help="Largest number of nodes a stage is scaled to.")
 @option(
     "--utilisation",
     type=NumberParam(0, 1, min_open=True),
     default=0.8,
-    help="Of a stage's nodes, that scaling aims at.",
+    help="Utilisation of a stage's nodes at which scaling aims.",
 )
 @option(
     "--custom-ops",
     "custom_ops",
     multiple=True,
     metavar="FILE.so",
-    help="Where the image has a custom op library that the plan needs, or onnxruntime-extensions. Repeatable.",
+    help="Custom op library that the plan needs, by its path in the image, or onnxruntime-extensions. Repeatable.",
 )
 def kubernetes(
     output: Output,
@@ -51,12 +51,12 @@ def kubernetes(
     utilisation: float,
     custom_ops: tuple[str, ...],
 ) -> None:
-    """Write manifests for the plan in DIR, in Kustomize's layout, with new keys for its links."""
+    """Write Kubernetes manifests for the plan in DIR, in Kustomize's layout, with new keys for its links."""
     from onnxsplit.plan_files import load_plan
     from runtime.deploy.kubernetes import DeployOptions, name_of, write
 
     loaded = load_plan(plan)
-    wishes = DeployOptions(
+    deploy_options = DeployOptions(
         name=name or name_of(loaded),
         image=image,
         claim=claim,
@@ -64,11 +64,11 @@ def kubernetes(
         utilisation=utilisation,
         custom_ops=custom_ops,
     )
-    files = write(loaded, wishes, out)
+    files = write(loaded, deploy_options, out)
     output.line(
-        f"Wrote {len(files)} files in {out}; base/keys is secret. Next: kubectl apply -k {out}/overlays/example"
+        f"Wrote {len(files)} files to {out}; keep base/keys secret. Next: kubectl apply -k {out}/overlays/example"
     )
-    output.result({"folder": out, "files": files, "name": wishes.name})
+    output.result({"folder": out, "files": files, "name": deploy_options.name})
 
 
 command.add_command(kubernetes, "kubernetes")

@@ -1,12 +1,12 @@
-"""A plan as Kubernetes manifests, laid out for Kustomize: the cluster starts, restarts and scales the nodes.
+"""Kubernetes manifests for a plan, in Kustomize's layout. The cluster starts, restarts and scales the nodes.
 
-    base/kustomization.yaml       what there is, and the secrets made of the keys beside it
-    base/gateway.yaml             Deployment of the coordinator with the gateway; Services for clients and for nodes
-    base/stage-I.yaml             StatefulSet, PodDisruptionBudget, HorizontalPodAutoscaler of a stage
+    base/kustomization.yaml       the resources, and the secrets that are made of the keys beside it
+    base/gateway.yaml             Deployment of the coordinator and its gateway; Services for clients and for nodes
+    base/stage-I.yaml             StatefulSet, PodDisruptionBudget and HorizontalPodAutoscaler of a stage
     base/keys/                    CURVE keys of the gateway and of each stage; secret
-    overlays/example/             where to say namespace, image and numbers of one's own
+    overlays/example/             namespace, image and numbers of nodes, to be changed by whoever deploys it
 
-Pure but for :func:`write`: a plan and wishes in, documents out.
+The documents are written down in ``templates/kubernetes.yaml``. This module computes the values and fills them in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from onnxsplit.errors import InputError, MissingDependency, PlanError
@@ -23,28 +25,24 @@ from onnxsplit.plan import MOST_NODES, Plan, Stage
 from runtime.wire.keys import create_for, is_occupied
 
 Document = dict[str, Any]
+"""A Kubernetes object as YAML describes it."""
 
-PORT, HTTP_PORT, GRPC_PORT = 5555, 8000, 8001
-_USER = 10001
-_ROOM_BYTES = 512 << 20  # of a process beside its stage
-_QUEUE = "512M"  # of requests that wait at the gateway; those in flight have a quarter of what is free
-_HEALTH = "/run/onnxsplit/health"
-_FRESH_S = 15
-_MI = 1 << 20
+_PROCESS_BYTES = 512 << 20  # memory of a process apart from its stage
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeployOptions:
-    """What manifests are to say beyond the plan.
+    """What the manifests say beyond the plan.
 
     Attributes:
-        name: of all objects, and of the model.
-        image: that has onnxsplit.
-        claim: a PersistentVolumeClaim with the plan, mounted at ``/plans/NAME.plan``; None where the image has it.
-        most_replicas: up to which a stage is scaled.
-        utilisation: of a stage's nodes, that scaling aims at.
-        custom_ops: libraries of custom ops, for nodes of stages that need some: by their paths in the image, or
-            ``onnxruntime-extensions``, which the image has installed.
+        name: Name of the model, and the beginning of every object's name.
+        image: Container image with onnxsplit.
+        claim: PersistentVolumeClaim with the plan, mounted at ``/plans/NAME.plan``. None: the image holds the plan.
+        most_replicas: Largest number of nodes to which a stage is scaled.
+        utilisation: Utilisation of a stage's nodes at which scaling aims, above 0 and at most 1.
+        custom_ops: Libraries of custom ops for nodes of the stages that need some: paths in the image, or
+            ``onnxruntime-extensions`` where the image has that package.
     """
 
     name: str
@@ -55,69 +53,77 @@ class DeployOptions:
     custom_ops: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Refuse what Kubernetes would.
+        """Refuse values that Kubernetes would refuse.
 
         Raises:
-            InputError: naming the wish.
+            InputError: A value is not allowed. The message names it.
         """
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
             raise InputError(
-                f"{self.name!r} is no name for Kubernetes; allowed: up to 40 small letters, digits and '-', beginning "
-                "with a letter. Give another with --name"
+                f"{self.name!r} is not a name for Kubernetes objects; allowed: up to 40 lower-case letters, digits and "
+                "'-', beginning with a letter. Give another name with --name"
             )
         if not self.image or any(c.isspace() for c in self.image):
-            raise InputError(f"{self.image!r} is no image")
+            raise InputError(f"{self.image!r} is not a container image; give a name without spaces, as in NAME:TAG")
         if not 0 < self.utilisation <= 1:
-            raise InputError(f"--utilisation is above 0 and at most 1, not {self.utilisation:g}")
+            raise InputError(f"--utilisation must be above 0 and at most 1, not {self.utilisation:g}")
         problem = whole_problem("--max-replicas", self.most_replicas, 1, MOST_NODES)
         if problem:
             raise InputError(problem)
 
 
 def name_of(plan: Plan) -> str:
-    """A name for Kubernetes made of the model's."""
+    """A name for Kubernetes objects, made of the model's name."""
     text = re.sub(r"[^a-z0-9]+", "-", plan.model.name.removesuffix(".onnx").lower()).strip("-")
     return re.sub(r"^[^a-z]+", "", text)[:40].rstrip("-") or "model"
 
 
-def manifests(plan: Plan, wishes: DeployOptions) -> dict[str, list[Document]]:
-    """The documents of every file, by path.
+def manifests(plan: Plan, options: DeployOptions) -> dict[str, list[Document]]:
+    """The documents of every file, by the file's path.
 
     Raises:
-        InputError: a wish cannot be.
-    """
-    wishes.check()
-    if plan.custom_ops and not wishes.custom_ops:
-        names = ", ".join(repr(library.name) for library in plan.custom_ops)
-        raise InputError(
-            f"nodes of this plan need the custom op libraries {names}; say where the image has them, with --custom-ops "
-            "FILE.so for each, or --custom-ops onnxruntime-extensions"
-        )
-    stages = [f"stage-{stage.index}" for stage in plan.stages]
-    files = {"base/gateway.yaml": _gateway(wishes, stages)}
-    for stage in plan.stages:
-        files[f"base/stage-{stage.index}.yaml"] = _stage(stage, wishes)
-    files["base/kustomization.yaml"] = [_kustomization(stages, wishes, [Path(path).name for path in files])]
-    files["overlays/example/kustomization.yaml"] = [_overlay(plan, wishes)]
-    return files
-
-
-def write(plan: Plan, wishes: DeployOptions, folder: Path) -> list[Path]:
-    """Write manifests, and new keys for them; the files without the keys.
-
-    Raises:
-        InputError: a wish cannot be.
-        PlanError: there is something at ``folder``.
+        InputError: An option is not allowed, or the plan needs custom ops and none are named.
         MissingDependency: PyYAML is not installed.
     """
-    files = manifests(plan, wishes)
+    options.check()
+    if plan.custom_ops and not options.custom_ops:
+        needed = ", ".join(repr(library.name) for library in plan.custom_ops)
+        raise InputError(
+            f"nodes of this plan need the custom op libraries {needed}; say where the image has them, with "
+            "--custom-ops FILE.so for each, or --custom-ops onnxruntime-extensions"
+        )
+    templates = _templates()
+    names = [f"stage-{stage.index}" for stage in plan.stages]
+    documents = {"base/gateway.yaml": _filled(templates["gateway"], _gateway_values(names, options))}
+    for stage in plan.stages:
+        documents[f"base/stage-{stage.index}.yaml"] = _filled(templates["stage"], _stage_values(stage, options))
+    resources = [Path(path).name for path in documents]
+    secrets = [_secret(options, "gateway", "coordinator", names)]
+    secrets += [_secret(options, name, name, ["coordinator"]) for name in names]
+    base = {"resources": resources, "secrets": secrets}
+    documents["base/kustomization.yaml"] = _filled(templates["kustomization"], base)
+    documents["overlays/example/kustomization.yaml"] = _filled(templates["overlay"], _overlay_values(plan, options))
+    return documents
+
+
+def write(plan: Plan, options: DeployOptions, folder: Path) -> list[Path]:
+    """Write the manifests and new keys for them into a new folder.
+
+    Returns:
+        The files, without the keys.
+
+    Raises:
+        InputError: An option is not allowed.
+        PlanError: The folder exists and is not empty, or cannot be written.
+        MissingDependency: PyYAML is not installed.
+    """
+    texts = {path: to_yaml(documents) for path, documents in manifests(plan, options).items()}
     if is_occupied(folder):
-        raise PlanError(f"{folder} is there already; nothing was touched. Choose another place with -o DIR")
-    texts = {path: to_yaml(documents) for path, documents in files.items()}
+        raise PlanError(f"{folder} is there already; nothing was touched. Choose another folder with -o DIR")
     try:
         (folder / "base").mkdir(parents=True)
     except OSError as error:
-        raise PlanError(f"cannot write {folder}: {error.strerror}. Choose another place with -o DIR") from error
+        raise PlanError(f"cannot write {folder}: {error.strerror}. Choose another folder with -o DIR") from error
     create_for(folder / "base" / "keys", tuple(f"stage-{stage.index}" for stage in plan.stages))
     for path, text in texts.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -126,295 +132,103 @@ def write(plan: Plan, wishes: DeployOptions, folder: Path) -> list[Path]:
 
 
 def to_yaml(documents: list[Document]) -> str:
-    """Documents of one file.
+    """The text of a file with these documents.
 
     Raises:
         MissingDependency: PyYAML is not installed.
     """
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependency("manifests need PyYAML: pip install 'onnxsplit[deploy]'") from error
-
+    yaml = _yaml()
     dumper = type("Plain", (yaml.SafeDumper,), {"ignore_aliases": lambda *_: True})
     text: str = "---\n".join(yaml.dump(one, Dumper=dumper, sort_keys=False, width=120) for one in documents)
     return text
 
 
-def _place(wishes: DeployOptions) -> str:
-    """Where the plan is in the gateway's container; the model is called by it."""
-    return f"/plans/{wishes.name}.plan"
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependency("manifests need PyYAML: pip install 'onnxsplit[deploy]'") from error
+    return yaml
 
 
-def _labels(wishes: DeployOptions, part: str) -> dict[str, str]:
-    return {"app.kubernetes.io/name": wishes.name, "app.kubernetes.io/component": part}
+def _templates() -> dict[str, Any]:
+    text = (files(__package__ or "") / "templates" / "kubernetes.yaml").read_text(encoding="utf-8")
+    templates: dict[str, Any] = _yaml().safe_load(text)
+    return templates
 
 
-def _object(kind: str, version: str, name: str, labels: Mapping[str, str], spec: Document) -> Document:
-    metadata = {"name": name, "labels": dict(labels)}
-    return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": spec}
+def _filled(template: Any, values: Mapping[str, object]) -> Any:
+    """A template with its placeholders filled, as ``templates/kubernetes.yaml`` explains at its top."""
+    if isinstance(template, dict):
+        return {key: _filled(value, values) for key, value in template.items()}
+    if isinstance(template, list):
+        items: list[Any] = []
+        for entry in template:
+            value = _filled(entry, values)
+            items += value if isinstance(value, list) else [value]
+        return items
+    if not isinstance(template, str):
+        return template
+    if template.startswith("$") and template[1:].isidentifier():
+        return values[template[1:]]
+    return Template(template).substitute(values)
 
 
-# The gateway
-
-
-def _gateway(wishes: DeployOptions, stages: list[str]) -> list[Document]:
-    labels = _labels(wishes, "gateway")
-    words = [
-        "serve",
-        _place(wishes),
-        "--launcher",
-        "none",
-        "--elastic",
-        "--bind",
-        f"tcp://0.0.0.0:{PORT}",
-        "--keys",
-        "/keys/own",
-    ]
-    words += ["--max-queue-bytes", _QUEUE]
-    words += ["--host", "0.0.0.0", "--http-port", str(HTTP_PORT), "--grpc-port", str(GRPC_PORT)]  # noqa: S104
-    ports = {"http": HTTP_PORT, "grpc": GRPC_PORT, "nodes": PORT}
-    container = _container("gateway", wishes, words) | {
-        "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
-        "startupProbe": _http("live", every=2, failures=30),
-        "livenessProbe": _http("live", every=10, failures=3),
-        "readinessProbe": _http("ready", every=2, failures=1),
-        "resources": {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "2Gi"}},
-    }
-    volumes = []
-    if wishes.claim is not None:
-        container["volumeMounts"].append({"name": "plan", "mountPath": _place(wishes), "readOnly": True})
-        volumes.append({"name": "plan", "persistentVolumeClaim": {"claimName": wishes.claim, "readOnly": True}})
-    return [
-        _object(
-            "Deployment",
-            "apps/v1",
-            f"{wishes.name}-gateway",
-            labels,
-            {
-                "replicas": 1,  # two coordinators would share the nodes of none
-                "strategy": {"type": "Recreate"},
-                "selector": {"matchLabels": labels},
-                "template": _pod(labels, wishes, container, f"{wishes.name}-keys-gateway", stages, volumes, grace_s=45),
-            },
-        ),
-        _object(
-            "Service",
-            "v1",
-            wishes.name,
-            labels,
-            {
-                "selector": labels,
-                "ports": [{"name": n, "port": ports[n], "targetPort": n} for n in ("http", "grpc")],
-            },
-        ),
-        _object(
-            "Service",
-            "v1",
-            f"{wishes.name}-coordinator",
-            labels,
-            {
-                "clusterIP": "None",  # nodes reach all ports of the pod itself
-                "publishNotReadyAddresses": True,  # it is ready when they have come
-                "selector": labels,
-                "ports": [{"name": "nodes", "port": PORT, "targetPort": "nodes"}],
-            },
-        ),
-    ]
-
-
-def _http(what: str, *, every: int, failures: int) -> Document:
+def _gateway_values(stages: list[str], options: DeployOptions) -> dict[str, object]:
+    plan_path = f"/plans/{options.name}.plan"  # the gateway calls the model by it
+    mount = {"name": "plan", "mountPath": plan_path, "readOnly": True}
+    volume = {"name": "plan", "persistentVolumeClaim": {"claimName": options.claim, "readOnly": True}}
     return {
-        "httpGet": {"path": f"/v2/health/{what}", "port": "http"},
-        "periodSeconds": every,
-        "failureThreshold": failures,
-        "timeoutSeconds": 2,
+        "name": options.name,
+        "image": options.image,
+        "plan_path": plan_path,
+        "plan_mounts": [] if options.claim is None else [mount],
+        "plan_volumes": [] if options.claim is None else [volume],
+        "stage_keys": [{"key": f"{stage}.key", "path": f"allowed/{stage}.key"} for stage in stages],
     }
 
 
-# A stage
-
-
-def _stage(stage: Stage, wishes: DeployOptions) -> list[Document]:
-    name, labels = f"{wishes.name}-stage-{stage.index}", _labels(wishes, f"stage-{stage.index}")
-    words = ["node", "--connect", f"tcp://{wishes.name}-coordinator:{PORT}", "--stage", str(stage.index)]
-    words += ["--keys", "/keys/own", "--health", _HEALTH, "--rejoin", "3600", "--no-shared-memory"]
-    words += [word for library in wishes.custom_ops if stage.custom_ops for word in ("--custom-ops", library)]
-    container = _container("node", wishes, words) | {
-        "livenessProbe": _shell(
-            f"test $(($(date +%s) - $(stat -c %Y {_HEALTH}))) -lt {_FRESH_S}", every=5, failures=3, first=20
-        ),
-        "readinessProbe": _shell(f"grep -qx ready {_HEALTH}", every=2, failures=2),
-        "resources": _resources(stage),
-    }
-    container["volumeMounts"] += [
-        {"name": "cache", "mountPath": "/cache"},
-        {"name": "run", "mountPath": "/run/onnxsplit"},
-    ]
-    container["env"].append({"name": "XDG_CACHE_HOME", "value": "/cache"})
-    size = 2 * sum(entry.size_bytes for entry in stage.files) + _ROOM_BYTES  # fetched, and packed
-    volumes = [
-        {"name": "cache", "emptyDir": {"sizeLimit": f"{-(-size // _MI)}Mi"}},
-        {"name": "run", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
-    ]
-    pod = _pod(
-        labels, wishes, container, f"{wishes.name}-keys-stage-{stage.index}", ["coordinator"], volumes, grace_s=40
-    )
-    apart = {"labelSelector": {"matchLabels": labels}, "topologyKey": "kubernetes.io/hostname"}
-    pod["spec"]["affinity"] = {
-        "podAntiAffinity": {
-            "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": apart}]
-        }
-    }
-    return [
-        _object(
-            "StatefulSet",
-            "apps/v1",
-            name,
-            labels,
-            {
-                "serviceName": f"{wishes.name}-coordinator",
-                "replicas": stage.replicas,
-                "podManagementPolicy": "Parallel",
-                "selector": {"matchLabels": labels},
-                "template": pod,
-            },
-        ),
-        _object(
-            "PodDisruptionBudget",
-            "policy/v1",
-            name,
-            labels,
-            {"maxUnavailable": 1, "selector": {"matchLabels": labels}},
-        ),
-        _object("HorizontalPodAutoscaler", "autoscaling/v2", name, labels, _autoscaler(stage, name, wishes)),
-    ]
-
-
-def _autoscaler(stage: Stage, name: str, wishes: DeployOptions) -> Document:
-    """By our own metric, which the gateway has for every node: the share of time its session ran."""
-    return {
-        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": name},
-        "minReplicas": stage.replicas,
-        "maxReplicas": max(wishes.most_replicas, stage.replicas),
-        "metrics": [
-            {
-                "type": "External",
-                "external": {
-                    "metric": {
-                        "name": "onnxsplit_node_utilisation_ratio",
-                        "selector": {"matchLabels": {"model": wishes.name, "stage": str(stage.index)}},
-                    },
-                    "target": {"type": "AverageValue", "averageValue": f"{round(wishes.utilisation * 1000)}m"},
-                },
-            }
-        ],
-        "behavior": {"scaleDown": {"stabilizationWindowSeconds": 300}},
-    }
-
-
-def _resources(stage: Stage) -> Document:
-    memory = f"{-(-(stage.peak_memory_bytes + _ROOM_BYTES) // _MI)}Mi"
+def _stage_values(stage: Stage, options: DeployOptions) -> dict[str, object]:
+    memory = _mebibytes(stage.peak_memory_bytes + _PROCESS_BYTES)
     limits = {"memory": memory}
     if stage.provider.startswith("cuda"):
         limits["nvidia.com/gpu"] = "1"
-    return {"requests": {"cpu": str(stage.threads), "memory": memory}, "limits": limits}
-
-
-def _shell(test: str, *, every: int, failures: int, first: int = 0) -> Document:
-    probe: Document = {"exec": {"command": ["sh", "-c", test]}, "periodSeconds": every, "failureThreshold": failures}
-    return probe | ({"initialDelaySeconds": first} if first else {})
-
-
-# What both have
-
-
-def _container(name: str, wishes: DeployOptions, words: list[str]) -> Document:
+    # The cache holds the stage's files as fetched, and the packed weights that nodes make of them.
+    cache_bytes = 2 * sum(entry.size_bytes for entry in stage.files) + _PROCESS_BYTES
+    libraries = options.custom_ops if stage.custom_ops else ()
     return {
-        "name": name,
-        "image": wishes.image,
-        "args": words,
-        "env": [{"name": "HOME", "value": "/tmp"}],  # noqa: S108  of the container
-        "volumeMounts": [{"name": "keys", "mountPath": "/keys"}, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "name": options.name,
+        "image": options.image,
+        "stage": stage.index,
+        "replicas": stage.replicas,
+        "most_replicas": max(options.most_replicas, stage.replicas),
+        "utilisation": f"{round(options.utilisation * 1000)}m",
+        "cpu": stage.threads,
+        "memory": memory,
+        "limits": limits,
+        "cache_size": _mebibytes(cache_bytes),
+        "custom_ops_args": [word for library in libraries for word in ("--custom-ops", library)],
     }
 
 
-def _pod(
-    labels: Mapping[str, str],
-    wishes: DeployOptions,
-    container: Document,
-    secret: str,
-    allowed: list[str],
-    volumes: list[Document],
-    *,
-    grace_s: int,
-) -> Document:
-    """A pod. Keys are copied out of the secret's volume: its folder can be read by all, which onnxsplit refuses."""
-    copy = (
-        "umask 077 && mkdir -p /keys/own && cp -RL /secret/*.key /secret/allowed /keys/own/ && chmod -R go= /keys/own"
-    )
-    taking = _container("keys", wishes, []) | {"command": ["sh", "-c", copy]}
-    del taking["args"]
-    taking["volumeMounts"].append({"name": "secret", "mountPath": "/secret", "readOnly": True})
+def _mebibytes(size_bytes: int) -> str:
+    """A size in Kubernetes' unit, rounded up."""
+    return f"{-(-size_bytes // _MIB)}Mi"
+
+
+def _secret(options: DeployOptions, owner: str, folder: str, allowed: list[str]) -> Document:
+    """The secret of a pod: its own key pair, and the public keys of those it may talk to."""
+    sources = [f"secret.key=keys/{folder}/secret.key", f"public.key=keys/{folder}/public.key"]
+    sources += [f"{name}.key=keys/{folder}/allowed/{name}.key" for name in allowed]
+    return {"name": f"{options.name}-keys-{owner}", "files": sources}
+
+
+def _overlay_values(plan: Plan, options: DeployOptions) -> dict[str, object]:
+    name, colon, tag = options.image.rpartition(":")
+    if not colon or "/" in tag:  # the colon belongs to the registry's port
+        name, tag = options.image, ""
     return {
-        "metadata": {"labels": dict(labels)},
-        "spec": {
-            "automountServiceAccountToken": False,
-            "terminationGracePeriodSeconds": grace_s,
-            "securityContext": {
-                "runAsNonRoot": True,
-                "runAsUser": _USER,
-                "runAsGroup": _USER,
-                "fsGroup": _USER,
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
-            "initContainers": [taking],
-            "containers": [container],
-            "volumes": [
-                {"name": "secret", "secret": {"secretName": secret, "defaultMode": 0o440, "items": _items(allowed)}},
-                {"name": "keys", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
-                {"name": "tmp", "emptyDir": {}},
-                *volumes,
-            ],
-        },
-    }
-
-
-def _items(allowed: list[str]) -> list[Document]:
-    """Where the keys of a secret go."""
-    own = [{"key": name, "path": name} for name in ("secret.key", "public.key")]
-    return own + [{"key": f"{name}.key", "path": f"allowed/{name}.key"} for name in allowed]
-
-
-def _kustomization(stages: list[str], wishes: DeployOptions, resources: list[str]) -> Document:
-    secrets = [_secret(wishes, "gateway", "coordinator", stages)]
-    secrets += [_secret(wishes, name, name, ["coordinator"]) for name in stages]
-    return {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "resources": resources,
-        "secretGenerator": secrets,
-    }
-
-
-def _secret(wishes: DeployOptions, of: str, folder: str, allowed: list[str]) -> Document:
-    files = [f"secret.key=keys/{folder}/secret.key", f"public.key=keys/{folder}/public.key"]
-    files += [f"{name}.key=keys/{folder}/allowed/{name}.key" for name in allowed]
-    return {"name": f"{wishes.name}-keys-{of}", "files": files}
-
-
-def _overlay(plan: Plan, wishes: DeployOptions) -> Document:
-    image, _, tag = wishes.image.rpartition(":") if ":" in wishes.image.rpartition("/")[2] else (wishes.image, "", "")
-    return {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "namespace": "default",
-        "resources": ["../../base"],
-        "images": [{"name": image, "newTag": tag or "latest"}],
-        "replicas": [{"name": f"{wishes.name}-stage-{s.index}", "count": s.replicas} for s in plan.stages],
+        "image_name": name,
+        "image_tag": tag or "latest",
+        "replica_counts": [{"name": f"{options.name}-stage-{s.index}", "count": s.replicas} for s in plan.stages],
     }
