@@ -24,13 +24,14 @@ from onnxsplit.model.inputs import table_size
 from onnxsplit.model.opening import runnable
 from onnxsplit.model.precision import computed_types, tolerance
 from onnxsplit.model.shapes import bind, infer_shapes, input_specs, sized_dimensions
-from onnxsplit.npz import load_npz, save_npz
+from onnxsplit.npz import save_npz
 from onnxsplit.plan import BatchClaim, Plan
 from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say
 from onnxsplit.providers import provider_here
 from onnxsplit.stages.batch.claim import Structure, candidates
 from onnxsplit.stages.batch.trials import Axes, apart, equal_rows, trials
+from onnxsplit.stages.chain import StageFile, StageProcesses, run_chain
 from onnxsplit.tensors import Array
 from onnxsplit.timed import TimedModel
 
@@ -205,12 +206,16 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
     allowed = tolerance(computed_types(graph, subject.shapes))
     until = time.monotonic() + _ENOUGH_SECONDS
     count, failure = 0, "the rows of its inputs cannot be made to differ"
-    with _Stages(plan, folder, subject.custom_ops) as stages:
+    stages = _stage_files(plan, folder, subject.custom_ops)
+    with StageProcesses(keep=True) as run_stage:
         for trial in trials(subject.inputs, of_inputs, limits):
             if equal_rows(trial.inputs, of_inputs, limits):
                 continue
             try:
-                whole, *parts = [stages.run(inputs) for inputs in (trial.inputs, *trial.split(of_inputs))]
+                whole, *parts = [
+                    run_chain(stages, inputs, plan.outputs, run_stage)
+                    for inputs in (trial.inputs, *trial.split(of_inputs))
+                ]
             except OnnxsplitError as error:  # it does not take such numbers
                 failure = one_line(error)
                 continue
@@ -229,48 +234,20 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
     return count, ""
 
 
-class _Stages:
-    """The stages of a plan, each in a process of its own, run one after the other; a context manager."""
-
-    def __init__(self, plan: Plan, folder: Path, custom_ops: Sequence[Library]) -> None:
-        self._plan, self._folder, self._custom_ops = plan, folder, custom_ops
-        self._workers: dict[int, TimedModel] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Stages:
-        self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-")))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Every tensor on a border, and the outputs."""
-        values = dict(inputs)
-        file, out = self._scratch / "in.npz", self._scratch / "out.npz"
-        for stage in self._plan.stages:
-            save_npz(file, {name: values[name] for name in stage.inputs})
-            worker = self._workers.get(stage.index)
-            if worker is None:
-                worker = self._workers[stage.index] = self._stack.enter_context(
-                    TimedModel(
-                        self._folder / stage.file,
-                        file,
-                        threads=stage.threads,
-                        level=stage.optimization_level,
-                        provider=provider_here(stage.provider),
-                        custom_ops=self._custom_ops,
-                    )
-                )
-            else:
-                worker.feed(file)
-            worker.run(0.0)
-            worker.save_outputs(out)
-            values.update(load_npz(out))
-        for name, origin in self._plan.passthrough.items():
-            if origin.input is not None:
-                values[name] = values[origin.input]
-        return values
+def _stage_files(plan: Plan, folder: Path, libraries: Sequence[Library]) -> list[StageFile]:
+    """The stages of a plan, on this host."""
+    return [
+        StageFile(
+            path=folder / stage.file,
+            inputs=stage.inputs,
+            outputs=stage.outputs,
+            threads=stage.threads,
+            level=stage.optimization_level,
+            provider=provider_here(stage.provider),
+            custom_ops=tuple(libraries),
+        )
+        for stage in plan.stages
+    ]
 
 
 def _shapes_text(shapes: Mapping[str, tuple[int, ...]]) -> str:

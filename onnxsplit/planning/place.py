@@ -25,14 +25,14 @@ from onnxsplit.partitioner import (
     Infeasible,
     Parallel,
     Problem,
-    SearchResult,
     Transfer,
     Weight,
     line_up,
     search,
 )
-from onnxsplit.plan import CALLER, PLAN_FILE, Objective, Plan, Prediction, Stage
+from onnxsplit.plan import CALLER, PLAN_FILE, Objective, Plan, Stage
 from onnxsplit.plan_files import checked_json, load_plan
+from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.target import of_cluster
 from onnxsplit.tensors import size_bytes
 
@@ -93,18 +93,19 @@ def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: S
         )
     problem = _problem(plan, cluster, ops)
     try:
-        found = search(problem, line_up(problem, stages, parallel))
+        result = search(problem, line_up(problem, stages, parallel))
     except Infeasible:
         needs = ", ".join(f"{stage.peak_memory_bytes >> 20} MiB" for stage in plan.stages)
         raise PartitionError(
             f"no placing of the stages, which need {needs}, keeps to the devices' memory and the ops they may run"
         ) from None
-    homes = [tuple(devices[number] for number in numbers) for numbers in found.partition.devices]
+    homes = [tuple(devices[number] for number in numbers) for numbers in result.partition.devices]
+    everything = math.ceil(sum(map(reference_ns, plan.stages)) / sum(device.speed for device in devices))
     return msgspec.structs.replace(
         plan,
         parallel=parallel,
-        stages=tuple(_moved(stage, homes[stage.index], found.score.compute_ns[stage.index]) for stage in plan.stages),
-        prediction=_prediction(plan, found, devices),
+        stages=tuple(_moved(stage, homes[stage.index], result.score.compute_ns[stage.index]) for stage in plan.stages),
+        prediction=prediction(result.score, result.bound, min(result.bound, everything)),
     )
 
 
@@ -176,19 +177,4 @@ def _moved(stage: Stage, homes: tuple[Device, ...], time_ns: int) -> Stage:
         device=homes[0].name,
         devices=tuple(device.name for device in homes),
         hosts=tuple(device.host for device in homes),
-    )
-
-
-def _prediction(plan: Plan, found: SearchResult, devices: tuple[Device, ...]) -> Prediction:
-    final, memory = found.score, plan.objective == "memory"
-    everything = math.ceil(sum(map(reference_ns, plan.stages)) / sum(device.speed for device in devices))
-    return Prediction(
-        bottleneck_ns=final.bottleneck_ns,
-        throughput_per_s=1e9 / max(1, final.bottleneck_ns),
-        latency_ns=final.latency_ns,
-        lower_bound_ns=0 if memory else found.bound,
-        gap=found.gap,
-        op_lower_bound_ns=0 if memory else min(found.bound, everything),
-        peak_memory_bytes=max(final.memory_bytes, default=0) if memory else None,
-        lower_bound_bytes=found.bound if memory else None,
     )

@@ -29,6 +29,7 @@ from onnxsplit.plan import (
     Stage,
 )
 from onnxsplit.planning.model_partitioner import ModelPartitioner
+from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import Target
 from onnxsplit.providers import runtime_version
@@ -150,25 +151,14 @@ class PlanBuilder:
         return plan
 
     def _prediction(self, cut: CandidateCut, bound: int) -> Prediction:
-        final, memory = cut.score, self._target.objective == "memory"
         atoms = self._subject.problem(cut.op_ns, self._target)
-        bound = min(bound, final.value)
+        bound = min(bound, cut.score.value)
         ops = self._subject.as_ops().problem(cut.op_ns, self._target)
         op_bound = bound
         if ops.atoms != atoms.atoms:
-            op_bound = min(
-                bound, lower_bound(ops, line_up(ops, self._partitioner.stages, self._partitioner.options.parallel))
-            )
-        return Prediction(
-            bottleneck_ns=final.bottleneck_ns,
-            throughput_per_s=1e9 / max(1, final.bottleneck_ns),
-            latency_ns=final.latency_ns,
-            lower_bound_ns=0 if memory else bound,
-            gap=final.value / max(1, bound) - 1 if cut.parts else 0.0,
-            op_lower_bound_ns=0 if memory else op_bound,
-            peak_memory_bytes=max(final.memory_bytes, default=0) if memory else None,
-            lower_bound_bytes=bound if memory else None,
-        )
+            lineup = line_up(ops, self._partitioner.stages, self._partitioner.options.parallel)
+            op_bound = min(bound, lower_bound(ops, lineup))
+        return prediction(cut.score, bound, op_bound)
 
     def _stage(self, cut: CandidateCut, index: int) -> Stage:
         part, subject = cut.parts[index], self._subject

@@ -12,7 +12,7 @@ from pathlib import Path
 from onnxsplit.cluster import Device
 from onnxsplit.cost.measured import LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
 from onnxsplit.model.precision import computed_types, tolerance
-from onnxsplit.npz import load_npz, save_npz
+from onnxsplit.npz import save_npz
 from onnxsplit.partitioner import Partition, SearchResult, score
 from onnxsplit.plan import (
     CorrectionRound,
@@ -25,9 +25,10 @@ from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say
 from onnxsplit.providers import provider_here
 from onnxsplit.session import host_cores
+from onnxsplit.stages.chain import StageFile, StageProcesses, run_chain
 from onnxsplit.stages.extract import stage_parts, weight_bytes, write_stage
 from onnxsplit.tensors import Array
-from onnxsplit.timed import TimedModel, median_ns, run_together
+from onnxsplit.timed import median_ns, run_together
 
 _SAY_EVERY_BYTES = 64 << 20
 _GOOD = 1.02  # a cut this close to the best by its own measured times is not worth another round
@@ -148,25 +149,11 @@ class Rounds:
         Where this host has fewer cores than the stages have threads, as many run at once as there are cores for, and
         times are scaled to what taking turns costs: which stage the scheduler favours in a second says nothing.
         """
-        devices = [cut.device(self._target, index) for index in range(len(cut.parts))]
-        most = max((device.threads for device in devices), default=1)
+        most = max((cut.device(self._target, index).threads for index in range(len(cut.parts))), default=1)
         crowded = self._target.cluster is not None or self._cpu_threads > host_cores()
         at_once = max(1, host_cores() // most) if crowded else max(1, len(cut.parts))
-        with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
-            feeds = self._feeds(cut, Path(scratch))
-            workers = [
-                stack.enter_context(
-                    TimedModel(
-                        model,
-                        feed,
-                        threads=devices[index].threads,
-                        level=cut.levels[index],
-                        provider=self._provider_here(devices[index]),
-                        custom_ops=self._subject.libraries(cut.parts[index].ops),
-                    )
-                )
-                for index, (model, feed) in enumerate(feeds)
-            ]
+        with ExitStack() as stack:
+            workers = [stack.enter_context(stage.timed(feed)) for stage, feed in self._fed(cut, stack)]
             self._say(f"running {at_once} of {len(workers)} stages at once")
             times: list[list[int]] = []
             for first in range(0, len(workers), at_once):
@@ -186,18 +173,13 @@ class Rounds:
     def _best_levels(self, cut: CandidateCut) -> tuple[Level, ...]:
         """The optimisation level at which each stage runs fastest."""
         levels: list[Level] = []
-        with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
-            for index, (model, feed) in enumerate(self._feeds(cut, Path(scratch))):
+        with ExitStack() as stack:
+            for index, (stage, feed) in enumerate(self._fed(cut, stack)):
                 self._say(f"choosing the optimisation level of stage {index} of {len(cut.parts)}")
-                device = cut.device(self._target, index)
-                chosen = best_level(
-                    model,
-                    feed,
-                    threads=device.threads,
-                    provider=self._provider_here(device),
-                    custom_ops=self._subject.libraries(cut.parts[index].ops),
+                fastest = best_level(
+                    stage.path, feed, threads=stage.threads, provider=stage.provider, custom_ops=stage.custom_ops
                 )
-                levels.append(chosen.level)
+                levels.append(fastest.level)
         return tuple(levels)
 
     def _faithful(self, cut: CandidateCut) -> CandidateCut:
@@ -207,6 +189,8 @@ class Rounds:
         kernels round more. The answers may move twice as far as optimisation moves the whole model's.
         """
         subject, levels = self._subject, list(cut.levels)
+        if all(level == LOWEST_LEVEL for level in levels):
+            return cut
         rounding = tolerance(computed_types(subject.graph, subject.shapes))
         allowed = max(rounding, _SLACK * subject.costs.moved)
         self._say("comparing the answers of the optimised stages")
@@ -221,47 +205,41 @@ class Rounds:
         return cut if tuple(levels) == cut.levels else self._measure(replace(cut, levels=tuple(levels)))
 
     def _answers(self, cut: CandidateCut, levels: Sequence[Level]) -> dict[str, Array]:
-        """What the stages give for the model's outputs, each at its level."""
-        values = dict(self._subject.inputs)
-        with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
-            feed, outputs = Path(scratch) / "in.npz", Path(scratch) / "out.npz"
-            for index, part in enumerate(cut.parts):
-                save_npz(feed, {name: values[name] for name in part.inputs})
-                device = cut.device(self._target, index)
-                with TimedModel(
-                    cut.folder / stage_file(index),
-                    feed,
-                    threads=device.threads,
-                    level=levels[index],
-                    provider=self._provider_here(device),
-                    custom_ops=self._subject.libraries(part.ops),
-                ) as model:
-                    model.run(0.0)
-                    model.save_outputs(outputs)
-                values.update(load_npz(outputs))
-        return {name: values[name] for name in self._subject.graph.outputs if name in values}
+        """The model's outputs, as the stages give them at these levels."""
+        graph = self._subject.graph
+        stages = [replace(stage, level=level) for stage, level in zip(self._stage_files(cut), levels, strict=True)]
+        computed = [name for name in graph.outputs if name not in graph.constants]
+        with StageProcesses(keep=False) as run_stage:
+            return run_chain(stages, self._subject.inputs, computed, run_stage)
 
-    def _feeds(self, cut: CandidateCut, scratch: Path) -> list[tuple[Path, Path]]:
-        """Every stage's file, and its inputs as the stages before it give them."""
-        values = dict(self._subject.inputs)
-        feeds = []
-        for index, part in enumerate(cut.parts):
-            model, feed = cut.folder / stage_file(index), scratch / f"{index}.npz"
-            save_npz(feed, {name: values[name] for name in part.inputs})
-            if set(part.outputs) & {name for later in cut.parts[index + 1 :] for name in later.inputs}:
-                outputs = scratch / "outputs.npz"
-                with TimedModel(
-                    model,
-                    feed,
-                    threads=cut.device(self._target, index).threads,
-                    level="basic",
-                    custom_ops=self._subject.libraries(part.ops),
-                ) as once:
-                    once.run(0.0)
-                    once.save_outputs(outputs)
-                values.update(load_npz(outputs))
-            feeds.append((model, feed))
-        return feeds
+    def _fed(self, cut: CandidateCut, stack: ExitStack) -> list[tuple[StageFile, Path]]:
+        """Every stage, with a file of its inputs as the stages before it give them; the files last as the stack."""
+        stages = self._stage_files(cut)
+        plain = [replace(stage, level=LOWEST_LEVEL, provider="cpu") for stage in stages]
+        borders = {name for stage in stages for name in stage.inputs}
+        with StageProcesses(keep=False) as run_stage:
+            values = run_chain(plain, self._subject.inputs, borders, run_stage)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-")))
+        feeds = [scratch / f"{index}.npz" for index in range(len(stages))]
+        for stage, feed in zip(stages, feeds, strict=True):
+            save_npz(feed, {name: values[name] for name in stage.inputs})
+        return list(zip(stages, feeds, strict=True))
+
+    def _stage_files(self, cut: CandidateCut) -> list[StageFile]:
+        """The stages as they are measured here."""
+        devices = [cut.device(self._target, index) for index in range(len(cut.parts))]
+        return [
+            StageFile(
+                path=cut.folder / stage_file(index),
+                inputs=part.inputs,
+                outputs=part.outputs,
+                threads=device.threads,
+                level=level,
+                provider=self._provider_here(device),
+                custom_ops=self._subject.libraries(part.ops),
+            )
+            for index, (part, device, level) in enumerate(zip(cut.parts, devices, cut.levels, strict=True))
+        ]
 
 
 def _corrected(cut: CandidateCut, expected: Sequence[int], measured: Sequence[int]) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from onnxsplit.npz import load_npz
 from onnxsplit.plan import Level, Plan
 from onnxsplit.plan_files import default_files, example_file, load_plan
 from onnxsplit.session import Session, open_session
+from onnxsplit.stages.chain import StageFile, run_chain
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype
 
 _SLACK = 2.0
@@ -207,18 +208,28 @@ def run_stages(
         level: optimisation level; each stage's own when None.
         custom_ops: libraries of custom ops; each stage has those that it needs.
     """
-    values = dict(inputs)
-    for stage in plan.stages:
-        session = open_session(
-            folder / stage.file,
+    stages = [
+        StageFile(
+            path=folder / stage.file,
+            inputs=stage.inputs,
+            outputs=stage.outputs,
             threads=threads,
             level=level or stage.optimization_level,
             custom_ops=needed_libraries(custom_ops, plan, stage.index),
         )
-        values.update(session.run({name: values[name] for name in stage.inputs}))
+        for stage in plan.stages
+    ]
+    written = [name for stage in plan.stages for name in stage.outputs]
+    values = {**inputs, **run_chain(stages, inputs, written, _run_here)}
     for name, origin in plan.passthrough.items():
         values[name] = values[origin.input] if origin.input is not None else _constant(folder, plan, name)
     return values
+
+
+def _run_here(stage: StageFile, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run a stage once, in this process."""
+    session = open_session(stage.path, threads=stage.threads, level=stage.level, custom_ops=stage.custom_ops)
+    return session.run(inputs)
 
 
 def _constant(folder: Path, plan: Plan, name: str) -> Array:
