@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def short_measurements():
     """Models are measured for a tenth of the usual time: no test is about how well."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onnxsplit.cost.measured._LEVEL_SECONDS", 0.03)
+        patch.setattr("onnxsplit.cost.levels._LEVEL_SECONDS", 0.03)
         patch.setattr("onnxsplit.cost.measured._PROFILE_SECONDS", 0.06)
         patch.setattr("onnxsplit.planning.rounds._STAGE_SECONDS", 0.08)
         yield

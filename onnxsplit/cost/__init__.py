@@ -1,4 +1,4 @@
-"""What ops cost, in integer nanoseconds."""
+"""Costs of ops in integer nanoseconds: measured, or estimated by arithmetic."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class OpCosts:
     """Compute time of every op of a graph.
 
     Attributes:
-        time_ns: by op; an op that is fused into another or folded away costs nothing.
-        whole_ns: the whole model in one session.
-        level: the optimisation level the times hold for.
+        time_ns: time of each op in nanoseconds; 0 for an op that is fused into another or folded away.
+        whole_ns: time of one run of the whole model in one session, in nanoseconds.
+        level: the optimisation level that the times hold for.
         source: ``measured`` or ``analytic``.
-        shapes: shapes as far as the model of cost knows them: observed in a run, or inferred.
-        moved: how far the whole model's answers at the levels that were tried are from those at the lowest, over their
-            scale; 0 when it was not run.
+        shapes: types and shapes of the tensors, observed in a run or inferred.
+        moved: the largest distance between the model's answers at a level that was tried and those at the lowest
+            level, relative to the answers' scale; 0 when the model was not run.
     """
 
     time_ns: tuple[int, ...]

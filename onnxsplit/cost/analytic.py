@@ -1,7 +1,7 @@
-"""Costs from arithmetic alone: multiply-adds and bytes. Needs no ONNX Runtime and no inputs.
+"""Costs estimated by arithmetic from multiply-adds and bytes, without ONNX Runtime and without inputs.
 
-The fall-back for models that cannot run here. The rates are those of one ordinary x86 core; only their ratio shapes
-a cut. Ops whose work is not known are costed by the bytes they touch.
+This is the fall-back for models that cannot run on this host. The rates are those of one ordinary x86 core; only their
+ratio affects a cut. An op whose work is not known is costed by the bytes that it reads and writes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from onnxsplit.model.source import all_nodes
 FLOP_PER_S = 40_000_000_000
 BYTES_PER_S = 8_000_000_000
 OP_OVERHEAD_NS = 2_000
-_NOMINAL_BODY_OP_NS = 10_000  # an op in a body of If, Loop or Scan, whose shapes are not looked into
+_NOMINAL_BODY_OP_NS = 10_000  # time of an op in a body of If, Loop or Scan, where shapes are not inferred
 _FREE = frozenset(["Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Size", "Constant"])
 
 Dims = tuple[int, ...]
 
 
 def analytic_costs(graph: OpGraph, shapes: Shapes) -> OpCosts:
-    """Cost every op by its work and the bytes it touches, whichever takes longer."""
+    """Cost every op by its work or by the bytes that it reads and writes, whichever takes longer."""
     times = tuple(_op_ns(op, graph, shapes) for op in graph.ops)
     return OpCosts(time_ns=times, whole_ns=sum(times), level="all", source="analytic", shapes=shapes)
 
@@ -47,7 +47,7 @@ def _op_ns(op: Op, graph: OpGraph, shapes: Shapes) -> int:
 
 
 def _touched_bytes(op: Op, shapes: Shapes) -> int:
-    """Bytes an op reads and writes; of a table only the rows it takes, which are no more than what it writes."""
+    """Bytes that an op reads and writes. Of a table it reads only the rows it takes: at most as much as it writes."""
     tables = {_input(op, position) for position in _TABLES.get(op.op_type, ())}
     written = sum(shapes.bytes(name) for name in op.outputs)
     read = sum(min(shapes.bytes(name), written) if name in tables else shapes.bytes(name) for name in op.inputs)
@@ -78,14 +78,14 @@ def _matmul(op: Op, shapes: Shapes) -> int:
 
 
 def _attention(op: Op, shapes: Shapes) -> int:
-    """Two products of queries and keys; keys are as many as the cache behind this step holds."""
+    """Two products of queries and keys. The number of keys is the length of the cache after this step."""
     present, key = (_size(name, shapes) for name in (_output(op, 1), _input(op, 1)))
     keys = (present or key or _size(_input(op, 0), shapes))[-2:-1]
     return 4 * _output_elements(op, shapes) * math.prod(keys)
 
 
 def _projecting_attention(op: Op, shapes: Shapes) -> int:
-    """com.microsoft's Attention, which multiplies its input by the weights of query, key and value first."""
+    """The Attention op of com.microsoft, which first multiplies its input by the query, key and value weights."""
     source, weights = _size(_input(op, 0), shapes), _size(_input(op, 1), shapes)
     return 2 * math.prod((*source, *weights[-1:])) + 4 * _output_elements(op, shapes) * math.prod(source[-2:-1])
 
@@ -124,7 +124,7 @@ _TABLES = {
     "EmbedLayerNormalization": (2, 3, 4),
     "Slice": (0,),
 }
-"""Inputs of which an op reads no more than it writes."""
+"""By op type, the inputs that are tables: the op reads at most as much of them as it writes."""
 
 _FLOPS: dict[str, Callable[[Op, Shapes], int]] = {
     "Conv": _convolution,
@@ -153,13 +153,15 @@ _FLOPS: dict[str, Callable[[Op, Shapes], int]] = {
 
 
 def activation_bytes(graph: OpGraph, shapes: Shapes, ops: tuple[int, ...], kept: frozenset[str]) -> int:
-    """Largest sum of live activations while these ops run in order: a tensor lives from its writer to its last reader.
+    """The largest sum of live activations in bytes while some ops run in order.
+
+    A tensor is live from its writer to its last reader.
 
     Args:
         graph: the graph.
         shapes: sizes of its tensors.
         ops: op indices, ascending.
-        kept: tensors that live to the end: the outputs.
+        kept: tensors that stay live to the end: the outputs.
     """
     inside = set(ops)
     last = {

@@ -1,4 +1,4 @@
-"""The profiling process: a request on its standard input, a profile on its standard output."""
+"""The profiling process: it reads a request from standard input and writes a profile to standard output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from onnxsplit.cost.measured import Profile, ProfileRequest
+from onnxsplit.cost.profile import Profile, ProfileRequest
 from onnxsplit.errors import in_one_line
 from onnxsplit.model.external import point_from_one_folder
 from onnxsplit.model.graph import OpGraph, build_graph
@@ -34,7 +34,7 @@ class _Arguments(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    """What is needed of an event of ONNX Runtime's profile; times in microseconds."""
+    """The fields of an event of ONNX Runtime's profile that are needed; times in microseconds."""
 
     name: str
     ts: int
@@ -44,7 +44,11 @@ class _Event(msgspec.Struct):
 
 
 def profile(request: ProfileRequest) -> Profile:
-    """Run the model under ONNX Runtime's profiler and attribute its events to ops."""
+    """Run the model under ONNX Runtime's profiler and attribute its events to ops.
+
+    Raises:
+        ModelError: the model does not load, or does not run on the inputs.
+    """
     data_folder = None if request.data_folder is None else Path(request.data_folder)
     source = open_model(request.model, data_folder=data_folder)
     graph = build_graph(source)
@@ -80,7 +84,7 @@ def profile(request: ProfileRequest) -> Profile:
 
 
 def _types(graph: OpGraph, request: ProfileRequest) -> dict[str, str]:
-    """Types of tensors as ONNX Runtime infers them, asked for by making them outputs; nothing is run."""
+    """Types of tensors as ONNX Runtime infers them: the tensors become outputs of a session; nothing is run."""
     model = _renamed(graph)
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in request.untyped if name not in outputs)
@@ -97,7 +101,7 @@ def _types(graph: OpGraph, request: ProfileRequest) -> dict[str, str]:
 
 
 def _renamed(graph: OpGraph) -> onnx.ModelProto:
-    """The model with a unique name for every live op; ops in bodies lose theirs, so that none is mistaken."""
+    """The model with a unique name for every live op. Ops in bodies lose their names, so that no event is confused."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.source.proto)
     del model.graph.node[:]
@@ -107,11 +111,11 @@ def _renamed(graph: OpGraph) -> onnx.ModelProto:
         for inner in all_nodes([node]):
             inner.name = ""
         node.name = f"onnxsplit.op{op.index}."
-    # Inputs that are also initializers are constants in the stages, so they are constants here.
+    # Inputs that are also initializers are constants in the stages, so they are constants here too.
     kept = [value for value in model.graph.input if value.name not in graph.overridable]
     del model.graph.input[:]
     model.graph.input.extend(kept)
-    # ONNX Runtime refuses initializers of old models that nothing reads and that are no inputs.
+    # In old models, ONNX Runtime refuses initializers that are neither read nor inputs.
     read = {name for op in graph.ops for name in op.reads} | set(graph.outputs)
     for position in range(len(model.graph.initializer) - 1, -1, -1):
         if model.graph.initializer[position].name not in read:
@@ -120,9 +124,9 @@ def _renamed(graph: OpGraph) -> onnx.ModelProto:
 
 
 def _by_run(events: list[_Event]) -> list[list[_Event]]:
-    """The kernels of each run, outermost ones alone, in order of time.
+    """The kernel events of each run in order of time.
 
-    Events of ops inside bodies lie within the event of the op that holds the body, so they are left out.
+    Events of ops inside a body are left out: they lie within the event of the op that holds the body.
     """
     ends = sorted(event.ts + event.dur for event in events if event.name == "model_run")
     runs: list[list[_Event]] = [[] for _ in ends]
@@ -139,7 +143,7 @@ def _by_run(events: list[_Event]) -> list[list[_Event]]:
 
 
 def _attributed(graph: OpGraph, events: Iterable[_Event]) -> list[int]:
-    """Nanoseconds of every op in one run; what the optimiser inserted is charged to the next known kernel."""
+    """Time of every op in one run, in nanoseconds. Ops that the optimiser inserted count for the next known kernel."""
     times = [0] * len(graph.ops)
     unknown, last = 0, 0
     for event in events:
@@ -154,9 +158,10 @@ def _attributed(graph: OpGraph, events: Iterable[_Event]) -> list[int]:
 
 
 def _op_of(graph: OpGraph, name: str) -> int | None:
-    found = _OP_NAME.search(name)
-    if found is not None:
-        return int(found.group(1))
+    """The op of a kernel by its name, or by the tensor that it writes; None when it is not known."""
+    match = _OP_NAME.search(name)
+    if match is not None:
+        return int(match.group(1))
     while name not in graph.producer:
         shorter = _INSERTED.sub("", name, count=1)
         if shorter == name:
@@ -166,8 +171,8 @@ def _op_of(graph: OpGraph, name: str) -> int | None:
 
 
 def _sizes(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[int, ...]]:
-    """The shapes that one run showed. The types beside them are those of kernels, not those of the model."""
-    found: dict[str, tuple[int, ...]] = {}
+    """The shapes that one run showed. The types beside them are not used: they are the kernels', not the model's."""
+    sizes: dict[str, tuple[int, ...]] = {}
     for event in events:
         op = _OP_NAME.search(event.name)
         if op is None:
@@ -176,8 +181,8 @@ def _sizes(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[int, ...
         if len(outputs) == len(event.args.output_type_shape):
             for name, value in zip(outputs, event.args.output_type_shape, strict=True):
                 for shape in value.values():
-                    found[name] = shape
-    return found
+                    sizes[name] = shape
+    return sizes
 
 
 def _main() -> None:
@@ -187,7 +192,7 @@ def _main() -> None:
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=ProfileRequest)
     try:
         answer = profile(request)
-    except Exception as error:  # such as no space or no memory left; the parent says it in one line
+    except Exception as error:  # such as no space or no memory left; the parent reports it in one line
         answer = Profile(error=in_one_line(error))
     answers.write(msgspec.json.encode(answer))
     answers.flush()

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from onnxsplit.cost.measured import find_example
+from onnxsplit.cost.example import find_example
 from onnxsplit.errors import ExportError, InputError, ModelError, one_line
 from onnxsplit.export import finish
 from onnxsplit.export.conversion import Conversion, ExportOptions

@@ -33,14 +33,9 @@ from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import Target
 from onnxsplit.providers import runtime_version
-from onnxsplit.stages.extract import (
-    StageParts,
-    file_entry,
-    peak_memory_bytes,
-    weight_bytes,
-    whole_parts,
-    write_constant,
-)
+from onnxsplit.stages.extract import write_constant
+from onnxsplit.stages.model_file import file_entry
+from onnxsplit.stages.parts import StageParts, peak_memory_bytes, weight_bytes, whole_parts
 
 EXAMPLE_FILE = "example.npz"
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from onnxsplit.cluster import Device
-from onnxsplit.cost.measured import LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
+from onnxsplit.cost.levels import LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
 from onnxsplit.model.precision import computed_types, tolerance
 from onnxsplit.npz import save_npz
 from onnxsplit.partitioner import Partition, SearchResult, score
@@ -26,7 +26,8 @@ from onnxsplit.progress import Say
 from onnxsplit.providers import provider_here
 from onnxsplit.session import host_cores
 from onnxsplit.stages.chain import StageFile, StageProcesses, run_chain
-from onnxsplit.stages.extract import stage_parts, weight_bytes, write_stage
+from onnxsplit.stages.extract import write_stage
+from onnxsplit.stages.parts import stage_parts, weight_bytes
 from onnxsplit.tensors import Array
 from onnxsplit.timed import median_ns, run_together
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
-from onnxsplit.cost.measured import find_example, measured_costs
+from onnxsplit.cost.example import find_example
+from onnxsplit.cost.measured import measured_costs
 from onnxsplit.custom_ops import Library, check_names, find_libraries
 from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
 from onnxsplit.memory import free_memory_bytes

@@ -12,7 +12,8 @@ from onnxsplit.model.source import SourceModel, open_model
 from onnxsplit.npz import load_npz
 from onnxsplit.plan import Plan
 from onnxsplit.plan_files import default_files, load_plan
-from onnxsplit.stages.extract import CONSTANTS_IR_VERSION, write_model
+from onnxsplit.stages.extract import CONSTANTS_IR_VERSION
+from onnxsplit.stages.model_file import write_model
 
 
 def merge(folder: str | Path, out: str | Path) -> Plan:

@@ -19,7 +19,7 @@ from onnxsplit.errors import PartitionError
 from onnxsplit.model.ends import restored
 from onnxsplit.model.multi_device import FIRST_IR_VERSION, check_multi_device
 from onnxsplit.planning.result import PlanningResult
-from onnxsplit.stages.extract import write_model
+from onnxsplit.stages.model_file import write_model
 
 CONFIGURATION = "onnxsplit"
 """The name of the device configuration that is written."""

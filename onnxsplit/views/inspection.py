@@ -7,7 +7,7 @@ from collections import Counter
 from onnxsplit.model.multi_device import check_multi_device
 from onnxsplit.plan import CALLER, PlanStruct, Shape
 from onnxsplit.planning.subject import Subject
-from onnxsplit.stages.extract import peak_memory_bytes, weight_bytes, whole_parts
+from onnxsplit.stages.parts import peak_memory_bytes, weight_bytes, whole_parts
 
 
 class TypeRow(PlanStruct, frozen=True, kw_only=True):

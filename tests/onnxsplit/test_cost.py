@@ -10,7 +10,7 @@ from onnxsplit.planning.subject import examine
 
 
 def test_the_time_of_a_fused_kernel_goes_to_the_op_with_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("onnxsplit.cost.measured.CANDIDATE_LEVELS", ("all",))  # the level that fuses
+    monkeypatch.setattr("onnxsplit.cost.levels.CANDIDATE_LEVELS", ("all",))  # the level that fuses
     source = np.random.default_rng(0)
     nodes, weights, last = [], [], "x"
     for step in range(3):

@@ -15,14 +15,14 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from onnxsplit.cost import measured
+from onnxsplit.cost import levels
 from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, tolerance
 from onnxsplit.npz import load_npz
 from onnxsplit.planning.planner import partition
 from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
-from onnxsplit.stages.extract import file_entry
 from onnxsplit.stages.merge import merge
+from onnxsplit.stages.model_file import file_entry
 from onnxsplit.stages.verify import Comparison, run_stages, verify
 
 HALF = TensorProto.FLOAT16
@@ -210,8 +210,8 @@ def test_a_level_whose_answers_have_nothing_to_do_with_the_model_is_never_chosen
     path = build.save(build.model(nodes, ends[:1], ends[1:], [weights, scales], opsets={"": 21}), tmp_path)
     np.savez(tmp_path / "in.npz", x=random.standard_normal((2, 64)).astype(np.float16))
 
-    monkeypatch.setattr(measured, "CANDIDATE_LEVELS", ("extended", "basic"))
-    level = measured.best_level(path, tmp_path / "in.npz", threads=1, provider="cpu").level
+    monkeypatch.setattr(levels, "CANDIDATE_LEVELS", ("extended", "basic"))
+    level = levels.best_level(path, tmp_path / "in.npz", threads=1, provider="cpu").level
     given = load_npz(tmp_path / "in.npz")
     plain, chosen = (open_session(path, threads=1, level=one).run(given)["y"] for one in ("disabled", level))
     assert distance(chosen, plain) < 0.1

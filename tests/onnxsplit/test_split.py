@@ -197,7 +197,7 @@ def test_a_wrong_stage_is_found_by_verify(tmp_path):
     file.write_bytes(stage.SerializeToString())
     import msgspec
 
-    from onnxsplit.stages.extract import file_entry
+    from onnxsplit.stages.model_file import file_entry
 
     entry = file_entry(file)
     stages = (plan.stages[0], msgspec.structs.replace(plan.stages[1], files=(entry,)))

@@ -17,8 +17,8 @@ from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import dry_run, partition
 from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
-from onnxsplit.stages.extract import peak_memory_bytes, whole_parts
 from onnxsplit.stages.merge import merge
+from onnxsplit.stages.parts import peak_memory_bytes, whole_parts
 from onnxsplit.stages.verify import run_stages, verify
 from onnxsplit.views.annotate import annotate
 

@@ -1,0 +1,120 @@
+"""Choosing the graph optimisation level: the fastest one whose answers are not wrong."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxsplit.custom_ops import Library
+from onnxsplit.errors import ModelRefused
+from onnxsplit.model.precision import distance, is_discrete
+from onnxsplit.npz import load_npz
+from onnxsplit.plan import Level
+from onnxsplit.tensors import Array
+from onnxsplit.timed import TimedModel, median_ns
+
+CANDIDATE_LEVELS: tuple[Level, ...] = ("all", "extended", "basic")
+"""The optimisation levels to try; the first is usually the best."""
+
+LOWEST_LEVEL: Level = "basic"
+"""The level that others are compared with: it keeps the model's ops, and so its answers."""
+
+MOST_MOVED = 0.5
+"""How far optimisation may move an answer, relative to the answer's scale: rounding never moves one as far."""
+
+_LEVEL_SECONDS = 0.3  # time of the runs at each level
+_CLEARLY = 0.97  # another level must take at most this share of the usual best one's time to replace it
+
+
+@dataclass(frozen=True)
+class LevelChoice:
+    """The optimisation level that was chosen.
+
+    Attributes:
+        level: the level.
+        time_ns: median time of one run at this level, in nanoseconds.
+        moved: the largest distance between the answers at an allowed level and those at the lowest level, relative to
+            the answers' scale.
+    """
+
+    level: Level
+    time_ns: int
+    moved: float
+
+
+def best_level(
+    model: Path,
+    inputs: Path,
+    *,
+    threads: int,
+    provider: str,
+    data_folder: Path | None = None,
+    custom_ops: Sequence[Library] = (),
+) -> LevelChoice:
+    """Choose the optimisation level at which a model file runs fastest.
+
+    The usual best (``all``) is kept unless another is clearly faster. Two kinds of levels are left out: levels at which
+    ONNX Runtime refuses the model (it cannot optimise again some models that its own optimiser saved), and levels at
+    which the answers are far from those of the lowest level (some fused kernels are wrong).
+
+    Args:
+        model: the model file.
+        inputs: an ``.npz`` with its inputs.
+        threads: threads of the session.
+        provider: execution provider.
+        data_folder: the folder of the model's external data; beside the file when None.
+        custom_ops: libraries of custom ops that the session loads.
+
+    Raises:
+        ModelRefused: ONNX Runtime refuses the model at every level.
+    """
+    times_ns: dict[Level, int] = {}
+    refused: list[ModelRefused] = []
+    answers: dict[Level, dict[str, Array]] = {}
+    with ExitStack() as stack:
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-"))) / "out.npz"
+        timed: TimedModel | None = None
+        for level in CANDIDATE_LEVELS:
+            try:
+                if timed is None:
+                    one = TimedModel(
+                        model,
+                        inputs,
+                        threads=threads,
+                        level=level,
+                        provider=provider,
+                        data_folder=data_folder,
+                        custom_ops=custom_ops,
+                    )
+                    timed = stack.enter_context(one)
+                else:
+                    timed.reload(level)
+            except ModelRefused as error:
+                refused.append(error)
+                continue
+            timed.run(0.0)
+            timed.save_outputs(file)
+            answers[level] = load_npz(file)
+            times_ns[level] = median_ns(timed.run(_LEVEL_SECONDS, least=3))
+        if not times_ns:
+            raise refused[0]
+        assert timed is not None
+        timed.save_outputs(file)
+        again = load_npz(file)
+    *_, lowest = answers
+    moved = dict.fromkeys(times_ns, MOST_MOVED)
+    if answers_apart(again, answers[lowest]) == 0:  # the model gives the same answers each time
+        moved = {level: answers_apart(answers[level], again) for level in times_ns}
+        times_ns = {level: time_ns for level, time_ns in times_ns.items() if moved[level] <= MOST_MOVED}
+    usual = next(iter(times_ns))
+    fastest = min(times_ns, key=lambda level: times_ns[level])
+    chosen = fastest if times_ns[fastest] < _CLEARLY * times_ns[usual] else usual
+    return LevelChoice(chosen, times_ns[chosen], max(moved[level] for level in times_ns))
+
+
+def answers_apart(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:
+    """The largest distance between two sets of answers, relative to their scale; integers and texts are ignored."""
+    return max((distance(one[name], other[name]) for name, array in one.items() if not is_discrete(array)), default=0.0)

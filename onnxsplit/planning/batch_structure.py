@@ -1,0 +1,145 @@
+"""The batch axis of each tensor as the structure of the model proves it, at several sizes of the free dimensions.
+
+The walk over the ops is :mod:`onnxsplit.stages.batch.claim`. A claim that holds at the example's sizes is checked again
+with more rows, and with other sizes of the other free dimensions, as far as the model runs on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
+
+import numpy as np
+
+from onnxsplit.cost.example import ModelProcess
+from onnxsplit.cost.profile import shapes_of_run
+from onnxsplit.errors import InputError, OnnxsplitError, one_line
+from onnxsplit.model.shapes import bind, infer_shapes, input_specs, sized_dimensions
+from onnxsplit.planning.subject import Subject
+from onnxsplit.stages.batch.claim import Structure, candidates
+from onnxsplit.stages.batch.trials import Axes
+from onnxsplit.tensors import Array
+
+_MORE_ROWS = 3  # rows of the run in which nothing but the number of rows changes
+_EVEN_ROWS = 4  # rows of the runs in which other sizes change too; an even number suits shapes that group rows in twos
+_MOST_DIMENSIONS = 6  # free dimensions that are changed one by one
+
+
+def axes_by_structure(subject: Subject, defaults: Container[str]) -> tuple[Axes, str]:
+    """Prove the batch axes of as many tensors as possible.
+
+    Args:
+        subject: the model with example inputs.
+        defaults: inputs that have a default; they carry no rows, because a default always has the same size.
+
+    Returns:
+        The axes by tensor and an empty text; or no axes and the reason against the likeliest choice of input axes.
+    """
+    graph = subject.graph
+    specs = {name: spec for name, spec in input_specs(graph).items() if name not in defaults}
+    choices = [axes for axes in candidates(specs) if all(_has_rows(subject, name, axis) for name, axis in axes.items())]
+    if not choices:
+        return {}, "no input has a free dimension"
+    structure = Structure(graph, {name: a.shape for name, a in subject.inputs.items()}, subject.shapes.sizes)
+    reasons = []
+    for choice in choices:
+        claim = structure.claim(choice)
+        if not claim.why_not:
+            return _at_other_sizes(subject, choice, claim.axes)
+        reasons.append(claim.why_not)
+    return {}, reasons[0]
+
+
+def _has_rows(subject: Subject, name: str, axis: int) -> bool:
+    return name in subject.inputs and subject.inputs[name].shape[axis] > 0
+
+
+def _at_other_sizes(subject: Subject, choice: Axes, proven: Axes) -> tuple[Axes, str]:
+    """Keep the proven axes that the structure also proves at other sizes of the free dimensions.
+
+    Returns:
+        The axes by tensor and an empty text; or no axes and the reason.
+    """
+    with ModelProcess(subject.graph.source, threads=1, custom_ops=subject.custom_ops) as model:
+        more_rows = _resized(subject.inputs, choice, {}, _MORE_ROWS)
+        failure = _failure(model, more_rows)
+        if failure:
+            return {}, f"the model does not run on {_MORE_ROWS} rows: {failure}"
+        tried = [more_rows, *_other_inputs(subject, choice, model)]
+    for inputs in tried:
+        shapes = {name: array.shape for name, array in inputs.items()}
+        seen = shapes_of_run(subject.graph, inputs, custom_ops=subject.custom_ops)
+        sizes = {**infer_shapes(subject.graph, shapes).sizes, **seen}
+        claim = Structure(subject.graph, shapes, sizes).claim(choice)
+        if claim.why_not:
+            return {}, f"with inputs of the shapes {_shapes_text(shapes)}: {claim.why_not}"
+        proven = {name: axis for name, axis in proven.items() if claim.axes.get(name) == axis}
+    return proven, ""
+
+
+def _other_inputs(subject: Subject, choice: Axes, model: ModelProcess) -> list[dict[str, Array]]:
+    """Inputs on which the model runs, with other sizes of the free dimensions that are not the batch.
+
+    All of these dimensions change at once if the model runs so, else one at a time, because some may be fixed
+    although they are declared free. Each is also tried at the size of the batch, so that no op broadcasts by chance.
+    """
+    specs = input_specs(subject.graph)
+    free = sized_dimensions(specs)
+    of_rows = {dim for dim, where in free.items() if any(choice.get(owner) == axis for owner, axis in where)}
+    others = [dim for dim in free if dim not in of_rows and dim in subject.dims]
+    sizes = {dim: subject.dims[dim] for dim in others} | dict.fromkeys(of_rows, _EVEN_ROWS)
+    groups = [others] if others else []
+    accepted: list[dict[str, Array]] = []
+    while groups:
+        group = groups.pop(0)
+        before = len(accepted)
+        for change in (*_CHANGES, _as_the_rows):
+            if len(accepted) > before and change is not _as_the_rows:
+                continue
+            changed = {**sizes, **{dim: change(sizes[dim]) for dim in group}}
+            with suppress(InputError):  # an input without a rank
+                inputs = _resized(subject.inputs, choice, bind(specs, changed), _EVEN_ROWS)
+                if not _failure(model, inputs):
+                    accepted.append(inputs)
+        if len(accepted) == before and len(group) > 1:
+            groups += [[dim] for dim in group[:_MOST_DIMENSIONS]]
+    return accepted
+
+
+def _failure(model: ModelProcess, inputs: Mapping[str, Array]) -> str:
+    """Why the model does not run on these inputs; empty when it does."""
+    try:
+        model.feed(inputs)
+        model.run()
+    except OnnxsplitError as error:
+        return one_line(error)
+    return ""
+
+
+def _resized(
+    example: Mapping[str, Array], choice: Axes, shapes: Mapping[str, tuple[int, ...]], rows: int
+) -> dict[str, Array]:
+    """Inputs of other shapes, filled with the values of the example."""
+    resized = {}
+    for name, array in example.items():
+        shape = list(shapes.get(name, array.shape))
+        if name in choice:
+            shape[choice[name]] = rows
+        resized[name] = np.resize(array, shape) if array.size else np.zeros(shape, array.dtype)
+    return resized
+
+
+_CHANGES: tuple[Callable[[int], int], ...] = (
+    lambda size: size - 1 if size > 2 else size + 1,
+    lambda size: size // 2 if size > 2 else size + 2,
+    lambda size: size * 2 if size > 2 else size + 3,
+)
+"""Changes of the size of a dimension, tried in turn: a model may take only even sizes, or only multiples."""
+
+
+def _as_the_rows(_: int) -> int:
+    return _EVEN_ROWS
+
+
+def _shapes_text(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())

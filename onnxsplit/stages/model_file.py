@@ -1,0 +1,178 @@
+"""Writing model files: the protobuf, and the external data that it points to."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import EncodeError
+
+from onnxsplit.errors import PartitionError
+from onnxsplit.files import written_file
+from onnxsplit.model.external import external_range, is_external, open_external
+from onnxsplit.model.source import (
+    SourceModel,
+    graph_tensors,
+)
+from onnxsplit.model.storage import Extent, blocks, extents
+from onnxsplit.plan import FileEntry
+
+_CHUNK = 1 << 20  # small enough to be hashed while it is still in the processor's cache
+
+
+_ALIGNMENT = 4096  # external data starts on pages, so that ONNX Runtime can map it
+
+
+def _ignore(_: int) -> None:
+    """Report to nobody."""
+
+
+def write_model(
+    source: SourceModel, model: onnx.ModelProto, out: Path, beside: Mapping[str, str], *, by_content: bool = False
+) -> tuple[Path, ...]:
+    """Write a model, its external data to ``OUT.data``, and texts to ``OUT.NAME``; the model appears last.
+
+    ``by_content`` is as for :func:`copy_external`.
+
+    Returns:
+        The files, the model first.
+
+    Raises:
+        OSError: a file cannot be written, or what is there is no regular file.
+    """
+    out = written_file(out)
+    folder = out.parent
+    with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=folder) as scratch:
+        copy_external(source, model, Path(scratch) / f"{out.name}.data", by_content=by_content)
+        (Path(scratch) / out.name).write_bytes(serialized(model))
+        for name, text in beside.items():
+            (Path(scratch) / f"{out.name}.{name}").write_text(text)
+        written = sorted(Path(scratch).iterdir(), key=lambda file: file.name == out.name)
+        targets = [written_file(folder / file.name) for file in written]
+        return tuple(Path(shutil.move(*pair)) for pair in zip(written, targets, strict=True))[::-1]
+
+
+def serialized(model: onnx.ModelProto) -> bytes:
+    """A model's bytes.
+
+    Raises:
+        PartitionError: it is above the 2 GB that protobuf allows.
+    """
+    try:
+        content: bytes = model.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise PartitionError(
+            f"a part of the model is above the 2 GB a protobuf can hold ({error}); store the model with external data"
+        ) from error
+    return content
+
+
+def copy_external(
+    source: SourceModel,
+    model: onnx.ModelProto,
+    path: Path,
+    wrote: Callable[[int], None] = _ignore,
+    *,
+    by_content: bool = False,
+) -> tuple[FileEntry, ...]:
+    """Copy the external data that a stage needs into its own file, and point the stage at it.
+
+    Bytes that tensors share are written once; large initializers of the model file that are equal go there, too.
+
+    Args:
+        source: the model that the external data is of.
+        model: the stage.
+        path: its data file.
+        wrote: told of every number of bytes written.
+        by_content: look for equal bytes in different places, too.
+    """
+    count = len(model.graph.initializer)
+    tensors = [t for position, t in enumerate(graph_tensors(model.graph)) if position < count or is_external(t)]
+    places = extents(source.place, tensors, by_content=by_content)
+    block_of = blocks(place for place in places if place is not None and place.length)
+    inside: dict[Extent, list[tuple[onnx.TensorProto, Extent]]] = {}
+    for tensor, place in zip(tensors, places, strict=True):
+        if place is not None and not place.length:  # ONNX Runtime takes no place in a file for what has no bytes
+            _keep_inside(tensor)
+        elif place is not None:
+            inside.setdefault(block_of[place], []).append((tensor, place))
+    if not inside:
+        return ()
+    digest, end = hashlib.sha256(), 0
+    with path.open("wb") as target, ThreadPoolExecutor(1) as copier:
+        for block, held in inside.items():
+            digest.update(bytes(-end % _ALIGNMENT))
+            end += -end % _ALIGNMENT
+            tensor, place = held[0]
+            if is_external(tensor):
+                file, offset, _ = external_range(source.place, tensor)
+                start = offset - (place.offset - block.offset)
+                with open_external(file) as origin:
+                    copied = copier.submit(_copy_range, origin.fileno(), target.fileno(), start, end, block.length)
+                    _hash_range(digest, origin, start, block.length, wrote)
+                    copied.result()
+            else:
+                target.seek(end)
+                target.write(tensor.raw_data)
+                digest.update(tensor.raw_data)
+                wrote(block.length)
+            for tensor, place in held:
+                _point(tensor, path.name, end + place.offset - block.offset, place.length)
+            end += block.length
+    return (FileEntry(name=path.name, sha256=digest.hexdigest(), size_bytes=end),)
+
+
+def _keep_inside(tensor: onnx.TensorProto) -> None:
+    del tensor.external_data[:]
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    tensor.raw_data = b""
+
+
+def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _copy_range(origin: int, target: int, offset: int, target_offset: int, length: int) -> None:
+    """Copy bytes from file to file inside the kernel; by hand where the file systems cannot."""
+    done = 0
+    while done < length:
+        try:
+            count = os.copy_file_range(origin, target, length - done, offset + done, target_offset + done)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            count = os.pwrite(target, os.pread(origin, min(_CHUNK, length - done), offset + done), target_offset + done)
+        if not count:
+            raise PartitionError("an external data file became shorter while it was read")
+        done += count
+
+
+def _hash_range(digest: hashlib._Hash, origin: FileIO, offset: int, length: int, done: Callable[[int], None]) -> None:
+    buffer = bytearray(_CHUNK)
+    origin.seek(offset)
+    while length:
+        count = origin.readinto(memoryview(buffer)[: min(length, _CHUNK)])
+        if not count:
+            raise PartitionError("an external data file became shorter while it was read")
+        digest.update(memoryview(buffer)[:count])
+        length -= count
+        done(count)
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Name, size and SHA-256 of a file that was written."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileEntry(name=path.name, sha256=digest, size_bytes=path.stat().st_size)

@@ -1,0 +1,116 @@
+"""What each stage is made of, for an assignment of atoms to stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onnxsplit.cost.analytic import activation_bytes
+from onnxsplit.model.atoms import Atoms, needed_tensors
+from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.shapes import Shapes
+from onnxsplit.model.source import (
+    node_tensors,
+    tensor_bytes,
+)
+
+
+@dataclass(frozen=True)
+class StageParts:
+    """What one stage is made of.
+
+    Attributes:
+        ops: its own ops and its copies of copied ops, ascending.
+        own: its own ops alone.
+        inputs: tensors it takes, those of the model first.
+        outputs: tensors it gives, in the order they are written.
+        constants: initializers it reads.
+    """
+
+    ops: tuple[int, ...]
+    own: tuple[int, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[str, ...]
+
+
+def stage_parts(graph: OpGraph, atoms: Atoms, assignment: Sequence[int]) -> tuple[StageParts, ...]:
+    """Turn an assignment of atoms to stages into the parts of every stage."""
+    stages = max(assignment, default=-1) + 1
+    own: list[list[int]] = [[] for _ in range(stages)]
+    stage_of: dict[int, int] = {}
+    for atom, stage in enumerate(assignment):
+        own[stage].extend(atoms.ops[atom])
+        stage_of.update(dict.fromkeys(atoms.ops[atom], stage))
+    needs = needed_tensors(graph, atoms.copied)
+    wanted: dict[str, None] = dict.fromkeys(graph.outputs)
+    for op, stage in stage_of.items():
+        for name in needs[op]:
+            writer = graph.producer.get(name)
+            if writer is not None and stage_of[writer] != stage:
+                wanted[name] = None
+    return tuple(_parts(graph, atoms.copied, tuple(sorted(ops)), wanted) for ops in own)
+
+
+def _parts(graph: OpGraph, copied: frozenset[int], own: tuple[int, ...], wanted: Mapping[str, None]) -> StageParts:
+    ops: set[int] = set()
+    inputs: dict[str, None] = {}
+    constants: dict[str, None] = {}
+    pending = list(own)
+    inside = set(own)
+    while pending:
+        index = pending.pop()
+        if index in ops:
+            continue
+        ops.add(index)
+        for name in graph.ops[index].reads:
+            writer = graph.producer.get(name)
+            if name in graph.constants:
+                constants[name] = None
+            elif writer in copied:
+                pending.append(writer)
+            elif writer not in inside:
+                inputs[name] = None
+    order = {name: position for position, name in enumerate(graph.inputs)}
+    return StageParts(
+        ops=tuple(sorted(ops)),
+        own=own,
+        inputs=tuple(
+            sorted(inputs, key=lambda name: (order.get(name, len(order)), graph.producer.get(name, -1), name))
+        ),
+        outputs=tuple(name for index in own for name in graph.ops[index].outputs if name in wanted),
+        constants=tuple(sorted(constants)),
+    )
+
+
+def whole_parts(graph: OpGraph) -> StageParts:
+    """The whole model as one stage, for figures."""
+    every = tuple(range(len(graph.ops)))
+    constants = tuple(sorted({name for op in graph.ops for name in op.reads if name in graph.constants}))
+    return StageParts(every, every, graph.inputs, graph.outputs, constants)
+
+
+def peak_memory_bytes(graph: OpGraph, shapes: Shapes, parts: StageParts, *, packed: bool = True) -> int:
+    """Weights, and the largest sum of live activations while the ops run in order.
+
+    With ``packed``, as ONNX Runtime does on a CPU, bytes that initializers share are in memory once, and weights count
+    twice that it keeps packed for its kernels, too. Without, every initializer has memory of its own.
+    """
+    sizes = [graph.constants[name] for name in parts.constants if not packed or name in graph.packed]
+    shared = 0 if packed else _initializer_bytes(graph, parts)
+    activations = activation_bytes(graph, shapes, parts.ops, frozenset(parts.outputs))
+    return weight_bytes(graph, parts) - shared + sum(sizes) + activations
+
+
+def weight_bytes(graph: OpGraph, parts: StageParts) -> int:
+    """Bytes of the constants that a stage holds: initializers, and tensors in the attributes of its ops.
+
+    Bytes that several initializers share count once.
+    """
+    attributes = node_tensors(graph.ops[index].node for index in parts.ops)
+    return _initializer_bytes(graph, parts) + sum(tensor_bytes(tensor) for tensor in attributes)
+
+
+def _initializer_bytes(graph: OpGraph, parts: StageParts) -> int:
+    held = set(parts.constants)
+    return sum(stored.size_bytes for stored in graph.stored if held & stored.names)
