@@ -35,7 +35,7 @@ from environment import environment_line
 
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.export import export
-from onnxsplit.model.inputs import table_size
+from onnxsplit.model.example_inputs import table_size
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan
 from onnxsplit.planning.subject import examine

@@ -41,9 +41,8 @@ from environment import environment_line
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.model.bodies import nested_graphs
 from onnxsplit.model.precision import distance
-from onnxsplit.model.source import all_nodes
+from onnxsplit.model.protobuf import all_nodes, nested_graphs
 from onnxsplit.npz import load_npz
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.options import CutOptions

@@ -15,8 +15,8 @@ from onnxsplit.cli.output import (
     custom_ops_option,
     custom_ops_words,
     dims_option,
-    ends_options,
     inputs_option,
+    io_options,
     make_command,
     milliseconds,
     option,
@@ -36,7 +36,7 @@ _SHOWN_NAMES = 3
 @costs_option
 @dims_option
 @inputs_option
-@ends_options
+@io_options
 @custom_ops_option
 @threads_option
 @option("--cuts", type=click.IntRange(0, 1000), default=5, help="How many of the cheapest cuts in two to show.")

@@ -55,7 +55,7 @@ def dims_option(command: Command) -> Command:
     )(command)
 
 
-def ends_options(command: Command) -> Command:
+def io_options(command: Command) -> Command:
     """``--outputs``, ``--drop-output``, ``--keep-input``: what of the model is cut."""
     for names, metavar, callback, text in reversed(_ENDS):
         command = option(*names, multiple=True, metavar=metavar, callback=callback, help=text)(command)

@@ -15,8 +15,8 @@ from onnxsplit.cli.output import (
     custom_ops_option,
     custom_ops_words,
     dims_option,
-    ends_options,
     inputs_option,
+    io_options,
     make_command,
     milliseconds,
     option,
@@ -98,7 +98,7 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
 @costs_option
 @dims_option
 @inputs_option
-@ends_options
+@io_options
 @custom_ops_option
 @option(
     "--rounds",
@@ -123,7 +123,7 @@ def command(
 ) -> None:
     """Cut MODEL into cost-balanced stages and write a plan directory."""
     from onnxsplit.files import check_outputs
-    from onnxsplit.model.uncuttable import one_op
+    from onnxsplit.model.dominant_op import explain_dominant_op
     from onnxsplit.planning import planner
     from onnxsplit.planning.options import CutOptions
 
@@ -143,7 +143,7 @@ def command(
     output.done()
     _show(output, made.plan)
     if wanted.stages is None and wanted.parallel == "model" and len(made.plan.stages) == 1:
-        why = one_op(made.subject.graph)
+        why = explain_dominant_op(made.subject.graph)
         if why is not None:
             output.line(f"It is one stage: {why}.")
     output.line()

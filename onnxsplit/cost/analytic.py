@@ -10,10 +10,9 @@ import math
 from collections.abc import Callable
 
 from onnxsplit.cost import OpCosts
-from onnxsplit.model.bodies import nested_graphs
 from onnxsplit.model.graph import Op, OpGraph
+from onnxsplit.model.protobuf import all_nodes, nested_graphs
 from onnxsplit.model.shapes import Shapes
-from onnxsplit.model.source import all_nodes
 
 FLOP_PER_S = 40_000_000_000
 BYTES_PER_S = 8_000_000_000

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from onnxsplit.custom_ops import Library
 from onnxsplit.errors import InputError, ModelError
-from onnxsplit.model.ends import defaults
+from onnxsplit.model.dimensions import bind, with_formulas
+from onnxsplit.model.example_inputs import dimension_choices, guesses
 from onnxsplit.model.graph import OpGraph
-from onnxsplit.model.inputs import dimension_choices, guesses
-from onnxsplit.model.opening import runnable
-from onnxsplit.model.shapes import bind, with_formulas
+from onnxsplit.model.graph_io import defaults
+from onnxsplit.model.in_memory import runnable
 from onnxsplit.model.source import SourceModel
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import TensorSpec

@@ -23,7 +23,7 @@ from onnxsplit.cost.levels import best_level
 from onnxsplit.cost.profile import Profile, run_profile
 from onnxsplit.custom_ops import Library
 from onnxsplit.model.graph import OpGraph
-from onnxsplit.model.opening import runnable
+from onnxsplit.model.in_memory import runnable
 from onnxsplit.model.shapes import Shapes, infer_shapes
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import TensorSpec

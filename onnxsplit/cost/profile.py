@@ -13,7 +13,7 @@ import msgspec
 from onnxsplit.custom_ops import Library
 from onnxsplit.errors import ModelError
 from onnxsplit.model.graph import OpGraph
-from onnxsplit.model.opening import ModelFile, runnable
+from onnxsplit.model.in_memory import ModelFile, runnable
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import Level
 from onnxsplit.session import quiet_environment

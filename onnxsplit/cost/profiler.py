@@ -18,9 +18,10 @@ import onnx
 
 from onnxsplit.cost.profile import Profile, ProfileRequest
 from onnxsplit.errors import in_one_line
-from onnxsplit.model.external import point_from_one_folder
+from onnxsplit.model.external_data import point_from_one_folder
 from onnxsplit.model.graph import OpGraph, build_graph
-from onnxsplit.model.source import all_nodes, graph_tensors, open_model
+from onnxsplit.model.protobuf import all_nodes, graph_tensors
+from onnxsplit.model.source import open_model
 from onnxsplit.npz import load_npz
 from onnxsplit.session import open_session
 

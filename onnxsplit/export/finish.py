@@ -11,8 +11,8 @@ import onnx
 import onnxsplit
 from onnxsplit.errors import ExportError, MissingDependency, ModelError, one_line
 from onnxsplit.export.conversion import TOLERANCE, Conversion, ExportOptions
-from onnxsplit.model.graph import captured_names
 from onnxsplit.model.precision import distance
+from onnxsplit.model.protobuf import captured_names
 from onnxsplit.session import host_cores, open_session
 from onnxsplit.tensors import Array
 

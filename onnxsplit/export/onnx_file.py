@@ -14,10 +14,11 @@ from onnxsplit.errors import ExportError, InputError, ModelError, one_line
 from onnxsplit.export import finish
 from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.export.sources import Source
-from onnxsplit.model.external import external_range, is_external, load_external
+from onnxsplit.model.external_data import external_range, is_external, load_external
 from onnxsplit.model.graph import build_graph
+from onnxsplit.model.protobuf import graph_tensors
 from onnxsplit.model.shapes import input_specs
-from onnxsplit.model.source import SourceModel, graph_tensors, open_model
+from onnxsplit.model.source import SourceModel, open_model
 from onnxsplit.session import host_cores, open_session
 from onnxsplit.tensors import Array
 

@@ -46,13 +46,13 @@ class Atoms:
     Attributes:
         ops: the ops of every atom; atoms are in a topological order.
         copied: ops that belong to no atom: each stage that reads their outputs holds a copy.
-        flows: tensors between atoms, and between atoms and the caller.
-        digraph: atoms as nodes, with an edge where a tensor flows.
+        edges: tensors between atoms, and between atoms and the caller.
+        digraph: atoms as nodes, with an arc from the writer of a tensor to each of its readers.
     """
 
     ops: tuple[tuple[int, ...], ...]
     copied: frozenset[int]
-    flows: tuple[AtomEdge, ...]
+    edges: tuple[AtomEdge, ...]
     digraph: nx.DiGraph
 
 
@@ -78,7 +78,7 @@ def build_atoms(
     return Atoms(
         ops=order,
         copied=copied,
-        flows=_flows(graph, copied, needs, atom_of),
+        edges=_edges(graph, copied, needs, atom_of),
         digraph=_digraph(needs, graph, atom_of),
     )
 
@@ -151,7 +151,7 @@ def _ordered(
     return tuple(tuple(members[component]) for component in order), atom_of
 
 
-def _flows(
+def _edges(
     graph: OpGraph, copied: frozenset[int], needs: dict[int, tuple[str, ...]], atom_of: dict[int, int]
 ) -> tuple[AtomEdge, ...]:
     readers: dict[str, set[int]] = {}
@@ -163,15 +163,15 @@ def _flows(
     for name in outputs:
         if name in graph.producer:
             readers.setdefault(name, set())
-    flows = []
+    edges = []
     for name, atoms in readers.items():
         writer = atom_of[graph.producer[name]] if name in graph.producer else CALLER
         others = tuple(sorted(atoms - {writer}))
         if others or name in outputs:
-            flows.append(
+            edges.append(
                 AtomEdge(tensor=name, writer=writer, readers=others, to_caller=name in outputs and writer != CALLER)
             )
-    return tuple(sorted(flows, key=lambda flow: (flow.writer, flow.tensor)))
+    return tuple(sorted(edges, key=lambda edge: (edge.writer, edge.tensor)))
 
 
 def _digraph(needs: dict[int, tuple[str, ...]], graph: OpGraph, atom_of: dict[int, int]) -> nx.DiGraph:

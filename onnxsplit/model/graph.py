@@ -20,10 +20,10 @@ import networkx as nx
 import onnx
 
 from onnxsplit.errors import ModelError
-from onnxsplit.model.bodies import defined_names, nested_graphs
-from onnxsplit.model.domains import holds_custom_op
-from onnxsplit.model.source import FunctionKey, SourceModel, functions_of, is_random, tensor_bytes
-from onnxsplit.model.storage import Extent, Stored, extents, stored_once
+from onnxsplit.model.op_kinds import holds_custom_op, is_random
+from onnxsplit.model.protobuf import FunctionKey, captured_names, functions_of, tensor_bytes
+from onnxsplit.model.shared_weights import Extent, Stored, extents, stored_once
+from onnxsplit.model.source import SourceModel
 
 _PACKING = frozenset(
     [
@@ -106,17 +106,6 @@ class OpGraph:
     custom_ops: frozenset[int]
 
 
-def captured_names(node: onnx.NodeProto) -> tuple[str, ...]:
-    """Names that an op's bodies read from outside, at any depth; a name defined in a body hides the outer one."""
-    names: dict[str, None] = {}
-    for graph in nested_graphs(node):
-        own = defined_names(graph)
-        for inner in graph.node:
-            names.update(dict.fromkeys(n for n in (*inner.input, *captured_names(inner)) if n and n not in own))
-        names.update(dict.fromkeys(o.name for o in graph.output if o.name and o.name not in own))
-    return tuple(names)
-
-
 def build_graph(source: SourceModel) -> OpGraph:
     """The graph of a model's live ops.
 
@@ -148,12 +137,12 @@ def build_graph(source: SourceModel) -> OpGraph:
     digraph = nx.DiGraph()
     for op in ops:
         digraph.add_node(op.index, op=op)
-        flows: dict[int, list[str]] = {}
+        read_from: dict[int, list[str]] = {}
         for name in op.reads:
             readers.setdefault(name, []).append(op.index)
             if name in producer:
-                flows.setdefault(producer[name], []).append(name)
-        for origin, names in flows.items():
+                read_from.setdefault(producer[name], []).append(name)
+        for origin, names in read_from.items():
             digraph.add_edge(origin, op.index, tensors=tuple(sorted(names)))
     functions = functions_of(source.proto)
     custom = frozenset(op.index for op in ops if holds_custom_op([op.node], functions))

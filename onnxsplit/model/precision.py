@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import onnx
 
-from onnxsplit.model.bodies import nested_graphs
 from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.protobuf import all_nodes, graph_tensors, nested_graphs
 from onnxsplit.model.shapes import Shapes
-from onnxsplit.model.source import all_nodes, graph_tensors
 from onnxsplit.tensors import Array, type_name
 
 LEAST_TOLERANCE = 1e-4

@@ -17,8 +17,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from onnxsplit.model.bodies import nested_graphs
-from onnxsplit.model.source import functions_of
+from onnxsplit.model.protobuf import functions_of, nested_graphs
 
 _MICROSOFT = "com.microsoft"
 

@@ -1,10 +1,10 @@
-"""A model's file and its protobuf: opened, checked, walked through."""
+"""The model that is cut: read from its file, and checked so that it can be walked through safely."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,14 +14,18 @@ from google.protobuf.message import DecodeError
 
 from onnxsplit.errors import ModelError, shown
 from onnxsplit.files import is_text, read_regular
-from onnxsplit.model.bodies import nested_graphs as nested_graphs  # also for those that import it from here
-from onnxsplit.model.external import external_range, is_external, load_external
+from onnxsplit.model.external_data import external_range, is_external, load_external
 from onnxsplit.model.file_kinds import what_is
-from onnxsplit.model.optimised import is_saved, rename_initializers
-from onnxsplit.tensors import size_bytes, type_name
-
-FunctionKey = tuple[str, str, str]
-"""Domain, name and overload of a model-local function."""
+from onnxsplit.model.ort_optimised import is_ort_optimised, rename_initializers
+from onnxsplit.model.protobuf import (
+    FunctionKey,
+    all_nodes,
+    function_key,
+    functions_of,
+    graph_tensors,
+    nested_graphs,
+    node_tensors,
+)
 
 MOST_UNFOLDED_OPS = 50_000
 """Ops that the calls of model-local functions may stand for: ONNX Runtime unfolds them all, in quadratic time."""
@@ -32,21 +36,9 @@ MOST_RANK = 64 if int(np.__version__.split(".")[0]) >= 2 else 32
 _MOST_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
 _MOST_CALL_DEPTH = 100  # the limit of ONNX's shape inference
 
-_RANDOM = frozenset(
-    [
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Multinomial",
-        "Bernoulli",
-        "Dropout",
-    ]
-)
-
 
 @dataclass(frozen=True)
-class Ends:
+class IOChanges:
     """How the inputs and outputs of a model were changed before it is cut.
 
     Attributes:
@@ -84,7 +76,7 @@ class SourceModel:
     sha256: str
     in_file: bool = True
     data_folder: Path | None = None
-    ends: Ends | None = field(default=None, repr=False)
+    io_changes: IOChanges | None = field(default=None, repr=False)
 
     @property
     def place(self) -> Path:
@@ -155,7 +147,7 @@ def check_source(source: SourceModel, size_bytes: int) -> None:
             external_range(source.place, tensor)
     # Constants of functions are small, and calls are unfolded wherever their model lies: the data goes into the model.
     load_external(source.place, [tensor for function in proto.functions for tensor in node_tensors(function.node)])
-    if is_saved(proto):
+    if is_ort_optimised(proto):
         rename_initializers(proto)
 
 
@@ -197,7 +189,7 @@ def _check_functions(path: Path, proto: onnx.ModelProto) -> None:
     unfolded: dict[FunctionKey, int] = {}
     for key in functions:
         _unfold(path, key, functions, unfolded, ())
-    calls = [key for node in all_nodes(proto.graph.node) if (key := _key(node)) in functions]
+    calls = [key for node in all_nodes(proto.graph.node) if (key := function_key(node)) in functions]
     total = sum(unfolded[key] for key in calls)
     if total > MOST_UNFOLDED_OPS:
         largest = max(calls, key=lambda key: unfolded[key])
@@ -224,7 +216,7 @@ def _unfold(
         raise ModelError(f"{path}: its function {key[1]!r} is called at a depth of over {_MOST_CALL_DEPTH} functions")
     count = 0
     for node in all_nodes(functions[key].node):
-        called = _key(node)
+        called = function_key(node)
         if called in functions:
             _unfold(path, called, functions, unfolded, (*callers, key))
             count += unfolded[called]
@@ -233,71 +225,5 @@ def _unfold(
     unfolded[key] = count
 
 
-def _key(node: onnx.NodeProto) -> FunctionKey:
-    return node.domain, node.op_type, node.overload
-
-
 def _number(count: int) -> str:
     return str(count) if count < 10**12 else f"over 10^{len(str(count)) - 1}"
-
-
-def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """The nodes and those of their bodies, at any depth."""
-    for node in nodes:
-        yield node
-        for graph in nested_graphs(node):
-            yield from all_nodes(graph.node)
-
-
-def graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored in a graph: initializers and attributes, bodies included."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from node_tensors(graph.node)
-
-
-def node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored in the attributes of nodes, bodies included."""
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                yield attribute.t
-            elif attribute.type == onnx.AttributeProto.TENSORS:
-                yield from attribute.tensors
-        for graph in nested_graphs(node):
-            yield from graph_tensors(graph)
-
-
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of a stored tensor's data; strings by their real length."""
-    if tensor.data_type == onnx.TensorProto.STRING:
-        return sum(len(text) for text in tensor.string_data)
-    name = type_name(tensor.data_type)
-    return size_bytes(name, tuple(tensor.dims)) if name else 0
-
-
-def functions_of(proto: onnx.ModelProto) -> dict[FunctionKey, onnx.FunctionProto]:
-    """The model-local functions by key."""
-    return {(f.domain, f.name, f.overload): f for f in proto.functions}
-
-
-def called_functions(
-    nodes: Iterable[onnx.NodeProto], functions: dict[FunctionKey, onnx.FunctionProto]
-) -> set[FunctionKey]:
-    """The functions that nodes call: from bodies at any depth, and from one function to the next."""
-    found: set[FunctionKey] = set()
-    pending = list(nodes)
-    while pending:
-        for node in all_nodes([pending.pop()]):
-            key = _key(node)
-            if key in functions and key not in found:
-                found.add(key)
-                pending.extend(functions[key].node)
-    return found
-
-
-def is_random(node: onnx.NodeProto, functions: dict[FunctionKey, onnx.FunctionProto]) -> bool:
-    """True when an op may give another result each time: itself, in a body or in a function it calls."""
-    inside = [node, *(n for key in called_functions([node], functions) for n in functions[key].node)]
-    return any(n.op_type in _RANDOM for n in all_nodes(inside))

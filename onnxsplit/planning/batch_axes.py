@@ -16,7 +16,7 @@ import msgspec
 
 from onnxsplit.custom_ops import Library
 from onnxsplit.errors import OnnxsplitError, one_line, shown
-from onnxsplit.model.inputs import table_size
+from onnxsplit.model.example_inputs import table_size
 from onnxsplit.model.precision import computed_types, tolerance
 from onnxsplit.plan import BatchClaim, Plan
 from onnxsplit.planning.batch_structure import axes_by_structure

@@ -14,7 +14,8 @@ import numpy as np
 from onnxsplit.cost.example import ModelProcess
 from onnxsplit.cost.profile import shapes_of_run
 from onnxsplit.errors import InputError, OnnxsplitError, one_line
-from onnxsplit.model.shapes import bind, infer_shapes, input_specs, sized_dimensions
+from onnxsplit.model.dimensions import bind, sized_dimensions
+from onnxsplit.model.shapes import infer_shapes, input_specs
 from onnxsplit.planning.subject import Subject
 from onnxsplit.stages.batch.claim import Structure, candidates
 from onnxsplit.stages.batch.trials import Axes

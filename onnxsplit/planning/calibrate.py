@@ -11,8 +11,9 @@ from typing import Protocol
 from onnxsplit.cluster import LOCAL, Cluster, Device
 from onnxsplit.custom_ops import Library
 from onnxsplit.errors import ClusterError, OnnxsplitError
-from onnxsplit.model.external import is_external, location_of
-from onnxsplit.model.source import graph_tensors, open_model
+from onnxsplit.model.external_data import is_external, location_of
+from onnxsplit.model.protobuf import graph_tensors
+from onnxsplit.model.source import open_model
 from onnxsplit.npz import save_npz
 from onnxsplit.planning.subject import examine
 from onnxsplit.progress import Say, silent

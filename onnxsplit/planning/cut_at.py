@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from onnxsplit.errors import PartitionError
-from onnxsplit.model.uncuttable import one_op
+from onnxsplit.model.dominant_op import explain_dominant_op
 from onnxsplit.plan import CALLER
 from onnxsplit.planning.subject import Subject
 
@@ -24,7 +24,7 @@ def assignment_at(subject: Subject, tensors: Sequence[str]) -> tuple[int, ...]:
     """
     check_cuts(subject, tensors)
     level = [0] * len(subject.atoms.ops)
-    for flow in sorted(subject.atoms.flows, key=lambda flow: flow.writer):
+    for flow in sorted(subject.atoms.edges, key=lambda flow: flow.writer):
         if flow.writer != CALLER:
             after = level[flow.writer] + (flow.tensor in tensors)
             for reader in flow.readers:
@@ -38,7 +38,7 @@ def check_cuts(subject: Subject, tensors: Sequence[str]) -> None:
     Raises:
         PartitionError: naming the nearest ones that can.
     """
-    legal = {flow.tensor for flow in subject.atoms.flows if flow.writer != CALLER and flow.readers}
+    legal = {flow.tensor for flow in subject.atoms.edges if flow.writer != CALLER and flow.readers}
     refused = [
         f"{name!r}, which {_why_not(subject, name, legal)}{_instead(subject, name, legal)}"
         for name in tensors
@@ -84,7 +84,7 @@ def _listed(names: Sequence[str]) -> str:
 def _instead(subject: Subject, name: str, legal: set[str]) -> str:
     """Tensors that can be cut, the nearest first."""
     if not legal:
-        why = one_op(subject.graph)
+        why = explain_dominant_op(subject.graph)
         return f". This model cannot be cut at all: {why}" if why else ". This model cannot be cut at all"
     graph = subject.graph
     producer = graph.producer

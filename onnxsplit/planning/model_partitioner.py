@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from onnxsplit.cluster import Cluster
 from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import PartitionError
-from onnxsplit.model.uncuttable import one_op
+from onnxsplit.model.dominant_op import explain_dominant_op
 from onnxsplit.partitioner import (
     Effort,
     Infeasible,
@@ -132,7 +132,7 @@ def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelP
     target = replace(target, placed=_placed(subject, options.place, target), apart=_apart(subject, options.cut))
     largest = len(subject.atoms.ops)
     if stages is not None and stages > max(1, largest) and not options.cut_at:
-        why = one_op(subject.graph) or (
+        why = explain_dominant_op(subject.graph) or (
             f"its {len(subject.graph.ops)} ops form {largest} parts that can be separated. Ask for {largest} stages or "
             "fewer"
         )
@@ -226,7 +226,7 @@ def _apart(subject: Subject, tensors: Sequence[str]) -> tuple[tuple[int, int], .
     check_cuts(subject, tensors)
     graph, atoms = subject.graph, subject.atoms
     first = {op: ops[0] for ops in atoms.ops for op in ops}
-    flows = {flow.tensor: flow for flow in atoms.flows}
+    flows = {flow.tensor: flow for flow in atoms.edges}
     return tuple(
         (first[graph.producer[name]], atoms.ops[reader][0]) for name in tensors for reader in flows[name].readers
     )

@@ -10,7 +10,7 @@ import msgspec.structs
 
 import onnxsplit
 from onnxsplit.cluster import Device
-from onnxsplit.model.ends import constant_text, defaults
+from onnxsplit.model.graph_io import constant_text, defaults
 from onnxsplit.npz import save_npz
 from onnxsplit.partitioner import Score, SearchResult, line_up, lower_bound
 from onnxsplit.plan import (
@@ -135,8 +135,8 @@ class PlanBuilder:
             example_inputs=file_entry(self._folder / EXAMPLE_FILE) if self._folder is not None else None,
             defaults=self._defaults(),
             constant_inputs={name: constant_text(graph.source, name) for name in graph.overridable},
-            dropped_outputs=graph.source.ends.dropped_outputs if graph.source.ends is not None else (),
-            dropped_inputs=graph.source.ends.dropped_inputs if graph.source.ends is not None else (),
+            dropped_outputs=graph.source.io_changes.dropped_outputs if graph.source.io_changes is not None else (),
+            dropped_inputs=graph.source.io_changes.dropped_inputs if graph.source.io_changes is not None else (),
             custom_ops=tuple(CustomOps(name=one.name, sha256=one.sha256) for one in subject.custom_ops),
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}

@@ -15,7 +15,7 @@ from typing import Any
 from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import PlanError
 from onnxsplit.files import check_parent, is_text, new_folder
-from onnxsplit.model.opening import ModelLike, open_any
+from onnxsplit.model.in_memory import ModelLike, open_any
 from onnxsplit.model.source import SourceModel
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import checked_json

@@ -15,12 +15,14 @@ from onnxsplit.custom_ops import Library, check_names, find_libraries
 from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.model.atoms import Atoms, build_atoms
-from onnxsplit.model.ends import check_handed_on, constant_text, defaults, select
+from onnxsplit.model.dimensions import bind, sized_dimensions, with_formulas
+from onnxsplit.model.example_inputs import accept, dimension_choices, guesses, sizes_in
 from onnxsplit.model.graph import OpGraph, build_graph
-from onnxsplit.model.inputs import accept, dimension_choices, guesses, sizes_in
-from onnxsplit.model.opening import ModelLike, open_any
-from onnxsplit.model.shapes import Shapes, bind, infer_shapes, input_specs, sized_dimensions, with_formulas
-from onnxsplit.model.source import SourceModel, node_tensors, tensor_bytes
+from onnxsplit.model.graph_io import check_handed_on, constant_text, defaults, select
+from onnxsplit.model.in_memory import ModelLike, open_any
+from onnxsplit.model.protobuf import node_tensors, tensor_bytes
+from onnxsplit.model.shapes import Shapes, infer_shapes, input_specs
+from onnxsplit.model.source import SourceModel
 from onnxsplit.npz import load_npz
 from onnxsplit.partitioner import Problem, Transfer, Weight
 from onnxsplit.planning.target import Target, alike
@@ -86,7 +88,7 @@ class Subject:
             devices=target.kind_of,
             transfers=tuple(
                 Transfer(flow.writer, flow.readers, self.shapes.bytes(flow.tensor), flow.to_caller)
-                for flow in self.atoms.flows
+                for flow in self.atoms.edges
             ),
             weights=self._weights(atom_of, target.packs),
             inner_bytes=self._inner_bytes(),
@@ -126,7 +128,7 @@ class Subject:
 
     def _inner_bytes(self) -> tuple[int, ...]:
         """By atom, the tensors that its ops write and that stay inside."""
-        leaving = {flow.tensor for flow in self.atoms.flows}
+        leaving = {flow.tensor for flow in self.atoms.edges}
         return tuple(
             sum(self.shapes.bytes(name) for op in ops for name in self.graph.ops[op].outputs if name not in leaving)
             for ops in self.atoms.ops
@@ -239,7 +241,7 @@ def _given(graph: OpGraph, given: Mapping[str, Array], kept: Mapping[str, Array]
     ]
     if constant:
         raise InputError(". ".join(constant))
-    gone = graph.source.ends.dropped_inputs if graph.source.ends is not None else ()
+    gone = graph.source.io_changes.dropped_inputs if graph.source.io_changes is not None else ()
     return {**kept, **{name: array for name, array in given.items() if name not in gone}}
 
 

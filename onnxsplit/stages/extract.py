@@ -14,13 +14,10 @@ from pathlib import Path
 import onnx
 
 from onnxsplit.errors import PartitionError
-from onnxsplit.model.ends import stored_array
 from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.graph_io import stored_array
+from onnxsplit.model.protobuf import called_functions, functions_of
 from onnxsplit.model.shapes import Shapes, spec_of, value_info
-from onnxsplit.model.source import (
-    called_functions,
-    functions_of,
-)
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import FileEntry
 from onnxsplit.stages.model_file import _ignore, copy_external, file_entry, serialized

@@ -17,12 +17,10 @@ from google.protobuf.message import EncodeError
 
 from onnxsplit.errors import PartitionError
 from onnxsplit.files import written_file
-from onnxsplit.model.external import external_range, is_external, open_external
-from onnxsplit.model.source import (
-    SourceModel,
-    graph_tensors,
-)
-from onnxsplit.model.storage import Extent, blocks, extents
+from onnxsplit.model.external_data import external_range, is_external, open_external
+from onnxsplit.model.protobuf import graph_tensors
+from onnxsplit.model.shared_weights import Extent, blocks, extents
+from onnxsplit.model.source import SourceModel
 from onnxsplit.plan import FileEntry
 
 _CHUNK = 1 << 20  # small enough to be hashed while it is still in the processor's cache

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from onnxsplit.cost.analytic import activation_bytes
 from onnxsplit.model.atoms import Atoms, needed_tensors
 from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.protobuf import node_tensors, tensor_bytes
 from onnxsplit.model.shapes import Shapes
-from onnxsplit.model.source import (
-    node_tensors,
-    tensor_bytes,
-)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ import numpy as np
 
 from onnxsplit.custom_ops import Library, check_wanted, find_libraries, needed_libraries
 from onnxsplit.errors import ModelError, ModelRefused, PlanError
-from onnxsplit.model.ends import select
 from onnxsplit.model.graph import build_graph
-from onnxsplit.model.opening import ModelFile, ModelLike, open_any, runnable
+from onnxsplit.model.graph_io import select
+from onnxsplit.model.in_memory import ModelFile, ModelLike, open_any, runnable
 from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, is_discrete, narrowest, tolerance
 from onnxsplit.model.shapes import infer_shapes
 from onnxsplit.model.source import SourceModel

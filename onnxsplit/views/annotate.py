@@ -16,7 +16,7 @@ from pathlib import Path
 import onnx
 
 from onnxsplit.errors import PartitionError
-from onnxsplit.model.ends import restored
+from onnxsplit.model.graph_io import restored
 from onnxsplit.model.multi_device import FIRST_IR_VERSION, check_multi_device
 from onnxsplit.planning.result import PlanningResult
 from onnxsplit.stages.model_file import write_model

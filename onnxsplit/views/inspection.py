@@ -90,7 +90,7 @@ def _best_cuts(subject: Subject, count: int) -> tuple[CutRow, ...]:
         before += times[last]
         crossing = [
             (flow, transfer)
-            for flow, transfer in zip(subject.atoms.flows, problem.transfers, strict=True)
+            for flow, transfer in zip(subject.atoms.edges, problem.transfers, strict=True)
             if flow.writer != CALLER and flow.writer <= last and any(reader > last for reader in flow.readers)
         ]
         paid = sum(problem.link.transfer_ns(transfer.size_bytes) for _, transfer in crossing)

@@ -70,7 +70,7 @@ def test_quantize_stays_with_its_writer_and_dequantize_goes_to_every_reader(tmp_
     graph, atoms, named = atoms_of(quantized(), tmp_path, x=(4,))
     assert named[0] == ("Relu", "QuantizeLinear")
     assert {graph.ops[i].op_type for i in atoms.copied} == {"DequantizeLinear"}
-    crossing = next(flow for flow in atoms.flows if flow.tensor == "q")
+    crossing = next(edge for edge in atoms.edges if edge.tensor == "q")
     assert len(crossing.readers) == 2
 
 
@@ -86,9 +86,9 @@ def test_constants_belong_to_no_atom(tmp_path):
     assert len(atoms.copied) == 1
 
 
-def test_flows_name_writer_readers_and_the_caller(tmp_path):
+def test_edges_name_writer_readers_and_the_caller(tmp_path):
     _, atoms, _ = atoms_of(build.diamond(), tmp_path, x=(1, 16))
-    flows = {flow.tensor: flow for flow in atoms.flows}
-    assert flows["x"].writer == CALLER
-    assert flows["a"].readers == (1, 2)
-    assert flows["y"].to_caller
+    edges = {edge.tensor: edge for edge in atoms.edges}
+    assert edges["x"].writer == CALLER
+    assert edges["a"].readers == (1, 2)
+    assert edges["y"].to_caller

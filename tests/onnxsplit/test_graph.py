@@ -9,7 +9,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import ModelError
-from onnxsplit.model.graph import build_graph, captured_names
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.protobuf import captured_names
 from onnxsplit.model.source import MOST_RANK, open_model
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import onnx
 
 from onnxsplit.errors import shown
+from onnxsplit.model.dimensions import free_dimensions
 from onnxsplit.model.graph import OpGraph
-from onnxsplit.model.shapes import annotated, free_dimensions
+from onnxsplit.model.shapes import annotated
 from onnxsplit.plan import TensorSpec
 from onnxsplit.stages.batch.facts import SAME, Dependence, Fact, Sizes, rows
 from onnxsplit.stages.batch.refine import refined

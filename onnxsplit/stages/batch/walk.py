@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from onnxsplit.errors import shown
-from onnxsplit.model.bodies import defined_names, nested_graphs
+from onnxsplit.model.protobuf import defined_names, nested_graphs
 from onnxsplit.stages.batch.evaluate import evaluate, widened
 from onnxsplit.stages.batch.facts import (
     HAVE_AXIS,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnx
 
-from onnxsplit.model.external import external_range, is_external, open_external
+from onnxsplit.model.external_data import external_range, is_external, open_external
 
 _LARGE_BYTES = 64 << 10  # smaller tensors in the model file are not compared
 _CHUNK = 1 << 20
@@ -60,7 +60,7 @@ def extents(model: Path, tensors: Sequence[onnx.TensorProto], *, by_content: boo
         by_content: compare external data by content, too, which reads it; else only by its place.
 
     Raises:
-        ModelError: as :func:`~onnxsplit.model.external.external_range`.
+        ModelError: as :func:`~onnxsplit.model.external_data.external_range`.
     """
     ranges = [external_range(model, tensor) if is_external(tensor) else None for tensor in tensors]
     glimpses = [_glimpse(t, place, by_content) for t, place in zip(tensors, ranges, strict=True)]

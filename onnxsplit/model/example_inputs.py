@@ -14,15 +14,9 @@ from itertools import islice
 import numpy as np
 
 from onnxsplit.errors import InputError
+from onnxsplit.model.dimensions import check_dimensions, free_dimensions, sized_dimensions, with_formulas
 from onnxsplit.model.graph import Op, OpGraph
-from onnxsplit.model.shapes import (
-    Shapes,
-    check_dimensions,
-    free_dimensions,
-    infer_shapes,
-    sized_dimensions,
-    with_formulas,
-)
+from onnxsplit.model.shapes import Shapes, infer_shapes
 from onnxsplit.plan import TensorSpec
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype, size_bytes
 

@@ -14,8 +14,8 @@ import pytest
 
 import onnxsplit
 from onnxsplit.errors import ModelError
-from onnxsplit.model import opening
-from onnxsplit.model.opening import open_any
+from onnxsplit.model import in_memory
+from onnxsplit.model.in_memory import open_any
 from onnxsplit.planning.subject import examine
 from onnxsplit.stages.verify import verify
 
@@ -144,7 +144,7 @@ def test_an_onnx_ir_model_says_itself_where_its_data_lies(tmp_path, monkeypatch)
 
 
 def test_a_model_too_large_for_memory_says_how_to_save_it(monkeypatch):
-    monkeypatch.setattr(opening, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(in_memory, "_MOST_BYTES", 1000)
     for given in (build.chain(), build.chain().SerializeToString()):
         with pytest.raises(ModelError, match=r"2 GB.*save_as_external_data=True"):
             open_any(given)

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import ModelRefused
-from onnxsplit.model.optimised import is_saved, rename_initializers
+from onnxsplit.model.ort_optimised import is_ort_optimised, rename_initializers
 from onnxsplit.model.source import open_model
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.options import CutOptions
@@ -199,7 +199,7 @@ def test_new_names_reach_bodies_and_annotations_and_leave_the_caller_s_alone():
     proto = build.model(nodes, inputs, [build.value("y", []), build.value("given_token_3", [])], constants)
     annotation = proto.graph.quantization_annotation.add(tensor_name="c")
     annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="w_token_1")
-    assert is_saved(proto)
+    assert is_ort_optimised(proto)
     rename_initializers(proto)
     once = proto.SerializeToString(deterministic=True)
     rename_initializers(proto)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import onnx
 
-from onnxsplit.model.bodies import defined_names, nested_graphs
+from onnxsplit.model.protobuf import defined_names, nested_graphs
 
 _OWN_DOMAINS = frozenset(["com.microsoft.nchwc", "com.microsoft.experimental"])
 """Domains that a saved model always imports, and that no exporter does."""
@@ -21,7 +21,7 @@ _MADE = re.compile(r"_token_\d+|_new_shape$|^gemm_(in|out)put_shape")
 _SUFFIX = ".kept"
 
 
-def is_saved(proto: onnx.ModelProto) -> bool:
+def is_ort_optimised(proto: onnx.ModelProto) -> bool:
     """Whether a model shows that ONNX Runtime's optimiser saved it, itself or before another tool did."""
     if any(entry.domain in _OWN_DOMAINS for entry in proto.opset_import):
         return True

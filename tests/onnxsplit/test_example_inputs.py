@@ -6,8 +6,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError
+from onnxsplit.model.example_inputs import dimension_choices, synthesize
 from onnxsplit.model.graph import build_graph
-from onnxsplit.model.inputs import dimension_choices, synthesize
 from onnxsplit.model.source import open_model
 from onnxsplit.npz import load_npz
 from onnxsplit.plan import TensorSpec

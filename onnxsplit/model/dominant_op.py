@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from onnxsplit.model.bodies import nested_graphs
 from onnxsplit.model.graph import Op, OpGraph
-from onnxsplit.model.source import FunctionKey, all_nodes, called_functions, functions_of
+from onnxsplit.model.protobuf import all_nodes, called_functions, function_key, functions_of, nested_graphs
 
 _OUTSIDE_SHARE = 10  # one op outside for so many inside is still nearly all
 
@@ -18,7 +17,7 @@ _ADVICE = {
 }
 
 
-def one_op(graph: OpGraph) -> str | None:
+def explain_dominant_op(graph: OpGraph) -> str | None:
     """A sentence on the op that nearly the whole network lies in, and what to do; None when there is no such op."""
     if not graph.ops:
         return None
@@ -28,7 +27,7 @@ def one_op(graph: OpGraph) -> str | None:
     if not inside[held] or outside * _OUTSIDE_SHARE > inside[held]:
         return None
     op = graph.ops[held]
-    if _key(op) in functions_of(graph.source.proto):
+    if function_key(op.node) in functions_of(graph.source.proto):
         inlined = f"onnx.inliner.inline_local_functions(onnx.load({str(graph.source.path)!r}))"
         command = shlex.quote(f"import onnx, onnx.inliner; onnx.save({inlined}, 'OUT.onnx')")
         return (
@@ -51,7 +50,3 @@ def _inside(graph: OpGraph, op: Op) -> int:
     functions = functions_of(graph.source.proto)
     bodies = sum(1 for _ in all_nodes([op.node])) - 1
     return bodies + sum(1 for key in called_functions([op.node], functions) for _ in all_nodes(functions[key].node))
-
-
-def _key(op: Op) -> FunctionKey:
-    return op.domain, op.op_type, op.node.overload

@@ -17,10 +17,10 @@ import onnx
 from google.protobuf.message import Message
 
 from onnxsplit.errors import InputError, PartitionError, shown
-from onnxsplit.model.external import load_external
+from onnxsplit.model.external_data import load_external
 from onnxsplit.model.graph import Op, OpGraph, build_graph
 from onnxsplit.model.shapes import declared_types, spec_of
-from onnxsplit.model.source import Ends, SourceModel
+from onnxsplit.model.source import IOChanges, SourceModel
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, type_name
 
 _WRITERS = {
@@ -76,27 +76,27 @@ def select(
     gone, dead = _drop(source, dropped) if dropped else ((), {})
     kept = {tensor.name: _copied(tensor) for tensor in graph.initializer if tensor.name in keep_inputs}
     _keep(graph, kept)
-    ends = Ends(inputs, all_outputs, kept, dead, dropped, gone)
-    return replace(source, in_file=False, ends=ends)
+    io_changes = IOChanges(inputs, all_outputs, kept, dead, dropped, gone)
+    return replace(source, in_file=False, io_changes=io_changes)
 
 
 def restored(source: SourceModel) -> onnx.ModelProto:
     """A copy of the model with the inputs, outputs and initializers that it was given with."""
     model = onnx.ModelProto()
     model.CopyFrom(source.proto)
-    if source.ends is not None:
+    if source.io_changes is not None:
         del model.graph.input[:], model.graph.output[:]
-        model.graph.input.extend(source.ends.inputs)
-        model.graph.output.extend(source.ends.outputs)
-        model.graph.initializer.extend(source.ends.defaults.values())
-        for position, node in source.ends.dead_nodes.items():
+        model.graph.input.extend(source.io_changes.inputs)
+        model.graph.output.extend(source.io_changes.outputs)
+        model.graph.initializer.extend(source.io_changes.defaults.values())
+        for position, node in source.io_changes.dead_nodes.items():
             model.graph.node.insert(position, node)
     return model
 
 
 def defaults(source: SourceModel) -> dict[str, Array]:
     """The values that kept inputs have where a request leaves them out."""
-    kept = source.ends.defaults if source.ends is not None else {}
+    kept = source.io_changes.defaults if source.io_changes is not None else {}
     return {name: stored_array(source, tensor) for name, tensor in kept.items()}
 
 

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from onnxsplit.errors import ModelError
 from onnxsplit.export import export
-from onnxsplit.model.external import external_range, open_external
+from onnxsplit.model.external_data import external_range, open_external
 from onnxsplit.model.source import open_model
 from onnxsplit.planning.calibrate import _files
 from onnxsplit.planning.planner import partition

@@ -20,8 +20,9 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
 from onnxsplit.errors import ModelError, shown
-from onnxsplit.model.external import is_external, point_from_one_folder
-from onnxsplit.model.source import SourceModel, check_source, graph_tensors, node_tensors, open_model
+from onnxsplit.model.external_data import is_external, point_from_one_folder
+from onnxsplit.model.protobuf import graph_tensors, node_tensors
+from onnxsplit.model.source import SourceModel, check_source, open_model
 
 if TYPE_CHECKING:
     import onnx_ir
