@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,12 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
     return [[name.strip() for name in text.split(",") if name.strip()] for text in value]
 
 
+def _note_former_name(output: Output, former: str, name: str) -> None:
+    """Tell a user that an option has another name now."""
+    now = f"--{name.replace('_', '-')}"
+    output.note(f"--{former} is now {now}. This version accepts both; the next one refuses --{former}")
+
+
 @make_command
 @MODEL
 @option(
@@ -85,8 +92,10 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
 )
 @option("--max-memory", type=SizeParam(), metavar="SIZE", help="Memory no stage may exceed, as 512M or 2.5G.")
 @option("--cut-at", multiple=True, metavar="TENSOR", help="Cut exactly here. Repeatable.")
-@option("--cut", multiple=True, metavar="TENSOR", help="Cut here, too. Repeatable.")
-@option("--keep", multiple=True, metavar="TENSOR", help="Do not cut here. Repeatable.")
+@option("--also-cut", multiple=True, metavar="TENSOR", help="Cut here, and wherever else it pays. Repeatable.")
+@option("--no-cut", multiple=True, metavar="TENSOR", help="Do not cut here. Repeatable.")
+@option("--cut", multiple=True, hidden=True)  # former name of --also-cut
+@option("--keep", multiple=True, hidden=True)  # former name of --no-cut
 @option(
     "--together", multiple=True, metavar="PATTERN", help="Keep matching ops in one stage, as '/layer3/*'. Repeatable."
 )
@@ -125,12 +134,12 @@ def command(
     from onnxsplit.files import check_outputs
     from onnxsplit.model.dominant_op import explain_dominant_op
     from onnxsplit.planning import planner
-    from onnxsplit.planning.options import CutOptions
+    from onnxsplit.planning.options import CutOptions, by_current_name
 
     check_outputs(html, annotate)
     folder = out or planner.default_plan_folder(model)
     examined = {name: options.pop(name) for name in _EXAMINED}
-    wanted = CutOptions(**options)
+    wanted = CutOptions(**by_current_name(options, functools.partial(_note_former_name, output)))
     if not dry_run:
         planner.check_plan_folder(folder)
     subject = planner.examine_for(model, wanted, **examined, say=output.say)

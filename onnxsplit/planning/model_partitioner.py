@@ -129,7 +129,7 @@ def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelP
     subject = subject.tied(_ties(subject, options))
     cluster = load_cluster(options.cluster) if options.cluster is not None else None
     stages, target = _devices(subject, options, cluster)
-    target = replace(target, placed=_placed(subject, options.place, target), apart=_apart(subject, options.cut))
+    target = replace(target, placed=_placed(subject, options.place, target), apart=_apart(subject, options.also_cut))
     largest = len(subject.atoms.ops)
     if stages is not None and stages > max(1, largest) and not options.cut_at:
         why = explain_dominant_op(subject.graph) or (
@@ -200,12 +200,12 @@ def task_groups(subject: Subject, tasks: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _ties(subject: Subject, options: CutOptions) -> list[list[int]]:
-    """Groups of ops that patterns and tensors to keep tie together."""
+    """Groups of ops that patterns and tensors that must not be cut tie together."""
     graph = subject.graph
     ties = [_matching(subject, pattern, "--together") for pattern in options.together]
-    for name in options.keep:
+    for name in options.no_cut:
         if name not in graph.producer:
-            raise PartitionError(f"--keep: {name!r} is no tensor that an op of the model's main graph writes")
+            raise PartitionError(f"--no-cut: {name!r} is not a tensor that an op of the model's main graph writes")
         ties.append([graph.producer[name], *graph.readers.get(name, ())])
     return ties
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from onnxsplit.errors import PartitionError
 from onnxsplit.numbers import MOST_BYTES, MOST_ROUNDS, MOST_SECONDS, as_int, real_problem, whole_problem
@@ -15,6 +15,23 @@ from onnxsplit.plan import MOST_NODES, Objective
 Strategy = Literal["layer", "network", "task"]
 
 _MOST_GAP = 10.0
+_CURRENT_NAMES = {"cut": "also_cut", "keep": "no_cut"}
+
+
+def by_current_name(options: Mapping[str, Any], note: Callable[[str, str], None]) -> dict[str, Any]:
+    """Options by their current names. This version still accepts former names; their values are added.
+
+    Args:
+        options: the attributes of :class:`CutOptions`, also by former names.
+        note: called with the former and the current name of each former name that has a value.
+    """
+    current = dict(options)
+    for former, name in _CURRENT_NAMES.items():
+        values = current.pop(former, ())
+        if values:
+            note(former, name)
+            current[name] = [*current.get(name, ()), *values]
+    return current
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +51,8 @@ class CutOptions:
         cluster: a cluster file.
         max_memory: bytes that no stage may exceed, by estimate.
         cut_at: tensors to cut exactly at, instead of choosing.
-        cut: tensors that must be cut, wherever else a cut is.
-        keep: tensors that must not be cut.
+        also_cut: tensors that must be cut, wherever else a cut is.
+        no_cut: tensors that must not be cut.
         together: patterns of op names; ops that match one stay together.
         place: pattern of op names -> a device of the cluster; matching ops run only there.
         provider: as ``--provider``: one for all, ``auto``, or by stage; a cluster names its own.
@@ -53,8 +70,8 @@ class CutOptions:
     cluster: str | Path | None = None
     max_memory: int | None = None
     cut_at: Sequence[str] = ()
-    cut: Sequence[str] = ()
-    keep: Sequence[str] = ()
+    also_cut: Sequence[str] = ()
+    no_cut: Sequence[str] = ()
     together: Sequence[str] = ()
     place: Mapping[str, str] = field(default_factory=dict)
     provider: str = "auto"
@@ -78,8 +95,8 @@ class CutOptions:
             raise PartitionError("the fewest stages that fit need a limit: give --max-memory SIZE with --stages auto")
         if self.cut_at and (self.stages is not None or self.max_memory is not None or self.cluster is not None):
             raise PartitionError("--cut-at decides the stages; leave out --stages, --max-memory and --cluster")
-        if self.cut_at and (self.strategy != "network" or self.parallel != "model" or self.cut):
-            raise PartitionError("--cut-at decides the cut; leave out --strategy, --parallel and --cut")
+        if self.cut_at and (self.strategy != "network" or self.parallel != "model" or self.also_cut):
+            raise PartitionError("--cut-at decides the cut; leave out --strategy, --parallel and --also-cut")
         if self.devices is not None and self.cluster is not None:
             raise PartitionError("--cluster names the devices; leave out --devices")
         if self.stages == "auto" and (self.cluster is not None or self.parallel != "model"):

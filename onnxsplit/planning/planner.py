@@ -7,6 +7,7 @@ A plan directory appears whole or not at all: it is written beside its place and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import checked_json
 from onnxsplit.planning.batch_axes import with_batch_axes
 from onnxsplit.planning.model_partitioner import model_partitioner
-from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.options import CutOptions, by_current_name
 from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.rounds import Rounds
 from onnxsplit.planning.subject import Subject, examine
@@ -69,7 +70,7 @@ def partition(
         ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as
             :func:`~onnxsplit.planning.subject.examine`.
     """
-    wanted = CutOptions(**options)
+    wanted = CutOptions(**by_current_name(options, _warn_of_former_name))
     source = open_any(model)
     folder = Path(out) if out is not None else default_plan_folder(source.path)
     check_plan_folder(folder)
@@ -86,6 +87,11 @@ def partition(
         say=say,
     )
     return write_plan(subject, folder, wanted, say=say).plan
+
+
+def _warn_of_former_name(former: str, name: str) -> None:
+    """Tell a Python caller that an argument of :func:`partition` has another name now."""
+    warnings.warn(f"the option {former!r} is now {name!r}; the next version refuses the former name", FutureWarning, 4)
 
 
 def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say = silent, **examined: Any) -> Subject:

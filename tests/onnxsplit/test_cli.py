@@ -143,6 +143,33 @@ def test_an_environment_variable_stands_for_an_option(onnxsplit, tmp_path, pytho
     assert len(made["summary"]["stages"]) == 3
 
 
+@pytest.mark.parametrize("way", ["command line", "environment", "settings file"])
+def test_former_names_of_options_are_taken_with_a_note(onnxsplit, tmp_path, python_environment, way):
+    model = build.save(build.chain(), tmp_path)
+    former = []
+    if way == "command line":
+        former = ["--cut", "h0", "--keep", "m3", "h3"]
+    elif way == "environment":
+        python_environment |= {"ONNXSPLIT_PARTITION_CUT": "h0", "ONNXSPLIT_PARTITION_KEEP": "m3 h3"}
+    else:
+        (tmp_path / "onnxsplit.toml").write_text('[partition]\ncut = "h0"\nkeep = ["m3", "h3"]\n')
+    done = onnxsplit("partition", model, "--costs", "analytic", "--dry-run", "--json", *former)
+    assert "--cut is now --also-cut" in done.stderr
+    assert "--keep is now --no-cut" in done.stderr
+    assert "h0" in {cut["tensor"] for cut in json.loads(done.stdout)["summary"]["cuts"]}
+
+
+def test_new_names_of_options_are_in_the_help_and_former_ones_are_not(onnxsplit, tmp_path):
+    words = onnxsplit("partition", "--help").stdout.split()
+    assert {"--also-cut", "--no-cut", "--cut-at"} <= set(words)
+    assert not {"--cut", "--keep"} & set(words)
+    build.save(build.chain(), tmp_path)
+    done = onnxsplit(
+        "partition", "model.onnx", "--also-cut", "h0", "--no-cut", "h2", "--costs", "analytic", "--dry-run"
+    )
+    assert "is now" not in done.stderr
+
+
 def test_help_comes_at_once(python_environment):
     """Of that, what does not depend on the machine: how many modules are loaded; 130 when this was written."""
     code = (

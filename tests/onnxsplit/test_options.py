@@ -86,10 +86,20 @@ def test_ops_that_match_stay_together(model):
 
 
 def test_a_tensor_to_keep_is_not_cut_and_one_to_cut_is(model):
-    plan = cut(model, stages=3, cut=["h0"], keep=["h2"])
+    plan = cut(model, stages=3, also_cut=["h0"], no_cut=["h2"])
     crossing = {c.tensor for c in plan.cuts}
     assert "h0" in crossing
     assert "h2" not in crossing
+
+
+def test_former_names_of_options_do_the_same_with_a_warning(model):
+    with pytest.warns(FutureWarning) as warned:
+        plan = cut(model, stages=3, cut=["h0"], keep=["h2"])
+    assert [str(one.message).partition(";")[0] for one in warned] == [
+        "the option 'cut' is now 'also_cut'",
+        "the option 'keep' is now 'no_cut'",
+    ]
+    assert plan.cuts == cut(model, stages=3, also_cut=["h0"], no_cut=["h2"]).cuts
 
 
 def test_fast_devices_get_more(model, tmp_path):
@@ -166,9 +176,9 @@ BAD = [
     ({"strategy": "layer", "parallel": "hybrid"}, "goes with --strategy network"),
     ({"place": {"x": "y"}}, "give --cluster FILE"),
     ({"together": ["nothing*"]}, "no op's name matches 'nothing\\*'.*'/back/0'"),
-    ({"keep": ["zzz"]}, "'zzz' is no tensor"),
-    ({"cut": ["zzz"]}, "cannot cut at 'zzz'"),
-    ({"cut": ["h0"], "keep": ["h0"]}, "cannot cut at 'h0', which ties"),
+    ({"no_cut": ["zzz"]}, "--no-cut: 'zzz' is not a tensor"),
+    ({"also_cut": ["zzz"]}, "cannot cut at 'zzz'"),
+    ({"also_cut": ["h0"], "no_cut": ["h0"]}, "cannot cut at 'h0', which ties"),
     ({"cut_at": ["h0"], "strategy": "task"}, "leave out --strategy"),
     ({"gap": -1.0}, "--gap"),
     ({"time_limit": 0.0}, "--time-limit"),

@@ -140,7 +140,7 @@ def test_ranges_that_overlap_are_written_once_and_keep_their_values(tmp_path, se
     assert plan.stages[0].weight_bytes == union
     assert (tmp_path / "m.plan" / "stage0.data").stat().st_size == union
     assert all(comparison.exact for comparison in verify(tmp_path / "m.plan", model))
-    apart = partition(model, stages=2, out=tmp_path / "two", costs="analytic", cut=["a"])
+    apart = partition(model, stages=2, out=tmp_path / "two", costs="analytic", also_cut=["a"])
     assert all(comparison.exact for comparison in verify(tmp_path / "two", model))
     assert sorted(stage.weight_bytes for stage in apart.stages)[-1] <= union
 
