@@ -20,11 +20,11 @@ _EXTRA = "pip install 'onnxsplit[jax]'"
 _OPSET = 18
 
 
-def convert(found: Any, source: Source, options: ExportOptions) -> Conversion:
-    """A function, or a recipe with one.
+def convert(given: Any, source: Source, options: ExportOptions) -> Conversion:
+    """The conversion of a function of arrays, or of a recipe with one.
 
     Raises:
-        ExportError: what it takes is not known, or it cannot be converted.
+        ExportError: the function's inputs are not known, or it cannot be converted.
         MissingDependency: jax2onnx is not installed.
     """
     try:
@@ -33,48 +33,33 @@ def convert(found: Any, source: Source, options: ExportOptions) -> Conversion:
     except ImportError as error:
         raise MissingDependency(f"exporting from JAX needs {error.name}: {_EXTRA}") from error
     outputs: tuple[str, ...] = ()
-    function, specs = found, list(options.inputs)
+    function, specs = given, list(options.inputs)
     bounds: dict[str, Array] = {}
-    if isinstance(found, Recipe):
-        if nested := flat(found.inputs).keys() - found.inputs.keys():
-            raise ExportError(
-                f"{source.text}: {min(nested)!r} lies inside an argument, and jax2onnx takes arrays alone; write a "
-                "function that takes each array as an argument of its own"
-            )
-        function, outputs = found.network, found.outputs
-        bounds = {name: np.asarray(array) for name, array in found.inputs.items()}
-        specs = [
-            InputSpec(
-                name,
-                dtype_name(array.dtype) or "float32",
-                tuple(found.dynamic_axes.get(name, {}).get(axis, size) for axis, size in enumerate(array.shape)),
-            )
-            for name, array in bounds.items()
-        ]
+    if isinstance(given, Recipe):
+        function, outputs = given.network, given.outputs
+        specs, bounds = _recipe_inputs(given, source)
     if not specs:
         raise ExportError(
-            f"{source.text} does not say what it takes; say it, an --input for each argument: "
+            f"{source.text} does not say which inputs it takes; name each argument with --input, as in "
             "--input x=float32[batch,8]"
         )
-    given = [varied(sample, bounds or sample, seed=number) for number, sample in enumerate(samples(specs))]
+    inputs = [varied(sample, bounds or sample, seed=number) for number, sample in enumerate(samples(specs))]
     try:
-        shown = function(*given[0].values())
+        results = function(*inputs[0].values())
     except Exception as error:  # whatever the function raises
         reason = one_line(error, 300)
         raise ExportError(f"{source.text} does not run on the inputs given: {reason}") from error
-    leaves = jax.tree_util.tree_leaves(shown)
-    names = outputs or _names(shown, len(leaves))
+    names = list(outputs or _names(results, len(jax.tree_util.tree_leaves(results))))
 
     def write(file: Path) -> None:
-        shapes = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs]
         try:
             proto = jax2onnx.to_onnx(
                 function,
-                inputs=shapes,
+                inputs=[jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs],
                 opset=options.opset or _OPSET,
                 model_name=source.name or "model",
                 input_names=[spec.name for spec in specs],
-                output_names=list(names),
+                output_names=names,
             )
         except Exception as error:  # jax2onnx raises whatever its parts raise
             raise ExportError(f"jax2onnx could not convert the function: {one_line(error, 500)}") from error
@@ -82,20 +67,43 @@ def convert(found: Any, source: Source, options: ExportOptions) -> Conversion:
         finish.save(proto, file)
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
-        found = jax.tree_util.tree_leaves(function(*(sample[spec.name] for spec in specs)))
-        return {name: np.asarray(leaf) for name, leaf in zip(names, found, strict=True)}
+        leaves = jax.tree_util.tree_leaves(function(*(sample[spec.name] for spec in specs)))
+        return {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
 
     return Conversion(
         framework=f"JAX {jax.__version__}",
         write=write,
-        samples=given,
+        samples=inputs,
         reference=reference,
         axes={spec.name: spec.axes for spec in specs if spec.axes},
     )
 
 
-def _names(shown: Any, count: int) -> Sequence[str]:
-    """The keys of a dictionary, in JAX's order, which is sorted."""
-    if isinstance(shown, dict) and len(shown) == count:
-        return sorted(shown)
+def _recipe_inputs(recipe: Recipe, source: Source) -> tuple[list[InputSpec], dict[str, Array]]:
+    """What a recipe's function takes, and the example arrays.
+
+    Raises:
+        ExportError: an argument is not an array.
+    """
+    if nested := flat(recipe.inputs).keys() - recipe.inputs.keys():
+        raise ExportError(
+            f"{source.text}: {min(nested)!r} lies inside an argument, but jax2onnx takes only arrays; write a "
+            "function that takes each array as an argument of its own"
+        )
+    arrays = {name: np.asarray(array) for name, array in recipe.inputs.items()}
+    specs = [
+        InputSpec(
+            name,
+            dtype_name(array.dtype) or "float32",
+            tuple(recipe.dynamic_axes.get(name, {}).get(axis, size) for axis, size in enumerate(array.shape)),
+        )
+        for name, array in arrays.items()
+    ]
+    return specs, arrays
+
+
+def _names(results: Any, count: int) -> Sequence[str]:
+    """Names of the outputs: the keys of a dictionary in JAX's order, which is sorted, or numbers."""
+    if isinstance(results, dict) and len(results) == count:
+        return sorted(results)
     return ["output"] if count == 1 else [f"output_{number}" for number in range(count)]

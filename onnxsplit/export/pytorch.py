@@ -100,32 +100,40 @@ def _Function(torch: Any, function: Callable[..., Any]) -> Any:  # noqa: N802  a
 # Through PyTorch's exporter
 
 
-def of_recipe(torch: Any, recipe: Recipe, options: ExportOptions, **more: Any) -> Conversion:
-    """A recipe's module."""
+def of_recipe(
+    torch: Any, recipe: Recipe, options: ExportOptions, *, write: Callable[[Path], None] | None = None
+) -> Conversion:
+    """The conversion of a recipe's module.
+
+    Args:
+        torch: PyTorch.
+        recipe: the module and how to call it.
+        options: of the export.
+        write: writes the model to a path; PyTorch's exporter does when None.
+
+    Raises:
+        ExportError: an example input is not a tensor.
+    """
     network = recipe.network.eval()
     inputs = _own(torch, recipe.inputs)
     first = {name: tensor.numpy() for name, tensor in flat(inputs).items()}
     reference = answers(torch, network, inputs, recipe.outputs)
 
-    def write(file: Path) -> None:
-        program = exported(
-            torch,
-            network,
-            tuple(inputs.values()),
-            opset=options.opset,
-            input_names=list(first),
-            output_names=list(recipe.outputs),
-            dynamic_shapes=_dynamic_shapes(network, recipe),
-        )
-        program.save(str(file))
-
+    write = write or program_writer(
+        torch,
+        network,
+        tuple(inputs.values()),
+        opset=options.opset,
+        input_names=list(first),
+        output_names=list(recipe.outputs),
+        dynamic_shapes=_dynamic_shapes(network, recipe),
+    )
     return Conversion(
         framework=f"PyTorch {torch.__version__}",
         write=write,
         samples=_samples(first, recipe.dynamic_axes, reference) if options.check else (first,),
         reference=reference,
         axes=recipe.dynamic_axes,
-        **more,
     )
 
 
@@ -193,19 +201,34 @@ def _flat(found: Any) -> list[Any]:
     return [found]
 
 
-def exported(torch: Any, network: Any, arguments: tuple[Any, ...], *, opset: int | None, **words: Any) -> Any:
-    """PyTorch's ONNX program.
+def program_writer(
+    torch: Any, network: Any, arguments: tuple[Any, ...], *, opset: int | None, **words: Any
+) -> Callable[[Path], None]:
+    """A function that exports a network with PyTorch's exporter and writes it to a file.
 
-    Raises:
-        ExportError: it could not be exported; says which operator, where.
+    It raises ExportError when the network cannot be exported; the message names the operator and its place.
+
+    Args:
+        torch: PyTorch.
+        network: a module, or a saved program.
+        arguments: example arguments of a module; none for a program, which has its own.
+        opset: version of the standard operators; the exporter's choice when None.
+        words: further arguments of ``torch.onnx.export``.
     """
     arguments = arguments and (*arguments, {})  # PyTorch takes a dictionary at the end for arguments by keyword
-    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            return torch.onnx.export(network, arguments, dynamo=True, verbose=False, opset_version=opset, **words)
-        except Exception as error:  # PyTorch's exporter raises whatever its parts raise
-            raise ExportError(f"PyTorch could not export the network: {_reason(error)}") from error
+
+    def write(file: Path) -> None:
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            try:
+                program = torch.onnx.export(
+                    network, arguments, dynamo=True, verbose=False, opset_version=opset, **words
+                )
+            except Exception as error:  # PyTorch's exporter raises whatever its parts raise
+                raise ExportError(f"PyTorch could not export the network: {_reason(error)}") from error
+        program.save(str(file))
+
+    return write
 
 
 def _reason(error: BaseException) -> str:
@@ -252,10 +275,8 @@ def _from_program(torch: Any, source: Source, options: ExportOptions) -> Convers
     with torch.no_grad():
         outputs = _names(network(*given.values()))
 
-    def write(file: Path) -> None:
-        names = {"input_names": list(inputs), "output_names": list(outputs)}
-        exported(torch, program, (), opset=options.opset, **names).save(str(file))
-
+    names = {"input_names": list(inputs), "output_names": list(outputs)}
+    write = program_writer(torch, program, (), opset=options.opset, **names)
     reference = answers(torch, network, inputs, outputs)
     first = {name: tensor.numpy() for name, tensor in given.items()}
     return Conversion(
@@ -330,7 +351,6 @@ def _from_module(torch: Any, source: Source, options: ExportOptions) -> Conversi
 
 def _from_script(torch: Any, recipe: Recipe, options: ExportOptions) -> Conversion:
     """TorchScript goes through the older exporter: the newer one follows Python, of which there is none left."""
-    made = of_recipe(torch, recipe, options)
 
     def write(file: Path) -> None:
         axes = {name: dict(axes) for name, axes in recipe.dynamic_axes.items()}
@@ -351,6 +371,4 @@ def _from_script(torch: Any, recipe: Recipe, options: ExportOptions) -> Conversi
             except Exception as error:  # as above
                 raise ExportError(f"PyTorch could not export the network: {_reason(error)}") from error
 
-    return Conversion(
-        framework=made.framework, write=write, samples=made.samples, reference=made.reference, axes=recipe.dynamic_axes
-    )
+    return of_recipe(torch, recipe, options, write=write)

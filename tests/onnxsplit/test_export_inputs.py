@@ -308,5 +308,5 @@ def test_a_function_of_jax_is_compared_on_values_of_its_own_for_each_input(tmp_p
     given = {"ids": ids, "first": first, "second": second, "unused": unused}
     found = run(exported.path, **{name: given[name] for name in inputs_of(exported.path)})["y"]
     assert np.allclose(found, np.arange(28.0).reshape(7, 4)[ids] + first - 3 * second, atol=1e-4)
-    with pytest.raises(ExportError, match=r"'ids.0' lies inside an argument, and jax2onnx takes arrays alone"):
+    with pytest.raises(ExportError, match=r"'ids.0' lies inside an argument, but jax2onnx takes only arrays"):
         export(f"{tmp_path / 'recipe.py'}:nested", tmp_path / "m.onnx")
