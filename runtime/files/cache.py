@@ -1,135 +1,140 @@
-"""Stage files that came from elsewhere, kept by what is in them: one copy a host, whoever asked for it.
+"""A cache of files on disk that several processes share, such as fetched stages or packed weights.
 
-    FOLDER/KEY/            the files of a stage, whole and checked; KEY is a hash of their names and hashes
-    FOLDER/KEY.partial/    on their way; the next try goes on from here
-    FOLDER/KEY.lock        held by all who run the stage or wait for it, together: who would remove it wants it alone
-    FOLDER/KEY.making      held by who fetches it, alone
+    FOLDER/KEY/            one entry: a folder with its files, complete
+    FOLDER/KEY.partial/    an entry in the making
+    FOLDER/KEY.removed/    an entry that is being removed
+    FOLDER/KEY.lock        locked shared by every process that uses the entry, exclusively by the one that removes it
+    FOLDER/KEY.making      locked exclusively by the process that makes the entry
 
-When the cache would outgrow its bound, stages that nobody runs go, the longest unused first.
+An entry appears and disappears by a rename, so a process finds it either complete or not at all.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import math
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from onnxsplit.plan import FileEntry, Stage
-from runtime.errors import PipelineError
 
-DEFAULT_CACHE_BYTES = 64 << 30
-
-FetchFile = Callable[[FileEntry, Path], None]
-"""Brings one file to a path, where some of it may be already."""
+def cache_folder(kind: str) -> Path:
+    """The folder of a cache of this user: ``$XDG_CACHE_HOME/onnxsplit/KIND``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxsplit" / kind
 
 
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/onnxsplit/stages``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxsplit" / "stages"
-
-
-class StageCache:
-    """The cache of this host's user.
+class LockedCache:
+    """A cache in a folder; a context manager that releases the entries it has obtained.
 
     Args:
-        folder: where it is.
-        limit_bytes: that its files may take; a stage that is needed is kept all the same.
+        folder: where the cache is; made when an entry is first obtained.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self._folder = folder
-        self._limit_bytes = limit_bytes
-        self._held: dict[str, int] = {}  # locks of the stages that this process runs
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._locks: dict[str, int] = {}  # descriptors of the shared locks that this process holds
+
+    def __enter__(self) -> LockedCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        """Let the stages go that this process ran."""
-        for descriptor in self._held.values():
+        """Release all entries; other processes may remove them from now on."""
+        for descriptor in self._locks.values():
             os.close(descriptor)
-        self._held.clear()
+        self._locks.clear()
 
-    def discard(self, folder: Path) -> None:
-        """Have a stage fetched anew by whoever obtains it next: what is here is damaged. Others who run it go on."""
-        with (self._folder / f"{folder.name}.making").open("wb") as making:
-            fcntl.flock(making, fcntl.LOCK_EX)
-            shutil.rmtree(folder, ignore_errors=True)
+    def obtain(self, key: str, make: Callable[[Path], None], *, resume: bool = False) -> Path:
+        """The folder of an entry, which is made if it is missing. It stays until :meth:`close`.
 
-    def holds(self, folder: Path) -> bool:
-        """Whether a folder is the cache's."""
-        return folder.parent == self._folder
+        Waits while another process makes the same entry.
 
-    def obtain(self, stage: Stage, fetch: FetchFile) -> Path:
-        """A folder with the stage's files; they stay until :meth:`close`.
-
-        Waits while another process fetches the same stage.
+        Args:
+            key: the name of the entry, without a dot.
+            make: writes the entry's files into a folder.
+            resume: whether ``make`` continues from the files that an interrupted call has left in that folder.
 
         Raises:
-            PipelineError: they cannot be had or kept.
+            OSError: the entry cannot be kept, or ``make`` has raised it.
         """
-        key = _key(stage)
-        target = self._folder / key
+        entry = self.folder / key
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if key not in self._locks:
+            self._locks[key] = _open_lock(self.folder / f"{key}.lock")
+        fcntl.flock(self._locks[key], fcntl.LOCK_SH)
+        if not entry.is_dir():
+            with (self.folder / f"{key}.making").open("wb") as making:
+                fcntl.flock(making, fcntl.LOCK_EX)
+                if not entry.is_dir():
+                    self._make(entry, make, resume)
+        os.utime(entry)
+        return entry
+
+    def _make(self, entry: Path, make: Callable[[Path], None], resume: bool) -> None:
+        draft = entry.with_suffix(".partial")
+        if not resume:
+            shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(mode=0o700, exist_ok=True)
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if key not in self._held:
-                self._held[key] = os.open(self._folder / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._held[key], fcntl.LOCK_SH)
-            if not target.is_dir():
-                with (self._folder / f"{key}.making").open("wb") as making:
-                    fcntl.flock(making, fcntl.LOCK_EX)
-                    if not target.is_dir():
-                        self._bring(stage, target, fetch)
-            os.utime(target)
-            return target
-        except OSError as error:
-            raise PipelineError(f"cannot keep stage files in {self._folder}: {error.strerror or error}") from error
+            make(draft)
+            draft.rename(entry)
+        finally:
+            if not resume:
+                shutil.rmtree(draft, ignore_errors=True)
 
-    def _bring(self, stage: Stage, target: Path, fetch: FetchFile) -> None:
-        self._make_room(sum(entry.size_bytes for entry in stage.files), target.name)
-        partial = target.with_suffix(".partial")
-        partial.mkdir(mode=0o700, exist_ok=True)
-        for entry in stage.files:
-            fetch(entry, partial / entry.name)
-            _to_disk(partial / entry.name)
-        _to_disk(partial)
-        partial.rename(target)
+    def discard(self, entry: Path) -> None:
+        """Remove a damaged entry, which :meth:`obtain` then makes again; processes that use it keep their files."""
+        with (self.folder / f"{entry.name}.making").open("wb") as making:
+            fcntl.flock(making, fcntl.LOCK_EX)
+            _remove(entry)
 
-    def _make_room(self, wanted_bytes: int, key: str) -> None:
-        """Remove what nobody runs, the longest unused first, until there is room within the bound."""
-        folders = [entry for entry in self._folder.iterdir() if entry.is_dir() and entry.stem != key]
-        known = {folder: _size_and_age(folder) for folder in folders}
-        total = sum(size for size, _ in known.values()) + wanted_bytes
-        for folder, (size, _) in sorted(known.items(), key=lambda one: one[1][1]):
-            if total <= self._limit_bytes:
+    def evict(self, *, limit_bytes: int = sys.maxsize, unused_s: float = math.inf, keep: str = "") -> None:
+        """Remove entries that no process uses, the longest unused first.
+
+        Args:
+            limit_bytes: remove entries until those that are left take at most this.
+            unused_s: also remove entries that were not obtained for this long.
+            keep: the key of an entry that is neither removed nor counted.
+        """
+        folders = [entry for entry in self.folder.iterdir() if entry.is_dir() and entry.stem != keep]
+        known = {folder: _size_and_time(folder) for folder in folders}
+        total = sum(size for size, _ in known.values())
+        oldest = time.time() - unused_s
+        for folder, (size, used) in sorted(known.items(), key=lambda item: item[1][1]):
+            if total <= limit_bytes and used >= oldest:
                 return
-            lock = os.open(self._folder / f"{folder.stem}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = _open_lock(self.folder / f"{folder.stem}.lock")
             try:
-                with suppress(BlockingIOError):  # somebody runs it
+                with suppress(BlockingIOError):  # a process uses the entry
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
                     total -= size
             finally:
                 os.close(lock)
 
 
-def _size_and_age(folder: Path) -> tuple[int, float]:
-    """Bytes, and when it was last used; other processes may be renaming or removing it."""
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _remove(folder: Path) -> None:
+    removed = folder.with_suffix(".removed")
+    if folder != removed:
+        shutil.rmtree(removed, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has removed it
+            folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _size_and_time(folder: Path) -> tuple[int, float]:
+    """Bytes of an entry, and when it was last obtained; 0 when another process has just renamed or removed it."""
     try:
         return sum(file.stat().st_size for file in folder.iterdir()), folder.stat().st_mtime
     except FileNotFoundError:
         return 0, 0.0
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _key(stage: Stage) -> str:
-    lines = sorted(f"{entry.sha256} {entry.name}" for entry in stage.files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -11,8 +11,8 @@ from onnxsplit.custom_ops import Library, needed_libraries
 from onnxsplit.errors import PlanError
 from onnxsplit.plan import FileEntry, Plan, Stage
 from onnxsplit.plan_files import parse_plan, plan_id, read_plan_file
-from runtime.files.cache import StageCache
 from runtime.files.client import FileClient
+from runtime.files.stage_cache import StageCache
 from runtime.logs import log_event
 from runtime.wire.addresses import reachable
 from runtime.wire.messages.control import Assign

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.custom_ops import Library
-from runtime.files.cache import DEFAULT_CACHE_BYTES
+from runtime.files.stage_cache import DEFAULT_CACHE_BYTES
 from runtime.timings import Timings
 
 DEFAULT_MEMORY_BYTES = 1 << 30

@@ -22,8 +22,9 @@ from pathlib import Path
 import msgspec.structs
 
 from runtime.balance.policies import UNIT_COST
-from runtime.files.cache import StageCache, cache_folder
+from runtime.files.cache import cache_folder
 from runtime.files.stage import StageFiles
+from runtime.files.stage_cache import StageCache
 from runtime.node.control import ControlLink
 from runtime.node.events import (
     AttemptCancelled,
@@ -88,7 +89,7 @@ class NodeProcess:
         self._posted: deque[NodeEvent] = deque()
         self._wakeup = Wakeup()
         self._worker = Worker(options.memory_bytes)
-        self._cache = StageCache(cache_folder(), options.cache_bytes)
+        self._cache = StageCache(cache_folder("stages"), options.cache_bytes)
         self._refused = False
         self.ended = threading.Event()  # a signal asked for the end
         self._exit: Exit | None = None

@@ -1,23 +1,18 @@
-"""One copy of a stage's weights for all its replicas on a host.
+"""One copy of a stage's packed weights for all its replicas on a host.
 
-ONNX Runtime packs weights into the layout its kernels read, and each session would hold a packed copy of its own.
-Here a stage is optimised and packed once, written to a cache, and mapped from there by every replica: what they share
-is the page cache, and a session opens in a fraction of the time. A copy fits one CPU model, one ONNX Runtime, one
-optimisation level.
+ONNX Runtime packs weights into the layout that its kernels read, and each session would hold a packed copy of its own.
+Here a stage is optimised and packed once and written to a cache, and every replica maps it from there. The replicas
+then share the pages of one file, and a session opens in a fraction of the time. A copy is valid for one CPU model, one
+version of ONNX Runtime and one optimisation level.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import os
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,39 +22,38 @@ from onnxsplit.errors import OnnxsplitError
 from onnxsplit.plan import Stage
 from onnxsplit.providers import load_runtime
 from onnxsplit.session import open_session, quiet_environment
+from runtime.files.cache import LockedCache, cache_folder
 
 MODEL_FILE = "model.onnx"
-_UNUSED_S = 30 * 24 * 3600  # copies that nobody used for so long are removed when another is made
+"""The name of the model in a copy; its weights are in files beside it."""
+
+_UNUSED_S = 30 * 24 * 3600  # copies unused for this long are removed when another is made
 _log = logging.getLogger("runtime.weights")
 
 
 def shared_copy(folder: Path, stage: Stage, custom_ops: Sequence[Library] = ()) -> Path | None:
-    """The packed copy of a stage, made if it is not there; to be opened with the level ``disabled``.
-
-    None where it cannot be made (no room, an op that cannot be written): then every replica packs its own.
+    """The packed copy of a stage, which is made if it is missing. Open it with the level ``disabled``.
 
     Args:
         folder: the plan directory.
         stage: the stage.
-        custom_ops: the libraries of custom ops that it needs: optimising may run their ops.
+        custom_ops: the libraries of custom ops that the stage needs, since optimising may run their ops.
+
+    Returns:
+        The model file; None when the copy cannot be made, for want of disk space or because an op cannot be written.
+        Every replica then packs its own weights.
     """
-    target = cache_folder() / _key(stage, custom_ops)
+
+    def make(draft: Path) -> None:
+        cache.evict(unused_s=_UNUSED_S)
+        _pack(folder / stage.file, draft / MODEL_FILE, stage.optimization_level, custom_ops)
+
     try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _alone(target.with_suffix(".lock")):
-            if not (target / MODEL_FILE).is_file():
-                _prune(target.parent)
-                _make(folder / stage.file, target, stage.optimization_level, custom_ops)
-        os.utime(target)
+        with LockedCache(cache_folder("weights")) as cache:
+            return cache.obtain(_key(stage, custom_ops), make) / MODEL_FILE
     except (OSError, subprocess.CalledProcessError) as error:
         _log.warning("stage %d packs weights of its own: %s", stage.index, error)
         return None
-    return target / MODEL_FILE
-
-
-def cache_folder() -> Path:
-    """Where packed weights are kept: ``$XDG_CACHE_HOME/onnxsplit/weights``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxsplit" / "weights"
 
 
 def _key(stage: Stage, custom_ops: Sequence[Library]) -> str:
@@ -70,33 +64,11 @@ def _key(stage: Stage, custom_ops: Sequence[Library]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; the others wait for what it makes."""
-    with lock.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def _make(model: Path, target: Path, level: str, custom_ops: Sequence[Library]) -> None:
-    """In a process of its own: packing takes memory that would stay with the node."""
-    draft = target.with_suffix(f".{os.getpid()}")
-    draft.mkdir(mode=0o700)
-    try:
-        command = [sys.executable, "-P", "-m", "runtime.node.weights", str(model), str(draft / MODEL_FILE), level]
-        command.append(msgspec.json.encode(custom_ops).decode())
-        subprocess.run(command, check=True, env=quiet_environment(), stdin=subprocess.DEVNULL)
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _prune(folder: Path) -> None:
-    oldest = time.time() - _UNUSED_S
-    for entry in folder.iterdir():
-        with suppress(OSError):
-            if entry.is_dir() and entry.stat().st_mtime < oldest:
-                shutil.rmtree(entry)
+def _pack(model: Path, target: Path, level: str, custom_ops: Sequence[Library]) -> None:
+    """Pack in a process of its own: the memory that packing takes would stay with the node."""
+    command = [sys.executable, "-P", "-m", "runtime.node.weights", str(model), str(target), level]
+    command.append(msgspec.json.encode(custom_ops).decode())
+    subprocess.run(command, check=True, env=quiet_environment(), stdin=subprocess.DEVNULL)
 
 
 def _main() -> int:

@@ -19,7 +19,7 @@ from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.node.weights import cache_folder
+from runtime.files.cache import cache_folder
 
 ROWS, WIDTH = 64, 256
 CUT_BYTES = ROWS * WIDTH * 4
@@ -191,14 +191,14 @@ def test_replicas_share_one_packed_copy_of_their_weights(plan, tmp_path, monkeyp
         for seed, future in enumerate(futures):
             assert np.allclose(future.result(60)["y"], expected(plan, given(seed))["y"], atol=1e-5)
         maps = [Path(f"/proc/{n.pid}/maps").read_text() for n in pipeline.nodes if n.stage == 0]
-    (copy,) = [entry for entry in cache_folder().iterdir() if entry.is_dir()]
+    (copy,) = [entry for entry in cache_folder("weights").iterdir() if entry.is_dir()]
     assert all(str(copy / "model.data") in text for text in maps)
     assert copy.stat().st_mode & 0o077 == 0
     made = (copy / "model.onnx").stat().st_mtime_ns
     with Pipeline.launch(plan, share_weights=True) as pipeline:
         pipeline.run(given())
     assert (copy / "model.onnx").stat().st_mtime_ns == made, "it is made once"
-    assert len([entry for entry in cache_folder().iterdir() if entry.is_dir()]) == 2
+    assert len([entry for entry in cache_folder("weights").iterdir() if entry.is_dir()]) == 2
 
 
 def test_where_no_copy_can_be_made_replicas_pack_their_own(plan, tmp_path, monkeypatch):

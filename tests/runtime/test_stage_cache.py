@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 
@@ -12,9 +13,10 @@ import pytest
 from onnxsplit.plan import FileEntry
 from onnxsplit.plan_files import load_plan, plan_id, read_plan_file
 from runtime.errors import PipelineError
-from runtime.files.cache import StageCache
+from runtime.files.cache import LockedCache
 from runtime.files.client import FileClient
 from runtime.files.server import FileServer
+from runtime.files.stage_cache import StageCache
 from runtime.wire.security import Security
 
 BODY = bytes(range(256)) * 20_000  # five pieces
@@ -154,3 +156,23 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, plan)
     cache.close()
     assert cache.obtain(stage, copy_of(BODY)).is_dir()
     cache.close()
+
+
+def test_entries_that_are_long_unused_are_evicted_and_a_failed_one_leaves_no_draft(tmp_path):
+    def make(folder):
+        (folder / "file").touch()
+
+    def fail(folder):
+        make(folder)
+        raise OSError("no room")
+
+    with LockedCache(tmp_path) as cache, LockedCache(tmp_path) as other:
+        held, old, new = cache.obtain("held", make), other.obtain("old", make), other.obtain("new", make)
+        other.close()
+        for entry in (held, old):
+            os.utime(entry, (0, 0))
+        other.evict(unused_s=3600)
+        assert [entry.is_dir() for entry in (held, old, new)] == [True, False, True]
+        with pytest.raises(OSError, match="no room"):
+            cache.obtain("failed", fail)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"held", "new"}
