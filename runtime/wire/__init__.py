@@ -1,1 +1,1 @@
-"""What crosses between processes: messages, frames, sockets and keys."""
+"""The wire protocol: messages, their encoding, sockets, links and keys."""

@@ -1,4 +1,4 @@
-"""A link to a process that answers questions."""
+"""The client side of a link to a server, for file transfers and measurements."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from runtime.wire.sockets import Sockets
 
 
 class Client:
-    """A link to somebody who answers, with sockets of its own; a context manager.
+    """A link to a server, with sockets of its own; a context manager.
 
     Args:
-        address: of who answers.
-        security: of the link.
-        key: the other's public key, where links are encrypted.
+        address: the server's address.
+        security: how the link is protected.
+        key: the server's public key, where links are encrypted.
 
     Raises:
         PipelineError: the address cannot be used.

@@ -1,13 +1,13 @@
-"""Key pairs and allow-lists, as files.
+"""Key pairs and allow-lists as files.
 
-A keys folder is one process's:
+Each process has a keys folder of its own:
 
-    keys/                   for the user alone (mode 700)
-      secret.key            the key pair's secret half (mode 600); never leaves the folder
-      public.key            the other half, to be given to those who are to speak with this process
-      allowed/NAME.key      the public keys of those it speaks with
+    keys/                   readable by the user alone (mode 700)
+      secret.key            the secret key (mode 600); it never leaves the folder
+      public.key            the public key, to be copied to the peers that this process communicates with
+      allowed/NAME.key      the public keys of those peers
 
-A coordinator allows its nodes; a node allows its coordinator, who vouches for the other nodes.
+A coordinator allows its nodes. A node allows its coordinator, which tells it the public keys of the other nodes.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
 
 
 def default_folder() -> Path | None:
-    """``$XDG_CONFIG_HOME/onnxsplit/keys``, when it is there."""
+    """The folder ``$XDG_CONFIG_HOME/onnxsplit/keys``; None when it holds no keys."""
     folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "onnxsplit" / "keys"
     return folder if (folder / "secret.key").exists() else None
 
 
 class Keys:
-    """A keys folder that was checked.
+    """A keys folder.
 
     Attributes:
-        pair: the own keys.
+        pair: the key pair.
 
     Raises:
-        InputError: it is no keys folder, or others can read the secret.
+        InputError: a file is missing or holds no key, or other users can read the secret key.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -51,7 +51,7 @@ class Keys:
             if mode & 0o077:
                 allowed = "600" if path == secret else "700"
                 raise InputError(
-                    f"{path} has mode {mode:o}, so others on this host may read keys; run: chmod {allowed} {path}"
+                    f"{path} has mode {mode:o}, so other users may read the keys; run: chmod {allowed} {path}"
                 )
         self.pair = KeyPair(public=_read(self._folder / "public.key"), secret=_read(secret))
         self._seen: tuple[tuple[str, int], ...] = ()
@@ -59,7 +59,7 @@ class Keys:
 
     @property
     def allowed(self) -> frozenset[str]:
-        """The public keys of those this process speaks with, as the folder says now."""
+        """The public keys of the allowed peers, as the folder lists them now."""
         files = sorted((self._folder / "allowed").glob("*.key"))
         seen = tuple((file.name, file.stat().st_mtime_ns) for file in files)
         if seen != self._seen:
@@ -67,10 +67,10 @@ class Keys:
         return self._allowed
 
     def of(self, name: str) -> str:
-        """The public key of ``name``.
+        """The public key of the allowed peer ``name``.
 
         Raises:
-            InputError: it is not allowed.
+            InputError: no peer of this name is allowed.
         """
         file = self._folder / "allowed" / f"{name}.key"
         if not file.exists():
@@ -79,15 +79,15 @@ class Keys:
 
 
 def is_occupied(folder: Path) -> bool:
-    """Whether something is there: a file, or a folder that is not empty."""
+    """Whether there is a file, or a folder that is not empty."""
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def create(folder: Path) -> None:
-    """Make a keys folder with a new pair and an empty allow-list.
+    """Make a keys folder with a new key pair and an empty allow-list.
 
     Raises:
-        InputError: there is something at ``folder``.
+        InputError: there is a file or a folder that is not empty.
     """
     if is_occupied(folder):
         raise InputError(f"{folder} exists; keys are never overwritten. Choose another folder, or remove it first")
@@ -100,15 +100,22 @@ def create(folder: Path) -> None:
 
 
 def create_for(folder: Path, nodes: tuple[str, ...]) -> list[Path]:
-    """Make a keys folder for a coordinator and for each node, with allow-lists that fit; returns them.
+    """Make a keys folder for a coordinator and one for each node, which allow each other.
+
+    Args:
+        folder: the folder to make them in.
+        nodes: the names of the nodes.
+
+    Returns:
+        The keys folders, the coordinator's first.
 
     Raises:
-        InputError: as :func:`create`; or a name is none for a file.
+        InputError: as :func:`create`, or a name is not allowed.
     """
     for name in nodes:
         check_name(name)
     if "coordinator" in nodes or len(set(nodes)) < len(nodes):
-        raise InputError("nodes need names of their own, other than 'coordinator'")
+        raise InputError("each node needs a name of its own, other than 'coordinator'")
     if is_occupied(folder):
         raise InputError(f"{folder} exists; keys are never overwritten. Choose another folder, or remove it first")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -122,10 +129,15 @@ def create_for(folder: Path, nodes: tuple[str, ...]) -> list[Path]:
 
 
 def allow(folder: Path, public: Path, name: str) -> None:
-    """Let a process speak with the owner of a public key, known as ``name`` from now on.
+    """Add a peer to the allow-list of a keys folder.
+
+    Args:
+        folder: the keys folder.
+        public: file with the peer's public key.
+        name: the peer's name.
 
     Raises:
-        InputError: it is no public key, or no name.
+        InputError: the file holds no public key, or the name is not allowed.
     """
     check_name(name)
     with replacing(folder / "allowed" / f"{name}.key") as temporary:
@@ -133,27 +145,27 @@ def allow(folder: Path, public: Path, name: str) -> None:
 
 
 def revoke(folder: Path, name: str) -> None:
-    """Let a process speak with ``name`` no more.
+    """Remove a peer from the allow-list of a keys folder.
 
     Raises:
-        InputError: nobody is known by that name.
+        InputError: no peer of this name is allowed.
     """
     check_name(name)
     file = folder / "allowed" / f"{name}.key"
     if not file.exists():
         known = ", ".join(sorted(path.stem for path in (folder / "allowed").glob("*.key"))) or "nobody"
-        raise InputError(f"{name!r} is not allowed in {folder}; there is: {known}")
+        raise InputError(f"{name!r} is not allowed in {folder}; allowed are: {known}")
     file.unlink()
 
 
 def check_name(name: str) -> None:
-    """Refuse what cannot name a key file.
+    """Check that a name can be the name of a key file.
 
     Raises:
-        InputError: saying what is allowed.
+        InputError: it cannot.
     """
     if not _NAME.fullmatch(name):
-        raise InputError(f"{name!r} is no name for a key; allowed: letters, digits, '.', '_', '-', at most 64")
+        raise InputError(f"{name!r} is not a name for a key; allowed: letters, digits, '.', '_', '-', at most 64")
 
 
 def _read(file: Path) -> str:

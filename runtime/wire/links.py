@@ -1,4 +1,4 @@
-"""Links: the ends of a connection, each a ROUTER or DEALER socket, and a Unix datagram socket beside it on one host."""
+"""The ends of links. :class:`~runtime.wire.sockets.Sockets` makes them and draws how they are connected."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ import zmq.utils.monitor
 from runtime.wire.codec import MAX_HEADER_BYTES, Buffer
 
 _ZERO_COPY_FROM = 64 * 1024
-"""Bytes below which copying a frame is quicker than keeping track of it."""
-_PATIENCE = 5  # handshakes that may fail without a reason, as when the other side is just ending
+"""Bytes from which sending a frame from its own memory is faster than copying it."""
+
+_PATIENCE = 5  # handshakes that may fail without a reason, for example because the other side is shutting down
 REFUSALS = {
     int(zmq.Event.HANDSHAKE_FAILED_AUTH): "it does not allow this process's key",
     int(zmq.Event.HANDSHAKE_FAILED_PROTOCOL): "it has no keys, and this process has",
     int(zmq.Event.HANDSHAKE_FAILED_NO_DETAIL): "it has no keys, or other keys than allowed/coordinator.key says",
 }
-_KEYLESS = "it speaks with those who have keys, and this process has none; give it some with --keys DIR"
+_KEYLESS = "it requires keys, and this process has none; give it some with --keys DIR"
 
 # As integers: combining zmq's enums costs more than sending.
 _NOBLOCK, _MORE, _RCVMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.RCVMORE)
 
 
 class LinkState:
-    """Whether a link is connected, as ZeroMQ tells; may be asked from any thread.
+    """Whether a link is connected, according to ZeroMQ's socket monitor. Thread-safe.
 
     Args:
         raw: the link's socket.
-        context: of the socket.
+        context: the socket's context.
     """
 
     def __init__(self, raw: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
@@ -41,31 +42,36 @@ class LinkState:
         address = f"inproc://state-{raw.fileno()}"
         raw.monitor(address, int(zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED))
         self._events = context.socket(zmq.PAIR)
-        self._events.setsockopt(zmq.RCVHWM, 0)  # ZeroMQ's own thread would wait for room
+        self._events.setsockopt(zmq.RCVHWM, 0)  # with a limit, ZeroMQ's I/O thread would block when it is reached
         self._events.connect(address)
 
     @property
     def connected(self) -> bool:
-        """True when the other side has shaken hands, and the connection was not lost since."""
+        """Whether the handshake has succeeded and the connection has not been lost since."""
         with self._lock:
             while not self._events.closed:
                 try:
                     event = self._events.recv_multipart(_NOBLOCK)
                 except zmq.Again:
                     break
-                found = zmq.utils.monitor.parse_monitor_message(event)
-                self._connected = found["event"] == zmq.Event.HANDSHAKE_SUCCEEDED
+                parsed = zmq.utils.monitor.parse_monitor_message(event)
+                self._connected = parsed["event"] == zmq.Event.HANDSHAKE_SUCCEEDED
             return self._connected
 
     def close(self) -> None:
-        """Listen to ZeroMQ no more; before the link's socket is closed, in the thread that uses it."""
+        """Stop the monitor. Call it in the thread that uses the socket, before the socket is closed."""
         with self._lock:
             self._raw.disable_monitor()
             self._events.close(linger=0)
 
 
 class AnsweringInlet:
-    """A bound ROUTER. ``address`` is where it really is."""
+    """A bound ROUTER socket: receives messages, and answers their senders.
+
+    Attributes:
+        raw: the socket.
+        address: the address it has bound, with the port that was chosen.
+    """
 
     def __init__(self, raw: zmq.Socket[bytes], address: str, unread: set[object]) -> None:
         self.raw = raw
@@ -73,12 +79,12 @@ class AnsweringInlet:
         self._unread = unread
 
     def receive(self) -> tuple[bytes, bytes, str] | None:
-        """One message if there is one: the sender's identity, the header, and the key the sender has shown to have."""
+        """The next message, or None: the sender's identity, the header, and the sender's public key."""
         message = self.receive_all()
         return None if message is None else (message[0], message[1], message[3])
 
     def receive_all(self) -> tuple[bytes, bytes, list[Buffer], str] | None:
-        """The same, with the frames that follow the header before the key."""
+        """The next message, or None: the identity, the header, the frames after it, and the sender's public key."""
         identity = _take(self.raw, self._unread)
         if identity is None:
             return None
@@ -89,8 +95,8 @@ class AnsweringInlet:
         return identity, header.bytes, _frames(self.raw), str(key)
 
     def send(self, identity: bytes, header: bytes, *frames: Buffer) -> bool:
-        """Answer a peer; False when there is no link to it now, which is not an error here."""
-        self._unread.add(self.raw)  # sending may take note of what came in meanwhile, and nobody else then would
+        """Send a message to a peer; returns False, without an error, when the peer is not connected."""
+        self._unread.add(self.raw)  # sending may consume the notification of a message that has arrived
         try:
             self.raw.send_multipart([identity, header, *frames], _NOBLOCK, copy=not frames)
         except zmq.ZMQError:
@@ -99,7 +105,12 @@ class AnsweringInlet:
 
 
 class Inlet:
-    """A bound DEALER, and a shortcut for senders on this host. ``address`` is where it really is."""
+    """A bound DEALER socket, and a Unix datagram socket for senders on this host: receives messages.
+
+    Attributes:
+        raw: the DEALER socket.
+        address: the address it has bound, with the port that was chosen.
+    """
 
     def __init__(
         self, raw: zmq.Socket[bytes], address: str, datagrams: socket.socket | None, unread: set[object]
@@ -112,9 +123,12 @@ class Inlet:
         self._room = memoryview(bytearray(MAX_HEADER_BYTES if datagrams is not None else 0))
 
     def receive(self, ready: set[object]) -> tuple[Buffer, list[Buffer]] | None:
-        """One message, if what is ``ready`` holds one: the header and the frames of tensors.
+        """The next message, or None: the header, and the frames that follow it.
 
-        A header lies in memory that the next message overwrites.
+        The header may lie in a buffer that the next call overwrites.
+
+        Args:
+            ready: what :meth:`~runtime.wire.sockets.Sockets.wait` returned.
         """
         if self._descriptor in ready:
             assert self._datagrams is not None
@@ -132,7 +146,11 @@ class Inlet:
 
 
 class Outlet:
-    """A connected DEALER, and the shortcut to the same reader when it is on this host."""
+    """A connected DEALER socket, and a Unix datagram socket to a receiver on this host: sends messages.
+
+    Attributes:
+        raw: the DEALER socket.
+    """
 
     def __init__(
         self,
@@ -152,7 +170,7 @@ class Outlet:
         self._close = close
 
     def refused(self) -> str | None:
-        """Why whoever has bound the address does not speak with this process, if it became clear that it never will."""
+        """Why the other side refuses this process's connection; None as long as it may still accept it."""
         assert self._monitor is not None
         while self._monitor.poll(0):
             event = int(zmq.utils.monitor.recv_monitor_message(self._monitor)["event"])
@@ -164,26 +182,32 @@ class Outlet:
 
     @property
     def connected(self) -> bool:
-        """False while a link by tcp that only sends is not connected; may be asked from any thread."""
+        """False while a link over tcp that only sends is not connected; else True. Thread-safe."""
         return self._state is None or self._state.connected
 
     def close(self) -> None:
-        """Speak to this reader no more."""
+        """Close the link, and drop the messages that it has not sent yet."""
         self._close(self.raw, self._datagrams)
 
     def send(self, header: bytes, frames: Sequence[Buffer] = (), *, track: bool = False) -> list[zmq.MessageTracker]:
-        """Queue one message; large frames go out from their own memory, which must not change until then.
+        """Queue one message. Never blocks.
 
-        With ``track`` all frames do, and the trackers returned say when they are out.
+        Args:
+            header: the first frame.
+            frames: the frames that follow. A large one is sent from its own memory, which must not change before.
+            track: whether to send all frames from their own memory, and to return trackers for them.
+
+        Returns:
+            With ``track`` a tracker for each frame, which says when it has been sent; else nothing.
         """
         if self._datagrams is not None and not frames:
             try:
                 self._datagrams.send(header)
                 return []
-            except OSError:  # too large, the queue is full, or the reader is gone, which is noticed elsewhere
+            except OSError:  # too large, the queue is full, or the receiver has ended, which the coordinator detects
                 pass
         if self._unread is not None:
-            self._unread.add(self.raw)  # as for an answer
+            self._unread.add(self.raw)  # as in AnsweringInlet.send
         self.raw.send(header, _MORE | _NOBLOCK if frames else _NOBLOCK)
         last = len(frames) - 1
         trackers = []
@@ -196,18 +220,18 @@ class Outlet:
         return trackers
 
     def receive(self) -> bytes | None:
-        """One header if there is one, where the outlet also receives."""
+        """The header of the next answer, or None; only for links made with ``receive``."""
         assert self._unread is not None
         return _take(self.raw, self._unread)
 
     def receive_all(self) -> tuple[bytes, list[Buffer]] | None:
-        """One header if there is one, with the frames that follow it."""
+        """The next answer, or None: its header, and the frames that follow it."""
         header = self.receive()
         return None if header is None else (header, _frames(self.raw))
 
 
 def _frames(raw: zmq.Socket[bytes]) -> list[Buffer]:
-    """The frames that follow a header that was taken."""
+    """The remaining frames of a message whose header was received."""
     frames: list[Buffer] = []
     while raw.getsockopt(_RCVMORE):
         frames.append(raw.recv(copy=False).buffer)
@@ -215,7 +239,7 @@ def _frames(raw: zmq.Socket[bytes]) -> list[Buffer]:
 
 
 def _take(raw: zmq.Socket[bytes], unread: set[object]) -> bytes | None:
-    """The first frame of the next message, if there is one; keeps track of whether there may be more."""
+    """The first frame of the next message, or None; notes in ``unread`` whether there may be more messages."""
     try:
         frame = raw.recv(_NOBLOCK)
     except zmq.Again:

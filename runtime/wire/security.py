@@ -1,4 +1,4 @@
-"""Keys, and what protects a link."""
+"""Key pairs, and how links over tcp are protected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnxsplit.errors import shown
 from onnxsplit.numbers import parse_whole
 from runtime.errors import PipelineError
 
-_MOST_SOCKET_PATH_BYTES = 107  # as sockaddr_un has room for
+_MOST_SOCKET_PATH_BYTES = 107  # the size of sun_path in sockaddr_un, less the NUL
 
 
 class KeyPair(msgspec.Struct, frozen=True):
@@ -29,18 +29,18 @@ class KeyPair(msgspec.Struct, frozen=True):
 
 
 def new_key_pair() -> KeyPair:
-    """A new one, at random."""
+    """A new random key pair."""
     public, secret = zmq.curve_keypair()
     return KeyPair(public.decode(), secret.decode())
 
 
 class Security(msgspec.Struct, frozen=True):
-    """What links of tcp are to be protected with.
+    """How links over tcp are protected.
 
     Attributes:
-        pair: the own keys; None leaves links plain.
-        allows: whether the owner of a public key may connect; called in a thread of its own.
-        insecure: plain links may leave this host.
+        pair: this process's keys; None leaves links unencrypted.
+        allows: whether the owner of a public key may connect; called in ZeroMQ's authentication thread.
+        insecure: whether unencrypted links may leave this host.
     """
 
     pair: KeyPair | None = None
@@ -49,21 +49,21 @@ class Security(msgspec.Struct, frozen=True):
 
 
 def check_address(address: str, security: Security | None = None) -> None:
-    """Refuse an address that is malformed, or that would let plain messages leave this host.
+    """Check that an address is well-formed, and that no unencrypted message would leave this host.
 
     Raises:
-        PipelineError: saying what is allowed.
+        PipelineError: it is malformed, or leaves this host without keys.
     """
     security = security or Security()
     scheme, _, rest = address.partition("://")
     if scheme == "ipc" and rest:
         if (length := len(os.fsencode(rest))) > _MOST_SOCKET_PATH_BYTES:
             raise PipelineError(
-                f"address {shown(address)}: its path has {length} bytes; a path of a socket may have "
-                f"{_MOST_SOCKET_PATH_BYTES}. Choose a shorter one"
+                f"address {shown(address)}: its path has {length} bytes; a socket's path may have at most "
+                f"{_MOST_SOCKET_PATH_BYTES}. Choose a shorter path"
             )
         if "\0" in rest:
-            raise PipelineError(f"address {shown(address)}: a path holds no NUL byte")
+            raise PipelineError(f"address {shown(address)}: a path must not contain a NUL byte")
         return
     host, _, port = rest.rpartition(":")
     if scheme != "tcp" or not host or (port != "*" and parse_whole(port, 65535) is None):
@@ -78,6 +78,6 @@ def check_address(address: str, security: Security | None = None) -> None:
     if not loopback and security.pair is None and not security.insecure:
         raise PipelineError(
             f"address {shown(address)} leaves this host, and there are no keys to protect the link: make some with "
-            "`onnxsplit keys new` and give them with --keys, or say --insecure where everybody on the network is "
+            "`onnxsplit keys new` and pass them with --keys, or pass --insecure if every host on the network is "
             "trusted"
         )

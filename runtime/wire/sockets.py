@@ -1,12 +1,12 @@
-"""Sockets: the one module that knows zmq.
+"""The sockets of one thread: opens and closes links, and waits for messages.
 
-Every link is a ROUTER or DEALER that binds and DEALERs that connect. Sends never block: queues are bounded by what the
-coordinator admits, not by a socket's high-water mark, so that nothing is dropped behind anyone's back.
+Every link is a ROUTER or DEALER that binds and DEALERs that connect. Sends never block. Queues are bounded by the
+number of requests that the coordinator admits, not by a high-water mark, so ZeroMQ never drops a message silently.
 
-Data links between processes of one host have a shortcut beside the ZeroMQ socket: a Unix datagram socket that carries
-messages of one frame, which is all that is left of a fragment whose tensors lie in shared memory. ZeroMQ hands every
-message to a thread of its own at both ends; a datagram wakes its reader and nobody else, in half the time and without
-those threads' share of busy cores. What does not fit, or finds the queue full, goes by ZeroMQ as everything else.
+Data links between processes on one host have a shortcut beside the ZeroMQ socket: a Unix datagram socket for messages
+of one frame, such as a fragment whose tensors lie in shared memory. ZeroMQ passes each message through an I/O thread at
+both ends. A datagram wakes only its receiver, which takes half the time and no processor time of I/O threads. A message
+that has several frames, is too large for a datagram or finds the queue full is sent over ZeroMQ.
 """
 
 from __future__ import annotations
@@ -28,22 +28,21 @@ from runtime.wire.codec import MAX_FRAME_BYTES, MAX_HEADER_BYTES
 from runtime.wire.links import REFUSALS, AnsweringInlet, Inlet, LinkState, Outlet
 from runtime.wire.security import Security, check_address
 
-_BACKLOG = 1024
-_CONTEXT_DESCRIPTORS, _SOCKET_DESCRIPTORS = 16, 8
-
 DEFAULT_MESSAGE_BYTES = MAX_FRAME_BYTES
-"""The largest frame that is taken; a connection that announces a larger one is closed before memory is taken for it."""
+"""The largest frame that is accepted. A connection that announces a larger one is closed before memory is allocated."""
 
-_DOMAIN = "onnxsplit"
+_BACKLOG = 1024  # connections that may wait to be accepted
+_CONTEXT_DESCRIPTORS, _SOCKET_DESCRIPTORS = 16, 8  # file descriptors that ZeroMQ opens for each, at most
+_DOMAIN = "onnxsplit"  # ZAP domain, https://rfc.zeromq.org/spec/27/
 
 
 class Sockets:
-    """The sockets of one thread, in a context of their own; a context manager that closes all at once.
+    """The sockets of one thread, in a ZeroMQ context of their own; a context manager that closes them all.
 
     Args:
-        linger_s: how long closing waits for messages that are still to be sent.
-        security: of links by tcp.
-        message_bytes: the largest frame that is taken.
+        linger_s: seconds that closing waits for messages that have not been sent yet.
+        security: how links over tcp are protected; plain links on this host only when None.
+        message_bytes: the largest frame that is accepted.
     """
 
     def __init__(
@@ -88,23 +87,32 @@ class Sockets:
         self._poll.close()
 
     def fileno(self) -> int:
-        """Readable when :meth:`wait` would find something that has come since it found nothing."""
+        """A descriptor that is readable when something has arrived since :meth:`wait` last returned nothing."""
         return self._poll.fileno()
 
     def answering(self, address: str) -> AnsweringInlet:
-        """Take messages at an address, which may end in ``:*`` for any free tcp port, from senders to be answered.
+        """Bind an address to receive messages from senders that can be answered.
+
+        Args:
+            address: the address; one that ends in ``:*`` binds any free tcp port.
 
         Raises:
-            PipelineError: the address is malformed, in use, or would be reachable from other hosts.
+            PipelineError: the address is malformed or in use, or would be reachable from other hosts without keys.
         """
         router = self._socket(zmq.ROUTER)
         router.setsockopt(zmq.MAXMSGSIZE, MAX_HEADER_BYTES)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who connects anew is who it was, also before its end is noticed
+        router.setsockopt(
+            zmq.ROUTER_HANDOVER, 1
+        )  # a sender that reconnects replaces its old connection, even if that still looks open
         return AnsweringInlet(router, self._bind(router, address), self._unread)
 
     def inlet(self, address: str, *, shortcut: Path | None = None) -> Inlet:
-        """Take messages at an address, and on this host at a shortcut beside it.
+        """Bind an address to receive messages that are not answered.
+
+        Args:
+            address: the address, as in :meth:`answering`.
+            shortcut: path of a Unix datagram socket where processes on this host may send messages of one frame.
 
         Raises:
             PipelineError: as :meth:`answering`.
@@ -120,18 +128,27 @@ class Sockets:
         return Inlet(dealer, bound, datagrams, self._unread)
 
     def connect(self, address: str, *, receive: bool = False, shortcut: str = "", key: str = "") -> Outlet:
-        """Send to whoever has bound an address; ``receive`` also takes what comes back.
+        """Connect to an address, to send messages to the process that has bound it.
 
-        ``key`` is the public key of who must be there, where links are encrypted.
+        Args:
+            address: the address.
+            receive: whether answers are received too.
+            shortcut: path of that process's Unix datagram socket; empty for none.
+            key: the public key that the process must prove to have, where links are encrypted.
+
+        Raises:
+            PipelineError: the address cannot be used, or ``key`` is missing.
         """
         check_address(address, self._security)
         dealer = self._socket(zmq.DEALER)
-        if receive:  # so that who answers knows it again when the link breaks and comes back
+        if receive:  # the same after a reconnect, so that answers still arrive
             dealer.setsockopt(zmq.ROUTING_ID, b"\x01" + os.urandom(16))
         pair = self._security.pair
         if pair is not None and address.startswith("tcp://"):
             if not key:
-                raise PipelineError(f"no key is known of the process at {address}, so no link is made to it")
+                raise PipelineError(
+                    f"the public key of the process at {address} is not known, so no link is made to it"
+                )
             dealer.curve_publickey = pair.public.encode()
             dealer.curve_secretkey = pair.secret.encode()
             dealer.curve_serverkey = key.encode()
@@ -150,13 +167,13 @@ class Sockets:
         datagrams = None
         if shortcut:
             datagrams = self._datagrams()
-            with suppress(OSError):  # the ZeroMQ link is there all the same
+            with suppress(OSError):  # the ZeroMQ link is used instead
                 datagrams.connect(shortcut)
         unread = self._unread if receive else None
         return Outlet(dealer, datagrams, unread, monitor, self._states.get(dealer), self._close)
 
     def _close(self, raw: zmq.Socket[bytes], datagrams: socket.socket | None) -> None:
-        """Close one link; what it has not sent yet is for nobody."""
+        """Close one link, and drop the messages that it has not sent yet."""
         self._open.remove(raw)
         if (state := self._states.pop(raw, None)) is not None:
             state.close()
@@ -177,7 +194,7 @@ class Sockets:
             raw.curve_server = True
             raw.curve_secretkey = pair.secret.encode()
             raw.zap_domain = _DOMAIN.encode()
-        before = os.umask(0o077)  # an ipc socket is for the own user, wherever it is
+        before = os.umask(0o077)  # only this user may connect to an ipc socket
         try:
             raw.bind(address)
         except zmq.ZMQError as error:
@@ -191,7 +208,7 @@ class Sockets:
         return bound
 
     def _authenticate(self) -> None:
-        """Ask for each link that comes in whether its owner is allowed."""
+        """Check the key of every process that connects."""
         if self._authenticator is None:
             self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
             self._authenticator.start()
@@ -205,26 +222,26 @@ class Sockets:
         return datagrams
 
     def watch(self, descriptor: int) -> None:
-        """Also wake up when a file descriptor becomes readable."""
+        """Let :meth:`wait` also return when a file descriptor becomes readable."""
         self._sources[descriptor] = descriptor
         self._poll.register(descriptor, select.EPOLLIN)
 
     def unwatch(self, descriptor: int) -> None:
-        """No longer wake up for a file descriptor."""
+        """Let :meth:`wait` ignore a file descriptor from now on."""
         del self._sources[descriptor]
         self._poll.unregister(descriptor)
 
     def wait(self, seconds: float) -> set[object]:
-        """The sockets (as their raw selves) and descriptors with something to read, after at most ``seconds``."""
+        """Wait until something can be read, for at most ``seconds``; returns the ZeroMQ sockets and descriptors."""
         if self._unread:
             return self._unread | {self._sources[ready] for ready, _ in self._poll.poll(0)}
         return {self._sources[ready] for ready, _ in self._poll.poll(seconds)}
 
     def _listen(self, raw: zmq.Socket[bytes]) -> None:
-        """Wake up for a ZeroMQ socket.
+        """Let :meth:`wait` return when a ZeroMQ socket has received something.
 
-        Its descriptor tells only of news, so a socket counts as unread until a receive has found nothing. (zmq's own
-        poller asks every socket at every turn, which takes longer than all else here.)
+        The descriptor of a ZeroMQ socket is edge-triggered, so a socket counts as unread until a receive has returned
+        nothing. (ZeroMQ's own poller queries every socket each time, which takes longer than everything else here.)
         """
         descriptor = int(raw.getsockopt(zmq.FD))
         self._sources[descriptor] = raw
@@ -242,7 +259,7 @@ class Sockets:
             (zmq.MAXMSGSIZE, self._message_bytes),
             (zmq.HEARTBEAT_IVL, 1000),
             (zmq.HEARTBEAT_TIMEOUT, 10_000),
-            (zmq.CONNECT_TIMEOUT, 3_000),  # the system's own grows, so a link that is mended would come back late
+            (zmq.CONNECT_TIMEOUT, 3_000),  # the system's timeout grows, so a repaired link would reconnect late
         ):
             raw.setsockopt(option, value)
         self._open.append(raw)
