@@ -1,1 +1,1 @@
-"""Load balancing: which replica takes a request next."""
+"""Load balancing: the load boards of processes, the policies, and the router that applies them."""

@@ -1,20 +1,21 @@
-"""Which replica takes a request. Pure: numbers in, a choice out.
+"""The policies that choose a replica for a request. Pure: numbers in, a choice out.
 
-    completion   where it will be done first: the transfer, what is before it, itself; at the replica's own speed
-    resource     in proportion to measured capacity, whatever is outstanding (smooth weighted round robin)
-    task         where the least work is outstanding, weighted by what requests cost
-    latency      where the slowest recent time, times the work outstanding, is least (peak-EWMA)
-    round-robin  each in turn
+    completion   least expected completion time: transfer + service time x (outstanding cost + cost of the request)
+    resource     in proportion to measured capacity, regardless of load (smooth weighted round robin)
+    task         least outstanding work, weighted by the cost of requests
+    latency      least peak-EWMA of the service time x outstanding work
+    round-robin  each replica in turn
 
-Among many replicas, only a few are looked at: the one whose turn it is, and some at random, of which one that is much
-better is taken instead. What a choice costs stays the same, and a few are nearly as good as all ("the power of two
-choices").
+A stage with more than :data:`FULL_SCAN_LIMIT` replicas is sampled, as in "the power of d choices": the candidates are
+the replica whose turn it is and :data:`SAMPLE_SIZE` - 1 random ones. A choice then takes the same time for any
+number of replicas, and is nearly as good as after a full scan.
 
-Costs are in thousandths of an ordinary request, times in nanoseconds.
+Costs are integers in units of 1/:data:`UNIT_COST` of the request that the plan was made for. Times are nanoseconds.
 
-Source of peak-EWMA: Finagle's load balancer, https://twitter.github.io/finagle/guide/Clients.html#power-of-two-choices-p2c-least-loaded;
-of smooth weighted round robin: nginx, ngx_http_upstream_round_robin.c; of looking at a few: M. Mitzenmacher, "The
-Power of Two Choices in Randomized Load Balancing", IEEE TPDS 12(10), 2001.
+Sources: peak-EWMA is from Finagle's load balancer,
+https://twitter.github.io/finagle/guide/Clients.html#power-of-two-choices-p2c-least-loaded; smooth weighted round robin
+from nginx, ngx_http_upstream_round_robin.c; sampling from M. Mitzenmacher, "The Power of Two Choices in Randomized Load
+Balancing", IEEE TPDS 12(10), 2001.
 """
 
 from __future__ import annotations
@@ -26,33 +27,33 @@ from dataclasses import dataclass
 from runtime.wire.messages.control import Policy
 
 UNIT_COST = 1000
-"""The cost of the request that a plan was made for."""
+"""The cost of the request that a plan was made for: a request of unit cost."""
 
 FULL_SCAN_LIMIT = 16
-"""Of so many replicas all are looked at for every request."""
+"""Number of replicas up to which all are candidates for every request."""
 
 SAMPLE_SIZE = 4
-"""Of more, so many, the one whose turn it is among them."""
+"""Number of candidates where a stage has more replicas: the d of "the power of d choices"."""
 
-_MUCH = 1.5  # another is taken out of turn when its cost is so much less
+_CLEARLY_WORSE = 1.5  # the replica whose turn it is loses its turn when its cost is more than this times the least
 _MASK = (1 << 64) - 1
-_FORGET_NS = 500_000_000  # what was measured longer ago than this counts for little
-_DOUBT_NS = 10_000_000_000  # by then a replica that nobody chose is thought as quick as the others again
-_PEAK_NS = 2_000_000_000  # by then a peak has come down
+_EWMA_TIME_CONSTANT_NS = 500_000_000  # of the service time: a measurement of this age has the weight 1/e
+_PEAK_TIME_CONSTANT_NS = 2_000_000_000  # of the peak-EWMA: a peak decays towards the mean by 1/e in this time
+_SLOWNESS_HALF_LIFE_NS = 10_000_000_000  # of what an idle replica's service time exceeds the best one's
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """What is known of a replica when a request is to go there.
+    """What is known about a replica when a request is to be sent.
 
     Attributes:
-        outstanding: cost of what is on its way to it or in it.
-        service_ns: for an ordinary request; 0 when nothing is known yet.
-        peak_ns: the slowest of late.
-        age_ns: since that was measured.
-        running: cost of what runs there now; 0 for nothing, or when that is not known.
-        running_ns: for how long it has.
-        transfer_ns: for the request's tensors to get there.
+        outstanding: cost of the requests that are on their way to it, wait there or run there.
+        service_ns: time that a request of unit cost takes there (EWMA); 0 when it is not known.
+        peak_ns: the same as a peak-EWMA.
+        age_ns: time since they were measured.
+        running: cost of the request that runs there now; 0 for none, or when it is not known.
+        running_ns: time that it has been running.
+        transfer_ns: time that the request's tensors take to get there.
     """
 
     outstanding: int
@@ -65,40 +66,54 @@ class Replica:
 
 
 class Balancer:
-    """Chooses among the replicas of one stage; replicas are told apart by position.
+    """Chooses among the replicas of one stage, which it identifies by their positions.
 
     Args:
-        policy: by what.
-        seed: of what is left to chance; processes that choose alike should not choose the same.
+        policy: the policy.
+        seed: for random choices and ties. Processes need different seeds, so that they do not all choose the same
+            replica at the same time.
     """
 
     def __init__(self, policy: Policy, *, seed: int = 0) -> None:
         self._policy = policy
-        self._first = seed * 2654435761 % (1 << 32)  # where it begins among equals
+        self._first = seed * 2654435761 % (1 << 32)  # the position that is preferred first in a tie
         self._turn = self._first
         self._random = seed
-        self._last: dict[int, int] = {}  # the turn in which each was chosen last
+        self._last: dict[int, int] = {}  # the turn in which each replica was last chosen
         self._credit: dict[int, float] = {}  # of the weighted round robin
 
-    def look_at(self, count: int) -> Sequence[int]:
-        """The positions to choose among: all of a few replicas; of many, the one whose turn it is, some at random."""
+    def candidates(self, count: int) -> Sequence[int]:
+        """The positions of the candidates for the next request, out of ``count`` replicas.
+
+        Returns:
+            A range of all positions up to :data:`FULL_SCAN_LIMIT` replicas; else a list, a sample whose first item is
+            the replica whose turn it is.
+        """
         if count <= FULL_SCAN_LIMIT:
             return range(count)
-        found = [self._turn % count]
+        sample = [self._turn % count]
         for _ in range(0 if self._policy == "round-robin" else SAMPLE_SIZE - 1):
             self._random = (self._random * 6364136223846793005 + 1442695040888963407) & _MASK  # Knuth's MMIX
-            found.append((self._random >> 33) % count)
-        return found
+            sample.append((self._random >> 33) % count)
+        return sample
 
     def choose(self, replicas: Sequence[Replica], cost: int, places: Sequence[int] | None = None) -> int:
-        """The position of the replica that is to take a request.
+        """Choose the replica for a request.
 
-        Of all, the best; of equals, the one not chosen for longest. Where ``places`` are the positions of a few of many
-        (:meth:`look_at`), the first, whose turn it is, unless another is much better: what senders know of one of many
-        is seldom fresh, and who acts on it meets others who do.
+        After a full scan it is the one of least cost; of equals, the one that was not chosen for longest. In a sample
+        it is the first, whose turn it is, unless its cost is clearly worse. (Information about one of many replicas is
+        usually stale, and senders that all act on the same information overload the same replica.)
+
+        Args:
+            replicas: what is known about the candidates; may be empty when there is only one.
+            cost: cost of the request.
+            places: the candidates' positions, from :meth:`candidates`; those of ``replicas`` when None.
+
+        Returns:
+            The position of the chosen replica.
         """
         self._turn += 1
-        many = isinstance(places, list)
+        sampled = isinstance(places, list)
         places = range(len(replicas)) if places is None else places
         if len(places) == 1:
             chosen = places[0]
@@ -106,7 +121,7 @@ class Balancer:
             chosen = self._in_proportion(places, _services(replicas))
         else:
             costs = self._costs(replicas, cost)
-            if many and costs[0] <= _MUCH * min(costs):
+            if sampled and costs[0] <= _CLEARLY_WORSE * min(costs):
                 chosen = places[0]
             else:
                 last, first, count = self._last, self._first, len(places)
@@ -122,7 +137,7 @@ class Balancer:
             case "task":
                 return [float(replica.outstanding) for replica in replicas]
             case "latency":
-                peaks = [r.peak_ns * 0.5 ** (r.age_ns / _PEAK_NS) for r in replicas]
+                peaks = [r.peak_ns * 0.5 ** (r.age_ns / _PEAK_TIME_CONSTANT_NS) for r in replicas]
                 return [peak * (r.outstanding + cost) for peak, r in zip(peaks, replicas, strict=True)]
             case _:
                 services = _services(replicas)
@@ -138,34 +153,41 @@ class Balancer:
 
 
 def _services(replicas: Sequence[Replica]) -> list[float]:
-    """What an ordinary request takes at each: as measured, doubted with age, and never less than what runs shows."""
+    """The service time to assume for each replica, in ns.
+
+    It is at least the best one's. What it exceeds the best one's decays while the replica is idle, so that it is tried
+    again after a while. It is not less than the time of the running request implies.
+    """
     known = [replica.service_ns for replica in replicas if replica.service_ns]
     best = min(known, default=1)
-    found = []
+    assumed = []
     for replica in replicas:
         trust = 1.0 if replica.service_ns else 0.0
-        if not replica.outstanding:  # one request at a time finds out whether it still is so slow
-            trust *= 0.5 ** (replica.age_ns / _DOUBT_NS)
+        if not replica.outstanding:  # a single request then finds out whether it is still slow
+            trust *= 0.5 ** (replica.age_ns / _SLOWNESS_HALF_LIFE_NS)
         service = best + (max(best, replica.service_ns) - best) * trust
         if replica.running:
             service = max(service, replica.running_ns * UNIT_COST / replica.running)
-        found.append(service)
-    return found
+        assumed.append(service)
+    return assumed
 
 
 def _completion_ns(replica: Replica, service_ns: float, cost: int) -> float:
+    """Expected time until a replica has finished a request that is sent now."""
     work = service_ns * (replica.outstanding + cost) / UNIT_COST
     behind = min(replica.running_ns, service_ns * replica.running / UNIT_COST)
     return replica.transfer_ns + work - behind
 
 
 class ServiceTime:
-    """How long requests take at a node, from the runs so far.
+    """Statistics of the time that a node takes for a request of unit cost, in nanoseconds.
+
+    The time of a request that costs more is divided by its cost.
 
     Attributes:
-        service_ns: for an ordinary request; times of requests that cost more are spread over their cost.
-        peak_ns: the same, the slowest of late.
-        longest_ns: the same, the slowest ever.
+        service_ns: an EWMA, weighted by cost; 0 before the first request.
+        peak_ns: a peak-EWMA: it rises at once to a longer time and decays slowly towards the mean.
+        longest_ns: the longest time so far.
     """
 
     def __init__(self) -> None:
@@ -177,18 +199,24 @@ class ServiceTime:
         self._at_ns = 0
 
     def ran(self, run_ns: int, cost: int, now_ns: int) -> None:
-        """A run of a request ended."""
+        """Take in a run that has ended.
+
+        Args:
+            run_ns: its duration.
+            cost: cost of its request.
+            now_ns: the host's monotonic clock.
+        """
         each = run_ns * UNIT_COST / cost
         passed = now_ns - self._at_ns if self._at_ns else 0
         self._at_ns = now_ns
-        keep = math.exp(-passed / max(_FORGET_NS, 4 * run_ns))
+        keep = math.exp(-passed / max(_EWMA_TIME_CONSTANT_NS, 4 * run_ns))
         self._run = self._run * keep + run_ns
         self._cost = self._cost * keep + cost
         self.service_ns = int(self._run * UNIT_COST / self._cost)
         self.longest_ns = int(max(each, self.longest_ns))
-        self.peak_ns = int(max(each, self.service_ns, self.peak_ns * math.exp(-passed / _PEAK_NS)))
+        self.peak_ns = int(max(each, self.service_ns, self.peak_ns * math.exp(-passed / _PEAK_TIME_CONSTANT_NS)))
 
 
 def cost_of(size_bytes: int, ordinary_bytes: int) -> int:
-    """The cost of a request by the bytes of its inputs, beside those that the plan was made for."""
+    """The cost of a request, from the size of its inputs and that of the inputs which the plan was made for."""
     return max(1, min(size_bytes * UNIT_COST // max(1, ordinary_bytes), 1 << 40))

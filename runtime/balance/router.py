@@ -1,4 +1,4 @@
-"""Where a process sends what it has for a stage: what its peers' boards say, put before the balancing policy."""
+"""Chooses the process that a fragment is sent to: applies the balancing policy to the load of the replicas."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from runtime.wire.messages.control import Peer, Policy
 from runtime.wire.messages.data import Receipt
 
 _BETWEEN_HOSTS = Link()
-_FRESH = 16.0  # times of a request after which half of what a node said of others' work is still true
-_FORGET = 0.05
-_LOST_NS = 10_000_000_000  # what was sent so long ago and has not arrived is taken for lost
-_APART_NS = 1_000_000_000  # between two notes of what had been sent
-_DEAF_NS = 15_000_000_000  # a peer that says nothing for so long, and for some runs, cannot be heard
+_REPORT_HALF_LIFE = 16.0  # of a reported load, in service times: it decays towards the average load
+_AVERAGE_WEIGHT = 0.05  # weight of a new report in the average load (EWMA)
+_LOST_NS = 10_000_000_000  # work sent this long ago that has not arrived is taken to be lost
+_NOTE_INTERVAL_NS = 1_000_000_000  # between two notes of the work sent
+_SILENT_NS = 15_000_000_000  # a peer without receipts for this long, and for several runs, is taken to be silent
 
 
 @dataclass(slots=True)
-class _Heard:
-    """What a peer on another host said last: see :class:`~runtime.wire.messages.data.Receipt`.
+class _LastReceipt:
+    """The last :class:`~runtime.wire.messages.data.Receipt` of a peer on another host.
 
     Attributes:
-        lost: cost of the work for it that is taken for lost on the way. Worked out anew from each receipt, so that a
-            wrong belief lasts until the next one.
-        notes: when, and the cost of all work that had been sent there by then; the first one is ``_LOST_NS`` old.
+        lost: cost of the work for it that is taken to be lost on the way; computed anew from each receipt, so a wrong
+            value lasts until the next one.
+        notes: pairs of a time and the cost of all work that had been sent to the peer by then, the oldest first.
     """
 
     done: int = 0
@@ -40,43 +40,43 @@ class _Heard:
     notes: deque[tuple[int, int]] = field(default_factory=deque)
 
     def hear(self, receipt: Receipt, sent: int, now_ns: int) -> None:
-        """Take in a receipt; ``sent`` is the cost of all work that has been sent there by now."""
+        """Take in a receipt; ``sent`` is the cost of all work sent to the peer so far."""
         self.lost = max(0, self._due(sent, now_ns) - receipt.arrived)
         self.done, self.others = receipt.done, receipt.others
         self.service_ns, self.peak_ns, self.measured_ns = receipt.service_ns, receipt.peak_ns, now_ns
 
     def outstanding(self, sent: int, now_ns: int) -> int:
-        """The cost of what is there or on its way; of a peer that cannot be heard, what was sent of late."""
+        """Cost of the work at the peer or on its way; of a silent peer, of the work sent in the last seconds only."""
         over = self.done + self.lost
-        if now_ns - self.measured_ns > max(_DEAF_NS, 4 * self.peak_ns):
+        if now_ns - self.measured_ns > max(_SILENT_NS, 4 * self.peak_ns):
             over = max(over, self._due(sent, now_ns))
         return max(0, sent - over)
 
     def _due(self, sent: int, now_ns: int) -> int:
-        """The cost of all work that was sent so long ago that it should have arrived; notes what was sent by now."""
+        """Cost of all work that was sent long enough ago to have arrived; also notes what has been sent by now."""
         notes = self.notes
-        if not notes or now_ns - notes[-1][0] >= _APART_NS:
+        if not notes or now_ns - notes[-1][0] >= _NOTE_INTERVAL_NS:
             notes.append((now_ns, sent))
         while len(notes) > 1 and now_ns - notes[1][0] >= _LOST_NS:
             notes.popleft()
         return notes[0][1] if now_ns - notes[0][0] >= _LOST_NS else 0
 
 
-_NOTHING = _Heard()
+_NO_RECEIPT = _LastReceipt()
 
 
 class Router:
-    """The replicas of every stage, and how busy they are.
+    """Knows the replicas of every stage and their load, and chooses among them.
 
-    Of peers whose memory is mapped, everything is known: what all others whose memory is, too, have sent there. Of
-    peers on other hosts, what this process sent there itself, and what they say of that and of others' work.
+    The load of a peer whose memory is mapped is read from the load boards: its own and those of all mapped senders. The
+    load of a peer on another host is what this process has sent there, corrected by the peer's receipts.
 
     Args:
-        policy: how to choose among them.
-        board: this process's own.
+        policy: how to choose among the replicas of a stage.
+        board: this process's own load board.
 
     Attributes:
-        unreachable: processes that nothing can be sent to now; they are chosen only where there are no others.
+        unreachable: processes that cannot be reached now; they are chosen only where a stage has no others.
     """
 
     def __init__(self, policy: Policy, board: LoadBoard) -> None:
@@ -84,19 +84,25 @@ class Router:
         self._policy = policy
         self._board = board
         self._me = -1
-        # Of each stage those that take requests; where all leave, those: they stay for what began before they left.
+        # The replicas of each stage that take requests. If all are leaving, all: they finish what had begun before.
         self._nodes: dict[int, tuple[int, ...]] = {}
-        self._numbers: dict[int, tuple[int, ...]] = {}  # of each stage, all
-        self._boards: dict[int, LoadBoard] = {}  # of this process, and of the peers whose memory is mapped
-        self._heard: dict[int, _Heard] = {}  # of others
-        self._senders: dict[tuple[int, ...], Mapping[int, LoadBoard]] = {}  # by the stages that send
-        self._choosers: dict[int, Balancer] = {}
+        self._numbers: dict[int, tuple[int, ...]] = {}  # all replicas of each stage
+        self._boards: dict[int, LoadBoard] = {}  # this process's, and those of peers whose memory is mapped
+        self._receipts: dict[int, _LastReceipt] = {}  # of the other peers
+        self._senders: dict[tuple[int, ...], Mapping[int, LoadBoard]] = {}  # the boards of senders, by their stages
+        self._balancers: dict[int, Balancer] = {}
         self._known: frozenset[int] = frozenset()
-        self._usual_ns = 0.0
-        self._usual = 0.0  # work of others that nodes on other hosts have
+        self._average_service_ns = 0.0  # of nodes on other hosts
+        self._average_others = 0.0  # cost of the work of others that they report
 
     def learn(self, me: int, peers: Sequence[Peer], boards: Mapping[int, LoadBoard]) -> None:
-        """All processes of the pipeline, and the boards of those whose memory is mapped."""
+        """Take in the processes of the pipeline, as of now.
+
+        Args:
+            me: this process's number.
+            peers: all processes.
+            boards: the load boards of those whose memory is mapped, by their numbers.
+        """
         self._me = me
         stages: dict[int, list[Peer]] = {}
         for peer in peers:
@@ -105,28 +111,32 @@ class Router:
         nodes = {stage: tuple(p.number for p in members if p.takes) for stage, members in stages.items()}
         nodes = {stage: takers or self._numbers[stage] for stage, takers in nodes.items()}
         for stage in stages.keys() - {CALLER}:
-            if nodes[stage] != self._nodes.get(stage):  # positions mean others now
-                self._choosers[stage] = Balancer(self._policy, seed=me * 1_000_003 + stage)
+            if nodes[stage] != self._nodes.get(stage):  # the positions of replicas have changed
+                self._balancers[stage] = Balancer(self._policy, seed=me * 1_000_003 + stage)
         self._nodes = nodes
         known = frozenset(peer.number for peer in peers)
         for number in known - self._known:
             self._board.clear(number)
         self._known = known
         self._boards = {**boards, me: self._board}
-        self._heard = {n: heard for n, heard in self._heard.items() if n in known and n not in self._boards}
+        self._receipts = {n: last for n, last in self._receipts.items() if n in known and n not in self._boards}
         self._senders.clear()
 
     def mapped(self, number: int) -> bool:
-        """True when a peer reads this process's board by itself."""
+        """Whether a peer can read this process's load board; True for a process that is not known."""
         return number in self._boards or number not in self._known
 
     def told(self, receipt: Receipt, now_ns: int) -> None:
-        """A peer on another host said what its board shows."""
+        """Take in a receipt of a peer on another host."""
         if not self.mapped(receipt.sender):
-            self._usual += _FORGET * (receipt.others - self._usual)
-            self._usual_ns += _FORGET * (receipt.service_ns - self._usual_ns) if self._usual_ns else receipt.service_ns
-            heard = self._heard.setdefault(receipt.sender, _Heard())
-            heard.hear(receipt, self._board.sent(receipt.sender), now_ns)
+            self._average_others += _AVERAGE_WEIGHT * (receipt.others - self._average_others)
+            self._average_service_ns += (
+                _AVERAGE_WEIGHT * (receipt.service_ns - self._average_service_ns)
+                if self._average_service_ns
+                else receipt.service_ns
+            )
+            last = self._receipts.setdefault(receipt.sender, _LastReceipt())
+            last.hear(receipt, self._board.sent(receipt.sender), now_ns)
 
     @property
     def known(self) -> frozenset[int]:
@@ -134,7 +144,7 @@ class Router:
         return self._known
 
     def nodes(self, stage: int) -> tuple[int, ...]:
-        """The numbers of the replicas that take requests."""
+        """The numbers of a stage's replicas that take requests."""
         return self._nodes.get(stage, ())
 
     def choose(
@@ -147,62 +157,65 @@ class Router:
         *,
         avoid: frozenset[int] = frozenset(),
     ) -> int | None:
-        """The number of the replica that is to take a request; None when there is none.
+        """Choose the replica for a request.
 
         Args:
             stage: the stage.
-            sources: the stages that send there, :data:`~onnxsplit.plan.CALLER` for the caller.
-            cost: of the request.
-            size_bytes: of the tensors that are to get there.
+            sources: the stages that send to it; :data:`~onnxsplit.plan.CALLER` for the caller.
+            cost: cost of the request.
+            size_bytes: size of the tensors to be sent.
             now_ns: the host's monotonic clock.
-            avoid: processes to be chosen only where there are no others, besides those that are unreachable.
+            avoid: processes to choose only where a stage has no others, in addition to :attr:`unreachable`.
+
+        Returns:
+            The number of the replica; None when the stage has none.
         """
         nodes = self._nodes.get(stage, ())
         if len(nodes) < 2:
             return nodes[0] if nodes else None
-        chooser = self._choosers[stage]
-        places = chooser.look_at(len(nodes))
+        balancer = self._balancers[stage]
+        places = balancer.candidates(len(nodes))
         if self.unreachable or avoid:
             avoid |= self.unreachable
             reachable = [place for place, number in enumerate(nodes) if number not in avoid]
             places = [place for place in places if nodes[place] not in avoid] or reachable or places
             places = tuple(places) if len(nodes) <= FULL_SCAN_LIMIT else places
         if len(places) == 1:
-            return nodes[chooser.choose((), cost, places)]
+            return nodes[balancer.choose((), cost, places)]
         senders = self._sending(tuple(sources))
         replicas = [self._replica(nodes[place], senders, size_bytes, now_ns) for place in places]
-        return nodes[chooser.choose(replicas, cost, places)]
+        return nodes[balancer.choose(replicas, cost, places)]
 
     def outstanding(self, number: int) -> int:
-        """The cost of what has been sent to a node and it is not done with, as far as that is known here."""
+        """Cost of the work that has been sent to a node and is not finished, as far as this process knows."""
         return self._outstanding(number, self._sending(tuple(self._numbers)))
 
     def _outstanding(self, number: int, senders: Mapping[int, LoadBoard]) -> int:
         board = self._boards.get(number)
         if board is None:
-            heard = self._heard.get(number, _NOTHING)
-            return max(0, self._board.sent(number) - heard.done - heard.lost)
+            last = self._receipts.get(number, _NO_RECEIPT)
+            return max(0, self._board.sent(number) - last.done - last.lost)
         return sum([max(0, sent.sent(number) - board.done(sender)) for sender, sent in senders.items()])
 
     def _sending(self, stages: tuple[int, ...]) -> Mapping[int, LoadBoard]:
-        """The boards of those in some stages that can be read."""
-        found = self._senders.get(stages)
-        if found is None:
+        """The load boards of the processes of some stages, as far as they are mapped."""
+        boards = self._senders.get(stages)
+        if boards is None:
             numbers = {number for stage in stages for number in self._numbers.get(stage, ())}
-            found = self._senders[stages] = {n: board for n, board in self._boards.items() if n in numbers}
-        return found
+            boards = self._senders[stages] = {n: board for n, board in self._boards.items() if n in numbers}
+        return boards
 
     def _replica(self, number: int, senders: Mapping[int, LoadBoard], size_bytes: int, now_ns: int) -> Replica:
         board = self._boards.get(number)
         if board is None:
-            heard = self._heard.get(number) or self._heard.setdefault(number, _Heard(measured_ns=now_ns))
-            outstanding = heard.outstanding(self._board.sent(number), now_ns)
-            age_ns, transfer_ns = now_ns - heard.measured_ns, _BETWEEN_HOSTS.transfer_ns(size_bytes)
-            # What it had of others is known as of then; by and by it is taken to have what nodes usually have.
-            trust = 0.5 ** (age_ns / max(1, _FRESH * heard.service_ns))
-            outstanding += int(self._usual + (heard.others - self._usual) * trust)
-            service = self._usual_ns + (heard.service_ns - self._usual_ns) * trust
-            return Replica(outstanding, int(service), heard.peak_ns, age_ns, transfer_ns=transfer_ns)
+            last = self._receipts.get(number) or self._receipts.setdefault(number, _LastReceipt(measured_ns=now_ns))
+            outstanding = last.outstanding(self._board.sent(number), now_ns)
+            age_ns, transfer_ns = now_ns - last.measured_ns, _BETWEEN_HOSTS.transfer_ns(size_bytes)
+            # The reported load ages: it decays towards the average load.
+            trust = 0.5 ** (age_ns / max(1, _REPORT_HALF_LIFE * last.service_ns))
+            outstanding += int(self._average_others + (last.others - self._average_others) * trust)
+            service = self._average_service_ns + (last.service_ns - self._average_service_ns) * trust
+            return Replica(outstanding, int(service), last.peak_ns, age_ns, transfer_ns=transfer_ns)
         service_ns, peak_ns, measured_ns, running_since, running = board.times
         return Replica(
             self._outstanding(number, senders),
@@ -214,5 +227,5 @@ class Router:
         )
 
     def sent(self, number: int, cost: int) -> None:
-        """A request of a cost goes there."""
+        """A request of this cost is sent to a process."""
         self._board.send(number, cost)

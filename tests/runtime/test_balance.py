@@ -124,7 +124,7 @@ def test_of_many_replicas_a_few_are_looked_at_and_none_is_forgotten(policy):
     chooser, count = Balancer(policy, seed=7), 50
     found = Counter()
     for _ in range(count * 40):
-        places = chooser.look_at(count)
+        places = chooser.candidates(count)
         assert 0 < len(places) < 10
         found[chooser.choose([replica() for _ in places], UNIT_COST, places)] += 1
     assert sorted(found) == list(range(count))
@@ -135,7 +135,7 @@ def test_a_busy_one_of_many_is_left_alone():
     chooser = Balancer("completion", seed=1)
     busy = set(range(20))
     for _ in range(200):
-        places = chooser.look_at(60)
+        places = chooser.candidates(60)
         taken = chooser.choose([replica(9 if place in busy else 0) for place in places], UNIT_COST, places)
         assert taken not in busy or set(places) <= busy
 
