@@ -1,1 +1,1 @@
-"""Shared memory between processes on one host."""
+"""Shared memory, by which processes on one host pass tensors without copies."""

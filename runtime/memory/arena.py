@@ -1,18 +1,23 @@
-"""Shared memory for payloads on one host: written by one process, read in place by its peers.
+"""Shared memory for tensors on one host: written by its owner, read in place by the owner's peers.
 
-Every process of a pipeline, the caller's too, owns one arena and maps those of its neighbours for reading. Nobody
-ever writes into memory that is not its own, so a process that was stopped and wakes late can hurt nobody:
+Every process of a pipeline, the caller's included, owns one arena and maps the arenas of its neighbours for reading. A
+process writes only into its own arena, so a process that was suspended and resumes late cannot damage another one.
 
-    sign          token, 32 bytes         who maps the arena compares it with what the owner told
-    board         see runtime/balance/board.py    how busy the owner is
-    ledger        u64 a request           how far the owner is with which attempt at it; can be read when it is dead
-    generations   u64 a slot              which use of the slot holds; a reader looks again after it has read
-    returns       u64 a slot, a row a peer   the use of that peer's slot which the owner no longer reads
-    data
+    part          size                  content
+    token         32 bytes, 1 page      random bytes, by which a peer checks that it has mapped the right memory
+    board         whole pages           the owner's load; see runtime/balance/board.py
+    ledger        4096 x u64            by request number modulo 4096: the request, its attempt, and the owner's step
+    generations   1024 x u64            by slot: the number of its present use
+    returns       peers x 1024 x u64    by peer and the peer's slot: the last use that the owner has finished reading
+    data          the rest              tensors, each at a multiple of 64 bytes
 
-A slot is lent to its readers for one use. It is free when the returns of all of them show its generation; the owner
-looks there when it needs room, so giving back costs no message. The file is a sealed memfd: it can neither shrink
-under a reader nor leave anything behind, and a peer opens it through ``/proc/PID/fd`` also after its owner was killed.
+The owner lends a slot to some readers for one use. A reader that has finished writes the slot's generation into the
+returns of its own arena, and the slot is free when all its readers have done so. The owner looks there when it needs
+room, so no message is needed. After a run, a reader compares the generation again: if it has changed, the owner had
+taken the memory back, and the reader drops its result. The ledger can also be read after its owner has died.
+
+The memory is a sealed memfd. It cannot shrink under a reader, leaves no file behind, and can be opened by a peer
+through ``/proc/PID/fd`` even after its owner was killed.
 """
 
 from __future__ import annotations
@@ -40,26 +45,24 @@ from runtime.memory.pinned import Pin
 from runtime.wire.messages.control import Memory
 from runtime.wire.messages.data import SLOTS, Step, TensorPlace
 
-_LEDGER = 4096
+_LEDGER_ENTRIES = 4096
 _TOKEN_BYTES = 32
 _PAGE = mmap.PAGESIZE
 _BOARD_AT = _PAGE
 _LEDGER_AT = _BOARD_AT + -(-BOARD_BYTES // _PAGE) * _PAGE
-_GENERATIONS_AT = _LEDGER_AT + 8 * _LEDGER
+_GENERATIONS_AT = _LEDGER_AT + 8 * _LEDGER_ENTRIES
 _RETURNS_AT = _GENERATIONS_AT + 8 * SLOTS
 _DATA_AT = _RETURNS_AT + 8 * SLOTS * PEERS
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_STEP_BYTES = 1 << 20  # memory is taken from the system in such steps
-_SPARE_BYTES = 64 << 20
-_LOOK_EVERY = 1000  # uses of slots after which memory that was not needed goes back to the system
+_STEP_BYTES = 1 << 20  # memory is allocated in steps of this size
+_SPARE_BYTES = 64 << 20  # allocated memory that is kept even when it is not used
+_TRIM_INTERVAL = 1000  # uses of slots after which unused memory is returned to the system
+_SCAN_LIMIT = 32  # number of lent slots up to which all are checked when room is needed
+_ATTEMPTS = 1 << 8  # attempts at a request that the ledger distinguishes
 
 
-_FEW = 32
-_ATTEMPTS = 1 << 8  # of a request, that a ledger tells apart
-
-
-class Sent(Protocol):
-    """Something on its way out of a slot's memory."""
+class SendTracker(Protocol):
+    """Tells when the memory of a frame that is being sent may change (a zmq.MessageTracker)."""
 
     @property
     def done(self) -> bool:
@@ -69,28 +72,38 @@ class Sent(Protocol):
 
 @dataclass
 class Block:
-    """One use of a slot: a piece of the owner's memory, and who reads it: the owner itself, while it is ``held``."""
+    """One use of a slot: a piece of the owner's memory.
+
+    Attributes:
+        number: the slot.
+        generation: number of this use.
+        offset: of its first byte in the arena.
+        size: bytes.
+        readers: the rows of returns of the peers it is lent to.
+        sending: the frames that are being sent from it.
+        held: whether the owner still uses it.
+    """
 
     number: int
     generation: int
     offset: int
     size: int
     readers: list[memoryview] = field(default_factory=list)
-    sending: list[Sent] = field(default_factory=list)
+    sending: list[SendTracker] = field(default_factory=list)
     held: bool = True
 
     def lend(self, readers: Sequence[memoryview]) -> None:
-        """From now on the readers with these rows of returns hold it, and the owner does not."""
+        """Lend it to the peers with these rows of returns; the owner no longer holds it."""
         self.readers = list(readers)
         self.held = False
 
     def place(self, at: int) -> TensorPlace:
-        """Where the byte ``at`` of the block is, as readers are told."""
+        """The place of its byte ``at``, as it is sent to readers."""
         return TensorPlace(self.number, self.generation, self.offset + at)
 
     @property
     def free(self) -> bool:
-        """True when nobody reads it any more."""
+        """Whether neither the owner nor a reader uses it any more."""
         if self.held:
             return False
         number, generation = self.number, self.generation
@@ -101,10 +114,17 @@ class Block:
 
 
 class Arena:
-    """This process's own memory.
+    """This process's own arena.
 
     Args:
-        limit_bytes: of payloads at once. Only what was used is taken from the system.
+        limit_bytes: the largest size of all tensors in it at once. The system allocates memory only as it is used.
+
+    Attributes:
+        address: what peers need to map the arena.
+        board: this process's load board.
+
+    Raises:
+        OSError: the memory cannot be made.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -124,40 +144,40 @@ class Arena:
         self._extents = Extents(size - _DATA_AT)
         self._numbers = list(range(SLOTS - 1, -1, -1))
         self._busy: deque[Block] = deque()
-        # Later than any that a process in this one's place has used before, so that its returns mean nothing here.
+        # Larger than any that a process of the same number has used before, so that returns to it have no effect here.
         self._generation = time.monotonic_ns()
-        self._taken = 0
+        self._allocated = 0
         self._peak = 0
         self._uses = 0
         self._pin: Pin | None = None
 
     def pin(self, pin: Pin) -> None:
-        """Pin all memory that is used from now on; it is kept then."""
+        """Pin all memory that is used from now on. Pinned memory is never returned to the system."""
         self._pin = pin
-        if self._taken:
-            pin(self._address + _DATA_AT, self._taken, False)
+        if self._allocated:
+            pin(self._address + _DATA_AT, self._allocated, False)
 
     @property
     def _address(self) -> int:
         return np.frombuffer(self._map, np.uint8).ctypes.data
 
     def close(self) -> None:
-        """Let go of the memory; peers that map it keep it until they let go too."""
+        """Release the memory. Peers that have mapped it keep it until they unmap it."""
         for view in (self.board, self._ledger, self._generations, self._returns):
             view.release()
-        with suppress(BufferError):  # arrays that lie in it are still held: it goes with them
+        with suppress(BufferError):  # arrays in it are still in use: the memory is released with the last one
             self._map.close()
         os.close(self._descriptor)
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the slots that are lent."""
+        """Bytes of the slots that are in use."""
         self._sweep(thorough=True)
         return self._extents.used
 
     @property
     def busy(self) -> int:
-        """Slots that are lent."""
+        """Number of slots that are in use."""
         self._sweep(thorough=True)
         return len(self._busy)
 
@@ -171,7 +191,7 @@ class Arena:
             if not self._sweep(thorough=True):
                 return None
             return self.reserve(size)
-        if not self._back(offset + aligned(size)):
+        if not self._allocate(offset + aligned(size)):
             self._extents.give(offset, size)
             return None
         self._generation += 1
@@ -181,77 +201,89 @@ class Arena:
         return block
 
     def array(self, block: Block, at: int, dtype: str, shape: Sequence[int]) -> Array:
-        """The owner's array in a block, from its byte ``at``."""
+        """The writable array at byte ``at`` of a block, of an ONNX type and a shape."""
         return np.ndarray(tuple(shape), numpy_dtype(dtype), self._map, block.offset + at)
 
     def forget(self, row: memoryview) -> None:
-        """The peer with these returns is gone: it reads nothing any more."""
+        """Take back what was lent to the peer with this row of returns, because the peer has ended."""
         for block in self._busy:
             block.readers = [reader for reader in block.readers if reader is not row]
 
     def give_back(self, peer: int, place: TensorPlace) -> None:
-        """Say that this process no longer reads a slot of a peer."""
+        """Note in the returns that this process has finished reading a slot of a peer."""
         self._returns[peer * SLOTS + place.slot] = place.generation
 
     def record(self, request: int, attempt: int, step: Step) -> None:
         """Note in the ledger how far this process is with an attempt at a request."""
-        self._ledger[request % _LEDGER] = (request * _ATTEMPTS + attempt % _ATTEMPTS) << 2 | step
+        self._ledger[request % _LEDGER_ENTRIES] = (request * _ATTEMPTS + attempt % _ATTEMPTS) << 2 | step
 
     def _sweep(self, *, thorough: bool = False) -> bool:
-        """Free the slots that came back: of few all, of many only the oldest unless ``thorough``. True for any."""
-        found = False
-        thorough = thorough or len(self._busy) <= _FEW
+        """Free the slots that all readers have returned; True if there were any.
+
+        When more than ``_SCAN_LIMIT`` are lent, only the oldest ones are checked unless ``thorough``.
+        """
+        freed = False
+        thorough = thorough or len(self._busy) <= _SCAN_LIMIT
         for _ in range(len(self._busy)):
             block = self._busy[0]
             if block.free:
                 self._busy.popleft()
                 self._extents.give(block.offset - _DATA_AT, block.size)
                 self._numbers.append(block.number)
-                found = True
+                freed = True
             elif thorough:
                 self._busy.rotate(-1)
             else:
                 break
-        return found
+        return freed
 
-    def _back(self, reach: int) -> bool:
-        """See that the system has the first ``reach`` bytes of data: a write to what it lacks kills the process."""
+    def _allocate(self, reach: int) -> bool:
+        """Allocate the first ``reach`` bytes of data; False when the system has no memory left.
+
+        Without it, a write to a page that the system cannot provide kills the process with SIGBUS.
+        """
         self._peak = max(self._peak, reach)
         self._uses += 1
-        if self._uses >= _LOOK_EVERY:
+        if self._uses >= _TRIM_INTERVAL:
             self._uses = 0
             self._trim()
-        if reach <= self._taken:
+        if reach <= self._allocated:
             return True
         wanted = min(self._extents.size, -(-reach // _STEP_BYTES) * _STEP_BYTES)
         try:
-            os.posix_fallocate(self._descriptor, _DATA_AT + self._taken, wanted - self._taken)
+            os.posix_fallocate(self._descriptor, _DATA_AT + self._allocated, wanted - self._allocated)
         except OSError:
             return False
         if self._pin is not None:
-            self._pin(self._address + _DATA_AT + self._taken, wanted - self._taken, False)
-        self._taken = wanted
+            self._pin(self._address + _DATA_AT + self._allocated, wanted - self._allocated, False)
+        self._allocated = wanted
         return True
 
     def _trim(self) -> None:
-        """Give memory back that the last uses did not need."""
+        """Return memory to the system that the last uses did not need."""
         keep = -(-(2 * self._peak + _SPARE_BYTES) // _PAGE) * _PAGE
         if (
             self._pin is None
-            and self._taken > keep
+            and self._allocated > keep
             and all(block.offset + block.size <= _DATA_AT + keep for block in self._busy)
         ):
-            self._map.madvise(mmap.MADV_REMOVE, _DATA_AT + keep, self._taken - keep)
-            self._taken = keep
+            self._map.madvise(mmap.MADV_REMOVE, _DATA_AT + keep, self._allocated - keep)
+            self._allocated = keep
         self._peak = 0
 
 
 class PeerArena:
-    """A peer's memory, mapped for reading.
+    """A peer's arena, mapped for reading.
+
+    Args:
+        memory: what the peer has announced.
+
+    Attributes:
+        board: the peer's load board.
 
     Raises:
-        OSError: it cannot be opened: the peer is on another host or another user's, or long gone.
-        ProtocolError: what was found there is not the memory the peer told of.
+        OSError: it cannot be opened, because the peer is on another host, belongs to another user or has ended.
+        ProtocolError: it is not the memory that the peer has announced.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -261,13 +293,13 @@ class PeerArena:
         try:
             size = os.fstat(descriptor).st_size
             if size != memory.size_bytes or size < _DATA_AT or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) != _SEALS:
-                raise ProtocolError(f"process {memory.pid} does not hold the memory it told of")
+                raise ProtocolError(f"process {memory.pid} does not hold the memory that it has announced")
             self._map = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)
         if not secrets.compare_digest(self._map[:_TOKEN_BYTES], memory.token):
             self._map.close()
-            raise ProtocolError(f"process {memory.pid} does not hold the memory it told of")
+            raise ProtocolError(f"process {memory.pid} does not hold the memory that it has announced")
         self._size = size
         self._pin: Pin | None = None
         self._pinned = _DATA_AT
@@ -278,7 +310,7 @@ class PeerArena:
         self._returns = view[_RETURNS_AT:_DATA_AT].cast("Q")
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap the memory."""
         for view in (self.board, self._ledger, self._generations, self._returns):
             with suppress(BufferError):
                 view.release()
@@ -286,22 +318,27 @@ class PeerArena:
             self._map.close()
 
     def pin(self, pin: Pin) -> None:
-        """Pin what is read from now on."""
+        """Pin the memory that is read from now on."""
         self._pin = pin
 
     def array(self, place: TensorPlace, dtype: str, shape: Sequence[int]) -> Array:
-        """A tensor in the peer's memory, read-only.
+        """The read-only array at a place in the peer's memory.
+
+        Args:
+            place: where it lies.
+            dtype: its ONNX type.
+            shape: its shape.
 
         Raises:
-            ProtocolError: the place is outside of the memory.
+            ProtocolError: it would lie outside the memory.
         """
         kind = numpy_dtype(dtype)
         count = element_count(shape, kind.itemsize)
         if count is None:
-            raise ProtocolError(f"a tensor of the shape {list(shape)} would be outside of any memory")
+            raise ProtocolError(f"a tensor of the shape {list(shape)} would lie outside any memory")
         size = count * kind.itemsize
         if not (0 <= place.slot < SLOTS and _DATA_AT <= place.offset <= self._size - size):
-            raise ProtocolError(f"{size} bytes in slot {place.slot} at {place.offset} are outside of the peer's memory")
+            raise ProtocolError(f"{size} bytes in slot {place.slot} at {place.offset} lie outside the peer's memory")
         if self._pin is not None and place.offset + size > self._pinned:
             reach = min(self._size, -(-(place.offset + size) // _STEP_BYTES) * _STEP_BYTES)
             address = np.frombuffer(self._map, np.uint8).ctypes.data
@@ -310,22 +347,22 @@ class PeerArena:
         return np.ndarray(tuple(shape), kind, self._map, place.offset)
 
     def holds(self, place: TensorPlace) -> bool:
-        """True while the slot is still lent for this use; what was read before that is what was written."""
+        """Whether the slot is still lent for this use. If so, what was read from it before this call is valid."""
         return self._generations[place.slot] == place.generation
 
     def returns(self, owner: int) -> memoryview:
-        """The row in which the peer returns the slots of the process with the number ``owner``."""
+        """The row of the peer's returns for the slots of process number ``owner``."""
         return self._returns[owner * SLOTS : (owner + 1) * SLOTS]
 
     def step(self, request: int, attempt: int) -> Step:
-        """How far the peer is, or was when it died, with an attempt at a request."""
-        entry = self._ledger[request % _LEDGER]
+        """How far the peer is with an attempt at a request, or was when it died."""
+        entry = self._ledger[request % _LEDGER_ENTRIES]
         same = entry >> 2 == request * _ATTEMPTS + attempt % _ATTEMPTS
         return Step(entry & 3) if same and entry & 3 < len(Step) else Step.UNKNOWN
 
 
 @functools.cache
 def host_token() -> str:
-    """Equal in processes that can open each other's memory: same boot, same process ids, same user."""
+    """Identifies the boot, the PID namespace and the user: equal in processes that can map each other's memory."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{os.getuid()}"  # noqa: PTH115  no path

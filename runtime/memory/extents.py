@@ -1,7 +1,7 @@
-"""Which bytes of a memory are free. Pure: numbers in, numbers out.
+"""Allocation of the bytes of a memory. Pure: numbers in, numbers out.
 
-First fit at the lowest offset, so that what is used again is what was used last and lies in a cache; neighbours that
-become free are joined.
+First fit at the lowest offset, so that recently used memory, which is still in a cache, is used again first. Adjacent
+free extents are merged.
 """
 
 from __future__ import annotations
@@ -9,23 +9,31 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 ALIGNMENT = 64
-"""Every extent begins at a multiple of this, a cache line, and takes a multiple of it."""
+"""Bytes of a cache line. The offset and the size of every extent are multiples of it."""
 
 
 class Extents:
-    """The free extents of a memory of ``size`` bytes.
+    """The free extents of a memory.
+
+    Args:
+        size: bytes of the memory.
 
     Attributes:
-        used: bytes taken.
+        size: bytes of the memory.
+        used: bytes that are allocated.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.used = 0
-        self._free: list[tuple[int, int]] = [(0, size)]  # (offset, bytes), by offset, no two touching
+        self._free: list[tuple[int, int]] = [(0, size)]  # (offset, bytes), sorted by offset, none adjacent
 
     def take(self, size: int) -> int | None:
-        """The offset of ``size`` bytes; None when no extent is large enough. O(number of free extents)."""
+        """Allocate ``size`` bytes in O(number of free extents).
+
+        Returns:
+            Their offset; None when no extent is large enough.
+        """
         size = aligned(size)
         for position, (offset, free) in enumerate(self._free):
             if free >= size:
@@ -38,7 +46,7 @@ class Extents:
         return None
 
     def give(self, offset: int, size: int) -> None:
-        """Free what :meth:`take` gave for ``size`` bytes."""
+        """Free the ``size`` bytes that :meth:`take` has allocated at ``offset``."""
         size = aligned(size)
         self.used -= size
         position = bisect_left(self._free, (offset, 0))
@@ -51,5 +59,5 @@ class Extents:
 
 
 def aligned(size: int) -> int:
-    """``size`` rounded up to the alignment; at least one unit."""
+    """``size`` rounded up to a multiple of :data:`ALIGNMENT`, at least one."""
     return max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)

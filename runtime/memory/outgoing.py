@@ -1,4 +1,4 @@
-"""Tensors that leave a process: their shapes, their arrays and where those lie."""
+"""Tensors that a process sends: their shapes, their arrays, and where the arrays lie."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ from runtime.memory.arena import Block
 from runtime.wire.messages.data import TensorPlace, Visit
 
 OutputShapes = Mapping[str, tuple[str, tuple[int, ...]]]
-"""ONNX type and shape of tensors, by name."""
+"""The ONNX type and the shape of each tensor, by name."""
 
 
 Readers = Mapping[int, Sequence[str]]
-"""The tensors that each peer will get, by its number."""
+"""The names of the tensors that each peer gets, by its number."""
 
 
 @dataclass
 class Outgoing:
-    """Tensors that are about to go to some peers: the arrays, and where those are that lie in shared memory.
+    """Tensors that are about to be sent.
 
-    That memory is held by this process until it is lent, dropped or released.
+    This process holds their shared memory until it is lent, dropped or released.
+
+    Attributes:
+        arrays: all arrays by name.
+        places: the places of those that lie in shared memory.
+        blocks: the blocks of shared memory in which they lie.
+        size_bytes: size of all arrays.
+        shared_bytes: size of those in shared memory.
     """
 
     arrays: dict[str, Array] = field(default_factory=dict)
@@ -33,21 +40,22 @@ class Outgoing:
     shared_bytes: int = 0
 
     def count(self) -> None:
-        """Add up the bytes of all arrays, and of those in shared memory."""
+        """Set :attr:`size_bytes` and :attr:`shared_bytes` from the arrays."""
         self.size_bytes = sum(array.nbytes for array in self.arrays.values())
         self.shared_bytes = sum(self.arrays[name].nbytes for name in self.places)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How tensors of some shapes go to some peers; worked out once.
+    """Where tensors of some shapes are placed; computed once for each combination of shapes.
 
     Attributes:
-        shapes: of all tensors.
-        large: of those that go to shared memory, the offset in a slot of ``size`` bytes.
-        size_bytes: of all tensors.
-        shared_bytes: of the large ones, without what lies between them.
-        small: arrays for those that go into headers, made when first needed and used again every time.
+        shapes: types and shapes of all tensors.
+        large: for each tensor that is placed in shared memory, its offset in a block of ``size`` bytes.
+        size: bytes of the block.
+        size_bytes: size of all tensors.
+        shared_bytes: size of the large ones, without the gaps between them.
+        small: arrays for tensors that are sent in headers; made when first needed, and reused for every request.
     """
 
     shapes: OutputShapes
@@ -59,7 +67,7 @@ class Layout:
 
 
 class Attempt(Struct, frozen=True):
-    """What fragments say of the attempt they belong to; see :class:`~runtime.wire.messages.data.Fragment`."""
+    """The fields that all fragments of an attempt share; see :class:`~runtime.wire.messages.data.Fragment`."""
 
     request: int
     attempt: int
@@ -72,6 +80,6 @@ class Attempt(Struct, frozen=True):
 
 
 def shapes_of(tensors: Mapping[str, Array]) -> OutputShapes:
-    """Types and shapes of tensors; those whose type has no name are left out."""
+    """Types and shapes of tensors; those whose type has no ONNX name are left out."""
     named = {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}
     return {name: (dtype, tensors[name].shape) for name, dtype in named.items() if dtype is not None}

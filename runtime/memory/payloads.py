@@ -1,4 +1,4 @@
-"""How tensors get from one process of a pipeline to another: in place where they share memory, else as frames."""
+"""Passes tensors between processes of a pipeline: in place where they share memory, else as frames."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from runtime.wire.links import Outlet
 from runtime.wire.messages.control import Memory, Peer
 from runtime.wire.messages.data import Fragment, Step, TensorPlace
 
-_LAYOUTS = 256  # that are remembered
+_LAYOUTS = 256  # layouts that are cached
 _log = logging.getLogger("runtime.payloads")
 
 
 class Payloads:
-    """One process's side: its own memory, and that of the peers it has mapped.
+    """A process's own arena, and the arenas of the peers it has mapped.
 
     Args:
-        limit_bytes: of own payloads in shared memory at once; what does not fit goes as frames, and with 0 all does.
+        limit_bytes: the largest size of this process's tensors in shared memory at once. Tensors that do not fit are
+            sent as frames; with 0 there is no shared memory.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -41,14 +42,14 @@ class Payloads:
         self._me = -1
         self._pin: Pin | None = None
         self._peers: dict[int, PeerArena] = {}
-        self._gone: set[int] = set()  # peers of whose memory something may still be read
-        self._reading: Counter[int] = Counter()  # fragments by the peer in whose memory they lie
+        self._gone: set[int] = set()  # peers that have ended, while fragments in their memory are still in use
+        self._reading: Counter[int] = Counter()  # number of fragments in use, by the peer in whose memory they lie
         self._layouts: dict[tuple[int, tuple[str, ...]], Layout] = {}
-        self._rows: dict[int, memoryview] = {}  # returns of the peers that may read this process's memory
+        self._rows: dict[int, memoryview] = {}  # the rows of returns of the peers that read this process's memory
         self._board = self._arena.board if self._arena is not None else LoadBoard()
 
     def close(self) -> None:
-        """Let go of all memory."""
+        """Release all memory."""
         self._layouts.clear()
         for row in self._rows.values():
             row.release()
@@ -65,27 +66,33 @@ class Payloads:
 
     @property
     def lent_bytes(self) -> int:
-        """Bytes of this process's memory that peers have not returned yet."""
+        """Bytes of this process's shared memory that are in use."""
         return self._arena.used_bytes if self._arena is not None else 0
 
     @property
     def board(self) -> LoadBoard:
-        """This process's own."""
+        """This process's load board."""
         return self._board
 
     def boards(self) -> dict[int, LoadBoard]:
-        """Those of the peers whose memory is mapped, by number."""
+        """The load boards of the peers whose memory is mapped, by their numbers."""
         return {number: peer.board for number, peer in self._peers.items() if number not in self._gone}
 
     def meet(self, me: int, peers: Mapping[int, Peer]) -> tuple[int, ...]:
-        """Learn the own number and all peers there are now, by theirs; returns those whose memory is mapped.
+        """Map the memory of new peers, and take back what was lent to peers that have ended.
 
-        A peer that is there no more reads nothing of this process's memory any more; its own stays as long as
-        fragments in it are held.
+        The memory of a peer that has ended stays mapped as long as fragments in it are in use.
+
+        Args:
+            me: this process's number.
+            peers: all peers there are now, by their numbers.
+
+        Returns:
+            The numbers of the peers whose memory is mapped.
         """
         self._me = me
         for number in [known for known in (*self._peers, *self._rows) if known not in peers]:
-            self._part(number)
+            self._forget(number)
         for number, peer in peers.items():
             if peer.memory is None or self._arena is None or number in self._peers:
                 continue
@@ -97,7 +104,7 @@ class Payloads:
                 _log.info("stage %d.%d shares no memory with this process: %s", peer.stage, peer.replica, error)
         return tuple(number for number in self._peers if number not in self._gone)
 
-    def _part(self, number: int) -> None:
+    def _forget(self, number: int) -> None:
         row = self._rows.pop(number, None)
         if row is not None and self._arena is not None:
             self._arena.forget(row)
@@ -113,18 +120,18 @@ class Payloads:
             self._peers.pop(number).close()
 
     def share(self, readers: Iterable[int]) -> None:
-        """From now on, lend memory to these peers, which are those of before and more."""
+        """Lend memory to these peers, in addition to those of earlier calls."""
         for reader in readers:
             if reader in self._peers and reader not in self._gone and reader not in self._rows:
                 self._rows[reader] = self._peers[reader].returns(self._me)
         self._layouts.clear()
 
     def lends_to(self, reader: int) -> bool:
-        """True when a peer reads this process's memory in place."""
+        """Whether a peer reads this process's memory in place."""
         return reader in self._rows
 
     def pin(self, pin: Pin) -> None:
-        """Pin own and mapped memory for a device, as it is used."""
+        """Pin this process's and mapped memory for a device, as it is used."""
         self._pin = pin
         if self._arena is not None:
             self._arena.pin(pin)
@@ -132,69 +139,73 @@ class Payloads:
             peer.pin(pin)
 
     def step(self, peer: int, request: int, attempt: int) -> Step:
-        """How far a peer is, or was when it died, with an attempt at a request, as far as its memory tells."""
+        """How far a peer is with an attempt at a request, or was when it died; UNKNOWN when it is not mapped."""
         return self._peers[peer].step(request, attempt) if peer in self._peers else Step.UNKNOWN
 
     def record(self, request: int, attempt: int, step: Step) -> None:
-        """Let peers see how far this process is with an attempt at a request."""
+        """Publish how far this process is with an attempt at a request."""
         if self._arena is not None:
             self._arena.record(request, attempt, step)
 
     # Outgoing
 
-    def reserve(self, shapes: OutputShapes, leaving: tuple[str, ...]) -> Outgoing:
-        """Arrays for tensors: those ``leaving`` for peers, where large, in shared memory, as far as it goes.
+    def reserve(self, shapes: OutputShapes, shared: tuple[str, ...]) -> Outgoing:
+        """Make the arrays for a stage's outputs.
 
-        Small ones lie where those of the last call lay, since they are copied as they are sent. ``shapes`` must not
-        change any more.
+        Large tensors that are read in place lie in shared memory while there is room. Small ones reuse the arrays of
+        the last call, because sending copies them.
+
+        Args:
+            shapes: types and shapes of all outputs; must not change afterwards.
+            shared: the names of those that peers may read in place.
         """
-        going = Outgoing()
-        layout = self._layout(shapes, leaving)
-        self._place(going, layout)
+        outgoing = Outgoing()
+        layout = self._layout(shapes, shared)
+        self._place(outgoing, layout)
         for name, (dtype, shape) in shapes.items():
-            if name in going.arrays:
+            if name in outgoing.arrays:
                 continue
             array = layout.small.get(name)
             if array is None:
                 array = np.empty(shape, numpy_dtype(dtype))
                 if array.nbytes <= codec.INLINE_BYTES:
                     layout.small[name] = array
-            going.arrays[name] = array
-        going.size_bytes = layout.size_bytes
-        return going
+            outgoing.arrays[name] = array
+        outgoing.size_bytes = layout.size_bytes
+        return outgoing
 
-    def place(self, going: Outgoing, shapes: OutputShapes, leaving: Collection[str]) -> None:
-        """Add arrays in shared memory, for those tensors where it is worth it and there is room."""
+    def place(self, outgoing: Outgoing, shapes: OutputShapes, shared: Collection[str]) -> None:
+        """Add arrays in shared memory for the large tensors among ``shared``, if there is room."""
         if self._rows:
-            self._place(going, self._make_layout(shapes, leaving))
+            self._place(outgoing, self._make_layout(shapes, shared))
 
-    def _place(self, going: Outgoing, layout: Layout) -> None:
+    def _place(self, outgoing: Outgoing, layout: Layout) -> None:
         if not layout.large:
             return
         assert self._arena is not None
         block = self._arena.reserve(layout.size)
         if block is None:
             return
-        going.blocks.append(block)
-        going.shared_bytes += layout.shared_bytes
+        outgoing.blocks.append(block)
+        outgoing.shared_bytes += layout.shared_bytes
         for name, at in layout.large.items():
-            going.arrays[name] = self._arena.array(block, at, *layout.shapes[name])
-            going.places[name] = block.place(at)
+            outgoing.arrays[name] = self._arena.array(block, at, *layout.shapes[name])
+            outgoing.places[name] = block.place(at)
 
-    def _layout(self, shapes: OutputShapes, leaving: tuple[str, ...]) -> Layout:
-        key = (id(shapes), leaving)  # the layout holds the shapes, so the number stays theirs
+    def _layout(self, shapes: OutputShapes, shared: tuple[str, ...]) -> Layout:
+        key = (id(shapes), shared)  # the layout holds a reference to the shapes, so their id is not reused
         layout = self._layouts.get(key)
         if layout is None:
             if len(self._layouts) >= _LAYOUTS:
                 self._layouts.clear()
-            layout = self._layouts[key] = self._make_layout(shapes, leaving)
+            layout = self._layouts[key] = self._make_layout(shapes, shared)
         return layout
 
-    def _make_layout(self, shapes: OutputShapes, leaving: Collection[str]) -> Layout:
+    def _make_layout(self, shapes: OutputShapes, shared: Collection[str]) -> Layout:
         sizes = {name: size_bytes(*spec) for name, spec in shapes.items() if spec[0] != "string"}
         large, at = {}, 0
         for name, size in sizes.items():
-            if self._rows and size > codec.INLINE_BYTES and name in leaving:
+            if self._rows and size > codec.INLINE_BYTES and name in shared:
                 large[name] = at
                 at += aligned(size)
         return Layout(
@@ -205,58 +216,66 @@ class Payloads:
             shared_bytes=sum(sizes[name] for name in large),
         )
 
-    def complete(self, going: Outgoing, tensors: Mapping[str, Array], leaving: Collection[str]) -> None:
-        """See that ``going`` holds all of ``tensors``: what is not there yet is copied to where readers find it."""
-        if tensors is going.arrays:
+    def complete(self, outgoing: Outgoing, tensors: Mapping[str, Array], shared: Collection[str]) -> None:
+        """Add the tensors that are missing in ``outgoing``; if there is room, they are copied to shared memory."""
+        if tensors is outgoing.arrays:
             return
-        rest = {name: tensor for name, tensor in tensors.items() if going.arrays.get(name) is not tensor}
+        rest = {name: tensor for name, tensor in tensors.items() if outgoing.arrays.get(name) is not tensor}
         for name in rest:
-            going.places.pop(name, None)
-        self.place(going, shapes_of(rest), leaving)
+            outgoing.places.pop(name, None)
+        self.place(outgoing, shapes_of(rest), shared)
         for name, tensor in rest.items():
-            if name in going.places:
-                going.arrays[name][...] = tensor
+            if name in outgoing.places:
+                outgoing.arrays[name][...] = tensor
             else:
-                going.arrays[name] = tensor
-        going.count()
+                outgoing.arrays[name] = tensor
+        outgoing.count()
 
-    def lend(self, going: Outgoing, readers: Readers) -> None:
-        """The tensors are for these peers alone: what lies in shared memory is free again when they have read it."""
+    def lend(self, outgoing: Outgoing, readers: Readers) -> None:
+        """Lend the shared memory to these peers. It is free when they have read it, and no longer held here."""
         rows = [
             row
             for reader, names in readers.items()
-            if (row := self._rows.get(reader)) is not None and not going.places.keys().isdisjoint(names)
+            if (row := self._rows.get(reader)) is not None and not outgoing.places.keys().isdisjoint(names)
         ]
-        for block in going.blocks:
+        for block in outgoing.blocks:
             block.lend(rows)
 
-    def lend_too(self, going: Outgoing, reader: int) -> None:
-        """One more peer reads them; this process still holds them."""
+    def lend_too(self, outgoing: Outgoing, reader: int) -> None:
+        """Lend the shared memory to one more peer; this process still holds it."""
         row = self._rows.get(reader)
         if row is not None:
-            for block in going.blocks:
+            for block in outgoing.blocks:
                 block.readers.append(row)
 
-    def release(self, going: Outgoing) -> None:
-        """This process holds the tensors no more; those they were lent to may."""
-        for block in going.blocks:
+    def release(self, outgoing: Outgoing) -> None:
+        """Stop holding the shared memory; it is free when the peers it was lent to have read it."""
+        for block in outgoing.blocks:
             block.held = False
 
-    def drop(self, going: Outgoing) -> None:
-        """Take the tensors back: they go nowhere."""
-        for block in going.blocks:
+    def drop(self, outgoing: Outgoing) -> None:
+        """Free the shared memory, because the tensors are not sent."""
+        for block in outgoing.blocks:
             block.lend(())
 
     def send(
-        self, link: Outlet, reader: int, going: Outgoing, names: Iterable[str], attempt: Attempt, source: int
+        self, link: Outlet, reader: int, outgoing: Outgoing, names: Iterable[str], attempt: Attempt, source: int
     ) -> None:
-        """Send some of the tensors to one of the peers they are for.
+        """Send some of the tensors to one peer, as a fragment.
+
+        Args:
+            link: the link to the peer.
+            reader: the peer's number.
+            outgoing: the tensors.
+            names: the names of those to send.
+            attempt: the attempt they belong to.
+            source: the sending stage, or :data:`~onnxsplit.plan.CALLER`.
 
         Raises:
             StageFailed: they are too large to be sent.
         """
-        places = going.places if reader in self._rows else {}
-        sent = {n: going.arrays[n] for n in names}
+        places = outgoing.places if reader in self._rows else {}
+        sent = {n: outgoing.arrays[n] for n in names}
         heads, frames = codec.encode_tensors(sent, places)
         fragment = Fragment(
             attempt.request,
@@ -273,29 +292,31 @@ class Payloads:
         )
         header = codec.encode(fragment)
         codec.check_sizes(sent, header, frames)
-        trackers = link.send(header, frames, track=bool(frames and going.blocks))
-        for block in going.blocks:
+        trackers = link.send(header, frames, track=bool(frames and outgoing.blocks))
+        for block in outgoing.blocks:
             block.sending += trackers
 
     # Incoming
 
     def receive(self, fragment: Fragment, frames: Sequence[codec.Buffer]) -> dict[str, Array]:
-        """The tensors of a fragment, where they are. Give them back with :meth:`give_back`.
+        """The tensors of a fragment, as views of the message or of the sender's memory.
 
-        When this raises, the sender has been given its memory back.
+        Call :meth:`give_back` when they are no longer read; it is not needed when this raises.
 
         Raises:
             MemoryWithdrawn: the tensors lie in memory that is not mapped here.
-            ProtocolError: the message does not hold together.
+            ProtocolError: the message is malformed.
         """
-        lies = False
+        in_memory = False
 
         def at(place: TensorPlace, dtype: str, shape: Sequence[int]) -> Array:
-            nonlocal lies
-            lies = True
+            nonlocal in_memory
+            in_memory = True
             peer = self._peers.get(fragment.sender)
             if peer is None:
-                raise MemoryWithdrawn(f"tensors in the memory of process {fragment.sender}, which is not mapped here")
+                raise MemoryWithdrawn(
+                    f"tensors lie in the memory of process {fragment.sender}, which is not mapped here"
+                )
             return peer.array(place, dtype, shape)
 
         try:
@@ -303,12 +324,12 @@ class Payloads:
         except BaseException:
             self.refuse(fragment)
             raise
-        if lies:
+        if in_memory:
             self._reading[fragment.sender] += 1
         return tensors
 
     def hold(self, fragments: Sequence[Fragment]) -> bool:
-        """False when a sender has taken its memory back meanwhile, and what was read there means nothing."""
+        """Whether what was read from these fragments is valid: no sender has taken its memory back meanwhile."""
         for fragment in fragments:
             for head in fragment.tensors:
                 if isinstance(head.payload, TensorPlace):
@@ -318,14 +339,14 @@ class Payloads:
         return True
 
     def give_back(self, fragment: Fragment) -> None:
-        """Let the sender have its memory again, and know that its work is done with. Once for each fragment."""
+        """Return the memory of a received fragment to its sender, and count its work as finished. Call it once."""
         if self.refuse(fragment):
             self._reading[fragment.sender] -= 1
             if self._gone:
                 self._let_go(fragment.sender)
 
     def refuse(self, fragment: Fragment) -> bool:
-        """The same for a fragment that was not received; True where some of its tensors lie in shared memory."""
+        """Do the same for a fragment that was not received; True if some of its tensors lie in shared memory."""
         self._board.finish(fragment.sender, fragment.cost)
         slot = -1
         for head in fragment.tensors:

@@ -1,7 +1,7 @@
-"""Pinned host memory for CUDA: a GPU copies from and to it directly, instead of through a buffer of the driver's.
+"""Pinned host memory for CUDA. A GPU copies from and to it directly, without a buffer of the driver's.
 
-Shared memory is pinned piece by piece as it is used, since all that is pinned is taken from the system. Where the
-CUDA runtime library or the permission to lock memory is missing, nothing is pinned, and copies are slower.
+Shared memory is pinned piece by piece as it is used, because pinning allocates it. Without the CUDA runtime library or
+the permission to lock memory, nothing is pinned, and copies are slower.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _PORTABLE, _READ_ONLY = 1, 8  # cudaHostRegisterPortable, cudaHostRegisterReadOn
 _log = logging.getLogger("runtime.pinned")
 
 Pin = Callable[[int, int, bool], None]
-"""Pins memory, given its address, its bytes, and whether this process may only read it."""
+"""Pins memory, given its address, its size in bytes, and whether this process may only read it."""
 
 
 def cuda_pin() -> Pin | None:
-    """What pins memory for CUDA; None where there is no CUDA runtime."""
+    """A function that pins memory for CUDA; None when there is no CUDA runtime library."""
     for name in _LIBRARIES:
         with suppress(OSError):
             return pin_with(ctypes.CDLL(name))
@@ -29,7 +29,7 @@ def cuda_pin() -> Pin | None:
 
 
 def pin_with(library: ctypes.CDLL) -> Pin:
-    """As :func:`cuda_pin`, with a library that is open."""
+    """As :func:`cuda_pin`, with a CUDA runtime library that is already loaded."""
     library.cudaHostRegister.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
     library.cudaHostRegister.restype = ctypes.c_int
     refused = False
