@@ -3,8 +3,8 @@
     python models/demo.py [PICTURE]
 
 It fetches PP-OCRv4's text recogniser, cuts it in two, starts a process for each stage and sends the picture through
-them. It prints the text, the comparison with the whole model, the stages and the request rates. It leaves the model, the
-plan and the picture as an input in the current folder: demo.onnx, demo.plan and demo.npz.
+them. It prints the text, the comparison with the whole model, the stages and the request rates. It leaves the model,
+the plan and the picture as an input in the current folder: demo.onnx, demo.plan and demo.npz.
 """
 
 from __future__ import annotations
