@@ -16,22 +16,19 @@ def private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="onnxsplit-", dir=short))
 
 
-_DOOR = "status"
-
+STATUS_SOCKET = "status"
+"""Name, in a pipeline's folder, of the socket that answers how the pipeline is."""
 
 _HELD = "held"
 
 
-_PATIENCE_S = 2.0
-
-
 def running() -> list[Path]:
-    """The doors of all pipelines of this user on this host, by their folders."""
-    return _mine(_DOOR)
+    """The status sockets of all pipelines of this user on this host, in the order of their folders."""
+    return _mine(STATUS_SOCKET)
 
 
 def _mine(name: str) -> list[Path]:
-    """Files of a name in private folders of this user. Others make and remove their folders while we look."""
+    """The files of a name in private folders of this user. Other processes make and remove folders meanwhile."""
     found = []
     for place in {tempfile.gettempdir(), "/tmp"}:  # noqa: S108  where private_folder puts them
         with suppress(OSError), os.scandir(place) as entries:
@@ -52,15 +49,14 @@ def hold(home: Path) -> int:
     draft = home / f".{_HELD}"
     descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    draft.rename(home / _HELD)  # not before it is locked: others remove folders whose mark nobody holds
+    draft.rename(home / _HELD)  # only once it is locked: others remove folders whose mark nobody holds
     return descriptor
 
 
 def sweep() -> None:
-    """Remove the folders of pipelines, and of nodes started by hand, whose process was killed; nobody else could.
+    """Remove the folders of pipelines, and of nodes started by hand, whose process was killed and could not do so.
 
-    Only what is marked (:func:`hold`) and held by nobody is removed. A folder that another process removes, or that
-    cannot be removed, is left to others.
+    A folder is removed when it is marked (:func:`hold`) and no process holds the mark. Others stay.
     """
     for held in _mine(_HELD):
         with suppress(OSError), held.open("rb") as stream:

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,9 +25,10 @@ from onnxsplit.tensors import Array, check_inputs, content_bytes
 from runtime.admission import Admission
 from runtime.balance.board import PEERS
 from runtime.balance.policies import cost_of
-from runtime.coordinator.loop import Coordinator, Setup
-from runtime.coordinator.roster import Incident
-from runtime.coordinator.status import NodeStats
+from runtime.coordinator.loop import Coordinator
+from runtime.coordinator.node_record import Incident
+from runtime.coordinator.setup import Setup
+from runtime.coordinator.status import NodeInfo, NodeStats
 from runtime.descriptors import require_descriptors
 from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed, PipelineError
 from runtime.home import private_folder
@@ -47,18 +47,6 @@ START_TIMEOUT_S = 120.0
 _LOOK_S = 0.2
 _NODE_DESCRIPTORS = 8
 _REMEMBERED = 256  # sets of outputs that were asked for
-
-
-@dataclass(frozen=True)
-class NodeInfo:
-    """One node: its stage and replica, its process, where it takes fragments, and its state."""
-
-    stage: int
-    replica: int
-    pid: int | None
-    host: str | None
-    address: str | None
-    state: str
 
 
 class Pipeline:
@@ -399,7 +387,7 @@ class Pipeline:
             a descriptor that is to be watched until :meth:`close` and then closed by the caller, and what to call
             whenever it is readable. Requests are only answered by that.
         """
-        return self._coordinator.requests.take_in_loop()
+        return self._coordinator.take_in_loop()
 
     @property
     def traced(self) -> list[RequestTrace]:
@@ -461,19 +449,8 @@ class Pipeline:
 
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:
-        """One record a node, by stage and replica."""
-        pids = self._coordinator.pids
-        return tuple(
-            NodeInfo(
-                stage=slot[0],
-                replica=slot[1],
-                pid=record.hello.pid if record.hello is not None else pids.get(record.number),
-                host=record.hello.host if record.hello is not None else None,
-                address=record.hello.address if record.hello is not None else None,
-                state=record.phase.value,
-            )
-            for slot, record in list(self._coordinator.machine.roster.nodes.items())
-        )
+        """The nodes as they are now, by stage and replica."""
+        return self._coordinator.nodes()
 
     def stats(self) -> tuple[NodeStats, ...]:
         """Counts and times per stage and replica, since the pipeline was launched."""
@@ -490,12 +467,12 @@ class Pipeline:
     @property
     def incidents(self) -> tuple[Incident, ...]:
         """The nodes that were lost and the links that died, the first one first, at most a hundred."""
-        return tuple(self._coordinator.machine.roster.incidents)
+        return self._coordinator.incidents
 
     @property
     def retries(self) -> int:
         """Attempts that were made again."""
-        return self._coordinator.machine.retries
+        return self._coordinator.retries
 
 
 def _folder(plan: object) -> Path:

@@ -1,30 +1,82 @@
-"""Which stages send to which, and which tensors cross: read from the plan alone."""
+"""Which stages send to which, and which tensors cross: read from the plan alone. Pure."""
 
 from __future__ import annotations
 
 from onnxsplit.plan import CALLER, Plan
+from runtime.wire.messages.data import ANY, NOT_NEEDED
 
 ReplicaKey = tuple[int, int]
 """A stage and a replica of it, both counted from 0."""
 
+_REMEMBERED = 1024
+
 
 def sources(plan: Plan, stage: int) -> frozenset[int]:
-    """Who sends a fragment of every request to a stage: stages, and the caller where it reads an input of the model.
+    """The stages that send a stage a fragment of every request, and the caller where it reads an input of the model.
 
-    A stage that reads nothing is set going by the caller.
+    A stage that reads nothing is started by a fragment from the caller.
     """
     writers = plan.producers()
-    found = {writers.get(name, CALLER) for name in plan.stages[stage].inputs}
-    return frozenset(found or {CALLER})
+    senders = {writers.get(name, CALLER) for name in plan.stages[stage].inputs}
+    return frozenset(senders or {CALLER})
 
 
 def expected_tensors(plan: Plan, stage: int) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Names and types of what each source sends to a stage."""
-    found = {}
+    """The names and the types of the tensors that each source sends to a stage."""
+    expected = {}
     for source in sources(plan, stage):
         if source == CALLER:
             names = tuple(name for name in plan.stages[stage].inputs if name in plan.inputs)
         else:
             names = tuple(n for n in plan.stages[source].outputs if n in plan.stages[stage].inputs)
-        found[source] = names, tuple(plan.tensors[name].dtype for name in names)
-    return found
+        expected[source] = names, tuple(plan.tensors[name].dtype for name in names)
+    return expected
+
+
+class StageGraph:
+    """The stages of a plan as a graph, worked out once.
+
+    Attributes:
+        stages: the indices of the stages, in topological order.
+        senders: for each stage, the stages that send to it, and the caller: :func:`sources`.
+        joins: the stages with several senders. All fragments of an attempt must meet at one replica of such a stage.
+        readers: for each stage, the stages that read from it.
+        targets: for each stage, its readers, and the caller where outputs of the model are made; for the caller, the
+            stages that it sends to.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.stages = tuple(stage.index for stage in plan.stages)
+        self.senders = {stage: sources(plan, stage) for stage in self.stages}
+        self.joins = frozenset(stage for stage, senders in self.senders.items() if len(senders) > 1)
+        self.readers = {
+            s.index: frozenset(o.index for o in plan.stages if set(s.outputs) & set(o.inputs)) for s in plan.stages
+        }
+        self.targets: dict[int, frozenset[int]] = {
+            stage: readers | ({CALLER} if set(plan.stages[stage].outputs) & set(plan.outputs) else set())
+            for stage, readers in self.readers.items()
+        }
+        self.targets[CALLER] = frozenset(stage for stage in self.stages if CALLER in self.senders[stage])
+        self._needed: dict[tuple[str, ...], frozenset[int]] = {}
+        self._routes: dict[frozenset[int], tuple[int, ...]] = {}
+
+    def needed(self, wanted: tuple[str, ...]) -> frozenset[int]:
+        """The stages that must run for some tensors."""
+        stages = self._needed.get(wanted)
+        if stages is None:
+            if len(self._needed) >= _REMEMBERED:
+                self._needed.clear()
+            stages = self._needed[wanted] = self._plan.stages_for(wanted)
+        return stages
+
+    def open_route(self, needed: frozenset[int]) -> tuple[int, ...]:
+        """The route through some stages that leaves every choice of a replica open."""
+        route = self._routes.get(needed)
+        if route is None:
+            route = self._routes[needed] = tuple(ANY if stage in needed else NOT_NEEDED for stage in self.stages)
+        return route
+
+    def outputs(self, stage: int) -> tuple[str, ...]:
+        """The tensors that a stage makes."""
+        return self._plan.stages[stage].outputs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.coordinator import roster
+from runtime.coordinator import node_record
 from runtime.coordinator import state as coordinator_state
 from runtime.node import state as node_state
 from runtime.transition_table import IllegalEventError, Machine, drawing
@@ -20,10 +20,10 @@ TABLES = {
         {coordinator_state.PipelinePhase.CLOSED},
     ),
     "A node, as the coordinator sees it": (
-        "runtime/coordinator/roster.py",
-        roster.TRANSITIONS,
-        roster.Phase.BACKOFF,
-        {roster.Phase.GONE},
+        "runtime/coordinator/node_record.py",
+        node_record.TRANSITIONS,
+        node_record.Phase.BACKOFF,
+        {node_record.Phase.GONE},
     ),
     "A node, as it sees itself": (
         "runtime/node/state.py",

@@ -42,7 +42,7 @@ from runtime.balance.board import LoadBoard
 from runtime.balance.policies import UNIT_COST, ServiceTime
 from runtime.balance.router import Router
 from runtime.coordinator import events as c
-from runtime.coordinator.roster import KillNode, StartNode
+from runtime.coordinator.events import KillNode, StartNode
 from runtime.coordinator.state import CoordinatorState, PipelinePhase
 from runtime.node import events as n
 from runtime.node.state import NodeState

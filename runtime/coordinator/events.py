@@ -1,6 +1,8 @@
-"""What can happen to a coordinator, and what it can decide: the words of :mod:`runtime.coordinator.state`.
+"""The events that a coordinator reacts to and the effects that it decides on: the alphabet of its state machine. Pure.
 
-Events first, then effects.
+Events come first. Effects are of two kinds: those on requests (:data:`RequestEffect`), which any thread of the caller's
+process performs at once, and those on nodes (:data:`ControlEffect`), which the coordinator's own thread performs.
+:mod:`runtime.coordinator.interpreter` has a method for each.
 """
 
 from __future__ import annotations
@@ -10,14 +12,13 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from runtime.coordinator.reach import LinkKey
-from runtime.coordinator.roster import KillNode, StartNode
 from runtime.errors import PipelineError
 from runtime.topology import ReplicaKey
 from runtime.wire.messages.control import Fate, Hello
 from runtime.wire.messages.data import AttemptKey, Failed, Step, Visit
 
 Steps = Mapping[AttemptKey, Mapping[int, Step]]
-"""How far nodes, by number, are known to be with attempts."""
+"""For each attempt, how far each node is with it, by the node's number; nodes not known to have it are left out."""
 
 
 class Joined(Struct, frozen=True):
@@ -29,7 +30,7 @@ class Joined(Struct, frozen=True):
 
 
 class Prepared(Struct, frozen=True):
-    """A node has loaded its stage and its links are as it was told; it has mapped the memory of these peers."""
+    """A node has loaded its stage, and its links are as it was told; it has mapped the memory of these processes."""
 
     identity: bytes
     mapped: tuple[int, ...]
@@ -37,14 +38,14 @@ class Prepared(Struct, frozen=True):
 
 
 class Met(Struct, frozen=True):
-    """The coordinator itself knows the nodes as they are now, and has mapped the memory of these."""
+    """The coordinator itself has learned which nodes there are, and has mapped the memory of these."""
 
     mapped: tuple[int, ...]
     now_ns: int
 
 
 class Declined(Struct, frozen=True):
-    """A node cannot do what it was assigned."""
+    """A node cannot execute the stage it was assigned."""
 
     identity: bytes
     reason: str
@@ -52,17 +53,21 @@ class Declined(Struct, frozen=True):
 
 
 class LeaveWanted(Struct, frozen=True):
-    """A node asks to be relieved of its work."""
+    """A node asks for no more requests, because it is to end."""
 
     identity: bytes
     now_ns: int
 
 
 class Lost(Struct, frozen=True):
-    """The process with this number is gone.
+    """The process of a node is gone, or is taken for dead.
 
-    ``reason`` is its story; ``steps`` how far all nodes are with all attempts in flight; ``fate`` what it is told, in
-    case it lives.
+    Attributes:
+        number: the node's.
+        reason: what happened, in words that follow the node's name.
+        steps: how far all nodes are with all attempts in flight.
+        now_ns: the host's monotonic clock.
+        fate: what the node is told to do, in case it lives.
     """
 
     number: int
@@ -73,20 +78,20 @@ class Lost(Struct, frozen=True):
 
 
 class Reconnected(Struct, frozen=True):
-    """A node is heard again whose control link was broken; what it was told meanwhile did not reach it."""
+    """A node whose control link was broken was heard again. It has missed what it was told meanwhile."""
 
     identity: bytes
 
 
 class LinksSeen(Struct, frozen=True):
-    """These links, and no others, are dead now: numbers of who sends and of who should receive."""
+    """These links are dead now, and no others: the numbers of the sender and of the receiver of each."""
 
     dead: frozenset[LinkKey]
     now_ns: int
 
 
 class Submitted(Struct, frozen=True):
-    """A caller asks for tensors. ``deadline_ns`` is None for none."""
+    """A caller asks for tensors. ``deadline_ns`` is None where there is no time limit."""
 
     request: int
     wanted: tuple[str, ...]
@@ -96,7 +101,7 @@ class Submitted(Struct, frozen=True):
 
 
 class Returned(Struct, frozen=True):
-    """Tensors of an attempt came back, from a stage with this history."""
+    """Tensors of an attempt came back. ``history`` says which stages they passed."""
 
     request: int
     attempt: int
@@ -111,7 +116,7 @@ class Reported(Struct, frozen=True):
 
 
 class Expired(Struct, frozen=True):
-    """A request's time ran out."""
+    """The time of a request ran out. ``steps`` says how far nodes are with its attempt."""
 
     request: int
     steps: Mapping[int, Step]
@@ -132,20 +137,20 @@ class Unsendable(Struct, frozen=True):
 
 
 class Tick(Struct, frozen=True):
-    """Time passed. ``steps``: as for :class:`Lost`, where an attempt is overdue."""
+    """Time passed. ``steps`` is as for :class:`Lost`, and is given when an attempt is overdue."""
 
     now_ns: int
     steps: Steps = {}
 
 
 class TimedOut(Struct, frozen=True):
-    """The nodes did not all come up in time."""
+    """The nodes did not all become ready in time."""
 
     reason: str
 
 
 class Scaled(Struct, frozen=True):
-    """A stage is to have so many nodes from now on."""
+    """The caller wants this number of replicas of a stage from now on."""
 
     stage: int
     replicas: int
@@ -153,11 +158,11 @@ class Scaled(Struct, frozen=True):
 
 
 class DrainAsked(Struct, frozen=True):
-    """No more requests; the ones in flight are to be answered."""
+    """The caller wants no more requests to be taken; those in flight are answered."""
 
 
 class CloseAsked(Struct, frozen=True):
-    """The pipeline is to end."""
+    """The caller wants the pipeline to end."""
 
 
 CoordinatorEvent = (
@@ -183,49 +188,6 @@ CoordinatorEvent = (
 )
 
 
-class GiveStage(Struct, frozen=True):
-    """Assign a slot to a node."""
-
-    identity: bytes
-    slot: ReplicaKey
-
-
-class Introduce(Struct, frozen=True):
-    """Tell these nodes who all processes are; with ``meet``, learn it, too, and answer with :class:`Met`."""
-
-    identities: tuple[bytes, ...]
-    meet: bool
-
-
-class ShareMemory(Struct, frozen=True):
-    """These peers read a node's memory (the coordinator's own when ``identity`` is None)."""
-
-    identity: bytes | None
-    readers: tuple[int, ...]
-
-
-class SendAway(Struct, frozen=True):
-    """Tell a node to stop, and what is to become of it; ``again``: it was told so before, and keeps asking."""
-
-    identity: bytes
-    reason: str
-    fate: Fate
-    again: bool = False
-
-
-class LinkChanged(Struct, frozen=True):
-    """A link between two processes is dead, or works again; the story names both."""
-
-    story: str
-    is_dead: bool
-
-
-class Announce(Struct, frozen=True):
-    """The pipeline is ready, or will never be."""
-
-    error: PipelineError | None
-
-
 class Enter(Struct, frozen=True):
     """Begin an attempt: send the request's inputs to the stages that read them."""
 
@@ -239,7 +201,7 @@ class Enter(Struct, frozen=True):
 
 
 class Again(Struct, frozen=True):
-    """The attempt under way is over: what came back of it is void. Another follows, maybe later."""
+    """End the attempt under way: drop what came back of it. Another attempt follows, perhaps later."""
 
     request: int
     attempt: int
@@ -247,7 +209,7 @@ class Again(Struct, frozen=True):
 
 
 class Resolve(Struct, frozen=True):
-    """Give the caller its tensors; they passed these stages."""
+    """Give the caller its tensors. ``visits`` are the stages that they passed."""
 
     request: int
     visits: tuple[Visit, ...]
@@ -260,8 +222,67 @@ class Reject(Struct, frozen=True):
     error: PipelineError
 
 
+RequestEffect = Enter | Again | Resolve | Reject
+
+
+class StartNode(Struct, frozen=True):
+    """Start a process for a slot; it will have this number."""
+
+    slot: ReplicaKey
+    number: int
+
+
+class KillNode(Struct, frozen=True):
+    """End the process with this number at once."""
+
+    number: int
+
+
+class GiveStage(Struct, frozen=True):
+    """Assign a slot to a node."""
+
+    identity: bytes
+    slot: ReplicaKey
+
+
+class Introduce(Struct, frozen=True):
+    """Tell these nodes which processes there are. With ``meet``, learn it too, and answer with :class:`Met`."""
+
+    identities: tuple[bytes, ...]
+    meet: bool
+
+
+class ShareMemory(Struct, frozen=True):
+    """Have a node lend its memory to these processes; the coordinator itself where ``identity`` is None."""
+
+    identity: bytes | None
+    readers: tuple[int, ...]
+
+
+class SendAway(Struct, frozen=True):
+    """Tell a node to stop, and what to do then. ``again``: it was told so before, and keeps asking for a place."""
+
+    identity: bytes
+    reason: str
+    fate: Fate
+    again: bool = False
+
+
+class LinkChanged(Struct, frozen=True):
+    """Log that a link between two processes is dead, or works again. The story names both."""
+
+    story: str
+    is_dead: bool
+
+
+class Announce(Struct, frozen=True):
+    """Tell the caller that the pipeline is ready, or why it will never be."""
+
+    error: PipelineError | None
+
+
 class Forget(Struct, frozen=True):
-    """Tell nodes that nobody waits for this attempt, and those before it, any more."""
+    """Tell nodes that nobody waits any more for this attempt, nor for earlier ones at the same request."""
 
     request: int
     attempt: int
@@ -269,22 +290,26 @@ class Forget(Struct, frozen=True):
 
 
 class Drained(Struct, frozen=True):
-    """No request is in flight any more, and none will be."""
+    """Tell the caller that no request is in flight any more, and none will be."""
 
 
-CoordinatorEffect = (
-    StartNode
-    | KillNode
-    | GiveStage
-    | Introduce
-    | ShareMemory
-    | SendAway
-    | LinkChanged
-    | Announce
-    | Enter
-    | Again
-    | Resolve
-    | Reject
-    | Forget
-    | Drained
+ControlEffect = (
+    StartNode | KillNode | GiveStage | Introduce | ShareMemory | SendAway | LinkChanged | Announce | Forget | Drained
 )
+
+Decision = tuple[list[RequestEffect], list[ControlEffect]]
+"""What a coordinator decides on one event: effects on requests, and effects on nodes, each in order."""
+
+
+class Effects:
+    """Collects the effects of the event that is being handled, as they are decided."""
+
+    def __init__(self) -> None:
+        self.on_requests: list[RequestEffect] = []
+        self.on_nodes: list[ControlEffect] = []
+
+    def take(self) -> Decision:
+        """What was decided; the next event begins with nothing."""
+        taken = self.on_requests, self.on_nodes
+        self.on_requests, self.on_nodes = [], []
+        return taken

@@ -21,7 +21,7 @@ from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.coordinator.state import CoordinatorState
+from runtime.coordinator.requests import RequestTable
 from runtime.errors import Busy, NodeFailed, PipelineClosed, StageUnavailable
 from runtime.timings import Timings
 
@@ -259,7 +259,7 @@ def test_nodes_notice_that_their_coordinator_died_and_end(plan, free_port, pytho
 
 
 def test_a_request_that_comes_while_nodes_are_told_what_is_over_is_not_forgotten(chain_plan, monkeypatch):
-    plain = CoordinatorState.oldest.fget
+    plain = RequestTable.oldest.fget
     answers = []
 
     def slowly(machine):
@@ -272,7 +272,7 @@ def test_a_request_that_comes_while_nodes_are_told_what_is_over_is_not_forgotten
     with Pipeline.launch(chain_plan) as pipeline:
         given = {"x": np.ones((1, 32), np.float32)}
         submitting = threading.Thread(target=lambda: answers.append(pipeline.run(given, timeout=60)))
-        monkeypatch.setattr(CoordinatorState, "oldest", property(slowly))
+        monkeypatch.setattr(RequestTable, "oldest", property(slowly))
         assert pipeline._coordinator.requests.oldest == 0, "the request that came meanwhile is not over"
         submitting.join(60)
     assert len(answers) == 1

@@ -184,7 +184,7 @@ def test_a_coordinator_that_fails_says_so_and_leaves_nobody_waiting(chain_plan, 
         def fails(_):
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr(pipeline._coordinator.machine, "handle", fails)
+        monkeypatch.setattr(pipeline._coordinator._machine, "handle", fails)
         with pytest.raises(PipelineClosed, match=r"the coordinator failed: ZeroDivisionError"):
             future.result(60)
         assert "ZeroDivisionError" in pipeline.trouble

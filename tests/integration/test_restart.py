@@ -41,7 +41,7 @@ def break_coordinator(pipeline: Pipeline) -> None:
     def fails(_):
         raise ZeroDivisionError("a bug")
 
-    pipeline._coordinator.machine.handle = fails
+    pipeline._coordinator._machine.handle = fails
 
 
 def test_a_model_whose_coordinator_failed_is_started_again(chain_plan, monkeypatch):

@@ -33,12 +33,13 @@ from runtime.coordinator.events import (
     Scaled,
     SendAway,
     ShareMemory,
+    StartNode,
     Submitted,
     Tick,
     TimedOut,
     Unsendable,
 )
-from runtime.coordinator.roster import Phase, StartNode
+from runtime.coordinator.node_record import Phase
 from runtime.coordinator.state import CoordinatorState, PipelinePhase
 from runtime.errors import (
     Cancelled,
@@ -67,50 +68,56 @@ def plan(diamond_plan):
     return load_plan(diamond_plan)
 
 
+def do(machine, event):
+    """Hand the machine an event; returns all its effects, those on requests first."""
+    on_requests, on_nodes = machine.handle(event)
+    return [*on_requests, *on_nodes]
+
+
 def new(plan, replicas=(1, 1, 1, 1), attempts=3) -> CoordinatorState:
     """A machine whose processes were started, numbered from 1 by stage and replica."""
     machine = CoordinatorState(
         plan, replicas, choose=lambda stage, _: machine.roster.numbers(stage)[0], timings=TIMINGS, attempts=attempts
     )
-    machine.handle(Tick(0))
+    do(machine, Tick(0))
     return machine
 
 
 def ready(plan, replicas=(1, 1, 1, 1), attempts=3) -> CoordinatorState:
     machine = new(plan, replicas, attempts)
     for number in range(1, sum(replicas) + 1):
-        machine.handle(hello(f"n{number}"))
+        do(machine, hello(f"n{number}"))
     for number in range(1, sum(replicas) + 1):
-        machine.handle(Prepared(f"n{number}".encode(), (), 0))
+        do(machine, Prepared(f"n{number}".encode(), (), 0))
     assert machine.state is PipelinePhase.READY
     return machine
 
 
 def submit(machine, request, wanted=("y",), deadline_ns=None, now_ns=0):
-    return machine.handle(Submitted(request, wanted, 1000, deadline_ns, now_ns))
+    return do(machine, Submitted(request, wanted, 1000, deadline_ns, now_ns))
 
 
 def returned(machine, request, names=("y",), history=(), attempt=1):
-    return machine.handle(Returned(request, attempt, names, history))
+    return do(machine, Returned(request, attempt, names, history))
 
 
 def met(machine, effects, now_ns=SECOND):
     """What a coordinator does, with what follows when it has learned what it was to learn."""
     if any(isinstance(effect, Introduce) and effect.meet for effect in effects):
-        effects = [*effects, *machine.handle(Met((), now_ns))]
+        effects = [*effects, *do(machine, Met((), now_ns))]
     return effects
 
 
 def lose(machine, number, steps=None, reason="was killed", now_ns=SECOND):
-    return met(machine, machine.handle(Lost(number, reason, steps or {}, now_ns)), now_ns)
+    return met(machine, do(machine, Lost(number, reason, steps or {}, now_ns)), now_ns)
 
 
 def come_back(machine, effects, now_ns=2 * SECOND):
     """Let the process that was started for a lost one report and load; returns what then happens."""
     (start,) = [effect for effect in effects if isinstance(effect, StartNode)]
     name = f"n{start.number}"
-    machine.handle(hello(name, *start.slot, number=start.number))
-    return met(machine, machine.handle(Prepared(name.encode(), (), now_ns)), now_ns)
+    do(machine, hello(name, *start.slot, number=start.number))
+    return met(machine, do(machine, Prepared(name.encode(), (), now_ns)), now_ns)
 
 
 def of(effects, kind):
@@ -120,38 +127,38 @@ def of(effects, kind):
 def test_processes_are_started_and_numbered(plan):
     machine = CoordinatorState(plan, (1, 2, 1, 1), choose=lambda *_: None)
     slots = [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)]
-    assert machine.handle(Tick(0)) == [StartNode(slot, number + 1) for number, slot in enumerate(slots)]
-    assert machine.handle(Tick(1)) == []
+    assert do(machine, Tick(0)) == [StartNode(slot, number + 1) for number, slot in enumerate(slots)]
+    assert do(machine, Tick(1)) == []
 
 
 def test_nodes_are_introduced_when_all_are_there_and_announced_when_all_are_ready(plan):
     machine = new(plan)
-    assert machine.handle(hello("a", stage=2)) == [GiveStage(b"a", (2, 0))]
-    machine.handle(hello("b"))
-    machine.handle(hello("c"))
-    give, introduce = machine.handle(hello("d"))
+    assert do(machine, hello("a", stage=2)) == [GiveStage(b"a", (2, 0))]
+    do(machine, hello("b"))
+    do(machine, hello("c"))
+    give, introduce = do(machine, hello("d"))
     assert give == GiveStage(b"d", (3, 0))
     assert introduce == Introduce((b"b", b"c", b"a", b"d"), meet=True)
-    assert [machine.handle(Prepared(n, (), 0)) for n in (b"a", b"b", b"c")] == [[], [], []]
-    assert machine.handle(Prepared(b"d", (), 0))[-1] == Announce(None)
+    assert [do(machine, Prepared(n, (), 0)) for n in (b"a", b"b", b"c")] == [[], [], []]
+    assert do(machine, Prepared(b"d", (), 0))[-1] == Announce(None)
 
 
 def test_memory_is_lent_only_where_both_sides_have_mapped_each_other(plan):
     machine = new(plan)
     for name in "abcd":
-        machine.handle(hello(name))
-    machine.handle(Met((1, 4), 0))
+        do(machine, hello(name))
+    do(machine, Met((1, 4), 0))
     mapped = {"a": (0, 2, 3), "b": (1, 4), "c": (4,), "d": (2, 3)}
     for name, numbers in mapped.items():
-        effects = machine.handle(Prepared(name.encode(), numbers, 0))
+        effects = do(machine, Prepared(name.encode(), numbers, 0))
     shared = {effect.identity: effect.readers for effect in of(effects, ShareMemory)}
     assert shared == {None: (1,), b"a": (0, 2), b"b": (1, 4), b"c": (4,), b"d": (2, 3)}
-    again = machine.handle(Prepared(b"c", (1, 4), 0))
+    again = do(machine, Prepared(b"c", (1, 4), 0))
     assert again == [ShareMemory(b"a", (0, 2, 3)), ShareMemory(b"c", (1, 4))], "those for whom something changed"
 
 
 def test_one_node_too_many_is_sent_away_by_name(plan):
-    (effect,) = ready(plan).handle(hello("late", stage=1))
+    (effect,) = do(ready(plan), hello("late", stage=1))
     assert isinstance(effect, SendAway)
     assert "stage 1" in effect.reason
     assert (effect.fate, effect.again) == ("rejoin", False)
@@ -161,14 +168,14 @@ def test_a_process_that_was_replaced_before_it_reported_does_not_take_the_place_
     machine = ready(plan)
     (old,) = of(lose(machine, 1), StartNode)
     lose(machine, old.number)
-    (start,) = machine.handle(Tick(3 * SECOND))
-    assert isinstance(machine.handle(hello("old", 0, 0, number=old.number))[0], SendAway)
-    assert machine.handle(hello("new", 0, 0, number=start.number))[0] == GiveStage(b"new", (0, 0))
+    (start,) = do(machine, Tick(3 * SECOND))
+    assert isinstance(do(machine, hello("old", 0, 0, number=old.number))[0], SendAway)
+    assert do(machine, hello("new", 0, 0, number=start.number))[0] == GiveStage(b"new", (0, 0))
 
 
 def test_a_node_of_another_version_is_sent_away(plan):
     old = Joined(b"old", Hello(PROTOCOL + 1, 0, 1, "h", "a", -1, -1, "", None, ""), 0)
-    (effect,) = new(plan).handle(old)
+    (effect,) = do(new(plan), old)
     assert isinstance(effect, SendAway)
     assert "same version" in effect.reason
     assert effect.fate == "refused"
@@ -200,7 +207,7 @@ def test_a_failed_stage_fails_its_request_alone(plan):
     machine = ready(plan)
     submit(machine, 1)
     submit(machine, 2)
-    reject, forget = machine.handle(Reported(Failed(1, 1, 1, 0, "bad shape")))
+    reject, forget = do(machine, Reported(Failed(1, 1, 1, 0, "bad shape")))
     assert isinstance(reject.error, StageFailed)
     assert "stage 1" in str(reject.error)
     assert "bad shape" in str(reject.error)
@@ -211,10 +218,10 @@ def test_a_failed_stage_fails_its_request_alone(plan):
 def test_a_deadline_names_the_stages_that_had_not_finished(plan):
     machine = ready(plan)
     submit(machine, 1, deadline_ns=1000)
-    assert machine.next_deadline_ns() == 1000
-    assert machine.expired(999) == ()
-    assert machine.expired(1000) == ((1, 1),)
-    reject, _ = machine.handle(Expired(1, {1: Step.DONE, 2: Step.RUNNING}))
+    assert machine.requests.deadlines.next_ns() == 1000
+    assert machine.requests.expired(999) == ()
+    assert machine.requests.expired(1000) == ((1, 1),)
+    reject, _ = do(machine, Expired(1, {1: Step.DONE, 2: Step.RUNNING}))
     assert isinstance(reject.error, DeadlineExceeded)
     assert "stage 1 (node 1.0, pid 1 on host) was running it" in str(reject.error)
     assert "stage 2 (node 2.0, pid 1 on host) had not begun it" in str(reject.error)
@@ -226,15 +233,15 @@ def test_deadlines_of_answered_requests_do_not_pile_up(plan):
     for number in range(5000):
         submit(machine, number, deadline_ns=10**15)
         returned(machine, number)
-    assert len(machine._deadlines) < 2000
+    assert len(machine.requests.deadlines) < 2000
 
 
 def test_what_is_overdue_says_for_which_node_it_waited(plan):
     machine = ready(plan, attempts=1)
     submit(machine, 1)
     late = int(1e12)
-    assert machine.overdue(late) == ((1, 1),)
-    reject, *_ = machine.handle(Tick(late, {(1, 1): {1: Step.DONE, 2: Step.RUNNING}}))
+    assert machine.requests.overdue(late) == ((1, 1),)
+    reject, *_ = do(machine, Tick(late, {(1, 1): {1: Step.DONE, 2: Step.RUNNING}}))
     assert "nothing was heard of it for 1000 s" in str(reject.error)
     assert "stage 1 (node 1.0, pid 1 on host) was running it" in str(reject.error)
 
@@ -243,10 +250,10 @@ def test_a_request_that_cannot_be_sent_ends_alone(plan):
     machine = ready(plan)
     submit(machine, 1)
     submit(machine, 2)
-    assert machine.handle(Unsendable(1, StageFailed("too large"), attempt=7)) == [], "an attempt that is over"
-    reject, *_ = machine.handle(Unsendable(1, StageFailed("too large")))
+    assert do(machine, Unsendable(1, StageFailed("too large"), attempt=7)) == [], "an attempt that is over"
+    reject, *_ = do(machine, Unsendable(1, StageFailed("too large")))
     assert str(reject.error) == "too large"
-    assert machine.unanswered == 1
+    assert len(machine.requests) == 1
 
 
 def test_a_deadline_of_an_answered_request_is_forgotten(plan):
@@ -254,17 +261,17 @@ def test_a_deadline_of_an_answered_request_is_forgotten(plan):
     submit(machine, 1, deadline_ns=1000)
     submit(machine, 2, deadline_ns=2000)
     returned(machine, 1)
-    assert machine.next_deadline_ns() == 2000
-    assert machine.expired(1500) == ()
+    assert machine.requests.deadlines.next_ns() == 2000
+    assert machine.requests.expired(1500) == ()
 
 
 def test_a_request_that_is_given_up_is_forgotten_everywhere(plan):
     machine = ready(plan)
     submit(machine, 1)
-    reject, forget = machine.handle(GivenUp(1))
+    reject, forget = do(machine, GivenUp(1))
     assert isinstance(reject.error, Cancelled)
     assert forget == Forget(1, 1, (b"n1", b"n2", b"n3", b"n4"))
-    assert machine.handle(GivenUp(1)) == []
+    assert do(machine, GivenUp(1)) == []
 
 
 # Losses
@@ -279,7 +286,7 @@ def test_what_a_lost_node_may_have_had_begins_again_when_another_is_there(plan):
     assert of(effects, Forget) == [Forget(1, 1, (b"n1", b"n2", b"n4"))]
     assert of(effects, Again)[0].attempt == 1
     assert of(effects, Enter) == []
-    assert machine.waiting == 1
+    assert machine.requests.waiting == 1
     assert returned(machine, 1) == [], "the first attempt is over"
     (enter,) = of(come_back(machine, effects), Enter)
     assert (enter.attempt, enter.view) == (2, machine.roster.view)
@@ -362,8 +369,8 @@ def test_restarts_in_a_row_come_later_and_later_until_the_circuit_opens(plan):
     starts = of(lose(machine, 1, now_ns=0), StartNode)
     assert len(starts) == 1, "the first at once"
     assert of(lose(machine, starts[0].number, now_ns=0), StartNode) == []
-    assert machine.handle(Tick(SECOND - 1)) == []
-    (start,) = machine.handle(Tick(SECOND))
+    assert do(machine, Tick(SECOND - 1)) == []
+    (start,) = do(machine, Tick(SECOND))
     submit(machine, 1)
     (reject,) = of(lose(machine, start.number, reason="ended with exit code 1", now_ns=SECOND), Reject)
     assert isinstance(reject.error, StageUnavailable)
@@ -371,8 +378,8 @@ def test_restarts_in_a_row_come_later_and_later_until_the_circuit_opens(plan):
     assert "3 times in a row" in str(reject.error)
     assert "exit code 1" in str(reject.error)
     assert isinstance(submit(machine, 2)[0].error, StageUnavailable)
-    assert machine.handle(Tick(30 * SECOND)) == []
-    half_open = machine.handle(Tick(31 * SECOND))
+    assert do(machine, Tick(30 * SECOND)) == []
+    half_open = do(machine, Tick(31 * SECOND))
     assert submit(machine, 3) == [], "it waits for the trial"
     (enter,) = of(come_back(machine, half_open, now_ns=32 * SECOND), Enter)
     assert enter.request == 3
@@ -404,19 +411,19 @@ def test_numbers_come_back_late(plan):
 def test_an_attempt_of_which_nothing_is_heard_is_made_again_more_and_more_patiently(plan):
     machine = ready(plan)
     submit(machine, 1)
-    assert machine.handle(Tick(10 * SECOND)) == []
-    effects = machine.handle(Tick(10 * SECOND + 1))
-    assert [type(effect) for effect in effects] == [Again, Forget, Enter]
-    assert machine.handle(Tick(25 * SECOND)) == []
-    assert of(machine.handle(Tick(31 * SECOND)), Enter)[0].attempt == 3
+    assert do(machine, Tick(10 * SECOND)) == []
+    effects = do(machine, Tick(10 * SECOND + 1))
+    assert [type(effect) for effect in effects] == [Again, Enter, Forget]
+    assert do(machine, Tick(25 * SECOND)) == []
+    assert of(do(machine, Tick(31 * SECOND)), Enter)[0].attempt == 3
 
 
 def test_a_lost_node_that_comes_back_is_sent_away_and_not_heard(plan):
     machine = ready(plan)
     effects = lose(machine, 2, reason="has been silent")
     assert SendAway(b"n2", "the pipeline took it for dead: it has been silent", "rejoin") in effects
-    assert machine.handle(Prepared(b"n2", (), 0)) == []
-    assert machine.handle(LeaveWanted(b"n2", 0)) == []
+    assert do(machine, Prepared(b"n2", (), 0)) == []
+    assert do(machine, LeaveWanted(b"n2", 0)) == []
 
 
 def test_a_node_lost_before_all_are_ready_fails_the_launch(plan):
@@ -428,10 +435,10 @@ def test_a_node_lost_before_all_are_ready_fails_the_launch(plan):
 
 def test_a_refusal_and_a_late_start_fail_the_launch(plan):
     machine = new(plan)
-    machine.handle(hello("a", stage=0))
-    (announce,) = machine.handle(Declined(b"a", "no CUDA here", 0))
+    do(machine, hello("a", stage=0))
+    (announce,) = do(machine, Declined(b"a", "no CUDA here", 0))
     assert "no CUDA here" in str(announce.error)
-    (announce,) = new(plan).handle(TimedOut("not ready"))
+    (announce,) = do(new(plan), TimedOut("not ready"))
     assert isinstance(announce.error, LaunchFailed)
 
 
@@ -441,10 +448,10 @@ def test_a_refusal_and_a_late_start_fail_the_launch(plan):
 def test_a_node_is_added_while_requests_go_on(plan):
     machine = ready(plan)
     submit(machine, 1)
-    (start,) = machine.handle(Scaled(1, 2, 0))
+    (start,) = do(machine, Scaled(1, 2, 0))
     assert start.slot == (1, 1)
-    assert machine.handle(hello("new", 1, 1))[1] == Introduce((b"new",), meet=False)
-    effects = machine.handle(Prepared(b"new", (), 0))
+    assert do(machine, hello("new", 1, 1))[1] == Introduce((b"new",), meet=False)
+    effects = do(machine, Prepared(b"new", (), 0))
     assert of(effects, Introduce) == [Introduce((b"n1", b"n2", b"new", b"n3", b"n4"), meet=True)]
     assert returned(machine, 1) == [Resolve(1, ())]
 
@@ -452,7 +459,7 @@ def test_a_node_is_added_while_requests_go_on(plan):
 def test_a_node_that_is_not_needed_goes_when_nothing_can_reach_it(plan):
     machine = ready(plan, (1, 2, 1, 1))
     submit(machine, 1)
-    effects = machine.handle(Scaled(1, 1, 0))
+    effects = do(machine, Scaled(1, 1, 0))
     assert len(of(effects, Introduce)[0].identities) == 5
     assert of(effects, SendAway) == []
     submit(machine, 2)
@@ -466,7 +473,7 @@ def test_a_node_that_is_not_needed_goes_when_nothing_can_reach_it(plan):
 def test_a_node_that_leaves_is_replaced_and_its_work_is_not_lost(plan):
     machine = ready(plan)
     submit(machine, 1)
-    effects = machine.handle(LeaveWanted(b"n2", SECOND))
+    effects = do(machine, LeaveWanted(b"n2", SECOND))
     assert of(effects, StartNode) == [StartNode((1, 0), 5)]
     assert of(effects, SendAway) == []
     assert submit(machine, 2) == [], "it waits for the new one"
@@ -478,7 +485,7 @@ def test_a_node_that_leaves_is_replaced_and_its_work_is_not_lost(plan):
 def test_a_node_that_dies_while_it_leaves_loses_nothing(plan):
     machine = ready(plan, (1, 2, 1, 1))
     submit(machine, 1)
-    machine.handle(Scaled(1, 1, 0))
+    do(machine, Scaled(1, 1, 0))
     (enter,) = of(lose(machine, 3), Enter)
     assert enter.attempt == 2
 
@@ -489,32 +496,32 @@ def test_a_node_that_dies_while_it_leaves_loses_nothing(plan):
 def test_draining_answers_what_is_in_flight_and_refuses_the_rest(plan):
     machine = ready(plan)
     submit(machine, 1)
-    assert machine.handle(DrainAsked()) == []
+    assert do(machine, DrainAsked()) == []
     (reject,) = submit(machine, 2)
     assert isinstance(reject.error, PipelineClosed)
     assert returned(machine, 1) == [Resolve(1, ()), Drained()]
-    assert machine.handle(DrainAsked()) == [Drained()]
+    assert do(machine, DrainAsked()) == [Drained()]
 
 
 def test_losses_while_draining_are_made_good(plan):
     machine = ready(plan, (2, 1, 1, 1))
     submit(machine, 1)
-    machine.handle(DrainAsked())
+    do(machine, DrainAsked())
     assert of(lose(machine, 1), Enter)[0].attempt == 2
 
 
 def test_closing_fails_what_is_in_flight_and_sends_all_nodes_away(plan):
     machine = ready(plan)
     submit(machine, 1)
-    reject, _, *away = machine.handle(CloseAsked())
+    reject, _, *away = do(machine, CloseAsked())
     assert isinstance(reject.error, PipelineClosed)
     assert len(away) == 4
-    assert machine.handle(CloseAsked()) == []
+    assert do(machine, CloseAsked()) == []
     assert machine.roster.nodes[0, 0].phase is Phase.READY
 
 
 def links(machine, *dead, now_ns=SECOND):
-    return met(machine, machine.handle(LinksSeen(frozenset(dead), now_ns)), now_ns)
+    return met(machine, do(machine, LinksSeen(frozenset(dead), now_ns)), now_ns)
 
 
 def test_a_link_that_dies_is_told_once_with_both_its_ends_and_again_when_it_is_back(plan):
@@ -523,23 +530,23 @@ def test_a_link_that_dies_is_told_once_with_both_its_ends_and_again_when_it_is_b
     assert of(links(machine, (1, 2)), LinkChanged) == [LinkChanged(story, is_dead=True)]
     assert of(links(machine, (1, 2)), LinkChanged) == []
     assert machine.roster.incidents[-1].story == story
-    assert machine.unreachable == story
+    assert machine.links.unreachable == story
     assert of(links(machine), LinkChanged) == [LinkChanged("node 0.0 reaches node 1.0 again", is_dead=False)]
-    assert machine.unreachable is None
+    assert machine.links.unreachable is None
 
 
 def test_a_dead_link_beside_which_there_is_another_way_keeps_nobody_from_serving(plan):
     machine = ready(plan, (1, 2, 1, 1))  # 0.0 is 1; 1.0 and 1.1 are 2 and 3; 2.0 is 4; 3.0 is 5
     links(machine, (1, 2))
-    assert (machine.unreachable, machine.roster.dead_ends) == (None, frozenset())
+    assert (machine.links.unreachable, machine.roster.dead_ends) == (None, frozenset())
     effects = links(machine, (2, 5))
     assert machine.roster.dead_ends == {2}, "what goes to 1.0 cannot go on"
     (introduce,) = of(effects, Introduce)
     assert [peer.takes for peer in machine.roster.peers(None, everyone=False)] == [True, False, True, True, True]
     assert introduce.meet
     links(machine, (2, 5), (3, 5))
-    assert "node 1.1 cannot reach node 3.0" in machine.unreachable
-    assert machine.avoided(3) == {5}
+    assert "node 1.1 cannot reach node 3.0" in machine.links.unreachable
+    assert machine.links.avoided(3) == {5}
     links(machine)
     assert machine.roster.dead_ends == frozenset()
 
@@ -559,18 +566,18 @@ def test_a_request_whose_time_runs_out_names_the_dead_link_on_its_way(plan):
     machine = ready(plan)
     submit(machine, 1, deadline_ns=SECOND)
     links(machine, (1, 2))
-    (reject, *_) = of(machine.handle(Expired(1, {})), Reject)
+    (reject, *_) = of(do(machine, Expired(1, {})), Reject)
     assert "node 0.0 cannot reach node 1.0 at at n2" in str(reject.error)
     submit(machine, 2, ("right",), deadline_ns=SECOND)
-    (reject, *_) = of(machine.handle(Expired(2, {})), Reject)
+    (reject, *_) = of(do(machine, Expired(2, {})), Reject)
     assert "cannot reach" not in str(reject.error)
 
 
 def test_a_node_that_cannot_send_its_results_is_named_with_the_address_it_sends_them_to(plan):
     machine = ready(plan)
-    machine.data_address = "tcp://10.0.0.1:7"
+    machine.links.data_address = "tcp://10.0.0.1:7"
     links(machine, (4, 0))
-    assert machine.unreachable == "node 3.0 cannot reach the coordinator at tcp://10.0.0.1:7"
+    assert machine.links.unreachable == "node 3.0 cannot reach the coordinator at tcp://10.0.0.1:7"
 
 
 def test_the_links_of_a_node_that_is_lost_are_forgotten(plan):
@@ -578,14 +585,14 @@ def test_the_links_of_a_node_that_is_lost_are_forgotten(plan):
     links(machine, (1, 2))
     lose(machine, 2)
     assert of(links(machine), LinkChanged) == []
-    assert machine.dead_links == {}
+    assert machine.links.stories == {}
 
 
 def test_the_links_of_a_node_that_has_left_are_not_said_to_be_back(plan):
     machine = ready(plan)
     links(machine, (1, 2))
     submit(machine, 1)
-    machine.handle(LeaveWanted(b"n2", SECOND))
+    do(machine, LeaveWanted(b"n2", SECOND))
     assert machine.roster.linked >= {1, 2}
     returned(machine, 1)
     assert 2 not in machine.roster.linked
@@ -594,18 +601,18 @@ def test_the_links_of_a_node_that_has_left_are_not_said_to_be_back(plan):
 
 def test_a_node_whose_control_link_was_broken_is_told_again_who_there_is(plan):
     machine = new(plan)
-    machine.handle(hello("n1"))
-    assert machine.handle(Reconnected(b"n1")) == [], "it was told nothing yet"
+    do(machine, hello("n1"))
+    assert do(machine, Reconnected(b"n1")) == [], "it was told nothing yet"
     machine = ready(plan)
-    assert machine.handle(Reconnected(b"stranger")) == []
+    assert do(machine, Reconnected(b"stranger")) == []
     machine.roster.nodes[0, 0].introduced = True
-    assert machine.handle(Reconnected(b"n1")) == [Introduce((b"n1",), meet=False), ShareMemory(b"n1", ())]
+    assert do(machine, Reconnected(b"n1")) == [Introduce((b"n1",), meet=False), ShareMemory(b"n1", ())]
 
 
 def test_what_all_unanswered_requests_cost_is_known(plan):
     machine = ready(plan)
     submit(machine, 1)
     submit(machine, 2)
-    assert machine.unanswered_cost == 2000
+    assert machine.requests.cost == 2000
     returned(machine, 1)
-    assert machine.unanswered_cost == 1000
+    assert machine.requests.cost == 1000

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtime.admission import Admission
-from runtime.coordinator.request_io import Answer
+from runtime.coordinator.answers import Answer
 from runtime.errors import Cancelled, NotSeparable, PipelineClosed, StageFailed
 from runtime.request import OutputSelection, Request
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from runtime.coordinator.roster import Phase, Roster
+from runtime.coordinator.node_record import Phase
+from runtime.coordinator.roster import Roster
 from runtime.timings import Timings
 from runtime.wire.messages.control import PROTOCOL, Hello
 
@@ -20,12 +21,12 @@ def waiting(replicas, **options) -> Roster:
 
 
 def join(roster, identity: bytes, said: Hello):
-    return roster.join(identity, said, 0, open_=True)
+    return roster.join(identity, said, 0, is_open=True)
 
 
-def serve(roster, record):
-    roster.prepare(record, (), 0)
-    return record
+def serve(roster, node):
+    roster.prepare(node, (), 0)
+    return node
 
 
 def test_a_node_fills_the_place_that_the_plan_has_on_its_host():
@@ -52,7 +53,7 @@ def test_a_node_that_keeps_asking_is_known_until_it_gets_a_place_or_stays_away()
     first = serve(roster, join(roster, b"1", hello(0)))
     spare = hello(0, host="spare")
     times = (0, 30 * SECOND, 60 * SECOND, 200 * SECOND)
-    refusals = [roster.join(b"%d" % at, spare, at, open_=True) for at in times]
+    refusals = [roster.join(b"%d" % at, spare, at, is_open=True) for at in times]
     assert [(refusal.fate, refusal.again) for refusal in refusals] == [
         ("rejoin", False),
         ("rejoin", True),
@@ -60,8 +61,8 @@ def test_a_node_that_keeps_asking_is_known_until_it_gets_a_place_or_stays_away()
         ("rejoin", False),
     ]
     roster.lose(first, "is gone", 201 * SECOND)
-    assert roster.join(b"5", spare, 201 * SECOND, open_=True).slot == (0, 0)
-    assert not roster.join(b"6", spare, 202 * SECOND, open_=True).again
+    assert roster.join(b"5", spare, 201 * SECOND, is_open=True).slot == (0, 0)
+    assert not roster.join(b"6", spare, 202 * SECOND, is_open=True).again
 
 
 def test_a_node_that_wants_a_stage_the_plan_has_not_is_refused_for_good():
@@ -77,7 +78,7 @@ def test_the_place_of_a_node_that_came_by_itself_goes_with_it():
     roster.lose(second, "is gone", 0)
     assert list(roster.nodes) == [(0, 0)]
     roster.lose(first, "is gone", 0)
-    assert [record.phase for record in roster.nodes.values()] == [Phase.STARTED], "one there is to be: it is waited for"
+    assert [node.phase for node in roster.nodes.values()] == [Phase.STARTED], "one there is to be: it is waited for"
 
 
 def test_a_node_that_leaves_is_replaced_only_as_far_as_there_are_to_be_some():

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from world import SECOND, World
 
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from runtime.coordinator import events as c
-from runtime.coordinator.roster import Phase
+from runtime.coordinator.node_record import Phase
 from runtime.node import events as n
+from runtime.testing.pipeline import SimulatedPipeline
 
 _MADE: list = []
 
@@ -36,112 +36,127 @@ class Faults(RuleBasedStateMachine):
 
     @initialize(replicas=st.tuples(*[st.integers(1, 2)] * 4), seed=st.integers(0, 2**32))
     def begin(self, replicas, seed):
-        self.world = World(diamond(), replicas, random.Random(seed))
-        self.world.settle()
+        self.pipeline = SimulatedPipeline(diamond(), replicas, random.Random(seed))
+        self.pipeline.settle()
         self.given_up = set()
 
     @rule(wanted=st.sampled_from([("y",), ("a", "y"), ("left",)]))
     def submit(self, wanted):
-        self.world.submit(wanted)
+        self.pipeline.submit(wanted)
 
     @rule(data=st.data(), count=st.integers(1, 20))
     def go_on(self, data, count):
         for _ in range(count):
-            keys, busy = self.world.waiting(), self.world.busy()
+            keys, busy = self.pipeline.waiting(), self.pipeline.busy()
             if not keys and not busy:
                 return
             at = data.draw(st.integers(0, len(keys) + len(busy) - 1))
             if at < len(keys):
-                self.world.deliver(keys[at])
+                self.pipeline.deliver(keys[at])
             else:
-                self.world.work(busy[at - len(keys)])
+                self.pipeline.work(busy[at - len(keys)])
 
     def pick(self, data, **wanted):
-        there = [p.number for p in self.world.processes.values() if all(getattr(p, k) == v for k, v in wanted.items())]
+        there = [p.number for p in self.pipeline.nodes.values() if all(getattr(p, k) == v for k, v in wanted.items())]
         return data.draw(st.sampled_from(there)) if there else None
 
     @rule(data=st.data())
     def kill(self, data):
         number = self.pick(data, alive=True)
         if number is not None:
-            self.world.kill(number)
+            self.pipeline.kill(number)
 
-    @precondition(lambda self: self.world.exits)
+    @precondition(lambda self: self.pipeline.exits)
     @rule()
     def notice_an_exit(self):
-        self.world.notice(self.world.exits.pop(0))
+        self.pipeline.notice(self.pipeline.exits[0])
 
     @rule(data=st.data())
     def stop(self, data):
         number = self.pick(data, alive=True, stopped=False)
         if number is not None:
-            self.world.processes[number].stopped = True
+            self.pipeline.stop(number)
 
     @rule(data=st.data())
     def wake(self, data):
         number = self.pick(data, alive=True, stopped=True)
         if number is not None:
-            self.world.processes[number].stopped = False
+            self.pipeline.wake(number)
 
     @rule(data=st.data())
     def take_for_dead(self, data):
         number = self.pick(data, alive=True)
         if number is not None:
-            self.world.notice(number)
+            self.pipeline.notice(number)
 
     @rule(data=st.data())
     def deliver_twice(self, data):
-        keys = [key for key in self.world.waiting() if key[2] == "data"]
+        keys = [key for key in self.pipeline.waiting() if key[2] == "data"]
         if keys:
-            queue = self.world.links[data.draw(st.sampled_from(keys))]
+            queue = self.pipeline.links[data.draw(st.sampled_from(keys))]
             queue.append(queue[0])
 
     @rule(data=st.data())
     def lose_a_message(self, data):
-        keys = [key for key in self.world.waiting() if key[2] == "data"]
+        keys = [key for key in self.pipeline.waiting() if key[2] == "data"]
         if keys:
-            self.world.lose(data.draw(st.sampled_from(keys)))
+            self.pipeline.lose(data.draw(st.sampled_from(keys)))
+
+    @rule(data=st.data())
+    def part(self, data):
+        numbers = [0, *self.pipeline.nodes]
+        if len(numbers) > 1:
+            sender, to = (data.draw(st.sampled_from(numbers)) for _ in range(2))
+            self.pipeline.part(sender, to)
+
+    @precondition(lambda self: self.pipeline.parted)
+    @rule(data=st.data())
+    def mend(self, data):
+        self.pipeline.mend(*data.draw(st.sampled_from(sorted(self.pipeline.parted))))
+
+    @rule()
+    def notice_links(self):
+        self.pipeline.notice_links()
 
     @rule(seconds=st.integers(1, 200))
     def wait(self, seconds):
-        self.world.now += seconds * SECOND
-        self.world.tell(c.Tick(self.world.now))
+        self.pipeline.pass_time(seconds)
 
     @rule(stage=st.integers(0, 3), replicas=st.integers(1, 3))
     def scale(self, stage, replicas):
-        self.world.tell(c.Scaled(stage, replicas, self.world.now))
+        self.pipeline.tell(c.Scaled(stage, replicas, self.pipeline.now_ns))
 
     @rule(data=st.data())
     def leave(self, data):
         number = self.pick(data, alive=True, stopped=False)
         if number is not None:
-            self.world.processes[number].events.append(n.LeaveAsked("SIGTERM"))
+            self.pipeline.nodes[number].events.append(n.LeaveAsked("SIGTERM"))
 
     @rule(data=st.data())
     def give_up(self, data):
-        open_ = [number for number, answers in self.world.answers.items() if not answers]
+        open_ = [number for number, answers in self.pipeline.answers.items() if not answers]
         if open_:
             number = data.draw(st.sampled_from(open_))
-            self.world.tell(c.GivenUp(number))
-            del self.world.answers[number]
-            self.world.answers[number] = []
+            self.pipeline.tell(c.GivenUp(number))
+            del self.pipeline.answers[number]
+            self.pipeline.answers[number] = []
             self.given_up.add(number)
 
     @invariant()
     def all_is_right(self):
-        if hasattr(self, "world"):
+        if hasattr(self, "pipeline"):
             for number in self.given_up:
-                assert not self.world.answers[number]
-            self.world.check()
+                assert not self.pipeline.answers[number]
+            self.pipeline.check()
 
     def teardown(self):
-        if hasattr(self, "world"):
+        if hasattr(self, "pipeline"):
             for number in self.given_up:
-                del self.world.answers[number]
-            self.world.settle()
-            self.world.check()
-            assert not self.world.coordinator.roster.departing
-            phases = {record.phase for record in self.world.coordinator.roster.nodes.values()}
+                del self.pipeline.answers[number]
+            self.pipeline.settle()
+            self.pipeline.check()
+            assert not self.pipeline.coordinator.roster.departing
+            phases = {record.phase for record in self.pipeline.coordinator.roster.nodes.values()}
             assert phases == {Phase.READY}
 
 
@@ -157,23 +172,23 @@ TestMoreFaults = pytest.mark.exhaustive(MoreFaults.TestCase)
 
 @pytest.mark.parametrize("seed", range(3))
 def test_without_harm_nothing_is_made_twice(seed):
-    world = World(diamond(), (2, 2, 2, 2), random.Random(seed))
-    world.settle()
+    pipeline = SimulatedPipeline(diamond(), (2, 2, 2, 2), random.Random(seed))
+    pipeline.settle()
     for _ in range(50):
-        world.submit(("y",))
-    world.settle()
-    world.check()
-    assert world.coordinator.retries == 0
+        pipeline.submit(("y",))
+    pipeline.settle()
+    pipeline.check()
+    assert pipeline.coordinator.requests.retries == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_requests_on_their_way_when_the_last_node_of_a_stage_leaves_are_answered(seed):
-    world = World(diamond(), (1, 1, 1, 1), random.Random(seed))
-    world.settle()
+    pipeline = SimulatedPipeline(diamond(), (1, 1, 1, 1), random.Random(seed))
+    pipeline.settle()
     for _ in range(5):
-        world.submit(("y",))
-    number = next(p.number for p in world.processes.values() if p.slot == (1, 0))
-    world.processes[number].events.append(n.LeaveAsked("SIGTERM"))
-    world.settle()
-    world.check()
-    assert world.coordinator.retries == 0
+        pipeline.submit(("y",))
+    number = next(p.number for p in pipeline.nodes.values() if p.slot == (1, 0))
+    pipeline.nodes[number].events.append(n.LeaveAsked("SIGTERM"))
+    pipeline.settle()
+    pipeline.check()
+    assert pipeline.coordinator.requests.retries == 0

@@ -26,7 +26,7 @@ def places_taken(pipeline: Pipeline) -> tuple[int, int, int]:
 def unanswered(pipeline: Pipeline) -> tuple[int, int]:
     """Requests that the flow, and that the coordinator's machine, take for unanswered."""
     coordinator: Any = pipeline._coordinator
-    return len(coordinator.requests._pending), coordinator.machine.unanswered
+    return len(coordinator.requests._pending), len(coordinator._machine.requests)
 
 
 def start_collector() -> None:

@@ -1,0 +1,108 @@
+"""The coordinator's links to the nodes by which requests go out, and what it sees of the nodes by shared memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from onnxsplit.plan import Plan
+from runtime.balance.router import Router
+from runtime.coordinator.events import Steps
+from runtime.coordinator.state import CoordinatorState
+from runtime.errors import PipelineError
+from runtime.memory.payloads import Payloads
+from runtime.memory.sender import Sender
+from runtime.topology import sources
+from runtime.wire.links import Outlet
+from runtime.wire.messages.control import Memory, Peer
+from runtime.wire.messages.data import AttemptKey, Step
+from runtime.wire.sockets import Sockets
+
+
+class DataLinks:
+    """Links to all nodes that there are. All of it is used while the lock of the requests is held.
+
+    Args:
+        plan: what the nodes execute.
+        machine: knows the nodes and the attempts under way. It is only read here.
+        payloads: the caller's side of shared memory.
+        router: chooses among replicas.
+
+    Attributes:
+        outlets: a link to each node, by number.
+        started: the attempt that each node on another host began last, by the node's number.
+        sender: sends the inputs of requests to the nodes.
+    """
+
+    def __init__(self, plan: Plan, machine: CoordinatorState, payloads: Payloads, router: Router) -> None:
+        self.outlets: dict[int, Outlet] = {}
+        self.started: dict[int, AttemptKey] = {}
+        self._machine = machine
+        self._payloads = payloads
+        self._router = router
+        self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
+        self.sender = Sender(payloads, router, self.outlets, self._sources)
+
+    def choose(self, stage: int, cost: int) -> int | None:
+        """The node that is to execute a stage that joins several inputs; None when there is none."""
+        links = self._machine.links
+        avoid = links.avoided(stage) if links.stories else frozenset()
+        return self._router.choose(stage, self._sources[stage], cost, 0, time.monotonic_ns(), avoid=avoid)
+
+    @property
+    def memory(self) -> Memory | None:
+        """What nodes need to map the caller's shared memory."""
+        return self._payloads.memory
+
+    def lend_memory(self, readers: Sequence[int]) -> None:
+        """Have these nodes read the caller's memory."""
+        self._payloads.share(readers)
+
+    def meet(self, caller: Peer, peers: Sequence[Peer], sockets: Sockets) -> tuple[tuple[int, ...], dict[int, str]]:
+        """Learn which nodes there are now: map their memory, open and close links.
+
+        Returns:
+            the numbers of the nodes whose memory is mapped, and why some nodes cannot be reached, by number.
+        """
+        nodes = {peer.number: peer for peer in peers}
+        mapped = self._payloads.meet(0, nodes)
+        self._router.learn(0, (caller, *peers), self._payloads.boards())
+        for number in self.outlets.keys() - nodes.keys():
+            self.outlets.pop(number).close()
+            self.started.pop(number, None)
+        failures = {}
+        for number in nodes.keys() - self.outlets.keys():
+            peer = nodes[number]
+            shortcut = peer.shortcut if number in mapped else ""
+            try:
+                self.outlets[number] = sockets.connect(peer.address, shortcut=shortcut, key=peer.key)
+            except PipelineError as error:
+                failures[number] = f"cannot be reached: {error}"
+        return mapped, failures
+
+    def look_at_links(self) -> frozenset[int]:
+        """The nodes that requests are sent to first and that cannot be reached now.
+
+        Nothing is sent to them while other replicas of their stages can be reached.
+        """
+        roster, outlets = self._machine.roster, self.outlets
+        entrances = {number for stage in self._machine.entrances for number in roster.numbers(stage)}
+        unreachable = frozenset(number for number in entrances & outlets.keys() if not outlets[number].connected)
+        self._router.unreachable = unreachable
+        return unreachable
+
+    def steps(self) -> Steps:
+        """How far all nodes are with all attempts in flight, as their memory, or what they said, tells."""
+        numbers = [node.number for node in self._machine.roster if node.number >= 0]
+        steps: dict[AttemptKey, dict[int, Step]] = {}
+        for key in self._machine.requests.in_flight:
+            steps[key] = {n: step for n in numbers if (step := self._payloads.step(n, *key)) is not Step.UNKNOWN}
+        for number, key in self.started.items():
+            if key in steps:
+                steps[key].setdefault(number, Step.RUNNING)
+        return steps
+
+    def queues(self) -> dict[int, int]:
+        """The cost of what is on its way to each node or in it, by number."""
+        most = self._machine.requests.cost  # what is done at a lone node of another host is told twice a second
+        return {number: min(most, self._router.outstanding(number)) for number in self._router.known - {0}}

@@ -1,0 +1,150 @@
+"""Exchanges signs of life with the nodes, and finds out which of them, and which links, are dead."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from runtime.coordinator.data_links import DataLinks
+from runtime.coordinator.events import CoordinatorEvent, LinksSeen, Reconnected, TimedOut
+from runtime.coordinator.failure_detector import FailureDetector
+from runtime.coordinator.interpreter import control_event
+from runtime.coordinator.node_control import NodeControl
+from runtime.coordinator.reach import Reachability
+from runtime.coordinator.setup import Channels, Setup
+from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.errors import PipelineError, ProtocolError
+from runtime.logs import DropLog
+from runtime.wire import codec
+from runtime.wire.messages.control import Beat, Hello, NodeBeat, Stop
+from runtime.wire.security import check_address
+
+_log = logging.getLogger("runtime.coordinator")
+_drops = DropLog(_log)
+
+
+class NodeMonitor:
+    """Hears the nodes and watches them. It belongs to the coordinator's thread.
+
+    Args:
+        setup: how to run the plan.
+        machine: knows the nodes. It is only read here.
+        links: by which requests go out.
+        detector: finds dead nodes.
+        control: speaks to the nodes.
+        channels: what is open.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        machine: CoordinatorState,
+        links: DataLinks,
+        detector: FailureDetector,
+        control: NodeControl,
+        channels: Channels,
+    ) -> None:
+        self._setup = setup
+        self._machine = machine
+        self._roster = machine.roster
+        self._links = links
+        self._detector = detector
+        self._control = control
+        self._channels = channels
+        self._reach = Reachability(setup.timings.unreachable_s)
+
+    def hear(self) -> list[CoordinatorEvent]:
+        """Take in all that nodes have said; returns what has happened."""
+        events: list[CoordinatorEvent] = []
+        while (message := self._channels.control.receive()) is not None:
+            identity, header, key = message
+            now_ns = time.monotonic_ns()
+            try:
+                said = codec.decode_node_control(header)
+                if isinstance(said, Hello):
+                    self._check(said, key)
+            except (ProtocolError, PipelineError) as error:
+                _drops.note(error)
+                continue
+            if isinstance(said, NodeBeat):
+                events += self._heard(identity, said, now_ns)
+            elif (event := control_event(identity, said, now_ns)) is not None:
+                events.append(event)
+        return events
+
+    def _check(self, hello: Hello, key: str) -> None:
+        """Refuse a node that claims a key it did not authenticate with, or an address that is not allowed."""
+        if self._setup.rendezvous.trusted is not None and hello.key != key:
+            raise ProtocolError("a node claims a key that it did not authenticate with")
+        check_address(hello.address, self._setup.rendezvous.security)
+
+    def _heard(self, identity: bytes, beat: NodeBeat, now_ns: int) -> list[CoordinatorEvent]:
+        """A node gave a sign of life."""
+        control = self._control
+        node = self._roster.by_identity(identity)
+        if node is None:  # it was cut off, taken for dead, and is back
+            told = "the pipeline took it for dead, or was started anew"
+            self._channels.control.send(identity, codec.encode(Stop(told, "rejoin")))
+            return []
+        self._reach.seen(node.number, beat.unreachable, now_ns)
+        verdict = self._detector.heard(node.number, beat, now_ns)
+        if verdict is not None:
+            control.take_for_dead({node.number: verdict})
+        if identity not in control.unreached:
+            return []
+        control.unreached.remove(identity)
+        control.tell_trusted(identity)
+        return [Reconnected(identity)]
+
+    def beat(self, oldest_request: int, running_s: float) -> list[CoordinatorEvent]:
+        """Give nodes a sign of life, and look for those that give none; returns what has happened.
+
+        Args:
+            oldest_request: nodes may forget all requests before it.
+            running_s: for how long the coordinator has been running.
+        """
+        control, now_ns = self._control, time.monotonic_ns()
+        header = codec.encode(Beat(oldest_request))
+        control.unreached &= {node.identity for node in self._roster}
+        for node in self._roster:
+            if node.identity and not control.tell(node.identity, header):
+                self._detector.closed(node.number, now_ns)
+                if node.released and node.number not in control.handles:  # it was to end, and it has
+                    control.take_for_dead({node.number: "has left"}, "end")
+        self._look_at_keys()
+        events = self._look_at_links(now_ns)
+        control.take_for_dead(self._detector.silent(now_ns))
+        return events + self._look_at_starts(now_ns, running_s)
+
+    def _look_at_keys(self) -> None:
+        """Tell nodes when other public keys are allowed, and take those for dead whose key is not any more."""
+        control, trusted = self._control, self._setup.trusted()
+        if trusted is None or trusted == control.trusted:
+            return
+        control.trusted = trusted
+        for node in self._roster:
+            if node.identity:
+                control.tell_trusted(node.identity)
+            if node.hello is not None and node.hello.key not in trusted:
+                control.take_for_dead({node.number: f"had its key revoked ({node.hello.key})"}, "refused")
+
+    def _look_at_links(self, now_ns: int) -> list[CoordinatorEvent]:
+        """Which links are dead, where that changed."""
+        self._reach.seen(0, self._links.look_at_links(), now_ns)
+        heard = {0, *self._detector.heard_lately(now_ns)}
+        dead = self._reach.dead(self._roster.linked, heard, now_ns)
+        return [LinksSeen(dead, now_ns)] if dead != self._machine.links.stories.keys() else []
+
+    def _look_at_starts(self, now_ns: int, running_s: float) -> list[CoordinatorEvent]:
+        """Find nodes that are not ready in time. None is late while stage files are being sent."""
+        setup, files, patience_s = self._setup, self._channels.files, self._setup.start_timeout_s
+        if patience_s is None or (files is not None and files.idle_s < patience_s):
+            return []
+        if self._machine.state is not PipelinePhase.STARTING:
+            if setup.launcher is not None:
+                self._control.take_for_dead(dict(self._roster.late(now_ns, patience_s)))
+            return []
+        if running_s <= patience_s:
+            return []
+        missing = ", ".join(f"stage {stage} (node {stage}.{replica})" for stage, replica in self._roster.missing())
+        return [TimedOut(f"not ready after {patience_s:.0f} s: {missing}")]

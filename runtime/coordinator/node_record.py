@@ -1,0 +1,142 @@
+"""One node as its coordinator sees it: the states that its process goes through, and what is known of it. Pure.
+
+A *slot* is a place for one replica of a stage. A :class:`NodeRecord` is one process in a slot. When the process is
+lost, another one is started in the same slot, under a number that no other process of the pipeline has:
+
+    BACKOFF   no process; the next one is started when its time has come
+    STARTED   a process was started, or is expected, and has not reported yet
+    LOADING   the process has reported and loads its stage
+    READY     it takes requests
+    LEAVING   it takes no new requests and finishes those it has
+    OPEN      no process: it was lost so often in a row that it is left alone for a while (an open circuit breaker)
+    GONE      the slot is not needed any more
+
+:data:`TRANSITIONS` lists every change that is allowed; docs/states.md is drawn from it. Any other change is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from msgspec import Struct
+
+from runtime.coordinator.counters import NodeCounters
+from runtime.topology import ReplicaKey
+from runtime.transition_table import Machine
+from runtime.wire.messages.control import Hello
+
+
+class Phase(Enum):
+    """The state of the process in a slot. Users read the values."""
+
+    BACKOFF = "restarts soon"
+    OPEN = "circuit open"
+    STARTED = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    LEAVING = "leaving"
+    GONE = "gone"
+
+
+class NodeChange(Enum):
+    """What can happen to a process in a slot."""
+
+    START = "start"
+    JOIN = "reports"
+    PREPARE = "has its links"
+    LEAVE = "is to leave"
+    LOSE = "is lost"
+    TRIP = "is lost once too often"
+    END = "is not needed"
+
+
+_ALIVE = (Phase.STARTED, Phase.LOADING, Phase.READY)
+
+TRANSITIONS: Mapping[tuple[Phase, NodeChange], Phase] = {
+    (Phase.BACKOFF, NodeChange.START): Phase.STARTED,
+    (Phase.OPEN, NodeChange.START): Phase.STARTED,
+    (Phase.STARTED, NodeChange.JOIN): Phase.LOADING,
+    (Phase.LOADING, NodeChange.PREPARE): Phase.READY,
+    (Phase.READY, NodeChange.PREPARE): Phase.READY,
+    (Phase.LEAVING, NodeChange.PREPARE): Phase.LEAVING,
+    (Phase.READY, NodeChange.LEAVE): Phase.LEAVING,
+    **{(phase, NodeChange.LOSE): Phase.BACKOFF for phase in _ALIVE},
+    **{(phase, NodeChange.TRIP): Phase.OPEN for phase in _ALIVE},
+    **{(phase, NodeChange.END): Phase.GONE for phase in Phase if phase is not Phase.GONE},
+}
+
+
+@dataclass(eq=False)
+class NodeRecord:
+    """One process in a slot.
+
+    Attributes:
+        slot: its stage and replica.
+        counters: what all processes of the slot have done.
+        machine: its state, and the changes that led there.
+        number: the number under which other processes know it; -1 while there is no process.
+        identity: what its control link is called; empty while it has none.
+        hello: what it reported; None before.
+        introduced: whether it was told who the other processes are.
+        mapped: the processes whose memory it has mapped.
+        readers: the processes that it was told to lend memory to.
+        started_ns: when it was started, or when it reported.
+        ready_ns: when it became ready.
+        requests: answered requests that this process executed.
+        failed_in_row: processes of the slot that were lost one after the other, none of which served for long.
+        due_ns: when the next process may be started.
+        reason: why the last process was lost.
+        leaves_at: the view of the pipeline in which it was not part of it any more.
+        released: whether it was told to end because nothing can reach it any more.
+    """
+
+    slot: ReplicaKey
+    counters: NodeCounters
+    machine: Machine[Phase, NodeChange]
+    number: int = -1
+    identity: bytes = b""
+    hello: Hello | None = None
+    introduced: bool = False
+    mapped: frozenset[int] = frozenset()
+    readers: tuple[int, ...] = ()
+    started_ns: int = 0
+    ready_ns: int = 0
+    requests: int = 0
+    failed_in_row: int = 0
+    due_ns: int = 0
+    reason: str = ""
+    leaves_at: int = 0
+    released: bool = False
+
+    @property
+    def phase(self) -> Phase:
+        """The state it is in."""
+        return self.machine.state
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether there is no process in the slot, and one is to be started when its time has come."""
+        return self.phase in (Phase.BACKOFF, Phase.OPEN)
+
+    @property
+    def called(self) -> str:
+        """Its name in messages."""
+        stage, replica = self.slot
+        where = f", pid {self.hello.pid} on {self.hello.host}" if self.hello is not None else ""
+        return f"stage {stage} (node {stage}.{replica}{where})"
+
+
+class Incident(Struct, frozen=True):
+    """A node was lost, or a link died.
+
+    Attributes:
+        at_ns: when, by the host's monotonic clock.
+        slot: the slot of the node, or of the link's sender.
+        story: what happened, in words.
+    """
+
+    at_ns: int
+    slot: ReplicaKey
+    story: str

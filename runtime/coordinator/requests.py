@@ -1,0 +1,395 @@
+"""The requests that are not answered, and the attempts at them: admission to the pipeline, replay, and the end. Pure.
+
+A request is made in attempts, one at a time. It is in one of two states:
+
+    under way   an attempt was begun, under a number of its own and with the view of the pipeline at that time
+    waiting     a stage that it needs has no node, or its last attempt was ended; the next one has not begun
+
+Rules:
+
+- When a node of a stage is lost, every attempt that needs the stage is made again, unless another replica of the stage
+  is known to have it, or everybody who reads from the stage is. What is not known counts against the attempt: to make
+  it again costs time only.
+- A request that was running on a lost node blames the node. After as many nodes as there are attempts, it is refused.
+- What comes back of an attempt that is over is dropped.
+
+Invariant: every request that was submitted ends exactly once, with :class:`~runtime.coordinator.events.Resolve` or with
+:class:`~runtime.coordinator.events.Reject`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from runtime.coordinator.deadlines import Deadlines
+from runtime.coordinator.diagnosis import awaited, stage_name
+from runtime.coordinator.events import (
+    Again,
+    Effects,
+    Enter,
+    Forget,
+    Reject,
+    Resolve,
+    Returned,
+    Steps,
+    Submitted,
+    Tick,
+)
+from runtime.coordinator.links import DeadLinks
+from runtime.coordinator.reach import LinkKey
+from runtime.coordinator.roster import Roster
+from runtime.errors import DeadlineExceeded, NodeFailed, PipelineError, StageFailed, StageUnavailable
+from runtime.timings import Timings
+from runtime.topology import StageGraph
+from runtime.wire.messages.data import ANY, AttemptKey, Failed, Step, Visit
+
+Choose = Callable[[int, int], int | None]
+"""Names the node that is to execute a stage, for a request of a cost."""
+
+_SMOOTHING = 0.05  # weight of the latest attempt in the usual time of one
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request that is not answered.
+
+    Attributes:
+        wanted: the tensors that the caller gets.
+        needed: the stages that must run for them.
+        cost: in thousandths of an ordinary request.
+        deadline_ns: when its time runs out; None for never.
+        missing: those of the wanted tensors that have not come back of this attempt.
+        attempt: the number of the last attempt; 0 before the first.
+        waits: whether it waits for its next attempt.
+        view: the view of the pipeline in which the attempt began.
+        route: the replicas that the attempt passes.
+        blamed: what happened to the nodes that were lost while they executed it.
+        begun_ns: when the attempt began.
+        visits: where the attempt has been, by stage.
+    """
+
+    wanted: tuple[str, ...]
+    needed: frozenset[int]
+    cost: int
+    deadline_ns: int | None
+    missing: set[str]
+    attempt: int = 0
+    waits: bool = False
+    view: int = 0
+    route: tuple[int, ...] = ()
+    blamed: list[str] = field(default_factory=list)
+    begun_ns: int = 0
+    visits: dict[int, Visit] = field(default_factory=dict)
+
+
+class RequestTable:
+    """All requests that are not answered.
+
+    Args:
+        graph: the stages.
+        roster: the nodes.
+        links: the dead links.
+        effects: takes what is decided.
+        choose: names the node of a stage that joins several inputs, whose fragments must meet.
+        timings: when an attempt counts as lost.
+        attempts: a request that so many nodes died of is refused; with 1, nothing is tried again.
+
+    Attributes:
+        retries: the attempts that were ended to be made again.
+        has_ended: whether a request has ended since this was set to False.
+        deadlines: when the time of requests runs out.
+        timings: as given; they may be replaced.
+    """
+
+    def __init__(
+        self,
+        graph: StageGraph,
+        roster: Roster,
+        links: DeadLinks,
+        effects: Effects,
+        *,
+        choose: Choose,
+        timings: Timings,
+        attempts: int,
+    ) -> None:
+        self.retries = 0
+        self.has_ended = False
+        self._graph = graph
+        self._roster = roster
+        self._links = links
+        self._effects = effects
+        self._choose = choose
+        self.timings = timings
+        self._attempts = attempts
+        self._requests: dict[int, _Request] = {}
+        self._waiting: dict[int, None] = {}  # in the order in which they began to wait
+        self._usual_ns = 0.0  # time from an attempt's beginning to its end
+        self.deadlines = Deadlines(self._requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    # What is known of them
+
+    @property
+    def in_flight(self) -> tuple[AttemptKey, ...]:
+        """The attempts under way."""
+        return tuple((number, r.attempt) for number, r in self._requests.items() if not r.waits)
+
+    @property
+    def cost(self) -> int:
+        """The cost of all requests together. No node can have more to do."""
+        return sum(request.cost for request in self._requests.values())
+
+    @property
+    def waiting(self) -> int:
+        """The number of requests that wait for their next attempt."""
+        return len(self._waiting)
+
+    @property
+    def oldest(self) -> int | None:
+        """The first request; None when there is none."""
+        return next(iter(self._requests), None)
+
+    @property
+    def oldest_view(self) -> int:
+        """The earliest view in which an attempt under way began; the present one when none is under way."""
+        return min((r.view for r in self._requests.values() if not r.waits), default=self._roster.view)
+
+    def attempt(self, number: int) -> int:
+        """The attempt at a request that is under way; 0 when there is none."""
+        request = self._requests.get(number)
+        return request.attempt if request is not None and not request.waits else 0
+
+    def overdue(self, now_ns: int) -> tuple[AttemptKey, ...]:
+        """The attempts that have been under way for too long."""
+        patience = max(self.timings.lost_s * 1e9, self.timings.stall_factor * self._usual_ns)
+        return tuple(
+            (number, request.attempt)
+            for number, request in self._requests.items()
+            if not request.waits and now_ns - request.begun_ns > patience * 2 ** min(request.attempt - 1, 8)
+        )
+
+    def expired(self, now_ns: int) -> tuple[AttemptKey, ...]:
+        """The requests whose time has run out, and their attempts."""
+        return tuple((number, self._requests[number].attempt) for number in self.deadlines.pop_expired(now_ns))
+
+    # Attempts
+
+    def submit(self, event: Submitted) -> None:
+        """Take a request, and begin the first attempt at it if all stages that it needs have nodes."""
+        wanted = event.wanted
+        needed = self._graph.needed(wanted)
+        self._requests[event.request] = _Request(wanted, needed, event.cost, event.deadline_ns, set(wanted))
+        if event.deadline_ns is not None:
+            self.deadlines.add(event.deadline_ns, event.request)
+        self._begin(event.request, event.now_ns)
+
+    def _begin(self, number: int, now_ns: int) -> None:
+        """Begin an attempt, or wait for a node, or refuse the request where none is to be expected."""
+        request = self._requests[number]
+        if not request.needed <= self._roster.served:
+            error = self._hopeless(request.needed - self._roster.served)
+            if error is not None:
+                self.refuse(number, error)
+                return
+            request.waits = True
+            self._waiting[number] = None
+            return
+        route = self._graph.open_route(request.needed)
+        for stage in self._graph.joins & request.needed:
+            chosen = self._choose(stage, request.cost)
+            assert chosen is not None
+            route = (*route[:stage], chosen, *route[stage + 1 :])
+        request.waits = False
+        request.attempt += 1
+        request.view = self._roster.view
+        request.route = route
+        request.begun_ns = now_ns
+        self._effects.on_requests.append(
+            Enter(number, request.attempt, request.view, request.cost, request.deadline_ns, route, request.wanted)
+        )
+
+    def _again(self, number: int, reason: str) -> None:
+        """End an attempt. The next one waits to begin; a request that nodes keep dying of is refused."""
+        request = self._requests[number]
+        if self._attempts == 1:
+            story = "; ".join(request.blamed) or reason
+            self.refuse(number, NodeFailed(f"{story}; with one attempt a request is not tried again"))
+            return
+        if len(request.blamed) >= self._attempts:
+            stories = "; ".join(dict.fromkeys(request.blamed))
+            nodes = len(request.blamed)
+            self.refuse(number, NodeFailed(f"the request was given up after it ran on {nodes} nodes: {stories}"))
+            return
+        self.retries += 1
+        request.missing = set(request.wanted)
+        request.visits.clear()
+        request.waits = True
+        self._waiting[number] = None
+        self._effects.on_requests.append(Again(number, request.attempt, reason))
+        self._forget(number, request)
+
+    def _forget(self, number: int, request: _Request) -> None:
+        nodes = [node.identity for node in self._roster.nodes.values() if node.slot[0] in request.needed]
+        self._effects.on_nodes.append(
+            Forget(number, request.attempt, tuple(identity for identity in nodes if identity))
+        )
+
+    def resume(self, now_ns: int) -> None:
+        """Begin the next attempt at every request that waits and now has nodes."""
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        for number in waiting:
+            self._begin(number, now_ns)
+
+    # What ends attempts
+
+    def node_lost(self, stage: int, number: int, called: str, reason: str, steps: Steps) -> int:
+        """Make the attempts again that a lost node may have had.
+
+        Args:
+            stage: of the node.
+            number: of the node.
+            called: its name in messages.
+            reason: what happened to it.
+            steps: how far all nodes are with all attempts in flight.
+
+        Returns:
+            the number of these attempts.
+        """
+        count = 0
+        for key, request in list(self._requests.items()):
+            if request.waits:
+                continue
+            known = steps.get((key, request.attempt), {})
+            if known.get(number) is Step.RUNNING:
+                request.blamed.append(f"{called} {reason}")
+            if stage in request.needed and self._lacks(request, stage, number, known):
+                count += 1
+                self._again(key, f"{called} was lost")
+        return count
+
+    def _lacks(self, request: _Request, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
+        """True when the loss of a node may mean that the attempt never gets past its stage."""
+        if request.route[stage] not in (ANY, lost):
+            return False
+
+        def has(which: int) -> bool:
+            return any(known.get(node, Step.UNKNOWN) is not Step.UNKNOWN for node in self._roster.numbers(which))
+
+        if has(stage):
+            return False
+        readers = self._graph.readers[stage] & request.needed
+        asked = request.missing.intersection(self._graph.outputs(stage))
+        return bool(asked) or not readers or not all(has(reader) for reader in readers)
+
+    def links_died(self, links: list[LinkKey], now_ns: int) -> bool:
+        """Make the attempts again that may be stuck at links that were just found dead; True when there are any."""
+        if self._attempts == 1:
+            return False
+        stuck = []
+        for number, request in self._requests.items():
+            is_old = now_ns - request.begun_ns > self.timings.unreachable_s * 1e9
+            if is_old and not request.waits and (on_way := self._links.on_way(request.needed, links)):
+                stuck.append((number, on_way[0]))
+        for number, story in stuck:
+            self._again(number, story)
+        return bool(stuck)
+
+    def time_passed(self, event: Tick) -> None:
+        """Make the attempts again that are overdue."""
+        overdue = self.overdue(event.now_ns)
+        for number, attempt in overdue:
+            request = self._requests[number]
+            since_s = (event.now_ns - request.begun_ns) / 1e9
+            where = self._where(request, event.steps.get((number, attempt), {}))
+            self._again(number, f"nothing was heard of it for {since_s:.0f} s: {where}")
+        if overdue:
+            self.resume(event.now_ns)
+
+    def _where(self, request: _Request, steps: Mapping[int, Step]) -> str:
+        """What an attempt waits for, and the dead links on its way, in words."""
+        blocked = self._links.on_way(request.needed, self._links.stories)
+        return "; ".join([awaited(self._graph, self._roster, request.needed, steps), *blocked])
+
+    # What ends requests
+
+    def returned(self, event: Returned) -> None:
+        """Tensors of an attempt came back; the last ones end the request."""
+        request = self._requests.get(event.request)
+        if request is None or request.waits or request.attempt != event.attempt:
+            return
+        request.missing.difference_update(event.names)
+        for visit in event.history:
+            request.visits[visit.stage] = visit
+        if request.missing:
+            return
+        self._end(event.request)
+        last_ns = 0
+        for visit in request.visits.values():
+            self._roster.visited(visit)
+            last_ns = max(last_ns, visit.sent_ns)
+        if last_ns:
+            self._usual_ns += _SMOOTHING * (max(0, last_ns - request.begun_ns) - self._usual_ns)
+        self._effects.on_requests.append(Resolve(event.request, tuple(request.visits.values())))
+
+    def reported(self, message: Failed) -> None:
+        """A node could not execute an attempt: the request ends."""
+        request = self._requests.get(message.request)
+        node = self._roster.nodes.get((message.stage, message.replica))
+        if node is None or request is None or request.attempt != message.attempt:
+            return
+        node.counters.failures += 1
+        self.refuse(message.request, StageFailed(f"{node.called} could not execute the request: {message.reason}"))
+
+    def time_ran_out(self, number: int, steps: Mapping[int, Step]) -> None:
+        """The time of a request ran out: it ends, and its error says what it waited for."""
+        request = self._requests.get(number)
+        if request is None:
+            return
+        absent = sorted(request.needed - self._roster.served)
+        if not request.waits:
+            where = self._where(request, steps)
+        else:
+            where = "its next attempt had not begun"
+            if absent:
+                where = "it waited for a node of " + ", ".join(stage_name(self._roster, stage) for stage in absent)
+            where = "; ".join([where, *self._links.on_way(request.needed, self._links.stories)])
+        tries = f" in {request.attempt} attempts" if request.attempt > 1 else ""
+        self.refuse(number, DeadlineExceeded(f"the request's time ran out{tries}: {where}"))
+
+    def refuse_hopeless(self) -> None:
+        """Refuse the requests that wait for a stage whose nodes keep failing."""
+        for number in list(self._waiting):
+            error = self._hopeless(self._requests[number].needed - self._roster.served)
+            if error is not None:
+                self.refuse(number, error)
+
+    def _hopeless(self, stages: Iterable[int]) -> PipelineError | None:
+        for stage in stages:
+            story = self._roster.broken(stage)
+            if story is not None:
+                return StageUnavailable(f"stage {stage} has no node: {story}")
+        return None
+
+    def refuse(self, number: int, error: PipelineError) -> None:
+        """End a request with an error; nothing happens when it has ended."""
+        request = self._requests.get(number)
+        if request is None:
+            return
+        self._end(number)
+        self._effects.on_requests.append(Reject(number, error))
+        if request.attempt:
+            self._forget(number, request)
+
+    def refuse_all(self, error: PipelineError) -> None:
+        """End all requests with an error."""
+        for number in list(self._requests):
+            self.refuse(number, error)
+
+    def _end(self, number: int) -> None:
+        del self._requests[number]
+        self._waiting.pop(number, None)
+        self.has_ended = True

@@ -1,0 +1,187 @@
+"""Takes what nodes send back: outputs, failures, and how busy they are."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from onnxsplit.errors import one_line
+from runtime.balance.router import Router
+from runtime.coordinator.data_links import DataLinks
+from runtime.coordinator.events import Reported, Unsendable
+from runtime.coordinator.inbox import Inbox
+from runtime.coordinator.request_io import RequestIO
+from runtime.coordinator.state import CoordinatorState
+from runtime.errors import MemoryWithdrawn, PipelineError, ProtocolError, StageFailed
+from runtime.logs import DropLog
+from runtime.memory.payloads import Payloads
+from runtime.wire import codec
+from runtime.wire.links import Inlet
+from runtime.wire.messages.data import Failed, Fragment, Receipt, Started
+from runtime.wire.sockets import Sockets
+
+_log = logging.getLogger("runtime.coordinator")
+_drops = DropLog(_log)
+_WORDS = 500
+_MOST_FAULTS = 100  # messages in a row that cannot be taken, after which the pipeline ends
+
+
+class ResultTaker:
+    """Takes results in a thread of its own, or in an event loop of the caller's.
+
+    Args:
+        requests: the requests that wait for them.
+        links: is told what nodes on other hosts have begun.
+        machine: knows which attempts are under way. It is read here, and changed through ``requests`` alone.
+        payloads: the caller's side of shared memory.
+        router: is told how busy nodes are.
+        inbox: is told when results cannot be taken any more.
+        sockets: those that results come in by.
+        data: where they come in.
+    """
+
+    def __init__(
+        self,
+        requests: RequestIO,
+        links: DataLinks,
+        machine: CoordinatorState,
+        payloads: Payloads,
+        router: Router,
+        inbox: Inbox,
+        sockets: Sockets,
+        data: Inlet,
+    ) -> None:
+        self._requests = requests
+        self._links = links
+        self._machine = machine
+        self._payloads = payloads
+        self._router = router
+        self._inbox = inbox
+        self._sockets = sockets
+        self._data = data
+        self._faults = 0
+        self._is_handed_over = False  # to an event loop
+        self._taking = threading.Lock()  # held by an event loop while it is at the sockets
+        self._thread_ended = threading.Event()
+        self._thread = threading.Thread(target=self._take_results, name="results", daemon=True)
+        sockets.watch(requests.wakeup.fileno())
+
+    def start(self) -> None:
+        """Take results in a thread, until :meth:`end` or :meth:`hand_over`."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Wait until nobody is at the sockets any more. The requests must have been stopped before."""
+        with self._taking:
+            pass
+        self._thread.join()
+
+    def hand_over(self) -> tuple[int, Callable[[], None]]:
+        """End the thread so that an event loop takes results. That saves waking the thread, and then the loop.
+
+        Returns:
+            a descriptor of the caller's own, to be watched, and what to call whenever it is readable.
+        """
+        self._is_handed_over = True
+        self._requests.wakeup.ring()
+        self._thread_ended.wait()
+        return os.dup(self._sockets.fileno()), self._take_waiting
+
+    def _take_results(self) -> None:
+        requests, wakeup = self._requests, self._requests.wakeup
+        try:
+            while not (requests.stopped or self._is_handed_over):
+                ready = self._sockets.wait(60.0)
+                if wakeup.fileno() in ready:
+                    wakeup.clear()
+                    requests.answers.deliver()
+                self._take_one(ready)
+        except BaseException as error:
+            self._inbox.fail(error)
+        finally:
+            self._thread_ended.set()
+
+    def _take_waiting(self) -> None:
+        """Take all that has come in, in the thread of an event loop."""
+        requests = self._requests
+        try:
+            with self._taking:
+                if requests.stopped:  # the sockets may be closed
+                    return
+                requests.wakeup.clear()
+                requests.answers.deliver()
+                while not requests.stopped and self._take_one(self._sockets.wait(0.0)):
+                    pass
+        except BaseException as error:
+            self._inbox.fail(error)
+
+    def _take_one(self, ready: set[object]) -> bool:
+        """Take one message of what is ready; False when there is none.
+
+        A message that cannot be taken is dropped. Only when many in a row cannot, the pipeline ends.
+        """
+        message = self._data.receive(ready)
+        if message is None:
+            return False
+        try:
+            self._take(*message)
+            self._faults = 0
+        except Exception:
+            self._faults += 1
+            if self._faults > _MOST_FAULTS:
+                raise
+            _log.exception("a message could not be taken")
+        self._requests.answers.deliver()
+        return True
+
+    def _take(self, header: codec.Buffer, frames: list[codec.Buffer]) -> None:
+        requests = self._requests
+        try:
+            said = codec.decode_data(header)
+            match said:
+                case Fragment():
+                    self._collect(said, frames)
+                case Failed():
+                    with requests.lock:
+                        requests.handle(Reported(said))
+                case Receipt():
+                    with requests.lock:
+                        self._router.told(said, time.monotonic_ns())
+                case Started(request, attempt, sender):
+                    self._links.started[sender] = request, attempt
+        except ProtocolError as error:
+            _drops.note(error)
+
+    def _collect(self, fragment: Fragment, frames: list[codec.Buffer]) -> None:
+        """Copy the tensors of a fragment: the caller's arrays are its own, and not tied to a node's memory."""
+        requests = self._requests
+        try:
+            tensors = self._payloads.receive(fragment, frames)
+        except MemoryWithdrawn:
+            raise  # another attempt is made
+        except Exception as error:
+            with requests.lock:
+                requests.handle(Unsendable(fragment.request, _unreadable(fragment, error), fragment.attempt))
+            return
+        copies, problem = None, None
+        if self._machine.requests.attempt(fragment.request) == fragment.attempt:
+            try:
+                copies = {name: np.array(tensor) for name, tensor in tensors.items()}
+            except MemoryError as error:
+                problem = _unreadable(fragment, error)
+        with requests.lock:
+            requests.take_outputs(fragment, copies, problem)
+
+
+def _unreadable(fragment: Fragment, error: Exception) -> PipelineError:
+    """The error that a caller is told when what a stage sent cannot be read."""
+    told = StageFailed(
+        f"what stage {fragment.source} gave cannot be taken: {type(error).__name__}: {one_line(error, _WORDS)}"
+    )
+    told.__cause__ = error
+    return told

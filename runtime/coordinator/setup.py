@@ -1,0 +1,116 @@
+"""What a coordinator is told once, and the sockets that it opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxsplit.plan import Plan
+from runtime.coordinator.status import StatusServer
+from runtime.files.server import FileServer
+from runtime.launcher import Launcher, Rendezvous
+from runtime.timings import Timings
+from runtime.wire.links import AnsweringInlet, Inlet
+from runtime.wire.messages.control import Policy
+from runtime.wire.sockets import Sockets
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a coordinator is told once.
+
+    Attributes:
+        folder: the plan directory.
+        plan: its plan.
+        plan_id: the plan's identity.
+        replicas: the number of nodes of every stage.
+        providers: the provider of every stage.
+        threads: threads of every node's session; 0 for the plan's number.
+        share_weights: whether the replicas of each stage map one copy of its weights.
+        trace: record where each request was, and when.
+        profile: have the sessions profiled.
+        balance: how to choose among replicas.
+        attempts: a request that so many nodes died of is refused.
+        timings: when something counts as failed, and when to try again.
+        memory_bytes: the most shared memory for the inputs of requests; 0 for none.
+        elastic: take nodes beyond the number of replicas, for as long as they stay.
+        rendezvous: where nodes are met. Without a launcher, its home is removed at the end.
+        launcher: starts the nodes; None waits for nodes that are started by hand.
+        start_timeout_s: time for all nodes to become ready; None waits for ever.
+        progress: called with the number of nodes that are ready, and of all, whenever the first changes.
+    """
+
+    folder: Path
+    plan: Plan
+    plan_id: str
+    replicas: tuple[int, ...]
+    providers: tuple[str, ...]
+    threads: int
+    share_weights: tuple[bool, ...]
+    trace: bool
+    profile: bool
+    balance: Policy
+    attempts: int
+    timings: Timings
+    memory_bytes: int
+    elastic: bool
+    rendezvous: Rendezvous
+    launcher: Launcher | None
+    start_timeout_s: float | None
+    progress: Callable[[int, int], None]
+
+    @property
+    def shortcut(self) -> Path | None:
+        """Where nodes of this host send results that need no frames; None without shared memory."""
+        return self.rendezvous.home / "results.fragments" if self.memory_bytes else None
+
+    @property
+    def public_key(self) -> str:
+        """The coordinator's public key; empty where links are plain."""
+        pair = self.rendezvous.security.pair
+        return pair.public if pair is not None else ""
+
+    def trusted(self) -> frozenset[str] | None:
+        """The public keys that are allowed now; None where links are plain."""
+        trusted = self.rendezvous.trusted
+        return None if trusted is None else trusted()
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What a running coordinator has open.
+
+    Attributes:
+        sockets: those of the coordinator's thread.
+        results: those by which requests go out and results come in.
+        control: where nodes report.
+        data: where results come in.
+        status: answers other processes that ask how the pipeline is.
+        files: gives stage files to nodes that do not see the plan's folder; None where all do.
+    """
+
+    sockets: Sockets
+    results: Sockets
+    control: AnsweringInlet
+    data: Inlet
+    status: StatusServer
+    files: FileServer | None
+
+
+@contextmanager
+def open_channels(setup: Setup) -> Iterator[Channels]:
+    """Open what a coordinator needs, and close it at the end."""
+    rendezvous, security = setup.rendezvous, setup.rendezvous.security
+    with ExitStack() as stack:
+        sockets = stack.enter_context(Sockets(linger_s=0.5, security=security))
+        results = stack.enter_context(Sockets(security=security))
+        control = sockets.answering(rendezvous.control)
+        data = results.inlet(rendezvous.data, shortcut=setup.shortcut)
+        files = None
+        if rendezvous.files:
+            server = FileServer(rendezvous.files, setup.folder, setup.plan, setup.plan_id, security=security)
+            files = stack.enter_context(server)
+        status = stack.enter_context(StatusServer(rendezvous.home))
+        yield Channels(sockets, results, control, data, status, files)
