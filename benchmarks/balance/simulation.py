@@ -10,15 +10,14 @@
     python benchmarks/balance/simulation.py coordinator  a real coordinator process with stages that do nothing
 
 Coordinator and node state machines, roster, router, chooser, gauge and board are those of the runtime; processes,
-sockets and time are events in a heap. Three stages share the replicas; runs take 5 ms on average, each replica up to
-20 % faster or slower, each run scattered (lognormal, sigma 0.3); requests come at random (Poisson) at 80 % of what the
-slowest stage can do. No node sees another's memory: what it knows comes by messages, as between hosts.
+links and time are those of runtime.testing. Three stages share the replicas; runs take 5 ms on average, each replica
+up to 20 % faster or slower, each run scattered (lognormal, sigma 0.3); requests come at random (Poisson) at 80 % of
+what the slowest stage can do. No node sees another's memory: what it knows comes by messages, as between hosts.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
 import json
 import random
 import statistics
@@ -26,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +33,29 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
 from environment import environment_line
+from msgspec import structs
 
-import runtime.coordinator.roster
 from onnxsplit.plan import CALLER
 from onnxsplit.plan_files import parse_plan
 from runtime.balance.board import LoadBoard
 from runtime.balance.policies import UNIT_COST, ServiceTime
 from runtime.balance.router import Router
 from runtime.coordinator import events as c
-from runtime.coordinator.events import KillNode, StartNode
-from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.errors import PipelineError
 from runtime.node import events as n
-from runtime.node.state import NodeState
+from runtime.testing import COORDINATOR
+from runtime.testing.network import SECOND
+from runtime.testing.node import SimulatedNode
+from runtime.testing.pipeline import SimulatedPipeline
 from runtime.timings import Timings
-from runtime.wire.messages.control import POLICIES, PROTOCOL, Assign, Hello, Peer, Wire
-from runtime.wire.messages.data import ANY, Fragment, Receipt, TensorHead
+from runtime.wire.messages.control import POLICIES, Peer, Policy
+from runtime.wire.messages.data import Fragment, Receipt, Visit
 
 STAGES = 3
 SERVICE_NS = 5_000_000
 LOAD = 0.8
 PEERS = 1 << 14
-MS, SECOND = 1_000_000, 1_000_000_000
+MS = 1_000_000
 RESTART_NS = 2 * SECOND
 BEAT_NS = SECOND // 2
 REQUESTS_A_REPLICA, WARM_UP = 40, 15
@@ -88,260 +89,197 @@ def chain() -> Any:
     return parse_plan(json.dumps(golden).encode(), where=Path("simulated"))
 
 
-class Node:
-    """A process."""
+class TimedNode(SimulatedNode):
+    """A process with what it needs to choose among replicas, and to be chosen."""
 
-    def __init__(self, number: int, slot: tuple[int, int], policy: str, speed: float) -> None:
-        self.number, self.slot, self.speed = number, slot, speed
-        self.state, self.gauge, self.board = NodeState(), ServiceTime(), LoadBoard(peers=PEERS)
-        self.router = Router(policy, self.board)  # type: ignore[arg-type]
-        self.here: Counter[int] = Counter()
-        self.alive = True
+    def __init__(self, number: int, slot: tuple[int, int], policy: Policy, speed: float) -> None:
+        super().__init__(number, slot)
+        self.speed, self.gauge, self.board = speed, ServiceTime(), LoadBoard(peers=PEERS)
+        self.router = Router(policy, self.board)
+        self.here: Counter[int] = Counter()  # cost of the fragments that are here, by sender
 
 
-class World:
-    """One coordinator and its nodes."""
+class TimedPipeline(SimulatedPipeline):
+    """A simulated pipeline whose nodes take their time, and choose replicas as real ones do."""
 
     def __init__(
-        self, replicas: int, policy: str, *, seed: int = 0, early: bool = False, delay_ns: int = 50_000,
+        self, replicas: int, policy: Policy, *, seed: int = 0, early: bool = False, delay_ns: int = 50_000,
         mean_life_s: float | None = None, speeds: float = 0.2,
     ) -> None:  # fmt: skip
-        runtime.coordinator.roster.PEERS = PEERS
-        self.random, self.policy, self.early, self.delay_ns = random.Random(seed), policy, early, delay_ns
-        self.plan, self.now, self.events, self.count = chain(), 0, [], 0
-        self.mean_life_s = mean_life_s
+        choices = random.Random(seed)
         counts = tuple(max(1, replicas // STAGES + (stage < replicas % STAGES)) for stage in range(STAGES))
+        self.early, self.mean_life_s = early, mean_life_s
         self.speeds = {
-            (stage, replica): self.random.uniform(1 - speeds, 1 + speeds)
+            (stage, replica): choices.uniform(1 - speeds, 1 + speeds)
             for stage in range(STAGES)
             for replica in range(counts[stage])
         }
         self.capacity = min(
             sum(speed for slot, speed in self.speeds.items() if slot[0] == stage) for stage in range(STAGES)
         )
-        timings = Timings(circuit_failures=10**6, lost_s=10**6)
-        self.coordinator = CoordinatorState(self.plan, counts, choose=lambda *_: None, timings=timings, attempts=10**6)
-        self.board = LoadBoard(peers=PEERS)
-        self.router = Router(policy, self.board)  # type: ignore[arg-type]
-        self.nodes: dict[int, Node] = {}
-        self.done: dict[int, int] = {}  # by node: cost of what passed it, where routes are bound early
+        self.router = Router(policy, LoadBoard(peers=PEERS))
+        self.done: Counter[int] = Counter()  # by node: cost of what passed it, where routes are bound early
         self.begun: dict[int, int] = {}
         self.latencies: list[int] = []
         self.wrong = self.losses = 0
-        self.tell(c.Tick(0))
-        while self.coordinator.state is PipelinePhase.STARTING:
+        super().__init__(
+            chain(), counts, choices, timings=Timings(circuit_failures=10**6, lost_s=10**6), delay_ns=delay_ns,
+            policy=policy, process_numbers=PEERS,
+        )  # fmt: skip
+        while not self.ready:
             self.step()
-
-    # Time
-
-    def later(self, delay_ns: int, what: Callable[..., None], *words: Any) -> None:
-        """Do something after a while."""
-        self.count += 1
-        heapq.heappush(self.events, (self.now + delay_ns, self.count, what, words))
-
-    def step(self) -> None:
-        """The next event."""
-        self.now, _, what, words = heapq.heappop(self.events)
-        what(*words)
 
     # The coordinator
 
-    def tell(self, event: Any) -> None:
-        """Hand the coordinator an event, and do what it wants done."""
-        effects = deque(self.coordinator.handle(event))
-        while effects:
-            effect = effects.popleft()
-            match effect:
-                case c.Enter():
-                    self.enter(effect)
-                case c.Resolve(request):
-                    self.latencies.append(self.now - self.begun.pop(request))
-                case StartNode(slot, number):
-                    self.later(RESTART_NS if self.losses else 0, self.start, slot, number)
-                case KillNode(number):
-                    self.nodes[number].alive = False
-                case c.GiveStage(identity, (stage, replica)):
-                    assign = Assign("id", "", "", stage, replica, "cpu", 0, False, False, 1, 1, self.policy)
-                    self.later(self.delay_ns, self.hear, int(identity), n.Assigned(assign))
-                case c.Introduce(identities, meet):
-                    effects.extend(self.introduce(identities, meet))
-                case c.Forget(request, attempt, identities):
-                    for identity in identities:
-                        self.later(self.delay_ns, self.hear, int(identity), n.AttemptCancelled(request, attempt))
-                case c.Reject():
-                    self.wrong += 1
+    def start_node(self, slot: tuple[int, int], number: int) -> None:
+        """Begin a process; one that takes the place of a lost one needs a while."""
+        self.later(RESTART_NS if self.losses else 0, super().start_node, slot, number)
 
-    def start(self, slot: tuple[int, int], number: int) -> None:
-        """A process begins, and reports."""
-        self.nodes[number] = Node(number, slot, self.policy, self.speeds[slot])
-        hello = Hello(PROTOCOL, number, number, "host", str(number), *slot, "", None, "")
-        self.later(self.delay_ns, self.tell, c.Joined(str(number).encode(), hello, self.now))
+    def new_node(self, number: int, slot: tuple[int, int]) -> SimulatedNode:
+        """A process, which lives for some time."""
         if self.mean_life_s is not None:
-            life = self.random.expovariate(1 / self.mean_life_s)
-            self.later(int(life * SECOND), self.kill, number)
+            self.later(int(self.choices.expovariate(1 / self.mean_life_s) * SECOND), self.kill, number)
+        return TimedNode(number, slot, self.policy, self.speeds[slot])
 
-    def kill(self, number: int) -> None:
-        """It ends."""
-        node = self.nodes[number]
-        if node.alive:
-            node.alive = False
-            self.losses += 1
-            self.later(self.delay_ns, self.tell, c.Lost(number, "is gone", {}, self.now))
+    def node_ended(self, node: SimulatedNode) -> None:
+        """Count it."""
+        self.losses += 1
+        super().node_ended(node)
 
-    def introduce(self, identities: tuple[bytes, ...], meet: bool) -> list[Any]:
-        """Nodes are told who all are."""
-        roster, starting = self.coordinator.roster, self.coordinator.state is PipelinePhase.STARTING
-        caller = Peer(0, CALLER, 0, False, "", "", None, "")
-        everybody = (caller, *roster.peers(None, everyone=starting))
-        records = {record.identity: record for record in roster}
-        for identity in identities:
-            record = records[identity]
-            record.introduced = True
-            peers = everybody if starting else (caller, *roster.peers(record, everyone=starting))
-            self.later(self.delay_ns, self.hear, record.number, n.Wired(Wire(roster.view, record.number, peers)))
-        if not meet:
-            return []
-        self.router.learn(0, everybody, {})
-        return list(self.coordinator.handle(c.Met((), self.now)))
+    def steps(self) -> c.Steps:
+        """Nothing: no node sees another's memory."""
+        return {}
 
-    def submit(self) -> None:
+    def coordinator_met(self, peers: tuple[Peer, ...]) -> None:
+        """Learn whom requests can be sent to."""
+        self.router.learn(0, peers, {})
+
+    def begin(self) -> None:
         """A request comes."""
-        request = self.count
-        self.begun[request] = self.now
-        self.tell(c.Submitted(request, ("y",), UNIT_COST, None, self.now))
+        begun = self.now_ns
+        self.begun[self.submit(("y",))] = begun
 
     def enter(self, enter: c.Enter) -> None:
-        """A request goes to a node of the first stage."""
-        route = enter.route
+        """Send a request in; where routes are bound early, all replicas are chosen now."""
         if self.early:
-            route = tuple(self.router.choose(stage, (CALLER,), UNIT_COST, 0, self.now) or 0 for stage in range(STAGES))
-            for number in route:
-                self.router.sent(number, UNIT_COST)
-            number = route[0]
-        else:
-            number = self.router.choose(0, (CALLER,), UNIT_COST, 0, self.now) or 0
-            self.router.sent(number, UNIT_COST)
-        heads = (TensorHead("x", "float32", (1,), b""),)
-        fragment = Fragment(
-            enter.request, enter.attempt, enter.view, UNIT_COST, 0, 0, CALLER, route, enter.wanted, heads, ()
-        )
-        self.later(self.delay_ns, self.arrive, number, fragment)
+            route = tuple(self.choose(COORDINATOR, stage) or 0 for stage in range(STAGES))
+            enter = structs.replace(enter, route=route)
+        super().enter(enter)
 
-    def returned(self, fragment: Fragment) -> None:
-        """It comes back."""
+    def resolve(self, request: int, visits: tuple[Visit, ...]) -> None:
+        """Note how long a request took."""
+        super().resolve(request, visits)
+        self.latencies.append(self.now_ns - self.begun.pop(request))
         if self.early:
-            for number in fragment.route:
-                self.done[number] = self.done.get(number, 0) + UNIT_COST
-                gauge = self.nodes[number].gauge
-                done = self.done[number]
-                self.router.told(Receipt(number, done, done, 0, gauge.service_ns, gauge.peak_ns), self.now)
-        self.tell(c.Returned(fragment.request, fragment.attempt, ("y",), fragment.history))
+            for visit in visits:
+                self.passed(visit)
+
+    def passed(self, visit: Visit) -> None:
+        """Where routes are bound early, the coordinator knows what each node has done from the answers."""
+        number = self.coordinator.roster.nodes[visit.stage, visit.replica].number
+        if (node := self.nodes.get(number)) is not None:
+            assert isinstance(node, TimedNode)
+            self.done[number] += UNIT_COST
+            done = self.done[number]
+            receipt = Receipt(number, done, done, 0, node.gauge.service_ns, node.gauge.peak_ns)
+            self.router.told(receipt, self.now_ns)
+
+    def reject(self, request: int, error: PipelineError) -> None:
+        """Count it."""
+        super().reject(request, error)
+        self.wrong += 1
 
     # Nodes
 
-    def hear(self, number: int, event: Any) -> None:
-        """A node gets an event, and does what follows."""
-        node = self.nodes.get(number)
-        if node is None or not node.alive:
-            return
-        effects = deque(node.state.handle(event))
-        while effects:
-            effect = effects.popleft()
-            match effect:
-                case n.Load():
-                    effects.extend(node.state.handle(n.Loaded(self.plan)))
-                case n.Connect(me, peers):
-                    node.router.learn(me, peers, {})
-                case n.SayReady():
-                    self.later(self.delay_ns, self.tell, c.Prepared(str(number).encode(), (), self.now))
-                case n.Run():
-                    took = int(SERVICE_NS / node.speed * self.random.lognormvariate(-0.045, 0.3))
-                    self.later(took, self.executed, node, took)
-                case n.Forward():
-                    self.forward(node, effect)
-                case n.GiveBack(fragments):
-                    for fragment in fragments:
-                        node.board.finish(fragment.sender, fragment.cost)
-                        node.here[fragment.sender] -= fragment.cost
-                        self.receipt(node, fragment.sender)
-        if node.state.ready:
-            self.hear(number, n.Turn(self.now))
+    def choose(self, sender: int, stage: int) -> int | None:
+        """By the balancing policy."""
+        node = self.nodes.get(sender)
+        router = node.router if isinstance(node, TimedNode) else self.router
+        number = router.choose(stage, (stage - 1 if stage else CALLER,), UNIT_COST, 0, self.now_ns)
+        if number is not None:
+            router.sent(number, UNIT_COST)
+        return number
 
-    def arrive(self, number: int, fragment: Fragment) -> None:
-        """It gets to a node."""
-        if number in self.nodes and self.nodes[number].alive:
-            self.nodes[number].here[fragment.sender] += fragment.cost
-        self.hear(number, n.Arrived(fragment, {}, self.now))
+    def node_connected(self, node: SimulatedNode, connect: n.Connect) -> None:
+        """Learn whom outputs can be sent to."""
+        assert isinstance(node, TimedNode)
+        node.router.learn(connect.me, connect.peers, {})
 
-    def executed(self, node: Node, took: int) -> None:
-        """A run ends."""
-        if node.alive:
-            node.gauge.ran(took, UNIT_COST, self.now)
-            node.board.ended(node.gauge, self.now)
-            self.hear(node.number, n.Executed(self.now - took, self.now, self.now, 0, 0))
+    def give(self, node: SimulatedNode, event: n.NodeEvent) -> None:
+        """Count what is there."""
+        if isinstance(event, n.Arrived):
+            assert isinstance(node, TimedNode)
+            node.here[event.fragment.sender] += event.fragment.cost
+        super().give(node, event)
 
-    def forward(self, node: Node, effect: n.Forward) -> None:
-        """Outputs go to a node of the next stage, or back."""
-        fragment, stage = effect.fragment, node.slot[0]
-        number = 0
-        if stage + 1 < STAGES:
-            number = fragment.route[stage + 1]
-            if number == ANY:
-                number = node.router.choose(stage + 1, (stage,), UNIT_COST, 0, self.now) or 0
-                node.router.sent(number, UNIT_COST)
-        following = Fragment(
-            fragment.request, fragment.attempt, fragment.view, UNIT_COST, 0, node.number, stage, fragment.route,
-            fragment.wanted, (), effect.history,
-        )  # fmt: skip
-        self.later(self.delay_ns, *((self.arrive, number, following) if number else (self.returned, following)))
+    def duration_ns(self, node: SimulatedNode) -> int:
+        """Scattered around what the node's speed says."""
+        assert isinstance(node, TimedNode)
+        return int(SERVICE_NS / node.speed * self.choices.lognormvariate(-0.045, 0.3))
 
-    def receipt(self, node: Node, sender: int) -> None:
-        """Tell who sent how busy the node is; as nodes do it, when it has a choice."""
-        if self.early:
-            return
-        router = self.router if sender == 0 else self.nodes[sender].router
-        here, done = node.here[sender], node.board.done(sender)
-        others = sum(node.here.values()) - here
-        said = Receipt(node.number, done, done + here, others, node.gauge.service_ns, node.gauge.peak_ns)
-        self.later(self.delay_ns, lambda: router.told(said, self.now))
+    def node_ran(self, node: SimulatedNode, took_ns: int) -> None:
+        """Measure the run, as real nodes do."""
+        assert isinstance(node, TimedNode)
+        node.gauge.ran(took_ns, UNIT_COST, self.now_ns)
+        node.board.ended(node.gauge, self.now_ns)
+
+    def node_finished(self, node: SimulatedNode, fragments: Iterable[Fragment]) -> None:
+        """Tell who sent how busy the node is; as nodes do it, when the sender has a choice."""
+        assert isinstance(node, TimedNode)
+        for fragment in fragments:
+            sender = fragment.sender
+            node.board.finish(sender, fragment.cost)
+            node.here[sender] -= fragment.cost
+            if self.early:
+                continue
+            from_node = self.nodes.get(sender)
+            router = from_node.router if isinstance(from_node, TimedNode) else self.router
+            here, done = node.here[sender], node.board.done(sender)
+            others = sum(node.here.values()) - here
+            receipt = Receipt(node.number, done, done + here, others, node.gauge.service_ns, node.gauge.peak_ns)
+            self.later(self.delay_ns or 0, self.told, router, receipt)
+
+    def told(self, router: Router, receipt: Receipt) -> None:
+        """A receipt arrives."""
+        router.told(receipt, self.now_ns)
 
     # A run
 
     def run(self, requests: int, warm_up: int) -> dict[str, Any]:
         """Let requests come; the figures of those after the first."""
         gap = SERVICE_NS / (LOAD * self.capacity)
-        at = self.now
+        delay_ns = 0
         for _ in range(requests + warm_up):
-            at += int(self.random.expovariate(1 / gap))
-            self.later(at - self.now, self.submit)
-        begun, wall = self.now, time.perf_counter()
+            delay_ns += int(self.choices.expovariate(1 / gap))
+            self.later(delay_ns, self.begin)
+        begun, wall = self.now_ns, time.perf_counter()
         if self.mean_life_s is not None:
             self.later(BEAT_NS, self.tick)
         while len(self.latencies) < requests + warm_up:
             self.step()
         wall = time.perf_counter() - wall
-        found = sorted(self.latencies[warm_up:])
+        latencies = sorted(self.latencies[warm_up:])
         return {
-            "requests": len(found),
-            "p50_ms": found[len(found) // 2] / MS,
-            "p99_ms": found[len(found) * 99 // 100] / MS,
-            "mean_ms": statistics.fmean(found) / MS,
-            "simulated_s": (self.now - begun) / SECOND,
+            "requests": len(latencies),
+            "p50_ms": latencies[len(latencies) // 2] / MS,
+            "p99_ms": latencies[len(latencies) * 99 // 100] / MS,
+            "mean_ms": statistics.fmean(latencies) / MS,
+            "simulated_s": (self.now_ns - begun) / SECOND,
             "wall_s": wall,
             "failed": self.wrong,
             "lost_nodes": self.losses,
-            "again": self.coordinator.retries,
+            "again": self.coordinator.requests.retries,
         }
 
     def tick(self) -> None:
         """Time passes for the coordinator."""
-        self.tell(c.Tick(self.now))
+        self.tell(c.Tick(self.now_ns))
         self.later(BEAT_NS, self.tick)
 
 
 def simulated(replicas: int, policy: str, **how: Any) -> dict[str, Any]:
     """A row."""
-    made = World(replicas, policy, **how)
+    made = TimedPipeline(replicas, policy, **how)
     each = max(1, replicas // STAGES)
     found = made.run(max(2000, REQUESTS_A_REPLICA * each), max(500, WARM_UP * each))
     return {"replicas": replicas, "policy": policy, **found}
@@ -366,7 +304,7 @@ def failures(given: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for count in [count for count in given.replicas if count <= 200]:
         for life_s in (None, 600.0, 60.0):
-            made = World(count, "completion", mean_life_s=life_s)
+            made = TimedPipeline(count, "completion", mean_life_s=life_s)
             found = made.run(20_000, 500)
             rows.append(show(given, {"replicas": count, "a_node_lives_s": life_s or "for ever", **found}))
     return rows
@@ -426,13 +364,11 @@ def change(given: argparse.Namespace) -> list[dict[str, Any]]:
     """The processor time of the coordinator's and of all nodes' machines for one lost node and its successor."""
     rows = []
     for count in [count for count in given.replicas if count <= 1000]:
-        made = World(count, "completion")
+        made = TimedPipeline(count, "completion")
         begun, losing = time.perf_counter(), next(iter(made.nodes))
         made.kill(losing)
-        while made.coordinator.roster.missing() or made.events:
-            made.tell(c.Tick(made.now))
-            if made.events:
-                made.step()
+        while made.step() or made.coordinator.roster.missing():
+            made.tell(c.Tick(made.now_ns))
         rows.append(show(given, {"replicas": count, "machines_ms": (time.perf_counter() - begun) * 1000}))
     return rows
 

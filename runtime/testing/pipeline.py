@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,19 +15,18 @@ from runtime.coordinator.interpreter import NodeEffects, RequestEffects, carry_o
 from runtime.coordinator.state import CoordinatorState, PipelinePhase
 from runtime.errors import PipelineError
 from runtime.node import events as n
-from runtime.node.state import NodePhase
-from runtime.testing.network import SECOND, Link, SimulatedNetwork
-from runtime.testing.node import COORDINATOR, SimulatedNode, Tensor
+from runtime.testing.network import SECOND, Link
+from runtime.testing.node import COORDINATOR, SimulatedNode, SimulatedNodes, Tensor, heads
 from runtime.timings import Timings
 from runtime.topology import ReplicaKey, sources
-from runtime.wire.messages.control import PROTOCOL, Assign, Fate, Hello, Leaving, Peer, Policy, Ready
-from runtime.wire.messages.data import ANY, NOT_NEEDED, AttemptKey, Fragment, Step, TensorHead, Visit
+from runtime.wire.messages.control import PROTOCOL, Assign, Fate, Hello, Peer, Policy
+from runtime.wire.messages.data import ANY, NOT_NEEDED, Fragment, Visit
 
 NEVER_FAILS = Timings(backoff_s=0.5, circuit_failures=10**6, lost_s=10**9, backoff_most_s=5)
 """Timings by which no node is given up and no attempt is overdue."""
 
 
-class SimulatedPipeline(SimulatedNetwork, RequestEffects, NodeEffects):
+class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
     """One coordinator and its nodes.
 
     Args:
@@ -44,7 +41,6 @@ class SimulatedPipeline(SimulatedNetwork, RequestEffects, NodeEffects):
 
     Attributes:
         coordinator: the coordinator's state machine.
-        nodes: the last process of each number.
         exits: the numbers of dead processes that the coordinator has not noticed yet.
         answers: for each request, its outputs or its error; more than one answer is a bug.
         ready: whether all nodes have been ready.
@@ -62,11 +58,8 @@ class SimulatedPipeline(SimulatedNetwork, RequestEffects, NodeEffects):
         policy: Policy = "completion",
         process_numbers: int = PEERS,
     ) -> None:
-        super().__init__(delay_ns)
-        self.plan = plan
-        self.choices = choices
+        super().__init__(plan, choices, delay_ns)
         self.policy: Policy = policy
-        self.nodes: dict[int, SimulatedNode] = {}
         self.exits: list[int] = []
         self.answers: dict[int, list[Any]] = {}
         self.ready = False
@@ -116,10 +109,6 @@ class SimulatedPipeline(SimulatedNetwork, RequestEffects, NodeEffects):
         """A process that begins."""
         return SimulatedNode(number, slot)
 
-    def duration_ns(self, node: SimulatedNode) -> int:
-        """How long the next run of a node takes, in simulated time."""
-        return 0
-
     def steps(self) -> c.Steps:
         """What the coordinator can see of how far nodes are with the attempts in flight."""
         keys = self.coordinator.requests.in_flight
@@ -127,15 +116,6 @@ class SimulatedPipeline(SimulatedNetwork, RequestEffects, NodeEffects):
 
     def coordinator_met(self, peers: tuple[Peer, ...]) -> None:
         """The coordinator has learned which processes there are, itself included."""
-
-    def node_connected(self, node: SimulatedNode, connect: n.Connect) -> None:
-        """A node has learned which processes there are."""
-
-    def node_ran(self, node: SimulatedNode, took_ns: int) -> None:
-        """A node has run a request."""
-
-    def node_finished(self, node: SimulatedNode, fragments: Iterable[Fragment]) -> None:
-        """A node needs fragments no more."""
 
     # Effects on requests
 
@@ -159,7 +139,7 @@ class SimulatedPipeline(SimulatedNetwork, RequestEffects, NodeEffects):
                 CALLER,
                 enter.route,
                 enter.wanted,
-                _heads(tensors),
+                heads(tensors),
                 (),
             )
             self.send_fragment(number, fragment, tensors)
@@ -234,28 +214,7 @@ class SimulatedPipeline(SimulatedNetwork, RequestEffects, NodeEffects):
 
     # Messages
 
-    def send_fragment(self, to: int | None, fragment: Fragment, tensors: Mapping[str, Tensor]) -> None:
-        """Put a fragment on its way; nothing happens where there is no receiver."""
-        if to is not None:
-            self.send((fragment.sender, to, "data"), (fragment, tensors))
-
-    def listens(self, number: int) -> bool:
-        """Whether a process takes messages now."""
-        node = self.nodes.get(number)
-        return number == COORDINATOR or (node is not None and node.alive and not node.stopped)
-
-    def receive(self, link: Link, message: Any) -> None:
-        """A message arrives; at a process that is dead, nothing happens."""
-        sender, to, kind = link
-        if to == COORDINATOR:
-            self._hear(sender, message)
-        elif (node := self.nodes.get(to)) is not None and node.alive:
-            if kind == "data":
-                fragment, tensors = message
-                message = n.Arrived(fragment, tensors, self.now_ns)
-            self.give(node, message)
-
-    def _hear(self, sender: int, message: Any) -> None:
+    def hear(self, sender: int, message: Any) -> None:
         """The coordinator hears a node."""
         if isinstance(message, tuple):
             fragment, tensors = message
@@ -268,129 +227,18 @@ class SimulatedPipeline(SimulatedNetwork, RequestEffects, NodeEffects):
         assert event is not None, message
         self.tell(event)
 
-    # Nodes
-
-    def give(self, node: SimulatedNode, event: n.NodeEvent) -> None:
-        """Have a node handle an event; in simulated time at once, unless it is stopped."""
-        node.events.append(event)
-        if self.delay_ns is not None:
-            self._work_off(node)
-
-    def _work_off(self, node: SimulatedNode) -> None:
-        while node.alive and not node.stopped and (node.events or node.state.ready):
-            self._handle(node, node.events.popleft() if node.events else n.Turn(self.now_ns))
-
-    def busy(self) -> list[int]:
-        """The numbers of the nodes that have something to do."""
-        return [o.number for o in self.nodes.values() if o.alive and not o.stopped and (o.events or o.state.ready)]
-
-    def work(self, number: int) -> None:
-        """Have a node do one thing: handle an event, or begin a request."""
-        node = self.nodes[number]
-        turn = not node.events or (node.state.ready and self.choices.random() < 0.3)
-        self._handle(node, n.Turn(self.now_ns) if turn else node.events.popleft())
-
-    def _handle(self, node: SimulatedNode, event: n.NodeEvent) -> None:
-        serves = node.state.state in (NodePhase.READY, NodePhase.LEAVING)
-        if not serves and isinstance(event, n.Arrived | n.AttemptCancelled | n.Turn):
-            return
-        effects = deque(node.state.handle(event))
-        while effects and node.alive:
-            answer = self._perform_at(node, effects.popleft())
-            if answer is not None:
-                effects.extend(node.state.handle(answer))
-
-    def _perform_at(self, node: SimulatedNode, effect: n.NodeEffect) -> n.NodeEvent | None:
-        """Perform what a node decides; returns the event that answers it."""
-        to_coordinator = (node.number, COORDINATOR, "control")
-        match effect:
-            case n.Load():
-                return n.Loaded(self.plan)
-            case n.Connect():
-                node.peers = effect.peers
-                self.node_connected(node, effect)
-            case n.SayReady():
-                self.send(to_coordinator, Ready(()))
-            case n.SayLeaving():
-                self.send(to_coordinator, Leaving())
-            case n.Run():
-                return self._run(node, effect)
-            case n.Forward():
-                self._forward(node, effect)
-            case n.GiveBack(fragments):
-                self.node_finished(node, fragments)
-            case n.Exit():
-                self.kill(node.number)
-        return None
-
-    def _run(self, node: SimulatedNode, run: n.Run) -> n.NodeEvent | None:
-        node.ledger[run.key] = Step.RUNNING
-        names = self.plan.stages[node.slot[0]].outputs
-        inputs = [run.inputs[name] for name in sorted(run.inputs)]
-        node.outputs = {name: (name, *inputs) for name in names}
-        took_ns = self.duration_ns(node)
-        if not took_ns:
-            node.ledger[run.key] = Step.DONE
-            return n.Executed(self.now_ns, self.now_ns, self.now_ns, 0, 0)
-        self.later(took_ns, self._ran, node, run.key, took_ns)
-        return None
-
-    def _ran(self, node: SimulatedNode, key: AttemptKey, took_ns: int) -> None:
-        if node.alive:
-            node.ledger[key] = Step.DONE
-            self.node_ran(node, took_ns)
-            self.give(node, n.Executed(self.now_ns - took_ns, self.now_ns, self.now_ns, 0, 0))
-
-    def _forward(self, node: SimulatedNode, forward: n.Forward) -> None:
-        first = forward.fragment
-        for stage, names in forward.leaving:
-            number: int | None = COORDINATOR if stage == CALLER else first.route[stage]
-            if stage != CALLER and number == ANY:
-                number = self.choose(node.number, stage)
-            tensors = {name: node.outputs[name] for name in names}
-            fragment = Fragment(
-                first.request,
-                first.attempt,
-                first.view,
-                first.cost,
-                0,
-                node.number,
-                node.slot[0],
-                first.route,
-                first.wanted,
-                _heads(tensors),
-                forward.history,
-            )
-            self.send_fragment(number, fragment, tensors)
-
     # Faults
 
-    def kill(self, number: int) -> None:
-        """End a process. Some of what it sent last may never have left it."""
-        node = self.nodes.get(number)
-        if node is None or not node.alive:
-            return
-        node.alive = False
-        self.exits.append(number)
-        self.cut_off(number, lambda: self.choices.random() < 0.5)
+    def node_ended(self, node: SimulatedNode) -> None:
+        """A process has ended; in simulated time, the coordinator notices after the usual delay."""
+        self.exits.append(node.number)
         if self.delay_ns is not None:
-            self.later(self.delay_ns, self.notice, number)
+            self.later(self.delay_ns, self.notice, node.number)
 
     def notice(self, number: int) -> None:
         """The coordinator takes a process for dead, rightly or not."""
         self.exits = [other for other in self.exits if other != number]
         self.tell(c.Lost(number, "is gone", self.steps(), self.now_ns))
-
-    def stop(self, number: int) -> None:
-        """Have a process do nothing until it is woken; messages to it wait."""
-        self.nodes[number].stopped = True
-
-    def wake(self, number: int) -> None:
-        """Let a stopped process go on."""
-        node = self.nodes[number]
-        node.stopped = False
-        if self.delay_ns is not None:
-            self._work_off(node)
 
     def notice_links(self) -> None:
         """The coordinator learns which links are parted, as it does of dead links after a while."""
@@ -450,10 +298,6 @@ class SimulatedPipeline(SimulatedNetwork, RequestEffects, NodeEffects):
                 assert isinstance(answer, dict), answer
                 attempt = _attempt_of(next(iter(answer.values())))
                 assert answer == {name: self.expected(name, request, attempt) for name in answer}
-
-
-def _heads(tensors: Iterable[str]) -> tuple[TensorHead, ...]:
-    return tuple([TensorHead(name, "float32", (), b"") for name in tensors])
 
 
 def _attempt_of(tensor: Tensor) -> int:
