@@ -1,4 +1,4 @@
-"""A node's link to its coordinator, on a thread of its own, so that it answers while the session runs."""
+"""A node's link to its coordinator, in a thread of its own, so that it works while the session runs."""
 
 from __future__ import annotations
 
@@ -23,56 +23,63 @@ _log = logging.getLogger("runtime.node")
 _drops = DropLog(_log)
 
 
-class Body(Protocol):
-    """The node as its control link sees it. All of it can be called from any thread."""
+class ControlledNode(Protocol):
+    """The node, as its control link sees it. All methods are thread-safe."""
 
     @property
     def beat(self) -> NodeBeat:
-        """A sign of life, as of now."""
+        """A heartbeat, as of now."""
         ...
 
     def post(self, event: NodeEvent) -> None:
-        """Take an event."""
+        """Pass an event to the main thread."""
         ...
 
     def trust(self, keys: frozenset[str]) -> None:
-        """Let the owners of these public keys send."""
+        """Accept connections from the owners of these public keys."""
         ...
 
-    def lost(self, reason: str) -> None:
-        """End soon."""
+    def end_soon(self, reason: str) -> None:
+        """End soon, even if the session is still running."""
         ...
 
-    def silent(self, reason: str) -> None:
-        """The coordinator is gone: drop the work, and look for it."""
+    def coordinator_silent(self, reason: str) -> None:
+        """The coordinator has fallen silent: drop the work and ask for a place again."""
         ...
 
     def rejoin(self, reason: str) -> None:
-        """The coordinator gave this node's place to another, or has none: drop the work, and ask for a place."""
+        """The coordinator has replaced this node or has no place for it: drop the work and ask for a place again."""
         ...
 
-    def unwelcome(self, reason: str) -> None:
-        """The coordinator will never take this node."""
+    def be_refused(self, reason: str) -> None:
+        """The coordinator will never accept this node: end soon."""
         ...
 
 
 class ControlLink(threading.Thread):
-    """Hands over what the coordinator says, sends what the node has to say, and beats.
+    """Passes messages between the coordinator and the node, and sends heartbeats.
 
     Args:
-        body: the node.
-        address: of the coordinator.
-        hello: said first.
-        security: of the link.
+        node: the node.
+        address: the coordinator's control address.
+        hello: the first message to send.
+        security: how the link is protected.
         key: the coordinator's public key, where links are encrypted.
-        patience_s: for the coordinator's first word; None waits for ever.
+        patience_s: seconds to wait for the coordinator's first message; None waits without limit.
     """
 
     def __init__(
-        self, body: Body, address: str, hello: Hello, *, security: Security, key: str, patience_s: float | None
+        self,
+        node: ControlledNode,
+        address: str,
+        hello: Hello,
+        *,
+        security: Security,
+        key: str,
+        patience_s: float | None,
     ) -> None:
         super().__init__(name="control", daemon=True)
-        self._body = body
+        self._node = node
         self._address = address
         self._security = security
         self._key = key
@@ -84,23 +91,23 @@ class ControlLink(threading.Thread):
         self._beat_s, self._silence_s = Timings().beat_s, Timings().silence_s
 
     def say(self, message: NodeControl) -> None:
-        """Send a message soon; callable from any thread."""
+        """Queue a message. Thread-safe."""
         self._outbox.append(message)
         self._wakeup.ring()
 
     def end(self) -> None:
-        """Send what is left and end the thread."""
+        """Send the queued messages, and end the thread."""
         self._ending = True
         self._wakeup.ring()
         self.join(_JOIN_S)
 
     def run(self) -> None:
-        """Until the node ends. A node must not live on without this thread, so what fails here ends it."""
+        """Run until the node ends. Any failure here ends the node, which must not run without this thread."""
         try:
             self._speak()
         except Exception as error:
             _log.exception("the link to the coordinator failed")
-            self._body.unwelcome(f"the link to the coordinator at {self._address} failed: {error}")
+            self._node.be_refused(f"the link to the coordinator at {self._address} failed: {error}")
 
     def _speak(self) -> None:
         with Sockets(linger_s=0.5, security=self._security) as sockets:
@@ -118,21 +125,21 @@ class ControlLink(threading.Thread):
                 if ending:
                     return
                 now = time.monotonic()
-                if heard is not None:  # while this process was stopped, it could not hear
+                if heard is not None:  # do not count time in which this process was suspended
                     heard += max(0.0, now - turned - 2 * self._beat_s)
                 turned = now
                 if now >= next_beat:
-                    beat, next_beat = self._body.beat, now + self._beat_s
+                    beat, next_beat = self._node.beat, now + self._beat_s
                     if heard is not None and not deserted:
                         link.send(codec.encode(beat))
                 if heard is not None and not deserted and now - heard > self._silence_s:
                     deserted = True
-                    self._body.silent(f"the coordinator has been silent for {self._silence_s:.0f} s")
+                    self._node.coordinator_silent(f"the coordinator has been silent for {self._silence_s:.0f} s")
                 if heard is None and (reason := link.refused()) is not None:
-                    self._body.unwelcome(f"the coordinator at {self._address} refuses this node: {reason}")
+                    self._node.be_refused(f"the coordinator at {self._address} refuses this node: {reason}")
                     return
                 if heard is None and self._patience_s is not None and now - begun > self._patience_s:
-                    self._body.unwelcome(f"no coordinator was at {self._address} for {self._patience_s:.0f} s")
+                    self._node.be_refused(f"no coordinator was at {self._address} for {self._patience_s:.0f} s")
                     return
                 sockets.wait(self._beat_s / 2)
                 self._wakeup.clear()
@@ -148,8 +155,8 @@ class ControlLink(threading.Thread):
             if self._assigned:
                 _drops.note(error)
             else:
-                self._body.unwelcome(
-                    f"the coordinator at {self._address} says what this node does not understand; "
+                self._node.be_refused(
+                    f"the coordinator at {self._address} sent a message that this node does not understand; "
                     f"install the same version of onnxsplit on both hosts ({error})"
                 )
             return
@@ -157,20 +164,20 @@ class ControlLink(threading.Thread):
             case Assign():
                 self._beat_s, self._silence_s = message.beat_ns / 1e9, message.silence_ns / 1e9
                 self._assigned = True
-                self._body.post(Assigned(message))
+                self._node.post(Assigned(message))
             case Trust(keys):
-                self._body.trust(frozenset(keys))
+                self._node.trust(frozenset(keys))
             case Wire():
-                self._body.post(Wired(message))
+                self._node.post(Wired(message))
             case Share(readers):
-                self._body.post(Shared(readers))
+                self._node.post(Shared(readers))
             case Cancel(request, attempt):
-                self._body.post(AttemptCancelled(request, attempt))
+                self._node.post(AttemptCancelled(request, attempt))
             case Stop(reason, "end"):
-                self._body.lost(reason)
+                self._node.end_soon(reason)
             case Stop(reason, "rejoin"):
-                self._body.rejoin(reason)
+                self._node.rejoin(reason)
             case Stop(reason):
-                self._body.unwelcome(f"the coordinator at {self._address} has no place for this node: {reason}")
+                self._node.be_refused(f"the coordinator at {self._address} has no place for this node: {reason}")
             case Beat(oldest):
-                self._body.post(Passed(oldest))
+                self._node.post(Passed(oldest))

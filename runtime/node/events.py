@@ -1,7 +1,4 @@
-"""What can happen to a node, and what it can decide: the words of :mod:`runtime.node.state`.
-
-Events first, then effects.
-"""
+"""The events and the effects of the node's state machine, :mod:`runtime.node.state`. Events come first."""
 
 from __future__ import annotations
 
@@ -15,20 +12,20 @@ from runtime.wire.messages.control import Assign, Peer, Wire
 from runtime.wire.messages.data import AttemptKey, Failed, Fragment, Visit
 
 Tensors = Mapping[str, Any]
-"""Tensors by name; what they are is the loop's business."""
+"""Tensors by name. The state machine does not look at them, so their type is left open."""
 
 OutputsByTarget = tuple[tuple[int, tuple[str, ...]], ...]
-"""Stages, or the caller, and the outputs that they get."""
+"""Pairs of a target, a stage or :data:`~onnxsplit.plan.CALLER`, and the names of the outputs that it gets."""
 
 
 class Assigned(Struct, frozen=True):
-    """The coordinator gave the node its stage."""
+    """The coordinator has assigned a stage to the node."""
 
     assign: Assign
 
 
 class Loaded(Struct, frozen=True):
-    """The session is open; the plan says where outputs go."""
+    """The stage was loaded; the plan says which stages read its outputs."""
 
     plan: Plan
 
@@ -40,19 +37,19 @@ class LoadFailed(Struct, frozen=True):
 
 
 class Wired(Struct, frozen=True):
-    """All processes of the pipeline are known, as of now."""
+    """The coordinator has sent all processes of the pipeline, as of now."""
 
     wire: Wire
 
 
 class Shared(Struct, frozen=True):
-    """These peers read this node's memory."""
+    """These peers have mapped this node's memory."""
 
     readers: tuple[int, ...]
 
 
 class Arrived(Struct, frozen=True):
-    """A fragment came in."""
+    """A fragment has arrived."""
 
     fragment: Fragment
     tensors: Tensors
@@ -60,13 +57,16 @@ class Arrived(Struct, frozen=True):
 
 
 class Turn(Struct, frozen=True):
-    """The loop has time for a request."""
+    """The main loop has time for a request."""
 
     now_ns: int
 
 
 class Executed(Struct, frozen=True):
-    """The session ran the request it was given, and its outputs are ready to go."""
+    """The session has executed the running request, and its outputs are ready to be sent.
+
+    The fields are those of :class:`~runtime.wire.messages.data.Visit`; times are the host's monotonic clock.
+    """
 
     started_ns: int
     ended_ns: int
@@ -76,32 +76,32 @@ class Executed(Struct, frozen=True):
 
 
 class ExecutionFailed(Struct, frozen=True):
-    """The session could not run the request it was given."""
+    """The session could not execute the running request."""
 
     reason: str
 
 
 class AttemptCancelled(Struct, frozen=True):
-    """Nobody waits for this attempt at a request, and those before it, any more."""
+    """This attempt at a request, and all before it, were given up."""
 
     request: int
     attempt: int
 
 
 class Passed(Struct, frozen=True):
-    """Nobody waits for requests before this one any more."""
+    """All requests with a smaller number have ended."""
 
     oldest: int
 
 
 class LeaveAsked(Struct, frozen=True):
-    """Somebody asks the node to end when its work is done."""
+    """A signal asks the node to end when its work is finished."""
 
     reason: str
 
 
 class StopAsked(Struct, frozen=True):
-    """The coordinator, a signal, or the coordinator's death asks the node to end."""
+    """The node is to end now: the coordinator or a signal asks for it, or the coordinator has fallen silent."""
 
     reason: str
 
@@ -124,13 +124,20 @@ NodeEvent = (
 
 
 class Load(Struct, frozen=True):
-    """Open the session."""
+    """Load the stage; answered by :class:`Loaded` or :class:`LoadFailed`."""
 
     assign: Assign
 
 
 class Connect(Struct, frozen=True):
-    """Learn the own number and all processes; map the memory of neighbours, and open links to those it sends to."""
+    """Map the memory of neighbours, and open links to targets.
+
+    Attributes:
+        me: the node's own number.
+        peers: all processes of the pipeline.
+        neighbours: the numbers of those that send to this node, that it sends to, or that send to the same stages.
+        targets: the numbers of those that it sends to.
+    """
 
     me: int
     peers: tuple[Peer, ...]
@@ -139,15 +146,15 @@ class Connect(Struct, frozen=True):
 
 
 class SayReady(Struct, frozen=True):
-    """Tell the coordinator that links are as it told."""
+    """Tell the coordinator that the links of the last :class:`Wired` are there."""
 
 
 class SayLeaving(Struct, frozen=True):
-    """Ask the coordinator to be relieved of work."""
+    """Tell the coordinator that the node is leaving and takes no further requests."""
 
 
 class SayRefused(Struct, frozen=True):
-    """Tell the coordinator why not."""
+    """Tell the coordinator why the stage cannot be loaded."""
 
     reason: str
 
@@ -159,9 +166,14 @@ class LendMemory(Struct, frozen=True):
 
 
 class Run(Struct, frozen=True):
-    """Execute the session; answer with :class:`Executed` or :class:`ExecutionFailed`.
+    """Execute the stage once; answered by :class:`Executed` or :class:`ExecutionFailed`.
 
-    The inputs lie in ``fragments``; ``leaving`` are the outputs that each stage, or the caller, gets.
+    Attributes:
+        key: the attempt.
+        cost: cost of the request.
+        inputs: the stage's inputs.
+        fragments: the fragments in which they lie.
+        leaving: the outputs that each target gets.
     """
 
     key: AttemptKey
@@ -172,7 +184,7 @@ class Run(Struct, frozen=True):
 
 
 class GiveBack(Struct, frozen=True):
-    """The tensors of these fragments are read no more."""
+    """Return the memory of these fragments to their senders."""
 
     fragments: tuple[Fragment, ...]
 
@@ -181,10 +193,10 @@ class Forward(Struct, frozen=True):
     """Send the outputs of the request that ran last.
 
     Attributes:
-        fragment: one that it came with: whose attempt, route and wish it is.
-        budget_ns: time it has left; 0 for no limit.
-        leaving: what each stage on the route, or the caller, gets.
-        history: the stages it has passed, this one the last.
+        fragment: one of the request's fragments, with its attempt, its route and the wanted outputs.
+        budget_ns: time left until the request's deadline; 0 for no deadline.
+        leaving: the outputs that each target gets.
+        history: the stages that the request has passed, this one last.
     """
 
     fragment: Fragment
@@ -194,11 +206,11 @@ class Forward(Struct, frozen=True):
 
 
 class Discard(Struct, frozen=True):
-    """Nobody wants the outputs of the request that ran last."""
+    """Drop the outputs of the request that ran last, because it was cancelled."""
 
 
 class ReportFailure(Struct, frozen=True):
-    """Tell the coordinator that a request failed here."""
+    """Tell the coordinator that this stage could not execute a request."""
 
     message: Failed
 

@@ -1,9 +1,9 @@
-"""How a node tells probes of a supervisor that it lives: a file that it writes anew with each sign of life.
+"""The health file of a node, for the probes of a supervisor. The node rewrites it with each heartbeat.
 
-The file holds the state of the node in a word (``waiting``, ``loading``, ``ready``, ...). A shell can ask it:
+The file holds the node's phase in one word (``waiting``, ``loading``, ``ready``, ...). Shell commands for probes:
 
-    is ready    grep -q ready FILE
-    lives       test $(($(date +%s) - $(stat -c %Y FILE))) -lt 15
+    readiness   grep -q ready FILE
+    liveness    test $(($(date +%s) - $(stat -c %Y FILE))) -lt 15
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ from onnxsplit.files import replacing
 
 
 def write_health(file: Path, state: str) -> None:
-    """Say how the node is, now."""
-    with suppress(OSError), replacing(file) as draft:  # a full disk makes the probe fail, and not the node
+    """Write the node's phase into its health file."""
+    with suppress(OSError), replacing(file) as draft:  # a full disk makes the probe fail, but not the node
         draft.write_text(f"{state}\n")

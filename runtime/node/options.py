@@ -1,4 +1,4 @@
-"""What a node is started with."""
+"""The options of a node."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from runtime.files.stage_cache import DEFAULT_CACHE_BYTES
 from runtime.timings import Timings
 
 DEFAULT_MEMORY_BYTES = 1 << 30
-"""Of a node's outputs in shared memory at once; what does not fit is copied through sockets."""
+"""The usual limit of a node's outputs in shared memory at once; outputs that do not fit are sent as frames."""
 
 
 @dataclass(frozen=True)
 class NodeOptions:
-    """What a node is started with.
+    """The options of a node.
 
     Attributes:
         connect: control address of the coordinator.
-        bind: where to take fragments; a free port or path of the coordinator's kind when None.
-        stage: the stage it wants, -1 for any.
-        replica: the replica it wants to be, -1 for any.
-        number: given by its launcher; 0 for none.
-        plan: its own copy of the plan directory; when None, the coordinator's folder where it is seen from here, else
-            the stage's files are fetched.
-        fetch: fetch them also where the coordinator's folder is seen.
-        cache_bytes: that fetched stage files may take on this host.
-        host: by which the cluster file knows this host; its own name when None.
-        health: a file that says how the node is, for probes; see :mod:`runtime.node.health`.
-        provider: overrides the coordinator's choice.
-        threads: overrides the plan's number; 0 does not.
-        memory_bytes: of shared memory for its outputs at most; 0 for none.
-        home: a folder of the launcher's, removed when the launcher dies. Set together with ``lifeline``.
-        lifeline: end when standard input does.
-        drain_s: wait so long to be relieved of work before ending on a signal.
-        rejoin_s: without a lifeline, look so long for a coordinator that fell silent, or for a place at one that has
-            none free, before ending.
-        advertise: the address that others are told, where it is another than ``bind``.
-        keys: folder with the keys that protect links by tcp; None leaves them plain.
-        insecure: plain links may leave this host.
-        custom_ops: libraries of custom ops that it may load, and loads for a stage that needs them; no others ever.
+        bind: address for fragments; when None, any free port or path, of the same kind as ``connect``.
+        stage: the stage it wants; -1 for any.
+        replica: the replica it wants to be; -1 for any.
+        number: the number its launcher gave it; 0 for none.
+        plan: its own copy of the plan directory. When None, it reads the coordinator's folder if it can see it, and
+            else fetches the stage's files.
+        fetch: whether to fetch the files even if it sees the coordinator's folder.
+        cache_bytes: the largest size of fetched stage files on this host.
+        host: the name of this host in the cluster file; its own name when None.
+        health: file with the node's phase, for probes; see :mod:`runtime.node.health`.
+        provider: execution provider; the coordinator's choice when None.
+        threads: threads of the session; the plan's number when 0.
+        memory_bytes: the largest size of its outputs in shared memory at once; 0 for no shared memory.
+        home: a folder of the launcher's, which is removed when the launcher dies; set together with ``lifeline``.
+        lifeline: whether to end when standard input ends.
+        drain_s: seconds to finish the work in after a signal.
+        rejoin_s: without a lifeline, seconds to look for a coordinator that fell silent, or to ask for a place at one
+            that has none free, before ending.
+        advertise: the address that peers are told; None for the one that was bound.
+        keys: folder with the keys that protect links over tcp; None leaves them plain.
+        insecure: whether plain links may leave this host.
+        custom_ops: the only libraries of custom ops that it may load, for stages that need them.
     """
 
     connect: str

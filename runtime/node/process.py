@@ -1,9 +1,11 @@
 """A runtime node: the process that executes one stage.
 
-Two threads. The main one waits for fragments, runs the session and sends what comes out, with no hand-over in
-between; the other speaks with the coordinator, so that it answers while the session runs. When the coordinator is
-gone, or says that another node has this one's place, a node drops its work; one that was started by hand then asks for
-a place again, one that a launcher started ends, as it does as soon as the launching process is gone.
+A node has two threads. The main thread receives fragments, runs the session and sends the outputs, without handing a
+request over to another thread. The control thread communicates with the coordinator, also while the session runs.
+
+A node drops its work when the coordinator falls silent or says that another node has replaced this one. A node that was
+started by hand then asks for a place again. A node that a launcher started ends, as it also does when the launching
+process has ended.
 """
 
 from __future__ import annotations
@@ -65,7 +67,23 @@ _log = logging.getLogger("runtime.node")
 
 
 class NodeProcess:
-    """The main thread: performs the effects of :class:`~runtime.node.state.NodeState`."""
+    """The main thread of a node: performs the effects of :class:`~runtime.node.state.NodeState`.
+
+    Args:
+        options: what the node is started with.
+        home: a private folder for its socket and profile.
+        keys: its keys; None leaves links plain.
+        patience_s: seconds to wait for the coordinator's first message; None waits without limit.
+        asked_before: whether an earlier node of this process has asked for a place in vain.
+
+    Attributes:
+        rejoins: whether another node is to begin in this process when this one has ended.
+        had_place: whether the coordinator has assigned a stage to it.
+        ended: set when a signal has asked it to end.
+
+    Raises:
+        InputError: the coordinator's public key is missing.
+    """
 
     def __init__(
         self,
@@ -78,11 +96,12 @@ class NodeProcess:
     ) -> None:
         self._options = options
         self._home = home
-        self._keys = keys
+        self._own_key = keys.pair.public if keys else ""
+        self._coordinator_key = keys.of("coordinator") if keys else ""
         self._patience_s = patience_s
         self._asked_before = asked_before
         self._trusted: frozenset[str] = frozenset()
-        self.rejoins = False  # when it has ended, another is to begin in this process
+        self.rejoins = False
         self.had_place = False
         self._timers: list[threading.Timer] = []
         self._machine = NodeState()
@@ -90,87 +109,101 @@ class NodeProcess:
         self._wakeup = Wakeup()
         self._worker = Worker(options.memory_bytes)
         self._cache = StageCache(cache_folder("stages"), options.cache_bytes)
+        self._security = Security(
+            pair=keys.pair if keys else None,
+            allows=lambda key: key in self._trusted or (keys is not None and key in keys.allowed),
+            insecure=options.insecure,
+        )
+        self._files = StageFiles(
+            own=options.plan,
+            shared=not options.fetch,
+            cache=self._cache,
+            coordinator=options.connect,
+            security=self._security,
+            key=self._coordinator_key,
+            custom_ops=options.custom_ops,
+        )
         self._refused = False
-        self.ended = threading.Event()  # a signal asked for the end
+        self.ended = threading.Event()
         self._exit: Exit | None = None
-        self._turn_ns = 0  # the main thread is at work since then; 0 while it waits
+        self._turn_ns = 0  # when the main thread last began to work; 0 while it waits
 
     @property
     def beat(self) -> NodeBeat:
-        """A sign of life, as of now."""
+        """A heartbeat, as of now."""
         if self._options.health is not None:
             write_health(self._options.health, self._machine.state.name.lower())
         began, longest_ns = self._worker.began, self._worker.longest_ns
         if began is None and self._turn_ns and self._machine.state in _SERVING:
-            began = self._turn_ns, UNIT_COST  # at something else than a request, which should not take longer than one
+            began = self._turn_ns, UNIT_COST  # other work, such as sending, should not take longer than a request
         running_ns, cost = (max(1, time.monotonic_ns() - began[0]), began[1]) if began is not None else (0, 0)
-        return NodeBeat(self._machine.executed, running_ns, cost, longest_ns, self._worker.look_at_links())
+        return NodeBeat(self._machine.executed, running_ns, cost, longest_ns, self._worker.unreachable_peers())
 
     def post(self, event: NodeEvent) -> None:
-        """Hand an event to the main thread."""
+        """Pass an event to the main thread. Thread-safe."""
         self._posted.append(event)
         self._wakeup.ring()
 
     def trust(self, keys: frozenset[str]) -> None:
-        """Let the owners of these public keys send."""
+        """Accept connections from the owners of these public keys."""
         self._trusted = keys
 
-    def lost(self, reason: str) -> None:
-        """End soon; at the latest in two seconds, whatever the session does."""
+    def end_soon(self, reason: str) -> None:
+        """End within two seconds, even if the session is still running."""
         self._end_within(_EXIT_GRACE_S, reason)
 
     def _end_within(self, seconds: float, reason: str) -> None:
-        timer = threading.Timer(seconds, self._break_off, (seconds, reason))
+        timer = threading.Timer(seconds, self._exit_now, (seconds, reason))
         timer.daemon = True
         timer.start()
         self._timers.append(timer)
         self.post(StopAsked(reason))
 
-    def _break_off(self, seconds: float, reason: str) -> None:
-        _log.error("ending %.0f s after it was to stop, in the middle of its work: %s", seconds, reason)
-        if not self._options.lifeline:  # else the launcher removes it
+    def _exit_now(self, seconds: float, reason: str) -> None:
+        _log.error("ending: work was still running %.0f s after the node was to stop: %s", seconds, reason)
+        if not self._options.lifeline:  # otherwise the launcher removes the folder
             shutil.rmtree(self._home, ignore_errors=True)
         os._exit(1)
 
-    def silent(self, reason: str) -> None:
-        """The coordinator is gone: drop the work, and look for it, unless a launcher started this node."""
+    def coordinator_silent(self, reason: str) -> None:
+        """The coordinator has fallen silent: drop the work and ask for a place again; see :meth:`rejoin`."""
         self.rejoin(reason)
 
     def rejoin(self, reason: str) -> None:
-        """Drop the work and ask for a place anew, unless a launcher started this node.
+        """Drop the work and ask for a place again. A node that a launcher started ends instead.
 
-        Loading or a run may take its time before: nobody waits for either any more.
+        A stage that is loading, or a request that runs, may finish first; the result is dropped.
         """
         if self._options.lifeline:
-            self.lost(reason)
+            self.end_soon(reason)
         elif not self.rejoins and not self._refused:
             self.rejoins = True
             self._end_within(max(_EXIT_GRACE_S, self._options.rejoin_s), reason)
 
-    def unwelcome(self, reason: str) -> None:
-        """The coordinator will never take this node."""
+    def be_refused(self, reason: str) -> None:
+        """End soon, because the coordinator will never accept this node."""
         if not self._refused:
             _log.error("%s", reason)
         self._refused, self.rejoins = True, False
-        self.lost(reason)
+        self.end_soon(reason)
 
     def _asked_to_end(self, what: str) -> None:
-        """By a signal: end when the work is done, or after a while; without work, or by a second one, soon."""
+        """Handle a signal: finish the work within ``drain_s``; without work, or when it is repeated, end soon."""
         if self.ended.is_set():
-            self.lost(f"received {what} again")
+            self.end_soon(f"received {what} again")
             return
         self.ended.set()
-        if self._machine.state not in _SERVING:  # fetching or loading, perhaps, which nothing interrupts
-            self.lost(f"received {what}")
+        if self._machine.state not in _SERVING:  # it may be fetching or loading, which cannot be interrupted
+            self.end_soon(f"received {what}")
             return
-        timer = threading.Timer(self._options.drain_s, self.lost, (f"received {what}",))
+        timer = threading.Timer(self._options.drain_s, self.end_soon, (f"received {what}",))
         timer.daemon = True
         timer.start()
         self._timers.append(timer)
         self.post(LeaveAsked(f"received {what}"))
 
     def serve(self) -> int:
-        """Until an :class:`Exit` effect."""
+        """Execute requests until an :class:`~runtime.node.events.Exit` effect; returns the process's exit code."""
         options = self._options
         for number in (signal.SIGTERM, signal.SIGINT):
             if options.lifeline and number == signal.SIGINT:
@@ -179,39 +212,18 @@ class NodeProcess:
                 signal.signal(number, lambda number, _: self._asked_to_end(signal.Signals(number).name))
         if options.lifeline:
             threading.Thread(target=_watch_lifeline, args=(self._home,), daemon=True).start()
-        keys = self._keys
-        security = Security(
-            pair=keys.pair if keys else None,
-            allows=lambda key: key in self._trusted or (keys is not None and key in keys.allowed),
-            insecure=options.insecure,
-        )
-        key = keys.of("coordinator") if keys else ""
-        self._files = StageFiles(
-            own=options.plan,
-            shared=not options.fetch,
-            cache=self._cache,
-            coordinator=options.connect,
-            security=security,
-            key=key,
-            custom_ops=options.custom_ops,
-        )
-        with Sockets(security=security) as sockets:
+        with Sockets(security=self._security) as sockets:
             shortcut = self._home / f"node-{os.getpid()}.fragments" if options.memory_bytes else None
             inlet = sockets.inlet(options.bind or self._default_address(), shortcut=shortcut)
             sockets.watch(self._wakeup.fileno())
-            hello = Hello(
-                protocol=PROTOCOL,
-                number=options.number,
-                pid=os.getpid(),
-                host=options.host or socket.gethostname(),
-                address=options.advertise or inlet.address,
-                stage=options.stage,
-                replica=options.replica,
-                shortcut=str(shortcut or ""),
-                memory=self._worker.payloads.memory,
-                key=keys.pair.public if keys else "",
+            control = ControlLink(
+                self,
+                options.connect,
+                self._hello(inlet.address, shortcut),
+                security=self._security,
+                key=self._coordinator_key,
+                patience_s=self._patience_s,
             )
-            control = ControlLink(self, options.connect, hello, security=security, key=key, patience_s=self._patience_s)
             control.start()
             self._loop(sockets, inlet, control)
             self._worker.close()
@@ -221,15 +233,30 @@ class NodeProcess:
             timer.cancel()
         self._wakeup.close()
         assert self._exit is not None
-        self._tell_end(self._exit.reason)
+        self._log_end(self._exit.reason)
         return 1 if self._refused else 0
 
-    def _tell_end(self, reason: str) -> None:
+    def _hello(self, address: str, shortcut: Path | None) -> Hello:
+        options = self._options
+        return Hello(
+            protocol=PROTOCOL,
+            number=options.number,
+            pid=os.getpid(),
+            host=options.host or socket.gethostname(),
+            address=options.advertise or address,
+            stage=options.stage,
+            replica=options.replica,
+            shortcut=str(shortcut or ""),
+            memory=self._worker.payloads.memory,
+            key=self._own_key,
+        )
+
+    def _log_end(self, reason: str) -> None:
         if not self.rejoins:
             _log.info("ending: %s", reason)
         elif self.had_place:
             _log.warning("dropped all work: %s", reason)
-        else:  # said once, and not each time that it asks
+        else:  # logged once, and not each time that the node asks
             level = logging.DEBUG if self._asked_before else logging.INFO
             _log.log(level, "%s; asking again for %.0f s", reason, self._options.rejoin_s)
 
@@ -239,7 +266,7 @@ class NodeProcess:
         return f"ipc://{self._home / f'node-{os.getpid()}'}"
 
     def _loop(self, sockets: Sockets, inlet: Inlet, control: ControlLink) -> None:
-        """What the coordinator says goes first, then what comes in, then one request at a time."""
+        """Handle events of the control thread first, then arriving fragments, then run one request."""
         machine, worker = self._machine, self._worker
         while self._exit is None:
             self._turn_ns = 0
@@ -253,7 +280,9 @@ class NodeProcess:
                 event = worker.arrival(*message)
                 if event is not None and machine.state in _SERVING:
                     self._handle(event, sockets, control)
-                if not worker.has_far_senders:  # else all is taken in, for receipts to be true
+                if (
+                    not worker.has_far_senders
+                ):  # with far senders, receive everything first, so that receipts are correct
                     break
             if worker.has_far_senders and self._exit is None:
                 worker.tell_senders(time.monotonic())
@@ -308,7 +337,7 @@ class NodeProcess:
 
 
 def _watch_lifeline(home: Path) -> None:
-    """End the process when standard input ends or the parent changes: the launching process is gone."""
+    """End the process when standard input ends or the parent changes, because the launching process has ended."""
     parent = os.getppid()
     while os.getppid() == parent:
         readable, _, _ = select.select([0], [], [], 1.0)

@@ -1,4 +1,4 @@
-"""Running nodes until one need not come back."""
+"""Runs a node, and another one after it while it has to rejoin; the command that launchers start."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from runtime.node.state import NodePhase
 from runtime.wire.keys import Keys
 from runtime.wire.security import Security, check_address
 
-_SPARE_S = 0.5  # between the first two questions for a place; twice as long each time
-_SPARE_MOST_S = 5.0
+_ASK_AGAIN_S = 0.5  # between the first two requests for a place; doubled each time
+_ASK_AGAIN_MOST_S = 5.0
 _log = logging.getLogger("runtime.node")
 
 
 def serve(options: NodeOptions) -> int:
-    """Be a node until told to stop; returns the exit code.
+    """Run a node until it is told to stop; returns the process's exit code.
 
-    A node that was started by hand begins anew, with nothing of its work left, when its coordinator fell silent or
-    says that it was replaced, and keeps asking while there is no place for it, for ``rejoin_s`` each.
+    When the coordinator falls silent or says that the node was replaced, a node that was started by hand drops its work
+    and begins again. It then asks for a place for up to ``rejoin_s`` seconds.
 
     Raises:
         PipelineError: an address cannot be used.
@@ -45,7 +45,7 @@ def serve(options: NodeOptions) -> int:
     if options.advertise is not None:
         check_address(options.advertise, security)
         if options.advertise.endswith(":*"):
-            raise PipelineError(f"--advertise {options.advertise}: others need the port itself, as in tcp://HOST:PORT")
+            raise PipelineError(f"--advertise {options.advertise}: peers need the port itself, as in tcp://HOST:PORT")
     check_outputs(options.health)
     if options.home is not None:
         return NodeProcess(options, options.home, keys).serve()
@@ -59,15 +59,15 @@ def serve(options: NodeOptions) -> int:
 
 
 def _serve_by_hand(options: NodeOptions, keys: Keys | None) -> int:
-    """One node after the other, until one need not come back; returns the exit code."""
+    """Run one node after the other until one does not rejoin; returns the exit code."""
     patience: float | None = None
-    spare_since: float | None = None
-    pause = _SPARE_S
+    waiting_since: float | None = None
+    pause = _ASK_AGAIN_S
     while True:
         home = private_folder()
         held = hold(home)
         try:
-            node = NodeProcess(options, home, keys, patience, asked_before=spare_since is not None)
+            node = NodeProcess(options, home, keys, patience, asked_before=waiting_since is not None)
             code = node.serve()
         finally:
             shutil.rmtree(home, ignore_errors=True)
@@ -77,21 +77,21 @@ def _serve_by_hand(options: NodeOptions, keys: Keys | None) -> int:
         if options.health is not None:
             write_health(options.health, NodePhase.WAITING.name.lower())
         if node.had_place:
-            patience, spare_since, pause = options.rejoin_s, None, _SPARE_S
+            patience, waiting_since, pause = options.rejoin_s, None, _ASK_AGAIN_S
             _log.warning("asking %s for a place again, for %.0f s", options.connect, options.rejoin_s)
             continue
-        spare_since = spare_since or time.monotonic()
-        left = options.rejoin_s - (time.monotonic() - spare_since)
+        waiting_since = waiting_since or time.monotonic()
+        left = options.rejoin_s - (time.monotonic() - waiting_since)
         if left <= 0:
             _log.error("ending: there was no place for this node at %s in %.0f s", options.connect, options.rejoin_s)
             return 1
         if node.ended.wait(min(pause, left)):
             return code
-        patience, pause = max(left, _SPARE_S), min(2 * pause, _SPARE_MOST_S)
+        patience, pause = max(left, _ASK_AGAIN_S), min(2 * pause, _ASK_AGAIN_MOST_S)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command a launcher starts."""
+    """Run a node with the options of a command line, as launchers do; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m runtime.node")
     parser.add_argument("--connect", required=True)
     parser.add_argument("--stage", type=int, required=True)

@@ -1,4 +1,4 @@
-"""A stage's session, opened as the plan says, with its outputs written where they are to be read."""
+"""Runs a stage's session, and lets it write its outputs into given arrays."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from runtime.memory.outgoing import OutputShapes
 from runtime.node.weights import shared_copy
 from runtime.wire.messages.control import Assign
 
-_SIGNATURES = 256
+_SIGNATURES = 256  # combinations of input shapes that are remembered
 
 
 class StageRunner:
     """Executes one stage of a plan.
 
-    A shape of an output is *proven* for inputs of some shapes when a run on such inputs gave it. Where a later run
-    contradicts (shapes that depend on data), that output is never bound again.
+    The shape of an output is *proven* for certain input shapes when a run on such inputs has returned it. Outputs of
+    proven shape are written into given arrays. When a later run contradicts, because the shape depends on data, that
+    output is never written into a given array again.
 
     Args:
         plan: the plan.
-        folder: where the stage's files are.
-        assign: the stage, and with what to run it.
-        home: where to profile into.
-        threads: threads of the session; the plan's number when 0.
+        folder: the folder with the stage's files.
+        assign: the stage, and how to run it.
+        home: the folder for the profile.
+        threads: threads of the session; the assigned or the plan's number when 0.
         custom_ops: libraries of custom ops that this process may load.
 
     Raises:
-        PlanError: the stage's files are not as the plan says.
-        CustomOpsError: the stage needs a library that is not among them, or that does not load.
-        ModelError, ProviderError, MissingDependency: the session does not open.
+        PlanError: the stage's files differ from the plan.
+        CustomOpsError: the stage needs a library that is not among them, or that cannot be loaded.
+        ModelError, ProviderError, MissingDependency: the session cannot be opened.
     """
 
     def __init__(
@@ -68,24 +69,24 @@ class StageRunner:
         self._unbound = {name for name in stage.outputs if name in stage.inputs}
 
     def close(self) -> None:
-        """Write the profile, if there is one."""
+        """Write the profile, if one was asked for."""
         if self._profiled:
             self._session.end_profiling()
 
     def proven(self, inputs: Mapping[str, Array]) -> OutputShapes:
-        """The outputs whose type and shape are proven for inputs of these shapes."""
+        """Types and shapes of the outputs that are proven for inputs of these shapes."""
         return self._proven.get(self._signature(inputs), {})
 
     def run(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Mapping[str, Array]:
         """Execute the stage once.
 
         Args:
-            inputs: by name.
-            into: arrays for outputs that are :meth:`proven`; where one of them is not the array returned, it was not
-                written.
+            inputs: the inputs by name.
+            into: arrays to write outputs into that are :meth:`proven`. An output that is returned as another array was
+                not written into them.
 
         Returns:
-            All outputs; ``into`` itself where they are all in it.
+            All outputs by name; ``into`` itself when it holds all of them.
 
         Raises:
             ModelError: ONNX Runtime could not execute it.

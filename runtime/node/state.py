@@ -1,12 +1,29 @@
-"""What a node does, without doing it: an event in, effects out. Knows no socket, no session and no clock.
+"""The state machine of a node. Pure: it takes an event and returns effects; it knows no socket, session or clock.
 
-:data:`TRANSITIONS` holds what may happen in each state; docs/states.md is drawn from it. Requests are joined and run
-in READY and LEAVING only.
+A node passes through the phases WAITING, LOADING, LOADED, READY, LEAVING and STOPPED. :data:`TRANSITIONS` lists the
+events that are legal in each phase and the phase that follows; any other event is an error. docs/states.md is drawn
+from this table. Events come from the control link, from data links, from the session, and from the main loop, which
+sends a :class:`~runtime.node.events.Turn` when it has time for a request. The loop performs the effects in order. An
+effect that has a result (Load, Run) is answered by an event before the loop handles anything else.
 
-Three rules. A request runs once the fragments of all its sources are here, all of one attempt. One request runs at a
-time, in the order in which they became complete, whenever the loop gives a :class:`Turn`. A fragment of an attempt
-that began when more was known of the pipeline than is known here waits until that is known here too: so nothing new
-is ever sent to a node that was lost before it began.
+In READY and LEAVING, each attempt at a request goes through these steps:
+
+    joining    fragments of some of its sources have arrived
+    queued     fragments of all its sources have arrived
+    running    the session executes it
+    ended      its fragments were given back to their senders
+
+Rules:
+    1. Only fragments of one attempt are joined, one from each source. A second fragment from a source is given back.
+    2. One attempt runs at a time. Attempts run in the order in which they were queued.
+    3. A fragment that was sent with a newer view of the pipeline waits until this node has that view too. The outputs
+       of an attempt are therefore never sent to a node that was lost before the attempt began.
+
+Invariants: every fragment is given back exactly once, whether its attempt was executed, failed, expired or was
+cancelled (unless the node stops first). The outputs of an attempt that was cancelled are not forwarded.
+
+tests/runtime/test_node_state.py tests the rules. tests/runtime/test_world.py tests this machine together with the
+coordinator's under arbitrary orders of messages and arbitrary faults.
 """
 
 from __future__ import annotations
@@ -53,11 +70,11 @@ from runtime.transition_table import Machine
 from runtime.wire.messages.control import Assign, Wire
 from runtime.wire.messages.data import NOT_NEEDED, AttemptKey, Failed, Fragment, Visit
 
-_REMEMBERED = 4096  # cancelled requests, whose fragments may still be under way
+_REMEMBERED = 4096  # number of cancelled requests remembered, because their fragments may still arrive
 
 
 class NodePhase(Enum):
-    """Of a node."""
+    """The phases of a node."""
 
     WAITING = auto()
     LOADING = auto()
@@ -84,7 +101,7 @@ TRANSITIONS: Mapping[tuple[NodePhase, type[NodeEvent]], NodePhase] = {
 
 @dataclass
 class _Join:
-    """An attempt whose fragments are being gathered."""
+    """An attempt that is joining, queued or running."""
 
     deadline_ns: int
     fragments: list[Fragment] = field(default_factory=list)
@@ -93,7 +110,12 @@ class _Join:
 
 
 class NodeState:
-    """The state machine of one node."""
+    """The state machine of one node.
+
+    Attributes:
+        executed: number of requests executed so far.
+        running: the attempt that the session executes; None for none.
+    """
 
     def __init__(self) -> None:
         self.executed = 0
@@ -102,26 +124,26 @@ class NodeState:
         self._assign: Assign | None = None
         self._view = -1
         self._sources: frozenset[int] = frozenset()
-        self._readers: dict[int, tuple[str, ...]] = {}  # which outputs each stage reads
-        self._rivals: frozenset[int] = frozenset()  # the stages that send where this one sends
+        self._readers: dict[int, tuple[str, ...]] = {}  # the outputs that each stage reads
+        self._co_senders: frozenset[int] = frozenset()  # the stages that send to the same stages as this one
         self._outputs: tuple[str, ...] = ()
-        self._leaving: dict[tuple[tuple[int, ...], tuple[str, ...]], OutputsByTarget] = {}
+        self._targets: dict[tuple[tuple[int, ...], tuple[str, ...]], OutputsByTarget] = {}
         self._early: list[Arrived] = []
         self._joins: dict[AttemptKey, _Join] = {}
         self._queue: deque[AttemptKey] = deque()
-        self._cancelled: OrderedDict[int, int] = OrderedDict()  # request -> its last attempt that is
+        self._cancelled: OrderedDict[int, int] = OrderedDict()  # by request, its last attempt that was cancelled
         self._oldest = 0
 
     @property
     def state(self) -> NodePhase:
-        """Of the node."""
+        """The phase of the node."""
         return self._machine.state
 
     def handle(self, event: NodeEvent) -> list[NodeEffect]:
-        """Take an event; returns what is to be done, in order.
+        """Handle an event; returns the effects to perform, in order.
 
         Raises:
-            IllegalEventError: the event is not legal in this state.
+            IllegalEventError: the event is not legal in this phase.
         """
         state = self._machine.go(type(event))
         match event:
@@ -157,11 +179,11 @@ class NodeState:
 
     @property
     def ready(self) -> bool:
-        """True when a request waits for its turn."""
+        """Whether an attempt is queued and none is running."""
         return bool(self._queue) and self.running is None
 
     def _learn(self, plan: Plan) -> None:
-        """Who sends to this stage, and which of its outputs go where."""
+        """Note the sources of this stage, and which stages read its outputs."""
         stage = plan.stages[self._place()[0]]
         self._sources = sources(plan, stage.index)
         self._outputs = stage.outputs
@@ -170,7 +192,7 @@ class NodeState:
             for other in plan.stages
             if (names := tuple(name for name in stage.outputs if name in other.inputs))
         }
-        self._rivals = frozenset(source for reader in self._readers for source in sources(plan, reader))
+        self._co_senders = frozenset(source for reader in self._readers for source in sources(plan, reader))
 
     def _place(self) -> tuple[int, int]:
         assert self._assign is not None
@@ -179,7 +201,7 @@ class NodeState:
     def _wired(self, wire: Wire) -> list[NodeEffect]:
         self._view = wire.view
         targets = {p.number for p in wire.peers if p.stage in self._readers or p.stage == CALLER}
-        senders = {p.number for p in wire.peers if p.stage in self._sources | self._rivals}
+        senders = {p.number for p in wire.peers if p.stage in self._sources | self._co_senders}
         effects: list[NodeEffect] = [
             Connect(
                 me=wire.me,
@@ -201,9 +223,9 @@ class NodeState:
             return []
         key = fragment.request, fragment.attempt
         join = self._joins.get(key)
-        seen = join is not None and any(other.source == fragment.source for other in join.fragments)
-        if fragment.source not in self._sources or seen or self._over(key):
-            return [GiveBack((fragment,))]  # a stray or a duplicate: the first one counts
+        duplicate = join is not None and any(other.source == fragment.source for other in join.fragments)
+        if fragment.source not in self._sources or duplicate or self._has_ended(key):
+            return [GiveBack((fragment,))]
         if join is None:
             join = self._joins[key] = _Join(event.now_ns + fragment.budget_ns if fragment.budget_ns else 0)
         join.fragments.append(fragment)
@@ -213,8 +235,8 @@ class NodeState:
             self._queue.append(key)
         return []
 
-    def _over(self, key: AttemptKey) -> bool:
-        """Nobody waits for the attempt."""
+    def _has_ended(self, key: AttemptKey) -> bool:
+        """Whether the attempt was cancelled or its request has ended."""
         return key[0] < self._oldest or key[1] <= self._cancelled.get(key[0], 0)
 
     def _next(self, now_ns: int) -> list[NodeEffect]:
@@ -228,20 +250,20 @@ class NodeState:
                 continue
             self.running = key
             first = join.fragments[0]
-            effects.append(Run(key, first.cost, join.tensors, tuple(join.fragments), self._leave(first)))
+            effects.append(Run(key, first.cost, join.tensors, tuple(join.fragments), self._outputs_of(first)))
         return effects
 
-    def _leave(self, fragment: Fragment) -> OutputsByTarget:
-        """The outputs that others get; worked out once for each route and wish."""
-        found = self._leaving.get((fragment.route, fragment.wanted))
-        if found is None:
-            if len(self._leaving) >= _REMEMBERED:
-                self._leaving.clear()
-            asked = tuple(name for name in self._outputs if name in fragment.wanted)
+    def _outputs_of(self, fragment: Fragment) -> OutputsByTarget:
+        """The outputs that each target gets; computed once for each route and set of wanted outputs."""
+        targets = self._targets.get((fragment.route, fragment.wanted))
+        if targets is None:
+            if len(self._targets) >= _REMEMBERED:
+                self._targets.clear()
+            wanted = tuple(name for name in self._outputs if name in fragment.wanted)
             stages = ((s, names) for s, names in self._readers.items() if self._needs(fragment, s))
-            found = (*stages, *([(CALLER, asked)] if asked else []))
-            self._leaving[fragment.route, fragment.wanted] = found
-        return found
+            targets = (*stages, *([(CALLER, wanted)] if wanted else []))
+            self._targets[fragment.route, fragment.wanted] = targets
+        return targets
 
     @staticmethod
     def _needs(fragment: Fragment, stage: int) -> bool:
@@ -253,7 +275,7 @@ class NodeState:
         assert key is not None
         join = self._joins.pop(key)
         back = GiveBack(tuple(join.fragments))
-        if self._over(key):
+        if self._has_ended(key):
             return [back, Discard()]
         stage, replica = self._place()
         visit = Visit(
@@ -268,12 +290,12 @@ class NodeState:
         )
         first, *others = join.fragments
         history = first.history
-        for other in others:  # branches that meet again share the stages before they parted
+        for other in others:  # branches that join again share the stages before they parted
             history += tuple(visited for visited in other.history if visited not in history)
         forward = Forward(
             fragment=first,
             budget_ns=max(1, join.deadline_ns - event.ready_ns) if join.deadline_ns else 0,
-            leaving=self._leave(first),
+            leaving=self._outputs_of(first),
             history=(*history, visit),
         )
         return [forward, back]
@@ -292,7 +314,7 @@ class NodeState:
         return self._drop([key for key in self._joins if key[0] == request and key[1] <= attempt])
 
     def _drop(self, keys: list[AttemptKey]) -> list[NodeEffect]:
-        """Forget attempts that nobody waits for; the one that runs is forgotten when it ends."""
+        """Drop these attempts, except the one that is running, which is dropped when it ends."""
         dropped = [key for key in keys if key != self.running]
         if not dropped:
             return []

@@ -1,4 +1,4 @@
-"""What a node does with tensors: takes them in, executes its stage, and sends on what comes out."""
+"""The tensor side of a node: receives fragments, executes the stage and sends its outputs."""
 
 from __future__ import annotations
 
@@ -41,25 +41,26 @@ from runtime.wire.messages.control import Assign, Peer
 from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, Step
 from runtime.wire.sockets import Sockets
 
-_RECEIPT_S = 0.5  # between two receipts to one sender, where nothing waits for them
-_REPEAT_S = 5.0  # after so long a receipt is sent though it says nothing new: what was lost on the way shows by it
-_IDLE_S = 60.0
+_RECEIPT_S = 0.5  # between two receipts to a sender that does not choose by them
+_REPEAT_S = 5.0  # after this time an unchanged receipt is sent again, which shows what was lost on the way
+_IDLE_S = 60.0  # how long the main loop waits when no receipts are due
 
 _log = logging.getLogger("runtime.node")
 _drops = DropLog(_log)
-_WORDS = 500
+_MOST_REASON_CHARACTERS = 500
 
 
 class Worker:
-    """Belongs to the node's main thread; ``began``, ``longest_ns`` and ``look_at_links`` are for any.
+    """Used by the node's main thread; ``began``, ``longest_ns`` and ``unreachable_peers`` are thread-safe.
 
     Args:
-        memory_bytes: of shared memory for outputs at most; 0 for none.
+        memory_bytes: the largest size of its outputs in shared memory at once; 0 for no shared memory.
 
     Attributes:
-        payloads: this process's side of shared memory.
-        mapped: the peers whose memory is mapped.
-        began: since when the session is at a request, by the host's monotonic clock, and the request's cost.
+        payloads: this process's shared memory, and that of its peers.
+        mapped: the numbers of the peers whose memory is mapped.
+        began: when the session began the running request, by the host's monotonic clock in ns, and the request's cost;
+            None while no request runs.
     """
 
     def __init__(self, memory_bytes: int) -> None:
@@ -67,38 +68,41 @@ class Worker:
         self.mapped: tuple[int, ...] = ()
         self.began: tuple[int, int] | None = None
         self._router = Router("completion", self.payloads.board)
-        self._gauge = ServiceTime()
+        self._service_time = ServiceTime()
         self._me = -1
         self._links: dict[int, Outlet] = {}
-        self._receipts: dict[int, Outlet] = {}  # to senders who cannot read this node's board
-        self._told: dict[int, tuple[Receipt, float]] = {}  # what each of them was told last, and when
-        self._waited_for: set[int] = set()  # those of them who choose by the next receipt
+        self._receipts: dict[int, Outlet] = {}  # links to senders that cannot read this node's load board
+        self._told: dict[int, tuple[Receipt, float]] = {}  # the last receipt to each of them, and when it was sent
+        self._urgent: set[int] = set()  # those of them that choose among replicas by the next receipt
         self._has_siblings = False
         self._next_receipts = 0.0
-        self._sources: dict[int, list[int]] = {}  # of every stage
-        self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types from each source
+        self._sources: dict[int, list[int]] = {}  # the sources of every stage
+        self._expected: dict[
+            int, tuple[tuple[str, ...], tuple[str, ...]]
+        ] = {}  # the names and types of what each source sends
         self._shared: dict[OutputsByTarget, tuple[str, ...]] = {}
-        self._here: Counter[int] = Counter()  # cost of what is here, by who sent it
+        self._unfinished: Counter[int] = Counter()  # cost of the unfinished work, by its sender
         self._runner: StageRunner | None = None
         self._sender = Sender(self.payloads, self._router, self._links, self._sources)
         self._ran = _Ran(Outgoing(), valid=False)
+        self._assign: Assign  # set by load(), before anything reads it
 
     def close(self) -> None:
-        """Close the session and let go of all memory."""
+        """Close the session and release all memory."""
         if self._runner is not None:
             self._runner.close()
         self.payloads.close()
 
     @property
     def longest_ns(self) -> int:
-        """An ordinary request took at most so long."""
-        return self._gauge.longest_ns
+        """The longest time that a request of unit cost has taken here."""
+        return self._service_time.longest_ns
 
-    def look_at_links(self) -> tuple[int, ...]:
-        """The processes that cannot be reached now; they get nothing while others of their stage can be reached."""
-        found = tuple(sorted(number for number, link in list(self._links.items()) if not link.connected))
-        self._router.unreachable = frozenset(found)
-        return found
+    def unreachable_peers(self) -> tuple[int, ...]:
+        """The numbers of the targets that cannot be reached now; the router avoids them from now on."""
+        numbers = tuple(sorted(number for number, link in list(self._links.items()) if not link.connected))
+        self._router.unreachable = frozenset(numbers)
+        return numbers
 
     def share(self, readers: tuple[int, ...]) -> None:
         """Lend memory to these peers from now on."""
@@ -106,7 +110,7 @@ class Worker:
         self._shared.clear()
 
     def report(self, message: Failed) -> None:
-        """Tell the coordinator that a request failed here."""
+        """Tell the coordinator that this stage could not execute a request."""
         log_event(
             _log,
             logging.WARNING,
@@ -119,11 +123,21 @@ class Worker:
         self._links[0].send(codec.encode(message))
 
     def discard(self) -> None:
-        """Nobody wants the outputs of the request that ran last."""
+        """Drop the outputs of the request that ran last."""
         self.payloads.drop(self._ran.going)
 
     def load(self, files: StageFiles, assign: Assign, *, home: Path, threads: int) -> NodeEvent:
-        """Open the session; :class:`Loaded` or :class:`LoadFailed`."""
+        """Find the stage's files and open the session.
+
+        Args:
+            files: where to find them.
+            assign: the stage.
+            home: folder for the profile.
+            threads: threads of the session; the assigned number when 0.
+
+        Returns:
+            :class:`~runtime.node.events.Loaded` or :class:`~runtime.node.events.LoadFailed`.
+        """
         self._assign = assign
         self._router = Router(assign.balance, self.payloads.board)
         own = files.custom_ops
@@ -147,7 +161,7 @@ class Worker:
         return Loaded(plan)
 
     def connect(self, connect: Connect, sockets: Sockets) -> None:
-        """Know the processes there are now, map their memory, and open and close links as needed."""
+        """Map the memory of new neighbours, and open and close links so that they match the targets."""
         first = not self._links
         peers = {peer.number: peer for peer in connect.peers}
         self.mapped = self.payloads.meet(connect.me, {n: peers[n] for n in connect.neighbours})
@@ -160,16 +174,16 @@ class Worker:
             shortcut = peer.shortcut if number in self.mapped else ""
             self._links[number] = sockets.connect(peer.address, shortcut=shortcut, key=peer.key)
         self._me = connect.me
-        self._meet_senders(connect, peers, sockets)
+        self._link_senders(connect, peers, sockets)
         if not first:
             return
         if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:
             self.payloads.pin(pin)
-        gc.freeze()  # what is here now stays; requests make no cycles, so there is little to look for
+        gc.freeze()  # these objects stay, and requests make no cycles, so collections find little
         gc.set_threshold(100_000, 50, 50)
 
-    def _meet_senders(self, connect: Connect, peers: Mapping[int, Peer], sockets: Sockets) -> None:
-        """Have a link for receipts to each sender who cannot read this node's board."""
+    def _link_senders(self, connect: Connect, peers: Mapping[int, Peer], sockets: Sockets) -> None:
+        """Open a link for receipts to each sender that cannot read this node's load board."""
         self._has_siblings = sum(peer.stage == self._assign.stage and peer.takes for peer in connect.peers) > 1
         sources = self._sources[self._assign.stage]
         far = {n for n in connect.neighbours if peers[n].stage in sources and not self._router.mapped(n)}
@@ -178,45 +192,52 @@ class Worker:
             self._told.pop(number, None)
         for number in far - self._receipts.keys():
             self._receipts[number] = sockets.connect(peers[number].address, key=peers[number].key)
-        self._waited_for.update(self._receipts)  # who had no choice before was told seldom
-        for number in self._here.keys() - peers.keys():
-            del self._here[number]
+        self._urgent.update(self._receipts)  # a sender that had no choice before has an old receipt
+        for number in self._unfinished.keys() - peers.keys():
+            del self._unfinished[number]
 
     @property
     def has_far_senders(self) -> bool:
-        """True when some sender learns from receipts alone how busy this node is."""
+        """Whether some sender cannot read this node's load board, and needs receipts."""
         return bool(self._receipts)
 
     def receipts_due_s(self, now_s: float) -> float:
-        """Seconds until :meth:`tell_senders` may have something to say."""
+        """Seconds until the next receipts are due."""
         if not self._receipts:
             return _IDLE_S
-        return 0.0 if self._waited_for else max(0.0, self._next_receipts - now_s)
+        return 0.0 if self._urgent else max(0.0, self._next_receipts - now_s)
 
     def tell_senders(self, now_s: float) -> None:
-        """Send the receipts that are due. All that has come in must have been taken in before."""
+        """Send the receipts that are due. All messages that have arrived must have been received before."""
         beat = now_s >= self._next_receipts
         if beat:
             self._next_receipts = now_s + _RECEIPT_S
-        for number in list(self._receipts) if beat else self._waited_for & self._receipts.keys():
-            said, at = self._told.get(number, (None, 0.0))
+        for number in list(self._receipts) if beat else self._urgent & self._receipts.keys():
+            last, at = self._told.get(number, (None, 0.0))
             receipt = self._receipt(number)
-            if receipt != said or now_s - at >= _REPEAT_S:
+            if receipt != last or now_s - at >= _REPEAT_S:
                 self._receipts[number].send(codec.encode(receipt))
                 self._told[number] = receipt, now_s
-        self._waited_for.clear()
+        self._urgent.clear()
 
     def _receipt(self, sender: int) -> Receipt:
-        board, here = self.payloads.board, self._here
+        board, unfinished = self.payloads.board, self._unfinished
         service_ns, peak_ns, *_ = board.times
-        done, waiting = board.done(sender), here[sender]
-        others = max(0, sum(here.values()) - waiting)
+        done, waiting = board.done(sender), unfinished[sender]
+        others = max(0, sum(unfinished.values()) - waiting)
         return Receipt(self._me, done, done + max(0, waiting), others, service_ns, peak_ns)
 
     def arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
-        """A message of the data link: a fragment, or None for what was taken note of or dropped.
+        """Handle a message of a data link.
 
-        The coordinator is told of a fragment that cannot be read, since another attempt would fare no better.
+        A fragment that cannot be read is reported to the coordinator, because another attempt would fail as well.
+
+        Args:
+            header: the first frame.
+            frames: the frames that follow it.
+
+        Returns:
+            The event for a fragment; None for any other message, and for one that was dropped.
         """
         said: object = None
         try:
@@ -228,16 +249,18 @@ class Worker:
             self._router.told(said, time.monotonic_ns())
         except MemoryWithdrawn as error:
             _drops.note(error)
-        except Exception as error:  # of this request alone, whatever it is
+        except Exception as error:  # any error concerns this request alone
             _drops.note(error)
             if isinstance(said, Fragment):
                 source = "the caller" if said.source == CALLER else f"stage {said.source}"
-                self._fail(said, f"what {source} sent cannot be read: {one_line(error, _WORDS)}")
+                self._fail(
+                    said, f"the fragment from {source} cannot be read: {one_line(error, _MOST_REASON_CHARACTERS)}"
+                )
         return None
 
     def _fragment(self, fragment: Fragment, frames: list[codec.Buffer]) -> Arrived | None:
         tensors = self.payloads.receive(fragment, frames)
-        self._here[fragment.sender] += fragment.cost
+        self._unfinished[fragment.sender] += fragment.cost
         if self._is_foreign(fragment):
             self.give_back(fragment)
             _drops.note(f"a fragment from stage {fragment.source} that is not of this plan")
@@ -251,7 +274,7 @@ class Worker:
             self.report(Failed(fragment.request, fragment.attempt, stage, replica, reason))
 
     def _is_foreign(self, fragment: Fragment) -> bool:
-        """True for a fragment that is not what its source has for this stage."""
+        """Whether a fragment does not hold the tensors that its source sends to this stage."""
         expected = self._expected.get(fragment.source)
         return expected is not None and (
             len(fragment.route) != len(self._sources)
@@ -260,25 +283,29 @@ class Worker:
         )
 
     def give_back(self, fragment: Fragment) -> None:
-        """Let the sender have its memory again, and know how busy this node is."""
+        """Return a fragment's memory to its sender, and count its work as finished."""
         self.payloads.give_back(fragment)
         self._settle(fragment)
 
     def _settle(self, fragment: Fragment) -> None:
-        """A fragment is here no more; who can choose another replica is told soon."""
+        """Count a fragment's work as finished. A sender that can choose among replicas gets a receipt soon."""
         sender = fragment.sender
-        if sender in self._here:  # else it is gone
-            self._here[sender] -= fragment.cost
+        if sender in self._unfinished:  # else the sender has ended
+            self._unfinished[sender] -= fragment.cost
         if self._has_siblings and sender in self._receipts:
-            self._waited_for.add(sender)
+            self._urgent.add(sender)
 
     def run(self, run: Run) -> NodeEvent:
-        """Execute the session; :class:`Executed` or :class:`ExecutionFailed`. The outputs are kept for what follows."""
+        """Execute the stage once, and keep the outputs for :meth:`forward` or :meth:`discard`.
+
+        Returns:
+            :class:`~runtime.node.events.Executed` or :class:`~runtime.node.events.ExecutionFailed`.
+        """
         assert self._runner is not None
         payloads, board = self.payloads, self.payloads.board
         shared = self._shared.get(run.leaving)
         if shared is None:
-            shared = self._shared[run.leaving] = self._find_shared(run.leaving)
+            shared = self._shared[run.leaving] = self._read_in_place(run.leaving)
         going = payloads.reserve(self._runner.proven(run.inputs), shared)
         if not self._router.mapped(0):
             self._links[0].send(codec.encode(Started(*run.key, self._me)))
@@ -294,8 +321,8 @@ class Worker:
         finally:
             ended = time.monotonic_ns()
             self.began = None
-            self._gauge.ran(ended - started, run.cost, ended)
-            board.ended(self._gauge, ended)
+            self._service_time.ran(ended - started, run.cost, ended)
+            board.ended(self._service_time, ended)
         payloads.complete(going, outputs, shared)
         payloads.record(*run.key, Step.DONE)
         self._ran = _Ran(going, payloads.hold(run.fragments))
@@ -324,10 +351,10 @@ class Worker:
             self.payloads.drop(going)
             self._fail(fragment, str(error))
 
-    def _find_shared(self, leaving: OutputsByTarget) -> tuple[str, ...]:
-        """The outputs that somebody may read in place."""
+    def _read_in_place(self, targets: OutputsByTarget) -> tuple[str, ...]:
+        """The outputs that some peer may read in place."""
         shared: set[str] = set()
-        for stage, names in leaving:
+        for stage, names in targets:
             numbers = (0,) if stage == CALLER else self._router.nodes(stage)
             if any(self.payloads.lends_to(number) for number in numbers):
                 shared.update(names)
@@ -336,7 +363,7 @@ class Worker:
 
 @dataclass
 class _Ran:
-    """The request that ran last: its outputs, and whether its inputs were there to the end."""
+    """The request that ran last: its outputs, and whether no sender took its inputs back before it ended."""
 
     going: Outgoing
     valid: bool

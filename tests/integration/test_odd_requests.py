@@ -161,7 +161,7 @@ def test_what_a_node_cannot_read_ends_its_request_with_the_stage_s_name(string_p
     with Pipeline.launch(string_plan, inflight=1) as pipeline:
         given = {"s": np.array(["a", "b"], object)}
         monkeypatch.setattr(codec, "_encode_strings", lambda _: np.array([1, 1], "<u4").tobytes() + b"\xffb")
-        with pytest.raises(StageFailed, match=r"stage 0 .*what the caller sent cannot be read"):
+        with pytest.raises(StageFailed, match=r"stage 0 .*the fragment from the caller cannot be read"):
             pipeline.submit(given).result(60)
         monkeypatch.undo()
         assert pipeline.run(given, timeout=60)["y"].tolist() == ["a", "b"]

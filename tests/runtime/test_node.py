@@ -29,7 +29,7 @@ def test_a_node_that_was_refused_does_not_ask_for_a_place_again(tmp_path, monkey
     node = NodeProcess(NodeOptions(connect="tcp://127.0.0.1:1"), tmp_path, None)
     ends: list[str] = []
     monkeypatch.setattr(node, "_end_within", lambda _seconds, reason: ends.append(reason))
-    node.unwelcome("its key was revoked")
+    node.be_refused("its key was revoked")
     node.rejoin("it was taken for dead")
     assert not node.rejoins
     assert ends == ["its key was revoked"]
