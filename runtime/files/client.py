@@ -1,7 +1,7 @@
-"""Takes a plan's files from a coordinator: by hash, a few pieces ahead, going on where an earlier try stopped.
+"""Fetches a plan's files from a coordinator, by their SHA-256. Interrupted transfers resume.
 
-asked    [4][5][6][7]                  at most ``_AHEAD`` pieces
-taken    [0][1][2][3]                  in order; what is not the next piece was asked for twice, and is dropped
+received    [0][1][2][3]                in order; a piece that is not the next one was requested twice, and is dropped
+requested               [4][5][6][7]    at most ``_AHEAD`` pieces
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from runtime.wire.codec import Buffer
 from runtime.wire.messages.files import CHUNK_BYTES, Chunk, Fetch, NoFile
 
 MAX_PLAN_BYTES = 64 << 20
-"""A larger ``plan.json`` is not taken."""
+"""The largest ``plan.json`` that is accepted."""
 
-_AHEAD = 8
-_ASK_AGAIN_S = 5.0
-_PATIENCE_S = 60.0
-_ROOM_BYTES = 64 << 20  # that stay free on the disk
+_AHEAD = 8  # pieces that are requested before they have arrived
+_ASK_AGAIN_S = 5.0  # without a piece
+_PATIENCE_S = 60.0  # without a piece, before the transfer fails
+_ROOM_BYTES = 64 << 20  # bytes that are left free on the disk
 
 
 class FileClient(Client):
-    """A link to a file server."""
+    """A link to a :class:`~runtime.files.server.FileServer`; a context manager."""
 
     def plan(self, plan_id: str) -> bytes:
-        """The bytes of the ``plan.json`` with this SHA-256.
+        """Fetch the ``plan.json`` with this SHA-256.
 
         Raises:
-            PipelineError: there is none, or it is another.
+            PipelineError: the server does not have it, or sends another.
         """
         text = b"".join(self._pieces(plan_id, 0, None, MAX_PLAN_BYTES))
         if hashlib.sha256(text).hexdigest() != plan_id:
-            raise PipelineError(f"what {self._address} gives as the plan {plan_id[:12]} is another")
+            raise PipelineError(f"{self._address} sent another plan.json than {plan_id[:12]}: its SHA-256 differs")
         return text
 
     def file(self, entry: FileEntry, target: Path, told: Callable[[int], None] = lambda _: None) -> None:
-        """Have a file of the plan at ``target``; what is there of an earlier try is kept.
+        """Fetch a file of the plan. The first part of it, which an interrupted transfer has left, is not sent again.
 
         Args:
-            entry: its size and SHA-256.
-            target: where to.
-            told: hears how many bytes are there, whenever a piece has come.
+            entry: the file's size and SHA-256.
+            target: the path to write it to.
+            told: called after each piece with the number of bytes that are there.
 
         Raises:
-            PipelineError: it is not to be had, is another than the plan says, or there is no room for it.
+            PipelineError: the server does not have the file, its SHA-256 differs, or the disk has no room for it.
         """
         digest = hashlib.sha256()
         with target.open("ab+") as stream:
@@ -74,48 +74,59 @@ class FileClient(Client):
                 told(have := have + len(piece))
         if digest.hexdigest() != entry.sha256:
             target.unlink()
-            raise PipelineError(f"{entry.name} as it came is another than the plan says: its SHA-256 differs")
+            raise PipelineError(
+                f"{entry.name}, as received from {self._address}, is not the plan's file: its SHA-256 differs"
+            )
 
     def _pieces(self, sha256: str, begin: int, size: int | None, most: int) -> Iterator[Buffer]:
-        """The bytes from ``begin`` on. ``size`` is the whole file's, None when only the server knows it."""
-        taken = asked = begin
+        """The pieces of a file from byte ``begin``.
+
+        Args:
+            sha256: the file's SHA-256.
+            begin: the first byte.
+            size: the file's size; None when only the server knows it.
+            most: the largest size allowed.
+        """
+        received = requested = begin
         heard = time.monotonic()
         again = heard + _ASK_AGAIN_S
-        while size is None or taken < size:
-            end = size if size is not None else taken + 1
-            while asked < end and asked - taken < _AHEAD * CHUNK_BYTES:
-                self._link.send(codec.encode(Fetch(sha256, asked, CHUNK_BYTES)))
-                asked += CHUNK_BYTES
+        while size is None or received < size:
+            end = size if size is not None else received + 1
+            while requested < end and requested - received < _AHEAD * CHUNK_BYTES:
+                self._link.send(codec.encode(Fetch(sha256, requested, CHUNK_BYTES)))
+                requested += CHUNK_BYTES
             message = self._link.receive_all()
             now = time.monotonic()
             if message is None:
                 if now - heard > _PATIENCE_S:
-                    raise PipelineError(f"{self._address} has given no piece of a file for {_PATIENCE_S:.0f} s")
+                    raise PipelineError(f"{self._address} has sent no piece of a file for {_PATIENCE_S:.0f} s")
                 if now > again:
-                    asked, again = taken, now + _ASK_AGAIN_S
+                    requested, again = received, now + _ASK_AGAIN_S
                 self._sockets.wait(_ASK_AGAIN_S / 5)
                 continue
-            piece, size = self._piece(sha256, taken, size, most, *message)
+            piece, size = self._piece(sha256, received, size, most, *message)
             if piece is not None:
                 heard, again = now, now + _ASK_AGAIN_S
-                taken += len(piece)
+                received += len(piece)
                 yield piece
 
     def _piece(
-        self, sha256: str, taken: int, size: int | None, most: int, header: bytes, frames: list[Buffer]
+        self, sha256: str, received: int, size: int | None, most: int, header: bytes, frames: list[Buffer]
     ) -> tuple[Buffer | None, int | None]:
-        """The next piece, if a message holds it, and the size of the file as far as it is known."""
-        said = codec.decode_file_answer(header)
-        if isinstance(said, NoFile):
-            raise PipelineError(f"{self._address} does not give the file {sha256[:12]}: {said.reason}")
-        assert isinstance(said, Chunk)
-        if said.sha256 != sha256 or said.offset != taken or len(frames) != 1:
+        """The next piece, or None if the message holds another one; and the file's size, or None if it is not known."""
+        answer = codec.decode_file_answer(header)
+        if isinstance(answer, NoFile):
+            raise PipelineError(f"{self._address} cannot send the file {sha256[:12]}: {answer.reason}")
+        assert isinstance(answer, Chunk)
+        if answer.sha256 != sha256 or answer.offset != received or len(frames) != 1:
             return None, size
-        if said.size_bytes > most or (size is not None and said.size_bytes != size):
+        if answer.size_bytes > most or (size is not None and answer.size_bytes != size):
             raise PipelineError(
-                f"{self._address} has {said.size_bytes} bytes of the file {sha256[:12]}, not {size or most}"
+                f"{self._address} has {answer.size_bytes} bytes of the file {sha256[:12]}; expected {size or most}"
             )
-        rest = said.size_bytes - taken
+        rest = answer.size_bytes - received
         if len(frames[0]) != min(rest, CHUNK_BYTES):
-            raise PipelineError(f"{self._address} gave {len(frames[0])} bytes where {min(rest, CHUNK_BYTES)} were due")
-        return frames[0], said.size_bytes
+            raise PipelineError(
+                f"{self._address} sent a piece of {len(frames[0])} bytes; expected {min(rest, CHUNK_BYTES)}"
+            )
+        return frames[0], answer.size_bytes

@@ -1,4 +1,4 @@
-"""Gives a plan's files, by hash and piece by piece, to nodes that do not see the plan's folder."""
+"""Serves a plan's files, by their SHA-256 and in pieces, to nodes that do not see the plan's folder."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _drops = DropLog(logging.getLogger("runtime.coordinator"))
 
 
 class FileServer:
-    """A thread that answers; a context manager that ends it. Only what the plan names is given.
+    """A thread that serves the files that a plan names, and no others; a context manager that starts and ends it.
 
     Args:
-        address: where to listen.
+        address: the address to bind.
         folder: the plan directory.
         plan: its plan.
-        plan_id: its identity, by which ``plan.json`` itself can be asked for.
-        security: of the link.
+        plan_id: the SHA-256 of ``plan.json``, which is served too.
+        security: how links are protected.
 
     Attributes:
-        address: where it really listens.
+        address: the address that was bound.
 
     Raises:
         PipelineError: the address cannot be used.
@@ -69,7 +69,7 @@ class FileServer:
 
     @property
     def idle_s(self) -> float:
-        """Since the last piece was given; for ever when none was."""
+        """Seconds since the last piece was sent; infinite when none was."""
         return time.monotonic() - self._last_ns / 1e9 if self._last_ns else float("inf")
 
     def _serve(self) -> None:
@@ -80,7 +80,7 @@ class FileServer:
                 identity, header, _ = message
                 try:
                     self._answer(self._inlet, identity, codec.decode_fetch(header))
-                except Exception as error:  # who speaks like that gets no answer, and others get theirs
+                except Exception as error:  # a malformed request gets no answer, and others are served
                     _drops.note(error)
 
     def _answer(self, inlet: AnsweringInlet, identity: bytes, fetch: Fetch) -> None:

@@ -1,4 +1,4 @@
-"""Where a node finds its stage: in its own copy of the plan, in the coordinator's folder, or at the coordinator."""
+"""Finds the files of a node's stage: in its own copy of the plan, in the coordinator's folder, or by fetching them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from runtime.wire.addresses import reachable
 from runtime.wire.messages.control import Assign
 from runtime.wire.security import Security
 
-_SAY_EVERY_S = 5.0
+_LOG_EVERY_S = 5.0
 _log = logging.getLogger("runtime.node")
 
 
 @dataclass(frozen=True)
 class StageFiles:
-    """How this node gets at stage files.
+    """The places where a node looks for stage files.
 
     Attributes:
-        own: its own copy of the plan directory, if it has one.
-        shared: use the coordinator's folder where it is seen from here.
-        cache: where fetched ones are kept.
-        coordinator: the address at which the node reached it.
-        security: of links.
+        own: its own copy of the plan directory; None for none.
+        shared: whether to use the coordinator's folder if it is visible on this host.
+        cache: the cache of fetched stages.
+        coordinator: the address by which the node reaches the coordinator.
+        security: how links are protected.
         key: the coordinator's public key, where links are encrypted.
-        custom_ops: libraries of custom ops that this node may load; no files are fetched for a stage that needs others.
+        custom_ops: libraries of custom ops that this node may load. The files of a stage that needs others are not
+            fetched.
     """
 
     own: Path | None
@@ -45,12 +46,12 @@ class StageFiles:
     custom_ops: tuple[Library, ...] = ()
 
     def find(self, assign: Assign) -> tuple[Plan, Path]:
-        """The plan, and a folder with the files of the stage assigned.
+        """The plan, and a folder with the files of the assigned stage.
 
         Raises:
-            PlanError: the own copy is of another plan, or the plan is nowhere to be had.
-            PipelineError: the files could not be fetched, or kept.
-        CustomOpsError: the stage needs a library of custom ops that this node was not started with.
+            PlanError: the node's own copy is of another plan, or the plan was not found and cannot be fetched.
+            PipelineError: the files cannot be fetched or kept.
+            CustomOpsError: the stage needs a library of custom ops that this node may not load.
         """
         if self.own is not None:
             text = read_plan_file(self.own)
@@ -60,25 +61,25 @@ class StageFiles:
                 )
             return parse_plan(text, where=self.own), self.own
         if self.shared or not assign.files:
-            found = self._seen(assign)
-            if found is not None:
-                return found
+            visible = self._visible(assign)
+            if visible is not None:
+                return visible
         if not assign.files:
             raise PlanError(
-                f"{assign.folder} does not hold the coordinator's plan here; copy it, and name it with --plan DIR"
+                f"{assign.folder} does not hold the coordinator's plan on this host; copy it here, and pass --plan DIR"
             )
         return self._fetched(assign)
 
     def discard(self, folder: Path) -> bool:
-        """The files there are damaged; whether to :meth:`find` them again, since they were fetched."""
+        """Remove damaged files if they were fetched; returns whether :meth:`find` will fetch them again."""
         if not self.cache.holds(folder):
             return False
-        log_event(_log, logging.WARNING, "fetching again what is damaged in the cache", folder=str(folder))
+        log_event(_log, logging.WARNING, "damaged files in the cache are fetched again", folder=str(folder))
         self.cache.discard(folder)
         return True
 
-    def _seen(self, assign: Assign) -> tuple[Plan, Path] | None:
-        """The plan in the coordinator's folder, when it is seen from here."""
+    def _visible(self, assign: Assign) -> tuple[Plan, Path] | None:
+        """The plan in the coordinator's folder; None when it is not visible here, or not complete."""
         folder = Path(assign.folder)
         try:
             text = read_plan_file(folder)
@@ -101,7 +102,7 @@ class StageFiles:
 
                 def told(have: int) -> None:
                     nonlocal said
-                    if time.monotonic() - said > _SAY_EVERY_S:
+                    if time.monotonic() - said > _LOG_EVERY_S:
                         said = time.monotonic()
                         log_event(_log, logging.INFO, "fetching", file=entry.name, have=have, bytes=entry.size_bytes)
 
@@ -111,6 +112,6 @@ class StageFiles:
 
 
 def _is_complete(folder: Path, stage: Stage) -> bool:
-    """Whether all files of a stage are there, by their size; their content is checked when they are loaded."""
+    """Whether all files of a stage exist and have the right size; their content is checked when they are loaded."""
     paths = [(folder / entry.name, entry.size_bytes) for entry in stage.files]
     return all(path.is_file() and path.stat().st_size == size for path, size in paths)

@@ -1,7 +1,7 @@
-"""What ``onnxsplit cluster measure`` asks on other hosts: how fast links and models are there, really tried.
+"""Measures links between hosts and the time of models on other hosts, for ``onnxsplit cluster measure``.
 
-An agent answers one question after the other. It runs models that it is sent, so it listens beyond its own host only
-to those who have keys.
+An agent on each host answers one request after the other. It runs models that it is sent, so it accepts connections
+from other hosts only with keys, unless it is told otherwise.
 """
 
 from __future__ import annotations
@@ -44,28 +44,37 @@ from runtime.wire.sockets import Sockets
 _PIECE_BYTES = 512 << 10
 _ROUND_TRIPS = 30
 _MESSAGES = 300
-_BULK_S = 2.0  # of large messages
-_BULK_AHEAD = 16
-_MOST_PIECES = 1 << 13
-_PATIENCE_S = 30.0
-_MODEL_PATIENCE_S = 600.0
-_FAREWELL_S = 2.0
+_BULK_S = 2.0  # duration of the bandwidth measurement, about
+_BULK_AHEAD = 16  # messages that are sent before the first answer
+_MOST_PIECES = 1 << 13  # messages of the bandwidth measurement, at most
+_PATIENCE_S = 30.0  # for an answer
+_MODEL_PATIENCE_S = 600.0  # for the answer to a measurement
+_FAREWELL_S = 2.0  # for the answer to the last request
 
 
 class AgentClient(Client):
-    """A link to an agent."""
+    """A link to an agent; a context manager."""
 
     def ask(self, question: AgentRequest, piece: bytes = b"", *, patience_s: float = _PATIENCE_S) -> AgentAnswer:
-        """Ask, and wait for the answer.
+        """Send a request, and wait for the answer.
+
+        Args:
+            question: the request.
+            piece: bytes to send after it.
+            patience_s: seconds to wait.
 
         Raises:
-            PipelineError: it cannot be had; says why.
+            PipelineError: no agent answers, or it refuses this process or cannot do what it was asked.
         """
         self._link.send(codec.encode(question), [piece] if piece else [])
         return self._answer(patience_s)
 
     def put(self, name: str, file: Path, told: Callable[[int], None] = lambda _: None) -> None:
-        """Send a file; ``told`` hears how many bytes are there."""
+        """Send a file to the agent; ``told`` is called after each piece with the number of bytes sent.
+
+        Raises:
+            PipelineError: the agent does not answer or cannot store the file.
+        """
         offset = 0
         with file.open("rb") as stream:
             while piece := stream.read(_PIECE_BYTES):
@@ -73,8 +82,12 @@ class AgentClient(Client):
                 told(offset := offset + len(piece))
 
     def measure(self) -> LinkFigures:
-        """The link to this agent, from here."""
-        self.ask(Ping(0))  # it is up
+        """Measure the link from this process to the agent.
+
+        Raises:
+            PipelineError: the agent does not answer.
+        """
+        self.ask(Ping(0))  # establishes the connection
         trips = [self._timed(lambda: self.ask(Ping(1))) for _ in range(_ROUND_TRIPS)]
         together = self._timed(lambda: self._many(_MESSAGES, b""))
         count, bulk = _BULK_AHEAD, 0.0
@@ -88,7 +101,7 @@ class AgentClient(Client):
         )
 
     def _many(self, count: int, piece: bytes) -> None:
-        """So many messages, a few ahead of their answers."""
+        """Send ``count`` messages, up to ``_BULK_AHEAD`` before their answers."""
         frames = [piece] if piece else []
         for number in range(count + _BULK_AHEAD):
             if number < count:
@@ -112,14 +125,14 @@ class AgentClient(Client):
                     f"no agent answers at {self._address}; start one there with: onnxsplit cluster agent --bind ADDR"
                 )
             self._sockets.wait(min(left, 0.2))
-        said = codec.decode_agent_answer(header)
-        if isinstance(said, CannotMeasure):
-            raise PipelineError(f"the agent at {self._address}: {said.reason}")
-        return said
+        answer = codec.decode_agent_answer(header)
+        if isinstance(answer, CannotMeasure):
+            raise PipelineError(f"the agent at {self._address}: {answer.reason}")
+        return answer
 
 
 def link_of(figures: LinkFigures) -> Link:
-    """What a link between hosts costs its ends: it moves tensors by itself, so it is ``overlapped``."""
+    """The cluster description of a measured link: ``overlapped``, as tensors are transferred while its ends compute."""
     way_ns = figures.round_trip_ns // 2
     return Link(
         latency_ns=min(figures.message_ns, way_ns),
@@ -137,14 +150,14 @@ def serve(
     custom_ops: tuple[Library, ...] = (),
     told: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Be an agent until interrupted.
+    """Run an agent until it is interrupted.
 
     Args:
-        bind: where to listen.
-        keys: what protects links; None leaves them plain.
-        insecure: plain links may leave this host.
-        custom_ops: libraries of custom ops that the models it is sent may use; no others are ever loaded.
-        told: hears the address when it listens.
+        bind: the address to bind.
+        keys: the keys that protect links; None leaves them plain.
+        insecure: whether plain links may leave this host.
+        custom_ops: the only libraries of custom ops that the models it is sent may load.
+        told: called with the address when it was bound.
 
     Raises:
         PipelineError: the address cannot be used.
@@ -168,12 +181,14 @@ def serve(
                     try:
                         inlet.send(identity, codec.encode(agent.answer(codec.decode_agent_request(header), frames)))
                     except ProtocolError:
-                        continue  # who speaks like that gets no answer
+                        continue  # a malformed request gets no answer
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Agent:
+    """Carries out the requests of :mod:`runtime.wire.messages.measure`."""
+
     def __init__(self, folder: Path, security: Security, vouched: set[str], custom_ops: tuple[Library, ...]) -> None:
         self._folder = folder
         self._custom_ops = custom_ops
@@ -181,12 +196,16 @@ class _Agent:
         self._vouched = vouched
 
     def answer(self, asked: AgentRequest, frames: list[codec.Buffer]) -> AgentAnswer:
-        """Do it."""
+        """Carry out a request; returns the answer.
+
+        Raises:
+            ProtocolError: the name of a file is not a plain name.
+        """
         try:
             match asked:
                 case Ping(number):
                     return Pong(number)
-                case Trust(keys):  # a measurement begins, or ends: what another left goes
+                case Trust(keys):  # a measurement begins or ends: the files of an earlier one are removed
                     self._vouched.clear()
                     self._vouched.update(keys)
                     for file in self._folder.iterdir():
@@ -204,14 +223,14 @@ class _Agent:
 
     def _file(self, name: str) -> Path:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise ProtocolError(f"{name!r} is no plain name of a file")
+            raise ProtocolError(f"{name!r} is not a plain file name")
         return self._folder / name
 
     def _take(self, name: str, offset: int, frames: list[codec.Buffer]) -> AgentAnswer:
         file = self._file(name)
         with file.open("r+b" if offset else "wb") as stream:
             if stream.seek(0, 2) != offset:
-                return CannotMeasure(f"{name} has {stream.tell()} bytes, and a piece from {offset} came")
+                return CannotMeasure(f"{name} has {stream.tell()} bytes, but the piece received begins at {offset}")
             for piece in frames:
                 stream.write(piece)
             return FileStored(name, stream.tell())
@@ -229,12 +248,13 @@ class _Agent:
 
 
 class Agents:
-    """The agents of some hosts; a context manager.
+    """The agents of several hosts; a context manager.
 
     Args:
-        addresses: of each, by host.
-        keys: what protects links to them; each host's public key is there under its name. None leaves links plain.
-        insecure: plain links may leave this host.
+        addresses: the address of each host's agent.
+        keys: the keys that protect links; each host's public key is allowed under the host's name. None leaves links
+            plain.
+        insecure: whether plain links may leave this host.
 
     Raises:
         PipelineError: an agent cannot be reached.
@@ -245,7 +265,7 @@ class Agents:
         self._addresses = addresses
         self._keys = {host: keys.of(host) if keys else "" for host in addresses}
         security = Security(pair=keys.pair if keys else None, insecure=insecure)
-        self._without: set[str] = set()  # hosts that have not got the files
+        self._without: set[str] = set()  # hosts that could not store the files
         self._stack = ExitStack()
         with ExitStack() as undo:
             self._clients = {
@@ -261,41 +281,65 @@ class Agents:
 
     def __exit__(self, *_: object) -> None:
         for client in self._clients.values():
-            with suppress(PipelineError):  # it may be gone
+            with suppress(PipelineError):  # it may have ended
                 client.ask(Trust(()), patience_s=_FAREWELL_S)
         self._stack.close()
 
     def links(self, say: Callable[[str], None] = lambda _: None) -> dict[tuple[str, str], Link]:
-        """The links of all hosts with each other, and of this one with each."""
-        found = {}
+        """Measure the links between all hosts, and between this host and each of them.
+
+        Args:
+            say: called with what is being done.
+
+        Returns:
+            The links, by pairs of host names in sorted order.
+
+        Raises:
+            PipelineError: an agent does not answer or cannot measure a link.
+        """
+        links = {}
         hosts = sorted(self._clients)
         for number, host in enumerate(hosts):
             say(f"measuring the link to {host}")
-            found[min(LOCAL, host), max(LOCAL, host)] = link_of(self._clients[host].measure())
+            links[min(LOCAL, host), max(LOCAL, host)] = link_of(self._clients[host].measure())
             for other in hosts[number + 1 :]:
                 say(f"measuring the link from {host} to {other}")
                 question = MeasureLink(self._addresses[other], self._keys[other])
                 figures = self._clients[host].ask(question, patience_s=_MODEL_PATIENCE_S)
                 assert isinstance(figures, LinkFigures)
-                found[host, other] = link_of(figures)
-        return found
+                links[host, other] = link_of(figures)
+        return links
 
     def send(self, files: Sequence[Path], say: Callable[[str], None] = lambda _: None) -> None:
-        """Put files on all hosts, for :meth:`time_ns`; a host that cannot take them runs nothing."""
+        """Send files to all hosts, for :meth:`time_ns`. A host that cannot store them runs no model.
+
+        Args:
+            files: the files.
+            say: called with what is being done.
+        """
         for host, client in self._clients.items():
             try:
                 for file in files:
                     say(f"sending {file.name} to {host}")
                     client.put(file.name, file)
             except PipelineError as error:
-                say(f"{host} does not take the model: {error}")
+                say(f"{host} cannot store the model: {error}")
                 self._without.add(host)
 
     def time_ns(self, model: Path, inputs: Path, device: Device) -> int | None:
-        """What a model that was sent takes on a device of one of the hosts; None where it cannot run there."""
+        """Time of a model on a device of one of the hosts, in ns; None when it cannot run there.
+
+        Args:
+            model: the model, which was sent.
+            inputs: its inputs, which were sent.
+            device: the device.
+
+        Raises:
+            PipelineError: the agent does not answer.
+        """
         if device.host in self._without:
             return None
         question = MeasureModel(model.name, inputs.name, device.provider, device.threads)
-        said = self._clients[device.host].ask(question, patience_s=_MODEL_PATIENCE_S)
-        assert isinstance(said, ModelTime)
-        return said.time_ns or None
+        answer = self._clients[device.host].ask(question, patience_s=_MODEL_PATIENCE_S)
+        assert isinstance(answer, ModelTime)
+        return answer.time_ns or None

@@ -1,4 +1,4 @@
-"""What a tensor's crossing costs between two processes of this host, by real messages over the nodes' own data link."""
+"""Measures what it costs to pass a tensor between two processes on this host, over the data link that nodes use."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ _DEADLINE_S = 20.0
 
 
 def measure_link() -> Link:
-    """Start a process and time its answers; time copies into shared memory.
+    """Measure the link between two processes on this host.
 
-    A crossing costs both ends; each is charged with half of it, which is what a :class:`~onnxsplit.cluster.Link` means.
-    Tensors are read in place, so bytes cost no more than a copy into shared memory, which only inputs and shapes that
-    are not known before need.
+    Starts a second process and times round trips of messages, and times copies into shared memory.
+
+    The time of a message is shared equally by its sender and its receiver, as :class:`~onnxsplit.cluster.Link` defines
+    it. Tensors are read in place, so their bytes cost at most a copy into shared memory, which is needed only for
+    inputs and for outputs whose shapes are not known before the run.
 
     Raises:
         PipelineError: the other process did not answer.
@@ -42,7 +44,7 @@ def measure_link() -> Link:
             answers = sockets.inlet(f"ipc://{home / 'here'}", shortcut=home / "here.fragments")
             command = [sys.executable, "-P", "-m", "runtime.measure.link", str(home)]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, env=quiet_environment())
-            _receive(sockets, answers)  # it is up
+            _receive(sockets, answers)  # the other process is ready
             outlet = sockets.connect(f"ipc://{home / 'there'}", shortcut=str(home / "there.fragments"))
 
             def ask() -> None:
@@ -72,9 +74,9 @@ def _copy_ns() -> float:
     assert block is not None
     shared = arena.array(block, 0, "uint8", (_COPIED_BYTES,))
     private = np.ones(_COPIED_BYTES, np.uint8)
-    found = _median_ns(lambda: np.copyto(shared, private))
+    copy_ns = _median_ns(lambda: np.copyto(shared, private))
     arena.close()
-    return found
+    return copy_ns
 
 
 def _median_ns(what: Callable[[], None]) -> float:
@@ -87,7 +89,7 @@ def _median_ns(what: Callable[[], None]) -> float:
 
 
 def _answer(home: Path) -> None:
-    """The other end: answers every message with a short one, until it is killed or its parent is gone."""
+    """The other process: answers every message with a short one, until it is killed or its parent has ended."""
     with Sockets() as sockets:
         inlet = sockets.inlet(f"ipc://{home / 'there'}", shortcut=home / "there.fragments")
         outlet = sockets.connect(f"ipc://{home / 'here'}", shortcut=str(home / "here.fragments"))

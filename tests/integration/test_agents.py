@@ -68,7 +68,7 @@ def test_an_agent_answers_only_those_it_knows_and_takes_only_plain_names(tmp_pat
             Agents({"a": one}, keys=Keys(tmp_path / "strange" / "coordinator"), insecure=False)
         with Agents({"a": one}, keys=Keys(keys / "coordinator"), insecure=False) as agents:
             agents.send([tmp_path / "f"])
-            with pytest.raises(PipelineError, match="no plain name"):
+            with pytest.raises(PipelineError, match="is not a plain file name"):
                 agents._clients["a"].put("../f", tmp_path / "f")
             assert agents.time_ns(tmp_path / "f", tmp_path / "f", Device("one", "a")) is None, "it does not run there"
 

@@ -97,7 +97,7 @@ def test_a_killed_node_comes_back_with_what_was_fetched_before(plan, wanted, fre
             with node(address, python_environment, tmp_path, "--stage", 0) as third:
                 assert np.array_equal(future.result(60)["y"], wanted)
                 third.terminate()
-                assert "fetching again what is damaged" in third.communicate(timeout=60)[1]
+                assert "damaged files in the cache are fetched again" in third.communicate(timeout=60)[1]
 
 
 def test_a_pipeline_that_is_elastic_takes_more_nodes_and_lets_them_go(plan, wanted, free_port, python_environment):
