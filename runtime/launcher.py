@@ -1,4 +1,4 @@
-"""What a launcher is: it starts node processes and hands back handles to them."""
+"""The interface of launchers, which start node processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from runtime.wire.security import Security
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where a coordinator and its nodes meet, and what protects them there.
+    """The addresses at which a coordinator and its nodes meet, and how their links are protected.
 
     Attributes:
-        control: where nodes report.
-        data: where results come in.
-        files: where nodes can ask for stage files; empty where they all see the plan's folder.
-        home: a folder that only the user can open, for sockets of this host.
-        security: what protects links by tcp.
-        trusted: the public keys of the nodes that are allowed now; None where links are plain.
-        single_host: all nodes run on this host and share its cores.
+        control: address for the nodes' control links.
+        data: address for results.
+        files: address at which nodes can fetch stage files; empty when they all see the plan's folder.
+        home: a folder that only the user can open, for sockets on this host.
+        security: how links over tcp are protected.
+        trusted: returns the public keys of the nodes that are allowed now; None when links are plain.
+        single_host: whether all nodes run on this host and share its cores.
     """
 
     control: str
@@ -34,40 +34,55 @@ class Rendezvous:
 
 
 class Handle(Protocol):
-    """A process that was started for one node."""
+    """A node process that a launcher has started.
+
+    Attributes:
+        pid: its process id; 0 while it is not known.
+    """
 
     pid: int
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when the process has ended."""
+        """A descriptor that is readable when the process has ended."""
         ...
 
     def story(self) -> str:
-        """How it ended: exit code or signal, the last lines of its log, and where the log is."""
+        """How the process ended: its exit code or signal, the path of its log, and the log's last lines."""
         ...
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process at once."""
         ...
 
     def end(self, grace_s: float) -> None:
-        """Wait for it to end by itself for a while, then kill it; reap it."""
+        """Wait for the process to end, kill it after ``grace_s`` seconds, and reap it."""
         ...
 
 
 class Launcher(Protocol):
-    """Starts nodes."""
+    """Starts nodes.
+
+    Attributes:
+        premises: where the nodes and the coordinator meet.
+    """
 
     rendezvous: Rendezvous
 
     def start(self, *, connect: str, stage: int, replica: int, number: int) -> Handle:
-        """Start one node that reports to ``connect``; ``number`` is this process's alone."""
+        """Start one node.
+
+        Args:
+            connect: the coordinator's control address.
+            stage: the stage that the node is to execute.
+            replica: which replica of it.
+            number: the node's number, which no other process of the pipeline has or had.
+        """
         ...
 
     def profile(self, stage: int, replica: int) -> list[dict[str, Any]]:
-        """The events of ONNX Runtime's profile that a node left when it ended; empty when it left none."""
+        """The events of ONNX Runtime's profile of a node that has ended; empty when there is none."""
         ...
 
     def close(self, *, keep_logs: bool) -> None:
-        """Remove what the launcher made: its folder with sockets and logs."""
+        """Remove the launcher's folder with sockets and logs; with ``keep_logs``, everything except the logs."""
         ...

@@ -1,1 +1,1 @@
-"""Launchers: processes of this host (``local``), or on the hosts of a Ray cluster (``ray``)."""
+"""Launchers: they start nodes as processes on this host (``local``) or on the hosts of a Ray cluster (``ray``)."""

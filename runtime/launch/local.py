@@ -1,7 +1,7 @@
-"""Nodes as processes on this host.
+"""Starts nodes as processes on this host.
 
-All of a pipeline's sockets and logs are in one folder that only the user can open. It is removed when the pipeline
-closes (logs of nodes that failed are kept); when the launching process dies, the nodes remove it.
+All sockets and logs of a pipeline are in one folder that only the user can open. The folder is removed when the
+pipeline closes, except for the logs of nodes that failed. When the launching process dies, the nodes remove it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOG_TAIL_LINES = 10
 
 
 class LocalHandle:
-    """A node process. Its standard input is its lifeline: it ends when this process does."""
+    """A node process. Its standard input is its lifeline: the node ends when this process ends."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.pid = process.pid
@@ -35,46 +35,46 @@ class LocalHandle:
         self._descriptor = os.pidfd_open(process.pid)
 
     def fileno(self) -> int:
-        """Readable when the process has ended."""
+        """A descriptor that is readable when the process has ended."""
         return self._descriptor
 
     def story(self) -> str:
-        """How it ended, and its last words."""
+        """How the process ended, with the last lines of its log."""
         code = self._process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         with self._log.open("rb") as stream:
             stream.seek(max(0, self._log.stat().st_size - _LOG_TAIL_BYTES))
             lines = stream.read().decode(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
-        words = "".join(f"\n    {line}" for line in lines) if lines else " (empty)"
-        return f"{how}; its log {self._log} ends with:{words}"
+        tail = "".join(f"\n    {line}" for line in lines) if lines else " (empty)"
+        return f"{how}; its log {self._log} ends with:{tail}"
 
     def kill(self) -> None:
-        """End it at once, also when it is stopped or stuck."""
+        """Kill the process at once, even if it is suspended or stuck."""
         self._process.kill()
 
     def end(self, grace_s: float) -> None:
-        """Give it time, then kill it, and reap it."""
+        """Wait for the process to end, kill it after ``grace_s`` seconds, and reap it."""
         try:
             self._process.wait(grace_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         assert self._process.stdin is not None
-        self._process.stdin.close()  # not before: to a node that still runs it means that this process died
+        self._process.stdin.close()  # not earlier: a running node takes this as the death of this process
         os.close(self._descriptor)
 
 
 class LocalLauncher:
-    """Starts nodes on this host. ``folder`` is there from the start and holds sockets and logs.
+    """Starts nodes on this host.
 
     Args:
-        memory_bytes: of shared memory for a node's outputs at most; 0 for none.
-        custom_ops: by stage, the libraries of custom ops that its nodes may load, as their command line names them.
+        memory_bytes: the largest size of a node's outputs in shared memory at once; 0 for no shared memory.
+        custom_ops: for each stage, the libraries of custom ops that its nodes may load, as the command line names them.
 
     Attributes:
-        folder: the sockets and logs.
-        rendezvous: in it.
-        module: what nodes execute.
+        folder: a private folder for sockets and logs, which the constructor makes.
+        rendezvous: where the nodes and the coordinator meet, in that folder.
+        module: the Python module that node processes run.
     """
 
     module = "runtime.node"
@@ -92,9 +92,14 @@ class LocalLauncher:
         )
 
     def start(self, *, connect: str, stage: int, replica: int, number: int, more: Sequence[str] = ()) -> LocalHandle:
-        """Start ``python -m runtime.node``, with modules of the user's folder kept out of its way.
+        """Start ``python -P -m runtime.node``; with -P, modules in the current folder cannot replace installed ones.
 
-        ``more`` are further words of that command.
+        Args:
+            connect: the coordinator's control address.
+            stage: the stage that the node is to execute.
+            replica: which replica of it.
+            number: the node's number.
+            more: further words of the command.
         """
         log = self.folder / f"node-{stage}.{replica}.log"
         command = [sys.executable, "-P", "-m", self.module, "--connect", connect]
@@ -102,14 +107,14 @@ class LocalLauncher:
         command += ["--number", str(number), "--memory", str(self._memory_bytes), *more]
         for library in self._custom_ops.get(stage, ()):
             command += ["--custom-ops", library]
-        with log.open("ab") as stream:  # what the process before it said stays
+        with log.open("ab") as stream:  # the log of an earlier process stays
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=quiet_environment()
             )
         return LocalHandle(process, log)
 
     def profile(self, stage: int, replica: int) -> list[dict[str, Any]]:
-        """What the node's session wrote into the folder."""
+        """The events of ONNX Runtime's profile of a node that has ended; empty when there is none."""
         for file in self.folder.glob(f"profile-{stage}.{replica}_*.json"):
             with suppress(ValueError):  # the node was killed while it wrote
                 events: list[dict[str, Any]] = json.loads(file.read_bytes())
@@ -117,7 +122,7 @@ class LocalLauncher:
         return []
 
     def close(self, *, keep_logs: bool) -> None:
-        """Remove the folder; with ``keep_logs``, all but the logs."""
+        """Remove the folder; with ``keep_logs``, everything in it except the logs."""
         if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
             return

@@ -1,4 +1,4 @@
-"""What runs on a host of a Ray cluster: an actor that owns one node's process."""
+"""The actor that owns a node's process on a host of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from runtime.wire.keys import create
 
 
 class NodeActor:
-    """Starts a node's process, and again when it ended; a process never outlives its actor.
+    """Starts a node's process, and starts it again when it has ended. A process never outlives its actor.
 
     Args:
-        memory_bytes: of shared memory for the node's outputs at most.
-        custom_ops: by stage, the libraries of custom ops that its nodes may load.
+        memory_bytes: the largest size of the node's outputs in shared memory at once.
+        custom_ops: for each stage, the libraries of custom ops that its nodes may load.
     """
 
     def __init__(self, memory_bytes: int, custom_ops: Mapping[int, Sequence[str]]) -> None:
         self._launcher = LocalLauncher(memory_bytes=memory_bytes, custom_ops=custom_ops)
-        self._held = hold(self._launcher.folder)  # or nobody could remove it when this actor is killed
+        self._held = hold(self._launcher.folder)  # lets other processes remove it when this actor is killed
         self._keys = self._launcher.folder / "keys"
         self._public = ""
         self._handles: dict[int, LocalHandle] = {}
         self._lock = threading.Lock()
 
     def begin(self, coordinator: str) -> tuple[str, str]:
-        """Make keys for the node, once; its public key, and the Ray node this is.
+        """Make keys for the node, if there are none yet.
 
         Args:
-            coordinator: the public key of the coordinator.
+            coordinator: the coordinator's public key.
+
+        Returns:
+            The node's public key, and the id of the Ray node that this actor is on.
         """
         import ray
 
@@ -44,21 +47,21 @@ class NodeActor:
         return self._public, ray.get_runtime_context().get_node_id()
 
     def start(self, connect: str, stage: int, replica: int, number: int, host: str) -> int:
-        """Start the process; its id."""
+        """Start the process; returns its pid. The arguments are those of a launcher and the name of this host."""
         more = ("--keys", str(self._keys), "--host", host)
         handle = self._launcher.start(connect=connect, stage=stage, replica=replica, number=number, more=more)
         self._handles[number] = handle
         return handle.pid
 
     def close(self) -> None:
-        """End what still runs, and leave no file."""
+        """Kill the processes that are running, and remove all files."""
         for handle in list(self._handles.values()):
             handle.kill()
         self._launcher.close(keep_logs=False)
         os.close(self._held)
 
     def wait(self, number: int) -> str:
-        """Wait until a process has ended; its story."""
+        """Wait until the process of node ``number`` has ended; returns how it ended."""
         handle = self._handles[number]
         select.select([handle], [], [])
         story = handle.story()
