@@ -1,4 +1,4 @@
-"""Run a plan: every stage in a process of its own, connected by ZeroMQ.
+"""Runs a plan: each stage in a process of its own, connected by ZeroMQ.
 
 with Pipeline.launch("plan/") as pipeline:
     outputs = pipeline.run({"input": array})

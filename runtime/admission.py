@@ -1,4 +1,4 @@
-"""How many requests, and how many bytes of theirs, may be in a pipeline at once."""
+"""Admission control: limits the number of requests in a pipeline and the size of their tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """Somebody who waits for a place."""
+    """A request that waits to be admitted."""
 
     place: object
     size: int
@@ -18,14 +18,14 @@ class _Waiting:
 
 
 class Admission:
-    """The entrance: who does not fit waits its turn, first come, first served.
+    """Admits requests up to two limits. Requests over either limit wait in FIFO order.
 
-    A place is an object of the caller's, so giving it back twice is as good as once, and one that was taken in the
-    moment of an interrupt can still be given back.
+    The caller identifies a request by an object, its place. Giving a place back twice has the same effect as once, and
+    a place that was taken while an interrupt arrived can still be given back.
 
     Args:
-        requests: in flight at most.
-        size_bytes: of their tensors at most; one request alone may have more.
+        requests: the largest number of requests at once.
+        size_bytes: the largest size of their tensors; a single request may exceed it.
     """
 
     def __init__(self, requests: int, size_bytes: int) -> None:
@@ -36,9 +36,18 @@ class Admission:
         self._waiting: deque[_Waiting] = deque()
 
     def enter(self, place: object, size: int, *, block: bool = True, timeout: float | None = None) -> bool:
-        """Let in a request of ``size`` bytes; False when there was no room, in time or at all without ``block``.
+        """Admit a request of ``size`` bytes.
 
-        Whatever this raises, call :meth:`leave` then.
+        If this raises, call :meth:`leave`.
+
+        Args:
+            place: identifies the request.
+            size: bytes of its tensors.
+            block: whether to wait for room.
+            timeout: seconds to wait at most; None for no limit.
+
+        Returns:
+            False when there was no room.
         """
         with self._lock:
             if not self._waiting and self._fits(size):
@@ -59,7 +68,7 @@ class Admission:
         return True
 
     def leave(self, place: object) -> None:
-        """Give a place back, or wait for it no longer."""
+        """Give a place back, or stop waiting for it."""
         with self._lock:
             if self._places.pop(place, None) is None:
                 self._waiting = deque(other for other in self._waiting if other.place is not place)
@@ -70,7 +79,7 @@ class Admission:
 
     @property
     def inside(self) -> int:
-        """Requests that were let in and are not out."""
+        """Number of requests that were admitted and have not left."""
         return len(self._places)
 
     def _fits(self, size: int) -> bool:

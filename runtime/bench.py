@@ -1,7 +1,8 @@
-"""How fast a plan runs, beside what it could reach.
+"""Measures how fast a plan runs, compared with what it could reach.
 
-Contenders take turns in short slices, since a machine's speed drifts; ratios are taken slice by slice. The **ceiling**
-of a cut is its stage files running at once, a process each, with no communication: the slower one's rate.
+The contenders take turns in short slices, because the speed of a machine drifts, and ratios are computed slice by
+slice. The **ceiling** of a plan is the rate of its slowest stage when all stage files run at once, each in a process of
+its own, without any communication.
 """
 
 from __future__ import annotations
@@ -26,12 +27,25 @@ from onnxsplit.timed import TimedModel, run_together
 from runtime.options import RunOptions
 from runtime.pipeline import Pipeline
 
-_RESAMPLES = 2000
+_RESAMPLES = 2000  # of the bootstrap
 _LATENCY_SLICES = 8
+
+RateMeasure = Callable[[float], float]
+"""Measures a contender for some seconds; returns its rate in requests per second."""
 
 
 class Row(PlanStruct, frozen=True, kw_only=True):
-    """One contender: requests a second with a 95 % interval, and the pipeline's rate over its rate, slice by slice."""
+    """One contender.
+
+    Attributes:
+        name: what it is.
+        per_s: its rate in requests per second, the median of all slices.
+        low: lower end of the rate's 95 % interval.
+        high: upper end of it.
+        ratio: the pipeline's rate divided by its rate, the median of all slices.
+        ratio_low: lower end of the ratio's 95 % interval.
+        ratio_high: upper end of it.
+    """
 
     name: str
     per_s: float
@@ -43,16 +57,16 @@ class Row(PlanStruct, frozen=True, kw_only=True):
 
 
 class BenchReport(PlanStruct, frozen=True, kw_only=True):
-    """What :func:`bench` found.
+    """The result of :func:`bench`.
 
     Attributes:
         rows: the contenders, the pipeline first.
-        latency_p50_ns: of one request at a time through the pipeline: the median.
-        latency_p99_ns: and the 99th percentile.
-        stages_ns: the same stage files called one after the other in one process: the median.
-        whole_ns: the whole model in one session with as many threads; None when it was not given.
-        slices: slices of each contender.
-        threads: threads of a stage.
+        latency_p50_ns: median latency of the pipeline with one request at a time.
+        latency_p99_ns: 99th percentile of it.
+        stages_ns: median time of the same stage files, called one after the other in one process.
+        whole_ns: median time of the whole model in one session with as many threads; None when it was not given.
+        slices: number of slices of each contender.
+        threads: threads of each stage's session.
     """
 
     rows: tuple[Row, ...]
@@ -71,7 +85,7 @@ def bench(
     inputs: str | Path | None = None,
     slices: int = 20,
     slice_seconds: float = 0.5,
-    peers: Mapping[str, Callable[[float], float]] | None = None,
+    peers: Mapping[str, RateMeasure] | None = None,
     closed: Callable[[Pipeline], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
@@ -80,14 +94,19 @@ def bench(
 
     Args:
         folder: the plan directory.
-        model: the source model, to compare with whole-model sessions too.
-        inputs: an ``.npz``; the plan's example when None.
-        slices: slices of each contender.
-        slice_seconds: length of one.
-        peers: other contenders: given seconds, requests a second.
-        closed: told of the pipeline when it is closed.
-        say: told what is being done.
-        options: how to run the plan: the attributes of :class:`~runtime.options.RunOptions`.
+        model: the source model, for a comparison with sessions of the whole model; None for no comparison.
+        inputs: an ``.npz`` with the inputs; the plan's example when None.
+        slices: number of slices of each contender.
+        slice_seconds: length of a slice.
+        peers: further contenders, by name.
+        closed: called with the pipeline when it was closed.
+        say: called with what is being done.
+        options: how to run the plan; the attributes of :class:`~runtime.options.RunOptions`.
+
+    Raises:
+        InputError: an option is wrong, or the plan leaves out outputs of ``model``.
+        PlanError: the folder holds no valid plan.
+        PipelineError: the plan does not run.
     """
     folder = Path(folder)
     plan = load_plan(folder)
@@ -102,7 +121,7 @@ def bench(
     replicas, libraries = wanted.counts(plan), find_libraries(wanted.custom_ops)
     threads = options["threads"] = options.get("threads") or threads_per_node(sum(replicas))
     with ExitStack() as stack:
-        contenders: dict[str, Callable[[float], float]] = {}
+        contenders: dict[str, RateMeasure] = {}
         pipeline = stack.enter_context(Pipeline.launch(folder, **options))
         contenders["pipeline"] = lambda seconds: _pipeline_rate(pipeline, given, seconds)
         say("loading stages")
@@ -110,41 +129,22 @@ def bench(
         contenders["ceiling: stages at once, no communication"] = lambda seconds: _ceiling(stages, seconds)
         if model is not None:
             say("loading the whole model")
-            level, cores, count = plan.costs.whole_optimization_level, host_cores(), sum(replicas)
-            one = stack.enter_context(
-                TimedModel(Path(model), example, threads=cores, level=level, spinning=True, custom_ops=libraries)
-            )
-            many = [
-                stack.enter_context(
-                    TimedModel(Path(model), example, threads=threads, level=level, custom_ops=libraries)
-                )
-                for _ in range(count)
-            ]
-            contenders[f"one session, {cores} threads"] = lambda seconds: _rates([one], seconds)[0]
-            contenders[f"{count} whole-model processes"] = lambda seconds: sum(_rates(many, seconds))
+            contenders |= _whole_model(stack, Path(model), example, plan, threads, sum(replicas), libraries)
         contenders.update(peers or {})
         rates = _in_turns(contenders, slices, slice_seconds, say)
         say("latency")
-        chain = [
-            (
-                open_session(
-                    folder / stage.file,
-                    threads=threads,
-                    level=stage.optimization_level,
-                    custom_ops=needed_libraries(libraries, plan, stage.index),
-                ),
-                stage.inputs,
-            )
-            for stage in plan.stages
-        ]
-        whole = None
-        if model is not None:
-            level = plan.costs.whole_optimization_level
-            whole = open_session(Path(model), threads=threads, level=level, custom_ops=libraries)
-        through, chained, alone = _latencies(pipeline, chain, whole, given, 4 * slice_seconds)
+        chain, whole = _sessions(folder, plan, model, threads, libraries)
+        times = _latencies(pipeline, chain, whole, given, 4 * slice_seconds)
     closed(pipeline)
+    return _report(rates, times, slices, threads)
+
+
+def _report(
+    rates: Mapping[str, Sequence[float]], times: tuple[list[int], list[int], list[int]], slices: int, threads: int
+) -> BenchReport:
+    through, chained, alone = times
     return BenchReport(
-        rows=tuple(_row(name, rates[name], rates["pipeline"]) for name in contenders),
+        rows=tuple(_row(name, rates[name], rates["pipeline"]) for name in rates),
         latency_p50_ns=int(statistics.median(through)),
         latency_p99_ns=sorted(through)[int(len(through) * 0.99)],
         stages_ns=int(statistics.median(chained)),
@@ -154,16 +154,55 @@ def bench(
     )
 
 
+def _whole_model(
+    stack: ExitStack,
+    model: Path,
+    example: Path,
+    plan: Plan,
+    threads: int,
+    processes: int,
+    libraries: Sequence[Library],
+) -> dict[str, RateMeasure]:
+    """The contenders that run the whole model: one session with all cores, and as many processes as the plan has."""
+    level, cores = plan.costs.whole_optimization_level, host_cores()
+
+    def start(threads: int, *, spinning: bool) -> TimedModel:
+        timed = TimedModel(model, example, threads=threads, level=level, spinning=spinning, custom_ops=libraries)
+        return stack.enter_context(timed)
+
+    one = start(cores, spinning=True)
+    many = [start(threads, spinning=False) for _ in range(processes)]
+    return {
+        f"one session, {cores} threads": lambda seconds: _rates([one], seconds)[0],
+        f"{processes} whole-model processes": lambda seconds: sum(_rates(many, seconds)),
+    }
+
+
+def _sessions(
+    folder: Path, plan: Plan, model: str | Path | None, threads: int, libraries: Sequence[Library]
+) -> tuple[list[tuple[Session, Sequence[str]]], Session | None]:
+    """Sessions in this process: of each stage, with the names of its inputs, and of the whole model if it was given."""
+    chain: list[tuple[Session, Sequence[str]]] = []
+    for stage in plan.stages:
+        needed = needed_libraries(libraries, plan, stage.index)
+        level = stage.optimization_level
+        chain.append((open_session(folder / stage.file, threads=threads, level=level, custom_ops=needed), stage.inputs))
+    if model is None:
+        return chain, None
+    level = plan.costs.whole_optimization_level
+    return chain, open_session(Path(model), threads=threads, level=level, custom_ops=libraries)
+
+
 def _in_turns(
-    contenders: Mapping[str, Callable[[float], float]], slices: int, slice_seconds: float, say: Callable[[str], None]
+    contenders: Mapping[str, RateMeasure], slices: int, slice_seconds: float, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """The rates of all contenders, a slice of each at a time."""
+    """The rates of all contenders in all slices; each contender runs one slice in turn."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(slices + 1):
         say(f"slice {number} of {slices}")
         for name, measure in contenders.items():
             rate = measure(slice_seconds)
-            if number:  # the first warms up
+            if number:  # the first slice is a warm-up
                 rates[name].append(rate)
     return rates
 
@@ -177,7 +216,7 @@ def _stage_workers(
     replicas: Sequence[int],
     custom_ops: Sequence[Library],
 ) -> list[list[TimedModel]]:
-    """Workers for every replica of every stage, with the inputs that the stages before it give."""
+    """Workers for every replica of every stage, with inputs computed by the stages before it."""
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-")))
     values, workers = dict(inputs), []
     for stage, count in zip(plan.stages, replicas, strict=True):
@@ -205,17 +244,18 @@ def _stage_workers(
 
 
 def _ceiling(stages: Sequence[Sequence[TimedModel]], seconds: float) -> float:
-    """The rate of the slowest stage, with all replicas of all stages at work."""
+    """The rate of the slowest stage, while all replicas of all stages run."""
     rates = iter(_rates([worker for replicas in stages for worker in replicas], seconds))
     return min(sum(next(rates) for _ in replicas) for replicas in stages)
 
 
 def _rates(models: Sequence[TimedModel], seconds: float) -> list[float]:
+    """The rates of workers that run at the same time."""
     return [len(times) / (sum(times) / 1e9) for times in run_together(models, seconds)]
 
 
 def _pipeline_rate(pipeline: Pipeline, inputs: Mapping[str, Array], seconds: float) -> float:
-    """Answers a second between the first and the last of a full pipeline."""
+    """Answers per second, counted from when the pipeline is full."""
     done: list[float] = []
     end = time.monotonic() + seconds
     pending = []
@@ -237,7 +277,7 @@ def _latencies(
     inputs: Mapping[str, Array],
     seconds: float,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Nanoseconds of single requests, in slices: through the pipeline, through its stages in this process, whole."""
+    """Times in ns of single requests: through the pipeline, through its stages in this process, of the whole model."""
 
     def in_turn() -> None:
         values = dict(inputs)
@@ -250,13 +290,13 @@ def _latencies(
         contenders.append(lambda: whole.run(given))
     times: list[list[int]] = [[], [], []]
     for _ in range(_LATENCY_SLICES):
-        for found, run in zip(times, contenders, strict=False):  # without the whole model its list stays empty
-            run()  # what ran before has taken the caches
+        for measured, run in zip(times, contenders, strict=False):  # without the whole model, its list stays empty
+            run()  # fills the caches
             end = time.monotonic() + seconds / _LATENCY_SLICES
             while True:
                 begun = time.perf_counter_ns()
                 run()
-                found.append(time.perf_counter_ns() - begun)
+                measured.append(time.perf_counter_ns() - begun)
                 if time.monotonic() >= end:
                     break
     through, chained, alone = times

@@ -1,4 +1,4 @@
-"""File descriptors: ZeroMQ ends the process that has none left, so room is looked for before it is needed."""
+"""Checks that a process can open more files. ZeroMQ aborts a process that has no file descriptors left."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import resource
 from runtime.errors import PipelineError
 
 SPARE = 32
-"""Descriptors that are left for everything else a process does."""
+"""Number of descriptors that are kept free for everything else in the process."""
 
 
 def require_descriptors(count: int, what: str) -> None:
-    """See that a process can open so many more files, with a higher soft limit where that is needed and allowed.
+    """Check that this process can open more files, and raise its soft limit if that is needed and allowed.
 
     Args:
-        count: of descriptors that will be opened.
-        what: they are for, as the message says it.
+        count: number of descriptors that will be opened.
+        what: their use, for the message.
 
     Raises:
-        PipelineError: there is no room; says how many there are.
+        PipelineError: the hard limit does not allow as many.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  the names alone
@@ -30,13 +30,13 @@ def require_descriptors(count: int, what: str) -> None:
         raise_limit(wanted)
         return
     raise PipelineError(
-        f"{what} needs {count} file descriptors: this process has {used} open and may have {soft}, {hard} at most. "
-        "Close some, or allow more with `ulimit -n`"
+        f"{what} needs {count} file descriptors: this process has {used} open, and its hard limit is {hard}, of which "
+        f"{SPARE} are kept free. Close some, or allow more with `ulimit -n`"
     )
 
 
 def raise_limit(wanted: int) -> int:
-    """Allow this process so many descriptors, as far as the hard limit goes; returns how many it may have then."""
+    """Raise the soft limit to ``wanted`` descriptors, or to the hard limit; returns the soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     if soft != resource.RLIM_INFINITY and soft < allowed:

@@ -1,18 +1,20 @@
-"""The errors of the online half, an extension of ``onnxsplit.errors``.
+"""The errors of the online half. They extend the tree of :mod:`onnxsplit.errors`.
 
-OnnxsplitError
-└── PipelineError
-    ├── LaunchFailed       the pipeline did not come up
-    ├── Busy               no room for another request, and the caller would not wait
-    ├── DeadlineExceeded   the request's time ran out (also a TimeoutError)
-    ├── Cancelled          the caller gave the request up
-    ├── StageFailed        a stage could not execute this request; others are not affected
-    ├── NotSeparable       the answers to the parts of a batch do not fit each other
-    ├── NodeFailed         the request killed every node that tried it; names stage, node, exit code or signal, log
-    ├── StageUnavailable   the nodes of a stage keep failing; tells why, and when they are tried again
-    ├── PipelineClosed     the pipeline was closed
-    └── ProtocolError      a peer said something that is not of the protocol
-        └── MemoryWithdrawn    a message names memory that is not, or no longer, mapped here
+    OnnxsplitError
+    └── PipelineError
+        ├── LaunchFailed
+        ├── Busy
+        ├── DeadlineExceeded        also a TimeoutError
+        ├── Cancelled
+        ├── StageFailed
+        ├── NotSeparable
+        ├── NodeFailed
+        ├── StageUnavailable
+        ├── PipelineClosed
+        └── ProtocolError           never reaches the caller of a request
+            └── MemoryWithdrawn
+
+Arguments that are wrong raise :class:`~onnxsplit.errors.InputError` instead.
 """
 
 from __future__ import annotations
@@ -21,48 +23,58 @@ from onnxsplit.errors import OnnxsplitError
 
 
 class PipelineError(OnnxsplitError):
-    """Base of what can go wrong while a plan runs."""
+    """Base of all errors of a running plan.
+
+    Raised itself for conditions without a class of their own, such as an address that is in use, a peer that does not
+    answer, or a process that has no file descriptors left.
+    """
 
 
 class LaunchFailed(PipelineError):
-    """The pipeline did not come up: a node did not start, did not report in time, or refused its stage."""
+    """Raised when a pipeline starts: a node did not start, did not report in time, or refused its stage."""
 
 
 class Busy(PipelineError):
-    """As many requests are in flight as the pipeline admits; the caller asked not to wait. Try again."""
+    """Raised by ``submit`` with ``block=False``: the pipeline has as many requests as it admits. Try again later."""
 
 
 class DeadlineExceeded(PipelineError, TimeoutError):
-    """The request's timeout ran out; names the stages it was waiting for."""
+    """Raised by a request whose timeout has passed; names the stages that it was waiting for."""
 
 
 class StageFailed(PipelineError):
-    """A stage could not execute this request; carries ONNX Runtime's words. Other requests are not affected."""
+    """Raised by a request that a stage cannot execute, with ONNX Runtime's message. Other requests are not affected."""
 
 
 class NotSeparable(PipelineError):
-    """A batch ran in parts, and their outputs cannot be joined: the model's rows are not independent."""
+    """Raised by a request that ran in micro-batches whose outputs cannot be joined, because its rows are dependent."""
 
 
 class NodeFailed(PipelineError):
-    """Nodes died while they executed this request, as often as it was tried; it is not tried again."""
+    """Raised by a request that has killed every node that tried it.
+
+    Names the stage, the node, its exit code or signal, and its log. The request is not tried again.
+    """
 
 
 class StageUnavailable(PipelineError):
-    """The nodes of a stage that the request needs keep failing; they are left alone for a while. Try again then."""
+    """Raised by a request that needs a stage whose nodes keep failing.
+
+    Says why they fail, and when they are started again. Try again then.
+    """
 
 
 class Cancelled(PipelineError):
-    """The caller gave the request up."""
+    """Raised by a request that the caller has cancelled."""
 
 
 class PipelineClosed(PipelineError):
-    """The pipeline was closed before the request was answered, or before it was made."""
+    """Raised by a request when the pipeline closes before it is answered, and by ``submit`` after that."""
 
 
 class ProtocolError(PipelineError):
-    """A peer sent something that is not of the protocol; it is dropped."""
+    """Raised when a peer sends a message that is not of the protocol. The message is logged and dropped."""
 
 
 class MemoryWithdrawn(ProtocolError):
-    """A message names memory that is not, or no longer, mapped here; another attempt at the request follows."""
+    """Raised when a message refers to shared memory that is not, or no longer, mapped. The request is tried again."""

@@ -1,10 +1,10 @@
-"""What a caller gives, made normal once, so that nothing behind it needs to look again. Pure.
+"""Normalises the arguments of a request, once, so that no later code has to check them again. Pure.
 
-    inputs    name -> array of the host's byte order; strings are ``str`` that UTF-8 can encode
-    outputs   a tuple of names, each once
+    inputs    arrays in the host's byte order, by name; strings are ``str`` that UTF-8 can encode
+    outputs   a tuple of names without duplicates
     timeout   nanoseconds, positive and bounded
 
-Everything that cannot be made so is refused with :class:`~onnxsplit.errors.InputError` before a place is taken.
+Arguments that cannot be normalised raise :class:`~onnxsplit.errors.InputError` before the request is admitted.
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array
 
 MOST_TIMEOUT_S = 365 * 24 * 3600
-"""The longest timeout, a year: deadlines stay far from what 64 bits of nanoseconds hold."""
+"""The longest timeout, a year. Deadlines in nanoseconds then stay far below 64 bits."""
 
 _TEXT_KINDS = "OUST"  # objects, fixed-width unicode and bytes, and NumPy's own strings
-_WORDS = 200
+_MOST_CHARACTERS = 200  # of a caller's value in a message
 
 
 def normal_inputs(inputs: object, specs: Mapping[str, tuple[str, Sequence[int | str] | None]]) -> dict[str, Array]:
-    """The arrays of a request; numeric ones are copied only where their byte order is foreign.
+    """The inputs of a request as arrays. A numeric array is copied only if its byte order is not the host's.
 
     Args:
-        inputs: name -> anything NumPy makes an array of.
-        specs: what the model takes: name -> (ONNX type, shape).
+        inputs: by name, anything that NumPy converts to an array.
+        specs: by name, the ONNX type and the shape of the model's inputs.
 
     Raises:
-        InputError: it is no mapping, or a value is no array of numbers or strings.
+        InputError: ``inputs`` is not a mapping, or a value is not an array of numbers or strings.
     """
     if not isinstance(inputs, Mapping):
-        raise InputError(f"inputs must map names to arrays, and are {_kind(inputs)}")
-    found = {}
+        raise InputError(f"inputs must map names to arrays, but they are {_kind(inputs)}")
+    arrays = {}
     for name, value in inputs.items():
         if not isinstance(name, str):
             raise InputError(f"the name of an input must be text, not {shown(name)}")
-        found[name] = _array(name, value, specs[name][0] if name in specs else None)
-    return found
+        arrays[name] = _array(name, value, specs[name][0] if name in specs else None)
+    return arrays
 
 
 def normal_names(outputs: object) -> tuple[str, ...] | None:
-    """The outputs that are asked for, each once; None stands for all.
+    """The names of the wanted outputs without duplicates; None stands for all outputs.
 
     Raises:
-        InputError: it is no list of names.
+        InputError: ``outputs`` is not a list of names.
     """
     if outputs is None:
         return None
     if isinstance(outputs, str | bytes | Mapping) or not isinstance(outputs, Collection):
-        raise InputError(f"outputs must be a list of names, as in ['y'], and is {shown(outputs)}")
+        raise InputError(f"outputs must be a list of names, as in ['y'], but it is {shown(outputs)}")
     for name in outputs:
         if not isinstance(name, str):
-            raise InputError(f"outputs must be a list of names, and holds {shown(name)}")
+            raise InputError(f"outputs must be a list of names, but it holds {shown(name)}")
     return tuple(dict.fromkeys(outputs))
 
 
 def normal_timeout_ns(timeout: object) -> int | None:
-    """A timeout in seconds, as nanoseconds; None stands for none.
+    """A timeout, given in seconds, in nanoseconds; None stands for no timeout.
 
     Raises:
-        InputError: it is no finite number above 0, or longer than :data:`MOST_TIMEOUT_S`.
+        InputError: it is not a finite number above 0, or longer than :data:`MOST_TIMEOUT_S`.
     """
     if timeout is None:
         return None
@@ -83,34 +83,37 @@ def _array(name: str, value: object, expected: str | None) -> Array:
     try:
         array = np.asarray(value)
     except Exception as error:  # a value's own conversion may raise anything
-        raise InputError(f"input {shown(name)} cannot be made an array: {one_line(error, _WORDS)}") from error
+        raise InputError(f"input {shown(name)} cannot be made an array: {one_line(error, _MOST_CHARACTERS)}") from error
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise InputError(f"input {shown(name)} has masked entries, which a model cannot see; fill them, as by filled()")
+        raise InputError(
+            f"input {shown(name)} has masked entries, which a model cannot represent; fill them with filled()"
+        )
     if array.dtype.kind in _TEXT_KINDS:
         if expected not in (None, "string"):
             raise InputError(
-                f"input {shown(name)} is {_kind(value)} of {str(array.dtype)[:_WORDS]}, expected {expected}"
+                f"input {shown(name)} is {_kind(value)} of {str(array.dtype)[:_MOST_CHARACTERS]}, expected {expected}"
             )
         return _strings(name, array)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _strings(name: str, array: Array) -> Array:
-    """The same strings as ``str``, in an array of the pipeline's own."""
-    found = np.empty(array.size, object)
+    """The same strings as ``str``, in a new array."""
+    texts = np.empty(array.size, object)
     for position, text in enumerate(array.ravel().tolist()):
         if not isinstance(text, str | bytes):
             raise InputError(
-                f"element {position} of input {shown(name)} is {_kind(text)}; allowed: str, or bytes that are UTF-8"
+                f"element {position} of input {shown(name)} is {_kind(text)}; allowed: str, or bytes in UTF-8"
             )
         try:
-            found[position] = text.decode() if isinstance(text, bytes) else str(text)
-            found[position].encode()
+            texts[position] = text.decode() if isinstance(text, bytes) else str(text)
+            texts[position].encode()
         except UnicodeError as error:
             raise InputError(f"element {position} of input {shown(name)} is not UTF-8: {error.reason}") from error  # type: ignore[attr-defined]
-    return found.reshape(array.shape)
+    return texts.reshape(array.shape)
 
 
 def _kind(value: Any) -> str:
-    name = type(value).__name__[:_WORDS] or "nameless object"
+    """The name of a value's type, with its article."""
+    name = type(value).__name__[:_MOST_CHARACTERS] or "nameless object"
     return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"

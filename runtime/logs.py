@@ -1,4 +1,4 @@
-"""One line an event: what happened, then ``key=value`` for what to; programs find the values in ``record.fields``."""
+"""Log lines for events: what happened, then ``key=value`` pairs. Programs find the pairs in ``record.fields``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 
 
 def log_event(log: logging.Logger, level: int, what: str, **fields: Any) -> None:
-    """Log an event. Values with spaces, quotes or line breaks are written as JSON strings; None is left out."""
+    """Log an event.
+
+    Args:
+        log: the logger.
+        level: the level.
+        what: what happened.
+        fields: the pairs. A value with spaces, quotes or line breaks is written as a JSON string; None is left out.
+    """
     if not log.isEnabledFor(level):
         return
     given = {key: value for key, value in fields.items() if value is not None}
@@ -23,22 +30,22 @@ def _plain(value: Any) -> str:
 
 
 class DropLog:
-    """Notes messages that were dropped, a line a second at most, so that nobody can fill a disk with them.
+    """Logs dropped messages, at most one line a second, so that a peer cannot fill the disk.
 
     Args:
-        log: where to.
+        log: the logger.
     """
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._next_s = 0.0
-        self._unsaid = 0
+        self._suppressed = 0
 
     def note(self, reason: object) -> None:
-        """One was dropped."""
+        """Log that a message was dropped, and why; the number of lines left out follows in the next line."""
         now = time.monotonic()
         if now < self._next_s:
-            self._unsaid += 1
+            self._suppressed += 1
             return
-        log_event(self._log, logging.WARNING, "message dropped", reason=reason, more=self._unsaid or None)
-        self._next_s, self._unsaid = now + 1.0, 0
+        log_event(self._log, logging.WARNING, "message dropped", reason=reason, more=self._suppressed or None)
+        self._next_s, self._suppressed = now + 1.0, 0

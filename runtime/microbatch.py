@@ -1,9 +1,9 @@
-"""Splitting a request along its batch axis, and putting its answer together. Pure.
+"""Splits a request into micro-batches along its batch axis, and joins their outputs. Pure.
 
-    inputs    | 0 1 | 2 3 | 4 |     micro-batches of two rows: parts of their own, in any order, on any replica
-    outputs   | 0 1 | 2 3 | 4 |     joined along the outputs' own axis
+    inputs    | 0 1 | 2 3 | 4 |     micro-batches of two rows; each runs on its own, on any replica
+    outputs   | 0 1 | 2 3 | 4 |     joined along the batch axis of the outputs
 
-Only plans whose maker proved that the halves of a batch give what the whole gives carry batch axes.
+A plan states batch axes only if trials have shown that the parts of a batch give the same outputs as the whole.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from onnxsplit.tensors import Array, numpy_dtype
 from runtime.errors import NotSeparable
 
 BatchAxes = Mapping[str, int | None]
-"""The batch axis of each tensor; None for one that every part gets, or gives, whole."""
+"""The batch axis of each tensor; None for an input that every micro-batch gets whole."""
 
 
 def batch_axes(plan: Plan, outputs: Sequence[str]) -> BatchAxes | None:
-    """The axes to split inputs and join ``outputs`` along; None when such a request cannot be split."""
+    """The axes along which to split the inputs and to join ``outputs``; None when the request cannot be split."""
     if not any(plan.tensors[name].batch_axis is not None for name in plan.inputs):
         return None
     if any(plan.tensors[name].batch_axis is None for name in outputs):
@@ -33,7 +33,7 @@ def batch_axes(plan: Plan, outputs: Sequence[str]) -> BatchAxes | None:
 
 
 def batch_size(plan: Plan) -> int:
-    """The batch size the plan was made and measured for; 1 when it has none."""
+    """The batch size that the plan was made for; 1 when its inputs have no batch axis."""
     for name in plan.inputs:
         spec = plan.tensors[name]
         if spec.batch_axis is not None and spec.shape is not None:
@@ -43,7 +43,7 @@ def batch_size(plan: Plan) -> int:
 
 
 def ordinary_bytes(plan: Plan) -> int:
-    """Bytes of the inputs that the plan was made and measured for; sizes that are not known count as 1."""
+    """Size in bytes of the inputs that the plan was made for; a dimension of unknown size counts as 1."""
     total = 0
     for name in plan.inputs:
         spec = plan.tensors[name]
@@ -57,9 +57,9 @@ def ordinary_bytes(plan: Plan) -> int:
 
 
 def split(inputs: Mapping[str, Array], axes: BatchAxes, rows: int) -> list[dict[str, Array]]:
-    """Parts of at most ``rows`` rows each, as views of the inputs.
+    """Split inputs into micro-batches of at most ``rows`` rows, as views.
 
-    Inputs of unlike numbers of rows are not split: what the model makes of them is its own affair.
+    Inputs whose numbers of rows differ are not split, because it is not known how the model combines them.
     """
     sizes = {array.shape[axis] for name, array in inputs.items() if (axis := axes[name]) is not None}
     total = max(sizes, default=0)
@@ -72,24 +72,25 @@ def split(inputs: Mapping[str, Array], axes: BatchAxes, rows: int) -> list[dict[
 
 
 def join(parts: Sequence[Mapping[str, Array]], axes: BatchAxes) -> dict[str, Array]:
-    """The tensors of all parts, in order, as one.
+    """Concatenate the outputs of all micro-batches, in order.
 
     Raises:
-        NotSeparable: the parts of a tensor do not fit each other.
+        NotSeparable: the shapes of an output do not fit each other.
     """
     if len(parts) == 1:
         return dict(parts[0])
-    found = {}
+    joined = {}
     for name in parts[0]:
         try:
-            found[name] = np.concatenate([part[name] for part in parts], axis=axes[name] or 0)
+            joined[name] = np.concatenate([part[name] for part in parts], axis=axes[name] or 0)
         except ValueError as error:
             shapes = ", ".join(str(list(shape)) for shape in dict.fromkeys(part[name].shape for part in parts))
             raise NotSeparable(
-                f"the parts of a batch cannot be joined along axis {axes[name] or 0}: {name!r} came back as {shapes}. "
-                "This model's rows depend on each other; run its requests whole, with micro_batch=0 (--micro-batch 0)"
+                f"the micro-batches of a request cannot be joined along axis {axes[name] or 0}: {name!r} came back as "
+                f"{shapes}. The model's rows depend on each other; run requests whole, with micro_batch=0 "
+                "(--micro-batch 0)"
             ) from error
-    return found
+    return joined
 
 
 def _rows(array: Array, axis: int | None, start: int, end: int) -> Array:

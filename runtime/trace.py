@@ -1,12 +1,12 @@
-"""A run as a timeline, in the trace event format of Chrome; https://ui.perfetto.dev opens it. Pure.
+"""Writes a run as a timeline in Chrome's trace event format, which https://ui.perfetto.dev opens. Pure.
 
-A process a node, and one for the caller. In each node:
+The trace has a process for each node and one for the caller. Each node has these tracks:
 
-    session     run | send | run | send ...      what the node's main thread does
-    requests    receive, wait                     a bar a request: on its way here, then waiting for its turn
-    queue       a counter: requests that wait
+    session     run | send | run | send ...      the work of the node's main thread
+    requests    receive, wait                     one bar for each request: in transit, then queued
+    queue                                         a counter of the queued requests
 
-and arrows from where a request leaves a node to where it starts in the next. Times are microseconds of the host's
+Arrows lead from the end of a request at one node to its start at the next. Times are microseconds of the host's
 monotonic clock.
 """
 
@@ -23,12 +23,19 @@ from runtime.wire.messages.data import Visit
 
 TraceEvent = dict[str, Any]
 
-_SESSION, _OPS = 1, 2  # tracks
-_CALLER = 0  # process
+_SESSION, _OPS = 1, 2  # numbers of tracks
+_CALLER = 0  # number of the caller's process
 
 
 class RequestTrace(Struct, frozen=True):
-    """A request from its entrance to its answer. Times are the host's monotonic clock in nanoseconds."""
+    """A request from its admission to its answer. Times are the host's monotonic clock in nanoseconds.
+
+    Attributes:
+        request: its number.
+        entered_ns: when it was admitted.
+        visits: the stages it has passed.
+        answered_ns: when it was answered.
+    """
 
     request: int
     entered_ns: int
@@ -41,15 +48,15 @@ def chrome_trace(
     readers: Mapping[int, Sequence[int]],
     profiles: Mapping[ReplicaKey, Sequence[TraceEvent]],
 ) -> dict[str, Any]:
-    """The trace of a run.
+    """The trace of a run, as a JSON object.
 
     Args:
-        requests: what was recorded.
-        readers: the stages that read from each stage.
-        profiles: ONNX Runtime's own profile of a node's session, to be merged in.
+        requests: the recorded requests.
+        readers: for each stage, the stages that read its outputs.
+        profiles: events of ONNX Runtime's profile by node, which are added as a track of ops.
     """
-    slots = sorted({(visit.stage, visit.replica) for request in requests for visit in request.visits})
-    process = {slot: number + 1 for number, slot in enumerate(slots)}
+    replicas = sorted({(visit.stage, visit.replica) for request in requests for visit in request.visits})
+    process = {replica: number + 1 for number, replica in enumerate(replicas)}
     events = [_named(_CALLER, "caller", None)]
     for (stage, replica), number in process.items():
         events += [_named(number, f"stage {stage}, replica {replica}", None), _named(number, "session", _SESSION)]
@@ -59,9 +66,9 @@ def chrome_trace(
             events += _visit(request, visit, process)
         events += _arrows(request, process, readers)
     events += _counters(requests, process)
-    for slot, profile in profiles.items():
-        if slot in process:
-            events += _ops(process[slot], slot, requests, profile)
+    for key, profile in profiles.items():
+        if key in process:
+            events += _ops(process[key], key, requests, profile)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
@@ -119,7 +126,7 @@ def _arrows(
 
 
 def _counters(requests: Sequence[RequestTrace], process: Mapping[ReplicaKey, int]) -> Iterator[TraceEvent]:
-    """How many requests wait at each node, and are in the pipeline."""
+    """Counters of the requests that are queued at each node, and of those in the pipeline."""
     steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for request in requests:
         steps[_CALLER] += [(request.entered_ns, 1), (request.answered_ns, -1)]
@@ -134,11 +141,11 @@ def _counters(requests: Sequence[RequestTrace], process: Mapping[ReplicaKey, int
 
 
 def _ops(
-    process: int, slot: ReplicaKey, requests: Sequence[RequestTrace], profile: Sequence[TraceEvent]
+    process: int, key: ReplicaKey, requests: Sequence[RequestTrace], profile: Sequence[TraceEvent]
 ) -> Iterator[TraceEvent]:
-    """ONNX Runtime's profile, moved to where its first run began here."""
+    """The ops of ONNX Runtime's profile, shifted so that its first run begins with the first recorded run."""
     runs = [event["ts"] for event in profile if event.get("name") == "model_run"]
-    starts = [v.started_ns for request in requests for v in request.visits if (v.stage, v.replica) == slot]
+    starts = [v.started_ns for request in requests for v in request.visits if (v.stage, v.replica) == key]
     if not runs or not starts:
         return
     shift = min(starts) / 1e3 - min(runs)
