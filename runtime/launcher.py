@@ -63,7 +63,7 @@ class Launcher(Protocol):
     """Starts nodes.
 
     Attributes:
-        premises: where the nodes and the coordinator meet.
+        rendezvous: where the nodes and the coordinator meet.
     """
 
     rendezvous: Rendezvous

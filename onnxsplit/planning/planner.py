@@ -1,15 +1,14 @@
-"""From a model to a plan directory: the offline half, end to end.
+"""From a model to a plan directory: the whole offline half.
 
     examine -> partition -> stage files -> measure -> correct, and cut again -> plan
 
-A plan directory appears whole or not at all: it is written beside its place and renamed.
+A plan directory appears as a whole or not at all: it is written beside its place and then renamed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +24,23 @@ from onnxsplit.planning.model_partitioner import model_partitioner
 from onnxsplit.planning.options import CutOptions, by_current_name
 from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.rounds import Rounds
-from onnxsplit.planning.subject import Subject, examine
+from onnxsplit.planning.subject import ModelOptions, Subject, examine
 from onnxsplit.progress import Say, silent
 from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
-from onnxsplit.tensors import Array
 
 
-def partition(
-    model: ModelLike,
-    *,
-    out: str | Path | None = None,
-    costs: str | None = None,
-    dims: Mapping[str, int] | None = None,
-    inputs: str | Path | Mapping[str, Array] | None = None,
-    outputs: Sequence[str] | None = None,
-    drop_outputs: Sequence[str] = (),
-    keep_inputs: Sequence[str] = (),
-    custom_ops: object = (),
-    say: Say = silent,
-    **options: Any,
-) -> Plan:
+def partition(model: ModelLike, *, out: str | Path | None = None, say: Say = silent, **options: Any) -> Plan:
     """Cut a model into cost-balanced stages and write the plan directory.
 
     Args:
         model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
-        out: the plan directory; ``MODEL.plan`` in the current folder when None, where MODEL is the file's name, or the
-            graph's for a model in memory. A plan there is replaced whole.
-        costs: ``measured`` or ``analytic``; None measures where the model runs here.
-        dims: sizes of free dimensions that costs are taken at; the plan runs at any.
-        inputs: example inputs, or an ``.npz`` with them.
-        outputs: outputs to cut for; the others are left out, with the ops and inputs that only they need.
-        drop_outputs: outputs to leave out.
-        keep_inputs: inputs that are initializers too, and that requests may still give.
-        custom_ops: libraries of custom ops that the model needs: a list of files, or ``onnxruntime-extensions``. They
-            are code, which runs with the rights of this process's user.
+        out: the plan directory; None for ``MODEL.plan`` in the current folder, where MODEL is the file's name, or the
+            graph's for a model in memory. A plan that is there is replaced as a whole.
         say: told what is being done.
-        options: how to cut: the attributes of :class:`~onnxsplit.planning.options.CutOptions`, ``stages`` first of all.
+        options: how to read the model: the attributes of :class:`~onnxsplit.planning.subject.ModelOptions`, such as
+            ``costs``, ``dims``, ``inputs`` and ``outputs``; and how to cut it: the attributes of
+            :class:`~onnxsplit.planning.options.CutOptions`, such as ``stages``, ``cluster`` and ``objective``.
 
     Raises:
         PartitionError: the model cannot be cut as asked.
@@ -70,22 +49,13 @@ def partition(
         ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as
             :func:`~onnxsplit.planning.subject.examine`.
     """
-    wanted = CutOptions(**by_current_name(options, _warn_of_former_name))
+    options = by_current_name(options, _warn_of_former_name)
+    of_model = {field.name for field in fields(ModelOptions)} & options.keys()
+    wanted = CutOptions(**{name: value for name, value in options.items() if name not in of_model})
     source = open_any(model)
     folder = Path(out) if out is not None else default_plan_folder(source.path)
     check_plan_folder(folder)
-    subject = examine_for(
-        source,
-        wanted,
-        costs=costs,
-        dims=dims,
-        inputs=inputs,
-        outputs=outputs,
-        drop_outputs=drop_outputs,
-        keep_inputs=keep_inputs,
-        custom_ops=custom_ops,
-        say=say,
-    )
+    subject = examine_for(source, wanted, say=say, **{name: options[name] for name in of_model})
     return write_plan(subject, folder, wanted, say=say).plan
 
 
@@ -95,9 +65,13 @@ def _warn_of_former_name(former: str, name: str) -> None:
 
 
 def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say = silent, **examined: Any) -> Subject:
-    """Examine a model with the provider and the threads that its stages will have.
+    """Examine a model with the provider and the number of threads that its stages will have.
 
-    ``examined`` are further arguments of :func:`~onnxsplit.planning.subject.examine`.
+    Args:
+        model: the model, as :func:`~onnxsplit.planning.subject.examine` takes it.
+        options: how the model is to be cut.
+        say: told what is being done.
+        examined: the attributes of :class:`~onnxsplit.planning.subject.ModelOptions`.
     """
     options.check()
     if options.cluster is not None:
@@ -110,7 +84,12 @@ def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say
 
 
 def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say = silent) -> PlanningResult:
-    """Cut a model that was examined, and write the plan directory."""
+    """Cut an examined model and write the plan directory.
+
+    Raises:
+        PartitionError: the model cannot be cut as asked.
+        PlanError: something other than a plan is in the folder's place, or it cannot be written.
+    """
     check_plan_folder(folder)
     partitioner = model_partitioner(subject, options, say)
     with new_folder(folder) as draft:
@@ -123,12 +102,12 @@ def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say 
 
 
 def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> PlanningResult:
-    """The plan that :func:`write_plan` would begin with, before any stage has run; nothing is kept."""
+    """The first plan that :func:`write_plan` would make, before any stage runs. Nothing is written."""
     return Rounds(model_partitioner(subject, options, say), None, say).make(0)
 
 
 def default_plan_folder(model: Path) -> Path:
-    """Where the plan of a model goes when nothing is said: ``MODEL.plan`` in the current folder."""
+    """The plan directory of a model if none is named: ``MODEL.plan`` in the current folder."""
     return Path(f"{model.name.removesuffix('.onnx')}.plan")
 
 
@@ -136,12 +115,12 @@ def check_plan_folder(folder: Path) -> None:
     """Refuse to write a plan over anything but a plan or an empty folder.
 
     Raises:
-        PlanError: naming what is there.
+        PlanError: something else is there, or the parent folder is missing; names it.
     """
     if not is_text(folder):
         raise PlanError(f"the path {str(folder)!r} is not UTF-8 text; choose another place with -o DIR")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise PlanError(f"{folder} is there and is no folder; choose another place with -o DIR")
+        raise PlanError(f"{folder} is there and is not a folder; choose another place with -o DIR")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).is_file():
         raise PlanError(f"{folder} is there and holds no plan; nothing was touched. Choose another place with -o DIR")
     check_parent(folder)

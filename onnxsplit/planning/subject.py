@@ -1,4 +1,4 @@
-"""Reading a model as far as cutting needs it: its ops, what they cost, what may be parted, inputs it runs on."""
+"""Reading a model as far as cutting needs it: its ops, their costs, its atoms, and inputs that it runs on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
@@ -25,6 +26,7 @@ from onnxsplit.model.shapes import Shapes, infer_shapes, input_specs
 from onnxsplit.model.source import SourceModel
 from onnxsplit.npz import load_npz
 from onnxsplit.partitioner import Problem, Transfer, Weight
+from onnxsplit.plan import TensorSpec
 from onnxsplit.planning.target import Target, alike
 from onnxsplit.progress import Say, silent
 from onnxsplit.session import threads_per_node
@@ -33,16 +35,16 @@ from onnxsplit.tensors import Array
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, ready to be cut: its graph, its costs, its atoms, and inputs it runs on.
+    """The model that is to be cut: its graph, its costs, its atoms, and inputs that it runs on.
 
     Attributes:
-        graph: the model's ops.
-        costs: compute times, with the shapes they were found with.
-        atoms: what may be parted.
-        inputs: example inputs.
-        dims: sizes of the free dimensions in them.
-        note: why costs are analytic, when they are.
-        custom_ops: libraries of custom ops that the user named for it.
+        graph: the ops of the model.
+        costs: compute times of the ops, and the shapes that the times hold for.
+        atoms: the groups of ops that may be separated from each other.
+        inputs: example inputs by name.
+        dims: sizes of the free dimensions in the example inputs.
+        note: why costs are analytic although they were not asked for; else None.
+        custom_ops: libraries of custom ops that the user named for the model.
     """
 
     graph: OpGraph
@@ -54,9 +56,9 @@ class Subject:
     custom_ops: tuple[Library, ...] = ()
 
     def libraries(self, ops: Iterable[int]) -> tuple[Library, ...]:
-        """The libraries that a stage of these ops needs: all of them where one is a custom op, else none.
+        """The libraries that a stage of these ops needs: all of them if one of the ops is a custom op, else none.
 
-        Where no op of the model looks like a custom one, they may have any of its ops, so every stage needs them.
+        If no op of the model looks like a custom op, the libraries may hold any op, so every stage needs them.
         """
         custom = self.graph.custom_ops
         return self.custom_ops if not custom or not custom.isdisjoint(ops) else ()
@@ -67,7 +69,7 @@ class Subject:
         return self.costs.shapes
 
     def tied(self, together: Sequence[Sequence[int]]) -> Subject:
-        """The same model with groups of ops that must stay together, too."""
+        """The same model with further groups of ops that must stay together."""
         return replace(self, atoms=build_atoms(self.graph, self.shapes, together)) if together else self
 
     def as_ops(self) -> Subject:
@@ -75,11 +77,16 @@ class Subject:
         return replace(self, atoms=build_atoms(self.graph, self.shapes, single=True))
 
     def problem(self, op_ns: Sequence[int], target: Target | None = None) -> Problem:
-        """The numbers an algorithm sees, with these times of the ops on a device of speed 1."""
+        """The numeric problem that a partitioning algorithm solves.
+
+        Args:
+            op_ns: time of each op on a device of speed 1, in nanoseconds.
+            target: the devices and wishes; one device of this host when None.
+        """
         target = target or alike(1)
         atom_of = {op: atom for atom, ops in enumerate(self.atoms.ops) for op in ops}
         times = [sum(op_ns[op] for op in ops) for ops in self.atoms.ops]
-        for op in self.atoms.copied:  # the first reader is charged with its copy
+        for op in self.atoms.copied:  # the copy is charged to the first reader
             reader = next((atom_of[r] for r in self._readers(op) if r in atom_of), None)
             if reader is not None:
                 times[reader] += op_ns[op]
@@ -99,10 +106,10 @@ class Subject:
         )
 
     def _weights(self, atom_of: Mapping[int, int], packs: bool) -> tuple[Weight, ...]:
-        """Initializers, and tensors in the attributes of ops, with the atoms that read them, directly or by copies.
+        """The constants (initializers and tensors in attributes) with the atoms that read them, directly or by copies.
 
-        On a CPU, bytes that initializers share are mapped once, and some kernels keep a packed copy for each
-        initializer. Other devices hold every initializer by itself.
+        On a CPU, bytes that several initializers share are in memory once, and some kernels keep a packed copy of each
+        initializer (``packs``). Other devices hold every initializer separately.
         """
         graph = self.graph
         held: dict[str, set[int]] = {}
@@ -127,7 +134,7 @@ class Subject:
         return tuple(Weight(size, readers) for readers, size in sizes.items() if size and readers)
 
     def _inner_bytes(self) -> tuple[int, ...]:
-        """By atom, the tensors that its ops write and that stay inside."""
+        """By atom, the bytes of the tensors that its ops write and that no other atom reads."""
         leaving = {flow.tensor for flow in self.atoms.edges}
         return tuple(
             sum(self.shapes.bytes(name) for op in ops for name in self.graph.ops[op].outputs if name not in leaving)
@@ -142,93 +149,134 @@ class Subject:
                     yield from self._readers(reader)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a model is read before it is cut.
+
+    Attributes:
+        costs: ``measured`` or ``analytic``; None measures, and estimates with a note when the model does not run here.
+        dims: sizes of free dimensions that costs are taken at; the plan runs at any sizes.
+        inputs: example inputs by name, or an ``.npz`` with them; None makes them up.
+        outputs: outputs to keep; the others are left out, with the ops and inputs that only they need. None keeps all.
+        drop_outputs: outputs to leave out.
+        keep_inputs: inputs that are also initializers and stay inputs, with the initializer as default.
+        custom_ops: libraries of custom ops that the model needs, as :func:`~onnxsplit.custom_ops.find_libraries` takes
+            them. They are code that runs with the rights of this process's user; measuring loads them.
+    """
+
+    costs: str | None = None
+    dims: Mapping[str, int] | None = None
+    inputs: str | Path | Mapping[str, Array] | None = None
+    outputs: Sequence[str] | None = None
+    drop_outputs: Sequence[str] = ()
+    keep_inputs: Sequence[str] = ()
+    custom_ops: object = ()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A model that was read: its graph and inputs' types, the sizes and inputs that are given, and libraries."""
+
+    graph: OpGraph
+    specs: Mapping[str, TensorSpec]
+    defaults: Mapping[str, Array]
+    dims: Mapping[str, int]
+    inputs: Mapping[str, Array] | None
+    custom_ops: tuple[Library, ...]
+
+
 def examine(
     model: ModelLike | SourceModel,
     *,
-    costs: str | None = None,
-    dims: Mapping[str, int] | None = None,
-    inputs: str | Path | Mapping[str, Array] | None = None,
-    outputs: Sequence[str] | None = None,
-    drop_outputs: Sequence[str] = (),
-    keep_inputs: Sequence[str] = (),
     threads: int | None = None,
     provider: str = "cpu",
-    custom_ops: object = (),
     say: Say = silent,
+    **options: Any,
 ) -> Subject:
-    """Read a model, find inputs it runs on, cost its ops and contract them.
+    """Read a model, find inputs that it runs on, find the costs of its ops, and group the ops into atoms.
 
     Args:
-        model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; or one that was
-            opened, which is changed where outputs or inputs are named.
-        costs: ``measured`` or ``analytic``; None measures, and falls back with a note when the model does not run here.
-        dims: sizes of free dimensions.
-        inputs: example inputs, or an ``.npz`` with them; made up when None.
-        outputs: outputs to cut for, others are left out; all when None.
-        drop_outputs: outputs to leave out.
-        keep_inputs: inputs that are initializers too and stay inputs, with the initializer as default.
-        threads: threads of a session that is measured; all cores of this host when None.
+        model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``; or an opened
+            model, which is changed where outputs or inputs are named.
+        threads: threads of the session that is measured; all cores of this host when None.
         provider: execution provider that measures.
-        custom_ops: libraries of custom ops, as :func:`~onnxsplit.custom_ops.find_libraries` takes them; measuring
-            loads them.
         say: told what is being done.
+        options: the attributes of :class:`ModelOptions`.
 
     Raises:
-        ModelError: the file is no usable model.
-        InputError: inputs or dimensions do not fit it.
-        PartitionError: it has outputs that cannot be handed to a caller, or none of those named.
+        ModelError: the file is not a usable model.
+        InputError: inputs or dimensions do not fit the model.
+        PartitionError: an output cannot be handed to a caller, or no output has a name that was given.
         MissingDependency, ProviderError: measuring was asked for and is not possible.
         CustomOpsError: a library of custom ops cannot be read, or does not load.
     """
-    libraries = find_libraries(custom_ops)
-    check_names(libraries)
-    say("reading the model")
-    source = model if isinstance(model, SourceModel) else open_any(model)
-    graph = build_graph(select(source, outputs=outputs, drop_outputs=drop_outputs, keep_inputs=keep_inputs))
-    check_handed_on(graph)
-    specs = input_specs(graph)
-    kept = defaults(graph.source)
-    sized = sized_dimensions(specs)
-    fixed = {dim: size for dim, size in sizes_in(specs, kept).items() if dim in sized} | dict(dims or {})
-    given: Mapping[str, Array] | None = load_npz(Path(inputs)) if isinstance(inputs, str | Path) else inputs
-    if given is not None:
-        given = _given(graph, given, kept)
-        fixed |= accept(graph, specs, given)
-    threads = threads or threads_per_node(1)
+    wanted = ModelOptions(**options)
+    reading = _read(model, wanted, say)
     note = None
-    if costs != "analytic" and graph.ops:
+    if wanted.costs != "analytic" and reading.graph.ops:
         try:
-            _check_memory(graph)
-            example: Mapping[str, Array] | None = given
-            sizes = fixed
-            if example is None:
-                found = find_example(
-                    graph, specs, fixed, threads=threads, provider=provider, say=say, custom_ops=libraries
-                )
-                example, sizes = found.inputs, dict(found.dims)
-            shapes = infer_shapes(graph, {name: array.shape for name, array in example.items()})
-            op_costs = measured_costs(
-                graph, shapes, example, threads=threads, provider=provider, say=say, custom_ops=libraries
-            )
-            return _subject(graph, op_costs, example, sizes, None, libraries)
+            return _measured(reading, threads or threads_per_node(1), provider, say)
         except ModelRefused as error:
             raise ModelRefused(
                 f"{error}. To cut it for another ONNX Runtime than this one: --costs analytic"
             ) from error
         except (ModelError, InputError, MissingDependency) as error:
-            if costs == "measured" or given is not None:
+            if wanted.costs == "measured" or reading.inputs is not None:
                 raise
             note = str(error)
-    if given is None:
-        fixed = next(dimension_choices(specs, fixed))
-        *_, given = guesses(graph, specs, bind(specs, fixed), kept)  # the last is the most careful
-        fixed = with_formulas(specs, fixed)
-    shapes = infer_shapes(graph, {name: array.shape for name, array in given.items()})
-    return _subject(graph, analytic_costs(graph, shapes), given, fixed, note, libraries)
+    return _estimated(reading, note)
+
+
+def _read(model: ModelLike | SourceModel, options: ModelOptions, say: Say) -> _Reading:
+    """Open the model, select its outputs, and check the inputs and sizes that are given."""
+    libraries = find_libraries(options.custom_ops)
+    check_names(libraries)
+    say("reading the model")
+    source = model if isinstance(model, SourceModel) else open_any(model)
+    selected = select(
+        source, outputs=options.outputs, drop_outputs=options.drop_outputs, keep_inputs=options.keep_inputs
+    )
+    graph = build_graph(selected)
+    check_handed_on(graph)
+    specs = input_specs(graph)
+    kept = defaults(graph.source)
+    sized = sized_dimensions(specs)
+    dims = {dim: size for dim, size in sizes_in(specs, kept).items() if dim in sized} | dict(options.dims or {})
+    given = load_npz(Path(options.inputs)) if isinstance(options.inputs, str | Path) else options.inputs
+    if given is not None:
+        given = _given(graph, given, kept)
+        dims |= accept(graph, specs, given)
+    return _Reading(graph, specs, kept, dims, given, libraries)
+
+
+def _measured(reading: _Reading, threads: int, provider: str, say: Say) -> Subject:
+    """Measure the costs, on the inputs that are given or on made-up ones."""
+    graph, libraries = reading.graph, reading.custom_ops
+    _check_memory(graph)
+    inputs, dims = reading.inputs, reading.dims
+    if inputs is None:
+        example = find_example(
+            graph, reading.specs, dims, threads=threads, provider=provider, say=say, custom_ops=libraries
+        )
+        inputs, dims = example.inputs, example.dims
+    shapes = infer_shapes(graph, {name: array.shape for name, array in inputs.items()})
+    costs = measured_costs(graph, shapes, inputs, threads=threads, provider=provider, say=say, custom_ops=libraries)
+    return _subject(graph, costs, inputs, dims, None, libraries)
+
+
+def _estimated(reading: _Reading, note: str | None) -> Subject:
+    """Estimate the costs by arithmetic; made-up inputs are not tried."""
+    graph, specs, inputs, dims = reading.graph, reading.specs, reading.inputs, reading.dims
+    if inputs is None:
+        dims = next(dimension_choices(specs, dims))
+        *_, inputs = guesses(graph, specs, bind(specs, dims), reading.defaults)  # the last is the most careful
+        dims = with_formulas(specs, dims)
+    shapes = infer_shapes(graph, {name: array.shape for name, array in inputs.items()})
+    return _subject(graph, analytic_costs(graph, shapes), inputs, dims, note, reading.custom_ops)
 
 
 def _given(graph: OpGraph, given: Mapping[str, Array], kept: Mapping[str, Array]) -> dict[str, Array]:
-    """The inputs a user gave, without those that are no longer needed, and with the defaults of those left out.
+    """The inputs that the user gave, without those that are no longer needed, and with the defaults of the others.
 
     Raises:
         InputError: a value is given for an input that becomes a constant.
@@ -246,7 +294,7 @@ def _given(graph: OpGraph, given: Mapping[str, Array], kept: Mapping[str, Array]
 
 
 def _check_memory(graph: OpGraph) -> None:
-    """Refuse to run a model whose weights alone take more memory than this host has free."""
+    """Refuse to run a model whose weights alone need more memory than this host has free."""
     needed, free = sum(stored.size_bytes for stored in graph.stored), free_memory_bytes()
     if needed > free:
         raise ModelError(

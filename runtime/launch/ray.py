@@ -53,7 +53,7 @@ class RayLauncher:
 
     Attributes:
         folder: a private folder on this host.
-        premises: where the nodes and the coordinator meet.
+        rendezvous: where the nodes and the coordinator meet.
 
     Raises:
         MissingDependency: Ray is not installed.
