@@ -7,9 +7,7 @@ are integer nanoseconds, sizes bytes, types ONNX's names, tensor names those of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -30,7 +28,6 @@ MOST_THREADS = 1024
 
 _MOST_RANK = 64
 _MOST_INTEGER = 2**53 - 1  # what every reader of JSON keeps exact
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_INTEGER)]
 """A time in nanoseconds, a size in bytes, the size of a dimension, or a number of things."""
@@ -306,103 +303,3 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
                 needed.add(stage)
                 pending.extend(producer[name] for name in self.stages[stage].inputs if name in producer)
         return frozenset(needed)
-
-    def check(self) -> list[str]:
-        """Every violation of what a plan promises, in words; empty for a good plan."""
-        return [
-            *self._check_files(),
-            *self._check_custom_ops(),
-            *self._check_stages(),
-            *self._check_tensors(),
-            *self._check_ends(),
-        ]
-
-    def _check_files(self) -> Iterator[str]:
-        seen: set[str] = set()
-        for entry in self.files():
-            plain = Path(entry.name).name == entry.name and not {"/", "\\", "\0"} & set(entry.name)
-            if not plain or entry.name in ("", ".", "..", PLAN_FILE):
-                yield f"file name {entry.name!r} is not a plain name inside the plan's folder"
-            if entry.name in seen:
-                yield f"file {entry.name!r} is listed twice"
-            if not _SHA256.fullmatch(entry.sha256):
-                yield f"file {entry.name!r} has no valid SHA-256: expected 64 hexadecimal digits"
-            seen.add(entry.name)
-
-    def _check_custom_ops(self) -> Iterator[str]:
-        names = [library.name for library in self.custom_ops]
-        for library in self.custom_ops:
-            if Path(library.name).name != library.name or not library.name or "\0" in library.name:
-                yield f"the custom op library {library.name!r} is not named by a plain file name"
-            if names.count(library.name) > 1:
-                yield f"the custom op library {library.name!r} is listed twice"
-            if not _SHA256.fullmatch(library.sha256):
-                yield f"the custom op library {library.name!r} has no valid SHA-256: expected 64 hexadecimal digits"
-        for stage in self.stages:
-            for name in stage.custom_ops:
-                if name not in names:
-                    yield f"stage {stage.index} needs the custom op library {name!r}, which the plan does not list"
-
-    def _check_stages(self) -> Iterator[str]:
-        available = set(self.inputs)
-        for position, stage in enumerate(self.stages):
-            where = f"stage {position}"
-            if stage.index != position:
-                yield f"{where} carries the index {stage.index}"
-            if not stage.files or stage.files[0].name != stage.file:
-                yield f"{where}: {stage.file!r} is not the first of its files"
-            for name, given in (("devices", stage.devices), ("hosts", stage.hosts)):
-                if len(given) not in (0, stage.replicas):
-                    yield f"{where} names {len(given)} {name} for {stage.replicas} replicas"
-            if not stage.outputs:
-                yield f"{where} has no outputs"
-            for name in stage.inputs:
-                if name not in available:
-                    yield f"{where} reads {name!r}, which neither an earlier stage nor the caller gives"
-            for name in stage.outputs:
-                if name in available:
-                    yield f"{where} writes {name!r}, which is there already"
-            for name in (*stage.inputs, *stage.outputs):
-                if name not in self.tensors:
-                    yield f"{where}: {name!r} is not among the tensors"
-            available.update(stage.outputs)
-        nodes = sum(stage.replicas for stage in self.stages)
-        if nodes > MOST_NODES:
-            yield f"the stages have {nodes} replicas together; at most {MOST_NODES} are allowed"
-
-    def _check_tensors(self) -> Iterator[str]:
-        for name, spec in self.tensors.items():
-            if spec.batch_axis is not None and spec.shape is not None and spec.batch_axis >= len(spec.shape):
-                yield f"tensor {name!r} has the batch axis {spec.batch_axis} and {len(spec.shape)} dimensions"
-        producer = self.producers()
-        for cut in self.cuts:
-            if producer.get(cut.tensor) != cut.from_stage:
-                yield f"cut {cut.tensor!r} is not an output of stage {cut.from_stage}"
-            for stage in cut.to_stages:
-                if stage >= len(self.stages) or cut.tensor not in self.stages[stage].inputs:
-                    yield f"cut {cut.tensor!r} is not an input of stage {stage}"
-
-    def _check_ends(self) -> Iterator[str]:
-        producer = self.producers()
-        for name in self.inputs:
-            if name not in self.tensors:
-                yield f"input {name!r} is not among the tensors"
-        for name in self.defaults:
-            if name not in self.inputs:
-                yield f"{name!r} has a default and is no input"
-        for name in (*self.constant_inputs, *self.dropped_inputs):
-            if name in self.inputs:
-                yield f"input {name!r} is a constant, or was left out"
-        for name in self.outputs:
-            source = self.passthrough.get(name)
-            if source is None and name not in producer:
-                yield f"output {name!r} comes from nowhere"
-            if source is not None and (source.input is None) == (source.file is None):
-                yield f"output {name!r} must pass through either an input or a file"
-            if source is not None and source.input is not None and source.input not in self.inputs:
-                yield f"output {name!r} passes through {source.input!r}, which is no input"
-            if name not in self.tensors:
-                yield f"output {name!r} is not among the tensors"
-            needed = self.outputs_need.get(name)
-            if needed is None or set(needed) != self.stages_for((name,)):
-                yield f"output {name!r} does not need the stages {needed}"

@@ -13,6 +13,7 @@ import msgspec
 from onnxsplit.errors import PlanError, one_line
 from onnxsplit.files import is_text, open_regular, read_regular
 from onnxsplit.plan import FORMAT_VERSION, PLAN_FILE, FileEntry, Plan
+from onnxsplit.plan_check import plan_problems
 
 _MOST_PLAN_BYTES = 64 << 20
 
@@ -77,7 +78,7 @@ def parse_plan(text: bytes, *, where: Path) -> Plan:
         ) from error
     except RecursionError as error:
         raise PlanError(f"{where}: plan.json is damaged: it is nested too deeply. Partition the model again") from error
-    problems = plan.check()
+    problems = plan_problems(plan)
     if problems:
         raise PlanError(_listed(f"{where}: plan.json contradicts itself", problems))
     return plan

@@ -1,8 +1,8 @@
-"""ONNX Runtime sessions: the one place that sets their options.
+"""ONNX Runtime sessions: the only place that sets their options.
 
-Every measurement and every node opens its session here, so that what is measured is what runs: the number of
-threads is always explicit, threads never spin on a neighbour's core, and a provider that was asked for and cannot
-be used is an error instead of a silent fall-back to the CPU.
+Every measurement and every node opens its session here, so that sessions are measured as they run: the number of
+threads is always explicit, idle threads do not spin unless that is asked for, and a provider that cannot be used is an
+error instead of a silent fall-back to the CPU.
 """
 
 from __future__ import annotations
@@ -28,37 +28,38 @@ from onnxsplit.errors import (
 from onnxsplit.files import check_regular
 from onnxsplit.numbers import whole_problem
 from onnxsplit.plan import MOST_THREADS, Level
-from onnxsplit.providers import load_runtime, parse_provider, require_provider, why_not_loaded
+from onnxsplit.providers import Provider, load_runtime, parse_provider, require_provider, why_not_loaded
 from onnxsplit.string_value import string_value
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
 
-_BINDINGS = 256  # that a session remembers
-_SMALL_BYTES = 16 << 10
+_BINDINGS = 256  # the most bindings that a session keeps
+_SMALL_BYTES = 16 << 10  # inputs up to this size are copied to a fixed place
 _UNKNOWN_OP = "is not a registered function/op"
 _RUNTIME_TYPES = {"float": "float32", "double": "float64"}
 
 
 def host_cores() -> int:
-    """Cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def threads_per_node(nodes: int) -> int:
-    """Threads for each of the nodes that share this host's cores: at least one."""
+    """The number of threads for each of some nodes that share this host's cores; at least one."""
     return max(1, host_cores() // max(1, nodes))
 
 
 def quiet_environment() -> dict[str, str]:
-    """The environment for a child that must use no more threads than its session was given."""
+    """The environment for a child process whose libraries must not start threads of their own."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class Session:
-    """An ONNX Runtime session on one model file, fed with and returning NumPy arrays by name.
+    """An ONNX Runtime session for one model, which takes and returns NumPy arrays by name.
 
     Attributes:
-        inputs: (name, ONNX type name) of every input; the type is None for sequences, maps and optionals.
-        outputs: the same for outputs.
+        inputs: name and ONNX type name of every input; the type is None for sequences, maps and optionals.
+        outputs: the same for every output.
+        bindable: whether :meth:`run_into` can be used: all inputs and outputs are tensors other than strings.
     """
 
     def __init__(self, raw: Any) -> None:
@@ -68,15 +69,21 @@ class Session:
         self._names = [name for name, _ in self.outputs]
         self._plain = all(kind is not None and is_native(kind) for _, kind in (*self.inputs, *self.outputs))
         self._small: dict[tuple[str, tuple[int, ...]], Array] = {}
-        # A binding knows addresses only, so what it was made for of our own lives as long as it does.
+        # A binding holds addresses only, so our own copies of small inputs are kept as long as it.
         self._bindings: dict[tuple[tuple[int, tuple[int, ...]], ...], tuple[Any, list[Array]]] = {}
         self.bindable = all(kind is not None and kind != "string" for _, kind in (*self.inputs, *self.outputs))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Execute once.
+        """Run the model once.
+
+        Args:
+            inputs: all inputs by name.
+
+        Returns:
+            All outputs by name.
 
         Raises:
-            ModelError: ONNX Runtime could not execute the model; carries its message.
+            ModelError: ONNX Runtime could not run the model; carries its message.
         """
         try:
             if self._plain:
@@ -88,19 +95,19 @@ class Session:
             raise ModelError(_first_lines(error)) from error
 
     def run_into(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Execute once, with outputs written in place. Only where the session is ``bindable``: strings cannot be bound.
+        """Run the model once and write outputs in place. The session must be ``bindable``.
 
         Args:
-            inputs: contiguous arrays; they are read where they are.
-            into: arrays for some of the outputs. Each must have just the type and shape the output will have, and the
-                output must not be an input of the model too: ONNX Runtime leaves such a one unwritten.
+            inputs: all inputs by name, as contiguous arrays; they are read in place.
+            into: arrays for some of the outputs. Each must have exactly the type and shape of the output, and the
+                output must not also be an input of the model: ONNX Runtime does not write such an output.
 
         Returns:
-            ``into`` itself where it holds all outputs; else all outputs: those of ``into``, and arrays of ONNX
+            ``into`` itself if it holds all outputs; else all outputs by name: those of ``into``, and arrays in ONNX
             Runtime's own memory.
 
         Raises:
-            ModelError: ONNX Runtime could not execute the model, or a shape is not as promised.
+            ModelError: ONNX Runtime could not run the model, or an output has another shape than its array.
         """
         try:
             if len(into) == len(self._names):
@@ -114,9 +121,9 @@ class Session:
             raise ModelError(_first_lines(error)) from error
 
     def _bound(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
-        """A binding of all inputs and outputs to where they are; those places come again, so bindings are kept.
+        """A binding of all inputs and outputs to their addresses. Addresses recur, so bindings are kept.
 
-        Small inputs are copied to where they always lie, since a message has them anywhere.
+        Small inputs are copied to a fixed place first, because they arrive in messages at ever new addresses.
         """
         inputs = {
             name: array if array.nbytes > _SMALL_BYTES else self._moved(name, array) for name, array in inputs.items()
@@ -124,14 +131,14 @@ class Session:
         arrays = [inputs[name] for name, _ in self.inputs]
         arrays += [into[name] for name in self._names]
         key = tuple([(_address(array), array.shape) for array in arrays])
-        found = self._bindings.get(key)
-        if found is None:
+        bound = self._bindings.get(key)
+        if bound is None:
             if len(self._bindings) >= _BINDINGS:
                 self._bindings.clear()
                 self._small.clear()
             own = [array for array in inputs.values() if array.nbytes <= _SMALL_BYTES]
-            found = self._bindings[key] = self._bind(inputs, into), own
-        return found[0]
+            bound = self._bindings[key] = self._bind(inputs, into), own
+        return bound[0]
 
     def _moved(self, name: str, array: Array) -> Array:
         kept = self._small.get((name, array.shape))
@@ -142,7 +149,7 @@ class Session:
         return kept
 
     def _bind(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
-        """A new binding: an output bound without a buffer would be written over by a later run with the same one."""
+        """Make a new binding. It serves one run if an output has no array: a second run would overwrite that output."""
         binding = self._raw.io_binding()
         for name, kind in self.inputs:
             array = inputs[name]
@@ -156,7 +163,7 @@ class Session:
         return binding
 
     def _run_with_values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """As :meth:`run`, for element types that ``session.run`` does not take from NumPy."""
+        """Like :meth:`run`, for element types that ONNX Runtime does not take as NumPy arrays."""
         runtime = load_runtime()
         value_type = runtime.OrtValue
         values = {}
@@ -177,7 +184,7 @@ class Session:
         }
 
     def end_profiling(self) -> Path:
-        """Stop the profile this session was opened with and return its file."""
+        """Stop the profile that this session was opened with, and return its file."""
         return Path(self._raw.end_profiling())
 
 
@@ -187,7 +194,7 @@ def _address(array: Array) -> int:
 
 
 def _view(value: Any, kind: str | None) -> Array:
-    """An array in the memory of an ``OrtValue``, which lives as long as the array does."""
+    """An array in the memory of an ``OrtValue``; the value lives as long as the array."""
     assert kind is not None
     shape, dtype = value.shape(), numpy_dtype(kind)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -199,7 +206,7 @@ def _view(value: Any, kind: str | None) -> Array:
 
 
 def runtime_type(text: str) -> str | None:
-    """ONNX's name of what ONNX Runtime calls ``tensor(float)``; None for what is no tensor."""
+    """ONNX's name for a type such as ONNX Runtime's ``tensor(float)``; None for what is not a tensor."""
     if not text.startswith("tensor(") or not text.endswith(")"):
         return None
     name = text[len("tensor(") : -1]
@@ -222,20 +229,20 @@ def open_session(
 
     Args:
         model: a model file, or the bytes of a model.
-        threads: threads of one op; ops run one after the other.
+        threads: threads that compute one op; ops run one after the other.
         level: graph optimisation level.
-        provider: as :func:`parse_provider` reads it.
-        spinning: let idle threads spin, as ONNX Runtime does when it has the host to itself.
-        external_data_folder: where a model given as bytes finds its external data.
+        provider: execution provider, as :func:`~onnxsplit.providers.parse_provider` reads it.
+        spinning: True lets idle threads spin, for a session that has the host to itself.
+        external_data_folder: the folder of the external data of a model given as bytes.
         profile_prefix: when given, ONNX Runtime profiles every run into a file with this prefix.
-        save_packed: when given, the optimised model is written there, and beside it its weights as this CPU's kernels
-            read them; a session on that file, at the level ``disabled``, maps them.
-        custom_ops: libraries of custom ops, which are loaded.
+        save_packed: when given, the optimised model is written to this file, and its weights beside it in the layout
+            that this CPU's kernels use; a session on that file at the level ``disabled`` maps them.
+        custom_ops: libraries of custom ops to load.
 
     Raises:
-        MissingDependency: no ONNX Runtime is installed.
-        InputError: that number of threads is none.
-        ModelError: there is no such file, or it is not a regular one.
+        MissingDependency: ONNX Runtime is not installed.
+        InputError: the number of threads is not allowed.
+        ModelError: the file does not exist, or is not a regular file.
         ProviderError: the provider cannot be used; says what is missing.
         ModelRefused: ONNX Runtime refuses the model.
         CustomOpsError: a library of custom ops does not load.
@@ -246,8 +253,25 @@ def open_session(
     ort = load_runtime()
     wanted = parse_provider(provider)
     require_provider(ort, wanted)
+    options = _options(ort, int(threads), level, spinning=spinning)
+    if external_data_folder is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(external_data_folder)
+        )
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
+    if save_packed is not None:
+        _save_packed(options, save_packed)
+    for library in custom_ops:
+        _register(options, library)
+    return Session(_loaded(ort, model, options, wanted))
+
+
+def _options(ort: Any, threads: int, level: Level, *, spinning: bool) -> Any:
+    """The session options that every session sets."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = int(threads)
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = getattr(
@@ -257,32 +281,30 @@ def open_session(
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.inter_op.allow_spinning", str(int(spinning)))
-    if external_data_folder is not None:
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(external_data_folder)
-        )
-    if profile_prefix is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile_prefix)
-    if save_packed is not None:
-        options.optimized_model_filepath = str(save_packed)
-        prefix = "session.optimized_model_external_initializers"
-        options.add_session_config_entry(f"{prefix}_file_name", f"{save_packed.stem}.data")
-        options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
-        options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-    for library in custom_ops:
-        _register(options, library)
+    return options
+
+
+def _save_packed(options: Any, file: Path) -> None:
+    """Let a session write its optimised model with packed weights."""
+    options.optimized_model_filepath = str(file)
+    prefix = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{prefix}_file_name", f"{file.stem}.data")
+    options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+
+
+def _loaded(ort: Any, model: Path | bytes, options: Any, wanted: Provider) -> Any:
+    """ONNX Runtime's own session, with the provider that was asked for."""
     providers: list[Any] = [(wanted.name, dict(wanted.options))]
     if wanted.name != "CPUExecutionProvider":
         providers.append("CPUExecutionProvider")
-    source = model if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes):
         try:
             check_regular(Path(model))
         except OSError as error:
             raise ModelError(f"cannot read {model}: {error.strerror}") from error
     try:
-        raw = ort.InferenceSession(source, options, providers=providers)
+        raw = ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base class
         text = _first_lines(error)
         if _UNKNOWN_OP in text:
@@ -290,11 +312,11 @@ def open_session(
         raise ModelRefused(f"ONNX Runtime {ort.__version__} refuses the model: {text}") from error
     if wanted.name not in raw.get_providers():
         raise ProviderError(why_not_loaded(ort, wanted))
-    return Session(raw)
+    return raw
 
 
 def _register(options: Any, library: Library) -> None:
-    """Load a library of custom ops, for a session with these options."""
+    """Load a library of custom ops into the options of a session."""
     with unchanged(library) as path:
         try:
             options.register_custom_ops_library(path)

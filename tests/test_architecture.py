@@ -14,7 +14,7 @@ PACKAGES = ("onnxsplit", "runtime")
 # Each row imports from rows above it, and from itself. A name stands for a file or a folder.
 OFFLINE = [
     "errors numbers files memory drawing progress",
-    "tensors npz plan plan_files cluster cluster_files",
+    "tensors npz plan plan_check plan_files cluster cluster_files",
     "providers string_value custom_ops session timed",
     "model partitioner",
     "cost",
@@ -70,7 +70,13 @@ HOMES = {
 
 # What takes values and returns values. Neither these modules nor anything that they import waits or touches the system.
 PURE = [
-    *("onnxsplit.partitioner", "onnxsplit.plan", "onnxsplit.cluster", "onnxsplit.stages.batch.linear"),
+    *(
+        "onnxsplit.partitioner",
+        "onnxsplit.plan",
+        "onnxsplit.plan_check",
+        "onnxsplit.cluster",
+        "onnxsplit.stages.batch.linear",
+    ),
     *("runtime.wire.messages", "runtime.topology", "runtime.transition_table", "runtime.microbatch", "runtime.trace"),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.intake"),
     *("runtime.node.state", "runtime.node.events"),

@@ -28,6 +28,7 @@ from onnxsplit.plan import (
     Prediction,
     Stage,
 )
+from onnxsplit.plan_check import plan_problems
 from onnxsplit.planning.model_partitioner import ModelPartitioner
 from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.subject import Subject
@@ -141,7 +142,7 @@ class PlanBuilder:
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
         plan = msgspec.structs.replace(plan, outputs_need=needs)
-        problems = plan.check() if self._folder is not None else []
+        problems = plan_problems(plan) if self._folder is not None else []
         assert not problems, problems
         return plan
 

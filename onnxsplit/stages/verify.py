@@ -1,18 +1,18 @@
-"""The whole model against its chained stages.
+"""Verify a plan: the chained stages must give what the whole model gives.
 
-Two comparisons, each output by output:
+There are two comparisons for each output:
 
-- with optimisation off, the stages must give what the model gives, bit for bit or within the tolerance;
-- at the levels of the plan, they may be no further from the unoptimised model than twice what optimisation alone
-  moves the whole model (or the tolerance, where it moves it less).
+- With optimisation off, the stages must equal the model bit for bit, or within the tolerance.
+- At the plan's optimisation levels, the distance from the unoptimised model may be at most twice the distance by which
+  optimisation alone moves the whole model, or the tolerance if that is larger.
 
-The tolerance is 1e-4 of the output's scale, and larger where a float type narrower than float32 crosses a border or
-is computed in (see :mod:`onnxsplit.model.precision`). A model that computes in such a type may amplify its roundings
-far beyond the type's own epsilon, so with optimisation off, too, twice what optimisation alone moves it is allowed
-there. More than half of the scale is never allowed: an optimiser that is wrong does not make a plan right.
+The tolerance is 1e-4 of the output's scale. It is larger if the model computes in a float type narrower than float32,
+or if such a type crosses a border between stages (see :mod:`onnxsplit.model.precision`). Such a model may amplify
+rounding far beyond the type's epsilon, so twice the distance of optimisation alone is then allowed with optimisation
+off too. More than half of the scale is never allowed: an optimiser that is wrong does not make a plan right.
 
-The scale of an output is its largest finite magnitude. Integers, strings and booleans have none: they must be equal,
-and optimised ones may differ in no more elements than twice what optimisation alone changes.
+The scale of an output is its largest finite magnitude. Integers, strings and booleans have no scale: they must be
+equal, and at the plan's levels they may differ in at most twice as many elements as optimisation alone changes.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ from onnxsplit.session import Session, open_session
 from onnxsplit.stages.chain import StageFile, run_chain
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype
 
-_SLACK = 2.0
-_MOST_ALLOWED = 0.5  # further apart, outputs have nothing in common, whatever ONNX Runtime's optimiser does
+_SLACK = 2.0  # how many times the distance of optimisation alone is allowed
+_MOST_ALLOWED = 0.5  # no distance above this is allowed, whatever ONNX Runtime's optimiser does
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output.
+    """The comparison of one output.
 
     Attributes:
-        output: its name.
-        exact: stages and model agree bit for bit with optimisation off.
-        difference: the largest difference with optimisation off, over the scale; for discrete types, the share of
-            elements that differ.
-        optimized: the same for the stages at the plan's levels, from the unoptimised model.
-        moved: how far optimisation alone moves the whole model. Initializers that it lists as inputs are constants
-            there, as in the stages.
-        repeatable: False when the whole model differs from itself on the same inputs, so that nothing can be said.
-        tolerance: what ``difference`` may be, and ``optimized`` where optimisation alone moves the model less. For
-            discrete types, it is that of float32.
-        narrowest: the float type that the tolerance follows; None where there is none narrower than float32.
+        output: the name of the output.
+        exact: True when stages and model agree bit for bit with optimisation off.
+        difference: the largest difference with optimisation off, relative to the scale; for discrete types, the share
+            of elements that differ.
+        optimized: the same for the stages at the plan's levels, compared with the unoptimised model.
+        moved: the distance by which optimisation alone moves the whole model. Initializers that the model lists as
+            inputs are constants there, as in the stages.
+        repeatable: False when the whole model differs from itself on the same inputs, so that nothing can be compared.
+        tolerance: the largest allowed ``difference``, and the largest allowed ``optimized`` if optimisation alone
+            moves the model less. For discrete types, it is that of float32.
+        narrowest: the float type that the tolerance follows; None if there is none narrower than float32.
     """
 
     output: str
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def good(self) -> bool:
-        """True when both comparisons hold."""
+        """Whether both comparisons hold. An output that is not repeatable counts as good."""
         if not self.repeatable:
             return True
         allowed = max(min(_SLACK * self.moved, _MOST_ALLOWED), self.tolerance)
@@ -92,8 +92,8 @@ def verify(
 
     Args:
         folder: the plan directory.
-        model: the model it was made from, as :func:`~onnxsplit.planning.planner.partition` takes it.
-        inputs: an ``.npz``; the plan's own example when None.
+        model: the model that the plan was made from, as :func:`~onnxsplit.planning.planner.partition` takes it.
+        inputs: an ``.npz`` with inputs; the plan's own example when None.
         threads: threads of each session.
         custom_ops: the libraries of custom ops that the plan names, as ``partition`` takes them. This process loads
             them.
@@ -110,11 +110,7 @@ def verify(
     libraries = find_libraries(custom_ops)
     needed = needed_libraries(libraries, plan)
     check_wanted(libraries, (plan,))
-    if source.sha256 != plan.model.sha256:
-        raise PlanError(
-            f"{folder} was made from another model than {name}: SHA-256 {plan.model.sha256[:12]} "
-            f"and {source.sha256[:12]}. Name the model it was made from, or partition this one"
-        )
+    _check_model(folder, plan, name, source)
     given = _given(folder, plan, Path(inputs) if inputs is not None else example_file(folder, plan))
     source = select(source, outputs=plan.outputs, keep_inputs=plan.defaults)
     with runnable(source) as file:
@@ -131,25 +127,54 @@ def verify(
     chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed)
     types = _float_types(source, plan, given)
     return tuple(
-        Comparison(
-            output=name,
-            exact=_bits_equal(plain[name], chained[name]),
-            difference=distance(chained[name], plain[name]),
-            optimized=distance(chained_optimized[name], plain[name]),
-            moved=max(distance(one[name], plain[name]) for one in optimized),
-            repeatable=_bits_equal(plain[name], again[name]),
-            tolerance=tolerance(types if not is_discrete(plain[name]) else ()),
-            narrowest=narrowest(types),
+        _compared(
+            output,
+            plain=[plain[output], again[output]],
+            optimized=[answers[output] for answers in optimized],
+            stages=chained[output],
+            optimized_stages=chained_optimized[output],
+            types=types,
         )
-        for name in plan.outputs
+        for output in plan.outputs
     )
 
 
-def _with_constants(source: SourceModel) -> SourceModel:
-    """The model with the initializers that it also lists as inputs made constants, as they are in the stages.
+def _compared(
+    output: str,
+    *,
+    plain: Sequence[Array],
+    optimized: Sequence[Array],
+    stages: Array,
+    optimized_stages: Array,
+    types: frozenset[str],
+) -> Comparison:
+    """Compare one output: two unoptimised runs and optimised ones of the model, and both runs of the stages."""
+    first, second = plain
+    return Comparison(
+        output=output,
+        exact=_bits_equal(first, stages),
+        difference=distance(stages, first),
+        optimized=distance(optimized_stages, first),
+        moved=max(distance(one, first) for one in optimized),
+        repeatable=_bits_equal(first, second),
+        tolerance=tolerance(types if not is_discrete(first) else ()),
+        narrowest=narrowest(types),
+    )
 
-    ONNX Runtime folds and fuses constants alone, so optimisation would seem to do less than it does in the stages. The
-    protobuf of ``source`` is changed in place.
+
+def _check_model(folder: Path, plan: Plan, name: str, source: SourceModel) -> None:
+    if source.sha256 != plan.model.sha256:
+        raise PlanError(
+            f"{folder} was made from another model than {name}: SHA-256 {plan.model.sha256[:12]} "
+            f"and {source.sha256[:12]}. Name the model it was made from, or partition this one"
+        )
+
+
+def _with_constants(source: SourceModel) -> SourceModel:
+    """Make constants of the initializers that the model also lists as inputs, as in the stages.
+
+    ONNX Runtime folds and fuses constants only, so otherwise optimisation would seem to do less than in the stages.
+    The protobuf of ``source`` is changed in place.
     """
     graph = source.proto.graph
     held = {tensor.name for tensor in graph.initializer}
@@ -163,17 +188,17 @@ def _with_constants(source: SourceModel) -> SourceModel:
 
 
 def _float_types(source: SourceModel, plan: Plan, inputs: Mapping[str, Array]) -> frozenset[str]:
-    """Types that cross a border of the plan, and types that the model computes in."""
+    """The types that cross a border of the plan, and the types that the model computes in."""
     graph = build_graph(source)
     shapes = infer_shapes(graph, {name: inputs[name].shape for name in graph.inputs if name in inputs})
     return computed_types(graph, shapes) | {spec.dtype for spec in plan.tensors.values()}
 
 
 def _given(folder: Path, plan: Plan, file: Path) -> dict[str, Array]:
-    """Inputs in a file, without those that the plan leaves out, and with the defaults of those that are not there.
+    """The inputs in a file, without those that the plan leaves out, and with the defaults of missing ones.
 
     Raises:
-        InputError: they do not fit the plan.
+        InputError: the inputs do not fit the plan.
     """
     given = {name: array for name, array in load_npz(file).items() if name not in plan.dropped_inputs}
     specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
@@ -183,7 +208,7 @@ def _given(folder: Path, plan: Plan, file: Path) -> dict[str, Array]:
 
 
 def unread_inputs(plan: Plan) -> frozenset[str]:
-    """Inputs of the model that neither a stage nor an output reads: they may be left out."""
+    """Inputs of the model that no stage reads and no output passes on; they may be left out."""
     read = {name for stage in plan.stages for name in stage.inputs}
     read |= {source.input for source in plan.passthrough.values() if source.input is not None}
     return frozenset(plan.inputs) - read
@@ -198,15 +223,21 @@ def run_stages(
     level: Level | None = None,
     custom_ops: Sequence[Library] = (),
 ) -> dict[str, Array]:
-    """Run the stages one after the other in this process; returns every tensor on a border.
+    """Run the stages one after the other in this process.
 
     Args:
         folder: the plan directory.
         plan: the plan.
-        inputs: by name.
+        inputs: the inputs by name.
         threads: threads of each session.
         level: optimisation level; each stage's own when None.
-        custom_ops: libraries of custom ops; each stage has those that it needs.
+        custom_ops: libraries of custom ops; each stage loads those that it needs.
+
+    Returns:
+        The inputs, every tensor that a stage writes, and every output, by name.
+
+    Raises:
+        ModelError: a stage does not load, or does not run on its inputs.
     """
     stages = [
         StageFile(
@@ -261,9 +292,9 @@ def _run_whole(
 def _run_optimized(
     file: ModelFile, plan: Plan, inputs: Mapping[str, Array], first: Level, threads: int, custom_ops: Sequence[Library]
 ) -> dict[str, Array]:
-    """Run the whole model at a level of the plan, or at the highest one below at which ONNX Runtime takes it.
+    """Run the whole model at a level of the plan, or at the next lower one that ONNX Runtime accepts.
 
-    ONNX Runtime cannot optimise some models again that its own optimiser saved.
+    ONNX Runtime cannot optimise again some models that its own optimiser saved.
     """
     levels: tuple[Level, ...] = ("all", "extended", "basic")
     for level in levels[levels.index(first) :] if first in levels else ():

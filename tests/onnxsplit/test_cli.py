@@ -398,7 +398,7 @@ def test_what_is_no_regular_file_is_no_place_for_results(onnxsplit, tmp_path, wo
     os.mkfifo(tmp_path / "fifo")
     before = (tmp_path / "fifo").stat().st_ino
     said = onnxsplit(*words.split(), code=1).stderr
-    assert "it is a FIFO; only a regular file can be replaced" in said or "is there and is no folder" in said
+    assert "it is a FIFO; only a regular file can be replaced" in said or "is there and is not a folder" in said
     assert (tmp_path / "fifo").is_fifo()
     assert (tmp_path / "fifo").stat().st_ino == before
 

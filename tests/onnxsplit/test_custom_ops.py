@@ -27,6 +27,7 @@ from onnxsplit.errors import CustomOpsError, ModelRefused
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.source import open_model
 from onnxsplit.plan import CustomOps
+from onnxsplit.plan_check import plan_problems
 from onnxsplit.plan_files import load_plan
 from onnxsplit.session import open_session
 from onnxsplit.stages.verify import run_stages, verify
@@ -379,4 +380,4 @@ def test_plans_with_bad_libraries_are_refused(tokenizer, libraries, stages, prob
     changed = msgspec.structs.replace(
         plan, custom_ops=tuple(CustomOps(**library) for library in libraries), stages=(first, *bare)
     )
-    assert any(problem in found for found in changed.check())
+    assert any(problem in found for found in plan_problems(changed))

@@ -1,0 +1,120 @@
+"""What a plan promises, checked: every violation in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from onnxsplit.plan import MOST_NODES, PLAN_FILE, Plan
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def plan_problems(plan: Plan) -> list[str]:
+    """Every contradiction within a plan, one sentence each; empty for a good plan.
+
+    Files are not opened; :func:`~onnxsplit.plan_files.load_plan` compares them with the plan.
+    """
+    return [
+        *_files_problems(plan),
+        *_custom_ops_problems(plan),
+        *_stages_problems(plan),
+        *_tensors_problems(plan),
+        *_ends_problems(plan),
+    ]
+
+
+def _files_problems(plan: Plan) -> Iterator[str]:
+    seen: set[str] = set()
+    for entry in plan.files():
+        plain = Path(entry.name).name == entry.name and not {"/", "\\", "\0"} & set(entry.name)
+        if not plain or entry.name in ("", ".", "..", PLAN_FILE):
+            yield f"file name {entry.name!r} is not a plain name inside the plan's folder"
+        if entry.name in seen:
+            yield f"file {entry.name!r} is listed twice"
+        if not _SHA256.fullmatch(entry.sha256):
+            yield f"file {entry.name!r} has no valid SHA-256: expected 64 hexadecimal digits"
+        seen.add(entry.name)
+
+
+def _custom_ops_problems(plan: Plan) -> Iterator[str]:
+    names = [library.name for library in plan.custom_ops]
+    for library in plan.custom_ops:
+        if Path(library.name).name != library.name or not library.name or "\0" in library.name:
+            yield f"the custom op library {library.name!r} is not named by a plain file name"
+        if names.count(library.name) > 1:
+            yield f"the custom op library {library.name!r} is listed twice"
+        if not _SHA256.fullmatch(library.sha256):
+            yield f"the custom op library {library.name!r} has no valid SHA-256: expected 64 hexadecimal digits"
+    for stage in plan.stages:
+        for name in stage.custom_ops:
+            if name not in names:
+                yield f"stage {stage.index} needs the custom op library {name!r}, which the plan does not list"
+
+
+def _stages_problems(plan: Plan) -> Iterator[str]:
+    available = set(plan.inputs)
+    for position, stage in enumerate(plan.stages):
+        where = f"stage {position}"
+        if stage.index != position:
+            yield f"{where} carries the index {stage.index}"
+        if not stage.files or stage.files[0].name != stage.file:
+            yield f"{where}: {stage.file!r} is not the first of its files"
+        for name, given in (("devices", stage.devices), ("hosts", stage.hosts)):
+            if len(given) not in (0, stage.replicas):
+                yield f"{where} names {len(given)} {name} for {stage.replicas} replicas"
+        if not stage.outputs:
+            yield f"{where} has no outputs"
+        for name in stage.inputs:
+            if name not in available:
+                yield f"{where} reads {name!r}, which neither an earlier stage nor the caller gives"
+        for name in stage.outputs:
+            if name in available:
+                yield f"{where} writes {name!r}, which is there already"
+        for name in (*stage.inputs, *stage.outputs):
+            if name not in plan.tensors:
+                yield f"{where}: {name!r} is not among the tensors"
+        available.update(stage.outputs)
+    nodes = sum(stage.replicas for stage in plan.stages)
+    if nodes > MOST_NODES:
+        yield f"the stages have {nodes} replicas together; at most {MOST_NODES} are allowed"
+
+
+def _tensors_problems(plan: Plan) -> Iterator[str]:
+    for name, spec in plan.tensors.items():
+        if spec.batch_axis is not None and spec.shape is not None and spec.batch_axis >= len(spec.shape):
+            yield f"tensor {name!r} has the batch axis {spec.batch_axis} and {len(spec.shape)} dimensions"
+    producer = plan.producers()
+    for cut in plan.cuts:
+        if producer.get(cut.tensor) != cut.from_stage:
+            yield f"cut {cut.tensor!r} is not an output of stage {cut.from_stage}"
+        for stage in cut.to_stages:
+            if stage >= len(plan.stages) or cut.tensor not in plan.stages[stage].inputs:
+                yield f"cut {cut.tensor!r} is not an input of stage {stage}"
+
+
+def _ends_problems(plan: Plan) -> Iterator[str]:
+    producer = plan.producers()
+    for name in plan.inputs:
+        if name not in plan.tensors:
+            yield f"input {name!r} is not among the tensors"
+    for name in plan.defaults:
+        if name not in plan.inputs:
+            yield f"{name!r} has a default and is not an input"
+    for name in (*plan.constant_inputs, *plan.dropped_inputs):
+        if name in plan.inputs:
+            yield f"input {name!r} is a constant, or was left out"
+    for name in plan.outputs:
+        source = plan.passthrough.get(name)
+        if source is None and name not in producer:
+            yield f"output {name!r} has no source: no stage writes it and nothing passes through to it"
+        if source is not None and (source.input is None) == (source.file is None):
+            yield f"output {name!r} must pass through either an input or a file"
+        if source is not None and source.input is not None and source.input not in plan.inputs:
+            yield f"output {name!r} passes through {source.input!r}, which is not an input"
+        if name not in plan.tensors:
+            yield f"output {name!r} is not among the tensors"
+        needed, listed = sorted(plan.stages_for((name,))), plan.outputs_need.get(name)
+        if listed is None or sorted(set(listed)) != needed:
+            yield f"output {name!r} needs the stages {needed}, and outputs_need lists {listed and list(listed)}"
