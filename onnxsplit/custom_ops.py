@@ -109,13 +109,13 @@ def _extensions() -> Path:
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations]
     files = [folder / f"{_MODULE}{end}" for folder in folders for end in importlib.machinery.EXTENSION_SUFFIXES]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
+    library = next((file for file in files if file.is_file()), None)
+    if library is None:
         raise CustomOpsError(
             f"the package {EXTENSIONS} in {folders[0]} holds no library for this Python; name its file instead: "
             "--custom-ops FILE.so"
         )
-    return found
+    return library
 
 
 def needed_libraries(given: Sequence[Library], plan: Plan, stage: int | None = None) -> tuple[Library, ...]:
@@ -159,8 +159,8 @@ def _lacking(one: CustomOps, given: Sequence[Library], who: str) -> str:
             f"{wants}, and {other.path} is another build of it ({other.sha256[:12]}). Give the build that the plan was "
             f"made with, or cut the model again with this one: onnxsplit partition MODEL {option}"
         )
-    found = ", ".join(map(_words, given)) or "none"
-    return f"{wants}; given: {found}. A library is code, and runs only where you name it: add {option}"
+    listed = ", ".join(map(_words, given)) or "none"
+    return f"{wants}; given: {listed}. A library is code, and runs only where you name it: add {option}"
 
 
 def _words(library: Library) -> str:
@@ -195,9 +195,9 @@ def unchanged(library: Library) -> Iterator[str]:
             )
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
+def _identity(status: os.stat_result) -> tuple[int, ...]:
     """What differs when a file is replaced or written to; who may write to it cannot set the last of these."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager

@@ -76,12 +76,12 @@ def read_regular(path: Path, *, most_bytes: int) -> bytes:
     return content
 
 
-def _check_regular(path: Path, found: os.stat_result, most_bytes: int) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        number = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
-        raise OSError(number, f"it is {_kind(found.st_mode)}; only a regular file can be read", str(path))
-    if found.st_size > most_bytes:
-        raise _too_large(path, found.st_size, most_bytes)
+def _check_regular(path: Path, status: os.stat_result, most_bytes: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+        raise OSError(number, f"it is {_kind(status.st_mode)}; only a regular file can be read", str(path))
+    if status.st_size > most_bytes:
+        raise _too_large(path, status.st_size, most_bytes)
 
 
 def check_name(path: Path) -> None:

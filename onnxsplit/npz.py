@@ -78,9 +78,11 @@ def load_npz(path: Path) -> dict[str, Array]:
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}") from error
     except Exception as error:  # zipfile, zlib, struct, ast and NumPy raise whatever damaged bytes lead them to
-        found = (error.strerror if isinstance(error, OSError) else None) or one_line(error, 300) or type(error).__name__
+        reason = (
+            (error.strerror if isinstance(error, OSError) else None) or one_line(error, 300) or type(error).__name__
+        )
         raise InputError(
-            f"cannot read {path}: {found}. Allowed is an .npz archive of plain arrays, nothing pickled"
+            f"cannot read {path}: {reason}. Allowed is an .npz archive of plain arrays, nothing pickled"
         ) from error
 
 

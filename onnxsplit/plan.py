@@ -276,13 +276,13 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
 
     def refused_inputs(self) -> dict[str, str]:
         """Inputs of the source model that a request cannot give: name -> why, and what to do."""
-        found = {
+        constants = {
             name: f"input {name!r} became a constant ({value}) when the model was cut; "
             f"cut again with --keep-input {name} to give values"
             for name, value in self.constant_inputs.items()
         }
         left_out = ", ".join(self.dropped_outputs)
-        return found | {
+        return constants | {
             name: f"input {name!r} is no longer an input: only outputs that were left out when the model was cut "
             f"need it ({left_out}); leave it out"
             for name in self.dropped_inputs

@@ -50,8 +50,8 @@ def read_plan_file(folder: Path) -> bytes:
     try:
         return read_regular(folder / PLAN_FILE, most_bytes=_MOST_PLAN_BYTES)
     except FileNotFoundError as error:
-        found = "it is missing" if not folder.exists() else f"it has no {PLAN_FILE}"
-        raise PlanError(f"{folder} is no plan directory: {found}. Make one with: onnxsplit partition MODEL") from error
+        reason = "it is missing" if not folder.exists() else f"it has no {PLAN_FILE}"
+        raise PlanError(f"{folder} is no plan directory: {reason}. Make one with: onnxsplit partition MODEL") from error
     except OSError as error:
         raise PlanError(f"cannot read {folder / PLAN_FILE}: {error.strerror}") from error
 

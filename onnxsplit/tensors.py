@@ -71,8 +71,8 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     if dtype in ML_DTYPES:
         import ml_dtypes
 
-        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, ML_DTYPES[dtype]))
-        return found
+        narrow: np.dtype[Any] = np.dtype(getattr(ml_dtypes, ML_DTYPES[dtype]))
+        return narrow
     raise InputError(f"type {dtype!r} cannot be held in an array; known: {', '.join(sorted(TRAVELLING_TYPES))}")
 
 
@@ -152,9 +152,9 @@ def check_inputs(
         if name not in specs:
             continue
         dtype, shape = specs[name]
-        found = dtype_name(array.dtype)
-        if found != dtype:
-            problems.append(f"{name!r} has type {found or shown(array.dtype)}, expected {dtype}")
+        dtype_given = dtype_name(array.dtype)
+        if dtype_given != dtype:
+            problems.append(f"{name!r} has type {dtype_given or shown(array.dtype)}, expected {dtype}")
         if shape is None:
             continue
         if len(shape) != array.ndim:

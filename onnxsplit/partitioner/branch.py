@@ -38,9 +38,9 @@ def branch(
         if not pending:
             yield None, min(best(), target + 1)
             return
-        proven, _, ties, found = heapq.heappop(pending)
-        yield found.partition, min(proven, best())
-        sides = _branches(problem, relaxed, found, ties)
+        proven, _, ties, result = heapq.heappop(pending)
+        yield result.partition, min(proven, best())
+        sides = _branches(problem, relaxed, result, ties)
         if sides is None:
             return
         for side, taken in enumerate(sides):
@@ -49,16 +49,16 @@ def branch(
                 heapq.heappush(pending, (max(below.value, proven), 2 * number + side, taken, below))
 
 
-def _branches(problem: Problem, relaxed: Relaxed, found: PathResult, ties: Ties) -> tuple[Ties, Ties] | None:
+def _branches(problem: Problem, relaxed: Relaxed, result: PathResult, ties: Ties) -> tuple[Ties, Ties] | None:
     """Two branches, about a tensor for which a partition pays less than it does in truth.
 
     The tensor is the one whose copies, beyond those paid for, cost the slowest stage most; None when there is none.
     """
-    figures = score(problem, found.partition)
+    figures = score(problem, result.partition)
     slowest = max(range(len(figures.stage_ns)), key=figures.stage_ns.__getitem__)
-    if figures.stage_ns[slowest] <= found.value:
+    if figures.stage_ns[slowest] <= result.value:
         return None
-    stage_of = found.partition.stage_of
+    stage_of = result.partition.stage_of
     unpaid = {
         number: (len({stage_of[r] for r in tensor.readers} - {slowest}) - ties.copies(number, tensor)) * tensor.time_ns
         for number, tensor in enumerate(relaxed.crossings)

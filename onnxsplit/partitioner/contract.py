@@ -55,25 +55,25 @@ def _contracted(problem: Problem) -> Contracted:
     link = problem.cheapest_link
     takes: list[list[Transfer]] = [[] for _ in range(problem.atoms)]
     gives: list[list[Transfer]] = [[] for _ in range(problem.atoms)]
-    for flow in problem.transfers:
-        for reader in flow.readers:
-            takes[reader].append(flow)
-        if flow.writer != CALLER:
-            gives[flow.writer].append(flow)
+    for transfer in problem.transfers:
+        for reader in transfer.readers:
+            takes[reader].append(transfer)
+        if transfer.writer != CALLER:
+            gives[transfer.writer].append(transfer)
     free = _free_atoms(problem)
     groups = UnionFind(range(problem.atoms))
 
-    def cost(flows: Sequence[Transfer]) -> int:
+    def cost(transfers: Sequence[Transfer]) -> int:
         return sum(
-            (problem.cheapest_caller_link if f.writer == CALLER else link).transfer_ns(f.size_bytes) for f in flows
+            (problem.cheapest_caller_link if f.writer == CALLER else link).transfer_ns(f.size_bytes) for f in transfers
         )
 
     moved = set()
     for atom in range(problem.atoms):
-        writers = {flow.writer for flow in takes[atom]}
+        writers = {transfer.writer for transfer in takes[atom]}
         if atom in free and len(writers) == 1 and CALLER not in writers:
-            alone = all(flow.readers == (atom,) and not flow.to_caller for flow in takes[atom])
-            alone = alone and (problem.send_once or all(len(flow.readers) == 1 for flow in gives[atom]))
+            alone = all(transfer.readers == (atom,) and not transfer.to_caller for transfer in takes[atom])
+            alone = alone and (problem.send_once or all(len(transfer.readers) == 1 for transfer in gives[atom]))
             cheaper = not any(f.to_caller for f in gives[atom]) and cost(gives[atom]) <= cost(takes[atom])
             if not gives[atom] or (alone and cheaper):
                 groups.union(writers.pop(), atom)
@@ -132,11 +132,11 @@ def _merged(problem: Problem, groups: UnionFind) -> Contracted:
         return tuple(result)
 
     transfers = []
-    for flow in problem.transfers:
-        writer = CALLER if flow.writer == CALLER else atom_of[flow.writer]
-        readers = tuple(sorted({atom_of[reader] for reader in flow.readers} - {writer}))
-        if readers or flow.to_caller:
-            transfers.append(replace(flow, writer=writer, readers=readers))
+    for transfer in problem.transfers:
+        writer = CALLER if transfer.writer == CALLER else atom_of[transfer.writer]
+        readers = tuple(sorted({atom_of[reader] for reader in transfer.readers} - {writer}))
+        if readers or transfer.to_caller:
+            transfers.append(replace(transfer, writer=writer, readers=readers))
     smaller = replace(
         problem,
         kinds=tuple(replace(kind, time_ns=summed(kind.time_ns)) for kind in problem.kinds),
@@ -155,9 +155,9 @@ def _topological(problem: Problem, groups: UnionFind, roots: Sequence[int]) -> d
     """Where each group comes, in an order in which tensors flow forwards."""
     following: dict[int, set[int]] = {root: set() for root in roots}
     waiting = dict.fromkeys(roots, 0)
-    for flow in problem.transfers:
-        for reader in flow.readers if flow.writer != CALLER else ():
-            one, other = groups[flow.writer], groups[reader]
+    for transfer in problem.transfers:
+        for reader in transfer.readers if transfer.writer != CALLER else ():
+            one, other = groups[transfer.writer], groups[reader]
             if one != other and other not in following[one]:
                 following[one].add(other)
                 waiting[other] += 1

@@ -80,8 +80,8 @@ def list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Cal
             reads[reader].append(tensor)
 
     def has(atom: int) -> Vector:
-        found: Vector = (bits[:, atom >> 3] >> (atom & 7)) & 1 == 1
-        return found
+        inside: Vector = (bits[:, atom >> 3] >> (atom & 7)) & 1 == 1
+        return inside
 
     for atom in range(count):
         ready = np.ones(len(bits), dtype=bool)

@@ -39,9 +39,9 @@ def improve(
                 return best
             tries -= 1
             candidate = Partition(moved, best.devices)
-            found = score(problem, candidate)
-            if _better(found, best_score):
-                best, best_score, improved = candidate, found, True
+            figures = score(problem, candidate)
+            if _better(figures, best_score):
+                best, best_score, improved = candidate, figures, True
                 break
     return best
 
@@ -57,9 +57,9 @@ def rearranged(problem: Problem, start: Partition, *, stop: Callable[[], bool] =
         improved = False
         for devices in _exchanges(best.devices, len(problem.devices)):
             candidate = Partition(best.stage_of, devices)
-            found = score(problem, candidate)
-            if _better(found, best_score):
-                best, best_score, improved = candidate, found, True
+            figures = score(problem, candidate)
+            if _better(figures, best_score):
+                best, best_score, improved = candidate, figures, True
                 break
     return best
 
@@ -103,10 +103,10 @@ def _moves(
 
 def _together(atom: int, stage_of: Sequence[int], neighbours: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """An atom with all that can be reached from it within its stage."""
-    found, pending = {atom}, [atom]
+    group, pending = {atom}, [atom]
     while pending:
         for other in neighbours[pending.pop()]:
-            if stage_of[other] == stage_of[atom] and other not in found:
-                found.add(other)
+            if stage_of[other] == stage_of[atom] and other not in group:
+                group.add(other)
                 pending.append(other)
-    return tuple(sorted(found))
+    return tuple(sorted(group))

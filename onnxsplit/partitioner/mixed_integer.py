@@ -42,18 +42,18 @@ def solve(problem: Problem, stages: int, *, seconds: float) -> Solved:
     model = _Model(problem, stages)
     # The solver works with floats: times in microseconds, sizes in KiB, so that numbers are of a like size.
     unit = 1024.0 if problem.objective == "memory" else 1000.0
-    found = milp(
+    solution = milp(
         c=model.objective,
         constraints=model.constraints(),
         integrality=np.array(model.integer),
         bounds=Bounds(0, np.array(model.upper)),
         options={"time_limit": seconds, "mip_rel_gap": 1e-6},
     )
-    dual = found.mip_dual_bound if found.mip_dual_bound is not None else 0.0
+    dual = solution.mip_dual_bound if solution.mip_dual_bound is not None else 0.0
     bound = max(0, int(np.ceil((dual - 1e-6 * max(1.0, abs(dual))) * unit))) if np.isfinite(dual) else 0
-    if found.x is None:
+    if solution.x is None:
         return Solved(None, bound)
-    placed = found.x[model.x].reshape(problem.atoms, stages).argmax(axis=1)
+    placed = solution.x[model.x].reshape(problem.atoms, stages).argmax(axis=1)
     devices = tuple((device,) for device in range(stages))
     return Solved(Partition(tuple(int(stage) for stage in placed), devices), bound)
 
@@ -74,12 +74,12 @@ class _Model:
             self._equal([(self._x(atom, k), 1.0) for k in range(stages)], 1.0)
         for stage in range(stages):
             self._at_most([(self._x(atom, stage), -1.0) for atom in range(atoms)], -1.0)
-        for flow in problem.transfers:
-            for reader in flow.readers if flow.writer != CALLER else ():
+        for transfer in problem.transfers:
+            for reader in transfer.readers if transfer.writer != CALLER else ():
                 for k in range(stages - 1):  # what the reader's stage reaches, the writer's has reached
                     self._at_most(
                         [(self._x(reader, j), 1.0) for j in range(k + 1)]
-                        + [(self._x(flow.writer, j), -1.0) for j in range(k + 1)],
+                        + [(self._x(transfer.writer, j), -1.0) for j in range(k + 1)],
                         0.0,
                     )
         for one, other in problem.apart:
@@ -130,19 +130,19 @@ class _Model:
             [(self._x(atom, k), time_ns / 1000) for atom, time_ns in enumerate(times)] for k in range(stages)
         ]
         self._received: list[tuple[int, range]] = []  # bytes, and a column a stage
-        for flow in problem.transfers:
-            cost = problem.link.transfer_ns(flow.size_bytes) / 1000
+        for transfer in problem.transfers:
+            cost = problem.link.transfer_ns(transfer.size_bytes) / 1000
             if not problem.kinds[0].pays:
                 continue
             received = self._columns(stages, upper=1)
-            self._received.append((flow.size_bytes, received))
+            self._received.append((transfer.size_bytes, received))
             for k in range(stages):
                 loads[k].append((received[k], cost))
-                for reader in flow.readers:
-                    at_home = [] if flow.writer == CALLER else [(self._x(flow.writer, k), -1.0)]
+                for reader in transfer.readers:
+                    at_home = [] if transfer.writer == CALLER else [(self._x(transfer.writer, k), -1.0)]
                     self._at_most([(self._x(reader, k), 1.0), *at_home, (received[k], -1.0)], 0.0)
-            if flow.writer != CALLER:
-                self._sent(flow.writer, received, cost, flow.to_caller, loads)
+            if transfer.writer != CALLER:
+                self._sent(transfer.writer, received, cost, transfer.to_caller, loads)
         return loads
 
     def _sent(self, writer: int, received: range, cost: float, to_caller: bool, loads: list[list[Term]]) -> None:
@@ -186,15 +186,17 @@ class _Model:
     def _latency(self, loads: list[list[Term]]) -> None:
         problem, stages = self._problem, self._stages
         most = sum(problem.kinds[0].time_ns) / 1000 + sum(
-            2 * stages * problem.link.transfer_ns(flow.size_bytes) / 1000 for flow in problem.transfers
+            2 * stages * problem.link.transfer_ns(transfer.size_bytes) / 1000 for transfer in problem.transfers
         )
         done = self._columns(stages)
         for k in range(stages):
             self._at_most([*loads[k], (done[k], -1.0)], 0.0)
             self._at_most([(done[k], 1.0), (self.value, -1.0)], 0.0)
             for j in range(k):
-                flows = self._columns(1, upper=1)[0]
-                self._at_most([*loads[k], (done[j], 1.0), (done[k], -1.0), (flows, most)], most)
-                for flow in problem.transfers:
-                    for reader in flow.readers if flow.writer != CALLER else ():
-                        self._at_most([(self._x(flow.writer, j), 1.0), (self._x(reader, k), 1.0), (flows, -1.0)], 1.0)
+                linked = self._columns(1, upper=1)[0]
+                self._at_most([*loads[k], (done[j], 1.0), (done[k], -1.0), (linked, most)], most)
+                for transfer in problem.transfers:
+                    for reader in transfer.readers if transfer.writer != CALLER else ():
+                        self._at_most(
+                            [(self._x(transfer.writer, j), 1.0), (self._x(reader, k), 1.0), (linked, -1.0)], 1.0
+                        )

@@ -107,7 +107,7 @@ class Problem:
     def without_idle_caps(self) -> Problem:
         """The same problem, without limits of memory that everything together keeps."""
         total = sum(weight.size_bytes for weight in self.weights) + sum(self.inner_bytes)
-        total += sum(flow.size_bytes for flow in self.transfers)
+        total += sum(transfer.size_bytes for transfer in self.transfers)
         kinds = tuple(
             replace(kind, max_memory_bytes=None) if (kind.max_memory_bytes or 0) >= total else kind
             for kind in self.kinds
@@ -224,25 +224,25 @@ def score(problem: Problem, partition: Partition) -> Score:
     sources: list[dict[int, int]] = [{} for _ in range(stages)]  # of every stage: the delay from each
     entering, leaving = [0] * stages, [0] * stages  # delays from and to the caller
     callers = [problem.caller_link(devices) for devices in partition.devices]
-    for flow in problem.transfers:
-        home = None if flow.writer == CALLER else stage_of[flow.writer]
+    for transfer in problem.transfers:
+        home = None if transfer.writer == CALLER else stage_of[transfer.writer]
         links = []
-        for stage in sorted({stage_of[reader] for reader in flow.readers} - {home}):
+        for stage in sorted({stage_of[reader] for reader in transfer.readers} - {home}):
             if home is None:
-                charge(stage, callers[stage], flow.size_bytes)
+                charge(stage, callers[stage], transfer.size_bytes)
                 entering[stage] = callers[stage].delay_ns
             else:
                 links.append(problem.link_between(partition.devices[home], partition.devices[stage]))
-                charge(stage, links[-1], flow.size_bytes)
+                charge(stage, links[-1], transfer.size_bytes)
                 sources[stage][home] = links[-1].delay_ns
         if home is not None:
-            if flow.to_caller:
+            if transfer.to_caller:
                 links.append(callers[home])
                 leaving[home] = callers[home].delay_ns
             if problem.send_once:
-                links = [max(links, key=lambda link: link.transfer_ns(flow.size_bytes))] if links else []
+                links = [max(links, key=lambda link: link.transfer_ns(transfer.size_bytes))] if links else []
             for link in links:
-                charge(home, link, flow.size_bytes)
+                charge(home, link, transfer.size_bytes)
 
     total = [max(c + p, b) for c, p, b in zip(compute, paid, beside, strict=True)]
     done = [0] * stages
@@ -294,19 +294,19 @@ def stage_memory(problem: Problem, stage_of: Sequence[int], stages: int) -> tupl
     begins, ends = [0] * problem.atoms, [0] * problem.atoms
     start = [0] * stages
     last: dict[int, int] = {}
-    for flow in problem.transfers:
-        home = None if flow.writer == CALLER else stage_of[flow.writer]
+    for transfer in problem.transfers:
+        home = None if transfer.writer == CALLER else stage_of[transfer.writer]
         last.clear()
-        for reader in flow.readers:
+        for reader in transfer.readers:
             last[stage_of[reader]] = reader
         for stage, reader in last.items():
             if stage != home:
-                start[stage] += flow.size_bytes
-                ends[reader] += flow.size_bytes
+                start[stage] += transfer.size_bytes
+                ends[reader] += transfer.size_bytes
         if home is not None:
-            begins[flow.writer] += flow.size_bytes
-            if not flow.to_caller and set(last) <= {home}:
-                ends[last.get(home, flow.writer)] += flow.size_bytes
+            begins[transfer.writer] += transfer.size_bytes
+            if not transfer.to_caller and set(last) <= {home}:
+                ends[last.get(home, transfer.writer)] += transfer.size_bytes
     alive, peak = list(start), list(start)
     inner = problem.inner_bytes or (0,) * problem.atoms
     for atom, stage in enumerate(stage_of):

@@ -14,11 +14,11 @@ Order = list[int]
 
 def successors(problem: Problem) -> list[list[int]]:
     """By atom, the atoms that read from it, ascending."""
-    found: list[set[int]] = [set() for _ in range(problem.atoms)]
-    for flow in problem.transfers:
-        if flow.writer != CALLER:
-            found[flow.writer].update(flow.readers)
-    return [sorted(readers) for readers in found]
+    readers_of: list[set[int]] = [set() for _ in range(problem.atoms)]
+    for transfer in problem.transfers:
+        if transfer.writer != CALLER:
+            readers_of[transfer.writer].update(transfer.readers)
+    return [sorted(readers) for readers in readers_of]
 
 
 def linear_orders(problem: Problem) -> Iterator[Order]:

@@ -51,11 +51,11 @@ class Ties:
 
     def surely_apart(self, tensor: Crossing) -> list[int]:
         """A tensor's writer, and readers that are all apart from it and from each other."""
-        found = [tensor.writer]
+        atoms = [tensor.writer]
         for reader in tensor.readers:
-            if all((min(atom, reader), max(atom, reader)) in self.apart for atom in found):
-                found.append(reader)
-        return found
+            if all((min(atom, reader), max(atom, reader)) in self.apart for atom in atoms):
+                atoms.append(reader)
+        return atoms
 
 
 class PathSearch:
@@ -244,14 +244,14 @@ class _Pairs:
         """
         wanted = np.zeros(len(inside), dtype=bool)
         wanted[self._relaxed.edges_from[~inside[self._relaxed.edges_to]]] = True
-        found: dict[tuple[int, ...], tuple[int, int, bool]] = {}
+        costs_of: dict[tuple[int, ...], tuple[int, int, bool]] = {}
         tensors = [entry for atom in np.flatnonzero(inside & wanted) for entry in self._written[atom]]
         for tensor, sent, once in (*((given, 0, False) for given in self._relaxed.given), *tensors):
             readers = tuple(reader for reader in tensor.readers if not inside[reader])
             if readers:
-                before = found.get(readers, (0, 0, False))
-                found[readers] = (before[0] + tensor.time_ns, before[1] + sent, before[2] or once)
-        return [(readers, *costs) for readers, costs in found.items()]
+                before = costs_of.get(readers, (0, 0, False))
+                costs_of[readers] = (before[0] + tensor.time_ns, before[1] + sent, before[2] or once)
+        return [(readers, *costs) for readers, costs in costs_of.items()]
 
 
 def _path(

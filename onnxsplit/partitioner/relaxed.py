@@ -61,21 +61,21 @@ class Relaxed:
             for reader in readers:
                 self.predecessors[reader].append(atom)
         self.crossings = tuple(
-            Crossing(flow.writer, flow.readers, link.transfer_ns(flow.size_bytes))
-            for flow in problem.transfers
-            if flow.writer != CALLER and flow.readers
+            Crossing(transfer.writer, transfer.readers, link.transfer_ns(transfer.size_bytes))
+            for transfer in problem.transfers
+            if transfer.writer != CALLER and transfer.readers
         )
         self.given = tuple(
-            Crossing(CALLER, flow.readers, caller_link.transfer_ns(flow.size_bytes))
-            for flow in problem.transfers
-            if flow.writer == CALLER
+            Crossing(CALLER, transfer.readers, caller_link.transfer_ns(transfer.size_bytes))
+            for transfer in problem.transfers
+            if transfer.writer == CALLER
         )
-        for_caller = [flow for flow in problem.transfers if flow.to_caller]
+        for_caller = [transfer for transfer in problem.transfers if transfer.to_caller]
         # Where a tensor is sent once for all readers, the caller's may be paid with another crossing already.
         self.always = np.zeros(problem.atoms, dtype=np.int64)
-        for flow in for_caller:
-            if not self.overlapped and not (problem.send_once and flow.readers):
-                self.always[flow.writer] += caller_link.transfer_ns(flow.size_bytes)
+        for transfer in for_caller:
+            if not self.overlapped and not (problem.send_once and transfer.readers):
+                self.always[transfer.writer] += caller_link.transfer_ns(transfer.size_bytes)
         self.times = np.array([kind.time_ns for kind in problem.kinds], dtype=np.int64)
         usual = max(range(len(problem.kinds)), key=problem.devices.count)
         allowed = np.where(self.times >= NEVER, _HUGE, self.times)
@@ -85,7 +85,7 @@ class Relaxed:
         self.share = min(self.rates) if self.all_pay else 0.0
         self.work = self.work + (self.always * self.share).astype(np.int64)
         self.total = int(self.work.sum())
-        self._least({flow.writer for flow in for_caller})
+        self._least({transfer.writer for transfer in for_caller})
 
     def _rate(self, times: Vector) -> float:
         busy = (times > 0) & (times < NEVER)

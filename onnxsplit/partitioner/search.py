@@ -22,8 +22,7 @@ from onnxsplit.partitioner.exchange import improve, rearranged
 from onnxsplit.partitioner.lineup import Lineup, fixed, sequences
 from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem, Score, score
 from onnxsplit.partitioner.orders import linear_orders, refined
-from onnxsplit.partitioner.paths import PathResult as Exact
-from onnxsplit.partitioner.paths import PathSearch
+from onnxsplit.partitioner.paths import PathResult, PathSearch
 from onnxsplit.partitioner.relaxed import Relaxed
 from onnxsplit.partitioner.slices import slice_order
 
@@ -100,8 +99,8 @@ def search(
         run.branches()
     run.mixed_integer()
     run.rearrange()
-    found = run.found()
-    return replace(found, score=score(given, found.partition))
+    result = run.found()
+    return replace(result, score=score(given, result.partition))
 
 
 class _Search:
@@ -115,7 +114,7 @@ class _Search:
         self._end = None if effort.seconds is None else time.monotonic() + effort.seconds
         self._best: tuple[Partition, Score] | None = None
         self._bound = 0
-        self._relaxed_best: Exact | None = None
+        self._relaxed_best: PathResult | None = None
 
     def found(self) -> SearchResult:
         """What there is at the end."""
@@ -204,11 +203,11 @@ class _Search:
         """Close what is left between the relaxed problem and the true one."""
         if self._relaxed_best is None or self._enough():
             return
-        found = self._relaxed_best
+        first = self._relaxed_best
         try:
             target = self._value() - 1
             listed = PathSearch(self._relaxed, target, most=_DOWNSETS[1], stop=self._over)
-            for better, proven in branch(self._smaller.problem, self._relaxed, listed, found, target, self._value):
+            for better, proven in branch(self._smaller.problem, self._relaxed, listed, first, target, self._value):
                 if better is not None:
                     self._offer(self._smaller.expanded(better))
                 self.raise_bound(proven)
@@ -259,13 +258,13 @@ class _Search:
         if self._smaller.problem.atoms > _ATOMS:
             return False
         try:
-            found = PathSearch(self._relaxed, target, most=most, stop=self._over).best()
-            if found is None:
+            best = PathSearch(self._relaxed, target, most=most, stop=self._over).best()
+            if best is None:
                 self.raise_bound(target + 1)
                 return True
-            self._relaxed_best = found
-            self.raise_bound(found.value)
-            self._offer(self._smaller.expanded(found.partition))
+            self._relaxed_best = best
+            self.raise_bound(best.value)
+            self._offer(self._smaller.expanded(best.partition))
         except TooMany:
             return False
         return True
@@ -276,14 +275,14 @@ class _Search:
 
     def _slice(self, atoms: Contracted, lineup: Lineup, order: list[int]) -> None:
         limit = None if self._best is None or self._problem.objective != "throughput" else self._best[1].value
-        found = slice_order(atoms.problem, lineup, order, limit=limit)
-        if found is not None:
-            self._offer(atoms.expanded(found))
+        sliced = slice_order(atoms.problem, lineup, order, limit=limit)
+        if sliced is not None:
+            self._offer(atoms.expanded(sliced))
 
     def _offer(self, partition: Partition) -> None:
-        found = score(self._problem, partition)
-        if found.feasible and (self._best is None or found.rank < self._best[1].rank):
-            self._best = (partition, found)
+        figures = score(self._problem, partition)
+        if figures.feasible and (self._best is None or figures.rank < self._best[1].rank):
+            self._best = (partition, figures)
             self._tell()
 
     def _tell(self) -> None:

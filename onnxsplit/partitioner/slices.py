@@ -17,9 +17,8 @@ from onnxsplit.cluster import Link
 from onnxsplit.partitioner.lineup import Lineup, StageStep
 from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem
 from onnxsplit.partitioner.orders import linear_orders
+from onnxsplit.partitioner.relaxed import Vector
 from onnxsplit.plan import CALLER
-
-Vector = np.ndarray[Any, np.dtype[np.int64]]
 
 _ORDERS = 3  # tried for the fewest stages
 
@@ -48,16 +47,16 @@ class _Slices:
         self._writes: list[list[tuple[int, int, int, bool]]] = [[] for _ in range(count)]
         self._constants: list[list[tuple[int, int]]] = [[] for _ in range(count)]
         self._end = [count] * (count + 1)  # atoms that must be apart: no stage from here reaches further
-        for flow in problem.transfers:
-            writer = int(place[flow.writer])
-            readers = sorted(int(place[reader]) for reader in flow.readers)
+        for transfer in problem.transfers:
+            writer = int(place[transfer.writer])
+            readers = sorted(int(place[reader]) for reader in transfer.readers)
             for reader, following in zip(readers, [*readers[1:], count], strict=False):
-                self._reads[reader].append((flow.size_bytes, following))
-            last = count - 1 if flow.to_caller else readers[-1] if readers else writer
+                self._reads[reader].append((transfer.size_bytes, following))
+            last = count - 1 if transfer.to_caller else readers[-1] if readers else writer
             if writer >= 0:
                 ends = (readers[0], readers[-1]) if readers else (count, writer)
-                self._writes[writer].append((flow.size_bytes, *ends, flow.to_caller))
-            self._live[max(writer, 0) : last + 1] += flow.size_bytes
+                self._writes[writer].append((transfer.size_bytes, *ends, transfer.to_caller))
+            self._live[max(writer, 0) : last + 1] += transfer.size_bytes
         for atom, size_bytes in enumerate(problem.inner_bytes):
             self._live[place[atom]] += size_bytes
         for weight in problem.weights:

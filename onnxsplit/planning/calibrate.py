@@ -82,19 +82,19 @@ def measured(
             elif device.host == LOCAL and provider_here(device.provider) == device.provider:
                 say(f"timing the model on {device.name}")
                 times[key] = _time_ns(model, inputs, device, subject.custom_ops)
-    found = [times.get((device.host, device.provider, device.threads)) for device in cluster.devices]
-    first = next((time_ns for time_ns in found if time_ns), None)
+    times_ns = [times.get((device.host, device.provider, device.threads)) for device in cluster.devices]
+    first = next((time_ns for time_ns in times_ns if time_ns), None)
     if first is None:
         raise ClusterError(
             f"no device of this host (host = {LOCAL!r}) or of a host with an agent can run {model}; start agents where "
             "devices are (onnxsplit cluster agent), and name them with --agent HOST=ADDR"
         )
-    for device, time_ns in zip(cluster.devices, found, strict=True):
+    for device, time_ns in zip(cluster.devices, times_ns, strict=True):
         if not time_ns and (device.host in hosts or device.host == LOCAL):
             note(f"{device.name} keeps its speed of {device.speed:g}: {model} did not run there")
     devices = tuple(
         replace(device, speed=float(f"{first / time_ns:.4g}")) if time_ns else device
-        for device, time_ns in zip(cluster.devices, found, strict=True)
+        for device, time_ns in zip(cluster.devices, times_ns, strict=True)
     )
     return replace(cluster, devices=devices)
 

@@ -233,11 +233,11 @@ def _apart(subject: Subject, tensors: Sequence[str]) -> tuple[tuple[int, int], .
 
 
 def _matching(subject: Subject, pattern: str, where: str) -> list[int]:
-    found = [op.index for op in subject.graph.ops if fnmatch.fnmatchcase(op.name, pattern)]
-    if not found:
+    ops = [op.index for op in subject.graph.ops if fnmatch.fnmatchcase(op.name, pattern)]
+    if not ops:
         some = ", ".join(repr(op.name) for op in subject.graph.ops[:3])
         raise PartitionError(f"{where}: no op's name matches {pattern!r}; names are like {some}")
-    return found
+    return ops
 
 
 def _too_little_memory(subject: Subject, limit: int) -> str:

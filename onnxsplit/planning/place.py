@@ -58,30 +58,30 @@ def place(
     """
     folder, there = Path(plan), load_cluster(cluster)
     before = load_plan(folder)
-    found = placed(before, there, parallel, ops=_ops(before, folder, there))
+    result = placed(before, there, parallel, ops=_ops(before, folder, there))
     destination = folder if out is None else Path(out)
     if destination.resolve() == folder.resolve():
         with replacing(destination / PLAN_FILE) as temporary:
-            temporary.write_bytes(checked_json(found))
-        return found
+            temporary.write_bytes(checked_json(result))
+        return result
     if destination.is_symlink() or (destination.exists() and (not destination.is_dir() or any(destination.iterdir()))):
         raise PlanError(f"{destination} is there already; nothing was touched. Choose another place with -o DIR")
     check_parent(destination)
     with new_folder(destination) as made:
         shutil.copytree(folder, made, dirs_exist_ok=True)
-        (made / PLAN_FILE).write_bytes(checked_json(found))
-    return found
+        (made / PLAN_FILE).write_bytes(checked_json(result))
+    return result
 
 
 def _ops(plan: Plan, folder: Path, cluster: Cluster) -> Sequence[Set[str]]:
     """Op types of each stage, where a device of the cluster may not run all."""
     if not any(device.only_ops or device.not_ops for device in cluster.devices):
         return ()
-    found = []
+    op_types = []
     for stage in plan.stages:
         graph = build_graph(open_model(folder / stage.file))
-        found.append({op.op_type for op in graph.ops})
-    return found
+        op_types.append({op.op_type for op in graph.ops})
+    return op_types
 
 
 def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: Sequence[Set[str]] = ()) -> Plan:

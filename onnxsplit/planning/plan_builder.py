@@ -46,7 +46,7 @@ class CandidateCut:
     """A cut with its stage files written, and what is known of it.
 
     Attributes:
-        found: the partition, and its figures by the costs it was made with.
+        result: the partition, and its figures by the costs it was made with.
         parts: by stage.
         files: by stage.
         folder: where the files are.
@@ -56,7 +56,7 @@ class CandidateCut:
         measured_ns: by stage on a device of speed 1, all running at once; None when they were not run.
     """
 
-    found: SearchResult
+    result: SearchResult
     parts: tuple[StageParts, ...]
     files: tuple[tuple[FileEntry, ...], ...]
     folder: Path
@@ -67,7 +67,7 @@ class CandidateCut:
 
     def device(self, target: Target, stage: int) -> Device:
         """The device of a stage, the first of its replicas'."""
-        return target.devices[self.found.partition.devices[stage][0]]
+        return target.devices[self.result.partition.devices[stage][0]]
 
     @property
     def reference_ns(self) -> tuple[int, ...]:
@@ -158,7 +158,7 @@ class PlanBuilder:
 
     def _stage(self, cut: CandidateCut, index: int) -> Stage:
         part, subject = cut.parts[index], self._subject
-        device, replicas = cut.device(self._target, index), cut.found.partition.devices[index]
+        device, replicas = cut.device(self._target, index), cut.result.partition.devices[index]
         named = self._target.cluster is not None
         return Stage(
             index=index,
@@ -171,7 +171,7 @@ class PlanBuilder:
             provider=device.provider,
             optimization_level=cut.levels[index],
             threads=device.threads,
-            predicted_time_ns=cut.found.score.compute_ns[index],
+            predicted_time_ns=cut.result.score.compute_ns[index],
             measured_time_ns=cut.times_on_devices(self._target)[index] if cut.measured_ns is not None else None,
             reference_time_ns=cut.reference_ns[index],
             replicas=len(replicas),
@@ -184,32 +184,32 @@ class PlanBuilder:
 
     def _passthrough(self) -> dict[str, Passthrough]:
         graph = self._subject.graph
-        found = {}
+        sources = {}
         for number, name in enumerate(graph.outputs):
             if name in graph.inputs:
-                found[name] = Passthrough(input=name)
+                sources[name] = Passthrough(input=name)
             elif name in graph.constants and self._folder is not None:
-                found[name] = Passthrough(file=write_constant(graph, name, self._folder, f"constant{number}.npz"))
-        return found
+                sources[name] = Passthrough(file=write_constant(graph, name, self._folder, f"constant{number}.npz"))
+        return sources
 
     def _defaults(self) -> dict[str, FileEntry]:
         """A file for each input that has a default."""
         if self._folder is None:
             return {}
-        found = {}
+        entries = {}
         for number, (name, array) in enumerate(defaults(self._subject.graph.source).items()):
             file = self._folder / f"default{number}.npz"
             save_npz(file, {name: array})
-            found[name] = file_entry(file)
-        return found
+            entries[name] = file_entry(file)
+        return entries
 
 
 def _cuts(parts: Sequence[StageParts], subject: Subject) -> tuple[Cut, ...]:
-    found = []
+    cuts = []
     for index, part in enumerate(parts):
         for name in part.outputs:
             to = tuple(other for other, reader in enumerate(parts) if name in reader.inputs)
             if to:
                 size = subject.shapes.bytes(name)
-                found.append(Cut(tensor=name, from_stage=index, to_stages=to, bytes=size))
-    return tuple(found)
+                cuts.append(Cut(tensor=name, from_stage=index, to_stages=to, bytes=size))
+    return tuple(cuts)

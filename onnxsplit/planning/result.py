@@ -27,12 +27,12 @@ class PlanningResult:
 
     def stage_of_ops(self) -> dict[int, int]:
         """The stage of every op; of one that is copied, the first that holds it."""
-        found = {
+        stage_of = {
             op: stage for ops, stage in zip(self.subject.atoms.ops, self.partition.stage_of, strict=True) for op in ops
         }
         graph = self.subject.graph
         for op in sorted(self.subject.atoms.copied, reverse=True):
-            readers = [r for name in graph.ops[op].outputs for r in graph.readers.get(name, ()) if r in found]
+            readers = [r for name in graph.ops[op].outputs for r in graph.readers.get(name, ()) if r in stage_of]
             if readers:
-                found[op] = min(found[reader] for reader in readers)
-        return found
+                stage_of[op] = min(stage_of[reader] for reader in readers)
+        return stage_of

@@ -73,30 +73,30 @@ class Rounds:
         """
         op_ns = self._contended(self._subject.costs.time_ns)
         if self._subject.costs.source != "measured" or not rounds:
-            found = self._partitioner(op_ns)
-            return self._finished(self._write("round0", found, op_ns), found.bound, ())
-        found = self._partitioner(op_ns, quick=True)
+            result = self._partitioner(op_ns)
+            return self._finished(self._write("round0", result, op_ns), result.bound, ())
+        result = self._partitioner(op_ns, quick=True)
         best: CandidateCut | None = None
         history: list[CorrectionRound] = []
         levels: tuple[Level, ...] | None = None
         seen: set[Partition] = set()
         for number in range(rounds):
-            seen.add(found.partition)
-            cut = self._write(f"round{number}", found, op_ns)
+            seen.add(result.partition)
+            cut = self._write(f"round{number}", result, op_ns)
             if levels is None or len(levels) != len(cut.parts):
                 levels = self._best_levels(cut)
             cut = self._measure(replace(cut, levels=levels))
             assert cut.measured_ns is not None
             history.append(
-                CorrectionRound(predicted_ns=found.score.compute_ns, measured_ns=cut.times_on_devices(self._target))
+                CorrectionRound(predicted_ns=result.score.compute_ns, measured_ns=cut.times_on_devices(self._target))
             )
             op_ns = cut.op_ns
             loser = best if best is None or cut.score.rank < best.score.rank else cut
             best = cut if loser is best else best
             if loser is not None:
                 shutil.rmtree(loser.folder)
-            found = self._partitioner(op_ns, quick=True)
-            if found.partition in seen or cut.score.value <= _GOOD * found.score.value:
+            result = self._partitioner(op_ns, quick=True)
+            if result.partition in seen or cut.score.value <= _GOOD * result.score.value:
                 break
         assert best is not None
         best = self._faithful(best)
@@ -108,7 +108,7 @@ class Rounds:
                 file.rename(self._folder / file.name)
             cut.folder.rmdir()
         plan = PlanBuilder(self._partitioner, self._folder).plan(cut, bound, history)
-        return PlanningResult(plan, self._subject, cut.found.partition, cut.op_ns)
+        return PlanningResult(plan, self._subject, cut.result.partition, cut.op_ns)
 
     def _contended(self, times_ns: tuple[int, ...]) -> tuple[int, ...]:
         """Times with all devices of this host at work: more threads than it has cores take turns.
@@ -122,12 +122,12 @@ class Rounds:
     def _cpu_threads(self) -> int:
         return sum(device.threads for device in self._target.devices if device.provider == "cpu")
 
-    def _write(self, name: str, found: SearchResult, op_ns: tuple[int, ...]) -> CandidateCut:
+    def _write(self, name: str, result: SearchResult, op_ns: tuple[int, ...]) -> CandidateCut:
         subject = self._subject
         folder = (self._folder or Path()) / name
         if self._folder is not None:
             folder.mkdir()
-        parts = stage_parts(subject.graph, subject.atoms, found.partition.stage_of)
+        parts = stage_parts(subject.graph, subject.atoms, result.partition.stage_of)
         files = []
         for index, part in enumerate(parts if self._folder is not None else ()):
             progress = _BytesWritten(
@@ -135,12 +135,12 @@ class Rounds:
             )
             files.append(write_stage(subject.graph, subject.shapes, part, folder, stage_file(index), wrote=progress))
         return CandidateCut(
-            found=found,
+            result=result,
             parts=parts,
             files=tuple(files),
             folder=folder,
             op_ns=op_ns,
-            score=found.score,
+            score=result.score,
             levels=(subject.costs.level,) * len(parts),
         )
 
@@ -162,9 +162,9 @@ class Rounds:
                 run_together(group, _STAGE_SECONDS / 4)
                 times += run_together(group, _STAGE_SECONDS, least=3)
         measured = self._contended(tuple(median_ns(run) for run in times))
-        alone = score(self._subject.problem(cut.op_ns), replace(cut.found.partition, devices=((0,),) * len(times)))
+        alone = score(self._subject.problem(cut.op_ns), replace(cut.result.partition, devices=((0,),) * len(times)))
         op_ns = _corrected(cut, alone.compute_ns, measured)
-        final = score(self._subject.problem(op_ns, self._target), cut.found.partition)
+        final = score(self._subject.problem(op_ns, self._target), cut.result.partition)
         return replace(cut, measured_ns=measured, op_ns=op_ns, score=final)
 
     def _provider_here(self, device: Device) -> str:
@@ -246,7 +246,7 @@ class Rounds:
 def _corrected(cut: CandidateCut, expected: Sequence[int], measured: Sequence[int]) -> tuple[int, ...]:
     """Scale the ops of every stage so that together they take what the stage took."""
     corrected = list(cut.op_ns)
-    for part, predicted, found in zip(cut.parts, expected, measured, strict=True):
+    for part, predicted, actual in zip(cut.parts, expected, measured, strict=True):
         for op in part.ops if predicted else ():
-            corrected[op] = cut.op_ns[op] * found // predicted
+            corrected[op] = cut.op_ns[op] * actual // predicted
     return tuple(corrected)

@@ -32,15 +32,15 @@ def sweep(subject: Subject, stages: Iterable[int] = range(1, 17), *, say: Say = 
             break
         say(f"searching for the best cut into {count} stages")
         problem = subject.problem(subject.costs.time_ns, alike(count))
-        found = search(problem, line_up(problem, count), _EFFORT)
+        result = search(problem, line_up(problem, count), _EFFORT)
         rows.append(
             SweepRow(
                 stages=count,
-                bottleneck_ns=found.score.bottleneck_ns,
-                lower_bound_ns=found.bound,
-                gap=found.gap,
-                latency_ns=found.score.latency_ns,
-                peak_memory_bytes=max(stage_memory(problem, found.partition.stage_of, count)),
+                bottleneck_ns=result.score.bottleneck_ns,
+                lower_bound_ns=result.bound,
+                gap=result.gap,
+                latency_ns=result.score.latency_ns,
+                peak_memory_bytes=max(stage_memory(problem, result.partition.stage_of, count)),
             )
         )
     return tuple(rows)

@@ -66,12 +66,12 @@ class Target:
         """Links by pair of devices, where a cluster says so."""
         if self.cluster is None:
             return {}
-        found = {
+        links = {
             (a, b): self.cluster.link(self.devices[a], self.devices[b])
             for b in range(len(self.devices))
             for a in range(b)
         }
-        return found if any(link != Link() for link in found.values()) else {}
+        return links if any(link != Link() for link in links.values()) else {}
 
     @cached_property
     def caller_links(self) -> dict[int, Link]:

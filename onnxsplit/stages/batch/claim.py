@@ -45,13 +45,13 @@ def candidates(specs: Mapping[str, TensorSpec]) -> list[Axes]:
     free = free_dimensions(specs)
     leading = {owner: 0 for where in free.values() for owner, axis in where if axis == 0}
     second = {owner: 1 for where in free.values() for owner, axis in where if axis == 1 and owner not in leading}
-    found: list[Axes] = [leading] if leading else []
+    choices: list[Axes] = [leading] if leading else []
     by_name = sorted(free.items(), key=lambda item: min(axis for _, axis in item[1]))
-    found += [dict(where) for name, where in by_name if _BATCH_NAME.search(name)]
+    choices += [dict(where) for name, where in by_name if _BATCH_NAME.search(name)]
     if leading and second:
-        found.append({**second, **leading})
-    found += [dict(where) for _, where in by_name]
-    return [axes for place, axes in enumerate(found) if axes not in found[:place]][:_MOST_CANDIDATES]
+        choices.append({**second, **leading})
+    choices += [dict(where) for _, where in by_name]
+    return [axes for place, axes in enumerate(choices) if axes not in choices[:place]][:_MOST_CANDIDATES]
 
 
 class Structure:

@@ -24,10 +24,10 @@ def together(call: Call, indices: Sequence[int]) -> Fact:
     given = [index for index in indices if call.fact(index) is not None]
     if any(call.facts[index].kind is Dependence.SIZE for index in given):  # type: ignore[union-attr]
         raise Mixes("it computes with the number of rows")
-    found = {(fact.axis - call.rank(i), fact.per_row) for i in given if call.carries(i) for fact in [call.require(i)]}
-    if len(found) != 1:
+    carried = {(fact.axis - call.rank(i), fact.per_row) for i in given if call.carries(i) for fact in [call.require(i)]}
+    if len(carried) != 1:
         raise Mixes("it combines rows that lie along different axes")
-    back, per_row = found.pop()
+    back, per_row = carried.pop()
     for index in given:
         if not call.carries(index) and call.rank(index) >= -back and call.shape(index)[back] != 1:
             raise Mixes(f"its input {index} has {call.shape(index)[back]} entries along the axis of the rows")
@@ -71,9 +71,9 @@ def all_leading(*carriers: int) -> Rule:
         for index in carriers:
             if call.fact(index) is not None:
                 call.require(index)
-        found = leading(*carriers)(call)
-        assert isinstance(found, Fact)
-        return found
+        fact = leading(*carriers)(call)
+        assert isinstance(fact, Fact)
+        return fact
 
     return rule
 
@@ -93,8 +93,8 @@ def first_output(rule: Rule) -> Rule:
     """A rule that holds for the first output; others are numbered or summed over the whole batch."""
 
     def checked(call: Call) -> Sequence[Fact]:
-        found = rule(call)
-        first = found if isinstance(found, Fact) else found[0]
+        outputs = rule(call)
+        first = outputs if isinstance(outputs, Fact) else outputs[0]
         rest = Fact(Dependence.MIXED, why=f"a further output of {call.node.op_type} is made of the whole batch")
         return [first, *[rest] * (len(call.node.output) - 1)]
 

@@ -29,10 +29,10 @@ def evaluate(call: Call) -> Values | None:
             return values([math.prod(call.dims(0))]).reshape(())
         if op not in _EVALUATIONS or any(f is not None and f.values is None for f in call.facts):
             return None
-        found = _EVALUATIONS[op](call)
+        numbers = _EVALUATIONS[op](call)
     except (Undecided, Mixes, ArithmeticError, ValueError, TypeError, LookupError, AssertionError):
         return None
-    return found if found.size <= MOST_ELEMENTS else None
+    return numbers if numbers.size <= MOST_ELEMENTS else None
 
 
 def _shape(call: Call) -> Values:
@@ -52,8 +52,8 @@ def _elementwise(function: Callable[..., object], *, exact: bool = True) -> Eval
     def run(call: Call) -> Values:
         arrays = np.broadcast_arrays(*(_given(call, index) for index in range(len(call.facts))))
         shape = arrays[0].shape
-        found = [function(*items) for items in zip(*(a.flat for a in arrays), strict=True)]
-        return values([_exact(item) for item in found] if exact else found, shape)
+        results = [function(*items) for items in zip(*(a.flat for a in arrays), strict=True)]
+        return values([_exact(item) for item in results] if exact else results, shape)
 
     return run
 
@@ -147,10 +147,10 @@ def _scalar(tensor: object) -> object:
 
 def _range(call: Call) -> Values:
     start, limit, step = (call.ints(index)[0] for index in range(3))
-    found = range(start, limit, step)
-    if len(found) > MOST_ELEMENTS:
+    numbers = range(start, limit, step)
+    if len(numbers) > MOST_ELEMENTS:
         raise Undecided
-    return values(list(found))
+    return values(list(numbers))
 
 
 def _expand(call: Call) -> Values:
@@ -238,15 +238,15 @@ def widened(call: Call) -> Fact:
     if op == "Expand":
         call.others_same(1)
         shape, given = call.numbers(1), list(call.shape(0))
-        found = _repeated(shape)
-        place = found.axis - len(shape) + len(given)
+        copies = _repeated(shape)
+        place = copies.axis - len(shape) + len(given)
         if place >= 0 and given[place] != 1:
             raise Mixes("it expands an axis that is not 1 to the number of rows")
-        return Fact(Dependence.ROWS, found.axis + max(0, len(given) - len(shape)), found.per_row)
+        return Fact(Dependence.ROWS, copies.axis + max(0, len(given) - len(shape)), copies.per_row)
     if op == "Tile":
         call.others_same(1)
-        found = _repeated(call.numbers(1))
-        return Fact(Dependence.ROWS, found.axis, found.per_row * call.shape(0)[found.axis])
+        copies = _repeated(call.numbers(1))
+        return Fact(Dependence.ROWS, copies.axis, copies.per_row * call.shape(0)[copies.axis])
     raise Mixes("it computes with the number of rows")
 
 

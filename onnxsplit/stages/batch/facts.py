@@ -63,9 +63,9 @@ def rows(axis: int, per_row: int = 1) -> Fact:
     return Fact(Dependence.ROWS, axis, per_row)
 
 
-def known(found: Values) -> Fact:
+def known(numbers: Values) -> Fact:
     """A tensor whose numbers are known."""
-    return Fact(Dependence.SAME if is_plain(found) else Dependence.SIZE, values=found)
+    return Fact(Dependence.SAME if is_plain(numbers) else Dependence.SIZE, values=numbers)
 
 
 class Mixes(Exception):
@@ -94,33 +94,33 @@ class Call:
 
     def carries(self, index: int) -> bool:
         """True when an input carries rows."""
-        found = self.fact(index)
-        return found is not None and found.kind is Dependence.ROWS
+        fact = self.fact(index)
+        return fact is not None and fact.kind is Dependence.ROWS
 
     def require(self, index: int) -> Fact:
         """The fact of an input that must carry rows."""
-        found = self.fact(index)
-        if found is None or found.kind is not Dependence.ROWS:
+        fact = self.fact(index)
+        if fact is None or fact.kind is not Dependence.ROWS:
             raise Mixes(f"input {index} does not carry the rows that other inputs carry")
-        return found
+        return fact
 
     def others_same(self, *indices: int) -> None:
         """Refuse inputs other than these that are not the same for every batch."""
-        for index, found in enumerate(self.facts):
-            if index in indices or found is None or found.kind is Dependence.SAME:
+        for index, fact in enumerate(self.facts):
+            if index in indices or fact is None or fact.kind is Dependence.SAME:
                 continue
-            if found.kind is Dependence.SIZE:
+            if fact.kind is Dependence.SIZE:
                 raise Mixes("it computes with the number of rows")
             raise Mixes(f"rows reach its input {index}, from where they act on all rows")
 
     def shape(self, index: int) -> tuple[int, ...]:
         """The shape of an input."""
-        found, fact = self.shapes[index], self.facts[index]
-        if found is None and fact is not None and fact.values is not None:
+        shape, fact = self.shapes[index], self.facts[index]
+        if shape is None and fact is not None and fact.values is not None:
             return tuple(fact.values.shape)
-        if found is None:
+        if shape is None:
             raise Mixes(f"the shape of its input {self.node.input[index]!r} is not known")
-        return found
+        return shape
 
     def rank(self, index: int) -> int:
         """The rank of an input."""
@@ -128,11 +128,11 @@ class Call:
 
     def dims(self, index: int) -> list[Linear | int]:
         """The shape of an input for any number of rows."""
-        found: list[Linear | int] = list(self.shape(index))
+        dims: list[Linear | int] = list(self.shape(index))
         fact = self.facts[index]
         if fact is not None and fact.kind in HAVE_AXIS:
-            found[fact.axis] = linear(fact.per_row, 0)
-        return found
+            dims[fact.axis] = linear(fact.per_row, 0)
+        return dims
 
     def numbers(self, index: int) -> list[Linear | int]:
         """The known numbers of an input, in order."""
@@ -143,10 +143,10 @@ class Call:
 
     def ints(self, index: int) -> list[int]:
         """The known numbers of an input, none of which may depend on the number of rows."""
-        found = self.numbers(index)
-        if any(isinstance(item, Linear) for item in found):
+        numbers = self.numbers(index)
+        if any(isinstance(item, Linear) for item in numbers):
             raise Mixes(f"its input {index} depends on the number of rows")
-        return [int(item) for item in found]  # type: ignore[arg-type]
+        return [int(item) for item in numbers]  # type: ignore[arg-type]
 
     def has(self, index: int) -> bool:
         """True when an input is given."""
@@ -161,14 +161,14 @@ class Call:
 
     def integer(self, name: str, default: int) -> int:
         """The value of an integer attribute."""
-        found = self.attribute(name, default)
-        assert isinstance(found, int)
-        return found
+        value = self.attribute(name, default)
+        assert isinstance(value, int)
+        return value
 
     def integers(self, name: str) -> list[int] | None:
         """The value of an attribute that lists integers."""
-        found = self.attribute(name)
-        return None if found is None else [int(item) for item in found]  # type: ignore[attr-defined]
+        value = self.attribute(name)
+        return None if value is None else [int(item) for item in value]  # type: ignore[attr-defined]
 
     def listed(self, name: str, index: int) -> list[int] | None:
         """Integers that old opsets give as an attribute and new ones as an input; None when not given."""

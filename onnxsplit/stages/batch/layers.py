@@ -76,20 +76,20 @@ def matrices(first: int = 0, second: int = 1) -> Rule:
 
 def gemm(call: Call) -> Fact:
     """A product of two matrices, with something added."""
-    found = matrices()(_first_two(call))
-    assert isinstance(found, Fact)
+    product = matrices()(_first_two(call))
+    assert isinstance(product, Fact)
     addend = call.fact(2)
     if addend is None or addend.kind is Dependence.SAME:
-        rank, back = (call.rank(2), found.axis - 2) if addend is not None else (0, -1)
+        rank, back = (call.rank(2), product.axis - 2) if addend is not None else (0, -1)
         if rank >= -back and call.shape(2)[back] != 1:
             raise Mixes("what it adds has an entry for each row")
-        return found
+        return product
     if addend.kind is not Dependence.ROWS or (addend.axis - call.rank(2), addend.per_row) != (
-        found.axis - 2,
-        found.per_row,
+        product.axis - 2,
+        product.per_row,
     ):
         raise Mixes("it combines rows that lie along different axes")
-    return found
+    return product
 
 
 def _first_two(call: Call) -> Call:
@@ -118,8 +118,8 @@ def resized(call: Call) -> Fact:
     axes = call.integers("axes")
     place = fact.axis if axes is None else None
     if axes is not None:
-        found = [from_front(axis, call.rank(0)) for axis in axes]
-        place = found.index(fact.axis) if fact.axis in found else None
+        listed = [from_front(axis, call.rank(0)) for axis in axes]
+        place = listed.index(fact.axis) if fact.axis in listed else None
         if place is None:
             return rows(fact.axis, fact.per_row)
     assert place is not None
@@ -160,14 +160,14 @@ def multi_head(*carriers: int, masks: Sequence[int] = ()) -> Rule:
     """Attention ops of com.microsoft: one entry for each row, first in all; masks of rank 1 hold other things, too."""
 
     def rule(call: Call) -> Fact:
-        found = leading(*carriers, *masks)(call)
-        assert isinstance(found, Fact)
-        if found.per_row != 1:
+        fact = leading(*carriers, *masks)(call)
+        assert isinstance(fact, Fact)
+        if fact.per_row != 1:
             raise Mixes("its rows are more than one entry each")
         for index in masks:
             if call.fact(index) is not None and call.carries(index) and call.rank(index) < 2:
                 raise Mixes("its mask is a list of positions")
-        return found
+        return fact
 
     return rule
 
@@ -175,9 +175,9 @@ def multi_head(*carriers: int, masks: Sequence[int] = ()) -> Rule:
 def rotary(call: Call) -> Fact:
     """Rotary embedding; tables of angles by position, of rank 2, are the same for all rows."""
     tables = [index for index in (1, 2, 3) if not call.carries(index) and call.has(index) and call.rank(index) == 2]
-    found = multi_head(*(index for index in range(4) if index not in tables))(call)
-    assert isinstance(found, Fact)
-    return found
+    fact = multi_head(*(index for index in range(4) if index not in tables))(call)
+    assert isinstance(fact, Fact)
+    return fact
 
 
 def _with_mask_same(call: Call, index: int) -> Call:

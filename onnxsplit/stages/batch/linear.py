@@ -122,10 +122,10 @@ def _parts(number: object) -> tuple[int, int]:
 
 def values(items: Sequence[Any], shape: tuple[int, ...] | None = None) -> Values:
     """An array of such numbers, of one dimension unless a shape is given."""
-    found = np.empty(len(items), dtype=object)
+    array = np.empty(len(items), dtype=object)
     for place, item in enumerate(items):
-        found[place] = item
-    return found if shape is None else found.reshape(shape)
+        array[place] = item
+    return array if shape is None else array.reshape(shape)
 
 
 def is_plain(array: Values) -> bool:

@@ -45,10 +45,10 @@ def flattened(call: Call) -> Fact:
 
 
 def _product(dims: Sequence[Linear | int]) -> Linear | int:
-    found: Linear | int = 1
+    product: Linear | int = 1
     for size in dims:
-        found = found * size
-    return found
+        product = product * size
+    return product
 
 
 def _regrouped(call: Call, dims: Sequence[Linear | int], wanted: Sequence[Linear | int]) -> Fact:
@@ -59,17 +59,17 @@ def _regrouped(call: Call, dims: Sequence[Linear | int], wanted: Sequence[Linear
         raise Mixes("its tensors have no elements, so that nothing can be told")
     open_places = [place for place, size in enumerate(wanted) if equal(size, -1)]
     try:
-        found = list(wanted)
+        shape = list(wanted)
         if open_places:
             rest = _product([size for place, size in enumerate(wanted) if place != open_places[0]])
-            found[open_places[0]] = whole // rest
-        places = [place for place, size in enumerate(found) if isinstance(size, Linear)]
+            shape[open_places[0]] = whole // rest
+        places = [place for place, size in enumerate(shape) if isinstance(size, Linear)]
         if len(places) != 1:
             raise Mixes("it groups the rows with other axes")
-        size = found[places[0]]
+        size = shape[places[0]]
         assert isinstance(size, Linear)
-        ahead = _product(found[: places[0]])
-        if size.fixed or ahead != before or not equal(_product(found), whole):
+        ahead = _product(shape[: places[0]])
+        if size.fixed or ahead != before or not equal(_product(shape), whole):
             raise Mixes("it groups the rows with other axes")
     except Undecided as error:
         raise Mixes("it groups the rows with other axes") from error
@@ -126,11 +126,11 @@ def tiled(call: Call) -> Fact:
 
 def concatenated(call: Call) -> Fact:
     """Concat: along another axis, and all inputs must carry the rows."""
-    found = {(call.require(index).axis, call.require(index).per_row) for index in range(len(call.facts))}
+    carried = {(call.require(index).axis, call.require(index).per_row) for index in range(len(call.facts))}
     axis = from_front(call.integer("axis", 1), call.rank(0))
-    if len(found) != 1:
+    if len(carried) != 1:
         raise Mixes("it joins rows that lie along different axes")
-    where, per_row = found.pop()
+    where, per_row = carried.pop()
     if where == axis:
         raise Mixes("it joins tensors along the axis of the rows")
     return rows(where, per_row)
@@ -235,12 +235,12 @@ def gathered_nd(call: Call) -> Fact:
 
 def scattered_elements(call: Call) -> Fact:
     """ScatterElements: all three must carry the rows along the same, other axis."""
-    found = [call.require(index) for index in range(3)]
-    if len(set(found)) != 1 or found[0].axis == from_front(call.integer("axis", 0), call.rank(0)):
+    carried = [call.require(index) for index in range(3)]
+    if len(set(carried)) != 1 or carried[0].axis == from_front(call.integer("axis", 0), call.rank(0)):
         raise Mixes("it writes rows by their place")
-    if found[0].per_row != 1:
+    if carried[0].per_row != 1:
         raise Mixes("it writes rows by their place")
-    return rows(found[0].axis)
+    return rows(carried[0].axis)
 
 
 def one_hot(call: Call) -> Fact:

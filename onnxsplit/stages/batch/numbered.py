@@ -59,9 +59,9 @@ def _as_rows(call: Call, op: str) -> Fact:
     if any(fact is not None and fact.kind is Dependence.ROWS for fact in call.facts):
         raise Mixes("it uses the numbers of rows as values")
     facts = [replace(f, kind=Dependence.ROWS) if f is not None and f.kind in kinds else f for f in call.facts]
-    found = RULES[op](replace(call, facts=facts))
-    assert isinstance(found, Fact)
-    return found
+    fact = RULES[op](replace(call, facts=facts))
+    assert isinstance(fact, Fact)
+    return fact
 
 
 def _index(call: Call) -> Fact:

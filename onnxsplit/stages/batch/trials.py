@@ -87,13 +87,13 @@ def rows_of(array: Array, axis: int, start: int, stop: int) -> Array:
 
 def equal_rows(inputs: Mapping[str, Array], axes: Axes, limits: Mapping[str, int]) -> list[str]:
     """The inputs in which two rows side by side are equal; those that can hold only one value do not count."""
-    found = []
+    names = []
     for name, axis in axes.items():
         moved = np.moveaxis(inputs[name], axis, 0)
         same = [np.array_equal(one, other) for one, other in itertools.pairwise(moved)]
         if any(same) and moved[0].size and limits.get(name) != 1:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _batch(

@@ -73,8 +73,8 @@ class Walk:
         for sparse in graph.sparse_initializer:
             facts[sparse.values.name] = SAME
         for node in nodes:
-            found = self._outputs(graph, node, facts, sizes)
-            for name, fact in zip(node.output, found, strict=True):
+            outputs = self._outputs(graph, node, facts, sizes)
+            for name, fact in zip(node.output, outputs, strict=True):
                 if name:
                     facts[name] = self._checked(name, fact, sizes)
         return facts
@@ -90,8 +90,8 @@ class Walk:
         try:
             if any(True for _ in nested_graphs(node)):
                 return self._with_bodies(graph, node, facts, sizes)
-            found = self._one(node, reads, sizes)
-            self._learn_numbers(graph, node, found)
+            outputs = self._one(node, reads, sizes)
+            self._learn_numbers(graph, node, outputs)
         except Mixes as reason:
             return [_ended(node, str(reason))] * count
         except (
@@ -103,7 +103,7 @@ class Walk:
             AssertionError,
         ):  # an op in a form that no rule knows
             return [_ended(node, "what it does to the rows cannot be told")] * count
-        return [found] * count if isinstance(found, Fact) else found
+        return [outputs] * count if isinstance(outputs, Fact) else outputs
 
     def _one(self, node: onnx.NodeProto, reads: Sequence[Fact | None], sizes: Sizes) -> Fact | Sequence[Fact]:
         if node.op_type in _RANDOM or (node.op_type == "Dropout" and not _is_known_false(reads[2:])):
@@ -156,23 +156,28 @@ class Walk:
         bodies = {a.name: a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH}
         if test.values is not None:
             bodies = {name: g for name, g in bodies.items() if (name == "then_branch") == bool(test.values.flat[0])}
-        found = [self._body(body, facts, {}, sizes) for body in bodies.values()]
+        branches = [self._body(body, facts, {}, sizes) for body in bodies.values()]
         if len(bodies) == 1:
             self._learn_shapes(graph, node, next(iter(bodies.values())))
-        return [_agreed(outputs) for outputs in zip(*found, strict=True)]
+        return [_agreed(outputs) for outputs in zip(*branches, strict=True)]
 
-    def _learn_numbers(self, graph: onnx.GraphProto, node: onnx.NodeProto, found: Fact | Sequence[Fact]) -> None:
-        if isinstance(found, Fact) and found.kind is Dependence.SAME and found.values is not None and found.values.size:
-            self.learned.append((graph, node.output[0], found.values))
+    def _learn_numbers(self, graph: onnx.GraphProto, node: onnx.NodeProto, outputs: Fact | Sequence[Fact]) -> None:
+        if (
+            isinstance(outputs, Fact)
+            and outputs.kind is Dependence.SAME
+            and outputs.values is not None
+            and outputs.values.size
+        ):
+            self.learned.append((graph, node.output[0], outputs.values))
 
     def _learn_shapes(self, graph: onnx.GraphProto, node: onnx.NodeProto, body: onnx.GraphProto) -> None:
         inside = {value.name: value for value in (*body.input, *body.value_info, *body.output)}
         for name, value in zip(node.output, body.output, strict=True):
             if name and value.name in graph_sizes(body):
-                found = onnx.ValueInfoProto()
-                found.CopyFrom(inside[value.name])
-                found.name = name
-                self.learned.append((graph, name, found))
+                declared = onnx.ValueInfoProto()
+                declared.CopyFrom(inside[value.name])
+                declared.name = name
+                self.learned.append((graph, name, declared))
 
     def _loop(self, node: onnx.NodeProto, facts: Mapping[str, Fact], sizes: Sizes) -> Sequence[Fact]:
         body = next(a.g for a in node.attribute if a.name == "body")
@@ -199,8 +204,8 @@ class Walk:
     ) -> list[Fact]:
         own = defined_names(body)
         outside = {name: size for name, size in sizes.items() if name not in own}
-        found = self.over(body, body.node, {**facts, **given}, {**outside, **graph_sizes(body)})
-        return [found.get(value.name, _UNKNOWN) for value in body.output]
+        inside = self.over(body, body.node, {**facts, **given}, {**outside, **graph_sizes(body)})
+        return [inside.get(value.name, _UNKNOWN) for value in body.output]
 
 
 def _is_known_false(flag: Sequence[Fact | None]) -> bool:
@@ -235,17 +240,17 @@ def _constant(node: onnx.NodeProto) -> Fact:
             numbers = stored(attribute.t, MOST_ELEMENTS)
             return SAME if numbers is None else known(numbers)
         if attribute.name in ("value_int", "value_ints", "value_float", "value_floats"):
-            found = np.array(onnx.helper.get_attribute_value(attribute), dtype=object)
-            return known(found) if found.size <= MOST_ELEMENTS else SAME
+            numbers = np.array(onnx.helper.get_attribute_value(attribute), dtype=object)
+            return known(numbers) if numbers.size <= MOST_ELEMENTS else SAME
     return SAME
 
 
 def graph_sizes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
     """The whole shapes that a graph declares or that inference found in it."""
-    found = {}
+    sizes = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         tensor = value.type.tensor_type
         whole = all(dim.HasField("dim_value") and dim.dim_value >= 0 for dim in tensor.shape.dim)
         if value.type.WhichOneof("value") == "tensor_type" and tensor.HasField("shape") and whole:
-            found[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
-    return {**{tensor.name: tuple(tensor.dims) for tensor in graph.initializer}, **found}
+            sizes[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
+    return {**{tensor.name: tuple(tensor.dims) for tensor in graph.initializer}, **sizes}
