@@ -1,4 +1,4 @@
-"""The command line: one file a command, imported when it is used, so that help comes at once."""
+"""The command line. Each command has a file of its own, which is imported when the command is used: help is fast."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from onnxsplit.cli.output import Output
 
 _COMMANDS = {
     "Prepare": {
-        "export": "Turn a model of another framework into ONNX.",
+        "export": "Export a model of another framework to ONNX.",
         "inspect": "Show a model's ops, cost and memory, and where it can be cut.",
-        "partition": "Cut a model into balanced stages.",
-        "cluster": "Describe devices and links, and measure them.",
-        "place": "Give a plan's stages other devices, without cutting anew.",
-        "verify": "Compare the stages of a plan with the whole model.",
-        "merge": "Put a plan back into one model.",
+        "partition": "Cut a model into balanced stages and write a plan.",
+        "cluster": "Describe devices and links in a file, and measure them.",
+        "place": "Move a plan's stages to other devices without cutting the model again.",
+        "verify": "Compare the outputs of a plan's stages with those of the whole model.",
+        "merge": "Join the stages of a plan into one model again.",
     },
     "Run": {
-        "run": "Run a plan once: start its nodes, run, stop them.",
-        "serve": "Serve plans over HTTP and gRPC, with metrics and a page.",
+        "run": "Run a plan on one set of inputs.",
+        "serve": "Serve plans over HTTP and gRPC, with metrics and a status page.",
         "node": "Start one node by hand, for a pipeline that waits for it.",
-        "deploy": "Write what Kubernetes needs to run a plan.",
-        "status": "Show what runs on this host: nodes, rates, queues, restarts.",
+        "deploy": "Write Kubernetes manifests for a plan.",
+        "status": "Show the pipelines on this host: nodes, rates, queues and restarts.",
         "keys": "Make and manage the keys that protect links between hosts.",
-        "bench": "Measure a plan: throughput, latency, efficiency.",
+        "bench": "Measure a plan's throughput, latency and efficiency.",
     },
     "Help": {
-        "doctor": "Show what this host has and what of it can be used.",
-        "completion": "Complete commands and options in your shell.",
+        "doctor": "Show what this host has, and what onnxsplit can use of it.",
+        "completion": "Print a script that completes commands and options in your shell.",
     },
 }
 
 
 class _Commands(click.Group):
-    """Commands in groups, each imported from its own file when it is called."""
+    """The commands, listed in groups; each is imported from its own file when it is called."""
 
     def list_commands(self, ctx: click.Context | None) -> list[str]:
         return [name for group in _COMMANDS.values() for name in group]
@@ -56,10 +56,10 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        found = super().resolve_command(ctx, args)
-        if found[0] is not None:
-            settings.apply(ctx, self, found[0])
-        return found
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None:
+            settings.apply(ctx, self, name)
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, commands in _COMMANDS.items():
@@ -78,11 +78,11 @@ class _Commands(click.Group):
 )
 @click.version_option(onnxsplit.__version__)
 def cli() -> None:
-    """Cut any ONNX model into stages and run them as one pipeline of processes."""
+    """Cut any ONNX model into stages, and run the stages as one pipeline of processes."""
 
 
 def main() -> None:
-    """The entry point ``onnxsplit``. Whatever goes wrong is one message, and an error object with ``--json``."""
+    """Run ``onnxsplit`` and exit. A failure is one message on stderr, and an error object on stdout with ``--json``."""
     streams.prepare()
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def _called() -> Any:
-    """Call the command that the arguments name; the exit code."""
+    """Call the command that the arguments name; returns the exit code."""
     as_json = "--json" in sys.argv
     try:
         return cli(prog_name="onnxsplit", standalone_mode=False)
@@ -113,11 +113,11 @@ def _called() -> Any:
         return 128 + signal.SIGINT
     except streams.OutputFailed:
         raise
-    except Exception as error:  # outside of a command: in reading settings, or in finding the command
+    except Exception as error:  # outside of a command: while reading settings, or finding the command
         return Output(as_json=as_json).fail(error)
 
 
 def _terminate(number: int, _: FrameType | None) -> Any:
-    """End as on an exception, so that everything that was opened is closed."""
+    """Exit by an exception, so that everything that is open is closed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(128 + number)

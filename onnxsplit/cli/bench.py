@@ -17,13 +17,19 @@ from onnxsplit.cli.values import NumberParam
 @option(
     "--model",
     type=click.Path(path_type=Path),
-    help="The source model: compare with whole-model sessions too.",
+    help="Source model; with it, whole-model sessions are measured, too.",
 )
 @inputs_option
 @running_options
 @tracing_options
-@option("--slices", type=click.IntRange(3, 10_000), default=20, help="Interleaved slices of each contender.")
-@option("--slice-seconds", type=NumberParam(0.05, 3600), default=0.5, help="Length of one slice.")
+@option(
+    "--slices",
+    type=click.IntRange(3, 10_000),
+    default=20,
+    metavar="N",
+    help="Number of slices of time for each contender.",
+)
+@option("--slice-seconds", type=NumberParam(0.05, 3600), default=0.5, metavar="SECONDS", help="Length of one slice.")
 def command(
     output: Output,
     *,
@@ -34,7 +40,7 @@ def command(
     slice_seconds: float,
     **running: Any,
 ) -> None:
-    """Measure the plan in DIR against its ceiling: the stage files running at once with no communication."""
+    """Measure the plan in DIR, and compare it with its ceiling: its stage files run at once, without communication."""
     from runtime.bench import bench
 
     report = bench(
@@ -61,10 +67,13 @@ def command(
     output.table(("requests a second", "median", "95 % interval", "pipeline over it", "95 % interval"), rows)
     output.line(
         f"\nOne request at a time: {milliseconds(report.latency_p50_ns)} median, "
-        f"{milliseconds(report.latency_p99_ns)} p99; its stages in turn in one process: "
+        f"{milliseconds(report.latency_p99_ns)} p99; its stages one after the other in one process: "
         f"{milliseconds(report.stages_ns)}"
         + (f"; the whole model: {milliseconds(report.whole_ns)}." if report.whole_ns is not None else ".")
     )
-    output.line(f"{report.slices} slices of {slice_seconds} s each, taken in turn; {report.threads} thread(s) a stage.")
-    output.line(f'Next: put it to work from Python with runtime.Pipeline.launch("{plan}")')
+    output.line(
+        f"{report.slices} slices of {slice_seconds} s for each contender, in turns; "
+        f"{report.threads} thread(s) for each stage."
+    )
+    output.line(f'Next: run it from Python with runtime.Pipeline.launch("{plan}")')
     output.result({"bench": report})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,25 +15,31 @@ if TYPE_CHECKING:
     from onnxsplit.cluster import Cluster
 
 _FILE = option(
-    "-c", "--cluster", "file", type=click.Path(path_type=Path), default="cluster.toml", metavar="FILE", help="The file."
+    "-c",
+    "--cluster",
+    "file",
+    type=click.Path(path_type=Path),
+    default="cluster.toml",
+    metavar="FILE",
+    help="Cluster file to use.",
 )
 
 
 @click.group()
 def command() -> None:
-    """Describe devices and links, to cut for them with partition --cluster."""
+    """Describe devices and links in a cluster file; partition --cluster cuts for them."""
 
 
 @make_command
 @_FILE
-@option("--force", is_flag=True, help="Replace a file that is there.")
+@option("--force", is_flag=True, help="Replace the file if it exists.")
 def init(output: Output, *, file: Path, force: bool) -> None:
     """Write a cluster file for this host."""
     from onnxsplit.errors import ClusterError
     from onnxsplit.planning.calibrate import this_host
 
     if file.exists() and not force:
-        raise ClusterError(f"{file} is there already; give another name with --cluster FILE, or --force to replace it")
+        raise ClusterError(f"{file} already exists; give another name with --cluster FILE, or --force to replace it")
     cluster = this_host()
     _write(file, cluster)
     output.line(f"Wrote {file} with {', '.join(device.name for device in cluster.devices)}.")
@@ -42,6 +48,7 @@ def init(output: Output, *, file: Path, force: bool) -> None:
 
 
 def _parse_agents(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> dict[str, str]:
+    """Addresses of agents by host."""
     agents = {}
     for text in value:
         host, equals, address = text.partition("=")
@@ -62,10 +69,10 @@ def _parse_agents(context: click.Context, parameter: click.Parameter, value: Seq
     multiple=True,
     metavar="HOST=ADDR",
     callback=_parse_agents,
-    help="An agent on another host of the file (onnxsplit cluster agent). Repeatable.",
+    help="Address of an agent (onnxsplit cluster agent) on another host of the file. Repeatable.",
 )
-@option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Keys for links to agents.")
-@option("--insecure", is_flag=True, help="Let plain links to agents leave this host.")
+@option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Folder with the keys for links to agents.")
+@option("--insecure", is_flag=True, help="Allow unencrypted links to agents on other hosts.")
 def measure(
     output: Output,
     *,
@@ -77,13 +84,12 @@ def measure(
     keys: Path | None,
     insecure: bool,
 ) -> None:
-    """Measure devices on MODEL, and links by real transfers; write both into the cluster file.
+    """Measure devices by running MODEL, and links by sending data; write both into the cluster file.
 
-    This host's, and those of hosts with an agent: their links with each other and with this one.
+    Measured are the devices of this host and of every host with an agent, and the links between these hosts.
     """
     from onnxsplit.cluster import LOCAL
     from onnxsplit.cluster_files import load_cluster
-    from onnxsplit.errors import ClusterError
     from onnxsplit.planning.calibrate import measured
     from runtime.measure.agent import Agents
     from runtime.measure.link import measure_link
@@ -91,9 +97,7 @@ def measure(
 
     cluster = load_cluster(file)
     known = {device.host for device in cluster.devices}
-    strange = [host for host in agents if host not in known]
-    if strange:
-        raise ClusterError(f"{file} has no device on the host {strange[0]!r}; it has {', '.join(sorted(known))}")
+    _check_hosts(file, agents, known)
     with Agents(agents, keys=Keys(keys) if keys is not None else None, insecure=insecure) as elsewhere:
         links = {pair: link for pair, link in elsewhere.links(output.say).items() if set(pair) <= known | {LOCAL}}
         if LOCAL not in known | {cluster.caller}:
@@ -109,11 +113,29 @@ def measure(
             note=output.note,
         )
     if LOCAL in known:
-        output.say("sending messages between two processes")
+        output.say("measuring the link between two processes of this host")
         links[LOCAL, LOCAL] = measure_link()
     cluster = replace(cluster, links={**cluster.links, **links})
     _write(file, cluster)
     output.done()
+    _show(output, cluster)
+    output.line(f"\nWrote {file}. Next: onnxsplit partition {model} --cluster {file}")
+    speeds = {device.name: device.speed for device in cluster.devices}
+    figures = [{"between": pair, **asdict(link)} for pair, link in cluster.links.items()]
+    output.result({"file": file, "speeds": speeds, "links": figures})
+
+
+def _check_hosts(file: Path, agents: Iterable[str], known: set[str]) -> None:
+    """Refuse agents on hosts that the cluster file does not name."""
+    from onnxsplit.errors import ClusterError
+
+    unknown = [host for host in agents if host not in known]
+    if unknown:
+        raise ClusterError(f"{file} has no device on the host {unknown[0]!r}; it has {', '.join(sorted(known))}")
+
+
+def _show(output: Output, cluster: Cluster) -> None:
+    """Print the measured devices and links."""
     output.table(
         ("device", "host", "provider", "threads", "speed"),
         [(d.name, d.host, d.provider, f"{d.threads}", f"{d.speed:g}") for d in cluster.devices],
@@ -131,19 +153,15 @@ def measure(
             for pair, link in cluster.links.items()
         ],
     )
-    output.line(f"\nWrote {file}. Next: onnxsplit partition {model} --cluster {file}")
-    speeds = {device.name: device.speed for device in cluster.devices}
-    figures = [{"between": pair, **asdict(link)} for pair, link in cluster.links.items()]
-    output.result({"file": file, "speeds": speeds, "links": figures})
 
 
 @make_command
-@option("--bind", required=True, metavar="ADDR", help="Where to listen, as tcp://10.0.0.2:7000.")
-@option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Keys that protect links by tcp.")
-@option("--insecure", is_flag=True, help="Let plain links leave this host.")
+@option("--bind", required=True, metavar="ADDR", help="Address to listen at, as tcp://10.0.0.2:7000.")
+@option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Folder with the keys that protect TCP links.")
+@option("--insecure", is_flag=True, help="Allow unencrypted links to other hosts.")
 @custom_ops_option
 def agent(output: Output, *, bind: str, keys: Path | None, insecure: bool, custom_ops: tuple[str, ...]) -> None:
-    """Answer onnxsplit cluster measure on this host, until Ctrl-C: run the model it sends, and measure links."""
+    """Answer onnxsplit cluster measure from other hosts until Ctrl-C: run the models they send, and measure links."""
     from onnxsplit.custom_ops import find_libraries
     from runtime.measure.agent import serve
     from runtime.wire.keys import Keys
@@ -153,11 +171,12 @@ def agent(output: Output, *, bind: str, keys: Path | None, insecure: bool, custo
         keys=Keys(keys) if keys is not None else None,
         insecure=insecure,
         custom_ops=find_libraries(custom_ops),
-        told=lambda address: output.note(f"Measuring for those who ask at {address}. Stop with Ctrl-C."),
+        told=lambda address: output.note(f"Answering onnxsplit cluster measure at {address}. Stop with Ctrl-C."),
     )
 
 
 def _write(file: Path, cluster: Cluster) -> None:
+    """Write a cluster file."""
     from onnxsplit.errors import ClusterError
     from onnxsplit.files import replacing
 

@@ -10,16 +10,16 @@ from onnxsplit.cli.output import Output, make_command
 @make_command
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(output: Output, *, shell: str) -> None:
-    """Print what makes SHELL complete onnxsplit's commands and options.
+    """Print a script that makes SHELL complete the commands and options of onnxsplit.
 
-    bash: eval "$(onnxsplit completion bash)"; the same for zsh. fish: onnxsplit completion fish | source
+    In bash: eval "$(onnxsplit completion bash)"; zsh takes the same. In fish: onnxsplit completion fish | source
     """
     from click.shell_completion import get_completion_class
 
     from onnxsplit.cli import cli
 
-    found = get_completion_class(shell)
-    assert found is not None
-    script = found(cli, {}, "onnxsplit", "_ONNXSPLIT_COMPLETE").source()
+    completion = get_completion_class(shell)
+    assert completion is not None
+    script = completion(cli, {}, "onnxsplit", "_ONNXSPLIT_COMPLETE").source()
     output.line(script)
     output.result({"shell": shell, "script": script})

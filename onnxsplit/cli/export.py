@@ -13,6 +13,7 @@ from onnxsplit.cli.output import Output, binary, custom_ops_option, custom_ops_w
 
 
 def _parse_settings(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> dict[str, Any]:
+    """Arguments by name; a value that is not a Python literal is text."""
     settings = {}
     for text in value:
         name, equals, literal = text.partition("=")
@@ -20,21 +21,28 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
             raise click.BadParameter(f"{text!r} is not NAME=VALUE", context, parameter)
         try:
             settings[name] = ast.literal_eval(literal)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two of deep nesting
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two when it is nested too deeply
             settings[name] = literal
     return settings
 
 
 @make_command
 @click.argument("source")
-@option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="The file to write.")
-@option("--opset", type=click.IntRange(7, 100), help="Of the standard operators. Without it: the converter's choice.")
+@option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="Model file to write."
+)
+@option(
+    "--opset",
+    type=click.IntRange(7, 100),
+    metavar="N",
+    help="Version of the standard operators. Without it: the converter's choice.",
+)
 @option(
     "--input",
     "inputs",
     multiple=True,
     metavar="NAME=DTYPE[DIMS]",
-    help="What the model takes, as x=float32[batch,3,224,224], where the source does not say. Repeatable.",
+    help="Input of the model, as x=float32[batch,3,224,224], if the source does not say. Repeatable.",
 )
 @option(
     "--set",
@@ -42,14 +50,18 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
     multiple=True,
     metavar="NAME=VALUE",
     callback=_parse_settings,
-    help="An argument of the recipe's function. Repeatable.",
+    help="Argument of the recipe's function. Repeatable.",
 )
-@option("--check/--no-check", default=True, help="Compare with the framework's own outputs.")
-@option("--trust", is_flag=True, help="Load a source that runs code when it is loaded; only if you trust who made it.")
-@option("--simplify", is_flag=True, help="Simplify the model with onnxsim.")
-@option("--cache/--no-cache", default=True, help="Whether decoders take and give their key/value cache.")
+@option("--check/--no-check", default=True, help="Compare the outputs with the framework's own.")
+@option(
+    "--trust",
+    is_flag=True,
+    help="Load a source that runs code when it is loaded. Use it only for sources that you trust.",
+)
+@option("--simplify", is_flag=True, help="Simplify the exported model with onnxsim.")
+@option("--cache/--no-cache", default=True, help="Give decoders their key/value cache as inputs and outputs.")
 @custom_ops_option
-@option("--offline", is_flag=True, help="Ask no hub; what was fetched before will do.")
+@option("--offline", is_flag=True, help="Use only files that were fetched before; do not ask the hub.")
 def command(
     output: Output,
     *,
@@ -58,10 +70,11 @@ def command(
     inputs: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Export SOURCE to ONNX, and compare the two.
+    """Export SOURCE to ONNX, and compare the outputs of both.
 
-    A recipe FILE.py[:NAME] or package.module:NAME, which is run; a saved model of PyTorch, TensorFlow, Keras,
-    scikit-learn, LightGBM, XGBoost or CatBoost; a folder or config.json of transformers; hf://ORG/REPO; an ONNX file.
+    SOURCE is a recipe (FILE.py[:NAME] or package.module:NAME; its code is run), a saved model of PyTorch, TensorFlow,
+    Keras, scikit-learn, LightGBM, XGBoost or CatBoost, a folder or config.json of transformers, hf://ORG/REPO, or an
+    ONNX file.
     """
     from onnxsplit.export import export
     from onnxsplit.export.specs import parse_spec
@@ -71,7 +84,7 @@ def command(
     output.done()
     for exported in done:
         for name, difference in exported.differences.items():
-            output.line(f"{name}: differs from the framework by {difference:.1e} of its scale")
+            output.line(f"{name}: differs from the framework's output by {difference:.1e} of its scale")
         for name in exported.unread:
             output.note(f"warning: nothing in {exported.path} reads the input {name!r}, so no output depends on it")
         output.line(f"Wrote {exported.path} ({binary(exported.path.stat().st_size)}), from {exported.framework}.")

@@ -11,12 +11,8 @@ from onnxsplit.cli.output import (
     MODEL,
     Output,
     binary,
-    costs_option,
-    custom_ops_option,
     custom_ops_words,
-    dims_option,
-    inputs_option,
-    io_options,
+    examine_options,
     make_command,
     milliseconds,
     option,
@@ -33,24 +29,22 @@ _SHOWN_NAMES = 3
 
 @make_command
 @MODEL
-@costs_option
-@dims_option
-@inputs_option
-@io_options
-@custom_ops_option
+@examine_options
 @threads_option
-@option("--cuts", type=click.IntRange(0, 1000), default=5, help="How many of the cheapest cuts in two to show.")
-@option("--sweep", is_flag=True, help="Search for the best cut into 1 to 16 stages, too.")
-@option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report to look at; sweeps, too.")
+@option("--cuts", type=click.IntRange(0, 1000), default=5, metavar="N", help="Number of cheapest cuts in two to show.")
+@option("--sweep", is_flag=True, help="Also search for the best cut into each of 1 to 16 stages.")
+@option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report as one HTML page; includes --sweep."
+)
 def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path | None, **options: Any) -> None:
-    """Show what MODEL is made of, what it costs, and where it can be cut."""
+    """Show the ops of MODEL, their cost and memory, and where the model can be cut."""
     from onnxsplit.files import check_outputs
     from onnxsplit.planning.subject import examine
     from onnxsplit.views.inspection import inspect_subject
 
     check_outputs(html)
     subject = examine(model, **options, say=output.say)
-    found = inspect_subject(subject, cuts=cuts)
+    facts = inspect_subject(subject, cuts=cuts)
     swept: tuple[SweepRow, ...] = ()
     if sweep or html is not None:
         from onnxsplit.planning import sweep as sweeping
@@ -64,29 +58,30 @@ def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path |
         write_report(dry_run(subject, CutOptions(stages=1), say=output.say), html, swept)
     output.done()
     output.line(
-        f"{model}: IR {found.ir_version}, {found.ops} ops in {found.atoms} atoms, {binary(found.weight_bytes)} weights"
+        f"{model}: IR {facts.ir_version}, {facts.ops} ops in {facts.atoms} atoms, {binary(facts.weight_bytes)} weights"
     )
     output.line(
-        f"One run: {milliseconds(found.time_ns)} ({found.source}), {binary(found.peak_memory_bytes)} at its peak"
+        f"One run: {milliseconds(facts.time_ns)} ({facts.source}), "
+        f"{binary(facts.peak_memory_bytes)} of memory at its peak"
     )
-    if found.note:
-        output.line(f"Costs are analytic: {found.note}")
-    for title, tensors in (("Input", found.inputs), ("Output", found.outputs)):
+    if facts.note:
+        output.line(f"Costs are analytic: {facts.note}")
+    for title, tensors in (("Input", facts.inputs), ("Output", facts.outputs)):
         for name, spec in tensors.items():
             output.line(f"{title} {name}: {spec}")
     output.line()
     rows = [
-        (row.op_type, f"{row.count}", milliseconds(row.time_ns), percent(row.time_ns / max(1, found.time_ns)))
-        for row in found.op_types[:_SHOWN_TYPES]
+        (row.op_type, f"{row.count}", milliseconds(row.time_ns), percent(row.time_ns / max(1, facts.time_ns)))
+        for row in facts.op_types[:_SHOWN_TYPES]
     ]
     output.table(("op type", "ops", "time", "share"), rows)
     output.line()
     rows = [
         (_listed(cut.tensors), binary(cut.bytes), milliseconds(cut.before_ns), milliseconds(cut.after_ns))
-        for cut in found.cuts
+        for cut in facts.cuts
     ]
     output.table(("best cuts in two: tensors", "bytes", "before", "after"), rows)
-    for problem in found.multi_device:
+    for problem in facts.multi_device:
         output.line(f"Multi-device fields: {problem}")
     if swept:
         _show_sweep(output, swept)
@@ -94,11 +89,11 @@ def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path |
     if html is not None:
         output.line(f"Wrote {html}.")
     output.line(f"Next: onnxsplit partition {model}{custom_ops_words(options['custom_ops'])}")
-    output.result({"model": model, "inspection": found, "sweep": swept})
+    output.result({"model": model, "inspection": facts, "sweep": swept})
 
 
 def _show_sweep(output: Output, swept: tuple[SweepRow, ...]) -> None:
-    """What each number of stages would give."""
+    """Print what the best cut into each number of stages gives."""
     output.line()
     output.table(
         ("stages", "bottleneck", "no cut below", "gap", "latency", "largest in memory"),
@@ -117,5 +112,6 @@ def _show_sweep(output: Output, swept: tuple[SweepRow, ...]) -> None:
 
 
 def _listed(names: tuple[str, ...]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     return ", ".join(names[:_SHOWN_NAMES]) + more

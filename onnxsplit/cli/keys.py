@@ -16,15 +16,19 @@ def command() -> None:
 
 @make_command
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-@option("--node", "nodes", multiple=True, metavar="NAME", help="Also make keys for this node, in DIR/NAME. Repeatable.")
+@option(
+    "--node", "nodes", multiple=True, metavar="NAME", help="Name of a node to make keys for, in DIR/NAME. Repeatable."
+)
 def new(output: Output, *, folder: Path, nodes: tuple[str, ...]) -> None:
-    """Make a key pair in DIR; with --node, pairs for a coordinator and its nodes that allow each other."""
+    """Make a key pair in DIR; with --node, one pair for a coordinator and one for each node, which allow each other."""
     from runtime.wire.keys import create, create_for
 
     if not nodes:
         create(folder)
-        output.line(f"Wrote {folder}. Give {folder / 'public.key'} to those who are to speak with this process,")
-        output.line(f"and let them in with: onnxsplit keys allow {folder} THEIR.key --name NAME")
+        output.line(
+            f"Wrote {folder}. Give {folder / 'public.key'} to the owners of processes that this one connects to,"
+        )
+        output.line(f"and allow theirs with: onnxsplit keys allow {folder} THEIR.key --name NAME")
         output.result({"folders": [folder]})
         return
     made = create_for(folder, nodes)
@@ -37,9 +41,9 @@ def new(output: Output, *, folder: Path, nodes: tuple[str, ...]) -> None:
 @make_command
 @click.argument("folder", type=click.Path(path_type=Path, exists=True), metavar="DIR")
 @click.argument("public", type=click.Path(path_type=Path, exists=True), metavar="PUBLIC.key")
-@option("--name", required=True, help="How to call the owner of the key; a node calls its coordinator 'coordinator'.")
+@option("--name", required=True, help="Name for the owner of the key; for a node's coordinator it is 'coordinator'.")
 def allow_one(output: Output, *, folder: Path, public: Path, name: str) -> None:
-    """Let the owner of a public key speak with the process whose keys are in DIR."""
+    """Allow the owner of PUBLIC.key to connect to the process whose keys are in DIR."""
     from runtime.wire.keys import Keys, allow
 
     Keys(folder)
@@ -52,12 +56,12 @@ def allow_one(output: Output, *, folder: Path, public: Path, name: str) -> None:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True), metavar="DIR")
 @click.argument("name")
 def revoke_one(output: Output, *, folder: Path, name: str) -> None:
-    """Let NAME speak with the process whose keys are in DIR no more; a running pipeline lets it go at once."""
+    """Stop allowing NAME to connect to the process whose keys are in DIR; a running pipeline drops it at once."""
     from runtime.wire.keys import Keys, revoke
 
     Keys(folder)
     revoke(folder, name)
-    output.line(f"{name} is not allowed in {folder} any more.")
+    output.line(f"{name} is no longer allowed in {folder}.")
     output.result({"revoked": name})
 
 

@@ -11,9 +11,11 @@ from onnxsplit.cli.output import PLAN, Output, binary, make_command, option
 
 @make_command
 @PLAN
-@option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="The file to write.")
+@option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="Model file to write."
+)
 def command(output: Output, *, plan: Path, out: Path) -> None:
-    """Put the stages of the plan in DIR back into one model."""
+    """Join the stages of the plan in DIR into one model again."""
     from onnxsplit.files import check_outputs
     from onnxsplit.stages.merge import merge
 

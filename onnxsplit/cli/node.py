@@ -16,42 +16,57 @@ from onnxsplit.numbers import MOST_SECONDS
     "--connect",
     required=True,
     metavar="ADDR",
-    help="Address of the waiting pipeline, tcp://HOST:PORT or ipc://PATH.",
+    help="Address of the pipeline that waits for nodes: tcp://HOST:PORT or ipc://PATH.",
 )
 @option(
     "--stage",
     type=STAGE,
-    help="The stage to execute. Without it: any that is free; a pipeline with --elastic makes no new place for it.",
+    metavar="I",
+    help="Stage to execute. Without it: any stage that lacks a node; a pipeline with --elastic then adds no place.",
 )
 @option(
     "--plan",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Own copy of the plan. Without it: the pipeline's folder, or its stage's files are fetched from there.",
+    help="Own copy of the plan. Without it: the pipeline's folder if it is visible here, else the files are fetched.",
 )
-@option("--fetch", is_flag=True, help="Fetch them also where the pipeline's folder is seen from here.")
-@option("--cache", type=SizeParam(least=0), default="64G", help="Bytes that fetched stage files may take on this host.")
-@option("--host", metavar="NAME", help="This host in the cluster file. Without it: its own name.")
-@option("--bind", metavar="ADDR", help="Where to take tensors. Without it: any free port or path.")
-@option("--provider", help="cpu or cuda[:N]. Without it: the pipeline's choice.")
+@option("--fetch", is_flag=True, help="Fetch the stage's files even if the pipeline's folder is visible here.")
+@option(
+    "--cache", type=SizeParam(least=0), default="64G", help="Most bytes that fetched stage files may take on this host."
+)
+@option("--host", metavar="NAME", help="Name of this host in the cluster file. Without it: its host name.")
+@option("--bind", metavar="ADDR", help="Address to receive tensors at. Without it: any free port or path.")
+@option(
+    "--provider", metavar="PROVIDER", help="Execution provider: cpu or cuda[:N]. Without it: the pipeline's choice."
+)
 @threads_option
 @custom_ops_option
 @option(
     "--keys",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Keys that protect links by tcp. Without it: ~/.config/onnxsplit/keys, when it is there.",
+    help="Folder with the keys that protect TCP links. Without it: ~/.config/onnxsplit/keys, if it exists.",
 )
-@option("--insecure", is_flag=True, help="Let plain links leave this host.")
-@option("--advertise", metavar="ADDR", help="Where others reach --bind, when that is elsewhere, as behind a proxy.")
+@option("--insecure", is_flag=True, help="Allow unencrypted links to other hosts.")
+@option("--advertise", metavar="ADDR", help="Address at which others reach --bind, if it differs, as behind a proxy.")
 @option(
     "--rejoin",
     type=NumberParam(0, MOST_SECONDS),
     default=60.0,
-    help="Seconds to look for a pipeline that fell silent, or to wait for a place at one that has none, before ending.",
+    metavar="SECONDS",
+    help="Time to look for a silent pipeline, or to wait for a free place, before this node ends.",
 )
-@option("--shared-memory/--no-shared-memory", default=True, help="Whether tensors cross in shared memory on one host.")
-@option("--health", type=click.Path(path_type=Path), metavar="FILE", help="Tell probes how the node is, in this file.")
+@option(
+    "--shared-memory/--no-shared-memory",
+    default=True,
+    help="Send tensors through shared memory between nodes of one host.",
+)
+@option(
+    "--health",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File in which the node reports its health, for liveness probes.",
+)
 def command(
     output: Output,
     *,
@@ -72,7 +87,7 @@ def command(
     shared_memory: bool,
     health: Path | None,
 ) -> None:
-    """Execute one stage for a pipeline that waits at ADDR (Pipeline.listen), until it ends."""
+    """Execute one stage for the pipeline that waits at ADDR (Pipeline.listen), until that pipeline ends."""
     import logging
 
     from onnxsplit.custom_ops import find_libraries

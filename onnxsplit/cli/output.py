@@ -1,4 +1,4 @@
-"""What commands share: options, progress on a terminal, tables, JSON, and one message for an error."""
+"""Parts that all commands share: options, progress on a terminal, tables, JSON, and error messages."""
 
 from __future__ import annotations
 
@@ -26,39 +26,65 @@ PLAN = click.argument("plan", type=click.Path(path_type=Path), metavar="DIR")
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 
 
+class SectionOption(click.Option):
+    """An option that the help of its command lists under a heading.
+
+    Attributes:
+        section: the heading; options without one are listed last, as "Options".
+    """
+
+    def __init__(self, *names: Any, section: str = "", **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.section = section
+
+
 def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
-    """An option whose help names its environment variable."""
-    return click.option(*names, show_envvar=True, **settings)
+    """An option whose help names its environment variable; ``section`` is the heading that the help lists it under."""
+    return click.option(*names, cls=SectionOption, show_envvar=True, **settings)
 
 
 def threads_option(command: Command) -> Command:
     """``--threads``."""
-    return option("--threads", type=THREADS, help="Threads of every session.")(command)
+    return option("--threads", type=THREADS, metavar="N", help="Number of threads of every session.")(command)
 
 
-def inputs_option(command: Command) -> Command:
+def inputs_option(command: Command, section: str = "") -> Command:
     """``--inputs``."""
-    return option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="Example inputs by name.")(
-        command
-    )
+    return option(
+        "--inputs",
+        type=click.Path(path_type=Path),
+        metavar="FILE.npz",
+        section=section,
+        help="File with example inputs by name.",
+    )(command)
 
 
-def dims_option(command: Command) -> Command:
-    """``--dim NAME=N``, many times."""
+def dims_option(command: Command, section: str = "") -> Command:
+    """``--dim NAME=N``, repeatable."""
     return option(
         "--dim",
         "dims",
         multiple=True,
         metavar="NAME=N",
+        section=section,
         callback=_parse_dims,
-        help="Size of a free dimension; 0 for a past that is empty. Repeatable.",
+        help="Size of a free dimension that costs are taken at; 0 for an empty past. Repeatable.",
     )(command)
 
 
-def io_options(command: Command) -> Command:
-    """``--outputs``, ``--drop-output``, ``--keep-input``: what of the model is cut."""
-    for names, metavar, callback, text in reversed(_ENDS):
-        command = option(*names, multiple=True, metavar=metavar, callback=callback, help=text)(command)
+def io_options(command: Command, section: str = "") -> Command:
+    """``--outputs``, ``--drop-output``, ``--keep-input``: the inputs and outputs that the model is cut with."""
+    for names, metavar, callback, text in reversed(_IO_OPTIONS):
+        settings = {"metavar": metavar, "callback": callback, "section": section, "help": text}
+        command = option(*names, multiple=True, **settings)(command)
+    return command
+
+
+def examine_options(command: Command) -> Command:
+    """Options of commands that examine a model: costs, sizes, example inputs, inputs and outputs, custom ops."""
+    section = "The model and its costs"
+    for add in (custom_ops_option, io_options, inputs_option, dims_option, costs_option):
+        command = add(command, section)
     return command
 
 
@@ -68,41 +94,44 @@ def _parse_outputs(
     return tuple(name.strip() for text in value for name in text.split(",") if name.strip()) if value else None
 
 
-_ENDS: tuple[tuple[tuple[str, ...], str, Callable[..., Any] | None, str], ...] = (
-    (("--outputs",), "NAME,NAME", _parse_outputs, "Cut for these outputs alone. Repeatable."),
-    (("--drop-output", "drop_outputs"), "NAME", None, "Leave this output out. Repeatable."),
+_IO_OPTIONS: tuple[tuple[tuple[str, ...], str, Callable[..., Any] | None, str], ...] = (
+    (("--outputs",), "NAME,NAME", _parse_outputs, "Keep only these outputs of the model. Repeatable."),
+    (("--drop-output", "drop_outputs"), "NAME", None, "Leave out this output. Repeatable."),
     (
         ("--keep-input", "keep_inputs"),
         "NAME",
         None,
-        "Leave this input with a default an input: without it, it becomes a constant. Repeatable.",
+        "Keep this input, which has a default value, as an input; otherwise it becomes a constant. Repeatable.",
     ),
 )
 
 
-def custom_ops_option(command: Command) -> Command:
-    """``--custom-ops``, many times. It loads code, so neither the environment nor a settings file can give it."""
+def custom_ops_option(command: Command, section: str = "") -> Command:
+    """``--custom-ops``, repeatable. It loads code, so neither the environment nor a settings file can give it."""
     return option(
         "--custom-ops",
         "custom_ops",
         multiple=True,
         allow_from_autoenv=False,
         metavar="FILE.so",
-        help="Library of custom ops that the model needs, or onnxruntime-extensions. It runs here as code. Repeatable.",
+        section=section,
+        help="Library of custom ops that the model needs, or onnxruntime-extensions. Its code runs on this host. "
+        "Repeatable.",
     )(command)
 
 
 def custom_ops_words(given: Sequence[str]) -> str:
-    """``--custom-ops`` as it was given, for a command to run next."""
+    """``--custom-ops`` as it was given, for the text of the command to run next."""
     return "".join(f" --custom-ops {text}" for text in given)
 
 
-def costs_option(command: Command) -> Command:
+def costs_option(command: Command, section: str = "") -> Command:
     """``--costs``."""
     return option(
         "--costs",
         type=click.Choice(["measured", "analytic"]),
-        help="Where times come from. Without it: measured where the model runs here, else analytic.",
+        section=section,
+        help="Source of the times of ops. Without it: measured if the model runs on this host, else analytic.",
     )(command)
 
 
@@ -118,7 +147,7 @@ def _parse_dims(context: click.Context, parameter: click.Parameter, value: Seque
 
 
 class Output:
-    """What a command says: results on stdout, progress and errors on stderr."""
+    """Output of a command: results go to stdout, progress and errors to stderr."""
 
     def __init__(self, *, as_json: bool, quiet: bool = False, verbose: bool = False) -> None:
         self.as_json = as_json
@@ -128,7 +157,7 @@ class Output:
         self._shown = False
 
     def say(self, what: str) -> None:
-        """Progress: one line that is replaced, on a terminal only; a line each when verbose."""
+        """Show progress: one line that is replaced, only on a terminal; with ``--verbose``, a line for each step."""
         if self._verbose:
             click.echo(what, err=True)
         elif self._progress:
@@ -145,27 +174,27 @@ class Output:
             self._shown = False
 
     def line(self, text: str = "") -> None:
-        """A line for people; nothing when quiet or with ``--json``."""
+        """Print a line for people; nothing with ``--quiet`` or ``--json``."""
         if not self._quiet:
             click.echo(text)
 
     def note(self, text: str) -> None:
-        """A remark for people on stderr."""
+        """Print a remark for people on stderr."""
         click.echo(text, err=True)
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """The one JSON object of ``--json``."""
+        """Print the one JSON object of ``--json``; nothing without it."""
         if self.as_json:
             click.echo(msgspec.json.encode(value, enc_hook=_printable))
 
     def fail(self, error: Exception) -> int:
-        """Say what went wrong, in one message; with ``--verbose``, of what nobody foresaw, where too.
+        """Print one message about an error; with ``--verbose``, also the traceback of an unforeseen one.
 
         Returns:
             The exit code.
         """
         self.done()
-        kind, message = _in_words(error)
+        kind, message = _described(error)
         message = _printable(message)
         if self._verbose and not isinstance(error, OnnxsplitError):
             traceback.print_exception(error)
@@ -174,7 +203,7 @@ class Output:
         return 1
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table for people: the first column to the left, the others to the right."""
+        """Print a table for people: the first column is aligned to the left, the others to the right."""
         if self._quiet:
             return
         from rich.box import SIMPLE_HEAD
@@ -192,12 +221,23 @@ class Output:
 class ManyValues(click.Command):
     """A command whose repeatable options also take several values at once: ``--dim a=1 b=2``."""
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under the headings of their sections; those without one come last."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        for parameter in sorted(options, key=lambda one: not getattr(one, "section", "")):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(parameter, "section", "") or "Options", []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Write ``--dim a b`` as ``--dim a --dim b``; what the arguments still need is left to them."""
+        """Write ``--dim a b`` as ``--dim a --dim b``; the last values are left to arguments that still need one."""
         options = {name: p for p in self.params if isinstance(p, click.Option) for name in p.opts}
         wanted = sum(isinstance(p, click.Argument) for p in self.params)
         result: list[str] = []
-        spare: list[int] = []  # places in the result of values that an argument could claim instead
+        spare: list[int] = []  # positions in the result of values that an argument could take instead
         many, position = None, 0
         while position < len(args):
             token = args[position]
@@ -220,17 +260,20 @@ class ManyValues(click.Command):
 
 
 class FilePath(click.Path):
-    """A file or a folder. An empty name is refused: to pathlib it is the folder that the command runs in."""
+    """A file or a folder. An empty name is refused, because pathlib takes it for the current folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path."""
+        """Return the path, or fail on an empty name."""
         if value == "":
             self.fail("the name is empty; name a file or a folder", param, ctx)
         return super().convert(value, param, ctx)
 
 
 def make_command(function: Callable[..., Any]) -> click.Command:
-    """Make a command of a function that takes an :class:`Output` first: adds ``--json``, ``-q``, ``-v`` and errors."""
+    """Make a command of a function whose first argument is an :class:`Output`.
+
+    Adds ``--json``, ``-q`` and ``-v``, and turns every error into one message.
+    """
 
     @functools.wraps(function)
     def wrapped(*, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
@@ -240,8 +283,8 @@ def make_command(function: Callable[..., Any]) -> click.Command:
 
     run: Command = wrapped
     for names, variable, words in (
-        (("-v", "--verbose"), "ONNXSPLIT_VERBOSE", "Say each step, a line each, on stderr."),
-        (("-q", "--quiet"), "ONNXSPLIT_QUIET", "Say nothing but errors."),
+        (("-v", "--verbose"), "ONNXSPLIT_VERBOSE", "Print a line for each step on stderr."),
+        (("-q", "--quiet"), "ONNXSPLIT_QUIET", "Print nothing but errors."),
         (("--json", "as_json"), "ONNXSPLIT_JSON", "Print one JSON object instead of text."),
     ):
         run = option(*names, is_flag=True, envvar=variable, help=words)(run)
@@ -268,8 +311,8 @@ def _messages(output: Output) -> Iterator[None]:
         output.done()
 
 
-def _in_words(error: Exception) -> tuple[str, str]:
-    """An error's type, as ``--json`` names it, and what to tell a user."""
+def _described(error: Exception) -> tuple[str, str]:
+    """An error's type, as ``--json`` names it, and the message for a user."""
     kind = type(error).__name__
     match error:
         case OnnxsplitError():
@@ -278,25 +321,25 @@ def _in_words(error: Exception) -> tuple[str, str]:
             what = error.strerror or one_line(error)
             return "OSError", f"{os.fsdecode(error.filename)}: {what}" if error.filename is not None else what
         case MemoryError():
-            return kind, "there is not enough memory for this; free some, or take a smaller model or smaller sizes"
+            return kind, "there is not enough memory for this; free some, or use a smaller model or smaller sizes"
         case RecursionError():
-            return kind, "what was given is nested too deeply to be read"
+            return kind, "the input is nested too deeply to be read"
         case _:
-            return kind, f"internal error: {in_one_line(error)}. Please report it with what -v shows"
+            return kind, f"internal error: {in_one_line(error)}. Please report it with the output of -v"
 
 
 def _printable(value: object) -> str:
-    """Text for JSON and messages; parts of file names that are not text come out as escapes."""
+    """A value as text for JSON and messages; bytes of file names that are not text become escapes."""
     return str(value).encode(errors="backslashreplace").decode()
 
 
 def milliseconds(time_ns: float) -> str:
-    """``12.3 ms``."""
+    """A time as text: ``12.3 ms``."""
     return f"{time_ns / 1e6:.3g} ms" if time_ns < 1e6 else f"{time_ns / 1e6:,.1f} ms"
 
 
 def binary(size_bytes: float) -> str:
-    """``1.5 MiB``."""
+    """A number of bytes as text: ``1.5 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size_bytes < 1024 or unit == "GiB":
             return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
@@ -305,5 +348,5 @@ def binary(size_bytes: float) -> str:
 
 
 def percent(share: float) -> str:
-    """``12.3 %``."""
+    """A share as text: ``12.3 %``."""
     return f"{share * 100:.1f} %"

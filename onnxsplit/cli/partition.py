@@ -12,12 +12,8 @@ from onnxsplit.cli.output import (
     MODEL,
     Output,
     binary,
-    costs_option,
-    custom_ops_option,
     custom_ops_words,
-    dims_option,
-    inputs_option,
-    io_options,
+    examine_options,
     make_command,
     milliseconds,
     option,
@@ -30,6 +26,8 @@ if TYPE_CHECKING:
     from onnxsplit.plan import BatchClaim, Plan
     from onnxsplit.planning.result import PlanningResult
 
+_DEVICES, _CUTS = "Stages and devices", "Where to cut"
+_SEARCH, _RESULTS = "The search", "Results"
 _EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs", "custom_ops")
 
 
@@ -59,14 +57,60 @@ def _note_former_name(output: Output, former: str, name: str) -> None:
     "--stages",
     type=StageCountParam(),
     metavar="K|auto",
-    help="Number of stages; auto: the fewest that fit --max-memory. Without it: the GPUs found, else 2.",
+    section=_DEVICES,
+    help="Number of stages. auto: the fewest that fit --max-memory. Without it: the number of GPUs, else 2.",
+)
+@option(
+    "--devices",
+    type=NODES,
+    metavar="N",
+    section=_DEVICES,
+    help="Number of devices of this host, for --parallel data and hybrid.",
+)
+@option(
+    "--parallel",
+    type=click.Choice(["model", "data", "hybrid"]),
+    default="model",
+    section=_DEVICES,
+    help="How devices share the work. model: each runs one stage; data: each runs the whole model; "
+    "hybrid: stages have replicas.",
+)
+@option(
+    "--provider",
+    default="auto",
+    metavar="PROVIDER",
+    section=_DEVICES,
+    help="Execution provider: cpu, cuda[:N], auto, or one for each stage, as 0=cuda:0,1=cpu.",
+)
+@option(
+    "--cluster",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    section=_DEVICES,
+    help="Cluster file with the devices and links to cut for; onnxsplit cluster init writes one.",
+)
+@option(
+    "--place",
+    multiple=True,
+    metavar="PATTERN=DEVICE",
+    callback=_pairs,
+    section=_DEVICES,
+    help="Run the ops whose names match PATTERN only on this device of the cluster. Repeatable.",
+)
+@option(
+    "--max-memory",
+    type=SizeParam(),
+    metavar="SIZE",
+    section=_DEVICES,
+    help="Most memory that a stage may take, as 512M or 2.5G.",
 )
 @option(
     "--strategy",
     type=click.Choice(["layer", "network", "task"]),
     default="network",
-    help="Where cuts may be: "
-    "between layers in the model's order, anywhere in its graph, or a part for each output behind a backbone.",
+    section=_CUTS,
+    help="Where cuts are allowed. layer: between layers in the model's order; network: anywhere in the graph; "
+    "task: before each output's own part, behind a shared backbone.",
 )
 @option(
     "--task",
@@ -74,52 +118,75 @@ def _note_former_name(output: Output, former: str, name: str) -> None:
     multiple=True,
     metavar="OUT,OUT",
     callback=_groups,
-    help="Outputs that share a part, for --strategy task. Repeatable.",
+    section=_CUTS,
+    help="Outputs that share one part, for --strategy task. Repeatable.",
 )
+@option("--cut-at", multiple=True, metavar="TENSOR", section=_CUTS, help="Cut at exactly these tensors. Repeatable.")
 @option(
-    "--parallel",
-    type=click.Choice(["model", "data", "hybrid"]),
-    default="model",
-    help="A device a stage, the whole model on every device, or devices divided into stages and replicas.",
+    "--also-cut",
+    multiple=True,
+    metavar="TENSOR",
+    section=_CUTS,
+    help="Cut at this tensor, in addition to the cuts that the search chooses. Repeatable.",
 )
-@option("--devices", type=NODES, help="Devices of this host, for --parallel data and hybrid.")
-@option("--cluster", type=click.Path(path_type=Path), metavar="FILE", help="Devices and links to cut for.")
+@option("--no-cut", multiple=True, metavar="TENSOR", section=_CUTS, help="Never cut at this tensor. Repeatable.")
+@option("--cut", multiple=True, hidden=True)  # former name of --also-cut
+@option("--keep", multiple=True, hidden=True)  # former name of --no-cut
+@option(
+    "--together",
+    multiple=True,
+    metavar="PATTERN",
+    section=_CUTS,
+    help="Keep the ops whose names match PATTERN in one stage, as '/layer3/*'. Repeatable.",
+)
+@examine_options
 @option(
     "--objective",
     type=click.Choice(["throughput", "latency", "memory"]),
     default="throughput",
-    help="What is to be small: the slowest stage, the time of a request, or the largest stage in memory.",
+    section=_SEARCH,
+    help="What to minimise. throughput: time of the slowest stage; latency: time of one request; "
+    "memory: need of the largest stage.",
 )
-@option("--max-memory", type=SizeParam(), metavar="SIZE", help="Memory no stage may exceed, as 512M or 2.5G.")
-@option("--cut-at", multiple=True, metavar="TENSOR", help="Cut exactly here. Repeatable.")
-@option("--also-cut", multiple=True, metavar="TENSOR", help="Cut here, and wherever else it pays. Repeatable.")
-@option("--no-cut", multiple=True, metavar="TENSOR", help="Do not cut here. Repeatable.")
-@option("--cut", multiple=True, hidden=True)  # former name of --also-cut
-@option("--keep", multiple=True, hidden=True)  # former name of --no-cut
-@option(
-    "--together", multiple=True, metavar="PATTERN", help="Keep matching ops in one stage, as '/layer3/*'. Repeatable."
-)
-@option("--place", multiple=True, metavar="PATTERN=DEVICE", callback=_pairs, help="Run matching ops there. Repeatable.")
-@option(
-    "-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Plan directory. Without it: MODEL.plan here."
-)
-@option("--provider", default="auto", help="cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu.")
-@costs_option
-@dims_option
-@inputs_option
-@io_options
-@custom_ops_option
 @option(
     "--rounds",
     type=click.IntRange(0, MOST_ROUNDS),
     default=3,
-    help="Times the real stages are run to correct the cut, at most.",
+    metavar="N",
+    section=_SEARCH,
+    help="Most rounds in which the real stages run and the cut is corrected.",
 )
-@option("--gap", type=ShareParam(), default="0%", help="Search until the cut is proven to be this close to the best.")
-@option("--time-limit", type=SecondsParam(), default="10s", help="Time for one search.")
-@option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report to look at, too.")
-@option("--annotate", type=click.Path(path_type=Path), metavar="FILE", help="Write the model with the plan in it, too.")
-@option("--dry-run", is_flag=True, help="Show the plan and write no plan.")
+@option(
+    "--gap",
+    type=ShareParam(),
+    default="0%",
+    section=_SEARCH,
+    help="Stop when the cut is proven to be within this share of the best one.",
+)
+@option("--time-limit", type=SecondsParam(), default="10s", section=_SEARCH, help="Most time that one search may take.")
+@option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    section=_RESULTS,
+    help="Plan directory to write. Without it: MODEL.plan in the current folder.",
+)
+@option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    section=_RESULTS,
+    help="Also write a report: one HTML page with drawings.",
+)
+@option(
+    "--annotate",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    section=_RESULTS,
+    help="Also write a copy of the model that names the stage of each op.",
+)
+@option("--dry-run", is_flag=True, section=_RESULTS, help="Show the plan without writing it.")
 def command(
     output: Output,
     *,
@@ -130,7 +197,7 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Cut MODEL into cost-balanced stages and write a plan directory."""
+    """Cut MODEL, an ONNX file, into stages of balanced cost, and write a plan directory."""
     from onnxsplit.files import check_outputs
     from onnxsplit.model.dominant_op import explain_dominant_op
     from onnxsplit.planning import planner
@@ -167,7 +234,7 @@ def command(
 
 
 def _beside(output: Output, made: PlanningResult, html: Path | None, annotate: Path | None) -> list[Path]:
-    """Write what else was asked for."""
+    """Write the annotated model and the report, where they are asked for; returns the files."""
     files: list[Path] = []
     if annotate is not None:
         from onnxsplit.views import annotate as annotation
@@ -182,12 +249,13 @@ def _beside(output: Output, made: PlanningResult, html: Path | None, annotate: P
     return files
 
 
-def _no_longer_asked(inputs: tuple[str, ...]) -> str:
+def _also_dropped(inputs: tuple[str, ...]) -> str:
+    """Words on the inputs that were dropped with an output."""
     return f", and with it the input {', '.join(inputs)}, which nothing else needs" if inputs else ""
 
 
 def _show(output: Output, plan: Plan) -> None:
-    """The stages in a table, and what is proven."""
+    """Print the stages as a table, and the proven bound."""
     costs, prediction = plan.costs, plan.prediction
     stage_times = [s.measured_time_ns or s.predicted_time_ns for s in plan.stages]
     sent = [sum(cut.bytes for cut in plan.cuts if cut.from_stage == stage.index) for stage in plan.stages]
@@ -220,7 +288,7 @@ def _show(output: Output, plan: Plan) -> None:
     output.line(f"Times are {costs.source}" + (f": {costs.note}" if costs.note else "."))
     if prediction.lower_bound_bytes is not None:
         output.line(
-            f"Largest need of memory {binary(prediction.peak_memory_bytes or 0)}; no cut is below "
+            f"Largest memory of a stage {binary(prediction.peak_memory_bytes or 0)}; no cut is below "
             f"{binary(prediction.lower_bound_bytes)} (gap {percent(prediction.gap)})."
         )
     else:
@@ -234,7 +302,7 @@ def _show(output: Output, plan: Plan) -> None:
     if plan.batch is not None:
         output.line(_rows_text(plan, plan.batch))
     if plan.dropped_outputs:
-        output.line(f"Left out: the output {', '.join(plan.dropped_outputs)}" + _no_longer_asked(plan.dropped_inputs))
+        output.line(f"Left out: the output {', '.join(plan.dropped_outputs)}" + _also_dropped(plan.dropped_inputs))
     for name in plan.defaults:
         output.line(f"Input {name} stays an input; a request that leaves it out gets the model's own value.")
     for library in plan.custom_ops:
@@ -245,9 +313,9 @@ def _show(output: Output, plan: Plan) -> None:
 
 
 def _rows_text(plan: Plan, claim: BatchClaim) -> str:
-    """Which inputs and outputs carry rows, or why requests are neither split nor joined."""
+    """Words on the inputs and outputs that have a batch axis, or on why requests are neither split nor joined."""
     if claim.why_not:
         return f"Batches are neither split nor joined: {claim.why_not}."
     axes = {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *plan.outputs)}
     carrying = ", ".join(f"{name} (axis {axis})" for name, axis in axes.items() if axis is not None)
-    return f"Rows of a batch: {carrying}. Proven by the model's structure; {claim.trials} trials agree."
+    return f"Batch axes: {carrying}. The model's structure proves them; {claim.trials} trials agree."

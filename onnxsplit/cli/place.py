@@ -15,19 +15,31 @@ if TYPE_CHECKING:
 
 @make_command
 @PLAN
-@option("--cluster", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The devices and links.")
-@option("-o", "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write another plan. Without it: this one.")
+@option(
+    "--cluster",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="Cluster file with the devices and links.",
+)
+@option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Plan directory to write. Without it: DIR is changed.",
+)
 @option(
     "--parallel",
     type=click.Choice(["model", "hybrid"]),
     default="model",
-    help="A device a stage, or replicas on those that are left.",
+    help="How devices are used. model: one device for each stage; hybrid: the remaining devices run replicas.",
 )
 def command(output: Output, *, plan: Path, cluster: Path, out: Path | None, parallel: Parallel) -> None:
-    """Give the stages of the plan in DIR other devices, without cutting the model anew."""
+    """Move the stages of the plan in DIR to the devices of a cluster, without cutting the model again."""
     from onnxsplit.planning.place import place
 
-    found = place(plan, cluster, out=out, parallel=parallel)
+    placed = place(plan, cluster, out=out, parallel=parallel)
     rows: list[tuple[Any, ...]] = [
         (
             f"stage {stage.index}",
@@ -35,13 +47,13 @@ def command(output: Output, *, plan: Path, cluster: Path, out: Path | None, para
             ", ".join(stage.devices),
             ", ".join(stage.hosts),
         )
-        for stage in found.stages
+        for stage in placed.stages
     ]
     output.table(("", "predicted", "devices", "hosts"), rows)
-    prediction = found.prediction
+    prediction = placed.prediction
     output.line(
-        f"\nBottleneck {milliseconds(prediction.bottleneck_ns)} with transfers; no placing of these stages is below "
+        f"\nBottleneck {milliseconds(prediction.bottleneck_ns)} with transfers; no placement of these stages is below "
         f"{milliseconds(prediction.lower_bound_ns)} (gap {percent(prediction.gap)})."
     )
     output.line(f"Wrote {out or plan}. Next: onnxsplit serve {out or plan}")
-    output.result({"plan": out or plan, "summary": found})
+    output.result({"plan": out or plan, "summary": placed})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from onnxsplit.numbers import MOST_SECONDS
 
 if TYPE_CHECKING:
     from onnxsplit.tensors import Array
+    from runtime.coordinator.status import NodeStats
 
 
 @make_command
@@ -27,14 +28,25 @@ if TYPE_CHECKING:
     "--inputs",
     type=click.Path(path_type=Path),
     metavar="FILE.npz",
-    help="Inputs by name. Without it: the plan's example.",
+    help="File with the inputs by name. Without it: the plan's example inputs.",
 )
-@option("--outputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="Where to write the outputs.")
-@option("--outputs-only", multiple=True, metavar="NAME", help="Only this output or cut tensor. Repeatable.")
+@option("--outputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="File to write the outputs to.")
+@option("--outputs-only", multiple=True, metavar="NAME", help="Return only this output or cut tensor. Repeatable.")
 @running_options
 @tracing_options
-@option("--repeat", type=click.IntRange(1, 1_000_000_000), default=1, help="Send the request this many times.")
-@option("--timeout", type=NumberParam(0, MOST_SECONDS, min_open=True), help="Seconds a request may take.")
+@option(
+    "--repeat",
+    type=click.IntRange(1, 1_000_000_000),
+    default=1,
+    metavar="N",
+    help="Number of times to send the request.",
+)
+@option(
+    "--timeout",
+    type=NumberParam(0, MOST_SECONDS, min_open=True),
+    metavar="SECONDS",
+    help="Most time that one request may take.",
+)
 def command(
     output: Output,
     *,
@@ -46,9 +58,9 @@ def command(
     timeout: float | None,
     **running: Any,
 ) -> None:
-    """Start the nodes of the plan in DIR, run one set of inputs through them, write the outputs, stop the nodes.
+    """Start the nodes of the plan in DIR, run them on one set of inputs, write the outputs, and stop the nodes.
 
-    SIGTERM ends a long --repeat: what was sent is answered, nothing more is sent.
+    SIGTERM ends a long --repeat: the requests that were sent are answered, and no more are sent.
     """
     from onnxsplit.files import check_outputs
     from onnxsplit.npz import load_npz, save_npz
@@ -65,12 +77,33 @@ def command(
         output.say("running")
         begun = time.monotonic()
         wanted = outputs_only or None
-        asked, found = _repeat(lambda: pipeline.submit(given, outputs=wanted, timeout=timeout), repeat)
+        sent, results = _repeat(lambda: pipeline.submit(given, outputs=wanted, timeout=timeout), repeat)
         ran_s = time.monotonic() - begun
         stats = pipeline.stats()
     output.done()
     write_trace(output, pipeline, running["trace"])
-    output.table(("output", "type", "shape"), [(name, str(a.dtype), str(list(a.shape))) for name, a in found.items()])
+    _show(output, results, stats)
+    output.line(f"\n{len(stats)} nodes ready in {started_s:.2f} s, {sent} request(s) in {ran_s:.3f} s.")
+    if outputs is not None:
+        save_npz(outputs, results)
+        output.line(f"Wrote {outputs}. Next: onnxsplit bench {plan}{custom_ops_words(running['custom_ops'])}")
+    else:
+        output.line("The outputs were not written; name a file with --outputs FILE.npz")
+    output.result(
+        {
+            "outputs": {name: {"dtype": str(a.dtype), "shape": a.shape} for name, a in results.items()},
+            "file": outputs,
+            "start_s": started_s,
+            "run_s": ran_s,
+            "requests": sent,
+            "nodes": stats,
+        }
+    )
+
+
+def _show(output: Output, results: Mapping[str, Array], stats: Sequence[NodeStats]) -> None:
+    """Print the outputs of the last request, and what each node did."""
+    output.table(("output", "type", "shape"), [(name, str(a.dtype), str(list(a.shape))) for name, a in results.items()])
     output.line()
     output.table(
         ("stage", "requests", "waited", "ran"),
@@ -80,26 +113,10 @@ def command(
             if s.requests
         ],
     )
-    output.line(f"\n{len(stats)} nodes ready in {started_s:.2f} s, {asked} request(s) in {ran_s:.3f} s.")
-    if outputs is not None:
-        save_npz(outputs, found)
-        output.line(f"Wrote {outputs}. Next: onnxsplit bench {plan}{custom_ops_words(running['custom_ops'])}")
-    else:
-        output.line("Nothing was written; name a file with --outputs FILE.npz")
-    output.result(
-        {
-            "outputs": {name: {"dtype": str(a.dtype), "shape": a.shape} for name, a in found.items()},
-            "file": outputs,
-            "start_s": started_s,
-            "run_s": ran_s,
-            "requests": asked,
-            "nodes": stats,
-        }
-    )
 
 
 def _repeat(submit: Callable[[], Future[dict[str, Array]]], times: int) -> tuple[int, dict[str, Array]]:
-    """Send a request so many times, or until SIGTERM; the number sent, and the last answer when all are there."""
+    """Send a request this many times, or until SIGTERM; returns the number sent, and the last answer."""
     ending: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: ending.append(number))
     try:

@@ -20,27 +20,27 @@ _BETWEEN_S = 0.5
 
 
 @make_command
-@option("--pid", type=click.IntRange(1, 1 << 22), help="Only the pipeline that this process runs.")
-@option("--once", is_flag=True, help="Show it once, also on a terminal.")
-@option("--every", type=NumberParam(0.1, 86_400), default=1.0, help="Seconds between two looks.")
+@option("--pid", type=click.IntRange(1, 1 << 22), metavar="PID", help="Show only the pipeline of this process.")
+@option("--once", is_flag=True, help="Show the pipelines once, even on a terminal.")
+@option("--every", type=NumberParam(0.1, 86_400), default=1.0, metavar="SECONDS", help="Time between two updates.")
 def command(output: Output, *, pid: int | None, once: bool, every: float) -> None:
-    """Show the pipelines that run on this host: a row a node; first of all, what failed first. Ctrl-C ends it."""
+    """Show the pipelines that run on this host: the first failure, then one row for each node. Stop with Ctrl-C."""
     live = sys.stdout.isatty() and not once and not output.as_json
     if live:
         from rich.live import Live
 
-        before = _look(pid)
+        before = _snapshots(pid)
         time.sleep(_BETWEEN_S)
-        now = _look(pid)
+        now = _snapshots(pid)
         with Live(_tables(before, now), auto_refresh=False, screen=True) as screen:
             while True:
                 time.sleep(every)
-                before, now = now, _look(pid)
+                before, now = now, _snapshots(pid)
                 screen.update(_tables(before, now), refresh=True)
-    before = _look(pid)
+    before = _snapshots(pid)
     if before:
         time.sleep(_BETWEEN_S)
-    now = _look(pid)
+    now = _snapshots(pid)
     if not now:
         output.line("No pipeline is running on this host. Start one with: onnxsplit run DIR, or runtime.Pipeline.")
     elif not output.as_json:
@@ -50,15 +50,17 @@ def command(output: Output, *, pid: int | None, once: bool, every: float) -> Non
     output.result({"pipelines": list(now.values())})
 
 
-def _look(pid: int | None) -> dict[int, Snapshot]:
+def _snapshots(pid: int | None) -> dict[int, Snapshot]:
+    """Snapshots of the pipelines on this host by process."""
     from runtime.coordinator.status import ask
     from runtime.home import running
 
-    found = [snapshot for door in running() if (snapshot := ask(door)) is not None]
-    return {snapshot.pid: snapshot for snapshot in found if pid in (None, snapshot.pid)}
+    snapshots = [snapshot for address in running() if (snapshot := ask(address)) is not None]
+    return {snapshot.pid: snapshot for snapshot in snapshots if pid in (None, snapshot.pid)}
 
 
 def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
+    """One table for each pipeline; rates are taken between two snapshots."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
@@ -73,7 +75,7 @@ def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
         parts.append(
             Text(
                 f"{snapshot.plan}  (process {pid}, {snapshot.state}): {snapshot.requests} requests, "
-                f"{snapshot.in_flight} in flight, {snapshot.waiting} waiting for a node, {snapshot.retries} made again"
+                f"{snapshot.in_flight} in flight, {snapshot.waiting} waiting for a node, {snapshot.retries} retried"
             )
         )
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)

@@ -1,9 +1,8 @@
-"""Standard output and standard error, where they may be full, closed, or read by nobody any more.
+"""Standard output and standard error that are full, closed, or no longer read.
 
-standard output full        one message on standard error, exit code 1
-standard output closed      the same
-its reader is gone          no message, exit code 141, as of a program that SIGPIPE ends (``onnxsplit ... | head``)
-standard error full or gone what is said there is lost, and nothing else changes
+standard output is full or closed     one message on standard error, exit code 1
+its reader is gone                    no message, exit code 141, as after SIGPIPE (``onnxsplit ... | head``)
+standard error is full or closed      messages are lost; nothing else changes
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ _STDIN, _STDOUT, _STDERR = range(3)
 
 
 class OutputFailed(Exception):
-    """Standard output takes nothing more.
+    """Standard output cannot be written to.
 
     Attributes:
-        code: what the process is to exit with.
+        nobody_reads: whether the reader of a pipe is gone.
+        code: the exit code of the process.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -33,7 +33,7 @@ class OutputFailed(Exception):
 
 class _Stdout(io.FileIO):
     def write(self, data: Any) -> int:
-        """Write, and say so in our own words when it fails: this is the one place that all output goes through."""
+        """Write; a failure is an :class:`OutputFailed`. All output passes through here."""
         try:
             return super().write(data)
         except OSError as error:
@@ -42,7 +42,7 @@ class _Stdout(io.FileIO):
 
 class _Stderr(io.FileIO):
     def write(self, data: Any) -> int:
-        """Write what can be written; there is no other place to complain at."""
+        """Write what can be written; a failure cannot be reported anywhere."""
         try:
             return super().write(data)
         except OSError:
@@ -50,18 +50,18 @@ class _Stderr(io.FileIO):
 
 
 def prepare() -> None:
-    """Make both streams behave as said above, and keep the three standard descriptors from becoming other files."""
+    """Make both streams behave as described above, and keep the three standard descriptors off other files."""
     for descriptor in (_STDIN, _STDOUT, _STDERR):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed by whoever started us; open() takes the lowest number that is free: this one
+        except OSError:  # closed by the parent; open() takes the lowest free number, which is this one
             os.open(os.devnull, os.O_RDONLY if descriptor == _STDOUT else os.O_RDWR)
     sys.stdout = _text(_Stdout(_STDOUT, "w", closefd=False), sys.stdout)
     sys.stderr = _text(_Stderr(_STDERR, "w", closefd=False), sys.stderr)
 
 
 def _text(raw: io.FileIO, before: Any) -> io.TextIOWrapper:
-    """A text stream; what its encoding lacks, and parts of file names that are not text, come out as escapes."""
+    """A text stream. Characters that its encoding lacks, and bytes of file names that are not text, become escapes."""
     is_stderr = raw.fileno() == _STDERR
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
@@ -73,7 +73,7 @@ def _text(raw: io.FileIO, before: Any) -> io.TextIOWrapper:
 
 
 def drop_output() -> None:
-    """Let everything that is still to be written to standard output go nowhere."""
+    """Discard everything that is still to be written to standard output."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, _STDOUT)
     os.close(nowhere)

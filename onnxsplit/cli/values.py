@@ -1,4 +1,4 @@
-"""Values that options take: counts, sizes, shares, times. Each has bounds, and none takes infinity or ``nan``."""
+"""Types of option values: counts, sizes, shares and times. Each has bounds; none accepts infinity or ``nan``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ STAGE = click.IntRange(0, MOST_NODES - 1)
 
 
 class StageCountParam(click.ParamType):  # type: ignore[type-arg]  # older click has no parameter here
-    """A number, or ``auto``."""
+    """A number of stages, or ``auto``."""
 
     name = "count"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
+        """Parse the text of an option."""
         if value == "auto" or isinstance(value, int):
             return value
         count = parse_whole(value, MOST_NODES)
@@ -31,10 +31,10 @@ class StageCountParam(click.ParamType):  # type: ignore[type-arg]  # older click
 
 
 class SizeParam(click.ParamType):  # type: ignore[type-arg]  # as above
-    """Bytes, with K, M, G or T for powers of 1024.
+    """A number of bytes, with K, M, G or T for powers of 1024.
 
     Args:
-        least: bytes that it must be at least.
+        least: the smallest size that is accepted, in bytes.
     """
 
     name = "size"
@@ -43,50 +43,52 @@ class SizeParam(click.ParamType):  # type: ignore[type-arg]  # as above
         self._least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
-        found = value if isinstance(value, int) else parse_size(value)
-        if found is None or not self._least <= found <= MOST_BYTES:
-            self.fail(f"{value!r} is no size; write 512M or 2.5G, at least {self._least} and at most 1024T", param, ctx)
-        return found
+        """Parse the text of an option."""
+        size = value if isinstance(value, int) else parse_size(value)
+        if size is None or not self._least <= size <= MOST_BYTES:
+            self.fail(
+                f"{value!r} is not a size; write 512M or 2.5G, at least {self._least} and at most 1024T", param, ctx
+            )
+        return size
 
 
 class NumberParam(click.FloatRange):
-    """A number between two others; not ``nan``, which a range alone would let through."""
+    """A number in a range; ``nan``, which click's range accepts, is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
-        found = super().convert(value, param, ctx)
-        return found if found == found else self.fail(f"{value!r} is not a number", param, ctx)
+        """Parse the text of an option."""
+        number = super().convert(value, param, ctx)
+        return number if number == number else self.fail(f"{value!r} is not a number", param, ctx)
 
 
 class ShareParam(click.ParamType):  # type: ignore[type-arg]  # as above
-    """``1%`` or ``0.01``."""
+    """A share: ``1%`` or ``0.01``."""
 
     name = "share"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
+        """Parse the text of an option."""
         text = str(value).strip()
         try:
-            found = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+            number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
         except ValueError:
-            return self.fail(f"{value!r} is no share; write 1% or 0.01", param, ctx)
-        return found if 0 <= found <= 10 else self.fail(f"{value!r} is no share from 0% to 1000%", param, ctx)
+            return self.fail(f"{value!r} is not a share; write 1% or 0.01", param, ctx)
+        return number if 0 <= number <= 10 else self.fail(f"{value!r} is not a share from 0% to 1000%", param, ctx)
 
 
 class SecondsParam(click.ParamType):  # type: ignore[type-arg]  # as above
-    """``10``, ``10s``, ``2m``."""
+    """A time in seconds: ``10``, ``10s``, ``2m`` or ``1h``."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read it."""
+        """Parse the text of an option."""
         text = str(value).strip()
         unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
         try:
-            found = float(text[:-1]) * unit if unit else float(text)
+            number = float(text[:-1]) * unit if unit else float(text)
         except ValueError:
-            return self.fail(f"{value!r} is no time; write 10s or 2m", param, ctx)
-        if not 0 < found <= MOST_SECONDS:
-            self.fail(f"{value!r} is no time above 0 and at most {MOST_SECONDS:.0f} seconds", param, ctx)
-        return found
+            return self.fail(f"{value!r} is not a time; write 10s or 2m", param, ctx)
+        if not 0 < number <= MOST_SECONDS:
+            self.fail(f"{value!r} is not a time above 0 and at most {MOST_SECONDS:.0f} seconds", param, ctx)
+        return number

@@ -32,7 +32,7 @@ def command(
     custom_ops: tuple[str, ...],
     threads: int | None,
 ) -> None:
-    """Run MODEL and the stages of the plan in DIR on the same inputs and compare every output."""
+    """Run MODEL and the stages of the plan in DIR on the same inputs, and compare every output."""
     from onnxsplit.stages.verify import verify
 
     output.say("running the model and its stages")
@@ -53,11 +53,11 @@ def command(
     allowed = max(c.tolerance for c in comparisons)
     narrowest = comparisons[0].narrowest
     output.line(
-        f"\nDifferences are over the output's scale. {_reason(narrowest, allowed)} With optimisation on, twice what it "
-        "does to the whole model is allowed, too."
+        f"\nDifferences are relative to the output's scale. {_reason(narrowest, allowed)} With optimisation on, twice "
+        "the difference that it makes to the whole model is allowed, too."
     )
     if any(not c.repeatable for c in comparisons):
-        output.line("Outputs marked random differ between two runs of the whole model: nothing can be said of them.")
+        output.line("Outputs marked random differ between two runs of the whole model, so they cannot be compared.")
     if good:
         more = custom_ops_words(custom_ops)
         output.line(f"Next: onnxsplit run {plan} --inputs in.npz --outputs out.npz{more}")
@@ -73,14 +73,16 @@ def command(
     if not good:
         if output.as_json:
             raise SystemExit(1)
-        raise OnnxsplitError(f"the stages in {plan} do not give what {model} gives")
+        raise OnnxsplitError(
+            f"the outputs of the stages in {plan} differ from those of {model}; the table says by how much"
+        )
 
 
 def _reason(narrowest: str | None, allowed: float) -> str:
-    """What is allowed with optimisation off, and why."""
+    """Words on the difference that is allowed with optimisation off, and why."""
     if narrowest is None:
         return f"Allowed with optimisation off: {allowed:.0e} (the model computes in float32 or wider)."
     return (
-        f"Allowed with optimisation off: {allowed:.1e}, since {narrowest} is the narrowest float type that crosses or "
-        "is computed in, or twice what optimisation does to the whole model."
+        f"Allowed with optimisation off: {allowed:.1e}, since {narrowest} is the narrowest float type that crosses a "
+        "cut or is computed in, or twice the difference that optimisation makes to the whole model."
     )

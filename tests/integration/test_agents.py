@@ -24,7 +24,7 @@ def agent(environment, *options):
     command = [sys.executable, "-P", "-m", "onnxsplit", "cluster", "agent", "--bind", address, *map(str, options)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        assert "Measuring for those who ask" in process.stderr.readline()
+        assert "Answering onnxsplit cluster measure at" in process.stderr.readline()
         yield address
     finally:
         process.terminate()

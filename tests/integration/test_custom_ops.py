@@ -214,7 +214,7 @@ def test_neither_the_environment_nor_a_settings_file_names_a_library(plan, libra
     assert "given: none" in call(hostile, tmp_path, "run", plan, code=1).stderr
     (tmp_path / "onnxsplit.toml").write_text(f"[run]\ncustom-ops = ['{library}']\n")
     said = call(environment, tmp_path, "run", plan, "--custom-ops", library, code=2).stderr
-    assert "custom-ops loads code: it can be given on the command line alone" in said
+    assert "custom-ops loads code, so only the command line may give it" in said
 
 
 def test_serve_gives_each_model_the_libraries_that_its_plan_names(plan, library, chain_plan, environment):
@@ -259,7 +259,7 @@ def test_devices_are_measured_on_a_model_with_custom_ops_here_and_by_agents(libr
         command = [sys.executable, "-P", "-m", "onnxsplit", "cluster", "agent", "--bind", address, *map(str, words)]
         agent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         try:
-            assert "Measuring for those who ask" in agent.stderr.readline()
+            assert "Answering onnxsplit cluster measure at" in agent.stderr.readline()
             option = ("--agent", f"b={address}", "--custom-ops", library, "--json")
             said = call(environment, tmp_path, "cluster", "measure", "model.onnx", *option)
             assert json.loads(said.stdout)["speeds"]["here"] == 1.0

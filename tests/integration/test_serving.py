@@ -425,7 +425,7 @@ def test_the_command_line_goes_before_the_environment_before_the_file(chain_plan
 @pytest.mark.parametrize(("text", "words"), [
     ("[serve]\nmax-quue = 7\n", "has no option 'max-quue'"),
     ("[srve]\n", "there is no command 'srve'"),
-    ("max-queue = 7\n", "stands outside of a table"),
+    ("max-queue = 7\n", "is outside of a table"),
     ("[serve\n", "is not valid TOML"),
     ("[serve]\nmax-queue = 'many'\n", "'many' is not a valid integer"),
     ("[serve]\ninsecure = 'no'\n", "allowed: true, false"),

@@ -324,7 +324,7 @@ def test_wrong_usage_is_an_object_with_json(onnxsplit):
         (["--replicas", "x"], "'x' is neither N nor STAGE=N"),
         (["--replicas", "2", "--replicas", "1=3"], "'2' is for all stages; give it alone"),
         (["--trace-ops"], "name its file with --trace FILE.json"),
-        (["--inflight-bytes", "many"], "'many' is no size"),
+        (["--inflight-bytes", "many"], "'many' is not a size"),
         (["--inflight", "0"], "0 is not in the range"),
     ],
 )

@@ -106,11 +106,11 @@ def test_a_disk_that_is_full_is_one_message_and_nothing_is_left(python_environme
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (MemoryError(), "there is not enough memory for this; free some, or take a smaller model or smaller sizes"),
-        (RecursionError("too deep"), "what was given is nested too deeply to be read"),
+        (MemoryError(), "there is not enough memory for this; free some, or use a smaller model or smaller sizes"),
+        (RecursionError("too deep"), "the input is nested too deeply to be read"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (OSError(28, "No space left on device", "f"), "f: No space left on device"),
-        (ZeroDivisionError("a\nb"), "internal error: ZeroDivisionError: a b. Please report it with what -v shows"),
+        (ZeroDivisionError("a\nb"), "internal error: ZeroDivisionError: a b. Please report it with the output of -v"),
     ],
 )
 def test_whatever_is_raised_inside_a_command_is_one_message(capfd, error, words):
