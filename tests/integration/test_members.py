@@ -1,6 +1,6 @@
 """Nodes started by hand that fall silent, are replaced, refused, or lose their coordinator: what becomes of them.
 
-The rows of the table in docs/running.md, with real processes.
+The rows of the table in docs/failures.md, with real processes.
 """
 
 from __future__ import annotations
