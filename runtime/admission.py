@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
@@ -26,6 +27,9 @@ class Admission:
     Args:
         requests: the largest number of requests at once.
         size_bytes: the largest size of their tensors; a single request may exceed it.
+
+    Attributes:
+        releases: how often a place was given back, or a caller stopped waiting for one.
     """
 
     def __init__(self, requests: int, size_bytes: int) -> None:
@@ -34,6 +38,8 @@ class Admission:
         self._lock = threading.Lock()
         self._places: dict[object, int] = {}  # that are taken, with the bytes of each
         self._waiting: deque[_Waiting] = deque()
+        self.releases = 0
+        self._on_release: list[Callable[[], None]] = []
 
     def enter(self, place: object, size: int, *, block: bool = True, timeout: float | None = None) -> bool:
         """Admit a request of ``size`` bytes.
@@ -71,11 +77,30 @@ class Admission:
         """Give a place back, or stop waiting for it."""
         with self._lock:
             if self._places.pop(place, None) is None:
-                self._waiting = deque(other for other in self._waiting if other.place is not place)
+                others = deque(other for other in self._waiting if other.place is not place)
+                if len(others) == len(self._waiting):
+                    return
+                self._waiting = others
             while self._waiting and self._fits(self._waiting[0].size):
                 first = self._waiting.popleft()
                 self._places[first.place] = first.size
                 first.turn.put(None)
+            self.releases += 1
+            callbacks, self._on_release = self._on_release, []
+        for callback in callbacks:
+            callback()
+
+    def when_released(self, releases: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, in any thread, as soon as there have been more than ``releases`` releases.
+
+        A caller that was refused without ``block`` waits with this until another try makes sense. It reads
+        ``releases`` before the try, so that no release between the refusal and this call is missed.
+        """
+        with self._lock:
+            if self.releases == releases:
+                self._on_release.append(callback)
+                return
+        callback()
 
     @property
     def inside(self) -> int:

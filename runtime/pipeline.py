@@ -390,6 +390,11 @@ class Pipeline:
         return self._coordinator.take_in_loop()
 
     @property
+    def admission(self) -> Admission:
+        """Counts the requests in flight; tells a caller that was refused when another try makes sense."""
+        return self._admission
+
+    @property
     def traced(self) -> list[RequestTrace]:
         """When each answered request was where, when launched with ``trace``; may be cleared."""
         return self._coordinator.requests.traced

@@ -100,3 +100,26 @@ def test_who_gives_up_no_longer_stands_in_the_way():
     gives_up.join(60)
     small.join(60)
     assert sorted(log) == [("large", False), ("small", True)]
+
+
+def test_who_was_refused_is_told_of_the_next_release_once():
+    admission = Admission(1, 100)
+    admission.enter("a", 1)
+    releases, told = admission.releases, []
+    assert not admission.enter("b", 1, block=False)
+    admission.when_released(releases, lambda: told.append("once"))
+    admission.leave("b")
+    assert told == [], "b had no place, so none is free"
+    admission.leave("a")
+    admission.enter("c", 1)
+    admission.leave("c")
+    assert told == ["once"]
+
+
+def test_a_release_before_the_wait_for_one_counts():
+    admission = Admission(1, 100)
+    admission.enter("a", 1)
+    releases, told = admission.releases, []
+    admission.leave("a")
+    admission.when_released(releases, lambda: told.append("at once"))
+    assert told == ["at once"]
