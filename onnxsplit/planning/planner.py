@@ -8,7 +8,8 @@ A plan directory appears as a whole or not at all: it is written beside its plac
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,42 @@ from onnxsplit.planning.model_partitioner import model_partitioner
 from onnxsplit.planning.options import CutOptions, by_current_name
 from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.rounds import Rounds
-from onnxsplit.planning.subject import ModelOptions, Subject, examine
+from onnxsplit.planning.subject import Subject, examine
 from onnxsplit.progress import Say, silent
 from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
+from onnxsplit.tensors import Array
 
 
-def partition(model: ModelLike, *, out: str | Path | None = None, say: Say = silent, **options: Any) -> Plan:
+def partition(
+    model: ModelLike,
+    *,
+    out: str | Path | None = None,
+    costs: str | None = None,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | Path | Mapping[str, Array] | None = None,
+    outputs: Sequence[str] | None = None,
+    drop_outputs: Sequence[str] = (),
+    keep_inputs: Sequence[str] = (),
+    custom_ops: object = (),
+    say: Say = silent,
+    **options: Any,
+) -> Plan:
     """Cut a model into cost-balanced stages and write the plan directory.
 
     Args:
         model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
         out: the plan directory; None for ``MODEL.plan`` in the current folder, where MODEL is the file's name, or the
             graph's for a model in memory. A plan that is there is replaced as a whole.
+        costs: as in :class:`~onnxsplit.planning.subject.ModelOptions`, like the next six arguments.
+        dims: sizes of free dimensions that costs are taken at.
+        inputs: example inputs by name, or an ``.npz`` with them.
+        outputs: outputs to keep.
+        drop_outputs: outputs to leave out.
+        keep_inputs: inputs that are also initializers and stay inputs.
+        custom_ops: libraries of custom ops that the model needs.
         say: told what is being done.
-        options: how to read the model: the attributes of :class:`~onnxsplit.planning.subject.ModelOptions`, such as
-            ``costs``, ``dims``, ``inputs`` and ``outputs``; and how to cut it: the attributes of
-            :class:`~onnxsplit.planning.options.CutOptions`, such as ``stages``, ``cluster`` and ``objective``.
+        options: how to cut: the attributes of :class:`~onnxsplit.planning.options.CutOptions`, ``stages`` first of all.
 
     Raises:
         PartitionError: the model cannot be cut as asked.
@@ -49,13 +69,22 @@ def partition(model: ModelLike, *, out: str | Path | None = None, say: Say = sil
         ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as
             :func:`~onnxsplit.planning.subject.examine`.
     """
-    options = by_current_name(options, _warn_of_former_name)
-    of_model = {field.name for field in fields(ModelOptions)} & options.keys()
-    wanted = CutOptions(**{name: value for name, value in options.items() if name not in of_model})
+    wanted = CutOptions(**by_current_name(options, _warn_of_former_name))
     source = open_any(model)
     folder = Path(out) if out is not None else default_plan_folder(source.path)
     check_plan_folder(folder)
-    subject = examine_for(source, wanted, say=say, **{name: options[name] for name in of_model})
+    subject = examine_for(
+        source,
+        wanted,
+        costs=costs,
+        dims=dims,
+        inputs=inputs,
+        outputs=outputs,
+        drop_outputs=drop_outputs,
+        keep_inputs=keep_inputs,
+        custom_ops=custom_ops,
+        say=say,
+    )
     return write_plan(subject, folder, wanted, say=say).plan
 
 
