@@ -115,6 +115,7 @@ def reachable_demo_model() -> None:
         pytest.skip(str(error))
 
 
+@pytest.mark.timeout(900)  # a minute on two idle cores, several on busy ones
 def test_every_command_of_the_readme_works_in_a_clean_folder(tmp_path, python_environment):
     reachable_demo_model()
     quick = {
