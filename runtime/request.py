@@ -18,15 +18,15 @@ from runtime.wire.messages.data import Visit
 
 @dataclass(frozen=True)
 class OutputSelection:
-    """What asking for some outputs means.
+    """The outputs that a request asks for, and what they mean.
 
     Attributes:
-        names: as asked.
-        computed: those that stages compute.
-        passed: those that pass through.
-        optional: inputs that need not be given.
-        defaults: those of them that have their default then.
-        axes: to split and join along; None when such a request cannot be split.
+        names: the outputs, as the caller named them.
+        computed: those of them that stages compute.
+        passed: those of them that are an input of the model or a constant.
+        optional: the inputs that need not be given.
+        defaults: those of the optional inputs that have their default when they are not given.
+        axes: the axes along which to split and join; None when such a request cannot be split.
     """
 
     names: tuple[str, ...]
@@ -38,41 +38,42 @@ class OutputSelection:
 
 
 class Answering(Future[dict[str, Array]]):
-    """A caller's future; giving it up ends the request's work in the pipeline.
+    """The future of one request. To cancel it ends the request's work in the pipeline.
 
     Attributes:
-        visits: where the request was, and when, once it is answered.
+        visits: where the request was, and when; empty before it is answered.
     """
 
-    def __init__(self, give_up: Callable[[], None] = lambda: None, flow: RequestIO | None = None) -> None:
+    def __init__(self, give_up: Callable[[], None] = lambda: None, request_io: RequestIO | None = None) -> None:
         super().__init__()
         self.visits: tuple[Visit, ...] = ()
         self._give_up = give_up
-        self._flow = flow
+        self._request_io = request_io
 
     def cancel(self) -> bool:
-        """Give the request up; False when it is answered already."""
+        """Give the request up; False when it has been answered."""
         if not super().cancel():
             return False
         self._give_up()
         return True
 
     def result(self, timeout: float | None = None) -> dict[str, Array]:
-        """The outputs, as soon as they are there.
+        """Wait for the outputs.
 
         Raises:
             PipelineError: the request failed; or this is a callback of the pipeline, which would wait for itself.
+            TimeoutError: there was no answer in ``timeout`` seconds.
         """
         self._check_waiting()
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """How the request failed, as soon as it is known; None when it did not. Raises as :meth:`result` does."""
+        """Wait for the answer; returns how the request failed, or None. It raises as :meth:`result` does."""
         self._check_waiting()
         return super().exception(timeout)
 
     def _check_waiting(self) -> None:
-        if self._flow is not None and self._flow.delivering and not self.done():
+        if self._request_io is not None and self._request_io.delivering and not self.done():
             raise PipelineError(
                 "a callback of a request cannot wait for another request: the thread that runs it brings the answers. "
                 "Add a callback to that one, or wait in a thread of your own"
@@ -80,28 +81,42 @@ class Answering(Future[dict[str, Array]]):
 
 
 class Request:
-    """A request of one or more parts. The first was admitted; the others enter while there is room, or as parts leave.
+    """A request of one or more parts. The caller admits the first; others enter while there is room, or as parts end.
 
-    A part that is done hands its place to the next, so that a batch always goes on. Whatever goes wrong, every place
-    that was taken is given back, and the future ends once.
+    A part that is done hands its place to the next, so a batch always goes on. Whatever goes wrong, every place that
+    was taken is given back, and the future ends once.
+
+    Args:
+        request_io: sends parts to the nodes.
+        admission: gives places to parts.
+        parts: the inputs of each part, by name.
+        selection: the outputs that the caller asks for.
+        size: bytes of the tensors of one part.
+        cost: cost of one part, in thousandths of an ordinary request.
+        deadline_ns: when the time of the request runs out; None for never.
+        ready: the outputs that pass through.
+
+    Attributes:
+        future: gets the outputs, or the error.
+        first_place: the place of the first part.
     """
 
     def __init__(
         self,
-        flow: RequestIO,
-        entrance: Admission,
+        request_io: RequestIO,
+        admission: Admission,
         parts: list[dict[str, Array]],
-        asked: OutputSelection,
+        selection: OutputSelection,
         size: int,
         cost: int,
         deadline_ns: int | None,
         ready: dict[str, Array],
     ) -> None:
-        self.future = Answering(self._give_up, flow)
-        self._flow = flow
-        self._entrance = entrance
+        self.future = Answering(self._give_up, request_io)
+        self._request_io = request_io
+        self._admission = admission
         self._parts = parts
-        self._asked = asked
+        self._selection = selection
         self._size = size
         self._cost = cost
         self._deadline_ns = deadline_ns
@@ -116,7 +131,7 @@ class Request:
         self._answers: dict[int, Answer] = {}
 
     def enter(self) -> None:
-        """Let the first part in, which has ``first_place``, and as many more as there is room for."""
+        """Send the first part in, which has been admitted, and as many more as there is room for."""
         place = self.first_place
         while True:
             self._send_into(place)
@@ -125,14 +140,14 @@ class Request:
                     return
             place = object()
             self._places.append(place)
-            if not self._entrance.enter(place, self._size, block=False):
+            if not self._admission.enter(place, self._size, block=False):
                 return
 
     def abandon(self) -> None:
-        """Leave nothing of a request whose caller was interrupted while it entered."""
+        """End a request whose caller was interrupted while it entered, and give all its places back."""
         self._give_up()
         for place in self._places:
-            self._entrance.leave(place)
+            self._admission.leave(place)
 
     def _next(self) -> int | None:
         """The number of the part that enters next; None when there is none."""
@@ -144,45 +159,47 @@ class Request:
             return number
 
     def _send_into(self, place: object) -> None:
-        """Send the next part into a place that is taken; give that back when there is none, or it cannot be sent."""
+        """Send the next part in, on a place that was taken; give the place back if there is none or sending fails."""
         number = self._next()
         if number is None:
-            self._entrance.leave(place)
+            self._admission.leave(place)
             return
         self._place_of[number] = place
         done = lambda answer: self._done(number, answer)  # noqa: E731
         try:
-            sent = self._flow.submit(self._parts[number], self._asked.computed, self._cost, self._deadline_ns, done)
+            sent = self._request_io.submit(
+                self._parts[number], self._selection.computed, self._cost, self._deadline_ns, done
+            )
             self._numbers.append(sent)
             if self.future.cancelled():
-                self._flow.give_up(sent)
+                self._request_io.give_up(sent)
         except Exception as error:
-            self._entrance.leave(place)
+            self._admission.leave(place)
             self._end(unsendable(error))
 
     def _give_up(self) -> None:
         with self._lock:
             self._ended = True
         for number in list(self._numbers):
-            self._flow.give_up(number)
+            self._request_io.give_up(number)
 
     def _done(self, number: int, answer: Answer) -> None:
-        """A part is over: its place goes on, and with the last one, or the first that failed, the future ends."""
+        """A part has ended: the next one gets its place. The last part, or the first that failed, ends the future."""
         with self._lock:
             place = self._place_of.pop(number, None)
             if place is None:
-                return  # it is over already
+                return  # it has ended before
             if answer.error is None:
                 self._answers[number] = answer
             whole = len(self._answers) == len(self._parts)
         if answer.error is None and not whole:
             self._send_into(place)
             return
-        self._entrance.leave(place)  # no other part enters: all have, or this one has failed
+        self._admission.leave(place)  # no other part enters: all have entered, or this one has failed
         self._end(answer.error)
 
     def _end(self, error: BaseException | None) -> None:
-        """End the future, with the joined outputs or an error, unless that has been done."""
+        """End the future, with the joined outputs or an error; nothing happens when it has ended."""
         with self._lock:
             first, self._ended = not self._ended, True
         if not first or not self.future.set_running_or_notify_cancel():
@@ -197,9 +214,9 @@ class Request:
             self.future.set_result(outputs)
 
     def _joined(self) -> dict[str, Array]:
-        """The outputs asked for, of all parts, in order."""
+        """The outputs that the caller asked for, of all parts, in order."""
         answers = [self._answers[position] for position in range(len(self._parts))]
         self.future.visits = tuple(visit for answer in answers for visit in answer.visits)
-        found = join([answer.outputs for answer in answers], self._asked.axes or {})
-        found.update(self._ready)
-        return {name: found[name] for name in self._asked.names}
+        outputs = join([answer.outputs for answer in answers], self._selection.axes or {})
+        outputs.update(self._ready)
+        return {name: outputs[name] for name in self._selection.names}

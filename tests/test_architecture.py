@@ -30,6 +30,7 @@ ONLINE = [
     "memory",
     "node coordinator measure launch",
     "options request testing",
+    "request_check launching",
     "pipeline",
     "bench",
     "gateway",

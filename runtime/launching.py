@@ -1,0 +1,136 @@
+"""From the options of a run to what its coordinator is told: checks, and the places where nodes are met."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from onnxsplit.custom_ops import check_wanted, find_libraries, needed_libraries
+from onnxsplit.errors import InputError, shown
+from onnxsplit.plan import Plan
+from onnxsplit.plan_files import plan_id, read_plan_file
+from onnxsplit.providers import providers_by_stage
+from runtime.coordinator.setup import Setup
+from runtime.home import private_folder
+from runtime.launcher import Launcher, Rendezvous
+from runtime.options import RunOptions
+from runtime.wire.keys import Keys, default_folder
+from runtime.wire.security import Security, check_address
+
+
+def plan_folder(plan: object) -> Path:
+    """A plan directory as callers name it.
+
+    Raises:
+        InputError: it is neither a string nor a path.
+    """
+    if isinstance(plan, str | os.PathLike):
+        return Path(plan)
+    raise InputError(f"a plan is named by its folder, as a string or a path, not by {shown(plan)}")
+
+
+def security_of(bind: str, options: RunOptions) -> tuple[Security, Keys | None]:
+    """What protects the links of a pipeline that listens at an address, and its keys, if links are encrypted.
+
+    Raises:
+        PipelineError: the address may not be used this way.
+    """
+    folder = options.keys or (None if options.insecure else default_folder())
+    keys = Keys(folder) if folder is not None and bind.startswith("tcp://") else None
+    security = Security(
+        pair=keys.pair if keys else None,
+        allows=lambda key: keys is not None and key in keys.allowed,
+        insecure=options.insecure,
+    )
+    check_address(bind, security)
+    return security, keys
+
+
+def meeting_point(bind: str, security: Security, keys: Keys | None) -> Rendezvous:
+    """Where a pipeline meets nodes that are started by hand; makes a folder, which the caller removes."""
+    any_port = f"{bind.rpartition(':')[0]}:*" if bind.startswith("tcp://") else None
+    return Rendezvous(
+        control=bind,
+        data=any_port or f"{bind}.results",
+        files=any_port or f"{bind}.files",
+        home=private_folder(),
+        security=security,
+        trusted=(lambda: keys.allowed) if keys is not None else None,
+    )
+
+
+def setup_of(
+    folder: Path,
+    plan: Plan,
+    options: RunOptions,
+    rendezvous: Rendezvous,
+    *,
+    memory_bytes: int,
+    threads: int,
+    launcher: Launcher | None,
+    start_timeout_s: float | None,
+) -> Setup:
+    """What the coordinator of a run is told.
+
+    Args:
+        folder: the plan directory.
+        plan: its plan.
+        options: how to run it.
+        rendezvous: where nodes are met.
+        memory_bytes: the most memory for the inputs of requests.
+        threads: threads of every node's session; 0 for the plan's number.
+        launcher: starts the nodes; None waits for nodes that are started by hand.
+        start_timeout_s: time for all nodes to become ready; None waits for ever.
+    """
+    planned = [stage.provider for stage in plan.stages]
+    provider, replicas = options.provider, options.counts(plan)
+    return Setup(
+        folder=folder,
+        plan=plan,
+        plan_id=plan_id(read_plan_file(folder)),
+        replicas=replicas,
+        providers=tuple(planned) if provider is None else providers_by_stage(provider, len(planned), default=planned),
+        threads=threads,
+        trace=options.trace,
+        profile=options.trace_ops,
+        share_weights=tuple(
+            count > 1 if options.share_weights is None else options.share_weights for count in replicas
+        ),
+        balance=options.balance,
+        attempts=options.attempts,
+        timings=options.timings,
+        memory_bytes=memory_bytes if options.shared_memory else 0,
+        elastic=options.elastic,
+        rendezvous=rendezvous,
+        launcher=launcher,
+        start_timeout_s=start_timeout_s,
+        progress=options.progress,
+    )
+
+
+def custom_ops_of(plan: Plan, options: RunOptions) -> dict[int, tuple[str, ...]]:
+    """By stage, the libraries of custom ops that nodes on this host are told to load.
+
+    Raises:
+        CustomOpsError: the plan needs another library, or names none of those given.
+    """
+    given = find_libraries(options.custom_ops)
+    needed_libraries(given, plan)
+    check_wanted(given, (plan,))
+    stages = [stage.index for stage in plan.stages if stage.custom_ops]
+    return {stage: tuple(library.path for library in needed_libraries(given, plan, stage)) for stage in stages}
+
+
+def refuse_custom_ops(options: RunOptions, who: str, how: str) -> None:
+    """Raise where libraries of custom ops are given to a pipeline that does not start its nodes itself.
+
+    Args:
+        options: how to run a plan.
+        who: what must be given the libraries instead.
+        how: an example of how to do so.
+
+    Raises:
+        InputError: libraries are given.
+    """
+    if options.custom_ops:
+        raise InputError(f"custom_ops are named to {who}, not to the pipeline: {how}")
