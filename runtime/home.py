@@ -29,12 +29,12 @@ def running() -> list[Path]:
 
 def _mine(name: str) -> list[Path]:
     """The files of a name in private folders of this user. Other processes make and remove folders meanwhile."""
-    found = []
+    files = []
     for place in {tempfile.gettempdir(), "/tmp"}:  # noqa: S108  where private_folder puts them
         with suppress(OSError), os.scandir(place) as entries:
             folders = [Path(entry.path) for entry in entries if entry.name.startswith("onnxsplit-")]
-            found += [folder / name for folder in folders if _is_mine(folder) and (folder / name).exists()]
-    return sorted(found)
+            files += [folder / name for folder in folders if _is_mine(folder) and (folder / name).exists()]
+    return sorted(files)
 
 
 def _is_mine(folder: Path) -> bool:

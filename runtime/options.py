@@ -1,4 +1,4 @@
-"""How a plan is to be run."""
+"""The options of a run: how a plan is to be run."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ from runtime.wire.messages.control import POLICIES, Policy
 Mode = Literal["sync", "async"]
 
 _ENOUGH_INFLIGHT = 1024
-_WHOLE = {  # options that are whole numbers, with the least and the most
+_WHOLE = {  # options that are whole numbers, with their limits
     "threads": (1, MOST_THREADS),
     "inflight": (1, MOST_INFLIGHT),
     "inflight_bytes": (1, MOST_BYTES),
     "attempts": (1, MOST_ATTEMPTS),
     "micro_batch": (0, MOST_SIZE),
 }
-_SHARE_OF_MEMORY = 4  # a quarter of what is free
-
+_SHARE_OF_MEMORY = 4  # a quarter of the free memory
 
 _FLAGS = ("shared_memory", "elastic", "insecure", "trace", "trace_ops")
 
 
-def _silent(_ready: int, _total: int) -> None:
+def _ignore_progress(_ready: int, _total: int) -> None:
     pass
 
 
@@ -48,37 +47,36 @@ class RunOptions:
     """How to run a plan.
 
     Attributes:
-        replicas: nodes of every stage: a number, or stage -> number; the plan's when None.
-        mode: ``async`` keeps requests in flight in every stage; ``sync`` lets one in when the one before is out.
-        provider: as ``--provider``; the plan's when None.
-        threads: threads of every node's session; when None, this host's cores divided by the nodes that are started
-            on it, or the plan's number for nodes started by hand.
-        inflight: requests in flight at most, micro-batches counted one by one; when None, two a node, and more where
-            links are long. ``sync`` has one.
-        inflight_bytes: of the tensors of all requests in flight at most; a quarter of the free memory when None.
-        micro_batch: rows along the batch axis that run as one; a larger request is split and put together again. The
-            plan's own batch size when None; 0 never splits.
-        shared_memory: let tensors cross in shared memory where processes share a host.
-        share_weights: let the replicas of a stage on this host map one copy of its weights; None does where a stage
-            has several.
-        balance: how to choose among the replicas of a stage, at each hop: ``completion`` (where it is done first),
-            ``resource``, ``task``, ``latency`` or ``round-robin``; see :mod:`runtime.balance.policies`.
-        attempts: a request that killed so many nodes is given up; others are tried again as often as it takes. 1:
+        replicas: the number of nodes of every stage, or a number for each stage by its index. The plan's when None.
+        mode: ``async`` keeps requests in flight in every stage; ``sync`` has one request in the pipeline at a time.
+        provider: as ``--provider``. The plan's when None.
+        threads: threads of every node's session. When None, the cores of this host divided by the nodes that are
+            started on it; for nodes that are started by hand, the plan's number.
+        inflight: the most requests in flight, where each micro-batch counts. When None, two for each node, and more
+            where links are slow. ``sync`` has one.
+        inflight_bytes: the most bytes of the tensors of all requests in flight. A quarter of the free memory when None.
+        micro_batch: rows along the batch axis that run as one. A larger request is split, and its outputs are joined.
+            The plan's batch size when None; 0 never splits.
+        shared_memory: send tensors by shared memory between processes of one host.
+        share_weights: whether the replicas of a stage on this host map one copy of its weights. When None, they do
+            where a stage has several.
+        balance: how to choose among the replicas of a stage, at each hop: ``completion`` (the shortest expected
+            completion), ``resource``, ``task``, ``latency`` or ``round-robin``; see :mod:`runtime.balance.policies`.
+        attempts: a request that so many nodes died of is refused. Others are tried again as often as needed. With 1,
             nothing is tried again, and inputs are not held.
         timings: when a node counts as failed, and when it is started again.
-        elastic: for nodes started by hand: take more of a stage than there are to be, for as long as they stay.
-        keys: for nodes started by hand: folder of the keys that protect links by tcp (``onnxsplit keys new``);
-            ``~/.config/onnxsplit/keys`` when None, if it is there.
-        insecure: for nodes started by hand: plain links may leave this host.
-        trace: record when each request was where, for :meth:`~runtime.pipeline.Pipeline.trace`.
-        trace_ops: record ONNX Runtime's own profile of every stage too.
-        start_timeout: seconds until all nodes must be ready; when None, two minutes for nodes that are started, and
-            for ever for nodes started by hand.
-        progress: told how many of all nodes are ready, whenever one more is.
-        custom_ops: libraries of custom ops that nodes may load, each of which the plan must name: files, or
-            ``onnxruntime-extensions``. Not for nodes that are started by hand, or by a launcher that is given: these
-            are told of their own.
-        abandoned: asked now and then while the nodes start; when it is true, the launch is given up. None never is.
+        elastic: for nodes that are started by hand: accept more nodes of a stage than replicas, while they stay.
+        keys: for nodes that are started by hand: the folder of the keys that protect links by tcp (``onnxsplit keys
+            new``). When None, ``~/.config/onnxsplit/keys`` if it exists.
+        insecure: for nodes that are started by hand: plain links may leave this host.
+        trace: record where each request was, and when, for :meth:`~runtime.pipeline.Pipeline.trace`.
+        trace_ops: also record ONNX Runtime's own profile of every stage.
+        start_timeout: seconds in which all nodes must become ready. When None, two minutes for nodes that are started
+            by the pipeline, and no limit for nodes that are started by hand.
+        progress: called with the number of nodes that are ready, and of all, whenever the first changes.
+        custom_ops: libraries of custom ops that nodes may load, as files or ``onnxruntime-extensions``. The plan must
+            name each of them. Nodes that are started by hand, or by a given launcher, are told of theirs themselves.
+        abandoned: called now and then while the nodes start. When it returns True, the launch is given up.
     """
 
     replicas: int | Mapping[int, int] | None = None
@@ -99,20 +97,20 @@ class RunOptions:
     trace: bool = False
     trace_ops: bool = False
     start_timeout: float | None = None
-    progress: Callable[[int, int], None] = _silent
+    progress: Callable[[int, int], None] = _ignore_progress
     custom_ops: Sequence[str | Path] = ()
     abandoned: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
-        """Take NumPy's integers for Python's."""
+        """Make NumPy's integers Python's."""
         for name in ("replicas", *_WHOLE):
             object.__setattr__(self, name, as_int(getattr(self, name)))
 
     def check(self) -> None:
-        """Refuse what makes no sense.
+        """Refuse options that make no sense.
 
         Raises:
-            InputError: naming the option, what was found and what is allowed.
+            InputError: it names the option, what was found and what is allowed.
         """
         if self.mode not in ("sync", "async"):
             raise InputError(f"mode {shown(self.mode)} is unknown; allowed: sync, async")
@@ -147,9 +145,9 @@ class RunOptions:
         ]
         if self.start_timeout is not None:
             problems.append(real_problem("start_timeout", self.start_timeout, MOST_SECONDS))
-        found = [problem for problem in problems if problem]
-        if found:
-            raise InputError("; ".join(found))
+        violations = [problem for problem in problems if problem]
+        if violations:
+            raise InputError("; ".join(violations))
         timings(asdict(self.timings))
 
     def counts(self, plan: Plan) -> tuple[int, ...]:
@@ -157,7 +155,8 @@ class RunOptions:
 
         Raises:
             PlanError: replicas of a stage that the plan does not have.
-            InputError: a number of replicas that is none, is below one, or makes more nodes than a pipeline can have.
+            InputError: a number of replicas is not a whole number, is below one, or there are more nodes than a
+                pipeline can have.
         """
         counts = {stage.index: stage.replicas for stage in plan.stages}
         if isinstance(self.replicas, Mapping):
@@ -181,9 +180,10 @@ class RunOptions:
 
 
 def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
-    """Requests in flight that keep all nodes busy: two a node, or half as many again as are under way at full rate.
+    """The number of requests in flight that keeps all nodes busy.
 
-    Those are throughput times latency (Little's law), as predicted; where links are long, they make up much of it.
+    It is two for each node or, where that is more, one and a half times the number under way at full rate, which is
+    throughput times latency as predicted (Little's law). Slow links make the latency long.
     """
     predicted = plan.prediction
     under_way = -(-3 * predicted.latency_ns // (2 * max(1, predicted.bottleneck_ns)))
@@ -191,5 +191,5 @@ def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
 
 
 def memory_for_requests_bytes() -> int:
-    """A quarter of the memory this host, or this container, has free, at least 64 MiB."""
+    """A quarter of the free memory of this host, or of this container; at least 64 MiB."""
     return max(64 << 20, free_memory_bytes() // _SHARE_OF_MEMORY)

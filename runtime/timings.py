@@ -1,4 +1,4 @@
-"""How long things may take before they count as failed."""
+"""How long things may take before they count as failed, and when to try again."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from onnxsplit.numbers import MOST_SECONDS, real_problem
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """When something counts as failed, and when to try again. All in seconds unless said.
+    """When something counts as failed, and when to try again.
 
     Attributes:
-        beat_s: between two signs of life, in either direction.
-        silence_s: without one, a node that serves, or the coordinator, is taken for dead.
-        loading_silence_s: the same for a node that is not ready yet. One whose link was closed has ``silence_s``.
-        stall_s: a run that lasts no longer is never taken for stuck.
-        stall_factor: a run is taken for stuck when it lasts so many times what is usual.
-        backoff_s: before the second restart in a row of a node; doubled each time. The first comes at once.
-        backoff_most_s: between two restarts at most.
-        settled_s: a node that served so long has its failures forgotten.
-        circuit_failures: failures in a row of one node that open its circuit: it is left alone for a while.
-        circuit_s: for so long; then it is tried once more.
-        lost_s: an attempt that is under way for longer, and for longer than ``stall_factor`` times the usual, is made
-            again: a message was lost.
-        drain_s: a node that was told to end waits so long to be relieved of its work.
-        unreachable_s: a link between two processes that is not connected for so long is taken for dead.
+        beat_s: seconds between two signs of life, in either direction.
+        silence_s: seconds without a sign of life after which a node that serves, or the coordinator, is taken for dead.
+        loading_silence_s: the same for a node that is not ready yet, unless its link was closed.
+        stall_s: seconds that a run may last in any case without being taken for stuck.
+        stall_factor: a run that lasts longer than this many times the usual time is taken for stuck.
+        backoff_s: seconds before the second restart in a row of a node, doubled each time. The first comes at once.
+        backoff_most_s: the most seconds between two restarts.
+        settled_s: seconds that a node must serve for its earlier failures to be forgotten.
+        circuit_failures: failures in a row of one node after which it is left alone for a while (an open circuit
+            breaker).
+        circuit_s: seconds that it is left alone. Then it is tried once more.
+        lost_s: seconds after which an attempt is made again, if it has also lasted longer than ``stall_factor`` times
+            the usual time: a message must have been lost.
+        drain_s: seconds that a node which was told to end waits to be relieved of its work.
+        unreachable_s: seconds without a connection after which a link between two processes is taken for dead.
     """
 
     beat_s: float = 0.5
@@ -46,10 +47,10 @@ class Timings:
 
 
 def timings(changes: Mapping[str, float]) -> Timings:
-    """The usual timings, with changes by name.
+    """The default timings, with changes by name.
 
     Raises:
-        InputError: there is no such timing, or it is not a number above 0 and at most 115 days.
+        InputError: there is no timing of a name, or a value is not a number above 0 and at most 115 days.
     """
     known = {field.name: field.type for field in fields(Timings)}
     for name, value in changes.items():

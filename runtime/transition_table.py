@@ -1,6 +1,7 @@
-"""State machines as tables: what may happen in each state, and where it leads. Pure; docs/states.md is drawn from them.
+"""State machines as tables: what may happen in each state, and which state follows. Pure.
 
-Anything a table does not list is a bug, or a peer that broke the protocol: an error that tells what led there.
+docs/states.md is drawn from the tables. A change that a table does not list is a bug, or a peer broke the protocol: it
+raises an error that tells what led there.
 """
 
 from __future__ import annotations
@@ -13,29 +14,29 @@ from typing import Generic, TypeVar
 S = TypeVar("S", bound=Enum)
 C = TypeVar("C")
 
-_TOLD = 20  # changes that a story goes back
+_REMEMBERED = 20  # changes that an error tells
 
 
 class IllegalEventError(Exception):
-    """A change that has no place in the present state; tells the ones before it."""
+    """A change that is not allowed in the present state. The message tells the changes before it."""
 
 
 class Machine(Generic[S, C]):
     """One thing that goes through the states of a table.
 
     Args:
-        name: of the thing, for its story.
-        table: (state, change) -> the next state.
-        state: the first one.
+        name: the name of the thing, for errors.
+        table: the next state for each state and change.
+        state: the first state.
     """
 
-    __slots__ = ("_name", "_story", "_table", "state")
+    __slots__ = ("_history", "_name", "_table", "state")
 
     def __init__(self, name: str, table: Mapping[tuple[S, C], S], state: S) -> None:
         self.state = state
         self._name = name
         self._table = table
-        self._story: deque[tuple[C, S]] = deque(maxlen=_TOLD)
+        self._history: deque[tuple[C, S]] = deque(maxlen=_REMEMBERED)
 
     def go(self, change: C) -> S:
         """Make a change; returns the new state.
@@ -45,22 +46,22 @@ class Machine(Generic[S, C]):
         """
         target = self._table.get((self.state, change))
         if target is None:
-            story = ", ".join(f"{called(change)} in {state.name}" for change, state in self._story)
+            history = ", ".join(f"{called(change)} in {state.name}" for change, state in self._history)
             raise IllegalEventError(
-                f"{self._name}: {called(change)} in state {self.state.name}; before it: {story or 'nothing'}"
+                f"{self._name}: {called(change)} in state {self.state.name}; before it: {history or 'nothing'}"
             )
-        self._story.append((change, self.state))
+        self._history.append((change, self.state))
         self.state = target
         return target
 
 
 def called(change: object) -> str:
-    """A change's name in drawings and stories."""
+    """The name of a change in drawings and errors."""
     return str(getattr(change, "__name__", None) or getattr(change, "name", change))
 
 
 def drawing(table: Mapping[tuple[S, C], S], first: S) -> str:
-    """A table as a Mermaid state diagram; changes that lead the same way share an arrow."""
+    """A table as a Mermaid state diagram. Changes from one state to the same next state share an arrow."""
     arrows: dict[tuple[S, S], list[str]] = {}
     for (state, change), target in table.items():
         arrows.setdefault((state, target), []).append(called(change))

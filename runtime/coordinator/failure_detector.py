@@ -1,11 +1,13 @@
-"""Which nodes are dead although their processes are there. Pure: what was heard and when in, verdicts out.
+"""Finds nodes that are dead although their processes exist. Pure.
 
-    silent   it said nothing for ``silence_s``: stopped, cut off, or its interpreter is stuck; while it loads its stage,
-             which may hold up its interpreter, for ``loading_silence_s``
-    stuck    it answers, but one run lasts longer than ``stall_s`` and than ``stall_factor`` times what such a request
-             ever took there, or was predicted to take
+What nodes say, and when, goes in; verdicts come out. There are two:
 
-ZeroMQ's own heartbeats would not do: a thread of its library answers them whatever becomes of the interpreter.
+    silent   the node has said nothing for ``silence_s``: it was stopped, cut off, or its interpreter is stuck. While it
+             loads its stage, which may keep the interpreter from running, it has ``loading_silence_s``.
+    stuck    the node gives signs of life, but one run has lasted longer than ``stall_s``, and longer than
+             ``stall_factor`` times the longest such run, or the predicted one
+
+ZeroMQ's own heartbeats are not enough: a thread of its library answers them even when the interpreter is stuck.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from runtime.wire.messages.control import NodeBeat
 
 
 @dataclass(slots=True)
-class _Node:
+class _WatchedNode:
     heard_ns: int
     predicted_ns: int
     serves: bool = False
@@ -29,52 +31,52 @@ class FailureDetector:
     """Watches nodes from the moment they get a stage.
 
     Args:
-        timings: when to give up on one.
+        timings: after which times a node is taken for dead.
     """
 
     def __init__(self, timings: Timings) -> None:
         self._timings = timings
-        self._nodes: dict[int, _Node] = {}
+        self._nodes: dict[int, _WatchedNode] = {}
 
     def begin(self, node: int, predicted_ns: int, now_ns: int) -> None:
-        """Watch a node that begins to load; an ordinary request is predicted to take so long there."""
-        self._nodes.setdefault(node, _Node(now_ns, predicted_ns))
+        """Watch a node that begins to load. An ordinary request is predicted to take ``predicted_ns`` there."""
+        self._nodes.setdefault(node, _WatchedNode(now_ns, predicted_ns))
 
     def serves(self, node: int) -> None:
-        """The node is ready: from now on it has ``silence_s``."""
+        """The node is ready; from now on ``silence_s`` holds."""
         if node in self._nodes:
             self._nodes[node].serves = True
 
     def closed(self, node: int, now_ns: int) -> None:
-        """There is no link to the node now.
+        """The link to the node is closed.
 
-        The link of a process that ended is closed while it was heard of lately; that of one that was stopped is given
-        up by ZeroMQ much later, which says nothing new.
+        When a process ends, its link is closed at once, while it was heard recently. When a process is stopped, ZeroMQ
+        closes the link much later, which says nothing new.
         """
-        found = self._nodes.get(node)
-        if found is not None and now_ns - found.heard_ns < self._timings.silence_s * 1e9:
-            found.closed = True
+        watched = self._nodes.get(node)
+        if watched is not None and now_ns - watched.heard_ns < self._timings.silence_s * 1e9:
+            watched.closed = True
 
     def excuse(self, absent_ns: int) -> None:
-        """The watcher itself did not run for so long, so silence in that time says nothing about the nodes."""
+        """This process itself did not run for a time, so silence in that time says nothing about the nodes."""
         for node in self._nodes.values():
             node.heard_ns += absent_ns
 
     def end(self, node: int) -> None:
-        """Mind it no longer."""
+        """Watch the node no longer."""
         self._nodes.pop(node, None)
 
     def heard(self, node: int, beat: NodeBeat, now_ns: int) -> str | None:
-        """It gave a sign of life.
+        """The node gave a sign of life.
 
         Returns:
-            Why it is taken for dead, if it is.
+            why the node is taken for dead; None when it is not.
         """
-        found = self._nodes.get(node)
-        if found is None:
+        watched = self._nodes.get(node)
+        if watched is None:
             return None
-        found.heard_ns, found.closed = now_ns, False
-        longest_ns = max(found.predicted_ns, beat.longest_ns)
+        watched.heard_ns, watched.closed = now_ns, False
+        longest_ns = max(watched.predicted_ns, beat.longest_ns)
         usual = longest_ns * max(beat.cost, UNIT_COST) / UNIT_COST
         if beat.running_ns > max(self._timings.stall_s * 1e9, self._timings.stall_factor * usual):
             return (
@@ -84,17 +86,17 @@ class FailureDetector:
         return None
 
     def heard_lately(self, now_ns: int) -> frozenset[int]:
-        """The nodes that gave a sign of life not long ago."""
+        """The nodes that gave a sign of life recently."""
         patience_ns = max(1.0, 4 * self._timings.beat_s) * 1e9
         return frozenset(number for number, node in self._nodes.items() if now_ns - node.heard_ns < patience_ns)
 
     def silent(self, now_ns: int) -> dict[int, str]:
         """The nodes that have said nothing for too long, and why they are taken for dead."""
-        found = {}
+        verdicts = {}
         for number, node in self._nodes.items():
             seconds = (now_ns - node.heard_ns) / 1e9
-            hurried = node.serves or node.closed
-            if seconds > (self._timings.silence_s if hurried else self._timings.loading_silence_s):
+            is_short = node.serves or node.closed
+            if seconds > (self._timings.silence_s if is_short else self._timings.loading_silence_s):
                 when = "" if node.serves else " before it was ready"
-                found[number] = f"has been silent for {seconds:.1f} s{when}: stopped, cut off or stuck"
-        return found
+                verdicts[number] = f"has been silent for {seconds:.1f} s{when}: stopped, cut off or stuck"
+        return verdicts

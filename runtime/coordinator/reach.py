@@ -1,6 +1,7 @@
-"""Which links between processes are dead while the processes at both ends live. Pure: what is seen in, verdicts out.
+"""Finds the links between processes that are dead while the processes at both ends live. Pure.
 
-A link goes one way: from a process that sends (its number first) to one that receives. The coordinator is number 0.
+A link goes one way, from a sender to a receiver. The coordinator's number is 0. What processes say about their links
+goes in, and the dead links come out.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from collections.abc import Collection, Mapping, Set
 from onnxsplit.plan import CALLER
 
 LinkKey = tuple[int, int]
-"""Who sends and who should receive, by number."""
+"""The numbers of the sender and of the receiver of a link."""
 
 
 class Reachability:
     """Remembers which links are not connected, and since when.
 
     Args:
-        unreachable_s: a link is taken for dead after so long.
+        unreachable_s: seconds without a connection after which a link is taken for dead.
     """
 
     def __init__(self, unreachable_s: float) -> None:
@@ -26,16 +27,16 @@ class Reachability:
         self._dead: frozenset[LinkKey] = frozenset()
 
     def seen(self, sender: int, unreachable: Collection[int], now_ns: int) -> None:
-        """A process says which others it is not connected to now."""
+        """A process says which other processes it is not connected to now."""
         for link in [link for link in self._since if link[0] == sender and link[1] not in unreachable]:
             del self._since[link]
         for number in unreachable:
             self._since.setdefault((sender, number), now_ns)
 
     def dead(self, known: Set[int], heard: Set[int], now_ns: int) -> frozenset[LinkKey]:
-        """The links among ``known`` processes that are dead; all others are forgotten.
+        """The dead links among ``known`` processes. What was seen of other links is forgotten.
 
-        A link to or from a process that was not ``heard`` lately is not found dead: the process may be.
+        A link is only found dead while both its processes were ``heard`` recently; else the process may be dead.
         """
         self._since = {link: since for link, since in self._since.items() if known >= set(link)}
         self._dead = frozenset(
@@ -49,26 +50,26 @@ class Reachability:
 def dead_ends(
     readers: Mapping[int, Collection[int]], nodes: Mapping[int, Collection[int]], dead: Set[LinkKey]
 ) -> frozenset[int]:
-    """The processes from which a request cannot get to the end of its way, the coordinator's number 0 among them.
+    """The numbers of the processes from which a request cannot reach the end of its way; 0 stands for the coordinator.
 
     Args:
-        readers: of each stage, and of the caller, the stages (and the caller) that read from it; stages are in
-            topological order.
-        nodes: of each stage, the numbers of those that take requests. A stage without any is not a matter of links.
-        dead: the links that are dead.
+        readers: for each stage, and for the caller, the stages (and the caller) that read from it. Stages are numbered
+            in topological order.
+        nodes: for each stage, the numbers of the nodes that take requests. A stage without any is left out of account.
+        dead: the dead links.
     """
     if not dead:
         return frozenset()
-    found: set[int] = set()
+    stuck_nodes: set[int] = set()
 
     def ends(number: int, stage: int) -> bool:
         for reader in readers[stage]:
             targets = (0,) if reader == CALLER else nodes.get(reader, ())
-            stuck = found if reader != CALLER else ()
+            stuck = stuck_nodes if reader != CALLER else ()
             if targets and all((number, target) in dead or target in stuck for target in targets):
                 return True
         return False
 
     for stage in sorted(nodes, reverse=True):
-        found.update([number for number in nodes[stage] if ends(number, stage)])
-    return frozenset({*found, 0} if ends(0, CALLER) else found)
+        stuck_nodes.update([number for number in nodes[stage] if ends(number, stage)])
+    return frozenset({*stuck_nodes, 0} if ends(0, CALLER) else stuck_nodes)
