@@ -302,14 +302,8 @@ Decision = tuple[list[RequestEffect], list[ControlEffect]]
 
 
 class Effects:
-    """Collects the effects of the event that is being handled, as they are decided."""
+    """Collects the effects of the event that is being handled, as they are decided, in two lists."""
 
     def __init__(self) -> None:
         self.on_requests: list[RequestEffect] = []
         self.on_nodes: list[ControlEffect] = []
-
-    def take(self) -> Decision:
-        """What was decided; the next event begins with nothing."""
-        taken = self.on_requests, self.on_nodes
-        self.on_requests, self.on_nodes = [], []
-        return taken

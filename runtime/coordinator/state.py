@@ -182,7 +182,10 @@ class CoordinatorState:
                 self._handle_nodes(event)
         if self.requests.has_ended:
             self._settle()
-        return self._effects.take()
+        effects = self._effects
+        decision = effects.on_requests, effects.on_nodes
+        effects.on_requests, effects.on_nodes = [], []
+        return decision
 
     def _handle_nodes(self, event: CoordinatorEvent) -> None:
         """Take an event about nodes, or about the pipeline as a whole."""
