@@ -9,7 +9,7 @@ A decoder checks every size before it allocates memory, and nothing is unpickled
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,8 +21,6 @@ from runtime.wire.messages.control import CoordinatorControl, NodeControl
 from runtime.wire.messages.data import Data, TensorHead, TensorPlace
 from runtime.wire.messages.files import Fetch, FileAnswer
 from runtime.wire.messages.measure import AgentAnswer, AgentRequest
-
-M = TypeVar("M")
 
 MAX_HEADER_BYTES = 1 << 20
 """The largest header."""
@@ -49,39 +47,35 @@ def encode(message: NodeControl | CoordinatorControl | Data | Fetch | FileAnswer
     return _encoder.encode(message)
 
 
-class HeaderDecoder(Generic[M]):
-    """Decodes the headers that may be received from one side of a link.
+def header_decoder(messages: Any) -> Callable[[Buffer], Any]:
+    """The function that decodes the headers received from one side of a link.
+
+    The function raises :class:`~runtime.errors.ProtocolError` for a frame that is too large, or that holds none of the
+    allowed messages.
 
     Args:
         messages: the union of the message types allowed there.
     """
+    decode = msgspec.msgpack.Decoder(messages).decode
 
-    __slots__ = ("_decode",)
-
-    def __init__(self, messages: Any) -> None:
-        self._decode: Callable[[Buffer], M] = msgspec.msgpack.Decoder(messages).decode
-
-    def __call__(self, frame: Buffer) -> M:
-        """The message in a header frame.
-
-        Raises:
-            ProtocolError: the frame is too large, or holds none of the allowed messages.
-        """
+    def decode_header(frame: Buffer) -> Any:
         if len(frame) > MAX_HEADER_BYTES:
             raise ProtocolError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
         try:
-            return self._decode(frame)
+            return decode(frame)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"a header that is not of the protocol: {error}") from error
 
+    return decode_header
 
-decode_node_control: HeaderDecoder[NodeControl] = HeaderDecoder(NodeControl)
-decode_coordinator_control: HeaderDecoder[CoordinatorControl] = HeaderDecoder(CoordinatorControl)
-decode_data: HeaderDecoder[Data] = HeaderDecoder(Data)
-decode_fetch: HeaderDecoder[Fetch] = HeaderDecoder(Fetch)
-decode_file_answer: HeaderDecoder[FileAnswer] = HeaderDecoder(FileAnswer)
-decode_agent_request: HeaderDecoder[AgentRequest] = HeaderDecoder(AgentRequest)
-decode_agent_answer: HeaderDecoder[AgentAnswer] = HeaderDecoder(AgentAnswer)
+
+decode_node_control: Callable[[Buffer], NodeControl] = header_decoder(NodeControl)
+decode_coordinator_control: Callable[[Buffer], CoordinatorControl] = header_decoder(CoordinatorControl)
+decode_data: Callable[[Buffer], Data] = header_decoder(Data)
+decode_fetch: Callable[[Buffer], Fetch] = header_decoder(Fetch)
+decode_file_answer: Callable[[Buffer], FileAnswer] = header_decoder(FileAnswer)
+decode_agent_request: Callable[[Buffer], AgentRequest] = header_decoder(AgentRequest)
+decode_agent_answer: Callable[[Buffer], AgentAnswer] = header_decoder(AgentAnswer)
 
 
 def encode_tensors(

@@ -194,9 +194,9 @@ def test_a_revoked_node_is_told_and_exits_with_1(plan, tmp_path, start, free_por
 @pytest.mark.parametrize(
     ("before", "options", "words"),
     [
-        ("import runtime.wire.messages as m; m.PROTOCOL = 99", (), "speaks protocol 99"),
+        ("import runtime.wire.messages.control as m; m.PROTOCOL = 99", (), "speaks protocol 99"),
         (
-            "import runtime.wire.codec as c; c._coordinator_control = c._node_control",
+            "import runtime.wire.codec as c; c.decode_coordinator_control = c.decode_node_control",
             (),
             "the same version of onnxsplit",
         ),
