@@ -24,7 +24,7 @@ MAX_PLAN_BYTES = 64 << 20
 """The largest ``plan.json`` that is accepted."""
 
 _AHEAD = 8  # pieces that are requested before they have arrived
-_ASK_AGAIN_S = 5.0  # without a piece
+_ASK_AGAIN_S = 5.0  # without a piece, before it is requested again
 _PATIENCE_S = 60.0  # without a piece, before the transfer fails
 _ROOM_BYTES = 64 << 20  # bytes that are left free on the disk
 

@@ -280,9 +280,7 @@ class NodeProcess:
                 event = worker.arrival(*message)
                 if event is not None and machine.state in _SERVING:
                     self._handle(event, sockets, control)
-                if (
-                    not worker.has_far_senders
-                ):  # with far senders, receive everything first, so that receipts are correct
+                if not worker.has_far_senders:  # else receive everything first, so that receipts are correct
                     break
             if worker.has_far_senders and self._exit is None:
                 worker.tell_senders(time.monotonic())

@@ -77,9 +77,7 @@ class Worker:
         self._has_siblings = False
         self._next_receipts = 0.0
         self._sources: dict[int, list[int]] = {}  # the sources of every stage
-        self._expected: dict[
-            int, tuple[tuple[str, ...], tuple[str, ...]]
-        ] = {}  # the names and types of what each source sends
+        self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types, by source
         self._shared: dict[OutputsByTarget, tuple[str, ...]] = {}
         self._unfinished: Counter[int] = Counter()  # cost of the unfinished work, by its sender
         self._runner: StageRunner | None = None
@@ -239,23 +237,22 @@ class Worker:
         Returns:
             The event for a fragment; None for any other message, and for one that was dropped.
         """
-        said: object = None
+        message: object = None
         try:
-            said = codec.decode_data(header)
-            if isinstance(said, Fragment):
-                return self._fragment(said, frames)
-            if not isinstance(said, Receipt):
-                raise ProtocolError(f"a {type(said).__name__}, which is not for nodes")
-            self._router.told(said, time.monotonic_ns())
+            message = codec.decode_data(header)
+            if isinstance(message, Fragment):
+                return self._fragment(message, frames)
+            if not isinstance(message, Receipt):
+                raise ProtocolError(f"a {type(message).__name__}, which nodes do not receive")
+            self._router.told(message, time.monotonic_ns())
         except MemoryWithdrawn as error:
             _drops.note(error)
         except Exception as error:  # any error concerns this request alone
             _drops.note(error)
-            if isinstance(said, Fragment):
-                source = "the caller" if said.source == CALLER else f"stage {said.source}"
-                self._fail(
-                    said, f"the fragment from {source} cannot be read: {one_line(error, _MOST_REASON_CHARACTERS)}"
-                )
+            if isinstance(message, Fragment):
+                source = "the caller" if message.source == CALLER else f"stage {message.source}"
+                reason = one_line(error, _MOST_REASON_CHARACTERS)
+                self._fail(message, f"the fragment from {source} cannot be read: {reason}")
         return None
 
     def _fragment(self, fragment: Fragment, frames: list[codec.Buffer]) -> Arrived | None:

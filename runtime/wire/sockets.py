@@ -102,9 +102,7 @@ class Sockets:
         router = self._socket(zmq.ROUTER)
         router.setsockopt(zmq.MAXMSGSIZE, MAX_HEADER_BYTES)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        router.setsockopt(
-            zmq.ROUTER_HANDOVER, 1
-        )  # a sender that reconnects replaces its old connection, even if that still looks open
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a reconnect replaces a connection that still looks open
         return AnsweringInlet(router, self._bind(router, address), self._unread)
 
     def inlet(self, address: str, *, shortcut: Path | None = None) -> Inlet:
@@ -141,14 +139,12 @@ class Sockets:
         """
         check_address(address, self._security)
         dealer = self._socket(zmq.DEALER)
-        if receive:  # the same after a reconnect, so that answers still arrive
+        if receive:  # an identity that stays the same after a reconnect, so that answers arrive
             dealer.setsockopt(zmq.ROUTING_ID, b"\x01" + os.urandom(16))
         pair = self._security.pair
         if pair is not None and address.startswith("tcp://"):
             if not key:
-                raise PipelineError(
-                    f"the public key of the process at {address} is not known, so no link is made to it"
-                )
+                raise PipelineError(f"cannot connect to {address}: the public key of that process is not known")
             dealer.curve_publickey = pair.public.encode()
             dealer.curve_secretkey = pair.secret.encode()
             dealer.curve_serverkey = key.encode()
