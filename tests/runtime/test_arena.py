@@ -1,4 +1,4 @@
-"""Shared memory: what is lent stays as it is until all readers returned it, and nothing is left of it."""
+"""Shared memory: a lent slot stays unchanged until all readers have returned it, and no memory is leaked."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def reader():
 
 
 def returns(reader: Arena) -> memoryview:
-    """The row in which the reader returns the slots of the process with the number ``ME``."""
+    """The row of the reader's returns for process number ``ME``."""
     return PeerArena(reader.address).returns(ME)
 
 
 def lend(arena: Arena, size: int, readers):
-    """A slot that is lent at once; None when there is no room."""
+    """A block that is lent at once; None when there is no room."""
     block = arena.reserve(size)
     if block is not None:
         block.lend(readers)
@@ -55,13 +55,13 @@ def test_a_tensor_is_read_in_place_and_read_only(arena, reader):
     block = lend(arena, 4000, [returns(reader)])
     arena.array(block, 64, "float32", (10, 100))[...] = 7
     peer = PeerArena(arena.address)
-    found = peer.array(block.place(64), "float32", (10, 100))
-    assert found.shape == (10, 100)
-    assert (found == 7).all()
+    array = peer.array(block.place(64), "float32", (10, 100))
+    assert array.shape == (10, 100)
+    assert (array == 7).all()
     with pytest.raises(ValueError, match="read-only"):
-        found[0, 0] = 1
+        array[0, 0] = 1
     arena.array(block, 64, "float32", (10, 100))[0, 0] = 8
-    assert found[0, 0] == 8, "it is the owner's memory itself"
+    assert array[0, 0] == 8, "it is the owner's memory itself"
 
 
 def test_a_slot_is_free_when_every_reader_has_returned_it(arena, reader):
@@ -274,7 +274,7 @@ def test_the_lowest_room_is_used_first():
 
 
 class FakeCuda:
-    """A CUDA runtime that notes what it is asked to pin, and refuses from some call on."""
+    """A CUDA runtime that records what it is asked to pin, and refuses after some calls."""
 
     def __init__(self, calls: int) -> None:
         self.pinned: list[tuple[int, int]] = []

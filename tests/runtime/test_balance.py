@@ -1,4 +1,4 @@
-"""The balancing policies, by numbers."""
+"""The balancing policies, given numbers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def replica(outstanding=0.0, service_ms=5.0, **more) -> Replica:
 
 
 def chosen(policy, *replicas, cost=UNIT_COST, times=1):
-    chooser = Balancer(policy)
-    found = [chooser.choose(replicas, cost) for _ in range(times)]
-    return found[0] if times == 1 else Counter(found)
+    balancer = Balancer(policy)
+    choices = [balancer.choose(replicas, cost) for _ in range(times)]
+    return choices[0] if times == 1 else Counter(choices)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -71,11 +71,11 @@ def test_resource_goes_by_speed_whatever_is_outstanding():
 
 
 def test_resource_recovers_from_not_knowing():
-    chooser = Balancer("resource")
+    balancer = Balancer("resource")
     for _ in range(7):
-        chooser.choose([replica(0, 0), replica(0, 0)], UNIT_COST)
-    found = Counter(chooser.choose([replica(0, 5), replica(0, 15)], UNIT_COST) for _ in range(40))
-    assert abs(found[0] - 30) <= 1
+        balancer.choose([replica(0, 0), replica(0, 0)], UNIT_COST)
+    counts = Counter(balancer.choose([replica(0, 5), replica(0, 15)], UNIT_COST) for _ in range(40))
+    assert abs(counts[0] - 30) <= 1
 
 
 def test_large_requests_count_as_what_they_are():
@@ -85,17 +85,17 @@ def test_large_requests_count_as_what_they_are():
     assert cost_of(1 << 60, 1) == 1 << 40
 
 
-def test_a_gauge_spreads_time_over_cost_and_forgets():
-    gauge = ServiceTime()
-    gauge.ran(160 * MS, 16 * UNIT_COST, 1)
-    assert gauge.service_ns == 10 * MS
-    gauge.ran(50 * MS, UNIT_COST, 1000 * MS)
-    assert gauge.service_ns > 20 * MS, "what was a second ago counts for little, large as it was"
-    assert gauge.peak_ns == gauge.longest_ns == 50 * MS
-    gauge.ran(10 * MS, UNIT_COST, 9000 * MS)
-    assert gauge.service_ns < 11 * MS
-    assert gauge.peak_ns < 11 * MS
-    assert gauge.longest_ns == 50 * MS
+def test_a_service_time_is_divided_by_cost_and_decays():
+    service_time = ServiceTime()
+    service_time.ran(160 * MS, 16 * UNIT_COST, 1)
+    assert service_time.service_ns == 10 * MS
+    service_time.ran(50 * MS, UNIT_COST, 1000 * MS)
+    assert service_time.service_ns > 20 * MS, "a measurement from a second ago has little weight, despite its size"
+    assert service_time.peak_ns == service_time.longest_ns == 50 * MS
+    service_time.ran(10 * MS, UNIT_COST, 9000 * MS)
+    assert service_time.service_ns < 11 * MS
+    assert service_time.peak_ns < 11 * MS
+    assert service_time.longest_ns == 50 * MS
 
 
 def test_what_is_outstanding_is_what_all_sent_less_what_is_done():
@@ -121,22 +121,22 @@ def test_the_last_node_of_a_stage_is_chosen_while_it_leaves():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_of_many_replicas_a_few_are_looked_at_and_none_is_forgotten(policy):
-    chooser, count = Balancer(policy, seed=7), 50
-    found = Counter()
+    balancer, count = Balancer(policy, seed=7), 50
+    counts = Counter()
     for _ in range(count * 40):
-        places = chooser.candidates(count)
+        places = balancer.candidates(count)
         assert 0 < len(places) < 10
-        found[chooser.choose([replica() for _ in places], UNIT_COST, places)] += 1
-    assert sorted(found) == list(range(count))
-    assert max(found.values()) < 4 * 40
+        counts[balancer.choose([replica() for _ in places], UNIT_COST, places)] += 1
+    assert sorted(counts) == list(range(count))
+    assert max(counts.values()) < 4 * 40
 
 
 def test_a_busy_one_of_many_is_left_alone():
-    chooser = Balancer("completion", seed=1)
+    balancer = Balancer("completion", seed=1)
     busy = set(range(20))
     for _ in range(200):
-        places = chooser.candidates(60)
-        taken = chooser.choose([replica(9 if place in busy else 0) for place in places], UNIT_COST, places)
+        places = balancer.candidates(60)
+        taken = balancer.choose([replica(9 if place in busy else 0) for place in places], UNIT_COST, places)
         assert taken not in busy or set(places) <= busy
 
 
@@ -169,7 +169,7 @@ def test_a_choice_costs_the_same_among_a_thousand_as_among_twenty():
 
 
 def instructions(action: Callable[[], object]) -> int:
-    """The instructions of Python that an action takes, which no load of the machine changes."""
+    """Number of Python instructions that an action takes, which does not depend on the load of the machine."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Callable[..., object]:

@@ -1,4 +1,4 @@
-"""What goes over the wire comes back, and what is no message of ours is refused before anything is allocated."""
+"""Messages survive encoding and decoding; any other bytes are refused before memory is allocated."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ def test_a_tensor_in_shared_memory_is_taken_from_its_place():
     place = TensorPlace(3, 4, 5)
     heads, frames = codec.encode_tensors({"x": np.ones(4, np.float32)}, {"x": place})
     assert frames == []
-    found = codec.decode_tensors(heads, frames, lambda *where: where)["x"]
-    assert found == (place, "float32", (4,))
+    array = codec.decode_tensors(heads, frames, lambda *where: where)["x"]
+    assert array == (place, "float32", (4,))
 
 
 def test_unknown_fields_are_refused():

@@ -1,4 +1,4 @@
-"""What comes in is made normal, or refused with words, before anything else happens."""
+"""A request's arguments are normalised, or refused with a message, before anything else happens."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def test_names_are_each_once_in_order():
 @pytest.mark.parametrize("order", [">", "<"])
 def test_values_are_the_same_in_either_byte_order(order):
     given = np.array([[1, -2], [3, 4e30]], f"{order}f4")
-    found = normal_inputs({"x": given}, SPECS)["x"]
-    assert found.dtype.isnative
-    assert found.tolist() == given.tolist()
+    array = normal_inputs({"x": given}, SPECS)["x"]
+    assert array.dtype.isnative
+    assert array.tolist() == given.tolist()
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_values_are_the_same_in_either_byte_order(order):
     [["a", "ä\0"], np.array(["a", "ä\0"], object), np.array([b"a", "ä\0".encode()], object), [np.str_("a"), "ä\0"]],
 )
 def test_strings_are_str(given):
-    found = normal_inputs({"s": given}, SPECS)["s"]
-    assert found.dtype == object
-    assert all(type(text) is str for text in found)
-    assert found.tolist() == ["a", "ä\0"] or found.tolist() == ["a", "ä"]  # NumPy's own text types drop a last NUL
+    array = normal_inputs({"s": given}, SPECS)["s"]
+    assert array.dtype == object
+    assert all(type(text) is str for text in array)
+    assert array.tolist() == ["a", "ä\0"] or array.tolist() == ["a", "ä"]  # NumPy's own text types drop a last NUL
 
 
 @pytest.mark.parametrize(

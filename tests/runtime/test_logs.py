@@ -1,4 +1,4 @@
-"""Log lines are for people and programs."""
+"""Log lines can be read by people and by programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process around a node's state machine."""
+"""The process that runs a node's state machine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from runtime.node.serve import serve
     ],
 )
 def test_an_address_that_others_cannot_use_is_refused_at_the_start(advertise, words):
-    """Such a node waited for ever: the coordinator dropped what it said."""
+    """Before, such a node waited without end: the coordinator dropped its Hello."""
     with pytest.raises(PipelineError, match=words):
         serve(NodeOptions(connect="tcp://127.0.0.1:1", advertise=advertise))
 
 
 def test_a_node_that_was_refused_does_not_ask_for_a_place_again(tmp_path, monkeypatch):
-    """A revoked one was also told that it had been taken for dead."""
+    """Before, a node whose key was revoked was also told that it had been taken for dead."""
     node = NodeProcess(NodeOptions(connect="tcp://127.0.0.1:1"), tmp_path, None)
     ends: list[str] = []
     monkeypatch.setattr(node, "_end_within", lambda _seconds, reason: ends.append(reason))

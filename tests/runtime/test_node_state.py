@@ -43,7 +43,7 @@ VIEW = 1
 
 
 def wire(me: int, view: int = VIEW, without: int = -1) -> Wire:
-    """The caller and a node of every stage, by number, but for one that is lost."""
+    """The caller and a node of every stage, except one that is lost."""
     stages = {0: CALLER} | {stage + 1: stage for stage in range(4)}
     peers = (Peer(n, stage, 0, stage != CALLER, f"at {n}", "", None, "") for n, stage in stages.items())
     return Wire(view, me, tuple(peer for peer in peers if peer.number != without))

@@ -1,4 +1,4 @@
-"""What a sender believes of replicas on other hosts, by a clock that the tests turn."""
+"""What a sender knows about the load of replicas on other hosts, with a fake clock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MS = 1_000_000
 
 
 class Far:
-    """A replica on another host: what has arrived at it and what it is done with, from one sender."""
+    """A replica on another host: the work of one sender that has arrived there, and that is finished."""
 
     def __init__(self, number: int, service_ns: int = 5 * MS) -> None:
         self.number, self.service_ns = number, service_ns
@@ -43,7 +43,7 @@ def learn(router: Router, *numbers: int) -> None:
 
 
 def test_the_queue_of_a_lone_replica_returns_to_nothing():
-    """It was never told anything, so all that was ever sent there counted as queued."""
+    """Before, it had no receipts, so all work ever sent there counted as queued."""
     router, far = knowing(1), Far(1)
     for _ in range(100):
         router.sent(1, UNIT_COST)
@@ -62,11 +62,11 @@ def test_what_was_lost_on_the_way_is_not_counted_for_ever():
         router.sent(1, UNIT_COST)
     far.take()
     far.finish()
-    found = []
+    outstanding = []
     for second in range(15):
         router.told(far.receipt, second * SECOND)
-        found.append(router.outstanding(1) // UNIT_COST)
-    assert found == [4] * 10 + [0] * 5
+        outstanding.append(router.outstanding(1) // UNIT_COST)
+    assert outstanding == [4] * 10 + [0] * 5
 
 
 def test_what_arrives_after_it_was_taken_for_lost_counts_again():
@@ -111,7 +111,7 @@ def test_receipts_that_come_late_mislead_until_the_next_one_only():
 
 
 def test_a_replica_that_cannot_tell_anything_is_not_left_without_work():
-    """As when nodes there cannot connect to this host: what was sent to it would count for ever."""
+    """For example, nodes there cannot connect to this host. Work sent to it must not count without end."""
     router, far = knowing(1, 2), Far(2)
     taken = Counter()
     for turn in range(1000):
@@ -127,7 +127,7 @@ def test_a_replica_that_cannot_tell_anything_is_not_left_without_work():
 
 
 def test_a_replica_that_joins_starts_at_nothing_and_shares_the_work():
-    """It got everything and the old one nothing, for ever: all that was ever sent to that one counted as queued."""
+    """Before, it got all requests and the old one none, because all work ever sent there counted as queued."""
     router, old, new = knowing(1), Far(1), Far(2)
     for _ in range(1000):
         router.sent(1, UNIT_COST)

@@ -1,4 +1,4 @@
-"""Stage files by hash: fetched once, whole, and only so many of them kept."""
+"""Stage files are fetched once, complete, and kept up to a limit."""
 
 from __future__ import annotations
 

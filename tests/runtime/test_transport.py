@@ -72,8 +72,8 @@ def test_the_shortcut_takes_what_needs_no_frames_and_zmq_the_rest(tmp_path):
         outlet.send(b"alone")
         outlet.send(b"with", [b"frame"])
         outlet.send(bytes(900_000))
-        found = sorted((len(header), len(frames)) for header, frames in (receive(sockets, inlet) for _ in range(3)))
-        assert found == [(4, 1), (5, 0), (900_000, 0)]
+        received = sorted((len(header), len(frames)) for header, frames in (receive(sockets, inlet) for _ in range(3)))
+        assert received == [(4, 1), (5, 0), (900_000, 0)]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,7 +114,7 @@ def test_a_ring_wakes_the_waiting_thread():
 
 
 def test_what_comes_in_while_sending_is_not_overlooked(tmp_path):
-    """ZeroMQ's descriptor tells of news once, and a send takes note of it."""
+    """ZeroMQ's descriptor is edge-triggered, and a send may consume the notification."""
     with Sockets() as here, Sockets() as there:
         inlet = here.answering(f"ipc://{tmp_path}/s")
         outlet = there.connect(inlet.address, receive=True)
@@ -161,7 +161,7 @@ def test_a_link_whose_other_side_hangs_up_at_once_is_not_connected():
 
 
 def test_a_path_that_no_socket_can_have_is_refused_with_its_length(tmp_path):
-    """ZeroMQ raised an error that nobody foresaw."""
+    """Before, ZeroMQ raised an error that was not translated."""
     longest = "/" + "a" * 106
     check_address(f"ipc://{longest}")
     for path, words in ((f"{longest}a", "108 bytes; a socket.s path may have at most 107"), ("ä" * 54, "108 bytes")):

@@ -1,4 +1,4 @@
-"""What a node keeps account of."""
+"""The load that a node publishes."""
 
 from __future__ import annotations
 

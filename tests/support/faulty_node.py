@@ -1,10 +1,19 @@
-"""A node that fails where it is told to: ``python -m faulty_node`` with the arguments of ``runtime.node``.
+"""A node with injected faults: ``python -m faulty_node`` with the arguments of ``runtime.node``.
 
-The environment variable FAULTS holds a JSON list of ``{"what", "at", "stage", "request", "once"}``: what happens
-(``kill``, ``segfault``, ``stop``, ``hang`` the session, ``freeze`` the interpreter, ``slow``), at which step, to the
-node of which stage, at which request (null for any), and a file that sees to it that it happens once.
-``poison`` kills every node that runs a request whose input holds 1e30. ``hold`` waits until the launcher is told to
-``release``; ``count`` adds to the launcher's ``happened`` and does nothing else.
+The environment variable FAULTS holds a JSON list of faults. A fault is an object with these fields:
+
+    what      kill, segfault, stop    the process
+              hang                    the session
+              freeze                  the interpreter
+              slow                    the run takes ``seconds`` longer
+              poison                  kills every node that runs a request whose input holds 1e30
+              hold                    waits until the launcher calls ``release``
+              count                   adds to the launcher's ``happened``, and does nothing else
+    at        the step, one of ``STEPS``
+    stage     the stage whose node fails; null for any
+    replica   the replica that fails; null for any
+    request   the number of the request; null for any
+    once      a file that is made when the fault happens, so that it happens once
 """
 
 from __future__ import annotations
@@ -30,7 +39,7 @@ STEPS = ("received", "before the run", "in the run", "after the run", "sent")
 
 
 class FaultyLauncher(LocalLauncher):
-    """Starts such nodes."""
+    """Starts nodes with injected faults."""
 
     module = "faulty_node"
 
@@ -43,7 +52,7 @@ class FaultyLauncher(LocalLauncher):
         self.faults = faults
 
     def start(self, **of: Any) -> Any:
-        """Start one."""
+        """Start one node."""
         here = Path(__file__).parent
         os.environ["FAULTS"] = json.dumps(self.faults)
         paths = os.environ.get("PYTHONPATH")
@@ -59,16 +68,16 @@ class FaultyLauncher(LocalLauncher):
 
     @property
     def happened(self) -> int:
-        """How many faults have happened."""
+        """Number of faults that have happened."""
         return len(list(self.folder.glob("fault-*")))
 
     def release(self) -> None:
-        """Let nodes go on that were told to hold."""
+        """Let nodes continue that wait at a ``hold`` fault."""
         (self.folder / RELEASED).touch()
 
 
 def fail(fault: dict[str, Any], request: int) -> None:
-    """Do what a fault says at a request."""
+    """Carry out a fault at a request."""
     what, folder = fault["what"], Path(fault["folder"])
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -90,7 +99,7 @@ def fail(fault: dict[str, Any], request: int) -> None:
 
 
 def main() -> int:
-    """Patch the node, then be one."""
+    """Patch the classes of a node, then run one."""
     stage = int(sys.argv[sys.argv.index("--stage") + 1])
     replica = int(sys.argv[sys.argv.index("--replica") + 1])
     faults = [
@@ -122,9 +131,9 @@ def main() -> int:
     def faulty_run(self: Any, effect: Any) -> Any:
         running[0] = effect.key[0]
         step("before the run", running[0])
-        found = run(self, effect)
+        event = run(self, effect)
         step("after the run", running[0])
-        return found
+        return event
 
     def faulty_execute(self: Any, inputs: Any, into: Any) -> Any:
         step("in the run", running[0])
