@@ -91,7 +91,7 @@ def measure(
     from onnxsplit.cluster import LOCAL
     from onnxsplit.cluster_files import load_cluster
     from onnxsplit.planning.calibrate import measured
-    from runtime.measure.agent import Agents
+    from runtime.measure.client import Agents
     from runtime.measure.link import measure_link
     from runtime.wire.keys import Keys
 

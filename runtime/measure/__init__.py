@@ -1,1 +1,1 @@
-"""Measuring other hosts and the links between them."""
+"""Measures links and models on this and on other hosts, for ``onnxsplit cluster measure``."""

@@ -14,7 +14,7 @@ import pytest
 from onnxsplit.cluster import Cluster, Device
 from onnxsplit.cluster_files import load_cluster
 from runtime.errors import PipelineError
-from runtime.measure.agent import Agents
+from runtime.measure.client import Agents
 from runtime.wire.keys import Keys, create_for
 
 
@@ -74,6 +74,6 @@ def test_an_agent_answers_only_those_it_knows_and_takes_only_plain_names(tmp_pat
 
 
 def test_an_agent_that_is_not_there_is_said(monkeypatch):
-    monkeypatch.setattr("runtime.measure.agent.AgentClient.ask.__kwdefaults__", {"patience_s": 0.3})
+    monkeypatch.setattr("runtime.measure.client.AgentClient.ask.__kwdefaults__", {"patience_s": 0.3})
     with pytest.raises(PipelineError, match=r"no agent answers at .*onnxsplit cluster agent --bind"):
         Agents({"a": f"tcp://127.0.0.1:{ports.free_port()}"}, keys=None, insecure=False)
