@@ -1,7 +1,8 @@
-"""Cutting: numbers in, a partition out.
+"""Partitioning algorithms: they take numbers and return a partition.
 
-Everything here is deterministic and knows nothing of ONNX: a :class:`Problem` holds integer times and tensors, an
-algorithm returns a :class:`Partition`, and :mod:`~onnxsplit.partitioner.objective` scores it, whoever found it.
+Everything here is deterministic and independent of ONNX. A :class:`Problem` holds integer times and tensor sizes, an
+algorithm returns a :class:`Partition`, and :mod:`~onnxsplit.partitioner.objective` scores the partitions of all
+algorithms alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lower bounds that need no search for a partition: what none can beat."""
+"""Lower bounds on the objective that hold for every partition and need no search for one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from onnxsplit.partitioner.orders import successors
 from onnxsplit.partitioner.relaxed import Capacities, Relaxed, Vector
 from onnxsplit.plan import CALLER
 
-_LARGEST_FLOW = 1 << 29  # capacities are 32-bit numbers
-_SURROUNDINGS = 64  # atoms, those with the most to pay first
+_LARGEST_FLOW = 1 << 29  # SciPy's capacities are 32-bit integers
+_SURROUNDINGS = 64  # the number of atoms for which a minimum cut is computed, the costliest first
 
 
 def lower_bound(problem: Problem, lineup: Lineup) -> int:
-    """No partition has a smaller value of the objective."""
+    """A value that no partition's objective goes below: nanoseconds, or bytes for the objective ``memory``."""
     match problem.objective:
         case "throughput":
             return throughput_bound(Relaxed(problem, lineup)) if problem.atoms else 0
@@ -28,10 +28,18 @@ def lower_bound(problem: Problem, lineup: Lineup) -> int:
 
 
 def surroundings_bound(relaxed: Relaxed, known: int) -> int:
-    """No bottleneck is smaller than the cheapest stage around any one atom; ``known`` is a bound there is already.
+    """A lower bound on the bottleneck: the cheapest stage that can hold some one atom.
 
-    A stage that holds an atom pays for the tensors on its border, or takes their other ends in and pays for those.
-    The cheapest such set is a minimum cut: atoms cost their time inside, tensors their transfer where they cross.
+    A stage that holds an atom pays for the tensors that cross its border; to avoid that, it holds the atoms at the
+    other ends and pays for their time. The cheapest such stage is a minimum cut of the network of atoms and tensors.
+    One maximum flow is computed for each of at most 64 atoms (Dinic's algorithm, as implemented in SciPy).
+
+    Args:
+        relaxed: the relaxed problem.
+        known: a bound that is known already, in nanoseconds.
+
+    Returns:
+        The larger of the two bounds, in nanoseconds.
     """
     if not relaxed.all_pay:
         return known
@@ -52,7 +60,10 @@ def surroundings_bound(relaxed: Relaxed, known: int) -> int:
 
 
 def _border_network(relaxed: Relaxed, times: Vector, unit: int) -> csr_array:
-    """Atoms, two vertices a tensor, and the sink: what is not cut off from an atom is in its stage."""
+    """The network of the minimum cuts: a vertex for each atom, two for each tensor, and the sink.
+
+    The vertices on the atom's side of a cut form its stage.
+    """
     atoms, tensors = relaxed.problem.atoms, (*relaxed.crossings, *relaxed.given)
     sink = atoms + 2 * len(tensors)
     edges = [(atom, sink, int(time_ns)) for atom, time_ns in enumerate(times)]
@@ -69,7 +80,11 @@ def _border_network(relaxed: Relaxed, times: Vector, unit: int) -> csr_array:
 
 
 def throughput_bound(relaxed: Relaxed) -> int:
-    """No bottleneck is smaller: every device does its share and pays for a tensor each way; no atom is parted."""
+    """A lower bound on the bottleneck, in nanoseconds.
+
+    It assumes that work is divided freely over the devices, that every stage receives and sends one tensor, and that
+    no stage is faster than the slowest atom. A binary search finds the smallest bottleneck for which that is enough.
+    """
     fastest = relaxed.times.min(axis=0) + (relaxed.always if relaxed.all_pay else 0)
     most = max(step.replicas for step in relaxed.lineup.steps)
     least = -(-(int(fastest.max()) + relaxed.receives) // most)
@@ -88,12 +103,13 @@ def throughput_bound(relaxed: Relaxed) -> int:
 
 
 def _enough(relaxed: Relaxed, target: int) -> bool:
+    """Whether the devices can do all work within the target."""
     capacities = Capacities(relaxed, target)
     return bool(max(capacities.before[state] for state in relaxed.lineup.final) + 0.5 >= relaxed.total)
 
 
 def latency_bound(problem: Problem) -> int:
-    """No request is faster: the longest path of atoms, each on the fastest device."""
+    """A lower bound on the latency: the longest path of atoms, each on its fastest device. Linear in the graph."""
     fastest = [min(column) for column in zip(*(kind.time_ns for kind in problem.kinds), strict=True)]
     done = [0] * problem.atoms
     for atom, readers in enumerate(successors(problem)):
@@ -104,7 +120,10 @@ def latency_bound(problem: Problem) -> int:
 
 
 def memory_bound(problem: Problem, lineup: Lineup) -> int:
-    """No largest need of memory is smaller: an equal share of the constants; an atom with its own constants."""
+    """A lower bound on the largest memory of a stage, in bytes.
+
+    It is the larger of an equal share of all constants and the largest memory of a single atom.
+    """
     alone = stage_memory(problem, range(problem.atoms), problem.atoms)
     return max(
         -(-sum(weight.size_bytes for weight in problem.weights) // max(1, lineup.most_stages)), max(alone, default=0)

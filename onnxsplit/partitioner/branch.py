@@ -1,10 +1,12 @@
 """Branch and bound over tensors that are sent to several stages, on top of the search over downsets.
 
-That search pays for a tensor once, however many stages read it. Where its best partition sends a tensor several times
-from a stage that matters, there are two cases: the tensor goes to one stage, or to two at least and costs twice. Where
-that is not enough, two of the atoms that it joins are in one stage, or they are apart: a tensor with m readers that
-are all apart from each other and from its writer is sent m times at least. Each case is searched again; the smaller
-value of the two is the new bound.
+The search over downsets charges a tensor once, regardless of how many stages read it. If its best partition sends a
+tensor from the slowest stage several times, the search branches: either the tensor goes to at most one stage, or it
+goes to at least two and costs twice as much. If that is not enough, it branches on two atoms that the tensor joins:
+they are in one stage, or they are apart. A tensor with m readers that are all apart from each other and from its writer
+is sent at least m times. Each branch is searched again, and the smaller of their values is the new bound.
+
+There are at most 200 branches; each costs one pass over the listed downsets (see :mod:`onnxsplit.partitioner.paths`).
 """
 
 from __future__ import annotations
@@ -23,15 +25,18 @@ _BRANCHES = 200
 def branch(
     problem: Problem, relaxed: Relaxed, listed: PathSearch, first: PathResult, target: int, best: Callable[[], int]
 ) -> Iterator[tuple[Partition | None, int]]:
-    """Partitions, each with a bound that holds for all, until the two meet or branches run out.
+    """Search branch by branch, the smallest value first, until nothing is left to branch on.
 
     Args:
-        problem: the problem that ``relaxed`` relaxes.
-        relaxed: it.
-        listed: the downsets for ``target``.
-        first: the best of the relaxed problem.
-        target: what was searched for.
-        best: the best value known.
+        problem: the problem.
+        relaxed: the problem as the search over downsets sees it.
+        listed: the search over downsets, with the downsets for ``target`` listed.
+        first: the best result of the relaxed problem.
+        target: the largest bottleneck of interest, in nanoseconds.
+        best: returns the best value known at the moment.
+
+    Yields:
+        A partition of the problem, or None, and a lower bound on the bottleneck of every partition.
     """
     pending = [(first.value, 0, Ties(), first)]
     for number in range(1, _BRANCHES):
@@ -50,9 +55,9 @@ def branch(
 
 
 def _branches(problem: Problem, relaxed: Relaxed, result: PathResult, ties: Ties) -> tuple[Ties, Ties] | None:
-    """Two branches, about a tensor for which a partition pays less than it does in truth.
+    """Two branches that together cover all partitions; None when the result's value is its true bottleneck.
 
-    The tensor is the one whose copies, beyond those paid for, cost the slowest stage most; None when there is none.
+    They branch on the tensor whose copies cost the slowest stage the most beyond what the relaxed problem charges.
     """
     figures = score(problem, result.partition)
     slowest = max(range(len(figures.stage_ns)), key=figures.stage_ns.__getitem__)

@@ -1,14 +1,15 @@
-"""Fewer atoms, the same optimum: atoms that take no time go where they cannot do harm.
+"""Contraction: merge atoms that take no time into neighbours without changing the optimal bottleneck.
 
-Many atoms cost nothing: ops that are fused into others, or that only rename their input. For the bottleneck,
+Many atoms take no time: ops that are fused into others, or that only rename their input. An atom without time may be
+merged, without any stage paying more, in three cases:
 
-- an atom that alone reads what it reads, all from one other atom, may move to that atom, if what it gives is no dearer
-  to move than what it takes (and always if it gives nothing): no stage pays more;
-- an atom whose outputs one other atom alone reads may move to that, if what it takes is no dearer than what it gives;
-- an atom that takes nothing may move to the first of its readers, if the others come after that one anyway.
+- It is the only reader of its inputs, which all come from one atom: it joins that atom if transferring its outputs
+  costs at most as much as transferring its inputs, or if it has no outputs.
+- One atom alone reads its outputs: it joins that atom if its inputs cost at most as much as its outputs.
+- It reads nothing: it joins the first of its readers, if all other readers come after that one in any case.
 
-Where a tensor is paid for each stage it is sent to, the tensors that are sent instead must have one reader.
-Such a move can only empty a stage that did nothing, so an optimum for K stages may become one for fewer.
+If a sender pays for every stage that a tensor goes to, the tensors that are sent instead must have one reader.
+A merge can empty a stage that did nothing, so an optimum for K stages may become one for fewer stages.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from onnxsplit.plan import CALLER
 
 @dataclass(frozen=True)
 class Contracted:
-    """A smaller problem.
+    """A problem with merged atoms.
 
     Attributes:
-        problem: it.
-        atom_of: by atom of the problem it was made from, its atom here.
+        problem: the smaller problem.
+        atom_of: for each atom of the original problem, its atom in the smaller one.
     """
 
     problem: Problem
     atom_of: tuple[int, ...]
 
     def expanded(self, partition: Partition) -> Partition:
-        """A partition of this problem as one of the problem it was made from."""
+        """Turn a partition of the smaller problem into one of the original problem."""
         return Partition(tuple(partition.stage_of[atom] for atom in self.atom_of), partition.devices)
 
 
 def contract(problem: Problem) -> Contracted:
-    """Merge until nothing more can be; linear in the graph for each of a few passes."""
+    """Merge atoms until nothing more can be merged. Each pass is linear in the graph; a few passes are enough."""
     whole = Contracted(problem, tuple(range(problem.atoms)))
     while True:
         smaller = _contracted(whole.problem)
@@ -51,7 +52,7 @@ def contract(problem: Problem) -> Contracted:
 
 
 def _contracted(problem: Problem) -> Contracted:
-    """One pass along the atoms and one back."""
+    """Merge atoms in one pass forwards and one pass backwards."""
     link = problem.cheapest_link
     takes: list[list[Transfer]] = [[] for _ in range(problem.atoms)]
     gives: list[list[Transfer]] = [[] for _ in range(problem.atoms)]
@@ -108,7 +109,7 @@ def _first(following: Sequence[Sequence[int]], readers: Sequence[int]) -> bool:
 
 
 def _free_atoms(problem: Problem) -> set[int]:
-    """Atoms that take no time anywhere, hold nothing, and need not be away from any other."""
+    """Atoms that take no time on any device, hold no limited memory, and need not be apart from another atom."""
     free = {
         atom for atom, times in enumerate(zip(*(kind.time_ns for kind in problem.kinds), strict=True)) if not any(times)
     }
@@ -152,7 +153,7 @@ def _merged(problem: Problem, groups: UnionFind) -> Contracted:
 
 
 def _topological(problem: Problem, groups: UnionFind, roots: Sequence[int]) -> dict[int, int]:
-    """Where each group comes, in an order in which tensors flow forwards."""
+    """The position of each group in a topological order of the groups."""
     following: dict[int, set[int]] = {root: set() for root in roots}
     waiting = dict.fromkeys(roots, 0)
     for transfer in problem.transfers:

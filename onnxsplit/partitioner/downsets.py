@@ -1,13 +1,14 @@
-"""The downsets that a target leaves, listed.
+"""List the downsets that can occur between two stages when no stage may take longer than a target.
 
-The stages of a partition without cycles, taken in order, fill up *downsets*: sets that hold all ancestors of their
-members. A graph can have far too many of them; but with a target B for the bottleneck most are of no use. What is in a
-downset I must fit the devices used so far, what is left out must fit the others, and both pay for what crosses:
+A *downset* is a set of atoms that contains all ancestors of its members. In a partition without cycles, the atoms of
+the first k stages form a downset for every k. A graph can have far too many downsets, but for a target B of the
+bottleneck most cannot occur: the atoms in a downset I must fit on the devices used so far, the other atoms must fit on
+the remaining devices, and both sides pay for the tensors that cross:
 
     work(I) + crossing(I) <= B x devices used        work(rest) + crossing(I) <= B x devices left
 
-So downsets are listed atom by atom in a topological order (in or out), and dropped as soon as what is decided breaks
-this for every state.
+So downsets are built atom by atom in a topological order (the atom is in or out), and a downset is dropped as soon as
+the atoms decided so far violate this for every state.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from onnxsplit.partitioner.relaxed import FAR, Capacities, Crossing, Relaxed, Ve
 
 
 class TooMany(Exception):
-    """There are more downsets than were allowed, or the time is over."""
+    """The search ended without a proof: there are more downsets than allowed, or the time is over."""
 
 
 class Downsets:
-    """Downsets in order of their work, smaller ones first where work is equal.
+    """Downsets in ascending order of their work, and of their size if their work is equal.
 
     Attributes:
-        member: by atom and downset.
-        work: by downset.
-        compute: by kind and downset, with what is paid wherever an atom is.
-        crossing_ns: by downset, tensors written inside and read outside.
-        crossings: how many they are.
-        held: by downset, constants that one atom alone reads.
+        member: whether an atom is in a downset; a matrix of atoms by downsets.
+        work: work of the atoms in each downset.
+        compute: for each kind of devices, time of the atoms in each downset in nanoseconds, with the transfers that an
+            atom pays for wherever it is.
+        crossing_ns: transfer time of the tensors that are written inside each downset and read outside.
+        crossings: number of these tensors for each downset.
+        held: bytes of the constants that a single atom in each downset reads.
     """
 
     def __init__(self, relaxed: Relaxed, member: Vector) -> None:
@@ -58,7 +60,7 @@ class Downsets:
 
 
 def _sums(member: Vector, values: Vector) -> Vector:
-    """By downset, the sum over its atoms; exact, without a copy of all members as integers."""
+    """For each downset, the sum of a value over its atoms, without a copy of the matrix as integers."""
     total = np.zeros(member.shape[1], dtype=np.int64)
     for atom in np.flatnonzero(values):
         total += member[atom] * values[atom]
@@ -66,11 +68,21 @@ def _sums(member: Vector, values: Vector) -> Vector:
 
 
 def list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Callable[[], bool]) -> Downsets:
-    """Every downset that some state can use, and perhaps a few more."""
+    """List every downset that some state can use, and possibly a few more. O(d n) for d downsets and n atoms.
+
+    Args:
+        relaxed: the relaxed problem.
+        capacities: what the devices can do within the target.
+        most: the largest number of downsets to hold at once.
+        stop: asked regularly whether to give up.
+
+    Raises:
+        TooMany: there are more downsets than ``most``, or ``stop`` returned True.
+    """
     count = relaxed.problem.atoms
     bits = np.zeros((1, -(-count // 8)), dtype=np.uint8)
     work = np.zeros(1, dtype=np.int64)
-    highest = np.full(1, relaxed.total, dtype=np.int64)  # what the final work can be at most
+    highest = np.full(1, relaxed.total, dtype=np.int64)  # the most work that a downset can still reach
     crossing_ns = np.zeros(1, dtype=np.int64)
     crossings = np.zeros(1, dtype=np.int64)
     later = _work_of_descendants(relaxed)
@@ -88,7 +100,9 @@ def list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Cal
         for predecessor in relaxed.predecessors[atom]:
             ready &= has(predecessor)
         crossing_ns_out, crossings_out = crossing_ns, crossings
-        for tensor in reads[atom] if relaxed.all_pay else ():  # out: it crosses, unless an earlier reader made it cross
+        for tensor in (
+            reads[atom] if relaxed.all_pay else ()
+        ):  # the atom is out: a tensor crosses now, unless it did before
             fresh = has(tensor.writer)
             for reader in tensor.readers:
                 if reader < atom:
@@ -113,7 +127,7 @@ def list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Cal
 
 
 def _work_of_descendants(relaxed: Relaxed) -> Vector:
-    """By atom, its work and that of all that needs it."""
+    """For each atom, its work and that of all its descendants."""
     count = relaxed.problem.atoms
     later = np.zeros((count, -(-count // 8)), dtype=np.uint8)
     result = np.zeros(count, dtype=np.int64)

@@ -1,7 +1,8 @@
-"""Local search on the DAG: atoms move between stages as long as that helps, and stages never form a cycle.
+"""Local search: move atoms between stages, or exchange devices, as long as the score improves.
 
-An atom may go to any stage from the highest of what it reads to the lowest of what reads it. It goes alone, or takes
-along what its stage holds of its ancestors (downwards) or descendants (upwards), which widens that range.
+An atom may move to any stage from the highest stage of its predecessors to the lowest of its successors, so stages
+never form a cycle. It moves alone, or together with its ancestors or its descendants in the same stage, which widens
+that range.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from onnxsplit.partitioner.orders import successors
 def improve(
     problem: Problem, start: Partition, *, tries: int = 20_000, stop: Callable[[], bool] = lambda: False
 ) -> Partition:
-    """The best partition that moves lead to, with the same stages on the same devices.
+    """Improve a partition by moving atoms; the stages keep their devices.
 
-    Every move is judged by the true score, which is linear in the graph.
+    Every move is judged by the true score, so a move takes time linear in the graph.
 
     Args:
         problem: atoms, devices and objective.
-        start: where to begin.
-        tries: moves to judge at most.
-        stop: asked from time to time whether to give up.
+        start: the partition to improve.
+        tries: the largest number of moves to judge.
+        stop: asked before every move whether to give up.
+
+    Returns:
+        The best partition that was reached.
     """
     following = successors(problem)
     preceding: list[list[int]] = [[] for _ in range(problem.atoms)]
@@ -47,9 +51,9 @@ def improve(
 
 
 def rearranged(problem: Problem, start: Partition, *, stop: Callable[[], bool] = lambda: False) -> Partition:
-    """The best partition that exchanging devices leads to: two of different stages, or one in use for an idle one.
+    """Improve a partition by exchanging two devices of different stages, or a used device for an idle one.
 
-    Stages keep their atoms and the number of their replicas.
+    Stages keep their atoms and their number of replicas. A round judges O(d^2) exchanges of d devices.
     """
     best, best_score = start, score(problem, start)
     improved = True
@@ -80,7 +84,7 @@ def _better(one: Score, other: Score) -> bool:
 def _moves(
     stage_of: tuple[int, ...], preceding: Sequence[Sequence[int]], following: Sequence[Sequence[int]], stages: int
 ) -> Iterator[tuple[int, ...]]:
-    """Assignments one move away, every stage still holding an atom."""
+    """All assignments that one move leads to and in which every stage still holds an atom."""
     sizes = [0] * stages
     for stage in stage_of:
         sizes[stage] += 1
@@ -102,7 +106,7 @@ def _moves(
 
 
 def _together(atom: int, stage_of: Sequence[int], neighbours: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """An atom with all that can be reached from it within its stage."""
+    """An atom and all atoms of its stage that can be reached from it within the stage."""
     group, pending = {atom}, [atom]
     while pending:
         for other in neighbours[pending.pop()]:

@@ -1,7 +1,8 @@
-"""In which order devices can be lined up along the stages.
+"""The orders in which devices can be assigned to consecutive stages.
 
-Any partition whose stages form no cycle can be numbered so that tensors flow to higher stages only. An algorithm then
-walks along the atoms and uses up devices; a *state* is how many devices of each kind are used, a *step* is one stage:
+The stages of a partition without cycles can be numbered so that tensors go to higher stages only. An algorithm goes
+through the atoms and assigns devices to one stage after the other. A *state* is the number of devices of each kind that
+are used; a *step* is one stage:
 
     0 --one cpu--> 1 --one cpu--> 2          two stages on two devices alike
     0 --two cpus as replicas-----> 2         the same devices in a hybrid plan
@@ -20,22 +21,24 @@ from onnxsplit.cluster import Link
 from onnxsplit.partitioner.objective import Problem
 
 Parallel = Literal["model", "data", "hybrid"]
-_SEQUENCES = 24  # of devices, tried where links differ
+"""How devices are used: a device for each stage, the whole model on each device, or stages with replicas."""
+
+_SEQUENCES = 24  # the number of orders of devices that are tried where links differ
 
 
 @dataclass(frozen=True)
 class StageStep:
-    """One more stage.
+    """One stage in a lineup: the transition from one state to the next.
 
     Attributes:
-        before: state before it.
-        after: state with its devices used, too; greater than ``before``.
-        kind: the kind of its devices.
-        replicas: how many of them.
-        arriving: link that tensors come over.
-        leaving: link that tensors leave over.
-        caller: link that outputs go to the caller over.
-        devices: the very devices, where the lineup fixes them.
+        before: the state before the stage.
+        after: the state in which the stage's devices are used too; greater than ``before``.
+        kind: the kind of the stage's devices.
+        replicas: the number of the stage's devices.
+        arriving: the link over which the stage receives tensors.
+        leaving: the link over which the stage sends tensors.
+        caller: the link over which the stage sends outputs to the caller.
+        devices: the devices themselves if the lineup fixes them; else empty.
     """
 
     before: int
@@ -50,12 +53,12 @@ class StageStep:
 
 @dataclass(frozen=True)
 class Lineup:
-    """All ways to line devices up.
+    """All orders in which devices can be assigned to stages.
 
     Attributes:
-        states: number of states; 0 is the first, with nothing used.
-        steps: stages that can follow, in order of ``before``.
-        final: states in which the last atom may be placed.
+        states: the number of states; state 0 is the first, in which no device is used.
+        steps: the possible stages, in order of ``before``.
+        final: the states in which all atoms may be placed.
     """
 
     states: int
@@ -64,7 +67,7 @@ class Lineup:
 
     @cached_property
     def most_stages(self) -> int:
-        """The most stages that any way through has."""
+        """The largest number of stages on a way from state 0 to a final state."""
         longest = [0] * self.states
         for step in self.steps:
             longest[step.after] = max(longest[step.after], longest[step.before] + 1)
@@ -72,19 +75,19 @@ class Lineup:
 
     @cached_property
     def exact_stages(self) -> int | None:
-        """The number of stages, when every way through has the same."""
+        """The number of stages if all ways to a final state have the same number; else None."""
         counts = [count for count in range(self.most_stages + 1) if self.after_stages(count) & self.final]
         return counts[0] if len(counts) == 1 else None
 
     def after_stages(self, stages: int) -> frozenset[int]:
-        """The states in which so many stages may be done."""
+        """The states that are reached after this number of stages."""
         reached = {0}
         for _ in range(stages):
             reached = {step.after for step in self.steps if step.before in reached}
         return frozenset(reached)
 
     def devices(self, problem: Problem, steps: Sequence[StageStep]) -> tuple[tuple[int, ...], ...]:
-        """Devices for the stages of one way through: those that the steps name, else the first free ones."""
+        """The devices of each stage: those that its step names, else the first free devices of its kind."""
         free: dict[int, list[int]] = {}
         for device, kind in enumerate(problem.devices):
             free.setdefault(kind, []).append(device)
@@ -92,18 +95,18 @@ class Lineup:
 
 
 def line_up(problem: Problem, stages: int | None, parallel: Parallel = "model") -> Lineup:
-    """The lineup of a problem's devices, in any order.
+    """The lineup of a problem's devices in any order.
 
     Args:
-        problem: its devices.
-        stages: exactly so many stages; any number, idle devices allowed, when None.
-        parallel: ``model``: a device a stage; ``data``: one stage on all devices of a kind; ``hybrid``: stages may have
-            several devices of a kind as replicas.
+        problem: the problem with its devices.
+        stages: the exact number of stages; None allows any number, with idle devices.
+        parallel: ``model``: one device for each stage; ``data``: one stage on all devices of a kind; ``hybrid``: a
+            stage may have several devices of a kind as replicas.
     """
     counts = [problem.devices.count(kind) for kind in range(len(problem.kinds))]
     used = list(product(*(range(count + 1) for count in counts)))
     used.sort(key=lambda state: (sum(state), state))
-    # Hybrid plans need to know how many stages there were when that number is fixed.
+    # A hybrid lineup with a fixed number of stages must count the stages in its states.
     depths = range(stages + 1) if stages is not None and parallel == "hybrid" else range(1)
     number = {(state, depth): index for index, (state, depth) in enumerate(product(used, depths))}
     link = problem.cheapest_link
@@ -128,10 +131,10 @@ def line_up(problem: Problem, stages: int | None, parallel: Parallel = "model") 
 
 
 def sequences(problem: Problem, stages: int | None) -> list[Lineup]:
-    """Lineups that fix which device follows which, a device a stage, where links differ; else none.
+    """Lineups that fix the order of the devices, one device for each stage; empty when all links are alike.
 
-    A few devices are tried in all orders. Of more, those that are joined by the cheapest links stand together; orders
-    of such groups are tried.
+    Up to four devices are tried in all orders. More devices are grouped by the cheapest links, and orders of the groups
+    are tried; 24 orders at most.
     """
     if not (problem.links or problem.caller_links):
         return []
@@ -145,7 +148,7 @@ def sequences(problem: Problem, stages: int | None) -> list[Lineup]:
 
 
 def _near(problem: Problem) -> list[list[int]]:
-    """Groups of devices that are joined by the cheapest links."""
+    """Groups of devices that the cheapest links join."""
 
     def cost(one: int, other: int) -> int:
         return problem.link_between((one,), (other,)).transfer_ns(1 << 20)
@@ -163,7 +166,13 @@ def _near(problem: Problem) -> list[list[int]]:
 
 
 def fixed(problem: Problem, homes: Sequence[tuple[int, ...]], stages: int | None) -> Lineup:
-    """The lineup of stages on just these devices, in this order; ``stages`` of them, or any number of the first."""
+    """The lineup with these devices in this order.
+
+    Args:
+        problem: the problem with its links.
+        homes: the devices of each stage.
+        stages: the exact number of stages; None allows any number of the first ones.
+    """
     steps = []
     for position, devices in enumerate(homes):
         caller = problem.caller_link(devices)

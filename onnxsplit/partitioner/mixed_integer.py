@@ -1,11 +1,12 @@
-"""A mixed-integer model of the problem, solved by HiGHS: exact for small cases, and a lower bound for any objective.
+"""A mixed-integer linear program of the problem, solved by HiGHS (Huangfu and Hall, 2018) through SciPy.
 
-It knows what the other algorithms relax: a tensor sent to several stages is paid for each, and a stage that several
-stages wait for delays them all. It is for devices that are all alike, a stage on each.
+It is exact for small problems and gives a lower bound for every objective. It models what the other algorithms relax:
+a tensor that goes to several stages is paid for each of them, and a stage delays every stage that waits for it. All
+devices must be alike, with one stage on each. The solver's time is exponential in the worst case, so it is limited.
 
-    x[a, k] = 1   atom a is in stage k        r[t, k] = 1   tensor t is received by stage k
-    s[t, k]       times stage k sends t       e[j, k] = 1   a tensor flows from stage j to stage k
-    f[k]          the time stage k is done    h[w, k] = 1   stage k holds constant w
+    x[a, k] = 1   atom a is in stage k              r[t, k] = 1   stage k receives tensor t
+    s[t, k]       how often stage k sends tensor t  e[j, k] = 1   a tensor goes from stage j to stage k
+    f[k]          the time when stage k is done     h[w, k] = 1   stage k holds constant w
 """
 
 from __future__ import annotations
@@ -20,27 +21,33 @@ from scipy.sparse import csr_array
 from onnxsplit.partitioner.objective import Partition, Problem
 from onnxsplit.plan import CALLER
 
-Term = tuple[int, float]  # a column and its factor
+Term = tuple[int, float]
+"""A column of the program and its factor."""
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What the solver found: a partition, when it found one, and what it proved about the objective's value."""
+    """The solver's result.
+
+    Attributes:
+        partition: the best partition; None when the solver found none.
+        bound: a lower bound on the objective: nanoseconds, or bytes for the objective ``memory``.
+    """
 
     partition: Partition | None
     bound: int
 
 
 def solve(problem: Problem, stages: int, *, seconds: float) -> Solved:
-    """Model and solve.
+    """Build and solve the program.
 
     Args:
-        problem: devices must be of one kind, joined by one link that does not overlap.
-        stages: exactly so many.
-        seconds: time for the solver.
+        problem: the problem; its devices must be of one kind and joined by one link that does not overlap.
+        stages: the exact number of stages.
+        seconds: the solver's time limit.
     """
     model = _Model(problem, stages)
-    # The solver works with floats: times in microseconds, sizes in KiB, so that numbers are of a like size.
+    # The solver works with floats, so times are in microseconds and sizes in KiB to be of similar magnitude.
     unit = 1024.0 if problem.objective == "memory" else 1000.0
     solution = milp(
         c=model.objective,
@@ -59,7 +66,7 @@ def solve(problem: Problem, stages: int, *, seconds: float) -> Solved:
 
 
 class _Model:
-    """Columns, and rows of ``sum(factor * column) <= right``."""
+    """The columns of the program, and its rows of the form ``sum(factor * column) <= right``."""
 
     def __init__(self, problem: Problem, stages: int) -> None:
         self._problem, self._stages = problem, stages
@@ -76,7 +83,7 @@ class _Model:
             self._at_most([(self._x(atom, stage), -1.0) for atom in range(atoms)], -1.0)
         for transfer in problem.transfers:
             for reader in transfer.readers if transfer.writer != CALLER else ():
-                for k in range(stages - 1):  # what the reader's stage reaches, the writer's has reached
+                for k in range(stages - 1):  # the writer's stage is not after the reader's
                     self._at_most(
                         [(self._x(reader, j), 1.0) for j in range(k + 1)]
                         + [(self._x(transfer.writer, j), -1.0) for j in range(k + 1)],
@@ -97,8 +104,8 @@ class _Model:
         self.objective[self.value] = 1.0
 
     def constraints(self) -> LinearConstraint:
-        """All rows."""
-        # The solver of SciPy below 1.15 takes no indices of 64 bits.
+        """All rows as a sparse matrix."""
+        # In SciPy below 1.15, the solver does not take 64-bit indices.
         rows = np.repeat(np.arange(len(self._rows), dtype=np.int32), [len(row) for row in self._rows])
         columns = np.array([column for row in self._rows for column, _ in row], np.int32)
         factors = np.array([factor for row in self._rows for _, factor in row])
@@ -123,13 +130,13 @@ class _Model:
         self._at_most([(column, -factor) for column, factor in terms], -right)
 
     def _loads(self) -> list[list[Term]]:
-        """By stage, its time in microseconds as terms; columns and rows for what is received and sent."""
+        """For each stage, the terms of its time in microseconds; adds the columns and rows of transfers."""
         problem, stages = self._problem, self._stages
         times = problem.kinds[0].time_ns
         loads: list[list[Term]] = [
             [(self._x(atom, k), time_ns / 1000) for atom, time_ns in enumerate(times)] for k in range(stages)
         ]
-        self._received: list[tuple[int, range]] = []  # bytes, and a column a stage
+        self._received: list[tuple[int, range]] = []  # bytes, and a column for each stage
         for transfer in problem.transfers:
             cost = problem.link.transfer_ns(transfer.size_bytes) / 1000
             if not problem.kinds[0].pays:
@@ -157,14 +164,14 @@ class _Model:
             loads[k].append((sent, cost))
             others = [received[j] for j in range(k + 1, stages)]
             groups = [[other] for other in others] if problem.send_once else [others]
-            for group in groups:  # counts only where the writer is here
+            for group in groups:  # binding only if the writer is in stage k
                 self._at_most(
                     [*((other, 1.0) for other in group), (self._x(writer, k), float(len(group))), (sent, -1.0)],
                     float(len(group)),
                 )
 
     def _memory(self) -> None:
-        """Constants once a stage, with all that a stage receives, which is there when it begins."""
+        """Add the memory of each stage: its constants, and the tensors it receives, which are live at its start."""
         problem, stages = self._problem, self._stages
         needs: list[list[Term]] = [[] for _ in range(stages)]
         for weight in problem.weights:

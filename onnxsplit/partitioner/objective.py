@@ -1,4 +1,4 @@
-"""What makes a partition good: the problem an algorithm sees, and the one score all of them are judged by."""
+"""The problem that partitioning algorithms solve, and the score by which the partitions of all of them are judged."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from onnxsplit.cluster import Link
 from onnxsplit.plan import CALLER, Objective
 
 NEVER = 1 << 62
-"""The time of an atom on a device that may not run it."""
+"""The time of an atom on a device that may not run it, in nanoseconds."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A tensor that may have to cross.
+    """A tensor that stages may have to send to each other.
 
     Attributes:
-        writer: the atom that writes it, or :data:`CALLER`.
-        readers: atoms that read it, ascending, without the writer.
-        size_bytes: what it takes on a link, and in the memory of a stage that writes or reads it.
-        to_caller: True when it also goes to the caller, wherever its writer is.
+        writer: the atom that writes the tensor, or :data:`CALLER`.
+        readers: the atoms that read the tensor, ascending, without the writer.
+        size_bytes: the size of the tensor, on a link and in the memory of a stage that writes or reads it.
+        to_caller: True when the tensor also goes to the caller, whichever stage its writer is in.
     """
 
     writer: int
@@ -32,7 +32,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Weight:
-    """A constant: every stage with one of its readers holds it once."""
+    """A constant: every stage that holds one of its readers holds the constant once."""
 
     size_bytes: int
     readers: tuple[int, ...]
@@ -40,12 +40,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """Devices that are all alike.
+    """A kind of devices that are all alike.
 
     Attributes:
-        time_ns: compute time of every atom, :data:`NEVER` for one that may not run here.
-        max_memory_bytes: what a stage may need here; None for no limit.
-        pays: False when moving tensors costs such a device nothing, whatever the link says.
+        time_ns: compute time of every atom in nanoseconds; :data:`NEVER` for an atom that may not run here.
+        max_memory_bytes: memory that a stage may need here; None for no limit.
+        pays: False when transfers cost such a device nothing, regardless of the link.
     """
 
     time_ns: tuple[int, ...]
@@ -58,18 +58,18 @@ class Problem:
     """A graph of atoms in topological order, and the devices it is for.
 
     Attributes:
-        kinds: kinds of devices.
-        devices: the kind of every device.
-        transfers: tensors between atoms; every reader's index is greater than its writer's.
-        weights: constants.
-        inner_bytes: by atom, tensors that never leave it.
-        link: what joins two devices, and the caller with a device.
-        links: other links, by their pair of devices, the lower first.
-        caller_links: other links of the caller, by device.
-        send_once: the sender pays once for a tensor, however many stages read it; else once for each.
+        kinds: the kinds of devices.
+        devices: the kind of every device, as an index into ``kinds``.
+        transfers: the tensors between atoms; every reader's index is greater than its writer's.
+        weights: the constants.
+        inner_bytes: for each atom, the bytes of the tensors that never leave it.
+        link: the link between two devices, and between the caller and a device, unless another one is given.
+        links: other links by their pair of devices, the lower number first.
+        caller_links: other links of the caller by device.
+        send_once: True when a sender pays once for a tensor, False when it pays for each stage that reads it.
         apart: pairs of atoms that must be in different stages.
-        objective: what is to be small: ``throughput`` the slowest stage, ``latency`` the longest path over the
-            stages, ``memory`` the largest need of a stage.
+        objective: the value to minimise: ``throughput`` the time of the slowest stage, ``latency`` the longest path
+            over the stages, ``memory`` the largest memory of a stage.
     """
 
     kinds: tuple[DeviceKind, ...]
@@ -86,26 +86,26 @@ class Problem:
 
     @cached_property
     def atoms(self) -> int:
-        """Number of atoms."""
+        """The number of atoms."""
         return len(self.kinds[0].time_ns)
 
     @cached_property
     def cheapest_link(self) -> Link:
-        """No crossing costs less than over this one."""
+        """A link over which no transfer costs more than over any link between devices."""
         return _cheapest((self.link, *self.links.values()))
 
     @cached_property
     def cheapest_caller_link(self) -> Link:
-        """The same, to or from the caller."""
+        """A link over which no transfer costs more than over any link between the caller and a device."""
         return _cheapest(tuple(self.caller_links.get(device, self.link) for device in range(len(self.devices))))
 
     @cached_property
     def capped(self) -> bool:
-        """True when memory is limited anywhere."""
+        """Whether some device has a memory limit."""
         return any(kind.max_memory_bytes is not None for kind in self.kinds)
 
     def without_idle_caps(self) -> Problem:
-        """The same problem, without limits of memory that everything together keeps."""
+        """The same problem without memory limits that all constants and tensors together do not exceed."""
         total = sum(weight.size_bytes for weight in self.weights) + sum(self.inner_bytes)
         total += sum(transfer.size_bytes for transfer in self.transfers)
         kinds = tuple(
@@ -119,21 +119,21 @@ class Problem:
         return self.kinds[self.devices[device]]
 
     def link_between(self, one: Iterable[int], other: Iterable[int]) -> Link:
-        """The slowest link from any of some devices to any of others, for one byte and one tensor."""
+        """The slowest link between one of some devices and one of others, for a tensor of 1 MiB."""
         if not self.links:
             return self.link
         pairs = {(min(a, b), max(a, b)) for a in one for b in other}
         return max((self.links.get(pair, self.link) for pair in pairs), key=lambda link: link.transfer_ns(1 << 20))
 
     def caller_link(self, devices: Iterable[int]) -> Link:
-        """The slowest link of the caller with any of some devices."""
+        """The slowest link between the caller and one of some devices, for a tensor of 1 MiB."""
         if not self.caller_links:
             return self.link
         return max((self.caller_links.get(d, self.link) for d in devices), key=lambda link: link.transfer_ns(1 << 20))
 
 
 def _cheapest(links: Sequence[Link]) -> Link:
-    """A link that is as good as the best of some in each respect."""
+    """A link that is as good in each respect as the best of some links."""
     return Link(
         latency_ns=min(link.latency_ns for link in links),
         bytes_per_s=max(link.bytes_per_s for link in links),
@@ -144,11 +144,11 @@ def _cheapest(links: Sequence[Link]) -> Link:
 
 @dataclass(frozen=True)
 class Partition:
-    """Atoms to stages, and stages to devices.
+    """An assignment of atoms to stages, and of stages to devices.
 
     Attributes:
-        stage_of: the stage of every atom; no tensor flows to a lower stage.
-        devices: by stage, the devices that run a replica of it.
+        stage_of: the stage of every atom; no tensor goes to a lower stage.
+        devices: for each stage, the devices that run a replica of it.
     """
 
     stage_of: tuple[int, ...]
@@ -161,17 +161,17 @@ class Infeasible(Exception):
 
 @dataclass(frozen=True)
 class Score:
-    """A partition's figures.
+    """The figures of a partition. All times are of one request, in nanoseconds.
 
     Attributes:
-        compute_ns: by stage, one request on one replica.
-        transfer_ns: by stage, tensors sent and received.
-        stage_ns: by stage, a request's share of all replicas: compute and transfers, or the larger of the two where
-            the link moves tensors while the device computes.
-        latency_ns: of one request: the longest path over the stages.
-        memory_bytes: by stage; empty when nobody asked.
-        feasible: every limit is kept.
-        objective: what :attr:`value` is.
+        compute_ns: for each stage, compute time on one replica.
+        transfer_ns: for each stage, time of the tensors it sends and receives.
+        stage_ns: for each stage, its time divided by its replicas: compute plus transfers, or the larger of the two
+            where the link moves tensors while the device computes.
+        latency_ns: the longest path over the stages.
+        memory_bytes: for each stage, the memory it needs; empty when memory neither is limited nor the objective.
+        feasible: True when every limit is kept.
+        objective: the objective that :attr:`value` measures.
     """
 
     compute_ns: tuple[int, ...]
@@ -184,12 +184,12 @@ class Score:
 
     @property
     def bottleneck_ns(self) -> int:
-        """The slowest stage: with all stages busy, one request leaves in this time."""
+        """Time of the slowest stage: with all stages busy, one request leaves the pipeline in this time."""
         return max(self.stage_ns, default=0)
 
     @property
     def value(self) -> int:
-        """The objective: nanoseconds, or bytes."""
+        """The value of the objective: nanoseconds, or bytes for ``memory``. Smaller is better."""
         match self.objective:
             case "throughput":
                 return self.bottleneck_ns
@@ -200,14 +200,15 @@ class Score:
 
     @property
     def rank(self) -> tuple[bool, int, int, int]:
-        """Smaller is better: feasible first, the objective, then the other times."""
+        """The order of partitions, smaller is better: feasible ones first, then by value, bottleneck and latency."""
         return (not self.feasible, self.value, self.bottleneck_ns, self.latency_ns)
 
 
 def score(problem: Problem, partition: Partition) -> Score:
-    """Score a partition. Linear in the graph.
+    """Score a partition. Takes time linear in the graph.
 
-    A tensor is received once by every stage that reads it. Sender and receiver both pay, unless their kind does not.
+    Every stage that reads a tensor receives it once. Sender and receiver both pay for the transfer, unless their kind
+    of device does not pay.
     """
     stage_of = partition.stage_of
     stages = len(partition.devices)
@@ -221,7 +222,7 @@ def score(problem: Problem, partition: Partition) -> Score:
         if kinds[stage].pays:
             (beside if link.overlapped else paid)[stage] += link.transfer_ns(size_bytes)
 
-    sources: list[dict[int, int]] = [{} for _ in range(stages)]  # of every stage: the delay from each
+    sources: list[dict[int, int]] = [{} for _ in range(stages)]  # for each stage: the delay from each sender
     entering, leaving = [0] * stages, [0] * stages  # delays from and to the caller
     callers = [problem.caller_link(devices) for devices in partition.devices]
     for transfer in problem.transfers:
@@ -263,7 +264,7 @@ def score(problem: Problem, partition: Partition) -> Score:
 
 
 def _slowest(problem: Problem, devices: tuple[int, ...]) -> Sequence[int]:
-    """Times of the atoms on the slowest of some devices; replicas are taken to be as slow as that."""
+    """The largest time of each atom over the devices of a stage; every replica counts as that slow."""
     rows = {problem.devices[device]: problem.kind_of(device).time_ns for device in devices}
     return next(iter(rows.values())) if len(rows) == 1 else [max(column) for column in zip(*rows.values(), strict=True)]
 
@@ -281,10 +282,10 @@ def _feasible(problem: Problem, partition: Partition, compute: Sequence[int], me
 
 
 def stage_memory(problem: Problem, stage_of: Sequence[int], stages: int) -> tuple[int, ...]:
-    """Bytes a stage needs: its constants, and its largest sum of live tensors while its atoms run in order.
+    """The bytes that each stage needs: its constants, and the largest sum of live tensors while its atoms run in order.
 
-    A tensor lives from its writer, or from the start where another stage wrote it, to its last reader in the stage,
-    and to the end where it leaves the stage.
+    A tensor is live from its writer (or from the stage's start if another stage writes it) to its last reader in the
+    stage (or to the stage's end if it leaves the stage). Linear in the graph.
     """
     held = [0] * stages
     for weight in problem.weights:

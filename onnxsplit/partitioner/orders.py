@@ -1,4 +1,4 @@
-"""Linear orders of the atoms: every partition without cycles is a slicing of one."""
+"""Linear orders of the atoms. Every partition without cycles is a slicing of some topological order."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from onnxsplit.partitioner.objective import Problem
 from onnxsplit.plan import CALLER
 
 Order = list[int]
+"""The atoms in a topological order."""
 
 
 def successors(problem: Problem) -> list[list[int]]:
-    """By atom, the atoms that read from it, ascending."""
+    """For each atom, the atoms that read from it, ascending."""
     readers_of: list[set[int]] = [set() for _ in range(problem.atoms)]
     for transfer in problem.transfers:
         if transfer.writer != CALLER:
@@ -22,7 +23,10 @@ def successors(problem: Problem) -> list[list[int]]:
 
 
 def linear_orders(problem: Problem) -> Iterator[Order]:
-    """Topological orders, endlessly: the given one, good guesses, then random ones. The same every time."""
+    """Yield topological orders without end: the given one, four heuristic ones, then random ones with a fixed seed.
+
+    Each order takes O(n log n + m) for n atoms and m edges.
+    """
     following = successors(problem)
     depth, height = _depths(following), _heights(following)
     yield list(range(problem.atoms))
@@ -38,14 +42,23 @@ def linear_orders(problem: Problem) -> Iterator[Order]:
 
 
 def refined(stage_of: Sequence[int], order: Order) -> Order:
-    """The atoms stage by stage, each in this order: topological, too, and slicing it can give the stages back."""
+    """Sort the atoms by stage, in the given order within a stage.
+
+    The result is a topological order too, and slicing it can reproduce the stages.
+    """
     return sorted(order, key=stage_of.__getitem__)
 
 
 def depth_first(
     following: Sequence[Sequence[int]], draw: Sequence[float] | None = None, *, descending: bool = False
 ) -> Order:
-    """Keeps a branch in one piece: an atom is followed by what it alone made ready."""
+    """An order that keeps branches together: an atom is followed by the atoms that it made ready.
+
+    Args:
+        following: for each atom, the atoms that read from it.
+        draw: the priority of each atom; its number when None.
+        descending: True takes atoms of high priority first.
+    """
     waiting = _waiting(following)
 
     def sort(atoms: list[int]) -> list[int]:
@@ -66,7 +79,7 @@ def depth_first(
 
 
 def by_priority(following: Sequence[Sequence[int]], priority: Callable[[int], object]) -> Order:
-    """Of the atoms that are ready, the one with the smallest priority comes next."""
+    """An order in which the ready atom with the smallest priority comes next."""
     waiting = _waiting(following)
     ready: list[tuple[object, int]] = [(priority(atom), atom) for atom, count in enumerate(waiting) if count == 0]
     heapq.heapify(ready)

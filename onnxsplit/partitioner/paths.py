@@ -1,11 +1,12 @@
-"""Exact search for a target: the best path through downsets not above it, or the proof that there is none.
+"""Exact search: the best path through downsets whose bottleneck is at most a target, or the proof that there is none.
 
-A partition without cycles is a path through downsets, whatever the order of its atoms, and not only the slicing of one
-order. One pass of dynamic programming over pairs of downsets gives the optimum (Tarnawski et al., NeurIPS 2020, do this
-over all downsets). A small target leaves few of them, so a lower bound can be proven where the optimum cannot be found.
+A partition without cycles is a path through downsets, so the search is not limited to slicings of one linear order. One
+pass of dynamic programming over pairs of downsets gives the optimum; Tarnawski et al. ("Efficient Algorithms for Device
+Placement of DNN Graph Operators", NeurIPS 2020) do this over all downsets. A small target leaves few downsets, so a
+lower bound can be proven where the optimum cannot be found.
 
-The search is exact for the :class:`~onnxsplit.partitioner.relaxed.Relaxed` problem. Its best value is a lower bound
-whatever happens; whether the partition found is as good is for :func:`~onnxsplit.partitioner.objective.score` to say.
+The search is exact for the :class:`~onnxsplit.partitioner.relaxed.Relaxed` problem. Its best value is always a lower
+bound for the true problem; :func:`~onnxsplit.partitioner.objective.score` gives the true value of its partition.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from onnxsplit.partitioner.relaxed import FAR, Capacities, Crossing, Relaxed, Ve
 
 @dataclass(frozen=True)
 class PathResult:
-    """The best partition of the relaxed problem, and its value: no partition has a smaller bottleneck."""
+    """The best partition of the relaxed problem, and its value: no partition has a smaller bottleneck (nanoseconds)."""
 
     partition: Partition
     value: int
@@ -31,13 +32,13 @@ class PathResult:
 
 @dataclass(frozen=True)
 class Ties:
-    """What is taken for granted in one branch of a search.
+    """The assumptions of one branch of a search.
 
     Attributes:
-        once: tensors, by their place among the crossings, that one stage reads beyond their writer's, or none.
-        twice: tensors that their writer's stage sends to two stages at least.
+        once: tensors that at most one stage beside their writer's reads, by their index among the crossings.
+        twice: tensors that their writer's stage sends to at least two stages.
         together: pairs of atoms, the lower first, that are in one stage.
-        apart: pairs of atoms that are in different stages.
+        apart: pairs of atoms, the lower first, that are in different stages.
     """
 
     once: frozenset[int] = frozenset()
@@ -46,11 +47,11 @@ class Ties:
     apart: frozenset[tuple[int, int]] = frozenset()
 
     def copies(self, number: int, tensor: Crossing) -> int:
-        """How often a tensor is sent at least, where it crosses."""
+        """The least number of times that a tensor is sent if it crosses."""
         return max(1 + (number in self.twice), len(self.surely_apart(tensor)) - 1)
 
     def surely_apart(self, tensor: Crossing) -> list[int]:
-        """A tensor's writer, and readers that are all apart from it and from each other."""
+        """The writer of a tensor, and readers that are all apart from the writer and from each other."""
         atoms = [tensor.writer]
         for reader in tensor.readers:
             if all((min(atom, reader), max(atom, reader)) in self.apart for atom in atoms):
@@ -59,7 +60,7 @@ class Ties:
 
 
 class PathSearch:
-    """The search for one target: downsets are listed once, and chosen from for any branch."""
+    """The search for one target: the downsets are listed once, and every branch chooses among them."""
 
     def __init__(
         self,
@@ -72,25 +73,29 @@ class PathSearch:
         """List the downsets: O(d n) for d downsets of n atoms.
 
         Args:
-            relaxed: atoms, devices and their order.
-            target: nanoseconds.
-            most: downsets to hold at once.
-            stop: asked from time to time whether to give up.
+            relaxed: the relaxed problem.
+            target: the largest bottleneck of interest, in nanoseconds.
+            most: the largest number of downsets to hold at once.
+            stop: asked regularly whether to give up.
 
         Raises:
-            TooMany: nothing was proven.
+            TooMany: there are too many downsets, or the time is over; nothing was proven.
         """
         self._relaxed, self._stop = relaxed, stop
         self._capacities = Capacities(relaxed, target)
         self._downsets = list_downsets(relaxed, self._capacities, most, stop)
 
     def best(self, target: int | None = None, ties: Ties = Ties()) -> PathResult | None:
-        """The best partition whose bottleneck is at most the target; None when there is provably none.
+        """The best partition whose bottleneck is at most the target; None when it is proven that there is none.
 
-        O(d c) for c downsets within one stage of another. A ``target`` may be smaller than that of the listing.
+        Takes O(d c) for d downsets, of which at most c can follow another within one stage.
+
+        Args:
+            target: a target that is smaller than that of the listing; that of the listing when None.
+            ties: the assumptions of the branch.
 
         Raises:
-            TooMany: nothing was proven.
+            TooMany: the time is over; nothing was proven.
         """
         capacities = self._capacities if target is None else Capacities(self._relaxed, target)
         return _choose(self._relaxed, capacities, self._downsets, ties, self._stop)
@@ -103,7 +108,7 @@ def _choose(
     ties: Ties,
     stop: Callable[[], bool],
 ) -> PathResult | None:
-    """The best path through downsets."""
+    """The best path through the downsets, from the empty one to the full one."""
     target = capacities.target
     states, count = relaxed.lineup.states, len(downsets.work)
     if not count or downsets.member[:, 0].any() or not downsets.member[:, -1].all():
@@ -153,7 +158,7 @@ def _choose(
 
 
 def _between(windows: list[Vector], usable: list[Vector], afters: set[int], first: int, end: int) -> Vector:
-    """Downsets from ``first`` to before ``end`` that some of these states can use."""
+    """The downsets from ``first`` to before ``end`` that one of these states can use."""
     if len(afters) == 1:
         window = windows[next(iter(afters))]
         return window[np.searchsorted(window, first) : np.searchsorted(window, end)]
@@ -164,7 +169,7 @@ def _between(windows: list[Vector], usable: list[Vector], afters: set[int], firs
 
 
 class _Pairs:
-    """What a stage between two downsets costs, in one branch."""
+    """The cost of a stage between two downsets, in one branch."""
 
     def __init__(self, relaxed: Relaxed, downsets: Downsets, ties: Ties) -> None:
         self._relaxed, self._downsets = relaxed, downsets
@@ -181,9 +186,9 @@ class _Pairs:
         self._most = max((step.replicas for step in relaxed.lineup.steps), default=1)
 
     def light(self, index: int, others: Vector, target: int) -> Vector:
-        """Those of some downsets that a stage from this one may reach, by what is quickly known.
+        """The downsets that a stage from this one may reach, by a bound that is quick to compute.
 
-        A tensor that crosses one border and not the other is sent or received in between.
+        A tensor that crosses one border and not the other is sent or received by the stage between them.
         """
         if not self._plain:
             return others
@@ -194,7 +199,7 @@ class _Pairs:
         return kept
 
     def above(self, index: int, others: Vector) -> Vector:
-        """Those of some downsets that hold all of one: they hold its members that no other member needs."""
+        """The downsets that contain this one. It is enough that they contain its members without a successor in it."""
         inside = self._downsets.member[:, index]
         needed = np.zeros(len(inside), dtype=bool)
         needed[self._relaxed.edges_from[inside[self._relaxed.edges_to]]] = True
@@ -203,14 +208,16 @@ class _Pairs:
         return others
 
     def loads(self, index: int, larger: Vector) -> list[Vector]:
-        """By kind, the cost of the stages between downset ``index`` and each of some larger ones."""
+        """For each kind of device, the time of the stages between downset ``index`` and each of some larger ones."""
         relaxed, downsets = self._relaxed, self._downsets
         inside = downsets.member[:, index]
         moving = self._crossing_ns[larger]
         for readers, arrives, sent, once in self._open(inside):
             rows = downsets.member[list(readers)][:, larger]
             some, rest = rows.any(axis=0), ~rows.all(axis=0)
-            moving = moving + some * arrives - rest * sent  # what crosses the larger border, too, another stage sent
+            moving = (
+                moving + some * arrives - rest * sent
+            )  # a tensor that crosses both borders was sent by another stage
             if once:
                 moving[some & rest] = FAR
         held = downsets.held[larger] - downsets.held[index]
@@ -225,7 +232,7 @@ class _Pairs:
         return result
 
     def _broken(self, inside: Vector, larger: Vector) -> Vector:
-        """Stages that part what must be together, or hold what must be apart."""
+        """Which stages separate atoms that must be together, or hold atoms that must be apart."""
         member = self._downsets.member
         broken = np.zeros(len(larger), dtype=bool)
         for one, other in (*self._relaxed.problem.apart, *self._ties.apart):
@@ -237,10 +244,11 @@ class _Pairs:
         return broken
 
     def _open(self, inside: Vector) -> list[tuple[tuple[int, ...], int, int, bool]]:
-        """Tensors at hand for what is not in a downset, and wanted there; those with the same readers together.
+        """The tensors that atoms outside a downset still read, grouped by these readers.
 
         Returns:
-            readers outside, what receiving costs, what sending cost another stage, whether one stage must take all.
+            For each group: the readers outside, the cost of receiving, the cost of sending for another stage, and
+            whether one stage must hold all readers.
         """
         wanted = np.zeros(len(inside), dtype=bool)
         wanted[self._relaxed.edges_from[~inside[self._relaxed.edges_to]]] = True

@@ -1,8 +1,8 @@
-"""The problem, relaxed: what a partition costs at least, in numbers that add up.
+"""The relaxed problem: costs that are never above the true ones and that add up over atoms and tensors.
 
-Everything here makes things look cheaper than they may be: a tensor that several stages read is sent once, all links
-are the cheapest, devices of a kind are as fast as they ever are, and of memory only constants that one atom reads are
-counted. So whatever is proven about it is proven about the problem.
+A tensor that several stages read is sent once, all links are as good as the best one, work is done at the highest rate
+of a kind of devices, and memory counts only constants that a single atom reads. So a lower bound for the relaxed
+problem is a lower bound for the problem.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from onnxsplit.partitioner.orders import successors
 from onnxsplit.plan import CALLER
 
 Vector = np.ndarray[Any, np.dtype[Any]]
+"""An array of numbers by atom, by downset, or by position in an order."""
 
 FAR = np.iinfo(np.int64).max // 4
-"""Above every time; sums of a few do not overflow."""
+"""A time above every real one; the sum of a few of them does not overflow."""
 
-_HUGE = FAR >> 20  # above every time, and sums of very many do not overflow
+_HUGE = FAR >> 20  # a time above every real one; the sum of very many of them does not overflow
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """A tensor between atoms: its writer, its readers, and what a crossing costs at least."""
+    """A tensor between atoms: its writer, its readers, and the least time of one transfer in nanoseconds."""
 
     writer: int
     readers: tuple[int, ...]
@@ -35,17 +36,18 @@ class Crossing:
 
 
 class Relaxed:
-    """The problem as this search sees it: work in nanoseconds of the kind that most devices are of.
+    """The relaxed problem. Work is measured in nanoseconds on the most frequent kind of device.
 
     Attributes:
-        work: by atom.
+        work: work of each atom.
         crossings: tensors between atoms.
         given: tensors from the caller.
-        always: by atom, what it pays for outputs to the caller, wherever it is.
-        rates: by kind, work done in a nanosecond at most.
-        share: work that a nanosecond of transfers takes away at least.
-        receives: what every stage receives at least, in nanoseconds.
-        sends: what every stage sends at least to other stages, but for those that only serve the caller.
+        always: for each atom, time of sending its outputs to the caller, whichever stage it is in.
+        rates: for each kind, the most work that it does in a nanosecond.
+        share: the least work that a nanosecond of transfers takes the place of.
+        receives: the least time that every stage spends on receiving, in nanoseconds.
+        sends: the least time that every stage spends on sending to other stages, except stages that serve the caller
+            alone.
     """
 
     def __init__(self, problem: Problem, lineup: Lineup) -> None:
@@ -71,7 +73,7 @@ class Relaxed:
             if transfer.writer == CALLER
         )
         for_caller = [transfer for transfer in problem.transfers if transfer.to_caller]
-        # Where a tensor is sent once for all readers, the caller's may be paid with another crossing already.
+        # If a tensor is sent once for all readers, its transfer to the caller may be part of another crossing.
         self.always = np.zeros(problem.atoms, dtype=np.int64)
         for transfer in for_caller:
             if not self.overlapped and not (problem.send_once and transfer.readers):
@@ -106,12 +108,12 @@ class Relaxed:
 
 
 class Capacities:
-    """What the devices of each state can do within a target.
+    """The most work that devices can do in each state if no stage takes longer than a target.
 
     Attributes:
-        target: no stage takes longer, in nanoseconds.
-        before: by state, the work that its devices can have done at most.
-        after: by state, the work that devices not yet used can do at most, on the way to a final state.
+        target: the largest time of a stage, in nanoseconds.
+        before: for each state, the most work that the devices used so far can do.
+        after: for each state, the most work that the remaining devices can do on the way to a final state.
     """
 
     def __init__(self, relaxed: Relaxed, target: int) -> None:
@@ -119,8 +121,8 @@ class Capacities:
         lineup = relaxed.lineup
         before = np.full(lineup.states, -float(FAR))
         after = np.full(lineup.states, -float(FAR))
-        first = np.zeros(lineup.states, dtype=np.int64)  # the most stages up to a state
-        then = np.zeros(lineup.states, dtype=np.int64)  # and from there on
+        first = np.zeros(lineup.states, dtype=np.int64)  # the largest number of stages up to a state
+        then = np.zeros(lineup.states, dtype=np.int64)  # the largest number of stages after it
         before[0] = 0.0
         after[list(lineup.final)] = 0.0
         for step in lineup.steps:
@@ -129,18 +131,18 @@ class Capacities:
         for step in reversed(lineup.steps):
             after[step.before] = max(after[step.before], after[step.after] + self.gain(step))
             then[step.before] = max(then[step.before], then[step.after] + 1)
-        # As many stages as atoms that serve the caller need send nothing to another stage.
+        # A stage that serves the caller need not send to another stage; there are at most as many as such atoms.
         self._sending, self._receiving = first, then
         spared = max(relaxed.rates) * relaxed.sends * relaxed.serving
         self.before: Vector = before + spared
         self.after: Vector = after + spared
 
     def gain(self, step: StageStep) -> float:
-        """Work that the devices of a step can do, when they receive and send a tensor."""
+        """The most work that the devices of a step can do if they receive one tensor and send one."""
         return self._work(step, self._relaxed.receives + self._relaxed.sends)
 
     def most(self, step: StageStep) -> float:
-        """Work that the devices of a step can do, when they only receive a tensor."""
+        """The most work that the devices of a step can do if they receive one tensor and send none."""
         return self._work(step, self._relaxed.receives)
 
     def _work(self, step: StageStep, paid_ns: int) -> float:
@@ -148,10 +150,20 @@ class Capacities:
         return min(float(_HUGE), free * self._relaxed.rates[step.kind])
 
     def usable(self, state: int, least: Vector, most: Vector, crossing_ns: Vector, crossings: Vector) -> Vector:
-        """Which downsets, of at least and at most so much work, may be what is done in a state.
+        """Which downsets may be the atoms done in a state.
 
-        Every stage pays for a tensor that it receives and one that it sends: that is in the capacities. A crossing
-        pays for what it costs above that, and in full when there are more of them than stages.
+        The capacities already contain one tensor that every stage receives and one that it sends. So a crossing counts
+        only with its cost above that, and in full if there are more crossings than stages.
+
+        Args:
+            state: the state.
+            least: the least work of each downset.
+            most: the most work of each downset.
+            crossing_ns: time of the tensors that cross the border of each downset.
+            crossings: number of these tensors.
+
+        Returns:
+            A truth value for each downset.
         """
         relaxed = self._relaxed
         sent = crossing_ns - np.minimum(crossings, self._sending[state]) * relaxed.sends

@@ -1,9 +1,9 @@
-"""Finding the best partition, and proving how good it is: all algorithms together, cheapest first.
+"""Find the best partition and prove how good it is, with all algorithms, the cheapest first.
 
-    slices of a few orders -> downsets below what was found -> more orders, moves -> downsets at smaller targets
+    slices of a few orders -> downsets below the best value -> more orders, moves -> downsets at smaller targets
 
-Each step either finds something better or raises the bound. The search ends when the two are close enough, when there
-is nothing left to try, or when the time is over. Without a time limit the result is the same every time.
+Each step finds a better partition or raises the lower bound. The search ends when the two are close enough, when
+nothing is left to try, or when the time is over. Without a time limit, the result is the same every time.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from onnxsplit.partitioner.paths import PathResult, PathSearch
 from onnxsplit.partitioner.relaxed import Relaxed
 from onnxsplit.partitioner.slices import slice_order
 
-_FIRST_ORDERS = 5
-_MORE_ORDERS = 40
-_DOWNSETS = (20_000, 500_000)  # held at once: for a quick look, and in earnest
-_ATOMS = 40_000  # up to which downsets are listed: that takes memory for every pair of them, a bit each
-_MIXED_INTEGER = 240  # atoms x stages up to which the solver is worth its time
-_SHARES = (0.1, 0.3, 0.6, 1.0)  # of the distance between bound and best value, when targets are tried
-_TRIES = 2_000  # single moves
-_EXCHANGE = 400  # atoms up to which single moves are
+_FIRST_ORDERS = 5  # linear orders that are sliced first
+_MORE_ORDERS = 40  # linear orders that are sliced at most
+_DOWNSETS = (20_000, 500_000)  # the most downsets to hold at once, in a quick search and in a thorough one
+_ATOMS = 40_000  # the most atoms for which downsets are listed, because every pair of atoms takes one bit of memory
+_MIXED_INTEGER = 240  # the largest product of atoms and stages for which the solver is worth its time
+_SHARES = (0.1, 0.3, 0.6, 1.0)  # targets to try, as shares of the distance between the bound and the best value
+_TRIES = 2_000  # the most single moves to judge
+_EXCHANGE = 400  # the most atoms for which single moves are tried
 
 Progress = Callable[[int, int], None]
-"""Told the best value and the bound whenever one of them changes."""
+"""Called with the best value and the lower bound whenever one of them changes."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard to search.
+    """When a search ends.
 
     Attributes:
-        gap: stop when the best value is within this share of the bound.
-        seconds: stop after this time; None for as long as it takes.
+        gap: the search stops when the best value is within this share of the bound.
+        seconds: the search stops after this time; None for no limit.
     """
 
     gap: float = 0.0
@@ -57,9 +57,9 @@ class SearchResult:
     """The best partition that was found.
 
     Attributes:
-        partition: it.
+        partition: the partition.
         score: its figures.
-        bound: no partition has a smaller value of the objective.
+        bound: a lower bound on the objective of every partition.
     """
 
     partition: Partition
@@ -68,7 +68,7 @@ class SearchResult:
 
     @property
     def gap(self) -> float:
-        """How far the value may be above the best there is, as a share of that."""
+        """How far the value is above the lower bound, as a share of the bound."""
         return self.score.value / max(1, self.bound) - 1
 
 
@@ -77,8 +77,14 @@ def search(
 ) -> SearchResult:
     """Search for the partition with the smallest value of the objective.
 
+    Args:
+        problem: atoms, devices and objective.
+        lineup: the orders in which devices may be used.
+        effort: when the search ends.
+        progress: called whenever the best value or the bound changes.
+
     Raises:
-        Infeasible: none was found that keeps every limit.
+        Infeasible: no partition was found that keeps every limit.
     """
     given, problem = problem, problem.without_idle_caps()
     run = _Search(problem, lineup, effort, progress)
@@ -104,7 +110,7 @@ def search(
 
 
 class _Search:
-    """One search: the best so far, the bound so far, and what is left to do."""
+    """One search: the best partition and the bound so far, and the steps that improve them."""
 
     def __init__(self, problem: Problem, lineup: Lineup, effort: Effort, progress: Progress) -> None:
         self._problem, self._effort, self._progress = problem, effort, progress
@@ -117,7 +123,11 @@ class _Search:
         self._relaxed_best: PathResult | None = None
 
     def found(self) -> SearchResult:
-        """What there is at the end."""
+        """The result of the search.
+
+        Raises:
+            Infeasible: no partition was found that keeps every limit.
+        """
         if self._best is None:
             raise Infeasible
         return SearchResult(*self._best, min(self._bound, self._best[1].value))
@@ -128,10 +138,10 @@ class _Search:
 
     @cached_property
     def _smaller(self) -> Contracted:
-        """The contracted problem, where its optimum is that of the whole one.
+        """The contracted problem if its optimum is that of the whole problem; else the whole problem.
 
-        A stage of nothing but atoms that take no time may be gone in it. That is allowed for when no partition into
-        fewer stages can be as good as what was found already.
+        Contraction may remove a stage that holds only atoms that take no time. The contracted problem is used only if
+        no partition into fewer stages can be as good as the best one so far.
         """
         smaller, stages = self._contracted, self._lineup.exact_stages
         if stages is None:
@@ -150,13 +160,13 @@ class _Search:
         return Relaxed(self._smaller.problem, self._lineup)
 
     def raise_bound(self, proven: int) -> None:
-        """No value is below this."""
+        """Take note of a lower bound on the objective."""
         if proven > self._bound:
             self._bound = proven
             self._tell()
 
     def first_slices(self) -> None:
-        """Slice a few linear orders, of the contracted atoms where there are enough: no cut is worse elsewhere."""
+        """Slice a few linear orders, of the contracted atoms if there are enough of them."""
         stages = self._lineup.exact_stages
         smaller = self._contracted if self._problem.objective == "throughput" else self._whole
         if smaller.problem.atoms < (stages or 1):
@@ -170,7 +180,7 @@ class _Search:
             self.more_slices(0)
 
     def more_slices(self, first: int) -> None:
-        """Slice more orders, and each again with the stages of the best partition."""
+        """Slice more orders, and slice each again after sorting it by the stages of the best partition."""
         for order in islice(linear_orders(self._problem), first, _MORE_ORDERS):
             for lineup in self._lineups:
                 if self._enough():
@@ -180,17 +190,17 @@ class _Search:
                     self._slice(self._whole, lineup, refined(self._best[0].stage_of, order))
 
     def surroundings(self) -> None:
-        """Raise the bound by what each costly atom needs around it."""
+        """Raise the bound by the cheapest stages around single atoms."""
         if not self._enough():
             self.raise_bound(surroundings_bound(self._relaxed, self._bound))
 
     def downsets(self) -> None:
-        """Exact search below the best value."""
+        """Search exactly below the best value."""
         if self._best is not None and not self._enough():
             self._below(self._best[1].value - 1, _DOWNSETS[0])
 
     def raise_target(self) -> None:
-        """Search below targets from the bound upwards: each that holds nothing is a proof."""
+        """Search exactly below rising targets; a target without a partition proves a bound."""
         low = self._bound
         for share in _SHARES:
             if self._best is None or self._relaxed_best is not None or self._enough():
@@ -200,7 +210,7 @@ class _Search:
                 return
 
     def branches(self) -> None:
-        """Close what is left between the relaxed problem and the true one."""
+        """Close the gap between the relaxed problem and the true one by branching."""
         if self._relaxed_best is None or self._enough():
             return
         first = self._relaxed_best
@@ -217,14 +227,14 @@ class _Search:
             return
 
     def exchange(self) -> None:
-        """Move single atoms."""
+        """Improve the best partition by moving atoms."""
         if self._best is None or self._enough() or self._problem.atoms > _EXCHANGE:
             return
         tries = _TRIES if self._problem.objective == "throughput" else 10 * _TRIES
         self._offer(improve(self._problem, self._best[0], tries=tries, stop=self._over))
 
     def mixed_integer(self) -> None:
-        """Ask the solver, where it can answer."""
+        """Solve the mixed-integer program if it can model the problem and is small enough."""
         problem, stages = self._problem, self._lineup.exact_stages
         one_link = not (problem.links or problem.caller_links or problem.link.overlapped)
         alike = len(problem.kinds) == 1 and one_link
@@ -241,7 +251,7 @@ class _Search:
         self.raise_bound(solved.bound)
 
     def rearrange(self) -> None:
-        """Try the devices in other places, where it matters which is where, and cut for those places."""
+        """Exchange devices if links differ, and cut again for the new order of devices."""
         if not (self._problem.links or self._problem.caller_links):
             return
         before = None
@@ -254,7 +264,7 @@ class _Search:
                 self._slice(self._whole, lineup, order)
 
     def _below(self, target: int, most: int) -> bool:
-        """Search for something not above a target; False when there was too much to look at."""
+        """Search exactly for a bottleneck of at most the target; False when there are too many downsets."""
         if self._smaller.problem.atoms > _ATOMS:
             return False
         try:
@@ -270,7 +280,7 @@ class _Search:
         return True
 
     def _value(self) -> int:
-        """The best value so far."""
+        """The best value of the objective so far."""
         return NEVER if self._best is None else self._best[1].value
 
     def _slice(self, atoms: Contracted, lineup: Lineup, order: list[int]) -> None:

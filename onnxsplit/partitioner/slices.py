@@ -1,7 +1,8 @@
-"""Contiguous slices of one linear order: interval dynamic programming, exact for the order.
+"""The best contiguous slices of one linear order, by interval dynamic programming; exact for the order.
 
-One sweep from the end of the order to its begin. For the atom at position i it holds, over all ends j at once, what a
-stage of the positions i to j - 1 costs, and extends the best slicings of what comes after:
+This is the classic linear partition problem, extended by devices, transfers and memory. One sweep goes from the last
+position of the order to the first. For position i it knows the cost of a stage of the positions i to j - 1, for all
+ends j at once, and extends the best slicings of the positions from j on:
 
     best[state before][i] = min over steps and j of max(cost of [i, j) on the step's device, best[state after][j])
 """
@@ -20,13 +21,14 @@ from onnxsplit.partitioner.orders import linear_orders
 from onnxsplit.partitioner.relaxed import Vector
 from onnxsplit.plan import CALLER
 
-_ORDERS = 3  # tried for the fewest stages
+_ORDERS = 3  # orders that are tried to find the fewest stages
 
 
 class _Slices:
-    """Stages that begin at one position of the order, over all their ends; moved from the last position to the first.
+    """The costs of the stages that begin at one position of the order, for all ends.
 
-    ``end`` arrays are indexed by j: a stage of the positions ``begin`` to j - 1.
+    The position moves from the last to the first. Arrays are indexed by the end j of a stage, which holds the positions
+    ``begin`` to j - 1.
     """
 
     def __init__(self, problem: Problem, order: Sequence[int], walls: Sequence[int], links: Sequence[Link]) -> None:
@@ -43,10 +45,10 @@ class _Slices:
         self._held = np.zeros(count + 1, dtype=np.int64)
         self._live_peak = np.zeros(count + 1, dtype=np.int64)
         self._live = np.zeros(count, dtype=np.int64)
-        self._reads: list[list[tuple[int, int]]] = [[] for _ in range(count)]  # (bytes, the next reader or the end)
+        self._reads: list[list[tuple[int, int]]] = [[] for _ in range(count)]  # (bytes, next reader or end)
         self._writes: list[list[tuple[int, int, int, bool]]] = [[] for _ in range(count)]
         self._constants: list[list[tuple[int, int]]] = [[] for _ in range(count)]
-        self._end = [count] * (count + 1)  # atoms that must be apart: no stage from here reaches further
+        self._end = [count] * (count + 1)  # the furthest end of a stage from here, because of atoms that must be apart
         for transfer in problem.transfers:
             writer = int(place[transfer.writer])
             readers = sorted(int(place[reader]) for reader in transfer.readers)
@@ -72,7 +74,7 @@ class _Slices:
             self._end[begin] = min(self._end[begin], self._end[begin + 1])
 
     def begin_at(self, begin: int) -> int:
-        """Take one more position in front; the largest end allowed."""
+        """Move to the next position in front, and return the largest end that a stage from there may have."""
         once = self._problem.send_once
         for link, arriving in self.arriving.items():
             leaving = self.leaving[link]
@@ -93,7 +95,7 @@ class _Slices:
         return self._end[begin]
 
     def stage_ns(self, step: StageStep, begin: int, stop: int) -> Vector:
-        """Time of the stages from ``begin`` to each end before ``stop``, on the devices of a step."""
+        """Time of the stages from ``begin`` to each end before ``stop`` on the devices of a step, in nanoseconds."""
         sums = self.compute[step.kind]
         compute = sums[begin + 1 : stop] - sums[begin]
         if not self._problem.kinds[step.kind].pays:
@@ -108,7 +110,7 @@ class _Slices:
 
 
 def _sums(times: Sequence[int]) -> Vector:
-    """Sums of the first 0, 1, 2, ... times; what never runs is far above any other sum."""
+    """The sums of the first 0, 1, 2, ... times; an atom that may not run counts with a time above any real sum."""
     capped = np.minimum(np.array([0, *times], dtype=np.int64), NEVER >> 16)
     return np.cumsum(capped)
 
@@ -116,12 +118,20 @@ def _sums(times: Sequence[int]) -> Vector:
 def slice_order(
     problem: Problem, lineup: Lineup, order: Sequence[int], *, limit: int | None = None, walls: Sequence[int] = ()
 ) -> Partition | None:
-    """The best slicing of one order; None when there is none, or none with a bottleneck of at most ``limit``.
+    """The best slicing of one linear order.
 
-    ``walls`` are positions at which a stage must begin.
+    Takes O(n^2 s) for n atoms and s steps, in NumPy and only for ends within the limit. A tensor that leaves a stage
+    is charged once, regardless of how many stages read it. The memory of a stage is never underestimated.
 
-    Time is O(n^2 s) for n atoms and s steps, in NumPy and for ends within the limit only. A tensor that leaves a
-    stage is counted once here, whatever the number of stages that read it; memory is never too small.
+    Args:
+        problem: atoms, devices and objective.
+        lineup: the orders in which devices may be used.
+        order: the atoms in a topological order.
+        limit: the largest value of interest; None for no limit.
+        walls: positions at which a stage must begin.
+
+    Returns:
+        The best partition; None when there is none, or none within the limit.
     """
     count = len(order)
     if not count:
@@ -164,6 +174,7 @@ def slice_order(
 
 
 def _with_memory(problem: Problem, step: StageStep, cost: Vector, memory: Vector) -> Vector:
+    """The values to minimise: times, or bytes for the objective ``memory``; the largest number where not allowed."""
     limit = problem.kinds[step.kind].max_memory_bytes
     wanted = memory.copy() if problem.objective == "memory" else cost.copy()
     if problem.objective == "memory":
@@ -174,6 +185,7 @@ def _with_memory(problem: Problem, step: StageStep, cost: Vector, memory: Vector
 
 
 def _followed(problem: Problem, lineup: Lineup, order: Sequence[int], ends: Any, chosen: Any) -> Partition:
+    """The partition that the chosen ends and steps describe."""
     stage_of = [0] * len(order)
     steps: list[StageStep] = []
     state, begin = 0, 0
@@ -187,12 +199,13 @@ def _followed(problem: Problem, lineup: Lineup, order: Sequence[int], ends: Any,
 
 
 def fewest_stages(problem: Problem) -> int:
-    """The fewest stages that keep every one within the memory of the first kind, over a few orders.
+    """The fewest stages of which each fits the memory of the first kind of device, over a few linear orders.
 
-    Memory only grows with a stage, so filling one stage after the other is the best for an order.
+    The memory of a stage only grows with its atoms, so filling one stage after the other is best for an order. Takes
+    O(n^2) for each order of n atoms.
 
     Raises:
-        Infeasible: one atom alone needs more.
+        Infeasible: one atom alone needs more memory.
     """
     limit = problem.kinds[0].max_memory_bytes
     counts = []
