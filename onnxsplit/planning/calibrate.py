@@ -1,4 +1,4 @@
-"""Clusters from what is here: this host's devices, and their measured speeds."""
+"""Clusters for the hosts at hand: the devices of this host, and measured speeds of devices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CPU_DEVICES = 2
 
 
 def this_host() -> Cluster:
-    """A device for each GPU; without one, this host's cores as two."""
+    """A cluster of this host: a device for each GPU; without a GPU, two devices that share the cores."""
     gpus = tuple(Device(name=f"gpu{number}", provider=f"cuda:{number}") for number in range(gpu_count()))
     threads = max(1, host_cores() // _CPU_DEVICES)
     cpus = tuple(Device(name=f"cpu{number}", threads=threads) for number in range(_CPU_DEVICES))
@@ -36,11 +36,11 @@ class RemoteTimer(Protocol):
     """Times models on other hosts."""
 
     def send(self, files: Sequence[Path], say: Say) -> None:
-        """Put files on all of them."""
+        """Send files to all hosts."""
         ...
 
     def time_ns(self, model: Path, inputs: Path, device: Device) -> int | None:
-        """What a model takes on a device of one of them; None where it cannot run there."""
+        """Time of one run of a model on a device of such a host, in nanoseconds; None when it cannot run there."""
         ...
 
 
@@ -55,14 +55,23 @@ def measured(
     say: Say = silent,
     note: Say = silent,
 ) -> Cluster:
-    """The cluster with the speeds of devices on a model, the first of them being 1.
+    """Measure the speeds of a cluster's devices on a model, relative to the first device that runs it.
 
-    Measured are this host's devices, and those of ``hosts``, which are ``elsewhere``. Devices of other hosts, and those
-    whose provider their host lacks or where the model does not run, keep the speed they have; ``note`` hears of the
-    latter. ``custom_ops``: libraries of custom ops for this host's devices; agents have their own.
+    A device keeps its speed if its host is neither this host nor one of ``hosts``, if its host lacks its provider, or
+    if the model does not run on it.
+
+    Args:
+        cluster: the cluster.
+        model: the path of the model's file.
+        dims: sizes of free dimensions.
+        hosts: other hosts whose devices are measured, through ``elsewhere``.
+        elsewhere: times models on these hosts.
+        custom_ops: libraries of custom ops for the devices of this host; agents have their own.
+        say: told what is being done.
+        note: told of each device of this host or of ``hosts`` that keeps its speed.
 
     Raises:
-        ClusterError: no device could run the model, or it cannot be sent to other hosts.
+        ClusterError: no device could run the model, or the model cannot be sent to other hosts.
     """
     subject = examine(model, costs="analytic", dims=dims, custom_ops=custom_ops, say=say)
     model = Path(model)

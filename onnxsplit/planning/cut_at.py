@@ -1,4 +1,4 @@
-"""Cutting exactly where the user says."""
+"""Cutting at the tensors that the user names."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from onnxsplit.model.dominant_op import explain_dominant_op
 from onnxsplit.plan import CALLER
 from onnxsplit.planning.subject import Subject
 
-_NEAREST = 3
+_NEAREST = 3  # tensors that a message suggests
 
 
 def assignment_at(subject: Subject, tensors: Sequence[str]) -> tuple[int, ...]:
-    """Stages that begin where these tensors are read.
+    """The stage of every atom if stages begin where these tensors are read.
 
-    An atom's stage is the largest number of named tensors on a path to it, so tensors one after the other make one
-    boundary each, and tensors side by side make one together.
+    The stage of an atom is the largest number of named tensors on a path to it. So tensors one after the other make one
+    boundary each, and parallel tensors make one boundary together.
 
     Raises:
-        PartitionError: a tensor cannot be cut; names the nearest ones that can.
+        PartitionError: a tensor cannot be cut; names the nearest tensors that can.
     """
     check_cuts(subject, tensors)
     level = [0] * len(subject.atoms.ops)
@@ -36,7 +36,7 @@ def check_cuts(subject: Subject, tensors: Sequence[str]) -> None:
     """Refuse tensors that cannot be cut.
 
     Raises:
-        PartitionError: naming the nearest ones that can.
+        PartitionError: names each of them, the reason, and the nearest tensors that can be cut.
     """
     legal = {flow.tensor for flow in subject.atoms.edges if flow.writer != CALLER and flow.readers}
     refused = [
@@ -49,7 +49,7 @@ def check_cuts(subject: Subject, tensors: Sequence[str]) -> None:
 
 
 def _why_not(subject: Subject, name: str, legal: set[str]) -> str:
-    """What a tensor or a word is, that it cannot be cut at."""
+    """Why a name that the user gave cannot be cut at."""
     graph = subject.graph
     if name in graph.inputs:
         return "is an input of the model: every stage that reads it takes it from the caller"
@@ -65,10 +65,11 @@ def _why_not(subject: Subject, name: str, legal: set[str]) -> str:
 
 
 def _not_a_tensor(subject: Subject, name: str, legal: set[str]) -> str:
+    """Why a name that is not a tensor cannot be cut at, such as the name of an op."""
     named = [op for op in subject.graph.ops if op.name == name or op.op_type == name]
     outputs = [output for op in named for output in op.outputs]
     if not named:
-        return "is no tensor of the model's main graph"
+        return "is not a tensor of the model's main graph"
     what = "is the name of an op" if any(op.name == name for op in named) else "is a type of ops"
     possible = [output for output in outputs if output in legal]
     if possible:
@@ -82,7 +83,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _instead(subject: Subject, name: str, legal: set[str]) -> str:
-    """Tensors that can be cut, the nearest first."""
+    """The end of a message: the nearest tensors that can be cut."""
     if not legal:
         why = explain_dominant_op(subject.graph)
         return f". This model cannot be cut at all: {why}" if why else ". This model cannot be cut at all"

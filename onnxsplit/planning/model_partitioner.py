@@ -1,4 +1,4 @@
-"""From what was asked to a partition: devices, constraints, strategy, and the search."""
+"""From options to a partition of a model: devices, constraints, strategy, and the search."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from onnxsplit.progress import Say
 from onnxsplit.providers import gpu_count, providers_by_stage
 from onnxsplit.session import threads_per_node
 
-_QUICK_GAP, _QUICK_SECONDS = 0.002, 2.0
+_QUICK_GAP, _QUICK_SECONDS = 0.002, 2.0  # when a quick search ends
 
 
 @dataclass(frozen=True)
 class ModelPartitioner:
-    """How a model is to be cut, ready to be asked for a partition at any costs.
+    """Partitions one model for one target, at any costs of its ops.
 
     Attributes:
-        subject: the model, with the ops tied that must stay together.
-        target: devices and wishes.
-        stages: exactly so many; any number when None.
-        options: what was asked.
+        subject: the model; ops that must stay together are in one atom.
+        target: devices, objective and constraints.
+        stages: the exact number of stages; None for any number.
+        options: the options of the cut.
         say: told how the search goes.
     """
 
@@ -55,10 +55,14 @@ class ModelPartitioner:
     say: Say
 
     def __call__(self, op_ns: Sequence[int], *, quick: bool = False) -> SearchResult:
-        """The partition for these times of the ops; ``quick`` where its proof is not yet needed.
+        """Find a partition.
+
+        Args:
+            op_ns: time of each op on a device of speed 1, in nanoseconds.
+            quick: True for a short search with a weaker proof.
 
         Raises:
-            PartitionError: there is none.
+            PartitionError: no partition was found that keeps every limit.
         """
         problem = self.subject.problem(op_ns, self.target)
         lineup = line_up(problem, self.stages, self.options.parallel)
@@ -118,10 +122,15 @@ class ModelPartitioner:
 
 
 def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelPartitioner:
-    """Prepare cutting.
+    """Prepare to partition a model.
+
+    Args:
+        subject: the model.
+        options: the options of the cut.
+        say: told how the search goes.
 
     Raises:
-        PartitionError: what was asked cannot be had from this model.
+        PartitionError: the options contradict each other, or do not fit the model.
         ClusterError: the cluster file is not usable.
         ProviderError: a provider is unknown.
     """
@@ -141,7 +150,7 @@ def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelP
 
 
 def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> tuple[int | None, Target]:
-    """Exactly how many stages, or None, and what they run on."""
+    """The exact number of stages (None for any number), and the target with its devices."""
     atoms = len(subject.atoms.ops)
     objective, limit = options.objective, options.max_memory
     if cluster is not None:
@@ -173,17 +182,23 @@ def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> 
 
 
 def task_groups(subject: Subject, tasks: Sequence[Sequence[str]]) -> list[int]:
-    """By atom: 0 for the backbone, which several tasks need, else the number of the only task that needs it, from 1.
+    """The task of each atom: 0 for the backbone, which several tasks need, else the number of its only task, from 1.
+
+    Args:
+        subject: the model.
+        tasks: groups of outputs, one for each task; every other output is a task of its own.
 
     Raises:
-        PartitionError: a name is no output, or an output is in two groups.
+        PartitionError: a name is not an output, or an output is in two groups.
     """
     outputs = [name for name in subject.graph.outputs if name in subject.graph.producer]
     groups = [list(group) for group in tasks]
     named = [name for group in groups for name in group]
     for name in named:
         if name not in outputs:
-            raise PartitionError(f"--task: {name!r} is no output that an op computes; outputs: {', '.join(outputs)}")
+            raise PartitionError(
+                f"--task: {name!r} is not an output that an op computes; outputs: {', '.join(outputs)}"
+            )
         if named.count(name) > 1:
             raise PartitionError(f"--task: the output {name!r} is in more than one group")
     groups += [[name] for name in outputs if name not in named]
@@ -200,7 +215,7 @@ def task_groups(subject: Subject, tasks: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _ties(subject: Subject, options: CutOptions) -> list[list[int]]:
-    """Groups of ops that patterns and tensors that must not be cut tie together."""
+    """Groups of ops that must stay together, because of patterns or of tensors that must not be cut."""
     graph = subject.graph
     ties = [_matching(subject, pattern, "--together") for pattern in options.together]
     for name in options.no_cut:
@@ -211,18 +226,19 @@ def _ties(subject: Subject, options: CutOptions) -> list[list[int]]:
 
 
 def _placed(subject: Subject, place: Mapping[str, str], target: Target) -> dict[int, frozenset[str]]:
+    """The devices that each placed op may run on."""
     names = [device.name for device in target.devices]
     placed: dict[int, frozenset[str]] = {}
     for pattern, device in place.items():
         if device not in names:
-            raise PartitionError(f"--place: {device!r} is no device of the cluster; it has {', '.join(names)}")
+            raise PartitionError(f"--place: {device!r} is not a device of the cluster; it has {', '.join(names)}")
         for op in _matching(subject, pattern, "--place"):
             placed[op] = placed.get(op, frozenset(names)) & {device}
     return placed
 
 
 def _apart(subject: Subject, tensors: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Pairs of ops that cuts at these tensors part: their writer, and every reader that does not copy."""
+    """Pairs of ops that cuts at these tensors separate: the writer, and each reader that is not copied."""
     check_cuts(subject, tensors)
     graph, atoms = subject.graph, subject.atoms
     first = {op: ops[0] for ops in atoms.ops for op in ops}

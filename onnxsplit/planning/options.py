@@ -1,4 +1,4 @@
-"""What can be asked of a cut."""
+"""The options of cutting a model."""
 
 from __future__ import annotations
 
@@ -36,29 +36,32 @@ def by_current_name(options: Mapping[str, Any], note: Callable[[str, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CutOptions:
-    """How to cut.
+    """How a model is cut.
 
     Attributes:
-        stages: number of stages; ``auto`` for the fewest that fit ``max_memory``; as many as devices when None (of a
-            cluster, as many as help).
-        devices: number of devices of this host, for ``parallel`` data and hybrid; the GPUs found, else 2, when None.
-        strategy: ``network`` cuts anywhere, branches may run side by side; ``layer`` slices the model's own order;
+        stages: the number of stages; ``auto`` for the fewest that fit ``max_memory``; None for one on each device (with
+            a cluster, as many as help).
+        devices: the number of devices of this host, for ``parallel`` data and hybrid; None for the GPUs of this host,
+            or 2 without GPUs.
+        strategy: ``network`` cuts anywhere, and branches may run in parallel; ``layer`` slices the model's own order;
             ``task`` gives each output, or group of outputs, a part of its own behind a shared backbone.
-        tasks: groups of outputs for ``task``; each output by itself when empty.
-        parallel: ``model``: a device a stage; ``data``: the whole model on every device; ``hybrid``: devices are
-            divided into stages and replicas.
-        objective: what is to be small: the slowest stage, the time of one request, or the largest need of memory.
-        cluster: a cluster file.
-        max_memory: bytes that no stage may exceed, by estimate.
-        cut_at: tensors to cut exactly at, instead of choosing.
-        also_cut: tensors that must be cut, wherever else a cut is.
+        tasks: groups of outputs for ``task``; empty for each output by itself.
+        parallel: ``model``: one device for each stage; ``data``: the whole model on every device; ``hybrid``: devices
+            are divided into stages and replicas.
+        objective: the value to minimise: ``throughput`` the time of the slowest stage, ``latency`` the time of one
+            request, ``memory`` the largest memory of a stage.
+        cluster: path of a cluster file.
+        max_memory: the largest estimated memory of a stage in bytes.
+        cut_at: tensors to cut at, instead of a search.
+        also_cut: tensors that must be cut, besides those that the search chooses.
         no_cut: tensors that must not be cut.
-        together: patterns of op names; ops that match one stay together.
-        place: pattern of op names -> a device of the cluster; matching ops run only there.
-        provider: as ``--provider``: one for all, ``auto``, or by stage; a cluster names its own.
-        rounds: how often, at most, the real stages are run and the cut is corrected; 0 for never.
-        gap: stop searching when the cut is proven to be within this share of the best.
-        time_limit: seconds that one search may take.
+        together: patterns of op names; all ops that match one pattern stay together.
+        place: a device of the cluster by pattern of op names; matching ops run on that device only.
+        provider: execution provider, as ``--provider`` takes it: one for all stages, ``auto``, or one by stage. A
+            cluster names its own.
+        rounds: the largest number of rounds in which the real stages run and the cut is corrected; 0 for none.
+        gap: the search stops when the cut is proven to be within this share of the best one.
+        time_limit: the longest time of one search, in seconds.
     """
 
     stages: int | Literal["auto"] | None = None
@@ -80,15 +83,15 @@ class CutOptions:
     time_limit: float = 10.0
 
     def __post_init__(self) -> None:
-        """Take NumPy's integers for Python's."""
+        """Turn integers of NumPy into Python's."""
         for name in ("stages", "devices", "max_memory", "rounds"):
             object.__setattr__(self, name, as_int(getattr(self, name)))
 
     def check(self) -> None:
-        """Refuse numbers out of range and what contradicts itself.
+        """Refuse numbers that are out of range and options that contradict each other.
 
         Raises:
-            PartitionError: naming the option, or the contradiction.
+            PartitionError: names the options, and what is allowed.
         """
         self._check_numbers()
         if self.stages == "auto" and self.max_memory is None:
@@ -118,7 +121,7 @@ class CutOptions:
             raise PartitionError("--place names a device of a cluster; give --cluster FILE")
 
     def _check_numbers(self) -> None:
-        problems = [
+        checks = [
             self.stages not in (None, "auto") and whole_problem("--stages", self.stages, 1, MOST_NODES),
             self.devices is not None and whole_problem("--devices", self.devices, 1, MOST_NODES),
             self.max_memory is not None and whole_problem("--max-memory", self.max_memory, 1, MOST_BYTES),
@@ -126,6 +129,6 @@ class CutOptions:
             real_problem("--gap", self.gap, _MOST_GAP, zero=True),
             real_problem("--time-limit", self.time_limit, MOST_SECONDS),
         ]
-        found = [problem for problem in problems if problem]
-        if found:
-            raise PartitionError("; ".join(found))
+        problems = [problem for problem in checks if problem]
+        if problems:
+            raise PartitionError("; ".join(problems))

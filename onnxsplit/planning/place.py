@@ -1,6 +1,6 @@
-"""A plan on other devices than it was made for: its stages stay as they are, and find other places.
+"""Placing a plan on other devices than it was made for. The stages stay as they are.
 
-The stages are the atoms now, each by itself; all else is as when a model is cut: the same search, the same score.
+Each stage is one atom of the problem; search and score are the same as when a model is cut.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def place(
     Args:
         plan: the plan directory.
         cluster: the cluster file.
-        out: where to write the plan that results, with its files; over the old one when None.
-        parallel: ``model``: a device a stage; ``hybrid``: devices that are left run replicas.
+        out: the directory to write the resulting plan and its files to; None replaces the old ``plan.json``.
+        parallel: ``model``: one device for each stage; ``hybrid``: devices that are left run replicas.
 
     Returns:
         The plan that results.
 
     Raises:
-        PlanError: the directory holds no usable plan, or ``out`` is something else than a plan.
+        PlanError: the directory holds no usable plan, or ``out`` exists and is not an empty folder.
         ClusterError: the cluster file is not usable.
         PartitionError: the cluster has too few devices, or too little memory.
     """
@@ -74,7 +74,7 @@ def place(
 
 
 def _ops(plan: Plan, folder: Path, cluster: Cluster) -> Sequence[Set[str]]:
-    """Op types of each stage, where a device of the cluster may not run all."""
+    """The op types of each stage, if a device of the cluster may not run all op types; else empty."""
     if not any(device.only_ops or device.not_ops for device in cluster.devices):
         return ()
     op_types = []
@@ -85,7 +85,17 @@ def _ops(plan: Plan, folder: Path, cluster: Cluster) -> Sequence[Set[str]]:
 
 
 def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: Sequence[Set[str]] = ()) -> Plan:
-    """The same plan on the devices of a cluster; see :func:`place`. ``ops``: op types of each stage."""
+    """The same plan on the devices of a cluster.
+
+    Args:
+        plan: the plan.
+        cluster: the cluster.
+        parallel: as for :func:`place`.
+        ops: op types of each stage; empty if every device may run all.
+
+    Raises:
+        PartitionError: the cluster has too few devices, or too little memory.
+    """
     stages, devices = len(plan.stages), cluster.devices
     if stages > len(devices):
         raise PartitionError(
@@ -110,7 +120,7 @@ def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: S
 
 
 def reference_ns(stage: Stage) -> int:
-    """What a stage takes on a device of speed 1."""
+    """Time of a stage on a device of speed 1, in nanoseconds."""
     if stage.reference_time_ns is not None:
         return stage.reference_time_ns
     return stage.measured_time_ns or stage.predicted_time_ns
@@ -156,7 +166,7 @@ def _transfers(plan: Plan) -> Iterator[Transfer]:
 
 
 def _bytes(plan: Plan, name: str) -> int:
-    """Of a tensor, at the sizes the plan was made for; a size that is not known counts as 1."""
+    """Bytes of a tensor at the sizes that the plan was made for; an unknown size counts as 1."""
     spec = plan.tensors[name]
     sizes = (
         dim if isinstance(dim, int) else plan.dims.get(f"{name}.{axis}" if dim == "?" else dim, 1)

@@ -1,4 +1,4 @@
-"""From a cut whose stages are written to its plan."""
+"""From a cut to its plan."""
 
 from __future__ import annotations
 
@@ -43,17 +43,18 @@ EXAMPLE_FILE = "example.npz"
 
 @dataclass(frozen=True)
 class CandidateCut:
-    """A cut with its stage files written, and what is known of it.
+    """A cut that may become the plan: its partition, its stage files, and their measured times.
 
     Attributes:
-        result: the partition, and its figures by the costs it was made with.
-        parts: by stage.
-        files: by stage.
-        folder: where the files are.
-        op_ns: the costs; after measuring, the ones that agree with the measurement.
-        score: the figures by those costs.
-        levels: optimisation level by stage.
-        measured_ns: by stage on a device of speed 1, all running at once; None when they were not run.
+        result: the partition, and its figures by the costs that it was made with.
+        parts: what each stage is made of.
+        files: the files of each stage; empty when nothing is written.
+        folder: the folder of the files.
+        op_ns: time of each op in nanoseconds; corrected by the measurement once the stages were run.
+        score: the figures by these times.
+        levels: the optimisation level of each stage.
+        measured_ns: time of each stage on a device of speed 1 in nanoseconds, with all stages running at once; None
+            when they were not run.
     """
 
     result: SearchResult
@@ -66,35 +67,46 @@ class CandidateCut:
     measured_ns: tuple[int, ...] | None = None
 
     def device(self, target: Target, stage: int) -> Device:
-        """The device of a stage, the first of its replicas'."""
+        """The device of a stage, or of its first replica."""
         return target.devices[self.result.partition.devices[stage][0]]
 
     @property
     def reference_ns(self) -> tuple[int, ...]:
-        """Times on a device of speed 1: measured ones, else by the costs."""
+        """Time of each stage on a device of speed 1 in nanoseconds: measured, or else by the costs."""
         return self.measured_ns or tuple(sum(self.op_ns[op] for op in part.ops) for part in self.parts)
 
     def times_on_devices(self, target: Target) -> tuple[int, ...]:
-        """Measured times as they are on the stages' devices, in nanoseconds."""
+        """The measured time of each stage, scaled to its device, in nanoseconds; empty when nothing was run."""
         return tuple(
             round(time_ns / self.device(target, stage).speed) for stage, time_ns in enumerate(self.measured_ns or ())
         )
 
 
 def stage_file(index: int) -> str:
-    """The name of a stage's file."""
+    """The file name of a stage."""
     return f"stage{index}.onnx"
 
 
 class PlanBuilder:
-    """Describes cuts of one choice; without a folder the plan names no files."""
+    """Builds plans for the cuts of one model partitioner.
+
+    Args:
+        partitioner: made the cuts.
+        folder: the plan's folder; None for plans that name no files.
+    """
 
     def __init__(self, partitioner: ModelPartitioner, folder: Path | None) -> None:
         self._partitioner, self._folder = partitioner, folder
         self._subject, self._target = partitioner.subject, partitioner.target
 
     def plan(self, cut: CandidateCut, bound: int, history: tuple[CorrectionRound, ...]) -> Plan:
-        """The plan of a cut, whose value is proven to be no less than ``bound``."""
+        """Build the plan of a cut.
+
+        Args:
+            cut: the cut.
+            bound: a lower bound on the objective of every cut: nanoseconds, or bytes for ``memory``.
+            history: the rounds in which stages were run.
+        """
         subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes
         count = len(cut.parts)
         options = self._partitioner.options
@@ -183,6 +195,7 @@ class PlanBuilder:
         )
 
     def _passthrough(self) -> dict[str, Passthrough]:
+        """The sources of outputs that no stage computes; writes a file for each constant."""
         graph = self._subject.graph
         sources = {}
         for number, name in enumerate(graph.outputs):
@@ -193,7 +206,7 @@ class PlanBuilder:
         return sources
 
     def _defaults(self) -> dict[str, FileEntry]:
-        """A file for each input that has a default."""
+        """Write a file for each input that has a default."""
         if self._folder is None:
             return {}
         entries = {}

@@ -1,4 +1,4 @@
-"""A plan together with what it was made from: what reports and annotations show."""
+"""The result of planning, which reports and annotated models show."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from onnxsplit.planning.subject import Subject
 
 @dataclass(frozen=True)
 class PlanningResult:
-    """A cut that was made.
+    """A plan together with the model and the costs that it was made from.
 
     Attributes:
-        plan: it.
+        plan: the plan.
         subject: the model.
-        partition: atoms to stages.
-        op_ns: times of the ops that the plan's figures go by, on a device of speed 1.
+        partition: the assignment of atoms to stages.
+        op_ns: time of each op on a device of speed 1 in nanoseconds, on which the plan's figures are based.
     """
 
     plan: Plan
@@ -26,7 +26,7 @@ class PlanningResult:
     op_ns: tuple[int, ...]
 
     def stage_of_ops(self) -> dict[int, int]:
-        """The stage of every op; of one that is copied, the first that holds it."""
+        """The stage of every op; for an op that is copied into several stages, the first of them."""
         stage_of = {
             op: stage for ops, stage in zip(self.subject.atoms.ops, self.partition.stage_of, strict=True) for op in ops
         }

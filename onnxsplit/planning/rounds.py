@@ -1,4 +1,4 @@
-"""A plan in the making: stage files written, run, measured, corrected, described."""
+"""Rounds of cutting: write the stages of a cut, run them, correct the costs by their times, and cut again."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from onnxsplit.tensors import Array
 from onnxsplit.timed import median_ns, run_together
 
 _SAY_EVERY_BYTES = 64 << 20
-_GOOD = 1.02  # a cut this close to the best by its own measured times is not worth another round
-_SLACK = 2.0  # a stage's answers may move twice as far as optimisation moves the whole model's
-_STAGE_SECONDS = 0.8  # of all stages running at once, per round
+_GOOD = 1.02  # rounds end when a cut is within this factor of the best one by its measured times
+_SLACK = 2.0  # how many times further than the whole model's the stages' answers may move by optimisation
+_STAGE_SECONDS = 0.8  # time that all stages run at once in a round
 
 
 class _BytesWritten:
-    """Says how far writing has come, every so many bytes."""
+    """Reports the progress of writing at regular intervals."""
 
     def __init__(self, what: str, total: int, say: Say) -> None:
         self._what, self._total, self._say = what, total, say
@@ -46,7 +46,7 @@ class _BytesWritten:
         say(what)
 
     def __call__(self, size_bytes: int) -> None:
-        """Take note of more bytes."""
+        """Count further bytes that were written."""
         self._done += size_bytes
         if self._done - self._said >= _SAY_EVERY_BYTES:
             self._said = self._done
@@ -54,9 +54,12 @@ class _BytesWritten:
 
 
 class Rounds:
-    """A plan in the making: cuts, writes, measures, corrects, and keeps the best cut it has seen.
+    """Makes the plan of a model in rounds: cuts, writes, measures, corrects, and keeps the best cut.
 
-    Without a folder it writes nothing, and the plan names no files.
+    Args:
+        partitioner: partitions the model.
+        folder: the plan's folder; None writes nothing, and the plan names no files.
+        say: told what is being done.
     """
 
     def __init__(self, partitioner: ModelPartitioner, folder: Path | None, say: Say) -> None:
@@ -67,9 +70,13 @@ class Rounds:
         self._say = say
 
     def make(self, rounds: int) -> PlanningResult:
-        """Cut, run and correct up to ``rounds`` times, and describe the best cut.
+        """Cut, run and correct up to ``rounds`` times, and build the plan of the best cut.
 
-        The stages' optimisation levels are chosen for the first cut and kept: they change what stages take.
+        The optimisation levels of the stages are chosen for the first cut and kept, because they change the times.
+
+        Raises:
+            PartitionError: there is no cut that keeps every limit, or a file cannot be written.
+            ModelError: a stage does not run.
         """
         op_ns = self._contended(self._subject.costs.time_ns)
         if self._subject.costs.source != "measured" or not rounds:
@@ -111,9 +118,9 @@ class Rounds:
         return PlanningResult(plan, self._subject, cut.result.partition, cut.op_ns)
 
     def _contended(self, times_ns: tuple[int, ...]) -> tuple[int, ...]:
-        """Times with all devices of this host at work: more threads than it has cores take turns.
+        """The times if all devices of this host work at once and have more threads than the host has cores.
 
-        Devices of a cluster are what their speeds say.
+        Devices of a cluster have their given speeds, so their times stay.
         """
         share = host_cores() if self._target.cluster is not None else max(self._cpu_threads, host_cores())
         return tuple(time_ns * share // host_cores() for time_ns in times_ns)
@@ -145,10 +152,10 @@ class Rounds:
         )
 
     def _measure(self, cut: CandidateCut) -> CandidateCut:
-        """Run all stages at once, each on what the stages before really give, and make the costs agree.
+        """Run all stages at once on real inputs, and correct the costs by the measured times.
 
-        Where this host has fewer cores than the stages have threads, as many run at once as there are cores for, and
-        times are scaled to what taking turns costs: which stage the scheduler favours in a second says nothing.
+        If this host has fewer cores than the stages have threads, only as many stages run at once as there are cores
+        for, and their times are scaled up. Otherwise the scheduler would favour some stages at random.
         """
         most = max((cut.device(self._target, index).threads for index in range(len(cut.parts))), default=1)
         crowded = self._target.cluster is not None or self._cpu_threads > host_cores()
@@ -168,7 +175,7 @@ class Rounds:
         return replace(cut, measured_ns=measured, op_ns=op_ns, score=final)
 
     def _provider_here(self, device: Device) -> str:
-        """What a stage is measured on: its device's provider, or the CPU where this host lacks that."""
+        """The provider that a stage is measured on: its device's, or the CPU if this host lacks that."""
         return device.provider if self._target.cluster is None else provider_here(device.provider)
 
     def _best_levels(self, cut: CandidateCut) -> tuple[Level, ...]:
@@ -184,10 +191,10 @@ class Rounds:
         return tuple(levels)
 
     def _faithful(self, cut: CandidateCut) -> CandidateCut:
-        """The cut at levels at which the model's answers are its own: stages that move them most go to the lowest.
+        """The cut with lower optimisation levels for stages whose optimisation moves the model's answers too far.
 
-        ONNX Runtime may fuse the ops of a stage in ways in which it does not fuse the whole model, and some fused
-        kernels round more. The answers may move twice as far as optimisation moves the whole model's.
+        ONNX Runtime may fuse the ops of a stage differently from those of the whole model, and some fused kernels
+        round more. The answers may move twice as far as optimisation moves the whole model's.
         """
         subject, levels = self._subject, list(cut.levels)
         if all(level == LOWEST_LEVEL for level in levels):
@@ -244,7 +251,7 @@ class Rounds:
 
 
 def _corrected(cut: CandidateCut, expected: Sequence[int], measured: Sequence[int]) -> tuple[int, ...]:
-    """Scale the ops of every stage so that together they take what the stage took."""
+    """Scale the times of the ops of each stage so that their sum is the measured time of the stage."""
     corrected = list(cut.op_ns)
     for part, predicted, actual in zip(cut.parts, expected, measured, strict=True):
         for op in part.ops if predicted else ():

@@ -1,4 +1,4 @@
-"""What each number of stages would give, so that one can be chosen."""
+"""A comparison of numbers of stages, from which a user can choose one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import alike
 from onnxsplit.progress import Say, silent
 
-_EFFORT = Effort(gap=0.01, seconds=2.0)
+_EFFORT = Effort(gap=0.01, seconds=2.0)  # of each search
 
 
 class SweepRow(PlanStruct, frozen=True, kw_only=True):
-    """The best cut found for a number of stages, each on a device of its own. Nanoseconds and bytes."""
+    """The best cut that was found for a number of stages, each on a device of its own.
+
+    Attributes:
+        stages: the number of stages.
+        bottleneck_ns: time of the slowest stage with its transfers, in nanoseconds.
+        lower_bound_ns: a lower bound on that time for any cut into as many stages.
+        gap: how far the time is above the bound, as a share of the bound.
+        latency_ns: time of one request through all stages, in nanoseconds.
+        peak_memory_bytes: the largest memory of a stage.
+    """
 
     stages: int
     bottleneck_ns: int
@@ -25,7 +34,13 @@ class SweepRow(PlanStruct, frozen=True, kw_only=True):
 
 
 def sweep(subject: Subject, stages: Iterable[int] = range(1, 17), *, say: Say = silent) -> tuple[SweepRow, ...]:
-    """Search for every number of stages that the model can be cut into, by its costs alone: nothing is run."""
+    """Search for the best cut for each number of stages, by the costs alone; nothing is run.
+
+    Args:
+        subject: the model.
+        stages: the numbers of stages, ascending; numbers above the model's number of atoms are left out.
+        say: told what is being done.
+    """
     rows = []
     for count in stages:
         if count > len(subject.atoms.ops):

@@ -1,4 +1,4 @@
-"""What a cut is made for: the devices and links, the objective, and what must hold whatever it costs."""
+"""The target of a cut: devices and links, the objective, and constraints on where ops may run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onnxsplit.plan import Objective
 
 @dataclass(frozen=True)
 class Target:
-    """Devices and wishes, for every cut of a model.
+    """What a model is cut for.
 
     Attributes:
-        devices: what stages may run on.
-        cluster: links between them; None for alike devices of one host.
-        objective: what is to be small.
-        placed: op -> names of the devices it may run on, for ops that the user placed.
-        apart: pairs of ops, by index, that a wanted cut must part.
+        devices: the devices that stages may run on.
+        cluster: the cluster with the links between the devices; None for alike devices of this host.
+        objective: the value to minimise.
+        placed: for each op that the user placed, by index, the names of the devices that it may run on.
+        apart: pairs of ops, by index, that a required cut must separate.
     """
 
     devices: tuple[Device, ...]
@@ -32,17 +32,17 @@ class Target:
 
     @cached_property
     def kind_of(self) -> tuple[int, ...]:
-        """The kind of every device: alike devices share one."""
+        """The kind of every device, as a number; devices that are alike have the same kind."""
         numbers: dict[object, int] = {}
         return tuple(numbers.setdefault(self._nature(device), len(numbers)) for device in self.devices)
 
     def kinds(self, ops: Sequence[Op], atoms: Sequence[Sequence[int]], times: Sequence[int]) -> tuple[DeviceKind, ...]:
-        """Each kind, with what every atom takes there.
+        """The kinds of devices, each with the time of every atom.
 
         Args:
-            ops: ops by index.
-            atoms: the ops of every atom.
-            times: of every atom on a device of speed 1.
+            ops: the ops by index.
+            atoms: the ops of every atom, by index.
+            times: time of every atom on a device of speed 1, in nanoseconds.
         """
         first = dict(reversed(list(zip(self.kind_of, self.devices, strict=True))))
         return tuple(
@@ -58,12 +58,12 @@ class Target:
 
     @property
     def packs(self) -> bool:
-        """Whether a device keeps packed copies of weights, as ONNX Runtime does on a CPU."""
+        """Whether some device keeps packed copies of weights, as ONNX Runtime does on a CPU."""
         return any(device.provider == "cpu" for device in self.devices)
 
     @cached_property
     def links(self) -> dict[tuple[int, int], Link]:
-        """Links by pair of devices, where a cluster says so."""
+        """The links by pair of devices, the lower number first; empty if all are the default link."""
         if self.cluster is None:
             return {}
         links = {
@@ -75,7 +75,7 @@ class Target:
 
     @cached_property
     def caller_links(self) -> dict[int, Link]:
-        """The caller's link by device, where a cluster says where the caller is."""
+        """The caller's link by device; empty if the cluster does not say where the caller is."""
         if self.cluster is None or self.cluster.caller is None:
             return {}
         return {number: self.cluster.caller_link(device) for number, device in enumerate(self.devices)}
@@ -96,7 +96,15 @@ def alike(
     max_memory_bytes: int | None = None,
     objective: Objective = "throughput",
 ) -> Target:
-    """So many devices of one host that are all alike; each with its provider, the last one's where there are fewer."""
+    """A target of alike devices on this host.
+
+    Args:
+        count: the number of devices.
+        providers: the provider of each device; further devices have the last one's.
+        threads: threads of a session on each device.
+        max_memory_bytes: memory that a stage may need; None for no limit.
+        objective: the value to minimise.
+    """
     devices = tuple(
         Device(
             name=f"{number}",
@@ -110,7 +118,7 @@ def alike(
 
 
 def of_cluster(cluster: Cluster, *, max_memory_bytes: int | None = None, objective: Objective = "throughput") -> Target:
-    """The devices of a cluster, none with more memory than that."""
+    """A target of the devices of a cluster, each with at most ``max_memory_bytes`` of memory if that is given."""
 
     def smaller(limits: Iterable[int | None]) -> int | None:
         return min((limit for limit in limits if limit is not None), default=None)

@@ -43,7 +43,7 @@ def test_tensors_side_by_side_make_one_boundary(tmp_path):
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [
-        ("h_1", "is no tensor of the model's main graph. The nearest that can: h1"),
+        ("h_1", "is not a tensor of the model's main graph. The nearest that can: h1"),
         (
             "w2",
             "cannot cut at 'w2', which is a constant of the model: every stage that reads it holds a copy. The nearest",

@@ -171,7 +171,7 @@ BAD = [
     ({"stages": 3, "parallel": "data"}, "one stage, not 3"),
     ({"stages": 2, "devices": 4}, "--parallel hybrid"),
     ({"tasks": [["a"]]}, "--strategy task"),
-    ({"strategy": "task", "tasks": [["z"]]}, "'z' is no output.*a, b"),
+    ({"strategy": "task", "tasks": [["z"]]}, "'z' is not an output.*a, b"),
     ({"strategy": "task", "tasks": [["a"], ["a"]]}, "more than one group"),
     ({"strategy": "layer", "parallel": "hybrid"}, "goes with --strategy network"),
     ({"place": {"x": "y"}}, "give --cluster FILE"),
@@ -196,7 +196,7 @@ def test_contradictions_are_named(model, options, message):
 
 def test_unknown_devices_are_named(model):
     file = cluster_file(model, Device("one"), Device("two"))
-    with pytest.raises(PartitionError, match="'three' is no device of the cluster; it has one, two"):
+    with pytest.raises(PartitionError, match="'three' is not a device of the cluster; it has one, two"):
         cut(model, cluster=file, place={"/b/*": "three"})
     with pytest.raises(PartitionError, match="no cut was found that keeps to the ops they may run"):
         cut(model, cluster=cluster_file(model, Device("one", not_ops=("Relu",))))
