@@ -1,4 +1,4 @@
-"""Files that users name, read with care; files and folders that appear whole or not at all."""
+"""Safe reading of files that users name, and writing of files and folders as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from onnxsplit.errors import InputError, PlanError
 from onnxsplit.numbers import MOST_FILE_BYTES
 
 MOST_TEXT_BYTES = 1 << 20
-"""Bytes that a file of settings, keys or tokens may have."""
-
+"""The largest size in bytes of a file of settings, keys or tokens."""
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -29,7 +28,7 @@ _KINDS = {
 
 
 def is_text(path: Path) -> bool:
-    """Whether a path is UTF-8 text, as ONNX Runtime, JSON and messages need it."""
+    """Whether a path is UTF-8 text, which ONNX Runtime, JSON and messages require."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -38,20 +37,20 @@ def is_text(path: Path) -> bool:
 
 
 def check_regular(path: Path, *, most_bytes: int = MOST_FILE_BYTES) -> None:
-    """Refuse what is not a regular file of at most so many bytes. Nothing is opened, so nothing can block.
+    """Refuse a path that is not a regular file of at most ``most_bytes``. Nothing is opened, so nothing can block.
 
     Raises:
-        OSError: it is missing, something else than a file, or too large; ``strerror`` says which.
+        OSError: the file is missing, is not a regular file, or is too large; ``strerror`` says which.
     """
     check_name(path)
     _check_regular(path, path.stat(), most_bytes)
 
 
 def open_regular(path: Path, *, most_bytes: int = MOST_FILE_BYTES) -> BufferedReader:
-    """Open a regular file for reading. A FIFO or a device that takes its place meanwhile cannot block either.
+    """Open a regular file for reading. Even a FIFO or a device that takes its place meanwhile cannot block.
 
     Raises:
-        OSError: as :func:`check_regular`, or it may not be read.
+        OSError: as for :func:`check_regular`, or the file may not be read.
     """
     check_regular(path, most_bytes=most_bytes)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -64,14 +63,14 @@ def open_regular(path: Path, *, most_bytes: int = MOST_FILE_BYTES) -> BufferedRe
 
 
 def read_regular(path: Path, *, most_bytes: int) -> bytes:
-    """The content of a regular file of at most so many bytes.
+    """Read a regular file of at most ``most_bytes``.
 
     Raises:
-        OSError: as :func:`open_regular`.
+        OSError: as for :func:`open_regular`.
     """
     with open_regular(path, most_bytes=most_bytes) as stream:
         content = stream.read(most_bytes + 1)
-    if len(content) > most_bytes:  # it has grown, or it is one of /proc, whose sizes say nothing
+    if len(content) > most_bytes:  # the file has grown, or it lies in /proc, where sizes are not real
         raise _too_large(path, len(content), most_bytes)
     return content
 
@@ -88,9 +87,9 @@ def check_name(path: Path) -> None:
     """Refuse a path that no file can have.
 
     Raises:
-        OSError: it holds a NUL byte.
+        OSError: the path holds a NUL byte.
     """
-    if "\0" in str(path):  # which Python answers with a ValueError
+    if "\0" in str(path):  # Python would raise a ValueError
         raise OSError(errno.EINVAL, "its name holds a NUL byte, which no file's may", str(path))
 
 
@@ -103,10 +102,10 @@ def _too_large(path: Path, size_bytes: int, most_bytes: int) -> OSError:
 
 
 def written_file(target: Path) -> Path:
-    """The file that writing to a path changes: what a link leads to, which need not be there yet.
+    """The file that writing to a path changes: the path itself, or what it links to. The file need not exist yet.
 
     Raises:
-        OSError: it is there and is no regular file, so that replacing it would destroy a device, a FIFO or a folder.
+        OSError: the file exists and is not a regular file, so replacing it would destroy a device, a FIFO or a folder.
     """
     check_name(target)
     real = Path(os.path.realpath(target))
@@ -121,10 +120,10 @@ def written_file(target: Path) -> Path:
 
 
 def check_outputs(*targets: Path | None) -> None:
-    """Refuse files that cannot be written to, before work is done whose results they are to take.
+    """Refuse files that cannot be written, before the work whose results they will hold. None counts as no file.
 
     Raises:
-        InputError: naming the first one.
+        InputError: names the first such file.
     """
     for target in targets:
         if target is not None:
@@ -136,12 +135,12 @@ def check_outputs(*targets: Path | None) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside the target, which takes its place at the end; nothing is left when that fails.
+    """Give a temporary path that replaces the target at the end of the ``with`` block, or is removed on failure.
 
-    A target that is a link stays one: the file that it leads to is replaced.
+    If the target is a link, it stays a link, and the file that it leads to is replaced.
 
     Raises:
-        OSError: as :func:`written_file`, or the target cannot be written.
+        OSError: as for :func:`written_file`, or the target cannot be written.
     """
     target = written_file(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -154,10 +153,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def check_parent(target: Path) -> None:
-    """Refuse a plan whose folder would have to be made first.
+    """Refuse a plan directory whose parent folder does not exist.
 
     Raises:
-        PlanError: naming it.
+        PlanError: names the parent folder.
     """
     if not target.absolute().parent.is_dir():
         raise PlanError(
@@ -167,7 +166,11 @@ def check_parent(target: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that takes the target's place when all went well, and leaves no trace when not."""
+    """Give a temporary folder that replaces the target at the end of the ``with`` block, or is removed on failure.
+
+    Raises:
+        PlanError: the folder cannot be written.
+    """
     target = target.absolute()
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))

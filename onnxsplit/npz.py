@@ -17,23 +17,20 @@ from onnxsplit.files import open_regular, replacing
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.tensors import ML_DTYPES, TRAVELLING_TYPES, Array, dtype_name, numpy_dtype
 
-_NOTE = "onnxsplit.dtypes.json"  # a member that is no .npy, so no tensor's name can meet it
-
-
+_NOTE = "onnxsplit.dtypes.json"  # not an .npy, so no tensor can have this name
 _MOST_NOTE_BYTES = 1 << 20
-
-
-_ENCRYPTED = 1  # of a member's flags
-
-
-_STRING_OBJECT_BYTES = 64  # what Python needs for a short text and the reference to it
+_ENCRYPTED = 1  # a bit of a member's flags
+_STRING_OBJECT_BYTES = 64  # memory that Python needs for a short text and the reference to it
 
 
 def save_npz(path: Path, tensors: Mapping[str, Array]) -> None:
-    """Write tensors to an ``.npz`` under any names, with nothing pickled; the file appears whole or not at all.
+    """Write tensors to an ``.npz`` under any names, without pickling; the file appears as a whole or not at all.
 
-    Types that NumPy lacks are stored as their bits and noted in a member of the archive; strings are stored as
+    Types that NumPy lacks are stored as their bits, and a member of the archive notes the type. Strings are stored as
     fixed-width unicode.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     notes: dict[str, str] = {}
     try:
@@ -54,13 +51,13 @@ def save_npz(path: Path, tensors: Mapping[str, Array]) -> None:
 
 
 def load_npz(path: Path) -> dict[str, Array]:
-    """Read what :func:`save_npz` or ``numpy.savez`` wrote; strings come back as ``object`` arrays of ``str``.
+    """Read a file that :func:`save_npz` or ``numpy.savez`` wrote.
 
-    Arrays come back in this host's byte order. Nothing is unpacked before all members together are known to fit
-    into half of the memory that is free.
+    Strings are returned as ``object`` arrays of ``str``, all arrays in this host's byte order. Nothing is unpacked
+    before it is known that all members together fit into half of the free memory.
 
     Raises:
-        InputError: the file is missing, is no archive, holds pickled objects, types or texts that no model takes,
+        InputError: the file is missing, is not an archive, holds pickled objects, types or texts that no model takes,
             claims another size than it has, or is too large.
     """
     most_bytes = free_memory_bytes() // 2
@@ -87,7 +84,7 @@ def load_npz(path: Path) -> dict[str, Array]:
 
 
 def _check_members(members: Sequence[zipfile.ZipInfo], most_bytes: int) -> None:
-    """Refuse an archive by its directory, before anything is unpacked."""
+    """Check the archive's directory before anything is unpacked."""
     for name, count in Counter(member.filename for member in members).items():
         if count > 1:
             raise ValueError(f"it holds {name!r} {count} times; every name may be there once")
@@ -128,7 +125,7 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most_bytes: i
 
 
 def _fill(array: Array, stream: IO[bytes], size: int) -> None:
-    """Read an array's bytes in parts, up to the stream's end, where the archive's checksum is compared."""
+    """Read the bytes of an array in parts up to the end of the stream, where the archive's checksum is compared."""
     into, done = array.view(np.uint8) if size else array, 0
     while done < size:
         part = stream.read(min(size - done, 1 << 20))

@@ -1,8 +1,9 @@
-"""The plan: the contract between the offline and the online half, and what ``plan.json`` holds.
+"""The plan: the contract between the offline and the online half, and the content of ``plan.json``.
 
-A plan directory holds ``plan.json`` and one ONNX file a stage (with its external data, where there is any). Every
-file is named in ``plan.json`` with its size and SHA-256; the plan's identity is the SHA-256 of ``plan.json``. Times
-are integer nanoseconds, sizes bytes, types ONNX's names, tensor names those of the source model.
+A plan directory holds ``plan.json`` and one ONNX file for each stage, with its external data if there is any. Every
+file is listed in ``plan.json`` with its size and SHA-256, and the plan's identity is the SHA-256 of ``plan.json``.
+Times are integer nanoseconds, sizes are bytes, types have ONNX's names, and tensors have their names in the source
+model.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ CALLER = -1
 """Stands for the caller where a stage or an atom is expected: it writes the model's inputs."""
 
 FORMAT_VERSION = 1
+"""The newest format of ``plan.json`` that this version reads, and the format that it writes."""
+
 PLAN_FILE = "plan.json"
 
 MOST_NODES = 255
-"""Nodes that a plan's stages may have together, replicas included; so also the most stages."""
+"""The largest number of nodes of all stages together, replicas included, and so of stages."""
 
 MOST_THREADS = 1024
-"""Threads that one session may have."""
+"""The largest number of threads of one session."""
 
 _MOST_RANK = 64
-_MOST_INTEGER = 2**53 - 1  # what every reader of JSON keeps exact
+_MOST_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON keeps exact
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_INTEGER)]
 """A time in nanoseconds, a size in bytes, the size of a dimension, or a number of things."""
@@ -47,20 +50,20 @@ Level = Literal["disabled", "basic", "extended", "all"]
 
 
 Objective = Literal["throughput", "latency", "memory"]
-"""What a plan makes small: the slowest stage, the time of one request, or the largest need of memory."""
+"""The value that a plan minimises: time of the slowest stage, time of one request, or largest memory of a stage."""
 
 
 class PlanStruct(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of everything in a plan: immutable, compared by value, unknown JSON fields ignored."""
+    """Base of all parts of a plan. They are immutable and compared by value; unknown JSON fields are ignored."""
 
 
 class TensorSpec(PlanStruct, frozen=True, kw_only=True):
     """A tensor as the model declares it.
 
     Attributes:
-        dtype: ONNX's name of the element type.
-        shape: integers and symbolic names; None when the rank is unknown. ``"?"`` is a dimension without a name.
-        batch_axis: the axis along which requests can be split; None when there is none, or none was proven.
+        dtype: ONNX's name of the element type, such as ``float32``.
+        shape: a size or a symbolic name for each axis; ``"?"`` for an axis without a name. None if the rank is unknown.
+        batch_axis: the axis along which requests can be split and joined; None if there is none or none was proven.
     """
 
     dtype: str
@@ -69,11 +72,12 @@ class TensorSpec(PlanStruct, frozen=True, kw_only=True):
 
 
 class BatchClaim(PlanStruct, frozen=True, kw_only=True):
-    """Whether requests can be split along the batch axes of ``tensors``, and joined with others.
+    """Whether requests can be split along the batch axes of ``tensors``, and joined with other requests.
 
     Attributes:
-        trials: batches that gave the same whole and in parts; the model's structure was followed op by op, too.
-        why_not: what ended the claim; empty where it holds. Then no tensor has a batch axis.
+        trials: the number of batches that gave the same outputs as a whole and in parts. The structure of the model
+            was followed op by op too.
+        why_not: why requests cannot be split; then no tensor has a batch axis. Empty if they can.
     """
 
     trials: Count = 0
@@ -81,7 +85,7 @@ class BatchClaim(PlanStruct, frozen=True, kw_only=True):
 
 
 class FileEntry(PlanStruct, frozen=True, kw_only=True):
-    """One file of the plan directory: a plain name, its size and its SHA-256 in hexadecimal."""
+    """One file of the plan directory: its name (without a folder), its size, and its SHA-256 in hexadecimal."""
 
     name: str
     sha256: str
@@ -99,25 +103,26 @@ class Stage(PlanStruct, frozen=True, kw_only=True):
     """One part of the cut model.
 
     Attributes:
-        index: position in topological order.
-        file: the ONNX file; also the first of ``files``.
+        index: position of the stage in topological order, from 0.
+        file: name of the ONNX file; also the first of ``files``.
         files: the ONNX file and its external data.
-        inputs: tensors read: inputs of the model, or outputs of earlier stages.
-        outputs: tensors written: cut tensors and outputs of the model.
-        weight_bytes: initializers this stage holds.
-        peak_memory_bytes: weights, their packed copies on a CPU, and the largest sum of live activations, estimated.
-        provider: the provider the plan was made for, as ``--provider`` takes it.
+        inputs: names of the tensors that the stage reads: inputs of the model or outputs of earlier stages.
+        outputs: names of the tensors that the stage writes: cut tensors and outputs of the model.
+        weight_bytes: bytes of the constants that the stage holds.
+        peak_memory_bytes: estimated memory: weights, their packed copies on a CPU, and the largest sum of live
+            activations.
+        provider: the execution provider that the plan was made for, as ``--provider`` takes it.
         optimization_level: ONNX Runtime's graph optimisation level: disabled, basic, extended or all.
-        threads: threads of the session when it was measured.
-        predicted_time_ns: by the cost model, without transfers.
-        reference_time_ns: of either, on a device of speed 1; None in plans made before there was this.
-        measured_time_ns: of the real stage with all stages running at once; None when it was not run.
-        replicas: nodes that execute this stage.
-        device: a device of the cluster; None when the plan was made for this host alone.
-        devices: the devices of all its replicas, that one first.
-        hosts: the host of each of those, ``local`` for one that the cluster does not name.
+        threads: threads of the session for which the stage was costed or measured.
+        predicted_time_ns: compute time of one request by the cost model, without transfers.
+        reference_time_ns: measured (else predicted) time on a device of speed 1; None in plans of older versions.
+        measured_time_ns: time of one run of the stage with all stages running at once; None if it was not run.
+        replicas: number of nodes that execute the stage.
+        device: name of the stage's device in the cluster; None if the plan was made without a cluster.
+        devices: names of the devices of all replicas, ``device`` first.
+        hosts: the host of each of these devices; ``local`` for a device whose host the cluster does not name.
         ops: number of ops in the stage.
-        custom_ops: names of the libraries of custom ops, among the plan's, that it cannot run without.
+        custom_ops: names of the plan's libraries of custom ops that the stage needs.
     """
 
     index: StageIndex
@@ -142,7 +147,7 @@ class Stage(PlanStruct, frozen=True, kw_only=True):
 
 
 class Cut(PlanStruct, frozen=True, kw_only=True):
-    """A tensor that crosses from one stage to others, with its bytes at the dimensions the plan was made for."""
+    """A tensor that one stage sends to others, with its bytes at the sizes that the plan was made for."""
 
     tensor: str
     from_stage: StageIndex
@@ -151,9 +156,9 @@ class Cut(PlanStruct, frozen=True, kw_only=True):
 
 
 class Passthrough(PlanStruct, frozen=True, kw_only=True):
-    """Where an output comes from that no stage computes: an input of the model, or a file with the constant.
+    """The source of an output that no stage computes: an input of the model, or a file with a constant.
 
-    Exactly one of the two is set. The file is an ``.npz`` with one tensor, under the output's name.
+    Exactly one of the two is set. The file is an ``.npz`` with one tensor under the output's name.
     """
 
     input: str | None = None
@@ -161,9 +166,9 @@ class Passthrough(PlanStruct, frozen=True, kw_only=True):
 
 
 class ModelInfo(PlanStruct, frozen=True, kw_only=True):
-    """The source model: file name, SHA-256 of that file, and the versions its stages keep.
+    """The source model: its file name, the SHA-256 of the file, and its versions, which the stages keep.
 
-    Of a model given in memory, the name is that of its graph, and the hash that of its bytes.
+    For a model given in memory, the name is the graph's, and the SHA-256 is that of the model's bytes.
     """
 
     name: str
@@ -173,25 +178,25 @@ class ModelInfo(PlanStruct, frozen=True, kw_only=True):
 
 
 class CreatedWith(PlanStruct, frozen=True, kw_only=True):
-    """Versions at work when the plan was made; ``onnxruntime`` is None when none was installed."""
+    """The versions with which the plan was made; ``onnxruntime`` is None if none was installed."""
 
     onnxsplit: str
     onnxruntime: str | None
 
 
 class Prediction(PlanStruct, frozen=True, kw_only=True):
-    """What the plan promises.
+    """The predicted figures of the plan, and the proof of how good they are.
 
     Attributes:
-        bottleneck_ns: time of the slowest stage with its transfers, by request: replicas share them.
-        throughput_per_s: requests a second with every stage busy.
-        latency_ns: one request through all stages, transfers included.
-        lower_bound_ns: no plan for the same atoms, costs and devices has a smaller bottleneck; with the objective
-            ``latency``, a smaller latency; 0 with ``memory``.
-        gap: how far the objective's value is above its lower bound, as a share of that.
-        op_lower_bound_ns: the same bound when every op could be cut from every other.
-        peak_memory_bytes: the largest need of a stage; with the objective ``memory`` only.
-        lower_bound_bytes: no plan has a smaller one.
+        bottleneck_ns: time of the slowest stage with its transfers, divided by its replicas.
+        throughput_per_s: requests per second with every stage busy.
+        latency_ns: time of one request through all stages, with transfers.
+        lower_bound_ns: no plan for the same atoms, costs and devices has a smaller bottleneck (for the objective
+            ``latency``: a smaller latency); 0 for the objective ``memory``.
+        gap: how far the objective's value is above its lower bound, as a share of the bound.
+        op_lower_bound_ns: the same bound if every op could be cut from every other; 0 for the objective ``memory``.
+        peak_memory_bytes: the largest memory of a stage; for the objective ``memory`` only, else None.
+        lower_bound_bytes: no plan has a smaller largest memory; for the objective ``memory`` only, else None.
     """
 
     bottleneck_ns: Count
@@ -205,15 +210,16 @@ class Prediction(PlanStruct, frozen=True, kw_only=True):
 
 
 class Costs(PlanStruct, frozen=True, kw_only=True):
-    """Where the times come from.
+    """The costs that the plan is based on.
 
     Attributes:
-        source: ``measured`` or ``analytic``.
-        whole_time_ns: the whole model in one session with one stage's threads.
-        whole_weight_bytes: initializers of the whole model.
-        whole_peak_memory_bytes: as for a stage.
-        rounds: bottleneck of every measure-and-correct round: predicted and measured.
-        note: why costs are analytic when they are.
+        source: ``measured`` or ``analytic`` (estimated by arithmetic).
+        whole_time_ns: time of one run of the whole model in one session with the threads of one stage.
+        whole_weight_bytes: bytes of the constants of the whole model.
+        whole_peak_memory_bytes: estimated memory of the whole model, as for a stage.
+        whole_optimization_level: the optimisation level at which the whole model ran.
+        rounds: the rounds in which the stages were run and the costs corrected.
+        note: why costs are analytic although they were not asked for; else None.
     """
 
     source: Literal["measured", "analytic"]
@@ -226,14 +232,14 @@ class Costs(PlanStruct, frozen=True, kw_only=True):
 
 
 class CorrectionRound(PlanStruct, frozen=True, kw_only=True):
-    """One round: stage times as predicted before it ran and as measured, in nanoseconds, by stage."""
+    """One round of measuring: for each stage, its time as predicted and as measured, in nanoseconds."""
 
     predicted_ns: tuple[Count, ...]
     measured_ns: tuple[Count, ...]
 
 
 class Plan(PlanStruct, frozen=True, kw_only=True):
-    """Everything a pipeline needs to know about a cut model. See ``docs/plan.md`` for each field."""
+    """Everything that a pipeline needs to know about a cut model. ``docs/plan.md`` describes each field."""
 
     format_version: Annotated[int, msgspec.Meta(ge=1)]
     created_with: CreatedWith
@@ -264,7 +270,7 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
 
     def files(self) -> Iterator[FileEntry]:
-        """Every file of the plan directory but ``plan.json`` itself."""
+        """Every file of the plan directory except ``plan.json``."""
         for stage in self.stages:
             yield from stage.files
         for source in self.passthrough.values():
@@ -275,7 +281,7 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
         yield from self.defaults.values()
 
     def refused_inputs(self) -> dict[str, str]:
-        """Inputs of the source model that a request cannot give: name -> why, and what to do."""
+        """Why requests cannot give some inputs of the source model, and what to do, by the inputs' names."""
         constants = {
             name: f"input {name!r} became a constant ({value}) when the model was cut; "
             f"cut again with --keep-input {name} to give values"
@@ -289,11 +295,11 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
         }
 
     def producers(self) -> dict[str, int]:
-        """The stage that writes each tensor that a stage writes."""
+        """The index of the stage that writes each tensor, by the tensor's name."""
         return {name: position for position, stage in enumerate(self.stages) for name in stage.outputs}
 
     def stages_for(self, outputs: tuple[str, ...]) -> frozenset[int]:
-        """The stages that must run to give these outputs or cut tensors: their producers and all ancestors."""
+        """The stages that must run to compute these outputs or cut tensors: their producers and all ancestors."""
         producer = self.producers()
         pending = [producer[name] for name in outputs if name in producer]
         needed: set[int] = set()

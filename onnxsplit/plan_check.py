@@ -1,4 +1,4 @@
-"""What a plan promises, checked: every violation in words."""
+"""Checks that a plan does not contradict itself."""
 
 from __future__ import annotations
 

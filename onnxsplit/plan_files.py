@@ -1,4 +1,4 @@
-"""Plan directories: reading, checking and writing ``plan.json`` and the files it names."""
+"""Plan directories: reading, checking and writing ``plan.json`` and the files that it lists."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def load_plan(folder: str | Path, *, check_files: bool = True) -> Plan:
 
     Args:
         folder: the plan directory.
-        check_files: also compare every file's size and SHA-256 with what the plan says.
+        check_files: True also compares every file's size and SHA-256 with the plan.
 
     Raises:
-        PlanError: naming every violation found.
+        PlanError: the directory is missing, damaged, incomplete or newer than this version; lists every violation.
     """
     folder = Path(folder)
     plan = parse_plan(read_plan_file(folder), where=folder)
@@ -44,7 +44,11 @@ def load_plan(folder: str | Path, *, check_files: bool = True) -> Plan:
 
 
 def read_plan_file(folder: Path) -> bytes:
-    """The bytes of a plan directory's ``plan.json``."""
+    """The bytes of the ``plan.json`` in a plan directory.
+
+    Raises:
+        PlanError: the file is missing or cannot be read.
+    """
     if not is_text(folder):
         raise PlanError(f"the path of the plan, {str(folder)!r}, is not UTF-8 text; give the folder another name")
     try:
@@ -57,10 +61,10 @@ def read_plan_file(folder: Path) -> bytes:
 
 
 def parse_plan(text: bytes, *, where: Path) -> Plan:
-    """A checked plan from the bytes of a ``plan.json``; ``where`` is for messages.
+    """Decode and check the bytes of a ``plan.json``; messages name ``where`` as its place.
 
     Raises:
-        PlanError: naming every violation found.
+        PlanError: the plan is damaged, contradicts itself, or is newer than this version; lists every violation.
     """
     if len(text) > _MOST_PLAN_BYTES:
         raise PlanError(f"{where}: plan.json has {len(text)} bytes; at most {_MOST_PLAN_BYTES} are allowed")
@@ -85,10 +89,10 @@ def parse_plan(text: bytes, *, where: Path) -> Plan:
 
 
 def checked_json(plan: Plan) -> bytes:
-    """The bytes of a new ``plan.json``, which can be read back.
+    """The bytes of a new ``plan.json``, checked so that it can be read back.
 
     Raises:
-        PlanError: the plan holds a number or a reference that no plan may hold.
+        PlanError: the plan holds a number or a reference that is not allowed.
     """
     text = plan.to_json()
     try:
@@ -99,12 +103,12 @@ def checked_json(plan: Plan) -> bytes:
 
 
 def plan_id(text: bytes) -> str:
-    """The plan's identity: SHA-256 of the bytes of its ``plan.json``."""
+    """The identity of a plan: the SHA-256 of the bytes of its ``plan.json``, in hexadecimal."""
     return hashlib.sha256(text).hexdigest()
 
 
 def check_file(folder: Path, entry: FileEntry) -> list[str]:
-    """What is wrong with one file of a plan directory: missing, a link, another size, another content."""
+    """The problems of one file of a plan directory: missing, a link, another size, or another content."""
     path = folder / entry.name
     try:
         if path.is_symlink():
@@ -122,10 +126,10 @@ def check_file(folder: Path, entry: FileEntry) -> list[str]:
 
 
 def example_file(folder: Path, plan: Plan) -> Path:
-    """The plan's own example inputs.
+    """The file of the plan's own example inputs.
 
     Raises:
-        PlanError: it holds none.
+        PlanError: the plan holds no example inputs.
     """
     if plan.example_inputs is None:
         raise PlanError(f"{folder} holds no example inputs; give some with --inputs FILE.npz")
@@ -133,12 +137,12 @@ def example_file(folder: Path, plan: Plan) -> Path:
 
 
 def default_files(folder: Path, plan: Plan) -> dict[str, Path]:
-    """The files that hold the defaults of a plan's inputs: an ``.npz`` each, with one tensor under the input's name."""
+    """The files with the defaults of a plan's inputs, by input: each an ``.npz`` with one tensor of the same name."""
     return {name: folder / entry.name for name, entry in plan.defaults.items()}
 
 
 def plan_schema() -> bytes:
-    """The JSON Schema of ``plan.json``; ``plan.schema.json`` in the package is this."""
+    """The JSON Schema of ``plan.json``, which the package holds as ``plan.schema.json``."""
     schema = msgspec.json.schema(Plan)
     for definition in schema["$defs"].values():  # Python 3.13 takes the indentation out of docstrings, others do not
         definition["description"] = inspect.cleandoc(definition["description"])
@@ -152,6 +156,6 @@ def _listed(head: str, problems: list[str]) -> str:
 
 
 def _short(problem: str) -> str:
-    """A problem without its middle where it is long: names in a plan may have any length."""
+    """A problem, shortened in the middle if it is long, because names in a plan may have any length."""
     half = _MOST_PROBLEM // 2
     return problem if len(problem) <= _MOST_PROBLEM else f"{problem[:half]} ... {problem[-half:]}"

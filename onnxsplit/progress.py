@@ -1,12 +1,12 @@
-"""Progress: long work says in a few words what it does, through one callback."""
+"""Progress of long work, reported in a few words through a callback."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Say = Callable[[str], None]
-"""Takes a few words that say what is being done now."""
+"""A callback that takes a few words about what is being done."""
 
 
 def silent(_: str) -> None:
-    """Say nothing: the default of every function that takes a callback."""
+    """Report nothing; the default of functions that take a callback."""

@@ -1,7 +1,7 @@
-"""Element types by their ONNX names, and tensors in ``.npz`` files.
+"""Element types by their ONNX names, sizes of tensors, and checks of a model's inputs.
 
-ONNX's names for types (``float32``, ``bfloat16``, ``string``) are used everywhere: in plans, on the wire, in
-messages. NumPy lacks some of them; ``ml_dtypes`` adds those that ONNX Runtime can carry.
+ONNX's names for types (``float32``, ``bfloat16``, ``string``) are used everywhere: in plans, on the wire, and in
+messages. NumPy lacks some of these types; ``ml_dtypes`` adds those that ONNX Runtime can pass on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ML_DTYPES = {
     "float8e5m2": "float8_e5m2",
     "float8e5m2fnuz": "float8_e5m2fnuz",
 }
-# TensorProto.DataType of the ONNX specification.
+# The numbers of TensorProto.DataType in the ONNX specification.
 ONNX_TYPE_NUMBER = {
     "float32": 1, "uint8": 2, "int8": 3, "uint16": 4, "int16": 5, "int32": 6, "int64": 7, "string": 8, "bool": 9,
     "float16": 10, "float64": 11, "uint32": 12, "uint64": 13, "complex64": 14, "complex128": 15, "bfloat16": 16,
@@ -41,28 +41,27 @@ _ONNX_TYPE_NAME = {number: name for name, number in ONNX_TYPE_NUMBER.items()}
 _BITS = {"uint4": 4, "int4": 4, "float4e2m1": 4, "uint2": 2, "int2": 2, "float8e8m0": 8}
 
 TRAVELLING_TYPES = frozenset([*_NUMPY, *ML_DTYPES, "string"]) - {"complex64", "complex128"}
-"""Types whose tensors can pass from one stage to another: those an ONNX Runtime session takes and gives."""
+"""Types whose tensors can go from one stage to another: those that an ONNX Runtime session takes and returns."""
 
 MAX_RANK = 32
-"""Dimensions a tensor may have."""
+"""The largest number of dimensions of a tensor."""
 
-_MOST_PROBLEMS = 10  # that one message lists
-_ADDRESSES = 1 << 62  # bytes that no tensor reaches, so that sizes can be added and multiplied without a second look
-
-_STRING_BYTES = 16  # a guess: the length of strings is not part of their type
+_MOST_PROBLEMS = 10  # the most problems that one message lists
+_ADDRESSES = 1 << 62  # a size in bytes that no tensor reaches; sums and products of real sizes stay below 64 bits
+_STRING_BYTES = 16  # an assumed size, because the length of strings is not part of their type
 
 
 def type_name(number: int) -> str | None:
-    """ONNX's name of a ``TensorProto.DataType`` number; None for an undefined or unknown one."""
+    """ONNX's name of a ``TensorProto.DataType`` number; None for an undefined or unknown number."""
     return _ONNX_TYPE_NAME.get(number)
 
 
 @functools.cache
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The NumPy type that holds an element; ``object`` for strings.
+    """The NumPy type for an ONNX type; ``object`` for strings.
 
     Raises:
-        InputError: the type cannot be held in a NumPy array.
+        InputError: no NumPy array can hold the type.
     """
     if dtype in _NUMPY:
         return np.dtype(_NUMPY[dtype])
@@ -78,7 +77,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
 @functools.lru_cache(maxsize=256)  # callers may come with any number of structured types
 def dtype_name(dtype: np.dtype[Any]) -> str | None:
-    """ONNX's name of a NumPy type; None when it has none."""
+    """ONNX's name of a NumPy type; None if it has none."""
     if dtype.kind in "OUST":
         return "string"
     name = {"float8_" + t.split("float8", 1)[1]: t for t in ML_DTYPES if "float8" in t}.get(dtype.name, dtype.name)
@@ -86,12 +85,12 @@ def dtype_name(dtype: np.dtype[Any]) -> str | None:
 
 
 def is_native(dtype: str) -> bool:
-    """True where NumPy itself knows the type, so that a session takes the array as it is."""
+    """Whether NumPy itself has the type, so that a session takes its arrays directly."""
     return dtype in _NUMPY or dtype == "string"
 
 
 def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor; strings count 16 bytes each, since their length is not part of their type."""
+    """Bytes of a tensor of a type and shape; each string counts 16 bytes, because its length is not known."""
     count = math.prod(shape)
     if dtype == "string":
         return count * _STRING_BYTES
@@ -101,16 +100,19 @@ def size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def content_bytes(array: Array) -> int:
-    """Bytes of an array with what its strings hold, which ``nbytes`` leaves out."""
+    """Bytes of an array, with the lengths of its strings, which ``nbytes`` leaves out."""
     if array.dtype != object:
         return array.nbytes
     return array.nbytes + sum(map(len, array.ravel().tolist()))
 
 
 def element_count(shape: Sequence[int], itemsize: int = 1) -> int | None:
-    """The number of elements of a shape; None where no array can have it.
+    """The number of elements of a shape; None if no array can have the shape.
 
-    A size may not be negative. The sizes other than 0 are bounded together, since NumPy computes strides of them too.
+    Args:
+        shape: sizes; none may be negative. The product of those other than 0 is bounded, because NumPy computes
+            strides from them even if the array has no elements.
+        itemsize: bytes of an element.
     """
     if len(shape) > MAX_RANK:
         return None
@@ -130,16 +132,16 @@ def check_inputs(
     *,
     refused: Mapping[str, str] | None = None,
 ) -> None:
-    """Hold tensors against what a model takes.
+    """Check that tensors fit the inputs of a model.
 
     Args:
-        given: name -> array.
-        specs: name -> (ONNX type, shape or None); symbolic names in a shape allow any size.
+        given: the tensors by name.
+        specs: ONNX type and shape of each input by name. A symbolic name allows any size; None allows any shape.
         optional: inputs that may be left out.
-        refused: inputs that the model once had: name -> what to say when one is given.
+        refused: messages for inputs that the model no longer has, by name.
 
     Raises:
-        InputError: listing every name, type, rank and dimension that does not fit, with what is expected.
+        InputError: lists every name, type, rank and size that does not fit, and what the model takes.
     """
     explained = refused or {}
     problems = [explained.get(name, f"{shown(name)} is unknown") for name in given if name not in specs]

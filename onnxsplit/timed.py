@@ -1,9 +1,9 @@
-"""Timed runs of a model file in a process of its own.
+"""Timed runs of a model file in a worker process.
 
-A :class:`TimedModel` loads one file with explicit threads and optimisation level and runs it when told; several are
-told to run over the same span, which is how stages are measured that will share a host. The worker is this module
-itself, run by the interpreter; it reads one JSON command a line and answers with one line. It ends when its standard
-input ends, so none outlives its parent.
+A :class:`TimedModel` loads one file with an explicit number of threads and optimisation level, and runs it on command.
+Several workers can run over the same time span; that is how stages that will share a host are measured. The worker is
+this module itself. It reads one JSON command from each line of its standard input and answers each with one line. It
+ends when its standard input ends, so it does not outlive its parent.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import Level
 from onnxsplit.session import Session, open_session, quiet_environment
 
-_TYPICAL_S = 1.0
-_START_DELAY_NS = 20_000_000  # between the order to start together and the start
+_TYPICAL_S = 1.0  # time of the runs of which the median is taken
+_START_DELAY_NS = 20_000_000  # time between the command to start together and the start
 
 
 class _Load(msgspec.Struct, tag="load", frozen=True):
@@ -71,14 +71,19 @@ class TimedModel:
     """A model file in a worker process; a context manager.
 
     Args:
-        model: the file.
-        inputs: an ``.npz`` with its inputs; more than it takes is allowed.
+        model: the model file.
+        inputs: an ``.npz`` with the model's inputs; further tensors in it are ignored.
         threads: threads of the session.
         level: graph optimisation level.
         provider: execution provider.
-        spinning: let idle threads spin, for a session that has the host to itself.
-        data_folder: where the model's external data lies; beside the file when None.
-        custom_ops: libraries of custom ops that the session has.
+        spinning: True lets idle threads spin, for a session that has the host to itself.
+        data_folder: the folder of the model's external data; beside the file when None.
+        custom_ops: libraries of custom ops that the session loads.
+
+    Raises:
+        ModelRefused: on entry, ONNX Runtime does not load the model.
+        ModelError: the model does not run, an input is missing, or the worker died.
+        CustomOpsError: the worker died with libraries of custom ops loaded.
     """
 
     def __init__(
@@ -127,19 +132,19 @@ class TimedModel:
             self._process = None
 
     def reload(self, level: Level) -> None:
-        """Open the model again at another optimisation level."""
+        """Load the model again at another optimisation level."""
         self._ask(msgspec.structs.replace(self._load, level=level))
 
     def feed(self, inputs: Path) -> None:
-        """Take other inputs from now on."""
+        """Use other inputs from now on."""
         self._ask(_Feed(str(inputs)))
 
     def run(self, seconds: float, *, least: int = 1) -> list[int]:
-        """Run for about ``seconds``, at least ``least`` times; returns the nanoseconds of each run."""
+        """Run for about ``seconds`` and at least ``least`` times; return the time of each run in nanoseconds."""
         return self._ask(_Run(seconds, 0, least)).times_ns
 
     def save_outputs(self, path: Path) -> None:
-        """Write the outputs of the last run as ``.npz``."""
+        """Write the outputs of the last run to an ``.npz`` file."""
         self._ask(_Save(str(path)))
 
     def _ask(self, command: _Command) -> _Answer:
@@ -149,7 +154,7 @@ class TimedModel:
     def _send(self, command: _Command) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the answer tells how it died
+        with suppress(BrokenPipeError):  # receiving the answer reports how the worker died
             self._process.stdin.write(msgspec.json.encode(command) + b"\n")
             self._process.stdin.flush()
 
@@ -178,7 +183,7 @@ class TimedModel:
 
 
 def run_together(models: Sequence[TimedModel], seconds: float, *, least: int = 2) -> list[list[int]]:
-    """Run all models over the same span; returns the nanoseconds of each run, a list a model."""
+    """Run all models over the same time span; return the times of each model's runs in nanoseconds."""
     start = time.monotonic_ns() + _START_DELAY_NS
     for model in models:
         model._send(_Run(seconds, start, least))
@@ -186,10 +191,10 @@ def run_together(models: Sequence[TimedModel], seconds: float, *, least: int = 2
 
 
 def typical_ns(model: Path, inputs: Path, *, threads: int, provider: str, custom_ops: Sequence[Library] = ()) -> int:
-    """What one run of a whole model takes here, by itself: the median of a second, once it is warm.
+    """Typical time of one run of a whole model on this host: the median over one second, after a warm-up.
 
     Raises:
-        ModelError, InputError, ProviderError: it does not run.
+        ModelError: the model does not run, or its provider cannot be used.
     """
     with TimedModel(model, inputs, threads=threads, level="all", provider=provider, custom_ops=custom_ops) as timed:
         timed.run(_TYPICAL_S / 4)
@@ -197,12 +202,12 @@ def typical_ns(model: Path, inputs: Path, *, threads: int, provider: str, custom
 
 
 def median_ns(times_ns: Sequence[int]) -> int:
-    """The median as an integer."""
+    """The median of some times, as an integer."""
     return int(statistics.median(times_ns))
 
 
 class _Worker:
-    """The other end of the pipe."""
+    """The worker's side: it performs one command after the other."""
 
     def __init__(self) -> None:
         self.session: Session | None = None
@@ -257,12 +262,12 @@ class _Worker:
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else prints must not mix with the answers
+    os.dup2(2, 1)  # other output must not mix with the answers
     worker = _Worker()
     for line in sys.stdin.buffer:
         try:
             answer = worker.perform(msgspec.json.decode(line, type=_Command))
-        except Exception as error:  # such as no space or no memory left; the parent says it in one line
+        except Exception as error:  # such as no space or no memory left; the parent reports it in one line
             answer = _Answer(error=in_one_line(error), refused=isinstance(error, ModelRefused))
         answers.write(msgspec.json.encode(answer) + b"\n")
         answers.flush()
