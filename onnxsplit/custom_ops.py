@@ -1,7 +1,7 @@
-"""Libraries of custom ops: which of them a process may load, and whether a file is still the one that was named.
+"""Libraries of custom ops: which of them a process may load, and whether a file is unchanged since it was named.
 
-Such a library is code that runs with the rights of the process. It is loaded only where whoever runs the process has
-named it; a plan says by name and SHA-256 which of the libraries that were named its stages need, and names no path.
+Such a library is code that runs with the rights of the process, so a process loads only libraries that its user named.
+A plan lists the libraries that its stages need by name and SHA-256, without paths.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from onnxsplit.files import is_text, open_regular
 from onnxsplit.plan import CustomOps, Plan
 
 EXTENSIONS = "onnxruntime-extensions"
-"""The one library that is named by its package instead of by its file."""
+"""The only library that is named by its package instead of its file."""
 
 _PACKAGE, _MODULE = "onnxruntime_extensions", "_extensions_pydll"
 _MOST_BYTES = 8 << 30
 
 
 class Library(msgspec.Struct, frozen=True):
-    """A library that whoever runs this process has named.
+    """A library that the user of this process named.
 
     Attributes:
-        name: as plans call it: the name of its file, or ``onnxruntime-extensions``.
-        path: its file, absolute and without links, so that what it needs is found beside it.
-        sha256: of that file.
+        name: its name in plans: the name of its file, or ``onnxruntime-extensions``.
+        path: its file, absolute and without links, so that libraries beside it are found.
+        sha256: the SHA-256 of the file, in hexadecimal.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Library(msgspec.Struct, frozen=True):
 
 
 def find_libraries(given: object) -> tuple[Library, ...]:
-    """The libraries that a user names, each once, with their hashes. Nothing is loaded.
+    """Find the libraries that a user names, each once, and hash them. Nothing is loaded.
 
     Args:
-        given: files, or ``onnxruntime-extensions`` for the library in the package of that name; one of them, or many.
+        given: a file, or ``onnxruntime-extensions`` for the library in the package of that name; or several of them.
 
     Raises:
         CustomOpsError: a file cannot be read, or the package is not installed.
@@ -57,27 +57,27 @@ def find_libraries(given: object) -> tuple[Library, ...]:
 
 
 def named(given: object) -> tuple[str, ...]:
-    """What a user names libraries by: ``onnxruntime-extensions``, and absolute paths; nothing is looked for.
+    """The names that a user gives: ``onnxruntime-extensions`` and absolute paths. Nothing is opened.
 
     Raises:
-        CustomOpsError: it is neither a name nor a list of names.
+        CustomOpsError: the value is neither a name nor a list of names.
     """
     one = isinstance(given, str | os.PathLike) or not isinstance(given, Iterable)
     names: list[Any] = [given] if one else list(given)  # type: ignore[call-overload]
     if not all(isinstance(name, str | os.PathLike) for name in names):
-        raise CustomOpsError(f"custom op libraries are named by their files, in a list; {shown(given)} is none")
+        raise CustomOpsError(f"custom op libraries are named by their files, in a list; {shown(given)} is not one")
     texts = [os.fsdecode(name) for name in names]
     wrong = next((text for text in texts if not text or not is_text(Path(text))), None)
     if wrong is not None:
-        raise CustomOpsError(f"the name of a custom op library, {wrong!r}, is no UTF-8 text, or empty; name a file")
+        raise CustomOpsError(f"the name of a custom op library, {wrong!r}, is not UTF-8 text, or empty; name a file")
     return tuple(text if text == EXTENSIONS else str(Path(text).absolute()) for text in texts)
 
 
 def check_names(given: Sequence[Library]) -> None:
-    """Refuse libraries of one name for one plan.
+    """Refuse different libraries of the same name, because a plan tells them apart by name.
 
     Raises:
-        CustomOpsError: naming them.
+        CustomOpsError: names both files.
     """
     files: dict[str, str] = {}
     for library in given:
@@ -97,7 +97,7 @@ def _library(text: str) -> Library:
 
 
 def _extensions() -> Path:
-    """What ``onnxruntime_extensions.get_library_path()`` gives; asking the package would load it before it is hashed.
+    """The library that ``onnxruntime_extensions.get_library_path()`` names, found without loading it.
 
     Raises:
         CustomOpsError: the package is not installed, or holds no library.
@@ -119,10 +119,10 @@ def _extensions() -> Path:
 
 
 def needed_libraries(given: Sequence[Library], plan: Plan, stage: int | None = None) -> tuple[Library, ...]:
-    """Those of the libraries given that a plan needs, or a stage of it. They are known by their hashes.
+    """Select the given libraries that a plan, or one stage of it, needs. Libraries are matched by their hashes.
 
     Raises:
-        CustomOpsError: one was not given, or only another build of it.
+        CustomOpsError: a needed library was not given, or only another build of it.
     """
     names = None if stage is None else plan.stages[stage].custom_ops
     wanted = [one for one in plan.custom_ops if names is None or one.name in names]
@@ -134,10 +134,10 @@ def needed_libraries(given: Sequence[Library], plan: Plan, stage: int | None = N
 
 
 def check_wanted(given: Sequence[Library], plans: Sequence[Plan]) -> None:
-    """Refuse libraries that none of the plans names: they would not be loaded, which is not what was meant.
+    """Refuse libraries that none of the plans lists, because they would not be loaded.
 
     Raises:
-        CustomOpsError: naming the first one.
+        CustomOpsError: names the first such library.
     """
     named = [one for plan in plans for one in plan.custom_ops]
     known = {one.sha256 for one in named} | {one.name for one in named}
@@ -169,10 +169,10 @@ def _words(library: Library) -> str:
 
 @contextmanager
 def unchanged(library: Library) -> Iterator[str]:
-    """The path to load a library by, in a ``with`` block: its file is what was hashed, before the block and after it.
+    """Give the path to load a library from, and check before and after the ``with`` block that its file is unchanged.
 
     Raises:
-        CustomOpsError: it is another one than when it was named, or became another one inside the block.
+        CustomOpsError: the file changed after it was named, or within the block.
     """
     path = Path(library.path)
     with _opened(path) as stream:
@@ -196,16 +196,16 @@ def unchanged(library: Library) -> Iterator[str]:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What differs when a file is replaced or written to; who may write to it cannot set the last of these."""
+    """Values of which one changes when a file is replaced or written. A writer cannot set the last one (ctime)."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    """A library's file.
+    """Open the file of a library.
 
     Raises:
-        CustomOpsError: it cannot be read.
+        CustomOpsError: the file cannot be read.
     """
     try:
         stream = open_regular(path, most_bytes=_MOST_BYTES)

@@ -1,4 +1,4 @@
-"""What ``--provider`` means: names, devices, options, and which stage gets which."""
+"""Execution providers: how ``--provider`` is read, which stage gets which provider, and which this host can use."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Provider:
     """An execution provider with its options, as ``--provider`` names it for one stage.
 
     Attributes:
-        text: what the user wrote, in normal form: ``cpu``, ``cuda:1``, ``openvino:device_type=GPU``.
-        name: ONNX Runtime's name of it.
-        options: provider options.
+        text: the user's text without spaces around it: ``cpu``, ``cuda:1``, ``openvino:device_type=GPU``.
+        name: ONNX Runtime's name of the provider.
+        options: the provider's options.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Provider:
 def parse_provider(text: str) -> Provider:
     """Read ``cpu``, ``cuda[:N]`` or ``NAME[:N][:KEY=VALUE ...]``.
 
-    NAME is a short name (``tensorrt``, ``openvino`` ...) or ONNX Runtime's own. N is the device's number.
+    NAME is a short name (``tensorrt``, ``openvino`` and so on) or ONNX Runtime's own name. N is the device's number.
 
     Raises:
         ProviderError: the text has another form.
@@ -64,18 +64,18 @@ def parse_provider(text: str) -> Provider:
         elif part.isdecimal() and full != "CPUExecutionProvider":
             options["device_id"] = part
         else:
-            raise ProviderError(f"provider {text!r}: {part!r} is neither a device's number nor KEY=VALUE")
+            raise ProviderError(f"provider {text!r}: {part!r} is neither the number of a device nor KEY=VALUE")
     return Provider(text=text.strip(), name=full, options=options)
 
 
 def providers_by_stage(text: str, stages: int, default: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Give every stage its provider.
+    """Assign a provider to every stage.
 
     Args:
-        text: one provider for all; ``auto`` (stages over the GPUs found, else the CPU); or ``0=cuda:0,1=cpu``, where
-            a stage that is not named gets ``default``.
-        stages: number of stages.
-        default: a provider a stage; ``cpu`` when None.
+        text: one provider for all stages; ``auto``, which distributes stages over this host's GPUs, or uses the CPU
+            without one; or ``0=cuda:0,1=cpu``, where a stage that is not named gets its default.
+        stages: the number of stages.
+        default: the default provider of each stage; ``cpu`` when None.
 
     Raises:
         ProviderError: a stage or provider is unknown.
@@ -97,7 +97,7 @@ def providers_by_stage(text: str, stages: int, default: Sequence[str] | None = N
 
 
 def gpu_count() -> int:
-    """CUDA devices that ONNX Runtime could use here: 0 without the CUDA provider or an NVIDIA driver."""
+    """The number of CUDA devices that ONNX Runtime can use: 0 without the CUDA provider or an NVIDIA driver."""
     if "CUDAExecutionProvider" not in available_providers():
         return 0
     listed = list(Path("/proc/driver/nvidia/gpus").glob("*")) or list(Path("/dev").glob("nvidia[0-9]*"))
@@ -105,7 +105,7 @@ def gpu_count() -> int:
 
 
 def available_providers() -> tuple[str, ...]:
-    """The providers the installed ONNX Runtime was built with; empty when none is installed or it does not load."""
+    """The providers of the installed ONNX Runtime; empty if none is installed or it does not load."""
     try:
         return tuple(load_runtime().get_available_providers())
     except OnnxsplitError:
@@ -113,7 +113,7 @@ def available_providers() -> tuple[str, ...]:
 
 
 def runtime_version() -> str | None:
-    """Version of the installed ONNX Runtime; None when none is installed or it does not load."""
+    """The version of the installed ONNX Runtime; None if none is installed or it does not load."""
     try:
         return str(load_runtime().__version__)
     except OnnxsplitError:
@@ -121,7 +121,7 @@ def runtime_version() -> str | None:
 
 
 def provider_problem(name: str) -> str | None:
-    """Why a provider of the installed ONNX Runtime cannot be used here; None when nothing speaks against it."""
+    """Why a provider, by ONNX Runtime's name, cannot be used on this host; None if no reason is known."""
     try:
         require_provider(load_runtime(), Provider(text=name, name=name))
     except OnnxsplitError as error:
@@ -132,16 +132,16 @@ def provider_problem(name: str) -> str | None:
 
 
 def provider_here(text: str) -> str:
-    """A provider as ``--provider`` names it, where this host can use it; ``cpu`` where it cannot."""
+    """The same provider, as ``--provider`` names it, if this host can use it; else ``cpu``."""
     return text if provider_problem(parse_provider(text).name) is None else "cpu"
 
 
 def load_runtime() -> Any:
-    """The module onnxruntime.
+    """Import the module onnxruntime.
 
     Raises:
-        MissingDependency: it is not installed.
-        ProviderError: it does not load, or two builds broke each other.
+        MissingDependency: ONNX Runtime is not installed.
+        ProviderError: ONNX Runtime does not load, or two of its builds are installed over each other.
     """
     try:
         import onnxruntime
@@ -168,7 +168,11 @@ def load_runtime() -> Any:
 
 
 def require_provider(ort: Any, wanted: Provider) -> None:
-    """Raise when a provider is not built into ONNX Runtime, or its libraries do not load, saying what is missing."""
+    """Check that ONNX Runtime has a provider and that the provider's libraries load.
+
+    Raises:
+        ProviderError: the provider cannot be used; says what is missing.
+    """
     available = ort.get_available_providers()
     if wanted.name not in available:
         hint = (
@@ -186,7 +190,7 @@ def require_provider(ort: Any, wanted: Provider) -> None:
 
 
 def _missing_library(ort: Any, name: str) -> str | None:
-    """Why a provider's own library does not load; None when it does, or when it has none."""
+    """Why a provider's own library does not load; None if it loads or there is none."""
     folder = Path(ort.__file__).parent / "capi"
     library = folder / f"libonnxruntime_providers_{name.removesuffix('ExecutionProvider').lower()}.so"
     if not library.is_file():
@@ -205,7 +209,7 @@ def _missing_library(ort: Any, name: str) -> str | None:
 
 
 def why_not_loaded(ort: Any, wanted: Provider) -> str:
-    """What to tell a user whose provider was dropped for the CPU."""
+    """The message for a user whose provider ONNX Runtime replaced by the CPU."""
     return (
         f"provider {wanted.text!r} was asked for, and ONNX Runtime {ort.__version__} fell back to the CPU: the device "
         "or its driver is missing, or the options do not fit. Check nvidia-smi, or use the provider cpu"

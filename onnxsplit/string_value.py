@@ -1,7 +1,7 @@
 """Strings as an ``OrtValue``.
 
-ONNX Runtime makes an ``OrtValue`` of NumPy arrays other than strings, and takes a value of a type that NumPy lacks in
-no other form than an ``OrtValue``; it does not take a mixture. So strings come out of a model that holds them.
+ONNX Runtime takes inputs of types that NumPy lacks only as ``OrtValue``, takes either arrays or values but not both,
+and cannot make an ``OrtValue`` of an array of strings. So the value comes from a small model that holds the strings.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from onnxsplit.tensors import Array
 
 
 def string_value(runtime: Any, array: Array) -> Any:
-    """The value of an array of ``str``; takes a few milliseconds, since it opens a session.
+    """Make an ``OrtValue`` of an array of ``str``. This takes a few milliseconds, because it opens a session.
 
     Args:
         runtime: the module ``onnxruntime``.
-        array: of any shape.
+        array: the strings, of any shape.
     """
     import onnx
 
@@ -29,7 +29,7 @@ def string_value(runtime: Any, array: Array) -> Any:
         [onnx.helper.make_tensor_value_info("given", kind, array.shape)],
         [onnx.TensorProto(name="held", data_type=kind, dims=array.shape, string_data=texts)],
     )
-    # The lowest versions that serve, so that every ONNX Runtime takes them.
+    # The lowest versions that suffice, so that every ONNX Runtime accepts them.
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -1,1 +1,1 @@
-"""Stages: cutting them out of a model, checking them, and putting them back together."""
+"""Stages: extracting them from a model, running them in a chain, verifying them, and merging them."""

@@ -1,8 +1,8 @@
-"""Stage files: each a valid ONNX model of its own.
+"""Extracting stages: each becomes a valid ONNX model of its own.
 
-A stage keeps the source's IR version (4 at least), opsets, metadata and symbolic dimension names, the functions its ops
-call (and those that they call), and only the initializers and copied ops it reads. Names of ops and tensors stay those
-of the source. Initializers that the source lists as inputs are constants in the stages.
+A stage keeps the source's IR version (at least 4), opsets, metadata, symbolic dimension names, and the names of ops and
+tensors. It holds only the initializers and copied ops that it reads, and the functions that its ops call, directly or
+through other functions. Initializers that the source lists as inputs are constants in the stages.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from onnxsplit.model.protobuf import called_functions, functions_of
 from onnxsplit.model.shapes import Shapes, spec_of, value_info
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import FileEntry
-from onnxsplit.stages.model_file import _ignore, copy_external, file_entry, serialized
+from onnxsplit.stages.model_file import copy_external, file_entry, ignore, serialized
 from onnxsplit.stages.parts import StageParts
 
 CONSTANTS_IR_VERSION = 4
-"""The first IR version in which an initializer need not be an input, as those of stages are not."""
+"""The first IR version in which an initializer need not be an input; the initializers of stages are not inputs."""
 
 
 def write_stage(
@@ -34,20 +34,23 @@ def write_stage(
     folder: Path,
     name: str,
     *,
-    wrote: Callable[[int], None] = _ignore,
+    wrote: Callable[[int], None] = ignore,
 ) -> tuple[FileEntry, ...]:
-    """Write one stage, and its external data where its initializers are external in the source.
+    """Write one stage, and its external data if it has any.
 
     Args:
-        graph: the source's graph.
-        shapes: types of the tensors on the stage's border.
-        parts: what the stage is made of.
-        folder: where to.
+        graph: the source model.
+        shapes: types and shapes of the tensors on the stage's border.
+        parts: the parts of the stage.
+        folder: the folder to write to.
         name: file name of the model, ``NAME.onnx``; external data goes to ``NAME.data``.
-        wrote: told of every number of bytes of external data written.
+        wrote: called with the number of bytes after each part of the external data that was written.
+
+    Returns:
+        The entries of the files that were written, the model first.
 
     Raises:
-        PartitionError: the disk is full or the folder cannot be written.
+        PartitionError: the disk is full, the folder cannot be written, or the model is above 2 GB.
     """
     model = stage_model(graph, shapes, parts)
     try:
@@ -61,7 +64,7 @@ def write_stage(
 
 
 def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.ModelProto:
-    """A stage as a protobuf; external data still points into the source's files."""
+    """A stage as a protobuf. Its external data still refers to the source's files."""
     source = graph.source.proto
     model = onnx.ModelProto()
     for descriptor, value in source.ListFields():
@@ -69,7 +72,7 @@ def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.Model
             continue
         if isinstance(value, int | str):
             setattr(model, descriptor.name, value)
-        else:  # protobuf below 6.31 has no is_repeated, which would say it
+        else:  # a repeated field; protobuf below 6.31 has no is_repeated to ask
             getattr(model, descriptor.name).extend(value)
     model.ir_version = max(source.ir_version, CONSTANTS_IR_VERSION)
     nodes = [graph.ops[index].node for index in parts.ops]
@@ -91,8 +94,9 @@ def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.Model
 
 
 def _border(name: str, shapes: Shapes, declared: Mapping[str, onnx.ValueInfoProto]) -> onnx.ValueInfoProto:
+    """The declaration of an input or output of a stage."""
     spec = shapes.specs.get(name)
-    if spec is None:  # an output of the model of a kind that only ONNX Runtime knows
+    if spec is None:  # an output of the model whose type only ONNX Runtime knows
         return declared.get(name) or onnx.ValueInfoProto(name=name)
     if name in declared and spec_of(declared[name]) == spec:
         return declared[name]
@@ -100,7 +104,11 @@ def _border(name: str, shapes: Shapes, declared: Mapping[str, onnx.ValueInfoProt
 
 
 def write_constant(graph: OpGraph, output: str, folder: Path, name: str) -> FileEntry:
-    """Write an initializer that is an output of the model as an ``.npz``."""
+    """Write an initializer that is an output of the model to an ``.npz`` file.
+
+    Raises:
+        PartitionError: the initializer is sparse.
+    """
     tensor = next((t for t in graph.source.proto.graph.initializer if t.name == output), None)
     if tensor is None:
         raise PartitionError(f"output {output!r} is a sparse initializer; a stage cannot serve it")

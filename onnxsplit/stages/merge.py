@@ -1,4 +1,4 @@
-"""A plan back into one model."""
+"""Merging the stages of a plan into one model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from onnxsplit.stages.model_file import write_model
 
 
 def merge(folder: str | Path, out: str | Path) -> Plan:
-    """Write one model that gives what a plan's stages give. It appears whole or not at all.
+    """Write one model that computes the same as a plan's stages. It appears as a whole or not at all.
 
-    Ops and constants that several stages hold copies of are there once. Inputs that may be left out keep their default:
-    they are initializers, too. External data goes to ``OUT.data`` beside it.
+    Ops and constants of which several stages hold copies are merged. Inputs that may be left out keep their defaults as
+    initializers. External data goes to ``OUT.data`` beside the model.
+
+    Args:
+        folder: the plan directory.
+        out: the model's file.
 
     Raises:
         PlanError: the plan is damaged, or the file cannot be written.

@@ -23,28 +23,32 @@ from onnxsplit.model.shared_weights import Extent, blocks, extents
 from onnxsplit.model.source import SourceModel
 from onnxsplit.plan import FileEntry
 
-_CHUNK = 1 << 20  # small enough to be hashed while it is still in the processor's cache
+_CHUNK = 1 << 20  # bytes that are hashed at once, few enough to be in the processor's cache
+_ALIGNMENT = 4096  # external data starts at a page, so that ONNX Runtime can map it
 
 
-_ALIGNMENT = 4096  # external data starts on pages, so that ONNX Runtime can map it
-
-
-def _ignore(_: int) -> None:
-    """Report to nobody."""
+def ignore(_: int) -> None:
+    """Report no progress; the default of functions that write."""
 
 
 def write_model(
     source: SourceModel, model: onnx.ModelProto, out: Path, beside: Mapping[str, str], *, by_content: bool = False
 ) -> tuple[Path, ...]:
-    """Write a model, its external data to ``OUT.data``, and texts to ``OUT.NAME``; the model appears last.
+    """Write a model, its external data to ``OUT.data``, and texts to ``OUT.NAME``. The model appears last.
 
-    ``by_content`` is as for :func:`copy_external`.
+    Args:
+        source: the model that the external data belongs to.
+        model: the model to write.
+        out: the model's file.
+        beside: texts to write beside the model, by NAME.
+        by_content: as for :func:`copy_external`.
 
     Returns:
         The files, the model first.
 
     Raises:
-        OSError: a file cannot be written, or what is there is no regular file.
+        OSError: a file cannot be written, or something other than a regular file is in its place.
+        PartitionError: the model is above the 2 GB that protobuf allows.
     """
     out = written_file(out)
     folder = out.parent
@@ -59,10 +63,10 @@ def write_model(
 
 
 def serialized(model: onnx.ModelProto) -> bytes:
-    """A model's bytes.
+    """The bytes of a model.
 
     Raises:
-        PartitionError: it is above the 2 GB that protobuf allows.
+        PartitionError: the model is above the 2 GB that protobuf allows.
     """
     try:
         content: bytes = model.SerializeToString()
@@ -77,20 +81,28 @@ def copy_external(
     source: SourceModel,
     model: onnx.ModelProto,
     path: Path,
-    wrote: Callable[[int], None] = _ignore,
+    wrote: Callable[[int], None] = ignore,
     *,
     by_content: bool = False,
 ) -> tuple[FileEntry, ...]:
-    """Copy the external data that a stage needs into its own file, and point the stage at it.
+    """Copy the external data that a model needs into its own file, and let the model refer to it.
 
-    Bytes that tensors share are written once; large initializers of the model file that are equal go there, too.
+    Bytes that several tensors share are written once. Large initializers within the model file that are equal are moved
+    to the data file too.
 
     Args:
-        source: the model that the external data is of.
-        model: the stage.
-        path: its data file.
-        wrote: told of every number of bytes written.
-        by_content: look for equal bytes in different places, too.
+        source: the model that the external data belongs to.
+        model: the model whose tensors refer to the data; it is changed.
+        path: the data file to write.
+        wrote: called with the number of bytes after each part that was written.
+        by_content: True also finds equal bytes in different places.
+
+    Returns:
+        The entry of the data file; empty if there is no external data.
+
+    Raises:
+        PartitionError: an external data file became shorter meanwhile.
+        OSError: a file cannot be read or written.
     """
     count = len(model.graph.initializer)
     tensors = [t for position, t in enumerate(graph_tensors(model.graph)) if position < count or is_external(t)]
@@ -98,7 +110,7 @@ def copy_external(
     block_of = blocks(place for place in places if place is not None and place.length)
     inside: dict[Extent, list[tuple[onnx.TensorProto, Extent]]] = {}
     for tensor, place in zip(tensors, places, strict=True):
-        if place is not None and not place.length:  # ONNX Runtime takes no place in a file for what has no bytes
+        if place is not None and not place.length:  # ONNX Runtime does not accept external data of no bytes
             _keep_inside(tensor)
         elif place is not None:
             inside.setdefault(block_of[place], []).append((tensor, place))
@@ -143,7 +155,7 @@ def _point(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
 
 
 def _copy_range(origin: int, target: int, offset: int, target_offset: int, length: int) -> None:
-    """Copy bytes from file to file inside the kernel; by hand where the file systems cannot."""
+    """Copy bytes from file to file within the kernel, or through this process if the file systems cannot."""
     done = 0
     while done < length:
         try:
@@ -170,7 +182,7 @@ def _hash_range(digest: hashlib._Hash, origin: FileIO, offset: int, length: int,
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Name, size and SHA-256 of a file that was written."""
+    """The entry of a file that was written: name, size and SHA-256."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return FileEntry(name=path.name, sha256=digest, size_bytes=path.stat().st_size)

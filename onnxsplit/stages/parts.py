@@ -1,4 +1,4 @@
-"""What each stage is made of, for an assignment of atoms to stages."""
+"""The parts of each stage (ops, borders and constants) for an assignment of atoms to stages, and their sizes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onnxsplit.model.shapes import Shapes
 
 @dataclass(frozen=True)
 class StageParts:
-    """What one stage is made of.
+    """The parts of one stage.
 
     Attributes:
-        ops: its own ops and its copies of copied ops, ascending.
-        own: its own ops alone.
-        inputs: tensors it takes, those of the model first.
-        outputs: tensors it gives, in the order they are written.
-        constants: initializers it reads.
+        ops: indices of its own ops and of the ops that are copied into it, ascending.
+        own: indices of its own ops, ascending.
+        inputs: names of the tensors that it reads, inputs of the model first.
+        outputs: names of the tensors that it writes, in the order in which they are written.
+        constants: names of the initializers that it reads.
     """
 
     ops: tuple[int, ...]
@@ -32,7 +32,13 @@ class StageParts:
 
 
 def stage_parts(graph: OpGraph, atoms: Atoms, assignment: Sequence[int]) -> tuple[StageParts, ...]:
-    """Turn an assignment of atoms to stages into the parts of every stage."""
+    """Turn an assignment of atoms to stages into the parts of every stage.
+
+    Args:
+        graph: the model.
+        atoms: its atoms.
+        assignment: the stage of each atom.
+    """
     stages = max(assignment, default=-1) + 1
     own: list[list[int]] = [[] for _ in range(stages)]
     stage_of: dict[int, int] = {}
@@ -81,17 +87,21 @@ def _parts(graph: OpGraph, copied: frozenset[int], own: tuple[int, ...], wanted:
 
 
 def whole_parts(graph: OpGraph) -> StageParts:
-    """The whole model as one stage, for figures."""
+    """The parts of the whole model as one stage."""
     every = tuple(range(len(graph.ops)))
     constants = tuple(sorted({name for op in graph.ops for name in op.reads if name in graph.constants}))
     return StageParts(every, every, graph.inputs, graph.outputs, constants)
 
 
 def peak_memory_bytes(graph: OpGraph, shapes: Shapes, parts: StageParts, *, packed: bool = True) -> int:
-    """Weights, and the largest sum of live activations while the ops run in order.
+    """Estimated memory of a stage in bytes: its weights, and the largest sum of live activations.
 
-    With ``packed``, as ONNX Runtime does on a CPU, bytes that initializers share are in memory once, and weights count
-    twice that it keeps packed for its kernels, too. Without, every initializer has memory of its own.
+    Args:
+        graph: the model.
+        shapes: sizes of its tensors.
+        parts: the parts of the stage.
+        packed: True for ONNX Runtime on a CPU, where bytes that initializers share are in memory once, and weights
+            count twice if kernels keep a packed copy of them. False if every initializer has memory of its own.
     """
     sizes = [graph.constants[name] for name in parts.constants if not packed or name in graph.packed]
     shared = 0 if packed else _initializer_bytes(graph, parts)
@@ -100,7 +110,7 @@ def peak_memory_bytes(graph: OpGraph, shapes: Shapes, parts: StageParts, *, pack
 
 
 def weight_bytes(graph: OpGraph, parts: StageParts) -> int:
-    """Bytes of the constants that a stage holds: initializers, and tensors in the attributes of its ops.
+    """Bytes of the constants of a stage: initializers, and tensors in the attributes of its ops.
 
     Bytes that several initializers share count once.
     """

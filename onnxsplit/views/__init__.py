@@ -1,1 +1,1 @@
-"""What people look at: reports, annotated models and inspections."""
+"""Views of models and plans for people: reports, annotated models, inspections, and the diagnosis of a host."""

@@ -1,9 +1,10 @@
-"""The source model with the plan written into it, for tools that draw or place models.
+"""The source model with the plan written into it, for tools that draw models or place them on devices.
 
-- Netron shows an op's metadata: ``onnxsplit.stage`` and ``onnxsplit.time_ns``.
-- Google's Model Explorer groups by the metadata ``namespace`` and colours by overlays: JSON files beside the model.
-- ONNX Runtime's layer annotations are the metadata ``layer_ann``.
-- ONNX's own multi-device fields (IR 11): ``configuration`` of the model, ``pipeline_stage`` of every op.
+- Netron shows the metadata of an op: ``onnxsplit.stage`` and ``onnxsplit.time_ns``.
+- Google's Model Explorer groups ops by the metadata ``namespace`` and colours them by overlays: JSON files beside the
+  model.
+- ONNX Runtime reads its layer annotations from the metadata ``layer_ann``.
+- ONNX's own multi-device fields (IR version 11) are ``configuration`` of the model and ``pipeline_stage`` of an op.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from onnxsplit.planning.result import PlanningResult
 from onnxsplit.stages.model_file import write_model
 
 CONFIGURATION = "onnxsplit"
-"""The name of the device configuration that is written."""
+"""The name of the device configuration that is written into the model."""
 
 _GRADIENT = [{"stop": 0, "bgColor": "#e8f1fb"}, {"stop": 0.5, "bgColor": "#f7c873"}, {"stop": 1, "bgColor": "#d1495b"}]
 
 
 def annotate(result: PlanningResult, out: str | Path) -> tuple[Path, ...]:
-    """Write the annotated model, its external data, and an overlay each for time and memory.
+    """Write the annotated model, its external data, and one overlay each for time and memory.
 
-    Everything appears whole or not at all.
+    Args:
+        result: the plan and the model that it was made from.
+        out: the file of the annotated model.
 
     Returns:
         The files: ``OUT``, ``OUT.time.json``, ``OUT.memory.json``, and ``OUT.data`` where the source has external data.
@@ -50,7 +53,7 @@ def annotate(result: PlanningResult, out: str | Path) -> tuple[Path, ...]:
 
 
 def annotated(result: PlanningResult) -> onnx.ModelProto:
-    """A copy of the source model, every op named, with stages and times."""
+    """A copy of the source model in which every op has a name, a stage and a time."""
     plan, graph = result.plan, result.subject.graph
     model = restored(graph.source)
     model.ir_version = max(model.ir_version, FIRST_IR_VERSION)
@@ -85,7 +88,7 @@ def annotated(result: PlanningResult) -> onnx.ModelProto:
 
 
 def overlays(result: PlanningResult, model: onnx.ModelProto) -> dict[str, dict[str, object]]:
-    """Model Explorer's node data: milliseconds and bytes written, by op name of the annotated model."""
+    """Model Explorer's node data: for each op of the annotated model, its milliseconds and the bytes that it writes."""
     graph, shapes = result.subject.graph, result.subject.shapes
     by_output = {op.outputs[0]: op for op in graph.ops if op.outputs}
     times, sizes = {}, {}
@@ -102,7 +105,7 @@ def overlays(result: PlanningResult, model: onnx.ModelProto) -> dict[str, dict[s
 
 
 def _name_ops(model: onnx.ModelProto) -> None:
-    """Give every op a name of its own; those that have one keep it."""
+    """Give every op a unique name; unique names stay."""
     counts = Counter(node.name for node in model.graph.node)
     taken = set(counts)
     for node in model.graph.node:

@@ -1,4 +1,4 @@
-"""What this host has, and what of it can be used."""
+"""A diagnosis of this host: versions, providers, cores, memory and limits, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,31 @@ PACKAGES = ("onnxsplit", "onnxruntime", "onnxruntime-gpu", "onnx", "networkx", "
 
 
 class ProviderState(PlanStruct, frozen=True, kw_only=True):
-    """A provider of the installed ONNX Runtime; ``problem`` is None when it can be used."""
+    """A provider of the installed ONNX Runtime, and why it cannot be used; ``problem`` is None if it can be used."""
 
     name: str
     problem: str | None
 
 
 class Diagnosis(PlanStruct, frozen=True, kw_only=True):
-    """What :func:`diagnose` found; sizes in bytes."""
+    """The result of :func:`diagnose`.
+
+    Attributes:
+        python: version of Python.
+        platform: the operating system and processor.
+        packages: version of each package; None if it is not installed.
+        runtime_problem: why ONNX Runtime does not load; None if it loads.
+        providers: the providers of the installed ONNX Runtime.
+        gpus: number of CUDA devices that ONNX Runtime can use.
+        cores: number of cores that this process may use.
+        memory_bytes: memory of the host.
+        memory_available_bytes: memory that is available.
+        shared_memory_bytes: free space in ``/dev/shm``.
+        temporary_folder: the folder of nodes' sockets.
+        temporary_free_bytes: free space in it.
+        open_files_limit: number of files that a process may have open.
+        problems: each problem in words, and what to do.
+    """
 
     python: str
     platform: str
@@ -44,7 +61,7 @@ class Diagnosis(PlanStruct, frozen=True, kw_only=True):
 
 
 def diagnose() -> Diagnosis:
-    """Look at versions, providers, cores, memory and limits. Starts nothing."""
+    """Diagnose this host. No process is started."""
     runtime_problem = None
     try:
         load_runtime()

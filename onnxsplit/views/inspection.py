@@ -1,4 +1,4 @@
-"""What a model is made of, in figures."""
+"""Figures of a model: ops, types, costs, memory, and where it can be cut in two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnxsplit.stages.parts import peak_memory_bytes, weight_bytes, whole_parts
 
 
 class TypeRow(PlanStruct, frozen=True, kw_only=True):
-    """All ops of one type: how many, and their time in nanoseconds."""
+    """All ops of one type: their number, and their total time in nanoseconds."""
 
     op_type: str
     count: int
@@ -19,7 +19,14 @@ class TypeRow(PlanStruct, frozen=True, kw_only=True):
 
 
 class CutRow(PlanStruct, frozen=True, kw_only=True):
-    """One way to cut in two along the order of the ops: the tensors that cross, and the time on either side."""
+    """One way to cut the model in two along the order of its ops.
+
+    Attributes:
+        tensors: names of the tensors that cross.
+        bytes: bytes of these tensors.
+        before_ns: compute time of the ops before the cut, in nanoseconds.
+        after_ns: compute time of the ops after the cut, in nanoseconds.
+    """
 
     tensors: tuple[str, ...]
     bytes: int
@@ -28,7 +35,25 @@ class CutRow(PlanStruct, frozen=True, kw_only=True):
 
 
 class Inspection(PlanStruct, frozen=True, kw_only=True):
-    """A model in figures. Times are nanoseconds of one run, sizes bytes; ``multi_device`` what is wrong there."""
+    """Figures of a model.
+
+    Attributes:
+        ir_version: the model's IR version.
+        opsets: version by domain.
+        ops: number of ops.
+        atoms: number of atoms, the parts that can be separated.
+        weight_bytes: bytes of the constants.
+        peak_memory_bytes: estimated memory of the model in one session.
+        time_ns: time of one run in nanoseconds.
+        source: source of the times: ``measured`` or ``analytic``.
+        note: why costs are analytic although they were not asked for; else None.
+        dims: sizes of free dimensions that the figures hold for.
+        inputs: type and shape of each input, as text.
+        outputs: type and shape of each output, as text.
+        op_types: the ops by type, the most time first.
+        cuts: ways to cut the model in two, the best balanced first.
+        multi_device: violations in the model's multi-device fields.
+    """
 
     ir_version: int
     opsets: dict[str, int]
@@ -48,7 +73,7 @@ class Inspection(PlanStruct, frozen=True, kw_only=True):
 
 
 def inspect_subject(subject: Subject, *, cuts: int = 5) -> Inspection:
-    """A model that was examined, in figures; ``cuts`` is how many cuts in two to list, the best balanced first."""
+    """The figures of an examined model, with up to ``cuts`` ways to cut it in two."""
     graph, shapes = subject.graph, subject.shapes
     whole = whole_parts(graph)
     counts, times = Counter[str](), Counter[str]()

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no network, to look at a cut."""
+"""The report of a cut: one HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ from onnxsplit.planning.sweep import SweepRow
 
 
 class OpRow(PlanStruct, frozen=True, kw_only=True):
-    """An op: where it is, what it takes, and the positions of the ops that read from it."""
+    """One op in the report.
+
+    Attributes:
+        name: name of the op.
+        type: its op type.
+        stage: its stage.
+        atom: its atom; -1 for an op that is copied.
+        time_ns: its time in nanoseconds.
+        bytes: bytes that it writes.
+        readers: positions, among the rows, of the ops that read from it.
+    """
 
     name: str
     type: str
@@ -29,7 +39,7 @@ class OpRow(PlanStruct, frozen=True, kw_only=True):
 
 
 class Content(PlanStruct, frozen=True, kw_only=True):
-    """Everything the page shows."""
+    """The data that the page shows: the model's name, the plan, its ops, and other numbers of stages."""
 
     model: str
     plan: Plan
@@ -38,7 +48,7 @@ class Content(PlanStruct, frozen=True, kw_only=True):
 
 
 def content(result: PlanningResult, sweep: Sequence[SweepRow] = ()) -> Content:
-    """Gather what the page shows."""
+    """Collect the data that the page shows."""
     graph, shapes = result.subject.graph, result.subject.shapes
     stage_of = result.stage_of_ops()
     atom_of = {op: atom for atom, ops in enumerate(result.subject.atoms.ops) for op in ops}
@@ -60,7 +70,7 @@ def content(result: PlanningResult, sweep: Sequence[SweepRow] = ()) -> Content:
 
 
 def page(shown: Content) -> str:
-    """The HTML page."""
+    """The HTML page for some data."""
     assets = files(__name__) / "assets"
 
     def text(name: str) -> str:
@@ -78,7 +88,12 @@ def page(shown: Content) -> str:
 
 
 def write_report(result: PlanningResult, target: str | Path, sweep: Sequence[SweepRow] = ()) -> None:
-    """Write the page. It appears whole or not at all.
+    """Write the report as an HTML page. The file appears as a whole or not at all.
+
+    Args:
+        result: the plan and the model that it was made from.
+        target: the file to write.
+        sweep: other numbers of stages to show.
 
     Raises:
         PartitionError: the file cannot be written.
