@@ -1,1 +1,1 @@
-"""The batch axis: where the rows of a batch go in a model, by the structure of its ops and by trials."""
+"""The batch axis of each tensor: rules that follow the rows of a batch through a model's ops, and trials on batches."""

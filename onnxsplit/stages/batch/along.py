@@ -1,4 +1,4 @@
-"""Rules for ops that reduce, normalise, sort or add up along some axes: the rows must not be among them."""
+"""Rules for ops that reduce, normalise, sort or accumulate along some axes, which must not be the axis of the rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onnxsplit.stages.batch.facts import Call, Fact, Mixes, from_front, rows
 
 
 def softmax(call: Call) -> Fact:
-    """Along an axis; before opset 13, along it and all that follow."""
+    """Softmax and its relatives work along one axis; before opset 13, along this axis and all that follow."""
     fact = first_alone(call)
     axis = from_front(call.integer("axis", -1 if call.opset >= 13 else 1), call.rank(0))
     if fact.axis == axis or (call.opset < 13 and fact.axis > axis):
@@ -18,7 +18,7 @@ def softmax(call: Call) -> Fact:
 
 
 def normalised(call: Call) -> Fact:
-    """Layer and root mean square normalisation: over an axis and all that follow."""
+    """Layer and root mean square normalisation work along an axis and all that follow."""
     if call.carries(0) and call.require(0).axis >= from_front(call.integer("axis", -1), call.rank(0)):
         raise Mixes("it normalises over the rows")
     call.others_same(0)
@@ -26,7 +26,7 @@ def normalised(call: Call) -> Fact:
 
 
 def lp_normalised(call: Call) -> Fact:
-    """Over one axis."""
+    """LpNormalization works along one axis."""
     fact = first_alone(call)
     if fact.axis == from_front(call.integer("axis", -1), call.rank(0)):
         raise Mixes("it normalises over the rows")
@@ -34,7 +34,7 @@ def lp_normalised(call: Call) -> Fact:
 
 
 def mean_variance(call: Call) -> Fact:
-    """Over listed axes; the batch is one of them by default."""
+    """MeanVarianceNormalization works along listed axes; by default, axis 0 is one of them."""
     fact = first_alone(call)
     if fact.axis in [from_front(axis, call.rank(0)) for axis in call.integers("axes") or [0, 2, 3]]:
         raise Mixes("it normalises over the rows")
@@ -42,7 +42,7 @@ def mean_variance(call: Call) -> Fact:
 
 
 def skip_normalised(call: Call) -> Fact:
-    """A sum of two inputs, normalised over the last axis (com.microsoft)."""
+    """SkipLayerNormalization of com.microsoft adds two inputs and normalises along the last axis."""
     fact = together(call, [0, 1])
     if fact.axis >= call.rank(0) - 1:
         raise Mixes("it normalises over the rows")
@@ -50,7 +50,7 @@ def skip_normalised(call: Call) -> Fact:
 
 
 def reduced(call: Call) -> Fact:
-    """Over listed axes, or all."""
+    """Reductions work along listed axes, or along all axes if none are listed."""
     call.others_same(0)
     fact = call.require(0)
     axes = call.listed("axes", 1)
@@ -62,7 +62,7 @@ def reduced(call: Call) -> Fact:
 
 
 def arg_reduced(call: Call) -> Fact:
-    """ArgMax and ArgMin, over one axis."""
+    """ArgMax and ArgMin work along one axis."""
     return _without(call, call.require(0), [call.integer("axis", 0)])
 
 
@@ -75,7 +75,7 @@ def _without(call: Call, fact: Fact, axes: Sequence[int]) -> Fact:
 
 
 def top_k(call: Call) -> Fact:
-    """Sorts along one axis."""
+    """TopK sorts along one axis."""
     call.others_same(0)
     fact = call.require(0)
     if fact.axis == from_front(call.integer("axis", -1), call.rank(0)):
@@ -84,7 +84,7 @@ def top_k(call: Call) -> Fact:
 
 
 def cumulative(call: Call) -> Fact:
-    """Adds up along one axis."""
+    """CumSum adds up along one axis."""
     call.others_same(0)
     fact = call.require(0)
     if fact.axis == from_front(call.ints(1)[0], call.rank(0)):

@@ -1,4 +1,4 @@
-"""A claim about rows, from the structure of a model: the batch axis of each tensor, or what speaks against it."""
+"""A claim about batches, from the structure of a model: the batch axis of each tensor, or why there is none."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from onnxsplit.stages.batch.walk import Learned, Walk, graph_sizes
 
 _BATCH_NAME = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
 _MOST_CANDIDATES = 8
-_MOST_ROUNDS = 10  # of a walk and shape inference, in turn; each goes at least one op further
+_MOST_ROUNDS = 10  # rounds of a walk and then shape inference; each gets at least one op further
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the structure says of one choice of axes of the inputs.
+    """What the structure proves for one choice of the inputs' batch axes.
 
     Attributes:
-        axes: of inputs, outputs and tensors between ops, where the structure proves them; empty when an output fails.
-        why_not: what ends the claim; empty when it holds.
+        axes: the batch axis of each input, output and inner tensor for which it is proven; empty if an output fails.
+        why_not: why the claim does not hold; empty if it holds.
     """
 
     axes: Axes
@@ -37,10 +37,10 @@ class Claim:
 
 
 def candidates(specs: Mapping[str, TensorSpec]) -> list[Axes]:
-    """Axes of the inputs that may be the batch, likeliest first.
+    """Choices of the inputs' batch axes, the likeliest first.
 
-    All free leading axes at once; every dimension that is called a batch; all free leading axes with the second ones
-    of inputs that have none (recurrent states); each other dimension.
+    They are: all free leading axes; each dimension whose name suggests a batch; all free leading axes, with the second
+    axes of inputs that have no free leading axis (recurrent states); and each other dimension.
     """
     free = free_dimensions(specs)
     leading = {owner: 0 for where in free.values() for owner, axis in where if axis == 0}
@@ -59,8 +59,8 @@ class Structure:
 
     Args:
         graph: the model.
-        inputs: shapes of the inputs.
-        seen: shapes of other tensors, from a run.
+        inputs: shapes of the inputs by name.
+        seen: shapes of other tensors by name, as a run showed them.
     """
 
     def __init__(self, graph: OpGraph, inputs: Sizes, seen: Sizes) -> None:
@@ -70,7 +70,7 @@ class Structure:
         self._model = annotated(graph, inputs)
 
     def claim(self, axes: Axes) -> Claim:
-        """What the structure proves when the inputs carry rows along these axes."""
+        """Prove the batch axes of all tensors, if the inputs carry rows along these axes."""
         batch = {self._inputs[name][axis] for name, axis in axes.items()}
         if len(batch) != 1:
             return Claim({}, "the inputs have unequal numbers of rows")

@@ -1,7 +1,7 @@
-"""Rules by which rows of several inputs come together, and rules made of rules.
+"""Rules for ops that combine several inputs, and rules built from other rules.
 
-A rule is called only when an input carries rows and none is mixed. It returns what is known of the outputs (one fact
-for all of them, or one each), or raises :class:`~onnxsplit.stages.batch.facts.Mixes`.
+A rule is called only if an input carries rows and no input is mixed. It returns a fact about the outputs (one for all
+of them, or one for each), or raises :class:`~onnxsplit.stages.batch.facts.Mixes`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from onnxsplit.stages.batch.facts import Call, Dependence, Fact, Mixes, rows
 
 Rule = Callable[[Call], Fact | Sequence[Fact]]
+"""Takes an op with the facts of its inputs, and returns the facts of its outputs."""
 
 
 def elementwise(call: Call) -> Fact:
-    """Every element of the output depends on the elements of the inputs at its place, by broadcasting."""
+    """Elementwise ops: each element of the output depends on the elements of all inputs in the same place."""
     return together(call, range(len(call.facts)))
 
 
 def together(call: Call, indices: Sequence[int]) -> Fact:
-    """Inputs that are combined by broadcasting; the others must be the same for every batch."""
+    """Inputs at ``indices`` are combined by broadcasting; all other inputs must be the same for every batch."""
     call.others_same(*indices)
     given = [index for index in indices if call.fact(index) is not None]
     if any(call.facts[index].kind is Dependence.SIZE for index in given):  # type: ignore[union-attr]
@@ -35,14 +36,14 @@ def together(call: Call, indices: Sequence[int]) -> Fact:
 
 
 def first_alone(call: Call) -> Fact:
-    """Elementwise in the first input; the others are parameters, which must be the same for every batch."""
+    """Ops that are elementwise in the first input; the others are parameters that must be the same for every batch."""
     call.others_same(0)
     fact = call.require(0)
     return rows(fact.axis, fact.per_row)
 
 
 def leading(*carriers: int) -> Rule:
-    """Rows lie along the first axis of the first input, of other ``carriers`` that have rows, and of the outputs."""
+    """Ops whose rows lie along the first axis of the first input, of the other ``carriers``, and of the outputs."""
 
     def rule(call: Call) -> Fact:
         call.others_same(*carriers)
@@ -65,7 +66,7 @@ def leading(*carriers: int) -> Rule:
 
 
 def all_leading(*carriers: int) -> Rule:
-    """As :func:`leading`, where all of these that are given must carry the rows."""
+    """Like :func:`leading`, but each of the ``carriers`` that is given must carry rows."""
 
     def rule(call: Call) -> Fact:
         for index in carriers:
@@ -79,7 +80,7 @@ def all_leading(*carriers: int) -> Rule:
 
 
 def only_rank(rank: int, rule: Rule) -> Rule:
-    """A rule that holds for a first input of this rank only."""
+    """A rule that holds only if the first input has this rank."""
 
     def checked(call: Call) -> Fact | Sequence[Fact]:
         if call.rank(0) != rank:
@@ -90,7 +91,7 @@ def only_rank(rank: int, rule: Rule) -> Rule:
 
 
 def first_output(rule: Rule) -> Rule:
-    """A rule that holds for the first output; others are numbered or summed over the whole batch."""
+    """A rule that holds for the first output only; further outputs depend on the whole batch."""
 
     def checked(call: Call) -> Sequence[Fact]:
         outputs = rule(call)

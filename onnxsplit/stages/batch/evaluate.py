@@ -1,7 +1,7 @@
-"""The numbers of small tensors: ops that models compute shapes with, on numbers that may depend on the rows.
+"""Evaluating the ops by which models compute shapes, on small tensors whose numbers may depend on the number of rows.
 
-Models compute in types of some bits, and Python does not. So whole numbers are followed within the range of int32, and
-floats as long as they are whole numbers that float32 holds exactly; whatever leaves this is no longer known.
+Models compute in types of limited width, and Python does not. So integers are followed within the range of int32, and
+floats only if they are whole numbers that float32 holds exactly. A number beyond that counts as unknown.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from onnxsplit.stages.batch.facts import Call, Dependence, Fact, Mixes, from_fro
 from onnxsplit.stages.batch.linear import MOST_ELEMENTS, Linear, Undecided, Values, values
 
 Evaluation = Callable[[Call], Values]
+"""Computes the numbers that an op writes."""
 
 
 def evaluate(call: Call) -> Values | None:
-    """The numbers that an op gives; None when they cannot be told, or there are too many."""
+    """The numbers that an op writes; None if they are not known, or there are too many."""
     op = call.node.op_type
     try:
         if op == "Shape":
@@ -59,7 +60,11 @@ def _elementwise(function: Callable[..., object], *, exact: bool = True) -> Eval
 
 
 def _exact(item: Any) -> Any:
-    """The number, when it is the same in every type that :func:`~onnxsplit.stages.batch.facts.stored` follows."""
+    """The number itself, if it is the same in every type that :func:`~onnxsplit.stages.batch.facts.stored` follows.
+
+    Raises:
+        Undecided: the number is too large, or has a fraction.
+    """
     if isinstance(item, float) and not (item.is_integer() and abs(item) <= _MOST_FLOAT):
         raise Undecided
     if isinstance(item, int) and abs(item) > _MOST_INT:
@@ -225,9 +230,9 @@ _EVALUATIONS: dict[str, Evaluation] = {
 
 
 def widened(call: Call) -> Fact:
-    """What an op gives that reads nothing but tensors that are the same, and numbers of rows: copies for every row.
+    """The fact for an op that makes one copy for each row: ``Expand``, ``Tile`` and ``ConstantOfShape``.
 
-    ``Expand``, ``Tile`` and ``ConstantOfShape`` repeat what is the same along one axis for every row.
+    Its inputs are the same for every batch, except that a shape among them depends on the number of rows.
 
     Raises:
         Mixes: it is another op, or more than one axis depends on the number of rows.

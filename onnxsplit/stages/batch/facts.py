@@ -1,7 +1,7 @@
-"""What is known of a tensor when a batch is split: does it carry rows, and along which axis?
+"""Facts about tensors when a batch is split: whether a tensor carries rows, and along which axis.
 
-A tensor carries rows when its axis is as long as ``per_row`` times the number of rows, and the part of it that belongs
-to a row depends on that row of the inputs alone:
+A tensor carries rows if one of its axes is ``per_row`` times as long as the number of rows, and the part of the tensor
+that belongs to a row depends on that row of the inputs only:
 
     axis   | row 0, 0 | row 0, 1 | row 1, 0 | row 1, 1 | ...        per_row = 2
 """
@@ -18,7 +18,7 @@ import onnx
 from onnxsplit.stages.batch.linear import Linear, Values, is_plain, linear
 
 Sizes = Mapping[str, tuple[int, ...]]
-"""Shapes of the tensors of one graph, at one binding of the free dimensions."""
+"""Shapes of the tensors of one graph by name, at one binding of the free dimensions."""
 
 
 class Dependence(Enum):
@@ -35,14 +35,14 @@ class Dependence(Enum):
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of one tensor.
+    """What is known about one tensor.
 
     Attributes:
-        kind: how it depends on the batch.
-        axis: the axis of the rows, counted from the front, where there are rows.
-        per_row: entries along that axis for each row.
-        values: its numbers, where they are few and known; always for ``SIZE``.
-        why: for ``MIXED``, what mixes the rows.
+        kind: how the tensor depends on the batch.
+        axis: the axis of the rows, counted from the front, if the kind has one.
+        per_row: the number of entries along that axis for each row.
+        values: the tensor's numbers if they are few and known; always given for ``SIZE``.
+        why: what mixes the rows, for ``MIXED``.
     """
 
     kind: Dependence
@@ -55,32 +55,32 @@ class Fact:
 SAME = Fact(Dependence.SAME)
 
 HAVE_AXIS = frozenset([Dependence.ROWS, Dependence.NUMBERS, Dependence.PLACED, Dependence.INDEX])
-"""Kinds of tensors that are as long as the batch along an axis."""
+"""The kinds of tensors that have an axis as long as the batch, or a multiple of it."""
 
 
 def rows(axis: int, per_row: int = 1) -> Fact:
-    """A tensor that carries rows."""
+    """The fact of a tensor that carries rows along an axis."""
     return Fact(Dependence.ROWS, axis, per_row)
 
 
 def known(numbers: Values) -> Fact:
-    """A tensor whose numbers are known."""
+    """The fact of a tensor whose numbers are known."""
     return Fact(Dependence.SAME if is_plain(numbers) else Dependence.SIZE, values=numbers)
 
 
 class Mixes(Exception):
-    """An op mixes rows, or it cannot be told that it does not. The text says how, without the op's name."""
+    """An op mixes rows, or it is not known to keep them apart. The text says how, without the op's name."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One op with what is known of its inputs, as its rule sees it.
+    """One op with the facts of its inputs, as its rule takes it.
 
     Attributes:
         node: the op.
-        opset: version of its domain.
-        facts: by input; None for an omitted one.
-        shapes: of the inputs, None where unknown.
+        opset: the version of its domain.
+        facts: the fact of each input; None for an omitted input.
+        shapes: the shape of each input; None if it is not known.
     """
 
     node: onnx.NodeProto
@@ -89,23 +89,31 @@ class Call:
     shapes: Sequence[tuple[int, ...] | None]
 
     def fact(self, index: int) -> Fact | None:
-        """What is known of an input; None when it is omitted."""
+        """The fact of an input; None if it is omitted."""
         return self.facts[index] if index < len(self.facts) else None
 
     def carries(self, index: int) -> bool:
-        """True when an input carries rows."""
+        """Whether an input carries rows."""
         fact = self.fact(index)
         return fact is not None and fact.kind is Dependence.ROWS
 
     def require(self, index: int) -> Fact:
-        """The fact of an input that must carry rows."""
+        """The fact of an input that must carry rows.
+
+        Raises:
+            Mixes: the input does not carry rows.
+        """
         fact = self.fact(index)
         if fact is None or fact.kind is not Dependence.ROWS:
             raise Mixes(f"input {index} does not carry the rows that other inputs carry")
         return fact
 
     def others_same(self, *indices: int) -> None:
-        """Refuse inputs other than these that are not the same for every batch."""
+        """Require that all inputs except these are the same for every batch.
+
+        Raises:
+            Mixes: another input depends on the batch.
+        """
         for index, fact in enumerate(self.facts):
             if index in indices or fact is None or fact.kind is Dependence.SAME:
                 continue
@@ -114,7 +122,11 @@ class Call:
             raise Mixes(f"rows reach its input {index}, from where they act on all rows")
 
     def shape(self, index: int) -> tuple[int, ...]:
-        """The shape of an input."""
+        """The shape of an input.
+
+        Raises:
+            Mixes: the shape is not known.
+        """
         shape, fact = self.shapes[index], self.facts[index]
         if shape is None and fact is not None and fact.values is not None:
             return tuple(fact.values.shape)
@@ -123,11 +135,11 @@ class Call:
         return shape
 
     def rank(self, index: int) -> int:
-        """The rank of an input."""
+        """The rank of an input; raises as :meth:`shape`."""
         return len(self.shape(index))
 
     def dims(self, index: int) -> list[Linear | int]:
-        """The shape of an input for any number of rows."""
+        """The shape of an input, in which the axis of the rows depends on the number of rows."""
         dims: list[Linear | int] = list(self.shape(index))
         fact = self.facts[index]
         if fact is not None and fact.kind in HAVE_AXIS:
@@ -135,57 +147,69 @@ class Call:
         return dims
 
     def numbers(self, index: int) -> list[Linear | int]:
-        """The known numbers of an input, in order."""
+        """The known numbers of an input, in order.
+
+        Raises:
+            Mixes: the numbers are not known.
+        """
         fact = self.fact(index)
         if fact is None or fact.values is None:
             raise Mixes(f"the numbers in its input {index} are not known")
         return list(fact.values.flat)
 
     def ints(self, index: int) -> list[int]:
-        """The known numbers of an input, none of which may depend on the number of rows."""
+        """The known numbers of an input, which must not depend on the number of rows.
+
+        Raises:
+            Mixes: the numbers are not known, or depend on the number of rows.
+        """
         numbers = self.numbers(index)
         if any(isinstance(item, Linear) for item in numbers):
             raise Mixes(f"its input {index} depends on the number of rows")
         return [int(item) for item in numbers]  # type: ignore[arg-type]
 
     def has(self, index: int) -> bool:
-        """True when an input is given."""
+        """Whether an input is given."""
         return index < len(self.node.input) and bool(self.node.input[index])
 
     def attribute(self, name: str, default: object = None) -> object:
-        """The value of an attribute."""
+        """The value of an attribute, or ``default`` if the op does not have it."""
         for attribute in self.node.attribute:
             if attribute.name == name:
                 return onnx.helper.get_attribute_value(attribute)
         return default
 
     def integer(self, name: str, default: int) -> int:
-        """The value of an integer attribute."""
+        """The value of an integer attribute, or ``default`` if the op does not have it."""
         value = self.attribute(name, default)
         assert isinstance(value, int)
         return value
 
     def integers(self, name: str) -> list[int] | None:
-        """The value of an attribute that lists integers."""
+        """The value of an attribute that lists integers; None if the op does not have it."""
         value = self.attribute(name)
         return None if value is None else [int(item) for item in value]  # type: ignore[attr-defined]
 
     def listed(self, name: str, index: int) -> list[int] | None:
-        """Integers that old opsets give as an attribute and new ones as an input; None when not given."""
+        """Integers that old opsets give as an attribute and new ones as an input; None if they are not given."""
         if self.has(index):
             return self.ints(index)
         return self.integers(name)
 
 
 def from_front(axis: int, rank: int) -> int:
-    """An axis, counted from the front."""
+    """An axis counted from the front, for an axis that may be negative.
+
+    Raises:
+        Mixes: a tensor of this rank has no such axis.
+    """
     if not -rank <= axis < max(rank, 1):
         raise Mixes(f"it names the axis {axis} of {rank}")
     return axis + rank if axis < 0 else axis
 
 
 def without_values(fact: Fact) -> Fact:
-    """The same, with nothing known of its numbers."""
+    """The same fact without known numbers."""
     if fact.kind is Dependence.SIZE:
         return Fact(Dependence.MIXED, why="a body computes with the number of rows")
     return replace(fact, values=None)
@@ -200,11 +224,11 @@ _FOLLOWED = frozenset(
         onnx.TensorProto.DOUBLE,
     ]
 )
-"""Types of numbers that are followed; shapes are computed in no others."""
+"""Element types of the numbers that are followed; models compute shapes in no other types."""
 
 
 def stored(tensor: onnx.TensorProto, most: int) -> Values | None:
-    """The numbers of a small stored tensor; None for a large one, one kept elsewhere, or one without numbers."""
+    """The numbers of a stored tensor; None if it is large, is external data, or has a type that is not followed."""
     count = int(np.prod(tensor.dims, dtype=np.int64)) if tensor.dims else 1
     if count > most or tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.data_type not in _FOLLOWED:
         return None

@@ -11,7 +11,7 @@ from onnxsplit.stages.batch.moves import equal
 
 
 def batch_normalised(call: Call) -> Sequence[Fact] | Fact:
-    """With stored statistics, elementwise along the first axis; in training form it takes them from the batch."""
+    """BatchNormalization keeps rows apart if its statistics are stored; in training they come from the batch."""
     stored = not call.integer("training_mode", 0) if call.opset >= 7 else call.integer("is_test", 0)
     if not stored or sum(1 for name in call.node.output if name) > 1:
         raise Mixes("it takes mean and variance from the batch")
@@ -21,7 +21,7 @@ def batch_normalised(call: Call) -> Sequence[Fact] | Fact:
 
 
 def dropout(call: Call) -> Fact:
-    """Elementwise when it drops nothing."""
+    """Dropout is elementwise if it drops nothing."""
     if call.opset < 7 and not call.integer("is_test", 0):
         raise Mixes("it is in training form")
     if call.has(2) and any(call.ints(2)):
@@ -30,7 +30,7 @@ def dropout(call: Call) -> Fact:
 
 
 def quantized(call: Call) -> Fact:
-    """By a scale for all, or one for each entry of an axis."""
+    """QuantizeLinear and DequantizeLinear have one scale for all elements, or one for each entry of an axis."""
     fact = first_alone(call)
     if call.rank(1) > 0 and call.shape(1) != (1,):
         axis = from_front(call.integer("axis", 1), call.rank(0))
@@ -40,7 +40,7 @@ def quantized(call: Call) -> Fact:
 
 
 def matrices(first: int = 0, second: int = 1) -> Rule:
-    """A product of matrices in the last two axes; the axes before them are broadcast."""
+    """Products of matrices in the last two axes; the axes before them are broadcast."""
 
     def rule(call: Call) -> Fact:
         call.others_same(first, second)
@@ -75,7 +75,7 @@ def matrices(first: int = 0, second: int = 1) -> Rule:
 
 
 def gemm(call: Call) -> Fact:
-    """A product of two matrices, with something added."""
+    """Gemm multiplies two matrices and adds a third tensor."""
     product = matrices()(_first_two(call))
     assert isinstance(product, Fact)
     addend = call.fact(2)
@@ -97,7 +97,7 @@ def _first_two(call: Call) -> Call:
 
 
 def recurrent(call: Call) -> Sequence[Fact]:
-    """LSTM, GRU and RNN: the batch is the second axis of the sequence, or the first by attribute."""
+    """LSTM, GRU and RNN: the batch is the second axis of the sequence, or the first if the attribute layout is 1."""
     batch_first = call.integer("layout", 0)
     call.others_same(0, 4, 5, 6)
     place = 0 if batch_first else 1
@@ -142,7 +142,7 @@ def resized(call: Call) -> Fact:
 
 
 def attention(call: Call) -> Fact:
-    """ONNX's own Attention: all but a mask have their rows first; a mask is broadcast against four axes."""
+    """ONNX's Attention: all inputs except the mask have their rows first; the mask is broadcast against four axes."""
     fact = all_leading(0, 1, 2, 4, 5, 6)(_with_mask_same(call, 3))
     mask = call.fact(3)
     if mask is not None and mask.kind is not Dependence.SAME:
@@ -157,7 +157,7 @@ def attention(call: Call) -> Fact:
 
 
 def multi_head(*carriers: int, masks: Sequence[int] = ()) -> Rule:
-    """Attention ops of com.microsoft: one entry for each row, first in all; masks of rank 1 hold other things, too."""
+    """Attention ops of com.microsoft: rows lie along the first axis, one entry each; masks of rank 1 are refused."""
 
     def rule(call: Call) -> Fact:
         fact = leading(*carriers, *masks)(call)
@@ -173,7 +173,7 @@ def multi_head(*carriers: int, masks: Sequence[int] = ()) -> Rule:
 
 
 def rotary(call: Call) -> Fact:
-    """Rotary embedding; tables of angles by position, of rank 2, are the same for all rows."""
+    """RotaryEmbedding; its tables of angles by position have rank 2 and are the same for all rows."""
     tables = [index for index in (1, 2, 3) if not call.carries(index) and call.has(index) and call.rank(index) == 2]
     fact = multi_head(*(index for index in range(4) if index not in tables))(call)
     assert isinstance(fact, Fact)
@@ -186,7 +186,7 @@ def _with_mask_same(call: Call, index: int) -> Call:
 
 
 def features(call: Call) -> Fact:
-    """ArrayFeatureExtractor: columns of a table that carries rows, or labels looked up by rows of places."""
+    """ArrayFeatureExtractor takes columns of a table that carries rows, or looks up labels by indices that do."""
     call.others_same(0, 1)
     if call.carries(0) and not call.carries(1) and call.rank(0) == 2 and call.require(0).axis == 0:
         return call.require(0)
@@ -196,7 +196,7 @@ def features(call: Call) -> Fact:
 
 
 def bit_matrices(call: Call) -> Fact:
-    """A product with a quantised matrix that is stored."""
+    """MatMulNBits multiplies with a stored quantised matrix."""
     call.others_same(0)
     fact = call.require(0)
     if fact.axis >= call.rank(0) - 1:

@@ -1,8 +1,8 @@
-"""Whole numbers that may depend on the number of rows, and small arrays of them.
+"""Integers that may depend on the number of rows, and small arrays of them.
 
-Exported models compute the shapes they reshape and expand to: ``Shape``, ``Gather``, ``Mul``, ``Concat``. Such a number
-is followed as ``per_row * rows + fixed``. What holds for it must hold for every number of rows from one up; a question
-whose answer depends on that number raises :class:`Undecided`.
+Exported models compute the shapes that they reshape and expand to, by ``Shape``, ``Gather``, ``Mul`` and ``Concat``.
+Such a number is followed as ``per_row * rows + fixed``. A statement about it must hold for every number of rows from 1
+up; a question whose answer depends on the number of rows raises :class:`Undecided`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 
 MOST_ELEMENTS = 128
-"""Arrays of more elements are not followed: shapes are short."""
+"""The most elements of an array that is followed; shapes are short."""
 
 Values = np.ndarray[Any, Any]
-"""An array of ``object``: Python numbers, and :class:`Linear` where the number of rows comes in."""
+"""An array of dtype ``object`` that holds Python numbers, and :class:`Linear` for those that depend on the rows."""
 
 
 class Undecided(Exception):
-    """The answer depends on the number of rows, or cannot be told."""
+    """The answer depends on the number of rows, or is not known."""
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """``per_row * rows + fixed``, with ``per_row`` never zero."""
+    """The number ``per_row * rows + fixed``; ``per_row`` is never zero."""
 
     per_row: int
     fixed: int = 0
@@ -106,7 +106,7 @@ class Linear:
 
 
 def linear(per_row: int, fixed: int) -> Linear | int:
-    """A number that depends on the rows, or a plain one."""
+    """The number ``per_row * rows + fixed``, as a plain integer if ``per_row`` is zero."""
     return Linear(per_row, fixed) if per_row else fixed
 
 
@@ -121,7 +121,7 @@ def _parts(number: object) -> tuple[int, int]:
 
 
 def values(items: Sequence[Any], shape: tuple[int, ...] | None = None) -> Values:
-    """An array of such numbers, of one dimension unless a shape is given."""
+    """An array of numbers; it has one dimension unless a shape is given."""
     array = np.empty(len(items), dtype=object)
     for place, item in enumerate(items):
         array[place] = item
@@ -129,5 +129,5 @@ def values(items: Sequence[Any], shape: tuple[int, ...] | None = None) -> Values
 
 
 def is_plain(array: Values) -> bool:
-    """True when no element depends on the number of rows."""
+    """Whether no element depends on the number of rows."""
     return not any(isinstance(item, Linear) for item in array.flat)

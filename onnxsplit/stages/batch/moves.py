@@ -1,4 +1,4 @@
-"""Rules for ops that move, cut, join and look up elements: where the axis of the rows goes."""
+"""Rules for ops that move, slice, join and look up elements: they say where the axis of the rows goes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from onnxsplit.stages.batch.facts import Call, Dependence, Fact, Mixes, from_front, rows
 from onnxsplit.stages.batch.linear import Linear, Undecided, linear
 
-_END = 10**8  # no batch has as many rows; exporters write this, or more, for "to the end"
+_END = 10**8  # more rows than any batch has; exporters write this, or more, for "to the end"
 
 
 def equal(one: object, other: object) -> bool:
-    """Whether two numbers are equal for every number of rows."""
+    """Whether two numbers are equal for every number of rows; False if that is not decided."""
     try:
         return bool(one == other)
     except Undecided:
@@ -20,14 +20,14 @@ def equal(one: object, other: object) -> bool:
 
 
 def transposed(call: Call) -> Fact:
-    """The axes in another order."""
+    """Transpose changes the order of the axes."""
     fact = call.require(0)
     order = call.integers("perm") or list(reversed(range(call.rank(0))))
     return rows(order.index(fact.axis), fact.per_row)
 
 
 def reshaped(call: Call) -> Fact:
-    """Reshape: what lies before the axis of the rows must stay before it, and what follows must follow."""
+    """Reshape: the elements before the axis of the rows must stay before it, and those after it must stay after it."""
     call.others_same(0, 1)
     dims, wanted = call.dims(0), call.numbers(1) if call.has(1) else list(call.integers("shape") or [])
     if not call.integer("allowzero", 0):
@@ -38,7 +38,7 @@ def reshaped(call: Call) -> Fact:
 
 
 def flattened(call: Call) -> Fact:
-    """Flatten: two axes, what lies before one axis and the rest."""
+    """Flatten makes two axes: the axes before one axis, and the others."""
     dims, axis = call.dims(0), call.integer("axis", 1)
     axis = axis + len(dims) if axis < 0 else axis
     return _regrouped(call, dims, [_product(dims[:axis]), _product(dims[axis:])])
@@ -77,7 +77,7 @@ def _regrouped(call: Call, dims: Sequence[Linear | int], wanted: Sequence[Linear
 
 
 def squeezed(call: Call) -> Fact:
-    """Squeeze; without axes it takes the rows away when there is one."""
+    """Squeeze must list its axes, because otherwise it removes the axis of the rows if there is a single row."""
     fact = call.require(0)
     axes = call.listed("axes", 1)
     if axes is None:
@@ -89,7 +89,7 @@ def squeezed(call: Call) -> Fact:
 
 
 def unsqueezed(call: Call) -> Fact:
-    """Unsqueeze."""
+    """Unsqueeze inserts axes."""
     fact = call.require(0)
     axes = call.listed("axes", 1) or []
     rank = call.rank(0) + len(axes)
@@ -125,7 +125,7 @@ def tiled(call: Call) -> Fact:
 
 
 def concatenated(call: Call) -> Fact:
-    """Concat: along another axis, and all inputs must carry the rows."""
+    """Concat: it must join along another axis, and all inputs must carry the rows."""
     carried = {(call.require(index).axis, call.require(index).per_row) for index in range(len(call.facts))}
     axis = from_front(call.integer("axis", 1), call.rank(0))
     if len(carried) != 1:
@@ -137,7 +137,7 @@ def concatenated(call: Call) -> Fact:
 
 
 def split(call: Call) -> Fact:
-    """Split, along another axis."""
+    """Split must work along another axis."""
     call.others_same(0)
     fact = call.require(0)
     if fact.axis == from_front(call.integer("axis", 0), call.rank(0)):
@@ -146,7 +146,7 @@ def split(call: Call) -> Fact:
 
 
 def sliced(call: Call) -> Fact:
-    """Slice: the rows must all stay."""
+    """Slice must keep all rows."""
     call.others_same(0, 1, 2)
     fact = call.require(0)
     if call.carries(1) or call.carries(2):
@@ -169,14 +169,14 @@ def sliced(call: Call) -> Fact:
 
 
 def _any_size(call: Call, place: int) -> bool:
-    """Whether one of the numbers that say where to cut depends on the number of rows."""
+    """Whether the start or end of a slice depends on the number of rows."""
     given = [call.facts[index] for index in (1, 2) if call.has(index)]
     sizes = [fact.values for fact in given if fact is not None and fact.kind is Dependence.SIZE]
     return any(values is not None and isinstance(list(values.flat)[place], Linear) for values in sizes)
 
 
 def padded(call: Call) -> Fact:
-    """Pad: nothing is put before or after the rows."""
+    """Pad must not add entries before or after the rows."""
     call.others_same(0)
     fact, rank = call.require(0), call.rank(0)
     pads = call.listed("pads", 1)
@@ -244,7 +244,7 @@ def scattered_elements(call: Call) -> Fact:
 
 
 def one_hot(call: Call) -> Fact:
-    """OneHot: a new axis beside those of the indices."""
+    """OneHot adds an axis to those of the indices."""
     call.others_same(0)
     fact = call.require(0)
     axis = from_front(call.integer("axis", -1), call.rank(0) + 1)
@@ -252,7 +252,7 @@ def one_hot(call: Call) -> Fact:
 
 
 def triangular(call: Call) -> Fact:
-    """Trilu, over the last two axes."""
+    """Trilu works in the last two axes."""
     call.others_same(0)
     fact = call.require(0)
     if fact.axis >= call.rank(0) - 2:
@@ -261,7 +261,7 @@ def triangular(call: Call) -> Fact:
 
 
 def einsum(call: Call) -> Fact:
-    """Einsum: the letter of the rows must be one letter, must stay, and nothing else may have it."""
+    """Einsum: the rows must have one letter, the output must keep it, and no other axis may have it."""
     equation = call.attribute("equation", b"")
     assert isinstance(equation, bytes)
     left, arrow, right = equation.decode().replace(" ", "").partition("->")
@@ -284,7 +284,7 @@ def einsum(call: Call) -> Fact:
 
 
 def reversed_sequence(call: Call) -> Fact:
-    """ReverseSequence: along its axis of time, by lengths of the rows."""
+    """ReverseSequence reverses each row along the time axis, by the lengths of the rows."""
     fact, lengths = call.require(0), call.require(1)
     if fact.axis != call.integer("batch_axis", 1) or lengths.axis != 0 or (fact.per_row, lengths.per_row) != (1, 1):
         raise Mixes("it reverses the rows")
@@ -312,4 +312,4 @@ MOVES: dict[str, Callable[[Call], Fact | Sequence[Fact]]] = {
     "Einsum": einsum,
     "ReverseSequence": reversed_sequence,
 }
-"""By op type."""
+"""The rules of these ops by op type."""

@@ -1,9 +1,9 @@
-"""Rules for numbers of rows: ``Range(0, rows)``, which exporters of attention masks look rows up by.
+"""Rules for the numbers of rows, ``Range(0, rows)``, by which exported attention masks look up rows.
 
     mask[arange(batch)[:, None], places]    as    GatherND(mask, Concat(numbers, places))
 
-Row *b* picks from row *b*, so rows stay apart. A number of a row that is used as a value mixes them, since it is
-another one in a part of the batch.
+Row *b* picks from row *b*, so rows stay apart. If the number of a row is used as a value, rows are mixed, because a row
+has another number in a part of the batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ _ARITHMETIC = frozenset(["Add", "Max", "Min", "Mul", "Sub"])
 
 
 def numbers_of_rows(call: Call) -> Fact:
-    """``Range`` from 0 to the number of rows."""
+    """The fact for a ``Range`` from 0 to the number of rows.
+
+    Raises:
+        Mixes: the range is another one.
+    """
     start, limit, step = (call.numbers(index)[0] for index in range(3))
     if not (equal(start, 0) and equal(limit, Linear(1)) and equal(step, 1)):
         raise Mixes("it computes with the number of rows")
@@ -32,10 +36,10 @@ def numbers_of_rows(call: Call) -> Fact:
 
 
 def numbered(call: Call) -> Fact:
-    """What becomes of the numbers of rows.
+    """The fact for an op that reads numbers of rows.
 
     Raises:
-        Mixes: they are used as values.
+        Mixes: the numbers are used as values.
     """
     op = call.node.op_type
     if op == "Cast" and call.integer("to", 0) not in _WHOLE:
@@ -54,7 +58,7 @@ def numbered(call: Call) -> Fact:
 
 
 def _as_rows(call: Call, op: str) -> Fact:
-    """The rule of the op, as if the numbers were rows."""
+    """Apply the rule of the op as if the numbers were rows."""
     kinds = {Dependence.NUMBERS, Dependence.PLACED}
     if any(fact is not None and fact.kind is Dependence.ROWS for fact in call.facts):
         raise Mixes("it uses the numbers of rows as values")
@@ -65,7 +69,7 @@ def _as_rows(call: Call, op: str) -> Fact:
 
 
 def _index(call: Call) -> Fact:
-    """Indices for GatherND: the number of the row first, then what the row itself or all rows say."""
+    """Indices for GatherND: first the number of the row, then numbers that the row itself gives."""
     first = call.facts[0]
     rank = call.rank(0)
     if first is None or first.kind is not Dependence.NUMBERS or from_front(call.integer("axis", 1), rank) != rank - 1:
@@ -80,7 +84,7 @@ def _index(call: Call) -> Fact:
 
 
 def _picked(call: Call) -> Fact:
-    """Each row picks from itself."""
+    """GatherND in which each row picks from itself."""
     data, index = call.require(0), call.facts[1]
     assert index is not None
     if call.integer("batch_dims", 0) or index.kind is not Dependence.INDEX or (data.axis, data.per_row) != (0, 1):
@@ -89,7 +93,7 @@ def _picked(call: Call) -> Fact:
 
 
 def _all(call: Call) -> Fact:
-    """All rows, each in its place."""
+    """Gather of all rows in their order."""
     data, index = call.require(0), call.facts[1]
     assert index is not None
     axis = from_front(call.integer("axis", 0), call.rank(0))

@@ -1,4 +1,4 @@
-"""What a walk learned, told to shape inference: exporters compute shapes with more ops than inference follows."""
+"""Shape inference with the help of a walk: exported models compute shapes by ops that inference alone cannot follow."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from onnxsplit.stages.batch.walk import Learned, graph_sizes
 
 
 def refined(model: onnx.ModelProto, learned: Learned) -> onnx.ModelProto | None:
-    """A model with more shapes in it; None when nothing new was learned.
+    """Infer more shapes of a model.
 
-    A tensor whose numbers are known becomes a constant, and the output of an If of which one branch runs gets the shape
-    that this branch gives. Both hold for one binding of the free dimensions.
+    A tensor whose numbers are known becomes a constant, and the output of an If of which only one branch runs gets the
+    shape that this branch gives. Both hold for one binding of the free dimensions.
 
     Args:
-        model: which is changed.
-        learned: about graphs of this model.
+        model: the model; it is changed.
+        learned: what a walk over this model learned.
+
+    Returns:
+        The model with the inferred shapes; None if nothing new was learned, or inference fails.
     """
     news = [
         _with_shape(graph, name, what) if isinstance(what, onnx.ValueInfoProto) else _with_numbers(graph, name, what)
@@ -28,7 +31,7 @@ def refined(model: onnx.ModelProto, learned: Learned) -> onnx.ModelProto | None:
         return None
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # what inference cannot read stays unknown
+    except Exception:  # shapes that inference cannot find stay unknown
         return None
 
 

@@ -1,6 +1,6 @@
-"""The table: for each type of op, the rule that says where rows that enter it come out.
+"""The table of rules: for each op type, the rule that says along which axis the rows of its inputs leave it.
 
-An op without a rule mixes rows: what cannot be told is not split.
+An op without a rule counts as mixing rows, so a model with such an op is not split.
 """
 
 from __future__ import annotations
@@ -104,4 +104,4 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["QLinearAdd", "QLinearMul"], lambda call: together(call, [0, 3])),
     **MOVES,
 }
-"""By op type: the rule for rows that enter it. An op of com.microsoft has the rule of ONNX's op of the same name."""
+"""The rule of each op type. An op of com.microsoft has the rule of ONNX's op of the same name."""

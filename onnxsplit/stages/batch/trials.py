@@ -1,4 +1,4 @@
-"""Batches that would show rows acting on each other: inputs for trials, and their comparison with their parts."""
+"""Trials: batches that show whether rows act on each other, and the comparison of a whole batch with its parts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 from onnxsplit.tensors import Array
 
 Axes = Mapping[str, int]
+"""The batch axis of tensors by name."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A batch, and how it is split.
+    """A batch, and how it is split into parts.
 
     Attributes:
-        what: in a few words, what is special about the batch.
-        inputs: the whole batch.
-        parts: rows of each part, in order.
+        what: a few words about what is special in the batch.
+        inputs: the inputs of the whole batch by name.
+        parts: the number of rows of each part, in order.
     """
 
     what: str
@@ -41,7 +42,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Manner:
-    """How the rows of a trial are made: the scale of each row of floats, in turn, and the range they are drawn from."""
+    """How the rows of a trial are made.
+
+    Float rows are drawn from ``low`` to 1 and multiplied by the scales in turn.
+    """
 
     what: str
     parts: tuple[int, ...]
@@ -49,7 +53,7 @@ class _Manner:
     low: float = 0.0
 
 
-_MOST_DRAWS = 20  # of random numbers, until the rows differ
+_MOST_DRAWS = 20  # attempts to draw rows that differ
 _MANNERS = (
     _Manner("rows between 0 and 1", (2, 3), (1.0,)),
     _Manner("a large row beside small ones", (1, 2), (1.0, 300.0, 0.1)),
@@ -61,12 +65,12 @@ _MANNERS = (
 
 
 def trials(example: Mapping[str, Array], axes: Axes, limits: Mapping[str, int]) -> Iterator[Trial]:
-    """Batches to try, the most ordinary first.
+    """Make batches to try, the most ordinary first; the same every time.
 
     Args:
         example: inputs that the model runs on.
-        axes: of the rows, by input.
-        limits: by integer input, the number that its values must stay below.
+        axes: the batch axis of each input.
+        limits: for integer inputs, the number that all values must stay below.
     """
     random = np.random.default_rng(0)
     for manner in _MANNERS:
@@ -81,12 +85,12 @@ def trials(example: Mapping[str, Array], axes: Axes, limits: Mapping[str, int]) 
 
 
 def rows_of(array: Array, axis: int, start: int, stop: int) -> Array:
-    """Some of the rows."""
+    """The rows from ``start`` to before ``stop``, along an axis."""
     return array[(slice(None),) * axis + (slice(start, stop),)]
 
 
 def equal_rows(inputs: Mapping[str, Array], axes: Axes, limits: Mapping[str, int]) -> list[str]:
-    """The inputs in which two rows side by side are equal; those that can hold only one value do not count."""
+    """The inputs in which two neighbouring rows are equal, except inputs that can hold only one value."""
     names = []
     for name, axis in axes.items():
         moved = np.moveaxis(inputs[name], axis, 0)
@@ -99,7 +103,7 @@ def equal_rows(inputs: Mapping[str, Array], axes: Axes, limits: Mapping[str, int
 def _batch(
     name: str, array: Array, axis: int, count: int, manner: _Manner, limit: int | None, random: np.random.Generator
 ) -> Array:
-    """A batch of rows like those of the example that all differ."""
+    """A batch of different rows, similar to those of the example."""
     first = array.take([0], axis=axis) if array.shape[axis] else np.zeros_like(array)
     if array.dtype.kind in "iub" and array.dtype != np.bool_:
         return _whole_numbers(name, array, first, axis, count, limit, random)
@@ -138,7 +142,7 @@ def _whole_numbers(
 
 
 def _mask(first: Array, axis: int, count: int) -> Array:
-    """Ones, then zeros, of another length in every row."""
+    """A mask of ones and then zeros, with another number of ones in every row."""
     rows = []
     for number in range(count):
         size = first.size
@@ -151,9 +155,18 @@ def _mask(first: Array, axis: int, count: int) -> Array:
 
 
 def apart(whole: Array, parts: Sequence[Array], axis: int, tolerance: float) -> str | None:
-    """What is wrong when the parts of a tensor are put together along the axis; None when they make up the whole.
+    """Compare the parts of a tensor, joined along an axis, with the whole tensor.
 
-    Rows are compared one by one: an error in a small row must not hide behind a large one.
+    Rows are compared one by one, so that an error in a small row does not hide behind a large row.
+
+    Args:
+        whole: the tensor of the whole batch.
+        parts: the tensors of the parts, in order.
+        axis: the batch axis.
+        tolerance: the largest allowed difference relative to the largest magnitude in a row.
+
+    Returns:
+        What is wrong; None if the parts equal the whole.
     """
     if any(part.ndim != whole.ndim for part in parts) or axis >= whole.ndim:
         return "its parts have another rank"
@@ -182,4 +195,4 @@ def apart(whole: Array, parts: Sequence[Array], axis: int, tolerance: float) -> 
     return None if bool((off <= allowed).all()) else f"its parts differ by {float(off.max()):.1e}"
 
 
-_FLOOR = 1e-2  # of the largest row: what sums of large numbers leave in rows that are almost zero is rounding
+_FLOOR = 1e-2  # the least scale of a row relative to the largest row: smaller differences are rounding

@@ -1,7 +1,7 @@
-"""Where the rows of a batch go in a model: a walk over its ops, by the rules of :mod:`onnxsplit.stages.batch.rules`.
+"""A walk over the ops of a model that follows the rows of a batch by :mod:`onnxsplit.stages.batch.rules`.
 
-The walk proves a claim, or gives the op that ends it. It trusts the shapes it is given for one binding of the free
-dimensions, and nothing else: whatever has no rule mixes rows.
+The walk proves along which axis each tensor carries rows, or names the op that mixes them. It relies only on the rules
+and on the shapes at one binding of the free dimensions; an op without a rule counts as mixing rows.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from onnxsplit.stages.batch.numbered import about_numbers, numbered, numbers_of_
 from onnxsplit.stages.batch.rules import RULES
 
 Learned = list[tuple[onnx.GraphProto, str, Values | onnx.ValueInfoProto]]
-"""Tensors by their graph and name, with their numbers, or with the shape that the only branch that runs gives."""
+"""Tensors by graph and name, with their numbers, or with the shape that the only branch that runs gives them."""
 
 _DOMAINS = frozenset(["", "ai.onnx", "ai.onnx.ml", "com.microsoft"])
-_NOT_BY_NAME = frozenset([("com.microsoft", "Attention")])  # ops that share a name with one that works otherwise
+_NOT_BY_NAME = frozenset([("com.microsoft", "Attention")])  # ops that share a name with a different op of ONNX
 _RANDOM = frozenset(
     ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"]
 )
@@ -47,8 +47,8 @@ class Walk:
 
     Attributes:
         opsets: version by domain.
-        batch: rows in the shapes that are given.
-        learned: filled by the walk: what shape inference did not know.
+        batch: number of rows in the given shapes.
+        learned: filled by the walk with facts that shape inference did not know.
     """
 
     opsets: Mapping[str, int]
@@ -58,13 +58,13 @@ class Walk:
     def over(
         self, graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto], given: Mapping[str, Fact], sizes: Sizes
     ) -> dict[str, Fact]:
-        """What is known of every tensor of a graph.
+        """The facts of all tensors of a graph, by name.
 
         Args:
-            graph: for its stored tensors.
-            nodes: its ops, in an order in which each is after those it reads.
-            given: facts of its inputs, and of the tensors its ops capture from outside.
-            sizes: shapes of its tensors and of those it captures.
+            graph: the graph with its stored tensors.
+            nodes: its ops in topological order.
+            given: facts of its inputs, and of the tensors that its ops capture from outside.
+            sizes: shapes of its tensors and of those that it captures.
         """
         facts = dict(given)
         for tensor in graph.initializer:
@@ -132,7 +132,7 @@ class Walk:
         return RULES[node.op_type](call)
 
     def _checked(self, name: str, fact: Fact, sizes: Sizes) -> Fact:
-        """The fact, unless the tensor's known shape contradicts it."""
+        """The fact, or a mixed one if the tensor's known shape contradicts it."""
         shape = sizes.get(name)
         if fact.kind not in HAVE_AXIS or shape is None:
             return fact
@@ -223,7 +223,7 @@ def _ended(node: onnx.NodeProto, reason: str) -> Fact:
 
 
 def _agreed(outputs: Sequence[Fact]) -> Fact:
-    """What holds whichever branch ran."""
+    """The fact that holds for all branches."""
     for fact in outputs:
         if fact.kind is Dependence.MIXED:
             return fact
@@ -246,7 +246,7 @@ def _constant(node: onnx.NodeProto) -> Fact:
 
 
 def graph_sizes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
-    """The whole shapes that a graph declares or that inference found in it."""
+    """The complete shapes that a graph declares or that inference found in it, by tensor."""
     sizes = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         tensor = value.type.tensor_type
