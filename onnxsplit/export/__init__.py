@@ -1,9 +1,9 @@
-"""Models of other frameworks to ONNX: one converter a file behind one contract, imported when it is used.
+"""Export of models of other frameworks to ONNX. Each converter has a file of its own, imported when it is used.
 
     source ----> recognised ----> converted by its framework's own tool ----> finished ----> compared ----> in its place
     (sources)    (sources)        (pytorch, tensorflow, ...)                  (finish)       (finish)
 
-A converter gives :class:`Conversion`: how to write the model, and how to ask the framework for the same outputs.
+A converter returns :class:`Conversion` objects: how to write each model, and how to get the framework's own outputs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ __all__ = ["TOLERANCE", "Exported", "Recipe", "convert", "export"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported model.
 
     Attributes:
         path: the model file.
-        framework: it came from, with its version.
-        differences: output -> largest difference to the framework, over the output's scale; empty when not compared.
+        framework: the framework that the model came from, with its version.
+        differences: for each output, the largest difference to the framework's, relative to the output's scale; empty
+            when the outputs were not compared.
         unread: inputs of the framework's function on which no output of the model depends.
     """
 
@@ -61,19 +62,20 @@ _CONVERTERS: Mapping[SourceKind, str] = {
 
 
 def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]:
-    """Export a model. Each file appears whole or not at all.
+    """Export a model to ONNX. Each file appears complete or not at all.
 
     Args:
         source: a recipe (``FILE.py[:NAME]``), an importable callable (``package.module:NAME``), a saved model, a folder
             or configuration of ``transformers``, ``hf://ORG/REPO[@REVISION][/FILE]``; see docs/export.md.
-        out: the model file to write. A source that becomes several models writes ``out`` with a part's name in each.
+        out: the model file to write. For a source that becomes several models, each file name also has the part's name.
         options: the attributes of :class:`ExportOptions`.
 
     Returns:
-        What was written, a model each.
+        The models that were written.
 
     Raises:
-        ExportError: the source is unknown or damaged, runs code without ``trust``, the export failed, outputs differ.
+        ExportError: the source is unknown or damaged, would run code without ``trust``, cannot be exported, or the
+            outputs differ.
         MissingDependency: the framework or its converter is not installed; names the extra.
     """
     from onnxsplit.export import finish
@@ -81,12 +83,12 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
     wanted, target = ExportOptions(**options), _target(Path(out))
     if not target.absolute().parent.is_dir():
         raise ExportError(f"the folder {target.absolute().parent} does not exist; create it or choose another with -o")
-    found = recognise(source)
-    wanted.say(f"{source} is {found.what}")
+    recognised = recognise(source)
+    wanted.say(f"{source} is {recognised.what}")
     done = []
     with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=target.absolute().parent) as scratch:
         wanted = replace(wanted, scratch=Path(scratch))
-        conversions = convert(found, wanted)
+        conversions = convert(recognised, wanted)
         for number, conversion in enumerate(conversions):
             name = target.name
             if conversion.part is not None:
@@ -95,7 +97,7 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
             folder.mkdir()
             differences, unread = finish.finish(conversion, folder / name, source, wanted)
             done.append((folder, Exported(target.parent / name, conversion.framework, differences, unread)))
-        for folder, exported in done:  # the data of a model before the model
+        for folder, exported in done:  # the data of a model is moved before the model
             model = folder / exported.path.name
             for part in sorted(folder.iterdir(), key=lambda part, model=model: part == model):  # type: ignore[misc]
                 part.replace(_target(exported.path.parent / part.name))
@@ -103,10 +105,10 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
 
 
 def _target(path: Path) -> Path:
-    """The file that is to be written for a path.
+    """The file that is written for a path: the end of a chain of links.
 
     Raises:
-        ExportError: what is there is no regular file.
+        ExportError: the path exists and is not a regular file.
     """
     try:
         return written_file(path)
@@ -115,10 +117,10 @@ def _target(path: Path) -> Path:
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """Have a source converted by the module for its kind.
+    """Convert a source by the module for its kind.
 
     Raises:
-        ExportError: as :func:`export`, or an option was given that says nothing about such a source.
+        ExportError: as :func:`export`, or an option was given that does not apply to such a source.
     """
     for option, given, kinds in (
         ("--input", options.inputs, _TAKES_INPUTS),
@@ -127,7 +129,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
         ("--offline", options.offline, {"hub"}),
     ):
         if given and source.kind not in kinds:
-            raise ExportError(f"{source.text} is {source.what}, about which {option} says nothing; leave it out")
+            raise ExportError(f"{source.text} is {source.what}; {option} does not apply to it, so leave it out")
     module = import_module(f"onnxsplit.export.{_CONVERTERS[source.kind]}")
-    found: Sequence[Conversion] = module.convert(source, options)
-    return found
+    conversions: Sequence[Conversion] = module.convert(source, options)
+    return conversions

@@ -1,4 +1,4 @@
-"""Gradient boosting: LightGBM and XGBoost through onnxmltools, CatBoost by its own exporter; files run no code."""
+"""Gradient boosting: LightGBM and XGBoost by onnxmltools, CatBoost by its own exporter. Their files run no code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onnxsplit.export.specs import InputSpec, samples
 from onnxsplit.tensors import Array
 
 _OPSET = 18
-_TOOLS_OPSET = 15  # the newest that onnxmltools 1.16 knows
+_TOOLS_OPSET = 15  # the newest that onnxmltools 1.16 supports
 _ROWS = (200, 7)
 INPUT = "input"
 
@@ -27,7 +27,12 @@ Predict = Callable[[Array], Mapping[str, Array]]
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """A booster's file."""
+    """The conversion of a booster's file.
+
+    Raises:
+        ExportError: the file cannot be exported.
+        MissingDependency: the framework or its converter is not installed.
+    """
     assert source.path is not None
     make = {"lightgbm": _lightgbm, "xgboost": _xgboost, "catboost": _catboost}[source.kind]
     try:
@@ -38,7 +43,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
         ) from error
     except ExportError:
         raise
-    except Exception as error:  # the frameworks raise whatever their parts raise
+    except Exception as error:  # the frameworks raise errors of any type
         raise ExportError(f"{source.text} cannot be exported: {one_line(error, 400)}") from error
     spec = InputSpec(INPUT, "float32", ("batch", features))
     return [
@@ -63,7 +68,7 @@ def _floats(features: int) -> list[Any]:
 
 
 def _by_shape(proto: onnx.ModelProto, scores: Array, labels: Array | None) -> dict[str, Array]:
-    """Scores, and labels where the model has them, under the model's names."""
+    """Scores, and labels if the model has them, by the names of the model's outputs."""
     names = [value.name for value in proto.graph.output]
     if len(names) == 1:
         return {names[0]: scores}
@@ -96,7 +101,7 @@ def _xgboost(path: Path) -> tuple[str, int, onnx.ModelProto, Predict]:
     booster = xgboost.Booster()
     booster.load_model(path)
     features = booster.num_features()
-    names = [f"f{number}" for number in range(features)]  # onnxmltools takes no others
+    names = [f"f{number}" for number in range(features)]  # onnxmltools accepts no other names
     booster.feature_names = names
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -135,7 +140,7 @@ def _catboost(path: Path) -> tuple[str, int, onnx.ModelProto, Predict]:
 
 
 def _without_maps(proto: onnx.ModelProto) -> None:
-    """Scores as a tensor; CatBoost gives a sequence of maps, and declares the shape of a regressor's output wrongly."""
+    """Make scores a tensor instead of a sequence of maps, and correct the shape that a regressor's output declares."""
     graph = proto.graph
     for maps in [node for node in graph.node if node.op_type == "ZipMap"]:
         classes = next(a for a in maps.attribute if a.name.startswith("classlabels"))

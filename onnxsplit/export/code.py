@@ -1,4 +1,4 @@
-"""Python code: what a file or module names is run, and what it gives tells the framework."""
+"""Python code: a recipe's function is run, and the type of the object that it returns tells the framework."""
 
 from __future__ import annotations
 
@@ -17,29 +17,34 @@ from onnxsplit.export.sources import Source
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """A recipe, a module, a function, or an estimator."""
+    """The conversion of a recipe, module, function or estimator that the source names.
+
+    Raises:
+        ExportError: the code fails, or returns something else.
+        MissingDependency: the framework or its converter is not installed.
+    """
     return [_from_code(source, options)]
 
 
 def _from_code(source: Source, options: ExportOptions) -> Conversion:
-    found = _made(_loaded(source), source, options)
-    if isinstance(found, Recipe) and options.inputs:
-        raise ExportError(f"{source.text} says itself what it takes (a Recipe); leave out --input")
-    if isinstance(found, Recipe) and not _is_jax(found.network):
-        return of_recipe(require_torch(), found, options)
-    if _is_jax(found.network if isinstance(found, Recipe) else found):
+    made = _made(_loaded(source), source, options)
+    if isinstance(made, Recipe) and options.inputs:
+        raise ExportError(f"{source.text} is a Recipe, which has its own inputs; leave out --input")
+    if isinstance(made, Recipe) and not _is_jax(made.network):
+        return of_recipe(require_torch(), made, options)
+    if _is_jax(made.network if isinstance(made, Recipe) else made):
         from onnxsplit.export import jax
 
-        return jax.convert(found, source, options)
-    if _is_a("sklearn.base", "BaseEstimator", found):
+        return jax.convert(made, source, options)
+    if _is_a("sklearn.base", "BaseEstimator", made):
         from onnxsplit.export import sklearn
 
-        return sklearn.of_estimator(found, options)
+        return sklearn.of_estimator(made, options)
     torch = require_torch()
-    if isinstance(found, torch.nn.Module) or callable(found):
-        return of_recipe(torch, recipe_of(torch, found, source, options), options)
+    if isinstance(made, torch.nn.Module) or callable(made):
+        return of_recipe(torch, recipe_of(torch, made, source, options), options)
     raise ExportError(
-        f"{source.text} gave a {type(found).__name__}; expected an onnxsplit.export.Recipe, a module of PyTorch, a "
+        f"{source.text} returned a {type(made).__name__}; expected an onnxsplit.export.Recipe, a PyTorch module, a "
         "function of tensors or JAX arrays, or an estimator of scikit-learn"
     )
 
@@ -48,8 +53,8 @@ def _loaded(source: Source) -> Any:
     """The object that the source names.
 
     Raises:
-        ExportError: there is none.
-        MissingDependency: the code needs what is not installed.
+        ExportError: there is no such object, or the code fails.
+        MissingDependency: the code needs a module that is not installed.
     """
     assert source.name is not None
     try:
@@ -62,39 +67,39 @@ def _loaded(source: Source) -> Any:
             assert spec is not None
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
-            sys.path.insert(0, str(source.path.resolve().parent))  # recipes import what stands beside them
+            sys.path.insert(0, str(source.path.resolve().parent))  # recipes may import modules beside them
             try:
                 spec.loader.exec_module(module)
             finally:
                 sys.path.pop(0)
     except ModuleNotFoundError as error:
         raise MissingDependency(f"{source.text} needs the module {error.name!r}; for PyTorch: {EXTRA}") from error
-    except Exception as error:  # whatever the code raises
+    except Exception as error:  # the code may raise any error
         raise _broken(source, error) from error
-    found = getattr(module, source.name, None)
-    if found is None:
+    named = getattr(module, source.name, None)
+    if named is None:
         raise ExportError(
             f"{source.text} has no function {source.name!r}; name one with {source.path or 'module'}:FUNCTION"
         )
-    return found
+    return named
 
 
-def _made(found: Any, source: Source, options: ExportOptions) -> Any:
-    """What a function returns that makes a model; the object itself when it is one."""
-    makes = inspect.isclass(found) or (
-        inspect.isfunction(found) and (options.parameters or source.name == "build" or not _required(found))
+def _made(named: Any, source: Source, options: ExportOptions) -> Any:
+    """The model that a function returns; the object itself when it is already a model."""
+    makes = inspect.isclass(named) or (
+        inspect.isfunction(named) and (options.parameters or source.name == "build" or not _required(named))
     )
     if not makes:
         if options.parameters:
-            raise ExportError(f"{source.text} is a {type(found).__name__}, not a function that makes a model: no --set")
-        return found
+            raise ExportError(f"{source.text} is a {type(named).__name__}, not a function that makes a model: no --set")
+        return named
     try:
-        made = found(**options.parameters)
+        made = named(**options.parameters)
     except ModuleNotFoundError as error:
         raise MissingDependency(f"{source.text} needs the module {error.name!r}; for PyTorch: {EXTRA}") from error
     except OnnxsplitError:
         raise
-    except Exception as error:  # whatever the code raises
+    except Exception as error:  # the code may raise any error
         raise _broken(source, error) from error
     if made is None or isinstance(made, int | float | str):
         raise ExportError(
@@ -104,7 +109,7 @@ def _made(found: Any, source: Source, options: ExportOptions) -> Any:
 
 
 def _broken(source: Source, error: Exception) -> ExportError:
-    """Code that raises: what, and where."""
+    """An error of a recipe's code, with its type and place."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (place.filename, place.lineno)
     words = error.msg if isinstance(error, SyntaxError) else one_line(error, 300)
@@ -112,6 +117,7 @@ def _broken(source: Source, error: Exception) -> ExportError:
 
 
 def _required(function: Callable[..., Any]) -> list[str]:
+    """Names of the positional parameters without a default."""
     kinds = (
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -121,16 +127,17 @@ def _required(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty]
 
 
-def _is_jax(found: Any) -> bool:
-    """Whether it is made of JAX: a function whose module has JAX, a jitted one, a module of flax."""
+def _is_jax(given: Any) -> bool:
+    """Whether an object is a function whose module imports JAX, a jitted function, or a module of flax."""
     if "jax" not in sys.modules:
         return False
-    origin = type(found).__module__.split(".")[0]
-    function = inspect.unwrap(found) if callable(found) else found
+    origin = type(given).__module__.split(".")[0]
+    function = inspect.unwrap(given) if callable(given) else given
     names = {getattr(v, "__name__", "") for v in getattr(function, "__globals__", {}).values() if inspect.ismodule(v)}
     return origin in ("jax", "jaxlib", "flax") or any(name.split(".")[0] in ("jax", "flax") for name in names)
 
 
-def _is_a(module: str, name: str, found: Any) -> bool:
+def _is_a(module: str, name: str, given: Any) -> bool:
+    """Whether an object is an instance of a class, which is not imported for this."""
     kind = getattr(sys.modules.get(module), name, None)
-    return kind is not None and isinstance(found, kind)
+    return kind is not None and isinstance(given, kind)

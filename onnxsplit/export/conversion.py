@@ -1,4 +1,4 @@
-"""What a converter takes and gives: recipes, options and conversions."""
+"""The types that all converters share: recipes, options and conversions."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from onnxsplit.progress import Say, silent
 from onnxsplit.tensors import Array
 
 TOLERANCE = 1e-3
-"""Largest difference to the framework that passes, over an output's scale."""
+"""Largest difference to the framework's output that is accepted, relative to the output's scale."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe's function returns: a network and how to call it.
+    """A network and how to call it; a recipe's function returns one.
 
     Attributes:
-        network: the network: a PyTorch module in evaluation mode, or a function of JAX arrays.
-        inputs: example inputs by name, in the order of the network's arguments; free dimensions larger than 1. An
-            argument of PyTorch may be a list, a tuple or a dictionary; what is in it becomes an input each, named by
-            the way to it: ``cache.0.key``.
+        network: a PyTorch module in evaluation mode, or a function of JAX arrays.
+        inputs: example inputs by name, in the order of the network's arguments. Free dimensions are larger than 1. An
+            argument of a PyTorch module may be a list, a tuple or a dictionary: each tensor in it becomes an input that
+            is named after its path, such as ``cache.0.key``.
         outputs: names of the outputs, in the order in which the network returns them.
-        dynamic_axes: input -> axis -> name of the free dimension; axes of one name have one size.
+        dynamic_axes: for each input, the names of its free dimensions by axis; axes of one name have one size.
     """
 
     network: Any
@@ -37,20 +37,20 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What can be asked of an export.
+    """Options of an export.
 
     Attributes:
-        opset: of the standard operators; the converter's choice when None.
-        inputs: what the model takes, where the source does not say.
+        opset: version of the standard operators; the converter's choice when None.
+        inputs: inputs of the model, if the source does not say them.
         check: compare ONNX Runtime's outputs with the framework's.
-        trust: let the source run code, where loading it does.
-        simplify: have the model simplified (onnxsim).
-        cache: decoders take and give their key/value cache; only the logits when False.
-        offline: ask no hub; what was fetched before will do.
+        trust: allow the source to run code when it is loaded.
+        simplify: simplify the model with onnxsim.
+        cache: give decoders their key/value cache as inputs and outputs; without, they only return logits.
+        offline: use only files that were fetched before; do not ask the hub.
         parameters: keyword arguments of a recipe's function.
         custom_ops: libraries of custom ops that the model needs, as ``partition`` takes them; comparing loads them.
-        say: told what is being done.
-        scratch: a folder for what lives as long as the export.
+        say: called with each step.
+        scratch: a folder for files that are removed after the export.
     """
 
     opset: int | None = None
@@ -77,17 +77,17 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A model, ready to be written.
+    """A model that is ready to be written.
 
     Attributes:
-        framework: name and version, for messages and the model's metadata.
-        write: writes the model to a path, large ones with external data beside it.
-        samples: inputs to compare on, by name; the sizes of free dimensions differ from one to the next.
-        reference: the framework's own outputs for such inputs, by the ONNX model's names.
-        part: what of the source it is, where that becomes several models.
-        axes: tensor -> axis -> name of the free dimension, where the converter has none, or one of its own making.
-        jumps: outputs that may jump at a threshold (trees): up to this share of rows may differ.
-        about: more for the model's metadata.
+        framework: name and version of the framework, for messages and the model's metadata.
+        write: writes the model to a path; a large model gets external data beside it.
+        samples: sets of inputs by name to compare on; free dimensions have another size in each set.
+        reference: returns the framework's own outputs for a set of inputs, by the ONNX model's names.
+        part: name of the part, if the source becomes several models.
+        axes: for each tensor, names of free dimensions by axis, which replace those that the converter makes up.
+        jumps: share of rows that may differ, since outputs of trees jump at thresholds.
+        about: further entries of the model's metadata.
     """
 
     framework: str

@@ -1,4 +1,4 @@
-"""Example inputs: nested ones by name, and random ones that are like given ones."""
+"""Example inputs: nested inputs by name, and random inputs similar to given ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from onnxsplit.tensors import Array
 
 
 def mapped(inputs: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """Inputs of the same structure, each leaf changed.
+    """Inputs of the same structure, with each leaf changed.
 
     Args:
-        inputs: arrays or tensors by name, and lists, tuples and dictionaries of them, nested at will.
-        change: takes a leaf's name and the leaf. The name has the way to the leaf: ``cache.0.key`` is
+        inputs: arrays or tensors by name; lists, tuples and dictionaries of them may be nested to any depth.
+        change: takes a leaf's name and the leaf. The name is the path to the leaf: ``cache.0.key`` is
             ``inputs["cache"][0]["key"]``.
     """
 
@@ -36,41 +36,41 @@ def flat(inputs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ExportError: two leaves have one name.
     """
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
 
     def keep(name: str, leaf: Any) -> None:
-        if name in found:
+        if name in leaves:
             raise ExportError(f"two of the example inputs have the name {name!r}; rename one of them")
-        found[name] = leaf
+        leaves[name] = leaf
 
     mapped(inputs, keep)
-    return found
+    return leaves
 
 
 def resized(arrays: Mapping[str, Array], axes: Mapping[str, Mapping[int, str]]) -> dict[str, Array]:
-    """A part of each array: free dimensions are one smaller, where they are larger than 1."""
-    found = {}
+    """A part of each array: free dimensions larger than 1 become one smaller."""
+    parts = {}
     for name, array in arrays.items():
         free = axes.get(name, {})
         part = tuple(slice(0, max(1, size - 1) if axis in free else size) for axis, size in enumerate(array.shape))
-        found[name] = array[part].copy()
-    return found
+        parts[name] = array[part].copy()
+    return parts
 
 
 def varied(arrays: Mapping[str, Array], bounds: Mapping[str, Array], *, seed: int = 0) -> dict[str, Array]:
-    """Random values in place of given ones, drawn for each array by itself, so that no two arrays are alike.
+    """Arrays of the same shapes with random values, drawn separately for each array, so that no two are equal.
 
     Args:
-        arrays: what to replace, by name.
-        bounds: arrays between whose least and largest value the new values lie: an index stays a valid index.
-        seed: of the random numbers.
+        arrays: arrays to replace, by name.
+        bounds: for each array, one whose least and largest value bound the new values: an index stays valid.
+        seed: seed of the random numbers.
     """
     source = np.random.default_rng(seed)
     return {name: _varied(array, bounds[name], source) for name, array in arrays.items()}
 
 
 def _varied(array: Array, bounds: Array, source: np.random.Generator) -> Array:
-    """Floats that are all equal get values around theirs; masks of minus infinity and empty arrays stay as they are."""
+    """Random values for one array. Masks of minus infinity and empty arrays stay; equal floats vary around theirs."""
     if array.size == 0 or bounds.size == 0:
         return array
     kind, random = array.dtype.kind, np.empty_like(array)

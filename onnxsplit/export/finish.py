@@ -1,4 +1,4 @@
-"""What is done to every exported model, whatever it came from: written, named, noted, simplified, compared."""
+"""The last steps of every export: write the model, name its axes, simplify it, add metadata, check and compare it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnxsplit.session import host_cores, open_session
 from onnxsplit.tensors import Array
 
 LARGE_BYTES = 1_900_000_000
-"""A protobuf may have 2 GiB; above this, weights lie beside the model."""
+"""Weights above this size are written beside the model, since a protobuf is limited to 2 GiB."""
 
 SOURCE, FRAMEWORK, TOOL = "onnxsplit.source", "onnxsplit.framework", "onnxsplit.version"
 
@@ -28,11 +28,12 @@ def finish(
     """Write a model to ``file``, and compare it with the framework.
 
     Returns:
-        Output -> how far it is from the framework's, over its scale; and the inputs on which no output depends.
+        For each output, the largest difference to the framework's, relative to its scale; and the inputs on which no
+        output depends.
 
     Raises:
         ExportError: the model is not valid, ONNX Runtime refuses it, or its outputs differ.
-        MissingDependency: a simplifier was asked for and is not installed.
+        MissingDependency: the model is to be simplified, and onnxsim is not installed.
     """
     options.say("converting")
     conversion.write(file)
@@ -59,7 +60,7 @@ def finish(
 
 
 def _unread(graph: onnx.GraphProto, takes: Iterable[str]) -> tuple[str, ...]:
-    """Inputs of the framework's function, and of the model, from which no way leads to an output."""
+    """Inputs of the framework's function, and of the model, from which no path leads to an output."""
     needed = {value.name for value in graph.output}
     for node in reversed(graph.node):  # a valid model has them in order
         if needed.intersection(node.output):
@@ -70,7 +71,7 @@ def _unread(graph: onnx.GraphProto, takes: Iterable[str]) -> tuple[str, ...]:
 
 
 def save(proto: onnx.ModelProto, file: Path) -> None:
-    """Write a model that a converter has in memory, with its weights beside it where it is too large for one file."""
+    """Write a model in memory to a file; its weights are written beside it when it is too large for one file."""
     weights = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
     if weights > LARGE_BYTES:
         onnx.save(proto, str(file), save_as_external_data=True, location=f"{file.name}.data", size_threshold=1024)
@@ -79,7 +80,7 @@ def save(proto: onnx.ModelProto, file: Path) -> None:
 
 
 def _name_axes(proto: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) -> None:
-    """Give free dimensions the names that the conversion has for them."""
+    """Give free dimensions the names that the conversion defines."""
     if not axes:
         return
     renamed: dict[str, str] = {}
@@ -98,8 +99,9 @@ def _name_axes(proto: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) ->
 
 
 def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model that onnxsim makes of a model."""
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
-        raise ExportError("a model with external data is too large for --simplify; leave that out")
+        raise ExportError("a model with external data is too large for --simplify; leave out --simplify")
     try:
         import onnxsim
     except ImportError as error:
@@ -107,14 +109,15 @@ def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
     simple: onnx.ModelProto
     simple, good = onnxsim.simplify(proto)
     if not good:
-        raise ExportError("the simplified model gives other outputs than the model; leave out --simplify")
-    ends = [[value.name for value in values] for values in (proto.graph.input, proto.graph.output)]
-    if [[value.name for value in values] for values in (simple.graph.input, simple.graph.output)] != ends:
+        raise ExportError("the simplified model returns other outputs than the model; leave out --simplify")
+    names = [[value.name for value in values] for values in (proto.graph.input, proto.graph.output)]
+    if [[value.name for value in values] for values in (simple.graph.input, simple.graph.output)] != names:
         raise ExportError("the simplified model has other inputs or outputs than the model; leave out --simplify")
     return simple
 
 
 def _compared(conversion: Conversion, file: Path, options: ExportOptions) -> dict[str, float]:
+    """The largest difference of each output to the framework's; refuses a model that differs too much."""
     try:
         session = open_session(file, threads=host_cores(), custom_ops=options.libraries)
     except ModelError as error:
@@ -125,41 +128,41 @@ def _compared(conversion: Conversion, file: Path, options: ExportOptions) -> dic
     for sample in conversion.samples:
         options.say("comparing with the framework")
         try:
-            found = session.run({name: sample[name] for name, _ in session.inputs})
+            actual = session.run({name: sample[name] for name, _ in session.inputs})
         except ModelError as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sample.items())
             raise ExportError(
                 f"the exported model does not run on {shapes}: {error}; nothing was written. Export with --no-check to "
-                "look at it"
+                "inspect it"
             ) from error
         try:
             wanted = conversion.reference(sample)
-        except Exception as error:  # the framework raises whatever its parts raise
+        except Exception as error:  # frameworks raise errors of any type
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in sample.items())
             raise ExportError(
                 f"{conversion.framework} itself does not run on {shapes}: {one_line(error, 300)}; "
-                "nothing was written. Export with --no-check to go without"
+                "nothing was written. Export with --no-check to skip the comparison"
             ) from error
         for name, expected in wanted.items():
-            worst[name] = max(worst.get(name, 0.0), _difference(found[name], np.asarray(expected), conversion.jumps))
+            worst[name] = max(worst.get(name, 0.0), _difference(actual[name], np.asarray(expected), conversion.jumps))
     far = {name: difference for name, difference in worst.items() if not difference <= TOLERANCE}
     if far:
         listed = ", ".join(f"{name}: {difference:.1e}" for name, difference in far.items())
         raise ExportError(
             f"the exported model differs from {conversion.framework} by more than {TOLERANCE:.0e} of the scale "
-            f"({listed}); nothing was written. Export with --no-check to look at it"
+            f"({listed}); nothing was written. Export with --no-check to inspect it"
         )
     return worst
 
 
-def _difference(found: Array, expected: Array, jumps: float) -> float:
-    """Over the scale; of the rows that must agree, where some may not."""
-    if found.dtype.kind in "OUS" or expected.dtype.kind in "OUS":
-        return 0.0 if np.mean(found.astype(str) != expected.reshape(found.shape).astype(str)) <= jumps else 1.0
-    expected = expected.reshape(found.shape) if expected.size == found.size else expected
-    if not jumps or found.shape != expected.shape or not found.ndim:
-        return distance(found, expected)
+def _difference(actual: Array, expected: Array, jumps: float) -> float:
+    """The largest difference relative to the scale, without the share of rows that may differ."""
+    if actual.dtype.kind in "OUS" or expected.dtype.kind in "OUS":
+        return 0.0 if np.mean(actual.astype(str) != expected.reshape(actual.shape).astype(str)) <= jumps else 1.0
+    expected = expected.reshape(actual.shape) if expected.size == actual.size else expected
+    if not jumps or actual.shape != expected.shape or not actual.ndim:
+        return distance(actual, expected)
     scale = max(float(np.abs(expected).max(initial=0.0)), 1e-30)
-    off = np.abs(found.astype(np.float64) - expected.astype(np.float64)).reshape(len(found), -1).max(axis=1) / scale
+    off = np.abs(actual.astype(np.float64) - expected.astype(np.float64)).reshape(len(actual), -1).max(axis=1) / scale
     kept = np.sort(off)[: max(1, len(off) - int(jumps * len(off)))]
     return float(kept[-1])

@@ -1,4 +1,4 @@
-"""Repositories of a hub: what is needed of one, fetched once and kept where its own library keeps it."""
+"""Repositories of the Hugging Face hub: the needed files are fetched once, and kept in the cache of its library."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 def fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
-    """A repository's files, or one of them with its data, and the revision they are of.
+    """Fetch a repository's files, or one of them with its data; returns their path and revision.
 
     Raises:
-        ExportError: they cannot be had.
+        ExportError: the files cannot be fetched.
+        MissingDependency: huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -26,7 +27,7 @@ def fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
         raise MissingDependency(f"hf:// needs huggingface_hub: {_EXTRA}") from error
     assert source.repo is not None
     if source.file is not None and not source.file.endswith(".onnx"):
-        raise ExportError(f"{source.text}: of a repository's files, only .onnx ones can be exported by themselves")
+        raise ExportError(f"{source.text}: of a repository's files, only .onnx files can be exported alone")
     wanted = _FILES if source.file is None else [source.file, f"{source.file}_data*", f"{source.file}.data*"]
     offline = options.offline or os.environ.get("HF_HUB_OFFLINE") == "1"
     options.say(f"fetching {source.repo}")
@@ -35,17 +36,17 @@ def fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
             source.repo, revision=source.revision, allow_patterns=wanted, local_files_only=offline, etag_timeout=10
         )
     except LocalEntryNotFoundError as error:
-        why = "you asked for no hub (--offline)" if offline else "the hub cannot be reached"
+        why = "the hub may not be asked (--offline)" if offline else "the hub cannot be reached"
         raise ExportError(
-            f"{source.text} is not on this host, and {why}. Fetch it where there is a network, or name a local folder"
+            f"{source.text} is not on this host, and {why}. Fetch it on a host with a network, or name a local folder"
         ) from error
     except HfHubHTTPError as error:
-        raise ExportError(f"the hub does not give {source.text}: {str(error).strip().splitlines()[0]}") from error
-    except Exception as error:  # an answer that is none of a hub's
+        raise ExportError(f"the hub refuses {source.text}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # an answer that does not come from a hub
         raise ExportError(f"cannot fetch {source.text}: {one_line(error, 300)}") from error
     if source.file is None:
         return Path(folder), Path(folder).name
-    found = Path(folder) / source.file
-    if not found.exists():
+    file = Path(folder) / source.file
+    if not file.exists():
         raise ExportError(f"{source.repo} has no file {source.file!r}")
-    return found, Path(folder).name
+    return file, Path(folder).name

@@ -26,11 +26,16 @@ from onnxsplit.files import read_regular
 _EXTRA = "pip install 'onnxsplit[transformers]'"
 _MOST_CONFIG_BYTES = 64 << 20
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_WORDS = (".json", ".txt", ".model", ".md", ".jinja")  # of a folder, files that are no weights
+_WORDS = (".json", ".txt", ".model", ".md", ".jinja")  # files of a folder that are not weights
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """A configuration, a folder, or a repository."""
+    """The conversions of a configuration, a folder, or a repository.
+
+    Raises:
+        ExportError: the network cannot be loaded or run, or its weights could run code.
+        MissingDependency: transformers, PyTorch or huggingface_hub is not installed.
+    """
     about: dict[str, str] = {}
     if source.kind == "hub":
         path, revision = hub.fetched(source, options)
@@ -47,7 +52,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     options.say(f"{type(model).__name__}: {kind}")
     try:
         conversions = BUILDERS[kind](torch, model, options)
-    except Exception as error:  # transformers raises whatever its parts raise
+    except Exception as error:  # transformers raises errors of any type
         raise ExportError(
             f"{type(model).__name__} looks like a network of the kind {kind!r}, but does not run as one: "
             f"{one_line(error, 300)}. Write a recipe that says how to call it (docs/export.md)"
@@ -57,39 +62,40 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
 
 
 def _with(conversion: Conversion, about: Mapping[str, str]) -> Conversion:
+    """A conversion with further metadata."""
     return replace(conversion, about={**conversion.about, **about})
 
 
 def _has_random_weights(path: Path, *, fetched: bool) -> bool:
-    """Whether a network has to make its weights up: a configuration alone has none.
+    """Whether a network gets random weights, because there is only a configuration.
 
     Raises:
-        ExportError: there are weights that are not read, or some are missing.
+        ExportError: there are weights in a form that is not read, or weights are missing.
     """
     if not path.is_dir():
         return True
     files = {file.name for file in path.iterdir()}
     if any(name.endswith(".safetensors") for name in files):
         return False
-    if found := sorted(name for name in files if name.endswith(_PICKLED)):
+    if pickled := sorted(name for name in files if name.endswith(_PICKLED)):
         raise ExportError(
-            f"{path} has its weights in a pickled file ({found[0]}), whose loading could run code; convert them to "
+            f"{path} has its weights in a pickled file ({pickled[0]}), whose loading could run code; convert them to "
             "model.safetensors (save_pretrained of transformers does)"
         )
-    strange = sorted(name for name in files if not name.startswith(".") and not name.endswith(_WORDS))
-    if strange or fetched or any(name.endswith(".index.json") for name in files):
+    unknown = sorted(name for name in files if not name.startswith(".") and not name.endswith(_WORDS))
+    if unknown or fetched or any(name.endswith(".index.json") for name in files):
         raise ExportError(
-            f"{path} has no weights in *.safetensors{f', but {strange[0]}' if strange else ''}; save them so "
+            f"{path} has no weights in *.safetensors{f', but {unknown[0]}' if unknown else ''}; save them in that form "
             "(save_pretrained of transformers does), or name its config.json for random weights"
         )
     return True
 
 
 def _model(torch: Any, path: Path, *, is_random: bool) -> Any:
-    """The network of a folder with weights, or of a configuration.
+    """Load the network of a folder with weights, or make one from a configuration.
 
     Raises:
-        ExportError: it needs code of its own, or cannot be loaded.
+        ExportError: the network needs code of its own, or cannot be loaded.
         MissingDependency: transformers is not installed.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -97,7 +103,7 @@ def _model(torch: Any, path: Path, *, is_random: bool) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingDependency(f"exporting from transformers needs it: {_EXTRA}") from error
+        raise MissingDependency(f"exporting from transformers needs transformers: {_EXTRA}") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -118,14 +124,15 @@ def _model(torch: Any, path: Path, *, is_random: bool) -> Any:
             return make(config, attn_implementation="eager").eval().float()
     except ExportError:
         raise
-    except Exception as error:  # transformers raises whatever its parts raise
+    except Exception as error:  # transformers raises errors of any type
         raise ExportError(f"transformers cannot load {path}: {one_line(error, 400)}") from error
 
 
 def _config(transformers: Any, path: Path) -> Any:
+    """Read a configuration, without running code that it names."""
     if path.is_dir():
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     content = json.loads(read_regular(path, most_bytes=_MOST_CONFIG_BYTES))
     if "auto_map" in content:
-        raise ExportError(f"{path} names code of its own (auto_map), which is not run")
+        raise ExportError(f"{path} names code of its own (auto_map); such code is not run")
     return transformers.AutoConfig.for_model(**content)

@@ -1,4 +1,4 @@
-"""ONNX itself: checked, shapes inferred, its opset raised when asked, with external data above 2 GB."""
+"""ONNX files: the model is checked, its shapes are inferred, and its opset is changed when asked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ from onnxsplit.tensors import Array
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """A model file; the reference is the file itself, run by ONNX Runtime."""
+    """The conversion of a model file; its reference is the file itself, run by ONNX Runtime.
+
+    Raises:
+        ExportError: the model does not run on this host, so that it cannot be compared.
+        ModelError: the file is not a usable ONNX model.
+    """
     assert source.path is not None
     path = source.path
     model = open_model(path)
@@ -38,7 +43,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
         raised = options.opset is not None and version != options.opset
         if raised and size > finish.LARGE_BYTES:
             raise ExportError(
-                f"{path} is above 2 GB: its opset cannot be changed, since ONNX's converter takes it whole"
+                f"{path} is larger than 2 GB, the most that ONNX's converter takes, so its opset cannot be changed"
             )
         if raised or size <= finish.LARGE_BYTES:
             _small(model, file, options.opset if raised else None)
@@ -48,8 +53,8 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
         if not held:
             held.append(open_session(path, threads=host_cores(), custom_ops=options.libraries))
-        found: dict[str, Array] = held[0].run(sample)
-        return found
+        outputs: dict[str, Array] = held[0].run(sample)
+        return outputs
 
     samples: list[dict[str, Array]] = []
     if options.check:
@@ -66,12 +71,13 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
             samples = [dict(example.inputs)]
         except (ModelError, InputError) as error:
             raise ExportError(
-                f"{path} does not run here, so nothing can be compared: {error}. Say --no-check"
+                f"{path} does not run on this host, so it cannot be compared: {error}. Use --no-check"
             ) from error
     return [Conversion(framework=f"ONNX {onnx.__version__}", write=write, samples=samples, reference=reference)]
 
 
 def _small(model: SourceModel, file: Path, opset: int | None) -> None:
+    """Write a model with all its data inside, in another opset when one is given."""
     path, proto = model.path, onnx.ModelProto()
     proto.CopyFrom(model.proto)
     load_external(path, graph_tensors(proto.graph))
@@ -79,7 +85,7 @@ def _small(model: SourceModel, file: Path, opset: int | None) -> None:
         try:
             proto = onnx.version_converter.convert_version(proto, opset)
         except Exception as error:  # ONNX's converter raises plain RuntimeErrors
-            raise ExportError(f"{path} cannot be had in opset {opset}: {one_line(error, 300)}") from error
+            raise ExportError(f"{path} cannot be converted to opset {opset}: {one_line(error, 300)}") from error
     try:
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception as error:  # as above
@@ -88,14 +94,14 @@ def _small(model: SourceModel, file: Path, opset: int | None) -> None:
 
 
 def _large(model: SourceModel, file: Path) -> None:
-    """Shapes inferred by path; the data as it is, in files that have the new model's name."""
+    """Write a model with its external data in files of the new model's name, and infer its shapes from the file."""
     names: dict[Path, str] = {}
     for tensor in graph_tensors(model.proto.graph):
         if is_external(tensor):
             part = external_range(model.place, tensor)[0]
             if part not in names:
                 names[part] = f"{file.name}.data{len(names) or ''}"
-                shutil.copyfile(part, file.parent / names[part])  # links are refused by whoever loads it
+                shutil.copyfile(part, file.parent / names[part])  # a loader would refuse a link
             next(entry for entry in tensor.external_data if entry.key == "location").value = names[part]
     file.write_bytes(model.proto.SerializeToString())
     onnx.shape_inference.infer_shapes_path(str(file), str(file))

@@ -1,4 +1,4 @@
-"""PyTorch: recipes, modules and saved programs, through its own exporter, the one on ``torch.export``."""
+"""PyTorch: recipes, modules and saved programs, by PyTorch's own exporter, which is based on ``torch.export``."""
 
 from __future__ import annotations
 
@@ -26,21 +26,26 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """A saved program, or a saved module."""
+    """The conversion of a saved program or a saved module.
+
+    Raises:
+        ExportError: the source is not trusted, or cannot be loaded or exported.
+        MissingDependency: PyTorch or onnxscript is not installed.
+    """
     torch = require_torch()
     if source.kind == "exported-program":
-        why = "its loading unpickles and evaluates what is in it (PyTorch says so, too)"
+        why = "loading it unpickles and evaluates its content (PyTorch warns of that, too)"
         refuse_code(source, why, trust=options.trust)
         return [_from_program(torch, source, options)]
-    refuse_code(source, "its loading runs code that is in it", trust=options.trust)
+    refuse_code(source, "loading it runs code that it contains", trust=options.trust)
     return [_from_module(torch, source, options)]
 
 
 def require_torch() -> Any:
-    """PyTorch, with its exporter's needs.
+    """Import PyTorch and what its exporter needs.
 
     Raises:
-        MissingDependency: it is not installed.
+        MissingDependency: PyTorch or onnxscript is not installed.
     """
     try:
         import onnxscript  # noqa: F401  PyTorch's exporter needs it
@@ -48,15 +53,19 @@ def require_torch() -> Any:
     except ModuleNotFoundError as error:
         raise MissingDependency(f"exporting from PyTorch needs {error.name}: {EXTRA}") from error
     torch.set_num_threads(host_cores())
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports torchvision missing to those who want none
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of a missing torchvision, which is not needed
     return torch
 
 
 def recipe_of(torch: Any, network: Any, source: Source, options: ExportOptions) -> Recipe:
-    """A recipe from a module or function, and what was said of its inputs."""
+    """Make a recipe from a module or function, and the inputs that the user named.
+
+    Raises:
+        ExportError: no inputs were named, or the network does not run on them.
+    """
     if not options.inputs:
         raise ExportError(
-            f"{source.text} does not say what it takes; say it, an --input for each argument: "
+            f"{source.text} does not say which inputs it takes; name each argument with --input, as in "
             "--input x=float32[batch,3,224,224]"
         )
     if not isinstance(network, torch.nn.Module):
@@ -65,12 +74,12 @@ def recipe_of(torch: Any, network: Any, source: Source, options: ExportOptions) 
     try:
         inputs = {name: torch.from_numpy(array) for name, array in first.items()}
     except TypeError as error:
-        raise ExportError(f"PyTorch takes no such inputs from arrays: {str(error).partition('.')[0]}") from error
+        raise ExportError(f"PyTorch cannot make such inputs from arrays: {str(error).partition('.')[0]}") from error
     network = network.eval()
     with torch.no_grad():
         try:
             given = network(*inputs.values())
-        except Exception as error:  # whatever the network raises
+        except Exception as error:  # the network may raise any error
             raise ExportError(f"{source.text} does not run on the inputs given: {str(error)[:300]}") from error
     return Recipe(
         network=network,
@@ -87,8 +96,8 @@ def _names(given: Any) -> tuple[str, ...]:
     return ("output",) if count == 1 else tuple(f"output_{number}" for number in range(count))
 
 
-def _Function(torch: Any, function: Callable[..., Any]) -> Any:  # noqa: N802  as a class would be called
-    """A function as a module."""
+def _Function(torch: Any, function: Callable[..., Any]) -> Any:  # noqa: N802  named like a class
+    """A module that calls a function."""
 
     class Function(torch.nn.Module):  # type: ignore[misc]
         def forward(self, *arguments: Any) -> Any:
@@ -97,7 +106,7 @@ def _Function(torch: Any, function: Callable[..., Any]) -> Any:  # noqa: N802  a
     return Function()
 
 
-# Through PyTorch's exporter
+# Export by PyTorch's exporter
 
 
 def of_recipe(
@@ -138,7 +147,7 @@ def of_recipe(
 
 
 def _own(torch: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs with a tensor of its own for each: PyTorch's exporter takes a tensor that comes twice for one input.
+    """Copies of the inputs: PyTorch's exporter would take a tensor that occurs twice for one input.
 
     Raises:
         ExportError: something is not a tensor.
@@ -150,7 +159,7 @@ def _own(torch: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError, RuntimeError) as error:
             raise ExportError(
                 f"the example input {name!r} is a {type(leaf).__name__}; expected a tensor, or a list, tuple or "
-                "dictionary of tensors. What is constant belongs in the network"
+                "dictionary of tensors. Constants belong in the network"
             ) from error
 
     return mapped(inputs, own)
@@ -161,12 +170,12 @@ def _samples(
     axes: Mapping[str, Mapping[int, str]],
     reference: Callable[[Mapping[str, Array]], Mapping[str, Array]],
 ) -> Sequence[Mapping[str, Array]]:
-    """The examples as they were given, then random ones, at other sizes where those are free."""
+    """The given examples, then random ones with other sizes of free dimensions."""
     other = resized(first, axes)
     random = varied(other, bounds=first)
     try:
         reference(random)
-    except Exception:  # whatever a network raises that asks more of its inputs than bounds
+    except Exception:  # a network may need more of its inputs than bounds, and raise any error
         return first, other
     return first, random
 
@@ -174,31 +183,33 @@ def _samples(
 def answers(
     torch: Any, network: Callable[..., Any], inputs: Mapping[str, Any], outputs: Iterable[str]
 ) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    """How to ask PyTorch itself: outputs by name for inputs by name, which the network may overwrite.
+    """A function that returns PyTorch's own outputs by name, for inputs by name.
+
+    It passes copies of the inputs, since a network may overwrite its arguments.
 
     Args:
         torch: PyTorch.
-        network: what to call.
-        inputs: examples of its arguments, in order; their values are not used.
-        outputs: names of what it returns.
+        network: the network to call.
+        inputs: examples of its arguments, in order; only their structure is used.
+        outputs: names of the outputs.
     """
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
         arguments = mapped(inputs, lambda name, _: torch.from_numpy(sample[name].copy()))
         with torch.no_grad():
-            found = network(*arguments.values())
-        return dict(zip(outputs, (tensor.numpy() for tensor in _flat(found)), strict=True))
+            results = network(*arguments.values())
+        return dict(zip(outputs, (tensor.numpy() for tensor in _flat(results)), strict=True))
 
     return reference
 
 
-def _flat(found: Any) -> list[Any]:
+def _flat(results: Any) -> list[Any]:
     """The tensors that a network returned, in order."""
-    if isinstance(found, dict):
-        return [tensor for value in found.values() for tensor in _flat(value)]
-    if isinstance(found, tuple | list):
-        return [tensor for value in found for tensor in _flat(value)]
-    return [found]
+    if isinstance(results, dict):
+        return [tensor for value in results.values() for tensor in _flat(value)]
+    if isinstance(results, tuple | list):
+        return [tensor for value in results for tensor in _flat(value)]
+    return [results]
 
 
 def program_writer(
@@ -224,7 +235,7 @@ def program_writer(
                 program = torch.onnx.export(
                     network, arguments, dynamo=True, verbose=False, opset_version=opset, **words
                 )
-            except Exception as error:  # PyTorch's exporter raises whatever its parts raise
+            except Exception as error:  # PyTorch's exporter raises errors of any type
                 raise ExportError(f"PyTorch could not export the network: {_reason(error)}") from error
         program.save(str(file))
 
@@ -232,7 +243,7 @@ def program_writer(
 
 
 def _reason(error: BaseException) -> str:
-    """The words of the first cause, with the place in the model where it is known."""
+    """The message of the first cause, with the place in the model if it is known."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -246,7 +257,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _dynamic_shapes(network: Any, recipe: Recipe) -> tuple[Any, ...] | None:
-    """By argument; those of ``*arguments`` are one, a tuple."""
+    """Free dimensions by argument, as PyTorch's exporter takes them; those of ``*arguments`` are one tuple."""
     if not recipe.dynamic_axes:
         return None
     named = mapped(recipe.inputs, lambda name, _: dict(recipe.dynamic_axes.get(name, {})) or None)
@@ -262,7 +273,7 @@ def _dynamic_shapes(network: Any, recipe: Recipe) -> tuple[Any, ...] | None:
 def _from_program(torch: Any, source: Source, options: ExportOptions) -> Conversion:
     try:
         program = torch.export.load(source.path)
-    except Exception as error:  # whatever its parts raise
+    except Exception as error:  # PyTorch raises errors of any type
         raise ExportError(f"PyTorch cannot load {source.text}: {str(error)[:300]}") from error
     module, inputs_of = program.module(), torch.utils._pytree.tree_unflatten
 
@@ -291,7 +302,7 @@ def _from_program(torch: Any, source: Source, options: ExportOptions) -> Convers
 def _placeholders(program: Any) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
     """The user's inputs of a program by name, as fake tensors, and names for their free dimensions.
 
-    A saved program has lost the names that dimensions had: the first axis is called ``batch``, others by their symbol.
+    A saved program does not keep names of dimensions: the first axis is called ``batch``, others INPUT_AXIS.
     """
     wanted = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     inputs = {node.name: node.meta["val"] for node in program.graph.nodes if node.name in wanted and "val" in node.meta}
@@ -307,7 +318,7 @@ def _placeholders(program: Any) -> tuple[dict[str, Any], dict[str, dict[int, str
 
 
 def _examples(torch: Any, program: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs that the program was saved with, or made-up ones: floats are random, integers zero."""
+    """The inputs that the program was saved with, or made-up ones: floats are random, integers are zero."""
     saved = torch.utils._pytree.tree_leaves(program.example_inputs)
     if len(saved) == len(inputs) and all(torch.is_tensor(leaf) for leaf in saved):
         return _own(torch, dict(zip(inputs, saved, strict=True)))
@@ -322,7 +333,7 @@ def _example(torch: Any, value: Any) -> Any:
 
 
 def _from_module(torch: Any, source: Source, options: ExportOptions) -> Conversion:
-    """TorchScript, or a module that was pickled whole; both run code when they are loaded."""
+    """The conversion of TorchScript or of a pickled module; both run code when they are loaded."""
     assert source.path is not None
     try:
         with zipfile.ZipFile(source.path) as archive:
@@ -337,12 +348,14 @@ def _from_module(torch: Any, source: Source, options: ExportOptions) -> Conversi
                 if scripted
                 else torch.load(source.path, weights_only=False, map_location="cpu")
             )
-        except Exception as error:  # whatever its parts raise
+        except Exception as error:  # PyTorch raises errors of any type
             raise ExportError(f"PyTorch cannot load {source.text}: {str(error)[:300]}") from error
     if isinstance(network, Mapping):
-        raise ExportError(f"{source.text} holds weights without a network; write a recipe that loads them into theirs")
+        raise ExportError(
+            f"{source.text} holds weights without a network; write a recipe that loads them into their network"
+        )
     if not isinstance(network, torch.nn.Module):
-        raise ExportError(f"{source.text} holds a {type(network).__name__}, expected a module of PyTorch")
+        raise ExportError(f"{source.text} holds a {type(network).__name__}, expected a PyTorch module")
     recipe = recipe_of(torch, network, source, options)
     if not scripted:
         return of_recipe(torch, recipe, options)
@@ -350,7 +363,7 @@ def _from_module(torch: Any, source: Source, options: ExportOptions) -> Conversi
 
 
 def _from_script(torch: Any, recipe: Recipe, options: ExportOptions) -> Conversion:
-    """TorchScript goes through the older exporter: the newer one follows Python, of which there is none left."""
+    """The conversion of TorchScript, by the older exporter: the newer one needs Python code."""
 
     def write(file: Path) -> None:
         axes = {name: dict(axes) for name, axes in recipe.dynamic_axes.items()}

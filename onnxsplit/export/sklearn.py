@@ -1,4 +1,4 @@
-"""scikit-learn: fitted estimators and pipelines, through skl2onnx; saved by skops, or pickled and trusted."""
+"""scikit-learn: fitted estimators and pipelines, by skl2onnx. Files are saved by skops, or pickled and trusted."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _EXTRA = "pip install 'onnxsplit[sklearn]'"
 _ROWS = (200, 7)
 _OPSET, _ML_OPSET = 18, 3
 JUMPS = 0.02
-"""Share of rows in which a tree may take another way: ONNX's thresholds are 32-bit."""
+"""Share of rows in which a tree may take another branch, because ONNX's thresholds are 32-bit."""
 
-_SAFE = (  # that skops does not know by itself, and that run no code of a file
+_SAFE = (  # types that skops does not know as safe, but that run no code from a file
     "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
     "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
@@ -30,21 +30,26 @@ _SAFE = (  # that skops does not know by itself, and that run no code of a file
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """A file by skops, or a pickled one."""
+    """The conversion of a file saved by skops, or of a pickled file.
+
+    Raises:
+        ExportError: the file is not trusted, cannot be loaded, or does not hold a fitted estimator.
+        MissingDependency: scikit-learn, skl2onnx or skops is not installed.
+    """
     assert source.path is not None
     _required()
     if source.kind == "skops":
         return [of_estimator(_skops(source, options), options)]
-    refuse_code(source, "its loading runs whatever code is in it", trust=options.trust)
+    refuse_code(source, "loading it runs any code that it contains", trust=options.trust)
     try:
         import joblib
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = joblib.load(source.path)
-    except Exception as error:  # whatever is in it
+            estimator = joblib.load(source.path)
+    except Exception as error:  # the content may raise any error
         raise ExportError(f"{source.text} cannot be loaded: {one_line(error, 300)}") from error
-    return [of_estimator(found, options)]
+    return [of_estimator(estimator, options)]
 
 
 def _required() -> Any:
@@ -58,6 +63,7 @@ def _required() -> Any:
 
 
 def _skops(source: Source, options: ExportOptions) -> Any:
+    """Load a file saved by skops; unknown types need trust."""
     try:
         import skops.io
     except ImportError as error:
@@ -65,34 +71,36 @@ def _skops(source: Source, options: ExportOptions) -> Any:
     try:
         unknown = sorted(set(skops.io.get_untrusted_types(file=source.path)) - set(_SAFE))
     except Exception as error:  # a damaged file
-        raise ExportError(f"{source.text} is no file of skops: {one_line(error, 200)}") from error
+        raise ExportError(f"{source.text} is not a file of skops: {one_line(error, 200)}") from error
     if unknown:
         refuse_code(source, f"it holds types that are not known to be safe ({', '.join(unknown)})", trust=options.trust)
     return skops.io.load(source.path, trusted=[*unknown, *_SAFE])
 
 
 def of_estimator(estimator: Any, options: ExportOptions) -> Conversion:
-    """A fitted estimator.
+    """The conversion of a fitted estimator.
 
     Raises:
-        ExportError: it is none, was not fitted, or does not say what it takes.
+        ExportError: the object is not an estimator, was not fitted, or does not say which inputs it takes.
     """
     _required()
     import sklearn
     from sklearn.base import BaseEstimator, is_classifier
 
     if not isinstance(estimator, BaseEstimator):
-        raise ExportError(f"it holds a {type(estimator).__name__}, expected an estimator or a pipeline of scikit-learn")
+        raise ExportError(
+            f"the source holds a {type(estimator).__name__}; expected an estimator or a pipeline of scikit-learn"
+        )
     specs = list(options.inputs)
     if not specs:
         count = getattr(estimator, "n_features_in_", None)
         if count is None:
             raise ExportError(
-                "the estimator does not say how many features it takes: was it fitted? --input x=float32[batch,N] does"
+                "the estimator does not say how many features it takes; fit it, or give --input x=float32[batch,N]"
             )
         specs = [InputSpec("input", "float32", ("batch", int(count)))]
     classifies = is_classifier(estimator)
-    names: list[str] = []  # of the model's outputs, once it is written
+    names: list[str] = []  # names of the model's outputs, known once it is written
 
     def write(file: Path) -> None:
         from skl2onnx import convert_sklearn
@@ -103,7 +111,7 @@ def of_estimator(estimator: Any, options: ExportOptions) -> Conversion:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 proto = convert_sklearn(estimator, initial_types=_types(specs), target_opset=targets, **more)
-        except Exception as error:  # skl2onnx raises whatever its parts raise
+        except Exception as error:  # skl2onnx raises errors of any type
             raise ExportError(f"skl2onnx could not convert the estimator: {one_line(error, 500)}") from error
         names.extend(value.name for value in proto.graph.output)
         file.write_bytes(normalised(proto, options.opset or _OPSET).SerializeToString())
@@ -112,8 +120,8 @@ def of_estimator(estimator: Any, options: ExportOptions) -> Conversion:
         given = _table(estimator, specs, sample)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = [np.asarray(answer(given)) for answer in _answers(estimator, len(names))]
-        return dict(zip(names, found, strict=True))
+            results = [np.asarray(answer(given)) for answer in _answers(estimator, len(names))]
+        return dict(zip(names, results, strict=True))
 
     return Conversion(
         framework=f"scikit-learn {sklearn.__version__}",
@@ -125,7 +133,7 @@ def of_estimator(estimator: Any, options: ExportOptions) -> Conversion:
 
 
 def _answers(estimator: Any, count: int) -> list[Any]:
-    """The methods whose results the model's outputs are: of a classifier its label and its scores, else one."""
+    """The methods that return the model's outputs: label and scores for a classifier, else one method."""
     if count > 1:
         scores = "predict_proba" if hasattr(estimator, "predict_proba") else "decision_function"
         return [estimator.predict, getattr(estimator, scores)]
@@ -133,6 +141,7 @@ def _answers(estimator: Any, count: int) -> list[Any]:
 
 
 def _types(specs: Sequence[InputSpec]) -> list[Any]:
+    """Types of the inputs, as skl2onnx takes them."""
     from skl2onnx.common import data_types as kinds
 
     known = {
@@ -149,11 +158,12 @@ def _types(specs: Sequence[InputSpec]) -> list[Any]:
 
 
 def _sample(specs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
+    """Random inputs with this number of rows."""
     return next(samples(specs, fixed=dict.fromkeys((d for s in specs for d in s.shape if isinstance(d, str)), rows)))
 
 
 def _table(estimator: Any, specs: Sequence[InputSpec], sample: Mapping[str, Array]) -> Any:
-    """One array; or columns by name, for pipelines that were fitted on a table."""
+    """Inputs as one array, or as columns by name for pipelines that were fitted on a table."""
     if len(specs) == 1 and not hasattr(estimator, "feature_names_in_"):
         return sample[specs[0].name]
     import pandas
@@ -164,11 +174,16 @@ def _table(estimator: Any, specs: Sequence[InputSpec], sample: Mapping[str, Arra
 
 
 def normalised(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """With a free ``batch``, operators of ``ai.onnx`` in a newer version, and nothing left that contradicts it."""
-    found = {one.domain: one for one in proto.opset_import}
-    if "" not in found:
+    """A model with a free first dimension ``batch``, at least this opset, and without outdated shapes.
+
+    Args:
+        proto: the model.
+        opset: least version of the standard operators.
+    """
+    opsets = {one.domain: one for one in proto.opset_import}
+    if "" not in opsets:
         proto.opset_import.append(onnx.helper.make_opsetid("", opset))
-    elif found[""].version < opset:
+    elif opsets[""].version < opset:
         proto = onnx.version_converter.convert_version(proto, opset)
     proto.ir_version = max(proto.ir_version, 8)
     for value in (*proto.graph.input, *proto.graph.output):

@@ -1,4 +1,4 @@
-"""What a source is: recognised by its form and its first bytes, without loading it."""
+"""Sources of an export: their kind is recognised by form and first bytes, without loading them."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ class Source:
     """A source that was recognised.
 
     Attributes:
-        text: as it was given.
-        kind: what it is.
+        text: the source as it was given.
+        kind: the kind of the source.
         path: the file or folder; None for a module or a repository.
-        name: of the callable, in Python code.
-        repo: ``ORG/REPO`` of a hub.
-        revision: of it; None for its newest.
-        file: in it; None for the whole.
+        name: name of the callable in Python code.
+        repo: repository of a hub, as ``ORG/REPO``.
+        revision: revision of the repository; None for the newest.
+        file: file in the repository; None for all of it.
     """
 
     text: str
@@ -97,21 +97,21 @@ class Source:
 
     @property
     def what(self) -> str:
-        """In words."""
+        """The kind of the source in words."""
         return WHAT[self.kind]
 
 
 def recognise(text: str) -> Source:
-    """What a source is.
+    """Recognise a source.
 
     Raises:
-        ExportError: it is not there, or nothing that is known; says what is.
+        ExportError: the source does not exist or has an unknown kind; the message lists the known kinds.
     """
     if text.startswith("hf://"):
-        found = _HUB.fullmatch(text)
-        if found is None:
-            raise ExportError(f"{text!r} names no repository; write hf://ORG/REPO[@REVISION][/FILE]")
-        return Source(text, "hub", None, None, found["repo"], found["revision"], found["file"])
+        match = _HUB.fullmatch(text)
+        if match is None:
+            raise ExportError(f"{text!r} does not name a repository; write hf://ORG/REPO[@REVISION][/FILE]")
+        return Source(text, "hub", None, None, match["repo"], match["revision"], match["file"])
     path = Path(text)
     if path.is_dir():
         return Source(text, _folder(path), path)
@@ -130,7 +130,7 @@ def recognise(text: str) -> Source:
         raise ExportError(f"{text!r} cannot be exported: {error.strerror}") from error
     kind = _ENDINGS.get(path.suffix.lower()) or _by_content(path)
     if kind is None:
-        raise ExportError(f"{text} is nothing that is known; a source is: {_KNOWN}")
+        raise ExportError(f"{text} has an unknown kind; a source is: {_KNOWN}")
     if kind == "torchscript" and _is_exported_program(path):
         kind = "exported-program"
     return Source(text, kind, path)
@@ -154,7 +154,7 @@ def _is_module(name: str) -> bool:
 
 
 def _by_content(path: Path) -> SourceKind | None:
-    """By what is in it, for endings that several kinds have."""
+    """The kind of a file by its content, for file endings that several kinds share."""
     with path.open("rb") as stream:
         begin = stream.read(64)
     if begin.startswith(b"tree\n"):
@@ -176,6 +176,7 @@ def _by_content(path: Path) -> SourceKind | None:
 
 
 def _is_exported_program(path: Path) -> bool:
+    """Whether a file that PyTorch saved is an ExportedProgram."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("archive_format") for name in archive.namelist())
@@ -184,13 +185,18 @@ def _is_exported_program(path: Path) -> bool:
 
 
 def refuse_code(source: Source, why: str, *, trust: bool) -> None:
-    """Refuse a source whose loading runs code, unless it is trusted.
+    """Refuse a source that runs code when it is loaded, unless it is trusted.
+
+    Args:
+        source: the source.
+        why: how it runs code, as a clause.
+        trust: whether the user trusts it.
 
     Raises:
-        ExportError: saying what --trust means.
+        ExportError: the source is not trusted; the message says what --trust means.
     """
     if not trust:
         raise ExportError(
-            f"{source.text} is {source.what}: {why}, so whoever made it can do on this host whatever you can. "
-            "Nothing was loaded. If you made it yourself or trust who did, say --trust"
+            f"{source.text} is {source.what}: {why}, so its author can do on this host whatever you can. "
+            "Nothing was loaded. If you trust its author, add --trust"
         )

@@ -1,7 +1,7 @@
-"""What a model takes, as said on the command line: ``NAME=DTYPE[DIMS]``.
+"""Inputs of a model as the command line names them: ``NAME=DTYPE[DIMS]``.
 
-image=float32[batch,3,224,224]     three sizes, and a free one
-ids=int64[batch,sequence]          axes of one name have one size
+image=float32[batch,3,224,224]     three sizes and one free dimension
+ids=int64[batch,sequence]          axes with the same name have the same size
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _FORM = re.compile(r"(?P<name>[^=]+)=(?P<dtype>\w+)(?:\[(?P<dims>[^\[\]]*)\])?")
 _SIZES = (
     (2, 5, 7, 11, 13),
     (3, 4, 6, 9, 10),
-)  # of free dimensions, in two samples; none is 1, which exporters take as fixed
+)  # sizes of free dimensions in two samples; none is 1, which exporters take for a fixed size
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input.
+    """An input of a model.
 
     Attributes:
-        name: its name.
-        dtype: ONNX's name of the element type.
-        shape: sizes, and names of free dimensions.
+        name: name of the input.
+        dtype: ONNX's name of its element type.
+        shape: its sizes, and names of free dimensions.
     """
 
     name: str
@@ -39,25 +39,25 @@ class InputSpec:
 
     @property
     def axes(self) -> dict[int, str]:
-        """The free dimensions by axis."""
+        """Names of the free dimensions by axis."""
         return {axis: dim for axis, dim in enumerate(self.shape) if isinstance(dim, str)}
 
 
 def parse_spec(text: str) -> InputSpec:
-    """Read ``NAME=DTYPE[DIMS]``.
+    """Parse ``NAME=DTYPE[DIMS]``.
 
     Raises:
-        ExportError: naming what is wrong with it.
+        ExportError: the text does not have this form; the message names the wrong part.
     """
-    found = _FORM.fullmatch(text.strip())
-    if found is None:
+    match = _FORM.fullmatch(text.strip())
+    if match is None:
         raise ExportError(f"the input {text!r} is not NAME=DTYPE[DIMS], as in x=float32[batch,3,224,224]")
-    if found["dtype"] not in TRAVELLING_TYPES:
+    if match["dtype"] not in TRAVELLING_TYPES:
         raise ExportError(
-            f"the input {text!r}: there is no type {found['dtype']!r}; allowed: {', '.join(sorted(TRAVELLING_TYPES))}"
+            f"the input {text!r}: there is no type {match['dtype']!r}; allowed: {', '.join(sorted(TRAVELLING_TYPES))}"
         )
     shape: list[int | str] = []
-    for part in (found["dims"] or "").split(",") if found["dims"] else ():
+    for part in (match["dims"] or "").split(",") if match["dims"] else ():
         part = part.strip()
         if size := parse_whole(part, MOST_SIZE):
             shape.append(size)
@@ -65,13 +65,18 @@ def parse_spec(text: str) -> InputSpec:
             shape.append(part)
         else:
             raise ExportError(
-                f"the input {text!r}: {part!r} is neither a size from 1 to {MOST_SIZE} nor a name of a free dimension"
+                f"the input {text!r}: {part!r} is neither a size from 1 to {MOST_SIZE} nor the name of a free dimension"
             )
-    return InputSpec(found["name"].strip(), found["dtype"], tuple(shape))
+    return InputSpec(match["name"].strip(), match["dtype"], tuple(shape))
 
 
 def samples(specs: Sequence[InputSpec], *, fixed: Mapping[str, int] | None = None) -> Iterator[dict[str, Array]]:
-    """Two sets of random inputs, of other sizes where those are free. Integers are small."""
+    """Two sets of random inputs, with different sizes of free dimensions. Integers lie in [0, 10).
+
+    Args:
+        specs: the inputs.
+        fixed: sizes of free dimensions that both sets have.
+    """
     names = list(dict.fromkeys(dim for spec in specs for dim in spec.shape if isinstance(dim, str)))
     for number, choices in enumerate(_SIZES):
         sizes = {name: choices[place % len(choices)] for place, name in enumerate(names)} | dict(fixed or {})

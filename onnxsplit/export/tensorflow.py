@@ -1,6 +1,6 @@
-"""TensorFlow: SavedModels, Keras 3 and TFLite, through tf2onnx.
+"""TensorFlow: SavedModels, Keras 3 and TFLite, by tf2onnx.
 
-Keras models go by way of a SavedModel: tf2onnx's own way for Keras does not know sequential models of Keras 3.
+Keras models are first exported as a SavedModel, because tf2onnx does not support sequential models of Keras 3.
 """
 
 from __future__ import annotations
@@ -25,19 +25,24 @@ from onnxsplit.export.specs import InputSpec, samples
 from onnxsplit.tensors import Array, dtype_name
 
 _EXTRA = "pip install 'onnxsplit[tensorflow]'"
-_NEWEST_OPSET = 18  # that tf2onnx 1.17 knows
+_NEWEST_OPSET = 18  # the newest that tf2onnx 1.17 supports
 _MOST_CONFIG_BYTES = 64 << 20
 _SIGNATURE = "serving_default"
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """A SavedModel, a Keras model, or a TFLite model."""
+    """The conversion of a SavedModel, a Keras model, or a TFLite model.
+
+    Raises:
+        ExportError: the source is not trusted, or cannot be loaded or converted.
+        MissingDependency: TensorFlow or tf2onnx is not installed.
+    """
     tf, tf2onnx = _required()
     assert source.path is not None
     opset = options.opset or _NEWEST_OPSET
     if opset > _NEWEST_OPSET:
         raise ExportError(
-            f"tf2onnx knows opsets up to {_NEWEST_OPSET}, not {opset}; raise it afterwards: export the ONNX file"
+            f"tf2onnx supports opsets up to {_NEWEST_OPSET}, not {opset}; export the ONNX file again to raise its opset"
         )
     if source.kind == "tflite":
         return [_tflite(tf, tf2onnx, source.path, opset)]
@@ -47,6 +52,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
 
 
 def _required() -> tuple[Any, Any]:
+    """Import TensorFlow, without GPUs, and tf2onnx."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     try:
@@ -66,7 +72,7 @@ def _failed(what: str, error: BaseException) -> ExportError:
 def _saved_model(tf: Any, tf2onnx: Any, path: Path, opset: int, options: ExportOptions) -> Conversion:
     try:
         loaded = tf.saved_model.load(str(path))
-    except Exception as error:  # TensorFlow raises whatever its parts raise
+    except Exception as error:  # TensorFlow raises errors of any type
         raise _failed(f"TensorFlow cannot load {path}", error) from error
     if _SIGNATURE not in loaded.signatures:
         raise ExportError(f"{path} has no signature {_SIGNATURE!r}; it has: {', '.join(loaded.signatures) or 'none'}")
@@ -87,9 +93,9 @@ def _saved_model(tf: Any, tf2onnx: Any, path: Path, opset: int, options: ExportO
         finish.save(proto, file)
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
-        assert loaded is not None  # its functions live as long as it does
-        found = function(**{spec.name: tf.constant(sample[spec.name]) for spec in specs})
-        return {name: value.numpy() for name, value in found.items()}
+        assert loaded is not None  # its functions need it
+        results = function(**{spec.name: tf.constant(sample[spec.name]) for spec in specs})
+        return {name: value.numpy() for name, value in results.items()}
 
     known = {spec.name: spec for spec in options.inputs}
     if strange := known.keys() - {spec.name for spec in specs}:
@@ -107,10 +113,10 @@ def _saved_model(tf: Any, tf2onnx: Any, path: Path, opset: int, options: ExportO
 
 
 def _spec(spec: Any) -> InputSpec:
-    """An input of a signature: its first free axis is called ``batch``, others after it."""
+    """An input of a signature: a free first axis is called ``batch``, other free axes INPUT_AXIS."""
     if spec.shape.rank is None:
         raise ExportError(
-            f"the rank of the input {spec.name!r} is unknown; say it: --input {spec.name}=float32[batch,...]"
+            f"the rank of the input {spec.name!r} is unknown; give it: --input {spec.name}=float32[batch,...]"
         )
     shape = tuple(
         size if size is not None else "batch" if axis == 0 else f"{spec.name}_{axis}"
@@ -123,7 +129,7 @@ def _spec(spec: Any) -> InputSpec:
 def _keras(tf: Any, tf2onnx: Any, source: Source, opset: int, options: ExportOptions) -> Conversion:
     assert source.path is not None
     if not zipfile.is_zipfile(source.path):
-        refuse_code(source, "in the older HDF5 form, layers may be code, and nothing tells which", trust=options.trust)
+        refuse_code(source, "in the older HDF5 form, any layer may be code", trust=options.trust)
     lambdas = _lambdas(source.path)
     if lambdas:
         refuse_code(source, f"it has Lambda layers ({', '.join(lambdas)}), which are code", trust=options.trust)
@@ -131,7 +137,7 @@ def _keras(tf: Any, tf2onnx: Any, source: Source, opset: int, options: ExportOpt
         import keras
 
         model = keras.saving.load_model(source.path, safe_mode=not options.trust, compile=False)
-    except Exception as error:  # Keras raises whatever its parts raise
+    except Exception as error:  # Keras raises errors of any type
         if "Lambda" in str(error) or "lambda" in str(error):
             refuse_code(source, "it has Lambda layers, which are code", trust=options.trust)
         raise _failed(f"Keras cannot load {source.path}", error) from error
@@ -145,20 +151,20 @@ def _keras(tf: Any, tf2onnx: Any, source: Source, opset: int, options: ExportOpt
 
 
 def _lambdas(path: Path) -> list[str]:
-    """Names of the layers that are code, by the configuration in the file, which is JSON."""
+    """Names of the layers that are code, from the JSON configuration in the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.getinfo("config.json").file_size > _MOST_CONFIG_BYTES:
-                raise ExportError(f"{path}: its config.json has over {_MOST_CONFIG_BYTES} bytes, which none needs")
+                raise ExportError(f"{path}: its config.json has over {_MOST_CONFIG_BYTES} bytes, the most that is read")
             config = json.loads(archive.read("config.json"))
     except (OSError, KeyError, ValueError, RuntimeError, RecursionError, zlib.error, zipfile.BadZipFile):
-        return []  # Keras says what is wrong with it
-    found: list[str] = []
+        return []  # Keras then reports the error
+    names: list[str] = []
 
     def walk(value: Any) -> None:
         if isinstance(value, dict):
             if value.get("class_name") == "Lambda":
-                found.append(str(dict(value.get("config") or {}).get("name", "lambda")))
+                names.append(str(dict(value.get("config") or {}).get("name", "lambda")))
             for one in value.values():
                 walk(one)
         elif isinstance(value, list):
@@ -166,7 +172,7 @@ def _lambdas(path: Path) -> list[str]:
                 walk(one)
 
     walk(config)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(names))
 
 
 def _tflite(tf: Any, tf2onnx: Any, path: Path, opset: int) -> Conversion:

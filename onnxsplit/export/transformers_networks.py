@@ -38,17 +38,17 @@ def _conversion(
     part: str | None = None,
     many: int | None = None,
 ) -> Conversion:
-    """A conversion of a wrapped network.
+    """The conversion of a wrapped network.
 
     Args:
         torch: PyTorch.
         network: the wrapper.
-        make: inputs by name, for sizes.
-        axes: free axes of inputs and outputs.
-        outputs: names.
-        options: of the export.
-        part: of several models.
-        many: the first of the inputs that the wrapper takes as ``*arguments``.
+        make: returns inputs by name, for sizes of free dimensions.
+        axes: names of free axes of inputs and outputs.
+        outputs: names of the outputs.
+        options: options of the export.
+        part: name of the part, if there are several models.
+        many: position of the first input that the wrapper takes as ``*arguments``.
     """
     import transformers
 
@@ -80,14 +80,14 @@ def _ids(torch: Any, config: Any, *shape: int) -> Any:
 
 
 def _mask(torch: Any, batch: int, length: int, column: int = -1) -> Any:
-    """A mask that hides one place of the first row: with ones alone, what is done with a mask would not show."""
+    """A mask that hides one position of the first row, so that a network that ignores its mask is noticed."""
     mask = torch.ones((batch, length), dtype=torch.int64)
     mask[0, column] = 0
     return mask
 
 
 def _encoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
-    """Tokens and a mask in; all tensors that the network gives out."""
+    """An encoder: takes tokens and a mask, returns all tensors that the network returns."""
     config, takes = model.config, inspect.signature(model.forward).parameters
     names = ["input_ids", *(name for name in ("attention_mask",) if name in takes)]
     if "token_type_ids" in takes and getattr(config, "type_vocab_size", 0) > 1:
@@ -114,8 +114,8 @@ def _encoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
 
         def forward(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> Any:
             every = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-            found = self.model(**{name: every[name] for name in names}, return_dict=True, **more)
-            return tuple(found[name] for name in outputs)
+            results = self.model(**{name: every[name] for name in names}, return_dict=True, **more)
+            return tuple(results[name] for name in outputs)
 
     free: DynamicAxes = {0: "batch", 1: "sequence"}
     axes = dict.fromkeys(names, free) | {
@@ -126,7 +126,7 @@ def _encoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
 
 
 def _vision(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
-    """Pictures in; all tensors that the network gives out."""
+    """A vision network: takes images, returns all tensors that the network returns."""
     config = model.config
     side = getattr(config, "image_size", 224)
     height, width = side if isinstance(side, list | tuple) else (side, side)
@@ -144,15 +144,15 @@ def _vision(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
             self.model = model
 
         def forward(self, pixel_values: Any) -> Any:
-            found = self.model(pixel_values=pixel_values, return_dict=True)
-            return tuple(found[name] for name in outputs)
+            results = self.model(pixel_values=pixel_values, return_dict=True)
+            return tuple(results[name] for name in outputs)
 
     axes: dict[str, DynamicAxes] = {name: {0: "batch"} for name in ("pixel_values", *outputs)}
     return [_conversion(torch, Vision(), make, axes, outputs, options)]
 
 
 def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
-    """Tokens, a mask and positions in, and the cache; scores of the next token out, and the cache."""
+    """A decoder: takes tokens, a mask, positions and the cache; returns scores of the next token and the cache."""
     config, takes = model.config, inspect.signature(model.forward).parameters
     text = config.get_text_config(decoder=True)
     layers, heads = text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -184,7 +184,7 @@ def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
 
 
 def _causal(torch: Any, model: Any, *, positions: bool, cached: bool) -> Any:
-    """A decoder whose cache is flat tensors: key and value of each layer."""
+    """A decoder whose cache is a flat list of tensors: key and value of each layer."""
     from transformers.cache_utils import DynamicCache
 
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -196,10 +196,10 @@ def _causal(torch: Any, model: Any, *, positions: bool, cached: bool) -> Any:
         if not cached:
             return model(**words, use_cache=False, return_dict=True).logits
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
-        found = model(**words, use_cache=True, return_dict=True, **{argument: cache})
-        after = getattr(found, argument, None)
-        after = after if after is not None else found.past_key_values
-        return (found.logits, *(tensor for layer in after.layers for tensor in (layer.keys, layer.values)))
+        results = model(**words, use_cache=True, return_dict=True, **{argument: cache})
+        after = getattr(results, argument, None)
+        after = after if after is not None else results.past_key_values
+        return (results.logits, *(tensor for layer in after.layers for tensor in (layer.keys, layer.values)))
 
     class Decoder(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -228,7 +228,7 @@ def _causal(torch: Any, model: Any, *, positions: bool, cached: bool) -> Any:
 
 
 def _pair(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
-    """Two models: an encoder, and a decoder that reads what it gives."""
+    """Two models: an encoder, and a decoder that reads its output."""
     from transformers.modeling_outputs import BaseModelOutput
 
     config = model.config
