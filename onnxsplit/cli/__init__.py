@@ -21,8 +21,8 @@ _COMMANDS = {
         "inspect": "Show a model's ops, cost and memory, and where it can be cut.",
         "partition": "Cut a model into balanced stages and write a plan.",
         "cluster": "Describe devices and links in a file, and measure them.",
-        "place": "Move a plan's stages to other devices without cutting the model again.",
-        "verify": "Compare the outputs of a plan's stages with those of the whole model.",
+        "place": "Move a plan's stages to other devices without a new cut.",
+        "verify": "Compare a plan's outputs with those of the whole model.",
         "merge": "Join the stages of a plan into one model again.",
     },
     "Run": {
@@ -36,7 +36,7 @@ _COMMANDS = {
     },
     "Help": {
         "doctor": "Show what this host has, and what onnxsplit can use of it.",
-        "completion": "Print a script that completes commands and options in your shell.",
+        "completion": "Print a script for completion in your shell.",
     },
 }
 

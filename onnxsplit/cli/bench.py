@@ -1,4 +1,4 @@
-"""``onnxsplit bench``."""
+"""The command ``onnxsplit bench``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``onnxsplit cluster``."""
+"""The command ``onnxsplit cluster``."""
 
 from __future__ import annotations
 
@@ -84,9 +84,10 @@ def measure(
     keys: Path | None,
     insecure: bool,
 ) -> None:
-    """Measure devices by running MODEL, and links by sending data; write both into the cluster file.
+    """Measure devices and links, and write both to the cluster file.
 
-    Measured are the devices of this host and of every host with an agent, and the links between these hosts.
+    Devices are measured by running MODEL, links by sending data. Measured are the devices of this host and of every
+    host with an agent, and the links between these hosts.
     """
     from onnxsplit.cluster import LOCAL
     from onnxsplit.cluster_files import load_cluster
@@ -161,7 +162,10 @@ def _show(output: Output, cluster: Cluster) -> None:
 @option("--insecure", is_flag=True, help="Allow unencrypted links to other hosts.")
 @custom_ops_option
 def agent(output: Output, *, bind: str, keys: Path | None, insecure: bool, custom_ops: tuple[str, ...]) -> None:
-    """Answer onnxsplit cluster measure from other hosts until Ctrl-C: run the models they send, and measure links."""
+    """Answer onnxsplit cluster measure on other hosts.
+
+    Runs the models that they send and measures links to them, until Ctrl-C.
+    """
     from onnxsplit.custom_ops import find_libraries
     from runtime.measure.agent import serve
     from runtime.wire.keys import Keys

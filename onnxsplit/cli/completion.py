@@ -1,4 +1,4 @@
-"""``onnxsplit completion``."""
+"""The command ``onnxsplit completion``."""
 
 from __future__ import annotations
 

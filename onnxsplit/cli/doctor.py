@@ -1,4 +1,4 @@
-"""``onnxsplit doctor``."""
+"""The command ``onnxsplit doctor``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``onnxsplit export``."""
+"""The command ``onnxsplit export``."""
 
 from __future__ import annotations
 

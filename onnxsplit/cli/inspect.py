@@ -1,4 +1,4 @@
-"""``onnxsplit inspect``."""
+"""The command ``onnxsplit inspect``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``onnxsplit keys``."""
+"""The command ``onnxsplit keys``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def command() -> None:
     "--node", "nodes", multiple=True, metavar="NAME", help="Name of a node to make keys for, in DIR/NAME. Repeatable."
 )
 def new(output: Output, *, folder: Path, nodes: tuple[str, ...]) -> None:
-    """Make a key pair in DIR; with --node, one pair for a coordinator and one for each node, which allow each other."""
+    """Make a key pair in DIR.
+
+    With --node, makes a pair for a coordinator and one for each node, which allow each other.
+    """
     from runtime.wire.keys import create, create_for
 
     if not nodes:
@@ -43,7 +46,10 @@ def new(output: Output, *, folder: Path, nodes: tuple[str, ...]) -> None:
 @click.argument("public", type=click.Path(path_type=Path, exists=True), metavar="PUBLIC.key")
 @option("--name", required=True, help="Name for the owner of the key; for a node's coordinator it is 'coordinator'.")
 def allow_one(output: Output, *, folder: Path, public: Path, name: str) -> None:
-    """Allow the owner of PUBLIC.key to connect to the process whose keys are in DIR."""
+    """Allow the owner of a public key to connect.
+
+    It may then connect to the process whose keys are in DIR.
+    """
     from runtime.wire.keys import Keys, allow
 
     Keys(folder)
@@ -56,7 +62,10 @@ def allow_one(output: Output, *, folder: Path, public: Path, name: str) -> None:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True), metavar="DIR")
 @click.argument("name")
 def revoke_one(output: Output, *, folder: Path, name: str) -> None:
-    """Stop allowing NAME to connect to the process whose keys are in DIR; a running pipeline drops it at once."""
+    """Stop allowing the owner of a key to connect.
+
+    NAME may no longer connect to the process whose keys are in DIR. A running pipeline drops it at once.
+    """
     from runtime.wire.keys import Keys, revoke
 
     Keys(folder)

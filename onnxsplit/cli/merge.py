@@ -1,4 +1,4 @@
-"""``onnxsplit merge``."""
+"""The command ``onnxsplit merge``."""
 
 from __future__ import annotations
 

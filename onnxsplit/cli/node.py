@@ -1,4 +1,4 @@
-"""``onnxsplit node``."""
+"""The command ``onnxsplit node``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from onnxsplit.numbers import MOST_SECONDS
     "--stage",
     type=STAGE,
     metavar="I",
-    help="Stage to execute. Without it: any stage that lacks a node; a pipeline with --elastic then adds no place.",
+    help="Stage to execute. Without it: any stage that lacks a node. An --elastic pipeline adds a place only for "
+    "nodes with --stage.",
 )
 @option(
     "--plan",

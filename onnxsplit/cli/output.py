@@ -281,14 +281,13 @@ def make_command(function: Callable[..., Any]) -> click.Command:
         with _messages(output):
             function(output, **options)
 
-    run: Command = wrapped
+    made = click.command(cls=ManyValues)(wrapped)
     for names, variable, words in (
-        (("-v", "--verbose"), "ONNXSPLIT_VERBOSE", "Print a line for each step on stderr."),
-        (("-q", "--quiet"), "ONNXSPLIT_QUIET", "Print nothing but errors."),
         (("--json", "as_json"), "ONNXSPLIT_JSON", "Print one JSON object instead of text."),
+        (("-q", "--quiet"), "ONNXSPLIT_QUIET", "Print nothing but errors."),
+        (("-v", "--verbose"), "ONNXSPLIT_VERBOSE", "Print a line for each step on stderr."),
     ):
-        run = option(*names, is_flag=True, envvar=variable, help=words)(run)
-    made = click.command(cls=ManyValues)(run)
+        made.params.append(SectionOption(names, is_flag=True, envvar=variable, show_envvar=True, help=words))
     for parameter in made.params:
         if isinstance(parameter.type, click.Path):
             parameter.type = FilePath(path_type=Path, exists=parameter.type.exists)

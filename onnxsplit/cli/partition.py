@@ -1,4 +1,4 @@
-"""``onnxsplit partition``."""
+"""The command ``onnxsplit partition``."""
 
 from __future__ import annotations
 

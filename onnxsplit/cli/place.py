@@ -1,4 +1,4 @@
-"""``onnxsplit place``."""
+"""The command ``onnxsplit place``."""
 
 from __future__ import annotations
 

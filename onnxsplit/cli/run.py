@@ -1,4 +1,4 @@
-"""``onnxsplit run``."""
+"""The command ``onnxsplit run``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``onnxsplit status``."""
+"""The command ``onnxsplit status``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``onnxsplit verify``."""
+"""The command ``onnxsplit verify``."""
 
 from __future__ import annotations
 
