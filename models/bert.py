@@ -10,7 +10,7 @@ from onnxsplit.export import Recipe
 
 
 class Layer(nn.Module):
-    """Self-attention over the tokens that the mask leaves, then a wide hidden layer."""
+    """Self-attention over the tokens that the mask admits, then a wide hidden layer."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Tokens and a mask of ones and zeros in; a vector a token, and one for the whole, out."""
+    """Takes tokens and a mask of ones and zeros; returns a vector for each token, and one for the whole text."""
 
     def __init__(self, layers: int, width: int, heads: int, vocabulary: int, positions: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def build(
     positions: int = 512,
     sequence: int = 128,
 ) -> Recipe:
-    """BERT-base; fewer ``layers`` and less ``width`` make a small one."""
+    """BERT-base; fewer ``layers`` and a smaller ``width`` make a small model."""
     torch.manual_seed(0)
     shape = (2, sequence)
     return Recipe(

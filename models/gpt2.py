@@ -15,7 +15,7 @@ from onnxsplit.export import Recipe
 
 
 class Block(nn.Module):
-    """Causal self-attention, then a wide hidden layer, each with its shortcut."""
+    """Causal self-attention, then a wide hidden layer, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -32,19 +32,19 @@ class Block(nn.Module):
         return self.rest(x, scaled_dot_product_attention(query, key, value, is_causal=True))
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values: [batch, heads, length, width of a head]."""
+        """Queries, keys and values, each of shape [batch, heads, length, width of a head]."""
         batch, length, width = x.shape
         parts = self.query_key_value(self.norm_attention(x)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, value
 
     def rest(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What comes after attention."""
+        """The part of the block after attention."""
         x = x + self.project(mixed.transpose(1, 2).reshape(x.shape))
         return x + self.narrow(gelu(self.widen(self.norm_hidden(x)), approximate="tanh"))
 
     def step(self, x: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, where the keys and values of what came before are given."""
+        """Attention with the cached keys and values of earlier tokens."""
         query, key, value = self.parts(x)
         key, value = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
         scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5 + causal(x.shape[1], past_key.shape[2])
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens in, scores of the next token at every place out. One table embeds tokens and scores them."""
+    """Takes tokens; returns scores of the next token at every position. One table embeds tokens and scores them."""
 
     def __init__(self, layers: int, width: int, heads: int, vocabulary: int, positions: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
 
 
 class Stepping(Decoder):
-    """Tokens and the cache in; scores of the next token, and the cache, out."""
+    """Takes tokens and the cache; returns scores of the next token, and the cache."""
 
     def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         length = past[0].shape[2]
@@ -84,7 +84,7 @@ class Stepping(Decoder):
 def with_cache(
     layers: int = 4, width: int = 256, heads: int = 8, vocabulary: int = 1000, positions: int = 256
 ) -> Recipe:
-    """A small one with its cache."""
+    """A small decoder with its cache."""
     torch.manual_seed(0)
     axes = {name: {0: "batch", 2: "past_sequence"} for name in cache_names("past_key_values", layers)}
     past = {name: torch.randn(2, heads, 3, width // heads) for name in axes}
@@ -104,7 +104,7 @@ def build(
     positions: int = 1024,
     sequence: int = 64,
 ) -> Recipe:
-    """GPT-2 (124 million weights); fewer ``layers`` and less ``width`` make a small one."""
+    """GPT-2 (124 million weights); fewer ``layers`` and a smaller ``width`` make a small model."""
     torch.manual_seed(0)
     return Recipe(
         network=Decoder(layers, width, heads, vocabulary, positions).eval(),

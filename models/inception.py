@@ -9,7 +9,7 @@ from onnxsplit.export import Recipe
 
 
 def convolution(channels: int, width: int, size: int) -> nn.Sequential:
-    """Convolution, batch norm, ReLU; the picture keeps its size."""
+    """Convolution, batch norm and ReLU; the image keeps its size."""
     return nn.Sequential(
         nn.Conv2d(channels, width, size, padding=size // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()
     )
@@ -38,7 +38,7 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """Stem, mixed blocks with a pooling after every second, classes."""
+    """A stem, mixed blocks with pooling after every second one, and a classifier."""
 
     def __init__(self, blocks: int, width: int, classes: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Inception(nn.Module):
 
 
 def build(blocks: int = 6, width: int = 64, size: int = 128, classes: int = 100) -> Recipe:
-    """Six mixed blocks; fewer ``blocks`` and less ``width`` make a small one."""
+    """Six mixed blocks; fewer ``blocks`` and a smaller ``width`` make a small model."""
     torch.manual_seed(0)
     return Recipe(
         network=Inception(blocks, width, classes).eval(),

@@ -15,18 +15,18 @@ from onnxsplit.export import Recipe
 
 
 def cache_names(kind: str, layers: int) -> tuple[str, ...]:
-    """Of the cache's tensors, layer by layer."""
+    """Names of the cache's tensors, layer by layer."""
     return tuple(f"{kind}.{layer}.{what}" for layer in range(layers) for what in ("key", "value"))
 
 
 def causal(sequence: int, past: int) -> Tensor:
-    """Scores to add: nothing for what a place may look at, minus infinity for what comes after it."""
+    """Scores to add: 0 for the positions that a token may attend to, minus infinity for later ones."""
     places = torch.arange(past + sequence)
     return torch.where(places[None, :] <= places[past:, None], 0.0, float("-inf"))
 
 
 def rotated(x: Tensor, past: int, base: float) -> Tensor:
-    """Pairs of coordinates turned by an angle that grows with the place."""
+    """Rotary position embedding: pairs of coordinates are rotated by an angle that grows with the position."""
     half = x.shape[-1] // 2
     speed = base ** (-torch.arange(half) / half)
     angle = (past + torch.arange(x.shape[-2]))[:, None] * speed[None, :]
@@ -36,7 +36,7 @@ def rotated(x: Tensor, past: int, base: float) -> Tensor:
 
 
 class Norm(nn.Module):
-    """Root mean square norm."""
+    """Root mean square normalisation."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Norm(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention over what was and what is, then the gated hidden layer."""
+    """Attention over cached and new tokens, then the gated hidden layer."""
 
     def __init__(self, width: int, heads: int, groups: int, hidden: int) -> None:
         super().__init__()
@@ -64,21 +64,21 @@ class Layer(nn.Module):
         return x.view(x.shape[0], x.shape[1], count, self.size).transpose(1, 2)
 
     def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        past, found = past_key.shape[2], self.norm_attention(x)
-        query = rotated(self.split(self.query(found), self.heads), past, 10000.0)
-        key = torch.cat((past_key, rotated(self.split(self.key(found), self.groups), past, 10000.0)), 2)
-        value = torch.cat((past_value, self.split(self.value(found), self.groups)), 2)
+        past, normed = past_key.shape[2], self.norm_attention(x)
+        query = rotated(self.split(self.query(normed), self.heads), past, 10000.0)
+        key = torch.cat((past_key, rotated(self.split(self.key(normed), self.groups), past, 10000.0)), 2)
+        value = torch.cat((past_value, self.split(self.value(normed), self.groups)), 2)
         batch, _, sequence, _ = query.shape
         together = query.view(batch, self.groups, self.heads // self.groups, sequence, self.size)
         scores = together @ key[:, :, None].transpose(3, 4) / self.size**0.5 + causal(sequence, past)
         mixed = (scores.softmax(-1) @ value[:, :, None]).reshape(batch, self.heads, sequence, self.size)
         x = x + self.project(mixed.transpose(1, 2).reshape(batch, sequence, self.heads * self.size))
-        found = self.norm_hidden(x)
-        return x + self.down(silu(self.gate(found)) * self.up(found)), key, value
+        normed = self.norm_hidden(x)
+        return x + self.down(silu(self.gate(normed)) * self.up(normed)), key, value
 
 
 class Decoder(nn.Module):
-    """Tokens and the cache in; scores of the next token, and the cache, out."""
+    """Takes tokens and the cache; returns scores of the next token, and the cache."""
 
     def __init__(self, layers: int, width: int, heads: int, groups: int, hidden: int, vocabulary: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
 def build(
     layers: int = 4, width: int = 256, heads: int = 8, groups: int = 2, hidden: int = 688, vocabulary: int = 1000
 ) -> Recipe:
-    """A small one; more ``layers`` and ``width`` make a large one."""
+    """A small decoder; more ``layers`` and a larger ``width`` make a large model."""
     torch.manual_seed(0)
     axes = {name: {0: "batch", 2: "past_sequence"} for name in cache_names("past_key_values", layers)}
     past = {name: torch.randn(2, groups, 3, width // heads) for name in axes}

@@ -9,12 +9,12 @@ from onnxsplit.export import Recipe
 
 
 def convolution(channels: int, width: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution, batch norm, ReLU."""
+    """A 3x3 convolution, batch norm and ReLU."""
     return nn.Sequential(nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
 
 class MultiTask(nn.Module):
-    """A picture in; class scores, a box and a mask of the same size out."""
+    """Takes an image; returns class scores, a box, and a mask of the image's size."""
 
     def __init__(self, depth: int, width: int, classes: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class MultiTask(nn.Module):
 
 
 def build(depth: int = 6, width: int = 48, size: int = 128, classes: int = 50) -> Recipe:
-    """Six layers of backbone; less ``depth`` and ``width`` make a small one."""
+    """A backbone of six layers; a smaller ``depth`` and ``width`` make a small model."""
     torch.manual_seed(0)
     return Recipe(
         network=MultiTask(depth, width, classes).eval(),

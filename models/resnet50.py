@@ -9,7 +9,7 @@ from onnxsplit.export import Recipe
 
 
 class Bottleneck(nn.Module):
-    """1x1 to narrow, 3x3, 1x1 to widen, and a shortcut around."""
+    """A narrowing 1x1, a 3x3 and a widening 1x1 convolution, with a residual connection."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, four groups of blocks, mean over the picture, classes."""
+    """A stem, four groups of blocks, the mean over the image, and a classifier."""
 
     def __init__(self, blocks: tuple[int, ...], width: int, classes: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
 
 
 def build(blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, size: int = 224, classes: int = 1000) -> Recipe:
-    """ResNet-50; fewer ``blocks`` and less ``width`` make a small one."""
+    """ResNet-50; fewer ``blocks`` and a smaller ``width`` make a small model."""
     torch.manual_seed(0)
     return Recipe(
         network=ResNet(blocks, width, classes).eval(),

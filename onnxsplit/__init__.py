@@ -1,6 +1,6 @@
 """Cut any ONNX model into cost-balanced stages, with a plan that other processes can run.
 
-``import onnxsplit`` loads nothing heavy; what is named here is imported when it is first used.
+``import onnxsplit`` loads no heavy library; the public names are imported when they are first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m onnxsplit``."""
+"""Runs the command line: ``python -m onnxsplit``."""
 
 from onnxsplit.cli import main
 
