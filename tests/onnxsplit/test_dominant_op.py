@@ -79,7 +79,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("make", "words"), CASES)
-@pytest.mark.parametrize("options", [{"stages": 2}, {"cut_at": ["x"]}, {"cut": ["nowhere"]}])
+@pytest.mark.parametrize("options", [{"stages": 2}, {"cut_at": ["x"]}, {"also_cut": ["nowhere"]}])
 def test_a_model_in_one_op_is_explained_at_the_cut(tmp_path, make, words, options):
     model = build.save(make(), tmp_path)
     onnx.checker.check_model(str(model))
