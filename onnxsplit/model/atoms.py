@@ -1,12 +1,12 @@
-"""Ops that must stay together, contracted into atoms; and ops that every reader copies.
+"""Atoms: groups of ops that must stay together. And copied ops: every stage that reads them holds a copy.
 
 - A value that cannot travel (a sequence, a map, an optional, a tensor of an unknown type) keeps its writer and all its
   readers in one atom.
-- Constants are copied into every stage that reads them. So is DequantizeLinear of a travelling tensor: the small
-  integers cross, and every reader expands them for itself. QuantizeLinear stays with the op before it.
-- What contraction leaves on a cycle is merged.
+- Constants are copied into every stage that reads them. So is DequantizeLinear of a tensor that can travel: the small
+  integers cross the cut, and every reader dequantises them for itself. QuantizeLinear stays with the op before it.
+- Atoms that form a cycle after this contraction are merged.
 
-Everything else is an atom of a single op: any tensor that can travel is a candidate for a cut.
+Every other op is an atom of its own: any tensor that can travel is a candidate for a cut.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from onnxsplit.plan import CALLER
 
 @dataclass(frozen=True)
 class AtomEdge:
-    """A tensor that leaves the atom that writes it.
+    """A tensor that other atoms or the caller read.
 
     Attributes:
         tensor: its name.
-        writer: an atom, or :data:`CALLER`.
+        writer: the atom that writes it, or :data:`CALLER` for an input of the model.
         readers: the other atoms that read it, ascending.
         to_caller: True for an output of the model.
     """
@@ -45,7 +45,7 @@ class Atoms:
 
     Attributes:
         ops: the ops of every atom; atoms are in a topological order.
-        copied: ops that belong to no atom: each stage that reads their outputs holds a copy.
+        copied: ops that belong to no atom; each stage that reads their outputs holds a copy of them.
         edges: tensors between atoms, and between atoms and the caller.
         digraph: atoms as nodes, with an arc from the writer of a tensor to each of its readers.
     """
@@ -59,13 +59,13 @@ class Atoms:
 def build_atoms(
     graph: OpGraph, shapes: Shapes, together: Sequence[Sequence[int]] = (), *, single: bool = False
 ) -> Atoms:
-    """Contract the graph. Linear in its size but for the sorting.
+    """Contract the graph into atoms, in time O(n log n) in the number of ops and tensors.
 
     Args:
         graph: the ops.
         shapes: which tensors can travel.
-        together: groups of ops that must share an atom, too.
-        single: contract nothing; for bounds only, since not all of it can be cut.
+        together: further groups of ops that must share an atom.
+        single: contract nothing; for lower bounds only, since some of these atoms cannot be parted.
     """
     copied = _copied_ops(graph, shapes)
     needs = needed_tensors(graph, copied)
@@ -84,20 +84,21 @@ def build_atoms(
 
 
 def needed_tensors(graph: OpGraph, copied: frozenset[int]) -> dict[int, tuple[str, ...]]:
-    """What each op needs from elsewhere once copied ops are expanded: inputs and tensors of ops that are not copied."""
+    """Tensors that each op needs from other ops or the caller; a copied op is replaced by what it needs itself."""
     needs: dict[int, tuple[str, ...]] = {}
     for op in graph.ops:
-        found: dict[str, None] = {}
+        needed: dict[str, None] = {}
         for name in op.reads:
             if name in graph.constants:
                 continue
             writer = graph.producer.get(name)
-            found.update(dict.fromkeys(needs[writer] if writer in copied else (name,)))
-        needs[op.index] = tuple(found)
+            needed.update(dict.fromkeys(needs[writer] if writer in copied else (name,)))
+        needs[op.index] = tuple(needed)
     return needs
 
 
 def _copied_ops(graph: OpGraph, shapes: Shapes) -> frozenset[int]:
+    """Constant ops and dequantising ops, except those that write an output of the model."""
     outputs = set(graph.outputs)
     return frozenset(
         op.index
@@ -107,14 +108,16 @@ def _copied_ops(graph: OpGraph, shapes: Shapes) -> frozenset[int]:
 
 
 def _is_dequantize(op: Op, graph: OpGraph, shapes: Shapes) -> bool:
+    """Whether an op dequantises a tensor that can travel, with constant parameters."""
     if op.op_type != "DequantizeLinear":
         return False
     quantized, *parameters = op.inputs
-    steady = all(n in graph.constants or graph.producer.get(n) in graph.constant_ops for n in parameters)
-    return steady and shapes.travels(quantized)
+    fixed = all(n in graph.constants or graph.producer.get(n) in graph.constant_ops for n in parameters)
+    return fixed and shapes.travels(quantized)
 
 
 def _groups(graph: OpGraph, shapes: Shapes, copied: frozenset[int], needs: dict[int, tuple[str, ...]]) -> UnionFind:
+    """Ops joined where a tensor cannot travel, or where QuantizeLinear reads what it quantises."""
     groups = UnionFind(op.index for op in graph.ops if op.index not in copied)
     for op in graph.ops:
         if op.index in copied:

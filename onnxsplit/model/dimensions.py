@@ -11,9 +11,9 @@ from onnxsplit.plan import TensorSpec
 
 
 def free_dimensions(specs: Mapping[str, TensorSpec]) -> dict[str, list[tuple[str, int]]]:
-    """Dimensions of the inputs that have no fixed size: name -> the (input, axis) pairs it stands for.
+    """Dimensions of the inputs without a fixed size: the (input, axis) pairs where each occurs, by name.
 
-    A dimension without a name is called ``INPUT.AXIS``. Formulas, such as ``past + 1``, are in it under their text.
+    A dimension without a name is called ``INPUT.AXIS``. A formula, such as ``past + 1``, is listed by its text.
     """
     free: dict[str, list[tuple[str, int]]] = {}
     for name, spec in specs.items():
@@ -24,29 +24,29 @@ def free_dimensions(specs: Mapping[str, TensorSpec]) -> dict[str, list[tuple[str
 
 
 def formula_dimensions(specs: Mapping[str, TensorSpec]) -> dict[str, Formula]:
-    """Those of the free dimensions whose sizes follow from others, by their text."""
+    """Free dimensions whose sizes follow from others, by their text."""
     return formulas_among(free_dimensions(specs))
 
 
 def sized_dimensions(specs: Mapping[str, TensorSpec]) -> dict[str, list[tuple[str, int]]]:
-    """Dimensions that a size can be chosen for: as :func:`free_dimensions`, with formulas replaced by their names.
+    """Dimensions whose size can be chosen: as :func:`free_dimensions`, but formulas are replaced by the names in them.
 
-    A name that stands in formulas alone is at the places of those.
+    A name that only occurs in formulas is listed with the (input, axis) pairs of these formulas.
     """
     free, formulas = free_dimensions(specs), formula_dimensions(specs)
-    found = {name: where for name, where in free.items() if name not in formulas}
+    sized = {name: where for name, where in free.items() if name not in formulas}
     for text, formula in formulas.items():
         for name in formula.names:
             if name not in free:
-                found.setdefault(name, []).extend(free[text])
-    return found
+                sized.setdefault(name, []).extend(free[text])
+    return sized
 
 
 def check_dimensions(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> None:
-    """Refuse sizes for dimensions that the inputs do not have, or that follow from others, and sizes below 0.
+    """Refuse sizes of unknown dimensions, sizes of formulas, and sizes out of range.
 
     Raises:
-        InputError: naming them and the dimensions there are.
+        InputError: names the dimensions, and those that the model has.
     """
     sized, formulas = sized_dimensions(specs), formula_dimensions(specs)
     unknown = sorted(set(dims) - set(sized))
@@ -68,12 +68,12 @@ def check_dimensions(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -
 
 
 def with_formulas(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of dimensions, and those that follow from them, by the text of their formulas.
+    """The given sizes of dimensions, and the sizes of formulas that follow from them, by text.
 
     Raises:
-        InputError: a formula gives no size: its value is negative, or above what a dimension can have.
+        InputError: the value of a formula is negative, or larger than a dimension can be.
     """
-    found = dict(dims)
+    sizes = dict(dims)
     for text, formula in formula_dimensions(specs).items():
         if not dims.keys() >= set(formula.names):
             continue
@@ -83,15 +83,15 @@ def with_formulas(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> d
             raise InputError(
                 f"dimension {text!r} has no size of 0 to {MOST_SIZE} at {chosen}; give other sizes with --dim NAME=N"
             )
-        found[text] = size
-    return found
+        sizes[text] = size
+    return sizes
 
 
 def bind(specs: Mapping[str, TensorSpec], dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the inputs with sizes put in for symbolic dimensions.
+    """Shapes of the inputs, with sizes in place of symbolic dimensions.
 
     Raises:
-        InputError: a dimension is not in the model, has no size, or an input's rank is unknown.
+        InputError: a dimension is not in the model or has no size, or an input's rank is unknown.
     """
     check_dimensions(specs, dims)
     missing = [name for name in sized_dimensions(specs) if name not in dims]

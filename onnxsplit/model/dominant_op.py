@@ -1,4 +1,4 @@
-"""Why a model cannot be cut: nearly all of it lies in one op."""
+"""The dominant op of a model that cannot be cut: an If, Loop, Scan or function call that holds nearly all of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 from onnxsplit.model.graph import Op, OpGraph
 from onnxsplit.model.protobuf import all_nodes, called_functions, function_key, functions_of, nested_graphs
 
-_OUTSIDE_SHARE = 10  # one op outside for so many inside is still nearly all
+_OUTSIDE_SHARE = 10  # at least 10 ops inside for one outside count as nearly all
 
 _ADVICE = {
     "If": "Optimum merges decoders like this (decoder_model_merged.onnx). Take the files it merged, decoder_model.onnx "
@@ -18,7 +18,7 @@ _ADVICE = {
 
 
 def explain_dominant_op(graph: OpGraph) -> str | None:
-    """A sentence on the op that nearly the whole network lies in, and what to do; None when there is no such op."""
+    """A sentence on the op that holds nearly the whole network, and what to do; None when there is no such op."""
     if not graph.ops:
         return None
     inside = [_inside(graph, op) for op in graph.ops]
@@ -35,18 +35,18 @@ def explain_dominant_op(graph: OpGraph) -> str | None:
             f"ops; {outside} are outside), and a call runs in one stage. Put the function's ops in its place: "
             f"python -c {command}"
         )
-    bodies = [sum(1 for _ in all_nodes(body.node)) for body in nested_graphs(op.node)]
+    held_ops = [sum(1 for _ in all_nodes(body.node)) for body in nested_graphs(op.node)]
     where = "the two branches" if op.op_type == "If" else "the body"
     advice = _ADVICE.get(op.op_type, "Export the body as a model of its own")
-    sizes = " and ".join(map(str, bodies))
+    sizes = " and ".join(map(str, held_ops))
     return (
         f"nearly the whole network lies in {where} of one {op.op_type} (op {op.name!r}: {sizes} ops; {outside} are "
-        f"outside), and an op runs in one stage with all that is in it. {advice}"
+        f"outside), and an op runs in one stage with all its ops inside. {advice}"
     )
 
 
 def _inside(graph: OpGraph, op: Op) -> int:
-    """Ops in the bodies and functions of an op."""
+    """Number of ops in the subgraphs and functions of an op."""
     functions = functions_of(graph.source.proto)
     bodies = sum(1 for _ in all_nodes([op.node])) - 1
     return bodies + sum(1 for key in called_functions([op.node], functions) for _ in all_nodes(functions[key].node))

@@ -1,8 +1,8 @@
-"""Example inputs: those a user gives, or made up so that real models accept them.
+"""Example inputs: given by a user, or made up so that real models accept them.
 
-Made-up inputs follow from what the model says of them: type, shape, name, and the tables that integers index. Sizes
-of free dimensions are tried in turn until the model runs. Where a dimension is a formula of others, such as
-``past + 1``, its size follows from theirs.
+Made-up inputs follow what the model declares: type, shape, name, and the tables that integers index. Sizes of free
+dimensions are tried one after another until the model runs. A dimension that is a formula of others, such as
+``past + 1``, gets its size from theirs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onnxsplit.plan import TensorSpec
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype, size_bytes
 
 _BATCH = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
-_STATE = re.compile(r"state|hidden|cell|^[hc][n0-9]?$", re.IGNORECASE)  # [layers, batch, width] by custom
+_STATE = re.compile(r"state|hidden|cell|^[hc][n0-9]?$", re.IGNORECASE)  # usually [layers, batch, width]
 _PAST = re.compile(r"past|cache", re.IGNORECASE)
 _SEQUENCE_SIZES = (128, 32, 16, 64, 256, 512, 8, 1)
 _IMAGE_SIZES = (224, 320, 256, 640, 64, 48, 32, 512)
@@ -36,10 +36,10 @@ _TRANSPARENT = frozenset(
 
 
 def dimension_choices(specs: Mapping[str, TensorSpec], fixed: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Sizes to try for the free dimensions, likeliest first; those in ``fixed`` stay.
+    """Sizes to try for the free dimensions, most likely first; sizes in ``fixed`` stay.
 
     Raises:
-        InputError: ``fixed`` names a dimension that is not in the model, or no size that is tried suits a formula.
+        InputError: ``fixed`` names a dimension that the model does not have, or a formula has no size at any choice.
     """
     free = sized_dimensions(specs)
     check_dimensions(specs, fixed)
@@ -61,9 +61,9 @@ def dimension_choices(specs: Mapping[str, TensorSpec], fixed: Mapping[str, int])
 
 
 def _combinations(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
-    """All dimensions at the same place of their lists first, then one at another place than the rest."""
-    places = range(max((len(options) for options in sizes.values()), default=1))
-    level = [{name: options[min(place, len(options) - 1)] for name, options in sizes.items()} for place in places]
+    """Combinations of sizes: first all dimensions at the same position of their lists, then one at another position."""
+    positions = range(max((len(options) for options in sizes.values()), default=1))
+    level = [{name: options[min(i, len(options) - 1)] for name, options in sizes.items()} for i in positions]
     yield from level
     for rest in level:
         for name, options in sizes.items():
@@ -71,6 +71,7 @@ def _combinations(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, in
 
 
 def _sizes(name: str, specs: Mapping[str, TensorSpec], where: list[tuple[str, int]]) -> tuple[int, ...]:
+    """Sizes to try for one dimension, by its name and by the ranks and axes where it occurs."""
     ranks = {len(specs[owner].shape or ()) for owner, _ in where}
     axes = {axis for _, axis in where}
     if _BATCH.search(name) or axes == {0}:
@@ -90,9 +91,9 @@ def guesses(
     sizes: Mapping[str, tuple[int, ...]],
     defaults: Mapping[str, Array],
 ) -> Iterator[dict[str, Array]]:
-    """Inputs of the given shapes to try in turn: as they come, then with integers that index other tensors bounded.
+    """Made-up inputs of the given shapes to try one after another.
 
-    Inputs that have a default are that.
+    In the second set, integers that index other tensors lie within those. Inputs with a default have their default.
     """
     specs = {name: spec for name, spec in specs.items() if name not in defaults}
     sizes = {**sizes, **{name: array.shape for name, array in defaults.items()}}
@@ -107,16 +108,20 @@ def synthesize(
     sizes: Mapping[str, tuple[int, ...]],
     shapes: Shapes | None = None,
 ) -> dict[str, Array]:
-    """Make up inputs of the given shapes; the same ones each time.
+    """Make up inputs of the given shapes; the same arguments give the same inputs.
 
-    Floats lie in [0, 1); integers that index a table lie within it; masks are ones; lengths are the longest axis.
+    Floats lie in [0, 1); integers that index a constant table lie within it; masks are ones; lengths are the size of
+    the longest axis.
 
     Args:
         graph: the model.
-        specs: its inputs.
-        sizes: their shapes.
-        shapes: those of all tensors at these sizes; with them, integers also lie within what they index that is no
-            constant, such as the nodes of a graph network.
+        specs: types of the inputs.
+        sizes: shapes of the inputs.
+        shapes: shapes of all tensors at these sizes; with them, integers also lie within tensors that are not
+            constants, such as the nodes of a graph network.
+
+    Raises:
+        InputError: the inputs would take over 4 GiB.
     """
     total = sum(size_bytes(spec.dtype, sizes[name]) for name, spec in specs.items())
     if total > _MOST_BYTES:
@@ -132,11 +137,11 @@ def synthesize(
 
 
 def _bound(graph: OpGraph, name: str, spec: TensorSpec, shapes: Shapes | None) -> int | None:
-    """What integers of an input must stay below, as far as that is known."""
+    """The bound that integers of an input must stay below; None when none is known."""
     bounds = [table_size(graph, name)]
     if shapes is not None and spec.dtype in _INDEX_TYPES:
         for data, axes in _indexed(graph, name, shapes):
-            size = shapes.sizes.get(data, ())  # where it is unknown, 0 is the index that most tensors have
+            size = shapes.sizes.get(data, ())  # with unknown sizes, 0 is an index that most tensors have
             bounds.append(min((size[axis] for axis in axes if -len(size) <= axis < len(size)), default=1))
     return min((max(1, bound) for bound in bounds if bound is not None), default=None)
 
@@ -167,9 +172,9 @@ def _values(
 
 
 def table_size(graph: OpGraph, name: str) -> int | None:
-    """The least number of rows of the constant tables that an input indexes with Gather; None when it indexes none."""
+    """Rows of the smallest constant table that an input indexes with Gather; None when it indexes none."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.source.proto.graph.initializer}
-    found: list[int] = []
+    rows: list[int] = []
     pending, seen = [name], {name}
     while pending:
         tensor = pending.pop()
@@ -179,23 +184,23 @@ def table_size(graph: OpGraph, name: str) -> int | None:
                 shape = shapes.get(op.node.input[0])
                 axis = next((a.i for a in op.node.attribute if a.name == "axis"), 0)
                 if shape and -len(shape) <= axis < len(shape):
-                    found.append(shape[axis])
+                    rows.append(shape[axis])
             elif op.op_type in _TRANSPARENT:
                 new = [output for output in op.outputs if output not in seen]
                 pending += new
                 seen.update(new)
-    return min(found, default=None)
+    return min(rows, default=None)
 
 
 def _indexes(graph: OpGraph, name: str) -> bool:
-    """Whether values that come from an input may index a tensor that is no constant."""
+    """Whether values computed from an input may index a tensor that is not a constant."""
     return any(data not in graph.constants for data, _ in _indexed(graph, name, None))
 
 
 def _indexed(graph: OpGraph, name: str, shapes: Shapes | None) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Tensors that values computed from an input index, and along which axes.
+    """Tensors that values computed from an input index, with the indexed axes.
 
-    Values are followed through every op that writes integers, as far as ``shapes`` knows.
+    Values are followed through every op that writes integers; an output of unknown type counts as integers.
     """
     pending, seen = [name], {name}
     while pending:
@@ -212,7 +217,7 @@ def _indexed(graph: OpGraph, name: str, shapes: Shapes | None) -> Iterator[tuple
 
 
 def _indexed_axes(op: Op, indices: str, shapes: Shapes | None) -> tuple[int, ...]:
-    """The axes of its first input that an op's indices go along."""
+    """The axes of an op's first input that its indices select along."""
     if op.op_type in ("GatherND", "ScatterND"):
         size = shapes.sizes.get(indices, ()) if shapes is not None else ()
         return tuple(range(size[-1] if size else 1))
@@ -220,24 +225,25 @@ def _indexed_axes(op: Op, indices: str, shapes: Shapes | None) -> tuple[int, ...
 
 
 def accept(graph: OpGraph, specs: Mapping[str, TensorSpec], given: Mapping[str, Array]) -> dict[str, int]:
-    """Check inputs that a user gave; returns the sizes of the free dimensions they have.
+    """Check inputs that a user gave; returns the sizes that free dimensions have in them.
 
     Raises:
-        InputError: they do not fit, or give one dimension two sizes.
+        InputError: the inputs do not fit the model, or give one dimension two sizes.
     """
     check_inputs(given, {name: (spec.dtype, spec.shape) for name, spec in specs.items()}, _unread(graph))
     return sizes_in(specs, given)
 
 
 def sizes_in(specs: Mapping[str, TensorSpec], given: Mapping[str, Array]) -> dict[str, int]:
-    """The sizes that free dimensions have in inputs, where those agree."""
+    """Sizes of the free dimensions in given inputs; dimensions with different sizes are left out."""
     dims: dict[str, int] = {}
     for dim, where in free_dimensions(specs).items():
-        found = {given[owner].shape[axis] for owner, axis in where if owner in given}
-        if len(found) == 1:
-            dims[dim] = int(found.pop())
+        sizes = {given[owner].shape[axis] for owner, axis in where if owner in given}
+        if len(sizes) == 1:
+            dims[dim] = int(sizes.pop())
     return dims
 
 
 def _unread(graph: OpGraph) -> frozenset[str]:
+    """Inputs that neither an op nor an output reads."""
     return frozenset(name for name in graph.inputs if name not in graph.readers and name not in graph.outputs)

@@ -1,9 +1,9 @@
-"""External data: the files beside a model that hold its weights.
+"""External data: files beside a model that hold its weights.
 
 A model names such a file by a *location*, a path relative to the model's folder. This module follows ONNX Runtime's
 rule: the file must lie in the model's folder or, when the model itself is a link, in the folder of the file that the
-link leads to. Caches of Hugging Face are laid out like this: ``snapshots/REV/model.onnx`` and its data are links to
-files in ``blobs``. Every function here gives paths without links, so nothing that is opened later follows one.
+link leads to. Hugging Face lays out its cache like this: ``snapshots/REV/model.onnx`` and its data are links to files
+in ``blobs``. Every function here returns paths without links, so that no later open follows a link.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def is_external(tensor: onnx.TensorProto) -> bool:
 
 
 def location_of(tensor: onnx.TensorProto) -> str:
-    """The path of a tensor's external data, relative to the model's folder; '' when it names none."""
+    """The path of a tensor's external data, relative to the model's folder; empty when the tensor names none."""
     return next((entry.value for entry in reversed(tensor.external_data) if entry.key == "location"), "")
 
 
 def external_range(model: Path, tensor: onnx.TensorProto) -> tuple[Path, int, int]:
-    """Where a tensor's external data lies: file (without links), offset, length in bytes.
+    """Where a tensor's external data lies: its file (without links), offset and length in bytes.
 
     Args:
         model: the path of the model that the tensor is of.
@@ -47,22 +47,22 @@ def external_range(model: Path, tensor: onnx.TensorProto) -> tuple[Path, int, in
     offset = _number(entries.get("offset"), f"{what}: offset")
     length = _number(entries.get("length"), f"{what}: length") or expected
     if length < expected:
-        raise ModelError(f"{what}: says that it has {length} bytes; its type and shape need {expected}")
+        raise ModelError(f"{what}: it declares {length} bytes, but its type and shape need {expected}")
     available = path.stat().st_size
     if offset + length > available:
         raise ModelError(
-            f"{what}: needs {length} bytes at {offset}, {location!r} has {available}: "
+            f"{what}: it needs {length} bytes at offset {offset}, but {location!r} has {available}: "
             "the file is truncated or belongs to another model"
         )
     return path, offset, length
 
 
 def _number(text: str | None, what: str) -> int:
-    """A number of bytes as ONNX writes it; 0 when it is not given."""
+    """Parse a number of bytes as ONNX writes it; 0 when it is missing."""
     if not text:
         return 0
     if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS:
-        raise ModelError(f"{what} {shown(text)} is no number of bytes")
+        raise ModelError(f"{what} {shown(text)} is not a number of bytes")
     return int(text)
 
 
@@ -82,7 +82,7 @@ def _resolved(model: Path, location: str, what: str) -> Path:
     except FileNotFoundError as error:
         if path.is_symlink():
             raise ModelError(
-                f"{what}: {path} is a link to {path.readlink()}, which is missing; fetch the data again"
+                f"{what}: {path} is a link to {path.readlink()}, which does not exist; fetch the data again"
             ) from error
         raise ModelError(f"{what}: {path} is missing; keep it beside the model") from error
     except OSError as error:
@@ -98,24 +98,24 @@ def _check_folder(model: Path, path: Path, real: Path, what: str) -> None:
     if not any(real.is_relative_to(folder) for folder in folders):
         raise ModelError(
             f"{what}: {path} is a link to {real}, outside the folders allowed: {' and '.join(map(str, folders))}. Put "
-            "the file itself into the model's folder"
+            "the file itself in the model's folder"
         )
 
 
 def open_external(file: Path) -> FileIO:
-    """Open a file that :func:`external_range` gave; a link that takes its place meanwhile is refused.
+    """Open a file that :func:`external_range` returned; a link that has replaced it since then is refused.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     return os.fdopen(os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", buffering=0)
 
 
 def load_external(model: Path, tensors: Iterable[onnx.TensorProto]) -> None:
-    """Read external data into the tensors themselves.
+    """Read external data into the tensors themselves, which then are no longer external.
 
     Raises:
-        ModelError: as :func:`external_range`, or it cannot be read.
+        ModelError: as :func:`external_range`, or the data cannot be read.
     """
     for tensor, (file, offset, length) in _ranges(model, tensors):
         try:
@@ -132,14 +132,14 @@ def load_external(model: Path, tensors: Iterable[onnx.TensorProto]) -> None:
 
 
 def point_from_one_folder(model: Path, tensors: Iterable[onnx.TensorProto]) -> Path:
-    """Give the tensors locations that start at one folder and pass through no link; return that folder.
+    """Give the tensors locations relative to one common folder, without links; return that folder.
 
     A session on the bytes of a model looks for external data in one folder only, and does not know the model's path.
     """
-    found = list(_ranges(model, tensors))
-    parents = {file.parent for _, (file, _, _) in found}
+    ranges = list(_ranges(model, tensors))
+    parents = {file.parent for _, (file, _, _) in ranges}
     folder = Path(os.path.commonpath(parents) if parents else os.path.realpath(model.parent))
-    for tensor, (file, _, _) in found:
+    for tensor, (file, _, _) in ranges:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = str(file.relative_to(folder))

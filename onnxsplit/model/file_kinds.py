@@ -1,4 +1,4 @@
-"""What a file is when it is not an ONNX model, and what to do with it: told by its first bytes, loading nothing."""
+"""What a file is that is not an ONNX model, and what to do with it: told by its first bytes; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from onnxsplit.files import open_regular
 
 _HEAD_BYTES = 4096
 _LISTED = 5
-_EXPORT = re.compile(r"\{export (\.\w+)(.*?)\}")  # in a phrase: the ending that `onnxsplit export` knows, and options
+_EXPORT = re.compile(
+    r"\{export (\.\w+)(.*?)\}"
+)  # in a phrase: a file ending that `onnxsplit export` accepts, and options
 _CONVERT = re.compile(r"\{convert (\w+)\}")  # in a phrase: the name of the form, as onnx.load takes it
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # what text does not hold
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that text does not contain
 _WEIGHTS = (
     "Weights alone do not make a model: export the network they belong to, with onnxsplit export FOLDER -o model.onnx "
     "for a folder of transformers with its config.json, or onnxsplit export RECIPE.py -o model.onnx"
@@ -46,7 +48,7 @@ _TORCH = (
     "a file of PyTorch. {export .pt --trust --input NAME=DTYPE[DIMS]}, if it holds a whole module. If it holds a "
     f"state_dict: {_WEIGHTS[0].lower()}{_WEIGHTS[1:]}"
 )
-_ALSO = {".pt": (".pth",), ".pkl": (".pickle", ".joblib")}  # other endings that `onnxsplit export` knows
+_ALSO = {".pt": (".pth",), ".pkl": (".pickle", ".joblib")}  # other file endings that `onnxsplit export` accepts
 
 _JSON: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ((b'"irVersion"', b'"ir_version"', b'"opsetImport"'), "ONNX as JSON. {convert json}"),
@@ -57,10 +59,10 @@ _JSON: tuple[tuple[tuple[bytes, ...], str], ...] = (
 
 
 def what_is(path: Path) -> str | None:
-    """What a file or folder is, as a phrase that ends with what to do; None when it is nothing that is known.
+    """What a file or folder is, as a phrase that ends with what to do; None when its kind is not known.
 
     Args:
-        path: of a regular file or a folder that is not an ONNX model.
+        path: a regular file that is not an ONNX model, or a folder.
     """
     try:
         if path.is_dir():
@@ -69,21 +71,21 @@ def what_is(path: Path) -> str | None:
             head = stream.read(_HEAD_BYTES)
     except OSError:
         return None
-    return next((_filled(found, path) for guess in _GUESSES if (found := guess(path, head)) is not None), None)
+    return next((_filled(phrase, path) for guess in _GUESSES if (phrase := guess(path, head)) is not None), None)
 
 
 def _filled(phrase: str, path: Path) -> str:
     """A phrase with the commands in it written out for this file."""
 
-    def export(found: re.Match[str]) -> str:
-        ending, options = found.groups()
+    def export(match: re.Match[str]) -> str:
+        ending, options = match.groups()
         file, first = path, ""
         if path.suffix.lower() not in (ending, *_ALSO.get(ending, ())):
             file, first = path.with_suffix(ending), f"Rename it to {path.with_suffix(ending).name}. "
         return f"{first}Make ONNX of it: onnxsplit export {shlex.quote(str(file))} -o OUT.onnx{options}"
 
-    def convert(found: re.Match[str]) -> str:
-        load = f"onnx.load({str(path)!r}, format={found[1]!r})"
+    def convert(match: re.Match[str]) -> str:
+        load = f"onnx.load({str(path)!r}, format={match[1]!r})"
         return "Convert it: python -c " + shlex.quote(f"import onnx; onnx.save({load}, 'OUT.onnx')")
 
     return _CONVERT.sub(convert, _EXPORT.sub(export, phrase))
@@ -119,7 +121,7 @@ def _zip(path: Path, head: bytes) -> str | None:
 
 
 def _named(names: Iterable[str]) -> str:
-    """The models among the names of files."""
+    """The ONNX files among some file names, as text."""
     models = sorted(name for name in names if name.endswith(".onnx"))
     more = f" and {len(models) - _LISTED} more" if len(models) > _LISTED else ""
     return ", ".join(map(shown, models[:_LISTED])) + more
@@ -153,17 +155,15 @@ def _tensorflow(path: Path, head: bytes) -> str | None:
 
 
 def _text(path: Path, head: bytes) -> str | None:
-    """What text is; binary files hold bytes that are none."""
+    """The kind of a text file; None for a binary file."""
     if not head.strip(b"\0"):
-        return "zeros alone, as a download or a copy leaves that did not finish; fetch it again"
+        return "only zeros, as an unfinished download or copy leaves; fetch it again"
     if _CONTROL.search(head) or not _is_utf8(head):
         return None
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     lower = text[:512].lower()
     if lower.startswith((b"<!doctype html", b"<html", b"<head")):
-        return (
-            "an HTML page, as a server sends instead of a file that needs a login or another address; download it again"
-        )
+        return "an HTML page, which servers send when a file needs a login or has another address; download it again"
     if b"<net " in lower:
         return f"a model of OpenVINO (.xml, with its weights in .bin), {_NO_WAY_BACK}"
     if lower.startswith(b"<?xml"):
@@ -201,7 +201,7 @@ def _folder(path: Path) -> str | None:
     """What to do with a folder."""
     names = {entry.name for entry in path.iterdir()}
     if "plan.json" in names:
-        return "a plan directory: the model is cut already. Run it: onnxsplit run, or onnxsplit serve"
+        return "a plan directory: the model has been cut already. Run it: onnxsplit run, or onnxsplit serve"
     if "saved_model.pb" in names:
         return f"a SavedModel of TensorFlow. {_export_folder(path)}"
     if "Manifest.json" in names and path.suffix == ".mlpackage":

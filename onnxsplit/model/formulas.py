@@ -4,8 +4,8 @@
     product  = factor { ("*" | "//") factor }
     factor   = number | name | "(" sum ")"
 
-Whatever does not follow this grammar is a plain name. Texts, nesting and values are bounded, and nothing is evaluated
-by Python itself.
+A name that does not follow this grammar is a plain name. Text, nesting and values are bounded, and Python's own
+``eval`` is not used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SIGNS: dict[str, Callable[[int, int], int]] = {
     "//": operator.floordiv,
 }
 
-_Tree = int | str | tuple[str, "_Tree", "_Tree"]  # a number, a name, or a sign and what stands on its sides
+_Tree = int | str | tuple[str, "_Tree", "_Tree"]  # a number, a name, or a sign with its two operands
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Formula:
     """A dimension whose size follows from the sizes of others.
 
     Attributes:
-        text: as the model writes it.
+        text: the formula as the model writes it.
         names: the names in it, each once.
+        tree: the parsed formula.
     """
 
     text: str
@@ -43,13 +44,13 @@ class Formula:
     tree: _Tree
 
     def value(self, sizes: Mapping[str, int]) -> int | None:
-        """The size, where all names have one; None where it is negative, too large, or divided by 0."""
-        found = _value(self.tree, sizes)
-        return found if found is not None and found >= 0 else None
+        """The size, from the sizes of its names; None when one is missing, or the result is negative or too large."""
+        size = _value(self.tree, sizes)
+        return size if size is not None and size >= 0 else None
 
 
 def parse_formula(text: str) -> Formula | None:
-    """A dimension's name as a formula; None for a plain name."""
+    """Parse a dimension's name as a formula; None for a plain name."""
     tokens = _tokens(text)
     if tokens is None:
         return None
@@ -65,9 +66,9 @@ def parse_formula(text: str) -> Formula | None:
 
 
 def formulas_among(dims: Iterable[str]) -> dict[str, Formula]:
-    """Those of a model's dimension names that are formulas.
+    """The formulas among a model's dimension names.
 
-    A name with a minus sign, such as ``hidden-size``, is a formula only where all its parts are dimensions themselves.
+    A name with a minus sign, such as ``hidden-size``, is a formula only if all its parts are dimensions of the model.
     """
     parsed = {dim: parse_formula(dim) for dim in dims}
     plain = {dim for dim, formula in parsed.items() if formula is None}
@@ -129,18 +130,18 @@ class _Parser:
 
 
 def _tokens(text: str) -> list[tuple[str, str]] | None:
-    """Kind and text of every token; None where something else stands between them."""
+    """Kind and text of every token; None when the text holds anything else."""
     text = text.strip()
     if len(text) > _MOST_LENGTH:
         return None
-    found, place = [], 0
+    tokens, place = [], 0
     while place < len(text):
         match = _TOKEN.match(text, place)
         if match is None or match.lastgroup is None:
             return None
-        found.append((match.lastgroup, match[match.lastgroup]))
+        tokens.append((match.lastgroup, match[match.lastgroup]))
         place = match.end()
-    return found
+    return tokens
 
 
 def _value(tree: _Tree, sizes: Mapping[str, int]) -> int | None:
@@ -151,5 +152,5 @@ def _value(tree: _Tree, sizes: Mapping[str, int]) -> int | None:
     sign, left, right = tree[0], _value(tree[1], sizes), _value(tree[2], sizes)
     if left is None or right is None or (sign == "//" and right == 0):
         return None
-    found = _SIGNS[sign](left, right)
-    return found if abs(found) <= _MOST_VALUE else None
+    result = _SIGNS[sign](left, right)
+    return result if abs(result) <= _MOST_VALUE else None

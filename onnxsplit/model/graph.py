@@ -1,4 +1,4 @@
-"""ONNX model -> :class:`OpGraph`.
+"""The graph of a model's ops, :class:`OpGraph`.
 
 The graph is a ``networkx.DiGraph``. Its nodes are integers, the ops in a topological order; node attributes:
 
@@ -6,10 +6,10 @@ The graph is a ``networkx.DiGraph``. Its nodes are integers, the ops in a topolo
 
 and its edges carry
 
-- ``tensors``: the names of the tensors that flow along it, in order of name.
+- ``tensors``: the names of the tensors that pass along it, sorted by name.
 
-Only live ops are in it: the ancestors of the model's outputs. Tensors captured by the bodies of If, Loop and Scan
-(at any depth) are read by the op that holds the body, exactly as its explicit inputs are.
+Only live ops are in it: the ancestors of the model's outputs. An op reads the tensors that its subgraphs (of If, Loop
+and Scan, at any depth) capture from outside, exactly as it reads its explicit inputs.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Op:
     """One op of the main graph.
 
     Attributes:
-        index: its place in the topological order, and its node in the graph.
+        index: its position in the topological order, and its node in the graph.
         name: the op's name in the model; its type and first output when it has none.
         op_type: ONNX op type.
         domain: operator domain, '' for ai.onnx.
-        inputs: tensors it reads explicitly; omitted optional inputs are left out.
-        captures: tensors of the main graph that its nested bodies read.
-        outputs: tensors it writes; omitted optional outputs are left out.
-        node: the protobuf it was read from; not to be changed.
+        inputs: tensors that it reads explicitly; omitted optional inputs are left out.
+        captures: tensors of the main graph that its subgraphs read.
+        outputs: tensors that it writes; omitted optional outputs are left out.
+        node: the protobuf that it was read from; do not change it.
     """
 
     index: int
@@ -67,28 +67,28 @@ class Op:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Inputs and captures, each once."""
+        """Names of its inputs and captures, each once."""
         return tuple(dict.fromkeys((*self.inputs, *self.captures)))
 
 
 @dataclass(frozen=True)
 class OpGraph:
-    """The graph of a model's live ops, with everything needed to look a tensor up by its name.
+    """The graph of a model's live ops, with lookups of tensors by name.
 
     Attributes:
         source: the model.
-        digraph: see the module's description.
+        digraph: the ops and the tensors between them, as the module describes.
         ops: the ops by index.
-        producer: tensor -> op that writes it.
-        readers: tensor -> ops that read it, ascending.
-        inputs: inputs a caller must give: initializers listed as inputs are constants here, see ``overridable``.
+        producer: the op that writes each tensor.
+        readers: the ops that read each tensor, ascending.
+        inputs: inputs that a caller must give; initializers that are also inputs are constants, see ``overridable``.
         outputs: outputs of the model, each once.
-        constants: initializers of the main graph (sparse ones included) -> bytes.
-        stored: the bytes of the constants, each counted once where several share it.
-        packed: those of them that some op reads of which ONNX Runtime's CPU kernels keep a packed copy.
+        constants: size in bytes of each initializer of the main graph, also of sparse ones.
+        stored: the bytes of the constants; bytes that several constants share are counted once.
+        packed: constants that are read by an op of which ONNX Runtime's CPU kernels keep a packed copy.
         overridable: initializers that the model also lists as inputs. Stages treat them as constants.
         constant_ops: ops whose result never changes: no path leads to them from an input, a random or a custom op.
-        custom_ops: ops that neither ONNX nor ONNX Runtime has, and ops that hold or call such ones.
+        custom_ops: ops that neither ONNX nor ONNX Runtime defines, and ops that hold or call such ops.
     """
 
     source: SourceModel
@@ -107,10 +107,10 @@ class OpGraph:
 
 
 def build_graph(source: SourceModel) -> OpGraph:
-    """The graph of a model's live ops.
+    """Build the graph of a model's live ops.
 
     Raises:
-        ModelError: a tensor is written twice or read but never written, or ops form a cycle.
+        ModelError: a tensor is written twice, or read but never written, or the ops form a cycle.
     """
     proto = source.proto.graph
     constants = {tensor.name: tensor_bytes(tensor) for tensor in proto.initializer}
@@ -164,13 +164,14 @@ def build_graph(source: SourceModel) -> OpGraph:
 
 
 def _places(source: SourceModel) -> dict[str, Extent]:
+    """Where the initializers lie that may share bytes with others, by name."""
     tensors = source.proto.graph.initializer
     places = zip(tensors, extents(source.place, tensors), strict=True)
     return {tensor.name: place for tensor, place in places if place is not None}
 
 
 def _sorted_live_nodes(source: SourceModel, *, given: set[str], outputs: tuple[str, ...]) -> list[onnx.NodeProto]:
-    """The ancestors of the outputs in a topological order that keeps the file's order where it can."""
+    """The ancestors of the outputs in a topological order, as close to the file's order as possible."""
     nodes = list(source.proto.graph.node)
     producer: dict[str, int] = {}
     for position, node in enumerate(nodes):
@@ -209,9 +210,10 @@ def _constant_ops(
     functions: dict[FunctionKey, onnx.FunctionProto],
     custom: frozenset[int],
 ) -> frozenset[int]:
-    found: set[int] = set()
+    """Ops whose result never changes."""
+    constant: set[int] = set()
     for op in ops:
-        steady = all(name in constants or producer.get(name) in found for name in op.reads)
-        if steady and op.index not in custom and not is_random(op.node, functions):
-            found.add(op.index)
-    return frozenset(found)
+        fixed = all(name in constants or producer.get(name) in constant for name in op.reads)
+        if fixed and op.index not in custom and not is_random(op.node, functions):
+            constant.add(op.index)
+    return frozenset(constant)

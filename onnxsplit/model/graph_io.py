@@ -1,8 +1,8 @@
 """The inputs and outputs that a model is cut with.
 
-Outputs that are left out take with them the ops and the inputs that nothing else needs. Inputs that are initializers
-too are constants in the stages, unless they are kept: then the initializer is what a request gets that leaves them out.
-Outputs that are no tensors are refused before anything is run.
+Leaving out an output also removes the ops and inputs that only this output needs. An input that is also an initializer
+becomes a constant in the stages, unless it is kept: then a request may leave it out and gets the initializer's value.
+Outputs that are not tensors are refused before anything runs.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def select(
     drop_outputs: Sequence[str] = (),
     keep_inputs: Collection[str] = (),
 ) -> SourceModel:
-    """The model with some outputs alone, and with some inputs kept that would become constants.
+    """The model with only some of its outputs, and with some inputs kept that would become constants.
 
-    The protobuf of ``source`` is changed in place, so only what is returned may be used from then on.
+    The protobuf of ``source`` is changed in place; use only the returned model afterwards.
 
     Args:
         source: the model.
         outputs: outputs to keep; all when None.
         drop_outputs: outputs to leave out.
-        keep_inputs: inputs that are initializers too, to be left inputs.
+        keep_inputs: inputs that are also initializers, and are to stay inputs.
 
     Raises:
-        PartitionError: there is no such output, or none is left.
-        InputError: an input to keep is none that has a default.
+        PartitionError: an output is unknown, or no output would be left.
+        InputError: an input to keep has no default, or is unknown.
     """
     graph = source.proto.graph
     wanted = _wanted(source, outputs, drop_outputs)
@@ -81,7 +81,7 @@ def select(
 
 
 def restored(source: SourceModel) -> onnx.ModelProto:
-    """A copy of the model with the inputs, outputs and initializers that it was given with."""
+    """A copy of the model with its original inputs, outputs, initializers and ops."""
     model = onnx.ModelProto()
     model.CopyFrom(source.proto)
     if source.io_changes is not None:
@@ -95,13 +95,13 @@ def restored(source: SourceModel) -> onnx.ModelProto:
 
 
 def defaults(source: SourceModel) -> dict[str, Array]:
-    """The values that kept inputs have where a request leaves them out."""
+    """Default values of the kept inputs by name: a request that leaves one out gets this value."""
     kept = source.io_changes.defaults if source.io_changes is not None else {}
     return {name: stored_array(source, tensor) for name, tensor in kept.items()}
 
 
 def stored_array(source: SourceModel, tensor: onnx.TensorProto) -> Array:
-    """The value of an initializer, wherever its data lies; strings as ``str``."""
+    """The value of an initializer, also of one with external data; strings as ``str``."""
     held = _copied(tensor)
     load_external(source.place, [held])
     array: Array = onnx.numpy_helper.to_array(held)
@@ -109,7 +109,7 @@ def stored_array(source: SourceModel, tensor: onnx.TensorProto) -> Array:
 
 
 def constant_text(source: SourceModel, name: str) -> str:
-    """The value of an initializer in short: itself where it is small, else its type and shape."""
+    """The value of an initializer as short text: its elements when they are few, else its type and shape."""
     tensor = next((t for t in source.proto.graph.initializer if t.name == name), None)
     if tensor is None:
         return "sparse"
@@ -123,38 +123,39 @@ def constant_text(source: SourceModel, name: str) -> str:
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
-def check_handed_on(graph: OpGraph) -> None:
-    """Refuse outputs that are no tensors a caller can be given, before anything is run.
+def check_outputs_are_tensors(graph: OpGraph) -> None:
+    """Refuse outputs that are not tensors of NumPy's types, before anything runs.
 
     Raises:
-        PartitionError: naming each, what it is, and how to cut without it.
+        PartitionError: names each such output, what it is, and how to cut without it.
     """
     types = declared_types(graph)
     refused = {}
     for name in graph.outputs:
-        what = _not_handed_on(graph, name, types.get(name))
+        what = _not_a_tensor(graph, name, types.get(name))
         if what is not None:
             refused[name] = what
     if not refused:
         return
     writers = {name: op for name in refused if (op := _writer(graph, name)) is not None}
-    found = [
+    problems = [
         f"output {name!r} is {what}" + (f", written by {op.op_type} {op.name!r}" if (op := writers.get(name)) else "")
         for name, what in refused.items()
     ]
     left = [name for name in graph.outputs if name not in refused]
     advice = f"Leave {'it' if len(refused) == 1 else 'them'} out: " + " ".join(f"--drop-output {n}" for n in refused)
     if not left:
-        advice = "The model has no other outputs, so give it such a tensor as output"
+        advice = "The model has no other output; add such a tensor to its outputs"
     if any(op.op_type == "ZipMap" for op in writers.values()):
         advice += (
             ". scikit-learn's exporter adds ZipMap to classifiers; for the probabilities as a tensor, export again "
             "with skl2onnx's options={'zipmap': False}"
         )
-    raise PartitionError(f"{'; '.join(found)}; a caller can be given only tensors of NumPy's types. {advice}")
+    raise PartitionError(f"{'; '.join(problems)}; only tensors of NumPy's types can be returned to a caller. {advice}")
 
 
 def _wanted(source: SourceModel, outputs: Sequence[str] | None, drop_outputs: Sequence[str]) -> set[str]:
+    """The outputs that stay, by name."""
     there = tuple(dict.fromkeys(value.name for value in source.proto.graph.output))
     for option, names in (("--outputs", outputs or ()), ("--drop-output", drop_outputs)):
         if isinstance(names, str):
@@ -162,7 +163,7 @@ def _wanted(source: SourceModel, outputs: Sequence[str] | None, drop_outputs: Se
         unknown = [name for name in names if name not in there]
         if unknown:
             raise PartitionError(
-                f"{option}: {', '.join(map(shown, unknown))} is no output of the model; it has {', '.join(there)}"
+                f"{option}: {', '.join(map(shown, unknown))} is not an output of the model; it has {', '.join(there)}"
                 f"{_nearest(unknown[0], there)}"
             )
     if outputs is not None and drop_outputs:
@@ -174,11 +175,13 @@ def _wanted(source: SourceModel, outputs: Sequence[str] | None, drop_outputs: Se
 
 
 def _nearest(name: object, names: Sequence[str]) -> str:
+    """A question about the most similar name; empty when none is similar."""
     close = difflib.get_close_matches(str(name), names, 1)
     return f". Did you mean {close[0]!r}?" if close else ""
 
 
 def _check_kept(source: SourceModel, keep_inputs: Collection[str]) -> None:
+    """Refuse inputs to keep that have no default."""
     if isinstance(keep_inputs, str):
         raise InputError(f"--keep-input takes a list of names, as in [{keep_inputs!r}], not the text {keep_inputs!r}")
     graph = source.proto.graph
@@ -191,7 +194,7 @@ def _check_kept(source: SourceModel, keep_inputs: Collection[str]) -> None:
         if name in sparse:
             what = "is a sparse initializer, which cannot be an input"
         elif name in inputs:
-            what = "has no default: it stays an input in any case"
+            what = "has no default, so it stays an input in any case"
         elif name in stored:
             what = "is an initializer that the model does not list as an input"
         else:
@@ -201,14 +204,14 @@ def _check_kept(source: SourceModel, keep_inputs: Collection[str]) -> None:
 
 
 def _copied(message: _Proto) -> _Proto:
-    """A copy of a protobuf, which lives on when the original is removed."""
+    """A copy of a protobuf, which stays valid when the original is removed."""
     copied: _Proto = type(message)()
     copied.CopyFrom(message)
     return copied
 
 
 def _keep(graph: onnx.GraphProto, kept: dict[str, onnx.TensorProto]) -> None:
-    """Make plain inputs of inputs that are initializers too; what they do not declare is as in their initializers."""
+    """Remove the initializers of kept inputs; an input without a declared shape gets its initializer's."""
     for position in range(len(graph.initializer) - 1, -1, -1):
         if graph.initializer[position].name in kept:
             del graph.initializer[position]
@@ -221,9 +224,9 @@ def _keep(graph: onnx.GraphProto, kept: dict[str, onnx.TensorProto]) -> None:
 
 
 def _drop(source: SourceModel, dropped: Collection[str]) -> tuple[tuple[str, ...], dict[int, onnx.NodeProto]]:
-    """Remove outputs, and the inputs and ops that only they need; returns those, ops by their places.
+    """Remove outputs, and the inputs and ops that only they need; returns those inputs, and the ops by position.
 
-    ONNX Runtime runs ops that nothing needs, so they may not stay.
+    Unneeded ops may not stay, because ONNX Runtime runs them.
     """
     graph = source.proto.graph
     before = build_graph(source)
@@ -243,8 +246,8 @@ def _drop(source: SourceModel, dropped: Collection[str]) -> tuple[tuple[str, ...
     return gone, dead
 
 
-def _not_handed_on(graph: OpGraph, name: str, kind: onnx.TypeProto | None) -> str | None:
-    """What an output is that cannot be handed on; None for one that can, or of which nothing is known yet."""
+def _not_a_tensor(graph: OpGraph, name: str, kind: onnx.TypeProto | None) -> str | None:
+    """What an output is that cannot be returned to a caller; None for one that can, or whose type is unknown yet."""
     value: str | None = kind.WhichOneof("value") if kind is not None else None
     if kind is None or value is None:
         return _written(graph, name)
@@ -259,13 +262,13 @@ def _not_handed_on(graph: OpGraph, name: str, kind: onnx.TypeProto | None) -> st
 
 
 def _written(graph: OpGraph, name: str) -> str | None:
-    """What the op that writes a tensor makes of it, as far as its type tells."""
+    """What the op that writes a value makes it, as far as the op's type tells; None otherwise."""
     op = _writer(graph, name)
     return _WRITERS.get(op.op_type) if op is not None else None
 
 
 def _writer(graph: OpGraph, name: str) -> Op | None:
-    """The op that writes a tensor; copies are followed."""
+    """The op that writes a value; Identity ops are followed."""
     while name in graph.producer:
         op = graph.ops[graph.producer[name]]
         if op.op_type != "Identity":

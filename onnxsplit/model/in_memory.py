@@ -1,6 +1,6 @@
-"""Models however they are given: a file, bytes, a protobuf or an onnx_ir model; and a file of them that can be run.
+"""Models in memory: given as bytes, as a protobuf or as an onnx_ir model; and a temporary file to run one from.
 
-A model in memory is named after its graph, and its hash is that of its bytes: those that ``onnx.save`` would write.
+A model in memory is named after its graph. Its hash is that of the bytes that ``onnx.save`` would write.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
 from onnxsplit.errors import ModelError, shown
-from onnxsplit.model.external_data import is_external, point_from_one_folder
+from onnxsplit.model.external_data import is_external, location_of, point_from_one_folder
 from onnxsplit.model.protobuf import graph_tensors, node_tensors
 from onnxsplit.model.source import SourceModel, check_source, open_model
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 ModelLike: TypeAlias = "str | os.PathLike[str] | bytes | onnx.ModelProto | onnx_ir.Model"
-"""What a model may be given as: the path of a file, its bytes, a protobuf, or an ``onnx_ir.Model``."""
+"""The forms in which a model may be given: the path of a file, its bytes, a protobuf, or an ``onnx_ir.Model``."""
 
 _MOST_BYTES = 2**31 - 1  # protobuf's own limit
 _MOST_NAME = 100
@@ -45,7 +45,7 @@ class ModelFile:
 
     Attributes:
         path: the file.
-        data_folder: where its external data lies; None for beside it.
+        data_folder: folder of its external data; None when that lies beside ``path``.
     """
 
     path: Path
@@ -53,10 +53,10 @@ class ModelFile:
 
 
 def open_any(model: ModelLike) -> SourceModel:
-    """Read a model without its external data.
+    """Read a model, given in any form, without its external data.
 
     Raises:
-        ModelError: it is none of what is allowed, or cannot be used.
+        ModelError: the model has a form that is not allowed, or cannot be used.
     """
     if isinstance(model, str | os.PathLike):
         path: object = os.fspath(model)
@@ -67,15 +67,15 @@ def open_any(model: ModelLike) -> SourceModel:
         return _from_bytes(bytes(model), None)
     if isinstance(model, onnx.ModelProto):
         return _from_proto(model, None)
-    ir = sys.modules.get("onnx_ir")  # who gives a model of it has imported it
+    ir = sys.modules.get("onnx_ir")  # a caller with such a model has imported it
     if ir is not None and isinstance(model, ir.Model):
         return _from_ir(ir, model)
-    raise ModelError(f"{_what(model)} cannot be cut as it is; {_ADVICE}")
+    raise ModelError(f"{_what(model)} cannot be cut directly; {_ADVICE}")
 
 
 @contextmanager
 def runnable(source: SourceModel) -> Iterator[ModelFile]:
-    """A file that other processes can run: the model's own, or a copy without external data that is removed again."""
+    """A file that other processes can run: the model's own file, or a temporary copy without its external data."""
     if source.in_file:
         yield ModelFile(source.path)
         return
@@ -89,7 +89,7 @@ def runnable(source: SourceModel) -> Iterator[ModelFile]:
 
 
 def _write(source: SourceModel, path: Path) -> Path | None:
-    """Write the model; returns the folder of its external data, None when it has none."""
+    """Write a model; returns the folder of its external data, or None when it has none."""
     proto = source.proto
     if not any(is_external(tensor) for tensor in graph_tensors(proto.graph)):
         path.write_bytes(proto.SerializeToString())
@@ -105,14 +105,14 @@ def _from_proto(proto: onnx.ModelProto, data_folder: Path | None) -> SourceModel
     try:
         content: bytes = proto.SerializeToString()
     except (EncodeError, ValueError) as error:
-        raise ModelError(_too_large("it has more")) from error
+        raise ModelError(_too_large("more")) from error
     return _from_bytes(content, data_folder)
 
 
 def _from_bytes(content: bytes, data_folder: Path | None) -> SourceModel:
-    """A model of its own: what is given is never changed."""
+    """Read a model from bytes; a given protobuf is not changed."""
     if len(content) > _MOST_BYTES:
-        raise ModelError(_too_large(f"it has {len(content)}"))
+        raise ModelError(_too_large(f"{len(content)}"))
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(content)
@@ -135,7 +135,7 @@ def _from_bytes(content: bytes, data_folder: Path | None) -> SourceModel:
 
 
 def _from_ir(ir: Any, model: Any) -> SourceModel:
-    """The model as a protobuf; tensors in files stay there, and say in which folder."""
+    """Turn an onnx_ir model into a protobuf; tensors in files stay in these, in one known folder."""
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     tensors += [
         attribute.value
@@ -154,37 +154,36 @@ def _from_ir(ir: Any, model: Any) -> SourceModel:
     try:
         proto = ir.to_proto(model)
     except (EncodeError, ValueError, TypeError) as error:
-        raise ModelError(f"the onnx_ir model cannot be made a protobuf: {error}") from error
+        raise ModelError(f"the onnx_ir model cannot be converted to a protobuf: {error}") from error
     return _from_proto(proto, next(iter(folders), None))
 
 
 def _no_folder(path: Path, tensor: onnx.TensorProto) -> str:
-    location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
     return (
         f"the model {str(path)!r} was given in memory, and its tensor {shown(tensor.name)} lies in the file "
-        f"{shown(location)}, whose folder is not known. Give the path of the model's file, or load the data first: "
-        "onnx.external_data_helper.load_external_data_for_model(model, folder)"
+        f"{shown(location_of(tensor))}, whose folder is not known. Give the path of the model's file, or load the data "
+        "first: onnx.external_data_helper.load_external_data_for_model(model, folder)"
     )
 
 
-def _too_large(found: str) -> str:
+def _too_large(size: str) -> str:
     return (
-        f"a model in memory may have {_MOST_BYTES} bytes (2 GB, the limit of protobuf), and {found}; save it with its "
-        "weights beside it, and give its path: onnx.save(model, 'model.onnx', save_as_external_data=True)"
+        f"a model in memory may have {_MOST_BYTES} bytes (2 GB, the limit of protobuf), and this has {size}; save it "
+        "with its weights beside it, and give its path: onnx.save(model, 'model.onnx', save_as_external_data=True)"
     )
 
 
 def _what(model: object) -> str:
-    """What was given instead of a model."""
+    """What an object is that was given instead of a model, in words."""
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
     if "torch.nn.modules.module.Module" in kinds or "torch.export.exported_program.ExportedProgram" in kinds:
         return "a PyTorch model"
     if any(kind.startswith("torch.onnx.") and kind.endswith(".ONNXProgram") for kind in kinds):
         return "a torch.onnx.ONNXProgram (give its model, or its model_proto)"
     if any(kind.startswith("onnxruntime.") and kind.endswith("Session") for kind in kinds):
-        return "an onnxruntime session (it does not give its model back; give the file it was made from)"
+        return "an onnxruntime session (it cannot return its model; give the file that it was made from)"
     if hasattr(model, "read"):
-        return "an open file (give its path, or what its read() returns)"
+        return "an open file (give its path, or the bytes that its read() returns)"
     if isinstance(model, onnx.GraphProto):
-        return "an onnx.GraphProto (a model also says its opsets: onnx.helper.make_model)"
+        return "an onnx.GraphProto (a model also has opsets; make one with onnx.helper.make_model)"
     return f"an object of type {type(model).__name__}"

@@ -1,7 +1,7 @@
-"""ONNX's multi-device fields (IR 11): what onnx's own checker does not look at.
+"""Checks of ONNX's multi-device fields (IR 11), which onnx's own checker does not make.
 
-A model may carry *configurations* (named sets of devices) and each op how it takes part in one: its pipeline stage, and
-how its tensors are sharded. These are hints; a tool that follows them needs them to make sense.
+A model may have *configurations* (named sets of devices). Each op may say how it takes part in one: its pipeline stage,
+and how its tensors are sharded. These fields are hints, but a tool that follows them needs them to be consistent.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import onnx
 
 FIRST_IR_VERSION = 11
-"""The version that brought these fields."""
+"""IR version that introduced these fields."""
 
 
 def check_multi_device(model: onnx.ModelProto) -> list[str]:
-    """Every violation in a model's multi-device fields, in words; empty when there is none."""
+    """Describe every violation in a model's multi-device fields; the list is empty when there is none."""
     return [*_check_configurations(model), *_check_ops(model), *_check_stages(model)]
 
 
@@ -27,14 +27,14 @@ def _check_configurations(model: onnx.ModelProto) -> Iterator[str]:
         if not name:
             yield "a device configuration has no name"
         elif names.count(name) > 1:
-            yield f"the device configuration {name!r} is there {names.count(name)} times"
+            yield f"the device configuration {name!r} occurs {names.count(name)} times"
     for configuration in model.configuration:
         if configuration.num_devices < 1:
             yield f"the device configuration {configuration.name!r} has {configuration.num_devices} devices"
         elif configuration.device and len(configuration.device) != configuration.num_devices:
             yield (
                 f"the device configuration {configuration.name!r} names {len(configuration.device)} devices "
-                f"and says it has {configuration.num_devices}"
+                f"but declares {configuration.num_devices}"
             )
 
 
@@ -72,7 +72,7 @@ def _check_sharding(where: str, node: onnx.NodeProto, spec: onnx.ShardingSpecPro
 
 
 def _check_stages(model: onnx.ModelProto) -> Iterator[str]:
-    """Tensors must flow to the same or a later stage."""
+    """Violations of the order of stages: a tensor may only be read in its own or a later stage."""
     for configuration in model.configuration:
         written: dict[str, int] = {}
         for node in model.graph.node:

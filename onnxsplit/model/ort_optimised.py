@@ -1,8 +1,8 @@
 """Models that ONNX Runtime's optimiser saved.
 
-Such a model holds initializers whose names the optimiser makes again when it optimises the model once more, or a stage
-of it, and ONNX Runtime then refuses the model ("Attempt to replace the existing tensor"). Other names for the
-initializers prevent that. Inputs, outputs and what ops write keep their names.
+Such a model has initializers with names that the optimiser would create again when it optimises the model, or a stage
+of it, once more. ONNX Runtime then refuses the model ("Attempt to replace the existing tensor"). Renaming the
+initializers prevents that. Inputs, outputs and tensors that ops write keep their names.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import onnx
 from onnxsplit.model.protobuf import defined_names, nested_graphs
 
 _OWN_DOMAINS = frozenset(["com.microsoft.nchwc", "com.microsoft.experimental"])
-"""Domains that a saved model always imports, and that no exporter does."""
+"""Domains that a model saved by the optimiser always imports, and that no exporter imports."""
 
 _MADE = re.compile(r"_token_\d+|_new_shape$|^gemm_(in|out)put_shape")
 _SUFFIX = ".kept"
 
 
 def is_ort_optimised(proto: onnx.ModelProto) -> bool:
-    """Whether a model shows that ONNX Runtime's optimiser saved it, itself or before another tool did."""
+    """Whether ONNX Runtime's optimiser saved a model, even if another tool changed it afterwards."""
     if any(entry.domain in _OWN_DOMAINS for entry in proto.opset_import):
         return True
     return any(_MADE.search(tensor.name) for tensor in proto.graph.initializer)
 
 
 def rename_initializers(proto: onnx.ModelProto) -> None:
-    """Give the initializers of a saved model names that the optimiser does not make.
+    """Give the initializers of a saved model names that the optimiser does not create.
 
-    Initializers that are inputs or outputs, too, keep theirs, and so do those that were renamed before.
+    Initializers that are also inputs or outputs keep their names, and so do those that were renamed before.
     """
     graph = proto.graph
     kept = {value.name for value in (*graph.input, *graph.output)}
@@ -57,17 +57,17 @@ def rename_initializers(proto: onnx.ModelProto) -> None:
 
 
 def _inner_names(graph: onnx.GraphProto) -> set[str]:
-    """Every name that ops and bodies define, at any depth."""
-    found: set[str] = set()
+    """Every name that ops and subgraphs define, at any depth."""
+    names: set[str] = set()
     for node in graph.node:
-        found.update(node.output)
+        names.update(node.output)
         for body in nested_graphs(node):
-            found |= defined_names(body) | _inner_names(body)
-    return found
+            names |= defined_names(body) | _inner_names(body)
+    return names
 
 
 def _rename_reads(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
-    """Rename what ops and bodies read; a name that a body defines hides the outer one."""
+    """Rename the tensors that ops and subgraphs read; a name that a subgraph defines hides the outer one."""
     for node in nodes:
         for position, name in enumerate(node.input):
             if name in names:

@@ -1,7 +1,7 @@
-"""How exactly two runs of one model can agree: a tolerance that follows the float types it computes in.
+"""Precision: how exactly two runs of one model can agree, by the float types that it computes in.
 
-A float16 number has 11 significant bits, so two correct orders of the same float16 arithmetic differ by far more than
-two of float32.
+A float16 number has 11 significant bits, so two correct orders of the same float16 arithmetic differ far more than two
+orders of float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from onnxsplit.model.shapes import Shapes
 from onnxsplit.tensors import Array, type_name
 
 LEAST_TOLERANCE = 1e-4
-"""The tolerance for float32 and wider types, over the scale of an output."""
+"""Tolerance for float32 and wider types, relative to the scale of an output."""
 
-# ONNX Runtime rounds to float16 where a tensor leaves a session, but not between float32 kernels inside it, so each
-# border adds a rounding: four epsilons. It rounds to the other types wherever the model says so, in the whole model as
-# in the stages, so a cut adds no rounding, and what differs is a last bit that an optimised kernel turns over.
+# ONNX Runtime rounds to float16 where a tensor leaves a session, but not between float32 kernels inside it. Each cut
+# therefore adds a rounding: four epsilons. ONNX Runtime rounds to the other types wherever the model says so, in the
+# whole model as in the stages. A cut then adds no rounding, and only a last bit differs between optimised kernels.
 _TOLERANCE = {
     "float16": 4 * 2.0**-10,
     "bfloat16": 2 * 2.0**-7,
@@ -33,53 +33,55 @@ _TOLERANCE = {
 
 
 def narrowest(types: Iterable[str]) -> str | None:
-    """The float type with the fewest significant bits; None when there is none narrower than float32."""
+    """The float type with the fewest significant bits; None when none is narrower than float32."""
     return max(sorted(_TOLERANCE.keys() & set(types)), key=_TOLERANCE.__getitem__, default=None)
 
 
 def tolerance(types: Iterable[str]) -> float:
-    """The largest difference, over an output's scale, that the roundings of these types explain.
+    """The largest difference, relative to an output's scale, that rounding to these types explains.
 
     Args:
-        types: ONNX names of the types that cross a border or that the model computes in; others are ignored.
+        types: ONNX names of the types that cross a cut or that the model computes in; wider types are ignored.
     """
     name = narrowest(types)
     return LEAST_TOLERANCE if name is None else _TOLERANCE[name]
 
 
 def computed_types(graph: OpGraph, shapes: Shapes) -> frozenset[str]:
-    """Types that a model computes in: those of the tensors its ops write, and those in bodies and functions.
+    """Types that a model computes in: types of the tensors that its ops write, and types in subgraphs and functions.
 
     Constants do not count: a weight that is stored in bfloat16 and cast to float32 is rounded before anything runs.
     """
     written = {name for op in graph.ops if op.index not in graph.constant_ops for name in op.outputs}
-    found = {spec.dtype for name, spec in shapes.specs.items() if name in written or name in graph.inputs}
+    types = {spec.dtype for name, spec in shapes.specs.items() if name in written or name in graph.inputs}
     bodies = [body for op in graph.ops for body in nested_graphs(op.node)]
     inner = [node for body in bodies for node in body.node]
     inner += [node for function in graph.source.proto.functions for node in function.node]
     numbers = {tensor.data_type for body in bodies for tensor in graph_tensors(body)} | set(_cast_to(inner))
-    return frozenset(found | {name for number in numbers if (name := type_name(number)) is not None})
+    return frozenset(types | {name for number in numbers if (name := type_name(number)) is not None})
 
 
 def _cast_to(nodes: Iterable[onnx.NodeProto]) -> Iterator[int]:
+    """Numbers of the types that Cast ops convert to."""
     for node in all_nodes(nodes):
         if node.op_type == "Cast":
             yield from (attribute.i for attribute in node.attribute if attribute.name == "to")
 
 
-def distance(found: Array, expected: Array) -> float:
-    """How far apart two tensors are, over the scale of the expected one; infinite for unlike shapes or types.
+def distance(actual: Array, expected: Array) -> float:
+    """The largest difference of two tensors, relative to the scale of the expected one.
 
-    Not-a-numbers and infinities must stand in the same places.
+    For whole numbers, booleans and text it is the share of elements that differ. It is infinite when shapes or types
+    differ, or when NaNs and infinities are not at the same positions.
     """
-    if found.shape != expected.shape or found.dtype != expected.dtype:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
     if expected.size == 0:
         return 0.0
     if is_discrete(expected):
-        return float(np.mean(found != expected))
+        return float(np.mean(actual != expected))
     is_complex = expected.dtype.kind == "c"
-    left, right = (a.astype(np.complex128 if is_complex else np.float64) for a in (found, expected))
+    left, right = (a.astype(np.complex128 if is_complex else np.float64) for a in (actual, expected))
     finite = np.isfinite(right)
     if not np.array_equal(finite, np.isfinite(left)) or not np.array_equal(
         left[~finite], right[~finite], equal_nan=True
@@ -92,5 +94,5 @@ def distance(found: Array, expected: Array) -> float:
 
 
 def is_discrete(array: Array) -> bool:
-    """Whether a tensor holds whole numbers, booleans or text, which are equal or not."""
+    """Whether a tensor holds whole numbers, booleans or text, which are compared for equality."""
     return array.dtype.kind in "biuOUS"

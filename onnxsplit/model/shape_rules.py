@@ -1,9 +1,9 @@
-"""Shapes of what only ONNX Runtime knows, and of newer ops that ONNX's inference passes over.
+"""Shape rules for ops that only ONNX Runtime defines, and for newer ops that ONNX's inference does not support.
 
-Such an op is replaced, in a copy of the model that is made for inference alone, by standard ops of the same output
-shapes and types: a stand-in. One pass of ONNX's own inference then reaches everything behind it, symbolic dimensions
-included. Inference takes the type of most ops from their first input and checks no other, which stand-ins rely on:
-``Mul(a, b)`` has the type of ``a`` and the broadcast shape of both. An output without a stand-in stays unknown.
+In a copy of the model that is only used for inference, such an op is replaced by a stand-in: standard ops with the same
+output shapes and types. One pass of ONNX's own inference then also reaches the ops behind it, with symbolic dimensions.
+Stand-ins rely on the fact that inference takes the type of most ops from their first input and does not check the
+others: ``Mul(a, b)`` has the type of ``a`` and the broadcast shape of both. An output without a stand-in stays unknown.
 
 Sources: the operator tables of ONNX Runtime (docs/ContribOperators.md) and of ONNX.
 """
@@ -23,7 +23,7 @@ _MICROSOFT = "com.microsoft"
 
 
 def use_stand_ins(model: onnx.ModelProto) -> None:
-    """Put stand-ins into a model, at any depth. Afterwards it is good for shape inference and nothing else."""
+    """Replace ops by stand-ins, also in subgraphs at any depth. The model is then only fit for shape inference."""
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     own = {(domain, name) for domain, name, _ in functions_of(model)}
@@ -51,13 +51,13 @@ def _replace(nodes: Any, opset: int, constants: dict[str, TensorProto], own: set
 
 @dataclass
 class _StandIn:
-    """The stand-in of one op in the making.
+    """Builder of the stand-in of one op.
 
     Attributes:
         node: the op.
         opset: version of the standard ops in the model.
         constants: initializers of the main graph by name.
-        nodes: the standard ops so far.
+        nodes: the standard ops that were added so far.
     """
 
     node: onnx.NodeProto
@@ -66,35 +66,35 @@ class _StandIn:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
 
     def input(self, position: int) -> str:
-        """The name of an input; empty when it is left out."""
+        """Name of an input; empty when it is left out."""
         return self.node.input[position] if position < len(self.node.input) else ""
 
     def output(self, position: int) -> str:
-        """The name of an output; empty when it is left out."""
+        """Name of an output; empty when it is left out."""
         return self.node.output[position] if position < len(self.node.output) else ""
 
     def integer(self, name: str, default: int = 0) -> int:
-        """An attribute."""
+        """Value of an integer attribute."""
         return next((a.i for a in self.node.attribute if a.name == name), default)
 
     def dims(self, name: str) -> list[int]:
-        """The shape of an initializer; empty when it is none."""
+        """Shape of an initializer; empty when the name is not one."""
         return list(self.constants[name].dims) if name in self.constants else []
 
     def add(self, op_type: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
-        """Add a standard op; returns the name of what it writes."""
+        """Add a standard op; returns the name of its output."""
         output = output or f"{next(o for o in self.node.output if o)}/stand-in/{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
         return output
 
     def constant(self, dims: Sequence[int], kind: int = TensorProto.FLOAT) -> str:
-        """A constant of a shape, without data."""
+        """Add a constant without data; returns its name."""
         tensor = TensorProto(data_type=kind, dims=dims, data_location=TensorProto.EXTERNAL)
         tensor.external_data.add(key="location", value="absent")
         return self.add("Constant", [], value=tensor)
 
     def same(self, position: int, source: int = 0) -> None:
-        """Give an output the type and shape of an input, where there are both."""
+        """Give an output the type and shape of an input, if both exist."""
         if self.output(position) and self.input(source):
             self.add("Identity", [self.input(source)], self.output(position))
 
@@ -114,7 +114,7 @@ def _skip_group_normalization(op: _StandIn) -> None:
 
 
 def _elementwise(right: int) -> Callable[[_StandIn], None]:
-    """The broadcast of the first input and another."""
+    """The broadcast shape of the first input and another one, in the type of the first."""
 
     def rule(op: _StandIn) -> None:
         op.add("Add", [op.input(0), op.input(right)], op.output(0))
@@ -123,7 +123,7 @@ def _elementwise(right: int) -> Callable[[_StandIn], None]:
 
 
 def _as(op_type: str, *positions: int, drop: Sequence[str] = ()) -> Callable[[_StandIn], None]:
-    """The standard op of these inputs and the same attributes but for some."""
+    """A standard op on some of the inputs, with the same attributes except some."""
 
     def rule(op: _StandIn) -> None:
         if op.integer("channels_last"):
@@ -136,7 +136,7 @@ def _as(op_type: str, *positions: int, drop: Sequence[str] = ()) -> Callable[[_S
 
 
 def _scaled_product(scale: int) -> Callable[[_StandIn], None]:
-    """The product of two integer matrices, in the type of a scale."""
+    """The product of two integer matrices, in the type of a scale input."""
 
     def rule(op: _StandIn) -> None:
         product = op.add("MatMul", [op.input(0), op.input(1)])
@@ -183,13 +183,14 @@ def _embedding(op: _StandIn) -> None:
 
 
 def _heads(op: _StandIn, tensor: str, heads: int) -> str:
-    """[batch, sequence, heads * size] as [batch, heads, sequence, size]."""
+    """Reshape [batch, sequence, heads * size] to [batch, heads, sequence, size]."""
     shape = helper.make_tensor("", TensorProto.INT64, [4], [0, 0, heads, -1])
     parted = op.add("Reshape", [tensor, op.add("Constant", [], value=shape)])
     return op.add("Transpose", [parted], perm=[0, 2, 1, 3])
 
 
 def _grown(op: _StandIn, past: str, new: str, output: str, axis: int) -> None:
+    """Write a key or value cache that has grown by the new one along an axis."""
     if output and past:
         op.add("Concat", [past, new], output, axis=axis)
     elif output:
@@ -197,7 +198,7 @@ def _grown(op: _StandIn, past: str, new: str, output: str, axis: int) -> None:
 
 
 def _grouped_attention(op: _StandIn) -> None:
-    """Inputs: query, key, value, past key, past value. Without a key, the query holds all three, by heads."""
+    """Inputs: query, key, value, past key, past value. Without a key, the query holds query, key and value by heads."""
     heads, shared = op.integer("num_heads"), op.integer("kv_num_heads")
     query, key, value = op.input(0), op.input(1), op.input(2)
     if key:
@@ -216,7 +217,7 @@ def _grouped_attention(op: _StandIn) -> None:
 
 
 def _multi_head_attention(op: _StandIn) -> None:
-    """Inputs: query, key, value of three dimensions; past key and value are the inputs 6 and 7."""
+    """Inputs: query, key and value with three dimensions; past key and value are inputs 6 and 7."""
     query, key, value = op.input(0), op.input(1), op.input(2)
     if not key or not value:
         return
@@ -247,7 +248,7 @@ def _projecting_attention(op: _StandIn) -> None:
 
 
 def _standard_attention(op: _StandIn) -> None:
-    """ONNX's inference knows the first output; present key and value of three-dimensional inputs it does not."""
+    """ONNX's inference knows the first output, but not present key and value when inputs have three dimensions."""
     op.nodes.append(onnx.NodeProto.FromString(op.node.SerializeToString()))
     heads = op.integer("kv_num_heads")
     for position in (1, 2) if heads else ():

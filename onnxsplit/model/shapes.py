@@ -1,7 +1,7 @@
 """Types and shapes of every tensor, with symbolic dimensions or with sizes bound to them.
 
-Shapes come from ONNX's own inference on a copy of the model without weights (so any size of model will do), starting
-from the declared inputs alone: shapes declared further inside are not trusted, since models carry wrong ones.
+Shapes come from ONNX's own inference on a copy of the model without weights, so the model may have any size. Inference
+starts from the declared inputs only: shapes that the model declares elsewhere are not trusted, since some are wrong.
 """
 
 from __future__ import annotations
@@ -22,37 +22,41 @@ from onnxsplit.model.shape_rules import use_stand_ins
 from onnxsplit.plan import Shape, TensorSpec
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, TRAVELLING_TYPES, size_bytes, type_name
 
-_KEPT_BYTES = 64 * 1024  # stored tensors up to this size are kept for inference: some are shapes
+_KEPT_BYTES = 64 * 1024  # stored tensors up to this size are kept for inference, because some are shapes
 _KEPT_OUTSIDE_BYTES = 1024  # the same, for tensors in other files
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is known of the tensors of a graph.
+    """Types and shapes of a graph's tensors, as far as they are known.
 
     Attributes:
-        specs: type and symbolic shape; only tensors of a known element type are in it.
-        sizes: shape at the bound dimensions, where known.
+        specs: type and symbolic shape of each tensor with a known element type.
+        sizes: shape of each tensor at the bound dimensions, where it is known.
     """
 
     specs: Mapping[str, TensorSpec]
     sizes: Mapping[str, tuple[int, ...]]
 
     def travels(self, name: str) -> bool:
-        """True when a tensor can pass from one stage to another."""
+        """Whether a tensor can be sent from one stage to another."""
         spec = self.specs.get(name)
         return spec is not None and spec.dtype in TRAVELLING_TYPES
 
     def bytes(self, name: str) -> int:
-        """Bytes of a tensor at the bound dimensions; 0 when its shape is unknown."""
+        """Size of a tensor in bytes at the bound dimensions; 0 when its shape is unknown."""
         spec, size = self.specs.get(name), self.sizes.get(name)
         return size_bytes(spec.dtype, size) if spec is not None and size is not None else 0
 
     def observed(self, sizes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> Shapes:
-        """The same, corrected by the shapes that a run showed and completed by the types that a session reports.
+        """These shapes, corrected by the shapes of a run and completed by the types that a session reports.
 
-        A type that is known here stays. A dimension that the run contradicts becomes ``"?"``, and a contradicted rank
-        the one that was seen.
+        A known type stays. A dimension that the run contradicts becomes ``"?"``; a rank that it contradicts becomes the
+        rank of the run.
+
+        Args:
+            sizes: shapes of tensors in the run.
+            types: ONNX names of the tensors' types.
         """
         specs = dict(self.specs)
         for name, dtype in types.items():
@@ -66,16 +70,17 @@ class Shapes:
 
 
 def _reconciled(shape: Shape, size: tuple[int, ...]) -> Shape:
+    """A symbolic shape without the dimensions that an observed shape contradicts."""
     if len(shape) != len(size):
         return ("?",) * len(size)
     return tuple("?" if isinstance(d, int) and d != n else d for d, n in zip(shape, size, strict=True))
 
 
 def input_specs(graph: OpGraph) -> dict[str, TensorSpec]:
-    """The model's inputs as declared.
+    """Types and shapes of the model's inputs, as the model declares them.
 
     Raises:
-        InputError: an input is no tensor, or of a type that cannot be passed in.
+        InputError: an input is not a tensor, or has a type that cannot be sent to a stage.
     """
     specs = {}
     for value in graph.source.proto.graph.input:
@@ -84,8 +89,10 @@ def input_specs(graph: OpGraph) -> dict[str, TensorSpec]:
         spec = spec_of(value)
         if spec is None or spec.dtype not in TRAVELLING_TYPES:
             kind = value.type.WhichOneof("value") or "no type"
-            found = spec.dtype if spec is not None else kind.removesuffix("_type")
-            raise InputError(f"input {value.name!r} is a {found}, which cannot be passed to a stage; only tensors can")
+            kind_name = spec.dtype if spec is not None else kind.removesuffix("_type")
+            raise InputError(
+                f"input {value.name!r} is a {kind_name}, which cannot be sent to a stage; only tensors can"
+            )
         specs[value.name] = spec
     return specs
 
@@ -93,12 +100,12 @@ def input_specs(graph: OpGraph) -> dict[str, TensorSpec]:
 def infer_shapes(
     graph: OpGraph, sizes: Mapping[str, tuple[int, ...]], known: Mapping[str, TensorSpec] | None = None
 ) -> Shapes:
-    """Types and shapes of all tensors.
+    """Infer types and shapes of all tensors.
 
     Args:
         graph: the model.
         sizes: shapes of the inputs at the bound dimensions.
-        known: types and ranks of tensors that inference does not find by itself, but can go on from.
+        known: types and ranks of tensors that inference cannot find itself, but can continue from.
     """
     names = {d for value in graph.source.proto.graph.input for d in (spec_of(value) or _NOTHING).shape or ()}
     symbolic = _infer(graph, None, known or {})
@@ -119,31 +126,31 @@ def infer_shapes(
 
 
 def declared_types(graph: OpGraph) -> dict[str, onnx.TypeProto]:
-    """Types of the model's outputs, of whatever kind: as declared, else as ONNX's inference finds them."""
+    """Types of the model's outputs, tensors or not: as declared, else as ONNX's inference finds them."""
     outputs = graph.source.proto.graph.output
-    found = {value.name: value.type for value in outputs if value.type.WhichOneof("value") is not None}
-    if any(name not in found for name in graph.outputs):
-        found = {value.name: value.type for value in _inferred(_skeleton(graph, None)).graph.output} | found
-    return found
+    types = {value.name: value.type for value in outputs if value.type.WhichOneof("value") is not None}
+    if any(name not in types for name in graph.outputs):
+        types = {value.name: value.type for value in _inferred(_skeleton(graph, None)).graph.output} | types
+    return types
 
 
 _NOTHING = TensorSpec(dtype="", shape=None)
 
 
 def _known_names(shape: Shape | None, names: Iterable[int | str]) -> Shape | None:
-    """Names that inference made up say nothing to a caller, and may clash between stages."""
+    """A shape without the names that inference made up: these mean nothing to a caller and may clash between stages."""
     return None if shape is None else tuple(d if isinstance(d, int) or d in names else "?" for d in shape)
 
 
 def _named(inferred: Shape | None, declared: Shape | None, names: Iterable[int | str]) -> Shape | None:
-    """A shape with the names that the model declares for dimensions that inference cannot tell."""
+    """A shape in which the model's own names replace dimensions that inference does not know."""
     if inferred is None or declared is None or len(inferred) != len(declared):
         return inferred
     return tuple(d if i == "?" and d in names else i for i, d in zip(inferred, declared, strict=True))
 
 
 def spec_of(value: onnx.ValueInfoProto) -> TensorSpec | None:
-    """A declared type; None for what is no tensor or has no element type."""
+    """The declared type and shape of a value; None when it is not a tensor or has no element type."""
     if value.type.WhichOneof("value") != "tensor_type":
         return None
     tensor = value.type.tensor_type
@@ -154,13 +161,14 @@ def spec_of(value: onnx.ValueInfoProto) -> TensorSpec | None:
 
 
 def _declared(shape: onnx.TensorShapeProto) -> Shape:
+    """A shape as the protobuf declares it; ``"?"`` for a dimension with neither size nor name."""
     return tuple(
         dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else dim.dim_param or "?" for dim in shape.dim
     )
 
 
 def value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
-    """A specification as ONNX writes it."""
+    """A tensor's name, type and shape as ONNX's protobuf."""
     shape = None if spec.shape is None else [None if dim == "?" else dim for dim in spec.shape]
     return onnx.helper.make_tensor_value_info(name, ONNX_TYPE_NUMBER[spec.dtype], shape)
 
@@ -168,34 +176,38 @@ def value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
 def _infer(
     graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None, known: Mapping[str, TensorSpec]
 ) -> dict[str, TensorSpec]:
-    """Every tensor that inference gives an element type, in the main graph."""
+    """Types and shapes of every tensor of the main graph that inference gives an element type."""
     model = _skeleton(graph, sizes)
     use_stand_ins(model)
     model.graph.value_info.extend(value_info(name, spec) for name, spec in known.items())
     inferred = _inferred(model).graph
     declared = graph.source.proto.graph
-    found: dict[str, TensorSpec] = {}
+    specs: dict[str, TensorSpec] = {}
     for value in (*declared.value_info, *declared.output):
         spec = spec_of(value)
         if spec is not None:
-            # A declared shape is trusted only where no op relies on it: it is for the caller's eyes.
+            # A declared shape is trusted only where no op relies on it: only the caller sees it.
             trusted = value.name in graph.outputs and value.name not in graph.readers
-            found[value.name] = spec if trusted else TensorSpec(dtype=spec.dtype, shape=None)
+            specs[value.name] = spec if trusted else TensorSpec(dtype=spec.dtype, shape=None)
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         spec = spec_of(value)
-        if spec is not None and (spec.shape is not None or value.name not in found):
-            found[value.name] = spec
+        if spec is not None and (spec.shape is not None or value.name not in specs):
+            specs[value.name] = spec
     for tensor in declared.initializer:
         dtype = type_name(tensor.data_type)
         if dtype is not None:
-            found[tensor.name] = TensorSpec(dtype=dtype, shape=tuple(tensor.dims))
-    return found
+            specs[tensor.name] = TensorSpec(dtype=dtype, shape=tuple(tensor.dims))
+    return specs
 
 
 def annotated(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
-    """A copy without large weights, with functions unfolded, and with every shape that inference finds, at any depth.
+    """A copy of the model with every shape that inference finds, also in subgraphs at any depth.
 
-    Its ops are the live ones, in topological order. ``sizes`` are the shapes of the inputs.
+    It has no large weights, its functions are inlined, and its ops are the live ones in topological order.
+
+    Args:
+        graph: the model.
+        sizes: shapes of the inputs.
     """
     model = _skeleton(graph, sizes)
     if model.functions:
@@ -208,7 +220,7 @@ def annotated(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]]) -> onnx.Mode
 
 
 def _write_defaults(model: onnx.ModelProto) -> None:
-    """Write the defaults of attributes into the calls of functions that leave them out: the inliner drops them."""
+    """Add missing attributes with their defaults to calls of functions, because the inliner drops these defaults."""
     functions = functions_of(model)
     for node in all_nodes((*model.graph.node, *(inner for function in model.functions for inner in function.node))):
         function = functions.get(function_key(node))
@@ -219,7 +231,7 @@ def _write_defaults(model: onnx.ModelProto) -> None:
 
 
 def _forget_shapes(body: onnx.GraphProto) -> None:
-    """Take out what a body declares of its tensors' shapes, which a run may contradict; types stay."""
+    """Remove the shapes that a subgraph declares, because a run may contradict them; types stay."""
     del body.value_info[:]
     for value in (*body.input, *body.output):
         if value.type.WhichOneof("value") == "tensor_type":
@@ -227,15 +239,15 @@ def _forget_shapes(body: onnx.GraphProto) -> None:
 
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model as ONNX's inference leaves it."""
+    """The model with the shapes that ONNX's inference adds; unchanged when inference fails."""
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # what inference cannot read stays unknown here and is observed in a run
+    except Exception:  # shapes then stay unknown until they are observed in a run
         return model
 
 
 def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> onnx.ModelProto:
-    """The model without the data of large tensors and without declared shapes of what ops write."""
+    """A copy of the model without the data of large tensors, and without declared shapes of tensors that ops write."""
     source = graph.source.proto
     model = onnx.ModelProto(ir_version=source.ir_version)
     model.opset_import.extend(source.opset_import)
@@ -248,7 +260,7 @@ def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> on
             elem_type = value.type.tensor_type.elem_type
             added.CopyFrom(onnx.helper.make_tensor_value_info(value.name, elem_type, sizes[value.name]))
     for value in source.graph.output:
-        if value.name not in graph.producer:  # inference would forget the shape of that input or initializer
+        if value.name not in graph.producer:  # inference would drop the shape of that input or initializer
             continue
         added = model.graph.output.add()
         added.CopyFrom(value)
@@ -267,6 +279,7 @@ def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> on
 
 
 def _copy_node(target: onnx.NodeProto, node: onnx.NodeProto) -> None:
+    """Copy an op without the data of large tensors in its attributes."""
     large = [a for a in node.attribute if a.type == onnx.AttributeProto.TENSOR and a.t.ByteSize() > _KEPT_BYTES]
     if not large and not any(True for _ in nested_graphs(node)):
         target.CopyFrom(node)
@@ -285,7 +298,7 @@ def _copy_node(target: onnx.NodeProto, node: onnx.NodeProto) -> None:
 
 
 def _with_data(target: onnx.TensorProto, tensor: onnx.TensorProto, model: Path) -> None:
-    """A small tensor whose data lies in another file."""
+    """Copy a small tensor with its external data."""
     file, offset, length = external_range(model, tensor)
     with open_external(file) as stream:
         stream.seek(offset)
@@ -295,6 +308,7 @@ def _with_data(target: onnx.TensorProto, tensor: onnx.TensorProto, model: Path) 
 
 
 def _without_data(target: onnx.TensorProto, tensor: onnx.TensorProto) -> None:
+    """Copy a tensor, without its data when that is large or external."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= _KEPT_BYTES:
         target.CopyFrom(tensor)
         return

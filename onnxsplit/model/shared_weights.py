@@ -1,8 +1,8 @@
-"""Where the bytes of stored tensors lie, and which of them share bytes.
+"""Shared weights: where the bytes of stored tensors lie, and which tensors share bytes.
 
 Tied weights are two initializers with the same bytes: two references to one range of external data, or two equal large
-tensors in the model file. Ranges of external data may also overlap, or one may lie within another. What is shared is
-written once a file and counted once a stage.
+tensors in the model file. Ranges of external data may also overlap, or contain each other. Shared bytes are written
+once in each file and counted once in each stage.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onnxsplit.model.external_data import external_range, is_external, open_exte
 
 _LARGE_BYTES = 64 << 10  # smaller tensors in the model file are not compared
 _CHUNK = 1 << 20
-_ENDS = 64  # bytes that are compared first
+_COMPARED_FIRST_BYTES = 64  # at the beginning and at the end
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Extent:
     """Where a tensor's bytes lie.
 
     Attributes:
-        home: a file of external data, or the hash of the bytes.
-        offset: of the first byte in it.
-        length: in bytes.
+        home: path of a file of external data, or hash of the bytes.
+        offset: offset of the first byte.
+        length: number of bytes.
     """
 
     home: str
@@ -39,25 +39,25 @@ class Extent:
 
     @property
     def end(self) -> int:
-        """The offset behind the last byte."""
+        """Offset after the last byte."""
         return self.offset + self.length
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Bytes that a model stores once, and all the tensors that they are part of."""
+    """Bytes that a model stores once, and the names of all tensors that they are part of."""
 
     size_bytes: int
     names: frozenset[str]
 
 
 def extents(model: Path, tensors: Sequence[onnx.TensorProto], *, by_content: bool = False) -> list[Extent | None]:
-    """Where each tensor's bytes lie; None for a tensor in the model file that is small, or like no other one.
+    """Where each tensor's bytes lie; None for a tensor in the model file that is small or equals no other tensor.
 
     Args:
-        model: the path of the model that the tensors are of.
-        tensors: the tensors.
-        by_content: compare external data by content, too, which reads it; else only by its place.
+        model: path of the model that has the tensors.
+        tensors: stored tensors.
+        by_content: also compare the content of external data, which reads it; else only its file and range.
 
     Raises:
         ModelError: as :func:`~onnxsplit.model.external_data.external_range`.
@@ -65,39 +65,40 @@ def extents(model: Path, tensors: Sequence[onnx.TensorProto], *, by_content: boo
     ranges = [external_range(model, tensor) if is_external(tensor) else None for tensor in tensors]
     glimpses = [_glimpse(t, place, by_content) for t, place in zip(tensors, ranges, strict=True)]
     alike = Counter(glimpse for glimpse in glimpses if glimpse is not None)
-    found: list[Extent | None] = []
+    places: list[Extent | None] = []
     for tensor, place, glimpse in zip(tensors, ranges, glimpses, strict=True):
         if glimpse is not None and alike[glimpse] > 1:
-            found.append(Extent(_hash(tensor, place), 0, glimpse[0]))
+            places.append(Extent(_hash(tensor, place), 0, glimpse[0]))
         else:
-            found.append(Extent(str(place[0]), place[1], place[2]) if place is not None else None)
-    shared = Counter(extent for extent in found if extent is not None)
+            places.append(Extent(str(place[0]), place[1], place[2]) if place is not None else None)
+    shared = Counter(extent for extent in places if extent is not None)
     return [
         extent if extent is not None and (place is not None or shared[extent] > 1) else None
-        for extent, place in zip(found, ranges, strict=True)
+        for extent, place in zip(places, ranges, strict=True)
     ]
 
 
 def _glimpse(
     tensor: onnx.TensorProto, place: tuple[Path, int, int] | None, by_content: bool
 ) -> tuple[int, bytes, bytes] | None:
-    """Length, beginning and end of bytes that are to be compared: what differs there need not be read whole."""
+    """Length, beginning and end of bytes to compare: bytes that differ there need not be read completely."""
     if place is None:
         content = tensor.raw_data
-        length, begin, end = len(content), content[:_ENDS], content[-_ENDS:]
+        length, begin, end = len(content), content[:_COMPARED_FIRST_BYTES], content[-_COMPARED_FIRST_BYTES:]
     elif by_content:
         file, offset, length = place
         with open_external(file) as stream:
             stream.seek(offset)
-            begin = stream.read(min(_ENDS, length))
-            stream.seek(offset + max(0, length - _ENDS))
-            end = stream.read(min(_ENDS, length))
+            begin = stream.read(min(_COMPARED_FIRST_BYTES, length))
+            stream.seek(offset + max(0, length - _COMPARED_FIRST_BYTES))
+            end = stream.read(min(_COMPARED_FIRST_BYTES, length))
     else:
         return None
     return (length, begin, end) if length >= _LARGE_BYTES else None
 
 
 def _hash(tensor: onnx.TensorProto, place: tuple[Path, int, int] | None) -> str:
+    """SHA-256 of a tensor's bytes, which are read in chunks when they are external."""
     if place is None:
         return hashlib.sha256(tensor.raw_data).hexdigest()
     digest, (file, offset, left) = hashlib.sha256(), place
@@ -109,11 +110,11 @@ def _hash(tensor: onnx.TensorProto, place: tuple[Path, int, int] | None) -> str:
     return digest.hexdigest()
 
 
-def blocks(found: Iterable[Extent]) -> dict[Extent, Extent]:
-    """By extent, the block that it lies in: extents that overlap, joined."""
+def blocks(given: Iterable[Extent]) -> dict[Extent, Extent]:
+    """The block that each extent lies in; a block joins extents that overlap."""
     groups: list[list[Extent]] = []
     end = 0
-    for place in sorted(set(found), key=lambda place: (place.home, place.offset, place.length)):
+    for place in sorted(set(given), key=lambda place: (place.home, place.offset, place.length)):
         if groups and groups[-1][0].home == place.home and place.offset < end:
             groups[-1].append(place)
             end = max(end, place.end)
@@ -129,13 +130,13 @@ def blocks(found: Iterable[Extent]) -> dict[Extent, Extent]:
 
 
 def stored_once(sizes: Mapping[str, int], places: Mapping[str, Extent]) -> tuple[Stored, ...]:
-    """The bytes of tensors, each counted once, by the tensors that they are part of.
+    """The bytes of tensors, each byte in one entry with all the tensors that it is part of.
 
     Args:
-        sizes: bytes of every tensor by name.
-        places: extents of those that may share bytes with others.
+        sizes: size in bytes of every tensor, by name.
+        places: extents of the tensors that may share bytes with others, by name.
     """
-    found = [Stored(size, frozenset([name])) for name, size in sizes.items() if name not in places]
+    stored = [Stored(size, frozenset([name])) for name, size in sizes.items() if name not in places]
     by_home: dict[str, list[str]] = {}
     for name, place in places.items():
         by_home.setdefault(place.home, []).append(name)
@@ -150,5 +151,5 @@ def stored_once(sizes: Mapping[str, int], places: Mapping[str, Extent]) -> tuple
                 position += 1
             open_names = {name for name in open_names if places[name].offset + sizes[name] > start}
             if open_names:
-                found.append(Stored(end - start, frozenset(open_names)))
-    return tuple(found)
+                stored.append(Stored(end - start, frozenset(open_names)))
+    return tuple(stored)

@@ -28,10 +28,10 @@ from onnxsplit.model.protobuf import (
 )
 
 MOST_UNFOLDED_OPS = 50_000
-"""Ops that the calls of model-local functions may stand for: ONNX Runtime unfolds them all, in quadratic time."""
+"""Most ops that the calls of model-local functions may unfold to: ONNX Runtime unfolds all, in quadratic time."""
 
 MOST_RANK = 64 if int(np.__version__.split(".")[0]) >= 2 else 32
-"""Dimensions that an array of the installed NumPy can have."""
+"""Most dimensions that an array of the installed NumPy can have."""
 
 _MOST_MODEL_BYTES = 2**31 - 1  # protobuf's own limit
 _MOST_CALL_DEPTH = 100  # the limit of ONNX's shape inference
@@ -39,15 +39,15 @@ _MOST_CALL_DEPTH = 100  # the limit of ONNX's shape inference
 
 @dataclass(frozen=True)
 class IOChanges:
-    """How the inputs and outputs of a model were changed before it is cut.
+    """Changes to the inputs and outputs of a model, made before it is cut.
 
     Attributes:
-        inputs: those that the model itself declares.
-        outputs: the same for outputs.
-        defaults: initializers that were taken out, since the inputs of the same names are kept as inputs.
-        dead_nodes: ops that were taken out, since no output needs them, by their places.
-        dropped_outputs: outputs that are left out.
-        dropped_inputs: inputs that only those need.
+        inputs: inputs that the original model declares.
+        outputs: outputs that the original model declares.
+        defaults: removed initializers, whose inputs of the same names are kept as inputs; by name.
+        dead_nodes: removed ops, which no remaining output needs; by position in the original graph.
+        dropped_outputs: names of the outputs that were left out.
+        dropped_inputs: names of the inputs that only those outputs need.
     """
 
     inputs: tuple[onnx.ValueInfoProto, ...]
@@ -60,15 +60,15 @@ class IOChanges:
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A model, opened: its protobuf without the external data, and where that data lies.
+    """An opened model: its protobuf without the external data, and where that data lies.
 
     Attributes:
-        path: the file it was read from; of a model given in memory, a name alone.
-        proto: the model as it is cut: its inputs and outputs may differ from the file's, see ``ends``.
-        sha256: of the bytes that were given.
+        path: file that the model was read from; for a model in memory, only a file name.
+        proto: the model as it is cut; its inputs and outputs may differ from the file's, see ``io_changes``.
+        sha256: SHA-256 of the bytes that were given.
         in_file: whether the file at ``path`` holds this protobuf.
-        data_folder: where external data lies, when that is elsewhere than beside ``path``.
-        ends: how inputs and outputs were changed; None when they were not.
+        data_folder: folder of the external data; None when that lies beside ``path``.
+        io_changes: changes to inputs and outputs; None when there are none.
     """
 
     path: Path
@@ -80,23 +80,23 @@ class SourceModel:
 
     @property
     def place(self) -> Path:
-        """The path that locations of external data are relative to, as if the model lay there."""
+        """Path of the model for finding external data: locations are relative to its folder."""
         return self.path if self.data_folder is None else self.data_folder / self.path.name
 
 
 def open_model(path: str | Path, *, data_folder: Path | None = None) -> SourceModel:
     """Read a model without its external data.
 
-    Initializers of a model that ONNX Runtime's optimiser saved get other names, so that it can be optimised again.
+    If ONNX Runtime's optimiser saved the model, its initializers get other names, so that it can be optimised again.
 
     Args:
-        path: the file.
-        data_folder: where its external data lies; beside it when None.
+        path: the model file.
+        data_folder: folder of its external data; None when that lies beside the file.
 
     Raises:
-        ModelError: missing, not a regular file, empty, too large, damaged, not ONNX, or with functions that call
-            themselves or unfold to too many ops; or external data that is missing, too short, not a regular file,
-            or outside the folders allowed.
+        ModelError: the file is missing, not regular, empty, too large, damaged, or not ONNX; the model has functions
+            that call themselves or unfold to too many ops; or external data is missing, too short, not in a regular
+            file, or outside the folders that are allowed.
     """
     path = Path(path)
     if not is_text(path):
@@ -128,7 +128,11 @@ def open_model(path: str | Path, *, data_folder: Path | None = None) -> SourceMo
 
 
 def check_source(source: SourceModel, size_bytes: int) -> None:
-    """Refuse a model that is none, or that cannot be walked through safely; ``size_bytes`` is for messages.
+    """Refuse a protobuf that is not a model, or that cannot be walked through safely.
+
+    Args:
+        source: the opened model.
+        size_bytes: size of the model, for messages.
 
     Raises:
         ModelError: as :func:`open_model`.
@@ -138,25 +142,26 @@ def check_source(source: SourceModel, size_bytes: int) -> None:
         why = f"{path} holds no ONNX graph ({size_bytes} bytes); expected an ONNX model"
         raise _refusal(path, what_is(path) if source.in_file else None, why)
     if not proto.graph.output:
-        raise ModelError(f"{path} has no outputs; a model must give at least one")
+        raise ModelError(f"{path} has no outputs; a model must have at least one")
     _check_text(path, proto)
     _check_ranks(path, proto)
     _check_functions(path, proto)
     for tensor in graph_tensors(proto.graph):
         if is_external(tensor):
             external_range(source.place, tensor)
-    # Constants of functions are small, and calls are unfolded wherever their model lies: the data goes into the model.
+    # Constants of functions are small. Their data is loaded, since calls are unfolded in models in other folders, too.
     load_external(source.place, [tensor for function in proto.functions for tensor in node_tensors(function.node)])
     if is_ort_optimised(proto):
         rename_initializers(proto)
 
 
 def _refusal(path: Path, what: str | None, otherwise: str) -> ModelError:
+    """An error that says what the file is instead of a model, or otherwise another message."""
     return ModelError(f"{path} is not an ONNX model: it is {what}" if what else otherwise)
 
 
 def _check_text(path: Path, proto: onnx.ModelProto) -> None:
-    """Refuse names that are no text: protobuf gives bytes for what is not UTF-8."""
+    """Refuse names that are not UTF-8 text; protobuf returns these as bytes."""
     graphs = [proto.graph, *(g for n in all_nodes(proto.graph.node) for g in nested_graphs(n))]
     texts: list[object] = [entry.domain for entry in proto.opset_import]
     for graph in graphs:
@@ -184,7 +189,7 @@ def _check_ranks(path: Path, proto: onnx.ModelProto) -> None:
 
 
 def _check_functions(path: Path, proto: onnx.ModelProto) -> None:
-    """Refuse functions that call themselves, and calls that unfold to too many ops. Takes linear time."""
+    """Refuse functions that call themselves, and calls that unfold to too many ops, in linear time."""
     functions = functions_of(proto)
     unfolded: dict[FunctionKey, int] = {}
     for key in functions:
@@ -207,11 +212,13 @@ def _unfold(
     unfolded: dict[FunctionKey, int],
     callers: tuple[FunctionKey, ...],
 ) -> None:
-    """Count the ops that a call of a function stands for, and those of all functions it calls."""
+    """Count the ops that a call of a function unfolds to, also for all functions that it calls."""
     if key in unfolded:
         return
     if key in callers:
-        raise ModelError(f"{path}: its function {key[1]!r} calls itself, directly or through others; none may")
+        raise ModelError(
+            f"{path}: its function {key[1]!r} calls itself, directly or through others; functions may not be recursive"
+        )
     if len(callers) >= _MOST_CALL_DEPTH:
         raise ModelError(f"{path}: its function {key[1]!r} is called at a depth of over {_MOST_CALL_DEPTH} functions")
     count = 0
@@ -226,4 +233,5 @@ def _unfold(
 
 
 def _number(count: int) -> str:
+    """A count as text; a huge one by its power of ten."""
     return str(count) if count < 10**12 else f"over 10^{len(str(count)) - 1}"

@@ -19,7 +19,7 @@ from onnxsplit.model.atoms import Atoms, build_atoms
 from onnxsplit.model.dimensions import bind, sized_dimensions, with_formulas
 from onnxsplit.model.example_inputs import accept, dimension_choices, guesses, sizes_in
 from onnxsplit.model.graph import OpGraph, build_graph
-from onnxsplit.model.graph_io import check_handed_on, constant_text, defaults, select
+from onnxsplit.model.graph_io import check_outputs_are_tensors, constant_text, defaults, select
 from onnxsplit.model.in_memory import ModelLike, open_any
 from onnxsplit.model.protobuf import node_tensors, tensor_bytes
 from onnxsplit.model.shapes import Shapes, infer_shapes, input_specs
@@ -237,7 +237,7 @@ def _read(model: ModelLike | SourceModel, options: ModelOptions, say: Say) -> _R
         source, outputs=options.outputs, drop_outputs=options.drop_outputs, keep_inputs=options.keep_inputs
     )
     graph = build_graph(selected)
-    check_handed_on(graph)
+    check_outputs_are_tensors(graph)
     specs = input_specs(graph)
     kept = defaults(graph.source)
     sized = sized_dimensions(specs)

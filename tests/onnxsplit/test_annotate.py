@@ -107,10 +107,10 @@ def shard(model, **fields):
     ("change", "word"),
     [
         (lambda m: setattr(m, "ir_version", 10), "need 11"),
-        (lambda m: m.configuration.add(name="c", num_devices=1), "is there 2 times"),
+        (lambda m: m.configuration.add(name="c", num_devices=1), "occurs 2 times"),
         (lambda m: m.configuration.add(name="", num_devices=1), "has no name"),
         (lambda m: m.configuration.add(name="d", num_devices=0), "has 0 devices"),
-        (lambda m: m.configuration.add(name="d", num_devices=3, device=["x"]), "names 1 devices and says it has 3"),
+        (lambda m: m.configuration.add(name="d", num_devices=3, device=["x"]), "names 1 devices but declares 3"),
         (lambda m: setattr(m.graph.node[0].device_configurations[0], "configuration_id", "z"), "does not have"),
         (lambda m: m.graph.node[0].device_configurations.add(configuration_id="c"), "two entries"),
         (lambda m: setattr(m.graph.node[0].device_configurations[0], "pipeline_stage", -1), "below 0"),

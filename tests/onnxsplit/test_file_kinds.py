@@ -94,7 +94,7 @@ FILES = {
     "config.json": (b'{"model_type": "gpt2"}', r"configuration of transformers.*onnxsplit export \S*config\.json"),
     "some.json": (b'{"error": "Repository not found"}', "JSON, not a model"),
     "recipe.py": (b"import torch\n", r"Python code.*onnxsplit export \S*recipe\.py"),
-    "zeros.onnx": (bytes(5000), "zeros alone.*fetch it again"),
+    "zeros.onnx": (bytes(5000), "only zeros.*fetch it again"),
     "half.zip": (zipped("model.onnx")[:40], "zip archive that is cut off"),
     "notes.onnx": (b"remember the milk\n", "text that begins with 'remember the milk'"),
 }  # fmt: skip

@@ -151,8 +151,8 @@ def test_an_output_that_is_left_out_takes_its_ops_and_inputs_along(tmp_path):
 def test_names_that_are_no_outputs_and_no_output_at_all_are_refused(tmp_path):
     path = build.save(two_tasks(), tmp_path)
     for words, options in (
-        ("'pp' is no output of the model; it has p, q", {"drop_outputs": ["pp"]}),
-        ("'joined' is no output", {"outputs": ["joined"]}),
+        ("'pp' is not an output of the model; it has p, q", {"drop_outputs": ["pp"]}),
+        ("'joined' is not an output", {"outputs": ["joined"]}),
         ("keep at least one of p, q", {"drop_outputs": ["p", "q"]}),
         ("keep at least one of p, q", {"outputs": []}),
         ("leave out --drop-output", {"outputs": ["p"], "drop_outputs": ["q"]}),
@@ -199,7 +199,7 @@ def test_a_value_for_what_became_a_constant_is_refused_with_what_to_do(tmp_path)
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("x", "has no default: it stays an input"), ("z", "is unknown; inputs with a default: scale, shift")],
+    [("x", "has no default, so it stays an input"), ("z", "is unknown; inputs with a default: scale, shift")],
 )
 def test_only_an_input_with_a_default_can_be_kept(tmp_path, name, words):
     with pytest.raises(InputError, match=words):
