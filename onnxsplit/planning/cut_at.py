@@ -24,10 +24,10 @@ def assignment_at(subject: Subject, tensors: Sequence[str]) -> tuple[int, ...]:
     """
     check_cuts(subject, tensors)
     level = [0] * len(subject.atoms.ops)
-    for flow in sorted(subject.atoms.edges, key=lambda flow: flow.writer):
-        if flow.writer != CALLER:
-            after = level[flow.writer] + (flow.tensor in tensors)
-            for reader in flow.readers:
+    for edge in sorted(subject.atoms.edges, key=lambda edge: edge.writer):
+        if edge.writer != CALLER:
+            after = level[edge.writer] + (edge.tensor in tensors)
+            for reader in edge.readers:
                 level[reader] = max(level[reader], after)
     return tuple(level)
 
@@ -38,7 +38,7 @@ def check_cuts(subject: Subject, tensors: Sequence[str]) -> None:
     Raises:
         PartitionError: names each of them, the reason, and the nearest tensors that can be cut.
     """
-    legal = {flow.tensor for flow in subject.atoms.edges if flow.writer != CALLER and flow.readers}
+    legal = {edge.tensor for edge in subject.atoms.edges if edge.writer != CALLER and edge.readers}
     refused = [
         f"{name!r}, which {_why_not(subject, name, legal)}{_instead(subject, name, legal)}"
         for name in tensors

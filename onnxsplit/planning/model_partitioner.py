@@ -242,9 +242,9 @@ def _apart(subject: Subject, tensors: Sequence[str]) -> tuple[tuple[int, int], .
     check_cuts(subject, tensors)
     graph, atoms = subject.graph, subject.atoms
     first = {op: ops[0] for ops in atoms.ops for op in ops}
-    flows = {flow.tensor: flow for flow in atoms.edges}
+    edges = {edge.tensor: edge for edge in atoms.edges}
     return tuple(
-        (first[graph.producer[name]], atoms.ops[reader][0]) for name in tensors for reader in flows[name].readers
+        (first[graph.producer[name]], atoms.ops[reader][0]) for name in tensors for reader in edges[name].readers
     )
 
 

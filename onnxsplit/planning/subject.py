@@ -94,8 +94,8 @@ class Subject:
             kinds=target.kinds(self.graph.ops, self.atoms.ops, times),
             devices=target.kind_of,
             transfers=tuple(
-                Transfer(flow.writer, flow.readers, self.shapes.bytes(flow.tensor), flow.to_caller)
-                for flow in self.atoms.edges
+                Transfer(edge.writer, edge.readers, self.shapes.bytes(edge.tensor), edge.to_caller)
+                for edge in self.atoms.edges
             ),
             weights=self._weights(atom_of, target.packs),
             inner_bytes=self._inner_bytes(),
@@ -135,7 +135,7 @@ class Subject:
 
     def _inner_bytes(self) -> tuple[int, ...]:
         """By atom, the bytes of the tensors that its ops write and that no other atom reads."""
-        leaving = {flow.tensor for flow in self.atoms.edges}
+        leaving = {edge.tensor for edge in self.atoms.edges}
         return tuple(
             sum(self.shapes.bytes(name) for op in ops for name in self.graph.ops[op].outputs if name not in leaving)
             for ops in self.atoms.ops

@@ -114,12 +114,12 @@ def _best_cuts(subject: Subject, count: int) -> tuple[CutRow, ...]:
     for last in range(len(times) - 1):
         before += times[last]
         crossing = [
-            (flow, transfer)
-            for flow, transfer in zip(subject.atoms.edges, problem.transfers, strict=True)
-            if flow.writer != CALLER and flow.writer <= last and any(reader > last for reader in flow.readers)
+            (edge, transfer)
+            for edge, transfer in zip(subject.atoms.edges, problem.transfers, strict=True)
+            if edge.writer != CALLER and edge.writer <= last and any(reader > last for reader in edge.readers)
         ]
         paid = sum(problem.link.transfer_ns(transfer.size_bytes) for _, transfer in crossing)
-        names = tuple(flow.tensor for flow, _ in crossing)
+        names = tuple(edge.tensor for edge, _ in crossing)
         row = CutRow(
             tensors=names,
             bytes=sum(subject.shapes.bytes(name) for name in names),
