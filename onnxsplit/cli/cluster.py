@@ -9,20 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxsplit.cli.output import MODEL, Output, custom_ops_option, dims_option, make_command, option
+from onnxsplit.cli.output import MODEL, Output, custom_ops_option, dims_option, make_command, option, path_option
 
 if TYPE_CHECKING:
     from onnxsplit.cluster import Cluster
 
-_FILE = option(
-    "-c",
-    "--cluster",
-    "file",
-    type=click.Path(path_type=Path),
-    default="cluster.toml",
-    metavar="FILE",
-    help="Cluster file to use.",
-)
+_FILE = path_option("-c", "--cluster", "file", default="cluster.toml", metavar="FILE", help="Cluster file to use.")
 
 
 @click.group()
@@ -71,7 +63,7 @@ def _parse_agents(context: click.Context, parameter: click.Parameter, value: Seq
     callback=_parse_agents,
     help="Address of an agent (onnxsplit cluster agent) on another host of the file. Repeatable.",
 )
-@option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Folder with the keys for links to agents.")
+@path_option("--keys", metavar="DIR", help="Folder with the keys for links to agents.")
 @option("--insecure", is_flag=True, help="Allow unencrypted links to agents on other hosts.")
 def measure(
     output: Output,
@@ -158,7 +150,7 @@ def _show(output: Output, cluster: Cluster) -> None:
 
 @make_command
 @option("--bind", required=True, metavar="ADDR", help="Address to listen at, as tcp://10.0.0.2:7000.")
-@option("--keys", type=click.Path(path_type=Path), metavar="DIR", help="Folder with the keys that protect TCP links.")
+@path_option("--keys", metavar="DIR", help="Folder with the keys that protect TCP links.")
 @option("--insecure", is_flag=True, help="Allow unencrypted links to other hosts.")
 @custom_ops_option
 def agent(output: Output, *, bind: str, keys: Path | None, insecure: bool, custom_ops: tuple[str, ...]) -> None:

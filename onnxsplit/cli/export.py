@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from onnxsplit.cli.output import Output, binary, custom_ops_option, custom_ops_words, make_command, option
+from onnxsplit.cli.output import Output, binary, custom_ops_option, custom_ops_words, make_command, option, path_option
 
 
 def _parse_settings(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> dict[str, Any]:
@@ -28,9 +28,7 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
 
 @make_command
 @click.argument("source")
-@option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="Model file to write."
-)
+@path_option("-o", "--out", required=True, metavar="model.onnx", help="Model file to write.")
 @option(
     "--opset",
     type=click.IntRange(7, 100),

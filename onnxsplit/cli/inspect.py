@@ -16,6 +16,7 @@ from onnxsplit.cli.output import (
     make_command,
     milliseconds,
     option,
+    path_option,
     percent,
     threads_option,
 )
@@ -33,9 +34,7 @@ _SHOWN_NAMES = 3
 @threads_option
 @option("--cuts", type=click.IntRange(0, 1000), default=5, metavar="N", help="Number of cheapest cuts in two to show.")
 @option("--sweep", is_flag=True, help="Also search for the best cut into each of 1 to 16 stages.")
-@option(
-    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report as one HTML page; includes --sweep."
-)
+@path_option("--html", metavar="FILE", help="Write a report as one HTML page; includes --sweep.")
 def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path | None, **options: Any) -> None:
     """Show the ops of MODEL, their cost and memory, and where the model can be cut."""
     from onnxsplit.files import check_outputs

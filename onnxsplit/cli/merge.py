@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
-from onnxsplit.cli.output import PLAN, Output, binary, make_command, option
+from onnxsplit.cli.output import PLAN, Output, binary, make_command, path_option
 
 
 @make_command
 @PLAN
-@option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, metavar="model.onnx", help="Model file to write."
-)
+@path_option("-o", "--out", required=True, metavar="model.onnx", help="Model file to write.")
 def command(output: Output, *, plan: Path, out: Path) -> None:
     """Join the stages of the plan in DIR into one model again."""
     from onnxsplit.files import check_outputs

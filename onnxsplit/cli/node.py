@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
-from onnxsplit.cli.output import Output, custom_ops_option, make_command, option, threads_option
+from onnxsplit.cli.output import Output, custom_ops_option, make_command, option, path_option, threads_option
 from onnxsplit.cli.values import STAGE, NumberParam, SizeParam
 from onnxsplit.numbers import MOST_SECONDS
 
@@ -25,9 +23,8 @@ from onnxsplit.numbers import MOST_SECONDS
     help="Stage to execute. Without it: any stage that lacks a node. An --elastic pipeline adds a place only for "
     "nodes with --stage.",
 )
-@option(
+@path_option(
     "--plan",
-    type=click.Path(path_type=Path),
     metavar="DIR",
     help="Own copy of the plan. Without it: the pipeline's folder if it is visible here, else the files are fetched.",
 )
@@ -42,9 +39,8 @@ from onnxsplit.numbers import MOST_SECONDS
 )
 @threads_option
 @custom_ops_option
-@option(
+@path_option(
     "--keys",
-    type=click.Path(path_type=Path),
     metavar="DIR",
     help="Folder with the keys that protect TCP links. Without it: ~/.config/onnxsplit/keys, if it exists.",
 )
@@ -62,12 +58,7 @@ from onnxsplit.numbers import MOST_SECONDS
     default=True,
     help="Send tensors through shared memory between nodes of one host.",
 )
-@option(
-    "--health",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="File in which the node reports its health, for liveness probes.",
-)
+@path_option("--health", metavar="FILE", help="File in which the node reports its health, for liveness probes.")
 def command(
     output: Output,
     *,

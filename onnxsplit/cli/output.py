@@ -43,6 +43,11 @@ def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
     return click.option(*names, cls=SectionOption, show_envvar=True, **settings)
 
 
+def path_option(*names: str, metavar: str, **settings: Any) -> Callable[[Command], Command]:
+    """An option that takes the path of a file or folder."""
+    return option(*names, type=click.Path(path_type=Path), metavar=metavar, **settings)
+
+
 def threads_option(command: Command) -> Command:
     """``--threads``."""
     return option("--threads", type=THREADS, metavar="N", help="Number of threads of every session.")(command)
@@ -50,13 +55,8 @@ def threads_option(command: Command) -> Command:
 
 def inputs_option(command: Command, section: str = "") -> Command:
     """``--inputs``."""
-    return option(
-        "--inputs",
-        type=click.Path(path_type=Path),
-        metavar="FILE.npz",
-        section=section,
-        help="File with example inputs by name.",
-    )(command)
+    text = "File with example inputs by name."
+    return path_option("--inputs", metavar="FILE.npz", section=section, help=text)(command)
 
 
 def dims_option(command: Command, section: str = "") -> Command:

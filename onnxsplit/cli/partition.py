@@ -17,6 +17,7 @@ from onnxsplit.cli.output import (
     make_command,
     milliseconds,
     option,
+    path_option,
     percent,
 )
 from onnxsplit.cli.values import NODES, SecondsParam, ShareParam, SizeParam, StageCountParam
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
     from onnxsplit.plan import BatchClaim, Plan
     from onnxsplit.planning.result import PlanningResult
 
-_DEVICES, _CUTS = "Stages and devices", "Where to cut"
-_SEARCH, _RESULTS = "The search", "Results"
+_DEVICES, _RESULTS = "Stages and devices", "Results"
+_device_option = functools.partial(option, section=_DEVICES)
+_cut_option = functools.partial(option, section="Where to cut")
+_search_option = functools.partial(option, section="The search")
 _EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs", "custom_ops")
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    """Devices by pattern."""
     pairs = {}
     for text in value:
         pattern, equals, device = text.rpartition("=")
@@ -42,6 +46,7 @@ def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str,
 
 
 def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[str, ...]) -> list[list[str]]:
+    """Groups of outputs by name."""
     return [[name.strip() for name in text.split(",") if name.strip()] for text in value]
 
 
@@ -53,135 +58,107 @@ def _note_former_name(output: Output, former: str, name: str) -> None:
 
 @make_command
 @MODEL
-@option(
+@_device_option(
     "--stages",
     type=StageCountParam(),
     metavar="K|auto",
-    section=_DEVICES,
     help="Number of stages. auto: the fewest that fit --max-memory. Without it: the number of GPUs, else 2.",
 )
-@option(
-    "--devices",
-    type=NODES,
-    metavar="N",
-    section=_DEVICES,
-    help="Number of devices of this host, for --parallel data and hybrid.",
+@_device_option(
+    "--devices", type=NODES, metavar="N", help="Number of devices of this host, for --parallel data and hybrid."
 )
-@option(
+@_device_option(
     "--parallel",
     type=click.Choice(["model", "data", "hybrid"]),
     default="model",
-    section=_DEVICES,
     help="How devices share the work. model: each runs one stage; data: each runs the whole model; "
     "hybrid: stages have replicas.",
 )
-@option(
+@_device_option(
     "--provider",
     default="auto",
     metavar="PROVIDER",
-    section=_DEVICES,
     help="Execution provider: cpu, cuda[:N], auto, or one for each stage, as 0=cuda:0,1=cpu.",
 )
-@option(
+@path_option(
     "--cluster",
-    type=click.Path(path_type=Path),
     metavar="FILE",
     section=_DEVICES,
     help="Cluster file with the devices and links to cut for; onnxsplit cluster init writes one.",
 )
-@option(
+@_device_option(
     "--place",
     multiple=True,
     metavar="PATTERN=DEVICE",
     callback=_pairs,
-    section=_DEVICES,
     help="Run the ops whose names match PATTERN only on this device of the cluster. Repeatable.",
 )
-@option(
-    "--max-memory",
-    type=SizeParam(),
-    metavar="SIZE",
-    section=_DEVICES,
-    help="Most memory that a stage may take, as 512M or 2.5G.",
+@_device_option(
+    "--max-memory", type=SizeParam(), metavar="SIZE", help="Most memory that a stage may take, as 512M or 2.5G."
 )
-@option(
+@_cut_option(
     "--strategy",
     type=click.Choice(["layer", "network", "task"]),
     default="network",
-    section=_CUTS,
     help="Where cuts are allowed. layer: between layers in the model's order; network: anywhere in the graph; "
     "task: before each output's own part, behind a shared backbone.",
 )
-@option(
+@_cut_option(
     "--task",
     "tasks",
     multiple=True,
     metavar="OUT,OUT",
     callback=_groups,
-    section=_CUTS,
     help="Outputs that share one part, for --strategy task. Repeatable.",
 )
-@option("--cut-at", multiple=True, metavar="TENSOR", section=_CUTS, help="Cut at exactly these tensors. Repeatable.")
-@option(
+@_cut_option("--cut-at", multiple=True, metavar="TENSOR", help="Cut at exactly these tensors. Repeatable.")
+@_cut_option(
     "--also-cut",
     multiple=True,
     metavar="TENSOR",
-    section=_CUTS,
     help="Cut at this tensor, in addition to the cuts that the search chooses. Repeatable.",
 )
-@option("--no-cut", multiple=True, metavar="TENSOR", section=_CUTS, help="Never cut at this tensor. Repeatable.")
+@_cut_option("--no-cut", multiple=True, metavar="TENSOR", help="Never cut at this tensor. Repeatable.")
 @option("--cut", multiple=True, hidden=True)  # former name of --also-cut
 @option("--keep", multiple=True, hidden=True)  # former name of --no-cut
-@option(
+@_cut_option(
     "--together",
     multiple=True,
     metavar="PATTERN",
-    section=_CUTS,
     help="Keep the ops whose names match PATTERN in one stage, as '/layer3/*'. Repeatable.",
 )
 @examine_options
-@option(
+@_search_option(
     "--objective",
     type=click.Choice(["throughput", "latency", "memory"]),
     default="throughput",
-    section=_SEARCH,
     help="What to minimise. throughput: time of the slowest stage; latency: time of one request; "
     "memory: need of the largest stage.",
 )
-@option(
+@_search_option(
     "--rounds",
     type=click.IntRange(0, MOST_ROUNDS),
     default=3,
     metavar="N",
-    section=_SEARCH,
     help="Most rounds in which the real stages run and the cut is corrected.",
 )
-@option(
+@_search_option(
     "--gap",
     type=ShareParam(),
     default="0%",
-    section=_SEARCH,
     help="Stop when the cut is proven to be within this share of the best one.",
 )
-@option("--time-limit", type=SecondsParam(), default="10s", section=_SEARCH, help="Most time that one search may take.")
-@option(
+@_search_option("--time-limit", type=SecondsParam(), default="10s", help="Most time that one search may take.")
+@path_option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
     metavar="DIR",
     section=_RESULTS,
     help="Plan directory to write. Without it: MODEL.plan in the current folder.",
 )
-@option(
-    "--html",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    section=_RESULTS,
-    help="Also write a report: one HTML page with drawings.",
-)
-@option(
+@path_option("--html", metavar="FILE", section=_RESULTS, help="Also write a report: one HTML page with drawings.")
+@path_option(
     "--annotate",
-    type=click.Path(path_type=Path),
     metavar="FILE",
     section=_RESULTS,
     help="Also write a copy of the model that names the stage of each op.",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option, percent
+from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option, path_option, percent
 
 if TYPE_CHECKING:
     from onnxsplit.partitioner import Parallel
@@ -15,20 +15,8 @@ if TYPE_CHECKING:
 
 @make_command
 @PLAN
-@option(
-    "--cluster",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="FILE",
-    help="Cluster file with the devices and links.",
-)
-@option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Plan directory to write. Without it: DIR is changed.",
-)
+@path_option("--cluster", required=True, metavar="FILE", help="Cluster file with the devices and links.")
+@path_option("-o", "--out", metavar="DIR", help="Plan directory to write. Without it: DIR is changed.")
 @option(
     "--parallel",
     type=click.Choice(["model", "hybrid"]),

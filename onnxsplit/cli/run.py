@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, custom_ops_words, make_command, milliseconds, option
+from onnxsplit.cli.output import PLAN, Output, custom_ops_words, make_command, milliseconds, option, path_option
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
 from onnxsplit.cli.values import NumberParam
 from onnxsplit.numbers import MOST_SECONDS
@@ -24,13 +24,10 @@ if TYPE_CHECKING:
 
 @make_command
 @PLAN
-@option(
-    "--inputs",
-    type=click.Path(path_type=Path),
-    metavar="FILE.npz",
-    help="File with the inputs by name. Without it: the plan's example inputs.",
+@path_option(
+    "--inputs", metavar="FILE.npz", help="File with the inputs by name. Without it: the plan's example inputs."
 )
-@option("--outputs", type=click.Path(path_type=Path), metavar="FILE.npz", help="File to write the outputs to.")
+@path_option("--outputs", metavar="FILE.npz", help="File to write the outputs to.")
 @option("--outputs-only", multiple=True, metavar="NAME", help="Return only this output or cut tensor. Repeatable.")
 @running_options
 @tracing_options
