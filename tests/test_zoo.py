@@ -17,7 +17,7 @@ SPEECH = ("silero-vad", "silero-vad-half")  # run on few sizes, which only measu
 
 
 def cases():
-    """Each model once, and at length each with measured costs."""
+    """Each model once; in the exhaustive run also with measured costs."""
     for name in zoo.entries():
         if name not in SPEECH:
             yield name, "analytic"

@@ -1,4 +1,4 @@
-"""The command line as other tools call it: exit codes, --json, messages, and how soon help is there."""
+"""The command line as other tools call it: exit codes, --json, messages, and how fast help is."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_new_names_of_options_are_in_the_help_and_former_ones_are_not(onnxsplit,
 
 
 def test_help_comes_at_once(python_environment):
-    """Of that, what does not depend on the machine: how many modules are loaded; 130 when this was written."""
+    """Counts the loaded modules, since their number does not depend on the machine; it was 130 at first."""
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: print(len(sys.modules), file=sys.stderr))\n"
@@ -243,7 +243,7 @@ BAD = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, chain_plan):
-    """A folder with what users get wrong."""
+    """A folder with wrong inputs of many kinds."""
     import shutil
 
     place = tmp_path_factory.mktemp("bad")
@@ -278,7 +278,7 @@ def test_bad_input_is_one_message_and_nothing_is_left(folder, python_environment
 
 
 def numeric_options() -> list[tuple[list[str], click.Option]]:
-    """The options of all commands that take a number, with the words that lead to the command."""
+    """Options of all commands that take a number, each with the words that call its command."""
 
     def walk(command: click.Command, way: list[str]):
         if isinstance(command, click.Group):
@@ -301,7 +301,7 @@ ABSURD = ["-1", "nan", "inf", "1e400", "1e30", "9" * 20, "9" * 5_000, "9" * 400 
 
 
 def test_no_option_takes_an_absurd_number():
-    """Not even ``nan``, which no range of click's refuses, and numbers too long for Python to read."""
+    """Also not ``nan``, which click's ranges accept, or numbers that are too long for Python to parse."""
     found = numeric_options()
     assert len(found) >= 50
     for command, way, parameter in found:
@@ -394,7 +394,7 @@ def test_completion_prints_a_script_and_completes_without_heavy_imports(onnxspli
     ],
 )
 def test_what_is_no_regular_file_is_no_place_for_results(onnxsplit, tmp_path, words):
-    """``--outputs`` put a file in the place of a device or a FIFO."""
+    """``--outputs`` once replaced a device or a FIFO by a file."""
     os.mkfifo(tmp_path / "fifo")
     before = (tmp_path / "fifo").stat().st_ino
     said = onnxsplit(*words.split(), code=1).stderr
@@ -427,7 +427,7 @@ def test_models_are_written_through_links_with_their_data_beside_the_real_file(o
     ],
 )
 def test_an_empty_name_of_a_file_is_refused_and_swallows_no_option(onnxsplit, tmp_path, words):
-    """An empty value vanished, so ``-o "" --dry-run`` wrote a plan named ``--dry-run``."""
+    """An empty value once vanished, so ``-o "" --dry-run`` wrote a plan named ``--dry-run``."""
     assert "the name is empty; name a file or a folder" in onnxsplit(*words, code=2).stderr
     assert not list(tmp_path.iterdir())
 

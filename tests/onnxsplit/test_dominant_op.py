@@ -1,4 +1,4 @@
-"""Models that lie in one op: what they are, and which file to take instead."""
+"""Models that lie in one op: the message says what they are, and which file to take instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of all frameworks to ONNX, compared with the framework, cut in two, compared with the whole."""
+"""Models of all frameworks are exported, compared with the framework, cut in two, and compared with the whole."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_model_of_each_framework_is_exported_compared_and_cut(model, tmp_path,
 
 
 def cut_and_compared(exported: Exported, plan: Path, dims: dict[str, int]) -> None:
-    """In two where there are two parts that can be separated."""
+    """Cut in two, if the model has two parts that can be separated."""
     if len(onnx.load(exported.path).graph.node) == 1:  # a forest is one op
         with pytest.raises(PartitionError, match="form 1 parts"):
             partition(exported.path, stages=2, out=plan, costs="analytic", dims=dims)
@@ -120,7 +120,7 @@ def test_a_decoder_gives_the_same_tokens_from_a_pipeline_with_its_cache_as_input
     names = [f"{layer}.{what}" for layer in range(2) for what in ("key", "value")]
 
     def written(run) -> tuple[list[int], list[np.ndarray]]:
-        """A beginning, and what comes after it, a token at a time."""
+        """Run the first tokens, then one token after another."""
         past = {f"past_key_values.{name}": np.zeros((1, groups, 0, 8), np.float32) for name in names}
         ids, tokens, scores = np.array([[1, 2, 3, 4]]), [], []
         for _ in range(10):
@@ -414,7 +414,7 @@ def test_a_model_with_external_data_keeps_it_beside(tmp_path, python_environment
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of a hub as fetching one file takes."""
+    """The part of a hub that fetching one file needs."""
 
     files: ClassVar[dict[str, bytes]] = {}
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -1,4 +1,4 @@
-"""External data: where it may lie, and who reads it."""
+"""External data: in which folders it may lie, and which code reads it."""
 
 from __future__ import annotations
 

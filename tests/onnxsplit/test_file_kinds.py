@@ -1,4 +1,4 @@
-"""Files that are no ONNX models: what they are, and what to do with them."""
+"""Files that are not ONNX models: the message says what they are, and what to do with them."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_external_data_that_is_missing_or_short_is_refused(tmp_path):
 
 
 def test_names_that_are_no_text_are_refused(tmp_path):
-    """Found by fuzzing: protobuf gives bytes for such names."""
+    """Found by fuzzing: protobuf returns such names as bytes."""
     path = build.save(build.chain(1), tmp_path)
     path.write_bytes(path.read_bytes().replace(b"matmul0", b"matmul\xff"))
     with pytest.raises(ModelError, match="not UTF-8"):
@@ -150,7 +150,7 @@ def test_names_that_are_no_text_are_refused(tmp_path):
 
 
 def calling(depth: int, times: int, last: str = "Relu"):
-    """A model that calls f0, which calls f1 so many times, and so on; the innermost holds one op."""
+    """A model that calls f0, which calls f1 several times, and so on; the innermost function holds one op."""
     imports = [helper.make_opsetid("", build.OPSET), helper.make_opsetid("mine", 1)]
     functions = []
     for level in range(depth):
@@ -220,7 +220,7 @@ def _relu(rank: int) -> onnx.ModelProto:
 
 
 def test_more_dimensions_than_an_array_can_have_are_refused(tmp_path):
-    """NumPy raised an error that nobody foresaw."""
+    """NumPy once raised an unforeseen error here."""
     onnx.save(_relu(MOST_RANK), tmp_path / "m.onnx")
     assert np.zeros((1,) * MOST_RANK).ndim == MOST_RANK
     open_model(tmp_path / "m.onnx")

@@ -1,4 +1,4 @@
-"""Outputs that are left out, inputs with a default that are kept, and outputs that no caller can be given."""
+"""Outputs that are left out, inputs with a default that are kept, and outputs that cannot be returned to a caller."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ X = RANDOM.standard_normal((3, 4)).astype(np.float32)
 
 
 def classifier(declared: bool = True):
-    """What skl2onnx makes of a classifier: labels, and a sequence of maps that ZipMap writes."""
+    """A classifier as skl2onnx exports it: labels, and a sequence of maps that ZipMap writes."""
     nodes = [
         helper.make_node("Mul", ["X", "two"], ["scaled"]),
         helper.make_node(
@@ -73,7 +73,7 @@ def two_tasks():
 
 
 def with_default(ir_version: int = 8, shape=(1,)):
-    """y = relu(x * scale) * scale + shift, where scale is an input and an initializer, as shift is."""
+    """y = relu(x * scale) * scale + shift, where scale and shift are both inputs and initializers."""
     nodes = [
         helper.make_node("Mul", ["x", "scale"], ["a"]),
         helper.make_node("Relu", ["a"], ["b"]),

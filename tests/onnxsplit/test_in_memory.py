@@ -1,4 +1,4 @@
-"""Models in memory are cut as their files are."""
+"""Models in memory are cut like the files with the same content."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ LEVELS = ("disabled", "basic", "extended", "all")
 
 
 class Net:
-    """A network in the making, with random weights."""
+    """Builder of a network with random weights."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -183,7 +183,7 @@ def test_a_model_that_was_not_saved_by_the_optimiser_keeps_its_names(tmp_path):
 
 
 def test_new_names_reach_bodies_and_annotations_and_leave_the_caller_s_alone():
-    """A body that defines the name itself, an input with a default and an output keep theirs."""
+    """A subgraph that defines the name itself, an input with a default, and an output keep their names."""
     then = helper.make_graph([helper.make_node("Add", ["x", "w_token_1"], ["a"])], "then", [], [build.value("a", None)])
     shadow = build.constant("w_token_1", np.float32(7))
     other = helper.make_graph(

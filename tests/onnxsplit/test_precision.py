@@ -1,4 +1,4 @@
-"""Half precision: types are the model's, not those of kernels, and comparisons allow for its roundings."""
+"""Half precision: types are those of the model, not of kernels, and comparisons allow for its roundings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def with_ops_that_inference_does_not_know(width: int = 32) -> onnx.ModelProto:
 
 
 def plainly(path, given):
-    """What a plain session makes of a model file."""
+    """Outputs of a plain session on a model file."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(names, {v.name: given[v.name] for v in session.get_inputs()}), strict=True))

@@ -1,4 +1,4 @@
-"""Shapes behind ops that ONNX's inference does not know agree with a run."""
+"""Inferred shapes behind ops that ONNX's inference does not support agree with a run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ STANDARD = [
 
 
 def one_op(domain: str, opset: int, op_type: str, inputs, attributes, outputs) -> tuple[onnx.ModelProto, dict]:
-    """A model of one op, with symbolic dimensions, and what to give it."""
+    """A model of one op with symbolic dimensions, and its inputs."""
     names, given, constants = [], {}, []
     for position, value in enumerate(inputs):
         names.append("" if value is None else f"i{position}")

@@ -1,4 +1,4 @@
-"""Weights that share bytes: written once a file, counted once a stage."""
+"""Weights that share bytes are written once in each file and counted once in each stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line does where its streams are full, closed, or read by nobody; and its last line of defence."""
+"""The command line when its streams are full, closed or not read, and when a command raises any error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAILING = [["run", "absent.plan", "--json"], ["partition", "--nonsense", "--json
 
 @pytest.fixture
 def onnxsplit(python_environment, tmp_path):
-    """Call it through a shell, which can close descriptors; returns the exit code and what stderr got."""
+    """Call it through a shell, which can close descriptors; returns the exit code and the text on stderr."""
 
     def call(arguments, redirection: str, stderr=subprocess.PIPE):
         done = subprocess.run(
@@ -76,7 +76,7 @@ def test_a_whole_command_runs_with_no_descriptor_open(onnxsplit, tmp_path):
 
 @contextmanager
 def limited(kind: int, most: int):
-    """What a child inherits: files of so many bytes at most, or so much memory."""
+    """Limits that a child process inherits: the size of files, and memory."""
     before = resource.getrlimit(kind)
     resource.setrlimit(kind, (most, before[1]))
     try:
