@@ -1,9 +1,9 @@
-"""Options of commands that run a plan."""
+"""Options of the commands that run a plan."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,94 +18,118 @@ if TYPE_CHECKING:
     from runtime import Pipeline
 
 
+OptionTable = list[tuple[tuple[str, ...], dict[str, Any]]]
+"""Options in the order of the help: the names of each, and the arguments of ``click.option``."""
+
+
 def running_options(command: Command) -> Command:
-    """How to run: options that a command takes as ``**running`` and turns into keywords with :func:`keywords`."""
-    return threads_option(_with([*_OPTIONS, _MEMORY, _TIMING], custom_ops_option(command)))
+    """Options for running a plan. A command takes them as keywords and passes them to :func:`keywords`."""
+    return threads_option(add_options([*_OPTIONS, _MEMORY, _TIMING])(custom_ops_option(command)))
 
 
 def serving_options(command: Command) -> Command:
-    """The same for ``serve``, whose ``--shared-memory`` is about the memory of clients."""
-    return threads_option(_with([*_OPTIONS, _NO_MEMORY, _TIMING], custom_ops_option(command)))
+    """The same options for ``serve``, whose ``--shared-memory`` is about the memory of clients."""
+    return threads_option(add_options([*_OPTIONS, _NO_MEMORY, _TIMING])(custom_ops_option(command)))
 
 
 def tracing_options(command: Command) -> Command:
-    """What to record of a run that ends; taken as ``**running``, too."""
-    return _with(_TRACING, command)
+    """Options for recording a timeline. A command passes them to :func:`keywords`, too."""
+    return add_options(_TRACING)(command)
 
 
-def _with(options: list[tuple[tuple[str, ...], dict[str, Any]]], command: Command) -> Command:
-    for names, settings in reversed(options):
-        command = option(*names, **settings)(command)
-    return command
+def add_options(options: OptionTable) -> Callable[[Command], Command]:
+    """A decorator that gives a command the options of a table."""
+
+    def decorate(command: Command) -> Command:
+        for names, settings in reversed(options):
+            command = option(*names, **settings)(command)
+        return command
+
+    return decorate
+
+
+def parameter_names(*tables: OptionTable) -> list[str]:
+    """The names under which a command is given the options of some tables."""
+    return [names[-1].lstrip("-").replace("-", "_") for table in tables for names, _ in table]
 
 
 def _replicas(
     context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
 ) -> int | dict[int, int] | None:
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for text in texts:
         stage, equals, count = text.rpartition("=")
         number, index = parse_whole(count, MOST_NODES), parse_whole(stage, MOST_NODES - 1)
         if not number or (equals and index is None):
-            wanted = f"neither N nor STAGE=N with N from 1 to {MOST_NODES}"
-            raise click.BadParameter(f"{text!r} is {wanted}", context, parameter)
+            allowed = f"neither N nor STAGE=N with N from 1 to {MOST_NODES}"
+            raise click.BadParameter(f"{text!r} is {allowed}", context, parameter)
         if not equals and len(texts) > 1:
             raise click.BadParameter(f"{text!r} is for all stages; give it alone", context, parameter)
         if index is None:
             return number
-        found[index] = number
-    return found or None
+        counts[index] = number
+    return counts or None
 
 
 def _timings(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    timings: dict[str, float] = {}
     for text in texts:
         name, _, seconds = text.partition("=")
         try:
-            found[name] = float(seconds)
+            timings[name] = float(seconds)
         except ValueError:
             raise click.BadParameter(f"{text!r} is not NAME=SECONDS", context, parameter) from None
-        problem = real_problem(name, found[name], MOST_SECONDS)
+        problem = real_problem(name, timings[name], MOST_SECONDS)
         if problem:
             raise click.BadParameter(problem, context, parameter)
-    return found
+    return timings
 
 
-_OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
-    (("--provider",), {"help": "cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu. Without it: the plan's."}),
+_OPTIONS: OptionTable = [
+    (
+        ("--provider",),
+        {"help": "Execution provider: cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu. Default: the plan's."},
+    ),
     (
         ("--replicas",),
         {
             "multiple": True,
             "metavar": "N|STAGE=N",
             "callback": _replicas,
-            "help": "Nodes of every stage, or of one; repeatable. Without it: the plan's.",
+            "help": "Number of nodes of every stage, or of one stage. Repeatable. Default: the plan's.",
         },
     ),
     (
         ("--mode",),
-        {"type": click.Choice(["sync", "async"]), "default": "async", "help": "One request at a time, or many."},
+        {
+            "type": click.Choice(["sync", "async"]),
+            "default": "async",
+            "help": "Run one request at a time (sync) or many (async).",
+        },
     ),
     (
         ("--inflight",),
-        {"type": click.IntRange(1, MOST_INFLIGHT), "help": "Requests in flight at most. Without it: two a node."},
+        {"type": click.IntRange(1, MOST_INFLIGHT), "help": "Most requests in flight. Default: two for each node."},
     ),
     (
         ("--inflight-bytes",),
-        {"type": SizeParam(), "help": "Of their tensors at most, as 512M. Without it: a quarter of the free memory."},
+        {
+            "type": SizeParam(),
+            "help": "Most bytes of requests in flight, as 512M. Default: a quarter of the free memory.",
+        },
     ),
     (
         ("--micro-batch",),
         {
             "type": click.IntRange(0, MOST_SIZE),
-            "help": "Rows that run as one; larger batches are split, 0 never does. Without it: the plan's batch size.",
+            "help": "Rows that run at once. Larger batches are split; 0 splits none. Default: the plan's batch size.",
         },
     ),
     (
         ("--share-weights/--no-share-weights",),
         {
             "default": None,
-            "help": "Whether nodes map one packed copy of a stage's weights. Without it: where a stage has replicas.",
+            "help": "Let the nodes of a stage map one packed copy of its weights. Default: where a stage has replicas.",
         },
     ),
     (
@@ -113,7 +137,7 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         {
             "type": click.Choice(["completion", "resource", "task", "latency", "round-robin"]),
             "default": "completion",
-            "help": "How to choose among the nodes of a stage.",
+            "help": "How a node is chosen among those of a stage.",
         },
     ),
     (
@@ -121,17 +145,17 @@ _OPTIONS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         {
             "type": click.IntRange(1, MOST_ATTEMPTS),
             "default": 3,
-            "help": "Give a request up when it killed so many nodes. 1: what a dead node had is an error at once.",
+            "help": "Number of nodes that a request may lose before it fails. 1: a request fails with its node.",
         },
     ),
 ]
 _MEMORY: tuple[tuple[str, ...], dict[str, Any]] = (
     ("--shared-memory/--no-shared-memory",),
-    {"default": True, "help": "Whether tensors cross in shared memory on one host."},
+    {"default": True, "help": "Pass tensors between nodes of one host in shared memory."},
 )
 _NO_MEMORY: tuple[tuple[str, ...], dict[str, Any]] = (
     ("--no-shared-memory",),
-    {"is_flag": True, "help": "Let tensors cross between nodes through sockets, not in shared memory."},
+    {"is_flag": True, "help": "Pass tensors between nodes through sockets instead of shared memory."},
 )
 _TIMING: tuple[tuple[str, ...], dict[str, Any]] = (
     ("--timing", "timings"),
@@ -139,25 +163,28 @@ _TIMING: tuple[tuple[str, ...], dict[str, Any]] = (
         "multiple": True,
         "metavar": "NAME=SECONDS",
         "callback": _timings,
-        "help": "When a node counts as failed, and when it is tried again; NAME as in runtime.timings.Timings: "
-        "silence_s, stall_s, lost_s, backoff_s, circuit_s, ... Repeatable.",
+        "help": "Set a time limit after which a node counts as failed or is tried again, by its name in "
+        "runtime.timings.Timings: silence_s, stall_s, lost_s, backoff_s, circuit_s, ... Repeatable.",
     },
 )
-_TRACING: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+_TRACING: OptionTable = [
     (
         ("--trace",),
         {
             "type": click.Path(path_type=Path),
             "metavar": "FILE.json",
-            "help": "Write a timeline of the run; ui.perfetto.dev opens it.",
+            "help": "Write a timeline of the run, which ui.perfetto.dev opens.",
         },
     ),
-    (("--trace-ops",), {"is_flag": True, "help": "With --trace: also every op, by ONNX Runtime's profiler."}),
+    (
+        ("--trace-ops",),
+        {"is_flag": True, "help": "Add every op to the timeline of --trace, with ONNX Runtime's profiler."},
+    ),
 ]
 
 
 def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
-    """What :meth:`runtime.Pipeline.launch` is to be called with."""
+    """The keywords for :meth:`runtime.Pipeline.launch`."""
     if running.get("trace_ops") and running["trace"] is None:
         raise click.UsageError("--trace-ops adds to a timeline; name its file with --trace FILE.json")
     from onnxsplit.files import check_outputs
@@ -176,7 +203,7 @@ def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_trace(output: Output, pipeline: Pipeline, file: Path | None) -> None:
-    """Write the timeline of a pipeline that was closed, when it was asked for."""
+    """Write the timeline of a closed pipeline, if a file was given."""
     from onnxsplit.errors import InputError
     from onnxsplit.files import replacing
 
