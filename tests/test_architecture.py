@@ -87,6 +87,7 @@ PURE = [
     *("runtime.coordinator.refusals", "runtime.coordinator.links", "runtime.coordinator.reach"),
     *("runtime.coordinator.failure_detector", "runtime.testing"),
     *("runtime.gateway.protocol", "runtime.gateway.parameters", "runtime.gateway.queue"),
+    *("runtime.gateway.documents", "runtime.gateway.tensor_data"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),
 ]
 READS_THE_CLOCK = {"onnxsplit.partitioner", "onnxsplit.partitioner.search"}  # a search ends when its time is up

@@ -1,8 +1,9 @@
-"""The network front of pipelines: HTTP, gRPC, metrics and a page, as clients of Triton and KServe know them.
+"""The gateway: the HTTP and gRPC servers in front of pipelines, with metrics and a page. Needs the extra ``serve``.
 
-    client -> web (uvicorn, Starlette) -> http_codec --.                  .-> line -> pipeline -> nodes
-    client -> rpc (grpc.aio)           -> grpc_codec --+-> service -> batcher
-                                                       `<- regions (system shared memory)
+    http.connections > http.bodies > http.inference -.
+    (uvicorn)                        (http.codec)     > service > version > batcher > runtime.pipeline > nodes
+                           grpc.servicer (grpc.codec)-'      `- shared_memory       (queue)
 
-One event loop serves both; what decides (protocol, codecs, line, describe) is pure. Needs the extra ``serve``.
+One event loop serves both protocols. Work that takes long runs in a few threads beside it (``threads``). The protocol,
+the codecs and the queue are pure.
 """

@@ -1,4 +1,4 @@
-"""Who may ask: tokens, and browsers that were led here by other sites."""
+"""Access control: tokens, and protection against requests that other web sites make a browser send."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})
 
 
 def read_tokens(file: Path) -> tuple[str, ...]:
-    """The tokens of a file, one a line; ``#`` begins a remark.
+    """The tokens in a file, one on each line. A comment begins with ``#``.
 
     Raises:
-        InputError: it cannot be read, others can read it, it has none, or one that is too short.
+        InputError: The file cannot be read, other users can read it, it has no tokens, or one is too short.
     """
     try:
         mode = file.stat().st_mode
@@ -33,7 +33,9 @@ def read_tokens(file: Path) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise InputError(f"cannot read the tokens in {file}: they are not UTF-8 text") from error
     if mode & 0o077:
-        raise InputError(f"{file} can be read by others (mode {mode & 0o777:o}); make it your own: chmod 600 {file}")
+        raise InputError(
+            f"{file} can be read by others (mode {mode & 0o777:o}); allow only its owner: chmod 600 {file}"
+        )
     tokens = tuple(text for line in lines if (text := line.partition("#")[0].strip()))
     if not tokens or any(len(token) < _SHORTEST for token in tokens):
         raise InputError(
@@ -44,11 +46,12 @@ def read_tokens(file: Path) -> tuple[str, ...]:
 
 
 class AccessControl:
-    """Decides by a request's headers.
+    """Decides by the headers of a request whether it is allowed.
 
     Args:
-        tokens: one of which must come; none asks for none.
-        loopback: True when the server listens to this host alone, so that other names for it are a trick.
+        tokens: Valid tokens, one of which every request must carry. Without any, requests need none.
+        loopback: True when the server listens on the loopback interface only. Then requests must name this host:
+            another name means that a web site had the browser resolve its own name to this host.
     """
 
     def __init__(self, tokens: tuple[str, ...] = (), *, loopback: bool = True) -> None:
@@ -56,13 +59,13 @@ class AccessControl:
         self._loopback = loopback
 
     def check(self, authorizations: Sequence[str]) -> None:
-        """Hold what a client shows against the tokens: ``Bearer TOKEN``, or ``Basic`` with it as the password.
+        """Check the token of a request: ``Bearer TOKEN``, or ``Basic`` with the token as the password.
 
         Args:
-            authorizations: every one that came.
+            authorizations: All ``Authorization`` headers of the request.
 
         Raises:
-            Unauthorized: none, not one of ours, or several.
+            Unauthorized: There is no header, more than one, or no valid token in it.
         """
         if len(authorizations) > 1:
             raise Unauthorized(f"the request carries {len(authorizations)} authorizations; send one")
@@ -81,37 +84,39 @@ class AccessControl:
             raise Unauthorized("this server asks for a token: send the header Authorization: Bearer TOKEN")
 
     def check_site(self, hosts: Sequence[str], origins: Sequence[str], target: str) -> None:
-        """Refuse what a page of another site makes a browser send, and what could be read in two ways.
+        """Refuse requests that another web site makes a browser send, and requests that are ambiguous.
 
         Args:
-            hosts: every ``Host`` that came.
-            origins: every ``Origin``.
-            target: what is asked for, as the request's first line has it.
+            hosts: All ``Host`` headers of the request.
+            origins: All ``Origin`` headers.
+            target: The target in the request line.
 
         Raises:
-            InputError: there is not one host, or it is not written as one.
-            Forbidden: the site is not ours, or the name is not.
+            InputError: There is not exactly one host, or it is not a valid one.
+            Forbidden: The request comes from another site, or names another host.
         """
         if len(hosts) != 1 or not hosts[0]:
             raise InputError(f"the request has {len(hosts)} Host headers; HTTP needs one, with the name of this server")
         if len(origins) > 1:
             raise Forbidden(f"the request has {len(origins)} Origin headers; a browser sends one")
         host, origin = hosts[0], origins[0] if origins else None
-        found = _HOST.fullmatch(host)
-        if found is None:
+        match = _HOST.fullmatch(host)
+        if match is None:
             raise InputError(
                 f"the Host header is {shown(host)}; it must be a name, an IPv4 address or an [IPv6 address], with or "
                 "without :PORT"
             )
-        name = found["name"].strip("[]").lower()
+        name = match["name"].strip("[]").lower()
         try:
             site = urlsplit(origin or "").netloc
-            asked = urlsplit(target).netloc if not target.startswith("/") else host
+            target_host = urlsplit(target).netloc if not target.startswith("/") else host
         except ValueError as error:
-            raise Forbidden(f"the request names no address: {error}") from error
-        if asked not in (host, ""):
-            raise Forbidden(f"the request asks {shown(asked)} for something, and says to {shown(host)}")
+            raise Forbidden(f"the request has an invalid target or origin: {error}") from error
+        if target_host not in (host, ""):
+            raise Forbidden(f"the request asks {shown(target_host)}, but its Host header is {shown(host)}")
         if self._loopback and name not in LOOPBACK:
-            raise Forbidden(f"this server is of this host alone, and was asked as {shown(host)}; ask localhost")
+            raise Forbidden(
+                f"this server answers requests of this host only, and was asked as {shown(host)}; ask localhost"
+            )
         if origin is not None and site != host:
-            raise Forbidden(f"pages of {shown(origin)} may not ask this server")
+            raise Forbidden(f"pages of {shown(origin)} may not send requests to this server")

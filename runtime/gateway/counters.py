@@ -1,50 +1,45 @@
-"""What is counted of a served model: for statistics, metrics and the page."""
+"""Counters of a served model, for the statistics, the metrics and the page."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from onnxsplit.errors import InputError
 from runtime.coordinator.counters import BUCKETS_NS
+from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
+from runtime.gateway.documents import Duration
+from runtime.gateway.errors import GatewayError, NotLoaded
 
 _LATENCIES = 1000
-
-
-@dataclass
-class Duration:
-    """How often something took place, and how long it took altogether."""
-
-    count: int = 0
-    ns: int = 0
-
-    def add(self, ns: int, count: int = 1) -> None:
-        """It took place again."""
-        self.count += count
-        self.ns += ns
+FAILURE_REASONS = ("REJECTED", "CANCELED", "TIMEOUT", "INVALID", "OTHER")
+"""Why a request failed, as the metrics name it."""
 
 
 @dataclass
 class Counters:
-    """Of one version of a model since it was loaded. Times are nanoseconds.
+    """Counters of one version of a model since it was loaded. Times are in nanoseconds.
 
     Attributes:
-        inferences: rows that were answered; a request without a batch axis is one.
-        executions: times that the pipeline ran for them.
-        pending: requests that have come and are not answered.
-        success: requests that were answered, from the whole request being there to the answer.
-        failures: the others, by why: ``REJECTED`` (no room, or no hope to be in time), ``CANCELED``, ``TIMEOUT``,
-            ``INVALID`` or ``OTHER``.
-        fail: the time of those.
-        queue: waiting for the pipeline.
-        decode: making tensors of what came.
-        infer: in the pipeline.
-        encode: making what goes of tensors.
-        batches: executions by rows.
-        last_ms: when the last one was, in milliseconds of the epoch.
-        latencies_ns: of the last thousand that were answered.
-        buckets: the time of those that were answered, in buckets of ``BUCKETS_NS``.
+        inferences: Rows that were answered; a request without a batch axis counts as one.
+        executions: Executions of the pipeline.
+        pending: Requests that have arrived and are not answered.
+        success: Time from the arrival of answered requests to their responses.
+        failures: Number of failed requests by reason: REJECTED (the model takes no requests, the queue is full, or the
+            deadline cannot be met), CANCELED, TIMEOUT, INVALID or OTHER.
+        fail: Time from the arrival of failed requests to their errors.
+        queue: Time for which requests waited for the pipeline.
+        decode: Time for making tensors of requests.
+        infer: Time in the pipeline.
+        encode: Time for making responses of tensors.
+        batches: Executions by number of rows.
+        last_ms: Time of the last answer, in milliseconds since the epoch.
+        last_error: Message of the last failure.
+        latencies_ns: Times of the last thousand answered requests.
+        buckets: Histogram of the times of answered requests, in the buckets of ``BUCKETS_NS``.
     """
 
     inferences: int = 0
@@ -64,13 +59,13 @@ class Counters:
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
 
     def ran(self, rows: int, ns: int) -> None:
-        """The pipeline ran for so many rows."""
+        """Count an execution of ``rows`` that took ``ns``."""
         self.executions += 1
         if len(self.batches) < _LATENCIES or rows in self.batches:
             self.batches.setdefault(rows, Duration()).add(ns)
 
     def answered(self, rows: int, *, decode_ns: int, queue_ns: int, infer_ns: int, encode_ns: int) -> None:
-        """A request was."""
+        """Count a request of ``rows`` that was answered."""
         took = decode_ns + queue_ns + infer_ns + encode_ns
         self.inferences += rows
         self.success.add(took)
@@ -82,8 +77,19 @@ class Counters:
         self.latencies_ns.append(took)
         self.buckets[bisect_left(BUCKETS_NS, took)] += 1
 
-    def failed(self, why: str, ns: int, message: str) -> None:
-        """A request was not answered with outputs."""
-        self.failures[why] += 1
+    def failed(self, reason: str, ns: int, message: str) -> None:
+        """Count a request that failed after ``ns``."""
+        self.failures[reason] += 1
         self.fail.add(ns)
         self.last_error = message
+
+
+def failure_reason(error: BaseException) -> str:
+    """The reason for which a request failed; one of :data:`FAILURE_REASONS`."""
+    if isinstance(error, Busy | StageUnavailable | PipelineClosed | NotLoaded):
+        return "REJECTED"
+    if isinstance(error, asyncio.CancelledError | Cancelled):
+        return "CANCELED"
+    if isinstance(error, DeadlineExceeded):
+        return "TIMEOUT"
+    return "INVALID" if isinstance(error, InputError | GatewayError) else "OTHER"

@@ -1,15 +1,20 @@
-"""What the gateway refuses, and what each error of the system is to a client.
+"""The errors of the gateway, and the HTTP status and gRPC code of every error that a client can see.
 
 OnnxsplitError
-└── GatewayError
-    ├── UnknownModel     no such model or version here
-    ├── UnknownRegion    no such shared memory
-    ├── NotLoaded        it is known, but not loaded, or the server stops
-    ├── Unauthorized     no token, or not one of ours
-    ├── Forbidden        not from there
-    ├── TooLarge         a request is larger than allowed
-    ├── TooSlow          a request did not arrive in time
-    └── Unsupported      an endpoint of the protocol that this server does not have
+├── GatewayError
+│   ├── UnknownModel      404  NOT_FOUND            no such model or version
+│   ├── UnknownRegion     404  NOT_FOUND            no such region of shared memory
+│   ├── NotLoaded         503  UNAVAILABLE          the model takes no requests now
+│   ├── Unauthorized      401  UNAUTHENTICATED      no valid token
+│   ├── Forbidden         403  PERMISSION_DENIED    not allowed from there
+│   ├── TooLarge          413  RESOURCE_EXHAUSTED   more bytes than allowed
+│   ├── TooSlow           408  DEADLINE_EXCEEDED    the request did not arrive in time
+│   └── Unsupported       501  UNIMPLEMENTED        part of the protocol that this server lacks
+├── InputError            400  INVALID_ARGUMENT     the request does not fit the protocol or the model
+└── PipelineError         500  INTERNAL             a stage or node failed
+├── Busy, StageUnavailable, PipelineClosed      503  UNAVAILABLE
+├── DeadlineExceeded                            504  DEADLINE_EXCEEDED
+└── Cancelled                                   499  CANCELLED
 """
 
 from __future__ import annotations
@@ -22,57 +27,57 @@ from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, St
 
 
 class GatewayError(OnnxsplitError):
-    """Base of what the gateway itself refuses."""
+    """Base of the errors that the gateway itself raises. The client sees the status of the subclass."""
 
 
 class UnknownModel(GatewayError):
-    """The model, or the version, is not one of this server's. HTTP 404, gRPC NOT_FOUND."""
+    """This server does not have the model, or not this version of it. HTTP 404, gRPC NOT_FOUND."""
 
 
 class UnknownRegion(GatewayError):
-    """No region of this name, or no such shared memory. HTTP 404, gRPC NOT_FOUND."""
+    """No region is registered under this name, or its shared memory does not exist. HTTP 404, gRPC NOT_FOUND."""
 
 
 class NotLoaded(GatewayError):
-    """The model is known but takes no requests now. HTTP 503, gRPC UNAVAILABLE."""
+    """The model takes no requests now: it is not loaded, or the server is stopping. HTTP 503, gRPC UNAVAILABLE."""
 
 
 class Unauthorized(GatewayError):
-    """A token is needed, and none of ours came. HTTP 401, gRPC UNAUTHENTICATED."""
+    """The server asks for a token, and the client sent none that is valid. HTTP 401, gRPC UNAUTHENTICATED."""
 
 
 class Forbidden(GatewayError):
-    """This is not served to whoever asks from there. HTTP 403, gRPC PERMISSION_DENIED."""
+    """The request comes from a web site or host that may not send it. HTTP 403, gRPC PERMISSION_DENIED."""
 
 
 class TooLarge(GatewayError):
-    """More bytes than allowed. HTTP 413, gRPC RESOURCE_EXHAUSTED."""
+    """The request has more bytes than allowed. HTTP 413, gRPC RESOURCE_EXHAUSTED."""
 
 
 class TooSlow(GatewayError):
-    """The client did not send its request in time. HTTP 408, gRPC DEADLINE_EXCEEDED."""
+    """The client did not send the whole request in time. HTTP 408, gRPC DEADLINE_EXCEEDED."""
 
 
 class Unsupported(GatewayError):
-    """The protocol has it, this server has not. HTTP 501, gRPC UNIMPLEMENTED."""
+    """The protocol has this call, but the server does not. HTTP 501, gRPC UNIMPLEMENTED."""
 
 
-def words(error: BaseException, most: int = 2000) -> str:
-    """What a client is told of an error: of a bounded length, since what a client sent may be in it."""
+def client_message(error: BaseException, most: int = 2000) -> str:
+    """What a client is told about an error: at most ``most`` characters, since its own input may be in the message."""
     text = str(error) if isinstance(error, OnnxsplitError) else f"an error in the server: {type(error).__name__}"
     return text if len(text) <= most else f"{text[:most]} ... ({len(text)} characters)"
 
 
-def forget_frames(error: BaseException) -> None:
-    """Let an error hold nothing of the request it ended: in its traceback are all that was at hand, and in cycles."""
-    found: BaseException | None = error
-    while found is not None:
-        traceback.clear_frames(found.__traceback__)
-        found = found.__cause__ or found.__context__
+def clear_frames(error: BaseException) -> None:
+    """Remove the request's data from an error: its traceback holds all local variables, often in reference cycles."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 class Status(NamedTuple):
-    """What an error is to a client: HTTP's status, and the name of gRPC's."""
+    """The HTTP status of an error, and the name of its gRPC code."""
 
     http: int
     grpc: str
@@ -97,5 +102,5 @@ _STATUS: tuple[tuple[type[BaseException], Status], ...] = (
 
 
 def status_of(error: BaseException) -> Status:
-    """What a client is told; what is not listed, a stage that failed among it, is 500 and INTERNAL."""
+    """The status of an error. Errors without a row in the table, such as a failed stage, are 500 and INTERNAL."""
     return next((status for kind, status in _STATUS if isinstance(error, kind)), Status(500, "INTERNAL"))

@@ -1,20 +1,28 @@
-"""What the server tells of itself, in the protocol's words: metadata, configuration, statistics. Pure.
+"""The server and its models in the protocol's terms: metadata, configuration, statistics. Pure.
 
-A model is announced as an ensemble with a step for every stage, so that clients which know ensembles report each
-stage by itself. A stage is called ``MODEL.stage0``; it can be asked about, and runs only as part of its model.
+A model is announced as an ensemble with one step for each stage, so that clients which know ensembles report each
+stage separately. A stage is named ``MODEL.stage0``. Clients can ask about it, but it runs only as part of its model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import onnxsplit
 from onnxsplit.plan import Plan, Stage
 from runtime.coordinator.status import NodeStats
-from runtime.gateway.counters import Counters, Duration
+from runtime.gateway.documents import (
+    BatchStatistics,
+    Duration,
+    InferenceStatistics,
+    Json,
+    ModelMetadata,
+    ModelStatistics,
+    ServerMetadata,
+    TensorMetadata,
+)
 from runtime.gateway.protocol import DATATYPES
-from runtime.gateway.repository import Version
+from runtime.gateway.version import Version
 
 NAME = "onnxsplit"
 _STAGE_DIGITS = 6
@@ -30,22 +38,20 @@ EXTENSIONS = (
     "statistics",
 )
 
-Json = dict[str, Any]
 
-
-def server(*, shared_memory: bool) -> Json:
-    """``GET /v2``; ``shared_memory``: whether clients may register some."""
+def server(*, shared_memory: bool) -> ServerMetadata:
+    """``GET /v2``. ``shared_memory`` says whether clients may register some."""
     extensions = [name for name in EXTENSIONS if shared_memory or name != _SHARED_MEMORY]
-    return {"name": NAME, "version": onnxsplit.__version__, "extensions": extensions}
+    return ServerMetadata(NAME, onnxsplit.__version__, extensions)
 
 
 def stage_name(model: str, stage: int) -> str:
-    """What a stage is called among models."""
+    """The name under which clients see a stage."""
     return f"{model}.stage{stage}"
 
 
 def split_name(name: str, models: Iterable[str]) -> tuple[str, int | None]:
-    """The model of a name, and the stage when it is a stage's."""
+    """The model that a name stands for, and the stage if it is a stage's name."""
     if name in models:
         return name, None
     model, _, stage = name.rpartition(".stage")
@@ -54,30 +60,30 @@ def split_name(name: str, models: Iterable[str]) -> tuple[str, int | None]:
     return name, None
 
 
-def metadata(version: Version, numbers: Sequence[str], stage: int | None = None) -> Json:
-    """``GET /v2/models/M``."""
-    inputs, outputs = _ends(version.plan, stage)
-    return {
-        "name": version.model if stage is None else stage_name(version.model, stage),
-        "versions": list(numbers),
-        "platform": "ensemble" if stage is None else "onnxruntime_onnx",
-        "inputs": [_tensor(version.plan, name) for name in inputs],
-        "outputs": [_tensor(version.plan, name) for name in outputs],
-    }
+def metadata(version: Version, numbers: Sequence[str], stage: int | None = None) -> ModelMetadata:
+    """``GET /v2/models/M``, of a model or of one stage. ``numbers`` are the versions that are loaded."""
+    inputs, outputs = _tensor_names(version.plan, stage)
+    return ModelMetadata(
+        name=version.model if stage is None else stage_name(version.model, stage),
+        versions=list(numbers),
+        platform="ensemble" if stage is None else "onnxruntime_onnx",
+        inputs=[_tensor(version.plan, name) for name in inputs],
+        outputs=[_tensor(version.plan, name) for name in outputs],
+    )
 
 
-def _ends(plan: Plan, stage: int | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _tensor_names(plan: Plan, stage: int | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if stage is None:
         return plan.inputs, plan.outputs
     return plan.stages[stage].inputs, plan.stages[stage].outputs
 
 
-def _tensor(plan: Plan, name: str) -> Json:
-    return {"name": name, "datatype": DATATYPES.get(plan.tensors[name].dtype, "INVALID"), "shape": dims(plan, name)}
+def _tensor(plan: Plan, name: str) -> TensorMetadata:
+    return TensorMetadata(name, DATATYPES.get(plan.tensors[name].dtype, "INVALID"), dims(plan, name))
 
 
 def dims(plan: Plan, name: str) -> list[int]:
-    """A tensor's shape as the protocol has it: -1 for what may vary; ``[-1]`` also where the rank is unknown."""
+    """A tensor's shape in the protocol's terms: -1 for a size that may vary, and ``[-1]`` for an unknown rank."""
     shape = plan.tensors[name].shape
     return [-1] if shape is None else [size if isinstance(size, int) else -1 for size in shape]
 
@@ -85,29 +91,26 @@ def dims(plan: Plan, name: str) -> list[int]:
 def config(version: Version, stage: int | None = None) -> Json:
     """``GET /v2/models/M/config``, as Triton's ``ModelConfig``."""
     plan = version.plan
-    inputs, outputs = _ends(plan, stage)
-    said: Json = {
-        "name": version.model if stage is None else stage_name(version.model, stage),
+    inputs, outputs = _tensor_names(plan, stage)
+    name = version.model if stage is None else stage_name(version.model, stage)
+    document: Json = {
+        "name": name,
         "platform": "ensemble" if stage is None else "onnxruntime_onnx",
         "backend": "" if stage is None else "onnxruntime",
         "version_policy": {"specific": {"versions": [int(version.number)]}},
         "max_batch_size": 0,
-        "input": [_configured_input(plan, name) for name in inputs],
-        "output": [_configured(plan, name) for name in outputs],
+        "input": [_configured_input(plan, tensor) for tensor in inputs],
+        "output": [_configured(plan, tensor) for tensor in outputs],
     }
     if stage is None:
-        said["ensemble_scheduling"] = {"step": [_step(version.model, one) for one in plan.stages]}
+        document["ensemble_scheduling"] = {"step": [_step(version.model, one) for one in plan.stages]}
     else:
         nodes = [n for n in version.pipeline.stats() if n.stage == stage] if version.pipeline is not None else []
         provider = nodes[0].provider if nodes else plan.stages[stage].provider
-        said["instance_group"] = [
-            {
-                "name": said["name"],
-                "kind": "KIND_GPU" if "cuda" in provider.lower() else "KIND_CPU",
-                "count": len(nodes) or plan.stages[stage].replicas,
-            }
-        ]
-    return said
+        kind = "KIND_GPU" if "cuda" in provider.lower() else "KIND_CPU"
+        count = len(nodes) or plan.stages[stage].replicas
+        document["instance_group"] = [{"name": name, "kind": kind, "count": count}]
+    return document
 
 
 def _configured(plan: Plan, name: str) -> Json:
@@ -117,8 +120,8 @@ def _configured(plan: Plan, name: str) -> Json:
 
 
 def _configured_input(plan: Plan, name: str) -> Json:
-    said = _configured(plan, name)
-    return {**said, "optional": True} if name in plan.defaults else said
+    entry = _configured(plan, name)
+    return {**entry, "optional": True} if name in plan.defaults else entry
 
 
 def _step(model: str, stage: Stage) -> Json:
@@ -130,53 +133,58 @@ def _step(model: str, stage: Stage) -> Json:
     }
 
 
-def statistics(version: Version) -> Json:
-    """``GET /v2/models/M/stats``: of a model as a whole."""
+def statistics(version: Version) -> ModelStatistics:
+    """``GET /v2/models/M/stats``, of a model as a whole."""
     counters = version.counters
-    failures = Duration(sum(counters.failures.values()), counters.fail.ns)
-    return _statistics(
-        version.model,
-        version.number,
-        counters,
-        [counters.success, failures, counters.queue, counters.decode, counters.infer, counters.encode],
-        [
-            {"batch_size": rows, **_parts(compute_infer=ran, compute_input=Duration(), compute_output=Duration())}
+    return ModelStatistics(
+        name=version.model,
+        version=version.number,
+        last_inference=counters.last_ms,
+        inference_count=counters.inferences,
+        execution_count=counters.executions,
+        inference_stats=InferenceStatistics(
+            success=counters.success,
+            fail=Duration(sum(counters.failures.values()), counters.fail.ns),
+            queue=counters.queue,
+            compute_input=counters.decode,
+            compute_infer=counters.infer,
+            compute_output=counters.encode,
+            cache_hit=Duration(),
+            cache_miss=Duration(),
+        ),
+        batch_stats=[
+            BatchStatistics(batch_size=rows, compute_input=Duration(), compute_infer=ran, compute_output=Duration())
             for rows, ran in sorted(counters.batches.items())
         ],
     )
 
 
-def stage_statistics(version: Version, stage: int, nodes: Sequence[NodeStats]) -> Json:
-    """The same of one stage: what its nodes did. What a stage gets and gives lies in place, so that takes no time."""
-    mine = [node for node in nodes if node.stage == stage]
-    count = sum(node.requests for node in mine)
-    queue = Duration(count, sum(node.waited_ns for node in mine))
-    infer = Duration(count, sum(node.ran_ns for node in mine))
-    failures = Duration(sum(node.failures for node in mine))
-    counters = Counters(inferences=count, executions=count, last_ms=version.counters.last_ms if count else 0)
-    parts = [Duration(count, queue.ns + infer.ns), failures, queue, Duration(count), infer, Duration(count)]
-    batch = {
-        "batch_size": 1,
-        **_parts(compute_input=Duration(count), compute_infer=infer, compute_output=Duration(count)),
-    }
-    return _statistics(stage_name(version.model, stage), version.number, counters, parts, [batch] if count else [])
+def stage_statistics(version: Version, stage: int, nodes: Sequence[NodeStats]) -> ModelStatistics:
+    """``GET /v2/models/M/stats``, of one stage: what its nodes did.
 
-
-def _statistics(name: str, number: str, counters: Counters, parts: Sequence[Duration], batches: list[Json]) -> Json:
-    names = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
-    return {
-        "name": name,
-        "version": number,
-        "last_inference": counters.last_ms,
-        "inference_count": counters.inferences,
-        "execution_count": counters.executions,
-        "inference_stats": {
-            **_parts(**dict(zip(names, parts, strict=True))),
-            **_parts(cache_hit=Duration(), cache_miss=Duration()),
-        },
-        "batch_stats": batches,
-    }
-
-
-def _parts(**parts: Duration) -> Mapping[str, Json]:
-    return {name: {"count": part.count, "ns": part.ns} for name, part in parts.items()}
+    Nodes read inputs and write outputs in place, so the times for these are 0.
+    """
+    nodes = [node for node in nodes if node.stage == stage]
+    count = sum(node.requests for node in nodes)
+    queue = Duration(count, sum(node.waited_ns for node in nodes))
+    infer = Duration(count, sum(node.ran_ns for node in nodes))
+    none = Duration(count)
+    batch = BatchStatistics(batch_size=1, compute_input=none, compute_infer=infer, compute_output=none)
+    return ModelStatistics(
+        name=stage_name(version.model, stage),
+        version=version.number,
+        last_inference=version.counters.last_ms if count else 0,
+        inference_count=count,
+        execution_count=count,
+        inference_stats=InferenceStatistics(
+            success=Duration(count, queue.ns + infer.ns),
+            fail=Duration(sum(node.failures for node in nodes)),
+            queue=queue,
+            compute_input=none,
+            compute_infer=infer,
+            compute_output=none,
+            cache_hit=Duration(),
+            cache_miss=Duration(),
+        ),
+        batch_stats=[batch] if count else [],
+    )

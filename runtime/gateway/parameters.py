@@ -1,4 +1,4 @@
-"""The parameters of a request that HTTP and gRPC share: time limits, and tensors in shared memory."""
+"""The parameters of requests that HTTP and gRPC share: time limits, shared memory, classifications. Pure."""
 
 from __future__ import annotations
 
@@ -7,48 +7,44 @@ from typing import Any
 
 from onnxsplit.errors import InputError, shown
 from onnxsplit.tensors import Array
-from runtime.gateway.protocol import (
-    Read,
-    RegionSlice,
-    bytes_of,
-    from_bytes,
-)
+from runtime.gateway.protocol import ReadRegion, RegionSlice, RequestedOutput
+from runtime.gateway.tensor_data import bytes_of, from_bytes
 from runtime.intake import MOST_TIMEOUT_S
 
 MOST_JSON_BYTES = 64 << 20
-"""The JSON of a request; tensors may follow it as bytes."""
+"""Most bytes of a request's JSON, or of a gRPC message beside its raw tensors."""
 
 
 MOST_TENSORS = 4096
-"""Inputs of a request, and outputs."""
+"""Most inputs of a request, and most outputs."""
 
 
-def from_region(name: str, datatype: str, shape: Sequence[int], place: RegionSlice, read: Read) -> Array:
-    """A tensor in shared memory; its size is held against its shape before it is read.
+def from_region(name: str, datatype: str, shape: Sequence[int], region_slice: RegionSlice, read: ReadRegion) -> Array:
+    """A tensor in shared memory. Its size is checked against its shape before it is read.
 
     Raises:
-        InputError: there is no such tensor.
+        InputError: The shape, the type or the size does not fit, or the region cannot be read.
     """
     size = bytes_of(name, datatype, shape)
-    if size is not None and size != place.size_bytes:
+    if size is not None and size != region_slice.size_bytes:
         raise InputError(
-            f"tensor {shown(name)} has shared_memory_byte_size {shown(place.size_bytes)}; {datatype} of shape "
+            f"tensor {shown(name)} has shared_memory_byte_size {shown(region_slice.size_bytes)}; {datatype} of shape "
             f"{list(shape)} has {size} bytes"
         )
-    return from_bytes(name, datatype, shape, read(place))
+    return from_bytes(name, datatype, shape, read(region_slice))
 
 
 def region_slice_of(name: str, parameters: Mapping[str, Any]) -> RegionSlice | None:
-    """Where in shared memory a tensor is, or goes; None when it is not said to.
+    """Where in shared memory a tensor is or goes; None when its parameters name no region.
 
     Raises:
-        InputError: the place makes no sense.
+        InputError: The parameters name a region, but not a valid part of one.
     """
     region = parameters.get("shared_memory_region")
     if region is None:
         return None
-    size = _number(parameters, "shared_memory_byte_size")
-    offset = _number(parameters, "shared_memory_offset") or 0
+    size = whole_number(parameters, "shared_memory_byte_size")
+    offset = whole_number(parameters, "shared_memory_offset") or 0
     if not isinstance(region, str) or size is None or size < 0 or offset < 0:
         raise InputError(
             f"tensor {shown(name)} in shared memory needs shared_memory_region (a name), shared_memory_byte_size and "
@@ -57,32 +53,54 @@ def region_slice_of(name: str, parameters: Mapping[str, Any]) -> RegionSlice | N
     return RegionSlice(region, offset, size)
 
 
-def timeout_ns(parameters: Mapping[str, Any]) -> int | None:
-    """The time a request may take; the protocol counts microseconds, and 0 is no limit.
+def requested_output(name: str, parameters: Mapping[str, Any], *, binary: bool) -> RequestedOutput:
+    """An output that a request names, with what its parameters ask for.
 
     Raises:
-        InputError: it is no number, or the request is one of a sequence.
+        InputError: A parameter is not valid.
+    """
+    classes = whole_number(parameters, "classification") or 0
+    if classes < 0:
+        raise InputError(f"classification of output {shown(name)} is {shown(classes)}; it is the number of classes")
+    return RequestedOutput(name, binary, region_slice_of(name, parameters), classes)
+
+
+def timeout_ns(parameters: Mapping[str, Any]) -> int | None:
+    """The time limit of a request in nanoseconds; None for no limit. The protocol counts microseconds, 0 for no limit.
+
+    Raises:
+        InputError: The limit is not a number of microseconds, or the request belongs to a sequence.
     """
     if parameters.get("sequence_id"):
-        raise InputError("sequence_id: requests that belong together are not supported; leave it out")
-    timeout = _number(parameters, "timeout") or 0
+        raise InputError("sequence_id: sequences of requests are not supported; leave it out")
+    timeout = whole_number(parameters, "timeout") or 0
     if not 0 <= timeout <= MOST_TIMEOUT_S * 10**6:
         raise InputError(
-            f"timeout is {shown(timeout)}; it is microseconds, at most {MOST_TIMEOUT_S * 10**6} (a year), and 0 is no "
-            "limit"
+            f"timeout is {shown(timeout)}; it must be from 0 (no limit) to {MOST_TIMEOUT_S * 10**6} microseconds (a "
+            "year)"
         )
     return timeout * 1000 or None
 
 
-def _number(parameters: Mapping[str, Any], name: str) -> int | None:
+def whole_number(parameters: Mapping[str, Any], name: str) -> int | None:
+    """A parameter that is a whole number; None when it is not given.
+
+    Raises:
+        InputError: It is something else.
+    """
     value = parameters.get(name)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise InputError(f"parameter {shown(name)} is {shown(value)}; it is a whole number")
+        raise InputError(f"parameter {shown(name)} is {shown(value)}; it must be a whole number")
     return value
 
 
-def _flag(parameters: Mapping[str, Any], name: str) -> bool:
+def flag(parameters: Mapping[str, Any], name: str) -> bool:
+    """A parameter that is true or false; False when it is not given.
+
+    Raises:
+        InputError: It is something else.
+    """
     value = parameters.get(name, False)
     if not isinstance(value, bool):
-        raise InputError(f"parameter {shown(name)} is {shown(value)}; it is true or false")
+        raise InputError(f"parameter {shown(name)} is {shown(value)}; it must be true or false")
     return value

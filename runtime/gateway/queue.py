@@ -1,11 +1,11 @@
-"""Who waits before a pipeline, who goes in next and with whom, and who is refused. Pure: times are told.
+"""The requests that wait before a pipeline: which enter next, which are joined, and which are refused. Pure.
 
-    requests   a1 b1 a2 a3 . . .        a, b: shapes that can and cannot be joined; each has some rows
-    goes in    [a1 a2 a3]  [b1]         up to ``max_batch`` rows, when there is room; a batch that is not full waits
-                                        for more until its first has waited ``max_delay_ns``
+    requests   a1 b1 a2 a3 . . .        requests a can be joined with each other, and so can requests b
+    batches    [a1 a2 a3]  [b1]         at most ``max_batch`` rows each, in the order of their first requests
 
-A request is refused when it comes, if the line is full, or if by the pace of late it could not be answered by its
-deadline; it is dropped from the line at its deadline.
+A batch that is not full waits for more requests until its first has waited ``max_delay_ns``. A request is refused on
+arrival if the queue is full or if, at the current throughput, it cannot be answered by its deadline. A request that can
+no longer meet its deadline is dropped before it enters. All times are given by the caller.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from msgspec import Struct
 
 from runtime.errors import Busy
 
-_SPREADS = 2.5  # of the usual spread that are reckoned with
-_FORGET = 0.1  # the weight of the newest in what is remembered of the pace
+_DEVIATIONS = 2.5  # an answer is expected by the mean time plus so many mean deviations
+_NEWEST_WEIGHT = 0.1  # of the newest value in the moving averages
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What may wait.
+    """Limits of a queue and of its batches.
 
     Attributes:
-        requests: so many at most.
-        size_bytes: of their inputs at most; a request finds an empty line open, whatever its size.
-        max_batch: rows to join at most; 1 joins nothing.
-        max_delay_ns: to wait for more to join.
+        requests: Most requests that may wait.
+        size_bytes: Most bytes of inputs that may wait. An empty queue accepts a request of any size.
+        max_batch: Most rows of a batch; 1 joins nothing.
+        max_delay_ns: Longest time for which a batch waits for more requests.
     """
 
     requests: int = 256
@@ -41,16 +41,16 @@ class Limits:
 
 
 class QueuedRequest(Struct, eq=False):
-    """A request in the line.
+    """A request in the queue.
 
     Attributes:
-        key: requests with equal keys can be joined; None joins nothing.
-        rows: along the batch axis.
-        size_bytes: of its inputs.
-        arrived_ns: when.
-        deadline_ns: its answer is worth nothing after; None for ever.
-        subject: whatever it is.
-        turn: its place among all that ever stood in the line; the line's to give.
+        key: Requests with equal keys can be joined; None joins with nothing.
+        rows: Rows along the batch axis.
+        size_bytes: Bytes of its inputs.
+        arrived_ns: Time of its arrival.
+        deadline_ns: Time after which its answer is worth nothing; None for no limit.
+        item: The caller's own object for this request.
+        number: Position among all requests that ever joined the queue; set by the queue.
     """
 
     key: Hashable | None
@@ -58,23 +58,29 @@ class QueuedRequest(Struct, eq=False):
     size_bytes: int
     arrived_ns: int
     deadline_ns: int | None
-    subject: Any
-    turn: int = 0
+    item: Any
+    number: int = 0
 
 
 class RequestQueue:
-    """The requests that wait before one pipeline, first come, first served."""
+    """A first-in, first-out queue before one pipeline.
+
+    Attributes:
+        limits: What may wait.
+        size_bytes: Bytes of the inputs of all waiting requests.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.size_bytes = 0
         self._waiting: deque[QueuedRequest] = deque()
-        self._turns = 0
+        self._joined = 0
         self._rows = 0
-        self._gap_ns = 0.0  # between two rows that come out, while others wait
-        self._inside_ns = 0.0  # from going in to coming out
-        self._spread_ns = 0.0  # how far that is off, usually
-        self._out_ns: int | None = None  # the last came out, and others have waited since
+        # Moving averages of executions, and when the last one ended while others waited.
+        self._gap_ns = 0.0  # time from one row's end to the next row's
+        self._latency_ns = 0.0
+        self._deviation_ns = 0.0  # of the latency from its mean
+        self._last_end_ns: int | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -83,28 +89,32 @@ class RequestQueue:
         return iter(self._waiting)
 
     def expected_ns(self, rows: int = 0) -> int:
-        """How long the answer to a request of ``rows`` that came now may take, by the pace of late."""
-        return int((self._rows + rows) * self._gap_ns + self._passage_ns)
+        """Time until the answer to a request of ``rows`` that arrives now, at the current throughput."""
+        return int((self._rows + rows) * self._gap_ns + self._expected_latency_ns)
 
     @property
-    def _passage_ns(self) -> float:
-        """From going in to coming out; few take longer."""
-        return self._inside_ns + _SPREADS * self._spread_ns
+    def _expected_latency_ns(self) -> float:
+        """Time in the pipeline that few executions exceed."""
+        return self._latency_ns + _DEVIATIONS * self._deviation_ns
 
-    def join(self, request: QueuedRequest, *, alone: bool = False) -> None:
-        """Stand at the end. ``alone``: nothing is inside, so it may try whatever the pace was.
+    def join(self, request: QueuedRequest, *, idle: bool = False) -> None:
+        """Put a request at the end of the queue.
+
+        Args:
+            request: The request.
+            idle: True when nothing is in the pipeline. Then the request may try, whatever the throughput was.
 
         Raises:
-            Busy: it is refused; says why.
+            Busy: The request is refused. The message says why.
         """
         if self._waiting and len(self._waiting) >= self.limits.requests:
-            raise Busy(f"{len(self._waiting)} requests wait, which is all that may; try again later")
+            raise Busy(f"{len(self._waiting)} requests wait, which is the limit; try again later")
         if self._waiting and self.size_bytes + request.size_bytes > self.limits.size_bytes:
             raise Busy(
-                f"{self.size_bytes} bytes of requests wait, and with {request.size_bytes} more there would be more "
-                f"than the {self.limits.size_bytes} that may; try again later"
+                f"{self.size_bytes} bytes of requests wait, and {request.size_bytes} more would exceed the limit of "
+                f"{self.limits.size_bytes}; try again later"
             )
-        if request.deadline_ns is not None and not alone:
+        if request.deadline_ns is not None and not idle:
             left = request.deadline_ns - request.arrived_ns
             expected = self.expected_ns(request.rows)
             if expected > left:
@@ -112,47 +122,49 @@ class RequestQueue:
                     f"the answer is expected in {expected / 1e9:.3f} s, and the request has {max(0, left) / 1e9:.3f} s "
                     "left; try again later"
                 )
-        self._turns += 1
-        request.turn = self._turns
+        self._joined += 1
+        request.number = self._joined
         self._waiting.append(request)
         self._rows += request.rows
         self.size_bytes += request.size_bytes
 
     def next(self, now_ns: int) -> list[QueuedRequest]:
-        """The requests that go in together, if there is room for one; none when it is better to wait for more."""
+        """Take out the requests of the next batch; none when it is better to wait for more."""
         if not self._waiting:
             return []
         first = self._waiting[0]
-        together, rows = [first], first.rows
+        batch, rows = [first], first.rows
         if first.key is not None:
             for other in list(self._waiting)[1:] if self.limits.max_batch > first.rows else ():
                 if other.key == first.key and rows + other.rows <= self.limits.max_batch:
-                    together.append(other)
+                    batch.append(other)
                     rows += other.rows
             if rows < self.limits.max_batch and now_ns < first.arrived_ns + self.limits.max_delay_ns:
                 return []
-        for request in together:
+        for request in batch:
             self.leave(request)
-        return together
+        return batch
 
-    def late(self, now_ns: int, *, alone: bool = False) -> list[QueuedRequest]:
-        """Those at the head that could not be answered in time any more; they are out of the line.
+    def late(self, now_ns: int, *, idle: bool = False) -> list[QueuedRequest]:
+        """Take out the requests at the head that cannot meet their deadlines any more.
 
-        ``alone``: nothing else is inside. Then the head may try unless its time is over, whatever the pace was: how
-        else should it be known that it is better now?
+        Args:
+            now_ns: The time.
+            idle: True when nothing is in the pipeline. Then a request may try until its deadline, because only a try
+                can show that the pipeline has become faster.
         """
-        found = []
-        passage_ns = 0 if alone else self._passage_ns
+        late = []
+        latency_ns = 0 if idle else self._expected_latency_ns
         while self._waiting:
             deadline = self._waiting[0].deadline_ns
-            if deadline is None or now_ns + passage_ns <= deadline:
+            if deadline is None or now_ns + latency_ns <= deadline:
                 break
-            found.append(self._waiting[0])
+            late.append(self._waiting[0])
             self.leave(self._waiting[0])
-        return found
+        return late
 
     def leave(self, request: QueuedRequest) -> bool:
-        """Out of the line; False when it was not there."""
+        """Take a request out; False when it is not in the queue."""
         try:
             self._waiting.remove(request)
         except ValueError:
@@ -161,25 +173,25 @@ class RequestQueue:
         self.size_bytes -= request.size_bytes
         return True
 
-    def back(self, requests: list[QueuedRequest]) -> None:
-        """To the places they had: there was no room for them after all."""
-        self._waiting = deque(sorted((*requests, *self._waiting), key=lambda one: one.turn))
+    def put_back(self, requests: list[QueuedRequest]) -> None:
+        """Put requests back at the positions they had."""
+        self._waiting = deque(sorted((*requests, *self._waiting), key=lambda one: one.number))
         self._rows += sum(request.rows for request in requests)
         self.size_bytes += sum(request.size_bytes for request in requests)
 
     def due_ns(self) -> int | None:
-        """When a batch that waits for more has waited long enough; None when none does."""
+        """Time at which the first batch enters although it is not full; None when no batch waits for more."""
         if not self._waiting or self._waiting[0].key is None:
             return None
         return self._waiting[0].arrived_ns + self.limits.max_delay_ns
 
-    def came_out(self, rows: int, entered_ns: int, now_ns: int) -> None:
-        """An answer to ``rows`` that went in together is there."""
+    def completed(self, rows: int, entered_ns: int, now_ns: int) -> None:
+        """Record that an execution of ``rows`` has ended."""
         took_ns = now_ns - entered_ns
-        off_ns = took_ns - self._inside_ns if self._inside_ns else 0.0
-        self._inside_ns = self._inside_ns + _FORGET * off_ns if self._inside_ns else took_ns
-        self._spread_ns += _FORGET * (abs(off_ns) - self._spread_ns)
-        if self._out_ns is not None and rows:
-            gap = (now_ns - self._out_ns) / rows
-            self._gap_ns += _FORGET * (gap - self._gap_ns) if self._gap_ns else gap
-        self._out_ns = now_ns if self._waiting else None
+        off_ns = took_ns - self._latency_ns if self._latency_ns else 0.0
+        self._latency_ns = self._latency_ns + _NEWEST_WEIGHT * off_ns if self._latency_ns else took_ns
+        self._deviation_ns += _NEWEST_WEIGHT * (abs(off_ns) - self._deviation_ns)
+        if self._last_end_ns is not None and rows:
+            gap = (now_ns - self._last_end_ns) / rows
+            self._gap_ns += _NEWEST_WEIGHT * (gap - self._gap_ns) if self._gap_ns else gap
+        self._last_end_ns = now_ns if self._waiting else None

@@ -1,4 +1,4 @@
-"""Starting the servers, serving, and ending: what was accepted is answered first."""
+"""The gateway process: it starts the HTTP and gRPC servers, serves, and stops after accepted requests are answered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +25,13 @@ from runtime.gateway.http.app import HttpApp
 from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.connections import Connection
 from runtime.gateway.queue import Limits
-from runtime.gateway.repository import Repository, StartPipeline, find_versions
+from runtime.gateway.repository import Repository, StartPipeline
 from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.telemetry.sampler import Sampler
 from runtime.gateway.telemetry.spans import Spans
+from runtime.gateway.threads import Workers
+from runtime.gateway.version import Version, find_versions
 from runtime.logs import log_event
 
 _log = logging.getLogger("runtime.gateway")
@@ -38,7 +39,7 @@ _log = logging.getLogger("runtime.gateway")
 _CONNECTIONS = 4096
 _KEEP_ALIVE_S = 75
 _DESCRIPTORS = 65536
-_WORKERS = 2  # threads beside the event loop
+_WORKERS = 2
 _GRPC_METADATA_BYTES = 64 << 10
 _INT32_MAX = 2**31 - 1
 
@@ -48,21 +49,22 @@ class ServeOptions:
     """How to serve.
 
     Attributes:
-        host: to listen at; a name or an address.
-        http_port: of HTTP; 0 takes any that is free.
-        grpc_port: of gRPC; 0 takes any that is free; None serves none.
-        max_batch: rows that requests are joined to at most; 1 joins none.
-        max_delay_ms: a request waits so long for others to join.
-        max_queue: requests that may wait before a pipeline.
-        max_queue_bytes: bytes of their inputs.
-        max_body: bytes a request may have.
-        newest: so many of the newest versions of each model are loaded.
-        tls_cert: file with the certificate chain, PEM.
-        tls_key: file with its key, PEM.
-        token_file: file with the tokens that clients may show; None asks for none.
-        shared_memory: clients may register shared memory whose name begins so, any with an empty text, none with None.
-        drain_s: seconds for accepted requests when it is to end.
-        spans: send spans to OpenTelemetry.
+        host: Name or address at which to listen.
+        http_port: Port of HTTP; 0 takes any free port.
+        grpc_port: Port of gRPC; 0 takes any free port, None does not serve gRPC.
+        max_batch: Most rows to which requests are joined; 1 joins nothing.
+        max_delay_ms: Longest time for which a request waits for others to join, in milliseconds.
+        max_queue: Most requests that wait before a pipeline; more are refused.
+        max_queue_bytes: Most bytes of their inputs, and of all requests that are held.
+        max_body: Most bytes of one request.
+        newest: How many of the newest versions of each model are loaded.
+        tls_cert: PEM file with the certificate chain; None serves without TLS.
+        tls_key: PEM file with the certificate's key.
+        token_file: File with the tokens, one of which every request must carry; None needs no token.
+        shared_memory: Beginning of the names of shared memory that clients may register; empty for any name, None for
+            no shared memory.
+        drain_s: Seconds for which accepted requests are answered when the server stops.
+        spans: True to send spans to OpenTelemetry.
     """
 
     host: str = "127.0.0.1"
@@ -82,10 +84,10 @@ class ServeOptions:
     spans: bool = False
 
     def check(self) -> None:
-        """Refuse what makes no sense.
+        """Refuse combinations that cannot be served.
 
         Raises:
-            InputError: naming the option.
+            InputError: The message names the option.
         """
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InputError("--tls-cert and --tls-key belong together; give both or none")
@@ -93,15 +95,30 @@ class ServeOptions:
             if file is not None and not file.is_file():
                 raise InputError(f"no such file: {file}")
 
+    @property
+    def url_host(self) -> str:
+        """The host as it stands in URLs."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the queue before each pipeline."""
+        return Limits(
+            requests=self.max_queue,
+            size_bytes=self.max_queue_bytes,
+            max_batch=self.max_batch,
+            max_delay_ns=int(self.max_delay_ms * 1e6),
+        )
+
 
 @dataclass(frozen=True)
 class Serving:
-    """Where a server can be reached.
+    """Where clients reach a server.
 
     Attributes:
-        http: its URL.
-        grpc: host and port; None when it serves none.
-        models: name -> the versions that are loaded.
+        http: URL of HTTP.
+        grpc: Host and port of gRPC; None when gRPC is not served.
+        models: The loaded versions of each model.
     """
 
     http: str
@@ -110,140 +127,137 @@ class Serving:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us."""
+    """Uvicorn without signal handlers; the gateway has its own."""
 
     def capture_signals(self) -> Any:
         return nullcontext()
 
 
 def serve(
-    places: Sequence[Path],
+    folders: Sequence[Path],
     options: ServeOptions,
     start: StartPipeline,
     *,
-    told: Callable[[Serving], None] = lambda _: None,
+    on_ready: Callable[[Serving], None] = lambda _: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Serve plans until SIGTERM or SIGINT; then what was accepted is answered, and everything ends.
+    """Serve plans until SIGTERM or SIGINT. Then accepted requests are answered, and everything ends.
 
     Args:
-        places: plan directories, or folders of versions.
-        options: how.
-        start: starts a pipeline of a plan.
-        told: hears once when all is ready.
-        progress: hears of each step.
+        folders: Plan directories, or folders of versions.
+        options: How to serve.
+        start: Starts the pipeline of a plan.
+        on_ready: Called once, when all models are loaded.
+        progress: Called with the name of each step.
 
     Raises:
-        OnnxsplitError: it cannot serve; says why.
+        OnnxsplitError: The server cannot start. The message says why.
     """
     options.check()
-    versions = find_versions(places)
-    access = AccessControl(
-        read_tokens(options.token_file) if options.token_file is not None else (), loopback=options.host in LOOPBACK
-    )
-    connections = min(_CONNECTIONS, raise_limit(_DESCRIPTORS) // 2)  # the others are for the nodes
+    versions = find_versions(folders)
+    tokens = read_tokens(options.token_file) if options.token_file is not None else ()
+    access = AccessControl(tokens, loopback=options.host in LOOPBACK)
     with listen(options.host, options.http_port) as listener:
-        serving = _serve(options, connections, access, listener, versions, start, told, progress)
+
+        async def run() -> None:
+            await _Gateway(options, versions, start, access).run(listener, on_ready, progress)
+
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(serving)
+            runner.run(run())
 
 
-async def _serve(
-    options: ServeOptions,
-    connections: int,
-    access: AccessControl,
-    listener: socket.socket,
-    versions: list[Any],
-    start: StartPipeline,
-    told: Callable[[Serving], None],
-    progress: Callable[[str], None],
-) -> None:
-    loop = asyncio.get_running_loop()
-    ending = asyncio.Event()
-    limits = Limits(
-        requests=options.max_queue,
-        size_bytes=options.max_queue_bytes,
-        max_batch=options.max_batch,
-        max_delay_ns=int(options.max_delay_ms * 1e6),
-    )
-    repository = Repository(versions, start, limits, newest=options.newest)
+class _Gateway:
+    """All parts of a running gateway. It is made within the event loop that runs it."""
 
-    def end() -> None:
-        repository.ending = True
-        ending.set()
+    def __init__(
+        self, options: ServeOptions, versions: list[Version], start: StartPipeline, access: AccessControl
+    ) -> None:
+        self._options = options
+        self._ending = asyncio.Event()
+        self._repository = Repository(versions, start, options.limits, newest=options.newest)
+        self._regions = SharedMemoryRegions(
+            options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body
+        )
+        self._spans = Spans.exporting() if options.spans else None
+        self._workers = Workers(_WORKERS)
+        service = Service(self._repository, self._regions, self._workers, self._spans)
+        budget = Budget(options.max_queue_bytes, options.max_body)
+        self._sampler = Sampler(service, budget)
+        bodies = Bodies(options.max_body, budget, self._workers)
+        self._http_server = _http_server(HttpApp(service, bodies, access, self._sampler), options)
+        self._servicer = GrpcServicer(service, budget, access, self._sampler)
 
-    _end_on_signals(loop, end)
-    regions = SharedMemoryRegions(options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body)
-    spans = Spans.exporting() if options.spans else None
-    workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="gateway")
-    service = Service(repository, regions, workers, spans)
-    budget = Budget(options.max_queue_bytes, options.max_body)
-    sampler = Sampler(service, budget)
-    web = _http(HttpApp(service, Bodies(options.max_body, budget, workers), access, sampler), options, connections)
-    serving_http = asyncio.ensure_future(web.serve(sockets=[listener]))
-    rpc: Any = None
-    watching: asyncio.Future[None] | None = None
-    try:
-        rpc, grpc_port = await _grpc(GrpcServicer(service, budget, access, sampler), options)
-        sampler.start()
-        watching = asyncio.ensure_future(repository.watch())
-        for model in repository.models:
-            progress(f"starting the nodes of {model}")
-            await _unless(ending, repository.load(model))
-        _end_on_signals(loop, end)  # again: Ray, as it starts, takes SIGTERM, and aborts the process 3 s after one
-        if not ending.is_set():
-            scheme = "https" if options.tls_cert is not None else "http"
-            host = f"[{options.host}]" if ":" in options.host else options.host
-            told(
-                Serving(
-                    http=f"{scheme}://{host}:{listener.getsockname()[1]}",
-                    grpc=None if grpc_port is None else f"{host}:{grpc_port}",
-                    models={
-                        model: [v.number for v in repository.versions(model) if v.batcher is not None]
-                        for model in repository.models
-                    },
-                )
-            )
-        await ending.wait()
-    finally:
-        log_event(_log, logging.INFO, "ending", patience_s=options.drain_s)
-        if watching is not None:
-            watching.cancel()
-        await repository.close(options.drain_s)
-        await sampler.stop()
-        if rpc is not None:
-            await rpc.stop(1.0)
-        web.should_exit = True
-        await serving_http
-        regions.close()
-        workers.shutdown(wait=False, cancel_futures=True)
-        if spans is not None:
-            spans.close()
+    async def run(
+        self, listener: socket.socket, on_ready: Callable[[Serving], None], progress: Callable[[str], None]
+    ) -> None:
+        """Serve until a signal asks to stop."""
+        self._stop_on_signals()
+        serving_http = asyncio.ensure_future(self._http_server.serve(sockets=[listener]))
+        grpc_server: Any = None
+        watching: asyncio.Future[None] | None = None
+        try:
+            grpc_server, grpc_port = await _grpc_server(self._servicer, self._options)
+            self._sampler.start()
+            watching = asyncio.ensure_future(self._repository.watch())
+            for model in self._repository.models:
+                progress(f"starting the nodes of {model}")
+                await _unless(self._ending, self._repository.load(model))
+            self._stop_on_signals()  # again, because Ray installs a handler that aborts the process
+            if not self._ending.is_set():
+                on_ready(self._serving(listener.getsockname()[1], grpc_port))
+            await self._ending.wait()
+        finally:
+            log_event(_log, logging.INFO, "stopping", patience_s=self._options.drain_s)
+            if watching is not None:
+                watching.cancel()
+            await self._repository.close(self._options.drain_s)
+            await self._sampler.stop()
+            if grpc_server is not None:
+                await grpc_server.stop(1.0)
+            self._http_server.should_exit = True
+            await serving_http
+            self._regions.close()
+            self._workers.close()
+            if self._spans is not None:
+                self._spans.close()
 
+    def _stop_on_signals(self) -> None:
+        """Let SIGTERM and SIGINT stop the server."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop)
 
-def _end_on_signals(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> None:
-    """Let SIGTERM and SIGINT begin the end."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
+    def _stop(self) -> None:
+        self._repository.ending = True
+        self._ending.set()
+
+    def _serving(self, http_port: int, grpc_port: int | None) -> Serving:
+        scheme = "https" if self._options.tls_cert is not None else "http"
+        host = self._options.url_host
+        return Serving(
+            http=f"{scheme}://{host}:{http_port}",
+            grpc=None if grpc_port is None else f"{host}:{grpc_port}",
+            models={model: self._repository.loaded_numbers(model) for model in self._repository.models},
+        )
 
 
 async def _unless(ending: asyncio.Event, work: Any) -> None:
-    """Do something that is left alone when the end comes first."""
+    """Do some work. Its errors do not count when the server is asked to stop first."""
     doing = asyncio.ensure_future(work)
     waiting = asyncio.ensure_future(ending.wait())
     await asyncio.wait((doing, waiting), return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
     try:
-        await doing  # a launch ends in order, or its nodes would be left to themselves
+        await doing  # a launch must end properly, or its nodes would be orphans
     except OnnxsplitError:
-        if not ending.is_set():  # else Ctrl-C may have ended the nodes that it waited for
+        if not ending.is_set():  # otherwise Ctrl-C may have ended the nodes that it waited for
             raise
 
 
-def _http(web: HttpApp, options: ServeOptions, connections: int) -> uvicorn.Server:
+def _http_server(http_app: HttpApp, options: ServeOptions) -> uvicorn.Server:
+    connections = min(_CONNECTIONS, raise_limit(_DESCRIPTORS) // 2)  # the other descriptors are for the nodes
     return _Uvicorn(
         uvicorn.Config(
-            web.app(),
+            http_app.app(),
             http=Connection,
             ws="none",
             lifespan="off",
@@ -261,8 +275,8 @@ def _http(web: HttpApp, options: ServeOptions, connections: int) -> uvicorn.Serv
     )
 
 
-async def _grpc(rpc: GrpcServicer, options: ServeOptions) -> tuple[Any, int | None]:
-    """The gRPC server and its port."""
+async def _grpc_server(servicer: GrpcServicer, options: ServeOptions) -> tuple[Any, int | None]:
+    """A running gRPC server, and its port; None twice when gRPC is not served."""
     if options.grpc_port is None:
         return None, None
     limit = min(options.max_body, _INT32_MAX)
@@ -279,9 +293,8 @@ async def _grpc(rpc: GrpcServicer, options: ServeOptions) -> tuple[Any, int | No
         ],
         maximum_concurrent_rpcs=_CONNECTIONS,
     )
-    rpc.add_to(server)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"{host}:{options.grpc_port}"
+    servicer.add_to(server)
+    address = f"{options.url_host}:{options.grpc_port}"
     try:
         if options.tls_cert is not None and options.tls_key is not None:
             pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
@@ -295,10 +308,10 @@ async def _grpc(rpc: GrpcServicer, options: ServeOptions) -> tuple[Any, int | No
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """A listening TCP socket.
 
     Raises:
-        LaunchFailed: the address cannot be used.
+        LaunchFailed: The address cannot be used.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -310,7 +323,7 @@ def listen(host: str, port: int) -> socket.socket:
         except BaseException:
             opened.close()
             raise
-    except (OSError, UnicodeError) as error:  # the latter of a name that has a label of over 63 characters, or none
+    except (OSError, UnicodeError) as error:  # UnicodeError for a name with an empty or overlong label
         what = getattr(error, "strerror", None) or error
         raise LaunchFailed(
             f"cannot listen at {host[:80]}:{port}: {what}. Choose another --host or --http-port"

@@ -1,43 +1,44 @@
-"""One inference from its arrival to its answer, whatever carried it."""
+"""One inference from its arrival to its response, independent of the protocol that carries it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from onnxsplit.tensors import Array, content_bytes
-from runtime.gateway.errors import Unsupported, words
+from runtime.gateway.batcher import Inference
+from runtime.gateway.counters import failure_reason
+from runtime.gateway.errors import Unsupported, client_message
 from runtime.gateway.metadata import split_name
-from runtime.gateway.protocol import InferRequest, Read, RequestedOutput, classify, to_bytes
-from runtime.gateway.repository import Repository, Version, why
+from runtime.gateway.protocol import InferRequest, ReadRegion, RequestedOutput
+from runtime.gateway.repository import Repository
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.telemetry.spans import Spans
+from runtime.gateway.tensor_data import classify, to_bytes
+from runtime.gateway.threads import Workers, takes_long
+from runtime.gateway.version import Version
 
-Said = TypeVar("Said")
-Encode = Callable[[InferRequest, str, str, Mapping[str, Array], Sequence[RequestedOutput]], Said]
-"""Makes the answer of the request, model, version, outputs, and which of them are wanted how."""
+Encoded = TypeVar("Encoded")
+Encode = Callable[[InferRequest, str, str, Mapping[str, Array], Sequence[RequestedOutput]], Encoded]
+"""Encodes the response from the request, model, version, output arrays and requested outputs."""
 
-_LONG_BYTES = 256 << 10  # of what is looked at one by one: done beside the event loop
-_LARGE_BYTES = 4 << 20  # of what is copied only
-_WORDS = 500  # of an error that are remembered
+_MESSAGE_CHARACTERS = 500  # of an error that are remembered
 
 
 class Service:
-    """What HTTP and gRPC serve.
+    """The models as both HTTP and gRPC serve them.
 
     Args:
-        repository: the models.
-        regions: of shared memory.
-        workers: where what takes long is done, beside the event loop. Few, so that few large requests are unfolded
-            at once.
-        spans: tells of requests to OpenTelemetry; None tells nobody.
+        repository: The models.
+        regions: Shared memory of clients.
+        workers: Threads for work that takes long.
+        spans: Records requests for OpenTelemetry; None records nothing.
     """
 
     def __init__(
-        self, repository: Repository, regions: SharedMemoryRegions, workers: Executor, spans: Spans | None = None
+        self, repository: Repository, regions: SharedMemoryRegions, workers: Workers, spans: Spans | None = None
     ) -> None:
         self.repository = repository
         self.regions = regions
@@ -45,10 +46,10 @@ class Service:
         self._spans = spans
 
     def find(self, name: str, number: str = "") -> tuple[Version, int | None]:
-        """A version, and a stage of it when the name is a stage's.
+        """The version of a model, and the stage if ``name`` is the name of a stage.
 
         Raises:
-            UnknownModel: there is none such.
+            UnknownModel: There is no such model, version or stage.
         """
         model, stage = split_name(name, self.repository.models)
         version = self.repository.find(model, number)
@@ -56,104 +57,111 @@ class Service:
             return self.repository.find(name, number), None
         return version, stage
 
+    def _executable(self, name: str, number: str) -> Version:
+        """The version that executes requests for a model."""
+        version, stage = self.find(name, number)
+        if stage is not None:
+            raise Unsupported(f"{name!r} is a stage and runs only as part of its model; ask {version.model!r}")
+        return self.repository.loaded(version.model, number)
+
     async def infer(
         self,
         name: str,
         number: str,
-        parse: Callable[[Read], InferRequest],
-        encode: Encode[Said],
+        parse: Callable[[ReadRegion], InferRequest],
+        encode: Encode[Encoded],
         *,
-        long_bytes: int,
-        large_bytes: int,
+        parsed_bytes: int,
+        copied_bytes: int,
         timeout_ns: int | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Said:
-        """Run a request.
+    ) -> Encoded:
+        """Execute one request.
 
         Args:
-            name: of the model.
-            number: of the version; empty for the newest.
-            parse: makes the request of what came, with a way to read shared memory.
-            encode: makes what goes.
-            long_bytes: of what came, those that are looked at one by one.
-            large_bytes: those that are copied only.
-            timeout_ns: the carrier's own limit.
-            headers: that tell where a trace began.
+            name: Name of the model.
+            number: Number of the version; empty for the newest one.
+            parse: Decodes the request; gets a function that reads shared memory.
+            encode: Encodes the response.
+            parsed_bytes: Bytes of the request that are looked at one by one.
+            copied_bytes: Bytes of the request altogether.
+            timeout_ns: Time limit of the protocol that carries the request; None for no limit.
+            headers: Headers that may name the caller's trace.
 
         Raises:
-            OnnxsplitError: as :func:`~runtime.gateway.errors.status_of` knows them.
+            OnnxsplitError: The request failed. :func:`~runtime.gateway.errors.status_of` gives the status.
         """
         arrived = time.monotonic_ns()
-        found, stage = self.find(name, number)
-        if stage is not None:
-            raise Unsupported(f"{name!r} is a stage and runs only as part of its model; ask {found.model!r}")
-        version = self.repository.loaded(found.model, number)
+        version = self._executable(name, number)
         counters = version.counters
         counters.pending += 1
         try:
-            takes_long = long_bytes > _LONG_BYTES or large_bytes > _LARGE_BYTES or self.regions.any
-            request: InferRequest = await self._beside(takes_long, parse, self.regions.reader())
-            wanted = version.wanted(request)
+            long = takes_long(parsed_bytes=parsed_bytes, copied_bytes=copied_bytes) or self.regions.any
+            request = await self.workers.run(long, parse, self.regions.reader())
+            requested = version.requested(request)
             limits = [limit for limit in (timeout_ns, request.timeout_ns) if limit is not None]
             decoded = time.monotonic_ns()
-            outputs, inference = await version.infer(
-                request, wanted, decoded, arrived + min(limits) if limits else None
-            )
-            back = time.monotonic_ns()
-            said: Said = await self._beside(
-                _takes_long(wanted, outputs), self._answer, version, request, wanted, outputs, encode
-            )
+            deadline = arrived + min(limits) if limits else None
+            outputs, inference = await version.infer(request, requested, decoded, deadline)
+            returned = time.monotonic_ns()
+            long = _encoding_takes_long(requested, outputs)
+            response: Encoded = await self.workers.run(long, self._encode, version, request, requested, outputs, encode)
             ended = time.monotonic_ns()
         except (Exception, asyncio.CancelledError) as error:
-            counters.failed(why(error), time.monotonic_ns() - arrived, words(error, _WORDS))
-            if self._spans is not None:
-                self._spans.failed(version, headers or {}, arrived, time.monotonic_ns(), error)
+            self._failed(version, error, arrived, headers)
             raise
         finally:
             counters.pending -= 1
-        entered, out = inference.entered_ns or decoded, inference.ended_ns or back
-        counters.answered(
-            inference.rows,
-            decode_ns=decoded - arrived,
-            queue_ns=entered - decoded,
-            infer_ns=out - entered,
-            encode_ns=ended - out,
-        )
+        _count(version, inference, (arrived, decoded, returned, ended))
         if self._spans is not None:
             self._spans.answered(version, request.id, headers or {}, arrived, inference, ended)
-        return said
+        return response
 
-    async def _beside(self, takes_long: bool, work: Callable[..., Any], *given: object) -> Any:
-        """Do some work: at once, or beside the event loop where it takes long."""
-        if not takes_long:
-            return work(*given)
-        return await asyncio.get_running_loop().run_in_executor(self.workers, work, *given)
+    def _failed(
+        self, version: Version, error: BaseException, arrived_ns: int, headers: Mapping[str, str] | None
+    ) -> None:
+        now = time.monotonic_ns()
+        version.counters.failed(failure_reason(error), now - arrived_ns, client_message(error, _MESSAGE_CHARACTERS))
+        if self._spans is not None:
+            self._spans.failed(version, headers or {}, arrived_ns, now, error)
 
-    def _answer(
+    def _encode(
         self,
         version: Version,
         request: InferRequest,
-        wanted: Sequence[RequestedOutput],
+        requested: Sequence[RequestedOutput],
         outputs: dict[str, Array],
-        encode: Encode[Said],
-    ) -> Said:
-        """What goes back, with what goes into shared memory written there."""
-        for output in wanted:
+        encode: Encode[Encoded],
+    ) -> Encoded:
+        """The response. Outputs that are requested in shared memory are written there."""
+        for output in requested:
             if output.classes:
                 array = outputs[output.name]
                 outputs[output.name] = classify(array, output.classes, batched=version.batched and array.ndim > 1)
             if output.region_slice is not None:
                 self.regions.write(output.region_slice, to_bytes(outputs[output.name]))
-        return encode(request, version.model, version.number, outputs, wanted)
+        return encode(request, version.model, version.number, outputs, requested)
 
 
-def _takes_long(wanted: Sequence[RequestedOutput], outputs: Mapping[str, Array]) -> bool:
-    """True when an answer is better made beside the event loop."""
-    long = large = 0
-    for output in wanted:
+def _count(version: Version, inference: Inference, times_ns: tuple[int, int, int, int]) -> None:
+    """Count an answered request by its times of arrival, decoding, return from the pipeline, and response."""
+    arrived, decoded, returned, ended = times_ns
+    entered, left = inference.entered_ns or decoded, inference.ended_ns or returned
+    version.counters.answered(
+        inference.rows,
+        decode_ns=decoded - arrived,
+        queue_ns=entered - decoded,
+        infer_ns=left - entered,
+        encode_ns=ended - left,
+    )
+
+
+def _encoding_takes_long(requested: Sequence[RequestedOutput], outputs: Mapping[str, Array]) -> bool:
+    parsed = copied = 0
+    for output in requested:
         array = outputs[output.name]
         if output.region_slice is not None or (output.binary and not output.classes and array.dtype != object):
-            large += array.nbytes
+            copied += array.nbytes
         else:
-            long += content_bytes(array)
-    return long > _LONG_BYTES or large > _LARGE_BYTES
+            parsed += content_bytes(array)
+    return takes_long(parsed_bytes=parsed, copied_bytes=copied)

@@ -1,7 +1,7 @@
-"""SharedMemoryRegions of system shared memory that clients on this host name, to give and take tensors there.
+"""Regions of system shared memory that clients on this host register, to pass tensors in them.
 
-A region is read and written by copy, never mapped: a client that shortens its file while we look at it would end the
-server with a bus error.
+The server copies from and to regions and never maps them: if a client truncated a mapped file, the server would die of
+a bus error.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 
 from onnxsplit.errors import InputError, shown
 from runtime.gateway.errors import Forbidden, TooLarge, UnknownRegion
-from runtime.gateway.protocol import Read, RegionSlice
+from runtime.gateway.protocol import ReadRegion, RegionSlice
 
-_FOLDER = Path("/dev/shm")  # noqa: S108  where shm_open keeps them
+_FOLDER = Path("/dev/shm")  # noqa: S108  where shm_open keeps its objects
 _KEY = re.compile(r"/?[^/\0]{1,254}")
-_MOST = 1024
-_OWN = "onnxsplit"
+_MOST_REGIONS = 1024
+_RESERVED = "onnxsplit"
 
 
 @dataclass(frozen=True)
 class Region:
-    """A region as it was registered.
+    """A region as a client registered it.
 
     Attributes:
-        name: by which requests call it.
-        key: of the shared memory object, as ``shm_open`` takes it.
-        offset: where it begins in that, in bytes.
-        size_bytes: how long it is.
+        name: Name that requests use.
+        key: Name of the shared memory object, as ``shm_open`` takes it.
+        offset: Position in the object at which the region begins, in bytes.
+        size_bytes: Size of the region.
     """
 
     name: str
@@ -43,198 +43,205 @@ class Region:
 
 
 class SharedMemoryRegions:
-    """The regions that are registered. Callable from any thread.
+    """The registered regions. Callable from any thread.
 
-    Whoever can register a region can have the server read and write it, so nobody can unless the server was told whose
-    memory that may be.
+    A client that registers a region makes the server read and write it. So the server's operator must allow this, and
+    may restrict the names.
 
     Args:
-        prefix: of the names of shared memory that may be registered; None allows none, and empty any. Names that are
-            kept for the runtime are never allowed.
-        allowed: False refuses them all, as where clients are on other hosts.
-        most_bytes: that a request may read.
+        prefix: Beginning of the names that may be registered. None allows no region, an empty text all names except
+            those that the runtime reserves for itself.
+        allowed: False refuses all regions, for servers that clients on other hosts reach.
+        most_bytes: Most bytes that one request may read.
     """
 
     def __init__(self, prefix: str | None = None, *, allowed: bool = True, most_bytes: int = 1 << 30) -> None:
         self._prefix = prefix
         self._allowed = allowed
         self._most_bytes = most_bytes
-        self._lock = threading.Lock()  # a descriptor that is closed while it is read may be another's by then
+        self._lock = threading.Lock()  # a descriptor closed during a read may belong to another file by then
         self._open: dict[str, tuple[Region, int]] = {}
 
     @property
     def enabled(self) -> bool:
-        """True where regions can be registered."""
+        """True when clients may register regions."""
         return self._allowed and self._prefix is not None
 
     @property
     def any(self) -> bool:
-        """True when some are."""
+        """True when a region is registered."""
         return bool(self._open)
 
     def register(self, region: Region) -> None:
-        """Open a region.
+        """Register a region.
 
         Raises:
-            InputError: the name is taken, or the key or the size makes no sense.
-            UnknownRegion: there is no such memory.
-            Forbidden: the server was not told to, the key has another prefix, or clients may be elsewhere.
+            InputError: The name is taken, or the key, the offset or the size is not valid.
+            UnknownRegion: There is no such shared memory.
+            Forbidden: The server does not allow regions, or not this key.
         """
         with self._lock:
-            self._register(region)
+            self._check(region)
+            self._open[region.name] = region, _opened(region)
 
-    def _register(self, region: Region) -> None:
+    def _check(self, region: Region) -> None:
+        """Refuse a region by what its registration says, before anything is opened."""
         if not self._allowed:
-            raise Forbidden("regions of shared memory are for clients of this host; the server listens to others too")
+            raise Forbidden(
+                "only clients of this host may use shared memory, and this server listens to other hosts too"
+            )
         if self._prefix is None:
             raise Forbidden(
-                "this server reads and writes no shared memory of clients; start it with --shared-memory [PREFIX], "
-                "which allows names that begin with PREFIX"
+                "this server does not use shared memory of clients; start it with --shared-memory [PREFIX] to allow "
+                "names that begin with PREFIX"
             )
         if region.name in self._open:
             raise InputError(f"region {shown(region.name)} is registered already; unregister it first")
-        if len(self._open) >= _MOST:
-            raise InputError(f"{_MOST} regions are registered, which is all there may be; unregister some")
+        if len(self._open) >= _MOST_REGIONS:
+            raise InputError(f"{_MOST_REGIONS} regions are registered, which is the limit; unregister some")
         if not region.name or not _KEY.fullmatch(region.key) or region.key.strip("/") in ("", ".", ".."):
             raise InputError(
                 f"region {shown(region.name)} has key {shown(region.key)}; a key is one name, as in /my_tensors"
             )
         key = region.key.strip("/")
-        if key.startswith(_OWN):
+        if key.startswith(_RESERVED):
             raise Forbidden(
-                f"region {shown(region.name)}: names that begin with {_OWN!r} are kept for the runtime itself, and "
+                f"region {shown(region.name)}: the runtime reserves names that begin with {_RESERVED!r}, as "
                 f"{shown(region.key)} does; choose another"
             )
         if not key.startswith(self._prefix):
             raise Forbidden(
-                f"region {shown(region.name)}: this server uses shared memory whose name begins with {self._prefix!r} "
+                f"region {shown(region.name)}: this server allows names that begin with {self._prefix!r} "
                 f"(--shared-memory), and {shown(region.key)} does not"
             )
         if region.offset < 0 or region.size_bytes <= 0:
             raise InputError(
                 f"region {shown(region.name)} has offset {shown(region.offset)} and {shown(region.size_bytes)} bytes; "
-                "the offset is 0 or more, the size 1 or more"
+                "the offset must be 0 or more, the size 1 or more"
             )
-        try:
-            opened = os.open(_FOLDER / key, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError) as error:
-            raise UnknownRegion(
-                f"region {shown(region.name)}: cannot open {shown(region.key)}: {getattr(error, 'strerror', error)}"
-            ) from error
-        try:
-            found = os.fstat(opened)
-            if found.st_uid != os.getuid() or not stat.S_ISREG(found.st_mode):
-                raise Forbidden(
-                    f"region {shown(region.name)}: {shown(region.key)} is not shared memory of the server's user"
-                )
-            if region.offset + region.size_bytes > found.st_size:
-                raise InputError(
-                    f"region {shown(region.name)} ends at byte {shown(region.offset + region.size_bytes)}; "
-                    f"{shown(region.key)} has {found.st_size}"
-                )
-        except BaseException:
-            os.close(opened)
-            raise
-        self._open[region.name] = region, opened
 
     def unregister(self, name: str) -> None:
-        """Close a region, or all with an empty name; one that is not there is no error."""
+        """Unregister a region, or all when the name is empty. A region that is not registered is not an error."""
         with self._lock:
             for gone in [name] if name else list(self._open):
                 if gone in self._open:
                     os.close(self._open.pop(gone)[1])
 
     def status(self, name: str = "") -> Mapping[str, Region]:
-        """The regions by name, or one.
+        """The regions by name: all of them when the name is empty, otherwise one.
 
         Raises:
-            UnknownRegion: there is none of this name.
+            UnknownRegion: No region of this name is registered.
         """
         if name and name not in self._open:
             raise UnknownRegion(f"region {shown(name)} is not registered")
         return {other: region for other, (region, _) in self._open.items() if name in ("", other)}
 
-    def reader(self) -> Read:
-        """Reads for one request: gives the bytes of places, as long as they are not more than a request may have.
-
-        It raises InputError where there is no such place, and TooLarge for more bytes.
-        """
+    def reader(self) -> ReadRegion:
+        """A function that reads slices for one request. It raises TooLarge when they exceed a request's limit."""
         left = self._most_bytes
 
-        def read(place: RegionSlice) -> bytearray:
+        def read(region_slice: RegionSlice) -> bytearray:
             nonlocal left
-            left -= place.size_bytes
+            left -= region_slice.size_bytes
             if left < 0:
                 raise TooLarge(
-                    f"the inputs in shared memory have more bytes than the {self._most_bytes} that a request may have "
+                    f"the inputs in shared memory have more bytes than the {self._most_bytes} allowed for a request "
                     "(--max-body)"
                 )
-            return self.read(place)
+            return self.read(region_slice)
 
         return read
 
-    def read(self, place: RegionSlice) -> bytearray:
-        """The bytes of a place.
+    def read(self, region_slice: RegionSlice) -> bytearray:
+        """The bytes of a slice.
 
         Raises:
-            InputError: there is no such place.
+            InputError: The region is not registered, or the slice is outside of it.
         """
-        data = bytearray(place.size_bytes)
-        with self._opened(place) as (opened, at), memoryview(data) as rest:
+        data = bytearray(region_slice.size_bytes)
+        with self._descriptor(region_slice) as (opened, at), memoryview(data) as rest:
             done = 0
             while done < len(data):
                 size = os.preadv(opened, [rest[done:]], at + done)
                 if not size:
-                    raise InputError(
-                        f"region {shown(place.region)} has become shorter than it was when it was registered"
-                    )
+                    raise InputError(_shorter(region_slice))
                 done += size
         return data
 
-    def write(self, place: RegionSlice, data: bytes | memoryview) -> None:
-        """Put bytes at a place.
+    def write(self, region_slice: RegionSlice, data: bytes | memoryview) -> None:
+        """Write bytes at the beginning of a slice.
 
         Raises:
-            InputError: there is no such place, or it is too short.
+            InputError: The region is not registered, or the slice is outside of it or too short.
         """
-        if len(data) > place.size_bytes:
+        if len(data) > region_slice.size_bytes:
             raise InputError(
-                f"an output has {len(data)} bytes, and its place in {shown(place.region)} {place.size_bytes}"
+                f"an output has {len(data)} bytes, and its slice of region {shown(region_slice.region)} has "
+                f"{region_slice.size_bytes}"
             )
-        with self._opened(place) as (opened, at), memoryview(data) as rest:
+        with self._descriptor(region_slice) as (opened, at), memoryview(data) as rest:
             try:
                 if os.fstat(opened).st_size < at + len(data):
-                    raise InputError(
-                        f"region {shown(place.region)} has become shorter than it was when it was registered"
-                    )
+                    raise InputError(_shorter(region_slice))
                 done = 0
                 while done < len(data):  # the system writes two gigabytes at once at most
                     done += os.pwrite(opened, rest[done:], at + done)
             except OSError as error:
-                raise InputError(f"cannot write to region {shown(place.region)}: {error.strerror}") from error
+                raise InputError(f"cannot write to region {shown(region_slice.region)}: {error.strerror}") from error
 
     @contextmanager
-    def _opened(self, place: RegionSlice) -> Iterator[tuple[int, int]]:
-        """A descriptor that stays open, whoever unregisters the region, and where in it the place begins."""
+    def _descriptor(self, region_slice: RegionSlice) -> Iterator[tuple[int, int]]:
+        """A descriptor that stays open even if the region is unregistered, and the slice's position in the file."""
         with self._lock:
-            region, opened = self._find(place)
-            mine = os.dup(opened)
+            region, opened = self._find(region_slice)
+            own = os.dup(opened)
         try:
-            yield mine, region.offset + place.offset
+            yield own, region.offset + region_slice.offset
         finally:
-            os.close(mine)
+            os.close(own)
 
-    def _find(self, place: RegionSlice) -> tuple[Region, int]:
-        if place.region not in self._open:
-            raise InputError(f"region {shown(place.region)} is not registered")
-        region, opened = self._open[place.region]
-        if place.offset + place.size_bytes > region.size_bytes:
+    def _find(self, region_slice: RegionSlice) -> tuple[Region, int]:
+        name, start = region_slice.region, region_slice.offset
+        if name not in self._open:
+            raise InputError(f"region {shown(name)} is not registered")
+        region, opened = self._open[name]
+        end = start + region_slice.size_bytes
+        if end > region.size_bytes:
             raise InputError(
-                f"bytes {place.offset} to {place.offset + place.size_bytes} are asked of region {shown(place.region)}, "
-                f"which has {region.size_bytes}"
+                f"bytes {start} to {end} are outside of region {shown(name)}, which has {region.size_bytes}"
             )
         return region, opened
 
     def close(self) -> None:
-        """Close all."""
+        """Unregister all regions."""
         self.unregister("")
+
+
+def _opened(region: Region) -> int:
+    """The descriptor of a region's shared memory, which must belong to this user and be large enough."""
+    try:
+        opened = os.open(_FOLDER / region.key.strip("/"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise UnknownRegion(
+            f"region {shown(region.name)}: cannot open {shown(region.key)}: {getattr(error, 'strerror', error)}"
+        ) from error
+    try:
+        status = os.fstat(opened)
+        if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode):
+            raise Forbidden(
+                f"region {shown(region.name)}: {shown(region.key)} is not shared memory of the server's user"
+            )
+        if region.offset + region.size_bytes > status.st_size:
+            raise InputError(
+                f"region {shown(region.name)} ends at byte {shown(region.offset + region.size_bytes)}; "
+                f"{shown(region.key)} has {status.st_size}"
+            )
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
+
+
+def _shorter(region_slice: RegionSlice) -> str:
+    return f"region {shown(region_slice.region)} has become shorter since it was registered"

@@ -232,7 +232,7 @@ def test_the_repository(client):
     client.load_model("diamond")
     assert client.is_model_ready("diamond")
     assert client.infer("diamond", [client.input("x", np.ones((1, 16), np.float32))]).as_numpy("y").shape == (1, 16)
-    with pytest.raises(InferenceServerException, match="a plan is loaded as it lies"):
+    with pytest.raises(InferenceServerException, match="a model is loaded without parameters"):
         client.load_model("diamond", config="{}")
 
 
@@ -257,7 +257,7 @@ def test_shared_memory(client):
         found = shm.get_contents_as_numpy(region, np.float32, list(X.shape), X.nbytes)
         np.testing.assert_allclose(found, expected(), rtol=1e-5)
         wanted.set_shared_memory("both", out_bytes, 2 * X.nbytes)
-        with pytest.raises(InferenceServerException, match="are asked of region"):
+        with pytest.raises(InferenceServerException, match="are outside of region"):
             client.infer("chain", [given], outputs=[wanted])
         with pytest.raises(InferenceServerException, match="registered already"):
             client.register_system_shared_memory("both", f"/{name}", 8)
@@ -455,18 +455,18 @@ def tensor(**changed):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"{", "not as the protocol has it"),
-        (b"", "not as the protocol has it"),
-        (b"[]", "not as the protocol has it"),
-        (b"\xff\xfe", "not as the protocol has it"),
-        (b'{"inputs":' + b"[" * 100_000, "not as the protocol has it"),
+        (b"{", "does not fit the protocol"),
+        (b"", "does not fit the protocol"),
+        (b"[]", "does not fit the protocol"),
+        (b"\xff\xfe", "does not fit the protocol"),
+        (b'{"inputs":' + b"[" * 100_000, "does not fit the protocol"),
         ({"inputs": []}, "'x' is missing"),
         ({"inputs": [tensor(), tensor()]}, "given twice"),
         ({"inputs": [tensor(name="z")]}, "'z' is unknown"),
         ({"inputs": [tensor(datatype="FP99")]}, "datatype 'FP99'; allowed: BOOL"),
         ({"inputs": [tensor(datatype="INT64", data=[1] * 32)]}, "has type int64, expected float32"),
         ({"inputs": [tensor(shape=[1, 31])]}, "has 32 elements; shape [1, 31] has 31"),
-        ({"inputs": [tensor(shape=[-1, 32])]}, "sizes are 0 or more"),
+        ({"inputs": [tensor(shape=[-1, 32])]}, "sizes must be 0 or more"),
         ({"inputs": [tensor(shape=[1] * 40)]}, "at most 32"),
         ({"inputs": [tensor(shape=[32])]}, "expected 2: [batch, 32]"),
         ({"inputs": [tensor(data=["a"] * 32)]}, "are not FP32"),
@@ -495,7 +495,7 @@ def test_what_is_wrong_with_a_request_is_said(server, body, message):
     ("sizes", "header", "message"),
     [
         ([128], "9999", "the body has"),
-        ([128], "x", "it is a number of bytes"),
+        ([128], "x", "it must be a number of bytes"),
         ([127], None, "has 127 bytes; FP32 of shape [1, 32] has 128"),
         ([1 << 40], None, "claims 1099511627776 bytes"),
         ([-1], None, "claims -1 bytes"),

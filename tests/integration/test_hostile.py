@@ -205,7 +205,7 @@ def test_bytes_that_are_no_message_are_the_client_s_mistake(server, method, mess
     ("changed", "words"),
     [
         ({"shape": [0, 2**62]}, "fit into memory"),
-        ({"shape": [-1, 32]}, "sizes are 0 or more"),
+        ({"shape": [-1, 32]}, "sizes must be 0 or more"),
         ({"shape": [1] * 33}, "at most 32"),
         ({"contents": {"fp32_contents": [1.0] * 32}}, "give one of them"),
         ({"datatype": "FP99"}, "allowed: BOOL"),

@@ -14,10 +14,12 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from runtime import Pipeline
 from runtime.errors import LaunchFailed
 from runtime.gateway import repository as repositories
+from runtime.gateway.documents import VersionState
 from runtime.gateway.errors import NotLoaded, status_of
 from runtime.gateway.protocol import InferRequest
 from runtime.gateway.queue import Limits
-from runtime.gateway.repository import Repository, find_versions
+from runtime.gateway.repository import Repository
+from runtime.gateway.version import find_versions
 
 X = {"x": np.ones((1, 32), np.float32)}
 
@@ -31,7 +33,7 @@ async def until(condition) -> None:
 
 async def infer(version):
     request = InferRequest("", X)
-    outputs, _ = await version.infer(request, version.wanted(request), 0, None)
+    outputs, _ = await version.infer(request, version.requested(request), 0, None)
     return outputs["y"]
 
 
@@ -68,7 +70,7 @@ def test_a_model_whose_coordinator_failed_is_started_again(chain_plan, monkeypat
             await infer(version)
         assert status_of(caught.value).http == 503
         assert "ZeroDivisionError" in version.why_not()
-        assert version in models.wanted
+        assert version in models.active
         await until(lambda: models.ready)
         assert version.pipeline is not first
         assert refusals == [], "it was tried again after it could not be started"
@@ -111,7 +113,7 @@ def test_an_unload_that_waits_does_not_keep_the_server_from_ending(chain_plan):
         asked = asyncio.ensure_future(infer(version))
         await asyncio.sleep(0)
         unloading = asyncio.ensure_future(models.unload(version.model))
-        await until(lambda: version.state is repositories.VersionState.UNLOADING)
+        await until(lambda: version.state is VersionState.UNLOADING)
         async with asyncio.timeout(60):
             await models.close(0.1)
         await asyncio.gather(asked, unloading, return_exceptions=True)
@@ -131,7 +133,7 @@ def test_a_load_whose_client_goes_away_is_made_whole(chain_plan):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
                 await models.unload(version.model)
-        await until(lambda: version.state is repositories.VersionState.UNAVAILABLE)
+        await until(lambda: version.state is VersionState.UNAVAILABLE)
         assert version.pipeline is None
         await models.close(10)
 

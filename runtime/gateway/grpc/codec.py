@@ -1,6 +1,6 @@
-"""Requests and answers as gRPC carries them. Pure: protobuf messages in and out.
+"""Inference requests and responses as protobuf messages. Pure.
 
-The messages are those of ``tritonclient``: a second copy of them in one process would collide with it.
+The message types are those of ``tritonclient``; a second definition of them in one process would collide with it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 
 from onnxsplit.errors import InputError, one_line, shown
-from onnxsplit.tensors import Array, dtype_name
+from onnxsplit.tensors import Array
 from runtime.gateway.errors import TooLarge
-from runtime.gateway.parameters import MOST_JSON_BYTES, MOST_TENSORS, from_region, region_slice_of, timeout_ns
-from runtime.gateway.protocol import (
-    DATATYPES,
-    InferRequest,
-    Read,
-    RequestedOutput,
-    check_count,
-    check_rank,
-    from_bytes,
-    from_items,
-    to_bytes,
+from runtime.gateway.parameters import (
+    MOST_JSON_BYTES,
+    MOST_TENSORS,
+    from_region,
+    region_slice_of,
+    requested_output,
+    timeout_ns,
 )
+from runtime.gateway.protocol import InferRequest, ReadRegion, RequestedOutput, datatype_of
+from runtime.gateway.tensor_data import check_count, check_rank, from_bytes, from_items, to_bytes
 
 _CONTENTS = {
     "BOOL": "bool_contents",
@@ -34,10 +32,10 @@ _CONTENTS = {
     "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
 }  # fmt: skip
 _RAW_CONTENTS = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
-_FIXED = {1: 8, 5: 4}  # bytes of the wire types that have a fixed size
+_FIXED_BYTES = {1: 8, 5: 4}  # of the wire types that have a fixed size
 _MOST_FIELDS = 4 * MOST_TENSORS
-_WORDS = 200
-_OURS = {"timeout", "priority", "sequence_id", "sequence_start", "sequence_end"}
+_MESSAGE_CHARACTERS = 200
+_PROTOCOL_PARAMETERS = {"timeout", "priority", "sequence_id", "sequence_start", "sequence_end"}
 
 
 def parameters_of(message: Any) -> dict[str, Any]:
@@ -46,32 +44,35 @@ def parameters_of(message: Any) -> dict[str, Any]:
 
 
 def split(whole: bytes) -> tuple[Any, list[memoryview]]:
-    """A ``ModelInferRequest`` without its ``raw_input_contents``, and those as views of the bytes.
+    """Parse a ``ModelInferRequest`` without copying its ``raw_input_contents``.
 
-    Protobuf would copy them twice: into the message, and whenever they are asked for.
+    Protobuf would copy them twice: into the message, and again whenever they are read.
+
+    Returns:
+        The message without ``raw_input_contents``, and those as views of the bytes.
 
     Raises:
-        InputError: the bytes are no such message, or have too many fields.
-        TooLarge: there are too many bytes besides those of ``raw_input_contents``.
+        InputError: The bytes are not such a message, or it has too many fields.
+        TooLarge: There are too many bytes outside ``raw_input_contents``.
     """
     view, rest, raw = memoryview(whole), [], []
-    at = begun = fields = 0
+    at = rest_start = fields = 0
     try:
         while at < len(view):
             start = at
             fields += 1
             key, at = _varint(view, at)
-            size, at = _varint(view, at) if key & 7 in (0, 2) else (_FIXED[key & 7], at)
+            size, at = _varint(view, at) if key & 7 in (0, 2) else (_FIXED_BYTES[key & 7], at)
             at += size if key & 7 else 0
             if at > len(view) or fields > _MOST_FIELDS:
                 raise InputError(
                     f"the message has more than {_MOST_FIELDS} fields" if at <= len(view) else "the message is cut off"
                 )
             if key == _RAW_CONTENTS:
-                rest.append(view[begun:start])
+                rest.append(view[rest_start:start])
                 raw.append(view[at - size : at])
-                begun = at
-        rest.append(view[begun:])
+                rest_start = at
+        rest.append(view[rest_start:])
         if (size := sum(map(len, rest))) > MOST_JSON_BYTES:
             raise TooLarge(
                 f"the message has {size} bytes outside raw_input_contents; at most {MOST_JSON_BYTES} are allowed: send "
@@ -79,11 +80,11 @@ def split(whole: bytes) -> tuple[Any, list[memoryview]]:
             )
         return pb.ModelInferRequest.FromString(b"".join(rest)), raw
     except (DecodeError, KeyError, IndexError) as error:
-        raise InputError(f"the message is no ModelInferRequest: {one_line(error, _WORDS)}") from error
+        raise InputError(f"the message is not a ModelInferRequest: {one_line(error, _MESSAGE_CHARACTERS)}") from error
 
 
 def _varint(view: memoryview, at: int) -> tuple[int, int]:
-    """A number of protobuf's variable length, and where what follows it is."""
+    """A number in protobuf's variable-length encoding, and the position behind it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = view[at]
@@ -94,16 +95,16 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
     return value, at
 
 
-def parse(message: Any, raw: Sequence[bytes | memoryview], read: Read) -> InferRequest:
-    """A request of a ``ModelInferRequest``.
+def parse(message: Any, raw: Sequence[bytes | memoryview], read: ReadRegion) -> InferRequest:
+    """Decode a request.
 
     Args:
-        message: as :func:`split` gives it.
-        raw: its ``raw_input_contents``.
-        read: gives what lies in shared memory.
+        message: The message that :func:`split` returned.
+        raw: Its ``raw_input_contents``.
+        read: Reads shared memory.
 
     Raises:
-        InputError: it makes no sense; says where and why.
+        InputError: The message is not a valid request. The error says where and why.
     """
     if max(len(message.inputs), len(message.outputs)) > MOST_TENSORS:
         raise InputError(f"the request has {len(message.inputs)} inputs; at most {MOST_TENSORS} are allowed")
@@ -116,11 +117,11 @@ def parse(message: Any, raw: Sequence[bytes | memoryview], read: Read) -> InferR
         if name in inputs:
             raise InputError(f"input {shown(name)} is given twice")
         parameters = parameters_of(tensor.parameters)
-        place = region_slice_of(name, parameters)
-        if (raw or place is not None) and tensor.HasField("contents"):
+        region_slice = region_slice_of(name, parameters)
+        if (raw or region_slice is not None) and tensor.HasField("contents"):
             raise InputError(f"input {shown(name)} has contents as well as bytes; give one of them")
-        if place is not None:
-            inputs[name] = from_region(name, tensor.datatype, shape, place, read)
+        if region_slice is not None:
+            inputs[name] = from_region(name, tensor.datatype, shape, region_slice, read)
         elif not raw:
             inputs[name] = _typed(name, tensor, shape)
         elif taken < len(raw):
@@ -130,26 +131,28 @@ def parse(message: Any, raw: Sequence[bytes | memoryview], read: Read) -> InferR
             raise InputError(f"raw_input_contents has {len(raw)} tensors, none for input {shown(name)}")
     if taken < len(raw):
         raise InputError(f"raw_input_contents has {len(raw)} tensors, and {taken} inputs take one")
-    said = parameters_of(message.parameters)
+    parameters = parameters_of(message.parameters)
     return InferRequest(
         id=message.id,
         inputs=inputs,
-        wanted=tuple(_wanted(output) for output in message.outputs),
-        timeout_ns=timeout_ns(said),
-        parameters={name: value for name, value in said.items() if name not in _OURS},
+        outputs=tuple(
+            requested_output(output.name, parameters_of(output.parameters), binary=True) for output in message.outputs
+        ),
+        timeout_ns=timeout_ns(parameters),
+        parameters={name: value for name, value in parameters.items() if name not in _PROTOCOL_PARAMETERS},
     )
 
 
 def _typed(name: str, tensor: Any, shape: tuple[int, ...]) -> Array:
-    """A tensor whose elements are numbers of the message, not bytes."""
+    """A tensor whose elements are fields of the message instead of bytes."""
     field = _CONTENTS.get(tensor.datatype)
     if field is None:
         raise InputError(
             f"input {shown(name)} of datatype {shown(tensor.datatype)} can only be given in raw_input_contents"
         )
     values: Sequence[Any] = getattr(tensor.contents, field)
-    found = sum(len(getattr(tensor.contents, other)) for other in set(_CONTENTS.values()))
-    if found != len(values):
+    given = sum(len(getattr(tensor.contents, other)) for other in set(_CONTENTS.values()))
+    if given != len(values):
         raise InputError(
             f"input {shown(name)} of datatype {shown(tensor.datatype)} takes its elements from {field} alone"
         )
@@ -162,30 +165,17 @@ def _typed(name: str, tensor: Any, shape: tuple[int, ...]) -> Array:
     return from_items(name, tensor.datatype, shape, values)
 
 
-def _wanted(output: Any) -> RequestedOutput:
-    parameters = parameters_of(output.parameters)
-    classes = parameters.get("classification") or 0
-    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
-        raise InputError(
-            f"classification of output {shown(output.name)} is {shown(classes)}; it is how many classes to give"
-        )
-    return RequestedOutput(output.name, True, region_slice_of(output.name, parameters), classes)
-
-
 def answer(
     request: InferRequest,
     model: str,
     version: str,
     outputs: Mapping[str, Array],
-    wanted: Sequence[RequestedOutput],
+    requested: Sequence[RequestedOutput],
 ) -> Any:
-    """A ``ModelInferResponse``. Outputs that went to shared memory are described only, and have no contents."""
-    said = pb.ModelInferResponse(model_name=model, model_version=version, id=request.id)
-    for output in wanted:
+    """Encode a ``ModelInferResponse``. Outputs that are requested in shared memory have no contents in it."""
+    response = pb.ModelInferResponse(model_name=model, model_version=version, id=request.id)
+    for output in requested:
         array = outputs[output.name]
-        said.outputs.add(name=output.name, datatype=DATATYPES[dtype_name(array.dtype) or ""], shape=array.shape)
-        if output.region_slice is None:
-            said.raw_output_contents.append(bytes(to_bytes(array)))
-        else:
-            said.raw_output_contents.append(b"")
-    return said
+        response.outputs.add(name=output.name, datatype=datatype_of(array), shape=array.shape)
+        response.raw_output_contents.append(b"" if output.region_slice is not None else bytes(to_bytes(array)))
+    return response

@@ -1,4 +1,4 @@
-"""The body of an HTTP request: bounded in size, in time and in what all of them hold together."""
+"""The bodies of HTTP requests: limited in size, in time, and in the memory of all together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +13,7 @@ from onnxsplit.errors import InputError, shown
 from runtime.errors import Cancelled
 from runtime.gateway.budget import Budget
 from runtime.gateway.errors import NotLoaded, TooLarge, TooSlow
+from runtime.gateway.threads import Workers
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
@@ -21,41 +21,44 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 STOPPING = "the server is stopping and gave the request up"
 SILENCE_S = 10.0
 SLOWEST_BYTES_PER_S = 64 << 10
-_WINDOW_S = 30.0  # in each, a body must keep up the slowest pace
+_WINDOW_S = 30.0  # in each window, a body must arrive at the slowest rate or faster
 _WINDOW_BYTES = int(_WINDOW_S) * SLOWEST_BYTES_PER_S
 _DISCARD_S = 3.0
 _DIGITS = 18
-_QUICK_BYTES = 4 << 10  # compressed, are decompressed at once: to some MiB at most
-_STEP_BYTES = 1 << 20  # decompressed at once
-_SLICE_BYTES = 64 << 10  # given to be decompressed at once
+_QUICK_BYTES = 4 << 10  # a compressed body up to this size expands to a few MiB at most
+_STEP_BYTES = 1 << 20  # most bytes that are decompressed at once
+_SLICE_BYTES = 64 << 10  # most compressed bytes that zlib is given at once
 
 _WBITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
 class Bodies:
-    """Takes bodies in.
+    """Receives bodies.
 
     Args:
-        most_bytes: of one, also after it was decompressed.
-        budget: of all requests.
-        workers: where what takes long is done, beside the event loop.
+        most_bytes: Most bytes of one body, also after it was decompressed.
+        budget: Memory for all requests.
+        workers: Threads for work that takes long.
     """
 
-    def __init__(self, most_bytes: int, budget: Budget, workers: Executor) -> None:
+    def __init__(self, most_bytes: int, budget: Budget, workers: Workers) -> None:
         self.most_bytes = most_bytes
         self._budget = budget
         self._workers = workers
 
     async def read(self, headers: Mapping[str, str], scope: Scope, receive: Receive) -> bytes | bytearray:
-        """A whole body, decompressed. Silence is noticed by the connection, which sets ``scope["silent"]``.
+        """Receive a whole body, and decompress it.
 
-        What is held of it is noted in the scope, until :meth:`release`.
+        The scope records how many bytes are held for it, until :meth:`release`. The connection notices when nothing
+        arrives, and then sets ``scope["silent"]``.
 
         Raises:
-            TooLarge, TooSlow, Busy: as said above.
-            InputError: it is not compressed as it says.
-            Cancelled: the client went away.
-            NotLoaded: the server stops, and does not wait for the rest.
+            TooLarge: The body is larger than allowed.
+            TooSlow: The body arrives too slowly.
+            Busy: The memory for requests is used up.
+            InputError: The body is not compressed as its header says.
+            Cancelled: The client went away.
+            NotLoaded: The server is stopping and does not wait for the rest.
         """
         claimed = headers.get("content-length", "")
         length = int(claimed) if claimed.isdecimal() and len(claimed) <= _DIGITS else None
@@ -68,16 +71,14 @@ class Bodies:
             raise InputError(f"Content-Encoding is {shown(coding)}; allowed: gzip, deflate, identity")
         try:
             body = await self._whole(scope, receive)
-        except asyncio.CancelledError as error:  # a client that goes away is told of otherwise
+        except asyncio.CancelledError as error:  # not by a client that went away: that arrives as a message
             raise NotLoaded(STOPPING) from error
         if coding == "identity":
             return body
-        if len(body) <= _QUICK_BYTES:
-            return self._decompress(body, coding, scope)
-        return await asyncio.get_running_loop().run_in_executor(self._workers, self._decompress, body, coding, scope)
+        return await self._workers.run(len(body) > _QUICK_BYTES, self._decompress, body, coding, scope)
 
     def release(self, scope: Scope) -> None:
-        """The body that was read is not needed any more."""
+        """Stop counting the body that was read as held."""
         self._budget.give(scope.pop("held", 0))
 
     def _hold(self, scope: Scope, size: int) -> None:
@@ -85,7 +86,7 @@ class Bodies:
         scope["held"] = scope.get("held", 0) + size
 
     async def _whole(self, scope: Scope, receive: Receive) -> bytes | bytearray:
-        """All of it. Pieces lie in ``scope["pieces"]``, from the connection; ``receive`` only tells that some came."""
+        """The whole body. The connection puts pieces into ``scope["pieces"]``, and ``receive`` only announces them."""
         pieces: list[bytes] = scope["pieces"]
         message = await receive()
         if len(pieces) < 2 and message["type"] == "http.request" and not message["more_body"]:
@@ -108,7 +109,7 @@ class Bodies:
                 await _discard(scope, receive)
                 raise TooLarge(f"the request has more than the {self.most_bytes} bytes allowed (--max-body)")
             self._hold(scope, more)
-            for piece in pieces:  # not joined at the end, which would keep all other threads waiting
+            for piece in pieces:  # joining them all at the end would block the other threads
                 body += piece
             pieces.clear()
             if not message["more_body"]:
@@ -116,15 +117,15 @@ class Bodies:
             message = await receive()
 
     def _decompress(self, body: bytes | bytearray, coding: str, scope: Scope) -> bytearray:
-        """What a body is when it is decompressed, step by step, so that its size is known before it is there.
+        """Decompress a body step by step, so that it is refused before it takes more memory than allowed.
 
-        From now on that is what counts as held.
+        The decompressed bytes count as held instead of the compressed ones.
         """
         self.release(scope)
-        machine = zlib.decompressobj(_WBITS[coding])
+        decompressor = zlib.decompressobj(_WBITS[coding])
         data = bytearray()
         try:
-            for step in _steps(machine, body):
+            for step in _steps(decompressor, body):
                 if len(data) + len(step) > self.most_bytes:
                     raise TooLarge(
                         f"decompressed, the request has more than the {self.most_bytes} bytes allowed (--max-body)"
@@ -133,30 +134,30 @@ class Bodies:
                 data += step
         except zlib.error as error:
             raise InputError(f"the body is not {coding}, as Content-Encoding says: {error}") from error
-        if not machine.eof:
+        if not decompressor.eof:
             raise InputError(f"the body ends within its {coding} stream")
         return data
 
 
-def _steps(machine: zlib._Decompress, body: bytes | bytearray) -> Iterator[bytes]:
-    """Pieces of what a body decompresses to.
+def _steps(decompressor: zlib._Decompress, body: bytes | bytearray) -> Iterator[bytes]:
+    """The pieces of a decompressed body.
 
-    It is fed in slices, since zlib copies what it has not consumed whenever it stops.
+    The body is given to zlib in slices, because zlib copies its unconsumed input whenever it stops.
     """
     view = memoryview(body)
     for start in range(0, len(view), _SLICE_BYTES):
         rest: bytes | memoryview = view[start : start + _SLICE_BYTES]
-        while rest and not machine.eof:
-            yield machine.decompress(rest, _STEP_BYTES)
-            rest = machine.unconsumed_tail
-        if machine.eof:
-            if left := len(machine.unused_data) + len(view[start + _SLICE_BYTES :]):
+        while rest and not decompressor.eof:
+            yield decompressor.decompress(rest, _STEP_BYTES)
+            rest = decompressor.unconsumed_tail
+        if decompressor.eof:
+            if left := len(decompressor.unused_data) + len(view[start + _SLICE_BYTES :]):
                 raise InputError(f"the body has {left} bytes after the end of its compressed stream; send one stream")
             return
 
 
 async def _discard(scope: Scope, receive: Receive) -> None:
-    """Throw away what a client sends on for a while: many read no answer before they have sent all."""
+    """Discard what the client still sends, for a while: many clients read no response before they have sent all."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_S):
             while (await receive()).get("more_body"):
@@ -164,15 +165,15 @@ async def _discard(scope: Scope, receive: Receive) -> None:
 
 
 def coding_of(accepted: str) -> str:
-    """The coding that a client asks an answer in by name alone; empty for none.
+    """The compression that a client asks for as the only one; empty for no compression.
 
-    Browsers and libraries name several codings in every request; tensors gain little from any, and it takes long.
+    Browsers and libraries accept several in every request, but tensors compress slowly and gain little.
     """
     coding = accepted.strip().lower()
     return coding if coding in _WBITS else ""
 
 
 def compress(pieces: list[bytes | memoryview], coding: str) -> list[bytes | memoryview]:
-    """An answer's body in a coding that :func:`coding_of` gave."""
-    machine = zlib.compressobj(1, wbits=_WBITS[coding])
-    return [*(machine.compress(piece) for piece in pieces), machine.flush()]
+    """Compress the body of a response, with a coding from :func:`coding_of`."""
+    compressor = zlib.compressobj(1, wbits=_WBITS[coding])
+    return [*(compressor.compress(piece) for piece in pieces), compressor.flush()]

@@ -1,14 +1,14 @@
-"""HTTP connections that cannot be held for nothing: uvicorn's protocol, with limits on headers and on waiting.
+"""HTTP connections with limits, so that a client cannot hold one without using it. Built on uvicorn's protocol.
 
-What a client may do, and what becomes of it:
+What a client does, and what the connection does then:
 
-    silent after connecting, or half a header    closed after ``HEADER_S``
-    a header of more than ``HEADER_BYTES``       400, closed
-    a body that stops arriving                   ``scope["silent"]`` after ``SILENCE_S``; then 408
-    trailers behind a chunked body               counted as a header, and ignored
-    a body that goes on after its answer         thrown away, closed after ``LINGER_S``
-    an answer that is not read                   aborted after ``UNREAD_S`` without a byte leaving
-    gone before the answer                       the request is given up (``scope["abandon"]``)
+    no header, or half of one                    closes after ``HEADER_S``
+    a header of more than ``HEADER_BYTES``       answers 400 and closes
+    a body that stops arriving                   sets ``scope["silent"]`` after ``SILENCE_S``; then 408
+    trailers behind a chunked body               counts them as a header, and ignores them
+    a body that goes on after its response       discards it, and closes after ``LINGER_S``
+    a response that is not read                  aborts after ``UNREAD_S`` in which no byte left
+    a client that closes before the response     cancels the request (``scope["abandon"]``)
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ AHEAD_BYTES = 1 << 20
 LINGER_S = 5.0
 UNREAD_S = 30.0
 
-_JOINED_BYTES = 64 << 10  # larger bodies are not copied behind their head
+_JOINED_BYTES = 64 << 10  # larger bodies are not copied to follow their head in one write
 
 _TOO_LARGE = f"the header is larger than the {HEADER_BYTES} bytes allowed"
 
 
 class _OneWrite:
-    """A transport that holds the head of an answer until its body is there: two writes would wake the client twice."""
+    """A transport that sends the head of a response together with its body: two writes would wake the client twice."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -40,7 +40,7 @@ class _OneWrite:
             setattr(self, name, getattr(transport, name))
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send; but hold a head."""
+        """Send data, but keep the head of a response until its body is written."""
         if self._head:
             head, self._head = self._head, b""
             if len(data) < _JOINED_BYTES:
@@ -53,46 +53,46 @@ class _OneWrite:
             self._transport.write(data)
 
     def flush(self) -> None:
-        """Send a head that has no body."""
+        """Send a head that has no body after it."""
         if self._head:
             head, self._head = self._head, b""
             self._transport.write(head)
 
     def close(self) -> None:
-        """Send what is held, and close."""
+        """Send a head that was kept, and close."""
         self.flush()
         self._transport.close()
 
 
 class Connection(HttpToolsProtocol):
-    """One connection."""
+    """One connection of a client."""
 
-    _clock: asyncio.TimerHandle | None = None
-    _silence: asyncio.TimerHandle | None = None
-    _linger: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
-    _whole = True
+    _header_timer: asyncio.TimerHandle | None = None
+    _silence_timer: asyncio.TimerHandle | None = None
+    _linger_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
+    _whole = True  # no request is arriving
     _pieces: list[bytes]
     _ahead_bytes = 0
     _header_bytes = 0
     _unfinished_bytes = 0
-    _progress = False
+    _progress = False  # the data received last completed something
     _problem = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Somebody connects: the first header is due."""
-        super().connection_made(_OneWrite(transport))  # type: ignore[arg-type]  # it has what is used of one
-        self._due()
+        """A client connects, and must send its first header."""
+        super().connection_made(_OneWrite(transport))  # type: ignore[arg-type]  # it has the methods that are used
+        self._expect_header()
         if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
-            transport.abort()  # descriptors are needed for other things, too
+            transport.abort()  # the other file descriptors are for nodes
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Somebody is gone: so is the reason to work on the request."""
-        self._came()
-        self._read()
-        self._stop_lingering()
-        if self._silence is not None:
-            self._silence.cancel()
+        """The client is gone, so its requests are cancelled."""
+        self._stop_header_timer()
+        self._stop_unread_timer()
+        self._stop_linger_timer()
+        if self._silence_timer is not None:
+            self._silence_timer.cancel()
         waiting = [self.cycle, *(cycle for cycle, _ in self.pipeline)]
         super().connection_lost(exc)
         for cycle in waiting:
@@ -102,34 +102,34 @@ class Connection(HttpToolsProtocol):
                     abandon()
 
     def on_message_begin(self) -> None:
-        """A header begins."""
+        """A request begins to arrive."""
         super().on_message_begin()
         self._header_bytes = 0
         self._whole = False
-        if self._clock is None:
-            self._due()
+        if self._header_timer is None:
+            self._expect_header()
 
     def on_url(self, url: bytes) -> None:
-        """Part of it."""
+        """A part of the request line arrived."""
         self._count(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Part of it; or a trailer, which must not change a request that was judged by its header."""
+        """A header arrived, or a trailer. Trailers are dropped: the request was already accepted by its headers."""
         self._count(len(name) + len(value))
-        if self._clock is not None:
+        if self._header_timer is not None:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """It is whole."""
-        self._came()
+        """All headers arrived."""
+        self._stop_header_timer()
         self._progress = True
         self.scope["pieces"] = self._pieces = []  # type: ignore[typeddict-unknown-key]
         self.scope["target"] = self.url.decode("latin-1")  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A piece of a body, laid where :class:`~runtime.gateway.http.bodies.Bodies` takes it: copied but once more."""
+        """A piece of a body arrived. :class:`~runtime.gateway.http.bodies.Bodies` takes it from the scope."""
         self._progress = True
         if self.cycle.response_complete:
             return
@@ -142,38 +142,38 @@ class Connection(HttpToolsProtocol):
         self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        """A request is whole."""
+        """The whole request arrived."""
         self._whole = self._progress = True
-        self._stop_lingering()
+        self._stop_linger_timer()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """It was answered; perhaps before it was whole, and then a client that sends on must be able to read that."""
-        self.transport.flush()  # type: ignore[attr-defined]  # as above
+        """The request was answered. If it is not whole, the client gets time to read the response while it sends."""
+        self.transport.flush()  # type: ignore[attr-defined]  # it is a _OneWrite
         super().on_response_complete()
-        if not self._whole and self._linger is None:
-            self._linger = self.loop.call_later(LINGER_S, self.transport.close)
+        if not self._whole and self._linger_timer is None:
+            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes come. Reads that complete no header, no request and no piece of a body are counted.
+        """Bytes arrive. Those that complete no header, no request and no piece of a body are counted.
 
-        The parser keeps what belongs to an unfinished field, of a header or of trailers, until the field is whole.
-        Such reads do not end a silence either.
+        The parser keeps an unfinished header or trailer in memory until it is whole. Such bytes do not end a silence
+        either.
         """
         self._progress = False
         super().data_received(data)
         if self._progress:
             self._unfinished_bytes = 0
-            self._heard()
+            self._restart_silence_timer()
         elif not self.transport.is_closing():
             self._unfinished_bytes += len(data)
             if self._unfinished_bytes > HEADER_BYTES:
                 self._problem = _TOO_LARGE
                 self.send_400_response("")
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  the parser's words say too little
-        """Say what is wrong, as all errors are said, and hang up."""
-        text = (self._problem or "this is not HTTP/1.1 as RFC 9112 has it").encode()
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  the parser's message says too little
+        """Send an error in the form of all errors, and close."""
+        text = (self._problem or "this is not HTTP/1.1 as RFC 9112 defines it").encode()
         body = b'{"error":"' + text + b'"}'
         self.transport.write(
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
@@ -184,15 +184,15 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def pause_writing(self) -> None:
-        """The answer waits to be read."""
+        """The client does not read the response."""
         super().pause_writing()
-        if self._unread is None:
-            self._unread = self.loop.call_later(UNREAD_S, self.transport.abort)
+        if self._unread_timer is None:
+            self._unread_timer = self.loop.call_later(UNREAD_S, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It is being read."""
+        """The client reads the response again."""
         super().resume_writing()
-        self._read()
+        self._stop_unread_timer()
 
     def _count(self, size: int) -> None:
         self._header_bytes += size
@@ -200,32 +200,32 @@ class Connection(HttpToolsProtocol):
             self._problem = _TOO_LARGE
             raise ValueError(_TOO_LARGE)
 
-    def _heard(self) -> None:
-        """Bytes came: if the request is not whole yet, more are due."""
-        if self._silence is not None:
-            self._silence.cancel()
-            self._silence = None
-        if not self._whole and self._clock is None:
-            self._silence = self.loop.call_later(SILENCE_S, self._tell_silence)
+    def _restart_silence_timer(self) -> None:
+        """Bytes arrived. If the request is not whole, more must follow."""
+        if self._silence_timer is not None:
+            self._silence_timer.cancel()
+            self._silence_timer = None
+        if not self._whole and self._header_timer is None:
+            self._silence_timer = self.loop.call_later(SILENCE_S, self._tell_silence)
 
     def _tell_silence(self) -> None:
         self.cycle.scope["silent"] = True  # type: ignore[typeddict-unknown-key]
         self.cycle.message_event.set()
 
-    def _due(self) -> None:
-        self._clock = self.loop.call_later(HEADER_S, self.transport.close)
+    def _expect_header(self) -> None:
+        self._header_timer = self.loop.call_later(HEADER_S, self.transport.close)
 
-    def _came(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
 
-    def _stop_lingering(self) -> None:
-        if self._linger is not None:
-            self._linger.cancel()
-            self._linger = None
+    def _stop_linger_timer(self) -> None:
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
 
-    def _read(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+    def _stop_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None

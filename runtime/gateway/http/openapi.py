@@ -1,37 +1,133 @@
-"""The HTTP side described as OpenAPI 3.1, for people and for tools that make clients and tests of it."""
+"""The HTTP side as an OpenAPI 3.1 document, for people and for tools that make clients and tests of it.
+
+The schemas are made of the types that the server decodes and encodes, the paths of the table below.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 import onnxsplit
-from onnxsplit.tensors import MAX_RANK
+from runtime.gateway.documents import (
+    ChangeRequest,
+    ErrorMessage,
+    IndexEntry,
+    IndexRequest,
+    Json,
+    ModelMetadata,
+    RegionStatus,
+    RegisterRequest,
+    ServerMetadata,
+    Statistics,
+)
 from runtime.gateway.http.bodies import SILENCE_S
-from runtime.gateway.protocol import DATATYPES
-
-Json = dict[str, Any]
+from runtime.gateway.http.codec import RequestBody, ResponseBody
 
 _ERRORS = {
-    400: "The request makes no sense; the message says where.",
+    400: "The request is not valid; the message says where.",
     401: "A token is needed (only where the server was started with tokens).",
-    403: "Not from there: another site's page, another host's shared memory.",
-    404: "No such model, version or region.",
+    403: "Not allowed from there: another site's page, or another host's shared memory.",
+    404: "There is no such model, version or region.",
     408: f"The body stopped arriving for {SILENCE_S:g} s.",
-    413: "Larger than allowed.",
+    413: "The request is larger than allowed.",
     500: "A stage could not execute the request, or the server has a bug.",
-    501: "The protocol has it, this server has not.",
-    503: "Refused now: no room, no hope to be in time, no node, or the end is near. Try again.",
+    501: "The protocol has this, the server does not.",
+    503: "Refused for now: the queue is full, the deadline cannot be met, no node is ready, or the server is stopping.",
     504: "The request's time ran out.",
+}
+_ALWAYS = (401, 403)
+_BODY = (400, 408, 413)
+_CHANGE = (*_BODY, 404, 500, 503)
+
+_BYTES = "application/octet-stream"
+_MODEL = "/v2/models/{model}"
+_VERSION = f"{_MODEL}/versions/{{version}}"
+_REGION = "/region/{region}"
+_INFER_BODY = (
+    "JSON; or, with the header Inference-Header-Content-Length, JSON of that many bytes followed by tensors as bytes."
+)
+_INFER_HEADERS = {
+    "Inference-Header-Content-Length": {
+        "description": "Length of the JSON, when tensors follow it as bytes.",
+        "schema": {"type": "string", "pattern": "^[0-9]+$"},
+    }
 }
 
 
-def description(versions: Mapping[str, Sequence[str]]) -> Json:
-    """The document.
+class _Operation(NamedTuple):
+    """One operation: what it does, the response (a type, a media type or nothing), errors, and the type of its body."""
 
-    Args:
-        versions: of each model that is loaded.
-    """
+    verb: str
+    path: str
+    summary: str
+    response: Any = None
+    errors: tuple[int, ...] = ()
+    body: Any = None
+
+
+def _refused(summary: str, *paths: str) -> list[_Operation]:
+    return [_Operation(verb, path, f"{summary}: refused", None, (501,)) for path in paths for verb in ("get", "post")]
+
+
+_OPERATIONS = [
+    _Operation("get", "/v2", "Describe the server", ServerMetadata),
+    _Operation("get", "/v2/health/live", "Say whether the process answers"),
+    _Operation("get", "/v2/health/ready", "Say whether all models execute requests", None, (503,)),
+    _Operation("get", "/v2/models/stats", "Give statistics of all models and their stages", Statistics),
+    _Operation("post", "/v2/repository/index", "List all models", list[IndexEntry], _BODY, IndexRequest),
+    *[
+        operation
+        for path in (_MODEL, _VERSION)
+        for operation in (
+            _Operation(
+                "post", f"{path}/infer", "Execute a request", ResponseBody, (*_BODY, 404, 500, 503, 504), RequestBody
+            ),
+            _Operation("get", path, "Describe inputs and outputs", ModelMetadata, (404,)),
+            _Operation("get", f"{path}/ready", "Say whether the model executes requests", None, (404, 503)),
+            _Operation("get", f"{path}/config", "Give the configuration as Triton's ModelConfig", Json, (404,)),
+            _Operation("get", f"{path}/stats", "Give statistics", Statistics, (404,)),
+            *_refused("Trace settings", f"{path}/trace/setting"),
+        )
+    ],
+    _Operation("post", "/v2/repository/models/{model}/load", "Load a model", None, _CHANGE, ChangeRequest),
+    _Operation("post", "/v2/repository/models/{model}/unload", "Unload a model", None, _CHANGE, ChangeRequest),
+    _Operation(
+        "post", f"/v2/systemsharedmemory{_REGION}/register", "Register a region of shared memory", None,
+        (*_BODY, 404), RegisterRequest,
+    ),
+    *[
+        operation
+        for path in ("/v2/systemsharedmemory", "/v2/cudasharedmemory")
+        for operation in (
+            _Operation("get", f"{path}/status", "List the regions", list[RegionStatus]),
+            _Operation("get", f"{path}{_REGION}/status", "Describe a region", list[RegionStatus], (404,)),
+            _Operation("post", f"{path}/unregister", "Unregister all regions"),
+            _Operation("post", f"{path}{_REGION}/unregister", "Unregister a region"),
+        )
+    ],
+    _Operation("post", f"/v2/cudasharedmemory{_REGION}/register", "Refused", None, (501,)),
+    *_refused("Trace settings", "/v2/trace/setting"),
+    *_refused("Log settings", "/v2/logging"),
+    _Operation("get", "/metrics", "Give metrics for Prometheus", "text/plain"),
+    _Operation("get", "/openapi.json", "Give this document", Json),
+    _Operation("get", "/", "Show the server in a browser", "text/html"),
+    _Operation("get", "/example/{model}", "Give a request that can be sent to the model", _BYTES, (404, 500)),
+]  # fmt: skip
+
+
+def description(versions: Mapping[str, Sequence[str]]) -> Json:
+    """The OpenAPI document. ``versions`` holds the loaded versions of each loaded model."""
+    types = {one: None for op in _OPERATIONS for one in (op.response, op.body, ErrorMessage) if _is_type(one)}
+    references, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    by_type = dict(zip(types, references, strict=True))
+    paths: Json = {}
+    for operation in _OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.verb] = _described(operation, by_type, schemas)
+    numbers = sorted({number for numbers in versions.values() for number in numbers})
     return {
         "openapi": "3.1.0",
         "info": {
@@ -41,214 +137,58 @@ def description(versions: Mapping[str, Sequence[str]]) -> Json:
             "statistics, the repository and system shared memory.",
         },
         "security": [{}, {"bearer": []}],
-        "paths": _paths(),
+        "paths": paths,
         "components": {
             "schemas": {
-                **_SCHEMAS,
+                **schemas,
                 "Model": {"type": "string", "enum": list(versions)},
-                "Version": {"type": "string", "enum": sorted({n for numbers in versions.values() for n in numbers})},
+                "Version": {"type": "string", "enum": numbers},
             },
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
         },
     }
 
 
-def _paths() -> Json:
-    paths: Json = {
-        "/v2": {"get": _operation("The server", _of("Server"))},
-        "/v2/health/live": {"get": _operation("Whether the process answers", None)},
-        "/v2/health/ready": {"get": _operation("Whether all models execute requests", None, 503)},
-        "/v2/models/stats": {"get": _operation("Counts of all models and their stages", _of("Statistics"))},
-        "/v2/repository/index": {
-            "post": _operation(
-                "All models", {"type": "array", "items": _of("Entry")}, *_BODY, body={"schema": _of("IndexRequest")}
-            )
-        },
-    }
-    for part in ("", "/versions/{version}"):
-        place = f"/v2/models/{{model}}{part}"
-        given: tuple[str, ...] = ("model", "version") if part else ("model",)
-        infer = _operation("Run a request", _of("Answer"), 404, 500, 503, 504, *_BODY, given=given)
-        infer["responses"]["200"]["headers"] = {
-            "Inference-Header-Content-Length": {
-                "description": "Length of the JSON, when tensors follow it as bytes.",
-                "schema": {"type": "string", "pattern": "^[0-9]+$"},
-            }
-        }
-        infer["responses"]["200"]["content"]["application/octet-stream"] = {}
-        infer["requestBody"] = {
-            "required": True,
-            "description": "JSON; or, with the header Inference-Header-Content-Length, JSON of that many bytes and "
-            "tensors behind it.",
-            "content": {"application/json": {"schema": _of("Request")}},
-        }
-        paths[f"{place}/infer"] = {"post": infer}
-        paths[place] = {"get": _operation("Inputs and outputs", _of("Metadata"), 404, given=given)}
-        paths[f"{place}/ready"] = {"get": _operation("Whether it executes requests", None, 404, 503, given=given)}
-        paths[f"{place}/config"] = {"get": _operation("As Triton's ModelConfig", {"type": "object"}, 404, given=given)}
-        paths[f"{place}/stats"] = {"get": _operation("Counts", _of("Statistics"), 404, given=given)}
-        paths[f"{place}/trace/setting"] = _absent("Trace settings", given)
-    for verb in ("load", "unload"):
-        paths[f"/v2/repository/models/{{model}}/{verb}"] = {
-            "post": _operation(
-                f"{verb.capitalize()} a model", None, 404, 500, 503, *_BODY, given=("model",),
-                body={"schema": {"type": "object"}},
-            )
-        }  # fmt: skip
-    paths["/v2/systemsharedmemory/region/{region}/register"] = {
-        "post": _operation(
-            "Name a region of shared memory", None, 404, *_BODY, given=("region",), body={"schema": _of("Region")}
-        )
-    }
-    for kind in ("system", "cuda"):
-        for part in ("", "/region/{region}"):
-            place = f"/v2/{kind}sharedmemory{part}"
-            given = ("region",) if part else ()
-            regions = {"type": "array", "items": {"type": "object"}}
-            paths[f"{place}/status"] = {
-                "get": _operation("The regions", regions, *([404] if part else []), given=given)
-            }
-            paths[f"{place}/unregister"] = {"post": _operation("Forget regions", None, given=given)}
-    paths["/v2/cudasharedmemory/region/{region}/register"] = {
-        "post": _operation("Refused", None, 501, given=("region",))
-    }
-    paths["/v2/trace/setting"] = _absent("Trace settings")
-    paths["/v2/logging"] = _absent("Log settings")
-    paths["/metrics"] = {"get": _text("For Prometheus", "text/plain")}
-    paths["/openapi.json"] = {"get": _operation("This document", {"type": "object"})}
-    paths["/"] = {"get": _text("A page to look at", "text/html")}
-    paths["/example/{model}"] = {
-        "get": _operation("A request that can be sent to it", None, 404, 500, given=("model",))
-    }
-    paths["/example/{model}"]["get"]["responses"]["200"]["content"] = {"application/octet-stream": {}}
-    return paths
+def _is_type(response: Any) -> bool:
+    return response is not None and not isinstance(response, str)
 
 
-_BODY = (400, 408, 413)
-
-
-def _operation(
-    summary: str, schema: Json | None, *errors: int, given: tuple[str, ...] = (), body: Json | None = None
-) -> Json:
-    found: Json = {"summary": summary, "responses": {"200": {"description": "Done."}}}
-    if schema is not None:
-        found["responses"]["200"]["content"] = {"application/json": {"schema": schema}}
-    for status in sorted({401, 403, *errors}):
-        found["responses"][str(status)] = {
+def _described(operation: _Operation, by_type: Mapping[Any, Json], schemas: Mapping[str, Json]) -> Json:
+    """An operation as OpenAPI has it."""
+    document: Json = {"summary": operation.summary, "responses": {}}
+    if operation.errors != (501,):
+        document["responses"]["200"] = _success(operation.response, by_type)
+    for status in sorted({*_ALWAYS, *operation.errors}):
+        document["responses"][str(status)] = {
             "description": _ERRORS[status],
-            "content": {"application/json": {"schema": _of("Error")}},
+            "content": {"application/json": {"schema": by_type[ErrorMessage]}},
         }
-    if given:
-        found["parameters"] = [{"name": name, "in": "path", "required": True, "schema": _GIVEN[name]} for name in given]
-    if body is not None:
-        needed = "$ref" in body["schema"] and bool(_SCHEMAS[body["schema"]["$ref"].rpartition("/")[2]]["required"])
-        found["requestBody"] = {"required": needed, "content": {"application/json": body}}
-    return found
+    if names := re.findall(r"{(\w+)}", operation.path):
+        document["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": _PATH_PARAMETERS[name]} for name in names
+        ]
+    if operation.body is not None:
+        schema = by_type[operation.body]
+        required = bool(schemas[schema["$ref"].rpartition("/")[2]].get("required"))
+        document["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
+    if operation.body is RequestBody:
+        document["requestBody"]["description"] = _INFER_BODY
+        document["responses"]["200"]["headers"] = _INFER_HEADERS
+        document["responses"]["200"]["content"][_BYTES] = {}
+    return document
 
 
-def _absent(summary: str, given: tuple[str, ...] = ()) -> Json:
-    refused = {verb: _operation(f"{summary}: refused", None, 501, given=given) for verb in ("get", "post")}
-    for operation in refused.values():
-        del operation["responses"]["200"]
-    return refused
+def _success(response: Any, by_type: Mapping[Any, Json]) -> Json:
+    document: Json = {"description": "Done."}
+    if _is_type(response):
+        document["content"] = {"application/json": {"schema": by_type[response]}}
+    elif response is not None:
+        document["content"] = {response: {} if response == _BYTES else {"schema": {"type": "string"}}}
+    return document
 
 
-def _text(summary: str, media: str) -> Json:
-    found = _operation(summary, None)
-    found["responses"]["200"]["content"] = {media: {"schema": {"type": "string"}}}
-    return found
-
-
-def _of(name: str) -> Json:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _object(required: tuple[str, ...] = (), **properties: Json) -> Json:
-    return {"type": "object", "properties": properties, "required": list(required)}
-
-
-_GIVEN = {"model": _of("Model"), "version": _of("Version"), "region": {"type": "string", "minLength": 1}}
-_TEXT: Json = {"type": "string"}
-_COUNT: Json = {"type": "integer", "minimum": 0}
-_DATATYPE: Json = {"type": "string", "enum": list(DATATYPES.values())}
-_DURATION = _object(("count", "ns"), count=_COUNT, ns=_COUNT)
-_PART = {"type": "object", "additionalProperties": _DURATION}
-_PARAMETERS: Json = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
-_TENSOR = _object(
-    ("name", "datatype", "shape"), name=_TEXT, datatype=_DATATYPE, shape={"type": "array", "items": {"type": "integer"}}
-)
-
-_SCHEMAS: Json = {
-    "Error": _object(("error",), error=_TEXT),
-    "Server": _object(
-        ("name", "version", "extensions"), name=_TEXT, version=_TEXT, extensions={"type": "array", "items": _TEXT}
-    ),
-    "Metadata": _object(
-        ("name", "versions", "platform", "inputs", "outputs"),
-        name=_TEXT,
-        versions={"type": "array", "items": _TEXT},
-        platform=_TEXT,
-        inputs={"type": "array", "items": _TENSOR},
-        outputs={"type": "array", "items": _TENSOR},
-    ),
-    "Request": _object(
-        ("inputs",),
-        id=_TEXT,
-        parameters=_PARAMETERS,
-        inputs={
-            "type": "array",
-            "items": _object(
-                ("name", "shape", "datatype"),
-                name=_TEXT,
-                shape={"type": "array", "items": _COUNT, "maxItems": MAX_RANK},
-                datatype=_DATATYPE,
-                parameters=_PARAMETERS,
-                data={"type": "array", "description": "Elements in row-major order, flat or nested."},
-            ),
-        },
-        outputs={"type": "array", "items": _object(("name",), name=_TEXT, parameters=_PARAMETERS)},
-    ),
-    "Answer": _object(
-        ("model_name", "model_version", "outputs"),
-        model_name=_TEXT,
-        model_version=_TEXT,
-        id=_TEXT,
-        outputs={
-            "type": "array",
-            "items": {
-                **_TENSOR,
-                "properties": {**_TENSOR["properties"], "data": {"type": "array"}, "parameters": {"type": "object"}},
-            },
-        },
-    ),
-    "IndexRequest": _object(ready={"type": "boolean"}),
-    "Entry": _object(
-        ("name", "version", "state", "reason"),
-        name=_TEXT,
-        version=_TEXT,
-        state={"type": "string", "enum": ["LOADING", "READY", "UNLOADING", "UNAVAILABLE"]},
-        reason=_TEXT,
-    ),
-    "Region": _object(
-        ("key", "byte_size"),
-        key={"type": "string", "pattern": "^/?[^/.]{1,200}$"},
-        offset={"type": "integer", "minimum": 0},
-        byte_size={"type": "integer", "minimum": 1},
-    ),
-    "Statistics": _object(
-        ("model_stats",),
-        model_stats={
-            "type": "array",
-            "items": _object(
-                ("name", "version", "inference_count", "execution_count", "inference_stats", "batch_stats"),
-                name=_TEXT,
-                version=_TEXT,
-                last_inference=_COUNT,
-                inference_count=_COUNT,
-                execution_count=_COUNT,
-                inference_stats=_PART,
-                batch_stats={"type": "array", "items": {"type": "object"}},
-            ),
-        },
-    ),
+_PATH_PARAMETERS = {
+    "model": {"$ref": "#/components/schemas/Model"},
+    "version": {"$ref": "#/components/schemas/Version"},
+    "region": {"type": "string", "minLength": 1},
 }

@@ -1,4 +1,4 @@
-"""The page at ``/``: one file without a network, drawn by the code that draws reports."""
+"""The page at ``/``: one HTML file that loads nothing else, made with the code that draws reports."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from onnxsplit import drawing
 from onnxsplit.npz import load_npz
 from onnxsplit.plan_files import example_file
 from runtime.gateway.http.codec import ask
-from runtime.gateway.repository import Version
+from runtime.gateway.version import Version
 
 
 @cache
 def html() -> str:
-    """The page."""
+    """The page, as HTML."""
     return drawing.fill(
         _asset("page.html"), styles=drawing.styles() + _asset("page.css"), licences=drawing.licences(), script=_script()
     )
@@ -32,7 +32,7 @@ def _asset(name: str) -> str:
 
 @cache
 def headers() -> dict[str, str]:
-    """What a browser is told of it: nothing but its own script runs, and nobody frames it."""
+    """The headers of the page. Only its own script may run, and no other page may embed it."""
     digest = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     policy = (
         f"default-src 'none'; connect-src 'self'; img-src data:; script-src 'sha256-{digest}'; "
@@ -47,9 +47,9 @@ def headers() -> dict[str, str]:
 
 
 def example(version: Version) -> tuple[list[bytes | memoryview], int]:
-    """A request with the plan's example inputs.
+    """A request with the plan's example inputs: the pieces of the body, and the length of its JSON.
 
     Raises:
-        PlanError: it holds none.
+        PlanError: The plan holds no example inputs.
     """
     return ask(load_npz(example_file(version.folder, version.plan)))

@@ -1,7 +1,7 @@
-"""Metrics for Prometheus: Triton's names, which people chart already, and our own.
+"""Metrics for Prometheus: Triton's, which existing dashboards show, and our own.
 
-Ours keep Prometheus' rules: base units, ``_total`` on counters, and labels of few values: model, version, stage,
-replica; never a request's.
+Ours keep Prometheus' rules: base units, ``_total`` on counters, and only labels with few values (model, version, stage,
+replica, reason).
 """
 
 from __future__ import annotations
@@ -24,32 +24,34 @@ from prometheus_client.registry import Collector
 import onnxsplit
 from runtime.coordinator.counters import BUCKETS_NS
 from runtime.coordinator.status import NodeStats
+from runtime.gateway.counters import FAILURE_REASONS
 from runtime.gateway.metadata import stage_name
-from runtime.gateway.repository import Version
 from runtime.gateway.telemetry.sampler import Sampler
+from runtime.gateway.version import Version
 
 _MODEL = ("model", "version")
 _NODE = ("model", "version", "stage", "replica")
 
 _BARE_HEADS = re.compile(rb"^(# (?:HELP|TYPE) nv_\w+?)_total(?= )", re.MULTILINE)
-"""Of counters whose names have no ``_total``: the library gives their heads one all the same."""
+"""The heads of Triton's counters, to which the library adds a ``_total`` that their names do not have."""
 
-Value = tuple[Sequence[str], float]
+MetricValue = tuple[Sequence[str], float]
+"""The values of the labels, and the value of the metric."""
 
 _NODE_COUNTERS: tuple[tuple[str, str, Callable[[NodeStats], float]], ...] = (
-    ("onnxsplit_node_requests", "Answered requests that a node executed.", lambda n: n.requests),
-    ("onnxsplit_node_wait_seconds", "Time requests waited in a node.", lambda n: n.waited_ns / 1e9),
-    ("onnxsplit_node_busy_seconds", "Time a node's session ran.", lambda n: n.ran_ns / 1e9),
-    ("onnxsplit_node_failures", "Requests that a node could not execute.", lambda n: n.failures),
-    ("onnxsplit_node_retries", "Attempts made again because a node was lost.", lambda n: n.retries),
-    ("onnxsplit_node_restarts", "Processes of a node that were lost.", lambda n: n.restarts),
-    ("onnxsplit_node_output_bytes", "Bytes that a node gave.", lambda n: n.output_bytes),
-    ("onnxsplit_node_shared_bytes", "Of those, in shared memory.", lambda n: n.shared_bytes),
+    ("onnxsplit_node_requests", "Answered requests that the node executed.", lambda n: n.requests),
+    ("onnxsplit_node_wait_seconds", "Time requests waited in the node.", lambda n: n.waited_ns / 1e9),
+    ("onnxsplit_node_busy_seconds", "Time in which the node's session ran.", lambda n: n.ran_ns / 1e9),
+    ("onnxsplit_node_failures", "Requests that the node could not execute.", lambda n: n.failures),
+    ("onnxsplit_node_retries", "Attempts repeated because a node was lost.", lambda n: n.retries),
+    ("onnxsplit_node_restarts", "Processes of the node that were lost.", lambda n: n.restarts),
+    ("onnxsplit_node_output_bytes", "Bytes of outputs.", lambda n: n.output_bytes),
+    ("onnxsplit_node_shared_bytes", "Bytes of outputs that were passed in shared memory.", lambda n: n.shared_bytes),
 )
 
 
 def exposition(sampler: Sampler) -> tuple[bytes, str]:
-    """All metrics now, in Prometheus' text format, and its content type."""
+    """The current values of all metrics in Prometheus' text format, and the content type."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(sampler))
     text = generate_latest(registry)
@@ -66,7 +68,7 @@ class _Collector(Collector):
     def collect(self) -> Iterator[Metric]:
         versions = [version for version in self._sampler.service.repository if version.pipeline is not None]
         nodes = {version: version.pipeline.stats() for version in versions if version.pipeline is not None}
-        yield InfoMetricFamily("onnxsplit_build", "What runs here.", {"version": onnxsplit.__version__})
+        yield InfoMetricFamily("onnxsplit_build", "Version of onnxsplit.", {"version": onnxsplit.__version__})
         yield from self._server()
         yield from _triton(versions, nodes)
         yield from _models(versions)
@@ -74,83 +76,84 @@ class _Collector(Collector):
 
     def _server(self) -> Iterator[Metric]:
         sampler = self._sampler
-        yield _gauge("onnxsplit_start_time_seconds", "When the server was started.", (), [((), sampler.started_s)])
+        yield _gauge("onnxsplit_start_time_seconds", "Time at which the server started.", (), [((), sampler.started_s)])
         ready = sampler.service.repository.ready
         yield _gauge("onnxsplit_ready", "1 when all models execute requests.", (), [((), float(ready))])
         held = float(sampler.budget.held_bytes)
-        yield _gauge("onnxsplit_receiving_bytes", "Bytes of requests that are not whole yet.", (), [((), held)])
+        yield _gauge("onnxsplit_receiving_bytes", "Bytes of requests that the server holds.", (), [((), held)])
 
     def _nodes(self, nodes: dict[Version, tuple[NodeStats, ...]]) -> Iterator[Metric]:
         rows = [
             ((v.model, v.number, str(node.stage), str(node.replica)), node)
-            for v, found in nodes.items()
-            for node in found
+            for v, stats in nodes.items()
+            for node in stats
         ]
         times = HistogramMetricFamily(
-            "onnxsplit_node_run_seconds", "Time of a request in a node's session.", labels=_NODE
+            "onnxsplit_node_run_seconds", "Time of one execution in the node's session.", labels=_NODE
         )
         for labels, node in rows:
             times.add_metric(labels, _buckets(node.run_buckets), node.ran_ns / 1e9)
         yield times
-        for name, words, value in _NODE_COUNTERS:
-            yield _counter(name, words, _NODE, [(labels, value(node)) for labels, node in rows])
+        for name, text, value in _NODE_COUNTERS:
+            yield _counter(name, text, _NODE, [(labels, value(node)) for labels, node in rows])
         up = [(labels, float(node.state == "ready")) for labels, node in rows]
-        yield _gauge("onnxsplit_node_up", "1 when a node is ready.", _NODE, up)
+        yield _gauge("onnxsplit_node_up", "1 when the node is ready.", _NODE, up)
         queues = [(labels, node.queue) for labels, node in rows]
-        yield _gauge("onnxsplit_node_queue_requests", "Work on its way to a node or in it, in requests.", _NODE, queues)
+        yield _gauge("onnxsplit_node_queue_requests", "Requests on their way to the node or in it.", _NODE, queues)
         last = self._sampler.last
         busy = [
             ((model.name, model.version, str(node.stage), str(node.replica)), node.utilisation)
             for model in (last.models if last is not None else ())
             for node in model.nodes
         ]
-        yield _gauge("onnxsplit_node_utilisation_ratio", "Share of the last second its session ran.", _NODE, busy)
+        yield _gauge(
+            "onnxsplit_node_utilisation_ratio", "Share of the last second in which the node's session ran.", _NODE, busy
+        )
 
 
 def _triton(versions: Sequence[Version], nodes: dict[Version, tuple[NodeStats, ...]]) -> Iterator[Metric]:
-    """Triton's names; microseconds, as they have it. A stage is a model of its own there, as in an ensemble."""
-    success: list[Value] = []
-    failure: list[Value] = []
-    sums: dict[str, list[Value]] = {name: [] for name in _TRITON}
-    pending: list[Value] = []
+    """Triton's metrics, in microseconds. Each stage is reported as a model of its own, as in an ensemble."""
+    success: list[MetricValue] = []
+    failure: list[MetricValue] = []
+    sums: dict[str, list[MetricValue]] = {name: [] for name in _TRITON}
+    pending: list[MetricValue] = []
     for version in versions:
         counters, labels = version.counters, (version.model, version.number)
         success.append((labels, counters.success.count))
-        failure += [((*labels, reason), counters.failures[reason]) for reason in _REASONS]
+        failure += [((*labels, reason), counters.failures[reason]) for reason in FAILURE_REASONS]
         pending.append((labels, counters.pending))
         times = (counters.success, counters.queue, counters.decode, counters.infer, counters.encode)
         values = (counters.inferences, counters.executions, *(part.ns // 1000 for part in times))
         for name, value in zip(_TRITON, values, strict=True):
             sums[name].append((labels, value))
         for stage in version.plan.stages:
-            mine = [node for node in nodes[version] if node.stage == stage.index]
+            stats = [node for node in nodes[version] if node.stage == stage.index]
             labels = stage_name(version.model, stage.index), version.number
-            count, wait, run = (sum(getattr(n, key) for n in mine) for key in ("requests", "waited_ns", "ran_ns"))
+            count, wait, run = (sum(getattr(n, key) for n in stats) for key in ("requests", "waited_ns", "ran_ns"))
             success.append((labels, count))
             values = (count, count, (wait + run) // 1000, wait // 1000, 0, run // 1000, 0)
             for name, value in zip(_TRITON, values, strict=True):
                 sums[name].append((labels, value))
     yield _bare("nv_inference_request_success", "Requests that were answered.", _MODEL, success)
-    yield _bare("nv_inference_request_failure", "Requests that failed, by why.", (*_MODEL, "reason"), failure)
-    for name, words in _TRITON.items():
-        yield _bare(name, words, _MODEL, sums[name])
+    yield _bare("nv_inference_request_failure", "Requests that failed, by reason.", (*_MODEL, "reason"), failure)
+    for name, text in _TRITON.items():
+        yield _bare(name, text, _MODEL, sums[name])
     yield _gauge("nv_inference_pending_request_count", "Requests that are not answered yet.", _MODEL, pending)
 
 
-_REASONS = ("REJECTED", "CANCELED", "TIMEOUT", "INVALID", "OTHER")
 _TRITON = {
     "nv_inference_count": "Rows that were answered.",
     "nv_inference_exec_count": "Executions.",
-    "nv_inference_request_duration_us": "Sum of the time from a request's arrival to its answer.",
-    "nv_inference_queue_duration_us": "Sum of the time requests waited.",
-    "nv_inference_compute_input_duration_us": "Sum of the time spent on making tensors of requests.",
-    "nv_inference_compute_infer_duration_us": "Sum of the time spent on executing.",
-    "nv_inference_compute_output_duration_us": "Sum of the time spent on making answers of tensors.",
+    "nv_inference_request_duration_us": "Time from the arrival of requests to their answers.",
+    "nv_inference_queue_duration_us": "Time requests waited for the pipeline.",
+    "nv_inference_compute_input_duration_us": "Time for making tensors of requests.",
+    "nv_inference_compute_infer_duration_us": "Time for executing requests.",
+    "nv_inference_compute_output_duration_us": "Time for making answers of tensors.",
 }
 
 
 def _models(versions: Sequence[Version]) -> Iterator[Metric]:
-    def each(value: object) -> list[Value]:
+    def each(value: object) -> list[MetricValue]:
         return [((v.model, v.number), value(v)) for v in versions]  # type: ignore[operator]
 
     times = HistogramMetricFamily(
@@ -164,19 +167,19 @@ def _models(versions: Sequence[Version]) -> Iterator[Metric]:
     failures = [
         ((v.model, v.number, reason.lower()), float(v.counters.failures[reason]))
         for v in versions
-        for reason in _REASONS
+        for reason in FAILURE_REASONS
     ]
-    yield _counter("onnxsplit_request_failures", "Requests without an answer, by why.", (*_MODEL, "reason"), failures)
+    yield _counter("onnxsplit_request_failures", "Requests that failed, by reason.", (*_MODEL, "reason"), failures)
     yield _counter("onnxsplit_rows", "Rows that were answered.", _MODEL, each(lambda v: v.counters.inferences))
     yield _counter("onnxsplit_executions", "Executions of the pipeline.", _MODEL, each(lambda v: v.counters.executions))
-    yield _counter("onnxsplit_retries", "Attempts that were made again.", _MODEL, each(lambda v: v.pipeline.retries))
-    yield _gauge("onnxsplit_model_ready", "1 when every stage has a node.", _MODEL, each(lambda v: float(v.ready)))
+    yield _counter("onnxsplit_retries", "Attempts that were repeated.", _MODEL, each(lambda v: v.pipeline.retries))
+    yield _gauge("onnxsplit_model_ready", "1 when the model executes requests.", _MODEL, each(lambda v: float(v.ready)))
     waiting = each(lambda v: len(v.batcher.queue) if v.batcher is not None else 0)
-    yield _gauge("onnxsplit_waiting_requests", "Requests in line before the pipeline.", _MODEL, waiting)
+    yield _gauge("onnxsplit_waiting_requests", "Requests that wait for the pipeline.", _MODEL, waiting)
     size = each(lambda v: v.batcher.queue.size_bytes if v.batcher is not None else 0)
-    yield _gauge("onnxsplit_waiting_bytes", "Bytes of their inputs.", _MODEL, size)
-    inside = each(lambda v: v.batcher.inside if v.batcher is not None else 0)
-    yield _gauge("onnxsplit_in_flight_requests", "Executions in the pipeline.", _MODEL, inside)
+    yield _gauge("onnxsplit_waiting_bytes", "Bytes of the inputs of waiting requests.", _MODEL, size)
+    executing = each(lambda v: v.batcher.executing if v.batcher is not None else 0)
+    yield _gauge("onnxsplit_in_flight_requests", "Executions in the pipeline.", _MODEL, executing)
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:
@@ -184,23 +187,23 @@ def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:
     return [(end, float(total)) for end, total in zip(ends, accumulate(counts), strict=True)]
 
 
-def _gauge(name: str, words: str, labels: Sequence[str], values: Sequence[Value]) -> Metric:
-    family = GaugeMetricFamily(name, words, labels=labels)
-    for found, value in values:
-        family.add_metric(found, value)
+def _gauge(name: str, text: str, labels: Sequence[str], values: Sequence[MetricValue]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, value)
     return family
 
 
-def _counter(name: str, words: str, labels: Sequence[str], values: Sequence[Value]) -> Metric:
-    family = CounterMetricFamily(name, words, labels=labels)
-    for found, value in values:
-        family.add_metric(found, value)
+def _counter(name: str, text: str, labels: Sequence[str], values: Sequence[MetricValue]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, value)
     return family
 
 
-def _bare(name: str, words: str, labels: Sequence[str], values: Sequence[Value]) -> Metric:
-    """A counter whose name has no ``_total``, as Triton's have none."""
-    family = Metric(name, words, "counter")
-    for found, value in values:
-        family.add_sample(name, dict(zip(labels, found, strict=True)), value)
+def _bare(name: str, text: str, labels: Sequence[str], values: Sequence[MetricValue]) -> Metric:
+    """A counter whose name does not end in ``_total``, as Triton's do not."""
+    family = Metric(name, text, "counter")
+    for label_values, value in values:
+        family.add_sample(name, dict(zip(labels, label_values, strict=True)), value)
     return family

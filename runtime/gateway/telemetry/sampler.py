@@ -1,4 +1,4 @@
-"""What the server looks like from second to second: for the page, the metrics and the statistics."""
+"""Samples of the server's state, one each second, for the page, the metrics and the statistics."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from msgspec import Struct
 from runtime.coordinator.status import NodeStats
 from runtime.gateway import metadata
 from runtime.gateway.budget import Budget
-from runtime.gateway.repository import Version
+from runtime.gateway.documents import ModelStatistics
 from runtime.gateway.service import Service
+from runtime.gateway.version import Version
 
-EVERY_S = 1.0
-_REMEMBERED = 60
-_LISTENERS = 64
+INTERVAL_S = 1.0
+_KEPT_SAMPLES = 60
+_MOST_LISTENERS = 64
 
 
 class NodeView(Struct, frozen=True):
@@ -70,14 +71,14 @@ class View(Struct, frozen=True):
 
 
 class StageView(Struct, frozen=True):
-    """What the plan promises of a stage."""
+    """The plan's prediction for a stage."""
 
     index: int
     predicted_ns: int
 
 
 class EdgeView(Struct, frozen=True, rename={"source": "from", "target": "to"}):
-    """Bytes of a request from a stage to another, as the plan has them; -1 for the caller."""
+    """Bytes that one request moves from one stage to another, according to the plan; -1 stands for the caller."""
 
     source: int
     target: int
@@ -85,7 +86,7 @@ class EdgeView(Struct, frozen=True, rename={"source": "from", "target": "to"}):
 
 
 class PlanView(Struct, frozen=True):
-    """What does not change while a version is loaded."""
+    """The part of a version that does not change while it is loaded."""
 
     name: str
     version: str
@@ -96,7 +97,9 @@ class PlanView(Struct, frozen=True):
 
 
 @dataclass
-class _Before:
+class _Previous:
+    """Counts at the previous sample."""
+
     at_ns: int
     answered: int
     failed: int
@@ -104,11 +107,14 @@ class _Before:
 
 
 class Sampler:
-    """Looks at a service once a second.
+    """Samples a service each second.
 
     Args:
-        service: what is looked at.
-        budget: whose bytes are told, too.
+        service: The service.
+        budget: The memory for requests.
+
+    Attributes:
+        started_s: Time at which the server started, in seconds since the epoch.
     """
 
     def __init__(self, service: Service, budget: Budget) -> None:
@@ -116,40 +122,40 @@ class Sampler:
         self.budget = budget
         self.started_s = time.time()
         self._repository = service.repository
-        self._before: dict[Version, _Before] = {}
-        self._views: deque[View] = deque(maxlen=_REMEMBERED)
+        self._previous: dict[Version, _Previous] = {}
+        self._views: deque[View] = deque(maxlen=_KEPT_SAMPLES)
         self._listeners: set[asyncio.Queue[bytes]] = set()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Look from now on."""
-        self._task = asyncio.get_running_loop().create_task(self._watch())
+        """Begin to sample."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Look no more; who listens hears the end."""
+        """Stop sampling, and end the event streams."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._tell(b"")
+        self._send(b"")
 
-    def _tell(self, event: bytes) -> None:
-        """To all who listen; who reads too slowly misses the oldest."""
+    def _send(self, event: bytes) -> None:
+        """Send an event to all listeners. A listener that reads too slowly loses its oldest events."""
         for listener in self._listeners:
             if listener.full():
                 listener.get_nowait()
             listener.put_nowait(event)
 
-    async def _watch(self) -> None:
+    async def _run(self) -> None:
         while True:
-            view = self.look()
+            view = self.sample()
             self._views.append(view)
-            self._tell(b"data: " + msgspec.json.encode(view) + b"\n\n")
-            await asyncio.sleep(EVERY_S)
+            self._send(b"data: " + msgspec.json.encode(view) + b"\n\n")
+            await asyncio.sleep(INTERVAL_S)
             await asyncio.get_running_loop().run_in_executor(None, self.budget.trim)
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events: what was seen of late, then each look."""
-        if len(self._listeners) >= _LISTENERS:
+        """Server-sent events: the plans, the samples of the last minute, and then each new sample."""
+        if len(self._listeners) >= _MOST_LISTENERS:
             yield b"event: full\ndata: {}\n\n"
             return
         listener: asyncio.Queue[bytes] = asyncio.Queue(maxsize=4)
@@ -162,31 +168,31 @@ class Sampler:
         finally:
             self._listeners.discard(listener)
 
-    def look(self) -> View:
-        """Now, against the look before."""
+    def sample(self) -> View:
+        """The state now. Rates are over the time since the previous sample."""
         now = time.monotonic_ns()
         models = tuple(self._model(version, now) for version in self._repository)
         return View(at_ms=time.time_ns() // 1_000_000, ready=self._repository.ready, models=models)
 
     @property
     def last(self) -> View | None:
-        """The last look."""
+        """The last sample."""
         return self._views[-1] if self._views else None
 
     def why_not(self) -> str:
-        """Why the server is not ready, in words."""
+        """Why the server is not ready."""
         if self._repository.ending:
-            return "the server is ending"
-        for version in self._repository.wanted or self._repository:
+            return "the server is stopping"
+        for version in self._repository.active or self._repository:
             if (reason := version.why_not()) is not None:
                 return f"model {version.model!r} version {version.number}: {reason}"
         return "no model is loaded"
 
-    def statistics(self, name: str, number: str = "") -> list[metadata.Json]:
-        """As the protocol has it: of a model and its stages, of a stage, or of all with an empty name.
+    def statistics(self, name: str, number: str = "") -> list[ModelStatistics]:
+        """Statistics of a model or of a stage; of all models and their stages when the name is empty.
 
         Raises:
-            UnknownModel: there is none such.
+            UnknownModel: There is no such model, version or stage.
         """
         if not name:
             return [part for v in self._repository if v.pipeline is not None for part in _with_stages(v)]
@@ -200,8 +206,8 @@ class Sampler:
         counters, pipeline, batcher = version.counters, version.pipeline, version.batcher
         failed = sum(counters.failures.values())
         nodes = pipeline.stats() if pipeline is not None else ()
-        before = self._before.get(version) or _Before(now, counters.success.count, failed)
-        seconds = max(1e-9, (now - before.at_ns) / 1e9)
+        previous = self._previous.get(version) or _Previous(now, counters.success.count, failed)
+        seconds = max(1e-9, (now - previous.at_ns) / 1e9)
         latencies = sorted(counters.latencies_ns)
         incidents = pipeline.incidents if pipeline is not None else ()
         view = ModelView(
@@ -210,25 +216,25 @@ class Sampler:
             state=version.state.value.lower(),
             reason=version.reason,
             ready=version.ready,
-            per_s=max(0.0, (counters.success.count - before.answered) / seconds),
-            failures_per_s=max(0.0, (failed - before.failed) / seconds),
+            per_s=max(0.0, (counters.success.count - previous.answered) / seconds),
+            failures_per_s=max(0.0, (failed - previous.failed) / seconds),
             p50_ns=latencies[len(latencies) // 2] if latencies else 0,
             p99_ns=latencies[len(latencies) * 99 // 100] if latencies else 0,
             waiting=len(batcher.queue) if batcher is not None else 0,
-            inside=batcher.inside if batcher is not None else 0,
+            inside=batcher.executing if batcher is not None else 0,
             retries=pipeline.retries if pipeline is not None else 0,
             losses=sum(node.restarts for node in nodes),
             cause=incidents[-1].story if incidents else "",
             last_error=counters.last_error,
-            nodes=tuple(_node(node, before.nodes.get((node.stage, node.replica)), seconds) for node in nodes),
+            nodes=tuple(_node(node, previous.nodes.get((node.stage, node.replica)), seconds) for node in nodes),
         )
-        self._before[version] = _Before(
+        self._previous[version] = _Previous(
             now, counters.success.count, failed, {(node.stage, node.replica): node for node in nodes}
         )
         return view
 
 
-def _with_stages(version: Version) -> list[metadata.Json]:
+def _with_stages(version: Version) -> list[ModelStatistics]:
     nodes = version.pipeline.stats() if version.pipeline is not None else ()
     stages = [metadata.stage_statistics(version, stage.index, nodes) for stage in version.plan.stages]
     return [metadata.statistics(version), *stages]
@@ -255,10 +261,10 @@ def _plan(version: Version) -> PlanView:
     )
 
 
-def _node(node: NodeStats, before: NodeStats | None, seconds: float) -> NodeView:
-    before = before or node
-    requests = max(0, node.requests - before.requests)
-    ran_ns = max(0, node.ran_ns - before.ran_ns)
+def _node(node: NodeStats, previous: NodeStats | None, seconds: float) -> NodeView:
+    previous = previous or node
+    requests = max(0, node.requests - previous.requests)
+    ran_ns = max(0, node.ran_ns - previous.ran_ns)
     return NodeView(
         stage=node.stage,
         replica=node.replica,
@@ -270,7 +276,7 @@ def _node(node: NodeStats, before: NodeStats | None, seconds: float) -> NodeView
         run_ns=ran_ns // requests if requests else 0,
         queue=node.queue,
         utilisation=min(1.0, ran_ns / seconds / 1e9),
-        output_bytes_per_s=max(0, node.output_bytes - before.output_bytes) / seconds,
+        output_bytes_per_s=max(0, node.output_bytes - previous.output_bytes) / seconds,
         restarts=node.restarts,
         failures=node.failures,
     )

@@ -1,7 +1,8 @@
-"""Requests as OpenTelemetry's spans: one a request, and one for every stage it was at, as children.
+"""Requests as OpenTelemetry spans: one span for each request, with a child for each stage that executed it.
 
-Where a trace began is taken from the caller's headers (W3C trace context, or what ``OTEL_PROPAGATORS`` names); where
-spans go is said by OpenTelemetry's own variables (``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_SERVICE_NAME`` ...).
+The parent of a request's span is taken from the client's headers (W3C trace context, or what ``OTEL_PROPAGATORS``
+names). OpenTelemetry's own variables say where spans are sent (``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_SERVICE_NAME``
+and others).
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from onnxsplit.errors import InputError
 from runtime.gateway.batcher import Inference
-from runtime.gateway.errors import words
+from runtime.gateway.errors import client_message
 
 if TYPE_CHECKING:
-    from runtime.gateway.repository import Version
+    from runtime.gateway.version import Version
 
 
 class Spans:
-    """Tells of requests.
+    """Makes a span of every request.
 
     Args:
-        provider: an OpenTelemetry ``TracerProvider``.
+        provider: An OpenTelemetry ``TracerProvider``.
     """
 
     def __init__(self, provider: Any) -> None:
@@ -38,10 +39,10 @@ class Spans:
 
     @classmethod
     def exporting(cls) -> Spans:
-        """To where OpenTelemetry's variables say, by OTLP over HTTP.
+        """Spans that are sent by OTLP over HTTP, to where OpenTelemetry's variables say.
 
         Raises:
-            InputError: the extra ``otel`` is not installed.
+            InputError: The extra ``otel`` is not installed.
         """
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -63,7 +64,7 @@ class Spans:
         inference: Inference,
         ended_ns: int,
     ) -> None:
-        """A request was answered."""
+        """Make the spans of a request that was answered."""
         span = self._begin(version, headers, arrived_ns)
         if request:
             span.set_attribute("onnxsplit.request_id", request)
@@ -89,9 +90,11 @@ class Spans:
     def failed(
         self, version: Version, headers: Mapping[str, str], arrived_ns: int, ended_ns: int, error: BaseException
     ) -> None:
-        """A request was not."""
+        """Make the span of a request that failed."""
         span = self._begin(version, headers, arrived_ns)
-        span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, f"{type(error).__name__}: {words(error)}"))
+        span.set_status(
+            self._trace.Status(self._trace.StatusCode.ERROR, f"{type(error).__name__}: {client_message(error)}")
+        )
         span.set_attribute("error.type", type(error).__name__)
         span.end(self._epoch_ns + ended_ns)
 
@@ -105,5 +108,5 @@ class Spans:
         )
 
     def close(self) -> None:
-        """Send what was not sent yet."""
+        """Send the spans that are not sent yet."""
         self._provider.shutdown()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import random
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,6 +14,7 @@ from runtime.gateway.budget import Budget
 from runtime.gateway.errors import TooLarge, TooSlow
 from runtime.gateway.http import bodies
 from runtime.gateway.http.bodies import Bodies
+from runtime.gateway.threads import Workers
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _impatient(monkeypatch):
 def read(*pieces, headers=(), most=100, together=1000, end=True, between=lambda: None):
     """What a server makes of pieces that come one by one; None is a client that goes away."""
     budget = Budget(together, most)
-    workers = ThreadPoolExecutor(1)
+    workers = Workers(1)
     taken = Bodies(most, budget, workers)
     scope = {"pieces": []}
     coming = list(pieces)
@@ -49,7 +49,7 @@ def read(*pieces, headers=(), most=100, together=1000, end=True, between=lambda:
     finally:
         taken.release(scope)
         assert budget.held_bytes == 0
-        workers.shutdown()
+        workers.close()
 
 
 def test_pieces_are_put_together():
@@ -77,22 +77,22 @@ def test_what_all_hold_together_is_bounded():
 
 
 def test_messages_of_unknown_size_wait_for_each_other_and_the_slow_make_room(monkeypatch):
-    monkeypatch.setattr("runtime.gateway.budget.PATIENCE_S", 0.05)
+    monkeypatch.setattr("runtime.gateway.receive_limit.PATIENCE_S", 0.05)
     order = []
 
-    async def slow(gate):
-        async with gate.passing():
+    async def slow(limit):
+        async with limit.place():
             order.append("slow")
             await asyncio.Event().wait()
 
-    async def quick(gate):
+    async def quick(limit):
         await asyncio.sleep(0)
-        async with gate.passing():
+        async with limit.place():
             order.append("quick")
 
     async def both():
-        gate = Budget(100, 100).gate
-        return await asyncio.gather(slow(gate), slow(gate), quick(gate), return_exceptions=True)
+        limit = Budget(100, 100).receive_limit
+        return await asyncio.gather(slow(limit), slow(limit), quick(limit), return_exceptions=True)
 
     assert [type(found) for found in asyncio.run(both())] == [TooSlow, TooSlow, type(None)]
     assert order == ["slow", "slow", "quick"]

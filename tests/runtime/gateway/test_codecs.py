@@ -17,17 +17,8 @@ from onnxsplit.errors import InputError
 from onnxsplit.tensors import dtype_name, numpy_dtype
 from runtime.gateway.http.bodies import coding_of, compress
 from runtime.gateway.http.codec import answer, ask, parse
-from runtime.gateway.protocol import (
-    DATATYPES,
-    InferRequest,
-    RegionSlice,
-    RequestedOutput,
-    classify,
-    from_bytes,
-    from_json,
-    to_bytes,
-    to_json,
-)
+from runtime.gateway.protocol import DATATYPES, InferRequest, RegionSlice, RequestedOutput
+from runtime.gateway.tensor_data import classify, from_bytes, from_json, to_bytes, to_json
 
 KINDS = [dtype for dtype in DATATYPES if dtype not in ("string", "bfloat16")]
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
@@ -268,10 +259,10 @@ ONE = {"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}
         ({"inputs": [{**ONE, "parameters": {"a": [[]] * 40_000}}]}, "the parameters of input 'x' have"),
         ({"outputs": [{"name": "y", "parameters": {"a": [[]] * 40_000}}]}, "the parameters of output 'y' have"),
         ({"inputs": [{**ONE, "shape": [1] * 3000}]}, "the shape of input 'x' have"),
-        ({"parameters": 5}, "parameters of the request are not"),
-        ({"inputs": [{**ONE, "parameters": []}]}, "parameters of input 'x' are not"),
-        ({"inputs": [{**ONE, "shape": ["1"]}]}, "shape of input 'x' are not"),
-        ({"inputs": [{**ONE, "shape": None}]}, "shape of input 'x' are not"),
+        ({"parameters": 5}, "parameters of the request do not"),
+        ({"inputs": [{**ONE, "parameters": []}]}, "parameters of input 'x' do not"),
+        ({"inputs": [{**ONE, "shape": ["1"]}]}, "shape of input 'x' do not"),
+        ({"inputs": [{**ONE, "shape": None}]}, "shape of input 'x' do not"),
     ],
 )
 def test_parameters_and_shapes_are_bounded_before_they_are_decoded(changed, words):

@@ -8,11 +8,12 @@ pytest.importorskip("grpc", reason="needs the extra serve")
 from tritonclient.grpc import service_pb2 as pb
 
 from onnxsplit.errors import InputError
-from runtime.gateway import protocol
+from runtime.gateway import tensor_data
 from runtime.gateway.errors import TooLarge
 from runtime.gateway.grpc import codec as grpc_codec
 from runtime.gateway.parameters import MOST_JSON_BYTES
-from runtime.gateway.protocol import RegionSlice, from_items
+from runtime.gateway.protocol import RegionSlice
+from runtime.gateway.tensor_data import from_items
 
 
 def nowhere(place: RegionSlice) -> bytes:
@@ -38,7 +39,7 @@ def test_elements_are_counted_before_they_are_decoded():
 
 
 def test_strings_are_limited_as_elements_too(monkeypatch):
-    monkeypatch.setattr(protocol, "_STRINGS", 2)
+    monkeypatch.setattr(tensor_data, "_MOST_STRINGS", 2)
     assert from_items("x", "BYTES", [2], ["a", "b"]).tolist() == ["a", "b"]
     with pytest.raises(InputError, match="at most 2"):
         from_items("x", "BYTES", [3], ["a", "b", "c"])

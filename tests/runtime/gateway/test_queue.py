@@ -1,4 +1,4 @@
-"""Who waits, who goes in with whom, who is refused."""
+"""Which requests wait, which are joined, which are refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MS = 1_000_000
 
 
 def request(key=None, *, rows=1, size=10, at=0, deadline=None, name="") -> QueuedRequest:
-    return QueuedRequest(key=key, rows=rows, size_bytes=size, arrived_ns=at, deadline_ns=deadline, subject=name)
+    return QueuedRequest(key=key, rows=rows, size_bytes=size, arrived_ns=at, deadline_ns=deadline, item=name)
 
 
 def names(requests):
-    return [one.subject for one in requests]
+    return [one.item for one in requests]
 
 
-def line(*requests, **limits) -> RequestQueue:
+def queue_of(*requests, **limits) -> RequestQueue:
     made = RequestQueue(Limits(**limits))
     for one in requests:
         made.join(one)
@@ -28,22 +28,22 @@ def line(*requests, **limits) -> RequestQueue:
 
 
 def test_without_batching_they_go_in_one_by_one_in_order():
-    made = line(request(name="a"), request(name="b"))
+    made = queue_of(request(name="a"), request(name="b"))
     assert [names(made.next(0)), names(made.next(0)), names(made.next(0))] == [["a"], ["b"], []]
 
 
 def test_only_requests_of_one_shape_are_joined():
-    made = line(*(request(key, name=name) for key, name in zip("xyxxy", "abcde", strict=True)), max_batch=3)
+    made = queue_of(*(request(key, name=name) for key, name in zip("xyxxy", "abcde", strict=True)), max_batch=3)
     assert [names(made.next(0)) for _ in range(2)] == [["a", "c", "d"], ["b", "e"]]
 
 
 def test_a_batch_has_no_more_rows_than_allowed():
-    made = line(*(request("x", rows=rows, name=str(rows)) for rows in (3, 2, 1, 9)), max_batch=4)
+    made = queue_of(*(request("x", rows=rows, name=str(rows)) for rows in (3, 2, 1, 9)), max_batch=4)
     assert [names(made.next(0)) for _ in range(3)] == [["3", "1"], ["2"], ["9"]]
 
 
 def test_a_batch_that_is_not_full_waits_for_more_until_its_first_has_waited_long_enough():
-    made = line(request("x", at=5 * MS, name="a"), max_batch=2, max_delay_ns=3 * MS)
+    made = queue_of(request("x", at=5 * MS, name="a"), max_batch=2, max_delay_ns=3 * MS)
     assert made.next(7 * MS) == []
     assert made.due_ns() == 8 * MS
     assert names(made.next(8 * MS)) == ["a"]
@@ -53,13 +53,13 @@ def test_a_batch_that_is_not_full_waits_for_more_until_its_first_has_waited_long
 
 
 def test_what_cannot_be_joined_never_waits_for_more():
-    made = line(request(None, name="a"), max_batch=2, max_delay_ns=3 * MS)
+    made = queue_of(request(None, name="a"), max_batch=2, max_delay_ns=3 * MS)
     assert made.due_ns() is None
     assert names(made.next(0)) == ["a"]
 
 
-def test_a_full_line_refuses():
-    made = line(request(), request(), requests=2)
+def test_a_full_queue_refuses():
+    made = queue_of(request(), request(), requests=2)
     with pytest.raises(Busy, match="2 requests wait"):
         made.join(request())
     made.next(0)
@@ -67,21 +67,21 @@ def test_a_full_line_refuses():
 
 
 def test_bytes_are_bounded_but_one_request_alone_always_fits():
-    made = line(request(size=100), size_bytes=50)
+    made = queue_of(request(size=100), size_bytes=50)
     with pytest.raises(Busy, match="100 bytes of requests wait"):
         made.join(request(size=1))
     made.next(0)
     made.join(request(size=1))
 
 
-def paced(gap_ms=10, passage_ms=20) -> RequestQueue:
-    """A line that has seen a steady pace."""
+def paced(gap_ms=10, latency_ms=20) -> RequestQueue:
+    """A queue that has seen a steady pace."""
     made = RequestQueue(Limits())
     for number in range(1, 200):
         made.join(request(at=number * gap_ms * MS))
         made.join(request(at=number * gap_ms * MS))
         made.next(number * gap_ms * MS)
-        made.came_out(1, (number * gap_ms - passage_ms) * MS, number * gap_ms * MS)
+        made.completed(1, (number * gap_ms - latency_ms) * MS, number * gap_ms * MS)
         made.next(number * gap_ms * MS)
     return made
 
@@ -106,22 +106,22 @@ def test_who_has_no_chance_any_more_is_dropped_before_it_costs_anything():
 
 
 def test_a_batch_that_found_no_room_is_put_back_where_it_stood_not_before_those_it_had_passed():
-    made = line(*(request(key, name=name) for key, name in zip("xyx", "abc", strict=True)), max_batch=3)
+    made = queue_of(*(request(key, name=name) for key, name in zip("xyx", "abc", strict=True)), max_batch=3)
     together = made.next(0)
     assert names(together) == ["a", "c"]
-    made.back(together)
+    made.put_back(together)
     assert names(made) == ["a", "b", "c"]
 
 
 def test_one_slow_answer_does_not_lock_out_for_ever_those_who_have_little_time():
-    made = paced(passage_ms=2000)
+    made = paced(latency_ms=2000)
     with pytest.raises(Busy, match="the answer is expected in"):
         made.join(request(deadline=200 * MS, name="a"))
-    made.join(request(deadline=200 * MS, name="a"), alone=True)
-    assert made.late(100 * MS, alone=True) == [], "nothing is inside: it may try"
+    made.join(request(deadline=200 * MS, name="a"), idle=True)
+    assert made.late(100 * MS, idle=True) == [], "the pipeline is idle: it may try"
     assert names(made.next(100 * MS)) == ["a"]
-    made.join(request(deadline=200 * MS, name="b"), alone=True)
-    assert names(made.late(201 * MS, alone=True)) == ["b"], "its time is over"
+    made.join(request(deadline=200 * MS, name="b"), idle=True)
+    assert names(made.late(201 * MS, idle=True)) == ["b"], "its time is over"
 
 
 @given(
@@ -148,7 +148,7 @@ def test_nobody_is_lost_or_served_twice(steps):
         elif step[0] == "next":
             found = made.next(number)
             if step[1]:
-                made.back(found)
+                made.put_back(found)
                 continue
             assert sum(one.rows for one in found) <= 4 or len(found) < 2
             assert len({one.key for one in found}) < 2

@@ -113,7 +113,7 @@
       parts.figures.replaceChildren(
         figure("requests/s", model.per_s.toFixed(1)), element("div", {}, spark(key(model), "var(--accent)"), element("span", {}, "last minute")),
         figure("median", model.p50_ns ? milliseconds(model.p50_ns) : "–"), figure("99th percentile", model.p99_ns ? milliseconds(model.p99_ns) : "–"),
-        figure("in line", model.waiting), figure("in the pipeline", model.inside), figure("failures/s", model.failures_per_s.toFixed(1)),
+        figure("waiting", model.waiting), figure("in the pipeline", model.inside), figure("failures/s", model.failures_per_s.toFixed(1)),
         figure("made again", model.retries), figure("nodes lost", model.losses));
       parts.graph.hidden = parts.nodes.hidden = !plan || !model.nodes.length;
       if (plan && model.nodes.length) { drawGraph(model, plan, parts); drawNodes(model, plan, parts); }

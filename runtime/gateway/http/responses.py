@@ -1,0 +1,73 @@
+"""Responses of the HTTP side. Every error is ``{"error": "..."}`` with the status of its class."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Send
+
+from onnxsplit.errors import OnnxsplitError, one_line, shown
+from runtime.gateway.errors import Unauthorized, client_message, status_of
+from runtime.logs import log_event
+
+_log = logging.getLogger("runtime.gateway")
+_RETRY_S = "1"
+_MESSAGE_CHARACTERS = 500
+
+SEND_BYTES = 1 << 20
+"""Most bytes of a response that are sent at once."""
+
+
+def json_response(document: object) -> Response:
+    """A document as JSON."""
+    return Response(msgspec.json.encode(document), media_type="application/json")
+
+
+def readiness(why_not: str | None) -> Response:
+    """200 when ready, otherwise 503 with the reason."""
+    return Response() if why_not is None else JSONResponse({"error": why_not}, 503, {"retry-after": _RETRY_S})
+
+
+def error_response(error: Exception) -> Response:
+    """The response to a request that failed."""
+    status = status_of(error).http
+    if status == 500 and not isinstance(error, OnnxsplitError):
+        reason = one_line(error, _MESSAGE_CHARACTERS)
+        log_event(_log, logging.ERROR, "a bug", error=type(error).__name__, reason=reason)
+    headers: dict[str, str] = {}
+    if status == 503:
+        headers["retry-after"] = _RETRY_S
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = 'Basic realm="onnxsplit, any name, the token as password", Bearer'
+    if status in (408, 499):
+        headers["connection"] = "close"  # the server does not wait for the rest of the body
+    return Response(json.dumps({"error": client_message(error)}), status, headers, "application/json")
+
+
+async def on_error(_: Request, error: Exception) -> Response:
+    """Starlette's handler of every error of ours."""
+    return error_response(error)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's handler of its own errors: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    call = f"{request.method} {shown(request.scope['path'])}"
+    text = f"{call}: {error.detail.lower()}; /openapi.json lists what there is"
+    return JSONResponse({"error": text}, error.status_code, dict(error.headers or {}))
+
+
+async def send_body(send: Send, pieces: list[bytes | memoryview]) -> None:
+    """Send the body of a response: a small one at once, a large one in steps, between which other requests go on."""
+    if sum(map(len, pieces)) <= SEND_BYTES:
+        await send({"type": "http.response.body", "body": b"".join(pieces)})
+        return
+    for piece in pieces:
+        for start in range(0, len(piece), SEND_BYTES):
+            await send({"type": "http.response.body", "body": piece[start : start + SEND_BYTES], "more_body": True})
+    await send({"type": "http.response.body", "body": b""})

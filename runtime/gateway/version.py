@@ -1,0 +1,139 @@
+"""One version of a model: a plan, and the pipeline that runs it while it is loaded.
+
+model.plan/                      model "model", version 1
+models/resnet/1/, .../2/         given as ``models/resnet``: model "resnet", versions 1 and 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onnxsplit.errors import InputError, shown
+from onnxsplit.plan import PLAN_FILE, Plan
+from onnxsplit.plan_files import load_plan
+from onnxsplit.tensors import Array
+from runtime.gateway.batcher import Batcher, Inference
+from runtime.gateway.counters import Counters
+from runtime.gateway.documents import VersionState
+from runtime.gateway.errors import NotLoaded
+from runtime.gateway.protocol import DATATYPES, InferRequest, RequestedOutput
+from runtime.pipeline import Pipeline
+
+
+@dataclass(eq=False)
+class Version:
+    """One version of a model.
+
+    Attributes:
+        model: Name of the model.
+        number: Number of the version, a text as in the protocol.
+        folder: Folder of the plan.
+        plan: The plan.
+        state: Whether the version takes requests.
+        reason: Why it does not.
+        counters: Counters since it was loaded.
+        pipeline: The running pipeline; None when it is not loaded.
+        batcher: Sends requests into the pipeline; None when no requests are taken.
+    """
+
+    model: str
+    number: str
+    folder: Path
+    plan: Plan
+    state: VersionState = VersionState.UNAVAILABLE
+    reason: str = "it was not loaded"
+    counters: Counters = field(default_factory=Counters)
+    pipeline: Pipeline | None = None
+    batcher: Batcher | None = None
+
+    @property
+    def batched(self) -> bool:
+        """True when the first axis of every input and output is proven to be the batch axis."""
+        names = (*self.plan.inputs, *self.plan.outputs)
+        return bool(self.plan.inputs) and all(self.plan.tensors[name].batch_axis == 0 for name in names)
+
+    @property
+    def ready(self) -> bool:
+        """True when a request would be executed now."""
+        return self.why_not() is None
+
+    def why_not(self) -> str | None:
+        """Why a request would not be executed now; None when it would.
+
+        The pipeline is asked first whether the threads that monitor its nodes still run. If they do not, the last known
+        states of the nodes mean nothing.
+        """
+        if self.state is not VersionState.READY or self.pipeline is None:
+            return self.reason or "it is not loaded"
+        if (trouble := self.pipeline.trouble) is not None:
+            return trouble
+        up = {node.stage for node in self.pipeline.nodes if node.state == "ready"}
+        down = [stage.index for stage in self.plan.stages if stage.index not in up]
+        if down:
+            return f"stage {', '.join(map(str, down))} has no node that is ready"
+        return self.pipeline.unreachable
+
+    def requested(self, request: InferRequest) -> tuple[RequestedOutput, ...]:
+        """The outputs that a request asks for, in its order; all outputs if it names none.
+
+        Raises:
+            InputError: The model has no such output, or one is named twice.
+        """
+        if not request.outputs:
+            return tuple(RequestedOutput(name, request.all_binary) for name in self.plan.outputs)
+        names = [output.name for output in request.outputs]
+        unknown = [name for name in names if name not in self.plan.outputs]
+        if unknown or len(set(names)) < len(names):
+            what = f"has no output {shown(unknown[0])}" if unknown else "is asked for an output twice"
+            raise InputError(f"model {self.model!r} {what}; it has {', '.join(self.plan.outputs)}")
+        return request.outputs
+
+    async def infer(
+        self, request: InferRequest, requested: Sequence[RequestedOutput], arrived_ns: int, deadline_ns: int | None
+    ) -> tuple[dict[str, Array], Inference]:
+        """Execute a request. Stages that no requested output needs do not run.
+
+        Raises:
+            NotLoaded: The version takes no requests.
+            InputError, PipelineError: As for :meth:`runtime.gateway.batcher.Batcher.run`.
+        """
+        if self.batcher is None:
+            raise NotLoaded(f"model {self.model!r} version {self.number} is not loaded: {self.reason}")
+        names = {output.name for output in requested}
+        outputs = tuple(name for name in self.plan.outputs if name in names)
+        return await self.batcher.run(request.inputs, outputs, arrived_ns, deadline_ns)
+
+
+def find_versions(folders: Iterable[Path]) -> list[Version]:
+    """The versions in some folders, each of which is a plan or holds numbered plans.
+
+    Raises:
+        OnnxsplitError: A folder holds no plan, a plan cannot be served, or two models have the same name.
+    """
+    versions: list[Version] = []
+    for folder in folders:
+        name = folder.resolve().name.removesuffix(".plan") or "model"
+        numbered = sorted(
+            (path for path in (folder.iterdir() if folder.is_dir() else ()) if path.name.isdecimal() and path.is_dir()),
+            key=lambda path: int(path.name),
+        )
+        plans = [folder] if (folder / PLAN_FILE).exists() or not numbered else numbered
+        if any(version.model == name for version in versions):
+            raise InputError(f"two plans would be served as model {name!r}; rename a folder, or make them versions")
+        for path in plans:
+            plan = load_plan(path)
+            _check_types(name, plan)
+            versions.append(Version(name, "1" if path is folder else path.name, path, plan))
+    return versions
+
+
+def _check_types(name: str, plan: Plan) -> None:
+    for tensor in (*plan.inputs, *plan.outputs):
+        dtype = plan.tensors[tensor].dtype
+        if dtype not in DATATYPES:
+            raise InputError(
+                f"model {name!r}: tensor {tensor!r} has type {dtype}, which the Open Inference Protocol lacks; "
+                f"allowed: {', '.join(DATATYPES)}"
+            )
