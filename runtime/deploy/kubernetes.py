@@ -4,7 +4,7 @@
     base/gateway.yaml             Deployment of the coordinator and its gateway; Services for clients and for nodes
     base/stage-I.yaml             StatefulSet, PodDisruptionBudget and HorizontalPodAutoscaler of a stage
     base/keys/                    CURVE keys of the gateway and of each stage; secret
-    overlays/example/             namespace, image and numbers of nodes, to be changed by whoever deploys it
+    overlays/example/             namespace, image and numbers of nodes, for whoever deploys it to change
 
 The documents are written down in ``templates/kubernetes.yaml``. This module computes the values and fills them in.
 """

@@ -1,4 +1,4 @@
-"""The server and its models in the protocol's terms: metadata, configuration, statistics. Pure.
+"""The server and its models in the protocol's terms: metadata, configuration, statistics.
 
 A model is announced as an ensemble with one step for each stage, so that clients which know ensembles report each
 stage separately. A stage is named ``MODEL.stage0``. Clients can ask about it, but it runs only as part of its model.
@@ -6,7 +6,7 @@ stage separately. A stage is named ``MODEL.stage0``. Clients can ask about it, b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import onnxsplit
 from onnxsplit.plan import Plan, Stage
@@ -22,10 +22,9 @@ from runtime.gateway.documents import (
     TensorMetadata,
 )
 from runtime.gateway.protocol import DATATYPES
-from runtime.gateway.version import Version
+from runtime.gateway.version import Version, stage_name
 
 NAME = "onnxsplit"
-_STAGE_DIGITS = 6
 _SHARED_MEMORY = "system_shared_memory"
 EXTENSIONS = (
     "classification",
@@ -43,21 +42,6 @@ def server(*, shared_memory: bool) -> ServerMetadata:
     """``GET /v2``. ``shared_memory`` says whether clients may register some."""
     extensions = [name for name in EXTENSIONS if shared_memory or name != _SHARED_MEMORY]
     return ServerMetadata(NAME, onnxsplit.__version__, extensions)
-
-
-def stage_name(model: str, stage: int) -> str:
-    """The name under which clients see a stage."""
-    return f"{model}.stage{stage}"
-
-
-def split_name(name: str, models: Iterable[str]) -> tuple[str, int | None]:
-    """The model that a name stands for, and the stage if it is a stage's name."""
-    if name in models:
-        return name, None
-    model, _, stage = name.rpartition(".stage")
-    if len(stage) <= _STAGE_DIGITS and stage.isascii() and stage.isdecimal() and model in models:
-        return model, int(stage)
-    return name, None
 
 
 def metadata(version: Version, numbers: Sequence[str], stage: int | None = None) -> ModelMetadata:

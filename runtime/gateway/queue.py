@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from runtime.errors import Busy
 
-_DEVIATIONS = 2.5  # an answer is expected by the mean time plus so many mean deviations
+_DEVIATIONS = 2.5  # an answer is expected within the mean latency plus this many mean deviations
 _NEWEST_WEIGHT = 0.1  # of the newest value in the moving averages
 
 

@@ -123,9 +123,9 @@ class SharedMemoryRegions:
     def unregister(self, name: str) -> None:
         """Unregister a region, or all when the name is empty. A region that is not registered is not an error."""
         with self._lock:
-            for gone in [name] if name else list(self._open):
-                if gone in self._open:
-                    os.close(self._open.pop(gone)[1])
+            for one in [name] if name else list(self._open):
+                if one in self._open:
+                    os.close(self._open.pop(one)[1])
 
     def status(self, name: str = "") -> Mapping[str, Region]:
         """The regions by name: all of them when the name is empty, otherwise one.

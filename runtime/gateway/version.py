@@ -21,6 +21,8 @@ from runtime.gateway.errors import NotLoaded
 from runtime.gateway.protocol import DATATYPES, InferRequest, RequestedOutput
 from runtime.pipeline import Pipeline
 
+_STAGE_DIGITS = 6
+
 
 @dataclass(eq=False)
 class Version:
@@ -104,6 +106,21 @@ class Version:
         names = {output.name for output in requested}
         outputs = tuple(name for name in self.plan.outputs if name in names)
         return await self.batcher.run(request.inputs, outputs, arrived_ns, deadline_ns)
+
+
+def stage_name(model: str, stage: int) -> str:
+    """The name under which clients see a stage."""
+    return f"{model}.stage{stage}"
+
+
+def split_name(name: str, models: Iterable[str]) -> tuple[str, int | None]:
+    """The model that a name stands for, and the stage if it is a stage's name."""
+    if name in models:
+        return name, None
+    model, _, stage = name.rpartition(".stage")
+    if len(stage) <= _STAGE_DIGITS and stage.isascii() and stage.isdecimal() and model in models:
+        return model, int(stage)
+    return name, None
 
 
 def find_versions(folders: Iterable[Path]) -> list[Version]:
