@@ -76,15 +76,17 @@ class Admission:
     def leave(self, place: object) -> None:
         """Give a place back, or stop waiting for it."""
         with self._lock:
-            if self._places.pop(place, None) is None:
+            released = self._places.pop(place, None) is not None
+            if not released:
                 others = deque(other for other in self._waiting if other.place is not place)
-                if len(others) == len(self._waiting):
-                    return
+                released = len(others) < len(self._waiting)
                 self._waiting = others
             while self._waiting and self._fits(self._waiting[0].size):
                 first = self._waiting.popleft()
                 self._places[first.place] = first.size
                 first.turn.put(None)
+            if not released:
+                return
             self.releases += 1
             callbacks, self._on_release = self._on_release, []
         for callback in callbacks:
