@@ -68,6 +68,24 @@ class InferRequest(Struct, frozen=True):
     parameters: dict[str, Any] = {}
 
 
+class InferResponse(Struct, frozen=True):
+    """What a response is encoded from.
+
+    Attributes:
+        id: The client's name for the request; may be empty.
+        model: Name of the model.
+        version: Number of the version.
+        outputs: Arrays by output name.
+        requested: The outputs that the response holds, in this order, and how.
+    """
+
+    id: str
+    model: str
+    version: str
+    outputs: dict[str, Array]
+    requested: tuple[RequestedOutput, ...]
+
+
 ReadRegion = Callable[[RegionSlice], bytes | bytearray]
 """Reads a part of a region of shared memory."""
 

@@ -11,7 +11,7 @@ from onnxsplit.tensors import Array, content_bytes
 from runtime.gateway.batcher import Inference
 from runtime.gateway.counters import failure_reason
 from runtime.gateway.errors import Unsupported, client_message
-from runtime.gateway.protocol import InferRequest, ReadRegion, RequestedOutput
+from runtime.gateway.protocol import InferRequest, InferResponse, ReadRegion, RequestedOutput
 from runtime.gateway.repository import Repository
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.telemetry.spans import Spans
@@ -20,8 +20,8 @@ from runtime.gateway.threads import Workers, takes_long
 from runtime.gateway.version import Version, split_name
 
 Encoded = TypeVar("Encoded")
-Encode = Callable[[InferRequest, str, str, Mapping[str, Array], Sequence[RequestedOutput]], Encoded]
-"""Encodes the response from the request, model, version, output arrays and requested outputs."""
+Encode = Callable[[InferResponse], Encoded]
+"""Encodes a response for the protocol that carries it."""
 
 _MESSAGE_CHARACTERS = 500  # of an error that are remembered
 
@@ -104,7 +104,8 @@ class Service:
             outputs, inference = await version.infer(request, requested, decoded, deadline)
             returned = time.monotonic_ns()
             long = _encoding_takes_long(requested, outputs)
-            response: Encoded = await self.workers.run(long, self._encode, version, request, requested, outputs, encode)
+            response = InferResponse(request.id, version.model, version.number, outputs, requested)
+            encoded: Encoded = await self.workers.run(long, self._encode, version, response, encode)
             ended = time.monotonic_ns()
         except (Exception, asyncio.CancelledError) as error:
             self._failed(version, error, arrived, headers)
@@ -114,7 +115,7 @@ class Service:
         _count(version, inference, (arrived, decoded, returned, ended))
         if self._spans is not None:
             self._spans.answered(version, request.id, headers or {}, arrived, inference, ended)
-        return response
+        return encoded
 
     def _failed(
         self, version: Version, error: BaseException, arrived_ns: int, headers: Mapping[str, str] | None
@@ -124,22 +125,16 @@ class Service:
         if self._spans is not None:
             self._spans.failed(version, headers or {}, arrived_ns, now, error)
 
-    def _encode(
-        self,
-        version: Version,
-        request: InferRequest,
-        requested: Sequence[RequestedOutput],
-        outputs: dict[str, Array],
-        encode: Encode[Encoded],
-    ) -> Encoded:
-        """The response. Outputs that are requested in shared memory are written there."""
-        for output in requested:
+    def _encode(self, version: Version, response: InferResponse, encode: Encode[Encoded]) -> Encoded:
+        """The encoded response. Outputs that are requested in shared memory are written there."""
+        outputs = response.outputs
+        for output in response.requested:
             if output.classes:
                 array = outputs[output.name]
                 outputs[output.name] = classify(array, output.classes, batched=version.batched and array.ndim > 1)
             if output.region_slice is not None:
                 self.regions.write(output.region_slice, to_bytes(outputs[output.name]))
-        return encode(request, version.model, version.number, outputs, requested)
+        return encode(response)
 
 
 def _count(version: Version, inference: Inference, times_ns: tuple[int, int, int, int]) -> None:

@@ -5,7 +5,7 @@ The message types are those of ``tritonclient``; a second definition of them in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -22,7 +22,7 @@ from runtime.gateway.parameters import (
     requested_output,
     timeout_ns,
 )
-from runtime.gateway.protocol import InferRequest, ReadRegion, RequestedOutput, datatype_of
+from runtime.gateway.protocol import InferRequest, InferResponse, ReadRegion, datatype_of
 from runtime.gateway.tensor_data import check_count, check_rank, from_bytes, from_items, to_bytes
 
 _CONTENTS = {
@@ -165,17 +165,11 @@ def _typed(name: str, tensor: Any, shape: tuple[int, ...]) -> Array:
     return from_items(name, tensor.datatype, shape, values)
 
 
-def answer(
-    request: InferRequest,
-    model: str,
-    version: str,
-    outputs: Mapping[str, Array],
-    requested: Sequence[RequestedOutput],
-) -> Any:
+def answer(response: InferResponse) -> Any:
     """Encode a ``ModelInferResponse``. Outputs that are requested in shared memory have no contents in it."""
-    response = pb.ModelInferResponse(model_name=model, model_version=version, id=request.id)
-    for output in requested:
-        array = outputs[output.name]
-        response.outputs.add(name=output.name, datatype=datatype_of(array), shape=array.shape)
-        response.raw_output_contents.append(b"" if output.region_slice is not None else bytes(to_bytes(array)))
-    return response
+    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    for output in response.requested:
+        array = response.outputs[output.name]
+        message.outputs.add(name=output.name, datatype=datatype_of(array), shape=array.shape)
+        message.raw_output_contents.append(b"" if output.region_slice is not None else bytes(to_bytes(array)))
+    return message

@@ -8,7 +8,7 @@ Source: Triton's extension for binary tensor data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -28,7 +28,7 @@ from runtime.gateway.parameters import (
     timeout_ns,
     whole_number,
 )
-from runtime.gateway.protocol import InferRequest, ReadRegion, RequestedOutput, datatype_of
+from runtime.gateway.protocol import InferRequest, InferResponse, ReadRegion, RequestedOutput, datatype_of
 from runtime.gateway.tensor_data import from_bytes, from_json, to_bytes, to_json
 
 _Shape = Annotated[Raw, described(type="array", items={"type": "integer", "minimum": 0}, maxItems=MAX_RANK)]
@@ -202,13 +202,7 @@ def _output(output: RequestOutput, request_parameters: dict[str, Any]) -> Reques
     return requested_output(output.name, parameters, binary=binary is True)
 
 
-def answer(
-    request: InferRequest,
-    model: str,
-    version: str,
-    outputs: Mapping[str, Array],
-    requested: Sequence[RequestedOutput],
-) -> tuple[list[bytes | memoryview], int | None]:
+def answer(response: InferResponse) -> tuple[list[bytes | memoryview], int | None]:
     """Encode a response. Outputs that are requested in shared memory are described only.
 
     Returns:
@@ -216,8 +210,8 @@ def answer(
     """
     described_outputs: list[ResponseOutput] = []
     pieces: list[bytes | memoryview] = []
-    for output in requested:
-        array = outputs[output.name]
+    for output in response.requested:
+        array = response.outputs[output.name]
         entry = ResponseOutput(output.name, datatype_of(array), array.shape)
         if output.region_slice is None and output.binary:
             piece = to_bytes(array)
@@ -226,7 +220,8 @@ def answer(
         elif output.region_slice is None:
             entry.data = to_json(output.name, array)
         described_outputs.append(entry)
-    head = msgspec.json.encode(ResponseBody(model, version, described_outputs, request.id or UNSET))
+    body = ResponseBody(response.model, response.version, described_outputs, response.id or UNSET)
+    head = msgspec.json.encode(body)
     return [head, *pieces], len(head) if pieces else None
 
 

@@ -17,7 +17,7 @@ from onnxsplit.errors import InputError
 from onnxsplit.tensors import dtype_name, numpy_dtype
 from runtime.gateway.http.bodies import coding_of, compress
 from runtime.gateway.http.codec import answer, ask, parse
-from runtime.gateway.protocol import DATATYPES, InferRequest, RegionSlice, RequestedOutput
+from runtime.gateway.protocol import DATATYPES, InferResponse, RegionSlice, RequestedOutput
 from runtime.gateway.tensor_data import classify, from_bytes, from_json, to_bytes, to_json
 
 KINDS = [dtype for dtype in DATATYPES if dtype not in ("string", "bfloat16")]
@@ -50,9 +50,9 @@ def test_what_is_asked_is_what_is_understood(inputs):
 def test_an_answer_says_what_the_model_gave(array, binary):
     if array.dtype.kind == "f" and not np.isfinite(array).all() and not binary:
         with pytest.raises(InputError, match="binary"):
-            answer(InferRequest("7", {}), "m", "1", {"y": array}, [RequestedOutput("y", binary)])
+            answer(InferResponse("7", "m", "1", {"y": array}, (RequestedOutput("y", binary),)))
         return
-    pieces, length = answer(InferRequest("7", {}), "m", "1", {"y": array}, [RequestedOutput("y", binary)])
+    pieces, length = answer(InferResponse("7", "m", "1", {"y": array}, (RequestedOutput("y", binary),)))
     body = b"".join(pieces)
     said = json.loads(body[:length])
     (output,) = said["outputs"]
