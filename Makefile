@@ -1,6 +1,6 @@
 # Each target works from nothing on a machine with Python 3.11 or newer and a network.
 #   make demo     read a picture with a network cut in two            make check    format, lint, types
-#   make test     the tests, about six minutes on two cores           make bench    the benchmarks
+#   make test     the tests, about six minutes on two cores           make bench    list the benchmarks; BENCH=FOLDER/FILE runs one
 #   make test-all      the tests that take long too, with all frameworks, and the soak (5 GB to install, 36 GB of disk)
 #   make test-export   the exporters' tests with all frameworks (5 GB to install; about two minutes to run)
 #   make test-lowest   the quick tests with the lowest allowed version of every dependency
@@ -44,14 +44,14 @@ test: $(VENV)/test.stamp
 test-all: $(VENV)/test.stamp
 	$(PIP) --editable '.[$(EXTRAS),$(ALL_FRAMEWORKS)]'
 	$(PYTEST) -m ""
-	$(BIN)/python benchmarks/export/exporters.py
+	$(BIN)/python benchmarks export/exporters
 	$(MAKE) soak
 
 test-export: | $(BIN)/python
 	$(PIP) --editable '.[$(ALL_FRAMEWORKS)]'
 	$(PYTEST) -m "" tests/onnxsplit/test_export.py tests/onnxsplit/test_export_inputs.py \
 		tests/integration/test_export_docs.py
-	$(BIN)/python benchmarks/export/exporters.py
+	$(BIN)/python benchmarks export/exporters
 
 # The quick tests: those of the offline half and of the runtime, then a pipeline of real processes and the gateway over
 # HTTP and gRPC. Between them they call every dependency of the extras below. The exporters stay out: their frameworks
@@ -79,36 +79,15 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Without BENCH it lists the benchmarks, and about how long each takes; ARGS are the options of the one that is run.
 bench: $(VENV)/test.stamp
-	$(BIN)/python benchmarks/data_path/throughput.py
-	$(BIN)/python benchmarks/data_path/hop.py
-	$(BIN)/python benchmarks/data_path/scaling.py
-	$(BIN)/python benchmarks/data_path/memory.py
-	$(BIN)/python benchmarks/balance/spread.py
-	$(BIN)/python benchmarks/cutting/generality.py
-	$(BIN)/python benchmarks/cutting/half_precision.py
-	$(BIN)/python benchmarks/cutting/op_cases.py
-	$(BIN)/python benchmarks/cutting/model_kinds.py
-	$(BIN)/python benchmarks/balance/policies.py
-	$(BIN)/python benchmarks/hosts/keys.py
-	$(BIN)/python benchmarks/data_path/guarantees.py
-	$(BIN)/python benchmarks/gateway/serving.py
-	$(BIN)/python benchmarks/hosts/ray_launcher.py
-	$(BIN)/python benchmarks/balance/simulation.py
-	$(BIN)/python benchmarks/export/exporters.py
+	$(BIN)/python benchmarks $(BENCH) $(ARGS)
+
+SOAK := faults/soak faults/recovery faults/chaos gateway/hostile faults/garbage data_path/many_requests \
+	faults/endings faults/mutated_files cutting/large_models hosts/larger_model hosts/links
 
 soak: $(VENV)/test.stamp
-	$(BIN)/python benchmarks/faults/soak.py
-	$(BIN)/python benchmarks/faults/recovery.py
-	$(BIN)/python benchmarks/faults/chaos.py
-	$(BIN)/python benchmarks/gateway/hostile.py
-	$(BIN)/python benchmarks/faults/garbage.py
-	$(BIN)/python benchmarks/data_path/many_requests.py
-	$(BIN)/python benchmarks/faults/endings.py
-	$(BIN)/python benchmarks/faults/mutated_files.py
-	$(BIN)/python benchmarks/cutting/large_models.py
-	$(BIN)/python benchmarks/hosts/larger_model.py
-	$(BIN)/python benchmarks/hosts/links.py
+	set -e; for name in $(SOAK); do $(BIN)/python benchmarks $$name; done
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build *.egg-info

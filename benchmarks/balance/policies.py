@@ -1,21 +1,18 @@
-"""Three replicas, and reasons to prefer one: how long requests take under each balancing policy.
+"""How long do requests take under each balancing policy, when three replicas differ?
 
-    python benchmarks/balance/policies.py [--rounds 3] [--seconds 6] [--json]
-
-Real nodes, sockets and policies; what a run takes is slept instead of computed (so that three replicas on two cores
-are really three): a time for each row of the batch, times how slow the replica is just then.
+Real nodes, sockets and policies; what a run takes is slept instead of computed, so that three replicas on two cores
+are really three: a time for each row of the batch, times how slow the replica is at that moment.
 
     slow        one replica is ten times slower
-    transient   each replica in turn is five times slower for half a second, every third half second one of them
+    transient   each replica in turn is five times slower for half a second of every one and a half
     mixed       batches of 1 and, one in ten, of 16
 
-Latency is under arrivals at random (Poisson) at some 60 % of what the replicas can do; throughput with the pipeline
+Latency is under arrivals at random (Poisson) at about 60 % of what the replicas can do; throughput with the pipeline
 kept full. Policies take turns.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -26,24 +23,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import build
 import numpy as np
-from environment import environment, environment_line
 
+from benchmarks import harness
 from onnxsplit.planning.planner import partition
 from runtime import Pipeline
 from runtime.launch.local import LocalLauncher
 from runtime.wire.messages.control import POLICIES
+
+TAKES = "12 min"
 
 REPLICAS = 3
 CASES = {"slow": (5.0, 250.0), "transient": (5.0, 300.0), "mixed": (4.0, 170.0)}  # ms a row, arrivals a second
 
 
 class SleepingLauncher(LocalLauncher):
-    """Starts nodes whose runs are slept."""
+    """Starts nodes whose runs sleep."""
 
     module = "sleeping_node"
 
@@ -52,21 +50,21 @@ class SleepingLauncher(LocalLauncher):
         self.case = case
 
     def start(self, **of: Any) -> Any:
-        """Start one that finds its module and its case."""
-        paths = [str(Path(__file__).parent), str(ROOT)]
+        """Start a node that finds its module and its case."""
+        paths = [str(Path(__file__).parent), str(harness.ROOT)]
         os.environ.update(SLEEPING=json.dumps([self.case, CASES[self.case][0]]), PYTHONPATH=os.pathsep.join(paths))
         return super().start(**of)
 
 
 def batches(case: str, count: int) -> list[dict[str, np.ndarray[Any, Any]]]:
-    """Requests of a case."""
+    """The requests of a case."""
     source = random.Random(1)
     sizes = [16 if case == "mixed" and source.random() < 0.1 else 1 for _ in range(count)]
     return [{"x": np.ones((size, 32), np.float32)} for size in sizes]
 
 
 def latencies(pipeline: Pipeline, case: str, seconds: float, seed: int) -> list[float]:
-    """Milliseconds of requests that arrive at random."""
+    """The times of requests that arrive at random, in milliseconds."""
     source, times, lock = random.Random(seed), [], threading.Lock()
     rate = CASES[case][1]
     given = batches(case, int(seconds * rate))
@@ -89,7 +87,7 @@ def latencies(pipeline: Pipeline, case: str, seconds: float, seed: int) -> list[
 
 
 def throughput(pipeline: Pipeline, case: str, seconds: float) -> float:
-    """Rows a second of a full pipeline: twelve requests at once."""
+    """Rows per second of a full pipeline: twelve requests at once."""
     given = batches(case, 400)
     room, rows, end = threading.Semaphore(12), 0, time.perf_counter() + seconds
     begun, number, lock = time.perf_counter(), 0, threading.Lock()
@@ -105,22 +103,23 @@ def throughput(pipeline: Pipeline, case: str, seconds: float) -> float:
         one = given[number % len(given)]
         number += 1
         pipeline.submit(one).add_done_callback(lambda future: done(len(future.result()["y"])))
-    found = rows / (time.perf_counter() - begun)
+    per_s = rows / (time.perf_counter() - begun)
     for _ in range(12):
         room.acquire()
-    return found
+    return per_s
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6.0)
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each policy")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each load in a round")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--policies", nargs="*", default=["round-robin", *(p for p in POLICIES if p != "round-robin")])
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    rows = []
+    report = harness.Report(
+        given, case="9", policy="14", p50_ms="7.1f", p99_ms="7.1f", mean_ms="7.1f", rows_per_s_full="15.0f"
+    )
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
         plan = Path(scratch) / "m.plan"
         partition(build.save(build.chain(2), Path(scratch)), stages=2, out=plan, costs="analytic", dims={"batch": 1})
@@ -142,17 +141,10 @@ def main() -> None:
                         times[policy] += latencies(pipeline, case, given.seconds, number)
                         rates[policy].append(throughput(pipeline, case, given.seconds))
             for policy in given.policies:
-                p50, p99 = np.percentile(times[policy], [50, 99])
-                mean = float(np.mean(times[policy]))
-                rows.append((case, policy, float(p50), float(p99), mean, float(np.median(rates[policy]))))
-    if given.json:
-        names = ("case", "policy", "p50_ms", "p99_ms", "mean_ms", "rows_per_s")
-        print(json.dumps({"rows": [dict(zip(names, r, strict=True)) for r in rows], "environment": environment()}))
-        return
-    print(environment_line())
-    print("\n| case | policy | p50 ms | p99 ms | mean ms | rows/s, full |\n| --- | --- | --- | --- | --- | --- |")
-    for case, policy, p50, p99, mean, rate in rows:
-        print(f"| {case} | {policy} | {p50:.1f} | {p99:.1f} | {mean:.1f} | {rate:.0f} |")
+                p50, p99 = map(float, np.percentile(times[policy], [50, 99]))
+                figures = {"p50_ms": p50, "p99_ms": p99, "mean_ms": float(np.mean(times[policy]))}
+                full = float(np.median(rates[policy]))
+                report.row({"case": case, "policy": policy, **figures, "rows_per_s_full": full})
 
 
 if __name__ == "__main__":

@@ -1,38 +1,32 @@
-"""Which batch axes `partition` claims, and whether plain ONNX Runtime agrees.
+"""Does plain ONNX Runtime agree with the batch axes that `partition` claims?
 
-    python benchmarks/cutting/batch_axes.py [NAME|MODEL.onnx ...] [--json]
+The models are the trained ones of `models/zoo.toml`, the recipes, the models of export/exporters.py (those whose
+frameworks are installed), and nets whose rows act on each other (`tests/support/deceivers.py`), or those named.
 
-Without names: the trained models of `models/zoo.toml`, the recipes, the models of the export table (those whose
-frameworks are installed), and nets whose rows act on each other (`tests/support/deceivers.py`).
-
-The judge knows nothing of the claim's proof: it runs the whole model in one session on batches of its own making, and
-on parts of them, with other random numbers, scales and sizes than the proof tried. A claim is WRONG where a part of
+The judge knows nothing of the proof of the claim. It runs the whole model in one session on batches of its own making,
+and on parts of them, with other random numbers, scales and sizes than the proof tried. A claim is WRONG where a part of
 an output differs from what the whole batch gave for its rows, by more than the judge's tolerance of the row's scale.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models"), str(ROOT / "tests" / "support"), str(ROOT)]
-os.environ["PYTHONPATH"] = str(ROOT)
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import deceivers
 import frameworks
 import numpy as np
 import onnx
 import zoo
-from environment import environment_line
 
+from benchmarks import harness
+from benchmarks.example_models import Named
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.export import export
 from onnxsplit.model.example_inputs import table_size
@@ -40,6 +34,8 @@ from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan
 from onnxsplit.planning.subject import examine
 from onnxsplit.session import Session, open_session
+
+TAKES = "10 min"
 
 RECIPES: dict[str, dict[str, Any]] = {
     "resnet50": {"width": 16, "size": 64},
@@ -54,7 +50,7 @@ _TOLERANCE = 1e-3
 _NARROW = 5e-2  # for models with half-precision numbers
 
 
-def models(names: list[str], folder: Path) -> Iterator[tuple[str, Path, dict[str, int]]]:
+def models(names: list[str], folder: Path) -> Iterator[Named]:
     """Name, file and sizes of every model asked for."""
     wanted = [name for name in names if not Path(name).is_file()]
     yield from ((Path(name).stem, Path(name), {}) for name in names if Path(name).is_file())
@@ -68,12 +64,12 @@ def models(names: list[str], folder: Path) -> Iterator[tuple[str, Path, dict[str
     if importlib.util.find_spec("torch") is not None:
         for name, parameters in RECIPES.items():
             if not names or f"recipe-{name}" in wanted:
-                export(str(ROOT / "models" / f"{name}.py"), folder / f"{name}.onnx", parameters=parameters)
+                export(str(harness.ROOT / "models" / f"{name}.py"), folder / f"{name}.onnx", parameters=parameters)
                 yield f"recipe-{name}", folder / f"{name}.onnx", {}
     yield from _exported(names, wanted, folder)
 
 
-def _exported(names: list[str], wanted: list[str], folder: Path) -> Iterator[tuple[str, Path, dict[str, int]]]:
+def _exported(names: list[str], wanted: list[str], folder: Path) -> Iterator[Named]:
     for number, model in enumerate(frameworks.models()):
         missing = any(importlib.util.find_spec(name) is None for name in model.needs)
         if missing or (names and model.name not in wanted):
@@ -89,7 +85,7 @@ def _exported(names: list[str], wanted: list[str], folder: Path) -> Iterator[tup
 
 
 def judged(path: Path, axes: dict[str, int], example: dict[str, Any], limits: dict[str, int | None]) -> str:
-    """What the judge says of a claim."""
+    """The judge's verdict on a claim."""
     session = open_session(path, threads=1, level="basic")
     narrow = any(kind in onnx.load(path, load_external_data=False).SerializeToString() for kind in (b"float16",))
     inputs = {name for name, _ in session.inputs}
@@ -142,12 +138,12 @@ def _drawn(name: str, array: Any, axis: int, count: int, limit: int | None, numb
     return (random.standard_normal(shape) * (scales if number % 2 else 1.0)).astype(array.dtype)
 
 
-def _alike(found: Any, expected: Any, axis: int, tolerance: float) -> bool:
-    if found.shape != expected.shape:
+def _alike(joined: Any, expected: Any, axis: int, tolerance: float) -> bool:
+    if joined.shape != expected.shape:
         return False
     if expected.dtype.kind not in "fV":
-        return bool(np.mean(found == expected) > 0.999)
-    one, other = (np.moveaxis(a.astype(np.float64), axis, 0).reshape(a.shape[axis], -1) for a in (found, expected))
+        return bool(np.mean(joined == expected) > 0.999)
+    one, other = (np.moveaxis(a.astype(np.float64), axis, 0).reshape(a.shape[axis], -1) for a in (joined, expected))
     if not np.array_equal(np.isfinite(one), np.isfinite(other)):
         return False
     one, other = np.nan_to_num(one, posinf=0, neginf=0), np.nan_to_num(other, posinf=0, neginf=0)
@@ -156,14 +152,11 @@ def _alike(found: Any, expected: Any, axis: int, tolerance: float) -> bool:
 
 
 def main() -> None:
-    """Print a row a model."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print a row for each model."""
+    parser = harness.parser(__doc__, TAKES)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    if not given.json:
-        print(environment_line())
-        print("\n| model | rows along | trials | judge |\n| --- | --- | --- | --- |")
+    report = harness.Report(given, model="30", claim="20", trials="6", judge="20")
     with tempfile.TemporaryDirectory(prefix="onnxsplit-batch-") as scratch:
         for name, path, dims in models(given.names, Path(scratch)):
             row: dict[str, Any] = {"model": name}
@@ -171,11 +164,11 @@ def main() -> None:
                 row |= measure(path, dims, Path(scratch) / "m.plan")
             except OnnxsplitError as error:
                 row["claim"] = f"no plan: {str(error)[:120]}"
-            print(json.dumps(row) if given.json else text(row), flush=True)
+            report.row(row)
 
 
 def measure(path: Path, dims: dict[str, int], target: Path) -> dict[str, Any]:
-    """A row."""
+    """The row of one model."""
     named = {
         d.dim_param
         for value in onnx.load(path, load_external_data=False).graph.input
@@ -195,11 +188,6 @@ def measure(path: Path, dims: dict[str, int], target: Path) -> dict[str, Any]:
         "trials": claim.trials if claim is not None else None,
         "judge": judged(path, axes, dict(subject.inputs), limits),
     }
-
-
-def text(row: dict[str, Any]) -> str:
-    """A row for people."""
-    return f"| {row['model']} | {row['claim']} | {row.get('trials', '')} | {row.get('judge', '')} |"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""How good cuts are, and how long they take to find: value, lower bound, gap.
+"""How good are the cuts, and how long do they take to find?
 
-    python benchmarks/cutting/gaps.py [NAME|MODEL.onnx ...] [--stages 2 4 8 16] [--synthetic] [--json]
+The value of each cut (its slowest stage), the lower bound on any cut, and the gap between them. The models are those of
+cutting/generality.py and the recipes in full size, by their measured costs, each stage on a device of its own.
 
-Every model of the generality benchmark and the recipes in full size, by their measured costs, each stage on a device
-of its own. With --synthetic: graphs of 1,000, 5,000 and 20,000 ops with random costs at K = 8 instead: chains whose
-blocks have branches, U-nets (skips over ever longer distances), dense blocks (every op reads all before it in its
+With --synthetic: graphs of 1,000, 5,000 and 20,000 ops with random costs in eight stages. They are chains whose blocks
+have branches, U-nets (skips over ever longer distances), and dense blocks (every op reads all ops before it in its
 block).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -21,42 +20,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
-from environment import benchmark, environment_line
-
+from benchmarks import example_models, harness
 from onnxsplit.export import export
 from onnxsplit.partitioner import DeviceKind, Effort, Problem, SearchResult, Transfer, line_up, lower_bound, search
 from onnxsplit.plan import CALLER
 from onnxsplit.planning.subject import examine
 from onnxsplit.planning.target import alike
 
-RECIPES = ("resnet50", "bert", "gpt2", "inception", "multitask")
+TAKES = "10 min"
+
 SIZES = (1_000, 5_000, 20_000)
 
 
-def models(names: list[str], folder: Path) -> Iterator[tuple[str, Path, dict[str, int]]]:
-    """Those of the generality benchmark, and the recipes in full size."""
-    generality = benchmark("cutting/generality")
-    yield from generality.models(names, folder)
-    for name in RECIPES:
+def models(names: list[str], folder: Path) -> Iterator[example_models.Named]:
+    """The models that all cuts are tried on, and the recipes in full size."""
+    yield from example_models.every(names, folder)
+    for name in example_models.RECIPES:
         if not names or name in names:
-            export(str(ROOT / "models" / f"{name}.py"), folder / f"{name}-full.onnx")
+            export(str(harness.ROOT / "models" / f"{name}.py"), folder / f"{name}-full.onnx")
             yield f"full-{name}", folder / f"{name}-full.onnx", {}
 
 
 def problem(times: list[int], readers: dict[int, list[int]], sizes: list[int], devices: int) -> Problem:
-    """Atoms with these times in nanoseconds, and a tensor each to these readers."""
-    flows = [Transfer(CALLER, (0,), 600_000)]
+    """A problem of atoms with these times in nanoseconds, each with a tensor of this size for these readers."""
+    transfers = [Transfer(CALLER, (0,), 600_000)]
     for atom, size in enumerate(sizes):
-        found = tuple(sorted(set(readers.get(atom, []))))
-        flows.append(Transfer(atom, found, size, not found))
-    return Problem((DeviceKind(tuple(times)),), (0,) * devices, tuple(flows))
+        targets = tuple(sorted(set(readers.get(atom, []))))
+        transfers.append(Transfer(atom, targets, size, not targets))
+    return Problem((DeviceKind(tuple(times)),), (0,) * devices, tuple(transfers))
 
 
 def synthetic(shape: str, count: int, devices: int) -> Problem:
-    """A graph of so many ops: ``chain``, ``unet`` or ``dense``."""
+    """A random problem of ``count`` atoms in the shape ``chain``, ``unet`` or ``dense``."""
     chance = random.Random(count)
     times = [int(chance.lognormvariate(12, 1)) for _ in range(count)]  # about 0.16 ms in the median
     sizes = [int(chance.lognormvariate(12, 1)) for _ in range(count)]
@@ -83,21 +80,21 @@ def synthetic(shape: str, count: int, devices: int) -> Problem:
     return problem(times, readers, sizes, devices)
 
 
-def row(name: str, stages: int, found: SearchResult, seconds: float, **more: Any) -> dict[str, Any]:
-    """What is printed."""
-    figures = {"value_ms": found.score.value / 1e6, "lower_bound_ms": found.bound / 1e6, "gap": found.gap}
+def row(name: str, stages: int, result: SearchResult, seconds: float, **more: Any) -> dict[str, Any]:
+    """The figures of one search."""
+    figures = {"value_ms": result.score.value / 1e6, "lower_bound_ms": result.bound / 1e6, "gap": result.gap}
     return {"model": name, "stages": stages, **figures, "seconds": seconds, **more}
 
 
 def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row a model and number of stages."""
+    """A row for each model and number of stages."""
     if given.synthetic:
         for shape in ("chain", "unet", "dense"):
             for count in SIZES:
                 made = synthetic(shape, count, 8)
                 begun = time.monotonic()
-                found = search(made, line_up(made, 8), Effort(seconds=given.seconds))
-                yield row(f"{shape}-{count}", 8, found, time.monotonic() - begun, atoms=count)
+                result = search(made, line_up(made, 8), Effort(seconds=given.seconds))
+                yield row(f"{shape}-{count}", 8, result, time.monotonic() - begun, atoms=count)
         return
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         for name, model, dims in models(given.names, Path(folder)):
@@ -107,43 +104,32 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     continue
                 made = subject.problem(subject.costs.time_ns, alike(stages))
                 begun = time.monotonic()
-                found = search(made, line_up(made, stages), Effort(seconds=given.seconds))
+                result = search(made, line_up(made, stages), Effort(seconds=given.seconds))
                 seconds = time.monotonic() - begun
                 ops = subject.as_ops().problem(subject.costs.time_ns, alike(stages))
-                op_bound = min(found.bound, lower_bound(ops, line_up(ops, stages))) / 1e6
-                yield row(name, stages, found, seconds, atoms=made.atoms, op_bound_ms=op_bound)
+                op_bound = min(result.bound, lower_bound(ops, line_up(ops, stages))) / 1e6
+                yield row(name, stages, result, seconds, atoms=made.atoms, op_bound_ms=op_bound)
 
 
 def main() -> None:
-    """Print the table, and the gaps in short."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*")
+    """Print the table, and then how large the gaps are."""
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("names", nargs="*", metavar="NAME|MODEL.onnx")
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 4, 8, 16])
     parser.add_argument("--seconds", type=float, default=10.0, help="limit of one search")
-    parser.add_argument("--synthetic", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--synthetic", action="store_true", help="random graphs instead of models")
     given = parser.parse_args()
-    if not given.json:
-        print(environment_line())
-        print(
-            f"{'model':22} {'atoms':>6} {'K':>3} {'bottleneck':>12} {'no cut below':>13} "
-            f"{'op bound':>10} {'gap':>8} {'s':>6}"
-        )
+    report = harness.Report(
+        given, model="22", atoms="6", stages="6", value_ms="10.3f", lower_bound_ms="14.3f", op_bound_ms="11.3f",
+        gap="7.2%", seconds="7.1f",
+    )  # fmt: skip
     gaps = []
-    for found in rows(given):
-        gaps.append(found["gap"])
-        if given.json:
-            print(json.dumps(found), flush=True)
-            continue
-        op_bound = f"{found['op_bound_ms']:10.3f}" if "op_bound_ms" in found else " " * 10
-        print(
-            f"{found['model']:22} {found['atoms']:6} {found['stages']:3} {found['value_ms']:9.3f} ms "
-            f"{found['lower_bound_ms']:10.3f} ms {op_bound} {found['gap']:8.2%} {found['seconds']:6.1f}",
-            flush=True,
-        )
-    if gaps and not given.json:
+    for figures in rows(given):
+        gaps.append(figures["gap"])
+        report.row(figures)
+    if gaps:
         over = sum(gap > 0.01 for gap in gaps)
-        print(
+        report.note(
             f"{len(gaps)} rows; gap: median {statistics.median(gaps):.2%}, largest {max(gaps):.2%}, above 1 %: {over}"
         )
 

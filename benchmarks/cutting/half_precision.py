@@ -1,14 +1,13 @@
-"""Trained models made half-precision, cut at K = 1, 2, 3: against the whole converted model under plain ONNX Runtime.
+"""Do models in half precision give the same after a cut?
 
-    python benchmarks/cutting/half_precision.py [NAME ...] [--ways ort ...] [--stages 1 2 3] [--json]
-
-NAME: a model of `models/zoo.toml`, or a file MODEL.onnx; all of the zoo when none is given. The ways:
+The trained models of `models/zoo.toml`, or those named, are converted, cut in 1, 2 and 3 stages, and compared with the
+whole converted model under plain ONNX Runtime. The ways to convert:
 
     ort, ort-io        onnxruntime.transformers.float16, without and with keep_io_types
     common, common-io  onnxconverter_common.float16, the same; where it is installed
                        (pip install --no-deps onnxconverter-common)
     bfloat16           weights stored as bfloat16, each followed by a Cast to float32
-    float8             weights stored as float8e4m3fn with a scale a row, each followed by a DequantizeLinear
+    float8             weights stored as float8e4m3fn with a scale for each row, each followed by a DequantizeLinear
     int4               weights stored as int4, the same way
 
 A difference is over the scale of an output, the largest over all outputs. Both sides run in plain sessions with the
@@ -19,9 +18,7 @@ gives its message.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import sys
 import tempfile
 import warnings
@@ -29,17 +26,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
 import zoo
-from environment import environment_line
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks import harness
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.model.precision import distance
 from onnxsplit.model.protobuf import all_nodes, nested_graphs
@@ -50,6 +46,8 @@ from onnxsplit.planning.planner import write_plan
 from onnxsplit.planning.subject import examine
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import verify
+
+TAKES = "30 min"
 
 LEAST_ELEMENTS = 64  # of a weight that is worth fewer bits
 OPSETS = {"bfloat16": 13, "float8": 19, "int4": 21}
@@ -70,7 +68,7 @@ def by_onnxconverter_common(model: onnx.ModelProto, keep: bool) -> onnx.ModelPro
 
 
 def with_narrow_weights(model: onnx.ModelProto, kind: str) -> onnx.ModelProto:
-    """Every float32 weight stored in a narrower type, followed by the op that widens it again; in bodies too."""
+    """Store every float32 weight in a narrower type, followed by the op that widens it again; in subgraphs too."""
     present = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if present < OPSETS[kind]:
         model = onnx.version_converter.convert_version(model, OPSETS[kind])
@@ -103,7 +101,7 @@ def _narrow_weights(graph: onnx.GraphProto, kind: str) -> None:
 
 
 def _narrowed(name: str, array: Any, kind: str) -> tuple[list[onnx.TensorProto], onnx.NodeProto]:
-    """What stores a weight, and the op that gives it back under its name."""
+    """The initializers that store a weight, and the op that restores it under its name."""
     stored = f"{name}.narrow"
     if kind == "bfloat16":
         tensor = numpy_helper.from_array(array.astype(ml_dtypes.bfloat16), stored)
@@ -152,7 +150,7 @@ def run(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows(model: Path, dims: dict[str, int], stages: list[int], folder: Path) -> Iterator[dict[str, Any]]:
-    """One row a K, or one with the reason why there is none."""
+    """A row for each number of stages, or one with the reason why there is none."""
     try:
         session(model)
         subject = examine(model, dims=dims, threads=1)
@@ -185,23 +183,23 @@ def judged(model: Path, plan_folder: Path, folder: Path) -> dict[str, Any]:
         values.update(run(plan_folder / stage.file, values))
     merge(plan_folder, folder / "merged.onnx")
     merged = run(folder / "merged.onnx", given)
-    found = verify(plan_folder, model)
-    allowed = max(c.tolerance for c in found)
+    comparisons = verify(plan_folder, model)
+    allowed = max(c.tolerance for c in comparisons)
     difference = max(distance(values[name], whole[name]) for name in plan.outputs if name in values)
     return {
         "difference": difference,
         "merged": max(distance(merged[name], whole[name]) for name in plan.outputs),
-        "off": max(c.difference for c in found),
-        "optimized": max(c.optimized for c in found),
-        "moved": max(c.moved for c in found),
+        "off": max(c.difference for c in comparisons),
+        "optimized": max(c.optimized for c in comparisons),
+        "moved": max(c.moved for c in comparisons),
         "tolerance": allowed,
-        "narrowest": found[0].narrowest,
-        "verdict": "good" if all(c.good for c in found) else "DIFFERENT",
+        "narrowest": comparisons[0].narrowest,
+        "verdict": "good" if all(c.good for c in comparisons) else "DIFFERENT",
     }
 
 
 def text(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """A row as a line of text."""
     head = f"{row['model']:16} {row['way']:10} K={row['stages']}  "
     if "difference" not in row:
         return head + " ".join(str(row["verdict"]).split())[:200]
@@ -213,16 +211,14 @@ def text(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print a row a model, way and K."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print a row for each model, way and number of stages."""
+    parser = harness.parser(__doc__, TAKES)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=ways_here())
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     warnings.simplefilter("ignore")  # onnxconverter-common says of each weight that it is rounded
-    if not given.json:
-        print(environment_line())
+    report = harness.Report(given)
     sources = {Path(n).stem: (Path(n), {}) for n in given.names if Path(n).is_file()}
     for name, entry in zoo.entries().items():
         if not given.names or name in given.names:
@@ -233,12 +229,12 @@ def main() -> None:
                 folder = Path(scratch)
                 try:
                     onnx.save(WAYS[way](onnx.load(source)), folder / "model.onnx")
-                    found = list(rows(folder / "model.onnx", dims, given.stages, folder))
+                    tried = list(rows(folder / "model.onnx", dims, given.stages, folder))
                 except Exception as error:  # converters raise what they like
-                    found = [{"stages": "-", "verdict": f"the converter fails: {type(error).__name__}: {error}"}]
-            for row in found:
+                    tried = [{"stages": "-", "verdict": f"the converter fails: {type(error).__name__}: {error}"}]
+            for row in tried:
                 row = {"model": name, "way": way, **row}
-                print(json.dumps(row) if given.json else text(row), flush=True)
+                report.row(row, text(row))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,21 @@
-"""Models of the kinds that people bring: the stages that run, and the merged model, against the whole model.
+"""Can the kinds of models that people bring be cut, and are their stages right?
 
-    python benchmarks/cutting/model_kinds.py [MODEL.onnx|FOLDER ...] [--stages 2 3] [--json]
-
-Without names: the models of `kinds_made.py`. Inputs are `MODEL.npz` or `MODEL.*.npz` beside a model, else random ones.
+The models are those of `kinds_made.py`, or those that are named. Inputs are `MODEL.npz` or `MODEL.*.npz` beside a
+model, else random ones. The stages run in processes; they are also merged into one model, which runs too.
 
 The judge is plain ONNX Runtime on the whole model, without optimisation and with it. A difference is taken over the
 scale of an output, to whichever of the two is nearer. It passes up to 1e-3 (1e-2 where the model has float16, 5e-2
-where it has bfloat16 or float8) or twice what optimisation alone moves; whole numbers and text must be equal. Where
-onnx's checker takes the model, it must take every stage and the merged model too.
+where it has bfloat16 or float8) or twice what optimisation alone changes. Whole numbers and text must be equal. Where
+onnx's checker accepts the model, it must accept every stage and the merged model too.
 
-Each model is first cut as it is, without any option. Only where that does not end well, it is tried with the options
-that may help: example inputs, custom ops, only the outputs that are tensors, inputs that have a default. Each try is a
-row. Options that the installed version does not know are left out, so that an older version can be judged too.
+Each model is first cut without any option. Only where that fails, it is tried with the options that may help: example
+inputs, custom ops, only the outputs that are tensors, inputs that have a default. Each try is a row. Options that the
+installed version does not know are left out, so that an older version can be judged too.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
 import re
 import sys
 import tempfile
@@ -28,19 +25,21 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
-import kinds_made
 import numpy as np
 import onnx
 import onnxruntime
-from environment import environment_line
 
 import onnxsplit
+from benchmarks import harness
+from benchmarks.cutting import kinds_made
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.stages.merge import merge
 from runtime import Pipeline
+
+TAKES = "5 min"
 
 EXTENSIONS = "onnxruntime-extensions"
 LEVELS = onnxruntime.GraphOptimizationLevel
@@ -50,7 +49,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Way:
-    """Options with which a model is tried."""
+    """The options of one try."""
 
     words: str
     cut: Mapping[str, Any] = field(default_factory=dict)
@@ -59,7 +58,7 @@ class Way:
 
 @dataclass
 class Subject:
-    """A model, its inputs, and what plain ONNX Runtime gives for them.
+    """A model, its inputs, and the outputs of plain ONNX Runtime for them.
 
     Attributes:
         path: the file.
@@ -133,28 +132,28 @@ class Subject:
         if kept and "keep_inputs" in KNOWN:
             yield Way("kept inputs", {"keep_inputs": kept})
 
-    def difference(self, feed: str, found: Mapping[str, Any]) -> tuple[float, float]:
+    def difference(self, feed: str, outputs: Mapping[str, Any]) -> tuple[float, float]:
         """How far outputs are from the judge's, and how far those are from each other."""
         off, on = self.wanted[feed]
         names = [name for name in off if name not in self.other_outputs]
-        to_off, to_on = (max(distance(found[name], wanted[name]) for name in names) for wanted in (off, on))
+        to_off, to_on = (max(distance(outputs[name], wanted[name]) for name in names) for wanted in (off, on))
         return min(to_off, to_on), max(distance(on[name], off[name]) for name in names)
 
 
 def random_inputs(session: onnxruntime.InferenceSession) -> Arrays:
     """Inputs of small sizes; dimensions of one name have one size."""
-    random, sizes, found = np.random.default_rng(0), dict[str, int](), {}
+    random, sizes, inputs = np.random.default_rng(0), dict[str, int](), {}
     kinds = {"float": "float32", "double": "float64"}
     for value in session.get_inputs():
         shape = [d if isinstance(d, int) else sizes.setdefault(str(d), 3 + len(sizes)) for d in value.shape]
         kind = value.type.removeprefix("tensor(").removesuffix(")")
         if kind == "string":
-            found[value.name] = random.integers(0, 10, shape).astype(str).astype(object)
+            inputs[value.name] = random.integers(0, 10, shape).astype(str).astype(object)
         elif "float" in kind or kind == "double":
-            found[value.name] = random.standard_normal(shape).astype(kinds.get(kind, kind))
+            inputs[value.name] = random.standard_normal(shape).astype(kinds.get(kind, kind))
         else:
-            found[value.name] = random.integers(0, 2, shape).astype(kind)
-    return found
+            inputs[value.name] = random.integers(0, 2, shape).astype(kind)
+    return inputs
 
 
 def run(session: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:
@@ -163,13 +162,13 @@ def run(session: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:
     return dict(zip(names, session.run(names, feed), strict=True))
 
 
-def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+def distance(array: np.ndarray, wanted: np.ndarray) -> float:
     """The largest difference over the scale; infinite for another shape or type, or where text or numbers differ."""
-    if found.shape != wanted.shape or (found.dtype != wanted.dtype and wanted.dtype.kind not in "OUS"):
+    if array.shape != wanted.shape or (array.dtype != wanted.dtype and wanted.dtype.kind not in "OUS"):
         return float("inf")
     if wanted.dtype.kind not in "fV":
-        return 0.0 if np.array_equal(found.astype(wanted.dtype), wanted) else float("inf")
-    left, right = found.astype(np.float64), wanted.astype(np.float64)
+        return 0.0 if np.array_equal(array.astype(wanted.dtype), wanted) else float("inf")
+    left, right = array.astype(np.float64), wanted.astype(np.float64)
     if not np.array_equal(np.isfinite(left), np.isfinite(right)):
         return float("inf")
     left, right = left[np.isfinite(right)], right[np.isfinite(right)]
@@ -225,7 +224,7 @@ def checked(model: Path, files: list[Path]) -> str:
 def judged(subject: Subject, answers: Any) -> float | str:
     """The largest difference among all inputs, or why there are no answers."""
     try:
-        return max(subject.difference(name, found)[0] for name, found in answers().items())
+        return max(subject.difference(name, outputs)[0] for name, outputs in answers().items())
     except Exception as error:  # of onnxsplit, ONNX Runtime or the checker
         return f"{type(error).__name__}: {error}"
 
@@ -250,8 +249,7 @@ def rows(path: Path, stages: int, scratch: Path) -> Iterator[dict[str, Any]]:
 def models(names: list[str], folder: Path) -> Iterator[tuple[str, Path | None]]:
     """Name and file of each model; None where it needs a package that is not installed."""
     for given in map(Path, names):
-        found = sorted(given.rglob("*.onnx")) if given.is_dir() else [given]
-        for path in found:
+        for path in sorted(given.rglob("*.onnx")) if given.is_dir() else [given]:
             yield str(path.relative_to(given)) if given.is_dir() else path.name, path
     if not names:
         for make in kinds_made.CLASSES:
@@ -266,7 +264,7 @@ def shown(value: float | str) -> str:
 
 
 def text(row: Mapping[str, Any]) -> str:
-    """A row for people."""
+    """A row as a line of text."""
     head = f"{row['model']:34} K={row['stages']}  {row['way']:15} {shown(row['verdict']):8}"
     told = [f"{how}: {shown(row[how])}" for how in ("run", "merge") if how in row]
     if row["partition"] not in ("good", ""):
@@ -279,14 +277,12 @@ def text(row: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print a row for each model, K and way."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print a row for each model, number of stages and try."""
+    parser = harness.parser(__doc__, TAKES)
     parser.add_argument("models", nargs="*", metavar="MODEL.onnx|FOLDER")
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 3])
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    if not given.json:
-        print(environment_line())
+    report = harness.Report(given)
     first, last = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="onnxsplit-classes-") as scratch:
         for name, path in models(given.models, Path(scratch)):
@@ -294,14 +290,13 @@ def main() -> None:
                 tries = []
                 for row in rows(path, stages, Path(scratch)):
                     tries.append({"model": name, **row})
-                    print(json.dumps(tries[-1]) if given.json else text(tries[-1]), flush=True)
+                    report.row(tries[-1], text(tries[-1]))
                 first[tries[0]["verdict"].partition(":")[0]] += 1
                 last[tries[-1]["verdict"].partition(":")[0]] += 1
-            if path is None and not given.json:
-                print(f"{name:34} a package that it needs is not installed")
-    if not given.json:
-        for words, counted in (("As they are", first), ("With options", last)):
-            print(f"{words}: " + ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common()))
+            if path is None:
+                report.note(f"{name:34} a package that it needs is not installed")
+    for words, counted in (("As they are", first), ("With options", last)):
+        report.note(f"{words}: " + ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common()))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
-"""ONNX's own op cases through the splitter: load, plan, extract, run, and compare bit for bit with the whole.
+"""Do all of ONNX's own op cases survive being planned, cut and run?
 
-    python benchmarks/cutting/op_cases.py [--filter TEXT] [--json]
-
-Every generated case of `onnx.backend.test` as a plan of one stage; cases of two or more ops that can be parted also
-as two stages. Cases that ONNX Runtime itself refuses or cannot run are counted apart; each other miss is listed.
+Every generated case of `onnx.backend.test` is loaded, planned as one stage, extracted, run, and compared bit for bit
+with the whole model. Cases of two or more ops that can be cut are also run as two stages. Cases that ONNX Runtime
+itself refuses or cannot run are counted apart; every other miss is listed.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import sys
 import tempfile
 import time
@@ -18,13 +15,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import numpy as np
 import onnx
 import onnx.backend.test.loader as loader
-from environment import environment_line
 
+from benchmarks import harness
 from onnxsplit.errors import ModelError, OnnxsplitError
 from onnxsplit.model.precision import distance
 from onnxsplit.planning.options import CutOptions
@@ -33,28 +30,30 @@ from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
 from onnxsplit.stages.verify import run_stages
 
+TAKES = "5 min"
+
 
 def same(left: np.ndarray, right: np.ndarray) -> bool:
-    """Bit for bit; strings by value."""
+    """Whether two arrays are equal bit for bit, strings by value."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
     return bool(np.array_equal(left, right)) if left.dtype == object else left.tobytes() == right.tobytes()
 
 
 def array_of(value: Any) -> Any:
-    """A case's value as an array, where it is a tensor."""
+    """The value of a case as an array, where it is a tensor."""
     if isinstance(value, onnx.TensorProto):
         return onnx.numpy_helper.to_array(value)
     return value if isinstance(value, list) or value is None else np.asarray(value)
 
 
-def worst(names: list[str], found: dict[str, Any], whole: Any) -> float:
-    """The largest distance among outputs."""
-    return max(distance(found[name], whole[name]) for name in names)
+def worst(names: list[str], outputs: dict[str, Any], whole: Any) -> float:
+    """The largest distance among these outputs."""
+    return max(distance(outputs[name], whole[name]) for name in names)
 
 
 def judge(case: Any, folder: Path) -> dict[int, str]:
-    """K -> ``equal``, or the reason why not. 0 stands for what happened before any cut."""
+    """``equal``, or the reason why not, by number of stages; 0 stands for what happened before any cut."""
     model = folder / "model.onnx"
     model.write_bytes(case.model.SerializeToString())
     arrays = case.data_sets[0][0]
@@ -79,14 +78,14 @@ def judge(case: Any, folder: Path) -> dict[int, str]:
                 plan = write_plan(
                     subject, folder / "m.plan", CutOptions(stages=min(stages, len(subject.atoms.ops)) or None)
                 ).plan
-                found = run_stages(folder / "m.plan", plan, inputs, threads=1, level="disabled")
-                unlike = [name for name in plan.outputs if whole is None or not same(found[name], whole[name])]
+                outputs = run_stages(folder / "m.plan", plan, inputs, threads=1, level="disabled")
+                unlike = [name for name in plan.outputs if whole is None or not same(outputs[name], whole[name])]
                 again = session.run(inputs) if unlike and whole is not None else whole
-                moody = [name for name in unlike if again is not None and not same(again[name], whole[name])]
+                random = [name for name in unlike if again is not None and not same(again[name], whole[name])]
                 verdicts[stages] = (
                     "random"
-                    if moody
-                    else f"DIFFERENT: {worst(unlike, found, whole):.1e} of the scale"
+                    if random
+                    else f"DIFFERENT: {worst(unlike, outputs, whole):.1e} of the scale"
                     if unlike
                     else "equal"
                 )
@@ -100,10 +99,10 @@ def judge(case: Any, folder: Path) -> dict[int, str]:
 
 def main() -> None:
     """Print the counts and the misses."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--filter", default="")
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("--filter", default="", help="only cases whose names hold this")
     given = parser.parse_args()
+    report = harness.Report(given)
     warnings.simplefilter("ignore")
     begun = time.monotonic()
     cases = [case for case in loader.load_model_tests(kind="node") if given.filter in case.name]
@@ -115,16 +114,12 @@ def main() -> None:
                 counts[stages][verdict.split(":")[0]] += 1
                 if stages and verdict != "equal":
                     misses.append((stages, case.name, verdict))
-    if given.json:
-        print(json.dumps({"cases": len(cases), "counts": counts, "misses": misses}))
-        return
-    print(environment_line())
-    print(f"{len(cases)} cases in {time.monotonic() - begun:.0f} s")
+    text = [f"{len(cases)} cases in {time.monotonic() - begun:.0f} s"]
     for stages, counted in sorted(counts.items()):
-        head = "cannot run whole" if stages == 0 else f"K = {stages}"
-        print(f"{head}: " + ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common()))
-    for stages, name, verdict in misses:
-        print(f"  K = {stages}  {name}: {verdict}")
+        head = "cannot run whole" if stages == 0 else f"{stages} stages"
+        text.append(f"{head}: " + ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common()))
+    text += [f"  {stages} stages  {name}: {verdict}" for stages, name, verdict in misses]
+    report.row({"cases": len(cases), "counts": counts, "misses": misses}, "\n".join(text))
 
 
 if __name__ == "__main__":

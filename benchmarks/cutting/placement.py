@@ -1,28 +1,28 @@
-"""Placement workloads of Tarnawski et al. (NeurIPS 2020) under the paper's cost rule: the value found and its proof.
+"""How near do cuts come to the published optima of placement workloads?
 
-    python benchmarks/cutting/placement.py FILE.json ... [--seconds 60] [--json]
-
-A FILE holds ``nodes`` (times on an accelerator and on a CPU, bytes), ``edges`` (the cost of moving a node's output
-between accelerator and host), and how many devices there are. An accelerator's load is its compute, and every tensor
-that enters or leaves it, once; a CPU's load is its compute. The value of a plan is the largest load.
+The workloads of Tarnawski et al. (NeurIPS 2020) under the paper's cost rule: the value found, and its proof. A FILE
+holds ``nodes`` (times on an accelerator and on a CPU, bytes), ``edges`` (the cost of moving a node's output between
+accelerator and host), and how many devices there are. The load of an accelerator is its compute, and every tensor that
+enters or leaves it, once; the load of a CPU is its compute. The value of a plan is the largest load.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import networkx as nx
-from environment import environment_line
 
+from benchmarks import harness
 from onnxsplit.cluster import Link
 from onnxsplit.partitioner import NEVER, DeviceKind, Effort, Problem, Transfer, Weight, line_up, search
+
+TAKES = "1 min per file"
 
 UNIT = 1_000_000
 """The files' unit of time, in what the partitioner takes for nanoseconds."""
@@ -59,9 +59,9 @@ def load(path: Path) -> Problem:
         costs[source] = max(costs.get(source, 0.0), edge["cost"])
         readers.setdefault(source, set()).add(atom_of[edge["destId"]])
     transfers = [
-        Transfer(atom_of[source], found, round(costs[source] * UNIT))
+        Transfer(atom_of[source], targets, round(costs[source] * UNIT))
         for source, atoms in sorted(readers.items())
-        if (found := tuple(sorted(atoms - {atom_of[source]})))
+        if (targets := tuple(sorted(atoms - {atom_of[source]})))
     ]
     accelerators, cpus = content["maxFPGAs"], content["maxCPUs"]
     limit = content.get("maxSizePerFPGA")
@@ -76,34 +76,31 @@ def load(path: Path) -> Problem:
 
 
 def main() -> None:
-    """A row a workload."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--json", action="store_true")
+    """Print a row for each workload."""
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    parser.add_argument("--seconds", type=float, default=60.0, help="limit of one search")
     given = parser.parse_args()
-    if not given.json:
-        print(environment_line())
-        print(f"{'workload':28} {'atoms':>5} {'value':>9} {'lower bound':>11} {'gap':>7} {'seconds':>8}  published")
+    report = harness.Report(
+        given, workload="28", atoms="5", value="9.3f", lower_bound="11.3f", gap="7.2%", seconds="8.2f",
+        published="9.3f", published_seconds="17g",
+    )  # fmt: skip
     for path in given.files:
         begun = time.monotonic()
         problem = load(path)
-        found = search(problem, line_up(problem, None), Effort(seconds=given.seconds))
-        row = {
-            "workload": path.stem,
-            "value": found.score.value / UNIT,
-            "lower_bound": found.bound / UNIT,
-            "gap": found.gap,
-            "seconds": time.monotonic() - begun,
-        }
-        if given.json:
-            print(json.dumps(row), flush=True)
-            continue
-        known = PUBLISHED.get(path.stem.removesuffix("_inference"))
-        print(
-            f"{path.stem:28} {problem.atoms:5} {row['value']:9.3f} {row['lower_bound']:11.3f} {row['gap']:7.2%} "
-            f"{row['seconds']:8.2f}  {f'{known[0]:.3f} in {known[1]:g} s' if known else 'not known'}",
-            flush=True,
+        result = search(problem, line_up(problem, None), Effort(seconds=given.seconds))
+        known = PUBLISHED.get(path.stem.removesuffix("_inference"), (None, None))
+        report.row(
+            {
+                "workload": path.stem,
+                "atoms": problem.atoms,
+                "value": result.score.value / UNIT,
+                "lower_bound": result.bound / UNIT,
+                "gap": result.gap,
+                "seconds": time.monotonic() - begun,
+                "published": known[0],
+                "published_seconds": known[1],
+            }
         )
 
 

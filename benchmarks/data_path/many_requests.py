@@ -1,42 +1,40 @@
-"""A hundred thousand small requests: what grows, what is left, and how the slowest ones fare.
+"""What grows over a hundred thousand small requests, and how do the slowest ones fare?
 
-    python benchmarks/data_path/many_requests.py [--requests 100000] [--json]
-
-Two stages of next to nothing with 64 KiB between them, so that every request takes a slot; as many in flight as the
-pipeline admits. Memory of this process and of the nodes, and their open descriptors, are taken along the way.
+Two stages of next to nothing with 64 KiB between them, so that every request takes a slot in shared memory; as many in
+flight as the pipeline admits. Memory of this process and of the nodes, and their open descriptors, are taken along the
+way.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import numpy as np
 import psutil
-from environment import benchmark, environment, environment_line
 
+from benchmarks import harness
+from benchmarks.example_models import one_tensor
 from runtime import Pipeline
+
+TAKES = "2 min"
 
 SAMPLES = 20
 
 
 def main() -> None:
-    """Print what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the figures."""
+    parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--requests", type=int, default=100_000)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     one = {"x": np.ones(1, np.float32)}
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
-        plan = benchmark("data_path/hop").plan_of(64 << 10, Path(scratch))
+        plan = one_tensor(64 << 10, Path(scratch))
         with Pipeline.launch(plan, threads=1) as pipeline:
             processes = [psutil.Process()] + [psutil.Process(node.pid) for node in pipeline.nodes]
             latencies = np.full(given.requests, np.nan)
@@ -70,7 +68,7 @@ def main() -> None:
     numbers, *sizes = np.array(samples[SAMPLES // 4 :]).T  # from a quarter of the way on
     slopes = [float(np.polyfit(numbers, size, 1)[0]) for size in sizes]
     p50, p99, p999 = np.percentile(latencies, [50, 99, 99.9]) * 1e6
-    found = {
+    figures = {
         "requests": given.requests,
         "wrong": int(wrong),
         "memory_mib_first_last": [sum(sample[1:]) / 2**20 for sample in (samples[0], samples[-1])],
@@ -82,12 +80,7 @@ def main() -> None:
         "p99_us": p99,
         "p999_us": p999,
     }
-    if given.json:
-        print(json.dumps({**found, "environment": environment()}))
-        return
-    print(environment_line())
-    for name, value in found.items():
-        print(f"{name:40} {value}")
+    harness.Report(given).figures(figures)
 
 
 if __name__ == "__main__":

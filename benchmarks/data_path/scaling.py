@@ -1,15 +1,12 @@
-"""What the runtime itself costs, as stages are added: equal stages that sleep, so that no processor is short.
+"""What does the runtime itself cost as stages are added?
 
-    python benchmarks/data_path/scaling.py [--seconds 4] [--json]
-
-K stages in a row, each of 1, 5 or 20 ms, with 4 KiB between them. Throughput against that of one stage (1 / its time),
-and the latency of one request against the sum of the stages; a stage's time is what it really slept, on average.
+Stages in a row, each of 1, 5 or 20 ms, with 4 KiB between them. The stages sleep, so that no processor is short.
+Throughput is against that of one stage (1 / its time), and the latency of one request against the sum of the stages;
+the time of a stage is what it really slept, on average.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -18,30 +15,28 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import numpy as np
-from environment import environment, environment_line
-from onnx import TensorProto, helper, save_model
+from onnx import helper
 
+from benchmarks import harness
+from benchmarks.example_models import saved
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import quiet_environment
 from runtime import Pipeline
+
+TAKES = "4 min"
 
 GIVEN = {"t0": np.ones((1, 1024), np.float32)}
 
 
 def plan_of(stages: int, folder: Path) -> Path:
-    """A row of trivial ops, one a stage."""
+    """A plan of trivial ops in a row, one for each stage."""
     nodes = [helper.make_node("Neg", [f"t{n}"], [f"t{n + 1}"]) for n in range(stages)]
-    ends = [helper.make_tensor_value_info(f"t{n}", TensorProto.FLOAT, [1, 1024]) for n in (0, stages)]
-    graph = helper.make_graph(nodes, "row", ends[:1], ends[1:])
-    save_model(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), str(folder / "m.onnx")
-    )
+    model = saved(folder / "m.onnx", nodes, ("t0", f"t{stages}"), [1, 1024], [])
     cuts = [f"t{n}" for n in range(1, stages)]
-    partition(folder / "m.onnx", out=folder / "plan", costs="analytic", **({"cut_at": cuts} if cuts else {"stages": 1}))
+    partition(model, out=folder / "plan", costs="analytic", **({"cut_at": cuts} if cuts else {"stages": 1}))
     return folder / "plan"
 
 
@@ -54,7 +49,7 @@ def running(plan: Path, stages: int, seconds: float, folder: Path):
         nodes = [
             subprocess.Popen(
                 [sys.executable, script, address, str(stage), str(seconds)],
-                env={**quiet_environment(), "PYTHONPATH": str(ROOT)},
+                env=quiet_environment(),
             )
             for stage in range(stages)
         ]
@@ -64,7 +59,7 @@ def running(plan: Path, stages: int, seconds: float, folder: Path):
 
 
 def measure(stages: int, seconds: float, span: float) -> dict[str, float]:
-    """One row."""
+    """The row of one number of stages and one time."""
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
         folder = Path(scratch)
         with running(plan_of(stages, folder), stages, seconds, folder) as pipeline:
@@ -102,25 +97,17 @@ def measure(stages: int, seconds: float, span: float) -> dict[str, float]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("--seconds", type=float, default=4.0, help="under full load, for each row")
+    parser.add_argument("--stages", type=int, nargs="+", default=list(range(1, 9)))
     given = parser.parse_args()
-    if not given.json:
-        print(environment_line())
-        print("stage ms   K   slept ms   per s   of 1/stage   latency ms   sum ms   added us a hop (K + 1 hops)")
+    report = harness.Report(
+        given, stage_ms="8.0f", stages="6", slept_ms="8.3f", per_s="7.1f", of_one_stage="12.3f", latency_ms="10.2f",
+        sum_of_stages_ms="16.2f", added_a_hop_us="14.0f",
+    )  # fmt: skip
     for milliseconds in (1, 5, 20):
-        for stages in range(1, 9):
-            row = measure(stages, milliseconds / 1e3, given.seconds)
-            if given.json:
-                print(json.dumps({**row, "environment": environment()}), flush=True)
-            else:
-                print(
-                    f"{row['stage_ms']:8.0f}{row['stages']:4}{row['slept_ms']:11.3f}{row['per_s']:8.1f}"
-                    f"{row['of_one_stage']:13.3f}{row['latency_ms']:13.2f}{row['sum_of_stages_ms']:9.2f}"
-                    f"{row['added_a_hop_us']:12.0f}",
-                    flush=True,
-                )
+        for stages in given.stages:
+            report.row(measure(stages, milliseconds / 1e3, given.seconds))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""A timeline of a short run, and a picture of it: docs/trace.json and docs/trace.svg.
+"""When does each stage run, wait and send? It writes docs/trace.json and docs/trace.svg.
 
-    python benchmarks/data_path/timeline.py [NAME|MODEL.onnx] [--requests 12] [--models FOLDER] [--out FOLDER]
-
-The JSON is what ``onnxsplit run --trace`` writes, and opens in https://ui.perfetto.dev; the picture shows the same
-events: a row a node, its runs by request; below, what is on its way there or waits; arrows from stage to stage.
+The JSON is what ``onnxsplit run --trace`` writes, and opens in https://ui.perfetto.dev. The picture shows the same
+events: a row for each node, its runs by request; below, what is on its way there or waits; arrows from stage to
+stage.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -16,22 +14,19 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
-from environment import benchmark
-
-from onnxsplit.npz import load_npz
-from onnxsplit.plan_files import example_file, load_plan
-from onnxsplit.planning.planner import partition
+from benchmarks import example_models, harness
 from runtime import Pipeline
+
+TAKES = "1 min"
 
 WIDTH, LEFT, ROW, RUN, WAIT = 1100, 130, 74, 24, 7
 COLOURS = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#eeca3b"]
 
 
 def picture(trace: dict[str, Any]) -> str:
-    """The events of a trace as SVG."""
+    """Draw the events of a trace as SVG."""
     events = trace["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     start = min(event["ts"] for event in events if "ts" in event)
@@ -96,18 +91,16 @@ def picture(trace: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run, write, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", default="resnet50")
+    """Run, write and draw."""
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("name", nargs="?", default="resnet50", metavar="NAME|MODEL.onnx")
     parser.add_argument("--requests", type=int, default=12)
-    parser.add_argument("--models", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--models", type=Path, help="a folder to keep exported models in")
+    parser.add_argument("--out", type=Path, default=harness.ROOT / "docs", help="the folder to write to")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="onnxsplit-benchmark-") as scratch:
-        model, dims = benchmark("data_path/throughput").model_of(given.name, given.models or Path(scratch))
-        plan = Path(scratch) / "model.plan"
-        partition(model, stages=2, out=plan, dims=dims)
-        inputs = load_npz(example_file(plan, load_plan(plan)))
+        plan = example_models.named_plan(given.name, Path(scratch), models=given.models)
+        inputs = harness.example(plan)
         with Pipeline.launch(plan, trace=True) as pipeline:
             for _ in range(3):
                 pipeline.run(inputs)
@@ -117,7 +110,9 @@ def main() -> None:
         trace = pipeline.trace()
     (given.out / "trace.json").write_text(json.dumps(trace))
     (given.out / "trace.svg").write_text(picture(trace))
-    print(f"Wrote {given.out / 'trace.json'} and trace.svg")
+    report = harness.Report(given)
+    written = [str(given.out / name) for name in ("trace.json", "trace.svg")]
+    report.row({"written": written}, f"Wrote {' and '.join(written)}")
 
 
 if __name__ == "__main__":

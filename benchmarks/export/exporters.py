@@ -1,16 +1,12 @@
-"""Models of all frameworks: exported, compared with the framework, cut in two, compared with the whole.
+"""Do models of all frameworks export, and do they survive a cut in two?
 
-    python benchmarks/export/exporters.py [WORD ...] [--json]        only models with one of the words in their name
-
-Frameworks that are not installed are rows that say so; `make test-export` makes an environment with all of them. Each
-model is small and made here (tests/support/frameworks.py).
+Each model is exported, compared with its framework, cut in two, and compared with the whole. Frameworks that are not
+installed are rows that say so; `make test-export` makes an environment with all of them. Each model is small and made
+here (tests/support/frameworks.py).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 import tempfile
 import time
@@ -18,22 +14,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support"), str(ROOT)]
-os.environ["PYTHONPATH"] = str(ROOT)
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import frameworks
 import onnx
-from environment import environment_line
 
+from benchmarks import harness
 from onnxsplit.errors import OnnxsplitError, PartitionError
 from onnxsplit.export import export
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import verify
 
+TAKES = "2 min"
+
 
 def measure(model: frameworks.Model, folder: Path) -> dict[str, Any]:
-    """A row."""
+    """The row of one model."""
     row: dict[str, Any] = {"model": model.name}
     missing = [name for name in model.needs if find_spec(name) is None]
     if missing:
@@ -59,34 +55,22 @@ def measure(model: frameworks.Model, folder: Path) -> dict[str, Any]:
         except PartitionError as error:
             cuts.append("one op" if "form 1 parts" in str(error) else str(error)[:100])
             continue
-        found = list(verify(plan, one.path))
-        worst = max(comparison.difference for comparison in found)
-        cuts.append(f"{worst:.1e}" + ("" if all(comparison.good for comparison in found) else " DIFFERENT"))
+        comparisons = list(verify(plan, one.path))
+        worst = max(comparison.difference for comparison in comparisons)
+        cuts.append(f"{worst:.1e}" + ("" if all(one.good for one in comparisons) else " DIFFERENT"))
     return row | {"result": "exported", "cut": ", ".join(cuts)}
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only models with one of these in their name")
     given = parser.parse_args()
-    if not given.json:
-        print(environment_line())
-        print("\n| model | framework | export, s | to the framework | cut in two, to the whole |")
-        print("| --- | --- | --- | --- | --- |")
+    report = harness.Report(given, model="40", framework="14", seconds="7.1f", difference="10.1e", cut="8", result="8")
     for model in frameworks.models():
-        if given.words and not any(word.lower() in model.name.lower() for word in given.words):
-            continue
-        with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
-            row = measure(model, Path(folder))
-        if given.json:
-            print(json.dumps(row), flush=True)
-        elif row["result"] == "exported":
-            figures = f"{row['seconds']:.1f} | {row['difference']:.1e} | {row['cut']}"
-            print(f"| {row['model']} | {row['framework']} | {figures} |", flush=True)
-        else:
-            print(f"| {row['model']} | | | {row['result']} | |", flush=True)
+        if not given.words or any(word.lower() in model.name.lower() for word in given.words):
+            with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+                report.row(measure(model, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""Launch a pipeline many times, end it in several ways, and count what is left after five seconds.
+"""What is left behind when pipelines end, in whatever way?
 
-    python benchmarks/faults/endings.py [--launches 50] [--json]
-
-Of every five launches one is interrupted with SIGINT and one has its parent killed with SIGKILL, each while requests
-are running; the others are closed as they should be. Counted: node processes, sockets, folders, shared memory.
+A pipeline is launched many times. Of every five launches one is interrupted with SIGINT and one has its parent killed
+with SIGKILL, each while requests are running; the others are closed. Five seconds later it is counted what is left:
+node processes, sockets, folders, shared memory.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -17,14 +14,15 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import build
 import psutil
-from environment import environment_line
 
+from benchmarks import harness
 from onnxsplit.planning.planner import partition
+
+TAKES = "2 min"
 
 CALLER = """
 import sys
@@ -38,7 +36,7 @@ with Pipeline.launch(sys.argv[1]) as pipeline:
 
 
 def present() -> dict[str, set[str]]:
-    """What could be left: by kind, by name."""
+    """The names of what could be left, by kind."""
     sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "onnxsplit" in line}
     processes = {
         str(p.pid)
@@ -52,9 +50,8 @@ def present() -> dict[str, set[str]]:
 
 def main() -> None:
     """Print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--launches", type=int, default=50)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ends-benchmark-") as scratch:
         plan = Path(scratch) / "chain.plan"
@@ -69,7 +66,7 @@ def main() -> None:
                 [sys.executable, "-P", "-c", CALLER, str(plan), way],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                cwd=ROOT,
+                cwd=harness.ROOT,
             )
             assert caller.stdout is not None
             assert len(caller.stdout.readline().split()) == 2
@@ -79,12 +76,9 @@ def main() -> None:
             caller.stdout.close()
         time.sleep(5)  # the question is what is left after five seconds
         left = {kind: sorted(names - before[kind]) for kind, names in present().items()}
-    if given.json:
-        print(json.dumps({"launches": counts, "left": left}))
-        return
-    print(environment_line())
-    print("launches: " + ", ".join(f"{count} ended by {way}" for way, count in counts.items()))
-    print("left after 5 s: " + ", ".join(f"{len(names)} {kind}" for kind, names in left.items()))
+    ended = ", ".join(f"{count} ended by {way}" for way, count in counts.items())
+    remains = ", ".join(f"{len(names)} {kind}" for kind, names in left.items())
+    harness.Report(given).row({"launches": counts, "left": left}, f"launches: {ended}\nleft after 5 s: {remains}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""Garbage on every link of a running pipeline: what breaks, and what memory it costs.
-
-    python benchmarks/faults/garbage.py [--cases 200000] [--sent 20000] [--seed 0] [--json]
+"""What breaks when garbage arrives on every link of a pipeline, and what memory does it cost?
 
 First the decoders alone: random bytes, and real messages with bytes changed, cut out, doubled or spliced. An exception
-other than the protocol's own is a crash. Then a pipeline on tcp without keys: the same is sent to its nodes and its
+other than that of the protocol is a crash. Then a pipeline on tcp without keys: the same is sent to its nodes and its
 coordinator over ZeroMQ, raw bytes over TCP, and headers that claim 1 GB. In between its answers are compared.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -21,16 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import build
-import msgspec
 import numpy as np
 import psutil
 import zmq
-from environment import environment, environment_line
 
+from benchmarks import harness
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import quiet_environment
 from runtime import Pipeline
@@ -52,12 +47,14 @@ from runtime.wire.messages.control import (
 )
 from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, TensorHead, TensorPlace, Visit
 
+TAKES = "3 min"
+
 GIB = 1 << 30
 FAR = 1 << 40  # numbers of requests that nobody has made
 
 
 def samples() -> list[tuple[bytes, list[bytes]]]:
-    """One message of each kind, as on the wire."""
+    """One message of each kind, encoded, with its frames."""
     arrays = {"x": np.ones((4, 32), np.float32), "s": np.array([["a", "größer"]], dtype=object)}
     heads, frames = codec.encode_tensors(arrays)
     large, large_frames = codec.encode_tensors({"x": np.ones((1000, 32), np.float32)})
@@ -87,7 +84,7 @@ def samples() -> list[tuple[bytes, list[bytes]]]:
 
 
 def mutated(source: random.Random, whole: list[bytes]) -> bytes:
-    """A message that is nearly right, or not at all."""
+    """A message that is nearly right, or random bytes."""
     data = bytearray(source.choice(whole))
     for _ in range(source.choice((1, 1, 2, 5))):
         kind, at = source.randrange(6), source.randrange(len(data) + 1)
@@ -108,12 +105,12 @@ def mutated(source: random.Random, whole: list[bytes]) -> bytes:
 
 
 def no_memory(_place: TensorPlace, _dtype: str, _shape: Any) -> Any:
-    """Nobody's memory is mapped."""
+    """Refuse every place in shared memory: none is mapped here."""
     raise ProtocolError("not mapped")
 
 
 def decode(header: bytes, frames: list[bytes]) -> str:
-    """What the decoders make of it."""
+    """Whether any decoder takes a message."""
     outcomes = []
     for decoder in (codec.decode_data, codec.decode_node_control, codec.decode_coordinator_control):
         try:
@@ -127,7 +124,7 @@ def decode(header: bytes, frames: list[bytes]) -> str:
 
 
 def decoders(cases: int, source: random.Random) -> dict[str, Any]:
-    """Count what the decoders do."""
+    """Count how the decoders take so many cases."""
     whole = [header for header, _ in samples()]
     frames = [frame for _, own in samples() for frame in own] + [b"", bytes(100)]
     seen: dict[str, int] = {"taken": 0, "refused": 0, "crashed": 0}
@@ -145,7 +142,7 @@ def decoders(cases: int, source: random.Random) -> dict[str, Any]:
 
 
 def live(sent: int, source: random.Random) -> dict[str, Any]:
-    """Send it to real processes."""
+    """Send so many messages to real processes."""
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
         plan = Path(scratch) / "m.plan"
         partition(build.save(build.chain(4), Path(scratch)), stages=2, out=plan, costs="analytic")
@@ -156,17 +153,17 @@ def live(sent: int, source: random.Random) -> dict[str, Any]:
         with (Path(scratch) / "log").open("wb") as log:
             nodes = [subprocess.Popen(command, stderr=log, env=quiet_environment()) for _ in range(2)]
             with Pipeline.listen(plan, bind=address, start_timeout=60) as pipeline:
-                found = attack(pipeline, nodes, address, sent, source)
-                found["incidents"] = [incident.story[:200] for incident in pipeline.incidents]
-            found["node_exit_codes"] = [node.wait(20) for node in nodes]
-        found["dropped_by_nodes"] = (Path(scratch) / "log").read_text(errors="replace").count("dropped")
-    return found
+                figures = attack(pipeline, nodes, address, sent, source)
+                figures["incidents"] = [incident.story[:200] for incident in pipeline.incidents]
+            figures["node_exit_codes"] = [node.wait(20) for node in nodes]
+        figures["dropped_by_nodes"] = (Path(scratch) / "log").read_text(errors="replace").count("dropped")
+    return figures
 
 
 def attack(
     pipeline: Pipeline, nodes: list[subprocess.Popen[bytes]], control: str, sent: int, source: random.Random
 ) -> dict[str, Any]:
-    """All of it."""
+    """Send garbage on all links, and look between whether the pipeline still answers rightly."""
     one = {"x": np.ones((2, 32), np.float32)}
     wanted = pipeline.run(one)["y"]
     processes = [psutil.Process(node.pid) for node in nodes] + [psutil.Process()]
@@ -221,7 +218,7 @@ def attack(
 
 
 def greeting() -> bytes:
-    """How a ZeroMQ peer without keys begins, up to its first message."""
+    """The bytes with which a ZeroMQ peer without keys begins, up to its first message."""
     ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
     return (
         b"\xff"
@@ -236,7 +233,7 @@ def greeting() -> bytes:
 
 
 def raw(address: str, data: bytes) -> None:
-    """Bytes over TCP."""
+    """Send bytes over TCP."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=5) as connection:
@@ -246,23 +243,18 @@ def raw(address: str, data: bytes) -> None:
 
 
 def main() -> None:
-    """Print what was found; exit 1 after a crash."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=200_000)
-    parser.add_argument("--sent", type=int, default=20_000)
+    """Print the figures; exit with 1 after a crash."""
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("--cases", type=int, default=200_000, help="for the decoders")
+    parser.add_argument("--sent", type=int, default=20_000, help="messages to a running pipeline")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     source = random.Random(given.seed)
-    found = {"decoders": decoders(given.cases, source), "live": live(given.sent, source)}
-    if given.json:
-        print(msgspec.json.encode({**found, "environment": environment()}).decode())
-    else:
-        print(environment_line())
-        print(json.dumps(found, indent=2))
-    crashed = (
-        found["decoders"]["crashed"] or not all(found["live"]["alive"]) or found["live"]["wrong or missing answers"]
-    )
+    report = harness.Report(given)
+    alone, running = decoders(given.cases, source), live(given.sent, source)
+    figures = {"decoders": alone, "live": running}
+    report.row(figures, json.dumps(figures, indent=2))
+    crashed = alone["crashed"] or not all(running["alive"]) or running["wrong or missing answers"]
     sys.stdout.flush()
     os._exit(1 if crashed else 0)
 

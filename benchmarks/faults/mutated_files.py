@@ -1,16 +1,13 @@
-"""Mutated models and plans: no traceback, no crash, no hang, no file where none belongs.
-
-    python benchmarks/faults/mutated_files.py [--cases 2000] [--seed 0] [--json]
+"""Do broken models and plans do any harm: a traceback, a crash, a hang, a file where none belongs?
 
 Each case changes, removes, repeats or inserts bytes in a small model (partitioned with analytic costs) or in a plan
-(loaded and run stage by stage), in a process of its own with a limit of 20 s and 4 GB. Only our errors may come out.
+(loaded and run stage by stage), in a process of its own with a limit of 20 s and 4 GB. Only errors of onnxsplit may
+come out.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import os
 import random
 import resource
@@ -21,22 +18,23 @@ import tempfile
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import build
 import onnx
-from environment import environment_line
 
+from benchmarks import harness
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import verify
+
+TAKES = "5 min"
 
 LIMIT_S, LIMIT_BYTES = 20, 4 << 30
 
 
 def mutate(content: bytes, source: random.Random) -> bytes:
-    """A few changes of bytes, short runs of them, or the length."""
+    """Change a few bytes, short runs of them, or the length."""
     data = bytearray(content)
     for _ in range(source.choice([1, 1, 2, 4, 16])):
         place = source.randrange(len(data) or 1)
@@ -57,7 +55,7 @@ def mutate(content: bytes, source: random.Random) -> bytes:
 
 
 def attempt(case: int, seed: int, models: list[bytes], plan: Path, model: Path, folder: Path) -> str:
-    """One case in this process; what came of it."""
+    """Run one case in this process; what came of it."""
     source = random.Random(f"{seed}-{case}")
     try:
         if case % 2:
@@ -77,7 +75,7 @@ def attempt(case: int, seed: int, models: list[bytes], plan: Path, model: Path, 
 
 
 def isolated(case: int, seed: int, models: list[bytes], plan: Path, model: Path, scratch: Path) -> str:
-    """The same in a child process, with limits; also looks for files left outside."""
+    """Run one case in a child process with limits, and look for files that it left outside its folder."""
     folder = scratch / "case"
     folder.mkdir()
     read, write = os.pipe()
@@ -104,10 +102,9 @@ def isolated(case: int, seed: int, models: list[bytes], plan: Path, model: Path,
 
 def main() -> None:
     """Print the counts and every bad case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     counts: collections.Counter[str] = collections.Counter()
     bad = []
@@ -125,13 +122,9 @@ def main() -> None:
             counts[verdict.split(" ")[0]] += 1
             if verdict not in ("refused", "accepted"):
                 bad.append((case, verdict))
-    if given.json:
-        print(json.dumps({"cases": given.cases, "counts": counts, "bad": bad}))
-        return
-    print(environment_line())
-    print(f"{given.cases} cases: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
-    for case, verdict in bad:
-        print(f"  case {case}: {verdict}")
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    text = [f"{given.cases} cases: {said}", *(f"  case {case}: {verdict}" for case, verdict in bad)]
+    harness.Report(given).row({"cases": given.cases, "counts": counts, "bad": bad}, "\n".join(text))
 
 
 if __name__ == "__main__":

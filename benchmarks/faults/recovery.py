@@ -1,16 +1,12 @@
-"""Faults injected into a running pipeline: what the caller saw, when it was found, and how long it took to heal.
+"""What does the caller see of a fault, how soon is it found, and how long does it take to heal?
 
-    python benchmarks/faults/recovery.py [--times 5] [--only NAME ...] [--json]
-
-Three stages, two replicas each, settings at their defaults, under continuous load; every answer is compared. "found" is
-from the fault to the moment the node is taken for dead, "healed" from the fault until all nodes serve again, "longest"
-the longest that a request took.
+Faults are injected into three stages with two replicas each, settings at their defaults, under continuous load; every
+answer is compared. "found" is the time from the fault to the moment when the node is taken for dead, "healed" the time
+from the fault until all nodes serve again, "longest" the longest that a request took. Medians, but for "most found".
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
 import statistics
@@ -22,18 +18,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import build
 import numpy as np
-from environment import environment, environment_line
 from faulty_node import FaultyLauncher
 
+from benchmarks import harness
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
+
+TAKES = "6 min"
 
 WIDTH = 128
 AT = 100  # the request at which nodes fail
@@ -48,12 +45,12 @@ INJECTED = {
 
 
 def given(seed: int) -> dict[str, Any]:
-    """One of eight inputs."""
+    """One of eight inputs, by a number."""
     return {"x": np.random.default_rng(seed % 8).standard_normal((64, WIDTH)).astype(np.float32)}
 
 
 class Load:
-    """Requests without a pause, eight at a time, all compared."""
+    """Sends requests without a pause, eight at a time, and compares every answer."""
 
     def __init__(self, pipeline: Pipeline, wanted: list[Any]) -> None:
         self.pipeline, self.wanted = pipeline, wanted
@@ -65,26 +62,26 @@ class Load:
             thread.start()
 
     def ask(self, number: int) -> None:
-        """Until the end."""
+        """Ask until the load ends."""
         while not self.ended.is_set():
             begun = time.monotonic()
             try:
-                found = self.pipeline.run(given(number), timeout=60)["y"]
-                self.seen["right" if np.array_equal(found, self.wanted[number % 8]) else "wrong"] += 1
+                answer = self.pipeline.run(given(number), timeout=60)["y"]
+                self.seen["right" if np.array_equal(answer, self.wanted[number % 8]) else "wrong"] += 1
             except Exception as error:  # what a caller sees is what is counted
                 self.seen[type(error).__name__] += 1
             self.longest_s = max(self.longest_s, time.monotonic() - begun)
             number += 1
 
     def end(self) -> None:
-        """No more."""
+        """Stop asking."""
         self.ended.set()
         for thread in self.threads:
             thread.join()
 
 
 def whole(pipeline: Pipeline, incidents: int, seconds: float = 60.0) -> float:
-    """Wait until so many nodes were lost and all are there; the time then."""
+    """Wait until so many nodes were lost and all are ready again; the time then."""
     end = time.monotonic() + seconds
     while len(pipeline.incidents) < incidents or any(node.state != "ready" for node in pipeline.nodes):
         if time.monotonic() > end:
@@ -94,7 +91,7 @@ def whole(pipeline: Pipeline, incidents: int, seconds: float = 60.0) -> float:
 
 
 def injected(plan: Path, wanted: list[Any], fault: dict[str, Any]) -> dict[str, Any]:
-    """One fault of the injected kind."""
+    """Have a node of the middle stage fail by itself at a request."""
     launcher = FaultyLauncher({**fault, "stage": 1, "request": AT})
     with Pipeline.launch(plan, launcher=launcher, replicas=2) as pipeline:
         load = Load(pipeline, wanted)
@@ -106,7 +103,7 @@ def injected(plan: Path, wanted: list[Any], fault: dict[str, Any]) -> dict[str, 
 
 
 def killed(plan: Path, wanted: list[Any], victims: tuple[int, ...]) -> dict[str, Any]:
-    """Some nodes killed at once."""
+    """Kill some nodes at once."""
     with Pipeline.launch(plan, replicas=2) as pipeline:
         load = Load(pipeline, wanted)
         time.sleep(0.5)
@@ -120,7 +117,7 @@ def killed(plan: Path, wanted: list[Any], victims: tuple[int, ...]) -> dict[str,
 
 
 def row(load: Load, pipeline: Pipeline, found_s: float, healed_s: float) -> dict[str, Any]:
-    """What one fault came to."""
+    """The figures of one fault."""
     return {
         "seen": load.seen,
         "found_s": found_s,
@@ -130,14 +127,30 @@ def row(load: Load, pipeline: Pipeline, found_s: float, healed_s: float) -> dict
     }
 
 
+def summary(name: str, times: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a fault that was injected several times."""
+    answers = sum((each["seen"] for each in times), Counter())
+    medians = {key: statistics.median(each[key] for each in times) for key in ("found_s", "healed_s", "longest_s")}
+    return {
+        "fault": name,
+        "times": len(times),
+        "answers": ", ".join(f"{count} {what}" for what, count in answers.items()),
+        **medians,
+        "most_found_s": max(each["found_s"] for each in times),
+        "retries": sum(each["retries"] for each in times),
+    }
+
+
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--only", nargs="*")
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("--times", type=int, default=5, help="of each fault")
+    parser.add_argument("--only", nargs="*", help="only the faults with these names")
     arguments = parser.parse_args()
-    rows = {}
+    report = harness.Report(
+        arguments, fault="38", times="5", answers="12", found_s="7.3f", most_found_s="12.3f", healed_s="8.2f",
+        longest_s="9.2f", retries="7",
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
         plan = Path(scratch) / "m.plan"
         partition(build.save(build.chain(12, WIDTH), Path(scratch)), stages=3, out=plan, costs="analytic")
@@ -150,25 +163,7 @@ def main() -> None:
         tests["all six at once"] = lambda: killed(plan, wanted, (0, 1, 2, 3, 4, 5))
         for name, test in tests.items():
             if not arguments.only or name in arguments.only:
-                rows[name] = [test() for _ in range(arguments.times)]
-                if not arguments.json:
-                    print(line(name, rows[name]), flush=True)
-    if arguments.json:
-        print(json.dumps({"rows": rows, "environment": environment()}))
-    else:
-        print(environment_line())
-
-
-def line(name: str, found: list[dict[str, Any]]) -> str:
-    """A row of the table."""
-    seen = sum((each["seen"] for each in found), Counter())
-    medians = {key: statistics.median(each[key] for each in found) for key in ("found_s", "healed_s", "longest_s")}
-    longest = max(each["found_s"] for each in found)
-    answers = ", ".join(f"{count} {what}" for what, count in seen.items())
-    return (
-        f"| {name} | {len(found)} | {answers} | {medians['found_s']:.3f} (most {longest:.3f}) | "
-        f"{medians['healed_s']:.2f} | {medians['longest_s']:.2f} | {sum(each['retries'] for each in found)} |"
-    )
+                report.row(summary(name, [test() for _ in range(arguments.times)]))
 
 
 if __name__ == "__main__":

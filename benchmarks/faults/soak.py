@@ -1,16 +1,14 @@
-"""Nodes are killed and stopped at random under continuous load: what becomes of the requests, and how soon it heals.
+"""Are all requests answered rightly while nodes are killed and stopped at random?
 
-    python benchmarks/faults/soak.py [--model ocr-classifier] [--requests 20000] [--kill-every 2] [--stop-every 10]
-
-A trained model in three stages with two replicas each. A random node gets SIGKILL every two seconds, and a random one
-SIGSTOP every ten, which nobody ever takes back. Every answer is compared with the whole model's (within 1e-4 of its
-scale; inputs differ, so an answer to another request would be wrong), and with the first answer to the same input.
+A trained model in three stages with two replicas each, under continuous load. A random node gets SIGKILL every two
+seconds, and a random one SIGSTOP every ten, which is never taken back. Every answer is compared with that of the whole
+model (within 1e-4 of its scale; inputs differ, so an answer to another request would be wrong), and with the first
+answer to the same input. Exits with 1 when a request was lost, answered twice, or answered wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -22,56 +20,48 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 import numpy as np
 import psutil
 import zoo
-from environment import environment, environment_line
 
-from onnxsplit.npz import load_npz
-from onnxsplit.plan_files import example_file, load_plan
+from benchmarks import harness
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import open_session
 from runtime import Pipeline
+
+TAKES = "4 min"
 
 INPUTS = 16
 BEFORE_S = 10.0
 
 
 def main() -> None:
-    """Print what was found; exit 1 when a request was lost, duplicated or answered wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the figures; exit with 1 when a request was lost, duplicated or answered wrong."""
+    parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--model", default="ocr-classifier", help="a name of models/zoo.toml, or a file")
     parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--kill-every", type=float, default=2.0)
-    parser.add_argument("--stop-every", type=float, default=10.0)
+    parser.add_argument("--kill-every", type=float, default=2.0, help="seconds")
+    parser.add_argument("--stop-every", type=float, default=10.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     model = Path(given.model) if Path(given.model).exists() else zoo.fetch(given.model)
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
         plan = Path(scratch) / "m.plan"
         partition(model, stages=3, out=plan, dims=zoo.entries().get(given.model, {}).get("dims", {}))
         with Pipeline.launch(plan, replicas=2, threads=1) as pipeline:
-            found = Soak(pipeline, model, plan, given).run()
-    bad = found["wrong"] or found["lost"] or found["duplicated"] or found["failed"]
-    if given.json:
-        print(json.dumps({**found, "environment": environment()}))
-    else:
-        print(environment_line())
-        for name, value in found.items():
-            print(f"{name:28} {value}")
-    sys.exit(1 if bad else 0)
+            figures = Soak(pipeline, model, plan, given).run()
+    harness.Report(given).figures(figures)
+    sys.exit(any(figures[name] for name in ("wrong", "lost", "duplicated", "failed")))
 
 
 class Soak:
-    """One run."""
+    """One run under load."""
 
     def __init__(self, pipeline: Pipeline, model: Path, plan: Path, given: argparse.Namespace) -> None:
         self.pipeline, self.given = pipeline, given
-        example = load_npz(example_file(plan, load_plan(plan)))
+        example = harness.example(plan)
         self.inputs = [varied(example, seed) for seed in range(INPUTS)]
         whole = open_session(model, threads=1)
         names = [name for name, _ in whole.inputs]
@@ -86,7 +76,7 @@ class Soak:
         self.ended = threading.Event()
 
     def run(self) -> dict[str, Any]:
-        """Load, then load and harm; then see that all is answered and whole."""
+        """Load the pipeline, first without harm, then with it; the figures of both."""
         self.load(until=time.monotonic() + BEFORE_S)
         before, answered = self.rate(BEFORE_S), self.counts["answered"]
         memory = self.memory()
@@ -152,8 +142,7 @@ class Soak:
             self.counts["answered"] += 1
             got, which = future.result(), number % INPUTS
             wanted = self.wanted[which]
-            if not all(np.abs(got[n] - wanted[n]).max() <= 1e-4 * np.abs(wanted[n]).max() for n in wanted):
-                self.counts["wrong"] += 1
+            self.counts["wrong"] += not harness.right(got, wanted)
             first = self.first[which]
             if first is None:
                 self.first[which] = got
@@ -161,13 +150,13 @@ class Soak:
                 self.counts["other bits"] += 1
 
     def rate(self, seconds: float) -> float:
-        """Answers a second so far."""
+        """Answers per second so far."""
         return self.counts["answered"] / seconds
 
     def harm(self) -> None:
         """Kill and stop nodes until the load ends; then let everything heal."""
         source = random.Random(self.given.seed)
-        watchers: list[threading.Thread] = []
+        waiting: list[threading.Thread] = []
         kill, stop = time.monotonic() + self.given.kill_every, time.monotonic() + self.given.stop_every
         while not self.ended.wait(max(0.0, min(kill, stop) - time.monotonic())):
             now = time.monotonic()
@@ -178,12 +167,12 @@ class Soak:
                 if ready:
                     victim = source.choice(ready)
                     os.kill(victim.pid, number)
-                    watchers.append(threading.Thread(target=self.heal, args=(kind, victim, time.monotonic())))
-                    watchers[-1].start()
+                    waiting.append(threading.Thread(target=self.heal, args=(kind, victim, time.monotonic())))
+                    waiting[-1].start()
             kill = kill + self.given.kill_every if now >= kill else kill
             stop = stop + self.given.stop_every if now >= stop else stop
-        for watcher in watchers:
-            watcher.join()
+        for thread in waiting:
+            thread.join()
 
     def heal(self, kind: str, victim: Any, at: float) -> None:
         """Wait until the stage of a victim has all its nodes again."""
@@ -196,16 +185,15 @@ class Soak:
         self.errors["a stage that did not heal in 120 s"] += 1
 
     def quantiles(self, kind: str) -> list[float]:
-        """p50, p99 and the longest."""
+        """The 50th and the 99th percentile of the times to heal, and the longest."""
         times = self.heals[kind] or [0.0]
         return [round(float(v), 2) for v in (*np.percentile(times, [50, 99]), max(times))]
 
     def memory(self) -> list[float]:
-        """MiB that this process, and all nodes together, hold (proportional set size)."""
-        own = psutil.Process()
-        sizes = [own.memory_full_info().pss]
+        """The MiB that this process, and all nodes together, hold (proportional set size)."""
         nodes = [psutil.Process(node.pid) for node in self.pipeline.nodes if node.pid]
-        return [round(sizes[0] / 2**20, 1), round(sum(node.memory_full_info().pss for node in nodes) / 2**20, 1)]
+        sizes = [sum(one.memory_full_info().pss for one in each) for each in ([psutil.Process()], nodes)]
+        return [round(size / 2**20, 1) for size in sizes]
 
 
 def varied(example: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Callers of a server that cost little themselves: connections that are kept, one request at a time on each."""
+"""Callers of a server that take little time themselves: one request at a time on a connection that is kept open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Call = Callable[[], tuple[int, str]]
 
 
 def http_body(inputs: dict[str, np.ndarray], **parameters: object) -> tuple[bytes, int]:
-    """A request with binary tensors both ways, and the length of its JSON."""
+    """The body of a request with binary tensors both ways, and the length of its JSON."""
     said = {
         "inputs": [
             {
@@ -37,7 +37,7 @@ def http_body(inputs: dict[str, np.ndarray], **parameters: object) -> tuple[byte
 
 
 def over_http(address: str, model: str, inputs: dict[str, np.ndarray], **parameters: object) -> Call:
-    """A caller that has its request ready and reads no more of the answer than it must."""
+    """A caller over HTTP that has its request ready and reads no more of the answer than it must."""
     host, _, port = address.partition(":")
     body, length = http_body(inputs, **parameters)
     message = (
@@ -63,7 +63,7 @@ def over_http(address: str, model: str, inputs: dict[str, np.ndarray], **paramet
 
 
 def over_grpc(address: str, model: str, inputs: dict[str, np.ndarray], **_: object) -> Call:
-    """A caller on a channel of its own."""
+    """A caller over gRPC on a channel of its own."""
     import grpc
 
     options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
@@ -85,7 +85,7 @@ def over_grpc(address: str, model: str, inputs: dict[str, np.ndarray], **_: obje
 
 @dataclass
 class Load:
-    """What callers saw.
+    """The answers that callers got.
 
     Attributes:
         seconds: it took.
@@ -99,17 +99,17 @@ class Load:
 
     @property
     def per_s(self) -> float:
-        """Answers a second."""
+        """Answers per second."""
         return len(self.times) / self.seconds
 
     def percentile_ms(self, share: float) -> float:
-        """Of the answered requests' times, in milliseconds."""
+        """A percentile of the times of answered requests, in milliseconds."""
         ordered = sorted(self.times)
         return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
 def drive(calls: list[Call], seconds: float) -> Load:
-    """Let callers call for so long, each in a thread; those under way at the end are counted."""
+    """Let callers call for so many seconds, each in a thread; requests under way at the end are counted."""
     load = Load()
     lock = threading.Lock()
     begun = time.perf_counter()

@@ -1,4 +1,7 @@
-"""Requests at a fixed rate, whether or not they are answered: HOST:PORT MODEL PLAN RATE SECONDS DEADLINE_MS."""
+"""Send requests at a fixed rate, whether or not they are answered, and print what became of them as JSON.
+
+python flood.py HOST:PORT MODEL PLAN RATE SECONDS DEADLINE_MS
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import re
 import resource
 
 import uvloop
-from callers import http_body
 
+from benchmarks.gateway.callers import http_body
 from onnxsplit.npz import load_npz
 from onnxsplit.plan_files import example_file, load_plan
 
 
 class Connections:
-    """Connections that are kept, as many as it takes."""
+    """Connections that are kept open, as many as it takes."""
 
     def __init__(self, address: str) -> None:
         self._host, _, port = address.partition(":")
@@ -31,7 +33,7 @@ class Connections:
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def call(self, message: bytes) -> tuple[int, bytes]:
-        """A request on a connection that nobody uses."""
+        """Send a request on a free connection, and wait for the answer."""
         pair = self._free.pop() if self._free else await asyncio.open_connection(self._host, self._port)
         reader, writer = pair
         writer.write(message)
@@ -43,7 +45,7 @@ class Connections:
 
 
 async def flood(address: str, model: str, plan: Path, rate: float, seconds: float, deadline_ms: float) -> None:
-    """Send, and count."""
+    """Send requests and count the answers."""
     body, length = http_body(load_npz(example_file(plan, load_plan(plan))), timeout=int(1000 * deadline_ms))
     message = (
         f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: {address}\r\nContent-Length: {len(body)}\r\n"
@@ -84,17 +86,28 @@ async def flood(address: str, model: str, plan: Path, rate: float, seconds: floa
     times.sort()
     refusals.sort()
     in_time = sum(t <= deadline_ms / 1e3 for t in times)
-    print(f"sent       {sent} in {took:.1f} s ({sent / took:.1f} /s), {len(times)} answered, {len(refusals)} refused, "
-          f"{len(tasks)} without an answer, {unexplained} refused without a reason")  # fmt: skip
-    print(f"answered in time {in_time / took:.1f} /s, p50 {1e3 * times[len(times) // 2]:.0f} ms, "
-          f"p99 {1e3 * times[len(times) * 99 // 100]:.0f} ms")  # fmt: skip
-    if refusals:
-        middle, most = 1e3 * refusals[len(refusals) // 2], 1e3 * refusals[len(refusals) * 99 // 100]
-        print(f"refused    p50 {middle:.1f} ms, p99 {most:.1f} ms")
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(f"the flood itself used {(used.ru_utime + used.ru_stime) / took:.2f} of a core")
-    for words, count in said.most_common():
-        print(f"           {count} x {words}")
+    figures = {
+        "sent": sent,
+        "sent_per_s": sent / took,
+        "answered": len(times),
+        "in_time_per_s": in_time / took,
+        "answered_p50_ms": percentile_ms(times, 50),
+        "answered_p99_ms": percentile_ms(times, 99),
+        "refused": len(refusals),
+        "refused_without_a_reason": unexplained,
+        "refused_p50_ms": percentile_ms(refusals, 50),
+        "refused_p99_ms": percentile_ms(refusals, 99),
+        "without_an_answer": len(tasks),
+        "cores_used_by_the_flood": (used.ru_utime + used.ru_stime) / took,
+        "refusals": dict(said.most_common()),
+    }
+    print(json.dumps(figures))
+
+
+def percentile_ms(times: list[float], percent: int) -> float | None:
+    """A percentile of sorted times in seconds, in milliseconds."""
+    return 1e3 * times[len(times) * percent // 100] if times else None
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
-"""Hostile requests to a gateway: what each is told, how long it takes, what it costs, and whether the server lives on.
+"""Does the gateway withstand hostile requests, and what do they cost?
 
-    python benchmarks/gateway/hostile.py [--only NAME ...] [--bound-mib 768] [--regions WORDS] [--json]
-
-``onnxsplit serve`` runs in a process of its own with --max-body 256M and --max-queue-bytes 64M; two more, one after the
-other, ask for a token and let clients register shared memory. The requests of ``attacks/*_cases.py``
-come one after another, some of them several at once, and those that wait for the server's patience side by side. After
-each a plain request must be answered rightly; a server that does not is replaced, and so is said. A process beside it
-asks /v2/health/live every 20 ms. At the end the server must be ready or say why not, hold no more memory than it may,
-and end with 0 on SIGTERM.
+What each request is told, how long it takes, what memory it costs, and whether the server lives on. ``onnxsplit
+serve`` runs in a process of its own with --max-body 256M and --max-queue-bytes 64M; two more, one after the other, ask
+for a token and let clients register shared memory. The requests of ``attacks/*_cases.py`` come one after another, some
+of them several at once, and those that wait for a timeout of the server side by side. After each, a plain request must
+be answered rightly; a server that does not is replaced, and the row says so. A process beside it asks /v2/health/live
+every 20 ms. At the end the server must be ready or say why not, hold no more memory than it may, and end with 0 on
+SIGTERM.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -23,14 +20,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
-from environment import environment, environment_line
-
+from benchmarks import harness
 from benchmarks.faults.odd import nets
 from benchmarks.gateway.attacks import connection_cases, grpc_cases, http2_cases, http_cases, region_cases
 from benchmarks.gateway.attacks.target import Case, Row, Target, run_case
+
+TAKES = "10 min"
 
 LIVE_S = 0.1
 TOKEN = "sesame-open-yourself-now"
@@ -69,7 +66,7 @@ class Attack:
         return target
 
     def run(self, cases: Sequence[tuple[str, Case]]) -> None:
-        """Fire all; the slow ones last, and at once."""
+        """Fire all cases; the slow ones last, and at once."""
         for kind, case in cases:
             if not case.slow:
                 self._one(kind, [case])
@@ -124,27 +121,26 @@ class Attack:
 
 
 def chosen(cases: dict[str, list[Case]], only: Sequence[str]) -> list[tuple[str, Case]]:
-    """The cases whose names hold one of ``only``, with what carries them."""
+    """The cases whose names hold one of ``only``, each with the protocol that carries it."""
     return [
         (kind, case)
-        for kind, found in cases.items()
-        for case in found
+        for kind, its in cases.items()
+        for case in its
         if not only or any(text in f"{kind}: {case.name}" for text in only)
     ]
 
 
 def main() -> None:
-    """Print the table; exit 1 when something was not as it must be."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the table; exit with 1 when something was not as it must be."""
+    parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--only", action="append", default=[], help="cases whose names hold this; may be repeated")
     parser.add_argument("--bound-mib", type=int, default=768, help="that the server's memory may grow by")
     parser.add_argument("--regions", default="", help="words that let clients register memory named hostile-...")
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     attacks = []
     with tempfile.TemporaryDirectory(prefix="hostile-") as scratch:
-        found = nets.build(Path(scratch), ["chain", "dag", "strings"])
-        plans = [net.plan_folder for net in found]
+        built = nets.build(Path(scratch), ["chain", "dag", "strings"])
+        plans = [net.plan_folder for net in built]
         tokens = Path(scratch) / "tokens"
         tokens.write_text(TOKEN + "\n")
         tokens.chmod(0o600)
@@ -168,7 +164,7 @@ def main() -> None:
         for words, token, cases in servers:
             selected = chosen(cases, given.only)
             if selected:
-                attack = Attack(plans, [*LIMITS, *words], _chain(found[0]), given.bound_mib << 20, token)
+                attack = Attack(plans, [*LIMITS, *words], _chain(built[0]), given.bound_mib << 20, token)
                 attack.run(selected)
                 attacks.append(attack)
     rows = [row for attack in attacks for row in attack.rows]
@@ -180,10 +176,11 @@ def main() -> None:
         "at the end": [problem for attack in attacks for problem in attack.ends] or "as it must be",
     }
     slow = [row for row in rows if row.live_s > LIVE_S]
-    if given.json:
-        print(json.dumps({**result, "rows": [asdict(row) for row in rows], "environment": environment()}))
-    else:
-        _print(result, rows)
+    report = harness.Report(given)
+    report.note(f"{'request':72} {'status':34} {'s':>6} {'MiB':>6} {'live ms':>8}")
+    for row in rows:
+        report.row(asdict(row), _text(row))
+    report.figures(result)
     sys.exit(bool(result["not as they must be"] or slow or any(attack.ends for attack in attacks)))
 
 
@@ -191,18 +188,12 @@ def _chain(net: nets.Net) -> Any:
     return lambda x: (net.answer({"x": x}, ["y"]) or {})["y"]
 
 
-def _print(result: dict[str, Any], rows: list[Row]) -> None:
-    print(environment_line())
-    print(f"{'request':72} {'status':34} {'s':>6} {'MiB':>6} {'live ms':>8}")
-    for row in rows:
-        figures = f"{row.seconds:6.2f} {row.grown_bytes / 2**20:6.0f} {1e3 * row.live_s:8.0f}"
-        print(f"{row.name[:72]:72} {row.said[:34]:34} {figures}")
-        for problem in row.problems:
-            print(f"{'':8}{problem}")
-        if row.live_s > LIVE_S:
-            print(f"{'':8}/v2/health/live took {1e3 * row.live_s:.0f} ms")
-    for name, value in result.items():
-        print(f"{name:32} {value}")
+def _text(row: Row) -> str:
+    figures = f"{row.seconds:6.2f} {row.grown_bytes / 2**20:6.0f} {1e3 * row.live_s:8.0f}"
+    lines = [f"{row.name[:72]:72} {row.said[:34]:34} {figures}", *(f"{'':8}{problem}" for problem in row.problems)]
+    if row.live_s > LIVE_S:
+        lines.append(f"{'':8}/v2/health/live took {1e3 * row.live_s:.0f} ms")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

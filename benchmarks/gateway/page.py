@@ -1,9 +1,7 @@
-"""Pictures of the gateway's page for docs/: idle, loaded, and with a dead stage.
+"""What does the gateway's page look like? It takes the pictures of docs/: idle, loaded, and with a dead stage.
 
-    python benchmarks/gateway/page.py MODEL.plan
-
-serves the plan, takes the pictures with Chromium, and ends. The dead stage is one whose file is hidden, so that it
-cannot be replaced until the file is back.
+It serves a plan and takes the pictures with Chromium (needs playwright). The dead stage is one whose file is hidden, so
+that it cannot be replaced until the file is back.
 """
 
 from __future__ import annotations
@@ -17,22 +15,30 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
-from playwright.sync_api import expect, sync_playwright
 from served import Served
 
-DOCS = ROOT / "docs"
+from benchmarks import harness
+
+TAKES = "2 min"
+
+DOCS = harness.ROOT / "docs"
 
 
 def main() -> None:
-    """See above."""
+    """Take the pictures."""
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("plan", type=Path, metavar="MODEL.plan")
+    given = parser.parse_args()
+    from playwright.sync_api import expect, sync_playwright
+
+    report = harness.Report(given)
     folder = Path(tempfile.mkdtemp())
-    plan = folder / Path(sys.argv[1]).name
-    shutil.copytree(sys.argv[1], plan)
+    plan = folder / given.plan.name
+    shutil.copytree(given.plan, plan)
     name = plan.name.removesuffix(".plan")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ)
     with (
         Served(plan.name, "--replicas", "1=2", environment=environment, folder=folder) as server,
         sync_playwright() as started,
@@ -65,7 +71,7 @@ def main() -> None:
         os.kill(int(title.split()[1]), signal.SIGKILL)
         page.wait_for_selector(".graph .box.down", timeout=20_000)
         time.sleep(4)
-        page.evaluate(  # where this was run is nobody's business
+        page.evaluate(  # the folder is of no interest
             "folder => { for (const part of document.querySelector('.trouble').childNodes)"
             " part.textContent = part.textContent.replaceAll(folder, '…'); }",
             str(folder),
@@ -78,6 +84,8 @@ def main() -> None:
             caller.join()
         browser.close()
     shutil.rmtree(folder)
+    written = sorted(str(path) for path in DOCS.glob("page-*.png"))
+    report.row({"written": written}, f"Wrote {', '.join(written)}")
 
 
 if __name__ == "__main__":

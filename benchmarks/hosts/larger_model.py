@@ -1,11 +1,10 @@
-"""A model larger than any node: cut, sent by hash, loaded and served where one session cannot even open it.
+"""Can a pipeline serve a model that is larger than any of its nodes?
 
-    python benchmarks/hosts/larger_model.py [--gigabytes 6] [--limit-gigabytes 2.5] [--stages 4] [--folder DIR] [--json]
-
-Needs root and the kernel's memory controller: every process is held to the limit twice, by its control group (page
-cache counted) and by its address space. One session of the whole model cannot even map its weights in that address
-space; held by the group alone, it is killed by the kernel when it packs them. Nodes fetch their stages into a cache of
-their own, over links with keys. Needs four times the model's size of disk.
+The model is cut, sent by hash, loaded and served where one session cannot even open it. Needs root and the kernel's
+memory controller: every process is held to the limit twice, by its control group (page cache counted) and by its
+address space. One session of the whole model cannot even map its weights in that address space; held by the group
+alone, it is killed by the kernel when it packs them. Nodes fetch their stages into a cache of their own, over links
+with keys. Needs four times the model's size of disk.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
-from environment import benchmark, environment_line
-
+from benchmarks import example_models, harness
+from benchmarks.example_models import LARGE_WIDTH
 from onnxsplit.plan_files import load_plan
 from runtime.wire.keys import create_for
 
-WIDTH = 4096
+TAKES = "10 min"
+
 PORT = 5700
 
 
 @contextmanager
 def limited(name: str, limit_bytes: int) -> Iterator[Path]:
-    """A group of processes that may not take more memory together."""
+    """A control group of processes that may not take more memory together."""
     first = Path("/sys/fs/cgroup/memory")
     group = (first if first.is_dir() else Path("/sys/fs/cgroup")) / f"onnxsplit-{os.getpid()}-{name}"
     group.mkdir()
@@ -56,8 +55,8 @@ def limited(name: str, limit_bytes: int) -> Iterator[Path]:
 def started(
     group: Path, *words: object, cache: Path, log: Path | None = None, space: int | None = None
 ) -> subprocess.Popen[Any]:
-    """A command of this Python in a group, with so much address space."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
+    """Start this Python with some words in a group, with so much address space."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     stream = log.open("wb") if log is not None else subprocess.DEVNULL
     narrow = f"ulimit -v {space >> 10} && " if space is not None else ""
     join = f'{narrow}echo $$ > {group}/cgroup.procs && exec "$@"'
@@ -66,7 +65,7 @@ def started(
 
 
 class Peak:
-    """The largest anonymous and whole memory of some processes, looked at ten times a second."""
+    """The largest anonymous and resident memory of some processes, sampled ten times a second."""
 
     def __init__(self, pids: dict[str, int]) -> None:
         self.pids, self.anonymous, self.resident = pids, dict.fromkeys(pids, 0), dict.fromkeys(pids, 0)
@@ -100,42 +99,42 @@ from pathlib import Path
 from onnxsplit.session import open_session
 session = open_session(Path(sys.argv[1]), threads=1)
 np.save(sys.argv[2], session.run({'x': np.ones((1, WIDTH), np.float32)})[session.outputs[0][0]])
-""".replace("WIDTH", str(WIDTH))
+""".replace("WIDTH", str(LARGE_WIDTH))
 
 
-def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Everything."""
-    limit = int(given.limit_gigabytes * (1 << 30))
-    model = benchmark("cutting/large_models").make(place, given.gigabytes)
-    found: dict[str, Any] = {"model_bytes": (place / "weights.bin").stat().st_size, "limit_bytes": limit}
-    subprocess.run(["sh", "-c", "sync; echo 3 > /proc/sys/vm/drop_caches"], check=True)
-    begun = time.monotonic()
-    with (place / "weights.bin").open("rb") as stream:
-        while stream.read(16 << 20):
-            pass
-    found["read_s"] = time.monotonic() - begun
+def whole(model: Path, limit: int, place: Path) -> dict[str, Any]:
+    """Try one session of the whole model under each limit; its outputs are in ``whole.npy`` afterwards."""
+    figures: dict[str, Any] = {}
     for name, space in (("address_space", limit), ("group_alone", None)):
         with limited("whole", limit) as group:
             begun = time.monotonic()
             log = place / f"whole-{name}.log"
-            whole = started(group, "-c", WHOLE, model, place / "whole.npy", cache=place, space=space, log=log)
-            found[f"whole_under_{name}"] = status(whole.wait(900))
-            found[f"whole_under_{name}_s"] = time.monotonic() - begun
-            found[f"whole_under_{name}_said"] = (log.read_text().splitlines() or [""])[-1][-150:]
+            process = started(group, "-c", WHOLE, model, place / "whole.npy", cache=place, space=space, log=log)
+            figures[f"whole_under_{name}"] = status(process.wait(900))
+            figures[f"whole_under_{name}_s"] = time.monotonic() - begun
+            figures[f"whole_under_{name}_said"] = (log.read_text().splitlines() or [""])[-1][-150:]
     if not (place / "whole.npy").exists():  # what the answers are compared with comes from a process without limits
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-P", "-c", WHOLE, str(model), str(place / "whole.npy")]
-        subprocess.run(command, env=environment, check=True)
-    plan = place / "m.plan"
+        subprocess.run([sys.executable, "-P", "-c", WHOLE, str(model), str(place / "whole.npy")], check=True)
+    return figures
+
+
+def cut(model: Path, limit: int, place: Path, stages: int) -> dict[str, Any]:
+    """Cut the model under the limit into ``m.plan``."""
     with limited("planner", limit) as group:
         begun = time.monotonic()
-        words = ["-m", "onnxsplit", "partition", model, "-o", plan, "--stages", given.stages, "--costs", "analytic"]
-        planner = started(group, *words, "--dim", "batch=1", cache=place, log=place / "planner.log")
+        words = ["-m", "onnxsplit", "partition", model, "-o", place / "m.plan", "--stages", stages]
+        words += ["--costs", "analytic", "--dim", "batch=1"]
+        planner = started(group, *words, cache=place, log=place / "planner.log")
         with Peak({"planner": planner.pid}) as peak:
             code = planner.wait(1200)
         if code:
             sys.exit((place / "planner.log").read_text())
-        found |= {"plan_s": time.monotonic() - begun, "planner_bytes": peak.resident["planner"]}
+        return {"plan_s": time.monotonic() - begun, "planner_bytes": peak.resident["planner"]}
+
+
+def serve(limit: int, place: Path) -> dict[str, Any]:
+    """Serve ``m.plan`` by nodes that are held to the limit each, and compare the answers with ``whole.npy``."""
+    plan = place / "m.plan"
     create_for(place / "keys", ("node",))
     with ExitStack() as stack:
         address = f"tcp://127.0.0.1:{PORT}"
@@ -149,9 +148,8 @@ def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
             words = ["-m", "onnxsplit", "node", "--connect", address, "--keys", place / "keys" / "node", "--fetch"]
             words += ["--stage", stage.index, "--no-shared-memory"]
             log, cache = place / f"node{stage.index}.log", place / f"cache{stage.index}"
-            node = started(group, *words, cache=cache, log=log, space=limit)
-            nodes.append(node)
-            pids[f"node {stage.index}"] = node.pid
+            nodes.append(started(group, *words, cache=cache, log=log, space=limit))
+            pids[f"node {stage.index}"] = nodes[-1].pid
         with Peak(pids) as peak:
             code = caller.wait(1200)
         for node in nodes:
@@ -160,9 +158,22 @@ def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
         text = (place / "caller.log").read_text()
         if code:
             sys.exit(text + "".join((place / f"node{n}.log").read_text()[-1500:] for n in range(len(nodes))))
-        found |= json.loads(text.splitlines()[-1])
-        found |= {"anonymous_bytes": peak.anonymous, "resident_bytes": peak.resident}
-    return found
+        answer: dict[str, Any] = json.loads(text.splitlines()[-1])
+        return answer | {"anonymous_bytes": peak.anonymous, "resident_bytes": peak.resident}
+
+
+def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """Make the model, read it, try it whole, cut it and serve it."""
+    limit = int(given.limit_gigabytes * (1 << 30))
+    model = example_models.large(place, given.gigabytes)
+    figures: dict[str, Any] = {"model_bytes": (place / "weights.bin").stat().st_size, "limit_bytes": limit}
+    subprocess.run(["sh", "-c", "sync; echo 3 > /proc/sys/vm/drop_caches"], check=True)
+    begun = time.monotonic()
+    with (place / "weights.bin").open("rb") as stream:
+        while stream.read(16 << 20):
+            pass
+    figures["read_s"] = time.monotonic() - begun
+    return figures | whole(model, limit, place) | cut(model, limit, place, given.stages) | serve(limit, place)
 
 
 CALLER = """
@@ -181,39 +192,27 @@ with Pipeline.listen(plan, bind=bind, keys=Path(keys), shared_memory=False, star
     for future in [pipeline.submit(one) for _ in range(20)]:
         future.result()
     print(json.dumps({'ready_s': ready, 'difference': difference, 'per_s': 20 / (time.monotonic() - begun)}))
-""".replace("WIDTH", str(WIDTH))
+""".replace("WIDTH", str(LARGE_WIDTH))
 
 
 def status(code: int) -> str:
-    """An exit status in words."""
+    """Say in words how a process ended."""
     return "ran" if code == 0 else f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=int, default=6)
-    parser.add_argument("--limit-gigabytes", type=float, default=2.5)
+    """Print the figures."""
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("--gigabytes", type=int, default=6, help="size of the model")
+    parser.add_argument("--limit-gigabytes", type=float, default=2.5, help="memory of each process")
     parser.add_argument("--stages", type=int, default=6)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where the model is made")
     given = parser.parse_args()
     if os.geteuid() != 0:
-        sys.exit("limits of memory need root")
+        sys.exit("Limits of memory need root.")
+    report = harness.Report(given)
     with tempfile.TemporaryDirectory(prefix="onnxsplit-larger-", dir=given.folder) as scratch:
-        found = measure(given, Path(scratch))
-    if given.json:
-        print(json.dumps(found))
-        return
-    print(environment_line() + "\n")
-    for name, value in found.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {size / (1 << 20):.0f} MiB" for key, size in value.items())
-        elif name.endswith("_bytes"):
-            value = f"{value / (1 << 20):.0f} MiB"
-        elif isinstance(value, float):
-            value = f"{value:.3g}"
-        print(f"{name:24} {value}")
+        report.figures(measure(given, Path(scratch)))
 
 
 if __name__ == "__main__":

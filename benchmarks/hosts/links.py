@@ -1,11 +1,10 @@
-"""Three hosts, as network namespaces, and a switch between them that is fast, lossy, far, slow, or cut.
+"""Does a cut that is made for slow, lossy or far links between hosts pay, and do pipelines survive a cut link?
 
-    python benchmarks/hosts/links.py [MODEL] [--slices 6] [--links lan,loss,far,slow] [--json]
-
-Needs root, for namespaces and for the kernel's CPU controller: each host has SHARE of a core, so that three of them,
-the caller and the switch find room on two. Hosts share no memory; nodes fetch their stages; all links have keys. At
-each link speed agents measure the hosts, a cut is made for what they found and one as if links were free, and both
-run in turn. Then a host's link is cut for ten seconds under load, and a host is frozen.
+Three hosts, as network namespaces, and a switch between them (hosts/switch.py). Needs root, for namespaces and for the
+kernel's CPU controller: each host has SHARE of a core, so that three of them, the caller and the switch find room on
+two. Hosts share no memory; nodes fetch their stages; all links have keys. At each link speed agents measure the hosts,
+a cut is made for what they measured and one as if links were free, and both run in turns. Then the link of a host is
+cut for ten seconds under load, and a host is frozen.
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
-import numpy as np
-from environment import benchmark, environment_line
+from benchmarks import example_models, harness
+
+TAKES = "15 min"
 
 HOSTS = ("h1", "h2", "h3")
 SHARE = 0.4  # of a core, for each host
@@ -45,13 +45,13 @@ PORT = 5600
 
 
 def run(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A command that must succeed."""
+    """Run a command that must succeed."""
     return subprocess.run([*map(str, words)], check=True, text=True, **options)
 
 
 @contextmanager
 def network():
-    """Three namespaces and the switch; gives the switch's process and its addresses."""
+    """Three namespaces and the switch; gives the process of the switch and the names of the namespaces."""
     names = {host: f"onnxsplit-{os.getpid()}-{host}" for host in (*HOSTS, "switch")}
     process = None
     try:
@@ -83,7 +83,7 @@ def network():
 
 
 def tell(switch: subprocess.Popen[str], *commands: str) -> None:
-    """Have the switch do something."""
+    """Send commands to the switch."""
     for command in commands:
         switch.stdin.write(command + "\n")
         switch.stdin.flush()
@@ -94,28 +94,27 @@ class Hosts:
     """Processes on the three hosts, each host held to its share of a core."""
 
     def __init__(self, names: dict[str, str], folder: Path, stack: ExitStack) -> None:
-        self._names, self._folder, self._stack = names, folder, stack
+        self.names, self._folder, self._stack = names, folder, stack
 
     def start(self, host: str, *words: object, hold: bool = True, log: Path | None = None) -> subprocess.Popen[Any]:
-        """A command of onnxsplit there, as a process that ends with the benchmark."""
-        environment = {**os.environ, "XDG_CACHE_HOME": str(self._folder / f"cache-{host}"), "PYTHONPATH": str(ROOT)}
-        command = ["ip", "netns", "exec", self._names[host], sys.executable, "-P", "-m", "onnxsplit", *map(str, words)]
+        """Start a command of onnxsplit on a host; the process ends with the benchmark."""
+        environment = {**os.environ, "XDG_CACHE_HOME": str(self._folder / f"cache-{host}")}
+        command = ["ip", "netns", "exec", self.names[host], sys.executable, "-P", "-m", "onnxsplit", *map(str, words)]
         stream = log.open("ab") if log is not None else subprocess.DEVNULL
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
         self._stack.callback(lambda: (process.kill(), process.wait()))
         if hold:
-            self._stack.enter_context(benchmark("balance/devices").held(process.pid, SHARE))
+            self._stack.enter_context(harness.held(process.pid, SHARE))
         return process
 
     def here(self, *words: object) -> str:
-        """A command of onnxsplit on h1, run to its end; its output."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = ["ip", "netns", "exec", self._names["h1"], sys.executable, "-P", "-m", "onnxsplit", *map(str, words)]
-        return run(*command, env=environment, capture_output=True).stdout
+        """Run a command of onnxsplit on h1; its output."""
+        command = ["ip", "netns", "exec", self.names["h1"], sys.executable, "-P", "-m", "onnxsplit", *map(str, words)]
+        return run(*command, capture_output=True).stdout
 
 
 def measured_cluster(hosts: Hosts, model: Path, dims: dict[str, int], folder: Path) -> Any:
-    """What agents find."""
+    """The cluster as agents on the hosts measure it."""
     from onnxsplit.cluster import Cluster, Device
     from onnxsplit.cluster_files import load_cluster
 
@@ -136,17 +135,13 @@ def measured_cluster(hosts: Hosts, model: Path, dims: dict[str, int], folder: Pa
 
 
 def caller(folder: Path, plan: Path, port: int) -> None:
-    """What runs on h1: the coordinator and the load; commands on standard input, a line of JSON for each answer."""
+    """Run the coordinator and the load on h1: seconds on standard input, a line of JSON for each."""
     from onnxsplit.npz import load_npz
-    from onnxsplit.plan_files import example_file, load_plan
     from runtime import Pipeline
 
-    inputs = load_npz(example_file(plan, load_plan(plan)))
+    inputs = harness.example(plan)
     wanted = load_npz(folder / "wanted.npz")  # of the whole model
     wrong = 0
-
-    def right(found: dict[str, Any]) -> bool:
-        return all(np.allclose(found[n], a, rtol=0, atol=1e-4 * np.abs(a).max()) for n, a in wanted.items())
 
     bind = f"tcp://10.77.0.1:{port}"
     with Pipeline.listen(plan, bind=bind, keys=folder / "keys" / "coordinator", shared_memory=False) as pipeline:
@@ -157,22 +152,22 @@ def caller(folder: Path, plan: Path, port: int) -> None:
             count, begun, slowest = 0, time.monotonic(), 0.0
             while time.monotonic() - begun < seconds:
                 asked = time.monotonic()
-                wrong += not right(pending.pop(0).result(120))
+                wrong += not harness.right(pending.pop(0).result(120), wanted)
                 slowest = max(slowest, time.monotonic() - asked)
                 count += 1
                 pending.append(pipeline.submit(inputs))
             elapsed = time.monotonic() - begun
             for future in pending:
-                wrong += not right(future.result(120))
+                wrong += not harness.right(future.result(120), wanted)
             stories = [incident.story.splitlines()[0] for incident in pipeline.incidents]
             answer = {"per_s": count / elapsed, "answered": count + len(pending), "wrong": wrong, "slowest_s": slowest}
             print(json.dumps({**answer, "incidents": stories, "retries": pipeline.retries}), flush=True)
 
 
 class Running:
-    """A plan on the three hosts."""
+    """A pipeline on the three hosts."""
 
-    def __init__(self, hosts: Hosts, folder: Path, plan: Path, port: int, names: dict[str, str]) -> None:
+    def __init__(self, hosts: Hosts, folder: Path, plan: Path, port: int) -> None:
         from onnxsplit.plan_files import load_plan
 
         self.plan = load_plan(plan)
@@ -183,7 +178,7 @@ class Running:
                 words += ["--host", host, "--fetch", "--no-shared-memory", "--stage", stage.index]
                 log = folder / f"{plan.stem}-{stage.index}.log"
                 self.nodes.append((host, hosts.start(host, *words, log=log), log))
-        command = ["ip", "netns", "exec", names["h1"], sys.executable, __file__, "--caller", str(folder)]
+        command = ["ip", "netns", "exec", hosts.names["h1"], sys.executable, __file__, "--caller", str(folder)]
         self._caller = subprocess.Popen(
             [*command, "--plan", str(plan), "--port", str(port)],
             stdin=subprocess.PIPE,
@@ -193,21 +188,21 @@ class Running:
         self.said = json.loads(self._caller.stdout.readline())
 
     def begin(self, seconds: float) -> None:
-        """Load it for a while."""
+        """Begin to load it for so many seconds."""
         self._caller.stdin.write(f"{seconds}\n")
         self._caller.stdin.flush()
 
     def end(self) -> dict[str, Any]:
-        """What came of it."""
+        """Wait for the end of the load; its figures."""
         return json.loads(self._caller.stdout.readline())
 
     def load(self, seconds: float) -> dict[str, Any]:
-        """Both."""
+        """Load it for so many seconds; the figures."""
         self.begin(seconds)
         return self.end()
 
     def close(self) -> None:
-        """End it."""
+        """End all its processes."""
         self._caller.stdin.close()
         self._caller.wait(20)
         for _, node, _ in self.nodes:
@@ -216,12 +211,11 @@ class Running:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="resnet50")
-    parser.add_argument("--slices", type=int, default=6)
-    parser.add_argument("--links", default=",".join(LINKS))
-    parser.add_argument("--no-faults", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("model", nargs="?", default="resnet50", metavar="NAME|MODEL.onnx")
+    parser.add_argument("--slices", type=int, default=6, help="of 4 s for each cut")
+    parser.add_argument("--links", default=",".join(LINKS), help="names with commas between")
+    parser.add_argument("--no-faults", action="store_true", help="cut no link and freeze no host")
     parser.add_argument("--caller", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -231,43 +225,26 @@ def main() -> None:
         return
     if os.geteuid() != 0 or shutil.which("ip") is None:
         sys.exit("namespaces need root and iproute2 (apt-get install iproute2)")
+    report = harness.Report(
+        given, link="28", measured="22", cut_for="7", hosts="10", predicted_per_s="15.1f", per_s="6.1f",
+        of_predicted="12.2f", wrong="5", answered="8", planned_over_free="19",
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
-        found = measure(given, Path(scratch))
-    if given.json:
-        print(json.dumps(found))
-        return
-    print(environment_line())
-    print("\n| links | measured | cut for | devices | predicted /s | measured /s | of predicted | wrong |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in found["links"]:
-        for kind in ("planned", "free"):
-            one = row[kind]
-            print(
-                f"| {row['link']} | {row['measured']} | {kind} | {one['hosts']} | {one['predicted_per_s']:.1f} "
-                f"| {one['per_s']:.1f} | {one['per_s'] / one['predicted_per_s']:.2f} "
-                f"| {one['wrong']} of {one['answered']} |"
-            )
-        print(f"| | | planned over free | | | {row['ratio']:.2f} ({row['least']:.2f}-{row['most']:.2f}) | | |")
-    for row in found["faults"]:
-        print(f"\n{row['what']}: {row['caller']}")
-        print(f"  coordinator: {'; '.join(row['incidents'])}")
-        print(f"  node: {'; '.join(row['node'])}")
+        measure(given, report, Path(scratch))
 
 
-def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything."""
+def measure(given: argparse.Namespace, report: harness.Report, folder: Path) -> None:
+    """Print a row for each link and cut, and then one for each fault."""
     from onnxsplit.npz import save_npz
-    from onnxsplit.planning.options import CutOptions
-    from onnxsplit.planning.planner import write_plan
     from onnxsplit.planning.subject import examine
     from onnxsplit.session import open_session
     from runtime.wire.keys import create_for
 
     create_for(folder / "keys", HOSTS)
-    model, dims = benchmark("data_path/throughput").model_of(given.model, folder)
+    model, dims = example_models.named(given.model, folder)
     subject = examine(model, dims=dims, threads=1)
     save_npz(folder / "wanted.npz", open_session(model, threads=1).run(subject.inputs))
-    found: dict[str, Any] = {"model": given.model, "links": [], "faults": []}
+    broken: list[dict[str, Any]] = []
     with network() as (switch, names):
         for number, key in enumerate(given.links.split(",")):
             words, rate, delay, loss = LINKS[key]
@@ -276,51 +253,58 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 hosts = Hosts(names, folder, stack)
                 cluster = measured_cluster(hosts, model, dims, folder)
                 link = cluster.links["h1", "h2"]
-                row: dict[str, Any] = {
-                    "link": words,
-                    "measured": f"{link.bytes_per_s * 8e-6:.0f} Mbit/s, {link.delay_ns / 1e6:.2f} ms",
-                }
-                # Speeds are beside the first device's, which has SHARE of the core that costs were measured on.
-                devices = tuple(replace(device, speed=device.speed * SHARE) for device in cluster.devices)
-                running = {}
-                for kind, there in (
-                    ("planned", replace(cluster, devices=devices)),
-                    ("free", replace(cluster, devices=devices, links={}, caller=None)),
-                ):
-                    file = folder / f"{kind}.toml"
-                    file.write_text(there.to_toml())
-                    plan = folder / f"{key}-{kind}.plan"
-                    write_plan(subject, plan, CutOptions(cluster=file, rounds=1))
-                    running[kind] = Running(hosts, folder, plan, PORT + 2 * number + (kind == "free"), names)
-                rates: dict[str, list[dict[str, Any]]] = {kind: [] for kind in running}
-                for pipeline in running.values():
-                    pipeline.load(SLICE_S / 2)
-                for _ in range(given.slices):
-                    for kind, pipeline in running.items():
-                        rates[kind].append(pipeline.load(SLICE_S))
-                for kind, pipeline in running.items():
-                    row[kind] = {
-                        "hosts": " ".join("+".join(stage.hosts) for stage in pipeline.plan.stages),
-                        "predicted_per_s": pipeline.plan.prediction.throughput_per_s,
-                        "per_s": statistics.median(one["per_s"] for one in rates[kind]),
-                        "answered": sum(one["answered"] for one in rates[kind]),
-                        "wrong": rates[kind][-1]["wrong"],
-                        "inflight": pipeline.said["inflight"],
-                    }
-                ratios = [a["per_s"] / b["per_s"] for a, b in zip(rates["planned"], rates["free"], strict=True)]
-                row |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-                found["links"].append(row)
-                print(json.dumps(row), file=sys.stderr)
+                measured = f"{link.bytes_per_s * 8e-6:.0f} Mbit/s, {link.delay_ns / 1e6:.2f} ms"
+                running = started(subject, cluster, hosts, folder, key, PORT + 2 * number)
+                for row in compared(running, given.slices):
+                    report.row({"link": words, "measured": measured, **row})
                 if key == "lan" and not given.no_faults:
-                    found["faults"] = faults(switch, running["free"])
-                    print(json.dumps(found["faults"]), file=sys.stderr)
+                    broken = faults(switch, running["free"])
                 for pipeline in running.values():
                     pipeline.close()
-    return found
+    for row in broken:
+        text = [f"\n{row['what']}: {row['caller']}", f"  coordinator: {'; '.join(row['incidents'])}"]
+        report.row(row, "\n".join([*text, f"  node: {'; '.join(row['node'])}"]))
+
+
+def started(subject: Any, cluster: Any, hosts: Hosts, folder: Path, key: str, port: int) -> dict[str, Running]:
+    """A cut for the measured links and one as if links were free, both running on the hosts."""
+    from onnxsplit.planning.options import CutOptions
+    from onnxsplit.planning.planner import write_plan
+
+    # Speeds are beside the first device's, which has SHARE of the core that costs were measured on.
+    devices = tuple(replace(device, speed=device.speed * SHARE) for device in cluster.devices)
+    running = {}
+    for kind, there in (
+        ("planned", replace(cluster, devices=devices)),
+        ("free", replace(cluster, devices=devices, links={}, caller=None)),
+    ):
+        file, plan = folder / f"{kind}.toml", folder / f"{key}-{kind}.plan"
+        file.write_text(there.to_toml())
+        write_plan(subject, plan, CutOptions(cluster=file, rounds=1))
+        running[kind] = Running(hosts, folder, plan, port + (kind == "free"))
+    return running
+
+
+def compared(running: dict[str, Running], slices: int) -> Iterator[dict[str, Any]]:
+    """Load both cuts in turns; a row for each."""
+    loads = harness.in_turns({kind: lambda p=p: p.load(SLICE_S) for kind, p in running.items()}, slices)
+    rates = {kind: [one["per_s"] for one in each] for kind, each in loads.items()}
+    for kind, pipeline in running.items():
+        predicted, per_s = pipeline.plan.prediction.throughput_per_s, statistics.median(rates[kind])
+        yield {
+            "cut_for": kind,
+            "hosts": " ".join("+".join(stage.hosts) for stage in pipeline.plan.stages),
+            "predicted_per_s": predicted,
+            "per_s": per_s,
+            "of_predicted": per_s / predicted,
+            "wrong": loads[kind][-1]["wrong"],
+            "answered": sum(one["answered"] for one in loads[kind]),
+            "planned_over_free": str(harness.ratio(rates["planned"], rates["free"])) if kind == "free" else None,
+        }
 
 
 def faults(switch: subprocess.Popen[str], running: Running) -> list[dict[str, Any]]:
-    """A link that is cut for ten seconds, and a host that is frozen for as long, under load."""
+    """Cut a link for ten seconds, and freeze a host for as long, under load."""
     host, node, log = next(one for one in running.nodes if one[0] != "h1")
     number = HOSTS.index(host)
     rows = []

@@ -2,10 +2,10 @@
 
     ip netns exec NS python switch.py INTERFACE [INTERFACE ...] --rate 1e9 --delay-ms 1 --loss 0
 
-What the kernel's netem would do, where the kernel has none. Each interface's frames leave one after the other at the
-rate, arrive after the delay, and are dropped when the queue is longer than 100 ms. Segments that the kernel leaves to
-the network card to cut travel whole; their loss is that of all their packets. Commands come on standard input, a line
-each: ``cut NUMBER`` and ``mend NUMBER`` of an interface, ``rate BITS``, ``delay MS``, ``loss SHARE``.
+It does what the kernel's netem does, where the kernel has none. Each interface's frames leave one after the other at
+the rate, arrive after the delay, and are dropped when the queue is longer than 100 ms. Segments that the kernel leaves
+to the network card to cut travel whole; their loss is that of all their packets. Commands come on standard input, a
+line each: ``cut NUMBER`` and ``mend NUMBER`` of an interface, ``rate BITS``, ``delay MS``, ``loss SHARE``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Wire:
         return port
 
     def take(self, source: int, now: float) -> None:
-        """All frames that an interface has."""
+        """Take all frames that an interface has."""
         while True:
             try:
                 frame = self.ports[source].recv(LARGEST)
@@ -72,7 +72,7 @@ class Wire:
             heapq.heappush(self.due, (self.free_at[source] + self.delay_s, self.count, source, frame))
 
     def give(self, now: float) -> None:
-        """What is due."""
+        """Send the frames that are due."""
         while self.due and self.due[0][0] <= now:
             _, _, source, frame = heapq.heappop(self.due)
             home = self.homes.get(frame[HEADER : HEADER + 6])
@@ -84,7 +84,7 @@ class Wire:
                         self.dropped += 1
 
     def obey(self, line: str) -> None:
-        """A command."""
+        """Obey one command."""
         what, value = line.split()
         if what == "cut":
             self.cut.add(int(value))
@@ -98,7 +98,7 @@ class Wire:
             self.loss = float(value)
 
     def run(self) -> None:
-        """Until standard input ends."""
+        """Pass frames on until standard input ends."""
         poll = select.epoll()
         numbers = {port.fileno(): number for number, port in enumerate(self.ports)}
         for descriptor in (*numbers, sys.stdin.fileno()):
@@ -118,7 +118,7 @@ class Wire:
 
 
 def main() -> None:
-    """Parse, run."""
+    """Start the switch."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("interfaces", nargs="+")
     parser.add_argument("--rate", type=float, default=1e9, help="bits a second")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from peer import Plan
-
-ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
@@ -21,7 +17,7 @@ def served(plan: Plan) -> Iterator[dict[str, str]]:
     command = [sys.executable, "-P", "-m", "onnxsplit", "serve", str(plan.folder), "--json", "--threads", "1"]
     server = subprocess.Popen(
         [*command, "--http-port", "0", "--grpc-port", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         assert server.stdout is not None

@@ -25,13 +25,14 @@ Send = Callable[[], float]
 
 
 def zmq_receiver(address: str, back: str) -> None:
-    """Answers each message with the time at which it had it."""
+    """Say where it can be reached, then answer each message with the time at which it had it."""
     import zmq
 
     context = zmq.Context()
     pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     pull.bind(address)
     push.connect(back)
+    push.send(pull.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0"))
     while True:
         frames = pull.recv_multipart(copy=False)
         push.send(time.monotonic_ns().to_bytes(8, "little"))
@@ -44,17 +45,15 @@ def zmq_sender(kind: str, size: int) -> Iterator[Send]:
     import zmq
 
     with tempfile.TemporaryDirectory() as folder:
-        address, back = f"ipc://{folder}/there", f"ipc://{folder}/here"
+        back = f"ipc://{folder}/here"
         context = zmq.Context()
         pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-        if kind == "zmq-tcp":
-            probe = context.socket(zmq.PULL)
-            address = f"tcp://127.0.0.1:{probe.bind_to_random_port('tcp://127.0.0.1')}"
-            probe.close(linger=0)
+        pull.rcvtimeo = 30_000  # an error when the receiver does not answer
         pull.bind(back)
-        push.connect(address)
+        address = "tcp://127.0.0.1:*" if kind == "zmq-tcp" else f"ipc://{folder}/there"
         process = multiprocessing.Process(target=zmq_receiver, args=(address, back), daemon=True)
         process.start()
+        push.connect(pull.recv().decode())
         payload = np.ones(size, np.uint8)
 
         def send() -> float:

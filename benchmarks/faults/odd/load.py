@@ -269,42 +269,43 @@ def asks(net: Net, source: np.random.Generator, count: int, kinds: Sequence[str]
         yield ask
 
 
-def callers(
-    pipeline: Pipeline, net: Net, ledger: Ledger, *, requests: int, threads: int, kinds: Sequence[str], seed: int,
-    patience_s: float, may: Errors = (), harms: bool = False, odd: float = 0.6,
-) -> tuple[list[Caller], list[threading.Thread]]:  # fmt: skip
-    """Start threads that ask ``requests`` in all."""
-    started: tuple[list[Caller], list[threading.Thread]] = ([], [])
-    for number in range(threads):
-        source = np.random.default_rng([seed, number])
-        share = requests // threads + (number < requests % threads)
-        caller = Caller(pipeline, net, ledger, source, patience_s=patience_s, may=may, harms=harms)
-        thread = threading.Thread(
-            target=caller.run, args=(asks(net, source, share, kinds, odd),), name=f"caller {number}", daemon=True
-        )
-        started[0].append(caller)
-        started[1].append(thread)
-        thread.start()
-    return started
+class Callers:
+    """Threads that ask ``requests`` in all; ``may``, ``harms`` and ``patience_s`` as a :class:`Caller` takes them."""
 
+    def __init__(
+        self, pipeline: Pipeline, net: Net, ledger: Ledger, *, requests: int, threads: int, kinds: Sequence[str],
+        seed: int, patience_s: float, may: Errors = (), harms: bool = False, odd: float = 0.6,
+    ) -> None:  # fmt: skip
+        self._ledger, self._patience_s = ledger, patience_s
+        self._callers: list[Caller] = []
+        self._threads: list[threading.Thread] = []
+        for number in range(threads):
+            source = np.random.default_rng([seed, number])
+            share = requests // threads + (number < requests % threads)
+            caller = Caller(pipeline, net, ledger, source, patience_s=patience_s, may=may, harms=harms)
+            work = asks(net, source, share, kinds, odd)
+            self._callers.append(caller)
+            self._threads.append(
+                threading.Thread(target=caller.run, args=(work,), name=f"caller {number}", daemon=True)
+            )
+            self._threads[-1].start()
 
-def joined(made: list[Caller], threads: list[threading.Thread], ledger: Ledger, patience_s: float) -> None:
-    """Wait for callers; one that is held in ``submit`` for too long breaks the run."""
-    while any(thread.is_alive() for thread in threads) and not ledger.broken.is_set():
-        for thread in threads:
-            thread.join(0.05)
-        if any(held(made, patience_s + 5)):
-            ledger.broken.set()
-    if ledger.broken.is_set():
-        for kind, seconds in held(made, 1.0):
-            ledger.fault(f"submit has not returned after {seconds:.0f} s", kind, "hanging")
+    def join(self) -> None:
+        """Wait for all; one that is held in ``submit`` for too long breaks the run."""
+        while any(thread.is_alive() for thread in self._threads) and not self._ledger.broken.is_set():
+            for thread in self._threads:
+                thread.join(0.05)
+            if self._held(self._patience_s + 5):
+                self._ledger.broken.set()
+        if self._ledger.broken.is_set():
+            for kind, seconds in self._held(1.0):
+                self._ledger.fault(f"submit has not returned after {seconds:.0f} s", kind, "hanging")
 
-
-def held(made: list[Caller], seconds: float) -> list[tuple[str, float]]:
-    """The kinds of requests that are in ``submit`` for longer, and for how long."""
-    now = time.monotonic()
-    doing = [entry for caller in made for entry in list(caller.doing.values())]
-    return [(kind, now - since) for kind, since in doing if now - since > seconds]
+    def _held(self, seconds: float) -> list[tuple[str, float]]:
+        """The kinds of requests that are in ``submit`` for longer, and for how long."""
+        now = time.monotonic()
+        doing = [entry for caller in self._callers for entry in list(caller.doing.values())]
+        return [(kind, now - since) for kind, since in doing if now - since > seconds]
 
 
 # Harm

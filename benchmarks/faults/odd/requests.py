@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import decimal
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -432,3 +432,12 @@ KINDS: dict[str, Kind] = {
     }.items()
 }
 """The odd kinds of requests by name."""
+
+
+def selected(only: Sequence[str], without: Sequence[str]) -> tuple[str, ...]:
+    """The kinds whose names hold one of ``only``, and none of ``without``."""
+    return tuple(
+        name
+        for name in KINDS
+        if (not only or any(text in name for text in only)) and not any(text in name for text in without)
+    )

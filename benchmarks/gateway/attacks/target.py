@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from served import Served
 
 LONG_BYTES = 64 << 10
 """No error's text may be longer."""
@@ -45,19 +45,9 @@ class Target:
     ) -> None:
         self.shown = {"Authorization": f"Bearer {token}"} if token else {}
         self._chain = chain
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the server
-        command = [sys.executable, "-P", "-m", "onnxsplit", "serve", "--json", "--http-port", "0", "--grpc-port", "0"]
-        self.process = subprocess.Popen(
-            [*command, *map(str, plans), *words], stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line or "error" in json.loads(line):
-            self.process.wait(30)
-            raise RuntimeError(f"the server did not start: {line}{self.log()}")
-        said = json.loads(line)
-        self.host, self.port = "127.0.0.1", int(said["http"].rpartition(":")[2])
-        self.grpc = str(said["grpc"])
+        self._served = Served(*plans, *words, environment=dict(os.environ))
+        self.process, self.grpc = self._served.process, self._served.grpc
+        self.host, self.port = "127.0.0.1", int(self._served.host.rpartition(":")[2])
         self.answers: list[tuple[float, float, str]] = []
         self._live = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "live.py"), self.host, str(self.port), token],
@@ -72,25 +62,20 @@ class Target:
             begun, took, status = line.split()
             self.answers.append((float(begun), float(took), status))
 
-    def log(self) -> str:
-        """The end of what the server wrote to its standard error."""
-        self._log.seek(0)
-        return self._log.read()[-4000:]
-
     def slowest_s(self, since: float, until: float) -> float:
         """The longest that an answer took which was under way in a time; the whole time when none was."""
         found = [took for begun, took, _ in list(self.answers) if begun + took >= since and begun <= until]
         return max(found, default=until - since)
 
     def rss(self) -> int:
-        """Bytes of the gateway's process."""
+        """The resident memory of the gateway's process in bytes."""
         try:
             return int(psutil.Process(self.process.pid).memory_info().rss)
         except psutil.Error:
             return 0
 
     def nodes_rss(self) -> int:
-        """Bytes of its nodes, together."""
+        """The resident memory of its nodes together, in bytes."""
         total = 0
         with suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children(recursive=True):
@@ -126,7 +111,7 @@ class Target:
             connection.close()
 
     def connect(self, *, grpc: bool = False, timeout: float = 60.0) -> socket.socket:
-        """A bare connection."""
+        """Open a bare connection."""
         host, _, port = self.grpc.rpartition(":") if grpc else (self.host, "", str(self.port))
         return socket.create_connection((host, int(port)), timeout=timeout)
 
@@ -149,26 +134,20 @@ class Target:
             return status_text(answer.status, body)
 
     def end(self) -> str:
-        """SIGTERM; empty when it ends with 0 in time."""
+        """End the server with SIGTERM; empty when it ends with 0 in time, else what happened."""
         if self._live.stdin is not None:
             self._live.stdin.close()
         self._live.wait(70)
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
         try:
-            status = self.process.wait(60)
-            problem = f"ended with {status}: {self.log()}" if status else ""
+            status = self._served.end()
+            return f"ended with {status}: {''.join(self._served.log)[-4000:]}" if status else ""
         except subprocess.TimeoutExpired:
             children = psutil.Process(self.process.pid).children(recursive=True)
             for one in (*children, psutil.Process(self.process.pid)):
                 with suppress(psutil.Error):
                     one.kill()
-            self.process.wait(10)
-            problem = "did not end within 60 s of SIGTERM"
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        self._log.close()
-        return problem
+            self._served.wait()
+            return "did not end within 90 s of SIGTERM"
 
 
 def status_text(status: int, body: bytes) -> str:
@@ -185,7 +164,7 @@ def status_text(status: int, body: bytes) -> str:
 
 
 def together(count: int, work: Callable[[int], str]) -> list[str]:
-    """The same from several threads at once."""
+    """Do the same from several threads at once."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(work, range(count)))
 
@@ -223,7 +202,7 @@ def case(
 
 @dataclass
 class Row:
-    """What became of a case."""
+    """The outcome of a case."""
 
     name: str
     said: str

@@ -1,0 +1,271 @@
+"""What all benchmarks share: the command line, measuring in turns, and what is printed.
+
+A benchmark is a file in a folder beside this one. Its docstring begins with the question that it answers, in one
+line. ``TAKES`` says about how long it takes on two cores; `python benchmarks` lists every file that has it.
+
+    sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
+
+    from benchmarks import harness
+
+    TAKES = "5 min"
+
+The line with the path lets it be started as a file. Importing this module lets the processes that a benchmark starts
+import this checkout, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+from onnxsplit.npz import load_npz
+from onnxsplit.plan_files import example_file, load_plan
+from onnxsplit.session import host_cores
+from runtime import Pipeline
+
+Result = TypeVar("Result")
+
+# The command line
+
+
+def parser(doc: str | None, takes: str) -> argparse.ArgumentParser:
+    """A command line with ``--json``, whose help says what question is answered and how long that takes.
+
+    Args:
+        doc: the docstring of the benchmark.
+        takes: its ``TAKES``.
+    """
+    question, _, details = (doc or "").strip().partition("\n")
+    made = argparse.ArgumentParser(
+        description=f"{question}\n\nTakes about {takes} on two cores.",
+        epilog=details.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--json", action="store_true", help="print a line of JSON for each row, after one for the machine"
+    )
+    return made
+
+
+# What is printed
+
+
+def environment() -> dict[str, str]:
+    """The processor, its cores, and the versions that matter."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    versions = {"processor": model, "cores": str(host_cores()), "python": platform.python_version()}
+    for package in ("onnxsplit", "onnxruntime", "onnx", "pyzmq", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def environment_line() -> str:
+    """The same in one line."""
+    return ", ".join(f"{name} {value}" for name, value in environment().items())
+
+
+def command() -> str:
+    """How to run this benchmark again, from the root of the checkout."""
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
+    return shlex.join(["python", str(name), *sys.argv[1:]])
+
+
+class Report:
+    """Prints rows as they come: a table, or with ``--json`` a line of JSON for each row.
+
+    The machine and the command are printed first.
+
+    Args:
+        given: the parsed command line.
+        columns: the format of each column by the name of its figure, as in ``per_s="8.1f"``. The number in a format
+            is the least width of the column. Without columns, each row brings its own text.
+    """
+
+    def __init__(self, given: argparse.Namespace, **columns: str) -> None:
+        self._json, self._columns = given.json, columns
+        self._headed = False
+        if self._json:
+            print(json.dumps({"environment": environment(), "command": command()}), flush=True)
+        else:
+            print(f"{environment_line()}\n{command()}\n", flush=True)
+
+    def row(self, figures: Mapping[str, Any], text: str | None = None) -> None:
+        """Print one row: its figures, as ``text`` where that is given, else as a line of the table."""
+        if self._json:
+            print(json.dumps(figures), flush=True)
+            return
+        if text is None:
+            self._head()
+            text = self._line(_cell(figures.get(name), form) for name, form in self._columns.items())
+        print(text, flush=True)
+
+    def figures(self, figures: Mapping[str, Any]) -> None:
+        """Print the result of a benchmark that has one: a figure a line."""
+        width = max(map(len, figures))
+        self.row(figures, "\n".join(f"{name:{width}} {_shown(value)}" for name, value in figures.items()))
+
+    def note(self, text: str) -> None:
+        """Print a remark for people; it is not part of the JSON."""
+        print(text, file=sys.stderr if self._json else sys.stdout, flush=True)
+
+    def _head(self) -> None:
+        if not self._headed:
+            self._headed = True
+            print(self._line(name.replace("_", " ").rjust(_width(form)) for name, form in self._columns.items()))
+            print(self._line("-" * max(3, len(name), _width(form)) for name, form in self._columns.items()))
+
+    @staticmethod
+    def _line(cells: Iterator[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+
+def _width(form: str) -> int:
+    digits = re.match(r"[<>^]?(\d*)", form)
+    return int(digits[1]) if digits is not None and digits[1] else 0
+
+
+def _cell(value: Any, form: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return format(value, form)
+    return str("-" if value is None else value).ljust(_width(form))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
+    return str(value)
+
+
+# Measuring
+
+
+def example_path(plan: Path) -> Path:
+    """The file of the example inputs that a plan folder holds."""
+    return example_file(plan, load_plan(plan))
+
+
+def example(plan: Path) -> dict[str, Any]:
+    """The example inputs that a plan folder holds."""
+    return load_npz(example_path(plan))
+
+
+def rate(pipeline: Pipeline, inputs: Mapping[str, Any], seconds: float) -> float:
+    """Requests per second while as many are in flight as the pipeline admits."""
+    futures, begun = [], time.perf_counter()
+    while time.perf_counter() < begun + seconds or len(futures) < 3 * pipeline.inflight:
+        futures.append(pipeline.submit(inputs))
+    for future in futures:
+        future.result()
+    return len(futures) / (time.perf_counter() - begun)
+
+
+def latency_ms(pipeline: Pipeline, inputs: Mapping[str, Any], seconds: float) -> float:
+    """The median time of a request in milliseconds, one request at a time."""
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        begun = time.perf_counter()
+        pipeline.run(inputs)
+        times.append((time.perf_counter() - begun) * 1e3)
+    return statistics.median(times)
+
+
+def in_turns(contenders: Mapping[str, Callable[[], Result]], slices: int) -> dict[str, list[Result]]:
+    """What each contender gives, slice by slice, taking turns.
+
+    A first slice warms up and is not counted. Every other slice runs in reverse order, so that none always follows
+    the same one.
+    """
+    results: dict[str, list[Result]] = {name: [] for name in contenders}
+    for number in range(slices + 1):
+        for name in list(contenders)[:: -1 if number % 2 else 1]:
+            result = contenders[name]()
+            if number:
+                results[name].append(result)
+    return results
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of ratios, and its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+def ratio(values: Sequence[float], others: Sequence[float]) -> Ratio:
+    """Values over others, slice by slice; the interval is by bootstrap."""
+    ratios = [value / other for value, other in zip(values, others, strict=True)]
+    source = random.Random(0)
+    medians = sorted(statistics.median(source.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return Ratio(statistics.median(ratios), medians[50], medians[1950])
+
+
+def right(outputs: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether all outputs are within 1e-4 of the largest value of what is wanted."""
+    import numpy as np
+
+    return all(np.abs(outputs[name] - array).max() <= 1e-4 * np.abs(array).max() for name, array in wanted.items())
+
+
+# Processes
+
+
+@contextmanager
+def held(pid: int, share: float) -> Iterator[None]:
+    """Hold a process to a share of one core, by the kernel's CPU controller (cgroup v1 or v2; needs root)."""
+    first, period_us = Path("/sys/fs/cgroup/cpu"), 20_000
+    group = (first if first.is_dir() else Path("/sys/fs/cgroup")) / f"onnxsplit-{os.getpid()}-{pid}"
+    group.mkdir()
+    try:
+        quota = round(share * period_us)
+        if first.is_dir():
+            (group / "cpu.cfs_period_us").write_text(str(period_us))
+            (group / "cpu.cfs_quota_us").write_text(str(quota))
+        else:
+            (group / "cpu.max").write_text(f"{quota} {period_us}")
+        (group / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        for member in (group / "cgroup.procs").read_text().split():
+            (group.parent / "cgroup.procs").write_text(member)
+        group.rmdir()
+
+
+def ended(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Close the standard input of a process that ends with it, and reap the process; kill it when it takes longer."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
