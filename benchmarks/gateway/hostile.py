@@ -167,6 +167,8 @@ def main() -> None:
                 attack = Attack(plans, [*LIMITS, *words], _chain(built[0]), given.bound_mib << 20, token)
                 attack.run(selected)
                 attacks.append(attack)
+    if not attacks:
+        parser.error(f"no case holds any of: {', '.join(given.only)}")
     rows = [row for attack in attacks for row in attack.rows]
     result = {
         "cases": len(rows),
