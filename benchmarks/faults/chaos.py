@@ -22,8 +22,9 @@ sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "mode
 
 from benchmarks import harness
 from benchmarks.faults.odd import nets
+from benchmarks.faults.odd.harm import HARM
+from benchmarks.faults.odd.ledger import Ledger, stray_errors
 from benchmarks.faults.odd.leg import Leg, run_leg
-from benchmarks.faults.odd.load import HARM, Ledger, stray_errors
 from benchmarks.faults.odd.nets import Net
 from benchmarks.faults.odd.quiet import grown
 from benchmarks.faults.odd.requests import selected

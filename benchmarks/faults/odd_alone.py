@@ -21,8 +21,9 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.faults.odd import nets
+from benchmarks.faults.odd.ledger import Ledger, stray_errors
 from benchmarks.faults.odd.leg import Leg, close
-from benchmarks.faults.odd.load import Caller, Callers, Ledger, stray_errors
+from benchmarks.faults.odd.load import Caller, Callers
 from benchmarks.faults.odd.quiet import quiet, state
 from benchmarks.faults.odd.requests import KINDS, selected, warm
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.faults.odd import nets, requests
+from benchmarks.faults.odd.ledger import Ledger, stray_errors
 from benchmarks.faults.odd.leg import Leg, run_leg
-from benchmarks.faults.odd.load import Ledger, stray_errors
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.faults.odd.load import HARM, Caller, Callers, Harm, Ledger
+from benchmarks.faults.odd.harm import HARM, Harm
+from benchmarks.faults.odd.ledger import Ledger
+from benchmarks.faults.odd.load import Caller, Callers
 from benchmarks.faults.odd.nets import Net
 from benchmarks.faults.odd.quiet import Memory, quiet, start_collector, state
 from benchmarks.faults.odd.requests import warm

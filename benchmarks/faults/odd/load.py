@@ -1,21 +1,20 @@
-"""The load of a chaos run: callers that ask oddly, harm to the nodes meanwhile, and a judge of every answer."""
+"""The load of a chaos run: callers that ask oddly, and a judge of every answer."""
 
 from __future__ import annotations
 
-import logging
-import os
-import random
-import signal
 import threading
 import time
-from collections import Counter, deque
-from contextlib import contextmanager, suppress
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.faults.odd.requests import KINDS, Ask, Errors, ordinary
+from benchmarks.faults.odd.asked import Ask, Errors, ordinary
+from benchmarks.faults.odd.harm import kill
+from benchmarks.faults.odd.ledger import OURS, Ledger
+from benchmarks.faults.odd.requests import KINDS
 from onnxsplit.errors import InputError, OnnxsplitError
 from runtime import Pipeline
 from runtime.errors import Busy, NodeFailed
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Of an output's largest value: other sizes of a batch take other kernels."""
-OURS = "a callback of the chaos"
-"""What callbacks that raise say."""
 _DEPTH = 4  # requests that a caller leaves unanswered at once
 
 
@@ -51,42 +48,6 @@ class Track:
         """The callback that counts."""
         self.calls += 1
         self.ended.set()
-
-
-class Ledger:
-    """What became of the requests; any thread writes.
-
-    Attributes:
-        outcomes: kind of request -> how often it ended how.
-        faults: what must not be -> how often it was.
-        broken: set when the pipeline under test does not go on, so that nothing more is to be asked of it.
-    """
-
-    def __init__(self) -> None:
-        self.outcomes: dict[str, Counter[str]] = {}
-        self.faults: Counter[str] = Counter()
-        self.broken = threading.Event()
-        self._lock = threading.Lock()
-
-    def next_pipeline(self) -> None:
-        """What was left to the last one stays with it."""
-        self.broken = threading.Event()
-
-    def note(self, kind: str, outcome: str) -> None:
-        """One request ended as it may."""
-        with self._lock:
-            self.outcomes.setdefault(kind, Counter())[outcome] += 1
-
-    def fault(self, text: str, kind: str = "", outcome: str = "") -> None:
-        """Something that must not be."""
-        with self._lock:
-            self.faults[f"{kind}: {text}" if kind else text] += 1
-            if outcome:
-                self.outcomes.setdefault(kind, Counter())[outcome] += 1
-
-    def total(self, outcome: str) -> int:
-        """Of all kinds."""
-        return sum(counts[outcome] for counts in self.outcomes.values())
 
 
 class Caller:
@@ -306,146 +267,3 @@ class Callers:
         now = time.monotonic()
         doing = [entry for caller in self._callers for entry in list(caller.doing.values())]
         return [(kind, now - since) for kind, since in doing if now - since > seconds]
-
-
-# Harm
-
-
-def kill(pipeline: Pipeline, stage: int | None = None, source: random.Random | None = None) -> None:
-    """Kill a node that is ready."""
-    ready = [n for n in pipeline.nodes if n.state == "ready" and n.pid and stage in (None, n.stage)]
-    if ready:
-        victim = source.choice(ready) if source is not None else ready[0]
-        _signal(victim.pid or 0, signal.SIGKILL)
-
-
-def _signal(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-_ODD_SCALES: list[tuple[Any, Any]] = [
-    *((stage, 1) for stage in (99, -1, "0", None, 0.0, 2**70)),
-    *((0, replicas) for replicas in (0, -5, "2", None, 1.5, 2**70, float("nan"))),
-]
-
-
-class Harm:
-    """Harms the nodes of a pipeline until it is told to end.
-
-    Args:
-        pipeline: whose nodes.
-        kinds: of ``kill``, ``stop``, ``scale``, ``odd scale``.
-        seed: of its choices.
-        ledger: for what should not be.
-        every_s: mean time between two of them.
-    """
-
-    def __init__(
-        self, pipeline: Pipeline, kinds: Sequence[str], seed: int, ledger: Ledger, every_s: float = 0.3
-    ) -> None:
-        self.counts: Counter[str] = Counter()
-        self._pipeline, self._kinds, self._source, self._ledger = pipeline, kinds, random.Random(seed), ledger
-        self._every_s = every_s
-        self._replicas = Counter(node.stage for node in pipeline.nodes)
-        self._stopped: list[threading.Timer] = []
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="harm", daemon=True)
-
-    def __enter__(self) -> Harm:
-        if self._kinds:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        if self._kinds:
-            self._thread.join(30)
-        for timer in self._stopped:
-            timer.join()
-        if "scale" in self._kinds:
-            for stage, count in self._replicas.items():
-                self._pipeline.scale(stage, count)
-
-    def _run(self) -> None:
-        every_s = 0.02  # the first comes at once
-        while not self._end.wait(every_s * self._source.uniform(0.3, 1.7)):
-            every_s = self._every_s
-            self._let_heal()
-            kind = self._source.choice(self._kinds)
-            self.counts[kind] += 1
-            if kind == "kill":
-                kill(self._pipeline, source=self._source)
-            elif kind == "stop":
-                self._stop()
-            elif kind == "scale":
-                stage = self._source.choice(sorted(self._replicas))
-                self._pipeline.scale(stage, self._source.randint(1, 1 + self._replicas[stage]))
-            else:
-                self._odd_scale()
-
-    def _let_heal(self) -> None:
-        """Wait until all nodes are ready, for a while: nothing is answered where harm is faster than healing."""
-        end = time.monotonic() + 3
-        while time.monotonic() < end and any(node.state != "ready" for node in self._pipeline.nodes):
-            if self._end.wait(0.02):
-                return
-
-    def _stop(self) -> None:
-        """Stop a node for a while, shorter or longer than it takes to be taken for dead."""
-        ready = [node.pid for node in self._pipeline.nodes if node.state == "ready" and node.pid]
-        if ready:
-            victim = self._source.choice(ready)
-            _signal(victim, signal.SIGSTOP)
-            timer = threading.Timer(self._source.choice([0.05, 0.5, 2.5]), _signal, (victim, signal.SIGCONT))
-            timer.start()
-            self._stopped.append(timer)
-
-    def _odd_scale(self) -> None:
-        stage, replicas = self._source.choice(_ODD_SCALES)
-        try:
-            self._pipeline.scale(stage, replicas)
-            self._ledger.fault(f"scale({stage!r}, {replicas!r}) was taken")
-        except InputError:
-            pass
-        except Exception as error:
-            self._ledger.fault(f"scale({stage!r}, {replicas!r}): raw {type(error).__name__}: {error}")
-
-
-HARM: dict[str, tuple[tuple[str, ...], Errors]] = {
-    "none": ((), ()),
-    "kills": (("kill", "kill", "stop"), (NodeFailed,)),
-    "scales": (("scale", "scale", "odd scale"), ()),
-}
-"""What is done to the nodes, and the errors that a request which is not tried again may end with."""
-
-
-@contextmanager
-def stray_errors(ledger: Ledger) -> Iterator[None]:
-    """Count threads that die of an exception, and exceptions of callbacks that are not the chaos' own."""
-    before = threading.excepthook
-
-    def hook(given: threading.ExceptHookArgs) -> None:
-        name = given.thread.name if given.thread is not None else "?"
-        ledger.fault(f"thread {name} died of {given.exc_type.__name__}: {str(given.exc_value)[:200]}")
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            error = record.exc_info[1] if record.exc_info else None
-            if OURS not in str(error):
-                ledger.fault(f"logged: {record.getMessage()[:100]}: {type(error).__name__}: {str(error)[:160]}")
-
-    handler = Handler(logging.ERROR)
-    watched = [logging.getLogger(name) for name in ("concurrent.futures", "runtime", "asyncio")]
-    kept = [logger.propagate for logger in watched]
-    threading.excepthook = hook
-    for logger in watched:
-        logger.addHandler(handler)
-        logger.propagate = False
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-        for logger, propagate in zip(watched, kept, strict=True):
-            logger.removeHandler(handler)
-            logger.propagate = propagate

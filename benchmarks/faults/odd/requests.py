@@ -9,67 +9,16 @@ from __future__ import annotations
 import decimal
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from benchmarks.faults.odd.asked import ROWS, Ask, Errors, Kind, Source, ordinary, unjoinable
+from benchmarks.faults.odd.inputs import FORMS, STRINGS, WRONG
 from benchmarks.faults.odd.nets import Net
 from onnxsplit.errors import InputError, OnnxsplitError
 from runtime.errors import Busy, DeadlineExceeded
-
-ROWS = 64
-"""Of the largest batches."""
-
-Errors = tuple[type[BaseException], ...]
-Source = np.random.Generator
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request, and what may become of it.
-
-    Attributes:
-        kind: its name in ``KINDS``.
-        inputs: as handed to ``submit``; so are ``outputs``, ``timeout`` and ``block``.
-        want: the right answer; None when no answer is right.
-        may: the errors that it may fail with instead.
-        cancel: ``at once``, ``in a moment`` or ``after the answer``.
-        change: write other values into the inputs as soon as ``submit`` has returned.
-        kill: kill the node of the first stage before, so that the request waits for another.
-        then: what a callback of the future does: ``raise``, ``exit``, ``submit`` or ``submit without waiting``.
-    """
-
-    kind: str
-    inputs: Any
-    want: dict[str, Any] | None
-    outputs: Any = None
-    timeout: Any = None
-    block: bool = True
-    may: Errors = ()
-    cancel: str = ""
-    change: bool = False
-    kill: bool = False
-    then: str = ""
-
-
-Kind = Callable[[Net, Source], "Ask | None"]
-
-
-def ordinary(net: Net, source: Source, rows: int | None = None) -> Ask:
-    """A request as it should be, of a few rows."""
-    inputs = net.make(source, int(source.integers(1, 4)) if rows is None else rows)
-    return Ask("ordinary", inputs, net.answer(inputs, net.plan.outputs), may=_unjoinable(net, rows or 3))
-
-
-def _unjoinable(net: Net, rows: int) -> Errors:
-    """Parts of the longest row may have lengths that cannot be joined, which is an error of its plan."""
-    return (OnnxsplitError,) if net.name == "longest" and rows > net.micro_batch else ()
-
-
-def _refused(net: Net, source: Source, **changes: Any) -> Ask:
-    """A request that must be refused for what it says."""
-    return replace(ordinary(net, source), want=None, may=(InputError,), **changes)
 
 
 def warm(net: Net, source: Source) -> list[Ask]:
@@ -144,7 +93,7 @@ def _subset(net: Net, source: Source) -> Ask:
     names = [*net.plan.outputs, *net.inner]
     chosen = [str(name) for name in source.permutation(names)[: source.integers(1, len(names) + 1)]]
     give = chosen if source.random() < 0.5 else tuple(chosen)
-    return Ask("", inputs, net.answer(inputs, chosen), outputs=give, may=_unjoinable(net, rows))
+    return Ask("", inputs, net.answer(inputs, chosen), outputs=give, may=unjoinable(net, rows))
 
 
 def _twice(net: Net, source: Source) -> Ask:
@@ -203,175 +152,6 @@ def _changed(rows: int, *, kill: bool = False) -> Kind:
     return kind
 
 
-# Arrays
-
-
-def _as(change: Callable[[Any], Any], *, may: Errors = (), rows: int | None = None) -> Kind:
-    """The same values in another form."""
-
-    def kind(net: Net, source: Source) -> Ask | None:
-        if net.name == "strings":
-            return None
-        asked = ordinary(net, source, rows if rows is not None else int(source.choice([1, 3, ROWS])))
-        inputs = {name: change(array) for name, array in asked.inputs.items()}
-        return replace(asked, inputs=inputs, may=(*asked.may, *_unjoinable(net, ROWS), *may))
-
-    return kind
-
-
-def _strided(array: Any) -> Any:
-    wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
-    wide[..., ::2] = array
-    return wide[..., ::2]
-
-
-def _read_only(array: Any) -> Any:
-    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
-
-
-def _misaligned(array: Any) -> Any:
-    memory = np.zeros(array.nbytes + 1, np.uint8)
-    memory[1:] = np.frombuffer(array.tobytes(), np.uint8)
-    return memory[1:].view(array.dtype).reshape(array.shape)
-
-
-class _Subclass(np.ndarray):  # type: ignore[type-arg]
-    pass
-
-
-def _broadcast(net: Net, source: Source) -> Ask | None:
-    if net.name not in ("chain", "dag", "positions"):
-        return None
-    inputs = {n: np.broadcast_to(a, (40, a.shape[1])) for n, a in net.make(source, 1).items()}
-    plain = {name: np.array(array) for name, array in inputs.items()}
-    return Ask("", inputs, net.answer(plain, net.plan.outputs))
-
-
-def _shared(net: Net, source: Source) -> Ask | None:
-    if net.name != "dag":
-        return None
-    one = net.make(source, 20)["x"]
-    return Ask("", {"x": one, "z": one}, net.answer({"x": one, "z": one}, net.plan.outputs))
-
-
-_FORMS: dict[str, Kind] = {
-    "big-endian": _as(lambda a: a.astype(a.dtype.newbyteorder(">"))),
-    "F-order": _as(np.asfortranarray),
-    "strided": _as(_strided),
-    "negative strides": _as(lambda a: np.ascontiguousarray(a[::-1])[::-1]),
-    "read-only": _as(_read_only),
-    "misaligned": _as(_misaligned),
-    "a list": _as(lambda a: a.tolist(), may=(InputError,)),
-    "masked": _as(lambda a: np.ma.array(a, mask=a > 0), may=(InputError,)),
-    "a subclass": _as(lambda a: a.view(_Subclass)),
-    "an array of objects": _as(lambda a: a.astype(object), may=(InputError,)),
-    "a memoryview": _as(memoryview, may=(InputError,)),
-    "one row repeated": _broadcast,
-    "one array for two inputs": _shared,
-}
-
-
-# What is no input
-
-
-class _NoArray:
-    def __array__(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("this will not be an array")
-
-
-def _wrong(change: Callable[[Any], Any]) -> Kind:
-    """Something else in place of every array."""
-
-    def kind(net: Net, source: Source) -> Ask:
-        asked = _refused(net, source)
-        return replace(asked, inputs={name: change(array) for name, array in asked.inputs.items()})
-
-    return kind
-
-
-def _wrong_inputs(change: Callable[[dict[str, Any]], Any]) -> Kind:
-    """Something else in place of the inputs."""
-
-    def kind(net: Net, source: Source) -> Ask:
-        asked = _refused(net, source)
-        return replace(asked, inputs=change(asked.inputs))
-
-    return kind
-
-
-_WRONG: dict[str, Kind] = {
-    "float128": _wrong(lambda a: np.zeros(a.shape, np.longdouble)),
-    "complex": _wrong(lambda a: np.zeros(a.shape, np.complex64)),
-    "dates": _wrong(lambda a: np.zeros(a.shape, "M8[s]")),
-    "a structure": _wrong(lambda a: np.zeros(a.shape, [("a", "f4"), ("b", "i4")])),
-    "None": _wrong(lambda _: None),
-    "text": _wrong(lambda _: "text"),
-    "a number": _wrong(lambda _: 5),
-    "a dict": _wrong(lambda _: {"a": 1}),
-    "a ragged list": _wrong(lambda _: [[1.0, 2.0], [3.0]]),
-    "a list with None": _wrong(lambda _: [[1.0, None]]),
-    "what will not be an array": _wrong(lambda _: _NoArray()),
-    "one dimension more": _wrong(lambda a: a[np.newaxis]),
-    "33 dimensions": _wrong(lambda a: a.reshape((1,) * (33 - a.ndim) + a.shape)),
-    "inputs None": _wrong_inputs(lambda _: None),
-    "inputs a list": _wrong_inputs(list),
-    "inputs pairs": _wrong_inputs(lambda inputs: list(inputs.items())),
-    "inputs empty": _wrong_inputs(lambda _: {}),
-    "inputs with another": _wrong_inputs(lambda inputs: {**inputs, "no such input": np.zeros(3)}),
-    "inputs with a number for a name": _wrong_inputs(lambda inputs: {**inputs, 1: np.zeros(3)}),
-    "inputs with None for a name": _wrong_inputs(lambda inputs: {**inputs, None: np.zeros(3)}),
-    "inputs with a long name": _wrong_inputs(lambda inputs: {**inputs, "x" * 1_000_000: np.zeros(3)}),
-}
-
-
-# Strings
-
-
-def _strings(texts: Callable[[], Any], *, may: Errors | None = None, plain: Callable[[], Any] | None = None) -> Kind:
-    """String inputs; ``plain`` gives what they mean, None of them nothing that is right."""
-
-    def kind(net: Net, _: Source) -> Ask | None:
-        if net.name != "strings":
-            return None
-        want = net.answer({"s": plain()}, net.plan.outputs) if plain is not None else None
-        return Ask("", {"s": texts()}, want, may=(InputError,) if may is None else may)
-
-    return kind
-
-
-def _objects(*items: Any) -> Callable[[], Any]:
-    def make() -> Any:
-        found = np.empty(len(items), object)
-        found[:] = items
-        return found
-
-    return make
-
-
-_STRINGS: dict[str, Kind] = {
-    "strings None": _strings(_objects(None, "b")),
-    "strings numbers": _strings(_objects(1, 2.5)),
-    "strings nested": _strings(_objects(["a"], ["b", "c"])),
-    "strings not UTF-8": _strings(_objects(b"\xff\xfe", "b")),
-    "strings lone surrogates": _strings(_objects("\ud800", "b")),
-    "strings lone surrogates, many": _strings(_objects(*["x" * 100 + "\udfff"] * 50)),
-    "strings of objects": _strings(_objects(object(), "b")),
-    "strings bytes": _strings(_objects("ä".encode(), b"b"), plain=_objects("ä", "b")),
-    "strings bytes of numpy": _strings(lambda: np.array([b"ab", b"c"]), plain=_objects("ab", "c")),
-    "strings bytes of numpy, not UTF-8": _strings(lambda: np.array([b"\xff", b"c"])),
-    "strings text of numpy": _strings(lambda: np.array(["ab", "c"]), plain=_objects("ab", "c"), may=()),
-    "strings text, big-endian": _strings(
-        lambda: np.array(["ab", "c"]).astype(">U2"), plain=_objects("ab", "c"), may=()
-    ),
-    "strings a list": _strings(lambda: ["ab", "c"], plain=_objects("ab", "c")),
-    "strings of NumPy's strings": _strings(_objects(np.str_("ab"), "c"), plain=_objects("ab", "c")),
-    "strings with zeros": _strings(_objects("a\0b", "\0"), plain=_objects("a\0b", "\0")),
-    "strings empty": _strings(_objects("", ""), plain=_objects("", ""), may=()),
-    "strings large": _strings(_objects("x" * 300_000, "y"), plain=_objects("x" * 300_000, "y"), may=()),
-    "strings beyond 16 bits": _strings(_objects("\U0001f600", "é"), plain=_objects("\U0001f600", "é"), may=()),
-}
-
-
 # Callers
 
 
@@ -421,9 +201,9 @@ KINDS: dict[str, Kind] = {
         "changed, larger": _changed(ROWS),
         "changed while no node is there": _changed(2, kill=True),
         "changed while no node is there, larger": _changed(ROWS, kill=True),
-        **_FORMS,
-        **_WRONG,
-        **_STRINGS,
+        **FORMS,
+        **WRONG,
+        **STRINGS,
         "block=False": _not_waiting,
         "callback raises": _then("raise"),
         "callback exits": _then("exit"),
