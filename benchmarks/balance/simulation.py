@@ -1,13 +1,13 @@
-"""Thousands of nodes that are not there: the real state machines and balancing, and everything else simulated.
+"""How do thousands of nodes behave, when all but the state machines and the balancing is simulated?
 
-    python benchmarks/balance/simulation.py policies [--replicas 10 100 1000 5000] [--json]   late binding, each policy
-    python benchmarks/balance/simulation.py binding      bound late, or all at the entrance
-    python benchmarks/balance/simulation.py failures     nodes die at given rates
-    python benchmarks/balance/simulation.py delays       links that take longer
-    python benchmarks/balance/simulation.py coordinators one for all, or several with a share each
-    python benchmarks/balance/simulation.py decision     one choice among so many, in microseconds of this machine
-    python benchmarks/balance/simulation.py change       one node lost and replaced: what the coordinator does for it
-    python benchmarks/balance/simulation.py coordinator  a real coordinator process with stages that do nothing
+    policies      late binding, each policy
+    binding       bound late, or all on admission
+    failures      nodes die at given rates
+    delays        links that take longer
+    coordinators  one for all, or several with a share each
+    decision      one choice among so many, in microseconds of this machine
+    change        one node lost and replaced: what the coordinator does for it
+    coordinator   a real coordinator process with stages that do nothing
 
 Coordinator and node state machines, roster, router, chooser, gauge and board are those of the runtime; processes,
 links and time are those of runtime.testing. Three stages share the replicas; runs take 5 ms on average, each replica
@@ -29,12 +29,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
-from environment import environment_line
 from msgspec import structs
 
+from benchmarks import harness
 from onnxsplit.plan import CALLER
 from onnxsplit.plan_files import parse_plan
 from runtime.balance.board import LoadBoard
@@ -51,6 +50,7 @@ from runtime.timings import Timings
 from runtime.wire.messages.control import POLICIES, Peer, Policy
 from runtime.wire.messages.data import Fragment, Receipt, Visit
 
+TAKES = "20 min"
 STAGES = 3
 SERVICE_NS = 5_000_000
 LOAD = 0.8
@@ -63,7 +63,7 @@ REQUESTS_A_REPLICA, WARM_UP = 40, 15
 
 def chain() -> Any:
     """A plan of stages in a row."""
-    golden = json.loads((ROOT / "tests" / "onnxsplit" / "golden_plan.json").read_text())
+    golden = json.loads((harness.ROOT / "tests" / "onnxsplit" / "golden_plan.json").read_text())
     one = golden["stages"][0]
     names = ["x", *(f"h{number}" for number in range(STAGES - 1)), "y"]
     golden["stages"] = [
@@ -421,16 +421,13 @@ WHAT = {f.__name__: f for f in (policies, binding, failures, delays, coordinator
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", choices=[*WHAT, []], default=[])
+    parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("what", nargs="*", choices=[*WHAT, []], default=[], metavar="PART", help="by default all")
     parser.add_argument("--replicas", type=int, nargs="+", default=[10, 100, 1000, 5000])
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    if not given.json:
-        print(environment_line())
+    report = harness.Report(given)
     for name in given.what or WHAT:
-        if not given.json:
-            print(f"\n{name}: {(WHAT[name].__doc__ or '').strip()}")
+        report.note(f"\n{name}: {(WHAT[name].__doc__ or '').strip()}")
         WHAT[name](given)
 
 
