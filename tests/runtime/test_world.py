@@ -192,3 +192,54 @@ def test_requests_on_their_way_when_the_last_node_of_a_stage_leaves_are_answered
     pipeline.settle()
     pipeline.check()
     assert pipeline.coordinator.requests.retries == 0
+
+
+def timed(seed=0, **options):
+    """A pipeline in simulated time with two replicas of every stage, all of which are ready."""
+    pipeline = SimulatedPipeline(diamond(), (2, 2, 2, 2), random.Random(seed), delay_ns=50_000, **options)
+    while not pipeline.ready:
+        assert pipeline.step()
+    return pipeline
+
+
+def go_on(pipeline, seconds=2):
+    """Let events happen until there are none, with ticks of the coordinator in between."""
+    for _ in range(2 * seconds):
+        while pipeline.step():
+            pass
+        pipeline.pass_time(0.5)
+
+
+def test_in_simulated_time_a_request_takes_the_delays_of_its_way():
+    pipeline = timed()
+    begun = pipeline.now_ns
+    number = pipeline.submit(("y",))
+    while not pipeline.answers[number]:
+        assert pipeline.step()
+    assert pipeline.now_ns - begun == 4 * 50_000, "to stage 0, to 1 and 2, to 3, and back"
+    pipeline.check()
+
+
+def test_in_simulated_time_a_killed_process_is_noticed_and_replaced():
+    pipeline = timed()
+    numbers = [pipeline.submit(("y",)) for _ in range(10)]
+    pipeline.kill(1)
+    go_on(pipeline)
+    assert all(pipeline.answers[number] for number in numbers)
+    assert not pipeline.coordinator.roster.missing()
+    pipeline.check()
+
+
+def test_what_is_sent_to_a_stopped_process_or_over_a_parted_link_waits():
+    pipeline = timed()
+    pipeline.stop(1)
+    pipeline.part(0, 2)
+    numbers = [pipeline.submit(("y",)) for _ in range(10)]
+    go_on(pipeline)
+    assert not any(pipeline.answers[number] for number in numbers)
+    pipeline.wake(1)
+    pipeline.mend(0, 2)
+    go_on(pipeline)
+    assert all(pipeline.answers[number] for number in numbers)
+    assert pipeline.coordinator.requests.retries == 0
+    pipeline.check()
