@@ -22,6 +22,7 @@ import platform
 import random
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,10 +50,13 @@ Result = TypeVar("Result")
 def parser(doc: str | None, takes: str) -> argparse.ArgumentParser:
     """A command line with ``--json``, whose help says what question is answered and how long that takes.
 
+    From here on SIGTERM raises SystemExit, so that what a benchmark started is ended.
+
     Args:
         doc: the docstring of the benchmark.
         takes: its ``TAKES``.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     question, _, details = (doc or "").strip().partition("\n")
     made = argparse.ArgumentParser(
         description=f"{question}\n\nTakes about {takes} on two cores.",
@@ -157,7 +161,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items()) or "none"
     return str(value)
 
 

@@ -23,6 +23,10 @@ TAKES = "1 min"
 
 WIDTH, LEFT, ROW, RUN, WAIT = 1100, 130, 74, 24, 7
 COLOURS = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#eeca3b"]
+STYLE = (
+    "svg{background:#fff}text{font:12px system-ui,sans-serif;fill:#333}.tick{text-anchor:middle;fill:#777}"
+    ".in{text-anchor:middle;fill:#fff}.axis{stroke:#ccc}.arrow{stroke:#555;stroke-width:0.7}"
+)
 
 
 def picture(trace: dict[str, Any]) -> str:
@@ -79,14 +83,10 @@ def picture(trace: dict[str, Any]) -> str:
     height = y(max(names)) + ROW
     ticks = [start + (end - start) * step / 10 for step in range(11)]
     parts += [f'<text x="{x(tick)}" y="18" class="tick">{(tick - start) / 1e3:.0f} ms</text>' for tick in ticks]
-    style = (
-        "svg{background:#fff}text{font:12px system-ui,sans-serif;fill:#333}.tick{text-anchor:middle;fill:#777}"
-        ".in{text-anchor:middle;fill:#fff}.axis{stroke:#ccc}.arrow{stroke:#555;stroke-width:0.7}"
-    )
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
-        f"<style>{style}</style>\n{body}\n</svg>\n"
+        f"<style>{STYLE}</style>\n{body}\n</svg>\n"
     )
 
 
