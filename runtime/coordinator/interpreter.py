@@ -2,7 +2,7 @@
 
 The machine returns effects as values. Here each value becomes a method call, so whoever runs a machine writes a method
 for each effect and nothing else. Two do: the coordinator of real pipelines (:mod:`runtime.coordinator.request_io` and
-:mod:`runtime.coordinator.node_control`), and the simulator for tests and benchmarks (:mod:`runtime.testing`).
+:mod:`runtime.coordinator.node_controller`), and the simulator for tests and benchmarks (:mod:`runtime.testing`).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from runtime.coordinator.events import CloseAsked, CoordinatorEvent, DrainAsked,
 from runtime.coordinator.failure_detector import FailureDetector
 from runtime.coordinator.inbox import Inbox
 from runtime.coordinator.interpreter import carry_out
-from runtime.coordinator.node_control import NodeControl
+from runtime.coordinator.node_controller import NodeController
 from runtime.coordinator.node_monitor import NodeMonitor
 from runtime.coordinator.node_record import Incident, Phase
 from runtime.coordinator.request_io import RequestIO
@@ -84,7 +84,7 @@ class Coordinator:
             trace=setup.trace,
         )
         self._detector = FailureDetector(setup.timings)
-        self._control: NodeControl | None = None
+        self._control: NodeController | None = None
         self._results: ResultTaker | None = None
         self._turned_s = math.inf  # when the thread last looked after its nodes; infinite before it has begun to
         self._held: int | None = None
@@ -195,7 +195,7 @@ class Coordinator:
     def _run(self, channels: Channels) -> None:
         """Serve until the pipeline is closed, then end the nodes."""
         machine, links, detector = self._machine, self._links, self._detector
-        control = NodeControl(
+        control = NodeController(
             self._setup, machine, links, detector, channels, ready=self._ready, all_drained=self._drained
         )
         monitor = NodeMonitor(self._setup, machine, links, detector, control, channels)
@@ -217,7 +217,7 @@ class Coordinator:
             taker.end()
             control.end_processes()
 
-    def _loop(self, channels: Channels, control: NodeControl, monitor: NodeMonitor) -> None:
+    def _loop(self, channels: Channels, control: NodeController, monitor: NodeMonitor) -> None:
         begun = next_beat = time.monotonic()
         beat_s = self._setup.timings.beat_s
         while self._machine.state is not PipelinePhase.CLOSED:
@@ -242,7 +242,7 @@ class Coordinator:
             if channels.status.fileno() in ready:
                 channels.status.answer(self._snapshot())
 
-    def _turn(self, events: list[CoordinatorEvent], control: NodeControl, *, beats: bool) -> None:
+    def _turn(self, events: list[CoordinatorEvent], control: NodeController, *, beats: bool) -> None:
         """Handle events, and all others that have come up, while the lock is held."""
         machine, inbox, links = self._machine, self._inbox, self._links
         now_ns = time.monotonic_ns()
@@ -260,7 +260,7 @@ class Coordinator:
         while inbox.effects:
             control.perform(inbox.effects.popleft())
 
-    def _handle(self, event: CoordinatorEvent, control: NodeControl) -> None:
+    def _handle(self, event: CoordinatorEvent, control: NodeController) -> None:
         roster = self._machine.roster
         if isinstance(event, Lost):
             self._detector.end(event.number)
@@ -285,7 +285,7 @@ class Coordinator:
         except Exception:
             _log.exception("the callback for progress raised")
 
-    def _patience_s(self, next_beat_s: float, control: NodeControl) -> float:
+    def _patience_s(self, next_beat_s: float, control: NodeController) -> float:
         """How long the thread may wait for messages."""
         with self.requests.lock:
             deadline_ns = self._machine.requests.deadlines.next_ns()

@@ -9,7 +9,7 @@ from runtime.coordinator.data_links import DataLinks
 from runtime.coordinator.events import CoordinatorEvent, LinksSeen, Reconnected, TimedOut
 from runtime.coordinator.failure_detector import FailureDetector
 from runtime.coordinator.interpreter import control_event
-from runtime.coordinator.node_control import NodeControl
+from runtime.coordinator.node_controller import NodeController
 from runtime.coordinator.reach import Reachability
 from runtime.coordinator.setup import Channels, Setup
 from runtime.coordinator.state import CoordinatorState, PipelinePhase
@@ -41,7 +41,7 @@ class NodeMonitor:
         machine: CoordinatorState,
         links: DataLinks,
         detector: FailureDetector,
-        control: NodeControl,
+        control: NodeController,
         channels: Channels,
     ) -> None:
         self._setup = setup

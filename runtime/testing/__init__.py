@@ -27,8 +27,8 @@ Either way a test can kill processes, stop and wake them, part and mend links, a
 
 from __future__ import annotations
 
-from runtime.testing.network import SECOND, Link
+from runtime.testing.network import SECOND, SimulatedLink
 from runtime.testing.node import COORDINATOR, SimulatedNode, Tensor
 from runtime.testing.pipeline import NEVER_FAILS, SimulatedPipeline
 
-__all__ = ["COORDINATOR", "NEVER_FAILS", "SECOND", "Link", "SimulatedNode", "SimulatedPipeline", "Tensor"]
+__all__ = ["COORDINATOR", "NEVER_FAILS", "SECOND", "SimulatedLink", "SimulatedNode", "SimulatedPipeline", "Tensor"]

@@ -10,7 +10,7 @@ from typing import Any
 
 SECOND = 1_000_000_000
 
-Link = tuple[int, int, str]
+SimulatedLink = tuple[int, int, str]
 """The numbers of a sender and a receiver, and ``control`` or ``data``. Messages of a link arrive in order."""
 
 
@@ -30,7 +30,7 @@ class SimulatedNetwork(ABC):
     def __init__(self, delay_ns: int | None) -> None:
         self.delay_ns = delay_ns
         self.now_ns = 0
-        self.links: dict[Link, deque[Any]] = {}
+        self.links: dict[SimulatedLink, deque[Any]] = {}
         self.parted: set[tuple[int, int]] = set()
         self._timers: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._timer_count = 0
@@ -40,25 +40,25 @@ class SimulatedNetwork(ABC):
         """Whether a process takes messages now."""
 
     @abstractmethod
-    def receive(self, link: Link, message: Any) -> None:
+    def receive(self, link: SimulatedLink, message: Any) -> None:
         """A message arrives."""
 
     # Messages
 
-    def send(self, link: Link, message: Any) -> None:
+    def send(self, link: SimulatedLink, message: Any) -> None:
         """Put a message on its way."""
         if self.delay_ns is None:
             self.links.setdefault(link, deque()).append(message)
         else:
             self.later(self.delay_ns, self._arrive, link, message)
 
-    def _arrive(self, link: Link, message: Any) -> None:
+    def _arrive(self, link: SimulatedLink, message: Any) -> None:
         if link[:2] in self.parted:
             self.links.setdefault(link, deque()).append(message)
         else:
             self.receive(link, message)
 
-    def waiting(self) -> list[Link]:
+    def waiting(self) -> list[SimulatedLink]:
         """The links with a message that can be delivered: they are not parted, and the receiver listens."""
         return [
             link
@@ -66,7 +66,7 @@ class SimulatedNetwork(ABC):
             if queue and link[:2] not in self.parted and self.listens(link[1])
         ]
 
-    def deliver(self, link: Link) -> None:
+    def deliver(self, link: SimulatedLink) -> None:
         """Deliver the first message of a link."""
         self.receive(link, self.links[link].popleft())
 

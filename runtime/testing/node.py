@@ -13,7 +13,7 @@ from typing import Any
 from onnxsplit.plan import CALLER, Plan
 from runtime.node import events as n
 from runtime.node.state import NodePhase, NodeState
-from runtime.testing.network import Link, SimulatedNetwork
+from runtime.testing.network import SimulatedLink, SimulatedNetwork
 from runtime.topology import ReplicaKey
 from runtime.wire.messages.control import Leaving, Peer, Ready
 from runtime.wire.messages.data import ANY, AttemptKey, Fragment, Step, TensorHead
@@ -111,7 +111,7 @@ class SimulatedNodes(SimulatedNetwork):
         node = self.nodes.get(number)
         return number == COORDINATOR or (node is not None and node.alive and not node.stopped)
 
-    def receive(self, link: Link, message: Any) -> None:
+    def receive(self, link: SimulatedLink, message: Any) -> None:
         """A message arrives; at a process that is dead, nothing happens."""
         sender, to, kind = link
         if to == COORDINATOR:

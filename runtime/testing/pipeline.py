@@ -15,7 +15,7 @@ from runtime.coordinator.interpreter import NodeEffects, RequestEffects, carry_o
 from runtime.coordinator.state import CoordinatorState, PipelinePhase
 from runtime.errors import PipelineError
 from runtime.node import events as n
-from runtime.testing.network import SECOND, Link
+from runtime.testing.network import SECOND, SimulatedLink
 from runtime.testing.node import COORDINATOR, SimulatedNode, SimulatedNodes, Tensor, heads
 from runtime.timings import Timings
 from runtime.topology import ReplicaKey, sources
@@ -245,7 +245,7 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         known = self.coordinator.roster.linked
         self.tell(c.LinksSeen(frozenset(link for link in self.parted if known >= set(link)), self.now_ns))
 
-    def lose(self, link: Link) -> None:
+    def lose(self, link: SimulatedLink) -> None:
         """Have a link lose a message. Only then may time mend what events should have: attempts become overdue."""
         self.links[link].popleft()
         requests = self.coordinator.requests

@@ -25,7 +25,7 @@ _log = logging.getLogger("runtime.coordinator")
 _STOP_GRACE_S = 3.0
 
 
-class NodeControl(NodeEffects):
+class NodeController(NodeEffects):
     """Speaks to the nodes and owns their processes. It belongs to the coordinator's thread.
 
     Args:
