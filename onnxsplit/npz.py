@@ -74,7 +74,7 @@ def load_npz(path: Path) -> dict[str, Array]:
             return tensors
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}") from error
-    except Exception as error:  # zipfile, zlib, struct, ast and NumPy raise whatever damaged bytes lead them to
+    except Exception as error:  # zipfile, zlib, struct, ast and NumPy raise many kinds of errors on damaged bytes
         reason = (
             (error.strerror if isinstance(error, OSError) else None) or one_line(error, 300) or type(error).__name__
         )
@@ -145,7 +145,7 @@ def _restore(array: Array, note: str | None) -> Array:
     if array.dtype.kind == "U":
         array = array.astype(object)
         for text in array.flat:
-            text.encode()  # half of a surrogate pair is no text
+            text.encode()  # half of a surrogate pair is not text
         return array
     if dtype_name(array.dtype) is None:
         raise ValueError(f"type {array.dtype} is none of ONNX's; known: {', '.join(sorted(TRAVELLING_TYPES))}")

@@ -55,7 +55,9 @@ def read_plan_file(folder: Path) -> bytes:
         return read_regular(folder / PLAN_FILE, most_bytes=_MOST_PLAN_BYTES)
     except FileNotFoundError as error:
         reason = "it is missing" if not folder.exists() else f"it has no {PLAN_FILE}"
-        raise PlanError(f"{folder} is no plan directory: {reason}. Make one with: onnxsplit partition MODEL") from error
+        raise PlanError(
+            f"{folder} is not a plan directory: {reason}. Make one with: onnxsplit partition MODEL"
+        ) from error
     except OSError as error:
         raise PlanError(f"cannot read {folder / PLAN_FILE}: {error.strerror}") from error
 

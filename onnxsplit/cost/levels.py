@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from onnxsplit.custom_ops import Library
@@ -71,6 +72,38 @@ def best_level(
     Raises:
         ModelRefused: ONNX Runtime refuses the model at every level.
     """
+    open_model = partial(
+        TimedModel,
+        model,
+        inputs,
+        threads=threads,
+        provider=provider,
+        data_folder=data_folder,
+        custom_ops=custom_ops,
+    )
+    times_ns, answers, again = _tried(open_model)
+    *_, lowest = answers
+    moved = dict.fromkeys(times_ns, MOST_MOVED)
+    if answers_apart(again, answers[lowest]) == 0:  # the model gives the same answers each time
+        moved = {level: answers_apart(answers[level], again) for level in times_ns}
+        times_ns = {level: time_ns for level, time_ns in times_ns.items() if moved[level] <= MOST_MOVED}
+    usual = next(iter(times_ns))
+    fastest = min(times_ns, key=lambda level: times_ns[level])
+    chosen = fastest if times_ns[fastest] < _CLEARLY * times_ns[usual] else usual
+    return LevelChoice(chosen, times_ns[chosen], max(moved[level] for level in times_ns))
+
+
+def _tried(
+    open_model: Callable[..., TimedModel],
+) -> tuple[dict[Level, int], dict[Level, dict[str, Array]], dict[str, Array]]:
+    """Run a model at every level at which it loads.
+
+    Returns:
+        The median time and the answers at each level, and the answers of a last run at the last level.
+
+    Raises:
+        ModelRefused: ONNX Runtime refuses the model at every level.
+    """
     times_ns: dict[Level, int] = {}
     refused: list[ModelRefused] = []
     answers: dict[Level, dict[str, Array]] = {}
@@ -80,16 +113,7 @@ def best_level(
         for level in CANDIDATE_LEVELS:
             try:
                 if timed is None:
-                    one = TimedModel(
-                        model,
-                        inputs,
-                        threads=threads,
-                        level=level,
-                        provider=provider,
-                        data_folder=data_folder,
-                        custom_ops=custom_ops,
-                    )
-                    timed = stack.enter_context(one)
+                    timed = stack.enter_context(open_model(level=level))
                 else:
                     timed.reload(level)
             except ModelRefused as error:
@@ -103,16 +127,7 @@ def best_level(
             raise refused[0]
         assert timed is not None
         timed.save_outputs(file)
-        again = load_npz(file)
-    *_, lowest = answers
-    moved = dict.fromkeys(times_ns, MOST_MOVED)
-    if answers_apart(again, answers[lowest]) == 0:  # the model gives the same answers each time
-        moved = {level: answers_apart(answers[level], again) for level in times_ns}
-        times_ns = {level: time_ns for level, time_ns in times_ns.items() if moved[level] <= MOST_MOVED}
-    usual = next(iter(times_ns))
-    fastest = min(times_ns, key=lambda level: times_ns[level])
-    chosen = fastest if times_ns[fastest] < _CLEARLY * times_ns[usual] else usual
-    return LevelChoice(chosen, times_ns[chosen], max(moved[level] for level in times_ns))
+        return times_ns, answers, load_npz(file)
 
 
 def answers_apart(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from onnxsplit.cost import OpCosts
@@ -64,16 +65,8 @@ def measured_costs(
         save_npz(file, inputs)
         say("observing shapes")
         untyped = tuple(name for name in graph.producer if name not in shapes.specs)
-        seen = run_profile(
-            source,
-            file,
-            threads=threads,
-            level="disabled",
-            provider=provider,
-            seconds=0.0,
-            untyped=untyped,
-            custom_ops=custom_ops,
-        )
+        profiled = partial(run_profile, source, file, threads=threads, provider=provider, custom_ops=custom_ops)
+        seen = profiled(level="disabled", seconds=0.0, untyped=untyped)
         say("timing optimisation levels")
         chosen = best_level(
             source.path,
@@ -85,15 +78,7 @@ def measured_costs(
         )
         level, whole_ns = chosen.level, chosen.time_ns
         say(f"profiling ops at level {level}")
-        profile = run_profile(
-            source,
-            file,
-            threads=threads,
-            level=level,
-            provider=provider,
-            seconds=_PROFILE_SECONDS,
-            custom_ops=custom_ops,
-        )
+        profile = profiled(level=level, seconds=_PROFILE_SECONDS)
     known = _ranks(graph, shapes, seen)
     if known:
         shapes = infer_shapes(graph, {name: array.shape for name, array in inputs.items()}, known)

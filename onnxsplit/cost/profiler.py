@@ -189,7 +189,7 @@ def _sizes(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[int, ...
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else prints must not mix with the answer
+    os.dup2(2, 1)  # other output must not mix with the answer
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=ProfileRequest)
     try:
         answer = profile(request)

@@ -34,7 +34,7 @@ def axes_by_structure(subject: Subject, defaults: Container[str]) -> tuple[Axes,
         defaults: inputs that have a default; they carry no rows, because a default always has the same size.
 
     Returns:
-        The axes by tensor and an empty text; or no axes and the reason against the likeliest choice of input axes.
+        The axes by tensor and an empty text; or no axes and why the most likely choice of input axes fails.
     """
     graph = subject.graph
     specs = {name: spec for name, spec in input_specs(graph).items() if name not in defaults}

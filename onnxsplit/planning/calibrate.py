@@ -101,8 +101,13 @@ def measured(
     for device, time_ns in zip(cluster.devices, times_ns, strict=True):
         if not time_ns and (device.host in hosts or device.host == LOCAL):
             note(f"{device.name} keeps its speed of {device.speed:g}: {model} did not run there")
+    return _with_speeds(cluster, first, times_ns)
+
+
+def _with_speeds(cluster: Cluster, first_ns: int, times_ns: Sequence[int | None]) -> Cluster:
+    """The cluster with speeds relative to the first time; a device without a time keeps its speed."""
     devices = tuple(
-        replace(device, speed=float(f"{first / time_ns:.4g}")) if time_ns else device
+        replace(device, speed=float(f"{first_ns / time_ns:.4g}")) if time_ns else device
         for device, time_ns in zip(cluster.devices, times_ns, strict=True)
     )
     return replace(cluster, devices=devices)

@@ -104,16 +104,7 @@ def copy_external(
         PartitionError: an external data file became shorter meanwhile.
         OSError: a file cannot be read or written.
     """
-    count = len(model.graph.initializer)
-    tensors = [t for position, t in enumerate(graph_tensors(model.graph)) if position < count or is_external(t)]
-    places = extents(source.place, tensors, by_content=by_content)
-    block_of = blocks(place for place in places if place is not None and place.length)
-    inside: dict[Extent, list[tuple[onnx.TensorProto, Extent]]] = {}
-    for tensor, place in zip(tensors, places, strict=True):
-        if place is not None and not place.length:  # ONNX Runtime does not accept external data of no bytes
-            _keep_inside(tensor)
-        elif place is not None:
-            inside.setdefault(block_of[place], []).append((tensor, place))
+    inside = _tensors_by_block(source, model, by_content)
     if not inside:
         return ()
     digest, end = hashlib.sha256(), 0
@@ -138,6 +129,23 @@ def copy_external(
                 _point(tensor, path.name, end + place.offset - block.offset, place.length)
             end += block.length
     return (FileEntry(name=path.name, sha256=digest.hexdigest(), size_bytes=end),)
+
+
+def _tensors_by_block(
+    source: SourceModel, model: onnx.ModelProto, by_content: bool
+) -> dict[Extent, list[tuple[onnx.TensorProto, Extent]]]:
+    """The blocks of bytes to copy, each with its tensors and their places in it."""
+    count = len(model.graph.initializer)
+    tensors = [t for position, t in enumerate(graph_tensors(model.graph)) if position < count or is_external(t)]
+    places = extents(source.place, tensors, by_content=by_content)
+    block_of = blocks(place for place in places if place is not None and place.length)
+    inside: dict[Extent, list[tuple[onnx.TensorProto, Extent]]] = {}
+    for tensor, place in zip(tensors, places, strict=True):
+        if place is not None and not place.length:  # ONNX Runtime does not accept external data of no bytes
+            _keep_inside(tensor)
+        elif place is not None:
+            inside.setdefault(block_of[place], []).append((tensor, place))
+    return inside
 
 
 def _keep_inside(tensor: onnx.TensorProto) -> None:

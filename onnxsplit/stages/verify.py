@@ -40,7 +40,7 @@ from onnxsplit.stages.chain import StageFile, run_chain
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype
 
 _SLACK = 2.0  # how many times the distance of optimisation alone is allowed
-_MOST_ALLOWED = 0.5  # no distance above this is allowed, whatever ONNX Runtime's optimiser does
+_MOST_ALLOWED = 0.5  # no distance above this is allowed, even if optimisation moves the model further
 
 
 @dataclass(frozen=True)

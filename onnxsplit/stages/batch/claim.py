@@ -37,7 +37,7 @@ class Claim:
 
 
 def candidates(specs: Mapping[str, TensorSpec]) -> list[Axes]:
-    """Choices of the inputs' batch axes, the likeliest first.
+    """Choices of the inputs' batch axes, the most likely first.
 
     They are: all free leading axes; each dimension whose name suggests a batch; all free leading axes, with the second
     axes of inputs that have no free leading axis (recurrent states); and each other dimension.

@@ -46,7 +46,7 @@ def numbered(call: Call) -> Fact:
         raise Mixes("it uses the numbers of rows as values")
     if op in _MOVES:
         return replace(_as_rows(call, op), kind=call.facts[0].kind)  # type: ignore[union-attr]
-    if op in _ARITHMETIC:  # exporters do this to learn a shape; what is computed is no number of a row any more
+    if op in _ARITHMETIC:  # exporters do this to learn a shape; the result is not the number of a row any more
         return replace(_as_rows(call, op), kind=Dependence.PLACED)
     if op == "Concat":
         return _index(call)
