@@ -36,7 +36,7 @@ class Admission:
         self.requests = requests
         self.size_bytes = size_bytes
         self._lock = threading.Lock()
-        self._places: dict[object, int] = {}  # that are taken, with the bytes of each
+        self._places: dict[object, int] = {}  # taken places, with the bytes of each
         self._waiting: deque[_Waiting] = deque()
         self.releases = 0
         self._on_release: list[Callable[[], None]] = []

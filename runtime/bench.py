@@ -1,4 +1,4 @@
-"""Measures how fast a plan runs, compared with what it could reach.
+"""Measures how fast a plan runs, compared with its ceiling and with other ways to run the model.
 
 The contenders take turns in short slices, because the speed of a machine drifts, and ratios are computed slice by
 slice. The **ceiling** of a plan is the rate of its slowest stage when all stage files run at once, each in a process of
@@ -27,7 +27,7 @@ from onnxsplit.timed import TimedModel, run_together
 from runtime.options import RunOptions
 from runtime.pipeline import Pipeline
 
-_RESAMPLES = 2000  # of the bootstrap
+_RESAMPLES = 2000  # samples of the bootstrap
 _LATENCY_SLICES = 8
 
 RateMeasure = Callable[[float], float]
@@ -38,7 +38,7 @@ class Row(PlanStruct, frozen=True, kw_only=True):
     """One contender.
 
     Attributes:
-        name: what it is.
+        name: its name.
         per_s: its rate in requests per second, the median of all slices.
         low: lower end of the rate's 95 % interval.
         high: upper end of it.
@@ -64,7 +64,8 @@ class BenchReport(PlanStruct, frozen=True, kw_only=True):
         latency_p50_ns: median latency of the pipeline with one request at a time.
         latency_p99_ns: 99th percentile of it.
         stages_ns: median time of the same stage files, called one after the other in one process.
-        whole_ns: median time of the whole model in one session with as many threads; None when it was not given.
+        whole_ns: median time of the whole model in one session with the same number of threads; None when the model was
+            not given.
         slices: number of slices of each contender.
         threads: threads of each stage's session.
     """
@@ -99,8 +100,8 @@ def bench(
         slices: number of slices of each contender.
         slice_seconds: length of a slice.
         peers: further contenders, by name.
-        closed: called with the pipeline when it was closed.
-        say: called with what is being done.
+        closed: called with the pipeline after it has been closed.
+        say: called with a description of each step.
         options: how to run the plan; the attributes of :class:`~runtime.options.RunOptions`.
 
     Raises:
@@ -181,7 +182,7 @@ def _whole_model(
 def _sessions(
     folder: Path, plan: Plan, model: str | Path | None, threads: int, libraries: Sequence[Library]
 ) -> tuple[list[tuple[Session, Sequence[str]]], Session | None]:
-    """Sessions in this process: of each stage, with the names of its inputs, and of the whole model if it was given."""
+    """One session in this process for each stage, with the names of its inputs, and one for the model if given."""
     chain: list[tuple[Session, Sequence[str]]] = []
     for stage in plan.stages:
         needed = needed_libraries(libraries, plan, stage.index)
@@ -277,7 +278,7 @@ def _latencies(
     inputs: Mapping[str, Array],
     seconds: float,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Times in ns of single requests: through the pipeline, through its stages in this process, of the whole model."""
+    """Times in ns of single requests: in the pipeline, in its stages in this process, and in the whole model."""
 
     def in_turn() -> None:
         values = dict(inputs)

@@ -19,7 +19,7 @@ def require_descriptors(count: int, what: str) -> None:
         what: their use, for the message.
 
     Raises:
-        PipelineError: the hard limit does not allow as many.
+        PipelineError: the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  the names alone

@@ -1,4 +1,4 @@
-"""The errors of the online half. They extend the tree of :mod:`onnxsplit.errors`.
+"""The errors of the runtime. They extend the tree of :mod:`onnxsplit.errors`.
 
     OnnxsplitError
     └── PipelineError
@@ -25,7 +25,7 @@ from onnxsplit.errors import OnnxsplitError
 class PipelineError(OnnxsplitError):
     """Base of all errors of a running plan.
 
-    Raised itself for conditions without a class of their own, such as an address that is in use, a peer that does not
+    Raised directly for conditions without a class of their own, such as an address that is in use, a peer that does not
     answer, or a process that has no file descriptors left.
     """
 
@@ -53,7 +53,7 @@ class NotSeparable(PipelineError):
 class NodeFailed(PipelineError):
     """Raised by a request that has killed every node that tried it.
 
-    Names the stage, the node, its exit code or signal, and its log. The request is not tried again.
+    Names the stage, the node, its exit code or signal, and its log. The request is not repeated.
     """
 
 
@@ -73,8 +73,8 @@ class PipelineClosed(PipelineError):
 
 
 class ProtocolError(PipelineError):
-    """Raised when a peer sends a message that is not of the protocol. The message is logged and dropped."""
+    """Raised when a peer sends a message that violates the protocol. The message is logged and dropped."""
 
 
 class MemoryWithdrawn(ProtocolError):
-    """Raised when a message refers to shared memory that is not, or no longer, mapped. The request is tried again."""
+    """Raised when a message refers to shared memory that is not, or no longer, mapped. The request is repeated."""

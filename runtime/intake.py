@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.ma  # loaded now: an interrupt while a request loads it would stop all others
+import numpy.ma  # imported here, because an interrupted import in a request would break all later ones
 
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array
@@ -22,7 +22,7 @@ MOST_TIMEOUT_S = 365 * 24 * 3600
 """The longest timeout, a year. Deadlines in nanoseconds then stay far below 64 bits."""
 
 _TEXT_KINDS = "OUST"  # objects, fixed-width unicode and bytes, and NumPy's own strings
-_MOST_CHARACTERS = 200  # of a caller's value in a message
+_MOST_CHARACTERS = 200  # characters of a caller's value in a message
 
 
 def normal_inputs(inputs: object, specs: Mapping[str, tuple[str, Sequence[int | str] | None]]) -> dict[str, Array]:

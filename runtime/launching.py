@@ -1,4 +1,4 @@
-"""From the options of a run to what its coordinator is told: checks, and the places where nodes are met."""
+"""Checks the options of a run, and makes the setup of its coordinator from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runtime.wire.security import Security, check_address
 
 
 def plan_folder(plan: object) -> Path:
-    """A plan directory as callers name it.
+    """The path of the plan directory that a caller has given.
 
     Raises:
         InputError: it is neither a string nor a path.
@@ -30,7 +30,7 @@ def plan_folder(plan: object) -> Path:
 
 
 def security_of(bind: str, options: RunOptions) -> tuple[Security, Keys | None]:
-    """What protects the links of a pipeline that listens at an address, and its keys, if links are encrypted.
+    """The link security of a pipeline that listens at an address, and its keys if links are encrypted.
 
     Raises:
         PipelineError: the address may not be used this way.
@@ -47,7 +47,7 @@ def security_of(bind: str, options: RunOptions) -> tuple[Security, Keys | None]:
 
 
 def meeting_point(bind: str, security: Security, keys: Keys | None) -> Rendezvous:
-    """Where a pipeline meets nodes that are started by hand; makes a folder, which the caller removes."""
+    """The rendezvous of a pipeline and nodes that are started by hand; makes a folder, which the caller removes."""
     any_port = f"{bind.rpartition(':')[0]}:*" if bind.startswith("tcp://") else None
     return Rendezvous(
         control=bind,
@@ -70,13 +70,13 @@ def setup_of(
     launcher: Launcher | None,
     start_timeout_s: float | None,
 ) -> Setup:
-    """What the coordinator of a run is told.
+    """The setup of a run's coordinator.
 
     Args:
         folder: the plan directory.
         plan: its plan.
         options: how to run it.
-        rendezvous: where nodes are met.
+        rendezvous: where the nodes and the coordinator meet.
         memory_bytes: the most memory for the inputs of requests.
         threads: threads of every node's session; 0 for the plan's number.
         launcher: starts the nodes; None waits for nodes that are started by hand.
@@ -109,7 +109,7 @@ def setup_of(
 
 
 def custom_ops_of(plan: Plan, options: RunOptions) -> dict[int, tuple[str, ...]]:
-    """By stage, the libraries of custom ops that nodes on this host are told to load.
+    """The libraries of custom ops that nodes on this host load, by stage.
 
     Raises:
         CustomOpsError: the plan needs another library, or names none of those given.
@@ -121,16 +121,16 @@ def custom_ops_of(plan: Plan, options: RunOptions) -> dict[int, tuple[str, ...]]
     return {stage: tuple(library.path for library in needed_libraries(given, plan, stage)) for stage in stages}
 
 
-def refuse_custom_ops(options: RunOptions, who: str, how: str) -> None:
-    """Raise where libraries of custom ops are given to a pipeline that does not start its nodes itself.
+def refuse_custom_ops(options: RunOptions, receiver: str, how: str) -> None:
+    """Refuse libraries of custom ops for a pipeline that does not start its nodes itself.
 
     Args:
         options: how to run a plan.
-        who: what must be given the libraries instead.
+        receiver: the launcher or the nodes, which must be given the libraries instead.
         how: an example of how to do so.
 
     Raises:
         InputError: libraries are given.
     """
     if options.custom_ops:
-        raise InputError(f"custom_ops are named to {who}, not to the pipeline: {how}")
+        raise InputError(f"give custom_ops to {receiver}, not to the pipeline: {how}")

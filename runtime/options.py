@@ -47,9 +47,10 @@ class RunOptions:
     """How to run a plan.
 
     Attributes:
-        replicas: the number of nodes of every stage, or a number for each stage by its index. The plan's when None.
+        replicas: the number of nodes of every stage, or a number for each stage by its index. When None, the plan's
+            numbers.
         mode: ``async`` keeps requests in flight in every stage; ``sync`` has one request in the pipeline at a time.
-        provider: as ``--provider``. The plan's when None.
+        provider: the execution provider, as for ``--provider``. When None, the plan's.
         threads: threads of every node's session. When None, the cores of this host divided by the nodes that are
             started on it; for nodes that are started by hand, the plan's number.
         inflight: the most requests in flight, where each micro-batch counts. When None, two for each node, and more
@@ -62,21 +63,22 @@ class RunOptions:
             where a stage has several.
         balance: how to choose among the replicas of a stage, at each hop: ``completion`` (the shortest expected
             completion), ``resource``, ``task``, ``latency`` or ``round-robin``; see :mod:`runtime.balance.policies`.
-        attempts: a request that so many nodes died of is refused. Others are tried again as often as needed. With 1,
-            nothing is tried again, and inputs are not held.
+        attempts: a request is refused after this many nodes were lost while they executed it. Other requests are
+            repeated as often as needed. With 1, nothing is repeated, and inputs are not held.
         timings: when a node counts as failed, and when it is started again.
         elastic: for nodes that are started by hand: accept more nodes of a stage than replicas, while they stay.
         keys: for nodes that are started by hand: the folder of the keys that protect links by tcp (``onnxsplit keys
             new``). When None, ``~/.config/onnxsplit/keys`` if it exists.
-        insecure: for nodes that are started by hand: plain links may leave this host.
-        trace: record where each request was, and when, for :meth:`~runtime.pipeline.Pipeline.trace`.
+        insecure: for nodes that are started by hand: whether unencrypted links may leave this host.
+        trace: record the stages that each request passes, with times, for :meth:`~runtime.pipeline.Pipeline.trace`.
         trace_ops: also record ONNX Runtime's own profile of every stage.
         start_timeout: seconds in which all nodes must become ready. When None, two minutes for nodes that are started
             by the pipeline, and no limit for nodes that are started by hand.
-        progress: called with the number of nodes that are ready, and of all, whenever the first changes.
+        progress: called with the number of ready nodes and the number of all nodes whenever the former changes.
         custom_ops: libraries of custom ops that nodes may load, as files or ``onnxruntime-extensions``. The plan must
-            name each of them. Nodes that are started by hand, or by a given launcher, are told of theirs themselves.
-        abandoned: called now and then while the nodes start. When it returns True, the launch is given up.
+            name each of them. With nodes that are started by hand, or a launcher of the caller's, give the libraries to
+            those instead.
+        abandoned: called repeatedly while the nodes start. When it returns True, the launch is abandoned.
     """
 
     replicas: int | Mapping[int, int] | None = None
@@ -102,12 +104,12 @@ class RunOptions:
     abandoned: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
-        """Make NumPy's integers Python's."""
+        """Convert NumPy's integers to Python's."""
         for name in ("replicas", *_WHOLE):
             object.__setattr__(self, name, as_int(getattr(self, name)))
 
     def check(self) -> None:
-        """Refuse options that make no sense.
+        """Refuse invalid options.
 
         Raises:
             InputError: it names the option, what was found and what is allowed.

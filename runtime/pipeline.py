@@ -1,4 +1,4 @@
-"""A running plan, as Python callers use it."""
+"""A running plan, for Python callers."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ _NODE_DESCRIPTORS = 8
 class Pipeline:
     """A running plan; a context manager. Made by :meth:`launch` or :meth:`listen`, ended by :meth:`close`.
 
-    Callable from any number of threads.
+    Its methods can be called from any number of threads.
 
     Attributes:
-        plan: what it runs.
-        inflight: requests, or micro-batches, that it admits at once.
-        address: where nodes report.
+        plan: the plan that it runs.
+        inflight: number of requests, or micro-batches, that it admits at once.
+        address: the address to which nodes connect.
     """
 
     def __init__(self, plan: Plan, coordinator: Coordinator, admission: Admission, check: RequestCheck) -> None:
@@ -67,19 +67,19 @@ class Pipeline:
 
     @classmethod
     def launch(cls, plan: str | Path, *, launcher: Launcher | None = None, **options: Any) -> Pipeline:
-        """Start a process for every node, on this host unless the launcher has others, and wait until all are ready.
+        """Start a process for every node, on this host unless a launcher is given, and wait until all are ready.
 
         Args:
             plan: the plan directory.
-            launcher: what starts the nodes, and ends with the pipeline; processes of this host when None.
+            launcher: starts the nodes, and is closed with the pipeline. When None, nodes are processes on this host.
             options: the attributes of :class:`~runtime.options.RunOptions`: ``replicas``, ``mode``, ``provider``,
                 ``threads``, ``inflight`` and others.
 
         Raises:
             PlanError: the directory holds no usable plan.
-            InputError: an option makes no sense.
-            CustomOpsError: a library of custom ops that the plan names was not given, or is another build.
-            LaunchFailed: a node did not come up; says which and why.
+            InputError: an option is invalid.
+            CustomOpsError: a library of custom ops that the plan names was not given, or is a different build.
+            LaunchFailed: a node did not start; the message says which and why.
         """
         try:
             folder = plan_folder(plan)
@@ -118,9 +118,9 @@ class Pipeline:
 
         Args:
             plan: the plan directory.
-            bind: ``tcp://HOST:PORT`` or ``ipc://PATH``. By tcp, links are encrypted with ``keys``; without any, HOST
-                must be of this host alone, or ``insecure`` be said.
-            options: as for :meth:`launch`. A node's own provider and threads go before those given here.
+            bind: ``tcp://HOST:PORT`` or ``ipc://PATH``. Links over tcp are encrypted with ``keys``. Without keys, HOST
+                must be a loopback address, or ``insecure`` must be set.
+            options: as for :meth:`launch`. A node's own provider and threads take precedence over those given here.
 
         Raises:
             PipelineError: the address cannot be used.
@@ -181,8 +181,8 @@ class Pipeline:
     def close(self) -> None:
         """Stop the nodes; requests in flight fail with :class:`~runtime.errors.PipelineClosed`.
 
-        Returns when everything is gone. In a callback of a request it returns at once, since the thread that runs the
-        callback is needed for that.
+        Returns when all nodes have ended. In a callback of a request it returns at once, because closing needs the
+        thread that runs the callback.
         """
         self._closed = True
         self._coordinator.close()
@@ -194,7 +194,7 @@ class Pipeline:
         outputs: Sequence[str] | None = None,
         timeout: float | None = None,
     ) -> dict[str, Array]:
-        """Run one request and wait for its outputs. As :meth:`submit`."""
+        """Run one request and wait for its outputs. Arguments and errors are those of :meth:`submit` and its future."""
         return self.submit(inputs, outputs=outputs, timeout=timeout).result()
 
     def submit(
@@ -207,24 +207,24 @@ class Pipeline:
     ) -> Answering:
         """Send one request into the pipeline.
 
-        Waits while as many requests are in flight as the pipeline admits. A batch that is larger than a micro-batch
-        enters part by part, and its answer is put together in order. Inputs are copied, so the caller may change them
-        at once; the outputs are the caller's own.
+        Waits while the pipeline has no room for another request. A batch that is larger than a micro-batch is sent in
+        parts, and its outputs are joined in order. Inputs are copied, so the caller may change them at once; the
+        outputs belong to the caller.
 
         Args:
             inputs: an array for each input, by name, with the type and shape that the model declares.
-            outputs: names of outputs, or of any tensor that crosses between stages; all outputs of the model when
+            outputs: names of outputs, or of any tensor that is sent between stages; all outputs of the model when
                 None. Only the stages that they need run, and only the inputs of those must be given.
             timeout: seconds from this call until the answer, above 0 and at most a year. Then the future fails.
             block: False raises :class:`~runtime.errors.Busy` instead of waiting.
 
         Returns:
-            A future of the outputs, by name, which also says where the request was (``visits``). It fails with
-            StageFailed, NodeFailed, StageUnavailable, DeadlineExceeded or PipelineClosed; ``cancel()`` gives the
-            request up.
+            A future of the outputs, by name, which also lists the stages that the request passed (``visits``). It fails
+            with StageFailed, NodeFailed, StageUnavailable, DeadlineExceeded or PipelineClosed; ``cancel()`` ends the
+            request.
 
         Raises:
-            InputError: inputs, names or the timeout are not as said above; nothing was sent.
+            InputError: inputs, names or the timeout are invalid; nothing was sent.
             Busy, DeadlineExceeded, PipelineClosed: the request was not admitted.
         """
         begun = time.monotonic_ns()
@@ -237,12 +237,12 @@ class Pipeline:
     def enter(
         self, arrays: Mapping[str, Array], asked: OutputSelection, *, deadline_ns: int | None, block: bool
     ) -> Answering:
-        """As :meth:`submit`, for inputs that are normal (:mod:`runtime.intake`) and have passed :meth:`check`."""
+        """Submit inputs that are normalised (:mod:`runtime.intake`) and have passed :meth:`check`."""
         if self._closed:
             raise PipelineClosed("the pipeline was closed")
         if os.getpid() != self._pid:
             raise PipelineError(
-                f"this pipeline belongs to process {self._pid}, of which this one is a fork; launch another here"
+                f"this pipeline belongs to process {self._pid}, and this process is a fork of it; launch another here"
             )
         parts, ready = self._check.prepare(arrays, asked)
         if not parts:
@@ -261,7 +261,7 @@ class Pipeline:
         return request.future
 
     def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> OutputSelection:
-        """Check a request against the model, as :meth:`submit` does; returns what it means.
+        """Check a request against the model, as :meth:`submit` does; returns how its outputs are obtained.
 
         Raises:
             InputError: inputs or names do not fit the model.
@@ -276,17 +276,17 @@ class Pipeline:
             return
         if waits:
             raise DeadlineExceeded(
-                "the request's time ran out before it was admitted: it waited for a place among the "
-                f"{self.inflight} requests in flight that this pipeline admits"
+                "the request's time ran out before it was admitted: "
+                f"{self.inflight} requests were in flight, the most that this pipeline admits"
             )
         raise Busy(f"{self.inflight} requests are in flight, which is all this pipeline admits; try again")
 
     def take_in_loop(self) -> tuple[int, Callable[[], None]]:
-        """Have an event loop take results, and run callbacks, instead of a thread of this pipeline.
+        """Receive results and run callbacks in an event loop, instead of a thread of this pipeline.
 
         Returns:
-            a descriptor, to be watched until :meth:`close` and then closed by the caller, and what to call whenever it
-            is readable. From now on, requests are answered by these calls alone.
+            A descriptor and a function. The caller watches the descriptor until :meth:`close` and calls the function
+            whenever it is readable, then closes the descriptor. From now on, only these calls answer requests.
         """
         return self._coordinator.take_in_loop()
 
@@ -297,7 +297,7 @@ class Pipeline:
 
     @property
     def traced(self) -> list[RequestTrace]:
-        """Where each answered request was, and when, for pipelines launched with ``trace``. The list may be cleared."""
+        """The answered requests with their visits, for pipelines launched with ``trace``. The list may be cleared."""
         return self._coordinator.requests.traced
 
     @property
@@ -320,7 +320,7 @@ class Pipeline:
         """Take no more requests, and wait until those in flight are answered.
 
         Raises:
-            TimeoutError: they were not answered in ``timeout`` seconds; they go on.
+            TimeoutError: they were not answered in ``timeout`` seconds; they continue.
             InputError: the timeout is not a number of seconds above 0.
         """
         limit_ns = normal_timeout_ns(timeout)
@@ -328,18 +328,18 @@ class Pipeline:
 
     @property
     def ended(self) -> bool:
-        """True when nobody looks after its requests any more: it was closed, or one of its threads has failed."""
+        """True when it no longer processes requests: it was closed, or one of its threads has failed."""
         return self._coordinator.ended
 
     @property
     def trouble(self) -> str | None:
-        """Why this pipeline answers no requests, as when a thread has failed; None when it does, or may soon."""
+        """Why this pipeline answers no requests, for example a failed thread; None when it does, or may soon."""
         return self._coordinator.trouble
 
     def scale(self, stage: int, replicas: int) -> None:
-        """Have this number of nodes of a stage from now on, while requests go on.
+        """Set the number of a stage's nodes while requests continue.
 
-        New nodes take requests as soon as they are ready. Nodes that are not needed any more finish their requests and
+        New nodes take requests as soon as they are ready. Nodes that are no longer needed finish their requests and
         end.
 
         Raises:
@@ -355,7 +355,7 @@ class Pipeline:
 
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:
-        """The nodes as they are now, by stage and replica."""
+        """The present nodes, by stage and replica."""
         return self._coordinator.nodes()
 
     def stats(self) -> tuple[NodeStats, ...]:
@@ -364,7 +364,7 @@ class Pipeline:
 
     @property
     def unreachable(self) -> str | None:
-        """Why no request can get through although every stage has a node, naming the dead links; None when all is well.
+        """Why no request can pass although every stage has a node, naming the dead links; None when requests can pass.
 
         A pipeline for which this is not None is not ready to serve.
         """
@@ -372,10 +372,10 @@ class Pipeline:
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
-        """The nodes that were lost and the links that died, the first one first, at most a hundred."""
+        """The lost nodes and dead links, oldest first, at most a hundred."""
         return self._coordinator.incidents
 
     @property
     def retries(self) -> int:
-        """The number of attempts that were made again."""
+        """The number of attempts that were repeated."""
         return self._coordinator.retries

@@ -1,4 +1,4 @@
-"""One request of a caller: the parts it runs as, and its answer."""
+"""One request of a caller: its parts and its future."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.wire.messages.data import Visit
 
 @dataclass(frozen=True)
 class OutputSelection:
-    """The outputs that a request asks for, and what they mean.
+    """The outputs that a request asks for, and how each is obtained.
 
     Attributes:
         names: the outputs, as the caller named them.
@@ -38,10 +38,10 @@ class OutputSelection:
 
 
 class Answering(Future[dict[str, Array]]):
-    """The future of one request. To cancel it ends the request's work in the pipeline.
+    """The future of one request. Cancelling it ends the request's work in the pipeline.
 
     Attributes:
-        visits: where the request was, and when; empty before it is answered.
+        visits: the stages that the request passed, with times; empty before it is answered.
     """
 
     def __init__(self, give_up: Callable[[], None] = lambda: None, request_io: RequestIO | None = None) -> None:
@@ -51,7 +51,7 @@ class Answering(Future[dict[str, Array]]):
         self._request_io = request_io
 
     def cancel(self) -> bool:
-        """Give the request up; False when it has been answered."""
+        """Cancel the request; returns False if it was already answered."""
         if not super().cancel():
             return False
         self._give_up()
@@ -61,14 +61,15 @@ class Answering(Future[dict[str, Array]]):
         """Wait for the outputs.
 
         Raises:
-            PipelineError: the request failed; or this is a callback of the pipeline, which would wait for itself.
+            PipelineError: the request failed, or this was called in a callback of the pipeline, which would wait for
+                itself.
             TimeoutError: there was no answer in ``timeout`` seconds.
         """
         self._check_waiting()
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait for the answer; returns how the request failed, or None. It raises as :meth:`result` does."""
+        """Wait for the answer; returns the request's error, or None. It raises as :meth:`result` does."""
         self._check_waiting()
         return super().exception(timeout)
 
@@ -83,8 +84,8 @@ class Answering(Future[dict[str, Array]]):
 class Request:
     """A request of one or more parts. The caller admits the first; others enter while there is room, or as parts end.
 
-    A part that is done hands its place to the next, so a batch always goes on. Whatever goes wrong, every place that
-    was taken is given back, and the future ends once.
+    A part that has ended passes its place to the next, so a batch always makes progress. Whatever fails, every place is
+    given back, and the future is resolved once.
 
     Args:
         request_io: sends parts to the nodes.
@@ -93,7 +94,7 @@ class Request:
         selection: the outputs that the caller asks for.
         size: bytes of the tensors of one part.
         cost: cost of one part, in thousandths of an ordinary request.
-        deadline_ns: when the time of the request runs out; None for never.
+        deadline_ns: the request's deadline; None for no deadline.
         ready: the outputs that pass through.
 
     Attributes:
@@ -131,7 +132,7 @@ class Request:
         self._answers: dict[int, Answer] = {}
 
     def enter(self) -> None:
-        """Send the first part in, which has been admitted, and as many more as there is room for."""
+        """Send the first part, which has been admitted, and further parts while there is room."""
         place = self.first_place
         while True:
             self._send_into(place)
@@ -159,7 +160,7 @@ class Request:
             return number
 
     def _send_into(self, place: object) -> None:
-        """Send the next part in, on a place that was taken; give the place back if there is none or sending fails."""
+        """Send the next part, on a place that was taken; give the place back if there is none or sending fails."""
         number = self._next()
         if number is None:
             self._admission.leave(place)
@@ -188,7 +189,7 @@ class Request:
         with self._lock:
             place = self._place_of.pop(number, None)
             if place is None:
-                return  # it has ended before
+                return  # the request has already ended
             if answer.error is None:
                 self._answers[number] = answer
             whole = len(self._answers) == len(self._parts)

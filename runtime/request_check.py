@@ -1,4 +1,4 @@
-"""Holds requests against the model of a plan: names, types and shapes, defaults, and what passes through."""
+"""Checks requests against a plan's model: names, types and shapes, defaults, and outputs that no stage computes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from onnxsplit.tensors import Array, check_inputs
 from runtime.microbatch import batch_axes, split
 from runtime.request import OutputSelection
 
-_REMEMBERED = 256  # sets of outputs that were asked for
+_REMEMBERED = 256  # cached sets of requested outputs
 
 
 class RequestCheck:
-    """The model as requests see it.
+    """The requests that a plan's model accepts.
 
     Args:
         folder: the plan directory.
@@ -44,7 +44,7 @@ class RequestCheck:
         self._selections: dict[tuple[str, ...], OutputSelection] = {}
 
     def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> OutputSelection:
-        """What a request means that gives some inputs and asks for some outputs; all outputs of the model when None.
+        """Check a request's inputs and outputs, all outputs of the model when None; returns how these are obtained.
 
         Raises:
             InputError: inputs or names do not fit the model.
@@ -55,7 +55,7 @@ class RequestCheck:
         return selection
 
     def _select(self, wanted: tuple[str, ...]) -> OutputSelection:
-        """Check the names asked for, and work out what that means; remembered."""
+        """Check the requested names, and find how each output is obtained; cached."""
         plan = self._plan
         stage_tensors = plan.producers()
         unknown = [name for name in wanted if name not in stage_tensors and name not in plan.outputs]

@@ -14,21 +14,21 @@ class Timings:
     """When something counts as failed, and when to try again.
 
     Attributes:
-        beat_s: seconds between two signs of life, in either direction.
-        silence_s: seconds without a sign of life after which a node that serves, or the coordinator, is taken for dead.
+        beat_s: seconds between two heartbeats, in either direction.
+        silence_s: seconds without a heartbeat after which a node that serves, or the coordinator, counts as dead.
         loading_silence_s: the same for a node that is not ready yet, unless its link was closed.
-        stall_s: seconds that a run may last in any case without being taken for stuck.
-        stall_factor: a run that lasts longer than this many times the usual time is taken for stuck.
+        stall_s: a run that is shorter than this number of seconds never counts as stuck.
+        stall_factor: a run that lasts longer than this many times the usual time counts as stuck.
         backoff_s: seconds before the second restart in a row of a node, doubled each time. The first comes at once.
-        backoff_most_s: the most seconds between two restarts.
+        backoff_most_s: the largest number of seconds between two restarts.
         settled_s: seconds that a node must serve for its earlier failures to be forgotten.
-        circuit_failures: failures in a row of one node after which it is left alone for a while (an open circuit
+        circuit_failures: failures in a row of one node after which it is not restarted for a while (an open circuit
             breaker).
-        circuit_s: seconds that it is left alone. Then it is tried once more.
-        lost_s: seconds after which an attempt is made again, if it has also lasted longer than ``stall_factor`` times
+        circuit_s: seconds before such a node is started once more.
+        lost_s: seconds after which an attempt is repeated, if it has also lasted longer than ``stall_factor`` times
             the usual time: a message must have been lost.
-        drain_s: seconds that a node which was told to end waits to be relieved of its work.
-        unreachable_s: seconds without a connection after which a link between two processes is taken for dead.
+        drain_s: seconds for which a node that was told to end waits until it has no more work.
+        unreachable_s: seconds without a connection after which a link between two processes counts as dead.
     """
 
     beat_s: float = 0.5

@@ -1,4 +1,4 @@
-"""Which stages send to which, and which tensors cross: read from the plan alone. Pure."""
+"""The stages that send to each stage, and the tensors that they send, derived from the plan alone. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _REMEMBERED = 1024
 
 
 def sources(plan: Plan, stage: int) -> frozenset[int]:
-    """The stages that send a stage a fragment of every request, and the caller where it reads an input of the model.
+    """The stages that send fragments to a stage, and the caller if the stage reads an input of the model.
 
     A stage that reads nothing is started by a fragment from the caller.
     """
@@ -34,7 +34,7 @@ def expected_tensors(plan: Plan, stage: int) -> dict[int, tuple[tuple[str, ...],
 
 
 class StageGraph:
-    """The stages of a plan as a graph, worked out once.
+    """The stages of a plan as a graph, computed once.
 
     Attributes:
         stages: the indices of the stages, in topological order.

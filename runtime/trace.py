@@ -28,7 +28,7 @@ _CALLER = 0  # number of the caller's process
 
 
 class RequestTrace(Struct, frozen=True):
-    """A request from its admission to its answer. Times are the host's monotonic clock in nanoseconds.
+    """A request from admission to answer. Times are the host's monotonic clock in nanoseconds.
 
     Attributes:
         request: its number.

@@ -1,7 +1,7 @@
 """State machines as tables: what may happen in each state, and which state follows. Pure.
 
 docs/states.md is drawn from the tables. A change that a table does not list is a bug, or a peer broke the protocol: it
-raises an error that tells what led there.
+raises an error that lists the changes before it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Generic, TypeVar
 S = TypeVar("S", bound=Enum)
 C = TypeVar("C")
 
-_REMEMBERED = 20  # changes that an error tells
+_REMEMBERED = 20  # number of earlier changes in an error message
 
 
 class IllegalEventError(Exception):
-    """A change that is not allowed in the present state. The message tells the changes before it."""
+    """A change that is not allowed in the present state. The message lists the changes before it."""
 
 
 class Machine(Generic[S, C]):
-    """One thing that goes through the states of a table.
+    """An object whose state changes according to a table.
 
     Args:
-        name: the name of the thing, for errors.
+        name: the name of the object, for errors.
         table: the next state for each state and change.
         state: the first state.
     """

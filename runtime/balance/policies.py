@@ -37,9 +37,9 @@ SAMPLE_SIZE = 4
 
 _CLEARLY_WORSE = 1.5  # the replica whose turn it is loses its turn when its cost is more than this times the least
 _MASK = (1 << 64) - 1
-_EWMA_TIME_CONSTANT_NS = 500_000_000  # of the service time: a measurement of this age has the weight 1/e
-_PEAK_TIME_CONSTANT_NS = 2_000_000_000  # of the peak-EWMA: a peak decays towards the mean by 1/e in this time
-_SLOWNESS_HALF_LIFE_NS = 10_000_000_000  # of what an idle replica's service time exceeds the best one's
+_EWMA_TIME_CONSTANT_NS = 500_000_000  # a measured service time of this age has the weight 1/e
+_PEAK_TIME_CONSTANT_NS = 2_000_000_000  # a peak decays towards the mean by 1/e in this time
+_SLOWNESS_HALF_LIFE_NS = 10_000_000_000  # an idle replica's excess over the best service time halves in this time
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Balancer:
         self._turn = self._first
         self._random = seed
         self._last: dict[int, int] = {}  # the turn in which each replica was last chosen
-        self._credit: dict[int, float] = {}  # of the weighted round robin
+        self._credit: dict[int, float] = {}  # state of the weighted round robin
 
     def candidates(self, count: int) -> Sequence[int]:
         """The positions of the candidates for the next request, out of ``count`` replicas.
@@ -155,8 +155,8 @@ class Balancer:
 def _services(replicas: Sequence[Replica]) -> list[float]:
     """The service time to assume for each replica, in ns.
 
-    It is at least the best one's. What it exceeds the best one's decays while the replica is idle, so that it is tried
-    again after a while. It is not less than the time of the running request implies.
+    It is at least the best replica's. Its excess over the best decays while the replica is idle, so that the replica is
+    tried again after a while. It is never below the value that the present run's duration implies.
     """
     known = [replica.service_ns for replica in replicas if replica.service_ns]
     best = min(known, default=1)

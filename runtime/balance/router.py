@@ -14,11 +14,11 @@ from runtime.wire.messages.control import Peer, Policy
 from runtime.wire.messages.data import Receipt
 
 _BETWEEN_HOSTS = Link()
-_REPORT_HALF_LIFE = 16.0  # of a reported load, in service times: it decays towards the average load
+_REPORT_HALF_LIFE = 16.0  # in service times: a reported load decays towards the average load
 _AVERAGE_WEIGHT = 0.05  # weight of a new report in the average load (EWMA)
-_LOST_NS = 10_000_000_000  # work sent this long ago that has not arrived is taken to be lost
-_NOTE_INTERVAL_NS = 1_000_000_000  # between two notes of the work sent
-_SILENT_NS = 15_000_000_000  # a peer without receipts for this long, and for several runs, is taken to be silent
+_LOST_NS = 10_000_000_000  # work sent this long ago that has not arrived counts as lost
+_NOTE_INTERVAL_NS = 1_000_000_000  # interval of the notes of work sent
+_SILENT_NS = 15_000_000_000  # a peer without receipts for this long, and for several runs, counts as silent
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class _LastReceipt:
     """The last :class:`~runtime.wire.messages.data.Receipt` of a peer on another host.
 
     Attributes:
-        lost: cost of the work for it that is taken to be lost on the way; computed anew from each receipt, so a wrong
+        lost: cost of the work for it that counts as lost on the way; computed again from each receipt, so a wrong
             value lasts until the next one.
         notes: pairs of a time and the cost of all work that had been sent to the peer by then, the oldest first.
     """
@@ -88,11 +88,11 @@ class Router:
         self._nodes: dict[int, tuple[int, ...]] = {}
         self._numbers: dict[int, tuple[int, ...]] = {}  # all replicas of each stage
         self._boards: dict[int, LoadBoard] = {}  # this process's, and those of peers whose memory is mapped
-        self._receipts: dict[int, _LastReceipt] = {}  # of the other peers
+        self._receipts: dict[int, _LastReceipt] = {}  # from the other peers
         self._senders: dict[tuple[int, ...], Mapping[int, LoadBoard]] = {}  # the boards of senders, by their stages
         self._balancers: dict[int, Balancer] = {}
         self._known: frozenset[int] = frozenset()
-        self._average_service_ns = 0.0  # of nodes on other hosts
+        self._average_service_ns = 0.0  # average over nodes on other hosts
         self._average_others = 0.0  # cost of the work of others that they report
 
     def learn(self, me: int, peers: Sequence[Peer], boards: Mapping[int, LoadBoard]) -> None:

@@ -2,5 +2,5 @@
 
 Pure, in the order in which the files build on each other: events, reach, counters, node_record, refusals, roster,
 links, deadlines, diagnosis, requests, state, interpreter, failure_detector. With effects: inbox, answers, data_links,
-request_io, results, status, setup, node_control, node_monitor, loop.
+request_io, results, status, setup, node_controller, node_monitor, loop.
 """

@@ -1,4 +1,4 @@
-"""The answers to requests on their way to the callers' functions."""
+"""The queue of answers for the callers' functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("runtime.coordinator")
 
 @dataclass(frozen=True)
 class Answer:
-    """How a request ended: with its outputs, which are the caller's own, and where it was when; or with an error."""
+    """The outcome of a request: its outputs, which belong to the caller, and the stages that it passed; or an error."""
 
     outputs: dict[str, Array]
     error: PipelineError | None = None
@@ -25,17 +25,17 @@ class Answer:
 
 
 Done = Callable[[Answer], None]
-"""A caller's function that is told how its request ended."""
+"""A caller's function that receives the answer to its request."""
 
 
 class _ThisThread(threading.local):
-    """What the present thread is at."""
+    """The state of the present thread."""
 
     is_delivering = False
 
 
 class AnswerQueue:
-    """Answers that callers have not been told yet. They are added under a lock and delivered without it."""
+    """Answers that are not delivered yet. They are added under a lock and delivered without it."""
 
     def __init__(self) -> None:
         self._answers: deque[tuple[Done, Answer]] = deque()
@@ -45,13 +45,13 @@ class AnswerQueue:
         return len(self._answers)
 
     def add(self, done: Done, answer: Answer) -> None:
-        """Have a caller told an answer."""
+        """Queue an answer for delivery."""
         self._answers.append((done, answer))
 
     def deliver(self) -> None:
-        """Tell callers their answers.
+        """Deliver all answers to their callers.
 
-        A caller's function may submit, which calls this again: then the outer call goes on with what that added.
+        A caller's function may submit a request, which calls this again; the outer call then delivers what was added.
         """
         here = self._here
         if here.is_delivering:
@@ -65,12 +65,12 @@ class AnswerQueue:
                     return
                 try:
                     done(answer)
-                except BaseException:  # a caller's function, whatever it raises: others wait for this thread
+                except BaseException:  # a caller's function may raise anything, and other callers wait for this thread
                     _log.exception("a callback of a request raised")
         finally:
             here.is_delivering = False
 
     @property
     def delivering(self) -> bool:
-        """True in a caller's function: the present thread brings answers, so it must not wait for any."""
+        """True in a caller's function: the present thread delivers answers, so it must not wait for one."""
         return self._here.is_delivering

@@ -1,4 +1,4 @@
-"""What the nodes of a pipeline have done so far, as numbers. Pure."""
+"""Counters of the work that a pipeline's nodes have done. Pure."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass, field
 
 from runtime.wire.messages.data import Visit
 
-_LATENCIES = 1000  # the percentiles are those of so many requests
+_LATENCIES = 1000  # number of requests that the percentiles cover
 
 BUCKETS_NS = tuple(int(1000 * scale * 10**power) for power in range(2, 8) for scale in (1, 2.5, 5))
-"""Upper ends of the buckets in which session times are counted, 100 us to 50 s. One more bucket takes what is above."""
+"""Upper ends of the buckets in which session times are counted, 100 us to 50 s. One more bucket counts longer times."""
 
 
 @dataclass
 class NodeCounters:
-    """What the processes of one slot have done so far, all of them together.
+    """Counters of one slot, over all its processes so far.
 
     Attributes:
         requests: answered requests that were executed here.
         failures: requests that could not be executed.
         restarts: processes that were lost.
-        retries: attempts that were made again because one of those was lost.
+        retries: attempts that were repeated because one of those was lost.
         wait_ns: sum of the times that requests waited for their turn.
         run_ns: sum of the times in the session.
         output_bytes: bytes of all outputs.
-        shared_bytes: bytes of those outputs that crossed in shared memory.
+        shared_bytes: bytes of those outputs that were passed in shared memory.
         latencies_ns: times from arrival to departure, of the last thousand requests.
         buckets: number of session times in each bucket of :data:`BUCKETS_NS`.
     """

@@ -1,4 +1,4 @@
-"""The coordinator's links to the nodes by which requests go out, and what it sees of the nodes by shared memory."""
+"""The coordinator's data links to the nodes, and the nodes' state as their shared memory shows it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from runtime.wire.sockets import Sockets
 
 
 class DataLinks:
-    """Links to all nodes that there are. All of it is used while the lock of the requests is held.
+    """Data links to all nodes. Callers of its methods hold the lock of the requests.
 
     Args:
-        plan: what the nodes execute.
-        machine: knows the nodes and the attempts under way. It is only read here.
+        plan: the plan that the nodes execute.
+        machine: the coordinator's state machine, which is only read here.
         payloads: the caller's side of shared memory.
         router: chooses among replicas.
 
@@ -55,11 +55,11 @@ class DataLinks:
         return self._payloads.memory
 
     def lend_memory(self, readers: Sequence[int]) -> None:
-        """Have these nodes read the caller's memory."""
+        """Lend the caller's memory to these nodes."""
         self._payloads.share(readers)
 
     def meet(self, caller: Peer, peers: Sequence[Peer], sockets: Sockets) -> tuple[tuple[int, ...], dict[int, str]]:
-        """Learn which nodes there are now: map their memory, open and close links.
+        """Connect to the present nodes: map their memory, open and close links.
 
         Returns:
             the numbers of the nodes whose memory is mapped, and why some nodes cannot be reached, by number.
@@ -81,7 +81,7 @@ class DataLinks:
         return mapped, failures
 
     def look_at_links(self) -> frozenset[int]:
-        """The nodes that requests are sent to first and that cannot be reached now.
+        """The unreachable nodes among those to which the coordinator sends inputs.
 
         Nothing is sent to them while other replicas of their stages can be reached.
         """
@@ -92,7 +92,7 @@ class DataLinks:
         return unreachable
 
     def steps(self) -> Steps:
-        """How far all nodes are with all attempts in flight, as their memory, or what they said, tells."""
+        """The progress of all nodes with all attempts in flight, from their shared memory or their messages."""
         numbers = [node.number for node in self._machine.roster if node.number >= 0]
         steps: dict[AttemptKey, dict[int, Step]] = {}
         for key in self._machine.requests.in_flight:
@@ -103,6 +103,6 @@ class DataLinks:
         return steps
 
     def queues(self) -> dict[int, int]:
-        """The cost of what is on its way to each node or in it, by number."""
-        most = self._machine.requests.cost  # what is done at a lone node of another host is told twice a second
+        """The cost of the outstanding work of each node, by number."""
+        most = self._machine.requests.cost  # a single replica on another host reports only twice a second
         return {number: min(most, self._router.outstanding(number)) for number in self._router.known - {0}}

@@ -1,4 +1,4 @@
-"""What a request waits for, in words, for the messages of errors and the log. Pure."""
+"""Describes what a request is waiting for, in errors and in the log. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.wire.messages.data import Step
 
 
 def awaited(graph: StageGraph, roster: Roster, needed: Collection[int], steps: Mapping[int, Step]) -> str:
-    """What an attempt waits for: the stages whose turn it is, with their nodes, as far as is known.
+    """Describe what an attempt is waiting for: the stages that come next, and their nodes, as far as is known.
 
     Args:
         graph: the stages.
@@ -28,13 +28,13 @@ def awaited(graph: StageGraph, roster: Roster, needed: Collection[int], steps: M
         running = roster.by_number(at[Step.RUNNING].get(stage, -1))
         if running is not None:
             words.append(f"{running.called} was running it")
-        elif not graph.senders[stage] & unfinished:  # else it is the turn of another first
+        elif not graph.senders[stage] & unfinished:  # else another stage comes first
             words.append(f"{stage_name(roster, stage)} had not begun it")
     return "; ".join(words)
 
 
 def stage_name(roster: Roster, stage: int) -> str:
-    """A stage and its nodes, as messages name them, with what is wrong with those that are not ready."""
+    """The name of a stage and its nodes in messages, with the state of the nodes that are not ready."""
     nodes = [node for slot, node in roster.nodes.items() if slot[0] == stage]
     if len(nodes) == 1:
         return nodes[0].called + _unready(nodes[0])
@@ -43,7 +43,7 @@ def stage_name(roster: Roster, stage: int) -> str:
 
 
 def _unready(node: NodeRecord) -> str:
-    """What is wrong with a node that is not ready; empty for one that is."""
+    """The state of a node that is not ready, and the reason; empty for a node that is ready."""
     if node.phase is Phase.READY:
         return ""
     return f": {node.phase.value}" + (f", it {node.reason}" if node.reason else "")

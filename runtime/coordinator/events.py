@@ -1,4 +1,4 @@
-"""The events that a coordinator reacts to and the effects that it decides on: the alphabet of its state machine. Pure.
+"""The events and the effects of the coordinator's state machine. Pure.
 
 Events come first. Effects are of two kinds: those on requests (:data:`RequestEffect`), which any thread of the caller's
 process performs at once, and those on nodes (:data:`ControlEffect`), which the coordinator's own thread performs.
@@ -22,7 +22,7 @@ Steps = Mapping[AttemptKey, Mapping[int, Step]]
 
 
 class Joined(Struct, frozen=True):
-    """A node reported."""
+    """A node has sent its first message."""
 
     identity: bytes
     hello: Hello
@@ -30,7 +30,7 @@ class Joined(Struct, frozen=True):
 
 
 class Prepared(Struct, frozen=True):
-    """A node has loaded its stage, and its links are as it was told; it has mapped the memory of these processes."""
+    """A node has loaded its stage and opened its links; it has mapped the memory of these processes."""
 
     identity: bytes
     mapped: tuple[int, ...]
@@ -38,7 +38,7 @@ class Prepared(Struct, frozen=True):
 
 
 class Met(Struct, frozen=True):
-    """The coordinator itself has learned which nodes there are, and has mapped the memory of these."""
+    """The coordinator has connected to the present nodes, and has mapped the memory of these."""
 
     mapped: tuple[int, ...]
     now_ns: int
@@ -53,21 +53,21 @@ class Declined(Struct, frozen=True):
 
 
 class LeaveWanted(Struct, frozen=True):
-    """A node asks for no more requests, because it is to end."""
+    """A node asks to receive no more requests, because it was told to end."""
 
     identity: bytes
     now_ns: int
 
 
 class Lost(Struct, frozen=True):
-    """The process of a node is gone, or is taken for dead.
+    """The process of a node has ended or counts as dead.
 
     Attributes:
-        number: the node's.
+        number: the node's number.
         reason: what happened, in words that follow the node's name.
         steps: how far all nodes are with all attempts in flight.
         now_ns: the host's monotonic clock.
-        fate: what the node is told to do, in case it lives.
+        fate: what the node is told to do if it still lives.
     """
 
     number: int
@@ -78,13 +78,13 @@ class Lost(Struct, frozen=True):
 
 
 class Reconnected(Struct, frozen=True):
-    """A node whose control link was broken was heard again. It has missed what it was told meanwhile."""
+    """A node whose control link was broken was heard again. It has missed the messages sent meanwhile."""
 
     identity: bytes
 
 
 class LinksSeen(Struct, frozen=True):
-    """These links are dead now, and no others: the numbers of the sender and of the receiver of each."""
+    """All links that are dead now, each as the numbers of its sender and its receiver."""
 
     dead: frozenset[LinkKey]
     now_ns: int
@@ -101,7 +101,7 @@ class Submitted(Struct, frozen=True):
 
 
 class Returned(Struct, frozen=True):
-    """Tensors of an attempt came back. ``history`` says which stages they passed."""
+    """Output tensors of an attempt have arrived. ``history`` lists the stages that they passed."""
 
     request: int
     attempt: int
@@ -116,20 +116,20 @@ class Reported(Struct, frozen=True):
 
 
 class Expired(Struct, frozen=True):
-    """The time of a request ran out. ``steps`` says how far nodes are with its attempt."""
+    """The deadline of a request has passed. ``steps`` says how far nodes are with its attempt."""
 
     request: int
     steps: Mapping[int, Step]
 
 
 class GivenUp(Struct, frozen=True):
-    """The caller does not want a request any more."""
+    """The caller has cancelled a request."""
 
     request: int
 
 
 class Unsendable(Struct, frozen=True):
-    """A request cannot be sent, or what came back of an attempt at it cannot be read; 0 stands for any attempt."""
+    """A request cannot be sent, or the outputs of an attempt at it cannot be read; 0 stands for any attempt."""
 
     request: int
     error: PipelineError
@@ -137,7 +137,7 @@ class Unsendable(Struct, frozen=True):
 
 
 class Tick(Struct, frozen=True):
-    """Time passed. ``steps`` is as for :class:`Lost`, and is given when an attempt is overdue."""
+    """Time has passed. ``steps`` is as for :class:`Lost`, and is given when an attempt is overdue."""
 
     now_ns: int
     steps: Steps = {}
@@ -201,7 +201,7 @@ class Enter(Struct, frozen=True):
 
 
 class Again(Struct, frozen=True):
-    """End the attempt under way: drop what came back of it. Another attempt follows, perhaps later."""
+    """End the present attempt, and drop the outputs received for it. Another attempt follows, perhaps later."""
 
     request: int
     attempt: int
@@ -209,14 +209,14 @@ class Again(Struct, frozen=True):
 
 
 class Resolve(Struct, frozen=True):
-    """Give the caller its tensors. ``visits`` are the stages that they passed."""
+    """Answer a request with its tensors. ``visits`` are the stages that they passed."""
 
     request: int
     visits: tuple[Visit, ...]
 
 
 class Reject(Struct, frozen=True):
-    """Give the caller an error."""
+    """Answer a request with an error."""
 
     request: int
     error: PipelineError
@@ -246,7 +246,7 @@ class GiveStage(Struct, frozen=True):
 
 
 class Introduce(Struct, frozen=True):
-    """Tell these nodes which processes there are. With ``meet``, learn it too, and answer with :class:`Met`."""
+    """Tell these nodes which processes exist. With ``meet``, connect to the nodes and answer with :class:`Met`."""
 
     identities: tuple[bytes, ...]
     meet: bool
@@ -260,7 +260,7 @@ class ShareMemory(Struct, frozen=True):
 
 
 class SendAway(Struct, frozen=True):
-    """Tell a node to stop, and what to do then. ``again``: it was told so before, and keeps asking for a place."""
+    """Tell a node to stop, and what to do then. ``again``: it was told before, and keeps asking for a place."""
 
     identity: bytes
     reason: str
@@ -269,7 +269,7 @@ class SendAway(Struct, frozen=True):
 
 
 class LinkChanged(Struct, frozen=True):
-    """Log that a link between two processes is dead, or works again. The story names both."""
+    """Log that a link between two processes is dead, or works again. ``story`` names both."""
 
     story: str
     is_dead: bool
@@ -282,7 +282,7 @@ class Announce(Struct, frozen=True):
 
 
 class Forget(Struct, frozen=True):
-    """Tell nodes that nobody waits any more for this attempt, nor for earlier ones at the same request."""
+    """Tell nodes that this attempt at a request, and all before it, were given up."""
 
     request: int
     attempt: int
@@ -290,7 +290,7 @@ class Forget(Struct, frozen=True):
 
 
 class Drained(Struct, frozen=True):
-    """Tell the caller that no request is in flight any more, and none will be."""
+    """Tell the caller that no request is in flight, and none will be."""
 
 
 ControlEffect = (
@@ -298,11 +298,11 @@ ControlEffect = (
 )
 
 Decision = tuple[list[RequestEffect], list[ControlEffect]]
-"""What a coordinator decides on one event: effects on requests, and effects on nodes, each in order."""
+"""The effects of one event: those on requests and those on nodes, each in order."""
 
 
 class Effects:
-    """Collects the effects of the event that is being handled, as they are decided, in two lists."""
+    """Collects the effects of the event that is being handled, in two lists."""
 
     def __init__(self) -> None:
         self.on_requests: list[RequestEffect] = []

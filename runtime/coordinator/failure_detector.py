@@ -1,10 +1,10 @@
 """Finds nodes that are dead although their processes exist. Pure.
 
-What nodes say, and when, goes in; verdicts come out. There are two:
+The input is the nodes' messages and their times; the output is verdicts, of two kinds:
 
     silent   the node has said nothing for ``silence_s``: it was stopped, cut off, or its interpreter is stuck. While it
              loads its stage, which may keep the interpreter from running, it has ``loading_silence_s``.
-    stuck    the node gives signs of life, but one run has lasted longer than ``stall_s``, and longer than
+    stuck    the node sends heartbeats, but one run has lasted longer than ``stall_s``, and longer than
              ``stall_factor`` times the longest such run, or the predicted one
 
 ZeroMQ's own heartbeats are not enough: a thread of its library answers them even when the interpreter is stuck.
@@ -31,7 +31,7 @@ class FailureDetector:
     """Watches nodes from the moment they get a stage.
 
     Args:
-        timings: after which times a node is taken for dead.
+        timings: the times after which a node counts as dead.
     """
 
     def __init__(self, timings: Timings) -> None:
@@ -63,14 +63,14 @@ class FailureDetector:
             node.heard_ns += absent_ns
 
     def end(self, node: int) -> None:
-        """Watch the node no longer."""
+        """Stop watching the node."""
         self._nodes.pop(node, None)
 
     def heard(self, node: int, beat: NodeBeat, now_ns: int) -> str | None:
-        """The node gave a sign of life.
+        """The node has sent a heartbeat.
 
         Returns:
-            why the node is taken for dead; None when it is not.
+            why the node counts as dead; None when it does not.
         """
         watched = self._nodes.get(node)
         if watched is None:
@@ -86,12 +86,12 @@ class FailureDetector:
         return None
 
     def heard_lately(self, now_ns: int) -> frozenset[int]:
-        """The nodes that gave a sign of life recently."""
+        """The nodes that have sent a heartbeat recently."""
         patience_ns = max(1.0, 4 * self._timings.beat_s) * 1e9
         return frozenset(number for number, node in self._nodes.items() if now_ns - node.heard_ns < patience_ns)
 
     def silent(self, now_ns: int) -> dict[int, str]:
-        """The nodes that have said nothing for too long, and why they are taken for dead."""
+        """The nodes that have been silent for too long, and why they count as dead."""
         verdicts = {}
         for number, node in self._nodes.items():
             seconds = (now_ns - node.heard_ns) / 1e9

@@ -1,4 +1,4 @@
-"""What other threads leave for the coordinator's thread."""
+"""Passes events and effects from other threads to the coordinator's thread."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from runtime.wire.wakeup import Wakeup
 
 
 class Inbox:
-    """Events and effects that the coordinator's thread is to handle, and what wakes it. Any thread may call it.
+    """Events and effects for the coordinator's thread, and the wake-up of this thread. Thread-safe.
 
     Attributes:
-        events: what has happened, to be handed to the state machine.
-        effects: what the state machine decided about nodes while another thread held the lock, to be performed.
+        events: events for the state machine.
+        effects: effects on nodes that arose in other threads and are to be performed.
         wakeup: to be watched by the sockets that the coordinator's thread waits at.
         sleeps_until_s: when the thread wakes up at the latest, by ``time.monotonic``.
-        failure: why no more results can be taken; None while they can.
+        failure: why results can no longer be received; None while they can.
     """
 
     def __init__(self) -> None:
@@ -28,21 +28,21 @@ class Inbox:
         self.failure: BaseException | None = None
 
     def post(self, event: CoordinatorEvent) -> None:
-        """Have an event handled."""
+        """Queue an event."""
         self.events.append(event)
         self.wakeup.ring()
 
     def leave(self, effects: Iterable[ControlEffect]) -> None:
-        """Have effects on nodes performed."""
+        """Queue effects on nodes."""
         self.effects.extend(effects)
         self.wakeup.ring()
 
     def expect(self, deadline_ns: int) -> None:
-        """Have the thread wake up at a deadline, by ``time.monotonic_ns``."""
+        """Let the thread wake up at a deadline, by ``time.monotonic_ns``."""
         if deadline_ns / 1e9 < self.sleeps_until_s:
             self.wakeup.ring()
 
     def fail(self, error: BaseException) -> None:
-        """Have the pipeline end, since results cannot be taken any more."""
+        """End the pipeline, because results can no longer be received."""
         self.failure = error
         self.wakeup.ring()

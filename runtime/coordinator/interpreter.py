@@ -1,8 +1,9 @@
-"""Performs what a coordinator's state machine decides: one dispatcher, for every kind of pipeline. Pure.
+"""Dispatches the effects of the coordinator's state machine, in every kind of pipeline. Pure.
 
-The machine returns effects as values. Here each value becomes a method call, so whoever runs a machine writes a method
-for each effect and nothing else. Two do: the coordinator of real pipelines (:mod:`runtime.coordinator.request_io` and
-:mod:`runtime.coordinator.node_controller`), and the simulator for tests and benchmarks (:mod:`runtime.testing`).
+The machine returns effects as values. Here each value becomes a method call, so code that runs a machine only needs a
+method for each effect. There are two implementations: the coordinator of real pipelines
+(:mod:`runtime.coordinator.request_io` and :mod:`runtime.coordinator.node_controller`), and the simulator for tests and
+benchmarks (:mod:`runtime.testing`).
 """
 
 from __future__ import annotations
@@ -64,15 +65,15 @@ class RequestEffects(ABC):
 
     @abstractmethod
     def end_attempt(self, request: int, attempt: int, reason: str) -> None:
-        """Drop what came back of an attempt; another one follows."""
+        """Drop the outputs received for an attempt; another attempt follows."""
 
     @abstractmethod
     def resolve(self, request: int, visits: tuple[Visit, ...]) -> None:
-        """Give the caller its tensors."""
+        """Answer a request with its tensors."""
 
     @abstractmethod
     def reject(self, request: int, error: PipelineError) -> None:
-        """Give the caller an error."""
+        """Answer a request with an error."""
 
 
 class NodeEffects(ABC):
@@ -117,7 +118,7 @@ class NodeEffects(ABC):
 
     @abstractmethod
     def introduce(self, identities: tuple[bytes, ...], *, meet: bool) -> Met | None:
-        """Tell nodes which processes there are; with ``meet``, learn it too, and answer."""
+        """Tell nodes which processes exist; with ``meet``, also connect to the nodes, and return the event."""
 
     @abstractmethod
     def send_away(self, identity: bytes, reason: str, fate: Fate, *, again: bool) -> None:
@@ -125,7 +126,7 @@ class NodeEffects(ABC):
 
     @abstractmethod
     def forget(self, request: int, attempt: int, identities: tuple[bytes, ...]) -> None:
-        """Tell nodes that nobody waits for an attempt any more."""
+        """Tell nodes that an attempt was given up."""
 
     @abstractmethod
     def announce(self, error: PipelineError | None) -> None:
@@ -133,7 +134,7 @@ class NodeEffects(ABC):
 
     @abstractmethod
     def share_memory(self, identity: bytes | None, readers: tuple[int, ...]) -> None:
-        """Have a node lend its memory to processes; the coordinator itself where ``identity`` is None."""
+        """Let a node lend its memory to processes; the coordinator itself where ``identity`` is None."""
 
     @abstractmethod
     def link_changed(self, story: str, *, is_dead: bool) -> None:
@@ -141,14 +142,14 @@ class NodeEffects(ABC):
 
     @abstractmethod
     def drained(self) -> None:
-        """Tell the caller that no request is in flight any more, and none will be."""
+        """Tell the caller that no request is in flight, and none will be."""
 
 
 def carry_out(machine: CoordinatorState, event: CoordinatorEvent, requests: RequestEffects, nodes: NodeEffects) -> None:
-    """Hand a machine an event, and perform all that it decides.
+    """Pass an event to a machine, and perform all its effects.
 
-    The effects on nodes come first, since requests go to the nodes as they are then. Events that answer an effect
-    follow when all of that is done.
+    The effects on nodes come first, because requests are sent to the nodes that exist then. Events that answer an
+    effect are handled last.
     """
     events = deque([event])
     while events:
@@ -161,7 +162,7 @@ def carry_out(machine: CoordinatorState, event: CoordinatorEvent, requests: Requ
 
 
 def control_event(identity: bytes, message: object, now_ns: int) -> CoordinatorEvent | None:
-    """The event that a message of a node on its control link is; None for one that is no event by itself."""
+    """The event for a message on a node's control link; None for a message that is not an event."""
     match message:
         case Hello():
             return Joined(identity, message, now_ns)

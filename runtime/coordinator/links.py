@@ -1,7 +1,7 @@
-"""The links that are dead, and what follows for requests. Pure.
+"""The dead links, and the nodes that requests avoid because of them. Pure.
 
-:mod:`runtime.coordinator.reach` finds the dead links; here they get names, and the nodes are found to which no request
-should be sent because of them.
+:mod:`runtime.coordinator.reach` finds the dead links. This module describes them, and finds the nodes to which no
+request should be sent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class DeadLinks:
         roster: the nodes.
 
     Attributes:
-        stories: of each dead link, by the numbers of its sender and its receiver: which process cannot reach which.
+        stories: a description of each dead link, by the numbers of its sender and its receiver.
         data_address: where nodes send results.
     """
 
@@ -35,11 +35,11 @@ class DeadLinks:
 
     @property
     def unreachable(self) -> str | None:
-        """Why no request can get through although every stage has a node: dead links. None when some way is open."""
+        """The dead links because of which no request can pass although every stage has a node; None when one can."""
         return "; ".join(self.stories.values()) if 0 in self.dead_ends() else None
 
     def dead_ends(self) -> frozenset[int]:
-        """The numbers of the processes from which a request cannot reach the end of its way."""
+        """The numbers of the processes from which requests cannot get back to the caller."""
         nodes = {stage: self._roster.takers(stage) for stage in self._graph.stages}
         return dead_ends(self._graph.targets, nodes, self.stories.keys())
 
@@ -56,12 +56,12 @@ class DeadLinks:
         return CALLER if number == 0 else self._roster.stage_of(number)
 
     def on_way(self, stages: Collection[int], links: Collection[LinkKey]) -> list[str]:
-        """The stories of those of some links that a request through some stages may pass."""
+        """The descriptions of those of the links that a request through these stages may pass."""
         ends = (*stages, CALLER)
         return [self.stories[link] for link in links if all(self._stage_of(end) in ends for end in link)]
 
     def update(self, dead: frozenset[LinkKey], now_ns: int) -> tuple[list[LinkKey], list[LinkChanged]]:
-        """Take note of the links that are dead now.
+        """Record the links that are dead now.
 
         Returns:
             the links that were not dead before, and the changes to be logged.
@@ -70,7 +70,7 @@ class DeadLinks:
         for link in self.stories.keys() - dead:
             del self.stories[link]
             sender, receiver = map(self._roster.name_of, link)
-            if self._roster.linked >= set(link):  # else one of the two is gone
+            if self._roster.linked >= set(link):  # else one of the two processes has ended
                 changes.append(LinkChanged(f"{sender} reaches {receiver} again", is_dead=False))
         new = sorted(dead - self.stories.keys())
         for link in new:

@@ -1,13 +1,13 @@
-"""The coordinator of a pipeline: its thread, and what other threads may ask of it.
+"""The coordinator of a pipeline: its thread, and its methods for other threads.
 
-Three kinds of threads meet here, and one lock protects what they share, the state machine above all:
+Three kinds of threads share the state machine, which one lock protects:
 
-- callers' threads send requests in (:mod:`runtime.coordinator.request_io`);
-- one thread takes results (:mod:`runtime.coordinator.results`);
-- the coordinator's own thread speaks with the nodes, watches them, and minds deadlines.
+- callers' threads submit requests (:mod:`runtime.coordinator.request_io`);
+- one thread receives results (:mod:`runtime.coordinator.results`);
+- the coordinator's own thread communicates with the nodes, and monitors nodes and deadlines.
 
-What the state machine decides about requests is performed at once by the thread that holds the lock. What it decides
-about nodes is left in the :class:`~runtime.coordinator.inbox.Inbox` for the coordinator's thread.
+The thread that holds the lock performs effects on requests at once. It puts effects on nodes into the
+:class:`~runtime.coordinator.inbox.Inbox` of the coordinator's thread.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Coordinator:
         setup: how to run the plan.
 
     Attributes:
-        requests: takes requests in and brings their answers.
-        profiles: those of the nodes' sessions, by slot, when asked for and the coordinator was closed.
+        requests: accepts requests and delivers their answers.
+        profiles: the profiles of the nodes' sessions, by slot; filled when the coordinator closes, if requested.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -86,22 +86,22 @@ class Coordinator:
         self._detector = FailureDetector(setup.timings)
         self._control: NodeController | None = None
         self._results: ResultTaker | None = None
-        self._turned_s = math.inf  # when the thread last looked after its nodes; infinite before it has begun to
+        self._turned_s = math.inf  # when the thread last monitored its nodes; infinite before the first time
         self._held: int | None = None
         self._ready: Future[str] = Future()
         self._drained: Future[None] = Future()
-        self._progress = self._told_progress = (-1, -1)  # the nodes that are ready, and all
+        self._progress = self._told_progress = (-1, -1)  # the number of ready nodes, and of all nodes
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
 
     # Called from any thread
 
     def start(self) -> Future[str]:
-        """Begin; the future gives the address where nodes report when all are ready, or the reason why not."""
+        """Start the thread. The future gives the address to which nodes connect, once all are ready, or an error."""
         self._thread.start()
         return self._ready
 
     def close(self) -> None:
-        """Stop the nodes, fail what is in flight, and end. Returns when everything is gone."""
+        """Stop the nodes, fail the requests in flight, and end the thread. Returns when all processes have ended."""
         if self._thread.is_alive():
             self._inbox.post(CloseAsked())
             if not self.requests.delivering and threading.current_thread() is not self._thread:
@@ -113,23 +113,23 @@ class Coordinator:
         return self._drained
 
     def scale(self, stage: int, replicas: int) -> None:
-        """Have this number of nodes of a stage from now on."""
+        """Set the number of a stage's nodes."""
         self._inbox.post(Scaled(stage, replicas, time.monotonic_ns()))
 
     def take_in_loop(self) -> tuple[int, Callable[[], None]]:
-        """Have an event loop take results; see :meth:`~runtime.coordinator.results.ResultTaker.hand_over`."""
+        """Receive results in an event loop; see :meth:`~runtime.coordinator.results.ResultTaker.hand_over`."""
         assert self._results is not None, "the pipeline is ready"
         return self._results.hand_over()
 
     def nodes(self) -> tuple[NodeInfo, ...]:
-        """The nodes as they are now."""
+        """The present nodes."""
         handles = dict(self._control.handles) if self._control is not None else {}
         pids = {number: handle.pid for number, handle in handles.items()}
         with self.requests.lock:
             return node_infos(self._machine.roster, pids)
 
     def stats(self) -> tuple[NodeStats, ...]:
-        """What every node has done so far."""
+        """Statistics of every node so far."""
         with self.requests.lock:
             return self._stats()
 
@@ -139,19 +139,19 @@ class Coordinator:
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
-        """The nodes that were lost and the links that died, the first one first."""
+        """The lost nodes and dead links, oldest first."""
         with self.requests.lock:
             return tuple(self._machine.roster.incidents)
 
     @property
     def retries(self) -> int:
-        """The number of attempts that were made again."""
+        """The number of attempts that were repeated."""
         with self.requests.lock:
             return self._machine.requests.retries
 
     @property
     def unreachable(self) -> str | None:
-        """Why no request can get through although every stage has a node: dead links. None when all is well."""
+        """The dead links because of which no request can pass although every stage has a node; None when one can."""
         if not self.requests.lock.acquire(timeout=_LOCK_S):
             return f"the coordinator has not answered for {_LOCK_S:.0f} s"
         try:
@@ -166,7 +166,7 @@ class Coordinator:
 
     @property
     def trouble(self) -> str | None:
-        """Why nobody looks after the requests; None when somebody does."""
+        """Why requests are not processed; None when they are."""
         if self.ended or self._machine.error is not None:
             return str(self.requests.reason)
         if self._inbox.failure is not None:
@@ -185,7 +185,7 @@ class Coordinator:
             self._held = hold(self._setup.rendezvous.home)
             with open_channels(self._setup) as channels:
                 self._run(channels)
-        except BaseException as error:  # a caller must never wait for a thread that died
+        except BaseException as error:  # a caller must never wait for a thread that has ended
             failure = error
             if not isinstance(error, PipelineError):
                 _log.exception("the coordinator failed")
@@ -208,7 +208,7 @@ class Coordinator:
         channels.sockets.watch(channels.status.fileno())
         taker.start()
         try:
-            if not machine.roster.nodes:  # every output passes through: there is nothing to wait for
+            if not machine.roster.nodes:  # no stage computes an output, so there is nothing to wait for
                 self._ready.set_result(channels.control.address)
             self._loop(channels, control, monitor)
         finally:
@@ -243,7 +243,7 @@ class Coordinator:
                 channels.status.answer(self._snapshot())
 
     def _turn(self, events: list[CoordinatorEvent], control: NodeController, *, beats: bool) -> None:
-        """Handle events, and all others that have come up, while the lock is held."""
+        """Handle these events and all queued ones, while the lock is held."""
         machine, inbox, links = self._machine, self._inbox, self._links
         now_ns = time.monotonic_ns()
         if beats:
@@ -276,7 +276,7 @@ class Coordinator:
             self._progress = total - len(roster.missing()), total
 
     def _tell_progress(self) -> None:
-        """Tell the caller how many nodes are ready, where that has changed, without the lock."""
+        """Tell the caller how many nodes are ready if that has changed, without the lock."""
         if self._progress == self._told_progress:
             return
         self._told_progress = self._progress
@@ -315,14 +315,14 @@ class Coordinator:
             )
 
     def _finish(self, failure: BaseException | None) -> None:
-        """Leave nobody waiting, whatever happened, and whatever fails on the way."""
+        """Answer all requests and resolve all futures, even if a step fails."""
         reason = (
             failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
         )
         steps: tuple[Callable[[], None], ...] = (
             lambda: self.requests.fail(reason),
             lambda: self._remove(failure),
-            self._let_go,
+            self._release_folder,
             self._inbox.wakeup.close,
         )
         for step in steps:
@@ -334,13 +334,13 @@ class Coordinator:
             if not future.done():
                 future.set_exception(reason)
 
-    def _let_go(self) -> None:
-        """Hold the pipeline's folder no more; not before all that is left in it is what is to stay."""
+    def _release_folder(self) -> None:
+        """Release the mark on the pipeline's folder, after everything that should not stay was removed."""
         if self._held is not None:
             os.close(self._held)
 
     def _remove(self, failure: BaseException | None) -> None:
-        """End the launcher, and remove what is in the pipeline's folder; the logs stay where they are needed."""
+        """Close the launcher, and remove the pipeline's files; logs stay where they are needed."""
         setup, roster = self._setup, self._machine.roster
         broken = failure is not None or isinstance(self._machine.error, LaunchFailed)
         broken = broken or any(node.phase is Phase.OPEN for node in roster)

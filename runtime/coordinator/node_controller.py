@@ -1,4 +1,4 @@
-"""Performs what is decided about nodes: starts and ends their processes, and tells them what they need to know."""
+"""Performs the effects on nodes: starts and ends their processes, and sends them messages."""
 
 from __future__ import annotations
 
@@ -26,23 +26,22 @@ _STOP_GRACE_S = 3.0
 
 
 class NodeController(NodeEffects):
-    """Speaks to the nodes and owns their processes. It belongs to the coordinator's thread.
+    """Sends messages to the nodes and owns their processes. Only the coordinator's thread uses it.
 
     Args:
         setup: how to run the plan.
-        machine: knows the nodes. It is only read here.
-        links: by which requests go out.
-        detector: is told which nodes to watch.
-        channels: what is open.
-        ready: gets the address where nodes report, or the reason why the pipeline will never be ready.
+        machine: the coordinator's state machine, which is only read here.
+        links: the data links to the nodes.
+        detector: watches the nodes.
+        channels: the coordinator's sockets and servers.
+        ready: gets the address to which nodes connect, or the reason why the pipeline will never be ready.
         all_drained: is done when no request is in flight and none will be.
 
     Attributes:
         handles: the processes that were started here, by the number of the node.
-        lost: the nodes that are gone or taken for dead and whose loss is not handled yet: by number, what happened,
-            and what each is told to do.
-        unreached: the identities of the nodes that something could not be sent to.
-        trusted: the public keys that are allowed, as the nodes were told.
+        lost: the nodes whose loss is not handled yet, by number: what happened, and what each is told to do.
+        unreached: the identities of the nodes to which a message could not be sent.
+        trusted: the allowed public keys, as last sent to the nodes.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class NodeController(NodeEffects):
         self._all_drained = all_drained
 
     def tell(self, identity: bytes, header: bytes) -> bool:
-        """Send a message to a node; False when its link is broken. Then it is told again when it is heard again."""
+        """Send a message to a node; False when its link is broken, until the node is heard again."""
         reached = self._channels.control.send(identity, header)
         if not reached:
             self.unreached.add(identity)
@@ -80,11 +79,11 @@ class NodeController(NodeEffects):
         self.tell(identity, codec.encode(Trust(tuple(self.trusted))))
 
     def take_for_dead(self, verdicts: Mapping[int, str], fate: Fate = "rejoin") -> None:
-        """Take nodes for dead, and end those of their processes that were started here.
+        """Declare nodes dead, and end those of their processes that were started here.
 
         Args:
             verdicts: by number, what happened to each.
-            fate: what they are told to do, in case they live.
+            fate: what they are told to do if they still live.
         """
         for number, reason in verdicts.items():
             self._detector.end(number)
@@ -93,7 +92,7 @@ class NodeController(NodeEffects):
                 self.handles[number].kill()
 
     def look_for_exits(self, ready: set[object]) -> None:
-        """Take note of processes that have ended, among the descriptors that are readable."""
+        """Record the processes that have ended, by the descriptors that are readable."""
         for number, handle in list(self.handles.items()):
             if handle.fileno() in ready:
                 self._channels.sockets.unwatch(handle.fileno())
@@ -111,7 +110,7 @@ class NodeController(NodeEffects):
     # Effects
 
     def start_node(self, slot: ReplicaKey, number: int) -> None:
-        """Have the launcher start a process. When it cannot, for want of memory or descriptors, it is tried again."""
+        """Start a process. If that fails, for example without free memory or descriptors, it is tried again."""
         stage, replica = slot
         log_event(_log, logging.INFO, "node starts", stage=stage, replica=replica, number=number)
         launcher, address = self._setup.launcher, self._channels.control.address
@@ -156,7 +155,7 @@ class NodeController(NodeEffects):
             self._detector.begin(node.number, predicted_ns, time.monotonic_ns())
 
     def introduce(self, identities: tuple[bytes, ...], *, meet: bool) -> Met | None:
-        """Tell nodes which processes there are; with ``meet``, learn it here too."""
+        """Tell nodes which processes exist; with ``meet``, also connect to the nodes."""
         roster, channels = self._machine.roster, self._channels
         starting = self._machine.state is PipelinePhase.STARTING
         shortcut, key = str(self._setup.shortcut or ""), self._setup.public_key
@@ -173,7 +172,7 @@ class NodeController(NodeEffects):
         return Met(mapped, time.monotonic_ns())
 
     def share_memory(self, identity: bytes | None, readers: tuple[int, ...]) -> None:
-        """Have a node lend its memory to processes; the caller's own where ``identity`` is None."""
+        """Let a node lend its memory to processes; the caller's own where ``identity`` is None."""
         if identity is None:
             self._links.lend_memory(readers)
         else:
@@ -186,7 +185,7 @@ class NodeController(NodeEffects):
         self._channels.control.send(identity, message)
 
     def forget(self, request: int, attempt: int, identities: tuple[bytes, ...]) -> None:
-        """Tell nodes that nobody waits for an attempt any more."""
+        """Tell nodes that an attempt was given up."""
         for identity in identities:
             self._channels.control.send(identity, codec.encode(Cancel(request, attempt)))
 
@@ -203,6 +202,6 @@ class NodeController(NodeEffects):
             self._ready.set_exception(error)
 
     def drained(self) -> None:
-        """Tell the caller that no request is in flight any more, and none will be."""
+        """Tell the caller that no request is in flight, and none will be."""
         if not self._all_drained.done():
             self._all_drained.set_result(None)

@@ -1,4 +1,4 @@
-"""Exchanges signs of life with the nodes, and finds out which of them, and which links, are dead."""
+"""Exchanges heartbeats with the nodes, and finds dead nodes and dead links."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _drops = DropLog(_log)
 
 
 class NodeMonitor:
-    """Hears the nodes and watches them. It belongs to the coordinator's thread.
+    """Receives the nodes' messages and monitors the nodes. Only the coordinator's thread uses it.
 
     Args:
         setup: how to run the plan.
-        machine: knows the nodes. It is only read here.
-        links: by which requests go out.
+        machine: the coordinator's state machine, which is only read here.
+        links: the data links to the nodes.
         detector: finds dead nodes.
-        control: speaks to the nodes.
-        channels: what is open.
+        control: sends messages to the nodes.
+        channels: the coordinator's sockets and servers.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class NodeMonitor:
         self._reach = Reachability(setup.timings.unreachable_s)
 
     def hear(self) -> list[CoordinatorEvent]:
-        """Take in all that nodes have said; returns what has happened."""
+        """Receive all messages of nodes that have arrived; returns the events."""
         events: list[CoordinatorEvent] = []
         while (message := self._channels.control.receive()) is not None:
             identity, header, key = message
@@ -79,10 +79,10 @@ class NodeMonitor:
         check_address(hello.address, self._setup.rendezvous.security)
 
     def _heard(self, identity: bytes, beat: NodeBeat, now_ns: int) -> list[CoordinatorEvent]:
-        """A node gave a sign of life."""
+        """Handle a node's heartbeat."""
         control = self._control
         node = self._roster.by_identity(identity)
-        if node is None:  # it was cut off, taken for dead, and is back
+        if node is None:  # it was cut off, declared dead, and is back
             told = "the pipeline took it for dead, or was started anew"
             self._channels.control.send(identity, codec.encode(Stop(told, "rejoin")))
             return []
@@ -97,7 +97,7 @@ class NodeMonitor:
         return [Reconnected(identity)]
 
     def beat(self, oldest_request: int, running_s: float) -> list[CoordinatorEvent]:
-        """Give nodes a sign of life, and look for those that give none; returns what has happened.
+        """Send heartbeats, and look for nodes that send none; returns the events.
 
         Args:
             oldest_request: nodes may forget all requests before it.
@@ -109,7 +109,7 @@ class NodeMonitor:
         for node in self._roster:
             if node.identity and not control.tell(node.identity, header):
                 self._detector.closed(node.number, now_ns)
-                if node.released and node.number not in control.handles:  # it was to end, and it has
+                if node.released and node.number not in control.handles:  # it was told to end, and has ended
                     control.take_for_dead({node.number: "has left"}, "end")
         self._look_at_keys()
         events = self._look_at_links(now_ns)
@@ -117,7 +117,7 @@ class NodeMonitor:
         return events + self._look_at_starts(now_ns, running_s)
 
     def _look_at_keys(self) -> None:
-        """Tell nodes when other public keys are allowed, and take those for dead whose key is not any more."""
+        """Send the allowed public keys to nodes if they have changed, and declare nodes dead whose key was revoked."""
         control, trusted = self._control, self._setup.trusted()
         if trusted is None or trusted == control.trusted:
             return
@@ -129,14 +129,14 @@ class NodeMonitor:
                 control.take_for_dead({node.number: f"had its key revoked ({node.hello.key})"}, "refused")
 
     def _look_at_links(self, now_ns: int) -> list[CoordinatorEvent]:
-        """Which links are dead, where that changed."""
+        """The event for the dead links, if these have changed."""
         self._reach.seen(0, self._links.look_at_links(), now_ns)
         heard = {0, *self._detector.heard_lately(now_ns)}
         dead = self._reach.dead(self._roster.linked, heard, now_ns)
         return [LinksSeen(dead, now_ns)] if dead != self._machine.links.stories.keys() else []
 
     def _look_at_starts(self, now_ns: int, running_s: float) -> list[CoordinatorEvent]:
-        """Find nodes that are not ready in time. None is late while stage files are being sent."""
+        """Find nodes that are not ready in time. No node is late while stage files are being sent."""
         setup, files, patience_s = self._setup, self._channels.files, self._setup.start_timeout_s
         if patience_s is None or (files is not None and files.idle_s < patience_s):
             return []

@@ -1,15 +1,15 @@
-"""One node as its coordinator sees it: the states that its process goes through, and what is known of it. Pure.
+"""The coordinator's record of one node: the states of its process, and its data. Pure.
 
 A *slot* is a place for one replica of a stage. A :class:`NodeRecord` is one process in a slot. When the process is
 lost, another one is started in the same slot, under a number that no other process of the pipeline has:
 
-    BACKOFF   no process; the next one is started when its time has come
+    BACKOFF   no process; the next one is started at its due time
     STARTED   a process was started, or is expected, and has not reported yet
     LOADING   the process has reported and loads its stage
     READY     it takes requests
     LEAVING   it takes no new requests and finishes those it has
-    OPEN      no process: it was lost so often in a row that it is left alone for a while (an open circuit breaker)
-    GONE      the slot is not needed any more
+    OPEN      no process: after many losses in a row it is not restarted for a while (an open circuit breaker)
+    GONE      the slot is no longer needed
 
 :data:`TRANSITIONS` lists every change that is allowed; docs/states.md is drawn from it. Any other change is an error.
 """
@@ -77,9 +77,9 @@ class NodeRecord:
         counters: what all processes of the slot have done.
         machine: its state, and the changes that led there.
         number: the number under which other processes know it; -1 while there is no process.
-        identity: what its control link is called; empty while it has none.
-        hello: what it reported; None before.
-        introduced: whether it was told who the other processes are.
+        identity: the identity of its control link; empty while it has none.
+        hello: its first message; None before it has arrived.
+        introduced: whether it was told which other processes exist.
         mapped: the processes whose memory it has mapped.
         readers: the processes that it was told to lend memory to.
         started_ns: when it was started, or when it reported.
@@ -88,7 +88,7 @@ class NodeRecord:
         failed_in_row: processes of the slot that were lost one after the other, none of which served for long.
         due_ns: when the next process may be started.
         reason: why the last process was lost.
-        leaves_at: the view of the pipeline in which it was not part of it any more.
+        leaves_at: the first view of the pipeline without it.
         released: whether it was told to end because nothing can reach it any more.
     """
 
@@ -117,7 +117,7 @@ class NodeRecord:
 
     @property
     def is_absent(self) -> bool:
-        """Whether there is no process in the slot, and one is to be started when its time has come."""
+        """Whether the slot has no process, and one is to be started at its due time."""
         return self.phase in (Phase.BACKOFF, Phase.OPEN)
 
     @property
@@ -134,7 +134,7 @@ class Incident(Struct, frozen=True):
     Attributes:
         at_ns: when, by the host's monotonic clock.
         slot: the slot of the node, or of the link's sender.
-        story: what happened, in words.
+        story: a description of what happened.
     """
 
     at_ns: int

@@ -1,7 +1,7 @@
 """Finds the links between processes that are dead while the processes at both ends live. Pure.
 
-A link goes one way, from a sender to a receiver. The coordinator's number is 0. What processes say about their links
-goes in, and the dead links come out.
+A link goes one way, from a sender to a receiver. The coordinator's number is 0. The input is the connection state that
+processes report; the output is the dead links.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Reachability:
     """Remembers which links are not connected, and since when.
 
     Args:
-        unreachable_s: seconds without a connection after which a link is taken for dead.
+        unreachable_s: seconds without a connection after which a link counts as dead.
     """
 
     def __init__(self, unreachable_s: float) -> None:
@@ -27,14 +27,14 @@ class Reachability:
         self._dead: frozenset[LinkKey] = frozenset()
 
     def seen(self, sender: int, unreachable: Collection[int], now_ns: int) -> None:
-        """A process says which other processes it is not connected to now."""
+        """Record the processes to which a process is not connected now."""
         for link in [link for link in self._since if link[0] == sender and link[1] not in unreachable]:
             del self._since[link]
         for number in unreachable:
             self._since.setdefault((sender, number), now_ns)
 
     def dead(self, known: Set[int], heard: Set[int], now_ns: int) -> frozenset[LinkKey]:
-        """The dead links among ``known`` processes. What was seen of other links is forgotten.
+        """The dead links among ``known`` processes. Observations of other links are forgotten.
 
         A link is only found dead while both its processes were ``heard`` recently; else the process may be dead.
         """
@@ -50,12 +50,12 @@ class Reachability:
 def dead_ends(
     readers: Mapping[int, Collection[int]], nodes: Mapping[int, Collection[int]], dead: Set[LinkKey]
 ) -> frozenset[int]:
-    """The numbers of the processes from which a request cannot reach the end of its way; 0 stands for the coordinator.
+    """The numbers of the processes from which requests cannot get back to the caller; 0 stands for the coordinator.
 
     Args:
         readers: for each stage, and for the caller, the stages (and the caller) that read from it. Stages are numbered
             in topological order.
-        nodes: for each stage, the numbers of the nodes that take requests. A stage without any is left out of account.
+        nodes: for each stage, the numbers of the nodes that take requests. A stage without any is ignored.
         dead: the dead links.
     """
     if not dead:

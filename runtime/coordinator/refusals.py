@@ -21,7 +21,7 @@ class Refusals:
     """Remembers which processes were refused a place, so that one that keeps asking is logged once."""
 
     def __init__(self) -> None:
-        self._refused_ns: dict[tuple[str, int], int] = {}  # by host and process ID: the last time
+        self._refused_ns: dict[tuple[str, int], int] = {}  # time of the last refusal, by host and process ID
 
     def note(self, hello: Hello, now_ns: int) -> bool:
         """A process is refused a place; True when it was refused one a short while ago."""

@@ -37,8 +37,8 @@ _log = logging.getLogger("runtime.coordinator")
 _WORDS = 500
 
 
-def _nobody(_: Answer) -> None:
-    """Ignores the answer to a request whose caller was told otherwise."""
+def _ignore(_: Answer) -> None:
+    """Ignores the answer to a request whose caller already has an error."""
 
 
 @dataclass
@@ -46,17 +46,17 @@ class _Pending:
     """A request that is not answered.
 
     Attributes:
-        done: told the answer.
+        done: called with the answer.
         entered_ns: when it was submitted.
-        going: its inputs, held until it is answered so that they can be sent again.
-        placed: whether the inputs were copied to where nodes read them.
+        outgoing: its inputs, held until it is answered so that they can be sent again.
+        placed: whether the inputs were copied to the memory that nodes read.
         enter: the attempt under way, or the one to begin as soon as the inputs are placed.
-        outputs: what has come back of the attempt.
+        outputs: the outputs received for the attempt.
     """
 
     done: Done
     entered_ns: int
-    going: Outgoing = field(default_factory=Outgoing)
+    outgoing: Outgoing = field(default_factory=Outgoing)
     placed: bool = False
     enter: Enter | None = None
     outputs: dict[str, Array] = field(default_factory=dict)
@@ -66,21 +66,21 @@ class RequestIO(RequestEffects):
     """The requests of one coordinator. A fault of one request ends that request alone.
 
     Args:
-        plan: what the nodes execute.
-        machine: decides.
+        plan: the plan that the nodes execute.
+        machine: the coordinator's state machine.
         payloads: the caller's side of shared memory.
-        links: to the nodes.
-        inbox: takes what is for the coordinator's thread.
-        replay: hold inputs until the answer is there, so that another attempt can be made.
-        trace: record where each request was, and when.
+        links: the data links to the nodes.
+        inbox: passes events and effects to the coordinator's thread.
+        replay: whether to hold inputs until the answer has arrived, so that another attempt can be made.
+        trace: whether to record the stages that each request passes, with times.
 
     Attributes:
-        lock: protects the machine, the links, the caller's shared memory, and what is pending here.
-        answers: those that callers have not been told yet.
-        wakeup: wakes the thread that takes results, to deliver answers.
-        traced: what was recorded.
-        stopped: whether nothing is sent any more.
-        ended: whether everything here is over.
+        lock: protects the machine, the links, the caller's shared memory, and the pending requests.
+        answers: the answers that are not delivered yet.
+        wakeup: wakes the thread that receives results, to deliver answers.
+        traced: the recorded requests.
+        stopped: whether sending has stopped.
+        ended: whether all requests have ended, and no more are accepted.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class RequestIO(RequestEffects):
     def submit(
         self, inputs: Mapping[str, Array], wanted: tuple[str, ...], cost: int, deadline_ns: int | None, done: Done
     ) -> int:
-        """Send a request in, and return its number. ``inputs`` are copied before this returns.
+        """Submit a request, and return its number. ``inputs`` are copied before this returns.
 
         ``done`` is called once: in a thread of the coordinator's, or in this one when the request is refused at once.
-        When this raises, nothing of the request is left, and ``done`` is not called from then on.
+        When this raises, the request is removed, and ``done`` is not called from then on.
         """
         number = -1
         try:
@@ -139,7 +139,7 @@ class RequestIO(RequestEffects):
                 self._place(pending, number, inputs)
                 if deadline_ns is not None:
                     self._inbox.expect(deadline_ns)
-            self._hand_on()
+            self._schedule_delivery()
         except BaseException:
             with self.lock:
                 self._withdraw(number)
@@ -155,18 +155,18 @@ class RequestIO(RequestEffects):
         deadline_ns: int | None,
         done: Done,
     ) -> _Pending | None:
-        """Let the machine take a request, while the lock is held; None when it is refused."""
+        """Pass a request to the machine, while the lock is held; None when it is refused."""
         now = time.monotonic_ns()
         pending = self._pending[number] = _Pending(done, now)
         self.handle(Submitted(number, wanted, cost, deadline_ns, now))
         if number not in self._pending:
             return None
-        self._payloads.place(pending.going, shapes_of(inputs), inputs)
+        self._payloads.place(pending.outgoing, shapes_of(inputs), inputs)
         return pending
 
     def _place(self, pending: _Pending, number: int, inputs: Mapping[str, Array]) -> None:
-        """Copy a request's inputs to where nodes read them, and begin the attempt that waits for that."""
-        arrays = pending.going.arrays
+        """Copy a request's inputs to the memory that nodes read, and begin the attempt that waits for that."""
+        arrays = pending.outgoing.arrays
         for name, array in inputs.items():
             if name in arrays:
                 arrays[name][...] = array
@@ -175,30 +175,30 @@ class RequestIO(RequestEffects):
         with self.lock:
             pending.placed = True
             if number not in self._pending or self.stopped:
-                self._payloads.release(pending.going)  # it was answered meanwhile
+                self._payloads.release(pending.outgoing)  # it was answered meanwhile
             elif pending.enter is not None:
                 self._start(pending, pending.enter)
 
     def _withdraw(self, number: int) -> None:
-        """Leave nothing of a request that could not be sent in, while the lock is held."""
+        """Remove a request that could not be submitted, while the lock is held."""
         pending = self._pending.get(number)
         if pending is None:
             return
-        pending.done = _nobody
+        pending.done = _ignore
         self.handle(GivenUp(number))
         self._pending.pop(number, None)
-        self._payloads.release(pending.going)
+        self._payloads.release(pending.outgoing)
 
     def give_up(self, number: int) -> None:
-        """The caller does not want an answer any more."""
+        """Cancel a request for its caller."""
         with self.lock:
             self.handle(GivenUp(number))
-        self._hand_on()
+        self._schedule_delivery()
 
-    def _hand_on(self) -> None:
-        """Have new answers delivered by the thread that takes results, so that no interrupt of this one loses any.
+    def _schedule_delivery(self) -> None:
+        """Let the thread that receives results deliver new answers, so that an interrupt of this thread loses none.
 
-        Where that thread has ended, this one delivers them.
+        If that thread has ended, this one delivers them.
         """
         if not self.answers:
             return
@@ -209,48 +209,48 @@ class RequestIO(RequestEffects):
 
     @property
     def delivering(self) -> bool:
-        """True in a callback of a request: the present thread brings answers, so it must not wait for any."""
+        """True in a callback of a request: the present thread delivers answers, so it must not wait for one."""
         return self.answers.delivering
 
-    # What the machine decides
+    # Effects
 
     def handle(self, event: CoordinatorEvent) -> None:
-        """Hand the machine an event, while the lock is held; what it decides about nodes is left to the inbox."""
+        """Pass an event to the machine, while the lock is held; effects on nodes go to the inbox."""
         on_requests, on_nodes = self._machine.handle(event)
         self.perform_all(on_requests)
         if on_nodes:
             self._inbox.leave(on_nodes)
 
     def enter(self, enter: Enter) -> None:
-        """Begin an attempt, or have it begun as soon as the inputs are placed."""
+        """Begin an attempt, now or as soon as the inputs are placed."""
         pending = self._pending[enter.request]
         pending.enter = enter
         if pending.placed:
             self._start(pending, enter)
 
     def end_attempt(self, request: int, attempt: int, reason: str) -> None:
-        """Drop what came back of an attempt."""
+        """Drop the outputs received for an attempt."""
         log_event(_log, logging.INFO, "attempt over", request=request, attempt=attempt, reason=reason)
         pending = self._pending[request]
         pending.enter = None
         pending.outputs = {}
 
     def resolve(self, request: int, visits: tuple[Visit, ...]) -> None:
-        """Have a caller told its outputs."""
+        """Queue an answer with outputs."""
         pending = self._end(request)
         self.answers.add(pending.done, Answer(pending.outputs, visits=visits))
         if self._trace:
             self.traced.append(RequestTrace(request, pending.entered_ns, visits, time.monotonic_ns()))
 
     def reject(self, request: int, error: PipelineError) -> None:
-        """Have a caller told an error."""
+        """Queue an answer with an error."""
         log_event(_log, logging.INFO, "request failed", request=request, error=type(error).__name__, reason=error)
         self.answers.add(self._end(request).done, Answer({}, error))
 
     def _end(self, request: int) -> _Pending:
         pending = self._pending.pop(request)
         if pending.placed:
-            self._payloads.release(pending.going)
+            self._payloads.release(pending.outgoing)
         return pending
 
     def _start(self, pending: _Pending, enter: Enter) -> None:
@@ -262,7 +262,7 @@ class RequestIO(RequestEffects):
 
     def _send(self, pending: _Pending, enter: Enter) -> None:
         """Send a request's inputs to the nodes of its route, while the lock is held."""
-        going = pending.going
+        outgoing = pending.outgoing
         attempt = Attempt(
             request=enter.request,
             attempt=enter.attempt,
@@ -272,20 +272,20 @@ class RequestIO(RequestEffects):
             route=enter.route,
             wanted=enter.wanted,
         )
-        readers = self._sender.readers(self._entrances.items(), attempt, going)
-        self._sender.send(readers, attempt, going, CALLER, keep=True)
+        readers = self._sender.readers(self._entrances.items(), attempt, outgoing)
+        self._sender.send(readers, attempt, outgoing, CALLER, keep=True)
         if not self._replay:
-            self._payloads.release(going)
+            self._payloads.release(outgoing)
 
     def take_outputs(
         self, fragment: Fragment, tensors: dict[str, Array] | None, error: PipelineError | None = None
     ) -> None:
-        """Take copies of the tensors of a fragment that came back, while the lock is held.
+        """Add the tensors of a received fragment to the outputs of its request, while the lock is held.
 
         Args:
             fragment: the fragment.
-            tensors: the copies; None when nobody waits for them, or they could not be made.
-            error: why they could not be made.
+            tensors: copies of the tensors; None when no request waits for them, or copying failed.
+            error: why copying failed.
         """
         request, attempt = fragment.request, fragment.attempt
         held = self._payloads.hold((fragment,))
@@ -296,7 +296,7 @@ class RequestIO(RequestEffects):
         elif error is not None:
             self.handle(Unsendable(request, error, attempt))
 
-    # How things are
+    # State
 
     @property
     def reason(self) -> PipelineError:
@@ -310,9 +310,9 @@ class RequestIO(RequestEffects):
 
     @property
     def oldest(self) -> int:
-        """The first request that is not answered, or else the next to come: nodes may forget all before it.
+        """The oldest unanswered request, or else the next one; nodes may forget all before it.
 
-        Both are read at once, or a request that comes in between would be forgotten as soon as it is there.
+        Both are read under the lock; otherwise nodes could forget a request that is submitted in between.
         """
         with self.lock:
             oldest = self._machine.requests.oldest
@@ -327,13 +327,13 @@ class RequestIO(RequestEffects):
     # The end
 
     def stop(self) -> None:
-        """Send nothing more; what is pending stays so until :meth:`fail`."""
+        """Send nothing more; pending requests are kept until :meth:`fail`."""
         with self.lock:
             self.stopped = True
         self.wakeup.ring()
 
     def fail(self, reason: PipelineError) -> None:
-        """End all requests that are pending, so that nobody waits."""
+        """End all pending requests with an error."""
         with self.lock:
             self.stopped = True
             self._reason = reason
@@ -347,7 +347,7 @@ class RequestIO(RequestEffects):
 
 
 def unsendable(error: BaseException) -> PipelineError:
-    """The error that a caller is told when a request could not be sent."""
+    """The error for a request that could not be sent."""
     if isinstance(error, PipelineError):
         return error
     told = PipelineError(f"the request could not be sent: {type(error).__name__}: {one_line(error, _WORDS)}")

@@ -1,17 +1,17 @@
-"""The requests that are not answered, and the attempts at them: admission to the pipeline, replay, and the end. Pure.
+"""The unanswered requests and their attempts: admission, replay and completion. Pure.
 
-A request is made in attempts, one at a time. It is in one of two states:
+A request is executed in attempts, one at a time. It is in one of two states:
 
     under way   an attempt was begun, under a number of its own and with the view of the pipeline at that time
     waiting     a stage that it needs has no node, or its last attempt was ended; the next one has not begun
 
 Rules:
 
-- When a node of a stage is lost, every attempt that needs the stage is made again, unless another replica of the stage
-  is known to have it, or everybody who reads from the stage is. What is not known counts against the attempt: to make
-  it again costs time only.
-- A request that was running on a lost node blames the node. After as many nodes as there are attempts, it is refused.
-- What comes back of an attempt that is over is dropped.
+- When a node of a stage is lost, every attempt that needs the stage is repeated, unless another replica of the stage,
+  or every stage that reads from it, is known to have the attempt. In case of doubt an attempt is repeated, because that
+  only costs time.
+- A request records each lost node that was executing it. When their number reaches the allowed attempts, it is refused.
+- Outputs of an attempt that has ended are dropped.
 
 Invariant: every request that was submitted ends exactly once, with :class:`~runtime.coordinator.events.Resolve` or with
 :class:`~runtime.coordinator.events.Reject`.
@@ -45,28 +45,28 @@ from runtime.topology import StageGraph
 from runtime.wire.messages.data import ANY, AttemptKey, Failed, Step, Visit
 
 Choose = Callable[[int, int], int | None]
-"""Names the node that is to execute a stage, for a request of a cost."""
+"""Chooses the node that is to execute a stage, for a request of this cost."""
 
 _SMOOTHING = 0.05  # weight of the latest attempt in the usual time of one
 
 
 @dataclass(slots=True)
 class _Request:
-    """A request that is not answered.
+    """An unanswered request.
 
     Attributes:
         wanted: the tensors that the caller gets.
         needed: the stages that must run for them.
         cost: in thousandths of an ordinary request.
-        deadline_ns: when its time runs out; None for never.
-        missing: those of the wanted tensors that have not come back of this attempt.
+        deadline_ns: its deadline; None for no deadline.
+        missing: those of the wanted tensors that have not arrived in this attempt.
         attempt: the number of the last attempt; 0 before the first.
         waits: whether it waits for its next attempt.
         view: the view of the pipeline in which the attempt began.
         route: the replicas that the attempt passes.
         blamed: what happened to the nodes that were lost while they executed it.
         begun_ns: when the attempt began.
-        visits: where the attempt has been, by stage.
+        visits: the visits of the attempt, by stage.
     """
 
     wanted: tuple[str, ...]
@@ -84,21 +84,22 @@ class _Request:
 
 
 class RequestTable:
-    """All requests that are not answered.
+    """All unanswered requests.
 
     Args:
         graph: the stages.
         roster: the nodes.
         links: the dead links.
-        effects: takes what is decided.
-        choose: names the node of a stage that joins several inputs, whose fragments must meet.
+        effects: collects the effects.
+        choose: chooses the node of a stage that joins several inputs, whose fragments must meet.
         timings: when an attempt counts as lost.
-        attempts: a request that so many nodes died of is refused; with 1, nothing is tried again.
+        attempts: a request is refused after this many nodes were lost while they executed it; with 1, nothing is
+            repeated.
 
     Attributes:
-        retries: the attempts that were ended to be made again.
+        retries: the number of attempts that were repeated.
         has_ended: whether a request has ended since this was set to False.
-        deadlines: when the time of requests runs out.
+        deadlines: the deadlines of the requests.
         timings: as given; they may be replaced.
     """
 
@@ -123,14 +124,14 @@ class RequestTable:
         self.timings = timings
         self._attempts = attempts
         self._requests: dict[int, _Request] = {}
-        self._waiting: dict[int, None] = {}  # in the order in which they began to wait
+        self._waiting: dict[int, None] = {}  # ordered by the time at which they began to wait
         self._usual_ns = 0.0  # time from an attempt's beginning to its end
         self.deadlines = Deadlines(self._requests)
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    # What is known of them
+    # State
 
     @property
     def in_flight(self) -> tuple[AttemptKey, ...]:
@@ -172,13 +173,13 @@ class RequestTable:
         )
 
     def expired(self, now_ns: int) -> tuple[AttemptKey, ...]:
-        """The requests whose time has run out, and their attempts."""
+        """The requests whose deadline has passed, and their attempts."""
         return tuple((number, self._requests[number].attempt) for number in self.deadlines.pop_expired(now_ns))
 
     # Attempts
 
     def submit(self, event: Submitted) -> None:
-        """Take a request, and begin the first attempt at it if all stages that it needs have nodes."""
+        """Accept a request, and begin the first attempt at it if all stages that it needs have nodes."""
         wanted = event.wanted
         needed = self._graph.needed(wanted)
         self._requests[event.request] = _Request(wanted, needed, event.cost, event.deadline_ns, set(wanted))
@@ -187,10 +188,10 @@ class RequestTable:
         self._begin(event.request, event.now_ns)
 
     def _begin(self, number: int, now_ns: int) -> None:
-        """Begin an attempt, or wait for a node, or refuse the request where none is to be expected."""
+        """Begin an attempt, or wait for a node, or refuse the request if no node can be expected."""
         request = self._requests[number]
         if not request.needed <= self._roster.served:
-            error = self._hopeless(request.needed - self._roster.served)
+            error = self._unavailable(request.needed - self._roster.served)
             if error is not None:
                 self.refuse(number, error)
                 return
@@ -211,17 +212,17 @@ class RequestTable:
             Enter(number, request.attempt, request.view, request.cost, request.deadline_ns, route, request.wanted)
         )
 
-    def _again(self, number: int, reason: str) -> None:
-        """End an attempt. The next one waits to begin; a request that nodes keep dying of is refused."""
+    def _retry(self, number: int, reason: str) -> None:
+        """End an attempt. The next one waits to begin; a request that has no attempts left is refused."""
         request = self._requests[number]
         if self._attempts == 1:
-            story = "; ".join(request.blamed) or reason
-            self.refuse(number, NodeFailed(f"{story}; with one attempt a request is not tried again"))
+            loss = "; ".join(request.blamed) or reason
+            self.refuse(number, NodeFailed(f"{loss}; with one attempt a request is not tried again"))
             return
         if len(request.blamed) >= self._attempts:
-            stories = "; ".join(dict.fromkeys(request.blamed))
+            losses = "; ".join(dict.fromkeys(request.blamed))
             nodes = len(request.blamed)
-            self.refuse(number, NodeFailed(f"the request was given up after it ran on {nodes} nodes: {stories}"))
+            self.refuse(number, NodeFailed(f"the request was given up after it ran on {nodes} nodes: {losses}"))
             return
         self.retries += 1
         request.missing = set(request.wanted)
@@ -247,12 +248,12 @@ class RequestTable:
     # What ends attempts
 
     def node_lost(self, stage: int, number: int, called: str, reason: str, steps: Steps) -> int:
-        """Make the attempts again that a lost node may have had.
+        """Repeat the attempts that a lost node may have had.
 
         Args:
-            stage: of the node.
-            number: of the node.
-            called: its name in messages.
+            stage: the node's stage.
+            number: the node's number.
+            called: the node's name in messages.
             reason: what happened to it.
             steps: how far all nodes are with all attempts in flight.
 
@@ -266,12 +267,12 @@ class RequestTable:
             known = steps.get((key, request.attempt), {})
             if known.get(number) is Step.RUNNING:
                 request.blamed.append(f"{called} {reason}")
-            if stage in request.needed and self._lacks(request, stage, number, known):
+            if stage in request.needed and self._may_be_stuck(request, stage, number, known):
                 count += 1
-                self._again(key, f"{called} was lost")
+                self._retry(key, f"{called} was lost")
         return count
 
-    def _lacks(self, request: _Request, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
+    def _may_be_stuck(self, request: _Request, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
         """True when the loss of a node may mean that the attempt never gets past its stage."""
         if request.route[stage] not in (ANY, lost):
             return False
@@ -286,7 +287,7 @@ class RequestTable:
         return bool(asked) or not readers or not all(has(reader) for reader in readers)
 
     def links_died(self, links: list[LinkKey], now_ns: int) -> bool:
-        """Make the attempts again that may be stuck at links that were just found dead; True when there are any."""
+        """Repeat the attempts that may be stuck at links that were just found dead; True when there are any."""
         if self._attempts == 1:
             return False
         stuck = []
@@ -295,29 +296,29 @@ class RequestTable:
             if is_old and not request.waits and (on_way := self._links.on_way(request.needed, links)):
                 stuck.append((number, on_way[0]))
         for number, story in stuck:
-            self._again(number, story)
+            self._retry(number, story)
         return bool(stuck)
 
     def time_passed(self, event: Tick) -> None:
-        """Make the attempts again that are overdue."""
+        """Repeat the attempts that are overdue."""
         overdue = self.overdue(event.now_ns)
         for number, attempt in overdue:
             request = self._requests[number]
             since_s = (event.now_ns - request.begun_ns) / 1e9
-            where = self._where(request, event.steps.get((number, attempt), {}))
-            self._again(number, f"nothing was heard of it for {since_s:.0f} s: {where}")
+            where = self._progress_of(request, event.steps.get((number, attempt), {}))
+            self._retry(number, f"nothing was heard of it for {since_s:.0f} s: {where}")
         if overdue:
             self.resume(event.now_ns)
 
-    def _where(self, request: _Request, steps: Mapping[int, Step]) -> str:
-        """What an attempt waits for, and the dead links on its way, in words."""
+    def _progress_of(self, request: _Request, steps: Mapping[int, Step]) -> str:
+        """Describe what an attempt is waiting for, and the dead links on its way."""
         blocked = self._links.on_way(request.needed, self._links.stories)
         return "; ".join([awaited(self._graph, self._roster, request.needed, steps), *blocked])
 
     # What ends requests
 
     def returned(self, event: Returned) -> None:
-        """Tensors of an attempt came back; the last ones end the request."""
+        """Handle output tensors of an attempt; the last ones end the request."""
         request = self._requests.get(event.request)
         if request is None or request.waits or request.attempt != event.attempt:
             return
@@ -336,7 +337,7 @@ class RequestTable:
         self._effects.on_requests.append(Resolve(event.request, tuple(request.visits.values())))
 
     def reported(self, message: Failed) -> None:
-        """A node could not execute an attempt: the request ends."""
+        """End a request because a node could not execute it."""
         request = self._requests.get(message.request)
         node = self._roster.nodes.get((message.stage, message.replica))
         if node is None or request is None or request.attempt != message.attempt:
@@ -345,13 +346,13 @@ class RequestTable:
         self.refuse(message.request, StageFailed(f"{node.called} could not execute the request: {message.reason}"))
 
     def time_ran_out(self, number: int, steps: Mapping[int, Step]) -> None:
-        """The time of a request ran out: it ends, and its error says what it waited for."""
+        """End a request whose deadline has passed; its error says what it was waiting for."""
         request = self._requests.get(number)
         if request is None:
             return
         absent = sorted(request.needed - self._roster.served)
         if not request.waits:
-            where = self._where(request, steps)
+            where = self._progress_of(request, steps)
         else:
             where = "its next attempt had not begun"
             if absent:
@@ -363,11 +364,11 @@ class RequestTable:
     def refuse_hopeless(self) -> None:
         """Refuse the requests that wait for a stage whose nodes keep failing."""
         for number in list(self._waiting):
-            error = self._hopeless(self._requests[number].needed - self._roster.served)
+            error = self._unavailable(self._requests[number].needed - self._roster.served)
             if error is not None:
                 self.refuse(number, error)
 
-    def _hopeless(self, stages: Iterable[int]) -> PipelineError | None:
+    def _unavailable(self, stages: Iterable[int]) -> PipelineError | None:
         for stage in stages:
             story = self._roster.broken(stage)
             if story is not None:

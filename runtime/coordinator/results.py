@@ -1,4 +1,4 @@
-"""Takes what nodes send back: outputs, failures, and how busy they are."""
+"""Receives the nodes' results: outputs, failures and load."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from runtime.wire.sockets import Sockets
 _log = logging.getLogger("runtime.coordinator")
 _drops = DropLog(_log)
 _WORDS = 500
-_MOST_FAULTS = 100  # messages in a row that cannot be taken, after which the pipeline ends
+_MOST_FAULTS = 100  # messages in a row that cannot be handled, after which the pipeline ends
 
 
 class ResultTaker:
-    """Takes results in a thread of its own, or in an event loop of the caller's.
+    """Receives results in a thread of its own, or in an event loop of the caller's.
 
     Args:
         requests: the requests that wait for them.
-        links: is told what nodes on other hosts have begun.
-        machine: knows which attempts are under way. It is read here, and changed through ``requests`` alone.
+        links: records what nodes on other hosts have begun.
+        machine: the coordinator's state machine. It is read here, and changed only through ``requests``.
         payloads: the caller's side of shared memory.
-        router: is told how busy nodes are.
-        inbox: is told when results cannot be taken any more.
-        sockets: those that results come in by.
-        data: where they come in.
+        router: records the load of nodes.
+        inbox: is told when results can no longer be received.
+        sockets: the sockets for results.
+        data: the inlet for results.
     """
 
     def __init__(
@@ -65,27 +65,27 @@ class ResultTaker:
         self._sockets = sockets
         self._data = data
         self._faults = 0
-        self._is_handed_over = False  # to an event loop
-        self._taking = threading.Lock()  # held by an event loop while it is at the sockets
+        self._is_handed_over = False  # whether an event loop receives results
+        self._taking = threading.Lock()  # held by an event loop while it uses the sockets
         self._thread_ended = threading.Event()
         self._thread = threading.Thread(target=self._take_results, name="results", daemon=True)
         sockets.watch(requests.wakeup.fileno())
 
     def start(self) -> None:
-        """Take results in a thread, until :meth:`end` or :meth:`hand_over`."""
+        """Receive results in a thread, until :meth:`end` or :meth:`hand_over`."""
         self._thread.start()
 
     def end(self) -> None:
-        """Wait until nobody is at the sockets any more. The requests must have been stopped before."""
+        """Wait until no thread uses the sockets. The requests must have been stopped before."""
         with self._taking:
             pass
         self._thread.join()
 
     def hand_over(self) -> tuple[int, Callable[[], None]]:
-        """End the thread so that an event loop takes results. That saves waking the thread, and then the loop.
+        """End the thread, so that an event loop receives results. That saves waking the thread and then the loop.
 
         Returns:
-            a descriptor of the caller's own, to be watched, and what to call whenever it is readable.
+            a descriptor, which the caller watches and closes, and a function to call whenever it is readable.
         """
         self._is_handed_over = True
         self._requests.wakeup.ring()
@@ -107,7 +107,7 @@ class ResultTaker:
             self._thread_ended.set()
 
     def _take_waiting(self) -> None:
-        """Take all that has come in, in the thread of an event loop."""
+        """Receive all messages that have arrived, in the thread of an event loop."""
         requests = self._requests
         try:
             with self._taking:
@@ -121,9 +121,9 @@ class ResultTaker:
             self._inbox.fail(error)
 
     def _take_one(self, ready: set[object]) -> bool:
-        """Take one message of what is ready; False when there is none.
+        """Receive one message from the ready sockets; False when there is none.
 
-        A message that cannot be taken is dropped. Only when many in a row cannot, the pipeline ends.
+        A message that cannot be handled is dropped. After many such messages in a row, the pipeline ends.
         """
         message = self._data.receive(ready)
         if message is None:
@@ -163,7 +163,7 @@ class ResultTaker:
         try:
             tensors = self._payloads.receive(fragment, frames)
         except MemoryWithdrawn:
-            raise  # another attempt is made
+            raise  # the attempt is repeated
         except Exception as error:
             with requests.lock:
                 requests.handle(Unsendable(fragment.request, _unreadable(fragment, error), fragment.attempt))
@@ -179,7 +179,7 @@ class ResultTaker:
 
 
 def _unreadable(fragment: Fragment, error: Exception) -> PipelineError:
-    """The error that a caller is told when what a stage sent cannot be read."""
+    """The error for a request when the outputs of a stage cannot be read."""
     told = StageFailed(
         f"what stage {fragment.source} gave cannot be taken: {type(error).__name__}: {one_line(error, _WORDS)}"
     )

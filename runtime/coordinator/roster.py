@@ -1,8 +1,8 @@
-"""The nodes of a pipeline as its coordinator sees them: which serve, which come, which go. Pure.
+"""The coordinator's record of all nodes: those that serve, join and leave. Pure.
 
-The roster keeps one :class:`~runtime.coordinator.node_record.NodeRecord` for each slot, and those of processes that
-were replaced and still have work. It decides which process fills which slot, when a lost one is started again, and who
-reads whose memory.
+The roster keeps one :class:`~runtime.coordinator.node_record.NodeRecord` for each slot, and one for each process that
+was replaced and still has work. It decides which process fills which slot, when a lost one is started again, and which
+processes read whose memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runtime.transition_table import Machine
 from runtime.wire.messages.control import PROTOCOL, Hello, Peer, Wire
 from runtime.wire.messages.data import Visit
 
-_SETTLED_REQUESTS = 20  # a node that answered so many has its earlier failures forgotten
+_SETTLED_REQUESTS = 20  # after this many answered requests, a node's earlier failures are forgotten
 _INCIDENTS = 100
 _SERVING = (Phase.READY, Phase.LEAVING)
 
@@ -32,19 +32,20 @@ class Roster:
 
     Args:
         replicas: the number of nodes of every stage.
-        timings: when to start a lost one again.
+        timings: when to start a lost node again.
         hosts: the host for which the plan has the node of a slot; a node that reports from there fills it first.
-        elastic: a node that reports for a stage without a free slot gets one of its own, which goes with it.
+        elastic: a node that reports for a stage without a free slot gets a new one, which is removed when the node
+            leaves.
         process_numbers: how many numbers there are for processes, the coordinator's own included.
 
     Attributes:
         nodes: the present process of every slot, by slot, in order.
-        departing: the processes that were replaced, or are not needed, and still have work.
-        counters: what was done in every slot there ever was.
-        view: the number of changes that nodes were told of.
+        departing: the processes that were replaced or are no longer needed, and still have work.
+        counters: the counters of every present and former slot.
+        view: the number of changes that nodes were told about.
         mapped: the processes whose memory the coordinator has mapped.
-        dead_ends: the numbers of nodes from which a request cannot go on; they take none while others do.
-        incidents: the nodes that were lost and the links that died, the first ones first.
+        dead_ends: the numbers of nodes whose requests cannot get back to the caller; they take none while others do.
+        incidents: the lost nodes and dead links, oldest first.
         losses: the number of nodes that were lost.
     """
 
@@ -72,7 +73,7 @@ class Roster:
         self._planned = list(replicas)
         self._last_number = 0
         self._own_readers: tuple[int, ...] = ()
-        self._served: frozenset[int] | None = None  # worked out again when a node comes or goes
+        self._served: frozenset[int] | None = None  # computed again when a node joins or leaves
         self._refusals = Refusals()
         for stage, count in enumerate(replicas):
             for replica in range(count):
@@ -91,10 +92,10 @@ class Roster:
         self.nodes = dict(sorted(self.nodes.items()))
         return self.nodes[slot]
 
-    # Who is there
+    # Present nodes
 
     def by_identity(self, identity: bytes) -> NodeRecord | None:
-        """The node that reported under an identity."""
+        """The node with a control link of this identity."""
         return next((node for node in self if node.identity == identity), None)
 
     def by_number(self, number: int) -> NodeRecord | None:
@@ -108,7 +109,7 @@ class Roster:
 
     @property
     def linked(self) -> frozenset[int]:
-        """The numbers of the processes that must reach each other: all but those that were told to end."""
+        """The numbers of the processes that must reach each other: all except those that were told to end."""
         return frozenset({0, *(node.number for node in self if not node.released)})
 
     def missing(self) -> tuple[ReplicaKey, ...]:
@@ -136,7 +137,7 @@ class Roster:
         return self._served
 
     def broken(self, stage: int) -> str | None:
-        """Why a stage will have no node for a while; None when it has one, or will soon."""
+        """Why a stage will have no node for some time; None when it has one, or will soon."""
         nodes = [node for slot, node in self.nodes.items() if slot[0] == stage]
         if any(node.phase is not Phase.OPEN for node in nodes):
             return None
@@ -144,7 +145,7 @@ class Roster:
         return f"{last.called} failed {last.failed_in_row} times in a row and {last.reason}"
 
     def peers(self, to: NodeRecord | None, *, everyone: bool) -> tuple[Peer, ...]:
-        """All nodes, as ``to`` is told; with ``everyone``, also those that are loading."""
+        """All nodes as ``to`` sees them; with ``everyone``, also those that are loading."""
         known = {*_SERVING, Phase.LOADING} if everyone else set(_SERVING)
         return tuple(
             Peer(
@@ -162,7 +163,7 @@ class Roster:
         )
 
     def introduce(self, identities: tuple[bytes, ...], caller: Peer, *, everyone: bool) -> Iterator[tuple[bytes, Wire]]:
-        """What nodes are told of all processes, ``caller`` first; notes that they were told."""
+        """The message for each node with all processes, ``caller`` first; records that the nodes were told."""
         by_identity = {node.identity: node for node in self}
         shared = self.peers(None, everyone=everyone)
         for identity in identities:
@@ -171,10 +172,10 @@ class Roster:
             peers = shared if everyone or node.phase in _SERVING else self.peers(node, everyone=False)
             yield identity, Wire(self.view, node.number, (caller, *peers))
 
-    # Who comes
+    # Nodes that join
 
     def due(self, now_ns: int) -> list[StartNode]:
-        """Start the processes whose time has come."""
+        """Start the processes that are due."""
         return [self._start(node, now_ns) for node in self.nodes.values() if node.is_absent and node.due_ns <= now_ns]
 
     def _start(self, node: NodeRecord, now_ns: int) -> StartNode:
@@ -186,7 +187,7 @@ class Roster:
         return StartNode(node.slot, node.number)
 
     def _number(self) -> int:
-        """The next free number. Numbers are used again as late as possible, when nothing of their owner is left."""
+        """The next free number. Numbers are reused as late as possible, when no trace of their last owner is left."""
         taken = {node.number for node in self}
         while True:
             self._last_number = self._last_number % (self._process_numbers - 1) + 1
@@ -194,7 +195,7 @@ class Roster:
                 return self._last_number
 
     def late(self, now_ns: int, patience_s: float) -> list[tuple[int, str]]:
-        """The numbers of nodes that were started and should be ready by now, and what is wrong with them."""
+        """The numbers of nodes that were started and should be ready by now, with the reason why they count as lost."""
         return [
             (node.number, f"was not ready {patience_s:.0f} s after its start")
             for node in self.nodes.values()
@@ -202,7 +203,7 @@ class Roster:
         ]
 
     def join(self, identity: bytes, hello: Hello, now_ns: int, *, is_open: bool) -> NodeRecord | Refusal | None:
-        """A node reports. Returns its record, or why it gets no place, or None when it has one already."""
+        """Add a node that has reported. Returns its record, or why it gets no place, or None if it already has one."""
         if hello.protocol != PROTOCOL:
             return Refusal(
                 f"the node speaks protocol {hello.protocol}, the coordinator {PROTOCOL}: install the same version",
@@ -232,7 +233,7 @@ class Roster:
                 reason += "; started with --stage N it would get a place of its own"
             return Refusal(reason, "rejoin" if is_open else "end", again=self._refusals.note(hello, now_ns))
         self._refusals.forget(hello)
-        node = min(free, key=lambda place: self._misfit(place, hello))
+        node = min(free, key=lambda place: self._host_mismatch(place, hello))
         node.machine.go(NodeChange.JOIN)
         node.identity, node.hello, node.started_ns = identity, hello, now_ns
         return node
@@ -248,17 +249,17 @@ class Roster:
     def _free_replica(self, stage: int) -> int:
         return next(n for n in range(self._process_numbers) if (stage, n) not in self.nodes)
 
-    def _misfit(self, node: NodeRecord, hello: Hello) -> int:
+    def _host_mismatch(self, node: NodeRecord, hello: Hello) -> int:
         """0 when the plan has a slot on the host of a node that reports, 1 when on any host, 2 when on another."""
         host = self._hosts.get(node.slot, LOCAL)
         return 0 if host == hello.host else 1 if host == LOCAL else 2
 
     def _surplus(self, stage: int) -> bool:
-        """True when a stage has more slots than replicas were asked for, because nodes came by themselves."""
+        """True when a stage has more slots than the requested replicas, because additional nodes have joined."""
         return self._elastic and sum(slot[0] == stage for slot in self.nodes) > self._planned[stage]
 
     def introduced(self, *, everyone: bool) -> tuple[bytes, ...]:
-        """Identities of the nodes to be told of a change; with ``everyone``, those too that were told nothing yet."""
+        """Identities of the nodes to be told about a change; with ``everyone``, also of nodes told nothing yet."""
         return tuple(
             node.identity
             for node in self
@@ -266,7 +267,7 @@ class Roster:
         )
 
     def prepare(self, node: NodeRecord, mapped: tuple[int, ...], now_ns: int) -> bool:
-        """The links of a node are as it was told last. Returns True when the node is new."""
+        """Record that a node has opened its links. Returns True when the node is new."""
         is_new = node.phase is Phase.LOADING
         node.machine.go(NodeChange.PREPARE)
         node.mapped = frozenset(mapped)
@@ -276,7 +277,7 @@ class Roster:
         return is_new
 
     def share(self) -> list[tuple[bytes | None, tuple[int, ...]]]:
-        """Who reads whose memory from now on, where that changed. Two processes do so mutually, or not at all.
+        """The changes in lent memory. Of two processes, each reads the other's memory, or neither does.
 
         Returns:
             identities of nodes, None for the coordinator, with the numbers of the processes that read their memory.
@@ -297,10 +298,10 @@ class Roster:
                 changed.append((node.identity, now))
         return changed
 
-    # What they do
+    # Work of nodes
 
     def visited(self, visit: Visit) -> None:
-        """A request that was answered passed a node."""
+        """Count an answered request for a node that it passed."""
         counters = self.counters.get((visit.stage, visit.replica))
         if counters is None:
             return
@@ -309,10 +310,10 @@ class Roster:
         if node is not None:
             node.requests += 1
 
-    # Who goes
+    # Nodes that leave
 
     def lose(self, node: NodeRecord, reason: str, now_ns: int) -> list[StartNode]:
-        """A process is gone. Its slot gets another one, now or later."""
+        """Remove a process that has ended. Its slot gets another one, now or later."""
         self._served = None
         if node in self.departing:
             self.departing.remove(node)
@@ -342,42 +343,42 @@ class Roster:
         if node.failed_in_row > 1:
             wait_s = min(self._timings.backoff_s * 2 ** (node.failed_in_row - 2), self._timings.backoff_most_s)
         node.due_ns = now_ns + int(wait_s * 1e9)
-        return self._due_at_once(node, now_ns)
+        return self._start_if_due(node, now_ns)
 
     def _note(self, node: NodeRecord, reason: str, now_ns: int) -> None:
         self.losses += 1
         self.incidents.append(Incident(now_ns, node.slot, f"{node.called} {reason}"))
 
     def note_link(self, sender: int, receiver: int, story: str, now_ns: int) -> None:
-        """Remember that a link is dead."""
+        """Record a dead link as an incident."""
         node = self.by_number(sender) or self.by_number(receiver)
         if node is not None:
             self.incidents.append(Incident(now_ns, node.slot, story))
 
-    def _due_at_once(self, node: NodeRecord, now_ns: int) -> list[StartNode]:
-        """Start the process of a slot, if its time has come."""
+    def _start_if_due(self, node: NodeRecord, now_ns: int) -> list[StartNode]:
+        """Start the process of a slot if it is due."""
         return [self._start(node, now_ns)] if node.due_ns <= now_ns else []
 
     def leave(self, node: NodeRecord) -> None:
-        """A node takes no more requests. It ends when it has no more work."""
+        """Let a node take no more requests. It ends when it has no more work."""
         self._served = None
         node.machine.go(NodeChange.LEAVE)
         del self.nodes[node.slot]
         self.departing.append(node)
 
     def replace(self, node: NodeRecord, now_ns: int) -> list[StartNode]:
-        """Have another process take the place of one that leaves, unless that had come by itself."""
+        """Start another process in the place of one that leaves, unless the stage has enough slots without it."""
         if self._elastic and sum(slot[0] == node.slot[0] for slot in self.nodes) >= self._planned[node.slot[0]]:
             return []
-        return self._due_at_once(self._add(node.slot), now_ns)
+        return self._start_if_due(self._add(node.slot), now_ns)
 
     def scale(self, stage: int, replicas: int, now_ns: int) -> tuple[list[StartNode], list[NodeRecord]]:
-        """Have a stage have this number of slots. Returns what is to be started, and the nodes whose slots are gone."""
+        """Set a stage's number of slots. Returns the processes to start, and the nodes whose slots were removed."""
         self._planned[stage] = replicas
         present = sorted(slot for slot in self.nodes if slot[0] == stage)
         started: list[StartNode] = []
         for _ in range(replicas - len(present)):
-            started += self._due_at_once(self._add((stage, self._free_replica(stage))), now_ns)
+            started += self._start_if_due(self._add((stage, self._free_replica(stage))), now_ns)
         removed = [self.nodes[slot] for slot in present[replicas:]]
         for node in removed:
             if node.phase is not Phase.READY:

@@ -1,4 +1,4 @@
-"""What a coordinator is told once, and the sockets that it opens."""
+"""The settings of a coordinator, and the sockets that it opens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runtime.wire.sockets import Sockets
 
 @dataclass(frozen=True)
 class Setup:
-    """What a coordinator is told once.
+    """The settings of a coordinator.
 
     Attributes:
         folder: the plan directory.
@@ -29,17 +29,17 @@ class Setup:
         providers: the provider of every stage.
         threads: threads of every node's session; 0 for the plan's number.
         share_weights: whether the replicas of each stage map one copy of its weights.
-        trace: record where each request was, and when.
-        profile: have the sessions profiled.
+        trace: whether to record the stages that each request passes, with times.
+        profile: whether ONNX Runtime profiles the sessions.
         balance: how to choose among replicas.
-        attempts: a request that so many nodes died of is refused.
+        attempts: a request is refused after this many nodes were lost while they executed it.
         timings: when something counts as failed, and when to try again.
         memory_bytes: the most shared memory for the inputs of requests; 0 for none.
-        elastic: take nodes beyond the number of replicas, for as long as they stay.
-        rendezvous: where nodes are met. Without a launcher, its home is removed at the end.
+        elastic: whether to accept nodes beyond the number of replicas, for as long as they stay.
+        rendezvous: where the nodes and the coordinator meet. Without a launcher, its home is removed at the end.
         launcher: starts the nodes; None waits for nodes that are started by hand.
         start_timeout_s: time for all nodes to become ready; None waits for ever.
-        progress: called with the number of nodes that are ready, and of all, whenever the first changes.
+        progress: called with the number of ready nodes and the number of all nodes whenever the former changes.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Setup:
 
     @property
     def shortcut(self) -> Path | None:
-        """Where nodes of this host send results that need no frames; None without shared memory."""
+        """The socket path to which nodes on this host send results without frames; None without shared memory."""
         return self.rendezvous.home / "results.fragments" if self.memory_bytes else None
 
     @property
@@ -80,14 +80,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Channels:
-    """What a running coordinator has open.
+    """The open sockets and servers of a running coordinator.
 
     Attributes:
-        sockets: those of the coordinator's thread.
-        results: those by which requests go out and results come in.
-        control: where nodes report.
-        data: where results come in.
-        status: answers other processes that ask how the pipeline is.
+        sockets: the sockets of the coordinator's thread.
+        results: the sockets for requests and results.
+        control: the inlet for control messages of nodes.
+        data: the inlet for results.
+        status: answers other processes that ask for the pipeline's status.
         files: gives stage files to nodes that do not see the plan's folder; None where all do.
     """
 
@@ -101,7 +101,7 @@ class Channels:
 
 @contextmanager
 def open_channels(setup: Setup) -> Iterator[Channels]:
-    """Open what a coordinator needs, and close it at the end."""
+    """Open the sockets and servers of a coordinator, and close them at the end."""
     rendezvous, security = setup.rendezvous, setup.rendezvous.security
     with ExitStack() as stack:
         sockets = stack.enter_context(Sockets(linger_s=0.5, security=security))

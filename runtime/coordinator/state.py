@@ -1,17 +1,17 @@
-"""The state machine of a coordinator: it takes an event and decides what is to be done, without doing it. Pure.
+"""The state machine of a coordinator: it takes an event and returns effects for others to perform. Pure.
 
-**Theory.** The machine is a function from a state and an event to a new state and effects. It knows no socket, no
-process and no clock: the time is in the events. What it decides comes in two lists: effects on requests, which
-:class:`~runtime.coordinator.request_io.RequestIO` performs in whatever thread the event came up, and effects on nodes,
+**Theory.** The machine is a function from a state and an event to a new state and effects. It uses no socket, no
+process and no clock: events carry the time. The effects come in two lists: effects on requests, which
+:class:`~runtime.coordinator.request_io.RequestIO` performs in the thread that handles the event, and effects on nodes,
 which the coordinator's thread performs. There are three tables of states: the pipeline's (:data:`TRANSITIONS` here),
 one for each node (:mod:`runtime.coordinator.node_record`), and one for each request
 (:mod:`runtime.coordinator.requests`). docs/states.md is drawn from the first two.
 
 **The promise.** While the coordinator lives, every request that it accepted is answered once: with the right tensors,
-all of one attempt, or with an error that says why not. The promise rests on three rules:
+all of one attempt, or with an error that gives the reason. The promise rests on three rules:
 
-1. The coordinator holds a request's inputs until the answer is there, so it can always make another attempt.
-2. When a node is lost, every attempt is made again that the node may have had and that nobody else is known to have.
+1. The coordinator holds a request's inputs until the answer has arrived, so it can always make another attempt.
+2. When a node is lost, every attempt that it may have had is repeated, unless other nodes are known to have the work.
 3. Each change of the pipeline's nodes makes a new *view*, and views are counted. An attempt carries the view in which
    it began, and a node that knows only earlier views holds it back. So no attempt that began after a loss is ever sent
    to the lost node.
@@ -19,7 +19,7 @@ all of one attempt, or with an error that says why not. The promise rests on thr
 **Invariants.** A node that leaves is told to end only when no attempt is under way that began before the view in which
 it left. After CLOSED and FAILED, no request is taken. A change that a table does not list raises IllegalEventError.
 
-**Tests.** tests/runtime/test_coordinator_state.py goes through the events one by one; tests/runtime/test_world.py joins
+**Tests.** tests/runtime/test_coordinator_state.py tests each event; tests/runtime/test_world.py joins
 this machine with those of its nodes (:mod:`runtime.testing`) and checks the promise under any order of messages, losses
 and other faults that hypothesis finds.
 """
@@ -106,19 +106,20 @@ class CoordinatorState:
     """The state machine of one coordinator.
 
     Args:
-        plan: what the pipeline runs.
+        plan: the plan that the pipeline runs.
         replicas: the number of nodes of every stage.
-        choose: names the node of a stage that joins several inputs, whose fragments must meet.
+        choose: chooses the node of a stage that joins several inputs, whose fragments must meet.
         timings: when to try again.
-        attempts: a request that so many nodes died of is refused; with 1, nothing is tried again.
-        elastic: take nodes beyond the number of replicas, for as long as they stay.
-        patient: wait for another node when one is lost before all were ready.
+        attempts: a request is refused after this many nodes were lost while they executed it; with 1, nothing is
+            repeated.
+        elastic: whether to accept nodes beyond the number of replicas, for as long as they stay.
+        patient: whether to wait for another node when one is lost before all were ready.
         process_numbers: how many numbers there are for processes, the coordinator's own included.
 
     Attributes:
         roster: the nodes.
         links: the dead links.
-        requests: the requests that are not answered.
+        requests: the unanswered requests.
         entrances: the stages that the coordinator itself sends to.
         error: why no more requests are taken; None while they are.
     """
@@ -160,7 +161,7 @@ class CoordinatorState:
         return self.state in (PipelinePhase.STARTING, PipelinePhase.READY, PipelinePhase.DRAINING)
 
     def handle(self, event: CoordinatorEvent) -> Decision:
-        """Take an event; returns the effects on requests and the effects on nodes, each in order."""
+        """Handle an event; returns the effects on requests and the effects on nodes, each in order."""
         match event:
             case Submitted():
                 self._submitted(event)
@@ -188,7 +189,7 @@ class CoordinatorState:
         return decision
 
     def _handle_nodes(self, event: CoordinatorEvent) -> None:
-        """Take an event about nodes, or about the pipeline as a whole."""
+        """Handle an event about nodes, or about the pipeline as a whole."""
         match event:
             case Joined():
                 self._joined(event)
@@ -236,7 +237,7 @@ class CoordinatorState:
             self.requests.submit(event)
 
     def _settle(self) -> None:
-        """Let nodes end that nothing under way can reach any more; say so when nothing is under way at all."""
+        """Tell leaving nodes to end once no attempt can reach them, and report when no request is in flight."""
         self.requests.has_ended = False
         if self.roster.departing:
             oldest_view = self.requests.oldest_view
@@ -247,7 +248,7 @@ class CoordinatorState:
         if self.state is PipelinePhase.DRAINING and not len(self.requests):
             self._effects.on_nodes.append(Drained())
 
-    # Nodes that come
+    # Nodes that join
 
     def _joined(self, event: Joined) -> None:
         answer = self.roster.join(event.identity, event.hello, event.now_ns, is_open=self.is_open)
@@ -261,7 +262,7 @@ class CoordinatorState:
                 self._introduce()
 
     def _introduce(self) -> None:
-        """Begin a new view: all processes are told who there is."""
+        """Begin a new view: all processes are told which processes exist."""
         self.roster.view += 1
         self.roster.dead_ends = self.links.dead_ends()
         identities = self.roster.introduced(everyone=self.state is PipelinePhase.STARTING)
@@ -286,7 +287,7 @@ class CoordinatorState:
         if self.state is not PipelinePhase.STARTING:
             self._effects.on_nodes += [ShareMemory(identity, readers) for identity, readers in self.roster.share()]
 
-    # Nodes that go
+    # Nodes that leave
 
     def _declined(self, identity: bytes, reason: str, now_ns: int) -> None:
         node = self.roster.by_identity(identity)
@@ -298,7 +299,7 @@ class CoordinatorState:
             self._lost(node, Lost(node.number, f"refused: {reason}", {}, now_ns, "refused"))
 
     def _lost(self, node: NodeRecord, event: Lost) -> None:
-        """A node is lost: another process gets its place, and its work is done again elsewhere."""
+        """Handle the loss of a node: another process gets its place, and its work is repeated elsewhere."""
         if not self.is_open:
             return
         called, reason = node.called, event.reason
@@ -308,14 +309,14 @@ class CoordinatorState:
         number, was_known = node.number, node.phase in (Phase.READY, Phase.LEAVING)
         had_work = was_known and not node.released
         self._effects.on_nodes += self.roster.lose(node, reason, event.now_ns)
-        if node.identity:  # it may live, and come back when a link does
+        if node.identity:  # it may still live, and report again when its link works
             told = f"the pipeline took it for dead: it {reason}" if event.fate == "rejoin" else f"it {reason}"
             self._effects.on_nodes.append(SendAway(node.identity, told, event.fate))
             node.identity = b""
         if had_work:
             node.counters.retries += self.requests.node_lost(node.slot[0], number, called, reason, event.steps)
         if was_known or (self.state is PipelinePhase.STARTING and self.roster.introduced(everyone=False)):
-            self._introduce()  # when that is done, Met begins what is to be made again
+            self._introduce()  # then Met begins the attempts that are to be repeated
         self.requests.refuse_hopeless()
 
     def _leave_wanted(self, identity: bytes, now_ns: int) -> None:
@@ -349,7 +350,7 @@ class CoordinatorState:
         self._settle()
 
     def _links_seen(self, dead: frozenset[LinkKey], now_ns: int) -> None:
-        """Links died or came back: lead requests around the dead ones, and try again what may be stuck there."""
+        """Handle changed links: send requests around dead links, and repeat the attempts that may be stuck there."""
         died, changes = self.links.update(dead, now_ns)
         self._effects.on_nodes += changes
         if self.state not in (PipelinePhase.READY, PipelinePhase.DRAINING):
@@ -357,7 +358,7 @@ class CoordinatorState:
         has_new_view = self.links.dead_ends() != self.roster.dead_ends
         if has_new_view:
             self._introduce()
-        if self.requests.links_died(died, now_ns) and not has_new_view:  # else Met begins them
+        if self.requests.links_died(died, now_ns) and not has_new_view:  # else Met begins the attempts
             self.requests.resume(now_ns)
 
     # The end

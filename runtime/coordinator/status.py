@@ -1,7 +1,7 @@
-"""What a pipeline tells of itself while it runs, and the socket at which other processes of the user can ask for it.
+"""The status of a running pipeline, and the socket at which the user's other processes can ask for it.
 
-The socket is a Unix socket in the pipeline's own folder, which only the user can open. Whoever connects gets one
-:class:`Snapshot` as JSON, and the connection is closed.
+The socket is a Unix socket in the pipeline's own folder, which only the user can open. The server sends one
+:class:`Snapshot` as JSON to each connection, and closes it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from runtime.balance.policies import UNIT_COST
 from runtime.coordinator.roster import Roster
 from runtime.home import STATUS_SOCKET
 
-_ANSWER_S = 2.0  # a pipeline that does not answer in this time is taken for gone
+_ANSWER_S = 2.0  # a pipeline that does not answer in this time counts as ended
 
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """One node.
+    """A node of a running pipeline.
 
     Attributes:
         stage: its stage.
         replica: which replica of the stage.
-        pid: of its process; None when it is not known.
-        host: it runs on; None before it has reported.
-        address: where it takes fragments; None before it has reported.
-        state: in words.
+        pid: its process ID; None when it is not known.
+        host: the host that it runs on; None before it has reported.
+        address: the address where it receives fragments; None before it has reported.
+        state: its state, in words.
     """
 
     stage: int
@@ -43,30 +43,31 @@ class NodeInfo:
 
 
 class NodeStats(Struct, frozen=True):
-    """What one node, with all processes that were lost in its place, has done.
+    """Statistics of one node, including the lost processes of its slot.
 
     Attributes:
         stage: its stage.
         replica: which replica of the stage.
-        pid: of its process, once it has reported.
-        host: it runs on, once it has reported.
-        state: of the node now, in words.
+        pid: its process ID, once it has reported.
+        host: the host that it runs on, once it has reported.
+        state: the present state of the node, in words.
         provider: the provider that it was told to run on.
         requests: answered requests that it executed.
         failures: requests that could not be executed.
         restarts: processes that were lost.
-        retries: attempts that were made again because one of those was lost.
-        queue: work on its way to the node or in it, in ordinary requests. For nodes on other hosts, what the caller
-            itself sent.
+        retries: attempts that were repeated because one of those was lost.
+        queue: outstanding work of the node, in ordinary requests. For a node on another host, only the caller's own
+            work.
         wait_ns: mean time that a request waited for its turn after the node had read it. Nodes read between runs.
         run_ns: mean time in the session.
         waited_ns: sum of the times that requests waited for their turn.
         ran_ns: sum of the times in the session.
-        run_buckets: how many of those ended in each of :data:`~runtime.coordinator.counters.BUCKETS_NS`, and above all.
+        run_buckets: number of session times in each bucket of :data:`~runtime.coordinator.counters.BUCKETS_NS`, and
+            above.
         p50_ns: median time from arrival to departure, of the last thousand requests.
         p99_ns: 99th percentile of that time.
         output_bytes: bytes of all outputs.
-        shared_bytes: bytes of those outputs that crossed in shared memory.
+        shared_bytes: bytes of those outputs that were passed in shared memory.
     """
 
     stage: int
@@ -92,21 +93,21 @@ class NodeStats(Struct, frozen=True):
 
 
 class Snapshot(Struct, frozen=True):
-    """A pipeline at a moment.
+    """The status of a pipeline at one time.
 
     Attributes:
-        plan: its folder.
-        pid: of the process that runs it.
-        state: of the pipeline.
-        taken_ns: when, by the host's monotonic clock.
-        requests: requests that were submitted so far.
-        in_flight: requests that are not answered yet.
-        waiting: requests among those that wait for a node.
-        retries: attempts that were made again so far.
-        losses: nodes that were lost so far.
-        cause: what happened to a link that is dead now, else to the first of the nodes and links that were lost
-            recently; empty when all went well.
-        nodes: what each node has done.
+        plan: the plan directory.
+        pid: the ID of the process that runs it.
+        state: the pipeline's state.
+        taken_ns: when it was taken, by the host's monotonic clock.
+        requests: number of requests submitted so far.
+        in_flight: number of unanswered requests.
+        waiting: number of unanswered requests that wait for a node.
+        retries: number of repeated attempts so far.
+        losses: number of nodes lost so far.
+        cause: a description of a link that is dead now, or else of the first recent loss of a node or link; empty when
+            there was none.
+        nodes: the statistics of each node.
     """
 
     plan: str
@@ -123,11 +124,11 @@ class Snapshot(Struct, frozen=True):
 
 
 def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[str]) -> tuple[NodeStats, ...]:
-    """What the nodes of every slot have done.
+    """The statistics of every slot.
 
     Args:
         roster: the nodes.
-        queues: the cost of what is on its way to each node or in it, by number.
+        queues: the cost of the outstanding work of each node, by number.
         providers: the provider of every stage.
     """
     stats = []
@@ -182,7 +183,7 @@ def node_infos(roster: Roster, pids: Mapping[int, int]) -> tuple[NodeInfo, ...]:
 
 
 class StatusServer:
-    """Answers processes that ask how a pipeline is; a context manager.
+    """Answers processes that ask for a pipeline's status; a context manager.
 
     Args:
         home: the pipeline's folder.
@@ -201,7 +202,7 @@ class StatusServer:
         self.close()
 
     def close(self) -> None:
-        """Answer nobody any more; closing twice is as good as once."""
+        """Stop answering; closing twice has the same effect as once."""
         self._socket.close()
         self._path.unlink(missing_ok=True)
 
@@ -210,7 +211,7 @@ class StatusServer:
         return self._socket.fileno()
 
     def answer(self, snapshot: Snapshot) -> None:
-        """Answer one process that asks. One that does not read is left alone."""
+        """Answer one process that asks. A process that does not read is not waited for."""
         try:
             connection, _ = self._socket.accept()
         except OSError:
@@ -224,7 +225,7 @@ class StatusServer:
 
 
 def ask(status_socket: Path) -> Snapshot | None:
-    """What a pipeline tells of itself; None when it is gone or does not answer."""
+    """The status of a pipeline; None when the pipeline has ended or does not answer."""
     answer = b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_ANSWER_S)

@@ -4,7 +4,7 @@
     base/gateway.yaml             Deployment of the coordinator and its gateway; Services for clients and for nodes
     base/stage-I.yaml             StatefulSet, PodDisruptionBudget and HorizontalPodAutoscaler of a stage
     base/keys/                    CURVE keys of the gateway and of each stage; secret
-    overlays/example/             namespace, image and numbers of nodes, for whoever deploys it to change
+    overlays/example/             namespace, image and numbers of nodes, to be changed by the user
 
 The documents are written down in ``templates/kubernetes.yaml``. This module computes the values and fills them in.
 """
@@ -33,7 +33,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class DeployOptions:
-    """What the manifests say beyond the plan.
+    """The options of manifests.
 
     Attributes:
         name: Name of the model, and the beginning of every object's name.
@@ -217,7 +217,7 @@ def _mebibytes(size_bytes: int) -> str:
 
 
 def _secret(options: DeployOptions, owner: str, folder: str, allowed: list[str]) -> Document:
-    """The secret of a pod: its own key pair, and the public keys of those it may talk to."""
+    """The secret of a pod: its own key pair, and the public keys of the peers it may connect to."""
     sources = [f"secret.key=keys/{folder}/secret.key", f"public.key=keys/{folder}/public.key"]
     sources += [f"{name}.key=keys/{folder}/allowed/{name}.key" for name in allowed]
     return {"name": f"{options.name}-keys-{owner}", "files": sources}

@@ -23,9 +23,9 @@ from runtime.wire.messages.files import CHUNK_BYTES, Chunk, Fetch, NoFile
 MAX_PLAN_BYTES = 64 << 20
 """The largest ``plan.json`` that is accepted."""
 
-_AHEAD = 8  # pieces that are requested before they have arrived
-_ASK_AGAIN_S = 5.0  # without a piece, before it is requested again
-_PATIENCE_S = 60.0  # without a piece, before the transfer fails
+_AHEAD = 8  # pieces that are requested ahead
+_ASK_AGAIN_S = 5.0  # wait for a piece before it is requested again
+_PATIENCE_S = 60.0  # wait for a piece before the transfer fails
 _ROOM_BYTES = 64 << 20  # bytes that are left free on the disk
 
 
@@ -44,7 +44,7 @@ class FileClient(Client):
         return text
 
     def file(self, entry: FileEntry, target: Path, told: Callable[[int], None] = lambda _: None) -> None:
-        """Fetch a file of the plan. The first part of it, which an interrupted transfer has left, is not sent again.
+        """Fetch a file of the plan. An interrupted transfer resumes.
 
         Args:
             entry: the file's size and SHA-256.

@@ -106,7 +106,7 @@ class Batcher:
             inputs: Arrays by input name. They may be views of the message that carried them.
             outputs: Names of the requested outputs.
             arrived_ns: Time at which the request arrived.
-            deadline_ns: Time after which nobody wants the answer; None for no limit.
+            deadline_ns: Time after which the answer is useless; None for no limit.
 
         Raises:
             InputError: The inputs or names do not fit the model.
@@ -167,7 +167,7 @@ class Batcher:
         axes = selection.axes
         if self.queue.limits.max_batch < 2 or axes is None or not all(axes[name] is not None for name in inputs):
             return None
-        if len({array.shape[axes[name] or 0] for name, array in inputs.items()}) > 1:  # the pipeline says what is wrong
+        if len({array.shape[axes[name] or 0] for name, array in inputs.items()}) > 1:  # the pipeline reports the error
             return None
         return outputs, tuple(
             (name, array.dtype, *(size for axis, size in enumerate(array.shape) if axis != axes[name]))
@@ -222,7 +222,7 @@ class Batcher:
             self._executions.discard(execution)
             self._admission.when_released(releases, self._released)
             return False
-        except Exception as error:  # every error is told to those who wait
+        except Exception as error:  # every waiting request gets the error
             self._loop.call_soon(self._finish, execution, error)
             return True
         self._await(execution, future)
@@ -234,12 +234,12 @@ class Batcher:
         return self._pipeline.enter(join(inputs, selection.axes or {}), selection, deadline_ns=deadline_ns, block=False)
 
     def _released(self) -> None:
-        """The pipeline has room again. Called in any thread."""
+        """Called in any thread when the pipeline has room again."""
         with suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(self._dispatch)
 
     def _sent(self, execution: _Execution, sending: asyncio.Future[Answering], releases: int) -> None:
-        """Large tensors were copied into the pipeline, or it had no room for them."""
+        """Called when large tensors were copied into the pipeline, or it had no room for them."""
         error = sending.exception()
         if isinstance(error, Busy):
             self._executions.discard(execution)
@@ -260,7 +260,7 @@ class Batcher:
         future.add_done_callback(lambda _: self._answered(execution))
 
     def _answered(self, execution: _Execution) -> None:
-        """The pipeline has answered. Called in any thread."""
+        """Called in any thread when the pipeline has answered."""
         if threading.get_ident() == self._thread:
             self._loop.call_soon(self._finish, execution, None)
         else:
@@ -328,7 +328,7 @@ class Batcher:
             request.item.outputs.set_exception(error)
 
     def _expire(self, request: QueuedRequest) -> None:
-        """Fail a request at its deadline. The batch it runs in may go on for others."""
+        """Fail a request at its deadline. Its batch may continue for the other requests."""
         if request.item.outputs.done():
             return
         if self.queue.leave(request):
@@ -338,7 +338,7 @@ class Batcher:
             self._fail(request, DeadlineExceeded("the request's time ran out while it ran in a batch with others"))
 
     def _give_up(self, request: QueuedRequest) -> None:
-        """Cancel a request whose client does not wait any more."""
+        """Cancel a request whose client no longer waits."""
         if self.queue.leave(request):
             self._update_idle()
             return

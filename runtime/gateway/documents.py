@@ -2,7 +2,7 @@
 
 HTTP sends them as they are, and gRPC as messages with the same fields.
 
-The OpenAPI description is made of these types, so their docstrings are what clients read.
+The OpenAPI description is generated from these types, so clients read their docstrings.
 """
 
 from __future__ import annotations

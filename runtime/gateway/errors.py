@@ -27,7 +27,7 @@ from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, St
 
 
 class GatewayError(OnnxsplitError):
-    """Base of the errors that the gateway itself raises. The client sees the status of the subclass."""
+    """The base class of errors that the gateway itself raises. The client sees the status of the subclass."""
 
 
 class UnknownModel(GatewayError):
@@ -63,7 +63,7 @@ class Unsupported(GatewayError):
 
 
 def client_message(error: BaseException, most: int = 2000) -> str:
-    """What a client is told about an error: at most ``most`` characters, since its own input may be in the message."""
+    """The error message for a client: at most ``most`` characters, because it may contain the client's own input."""
     text = str(error) if isinstance(error, OnnxsplitError) else f"an error in the server: {type(error).__name__}"
     return text if len(text) <= most else f"{text[:most]} ... ({len(text)} characters)"
 

@@ -144,7 +144,7 @@ def statistics(version: Version) -> ModelStatistics:
 
 
 def stage_statistics(version: Version, stage: int, nodes: Sequence[NodeStats]) -> ModelStatistics:
-    """``GET /v2/models/M/stats``, of one stage: what its nodes did.
+    """``GET /v2/models/M/stats``, of one stage: the work of its nodes.
 
     Nodes read inputs and write outputs in place, so the times for these are 0.
     """

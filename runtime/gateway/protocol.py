@@ -69,7 +69,7 @@ class InferRequest(Struct, frozen=True):
 
 
 class InferResponse(Struct, frozen=True):
-    """What a response is encoded from.
+    """A response before it is encoded.
 
     Attributes:
         id: The client's name for the request; may be empty.

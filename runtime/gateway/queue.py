@@ -20,7 +20,7 @@ from msgspec import Struct
 from runtime.errors import Busy
 
 _DEVIATIONS = 2.5  # an answer is expected within the mean latency plus this many mean deviations
-_NEWEST_WEIGHT = 0.1  # of the newest value in the moving averages
+_NEWEST_WEIGHT = 0.1  # weight of the newest value in the moving averages
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class QueuedRequest(Struct, eq=False):
         rows: Rows along the batch axis.
         size_bytes: Bytes of its inputs.
         arrived_ns: Time of its arrival.
-        deadline_ns: Time after which its answer is worth nothing; None for no limit.
+        deadline_ns: Time after which its answer is useless; None for no limit.
         item: The caller's own object for this request.
         number: Position among all requests that ever joined the queue; set by the queue.
     """
@@ -79,7 +79,7 @@ class RequestQueue:
         # Moving averages of executions, and when the last one ended while others waited.
         self._gap_ns = 0.0  # time from one row's end to the next row's
         self._latency_ns = 0.0
-        self._deviation_ns = 0.0  # of the latency from its mean
+        self._deviation_ns = 0.0  # mean deviation of the latency
         self._last_end_ns: int | None = None
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class RequestQueue:
 
         Args:
             request: The request.
-            idle: True when nothing is in the pipeline. Then the request may try, whatever the throughput was.
+            idle: True when nothing is in the pipeline. Then the request is admitted, whatever the throughput was.
 
         Raises:
             Busy: The request is refused. The message says why.
@@ -146,7 +146,7 @@ class RequestQueue:
         return batch
 
     def late(self, now_ns: int, *, idle: bool = False) -> list[QueuedRequest]:
-        """Take out the requests at the head that cannot meet their deadlines any more.
+        """Take out the requests at the head that can no longer meet their deadlines.
 
         Args:
             now_ns: The time.

@@ -23,7 +23,7 @@ Encoded = TypeVar("Encoded")
 Encode = Callable[[InferResponse], Encoded]
 """Encodes a response for the protocol that carries it."""
 
-_MESSAGE_CHARACTERS = 500  # of an error that are remembered
+_MESSAGE_CHARACTERS = 500  # characters that are kept of an error
 
 
 class Service:

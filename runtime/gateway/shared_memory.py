@@ -1,7 +1,7 @@
 """Regions of system shared memory that clients on this host register, to pass tensors in them.
 
-The server copies from and to regions and never maps them: if a client truncated a mapped file, the server would die of
-a bus error.
+The server copies from and to regions and never maps them: if a client truncated a mapped file, a bus error would kill
+the server.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SharedMemoryRegions:
             self._open[region.name] = region, _opened(region)
 
     def _check(self, region: Region) -> None:
-        """Refuse a region by what its registration says, before anything is opened."""
+        """Check the fields of a registration before anything is opened."""
         if not self._allowed:
             raise Forbidden(
                 "only clients of this host may use shared memory, and this server listens to other hosts too"

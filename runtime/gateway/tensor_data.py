@@ -13,9 +13,9 @@ from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import MAX_RANK, Array, element_count, numpy_dtype
 from runtime.gateway.protocol import dtype_of
 
-_MOST_STRINGS = 1 << 22  # of one tensor
-_MOST_JSON_STRINGS = 1 << 20  # of one tensor; decoding more would block other threads for too long
-_STEP_BYTES = 256 << 10  # of numbers in JSON that are decoded at once; other threads run in between
+_MOST_STRINGS = 1 << 22  # in one tensor
+_MOST_JSON_STRINGS = 1 << 20  # in one tensor; decoding more would block other threads for too long
+_STEP_BYTES = 256 << 10  # JSON numbers are decoded in steps of this size; other threads run in between
 _STEP = 16 << 10  # elements that are converted at once, for the same reason
 _MESSAGE_CHARACTERS = 200
 _NUMPY_WRAPS = int(np.__version__.split(".")[0]) < 2

@@ -1,4 +1,4 @@
-"""The rule for what runs beside the event loop: work that takes long, so that other requests go on meanwhile."""
+"""The threads beside the event loop, for work that takes long, so that other requests continue meanwhile."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ class Workers:
         return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: work(*args, **keywords))
 
     def close(self) -> None:
-        """Start no more work; do not wait for what runs."""
+        """Start no more work; do not wait for running work."""
         self._executor.shutdown(wait=False, cancel_futures=True)

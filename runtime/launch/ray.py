@@ -31,10 +31,10 @@ from runtime.wire.security import Security, new_key_pair
 Placement = Literal["spread", "strict-spread", "pack"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
-_UP_S = 60.0  # for an actor to start, before another host is tried
-_GROUP_S = 30.0  # for Ray to reserve a placement group
-_KILL_S = 3.0  # for a killed process to end
-_END_S = 15.0  # for nodes to end, before their actors are killed
+_UP_S = 60.0  # longest wait for an actor to start, before another host is tried
+_GROUP_S = 30.0  # longest wait for a placement group
+_KILL_S = 3.0  # longest wait for a killed process to end
+_END_S = 15.0  # longest wait for nodes to end, before their actors are killed
 _PROCESS_BYTES = 256 << 20  # memory of a node in addition to its stage: Python and ONNX Runtime
 _log = logging.getLogger("runtime.launch")
 

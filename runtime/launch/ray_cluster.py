@@ -12,11 +12,11 @@ from onnxsplit.errors import MissingDependency
 from onnxsplit.session import host_cores
 from runtime.errors import LaunchFailed
 
-_PROBE_S = 3.0  # for the cluster to answer
+_PROBE_S = 3.0  # longest wait for an answer of the cluster
 
 
 class RayConnection:
-    """This process's connection to Ray, held by a thread of its own, because Ray ties what it starts to the thread.
+    """This process's connection to Ray, in a thread of its own, because Ray ties its processes to the thread.
 
     Use :meth:`shared`, not the constructor.
 
@@ -69,7 +69,7 @@ class RayConnection:
 
     def _hold(self) -> None:
         ray = self._ray
-        given = ray.is_initialized()  # by the calling program, which stays connected
+        given = ray.is_initialized()  # the calling program has connected, and stays connected
         try:
             if not given:
                 address = _cluster_address()

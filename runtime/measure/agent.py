@@ -1,7 +1,7 @@
 """The measuring agent of a host, which ``onnxsplit cluster agent`` runs.
 
 An agent answers one request after the other: it measures links to other agents, and times models. It runs models that
-it is sent, so it accepts connections from other hosts only with keys, unless it is told otherwise.
+it is sent, so it accepts connections from other hosts only with keys, unless ``insecure`` is set.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def serve(
         keys: the keys that protect links; None leaves them plain.
         insecure: whether plain links may leave this host.
         custom_ops: the only libraries of custom ops that the models it is sent may load.
-        told: called with the address when it was bound.
+        told: called with the address once it is bound.
 
     Raises:
         PipelineError: the address cannot be used.

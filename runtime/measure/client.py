@@ -34,9 +34,9 @@ _MESSAGES = 300
 _BULK_S = 2.0  # duration of the bandwidth measurement, about
 _BULK_AHEAD = 16  # messages that are sent before the first answer
 _MOST_PIECES = 1 << 13  # messages of the bandwidth measurement, at most
-_PATIENCE_S = 30.0  # for an answer
-_MODEL_PATIENCE_S = 600.0  # for the answer to a measurement
-_FAREWELL_S = 2.0  # for the answer to the last request
+_PATIENCE_S = 30.0  # longest wait for an answer
+_MODEL_PATIENCE_S = 600.0  # longest wait for the result of a measurement
+_FAREWELL_S = 2.0  # longest wait for the answer to the last request
 
 
 class AgentClient(Client):
@@ -168,10 +168,10 @@ class Agents:
         self._stack.close()
 
     def links(self, say: Callable[[str], None] = lambda _: None) -> dict[tuple[str, str], Link]:
-        """Measure the links between all hosts, and between this host and each of them.
+        """Measure the links between all hosts, and between this host and each of these.
 
         Args:
-            say: called with what is being done.
+            say: called with a description of each step.
 
         Returns:
             The links, by pairs of host names in sorted order.
@@ -197,7 +197,7 @@ class Agents:
 
         Args:
             files: the files.
-            say: called with what is being done.
+            say: called with a description of each step.
         """
         for host, client in self._clients.items():
             try:

@@ -1,4 +1,4 @@
-"""Measures what it costs to pass a tensor between two processes on this host, over the data link that nodes use."""
+"""Measures the cost of passing a tensor between two processes on this host, over the data link that nodes use."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Block:
 
     @property
     def free(self) -> bool:
-        """Whether neither the owner nor a reader uses it any more."""
+        """Whether neither the owner nor a reader uses it."""
         if self.held:
             return False
         number, generation = self.number, self.generation

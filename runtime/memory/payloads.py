@@ -85,7 +85,7 @@ class Payloads:
 
         Args:
             me: this process's number.
-            peers: all peers there are now, by their numbers.
+            peers: all present peers, by their numbers.
 
         Returns:
             The numbers of the peers whose memory is mapped.
@@ -111,9 +111,9 @@ class Payloads:
             row.release()
         if number in self._peers:
             self._gone.add(number)
-            self._let_go(number)
+            self._unmap_if_unused(number)
 
-    def _let_go(self, number: int) -> None:
+    def _unmap_if_unused(self, number: int) -> None:
         if number in self._gone and not self._reading[number]:
             self._gone.remove(number)
             del self._reading[number]
@@ -343,7 +343,7 @@ class Payloads:
         if self.refuse(fragment):
             self._reading[fragment.sender] -= 1
             if self._gone:
-                self._let_go(fragment.sender)
+                self._unmap_if_unused(fragment.sender)
 
     def refuse(self, fragment: Fragment) -> bool:
         """Do the same for a fragment that was not received; True if some of its tensors lie in shared memory."""

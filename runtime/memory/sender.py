@@ -1,4 +1,4 @@
-"""Sends the tensors of a request to those who read them: chooses the replica of each stage, lends memory, sends.
+"""Sends a request's tensors to their readers: chooses the replica of each stage, lends memory and sends fragments.
 
 The coordinator sends inputs this way, and nodes send outputs.
 """
@@ -20,7 +20,7 @@ COORDINATOR = 0
 
 
 class Sender:
-    """One process's way to the processes that read what it has.
+    """Sends one process's tensors to the processes that read them.
 
     Args:
         payloads: this process's side of shared memory.
@@ -42,7 +42,7 @@ class Sender:
         self._sources = sources
 
     def readers(
-        self, wanted: Iterable[tuple[int, tuple[str, ...]]], attempt: Attempt, going: Outgoing
+        self, wanted: Iterable[tuple[int, tuple[str, ...]]], attempt: Attempt, outgoing: Outgoing
     ) -> dict[int, tuple[str, ...]]:
         """The processes that get tensors, by number, with the names of the tensors.
 
@@ -50,7 +50,7 @@ class Sender:
             wanted: stages, or the caller, with the tensors that each reads. Stages that the attempt does not need are
                 left out.
             attempt: names the replica of each stage, or leaves the choice to the router.
-            going: the tensors.
+            outgoing: the tensors.
         """
         readers = {}
         for stage, names in wanted:
@@ -58,27 +58,27 @@ class Sender:
             if number == NOT_NEEDED:
                 continue
             if number == ANY and stage != CALLER:
-                number = self._choose(stage, names, attempt.cost, going)
+                number = self._choose(stage, names, attempt.cost, outgoing)
             if number is not None and number in self._links:
                 readers[number] = names
         return readers
 
-    def _choose(self, stage: int, names: tuple[str, ...], cost: int, going: Outgoing) -> int | None:
+    def _choose(self, stage: int, names: tuple[str, ...], cost: int, outgoing: Outgoing) -> int | None:
         replicas = self._router.nodes(stage)
         if len(replicas) == 1:
             return replicas[0]
-        size = sum([going.arrays[name].nbytes for name in names if name in going.arrays])
+        size = sum([outgoing.arrays[name].nbytes for name in names if name in outgoing.arrays])
         return self._router.choose(stage, self._sources[stage], cost, size, time.monotonic_ns())
 
     def send(
-        self, readers: Mapping[int, tuple[str, ...]], attempt: Attempt, going: Outgoing, source: int, *, keep: bool
+        self, readers: Mapping[int, tuple[str, ...]], attempt: Attempt, outgoing: Outgoing, source: int, *, keep: bool
     ) -> None:
         """Send each reader its tensors.
 
         Args:
             readers: as :meth:`readers` returns them.
-            attempt: the attempt that the tensors are of.
-            going: the tensors.
+            attempt: the attempt to which the tensors belong.
+            outgoing: the tensors.
             source: the stage that made them, or the caller.
             keep: this process holds the tensors as well, and may send them again. Without it, their shared memory is
                 free as soon as the readers have read it.
@@ -87,10 +87,10 @@ class Sender:
             StageFailed: the tensors are too large to be sent.
         """
         if not keep:
-            self._payloads.lend(going, readers)
+            self._payloads.lend(outgoing, readers)
         for number, names in readers.items():
-            if keep and not going.places.keys().isdisjoint(names):
-                self._payloads.lend_too(going, number)
-            self._payloads.send(self._links[number], number, going, names, attempt, source)
+            if keep and not outgoing.places.keys().isdisjoint(names):
+                self._payloads.lend_too(outgoing, number)
+            self._payloads.send(self._links[number], number, outgoing, names, attempt, source)
             if number != COORDINATOR:
                 self._router.sent(number, attempt.cost)

@@ -24,7 +24,7 @@ _drops = DropLog(_log)
 
 
 class ControlledNode(Protocol):
-    """The node, as its control link sees it. All methods are thread-safe."""
+    """The methods of a node that its control link calls. All are thread-safe."""
 
     @property
     def beat(self) -> NodeBeat:

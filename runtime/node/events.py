@@ -146,7 +146,7 @@ class Connect(Struct, frozen=True):
 
 
 class SayReady(Struct, frozen=True):
-    """Tell the coordinator that the links of the last :class:`Wired` are there."""
+    """Tell the coordinator that the links of the last :class:`Wired` are open."""
 
 
 class SayLeaving(Struct, frozen=True):

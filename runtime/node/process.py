@@ -70,11 +70,11 @@ class NodeProcess:
     """The main thread of a node: performs the effects of :class:`~runtime.node.state.NodeState`.
 
     Args:
-        options: what the node is started with.
+        options: the options of the node.
         home: a private folder for its socket and profile.
         keys: its keys; None leaves links plain.
         patience_s: seconds to wait for the coordinator's first message; None waits without limit.
-        asked_before: whether an earlier node of this process has asked for a place in vain.
+        asked_before: whether an earlier node of this process has asked for a place without success.
 
     Attributes:
         rejoins: whether another node is to begin in this process when this one has ended.
@@ -207,7 +207,7 @@ class NodeProcess:
         options = self._options
         for number in (signal.SIGTERM, signal.SIGINT):
             if options.lifeline and number == signal.SIGINT:
-                signal.signal(number, signal.SIG_IGN)  # Ctrl-C in the terminal is the launcher's to handle
+                signal.signal(number, signal.SIG_IGN)  # the launcher handles Ctrl-C in the terminal
             else:
                 signal.signal(number, lambda number, _: self._asked_to_end(signal.Signals(number).name))
         if options.lifeline:

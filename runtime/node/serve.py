@@ -23,7 +23,7 @@ from runtime.node.state import NodePhase
 from runtime.wire.keys import Keys
 from runtime.wire.security import Security, check_address
 
-_ASK_AGAIN_S = 0.5  # between the first two requests for a place; doubled each time
+_ASK_AGAIN_S = 0.5  # wait between the first two requests for a place; doubled each time
 _ASK_AGAIN_MOST_S = 5.0
 _log = logging.getLogger("runtime.node")
 

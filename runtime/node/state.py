@@ -1,4 +1,4 @@
-"""The state machine of a node. Pure: it takes an event and returns effects; it knows no socket, session or clock.
+"""The state machine of a node. Pure: it takes an event and returns effects; it uses no socket, session or clock.
 
 A node passes through the phases WAITING, LOADING, LOADED, READY, LEAVING and STOPPED. :data:`TRANSITIONS` lists the
 events that are legal in each phase and the phase that follows; any other event is an error. docs/states.md is drawn
@@ -131,7 +131,7 @@ class NodeState:
         self._early: list[Arrived] = []
         self._joins: dict[AttemptKey, _Join] = {}
         self._queue: deque[AttemptKey] = deque()
-        self._cancelled: OrderedDict[int, int] = OrderedDict()  # by request, its last attempt that was cancelled
+        self._cancelled: OrderedDict[int, int] = OrderedDict()  # the last cancelled attempt of each request
         self._oldest = 0
 
     @property

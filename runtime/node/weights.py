@@ -1,4 +1,4 @@
-"""One copy of a stage's packed weights for all its replicas on a host.
+"""One packed copy of a stage's weights, shared by all its replicas on a host.
 
 ONNX Runtime packs weights into the layout that its kernels read, and each session would hold a packed copy of its own.
 Here a stage is optimised and packed once and written to a cache, and every replica maps it from there. The replicas
@@ -40,7 +40,7 @@ def shared_copy(folder: Path, stage: Stage, custom_ops: Sequence[Library] = ()) 
         custom_ops: the libraries of custom ops that the stage needs, since optimising may run their ops.
 
     Returns:
-        The model file; None when the copy cannot be made, for want of disk space or because an op cannot be written.
+        The model file; None when the copy cannot be made, because the disk is full or an op cannot be written.
         Every replica then packs its own weights.
     """
 
@@ -65,7 +65,7 @@ def _key(stage: Stage, custom_ops: Sequence[Library]) -> str:
 
 
 def _pack(model: Path, target: Path, level: str, custom_ops: Sequence[Library]) -> None:
-    """Pack in a process of its own: the memory that packing takes would stay with the node."""
+    """Pack in a separate process, because the node would keep the memory that packing takes."""
     command = [sys.executable, "-P", "-m", "runtime.node.weights", str(model), str(target), level]
     command.append(msgspec.json.encode(custom_ops).decode())
     subprocess.run(command, check=True, env=quiet_environment(), stdin=subprocess.DEVNULL)

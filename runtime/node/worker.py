@@ -41,9 +41,9 @@ from runtime.wire.messages.control import Assign, Peer
 from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, Step
 from runtime.wire.sockets import Sockets
 
-_RECEIPT_S = 0.5  # between two receipts to a sender that does not choose by them
+_RECEIPT_S = 0.5  # interval of receipts to a sender that does not choose by them
 _REPEAT_S = 5.0  # after this time an unchanged receipt is sent again, which shows what was lost on the way
-_IDLE_S = 60.0  # how long the main loop waits when no receipts are due
+_IDLE_S = 60.0  # longest wait of the main loop when no receipts are due
 
 _log = logging.getLogger("runtime.node")
 _drops = DropLog(_log)
@@ -51,7 +51,7 @@ _MOST_REASON_CHARACTERS = 500
 
 
 class Worker:
-    """Used by the node's main thread; ``began``, ``longest_ns`` and ``unreachable_peers`` are thread-safe.
+    """The worker of a node's main thread; ``began``, ``longest_ns`` and ``unreachable_peers`` are thread-safe.
 
     Args:
         memory_bytes: the largest size of its outputs in shared memory at once; 0 for no shared memory.
@@ -73,7 +73,7 @@ class Worker:
         self._links: dict[int, Outlet] = {}
         self._receipts: dict[int, Outlet] = {}  # links to senders that cannot read this node's load board
         self._told: dict[int, tuple[Receipt, float]] = {}  # the last receipt to each of them, and when it was sent
-        self._urgent: set[int] = set()  # those of them that choose among replicas by the next receipt
+        self._urgent: set[int] = set()  # the senders that choose among replicas by the next receipt
         self._has_siblings = False
         self._next_receipts = 0.0
         self._sources: dict[int, list[int]] = {}  # the sources of every stage
@@ -122,7 +122,7 @@ class Worker:
 
     def discard(self) -> None:
         """Drop the outputs of the request that ran last."""
-        self.payloads.drop(self._ran.going)
+        self.payloads.drop(self._ran.outgoing)
 
     def load(self, files: StageFiles, assign: Assign, *, home: Path, threads: int) -> NodeEvent:
         """Find the stage's files and open the session.
@@ -196,7 +196,7 @@ class Worker:
 
     @property
     def has_far_senders(self) -> bool:
-        """Whether some sender cannot read this node's load board, and needs receipts."""
+        """Whether a sender cannot read this node's load board, and needs receipts."""
         return bool(self._receipts)
 
     def receipts_due_s(self, now_s: float) -> float:
@@ -303,7 +303,7 @@ class Worker:
         shared = self._shared.get(run.leaving)
         if shared is None:
             shared = self._shared[run.leaving] = self._read_in_place(run.leaving)
-        going = payloads.reserve(self._runner.proven(run.inputs), shared)
+        outgoing = payloads.reserve(self._runner.proven(run.inputs), shared)
         if not self._router.mapped(0):
             self._links[0].send(codec.encode(Started(*run.key, self._me)))
         payloads.record(*run.key, Step.RUNNING)
@@ -311,25 +311,25 @@ class Worker:
         self.began = started, run.cost
         board.began(run.cost, started)
         try:
-            outputs = self._runner.run(run.inputs, going.arrays)
+            outputs = self._runner.run(run.inputs, outgoing.arrays)
         except (OnnxsplitError, MemoryError) as error:
-            payloads.drop(going)
+            payloads.drop(outgoing)
             return ExecutionFailed(str(error) or "out of memory")
         finally:
             ended = time.monotonic_ns()
             self.began = None
             self._service_time.ran(ended - started, run.cost, ended)
             board.ended(self._service_time, ended)
-        payloads.complete(going, outputs, shared)
+        payloads.complete(outgoing, outputs, shared)
         payloads.record(*run.key, Step.DONE)
-        self._ran = _Ran(going, payloads.hold(run.fragments))
-        return Executed(started, ended, time.monotonic_ns(), going.size_bytes, going.shared_bytes)
+        self._ran = _Ran(outgoing, payloads.hold(run.fragments))
+        return Executed(started, ended, time.monotonic_ns(), outgoing.size_bytes, outgoing.shared_bytes)
 
     def forward(self, effect: Forward) -> None:
-        """Send the outputs of the request that ran last to whom they are for."""
-        going, fragment = self._ran.going, effect.fragment
-        if not self._ran.valid:  # the inputs were taken away meanwhile: somebody else does this request
-            self.payloads.drop(going)
+        """Send the outputs of the request that ran last to their readers."""
+        outgoing, fragment = self._ran.outgoing, effect.fragment
+        if not self._ran.valid:  # a sender took its inputs back meanwhile, so another attempt has replaced this one
+            self.payloads.drop(outgoing)
             return
         attempt = Attempt(
             request=fragment.request,
@@ -341,11 +341,11 @@ class Worker:
             wanted=fragment.wanted,
             history=effect.history,
         )
-        readers = self._sender.readers(effect.leaving, attempt, going)
+        readers = self._sender.readers(effect.leaving, attempt, outgoing)
         try:
-            self._sender.send(readers, attempt, going, self._assign.stage, keep=False)
+            self._sender.send(readers, attempt, outgoing, self._assign.stage, keep=False)
         except StageFailed as error:
-            self.payloads.drop(going)
+            self.payloads.drop(outgoing)
             self._fail(fragment, str(error))
 
     def _read_in_place(self, targets: OutputsByTarget) -> tuple[str, ...]:
@@ -362,5 +362,5 @@ class Worker:
 class _Ran:
     """The request that ran last: its outputs, and whether no sender took its inputs back before it ended."""
 
-    going: Outgoing
+    outgoing: Outgoing
     valid: bool

@@ -15,15 +15,15 @@ SimulatedLink = tuple[int, int, str]
 
 
 class SimulatedNetwork(ABC):
-    """Links, and a clock that goes from event to event.
+    """Links, and a clock that advances from event to event.
 
     Args:
-        delay_ns: the time that every message takes; None where messages wait until they are delivered by hand.
+        delay_ns: the time that every message takes; None when messages wait until they are delivered by hand.
 
     Attributes:
         delay_ns: as given; it may be changed.
         now_ns: the simulated time.
-        links: messages under way, by link. In simulated time, only those that wait because their link is parted.
+        links: undelivered messages, by link. In simulated time, only those that wait because their link is parted.
         parted: the pairs of processes, sender first, between which nothing arrives now.
     """
 
@@ -37,16 +37,16 @@ class SimulatedNetwork(ABC):
 
     @abstractmethod
     def listens(self, number: int) -> bool:
-        """Whether a process takes messages now."""
+        """Whether a process accepts messages now."""
 
     @abstractmethod
     def receive(self, link: SimulatedLink, message: Any) -> None:
-        """A message arrives."""
+        """Handle a message that has arrived."""
 
     # Messages
 
     def send(self, link: SimulatedLink, message: Any) -> None:
-        """Put a message on its way."""
+        """Send a message."""
         if self.delay_ns is None:
             self.links.setdefault(link, deque()).append(message)
         else:
@@ -71,7 +71,7 @@ class SimulatedNetwork(ABC):
         self.receive(link, self.links[link].popleft())
 
     def cut_off(self, number: int, loses_last: Callable[[], bool]) -> None:
-        """A process is dead: messages to it are lost, and perhaps the last one of each link from it."""
+        """Drop all messages to a dead process, and perhaps the last one of each link from it."""
         for (sender, to, _), queue in self.links.items():
             if to == number:
                 queue.clear()
@@ -79,7 +79,7 @@ class SimulatedNetwork(ABC):
                 queue.pop()
 
     def part(self, sender: int, to: int) -> None:
-        """Have messages from one process to another wait, until the link is mended."""
+        """Let messages from one process to another wait until the link is mended."""
         self.parted.add((sender, to))
 
     def mend(self, sender: int, to: int) -> None:
@@ -93,12 +93,12 @@ class SimulatedNetwork(ABC):
     # Time
 
     def later(self, delay_ns: int, what: Callable[..., None], *arguments: Any) -> None:
-        """Call something after a delay."""
+        """Call a function after a delay."""
         self._timer_count += 1
         heapq.heappush(self._timers, (self.now_ns + delay_ns, self._timer_count, what, arguments))
 
     def step(self) -> bool:
-        """Go to the next event, and let it happen; False when there is none."""
+        """Advance to the next event and execute it; False when there is none."""
         if not self._timers:
             return False
         self.now_ns, _, what, arguments = heapq.heappop(self._timers)

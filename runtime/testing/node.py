@@ -1,4 +1,4 @@
-"""The processes of simulated nodes, and what they do."""
+"""The simulated processes of nodes."""
 # ruff: noqa: ARG002 - subclasses need the parameters
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class SimulatedNode:
     """The process of a node.
 
     Attributes:
-        number: under which others know it.
+        number: its number, by which other processes know it.
         slot: its stage and replica.
         state: its state machine.
         alive: False once it has ended.
         stopped: whether it does nothing, as after SIGSTOP.
         peers: the processes it knows.
-        ledger: how far it is with attempts. Others read it, even when the process is dead.
-        events: what has come in and is not handled yet.
-        outputs: those of the request that ran last.
+        ledger: its progress with attempts. Other processes can read it even when this one is dead.
+        events: events that are not handled yet.
+        outputs: the outputs of the request that ran last.
     """
 
     number: int
@@ -56,8 +56,8 @@ class SimulatedNodes(SimulatedNetwork):
     """The nodes of a simulated pipeline.
 
     Args:
-        plan: what they execute.
-        choices: makes what is left to chance.
+        plan: the plan that they execute.
+        choices: makes random choices.
         delay_ns: as for :class:`~runtime.testing.network.SimulatedNetwork`.
 
     Attributes:
@@ -78,41 +78,41 @@ class SimulatedNodes(SimulatedNetwork):
 
     @abstractmethod
     def hear(self, sender: int, message: Any) -> None:
-        """A message of a node arrives at the coordinator."""
+        """Handle a message of a node that has arrived at the coordinator."""
 
     @abstractmethod
     def node_ended(self, node: SimulatedNode) -> None:
-        """A process has ended."""
+        """Handle the end of a process."""
 
-    # What subclasses may change
+    # Methods that subclasses may replace
 
     def duration_ns(self, node: SimulatedNode) -> int:
         """How long the next run of a node takes, in simulated time."""
         return 0
 
     def node_connected(self, node: SimulatedNode, connect: n.Connect) -> None:
-        """A node has learned which processes there are."""
+        """Called when a node has learned which processes exist."""
 
     def node_ran(self, node: SimulatedNode, took_ns: int) -> None:
-        """A node has run a request."""
+        """Called when a node has run a request."""
 
     def node_finished(self, node: SimulatedNode, fragments: Iterable[Fragment]) -> None:
-        """A node needs fragments no more."""
+        """Called when a node no longer needs fragments."""
 
     # Messages
 
     def send_fragment(self, to: int | None, fragment: Fragment, tensors: Mapping[str, Tensor]) -> None:
-        """Put a fragment on its way; nothing happens where there is no receiver."""
+        """Send a fragment; nothing happens when there is no receiver."""
         if to is not None:
             self.send((fragment.sender, to, "data"), (fragment, tensors))
 
     def listens(self, number: int) -> bool:
-        """Whether a process takes messages now."""
+        """Whether a process accepts messages now."""
         node = self.nodes.get(number)
         return number == COORDINATOR or (node is not None and node.alive and not node.stopped)
 
     def receive(self, link: SimulatedLink, message: Any) -> None:
-        """A message arrives; at a process that is dead, nothing happens."""
+        """Handle a message that has arrived; a dead process ignores it."""
         sender, to, kind = link
         if to == COORDINATOR:
             self.hear(sender, message)
@@ -125,7 +125,7 @@ class SimulatedNodes(SimulatedNetwork):
     # Nodes
 
     def give(self, node: SimulatedNode, event: n.NodeEvent) -> None:
-        """Have a node handle an event; in simulated time at once, unless it is stopped."""
+        """Let a node handle an event; in simulated time at once, unless it is stopped."""
         node.events.append(event)
         if self.delay_ns is not None:
             self._work_off(node)
@@ -139,7 +139,7 @@ class SimulatedNodes(SimulatedNetwork):
         return [o.number for o in self.nodes.values() if o.alive and not o.stopped and (o.events or o.state.ready)]
 
     def work(self, number: int) -> None:
-        """Have a node do one thing: handle an event, or begin a request."""
+        """Let a node take one step: handle an event, or begin a request."""
         node = self.nodes[number]
         turn = not node.events or (node.state.ready and self.choices.random() < 0.3)
         self._handle(node, n.Turn(self.now_ns) if turn else node.events.popleft())
@@ -155,7 +155,7 @@ class SimulatedNodes(SimulatedNetwork):
                 effects.extend(node.state.handle(answer))
 
     def _perform_at(self, node: SimulatedNode, effect: n.NodeEffect) -> n.NodeEvent | None:
-        """Perform what a node decides; returns the event that answers it."""
+        """Perform a node's effect; returns the event that answers it."""
         to_coordinator = (node.number, COORDINATOR, "control")
         match effect:
             case n.Load():
@@ -218,7 +218,7 @@ class SimulatedNodes(SimulatedNetwork):
             self.send_fragment(number, fragment, tensors)
 
     def kill(self, number: int) -> None:
-        """End a process. Some of what it sent last may never have left it."""
+        """Kill a process. Some of its last messages may be lost."""
         node = self.nodes.get(number)
         if node is None or not node.alive:
             return
@@ -227,11 +227,11 @@ class SimulatedNodes(SimulatedNetwork):
         self.node_ended(node)
 
     def stop(self, number: int) -> None:
-        """Have a process do nothing until it is woken; messages to it wait."""
+        """Stop a process until it is woken; messages to it wait."""
         self.nodes[number].stopped = True
 
     def wake(self, number: int) -> None:
-        """Let a stopped process go on."""
+        """Let a stopped process continue."""
         node = self.nodes[number]
         node.stopped = False
         if self.delay_ns is not None:

@@ -23,20 +23,20 @@ from runtime.wire.messages.control import PROTOCOL, Assign, Fate, Hello, Peer, P
 from runtime.wire.messages.data import ANY, NOT_NEEDED, Fragment, Visit
 
 NEVER_FAILS = Timings(backoff_s=0.5, circuit_failures=10**6, lost_s=10**9, backoff_most_s=5)
-"""Timings by which no node is given up and no attempt is overdue."""
+"""Timings with which no node is given up and no attempt is overdue."""
 
 
 class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
-    """One coordinator and its nodes.
+    """A simulated coordinator and its nodes.
 
     Args:
-        plan: what they execute.
+        plan: the plan that they execute.
         replicas: the number of nodes of every stage.
-        choices: makes what is left to chance.
+        choices: makes random choices.
         timings: when to try again.
-        attempts: a request that so many nodes died of is refused.
+        attempts: a request is refused after this many nodes were lost while they executed it.
         delay_ns: the time that every message takes, in simulated time; None for a pipeline that is driven by hand.
-        policy: what nodes are told about how to choose among replicas.
+        policy: the balancing policy that nodes are told.
         process_numbers: how many numbers there are for processes, the coordinator's own included.
 
     Attributes:
@@ -63,8 +63,8 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         self.exits: list[int] = []
         self.answers: dict[int, list[Any]] = {}
         self.ready = False
-        self._peers: tuple[Peer, ...] = ()  # as the coordinator knows them
-        self._collected: dict[int, dict[str, Tensor]] = {}  # what has come back of the present attempts
+        self._peers: tuple[Peer, ...] = ()  # the peers that the coordinator knows
+        self._collected: dict[int, dict[str, Tensor]] = {}  # outputs received for the present attempts
         self._entrances = {
             stage.index: [name for name in stage.inputs if name in plan.inputs]
             for stage in plan.stages
@@ -81,22 +81,22 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         self.tell(c.Tick(0))
 
     def tell(self, event: c.CoordinatorEvent) -> None:
-        """Hand the coordinator an event, and perform what it decides."""
+        """Pass an event to the coordinator, and perform its effects."""
         carry_out(self.coordinator, event, self, self)
 
     def submit(self, wanted: tuple[str, ...]) -> int:
-        """Send a request in, and return its number."""
+        """Submit a request, and return its number."""
         number = len(self.answers)
         self.answers[number] = []
         self.tell(c.Submitted(number, wanted, UNIT_COST, None, self.now_ns))
         return number
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass for the coordinator."""
+        """Send the coordinator a tick."""
         self.now_ns += int(seconds * SECOND)
         self.tell(c.Tick(self.now_ns))
 
-    # What subclasses may change
+    # Methods that subclasses may replace
 
     def choose(self, sender: int, stage: int) -> int | None:
         """The number of the replica of a stage that a process sends to; None when it knows none."""
@@ -106,16 +106,16 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         return self.choices.choice(numbers) if numbers else None
 
     def new_node(self, number: int, slot: ReplicaKey) -> SimulatedNode:
-        """A process that begins."""
+        """Make a new process of a node."""
         return SimulatedNode(number, slot)
 
     def steps(self) -> c.Steps:
-        """What the coordinator can see of how far nodes are with the attempts in flight."""
+        """The nodes' progress with the attempts in flight, as far as the coordinator can see it."""
         keys = self.coordinator.requests.in_flight
         return {key: {o.number: o.ledger[key] for o in self.nodes.values() if key in o.ledger} for key in keys}
 
     def coordinator_met(self, peers: tuple[Peer, ...]) -> None:
-        """The coordinator has learned which processes there are, itself included."""
+        """Called when the coordinator has learned which processes exist, itself included."""
 
     # Effects on requests
 
@@ -145,21 +145,21 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
             self.send_fragment(number, fragment, tensors)
 
     def end_attempt(self, request: int, attempt: int, reason: str) -> None:
-        """Drop what came back of an attempt."""
+        """Drop the outputs received for an attempt."""
         self._collected[request] = {}
 
     def resolve(self, request: int, visits: tuple[Visit, ...]) -> None:
-        """Note the outputs of a request."""
+        """Record the outputs of a request."""
         self.answers[request].append(self._collected.pop(request))
 
     def reject(self, request: int, error: PipelineError) -> None:
-        """Note the error of a request."""
+        """Record the error of a request."""
         self.answers[request].append(error)
 
     # Effects on nodes
 
     def start_node(self, slot: ReplicaKey, number: int) -> None:
-        """Begin a process, which reports."""
+        """Start a process, which reports to the coordinator."""
         self.nodes[number] = self.new_node(number, slot)
         hello = Hello(PROTOCOL, number, number, "host", str(number), *slot, "", None, "")
         self.send((number, COORDINATOR, "control"), hello)
@@ -174,7 +174,7 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         self._tell_node(identity, n.Assigned(assign))
 
     def introduce(self, identities: tuple[bytes, ...], *, meet: bool) -> c.Met | None:
-        """Tell nodes which processes there are; with ``meet``, learn it too."""
+        """Tell nodes which processes exist; with ``meet``, the coordinator learns it too."""
         roster = self.coordinator.roster
         starting = self.coordinator.state is PipelinePhase.STARTING
         caller = Peer(COORDINATOR, CALLER, 0, False, "", "", None, "")
@@ -191,12 +191,12 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         self._tell_node(identity, n.StopAsked(reason))
 
     def forget(self, request: int, attempt: int, identities: tuple[bytes, ...]) -> None:
-        """Tell nodes that nobody waits for an attempt any more."""
+        """Tell nodes that an attempt was given up."""
         for identity in identities:
             self._tell_node(identity, n.AttemptCancelled(request, attempt))
 
     def announce(self, error: PipelineError | None) -> None:
-        """Note that all nodes are ready."""
+        """Record that all nodes are ready."""
         assert error is None, error
         self.ready = True
 
@@ -215,7 +215,7 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
     # Messages
 
     def hear(self, sender: int, message: Any) -> None:
-        """The coordinator hears a node."""
+        """Handle a message of a node at the coordinator."""
         if isinstance(message, tuple):
             fragment, tensors = message
             if self.coordinator.requests.attempt(fragment.request) == fragment.attempt:
@@ -230,23 +230,23 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
     # Faults
 
     def node_ended(self, node: SimulatedNode) -> None:
-        """A process has ended; in simulated time, the coordinator notices after the usual delay."""
+        """Handle the end of a process; in simulated time, the coordinator notices it after the usual delay."""
         self.exits.append(node.number)
         if self.delay_ns is not None:
             self.later(self.delay_ns, self.notice, node.number)
 
     def notice(self, number: int) -> None:
-        """The coordinator takes a process for dead, rightly or not."""
+        """Let the coordinator declare a process dead, whether it is dead or not."""
         self.exits = [other for other in self.exits if other != number]
         self.tell(c.Lost(number, "is gone", self.steps(), self.now_ns))
 
     def notice_links(self) -> None:
-        """The coordinator learns which links are parted, as it does of dead links after a while."""
+        """Tell the coordinator which links are parted, as it would find out after some time."""
         known = self.coordinator.roster.linked
         self.tell(c.LinksSeen(frozenset(link for link in self.parted if known >= set(link)), self.now_ns))
 
     def lose(self, link: SimulatedLink) -> None:
-        """Have a link lose a message. Only then may time mend what events should have: attempts become overdue."""
+        """Drop the first message of a link. From now on attempts can become overdue, as none should without losses."""
         self.links[link].popleft()
         requests = self.coordinator.requests
         requests.timings = replace(requests.timings, lost_s=100)
@@ -254,10 +254,10 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
     # The end
 
     def settle(self) -> None:
-        """Wake all processes, mend all links, and go on until every request is answered and every node is ready.
+        """Wake all processes, mend all links, and run until every request is answered and every node is ready.
 
         Raises:
-            AssertionError: that does not happen.
+            AssertionError: that state is never reached.
         """
         for number in self.nodes:
             self.wake(number)
@@ -280,7 +280,7 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         raise AssertionError(f"no end: requests {unanswered} are not answered")
 
     def expected(self, name: str, request: int, attempt: int) -> Tensor:
-        """A tensor as it is when every stage made it of what it should."""
+        """The correct value of a tensor."""
         if name in self.plan.inputs:
             return (name, request, attempt)
         stage = self.plan.stages[self.plan.producers()[name]]
@@ -301,7 +301,7 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
 
 
 def _attempt_of(tensor: Tensor) -> int:
-    """The attempt that the first input of a tensor was of."""
+    """The attempt of a tensor's first input."""
     while isinstance(tensor[1], tuple):
         tensor = tensor[1]
     attempt: int = tensor[2]

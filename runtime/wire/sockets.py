@@ -263,7 +263,7 @@ class Sockets:
 
 
 class _Allowed:
-    """Answers the authenticator."""
+    """Tells ZeroMQ's authenticator which public keys may connect."""
 
     def __init__(self, allows: Callable[[str], bool]) -> None:
         self._allows = allows

@@ -32,7 +32,7 @@ _CONTENTS = {
     "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
 }  # fmt: skip
 _RAW_CONTENTS = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
-_FIXED_BYTES = {1: 8, 5: 4}  # of the wire types that have a fixed size
+_FIXED_BYTES = {1: 8, 5: 4}  # sizes of the fixed-size wire types
 _MOST_FIELDS = 4 * MOST_TENSORS
 _MESSAGE_CHARACTERS = 200
 _PROTOCOL_PARAMETERS = {"timeout", "priority", "sequence_id", "sequence_start", "sequence_end"}

@@ -43,14 +43,14 @@ _Handler = Callable[[Any, Any], Awaitable[Any]]
 class GrpcServicer:
     """The gRPC side of a service.
 
-    The handlers here read every message themselves. So the access is checked before anything is read, and all messages
+    The handlers read every message themselves, so that access is checked before anything is read and all messages
     together stay within the budget.
 
     Args:
         service: The models.
         budget: Memory for all requests.
         access: Decides which requests are allowed.
-        sampler: Knows the statistics.
+        sampler: Provides the statistics.
     """
 
     def __init__(self, service: Service, budget: Budget, access: AccessControl, sampler: Sampler) -> None:
@@ -66,7 +66,7 @@ class GrpcServicer:
         """Register the handlers with a gRPC server."""
         service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
         handlers = {}
-        # Of their own, so that clients can ask for the server's state while inferences arrive.
+        # A separate limit, so that clients can ask for the server's state while inferences arrive.
         arriving = ReceiveLimit(_MOST_ARRIVING)
         for method in service.methods:
             handler = getattr(self, method.name)

@@ -1,6 +1,6 @@
 """The HTTP side of the gateway: Open Inference Protocol v2 with Triton's extensions, metrics, and the page.
 
-Inferences have a module of their own, :mod:`runtime.gateway.http.inference`. All else is built on Starlette.
+Inferences have a module of their own, :mod:`runtime.gateway.http.inference`. Everything else is built on Starlette.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from runtime.gateway.shared_memory import Region
 from runtime.gateway.telemetry import metrics
 from runtime.gateway.telemetry.sampler import Sampler
 
-_DOCUMENT_BYTES = 1 << 20  # of a body without tensors
+_DOCUMENT_BYTES = 1 << 20  # largest body without tensors
 _MESSAGE_CHARACTERS = 500
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
@@ -52,7 +52,7 @@ class HttpApp:
         service: The models.
         bodies: Receives the bodies of requests.
         access: Decides which requests are allowed.
-        sampler: Knows the statistics and what the page shows.
+        sampler: Provides the statistics and the state that the page shows.
     """
 
     def __init__(self, service: Service, bodies: Bodies, access: AccessControl, sampler: Sampler) -> None:

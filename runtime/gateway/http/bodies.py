@@ -157,7 +157,7 @@ def _steps(decompressor: zlib._Decompress, body: bytes | bytearray) -> Iterator[
 
 
 async def _discard(scope: Scope, receive: Receive) -> None:
-    """Discard what the client still sends, for a while: many clients read no response before they have sent all."""
+    """Discard further data for some time: many clients read the response only after they have sent all data."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_DISCARD_S):
             while (await receive()).get("more_body"):

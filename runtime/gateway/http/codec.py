@@ -81,8 +81,8 @@ class ResponseBody(Struct):
     id: str | UnsetType = UNSET
 
 
-_MOST_PARAMETERS_BYTES = 64 << 10  # of the JSON of a request's parameters, and of each tensor's
-_MOST_SHAPE_BYTES = 4 << 10  # of the JSON of one shape
+_MOST_PARAMETERS_BYTES = 64 << 10  # JSON of a request's or a tensor's parameters
+_MOST_SHAPE_BYTES = 4 << 10  # JSON of one shape
 _LONG_BYTES = 1 << 20  # JSON whose tensors are counted before it is decoded
 _MESSAGE_CHARACTERS = 500
 

@@ -1,6 +1,6 @@
 """HTTP connections with limits, so that a client cannot hold one without using it. Built on uvicorn's protocol.
 
-What a client does, and what the connection does then:
+Events, and how the connection reacts:
 
     no header, or half of one                    closes after ``HEADER_S``
     a header of more than ``HEADER_BYTES``       answers 400 and closes

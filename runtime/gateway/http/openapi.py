@@ -1,6 +1,6 @@
-"""The HTTP side as an OpenAPI 3.1 document, for people and for tools that make clients and tests of it.
+"""The HTTP side as an OpenAPI 3.1 document, for people and for tools that generate clients and tests.
 
-The schemas are made of the types that the server decodes and encodes, the paths of the table below.
+The schemas are made from the types that the server decodes and encodes, and the paths from the table below.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _INFER_HEADERS = {
 
 
 class _Operation(NamedTuple):
-    """One operation: what it does, the response (a type, a media type or nothing), errors, and the type of its body."""
+    """One operation: a summary, the response (a type, a media type or nothing), errors, and the type of its body."""
 
     verb: str
     path: str

@@ -65,7 +65,7 @@ class Peer(Message, frozen=True):
 
 
 class Hello(Message, tag="hello", frozen=True):
-    """First message of a node: who it is and where it receives fragments.
+    """First message of a node: its identity, and the address where it receives fragments.
 
     Attributes:
         protocol: the version it speaks; see :data:`PROTOCOL`.
@@ -145,7 +145,7 @@ class Assign(Message, tag="assign", frozen=True):
         share_weights: whether to map the packed weights that all replicas on a host share.
         profile: whether ONNX Runtime writes a profile into the node's home folder.
         beat_ns: time between two heartbeats.
-        silence_ns: time without a heartbeat after which the coordinator is taken for dead.
+        silence_ns: time without a heartbeat after which the coordinator counts as dead.
         balance: how the node chooses among replicas of the next stage.
     """
 
@@ -206,7 +206,7 @@ Fate = Literal["end", "rejoin", "refused"]
 """What a node does when it receives :class:`Stop`.
 
     end      its work is done: it exits with 0
-    rejoin   it has no place now, or was taken for dead: it drops its work. A node that a launcher started exits, and
+    rejoin   it has no place now, or was declared dead: it drops its work. A node that a launcher started exits, and
              the launcher starts another; any other node asks for a place again
     refused  its key, its version or the stage it wants is not acceptable: it exits with 1
 """

@@ -23,7 +23,7 @@ SLOTS = 1024
 
 
 class Step(IntEnum):
-    """How far a process is with an attempt, as its ledger in shared memory says.
+    """A process's progress with an attempt, as recorded in its ledger in shared memory.
 
     ``UNKNOWN``: it has not begun, or the ledger has been overwritten since.
     """
