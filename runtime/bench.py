@@ -113,7 +113,7 @@ def bench(
     plan = load_plan(folder)
     if model is not None and plan.dropped_outputs:
         raise InputError(
-            f"{folder} leaves out the output {', '.join(plan.dropped_outputs)}, so {model} does other work and cannot "
+            f"{folder} leaves out the output {', '.join(plan.dropped_outputs)}, so {model} computes more and cannot "
             "be compared; measure the plan without --model"
         )
     example = Path(inputs) if inputs is not None else example_file(folder, plan)

@@ -26,7 +26,7 @@ def plan_folder(plan: object) -> Path:
     """
     if isinstance(plan, str | os.PathLike):
         return Path(plan)
-    raise InputError(f"a plan is named by its folder, as a string or a path, not by {shown(plan)}")
+    raise InputError(f"the plan must be a folder, as a string or a path, not {shown(plan)}")
 
 
 def security_of(bind: str, options: RunOptions) -> tuple[Security, Keys | None]:

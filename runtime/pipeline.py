@@ -279,7 +279,7 @@ class Pipeline:
                 "the request's time ran out before it was admitted: "
                 f"{self.inflight} requests were in flight, the most that this pipeline admits"
             )
-        raise Busy(f"{self.inflight} requests are in flight, which is all this pipeline admits; try again")
+        raise Busy(f"{self.inflight} requests are in flight, the most that this pipeline admits; try again")
 
     def take_in_loop(self) -> tuple[int, Callable[[], None]]:
         """Receive results and run callbacks in an event loop, instead of a thread of this pipeline.

@@ -76,7 +76,7 @@ class Answering(Future[dict[str, Array]]):
     def _check_waiting(self) -> None:
         if self._request_io is not None and self._request_io.delivering and not self.done():
             raise PipelineError(
-                "a callback of a request cannot wait for another request: the thread that runs it brings the answers. "
+                "a callback of a request cannot wait for another request: its thread delivers the answers. "
                 "Add a callback to that one, or wait in a thread of your own"
             )
 

@@ -60,7 +60,7 @@ class RequestCheck:
         stage_tensors = plan.producers()
         unknown = [name for name in wanted if name not in stage_tensors and name not in plan.outputs]
         if unknown or not wanted:
-            what = f"output {shown(unknown[0])} is unknown" if unknown else "no output is asked for"
+            what = f"output {shown(unknown[0])} is unknown" if unknown else "no output is requested"
             allowed = dict.fromkeys((*plan.outputs, *stage_tensors))
             raise InputError(f"{what}; allowed: {', '.join(allowed)}")
         read = {name for stage in plan.stages_for(wanted) for name in plan.stages[stage].inputs}

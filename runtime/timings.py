@@ -55,7 +55,7 @@ def timings(changes: Mapping[str, float]) -> Timings:
     known = {field.name: field.type for field in fields(Timings)}
     for name, value in changes.items():
         if name not in known:
-            raise InputError(f"there is no timing {name!r}; there are: {', '.join(known)}")
+            raise InputError(f"timing {name!r} is unknown; allowed: {', '.join(known)}")
         problem = real_problem(f"the timing {name}", value, MOST_SECONDS)
         if problem is None and known[name] == "int" and round(value) < 1:
             problem = f"the timing {name} must be at least 1, not {value:g}"

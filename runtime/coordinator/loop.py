@@ -170,10 +170,10 @@ class Coordinator:
         if self.ended or self._machine.error is not None:
             return str(self.requests.reason)
         if self._inbox.failure is not None:
-            return f"answers cannot be taken any more: {self._inbox.failure}"
+            return f"answers can no longer be received: {self._inbox.failure}"
         late_s = time.monotonic() - self._turned_s
         if late_s > _TURN_S:
-            return f"the coordinator has not looked after its nodes for {late_s:.0f} s"
+            return f"the coordinator has not monitored its nodes for {late_s:.0f} s"
         return None
 
     # The coordinator's thread

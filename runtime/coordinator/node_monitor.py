@@ -83,7 +83,7 @@ class NodeMonitor:
         control = self._control
         node = self._roster.by_identity(identity)
         if node is None:  # it was cut off, declared dead, and is back
-            told = "the pipeline took it for dead, or was started anew"
+            told = "the pipeline declared it dead, or was started again"
             self._channels.control.send(identity, codec.encode(Stop(told, "rejoin")))
             return []
         self._reach.seen(node.number, beat.unreachable, now_ns)

@@ -135,7 +135,7 @@ class ResultTaker:
             self._faults += 1
             if self._faults > _MOST_FAULTS:
                 raise
-            _log.exception("a message could not be taken")
+            _log.exception("a message could not be handled")
         self._requests.answers.deliver()
         return True
 
@@ -181,7 +181,7 @@ class ResultTaker:
 def _unreadable(fragment: Fragment, error: Exception) -> PipelineError:
     """The error for a request when the outputs of a stage cannot be read."""
     told = StageFailed(
-        f"what stage {fragment.source} gave cannot be taken: {type(error).__name__}: {one_line(error, _WORDS)}"
+        f"the outputs of stage {fragment.source} cannot be read: {type(error).__name__}: {one_line(error, _WORDS)}"
     )
     told.__cause__ = error
     return told

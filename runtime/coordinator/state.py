@@ -310,7 +310,7 @@ class CoordinatorState:
         had_work = was_known and not node.released
         self._effects.on_nodes += self.roster.lose(node, reason, event.now_ns)
         if node.identity:  # it may still live, and report again when its link works
-            told = f"the pipeline took it for dead: it {reason}" if event.fate == "rejoin" else f"it {reason}"
+            told = f"the pipeline declared it dead: it {reason}" if event.fate == "rejoin" else f"it {reason}"
             self._effects.on_nodes.append(SendAway(node.identity, told, event.fate))
             node.identity = b""
         if had_work:

@@ -32,9 +32,9 @@ class Counters:
             deadline cannot be met), CANCELED, TIMEOUT, INVALID or OTHER.
         fail: Time from the arrival of failed requests to their errors.
         queue: Time for which requests waited for the pipeline.
-        decode: Time for making tensors of requests.
+        decode: Time for decoding requests.
         infer: Time in the pipeline.
-        encode: Time for making responses of tensors.
+        encode: Time for encoding responses.
         batches: Executions by number of rows.
         last_ms: Time of the last answer, in milliseconds since the epoch.
         last_error: Message of the last failure.

@@ -139,7 +139,7 @@ class ControlLink(threading.Thread):
                     self._node.be_refused(f"the coordinator at {self._address} refuses this node: {reason}")
                     return
                 if heard is None and self._patience_s is not None and now - begun > self._patience_s:
-                    self._node.be_refused(f"no coordinator was at {self._address} for {self._patience_s:.0f} s")
+                    self._node.be_refused(f"no coordinator answered at {self._address} for {self._patience_s:.0f} s")
                     return
                 sockets.wait(self._beat_s / 2)
                 self._wakeup.clear()

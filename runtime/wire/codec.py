@@ -64,7 +64,7 @@ def header_decoder(messages: Any) -> Callable[[Buffer], Any]:
         try:
             return decode(frame)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ProtocolError(f"a header that is not of the protocol: {error}") from error
+            raise ProtocolError(f"a header that violates the protocol: {error}") from error
 
     return decode_header
 

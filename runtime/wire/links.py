@@ -18,10 +18,10 @@ _ZERO_COPY_FROM = 64 * 1024
 _PATIENCE = 5  # handshakes that may fail without a reason, for example because the other side is shutting down
 REFUSALS = {
     int(zmq.Event.HANDSHAKE_FAILED_AUTH): "it does not allow this process's key",
-    int(zmq.Event.HANDSHAKE_FAILED_PROTOCOL): "it has no keys, and this process has",
+    int(zmq.Event.HANDSHAKE_FAILED_PROTOCOL): "it has no keys, but this process has",
     int(zmq.Event.HANDSHAKE_FAILED_NO_DETAIL): "it has no keys, or other keys than allowed/coordinator.key says",
 }
-_KEYLESS = "it requires keys, and this process has none; give it some with --keys DIR"
+_KEYLESS = "it requires keys, but this process has none; pass them with --keys DIR"
 
 # As integers: combining zmq's enums costs more than sending.
 _NOBLOCK, _MORE, _RCVMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.RCVMORE)

@@ -520,7 +520,7 @@ def test_what_is_wrong_with_binary_tensors_is_said(server, sizes, header, messag
         ("/v2/models/numbered/versions/1/infer", 503, "takes no requests"),
         ("/v2/models/chain.stage0/infer", 501, "ask 'chain'"),
         ("/v2/models/chain.stage9/infer", 404, "is unknown"),
-        ("/v2/nothing", 404, "/openapi.json lists what there is"),
+        ("/v2/nothing", 404, "/openapi.json lists all paths"),
     ],
 )
 def test_who_is_not_there_is_said(server, path, status, message):

@@ -90,7 +90,7 @@ def test_nodes_with_their_keys_serve_and_the_wire_shows_nothing(plan, wanted, ke
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("no key", "this process has none; give it some with --keys DIR"),
+        ("no key", "this process has none; pass them with --keys DIR"),
         ("a key of another", "it does not allow this process's key"),
         ("a revoked key", "it does not allow this process's key"),
         ("another coordinator's key", "other keys than allowed/coordinator.key says"),

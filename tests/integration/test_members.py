@@ -129,7 +129,7 @@ def test_a_node_that_was_stopped_while_it_waited_for_others_still_serves(chain_p
         assert "error" not in found
         assert found["pipeline"].run(X, timeout=30)["y"].shape == (2, 32)
         assert first.process.poll() is None
-        assert "dropped all work: the pipeline took it for dead" in first.said
+        assert "dropped all work: the pipeline declared it dead" in first.said
 
 
 def test_a_stopped_node_that_is_still_loading_has_more_patience(chain_plan, tmp_path, start):
@@ -443,7 +443,7 @@ def test_a_coordinator_that_is_killed_and_starts_again_at_its_address_gets_its_n
     assert again.numbers() == [node.process.pid]
     assert again.ask() == [0, node.process.pid]
     if when == "at once":
-        assert "dropped all work: the pipeline took it for dead, or was started anew" in node.said
+        assert "dropped all work: the pipeline declared it dead, or was started again" in node.said
     again.end()
     assert node.exit_code() == 0
 
@@ -455,8 +455,8 @@ def test_nodes_and_spares_whose_coordinator_does_not_come_back_end_with_1(addres
     wait_for(lambda: "asking again" in spare.said)
     caller.process.kill()
     assert (node.exit_code(), spare.exit_code()) == (1, 1)
-    assert f"no coordinator was at {address} for 2 s" in node.said
-    assert "no coordinator was at" in spare.said or "there was no place for this node" in spare.said
+    assert f"no coordinator answered at {address} for 2 s" in node.said
+    assert "no coordinator answered at" in spare.said or "there was no place for this node" in spare.said
 
 
 def test_a_spare_whose_coordinator_is_closed_looks_for_it_and_takes_a_place_at_the_next(address, start, call):

@@ -88,8 +88,8 @@ def test_a_model_that_does_not_turn_is_not_ready(chain_plan, monkeypatch):
         await models.load(version.model)
         monkeypatch.setattr("runtime.coordinator.loop._TURN_S", -1.0)
         assert not models.ready
-        assert "has not looked after its nodes" in version.why_not()
-        with pytest.raises(NotLoaded, match="has not looked after"):
+        assert "has not monitored its nodes" in version.why_not()
+        with pytest.raises(NotLoaded, match="has not monitored"):
             await infer(version)
         monkeypatch.undo()
         assert models.ready

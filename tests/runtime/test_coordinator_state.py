@@ -421,7 +421,7 @@ def test_an_attempt_of_which_nothing_is_heard_is_made_again_more_and_more_patien
 def test_a_lost_node_that_comes_back_is_sent_away_and_not_heard(plan):
     machine = ready(plan)
     effects = lose(machine, 2, reason="has been silent")
-    assert SendAway(b"n2", "the pipeline took it for dead: it has been silent", "rejoin") in effects
+    assert SendAway(b"n2", "the pipeline declared it dead: it has been silent", "rejoin") in effects
     assert do(machine, Prepared(b"n2", (), 0)) == []
     assert do(machine, LeaveWanted(b"n2", 0)) == []
 

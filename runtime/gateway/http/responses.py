@@ -58,7 +58,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's handler of its own errors: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     call = f"{request.method} {shown(request.scope['path'])}"
-    text = f"{call}: {error.detail.lower()}; /openapi.json lists what there is"
+    text = f"{call}: {error.detail.lower()}; /openapi.json lists all paths"
     return JSONResponse({"error": text}, error.status_code, dict(error.headers or {}))
 
 

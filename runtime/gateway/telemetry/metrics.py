@@ -145,9 +145,9 @@ _TRITON = {
     "nv_inference_exec_count": "Executions.",
     "nv_inference_request_duration_us": "Time from the arrival of requests to their answers.",
     "nv_inference_queue_duration_us": "Time requests waited for the pipeline.",
-    "nv_inference_compute_input_duration_us": "Time for making tensors of requests.",
+    "nv_inference_compute_input_duration_us": "Time for decoding requests.",
     "nv_inference_compute_infer_duration_us": "Time for executing requests.",
-    "nv_inference_compute_output_duration_us": "Time for making answers of tensors.",
+    "nv_inference_compute_output_duration_us": "Time for encoding responses.",
 }
 
 
