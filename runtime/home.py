@@ -1,4 +1,4 @@
-"""The private folders of running coordinators on this host."""
+"""The private folders of coordinators and nodes on this host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HELD = "held"
 
 
 def running() -> list[Path]:
-    """The status sockets of all pipelines of this user on this host, in the order of their folders."""
+    """The status sockets of this user's pipelines on this host, sorted by folder."""
     return _user_files(STATUS_SOCKET)
 
 

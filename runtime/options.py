@@ -63,8 +63,8 @@ class RunOptions:
             where a stage has several.
         balance: how to choose among the replicas of a stage, at each hop: ``completion`` (the shortest expected
             completion), ``resource``, ``task``, ``latency`` or ``round-robin``; see :mod:`runtime.balance.policies`.
-        attempts: a request is refused after this many nodes were lost while they executed it. Other requests are
-            repeated as often as needed. With 1, nothing is repeated, and inputs are not held.
+        attempts: a request is refused after this many nodes were lost while they executed it. Attempts that end for
+            other reasons are repeated as often as needed. With 1, nothing is repeated, and inputs are not held.
         timings: when a node counts as failed, and when it is started again.
         elastic: for nodes that are started by hand: accept more nodes of a stage than replicas, while they stay.
         keys: for nodes that are started by hand: the folder of the keys that protect links by tcp (``onnxsplit keys

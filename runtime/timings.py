@@ -50,7 +50,7 @@ def timings(changes: Mapping[str, float]) -> Timings:
     """The default timings, with changes by name.
 
     Raises:
-        InputError: there is no timing of a name, or a value is not a number above 0 and at most 115 days.
+        InputError: a name is unknown, or a value is not a number above 0 and at most 115 days.
     """
     known = {field.name: field.type for field in fields(Timings)}
     for name, value in changes.items():

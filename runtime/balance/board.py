@@ -9,9 +9,9 @@
     sent         u64 a peer   cost of all work that this process has ever sent to that peer, modulo 2**64
     done         u64 a peer   cost of all work from that peer that this process has ever finished, modulo 2**64
 
-The outstanding work of a process is what all its peers have sent to it, less what it has done. Each number is written
-by one process only, so no locks are needed. A peer on another host gets the numbers that concern it in a
-:class:`~runtime.wire.messages.data.Receipt`.
+The outstanding work of a process is the cost of all work sent to it, minus the cost of the work it has done. Each
+number is written by one process only, so no locks are needed. A peer on another host gets the numbers that concern it
+in a :class:`~runtime.wire.messages.data.Receipt`.
 """
 
 from __future__ import annotations

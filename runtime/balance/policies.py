@@ -199,7 +199,7 @@ class ServiceTime:
         self._at_ns = 0
 
     def ran(self, run_ns: int, cost: int, now_ns: int) -> None:
-        """Take in a run that has ended.
+        """Record a run that has ended.
 
         Args:
             run_ns: its duration.

@@ -40,13 +40,13 @@ class _LastReceipt:
     notes: deque[tuple[int, int]] = field(default_factory=deque)
 
     def hear(self, receipt: Receipt, sent: int, now_ns: int) -> None:
-        """Take in a receipt; ``sent`` is the cost of all work sent to the peer so far."""
+        """Record a receipt; ``sent`` is the cost of all work sent to the peer so far."""
         self.lost = max(0, self._due(sent, now_ns) - receipt.arrived)
         self.done, self.others = receipt.done, receipt.others
         self.service_ns, self.peak_ns, self.measured_ns = receipt.service_ns, receipt.peak_ns, now_ns
 
     def outstanding(self, sent: int, now_ns: int) -> int:
-        """Cost of the work at the peer or on its way; of a silent peer, of the work sent in the last seconds only."""
+        """Cost of the work at the peer or on its way; for a silent peer, only of the work sent in the last seconds."""
         over = self.done + self.lost
         if now_ns - self.measured_ns > max(_SILENT_NS, 4 * self.peak_ns):
             over = max(over, self._due(sent, now_ns))
@@ -96,7 +96,7 @@ class Router:
         self._average_others = 0.0  # cost of the work of others that they report
 
     def learn(self, me: int, peers: Sequence[Peer], boards: Mapping[int, LoadBoard]) -> None:
-        """Take in the processes of the pipeline, as of now.
+        """Record the present processes of the pipeline.
 
         Args:
             me: this process's number.
@@ -127,7 +127,7 @@ class Router:
         return number in self._boards or number not in self._known
 
     def told(self, receipt: Receipt, now_ns: int) -> None:
-        """Take in a receipt of a peer on another host."""
+        """Record a receipt of a peer on another host."""
         if not self.mapped(receipt.sender):
             self._average_others += _AVERAGE_WEIGHT * (receipt.others - self._average_others)
             self._average_service_ns += (

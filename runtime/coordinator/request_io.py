@@ -1,6 +1,6 @@
 """Sends requests to the nodes and ends them with an answer.
 
-A request goes out in its caller's own thread, and its results come back in one thread
+A request is sent in its caller's own thread, and one thread receives all results
 (:mod:`runtime.coordinator.results`); no other thread handles it in between. The lock is held only to decide and to
 send, never to copy.
 """

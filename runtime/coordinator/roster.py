@@ -175,7 +175,7 @@ class Roster:
     # Nodes that join
 
     def due(self, now_ns: int) -> list[StartNode]:
-        """Start the processes that are due."""
+        """Start the processes that are due; returns the effects."""
         return [self._start(node, now_ns) for node in self.nodes.values() if node.is_absent and node.due_ns <= now_ns]
 
     def _start(self, node: NodeRecord, now_ns: int) -> StartNode:
