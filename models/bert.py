@@ -1,4 +1,4 @@
-"""A BERT-base-like encoder (Devlin et al. 2019: layer norm after each half, learnt positions), random weights."""
+"""A BERT-base-like encoder (Devlin et al. 2019: layer norm after each half, learnt positions) with random weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build(
     positions: int = 512,
     sequence: int = 128,
 ) -> Recipe:
-    """BERT-base; fewer ``layers`` and a smaller ``width`` make a small model."""
+    """Return BERT-base. Fewer ``layers`` and a smaller ``width`` give a small model."""
     torch.manual_seed(0)
     shape = (2, sequence)
     return Recipe(

@@ -31,11 +31,11 @@ from runtime import Pipeline
 from runtime.bench import bench
 
 MODEL, PLAN, INPUTS = Path("demo.onnx"), Path("demo.plan"), Path("demo.npz")
-HEIGHT = 48  # pixels: the network was trained on lines of text of this height
+HEIGHT = 48  # pixels; the network was trained on text lines of this height
 
 
 def picture(path: Path) -> Array:
-    """Return a picture as the network's input: float32 [1, 3, 48, width], blue green red, -1 to 1."""
+    """Return a picture as the network's input: float32 [1, 3, 48, width] in [-1, 1], channels blue, green, red."""
     image = Image.open(path).convert("RGB")
     image = image.resize((max(16, round(image.width * HEIGHT / image.height)), HEIGHT), Image.Resampling.BILINEAR)
     values = np.asarray(image, dtype=np.float32)[:, :, ::-1] / 127.5 - 1.0
@@ -102,7 +102,7 @@ def show(output: Output, image: Path, stages: int, slices: int) -> None:
 
 
 def show_stages(output: Output, plan: Plan) -> None:
-    """Print time, weights and bytes sent of the whole model and of each stage."""
+    """Print the time, the weights and the sent bytes of the whole model and of each stage."""
     rows = [("whole model", milliseconds(plan.costs.whole_time_ns), binary(plan.costs.whole_weight_bytes), "")]
     rows += [
         (

@@ -1,7 +1,7 @@
-"""A GPT-2-like decoder (Radford et al. 2019: layer norm before each half, causal, tied output), random weights.
+"""A GPT-2-like decoder (Radford et al. 2019: layer norm before each half, causal, tied output) with random weights.
 
-``build`` makes one that reads a whole text; ``with_cache`` one whose keys and values are inputs and outputs, under the
-names that the ecosystem has for them.
+``build`` makes a decoder that reads a whole text. ``with_cache`` makes a decoder whose cached keys and values are
+inputs and outputs, with the names that Hugging Face Optimum uses.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Stepping(Decoder):
 def with_cache(
     layers: int = 4, width: int = 256, heads: int = 8, vocabulary: int = 1000, positions: int = 256
 ) -> Recipe:
-    """A small decoder with its cache."""
+    """Return a small decoder whose cache is among its inputs and outputs."""
     torch.manual_seed(0)
     axes = {name: {0: "batch", 2: "past_sequence"} for name in cache_names("past_key_values", layers)}
     past = {name: torch.randn(2, heads, 3, width // heads) for name in axes}
@@ -104,7 +104,7 @@ def build(
     positions: int = 1024,
     sequence: int = 64,
 ) -> Recipe:
-    """GPT-2 (124 million weights); fewer ``layers`` and a smaller ``width`` make a small model."""
+    """Return GPT-2 (124 million weights). Fewer ``layers`` and a smaller ``width`` give a small model."""
     torch.manual_seed(0)
     return Recipe(
         network=Decoder(layers, width, heads, vocabulary, positions).eval(),

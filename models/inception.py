@@ -1,4 +1,4 @@
-"""An Inception-like network (Szegedy et al. 2015: parallel branches, joined along channels), random weights."""
+"""An Inception-like network (Szegedy et al. 2015: parallel branches, joined along channels) with random weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Inception(nn.Module):
 
 
 def build(blocks: int = 6, width: int = 64, size: int = 128, classes: int = 100) -> Recipe:
-    """Six mixed blocks; fewer ``blocks`` and a smaller ``width`` make a small model."""
+    """Return six mixed blocks. Fewer ``blocks`` and a smaller ``width`` give a small model."""
     torch.manual_seed(0)
     return Recipe(
         network=Inception(blocks, width, classes).eval(),

@@ -1,8 +1,8 @@
-"""A Llama-like decoder with its key/value cache as inputs and outputs, random weights.
+"""A Llama-like decoder with random weights, whose key/value cache is among its inputs and outputs.
 
 Grouped-query attention (Ainslie et al. 2023), rotary position embedding (Su et al. 2021), RMS norm before each half,
-a gated hidden layer (SwiGLU, Shazeer 2020). The cache has the ecosystem's names: ``past_key_values.N.key`` in,
-``present.N.key`` out, [batch, groups, length, width of a head].
+a gated hidden layer (SwiGLU, Shazeer 2020). The cache has the names that Hugging Face Optimum uses:
+``past_key_values.N.key`` in, ``present.N.key`` out, [batch, groups, length, width of a head].
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
 def build(
     layers: int = 4, width: int = 256, heads: int = 8, groups: int = 2, hidden: int = 688, vocabulary: int = 1000
 ) -> Recipe:
-    """A small decoder; more ``layers`` and a larger ``width`` make a large model."""
+    """Return a small decoder. More ``layers`` and a larger ``width`` give a large model."""
     torch.manual_seed(0)
     axes = {name: {0: "batch", 2: "past_sequence"} for name in cache_names("past_key_values", layers)}
     past = {name: torch.randn(2, groups, 3, width // heads) for name in axes}

@@ -44,7 +44,7 @@ class MultiTask(nn.Module):
 
 
 def build(depth: int = 6, width: int = 48, size: int = 128, classes: int = 50) -> Recipe:
-    """A backbone of six layers; a smaller ``depth`` and ``width`` make a small model."""
+    """Return a network whose backbone has six layers. A smaller ``depth`` and ``width`` give a small model."""
     torch.manual_seed(0)
     return Recipe(
         network=MultiTask(depth, width, classes).eval(),

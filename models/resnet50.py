@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al. 2016, version 1.5: the stride is in the 3x3 convolution), random weights."""
+"""ResNet-50 (He et al. 2016, version 1.5: the stride is in the 3x3 convolution) with random weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
 
 
 def build(blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, size: int = 224, classes: int = 1000) -> Recipe:
-    """ResNet-50; fewer ``blocks`` and a smaller ``width`` make a small model."""
+    """Return ResNet-50. Fewer ``blocks`` and a smaller ``width`` give a small model."""
     torch.manual_seed(0)
     return Recipe(
         network=ResNet(blocks, width, classes).eval(),

