@@ -1,6 +1,6 @@
 """The devices and links that a plan is made for, and the TOML that describes them.
 
-caller = "host-a"         # the host or device that requests come from; default: the default link joins it to all
+caller = "host-a"         # the host or device that requests come from; default: the caller has the default link to all
 
 [[device]]
 name = "big"              # the device's name in the plan
@@ -13,7 +13,7 @@ only_ops = ["Conv"]       # op types that the device may run; default: all
 not_ops = ["Loop"]        # op types that the device may not run; default: none
 
 [[link]]
-between = ["host-a", "host-b"]   # two hosts or devices; a host twice for the devices on it
+between = ["host-a", "host-b"]   # two hosts or devices; one host twice: the link between its devices
 latency_us = 500.0               # time that a tensor of any size occupies both devices
 delay_us = 2000.0                # further time until the tensor arrives; occupies neither device
 bytes_per_s = 125e6              # bandwidth
@@ -39,7 +39,7 @@ MOST_LATENCY_US = 1e9
 
 @dataclass(frozen=True)
 class Link:
-    """What moving a tensor costs the device that sends it, and equally the device that receives it.
+    """The cost of moving a tensor, which the sending and the receiving device both pay.
 
     The defaults were measured between two processes of one host.
 
@@ -98,7 +98,7 @@ class Cluster:
     caller: str | None = None
 
     def link(self, one: Device, other: Device) -> Link:
-        """The link between two devices: their own if one is given, else their hosts', else the default."""
+        """The link between two devices: the one given for them, else their hosts' link, else the default."""
         for pair in ((one.name, other.name), (one.host, other.host)):
             link = self.links.get((min(pair), max(pair)))
             if link is not None:
@@ -112,7 +112,7 @@ class Cluster:
         return self.link(Device(name=self.caller, host=self._host_of(self.caller)), device)
 
     def _host_of(self, name: str) -> str:
-        """The host of the device with this name; the name itself when it is a host's."""
+        """The host of the device with this name; the name itself when it names a host."""
         return next((device.host for device in self.devices if device.name == name), name)
 
     def to_toml(self) -> str:

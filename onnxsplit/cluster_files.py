@@ -15,7 +15,7 @@ from onnxsplit.errors import ClusterError, one_line, shown
 from onnxsplit.files import MOST_TEXT_BYTES, read_regular
 from onnxsplit.plan import MOST_NODES, MOST_THREADS
 
-# A value's limits, and the words by which a message gives them.
+# The limits of values, and the words for them in messages.
 _Text = Annotated[str, Meta(min_length=1, description="a text that is not empty")]
 _Factor = Annotated[float, Meta(ge=1e-9, lt=1e18, description="a number above 0, from 1e-09 to 1e18")]
 _Rate = Annotated[float, Meta(ge=1, lt=1e18, description="a number above 0, from 1 to 1e18")]
@@ -64,7 +64,7 @@ def load_cluster(path: str | Path) -> Cluster:
     """Read and check a cluster file.
 
     Raises:
-        ClusterError: the file cannot be read, or describes no usable cluster; lists every violation.
+        ClusterError: the file cannot be read, or does not describe a usable cluster; lists every violation.
     """
     path = Path(path)
     try:
@@ -73,12 +73,12 @@ def load_cluster(path: str | Path) -> Cluster:
         raise ClusterError(f"{path} does not exist; write one for this host with: onnxsplit cluster init") from error
     except OSError as error:
         raise ClusterError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # tomllib raises both beside its own
+    except (ValueError, RecursionError) as error:  # tomllib raises both, besides its own error
         raise ClusterError(f"{path} is not valid TOML: {one_line(error, 300)}") from error
     reader = _Reader()
     cluster = reader.cluster(content)
     if reader.problems:
-        raise ClusterError("\n  - ".join([f"{path} describes no usable cluster:", *reader.problems]))
+        raise ClusterError("\n  - ".join([f"{path} does not describe a usable cluster:", *reader.problems]))
     return cluster
 
 
@@ -96,7 +96,7 @@ class _Reader:
             self.problems.append(f"it has {len(devices)} devices; at most {MOST_NODES} are allowed")
         if not devices:
             self.problems.append("it has no [[device]]; at least one is needed")
-        self.problems += [f"the device {name!r} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
+        self.problems += [f"the device {name!r} occurs twice" for name in sorted(set(names)) if names.count(name) > 1]
         ends = {*names, *(device.host for device in devices)}
         ends |= {LOCAL} if file.caller == LOCAL else set()
         links: dict[tuple[str, str], Link] = {}
@@ -145,7 +145,7 @@ class _Reader:
         ]
 
     def _decoded(self, where: str, content: Mapping[str, Any], table: type[msgspec.Struct]) -> dict[str, Any]:
-        """The values of a table that are allowed, by key; each of the others is a problem."""
+        """The allowed values of a table, by key; every other value is added to the problems."""
         fields = {field.name: field for field in msgspec.structs.fields(table)}
         values = {}
         for key, value in content.items():
@@ -169,6 +169,6 @@ def _refusal(where: str, key: str, value: object, kind: Any) -> str:
 
 
 def _words(kind: Any) -> str:
-    """What a field allows, in the words of its type."""
+    """The values that a field allows, as its type describes them."""
     annotated = kind if hasattr(kind, "__metadata__") else get_args(kind)[0]
     return str(annotated.__metadata__[-1].description)

@@ -69,7 +69,7 @@ def named(given: object) -> tuple[str, ...]:
     texts = [os.fsdecode(name) for name in names]
     wrong = next((text for text in texts if not text or not is_text(Path(text))), None)
     if wrong is not None:
-        raise CustomOpsError(f"the name of a custom op library, {wrong!r}, is not UTF-8 text, or empty; name a file")
+        raise CustomOpsError(f"the name of a custom op library, {wrong!r}, is empty or not UTF-8 text; name a file")
     return tuple(text if text == EXTENSIONS else str(Path(text).absolute()) for text in texts)
 
 
@@ -122,7 +122,7 @@ def needed_libraries(given: Sequence[Library], plan: Plan, stage: int | None = N
     """Select the given libraries that a plan, or one stage of it, needs. Libraries are matched by their hashes.
 
     Raises:
-        CustomOpsError: a needed library was not given, or only another build of it.
+        CustomOpsError: a needed library was not given, or another build of it was given.
     """
     names = None if stage is None else plan.stages[stage].custom_ops
     wanted = [one for one in plan.custom_ops if names is None or one.name in names]
@@ -150,17 +150,17 @@ def check_wanted(given: Sequence[Library], plans: Sequence[Plan]) -> None:
             )
 
 
-def _lacking(one: CustomOps, given: Sequence[Library], who: str) -> str:
+def _lacking(one: CustomOps, given: Sequence[Library], subject: str) -> str:
     option = f"--custom-ops {EXTENSIONS if one.name == EXTENSIONS else 'FILE.so'}"
-    wants = f"{who} needs the custom op library {one.name!r} (SHA-256 {one.sha256[:12]})"
+    need = f"{subject} needs the custom op library {one.name!r} (SHA-256 {one.sha256[:12]})"
     other = next((library for library in given if library.name == one.name), None)
     if other is not None:
         return (
-            f"{wants}, and {other.path} is another build of it ({other.sha256[:12]}). Give the build that the plan was "
+            f"{need}, and {other.path} is another build of it ({other.sha256[:12]}). Give the build that the plan was "
             f"made with, or cut the model again with this one: onnxsplit partition MODEL {option}"
         )
     listed = ", ".join(map(_words, given)) or "none"
-    return f"{wants}; given: {listed}. A library is code, and runs only where you name it: add {option}"
+    return f"{need}; given: {listed}. A library is code, so it is loaded only if you name it: add {option}"
 
 
 def _words(library: Library) -> str:
@@ -196,7 +196,7 @@ def unchanged(library: Library) -> Iterator[str]:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """Values of which one changes when a file is replaced or written. A writer cannot set the last one (ctime)."""
+    """Values of a file; one of them changes when it is replaced or written. No writer can set the last (ctime)."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

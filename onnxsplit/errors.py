@@ -93,7 +93,7 @@ class ProviderError(OnnxsplitError):
 class ExportError(OnnxsplitError):
     """A model could not be exported, or the exported model gives other results than its framework.
 
-    The user sees it from ``onnxsplit export`` alone.
+    The user sees it only from ``onnxsplit export``.
     """
 
 
@@ -104,7 +104,7 @@ def shown(value: object, most: int = 80) -> str:
     """
     try:
         text = repr(value[: most + 1] if isinstance(value, str | bytes | list | tuple) else value)
-    except Exception:  # a value's own repr may raise anything; Python's does for numbers of thousands of digits
+    except Exception:  # a repr may raise any error; that of an int with thousands of digits does
         text = f"<{type(value).__name__}>"
     return text if len(text) <= most else f"{text[:most]}..."
 

@@ -1,4 +1,4 @@
-"""Safe reading of files that users name, and writing of files and folders as a whole or not at all."""
+"""Safe reading of files that users name, and atomic writing of files and folders."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_regular(path: Path, *, most_bytes: int = MOST_FILE_BYTES) -> None:
 
 
 def open_regular(path: Path, *, most_bytes: int = MOST_FILE_BYTES) -> BufferedReader:
-    """Open a regular file for reading. Even a FIFO or a device that takes its place meanwhile cannot block.
+    """Open a regular file for reading. Nothing blocks, even if a FIFO or a device replaces the file.
 
     Raises:
         OSError: as for :func:`check_regular`, or the file may not be read.
@@ -90,7 +90,7 @@ def check_name(path: Path) -> None:
         OSError: the path holds a NUL byte.
     """
     if "\0" in str(path):  # Python would raise a ValueError
-        raise OSError(errno.EINVAL, "its name holds a NUL byte, which no file's may", str(path))
+        raise OSError(errno.EINVAL, "its name holds a NUL byte, which is not allowed", str(path))
 
 
 def _kind(mode: int) -> str:
@@ -102,7 +102,7 @@ def _too_large(path: Path, size_bytes: int, most_bytes: int) -> OSError:
 
 
 def written_file(target: Path) -> Path:
-    """The file that writing to a path changes: the path itself, or what it links to. The file need not exist yet.
+    """The file that writing to a path changes: the path itself, or the target of its link. The file need not exist yet.
 
     Raises:
         OSError: the file exists and is not a regular file, so replacing it would destroy a device, a FIFO or a folder.
@@ -120,7 +120,7 @@ def written_file(target: Path) -> Path:
 
 
 def check_outputs(*targets: Path | None) -> None:
-    """Refuse files that cannot be written, before the work whose results they will hold. None counts as no file.
+    """Refuse output files that cannot be written, before the work for them starts. None is skipped.
 
     Raises:
         InputError: names the first such file.
@@ -146,7 +146,7 @@ def replacing(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        written_file(target)  # something else may have taken its place meanwhile
+        written_file(target)  # another file may have replaced it meanwhile
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -79,7 +79,7 @@ def load_npz(path: Path) -> dict[str, Array]:
             (error.strerror if isinstance(error, OSError) else None) or one_line(error, 300) or type(error).__name__
         )
         raise InputError(
-            f"cannot read {path}: {reason}. Allowed is an .npz archive of plain arrays, nothing pickled"
+            f"cannot read {path}: {reason}. It must be an .npz archive of plain arrays, not of pickled objects"
         ) from error
 
 
@@ -87,7 +87,7 @@ def _check_members(members: Sequence[zipfile.ZipInfo], most_bytes: int) -> None:
     """Check the archive's directory before anything is unpacked."""
     for name, count in Counter(member.filename for member in members).items():
         if count > 1:
-            raise ValueError(f"it holds {name!r} {count} times; every name may be there once")
+            raise ValueError(f"it holds {name!r} {count} times; every name may occur only once")
     for member in members:
         if member.flag_bits & _ENCRYPTED:
             raise ValueError(f"{member.filename!r} is encrypted; write the archive without a password")
@@ -148,5 +148,5 @@ def _restore(array: Array, note: str | None) -> Array:
             text.encode()  # half of a surrogate pair is not text
         return array
     if dtype_name(array.dtype) is None:
-        raise ValueError(f"type {array.dtype} is none of ONNX's; known: {', '.join(sorted(TRAVELLING_TYPES))}")
+        raise ValueError(f"type {array.dtype} is not one of ONNX's; known: {', '.join(sorted(TRAVELLING_TYPES))}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -11,10 +11,10 @@ MOST_SIZE = 2**31 - 1
 """The largest size of a dimension, and the largest number of rows of a batch."""
 
 MOST_SECONDS = 10_000_000.0
-"""The longest time in seconds that can be asked for: 115 days."""
+"""The longest time that is accepted, in seconds: 115 days."""
 
 MOST_BYTES = 1 << 50
-"""The largest size in bytes that can be asked for: one pebibyte."""
+"""The largest size that is accepted, in bytes: one pebibyte."""
 
 MOST_FILE_BYTES = 512 << 30
 """The largest size in bytes of one file of a model or a plan."""

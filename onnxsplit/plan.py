@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"
 
 MOST_NODES = 255
-"""The largest number of nodes of all stages together, replicas included, and so of stages."""
+"""The largest number of nodes of a plan: all replicas of all stages. It is also the largest number of stages."""
 
 MOST_THREADS = 1024
 """The largest number of threads of one session."""
@@ -33,7 +33,7 @@ _MOST_RANK = 64
 _MOST_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON keeps exact
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_INTEGER)]
-"""A time in nanoseconds, a size in bytes, the size of a dimension, or a number of things."""
+"""A time in nanoseconds, a size in bytes, the size of a dimension, or a count."""
 
 StageIndex = Annotated[int, msgspec.Meta(ge=0, lt=MOST_NODES)]
 Replicas = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)]
@@ -63,7 +63,7 @@ class TensorSpec(PlanStruct, frozen=True, kw_only=True):
     Attributes:
         dtype: ONNX's name of the element type, such as ``float32``.
         shape: a size or a symbolic name for each axis; ``"?"`` for an axis without a name. None if the rank is unknown.
-        batch_axis: the axis along which requests can be split and joined; None if there is none or none was proven.
+        batch_axis: the axis along which requests can be split and joined; None if none exists or none was proven.
     """
 
     dtype: str
@@ -289,7 +289,7 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
         }
         left_out = ", ".join(self.dropped_outputs)
         return constants | {
-            name: f"input {name!r} is no longer an input: only outputs that were left out when the model was cut "
+            name: f"input {name!r} is no longer an input: only outputs that were left out of the plan "
             f"need it ({left_out}); leave it out"
             for name in self.dropped_inputs
         }

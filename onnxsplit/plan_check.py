@@ -71,7 +71,7 @@ def _stages_problems(plan: Plan) -> Iterator[str]:
                 yield f"{where} reads {name!r}, which neither an earlier stage nor the caller gives"
         for name in stage.outputs:
             if name in available:
-                yield f"{where} writes {name!r}, which is there already"
+                yield f"{where} writes {name!r}, which an earlier stage or the caller writes too"
         for name in (*stage.inputs, *stage.outputs):
             if name not in plan.tensors:
                 yield f"{where}: {name!r} is not among the tensors"
@@ -108,7 +108,7 @@ def _ends_problems(plan: Plan) -> Iterator[str]:
     for name in plan.outputs:
         source = plan.passthrough.get(name)
         if source is None and name not in producer:
-            yield f"output {name!r} has no source: no stage writes it and nothing passes through to it"
+            yield f"output {name!r} has no source: no stage writes it, and no input or file passes through to it"
         if source is not None and (source.input is None) == (source.file is None):
             yield f"output {name!r} must pass through either an input or a file"
         if source is not None and source.input is not None and source.input not in plan.inputs:

@@ -74,7 +74,7 @@ def parse_plan(text: bytes, *, where: Path) -> Plan:
         version = msgspec.json.decode(text, type=_Version).format_version
         if version > FORMAT_VERSION:
             raise PlanError(
-                f"{where}: the plan has format {version}, this onnxsplit reads up to {FORMAT_VERSION}. "
+                f"{where}: the plan has format {version}; this onnxsplit reads up to {FORMAT_VERSION}. "
                 "Upgrade onnxsplit, or partition the model again with this version"
             )
         plan = msgspec.json.decode(text, type=Plan)
@@ -100,7 +100,7 @@ def checked_json(plan: Plan) -> bytes:
     try:
         parse_plan(text, where=Path(plan.model.name))
     except PlanError as error:
-        raise PlanError(f"the new plan breaks the limits of plans, so it was not written: {error}") from error
+        raise PlanError(f"the new plan exceeds the limits of plans, so it was not written: {error}") from error
     return text
 
 
@@ -146,7 +146,7 @@ def default_files(folder: Path, plan: Plan) -> dict[str, Path]:
 def plan_schema() -> bytes:
     """The JSON Schema of ``plan.json``, which the package holds as ``plan.schema.json``."""
     schema = msgspec.json.schema(Plan)
-    for definition in schema["$defs"].values():  # Python 3.13 takes the indentation out of docstrings, others do not
+    for definition in schema["$defs"].values():  # before Python 3.13, docstrings keep their indentation
         definition["description"] = inspect.cleandoc(definition["description"])
     return msgspec.json.format(msgspec.json.encode(schema, order="sorted"), indent=2) + b"\n"
 

@@ -1,7 +1,7 @@
 """ONNX Runtime sessions: the only place that sets their options.
 
 Every measurement and every node opens its session here, so that sessions are measured as they run: the number of
-threads is always explicit, idle threads do not spin unless that is asked for, and a provider that cannot be used is an
+threads is always explicit, idle threads do not spin unless requested, and a provider that cannot be used is an
 error instead of a silent fall-back to the CPU.
 """
 
@@ -44,7 +44,7 @@ def host_cores() -> int:
 
 
 def threads_per_node(nodes: int) -> int:
-    """The number of threads for each of some nodes that share this host's cores; at least one."""
+    """The number of threads for each of several nodes that share this host's cores; at least one."""
     return max(1, host_cores() // max(1, nodes))
 
 
@@ -69,7 +69,7 @@ class Session:
         self._names = [name for name, _ in self.outputs]
         self._plain = all(kind is not None and is_native(kind) for _, kind in (*self.inputs, *self.outputs))
         self._small: dict[tuple[str, tuple[int, ...]], Array] = {}
-        # A binding holds addresses only, so our own copies of small inputs are kept as long as it.
+        # A binding holds addresses only, so the copies of small inputs must live as long as it does.
         self._bindings: dict[tuple[tuple[int, tuple[int, ...]], ...], tuple[Any, list[Array]]] = {}
         self.bindable = all(kind is not None and kind != "string" for _, kind in (*self.inputs, *self.outputs))
 
@@ -123,7 +123,7 @@ class Session:
     def _bound(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
         """A binding of all inputs and outputs to their addresses. Addresses recur, so bindings are kept.
 
-        Small inputs are copied to a fixed place first, because they arrive in messages at ever new addresses.
+        Small inputs are copied to a fixed place first, because every message has another address.
         """
         inputs = {
             name: array if array.nbytes > _SMALL_BYTES else self._moved(name, array) for name, array in inputs.items()
@@ -206,7 +206,7 @@ def _view(value: Any, kind: str | None) -> Array:
 
 
 def runtime_type(text: str) -> str | None:
-    """ONNX's name for a type such as ONNX Runtime's ``tensor(float)``; None for what is not a tensor."""
+    """ONNX's name for a type such as ONNX Runtime's ``tensor(float)``; None if it is not a tensor type."""
     if not text.startswith("tensor(") or not text.endswith(")"):
         return None
     name = text[len("tensor(") : -1]
@@ -294,7 +294,7 @@ def _save_packed(options: Any, file: Path) -> None:
 
 
 def _loaded(ort: Any, model: Path | bytes, options: Any, wanted: Provider) -> Any:
-    """ONNX Runtime's own session, with the provider that was asked for."""
+    """ONNX Runtime's own session, with the requested provider."""
     providers: list[Any] = [(wanted.name, dict(wanted.options))]
     if wanted.name != "CPUExecutionProvider":
         providers.append("CPUExecutionProvider")
@@ -308,7 +308,7 @@ def _loaded(ort: Any, model: Path | bytes, options: Any, wanted: Provider) -> An
     except Exception as error:  # ONNX Runtime's errors share no base class
         text = _first_lines(error)
         if _UNKNOWN_OP in text:
-            text += ". If a library of custom ops has it, name that: --custom-ops FILE.so"
+            text += ". If a library of custom ops defines it, name the library: --custom-ops FILE.so"
         raise ModelRefused(f"ONNX Runtime {ort.__version__} refuses the model: {text}") from error
     if wanted.name not in raw.get_providers():
         raise ProviderError(why_not_loaded(ort, wanted))

@@ -75,7 +75,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     raise InputError(f"type {dtype!r} cannot be held in an array; known: {', '.join(sorted(TRAVELLING_TYPES))}")
 
 
-@functools.lru_cache(maxsize=256)  # callers may come with any number of structured types
+@functools.lru_cache(maxsize=256)  # callers may pass any number of structured types
 def dtype_name(dtype: np.dtype[Any]) -> str | None:
     """ONNX's name of a NumPy type; None if it has none."""
     if dtype.kind in "OUST":

@@ -29,7 +29,7 @@ from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import Level
 from onnxsplit.session import Session, open_session, quiet_environment
 
-_TYPICAL_S = 1.0  # time of the runs of which the median is taken
+_TYPICAL_S = 1.0  # total time of the runs whose median is taken
 _START_DELAY_NS = 20_000_000  # time between the command to start together and the start
 
 
@@ -136,7 +136,7 @@ class TimedModel:
         self._ask(msgspec.structs.replace(self._load, level=level))
 
     def feed(self, inputs: Path) -> None:
-        """Use other inputs from now on."""
+        """Use other inputs for the following runs."""
         self._ask(_Feed(str(inputs)))
 
     def run(self, seconds: float, *, least: int = 1) -> list[int]:
@@ -202,12 +202,12 @@ def typical_ns(model: Path, inputs: Path, *, threads: int, provider: str, custom
 
 
 def median_ns(times_ns: Sequence[int]) -> int:
-    """The median of some times, as an integer."""
+    """The median of times, as an integer in the same unit."""
     return int(statistics.median(times_ns))
 
 
 class _Worker:
-    """The worker's side: it performs one command after the other."""
+    """The worker: it performs one command after another."""
 
     def __init__(self) -> None:
         self.session: Session | None = None
@@ -260,7 +260,7 @@ class _Worker:
 
 
 def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # other output must not mix with the answers
     worker = _Worker()

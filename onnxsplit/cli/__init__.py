@@ -1,4 +1,4 @@
-"""The command line. Each command has a file of its own, which is imported when the command is used: help is fast."""
+"""The command line. Each command has a file of its own, imported when the command is used, so that help is fast."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def main() -> None:
         sys.stdout.flush()
     except streams.OutputFailed as failed:
         streams.drop_output()
-        if not failed.nobody_reads:
+        if not failed.reader_gone:
             click.echo(f"onnxsplit: {failed}", err=True)
         code = failed.code
     sys.exit(code)
@@ -118,6 +118,6 @@ def _called() -> Any:
 
 
 def _terminate(number: int, _: FrameType | None) -> Any:
-    """Exit by an exception, so that everything that is open is closed."""
+    """Exit by an exception, so that context managers close what they opened."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(128 + number)

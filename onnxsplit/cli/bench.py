@@ -15,7 +15,7 @@ from onnxsplit.cli.values import NumberParam
 @make_command
 @PLAN
 @option(
-    "--model", type=click.Path(path_type=Path), help="Source model; with it, whole-model sessions are measured, too."
+    "--model", type=click.Path(path_type=Path), help="Source model. If given, whole-model sessions are measured too."
 )
 @inputs_option
 @running_options

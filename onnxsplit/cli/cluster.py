@@ -78,8 +78,8 @@ def measure(
 ) -> None:
     """Measure devices and links, and write both to the cluster file.
 
-    Devices are measured by running MODEL, links by sending data. Measured are the devices of this host and of every
-    host with an agent, and the links between these hosts.
+    Devices are measured by running MODEL, links by sending data. This covers the devices of this host and of
+    every host with an agent, and the links between these hosts.
     """
     from onnxsplit.cluster import LOCAL
     from onnxsplit.cluster_files import load_cluster

@@ -1,4 +1,4 @@
-"""``onnxsplit deploy``."""
+"""The command ``onnxsplit deploy``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from onnxsplit.cli.values import NODES, NumberParam
 
 @click.group()
 def command() -> None:
-    """Write the files with which another system runs a plan."""
+    """Write files for another system that runs a plan."""
 
 
 @make_command
 @PLAN
 @option("--image", required=True, help="Container image with onnxsplit; docs/hosts.md has a Dockerfile.")
 @option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
-@option("--name", help="Beginning of every object's name. Default: the model's name.")
+@option("--name", help="Prefix of every object's name. Default: the model's name.")
 @option(
     "--claim",
     metavar="NAME",
@@ -30,7 +30,7 @@ def command() -> None:
     "--utilisation",
     type=NumberParam(0, 1, min_open=True),
     default=0.8,
-    help="Utilisation of a stage's nodes at which scaling aims.",
+    help="Utilisation of a stage's nodes that scaling aims at.",
 )
 @option(
     "--custom-ops",

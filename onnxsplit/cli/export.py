@@ -40,7 +40,7 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
     "inputs",
     multiple=True,
     metavar="NAME=DTYPE[DIMS]",
-    help="Input of the model, as x=float32[batch,3,224,224], if the source does not say. Repeatable.",
+    help="Input of the model, as x=float32[batch,3,224,224], if the source does not declare it. Repeatable.",
 )
 @option(
     "--set",
@@ -59,7 +59,7 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
 @option("--simplify", is_flag=True, help="Simplify the exported model with onnxsim.")
 @option("--cache/--no-cache", default=True, help="Give decoders their key/value cache as inputs and outputs.")
 @custom_ops_option
-@option("--offline", is_flag=True, help="Use only files that were fetched before; do not ask the hub.")
+@option("--offline", is_flag=True, help="Use only files that were fetched before; do not contact the hub.")
 def command(
     output: Output,
     *,
@@ -84,7 +84,7 @@ def command(
         for name, difference in exported.differences.items():
             output.line(f"{name}: differs from the framework's output by {difference:.1e} of its scale")
         for name in exported.unread:
-            output.note(f"warning: nothing in {exported.path} reads the input {name!r}, so no output depends on it")
+            output.note(f"warning: no op in {exported.path} reads the input {name!r}, so no output depends on it")
         output.line(f"Wrote {exported.path} ({binary(exported.path.stat().st_size)}), from {exported.framework}.")
     output.line(f"Next: onnxsplit partition {done[0].path}{custom_ops_words(options['custom_ops'])}")
     models = [

@@ -92,7 +92,7 @@ def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path |
 
 
 def _show_sweep(output: Output, swept: tuple[SweepRow, ...]) -> None:
-    """Print what the best cut into each number of stages gives."""
+    """Print the figures of the best cut into each number of stages."""
     output.line()
     output.table(
         ("stages", "bottleneck", "no cut below", "gap", "latency", "largest in memory"),
@@ -111,6 +111,6 @@ def _show_sweep(output: Output, swept: tuple[SweepRow, ...]) -> None:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     return ", ".join(names[:_SHOWN_NAMES]) + more

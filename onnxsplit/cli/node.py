@@ -45,7 +45,11 @@ from onnxsplit.numbers import MOST_SECONDS
     help="Folder with the keys that protect TCP links. Without it: ~/.config/onnxsplit/keys, if it exists.",
 )
 @option("--insecure", is_flag=True, help="Allow unencrypted links to other hosts.")
-@option("--advertise", metavar="ADDR", help="Address at which others reach --bind, if it differs, as behind a proxy.")
+@option(
+    "--advertise",
+    metavar="ADDR",
+    help="Address at which others reach this node, if not at --bind, as behind a proxy.",
+)
 @option(
     "--rejoin",
     type=NumberParam(0, MOST_SECONDS),

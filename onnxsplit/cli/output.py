@@ -68,7 +68,7 @@ def dims_option(command: Command, section: str = "") -> Command:
         metavar="NAME=N",
         section=section,
         callback=_parse_dims,
-        help="Size of a free dimension that costs are taken at; 0 for an empty past. Repeatable.",
+        help="Size of a free dimension that costs are taken at; 0 for an empty key/value cache. Repeatable.",
     )(command)
 
 
@@ -270,7 +270,7 @@ class FilePath(click.Path):
 
 
 def make_command(function: Callable[..., Any]) -> click.Command:
-    """Make a command of a function whose first argument is an :class:`Output`.
+    """Make a command from a function whose first argument is an :class:`Output`.
 
     Adds ``--json``, ``-q`` and ``-v``, and turns every error into one message.
     """

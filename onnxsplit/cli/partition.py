@@ -51,7 +51,7 @@ def _groups(_context: click.Context, _parameter: click.Parameter, value: tuple[s
 
 
 def _note_former_name(output: Output, former: str, name: str) -> None:
-    """Tell a user that an option has another name now."""
+    """Tell a user the current name of an option."""
     now = f"--{name.replace('_', '-')}"
     output.note(f"--{former} is now {now}. This version accepts both; the next one refuses --{former}")
 
@@ -133,7 +133,7 @@ def _note_former_name(output: Output, former: str, name: str) -> None:
     type=click.Choice(["throughput", "latency", "memory"]),
     default="throughput",
     help="What to minimise. throughput: time of the slowest stage; latency: time of one request; "
-    "memory: need of the largest stage.",
+    "memory: largest memory of a stage.",
 )
 @_search_option(
     "--rounds",
@@ -211,7 +211,7 @@ def command(
 
 
 def _beside(output: Output, made: PlanningResult, html: Path | None, annotate: Path | None) -> list[Path]:
-    """Write the annotated model and the report, where they are asked for; returns the files."""
+    """Write the annotated model and the report, if they are requested; returns the files."""
     files: list[Path] = []
     if annotate is not None:
         from onnxsplit.views import annotate as annotation
@@ -227,8 +227,8 @@ def _beside(output: Output, made: PlanningResult, html: Path | None, annotate: P
 
 
 def _also_dropped(inputs: tuple[str, ...]) -> str:
-    """Words on the inputs that were dropped with an output."""
-    return f", and with it the input {', '.join(inputs)}, which nothing else needs" if inputs else ""
+    """Text about the inputs that were dropped with an output."""
+    return f", and with it the input {', '.join(inputs)}, which no other output needs" if inputs else ""
 
 
 def _show(output: Output, plan: Plan) -> None:
@@ -290,7 +290,7 @@ def _show(output: Output, plan: Plan) -> None:
 
 
 def _rows_text(plan: Plan, claim: BatchClaim) -> str:
-    """Words on the inputs and outputs that have a batch axis, or on why requests are neither split nor joined."""
+    """Text about the inputs and outputs that have a batch axis, or about why requests are neither split nor joined."""
     if claim.why_not:
         return f"Batches are neither split nor joined: {claim.why_not}."
     axes = {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *plan.outputs)}

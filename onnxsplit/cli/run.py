@@ -68,14 +68,14 @@ def command(
     options = keywords(output, running)
     given = load_npz(inputs or example_file(plan, load_plan(plan, check_files=False)))
     output.say("starting nodes")
-    begun = time.monotonic()
+    started = time.monotonic()
     with Pipeline.launch(plan, **options) as pipeline:
-        started_s = time.monotonic() - begun
+        started_s = time.monotonic() - started
         output.say("running")
-        begun = time.monotonic()
+        started = time.monotonic()
         wanted = outputs_only or None
         sent, results = _repeat(lambda: pipeline.submit(given, outputs=wanted, timeout=timeout), repeat)
-        ran_s = time.monotonic() - begun
+        ran_s = time.monotonic() - started
         stats = pipeline.stats()
     output.done()
     write_trace(output, pipeline, running["trace"])

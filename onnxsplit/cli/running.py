@@ -28,7 +28,7 @@ def running_options(command: Command) -> Command:
 
 
 def serving_options(command: Command) -> Command:
-    """The same options for ``serve``, whose ``--shared-memory`` is about the memory of clients."""
+    """The same options for ``serve``, whose ``--shared-memory`` concerns the memory of clients."""
     return threads_option(add_options([*_OPTIONS, _NO_MEMORY, _TIMING])(custom_ops_option(command)))
 
 
@@ -145,7 +145,7 @@ _OPTIONS: OptionTable = [
         {
             "type": click.IntRange(1, MOST_ATTEMPTS),
             "default": 3,
-            "help": "Number of nodes that a request may lose before it fails. 1: a request fails with its node.",
+            "help": "Number of nodes that a request may be tried on before it fails. 1: a request fails with its node.",
         },
     ),
 ]

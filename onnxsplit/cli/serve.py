@@ -1,4 +1,4 @@
-"""``onnxsplit serve``."""
+"""The command ``onnxsplit serve``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,11 @@ _ADDRESSES: OptionTable = [
 _REQUESTS: OptionTable = [
     (
         ("--max-batch",),
-        {"type": click.IntRange(1, MOST_SIZE), "default": 1, "help": "Most rows to which requests are joined."},
+        {
+            "type": click.IntRange(1, MOST_SIZE),
+            "default": 1,
+            "help": "Largest batch, in rows, to join requests into.",
+        },
     ),
     (
         ("--max-delay",),
@@ -75,10 +79,10 @@ _REQUESTS: OptionTable = [
         {
             "type": NumberParam(0, MOST_SECONDS),
             "default": 30.0,
-            "help": "Seconds for which accepted requests are answered after SIGTERM.",
+            "help": "Seconds to answer accepted requests after SIGTERM.",
         },
     ),
-    (("--otel",), {"is_flag": True, "help": "Send spans to OpenTelemetry, as the OTEL_* variables say."}),
+    (("--otel",), {"is_flag": True, "help": "Send spans to OpenTelemetry; the OTEL_* variables configure it."}),
 ]
 _ACCESS: OptionTable = [
     (
@@ -150,13 +154,13 @@ class _NodeSource:
             raise click.UsageError("--launcher none waits for the nodes of one plan: give --bind, and one DIR")
         if self.launcher == "none" and self.custom_ops:
             raise click.UsageError(
-                "nodes started by hand are given custom ops themselves: onnxsplit node --custom-ops FILE.so"
+                "give custom ops to each node that is started by hand: onnxsplit node --custom-ops FILE.so"
             )
         if self.launcher != "none" and (self.bind is not None or self.elastic):
             raise click.UsageError("--bind and --elastic are for nodes started by hand; add --launcher none")
 
     def starter(self, output: Output, versions: list[Version], options: dict[str, Any]) -> StartPipeline:
-        """What starts the pipeline of a plan, with ``options`` for :class:`~runtime.options.RunOptions`."""
+        """Return a function that starts a plan's pipeline with ``options`` for :class:`~runtime.options.RunOptions`."""
         from onnxsplit.custom_ops import check_wanted, find_libraries, needed_libraries
         from onnxsplit.plan_files import load_plan
         from runtime import Pipeline
@@ -217,7 +221,7 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
     gateway = {name: values.pop(name) for name in parameter_names(_ADDRESSES, _REQUESTS, _ACCESS)}
     nodes = _NodeSource(**{name: values.pop(name) for name in parameter_names(_NODES)}, custom_ops=values["custom_ops"])
     nodes.check(plans)
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # nodes are started by exec, so gRPC need not prepare forks
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # nodes are started by exec, not by fork
     try:
         from runtime.gateway.server import serve
     except ImportError as error:
@@ -281,7 +285,7 @@ def _check_pem(file: Path) -> None:
 
 
 def _announce(output: Output, serving: Serving, *, host: str, tokens: bool) -> None:
-    """Say where the server is reached, and warn if other hosts reach it without TLS or tokens."""
+    """Print the addresses of the server, and warn if other hosts reach it without TLS or tokens."""
     from runtime.gateway.access import LOOPBACK
 
     output.done()

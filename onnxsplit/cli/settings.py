@@ -38,7 +38,7 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
         tables = tomllib.loads(read_regular(file, most_bytes=MOST_TEXT_BYTES).decode())
     except OSError as error:
         raise click.UsageError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # tomllib raises both, beside its own error
+    except (ValueError, RecursionError) as error:  # tomllib raises both, besides its own error
         raise click.UsageError(f"{file} is not valid TOML: {one_line(error, 300)}") from error
     for name, table in tables.items():
         if not isinstance(table, dict):

@@ -21,14 +21,14 @@ class OutputFailed(Exception):
     """Standard output cannot be written to.
 
     Attributes:
-        nobody_reads: whether the reader of a pipe is gone.
+        reader_gone: whether the reader of the pipe is gone.
         code: the exit code of the process.
     """
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"cannot write to standard output: {error.strerror}")
-        self.nobody_reads = error.errno == errno.EPIPE
-        self.code = 128 + signal.SIGPIPE if self.nobody_reads else 1
+        self.reader_gone = error.errno == errno.EPIPE
+        self.code = 128 + signal.SIGPIPE if self.reader_gone else 1
 
 
 class _Stdout(io.FileIO):
@@ -50,7 +50,7 @@ class _Stderr(io.FileIO):
 
 
 def prepare() -> None:
-    """Make both streams behave as described above, and keep the three standard descriptors off other files."""
+    """Make both streams behave as described above, and let no other file take one of the three standard descriptors."""
     for descriptor in (_STDIN, _STDOUT, _STDERR):
         try:
             os.fstat(descriptor)
@@ -74,6 +74,6 @@ def _text(raw: io.FileIO, before: Any) -> io.TextIOWrapper:
 
 def drop_output() -> None:
     """Discard everything that is still to be written to standard output."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, _STDOUT)
-    os.close(nowhere)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, _STDOUT)
+    os.close(null)

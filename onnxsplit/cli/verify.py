@@ -79,7 +79,7 @@ def command(
 
 
 def _reason(narrowest: str | None, allowed: float) -> str:
-    """Words on the difference that is allowed with optimisation off, and why."""
+    """Text about the difference that is allowed with optimisation off, and why."""
     if narrowest is None:
         return f"Allowed with optimisation off: {allowed:.0e} (the model computes in float32 or wider)."
     return (

@@ -46,7 +46,7 @@ def _op_ns(op: Op, graph: OpGraph, shapes: Shapes) -> int:
 
 
 def _touched_bytes(op: Op, shapes: Shapes) -> int:
-    """Bytes that an op reads and writes. Of a table it reads only the rows it takes: at most as much as it writes."""
+    """Bytes that an op reads and writes. An op reads at most as many bytes of a table as it writes."""
     tables = {_input(op, position) for position in _TABLES.get(op.op_type, ())}
     written = sum(shapes.bytes(name) for name in op.outputs)
     read = sum(min(shapes.bytes(name), written) if name in tables else shapes.bytes(name) for name in op.inputs)

@@ -1,4 +1,4 @@
-"""Example inputs: made up until the model runs on them."""
+"""Example inputs: different ones are made up until the model runs on them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def find_example(
     say: Callable[[str], None],
     custom_ops: Sequence[Library] = (),
 ) -> Example:
-    """Make up inputs until the model runs on them. An input that has a default gets that.
+    """Make up inputs until the model runs on them. An input with a default gets its default.
 
     Args:
         graph: the model.
@@ -107,7 +107,7 @@ def find_example(
         fixed: sizes of free dimensions that are given.
         threads: threads of the session.
         provider: execution provider.
-        say: told which sizes are tried.
+        say: called with the sizes that are tried.
         custom_ops: libraries of custom ops that the model needs.
 
     Raises:

@@ -24,10 +24,10 @@ LOWEST_LEVEL: Level = "basic"
 """The level that others are compared with: it keeps the model's ops, and so its answers."""
 
 MOST_MOVED = 0.5
-"""How far optimisation may move an answer, relative to the answer's scale: rounding never moves one as far."""
+"""The largest accepted move of an answer by optimisation, relative to its scale. Rounding alone moves it less."""
 
 _LEVEL_SECONDS = 0.3  # time of the runs at each level
-_CLEARLY = 0.97  # another level must take at most this share of the usual best one's time to replace it
+_CLEARLY = 0.97  # another level replaces the usual best one if it takes at most this share of its time
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def best_level(
     """Choose the optimisation level at which a model file runs fastest.
 
     The usual best (``all``) is kept unless another is clearly faster. Two kinds of levels are left out: levels at which
-    ONNX Runtime refuses the model (it cannot optimise again some models that its own optimiser saved), and levels at
-    which the answers are far from those of the lowest level (some fused kernels are wrong).
+    ONNX Runtime refuses the model (it cannot optimise some models a second time), and levels at which the answers are
+    far from those of the lowest level (some fused kernels are wrong).
 
     Args:
         model: the model file.

@@ -54,7 +54,7 @@ def measured_costs(
         inputs: the example inputs.
         threads: threads of the session.
         provider: execution provider.
-        say: told what is being done.
+        say: called with each step.
         custom_ops: libraries of custom ops that the session loads.
 
     Raises:
@@ -85,7 +85,7 @@ def measured_costs(
     shapes = shapes.observed(seen.sizes, seen.types)
     total = sum(profile.op_ns) or 1
     # Profiling slows every event down alike, so the times are scaled to those of a run without the profiler.
-    fused = _where_the_work_is(graph, shapes, profile.op_ns)
+    fused = _charged_to_most_work(graph, shapes, profile.op_ns)
     times = tuple(time_ns * whole_ns // total for time_ns in fused)
     return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes, moved=chosen.moved)
 
@@ -104,7 +104,7 @@ def _ranks(graph: OpGraph, shapes: Shapes, seen: Profile) -> dict[str, TensorSpe
     return specs
 
 
-def _where_the_work_is(graph: OpGraph, shapes: Shapes, op_ns: Sequence[int]) -> list[int]:
+def _charged_to_most_work(graph: OpGraph, shapes: Shapes, op_ns: Sequence[int]) -> list[int]:
     """Move the time of every fused kernel to the op in it that has the most work.
 
     A kernel is identified by the tensor that it writes, so its time belongs to its last op at first, such as the

@@ -187,7 +187,7 @@ def _sizes(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[int, ...
 
 
 def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # other output must not mix with the answer
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=ProfileRequest)

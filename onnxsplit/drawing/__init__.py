@@ -8,7 +8,7 @@ LIBRARIES = ("dagre.min.js", "draw.js")
 """Names of the scripts that draw, in the order in which a page loads them."""
 
 LICENCES = (("dagre", "dagre.LICENSE"),)
-"""Names of the libraries of others, and of the files with their licences."""
+"""Names of the third-party libraries, and of the files with their licences."""
 
 
 def script(source: str) -> str:

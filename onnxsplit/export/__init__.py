@@ -117,7 +117,7 @@ def _target(path: Path) -> Path:
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
-    """Convert a source by the module for its kind.
+    """Convert a source with the module for its kind.
 
     Raises:
         ExportError: as :func:`export`, or an option was given that does not apply to such a source.

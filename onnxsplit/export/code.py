@@ -1,4 +1,4 @@
-"""Python code: a recipe's function is run, and the type of the object that it returns tells the framework."""
+"""Python code: a recipe's function is run, and the type of the returned object determines the framework."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def _made(named: Any, source: Source, options: ExportOptions) -> Any:
     )
     if not makes:
         if options.parameters:
-            raise ExportError(f"{source.text} is a {type(named).__name__}, not a function that makes a model: no --set")
+            raise ExportError(
+                f"{source.text} is a {type(named).__name__}, not a function that makes a model; leave out --set"
+            )
         return named
     try:
         made = named(**options.parameters)
@@ -138,6 +140,6 @@ def _is_jax(given: Any) -> bool:
 
 
 def _is_a(module: str, name: str, given: Any) -> bool:
-    """Whether an object is an instance of a class, which is not imported for this."""
+    """Whether an object is an instance of a class, without importing the class."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(given, kind)

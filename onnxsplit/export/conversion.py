@@ -41,12 +41,12 @@ class ExportOptions:
 
     Attributes:
         opset: version of the standard operators; the converter's choice when None.
-        inputs: inputs of the model, if the source does not say them.
+        inputs: inputs of the model, if the source does not declare them.
         check: compare ONNX Runtime's outputs with the framework's.
         trust: allow the source to run code when it is loaded.
         simplify: simplify the model with onnxsim.
         cache: give decoders their key/value cache as inputs and outputs; without, they only return logits.
-        offline: use only files that were fetched before; do not ask the hub.
+        offline: use only files that were fetched before; do not contact the hub.
         parameters: keyword arguments of a recipe's function.
         custom_ops: libraries of custom ops that the model needs, as ``partition`` takes them; comparing loads them.
         say: called with each step.

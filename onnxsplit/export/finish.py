@@ -42,8 +42,8 @@ def finish(
     if options.simplify:
         options.say("simplifying")
         proto = _simplified(proto)
-    noted = {SOURCE: source, FRAMEWORK: conversion.framework, TOOL: onnxsplit.__version__, **conversion.about}
-    kept = {entry.key: entry.value for entry in proto.metadata_props} | noted
+    metadata = {SOURCE: source, FRAMEWORK: conversion.framework, TOOL: onnxsplit.__version__, **conversion.about}
+    kept = {entry.key: entry.value for entry in proto.metadata_props} | metadata
     del proto.metadata_props[:]
     for key, value in kept.items():
         proto.metadata_props.add(key=key, value=value)

@@ -27,7 +27,7 @@ def fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
         raise MissingDependency(f"hf:// needs huggingface_hub: {_EXTRA}") from error
     assert source.repo is not None
     if source.file is not None and not source.file.endswith(".onnx"):
-        raise ExportError(f"{source.text}: of a repository's files, only .onnx files can be exported alone")
+        raise ExportError(f"{source.text}: only the .onnx files of a repository can be exported alone")
     wanted = _FILES if source.file is None else [source.file, f"{source.file}_data*", f"{source.file}.data*"]
     offline = options.offline or os.environ.get("HF_HUB_OFFLINE") == "1"
     options.say(f"fetching {source.repo}")
@@ -36,7 +36,7 @@ def fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:
             source.repo, revision=source.revision, allow_patterns=wanted, local_files_only=offline, etag_timeout=10
         )
     except LocalEntryNotFoundError as error:
-        why = "the hub may not be asked (--offline)" if offline else "the hub cannot be reached"
+        why = "the hub is not contacted (--offline)" if offline else "the hub cannot be reached"
         raise ExportError(
             f"{source.text} is not on this host, and {why}. Fetch it on a host with a network, or name a local folder"
         ) from error

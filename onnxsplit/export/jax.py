@@ -1,4 +1,4 @@
-"""JAX: functions of arrays, jitted ones, modules of flax, through jax2onnx."""
+"""JAX: functions of arrays, jitted or not, and modules of flax, exported by jax2onnx."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def convert(given: Any, source: Source, options: ExportOptions) -> Conversion:
     inputs = [varied(sample, bounds or sample, seed=number) for number, sample in enumerate(samples(specs))]
     try:
         results = function(*inputs[0].values())
-    except Exception as error:  # whatever the function raises
+    except Exception as error:  # the function may raise any error
         reason = one_line(error, 300)
         raise ExportError(f"{source.text} does not run on the inputs given: {reason}") from error
     names = list(outputs or _names(results, len(jax.tree_util.tree_leaves(results))))
@@ -61,7 +61,7 @@ def convert(given: Any, source: Source, options: ExportOptions) -> Conversion:
                 input_names=[spec.name for spec in specs],
                 output_names=names,
             )
-        except Exception as error:  # jax2onnx raises whatever its parts raise
+        except Exception as error:  # jax2onnx raises errors of any type
             raise ExportError(f"jax2onnx could not convert the function: {one_line(error, 500)}") from error
         del proto.graph.value_info[:]  # some of it is out of date; shapes are inferred where they are needed
         finish.save(proto, file)
@@ -80,7 +80,7 @@ def convert(given: Any, source: Source, options: ExportOptions) -> Conversion:
 
 
 def _recipe_inputs(recipe: Recipe, source: Source) -> tuple[list[InputSpec], dict[str, Array]]:
-    """What a recipe's function takes, and the example arrays.
+    """The inputs of a recipe's function, and the example arrays.
 
     Raises:
         ExportError: an argument is not an array.

@@ -117,7 +117,7 @@ def of_recipe(
     Args:
         torch: PyTorch.
         recipe: the module and how to call it.
-        options: of the export.
+        options: options of the export.
         write: writes the model to a path; PyTorch's exporter does when None.
 
     Raises:
@@ -175,7 +175,7 @@ def _samples(
     random = varied(other, bounds=first)
     try:
         reference(random)
-    except Exception:  # a network may need more of its inputs than bounds, and raise any error
+    except Exception:  # a network may require more than bounds, and may raise any error
         return first, other
     return first, random
 

@@ -1,7 +1,7 @@
 """The kinds of networks in ``transformers``, each as PyTorch's exporter takes it: positional tensors in, a tuple out.
 
-An encoder, a decoder (with or without its key/value cache), a pair of both, and a vision network. Decoders with a cache
-read ``past_key_values.LAYER.key`` and ``.value``, and write ``present.LAYER.key`` and ``.value``.
+The kinds are encoders, decoders (with or without a key/value cache), encoder-decoder pairs, and vision networks.
+Decoders with a cache read ``past_key_values.LAYER.key`` and ``.value``, and write ``present.LAYER.key`` and ``.value``.
 """
 
 from __future__ import annotations

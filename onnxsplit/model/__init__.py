@@ -3,7 +3,7 @@
 The files in the order in which they build on each other:
 
 - ``protobuf``: walks through ops, subgraphs, functions and stored tensors.
-- ``file_kinds``: what a file is that is not an ONNX model.
+- ``file_kinds``: recognises files that are not ONNX models.
 - ``external_data``: the files beside a model that hold its weights.
 - ``shared_weights``: which stored tensors share bytes.
 - ``ort_optimised``: models that ONNX Runtime's optimiser saved.

@@ -1,4 +1,4 @@
-"""Atoms: groups of ops that must stay together. And copied ops: every stage that reads them holds a copy.
+"""Atoms (groups of ops that must stay together) and copied ops (each stage that reads one holds a copy).
 
 - A value that cannot travel (a sequence, a map, an optional, a tensor of an unknown type) keeps its writer and all its
   readers in one atom.

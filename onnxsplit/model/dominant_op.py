@@ -18,7 +18,7 @@ _ADVICE = {
 
 
 def explain_dominant_op(graph: OpGraph) -> str | None:
-    """A sentence on the op that holds nearly the whole network, and what to do; None when there is no such op."""
+    """A sentence about the op that holds nearly the whole network, and what to do; None when there is no such op."""
     if not graph.ops:
         return None
     inside = [_inside(graph, op) for op in graph.ops]

@@ -34,7 +34,7 @@ def external_range(model: Path, tensor: onnx.TensorProto) -> tuple[Path, int, in
     """Where a tensor's external data lies: its file (without links), offset and length in bytes.
 
     Args:
-        model: the path of the model that the tensor is of.
+        model: the path of the model that holds the tensor.
         tensor: the tensor.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a file is that is not an ONNX model, and what to do with it: told by its first bytes; nothing is loaded."""
+"""Recognise a file that is not an ONNX model by its first bytes, and say what to do with it. Nothing is loaded."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _JSON: tuple[tuple[tuple[bytes, ...], str], ...] = (
 
 
 def what_is(path: Path) -> str | None:
-    """What a file or folder is, as a phrase that ends with what to do; None when its kind is not known.
+    """The kind of a file or folder, as a phrase that ends with what to do; None when its kind is not known.
 
     Args:
         path: a regular file that is not an ONNX model, or a folder.
@@ -102,7 +102,7 @@ def _zip(path: Path, head: bytes) -> str | None:
         with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return "a zip archive that is cut off or damaged; copy or download it again"
+        return "a zip archive that is truncated or damaged; copy or download it again"
     last = {name.rsplit("/", 1)[-1] for name in names}
     if "archive_format" in last:
         return "an ExportedProgram of PyTorch (.pt2). {export .pt2}"

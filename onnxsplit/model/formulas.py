@@ -114,7 +114,7 @@ class _Parser:
         if kind == "name":
             return token
         self._depth += 1
-        if token != "(" or self._depth > _MOST_DEPTH:  # noqa: S105  a bracket, no password
+        if token != "(" or self._depth > _MOST_DEPTH:  # noqa: S105  a bracket, not a password
             raise _NoFormula
         tree = self.sum()
         if self._take()[1] != ")":

@@ -1,15 +1,11 @@
 """The graph of a model's ops, :class:`OpGraph`.
 
-The graph is a ``networkx.DiGraph``. Its nodes are integers, the ops in a topological order; node attributes:
+The graph is a ``networkx.DiGraph``. Its nodes are integers, the positions of the ops in a topological order. The node
+attribute ``op`` is the :class:`Op`. The edge attribute ``tensors`` lists the names of the tensors that pass along the
+edge, sorted.
 
-- ``op``: the :class:`Op`;
-
-and its edges carry
-
-- ``tensors``: the names of the tensors that pass along it, sorted by name.
-
-Only live ops are in it: the ancestors of the model's outputs. An op reads the tensors that its subgraphs (of If, Loop
-and Scan, at any depth) capture from outside, exactly as it reads its explicit inputs.
+The graph contains only live ops: the ancestors of the model's outputs. An op reads the tensors that its subgraphs (of
+If, Loop and Scan, at any depth) capture from outside, exactly as it reads its explicit inputs.
 """
 
 from __future__ import annotations
@@ -83,9 +79,9 @@ class OpGraph:
         readers: the ops that read each tensor, ascending.
         inputs: inputs that a caller must give; initializers that are also inputs are constants, see ``overridable``.
         outputs: outputs of the model, each once.
-        constants: size in bytes of each initializer of the main graph, also of sparse ones.
+        constants: size in bytes of each initializer of the main graph, including sparse ones.
         stored: the bytes of the constants; bytes that several constants share are counted once.
-        packed: constants that are read by an op of which ONNX Runtime's CPU kernels keep a packed copy.
+        packed: constants of which ONNX Runtime's CPU kernels keep a packed copy.
         overridable: initializers that the model also lists as inputs. Stages treat them as constants.
         constant_ops: ops whose result never changes: no path leads to them from an input, a random or a custom op.
         custom_ops: ops that neither ONNX nor ONNX Runtime defines, and ops that hold or call such ops.
@@ -164,7 +160,7 @@ def build_graph(source: SourceModel) -> OpGraph:
 
 
 def _places(source: SourceModel) -> dict[str, Extent]:
-    """Where the initializers lie that may share bytes with others, by name."""
+    """The extents of the initializers that may share bytes with others, by name."""
     tensors = source.proto.graph.initializer
     places = zip(tensors, extents(source.place, tensors), strict=True)
     return {tensor.name: place for tensor, place in places if place is not None}

@@ -60,7 +60,7 @@ def select(
         source: the model.
         outputs: outputs to keep; all when None.
         drop_outputs: outputs to leave out.
-        keep_inputs: inputs that are also initializers, and are to stay inputs.
+        keep_inputs: inputs that are also initializers and must stay inputs.
 
     Raises:
         PartitionError: an output is unknown, or no output would be left.
@@ -73,10 +73,10 @@ def select(
     if not dropped and not keep_inputs:
         return source
     inputs, all_outputs = tuple(map(_copied, graph.input)), tuple(map(_copied, graph.output))
-    gone, dead = _drop(source, dropped) if dropped else ((), {})
+    dropped_inputs, dead = _drop(source, dropped) if dropped else ((), {})
     kept = {tensor.name: _copied(tensor) for tensor in graph.initializer if tensor.name in keep_inputs}
     _keep(graph, kept)
-    io_changes = IOChanges(inputs, all_outputs, kept, dead, dropped, gone)
+    io_changes = IOChanges(inputs, all_outputs, kept, dead, dropped, dropped_inputs)
     return replace(source, in_file=False, io_changes=io_changes)
 
 
@@ -156,21 +156,21 @@ def check_outputs_are_tensors(graph: OpGraph) -> None:
 
 def _wanted(source: SourceModel, outputs: Sequence[str] | None, drop_outputs: Sequence[str]) -> set[str]:
     """The outputs that stay, by name."""
-    there = tuple(dict.fromkeys(value.name for value in source.proto.graph.output))
+    known = tuple(dict.fromkeys(value.name for value in source.proto.graph.output))
     for option, names in (("--outputs", outputs or ()), ("--drop-output", drop_outputs)):
         if isinstance(names, str):
             raise PartitionError(f"{option} takes a list of names, as in [{names!r}], not the text {names!r}")
-        unknown = [name for name in names if name not in there]
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise PartitionError(
-                f"{option}: {', '.join(map(shown, unknown))} is not an output of the model; it has {', '.join(there)}"
-                f"{_nearest(unknown[0], there)}"
+                f"{option}: {', '.join(map(shown, unknown))} is not an output of the model; it has {', '.join(known)}"
+                f"{_nearest(unknown[0], known)}"
             )
     if outputs is not None and drop_outputs:
         raise PartitionError("--outputs says which outputs to keep; leave out --drop-output")
-    wanted = set(there if outputs is None else outputs) - set(drop_outputs)
+    wanted = set(known if outputs is None else outputs) - set(drop_outputs)
     if not wanted:
-        raise PartitionError(f"no output would be left; keep at least one of {', '.join(there)}")
+        raise PartitionError(f"no output would be left; keep at least one of {', '.join(known)}")
     return wanted
 
 
@@ -199,8 +199,8 @@ def _check_kept(source: SourceModel, keep_inputs: Collection[str]) -> None:
             what = "is an initializer that the model does not list as an input"
         else:
             what = "is unknown"
-        there = ", ".join(sorted(inputs & stored)) or "none"
-        raise InputError(f"--keep-input: {shown(name)} {what}; inputs with a default: {there}")
+        defaulted = ", ".join(sorted(inputs & stored)) or "none"
+        raise InputError(f"--keep-input: {shown(name)} {what}; inputs with a default: {defaulted}")
 
 
 def _copied(message: _Proto) -> _Proto:
@@ -235,19 +235,19 @@ def _drop(source: SourceModel, dropped: Collection[str]) -> tuple[tuple[str, ...
             del graph.output[position]
     after = build_graph(source)
     used = [{name for name in g.inputs if name in g.readers or name in g.outputs} for g in (before, after)]
-    gone = tuple(name for name in before.inputs if name in used[0] - used[1])
+    dropped_inputs = tuple(name for name in before.inputs if name in used[0] - used[1])
     for position in range(len(graph.input) - 1, -1, -1):
-        if graph.input[position].name in gone:
+        if graph.input[position].name in dropped_inputs:
             del graph.input[position]
     places = [place for place, node in enumerate(graph.node) if not any(o in after.producer for o in node.output)]
     dead = {place: _copied(graph.node[place]) for place in places}
     for place in reversed(places):
         del graph.node[place]
-    return gone, dead
+    return dropped_inputs, dead
 
 
 def _not_a_tensor(graph: OpGraph, name: str, kind: onnx.TypeProto | None) -> str | None:
-    """What an output is that cannot be returned to a caller; None for one that can, or whose type is unknown yet."""
+    """The kind of an output that cannot be returned to a caller; None if it can be, or its type is not known yet."""
     value: str | None = kind.WhichOneof("value") if kind is not None else None
     if kind is None or value is None:
         return _written(graph, name)
@@ -262,7 +262,7 @@ def _not_a_tensor(graph: OpGraph, name: str, kind: onnx.TypeProto | None) -> str
 
 
 def _written(graph: OpGraph, name: str) -> str | None:
-    """What the op that writes a value makes it, as far as the op's type tells; None otherwise."""
+    """The kind of a value, if the type of the op that writes it determines the kind; else None."""
     op = _writer(graph, name)
     return _WRITERS.get(op.op_type) if op is not None else None
 

@@ -67,7 +67,7 @@ def open_any(model: ModelLike) -> SourceModel:
         return _from_bytes(bytes(model), None)
     if isinstance(model, onnx.ModelProto):
         return _from_proto(model, None)
-    ir = sys.modules.get("onnx_ir")  # a caller with such a model has imported it
+    ir = sys.modules.get("onnx_ir")  # a caller that has such a model has imported the package
     if ir is not None and isinstance(model, ir.Model):
         return _from_ir(ir, model)
     raise ModelError(f"{_what(model)} cannot be cut directly; {_ADVICE}")
@@ -135,7 +135,7 @@ def _from_bytes(content: bytes, data_folder: Path | None) -> SourceModel:
 
 
 def _from_ir(ir: Any, model: Any) -> SourceModel:
-    """Turn an onnx_ir model into a protobuf; tensors in files stay in these, in one known folder."""
+    """Turn an onnx_ir model into a protobuf; tensors in files stay there, and all files must be in one folder."""
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     tensors += [
         attribute.value
@@ -174,7 +174,7 @@ def _too_large(size: str) -> str:
 
 
 def _what(model: object) -> str:
-    """What an object is that was given instead of a model, in words."""
+    """A description of an object that was given instead of a model."""
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
     if "torch.nn.modules.module.Module" in kinds or "torch.export.exported_program.ExportedProgram" in kinds:
         return "a PyTorch model"

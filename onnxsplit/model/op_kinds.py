@@ -1,4 +1,4 @@
-"""What kind of op an op is: a custom op, which a library of the user holds, or a random one."""
+"""Kinds of ops: custom ops, which a library of the user defines, and random ops."""
 
 from __future__ import annotations
 

@@ -83,14 +83,14 @@ def functions_of(proto: onnx.ModelProto) -> dict[FunctionKey, onnx.FunctionProto
 
 
 def function_key(node: onnx.NodeProto) -> FunctionKey:
-    """The key that a function has which an op calls; other ops have keys that no function has."""
+    """The key of the function that an op calls; for another op, a key that no function has."""
     return node.domain, node.op_type, node.overload
 
 
 def called_functions(
     nodes: Iterable[onnx.NodeProto], functions: dict[FunctionKey, onnx.FunctionProto]
 ) -> set[FunctionKey]:
-    """The functions that ops call: also from subgraphs at any depth, and from one function to the next."""
+    """The functions that ops call: directly, from subgraphs at any depth, or through other functions."""
     called: set[FunctionKey] = set()
     pending = list(nodes)
     while pending:

@@ -63,10 +63,10 @@ def extents(model: Path, tensors: Sequence[onnx.TensorProto], *, by_content: boo
         ModelError: as :func:`~onnxsplit.model.external_data.external_range`.
     """
     ranges = [external_range(model, tensor) if is_external(tensor) else None for tensor in tensors]
-    glimpses = [_glimpse(t, place, by_content) for t, place in zip(tensors, ranges, strict=True)]
-    alike = Counter(glimpse for glimpse in glimpses if glimpse is not None)
+    fingerprints = [_fingerprint(t, place, by_content) for t, place in zip(tensors, ranges, strict=True)]
+    alike = Counter(glimpse for glimpse in fingerprints if glimpse is not None)
     places: list[Extent | None] = []
-    for tensor, place, glimpse in zip(tensors, ranges, glimpses, strict=True):
+    for tensor, place, glimpse in zip(tensors, ranges, fingerprints, strict=True):
         if glimpse is not None and alike[glimpse] > 1:
             places.append(Extent(_hash(tensor, place), 0, glimpse[0]))
         else:
@@ -78,10 +78,10 @@ def extents(model: Path, tensors: Sequence[onnx.TensorProto], *, by_content: boo
     ]
 
 
-def _glimpse(
+def _fingerprint(
     tensor: onnx.TensorProto, place: tuple[Path, int, int] | None, by_content: bool
 ) -> tuple[int, bytes, bytes] | None:
-    """Length, beginning and end of bytes to compare: bytes that differ there need not be read completely."""
+    """Length, first and last bytes: data whose fingerprints differ need not be read completely."""
     if place is None:
         content = tensor.raw_data
         length, begin, end = len(content), content[:_COMPARED_FIRST_BYTES], content[-_COMPARED_FIRST_BYTES:]

@@ -1,4 +1,4 @@
-"""Lower bounds on the objective that hold for every partition and need no search for one."""
+"""Lower bounds on the objective of every partition, found without a search."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SURROUNDINGS = 64  # the number of atoms for which a minimum cut is computed, t
 
 
 def lower_bound(problem: Problem, lineup: Lineup) -> int:
-    """A value that no partition's objective goes below: nanoseconds, or bytes for the objective ``memory``."""
+    """A value that no partition's objective is below: nanoseconds, or bytes for the objective ``memory``."""
     match problem.objective:
         case "throughput":
             return throughput_bound(Relaxed(problem, lineup)) if problem.atoms else 0
@@ -28,7 +28,7 @@ def lower_bound(problem: Problem, lineup: Lineup) -> int:
 
 
 def surroundings_bound(relaxed: Relaxed, known: int) -> int:
-    """A lower bound on the bottleneck: the cheapest stage that can hold some one atom.
+    """A lower bound on the bottleneck: the largest, over atoms, of the cost of the cheapest stage with the atom.
 
     A stage that holds an atom pays for the tensors that cross its border; to avoid that, it holds the atoms at the
     other ends and pays for their time. The cheapest such stage is a minimum cut of the network of atoms and tensors.
@@ -109,7 +109,7 @@ def _enough(relaxed: Relaxed, target: int) -> bool:
 
 
 def latency_bound(problem: Problem) -> int:
-    """A lower bound on the latency: the longest path of atoms, each on its fastest device. Linear in the graph."""
+    """A lower bound on the latency: the longest path of atoms, each on its fastest device. Takes linear time."""
     fastest = [min(column) for column in zip(*(kind.time_ns for kind in problem.kinds), strict=True)]
     done = [0] * problem.atoms
     for atom, readers in enumerate(successors(problem)):

@@ -21,7 +21,7 @@ from onnxsplit.partitioner.relaxed import FAR, Capacities, Crossing, Relaxed, Ve
 
 
 class TooMany(Exception):
-    """The search ended without a proof: there are more downsets than allowed, or the time is over."""
+    """The search ended without a proof: there are more downsets than allowed, or the time limit is reached."""
 
 
 class Downsets:
@@ -74,7 +74,7 @@ def list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Cal
         relaxed: the relaxed problem.
         capacities: what the devices can do within the target.
         most: the largest number of downsets to hold at once.
-        stop: asked regularly whether to give up.
+        stop: called regularly; returns True to end the search.
 
     Raises:
         TooMany: there are more downsets than ``most``, or ``stop`` returned True.
@@ -100,14 +100,13 @@ def list_downsets(relaxed: Relaxed, capacities: Capacities, most: int, stop: Cal
         for predecessor in relaxed.predecessors[atom]:
             ready &= has(predecessor)
         crossing_ns_out, crossings_out = crossing_ns, crossings
-        for tensor in (
-            reads[atom] if relaxed.all_pay else ()
-        ):  # the atom is out: a tensor crosses now, unless it did before
-            fresh = has(tensor.writer)
+        # the atom is out: a tensor crosses now, unless it did before
+        for tensor in reads[atom] if relaxed.all_pay else ():
+            crosses = has(tensor.writer)
             for reader in tensor.readers:
                 if reader < atom:
-                    fresh = fresh & has(reader)
-            crossing_ns_out, crossings_out = crossing_ns_out + fresh * tensor.time_ns, crossings_out + fresh
+                    crosses = crosses & has(reader)
+            crossing_ns_out, crossings_out = crossing_ns_out + crosses * tensor.time_ns, crossings_out + crosses
         inside = bits[ready]
         inside[:, atom >> 3] |= 1 << (atom & 7)
         work = np.concatenate((work, work[ready] + relaxed.work[atom]))

@@ -24,7 +24,7 @@ def improve(
         problem: atoms, devices and objective.
         start: the partition to improve.
         tries: the largest number of moves to judge.
-        stop: asked before every move whether to give up.
+        stop: called before every move; returns True to end the search.
 
     Returns:
         The best partition that was reached.

@@ -4,7 +4,7 @@ The stages of a partition without cycles can be numbered so that tensors go to h
 through the atoms and assigns devices to one stage after the other. A *state* is the number of devices of each kind that
 are used; a *step* is one stage:
 
-    0 --one cpu--> 1 --one cpu--> 2          two stages on two devices alike
+    0 --one cpu--> 1 --one cpu--> 2          two stages on two equal devices
     0 --two cpus as replicas-----> 2         the same devices in a hybrid plan
 """
 
@@ -67,7 +67,7 @@ class Lineup:
 
     @cached_property
     def most_stages(self) -> int:
-        """The largest number of stages on a way from state 0 to a final state."""
+        """The largest number of stages on a path from state 0 to a final state."""
         longest = [0] * self.states
         for step in self.steps:
             longest[step.after] = max(longest[step.after], longest[step.before] + 1)
@@ -75,7 +75,7 @@ class Lineup:
 
     @cached_property
     def exact_stages(self) -> int | None:
-        """The number of stages if all ways to a final state have the same number; else None."""
+        """The number of stages if all paths to a final state have the same number; else None."""
         counts = [count for count in range(self.most_stages + 1) if self.after_stages(count) & self.final]
         return counts[0] if len(counts) == 1 else None
 

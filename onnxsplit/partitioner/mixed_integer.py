@@ -146,8 +146,8 @@ class _Model:
             for k in range(stages):
                 loads[k].append((received[k], cost))
                 for reader in transfer.readers:
-                    at_home = [] if transfer.writer == CALLER else [(self._x(transfer.writer, k), -1.0)]
-                    self._at_most([(self._x(reader, k), 1.0), *at_home, (received[k], -1.0)], 0.0)
+                    writer_here = [] if transfer.writer == CALLER else [(self._x(transfer.writer, k), -1.0)]
+                    self._at_most([(self._x(reader, k), 1.0), *writer_here, (received[k], -1.0)], 0.0)
             if transfer.writer != CALLER:
                 self._sent(transfer.writer, received, cost, transfer.to_caller, loads)
         return loads

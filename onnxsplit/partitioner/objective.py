@@ -1,4 +1,4 @@
-"""The problem that partitioning algorithms solve, and the score by which the partitions of all of them are judged."""
+"""The problem that partitioning algorithms solve, and the score of a partition."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Problem:
 
 
 def _cheapest(links: Sequence[Link]) -> Link:
-    """A link that is as good in each respect as the best of some links."""
+    """A link that has the best value of each property among some links."""
     return Link(
         latency_ns=min(link.latency_ns for link in links),
         bytes_per_s=max(link.bytes_per_s for link in links),
@@ -161,7 +161,7 @@ class Infeasible(Exception):
 
 @dataclass(frozen=True)
 class Score:
-    """The figures of a partition. All times are of one request, in nanoseconds.
+    """The figures of a partition. All times are for one request, in nanoseconds.
 
     Attributes:
         compute_ns: for each stage, compute time on one replica.
@@ -169,7 +169,7 @@ class Score:
         stage_ns: for each stage, its time divided by its replicas: compute plus transfers, or the larger of the two
             where the link moves tensors while the device computes.
         latency_ns: the longest path over the stages.
-        memory_bytes: for each stage, the memory it needs; empty when memory neither is limited nor the objective.
+        memory_bytes: for each stage, the memory it needs; empty when memory is neither limited nor the objective.
         feasible: True when every limit is kept.
         objective: the objective that :attr:`value` measures.
     """
@@ -214,47 +214,47 @@ def score(problem: Problem, partition: Partition) -> Score:
     stages = len(partition.devices)
     kinds = [problem.kind_of(devices[0]) for devices in partition.devices]
     slowest = [_slowest(problem, devices) for devices in partition.devices]
-    compute, paid, beside = [0] * stages, [0] * stages, [0] * stages
+    compute, blocking, overlapped = [0] * stages, [0] * stages, [0] * stages
     for atom, stage in enumerate(stage_of):
         compute[stage] += slowest[stage][atom]
 
     def charge(stage: int, link: Link, size_bytes: int) -> None:
         if kinds[stage].pays:
-            (beside if link.overlapped else paid)[stage] += link.transfer_ns(size_bytes)
+            (overlapped if link.overlapped else blocking)[stage] += link.transfer_ns(size_bytes)
 
     sources: list[dict[int, int]] = [{} for _ in range(stages)]  # for each stage: the delay from each sender
     entering, leaving = [0] * stages, [0] * stages  # delays from and to the caller
     callers = [problem.caller_link(devices) for devices in partition.devices]
     for transfer in problem.transfers:
-        home = None if transfer.writer == CALLER else stage_of[transfer.writer]
+        sender = None if transfer.writer == CALLER else stage_of[transfer.writer]
         links = []
-        for stage in sorted({stage_of[reader] for reader in transfer.readers} - {home}):
-            if home is None:
+        for stage in sorted({stage_of[reader] for reader in transfer.readers} - {sender}):
+            if sender is None:
                 charge(stage, callers[stage], transfer.size_bytes)
                 entering[stage] = callers[stage].delay_ns
             else:
-                links.append(problem.link_between(partition.devices[home], partition.devices[stage]))
+                links.append(problem.link_between(partition.devices[sender], partition.devices[stage]))
                 charge(stage, links[-1], transfer.size_bytes)
-                sources[stage][home] = links[-1].delay_ns
-        if home is not None:
+                sources[stage][sender] = links[-1].delay_ns
+        if sender is not None:
             if transfer.to_caller:
-                links.append(callers[home])
-                leaving[home] = callers[home].delay_ns
+                links.append(callers[sender])
+                leaving[sender] = callers[sender].delay_ns
             if problem.send_once:
                 links = [max(links, key=lambda link: link.transfer_ns(transfer.size_bytes))] if links else []
             for link in links:
-                charge(home, link, transfer.size_bytes)
+                charge(sender, link, transfer.size_bytes)
 
-    total = [max(c + p, b) for c, p, b in zip(compute, paid, beside, strict=True)]
+    total = [max(c + b, o) for c, b, o in zip(compute, blocking, overlapped, strict=True)]
     done = [0] * stages
     for stage in range(stages):
-        path = compute[stage] + paid[stage] + beside[stage]
-        begun = [done[source] + delay_ns for source, delay_ns in sources[stage].items()]
-        done[stage] = max(*begun, entering[stage], 0) + path
+        path = compute[stage] + blocking[stage] + overlapped[stage]
+        starts = [done[source] + delay_ns for source, delay_ns in sources[stage].items()]
+        done[stage] = max(*starts, entering[stage], 0) + path
     memory = stage_memory(problem, stage_of, stages) if problem.capped or problem.objective == "memory" else ()
     return Score(
         compute_ns=tuple(compute),
-        transfer_ns=tuple(p + b for p, b in zip(paid, beside, strict=True)),
+        transfer_ns=tuple(b + o for b, o in zip(blocking, overlapped, strict=True)),
         stage_ns=tuple(-(-time_ns // len(devices)) for time_ns, devices in zip(total, partition.devices, strict=True)),
         latency_ns=max((time_ns + delay for time_ns, delay in zip(done, leaving, strict=True)), default=0),
         memory_bytes=memory,
@@ -264,7 +264,7 @@ def score(problem: Problem, partition: Partition) -> Score:
 
 
 def _slowest(problem: Problem, devices: tuple[int, ...]) -> Sequence[int]:
-    """The largest time of each atom over the devices of a stage; every replica counts as that slow."""
+    """The largest time of each atom over the devices of a stage; every replica is taken to be that slow."""
     rows = {problem.devices[device]: problem.kind_of(device).time_ns for device in devices}
     return next(iter(rows.values())) if len(rows) == 1 else [max(column) for column in zip(*rows.values(), strict=True)]
 

@@ -1,4 +1,4 @@
-"""Exact search: the best path through downsets whose bottleneck is at most a target, or the proof that there is none.
+"""Exact search: the best path through downsets whose bottleneck is at most a target, or a proof that none exists.
 
 A partition without cycles is a path through downsets, so the search is not limited to slicings of one linear order. One
 pass of dynamic programming over pairs of downsets gives the optimum; Tarnawski et al. ("Efficient Algorithms for Device
@@ -35,7 +35,7 @@ class Ties:
     """The assumptions of one branch of a search.
 
     Attributes:
-        once: tensors that at most one stage beside their writer's reads, by their index among the crossings.
+        once: tensors, by index among the crossings, that at most one stage other than their writer's reads.
         twice: tensors that their writer's stage sends to at least two stages.
         together: pairs of atoms, the lower first, that are in one stage.
         apart: pairs of atoms, the lower first, that are in different stages.
@@ -76,17 +76,17 @@ class PathSearch:
             relaxed: the relaxed problem.
             target: the largest bottleneck of interest, in nanoseconds.
             most: the largest number of downsets to hold at once.
-            stop: asked regularly whether to give up.
+            stop: called regularly; returns True to end the search.
 
         Raises:
-            TooMany: there are too many downsets, or the time is over; nothing was proven.
+            TooMany: there are too many downsets, or the time limit is reached; nothing was proven.
         """
         self._relaxed, self._stop = relaxed, stop
         self._capacities = Capacities(relaxed, target)
         self._downsets = list_downsets(relaxed, self._capacities, most, stop)
 
     def best(self, target: int | None = None, ties: Ties = Ties()) -> PathResult | None:
-        """The best partition whose bottleneck is at most the target; None when it is proven that there is none.
+        """The best partition whose bottleneck is at most the target; None if it is proven that none exists.
 
         Takes O(d c) for d downsets, of which at most c can follow another within one stage.
 
@@ -95,7 +95,7 @@ class PathSearch:
             ties: the assumptions of the branch.
 
         Raises:
-            TooMany: the time is over; nothing was proven.
+            TooMany: the time limit is reached; nothing was proven.
         """
         capacities = self._capacities if target is None else Capacities(self._relaxed, target)
         return _choose(self._relaxed, capacities, self._downsets, ties, self._stop)

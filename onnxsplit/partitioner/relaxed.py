@@ -1,6 +1,6 @@
 """The relaxed problem: costs that are never above the true ones and that add up over atoms and tensors.
 
-A tensor that several stages read is sent once, all links are as good as the best one, work is done at the highest rate
+A tensor that several stages read is sent once, all links are replaced by the best one, work is done at the highest rate
 of a kind of devices, and memory counts only constants that a single atom reads. So a lower bound for the relaxed
 problem is a lower bound for the problem.
 """
@@ -23,7 +23,7 @@ Vector = np.ndarray[Any, np.dtype[Any]]
 FAR = np.iinfo(np.int64).max // 4
 """A time above every real one; the sum of a few of them does not overflow."""
 
-_HUGE = FAR >> 20  # a time above every real one; the sum of very many of them does not overflow
+_HUGE = FAR >> 20  # a time above every real one; sums of very many of them do not overflow
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Relaxed:
         given: tensors from the caller.
         always: for each atom, time of sending its outputs to the caller, whichever stage it is in.
         rates: for each kind, the most work that it does in a nanosecond.
-        share: the least work that a nanosecond of transfers takes the place of.
+        share: the least work that a nanosecond of transfers displaces.
         receives: the least time that every stage spends on receiving, in nanoseconds.
         sends: the least time that every stage spends on sending to other stages, except stages that serve the caller
             alone.

@@ -3,7 +3,7 @@
     slices of a few orders -> downsets below the best value -> more orders, moves -> downsets at smaller targets
 
 Each step finds a better partition or raises the lower bound. The search ends when the two are close enough, when
-nothing is left to try, or when the time is over. Without a time limit, the result is the same every time.
+nothing is left to try, or when the time limit is reached. Without a time limit, the result is the same every time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FIRST_ORDERS = 5  # linear orders that are sliced first
 _MORE_ORDERS = 40  # linear orders that are sliced at most
 _DOWNSETS = (20_000, 500_000)  # the most downsets to hold at once, in a quick search and in a thorough one
 _ATOMS = 40_000  # the most atoms for which downsets are listed, because every pair of atoms takes one bit of memory
-_MIXED_INTEGER = 240  # the largest product of atoms and stages for which the solver is worth its time
+_MIXED_INTEGER = 240  # the largest product of atoms and stages that the solver is used for
 _SHARES = (0.1, 0.3, 0.6, 1.0)  # targets to try, as shares of the distance between the bound and the best value
 _TRIES = 2_000  # the most single moves to judge
 _EXCHANGE = 400  # the most atoms for which single moves are tried
@@ -105,7 +105,7 @@ def search(
         run.branches()
     run.mixed_integer()
     run.rearrange()
-    result = run.found()
+    result = run.result()
     return replace(result, score=score(given, result.partition))
 
 
@@ -122,7 +122,7 @@ class _Search:
         self._bound = 0
         self._relaxed_best: PathResult | None = None
 
-    def found(self) -> SearchResult:
+    def result(self) -> SearchResult:
         """The result of the search.
 
         Raises:
@@ -160,10 +160,10 @@ class _Search:
         return Relaxed(self._smaller.problem, self._lineup)
 
     def raise_bound(self, proven: int) -> None:
-        """Take note of a lower bound on the objective."""
+        """Raise the bound to this lower bound on the objective, if it is higher."""
         if proven > self._bound:
             self._bound = proven
-            self._tell()
+            self._report()
 
     def first_slices(self) -> None:
         """Slice a few linear orders, of the contracted atoms if there are enough of them."""
@@ -216,7 +216,7 @@ class _Search:
         first = self._relaxed_best
         try:
             target = self._value() - 1
-            listed = PathSearch(self._relaxed, target, most=_DOWNSETS[1], stop=self._over)
+            listed = PathSearch(self._relaxed, target, most=_DOWNSETS[1], stop=self._time_is_up)
             for better, proven in branch(self._smaller.problem, self._relaxed, listed, first, target, self._value):
                 if better is not None:
                     self._offer(self._smaller.expanded(better))
@@ -231,7 +231,7 @@ class _Search:
         if self._best is None or self._enough() or self._problem.atoms > _EXCHANGE:
             return
         tries = _TRIES if self._problem.objective == "throughput" else 10 * _TRIES
-        self._offer(improve(self._problem, self._best[0], tries=tries, stop=self._over))
+        self._offer(improve(self._problem, self._best[0], tries=tries, stop=self._time_is_up))
 
     def mixed_integer(self) -> None:
         """Solve the mixed-integer program if it can model the problem and is small enough."""
@@ -257,7 +257,7 @@ class _Search:
         before = None
         while self._best is not None and self._best[0] != before and not self._enough():
             before = self._best[0]
-            self._offer(rearranged(self._problem, before, stop=self._over))
+            self._offer(rearranged(self._problem, before, stop=self._time_is_up))
             homes = self._best[0].devices
             lineup = fixed(self._problem, homes, len(homes))
             for order in islice(linear_orders(self._problem), _FIRST_ORDERS):
@@ -268,7 +268,7 @@ class _Search:
         if self._smaller.problem.atoms > _ATOMS:
             return False
         try:
-            best = PathSearch(self._relaxed, target, most=most, stop=self._over).best()
+            best = PathSearch(self._relaxed, target, most=most, stop=self._time_is_up).best()
             if best is None:
                 self.raise_bound(target + 1)
                 return True
@@ -293,16 +293,16 @@ class _Search:
         figures = score(self._problem, partition)
         if figures.feasible and (self._best is None or figures.rank < self._best[1].rank):
             self._best = (partition, figures)
-            self._tell()
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._best is not None:
             self._progress(self._best[1].value, self._bound)
 
-    def _over(self) -> bool:
+    def _time_is_up(self) -> bool:
         return self._end is not None and time.monotonic() > self._end
 
     def _enough(self) -> bool:
         if self._best is None:
-            return self._over()
-        return self._over() or self._best[1].value <= self._bound * (1 + self._effort.gap)
+            return self._time_is_up()
+        return self._time_is_up() or self._best[1].value <= self._bound * (1 + self._effort.gap)

@@ -103,8 +103,8 @@ class _Slices:
         else:
             moving = self.arriving[step.arriving][begin + 1 : stop] + self.leaving[step.leaving][begin + 1 : stop]
             moving = moving + self.answering[step.caller][begin + 1 : stop]
-        beside = step.arriving.overlapped and step.leaving.overlapped
-        total = np.maximum(compute, moving) if beside else compute + moving
+        overlapped = step.arriving.overlapped and step.leaving.overlapped
+        total = np.maximum(compute, moving) if overlapped else compute + moving
         result: Vector = total if step.replicas == 1 else -(-total // step.replicas)
         return result
 
@@ -199,7 +199,7 @@ def _followed(problem: Problem, lineup: Lineup, order: Sequence[int], ends: Any,
 
 
 def fewest_stages(problem: Problem) -> int:
-    """The fewest stages of which each fits the memory of the first kind of device, over a few linear orders.
+    """The fewest stages that each fit the memory of the first kind of device, over a few linear orders.
 
     The memory of a stage only grows with its atoms, so filling one stage after the other is best for an order. Takes
     O(n^2) for each order of n atoms.
@@ -214,7 +214,7 @@ def fewest_stages(problem: Problem) -> int:
         slices = _Slices(problem, order, [], [])
         if slices.memory is None or limit is None:
             return min(1, len(order))
-        # fewest[i]: stages for the positions from i on; filling from the end is as good as from the front.
+        # fewest[i]: stages for the positions from i on; filling from the end gives the same number as from the front.
         count, stop = 1, len(order)
         for begin in range(len(order) - 1, -1, -1):
             slices.begin_at(begin)

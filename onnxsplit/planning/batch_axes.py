@@ -27,7 +27,7 @@ from onnxsplit.stages.batch.trials import Axes, apart, equal_rows, trials
 from onnxsplit.stages.chain import StageFile, StageProcesses, run_chain
 
 _LEAST_TRIALS = 3
-_ENOUGH_SECONDS = 20.0  # no further trial starts after this time, once the least number have run
+_ENOUGH_SECONDS = 20.0  # seconds after which no further trial starts, if the least number have run
 
 
 def with_batch_axes(plan: Plan, folder: Path, subject: Subject, say: Say) -> Plan:
@@ -37,7 +37,7 @@ def with_batch_axes(plan: Plan, folder: Path, subject: Subject, say: Say) -> Pla
         plan: the plan; its stages must be able to run on this host.
         folder: the folder of its stage files.
         subject: the model that the plan was made from.
-        say: told what is being done.
+        say: called with each step.
     """
     axes, why_not = axes_by_structure(subject, plan.defaults)
     tried = 0
@@ -54,7 +54,7 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
     """Run the trials.
 
     Returns:
-        The number of trials that confirmed the claim and an empty text; or 0 and what ended the claim.
+        The number of trials that confirmed the claim and an empty text; or 0 and why the claim fails.
     """
     graph = subject.graph
     of_inputs = {name: axis for name, axis in axes.items() if name in graph.inputs}

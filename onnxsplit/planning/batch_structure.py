@@ -1,7 +1,7 @@
 """The batch axis of each tensor as the structure of the model proves it, at several sizes of the free dimensions.
 
 The walk over the ops is :mod:`onnxsplit.stages.batch.claim`. A claim that holds at the example's sizes is checked again
-with more rows, and with other sizes of the other free dimensions, as far as the model runs on them.
+with more rows, and with other sizes of the other free dimensions, if the model runs on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnxsplit.stages.batch.trials import Axes
 from onnxsplit.tensors import Array
 
 _MORE_ROWS = 3  # rows of the run in which nothing but the number of rows changes
-_EVEN_ROWS = 4  # rows of the runs in which other sizes change too; an even number suits shapes that group rows in twos
+_EVEN_ROWS = 4  # rows of the runs in which other sizes change too; an even number suits shapes that group rows in pairs
 _MOST_DIMENSIONS = 6  # free dimensions that are changed one by one
 
 
@@ -81,7 +81,7 @@ def _at_other_sizes(subject: Subject, choice: Axes, proven: Axes) -> tuple[Axes,
 def _other_inputs(subject: Subject, choice: Axes, model: ModelProcess) -> list[dict[str, Array]]:
     """Inputs on which the model runs, with other sizes of the free dimensions that are not the batch.
 
-    All of these dimensions change at once if the model runs so, else one at a time, because some may be fixed
+    All of these dimensions change at once if the model then runs, else one at a time, because some may be fixed
     although they are declared free. Each is also tried at the size of the batch, so that no op broadcasts by chance.
     """
     specs = input_specs(subject.graph)

@@ -1,4 +1,4 @@
-"""Clusters for the hosts at hand: the devices of this host, and measured speeds of devices."""
+"""Clusters of the available hosts: the devices of this host, and measured speeds of devices."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RemoteTimer(Protocol):
         ...
 
     def time_ns(self, model: Path, inputs: Path, device: Device) -> int | None:
-        """Time of one run of a model on a device of such a host, in nanoseconds; None when it cannot run there."""
+        """Time of one run of a model on a device of another host, in nanoseconds; None when it cannot run there."""
         ...
 
 
@@ -67,8 +67,8 @@ def measured(
         hosts: other hosts whose devices are measured, through ``elsewhere``.
         elsewhere: times models on these hosts.
         custom_ops: libraries of custom ops for the devices of this host; agents have their own.
-        say: told what is being done.
-        note: told of each device of this host or of ``hosts`` that keeps its speed.
+        say: called with each step.
+        note: called with a message about each device of this host or of ``hosts`` that keeps its speed.
 
     Raises:
         ClusterError: no device could run the model, or the model cannot be sent to other hosts.

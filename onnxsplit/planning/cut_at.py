@@ -16,7 +16,7 @@ _NEAREST = 3  # tensors that a message suggests
 def assignment_at(subject: Subject, tensors: Sequence[str]) -> tuple[int, ...]:
     """The stage of every atom if stages begin where these tensors are read.
 
-    The stage of an atom is the largest number of named tensors on a path to it. So tensors one after the other make one
+    The stage of an atom is the largest number of named tensors on a path to it. So consecutive tensors make one
     boundary each, and parallel tensors make one boundary together.
 
     Raises:
@@ -61,7 +61,7 @@ def _why_not(subject: Subject, name: str, legal: set[str]) -> str:
         return "is copied into every stage that reads it (a constant, or dequantised there)"
     if name not in graph.readers:
         return "is read by no op" + (": it is an output of the model" if name in graph.outputs else "")
-    return "ties ops that must stay together"
+    return "joins ops that must stay together"
 
 
 def _not_a_tensor(subject: Subject, name: str, legal: set[str]) -> str:
@@ -73,8 +73,8 @@ def _not_a_tensor(subject: Subject, name: str, legal: set[str]) -> str:
     what = "is the name of an op" if any(op.name == name for op in named) else "is a type of ops"
     possible = [output for output in outputs if output in legal]
     if possible:
-        return f"{what}, not of a tensor; name what it writes: {_listed(possible)}"
-    return f"{what}, not of a tensor, and what it writes ({_listed(outputs)}) cannot be cut either"
+        return f"{what}, not of a tensor; name one of its outputs: {_listed(possible)}"
+    return f"{what}, not of a tensor, and its outputs ({_listed(outputs)}) cannot be cut either"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -38,14 +38,14 @@ _QUICK_GAP, _QUICK_SECONDS = 0.002, 2.0  # when a quick search ends
 
 @dataclass(frozen=True)
 class ModelPartitioner:
-    """Partitions one model for one target, at any costs of its ops.
+    """Partitions one model for one target, for any costs of its ops.
 
     Attributes:
         subject: the model; ops that must stay together are in one atom.
         target: devices, objective and constraints.
         stages: the exact number of stages; None for any number.
         options: the options of the cut.
-        say: told how the search goes.
+        say: called with the progress of the search.
     """
 
     subject: Subject
@@ -104,7 +104,7 @@ class ModelPartitioner:
         return tell
 
     def _why_not(self, problem: Problem) -> str:
-        wishes = [
+        limits = [
             name
             for name, given in (
                 ("the memory of the devices", problem.capped),
@@ -112,13 +112,13 @@ class ModelPartitioner:
                     "the ops they may run",
                     any(d.only_ops or d.not_ops for d in self.target.devices) or self.target.placed,
                 ),
-                ("the cuts that are wanted", self.target.apart),
+                ("the required cuts", self.target.apart),
             )
             if given
         ]
-        if wishes == ["the memory of the devices"] and self.options.max_memory is not None and not self.options.cluster:
+        if limits == ["the memory of the devices"] and self.options.max_memory is not None and not self.options.cluster:
             return _too_little_memory(self.subject, self.options.max_memory)
-        return f"no cut was found that keeps to {' and '.join(wishes) or 'the number of stages'}; ask for less"
+        return f"no cut was found that fits {' and '.join(limits) or 'the number of stages'}; relax a requirement"
 
 
 def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelPartitioner:
@@ -127,7 +127,7 @@ def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelP
     Args:
         subject: the model.
         options: the options of the cut.
-        say: told how the search goes.
+        say: called with the progress of the search.
 
     Raises:
         PartitionError: the options contradict each other, or do not fit the model.

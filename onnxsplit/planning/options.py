@@ -95,7 +95,7 @@ class CutOptions:
         """
         self._check_numbers()
         if self.stages == "auto" and self.max_memory is None:
-            raise PartitionError("the fewest stages that fit need a limit: give --max-memory SIZE with --stages auto")
+            raise PartitionError("--stages auto needs a memory limit: add --max-memory SIZE")
         if self.cut_at and (self.stages is not None or self.max_memory is not None or self.cluster is not None):
             raise PartitionError("--cut-at decides the stages; leave out --stages, --max-memory and --cluster")
         if self.cut_at and (self.strategy != "network" or self.parallel != "model" or self.also_cut):
@@ -116,7 +116,7 @@ class CutOptions:
         if self.tasks and self.strategy != "task":
             raise PartitionError("--task names groups of outputs for --strategy task; add that")
         if self.strategy != "network" and self.parallel != "model":
-            raise PartitionError(f"--parallel {self.parallel} goes with --strategy network, not {self.strategy}")
+            raise PartitionError(f"--parallel {self.parallel} needs --strategy network, not {self.strategy}")
         if self.place and self.cluster is None:
             raise PartitionError("--place names a device of a cluster; give --cluster FILE")
 

@@ -56,16 +56,16 @@ def place(
         ClusterError: the cluster file is not usable.
         PartitionError: the cluster has too few devices, or too little memory.
     """
-    folder, there = Path(plan), load_cluster(cluster)
+    folder, target_cluster = Path(plan), load_cluster(cluster)
     before = load_plan(folder)
-    result = placed(before, there, parallel, ops=_ops(before, folder, there))
+    result = placed(before, target_cluster, parallel, ops=_ops(before, folder, target_cluster))
     destination = folder if out is None else Path(out)
     if destination.resolve() == folder.resolve():
         with replacing(destination / PLAN_FILE) as temporary:
             temporary.write_bytes(checked_json(result))
         return result
     if destination.is_symlink() or (destination.exists() and (not destination.is_dir() or any(destination.iterdir()))):
-        raise PlanError(f"{destination} is there already; nothing was touched. Choose another place with -o DIR")
+        raise PlanError(f"{destination} already exists; nothing was touched. Choose another place with -o DIR")
     check_parent(destination)
     with new_folder(destination) as made:
         shutil.copytree(folder, made, dirs_exist_ok=True)
@@ -99,7 +99,7 @@ def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: S
     stages, devices = len(plan.stages), cluster.devices
     if stages > len(devices):
         raise PartitionError(
-            f"the plan has {stages} stages and the cluster {len(devices)} devices; add devices, or cut the model anew"
+            f"the plan has {stages} stages and the cluster {len(devices)} devices; add devices, or cut the model again"
         )
     problem = _problem(plan, cluster, ops)
     try:
@@ -107,7 +107,7 @@ def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: S
     except Infeasible:
         needs = ", ".join(f"{stage.peak_memory_bytes >> 20} MiB" for stage in plan.stages)
         raise PartitionError(
-            f"no placing of the stages, which need {needs}, keeps to the devices' memory and the ops they may run"
+            f"no placement of the stages, which need {needs}, fits the devices' memory and the ops they may run"
         ) from None
     homes = [tuple(devices[number] for number in numbers) for numbers in result.partition.devices]
     everything = math.ceil(sum(map(reference_ns, plan.stages)) / sum(device.speed for device in devices))

@@ -91,7 +91,7 @@ class PlanBuilder:
     """Builds plans for the cuts of one model partitioner.
 
     Args:
-        partitioner: made the cuts.
+        partitioner: the partitioner that made the cuts.
         folder: the plan's folder; None for plans that name no files.
     """
 

@@ -51,7 +51,7 @@ def partition(
     Args:
         model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
         out: the plan directory; None for ``MODEL.plan`` in the current folder, where MODEL is the file's name, or the
-            graph's for a model in memory. A plan that is there is replaced as a whole.
+            graph's for a model in memory. An existing plan is replaced as a whole.
         costs: as in :class:`~onnxsplit.planning.subject.ModelOptions`, like the next six arguments.
         dims: sizes of free dimensions that costs are taken at.
         inputs: example inputs by name, or an ``.npz`` with them.
@@ -59,8 +59,8 @@ def partition(
         drop_outputs: outputs to leave out.
         keep_inputs: inputs that are also initializers and stay inputs.
         custom_ops: libraries of custom ops that the model needs.
-        say: told what is being done.
-        options: how to cut: the attributes of :class:`~onnxsplit.planning.options.CutOptions`, ``stages`` first of all.
+        say: called with each step.
+        options: how to cut: the attributes of :class:`~onnxsplit.planning.options.CutOptions`, such as ``stages``.
 
     Raises:
         PartitionError: the model cannot be cut as asked.
@@ -89,7 +89,7 @@ def partition(
 
 
 def _warn_of_former_name(former: str, name: str) -> None:
-    """Tell a Python caller that an argument of :func:`partition` has another name now."""
+    """Tell a Python caller the current name of an argument of :func:`partition`."""
     warnings.warn(f"the option {former!r} is now {name!r}; the next version refuses the former name", FutureWarning, 4)
 
 
@@ -99,7 +99,7 @@ def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say
     Args:
         model: the model, as :func:`~onnxsplit.planning.subject.examine` takes it.
         options: how the model is to be cut.
-        say: told what is being done.
+        say: called with each step.
         examined: the attributes of :class:`~onnxsplit.planning.subject.ModelOptions`.
     """
     options.check()
@@ -149,7 +149,7 @@ def check_plan_folder(folder: Path) -> None:
     if not is_text(folder):
         raise PlanError(f"the path {str(folder)!r} is not UTF-8 text; choose another place with -o DIR")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise PlanError(f"{folder} is there and is not a folder; choose another place with -o DIR")
+        raise PlanError(f"{folder} exists and is not a folder; choose another place with -o DIR")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).is_file():
-        raise PlanError(f"{folder} is there and holds no plan; nothing was touched. Choose another place with -o DIR")
+        raise PlanError(f"{folder} exists and holds no plan; nothing was touched. Choose another place with -o DIR")
     check_parent(folder)

@@ -33,8 +33,8 @@ from onnxsplit.timed import median_ns, run_together
 
 _SAY_EVERY_BYTES = 64 << 20
 _GOOD = 1.02  # rounds end when a cut is within this factor of the best one by its measured times
-_SLACK = 2.0  # how many times further than the whole model's the stages' answers may move by optimisation
-_STAGE_SECONDS = 0.8  # time that all stages run at once in a round
+_SLACK = 2.0  # optimisation may move the stages' answers this many times further than the whole model's
+_STAGE_SECONDS = 0.8  # how long all stages run at once in a round
 
 
 class _BytesWritten:
@@ -59,7 +59,7 @@ class Rounds:
     Args:
         partitioner: partitions the model.
         folder: the plan's folder; None writes nothing, and the plan names no files.
-        say: told what is being done.
+        say: called with each step.
     """
 
     def __init__(self, partitioner: ModelPartitioner, folder: Path | None, say: Say) -> None:
@@ -98,10 +98,10 @@ class Rounds:
                 CorrectionRound(predicted_ns=result.score.compute_ns, measured_ns=cut.times_on_devices(self._target))
             )
             op_ns = cut.op_ns
-            loser = best if best is None or cut.score.rank < best.score.rank else cut
-            best = cut if loser is best else best
-            if loser is not None:
-                shutil.rmtree(loser.folder)
+            worse = best if best is None or cut.score.rank < best.score.rank else cut
+            best = cut if worse is best else best
+            if worse is not None:
+                shutil.rmtree(worse.folder)
             result = self._partitioner(op_ns, quick=True)
             if result.partition in seen or cut.score.value <= _GOOD * result.score.value:
                 break
@@ -158,8 +158,8 @@ class Rounds:
         for, and their times are scaled up. Otherwise the scheduler would favour some stages at random.
         """
         most = max((cut.device(self._target, index).threads for index in range(len(cut.parts))), default=1)
-        crowded = self._target.cluster is not None or self._cpu_threads > host_cores()
-        at_once = max(1, host_cores() // most) if crowded else max(1, len(cut.parts))
+        takes_turns = self._target.cluster is not None or self._cpu_threads > host_cores()
+        at_once = max(1, host_cores() // most) if takes_turns else max(1, len(cut.parts))
         with ExitStack() as stack:
             workers = [stack.enter_context(stage.timed(feed)) for stage, feed in self._fed(cut, stack)]
             self._say(f"running {at_once} of {len(workers)} stages at once")
@@ -213,7 +213,7 @@ class Rounds:
         return cut if tuple(levels) == cut.levels else self._measure(replace(cut, levels=tuple(levels)))
 
     def _answers(self, cut: CandidateCut, levels: Sequence[Level]) -> dict[str, Array]:
-        """The model's outputs, as the stages give them at these levels."""
+        """The model's outputs, computed by the stages at these levels."""
         graph = self._subject.graph
         stages = [replace(stage, level=level) for stage, level in zip(self._stage_files(cut), levels, strict=True)]
         computed = [name for name in graph.outputs if name not in graph.constants]
@@ -221,7 +221,7 @@ class Rounds:
             return run_chain(stages, self._subject.inputs, computed, run_stage)
 
     def _fed(self, cut: CandidateCut, stack: ExitStack) -> list[tuple[StageFile, Path]]:
-        """Every stage, with a file of its inputs as the stages before it give them; the files last as the stack."""
+        """Every stage with a file of the inputs that earlier stages computed; the stack removes the files."""
         stages = self._stage_files(cut)
         plain = [replace(stage, level=LOWEST_LEVEL, provider="cpu") for stage in stages]
         borders = {name for stage in stages for name in stage.inputs}
@@ -234,7 +234,7 @@ class Rounds:
         return list(zip(stages, feeds, strict=True))
 
     def _stage_files(self, cut: CandidateCut) -> list[StageFile]:
-        """The stages as they are measured here."""
+        """The stage files and how this host opens them for measurements."""
         devices = [cut.device(self._target, index) for index in range(len(cut.parts))]
         return [
             StageFile(

@@ -1,4 +1,4 @@
-"""Reading a model as far as cutting needs it: its ops, their costs, its atoms, and inputs that it runs on."""
+"""Reading a model for a cut: its ops, their costs, its atoms, and inputs that it runs on."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Subject:
 
         Args:
             op_ns: time of each op on a device of speed 1, in nanoseconds.
-            target: the devices and wishes; one device of this host when None.
+            target: the devices and constraints; one device of this host when None.
         """
         target = target or alike(1)
         atom_of = {op: atom for atom, ops in enumerate(self.atoms.ops) for op in ops}
@@ -200,14 +200,14 @@ def examine(
             model, which is changed where outputs or inputs are named.
         threads: threads of the session that is measured; all cores of this host when None.
         provider: execution provider that measures.
-        say: told what is being done.
+        say: called with each step.
         options: the attributes of :class:`ModelOptions`.
 
     Raises:
         ModelError: the file is not a usable model.
         InputError: inputs or dimensions do not fit the model.
-        PartitionError: an output cannot be handed to a caller, or no output has a name that was given.
-        MissingDependency, ProviderError: measuring was asked for and is not possible.
+        PartitionError: an output cannot be returned to a caller, or no output has a name that was given.
+        MissingDependency, ProviderError: measuring was requested and is not possible.
         CustomOpsError: a library of custom ops cannot be read, or does not load.
     """
     wanted = ModelOptions(**options)
@@ -289,8 +289,8 @@ def _given(graph: OpGraph, given: Mapping[str, Array], kept: Mapping[str, Array]
     ]
     if constant:
         raise InputError(". ".join(constant))
-    gone = graph.source.io_changes.dropped_inputs if graph.source.io_changes is not None else ()
-    return {**kept, **{name: array for name, array in given.items() if name not in gone}}
+    dropped = graph.source.io_changes.dropped_inputs if graph.source.io_changes is not None else ()
+    return {**kept, **{name: array for name, array in given.items() if name not in dropped}}
 
 
 def _check_memory(graph: OpGraph) -> None:
@@ -314,7 +314,7 @@ def _subject(
     for name in graph.outputs:
         if name in graph.producer and not costs.shapes.travels(name):
             raise PartitionError(
-                f"output {name!r} is not a tensor that can be handed to a caller (a sequence, a map, an optional, or a "
-                "type that ONNX Runtime cannot pass on); remove it from the model's outputs"
+                f"output {name!r} is not a tensor that can be returned to a caller (a sequence, a map, an optional, or "
+                "a type that ONNX Runtime cannot pass on); remove it from the model's outputs"
             )
     return Subject(graph, costs, build_atoms(graph, costs.shapes), inputs, dims, note, custom_ops)

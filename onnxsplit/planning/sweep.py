@@ -10,7 +10,7 @@ from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import alike
 from onnxsplit.progress import Say, silent
 
-_EFFORT = Effort(gap=0.01, seconds=2.0)  # of each search
+_EFFORT = Effort(gap=0.01, seconds=2.0)  # for each search
 
 
 class SweepRow(PlanStruct, frozen=True, kw_only=True):
@@ -19,7 +19,7 @@ class SweepRow(PlanStruct, frozen=True, kw_only=True):
     Attributes:
         stages: the number of stages.
         bottleneck_ns: time of the slowest stage with its transfers, in nanoseconds.
-        lower_bound_ns: a lower bound on that time for any cut into as many stages.
+        lower_bound_ns: a lower bound on that time for any cut into this number of stages.
         gap: how far the time is above the bound, as a share of the bound.
         latency_ns: time of one request through all stages, in nanoseconds.
         peak_memory_bytes: the largest memory of a stage.
@@ -39,7 +39,7 @@ def sweep(subject: Subject, stages: Iterable[int] = range(1, 17), *, say: Say = 
     Args:
         subject: the model.
         stages: the numbers of stages, ascending; numbers above the model's number of atoms are left out.
-        say: told what is being done.
+        say: called with each step.
     """
     rows = []
     for count in stages:

@@ -34,7 +34,7 @@ class Target:
     def kind_of(self) -> tuple[int, ...]:
         """The kind of every device, as a number; devices that are alike have the same kind."""
         numbers: dict[object, int] = {}
-        return tuple(numbers.setdefault(self._nature(device), len(numbers)) for device in self.devices)
+        return tuple(numbers.setdefault(self._kind_key(device), len(numbers)) for device in self.devices)
 
     def kinds(self, ops: Sequence[Op], atoms: Sequence[Sequence[int]], times: Sequence[int]) -> tuple[DeviceKind, ...]:
         """The kinds of devices, each with the time of every atom.
@@ -83,7 +83,7 @@ class Target:
     def _may_run(self, device: Device, op: Op) -> bool:
         return device.may_run(op.op_type) and device.name in self.placed.get(op.index, {device.name})
 
-    def _nature(self, device: Device) -> object:
+    def _kind_key(self, device: Device) -> object:
         named = any(device.name in names for names in self.placed.values())
         return (device.speed, device.memory_bytes, device.only_ops, device.not_ops, device.name if named else None)
 

@@ -1,4 +1,4 @@
-"""A chain of stages: each stage runs on what the caller and the stages before it gave."""
+"""A chain of stages: each stage runs on tensors from the caller and from earlier stages."""
 
 from __future__ import annotations
 

@@ -111,6 +111,6 @@ def write_constant(graph: OpGraph, output: str, folder: Path, name: str) -> File
     """
     tensor = next((t for t in graph.source.proto.graph.initializer if t.name == output), None)
     if tensor is None:
-        raise PartitionError(f"output {output!r} is a sparse initializer; a stage cannot serve it")
+        raise PartitionError(f"output {output!r} is a sparse initializer; a stage cannot return it")
     save_npz(folder / name, {output: stored_array(graph.source, tensor)})
     return file_entry(folder / name)

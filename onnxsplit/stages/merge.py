@@ -19,7 +19,7 @@ from onnxsplit.stages.model_file import write_model
 def merge(folder: str | Path, out: str | Path) -> Plan:
     """Write one model that computes the same as a plan's stages. It appears as a whole or not at all.
 
-    Ops and constants of which several stages hold copies are merged. Inputs that may be left out keep their defaults as
+    Copies of an op or a constant in several stages are merged. Inputs that may be left out keep their defaults as
     initializers. External data goes to ``OUT.data`` beside the model.
 
     Args:

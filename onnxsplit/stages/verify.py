@@ -1,4 +1,4 @@
-"""Verify a plan: the chained stages must give what the whole model gives.
+"""Verify a plan: the chained stages must give the outputs of the whole model.
 
 There are two comparisons for each output:
 
@@ -9,7 +9,7 @@ There are two comparisons for each output:
 The tolerance is 1e-4 of the output's scale. It is larger if the model computes in a float type narrower than float32,
 or if such a type crosses a border between stages (see :mod:`onnxsplit.model.precision`). Such a model may amplify
 rounding far beyond the type's epsilon, so twice the distance of optimisation alone is then allowed with optimisation
-off too. More than half of the scale is never allowed: an optimiser that is wrong does not make a plan right.
+off too. More than half of the scale is never allowed, even if a wrong optimiser moves the whole model that far.
 
 The scale of an output is its largest finite magnitude. Integers, strings and booleans have no scale: they must be
 equal, and at the plan's levels they may differ in at most twice as many elements as optimisation alone changes.
@@ -294,7 +294,7 @@ def _run_optimized(
 ) -> dict[str, Array]:
     """Run the whole model at a level of the plan, or at the next lower one that ONNX Runtime accepts.
 
-    ONNX Runtime cannot optimise again some models that its own optimiser saved.
+    ONNX Runtime cannot optimise some models a second time.
     """
     levels: tuple[Level, ...] = ("all", "extended", "basic")
     for level in levels[levels.index(first) :] if first in levels else ():

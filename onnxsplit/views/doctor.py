@@ -71,7 +71,7 @@ def diagnose() -> Diagnosis:
     memory = _memory()
     temporary = os.environ.get("TMPDIR") or "/tmp"  # noqa: S108  where nodes put their sockets
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    shared = Path("/dev/shm")  # noqa: S108  looked at, not written
+    shared = Path("/dev/shm")  # noqa: S108  only read
     problems = [runtime_problem] if runtime_problem else []
     installed = {name: _version(name) for name in PACKAGES}
     if installed["onnxruntime"] and installed["onnxruntime-gpu"]:

@@ -53,12 +53,15 @@ def test_tensors_side_by_side_make_one_boundary(tmp_path):
             "'x', which is an input of the model: every stage that reads it takes it from the caller. The nearest that",
         ),
         ("y", "is read by no op: it is an output of the model. The nearest that can: m5, h4"),
-        ("matmul2", "is the name of an op, not of a tensor; name what it writes: m2. The nearest that can: m2"),
+        ("matmul2", "is the name of an op, not of a tensor; name one of its outputs: m2. The nearest that can: m2"),
         (
             "relu5",
-            "is the name of an op, not of a tensor, and what it writes (y) cannot be cut either. The nearest that",
+            "is the name of an op, not of a tensor, and its outputs (y) cannot be cut either. The nearest that",
         ),
-        ("MatMul", "is a type of ops, not of a tensor; name what it writes: m0, m1, m2 and 3 more. The nearest that"),
+        (
+            "MatMul",
+            "is a type of ops, not of a tensor; name one of its outputs: m0, m1, m2 and 3 more. The nearest that",
+        ),
     ],
 )
 def test_an_illegal_tensor_gets_the_nearest_legal_ones(tmp_path, tensor, words):
@@ -75,7 +78,7 @@ def test_a_tensor_inside_an_atom_is_illegal(tmp_path):
         helper.make_node("ConcatFromSequence", ["s"], ["y"], axis=0),
     ]
     proto = build.model(nodes, [build.value("x", [2])], [build.value("y", [4])])
-    with pytest.raises(PartitionError, match=r"ties ops that must stay together.*nearest that can: a"):
+    with pytest.raises(PartitionError, match=r"joins ops that must stay together.*nearest that can: a"):
         planned(proto, tmp_path, cut_at=["s"])
 
 

@@ -215,7 +215,7 @@ BAD = [
     (["partition", "empty.onnx"], "empty.onnx is empty"),
     (["partition", "model.onnx", "--stages", "99", "--costs", "analytic"], "Ask for 12 stages or fewer"),
     (["partition", "model.onnx", "--cut-at", "nowhere", "--costs", "analytic"], "The nearest that can"),
-    (["partition", "model.onnx", "-o", "letters"], "letters is there and holds no plan; nothing was touched"),
+    (["partition", "model.onnx", "-o", "letters"], "letters exists and holds no plan; nothing was touched"),
     (["partition", "model.onnx", "-o", "nowhere/m.plan"], "does not exist; create it or choose another with -o DIR"),
     (["partition", "model.onnx", "--dim", "bach=2"], "its free dimensions are: batch"),
     (["partition", "model.onnx", "--inputs", "junk.npz"], "cannot read junk.npz"),
@@ -226,7 +226,7 @@ BAD = [
     (["verify", "letters", "model.onnx"], "letters is not a plan directory: it has no plan.json"),
     (["run", "absent.plan"], "absent.plan is not a plan directory: it is missing"),
     (["run", "changed.plan"], "stage1.onnx: its SHA-256 is not the plan's"),
-    (["run", "newer.plan"], "the plan has format 99, this onnxsplit reads up to 1. Upgrade onnxsplit"),
+    (["run", "newer.plan"], "the plan has format 99; this onnxsplit reads up to 1. Upgrade onnxsplit"),
     (["run", "good.plan", "--inputs", "wrong.npz"], "the inputs do not fit the model"),
     (["run", "good.plan", "--outputs-only", "z"], "output 'z' is unknown; allowed: y"),
     (["run", "good.plan", "--provider", "tensorrt"], "provider 'tensorrt' is not in the installed ONNX Runtime"),
@@ -398,7 +398,7 @@ def test_what_is_no_regular_file_is_no_place_for_results(onnxsplit, tmp_path, wo
     os.mkfifo(tmp_path / "fifo")
     before = (tmp_path / "fifo").stat().st_ino
     said = onnxsplit(*words.split(), code=1).stderr
-    assert "it is a FIFO; only a regular file can be replaced" in said or "is there and is not a folder" in said
+    assert "it is a FIFO; only a regular file can be replaced" in said or "exists and is not a folder" in said
     assert (tmp_path / "fifo").is_fifo()
     assert (tmp_path / "fifo").stat().st_ino == before
 

@@ -54,7 +54,7 @@ def test_sizes(text, size):
         ('[[device]]\nname="a"\nspeed="fast"', "speed must be a number above 0"),
         ('[[device]]\nname="a"\nmemory="much"', "memory must be a size such as 512M"),
         ('[[device]]\nname="a"\nthread=2', "'thread' is unknown; allowed: .*threads"),
-        ('[[device]]\nname="a"\n[[device]]\nname="a"', "'a' is there twice"),
+        ('[[device]]\nname="a"\n[[device]]\nname="a"', "'a' occurs twice"),
         ('[[device]]\nname="a"\nonly_ops="Conv"', "only_ops must be a list"),
         ('[[device]]\nname="a"\n[[link]]\nbetween=["a"]', "between must be a list of two hosts or devices"),
         ('[[device]]\nname="a"\n[[link]]\nbetween=["a","z"]', "'z' is not a device or host; known: a, local"),

@@ -99,7 +99,7 @@ def test_what_names_no_libraries_is_refused(given):
 
 @pytest.mark.parametrize("name", ["", "a\udcff.so"])
 def test_names_that_are_empty_or_no_text_are_refused(name):
-    with pytest.raises(CustomOpsError, match="is not UTF-8 text, or empty"):
+    with pytest.raises(CustomOpsError, match="is empty or not UTF-8 text"):
         find_libraries([name])
 
 

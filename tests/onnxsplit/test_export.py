@@ -487,7 +487,7 @@ def test_a_hub_that_is_out_of_reach_is_said(tmp_path, python_environment):
     assert "is not on this host, and the hub cannot be reached" in gone.stderr
     assert "Traceback" not in gone.stderr
     offline = exported_in_a_process(tmp_path, python_environment, "hf://org/repo/m.onnx", "--offline")
-    assert "the hub may not be asked (--offline)" in offline.stderr
+    assert "the hub is not contacted (--offline)" in offline.stderr
 
 
 def test_a_folder_whose_weights_are_pickled_is_refused(tmp_path):

@@ -95,7 +95,7 @@ FILES = {
     "some.json": (b'{"error": "Repository not found"}', "JSON, not a model"),
     "recipe.py": (b"import torch\n", r"Python code.*onnxsplit export \S*recipe\.py"),
     "zeros.onnx": (bytes(5000), "only zeros.*fetch it again"),
-    "half.zip": (zipped("model.onnx")[:40], "zip archive that is cut off"),
+    "half.zip": (zipped("model.onnx")[:40], "zip archive that is truncated"),
     "notes.onnx": (b"remember the milk\n", "text that begins with 'remember the milk'"),
 }  # fmt: skip
 

@@ -173,12 +173,12 @@ BAD = [
     ({"tasks": [["a"]]}, "--strategy task"),
     ({"strategy": "task", "tasks": [["z"]]}, "'z' is not an output.*a, b"),
     ({"strategy": "task", "tasks": [["a"], ["a"]]}, "more than one group"),
-    ({"strategy": "layer", "parallel": "hybrid"}, "goes with --strategy network"),
+    ({"strategy": "layer", "parallel": "hybrid"}, "needs --strategy network"),
     ({"place": {"x": "y"}}, "give --cluster FILE"),
     ({"together": ["nothing*"]}, "no op's name matches 'nothing\\*'.*'/back/0'"),
     ({"no_cut": ["zzz"]}, "--no-cut: 'zzz' is not a tensor"),
     ({"also_cut": ["zzz"]}, "cannot cut at 'zzz'"),
-    ({"also_cut": ["h0"], "no_cut": ["h0"]}, "cannot cut at 'h0', which ties"),
+    ({"also_cut": ["h0"], "no_cut": ["h0"]}, "cannot cut at 'h0', which joins"),
     ({"cut_at": ["h0"], "strategy": "task"}, "leave out --strategy"),
     ({"gap": -1.0}, "--gap"),
     ({"time_limit": 0.0}, "--time-limit"),
@@ -198,7 +198,7 @@ def test_unknown_devices_are_named(model):
     file = cluster_file(model, Device("one"), Device("two"))
     with pytest.raises(PartitionError, match="'three' is not a device of the cluster; it has one, two"):
         cut(model, cluster=file, place={"/b/*": "three"})
-    with pytest.raises(PartitionError, match="no cut was found that keeps to the ops they may run"):
+    with pytest.raises(PartitionError, match="no cut was found that fits the ops they may run"):
         cut(model, cluster=cluster_file(model, Device("one", not_ops=("Relu",))))
     with pytest.raises(ClusterError, match="cluster init"):
         cut(model, cluster=model.with_name("absent.toml"))

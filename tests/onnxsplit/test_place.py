@@ -69,7 +69,7 @@ def test_placing_again_starts_from_the_same_times_and_leaves_the_files(plan, tmp
     assert times[2] == times[0]
     assert times[1] == [round(time_ns / 4) for time_ns in times[0]]
     assert [s.files for s in again.stages] == [s.files for s in before.stages]
-    with pytest.raises(PlanError, match="is there already; nothing was touched"):
+    with pytest.raises(PlanError, match="already exists; nothing was touched"):
         place(plan, tmp_path / "1.toml", out=tmp_path / "0.plan")
 
 
@@ -77,7 +77,7 @@ def test_too_few_devices_and_too_little_memory_are_said(plan):
     with pytest.raises(PartitionError, match=r"3 stages and the cluster 2 devices"):
         placed(load_plan(plan), cluster("a", "b"))
     tight = Cluster(tuple(Device(f"d{n}", memory_bytes=100) for n in range(3)), {})
-    with pytest.raises(PartitionError, match="keeps to the devices' memory"):
+    with pytest.raises(PartitionError, match="fits the devices' memory"):
         placed(load_plan(plan), tight)
 
 
@@ -140,5 +140,5 @@ def test_ops_stay_off_devices_that_may_not_run_them(plan, tmp_path):
     assert not (tmp_path / "q").exists()
     (tmp_path / "q").write_text("a file")
     file.write_text(Cluster(tuple(able), {}).to_toml())
-    with pytest.raises(PlanError, match="is there already; nothing was touched"):
+    with pytest.raises(PlanError, match="already exists; nothing was touched"):
         place(plan, file, out=tmp_path / "q")

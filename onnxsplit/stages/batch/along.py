@@ -57,7 +57,7 @@ def reduced(call: Call) -> Fact:
     if not axes:
         if call.integer("noop_with_empty_axes", 0):
             return fact
-        raise Mixes("it reduces over all axes, the rows among them")
+        raise Mixes("it reduces over all axes, including that of the rows")
     return _without(call, fact, axes)
 
 
@@ -67,11 +67,11 @@ def arg_reduced(call: Call) -> Fact:
 
 
 def _without(call: Call, fact: Fact, axes: Sequence[int]) -> Fact:
-    gone = {from_front(axis, call.rank(0)) for axis in axes}
-    if fact.axis in gone:
+    removed = {from_front(axis, call.rank(0)) for axis in axes}
+    if fact.axis in removed:
         raise Mixes("it reduces over the rows")
-    lost = 0 if call.integer("keepdims", 1) else sum(axis < fact.axis for axis in gone)
-    return rows(fact.axis - lost, fact.per_row)
+    shift = 0 if call.integer("keepdims", 1) else sum(axis < fact.axis for axis in removed)
+    return rows(fact.axis - shift, fact.per_row)
 
 
 def top_k(call: Call) -> Fact:

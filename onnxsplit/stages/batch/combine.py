@@ -84,7 +84,7 @@ def only_rank(rank: int, rule: Rule) -> Rule:
 
     def checked(call: Call) -> Fact | Sequence[Fact]:
         if call.rank(0) != rank:
-            raise Mixes(f"its input has the rank {call.rank(0)}; only for {rank} is it known that rows stay apart")
+            raise Mixes(f"its input has the rank {call.rank(0)}; rows are known to stay apart only for rank {rank}")
         return rule(call)
 
     return checked
@@ -96,7 +96,7 @@ def first_output(rule: Rule) -> Rule:
     def checked(call: Call) -> Sequence[Fact]:
         outputs = rule(call)
         first = outputs if isinstance(outputs, Fact) else outputs[0]
-        rest = Fact(Dependence.MIXED, why=f"a further output of {call.node.op_type} is made of the whole batch")
+        rest = Fact(Dependence.MIXED, why=f"a further output of {call.node.op_type} depends on the whole batch")
         return [first, *[rest] * (len(call.node.output) - 1)]
 
     return checked

@@ -262,5 +262,5 @@ def _repeated(shape: list[Linear | int]) -> Fact:
     size = shape[places[0]]
     assert isinstance(size, Linear)
     if size.fixed or size.per_row < 1:
-        raise Mixes("an axis of it is not a multiple of the number of rows")
+        raise Mixes("one of its axes is not a multiple of the number of rows")
     return Fact(Dependence.ROWS, places[0], size.per_row)

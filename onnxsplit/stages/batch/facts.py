@@ -27,8 +27,8 @@ class Dependence(Enum):
     SAME = "it is the same for every batch"
     ROWS = "it carries the rows"
     NUMBERS = "its entries are the numbers of the rows, from 0"
-    PLACED = "what belongs to a row depends on the number of the row"
-    INDEX = "along its last axis, the number of the row comes first, and then what the row says"
+    PLACED = "its part for each row depends on the number of the row"
+    INDEX = "along its last axis, the first entry is the number of the row, and the others come from the row"
     SIZE = "it depends on the number of rows alone, and its numbers are known"
     MIXED = "it cannot be split"
 
@@ -119,7 +119,7 @@ class Call:
                 continue
             if fact.kind is Dependence.SIZE:
                 raise Mixes("it computes with the number of rows")
-            raise Mixes(f"rows reach its input {index}, from where they act on all rows")
+            raise Mixes(f"rows reach its input {index}, which acts on all rows")
 
     def shape(self, index: int) -> tuple[int, ...]:
         """The shape of an input.

@@ -23,9 +23,9 @@ def batch_normalised(call: Call) -> Sequence[Fact] | Fact:
 def dropout(call: Call) -> Fact:
     """Dropout is elementwise if it drops nothing."""
     if call.opset < 7 and not call.integer("is_test", 0):
-        raise Mixes("it is in training form")
+        raise Mixes("it is in training mode")
     if call.has(2) and any(call.ints(2)):
-        raise Mixes("it is in training form")
+        raise Mixes("it is in training mode")
     return first_alone(call)
 
 
@@ -82,7 +82,7 @@ def gemm(call: Call) -> Fact:
     if addend is None or addend.kind is Dependence.SAME:
         rank, back = (call.rank(2), product.axis - 2) if addend is not None else (0, -1)
         if rank >= -back and call.shape(2)[back] != 1:
-            raise Mixes("what it adds has an entry for each row")
+            raise Mixes("the tensor that it adds has an entry for each row")
         return product
     if addend.kind is not Dependence.ROWS or (addend.axis - call.rank(2), addend.per_row) != (
         product.axis - 2,
@@ -126,7 +126,7 @@ def resized(call: Call) -> Fact:
     if call.attribute("coordinate_transformation_mode", b"") == b"tf_crop_and_resize":
         raise Mixes("it crops")
     if call.attribute("keep_aspect_ratio_policy", b"stretch") != b"stretch":
-        raise Mixes("it takes one factor for all axes, that of the rows among them")
+        raise Mixes("it has one factor for all axes, including that of the rows")
     scales = 1 if call.node.op_type == "Upsample" or call.opset < 11 else 2
     attribute = call.attribute("scales") if call.node.op_type == "Upsample" else None
     if attribute is not None:
@@ -152,7 +152,7 @@ def attention(call: Call) -> Fact:
         raise Mixes("its mask has an entry for each row")
     assert isinstance(fact, Fact)
     if fact.per_row != 1:
-        raise Mixes("its rows are more than one entry each")
+        raise Mixes("each of its rows has more than one entry")
     return fact
 
 
@@ -163,7 +163,7 @@ def multi_head(*carriers: int, masks: Sequence[int] = ()) -> Rule:
         fact = leading(*carriers, *masks)(call)
         assert isinstance(fact, Fact)
         if fact.per_row != 1:
-            raise Mixes("its rows are more than one entry each")
+            raise Mixes("each of its rows has more than one entry")
         for index in masks:
             if call.fact(index) is not None and call.carries(index) and call.rank(index) < 2:
                 raise Mixes("its mask is a list of positions")
@@ -186,13 +186,13 @@ def _with_mask_same(call: Call, index: int) -> Call:
 
 
 def features(call: Call) -> Fact:
-    """ArrayFeatureExtractor takes columns of a table that carries rows, or looks up labels by indices that do."""
+    """ArrayFeatureExtractor takes columns of a table with rows, or looks up labels by indices with rows."""
     call.others_same(0, 1)
     if call.carries(0) and not call.carries(1) and call.rank(0) == 2 and call.require(0).axis == 0:
         return call.require(0)
     if call.carries(1) and not call.carries(0) and call.rank(0) == call.rank(1) == 1:
         return rows(1, call.require(1).per_row)
-    raise Mixes("it picks rows by their place")
+    raise Mixes("it picks rows by position")
 
 
 def bit_matrices(call: Call) -> Fact:

@@ -56,7 +56,7 @@ def _regrouped(call: Call, dims: Sequence[Linear | int], wanted: Sequence[Linear
     before = math.prod(d for d in dims[: fact.axis] if isinstance(d, int))
     whole = _product(dims)
     if not isinstance(whole, Linear) or whole.fixed:
-        raise Mixes("its tensors have no elements, so that nothing can be told")
+        raise Mixes("its tensors have no elements, so rows cannot be followed")
     open_places = [place for place, size in enumerate(wanted) if equal(size, -1)]
     try:
         shape = list(wanted)
@@ -81,11 +81,11 @@ def squeezed(call: Call) -> Fact:
     fact = call.require(0)
     axes = call.listed("axes", 1)
     if axes is None:
-        raise Mixes("it takes away every axis of one entry, that of a single row among them")
-    gone = {from_front(axis, call.rank(0)) for axis in axes}
-    if fact.axis in gone:
-        raise Mixes("it takes the axis of the rows away")
-    return rows(fact.axis - sum(axis < fact.axis for axis in gone), fact.per_row)
+        raise Mixes("it removes every axis of size 1, including that of a single row")
+    removed = {from_front(axis, call.rank(0)) for axis in axes}
+    if fact.axis in removed:
+        raise Mixes("it removes the axis of the rows")
+    return rows(fact.axis - sum(axis < fact.axis for axis in removed), fact.per_row)
 
 
 def unsqueezed(call: Call) -> Fact:
@@ -110,7 +110,7 @@ def expanded(call: Call) -> Fact:
             if not equal(size, 1) and not equal(size, linear(fact.per_row, 0)):
                 raise Mixes("it repeats the rows")
         elif isinstance(size, Linear):
-            raise Mixes("two axes of it depend on the number of rows")
+            raise Mixes("two of its axes depend on the number of rows")
     return rows(axis, fact.per_row)
 
 
@@ -150,7 +150,7 @@ def sliced(call: Call) -> Fact:
     call.others_same(0, 1, 2)
     fact = call.require(0)
     if call.carries(1) or call.carries(2):
-        raise Mixes("where it cuts depends on the rows")
+        raise Mixes("its start or end depends on the rows")
     rank = call.rank(0)
     axes = call.listed("axes", 3)
     if axes is None:
@@ -164,7 +164,7 @@ def sliced(call: Call) -> Fact:
             if starts[place] != 0 or steps[place] != 1 or not full:
                 raise Mixes("it takes some of the rows")
         elif _any_size(call, place):
-            raise Mixes("where it cuts depends on the number of rows")
+            raise Mixes("its start or end depends on the number of rows")
     return rows(fact.axis, fact.per_row)
 
 
@@ -181,11 +181,11 @@ def padded(call: Call) -> Fact:
     fact, rank = call.require(0), call.rank(0)
     pads = call.listed("pads", 1)
     if pads is None:
-        raise Mixes("how it pads is not known")
+        raise Mixes("its padding is not known")
     axes = call.ints(3) if call.has(3) else list(range(rank))
     for place, axis in enumerate(axes):
         if from_front(axis, rank) == fact.axis and (pads[place] or pads[place + len(axes)]):
-            raise Mixes("it puts entries before or after the rows")
+            raise Mixes("it adds entries before or after the rows")
     return rows(fact.axis, fact.per_row)
 
 
@@ -194,7 +194,7 @@ def gathered(call: Call) -> Fact:
     axis = from_front(call.integer("axis", 0), call.rank(0))
     call.others_same(0, 1)
     if call.carries(0) and call.carries(1):
-        raise Mixes("it looks rows up by rows")
+        raise Mixes("its indices and its data both carry rows")
     if call.carries(1):
         fact = call.require(1)
         if call.facts[0] is not None and call.facts[0].kind is Dependence.SIZE:
@@ -204,7 +204,7 @@ def gathered(call: Call) -> Fact:
     if call.facts[1] is None or call.facts[1].kind is not Dependence.SAME:
         raise Mixes("it computes with the number of rows")
     if fact.axis == axis:
-        raise Mixes("it picks rows by their place")
+        raise Mixes("it picks rows by position")
     return rows(fact.axis + (call.rank(1) - 1 if fact.axis > axis else 0), fact.per_row)
 
 
@@ -212,9 +212,9 @@ def gathered_elements(call: Call) -> Fact:
     """GatherElements: data and indices must carry the rows along the same, other axis."""
     one, other = call.require(0), call.require(1)
     if (one.axis, one.per_row) != (other.axis, other.per_row) or one.per_row != 1:
-        raise Mixes("it looks rows up by rows")
+        raise Mixes("its indices and its data both carry rows")
     if one.axis == from_front(call.integer("axis", 0), call.rank(0)):
-        raise Mixes("it picks rows by their place")
+        raise Mixes("it picks rows by position")
     return rows(one.axis)
 
 
@@ -224,12 +224,12 @@ def gathered_nd(call: Call) -> Fact:
     if call.carries(0):
         one, other = call.require(0), call.require(1)
         if one != other or one.axis >= batch:
-            raise Mixes("it looks rows up by rows")
+            raise Mixes("its indices and its data both carry rows")
         return rows(one.axis, one.per_row)
     call.others_same(1)
     fact = call.require(1)
     if fact.axis >= call.rank(1) - 1 or fact.axis < batch:
-        raise Mixes("it picks entries by the place of a row")
+        raise Mixes("it picks entries by the position of a row")
     return rows(fact.axis, fact.per_row)
 
 
@@ -237,9 +237,9 @@ def scattered_elements(call: Call) -> Fact:
     """ScatterElements: all three must carry the rows along the same, other axis."""
     carried = [call.require(index) for index in range(3)]
     if len(set(carried)) != 1 or carried[0].axis == from_front(call.integer("axis", 0), call.rank(0)):
-        raise Mixes("it writes rows by their place")
+        raise Mixes("it writes rows by position")
     if carried[0].per_row != 1:
-        raise Mixes("it writes rows by their place")
+        raise Mixes("it writes rows by position")
     return rows(carried[0].axis)
 
 
@@ -267,7 +267,7 @@ def einsum(call: Call) -> Fact:
     left, arrow, right = equation.decode().replace(" ", "").partition("->")
     terms = left.split(",")
     if not arrow or "." in equation.decode() or len(terms) != len(call.facts):
-        raise Mixes("its equation is not one that can be followed")
+        raise Mixes("its equation cannot be followed")
     letters = {terms[i][call.require(i).axis] for i in range(len(terms)) if call.carries(i)}
     counts = {call.require(i).per_row for i in range(len(terms)) if call.carries(i)}
     if len(letters) != 1 or len(counts) != 1:

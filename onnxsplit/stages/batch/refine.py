@@ -13,8 +13,8 @@ from onnxsplit.stages.batch.walk import Learned, graph_sizes
 def refined(model: onnx.ModelProto, learned: Learned) -> onnx.ModelProto | None:
     """Infer more shapes of a model.
 
-    A tensor whose numbers are known becomes a constant, and the output of an If of which only one branch runs gets the
-    shape that this branch gives. Both hold for one binding of the free dimensions.
+    A tensor whose numbers are known becomes a constant, and the output of an If that can run only one branch gets
+    the shape that this branch gives. Both hold for one binding of the free dimensions.
 
     Args:
         model: the model; it is changed.
@@ -23,11 +23,11 @@ def refined(model: onnx.ModelProto, learned: Learned) -> onnx.ModelProto | None:
     Returns:
         The model with the inferred shapes; None if nothing new was learned, or inference fails.
     """
-    news = [
+    changes = [
         _with_shape(graph, name, what) if isinstance(what, onnx.ValueInfoProto) else _with_numbers(graph, name, what)
         for graph, name, what in learned
     ]
-    if not any(news):
+    if not any(changes):
         return None
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)

@@ -41,7 +41,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class _Manner:
+class _RowPattern:
     """How the rows of a trial are made.
 
     Float rows are drawn from ``low`` to 1 and multiplied by the scales in turn.
@@ -54,13 +54,13 @@ class _Manner:
 
 
 _MOST_DRAWS = 20  # attempts to draw rows that differ
-_MANNERS = (
-    _Manner("rows between 0 and 1", (2, 3), (1.0,)),
-    _Manner("a large row beside small ones", (1, 2), (1.0, 300.0, 0.1)),
-    _Manner("negative values", (1, 1), (1.0, 3.0), low=-1.0),
-    _Manner("zeros beside large rows", (3, 2), (0.0, 300.0, -1.0, 0.1, 1.0)),
-    _Manner("small rows", (2, 1), (0.1, 0.05, 0.01), low=-1.0),
-    _Manner("single rows", (1, 1, 1), (300.0, 0.1, -1.0), low=-1.0),
+_ROW_PATTERNS = (
+    _RowPattern("rows between 0 and 1", (2, 3), (1.0,)),
+    _RowPattern("a large row beside small ones", (1, 2), (1.0, 300.0, 0.1)),
+    _RowPattern("negative values", (1, 1), (1.0, 3.0), low=-1.0),
+    _RowPattern("zeros beside large rows", (3, 2), (0.0, 300.0, -1.0, 0.1, 1.0)),
+    _RowPattern("small rows", (2, 1), (0.1, 0.05, 0.01), low=-1.0),
+    _RowPattern("single rows", (1, 1, 1), (300.0, 0.1, -1.0), low=-1.0),
 )
 
 
@@ -73,15 +73,15 @@ def trials(example: Mapping[str, Array], axes: Axes, limits: Mapping[str, int]) 
         limits: for integer inputs, the number that all values must stay below.
     """
     random = np.random.default_rng(0)
-    for manner in _MANNERS:
-        count = sum(manner.parts)
+    for pattern in _ROW_PATTERNS:
+        count = sum(pattern.parts)
         made = dict(example)
         for name, axis in axes.items():
             for _ in range(_MOST_DRAWS):
-                made[name] = _batch(name, example[name], axis, count, manner, limits.get(name), random)
+                made[name] = _batch(name, example[name], axis, count, pattern, limits.get(name), random)
                 if not equal_rows(made, {name: axis}, limits):
                     break
-        yield Trial(manner.what, made, manner.parts)
+        yield Trial(pattern.what, made, pattern.parts)
 
 
 def rows_of(array: Array, axis: int, start: int, stop: int) -> Array:
@@ -101,7 +101,7 @@ def equal_rows(inputs: Mapping[str, Array], axes: Axes, limits: Mapping[str, int
 
 
 def _batch(
-    name: str, array: Array, axis: int, count: int, manner: _Manner, limit: int | None, random: np.random.Generator
+    name: str, array: Array, axis: int, count: int, pattern: _RowPattern, limit: int | None, random: np.random.Generator
 ) -> Array:
     """A batch of different rows, similar to those of the example."""
     first = array.take([0], axis=axis) if array.shape[axis] else np.zeros_like(array)
@@ -116,8 +116,8 @@ def _batch(
         return np.concatenate(rows, axis=axis)
     rows = []
     for number in range(count):
-        scale = manner.scales[number % len(manner.scales)]
-        rows.append((random.uniform(manner.low, 1.0, size=first.shape) * scale).astype(array.dtype))
+        scale = pattern.scales[number % len(pattern.scales)]
+        rows.append((random.uniform(pattern.low, 1.0, size=first.shape) * scale).astype(array.dtype))
     return np.concatenate(rows, axis=axis)
 
 
@@ -136,7 +136,7 @@ def _whole_numbers(
     top = limit if limit is not None else max(2, highest + 1)
     shape = list(first.shape)
     shape[axis] = count
-    if first.size == 1:  # one number a row: all are different, as far as there are as many
+    if first.size == 1:  # one number for each row: all are different if there are enough numbers
         return np.resize(random.permutation(min(top, 10**6)), shape).astype(array.dtype)
     return random.integers(0, top, size=shape).astype(array.dtype)
 
@@ -166,7 +166,7 @@ def apart(whole: Array, parts: Sequence[Array], axis: int, tolerance: float) -> 
         tolerance: the largest allowed difference relative to the largest magnitude in a row.
 
     Returns:
-        What is wrong; None if the parts equal the whole.
+        The difference in words; None if the parts equal the whole.
     """
     if any(part.ndim != whole.ndim for part in parts) or axis >= whole.ndim:
         return "its parts have another rank"

@@ -102,7 +102,7 @@ class Walk:
             AttributeError,
             AssertionError,
         ):  # an op in a form that no rule knows
-            return [_ended(node, "what it does to the rows cannot be told")] * count
+            return [_ended(node, "its effect on the rows is not known")] * count
         return [outputs] * count if isinstance(outputs, Fact) else outputs
 
     def _one(self, node: onnx.NodeProto, reads: Sequence[Fact | None], sizes: Sizes) -> Fact | Sequence[Fact]:
@@ -195,7 +195,7 @@ class Walk:
             if fact.kind is Dependence.MIXED:
                 return [fact] * len(node.output)
             if fact != before or fact.kind is Dependence.SIZE:
-                raise Mixes("what it carries from one round to the next changes its axis of rows")
+                raise Mixes("a tensor that it carries from one round to the next changes its axis of rows")
         stacked = [replace(f, axis=f.axis + 1) if f.kind is Dependence.ROWS else f for f in outputs[1 + len(carried) :]]
         return [*after, *(without_values(fact) for fact in stacked)]
 

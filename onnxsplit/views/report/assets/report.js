@@ -9,7 +9,7 @@
   const timeOf = (stage) => stage.measured_time_ns ?? stage.predicted_time_ns;
   const sum = (values) => values.reduce((a, b) => a + b, 0);
 
-  // ---- what it is
+  // ---- title and summary
   const { prediction } = plan;
   document.title = `${data.model} in ${plan.stages.length} stages`;
   by("title").textContent = `${data.model}, ${plan.stages.length} ${plan.stages.length === 1 ? "stage" : "stages"}`;
@@ -18,7 +18,7 @@
     : milliseconds(plan.objective === "latency" ? prediction.latency_ns : prediction.bottleneck_ns);
   const bound = memory ? bytes(prediction.lower_bound_bytes) : milliseconds(prediction.lower_bound_ns);
   by("summary").textContent =
-    `${{ throughput: "Bottleneck", latency: "Latency", memory: "Largest need of memory" }[plan.objective]} ${value}; no cut is below ${bound} ` +
+    `${{ throughput: "Bottleneck", latency: "Latency", memory: "Largest memory of a stage" }[plan.objective]} ${value}; no cut is below ${bound} ` +
     `(gap ${percent(prediction.gap)}). ${prediction.throughput_per_s.toFixed(1)} requests/s, one request in ${milliseconds(prediction.latency_ns)}. ` +
     `The whole model: ${milliseconds(plan.costs.whole_time_ns)}, ${bytes(plan.costs.whole_weight_bytes)} of weights. ` +
     `Times are ${plan.costs.source}. ${plan.strategy} split, ${plan.parallel} parallel.`;
