@@ -1,12 +1,12 @@
 # Each target works from nothing on a machine with Python 3.11 or newer and a network.
-#   make demo     read a picture with a network cut in two            make check    format, lint, types
+#   make demo     read a picture with a model cut in two              make check    format, lint, types
 #   make test     the tests, about six minutes on two cores           make bench    list the benchmarks; BENCH=FOLDER/FILE runs one
-#   make test-all      the tests that take long too, with all frameworks, and the soak (5 GB to install, 36 GB of disk)
+#   make test-all      also the slow tests, all frameworks, and the soak (5 GB to install, 36 GB of disk)
 #   make test-export   the exporters' tests with all frameworks (5 GB to install; about two minutes to run)
 #   make test-lowest   the quick tests with the lowest allowed version of every dependency
 #   make test-newest   the quick tests with the newest version of every dependency
-# PYTHON chooses the interpreter; VENV the folder of the environment; EXTRAS what make test installs (leave out
-# transformers to skip the exporter's tests and PyTorch's download); WORKERS how many processes run the tests.
+# PYTHON is the interpreter, VENV the folder of the environment, and WORKERS the number of processes that run the tests.
+# EXTRAS are the extras that make test installs; without transformers, PyTorch and the exporters' tests are skipped.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,7 @@ EXTRAS ?= cpu,demo,deploy,lightgbm,otel,ray,serve,simplify,sklearn,test,transfor
 ALL_FRAMEWORKS := cpu,catboost,jax,lightgbm,simplify,sklearn,tensorflow,test,transformers,xgboost
 BIN := $(VENV)/bin
 LOWEST_PYTHON ?= python3.11
-# Each file's tests run in one process, and conftest.py has the longest files first.
+# The tests of a file run in one process, and conftest.py puts the slowest files first.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
@@ -40,7 +40,7 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(PYTEST)
 
-# An empty -m takes the tests that are marked as exhaustive too.
+# An empty -m also selects the tests that are marked as exhaustive.
 test-all: $(VENV)/test.stamp
 	$(PIP) --editable '.[$(EXTRAS),$(ALL_FRAMEWORKS)]'
 	$(PYTEST) -m ""
@@ -53,15 +53,15 @@ test-export: | $(BIN)/python
 		tests/integration/test_export_docs.py
 	$(BIN)/python benchmarks export/exporters
 
-# The quick tests: those of the offline half and of the runtime, then a pipeline of real processes and the gateway over
-# HTTP and gRPC. Between them they call every dependency of the extras below. The exporters stay out: their frameworks
-# are gigabytes, and their oldest versions need older Pythons' NumPy than the rest.
+# The quick tests: the unit tests of both packages, a pipeline of real processes, and the gateway over HTTP and gRPC.
+# Together they use every dependency of the extras below. The exporters are left out: their frameworks take gigabytes,
+# and the oldest versions of these need an older NumPy than the rest.
 QUICK_EXTRAS := cpu,deploy,otel,serve,test
 QUICK_TESTS := tests/onnxsplit tests/runtime tests/integration/test_pipeline.py tests/integration/test_gateway.py \
 	--ignore-glob 'tests/onnxsplit/test_export*.py'
 
-# uv resolves to the lowest versions, which pip cannot. Only direct dependencies are held low: theirs are not ours.
-# The newest ones are taken without tests/constraints.txt. Each environment is made anew, since versions are its point.
+# uv can resolve to the lowest versions; pip cannot. Only direct dependencies are set to their lowest version. The
+# newest versions are installed without tests/constraints.txt. Each environment is created from scratch.
 test-lowest: RESOLUTION := lowest-direct
 test-lowest: RESOLVER_PYTHON = $(LOWEST_PYTHON)
 test-newest: RESOLUTION := highest
@@ -79,7 +79,7 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Without BENCH it lists the benchmarks, and about how long each takes; ARGS are the options of the one that is run.
+# Without BENCH it lists the benchmarks and about how long each takes. ARGS are options of the benchmark.
 bench: $(VENV)/test.stamp
 	$(BIN)/python benchmarks $(BENCH) $(ARGS)
 

@@ -1,4 +1,4 @@
-"""docs/states.md is drawn from the tables that the state machines go by, and every table is sound."""
+"""docs/states.md is drawn from the tables of the state machines, and every table is complete."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ TABLES = {
 
 def text() -> str:
     parts = [
-        "# States\n\nDrawn from the tables in the code by `python tests/test_states.py`. A change that a table does "
-        "not list is an error\nthat tells what led there.\n"
+        "# Which states do pipelines and nodes have?\n\nThe diagrams show all states and transitions. `python "
+        "tests/test_states.py` draws them from the tables in the code. A\ntransition that no table lists is an error, "
+        "and its message names the events before it.\n"
     ]
     for title, (module, table, first, _) in TABLES.items():
         parts.append(f"## {title}\n\n`{module}`\n\n```mermaid\n{drawing(table, first)}\n```\n")
@@ -49,7 +50,7 @@ def test_the_drawings_show_the_tables_as_they_are():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_state_can_be_reached_and_every_one_but_the_last_be_left(name):
+def test_every_state_can_be_reached_and_all_but_the_last_can_be_left(name):
     _, table, first, last = TABLES[name]
     reached, before = {first}, set()
     while reached != before:
@@ -60,7 +61,7 @@ def test_every_state_can_be_reached_and_every_one_but_the_last_be_left(name):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_what_a_table_does_not_list_is_an_error_with_its_story(name):
+def test_a_transition_that_no_table_lists_is_an_error_that_names_earlier_events(name):
     _, table, first, _ = TABLES[name]
     changes = {change for _, change in table}
     machine = Machine(name, table, first)

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Start a node on each of some hosts by ssh, and end them all with Ctrl-C.
+# Start a node on each given host by ssh; Ctrl-C stops all of them.
 #   docs/deploy/nodes-by-ssh.sh tcp://10.0.0.1:5555 host-a host-b host-b
-# On every host: onnxsplit installed for the user, and keys in ~/.config/onnxsplit/keys. A node that ends is started again.
+# On every host: onnxsplit installed for the user, and keys in ~/.config/onnxsplit/keys. A node that ends is restarted.
 set -euo pipefail
 address=$1
 shift
