@@ -1,1 +1,1 @@
-"""Benchmarks: each file in a folder answers one question, and prints how it was found; see __main__.py."""
+"""Benchmarks: each file in a folder answers one question, and prints the command that repeats it; see __main__.py."""

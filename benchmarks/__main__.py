@@ -28,7 +28,7 @@ def listed() -> dict[str, tuple[str, str]]:
 
 
 def main() -> None:
-    """List or run."""
+    """List the benchmarks, or run the one that is named."""
     name, *words = sys.argv[1:] or [""]
     if name not in listed():
         for known, (takes, question) in listed().items():

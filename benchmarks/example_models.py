@@ -1,4 +1,4 @@
-"""The models that several benchmarks share: those with a name, and those made to measure."""
+"""The models that several benchmarks share: trained ones by name, and generated ones of a given size."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ LARGE_WIDTH = 4096
 
 
 def named(name: str, folder: Path) -> tuple[Path, dict[str, int]]:
-    """The file of a model, and sizes for its free dimensions.
+    """Return the file of a model, and sizes for its free dimensions.
 
     Args:
         name: a file, a model of `models/zoo.toml`, a name of ``CHAINS``, or a recipe of `models/`.
-        folder: where a model is written that has to be made.
+        folder: folder for a model that has to be made.
     """
     if Path(name).is_file():
         return Path(name), {}
@@ -58,8 +58,8 @@ def named_plan(name: str, folder: Path, *, models: Path | None = None) -> Path:
 
     Args:
         name: as :func:`named` takes it.
-        folder: where the plan is written, and a model that has to be made.
-        models: a folder for such models instead.
+        folder: folder for the plan, and for a model that has to be made.
+        models: another folder for a model that has to be made.
 
     Returns:
         The folder of the plan.
@@ -71,7 +71,7 @@ def named_plan(name: str, folder: Path, *, models: Path | None = None) -> Path:
 
 
 def products(out: Path, width: int, layers: int, rows: int | str = "batch") -> Path:
-    """A chain of products with square weights, each followed by a tanh; input ``x``, output ``y``."""
+    """Make a chain of products with square weights, each followed by a tanh; input ``x``, output ``y``."""
     source = np.random.default_rng(0)
     nodes, weights, last = [], [], "x"
     for step in range(layers):
@@ -85,7 +85,7 @@ def products(out: Path, width: int, layers: int, rows: int | str = "batch") -> P
 
 
 def one_tensor(size_bytes: int, folder: Path) -> Path:
-    """A plan of two stages: the first makes a tensor of this size of a number, the second reads a little of it."""
+    """Make a plan of two stages: the first expands a number to a tensor of this size, the second reads a part of it."""
     nodes = [
         helper.make_node("Expand", ["x", "shape"], ["wide"]),
         helper.make_node("Slice", ["wide", "zero", "one"], ["y"]),
@@ -108,7 +108,7 @@ def saved(out: Path, nodes: list[Any], ends: tuple[str, str], shape: list[int | 
 
 
 def every(names: list[str], folder: Path) -> Iterator[Named]:
-    """All models that cuts are tried on, or those whose names or files are given.
+    """Yield all models that cuts are tested on, or those with the given names or files.
 
     They are the trained models of `models/zoo.toml`, the nine light graphs that the onnx package carries, and the
     recipes, made small.
@@ -128,7 +128,7 @@ def every(names: list[str], folder: Path) -> Iterator[Named]:
 
 
 def _light(folder: Path) -> Iterator[Named]:
-    """The light graphs of the onnx package. Their weights are constant, so all outputs would be equal: made random."""
+    """Yield the light graphs of the onnx package with random weights: constant weights make all outputs equal."""
     for source in sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx")):
         model = onnx.load(source)
         random = np.random.default_rng(0)
@@ -149,7 +149,7 @@ def _light(folder: Path) -> Iterator[Named]:
 
 
 def large(folder: Path, gigabytes: int) -> Path:
-    """A chain of MatMul and Relu in ``large.onnx``, its weights in ``weights.bin`` beside it."""
+    """Write a chain of MatMul and Relu to ``large.onnx``, and its weights to ``weights.bin`` beside it."""
     width = LARGE_WIDTH
     layers = gigabytes * (1 << 30) // (4 * width * width)
     nodes, weights, last = [], [], "x"

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the command line, measuring in turns, and what is printed.
+"""The code that all benchmarks share: command line, measuring in turns, and output.
 
 A benchmark is a file in a folder beside this one. Its docstring begins with the question that it answers, in one
 line. ``TAKES`` says about how long it takes on two cores; `python benchmarks` lists every file that has it.
@@ -9,8 +9,8 @@ line. ``TAKES`` says about how long it takes on two cores; `python benchmarks` l
 
     TAKES = "5 min"
 
-The line with the path lets it be started as a file. Importing this module lets the processes that a benchmark starts
-import this checkout, too.
+With the line that sets the path, a benchmark can be started as a file. Importing this module also lets the processes
+that a benchmark starts import this checkout.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ Result = TypeVar("Result")
 
 
 def parser(doc: str | None, takes: str) -> argparse.ArgumentParser:
-    """A command line with ``--json``, whose help says what question is answered and how long that takes.
+    """Make a command line with ``--json``, whose help has the benchmark's question and duration.
 
-    From here on SIGTERM raises SystemExit, so that what a benchmark started is ended.
+    It also makes SIGTERM raise SystemExit, so that the processes of the benchmark are ended.
 
     Args:
         doc: the docstring of the benchmark.
@@ -69,11 +69,11 @@ def parser(doc: str | None, takes: str) -> argparse.ArgumentParser:
     return made
 
 
-# What is printed
+# Output
 
 
 def environment() -> dict[str, str]:
-    """The processor, its cores, and the versions that matter."""
+    """Return the processor, its cores, and the versions of the main packages."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     versions = {"processor": model, "cores": str(host_cores()), "python": platform.python_version()}
@@ -86,19 +86,19 @@ def environment() -> dict[str, str]:
 
 
 def environment_line() -> str:
-    """The same in one line."""
+    """Return the environment in one line."""
     return ", ".join(f"{name} {value}" for name, value in environment().items())
 
 
 def command() -> str:
-    """How to run this benchmark again, from the root of the checkout."""
+    """Return the command that repeats this benchmark from the root of the checkout."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
     return shlex.join(["python", str(name), *sys.argv[1:]])
 
 
 class Report:
-    """Prints rows as they come: a table, or with ``--json`` a line of JSON for each row.
+    """Prints each row when it is measured: as a table, or with ``--json`` a line of JSON for each row.
 
     The machine and the command are printed first.
 
@@ -117,7 +117,7 @@ class Report:
             print(f"{environment_line()}\n{command()}\n", flush=True)
 
     def row(self, figures: Mapping[str, Any], text: str | None = None) -> None:
-        """Print one row: its figures, as ``text`` where that is given, else as a line of the table."""
+        """Print one row: as ``text`` if that is given, else as a line of the table."""
         if self._json:
             print(json.dumps(figures), flush=True)
             return
@@ -127,12 +127,12 @@ class Report:
         print(text, flush=True)
 
     def figures(self, figures: Mapping[str, Any]) -> None:
-        """Print the result of a benchmark that has one: a figure a line."""
+        """Print the only result of a benchmark, one figure per line."""
         width = max(map(len, figures))
         self.row(figures, "\n".join(f"{name:{width}} {_shown(value)}" for name, value in figures.items()))
 
     def note(self, text: str) -> None:
-        """Print a remark for people; it is not part of the JSON."""
+        """Print a remark, unless the output is JSON."""
         print(text, file=sys.stderr if self._json else sys.stdout, flush=True)
 
     def _head(self) -> None:
@@ -169,17 +169,17 @@ def _shown(value: Any) -> str:
 
 
 def example_path(plan: Path) -> Path:
-    """The file of the example inputs that a plan folder holds."""
+    """Return the file of a plan folder's example inputs."""
     return example_file(plan, load_plan(plan))
 
 
 def example(plan: Path) -> dict[str, Any]:
-    """The example inputs that a plan folder holds."""
+    """Return the example inputs of a plan folder."""
     return load_npz(example_path(plan))
 
 
 def rate(pipeline: Pipeline, inputs: Mapping[str, Any], seconds: float) -> float:
-    """Requests per second while as many are in flight as the pipeline admits."""
+    """Measure the requests per second with as many in flight as the pipeline admits."""
     futures, begun = [], time.perf_counter()
     while time.perf_counter() < begun + seconds or len(futures) < 3 * pipeline.inflight:
         futures.append(pipeline.submit(inputs))
@@ -189,7 +189,7 @@ def rate(pipeline: Pipeline, inputs: Mapping[str, Any], seconds: float) -> float
 
 
 def latency_ms(pipeline: Pipeline, inputs: Mapping[str, Any], seconds: float) -> float:
-    """The median time of a request in milliseconds, one request at a time."""
+    """Measure the median time of a request in milliseconds, with one request at a time."""
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
         begun = time.perf_counter()
@@ -199,10 +199,10 @@ def latency_ms(pipeline: Pipeline, inputs: Mapping[str, Any], seconds: float) ->
 
 
 def in_turns(contenders: Mapping[str, Callable[[], Result]], slices: int) -> dict[str, list[Result]]:
-    """What each contender gives, slice by slice, taking turns.
+    """Measure each contender slice by slice, in turns.
 
-    A first slice warms up and is not counted. Every other slice runs in reverse order, so that none always follows
-    the same one.
+    A first slice warms up and is not counted. Every other slice runs in reverse order, so that no contender always
+    follows the same one.
     """
     results: dict[str, list[Result]] = {name: [] for name in contenders}
     for number in range(slices + 1):
@@ -226,7 +226,7 @@ class Ratio:
 
 
 def ratio(values: Sequence[float], others: Sequence[float]) -> Ratio:
-    """Values over others, slice by slice; the interval is by bootstrap."""
+    """Divide values by others slice by slice; the interval is by bootstrap."""
     ratios = [value / other for value, other in zip(values, others, strict=True)]
     source = random.Random(0)
     medians = sorted(statistics.median(source.choices(ratios, k=len(ratios))) for _ in range(2000))
@@ -234,7 +234,7 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> Ratio:
 
 
 def right(outputs: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether all outputs are within 1e-4 of the largest value of what is wanted."""
+    """Return whether all outputs differ from the reference by at most 1e-4 of its largest value."""
     import numpy as np
 
     return all(np.abs(outputs[name] - array).max() <= 1e-4 * np.abs(array).max() for name, array in wanted.items())
@@ -245,7 +245,7 @@ def right(outputs: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def held(pid: int, share: float) -> Iterator[None]:
-    """Hold a process to a share of one core, by the kernel's CPU controller (cgroup v1 or v2; needs root)."""
+    """Limit a process to a share of one core with the kernel's CPU controller (cgroup v1 or v2; needs root)."""
     first, period_us = Path("/sys/fs/cgroup/cpu"), 20_000
     group = (first if first.is_dir() else Path("/sys/fs/cgroup")) / f"onnxsplit-{os.getpid()}-{pid}"
     group.mkdir()
@@ -265,7 +265,7 @@ def held(pid: int, share: float) -> Iterator[None]:
 
 
 def ended(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Close the standard input of a process that ends with it, and reap the process; kill it when it takes longer."""
+    """Close the standard input of a process that then ends, and reap it; kill it if it takes too long."""
     assert process.stdin is not None
     process.stdin.close()
     try:

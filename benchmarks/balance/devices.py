@@ -1,9 +1,9 @@
-"""Is a cut that is planned for unlike devices faster than an equal one?
+"""Is a cut planned for different devices faster than an equal one?
 
-Nodes are held to 100 %, 50 % and 25 % of a core, by quotas of the kernel's CPU controller (cgroup v1 or v2, as root);
+Quotas of the kernel's CPU controller (cgroup v1 or v2, as root) limit the nodes to 100 %, 50 % and 25 % of a core;
 without it nothing is measured. The pipelines of both cuts take turns.
 
-With --hybrid: predicted throughput of stages and replicas planned for 2, 4 and 8 alike devices.
+With --hybrid: predicted throughput of stages and replicas planned for 2, 4 and 8 equal devices.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("names", nargs="*", metavar="NAME|MODEL.onnx")
     parser.add_argument("--slices", type=int, default=10)
-    parser.add_argument("--hybrid", action="store_true", help="predict for alike devices instead")
+    parser.add_argument("--hybrid", action="store_true", help="predict for equal devices instead")
     given = parser.parse_args()
     report = harness.Report(given)
     names = given.names or (["resnet50", "bert", "ocr-recognizer", "table"] if given.hybrid else ["resnet50", "bert"])

@@ -1,14 +1,14 @@
 """How long do requests take under each balancing policy, when three replicas differ?
 
-Real nodes, sockets and policies; what a run takes is slept instead of computed, so that three replicas on two cores
-are really three: a time for each row of the batch, times how slow the replica is at that moment.
+Nodes, sockets and policies are real. Runs sleep instead of computing, so that three replicas work independently on two
+cores. A run takes a time per row of the batch, multiplied by the slowness of its replica at that moment.
 
     slow        one replica is ten times slower
     transient   each replica in turn is five times slower for half a second of every one and a half
     mixed       batches of 1 and, one in ten, of 16
 
-Latency is under arrivals at random (Poisson) at about 60 % of what the replicas can do; throughput with the pipeline
-kept full. Policies take turns.
+Latency is measured under random arrivals (Poisson) at about 60 % of the replicas' capacity, throughput with the
+pipeline kept full. Policies take turns.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class SleepingLauncher(LocalLauncher):
 
 
 def batches(case: str, count: int) -> list[dict[str, np.ndarray[Any, Any]]]:
-    """The requests of a case."""
+    """Make the requests of a case."""
     source = random.Random(1)
     sizes = [16 if case == "mixed" and source.random() < 0.1 else 1 for _ in range(count)]
     return [{"x": np.ones((size, 32), np.float32)} for size in sizes]
 
 
 def latencies(pipeline: Pipeline, case: str, seconds: float, seed: int) -> list[float]:
-    """The times of requests that arrive at random, in milliseconds."""
+    """Measure the times of requests that arrive at random, in milliseconds."""
     source, times, lock = random.Random(seed), [], threading.Lock()
     rate = CASES[case][1]
     given = batches(case, int(seconds * rate))
@@ -72,7 +72,7 @@ def latencies(pipeline: Pipeline, case: str, seconds: float, seed: int) -> list[
     for one in given:
         at += source.expovariate(rate)
         time.sleep(max(0.0, at - time.perf_counter()))
-        begun = at  # late arrivals are the system's fault
+        begun = at  # the time that a request waits to be sent counts, too
 
         def done(_: Any, begun: float = begun) -> None:
             with lock:
@@ -87,7 +87,7 @@ def latencies(pipeline: Pipeline, case: str, seconds: float, seed: int) -> list[
 
 
 def throughput(pipeline: Pipeline, case: str, seconds: float) -> float:
-    """Rows per second of a full pipeline: twelve requests at once."""
+    """Measure the rows per second of a full pipeline, with twelve requests at once."""
     given = batches(case, 400)
     room, rows, end = threading.Semaphore(12), 0, time.perf_counter() + seconds
     begun, number, lock = time.perf_counter(), 0, threading.Lock()
@@ -112,8 +112,8 @@ def throughput(pipeline: Pipeline, case: str, seconds: float) -> float:
 def main() -> None:
     """Print the table."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each policy")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each load in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="number of turns of each policy")
+    parser.add_argument("--seconds", type=float, default=6.0, help="seconds of each load in a round")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--policies", nargs="*", default=["round-robin", *(p for p in POLICIES if p != "round-robin")])
     given = parser.parse_args()
@@ -137,7 +137,7 @@ def main() -> None:
                         micro_batch=0,
                         threads=1,
                     ) as pipeline:
-                        latencies(pipeline, case, 1.0, 99)  # replicas show how quick they are
+                        latencies(pipeline, case, 1.0, 99)  # warm-up, so that the speeds of the replicas are known
                         times[policy] += latencies(pipeline, case, given.seconds, number)
                         rates[policy].append(throughput(pipeline, case, given.seconds))
             for policy in given.policies:

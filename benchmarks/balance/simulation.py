@@ -1,18 +1,18 @@
-"""How do thousands of nodes behave, when all but the state machines and the balancing is simulated?
+"""How do thousands of nodes behave, when everything except the state machines and the balancing is simulated?
 
-    policies      late binding, each policy
-    binding       bound late, or all on admission
+    policies      each policy, with late binding
+    binding       replicas chosen late, or all on admission
     failures      nodes die at given rates
-    delays        links that take longer
+    delays        links with longer delays
     coordinators  one for all, or several with a share each
-    decision      one choice among so many, in microseconds of this machine
-    change        one node lost and replaced: what the coordinator does for it
+    decision      one choice among N replicas, in microseconds on this machine
+    change        processor time of the state machines for one node that is lost and replaced
     coordinator   a real coordinator process with stages that do nothing
 
-Coordinator and node state machines, roster, router, chooser, gauge and board are those of the runtime; processes,
-links and time are those of runtime.testing. Three stages share the replicas; runs take 5 ms on average, each replica
-up to 20 % faster or slower, each run scattered (lognormal, sigma 0.3); requests come at random (Poisson) at 80 % of
-what the slowest stage can do. No node sees another's memory: what it knows comes by messages, as between hosts.
+Coordinator and node state machines, roster, router, chooser, gauge and board are those of the runtime; processes, links
+and time are those of runtime.testing. Three stages share the replicas; runs take 5 ms on average, each replica up to 20
+% faster or slower, each run scattered (lognormal, sigma 0.3); requests arrive at random (Poisson) at 80 % of the
+slowest stage's capacity. No node sees another's memory: nodes learn about each other by messages, as between hosts.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def chain() -> Any:
 
 
 class TimedNode(SimulatedNode):
-    """A process with what it needs to choose among replicas, and to be chosen."""
+    """A simulated process that chooses among replicas and reports its load."""
 
     def __init__(self, number: int, slot: tuple[int, int], policy: Policy, speed: float) -> None:
         super().__init__(number, slot)
         self.speed, self.gauge, self.board = speed, ServiceTime(), LoadBoard(peers=PEERS)
         self.router = Router(policy, self.board)
-        self.here: Counter[int] = Counter()  # cost of the fragments that are here, by sender
+        self.here: Counter[int] = Counter()  # cost of the fragments that wait here, by sender
 
 
 class TimedPipeline(SimulatedPipeline):
@@ -118,7 +118,7 @@ class TimedPipeline(SimulatedPipeline):
             sum(speed for slot, speed in self.speeds.items() if slot[0] == stage) for stage in range(STAGES)
         )
         self.router = Router(policy, LoadBoard(peers=PEERS))
-        self.done: Counter[int] = Counter()  # by node: cost of what passed it, where routes are bound early
+        self.done: Counter[int] = Counter()  # by node: cost of the requests that passed it, if routes are bound early
         self.begun: dict[int, int] = {}
         self.latencies: list[int] = []
         self.wrong = self.losses = 0
@@ -132,11 +132,11 @@ class TimedPipeline(SimulatedPipeline):
     # The coordinator
 
     def start_node(self, slot: tuple[int, int], number: int) -> None:
-        """Begin a process; one that takes the place of a lost one needs a while."""
+        """Start a process; the replacement of a lost node starts after a delay."""
         self.later(RESTART_NS if self.losses else 0, super().start_node, slot, number)
 
     def new_node(self, number: int, slot: tuple[int, int]) -> SimulatedNode:
-        """A process, which lives for some time."""
+        """Make a process with a random lifetime."""
         if self.mean_life_s is not None:
             self.later(int(self.choices.expovariate(1 / self.mean_life_s) * SECOND), self.kill, number)
         return TimedNode(number, slot, self.policy, self.speeds[slot])
@@ -147,20 +147,20 @@ class TimedPipeline(SimulatedPipeline):
         super().node_ended(node)
 
     def steps(self) -> c.Steps:
-        """Nothing: no node sees another's memory."""
+        """Return no steps: no node sees another's memory."""
         return {}
 
     def coordinator_met(self, peers: tuple[Peer, ...]) -> None:
-        """Learn whom requests can be sent to."""
+        """Learn the nodes to which requests can be sent."""
         self.router.learn(0, peers, {})
 
     def begin(self) -> None:
-        """A request comes."""
+        """Start a request."""
         begun = self.now_ns
         self.begun[self.submit(("y",))] = begun
 
     def enter(self, enter: c.Enter) -> None:
-        """Send a request in; where routes are bound early, all replicas are chosen now."""
+        """Admit a request; if routes are bound early, choose all its replicas now."""
         if self.early:
             route = tuple(self.choose(COORDINATOR, stage) or 0 for stage in range(STAGES))
             enter = structs.replace(enter, route=route)
@@ -175,7 +175,7 @@ class TimedPipeline(SimulatedPipeline):
                 self.passed(visit)
 
     def passed(self, visit: Visit) -> None:
-        """Where routes are bound early, the coordinator knows what each node has done from the answers."""
+        """Learn from an answer what each node has done, if routes are bound early."""
         number = self.coordinator.roster.nodes[visit.stage, visit.replica].number
         if (node := self.nodes.get(number)) is not None:
             assert isinstance(node, TimedNode)
@@ -192,7 +192,7 @@ class TimedPipeline(SimulatedPipeline):
     # Nodes
 
     def choose(self, sender: int, stage: int) -> int | None:
-        """By the balancing policy."""
+        """Choose a replica by the balancing policy."""
         node = self.nodes.get(sender)
         router = node.router if isinstance(node, TimedNode) else self.router
         number = router.choose(stage, (stage - 1 if stage else CALLER,), UNIT_COST, 0, self.now_ns)
@@ -201,19 +201,19 @@ class TimedPipeline(SimulatedPipeline):
         return number
 
     def node_connected(self, node: SimulatedNode, connect: n.Connect) -> None:
-        """Learn whom outputs can be sent to."""
+        """Learn the nodes to which outputs can be sent."""
         assert isinstance(node, TimedNode)
         node.router.learn(connect.me, connect.peers, {})
 
     def give(self, node: SimulatedNode, event: n.NodeEvent) -> None:
-        """Count what is there."""
+        """Count a fragment that arrived."""
         if isinstance(event, n.Arrived):
             assert isinstance(node, TimedNode)
             node.here[event.fragment.sender] += event.fragment.cost
         super().give(node, event)
 
     def duration_ns(self, node: SimulatedNode) -> int:
-        """Scattered around what the node's speed says."""
+        """Draw a duration around the time that the node's speed implies."""
         assert isinstance(node, TimedNode)
         return int(SERVICE_NS / node.speed * self.choices.lognormvariate(-0.045, 0.3))
 
@@ -224,7 +224,7 @@ class TimedPipeline(SimulatedPipeline):
         node.board.ended(node.gauge, self.now_ns)
 
     def node_finished(self, node: SimulatedNode, fragments: Iterable[Fragment]) -> None:
-        """Tell who sent how busy the node is; as nodes do it, when the sender has a choice."""
+        """Tell the senders that have a choice of replicas how busy the node is, as real nodes do."""
         assert isinstance(node, TimedNode)
         for fragment in fragments:
             sender = fragment.sender
@@ -240,13 +240,13 @@ class TimedPipeline(SimulatedPipeline):
             self.later(self.delay_ns or 0, self.told, router, receipt)
 
     def told(self, router: Router, receipt: Receipt) -> None:
-        """A receipt arrives."""
+        """Take the figures of a receipt."""
         router.told(receipt, self.now_ns)
 
     # A run
 
     def run(self, requests: int, warm_up: int) -> dict[str, Any]:
-        """Let requests come; the figures of those after the first."""
+        """Run the simulation, and return the figures of all requests after the first ones."""
         gap = SERVICE_NS / (LOAD * self.capacity)
         delay_ns = 0
         for _ in range(requests + warm_up):
@@ -272,13 +272,13 @@ class TimedPipeline(SimulatedPipeline):
         }
 
     def tick(self) -> None:
-        """Time passes for the coordinator."""
+        """Let time pass for the coordinator."""
         self.tell(c.Tick(self.now_ns))
         self.later(BEAT_NS, self.tick)
 
 
 def simulated(replicas: int, policy: str, **how: Any) -> dict[str, Any]:
-    """A row."""
+    """Run one simulation and return its row."""
     made = TimedPipeline(replicas, policy, **how)
     each = max(1, replicas // STAGES)
     found = made.run(max(2000, REQUESTS_A_REPLICA * each), max(500, WARM_UP * each))
@@ -286,12 +286,12 @@ def simulated(replicas: int, policy: str, **how: Any) -> dict[str, Any]:
 
 
 def policies(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each policy, bound late."""
+    """Simulate each policy with late binding."""
     return [show(given, simulated(count, policy)) for count in given.replicas for policy in POLICIES]
 
 
 def binding(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The next replica chosen at each hop, or all of them at the entrance."""
+    """Compare choosing the next replica at each hop with choosing all of them on admission."""
     return [
         show(given, {"bound": "early" if early else "late", **simulated(count, "completion", early=early)})
         for count in given.replicas
@@ -300,7 +300,7 @@ def binding(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def failures(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Nodes live for a while, at random, and are replaced two seconds after."""
+    """Simulate nodes with random lifetimes, which are replaced two seconds after they end."""
     rows = []
     for count in [count for count in given.replicas if count <= 200]:
         for life_s in (None, 600.0, 60.0):
@@ -311,7 +311,7 @@ def failures(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def delays(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every message takes longer."""
+    """Simulate links with longer delays."""
     return [
         show(given, {"delay_ms": delay_ms, **simulated(count, policy, delay_ns=int(delay_ms * MS))})
         for count in [count for count in given.replicas if count <= 1000]
@@ -321,7 +321,7 @@ def delays(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def coordinators(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same replicas behind one coordinator, or in equal shares behind several."""
+    """Compare one coordinator for all replicas with several that have equal shares of them."""
     rows = []
     for count in [count for count in given.replicas if count >= 100]:
         for several in (1, 4, 16):
@@ -334,7 +334,7 @@ def coordinators(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def decision(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """What one choice takes, on other hosts and (up to 255) with memory mapped."""
+    """Measure one choice, among replicas on other hosts and (up to 255) in mapped memory."""
     rows = []
     for count in given.replicas:
         for policy in POLICIES:
@@ -361,7 +361,7 @@ def decision(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def change(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The processor time of the coordinator's and of all nodes' machines for one lost node and its successor."""
+    """Measure the processor time of all state machines for one lost node and its replacement."""
     rows = []
     for count in [count for count in given.replicas if count <= 1000]:
         made = TimedPipeline(count, "completion")
@@ -374,7 +374,7 @@ def change(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def coordinator(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """A real one: its own processor time for a request that passes stages which do nothing, and the rate here."""
+    """Measure a real coordinator: processor time per request through stages that do nothing, and its rate here."""
     import build
     import numpy as np
 
@@ -407,7 +407,7 @@ def coordinator(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show(given: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
-    """Print a row as it comes."""
+    """Print a row as soon as it is measured."""
     if given.json:
         print(json.dumps(row), flush=True)
     else:
@@ -422,7 +422,7 @@ WHAT = {f.__name__: f for f in (policies, binding, failures, delays, coordinator
 def main() -> None:
     """Print the tables."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("what", nargs="*", choices=[*WHAT, []], default=[], metavar="PART", help="by default all")
+    parser.add_argument("what", nargs="*", choices=[*WHAT, []], default=[], metavar="PART", help="default: all")
     parser.add_argument("--replicas", type=int, nargs="+", default=[10, 100, 1000, 5000])
     given = parser.parse_args()
     report = harness.Report(given)

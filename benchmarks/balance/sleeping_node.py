@@ -13,7 +13,7 @@ from runtime.node.stage_runner import StageRunner
 
 
 def main() -> int:
-    """Patch the session's run, then be a node."""
+    """Patch the session's run, then start a node."""
     stage = int(sys.argv[sys.argv.index("--stage") + 1])
     replica = int(sys.argv[sys.argv.index("--replica") + 1])
     case, row_ms = json.loads(os.environ["SLEEPING"])

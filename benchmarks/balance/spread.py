@@ -1,9 +1,10 @@
 """Which way to use two nodes is best: stages, or replicas of the whole?
 
-ResNet-50 with a free batch and the OCR recogniser, each on two nodes of one thread, as two stages (model parallel) and
-as two replicas of one stage (data parallel), over their ceilings; a batch of 16 rows in micro-batches of 1, 4 and 16;
-``--parallel hybrid --devices 3``: stages and replicas on three. Then the multi-task net and basic-pitch, split by
-task, asked for one output: how many requests each stage executed.
+ResNet-50 with a free batch and the OCR recogniser run on two nodes with one thread each, as two stages (model parallel)
+and as two replicas of one stage (data parallel). Rates are relative to their ceilings. Further rows have a batch of 16
+rows in micro-batches of 1, 4 and 16, and ``--parallel hybrid --devices 3``, which uses stages and replicas on three
+devices. Then the multi-task net and basic-pitch, split by task, are asked for one output; the row shows how many
+requests each stage executed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     """Print the tables."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--slices", type=int, default=12)
-    parser.add_argument("--models", type=Path, help="a folder to keep exported models in")
+    parser.add_argument("--models", type=Path, help="folder that keeps exported models")
     given = parser.parse_args()
     report = harness.Report(given)
     with tempfile.TemporaryDirectory(prefix="onnxsplit-benchmark-") as scratch:
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def batches(plan: Path) -> dict[int, float]:
-    """Seconds that a batch of 16 takes, by the rows of its parts, taken in turns."""
+    """Measure the seconds that a batch of 16 takes, by the rows of its parts, in turns."""
     loaded = load_plan(plan)
     axes = {name: loaded.tensors[name].batch_axis for name in loaded.inputs}
     if any(axis is None for axis in axes.values()):

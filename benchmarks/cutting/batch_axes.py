@@ -1,11 +1,11 @@
 """Does plain ONNX Runtime agree with the batch axes that `partition` claims?
 
 The models are the trained ones of `models/zoo.toml`, the recipes, the models of export/exporters.py (those whose
-frameworks are installed), and nets whose rows act on each other (`tests/support/deceivers.py`), or those named.
+frameworks are installed), and nets whose rows affect each other (`tests/support/deceivers.py`), or those named.
 
-The judge knows nothing of the proof of the claim. It runs the whole model in one session on batches of its own making,
-and on parts of them, with other random numbers, scales and sizes than the proof tried. A claim is WRONG where a part of
-an output differs from what the whole batch gave for its rows, by more than the judge's tolerance of the row's scale.
+The check is independent of the proof. It runs the whole model in one session on its own batches and on parts of them,
+with other random numbers, scales and sizes than the proof used. A claim is WRONG if an output of a part differs from
+the same rows of the whole batch's output by more than the tolerance, relative to the row's scale.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _NARROW = 5e-2  # for models with half-precision numbers
 
 
 def models(names: list[str], folder: Path) -> Iterator[Named]:
-    """Name, file and sizes of every model asked for."""
+    """Yield the name, file and sizes of every model that was asked for."""
     wanted = [name for name in names if not Path(name).is_file()]
     yield from ((Path(name).stem, Path(name), {}) for name in names if Path(name).is_file())
     for name, entry in zoo.entries().items():
@@ -79,13 +79,13 @@ def _exported(names: list[str], wanted: list[str], folder: Path) -> Iterator[Nam
             source = model.make(folder / f"made{number}")
             done = export(source, folder / f"export{number}.onnx", **model.options)
         except OnnxsplitError:
-            continue  # the export table says why
+            continue  # export/exporters.py prints the reason
         for one in done:
             yield f"{model.name}: {one.path.stem}" if len(done) > 1 else model.name, one.path, model.dims
 
 
 def judged(path: Path, axes: dict[str, int], example: dict[str, Any], limits: dict[str, int | None]) -> str:
-    """The judge's verdict on a claim."""
+    """Check a claim: ``holds in N of M``, or where it is wrong."""
     session = open_session(path, threads=1, level="basic")
     narrow = any(kind in onnx.load(path, load_external_data=False).SerializeToString() for kind in (b"float16",))
     inputs = {name for name, _ in session.inputs}
@@ -103,7 +103,7 @@ def judged(path: Path, axes: dict[str, int], example: dict[str, Any], limits: di
             whole = session.run(batch)
             first, second = (_part(session, batch, axes, cut) for cut in (slice(0, at), slice(at, count)))
         except OnnxsplitError:
-            continue  # such numbers are not for this model
+            continue  # the model does not accept such numbers
         ran += 1
         for name, array in whole.items():
             if name not in axes:

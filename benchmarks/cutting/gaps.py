@@ -1,7 +1,8 @@
 """How good are the cuts, and how long do they take to find?
 
-The value of each cut (its slowest stage), the lower bound on any cut, and the gap between them. The models are those of
-cutting/generality.py and the recipes in full size, by their measured costs, each stage on a device of its own.
+Each row has the value of a cut (its slowest stage), the lower bound on any cut, and the gap between them. The models
+are those of cutting/generality.py and the recipes in full size, by their measured costs, each stage on a device of its
+own.
 
 With --synthetic: graphs of 1,000, 5,000 and 20,000 ops with random costs in eight stages. They are chains whose blocks
 have branches, U-nets (skips over ever longer distances), and dense blocks (every op reads all ops before it in its
@@ -44,7 +45,7 @@ def models(names: list[str], folder: Path) -> Iterator[example_models.Named]:
 
 
 def problem(times: list[int], readers: dict[int, list[int]], sizes: list[int], devices: int) -> Problem:
-    """A problem of atoms with these times in nanoseconds, each with a tensor of this size for these readers."""
+    """Make a problem of atoms with the given times in nanoseconds, tensor sizes and readers of each tensor."""
     transfers = [Transfer(CALLER, (0,), 600_000)]
     for atom, size in enumerate(sizes):
         targets = tuple(sorted(set(readers.get(atom, []))))
@@ -53,7 +54,7 @@ def problem(times: list[int], readers: dict[int, list[int]], sizes: list[int], d
 
 
 def synthetic(shape: str, count: int, devices: int) -> Problem:
-    """A random problem of ``count`` atoms in the shape ``chain``, ``unet`` or ``dense``."""
+    """Make a random problem of ``count`` atoms in the shape ``chain``, ``unet`` or ``dense``."""
     chance = random.Random(count)
     times = [int(chance.lognormvariate(12, 1)) for _ in range(count)]  # about 0.16 ms in the median
     sizes = [int(chance.lognormvariate(12, 1)) for _ in range(count)]
@@ -81,13 +82,13 @@ def synthetic(shape: str, count: int, devices: int) -> Problem:
 
 
 def row(name: str, stages: int, result: SearchResult, seconds: float, **more: Any) -> dict[str, Any]:
-    """The figures of one search."""
+    """Return the figures of one search."""
     figures = {"value_ms": result.score.value / 1e6, "lower_bound_ms": result.bound / 1e6, "gap": result.gap}
     return {"model": name, "stages": stages, **figures, "seconds": seconds, **more}
 
 
 def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each model and number of stages."""
+    """Yield a row for each model and number of stages."""
     if given.synthetic:
         for shape in ("chain", "unet", "dense"):
             for count in SIZES:
@@ -112,7 +113,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print the table, and then how large the gaps are."""
+    """Print the table, then the median and the largest gap."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("names", nargs="*", metavar="NAME|MODEL.onnx")
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 4, 8, 16])

@@ -1,8 +1,9 @@
-"""Which models can be cut, and do their stages give what the whole model gives?
+"""Which models can be cut, and do their stages give the whole model's results?
 
-What `verify` says of every model in 2, 3, 4 and 8 stages, or why the model is refused, and how long cutting took. The
-models are the trained ones of `models/zoo.toml`, the nine light graphs that the onnx package carries (their weights
-made random: as they are, all outputs are equal and a wrong cut would pass), and the recipes, made small.
+Each row has the result of `verify` for a model in 2, 3, 4 or 8 stages, or the reason why the model is refused, and the
+time that cutting took. The models are the trained ones of `models/zoo.toml`, the nine light graphs that the onnx
+package carries (with random weights, because with their constant weights all outputs are equal and a wrong cut would
+pass), and the recipes, made small.
 """
 
 from __future__ import annotations

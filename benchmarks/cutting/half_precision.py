@@ -1,18 +1,18 @@
-"""Do models in half precision give the same after a cut?
+"""Do models in half precision give the same results after a cut?
 
 The trained models of `models/zoo.toml`, or those named, are converted, cut in 1, 2 and 3 stages, and compared with the
 whole converted model under plain ONNX Runtime. The ways to convert:
 
     ort, ort-io        onnxruntime.transformers.float16, without and with keep_io_types
-    common, common-io  onnxconverter_common.float16, the same; where it is installed
+    common, common-io  onnxconverter_common.float16, the same, if it is installed
                        (pip install --no-deps onnxconverter-common)
     bfloat16           weights stored as bfloat16, each followed by a Cast to float32
     float8             weights stored as float8e4m3fn with a scale for each row, each followed by a DequantizeLinear
     int4               weights stored as int4, the same way
 
-A difference is over the scale of an output, the largest over all outputs. Both sides run in plain sessions with the
-default options; the stages one after the other, and once more merged into one model. `verify` is what
-`onnxsplit verify` says, and the tolerance it allows. Where ONNX Runtime refuses the whole converted model, the row
+A difference is relative to the scale of an output; the largest of all outputs is printed. All models run in plain
+sessions with the default options. The stages run one after the other, and once more merged into one model. `verify` is
+the result of `onnxsplit verify` and the tolerance it allows. If ONNX Runtime refuses the whole converted model, the row
 gives its message.
 """
 
@@ -49,19 +49,19 @@ from onnxsplit.stages.verify import verify
 
 TAKES = "30 min"
 
-LEAST_ELEMENTS = 64  # of a weight that is worth fewer bits
+LEAST_ELEMENTS = 64  # elements of a weight that is stored in fewer bits
 OPSETS = {"bfloat16": 13, "float8": 19, "int4": 21}
 
 
 def by_onnxruntime(model: onnx.ModelProto, keep: bool) -> onnx.ModelProto:
-    """Float16 by ONNX Runtime's converter."""
+    """Convert to float16 with ONNX Runtime's converter."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     return convert_float_to_float16(model, keep_io_types=keep)
 
 
 def by_onnxconverter_common(model: onnx.ModelProto, keep: bool) -> onnx.ModelProto:
-    """Float16 by the converter that most guides name."""
+    """Convert to float16 with the converter that most guides name."""
     from onnxconverter_common.float16 import convert_float_to_float16
 
     return convert_float_to_float16(model, keep_io_types=keep)
@@ -101,7 +101,7 @@ def _narrow_weights(graph: onnx.GraphProto, kind: str) -> None:
 
 
 def _narrowed(name: str, array: Any, kind: str) -> tuple[list[onnx.TensorProto], onnx.NodeProto]:
-    """The initializers that store a weight, and the op that restores it under its name."""
+    """Return the initializers that store a weight, and the op that restores it under its name."""
     stored = f"{name}.narrow"
     if kind == "bfloat16":
         tensor = numpy_helper.from_array(array.astype(ml_dtypes.bfloat16), stored)
@@ -130,27 +130,27 @@ WAYS: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
 
 
 def ways_here() -> list[str]:
-    """The ways whose converter is installed."""
+    """Return the ways whose converter is installed."""
     installed = importlib.util.find_spec("onnxconverter_common") is not None
     return [way for way in WAYS if installed or not way.startswith("common")]
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
-    """A plain session with the default options, but for its log."""
+    """Open a plain session with the default options, except that it does not log."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def run(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The outputs of a model file by name."""
+    """Run a model file and return its outputs by name."""
     opened = session(path)
     names = [value.name for value in opened.get_outputs()]
     return dict(zip(names, opened.run(names, {v.name: values[v.name] for v in opened.get_inputs()}), strict=True))
 
 
 def rows(model: Path, dims: dict[str, int], stages: list[int], folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each number of stages, or one with the reason why there is none."""
+    """Yield a row for each number of stages, or one row with the reason why the model cannot be cut."""
     try:
         session(model)
         subject = examine(model, dims=dims, threads=1)
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=ways_here())
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2, 3])
     given = parser.parse_args()
-    warnings.simplefilter("ignore")  # onnxconverter-common says of each weight that it is rounded
+    warnings.simplefilter("ignore")  # onnxconverter-common warns of every weight that it rounds
     report = harness.Report(given)
     sources = {Path(n).stem: (Path(n), {}) for n in given.names if Path(n).is_file()}
     for name, entry in zoo.entries().items():
@@ -230,7 +230,7 @@ def main() -> None:
                 try:
                     onnx.save(WAYS[way](onnx.load(source)), folder / "model.onnx")
                     tried = list(rows(folder / "model.onnx", dims, given.stages, folder))
-                except Exception as error:  # converters raise what they like
+                except Exception as error:  # converters raise errors of any kind
                     tried = [{"stages": "-", "verdict": f"the converter fails: {type(error).__name__}: {error}"}]
             for row in tried:
                 row = {"model": name, "way": way, **row}

@@ -1,7 +1,7 @@
-"""Small models of the kinds that people bring, with the inputs on which they are judged.
+"""Small models of the kinds that users have, with the inputs on which they are checked.
 
-Each function of ``CLASSES`` writes a model into a folder of its own and returns its path, or None where the package
-that it needs is not installed. Inputs that matter lie beside the model, as ``MODEL.npz`` or ``MODEL.*.npz``.
+Each function of ``CLASSES`` writes a model into a folder of its own and returns its path, or None if the package that
+it needs is not installed. Inputs that need certain values are beside the model, as ``MODEL.npz`` or ``MODEL.*.npz``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Net:
         self.outputs: list[onnx.ValueInfoProto] = []
 
     def takes(self, name: str, shape: Sequence[int | str], kind: int = TensorProto.FLOAT) -> str:
-        """An input."""
+        """Add an input."""
         self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
@@ -39,18 +39,18 @@ class Net:
         self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
     def constant(self, value: Any, name: str | None = None) -> str:
-        """An initializer with these values."""
+        """Add an initializer with these values."""
         name = name or f"c{len(self.weights)}"
         self.weights.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def weight(self, *shape: int, name: str | None = None) -> str:
-        """A random initializer of the network's float type, scaled so that values stay near 1."""
+        """Add a random initializer of the network's float type, scaled so that values stay near 1."""
         values = self.random.standard_normal(shape) / np.sqrt(shape[0] if len(shape) == 2 else np.prod(shape[1:]) or 1)
         return self.constant(values.astype(helper.tensor_dtype_to_np_dtype(self.kind)), name)
 
     def ones(self, *shape: int) -> str:
-        """An initializer of ones of the network's float type."""
+        """Add an initializer of ones of the network's float type."""
         return self.constant(np.ones(shape, helper.tensor_dtype_to_np_dtype(self.kind)))
 
     def op(self, op_type: str, *inputs: str, out: str | Sequence[str] | None = None, **attributes: Any) -> str:
@@ -60,7 +60,7 @@ class Net:
         return outputs[0]
 
     def proto(self, *, opset: int = 17, ir_version: int = 8, domains: Sequence[str] = ()) -> onnx.ModelProto:
-        """The model."""
+        """Return the model."""
         graph = helper.make_graph(self.nodes, "net", self.inputs, self.outputs, self.weights)
         imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
         return helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
@@ -107,7 +107,7 @@ def float16_ends(folder: Path) -> Path:
 
 
 def decoder_inputs(path: Path, heads: int, width: int, layers: int) -> None:
-    """A beginning of five tokens without a past, and a sixth token after them."""
+    """Inputs of five first tokens without a past, and of a sixth token after them."""
     random = np.random.default_rng(1)
     for name, past, sequence in (("prefill", 0, 5), ("step", 5, 1)):
         cache = {
@@ -120,7 +120,7 @@ def decoder_inputs(path: Path, heads: int, width: int, layers: int) -> None:
 
 
 def decoder(path: Path, total: str) -> Path:
-    """A decoder with its cache. ``total`` is what the exporter calls the length of past and new tokens together."""
+    """A decoder with its cache. ``total`` is the exporter's name for the length of past and new tokens together."""
     heads, width, layers, words = 2, 8, 2, 50
     net = Net()
     ids = net.takes("input_ids", ["batch_size", "sequence_length"], TensorProto.INT64)
@@ -196,7 +196,7 @@ def decoder_of_groups(folder: Path) -> Path:
             "GroupQueryAttention", *parts, *past, lengths, total, *turns, out=[f"mixed{layer}", *now],
             domain=MICROSOFT, num_heads=heads, kv_num_heads=groups, do_rotary=1,
         )  # fmt: skip
-        outputs = [f"normal{layer}", "", "", f"skip{layer}"]  # as exporters leave optional outputs out
+        outputs = [f"normal{layer}", "", "", f"skip{layer}"]  # exporters leave optional outputs out like this
         hidden = net.op(
             "SkipSimplifiedLayerNormalization", skip, quantised(mixed, size), net.ones(size), out=outputs,
             domain=MICROSOFT, epsilon=1e-5,
@@ -222,7 +222,7 @@ def ir3_pictures(folder: Path) -> Path:
 
 
 def input_with_default(folder: Path) -> Path:
-    """An input that is also an initializer: a caller may give another value, and does."""
+    """An input that is also an initializer: the caller gives another value."""
     net, path = Net(), folder / "input_with_default.onnx"
     x = net.takes("x", ["batch", 8])
     scale = net.takes(net.constant(np.array([2.0], np.float32), "scale"), [1])
@@ -274,7 +274,7 @@ def tied_weights(folder: Path) -> Path:
 
 
 def scaled_by_largest(folder: Path) -> Path:
-    """Pictures are scaled down where any of the batch has values above 1: a row's answer depends on the others."""
+    """Pictures are scaled down if any of the batch has values above 1, so a row's answer depends on the others."""
     net, path = Net(), folder / "scaled_by_largest.onnx"
     x = net.takes("x", ["batch", 32])
     largest = net.op("Max", net.op("ReduceMax", x, keepdims=0), net.constant(np.float32(1)))
@@ -296,7 +296,7 @@ def cut_at_longest(folder: Path) -> Path:
 
 
 def saved_by_optimiser(folder: Path) -> Path:
-    """A convolutional network that ONNX Runtime optimised and saved; it will make the same names again."""
+    """A convolutional network that ONNX Runtime optimised and saved; it makes the same names a second time."""
     import onnxruntime
 
     net, path = Net(), folder / "saved_by_optimiser.onnx"
@@ -314,7 +314,7 @@ def saved_by_optimiser(folder: Path) -> Path:
 
 
 def forest_with_map(folder: Path) -> Path | None:
-    """What scikit-learn's converter writes unasked: a forest whose second output is a sequence of maps."""
+    """A forest as scikit-learn's converter writes it by default: its second output is a sequence of maps."""
     if find_spec("skl2onnx") is None:
         return None
     from skl2onnx import to_onnx

@@ -1,7 +1,8 @@
-"""How long does it take to cut models of 4 GB and 12 GB, and how much memory?
+"""How much time and memory does it take to cut models of 4 GB and 12 GB?
 
-Peak memory and time of cutting models with external data by analytic costs, in turns with `cp` of the same bytes. The
-models are made here (layers of 64 MiB) and removed again; the folder needs three times their size free.
+Models with external data are cut by analytic costs, in turns with `cp` of the same bytes; peak memory and time are
+measured. The models are made here (layers of 64 MiB) and removed again; the folder needs three times their size of free
+space.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ TAKES = "15 min"
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """The seconds that a command takes, and its peak resident memory in bytes."""
-    os.sync()  # so that neither waits for what the other left to be written
+    """Run a command, and return its seconds and its peak resident memory in bytes."""
+    os.sync()  # so that neither command waits for writes of the other
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -36,7 +37,7 @@ def timed(command: list[str]) -> tuple[float, int]:
 
 
 def measure(gigabytes: int, place: Path, runs: int) -> dict[str, Any]:
-    """Copy and cut in turns; the medians of both."""
+    """Copy and cut in turns, and return the medians of both."""
     with tempfile.TemporaryDirectory(prefix="onnxsplit-large-", dir=place) as scratch:
         folder = Path(scratch)
         model = example_models.large(folder, gigabytes)
@@ -67,7 +68,7 @@ def main() -> None:
     """Print a row for each size."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--gigabytes", nargs="+", type=int, default=[4, 12])
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models are made")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="folder for the models")
     parser.add_argument("--runs", type=int, default=3)
     given = parser.parse_args()
     report = harness.Report(given, gigabytes="9", cp_s="6.1f", partition_s="11.1f", ratio="6.2f", peak_mib="8.0f")

@@ -1,16 +1,16 @@
-"""Can the kinds of models that people bring be cut, and are their stages right?
+"""Can the kinds of models that users have be cut, and are the results of their stages right?
 
 The models are those of `kinds_made.py`, or those that are named. Inputs are `MODEL.npz` or `MODEL.*.npz` beside a
-model, else random ones. The stages run in processes; they are also merged into one model, which runs too.
+model, or random. The stages run in processes. They are also merged into one model, which runs, too.
 
-The judge is plain ONNX Runtime on the whole model, without optimisation and with it. A difference is taken over the
-scale of an output, to whichever of the two is nearer. It passes up to 1e-3 (1e-2 where the model has float16, 5e-2
-where it has bfloat16 or float8) or twice what optimisation alone changes. Whole numbers and text must be equal. Where
-onnx's checker accepts the model, it must accept every stage and the merged model too.
+The reference is plain ONNX Runtime on the whole model, without optimisation and with it. A difference is relative to
+the scale of an output, and taken to the nearer of the two references. Up to 1e-3 is allowed (1e-2 for models with
+float16, 5e-2 for bfloat16 or float8), or twice the effect of optimisation alone. Integers and text must be equal. If
+onnx's checker accepts the model, it must accept every stage and the merged model, too.
 
-Each model is first cut without any option. Only where that fails, it is tried with the options that may help: example
-inputs, custom ops, only the outputs that are tensors, inputs that have a default. Each try is a row. Options that the
-installed version does not know are left out, so that an older version can be judged too.
+Each model is first cut without any option. If that fails, it is cut with the options that may help: example inputs,
+custom ops, only the outputs that are tensors, inputs that have a default. Each attempt is a row. Options that the
+installed version does not know are left out, so that an older version can be tested, too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Way:
-    """The options of one try."""
+    """The options of one attempt."""
 
     words: str
     cut: Mapping[str, Any] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Subject:
 
     @classmethod
     def of(cls, path: Path) -> Subject:
-        """A file with its inputs, run by the judge."""
+        """Read a file and its inputs, and run the reference."""
         made = cls(path, onnx.load(path, load_external_data=False), {})
         plain = made.session(path, LEVELS.ORT_DISABLE_ALL)
         files = sorted(path.parent.glob(f"{path.name}*.npz"))
@@ -85,17 +85,17 @@ class Subject:
 
     @property
     def is_custom(self) -> bool:
-        """Whether it has ops of onnxruntime-extensions."""
+        """Whether the model has ops of onnxruntime-extensions."""
         return any(one.domain == "ai.onnx.contrib" for one in self.proto.opset_import)
 
     @property
     def other_outputs(self) -> list[str]:
-        """Outputs that are not tensors."""
+        """The names of outputs that are not tensors."""
         return [value.name for value in self.proto.graph.output if not value.type.HasField("tensor_type")]
 
     @property
     def tolerance(self) -> float:
-        """By the narrowest float type among the weights."""
+        """The tolerance for the narrowest float type among the weights."""
         kinds = {tensor.data_type for tensor in self.proto.graph.initializer}
         narrow = {
             onnx.TensorProto.BFLOAT16,
@@ -104,7 +104,7 @@ class Subject:
         return 5e-2 if kinds & narrow else 1e-2 if onnx.TensorProto.FLOAT16 in kinds else 1e-3
 
     def session(self, path: Path, level: Any) -> onnxruntime.InferenceSession:
-        """Plain ONNX Runtime."""
+        """Open a plain session of ONNX Runtime."""
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level, options.intra_op_num_threads = level, 1
         options.log_severity_level = 3
@@ -115,7 +115,7 @@ class Subject:
         return onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
 
     def ways(self) -> Iterator[Way]:
-        """How it is tried, one after the other until it is good."""
+        """The options to try, one set after the other, until the cut is good."""
         yield Way("as it is")
         graph = self.proto.graph
         constants = {tensor.name for tensor in graph.initializer}
@@ -133,7 +133,7 @@ class Subject:
             yield Way("kept inputs", {"keep_inputs": kept})
 
     def difference(self, feed: str, outputs: Mapping[str, Any]) -> tuple[float, float]:
-        """How far outputs are from the judge's, and how far those are from each other."""
+        """The distance of outputs to the references, and the distance between the references."""
         off, on = self.wanted[feed]
         names = [name for name in off if name not in self.other_outputs]
         to_off, to_on = (max(distance(outputs[name], wanted[name]) for name in names) for wanted in (off, on))
@@ -141,7 +141,7 @@ class Subject:
 
 
 def random_inputs(session: onnxruntime.InferenceSession) -> Arrays:
-    """Inputs of small sizes; dimensions of one name have one size."""
+    """Make random inputs of small sizes; dimensions of one name have one size."""
     random, sizes, inputs = np.random.default_rng(0), dict[str, int](), {}
     kinds = {"float": "float32", "double": "float64"}
     for value in session.get_inputs():
@@ -163,7 +163,7 @@ def run(session: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:
 
 
 def distance(array: np.ndarray, wanted: np.ndarray) -> float:
-    """The largest difference over the scale; infinite for another shape or type, or where text or numbers differ."""
+    """The largest difference relative to the scale; infinite if shape, type, text or integers differ."""
     if array.shape != wanted.shape or (array.dtype != wanted.dtype and wanted.dtype.kind not in "OUS"):
         return float("inf")
     if wanted.dtype.kind not in "fV":
@@ -212,7 +212,7 @@ def attempt(subject: Subject, way: Way, stages: int, folder: Path) -> dict[str, 
 
 
 def checked(model: Path, files: list[Path]) -> str:
-    """What onnx's checker says of written files, where it takes the model they came from."""
+    """The errors of onnx's checker for the written files, if it accepts the source model."""
     for path in (model, *files):
         try:
             onnx.checker.check_model(str(path))
@@ -222,7 +222,7 @@ def checked(model: Path, files: list[Path]) -> str:
 
 
 def judged(subject: Subject, answers: Any) -> float | str:
-    """The largest difference among all inputs, or why there are no answers."""
+    """The largest difference among all inputs, or the reason why there are no answers."""
     try:
         return max(subject.difference(name, outputs)[0] for name, outputs in answers().items())
     except Exception as error:  # of onnxsplit, ONNX Runtime or the checker
@@ -230,7 +230,7 @@ def judged(subject: Subject, answers: Any) -> float | str:
 
 
 def rows(path: Path, stages: int, scratch: Path) -> Iterator[dict[str, Any]]:
-    """A row for each way that is tried."""
+    """Yield a row for each set of options that is tried."""
     try:
         subject = Subject.of(path)
     except Exception as error:  # whatever ONNX Runtime or onnx raises
@@ -247,7 +247,7 @@ def rows(path: Path, stages: int, scratch: Path) -> Iterator[dict[str, Any]]:
 
 
 def models(names: list[str], folder: Path) -> Iterator[tuple[str, Path | None]]:
-    """Name and file of each model; None where it needs a package that is not installed."""
+    """Yield the name and file of each model; the file is None if it needs a package that is not installed."""
     for given in map(Path, names):
         for path in sorted(given.rglob("*.onnx")) if given.is_dir() else [given]:
             yield str(path.relative_to(given)) if given.is_dir() else path.name, path
@@ -257,7 +257,7 @@ def models(names: list[str], folder: Path) -> Iterator[tuple[str, Path | None]]:
 
 
 def shown(value: float | str) -> str:
-    """A cell: a difference, or the beginning of a message without the paths that ONNX Runtime puts before it."""
+    """Format a cell: a difference, or the beginning of a message without the paths that ONNX Runtime puts before it."""
     if isinstance(value, float):
         return f"{value:.1e}"
     return re.sub(r"Load model from \S+ failed:", "", " ".join(value.split()))[:240]
@@ -277,7 +277,7 @@ def text(row: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print a row for each model, number of stages and try."""
+    """Print a row for each model, number of stages and attempt."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("models", nargs="*", metavar="MODEL.onnx|FOLDER")
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 3])

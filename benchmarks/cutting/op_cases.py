@@ -2,7 +2,7 @@
 
 Every generated case of `onnx.backend.test` is loaded, planned as one stage, extracted, run, and compared bit for bit
 with the whole model. Cases of two or more ops that can be cut are also run as two stages. Cases that ONNX Runtime
-itself refuses or cannot run are counted apart; every other miss is listed.
+itself refuses or cannot run are counted separately; every other failure is listed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def same(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 def array_of(value: Any) -> Any:
-    """The value of a case as an array, where it is a tensor."""
+    """Convert the value of a case to an array, if it is a tensor."""
     if isinstance(value, onnx.TensorProto):
         return onnx.numpy_helper.to_array(value)
     return value if isinstance(value, list) or value is None else np.asarray(value)
@@ -53,7 +53,7 @@ def worst(names: list[str], outputs: dict[str, Any], whole: Any) -> float:
 
 
 def judge(case: Any, folder: Path) -> dict[int, str]:
-    """``equal``, or the reason why not, by number of stages; 0 stands for what happened before any cut."""
+    """Return ``equal`` or the failure, by number of stages; 0 stands for a failure before any cut."""
     model = folder / "model.onnx"
     model.write_bytes(case.model.SerializeToString())
     arrays = case.data_sets[0][0]
@@ -98,9 +98,9 @@ def judge(case: Any, folder: Path) -> dict[int, str]:
 
 
 def main() -> None:
-    """Print the counts and the misses."""
+    """Print the counts and the failures."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("--filter", default="", help="only cases whose names hold this")
+    parser.add_argument("--filter", default="", help="only cases whose names contain this")
     given = parser.parse_args()
     report = harness.Report(given)
     warnings.simplefilter("ignore")

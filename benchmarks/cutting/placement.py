@@ -1,9 +1,10 @@
-"""How near do cuts come to the published optima of placement workloads?
+"""How close are cuts to the published optima of placement workloads?
 
-The workloads of Tarnawski et al. (NeurIPS 2020) under the paper's cost rule: the value found, and its proof. A FILE
-holds ``nodes`` (times on an accelerator and on a CPU, bytes), ``edges`` (the cost of moving a node's output between
-accelerator and host), and how many devices there are. The load of an accelerator is its compute, and every tensor that
-enters or leaves it, once; the load of a CPU is its compute. The value of a plan is the largest load.
+The workloads of Tarnawski et al. (NeurIPS 2020) are cut under the paper's cost rule; each row has the value found and
+its lower bound. A FILE holds ``nodes`` (times on an accelerator and on a CPU, bytes), ``edges`` (the cost of moving a
+node's output between accelerator and host), and the number of devices. The load of an accelerator is its compute,
+and every tensor that enters or leaves it, once; the load of a CPU is its compute. The value of a plan is the largest
+load.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PUBLISHED = {"bert24": (17.790, 0.02), "resnet50": (33.775, 0.15), "gnmt": (32.9
 
 
 def load(path: Path) -> Problem:
-    """A workload as a problem; nodes of one colour class, and cycles that they close, are one atom."""
+    """Read a workload as a problem; the nodes of a colour class and of the cycles that it closes are one atom."""
     content = json.loads(path.read_text())
     nodes = {node["id"]: node for node in content["nodes"]}
     graph = nx.DiGraph()

@@ -1,8 +1,8 @@
 """Do stages take the time that their plan predicts?
 
-The predicted and the measured time of the slowest stage, and how even the stages are. Predicted is what the corrected
-costs said when the cut was made. Measured is a run of all stage files afterwards, at the optimisation levels of the
-plan.
+Each row has the predicted and the measured time of the slowest stage, and the balance of the stages. The prediction is
+by the corrected costs at the time of the cut. The measurement is a later run of all stage files, at the optimisation
+levels of the plan.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What does it cost that no request is lost?
+"""How much does it cost to lose no request?
 
-Two pipelines of the same plan: one keeps the inputs of each request, so that it can be tried again, and sends
-heartbeats; the other has ``attempts=1`` (inputs are not kept) and no heartbeat for an hour. Both run at once and take
-turns, first with the pipeline full, then one request at a time. Models as in data_path/throughput.py.
+Two pipelines of the same plan: one keeps the inputs of each request, so that it can be repeated, and sends heartbeats;
+the other has ``attempts=1`` (inputs are not kept) and no heartbeat for an hour. Both run at once and take turns, first
+with the pipeline full, then one request at a time. Models as in data_path/throughput.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NEVER = Timings(beat_s=3600, silence_s=86400)
 
 
 def measure(name: str, slices: int, seconds: float, scratch: Path) -> dict[str, Any]:
-    """Both pipelines of one model."""
+    """Measure both pipelines of one model."""
     plan = example_models.named_plan(name, scratch)
     inputs = harness.example(plan)
     row: dict[str, Any] = {"model": name}
@@ -50,7 +50,7 @@ def main() -> None:
     models = ["resnet50", "ocr-recognizer", *example_models.CHAINS]
     parser.add_argument("names", nargs="*", default=models, metavar="NAME|MODEL.onnx")
     parser.add_argument("--slices", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a slice")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds of a slice")
     given = parser.parse_args()
     report = harness.Report(
         given, model="14", per_s_on="8.1f", per_s_off="9.1f", per_s_ratio="19", latency_ms_on="13.2f",

@@ -1,10 +1,11 @@
 """How much time does a hop between two stages add, by the size of the tensor?
 
-Ours is from the end of a session to the start of the next one, by the clocks of the nodes, one request at a time; the
-first session writes the tensor where the second reads it. Beside it, in turns of the same run: a bare ZeroMQ message
-over ipc and over tcp (one way, zero-copy, from the send to the receive), a copy of as many bytes in one process, a Unix
-datagram as large as a header, and, where the interpreter named by --python has them (the extra ``peers``), iceoryx2
-(loan, send, notify; wait, receive) and a Ray actor call with the tensor as its argument. Microseconds, medians.
+Our time is from the end of a session's run to the start of the next session's, by the clocks of the nodes, one request
+at a time; the first session writes the tensor where the second reads it. It is compared, in turns of the same run, with
+a bare ZeroMQ message over ipc and over tcp (one way, zero-copy, from the send to the receive), a copy of as many bytes
+in one process, a Unix datagram as large as a header, and, if the interpreter named by --python has them (the extra
+``peers``), iceoryx2 (loan, send, notify; wait, receive) and a Ray actor call with the tensor as its argument. The
+figures are medians in microseconds.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ROUNDS = 5
 
 
 def ours(pipeline: Pipeline, repeats: int) -> list[float]:
-    """Microseconds from one session to the next, one request at a time."""
+    """Measure the microseconds from one session to the next, one request at a time."""
     given = {"x": np.ones(1, np.float32)}
     before = len(pipeline.traced)
     for _ in range(repeats):
@@ -47,7 +48,7 @@ def ours(pipeline: Pipeline, repeats: int) -> list[float]:
 
 
 def memcpy(size: int, repeats: int) -> list[float]:
-    """Microseconds of a copy from one private memory to another."""
+    """Measure the microseconds of a copy between two private memories."""
     source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
     times = []
     for _ in range(repeats):
@@ -58,7 +59,7 @@ def memcpy(size: int, repeats: int) -> list[float]:
 
 
 def measure(size: int, repeats: int, python: str) -> dict[str, float | str]:
-    """The median of each contender in microseconds, taken in turns; why one was skipped."""
+    """Return the median of each contender in microseconds, taken in turns, and why contenders were skipped."""
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch, ExitStack() as stack:
         pipeline = stack.enter_context(
             Pipeline.launch(one_tensor(size, Path(scratch)), trace=True, threads=1, mode="sync")
@@ -84,8 +85,8 @@ def measure(size: int, repeats: int, python: str) -> dict[str, float | str]:
 def main() -> None:
     """Print the table."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("--repeats", type=int, default=200, help="of each contender; a quarter from 8 MiB on")
-    parser.add_argument("--python", default=sys.executable, help="an interpreter with the extra peers")
+    parser.add_argument("--repeats", type=int, default=200, help="transfers of each contender; a quarter from 8 MiB on")
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has the extra peers")
     given = parser.parse_args()
     names = ["ours", "zmq-ipc", "zmq-tcp", "memcpy", "datagram", "iceoryx2", "ray"]
     report = harness.Report(given, size="6", **dict.fromkeys(names, "9.1f"), **{"ours / zmq-ipc": "13.2f"})

@@ -1,8 +1,8 @@
-"""What grows over a hundred thousand small requests, and how do the slowest ones fare?
+"""What grows over a hundred thousand small requests, and how long do the slowest ones take?
 
-Two stages of next to nothing with 64 KiB between them, so that every request takes a slot in shared memory; as many in
-flight as the pipeline admits. Memory of this process and of the nodes, and their open descriptors, are taken along the
-way.
+Two stages do almost nothing, with 64 KiB between them, so that every request takes a slot in shared memory. As many
+requests are in flight as the pipeline admits. Memory and open descriptors of this process and of the nodes are sampled
+during the run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
             lent = pipeline.lent_bytes
             first = pipeline.stats()[0]
             shared = (first.shared_bytes, first.output_bytes)
-    numbers, *sizes = np.array(samples[SAMPLES // 4 :]).T  # from a quarter of the way on
+    numbers, *sizes = np.array(samples[SAMPLES // 4 :]).T  # samples after the first quarter
     slopes = [float(np.polyfit(numbers, size, 1)[0]) for size in sizes]
     p50, p99, p999 = np.percentile(latencies, [50, 99, 99.9]) * 1e6
     figures = {

@@ -1,7 +1,7 @@
-"""How much memory do the nodes of a plan take, beside one whole session and whole copies?
+"""How much memory do the nodes of a plan take, compared with sessions and replicas of the whole model?
 
-Anonymous memory is what a process has to itself. Mapped files and shared memory count once for all processes, by their
-proportional share (``smaps_rollup``). Taken after a dozen requests. MiB.
+Anonymous memory belongs to one process. Mapped files and shared memory count once for all processes, by their
+proportional share (``smaps_rollup``). Memory is read after a dozen requests, in MiB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEFAULT = ["resnet50", "bert", "ocr-recognizer"]
 
 
 def memory(pids: list[int]) -> dict[str, float]:
-    """The memory of some processes together, in MiB."""
+    """Return the memory of these processes together, in MiB."""
     total = dict.fromkeys(KINDS, 0)
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -40,7 +40,7 @@ def memory(pids: list[int]) -> dict[str, float]:
 
 
 def of_sessions(model: Path, example: Path, level: str, count: int) -> dict[str, float]:
-    """The memory of whole-model sessions, each in a process of its own."""
+    """Measure the memory of whole-model sessions, each in its own process."""
     with ExitStack() as stack:
         for _ in range(count):
             stack.enter_context(TimedModel(model, example, threads=1, level=level)).run(0.0, least=12)  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def of_sessions(model: Path, example: Path, level: str, count: int) -> dict[str,
 
 
 def of_nodes(plan: Path, **options) -> dict[str, float]:
-    """The memory of the nodes of a pipeline."""
+    """Measure the memory of the nodes of a pipeline."""
     inputs = harness.example(plan)
     with Pipeline.launch(plan, threads=1, **options) as pipeline:
         for future in [pipeline.submit(inputs) for _ in range(12)]:
@@ -57,7 +57,7 @@ def of_nodes(plan: Path, **options) -> dict[str, float]:
 
 
 def rows(model: Path, dims: dict[str, int], folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """What is measured of a model, and the memory that it takes."""
+    """Yield the name and the memory of each way to run a model."""
     plan, single = folder / "model.plan", folder / "single.plan"
     level = partition(model, stages=2, out=plan, dims=dims).costs.whole_optimization_level
     partition(model, stages=1, out=single, dims=dims, rounds=0)
@@ -66,7 +66,7 @@ def rows(model: Path, dims: dict[str, int], folder: Path) -> Iterator[tuple[str,
     yield "two whole sessions", of_sessions(model, example, level, 2)
     yield "nodes of two stages", of_nodes(plan)
     yield "nodes of two stages, packed weights mapped", of_nodes(plan, share_weights=True)
-    yield "one node of the whole", of_nodes(single)
+    yield "one node with the whole model", of_nodes(single)
     yield "two replicas of the whole", of_nodes(single, replicas=2)
     yield "two replicas, weights packed by each", of_nodes(single, replicas=2, share_weights=False)
 
@@ -75,7 +75,7 @@ def main() -> None:
     """Print the table."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("names", nargs="*", default=DEFAULT, metavar="NAME|MODEL.onnx")
-    parser.add_argument("--models", type=Path, help="a folder to keep exported models in")
+    parser.add_argument("--models", type=Path, help="folder that keeps exported models")
     given = parser.parse_args()
     report = harness.Report(given, model="14", what="43", anonymous="9.0f", files="6.0f", shared="6.0f", all="6.0f")
     with tempfile.TemporaryDirectory(prefix="onnxsplit-benchmark-") as scratch:

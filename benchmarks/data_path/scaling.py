@@ -1,8 +1,8 @@
 """What does the runtime itself cost as stages are added?
 
-Stages in a row, each of 1, 5 or 20 ms, with 4 KiB between them. The stages sleep, so that no processor is short.
-Throughput is against that of one stage (1 / its time), and the latency of one request against the sum of the stages;
-the time of a stage is what it really slept, on average.
+The stages are in a row, take 1, 5 or 20 ms each, and have 4 KiB between them. They sleep, so that they do not compete
+for processors. Throughput is relative to that of one stage (1 / its time), and the latency of one request to the sum of
+the stages. The time of a stage is its measured sleep, on average.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GIVEN = {"t0": np.ones((1, 1024), np.float32)}
 
 
 def plan_of(stages: int, folder: Path) -> Path:
-    """A plan of trivial ops in a row, one for each stage."""
+    """Make a plan of trivial ops in a row, one per stage."""
     nodes = [helper.make_node("Neg", [f"t{n}"], [f"t{n + 1}"]) for n in range(stages)]
     model = saved(folder / "m.onnx", nodes, ("t0", f"t{stages}"), [1, 1024], [])
     cuts = [f"t{n}" for n in range(1, stages)]
@@ -42,7 +42,7 @@ def plan_of(stages: int, folder: Path) -> Path:
 
 @contextmanager
 def running(plan: Path, stages: int, seconds: float, folder: Path):
-    """A pipeline of sleeping nodes."""
+    """Open a pipeline of sleeping nodes."""
     address = f"ipc://{folder / 'control'}"
     script = str(Path(__file__).with_name("sleeping_node.py"))
     with ExitStack() as stack:
@@ -59,7 +59,7 @@ def running(plan: Path, stages: int, seconds: float, folder: Path):
 
 
 def measure(stages: int, seconds: float, span: float) -> dict[str, float]:
-    """The row of one number of stages and one time."""
+    """Measure the row of one number of stages and one stage time."""
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
         folder = Path(scratch)
         with running(plan_of(stages, folder), stages, seconds, folder) as pipeline:
@@ -98,7 +98,7 @@ def measure(stages: int, seconds: float, span: float) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("--seconds", type=float, default=4.0, help="under full load, for each row")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds under full load, for each row")
     parser.add_argument("--stages", type=int, nargs="+", default=list(range(1, 9)))
     given = parser.parse_args()
     report = harness.Report(

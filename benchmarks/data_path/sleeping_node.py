@@ -16,7 +16,7 @@ CONNECT, STAGE, SECONDS = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 
 
 class SleepingRunner(StageRunner):
-    """Takes no processor for the time a stage is to take."""
+    """A stage runner that sleeps for a given time before each run."""
 
     def run(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> dict[str, Array]:
         """Sleep, then run."""

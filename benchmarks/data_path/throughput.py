@@ -1,16 +1,16 @@
-"""How many requests per second does a cut answer, beside its ceiling and beside other systems?
+"""How many requests per second does a cut answer, compared with its ceiling and with other systems?
 
 The models are ResNet-50, BERT-base and a GPT-2 (exported here, which needs the extra torch), the OCR recogniser and
-smart-turn (fetched), and two chains of products whose halves take about 1 ms and 0.3 ms, or those named. The ceiling
-is the stage files running at once in separate processes with no communication; "whole-model processes" is what a user
-with memory to spare would run. Contenders take turns in slices; ratios are taken slice by slice; intervals are 95 %,
+smart-turn (fetched), and two chains of products whose halves take about 1 ms and 0.3 ms, or those named. The ceiling is
+the stage files running at once in separate processes with no communication; "whole-model processes" are the alternative
+of a user with enough memory. Contenders take turns in slices; ratios are computed slice by slice; intervals are 95 %,
 by bootstrap.
 
-Peers (``--peers all``, or names with commas between) run the same stage files, a process and a thread for each stage,
-at the same optimisation levels, with as many requests in flight. They need the extra ``peers``; Triton needs the extra
-``triton`` in an environment of its own, whose interpreter ``--python triton=PYTHON`` names. Each takes turns with the
-pipeline and the ceiling alone, so that no peer's background processes slow another. One that is not installed is
-skipped with a message.
+Peers (``--peers all``, or names separated by commas) run the same stage files, with one process and one thread per
+stage, at the same optimisation levels, with as many requests in flight. They need the extra ``peers``; Triton needs the
+extra ``triton`` in a separate environment, whose interpreter is given by ``--python triton=PYTHON``. Each peer takes
+turns only with the pipeline and the ceiling, so that no peer's background processes slow another. A peer that is not
+installed is skipped with a message.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=DEFAULT, metavar="NAME|MODEL.onnx")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--slices", type=int, default=20)
-    parser.add_argument("--peers", default="", help="all, or names with commas between: " + ", ".join(PEERS))
+    parser.add_argument("--peers", default="", help="all, or names separated by commas: " + ", ".join(PEERS))
     parser.add_argument("--peer-slices", type=int, default=10)
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PYTHON")
-    parser.add_argument("--models", type=Path, help="a folder to keep exported models in")
+    parser.add_argument("--models", type=Path, help="folder that keeps exported models")
     given = parser.parse_args()
     peers = PEERS if given.peers == "all" else [name for name in given.peers.split(",") if name]
     pythons = dict(text.split("=", 1) for text in given.python)
@@ -75,7 +75,7 @@ def main() -> None:
 def say(
     report: harness.Report, name: str, *, peer: str = "", measured: BenchReport | None = None, skipped: str = ""
 ) -> None:
-    """Print what was measured of a model alone, or beside a peer."""
+    """Print the figures of a model, alone or with a peer."""
     row: dict[str, Any] = {"model": name, "peer": peer}
     if measured is None:
         report.row(
@@ -96,7 +96,7 @@ def say(
 
 
 def line(row) -> str:
-    """The line of one contender."""
+    """Format the line of one contender."""
     return (
         f"  {row.name:45} {row.per_s:8.2f} ({row.low:.2f}-{row.high:.2f})   "
         f"{row.ratio:.3f} ({row.ratio_low:.3f}-{row.ratio_high:.3f})"

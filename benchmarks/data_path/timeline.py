@@ -1,8 +1,8 @@
-"""When does each stage run, wait and send? It writes docs/trace.json and docs/trace.svg.
+"""When does each stage run, wait and send? Writes docs/trace.json and docs/trace.svg.
 
-The JSON is what ``onnxsplit run --trace`` writes, and opens in https://ui.perfetto.dev. The picture shows the same
-events: a row for each node, its runs by request; below, what is on its way there or waits; arrows from stage to
-stage.
+The JSON has the format of ``onnxsplit run --trace`` and opens in https://ui.perfetto.dev. The picture shows the same
+events: a row for each node with its runs by request, below it the requests that wait or are on their way, and arrows
+from stage to stage.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def main() -> None:
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("name", nargs="?", default="resnet50", metavar="NAME|MODEL.onnx")
     parser.add_argument("--requests", type=int, default=12)
-    parser.add_argument("--models", type=Path, help="a folder to keep exported models in")
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "docs", help="the folder to write to")
+    parser.add_argument("--models", type=Path, help="folder that keeps exported models")
+    parser.add_argument("--out", type=Path, default=harness.ROOT / "docs", help="folder to write to")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="onnxsplit-benchmark-") as scratch:
         plan = example_models.named_plan(given.name, Path(scratch), models=given.models)

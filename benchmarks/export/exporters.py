@@ -1,7 +1,7 @@
-"""Do models of all frameworks export, and do they survive a cut in two?
+"""Can models of all frameworks be exported, and are they right after a cut in two?
 
-Each model is exported, compared with its framework, cut in two, and compared with the whole. Frameworks that are not
-installed are rows that say so; `make test-export` makes an environment with all of them. Each model is small and made
+Each model is exported, compared with its framework, cut in two, and compared with the whole. A framework that is not
+installed has a row that says so; `make test-export` makes an environment with all of them. Each model is small and made
 here (tests/support/frameworks.py).
 """
 
@@ -29,7 +29,7 @@ TAKES = "2 min"
 
 
 def measure(model: frameworks.Model, folder: Path) -> dict[str, Any]:
-    """The row of one model."""
+    """Export and cut one model, and return its row."""
     row: dict[str, Any] = {"model": model.name}
     missing = [name for name in model.needs if find_spec(name) is None]
     if missing:
@@ -64,7 +64,7 @@ def measure(model: frameworks.Model, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Print the table."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("words", nargs="*", metavar="WORD", help="only models with one of these in their name")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only models whose names contain one of these")
     given = parser.parse_args()
     report = harness.Report(given, model="40", framework="14", seconds="7.1f", difference="10.1e", cut="8", result="8")
     for model in frameworks.models():

@@ -1,11 +1,12 @@
-"""Are all answers right, and is all as before, after odd requests and harm to the nodes?
+"""After odd requests and faults of nodes, are all answers right and all resources returned?
 
-Each net of ``odd/nets.py`` runs in two pipelines: one tries requests again when a node dies, the other does not; one
-has shared memory, the other has not. Each pipeline has rounds: without harm, with nodes killed and stopped, with
-stages scaled. Several callers ask what ``odd/requests.py`` lists. Every answer is compared with that of plain ONNX
-Runtime on what the inputs were at ``submit``; every future must end once within a minute; an error must be one of ours
-that fits. After each round, when all is quiet, places, threads, descriptors and memory must be as before. At the end
-each pipeline is drained under load and closed. faults/odd_alone.py tries each kind of odd request by itself.
+Each net of ``odd/nets.py`` runs in two pipelines: one repeats requests when a node dies, the other does not; one has
+shared memory, the other does not. Each pipeline has rounds: without faults, with nodes killed and stopped, with stages
+scaled. Several callers send the requests that ``odd/requests.py`` lists. Every answer is compared with that of plain
+ONNX Runtime on the inputs at the time of ``submit``. Every future must end once within a minute, and an error must be
+one that its request allows. After each round, when no request is in flight, places, threads, descriptors and memory
+must be as before. At the end each pipeline is drained under load and closed. faults/odd_alone.py sends each kind of odd
+request separately.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from benchmarks.faults.odd.requests import selected
 
 TAKES = "10 min"
 
-_BREAKS = 5  # pipelines that may break before the run is given up
+_BREAKS = 5  # number of broken pipelines after which the run ends
 
 
 def legs(
     built: list[Net], *, requests: int, rounds: int, seed: int, kinds: tuple[str, ...], patience_s: float
 ) -> list[Leg]:
-    """The two pipelines of each net."""
+    """Return the two pipelines of each net."""
     names = tuple(list(HARM)[number % len(HARM)] for number in range(rounds))
     count = 2 * len(built)
     return [
@@ -58,7 +59,7 @@ def legs(
 
 
 def summary(ledger: Ledger, pipelines: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """The figures of a run."""
+    """Return the figures of a run."""
     totals: Counter[str] = Counter()
     for counts in ledger.outcomes.values():
         totals += counts
@@ -89,15 +90,15 @@ def _text(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print the figures; exit with 1 when there was a fault."""
+    """Print the figures; exit with 1 if there was a fault."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=3, help="of each pipeline")
-    parser.add_argument("--net", action="append", default=[], help="only this one; may be repeated")
-    parser.add_argument("--only", action="append", default=[], help="odd kinds whose names hold this")
-    parser.add_argument("--without", action="append", default=[], help="no odd kinds whose names hold this")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds; what takes longer hangs")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each pipeline")
+    parser.add_argument("--net", action="append", default=[], help="only this net; may be repeated")
+    parser.add_argument("--only", action="append", default=[], help="only odd kinds whose names contain this")
+    parser.add_argument("--without", action="append", default=[], help="no odd kinds whose names contain this")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds after which a request counts as hanging")
     given = parser.parse_args()
     kinds = selected(given.only, given.without)
     report = harness.Report(given)
@@ -121,7 +122,7 @@ def main() -> None:
     result = summary(ledger, pipelines, given.seed)
     report.row(result, _text(result))
     sys.stdout.flush()
-    os._exit(1 if ledger.faults else 0)  # a pipeline that broke may have left threads that never end
+    os._exit(1 if ledger.faults else 0)  # a broken pipeline may have left threads that never end
 
 
 if __name__ == "__main__":

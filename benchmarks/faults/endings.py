@@ -1,8 +1,8 @@
-"""What is left behind when pipelines end, in whatever way?
+"""What is left behind when pipelines end, normally or not?
 
 A pipeline is launched many times. Of every five launches one is interrupted with SIGINT and one has its parent killed
-with SIGKILL, each while requests are running; the others are closed. Five seconds later it is counted what is left:
-node processes, sockets, folders, shared memory.
+with SIGKILL, each while requests are running; the others are closed. Five seconds later, the node processes, sockets,
+folders and shared memory that are left are counted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ with Pipeline.launch(sys.argv[1]) as pipeline:
 
 
 def present() -> dict[str, set[str]]:
-    """The names of what could be left, by kind."""
+    """Return the names of processes, sockets, folders and shared memory that could be left, by kind."""
     sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "onnxsplit" in line}
     processes = {
         str(p.pid)
@@ -74,7 +74,7 @@ def main() -> None:
                 caller.send_signal(signal.Signals[way])
             caller.wait(30)
             caller.stdout.close()
-        time.sleep(5)  # the question is what is left after five seconds
+        time.sleep(5)  # leftovers are counted after five seconds
         left = {kind: sorted(names - before[kind]) for kind, names in present().items()}
     ended = ", ".join(f"{count} ended by {way}" for way, count in counts.items())
     remains = ", ".join(f"{len(names)} {kind}" for kind, names in left.items())

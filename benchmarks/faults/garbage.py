@@ -1,8 +1,9 @@
-"""What breaks when garbage arrives on every link of a pipeline, and what memory does it cost?
+"""What breaks when garbage arrives on every link of a pipeline, and how much memory does it take?
 
-First the decoders alone: random bytes, and real messages with bytes changed, cut out, doubled or spliced. An exception
-other than that of the protocol is a crash. Then a pipeline on tcp without keys: the same is sent to its nodes and its
-coordinator over ZeroMQ, raw bytes over TCP, and headers that claim 1 GB. In between its answers are compared.
+First, the decoders alone get random bytes, and real messages with bytes changed, removed, doubled or spliced. An
+exception other than that of the protocol is a crash. Then the nodes and the coordinator of a pipeline on tcp without
+keys get the same over ZeroMQ, raw bytes over TCP, and headers that claim 1 GB. In between, the pipeline's answers are
+compared.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, Tenso
 TAKES = "3 min"
 
 GIB = 1 << 30
-FAR = 1 << 40  # numbers of requests that nobody has made
+FAR = 1 << 40  # numbers of requests that do not exist
 
 
 def samples() -> list[tuple[bytes, list[bytes]]]:
-    """One message of each kind, encoded, with its frames."""
+    """Return one encoded message of each kind, with its frames."""
     arrays = {"x": np.ones((4, 32), np.float32), "s": np.array([["a", "größer"]], dtype=object)}
     heads, frames = codec.encode_tensors(arrays)
     large, large_frames = codec.encode_tensors({"x": np.ones((1000, 32), np.float32)})
@@ -84,7 +85,7 @@ def samples() -> list[tuple[bytes, list[bytes]]]:
 
 
 def mutated(source: random.Random, whole: list[bytes]) -> bytes:
-    """A message that is nearly right, or random bytes."""
+    """Return a message that is nearly right, or random bytes."""
     data = bytearray(source.choice(whole))
     for _ in range(source.choice((1, 1, 2, 5))):
         kind, at = source.randrange(6), source.randrange(len(data) + 1)
@@ -105,12 +106,12 @@ def mutated(source: random.Random, whole: list[bytes]) -> bytes:
 
 
 def no_memory(_place: TensorPlace, _dtype: str, _shape: Any) -> Any:
-    """Refuse every place in shared memory: none is mapped here."""
+    """Refuse every position in shared memory: no arena is mapped here."""
     raise ProtocolError("not mapped")
 
 
 def decode(header: bytes, frames: list[bytes]) -> str:
-    """Whether any decoder takes a message."""
+    """Return whether any decoder accepts a message."""
     outcomes = []
     for decoder in (codec.decode_data, codec.decode_node_control, codec.decode_coordinator_control):
         try:
@@ -124,7 +125,7 @@ def decode(header: bytes, frames: list[bytes]) -> str:
 
 
 def decoders(cases: int, source: random.Random) -> dict[str, Any]:
-    """Count how the decoders take so many cases."""
+    """Count how many of the cases the decoders accept, refuse, or crash on."""
     whole = [header for header, _ in samples()]
     frames = [frame for _, own in samples() for frame in own] + [b"", bytes(100)]
     seen: dict[str, int] = {"taken": 0, "refused": 0, "crashed": 0}
@@ -134,7 +135,7 @@ def decoders(cases: int, source: random.Random) -> dict[str, Any]:
         attached = source.choices(frames, k=source.randrange(3))
         try:
             seen[decode(header, attached)] += 1
-        except Exception as error:  # that is what is looked for
+        except Exception as error:  # the benchmark looks for exactly such errors
             seen["crashed"] += 1
             if seen["crashed"] <= 5:
                 print(f"case {number}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -142,7 +143,7 @@ def decoders(cases: int, source: random.Random) -> dict[str, Any]:
 
 
 def live(sent: int, source: random.Random) -> dict[str, Any]:
-    """Send so many messages to real processes."""
+    """Send a number of messages to real processes."""
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
         plan = Path(scratch) / "m.plan"
         partition(build.save(build.chain(4), Path(scratch)), stages=2, out=plan, costs="analytic")
@@ -163,7 +164,7 @@ def live(sent: int, source: random.Random) -> dict[str, Any]:
 def attack(
     pipeline: Pipeline, nodes: list[subprocess.Popen[bytes]], control: str, sent: int, source: random.Random
 ) -> dict[str, Any]:
-    """Send garbage on all links, and look between whether the pipeline still answers rightly."""
+    """Send garbage on all links, and check in between that the pipeline still answers correctly."""
     one = {"x": np.ones((2, 32), np.float32)}
     wanted = pipeline.run(one)["y"]
     processes = [psutil.Process(node.pid) for node in nodes] + [psutil.Process()]
@@ -218,7 +219,7 @@ def attack(
 
 
 def greeting() -> bytes:
-    """The bytes with which a ZeroMQ peer without keys begins, up to its first message."""
+    """Return the first bytes of a ZeroMQ peer without keys, up to its first message."""
     ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
     return (
         b"\xff"
@@ -239,14 +240,14 @@ def raw(address: str, data: bytes) -> None:
         with socket.create_connection((host, int(port)), timeout=5) as connection:
             connection.sendall(data)
     except OSError:
-        pass  # closed on us: as it should
+        pass  # the peer closed the connection, as it should
 
 
 def main() -> None:
-    """Print the figures; exit with 1 after a crash."""
+    """Print the figures; exit with 1 if there was a crash."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("--cases", type=int, default=200_000, help="for the decoders")
-    parser.add_argument("--sent", type=int, default=20_000, help="messages to a running pipeline")
+    parser.add_argument("--cases", type=int, default=200_000, help="number of messages for the decoders")
+    parser.add_argument("--sent", type=int, default=20_000, help="number of messages to a running pipeline")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     source = random.Random(given.seed)

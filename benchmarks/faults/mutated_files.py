@@ -1,8 +1,8 @@
-"""Do broken models and plans do any harm: a traceback, a crash, a hang, a file where none belongs?
+"""Do broken models and plans cause a traceback, a crash, a hang, or files in other folders?
 
 Each case changes, removes, repeats or inserts bytes in a small model (partitioned with analytic costs) or in a plan
-(loaded and run stage by stage), in a process of its own with a limit of 20 s and 4 GB. Only errors of onnxsplit may
-come out.
+(loaded and run stage by stage), in a separate process with limits of 20 s and 4 GB. Only errors of onnxsplit are
+allowed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def mutate(content: bytes, source: random.Random) -> bytes:
 
 
 def attempt(case: int, seed: int, models: list[bytes], plan: Path, model: Path, folder: Path) -> str:
-    """Run one case in this process; what came of it."""
+    """Run one case in this process and return its outcome."""
     source = random.Random(f"{seed}-{case}")
     try:
         if case % 2:

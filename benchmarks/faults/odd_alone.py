@@ -1,7 +1,8 @@
-"""What does each odd kind of request do by itself to a small pipeline, and what does it leave behind?
+"""What does each kind of odd request, sent separately, do to a small pipeline, and what does it leave behind?
 
-A pipeline admits two requests. Each kind is asked eight times, one after the other; then places and threads must be as
-before and a plain request be answered. Whatever breaks the pipeline gets a new process for the kinds after it.
+A pipeline admits two requests. Each kind is sent eight times, one after the other; then places and threads must be as
+before, and an ordinary request must be answered. After a kind that breaks the pipeline, the next kinds get a new
+process.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TIMES = 8
 
 
 def alone(net_name: str, kinds: list[str], patience_s: float) -> None:
-    """Try kinds in this process: a line of JSON for each, until one breaks the pipeline."""
+    """Send the kinds in this process and print a line of JSON for each, until one breaks the pipeline."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         net = nets.build(Path(scratch), [net_name])[0]
         leg = Leg(net, 0, (), 1, True, 0, (), patience_s=patience_s, inflight=2)
@@ -71,12 +72,12 @@ def _ask(pipeline: Any, net: Any, ledger: Ledger, kind: str, source: Any, patien
 
 
 def main() -> None:
-    """Print a row for each kind; exit with 1 when one did what it must not."""
+    """Print a row for each kind; exit with 1 if there was a violation."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("--net", action="append", default=[], help="only this one; may be repeated")
-    parser.add_argument("--only", action="append", default=[], help="kinds whose names hold this")
-    parser.add_argument("--without", action="append", default=[], help="no kinds whose names hold this")
-    parser.add_argument("--patience", type=float, default=10.0, help="seconds; what takes longer hangs")
+    parser.add_argument("--net", action="append", default=[], help="only this net; may be repeated")
+    parser.add_argument("--only", action="append", default=[], help="only kinds whose names contain this")
+    parser.add_argument("--without", action="append", default=[], help="no kinds whose names contain this")
+    parser.add_argument("--patience", type=float, default=10.0, help="seconds after which a request counts as hanging")
     parser.add_argument("--in-this-process", metavar="KINDS", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.in_this_process is not None:

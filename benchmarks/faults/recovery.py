@@ -1,8 +1,9 @@
-"""What does the caller see of a fault, how soon is it found, and how long does it take to heal?
+"""What does the caller see of a fault, how soon is it detected, and how long does recovery take?
 
 Faults are injected into three stages with two replicas each, settings at their defaults, under continuous load; every
 answer is compared. "found" is the time from the fault to the moment when the node is taken for dead, "healed" the time
-from the fault until all nodes serve again, "longest" the longest that a request took. Medians, but for "most found".
+from the fault until all nodes serve again, "longest" the longest that a request took. Figures are medians, except "most
+found".
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ INJECTED = {
 
 
 def given(seed: int) -> dict[str, Any]:
-    """One of eight inputs, by a number."""
+    """Return one of eight inputs by its number."""
     return {"x": np.random.default_rng(seed % 8).standard_normal((64, WIDTH)).astype(np.float32)}
 
 
@@ -62,26 +63,26 @@ class Load:
             thread.start()
 
     def ask(self, number: int) -> None:
-        """Ask until the load ends."""
+        """Send requests until the load ends."""
         while not self.ended.is_set():
             begun = time.monotonic()
             try:
                 answer = self.pipeline.run(given(number), timeout=60)["y"]
                 self.seen["right" if np.array_equal(answer, self.wanted[number % 8]) else "wrong"] += 1
-            except Exception as error:  # what a caller sees is what is counted
+            except Exception as error:  # every error that a caller sees is counted
                 self.seen[type(error).__name__] += 1
             self.longest_s = max(self.longest_s, time.monotonic() - begun)
             number += 1
 
     def end(self) -> None:
-        """Stop asking."""
+        """Stop sending requests."""
         self.ended.set()
         for thread in self.threads:
             thread.join()
 
 
 def whole(pipeline: Pipeline, incidents: int, seconds: float = 60.0) -> float:
-    """Wait until so many nodes were lost and all are ready again; the time then."""
+    """Wait until this many nodes were lost and all are ready again; return the time."""
     end = time.monotonic() + seconds
     while len(pipeline.incidents) < incidents or any(node.state != "ready" for node in pipeline.nodes):
         if time.monotonic() > end:
@@ -91,7 +92,7 @@ def whole(pipeline: Pipeline, incidents: int, seconds: float = 60.0) -> float:
 
 
 def injected(plan: Path, wanted: list[Any], fault: dict[str, Any]) -> dict[str, Any]:
-    """Have a node of the middle stage fail by itself at a request."""
+    """Make a node of the middle stage fail at a request."""
     launcher = FaultyLauncher({**fault, "stage": 1, "request": AT})
     with Pipeline.launch(plan, launcher=launcher, replicas=2) as pipeline:
         load = Load(pipeline, wanted)
@@ -103,7 +104,7 @@ def injected(plan: Path, wanted: list[Any], fault: dict[str, Any]) -> dict[str, 
 
 
 def killed(plan: Path, wanted: list[Any], victims: tuple[int, ...]) -> dict[str, Any]:
-    """Kill some nodes at once."""
+    """Kill these nodes at once."""
     with Pipeline.launch(plan, replicas=2) as pipeline:
         load = Load(pipeline, wanted)
         time.sleep(0.5)
@@ -117,7 +118,7 @@ def killed(plan: Path, wanted: list[Any], victims: tuple[int, ...]) -> dict[str,
 
 
 def row(load: Load, pipeline: Pipeline, found_s: float, healed_s: float) -> dict[str, Any]:
-    """The figures of one fault."""
+    """Return the figures of one fault."""
     return {
         "seen": load.seen,
         "found_s": found_s,
@@ -128,7 +129,7 @@ def row(load: Load, pipeline: Pipeline, found_s: float, healed_s: float) -> dict
 
 
 def summary(name: str, times: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of a fault that was injected several times."""
+    """Return the row of a fault that was injected several times."""
     answers = sum((each["seen"] for each in times), Counter())
     medians = {key: statistics.median(each[key] for each in times) for key in ("found_s", "healed_s", "longest_s")}
     return {
@@ -144,7 +145,7 @@ def summary(name: str, times: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Print the table."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("--times", type=int, default=5, help="of each fault")
+    parser.add_argument("--times", type=int, default=5, help="number of times that each fault is injected")
     parser.add_argument("--only", nargs="*", help="only the faults with these names")
     arguments = parser.parse_args()
     report = harness.Report(

@@ -1,9 +1,9 @@
-"""Are all requests answered rightly while nodes are killed and stopped at random?
+"""Are all requests answered correctly while nodes are killed and stopped at random?
 
-A trained model in three stages with two replicas each, under continuous load. A random node gets SIGKILL every two
-seconds, and a random one SIGSTOP every ten, which is never taken back. Every answer is compared with that of the whole
+A trained model runs in three stages with two replicas each, under continuous load. A random node gets SIGKILL every two
+seconds, and a random one gets SIGSTOP every ten, and never SIGCONT. Every answer is compared with that of the whole
 model (within 1e-4 of its scale; inputs differ, so an answer to another request would be wrong), and with the first
-answer to the same input. Exits with 1 when a request was lost, answered twice, or answered wrong.
+answer to the same input. The exit status is 1 if a request was lost, answered twice or answered wrong.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BEFORE_S = 10.0
 
 
 def main() -> None:
-    """Print the figures; exit with 1 when a request was lost, duplicated or answered wrong."""
+    """Print the figures; exit with 1 if a request was lost, answered twice or answered wrong."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--model", default="ocr-classifier", help="a name of models/zoo.toml, or a file")
     parser.add_argument("--requests", type=int, default=20_000)
@@ -76,7 +76,7 @@ class Soak:
         self.ended = threading.Event()
 
     def run(self) -> dict[str, Any]:
-        """Load the pipeline, first without harm, then with it; the figures of both."""
+        """Load the pipeline, first without faults, then with them; return the figures of both."""
         self.load(until=time.monotonic() + BEFORE_S)
         before, answered = self.rate(BEFORE_S), self.counts["answered"]
         memory = self.memory()
@@ -113,7 +113,7 @@ class Soak:
         }
 
     def load(self, *, until: float = float("inf"), requests: int = sys.maxsize) -> None:
-        """Keep the pipeline full; returns when everything is answered."""
+        """Keep the pipeline full; return when everything is answered."""
         sent, answered = 0, threading.Semaphore(0)
         while sent < requests and time.monotonic() < until:
             number = self.counts["accepted"]
@@ -129,10 +129,10 @@ class Soak:
             sent += 1
         for _ in range(sent):
             if not answered.acquire(timeout=60):
-                return  # what is missing is counted as lost
+                return  # missing answers are counted as lost
 
     def check(self, number: int, future: Any, seconds: float) -> None:
-        """Compare one answer."""
+        """Compare one answer with the reference."""
         with self.lock:
             self.answers[number] += 1
             self.times.append(seconds)
@@ -150,11 +150,11 @@ class Soak:
                 self.counts["other bits"] += 1
 
     def rate(self, seconds: float) -> float:
-        """Answers per second so far."""
+        """Return the answers per second so far."""
         return self.counts["answered"] / seconds
 
     def harm(self) -> None:
-        """Kill and stop nodes until the load ends; then let everything heal."""
+        """Kill and stop nodes until the load ends; then wait until all nodes are replaced."""
         source = random.Random(self.given.seed)
         waiting: list[threading.Thread] = []
         kill, stop = time.monotonic() + self.given.kill_every, time.monotonic() + self.given.stop_every
@@ -185,19 +185,19 @@ class Soak:
         self.errors["a stage that did not heal in 120 s"] += 1
 
     def quantiles(self, kind: str) -> list[float]:
-        """The 50th and the 99th percentile of the times to heal, and the longest."""
+        """Return the 50th and the 99th percentile of the times to recover, and the longest."""
         times = self.heals[kind] or [0.0]
         return [round(float(v), 2) for v in (*np.percentile(times, [50, 99]), max(times))]
 
     def memory(self) -> list[float]:
-        """The MiB that this process, and all nodes together, hold (proportional set size)."""
+        """Return the memory of this process and of all nodes together in MiB (proportional set size)."""
         nodes = [psutil.Process(node.pid) for node in self.pipeline.nodes if node.pid]
         sizes = [sum(one.memory_full_info().pss for one in each) for each in ([psutil.Process()], nodes)]
         return [round(size / 2**20, 1) for size in sizes]
 
 
 def varied(example: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Other values for the same inputs: random floats, and integers moved on by some places."""
+    """Return other values for the same inputs: random floats, and rotated integers."""
     source = np.random.default_rng(seed)
     return {
         name: source.standard_normal(array.shape).astype(array.dtype)

@@ -1,4 +1,4 @@
-"""Callers of a server that take little time themselves: one request at a time on a connection that is kept open."""
+"""Callers of a server that use little processor time: one request at a time on a connection that stays open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Call = Callable[[], tuple[int, str]]
 
 
 def http_body(inputs: dict[str, np.ndarray], **parameters: object) -> tuple[bytes, int]:
-    """The body of a request with binary tensors both ways, and the length of its JSON."""
+    """Return the body of a request with binary inputs and outputs, and the length of its JSON."""
     said = {
         "inputs": [
             {
@@ -37,7 +37,7 @@ def http_body(inputs: dict[str, np.ndarray], **parameters: object) -> tuple[byte
 
 
 def over_http(address: str, model: str, inputs: dict[str, np.ndarray], **parameters: object) -> Call:
-    """A caller over HTTP that has its request ready and reads no more of the answer than it must."""
+    """Make a caller over HTTP that prepares its request once and reads only the necessary part of an answer."""
     host, _, port = address.partition(":")
     body, length = http_body(inputs, **parameters)
     message = (
@@ -63,7 +63,7 @@ def over_http(address: str, model: str, inputs: dict[str, np.ndarray], **paramet
 
 
 def over_grpc(address: str, model: str, inputs: dict[str, np.ndarray], **_: object) -> Call:
-    """A caller over gRPC on a channel of its own."""
+    """Make a caller over gRPC with a separate channel."""
     import grpc
 
     options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
@@ -88,9 +88,9 @@ class Load:
     """The answers that callers got.
 
     Attributes:
-        seconds: it took.
-        times: of each request that was answered.
-        refused: what the others were told, and how often.
+        seconds: duration of the load.
+        times: seconds of each answered request.
+        refused: message of a refusal -> number of requests.
     """
 
     seconds: float = 0.0
@@ -99,17 +99,17 @@ class Load:
 
     @property
     def per_s(self) -> float:
-        """Answers per second."""
+        """The answers per second."""
         return len(self.times) / self.seconds
 
     def percentile_ms(self, share: float) -> float:
-        """A percentile of the times of answered requests, in milliseconds."""
+        """Return a percentile of the times of answered requests, in milliseconds."""
         ordered = sorted(self.times)
         return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
 def drive(calls: list[Call], seconds: float) -> Load:
-    """Let callers call for so many seconds, each in a thread; requests under way at the end are counted."""
+    """Run callers for this many seconds, each in a thread; requests in flight at the end are counted."""
     load = Load()
     lock = threading.Lock()
     begun = time.perf_counter()

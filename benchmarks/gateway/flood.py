@@ -1,4 +1,4 @@
-"""Send requests at a fixed rate, whether or not they are answered, and print what became of them as JSON.
+"""Send requests at a fixed rate, whether or not they are answered, and print their outcomes as JSON.
 
 python flood.py HOST:PORT MODEL PLAN RATE SECONDS DEADLINE_MS
 """
@@ -25,7 +25,7 @@ from onnxsplit.plan_files import example_file, load_plan
 
 
 class Connections:
-    """Connections that are kept open, as many as it takes."""
+    """A pool of connections that stay open; it grows as needed."""
 
     def __init__(self, address: str) -> None:
         self._host, _, port = address.partition(":")
@@ -106,7 +106,7 @@ async def flood(address: str, model: str, plan: Path, rate: float, seconds: floa
 
 
 def percentile_ms(times: list[float], percent: int) -> float | None:
-    """A percentile of sorted times in seconds, in milliseconds."""
+    """Return a percentile, in milliseconds, of sorted times in seconds."""
     return 1e3 * times[len(times) * percent // 100] if times else None
 
 

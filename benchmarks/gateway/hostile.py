@@ -1,12 +1,12 @@
-"""Does the gateway withstand hostile requests, and what do they cost?
+"""Does the gateway withstand hostile requests, and how much time and memory do they take?
 
-What each request is told, how long it takes, what memory it costs, and whether the server lives on. ``onnxsplit
-serve`` runs in a process of its own with --max-body 256M and --max-queue-bytes 64M; two more, one after the other, ask
-for a token and let clients register shared memory. The requests of ``attacks/*_cases.py`` come one after another, some
-of them several at once, and those that wait for a timeout of the server side by side. After each, a plain request must
-be answered rightly; a server that does not is replaced, and the row says so. A process beside it asks /v2/health/live
-every 20 ms. At the end the server must be ready or say why not, hold no more memory than it may, and end with 0 on
-SIGTERM.
+Each row has the statuses of the answers, the time, the growth of the server's memory, and the violations. ``onnxsplit
+serve`` runs in a separate process with --max-body 256M and --max-queue-bytes 64M. Two more servers, one after the
+other, require a token and let clients register shared memory. The requests of ``attacks/*_cases.py`` are sent one after
+another, some of them several at once; those that wait for a timeout of the server run concurrently. After each case an
+ordinary request must be answered correctly; a server that fails is replaced, and the row says so. Another process
+requests /v2/health/live every 20 ms. At the end the server must be ready or say why not, stay within its memory bound,
+and exit with 0 on SIGTERM.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ TAKES = "10 min"
 LIVE_S = 0.1
 TOKEN = "sesame-open-yourself-now"
 LIMITS = ("--max-body", "256M", "--max-queue-bytes", "64M")
-_SLACK_BYTES = 192 << 20  # of what a server holds at the end more than at the start
+_SLACK_BYTES = 192 << 20  # growth of the server's memory that is allowed at the end
 
 
 class Attack:
-    """A server, the cases that are fired at it, and what was found.
+    """A server, the cases that are sent to it, and the results.
 
     Args:
-        plans: that are served.
-        words: of the command line.
-        chain: what the model ``chain`` gives.
-        bound_bytes: that the server's memory may grow by.
-        token: that plain requests show.
+        plans: the plans that are served.
+        words: arguments of the command line.
+        chain: the reference for the model ``chain``.
+        bound_bytes: bytes by which the server's memory may grow.
+        token: the token of ordinary requests.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Attack:
         return target
 
     def run(self, cases: Sequence[tuple[str, Case]]) -> None:
-        """Fire all cases; the slow ones last, and at once."""
+        """Run all cases; the slow ones run last, and concurrently."""
         for kind, case in cases:
             if not case.slow:
                 self._one(kind, [case])
@@ -83,7 +83,7 @@ class Attack:
             row.name = f"{its}: {row.name}"
             self.rows.append(row)
         if problem:
-            rows[-1].problems.append(f"a plain request is not answered any more: {problem}")
+            rows[-1].problems.append(f"an ordinary request is no longer answered: {problem}")
             rows[-1].problems.append(f"/v2/health/ready says {self._ready()}")
         for row in rows:
             print(f"{row.name[:70]:70} {row.said[:40]:40} {'; '.join(row.problems)}", file=sys.stderr, flush=True)
@@ -94,7 +94,7 @@ class Attack:
     def _ready(self) -> str:
         try:
             status, said = self._target.ask("GET", "/v2/health/ready", timeout=10, **self._target.shown)
-        except Exception as error:  # of any kind: it does not answer
+        except Exception as error:  # any error means that the server does not answer
             return f"{type(error).__name__}: {error}"
         return "200" if status == 200 else f"{status} {said.decode(errors='replace')[:200]}"
 
@@ -121,7 +121,7 @@ class Attack:
 
 
 def chosen(cases: dict[str, list[Case]], only: Sequence[str]) -> list[tuple[str, Case]]:
-    """The cases whose names hold one of ``only``, each with the protocol that carries it."""
+    """Return the cases whose names contain one of ``only``, each with its protocol."""
     return [
         (kind, case)
         for kind, its in cases.items()
@@ -131,11 +131,11 @@ def chosen(cases: dict[str, list[Case]], only: Sequence[str]) -> list[tuple[str,
 
 
 def main() -> None:
-    """Print the table; exit with 1 when something was not as it must be."""
+    """Print the table; exit with 1 if there was a violation."""
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("--only", action="append", default=[], help="cases whose names hold this; may be repeated")
-    parser.add_argument("--bound-mib", type=int, default=768, help="that the server's memory may grow by")
-    parser.add_argument("--regions", default="", help="words that let clients register memory named hostile-...")
+    parser.add_argument("--only", action="append", default=[], help="only cases whose names contain this")
+    parser.add_argument("--bound-mib", type=int, default=768, help="MiB by which the server's memory may grow")
+    parser.add_argument("--regions", default="", help="serve's option for memory named hostile-...")
     given = parser.parse_args()
     attacks = []
     with tempfile.TemporaryDirectory(prefix="hostile-") as scratch:
@@ -168,7 +168,7 @@ def main() -> None:
                 attack.run(selected)
                 attacks.append(attack)
     if not attacks:
-        parser.error(f"no case holds any of: {', '.join(given.only)}")
+        parser.error(f"no case name contains any of: {', '.join(given.only)}")
     rows = [row for attack in attacks for row in attack.rows]
     result = {
         "cases": len(rows),

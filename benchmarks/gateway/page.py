@@ -1,7 +1,7 @@
-"""What does the gateway's page look like? It takes the pictures of docs/: idle, loaded, and with a dead stage.
+"""What does the gateway's page look like? Takes the pictures of docs/: idle, loaded, and with a dead stage.
 
-It serves a plan and takes the pictures with Chromium (needs playwright). The dead stage is one whose file is hidden, so
-that it cannot be replaced until the file is back.
+The pictures are taken with Chromium (needs playwright) from a served plan. The file of the dead stage is renamed, so
+that its node cannot be replaced until the file is back.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
         os.kill(int(title.split()[1]), signal.SIGKILL)
         page.wait_for_selector(".graph .box.down", timeout=20_000)
         time.sleep(4)
-        page.evaluate(  # the folder is of no interest
+        page.evaluate(  # hide the name of the folder
             "folder => { for (const part of document.querySelector('.trouble').childNodes)"
             " part.textContent = part.textContent.replaceAll(folder, '…'); }",
             str(folder),

@@ -1,10 +1,10 @@
-"""What does the gateway add to a pipeline, and what does it do under too much load?
+"""How much time does the gateway add to a pipeline, and how does it behave under overload?
 
 overhead   the same plan through `Pipeline` in its own process, over HTTP with binary tensors and over gRPC:
            ResNet-50 and a net of about 1 ms; p50 and p99 of one caller, throughput of eight, in turns.
 identity   requests per second of a model that only passes its input on, one server process.
-batching   a small net, 32 callers, requests joined or not.
-overload   three times the capacity for --seconds: what is answered in time, what is refused and why; memory.
+batching   a small net, 32 callers, with and without joining requests.
+overload   three times the capacity for --seconds: answers in time, refusals with reasons, memory.
 
 Callers run in this process, servers in theirs, all on the same cores.
 """
@@ -41,12 +41,12 @@ SLICE_S = 2.0
 
 
 def served(plan: Path, *words: object) -> Served:
-    """A server of a plan with one thread a stage."""
+    """Serve a plan with one thread per stage."""
     return Served(plan, "--threads", "1", *words, environment=dict(os.environ))
 
 
 def medians(loads: list[Load]) -> dict[str, float]:
-    """The medians of slices: requests per second, and percentiles of their times."""
+    """Return the medians of slices: requests per second, and percentiles of the times."""
     return {
         "per_s": median(load.per_s for load in loads),
         "p50_ms": median(load.percentile_ms(0.5) for load in loads),
@@ -55,7 +55,7 @@ def medians(loads: list[Load]) -> dict[str, float]:
 
 
 def overhead(report: harness.Report, folder: Path, slices: int) -> None:
-    """Compare the way through the pipeline, over HTTP and over gRPC."""
+    """Compare calls through the pipeline, over HTTP and over gRPC."""
     plans = {"resnet50": named_plan("resnet50", folder), "1 ms net": folder / "net.plan"}
     partition(products(folder / "net.onnx", 512, 14), stages=2, out=plans["1 ms net"])
     report.note("\nOverhead: medians of slices in turns\n")
@@ -91,7 +91,7 @@ def overhead(report: harness.Report, folder: Path, slices: int) -> None:
 
 
 def identity(report: harness.Report, folder: Path, slices: int) -> None:
-    """Count requests per second where the model does nothing."""
+    """Count requests per second for a model that does nothing."""
     model = saved(folder / "identity.onnx", [helper.make_node("Identity", ["x"], ["y"])], ("x", "y"), [1, 16], [])
     plan = folder / "identity.plan"
     partition(model, stages=1, out=plan)
@@ -131,7 +131,7 @@ def batching(report: harness.Report, folder: Path, slices: int) -> None:
 
 
 def overload(report: harness.Report, folder: Path, seconds: float) -> None:
-    """Send three times the capacity, from a process of its own in an open loop."""
+    """Send three times the capacity from a separate process in an open loop."""
     plan = named_plan("resnet50", folder)
     inputs = harness.example(plan)
     report.note(f"\nOverload of ResNet-50: three times the capacity for {seconds:.0f} s, a deadline of 500 ms\n")
@@ -160,12 +160,12 @@ def overload(report: harness.Report, folder: Path, seconds: float) -> None:
 
 
 def main() -> None:
-    """Print the tables that are asked for."""
+    """Print the chosen tables."""
     parts = {"overhead": overhead, "identity": identity, "batching": batching, "overload": overload}
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("what", nargs="*", choices=[*parts, []], default=[], metavar="PART", help="by default all")
-    parser.add_argument("--slices", type=int, default=10, help="of 2 s for each way")
-    parser.add_argument("--seconds", type=float, default=60, help="of overload")
+    parser.add_argument("what", nargs="*", choices=[*parts, []], default=[], metavar="PART", help="default: all")
+    parser.add_argument("--slices", type=int, default=10, help="slices of 2 s for each way")
+    parser.add_argument("--seconds", type=float, default=60, help="seconds of overload")
     given = parser.parse_args()
     report = harness.Report(given)
     for what in given.what or parts:

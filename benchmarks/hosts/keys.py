@@ -1,7 +1,7 @@
-"""What does encryption cost a pipeline whose nodes are on a network?
+"""How much does encryption slow a pipeline whose nodes are on a network?
 
-Two stages of next to nothing with tensors of 64 KiB and of 4 MiB between them, over loopback and without shared memory,
-so that everything goes through the link. One pipeline has keys and one has none; both run at once and take turns.
+Two stages do almost nothing, with tensors of 64 KiB and of 4 MiB between them, over loopback and without shared memory,
+so that all tensors pass through the link. One pipeline has keys and one has none; both run at once and take turns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     """Print the table."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("--slices", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a slice")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds of a slice")
     given = parser.parse_args()
     report = harness.Report(given, bytes="8", with_keys_per_s="15.1f", plain_per_s="11.1f", ratio="19")
     for size in (64 << 10, 4 << 20):

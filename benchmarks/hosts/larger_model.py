@@ -1,10 +1,10 @@
 """Can a pipeline serve a model that is larger than any of its nodes?
 
-The model is cut, sent by hash, loaded and served where one session cannot even open it. Needs root and the kernel's
-memory controller: every process is held to the limit twice, by its control group (page cache counted) and by its
-address space. One session of the whole model cannot even map its weights in that address space; held by the group
-alone, it is killed by the kernel when it packs them. Nodes fetch their stages into a cache of their own, over links
-with keys. Needs four times the model's size of disk.
+The model is cut, fetched by hash, loaded and served under a memory limit at which one session cannot open it. The
+benchmark needs root, the kernel's memory controller, and four times the model's size of disk. Every process is limited
+twice: by its control group (with page cache) and by its address space. One session of the whole model cannot map its
+weights in that address space; limited by the group alone, it is killed by the kernel when it packs them. Each node
+fetches its stage into its own cache, over links with keys.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PORT = 5700
 
 @contextmanager
 def limited(name: str, limit_bytes: int) -> Iterator[Path]:
-    """A control group of processes that may not take more memory together."""
+    """Make a control group of processes with a common memory limit."""
     first = Path("/sys/fs/cgroup/memory")
     group = (first if first.is_dir() else Path("/sys/fs/cgroup")) / f"onnxsplit-{os.getpid()}-{name}"
     group.mkdir()
@@ -47,7 +47,7 @@ def limited(name: str, limit_bytes: int) -> Iterator[Path]:
     finally:
         deadline = time.monotonic() + 5
         while group.exists() and time.monotonic() < deadline:
-            with suppress(OSError):  # somebody in it is not gone yet
+            with suppress(OSError):  # a process of the group has not ended yet
                 group.rmdir()
             time.sleep(0.05)
 
@@ -55,7 +55,7 @@ def limited(name: str, limit_bytes: int) -> Iterator[Path]:
 def started(
     group: Path, *words: object, cache: Path, log: Path | None = None, space: int | None = None
 ) -> subprocess.Popen[Any]:
-    """Start this Python with some words in a group, with so much address space."""
+    """Start this Python with arguments in a group, with a limited address space."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     stream = log.open("wb") if log is not None else subprocess.DEVNULL
     narrow = f"ulimit -v {space >> 10} && " if space is not None else ""
@@ -113,7 +113,7 @@ def whole(model: Path, limit: int, place: Path) -> dict[str, Any]:
             figures[f"whole_under_{name}"] = status(process.wait(900))
             figures[f"whole_under_{name}_s"] = time.monotonic() - begun
             figures[f"whole_under_{name}_said"] = (log.read_text().splitlines() or [""])[-1][-150:]
-    if not (place / "whole.npy").exists():  # what the answers are compared with comes from a process without limits
+    if not (place / "whole.npy").exists():  # the reference comes from a process without limits
         subprocess.run([sys.executable, "-P", "-c", WHOLE, str(model), str(place / "whole.npy")], check=True)
     return figures
 
@@ -133,7 +133,7 @@ def cut(model: Path, limit: int, place: Path, stages: int) -> dict[str, Any]:
 
 
 def serve(limit: int, place: Path) -> dict[str, Any]:
-    """Serve ``m.plan`` by nodes that are held to the limit each, and compare the answers with ``whole.npy``."""
+    """Serve ``m.plan`` with nodes under the limit, and compare the answers with ``whole.npy``."""
     plan = place / "m.plan"
     create_for(place / "keys", ("node",))
     with ExitStack() as stack:
@@ -163,7 +163,7 @@ def serve(limit: int, place: Path) -> dict[str, Any]:
 
 
 def measure(given: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Make the model, read it, try it whole, cut it and serve it."""
+    """Make the model, run it whole, cut it and serve it."""
     limit = int(given.limit_gigabytes * (1 << 30))
     model = example_models.large(place, given.gigabytes)
     figures: dict[str, Any] = {"model_bytes": (place / "weights.bin").stat().st_size, "limit_bytes": limit}
@@ -196,7 +196,7 @@ with Pipeline.listen(plan, bind=bind, keys=Path(keys), shared_memory=False, star
 
 
 def status(code: int) -> str:
-    """Say in words how a process ended."""
+    """Describe how a process ended."""
     return "ran" if code == 0 else f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
 
 
@@ -206,10 +206,10 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=int, default=6, help="size of the model")
     parser.add_argument("--limit-gigabytes", type=float, default=2.5, help="memory of each process")
     parser.add_argument("--stages", type=int, default=6)
-    parser.add_argument("--folder", type=Path, help="where the model is made")
+    parser.add_argument("--folder", type=Path, help="folder for the model")
     given = parser.parse_args()
     if os.geteuid() != 0:
-        sys.exit("Limits of memory need root.")
+        sys.exit("Memory limits need root.")
     report = harness.Report(given)
     with tempfile.TemporaryDirectory(prefix="onnxsplit-larger-", dir=given.folder) as scratch:
         report.figures(measure(given, Path(scratch)))

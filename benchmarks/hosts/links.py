@@ -1,10 +1,10 @@
-"""Does a cut that is made for slow, lossy or far links between hosts pay, and do pipelines survive a cut link?
+"""Are cuts that consider slow, lossy or distant links faster, and do pipelines survive a lost link?
 
-Three hosts, as network namespaces, and a switch between them (hosts/switch.py). Needs root, for namespaces and for the
-kernel's CPU controller: each host has SHARE of a core, so that three of them, the caller and the switch find room on
-two. Hosts share no memory; nodes fetch their stages; all links have keys. At each link speed agents measure the hosts,
-a cut is made for what they measured and one as if links were free, and both run in turns. Then the link of a host is
-cut for ten seconds under load, and a host is frozen.
+The three hosts are network namespaces with a switch between them (hosts/switch.py). The benchmark needs root for
+namespaces and for the kernel's CPU controller: each host has SHARE of a core, so that three hosts, the caller and the
+switch fit on two cores. Hosts share no memory, nodes fetch their stages, and all links have keys. At each link speed
+agents measure the hosts. A cut for the measured links and a cut that assumes free links run in turns. Then the link of
+a host is cut for ten seconds under load, and a host is frozen.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def network():
-    """Three namespaces and the switch; gives the process of the switch and the names of the namespaces."""
+    """Make three namespaces and the switch; yield the process of the switch and the names of the namespaces."""
     names = {host: f"onnxsplit-{os.getpid()}-{host}" for host in (*HOSTS, "switch")}
     process = None
     try:
@@ -108,13 +108,13 @@ class Hosts:
         return process
 
     def here(self, *words: object) -> str:
-        """Run a command of onnxsplit on h1; its output."""
+        """Run a command of onnxsplit on h1 and return its output."""
         command = ["ip", "netns", "exec", self.names["h1"], sys.executable, "-P", "-m", "onnxsplit", *map(str, words)]
         return run(*command, capture_output=True).stdout
 
 
 def measured_cluster(hosts: Hosts, model: Path, dims: dict[str, int], folder: Path) -> Any:
-    """The cluster as agents on the hosts measure it."""
+    """Let agents on the hosts measure the cluster, and return it."""
     from onnxsplit.cluster import Cluster, Device
     from onnxsplit.cluster_files import load_cluster
 
@@ -135,7 +135,7 @@ def measured_cluster(hosts: Hosts, model: Path, dims: dict[str, int], folder: Pa
 
 
 def caller(folder: Path, plan: Path, port: int) -> None:
-    """Run the coordinator and the load on h1: seconds on standard input, a line of JSON for each."""
+    """Run the coordinator and the load on h1; each line of standard input has seconds and is answered with JSON."""
     from onnxsplit.npz import load_npz
     from runtime import Pipeline
 
@@ -188,16 +188,16 @@ class Running:
         self.said = json.loads(self._caller.stdout.readline())
 
     def begin(self, seconds: float) -> None:
-        """Begin to load it for so many seconds."""
+        """Start a load of this many seconds."""
         self._caller.stdin.write(f"{seconds}\n")
         self._caller.stdin.flush()
 
     def end(self) -> dict[str, Any]:
-        """Wait for the end of the load; its figures."""
+        """Wait for the end of the load and return its figures."""
         return json.loads(self._caller.stdout.readline())
 
     def load(self, seconds: float) -> dict[str, Any]:
-        """Load it for so many seconds; the figures."""
+        """Load it for this many seconds and return the figures."""
         self.begin(seconds)
         return self.end()
 
@@ -213,8 +213,8 @@ def main() -> None:
     """Print the tables."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("model", nargs="?", default="resnet50", metavar="NAME|MODEL.onnx")
-    parser.add_argument("--slices", type=int, default=6, help="of 4 s for each cut")
-    parser.add_argument("--links", default=",".join(LINKS), help="names with commas between")
+    parser.add_argument("--slices", type=int, default=6, help="slices of 4 s for each cut")
+    parser.add_argument("--links", default=",".join(LINKS), help="names, separated by commas")
     parser.add_argument("--no-faults", action="store_true", help="cut no link and freeze no host")
     parser.add_argument("--caller", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
@@ -267,11 +267,11 @@ def measure(given: argparse.Namespace, report: harness.Report, folder: Path) -> 
 
 
 def started(subject: Any, cluster: Any, hosts: Hosts, folder: Path, key: str, port: int) -> dict[str, Running]:
-    """A cut for the measured links and one as if links were free, both running on the hosts."""
+    """Run a cut for the measured links and one that assumes free links on the hosts."""
     from onnxsplit.planning.options import CutOptions
     from onnxsplit.planning.planner import write_plan
 
-    # Speeds are beside the first device's, which has SHARE of the core that costs were measured on.
+    # Speeds are relative to the first device, which has SHARE of the core on which costs were measured.
     devices = tuple(replace(device, speed=device.speed * SHARE) for device in cluster.devices)
     running = {}
     for kind, there in (
@@ -286,7 +286,7 @@ def started(subject: Any, cluster: Any, hosts: Hosts, folder: Path, key: str, po
 
 
 def compared(running: dict[str, Running], slices: int) -> Iterator[dict[str, Any]]:
-    """Load both cuts in turns; a row for each."""
+    """Load both cuts in turns, and print a row for each."""
     loads = harness.in_turns({kind: lambda p=p: p.load(SLICE_S) for kind, p in running.items()}, slices)
     rates = {kind: [one["per_s"] for one in each] for kind, each in loads.items()}
     for kind, pipeline in running.items():

@@ -1,8 +1,8 @@
-"""What does the Ray launcher cost beside the local one, and what happens when a host is killed?
+"""How does the Ray launcher compare with the local one, and what happens when a host is killed?
 
-Start-up, placement, throughput beside the local launcher, and a host killed under load. The cluster has four hosts,
-which are processes of this one (``ray.cluster_utils.Cluster``), with Ray's own time to notice a dead host. Tensors go
-the same way with both launchers; they take turns.
+Start-up, placement and throughput are compared with the local launcher; then hosts are killed under load. The cluster's
+four hosts are processes of this one (``ray.cluster_utils.Cluster``), with Ray's default time to notice a dead host.
+Tensors take the same path with both launchers, which take turns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def cluster() -> Any:
 
 
 def throughput(plan: Path, inputs: dict[str, Any], slices: int) -> dict[str, Any]:
-    """Both launchers in turns, each alone for its slice."""
+    """Measure both launchers in turns, each alone for its slice."""
     begun = time.monotonic()
     with Pipeline.launch(plan, threads=1) as local:
         local_s = time.monotonic() - begun
@@ -99,7 +99,7 @@ def main() -> None:
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("model", nargs="?", default="ocr-recognizer", metavar="NAME|MODEL.onnx")
     parser.add_argument("--slices", type=int, default=10)
-    parser.add_argument("--kills", type=int, default=3, help="hosts killed, one after the other")
+    parser.add_argument("--kills", type=int, default=3, help="number of hosts to kill, one after the other")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
         plan = example_models.named_plan(given.model, Path(scratch))

@@ -1,11 +1,11 @@
-"""A switch in user space: Ethernet frames between interfaces, at a rate, after a delay, some of them lost.
+"""A switch in user space: passes Ethernet frames between interfaces, with a rate, a delay and losses.
 
     ip netns exec NS python switch.py INTERFACE [INTERFACE ...] --rate 1e9 --delay-ms 1 --loss 0
 
-It does what the kernel's netem does, where the kernel has none. Each interface's frames leave one after the other at
-the rate, arrive after the delay, and are dropped when the queue is longer than 100 ms. Segments that the kernel leaves
-to the network card to cut travel whole; their loss is that of all their packets. Commands come on standard input, a
-line each: ``cut NUMBER`` and ``mend NUMBER`` of an interface, ``rate BITS``, ``delay MS``, ``loss SHARE``.
+It replaces netem for kernels without it. Each interface's frames leave one after the other at the rate, arrive after
+the delay, and are dropped when the queue is longer than 100 ms. Segments whose cutting the kernel leaves to the network
+card travel whole; they are lost if any of their packets is. Commands are lines on standard input: ``cut NUMBER`` and
+``mend NUMBER`` of an interface, ``rate BITS``, ``delay MS``, ``loss SHARE``.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263
 PACKET_MR_PROMISC = 1
 HEADER = 10  # struct virtio_net_hdr
 PACKET = 1460
-OVERHEAD = 78  # of a packet: Ethernet, IP, TCP, and the gap between frames
+OVERHEAD = 78  # overhead of a packet: Ethernet, IP, TCP, and the gap between frames
 QUEUE_S = 0.1
 LARGEST = 1 << 17
 
 
 class Wire:
-    """The switch."""
+    """A switch between interfaces."""
 
     def __init__(self, names: list[str], rate: float, delay_s: float, loss: float) -> None:
         self.rate, self.delay_s, self.loss = rate, delay_s, loss
@@ -53,7 +53,7 @@ class Wire:
         return port
 
     def take(self, source: int, now: float) -> None:
-        """Take all frames that an interface has."""
+        """Receive all waiting frames of an interface."""
         while True:
             try:
                 frame = self.ports[source].recv(LARGEST)
@@ -121,7 +121,7 @@ def main() -> None:
     """Start the switch."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("interfaces", nargs="+")
-    parser.add_argument("--rate", type=float, default=1e9, help="bits a second")
+    parser.add_argument("--rate", type=float, default=1e9, help="bits per second")
     parser.add_argument("--delay-ms", type=float, default=1.0)
     parser.add_argument("--loss", type=float, default=0.0)
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Stages as bare processes in a ring of ZeroMQ PUSH and PULL sockets over ipc, with no guarantee of any kind."""
+"""Stages as bare processes in a ring of ZeroMQ PUSH and PULL sockets over ipc, without any guarantees."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def sockets(context: zmq.Context, source: str, sink: str) -> tuple[zmq.Socket, z
 
 
 def receive(pull: zmq.Socket) -> Tensors:
-    """The next message's tensors, none at the end; they share the message's memory."""
+    """Receive the tensors of the next message, or none at the end; they share the message's memory."""
     frames = [frame.buffer for frame in pull.recv_multipart(copy=False)]
     return unpack(frames) if len(frames[0]) else {}
 
 
 def work(stage: Stage, source: str, sink: str) -> None:
-    """Run a stage until the empty message, which is handed on."""
+    """Run a stage until the empty message, which is passed on."""
     run = Runner(stage)
     with zmq.Context() as context:
         pull, push = sockets(context, source, sink)
@@ -53,7 +53,7 @@ class Ring(Peer):
 
 @contextmanager
 def start(plan: Plan, known: Tensors, inflight: int) -> Iterator[Ring]:
-    """Start a process a stage; the caller stands between the last and the first."""
+    """Start a process per stage; the caller is between the last and the first."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, zmq.Context() as context:
         at = [f"ipc://{folder}/{index}" for index in range(len(plan.stages) + 1)]

@@ -1,4 +1,4 @@
-"""`onnxsplit serve` in a process of its own, for the peers that call it."""
+"""`onnxsplit serve` in a separate process, for the peers that call it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peer import Plan
 
 @contextmanager
 def served(plan: Plan) -> Iterator[dict[str, str]]:
-    """A server with a thread a stage, on free ports: where it listens, and the model's name."""
+    """A server with one thread per stage on free ports: its address, and the model's name."""
     command = [sys.executable, "-P", "-m", "onnxsplit", "serve", str(plan.folder), "--json", "--threads", "1"]
     server = subprocess.Popen(
         [*command, "--http-port", "0", "--grpc-port", "0"],

@@ -15,7 +15,7 @@ from tritonclient.utils import np_to_triton_dtype, triton_to_np_dtype
 
 
 def request(tensors: Tensors) -> tuple[bytes, int]:
-    """The body, and the length of its JSON."""
+    """Return the body of a request, and the length of its JSON."""
     inputs = [
         {
             "name": name,
@@ -30,7 +30,7 @@ def request(tensors: Tensors) -> tuple[bytes, int]:
 
 
 def answer(body: bytes, length: int) -> Tensors:
-    """The tensors of an answer; they share its memory."""
+    """Return the tensors of an answer; they share its memory."""
     found, start = {}, length
     for output in json.loads(body[:length])["outputs"]:
         end = start + output["parameters"]["binary_data_size"]

@@ -1,10 +1,10 @@
 """Is our gateway as fast as the network fronts of other systems, on the same stage files?
 
-Ours, mosec, Ray Serve and a Triton ensemble. Each peer takes turns with our gateway over the same protocol, alone on
-the machine with it, so that no third one's background processes slow either. Each has four callers, or requests in
-flight, in a process of its own with it; a process and a thread for each stage. Needs the extras ``serve`` and
-``peers``; Triton the extra ``triton`` in an environment of its own, whose interpreter ``--python triton=PYTHON``
-names.
+The peers are mosec, Ray Serve and a Triton ensemble. Each peer takes turns with our gateway over the same protocol; no
+other peer runs meanwhile, because its background processes would slow both. Each has four callers, or requests in
+flight, in a separate process, and one process and one thread per stage. The benchmark needs the extras ``serve`` and
+``peers``. Triton needs the extra ``triton`` in a separate environment, whose interpreter is given by ``--python
+triton=PYTHON``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SLICE_S = 2.0
 
 
 def measure(plan: Path, peer: str, ours: str, python: str, slices: int) -> dict[str, Any]:
-    """A peer and our gateway in turns; medians of the slices."""
+    """Measure a peer and our gateway in turns; return the medians of the slices."""
     with running(peer, python, plan) as theirs, running(ours, sys.executable, plan) as own:
         taken = harness.in_turns({"peer": lambda: theirs.ask(SLICE_S), "ours": lambda: own.ask(SLICE_S)}, slices)
     rates = {side: [one["requests"] / one["seconds"] for one in answers] for side, answers in taken.items()}
@@ -42,7 +42,7 @@ def main() -> None:
     parser = harness.parser(__doc__, TAKES)
     models = ["resnet50", "ocr-recognizer", "chain-1ms"]
     parser.add_argument("names", nargs="*", default=models, metavar="NAME|MODEL.onnx")
-    parser.add_argument("--slices", type=int, default=10, help="of 2 s for each")
+    parser.add_argument("--slices", type=int, default=10, help="slices of 2 s for each")
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PYTHON")
     given = parser.parse_args()
     pythons = dict(text.split("=", 1) for text in given.python)

@@ -1,4 +1,4 @@
-"""A caller of a server that speaks the Open Inference Protocol over gRPC; answers come by callback."""
+"""A caller of a server of the Open Inference Protocol over gRPC; answers arrive by callback."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Caller(Peer):
     """One client with many requests.
 
     Args:
-        client: connected.
-        model: to ask.
-        plan: whose outputs are taken.
-        known: the tensors of an example run.
-        alias: what the server calls each.
+        client: a connected client.
+        model: name of the model.
+        plan: the plan that names the outputs.
+        known: tensors of an example run.
+        alias: the server's name of each tensor.
     """
 
     def __init__(

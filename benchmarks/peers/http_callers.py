@@ -1,4 +1,4 @@
-"""Callers of a server over HTTP, as many as there are requests in flight, each with a connection that is kept."""
+"""Callers of a server over HTTP, one per request in flight, each with a connection that stays open."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Ask = Callable[[HTTPConnection, Tensors], Tensors]
 
 
 def call(port: int, ask: Ask, requests: SimpleQueue[Tensors | None], answers: SimpleQueue[Tensors | Exception]) -> None:
-    """One caller: one request at a time."""
+    """Send requests one at a time."""
     connection = HTTPConnection("127.0.0.1", port)
     while (tensors := requests.get()) is not None:
         try:
@@ -25,7 +25,7 @@ def call(port: int, ask: Ask, requests: SimpleQueue[Tensors | None], answers: Si
 
 
 class Callers(Peer):
-    """All of them."""
+    """All callers."""
 
     def __init__(self, port: int, inflight: int, ask: Ask) -> None:
         self.requests: SimpleQueue[Tensors | None] = SimpleQueue()
@@ -46,7 +46,7 @@ class Callers(Peer):
         return answer
 
     def close(self) -> None:
-        """Let the callers go."""
+        """End the callers."""
         for _ in self.threads:
             self.requests.put(None)
         for thread in self.threads:

@@ -20,7 +20,7 @@ LARGEST = 1 << 30
 
 
 class StageWorker(mosec.Worker):
-    """The worker of the stage that its environment names; tensors are packed the same way on every leg."""
+    """The worker of the stage that its environment names; tensors are packed the same way between all processes."""
 
     resp_mime_type = "application/octet-stream"
 
@@ -29,22 +29,22 @@ class StageWorker(mosec.Worker):
         self.run = Runner(Plan.read(Path(os.environ["PEER_PLAN"])).stages[int(os.environ["PEER_STAGE"])])
 
     def deserialize(self, data: bytes) -> Tensors:
-        """What any stage is sent."""
+        """Unpack the tensors that a stage receives."""
         return split(data)
 
     def serialize(self, data: Tensors) -> bytes:
-        """What any stage sends."""
+        """Pack the tensors that a stage sends."""
         return join(data)
 
     deserialize_ipc, serialize_ipc = deserialize, serialize
 
-    def forward(self, data: Any) -> Any:  # mosec makes a schema of what is written here, and has none for arrays
+    def forward(self, data: Any) -> Any:  # mosec makes a schema of these types, and has none for arrays
         """Run the stage."""
         return self.run(data)
 
 
 def serve() -> None:
-    """Run the server, in a process of its own."""
+    """Run the server in a separate process."""
     server = mosec.Server()
     for index in range(len(Plan.read(Path(os.environ["PEER_PLAN"])).stages)):
         server.append_worker(StageWorker, env=[{"PEER_STAGE": str(index)}])
@@ -52,7 +52,7 @@ def serve() -> None:
 
 
 def ask(connection: HTTPConnection, tensors: Tensors) -> Tensors:
-    """One request."""
+    """Send one request."""
     connection.request("POST", "/inference", join(tensors))
     response = connection.getresponse()
     body = response.read()
@@ -72,7 +72,7 @@ def wait_until_up(server: subprocess.Popen[bytes], port: int) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    sys.exit("mosec ended as it started")
+    sys.exit("mosec ended during its start")
 
 
 @contextmanager

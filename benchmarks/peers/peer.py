@@ -1,4 +1,4 @@
-"""What the peers share: reading a plan, opening its stages, tensors as bytes, and the measuring loop on stdin."""
+"""The code that the peers share: plans, sessions of stages, tensors as bytes, and the measuring loop on stdin."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage file, what its session reads and makes, and what passes through a chain of stages around it."""
+    """One stage file, the inputs and outputs of its session, and the tensors that enter and leave it in a chain."""
 
     file: str
     level: str
@@ -56,7 +56,7 @@ class Plan:
 
     @classmethod
     def read(cls, folder: Path) -> Plan:
-        """Read plan.json; back to front, each stage is given what it and all behind it still need."""
+        """Read plan.json; from back to front, each stage gets the tensors that it and all later stages need."""
         plan = json.loads((folder / "plan.json").read_text())
         outputs = leaves = tuple(plan["outputs"])
         stages: list[Stage] = []
@@ -83,43 +83,43 @@ class Runner:
         self.session = ort.InferenceSession(stage.file, options, providers=["CPUExecutionProvider"])
 
     def made(self, tensors: Tensors) -> Tensors:
-        """Run the session alone: its outputs by name."""
+        """Run the session and return its outputs by name."""
         feeds = {name: tensors[name] for name in self.stage.inputs}
         names = self.stage.outputs
         return dict(zip(names, self.session.run(list(names), feeds), strict=True))
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run the session, and hand on with its outputs what only later stages or the caller read."""
+        """Run the session, and return its outputs with the tensors that only later stages or the caller read."""
         known = tensors | self.made(tensors)
         return {name: known[name] for name in self.stage.leaves}
 
 
 def raw(array: np.ndarray) -> memoryview:
-    """The bytes of an array, without a copy if it is contiguous."""
+    """Return the bytes of an array, without a copy if it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def pack(tensors: Tensors) -> list[bytes | memoryview]:
-    """A header (names, types, shapes), then the bytes of each tensor."""
+    """Return a header (names, types, shapes), then the bytes of each tensor."""
     header = [(name, array.dtype.str, array.shape) for name, array in tensors.items()]
     return [msgspec.msgpack.encode(header), *map(raw, tensors.values())]
 
 
 def unpack(frames: Sequence[bytes | memoryview]) -> Tensors:
-    """The tensors of packed frames; they share the frames' memory."""
+    """Return the tensors of packed frames; they share the frames' memory."""
     header = msgspec.msgpack.decode(frames[0], type=list[tuple[str, str, tuple[int, ...]]])
     rows = zip(header, frames[1:], strict=True)
     return {name: np.frombuffer(frame, dtype).reshape(shape) for (name, dtype, shape), frame in rows}
 
 
 def join(tensors: Tensors) -> bytes:
-    """Packed tensors as one message: the header's length, the header, the data."""
+    """Return packed tensors as one message: the header's length, the header, the data."""
     header, *data = pack(tensors)
     return b"".join([len(header).to_bytes(8, "little"), header, *data])
 
 
 def split(message: bytes) -> Tensors:
-    """The tensors of a joined message; they share its memory."""
+    """Return the tensors of a joined message; they share its memory."""
     view = memoryview(message)
     end = 8 + int.from_bytes(view[:8], "little")
     frames = [view[8:end]]
@@ -130,7 +130,7 @@ def split(message: bytes) -> Tensors:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
+    """Return a free TCP port of 127.0.0.1."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
@@ -152,9 +152,9 @@ Start = Callable[[Plan, Tensors, int], AbstractContextManager[Peer]]
 
 
 def drive(peer: Peer, request: Tensors, inflight: int, seconds: float) -> dict[str, float]:
-    """Keep requests in flight; time starts when the first lot is answered, and ends with the last answer counted.
+    """Keep requests in flight; time starts when the first batch is answered, and ends with the last counted answer.
 
-    All requests are alike, so an answer is put down to the oldest that has none.
+    All requests are equal, so each answer counts for the oldest unanswered one.
     """
     sent: deque[float] = deque()
 
@@ -183,7 +183,7 @@ def drive(peer: Peer, request: Tensors, inflight: int, seconds: float) -> dict[s
 
 
 def check(peer: Peer, plan: Plan, request: Tensors, known: Tensors) -> None:
-    """Stop unless the pipeline's answer is what its stages gave in turn in this process."""
+    """Exit unless the pipeline's answer equals that of its stages run in turn in this process."""
     peer.submit(request)
     answer = peer.take()
     for name in plan.outputs:
@@ -194,7 +194,7 @@ def check(peer: Peer, plan: Plan, request: Tensors, known: Tensors) -> None:
 
 
 def main(start: Start) -> None:
-    """Run a peer as its command line says: `ready`, then an answer for every line of stdin."""
+    """Run a peer by its command line: print `ready`, then an answer for every line of stdin."""
     parser = argparse.ArgumentParser()
     parser.add_argument("plan", type=Path)
     parser.add_argument("inputs", type=Path)

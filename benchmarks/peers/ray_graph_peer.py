@@ -28,7 +28,7 @@ class Actor:
 
 
 class Graph(Peer):
-    """The compiled graph and its executions that nobody took the result of yet."""
+    """The compiled graph and the executions whose results have not been taken yet."""
 
     def __init__(self, graph: CompiledDAG) -> None:
         self.graph = graph
@@ -55,7 +55,7 @@ def semaphores_removed() -> Iterator[None]:
 
 @contextmanager
 def start(plan: Plan, known: Tensors, inflight: int) -> Iterator[Graph]:
-    """Start an actor a stage and compile their chain, with a buffer for every request in flight."""
+    """Start an actor per stage and compile their chain, with a buffer for every request in flight."""
     DAGContext.get_current().teardown_timeout = 1  # its actors do not always leave their loop; then they are killed
     with semaphores_removed(), cluster(len(plan.stages)):
         actors = [Actor.remote(stage) for stage in plan.stages]

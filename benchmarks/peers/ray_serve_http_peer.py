@@ -1,4 +1,4 @@
-"""Stages as Ray Serve deployments behind its HTTP proxy; an ingress hands one's response to the handle of the next."""
+"""Stages as Ray Serve deployments behind its HTTP proxy; an ingress passes each response to the next handle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 
 class Ingress:
-    """What the proxy calls."""
+    """The ingress that the proxy calls."""
 
     def __init__(self, *handles: DeploymentHandle) -> None:
         self.handles = handles
@@ -30,7 +30,7 @@ class Ingress:
 
 
 def ask(connection: HTTPConnection, tensors: Tensors) -> Tensors:
-    """One request."""
+    """Send one request."""
     connection.request("POST", "/", join(tensors))
     response = connection.getresponse()
     body = response.read()

@@ -1,4 +1,4 @@
-"""Stages as Ray Serve deployments of one replica; the caller hands one's response to the handle of the next."""
+"""Stages as Ray Serve deployments of one replica; the caller passes each response to the next handle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 @contextmanager
 def cluster(cores: int) -> Iterator[None]:
-    """A Ray of its own on 127.0.0.1, with nothing in it that is not needed, and workers as nice as their caller."""
+    """A separate Ray on 127.0.0.1 with only the necessary components; its workers have their caller's niceness."""
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         ray.init(
             address="local",
@@ -42,7 +42,7 @@ def cluster(cores: int) -> Iterator[None]:
 
 
 class Replica:
-    """A stage; Serve calls it on several threads, of which one at a time runs the session."""
+    """A stage; Serve calls it on several threads, and one thread at a time runs the session."""
 
     def __init__(self, stage: Stage) -> None:
         self.run, self.alone = Runner(stage), Lock()

@@ -25,7 +25,7 @@ Send = Callable[[], float]
 
 
 def zmq_receiver(address: str, back: str) -> None:
-    """Say where it can be reached, then answer each message with the time at which it had it."""
+    """Print the address, then answer each message with the time of its arrival."""
     import zmq
 
     context = zmq.Context()
@@ -41,7 +41,7 @@ def zmq_receiver(address: str, back: str) -> None:
 
 @contextmanager
 def zmq_sender(kind: str, size: int) -> Iterator[Send]:
-    """PUSH to PULL, zero-copy where that is quicker."""
+    """Sends from PUSH to PULL, without a copy where that is faster."""
     import zmq
 
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def zmq_sender(kind: str, size: int) -> Iterator[Send]:
 
 
 def datagram_receiver(path: str, answers) -> None:
-    """Takes datagrams and tells when."""
+    """Receives datagrams and reports the times."""
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     receiver.bind(path)
     answers.send_bytes(bytes(8))
@@ -80,7 +80,7 @@ def datagram_receiver(path: str, answers) -> None:
 
 @contextmanager
 def datagram_sender() -> Iterator[Send]:
-    """A Unix datagram of 200 bytes, the size of a header: what a hop in shared memory needs at least."""
+    """Sends a Unix datagram of 200 bytes, the size of a header: the least that a hop in shared memory needs."""
     with tempfile.TemporaryDirectory() as folder:
         here, there = multiprocessing.Pipe()
         path = f"{folder}/there"
@@ -114,7 +114,7 @@ def iceoryx_node(name: str):
 
 
 def iceoryx_receiver(name: str, answers) -> None:
-    """Waits for the bell, takes the sample, and tells when."""
+    """Waits for the event, takes the sample, and reports the time."""
     import iceoryx2 as iox2
 
     _node, data, event = iceoryx_node(name)
@@ -130,7 +130,7 @@ def iceoryx_receiver(name: str, answers) -> None:
 
 
 def taken(answers) -> int:
-    """When the receiver had it; an error when it does not answer."""
+    """Return the time at which the receiver had it; raise an error if it does not answer."""
     if not answers.poll(30):
         raise TimeoutError("the receiver does not answer")
     return int.from_bytes(answers.recv_bytes(), "little")
@@ -138,7 +138,7 @@ def taken(answers) -> int:
 
 @contextmanager
 def iceoryx_sender(size: int) -> Iterator[Send]:
-    """Loans the receiver's memory and sends it unwritten, as a session would have written it there."""
+    """Loans the receiver's memory and sends it unwritten, as if a session had written it."""
     name = f"onnxsplit/hop/{os.getpid()}"
     _node, data, event = iceoryx_node(name)
     publisher = data.publisher_builder().initial_max_slice_len(size).create()
@@ -161,7 +161,7 @@ def iceoryx_sender(size: int) -> Iterator[Send]:
 
 @contextmanager
 def ray_sender(size: int) -> Iterator[Send]:
-    """Calls an actor with the tensor and takes the time until it is called."""
+    """Calls an actor with the tensor and measures the time until the call arrives."""
     os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     import ray
 

@@ -1,4 +1,4 @@
-"""Processes of other systems, which benchmarks measure in turns with ours: started, then asked line by line."""
+"""Processes of other systems, which benchmarks measure in turns with ours and control line by line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnxsplit.session import quiet_environment
 
 HERE = Path(__file__).parent
 INFLIGHT = 4
-"""Requests in flight: two a stage, as the pipeline has by itself."""
+"""Requests in flight: two per stage, the pipeline's default."""
 
 
 class Unavailable(Exception):
@@ -46,14 +46,14 @@ class PeerProcess:
         return json.loads(self._line())
 
     def rate(self, seconds: float) -> float:
-        """Answers per second over so many seconds, of a peer that runs a plan."""
+        """Measure the answers per second of a peer that runs a plan."""
         answer = self.ask(seconds)
         return float(answer["requests"] / answer["seconds"])
 
 
 @contextmanager
 def process(script: str, python: str, *words: object) -> Iterator[PeerProcess]:
-    """Start a script of this folder in an interpreter that has what it needs."""
+    """Start a script of this folder in an interpreter that has its packages."""
     command = [python, str(HERE / script), *map(str, words)]
     with tempfile.TemporaryFile() as errors:
         started = subprocess.Popen(

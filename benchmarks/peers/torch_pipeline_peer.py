@@ -24,12 +24,12 @@ Batch = tuple[torch.Tensor, ...]
 
 
 def batch(tensors: Tensors, names: tuple[str, ...]) -> Batch:
-    """Tensors as torch has them, without a copy, with a leading axis for the schedule to divide into requests."""
+    """Convert tensors to torch's without a copy, with a leading axis for the schedule to divide into requests."""
     return tuple(torch.from_numpy(tensors[name])[None] for name in names)
 
 
 class Module(torch.nn.Module):
-    """A stage as a module: torch's tensors seen by ONNX Runtime as numpy's, and the other way round."""
+    """A stage as a torch module; torch and NumPy arrays share memory in both directions."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def work(plan: Plan, known: Tensors, rank: int, folder: str, pipe: Connection) -
 
 
 class Ranks(Peer):
-    """The caller's pipes to the ranks; a thread empties the last one, so that a full pipe can stop nobody."""
+    """The caller's pipes to the ranks; a thread empties the last one, so that no rank blocks on a full pipe."""
 
     def __init__(self, pipes: list[Connection]) -> None:
         self.pipes = pipes
@@ -67,7 +67,7 @@ class Ranks(Peer):
         Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
-        """Take answers as they come."""
+        """Receive answers when they arrive."""
         with suppress(EOFError, OSError):
             while True:
                 self.answers.put(self.pipes[-1].recv_bytes())
@@ -85,7 +85,7 @@ class Ranks(Peer):
 
 @contextmanager
 def start(plan: Plan, known: Tensors, inflight: int) -> Iterator[Ranks]:
-    """Start a rank a stage."""
+    """Start a rank per stage."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

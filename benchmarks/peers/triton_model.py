@@ -1,4 +1,4 @@
-"""What Triton's Python backend loads for a stage: its session, run on one request after the other."""
+"""The model that Triton's Python backend loads for a stage; it runs a session on one request after the other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TritonPythonModel:
         return [triton.InferenceResponse(self.answer(request)) for request in requests]
 
     def answer(self, request: Any) -> list[Any]:
-        """One request's tensors; those of rank 0 came as rank 1."""
+        """Return one request's tensors; tensors of rank 0 arrive with rank 1."""
         tensors = {name: triton.get_input_tensor_by_name(request, alias).as_numpy() for name, alias in self.inputs}
         made = self.run.made({name: a.reshape(()) if name in self.scalars else a for name, a in tensors.items()})
         return [triton.Tensor(alias, np.atleast_1d(made[name])) for name, alias in self.outputs]

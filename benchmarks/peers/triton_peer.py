@@ -1,4 +1,4 @@
-"""Stages as Python models of Triton and its ensemble of them; the server comes with nvidia-pytriton."""
+"""Stages as Python models in an ensemble of Triton; the server comes with nvidia-pytriton."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SERVER = PACKAGES / "pytriton" / "tritonserver"
 
 
 def tensor(known: Tensors, name: str, alias: str) -> dict[str, object]:
-    """A tensor's type and rank, any size allowed; Triton has no tensors of rank 0, so they are given rank 1."""
+    """Return a tensor's type and rank, with any sizes; rank 0 becomes rank 1, because Triton has no rank 0."""
     kind = {"BYTES": "STRING"}.get(found := np_to_triton_dtype(known[name].dtype), found)
     return {"name": alias, "data_type": f"TYPE_{kind}", "dims": [-1] * max(known[name].ndim, 1)}
 
@@ -68,7 +68,7 @@ def repository(folder: Path, plan: Plan, known: Tensors, alias: dict[str, str]) 
 
 
 def backends(folder: Path) -> Path:
-    """The Python backend with the stub for this version of Python, which the package keeps apart."""
+    """Link the Python backend and the stub for this version of Python, and return the folder of backends."""
     python = folder / "backends" / "python"
     python.mkdir(parents=True)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -93,7 +93,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], client: InferenceServerCli
 
 @contextmanager
 def start(plan: Plan, known: Tensors, inflight: int) -> Iterator[Caller]:
-    """Start the server on a port of its own, with gRPC only."""
+    """Start the server on a free port, with gRPC only."""
     alias = {name: f"t{index}" for index, name in enumerate(known)}  # Triton takes few characters in names
     address = f"127.0.0.1:{free_port()}"
     libraries = (PACKAGES / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR"))

@@ -1,4 +1,4 @@
-"""What a request of a chaos run is: what is asked, and what may become of it."""
+"""A request of a chaos run: its arguments and its permitted outcomes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Source = np.random.Generator
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, and what may become of it.
+    """A request and its permitted outcomes.
 
     Attributes:
         kind: its name in ``KINDS``.
-        inputs: as handed to ``submit``; so are ``outputs``, ``timeout`` and ``block``.
-        want: the right answer; None when no answer is right.
-        may: the errors that it may fail with instead.
-        cancel: ``at once``, ``in a moment`` or ``after the answer``.
-        change: write other values into the inputs as soon as ``submit`` has returned.
-        kill: kill the node of the first stage before, so that the request waits for another.
-        then: what a callback of the future does: ``raise``, ``exit``, ``submit`` or ``submit without waiting``.
+        inputs: argument of ``submit``, as are ``outputs``, ``timeout`` and ``block``.
+        want: the right answer, or None if every answer is wrong.
+        may: errors that are permitted instead of an answer.
+        cancel: when it is cancelled: ``at once``, ``in a moment`` or ``after the answer``.
+        change: whether other values are written into the inputs as soon as ``submit`` has returned.
+        kill: whether a node of the first stage is killed first, so that the request waits for another.
+        then: the action of a callback of the future: ``raise``, ``exit``, ``submit`` or ``submit without waiting``.
     """
 
     kind: str
@@ -53,16 +53,16 @@ Kind = Callable[[Net, Source], "Ask | None"]
 
 
 def ordinary(net: Net, source: Source, rows: int | None = None) -> Ask:
-    """A request as it should be, of a few rows."""
+    """Make an ordinary request of a few rows."""
     inputs = net.make(source, int(source.integers(1, 4)) if rows is None else rows)
     return Ask("ordinary", inputs, net.answer(inputs, net.plan.outputs), may=unjoinable(net, rows or 3))
 
 
 def unjoinable(net: Net, rows: int) -> Errors:
-    """Parts of the longest row may have lengths that cannot be joined, which is an error of its plan."""
+    """Return the errors that are permitted because parts of ``longest`` may have lengths that cannot be joined."""
     return (OnnxsplitError,) if net.name == "longest" and rows > net.micro_batch else ()
 
 
 def refused(net: Net, source: Source, **changes: Any) -> Ask:
-    """A request that must be refused for what it says."""
+    """Make a request that must be refused because of its arguments."""
     return replace(ordinary(net, source), want=None, may=(InputError,), **changes)

@@ -1,4 +1,4 @@
-"""Harm to the nodes of a chaos run: they are killed, stopped and scaled while callers ask."""
+"""Faults of a chaos run: nodes are killed, stopped and scaled while callers send requests."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _ODD_SCALES: list[tuple[Any, Any]] = [
 
 
 class Harm:
-    """Harms the nodes of a pipeline until it is told to end.
+    """Injects faults into the nodes of a pipeline until it is ended.
 
     Args:
-        pipeline: whose nodes.
-        kinds: of ``kill``, ``stop``, ``scale``, ``odd scale``.
-        seed: of its choices.
-        ledger: for what should not be.
-        every_s: mean time between two of them.
+        pipeline: the pipeline under test.
+        kinds: the faults, any of ``kill``, ``stop``, ``scale``, ``odd scale``.
+        seed: seed of the random choices.
+        ledger: takes note of violations.
+        every_s: mean time between two faults, in seconds.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Harm:
                 self._pipeline.scale(stage, count)
 
     def _run(self) -> None:
-        every_s = 0.02  # the first comes at once
+        every_s = 0.02  # the first fault is injected at once
         while not self._end.wait(every_s * self._source.uniform(0.3, 1.7)):
             every_s = self._every_s
             self._let_heal()
@@ -93,14 +93,14 @@ class Harm:
                 self._odd_scale()
 
     def _let_heal(self) -> None:
-        """Wait until all nodes are ready, for a while: nothing is answered where harm is faster than healing."""
+        """Wait until all nodes are ready, for a limited time: without a pause no request would be answered."""
         end = time.monotonic() + 3
         while time.monotonic() < end and any(node.state != "ready" for node in self._pipeline.nodes):
             if self._end.wait(0.02):
                 return
 
     def _stop(self) -> None:
-        """Stop a node for a while, shorter or longer than it takes to be taken for dead."""
+        """Stop a node for a time that is shorter or longer than the failure detector's limit."""
         ready = [node.pid for node in self._pipeline.nodes if node.state == "ready" and node.pid]
         if ready:
             victim = self._source.choice(ready)

@@ -1,4 +1,4 @@
-"""Odd inputs: the same values in other forms, what is no input at all, and strings."""
+"""Odd inputs: the same values in other forms, objects that are not inputs, and strings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnxsplit.errors import InputError
 
 
 def _as(change: Callable[[Any], Any], *, may: Errors = (), rows: int | None = None) -> Kind:
-    """The same values in another form."""
+    """Return a kind that gives the same values in another form."""
 
     def kind(net: Net, source: Source) -> Ask | None:
         if net.name == "strings":
@@ -84,7 +84,7 @@ class _NoArray:
 
 
 def _wrong(change: Callable[[Any], Any]) -> Kind:
-    """Something else in place of every array."""
+    """Return a kind that replaces every array by something else."""
 
     def kind(net: Net, source: Source) -> Ask:
         asked = refused(net, source)
@@ -94,7 +94,7 @@ def _wrong(change: Callable[[Any], Any]) -> Kind:
 
 
 def _wrong_inputs(change: Callable[[dict[str, Any]], Any]) -> Kind:
-    """Something else in place of the inputs."""
+    """Return a kind that replaces the inputs by something else."""
 
     def kind(net: Net, source: Source) -> Ask:
         asked = refused(net, source)
@@ -129,7 +129,7 @@ WRONG: dict[str, Kind] = {
 
 
 def _strings(texts: Callable[[], Any], *, may: Errors | None = None, plain: Callable[[], Any] | None = None) -> Kind:
-    """String inputs; ``plain`` gives what they mean, None of them nothing that is right."""
+    """Return a kind with string inputs; ``plain`` gives the strings that they mean, or None if they must be refused."""
 
     def kind(net: Net, _: Source) -> Ask | None:
         if net.name != "strings":

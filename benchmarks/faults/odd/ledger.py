@@ -1,4 +1,4 @@
-"""The outcomes of the requests of a chaos run, and what must not happen beside them."""
+"""The outcomes of the requests of a chaos run, and violations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ OURS = "a callback of the chaos"
 
 
 class Ledger:
-    """What became of the requests; any thread writes.
+    """The outcomes of requests and the violations; every thread may write.
 
     Attributes:
-        outcomes: kind of request -> how often it ended how.
-        faults: what must not be -> how often it was.
-        broken: set when the pipeline under test does not go on, so that nothing more is to be asked of it.
+        outcomes: kind of request -> outcome -> number of requests.
+        faults: violation -> number of times it was seen.
+        broken: set when the pipeline under test hangs, so that no more requests are sent to it.
     """
 
     def __init__(self) -> None:
@@ -28,29 +28,29 @@ class Ledger:
         self._lock = threading.Lock()
 
     def next_pipeline(self) -> None:
-        """What was left to the last one stays with it."""
+        """Start with a new pipeline; late outcomes of the old one are ignored."""
         self.broken = threading.Event()
 
     def note(self, kind: str, outcome: str) -> None:
-        """One request ended as it may."""
+        """Count a request that ended with a permitted outcome."""
         with self._lock:
             self.outcomes.setdefault(kind, Counter())[outcome] += 1
 
     def fault(self, text: str, kind: str = "", outcome: str = "") -> None:
-        """Something that must not be."""
+        """Count a violation."""
         with self._lock:
             self.faults[f"{kind}: {text}" if kind else text] += 1
             if outcome:
                 self.outcomes.setdefault(kind, Counter())[outcome] += 1
 
     def total(self, outcome: str) -> int:
-        """Of all kinds."""
+        """Return the outcomes of all kinds together."""
         return sum(counts[outcome] for counts in self.outcomes.values())
 
 
 @contextmanager
 def stray_errors(ledger: Ledger) -> Iterator[None]:
-    """Count threads that die of an exception, and exceptions of callbacks that are not the chaos' own."""
+    """Count threads that die of an exception, and exceptions of callbacks that the chaos run did not raise itself."""
     before = threading.excepthook
 
     def hook(given: threading.ExceptHookArgs) -> None:

@@ -33,13 +33,13 @@ class Leg:
     """One pipeline of a run.
 
     Attributes:
-        net: that it runs.
-        requests: in all rounds together.
-        rounds: the harm of each, as ``HARM`` names it.
-        attempts: as ``Pipeline`` has it; so are ``shared_memory``, ``replicas`` and ``inflight``.
-        seed: of all that is left to chance.
-        kinds: of odd requests.
-        patience_s: what takes longer hangs.
+        net: the model that it runs.
+        requests: number of requests in all rounds together.
+        rounds: the faults of each round, a key of ``HARM``.
+        attempts: argument of ``Pipeline``, as are ``shared_memory``, ``replicas`` and ``inflight``.
+        seed: seed of all random choices.
+        kinds: the kinds of odd requests.
+        patience_s: seconds after which a request counts as hanging.
     """
 
     net: Net
@@ -55,12 +55,12 @@ class Leg:
 
     @property
     def name(self) -> str:
-        """What it is, in short."""
+        """A short description."""
         memory = "shared memory" if self.shared_memory else "no shared memory"
         return f"{self.net.name}, attempts {self.attempts}, {memory}, {self.replicas} a stage"
 
     def launch(self) -> Pipeline:
-        """Start it."""
+        """Start the pipeline."""
         return Pipeline.launch(
             self.net.plan_folder,
             attempts=self.attempts,
@@ -73,7 +73,7 @@ class Leg:
         )
 
     def callers(self, pipeline: Pipeline, ledger: Ledger, *, requests: int, seed: int, **options: Any) -> Callers:
-        """Start the callers that ask so much of it."""
+        """Start the callers that send the requests of a round."""
         return Callers(
             pipeline, self.net, ledger, requests=requests, threads=THREADS, kinds=self.kinds, seed=seed,
             patience_s=self.patience_s, **options,
@@ -81,9 +81,9 @@ class Leg:
 
 
 def run_leg(leg: Leg, ledger: Ledger, caller_bytes: list[int] | None = None) -> dict[str, Any]:
-    """Launch, load round by round, drain and close; the figures that are not in the ledger.
+    """Launch, load round by round, drain and close; return the figures that are not in the ledger.
 
-    The sizes of this process meanwhile are added to ``caller_bytes``.
+    Samples of this process's memory are added to ``caller_bytes``.
     """
     ledger.next_pipeline()
     start_collector()
@@ -119,7 +119,7 @@ def run_leg(leg: Leg, ledger: Ledger, caller_bytes: list[int] | None = None) -> 
             if now > then + 2:
                 ledger.fault(f"{now} {name} after close, {then} before launch")
         if any(map(psutil.pid_exists, pids)):
-            ledger.fault("nodes are there after close")
+            ledger.fault("nodes are alive after close")
     return {
         "pipeline": leg.name,
         "seconds": round(time.monotonic() - begun, 1),
@@ -140,7 +140,7 @@ def _round(pipeline: Pipeline, leg: Leg, ledger: Ledger, name: str, number: int,
 
 
 def _drain(pipeline: Pipeline, leg: Leg, ledger: Ledger) -> None:
-    """Drain under load; what comes after that is refused."""
+    """Drain under load; later requests must be refused."""
     callers = leg.callers(pipeline, ledger, requests=20 * THREADS, seed=leg.seed + 7, may=(PipelineClosed,))
     time.sleep(0.02)  # some are under way
     try:
@@ -155,7 +155,7 @@ def _drain(pipeline: Pipeline, leg: Leg, ledger: Ledger) -> None:
 
 
 def close(pipeline: Pipeline, leg: Leg, ledger: Ledger) -> None:
-    """Close; if that takes too long, kill the nodes and go on without."""
+    """Close; if that takes too long, kill the nodes and continue."""
     pids = [node.pid for node in pipeline.nodes if node.pid]
     closing = threading.Thread(target=pipeline.close, name="closing", daemon=True)
     closing.start()

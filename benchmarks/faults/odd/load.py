@@ -1,4 +1,4 @@
-"""The load of a chaos run: callers that ask oddly, and a judge of every answer."""
+"""The load of a chaos run: callers that send odd requests and check every answer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from benchmarks.faults.odd.nets import Net
 
 TOLERANCE = 1e-4
-"""Of an output's largest value: other sizes of a batch take other kernels."""
-_DEPTH = 4  # requests that a caller leaves unanswered at once
+"""Relative to an output's largest value: other batch sizes use other kernels."""
+_DEPTH = 4  # unanswered requests of a caller
 
 
 @dataclass
 class Track:
-    """One request on its way.
+    """One request in flight.
 
     Attributes:
-        ask: what was asked; None once it is judged.
-        calls: how often its callback was called.
+        ask: the request; None once its outcome was checked.
+        calls: number of calls of its callback.
     """
 
     ask: Ask | None
@@ -45,22 +45,22 @@ class Track:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def done(self, _: Any) -> None:
-        """The callback that counts."""
+        """Count a call of the callback."""
         self.calls += 1
         self.ended.set()
 
 
 class Caller:
-    """Asks, and judges what comes back.
+    """Sends requests and checks their outcomes.
 
     Args:
-        pipeline: it asks.
-        net: that the pipeline runs.
-        ledger: for what became of it.
-        source: of chance, its own.
+        pipeline: the pipeline under test.
+        net: the model that the pipeline runs.
+        ledger: takes the outcomes.
+        source: random generator of this caller.
         patience_s: a request that takes longer hangs.
-        may: errors that any request may end with, for what is done to the nodes.
-        harms: it may kill nodes, where a kind of request wants that.
+        may: errors that every request may end with because of faults of nodes.
+        harms: whether it kills nodes if a kind of request asks for that.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class Caller:
         may: Errors = (),
         harms: bool = False,
     ) -> None:
-        self.doing: dict[int, tuple[str, float]] = {}  # by the thread that is in ``submit``, since when
+        self.doing: dict[int, tuple[str, float]] = {}  # thread in ``submit`` -> kind of request, start time
         self._pipeline, self._net, self._ledger, self._source = pipeline, net, ledger, source
         self._patience_s, self._may, self._harms = patience_s, may, harms
         self._broken = ledger.broken
         self._tracks: list[Track] = []
-        self._more: deque[Track] = deque()  # that callbacks sent
+        self._more: deque[Track] = deque()  # requests that callbacks sent
 
     def run(self, asks: Iterator[Ask | None]) -> None:
-        """Ask all, a few at once."""
+        """Send all requests, a few at once."""
         waiting: deque[Track] = deque()
         for ask in asks:
             if self._broken.is_set():
@@ -98,9 +98,9 @@ class Caller:
                 self._ledger.fault("a future ended twice")
 
     def send(self, ask: Ask) -> Track:
-        """Submit one request, and do to it what is to be done at once."""
+        """Submit one request; cancel it or change its inputs if its kind says so."""
         if ask.kill and self._harms:
-            ask = replace(ask, may=(*ask.may, NodeFailed))  # of a pipeline that does not try again
+            ask = replace(ask, may=(*ask.may, NodeFailed))  # if the pipeline does not repeat requests
         ask = replace(ask, may=(*ask.may, *self._may))
         track = Track(ask)
         self._tracks.append(track)
@@ -109,7 +109,7 @@ class Caller:
         self.doing[threading.get_ident()] = ask.kind, time.monotonic()
         try:
             track.future = self._pipeline.submit(ask.inputs, outputs=ask.outputs, timeout=ask.timeout, block=ask.block)
-        except BaseException as error:  # whatever it is, it is judged
+        except BaseException as error:  # every error is checked later
             track.raised = error
         self.doing.pop(threading.get_ident())
         if ask.change:
@@ -121,7 +121,7 @@ class Caller:
 
     def _follow(self, track: Track, ask: Ask) -> None:
         future = track.future
-        with suppress(SystemExit):  # of a callback that exits, where the future is done already
+        with suppress(SystemExit):  # raised by a callback if the future is done already
             future.add_done_callback(track.done)
             if ask.then:
                 future.add_done_callback(lambda _: self._then(ask.then))
@@ -142,11 +142,11 @@ class Caller:
         self._more.append(self.send(again))
 
     def _settle(self, track: Track) -> None:
-        """Wait for the end of a request, and judge it."""
+        """Wait for the end of a request, and check its outcome."""
         ask, ledger = track.ask, self._ledger
         assert ask is not None
         if self._broken.is_set():
-            return  # how requests of a broken pipeline end says nothing
+            return  # outcomes of a broken pipeline do not count
         if track.future is None:
             self._judge_error(ask, track.raised)
         elif not self._ended(track):
@@ -159,7 +159,7 @@ class Caller:
             if ask.cancel:
                 ledger.note(ask.kind, "cancelled")
             else:
-                ledger.fault("cancelled, and nobody did that", ask.kind, "failed")
+                ledger.fault("cancelled, but no caller cancelled it", ask.kind, "failed")
         elif (error := track.future.exception()) is not None:
             self._judge_error(ask, error)
         else:
@@ -169,7 +169,7 @@ class Caller:
         track.ask = track.future = track.raised = None
 
     def _ended(self, track: Track) -> bool:
-        """Wait for an end, while the pipeline is whole."""
+        """Wait for the end of a request, unless the pipeline breaks."""
         end = time.monotonic() + self._patience_s
         while not track.ended.wait(0.2):
             if self._broken.is_set() or time.monotonic() > end:
@@ -196,9 +196,9 @@ class Caller:
 
 
 def different(found: Any, want: dict[str, Any] | None) -> str:
-    """What is wrong with an answer; empty when nothing is."""
+    """Describe the errors of an answer; empty if it is right."""
     if want is None:
-        return "was answered, and there is no right answer"
+        return "was answered instead of refused"
     if not isinstance(found, dict) or found.keys() != want.keys():
         return f"has the outputs {sorted(found)}, not {sorted(want)}"
     for name, right in want.items():
@@ -217,7 +217,7 @@ def different(found: Any, want: dict[str, Any] | None) -> str:
 
 
 def asks(net: Net, source: np.random.Generator, count: int, kinds: Sequence[str], odd: float = 0.6) -> Iterator[Ask]:
-    """So many requests, ``odd`` of them odd."""
+    """Yield requests, of which ``odd`` are odd."""
     made = 0
     while made < count:
         ask = ordinary(net, source)
@@ -231,7 +231,7 @@ def asks(net: Net, source: np.random.Generator, count: int, kinds: Sequence[str]
 
 
 class Callers:
-    """Threads that ask ``requests`` in all; ``may``, ``harms`` and ``patience_s`` as a :class:`Caller` takes them."""
+    """Threads that send ``requests`` in all; ``may``, ``harms`` and ``patience_s`` are arguments of :class:`Caller`."""
 
     def __init__(
         self, pipeline: Pipeline, net: Net, ledger: Ledger, *, requests: int, threads: int, kinds: Sequence[str],
@@ -252,7 +252,7 @@ class Callers:
             self._threads[-1].start()
 
     def join(self) -> None:
-        """Wait for all; one that is held in ``submit`` for too long breaks the run."""
+        """Wait for all threads; one that is blocked in ``submit`` for too long ends the run."""
         while any(thread.is_alive() for thread in self._threads) and not self._ledger.broken.is_set():
             for thread in self._threads:
                 thread.join(0.05)
@@ -263,7 +263,7 @@ class Callers:
                 self._ledger.fault(f"submit has not returned after {seconds:.0f} s", kind, "hanging")
 
     def _held(self, seconds: float) -> list[tuple[str, float]]:
-        """The kinds of requests that are in ``submit`` for longer, and for how long."""
+        """Return the kinds of requests that are blocked in ``submit``, and for how long."""
         now = time.monotonic()
         doing = [entry for caller in self._callers for entry in list(caller.doing.values())]
         return [(kind, now - since) for kind, since in doing if now - since > seconds]

@@ -1,4 +1,4 @@
-"""The models that chaos runs on, each with its plan and with plain ONNX Runtime to compare with.
+"""The models of chaos runs, each with its plan and a plain ONNX Runtime session as the reference.
 
 chain       a proven batch axis: a request of 64 rows runs as 64 parts
 dag         branches and joins in five stages, several outputs; an input and a constant among the outputs
@@ -37,12 +37,12 @@ class Net:
     """One model under test.
 
     Attributes:
-        name: of it.
-        plan_folder: the plan directory.
-        plan: what is in it.
-        make: inputs of so many rows.
-        micro_batch: the rows of a part; 0 where the plan has no batch axis.
-        session: plain ONNX Runtime on the whole model, with the tensors between stages as outputs, too.
+        name: name of the model.
+        plan_folder: folder of the plan.
+        plan: the plan.
+        make: makes inputs with a number of rows.
+        micro_batch: rows of a part; 0 if the plan has no batch axis.
+        session: plain ONNX Runtime on the whole model, with the tensors between stages as additional outputs.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Net:
 
     @property
     def inner(self) -> list[str]:
-        """Tensors that stages give and that are no outputs of the model."""
+        """Names of the tensors that stages compute and that are not outputs of the model."""
         return [name for name in self.plan.producers() if name not in self.plan.outputs]
 
     def answer(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any] | None:
-        """What plain ONNX Runtime gives; None when it cannot run these inputs."""
+        """Run plain ONNX Runtime; return None if it cannot run these inputs."""
         names = [value.name for value in self.session.get_inputs()]
         try:
             found = self.session.run(list(outputs), {name: inputs[name] for name in names})
@@ -71,9 +71,9 @@ def build(folder: Path, only: Sequence[str] = (), *, measured: bool = False) -> 
     """Write the models and their plans.
 
     Args:
-        folder: where to.
-        only: names of those wanted; all when empty.
-        measured: prove the batch axis of the chain by running it; otherwise its plan just says so.
+        folder: folder to write to.
+        only: names of the nets to build; all if empty.
+        measured: whether the batch axis of the chain is proven by running it, instead of written into its plan.
     """
     wanted = [name for name in _NETS if not only or name in only]
     return [_NETS[name](folder, measured) for name in wanted]
@@ -102,7 +102,7 @@ def _net(
 
 
 def _claim_batch_axis(plan_folder: Path, constant: Sequence[str]) -> None:
-    """Say of every tensor but the ``constant`` ones that its first axis is the batch."""
+    """Claim in the plan that the first axis of every tensor except the ``constant`` ones is the batch."""
     file = plan_folder / "plan.json"
     plan = json.loads(file.read_text())
     for name, tensor in plan["tensors"].items():

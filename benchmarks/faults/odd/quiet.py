@@ -1,4 +1,7 @@
-"""What must be as it was when all is quiet: places, threads, descriptors, memory. The only code that looks inside."""
+"""Places, threads, descriptors and memory, which must be unchanged once no request is in flight.
+
+Only this file uses the pipeline's private attributes.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,19 @@ _SLACK_DESCRIPTORS = 4
 
 
 def places_taken(pipeline: Pipeline) -> tuple[int, int, int]:
-    """Places and bytes that requests hold at the entrance, and how many wait there."""
-    entrance: Any = pipeline._admission
-    return entrance.inside, sum(entrance._places.values()), len(entrance._waiting)
+    """Return the places and bytes that admission has given to requests, and the number of waiting requests."""
+    admission: Any = pipeline._admission
+    return admission.inside, sum(admission._places.values()), len(admission._waiting)
 
 
 def unanswered(pipeline: Pipeline) -> tuple[int, int]:
-    """Requests that the flow, and that the coordinator's machine, take for unanswered."""
+    """Return the numbers of unanswered requests in the request I/O and in the coordinator's state machine."""
     coordinator: Any = pipeline._coordinator
     return len(coordinator.requests._pending), len(coordinator._machine.requests)
 
 
 def start_collector() -> None:
-    """Have pyzmq open what it keeps for the process from its first message without a copy on: a context, a thread."""
+    """Make pyzmq open the context and the thread that it keeps after its first zero-copy message."""
     with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
         one.bind("inproc://chaos")
         other.connect("inproc://chaos")
@@ -40,7 +43,7 @@ def start_collector() -> None:
 
 @dataclass(frozen=True)
 class State:
-    """A pipeline that is quiet, and this process."""
+    """The resources of a pipeline without requests, and of this process."""
 
     places: tuple[int, int, int]
     unanswered: tuple[int, int]
@@ -50,12 +53,12 @@ class State:
     descriptors: int
 
     def text(self) -> str:
-        """In words."""
+        """Describe it in one line."""
         return ", ".join(f"{name} {value}" for name, value in asdict(self).items())
 
 
 def state(pipeline: Pipeline) -> State:
-    """Now."""
+    """Return the present state."""
     own = psutil.Process()
     return State(
         places=places_taken(pipeline),
@@ -72,7 +75,7 @@ def _of_chaos(thread: threading.Thread) -> bool:
 
 
 def quiet(pipeline: Pipeline, before: State | None, patience_s: float) -> list[str]:
-    """Wait until a pipeline that nobody asks is as it was; what is not, when it takes too long."""
+    """Wait until a pipeline without requests is as it was before; return the differences that remain after a limit."""
     end = time.monotonic() + patience_s
     while True:
         found = _not_as_it_was(pipeline, before)
@@ -87,7 +90,7 @@ def _not_as_it_was(pipeline: Pipeline, before: State | None) -> list[str]:
     if any(now.places):
         found.append(f"places: {now.places[0]} taken with {now.places[1]} bytes, {now.places[2]} wait")
     if any(now.unanswered):
-        found.append(f"unanswered: {now.unanswered[0]} in the flow, {now.unanswered[1]} in the machine")
+        found.append(f"unanswered: {now.unanswered[0]} in the request I/O, {now.unanswered[1]} in the state machine")
     if now.lent_bytes:
         found.append(f"{now.lent_bytes} bytes of shared memory are lent")
     if before is not None:
@@ -131,17 +134,17 @@ class Memory:
             self.largest_node.append(max(sizes, default=0))
 
     def problems(self) -> list[str]:
-        """What has grown."""
+        """Describe the sizes that have grown."""
         return grown("caller", self.caller) + grown("largest node", self.largest_node)
 
     def growth_mib(self) -> dict[str, tuple[int, int]]:
-        """Medians of the first and the last third."""
+        """Return the growth from the median of the first third to that of the last third, in MiB."""
         samples = {"caller": self.caller, "largest node": self.largest_node}
         return {name: (ends[0] >> 20, ends[1] >> 20) for name, sizes in samples.items() if (ends := _ends(sizes))}
 
 
 def grown(name: str, sizes: list[int]) -> list[str]:
-    """What is wrong when the last third of some sizes is far above the first."""
+    """Return a message if the last third of the sizes is far above the first."""
     first, last = _ends(sizes) or (0, 0)
     if last <= 1.25 * first + _SLACK_BYTES:
         return []

@@ -1,7 +1,7 @@
-"""Odd requests, and what may become of each: the answer of plain ONNX Runtime, or an error of ours that is fitting.
+"""Odd requests and their permitted outcomes: the answer of plain ONNX Runtime, or certain errors of onnxsplit.
 
-Every kind is a function of a net and a source of chance; it gives an :class:`Ask`, or None where the net has no use
-for it. ``KINDS`` lists all by name.
+Every kind is a function of a net and a random generator. It returns an :class:`Ask`, or None if it does not apply to
+the net. ``KINDS`` lists all by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runtime.errors import Busy, DeadlineExceeded
 
 
 def warm(net: Net, source: Source) -> list[Ask]:
-    """What opens all that a pipeline opens late: a few requests, small and large."""
+    """Return a few requests, small and large, after which a pipeline has opened all its resources."""
     large = KINDS["strings large"](net, source)
     asks = [ordinary(net, source, rows) for rows in (1, 2, ROWS)]
     return 4 * (asks if large is None else [*asks, large])
@@ -49,7 +49,7 @@ _TIMEOUTS: list[tuple[Any, bool, Errors]] = [
 ]
 
 
-# Giving up
+# Cancelling
 
 
 def _cancel(when: str, *, rows: int | None = None, timeout: float | None = None) -> Kind:
@@ -80,7 +80,7 @@ def _rows_disagree(net: Net, source: Source) -> Ask | None:
     few, many = net.make(source, 9), net.make(source, 10)
     first = next(iter(few))
     inputs = {**many, first: few[first]}
-    want = net.answer(inputs, net.plan.outputs)  # such a request runs whole, and the model may take it
+    want = net.answer(inputs, net.plan.outputs)  # such a request is not split, and the model may accept it
     return Ask("", inputs, want, may=(OnnxsplitError,) if want is None else ())
 
 
@@ -102,7 +102,7 @@ def _twice(net: Net, source: Source) -> Ask:
 
 
 def _only_needed_inputs(net: Net, source: Source) -> Ask | None:
-    """One output, and only the inputs that its stages read."""
+    """Ask for one output, with only the inputs that its stages read."""
     for name in net.plan.outputs:
         stages = net.plan.stages_for((name,))
         needed = {read for stage in stages for read in net.plan.stages[stage].inputs} & set(net.plan.inputs)
@@ -215,7 +215,7 @@ KINDS: dict[str, Kind] = {
 
 
 def selected(only: Sequence[str], without: Sequence[str]) -> tuple[str, ...]:
-    """The kinds whose names hold one of ``only``, and none of ``without``."""
+    """Return the kinds whose names contain one of ``only``, and none of ``without``."""
     return tuple(
         name
         for name in KINDS

@@ -1,4 +1,4 @@
-"""Hostile connections: what HTTP frames wrongly, who it says it asks, what never ends or goes away; load and unload."""
+"""Hostile connections: wrong framing, wrong hosts, endless or broken connections; model loading and unloading."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _framing() -> list[Case]:
 
 
 def _chunks(count: int) -> Iterator[bytes]:
-    """So many MiB that no length announces."""
+    """Send this many MiB in chunks, without a Content-Length."""
     yield b"POST /v2/models/chain/infer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     for _ in range(count):
         yield b"100000\r\n" + b" " * MIB + b"\r\n"
@@ -136,7 +136,7 @@ def _away() -> list[Case]:
         return "gone"
 
     def events(target: Target) -> str:
-        """Six that do not read, while errors with long texts come in."""
+        """Open six readers of /events that do not read, and cause errors with long texts."""
         with ExitStack() as stack:
             for _ in range(6):
                 connection = stack.enter_context(socket.socket())
@@ -157,7 +157,7 @@ def _away() -> list[Case]:
             return [_how_it_ends(one) for one in opened]
 
     def unread(target: Target) -> str:
-        """A large answer that nobody reads."""
+        """Request a large answer and do not read it."""
         data = b"\0" * (16 * MIB)
         described = tensor(shape=[len(data) // 128, 32], data=..., parameters={"binary_data_size": len(data)})
         said = json.dumps(inference(described, parameters={"binary_data_output": True})).encode()
@@ -202,5 +202,5 @@ def _how_it_ends(connection: socket.socket) -> str:
 
 
 def plain() -> list[Case]:
-    """On a server as it is."""
+    """Return the cases for a server with default options."""
     return [*_framing(), *_hosts(), *_repository(), *_away()]

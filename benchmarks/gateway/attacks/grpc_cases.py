@@ -1,4 +1,4 @@
-"""Hostile requests over gRPC. Each tells what it is, what it sends, and the statuses that are right."""
+"""Hostile requests over gRPC. Each case has a name, a request and the statuses that are right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PREFIX = "/inference.GRPCInferenceService/"
 
 
 def request(model: str = "chain", *, raw: tuple[bytes, ...] = (RAW,), **changes: Any) -> Any:
-    """An inference of the chain, with changes to its input."""
+    """Make an inference request for the chain, with changes to its input."""
     made = pb.ModelInferRequest(model_name=model)
     given = {"name": "x", "datatype": "FP32", "shape": [1, 32], **changes}
     made.inputs.add(**given)
@@ -39,19 +39,19 @@ def request(model: str = "chain", *, raw: tuple[bytes, ...] = (RAW,), **changes:
 
 
 def strings(*, raw: tuple[bytes, ...] = (), count: int = 1) -> Any:
-    """An inference of the strings."""
+    """Make an inference request for the strings model."""
     return request("strings", raw=raw, name="s", datatype="BYTES", shape=[count])
 
 
 def with_parameters(made: Any, **parameters: Any) -> Any:
-    """The request with parameters: ``name=(kind, value)``."""
+    """Return the request with parameters: ``name=(kind, value)``."""
     for name, (kind, value) in parameters.items():
         setattr(made.parameters[name], f"{kind}_param", value)
     return made
 
 
 def asking(made: Any, outputs: list[str], **parameters: Any) -> Any:
-    """The request with outputs, all with the same parameters."""
+    """Return the request with outputs, all with the same parameters."""
     for name in outputs:
         output = made.outputs.add(name=name)
         for key, (kind, value) in parameters.items():
@@ -60,7 +60,7 @@ def asking(made: Any, outputs: list[str], **parameters: Any) -> Any:
 
 
 def status(work: Callable[[], Any]) -> str:
-    """How a call ends; also says when the words are too long, or are of a bug."""
+    """Return the status of a call, and whether its message is too long or reports a bug."""
     try:
         work()
     except grpc.RpcError as error:
@@ -71,7 +71,7 @@ def status(work: Callable[[], Any]) -> str:
 
 
 def call(made: Any, method: str = "ModelInfer", *, timeout: float = 60.0, **options: Any) -> Callable[[Target], str]:
-    """One call; what is callable makes the request when it is needed."""
+    """Make one call; a callable makes the request when it is needed."""
 
     def send(target: Target) -> str:
         with grpc.insecure_channel(target.grpc, options=UNLIMITED) as channel:
@@ -83,7 +83,7 @@ def call(made: Any, method: str = "ModelInfer", *, timeout: float = 60.0, **opti
 
 
 def message(data: bytes, method: str = "ModelInfer", **options: Any) -> Callable[[Target], str]:
-    """One call whose message is any bytes."""
+    """Make one call whose message is arbitrary bytes."""
 
     def send(target: Target) -> str:
         with grpc.insecure_channel(target.grpc, options=UNLIMITED) as channel:
@@ -94,7 +94,7 @@ def message(data: bytes, method: str = "ModelInfer", **options: Any) -> Callable
 
 
 def many(count: int, send: Callable[[Target], str]) -> Callable[[Target], list[str]]:
-    """The same, so often at once."""
+    """Send the same request several times at once."""
     return lambda target: together(count, lambda _: send(target))
 
 
@@ -235,7 +235,7 @@ def _metadata() -> list[Case]:
 
 def _streams() -> list[Case]:
     def unread(target: Target) -> str:
-        """Eight streams that send 500 requests each, and read nothing."""
+        """Open eight streams that send 500 requests each and read nothing."""
         data = b"\0" * 128 * 2000
         with ExitStack() as stack:
             calls = []
@@ -250,7 +250,7 @@ def _streams() -> list[Case]:
         return "cancelled"
 
     def garbage(target: Target) -> list[str]:
-        """A stream of which every other request is bad."""
+        """Open a stream in which every other request is bad."""
         with grpc.insecure_channel(target.grpc) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             sent = [request() if n % 2 else request(shape=[0, 2**62]) for n in range(20)]
@@ -263,7 +263,7 @@ def _streams() -> list[Case]:
                 return [error.code().name]
 
     def timed(target: Target) -> list[str]:
-        """A stream with timeouts that are absurd."""
+        """Open a stream with absurd timeouts."""
         with grpc.insecure_channel(target.grpc) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             sent = [with_parameters(request(), timeout=("int64", value)) for value in (2**63 - 1, -1, -(2**63))]
@@ -327,7 +327,7 @@ def _repository() -> list[Case]:
 
 
 def guarded(token: str) -> list[Case]:
-    """On a server that asks for a token."""
+    """Return the cases for a server that requires a token."""
     good, bad = ("authorization", f"Bearer {token}"), ("authorization", "Bearer wrong-wrong-wrong-wrong")
     refused = "UNAUTHENTICATED INVALID_ARGUMENT PERMISSION_DENIED"
     return [
@@ -348,7 +348,7 @@ def _stream(target: Target) -> str:
 
 
 def plain() -> list[Case]:
-    """On a server as it is."""
+    """Return the cases for a server with default options."""
     return [
         *_times(), *_tensors(), *_texts(), *_sizes(), *_metadata(), *_streams(), *_repository()
     ]  # fmt: skip

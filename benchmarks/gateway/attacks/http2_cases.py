@@ -1,4 +1,4 @@
-"""Hostile frames of HTTP/2 at gRPC's port, by hand: what gRPC's own client refuses to send."""
+"""Hostile HTTP/2 frames for gRPC's port, built by hand because gRPC's own client refuses to send them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ END_STREAM, END_HEADERS = 1, 4
 
 
 def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
-    """A frame of HTTP/2."""
+    """Build an HTTP/2 frame."""
     return struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + body
 
 
 def fields(*pairs: tuple[bytes, bytes]) -> bytes:
-    """A header block, each field a literal that is not indexed."""
+    """Build a header block whose fields are literals without indexing."""
 
     def text(value: bytes) -> bytes:
         if len(value) < 127:
@@ -36,7 +36,7 @@ def fields(*pairs: tuple[bytes, bytes]) -> bytes:
 
 
 def rpc_fields(method: bytes, *more: tuple[bytes, bytes]) -> bytes:
-    """The header block of a call."""
+    """Build the header block of a call."""
     return fields(
         (b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/inference.GRPCInferenceService/" + method),
         (b":authority", b"localhost"), (b"content-type", b"application/grpc"), (b"te", b"trailers"), *more,
@@ -44,7 +44,7 @@ def rpc_fields(method: bytes, *more: tuple[bytes, bytes]) -> bytes:
 
 
 def talk_http2(target: Target, sent: bytes | Iterable[bytes], *, timeout: float = 5.0) -> str:
-    """Send frames behind a preface, and tell how the server ends the stream or the connection."""
+    """Send a preface and frames, and return how the server ends the stream or the connection."""
     with target.connect(grpc=True, timeout=timeout) as connection:
         with suppress(OSError):
             connection.sendall(PREFACE + frame(SETTINGS, 0, 0, b""))
@@ -70,7 +70,7 @@ def talk_http2(target: Target, sent: bytes | Iterable[bytes], *, timeout: float 
 
 
 def plain() -> list[Case]:
-    """On a server as it is."""
+    """Return the cases for a server with default options."""
     live = rpc_fields(b"ServerLive")
     empty = b"\0\0\0\0\0"
     ends = "ended closed"
@@ -96,7 +96,7 @@ def plain() -> list[Case]:
         return send
 
     def reset(target: Target) -> str:
-        """3,000 streams opened and reset at once."""
+        """Open 3,000 streams and reset them at once."""
         pieces = (
             frame(HEADERS, END_HEADERS, stream, live) + frame(RST_STREAM, 0, stream, b"\0\0\0\x08")
             for stream in range(1, 6001, 2)
@@ -105,7 +105,7 @@ def plain() -> list[Case]:
         return "reset"
 
     def settings(target: Target) -> str:
-        """20,000 settings that want an answer each, and nobody reads."""
+        """Send 20,000 settings that each require an answer, and read none."""
         talk_http2(target, (frame(SETTINGS, 0, 0, b"") * 1000 for _ in range(20)), timeout=1)
         return "sent"
 

@@ -1,4 +1,4 @@
-"""Hostile requests over HTTP. Each tells what it is, what it sends, and the statuses that are right."""
+"""Hostile requests over HTTP. Each case has a name, a request and the statuses that are right."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ STRINGS = "/v2/models/strings/infer"
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
-    """The input of the chain, with changes; None leaves a field out."""
+    """Make the input of the chain, with changes; None leaves a field out."""
     whole = {"name": "x", "shape": [1, 32], "datatype": "FP32", "data": [0.5] * 32, **changes}
     return {name: value for name, value in whole.items() if value is not ...}
 
 
 def inference(*inputs: Any, **more: Any) -> dict[str, Any]:
-    """The body of an inference."""
+    """Make the body of an inference request."""
     return {"inputs": list(inputs) or [tensor()], **more}
 
 
 def post(path: str, body: Any, *, timeout: float = 60.0, **headers: str) -> Callable[[Target], str]:
-    """Post an object as JSON, or bytes as they are; what is callable makes them when they are needed."""
+    """Post an object as JSON, or bytes unchanged; a callable makes them when they are needed."""
 
     def send(target: Target) -> str:
         made = body() if callable(body) else body
@@ -48,24 +48,24 @@ def post(path: str, body: Any, *, timeout: float = 60.0, **headers: str) -> Call
 
 
 def many(count: int, send: Callable[[Target], str]) -> Callable[[Target], list[str]]:
-    """The same, so often at once."""
+    """Send the same request several times at once."""
     return lambda target: together(count, lambda _: send(target))
 
 
 def raw(head: bytes, body: bytes = b"", *, timeout: float = 60.0) -> Callable[[Target], str]:
-    """Send bytes as they are; ``HOST`` stands for the server's own address."""
+    """Send bytes unchanged; ``HOST`` stands for the server's own address."""
     return lambda target: target.talk(
         head.replace(b"HOST", f"{target.host}:{target.port}".encode()) + body, timeout=timeout
     )
 
 
 def get(path: str, method: str = "GET", **headers: str) -> Callable[[Target], str]:
-    """Without a body."""
+    """Send a request without a body."""
     return lambda target: status_text(*target.ask(method, path, **headers))
 
 
 def binary(shape: Any, size: Any, data: bytes = b"", *, datatype: str = "FP32", length: str | None = None) -> Any:
-    """An inference with bytes behind its JSON."""
+    """Make an inference request with bytes after its JSON."""
     described = tensor(shape=shape, datatype=datatype, data=..., parameters={"binary_data_size": size})
     text = json.dumps(inference(described)).encode()
     headers = {"Inference_Header_Content_Length": str(len(text)) if length is None else length}
@@ -74,7 +74,7 @@ def binary(shape: Any, size: Any, data: bytes = b"", *, datatype: str = "FP32", 
 
 @cache
 def bomb(coding: str) -> bytes:
-    """Some 260 KB that become 256 MiB of blanks."""
+    """Make about 260 KB that decompress to 256 MiB of blanks."""
     if coding == "gzip":
         return gzip.compress(b" " * (256 * MIB), 9)
     return zlib.compress(b" " * (256 * MIB), 9)
@@ -233,7 +233,7 @@ HEAD = b"POST /v2/models/chain/infer HTTP/1.1\r\nHost: HOST\r\n"
 
 
 def guarded(token: str) -> list[Case]:
-    """On a server that asks for a token."""
+    """Return the cases for a server that requires a token."""
     live = b"GET /v2/health/live HTTP/1.1\r\nHost: HOST\r\n"
     good, bad = (
         b"Authorization: Bearer " + token.encode() + b"\r\n",
@@ -253,7 +253,7 @@ def guarded(token: str) -> list[Case]:
 
 
 def plain() -> list[Case]:
-    """On a server as it is."""
+    """Return the cases for a server with default options."""
     return [
         *_times(), *_tensors(), *_bytes(), *_texts(), *_codings()
     ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""Asks HOST PORT [TOKEN] every 20 ms whether it lives; a line an answer: when, seconds, status.
+"""Requests /v2/health/live of HOST PORT [TOKEN] every 20 ms; prints a line per answer: start, seconds, status.
 
-A process of its own, so that what the attack costs its own interpreter does not count.
+It is a separate process, so that the work of the attacking interpreter does not delay it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ EVERY_S = 0.02
 
 
 def main() -> None:
-    """Until standard input is closed."""
+    """Send requests until standard input is closed."""
     host, port = sys.argv[1], int(sys.argv[2])
     shown = {"Authorization": f"Bearer {sys.argv[3]}"} if sys.argv[3:] and sys.argv[3] else {}
     connection = http.client.HTTPConnection(host, port, timeout=60)

@@ -1,4 +1,4 @@
-"""Hostile use of shared memory, on a server that lets clients register what is named ``hostile-...``."""
+"""Hostile use of shared memory, on a server that lets clients register names that begin with ``hostile-``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REGISTER = "/v2/systemsharedmemory/region/{}/register"
 
 
 def http() -> list[Case]:
-    """Over HTTP."""
+    """Return the cases over HTTP."""
 
     def register(key: Any, size: Any = 4096, offset: Any = 0, name: str = "r") -> Callable[[Target], str]:
         def send(target: Target) -> str:
@@ -27,7 +27,7 @@ def http() -> list[Case]:
         return send
 
     def foreign(name: str) -> Callable[[Target], str]:
-        """A file of this user that is none of the clients' own."""
+        """A file of this user that does not belong to a client."""
 
         def send(target: Target) -> str:
             file = f"/dev/shm/{name}"
@@ -51,7 +51,7 @@ def http() -> list[Case]:
         return send
 
     def used(parameters: dict[str, Any], *, shrink: bool = False, output: bool = False) -> Callable[[Target], str]:
-        """An inference that reads, or writes, an own region of 4,096 bytes."""
+        """Send an inference request that reads or writes a region of 4,096 bytes."""
 
         def send(target: Target) -> str:
             key, file = own_region(4096)
@@ -94,7 +94,7 @@ def http() -> list[Case]:
 
 
 def over_grpc() -> list[Case]:
-    """Over gRPC."""
+    """Return the cases over gRPC."""
 
     def register(key: str, size: int, offset: int = 0) -> Callable[[Target], str]:
         made = pb.SystemSharedMemoryRegisterRequest(name="g", key=key, offset=offset, byte_size=size)

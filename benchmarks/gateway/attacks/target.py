@@ -1,4 +1,4 @@
-"""The server under attack, in a process of its own, and ways to talk to it that no client library offers."""
+"""The server under attack, in a separate process, and ways to talk to it that no client library offers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ LONG_BYTES = 64 << 10
 
 
 class Target:
-    """``onnxsplit serve`` on free ports, with a process beside it that asks whether it lives.
+    """``onnxsplit serve`` on free ports, and a process that keeps requesting its /v2/health/live.
 
     Args:
-        plans: their folders; one of them is ``chain.plan``.
-        words: more words of the command line.
-        chain: what the model ``chain`` gives for an input.
-        token: that it asks for.
+        plans: folders of the plans; one of them is ``chain.plan``.
+        words: further arguments of the command line.
+        chain: the reference for the model ``chain``: a function of its input.
+        token: the token that it requires.
 
     Attributes:
         shown: the headers of a plain request.
@@ -63,19 +63,19 @@ class Target:
             self.answers.append((float(begun), float(took), status))
 
     def slowest_s(self, since: float, until: float) -> float:
-        """The longest that an answer took which was under way in a time; the whole time when none was."""
+        """Return the longest time of the answers that were pending in an interval, or its length if there were none."""
         found = [took for begun, took, _ in list(self.answers) if begun + took >= since and begun <= until]
         return max(found, default=until - since)
 
     def rss(self) -> int:
-        """The resident memory of the gateway's process in bytes."""
+        """Return the resident memory of the gateway's process in bytes."""
         try:
             return int(psutil.Process(self.process.pid).memory_info().rss)
         except psutil.Error:
             return 0
 
     def nodes_rss(self) -> int:
-        """The resident memory of its nodes together, in bytes."""
+        """Return the resident memory of its nodes together, in bytes."""
         total = 0
         with suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children(recursive=True):
@@ -84,7 +84,7 @@ class Target:
         return total
 
     def works(self, timeout: float = 10.0) -> str:
-        """Ask a plain request; empty when it is answered rightly, else what happened."""
+        """Send an ordinary request; return an empty text if the answer is right, else the failure."""
         x = np.random.default_rng().standard_normal((2, 32)).astype(np.float32)
         body = {"inputs": [{"name": "x", "shape": [2, 32], "datatype": "FP32", "data": x.ravel().tolist()}]}
         try:
@@ -101,7 +101,7 @@ class Target:
     def ask(
         self, method: str, path: str, body: bytes | None = None, *, timeout: float = 60.0, **headers: str
     ) -> tuple[int, bytes]:
-        """One request as it should be; ``_`` in names of headers is ``-``."""
+        """Send one valid request; ``_`` in names of headers stands for ``-``."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         try:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -116,13 +116,13 @@ class Target:
         return socket.create_connection((host, int(port)), timeout=timeout)
 
     def talk(self, sent: bytes | Iterable[bytes], *, timeout: float = 60.0) -> str:
-        """Send bytes as they are, and wait for the end of one answer: its status, or what else became of it."""
+        """Send bytes unchanged, and wait for the end of one answer; return its status, or the end of the connection."""
         with self.connect(timeout=timeout) as connection:
             try:
                 for piece in (sent,) if isinstance(sent, bytes) else sent:
                     connection.sendall(piece)
             except OSError:
-                pass  # it may have said enough already
+                pass  # the server may have answered already
             answer = http.client.HTTPResponse(connection)
             try:
                 answer.begin()
@@ -134,7 +134,7 @@ class Target:
             return status_text(answer.status, body)
 
     def end(self) -> str:
-        """End the server with SIGTERM; empty when it ends with 0 in time, else what happened."""
+        """End the server with SIGTERM; return an empty text if it exits with 0 in time, else the failure."""
         if self._live.stdin is not None:
             self._live.stdin.close()
         self._live.wait(70)
@@ -151,7 +151,7 @@ class Target:
 
 
 def status_text(status: int, body: bytes) -> str:
-    """A status, with what is wrong about how it was said."""
+    """Return a status, and what is wrong with its message."""
     if status < 400:
         return str(status)
     if len(body) > LONG_BYTES:
@@ -164,7 +164,7 @@ def status_text(status: int, body: bytes) -> str:
 
 
 def together(count: int, work: Callable[[int], str]) -> list[str]:
-    """Do the same from several threads at once."""
+    """Run the same work in several threads at once."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(work, range(count)))
 
@@ -174,11 +174,11 @@ class Case:
     """One hostile request, or several.
 
     Attributes:
-        name: what it is.
-        send: does it, and tells the status of each answer.
+        name: a short description.
+        send: sends it, and returns the status of each answer.
         expected: the statuses that are right.
-        slow: waits for the server's patience; such ones run side by side.
-        most_mib: that the server's memory may grow by meanwhile; None for its bound.
+        slow: whether it waits for a timeout of the server; slow cases run concurrently.
+        most_mib: MiB by which the server's memory may grow; None for the run's own bound.
     """
 
     name: str
@@ -196,7 +196,7 @@ def case(
     slow: bool = False,
     most_mib: int | None = None,
 ) -> Case:
-    """A case; ``expected`` names statuses, parted by blanks."""
+    """Make a case; ``expected`` names statuses, separated by blanks."""
     return Case(name, send, frozenset(expected.split()), slow, most_mib)
 
 
@@ -214,7 +214,7 @@ class Row:
 
 
 def run_case(target: Target, one: Case, bound_bytes: int) -> Row:
-    """Fire a case, and look at the server meanwhile and after."""
+    """Run a case, and check the server during and after it."""
     before, ending, peak = target.rss(), threading.Event(), [0]
 
     def sample() -> None:
@@ -226,7 +226,7 @@ def run_case(target: Target, one: Case, bound_bytes: int) -> Row:
     begun = time.monotonic()
     try:
         found = one.send(target)
-    except Exception as error:  # of the client's side: the server may be gone
+    except Exception as error:  # an error of the client: the server may be gone
         found = f"{type(error).__name__}: {str(error)[:100]}"
     took = time.monotonic() - begun
     ending.set()
@@ -250,13 +250,13 @@ def run_case(target: Target, one: Case, bound_bytes: int) -> Row:
 
 
 def counted(statuses: Sequence[str]) -> str:
-    """Statuses in few words."""
+    """Summarise statuses."""
     found = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
     return ", ".join(status if count == 1 else f"{count} x {status}" for status, count in found.items()) or "nothing"
 
 
 def later(send: Callable[[Target], str | list[str]], seconds: float = 40.0) -> Callable[[Target], str]:
-    """Do something, and see a while after whether plain requests are still answered rightly."""
+    """Send a case that later checks whether ordinary requests are still answered correctly."""
 
     def sent(target: Target) -> str:
         send(target)
@@ -267,7 +267,7 @@ def later(send: Callable[[Target], str | list[str]], seconds: float = 40.0) -> C
 
 
 def own_region(size: int) -> tuple[str, Path]:
-    """A shared memory object of this user: its key, and its file."""
+    """Open a shared memory object of this user; yield its key and its file."""
     handle, name = tempfile.mkstemp(prefix="hostile-", dir="/dev/shm")
     os.ftruncate(handle, size)
     os.close(handle)
@@ -275,6 +275,6 @@ def own_region(size: int) -> tuple[str, Path]:
 
 
 def metric(target: Target, pattern: str) -> str:
-    """A value of /metrics."""
+    """Return a value of /metrics."""
     found = re.search(pattern, target.ask("GET", "/metrics")[1].decode())
     return found[1] if found else ""
