@@ -1,4 +1,4 @@
-"""What tests share: plans made once, and the check that nothing is left behind."""
+"""Fixtures that tests share: plans made once, and the check that tests leave nothing behind."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import signal
 import tempfile
 from pathlib import Path
 
-# A folder for temporary files of this run alone, so that what is left behind is this run's.
+# The folder for temporary files is separate for each run, so that leftovers belong to this run.
 os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="t-")
 atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
-# Started in the background, or under nohup, we would pass ignored signals on to the processes that tests end by them.
+# A run in the background or under nohup would pass ignored signals on to processes that tests end by signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -39,14 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest come first, so that no worker is left with one at the end."""
+    """Put the slowest files first, so that no worker runs one of them at the end."""
     first = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: first.get(item.path.name, len(first)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def short_measurements():
-    """Models are measured for a tenth of the usual time: no test is about how well."""
+    """Measure models for a tenth of the usual time: no test depends on the precision."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("onnxsplit.cost.levels._LEVEL_SECONDS", 0.03)
         patch.setattr("onnxsplit.cost.measured._PROFILE_SECONDS", 0.06)
@@ -56,13 +56,13 @@ def short_measurements():
 
 @pytest.fixture(scope="session")
 def chain_plan(tmp_path_factory) -> Path:
-    """A chain of twelve ops in two stages."""
+    """A plan of a chain of twelve ops in two stages."""
     return _plan(tmp_path_factory, build.chain(), 2)
 
 
 @pytest.fixture(scope="session")
 def diamond_plan(tmp_path_factory) -> Path:
-    """One op a stage: the last one joins two branches."""
+    """A plan with one op per stage; the last stage joins two branches."""
     return _plan(tmp_path_factory, build.diamond(), 4)
 
 
@@ -74,7 +74,7 @@ def _plan(factory, proto, stages: int) -> Path:
 
 
 def leftovers() -> list[str]:
-    """Node processes of this test run, their folders, and shared memory of ours."""
+    """Return the node processes of this test run, their folders, and their shared memory."""
     processes = [
         f"process {p.pid}"
         for p in psutil.Process().children(recursive=True)
@@ -85,7 +85,7 @@ def leftovers() -> list[str]:
         for path in Path(tempfile.gettempdir()).glob("onnxsplit-*")
         if path.is_dir() and any(entry.is_socket() for entry in path.iterdir())
     ]
-    memory = [str(path) for path in Path("/dev/shm").glob("onnxsplit*")]  # tests name theirs otherwise
+    memory = [str(path) for path in Path("/dev/shm").glob("onnxsplit*")]  # regions of tests have other names
     return processes + folders + memory
 
 
@@ -98,7 +98,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left():
-    """No module's tests may leave a process, a socket or shared memory."""
+    """Check that the tests of a module leave no process, socket or shared memory."""
     before = leftovers()
     yield
     assert [thing for thing in leftovers() if thing not in before] == []
@@ -106,7 +106,7 @@ def nothing_left():
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium; what is expected of a page may take a minute."""
+    """Chromium; expectations of a page may take up to a minute."""
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         pytest.skip("no Chromium here; install it with: apt-get install chromium")
@@ -120,11 +120,11 @@ def browser():
 
 @pytest.fixture
 def python_environment() -> dict[str, str]:
-    """The environment for a Python that is to find this checkout."""
+    """The environment for a Python process that imports this checkout."""
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 @pytest.fixture
 def free_port() -> int:
-    """A tcp port of the loopback that nobody uses now."""
+    """A free TCP port of the loopback."""
     return ports.free_port()

@@ -35,7 +35,7 @@ ONLINE = [
     "bench",
     "gateway",
 ]
-NEVER = [  # rules that the rows do not say
+NEVER = [  # rules in addition to the rows
     ("runtime.node", "runtime.coordinator"),
     ("runtime.coordinator", "runtime.node"),
     ("runtime.measure", "runtime.coordinator"),
@@ -44,7 +44,7 @@ NEVER = [  # rules that the rows do not say
     ("runtime.gateway.http", "runtime.gateway.grpc"),
     ("runtime.gateway.grpc", "runtime.gateway.http"),
 ]
-SHARED = {  # what the runtime may use of the offline half, beside its version
+SHARED = {  # the parts of onnxsplit that the runtime may use, in addition to its version
     "errors", "numbers", "files", "memory", "drawing", "tensors", "npz", "plan", "plan_files", "cluster",
     "cluster_files", "providers", "custom_ops", "session", "timed",
 }  # fmt: skip
@@ -69,7 +69,7 @@ HOMES = {
     "ray": "runtime.launch",
 }
 
-# What takes values and returns values. Neither these modules nor anything that they import waits or touches the system.
+# Modules that take and return values. Neither they nor the modules that they import wait or touch the system.
 PURE = [
     *(
         "onnxsplit.partitioner",
@@ -110,7 +110,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """What a module imports, inside functions too; what it imports for type checking alone is left out."""
+    """Return the imports of a module, also inside functions, but without those for type checking alone."""
     tree = ast.parse(modules()[module].read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -127,18 +127,18 @@ def imports(module: str) -> frozenset[str]:
 
 
 def within(module: str, places: str) -> bool:
-    """Whether a module is one of some files, or lies in one of some folders."""
+    """Return whether a module is one of the files or in one of the folders."""
     return any(module == place or module.startswith(f"{place}.") for place in places.split())
 
 
 def place_of(module: str) -> str:
-    """The file or folder of its package that holds a module; empty for the package itself."""
+    """Return the file or folder of its package that holds a module; empty for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 
 @cache
 def rows() -> dict[str, int]:
-    """The row of every place, by ``package.place``."""
+    """Return the row of every file and folder, by ``package.place``."""
     tables = {"onnxsplit": OFFLINE, "runtime": ONLINE}
     return {
         f"{package}.{place}": number
@@ -149,7 +149,7 @@ def rows() -> dict[str, int]:
 
 
 def may_import(module: str, imported: str) -> bool:
-    """Whether the rows and the rules allow an import between two modules of ours."""
+    """Return whether the rows and the rules allow an import between two modules of this repository."""
     if any(within(module, one) and within(imported, other) for one, other in NEVER):
         return False
     package, place = module.split(".")[0], place_of(module)
@@ -162,7 +162,7 @@ def may_import(module: str, imported: str) -> bool:
 
 
 def reached(module: str) -> dict[str, list[str]]:
-    """Every import that loading a module leads to, with the modules on the way to it."""
+    """Return every import that loading a module causes, with the chain of modules that leads to it."""
     ways: dict[str, list[str]] = {}
     queue = [(module, [module])]
     while queue:

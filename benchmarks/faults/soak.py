@@ -98,7 +98,7 @@ class Soak:
             "bits differ from the first": self.counts["other bits"],
             "kills": len(self.heals["kill"]),
             "stops": len(self.heals["stop"]),
-            "attempts made again": self.pipeline.retries,
+            "repeated attempts": self.pipeline.retries,
             "requests/s before": round(before, 1),
             "requests/s during": round(self.given.requests / took, 1),
             "during over before": round(self.given.requests / took / before, 3),

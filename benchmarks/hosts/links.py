@@ -331,7 +331,7 @@ def faults(switch: subprocess.Popen[str], running: Running) -> list[dict[str, An
                 "what": f"{what} ({host})",
                 "caller": f"{after['answered']} answered, {after['wrong']} wrong, "
                 f"longest pause {after['slowest_s']:.1f} s, "
-                f"{after['retries']} made again, {after['per_s']:.1f}/s over all",
+                f"{after['retries']} retries, {after['per_s']:.1f}/s over all",
                 "incidents": after["incidents"][before:],
                 "node": words,
             }

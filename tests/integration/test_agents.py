@@ -73,7 +73,7 @@ def test_an_agent_answers_only_those_it_knows_and_takes_only_plain_names(tmp_pat
             assert agents.time_ns(tmp_path / "f", tmp_path / "f", Device("one", "a")) is None, "it does not run there"
 
 
-def test_an_agent_that_is_not_there_is_said(monkeypatch):
+def test_an_unreachable_agent_is_reported(monkeypatch):
     monkeypatch.setattr("runtime.measure.client.AgentClient.ask.__kwdefaults__", {"patience_s": 0.3})
     with pytest.raises(PipelineError, match=r"no agent answers at .*onnxsplit cluster agent --bind"):
         Agents({"a": f"tcp://127.0.0.1:{ports.free_port()}"}, keys=None, insecure=False)

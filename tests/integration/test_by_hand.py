@@ -1,4 +1,4 @@
-"""The files in docs/deploy: nodes started by ssh, by Slurm and by systemd, with stand-ins for what is not here."""
+"""The files in docs/deploy: nodes started by ssh, Slurm and systemd, with stand-ins for missing commands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def plan(tmp_path):
 
 @pytest.fixture
 def commands(tmp_path):
-    """A folder of commands that stand in for what is not installed, before all others."""
+    """A folder, first in PATH, of stand-ins for commands that are not installed."""
     folder = tmp_path / "bin"
     folder.mkdir()
 
@@ -53,17 +53,17 @@ def commands(tmp_path):
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a process group as Ctrl-C in its terminal would."""
+    """End a process group like Ctrl-C in its terminal."""
     os.killpg(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + 60
-    with suppress(ProcessLookupError):  # nobody of the group is left
+    with suppress(ProcessLookupError):  # no process of the group is left
         while process.poll() is None or os.killpg(process.pid, 0) is None:
             if time.monotonic() > deadline:
                 os.killpg(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.05)
     process.wait()
-    sweep()  # what killed nodes left, as the next one would
+    sweep()  # the next node would remove the folders of killed nodes
 
 
 def test_nodes_by_ssh_serve_and_come_back(plan, commands, free_port, python_environment):
@@ -132,7 +132,7 @@ def test_the_systemd_unit_is_well_formed(tmp_path):
     assert ours == []
 
 
-def test_who_listens_everywhere_is_reached_where_it_was_reached_before():
+def test_a_peer_that_listens_on_all_addresses_is_reached_at_the_address_used_before():
     by = "tcp://coordinator.example:5555"
     assert reachable("tcp://0.0.0.0:41", by) == "tcp://coordinator.example:41"
     assert reachable("tcp://[::]:41", by) == "tcp://coordinator.example:41"

@@ -1,4 +1,4 @@
-"""Plans with custom ops, run: only processes that are told of a library load it, and only for a stage that needs it."""
+"""Plans with custom ops: only processes that were given a library load it, and only for a stage that needs it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXT = {"text": np.array(["a model runs cuts"], dtype=object)}
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
-    """A library that only these tests name, so that nobody can have it from elsewhere."""
+    """A library that only these tests name, so that no process can find it elsewhere."""
     return custom.other_build(tmp_path_factory.mktemp("library"))
 
 
@@ -54,20 +54,20 @@ def wanted(plan, library) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def environment(python_environment) -> dict[str, str]:
-    """With the package onnxruntime-extensions, wherever it is."""
+    """An environment in which the package onnxruntime-extensions is found."""
     package = Path(custom.extensions().path).parents[1]
     return python_environment | {"PYTHONPATH": f"{python_environment['PYTHONPATH']}:{package}"}
 
 
 def has_loaded(pid: int | None) -> bool:
-    """Whether a process has a library of custom ops."""
+    """Return whether a process has loaded a library of custom ops."""
     maps = Path(f"/proc/{pid}/maps").read_text()
     return any(name in maps for name in ("libops.so", "here.so", "_extensions_pydll"))
 
 
 @contextmanager
 def by_hand(environment, address, *options):
-    """Nodes as users start them; each with its own options."""
+    """Nodes as users start them, each with its own options."""
     nodes = [
         subprocess.Popen(
             [sys.executable, "-P", "-m", "onnxsplit", "node", "--connect", address, *map(str, words)],
@@ -207,7 +207,7 @@ def test_commands_take_the_library_by_its_package(environment, tmp_path):
 
 
 def test_neither_the_environment_nor_a_settings_file_names_a_library(plan, library, environment, tmp_path):
-    """A settings file may lie in a folder that was downloaded; what it names must not run."""
+    """A settings file may be in a downloaded folder, so libraries that it names must not run."""
     hostile = environment | {
         f"ONNXSPLIT_{name}CUSTOM_OPS": str(library) for name in ("", "RUN_", "NODE_", "SERVE_", "VERIFY_")
     }

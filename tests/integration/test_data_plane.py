@@ -51,13 +51,13 @@ def totals(pipeline) -> list[tuple[int, int]]:
 
 
 def shares(pipeline, before: list[tuple[int, int]]) -> list[float]:
-    """Of every node's outputs since then, the part that crossed in shared memory."""
+    """Return the share of every node's outputs since then that crossed in shared memory."""
     now = totals(pipeline)
     return [round((s - s0) / (o - o0), 3) for (s, o), (s0, o0) in zip(now, before, strict=True)]
 
 
 def warm(pipeline, **options) -> list[tuple[int, int]]:
-    """Run a request: nodes may learn only with the first one who reads their memory."""
+    """Run a request, because nodes may learn only from the first one which nodes read their memory."""
     pipeline.run(given(), **options)
     return totals(pipeline)
 
@@ -83,7 +83,7 @@ def test_slots_are_used_again_for_ever(plan):
         assert shares(pipeline, before) == [1.0, 1.0], "slots that were lost would have left no room"
 
 
-def test_what_finds_no_room_goes_as_frames(plan):
+def test_tensors_without_room_in_the_arena_are_sent_as_frames(plan):
     with Pipeline.launch(plan, micro_batch=0, inflight_bytes=CUT_BYTES + 100) as pipeline:
         futures = [pipeline.submit(given(seed)) for seed in range(20)]
         for seed, future in enumerate(futures):

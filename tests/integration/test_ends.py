@@ -1,4 +1,4 @@
-"""However it ends, nothing is left: no process, no socket, no shared memory; and the caller is told why."""
+"""Every ending leaves no process, socket or shared memory, and tells the caller the reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start_caller(plan, environment, *words: str):
 
 
 def gone(pids, seconds: float = 60.0) -> bool:
-    """True when the processes end within the time."""
+    """Return whether the processes end within the time."""
     _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], timeout=seconds)
     return not alive
 

@@ -1,4 +1,4 @@
-"""The examples of docs/export.md, one a framework, as they stand."""
+"""The examples of docs/export.md run unchanged, one per framework."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def section(title: str) -> str:
 
 
 def cases():
-    """The examples; those of frameworks that make test does not install are for make test-all."""
+    """Return the examples; those of frameworks that make test does not install need make test-all."""
     for title, needs in NEEDS.items():
         usual = not {"tensorflow", "xgboost", "catboost", "jax"}.intersection(needs)
         yield pytest.param(title, marks=() if usual else pytest.mark.exhaustive)

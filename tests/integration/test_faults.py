@@ -1,4 +1,4 @@
-"""Real processes are killed, stopped, stuck and cut off: every request is answered once, and right."""
+"""Real processes are killed, stopped, blocked and cut off: every request is answered once, and correctly."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def wanted(plan):
 
 
 def ask(pipeline, wanted, count: int, timeout: float = 60.0) -> None:
-    """Send so many requests, and compare what comes back."""
+    """Send this many requests, and compare the answers."""
     futures = [pipeline.submit(given(number % 8)) for number in range(count)]
     for number, future in enumerate(futures):
         assert np.array_equal(future.result(timeout)["y"], wanted[number % 8]), number
@@ -92,7 +92,7 @@ def test_a_node_that_lives_and_does_nothing_is_found_and_replaced(plan, wanted, 
         assert pipeline.stats()[2].restarts + pipeline.stats()[3].restarts == 1
 
 
-def test_a_stopped_node_that_wakes_before_anybody_minds_goes_on(plan, wanted):
+def test_a_stopped_node_that_continues_before_its_limit_goes_on(plan, wanted):
     with Pipeline.launch(plan) as pipeline:
         futures = [pipeline.submit(given(number)) for number in range(4)]
         os.kill(pipeline.nodes[1].pid, signal.SIGSTOP)
@@ -201,7 +201,7 @@ def test_a_request_that_is_given_up_leaves_its_place_to_others(plan, wanted):
         with pytest.raises(Busy):
             pipeline.submit(given(2), block=False)
         assert futures[1].cancel()
-        pipeline.submit(given(2), timeout=60)  # it waits for the place, which the cancelled request leaves
+        pipeline.submit(given(2), timeout=60)  # it waits for the place that the cancelled request gives back
         launcher.release()
         assert np.array_equal(futures[0].result(60)["y"], wanted[0])
         assert futures[1].cancelled()
@@ -217,7 +217,7 @@ def test_a_slow_replica_gets_less(plan, wanted):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_memory_that_is_full_is_no_fault(plan, wanted, full):
+def test_full_shared_memory_is_not_a_fault(plan, wanted, full):
     """Stage 2 holds a request until stage 1 has sent eight; when memory is small, it has room for two of them."""
     faults = {"what": "count", "stage": 1, "at": "sent"}, {"what": "hold", "stage": 2, "request": 8}
     launcher = FaultyLauncher(*faults, memory_bytes=1 << 16 if full else 256 << 20)
@@ -225,7 +225,7 @@ def test_memory_that_is_full_is_no_fault(plan, wanted, full):
         ask(pipeline, wanted, 8)
         before = pipeline.stats()[1]
         futures = [pipeline.submit(given(number)) for number in range(8)]
-        wait_until(lambda: launcher.happened == 8 + 8 + 1)  # what was sent, and what is held
+        wait_until(lambda: launcher.happened == 8 + 8 + 1)  # the bytes that were sent, and those that are held
         launcher.release()
         assert all(np.array_equal(f.result(60)["y"], wanted[n]) for n, f in enumerate(futures))
         after = pipeline.stats()[1]
@@ -255,7 +255,7 @@ def test_nodes_notice_that_their_coordinator_died_and_end(plan, free_port, pytho
     caller.kill()
     assert [node.wait(60) for node in nodes] == [1, 1, 1]
     caller.communicate()
-    Pipeline.launch(plan).close()  # removes what the killed process left
+    Pipeline.launch(plan).close()  # removes the folder of the killed process
 
 
 def test_a_request_that_comes_while_nodes_are_told_what_is_over_is_not_forgotten(chain_plan, monkeypatch):
@@ -265,7 +265,7 @@ def test_a_request_that_comes_while_nodes_are_told_what_is_over_is_not_forgotten
     def slowly(machine):
         found = plain(machine)
         if threading.current_thread() is threading.main_thread():
-            submitting.start()  # as any caller's thread might, just now
+            submitting.start()  # as a caller's thread might at this moment
             submitting.join(0.3)
         return found
 

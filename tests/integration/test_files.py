@@ -1,4 +1,4 @@
-"""Nodes that do not use the plan's folder get their stage, and only that, from the coordinator."""
+"""Nodes that do not see the plan's folder get their stage, and no other files, from the coordinator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wanted(plan):
 
 @contextmanager
 def node(address, environment, cache, *options):
-    """A node that fetches, with a cache of its own."""
+    """A node that fetches its stage into a separate cache."""
     command = [sys.executable, "-P", "-m", "onnxsplit", "node", "--connect", address, "--fetch", *map(str, options)]
     environment = {**environment, "XDG_CACHE_HOME": str(cache)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -51,7 +51,7 @@ def node(address, environment, cache, *options):
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-        sweep()  # as the next node of this user would
+        sweep()  # as the next node of this user does
 
 
 def fetched(cache) -> list[str]:

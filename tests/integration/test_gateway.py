@@ -1,4 +1,4 @@
-"""The gateway against the clients people have: every call of tritonclient's four, every type, every error."""
+"""The gateway with the clients that users have: every call of tritonclient's four clients, every type, every error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CLIENTS = ("http", "grpc", "http.aio", "grpc.aio")
 @pytest.fixture(scope="module")
 def echo_plan(tmp_path_factory):
     folder = tmp_path_factory.mktemp("echo")
-    # To the end of the search, so that the plan is the same on a busy machine.
+    # The search runs to its end, so that the plan is the same on a busy machine.
     partition(build.save(build.echo(), folder), stages=2, out=folder / "echo.plan", costs="analytic", time_limit=250)
     return folder / "echo.plan"
 
@@ -61,7 +61,7 @@ def server(tmp_path_factory, chain_plan, diamond_plan, echo_plan):
 
 
 class Client:
-    """One of tritonclient's four, called alike."""
+    """One of tritonclient's four clients, with common methods."""
 
     def __init__(self, kind: str, server: Served) -> None:
         self.kind = kind
@@ -107,7 +107,7 @@ class Client:
         return self.module.InferRequestedOutput(name, binary_data=binary, **more)
 
     def plain(self, message):
-        """A message as a dict."""
+        """Return a message as a dict."""
         if not self.grpc:
             return message
         from google.protobuf import json_format
@@ -348,7 +348,7 @@ NOT_JSON = ("float16", "bfloat16")  # tritonclient sends these as bytes only
 
 
 def wide(dtype):
-    """A sample as JSON can have it: bfloat16 as float32."""
+    """Return a sample in types that JSON can have: bfloat16 becomes float32."""
     return SAMPLES[dtype].astype(np.float32) if dtype == "bfloat16" else SAMPLES[dtype]
 
 
@@ -418,7 +418,7 @@ def test_every_type_comes_back_from_typed_contents(server):
                 words = "can only be given in raw_input_contents"
             else:
                 getattr(tensor.contents, f"{field}_contents").extend(values[dtype])
-                words = "the inputs do not fit the model"  # the others are missing, and this one was understood
+                words = "the inputs do not fit the model"  # only this input was read; the others are missing
             with pytest.raises(grpc.RpcError) as error:
                 stub.ModelInfer(single)
             assert words in error.value.details()
@@ -523,7 +523,7 @@ def test_what_is_wrong_with_binary_tensors_is_said(server, sizes, header, messag
         ("/v2/nothing", 404, "/openapi.json lists all paths"),
     ],
 )
-def test_who_is_not_there_is_said(server, path, status, message):
+def test_unknown_models_versions_and_paths_are_reported(server, path, status, message):
     found, said = infer(server, {"inputs": [tensor()]}, path)
     assert (found, message in said) == (status, True), said
 
@@ -588,7 +588,7 @@ def test_regions_are_of_shared_memory_alone(server, key):
     assert "region 'r'" in said
 
 
-# What is told beside
+# Metadata, statistics and description
 
 
 def test_metrics_follow_prometheus_rules(server):
@@ -617,9 +617,10 @@ def test_metrics_follow_prometheus_rules(server):
 
 @pytest.mark.parametrize("examples", [10, pytest.param(100, marks=pytest.mark.exhaustive)])
 def test_the_description_holds(chain_plan, python_environment, examples):
-    """Schemathesis makes requests of the description, good and bad, and holds the answers against it."""
+    """Schemathesis makes valid and invalid requests from the description, and compares the answers with it."""
     pytest.importorskip("schemathesis", reason="needs the extra test")
-    # 501 each, and said so; and what a schema allows of tensors need not fit the model, so a refusal is no failure.
+    # These operations answer 501, as described. A tensor that the schema allows may not fit the model, so refusals are
+    # allowed.
     refused = "trace/setting|logging|cudasharedmemory/region/.*/register|unload"
     with Served(chain_plan, environment=python_environment) as server:
         document = server.json("/openapi.json")

@@ -1,4 +1,4 @@
-"""Requests that mean harm, or are wrong: each is refused with its status and words, and the server stays as it was."""
+"""Hostile and wrong requests: each is refused with a status and a message, and the server is not affected."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def server(chain_plan):
 
 
 def raw(server, head: str) -> tuple[int, str]:
-    """The status and the body of the answer to a request as it stands."""
+    """Return the status and the body of the answer to a raw request."""
     host, port = server.host.rsplit(":", 1)
     with socket.create_connection((host, int(port)), 60) as connection:
         connection.sendall(head.replace("\n", "\r\n").encode())
@@ -73,7 +73,7 @@ def works(server) -> bool:
         ("GET /v2 HTTP/1.1\nHost: {host}\nOrigin: http://{host}\n", 200, "onnxsplit"),
     ],
 )
-def test_what_can_be_read_in_two_ways_is_refused(server, head, status, words):
+def test_ambiguous_requests_are_refused(server, head, status, words):
     found, body = raw(server, head.format(host=server.host) + "Connection: close\n\n")
     assert (found, words in body) == (status, True), body
 
@@ -117,7 +117,7 @@ def test_a_load_takes_no_parameters_of_any_kind(server, parameters):
     assert (status, "without parameters" in json.loads(body)["error"]) == (400, True)
 
 
-def test_a_name_of_any_length_makes_a_short_error_wherever_it_is_told(server):
+def test_a_name_of_any_length_makes_a_short_error_everywhere(server):
     name = "x" * 8_000_000
     status, said = infer(server, {"inputs": [{**TENSOR, "name": name}]})
     assert status == 400
@@ -126,7 +126,7 @@ def test_a_name_of_any_length_makes_a_short_error_wherever_it_is_told(server):
     with socket.create_connection((host, int(port)), 60) as listener:
         listener.sendall(f"GET /events HTTP/1.1\r\nHost: {server.host}\r\n\r\n".encode())
         seen = b""
-        while b"unknown" not in seen:  # the next look at the model tells its last error
+        while b"unknown" not in seen:  # the next view of the model contains its last error
             seen += listener.recv(65536)
             assert len(seen) < 500_000
     assert len(server.ask("/metrics")[2]) < 500_000
@@ -148,7 +148,7 @@ def peak_bytes(server) -> int:
 
 
 def test_messages_of_many_clients_stay_within_their_bound_together(server):
-    """Eight of 40 MB at once: what arrives is bounded, and so is what is held."""
+    """Eight messages of 40 MB arrive at once: received and held bytes are bounded."""
     before = peak_bytes(server)
     request = pb.ModelInferRequest(model_name="nobody", raw_input_contents=[bytes(40 << 20)])
     message = request.SerializeToString()
@@ -175,7 +175,7 @@ def test_messages_of_many_clients_stay_within_their_bound_together(server):
 
 
 def call(server, method: str, message: bytes, metadata=()) -> tuple[str, str]:
-    """The code and the words of a call that fails."""
+    """Return the code and the message of a call that fails."""
     with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as error:
         channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(message, timeout=60, metadata=metadata)
     return error.value.code().name, error.value.details()
@@ -196,7 +196,7 @@ def infer_message(**changed) -> bytes:
         ("RepositoryModelLoad", b"\x12\xff"),
     ],
 )
-def test_bytes_that_are_no_message_are_the_client_s_mistake(server, method, message):
+def test_bytes_that_are_not_a_message_are_a_client_error(server, method, message):
     assert call(server, method, message)[0] == "INVALID_ARGUMENT"
     assert works(server)
 
@@ -211,7 +211,7 @@ def test_bytes_that_are_no_message_are_the_client_s_mistake(server, method, mess
         ({"datatype": "FP99"}, "allowed: BOOL"),
     ],
 )
-def test_tensors_that_are_none_are_the_client_s_mistake_over_grpc_too(server, changed, words):
+def test_invalid_tensors_are_a_client_error_over_grpc_too(server, changed, words):
     message = infer_message(**changed).replace(
         b"\x0a\x01m", b"\x0a" + bytes([len(server.model)]) + server.model.encode()
     )
@@ -225,7 +225,7 @@ def test_a_call_without_a_message_is_the_client_s_mistake(server):
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_deadline_that_never_comes_is_none(server):
+def test_a_very_distant_deadline_counts_as_none(server):
     message = pb.ModelInferRequest(
         model_name=server.model,
         inputs=[pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 32])],
@@ -252,7 +252,7 @@ def test_answers_of_any_size_come_whole(server, rows):
     assert length
 
 
-def test_calls_that_say_nothing_keep_nobody_from_asking(server):
+def test_silent_calls_do_not_block_other_clients(server):
     with grpc.insecure_channel(server.grpc) as channel:
         silent = [
             channel.stream_unary("/inference.GRPCInferenceService/ModelInfer").future(Silence(), timeout=50)
@@ -265,7 +265,7 @@ def test_calls_that_say_nothing_keep_nobody_from_asking(server):
 
 
 class Silence:
-    """Messages that never come."""
+    """A stream of messages that never arrive."""
 
     def __init__(self) -> None:
         self.over = threading.Event()
@@ -279,7 +279,7 @@ class Silence:
 
 
 def exchange(server, *parts: bytes) -> bytes:
-    """All that a server answers to bytes, sent part by part, until it hangs up."""
+    """Return all bytes that a server answers to parts, until it closes the connection."""
     host, port = server.host.rsplit(":", 1)
     with socket.create_connection((host, int(port)), 60) as connection:
         for part in parts:

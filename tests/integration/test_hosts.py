@@ -1,4 +1,4 @@
-"""Three hosts, as network namespaces: replicas come and go there under load, and share the work."""
+"""Replicas on three hosts (network namespaces) join and leave under load, and share the work."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def ip(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def hosts():
-    """A namespace for the caller and one for each host, and a link between the caller and each; their names."""
+    """Make a namespace for the caller and for each host, linked to the caller; yield their names."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the command ip (iproute2)")
     names = {host: f"onnxsplit-{os.getpid()}-{host}" for host in ("caller", *HOSTS)}
@@ -116,17 +116,17 @@ def hosts():
 
 
 def share(found: dict[str, int]) -> float:
-    """The least share of a replica, as a part of what is its due."""
+    """Return the smallest share of a replica, relative to an equal share."""
     return min(found.values()) * len(found) / sum(found.values())
 
 
 def test_replicas_on_three_hosts_share_the_work_as_they_come_and_go_under_load(hosts, tmp_path, python_environment):
-    """A second one that joined on another host got everything, and the first nothing, for ever."""
+    """Before, a second replica that joined on another host got all requests, and the first one none."""
     partition(build.save(build.chain(8), tmp_path), stages=1, out=tmp_path / "m.plan", costs="analytic")
     create_for(tmp_path / "keys", HOSTS)
 
     with ExitStack() as stack:
-        stack.callback(sweep)  # what killed ones left, should the test fail
+        stack.callback(sweep)  # remove the folders of killed nodes if the test fails
 
         def start(host: str, *words: object, **options: object) -> subprocess.Popen:
             command = ["ip", "netns", "exec", hosts[host], sys.executable, "-P", *map(str, words)]
@@ -146,7 +146,7 @@ def test_replicas_on_three_hosts_share_the_work_as_they_come_and_go_under_load(h
         )  # fmt: skip
 
         def shares(nodes: int, requests: int) -> dict[str, int]:
-            """Wait for so many nodes; what each executes of so many requests."""
+            """Wait for this many nodes; return how many of the requests each executes."""
             caller.stdin.write(f"{nodes} {requests}\n")
             caller.stdin.flush()
             return json.loads(caller.stdout.readline())

@@ -1,4 +1,4 @@
-"""What callers of a running plan get and are told where inputs have defaults, and inputs and outputs were left out."""
+"""Answers and errors of a running plan whose inputs have defaults, or with inputs and outputs left out."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def test_a_slow_link_is_no_fault(linked, wanted):
 
 @pytest.mark.parametrize("timings", [Timings(beat_s=0.2, silence_s=300)])
 def test_a_control_link_that_breaks_and_soon_comes_back_is_no_loss(linked, wanted):
-    """The node was not known again when it connected anew, and was told that it had been replaced."""
+    """Before, the node was not recognised when it reconnected, and was told that it had been replaced."""
     pipeline, (control, _) = linked
     ask(pipeline, wanted)
     for _ in range(3):

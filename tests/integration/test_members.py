@@ -1,6 +1,6 @@
-"""Nodes started by hand that fall silent, are replaced, refused, or lose their coordinator: what becomes of them.
+"""Nodes started by hand that fall silent, are replaced or refused, or lose their coordinator.
 
-The rows of the table in docs/failures.md, with real processes.
+The tests are the rows of the table in docs/failures.md, with real processes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def plan(tmp_path_factory):
 
 
 class Node:
-    """A node started by hand; its log in a file."""
+    """A node started by hand, with its log in a file."""
 
     def __init__(
         self, address: str, log: Path, environment: dict[str, str], *options: object, before: str = ""
@@ -91,7 +91,7 @@ def wait_for(what, words: str = "it did not happen", seconds: float = 60.0) -> N
 
 @contextmanager
 def listening(plan, address, **options):
-    """A pipeline that waits for its nodes in a thread; gives a future-like dict that holds it when it is ready."""
+    """Start a pipeline that waits for its nodes in a thread; yield a dict that holds it once it is ready."""
     found: dict[str, object] = {}
 
     def listen() -> None:
@@ -115,7 +115,7 @@ def ready(pipeline) -> bool:
 
 
 def test_a_node_that_was_stopped_while_it_waited_for_others_still_serves(chain_plan, tmp_path, start):
-    """It was taken for dead, told so, and exited with 0; the pipeline was never ready."""
+    """Before, the node was declared dead and exited with 0, and the pipeline was never ready."""
     address = f"ipc://{tmp_path}/control"
     with listening(chain_plan, address, timings=QUICK) as (found, thread):
         first = start(address, "--no-shared-memory")
@@ -215,7 +215,7 @@ def test_a_node_that_can_never_serve_is_told_why_and_exits_with_1(plan, tmp_path
 
 
 def answered(pipeline, count: int) -> list[int]:
-    """How many of so many requests each replica of stage 0 executed, with a few in flight."""
+    """Return how many of the requests each replica of stage 0 executed, with a few in flight."""
     before = [stats.requests for stats in pipeline.stats() if stats.stage == 0]
     for future in [pipeline.submit(X) for _ in range(count)]:
         future.result(60)
@@ -235,7 +235,7 @@ StageRunner.run = run
 
 
 def test_replicas_that_share_no_memory_share_the_work_as_they_come_and_go(plan, tmp_path, start):
-    """The second one got everything and the first nothing, for ever; a lone one's queue grew without end."""
+    """Before, the second one got all requests, the first one none; the queue of a single replica grew without end."""
     address = f"ipc://{tmp_path}/control"
     first = start(address, "--no-shared-memory", before=EQUALLY_SLOW)
     with Pipeline.listen(plan, bind=address, start_timeout=60, elastic=True, timings=QUICK) as pipeline:
@@ -259,7 +259,7 @@ LINKS = Timings(beat_s=0.1, silence_s=2, unreachable_s=0.5, lost_s=3)
 
 @contextmanager
 def far_node(start, address):
-    """A node of stage 1 whose link for tensors goes through a proxy; gives that, and the address others know."""
+    """A node of stage 1 whose link for tensors goes through a proxy; yields the proxy and the announced address."""
     shown, behind = ports.free_port(), ports.free_port()
     proxy = Proxy(shown, behind)
     bind = ["--bind", f"tcp://127.0.0.1:{behind}", "--advertise", f"tcp://127.0.0.1:{shown}"]
@@ -273,7 +273,7 @@ def far_node(start, address):
 def test_a_dead_link_between_two_nodes_is_named_and_the_pipeline_is_not_ready(
     chain_plan, start, free_port, caplog, python_environment
 ):
-    """Both reached the coordinator, so all looked well, and requests stood still for 30 s at a time."""
+    """Before, the pipeline looked healthy because both reached the coordinator, and requests stalled for 30 s."""
     caplog.set_level(logging.INFO, "runtime.coordinator")
     address = f"tcp://127.0.0.1:{free_port}"
     start(address, "--stage", "0")
@@ -339,7 +339,7 @@ with made as pipeline:
 
 
 class Caller:
-    """A coordinator in a process of its own. Without an address it launches its nodes."""
+    """A coordinator in a separate process. Without an address it launches its nodes."""
 
     def __init__(self, plan: Path, address: str, silence_s: float, environment: dict[str, str]) -> None:
         command = [sys.executable, "-P", "-c", COORDINATOR, str(plan), address, str(silence_s)]
@@ -349,7 +349,7 @@ class Caller:
         )  # fmt: skip
 
     def numbers(self) -> list[int]:
-        """The next line that it says."""
+        """Return the numbers of its next line."""
         deadline = threading.Timer(90, self.process.kill)
         deadline.start()
         try:
@@ -358,7 +358,7 @@ class Caller:
             deadline.cancel()
 
     def ask(self) -> list[int]:
-        """Have it answer one request; how many nodes were lost so far, and the present ones' pids."""
+        """Make it answer one request; return the number of lost nodes and the pids of the present ones."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self.numbers()
@@ -460,7 +460,7 @@ def test_nodes_and_spares_whose_coordinator_does_not_come_back_end_with_1(addres
 
 
 def test_a_spare_whose_coordinator_is_closed_looks_for_it_and_takes_a_place_at_the_next(address, start, call):
-    """It waited for ever where it had been told to look for a while."""
+    """Before, it waited for ever, although --rejoin limits the time."""
     caller, node = call(address), start(address)
     caller.numbers()
     spare = start(address)
@@ -482,8 +482,8 @@ def test_a_spare_that_is_told_to_end_does(plan, tmp_path, start, number):
         assert spare.exit_code() == 0
 
 
-def test_a_node_that_left_is_nobodys_fault(chain_plan, tmp_path, start, caplog):
-    """It was told as a dead link 3 s later, and then as silent."""
+def test_a_node_that_left_is_not_reported_as_a_fault(chain_plan, tmp_path, start, caplog):
+    """Before, it was reported as a dead link 3 s later, and then as silent."""
     address = f"ipc://{tmp_path}/control"
     caplog.set_level(logging.INFO)
     first = start(address, "--stage", "0")
@@ -503,7 +503,7 @@ def test_a_node_that_left_is_nobodys_fault(chain_plan, tmp_path, start, caplog):
 
 
 def test_a_node_that_is_told_twice_to_end_does_not_wait_for_its_work(chain_plan, tmp_path, start):
-    """Nobody can take its work over, so the first signal alone would let it wait for drain_s."""
+    """No other node can take over its work, so after one signal it would wait for drain_s."""
     address = f"ipc://{tmp_path}/control"
     first, second = start(address, "--stage", "0"), start(address, "--stage", "1")
     with Pipeline.listen(chain_plan, bind=address, start_timeout=60) as pipeline:
@@ -547,7 +547,7 @@ def test_a_spare_outlasts_pauses_of_its_coordinator_and_its_own(address, start, 
 
 
 def test_a_node_whose_coordinator_dies_while_it_loads_ends_loading_and_comes_back(address, start, call):
-    """It was ended in the middle of loading, with 1."""
+    """Before, it ended during loading with exit status 1."""
     slowly = "import time, runtime.node.worker as w; plain = w.StageRunner.__init__\n"
     slowly += "def load(self, *of, **more): time.sleep(6); plain(self, *of, **more)\nw.StageRunner.__init__ = load"
     caller, node = call(address), start(address, before=slowly)

@@ -127,7 +127,7 @@ def test_parts_that_cannot_be_joined_end_their_request_alone(tmp_path):
         assert pipeline.submit(even, timeout=60).result(60)["y"].shape == (2, 7)
 
 
-def test_a_callback_that_raises_harms_nobody(chain_plan):
+def test_a_callback_that_raises_does_not_affect_other_requests(chain_plan):
     def wrong(_):
         raise SystemExit("a caller's mistake")
 
@@ -247,7 +247,7 @@ def test_a_pipeline_may_be_closed_in_a_callback(chain_plan):
         pipeline.run(batch())
 
 
-def test_a_callback_for_progress_that_raises_harms_nobody(chain_plan):
+def test_a_progress_callback_that_raises_does_not_stop_the_work(chain_plan):
     def wrong(_ready, _total):
         raise ValueError("a caller's mistake")
 

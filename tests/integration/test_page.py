@@ -42,7 +42,7 @@ def server(folder):
 
 @pytest.fixture
 def page(browser, server):
-    """The page, open; nothing may be logged, and nothing asked of anybody else."""
+    """The open page; it may log nothing and load nothing from other hosts."""
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     opened = context.new_page()
     problems, asked = [], []
@@ -61,7 +61,7 @@ GIVEN = json.dumps({"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32
 
 
 class Load:
-    """Requests one after another, while it is entered."""
+    """Sends requests one after another while its context is entered."""
 
     def __init__(self, server: Served) -> None:
         self.failed: list[bytes] = []
@@ -93,13 +93,13 @@ def test_the_pipeline_is_drawn_as_it_is_connected(page):
     assert page.locator("table tbody tr").count() == 5
 
 
-def test_what_flows_is_live(page, server):
+def test_the_figures_of_the_page_are_live(page, server):
     from playwright.sync_api import expect
 
     with Load(server) as load:
         some = re.compile(r"^(?!0\.0$)\d+\.\d$")
         expect(page.locator(".figures div b").first).to_have_text(some)
-        line = re.compile(r"L.* (?!20\.0)\d")  # not all of it along the bottom
+        line = re.compile(r"L.* (?!20\.0)\d")  # not all points are zero
         expect(page.locator("tbody tr .spark path").first).to_have_attribute("d", line)
         expect(page.locator("table tbody tr").first.locator("td").nth(2)).to_have_text(some)
         cells = page.locator("table tbody tr").first.locator("td").all_text_contents()

@@ -1,4 +1,4 @@
-"""Real node processes, real sockets: what a caller gets."""
+"""The results that a caller gets from real node processes over real sockets."""
 
 from __future__ import annotations
 

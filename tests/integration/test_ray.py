@@ -36,7 +36,7 @@ pytestmark = [
 ]
 QUICK = Timings(beat_s=0.2, silence_s=3)
 X = {"x": np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)}
-SOON = {  # a host that is gone is known to be after a second
+SOON = {  # a lost host is detected after a second
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 10_000,  # a connection that is refused fails at once
@@ -96,7 +96,7 @@ def test_a_host_killed_under_load_is_made_up_for_by_another_and_nothing_is_lost(
 
 
 def planned_for(plan, *hosts: str):
-    """The plan as if made for a cluster, each stage for one of these hosts."""
+    """Return the plan as if it was made for a cluster, with each stage on one of these hosts."""
     loaded = load_plan(plan)
     stages = [msgspec.structs.replace(s, hosts=(host,)) for s, host in zip(loaded.stages, hosts, strict=True)]
     return msgspec.structs.replace(loaded, stages=tuple(stages))
@@ -140,9 +140,9 @@ def test_a_cluster_that_is_named_and_not_there_is_said_at_once(plan, monkeypatch
 
 
 def test_serve_starts_a_cluster_of_its_own_ends_in_peace_and_leaves_nothing(plan, python_environment):
-    """All a user types: ``onnxsplit serve plan/ --launcher ray``.
+    """The only command that a user types: ``onnxsplit serve plan/ --launcher ray``.
 
-    Ray takes SIGTERM for itself as it starts, and aborted a process that was not over 3 s after one.
+    Ray handles SIGTERM itself once it is started, and used to abort a process that had not ended 3 s later.
     """
     environment, begun = {**python_environment, "RAY_ADDRESS": "local"}, time.time()
     lasting = ("--timing", "silence_s=300")
@@ -168,7 +168,7 @@ def test_serve_starts_a_cluster_of_its_own_ends_in_peace_and_leaves_nothing(plan
 
 
 def daemons_since(begun: float) -> list[psutil.Process]:
-    """Ray's daemons of this test run, by the folder that it alone uses."""
+    """Return Ray's daemons of this test run, by its own folder."""
     started = [p for p in psutil.process_iter(["name", "create_time"]) if p.info["create_time"] > begun]
     return [p for p in started if p.info["name"] in ("gcs_server", "raylet") and is_ours(p)]
 

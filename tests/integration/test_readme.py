@@ -27,7 +27,7 @@ ONNXSPLIT = [sys.executable, "-P", "-m", "onnxsplit"]
 
 
 class Reader:
-    """Somebody who follows the README in a folder: runs its blocks, and keeps its server until the end."""
+    """A reader who follows the README in a folder: runs its blocks, and keeps its server until the end."""
 
     def __init__(self, folder: Path, environment: dict[str, str], opened: ExitStack) -> None:
         self.folder = folder
@@ -106,7 +106,7 @@ def check_installation(words: list[str]) -> None:
 
 
 def reachable_demo_model() -> None:
-    """Skip where the demo's model is neither kept from before nor to be had from the package index."""
+    """Skip if the demo's model is neither cached nor available from the package index."""
     import zoo
 
     try:

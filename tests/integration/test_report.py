@@ -1,4 +1,4 @@
-"""The report in a real browser, and what must be true of the file without one."""
+"""The report in a real browser, and properties of the file itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnxsplit.views.report import write_report
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Three stages of a chain, one of whose names would end a script."""
+    """A report of a chain in three stages; one of its names contains the end tag of a script."""
     folder = tmp_path_factory.mktemp("report")
     proto = build.chain(9)
     proto.graph.node[0].name = "</script><script>alert(1)</script>"

@@ -1,4 +1,4 @@
-"""A model whose coordinator fails is not ready, says why, and is started again by itself."""
+"""A model whose coordinator fails is not ready, gives the reason, and is restarted automatically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ X = {"x": np.ones((1, 32), np.float32)}
 
 
 async def until(condition) -> None:
-    """Wait until something is so; a minute at most."""
+    """Wait until a condition holds, for at most a minute."""
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.02)
@@ -38,7 +38,7 @@ async def infer(version):
 
 
 def break_coordinator(pipeline: Pipeline) -> None:
-    """Let the next thing that its coordinator's thread decides be an error."""
+    """Make the next decision of its coordinator's thread raise an error."""
 
     def fails(_):
         raise ZeroDivisionError("a bug")
@@ -81,7 +81,7 @@ def test_a_model_whose_coordinator_failed_is_started_again(chain_plan, monkeypat
     asyncio.run(scene())
 
 
-def test_a_model_that_does_not_turn_is_not_ready(chain_plan, monkeypatch):
+def test_a_model_whose_event_loop_stands_still_is_not_ready(chain_plan, monkeypatch):
     async def scene():
         models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
         (version,) = models
@@ -98,7 +98,7 @@ def test_a_model_that_does_not_turn_is_not_ready(chain_plan, monkeypatch):
     asyncio.run(scene())
 
 
-def test_a_launch_that_nobody_waits_for_any_more_is_given_up(chain_plan, tmp_path):
+def test_a_launch_that_is_no_longer_awaited_is_stopped(chain_plan, tmp_path):
     with pytest.raises(LaunchFailed, match="given up"):
         Pipeline.listen(chain_plan, bind=f"ipc://{tmp_path}/control", abandoned=lambda: True)
 

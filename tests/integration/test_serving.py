@@ -1,4 +1,4 @@
-"""Serving under load, under fault, under attack, and to its end."""
+"""Serving under load, with faults, under attack, and at its end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def batched_plan(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slow_plan(tmp_path_factory):
-    """Some milliseconds a request of 64 rows."""
+    """A plan whose request of 64 rows takes some milliseconds."""
     folder = tmp_path_factory.mktemp("slow")
     partition(build.save(build.chain(6, 512), folder), stages=2, out=folder / "slow.plan", costs="analytic")
     return folder / "slow.plan"
@@ -84,7 +84,7 @@ def refuses(server: Served) -> bool:
     try:
         return server.ask("/v2/health/ready")[0] == 503
     except OSError:
-        return True  # it listens no more
+        return True  # it no longer listens
 
 
 # Faults
@@ -166,7 +166,7 @@ def test_overload_is_refused_with_reasons_and_what_is_accepted_is_in_time(slow_p
         )
 
 
-def test_slow_and_half_open_clients_hurt_nobody(chain_plan, python_environment):
+def test_slow_and_half_open_clients_do_not_affect_others(chain_plan, python_environment):
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
     with Served(chain_plan, environment=python_environment) as server:
         host, _, port = server.host.partition(":")
@@ -216,7 +216,7 @@ def test_slow_and_half_open_clients_hurt_nobody(chain_plan, python_environment):
 def test_what_is_not_a_request_is_answered_and_hung_up(served_chain, sent, status, words):
     host, _, port = served_chain.host.partition(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        with suppress(OSError):  # it may have hung up already
+        with suppress(OSError):  # it may have closed the connection already
             connection.sendall(sent)
         answer = b""
         try:
@@ -315,7 +315,7 @@ def test_a_request_that_fails_in_a_batch_fails_alone(tmp_path, python_environmen
     assert found[7][1]["outputs"][0]["data"] == [28, 29, 30, 31]
 
 
-# Who may ask
+# Access
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ def test_tls(chain_plan, python_environment, tmp_path):
 
 
 def start(environment, *words, folder=None) -> tuple[int, str]:
-    """A start that fails: the status, and what was said."""
+    """Return the exit status and the output of a start that fails."""
     command = [sys.executable, "-P", "-m", "onnxsplit", "serve", "--http-port", "0", "--grpc-port", "0"]
     done = subprocess.run(
         [*command, *map(str, words)],

@@ -1,4 +1,4 @@
-"""Spans as OpenTelemetry's own exporter sends them, at a collector of ours."""
+"""Spans that OpenTelemetry's own exporter sends to a test collector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a running pipeline tells of itself, to other processes too; and a short attack on its links."""
+"""The status that a running pipeline reports, also to other processes; and a short attack on its links."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_status_with_nothing_running_says_what_to_do(python_environment):
 
 
 def requests_of(environment, pid: int) -> int:
-    """How many requests the stages of a process's pipelines have run."""
+    """Return how many requests the stages of a process's pipelines have run."""
     shown = onnxsplit(environment, "status", "--pid", str(pid), "--json")
     return sum(node["requests"] for one in json.loads(shown.stdout)["pipelines"] for node in one["nodes"])
 

@@ -1,4 +1,4 @@
-"""The annotated model is the same model, and its multi-device fields make sense."""
+"""The annotated model computes the same, and its multi-device fields are consistent."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_stages_times_and_names_are_in_the_model(tmp_path):
 
 
 def loadable(folder: Path) -> Path:
-    """The annotated model as IR 10, which the oldest ONNX Runtime loads too; it passes over fields it does not know."""
+    """Return the annotated model as IR 10, which the oldest ONNX Runtime loads, too; it ignores unknown fields."""
     model = onnx.load(folder / "out.onnx", load_external_data=False)
     model.ir_version = 10
     (folder / "loadable.onnx").write_bytes(model.SerializeToString())

@@ -1,4 +1,4 @@
-"""A batch axis is what was proven to be one: by the structure of the model, and by trials."""
+"""A batch axis is claimed only if the structure of the model proves it and trials agree."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def model(*nodes, outputs, inputs=None, weights=()):
     )
 
 
-def test_a_chain_has_one(tmp_path):
+def test_a_chain_has_a_batch_axis(tmp_path):
     assert axes(build.chain(4, 16), tmp_path) == {"x": 0, "y": 0}
 
 
-def test_an_output_may_have_it_elsewhere(tmp_path):
+def test_an_output_may_have_its_batch_on_another_axis(tmp_path):
     proto = model(
         ("Relu", ["x"], ["a"]),
         ("Transpose", ["a"], ["y"]),
@@ -46,7 +46,7 @@ def test_an_output_may_have_it_elsewhere(tmp_path):
         ("ReduceMax", ["a", "axis"], ["m"], {"keepdims": 1}),
     ],
 )
-def test_a_model_whose_rows_know_each_other_has_none(tmp_path, mixing):
+def test_a_model_whose_rows_affect_each_other_has_no_batch_axis(tmp_path, mixing):
     proto = model(
         ("Relu", ["x"], ["a"]),
         mixing,
@@ -66,7 +66,7 @@ def test_one_output_without_it_spoils_it_for_all(tmp_path):
     assert set(axes(proto, tmp_path).values()) == {None}
 
 
-def test_an_input_for_all_rows_has_none_and_the_others_do(tmp_path):
+def test_an_input_for_all_rows_has_no_batch_axis_and_the_others_do(tmp_path):
     proto = model(
         ("Relu", ["x"], ["a"]),
         ("Mul", ["a", "scale"], ["y"]),
@@ -130,7 +130,7 @@ def test_a_token_model_has_its_batch_along_the_first_axis_and_not_along_the_sequ
     assert axes(proto, tmp_path) == {"ids": 0, "y": 0}
 
 
-def test_a_model_that_groups_rows_only_at_some_lengths_has_none(tmp_path):
+def test_a_model_that_groups_rows_only_at_some_lengths_has_no_batch_axis(tmp_path):
     """At 8 columns the shape [-1, 8] keeps rows apart; at others it does not."""
     proto = model(
         ("Reshape", ["x", "shape"], ["a"]),

@@ -1,4 +1,4 @@
-"""The structural half of a batch claim, against ONNX Runtime on random nets, and the arithmetic it rests on."""
+"""The structural part of a batch claim, compared with ONNX Runtime on random nets, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = [
 
 
 class _Net:
-    """A random net over tensors that begin as x [batch, 4, 6]; a step that does not run is taken back."""
+    """A random net over tensors that begin as x [batch, 4, 6]; a step that does not run is undone."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -35,7 +35,7 @@ class _Net:
         self.shapes = {"x": (ROWS, MIDDLE, LAST)}
 
     def model(self, outputs: list[str]) -> onnx.ModelProto:
-        """What leads to these outputs: ONNX Runtime runs ops that nobody reads, and fails where one of them does."""
+        """Return the model without unused ops: ONNX Runtime runs them, too, and fails if one of them does."""
         wanted, nodes = set(outputs), []
         for node in reversed(self.nodes):
             if wanted.intersection(node.output):
@@ -55,7 +55,7 @@ class _Net:
             self._step(name)
             try:
                 [found] = run(self.model([name]), {"x": np.ones((ROWS, MIDDLE, LAST), np.float32)})
-            except Exception:  # whatever ONNX Runtime says of it: the step was not possible
+            except Exception:  # any error of ONNX Runtime means that the step is not possible
                 found = None
             if found is None or found.size == 0 or found.size > 5000 or found.dtype != np.float32:
                 del self.nodes[before[0] :], self.weights[before[1] :]
@@ -149,7 +149,7 @@ def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarra
 
 
 def separable(model: onnx.ModelProto, axis: int, out: int) -> bool:
-    """What ONNX Runtime says of one output, on a few batches and their parts."""
+    """Return whether ONNX Runtime gives equal rows of one output for a few batches and their parts."""
     source = np.random.default_rng(1)
     for count, at in ((2, 1), (5, 2), (4, 2), (6, 1)):
         shape = [MIDDLE if place == 1 else LAST if place == 2 else count for place in range(3)]
@@ -157,7 +157,7 @@ def separable(model: onnx.ModelProto, axis: int, out: int) -> bool:
         try:
             [whole] = run(model, {"x": x})
             parts = [run(model, {"x": part})[0] for part in (x[:at], x[at:])]
-        except Exception:  # a batch that it does not take
+        except Exception:  # a batch that the model does not accept
             return False
         joined = np.concatenate(parts, axis=out) if parts[0].ndim > out else np.zeros(0)
         if joined.shape != whole.shape or whole.shape[out] != count or not np.allclose(joined, whole, atol=1e-4):
@@ -228,8 +228,8 @@ def test_comparisons_that_hold_for_every_number_of_rows_are_answered():
     assert Linear(3) != 0
 
 
-def test_a_body_that_hides_an_outer_name_is_not_taken_for_it(tmp_path):
-    """The branch calls a sum over all rows by the name of an outer tensor."""
+def test_a_body_that_shadows_an_outer_name_does_not_read_the_outer_tensor(tmp_path):
+    """The branch gives a sum over all rows the name of an outer tensor."""
     branch = helper.make_graph(
         [helper.make_node("ReduceMean", ["x"], ["h"], keepdims=1), helper.make_node("Add", ["x", "h"], ["out"])],
         "branch",

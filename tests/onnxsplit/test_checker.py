@@ -1,4 +1,4 @@
-"""ONNX's checker takes every stage and every merged model, of whatever kind of source."""
+"""ONNX's checker accepts every stage and every merged model, for every kind of source."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_stages_and_merged_models_pass_the_checker(tmp_path, kind, external):
 
 
 def test_shapes_are_known_behind_an_input_and_a_weight_that_are_outputs(tmp_path):
-    """Inference took the shapes of such outputs for unknown, and those of all that is computed from them."""
+    """Before, inference treated the shapes of such outputs, and of all tensors computed from them, as unknown."""
     plan = partition(build.save(passing_through(), tmp_path), stages=3, out=tmp_path / "m.plan", costs="analytic")
     assert all(spec.shape is not None for spec in plan.tensors.values())
     assert all(cut.bytes for cut in plan.cuts)

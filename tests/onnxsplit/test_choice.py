@@ -1,4 +1,4 @@
-"""Choosing the cut: where the user says, as few stages as fit, and back again."""
+"""Choosing the cut: at given tensors, or with the fewest stages that fit, and merging stages again."""
 
 from __future__ import annotations
 

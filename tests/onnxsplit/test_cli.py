@@ -1,4 +1,4 @@
-"""The command line as other tools call it: exit codes, --json, messages, and how fast help is."""
+"""The command line as other tools call it: exit codes, --json, messages, and the speed of help."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_bad_input_is_one_message_and_nothing_is_left(folder, python_environment
 
 
 def numeric_options() -> list[tuple[list[str], click.Option]]:
-    """Options of all commands that take a number, each with the words that call its command."""
+    """Return the options of all commands that take a number, each with the arguments of its command."""
 
     def walk(command: click.Command, way: list[str]):
         if isinstance(command, click.Group):
@@ -393,7 +393,7 @@ def test_completion_prints_a_script_and_completes_without_heavy_imports(onnxspli
         "node --connect ipc://none --health fifo",
     ],
 )
-def test_what_is_no_regular_file_is_no_place_for_results(onnxsplit, tmp_path, words):
+def test_results_are_not_written_to_special_files(onnxsplit, tmp_path, words):
     """``--outputs`` once replaced a device or a FIFO by a file."""
     os.mkfifo(tmp_path / "fifo")
     before = (tmp_path / "fifo").stat().st_ino

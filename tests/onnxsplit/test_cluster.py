@@ -1,4 +1,4 @@
-"""Cluster files: what is written is read back, and everything wrong is named at once."""
+"""Cluster files: written files are read back, and all errors are named together."""
 
 from __future__ import annotations
 

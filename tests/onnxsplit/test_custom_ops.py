@@ -54,7 +54,7 @@ def graph_of(proto: onnx.ModelProto, folder: Path):
 
 
 def whole(model: Path, inputs, library: Library) -> dict[str, np.ndarray]:
-    """What plain ONNX Runtime gives for the whole model."""
+    """The outputs of plain ONNX Runtime for the whole model."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -160,7 +160,7 @@ def test_a_library_that_changes_while_it_is_loaded_is_refused(how, tmp_path):
 
 
 def test_a_library_finds_what_it_needs_beside_its_own_file_also_behind_a_link(tmp_path):
-    """Wheels put what a library needs into a folder beside its own."""
+    """Wheels put the libraries that a library needs into a folder beside its own."""
     (tmp_path / "real").mkdir()
     (tmp_path / "libops.so").symlink_to(custom.other_build(tmp_path / "real", "libops.so.1"))
     (library,) = find_libraries(tmp_path / "libops.so")
@@ -185,7 +185,7 @@ def test_a_library_that_does_not_load_ends_a_partition(tmp_path):
 
 
 def test_a_library_that_kills_its_process_ends_a_partition_and_is_named(tmp_path, monkeypatch):
-    """Not a plan by arithmetic, with a note: nobody could run it."""
+    """There must be no plan by analytic costs, because no process could run it."""
     model = build.save(custom.lengths(), tmp_path)
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGABRT)"
     start = subprocess.Popen
@@ -289,7 +289,7 @@ def test_stages_and_the_merged_model_pass_the_checker_of_onnx(tokenizer, tmp_pat
 
 
 def test_what_a_custom_op_writes_gives_the_ranks_of_what_follows(tokenizer):
-    """Inference knows nothing of the tokens, and so, by itself, of the rank of whatever is made of them."""
+    """Inference does not know the rank of the tokens, nor of the tensors computed from them."""
     plan = load_plan(tokenizer[1])
     crossing = {cut.tensor: plan.tensors[cut.tensor] for cut in plan.cuts}
     assert all(spec.shape is not None for spec in crossing.values())
@@ -313,7 +313,7 @@ def test_libraries_that_no_op_tells_of_are_needed_by_every_stage(tmp_path):
     assert [stage.custom_ops for stage in plan.stages] == [("libops.so",)] * 2
 
 
-# What a plan needs, and what was given
+# Libraries that a plan needs, and those that were given
 
 
 def test_a_library_is_known_by_its_hash_whatever_it_is_called(tokenizer, extensions, tmp_path):

@@ -1,4 +1,4 @@
-"""Models that lie in one op: the message says what they are, and which file to take instead."""
+"""Models whose ops are all inside one op: the message says so, and which file to use instead."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_names_that_are_no_formulas_stay_free(tmp_path):
 
 
 def graph_network(summed: str):
-    """Messages along edges: nodes are looked up by edge_index, and summed where they go."""
+    """Messages along edges: nodes are looked up by edge_index, and summed at their targets."""
     kind = TensorProto.INT64
     weight = build.constant("w", np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32))
     constants = [

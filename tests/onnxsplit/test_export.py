@@ -39,7 +39,7 @@ SMALL = {
 }
 FREE = {"bert": {"batch", "sequence"}, "gpt2": {"batch", "sequence"}}
 
-# Warnings that frameworks give of themselves are none of ours.
+# Warnings that frameworks cause themselves are ignored.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -69,7 +69,7 @@ def test_a_recipe_becomes_a_model_that_can_be_cut(name, tmp_path):
 
 
 def cases():
-    """The models; those of frameworks that make test does not install are for make test-all."""
+    """Return the models; those of frameworks that make test does not install need make test-all."""
     for model in frameworks.models():
         usual = not {"tensorflow", "xgboost", "catboost", "jax"}.intersection(model.needs)
         yield pytest.param(model, id=model.name, marks=() if usual else pytest.mark.exhaustive)
@@ -92,7 +92,7 @@ def test_a_model_of_each_framework_is_exported_compared_and_cut(model, tmp_path,
 
 
 def cut_and_compared(exported: Exported, plan: Path, dims: dict[str, int]) -> None:
-    """Cut in two, if the model has two parts that can be separated."""
+    """Cut a model in two if it has separable parts, and compare with the whole."""
     if len(onnx.load(exported.path).graph.node) == 1:  # a forest is one op
         with pytest.raises(PartitionError, match="form 1 parts"):
             partition(exported.path, stages=2, out=plan, costs="analytic", dims=dims)
@@ -100,7 +100,7 @@ def cut_and_compared(exported: Exported, plan: Path, dims: dict[str, int]) -> No
     try:
         partition(exported.path, stages=2, out=plan, costs="analytic", dims=dims)
     except PartitionError:
-        partition(exported.path, stages=1, out=plan, costs="analytic", dims=dims)  # what else there is cannot be parted
+        partition(exported.path, stages=1, out=plan, costs="analytic", dims=dims)  # the other models have one part
     assert all(comparison.good for comparison in verify(plan, exported.path))
     shutil.rmtree(plan)
 
@@ -120,7 +120,7 @@ def test_a_decoder_gives_the_same_tokens_from_a_pipeline_with_its_cache_as_input
     names = [f"{layer}.{what}" for layer in range(2) for what in ("key", "value")]
 
     def written(run) -> tuple[list[int], list[np.ndarray]]:
-        """Run the first tokens, then one token after another."""
+        """Run the first tokens, then one token after another, and return all tokens."""
         past = {f"past_key_values.{name}": np.zeros((1, groups, 0, 8), np.float32) for name in names}
         ids, tokens, scores = np.array([[1, 2, 3, 4]]), [], []
         for _ in range(10):
@@ -139,7 +139,7 @@ def test_a_decoder_gives_the_same_tokens_from_a_pipeline_with_its_cache_as_input
     assert all(np.allclose(one, other, atol=1e-4) for one, other in zip(cut[1], whole[1], strict=True))
 
 
-# What a source is
+# Recognising sources
 
 
 def test_sources_are_recognised_by_form_and_content(tmp_path):
@@ -285,7 +285,7 @@ def test_code_that_does_not_say_what_it_takes_is_asked_for_it(tmp_path):
         export(f"{tmp_path / 'net.py'}:Net", tmp_path / "out.onnx", inputs=(parse_spec("image=float32[batch,7]"),))
 
 
-# Recipes that are none, exports that go wrong
+# Invalid recipes, failing exports
 
 
 def recipe(tmp_path, text: str) -> str:
@@ -302,7 +302,7 @@ def recipe(tmp_path, text: str) -> str:
         ("import a_framework_that_is_not_there", MissingDependency, "a_framework_that_is_not_there"),
     ],
 )
-def test_a_recipe_that_is_none_is_refused(tmp_path, text, error, words):
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path, text, error, words):
     with pytest.raises(error, match=words):
         export(recipe(tmp_path, text), tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
@@ -414,7 +414,7 @@ def test_a_model_with_external_data_keeps_it_beside(tmp_path, python_environment
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of a hub that fetching one file needs."""
+    """The part of a hub that is needed to fetch one file."""
 
     files: ClassVar[dict[str, bytes]] = {}
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -480,7 +480,7 @@ def test_a_ready_made_model_of_a_hub_is_fetched_and_its_revision_noted(hub, tmp_
     assert again.returncode == 0, again.stderr
 
 
-def test_a_hub_that_is_out_of_reach_is_said(tmp_path, python_environment):
+def test_an_unreachable_hub_is_reported(tmp_path, python_environment):
     needs("huggingface_hub")
     gone = exported_in_a_process(tmp_path, python_environment, "hf://org/repo/m.onnx", HF_ENDPOINT="http://127.0.0.1:9")
     assert gone.returncode == 1

@@ -1,4 +1,4 @@
-"""Example inputs of an export: each is an input of its own, compared on values of its own, and read by the model."""
+"""Example inputs of an export: each becomes a separate input, with its own values in the comparison, and is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DECODERS = {
     "gpt2.py:with_cache": {"layers": 3, "width": 32, "heads": 4, "vocabulary": 100, "positions": 64},
 }
 
-# Warnings that PyTorch gives of itself are none of ours.
+# Warnings that PyTorch causes itself are ignored.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -37,7 +37,7 @@ def torch():
 
 
 def recipe(folder: Path, forward: str, inputs: str, axes: str = "{}", outputs: str = "('y',)") -> str:
-    """A recipe whose network has this forward function."""
+    """Write a recipe whose network has this forward function."""
     (folder / "recipe.py").write_text(
         "import numpy as np, torch\nfrom onnxsplit.export import Recipe\n"
         "class Network(torch.nn.Module):\n"
@@ -66,7 +66,7 @@ def inputs_of(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module", params=list(DECODERS))
 def decoder(request, torch, tmp_path_factory):
-    """A network with a cache as PyTorch has it, and its ONNX model."""
+    """A PyTorch network with a cache, and its ONNX model."""
     folder = tmp_path_factory.mktemp("decoder")
     (exported,) = export(str(MODELS / request.param), folder / "m.onnx", parameters=DECODERS[request.param])
     assert exported.unread == ()
@@ -92,7 +92,7 @@ def test_a_decoder_reads_each_tensor_of_its_cache_as_pytorch_does(decoder, torch
     assert len(given) == 7
 
     def answers(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The model's scores and PyTorch's, after all outputs were compared."""
+        """Compare all outputs, and return the model's scores and PyTorch's."""
         found = session.run(inputs)
         with torch.no_grad():
             wanted = made.network(*(torch.from_numpy(inputs[name]) for name in made.inputs))
@@ -108,7 +108,7 @@ def test_a_decoder_reads_each_tensor_of_its_cache_as_pytorch_does(decoder, torch
             assert all(distance(one, other) > 0.001 for one, other in zip(after, before, strict=True)), name
 
 
-# What shares storage
+# Examples that share storage
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_example_inputs_that_are_no_tensors_are_named(inputs, words, torch, tmp_
         export(recipe(tmp_path, "def forward(self, a, b): return a", inputs), tmp_path / "m.onnx")
 
 
-# What the comparison runs on
+# Values of the comparison
 
 
 def test_inputs_that_were_mixed_up_are_found_though_their_examples_are_equal(torch, tmp_path):
@@ -230,7 +230,7 @@ def test_free_dimensions_shrink_and_nested_inputs_have_names():
     assert (found["a"].shape, found["b.c.0"].shape) == ((1, 4), (2, 4))
 
 
-# What nothing reads
+# Inputs that no op reads
 
 
 def test_inputs_that_nothing_reads_are_named_by_the_command(torch, tmp_path, python_environment):

@@ -1,4 +1,4 @@
-"""External data: in which folders it may lie, and which code reads it."""
+"""External data: the folders in which it may be, and the code that reads it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_files_for_agents_keep_the_names_that_the_model_uses(tmp_path):
 
 
 def test_data_that_is_a_link_out_of_the_folder_of_a_model_that_is_none_is_refused(tmp_path):
-    """ONNX Runtime refuses this model, too: the folder of the blobs is allowed only to a model that is there."""
+    """ONNX Runtime refuses this model, too: the blobs' folder is allowed only if the model is in it."""
     model = cache(tmp_path, model_is_link=False)
     with pytest.raises(ModelError) as refused:
         open_model(model)
@@ -150,7 +150,7 @@ def test_links_in_a_circle_and_links_to_nothing_are_named(tmp_path):
         open_model(model)
 
 
-def test_a_link_to_a_fifo_in_the_folder_is_refused_and_blocks_nobody(tmp_path):
+def test_a_link_to_a_fifo_in_the_folder_is_refused_without_blocking(tmp_path):
     model = with_location(tmp_path, "w.bin")
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "w.bin").symlink_to("fifo")
@@ -200,7 +200,7 @@ def test_what_is_wrong_with_a_range_of_external_data_is_said(tmp_path, key, text
         external_range(path, tensor)
 
 
-def test_a_length_of_zero_is_one_that_is_not_given(tmp_path):
+def test_a_length_of_zero_counts_as_missing(tmp_path):
     (tmp_path / "w.bin").write_bytes(bytes(64))
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4, 4], data_location=TensorProto.EXTERNAL)
     for name, value in (("location", "w.bin"), ("length", "0")):

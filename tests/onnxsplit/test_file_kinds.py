@@ -1,4 +1,4 @@
-"""Files that are not ONNX models: the message says what they are, and what to do with them."""
+"""Files that are not ONNX models: the message names their kind and what to do."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def safetensors() -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(4)
 
 
-OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."  # how torch.save began before 1.6
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."  # the first bytes of torch.save before 1.6
 SAVED_MODEL = b"\x08\x01\x12\xe3\x8e\x01\n\x80\x01\n\x05serve" + bytes(200)
 GRAPH_DEF = b"\n\x1b\n\x01x\x12\x0bPlaceholder*\x09\n\x05dtype" + bytes(40)
 

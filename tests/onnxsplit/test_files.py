@@ -1,4 +1,4 @@
-"""What users name as a file is looked at before it is read: FIFOs, devices, folders, holes of a terabyte."""
+"""Files that users name are checked before they are read: FIFOs, devices, folders, sparse files of a terabyte."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ SPECIAL = [(fifo, "it is a FIFO"), (folder, "it is a folder"), (listening, "it i
 
 @pytest.mark.parametrize(("make", "words"), SPECIAL)
 @pytest.mark.parametrize("by_link", [False, True])
-def test_what_is_no_regular_file_is_never_replaced(tmp_path, make, words, by_link):
+def test_special_files_are_never_replaced(tmp_path, make, words, by_link):
     make(tmp_path / "f")
     before = (tmp_path / "f").stat().st_ino
     target = tmp_path / "f"

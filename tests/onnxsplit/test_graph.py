@@ -175,7 +175,7 @@ def calling(depth: int, times: int, last: str = "Relu"):
     ],
     ids=["2^18", "50^99", "itself", "in a circle", "deep"],
 )
-def test_functions_that_unfold_without_bound_are_refused_before_they_are(tmp_path, model, words):
+def test_functions_that_expand_without_bound_are_refused_before_expansion(tmp_path, model, words):
     with pytest.raises(ModelError, match=words):
         open_model(build.save(model, tmp_path))
 
@@ -195,7 +195,7 @@ def test_calls_in_bodies_count_too(tmp_path):
 
 
 def test_bodies_nested_two_thousand_deep_are_refused(tmp_path):
-    """As bytes: protobuf itself does not write so deep. Field 1 of a node is an input, 5 an attribute, and so on."""
+    """The model is made as bytes, because protobuf does not write such deep nesting."""
 
     def field(number: int, content: bytes) -> bytes:
         size, length = len(content), b""

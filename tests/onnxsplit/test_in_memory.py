@@ -61,7 +61,7 @@ def test_a_model_is_cut_however_it_is_given(tmp_path, monkeypatch, given):
     assert plan.model.name == ("model.onnx" if in_file else "g")
     assert plan.costs.source == "measured"
     assert all(found.good for found in verify(folder, model))
-    if given is not as_ir:  # which may write the same model in other bytes
+    if given is not as_ir:  # other versions may write the same model in other bytes
         assert all(found.good for found in verify(folder, path))
 
 
@@ -84,7 +84,7 @@ def test_a_plan_of_a_model_in_memory_is_named_after_its_graph(tmp_path, monkeypa
 
 
 class Module:
-    """What a PyTorch model looks like from outside."""
+    """An object with the attributes of a PyTorch model."""
 
 
 Module.__module__, Module.__qualname__ = "torch.nn.modules.module", "Module"
@@ -117,7 +117,7 @@ def external(tmp_path: Path) -> Path:
 
 def test_data_in_files_of_a_model_in_memory_is_asked_for(tmp_path, monkeypatch):
     path = external(tmp_path)
-    monkeypatch.chdir(path.parent)  # where the data lies by chance says nothing
+    monkeypatch.chdir(path.parent)  # the folder that happens to hold the data must not count
     bare = onnx.load(path, load_external_data=False)
     for given in (bare, bare.SerializeToString()):
         with pytest.raises(ModelError, match=r"'w0' lies in the file 'm.data'.*load_external_data_for_model"):

@@ -1,4 +1,4 @@
-"""What can be asked of a cut, from the API down to the plan."""
+"""The options of a cut, from the API to the plan."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_unknown_devices_are_named(model):
     "value", [0, -1, 256, 10**9, 2**70, pytest.param(10**5_000, id="5000 digits"), 1.0, float("nan"), True, "2", [2]]
 )
 @pytest.mark.parametrize("name", ["stages", "devices"])
-def test_a_number_of_stages_or_devices_that_is_none_is_refused(name, value):
+def test_an_invalid_number_of_stages_or_devices_is_refused(name, value):
     with pytest.raises(PartitionError, match=f"--{name} must be a whole number, at least 1 and at most 255, not "):
         CutOptions(**{name: value}).check()
 

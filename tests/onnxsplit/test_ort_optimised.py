@@ -70,7 +70,7 @@ def attention() -> onnx.ModelProto:
 
 
 def convolutions() -> onnx.ModelProto:
-    """Convolutions with normalisation, residuals and pooling: in blocked layout at the level 'all'."""
+    """Convolutions with normalisation, residuals and pooling; the level 'all' gives them a blocked layout."""
     net, last = Net(), "x"
     for step in range(3):
         made = net.op("Conv", last, net.weight(16, 16 if step else 3, 3, 3), pads=[1] * 4)
@@ -110,7 +110,7 @@ def inputs_of(name: str) -> dict[str, np.ndarray]:
 
 
 def saved(model: Path, level: str, name: str) -> Path:
-    """The model as ONNX Runtime's optimiser saves it."""
+    """Return the model that ONNX Runtime's optimiser saves."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}")
@@ -120,7 +120,7 @@ def saved(model: Path, level: str, name: str) -> Path:
 
 
 def check(model: Path, folder: Path, inputs, *, costs: str) -> Path:
-    """Cut a model in two and at many places; stages and merged model load at every level and give what it gives."""
+    """Cut a model in two and at many tensors; stages and merged model load at every level with equal results."""
     expected = open_session(model, threads=1, level="disabled").run(inputs)["y"]
     subject = examine(model, costs=costs, inputs=inputs, threads=1)
     assert subject.costs.source == costs
@@ -131,7 +131,7 @@ def check(model: Path, folder: Path, inputs, *, costs: str) -> Path:
             found = run_stages(folder / "plan", plan, inputs, threads=1, level=level)["y"]
             merged = open_session(folder / "merged.onnx", threads=1, level=level).run(inputs)["y"]
             for result in (found, merged):
-                assert np.abs(result - expected).max() <= 0.051, level  # a step of the quantised ones
+                assert np.abs(result - expected).max() <= 0.051, level  # one quantisation step
         assert all(comparison.exact for comparison in verify(folder / "plan", model))
     return folder / "merged.onnx"
 
@@ -215,7 +215,7 @@ def test_new_names_reach_bodies_and_annotations_and_leave_the_caller_s_alone():
 
 
 def test_a_level_at_which_a_model_is_refused_is_not_chosen(tmp_path):
-    """What ONNX Runtime does with the whole model may change; the plan's level is one at which it loads."""
+    """ONNX Runtime may change how it treats the whole model; the plan's level must be one at which it loads."""
     model = saved(build.save(attention(), tmp_path), "basic", "saved.onnx")
     refused = []
     for level in LEVELS:

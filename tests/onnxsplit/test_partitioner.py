@@ -1,4 +1,4 @@
-"""Every algorithm is judged by the same score, against all partitions of small graphs."""
+"""Every algorithm is compared by the same score with all partitions of small graphs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ THOROUGH = Effort(seconds=None)
 
 
 def alike(times, transfers, devices=3, **more) -> Problem:
-    """Atoms on devices of one kind; a byte takes a nanosecond to move."""
+    """Return a problem on equal devices; moving a byte takes a nanosecond."""
     limit = more.pop("max_memory_bytes", None)
     settings = {"link": NANOSECOND_A_BYTE, **more}
     return Problem((DeviceKind(tuple(times), limit),), (0,) * devices, tuple(transfers), **settings)
@@ -73,7 +73,7 @@ def problems(draw, atoms=7, kinds=1, chain=False, **more):
 
 
 def partitions(problem: Problem, stages: int, parallel: str = "model"):
-    """Every partition into exactly so many stages, on every choice of devices."""
+    """Yield every partition into exactly this number of stages, on every choice of devices."""
     devices = range(len(problem.devices))
     if parallel == "model":
         placements = [tuple((d,) for d in chosen) for chosen in permutations(devices, stages)]
@@ -101,13 +101,13 @@ def partitions(problem: Problem, stages: int, parallel: str = "model"):
 
 
 def best_of(problem: Problem, stages, parallel="model"):
-    """The smallest value by brute force; None when nothing is feasible."""
+    """Return the smallest value by brute force, or None if nothing is feasible."""
     scores = [score(problem, p) for count in stages for p in partitions(problem, count, parallel)]
     return min((s.value for s in scores if s.feasible), default=None)
 
 
 def check(problem: Problem, stages: int | None, parallel="model", certain=False):
-    """What is found is real and no better than the best; the bound is no worse; equal when they meet."""
+    """Check that the result is feasible and not below the optimum, and that the bound is not above it."""
     counts = [min(stages, problem.atoms)] if stages else range(1, min(3, problem.atoms) + 1)
     best = best_of(problem, counts, parallel)
     lineup = line_up(problem, counts[0] if stages else None, parallel)

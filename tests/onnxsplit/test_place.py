@@ -1,4 +1,4 @@
-"""Plans on other devices than they were made for, and what links and the caller's place do to a placing."""
+"""Placing plans on devices other than they were made for, and the effect of links and of the caller's host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract between the halves: plan.json in and out, and everything that must be refused."""
+"""The contract between the packages: plan.json is written and read, and invalid plans are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_golden_plan_comes_back_as_it_went():
 
 def test_the_schema_in_the_package_is_the_code_s():
     def sorted_choices(schema):
-        """The order of what a field may be differs between versions of msgspec."""
+        """Sort a field's alternatives, whose order differs between versions of msgspec."""
         if isinstance(schema, dict):
             found = {key: sorted_choices(value) for key, value in schema.items()}
             return found | {"anyOf": sorted(found["anyOf"], key=str)} if "anyOf" in found else found
@@ -91,7 +91,7 @@ def test_every_number_of_a_plan_has_bounds(path, value):
 
 
 def test_every_integer_of_the_schema_has_bounds():
-    """So that a new field cannot be without."""
+    """New fields must have bounds, too."""
     unbounded = []
 
     def walk(node, where):
@@ -223,7 +223,7 @@ def test_a_moved_plan_works(chain_plan, tmp_path):
 
 
 def test_names_of_any_length_make_short_messages():
-    """Names of 100,000 characters made messages of 300 KB."""
+    """Before, names of 100,000 characters made messages of 300 KB."""
     long = "n" * 100_000
     plan = golden()
     plan["stages"][0]["inputs"] = [f"{long}{number}" for number in range(30)]
@@ -236,7 +236,7 @@ def test_names_of_any_length_make_short_messages():
     assert len(refuse(plan)) < 1000
 
 
-def test_a_plan_of_before_there_were_defaults_is_read():
+def test_a_plan_from_before_the_field_defaults_is_read():
     plan = golden()
     for name in ("defaults", "constant_inputs", "dropped_outputs", "dropped_inputs"):
         del plan[name]
@@ -244,7 +244,7 @@ def test_a_plan_of_before_there_were_defaults_is_read():
     assert (found.defaults, found.constant_inputs, found.dropped_outputs, found.dropped_inputs) == ({}, {}, (), ())
 
 
-def test_a_default_of_what_is_no_input_is_refused():
+def test_a_default_of_an_unknown_input_is_refused():
     entry = {"name": "default0.npz", "sha256": "0" * 64, "size_bytes": 1}
     given = golden()["inputs"][0]
     message = refuse(golden(defaults={"nothing": entry}, constant_inputs={given: "1.0"}))

@@ -1,4 +1,4 @@
-"""Half precision: types are those of the model, not of kernels, and comparisons allow for its roundings."""
+"""Half precision: types come from the model, not from kernels, and comparisons allow for its rounding."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def with_ops_that_inference_does_not_know(width: int = 32) -> onnx.ModelProto:
 
 
 def plainly(path, given):
-    """Outputs of a plain session on a model file."""
+    """Return the outputs of a plain session on a model file."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(names, {v.name: given[v.name] for v in session.get_inputs()}), strict=True))
@@ -156,7 +156,7 @@ def test_verify_says_which_tolerance_it_holds_and_why(tmp_path, python_environme
 
 @pytest.mark.parametrize("ir_version", [3, 8])
 def test_optimisation_alone_folds_the_initializers_that_an_old_model_lists_as_inputs(tmp_path, ir_version):
-    """A face detector in float16 was said to be cut wrongly: its stages fold what the model as it is does not."""
+    """Before, verify failed for a float16 face detector, because its stages fold ops that the source model does not."""
     source = np.random.default_rng(0)
     weight = build.constant("w", source.standard_normal((8, 3, 3, 3)).astype(np.float16))
     values = {name: source.random(8).astype(np.float16) + np.float16(0.1) for name in ("scale", "bias", "mean", "var")}

@@ -77,7 +77,7 @@ def test_bfloat16_goes_in_and_out(tmp_path):
 
 
 def strings_beside_bfloat16() -> onnx.ModelProto:
-    """Strings and bfloat16 go in and out; float32 in between, so that it can be cut."""
+    """A model with strings and bfloat16 as inputs and outputs, and float32 between, so that it can be cut."""
     kind = TensorProto.BFLOAT16
     nodes = [
         helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
@@ -161,7 +161,7 @@ def test_an_onnx_runtime_that_fails_to_import_says_what_is_missing(tmp_path, cha
 
 
 def test_answers_stay_right_when_more_places_came_than_bindings_are_kept(tmp_path):
-    """What a binding reads must live as long as it: once in 256 new ones, freed memory was read."""
+    """A binding's inputs must live as long as the binding: before, one in 256 new ones read freed memory."""
     session = open_session(build.save(build.chain(6, 48), tmp_path), threads=1)
     source = np.random.default_rng(0)
     for into in [np.empty((70, 48), np.float32) for _ in range(1300)]:

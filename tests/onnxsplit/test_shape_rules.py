@@ -35,7 +35,7 @@ X = random(2, 5, 32)
 BYTES = random(2, 4, 6, 6, kind=np.uint8)
 ROTARY = (np.arange(5)[None].repeat(2, 0), floats(8, 4), floats(8, 4))
 CACHE = (floats(2, 2, 3, 8), floats(2, 2, 3, 8))
-NO = None  # an input that is left out
+NO = None  # an omitted input
 
 # Op, its inputs (an array that is a tuple's only member is a constant), attributes, outputs.
 CASES = [
@@ -192,7 +192,7 @@ def test_no_border_of_a_decoder_costs_nothing_in_an_analytic_plan(tmp_path, stag
 
 
 def test_a_gather_is_priced_by_the_rows_it_reads(tmp_path):
-    """A table of 128 MB, of which four rows are read, once made the op the dearest of its model."""
+    """Before, a table of 128 MB, of which four rows are read, made the op the most expensive of its model."""
     table = TensorProto(name="table", data_type=TensorProto.FLOAT, dims=[1_000_000, 32])
     table.data_location = TensorProto.EXTERNAL
     table.external_data.add(key="location", value="table.data")

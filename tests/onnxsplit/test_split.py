@@ -1,4 +1,4 @@
-"""Cutting for real: whatever the graph, the stages give what the model gives."""
+"""Real cuts: for every graph, the stages give the model's results."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_functions_called_inside_bodies_go_with_their_stage(tmp_path):
 
 
 def test_measured_costs_find_where_the_time_goes(tmp_path):
-    """The first of nine products takes a hundred times what the others do, so most of them are in the other stage."""
+    """The first of nine products takes a hundred times as long as the others, so most are in the other stage."""
     shapes = [(1024, 1024), (1024, 8), *[(8, 8)] * 7]
     weights = [build.constant(f"w{n}", np.ones(shape, np.float32)) for n, shape in enumerate(shapes)]
     nodes = [helper.make_node("MatMul", [f"h{n}", f"w{n}"], [f"h{n + 1}"]) for n in range(9)]
@@ -171,7 +171,7 @@ def test_a_plan_is_replaced_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.plan", "model.onnx"]
 
 
-def test_a_folder_that_is_no_plan_is_left_alone(tmp_path):
+def test_a_folder_that_is_not_a_plan_is_not_changed(tmp_path):
     (tmp_path / "m.plan").mkdir()
     (tmp_path / "m.plan" / "letters.txt").write_text("dear")
     with pytest.raises(PlanError, match="nothing was touched"):
@@ -187,7 +187,7 @@ def test_a_plan_of_another_model_is_not_verified(tmp_path):
 
 
 def test_a_wrong_stage_is_found_by_verify(tmp_path):
-    """The check can fail: a stage that doubles its result is told apart."""
+    """The check can fail: it detects a stage that doubles its result."""
     plan, model = split(build.chain(), tmp_path, 2)
     file = tmp_path / "m.plan" / "stage1.onnx"
     stage = onnx.load(file)

@@ -1,4 +1,4 @@
-"""The command line when its streams are full, closed or not read, and when a command raises any error."""
+"""The command line with full, closed or unread streams, and with a command that raises any error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAILING = [["run", "absent.plan", "--json"], ["partition", "--nonsense", "--json
 
 @pytest.fixture
 def onnxsplit(python_environment, tmp_path):
-    """Call it through a shell, which can close descriptors; returns the exit code and the text on stderr."""
+    """Call it through a shell, which can close descriptors; return the exit code and the text on stderr."""
 
     def call(arguments, redirection: str, stderr=subprocess.PIPE):
         done = subprocess.run(
@@ -41,7 +41,7 @@ def test_output_that_cannot_be_written_is_one_message(onnxsplit, arguments):
 
 
 @pytest.mark.parametrize("arguments", FAILING, ids=" ".join)
-def test_an_error_is_said_before_its_object_cannot_be_written(onnxsplit, arguments):
+def test_an_error_is_printed_although_its_json_cannot_be_written(onnxsplit, arguments):
     code, told = onnxsplit(arguments, "> /dev/full")
     assert code == 1
     assert told.endswith(FULL)

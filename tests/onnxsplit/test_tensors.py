@@ -99,7 +99,7 @@ def test_a_member_that_lies_is_refused(tmp_path, lie):
 @pytest.mark.parametrize(
     "note", [b"[]", b'{"x": 1}', b'{"x": "object"}', b"{", b"\xff", b"[" * 100_000, b" " * (2 << 20)]
 )
-def test_notes_that_are_none_are_refused(tmp_path, note):
+def test_invalid_notes_are_refused(tmp_path, note):
     with zipfile.ZipFile(tmp_path / "t.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", npy(header("(1,)"), bytes(4)))
         archive.writestr("onnxsplit.dtypes.json", note)
@@ -178,7 +178,7 @@ def test_bytes_of_numpy_come_back_as_text(tmp_path):
 
 
 def damaged(content: bytes, source: random.Random) -> bytes:
-    """An archive with some of its bytes changed, removed or put in, in its headers for the most part."""
+    """Return an archive with some bytes changed, removed or inserted, mostly in its headers."""
     changed = bytearray(content)
     for _ in range(source.choice([1, 1, 2, 8])):
         at = source.randrange(len(changed) + 1)
@@ -205,7 +205,7 @@ def test_no_damage_to_an_archive_ends_in_anything_but_an_input_error(tmp_path):
     originals = [(tmp_path / "own.npz").read_bytes(), packed.getvalue()]
     source, refused = random.Random(17), 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy remarks on headers of its old versions
+        warnings.simplefilter("ignore")  # NumPy warns about headers of its old versions
         for _ in range(2_000):
             (tmp_path / "t.npz").unlink(missing_ok=True)  # writing over a file is slow on some file systems
             (tmp_path / "t.npz").write_bytes(damaged(source.choice(originals), source))

@@ -1,4 +1,4 @@
-"""Who is let in, and in what order."""
+"""Admission: which requests enter the pipeline, and in which order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.admission import Admission
 
 
 def waiting(entrance: Admission, size: int, log: list, name: str) -> threading.Thread:
-    """A thread that waits at the entrance; it is in the queue when this returns."""
+    """Start a thread that waits for admission; it is in the queue when this returns."""
     before = len(entrance._waiting)
     thread = threading.Thread(target=lambda: log.append((name, entrance.enter(name, size))))
     thread.start()
@@ -62,10 +62,10 @@ def test_a_place_that_is_given_back_twice_is_free_once():
     assert entrance.inside == 1
 
 
-def test_an_interrupt_while_somebody_waits_takes_no_place(monkeypatch):
+def test_an_interrupt_of_a_waiting_thread_takes_no_place(monkeypatch):
     class Interrupted(admission.SimpleQueue):
         def get(self, timeout=None):
-            entrance.leave("a")  # the place came at the very moment
+            entrance.leave("a")  # the place becomes free at this moment
             raise KeyboardInterrupt
 
     monkeypatch.setattr(admission, "SimpleQueue", Interrupted)
@@ -91,7 +91,7 @@ def test_first_come_first_served_even_where_a_later_one_would_fit():
     assert sorted(log) == [("large", True), ("small", True)]
 
 
-def test_who_gives_up_no_longer_stands_in_the_way():
+def test_a_request_that_gives_up_does_not_block_the_queue():
     entrance, log = Admission(10, 100), []
     entrance.enter("a", 90)
     gives_up = threading.Thread(target=lambda: log.append(("large", entrance.enter("large", 80, timeout=0.05))))
@@ -102,7 +102,7 @@ def test_who_gives_up_no_longer_stands_in_the_way():
     assert sorted(log) == [("large", False), ("small", True)]
 
 
-def test_who_was_refused_is_told_of_the_next_release_once():
+def test_a_refused_request_hears_of_the_next_release_once():
     admission = Admission(1, 100)
     admission.enter("a", 1)
     releases, told = admission.releases, []

@@ -39,12 +39,12 @@ def reader():
 
 
 def returns(reader: Arena) -> memoryview:
-    """The row of the reader's returns for process number ``ME``."""
+    """Return the row of the reader's returns for process number ``ME``."""
     return PeerArena(reader.address).returns(ME)
 
 
 def lend(arena: Arena, size: int, readers):
-    """A block that is lent at once; None when there is no room."""
+    """Lend a block at once; return None if there is no room."""
     block = arena.reserve(size)
     if block is not None:
         block.lend(readers)
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused_and_fits_when_there_is_room_again(arena, r
     assert lend(arena, MIB, row).offset == blocks[5].offset
 
 
-def test_there_are_only_so_many_slots(reader):
+def test_the_number_of_slots_is_limited(reader):
     arena = Arena(MIB)
     row = [returns(reader)]
     blocks = [lend(arena, 1, row) for _ in range(SLOTS)]
@@ -161,7 +161,7 @@ def test_memory_that_the_system_does_not_have_is_refused_and_not_written(arena, 
         ({"pid": 1 << 22}, OSError),
     ],
 )
-def test_memory_that_is_not_what_the_peer_told_is_refused(arena, change, error):
+def test_memory_that_differs_from_the_peer_s_address_is_refused(arena, change, error):
     told = msgspec.structs.replace(arena.address, **change)
     with pytest.raises(error):
         PeerArena(told)

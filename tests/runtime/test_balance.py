@@ -1,4 +1,4 @@
-"""The balancing policies, given numbers."""
+"""The balancing policies, with given load figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def chosen(policy, *replicas, cost=UNIT_COST, times=1):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_equals_take_turns(policy):
+def test_equal_replicas_take_turns(policy):
     assert chosen(policy, replica(), replica(), replica(), times=9) == {0: 3, 1: 3, 2: 3}
 
 
@@ -141,13 +141,13 @@ def test_a_busy_one_of_many_is_left_alone():
 
 
 def far(count: int) -> Router:
-    """A router whose replicas are all on other hosts."""
+    """Return a router whose replicas are all on other hosts."""
     router = Router("completion", LoadBoard(peers=count + 2))
     router.learn(0, [Peer(n + 1, 0, n, True, "", "", None, "") for n in range(count)], {})
     return router
 
 
-def test_of_replicas_on_other_hosts_what_was_sent_and_what_they_say_counts():
+def test_load_of_replicas_on_other_hosts_is_what_was_sent_and_what_they_report():
     router = far(3)
     for number, times in ((1, 3), (2, 1), (3, 2)):
         for _ in range(times):
@@ -169,7 +169,7 @@ def test_a_choice_costs_the_same_among_a_thousand_as_among_twenty():
 
 
 def instructions(action: Callable[[], object]) -> int:
-    """Number of Python instructions that an action takes, which does not depend on the load of the machine."""
+    """Count the Python instructions of an action; the count does not depend on the load of the machine."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Callable[..., object]:

@@ -59,7 +59,7 @@ def test_bfloat16_survives():
     assert over_the_wire(array).dtype == array.dtype
 
 
-def test_a_view_is_sent_as_what_it_shows():
+def test_a_view_of_an_array_is_sent_with_its_own_values():
     array = np.arange(12).reshape(3, 4).T[::2]
     assert np.array_equal(over_the_wire(array), array)
 

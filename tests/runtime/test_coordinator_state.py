@@ -69,13 +69,13 @@ def plan(diamond_plan):
 
 
 def do(machine, event):
-    """Hand the machine an event; returns all its effects, those on requests first."""
+    """Give the machine an event; return all its effects, those on requests first."""
     on_requests, on_nodes = machine.handle(event)
     return [*on_requests, *on_nodes]
 
 
 def new(plan, replicas=(1, 1, 1, 1), attempts=3) -> CoordinatorState:
-    """A machine whose processes were started, numbered from 1 by stage and replica."""
+    """Return a machine whose processes were started, numbered from 1 by stage and replica."""
     machine = CoordinatorState(
         plan, replicas, choose=lambda stage, _: machine.roster.numbers(stage)[0], timings=TIMINGS, attempts=attempts
     )
@@ -102,7 +102,7 @@ def returned(machine, request, names=("y",), history=(), attempt=1):
 
 
 def met(machine, effects, now_ns=SECOND):
-    """What a coordinator does, with what follows when it has learned what it was to learn."""
+    """Return the effects of an event, and those that follow once the coordinator has connected to its nodes."""
     if any(isinstance(effect, Introduce) and effect.meet for effect in effects):
         effects = [*effects, *do(machine, Met((), now_ns))]
     return effects
@@ -113,7 +113,7 @@ def lose(machine, number, steps=None, reason="was killed", now_ns=SECOND):
 
 
 def come_back(machine, effects, now_ns=2 * SECOND):
-    """Let the process that was started for a lost one report and load; returns what then happens."""
+    """Let the replacement of a lost process report and load; return the effects."""
     (start,) = [effect for effect in effects if isinstance(effect, StartNode)]
     name = f"n{start.number}"
     do(machine, hello(name, *start.slot, number=start.number))
@@ -524,7 +524,7 @@ def links(machine, *dead, now_ns=SECOND):
     return met(machine, do(machine, LinksSeen(frozenset(dead), now_ns)), now_ns)
 
 
-def test_a_link_that_dies_is_told_once_with_both_its_ends_and_again_when_it_is_back(plan):
+def test_a_dead_link_is_reported_once_with_both_ends_and_again_when_it_is_back(plan):
     machine = ready(plan)
     story = "node 0.0 cannot reach node 1.0 at at n2"
     assert of(links(machine, (1, 2)), LinkChanged) == [LinkChanged(story, is_dead=True)]
@@ -535,7 +535,7 @@ def test_a_link_that_dies_is_told_once_with_both_its_ends_and_again_when_it_is_b
     assert machine.links.unreachable is None
 
 
-def test_a_dead_link_beside_which_there_is_another_way_keeps_nobody_from_serving(plan):
+def test_a_dead_link_with_an_alternative_does_not_stop_serving(plan):
     machine = ready(plan, (1, 2, 1, 1))  # 0.0 is 1; 1.0 and 1.1 are 2 and 3; 2.0 is 4; 3.0 is 5
     links(machine, (1, 2))
     assert (machine.links.unreachable, machine.roster.dead_ends) == (None, frozenset())
@@ -599,7 +599,7 @@ def test_the_links_of_a_node_that_has_left_are_not_said_to_be_back(plan):
     assert of(links(machine), LinkChanged) == []
 
 
-def test_a_node_whose_control_link_was_broken_is_told_again_who_there_is(plan):
+def test_a_node_whose_control_link_was_broken_gets_the_list_of_nodes_again(plan):
     machine = new(plan)
     do(machine, hello("n1"))
     assert do(machine, Reconnected(b"n1")) == [], "it was told nothing yet"

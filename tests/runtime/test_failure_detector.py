@@ -1,4 +1,4 @@
-"""Which nodes are taken for dead, by a clock that the tests turn."""
+"""The nodes that the failure detector declares dead, with a clock that the tests set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BEAT = NodeBeat(0, 0, 0, 0)
 
 @pytest.fixture
 def detector():
-    """One node, number 1, that got its stage at 0 s."""
+    """A failure detector of one node, number 1, that got its stage at 0 s."""
     detector = FailureDetector(TIMINGS)
     detector.begin(1, 0, 0)
     return detector
@@ -48,7 +48,7 @@ def test_a_loading_node_that_was_stopped_has_all_its_time_though_its_link_is_giv
     assert detector.silent(59 * SECOND) == {}
 
 
-def test_who_did_not_run_itself_blames_nobody(detector):
+def test_a_process_that_was_stopped_itself_declares_no_node_dead(detector):
     detector.serves(1)
     detector.heard(1, BEAT, 10 * SECOND)
     detector.excuse(100 * SECOND)
@@ -56,7 +56,7 @@ def test_who_did_not_run_itself_blames_nobody(detector):
     assert list(detector.silent(116 * SECOND)) == [1]
 
 
-def test_what_is_not_watched_any_more_is_never_silent(detector):
+def test_a_node_that_is_no_longer_monitored_is_never_silent(detector):
     detector.end(1)
     detector.serves(1)
     detector.closed(1, 0)

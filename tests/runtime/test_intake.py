@@ -33,7 +33,7 @@ SPECS = {"x": ("float32", ("n", 2)), "s": ("string", ("n",))}
         np.array([1]),
     ],
 )
-def test_a_timeout_that_is_none_is_refused(timeout):
+def test_an_invalid_timeout_is_refused(timeout):
     with pytest.raises(InputError, match="allowed: a number of seconds above 0"):
         normal_timeout_ns(timeout)
 

@@ -1,4 +1,4 @@
-"""Manifests: what Kubernetes itself would say of them, and what the plan says in them."""
+"""Manifests: they fit the schemas of Kubernetes, and they contain the plan's figures."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import logging
 from runtime.logs import DropLog, log_event
 
 
-def test_a_line_has_what_happened_and_to_what(caplog):
+def test_a_log_line_names_the_event_and_its_subject(caplog):
     log = logging.getLogger("runtime.test")
     with caplog.at_level(logging.INFO, "runtime.test"):
         log_event(log, logging.INFO, "attempt over", request=7, attempt=2, stage=None, reason='it said "no"\nand died')

@@ -22,7 +22,7 @@ def test_what_is_split_and_joined_is_what_it_was(total, rows, axis):
 
 
 def test_inputs_of_unlike_numbers_of_rows_stay_whole():
-    """Two dimensions with names of their own may have two sizes; it is not known how the model combines them."""
+    """Two dimensions with different names may differ in size; it is not known how the model combines them."""
     assert len(split({"a": np.ones((2, 1)), "b": np.ones((3, 1))}, {"a": 0, "b": 0}, 1)) == 1
 
 

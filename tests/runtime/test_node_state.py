@@ -43,7 +43,7 @@ VIEW = 1
 
 
 def wire(me: int, view: int = VIEW, without: int = -1) -> Wire:
-    """The caller and a node of every stage, except one that is lost."""
+    """Connect the caller and a node of every stage, except one that is lost."""
     stages = {0: CALLER} | {stage + 1: stage for stage in range(4)}
     peers = (Peer(n, stage, 0, stage != CALLER, f"at {n}", "", None, "") for n, stage in stages.items())
     return Wire(view, me, tuple(peer for peer in peers if peer.number != without))
@@ -167,7 +167,7 @@ def test_outputs_go_on_with_what_the_request_has_passed_and_then_inputs_are_give
     assert forward == Forward(fragment(1, CALLER), 0, ((1, ("a",)), (2, ("a",))), (visit,))
 
 
-def test_a_join_joins_what_its_branches_have_passed_once_each(plan):
+def test_a_join_combines_the_stages_of_its_branches_once_each(plan):
     first, left, right = (Visit(stage, 0, 1, 2, 3, 4, 5, 6) for stage in range(3))
     node = ready(plan, 3)
     arrive(node, 1, 1, history=(first, left))

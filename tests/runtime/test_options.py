@@ -1,4 +1,4 @@
-"""How a plan is to be run: what follows from the plan, and what may be said."""
+"""Options of a run: defaults from the plan, and permitted values."""
 
 from __future__ import annotations
 

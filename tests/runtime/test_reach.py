@@ -1,4 +1,4 @@
-"""Which links count as dead, and where requests cannot go on."""
+"""Which links count as dead, and which nodes cannot pass requests on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_link_is_not_blamed_for_a_process_that_is_silent():
     assert reach.dead(EVERYBODY, {0, 1}, 7 * SECOND) == {(1, 2)}, "it was dead before"
 
 
-def test_links_of_who_is_gone_are_forgotten():
+def test_links_of_nodes_that_are_gone_are_forgotten():
     reach = Reachability(3.0)
     reach.seen(1, (2, 3), 0)
     assert reach.dead({0, 1, 3}, EVERYBODY, 5 * SECOND) == {(1, 3)}
@@ -56,7 +56,7 @@ def test_a_dead_link_that_can_be_gone_around_ends_nothing():
     assert dead_ends(CHAIN, nodes, {(1, 2), (1, 3)}) == {0, 1}
 
 
-def test_who_reaches_dead_ends_alone_is_one():
+def test_a_node_that_reaches_only_dead_ends_is_a_dead_end():
     nodes = {0: (1, 4), 1: (2, 3)}
     assert dead_ends(CHAIN, nodes, {(2, 0)}) == {2}, "the results do not come back from there"
     assert dead_ends(CHAIN, nodes, {(2, 0), (1, 3)}) == {1, 2}

@@ -1,4 +1,4 @@
-"""A request in parts: all of them, in order, or the first error; and its places are given back."""
+"""A request in parts gives all parts in order or the first error, and gives its places back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ASKED = OutputSelection(
 
 
 class FakeRequestIO:
-    """Keeps what enters; answers when told."""
+    """A stand-in that keeps admitted parts and answers when the test says so."""
 
     delivering = False
     fails_from = None
@@ -46,7 +46,7 @@ class FakeRequestIO:
 
 
 def started(parts: int, room: int, **fake_is):
-    """A request of so many parts of one row each, at an admission for ``room`` parts."""
+    """Start a request of parts with one row each, at an admission for ``room`` parts."""
     request_io, admission = FakeRequestIO(), Admission(room, 1 << 20)
     for name, value in fake_is.items():
         setattr(request_io, name, value)

@@ -1,4 +1,4 @@
-"""Who fills which place: nodes the plan has somewhere, and nodes that come by themselves."""
+"""The assignment of nodes to places: nodes on hosts of the plan, and extra nodes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_node_that_leaves_is_replaced_only_as_far_as_there_are_to_be_some():
     assert [start.slot for start in roster.replace(second, 0)] == [(0, 1)]
 
 
-def test_a_node_that_was_told_to_end_is_to_reach_nobody():
+def test_a_node_that_was_told_to_end_needs_no_links():
     roster = waiting((1, 1))
     first, second = (serve(roster, join(roster, b"%d" % stage, hello(stage))) for stage in (0, 1))
     roster.leave(first)

@@ -15,7 +15,7 @@ MS = 1_000_000
 
 
 class Far:
-    """A replica on another host: the work of one sender that has arrived there, and that is finished."""
+    """A replica on another host, with the arrived and the finished work of one sender."""
 
     def __init__(self, number: int, service_ns: int = 5 * MS) -> None:
         self.number, self.service_ns = number, service_ns
@@ -100,7 +100,7 @@ def test_receipts_that_come_late_mislead_until_the_next_one_only():
     for _ in range(50):
         router.sent(1, UNIT_COST)
         far.take()
-    for second in range(1, 20):  # the link for receipts is dead; all that while nothing is known
+    for second in range(1, 20):  # the link for receipts is dead, so no load is known
         assert router.outstanding(1) == 50 * UNIT_COST, second
     router.told(old, 20 * SECOND)
     router.told(far.receipt, 20 * SECOND + 1)
@@ -163,7 +163,7 @@ def test_a_number_that_is_used_again_starts_at_nothing():
     assert router.outstanding(2) == UNIT_COST
 
 
-def test_a_receipt_of_who_is_not_known_or_is_read_in_memory_changes_nothing():
+def test_a_receipt_of_an_unknown_node_or_of_one_read_in_memory_changes_nothing():
     router = knowing(1)
     router.told(Receipt(9, 5, 5, 0, MS, MS), 0)
     board = LoadBoard()
@@ -174,7 +174,7 @@ def test_a_receipt_of_who_is_not_known_or_is_read_in_memory_changes_nothing():
     board.finish(0, UNIT_COST)
 
 
-def test_who_cannot_be_reached_gets_nothing_while_others_can():
+def test_an_unreachable_replica_gets_nothing_while_others_can_be_reached():
     router = knowing(*range(1, 5))
     router.unreachable = frozenset({1, 2})
     taken = Counter(router.choose(0, (-1,), UNIT_COST, 0, 0, avoid=frozenset({3})) for _ in range(20))
@@ -183,7 +183,7 @@ def test_who_cannot_be_reached_gets_nothing_while_others_can():
     assert len({router.choose(0, (-1,), UNIT_COST, 0, 0) for _ in range(20)}) > 1, "if nobody can be reached, all wait"
 
 
-def test_of_many_those_who_cannot_be_reached_get_nothing():
+def test_unreachable_replicas_among_many_get_nothing():
     router = Router("completion", LoadBoard(peers=60))
     learn(router, *range(1, 51))
     router.unreachable = frozenset(range(1, 41))

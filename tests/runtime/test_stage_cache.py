@@ -23,7 +23,7 @@ BODY = bytes(range(256)) * 20_000  # five pieces
 
 
 def stage_of(plan, *bodies: bytes, name: str = "stage0.onnx"):
-    """A stage whose files hold these bytes."""
+    """Return a stage whose files hold these bytes."""
     files = tuple(
         FileEntry(name=f"{name}{n or ''}", sha256=hashlib.sha256(body).hexdigest(), size_bytes=len(body))
         for n, body in enumerate(bodies)
@@ -119,7 +119,7 @@ def test_a_stage_is_fetched_once_for_all_who_want_it(tmp_path, plan):
     for thread in threads:
         thread.start()
     started.wait(60)
-    time.sleep(0.1)  # the other waits by now
+    time.sleep(0.1)  # the other process is waiting now
     go_on.set()
     for thread in threads:
         thread.join(60)

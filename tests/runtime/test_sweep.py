@@ -1,4 +1,4 @@
-"""Folders of processes that were killed are removed by the next of the same user; those of others that live stay."""
+"""The folders of killed processes are removed by the user's next process; folders of live ones are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from runtime.home import hold, private_folder, sweep
 
 
-def test_only_what_nobody_holds_any_more_is_swept(python_environment):
+def test_only_folders_without_a_live_process_are_removed(python_environment):
     mine = private_folder()
     held = hold(mine)
     code = "from runtime.home import hold, private_folder; import os, sys, signal; "

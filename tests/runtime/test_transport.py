@@ -123,7 +123,7 @@ def test_what_comes_in_while_sending_is_not_overlooked(tmp_path):
             while (message := inlet.receive()) is None:
                 assert here.wait(60)
             inlet.send(message[0], b"answer")
-            outlet.send(b"more")  # perhaps after the answer came in
+            outlet.send(b"more")  # possibly after the answer arrived
             while outlet.receive() is None:
                 assert there.wait(60), number
             while inlet.receive() is None:

@@ -19,7 +19,7 @@ from runtime.wire.messages.data import Fragment, TensorHead
         TensorHead("x", "complex64", (1,), b"eight bs"),
     ],
 )
-def test_a_fragment_that_cannot_be_read_harms_nobody_and_counts_as_done(head):
+def test_an_unreadable_fragment_counts_as_done_and_affects_no_other_request(head):
     worker = Worker(0)
     fragment = Fragment(1, 1, 1, 700, 0, 3, CALLER, (0,), ("y",), (head,), ())
     for _ in range(2):
@@ -29,7 +29,7 @@ def test_a_fragment_that_cannot_be_read_harms_nobody_and_counts_as_done(head):
 
 
 @pytest.mark.parametrize("changed", [{"request": 2**63 - 1}, {"sender": 256}, {"cost": 0}, {"route": (2**40,)}])
-def test_a_number_out_of_bounds_is_no_fragment(changed):
+def test_a_fragment_with_a_number_out_of_bounds_is_refused(changed):
     worker = Worker(0)
     fields = {"request": 1, "sender": 3, "cost": 700, "route": (0,)} | changed
     fragment = Fragment(attempt=1, view=1, budget_ns=0, source=CALLER, wanted=(), tensors=(), history=(), **fields)

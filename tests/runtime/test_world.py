@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: every request is answered once, with the right tensors, of one attempt."""
+"""In every order of events and faults, every request is answered once, with the right tensors of one attempt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def diamond():
 
 
 class Faults(RuleBasedStateMachine):
-    """Requests, messages in any order, and harm."""
+    """Requests, messages in any order, and faults."""
 
     @initialize(replicas=st.tuples(*[st.integers(1, 2)] * 4), seed=st.integers(0, 2**32))
     def begin(self, replicas, seed):
@@ -161,7 +161,7 @@ class Faults(RuleBasedStateMachine):
 
 
 class MoreFaults(Faults):
-    """The same at length."""
+    """The same with longer runs."""
 
 
 Faults.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
@@ -195,7 +195,7 @@ def test_requests_on_their_way_when_the_last_node_of_a_stage_leaves_are_answered
 
 
 def timed(seed=0, **options):
-    """A pipeline in simulated time with two replicas of every stage, all of which are ready."""
+    """Return a pipeline in simulated time with two ready replicas of every stage."""
     pipeline = SimulatedPipeline(diamond(), (2, 2, 2, 2), random.Random(seed), delay_ns=50_000, **options)
     while not pipeline.ready:
         assert pipeline.step()
@@ -203,7 +203,7 @@ def timed(seed=0, **options):
 
 
 def go_on(pipeline, seconds=2):
-    """Let events happen until there are none, with ticks of the coordinator in between."""
+    """Process events until there are none, with ticks of the coordinator in between."""
     for _ in range(2 * seconds):
         while pipeline.step():
             pass
@@ -220,7 +220,7 @@ def test_in_simulated_time_a_request_takes_the_delays_of_its_way():
     pipeline.check()
 
 
-def test_in_simulated_time_a_killed_process_is_noticed_and_replaced():
+def test_a_killed_process_is_detected_and_replaced_in_simulated_time():
     pipeline = timed()
     numbers = [pipeline.submit(("y",)) for _ in range(10)]
     pipeline.kill(1)

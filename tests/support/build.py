@@ -101,7 +101,7 @@ def with_if() -> onnx.ModelProto:
 
 
 def failing() -> onnx.ModelProto:
-    """Fails while running where the sizes do not divide: a Reshape to rows of three."""
+    """A Reshape to rows of three, which fails at run time unless the size is divisible."""
     nodes = [
         helper.make_node("Relu", ["x"], ["a"]),
         helper.make_node("Reshape", ["a", "rows"], ["b"]),

@@ -1,4 +1,4 @@
-"""Stage files and merged models, held against ONNX's own checker."""
+"""Checks of stage files and merged models with ONNX's own checker."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from onnxsplit.stages.merge import merge
 
 
 def check_plan(folder: Path, model: Path) -> None:
-    """Every stage, and the stages merged, pass the checker where the model passes it.
+    """Check that every stage and the merged stages pass the checker if the model does.
 
-    The checker demands a rank of every input and output, so it cannot take a stage with a border of unknown rank.
+    The checker demands a rank of every input and output, so it cannot accept a stage with a cut tensor of unknown rank.
     """
     try:
         onnx.checker.check_model(str(model))

@@ -18,13 +18,13 @@ _WIDTH = 16
 
 
 def extensions() -> Library:
-    """The library of onnxruntime-extensions."""
+    """Return the library of onnxruntime-extensions."""
     (library,) = find_libraries(EXTENSIONS)
     return library
 
 
 def other_build(folder: Path, name: str = "libops.so") -> Path:
-    """A library with the same ops as that of onnxruntime-extensions, and another hash."""
+    """Write a library with the ops of onnxruntime-extensions and another hash."""
     file = folder / name
     shutil.copyfile(extensions().path, file)
     with file.open("ab") as stream:

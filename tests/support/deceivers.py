@@ -1,7 +1,7 @@
-"""Small nets in which the rows of a batch act on each other, each in another way, and nets that only look like them.
+"""Small nets in which the rows of a batch affect each other, each in another way, and nets that only look like them.
 
-A net takes ``x`` [batch, 8] (and others where it says so) and gives ``y``. Each is a function of a row for most inputs:
-what it does across rows shows only for some numbers, some sizes, or some ways of splitting.
+A net takes ``x`` [batch, 8] (and others where it says so) and gives ``y``. For most inputs each output row depends on
+one input row: the effect across rows shows only for some numbers, some sizes, or some ways of splitting.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def cut_at_the_longest_row() -> onnx.ModelProto:
 
 
 def masked_by_the_longest_row() -> onnx.ModelProto:
-    """A mask is made of the places below the largest length of the batch."""
+    """A mask is made of the positions below the largest length of the batch."""
     return _net(
         [
             _op("ReduceMax", "lengths", "top", keepdims=0),
@@ -105,7 +105,7 @@ def normalised_by_the_batch() -> onnx.ModelProto:
 
 
 def best_row_of_all() -> onnx.ModelProto:
-    """The place of the best row is added to every row, far behind the point."""
+    """The index of the best row, scaled to be tiny, is added to every row."""
     return _net(
         [
             _op("ArgMax", "h", "i", axis=0, keepdims=1),
@@ -118,7 +118,7 @@ def best_row_of_all() -> onnx.ModelProto:
 
 
 def added_up_over_rows() -> onnx.ModelProto:
-    """Each row has those before it added."""
+    """Every row is the sum of itself and the rows before it."""
     return _net([_op("CumSum", "h axis", "z")], weights=[build.constant("axis", np.array(0, np.int64))])
 
 
@@ -153,7 +153,7 @@ def other_branch_for_large_batches() -> onnx.ModelProto:
 
 
 def loop_that_carries_a_row_to_the_next() -> onnx.ModelProto:
-    """A Loop over rows: each is mixed with what the one before it left."""
+    """A Loop over rows: each is mixed with the state that the row before it left."""
     body = helper.make_graph(
         [
             _op("Gather", "h turn", "row", axis=0),
@@ -191,7 +191,7 @@ def quantised_by_the_range_of_the_batch() -> onnx.ModelProto:
 
 
 def random_noise() -> onnx.ModelProto:
-    """Noise of the tensor's shape, with a seed: a row's noise depends on its place."""
+    """Noise of the tensor's shape, with a seed: a row's noise depends on its index."""
     return _net(
         [
             _op("RandomNormalLike", "h", "r", seed=7.0),
@@ -213,7 +213,7 @@ def attention_between_rows() -> onnx.ModelProto:
 
 
 def grouped_in_twos() -> onnx.ModelProto:
-    """Two rows make a pair, and the pair's mean is taken away: single rows do not run, pairs look alone."""
+    """Two rows make a pair, and the pair's mean is subtracted: single rows do not run, and pairs look independent."""
     return _net(
         [
             _op("Reshape", "h pairs", "g"),
@@ -226,7 +226,7 @@ def grouped_in_twos() -> onnx.ModelProto:
 
 
 def row_numbers() -> onnx.ModelProto:
-    """A table of positions is looked up by the row's place in the batch."""
+    """A table of positions is looked up by the row's index in the batch."""
     return _net(
         [
             _op("Shape", "h", "rows", start=0, end=1),

@@ -21,14 +21,14 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Model:
-    """How to make one.
+    """A way to make one model.
 
     Attributes:
-        name: of it.
-        needs: packages.
-        make: saves it in a folder, and gives the source to name.
-        options: of the export.
-        dims: sizes to cut at.
+        name: name of the model.
+        needs: required packages.
+        make: saves it in a folder and returns the source for the command.
+        options: options of the export.
+        dims: sizes of dimensions for the cut.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Model:
 
 
 def models() -> Iterator[Model]:
-    """All of them."""
+    """Return all models."""
     yield from _pytorch()
     yield from _transformers()
     yield from _tensorflow()
@@ -200,7 +200,7 @@ def _tensorflow() -> Iterator[Model]:
 
 
 def table(rows: int = 200, columns: int = 6) -> tuple[Any, Any]:
-    """Rows and their classes."""
+    """Return rows and their classes."""
     source = np.random.default_rng(0)
     given = source.standard_normal((rows, columns)).astype(np.float32)
     return given, (given[:, 0] + given[:, 1] * given[:, 2] > 0).astype(int) + (given[:, 3] > 1)

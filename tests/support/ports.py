@@ -1,7 +1,7 @@
 """TCP ports of the loopback for tests.
 
-They lie below the ports that the kernel gives to connections, so none is taken between the choice and its use; and
-each process of tests starts elsewhere, so that processes that run side by side choose different ones.
+They are below the ports that the kernel assigns to connections, so no connection takes one between its choice and its
+use. Each process of tests starts at another port, so that concurrent processes choose different ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _next = os.getpid() * 97
 
 
 def free_port() -> int:
-    """A port that nobody uses now, and that was not given before."""
+    """Return a free port that was not returned before."""
     global _next
     while True:
         _next += 1

@@ -1,4 +1,4 @@
-"""A tcp link in between two processes that can be cut, delayed and listened to."""
+"""A TCP link between two processes that can be cut, delayed and recorded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 
 
 class Proxy:
-    """A link that can be cut, and delayed: forwards a port to another."""
+    """A link that can be cut and delayed; it forwards one port to another."""
 
     def __init__(self, port: int, target: int) -> None:
         self.server = socket.create_server(("127.0.0.1", port))
@@ -48,7 +48,7 @@ class Proxy:
             _try(end.close)
 
     def cut(self) -> None:
-        """Close what is open, and take nothing more."""
+        """Close all connections, and accept no more."""
         self.open = False
         for end in self.pairs:
             _try(lambda end=end: end.shutdown(socket.SHUT_RDWR))

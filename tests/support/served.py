@@ -1,4 +1,4 @@
-"""A server in a process of its own, as a user starts it."""
+"""A server in a separate process, as a user starts it."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Served:
         assert self.end() == 0, "".join(self.log[-20:])
 
     def end(self) -> int:
-        """SIGTERM, and the exit status."""
+        """Send SIGTERM and return the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.wait()
 
     def wait(self) -> int:
-        """The exit status, once it has ended."""
+        """Wait for its end and return the exit status."""
         status = self.process.wait(timeout=90)
         self._reader.join()
         assert self.process.stdout is not None
@@ -67,7 +67,7 @@ class Served:
     def ask(
         self, path: str, body: bytes | None = None, *, method: str | None = None, **headers: str
     ) -> tuple[int, dict[str, str], bytes]:
-        """One HTTP request: status, headers, body."""
+        """Send one HTTP request; return status, headers and body."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(f"{self.http}{path}", body, named, method=method)
         try:
@@ -78,12 +78,12 @@ class Served:
                 return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
 
     def metric(self, name: str, labels: str = "") -> float:
-        """The sum of a metric over all that have these labels."""
+        """Return the sum of a metric over all series with these labels."""
         text = self.ask("/metrics")[2].decode()
         return sum(map(float, re.findall(rf"^{name}\{{.*{labels}.*\}} (\S+)$", text, re.MULTILINE)))
 
     def json(self, path: str, body: Any = None) -> Any:
-        """The JSON at a path; what is posted is given as an object."""
+        """Return the JSON of a path; an object is posted as JSON."""
         status, _, found = self.ask(path, None if body is None else json.dumps(body).encode())
         assert status == 200, found
         return json.loads(found)

@@ -1,4 +1,4 @@
-"""How tests wait: for a condition, with a deadline that no machine misses unless something is wrong."""
+"""Waiting in tests: for a condition, with a deadline that is missed only if something is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hosts by which a server may be asked, and those that could be read in two ways."""
+"""The Host headers that a server accepts, and ambiguous ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests enter the pipeline when it has room, and not by a timer."""
+"""Requests enter the pipeline when it has room, without a timer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.request import Answering, OutputSelection
 
 
 class Echo:
-    """A pipeline that answers at once what its admission lets in; a place is kept until the test gives it back."""
+    """A pipeline that answers admitted requests at once; a place is taken until the test gives it back."""
 
     inflight = 4
     trouble = None
@@ -77,7 +77,7 @@ def test_a_queued_request_enters_as_soon_as_the_pipeline_has_room(size):
 
 
 def test_a_release_between_the_refusal_and_the_wait_is_not_missed():
-    """The place is given back while the pipeline still says that it is full."""
+    """The place is given back while the pipeline still reports that it is full."""
     admission = Admission(1, 100)
     pipeline = Echo(admission)
     enter = pipeline.enter

@@ -1,4 +1,4 @@
-"""Bodies as they arrive: in pieces, too many, too slow, not at all."""
+"""Bodies that arrive in pieces, too many, too slowly, or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _impatient(monkeypatch):
 
 
 def read(*pieces, headers=(), most=100, together=1000, end=True, between=lambda: None):
-    """What a server makes of pieces that come one by one; None is a client that goes away."""
+    """Let a server read a body piece by piece; None stands for a client that disconnects."""
     budget = Budget(together, most)
     workers = Workers(1)
     taken = Bodies(most, budget, workers)
@@ -65,7 +65,7 @@ def test_too_many_bytes_are_refused_claimed_or_not():
         read(b"x" * 60, b"x" * 60)
 
 
-def test_what_all_hold_together_is_bounded():
+def test_the_bytes_of_all_requests_together_are_bounded():
     budget = Budget(100, 60)
     with budget.holding(60):
         with pytest.raises(Busy, match=r"holds 60 bytes .* more than the 100"):
@@ -124,7 +124,7 @@ def test_a_drip_is_refused_though_it_never_falls_silent(monkeypatch):
     with pytest.raises(TooSlow):
         read(*[b"x"] * 6, between=pass_time)
     assert len(read(*[b"x" * 600_000] * 6, most=1 << 22, together=1 << 23, between=pass_time)) == 3_600_000
-    with pytest.raises(TooSlow):  # however much came before
+    with pytest.raises(TooSlow):  # regardless of earlier pieces
         read(b"x" * (1 << 24), *[b"x"] * 12, most=1 << 25, together=1 << 25, between=pass_time)
 
 

@@ -1,4 +1,4 @@
-"""Requests as bytes and back: what a client makes is what is understood, and garbage is refused with words."""
+"""Requests as bytes and back: a client's request is decoded unchanged, and garbage is refused with a message."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def same(one, other):
 
 
 @given(st.dictionaries(st.text(min_size=1), st.one_of(ARRAYS, TEXTS), max_size=3))
-def test_what_is_asked_is_what_is_understood(inputs):
+def test_a_client_s_request_is_decoded_as_it_was_made(inputs):
     pieces, length = ask(inputs)
     found = parse(b"".join(pieces), length, nowhere).inputs
     assert list(found) == list(inputs)
@@ -116,7 +116,7 @@ def test_tensors_that_lie_in_order_are_not_copied():
 @pytest.mark.parametrize(("accepted", "coding"), [
     ("gzip", "gzip"), ("deflate", "deflate"), ("gzip, deflate", ""), ("", ""), ("br", ""), ("*", ""),
 ])  # fmt: skip
-def test_answers_are_compressed_for_who_asks_for_one_coding(accepted, coding):
+def test_answers_are_compressed_for_clients_that_ask_for_one_coding(accepted, coding):
     import gzip
     import zlib
 
@@ -179,8 +179,8 @@ def test_many_numbers_are_read_in_pieces_and_are_the_same():
     assert json.loads(bytes(to_json("y", values))) == values.tolist()
 
 
-def test_a_list_is_held_against_its_shape_before_it_is_decoded():
-    """Ten million numbers take some 300 MB as Python's objects; the shape says that one is wanted."""
+def test_a_list_is_compared_with_its_shape_before_it_is_decoded():
+    """Ten million numbers take about 300 MB as Python objects; the shape allows one."""
     text = raw("[" + "0.5," * 10_000_000 + "0.5]")
     tracemalloc.start()
     try:
@@ -200,7 +200,7 @@ def test_names_and_values_of_any_length_make_short_messages():
 
 
 @pytest.mark.parametrize("timeout", [2**63 - 1, -1, 10**400, "5", 1.5, True])
-def test_a_timeout_that_is_none_is_refused(timeout):
+def test_an_invalid_timeout_is_refused(timeout):
     body = json.dumps({"inputs": [], "parameters": {"timeout": timeout}}).encode()
     with pytest.raises(InputError):
         parse(body, None, nowhere)

@@ -1,4 +1,4 @@
-"""Requests as gRPC carries them: sizes are held against limits and shapes before anything is decoded."""
+"""Requests over gRPC: sizes are compared with limits and shapes before anything is decoded."""
 
 from __future__ import annotations
 

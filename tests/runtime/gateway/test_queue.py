@@ -1,4 +1,4 @@
-"""Which requests wait, which are joined, which are refused."""
+"""The queue decides which requests wait, are joined, or are refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_bytes_are_bounded_but_one_request_alone_always_fits():
 
 
 def paced(gap_ms=10, latency_ms=20) -> RequestQueue:
-    """A queue that has seen a steady pace."""
+    """Return a queue that has measured a steady throughput."""
     made = RequestQueue(Limits())
     for number in range(1, 200):
         made.join(request(at=number * gap_ms * MS))
@@ -86,7 +86,7 @@ def paced(gap_ms=10, latency_ms=20) -> RequestQueue:
     return made
 
 
-def test_who_cannot_be_answered_in_time_is_refused_at_once():
+def test_a_request_that_cannot_be_answered_in_time_is_refused_at_once():
     made = paced()
     for _ in range(3):
         made.join(request())
@@ -96,7 +96,7 @@ def test_who_cannot_be_answered_in_time_is_refused_at_once():
     made.join(request(deadline=70 * MS))
 
 
-def test_who_has_no_chance_any_more_is_dropped_before_it_costs_anything():
+def test_a_request_that_is_too_late_is_dropped_before_it_reaches_a_stage():
     made = paced()
     made.join(request(deadline=100 * MS, name="a"))
     made.join(request(deadline=500 * MS, name="b"))
@@ -113,7 +113,7 @@ def test_a_batch_that_found_no_room_is_put_back_where_it_stood_not_before_those_
     assert names(made) == ["a", "b", "c"]
 
 
-def test_one_slow_answer_does_not_lock_out_for_ever_those_who_have_little_time():
+def test_one_slow_answer_does_not_reject_short_deadlines_for_ever():
     made = paced(latency_ms=2000)
     with pytest.raises(Busy, match="the answer is expected in"):
         made.join(request(deadline=200 * MS, name="a"))
@@ -134,7 +134,7 @@ def test_one_slow_answer_does_not_lock_out_for_ever_those_who_have_little_time()
         max_size=60,
     )
 )
-def test_nobody_is_lost_or_served_twice(steps):
+def test_no_request_is_lost_or_answered_twice(steps):
     made = RequestQueue(Limits(requests=10, size_bytes=100, max_batch=4, max_delay_ns=0))
     there, out = [], []
     for number, step in enumerate(steps):

@@ -1,4 +1,4 @@
-"""Shared memory of clients: theirs is read and written where they said, and nothing else is."""
+"""Clients' shared memory is read and written only where the client said."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_output_larger_than_its_place_is_refused(regions):
         regions.write(RegionSlice("r", 0, 2), b"abc")
 
 
-def test_a_region_that_shrinks_ends_nobody(regions, memory):
+def test_a_region_that_shrinks_does_not_end_the_server(regions, memory):
     os.truncate(memory, 20)
     with pytest.raises(InputError, match="shorter"):
         regions.read(RegionSlice("r", 0, 32))
@@ -122,7 +122,7 @@ def test_one_request_reads_no_more_than_a_request_may_have(memory):
 
 
 def test_what_the_system_writes_in_part_is_written_to_the_end(regions, memory, monkeypatch):
-    """Linux writes and reads 2,147,479,552 bytes at once at most."""
+    """Linux writes and reads at most 2,147,479,552 bytes at once."""
     write, read = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda opened, data, at: write(opened, data[:3], at))
     monkeypatch.setattr(os, "preadv", lambda opened, rooms, at: read(opened, [rooms[0][:3]], at))

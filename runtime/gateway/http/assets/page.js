@@ -6,7 +6,7 @@
   const rate = (value) => (value >= 100 ? value.toFixed(0) : value.toFixed(1)) + "/s";
   const percent = (share) => (100 * share).toFixed(0) + " %";
   const key = (model) => `${model.name}/${model.version}`;
-  const history = new Map(); // of each node and model, requests a second of late
+  const history = new Map(); // requests per second of each node and model in the last minute
   const KEPT = 60;
   let plans = new Map();
 
@@ -27,7 +27,7 @@
     const top = Math.max(1e-9, ...values);
     const points = values.map((value, at) => `${(100 * at / (KEPT - 1)).toFixed(1)} ${(20 - 18 * value / top).toFixed(1)}`);
     return shape("svg", { class: "spark", viewBox: "0 0 100 22", preserveAspectRatio: "none", role: "img", style: `--hue:${colour}`,
-      "aria-label": `requests a second of the last ${values.length} seconds, at most ${top.toFixed(1)}` },
+      "aria-label": `requests per second in the last ${values.length} seconds, at most ${top.toFixed(1)}` },
       shape("path", { d: points.length > 1 ? "M" + points.join("L") : "M0 20" }));
   };
   const figure = (name, value) => element("div", {}, element("b", {}, value), element("span", {}, name));
@@ -62,7 +62,7 @@
         lines: [`${ready.length} of ${nodes.length} nodes`, `${measured ? milliseconds(measured) : "–"} of ${milliseconds(stage.predicted_ns)}`, `${percent(busy)} busy`],
         hue: ready.length ? hue(stage.index) : DOWN, down: !ready.length,
         about: `Stage ${stage.index}: ${nodes.map((node) => `node ${node.stage}.${node.replica} ${node.state}`).join(", ")}. ` +
-          `A request takes ${measured ? milliseconds(measured) : "no time yet"}, ${milliseconds(stage.predicted_ns)} was predicted. Queue ${nodes.reduce((sum, node) => sum + node.queue, 0).toFixed(1)}.`,
+          `A request takes ${measured ? milliseconds(measured) : "an unknown time"}; ${milliseconds(stage.predicted_ns)} was predicted. Queue ${nodes.reduce((sum, node) => sum + node.queue, 0).toFixed(1)}.`,
       });
     }
     boxes.push({ id: "out", title: "outputs", lines: [rate(model.per_s)], hue: "#888888", outside: true, about: plan.outputs.join(", ") });
@@ -114,7 +114,7 @@
         figure("requests/s", model.per_s.toFixed(1)), element("div", {}, spark(key(model), "var(--accent)"), element("span", {}, "last minute")),
         figure("median", model.p50_ns ? milliseconds(model.p50_ns) : "–"), figure("99th percentile", model.p99_ns ? milliseconds(model.p99_ns) : "–"),
         figure("waiting", model.waiting), figure("in the pipeline", model.inside), figure("failures/s", model.failures_per_s.toFixed(1)),
-        figure("made again", model.retries), figure("nodes lost", model.losses));
+        figure("retries", model.retries), figure("nodes lost", model.losses));
       parts.graph.hidden = parts.nodes.hidden = !plan || !model.nodes.length;
       if (plan && model.nodes.length) { drawGraph(model, plan, parts); drawNodes(model, plan, parts); }
     }
@@ -133,7 +133,7 @@
     if (views.length) show(views[views.length - 1]);
   });
   source.addEventListener("message", (event) => { const view = JSON.parse(event.data); note(view); show(view); by("news").textContent = ""; });
-  source.addEventListener("full", () => { by("news").textContent = "Too many pages are open; this one shows nothing."; source.close(); });
+  source.addEventListener("full", () => { by("news").textContent = "Too many pages are open; this one is not updated."; source.close(); });
   source.addEventListener("error", () => {
     by("health").textContent = "no connection"; by("health").className = "pill bad";
     by("news").textContent = "The server does not answer; trying again.";
@@ -191,7 +191,7 @@
     },
     json: async () => ({ body: by("json").value, length: null }),
   };
-  const binary = (body, length) => { // ask for the outputs as bytes: they are shown only in part
+  const binary = (body, length) => { // ask for the outputs as bytes, because only their beginning is shown
     if (length === null) {
       const said = JSON.parse(body);
       return { body: JSON.stringify({ ...said, parameters: { ...said.parameters, binary_data_output: true } }), length };
