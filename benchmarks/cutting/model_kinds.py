@@ -233,7 +233,7 @@ def rows(path: Path, stages: int, scratch: Path) -> Iterator[dict[str, Any]]:
     """Yield a row for each set of options that is tried."""
     try:
         subject = Subject.of(path)
-    except Exception as error:  # whatever ONNX Runtime or onnx raises
+    except Exception as error:  # any error of ONNX Runtime or onnx
         yield {"stages": stages, "way": "", "partition": "", "verdict": f"does not run whole: {error}"}
         return
     for way in subject.ways():

@@ -22,7 +22,7 @@ KINDS = {
 
 
 def every_kind(*, with_strings: bool) -> onnx.ModelProto:
-    """x, in float32, crosses in every narrow type, and comes out as that and as float32; strings pass beside it."""
+    """x, in float32, crosses in every narrow type and is returned in it and as float32; strings cross, too."""
     nodes, inputs, outputs = [], [build.value("x", ["n", "m"])], []
     if with_strings:
         nodes += [

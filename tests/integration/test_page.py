@@ -105,7 +105,7 @@ def test_the_figures_of_the_page_are_live(page, server):
         cells = page.locator("table tbody tr").first.locator("td").all_text_contents()
     assert load.failed == []
     assert cells[4].endswith("ms")
-    assert cells[5].endswith("ms"), "what was predicted stands beside it"
+    assert cells[5].endswith("ms"), "the prediction is in the next cell"
 
 
 def test_the_form_runs_a_request(page):

@@ -71,7 +71,7 @@ def cluster():
         environment.setenv("RAY_ADDRESS", made.address)
         yield made
     made.shutdown()
-    sweep()  # as the next pipeline of this user would: nobody was left on the killed host to do it
+    sweep()  # the next pipeline of this user does this: no process is left on the killed host
 
 
 def hosts(pipeline) -> list[str]:

@@ -298,7 +298,7 @@ def test_what_a_custom_op_writes_gives_the_ranks_of_what_follows(tokenizer):
 
 def test_analytic_costs_load_nothing_and_record_the_library(tmp_path):
     model = build.save(custom.lengths(), tmp_path)
-    (tmp_path / "text.so").write_text("no library, and nobody looks")
+    (tmp_path / "text.so").write_text("not a library, and not read")
     plan = onnxsplit.partition(
         model, stages=2, out=tmp_path / "plan", costs="analytic", custom_ops=tmp_path / "text.so"
     )

@@ -82,7 +82,7 @@ LIES = {
     "a header longer than allowed": npy(" " * 70_000 + header("(4,)"), bytes(16), version=2),
     "a header longer than the file": npy(header("(4,)"), version=2)[:9] + b"\xff" * 8,
     "a header that nests": npy("(" * 5_000),
-    "a header that is no literal": npy("__import__('os')"),
+    "a header that is not a literal": npy("__import__('os')"),
     "no magic": b"no array",
     "nothing": b"",
 }

@@ -124,7 +124,7 @@ def test_the_probes_of_a_node_tell_the_truth(plan, tmp_path):
     write_health(health, "ready")
     assert (passes("livenessProbe"), passes("readinessProbe")) == (True, True)
     subprocess.run(["touch", "-d", "1 minute ago", health], check=True)
-    assert not passes("livenessProbe"), "nobody has written it for long"
+    assert not passes("livenessProbe"), "it was not written for a long time"
 
 
 def test_names_and_options_that_kubernetes_would_refuse_are_refused(plan, tmp_path):

@@ -180,7 +180,9 @@ def test_an_unreachable_replica_gets_nothing_while_others_can_be_reached():
     taken = Counter(router.choose(0, (-1,), UNIT_COST, 0, 0, avoid=frozenset({3})) for _ in range(20))
     assert taken == {4: 20}
     router.unreachable = frozenset({1, 2, 3, 4})
-    assert len({router.choose(0, (-1,), UNIT_COST, 0, 0) for _ in range(20)}) > 1, "if nobody can be reached, all wait"
+    assert len({router.choose(0, (-1,), UNIT_COST, 0, 0) for _ in range(20)}) > 1, (
+        "if no replica can be reached, all wait"
+    )
 
 
 def test_unreachable_replicas_among_many_get_nothing():

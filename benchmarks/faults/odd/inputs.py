@@ -114,7 +114,7 @@ WRONG: dict[str, Kind] = {
     "a dict": _wrong(lambda _: {"a": 1}),
     "a ragged list": _wrong(lambda _: [[1.0, 2.0], [3.0]]),
     "a list with None": _wrong(lambda _: [[1.0, None]]),
-    "what will not be an array": _wrong(lambda _: _NoArray()),
+    "an object that refuses to be an array": _wrong(lambda _: _NoArray()),
     "one dimension more": _wrong(lambda a: a[np.newaxis]),
     "33 dimensions": _wrong(lambda a: a.reshape((1,) * (33 - a.ndim) + a.shape)),
     "inputs None": _wrong_inputs(lambda _: None),

@@ -61,8 +61,8 @@ def _framing() -> list[Case]:
         case("1,000 requests in a pipeline", "200", pipelined),
         case("Expect: 100-continue", "200", raw(HEAD + length + b"Expect: 100-continue\r\nConnection: close\r\n\r\n", small)),
         *(case(f"the path {path}", "400 404", raw(b"GET " + path.encode() + b" HTTP/1.1\r\nHost: HOST\r\n\r\n")) for path in ("/v2/models/..%2f..%2fetc%2fpasswd", "/v2/models/%00", "/v2/models/%ff%fe", "/v2/models/chain/versions/" + "9" * 5000, "/example/..%2f..%2fetc", "//evil.example/v2")),
-        case("a model that is not there", "404", post("/v2/models/none/infer", inference())),
-        case("a version that is not there", "404", post("/v2/models/chain/versions/-1/infer", inference())),
+        case("an unknown model", "404", post("/v2/models/none/infer", inference())),
+        case("an unknown version", "404", post("/v2/models/chain/versions/-1/infer", inference())),
         case("a stage by itself", "501", post("/v2/models/chain.stage0/infer", inference())),
         case("a stage of 2^70", "404", post(f"/v2/models/chain.stage{2**70}/infer", inference())),
         case("a stage of 5,000 digits", "404", get("/v2/models/chain.stage" + "9" * 5000)),
@@ -91,14 +91,14 @@ def _hosts() -> list[Case]:
         case("the same Host twice", "400 403", raw(live + b"Host: HOST\r\nHost: HOST\r\n\r\n")),
         case("no Host", "400 403", raw(live + b"\r\n")),
         case("an empty Host", "400 403", raw(live + b"Host:\r\n\r\n")),
-        case("a Host that is no address", "400 403", raw(live + b"Host: [::1\r\n\r\n")),
+        case("a Host that is not an address", "400 403", raw(live + b"Host: [::1\r\n\r\n")),
         case("a Host with a user", "400 403", raw(live + b"Host: localhost@evil.example\r\n\r\n")),
         case("an absolute URL of another host", "400 403", raw(b"GET http://evil.example/v2/health/live HTTP/1.1\r\nHost: HOST\r\n\r\n")),
         case("another Origin", "403", raw(live + b"Host: HOST\r\nOrigin: http://evil.example\r\n\r\n")),
         case("Origin null", "403", raw(live + b"Host: HOST\r\nOrigin: null\r\n\r\n")),
         case("two Origins, ours first", "400 403", raw(live + b"Host: HOST\r\nOrigin: http://HOST\r\nOrigin: http://evil.example\r\n\r\n")),
         case("two Origins, ours last", "400 403", raw(live + b"Host: HOST\r\nOrigin: http://evil.example\r\nOrigin: http://HOST\r\n\r\n")),
-        case("an Origin that is no address", "400 403", raw(live + b"Host: HOST\r\nOrigin: http://[::1\r\n\r\n")),
+        case("an Origin that is not an address", "400 403", raw(live + b"Host: HOST\r\nOrigin: http://[::1\r\n\r\n")),
     ]  # fmt: skip
 
 
@@ -116,9 +116,9 @@ def _repository() -> list[Case]:
         *(case(f"/load with parameters {p!r}", "400", post(load.format("chain"), {"parameters": p})) for p in (5, "x", {"a": 1}, [1], True, {"config": "x" * 100_000})),
         case("/load with parameters []", "200 400", post(load.format("chain"), {"parameters": []})),
         *(case(f"/load with {b!r}", "400", post(load.format("chain"), b)) for b in (b"[]", b"5", b"{", b"\xff")),
-        case("/load of what is not there", "404", post(load.format("none"), {})),
+        case("/load of an unknown model", "404", post(load.format("none"), {})),
         case("/load of ../..", "404", post(load.format("..%2f..%2ftmp"), {})),
-        case("/unload of what is not there", "404", post(unload.format("none"), {})),
+        case("/unload of an unknown model", "404", post(unload.format("none"), {})),
         *(case(f"/index with ready {r!r}", "400", post("/v2/repository/index", {"ready": r})) for r in (5, "x", [], None)),
         case("a storm of load and unload", "200 503", storm),
     ]  # fmt: skip
@@ -181,11 +181,11 @@ def _away() -> list[Case]:
 
     half = HEAD + b"X-Slow: "
     return [
-        case("60 clients that go away midway", "gone", gone),
+        case("60 clients that disconnect midway", "gone", gone),
         case("six readers of /events that do not read, and names of 8 MB", "400", events, most_mib=150),
-        case("500 connections that say nothing", "closed", silent, slow=True),
+        case("500 silent connections", "closed", silent, slow=True),
         case("half a header", "closed 400 408", raw(half, timeout=30), slow=True),
-        case("a body that does not come", "408", raw(HEAD + b"Content-Length: 200000000\r\n\r\n{", timeout=30), slow=True),
+        case("a body that does not arrive", "408", raw(HEAD + b"Content-Length: 200000000\r\n\r\n{", timeout=30), slow=True),
         case("chunks that never end", "408", raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", timeout=30), slow=True),
         case("a byte of a body every 0.5 s", "408", slowly, slow=True),
         case("a large answer that is not read", "held", unread, slow=True),

@@ -155,12 +155,12 @@ def _tensors() -> list[Case]:
         case("no contents", bad, call(request(raw=()))),
         case("contents in the wrong field", bad, call(typed("int_contents", [1] * 32))),
         case("contents in two fields", bad, call(two_fields)),
-        case("typed contents that are too many", bad, call(lambda: typed("fp32_contents", [0.5] * 5_000_000))),
+        case("too many typed contents", bad, call(lambda: typed("fp32_contents", [0.5] * 5_000_000))),
         case("a number too large for its type", bad, call(typed("int_contents", [2**31 - 1] * 32, "INT8"))),
         case("typed strings that are not UTF-8", bad, call(typed("bytes_contents", [b"\xff\xfe"], "BYTES", "strings", **text))),
         case("raw strings that are not UTF-8", bad, call(strings(raw=(struct.pack("<I", 2) + b"\xff\xfe",)))),
-        case("raw strings longer than what came", bad, call(strings(raw=(struct.pack("<I", 2**32 - 1) + b"ab",)))),
-        case("raw strings shorter than what came", bad, call(strings(raw=(struct.pack("<I", 1) + b"abc",)))),
+        case("raw strings longer than the data", bad, call(strings(raw=(struct.pack("<I", 2**32 - 1) + b"ab",)))),
+        case("raw strings shorter than the data", bad, call(strings(raw=(struct.pack("<I", 1) + b"abc",)))),
         case("a billion empty strings", bad, call(strings(raw=(b"\0" * 8,), count=2**30))),
         case("an input twice", bad, call(twice)),
         case("an unknown input", bad, call(request(name="z"))),
@@ -194,7 +194,7 @@ def _texts() -> list[Case]:
         *(case(f"classification {v!r}", e, call(asking(request(), ["y"], classification=(k, v)))) for k, v, e in (("int64", -1, bad), ("int64", 2**62, "OK INVALID_ARGUMENT"), ("bool", True, bad), ("string", "3", bad), ("double", 1.5, bad))),
         *(case(f"sequence_id {v!r}", bad, call(with_parameters(request(), sequence_id=(k, v)))) for k, v in (("int64", 5), ("string", "x"))),
         *(case(f"priority {v!r}", "OK INVALID_ARGUMENT", call(with_parameters(request(), priority=(k, v)))) for k, v in (("int64", -1), ("uint64", 2**64 - 1), ("string", "x"))),
-        case("a model that is not there", "NOT_FOUND", call(request("none"))),
+        case("an unknown model", "NOT_FOUND", call(request("none"))),
         case("no model", "NOT_FOUND INVALID_ARGUMENT", call(pb.ModelInferRequest())),
         case("a stage by itself", "UNIMPLEMENTED", call(request("chain.stage0"))),
         case("a stage of 2^70", "NOT_FOUND", call(request(f"chain.stage{2**70}"))),
@@ -212,7 +212,7 @@ def _sizes() -> list[Case]:
     busy = "RESOURCE_EXHAUSTED UNAVAILABLE"
     return [
         case("a message over the limit", "RESOURCE_EXHAUSTED", large("chain", 300 * MIB)),
-        case("8 x 200 MB for a model that is not there", f"NOT_FOUND {busy}", many(8, large("none", 200_000_000))),
+        case("8 x 200 MB for an unknown model", f"NOT_FOUND {busy}", many(8, large("none", 200_000_000))),
         case("8 x 200 MB of a wrong shape", f"INVALID_ARGUMENT {busy}", many(8, large("chain", 200_000_000))),
         case("4 bombs of 250 MB in gzip", f"NOT_FOUND {busy}", many(4, bomb)),
         case("a message of random bytes", "INVALID_ARGUMENT", message(bytes(range(256)) * 10)),
@@ -227,7 +227,7 @@ def _sizes() -> list[Case]:
 def _metadata() -> list[Case]:
     return [
         case("metadata that is not UTF-8", "OK", call(request(), metadata=(("x-bin", b"\xff\xfe\x00"),))),
-        case("traceparent that is none", "OK", call(request(), metadata=(("traceparent", "garbage" * 1000),))),
+        case("an invalid traceparent", "OK", call(request(), metadata=(("traceparent", "garbage" * 1000),))),
         case("metadata of 100 KB", "RESOURCE_EXHAUSTED", call(request(), metadata=(("x", "a" * 100_000),))),
         case("1,000 pieces of metadata", "RESOURCE_EXHAUSTED OK", call(request(), metadata=tuple((f"x{n}", "a" * 100) for n in range(1000)))),
     ]  # fmt: skip
@@ -303,7 +303,7 @@ def _streams() -> list[Case]:
         case("eight streams that do not read", "cancelled", unread),
         case("a stream of which half is bad", "error answer", garbage),
         case("a stream with absurd timeouts", "error answer", timed),
-        case("50 streams that say nothing", "DEADLINE_EXCEEDED", never_ends),
+        case("50 silent streams", "DEADLINE_EXCEEDED", never_ends),
         case("100 calls cancelled midway", "cancelled", cancelled),
     ]  # fmt: skip
 
@@ -319,9 +319,9 @@ def _repository() -> list[Case]:
         case("load with a config", "INVALID_ARGUMENT", call(load(config=("string", "{}")), "RepositoryModelLoad")),
         case("load with a file of 8 MB", "INVALID_ARGUMENT", call(lambda: load(**{"file:1/model.onnx": ("bytes", b"x" * 8 * MIB)}), "RepositoryModelLoad")),
         case("load with a parameter's name of 8 MB", "INVALID_ARGUMENT", call(lambda: load(**{"n" * 8 * MIB: ("bool", True)}), "RepositoryModelLoad")),
-        case("load of what is not there", "NOT_FOUND", call(pb.RepositoryModelLoadRequest(model_name="../../etc"), "RepositoryModelLoad")),
-        case("unload of what is not there", "NOT_FOUND", call(pb.RepositoryModelUnloadRequest(model_name="none"), "RepositoryModelUnload")),
-        case("statistics of what is not there", "NOT_FOUND", call(pb.ModelStatisticsRequest(name="none"), "ModelStatistics")),
+        case("load of an unknown model", "NOT_FOUND", call(pb.RepositoryModelLoadRequest(model_name="../../etc"), "RepositoryModelLoad")),
+        case("unload of an unknown model", "NOT_FOUND", call(pb.RepositoryModelUnloadRequest(model_name="none"), "RepositoryModelUnload")),
+        case("statistics of an unknown model", "NOT_FOUND", call(pb.ModelStatisticsRequest(name="none"), "ModelStatistics")),
         case("trace settings", "UNIMPLEMENTED", call(pb.TraceSettingRequest(), "TraceSetting")),
     ]  # fmt: skip
 

@@ -164,11 +164,11 @@ def _bytes() -> list[Case]:
             case(f"Inference-Header-Content-Length {length}", "400", binary([1, 32], 128, right, length=length))
             for length in ("-1", "0", str(2**63), "9" * 5000, "abc", "1e3", "3", "99999", "+100", "1_0")
         ),
-        case("bytes that nobody claims", "400", post(INFER, json.dumps(inference()).encode() + right, Inference_Header_Content_Length=str(len(json.dumps(inference()))))),
+        case("bytes that no input claims", "400", post(INFER, json.dumps(inference()).encode() + right, Inference_Header_Content_Length=str(len(json.dumps(inference()))))),
         case("data and bytes both", "400", post(INFER, inference(tensor(parameters={"binary_data_size": 128})))),
         case("strings that are not UTF-8", "400", strings(struct.pack("<I", 2) + b"\xff\xfe")),
-        case("strings longer than what came", "400", strings(struct.pack("<I", 2**32 - 1) + b"ab")),
-        case("strings shorter than what came", "400", strings(struct.pack("<I", 1) + b"abc")),
+        case("strings longer than the data", "400", strings(struct.pack("<I", 2**32 - 1) + b"ab")),
+        case("strings shorter than the data", "400", strings(struct.pack("<I", 1) + b"abc")),
         case("a billion empty strings", "400", strings(b"\0" * 8, 2**30)),
         case("one string of 60 MB", "200", strings(struct.pack("<I", 60_000_000) + b"x" * 60_000_000)),
     ]  # fmt: skip
@@ -179,7 +179,7 @@ def _texts() -> list[Case]:
     return [
         *(case(f"body {body[:20]!r}", "400", post(INFER, body)) for body in (b"", b"{", b"[]", b"null", b"5", b'"x"', b"\xff\xfe\x00", b'{"inputs": 5}', b'{"inputs": [5]}', b'{"inputs": [{}]}', b'{"inputs": {}}', b"\0" * 1000)),
         case("JSON cut off", "400", post(INFER, json.dumps(inference()).encode()[:-5])),
-        case("JSON with more behind it", "400", post(INFER, json.dumps(inference()).encode() * 2)),
+        case("JSON with trailing bytes", "400", post(INFER, json.dumps(inference()).encode() * 2)),
         case("JSON nested 100,000 deep", "400", post(INFER, b"[" * 100_000)),
         case("objects nested 100,000 deep", "400", post(INFER, b'{"a":' * 100_000)),
         case("parameters nested 100,000 deep", "400", post(INFER, b'{"inputs":[],"parameters":{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}}")),
@@ -213,10 +213,10 @@ def _codings() -> list[Case]:
     coded = lambda coding, body: post(INFER, body, Content_Encoding=coding)  # noqa: E731
     return [
         case("gzip cut off", "400", coded("gzip", packed[:-6])),
-        case("gzip that is none", "400", coded("gzip", good)),
+        case("gzip that is not gzip", "400", coded("gzip", good)),
         case("gzip with a wrong checksum", "400", coded("gzip", packed[:-8] + b"\0" * 8)),
         case("gzip of gzip", "400", coded("gzip", gzip.compress(packed))),
-        case("gzip with more behind it", "200 400", coded("gzip", packed + b"more")),
+        case("gzip with trailing bytes", "200 400", coded("gzip", packed + b"more")),
         case("deflate that is gzip", "400", coded("deflate", packed)),
         case("an empty gzip", "400", coded("gzip", b"")),
         case("gzip, gzip", "400", coded("gzip, gzip", packed)),
@@ -245,7 +245,7 @@ def guarded(token: str) -> list[Case]:
         case("two tokens, the right one first", "400 401 403", raw(live + good + bad + b"\r\n")),
         case("two tokens, the right one last", "400 401 403", raw(live + bad + good + b"\r\n")),
         case("a token of 60 KB", "401", raw(live + b"Authorization: Bearer " + b"a" * 60_000 + b"\r\n\r\n")),
-        case("Basic that is no base64", "400 401", raw(live + b"Authorization: Basic !!!\r\n\r\n")),
+        case("Basic that is not base64", "400 401", raw(live + b"Authorization: Basic !!!\r\n\r\n")),
         case("Basic that is not ASCII", "400 401", raw(live + b"Authorization: Basic \xff\xfe\r\n\r\n")),
         case("a token that is not ASCII", "400 401", raw(live + b"Authorization: Bearer \xff\xfe\r\n\r\n")),
         case("a body of 200 MB without a token", "401", raw(HEAD + b"Content-Length: 200000000\r\n\r\n{")),
