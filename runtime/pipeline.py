@@ -17,7 +17,6 @@ from onnxsplit.plan import Plan
 from onnxsplit.plan_files import load_plan
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, content_bytes
-from runtime.admission import Admission
 from runtime.balance.board import PEERS
 from runtime.balance.policies import cost_of
 from runtime.coordinator.loop import Coordinator
@@ -26,14 +25,15 @@ from runtime.coordinator.setup import Setup
 from runtime.coordinator.status import NodeInfo, NodeStats
 from runtime.descriptors import require_descriptors
 from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed, PipelineError
-from runtime.intake import normal_inputs, normal_names, normal_timeout_ns
 from runtime.launch.local import LocalLauncher
 from runtime.launcher import Launcher
 from runtime.launching import custom_ops_of, meeting_point, plan_folder, refuse_custom_ops, security_of, setup_of
-from runtime.microbatch import batch_size, ordinary_bytes
 from runtime.options import RunOptions, enough_inflight, memory_for_requests_bytes
-from runtime.request import Answering, OutputSelection, Request
-from runtime.request_check import RequestCheck
+from runtime.requests.admission import Admission
+from runtime.requests.checks import RequestCheck
+from runtime.requests.microbatch import batch_size, ordinary_bytes
+from runtime.requests.normalize import normal_inputs, normal_names, normal_timeout_ns
+from runtime.requests.request import Answering, OutputSelection, Request
 from runtime.trace import RequestTrace, chrome_trace
 
 START_TIMEOUT_S = 120.0
@@ -237,7 +237,7 @@ class Pipeline:
     def enter(
         self, arrays: Mapping[str, Array], asked: OutputSelection, *, deadline_ns: int | None, block: bool
     ) -> Answering:
-        """Submit inputs that are normalised (:mod:`runtime.intake`) and have passed :meth:`check`."""
+        """Submit inputs that are normalised (:mod:`runtime.requests.normalize`) and have passed :meth:`check`."""
         if self._closed:
             raise PipelineClosed("the pipeline was closed")
         if os.getpid() != self._pid:

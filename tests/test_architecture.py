@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -24,13 +25,13 @@ OFFLINE = [
     "cli __main__",
 ]
 ONLINE = [
-    "errors timings transition_table logs microbatch admission intake descriptors home",
+    "errors timings transition_table logs descriptors home",
     "wire",
     "topology trace balance files deploy launcher",
     "memory",
     "node coordinator measure launch",
-    "options request testing",
-    "request_check launching",
+    "options requests testing",
+    "launching",
     "pipeline",
     "bench",
     "gateway",
@@ -78,16 +79,22 @@ PURE = [
         "onnxsplit.cluster",
         "onnxsplit.stages.batch.linear",
     ),
-    *("runtime.wire.messages", "runtime.topology", "runtime.transition_table", "runtime.microbatch", "runtime.trace"),
-    *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.intake"),
+    *(
+        "runtime.wire.messages",
+        "runtime.topology",
+        "runtime.transition_table",
+        "runtime.requests.microbatch",
+        "runtime.trace",
+    ),
+    *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),
     *("runtime.node.state", "runtime.node.events"),
     *("runtime.coordinator.state", "runtime.coordinator.events", "runtime.coordinator.interpreter"),
     *("runtime.coordinator.requests", "runtime.coordinator.deadlines", "runtime.coordinator.diagnosis"),
     *("runtime.coordinator.roster", "runtime.coordinator.node_record", "runtime.coordinator.counters"),
     *("runtime.coordinator.refusals", "runtime.coordinator.links", "runtime.coordinator.reach"),
     *("runtime.coordinator.failure_detector", "runtime.testing"),
-    *("runtime.gateway.protocol", "runtime.gateway.parameters", "runtime.gateway.queue"),
-    *("runtime.gateway.documents", "runtime.gateway.tensor_data"),
+    *("runtime.gateway.protocol.inference", "runtime.gateway.protocol.parameters", "runtime.gateway.queue"),
+    *("runtime.gateway.protocol.documents", "runtime.gateway.protocol.tensor_data"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),
 ]
 READS_THE_CLOCK = {"onnxsplit.partitioner", "onnxsplit.partitioner.search"}  # a search ends when its time is up
@@ -216,3 +223,30 @@ def test_pure_modules_reach_nothing_outside():
 def test_files_do_not_import_each_other_in_a_circle():
     wrong = [m for m in modules() if m in reached(m) and m != "onnxsplit"]
     assert not wrong, wrong
+
+
+def test_the_distribution_holds_every_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == folders
+
+
+def test_the_distribution_holds_every_data_file():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    listed = {
+        path
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    data = {
+        path
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert data == listed

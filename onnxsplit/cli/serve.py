@@ -18,9 +18,9 @@ from onnxsplit.cli.values import NumberParam, SizeParam
 from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE, parse_whole
 
 if TYPE_CHECKING:
-    from runtime.gateway.repository import StartPipeline
+    from runtime.gateway.models.repository import StartPipeline
+    from runtime.gateway.models.version import Version
     from runtime.gateway.server import ServeOptions, Serving
-    from runtime.gateway.version import Version
     from runtime.launch.ray import Placement
     from runtime.pipeline import Pipeline
 
@@ -228,7 +228,7 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
         from onnxsplit.errors import InputError
 
         raise InputError(f"serving needs more packages: pip install 'onnxsplit[serve]' ({error})") from error
-    from runtime.gateway.version import find_versions
+    from runtime.gateway.models.version import find_versions
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     chosen = different(click.get_current_context())

@@ -24,13 +24,13 @@ from msgspec import Struct
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.tensors import Array, content_bytes
 from runtime.errors import Busy, DeadlineExceeded, NodeFailed, NotSeparable, PipelineClosed, StageFailed
-from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded
+from runtime.gateway.models.counters import Counters
 from runtime.gateway.queue import Limits, QueuedRequest, RequestQueue
 from runtime.gateway.threads import takes_long
-from runtime.microbatch import BatchAxes, join
 from runtime.pipeline import Pipeline
-from runtime.request import Answering, OutputSelection
+from runtime.requests.microbatch import BatchAxes, join
+from runtime.requests.request import Answering, OutputSelection
 from runtime.wire.messages.data import Visit
 
 _log = logging.getLogger("runtime.gateway")

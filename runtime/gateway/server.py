@@ -24,14 +24,14 @@ from runtime.gateway.grpc.servicer import GrpcServicer
 from runtime.gateway.http.app import HttpApp
 from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.connections import Connection
+from runtime.gateway.models.repository import Repository, StartPipeline
+from runtime.gateway.models.version import Version, find_versions
 from runtime.gateway.queue import Limits
-from runtime.gateway.repository import Repository, StartPipeline
 from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.telemetry.sampler import Sampler
 from runtime.gateway.telemetry.spans import Spans
 from runtime.gateway.threads import Workers
-from runtime.gateway.version import Version, find_versions
 from runtime.logs import log_event
 
 _log = logging.getLogger("runtime.gateway")

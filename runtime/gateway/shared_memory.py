@@ -17,7 +17,7 @@ from pathlib import Path
 
 from onnxsplit.errors import InputError, shown
 from runtime.gateway.errors import Forbidden, TooLarge, UnknownRegion
-from runtime.gateway.protocol import ReadRegion, RegionSlice
+from runtime.gateway.protocol.inference import ReadRegion, RegionSlice
 
 _FOLDER = Path("/dev/shm")  # noqa: S108  where shm_open keeps its objects
 _KEY = re.compile(r"/?[^/\0]{1,254}")

@@ -30,7 +30,7 @@ import tritonclient.grpc.aio as triton_grpc_aio  # noqa: E402
 import tritonclient.http.aio as triton_http_aio  # noqa: E402
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype  # noqa: E402
 
-from runtime.gateway.protocol import DATATYPES  # noqa: E402
+from runtime.gateway.protocol.inference import DATATYPES  # noqa: E402
 
 X = np.arange(64, dtype=np.float32).reshape(2, 32) / 64
 CLIENTS = ("http", "grpc", "http.aio", "grpc.aio")

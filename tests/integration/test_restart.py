@@ -13,13 +13,13 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from runtime import Pipeline
 from runtime.errors import LaunchFailed
-from runtime.gateway import repository as repositories
-from runtime.gateway.documents import VersionState
 from runtime.gateway.errors import NotLoaded, status_of
-from runtime.gateway.protocol import InferRequest
+from runtime.gateway.models import repository as repositories
+from runtime.gateway.models.repository import Repository
+from runtime.gateway.models.version import find_versions
+from runtime.gateway.protocol.documents import VersionState
+from runtime.gateway.protocol.inference import InferRequest
 from runtime.gateway.queue import Limits
-from runtime.gateway.repository import Repository
-from runtime.gateway.version import find_versions
 
 X = {"x": np.ones((1, 32), np.float32)}
 

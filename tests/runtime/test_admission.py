@@ -7,8 +7,8 @@ import threading
 import pytest
 from waiting import wait_until
 
-from runtime import admission
-from runtime.admission import Admission
+from runtime.requests import admission
+from runtime.requests.admission import Admission
 
 
 def waiting(entrance: Admission, size: int, log: list, name: str) -> threading.Thread:

@@ -9,7 +9,7 @@ import pytest
 
 from onnxsplit.errors import InputError
 from onnxsplit.tensors import check_inputs
-from runtime.intake import MOST_TIMEOUT_S, normal_inputs, normal_names, normal_timeout_ns
+from runtime.requests.normalize import MOST_TIMEOUT_S, normal_inputs, normal_names, normal_timeout_ns
 
 SPECS = {"x": ("float32", ("n", 2)), "s": ("string", ("n",))}
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.microbatch import join, split
+from runtime.requests.microbatch import join, split
 
 
 @given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 2))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.admission import Admission
 from runtime.coordinator.answers import Answer
 from runtime.errors import Cancelled, NotSeparable, PipelineClosed, StageFailed
-from runtime.request import OutputSelection, Request
+from runtime.requests.admission import Admission
+from runtime.requests.request import OutputSelection, Request
 
 ASKED = OutputSelection(
     names=("y", "c"), computed=("y",), passed=("c",), optional=frozenset(), defaults=(), axes={"x": 0, "y": 0}

@@ -14,7 +14,8 @@ from tritonclient.grpc import service_pb2 as pb
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array
 from runtime.gateway.errors import TooLarge
-from runtime.gateway.parameters import (
+from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, datatype_of
+from runtime.gateway.protocol.parameters import (
     MOST_JSON_BYTES,
     MOST_TENSORS,
     from_region,
@@ -22,8 +23,7 @@ from runtime.gateway.parameters import (
     requested_output,
     timeout_ns,
 )
-from runtime.gateway.protocol import InferRequest, InferResponse, ReadRegion, datatype_of
-from runtime.gateway.tensor_data import check_count, check_rank, from_bytes, from_items, to_bytes
+from runtime.gateway.protocol.tensor_data import check_count, check_rank, from_bytes, from_items, to_bytes
 
 _CONTENTS = {
     "BOOL": "bool_contents",

@@ -17,19 +17,19 @@ from tritonclient.grpc import service_pb2 as pb
 
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.errors import Busy
-from runtime.gateway import metadata
 from runtime.gateway.access import AccessControl
 from runtime.gateway.budget import Budget
-from runtime.gateway.documents import Statistics, VersionState
 from runtime.gateway.errors import UnknownRegion, Unsupported, clear_frames, client_message, status_of
 from runtime.gateway.grpc import codec
+from runtime.gateway.models import metadata
+from runtime.gateway.protocol.documents import Statistics, VersionState
 from runtime.gateway.receive_limit import ReceiveLimit
 from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import Region
 from runtime.gateway.telemetry.sampler import Sampler
 from runtime.gateway.threads import takes_long
-from runtime.intake import MOST_TIMEOUT_S
 from runtime.logs import log_event
+from runtime.requests.normalize import MOST_TIMEOUT_S
 
 _log = logging.getLogger("runtime.gateway")
 _MESSAGE_CHARACTERS = 500
@@ -337,7 +337,7 @@ def _encode(message: Any) -> bytes:
 
 
 def _message(document: Any, message: Any) -> Any:
-    """A protobuf message filled with a document of :mod:`runtime.gateway.documents`."""
+    """A protobuf message filled with a document of :mod:`runtime.gateway.protocol.documents`."""
     return json_format.ParseDict(msgspec.to_builtins(document), message)
 
 

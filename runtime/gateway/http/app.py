@@ -17,9 +17,14 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
-from runtime.gateway import metadata
 from runtime.gateway.access import AccessControl
-from runtime.gateway.documents import (
+from runtime.gateway.errors import TooLarge, UnknownRegion, Unsupported
+from runtime.gateway.http import openapi, page
+from runtime.gateway.http.bodies import Bodies
+from runtime.gateway.http.inference import HEADER_LENGTH, AccessControlled, InferenceEndpoint
+from runtime.gateway.http.responses import json_response, on_error, on_http_error, readiness
+from runtime.gateway.models import metadata
+from runtime.gateway.protocol.documents import (
     ChangeRequest,
     IndexEntry,
     IndexRequest,
@@ -28,11 +33,6 @@ from runtime.gateway.documents import (
     Statistics,
     VersionState,
 )
-from runtime.gateway.errors import TooLarge, UnknownRegion, Unsupported
-from runtime.gateway.http import openapi, page
-from runtime.gateway.http.bodies import Bodies
-from runtime.gateway.http.inference import HEADER_LENGTH, AccessControlled, InferenceEndpoint
-from runtime.gateway.http.responses import json_response, on_error, on_http_error, readiness
 from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import Region
 from runtime.gateway.telemetry import metrics

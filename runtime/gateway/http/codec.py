@@ -16,9 +16,10 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import MAX_RANK, Array
-from runtime.gateway.documents import Datatype, described
 from runtime.gateway.errors import TooLarge
-from runtime.gateway.parameters import (
+from runtime.gateway.protocol.documents import Datatype, described
+from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, RequestedOutput, datatype_of
+from runtime.gateway.protocol.parameters import (
     MOST_JSON_BYTES,
     MOST_TENSORS,
     flag,
@@ -28,8 +29,7 @@ from runtime.gateway.parameters import (
     timeout_ns,
     whole_number,
 )
-from runtime.gateway.protocol import InferRequest, InferResponse, ReadRegion, RequestedOutput, datatype_of
-from runtime.gateway.tensor_data import from_bytes, from_json, to_bytes, to_json
+from runtime.gateway.protocol.tensor_data import from_bytes, from_json, to_bytes, to_json
 
 _Shape = Annotated[Raw, described(type="array", items={"type": "integer", "minimum": 0}, maxItems=MAX_RANK)]
 _Data = Annotated[Raw, described(type="array", description="Elements in row-major order, flat or nested.")]

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 import onnxsplit
-from runtime.gateway.documents import (
+from runtime.gateway.http.bodies import SILENCE_S
+from runtime.gateway.http.codec import RequestBody, ResponseBody
+from runtime.gateway.protocol.documents import (
     ChangeRequest,
     ErrorMessage,
     IndexEntry,
@@ -24,8 +26,6 @@ from runtime.gateway.documents import (
     ServerMetadata,
     Statistics,
 )
-from runtime.gateway.http.bodies import SILENCE_S
-from runtime.gateway.http.codec import RequestBody, ResponseBody
 
 _ERRORS = {
     400: "The request is not valid; the message says where.",

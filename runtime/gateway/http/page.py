@@ -11,7 +11,7 @@ from onnxsplit import drawing
 from onnxsplit.npz import load_npz
 from onnxsplit.plan_files import example_file
 from runtime.gateway.http.codec import ask
-from runtime.gateway.version import Version
+from runtime.gateway.models.version import Version
 
 
 @cache

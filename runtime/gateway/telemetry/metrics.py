@@ -24,9 +24,9 @@ from prometheus_client.registry import Collector
 import onnxsplit
 from runtime.coordinator.counters import BUCKETS_NS
 from runtime.coordinator.status import NodeStats
-from runtime.gateway.counters import FAILURE_REASONS
+from runtime.gateway.models.counters import FAILURE_REASONS
+from runtime.gateway.models.version import Version, stage_name
 from runtime.gateway.telemetry.sampler import Sampler
-from runtime.gateway.version import Version, stage_name
 
 _MODEL = ("model", "version")
 _NODE = ("model", "version", "stage", "replica")

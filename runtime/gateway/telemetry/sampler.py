@@ -12,11 +12,11 @@ import msgspec
 from msgspec import Struct
 
 from runtime.coordinator.status import NodeStats
-from runtime.gateway import metadata
 from runtime.gateway.budget import Budget
-from runtime.gateway.documents import ModelStatistics
+from runtime.gateway.models import metadata
+from runtime.gateway.models.version import Version
+from runtime.gateway.protocol.documents import ModelStatistics
 from runtime.gateway.service import Service
-from runtime.gateway.version import Version
 
 INTERVAL_S = 1.0
 _KEPT_SAMPLES = 60

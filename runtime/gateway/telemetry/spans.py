@@ -16,7 +16,7 @@ from runtime.gateway.batcher import Inference
 from runtime.gateway.errors import client_message
 
 if TYPE_CHECKING:
-    from runtime.gateway.version import Version
+    from runtime.gateway.models.version import Version
 
 
 class Spans:

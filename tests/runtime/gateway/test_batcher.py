@@ -9,12 +9,12 @@ import threading
 import numpy as np
 import pytest
 
-from runtime.admission import Admission
 from runtime.errors import Busy
 from runtime.gateway.batcher import Batcher
-from runtime.gateway.counters import Counters
+from runtime.gateway.models.counters import Counters
 from runtime.gateway.queue import Limits
-from runtime.request import Answering, OutputSelection
+from runtime.requests.admission import Admission
+from runtime.requests.request import Answering, OutputSelection
 
 
 class Echo:

@@ -17,8 +17,8 @@ from onnxsplit.errors import InputError
 from onnxsplit.tensors import dtype_name, numpy_dtype
 from runtime.gateway.http.bodies import coding_of, compress
 from runtime.gateway.http.codec import answer, ask, parse
-from runtime.gateway.protocol import DATATYPES, InferResponse, RegionSlice, RequestedOutput
-from runtime.gateway.tensor_data import classify, from_bytes, from_json, to_bytes, to_json
+from runtime.gateway.protocol.inference import DATATYPES, InferResponse, RegionSlice, RequestedOutput
+from runtime.gateway.protocol.tensor_data import classify, from_bytes, from_json, to_bytes, to_json
 
 KINDS = [dtype for dtype in DATATYPES if dtype not in ("string", "bfloat16")]
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)

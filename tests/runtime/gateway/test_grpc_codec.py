@@ -8,12 +8,12 @@ pytest.importorskip("grpc", reason="needs the extra serve")
 from tritonclient.grpc import service_pb2 as pb
 
 from onnxsplit.errors import InputError
-from runtime.gateway import tensor_data
 from runtime.gateway.errors import TooLarge
 from runtime.gateway.grpc import codec as grpc_codec
-from runtime.gateway.parameters import MOST_JSON_BYTES
-from runtime.gateway.protocol import RegionSlice
-from runtime.gateway.tensor_data import from_items
+from runtime.gateway.protocol import tensor_data
+from runtime.gateway.protocol.inference import RegionSlice
+from runtime.gateway.protocol.parameters import MOST_JSON_BYTES
+from runtime.gateway.protocol.tensor_data import from_items
 
 
 def nowhere(place: RegionSlice) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 
 from onnxsplit.errors import InputError
 from runtime.gateway.errors import Forbidden, TooLarge, UnknownRegion
-from runtime.gateway.protocol import RegionSlice
+from runtime.gateway.protocol.inference import RegionSlice
 from runtime.gateway.shared_memory import Region, SharedMemoryRegions
 
 

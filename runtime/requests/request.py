@@ -8,11 +8,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from onnxsplit.tensors import Array
-from runtime.admission import Admission
 from runtime.coordinator.answers import Answer
 from runtime.coordinator.request_io import RequestIO, unsendable
 from runtime.errors import PipelineError
-from runtime.microbatch import BatchAxes, join
+from runtime.requests.admission import Admission
+from runtime.requests.microbatch import BatchAxes, join
 from runtime.wire.messages.data import Visit
 
 

@@ -12,8 +12,8 @@ from onnxsplit.npz import load_npz
 from onnxsplit.plan import Plan
 from onnxsplit.plan_files import default_files
 from onnxsplit.tensors import Array, check_inputs
-from runtime.microbatch import batch_axes, split
-from runtime.request import OutputSelection
+from runtime.requests.microbatch import batch_axes, split
+from runtime.requests.request import OutputSelection
 
 _REMEMBERED = 256  # cached sets of requested outputs
 

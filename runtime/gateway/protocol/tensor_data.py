@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import MAX_RANK, Array, element_count, numpy_dtype
-from runtime.gateway.protocol import dtype_of
+from runtime.gateway.protocol.inference import dtype_of
 
 _MOST_STRINGS = 1 << 22  # in one tensor
 _MOST_JSON_STRINGS = 1 << 20  # in one tensor; decoding more would block other threads for too long

@@ -7,9 +7,9 @@ from typing import Any
 
 from onnxsplit.errors import InputError, shown
 from onnxsplit.tensors import Array
-from runtime.gateway.protocol import ReadRegion, RegionSlice, RequestedOutput
-from runtime.gateway.tensor_data import bytes_of, from_bytes
-from runtime.intake import MOST_TIMEOUT_S
+from runtime.gateway.protocol.inference import ReadRegion, RegionSlice, RequestedOutput
+from runtime.gateway.protocol.tensor_data import bytes_of, from_bytes
+from runtime.requests.normalize import MOST_TIMEOUT_S
 
 MOST_JSON_BYTES = 64 << 20
 """Most bytes of a request's JSON, or of a gRPC message beside its raw tensors."""

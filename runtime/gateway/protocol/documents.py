@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from runtime.gateway.protocol import DATATYPES
+from runtime.gateway.protocol.inference import DATATYPES
 
 Json = dict[str, Any]
 """A JSON object whose fields no type describes."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import onnxsplit
 from onnxsplit.plan import Plan, Stage
 from runtime.coordinator.status import NodeStats
-from runtime.gateway.documents import (
+from runtime.gateway.models.version import Version, stage_name
+from runtime.gateway.protocol.documents import (
     BatchStatistics,
     Duration,
     InferenceStatistics,
@@ -21,8 +22,7 @@ from runtime.gateway.documents import (
     ServerMetadata,
     TensorMetadata,
 )
-from runtime.gateway.protocol import DATATYPES
-from runtime.gateway.version import Version, stage_name
+from runtime.gateway.protocol.inference import DATATYPES
 
 NAME = "onnxsplit"
 _SHARED_MEMORY = "system_shared_memory"

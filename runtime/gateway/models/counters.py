@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from onnxsplit.errors import InputError
 from runtime.coordinator.counters import BUCKETS_NS
 from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
-from runtime.gateway.documents import Duration
 from runtime.gateway.errors import GatewayError, NotLoaded
+from runtime.gateway.protocol.documents import Duration
 
 _LATENCIES = 1000
 FAILURE_REASONS = ("REJECTED", "CANCELED", "TIMEOUT", "INVALID", "OTHER")

@@ -14,14 +14,14 @@ from onnxsplit.errors import OnnxsplitError, shown
 from onnxsplit.plan_files import load_plan
 from runtime.errors import PipelineClosed
 from runtime.gateway.batcher import Batcher
-from runtime.gateway.counters import Counters
-from runtime.gateway.documents import VersionState
 from runtime.gateway.errors import NotLoaded, UnknownModel, client_message
+from runtime.gateway.models.counters import Counters
+from runtime.gateway.models.version import Version
+from runtime.gateway.protocol.documents import VersionState
 from runtime.gateway.queue import Limits
-from runtime.gateway.version import Version
 from runtime.logs import log_event
-from runtime.microbatch import batch_axes
 from runtime.pipeline import Pipeline
+from runtime.requests.microbatch import batch_axes
 
 _WATCH_INTERVAL_S = 0.5
 _RESTART_WAIT_S, _MOST_RESTART_WAIT_S = 1.0, 60.0

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol: requests, parameters, tensor data and JSON documents."""
