@@ -65,7 +65,7 @@ HOMES = {
     "grpc": "runtime.gateway.server runtime.gateway.grpc",
     "tritonclient": "runtime.gateway.server runtime.gateway.grpc",
     "prometheus_client": "runtime.gateway.telemetry",
-    "opentelemetry": "runtime.gateway.telemetry",
+    "opentelemetry": "runtime.gateway.spans",
     "yaml": "runtime.deploy",
     "ray": "runtime.launch",
 }

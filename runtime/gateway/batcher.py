@@ -24,8 +24,8 @@ from msgspec import Struct
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.tensors import Array, content_bytes
 from runtime.errors import Busy, DeadlineExceeded, NodeFailed, NotSeparable, PipelineClosed, StageFailed
+from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded
-from runtime.gateway.models.counters import Counters
 from runtime.gateway.queue import Limits, QueuedRequest, RequestQueue
 from runtime.gateway.threads import takes_long
 from runtime.pipeline import Pipeline

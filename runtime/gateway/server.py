@@ -29,8 +29,8 @@ from runtime.gateway.models.version import Version, find_versions
 from runtime.gateway.queue import Limits
 from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import SharedMemoryRegions
+from runtime.gateway.spans import Spans
 from runtime.gateway.telemetry.sampler import Sampler
-from runtime.gateway.telemetry.spans import Spans
 from runtime.gateway.threads import Workers
 from runtime.logs import log_event
 

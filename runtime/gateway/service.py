@@ -9,14 +9,14 @@ from typing import TypeVar
 
 from onnxsplit.tensors import Array, content_bytes
 from runtime.gateway.batcher import Inference
+from runtime.gateway.counters import failure_reason
 from runtime.gateway.errors import Unsupported, client_message
-from runtime.gateway.models.counters import failure_reason
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import Version, split_name
 from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, RequestedOutput
 from runtime.gateway.protocol.tensor_data import classify, to_bytes
 from runtime.gateway.shared_memory import SharedMemoryRegions
-from runtime.gateway.telemetry.spans import Spans
+from runtime.gateway.spans import Spans
 from runtime.gateway.threads import Workers, takes_long
 
 Encoded = TypeVar("Encoded")

@@ -1,1 +1,1 @@
-"""The models that are served: versions, the repository, counters and metadata."""
+"""The models that are served: the repository, their versions and metadata."""

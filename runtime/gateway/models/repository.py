@@ -14,8 +14,8 @@ from onnxsplit.errors import OnnxsplitError, shown
 from onnxsplit.plan_files import load_plan
 from runtime.errors import PipelineClosed
 from runtime.gateway.batcher import Batcher
+from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded, UnknownModel, client_message
-from runtime.gateway.models.counters import Counters
 from runtime.gateway.models.version import Version
 from runtime.gateway.protocol.documents import VersionState
 from runtime.gateway.queue import Limits

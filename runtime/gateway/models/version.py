@@ -15,8 +15,8 @@ from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import load_plan
 from onnxsplit.tensors import Array
 from runtime.gateway.batcher import Batcher, Inference
+from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded
-from runtime.gateway.models.counters import Counters
 from runtime.gateway.protocol.documents import VersionState
 from runtime.gateway.protocol.inference import DATATYPES, InferRequest, RequestedOutput
 from runtime.pipeline import Pipeline

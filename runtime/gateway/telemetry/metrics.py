@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 import onnxsplit
 from runtime.coordinator.counters import BUCKETS_NS
 from runtime.coordinator.status import NodeStats
-from runtime.gateway.models.counters import FAILURE_REASONS
+from runtime.gateway.counters import FAILURE_REASONS
 from runtime.gateway.models.version import Version, stage_name
 from runtime.gateway.telemetry.sampler import Sampler
 

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.errors import Busy
 from runtime.gateway.batcher import Batcher
-from runtime.gateway.models.counters import Counters
+from runtime.gateway.counters import Counters
 from runtime.gateway.queue import Limits
 from runtime.requests.admission import Admission
 from runtime.requests.request import Answering, OutputSelection
