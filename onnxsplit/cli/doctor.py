@@ -25,5 +25,5 @@ def command(output: Output) -> None:
     for problem in host.problems:
         output.line(f"Problem: {problem}")
     if not host.problems:
-        output.line("No problems host. Next: onnxsplit partition model.onnx")
+        output.line("No problems found. Next: onnxsplit partition model.onnx")
     output.result({"doctor": host})

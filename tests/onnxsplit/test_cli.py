@@ -356,6 +356,14 @@ def test_doctor_tells_what_is_here(onnxsplit):
     assert {"name": "CPUExecutionProvider", "problem": None} in found["providers"]
 
 
+def test_doctor_ends_with_its_problems_or_with_the_next_step(onnxsplit):
+    problems = json.loads(onnxsplit("doctor", "--json").stdout)["doctor"]["problems"]
+    expected = [f"Problem: {problem}" for problem in problems] or [
+        "No problems found. Next: onnxsplit partition model.onnx"
+    ]
+    assert onnxsplit("doctor").stdout.splitlines()[-len(expected) :] == expected
+
+
 def test_merge_says_what_it_wrote(onnxsplit, tmp_path, chain_plan):
     assert "from 2 stages" in onnxsplit("merge", chain_plan, "-o", "merged.onnx").stdout
     assert [p.name for p in tmp_path.iterdir()] == ["merged.onnx"]
