@@ -85,6 +85,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._executions: set[_Execution] = set()
         self._batch_timer: asyncio.TimerHandle | None = None
+        self._waits_for_release = False  # one wait serves every refused request
         self._thread = threading.get_ident()
         self._results, take = pipeline.take_in_loop()
         self._loop.add_reader(self._results, take)
@@ -220,7 +221,7 @@ class Batcher:
             future = send()
         except Busy:
             self._executions.discard(execution)
-            self._admission.when_released(releases, self._released)
+            self._wait_for_release(releases)
             return False
         except Exception as error:  # every waiting request gets the error
             self._loop.call_soon(self._finish, execution, error)
@@ -233,10 +234,20 @@ class Batcher:
     ) -> Answering:
         return self._pipeline.enter(join(inputs, selection.axes or {}), selection, deadline_ns=deadline_ns, block=False)
 
+    def _wait_for_release(self, releases: int) -> None:
+        """Dispatch again once there have been more than ``releases`` releases, unless a wait is already under way."""
+        if not self._waits_for_release:
+            self._waits_for_release = True
+            self._admission.when_released(releases, self._released)
+
     def _released(self) -> None:
         """Called in any thread when the pipeline has room again."""
         with suppress(RuntimeError):  # the event loop has ended
-            self._loop.call_soon_threadsafe(self._dispatch)
+            self._loop.call_soon_threadsafe(self._dispatch_released)
+
+    def _dispatch_released(self) -> None:
+        self._waits_for_release = False
+        self._dispatch()
 
     def _sent(self, execution: _Execution, sending: asyncio.Future[Answering], releases: int) -> None:
         """Called when large tensors were copied into the pipeline, or it had no room for them."""
@@ -244,7 +255,7 @@ class Batcher:
         if isinstance(error, Busy):
             self._executions.discard(execution)
             self.queue.put_back([request for request in execution.requests if not request.item.outputs.done()])
-            self._admission.when_released(releases, self._released)
+            self._wait_for_release(releases)
             self._update_idle()
         elif error is not None:
             self._finish(execution, error)

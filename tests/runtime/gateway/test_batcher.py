@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from runtime.errors import Busy
+from runtime.errors import Busy, PipelineClosed
 from runtime.gateway.batcher import Batcher
 from runtime.gateway.counters import Counters
 from runtime.gateway.queue import Limits
@@ -96,6 +96,32 @@ def test_a_release_between_the_refusal_and_the_wait_is_not_missed():
         outputs, _ = await batcher.run({"x": np.ones(3)}, ("y",), 0, None)
         assert outputs["y"].tolist() == [1, 1, 1]
         assert pipeline.refusals == 1
+        batcher.close()
+
+    asyncio.run(scene())
+    pipeline.close()
+
+
+def test_one_release_leads_to_one_more_try_however_many_requests_were_refused():
+    admission = Admission(1, 100)
+    pipeline = Echo(admission)
+
+    async def scene():
+        admission.enter("another caller's", 1)
+        batcher = Batcher(pipeline, Limits(), Counters())
+        asked = [asyncio.ensure_future(batcher.run({"x": np.ones(3)}, ("y",), 0, None)) for _ in range(20)]
+        while len(batcher.queue) < len(asked):
+            await asyncio.sleep(0)
+        refusals = pipeline.refusals
+        for number in range(5):  # no room remains, because another caller is faster each time
+            admission.leave(number or "another caller's")
+            admission.enter(number + 1, 1)
+            for _ in range(20):
+                await asyncio.sleep(0)
+        assert pipeline.refusals == refusals + 5
+        batcher.refuse(PipelineClosed("the test is over"))
+        await asyncio.gather(*asked, return_exceptions=True)
+        await batcher.empty()
         batcher.close()
 
     asyncio.run(scene())
