@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from onnxsplit.cli.output import (
     MODEL,
@@ -31,6 +33,7 @@ _DEVICES, _RESULTS = "Stages and devices", "Results"
 _device_option = functools.partial(option, section=_DEVICES)
 _cut_option = functools.partial(option, section="Where to cut")
 _search_option = functools.partial(option, section="The search")
+_SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)  # strongest first
 _EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs", "custom_ops")
 
 
@@ -54,6 +57,17 @@ def _note_former_name(output: Output, former: str, name: str) -> None:
     """Tell a user the current name of an option."""
     now = f"--{name.replace('_', '-')}"
     output.note(f"--{former} is now {now}. This version accepts both; the next one refuses --{former}")
+
+
+def _strongest_names(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Options of which the former and the current name are one: of values from two sources the stronger ones stay."""
+    context = click.get_current_context()
+    strongest = dict(options)
+    for pair in names.items():
+        sources = {name: context.get_parameter_source(name) for name in pair}
+        ranks = {name: _SOURCES.index(source) for name, source in sources.items() if source in _SOURCES}
+        strongest |= {name: () for name, rank in ranks.items() if rank > min(ranks.values())}
+    return strongest
 
 
 @make_command
@@ -178,11 +192,12 @@ def command(
     from onnxsplit.files import check_outputs
     from onnxsplit.model.dominant_op import explain_dominant_op
     from onnxsplit.planning import planner
-    from onnxsplit.planning.options import CutOptions, by_current_name
+    from onnxsplit.planning.options import CURRENT_NAMES, CutOptions, by_current_name
 
     check_outputs(html, annotate)
     folder = out or planner.default_plan_folder(model)
     examined = {name: options.pop(name) for name in _EXAMINED}
+    options = _strongest_names(options, CURRENT_NAMES)
     wanted = CutOptions(**by_current_name(options, functools.partial(_note_former_name, output)))
     if not dry_run:
         planner.check_plan_folder(folder)

@@ -85,6 +85,8 @@ def apply(context: click.Context, commands: click.Group, command: str) -> None:
             )
         if parameter.multiple and not isinstance(value, list):
             value = [value]
+        if isinstance(value, list) and not parameter.multiple:
+            raise click.UsageError(f"{file}: {command}.{key} is {value!r}; it takes one value, not a list")
         if parameter.is_flag and not isinstance(value, bool):
             raise click.UsageError(f"{file}: {command}.{key} is {value!r}; allowed: true, false")
         if isinstance(value, bool) and parameter.flag_value is not None and not parameter.is_flag:

@@ -15,7 +15,9 @@ from onnxsplit.plan import MOST_NODES, Objective
 Strategy = Literal["layer", "network", "task"]
 
 _MOST_GAP = 10.0
-_CURRENT_NAMES = {"cut": "also_cut", "keep": "no_cut"}
+
+#: The current name of each option that had another name before.
+CURRENT_NAMES = {"cut": "also_cut", "keep": "no_cut"}
 
 
 def by_current_name(options: Mapping[str, Any], note: Callable[[str, str], None]) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def by_current_name(options: Mapping[str, Any], note: Callable[[str, str], None]
         note: called with the former and the current name of each former name that has a value.
     """
     current = dict(options)
-    for former, name in _CURRENT_NAMES.items():
+    for former, name in CURRENT_NAMES.items():
         values = current.pop(former, ())
         if values:
             note(former, name)

@@ -159,6 +159,19 @@ def test_former_names_of_options_are_taken_with_a_note(onnxsplit, tmp_path, pyth
     assert "h0" in {cut["tensor"] for cut in json.loads(done.stdout)["summary"]["cuts"]}
 
 
+def test_the_command_line_wins_over_a_former_name_in_a_settings_file(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    (tmp_path / "onnxsplit.toml").write_text('[partition]\ncut = "h0"\n')
+    done = onnxsplit("partition", "model.onnx", "--also-cut", "h2", "--costs", "analytic", "--dry-run", "--json")
+    assert [cut["tensor"] for cut in json.loads(done.stdout)["summary"]["cuts"]] == ["h2"]
+
+
+def test_a_list_in_a_settings_file_for_an_option_with_one_value_is_refused(onnxsplit, tmp_path):
+    (tmp_path / "onnxsplit.toml").write_text("[partition]\nstages = [1, 2]\n")
+    done = onnxsplit("partition", "model.onnx", code=2)
+    assert "partition.stages is [1, 2]; it takes one value, not a list" in done.stderr
+
+
 def test_new_names_of_options_are_in_the_help_and_former_ones_are_not(onnxsplit, tmp_path):
     words = onnxsplit("partition", "--help").stdout.split()
     assert {"--also-cut", "--no-cut", "--cut-at"} <= set(words)
