@@ -316,9 +316,12 @@ class Coordinator:
 
     def _finish(self, failure: BaseException | None) -> None:
         """Answer all requests and resolve all futures, even if a step fails."""
-        reason = (
-            failure if isinstance(failure, PipelineError) else PipelineClosed(f"the coordinator failed: {failure!r}")
-        )
+        if failure is None:
+            reason: PipelineError = PipelineClosed("the pipeline was closed")
+        elif isinstance(failure, PipelineError):
+            reason = failure
+        else:
+            reason = PipelineClosed(f"the coordinator failed: {failure!r}")
         steps: tuple[Callable[[], None], ...] = (
             lambda: self.requests.fail(reason),
             lambda: self._remove(failure),

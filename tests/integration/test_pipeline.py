@@ -181,6 +181,9 @@ def test_closing_fails_what_is_in_flight(chain_plan):
     with pytest.raises(PipelineClosed):
         pipeline.run(batch())
     pipeline.close()
+    assert pipeline.trouble == "the pipeline was closed"
+    with pytest.raises(PipelineClosed, match="the pipeline was closed"):
+        pipeline.drain(1)
 
 
 def test_pass_through_outputs_need_no_node(tmp_path):
