@@ -250,3 +250,23 @@ def test_the_distribution_holds_every_data_file():
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
     assert data == listed
+
+
+def test_a_file_can_be_read_in_one_sitting_and_a_function_at_one_glance():
+    long_files = [name for name, path in modules().items() if len(path.read_text().splitlines()) > 400]
+    long_functions = [
+        f"{name}.{node.name}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert not long_files + long_functions
+
+
+def test_a_public_class_name_has_one_owner():
+    owners: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                owners.setdefault(node.name, []).append(name)
+    assert not {name: places for name, places in owners.items() if len(places) > 1}
