@@ -413,7 +413,7 @@ def test_a_coordinator_that_is_stopped_for_longer_gets_its_nodes_back(address, s
     wait_for(lambda: "dropped all work: the coordinator has been silent for 2 s" in node.said)
     caller.process.send_signal(signal.SIGCONT)
     losses, present = caller.ask()
-    assert losses >= 1  # a busy machine may hold the node up for the silence once more
+    assert losses >= 1  # on a busy machine the node may be lost again before it answers
     assert present == node.process.pid
     assert 2 <= node.said.count("stage loaded") <= losses + 1
     caller.end()
@@ -427,8 +427,7 @@ def test_launched_nodes_end_when_their_coordinator_is_stopped_for_long_and_are_s
     wait_for(lambda: psutil.Process(old).status() == psutil.STATUS_ZOMBIE)
     caller.process.send_signal(signal.SIGCONT)
     lost, new = caller.ask()
-    assert lost >= 1  # more when the machine is busy
-    assert new != old
+    assert (lost, new != old) == (1, True)
     caller.end()
 
 
