@@ -13,7 +13,7 @@ from msgspec import Meta
 from onnxsplit.cluster import LOCAL, MOST_LATENCY_US, Cluster, Device, Link, parse_size
 from onnxsplit.errors import ClusterError, one_line, shown
 from onnxsplit.files import MOST_TEXT_BYTES, read_regular
-from onnxsplit.plan import MOST_NODES, MOST_THREADS
+from onnxsplit.plan_base import MOST_NODES, MOST_THREADS
 
 # The limits of values, and the words for them in messages.
 _Text = Annotated[str, Meta(min_length=1, description="a text that is not empty")]

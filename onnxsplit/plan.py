@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from onnxsplit.numbers import MOST_FILE_BYTES
+from onnxsplit.plan_base import MOST_NODES, MOST_THREADS, Axis, Count, FileEntry, PlanStruct, Rate, StageIndex
+from onnxsplit.plan_decoder import Decoder
 
 CALLER = -1
 """Stands for the caller where a stage or an atom is expected: it writes the model's inputs."""
@@ -23,25 +24,9 @@ FORMAT_VERSION = 1
 
 PLAN_FILE = "plan.json"
 
-MOST_NODES = 255
-"""The largest number of nodes of a plan: all replicas of all stages. It is also the largest number of stages."""
-
-MOST_THREADS = 1024
-"""The largest number of threads of one session."""
-
-_MOST_RANK = 64
-_MOST_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON keeps exact
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_INTEGER)]
-"""A time in nanoseconds, a size in bytes, the size of a dimension, or a count."""
-
-StageIndex = Annotated[int, msgspec.Meta(ge=0, lt=MOST_NODES)]
 Replicas = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)]
 Threads = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
-Axis = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_RANK)]
-FileSize = Annotated[int, msgspec.Meta(ge=0, le=MOST_FILE_BYTES)]
 VersionNumber = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 
 Shape = tuple[Count | str, ...]
 
@@ -51,10 +36,6 @@ Level = Literal["disabled", "basic", "extended", "all"]
 
 Objective = Literal["throughput", "latency", "memory"]
 """The value that a plan minimises: time of the slowest stage, time of one request, or largest memory of a stage."""
-
-
-class PlanStruct(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of all parts of a plan. They are immutable and compared by value; unknown JSON fields are ignored."""
 
 
 class TensorSpec(PlanStruct, frozen=True, kw_only=True):
@@ -82,14 +63,6 @@ class BatchClaim(PlanStruct, frozen=True, kw_only=True):
 
     trials: Count = 0
     why_not: str = ""
-
-
-class FileEntry(PlanStruct, frozen=True, kw_only=True):
-    """One file of the plan directory: its name (without a folder), its size, and its SHA-256 in hexadecimal."""
-
-    name: str
-    sha256: str
-    size_bytes: FileSize
 
 
 class CustomOps(PlanStruct, frozen=True, kw_only=True):
@@ -259,11 +232,12 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
     costs: Costs
     batch: BatchClaim | None = None
     example_inputs: FileEntry | None = None
-    defaults: dict[str, FileEntry] = {}
-    constant_inputs: dict[str, str] = {}
+    defaults: dict[str, FileEntry] = msgspec.field(default_factory=dict)
+    constant_inputs: dict[str, str] = msgspec.field(default_factory=dict)
     dropped_outputs: tuple[str, ...] = ()
     dropped_inputs: tuple[str, ...] = ()
     custom_ops: tuple[CustomOps, ...] = ()
+    decoder: Decoder | None = None
 
     def to_json(self) -> bytes:
         """The bytes of ``plan.json``."""
@@ -279,6 +253,8 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
         if self.example_inputs is not None:
             yield self.example_inputs
         yield from self.defaults.values()
+        if self.decoder is not None:
+            yield from self.decoder.text
 
     def refused_inputs(self) -> dict[str, str]:
         """Why requests cannot give some inputs of the source model, and what to do, by the inputs' names."""

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from onnxsplit.plan import MOST_NODES, PLAN_FILE, Plan
+from onnxsplit.plan import PLAN_FILE, Plan
+from onnxsplit.plan_base import MOST_NODES
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -12,7 +12,8 @@ import msgspec
 
 from onnxsplit.errors import PlanError, one_line
 from onnxsplit.files import is_text, open_regular, read_regular
-from onnxsplit.plan import FORMAT_VERSION, PLAN_FILE, FileEntry, Plan
+from onnxsplit.plan import FORMAT_VERSION, PLAN_FILE, Plan
+from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_check import plan_problems
 
 _MOST_PLAN_BYTES = 64 << 20

@@ -27,7 +27,8 @@ from onnxsplit.errors import (
 )
 from onnxsplit.files import check_regular
 from onnxsplit.numbers import whole_problem
-from onnxsplit.plan import MOST_THREADS, Level
+from onnxsplit.plan import Level
+from onnxsplit.plan_base import MOST_THREADS
 from onnxsplit.providers import Provider, load_runtime, parse_provider, require_provider, why_not_loaded
 from onnxsplit.string_value import string_value
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype

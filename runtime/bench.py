@@ -19,7 +19,8 @@ from typing import Any
 from onnxsplit.custom_ops import Library, find_libraries, needed_libraries
 from onnxsplit.errors import InputError
 from onnxsplit.npz import load_npz, save_npz
-from onnxsplit.plan import Plan, PlanStruct
+from onnxsplit.plan import Plan
+from onnxsplit.plan_base import PlanStruct
 from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.session import Session, host_cores, open_session, threads_per_node
 from onnxsplit.tensors import Array

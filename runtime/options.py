@@ -19,7 +19,8 @@ from onnxsplit.numbers import (
     real_problem,
     whole_problem,
 )
-from onnxsplit.plan import MOST_NODES, MOST_THREADS, Plan
+from onnxsplit.plan import Plan
+from onnxsplit.plan_base import MOST_NODES, MOST_THREADS
 from runtime.timings import Timings, timings
 from runtime.wire.messages.control import POLICIES, Policy
 

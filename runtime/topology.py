@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from onnxsplit.plan import CALLER, Plan
 from runtime.wire.messages.data import ANY, NOT_NEEDED
 
@@ -80,3 +82,46 @@ class StageGraph:
     def outputs(self, stage: int) -> tuple[str, ...]:
         """The tensors that a stage makes."""
         return self._plan.stages[stage].outputs
+
+
+class StepGraph:
+    """How the steps of a decoder cross the stages of its plan: without states and without controls.
+
+    A stage that needs no tensor of another stage gets the rows of a step from the caller.
+
+    Attributes:
+        stages: the stages that run in a step, in topological order.
+        sources: for each of them, the stages that send to it, or the caller.
+        readers: for each of them, the stages that read from it and the names of what they read.
+        tail: the stage that writes the scores.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        decoder = plan.decoder
+        assert decoder is not None
+        writers = plan.producers()
+        ends = (decoder.scores, *(state.present for state in decoder.states))
+        self.stages = tuple(sorted(plan.stages_for(ends)))
+        self.tail = writers[decoder.scores]
+        self._plan = plan
+        self.sources = {stage: self._sources(stage, writers) for stage in self.stages}
+        self.readers = {
+            stage: {
+                other: names
+                for other in self.stages
+                if (names := tuple(n for n in plan.stages[stage].outputs if n in plan.stages[other].inputs))
+            }
+            for stage in self.stages
+        }
+
+    def _sources(self, stage: int, writers: Mapping[str, int]) -> frozenset[int]:
+        senders = {writers[name] for name in self._plan.stages[stage].inputs if name in writers}
+        return frozenset(senders or {CALLER})
+
+    def expected(self, stage: int) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """The names and the types of the tensors that each source of a stage sends to it in a step."""
+        found: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        for source in self.sources[stage]:
+            names = () if source == CALLER else self.readers[source][stage]
+            found[source] = names, tuple(self._plan.tensors[name].dtype for name in names)
+        return found

@@ -15,11 +15,12 @@ PACKAGES = ("onnxsplit", "runtime")
 # Each row imports from rows above it, and from itself. A name stands for a file or a folder.
 OFFLINE = [
     "errors numbers files memory drawing progress",
-    "tensors npz plan plan_check plan_files cluster cluster_files",
+    "tensors npz plan plan_base plan_decoder plan_check plan_files cluster cluster_files",
     "providers string_value custom_ops session timed",
     "model partitioner",
     "cost",
     "stages",
+    "decoder",
     "planning",
     "views export",
     "cli __main__",
@@ -46,14 +47,15 @@ NEVER = [  # rules in addition to the rows
     ("runtime.gateway.grpc", "runtime.gateway.http"),
 ]
 SHARED = {  # the parts of onnxsplit that the runtime may use, in addition to its version
-    "errors", "numbers", "files", "memory", "drawing", "tensors", "npz", "plan", "plan_files", "cluster",
-    "cluster_files", "providers", "custom_ops", "session", "timed",
+    "errors", "numbers", "files", "memory", "drawing", "tensors", "npz", "plan", "plan_base", "plan_decoder",
+    "plan_files", "cluster", "cluster_files", "providers", "custom_ops", "session", "timed",
 }  # fmt: skip
 
 # Third-party libraries, and the only folders or files that import them.
 HOMES = {
     "networkx": "onnxsplit.model onnxsplit.partitioner",
-    "onnx": "onnxsplit.model onnxsplit.stages onnxsplit.export onnxsplit.cost onnxsplit.views onnxsplit.string_value",
+    "onnx": "onnxsplit.model onnxsplit.decoder onnxsplit.stages onnxsplit.export onnxsplit.cost onnxsplit.views "
+    "onnxsplit.string_value",
     "onnxruntime": "onnxsplit.providers",
     "scipy": "onnxsplit.partitioner",
     "torch": "onnxsplit.export",
@@ -75,6 +77,7 @@ PURE = [
     *(
         "onnxsplit.partitioner",
         "onnxsplit.plan",
+        "onnxsplit.plan_decoder",
         "onnxsplit.plan_check",
         "onnxsplit.cluster",
         "onnxsplit.stages.batch.linear",

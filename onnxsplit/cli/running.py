@@ -12,7 +12,7 @@ import click
 from onnxsplit.cli.output import Command, Output, custom_ops_option, option, threads_option
 from onnxsplit.cli.values import SizeParam
 from onnxsplit.numbers import MOST_ATTEMPTS, MOST_INFLIGHT, MOST_SECONDS, MOST_SIZE, parse_whole, real_problem
-from onnxsplit.plan import MOST_NODES
+from onnxsplit.plan_base import MOST_NODES
 
 if TYPE_CHECKING:
     from runtime import Pipeline

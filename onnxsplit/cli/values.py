@@ -8,7 +8,7 @@ import click
 
 from onnxsplit.cluster import parse_size
 from onnxsplit.numbers import MOST_BYTES, MOST_SECONDS, parse_whole
-from onnxsplit.plan import MOST_NODES, MOST_THREADS
+from onnxsplit.plan_base import MOST_NODES, MOST_THREADS
 
 THREADS = click.IntRange(1, MOST_THREADS)
 NODES = click.IntRange(1, MOST_NODES)

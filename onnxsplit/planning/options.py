@@ -10,7 +10,8 @@ from typing import Any, Literal
 from onnxsplit.errors import PartitionError
 from onnxsplit.numbers import MOST_BYTES, MOST_ROUNDS, MOST_SECONDS, as_int, real_problem, whole_problem
 from onnxsplit.partitioner import Parallel
-from onnxsplit.plan import MOST_NODES, Objective
+from onnxsplit.plan import Objective
+from onnxsplit.plan_base import MOST_NODES
 
 Strategy = Literal["layer", "network", "task"]
 

@@ -20,7 +20,6 @@ from onnxsplit.plan import (
     CreatedWith,
     CustomOps,
     Cut,
-    FileEntry,
     Level,
     ModelInfo,
     Passthrough,
@@ -28,6 +27,7 @@ from onnxsplit.plan import (
     Prediction,
     Stage,
 )
+from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_check import plan_problems
 from onnxsplit.planning.model_partitioner import ModelPartitioner
 from onnxsplit.planning.prediction import prediction

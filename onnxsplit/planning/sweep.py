@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from onnxsplit.partitioner import Effort, line_up, search, stage_memory
-from onnxsplit.plan import PlanStruct
+from onnxsplit.plan_base import PlanStruct
 from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import alike
 from onnxsplit.progress import Say, silent

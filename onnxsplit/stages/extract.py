@@ -19,7 +19,7 @@ from onnxsplit.model.graph_io import stored_array
 from onnxsplit.model.protobuf import called_functions, functions_of
 from onnxsplit.model.shapes import Shapes, spec_of, value_info
 from onnxsplit.npz import save_npz
-from onnxsplit.plan import FileEntry
+from onnxsplit.plan_base import FileEntry
 from onnxsplit.stages.model_file import copy_external, file_entry, ignore, serialized
 from onnxsplit.stages.parts import StageParts
 

@@ -21,7 +21,7 @@ from onnxsplit.model.external_data import external_range, is_external, open_exte
 from onnxsplit.model.protobuf import graph_tensors
 from onnxsplit.model.shared_weights import Extent, blocks, extents
 from onnxsplit.model.source import SourceModel
-from onnxsplit.plan import FileEntry
+from onnxsplit.plan_base import FileEntry
 
 _CHUNK = 1 << 20  # bytes that are hashed at once, few enough to be in the processor's cache
 _ALIGNMENT = 4096  # external data starts at a page, so that ONNX Runtime can map it

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.plan import PlanStruct
+from onnxsplit.plan_base import PlanStruct
 from onnxsplit.providers import available_providers, gpu_count, load_runtime, provider_problem
 from onnxsplit.session import host_cores
 

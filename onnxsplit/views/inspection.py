@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from onnxsplit.model.multi_device import check_multi_device
-from onnxsplit.plan import CALLER, PlanStruct, Shape
+from onnxsplit.plan import CALLER, Shape
+from onnxsplit.plan_base import PlanStruct
 from onnxsplit.planning.subject import Subject
 from onnxsplit.stages.parts import peak_memory_bytes, weight_bytes, whole_parts
 

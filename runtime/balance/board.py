@@ -16,7 +16,7 @@ in a :class:`~runtime.wire.messages.data.Receipt`.
 
 from __future__ import annotations
 
-from onnxsplit.plan import MOST_NODES
+from onnxsplit.plan_base import MOST_NODES
 from runtime.balance.policies import ServiceTime
 
 PEERS = MOST_NODES + 1

@@ -21,7 +21,8 @@ from typing import Any
 
 from onnxsplit.errors import InputError, MissingDependency, PlanError
 from onnxsplit.numbers import whole_problem
-from onnxsplit.plan import MOST_NODES, Plan, Stage
+from onnxsplit.plan import Plan, Stage
+from onnxsplit.plan_base import MOST_NODES
 from runtime.wire.keys import create_for, is_occupied
 
 Document = dict[str, Any]

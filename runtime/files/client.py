@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from onnxsplit.plan import FileEntry
+from onnxsplit.plan_base import FileEntry
 from runtime.errors import PipelineError
 from runtime.wire import codec
 from runtime.wire.client import Client

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from onnxsplit.custom_ops import Library, needed_libraries
 from onnxsplit.errors import PlanError
-from onnxsplit.plan import FileEntry, Plan, Stage
+from onnxsplit.plan import Plan, Stage
+from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_files import parse_plan, plan_id, read_plan_file
 from runtime.files.client import FileClient
 from runtime.files.stage_cache import StageCache

@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from onnxsplit.plan import FileEntry, Stage
+from onnxsplit.plan import Stage
+from onnxsplit.plan_base import FileEntry
 from runtime.errors import PipelineError
 from runtime.files.cache import LockedCache
 

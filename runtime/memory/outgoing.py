@@ -10,6 +10,7 @@ from msgspec import Struct
 from onnxsplit.tensors import Array, dtype_name
 from runtime.memory.arena import Block
 from runtime.wire.messages.data import TensorPlace, Visit
+from runtime.wire.messages.sequences import Drawn, Row
 
 OutputShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """The ONNX type and the shape of each tensor, by name."""
@@ -77,6 +78,8 @@ class Attempt(Struct, frozen=True):
     route: tuple[int, ...]
     wanted: tuple[str, ...]
     history: tuple[Visit, ...] = ()
+    rows: tuple[Row, ...] = ()
+    drawn: tuple[Drawn, ...] = ()
 
 
 def shapes_of(tensors: Mapping[str, Array]) -> OutputShapes:

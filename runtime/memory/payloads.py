@@ -289,6 +289,8 @@ class Payloads:
             attempt.wanted,
             heads,
             attempt.history,
+            attempt.rows,
+            attempt.drawn if reader == 0 else (),
         )
         header = codec.encode(fragment)
         codec.check_sizes(sent, header, frames)

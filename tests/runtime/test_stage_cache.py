@@ -10,7 +10,7 @@ import time
 import msgspec.structs
 import pytest
 
-from onnxsplit.plan import FileEntry
+from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_files import load_plan, plan_id, read_plan_file
 from runtime.errors import PipelineError
 from runtime.files.cache import LockedCache

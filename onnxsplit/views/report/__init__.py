@@ -11,7 +11,8 @@ import msgspec
 from onnxsplit import drawing
 from onnxsplit.errors import PartitionError
 from onnxsplit.files import replacing
-from onnxsplit.plan import Plan, PlanStruct
+from onnxsplit.plan import Plan
+from onnxsplit.plan_base import PlanStruct
 from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.sweep import SweepRow
 

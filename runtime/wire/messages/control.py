@@ -7,13 +7,14 @@ from typing import Annotated, Literal, get_args
 import msgspec
 
 from runtime.wire.messages.base import Amount, Bytes, Index, Message, Nanoseconds, NodeNumber
+from runtime.wire.messages.sequences import MOST_SLOTS, Position
 
 Policy = Literal["completion", "resource", "task", "latency", "round-robin"]
 """How a replica is chosen for a request; see :mod:`runtime.balance.policies`."""
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
-PROTOCOL = 5
+PROTOCOL = 6
 """The version of the protocol. Both ends must have the same one; the coordinator refuses a node of another version.
 
 The fields of :class:`Hello` and the first field of :class:`Stop` are the same in all versions, so that a refusal can be
@@ -118,6 +119,8 @@ class NodeBeat(Message, tag="node-beat", frozen=True):
         cost: cost of that request.
         longest_ns: the longest time that a request of unit cost has taken on this node.
         unreachable: the processes to which the node has a link that is not connected now.
+        sequences: the number of sequences whose states the node holds.
+        state_bytes: the bytes of those states.
     """
 
     progress: Amount
@@ -125,6 +128,8 @@ class NodeBeat(Message, tag="node-beat", frozen=True):
     cost: Amount
     longest_ns: Nanoseconds
     unreachable: tuple[NodeNumber, ...] = ()
+    sequences: Amount = 0
+    state_bytes: Bytes = 0
 
 
 class Leaving(Message, tag="leaving", frozen=True):
@@ -147,6 +152,8 @@ class Assign(Message, tag="assign", frozen=True):
         beat_ns: time between two heartbeats.
         silence_ns: time without a heartbeat after which the coordinator counts as dead.
         balance: how the node chooses among replicas of the next stage.
+        slots: the number of slots for sequences; 0 where the plan has no decoder.
+        length: the most positions of a sequence.
     """
 
     plan_id: str
@@ -161,6 +168,8 @@ class Assign(Message, tag="assign", frozen=True):
     beat_ns: Nanoseconds
     silence_ns: Nanoseconds
     balance: Policy
+    slots: Annotated[int, msgspec.Meta(ge=0, le=MOST_SLOTS)] = 0
+    length: Position = 0
 
 
 class Trust(Message, tag="trust", frozen=True):

@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 
 from runtime.wire.messages.base import Amount, Bytes, Cost, Index, Message, Nanoseconds, NodeNumber
+from runtime.wire.messages.sequences import DrawnTokens, Rows
 
 AttemptKey = tuple[int, int]
 """The number of a request and of an attempt at it, both counted from 1."""
@@ -103,6 +104,9 @@ class Fragment(Message, tag="fragment", frozen=True):
         wanted: the outputs that the caller asked for.
         tensors: the tensors sent.
         history: the stages that the request has passed on its way here.
+        rows: the sequences of a step. A fragment with rows holds no states and no controls; the receiver has or makes
+            those. Empty for an ordinary request.
+        drawn: the tokens that the last stage has chosen for the rows; for the coordinator only.
     """
 
     request: Amount
@@ -116,6 +120,8 @@ class Fragment(Message, tag="fragment", frozen=True):
     wanted: tuple[str, ...]
     tensors: tuple[TensorHead, ...]
     history: tuple[Visit, ...]
+    rows: Rows = ()
+    drawn: DrawnTokens = ()
 
 
 class Started(Message, tag="started", frozen=True):
