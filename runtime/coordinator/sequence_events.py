@@ -11,7 +11,7 @@ from typing import Literal
 from msgspec import Struct
 
 from runtime.wire.messages.data import Visit
-from runtime.wire.messages.sequences import Drawn, Row, Sampling
+from runtime.wire.messages.sequences import Drawn, Sampling, StepRow
 
 EndReason = Literal["stop", "length"]
 """Why a sequence has ended: an end token was chosen, or the largest number of tokens is reached."""
@@ -69,7 +69,7 @@ class EnterStep(Struct, frozen=True):
     view: int
     cost: int
     route: tuple[int, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[StepRow, ...]
     scores: bool
 
 

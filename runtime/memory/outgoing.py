@@ -10,7 +10,7 @@ from msgspec import Struct
 from onnxsplit.tensors import Array, dtype_name
 from runtime.memory.arena import Block
 from runtime.wire.messages.data import TensorPlace, Visit
-from runtime.wire.messages.sequences import Drawn, Row
+from runtime.wire.messages.sequences import Drawn, StepRow
 
 OutputShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """The ONNX type and the shape of each tensor, by name."""
@@ -78,7 +78,7 @@ class Attempt(Struct, frozen=True):
     route: tuple[int, ...]
     wanted: tuple[str, ...]
     history: tuple[Visit, ...] = ()
-    rows: tuple[Row, ...] = ()
+    rows: tuple[StepRow, ...] = ()
     drawn: tuple[Drawn, ...] = ()
 
 

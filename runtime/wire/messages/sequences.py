@@ -1,7 +1,7 @@
 """Parts of a :class:`~runtime.wire.messages.data.Fragment` that belong to a step of sequences.
 
 A *step* is one run of a decoder on the next tokens of one or several sequences. It crosses the pipeline as one fragment
-for each stage, and carries a :class:`Row` for each sequence beside the tensors. A node keeps the states of a sequence
+for each stage, and carries a :class:`StepRow` for each sequence beside the tensors. A node keeps the states of a sequence
 in a *slot*. The coordinator chooses the slots: the rows of a step lie in neighbouring slots, in the order of the rows.
 
 A replay of a sequence has a new *epoch*. A row says at which position its tokens begin, so a node can tell whether it
@@ -81,7 +81,7 @@ class Opening(Message, frozen=True):
     sampling: Sampling
 
 
-class Row(Message, frozen=True):
+class StepRow(Message, frozen=True):
     """The part of one sequence in a step.
 
     Attributes:
@@ -108,7 +108,7 @@ class Drawn(Message, frozen=True):
 
     Attributes:
         sequence: the sequence.
-        epoch: as in its :class:`Row`.
+        epoch: as in its :class:`StepRow`.
         position: the position of the token.
         token: the token.
         logprob: the natural logarithm of its probability by the model's own scores; 0 where it was not asked for.
@@ -123,5 +123,5 @@ class Drawn(Message, frozen=True):
     top: Annotated[tuple[tuple[Token, float], ...], msgspec.Meta(max_length=MOST_TOP)] = ()
 
 
-Rows = Annotated[tuple[Row, ...], msgspec.Meta(max_length=MOST_ROWS)]
+Rows = Annotated[tuple[StepRow, ...], msgspec.Meta(max_length=MOST_ROWS)]
 DrawnTokens = Annotated[tuple[Drawn, ...], msgspec.Meta(max_length=MOST_ROWS)]
