@@ -2,7 +2,8 @@
 
 A *step* is one run of a decoder on the next tokens of one or several sequences. It crosses the pipeline as one fragment
 for each stage, and carries a :class:`StepRow` for each sequence beside the tensors. A node keeps the states of a
-sequence in a *slot*. The coordinator chooses the slots: the rows of a step lie in neighbouring slots, in the order of the rows.
+sequence in a *slot*. The coordinator chooses the slots: the rows of a step lie in neighbouring slots, in the order of
+the rows.
 
 A replay of a sequence has a new *epoch*. A row says at which position its tokens begin, so a node can tell whether it
 holds what the row continues.
