@@ -16,7 +16,7 @@ PACKAGES = ("onnxsplit", "runtime")
 OFFLINE = [
     "errors numbers files memory drawing progress",
     "tensors npz plan plan_base plan_decoder plan_check plan_files cluster cluster_files",
-    "providers string_value custom_ops session timed",
+    "providers string_value custom_ops session timed step_inputs",
     "model partitioner",
     "cost",
     "stages",
@@ -48,7 +48,7 @@ NEVER = [  # rules in addition to the rows
 ]
 SHARED = {  # the parts of onnxsplit that the runtime may use, in addition to its version
     "errors", "numbers", "files", "memory", "drawing", "tensors", "npz", "plan", "plan_base", "plan_decoder",
-    "plan_files", "cluster", "cluster_files", "providers", "custom_ops", "session", "timed",
+    "plan_files", "cluster", "cluster_files", "providers", "custom_ops", "session", "timed", "step_inputs",
 }  # fmt: skip
 
 # Third-party libraries, and the only folders or files that import them.
@@ -81,6 +81,7 @@ PURE = [
         "onnxsplit.plan_check",
         "onnxsplit.cluster",
         "onnxsplit.stages.batch.linear",
+        "onnxsplit.step_inputs",
     ),
     *(
         "runtime.wire.messages",
