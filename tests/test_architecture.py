@@ -82,6 +82,8 @@ PURE = [
         "onnxsplit.cluster",
         "onnxsplit.stages.batch.linear",
         "onnxsplit.step_inputs",
+        "onnxsplit.decoder.claim",
+        "onnxsplit.decoder.names",
     ),
     *(
         "runtime.wire.messages",
@@ -102,7 +104,11 @@ PURE = [
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),
 ]
 # Modules that touch nothing themselves, but describe objects whose modules do.
-PURE_BUT_FOR_IMPORTS = ["runtime.gateway.models.metadata", "runtime.gateway.http.openapi"]
+PURE_BUT_FOR_IMPORTS = [
+    *("runtime.gateway.models.metadata", "runtime.gateway.http.openapi"),
+    *("onnxsplit.decoder.traces", "onnxsplit.decoder.structure", "onnxsplit.decoder.pairing"),
+    *("onnxsplit.decoder.state_claims", "onnxsplit.decoder.roles", "onnxsplit.decoder.scores"),
+]
 READS_THE_CLOCK = {"onnxsplit.partitioner", "onnxsplit.partitioner.search"}  # a search ends when its time is up
 EFFECTS = {
     "asyncio", "fcntl", "mmap", "multiprocessing", "os", "select", "shutil", "socket", "subprocess", "tempfile",

@@ -44,7 +44,9 @@ class DecoderClaim:
         max_length: the most positions of a sequence, by configuration or structure; None where nothing says it.
         end_tokens: the tokens that end a text, by configuration.
         text: files for the tokenizer and the chat template that were found beside the model.
-        branch: the Boolean input that chooses between a branch without and one with past; None for none.
+        branch: the Boolean input that chooses between a branch without and one with past; None for none. Where it is
+            set, nothing else is: the branch with past has to replace the ``If`` first.
+        notes: what was found beside the model and not used, each with its reason.
     """
 
     states: tuple[StateClaim, ...]
@@ -56,6 +58,7 @@ class DecoderClaim:
     end_tokens: tuple[int, ...] = ()
     text: tuple[Path, ...] = ()
     branch: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

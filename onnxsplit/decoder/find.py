@@ -1,0 +1,225 @@
+"""Finds out whether a model is a decoder, and what its inputs and outputs mean: by names, files and structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from onnxsplit.decoder.branch import branch_with_past
+from onnxsplit.decoder.claim import DecoderClaim, NoDecoder
+from onnxsplit.decoder.files import Beside, read_beside
+from onnxsplit.decoder.names import NamedPairs, of_encoder, pairs_by_name, role_by_name, words
+from onnxsplit.decoder.override import Override, check_names
+from onnxsplit.decoder.pairing import StatePair, agreed_pairs
+from onnxsplit.decoder.reasons import NotClaimed, listed
+from onnxsplit.decoder.roles import Inputs, control_claims, tokens_input
+from onnxsplit.decoder.scores import scores_output
+from onnxsplit.decoder.state_claims import state_claim
+from onnxsplit.decoder.structure import passed_on, states_by_structure, traces_of
+from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.shapes import spec_of
+from onnxsplit.plan import TensorSpec
+
+_EMBEDDED = frozenset({"embeds", "embeddings"})
+
+
+def find_decoder(
+    graph: OpGraph,
+    specs: Mapping[str, TensorSpec],
+    *,
+    folder: Path | None = None,
+    override: Override | None = None,
+) -> DecoderClaim | NoDecoder:
+    """Claim that a model is a decoder, with its states and controls, or say why it is not treated as one.
+
+    A model that holds two whole decoders in one ``If`` gives a claim with ``branch`` alone. Put the branch that reads
+    the caches in place of the ``If``, and call this again.
+
+    Args:
+        graph: the model.
+        specs: types and shapes of tensors, as inference finds them. What the model declares for its inputs and outputs
+            is added.
+        folder: the folder of the model, for the small files in it; None for none.
+        override: the user's decisions, which come before everything else.
+
+    Returns:
+        The claim, of which nothing is proven yet; or the reason why there is none, which is empty where nothing looks
+        like a decoder.
+
+    Raises:
+        InputError: ``override`` names inputs or outputs that the model does not have.
+    """
+    decided = override if override is not None else Override()
+    check_names(decided, graph.inputs, graph.outputs)
+    try:
+        return _Search(graph, specs, read_beside(folder), decided).claim()
+    except NotClaimed as reason:
+        return NoDecoder(str(reason))
+
+
+class _Search:
+    """One search; it only collects what its steps share."""
+
+    def __init__(self, graph: OpGraph, specs: Mapping[str, TensorSpec], beside: Beside, override: Override) -> None:
+        self.graph, self.beside, self.override = graph, beside, override
+        self.specs = _with_declared(graph, specs)
+        self.traces = traces_of(graph, self.specs, graph.inputs)
+        self.reads = Inputs(graph, self.traces)
+
+    def claim(self) -> DecoderClaim | NoDecoder:
+        """The claim, or an empty reason.
+
+        Raises:
+            NotClaimed: the model looks like a decoder, and something about it is not clear.
+        """
+        named = self._named()
+        sure = bool(named.lonely_pasts or named.lonely_presents or _speak_of_past(named.pairs)) or self._is_given()
+        self._refuse_encoders(sure)
+        branch = branch_with_past(self.graph, self.traces, (*named.pairs, *named.lonely_pasts))
+        if branch is not None:
+            return DecoderClaim(states=(), controls=(), scores="", vocabulary=0, branch=branch.input)
+        _refuse_halves(named, self.override)
+        pairs = self._pairs(named)
+        pasts = {pair.past for pair in pairs}
+        names = [name for name in self.graph.inputs if name not in pasts]
+        tokens = None
+        if pairs:
+            tokens = tokens_input(names, self.specs, self.reads, self.beside.names, self.override)
+        if not pairs or tokens is None:
+            if not sure and not any(_is_cache(pair) for pair in pairs):
+                return NoDecoder()
+            raise NotClaimed(_without_tokens(names))
+        return self._claimed(pairs, names, tokens)
+
+    def _claimed(self, pairs: Sequence[StatePair], names: Sequence[str], tokens: str) -> DecoderClaim:
+        graph, specs, beside, override = self.graph, self.specs, self.beside, self.override
+        unread = [name for name in names if name not in graph.readers and name not in graph.outputs]
+        controls = control_claims(names, tokens, specs, self.reads, beside.names, override, unread)
+        spec = specs.get(tokens)
+        batch = spec.shape[0] if spec is not None and spec.shape else None
+        states = tuple(state_claim(pair, specs, batch, beside) for pair in pairs)
+        presents = {pair.present for pair in pairs}
+        table = self.reads.tables.get(tokens)
+        scores, vocabulary = scores_output(
+            [name for name in graph.outputs if name not in presents],
+            specs,
+            graph,
+            expected=(table, beside.vocabulary),
+            common=beside.names,
+            override=override,
+        )
+        below = table if table not in (None, vocabulary) else None
+        ends, notes = self._end_tokens(vocabulary)
+        limits = [self.reads.most_positions, *(state.capacity for state in states if state.kind == "in-place")]
+        limits += [self.reads.tables.get(c.input) for c in controls if c.role == "positions"]
+        return DecoderClaim(
+            states=states,
+            controls=controls,
+            scores=scores,
+            vocabulary=vocabulary,
+            tokens_below=below,
+            max_length=_least(override.max_length or beside.max_length, *limits),
+            end_tokens=ends,
+            text=beside.text,
+            notes=(*beside.notes, *notes),
+        )
+
+    def _named(self) -> NamedPairs:
+        """What names say of the inputs that do not have a role by their names, and are not given a role by the user."""
+        roles = {control.input for control in self.override.controls} | {self.override.tokens}
+        roles |= {state.past for state in self.override.states}
+        taken = {state.present for state in self.override.states} | {self.override.scores}
+        common = self.beside.names
+        return pairs_by_name(
+            [n for n in self.graph.inputs if n not in roles and role_by_name(common.get(n, n)) is None],
+            [name for name in self.graph.outputs if name not in taken],
+            self.beside.patterns,
+        )
+
+    def _pairs(self, named: NamedPairs) -> tuple[StatePair, ...]:
+        """The pairs, in the order of the model's inputs."""
+        controls = {control.input for control in self.override.controls} | {self.override.tokens}
+        common = self.beside.names
+        found = {
+            past: presents
+            for past, presents in states_by_structure(self.graph, self.traces).items()
+            if past not in controls and role_by_name(common.get(past, past)) is None
+        }
+        pairs = agreed_pairs(named, found, passed_on(self.graph, self.traces), self.specs, self.override)
+        places = {name: place for place, name in enumerate(self.graph.inputs)}
+        return tuple(sorted(pairs, key=lambda pair: places[pair.past]))
+
+    def _refuse_encoders(self, sure: bool) -> None:
+        """Refuse models that read what an encoder wrote."""
+        given = {control.input for control in self.override.controls}
+        names = [name for name in self.graph.inputs if of_encoder(name) and name not in given]
+        if sure and (names or self.beside.encoder_decoder):
+            what = f"its inputs {listed(names)}" if names else "a configuration file beside it"
+            raise NotClaimed(
+                f"it attends to an encoder, as {what} says; such models are not run with resident caches yet"
+            )
+
+    def _is_given(self) -> bool:
+        return bool(self.override.states)
+
+    def _end_tokens(self, vocabulary: int) -> tuple[tuple[int, ...], list[str]]:
+        """The end tokens, without those beyond the vocabulary, and what is to be said of these."""
+        given = self.override.end_tokens
+        tokens = given if given is not None else self.beside.end_tokens
+        beyond = [token for token in tokens if token >= vocabulary]
+        if beyond and given is not None:
+            raise NotClaimed(
+                f"end_tokens has {beyond[0]}, but the model has {vocabulary} scores, so tokens are below {vocabulary}; "
+                "correct the --decoder file"
+            )
+        notes = [f"end token {token} is not used: the model has {vocabulary} scores" for token in beyond]
+        return tuple(token for token in tokens if token < vocabulary), notes
+
+
+def _with_declared(graph: OpGraph, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The known types and shapes, completed by those that the model declares for its inputs and outputs."""
+    proto = graph.source.proto.graph
+    known = dict(specs)
+    for value in (*proto.input, *proto.output):
+        spec = spec_of(value)
+        if spec is not None and (value.name not in known or known[value.name].shape is None):
+            known[value.name] = spec
+    return known
+
+
+def _speak_of_past(pairs: Mapping[str, str]) -> bool:
+    """Whether the names of some pair say past or present."""
+    return any("past" in words(past) or "present" in words(present) for past, present in pairs.items())
+
+
+def _is_cache(pair: StatePair) -> bool:
+    """Whether an op for caches updates a state."""
+    return pair.trace is not None and pair.trace.kind == "in-place"
+
+
+def _refuse_halves(named: NamedPairs, override: Override) -> None:
+    """Refuse models that only write or only read some of their caches."""
+    controls = {control.input for control in override.controls}
+    pasts = [name for name in named.lonely_pasts if name not in controls]
+    if named.lonely_presents and not named.pairs and not pasts:
+        raise NotClaimed(
+            f"it writes caches ({listed(named.lonely_presents)}) and reads none, so it is only the first step of a "
+            "decoder; export it with its caches as inputs, too"
+        )
+
+
+def _without_tokens(names: Sequence[str]) -> str:
+    embedded = [name for name in names if not _EMBEDDED.isdisjoint(words(name))]
+    if embedded:
+        return (
+            f"it reads embedded tokens ({listed(embedded)}), not their numbers; export it together with its embedding "
+            "table"
+        )
+    return (
+        f"it has caches, but none of its other inputs ({listed(names) or 'there are none'}) picks rows of an embedding "
+        "table; give tokens = NAME in --decoder FILE.toml"
+    )
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
