@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import onnx
 
@@ -12,23 +11,8 @@ from onnxsplit.model.graph import OpGraph
 from onnxsplit.model.protobuf import captured_names, defined_names
 
 
-@dataclass(frozen=True)
-class CacheBranch:
-    """The choice of an ``If`` that gives the decoder that reads the caches.
-
-    Attributes:
-        input: the Boolean input of the model that decides.
-        op: the index of the ``If``.
-        value: the value of ``input`` that chooses the decoder that reads the caches.
-    """
-
-    input: str
-    op: int
-    value: bool
-
-
-def branch_with_past(graph: OpGraph, traces: Mapping[str, Trace], pasts: Collection[str]) -> CacheBranch | None:
-    """Find the branch that reads the caches.
+def branch_input(graph: OpGraph, traces: Mapping[str, Trace], pasts: Collection[str]) -> str | None:
+    """The input that chooses between two decoders.
 
     Args:
         graph: the model.
@@ -36,8 +20,8 @@ def branch_with_past(graph: OpGraph, traces: Mapping[str, Trace], pasts: Collect
         pasts: the inputs that are caches, by their names.
 
     Returns:
-        The branch of the ``If`` that an input decides, that makes outputs of the model, and of which one branch reads
-        more of the caches than the other; None where there is no such ``If``.
+        The input that decides an ``If`` that makes outputs of the model, and of which one branch reads more of the
+        caches than the other; None where there is no such ``If``.
     """
     for op in graph.ops:
         if op.op_type != "If" or op.domain not in ("", "ai.onnx"):
@@ -50,7 +34,7 @@ def branch_with_past(graph: OpGraph, traces: Mapping[str, Trace], pasts: Collect
             len(_outside(bodies[name]) & set(pasts)) if name in bodies else 0 for name in ("then_branch", "else_branch")
         )
         if then != other:
-            return CacheBranch(input=decided.source, op=op.index, value=then > other)
+            return decided.source
     return None
 
 

@@ -2,6 +2,9 @@
 
 ``genai_config.json`` is onnxruntime-genai's, ``config.json`` and ``generation_config.json`` are transformers'. A file
 that cannot be used gives a note; it never stops the detection.
+
+A link must stay in its folder. Where a model in the folder is a link, as in the cache of Hugging Face, other links may
+lead to the folder that this one leads to; :mod:`onnxsplit.model.external_data` has the same rule.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from onnxsplit.plan_decoder import MOST_LENGTH
 _MOST_CONFIG_BYTES = 4 << 20
 _MOST_TEXT_BYTES = 256 << 20
 _MOST_END_TOKENS = 4096
+_MOST_ENTRIES = 10_000  # of a folder that are looked at for models
 _TEXT = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -100,14 +105,14 @@ def read_beside(folder: Path | None) -> Beside:
 
 
 def _found(places: Iterable[Path], name: str, most_bytes: int, notes: list[str]) -> Path | None:
-    """The first regular file of a name in the folders; a link must stay in its folder."""
+    """The first regular file of a name in the folders; a link must stay in the folders that are allowed."""
     for place in places:
         path = place / name
         if not os.path.lexists(path):
             continue
         try:
             real = Path(os.path.realpath(path, strict=True))
-            if not real.is_relative_to(os.path.realpath(place)):
+            if not any(real.is_relative_to(folder) for folder in _allowed(place)):
                 notes.append(
                     f"{path} is not used: it is a link to {real}, outside its folder; put the file itself there"
                 )
@@ -118,6 +123,12 @@ def _found(places: Iterable[Path], name: str, most_bytes: int, notes: list[str])
             continue
         return path
     return None
+
+
+def _allowed(place: Path) -> set[str]:
+    """A folder without links, and the folders that the models in it lead to."""
+    models = (path for path in islice(place.iterdir(), _MOST_ENTRIES) if path.suffix == ".onnx" and path.is_symlink())
+    return {os.path.realpath(place), *(str(Path(os.path.realpath(model)).parent) for model in models)}
 
 
 def _config(places: Iterable[Path], name: str, notes: list[str]) -> Config:

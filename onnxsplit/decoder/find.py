@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onnxsplit.decoder.branch import branch_with_past
+from onnxsplit.decoder.branch import branch_input
 from onnxsplit.decoder.claim import DecoderClaim, NoDecoder
 from onnxsplit.decoder.files import Beside, read_beside
+from onnxsplit.decoder.flat import flat_graph
+from onnxsplit.decoder.limits import Tables
 from onnxsplit.decoder.names import NamedPairs, of_encoder, pairs_by_name, role_by_name, words
 from onnxsplit.decoder.override import Override, check_names
 from onnxsplit.decoder.pairing import StatePair, agreed_pairs
 from onnxsplit.decoder.reasons import NotClaimed, listed
-from onnxsplit.decoder.roles import Inputs, control_claims, tokens_input
+from onnxsplit.decoder.roles import Inputs, control_claims, roles_by_use, tokens_input
 from onnxsplit.decoder.scores import scores_output
 from onnxsplit.decoder.state_claims import state_claim
 from onnxsplit.decoder.structure import passed_on, states_by_structure, traces_of
@@ -61,10 +63,11 @@ class _Search:
     """One search; it only collects what its steps share."""
 
     def __init__(self, graph: OpGraph, specs: Mapping[str, TensorSpec], beside: Beside, override: Override) -> None:
-        self.graph, self.beside, self.override = graph, beside, override
-        self.specs = _with_declared(graph, specs)
-        self.traces = traces_of(graph, self.specs, graph.inputs)
-        self.reads = Inputs(graph, self.traces)
+        self.graph, inside = flat_graph(graph)
+        self.beside, self.override = beside, override
+        self.specs = {**inside, **_with_declared(graph, specs)}
+        self.traces = traces_of(self.graph, self.specs, graph.inputs)
+        self.tables = Tables(self.graph, self.traces)
 
     def claim(self) -> DecoderClaim | NoDecoder:
         """The claim, or an empty reason.
@@ -75,31 +78,38 @@ class _Search:
         named = self._named()
         sure = bool(named.lonely_pasts or named.lonely_presents or _speak_of_past(named.pairs)) or self._is_given()
         self._refuse_encoders(sure)
-        branch = branch_with_past(self.graph, self.traces, (*named.pairs, *named.lonely_pasts))
+        branch = branch_input(self.graph, self.traces, (*named.pairs, *named.lonely_pasts))
         if branch is not None:
-            return DecoderClaim(states=(), controls=(), scores="", vocabulary=0, branch=branch.input)
+            return DecoderClaim(states=(), controls=(), scores="", vocabulary=0, branch=branch)
         _refuse_halves(named, self.override)
         pairs = self._pairs(named)
         pasts = {pair.past for pair in pairs}
-        names = [name for name in self.graph.inputs if name not in pasts]
-        tokens = None
-        if pairs:
-            tokens = tokens_input(names, self.specs, self.reads, self.beside.names, self.override)
-        if not pairs or tokens is None:
+        inputs = self._inputs([name for name in self.graph.inputs if name not in pasts])
+        tokens = tokens_input(inputs, self.override) if pairs else None
+        if tokens is None:
             if not sure and not any(_is_cache(pair) for pair in pairs):
                 return NoDecoder()
-            raise NotClaimed(_without_tokens(names))
-        return self._claimed(pairs, names, tokens)
+            raise NotClaimed(_without_tokens(inputs.names))
+        return self._claimed(pairs, inputs, tokens)
 
-    def _claimed(self, pairs: Sequence[StatePair], names: Sequence[str], tokens: str) -> DecoderClaim:
+    def _inputs(self, names: Sequence[str]) -> Inputs:
+        return Inputs(
+            names=names,
+            specs=self.specs,
+            uses=roles_by_use(self.graph, self.traces),
+            tables=self.tables.picked(),
+            common=self.beside.names,
+            unread=frozenset(name for name in names if name not in {*self.graph.readers, *self.graph.outputs}),
+        )
+
+    def _claimed(self, pairs: Sequence[StatePair], inputs: Inputs, tokens: str) -> DecoderClaim:
         graph, specs, beside, override = self.graph, self.specs, self.beside, self.override
-        unread = [name for name in names if name not in graph.readers and name not in graph.outputs]
-        controls = control_claims(names, tokens, specs, self.reads, beside.names, override, unread)
+        controls = control_claims(inputs, tokens, override)
         spec = specs.get(tokens)
         batch = spec.shape[0] if spec is not None and spec.shape else None
         states = tuple(state_claim(pair, specs, batch, beside) for pair in pairs)
         presents = {pair.present for pair in pairs}
-        table = self.reads.tables.get(tokens)
+        table = inputs.tables.get(tokens)
         scores, vocabulary = scores_output(
             [name for name in graph.outputs if name not in presents],
             specs,
@@ -110,8 +120,9 @@ class _Search:
         )
         below = table if table not in (None, vocabulary) else None
         ends, notes = self._end_tokens(vocabulary)
-        limits = [self.reads.most_positions, *(state.capacity for state in states if state.kind == "in-place")]
-        limits += [self.reads.tables.get(c.input) for c in controls if c.role == "positions"]
+        counted = {control.input for control in controls if control.role not in ("tokens", "fixed")}
+        limits = [state.capacity for state in states if state.kind == "in-place"]
+        limits.append(self.tables.most_positions(tokens, counted))
         return DecoderClaim(
             states=states,
             controls=controls,

@@ -8,8 +8,10 @@ words that say before or after are left out. An input and an output belong toget
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from onnxsplit.plan_decoder import Role
 
@@ -24,6 +26,7 @@ _OF_STATES = frozenset(
     | {"conv", "ssm", "recurrent", "memory", "rnn", "lstm", "gru"}
 )
 _LAYERS_OF_CACHES = ("key", "values")  # of past_key_values.0.key
+_MOST_PATTERNS = 64
 _OF_ENCODERS = frozenset({"encoder", "cross"})
 
 _ROLES: dict[str, Role] = {
@@ -81,7 +84,8 @@ def pairs_by_name(
     """
     pairs = _by_patterns(inputs, outputs, patterns)
     rest_in = [name for name in inputs if name not in pairs]
-    rest_out = [name for name in outputs if name not in pairs.values()]
+    taken = set(pairs.values())
+    rest_out = [name for name in outputs if name not in taken]
     pairs |= _by_words(rest_in, rest_out)
     taken = set(pairs.values())
     return NamedPairs(
@@ -104,17 +108,24 @@ def of_encoder(name: str) -> bool:
     return not _OF_ENCODERS.isdisjoint(words(name))
 
 
+def kind_of_state(name: str) -> frozenset[str]:
+    """The words that say what an input holds: ``past_key_values.0.conv_state`` has the words 0, conv and state."""
+    return frozenset(_rest(name, _BEFORE))
+
+
 def _by_patterns(inputs: Sequence[str], outputs: Sequence[str], patterns: Iterable[tuple[str, str]]) -> dict[str, str]:
     """The pairs that patterns with ``%d`` for a layer's number describe."""
     pairs: dict[str, str] = {}
-    for past, present in patterns:
+    free = set(outputs)
+    for past, present in islice(patterns, _MOST_PATTERNS):
         before, hole, after = past.partition("%d")
         form = re.compile(re.escape(before) + (r"(\d+)" if hole else "") + re.escape(after))
         for name in inputs:
             match = form.fullmatch(name)
             partner = present.replace("%d", match.group(1)) if match and hole else present
-            if match and partner in outputs and partner not in pairs.values():
-                pairs.setdefault(name, partner)
+            if match and partner in free and name not in pairs:
+                pairs[name] = partner
+                free.discard(partner)
     return pairs
 
 
@@ -133,8 +144,8 @@ def _by_words(inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
         for past in matches:
             found.setdefault(past, []).append(name)
     once = {past: names[0] for past, names in found.items() if len(names) == 1}
-    presents = list(once.values())
-    return {past: present for past, present in once.items() if presents.count(present) == 1}
+    claims = Counter(once.values())
+    return {past: present for past, present in once.items() if claims[present] == 1}
 
 
 def _rest(name: str, directions: frozenset[str]) -> tuple[str, ...]:

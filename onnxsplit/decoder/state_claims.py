@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from onnxsplit.decoder.claim import StateClaim
 from onnxsplit.decoder.files import Beside
-from onnxsplit.decoder.names import words
+from onnxsplit.decoder.names import kind_of_state
 from onnxsplit.decoder.override import StateOverride
 from onnxsplit.decoder.pairing import StatePair
 from onnxsplit.decoder.reasons import DECIDE, NotClaimed
@@ -21,19 +21,26 @@ _OF_ATTENTION = frozenset({"key", "value", "k", "v"})
 
 @dataclass(frozen=True)
 class _Ends:
-    """The shapes of both ends of a state, of equal rank; ``"?"`` where the second is not known."""
+    """The shapes of both ends of a state, of equal rank, and the size or name of the axis of the rows.
+
+    A size of ``present`` is ``"?"`` where it is not known.
+    """
 
     past: Shape
     present: Shape
+    batch: int | str | None
 
     def size(self, axis: int) -> int | None:
         """The fixed size of an axis; None for a free one."""
         return next((size for size in (self.past[axis], self.present[axis]) if isinstance(size, int)), None)
 
     def grow(self) -> list[int]:
-        """The axes whose free sizes have different names or are only free in one end."""
-        pairs = enumerate(zip(self.past, self.present, strict=True))
-        return [axis for axis, (one, other) in pairs if one != other and "?" not in (one, other)]
+        """The free axes, other than that of the rows, whose sizes have another name in the second end."""
+        return [
+            axis
+            for axis, (one, other) in enumerate(zip(self.past, self.present, strict=True))
+            if isinstance(one, str) and isinstance(other, str) and one not in (other, self.batch) and other != "?"
+        ]
 
 
 def state_claim(
@@ -50,7 +57,7 @@ def state_claim(
     Raises:
         NotClaimed: its kind, its axes or its sizes are not clear.
     """
-    ends = _ends(pair, specs)
+    ends = _ends(pair, specs, batch)
     _refuse_layers(pair, ends)
     given = pair.given or StateOverride(pair.past, pair.present)
     kind, axis = _kind(pair, ends, given)
@@ -92,7 +99,7 @@ def _refuse_layers(pair: StatePair, ends: _Ends) -> None:
         )
 
 
-def _ends(pair: StatePair, specs: Mapping[str, TensorSpec]) -> _Ends:
+def _ends(pair: StatePair, specs: Mapping[str, TensorSpec], batch: int | str | None) -> _Ends:
     past, present = specs.get(pair.past), specs.get(pair.present)
     if past is None or past.shape is None:
         raise NotClaimed(f"the cache {pair.past!r} declares no shape; export the model with the ranks of its inputs")
@@ -106,7 +113,7 @@ def _ends(pair: StatePair, specs: Mapping[str, TensorSpec]) -> _Ends:
             f"{pair.past!r} has {len(past.shape)} axes and {pair.present!r} has {len(after)}, so one cannot become "
             "the other"
         )
-    return _Ends(past.shape, after if after is not None else ("?",) * len(past.shape))
+    return _Ends(past.shape, after if after is not None else ("?",) * len(past.shape), batch)
 
 
 def _kind(pair: StatePair, ends: _Ends, given: StateOverride) -> tuple[StateKind, int | None]:
@@ -141,7 +148,7 @@ def _kind_by_shapes(pair: StatePair, ends: _Ends) -> StateKind:
             f"names pair {pair.past!r} {_text(ends.past)} with {pair.present!r} {_text(ends.present)}, but no op that "
             f"adds positions was found between them; {DECIDE}"
         )
-    if not _OF_ATTENTION.isdisjoint(words(pair.past)):
+    if not _OF_ATTENTION.isdisjoint(kind_of_state(pair.past)):
         raise NotClaimed(
             f"names pair {pair.past!r} with {pair.present!r}, but no op that updates a cache was found between them; "
             f"{DECIDE}"
