@@ -84,6 +84,7 @@ PURE = [
         "onnxsplit.step_inputs",
         "onnxsplit.decoder.claim",
         "onnxsplit.decoder.names",
+        "onnxsplit.step_inputs",
     ),
     *(
         "runtime.wire.messages",
