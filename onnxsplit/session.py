@@ -7,7 +7,6 @@ error instead of a silent fall-back to the CPU.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxsplit.binding import SMALL_BYTES, Binding, address, first_lines, view_of
 from onnxsplit.custom_ops import Library, unchanged
 from onnxsplit.errors import (
     CustomOpsError,
@@ -23,7 +23,6 @@ from onnxsplit.errors import (
     ModelRefused,
     OnnxsplitError,
     ProviderError,
-    one_line,
 )
 from onnxsplit.files import check_regular
 from onnxsplit.numbers import whole_problem
@@ -31,10 +30,9 @@ from onnxsplit.plan import Level
 from onnxsplit.plan_base import MOST_THREADS
 from onnxsplit.providers import Provider, load_runtime, parse_provider, require_provider, why_not_loaded
 from onnxsplit.string_value import string_value
-from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native, numpy_dtype
+from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native
 
 _BINDINGS = 256  # the most bindings that a session keeps
-_SMALL_BYTES = 16 << 10  # inputs up to this size are copied to a fixed place
 _UNKNOWN_OP = "is not a registered function/op"
 _RUNTIME_TYPES = {"float": "float32", "double": "float64"}
 
@@ -93,7 +91,7 @@ class Session:
         except OnnxsplitError:
             raise
         except Exception as error:  # ONNX Runtime's errors share no base class
-            raise ModelError(_first_lines(error)) from error
+            raise ModelError(first_lines(error)) from error
 
     def run_into(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run the model once and write outputs in place. The session must be ``bindable``.
@@ -117,9 +115,9 @@ class Session:
             binding = self._bind(inputs, into)
             self._raw.run_with_iobinding(binding)
             values = zip(self.outputs, binding.get_outputs(), strict=True)
-            return {name: into[name] if name in into else _view(value, kind) for (name, kind), value in values}
+            return {name: into[name] if name in into else view_of(value, kind) for (name, kind), value in values}
         except Exception as error:  # ONNX Runtime's errors share no base class
-            raise ModelError(_first_lines(error)) from error
+            raise ModelError(first_lines(error)) from error
 
     def _bound(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
         """A binding of all inputs and outputs to their addresses. Addresses recur, so bindings are kept.
@@ -127,17 +125,17 @@ class Session:
         Small inputs are copied to a fixed place first, because every message has another address.
         """
         inputs = {
-            name: array if array.nbytes > _SMALL_BYTES else self._moved(name, array) for name, array in inputs.items()
+            name: array if array.nbytes > SMALL_BYTES else self._moved(name, array) for name, array in inputs.items()
         }
         arrays = [inputs[name] for name, _ in self.inputs]
         arrays += [into[name] for name in self._names]
-        key = tuple([(_address(array), array.shape) for array in arrays])
+        key = tuple([(address(array), array.shape) for array in arrays])
         bound = self._bindings.get(key)
         if bound is None:
             if len(self._bindings) >= _BINDINGS:
                 self._bindings.clear()
                 self._small.clear()
-            own = [array for array in inputs.values() if array.nbytes <= _SMALL_BYTES]
+            own = [array for array in inputs.values() if array.nbytes <= SMALL_BYTES]
             bound = self._bindings[key] = self._bind(inputs, into), own
         return bound[0]
 
@@ -154,11 +152,11 @@ class Session:
         binding = self._raw.io_binding()
         for name, kind in self.inputs:
             array = inputs[name]
-            binding.bind_input(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, _address(array))  # type: ignore[index]
+            binding.bind_input(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, address(array))  # type: ignore[index]
         for name, kind in self.outputs:
             if name in into:
                 array = into[name]
-                binding.bind_output(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, _address(array))  # type: ignore[index]
+                binding.bind_output(name, "cpu", 0, ONNX_TYPE_NUMBER[kind], array.shape, address(array))  # type: ignore[index]
             else:
                 binding.bind_output(name, "cpu")
         return binding
@@ -180,30 +178,17 @@ class Session:
                 values[name] = value_type.ortvalue_from_numpy(array)
         results = self._raw.run_with_ort_values(self._names, values)
         return {
-            name: value.numpy() if kind is None or is_native(kind) else np.array(_view(value, kind))
+            name: value.numpy() if kind is None or is_native(kind) else np.array(view_of(value, kind))
             for (name, kind), value in zip(self.outputs, results, strict=True)
         }
+
+    def binding(self) -> Binding:
+        """A new binding, for runs whose inputs and outputs mostly stay where they are. Must be ``bindable``."""
+        return Binding(self._raw, dict(self.inputs), dict(self.outputs))
 
     def end_profiling(self) -> Path:
         """Stop the profile that this session was opened with, and return its file."""
         return Path(self._raw.end_profiling())
-
-
-def _address(array: Array) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-def _view(value: Any, kind: str | None) -> Array:
-    """An array in the memory of an ``OrtValue``; the value lives as long as the array."""
-    assert kind is not None
-    shape, dtype = value.shape(), numpy_dtype(kind)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if size == 0:
-        return np.empty(shape, dtype)
-    memory = (ctypes.c_uint8 * size).from_address(value.data_ptr())
-    memory.owner = value  # type: ignore[attr-defined]
-    return np.ndarray(shape, dtype, memory)  # type: ignore[arg-type]
 
 
 def runtime_type(text: str) -> str | None:
@@ -307,7 +292,7 @@ def _loaded(ort: Any, model: Path | bytes, options: Any, wanted: Provider) -> An
     try:
         raw = ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no base class
-        text = _first_lines(error)
+        text = first_lines(error)
         if _UNKNOWN_OP in text:
             text += ". If a library of custom ops defines it, name the library: --custom-ops FILE.so"
         raise ModelRefused(f"ONNX Runtime {ort.__version__} refuses the model: {text}") from error
@@ -322,9 +307,4 @@ def _register(options: Any, library: Library) -> None:
         try:
             options.register_custom_ops_library(path)
         except Exception as error:  # ONNX Runtime's errors share no base class
-            raise CustomOpsError(f"the custom op library {path} does not load: {_first_lines(error)}") from error
-
-
-def _first_lines(error: Exception) -> str:
-    text = one_line(error)
-    return text if len(text) <= 600 else text[:600] + " ..."
+            raise CustomOpsError(f"the custom op library {path} does not load: {first_lines(error)}") from error

@@ -16,7 +16,7 @@ PACKAGES = ("onnxsplit", "runtime")
 OFFLINE = [
     "errors numbers files memory drawing progress",
     "tensors npz plan plan_base plan_decoder plan_check plan_files cluster cluster_files",
-    "providers string_value custom_ops session timed step_inputs",
+    "binding providers string_value custom_ops session timed step_inputs",
     "model partitioner",
     "cost",
     "stages",
@@ -94,7 +94,7 @@ PURE = [
         "runtime.trace",
     ),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),
-    *("runtime.node.state", "runtime.node.events"),
+    *("runtime.node.state", "runtime.node.events", "runtime.node.slots"),
     *("runtime.coordinator.state", "runtime.coordinator.events", "runtime.coordinator.interpreter"),
     *("runtime.coordinator.requests", "runtime.coordinator.deadlines", "runtime.coordinator.diagnosis"),
     *("runtime.coordinator.roster", "runtime.coordinator.node_record", "runtime.coordinator.counters"),

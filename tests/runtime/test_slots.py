@@ -1,0 +1,313 @@
+"""Which sequence is in which slot: each rule, and all of them under arbitrary orders of steps, copies and cancels."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from runtime.node.slots import Move, Placed, Slots, Unfit, Unplaced
+from runtime.wire.messages.sequences import Opening, Sampling, StepRow
+
+SLOTS = 4
+
+
+def row(sequence: int, start: int, slot: int = 0, *, epoch: int = 1, new: int = 1) -> StepRow:
+    opening = Opening(1, Sampling()) if start == 0 else None
+    return StepRow(sequence, epoch, slot, start, tuple(range(new)), True, opening)
+
+
+def run(slots: Slots, step: int, *rows: StepRow) -> Placed:
+    placed = slots.place(step, rows)
+    assert isinstance(placed, Placed)
+    slots.ran(step, rows, placed)
+    return placed
+
+
+@pytest.fixture
+def slots() -> Slots:
+    return Slots(SLOTS, rollback=True)
+
+
+def test_a_sequence_goes_on_where_it_stopped(slots):
+    assert run(slots, 1, row(7, 0, new=5)) == Placed((True,))
+    assert run(slots, 2, row(7, 5)) == Placed((True,))
+    assert (slots.sequences, slots.positions) == (1, 6)
+
+
+def test_a_step_that_overtook_an_earlier_one_waits_for_it(slots):
+    assert slots.place(2, [row(7, 5)]) is Unplaced.WAIT
+    run(slots, 1, row(7, 0, new=5))
+    assert slots.place(3, [row(7, 6)]) is Unplaced.WAIT
+    run(slots, 2, row(7, 5))
+    run(slots, 3, row(7, 6))
+
+
+def test_a_step_waits_as_a_whole(slots):
+    run(slots, 1, row(7, 0, new=5))
+    assert slots.place(2, [row(7, 5), row(8, 3, 1)]) is Unplaced.WAIT
+    assert slots.positions == 5
+
+
+def test_a_claim_clears_the_slot_of_whoever_was_there(slots):
+    run(slots, 1, row(7, 0, new=5))
+    assert run(slots, 2, row(8, 0, new=2)) == Placed((True,), (), (0,))
+    assert (slots.sequences, slots.positions) == (1, 2)
+
+
+def test_an_older_claim_does_not_take_the_slot_from_a_later_one(slots):
+    run(slots, 4, row(8, 0, new=2))
+    assert slots.place(2, [row(7, 0, new=5)]) is Unplaced.DEAD
+    run(slots, 5, row(8, 2))
+
+
+def test_a_newer_epoch_begins_anew_in_any_slot(slots):
+    run(slots, 1, row(7, 0, new=5))
+    assert slots.place(3, [row(7, 5, 2, epoch=2)]) is Unplaced.WAIT
+    assert run(slots, 2, row(7, 0, 2, epoch=2, new=5)) == Placed((True,), (), (0,))
+    run(slots, 3, row(7, 5, 2, epoch=2))
+    assert slots.place(4, [row(7, 5)]) is Unplaced.DEAD
+
+
+def test_a_step_that_comes_twice_is_dead(slots):
+    run(slots, 1, row(7, 0, new=5))
+    run(slots, 2, row(7, 5))
+    assert slots.place(1, [row(7, 0, new=5)]) is Unplaced.DEAD
+    assert slots.place(2, [row(7, 5)]) is Unplaced.DEAD
+    run(slots, 3, row(7, 6))
+
+
+def test_a_sequence_moves_with_its_states(slots):
+    run(slots, 1, row(7, 0, new=5))
+    run(slots, 2, row(8, 0, 1, new=3))
+    assert slots.free(7, 1) == (0,)
+    assert run(slots, 3, row(8, 3, 0)) == Placed((True,), (Move(1, 0, 3),), (1,))
+    run(slots, 4, row(8, 4, 0), row(9, 0, 1))
+
+
+def test_two_sequences_change_places_at_once(slots):
+    run(slots, 1, row(7, 0, 0, new=5))
+    run(slots, 2, row(8, 0, 1, new=3))
+    assert run(slots, 3, row(8, 3, 0), row(7, 5, 1)) == Placed((True, True), (Move(1, 0, 3), Move(0, 1, 5)))
+
+
+def test_a_dead_row_computes_beside_the_live_ones(slots):
+    run(slots, 1, row(7, 0, 0, new=5))
+    run(slots, 2, row(8, 0, 1, new=3))
+    slots.free(7, 1)
+    rows = [row(7, 5, 0), row(8, 3, 1)]
+    placed = slots.place(3, rows)
+    assert placed == Placed((False, True))
+    assert slots.ran(3, rows, placed) == (0,), "what the dead row has written is cleared"
+    assert slots.place(4, [row(7, 6, 0)]) is Unplaced.DEAD
+
+
+def test_a_dead_row_does_not_compute_on_the_states_of_another(slots):
+    run(slots, 1, row(7, 0, 0))
+    run(slots, 2, row(8, 0, 1))
+    slots.free(7, 1)
+    run(slots, 3, row(9, 0, 0))
+    verdict = slots.place(4, [row(7, 1, 0), row(8, 1, 1)])
+    assert isinstance(verdict, Unfit)
+    assert "sequence 7" in verdict.reason
+    assert "sequence 9" in verdict.reason
+
+
+def test_cancelled_and_passed_sequences_leave_their_slots(slots):
+    run(slots, 1, row(3, 0, 0))
+    run(slots, 2, row(4, 0, 1))
+    assert slots.free(4, 1) == (1,)
+    assert slots.place(5, [row(4, 1, 1)]) is Unplaced.DEAD
+    assert slots.passed(4) == (0,)
+    assert slots.place(6, [row(3, 1, 0)]) is Unplaced.DEAD
+    assert (slots.sequences, slots.positions) == (0, 0)
+
+
+def test_what_ends_while_it_runs_is_cleared_afterwards(slots):
+    rows = [row(7, 0, 0), row(8, 0, 1)]
+    placed = slots.place(1, rows)
+    assert slots.free(7, 1) == ()
+    assert slots.ran(1, rows, placed) == (0,)
+    assert slots.sequences == 1
+
+
+def test_a_step_that_failed_may_be_tried_again(slots):
+    run(slots, 1, row(7, 0, new=5))
+    rows = [row(7, 5)]
+    assert slots.failed(rows, slots.place(2, rows)) == ()
+    run(slots, 3, *rows)
+
+
+def test_states_that_can_be_cut_back_roll_back_to_any_length(slots):
+    run(slots, 1, row(7, 0, new=5))
+    run(slots, 2, row(7, 2))
+    assert slots.positions == 3
+
+
+def test_other_states_roll_back_by_one_step_only():
+    slots = Slots(SLOTS, rollback=False)
+    run(slots, 1, row(7, 0, new=5))
+    run(slots, 2, row(7, 5))
+    run(slots, 3, row(7, 5))
+    assert slots.positions == 6
+    refused = slots.place(4, [row(7, 2)])
+    assert isinstance(refused, Unfit)
+    assert "position 6" in refused.reason
+    assert "back to 2" in refused.reason
+    run(slots, 5, row(7, 0, new=3))
+
+
+class SlotsMachine(RuleBasedStateMachine):
+    """A coordinator that keeps its rules, a network that reorders and doubles steps, and a node with few slots.
+
+    ``contents`` is what the slots of the node hold: the history of the sequence in each. A step that ran must have
+    found exactly what its rows continue.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = Slots(SLOTS, rollback=True)
+        self.contents: list[tuple[tuple[int, int], ...]] = [()] * SLOTS  # (sequence and epoch, position) of each slot
+        self.number = 0
+        self.live: dict[int, tuple[int, int, int]] = {}  # epoch, slot and sent length of each sequence
+        self.network: list[tuple[int, tuple[StepRow, ...]]] = []
+        self.parked: deque[tuple[int, tuple[StepRow, ...]]] = deque()
+        self.returned: set[int] = set()
+        self.leaving: dict[int, set[int]] = {}  # slots that a step in flight leaves or holds
+
+    def next(self) -> int:
+        self.number += 1
+        return self.number
+
+    def held(self) -> set[int]:
+        return {slot for _, slot, _ in self.live.values()} | {s for slots in self.leaving.values() for s in slots}
+
+    def send(self, rows: tuple[StepRow, ...], also: set[int] = frozenset()) -> None:
+        step = self.next()
+        self.leaving[step] = {row.slot for row in rows} | also
+        self.network.append((step, rows))
+
+    @precondition(lambda self: len(self.held()) < SLOTS)
+    @rule(data=st.data(), new=st.integers(1, 3))
+    def open(self, data, new) -> None:
+        slot = data.draw(st.sampled_from(sorted(set(range(SLOTS)) - self.held())))
+        sequence = self.next()
+        self.live[sequence] = (1, slot, new)
+        self.send((row(sequence, 0, slot, new=new),))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), new=st.integers(1, 2))
+    def go_on(self, data, new) -> None:
+        by_slot = sorted((slot, sequence) for sequence, (_, slot, _) in self.live.items())
+        first = data.draw(st.integers(0, len(by_slot) - 1))
+        rows, slot = [], by_slot[first][0]
+        for at, sequence in by_slot[first:]:
+            if at != slot:
+                break
+            epoch, _, length = self.live[sequence]
+            rows.append(row(sequence, length, at, epoch=epoch, new=new))
+            self.live[sequence] = (epoch, at, length + new)
+            slot += 1
+        self.send(tuple(rows))
+
+    @precondition(lambda self: self.live and len(self.held()) < SLOTS)
+    @rule(data=st.data())
+    def move(self, data) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.live)))
+        slot = data.draw(st.sampled_from(sorted(set(range(SLOTS)) - self.held())))
+        epoch, source, length = self.live[sequence]
+        self.live[sequence] = (epoch, slot, length + 1)
+        self.send((row(sequence, length, slot, epoch=epoch),), {source})
+
+    @precondition(lambda self: self.live and len(self.held()) < SLOTS)
+    @rule(data=st.data())
+    def replay(self, data) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.live)))
+        slot = data.draw(st.sampled_from(sorted(set(range(SLOTS)) - self.held())))
+        epoch, _, length = self.live[sequence]
+        self.clear(self.slots.free(sequence, epoch))
+        self.live[sequence] = (epoch + 1, slot, length)
+        self.send((row(sequence, 0, slot, epoch=epoch + 1, new=length),))
+        self.try_parked()
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def end(self, data) -> None:
+        sequence = data.draw(st.sampled_from(sorted(self.live)))
+        epoch, *_ = self.live.pop(sequence)
+        self.clear(self.slots.free(sequence, epoch))
+        self.try_parked()
+
+    @rule()
+    def pass_(self) -> None:
+        self.clear(self.slots.passed(min([*self.live, self.number + 1])))
+        self.try_parked()
+
+    @precondition(lambda self: self.network)
+    @rule(data=st.data(), twice=st.booleans())
+    def arrive(self, data, twice) -> None:
+        at = data.draw(st.integers(0, len(self.network) - 1))
+        step = self.network[at] if twice else self.network.pop(at)
+        if step[0] not in {number for number, _ in self.parked}:  # the node joins by number
+            self.parked.append(step)
+        self.try_parked()
+
+    def try_parked(self) -> None:
+        tried = True
+        while tried:
+            tried = bool(sum(self.try_one(step, rows) for step, rows in list(self.parked)))
+
+    def try_one(self, step: int, rows: tuple[StepRow, ...]) -> bool:
+        placed = self.slots.place(step, rows)
+        if placed is Unplaced.WAIT:
+            return False
+        self.parked.remove((step, rows))
+        if isinstance(placed, Placed):
+            self.compute(step, rows, placed)
+        else:
+            assert placed is Unplaced.DEAD
+        if all(number != step for number, _ in self.network):
+            self.leaving.pop(step, None)
+        return isinstance(placed, Placed)
+
+    def compute(self, step: int, rows: tuple[StepRow, ...], placed: Placed) -> None:
+        before = list(self.contents)
+        for move in placed.moves:
+            self.contents[move.target] = before[move.source][: move.length]
+        for slot in placed.clear:
+            self.contents[slot] = ()
+        for one, live in zip(rows, placed.live, strict=True):
+            if live:
+                who = (one.sequence, one.epoch)
+                assert self.contents[one.slot][: one.start] == (who,) * one.start
+                assert len(self.contents[one.slot]) == one.start
+                self.contents[one.slot] = (who,) * (one.start + len(one.tokens))
+            else:
+                self.contents[one.slot] = ((0, 0),)
+        self.clear(self.slots.ran(step, rows, placed))
+
+    def clear(self, slots: tuple[int, ...]) -> None:
+        for slot in slots:
+            self.contents[slot] = ()
+
+    @invariant()
+    def the_table_and_the_contents_agree(self) -> None:
+        assert self.slots.positions == sum(len(content) for content in self.contents)
+        assert self.slots.sequences == sum(bool(content) for content in self.contents)
+
+    def teardown(self) -> None:
+        """When everything has arrived, no step of a live sequence waits; when all have ended, nothing is left."""
+        self.parked.extend(step for step in self.network if step not in self.parked)
+        self.network = []
+        self.try_parked()
+        assert not self.parked
+        assert self.slots.positions == sum(length for _, _, length in self.live.values())
+        self.clear(self.slots.passed(self.number + 1))
+        assert self.contents == [()] * SLOTS
+
+
+SlotsMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+test_slots_under_any_order = SlotsMachine.TestCase
