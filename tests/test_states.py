@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.coordinator import node_record
+from runtime.coordinator import node_record, sequence_record
 from runtime.coordinator import state as coordinator_state
 from runtime.node import state as node_state
 from runtime.transition_table import IllegalEventError, Machine, drawing
@@ -25,6 +25,12 @@ TABLES = {
         node_record.Phase.BACKOFF,
         {node_record.Phase.GONE},
     ),
+    "A sequence": (
+        "runtime/coordinator/sequence_record.py",
+        sequence_record.TRANSITIONS,
+        sequence_record.SequencePhase.WAITING,
+        {sequence_record.SequencePhase.ENDED},
+    ),
     "A node, as it sees itself": (
         "runtime/node/state.py",
         node_state.TRANSITIONS,
@@ -36,9 +42,9 @@ TABLES = {
 
 def text() -> str:
     parts = [
-        "# Which states do pipelines and nodes have?\n\nThe diagrams show all states and transitions. `python "
-        "tests/test_states.py` draws them from the tables in the code. A\ntransition that no table lists is an error, "
-        "and its message names the events before it.\n"
+        "# Which states do pipelines, nodes and sequences have?\n\nThe diagrams show all states and transitions. "
+        "`python tests/test_states.py` draws them from the tables in the code. A\n"
+        "transition that no table lists is an error, and its message names the events before it.\n"
     ]
     for title, (module, table, first, _) in TABLES.items():
         parts.append(f"## {title}\n\n`{module}`\n\n```mermaid\n{drawing(table, first)}\n```\n")

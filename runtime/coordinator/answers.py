@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from onnxsplit.errors import OnnxsplitError
 from onnxsplit.tensors import Array
-from runtime.errors import PipelineError
 from runtime.wire.messages.data import Visit
 
 _log = logging.getLogger("runtime.coordinator")
@@ -20,7 +20,7 @@ class Answer:
     """The outcome of a request: its outputs, which belong to the caller, and the stages that it passed; or an error."""
 
     outputs: dict[str, Array]
-    error: PipelineError | None = None
+    error: OnnxsplitError | None = None
     visits: tuple[Visit, ...] = ()
 
 

@@ -95,7 +95,7 @@ class DataLinks:
         """The progress of all nodes with all attempts in flight, from their shared memory or their messages."""
         numbers = [node.number for node in self._machine.roster if node.number >= 0]
         steps: dict[AttemptKey, dict[int, Step]] = {}
-        for key in self._machine.requests.in_flight:
+        for key in self._machine.work.in_flight:
             steps[key] = {n: step for n in numbers if (step := self._payloads.step(n, *key)) is not Step.UNKNOWN}
         for number, key in self.started.items():
             if key in steps:

@@ -1,8 +1,9 @@
 """The events and the effects of the coordinator's state machine. Pure.
 
-Events come first. Effects are of two kinds: those on requests (:data:`RequestEffect`), which any thread of the caller's
-process performs at once, and those on nodes (:data:`ControlEffect`), which the coordinator's own thread performs.
-:mod:`runtime.coordinator.interpreter` has a method for each.
+Events come first. Effects are of two kinds: those on requests and sequences (:data:`RequestEffect`), which any thread
+of the caller's process performs at once, and those on nodes (:data:`ControlEffect`), which the coordinator's own thread
+performs. :mod:`runtime.coordinator.interpreter` has a method for each. Those of sequences are defined in
+:mod:`runtime.coordinator.sequence_events`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from onnxsplit.errors import OnnxsplitError
 from runtime.coordinator.reach import LinkKey
+from runtime.coordinator.sequence_events import SequenceEffect, SequenceEvent
 from runtime.errors import PipelineError
 from runtime.topology import ReplicaKey
 from runtime.wire.messages.control import Fate, Hello
@@ -116,20 +119,23 @@ class Reported(Struct, frozen=True):
 
 
 class Expired(Struct, frozen=True):
-    """The deadline of a request has passed. ``steps`` says how far nodes are with its attempt."""
+    """The deadline of a request or of a sequence has passed.
+
+    ``steps`` says how far nodes are with its attempt, or with its step in flight.
+    """
 
     request: int
     steps: Mapping[int, Step]
 
 
 class GivenUp(Struct, frozen=True):
-    """The caller has cancelled a request."""
+    """The caller has cancelled a request or a sequence."""
 
     request: int
 
 
 class Unsendable(Struct, frozen=True):
-    """A request cannot be sent, or the outputs of an attempt at it cannot be read; 0 stands for any attempt."""
+    """A request or a step cannot be sent, or its outputs cannot be read. Attempt 0 stands for any attempt."""
 
     request: int
     error: PipelineError
@@ -175,6 +181,7 @@ CoordinatorEvent = (
     | Reconnected
     | LinksSeen
     | Submitted
+    | SequenceEvent
     | Returned
     | Reported
     | Expired
@@ -216,13 +223,13 @@ class Resolve(Struct, frozen=True):
 
 
 class Reject(Struct, frozen=True):
-    """Answer a request with an error."""
+    """Answer a request or a sequence with an error."""
 
     request: int
-    error: PipelineError
+    error: OnnxsplitError
 
 
-RequestEffect = Enter | Again | Resolve | Reject
+RequestEffect = Enter | Again | Resolve | Reject | SequenceEffect
 
 
 class StartNode(Struct, frozen=True):
@@ -282,7 +289,7 @@ class Announce(Struct, frozen=True):
 
 
 class Forget(Struct, frozen=True):
-    """Tell nodes that this attempt at a request, and all before it, were given up."""
+    """Tell nodes that this attempt at a request or a sequence, and all before it, were given up or have ended."""
 
     request: int
     attempt: int
@@ -290,7 +297,7 @@ class Forget(Struct, frozen=True):
 
 
 class Drained(Struct, frozen=True):
-    """Tell the caller that no request is in flight, and none will be."""
+    """Tell the caller that no request and no sequence is in flight, and none will be."""
 
 
 ControlEffect = (

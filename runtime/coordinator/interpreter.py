@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 
+from onnxsplit.errors import OnnxsplitError
 from runtime.coordinator.events import (
     Again,
     Announce,
@@ -36,6 +37,7 @@ from runtime.coordinator.events import (
     ShareMemory,
     StartNode,
 )
+from runtime.coordinator.sequence_events import Emit, EnterStep, Finish
 from runtime.coordinator.state import CoordinatorState
 from runtime.errors import PipelineError
 from runtime.topology import ReplicaKey
@@ -50,6 +52,10 @@ class RequestEffects(ABC):
         """Perform effects, in order."""
         for effect in effects:
             match effect:
+                case EnterStep():
+                    self.enter_step(effect)
+                case Emit():
+                    self.emit(effect)
                 case Enter():
                     self.enter(effect)
                 case Resolve(request, visits):
@@ -58,6 +64,8 @@ class RequestEffects(ABC):
                     self.end_attempt(request, attempt, reason)
                 case Reject(request, error):
                     self.reject(request, error)
+                case Finish():
+                    self.finish(effect)
 
     @abstractmethod
     def enter(self, enter: Enter) -> None:
@@ -72,8 +80,20 @@ class RequestEffects(ABC):
         """Answer a request with its tensors."""
 
     @abstractmethod
-    def reject(self, request: int, error: PipelineError) -> None:
-        """Answer a request with an error."""
+    def reject(self, request: int, error: OnnxsplitError) -> None:
+        """Answer a request or a sequence with an error."""
+
+    def enter_step(self, step: EnterStep) -> None:
+        """Send a step to the stages that begin it."""
+        raise NotImplementedError
+
+    def emit(self, emit: Emit) -> None:
+        """Give the caller of a sequence its next token."""
+        raise NotImplementedError
+
+    def finish(self, finish: Finish) -> None:
+        """End a sequence; its caller has got all tokens."""
+        raise NotImplementedError
 
 
 class NodeEffects(ABC):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxsplit.errors import one_line
+from onnxsplit.errors import OnnxsplitError, one_line
 from onnxsplit.plan import CALLER, Plan
 from onnxsplit.tensors import Array
 from runtime.coordinator.answers import Answer, AnswerQueue, Done
@@ -242,7 +242,7 @@ class RequestIO(RequestEffects):
         if self._trace:
             self.traced.append(RequestTrace(request, pending.entered_ns, visits, time.monotonic_ns()))
 
-    def reject(self, request: int, error: PipelineError) -> None:
+    def reject(self, request: int, error: OnnxsplitError) -> None:
         """Queue an answer with an error."""
         log_event(_log, logging.INFO, "request failed", request=request, error=type(error).__name__, reason=error)
         self.answers.add(self._end(request).done, Answer({}, error))

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from onnxsplit.errors import OnnxsplitError
 from runtime.coordinator.deadlines import Deadlines
 from runtime.coordinator.diagnosis import awaited, stage_name
 from runtime.coordinator.events import (
@@ -375,7 +376,7 @@ class RequestTable:
                 return StageUnavailable(f"stage {stage} has no node: {story}")
         return None
 
-    def refuse(self, number: int, error: PipelineError) -> None:
+    def refuse(self, number: int, error: OnnxsplitError) -> None:
         """End a request with an error; nothing happens when it has ended."""
         request = self._requests.get(number)
         if request is None:
@@ -385,7 +386,7 @@ class RequestTable:
         if request.attempt:
             self._forget(number, request)
 
-    def refuse_all(self, error: PipelineError) -> None:
+    def refuse_all(self, error: OnnxsplitError) -> None:
         """End all requests with an error."""
         for number in list(self._requests):
             self.refuse(number, error)

@@ -3,9 +3,9 @@
 **Theory.** The machine is a function from a state and an event to a new state and effects. It uses no socket, no
 process and no clock: events carry the time. The effects come in two lists: effects on requests, which
 :class:`~runtime.coordinator.request_io.RequestIO` performs in the thread that handles the event, and effects on nodes,
-which the coordinator's thread performs. There are three tables of states: the pipeline's (:data:`TRANSITIONS` here),
-one for each node (:mod:`runtime.coordinator.node_record`), and one for each request
-(:mod:`runtime.coordinator.requests`). docs/states.md is drawn from the first two.
+which the coordinator's thread performs. There are four tables of states: the pipeline's (:data:`TRANSITIONS` here), and
+those of nodes (:mod:`runtime.coordinator.node_record`), requests (:mod:`runtime.coordinator.requests`) and sequences
+(:mod:`runtime.coordinator.sequence_record`). docs/states.md is drawn from all but that of requests.
 
 **The promise.** While the coordinator lives, every request that it accepted is answered once: with the right tensors,
 all of one attempt, or with an error that gives the reason. The promise rests on three rules:
@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum, auto
 
+from onnxsplit.errors import OnnxsplitError
 from onnxsplit.plan import CALLER, Plan
 from runtime.balance.board import PEERS
 from runtime.coordinator.events import (
@@ -65,10 +66,15 @@ from runtime.coordinator.events import (
 )
 from runtime.coordinator.links import DeadLinks
 from runtime.coordinator.node_record import NodeRecord, Phase
+from runtime.coordinator.numbers import Numbers
 from runtime.coordinator.reach import LinkKey
 from runtime.coordinator.refusals import Refusal
 from runtime.coordinator.requests import Choose, RequestTable
 from runtime.coordinator.roster import Roster
+from runtime.coordinator.sequence_events import SequenceSubmitted, StepReturned
+from runtime.coordinator.sequence_limits import SequenceLimits
+from runtime.coordinator.sequences import SequenceTable
+from runtime.coordinator.work import Work
 from runtime.errors import Cancelled, LaunchFailed, PipelineClosed, PipelineError
 from runtime.timings import Timings
 from runtime.topology import StageGraph
@@ -115,11 +121,15 @@ class CoordinatorState:
         elastic: whether to accept nodes beyond the number of replicas, for as long as they stay.
         patient: whether to wait for another node when one is lost before all were ready.
         process_numbers: how many numbers there are for processes, the coordinator's own included.
+        limits: the limits of sequences, for a plan with a decoder; None to take no sequences.
 
     Attributes:
+        numbers: numbers requests, sequences and steps together.
         roster: the nodes.
         links: the dead links.
         requests: the unanswered requests.
+        sequences: the sequences that have not ended; None where none are taken.
+        work: the requests and the sequences together.
         entrances: the stages that the coordinator itself sends to.
         error: why no more requests are taken; None while they are.
     """
@@ -135,6 +145,7 @@ class CoordinatorState:
         elastic: bool = False,
         patient: bool = False,
         process_numbers: int = PEERS,
+        limits: SequenceLimits | None = None,
     ) -> None:
         timings = timings or Timings()
         graph = StageGraph(plan)
@@ -142,10 +153,14 @@ class CoordinatorState:
         self.error: PipelineError | None = None
         self.roster = Roster(replicas, timings, hosts=hosts, elastic=elastic, process_numbers=process_numbers)
         self.links = DeadLinks(graph, self.roster)
+        self.numbers = Numbers()
         self._effects = Effects()
-        self.requests = RequestTable(
-            graph, self.roster, self.links, self._effects, choose=choose, timings=timings, attempts=attempts
-        )
+        nodes = self.roster, self.links, self._effects
+        self.requests = RequestTable(graph, *nodes, choose=choose, timings=timings, attempts=attempts)
+        self.sequences: SequenceTable | None = None
+        if limits is not None:
+            self.sequences = SequenceTable(plan, graph, *nodes, self.numbers, limits, timings, attempts)
+        self.work = Work(self.requests, self.sequences, self.numbers)
         self.entrances = graph.targets[CALLER]
         self._machine = Machine("pipeline", TRANSITIONS, PipelinePhase.STARTING)
         self._patient = patient
@@ -163,25 +178,27 @@ class CoordinatorState:
     def handle(self, event: CoordinatorEvent) -> Decision:
         """Handle an event; returns the effects on requests and the effects on nodes, each in order."""
         match event:
-            case Submitted():
-                self._submitted(event)
+            case StepReturned():
+                if self.sequences is not None:
+                    self.sequences.returned(event)
             case Returned():
                 self.requests.returned(event)
+            case Submitted() | SequenceSubmitted():
+                self._submitted(event)
             case Reported(message):
-                self.requests.reported(message)
+                self.work.reported(message)
             case Expired(request, steps):
-                self.requests.time_ran_out(request, steps)
+                self.work.time_ran_out(request, steps)
             case GivenUp(request):
-                self.requests.refuse(request, Cancelled("the caller gave the request up"))
-            case Unsendable(request, error, attempt):
-                if attempt in (0, self.requests.attempt(request)):
-                    self.requests.refuse(request, error)
+                self.work.refuse(request, Cancelled("the caller gave the request up"))
+            case Unsendable():
+                self.work.unsendable(event)
             case Tick(now_ns):
                 self._effects.on_nodes += self.roster.due(now_ns)
-                self.requests.time_passed(event)
+                self.work.time_passed(event)
             case _:
                 self._handle_nodes(event)
-        if self.requests.has_ended:
+        if self.work.take_ended():
             self._settle()
         effects = self._effects
         decision = effects.on_requests, effects.on_nodes
@@ -196,7 +213,7 @@ class CoordinatorState:
             case Met(mapped, now_ns):
                 self.roster.mapped = frozenset(mapped)
                 self._share_memory()
-                self.requests.resume(now_ns)
+                self.work.resume(now_ns)
             case Prepared():
                 self._prepared(event)
             case Declined(identity, reason, now_ns):
@@ -228,24 +245,22 @@ class CoordinatorState:
 
     # Requests
 
-    def _submitted(self, event: Submitted) -> None:
-        if self.error is not None:
-            self._effects.on_requests.append(Reject(event.request, self.error))
-        elif self.state is not PipelinePhase.READY:
-            self._effects.on_requests.append(Reject(event.request, PipelineClosed("the pipeline is not ready")))
-        else:
-            self.requests.submit(event)
+    def _submitted(self, event: Submitted | SequenceSubmitted) -> None:
+        error: OnnxsplitError | None = self.error
+        if error is None and self.state is not PipelinePhase.READY:
+            error = PipelineClosed("the pipeline is not ready")
+        error = error or self.work.submit(event)
+        if error is not None:
+            number = event.request if isinstance(event, Submitted) else event.number
+            self._effects.on_requests.append(Reject(number, error))
 
     def _settle(self) -> None:
-        """Tell leaving nodes to end once no attempt can reach them, and report when no request is in flight."""
-        self.requests.has_ended = False
-        if self.roster.departing:
-            oldest_view = self.requests.oldest_view
-            for node in self.roster.departing:
-                if node.leaves_at <= oldest_view and not node.released:
-                    node.released = True
-                    self._effects.on_nodes.append(SendAway(node.identity, "it has no more work", "end"))
-        if self.state is PipelinePhase.DRAINING and not len(self.requests):
+        """Tell leaving nodes to end once no work can reach them, and report when no work is in flight."""
+        for node in self.roster.departing:
+            if not node.released and not self.work.may_reach(node.number, node.leaves_at):
+                node.released = True
+                self._effects.on_nodes.append(SendAway(node.identity, "it has no more work", "end"))
+        if self.state is PipelinePhase.DRAINING and not len(self.work):
             self._effects.on_nodes.append(Drained())
 
     # Nodes that join
@@ -277,6 +292,7 @@ class CoordinatorState:
             if not self.roster.missing():
                 self._machine.go(PipelineChange.ALL_READY)
                 self._share_memory()
+                self.work.resume(event.now_ns)
                 self._effects.on_nodes.append(Announce(None))
             return
         self._share_memory()
@@ -314,10 +330,10 @@ class CoordinatorState:
             self._effects.on_nodes.append(SendAway(node.identity, told, event.fate))
             node.identity = b""
         if had_work:
-            node.counters.retries += self.requests.node_lost(node.slot[0], number, called, reason, event.steps)
+            node.counters.retries += self.work.node_lost(node.slot[0], number, called, reason, event.steps)
         if was_known or (self.state is PipelinePhase.STARTING and self.roster.introduced(everyone=False)):
             self._introduce()  # then Met begins the attempts that are to be repeated
-        self.requests.refuse_hopeless()
+        self.work.refuse_hopeless()
 
     def _leave_wanted(self, identity: bytes, now_ns: int) -> None:
         node = self.roster.by_identity(identity)
@@ -358,8 +374,9 @@ class CoordinatorState:
         has_new_view = self.links.dead_ends() != self.roster.dead_ends
         if has_new_view:
             self._introduce()
-        if self.requests.links_died(died, now_ns) and not has_new_view:  # else Met begins the attempts
-            self.requests.resume(now_ns)
+        self.work.links_died(died, now_ns)
+        if not has_new_view:  # else Met begins what is to be repeated
+            self.work.resume(now_ns)
 
     # The end
 
@@ -376,6 +393,6 @@ class CoordinatorState:
             self._effects.on_nodes.append(Announce(error))
         self._machine.go(PipelineChange.CLOSE)
         self.error = self.error or error
-        self.requests.refuse_all(error)
+        self.work.refuse_all(error)
         known = [node.identity for node in self.roster.nodes.values() if node.identity]
         self._effects.on_nodes += [SendAway(identity, "the pipeline was closed", "end") for identity in known]

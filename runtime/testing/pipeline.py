@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+from onnxsplit.errors import OnnxsplitError
 from onnxsplit.plan import CALLER, Plan
 from runtime.balance.board import PEERS
 from runtime.balance.policies import UNIT_COST
@@ -111,7 +112,7 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
 
     def steps(self) -> c.Steps:
         """The nodes' progress with the attempts in flight, as far as the coordinator can see it."""
-        keys = self.coordinator.requests.in_flight
+        keys = self.coordinator.work.in_flight
         return {key: {o.number: o.ledger[key] for o in self.nodes.values() if key in o.ledger} for key in keys}
 
     def coordinator_met(self, peers: tuple[Peer, ...]) -> None:
@@ -152,7 +153,7 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         """Record the outputs of a request."""
         self.answers[request].append(self._collected.pop(request))
 
-    def reject(self, request: int, error: PipelineError) -> None:
+    def reject(self, request: int, error: OnnxsplitError) -> None:
         """Record the error of a request."""
         self.answers[request].append(error)
 

@@ -1,0 +1,166 @@
+"""The chains of a pipeline: which nodes form them, and which of them has room for a sequence. Pure.
+
+Chain i takes replica i mod n of each stage with n nodes. A chain stays as it is while its nodes live, because the
+states of its sequences lie on them. When nodes join, there are new chains, which new sequences use.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from onnxsplit.plan import CALLER
+from onnxsplit.plan_decoder import RowLayout
+from runtime.coordinator.chains import Chain
+from runtime.coordinator.links import DeadLinks
+from runtime.coordinator.node_record import Phase
+from runtime.coordinator.reach import LinkKey
+from runtime.coordinator.roster import Roster
+from runtime.coordinator.sequence_limits import SequenceLimits
+from runtime.coordinator.sequence_record import SequenceRecord
+from runtime.topology import StepGraph
+from runtime.wire.messages.data import NOT_NEEDED
+
+_COORDINATOR = 0
+
+
+class ChainTable:
+    """All chains.
+
+    Args:
+        graph: the stages that run in a step.
+        stages: the number of stages of the plan.
+        roster: the nodes.
+        links: the dead links.
+        limits: the limits of sequences.
+        layout: which rows may share a run.
+    """
+
+    def __init__(
+        self,
+        graph: StepGraph,
+        stages: int,
+        roster: Roster,
+        links: DeadLinks,
+        limits: SequenceLimits,
+        layout: RowLayout,
+    ) -> None:
+        self._graph = graph
+        self._stages = stages
+        self._roster = roster
+        self._links = links
+        self._limits = limits
+        self._layout = layout
+        self._chains: dict[tuple[int, ...], Chain] = {}
+        self._used_bytes: Counter[int] = Counter()  # by the number of the node
+
+    def __iter__(self) -> Iterator[Chain]:
+        return iter(list(self._chains.values()))
+
+    def __contains__(self, chain: Chain) -> bool:
+        return self._chains.get(chain.route) is chain
+
+    # Which chains exist
+
+    def refresh(self) -> None:
+        """Make the chains that the present nodes can form, and close those that they no longer would."""
+        wanted = dict.fromkeys(self._wanted())
+        for chain in self:
+            chain.is_open = chain.route in wanted
+            chain.leaves = any(node.phase is not Phase.READY for node in chain.nodes.values())
+            self.tidy(chain)
+        for route in wanted:
+            if route not in self._chains and (place := self._place_for(route)) is not None:
+                self._chains[route] = self._new(route, place)
+
+    def tidy(self, chain: Chain) -> None:
+        """Remove a closed chain without sequences."""
+        if not chain.is_open and not chain.sequences:
+            self.drop(chain)
+
+    def _wanted(self) -> Iterator[tuple[int, ...]]:
+        """The routes of the chains that the present nodes can form."""
+        nodes = {
+            stage: [number for number in self._roster.takers(stage) if number not in self._roster.dead_ends]
+            for stage in self._graph.stages
+        }
+        if all(nodes.values()):
+            for place in range(max(map(len, nodes.values()))):
+                route = [NOT_NEEDED] * self._stages
+                for stage, numbers in nodes.items():
+                    turn = place % len(numbers)
+                    choices = (n for n in (*numbers[turn:], *numbers[:turn]) if self._reaches(route, stage, n))
+                    route[stage] = next(choices, NOT_NEEDED)
+                if all(route[stage] != NOT_NEEDED for stage in nodes):
+                    yield tuple(route)
+
+    def _reaches(self, route: Sequence[int], stage: int, number: int) -> bool:
+        """Whether the links between a node of a stage and the nodes of earlier stages work."""
+        return self._links.stories.keys().isdisjoint(self._ends(route, stage, number))
+
+    def _ends(self, route: Sequence[int], stage: int, number: int) -> list[LinkKey]:
+        """The links that a step passes to a node of a stage, and from there back to the coordinator."""
+        links = [(_COORDINATOR if source == CALLER else route[source], number) for source in self._graph.sources[stage]]
+        return [*links, (number, _COORDINATOR)] if stage == self._graph.tail else links
+
+    def _place_for(self, route: tuple[int, ...]) -> int | None:
+        """The first range of slots that no chain with one of these nodes has."""
+        taken = {chain.place for chain in self if any(number in chain.nodes for number in route)}
+        return next((place for place in range(self._limits.places) if place not in taken), None)
+
+    def _new(self, route: tuple[int, ...], place: int) -> Chain:
+        nodes = {}
+        for stage in self._graph.stages:
+            node = self._roster.by_number(route[stage])
+            assert node is not None
+            nodes[node.number] = node
+        links = frozenset(link for stage in self._graph.stages for link in self._ends(route, stage, route[stage]))
+        return Chain(route, nodes, links, place=place, limits=self._limits, layout=self._layout)
+
+    def drop(self, chain: Chain) -> None:
+        """Remove a chain."""
+        if chain in self:
+            del self._chains[chain.route]
+
+    def has_other(self, chain: Chain) -> bool:
+        """Whether sequences of a chain can go to another one."""
+        return any(other.is_open for other in self if other is not chain)
+
+    # Room
+
+    def room_for(self, sequence: SequenceRecord) -> Chain | None:
+        """The chain with the most free bytes that has room for a sequence; None when none has."""
+        chains = [chain for chain in self if chain.is_open and self._fits(chain, sequence)]
+        return max(chains, key=lambda chain: (self._free_bytes(chain), -len(chain.sequences)), default=None)
+
+    def _fits(self, chain: Chain, sequence: SequenceRecord) -> bool:
+        most = self._limits.cache_bytes
+        return chain.vacancy() is not None and all(
+            self._used_bytes[chain.route[stage]] + sequence.needed_bytes[stage] <= most for stage in self._graph.stages
+        )
+
+    def _free_bytes(self, chain: Chain) -> int:
+        return self._limits.cache_bytes - max(self._used_bytes[number] for number in chain.nodes)
+
+    def used_bytes(self, number: int) -> int:
+        """The bytes that are reserved on a node."""
+        return self._used_bytes[number]
+
+    def add(self, chain: Chain, sequence: SequenceRecord) -> None:
+        """Reserve the bytes of a sequence on the nodes of a chain, and give it a slot."""
+        for stage in self._graph.stages:
+            self._used_bytes[chain.route[stage]] += sequence.needed_bytes[stage]
+        chain.add(sequence)
+
+    def remove(self, sequence: SequenceRecord) -> Chain:
+        """Free the bytes and the slot of a sequence; returns its chain."""
+        chain = sequence.chain
+        assert chain is not None
+        for stage in self._graph.stages:
+            number = chain.route[stage]
+            self._used_bytes[number] -= sequence.needed_bytes[stage]
+            if not self._used_bytes[number]:
+                del self._used_bytes[number]
+        chain.remove(sequence)
+        self.tidy(chain)
+        return chain

@@ -1,0 +1,175 @@
+"""Decides which sequences run on which chain of nodes, and sends their steps. Pure.
+
+Sequences wait in one queue. Those that ran before and lost their nodes come first; the others follow in the order in
+which they came. Nobody overtakes: as long as there is no room for the first, the others wait. A sequence is admitted
+when all bytes that it can reach are free on the nodes of a chain, so no sequence ever has to make room for another.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from onnxsplit.plan import Plan
+from runtime.balance.policies import UNIT_COST
+from runtime.coordinator.chain_table import ChainTable
+from runtime.coordinator.chains import Chain, Group, StepRecord
+from runtime.coordinator.events import Effects
+from runtime.coordinator.links import DeadLinks
+from runtime.coordinator.numbers import Numbers
+from runtime.coordinator.roster import Roster
+from runtime.coordinator.sequence_events import EnterStep
+from runtime.coordinator.sequence_limits import SequenceLimits
+from runtime.coordinator.sequence_record import SequenceChange, SequencePhase, SequenceRecord
+from runtime.coordinator.step_table import StepTable
+from runtime.timings import Timings
+from runtime.topology import StepGraph
+from runtime.wire.messages.sequences import Opening, StepRow
+
+
+class Scheduler:
+    """The queue of sequences, the chains, and the steps in flight.
+
+    Args:
+        plan: the plan, which has a decoder.
+        roster: the nodes.
+        links: the dead links.
+        effects: collects the steps to send.
+        numbers: numbers the steps.
+        limits: the limits of sequences.
+        timings: when a step counts as lost.
+
+    Attributes:
+        chains: the chains.
+        steps: the steps in flight.
+        now_ns: the time of the last event, by the host's monotonic clock.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        roster: Roster,
+        links: DeadLinks,
+        effects: Effects,
+        numbers: Numbers,
+        *,
+        limits: SequenceLimits,
+        timings: Timings,
+    ) -> None:
+        assert plan.decoder is not None
+        self.chains = ChainTable(StepGraph(plan), len(plan.stages), roster, links, limits, plan.decoder.rows)
+        self.steps = StepTable(timings)
+        self.now_ns = 0
+        self._roster = roster
+        self._effects = effects
+        self._numbers = numbers
+        self._cost_rows = max(1, plan.decoder.cost_rows)
+        self._queue: list[tuple[bool, int, SequenceRecord]] = []
+        self._changed: dict[Chain, None] = {}  # the chains that may have something to send
+
+    @property
+    def waiting(self) -> int:
+        """The number of sequences that wait for room."""
+        return len(self._queue)
+
+    # Sequences
+
+    def wait(self, sequence: SequenceRecord) -> None:
+        """Put a sequence into the queue."""
+        insort(self._queue, (sequence.epoch == 1, sequence.number, sequence))
+
+    def remove(self, sequence: SequenceRecord) -> tuple[bytes, ...]:
+        """Take a sequence away from the queue or from its chain, before its state changes.
+
+        Returns:
+            the identities of the nodes that have it.
+        """
+        if sequence.phase is SequencePhase.WAITING:
+            entry = (sequence.epoch == 1, sequence.number, sequence)
+            del self._queue[bisect_left(self._queue, entry)]
+            return ()
+        self.steps.abandon(sequence)
+        chain = self.chains.remove(sequence)
+        self._changed[chain] = None
+        return chain.identities
+
+    def _admit(self) -> None:
+        """Admit sequences in order, until there is no room for the first."""
+        while self._queue:
+            sequence = self._queue[0][2]
+            chain = self.chains.room_for(sequence)
+            if chain is None:
+                return
+            del self._queue[0]
+            sequence.machine.go(SequenceChange.ADMIT)
+            self.chains.add(chain, sequence)
+            self._changed[chain] = None
+
+    # Steps
+
+    def take_back(self, number: int) -> StepRecord | None:
+        """Remove a step that is no longer in flight, so that its chain can go on; None when it was removed before."""
+        step = self.steps.end(number)
+        if step is not None:
+            self._changed[step.chain] = None
+        return step
+
+    def measure(self, step: StepRecord, now_ns: int) -> None:
+        """Note when a step came back."""
+        self.now_ns = now_ns
+        self.steps.returned(step, now_ns)
+
+    def go_on(self) -> None:
+        """Admit sequences, and send all steps that can be sent."""
+        self._admit()
+        for chain in self._changed:
+            if chain not in self.chains:
+                continue
+            for group in chain.groups:
+                if group.step is None:
+                    chain.balance(group)
+            for group in chain.groups:
+                if group.step is None and group.decoding:
+                    self._decode(chain, group)
+            while (sequence := chain.next_prompt()) is not None:
+                self._read(chain, sequence)
+        self._changed.clear()
+
+    def _decode(self, chain: Chain, group: Group) -> None:
+        """Send the next decode step of a group."""
+        sequences, held = chain.next_rows(group)
+        rows = [
+            StepRow(sequence.number, sequence.epoch, sequence.slot, sequence.sent, (sequence.history[-1],), draw=True)
+            for sequence in sequences
+        ]
+        for sequence in sequences:
+            sequence.sent += 1
+        self._send(chain, group, sequences, tuple(rows), held)
+
+    def _read(self, chain: Chain, sequence: SequenceRecord) -> None:
+        """Send the next part of a prompt."""
+        start, stop = chain.next_chunk(sequence)
+        row = StepRow(
+            sequence=sequence.number,
+            epoch=sequence.epoch,
+            slot=sequence.slot,
+            start=start,
+            tokens=tuple(sequence.history[start:stop]),
+            draw=stop == len(sequence.history),
+            opening=Opening(sequence.prompt, sequence.sampling) if start == 0 else None,
+        )
+        self._send(chain, None, [sequence], (row,), [sequence.slot])
+
+    def _send(
+        self,
+        chain: Chain,
+        group: Group | None,
+        sequences: list[SequenceRecord],
+        rows: tuple[StepRow, ...],
+        held: list[int],
+    ) -> None:
+        number, draws = self._numbers.next(), rows[0].draw
+        cost = max(1, UNIT_COST * len(rows) * len(rows[0].tokens) // self._cost_rows)
+        pairs = [(sequence, sequence.epoch) for sequence in sequences]
+        self.steps.begin(StepRecord(number, chain, group, pairs, draws, held, len(rows), cost, self.now_ns))
+        scores = draws and any(sequence.scores for sequence in sequences)
+        self._effects.on_requests.append(EnterStep(number, self._roster.view, cost, chain.route, rows, scores))

@@ -1,0 +1,145 @@
+"""How many sequences of a decoder its nodes hold at once, and how long they may be. Pure."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from msgspec import Struct
+
+from onnxsplit.errors import InputError
+from onnxsplit.plan import Plan
+from runtime.topology import StepGraph
+from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS, MOST_SLOTS
+
+DEFAULT_ROWS = 16
+"""The largest number of sequences at once on a chain of nodes, unless the user says otherwise."""
+
+DEFAULT_CHUNK = 128
+"""The largest number of tokens of a prompt in a step, unless the user says otherwise."""
+
+_FEWEST_PLACES = 4
+
+
+class SequenceLimits(Struct, frozen=True, kw_only=True):
+    """The limits of sequences in one pipeline; :func:`sequence_limits` makes them.
+
+    A *chain* is one node of each stage. All chains that share a node have ranges of slots of their own, which are
+    called places.
+
+    Attributes:
+        cache_bytes: the most bytes of states on each node.
+        rows: the most sequences at once on a chain.
+        length: the most positions of a sequence, its prompt included.
+        chunk: the most tokens of a prompt in a step.
+        groups: the number of groups of a chain; each has one step in flight.
+        places: the number of ranges of slots that a node has.
+        token_bytes: for each stage, the bytes of one position of one sequence.
+        fixed_bytes: for each stage, the bytes of one sequence, whatever its length.
+    """
+
+    cache_bytes: int
+    rows: int
+    length: int
+    chunk: int
+    groups: int
+    places: int
+    token_bytes: tuple[int, ...]
+    fixed_bytes: tuple[int, ...]
+
+    @property
+    def group_slots(self) -> int:
+        """The number of slots of a group."""
+        return ceil(self.rows / self.groups)
+
+    @property
+    def chain_slots(self) -> int:
+        """The number of slots of a chain."""
+        return self.groups * self.group_slots
+
+    @property
+    def slots(self) -> int:
+        """The number of slots of a node."""
+        return self.places * self.chain_slots
+
+    def needed_bytes(self, tokens: int) -> tuple[int, ...]:
+        """The bytes that a sequence of so many positions takes at each stage."""
+        return tuple(tokens * each + fixed for each, fixed in zip(self.token_bytes, self.fixed_bytes, strict=True))
+
+    def problem(self, prompt: int, max_tokens: int) -> str | None:
+        """Why a sequence never fits, in one sentence; None where it does.
+
+        Args:
+            prompt: the number of tokens of its prompt.
+            max_tokens: the most tokens to add.
+        """
+        total = prompt + max_tokens
+        if total > self.length:
+            return (
+                f"the prompt of {prompt} tokens and {max_tokens} more are {total} positions; a sequence has at most "
+                f"{self.length}: shorten the prompt, ask for fewer tokens, or raise max_length"
+            )
+        needed = self.needed_bytes(total)
+        stage = max(range(len(needed)), key=needed.__getitem__, default=0)
+        if needed and needed[stage] > self.cache_bytes:
+            return (
+                f"the prompt of {prompt} tokens and {max_tokens} more take {needed[stage]} bytes of caches at stage "
+                f"{stage}; a node has {self.cache_bytes}: shorten the prompt, ask for fewer tokens, or raise "
+                f"cache_bytes"
+            )
+        return None
+
+
+def sequence_limits(
+    plan: Plan,
+    *,
+    replicas: tuple[int, ...],
+    cache_bytes: int,
+    max_rows: int = DEFAULT_ROWS,
+    max_length: int | None = None,
+    prefill_chunk: int = DEFAULT_CHUNK,
+    decode_groups: int | None = None,
+) -> SequenceLimits:
+    """The limits of sequences for a plan with a decoder.
+
+    Args:
+        plan: the plan.
+        replicas: the number of nodes of every stage at the beginning.
+        cache_bytes: the most bytes of states on each node.
+        max_rows: the most sequences at once on a chain.
+        max_length: the most positions of a sequence; None for as many as the model allows.
+        prefill_chunk: the most tokens of a prompt in a step. A model that reads a prompt in one run only ignores it.
+        decode_groups: the number of groups of a chain; None for one more than stages.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+    decoder = plan.decoder
+    if decoder is None:
+        raise InputError("the plan has no decoder, so it generates no tokens")
+    length = min(decoder.max_length if max_length is None else max_length, decoder.max_length)
+    chunk = prefill_chunk
+    if decoder.chunk == "none":
+        length = chunk = min(length, MOST_NEW_TOKENS)
+    groups = len(StepGraph(plan).stages) + 1 if decode_groups is None else decode_groups
+    for name, value, most in (
+        ("cache_bytes", cache_bytes, 1 << 50),
+        ("max_rows", max_rows, MOST_ROWS),
+        ("max_length", length, decoder.max_length),
+        ("prefill_chunk", chunk, MOST_NEW_TOKENS),
+        ("decode_groups", groups, MOST_ROWS),
+    ):
+        if not 1 <= value <= most:
+            raise InputError(f"{name} must be a whole number from 1 to {most}, not {value}")
+    groups = min(groups, max_rows)
+    of_chain = groups * ceil(max_rows / groups)
+    places = max(1, min(max(_FEWEST_PLACES, 2 * max(replicas, default=1)), MOST_SLOTS // of_chain))
+    return SequenceLimits(
+        cache_bytes=cache_bytes,
+        rows=max_rows,
+        length=length,
+        chunk=chunk,
+        groups=groups,
+        places=places,
+        token_bytes=tuple(decoder.token_bytes(stage.index) for stage in plan.stages),
+        fixed_bytes=tuple(decoder.fixed_bytes(stage.index) for stage in plan.stages),
+    )
