@@ -131,7 +131,7 @@ class ChainTable:
     def room_for(self, sequence: SequenceRecord) -> Chain | None:
         """The chain with the most free bytes that has room for a sequence; None when none has."""
         chains = [chain for chain in self if chain.is_open and self._fits(chain, sequence)]
-        return max(chains, key=lambda chain: (self._free_bytes(chain), -len(chain.sequences)), default=None)
+        return min(chains, key=lambda chain: (*self._load(chain), len(chain.sequences)), default=None)
 
     def _fits(self, chain: Chain, sequence: SequenceRecord) -> bool:
         most = self._limits.cache_bytes
@@ -139,8 +139,10 @@ class ChainTable:
             self._used_bytes[chain.route[stage]] + sequence.needed_bytes[stage] <= most for stage in self._graph.stages
         )
 
-    def _free_bytes(self, chain: Chain) -> int:
-        return self._limits.cache_bytes - max(self._used_bytes[number] for number in chain.nodes)
+    def _load(self, chain: Chain) -> tuple[int, int]:
+        """The reserved bytes of the fullest node of a chain, and of all its nodes."""
+        used = [self._used_bytes[number] for number in chain.nodes]
+        return max(used), sum(used)
 
     def used_bytes(self, number: int) -> int:
         """The bytes that are reserved on a node."""

@@ -129,6 +129,10 @@ class SequenceTable:
         """Whether a node has sequences."""
         return any(number in chain.nodes and chain.sequences for chain in self._scheduler.chains)
 
+    def used_bytes(self, number: int) -> int:
+        """The bytes of states that are reserved on a node."""
+        return self._scheduler.chains.used_bytes(number)
+
     def is_overdue(self, now_ns: int) -> bool:
         """Whether a step has been in flight for too long."""
         return bool(self._scheduler.steps.overdue(now_ns))
