@@ -8,14 +8,18 @@ from pathlib import Path
 from onnxsplit.custom_ops import check_wanted, find_libraries, needed_libraries
 from onnxsplit.errors import InputError, shown
 from onnxsplit.plan import Plan
+from onnxsplit.plan_decoder import Decoder
 from onnxsplit.plan_files import plan_id, read_plan_file
 from onnxsplit.providers import providers_by_stage
+from runtime.coordinator.sequence_limits import SequenceLimits, sequence_limits
 from runtime.coordinator.setup import Setup
 from runtime.home import private_folder
 from runtime.launcher import Launcher, Rendezvous
-from runtime.options import RunOptions
+from runtime.options import RunOptions, memory_for_requests_bytes
 from runtime.wire.keys import Keys, default_folder
 from runtime.wire.security import Security, check_address
+
+_LEAST_LENGTH = 2  # one token of a prompt and a new one
 
 
 def plan_folder(plan: object) -> Path:
@@ -105,7 +109,51 @@ def setup_of(
         launcher=launcher,
         start_timeout_s=start_timeout_s,
         progress=options.progress,
+        sequences=limits_of(plan, options),
     )
+
+
+def limits_of(plan: Plan, options: RunOptions) -> SequenceLimits | None:
+    """The limits of sequences in a pipeline; None where the plan has no decoder.
+
+    Raises:
+        InputError: the model has fewer positions than the options ask for, or there is no room for such a sequence.
+    """
+    decoder, replicas = plan.decoder, options.counts(plan)
+    if decoder is None:
+        return None
+    cache_bytes = options.cache_bytes or memory_for_requests_bytes() // max(1, sum(replicas))
+    assert isinstance(cache_bytes, int), "the options were checked"
+    if options.max_length is not None and options.max_length > decoder.max_length:
+        raise InputError(
+            f"max_length is {options.max_length}, but sequences of this model have at most {decoder.max_length} tokens"
+        )
+    wanted = options.max_length or decoder.max_length
+    length = min([wanted, *(_length_that_fits(decoder, stage.index, cache_bytes) for stage in plan.stages)])
+    if length < (options.max_length or _LEAST_LENGTH):
+        needed = [decoder.fixed_bytes(stage.index) + wanted * decoder.token_bytes(stage.index) for stage in plan.stages]
+        raise InputError(
+            f"cache_bytes is {cache_bytes}, but a sequence of {wanted} tokens takes up to {max(needed)} bytes on a "
+            "node; raise cache_bytes, or lower max_length"
+        )
+    return sequence_limits(
+        plan,
+        replicas=replicas,
+        cache_bytes=cache_bytes,
+        max_rows=options.max_rows,
+        max_length=length,
+        prefill_chunk=options.prefill_chunk,
+        decode_groups=options.decode_groups,
+    )
+
+
+def _length_that_fits(decoder: Decoder, stage: int, cache_bytes: int) -> int:
+    """The most tokens of one sequence whose states at a stage have room."""
+    left = cache_bytes - decoder.fixed_bytes(stage)
+    if left < 0:
+        return 0
+    each = decoder.token_bytes(stage)
+    return left // each if each else decoder.max_length
 
 
 def custom_ops_of(plan: Plan, options: RunOptions) -> dict[int, tuple[str, ...]]:

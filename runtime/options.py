@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from onnxsplit.cluster import parse_size
 from onnxsplit.errors import InputError, PlanError, shown
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.numbers import (
@@ -21,8 +22,10 @@ from onnxsplit.numbers import (
 )
 from onnxsplit.plan import Plan
 from onnxsplit.plan_base import MOST_NODES, MOST_THREADS
+from onnxsplit.plan_decoder import MOST_LENGTH
 from runtime.timings import Timings, timings
 from runtime.wire.messages.control import POLICIES, Policy
+from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
 
 Mode = Literal["sync", "async"]
 
@@ -33,7 +36,13 @@ _WHOLE = {  # options that are whole numbers, with their limits
     "inflight_bytes": (1, MOST_BYTES),
     "attempts": (1, MOST_ATTEMPTS),
     "micro_batch": (0, MOST_SIZE),
+    "cache_bytes": (1, MOST_BYTES),
+    "max_rows": (1, MOST_ROWS),
+    "max_length": (2, MOST_LENGTH),
+    "prefill_chunk": (1, MOST_NEW_TOKENS),
+    "decode_groups": (1, MOST_ROWS),
 }
+_ALWAYS = ("attempts", "max_rows", "prefill_chunk")  # whole numbers that are never None
 _SHARE_OF_MEMORY = 4  # a quarter of the free memory
 
 _FLAGS = ("shared_memory", "elastic", "insecure", "trace", "trace_ops")
@@ -80,6 +89,15 @@ class RunOptions:
             name each of them. With nodes that are started by hand, or a launcher of the caller's, give the libraries to
             those instead.
         abandoned: called repeatedly while the nodes start. When it returns True, the launch is abandoned.
+        cache_bytes: for a plan with a decoder: the most bytes of key/value caches and other states on each node, as a
+            number or as text such as ``2G``. When None, a quarter of the free memory of this host divided by the
+            number of nodes.
+        max_rows: for a plan with a decoder: the most sequences at once on a chain of nodes.
+        max_length: for a plan with a decoder: the most tokens of a sequence, prompt included. When None, the model's,
+            or as many as ``cache_bytes`` has room for.
+        prefill_chunk: for a plan with a decoder: the most tokens of a prompt that run at once.
+        decode_groups: for a plan with a decoder: the number of groups of sequences that are in flight on a chain. When
+            None, one more than there are stages.
     """
 
     replicas: int | Mapping[int, int] | None = None
@@ -103,9 +121,16 @@ class RunOptions:
     progress: Callable[[int, int], None] = _ignore_progress
     custom_ops: Sequence[str | Path] = ()
     abandoned: Callable[[], bool] | None = None
+    cache_bytes: int | str | None = None
+    max_rows: int = 16
+    max_length: int | None = None
+    prefill_chunk: int = 128
+    decode_groups: int | None = None
 
     def __post_init__(self) -> None:
-        """Convert NumPy's integers to Python's."""
+        """Convert NumPy's integers to Python's, and sizes as text to bytes."""
+        if isinstance(self.cache_bytes, str) and (size := parse_size(self.cache_bytes)) is not None:
+            object.__setattr__(self, "cache_bytes", size)
         for name in ("replicas", *_WHOLE):
             object.__setattr__(self, name, as_int(getattr(self, name)))
 
@@ -141,10 +166,12 @@ class RunOptions:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
+        if isinstance(self.cache_bytes, str):
+            raise InputError(f"cache_bytes {shown(self.cache_bytes)} is not a size; write 512M or 2.5G, or a number")
         problems = [
             whole_problem(name, getattr(self, name), least, most)
             for name, (least, most) in _WHOLE.items()
-            if getattr(self, name) is not None or name == "attempts"
+            if getattr(self, name) is not None or name in _ALWAYS
         ]
         if self.start_timeout is not None:
             problems.append(real_problem("start_timeout", self.start_timeout, MOST_SECONDS))

@@ -146,6 +146,8 @@ class NodeController(NodeEffects):
             beat_ns=int(setup.timings.beat_s * 1e9),
             silence_ns=int(setup.timings.silence_s * 1e9),
             balance=setup.balance,
+            slots=setup.sequences.slots if setup.sequences is not None else 0,
+            length=setup.sequences.length if setup.sequences is not None else 0,
         )
         self._channels.control.send(identity, codec.encode(Trust(tuple(self.trusted))))
         self._channels.control.send(identity, codec.encode(assign))

@@ -90,6 +90,8 @@ class NodeRecord:
         reason: why the last process was lost.
         leaves_at: the first view of the pipeline without it.
         released: whether it was told to end because nothing can reach it any more.
+        sequences: the number of sequences whose states it held when it last said so.
+        state_bytes: the bytes of those states.
     """
 
     slot: ReplicaKey
@@ -109,6 +111,8 @@ class NodeRecord:
     reason: str = ""
     leaves_at: int = 0
     released: bool = False
+    sequences: int = 0
+    state_bytes: int = 0
 
     @property
     def phase(self) -> Phase:

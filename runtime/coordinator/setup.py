@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.plan import Plan
+from runtime.coordinator.sequence_limits import SequenceLimits
 from runtime.coordinator.status import StatusServer
 from runtime.files.server import FileServer
 from runtime.launcher import Launcher, Rendezvous
@@ -40,6 +41,7 @@ class Setup:
         launcher: starts the nodes; None waits for nodes that are started by hand.
         start_timeout_s: time for all nodes to become ready; None waits for ever.
         progress: called with the number of ready nodes and the number of all nodes whenever the former changes.
+        sequences: the limits of sequences; None where the plan has no decoder.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class Setup:
     launcher: Launcher | None
     start_timeout_s: float | None
     progress: Callable[[int, int], None]
+    sequences: SequenceLimits | None = None
 
     @property
     def shortcut(self) -> Path | None:

@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from runtime.balance.policies import UNIT_COST
 from runtime.coordinator.roster import Roster
+from runtime.coordinator.sequences import SequenceTable
 from runtime.home import STATUS_SOCKET
 
 _ANSWER_S = 2.0  # a pipeline that does not answer in this time counts as ended
@@ -68,6 +69,8 @@ class NodeStats(Struct, frozen=True):
         p99_ns: 99th percentile of that time.
         output_bytes: bytes of all outputs.
         shared_bytes: bytes of those outputs that were passed in shared memory.
+        sequences: texts whose states the node holds.
+        state_bytes: bytes of those states.
     """
 
     stage: int
@@ -90,6 +93,24 @@ class NodeStats(Struct, frozen=True):
     p99_ns: int
     output_bytes: int
     shared_bytes: int
+    sequences: int = 0
+    state_bytes: int = 0
+
+
+class SequenceStats(Struct, frozen=True):
+    """Statistics of the texts that a pipeline continues.
+
+    Attributes:
+        running: texts that nodes have states of now.
+        waiting: texts that wait for room.
+        tokens: tokens that callers have got so far.
+        replays: how often a text was read again because its nodes were lost or left.
+    """
+
+    running: int
+    waiting: int
+    tokens: int
+    replays: int
 
 
 class Snapshot(Struct, frozen=True):
@@ -108,6 +129,7 @@ class Snapshot(Struct, frozen=True):
         cause: a description of a link that is dead now, or else of the first recent loss of a node or link; empty when
             there was none.
         nodes: the statistics of each node.
+        sequences: the statistics of texts; None where the plan has no decoder.
     """
 
     plan: str
@@ -121,6 +143,7 @@ class Snapshot(Struct, frozen=True):
     losses: int
     cause: str
     nodes: tuple[NodeStats, ...]
+    sequences: SequenceStats | None = None
 
 
 def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[str]) -> tuple[NodeStats, ...]:
@@ -157,9 +180,19 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
                 p99_ns=latencies[len(latencies) * 99 // 100] if latencies else 0,
                 output_bytes=counters.output_bytes,
                 shared_bytes=counters.shared_bytes,
+                sequences=node.sequences,
+                state_bytes=node.state_bytes,
             )
         )
     return tuple(stats)
+
+
+def sequence_stats(table: SequenceTable | None) -> SequenceStats | None:
+    """The statistics of texts; None where there is no table of them."""
+    if table is None:
+        return None
+    waiting = table.waiting
+    return SequenceStats(len(table) - waiting, waiting, table.tokens, table.replays)
 
 
 def node_infos(roster: Roster, pids: Mapping[int, int]) -> tuple[NodeInfo, ...]:
