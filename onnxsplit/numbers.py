@@ -51,7 +51,7 @@ def real_problem(name: str, value: object, most: float, *, zero: bool = False) -
 
     The result is as for :func:`whole_problem`.
     """
-    if _is_real(value) and (0 < value <= most or (zero and value == 0)):
+    if is_real(value) and (0 < value <= most or (zero and value == 0)):
         return None
     least = "of at least 0" if zero else "above 0"
     return f"{name} must be a number {least}, not {shown(value)} (at most {most:.12g})"
@@ -74,5 +74,6 @@ def is_whole(value: object) -> TypeGuard[int]:
     return not isinstance(value, bool) and isinstance(value, Integral)
 
 
-def _is_real(value: object) -> TypeGuard[float]:
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether a value is a number of any library, perhaps with a fraction; a ``bool`` is not one."""
     return not isinstance(value, bool) and isinstance(value, Real)

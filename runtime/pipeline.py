@@ -22,18 +22,22 @@ from runtime.balance.policies import cost_of
 from runtime.coordinator.loop import Coordinator
 from runtime.coordinator.node_record import Incident
 from runtime.coordinator.setup import Setup
-from runtime.coordinator.status import NodeInfo, NodeStats
+from runtime.coordinator.status import NodeInfo, NodeStats, SequenceStats
 from runtime.descriptors import require_descriptors
-from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, PipelineClosed, PipelineError
+from runtime.errors import LaunchFailed, PipelineClosed, PipelineError
 from runtime.launch.local import LocalLauncher
 from runtime.launcher import Launcher
 from runtime.launching import custom_ops_of, meeting_point, plan_folder, refuse_custom_ops, security_of, setup_of
 from runtime.options import RunOptions, enough_inflight, memory_for_requests_bytes
 from runtime.requests.admission import Admission
 from runtime.requests.checks import RequestCheck
+from runtime.requests.generate_options import GenerateOptions
+from runtime.requests.generation import Generation
+from runtime.requests.generator import start_generation
 from runtime.requests.microbatch import batch_size, ordinary_bytes
 from runtime.requests.normalize import normal_inputs, normal_names, normal_timeout_ns
 from runtime.requests.request import Answering, OutputSelection, Request
+from runtime.topology import StageGraph
 from runtime.trace import RequestTrace, chrome_trace
 
 START_TIMEOUT_S = 120.0
@@ -234,16 +238,34 @@ class Pipeline:
         deadline = None if limit is None else begun + limit
         return self.enter(arrays, self.check(arrays, names), deadline_ns=deadline, block=block)
 
+    def generate(
+        self, tokens: Sequence[int] | Array, *, timeout: float | None = None, block: bool = True, **options: Any
+    ) -> Generation:
+        """Continue a text, with a plan that has a decoder. Returns at once; each token comes once and in order.
+
+        Args:
+            tokens: the numbers of the prompt's tokens.
+            timeout: seconds from this call until the last token, as for :meth:`submit`.
+            block: False raises :class:`~runtime.errors.Busy` where the text would wait for room.
+            options: the attributes of :class:`~runtime.requests.generate_options.GenerateOptions`: ``max_tokens``,
+                ``temperature``, ``stop_tokens``, ``seed``, ``logprobs`` and others.
+
+        Returns:
+            An iterator and asynchronous iterator of tokens. It fails as the future of :meth:`submit` does.
+
+        Raises:
+            InputError: an argument is invalid, the plan has no decoder, or the tokens can never fit.
+            Busy, PipelineClosed: it was not admitted.
+        """
+        self._check_open()
+        wanted = GenerateOptions(**options)
+        return start_generation(self._coordinator, self.plan, tokens, wanted, timeout=timeout, block=block)
+
     def enter(
         self, arrays: Mapping[str, Array], asked: OutputSelection, *, deadline_ns: int | None, block: bool
     ) -> Answering:
         """Submit inputs that are normalised (:mod:`runtime.requests.normalize`) and have passed :meth:`check`."""
-        if self._closed:
-            raise PipelineClosed("the pipeline was closed")
-        if os.getpid() != self._pid:
-            raise PipelineError(
-                f"this pipeline belongs to process {self._pid}, and this process is a fork of it; launch another here"
-            )
+        self._check_open()
         parts, ready = self._check.prepare(arrays, asked)
         if not parts:
             future = Answering()
@@ -253,12 +275,21 @@ class Pipeline:
         cost = cost_of(sum(array.nbytes for array in parts[0].values()), self._ordinary_bytes)
         request = Request(self._coordinator.requests, self._admission, parts, asked, size, cost, deadline_ns, ready)
         try:
-            self._admit(request.first_place, size, deadline_ns, block)
+            waits = block and not self._coordinator.requests.delivering  # the thread of callbacks frees the places
+            self._admission.admit(request.first_place, size, deadline_ns=deadline_ns, block=waits)
             request.enter()
         except BaseException:
             request.abandon()
             raise
         return request.future
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PipelineClosed("the pipeline was closed")
+        if os.getpid() != self._pid:
+            raise PipelineError(
+                f"this pipeline belongs to process {self._pid}, and this process is a fork of it; launch another here"
+            )
 
     def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> OutputSelection:
         """Check a request against the model, as :meth:`submit` does; returns how its outputs are obtained.
@@ -267,19 +298,6 @@ class Pipeline:
             InputError: inputs or names do not fit the model.
         """
         return self._check.check(inputs, outputs)
-
-    def _admit(self, place: object, size: int, deadline_ns: int | None, block: bool) -> None:
-        """Take a place for a part of ``size`` bytes. A callback does not wait for one, since its thread frees them."""
-        waits = block and not self._coordinator.requests.delivering
-        timeout = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
-        if self._admission.enter(place, size, block=waits, timeout=timeout):
-            return
-        if waits:
-            raise DeadlineExceeded(
-                "the request's time ran out before it was admitted: "
-                f"{self.inflight} requests were in flight, the most that this pipeline admits"
-            )
-        raise Busy(f"{self.inflight} requests are in flight, the most that this pipeline admits; try again")
 
     def take_in_loop(self) -> tuple[int, Callable[[], None]]:
         """Receive results and run callbacks in an event loop, instead of a thread of this pipeline.
@@ -310,11 +328,7 @@ class Pipeline:
 
         Once the pipeline is closed, it contains the profiles of the sessions (``trace_ops``).
         """
-        readers = {
-            stage.index: [other.index for other in self.plan.stages if set(stage.outputs) & set(other.inputs)]
-            for stage in self.plan.stages
-        }
-        return chrome_trace(self.traced, readers, self._coordinator.profiles)
+        return chrome_trace(self.traced, StageGraph(self.plan).readers, self._coordinator.profiles)
 
     def drain(self, timeout: float | None = None) -> None:
         """Take no more requests, and wait until those in flight are answered.
@@ -361,6 +375,11 @@ class Pipeline:
     def stats(self) -> tuple[NodeStats, ...]:
         """Counts and times per stage and replica, since the pipeline was launched."""
         return self._coordinator.stats()
+
+    @property
+    def sequences(self) -> SequenceStats | None:
+        """Counts of the texts that :meth:`generate` continues; None where the plan has no decoder."""
+        return self._coordinator.sequences()
 
     @property
     def unreachable(self) -> str | None:

@@ -13,7 +13,7 @@ monotonic clock.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -45,7 +45,7 @@ class RequestTrace(Struct, frozen=True):
 
 def chrome_trace(
     requests: Sequence[RequestTrace],
-    readers: Mapping[int, Sequence[int]],
+    readers: Mapping[int, Collection[int]],
     profiles: Mapping[ReplicaKey, Sequence[TraceEvent]],
 ) -> dict[str, Any]:
     """The trace of a run, as a JSON object.
@@ -106,7 +106,7 @@ def _visit(request: RequestTrace, visit: Visit, process: Mapping[ReplicaKey, int
 
 
 def _arrows(
-    request: RequestTrace, process: Mapping[ReplicaKey, int], readers: Mapping[int, Sequence[int]]
+    request: RequestTrace, process: Mapping[ReplicaKey, int], readers: Mapping[int, Collection[int]]
 ) -> Iterator[TraceEvent]:
     by_stage = {visit.stage: visit for visit in request.visits}
     for visit in request.visits:

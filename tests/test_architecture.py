@@ -34,7 +34,7 @@ ONLINE = [
     "options requests testing",
     "launching",
     "pipeline",
-    "bench",
+    "bench bench_decode",
     "gateway",
 ]
 NEVER = [  # rules in addition to the rows
@@ -91,6 +91,7 @@ PURE = [
         "runtime.topology",
         "runtime.transition_table",
         "runtime.requests.microbatch",
+        "runtime.requests.generate_options",
         "runtime.trace",
     ),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.tensors import Array
@@ -35,18 +36,25 @@ class _ThisThread(threading.local):
 
 
 class AnswerQueue:
-    """Answers that are not delivered yet. They are added under a lock and delivered without it."""
+    """Answers and wake-ups that are not delivered yet. They are added under a lock and delivered without it.
+
+    Several threads may deliver at once, in any order.
+    """
 
     def __init__(self) -> None:
-        self._answers: deque[tuple[Done, Answer]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._here = _ThisThread()
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._calls)
 
     def add(self, done: Done, answer: Answer) -> None:
         """Queue an answer for delivery."""
-        self._answers.append((done, answer))
+        self._calls.append(partial(done, answer))
+
+    def wake(self, call: Callable[[], None]) -> None:
+        """Queue a call that tells the readers of a stream to look at it."""
+        self._calls.append(call)
 
     def deliver(self) -> None:
         """Deliver all answers to their callers.
@@ -60,11 +68,11 @@ class AnswerQueue:
         try:
             while True:
                 try:
-                    done, answer = self._answers.popleft()
+                    call = self._calls.popleft()
                 except IndexError:  # another thread may have delivered them
                     return
                 try:
-                    done(answer)
+                    call()
                 except BaseException:  # a caller's function may raise anything, and other callers wait for this thread
                     _log.exception("a callback of a request raised")
         finally:

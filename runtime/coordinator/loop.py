@@ -35,7 +35,15 @@ from runtime.coordinator.request_io import RequestIO
 from runtime.coordinator.results import ResultTaker
 from runtime.coordinator.setup import Channels, Setup, open_channels
 from runtime.coordinator.state import CoordinatorState, PipelinePhase
-from runtime.coordinator.status import NodeInfo, NodeStats, Snapshot, node_infos, node_stats
+from runtime.coordinator.status import (
+    NodeInfo,
+    NodeStats,
+    SequenceStats,
+    Snapshot,
+    node_infos,
+    node_stats,
+    sequence_stats,
+)
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError
 from runtime.home import hold, sweep
 from runtime.logs import log_event
@@ -56,10 +64,12 @@ class Coordinator:
     Attributes:
         requests: accepts requests and delivers their answers.
         profiles: the profiles of the nodes' sessions, by slot; filled when the coordinator closes, if requested.
+        limits: the limits of sequences; None where the plan has no decoder.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.profiles: dict[ReplicaKey, list[dict[str, Any]]] = {}
+        self.limits = setup.sequences
         self._setup = setup
         self._inbox = Inbox()
         self._payloads = Payloads(setup.memory_bytes)
@@ -72,6 +82,7 @@ class Coordinator:
             attempts=setup.attempts,
             elastic=setup.elastic,
             patient=setup.launcher is None,
+            limits=setup.sequences,
         )
         self._links = DataLinks(setup.plan, self._machine, self._payloads, self._router)
         self.requests = RequestIO(
@@ -132,6 +143,11 @@ class Coordinator:
         """Statistics of every node so far."""
         with self.requests.lock:
             return self._stats()
+
+    def sequences(self) -> SequenceStats | None:
+        """Statistics of the texts so far; None where the plan has no decoder."""
+        with self.requests.lock:
+            return sequence_stats(self._machine.sequences)
 
     def _stats(self) -> tuple[NodeStats, ...]:
         queues = {} if self.requests.ended else self._links.queues()
@@ -247,14 +263,14 @@ class Coordinator:
         machine, inbox, links = self._machine, self._inbox, self._links
         now_ns = time.monotonic_ns()
         if beats:
-            events.append(Tick(now_ns, links.steps() if machine.requests.overdue(now_ns) else {}))
+            events.append(Tick(now_ns, links.steps() if machine.work.is_overdue(now_ns) else {}))
         while inbox.events:
             events.append(inbox.events.popleft())
-        expired = machine.requests.expired(now_ns)
+        expired = machine.work.expired(now_ns)
         steps = links.steps() if control.lost or expired else {}
         events += [Lost(number, reason, steps, now_ns, fate) for number, (reason, fate) in control.lost.items()]
         control.lost.clear()
-        events += [Expired(request, steps.get((request, attempt), {})) for request, attempt in expired]
+        events += [Expired(number, steps.get(key, {})) for number, key in expired]
         for event in events:
             self._handle(event, control)
         while inbox.effects:
@@ -288,7 +304,7 @@ class Coordinator:
     def _patience_s(self, next_beat_s: float, control: NodeController) -> float:
         """How long the thread may wait for messages."""
         with self.requests.lock:
-            deadline_ns = self._machine.requests.deadlines.next_ns()
+            deadline_ns = self._machine.work.next_deadline_ns
             due_ns = min((node.due_ns for node in self._machine.roster if node.is_absent), default=None)
             times_s = [next_beat_s, *(at / 1e9 for at in (deadline_ns, due_ns) if at is not None)]
             self._inbox.sleeps_until_s = min(times_s)
@@ -312,6 +328,7 @@ class Coordinator:
                 losses=roster.losses,
                 cause=causes[0] if causes else "",
                 nodes=self._stats(),
+                sequences=sequence_stats(machine.sequences),
             )
 
     def _finish(self, failure: BaseException | None) -> None:

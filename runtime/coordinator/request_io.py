@@ -11,11 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxsplit.errors import OnnxsplitError, one_line
+from onnxsplit.errors import OnnxsplitError
 from onnxsplit.plan import CALLER, Plan
 from onnxsplit.tensors import Array
 from runtime.coordinator.answers import Answer, AnswerQueue, Done
@@ -23,43 +22,22 @@ from runtime.coordinator.data_links import DataLinks
 from runtime.coordinator.events import CoordinatorEvent, Enter, GivenUp, Returned, Submitted, Unsendable
 from runtime.coordinator.inbox import Inbox
 from runtime.coordinator.interpreter import RequestEffects
+from runtime.coordinator.pending import Pending, ignore, unsendable
+from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted, StepReturned
+from runtime.coordinator.sequence_io import SequenceIO
 from runtime.coordinator.state import CoordinatorState
+from runtime.coordinator.token_stream import TokenStream
 from runtime.errors import PipelineClosed, PipelineError
 from runtime.logs import log_event
-from runtime.memory.outgoing import Attempt, Outgoing, shapes_of
+from runtime.memory.outgoing import Attempt, shapes_of
 from runtime.memory.payloads import Payloads
 from runtime.topology import sources
 from runtime.trace import RequestTrace
 from runtime.wire.messages.data import Fragment, Visit
+from runtime.wire.messages.sequences import Sampling
 from runtime.wire.wakeup import Wakeup
 
 _log = logging.getLogger("runtime.coordinator")
-_WORDS = 500
-
-
-def _ignore(_: Answer) -> None:
-    """Ignores the answer to a request whose caller already has an error."""
-
-
-@dataclass
-class _Pending:
-    """A request that is not answered.
-
-    Attributes:
-        done: called with the answer.
-        entered_ns: when it was submitted.
-        outgoing: its inputs, held until it is answered so that they can be sent again.
-        placed: whether the inputs were copied to the memory that nodes read.
-        enter: the attempt under way, or the one to begin as soon as the inputs are placed.
-        outputs: the outputs received for the attempt.
-    """
-
-    done: Done
-    entered_ns: int
-    outgoing: Outgoing = field(default_factory=Outgoing)
-    placed: bool = False
-    enter: Enter | None = None
-    outputs: dict[str, Array] = field(default_factory=dict)
 
 
 class RequestIO(RequestEffects):
@@ -77,6 +55,7 @@ class RequestIO(RequestEffects):
     Attributes:
         lock: protects the machine, the links, the caller's shared memory, and the pending requests.
         answers: the answers that are not delivered yet.
+        sequences: the sequences.
         wakeup: wakes the thread that receives results, to deliver answers.
         traced: the recorded requests.
         stopped: whether sending has stopped.
@@ -96,6 +75,7 @@ class RequestIO(RequestEffects):
     ) -> None:
         self.lock = threading.Lock()
         self.answers = AnswerQueue()
+        self.sequences = SequenceIO(plan, links, self.answers)
         self.wakeup = Wakeup()
         self.traced: list[RequestTrace] = []
         self.stopped = False
@@ -112,7 +92,7 @@ class RequestIO(RequestEffects):
             if CALLER in sources(plan, stage.index)
         }
         self._sender = links.sender
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._count = 0
 
     # Callers
@@ -128,7 +108,7 @@ class RequestIO(RequestEffects):
         number = -1
         try:
             with self.lock:
-                number = self._count
+                number = self._machine.numbers.next()
                 self._count += 1
                 if self.stopped:
                     self.answers.add(done, Answer({}, self.reason))
@@ -154,17 +134,17 @@ class RequestIO(RequestEffects):
         cost: int,
         deadline_ns: int | None,
         done: Done,
-    ) -> _Pending | None:
+    ) -> Pending | None:
         """Pass a request to the machine, while the lock is held; None when it is refused."""
         now = time.monotonic_ns()
-        pending = self._pending[number] = _Pending(done, now)
+        pending = self._pending[number] = Pending(done, now)
         self.handle(Submitted(number, wanted, cost, deadline_ns, now))
         if number not in self._pending:
             return None
         self._payloads.place(pending.outgoing, shapes_of(inputs), inputs)
         return pending
 
-    def _place(self, pending: _Pending, number: int, inputs: Mapping[str, Array]) -> None:
+    def _place(self, pending: Pending, number: int, inputs: Mapping[str, Array]) -> None:
         """Copy a request's inputs to the memory that nodes read, and begin the attempt that waits for that."""
         arrays = pending.outgoing.arrays
         for name, array in inputs.items():
@@ -184,16 +164,49 @@ class RequestIO(RequestEffects):
         pending = self._pending.get(number)
         if pending is None:
             return
-        pending.done = _ignore
+        pending.done = ignore
         self.handle(GivenUp(number))
         self._pending.pop(number, None)
         self._payloads.release(pending.outgoing)
 
+    def generate(
+        self,
+        stream: TokenStream,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        sampling: Sampling,
+        *,
+        scores: bool,
+        wait: bool,
+        deadline_ns: int | None,
+    ) -> int:
+        """Submit a sequence, and return its number. Its tokens, or the reason why it is refused, go to the stream."""
+        number, now = -1, time.monotonic_ns()
+        try:
+            with self.lock:
+                if self.stopped:
+                    stream.fail(self.reason)
+                    return number
+                number = self._machine.numbers.next()
+                self.sequences.streams[number] = stream
+                self.handle(SequenceSubmitted(number, prompt, max_tokens, sampling, scores, wait, deadline_ns, now))
+            if deadline_ns is not None:
+                self._inbox.expect(deadline_ns)
+            self._schedule_delivery()
+        except BaseException:
+            self.give_up_later(number)
+            raise
+        return number
+
     def give_up(self, number: int) -> None:
-        """Cancel a request for its caller."""
+        """Cancel a request or a sequence for its caller."""
         with self.lock:
             self.handle(GivenUp(number))
         self._schedule_delivery()
+
+    def give_up_later(self, number: int) -> None:
+        """The same, in the coordinator's thread. This takes no lock, so any code may call it at any time."""
+        self._inbox.post(GivenUp(number))
 
     def _schedule_delivery(self) -> None:
         """Let the thread that receives results deliver new answers, so that an interrupt of this thread loses none.
@@ -244,23 +257,41 @@ class RequestIO(RequestEffects):
 
     def reject(self, request: int, error: OnnxsplitError) -> None:
         """Queue an answer with an error."""
+        if request in self.sequences.streams:
+            self.sequences.reject(request, error)
+            return
         log_event(_log, logging.INFO, "request failed", request=request, error=type(error).__name__, reason=error)
         self.answers.add(self._end(request).done, Answer({}, error))
 
-    def _end(self, request: int) -> _Pending:
+    def enter_step(self, step: EnterStep) -> None:
+        """Send a step; one that cannot be sent ends with the reason."""
+        try:
+            self.sequences.send(step)
+        except Exception as error:
+            self.handle(Unsendable(step.step, unsendable(error)))
+
+    def emit(self, emit: Emit) -> None:
+        """Give a sequence its next token."""
+        self.sequences.emit(emit)
+
+    def finish(self, finish: Finish) -> None:
+        """End a sequence after its last token."""
+        self.sequences.finish(finish)
+
+    def _end(self, request: int) -> Pending:
         pending = self._pending.pop(request)
         if pending.placed:
             self._payloads.release(pending.outgoing)
         return pending
 
-    def _start(self, pending: _Pending, enter: Enter) -> None:
+    def _start(self, pending: Pending, enter: Enter) -> None:
         """Begin an attempt, while the lock is held; a request that cannot be sent ends with the reason."""
         try:
             self._send(pending, enter)
         except Exception as error:
             self.handle(Unsendable(enter.request, unsendable(error)))
 
-    def _send(self, pending: _Pending, enter: Enter) -> None:
+    def _send(self, pending: Pending, enter: Enter) -> None:
         """Send a request's inputs to the nodes of its route, while the lock is held."""
         outgoing = pending.outgoing
         attempt = Attempt(
@@ -296,6 +327,20 @@ class RequestIO(RequestEffects):
         elif error is not None:
             self.handle(Unsendable(request, error, attempt))
 
+    def take_step(self, fragment: Fragment, scores: Mapping[int, Array]) -> None:
+        """Handle a step that has come back, while the lock is held.
+
+        Args:
+            fragment: the fragment of the last stage.
+            scores: copies of the scores in it, by sequence.
+        """
+        held = self._payloads.hold((fragment,))
+        self._payloads.give_back(fragment)
+        if held:
+            now = time.monotonic_ns()
+            self.sequences.begin_step(now, scores)
+            self.handle(StepReturned(fragment.request, fragment.drawn, fragment.history, now))
+
     # State
 
     @property
@@ -310,13 +355,12 @@ class RequestIO(RequestEffects):
 
     @property
     def oldest(self) -> int:
-        """The oldest unanswered request, or else the next one; nodes may forget all before it.
+        """The oldest request or sequence, or else the next number; nodes may forget all before it.
 
-        Both are read under the lock; otherwise nodes could forget a request that is submitted in between.
+        It is read under the lock; otherwise nodes could forget a request that is submitted meanwhile.
         """
         with self.lock:
-            oldest = self._machine.requests.oldest
-            return self._count if oldest is None else oldest
+            return self._machine.work.oldest
 
     @property
     def lent_bytes(self) -> int:
@@ -340,16 +384,8 @@ class RequestIO(RequestEffects):
             for pending in self._pending.values():
                 self.answers.add(pending.done, Answer({}, reason))
             self._pending.clear()
+            self.sequences.fail_all(reason)
             self.ended = True
             self._payloads.close()
             self.wakeup.close()
         self.answers.deliver()
-
-
-def unsendable(error: BaseException) -> PipelineError:
-    """The error for a request that could not be sent."""
-    if isinstance(error, PipelineError):
-        return error
-    told = PipelineError(f"the request could not be sent: {type(error).__name__}: {one_line(error, _WORDS)}")
-    told.__cause__ = error
-    return told

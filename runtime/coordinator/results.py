@@ -145,7 +145,10 @@ class ResultTaker:
             said = codec.decode_data(header)
             match said:
                 case Fragment():
-                    self._collect(said, frames)
+                    if said.rows:
+                        self._collect_step(said, frames)
+                    else:
+                        self._collect(said, frames)
                 case Failed():
                     with requests.lock:
                         requests.handle(Reported(said))
@@ -176,6 +179,21 @@ class ResultTaker:
                 problem = _unreadable(fragment, error)
         with requests.lock:
             requests.take_outputs(fragment, copies, problem)
+
+    def _collect_step(self, fragment: Fragment, frames: list[codec.Buffer]) -> None:
+        """Take a step that has come back. It has tensors only where callers asked for scores."""
+        requests = self._requests
+        try:
+            tensors = self._payloads.receive(fragment, frames)
+            scores = requests.sequences.scores_of(fragment, tensors) if tensors else {}
+        except MemoryWithdrawn:
+            raise  # the sequences are replayed
+        except Exception as error:
+            with requests.lock:
+                requests.handle(Unsendable(fragment.request, _unreadable(fragment, error), fragment.attempt))
+            return
+        with requests.lock:
+            requests.take_step(fragment, scores)
 
 
 def _unreadable(fragment: Fragment, error: Exception) -> PipelineError:

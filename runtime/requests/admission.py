@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+
+from runtime.errors import Busy, DeadlineExceeded
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,23 @@ class Admission:
             self.leave(place)
             return False
         return True
+
+    def admit(self, place: object, size: int, *, deadline_ns: int | None, block: bool) -> None:
+        """The same as :meth:`enter`, with a deadline by ``time.monotonic_ns``, and with errors.
+
+        Raises:
+            DeadlineExceeded: there was no room before the deadline.
+            Busy: there is no room, and ``block`` is False.
+        """
+        timeout = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
+        if self.enter(place, size, block=block, timeout=timeout):
+            return
+        if block:
+            raise DeadlineExceeded(
+                "the request's time ran out before it was admitted: "
+                f"{self.requests} requests were in flight, the most that this pipeline admits"
+            )
+        raise Busy(f"{self.requests} requests are in flight, the most that this pipeline admits; try again")
 
     def leave(self, place: object) -> None:
         """Give a place back, or stop waiting for it."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from onnxsplit.tensors import Array
 from runtime.coordinator.answers import Answer
-from runtime.coordinator.request_io import RequestIO, unsendable
+from runtime.coordinator.pending import unsendable
+from runtime.coordinator.request_io import RequestIO
 from runtime.errors import PipelineError
 from runtime.requests.admission import Admission
 from runtime.requests.microbatch import BatchAxes, join
