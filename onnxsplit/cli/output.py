@@ -178,6 +178,12 @@ class Output:
         if not self._quiet:
             click.echo(text)
 
+    def piece(self, text: str) -> None:
+        """Print a part of a line at once; nothing with ``--json``."""
+        if not self.as_json:
+            click.echo(text, nl=False)
+            sys.stdout.flush()
+
     def note(self, text: str) -> None:
         """Print a remark for people on stderr."""
         click.echo(text, err=True)

@@ -13,10 +13,10 @@ from onnxsplit.cli.output import Command, Output, custom_ops_option, option, thr
 from onnxsplit.cli.values import SizeParam
 from onnxsplit.numbers import MOST_ATTEMPTS, MOST_INFLIGHT, MOST_SECONDS, MOST_SIZE, parse_whole, real_problem
 from onnxsplit.plan_base import MOST_NODES
+from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
 
 if TYPE_CHECKING:
     from runtime import Pipeline
-
 
 OptionTable = list[tuple[tuple[str, ...], dict[str, Any]]]
 """Options in the order of the help: the names of each, and the arguments of ``click.option``."""
@@ -24,12 +24,12 @@ OptionTable = list[tuple[tuple[str, ...], dict[str, Any]]]
 
 def running_options(command: Command) -> Command:
     """Options for running a plan. A command takes them as keywords and passes them to :func:`keywords`."""
-    return threads_option(add_options([*_OPTIONS, _MEMORY, _TIMING])(custom_ops_option(command)))
+    return threads_option(add_options([*_OPTIONS, *_DECODING, _MEMORY, _TIMING])(custom_ops_option(command)))
 
 
 def serving_options(command: Command) -> Command:
     """The same options for ``serve``, whose ``--shared-memory`` concerns the memory of clients."""
-    return threads_option(add_options([*_OPTIONS, _NO_MEMORY, _TIMING])(custom_ops_option(command)))
+    return threads_option(add_options([*_OPTIONS, *_DECODING, _NO_MEMORY, _TIMING])(custom_ops_option(command)))
 
 
 def tracing_options(command: Command) -> Command:
@@ -146,6 +146,43 @@ _OPTIONS: OptionTable = [
             "type": click.IntRange(1, MOST_ATTEMPTS),
             "default": 3,
             "help": "Number of nodes that a request may be tried on before it fails. 1: a request fails with its node.",
+        },
+    ),
+]
+_DECODING: OptionTable = [
+    (
+        ("--cache-bytes",),
+        {
+            "type": SizeParam(),
+            "help": "Decoders: most bytes of caches on each node, as 2G. Default: a quarter of the free memory, "
+            "divided by the number of nodes.",
+        },
+    ),
+    (
+        ("--max-rows",),
+        {
+            "type": click.IntRange(1, MOST_ROWS),
+            "default": 16,
+            "help": "Decoders: most texts that are continued at once, for each replica.",
+        },
+    ),
+    (
+        ("--max-length",),
+        {"type": click.IntRange(2, MOST_SIZE), "help": "Decoders: most tokens of a text. Default: the model's."},
+    ),
+    (
+        ("--prefill-chunk",),
+        {
+            "type": click.IntRange(1, MOST_NEW_TOKENS),
+            "default": 128,
+            "help": "Decoders: most tokens of a prompt that run at once.",
+        },
+    ),
+    (
+        ("--decode-groups",),
+        {
+            "type": click.IntRange(1, MOST_ROWS),
+            "help": "Decoders: number of groups of texts in flight. Default: one more than stages.",
         },
     ),
 ]

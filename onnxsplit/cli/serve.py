@@ -269,6 +269,7 @@ def _share_host(options: dict[str, Any], versions: list[Version]) -> None:
     nodes = sum(sum(RunOptions(replicas=options["replicas"]).counts(version.plan)) for version in versions)
     options["threads"] = options["threads"] or threads_per_node(nodes)
     options["inflight_bytes"] = options["inflight_bytes"] or memory_for_requests_bytes() // len(versions)
+    options["cache_bytes"] = options["cache_bytes"] or memory_for_requests_bytes() // nodes
 
 
 def _check_pem(file: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxsplit.cli.output import Output, make_command, milliseconds, option
+from onnxsplit.cli.output import Output, binary, make_command, milliseconds, option
 from onnxsplit.cli.values import NumberParam
 
 if TYPE_CHECKING:
@@ -59,6 +59,28 @@ def _snapshots(pid: int | None) -> dict[int, Snapshot]:
     return {snapshot.pid: snapshot for snapshot in snapshots if pid in (None, snapshot.pid)}
 
 
+def _cause(snapshot: Snapshot) -> str:
+    """The first failure, in one line."""
+    which = f"first of {snapshot.losses} failures: " if snapshot.losses else ""
+    return which + snapshot.cause.splitlines()[0]
+
+
+def _summary(pid: int, snapshot: Snapshot) -> list[str]:
+    """A line about requests, and one about texts if the plan has a decoder."""
+    lines = [
+        f"{snapshot.plan}  (process {pid}, {snapshot.state}): {snapshot.requests} requests, "
+        f"{snapshot.in_flight} in flight, {snapshot.waiting} waiting for a node, {snapshot.retries} retried"
+    ]
+    if snapshot.sequences is not None:
+        texts = snapshot.sequences
+        lines.append(
+            f"{texts.running} texts running, {texts.waiting} waiting for room, {texts.tokens} tokens, "
+            f"{texts.replays} read again after a loss; {binary(sum(node.state_bytes for node in snapshot.nodes))} of "
+            "caches"
+        )
+    return lines
+
+
 def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
     """One table for each pipeline; rates are taken between two snapshots."""
     from rich.box import SIMPLE_HEAD
@@ -69,15 +91,8 @@ def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
     parts: list[Text | Table] = []
     for pid, snapshot in now.items():
         if snapshot.cause:
-            first = snapshot.cause.splitlines()[0]
-            which = f"first of {snapshot.losses} failures: " if snapshot.losses else ""
-            parts.append(Text(which + first, style="red"))
-        parts.append(
-            Text(
-                f"{snapshot.plan}  (process {pid}, {snapshot.state}): {snapshot.requests} requests, "
-                f"{snapshot.in_flight} in flight, {snapshot.waiting} waiting for a node, {snapshot.retries} retried"
-            )
-        )
+            parts.append(Text(_cause(snapshot), style="red"))
+        parts += map(Text, _summary(pid, snapshot))
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for number, column in enumerate(
             (

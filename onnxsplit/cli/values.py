@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from onnxsplit.cluster import parse_size
-from onnxsplit.numbers import MOST_BYTES, MOST_SECONDS, parse_whole
+from onnxsplit.numbers import MOST_BYTES, MOST_SECONDS, MOST_SIZE, parse_whole
 from onnxsplit.plan_base import MOST_NODES, MOST_THREADS
 
 THREADS = click.IntRange(1, MOST_THREADS)
@@ -92,3 +92,18 @@ class SecondsParam(click.ParamType):  # type: ignore[type-arg]  # as above
         if not 0 < number <= MOST_SECONDS:
             self.fail(f"{value!r} is not a time above 0 and at most {MOST_SECONDS:.0f} seconds", param, ctx)
         return number
+
+
+class TokensParam(click.ParamType):  # type: ignore[type-arg]  # as above
+    """Numbers of tokens, with commas or spaces between them: ``1,2,3``."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the text of an option."""
+        if isinstance(value, tuple):
+            return value
+        numbers = [parse_whole(text, MOST_SIZE) for text in str(value).replace(",", " ").split()]
+        if None in numbers:
+            self.fail(f"{value!r:.80} is not a list of tokens; write numbers such as 1,2,3", param, ctx)
+        return tuple(numbers)
