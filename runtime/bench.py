@@ -146,7 +146,7 @@ def _report(
 ) -> BenchReport:
     through, chained, alone = times
     return BenchReport(
-        rows=tuple(_row(name, rates[name], rates["pipeline"]) for name in rates),
+        rows=compare(rates),
         latency_p50_ns=int(statistics.median(through)),
         latency_p99_ns=sorted(through)[int(len(through) * 0.99)],
         stages_ns=int(statistics.median(chained)),
@@ -303,6 +303,11 @@ def _latencies(
                     break
     through, chained, alone = times
     return through, chained, alone
+
+
+def compare(rates: Mapping[str, Sequence[float]]) -> tuple[Row, ...]:
+    """A row for each contender, from its rates in all slices; one of them is named ``pipeline``."""
+    return tuple(_row(name, rates[name], rates["pipeline"]) for name in rates)
 
 
 def _row(name: str, rates: Sequence[float], own: Sequence[float]) -> Row:

@@ -10,6 +10,20 @@ import click
 from onnxsplit.cli.output import PLAN, Output, inputs_option, make_command, milliseconds, option
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
 from onnxsplit.cli.values import NumberParam
+from onnxsplit.numbers import MOST_SIZE, parse_whole
+from runtime.wire.messages.sequences import MOST_ROWS
+
+
+def _decode(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    texts, _, tokens = text.partition("x")
+    numbers = parse_whole(texts, MOST_ROWS), parse_whole(tokens, MOST_SIZE)
+    if not numbers[0] or not numbers[1]:
+        raise click.BadParameter(
+            f"{text!r} is not TEXTSxTOKENS, as 8x128, with at most {MOST_ROWS} texts", context, parameter
+        )
+    return numbers[0], numbers[1]
 
 
 @make_command
@@ -21,11 +35,22 @@ from onnxsplit.cli.values import NumberParam
 @running_options
 @tracing_options
 @option(
+    "--decode",
+    callback=_decode,
+    metavar="TEXTSxTOKENS",
+    help="Measure how fast texts are continued instead: so many at once, by so many tokens each, as 8x128.",
+)
+@option(
+    "--context",
+    type=click.IntRange(1, MOST_SIZE),
+    metavar="N",
+    help="With --decode: number of tokens at the beginning of each text.  [default: at most 64]",
+)
+@option(
     "--slices",
     type=click.IntRange(3, 10_000),
-    default=20,
     metavar="N",
-    help="Number of slices of time for each contender.",
+    help="Number of slices of time for each contender; with --decode, number of turns.  [default: 20; 5]",
 )
 @option("--slice-seconds", type=NumberParam(0.05, 3600), default=0.5, metavar="SECONDS", help="Length of one slice.")
 def command(
@@ -34,18 +59,25 @@ def command(
     plan: Path,
     model: Path | None,
     inputs: Path | None,
-    slices: int,
+    decode: tuple[int, int] | None,
+    context: int | None,
+    slices: int | None,
     slice_seconds: float,
     **running: Any,
 ) -> None:
     """Measure the plan in DIR, and compare it with its ceiling: its stage files run at once, without communication."""
     from runtime.bench import bench
 
+    if decode is not None:
+        _bench_decode(output, plan, model, decode, context, slices or 5, running)
+        return
+    if context is not None:
+        raise click.UsageError("--context belongs to --decode TEXTSxTOKENS")
     report = bench(
         plan,
         model=model,
         inputs=inputs,
-        slices=slices,
+        slices=slices or 20,
         slice_seconds=slice_seconds,
         closed=lambda pipeline: write_trace(output, pipeline, running["trace"]),
         say=output.say,
@@ -74,4 +106,52 @@ def command(
         f"{report.threads} thread(s) for each stage."
     )
     output.line(f'Next: run it from Python with runtime.Pipeline.launch("{plan}")')
+    output.result({"bench": report})
+
+
+def _bench_decode(
+    output: Output,
+    plan: Path,
+    model: Path | None,
+    decode: tuple[int, int],
+    context: int | None,
+    turns: int,
+    running: dict[str, Any],
+) -> None:
+    """Measure how fast the plan continues texts."""
+    from onnxsplit.cli.decoding import whole_model
+    from runtime.bench_decode import bench_decode
+
+    texts, tokens = decode
+    peers = {"peers": whole_model(model, running["custom_ops"])} if model is not None else {}
+    report = bench_decode(
+        plan,
+        texts=texts,
+        tokens=tokens,
+        context=context,
+        turns=turns,
+        closed=lambda pipeline: write_trace(output, pipeline, running["trace"]),
+        say=output.say,
+        **peers,
+        **keywords(output, running),
+    )
+    output.done()
+    rows = [
+        (
+            row.rate.name,
+            f"{row.rate.per_s:.1f}",
+            f"{row.rate.low:.1f} to {row.rate.high:.1f}",
+            f"{row.rate.ratio:.3f}",
+            milliseconds(row.first_ns),
+            milliseconds(row.between_ns),
+            milliseconds(row.between_p99_ns),
+        )
+        for row in report.rows
+    ]
+    columns = ("tokens a second", "median", "95 % interval", "pipeline over it", "first token", "between", "p99")
+    output.table(columns, rows)
+    output.line(
+        f"\n{report.texts} text(s) at once, continued by {report.tokens} tokens after {report.context}; "
+        f"{report.turns} turns of each; {report.threads} thread(s) for each session."
+    )
     output.result({"bench": report})

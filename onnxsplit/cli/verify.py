@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onnxsplit.cli.output import (
     MODEL,
@@ -15,6 +17,10 @@ from onnxsplit.cli.output import (
     threads_option,
 )
 from onnxsplit.errors import OnnxsplitError
+
+if TYPE_CHECKING:
+    from onnxsplit.cli.decoding import DecodeComparison
+    from onnxsplit.stages.verify import Comparison
 
 
 @make_command
@@ -33,11 +39,51 @@ def command(
     threads: int | None,
 ) -> None:
     """Run MODEL and the stages of the plan in DIR on the same inputs, and compare every output."""
+    from onnxsplit.cli.decoding import compare_decoding
     from onnxsplit.stages.verify import verify
 
     output.say("running the model and its stages")
     comparisons = verify(plan, model, inputs=inputs, threads=threads or 1, custom_ops=custom_ops)
     output.done()
+    _show(output, comparisons)
+    good = all(c.good for c in comparisons)
+    output.say("continuing a text in a pipeline and in the whole model")
+    decoding = compare_decoding(plan, model, threads=threads or 1, allowed=_allowed(comparisons), custom_ops=custom_ops)
+    output.done()
+    allowed = max(c.tolerance for c in comparisons)
+    narrowest = comparisons[0].narrowest
+    output.line(
+        f"\nDifferences are relative to the output's scale. {_reason(narrowest, allowed)} With optimisation on, twice "
+        "the difference that it makes to the whole model is allowed, too."
+    )
+    if any(not c.repeatable for c in comparisons):
+        output.line("Outputs marked random differ between two runs of the whole model, so they cannot be compared.")
+    if decoding is not None:
+        good = good and decoding.good
+        output.line(_decoded(decoding))
+    if good:
+        more = custom_ops_words(custom_ops)
+        output.line(f"Next: onnxsplit run {plan} --inputs in.npz --outputs out.npz{more}")
+    fields = ("output", "exact", "difference", "optimized", "moved", "repeatable", "good")
+    output.result(
+        {
+            "good": good,
+            "tolerance": allowed,
+            "narrowest_type": narrowest,
+            "outputs": [{name: getattr(c, name) for name in fields} for c in comparisons],
+            "decoding": decoding,
+        }
+    )
+    if not good:
+        if output.as_json:
+            raise SystemExit(1)
+        raise OnnxsplitError(
+            f"the outputs of the stages in {plan} differ from those of {model}; the table says by how much"
+        )
+
+
+def _show(output: Output, comparisons: Sequence[Comparison]) -> None:
+    """Print a table of all outputs."""
     rows = [
         (
             c.output,
@@ -49,33 +95,26 @@ def command(
         for c in comparisons
     ]
     output.table(("output", "optimisation off", "on", "optimisation alone", "verdict"), rows)
-    good = all(c.good for c in comparisons)
-    allowed = max(c.tolerance for c in comparisons)
-    narrowest = comparisons[0].narrowest
-    output.line(
-        f"\nDifferences are relative to the output's scale. {_reason(narrowest, allowed)} With optimisation on, twice "
-        "the difference that it makes to the whole model is allowed, too."
-    )
-    if any(not c.repeatable for c in comparisons):
-        output.line("Outputs marked random differ between two runs of the whole model, so they cannot be compared.")
-    if good:
-        more = custom_ops_words(custom_ops)
-        output.line(f"Next: onnxsplit run {plan} --inputs in.npz --outputs out.npz{more}")
-    fields = ("output", "exact", "difference", "optimized", "moved", "repeatable", "good")
-    output.result(
-        {
-            "good": good,
-            "tolerance": allowed,
-            "narrowest_type": narrowest,
-            "outputs": [{name: getattr(c, name) for name in fields} for c in comparisons],
-        }
-    )
-    if not good:
-        if output.as_json:
-            raise SystemExit(1)
-        raise OnnxsplitError(
-            f"the outputs of the stages in {plan} differ from those of {model}; the table says by how much"
+
+
+def _allowed(comparisons: Sequence[Comparison]) -> float:
+    """The difference of scores that is allowed between a pipeline that keeps states and the whole model."""
+    return max(max(c.tolerance, 2 * c.moved) for c in comparisons)
+
+
+def _decoded(decoding: DecodeComparison) -> str:
+    """Text about the tokens of a pipeline that keeps states."""
+    tokens = f"{decoding.equal} of {decoding.steps} most probable tokens are equal"
+    if decoding.equal < decoding.steps:
+        tokens = (
+            f"{decoding.equal} tokens are equal, then the whole model prefers another one by {decoding.margin:.1e} of "
+            "the scale"
         )
+    return (
+        f"A text continued in a pipeline, with its states on the nodes, and in the whole model: {tokens}. "
+        f"The scores differ by {decoding.difference:.1e} (allowed: {decoding.allowed:.1e}): "
+        + ("equal." if decoding.good else "DIFFERENT.")
+    )
 
 
 def _reason(narrowest: str | None, allowed: float) -> str:
