@@ -5,9 +5,11 @@ from __future__ import annotations
 import msgspec.structs
 import numpy as np
 import pytest
+from sequence_driver import decoder_plan
 
 from onnxsplit.errors import InputError, PlanError
 from onnxsplit.plan_files import load_plan
+from runtime.launching import limits_of
 from runtime.options import RunOptions, enough_inflight
 from runtime.timings import Timings, timings
 
@@ -36,7 +38,10 @@ def test_timings_are_changed_by_name_and_wrong_ones_named():
         timings({"silence_s": -1.0})
 
 
-NUMBERS = ["threads", "inflight", "inflight_bytes", "attempts", "micro_batch", "start_timeout"]
+NUMBERS = [
+    *("threads", "inflight", "inflight_bytes", "attempts", "micro_batch", "start_timeout"),
+    *("max_rows", "max_length", "prefill_chunk", "decode_groups"),
+]
 
 
 @pytest.mark.parametrize(
@@ -93,3 +98,41 @@ def test_options_of_wrong_kinds_are_named_in_few_words(options, words):
     with pytest.raises(InputError, match=words) as caught:
         RunOptions(**options).check()
     assert len(str(caught.value)) < 1000
+
+
+def test_room_for_caches_is_a_number_or_a_text():
+    assert RunOptions(cache_bytes="2.5K").cache_bytes == 2560
+    assert RunOptions(cache_bytes=np.int64(7)).cache_bytes == 7
+    RunOptions(cache_bytes="1G").check()
+    with pytest.raises(InputError, match="cache_bytes '2X' is not a size; write 512M"):
+        RunOptions(cache_bytes="2X").check()
+    with pytest.raises(InputError, match="cache_bytes must be a whole number, at least 1"):
+        RunOptions(cache_bytes=0).check()
+
+
+def limits(plan, **options):
+    return limits_of(plan, RunOptions(**options))
+
+
+def test_sequences_are_as_long_as_the_model_and_the_caches_allow(tmp_path):
+    plan = decoder_plan(tmp_path, token_bytes=10, max_length=1000)
+    assert limits(plan).length == 1000
+    assert limits(plan, max_length=100).length == 100
+    assert limits(plan, cache_bytes=5_000).length == 500, "as many as fit"
+    with pytest.raises(InputError, match="max_length is 1001, but sequences of this model have at most 1000 tokens"):
+        limits(plan, max_length=1001)
+    with pytest.raises(InputError, match="cache_bytes is 5000, but a sequence of 600 tokens takes up to 6000 bytes"):
+        limits(plan, cache_bytes=5_000, max_length=600)
+    with pytest.raises(InputError, match="cache_bytes is 10, but"):
+        limits(plan, cache_bytes=10)
+
+
+def test_a_plan_without_a_decoder_has_no_limits_of_sequences(chain_plan):
+    assert limits(load_plan(chain_plan), max_length=5) is None
+
+
+def test_rows_chunks_and_groups_are_as_asked_for(tmp_path):
+    found = limits(decoder_plan(tmp_path), max_rows=6, prefill_chunk=32, decode_groups=2)
+    assert (found.rows, found.chunk, found.groups) == (6, 32, 2)
+    usual = limits(decoder_plan(tmp_path))
+    assert (usual.rows, usual.chunk, usual.groups) == (16, 128, 3)
