@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds
-from onnxsplit.cli.running import OptionTable, add_options, keywords, parameter_names, running_options
+from onnxsplit.cli.running import (
+    OptionTable,
+    add_options,
+    keywords,
+    parameter_names,
+    running_options,
+    tracing_options,
+    write_trace,
+)
 from onnxsplit.cli.values import NumberParam, TokensParam
 from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE
 
@@ -131,6 +139,7 @@ _SAMPLING: OptionTable = [
 @add_options(_PROMPT)
 @add_options(_SAMPLING)
 @running_options
+@tracing_options
 def command(output: Output, *, plan: Path, tokens: tuple[int, ...], **values: Any) -> None:
     """Start the nodes of the plan in DIR, continue one text, print its new tokens as they come, and stop the nodes.
 
@@ -144,6 +153,7 @@ def command(output: Output, *, plan: Path, tokens: tuple[int, ...], **values: An
     with Pipeline.launch(plan, **options) as pipeline, pipeline.generate(tokens, **sampling) as generation:
         output.done()
         result = _stream(output, generation)
+    write_trace(output, pipeline, values["trace"])
     _show(output, result)
 
 

@@ -57,7 +57,7 @@ class RequestIO(RequestEffects):
         answers: the answers that are not delivered yet.
         sequences: the sequences.
         wakeup: wakes the thread that receives results, to deliver answers.
-        traced: the recorded requests.
+        traced: the recorded requests and steps.
         stopped: whether sending has stopped.
         ended: whether all requests have ended, and no more are accepted.
     """
@@ -75,9 +75,9 @@ class RequestIO(RequestEffects):
     ) -> None:
         self.lock = threading.Lock()
         self.answers = AnswerQueue()
-        self.sequences = SequenceIO(plan, links, self.answers)
         self.wakeup = Wakeup()
         self.traced: list[RequestTrace] = []
+        self.sequences = SequenceIO(plan, links, self.answers, self.traced if trace else None)
         self.stopped = False
         self.ended = False
         self._machine = machine
@@ -338,7 +338,7 @@ class RequestIO(RequestEffects):
         self._payloads.give_back(fragment)
         if held:
             now = time.monotonic_ns()
-            self.sequences.begin_step(now, scores)
+            self.sequences.end_step(fragment, now, scores)
             self.handle(StepReturned(fragment.request, fragment.drawn, fragment.history, now))
 
     # State

@@ -8,6 +8,7 @@ told of their tokens.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,6 +23,7 @@ from runtime.coordinator.token_stream import TokenStream
 from runtime.logs import log_event
 from runtime.memory.outgoing import Attempt, Outgoing
 from runtime.topology import StepGraph
+from runtime.trace import RequestTrace
 from runtime.wire.messages.data import Fragment
 
 _log = logging.getLogger("runtime.coordinator")
@@ -35,6 +37,7 @@ class SequenceIO:
         plan: the plan that the nodes execute.
         links: the data links to the nodes.
         answers: delivers what streams have to tell their readers.
+        traced: where to record the steps with the stages that they pass; None to record none.
 
     Attributes:
         streams: the stream of each sequence that has not ended, by number.
@@ -42,12 +45,14 @@ class SequenceIO:
         now_ns: when the step that is being handled came back, by the host's monotonic clock.
     """
 
-    def __init__(self, plan: Plan, links: DataLinks, answers: AnswerQueue) -> None:
+    def __init__(self, plan: Plan, links: DataLinks, answers: AnswerQueue, traced: list[RequestTrace] | None) -> None:
         self.streams: dict[int, TokenStream] = {}
         self.tokens = 0
         self.now_ns = 0
         self._sender = links.sender
         self._answers = answers
+        self._traced = traced
+        self._sent_ns: dict[int, int] = {}  # for each step that is to be recorded
         self._entrances: list[tuple[int, tuple[str, ...]]] = []
         self._wanted: tuple[str, ...] = ()
         self._scores: Mapping[int, Array] = {}
@@ -68,6 +73,8 @@ class SequenceIO:
             wanted=self._wanted if step.scores else (),
             rows=step.rows,
         )
+        if self._traced is not None:
+            self._sent_ns[step.step] = time.monotonic_ns()
         readers = self._sender.readers(self._entrances, attempt, _NOTHING)
         self._sender.send(readers, attempt, _NOTHING, CALLER, keep=True)
 
@@ -78,10 +85,12 @@ class SequenceIO:
         last = scores[:, -1] if scores.ndim == 3 else scores
         return {row.sequence: np.array(last[place]) for place, row in enumerate(fragment.rows) if row.draw}
 
-    def begin_step(self, now_ns: int, scores: Mapping[int, Array]) -> None:
-        """Note the time at which a step came back, and its scores, which :meth:`emit` adds to the tokens."""
+    def end_step(self, fragment: Fragment, now_ns: int, scores: Mapping[int, Array]) -> None:
+        """Note that a step came back, and its scores, which :meth:`emit` adds to the tokens."""
         self.now_ns = now_ns
         self._scores = scores
+        if self._traced is not None and (sent_ns := self._sent_ns.pop(fragment.request, None)) is not None:
+            self._traced.append(RequestTrace(fragment.request, sent_ns, fragment.history, now_ns))
 
     def emit(self, effect: Emit) -> None:
         """Give a sequence its next token."""
