@@ -120,31 +120,35 @@ class Net:
 PAST = "past_key_values.{layer}.{part}"
 PRESENT = "present.{layer}.{part}"
 PARTS = ("key", "value")
+BOTH = "past_sequence_length + sequence_length"
+"""The name of the axis of old and new positions, as optimum has it."""
 
 
 def tokens(net: Net) -> str:
     return net.input("input_ids", ["batch_size", "sequence_length"])
 
 
-def mask(net: Net) -> str:
-    return net.input("attention_mask", ["batch_size", "total_sequence_length"])
+def mask(net: Net, width: str = BOTH) -> str:
+    """Declare attention_mask; ``width`` is the name of its free second axis."""
+    return net.input("attention_mask", ["batch_size", width])
 
 
 def positions(net: Net) -> str:
     return net.input("position_ids", ["batch_size", "sequence_length"])
 
 
-def caches(net: Net, *, layers: Sequence[int] | None = None, groups: int | None = None, width: int | str | None = None):
-    """Declare the past and present of each attention layer."""
+def caches(net: Net, *, layers: Sequence[int] | None = None, total: str = BOTH) -> None:
+    """Declare past and present of the attention layers; ``total`` is the name of the axis of all positions."""
     size = net.size
     for layer in range(size.layers) if layers is None else layers:
         for part in PARTS:
-            rest = groups or size.groups, width or size.head
-            past = ["batch_size", rest[0], "past_sequence_length", rest[1]]
-            net.input(PAST.format(layer=layer, part=part), past, FLOAT)
-            net.output(
-                PRESENT.format(layer=layer, part=part), ["batch_size", rest[0], "total_sequence_length", rest[1]]
-            )
+            cache(net, layer, part, total=total, width=size.head)
+
+
+def cache(net: Net, layer: int, part: str, *, total: str, width: int | str) -> None:
+    """Declare past and present of the keys or the values of one layer."""
+    for axis, name, declare in (("past_sequence_length", PAST, net.input), (total, PRESENT, net.output)):
+        declare(name.format(layer=layer, part=part), ["batch_size", net.size.groups, axis, width], FLOAT)
 
 
 def scores_output(net: Net) -> None:
@@ -155,14 +159,13 @@ def scores_output(net: Net) -> None:
 
 # Layers
 
-Linear = Callable[[Net, str, str, int, int], str]
 Attention = Callable[[int, str, str, str], str]
 """Takes the layer and what the projections gave, [batch, sequence, heads x head]; returns a tensor of the same form."""
 
 
-def matmul(net: Net, x: str, name: str, rows: int, columns: int, out: str | None = None) -> str:
+def matmul(net: Net, x: str, weight: str, out: str | None = None) -> str:
     """A linear map without bias, as one MatMul."""
-    return net.op("MatMul", [x, net.weight(name, rows, columns)], out)
+    return net.op("MatMul", [x, weight], out)
 
 
 def embedded(net: Net, ids: str, *, scale: float = 1.0) -> str:
@@ -190,33 +193,48 @@ def standard_rms_norm(net: Net, x: str, name: str) -> str:
 def gated(net: Net, x: str, layer: int, linear=matmul) -> str:
     """The gated hidden layer."""
     size, name = net.size, f"model.layers.{layer}.mlp"
-    gate = linear(net, x, f"{name}.gate_proj.weight", size.width, size.hidden)
-    up = linear(net, x, f"{name}.up_proj.weight", size.width, size.hidden)
+    gate = linear(net, x, net.weight(f"{name}.gate_proj.weight", size.width, size.hidden))
+    up = linear(net, x, net.weight(f"{name}.up_proj.weight", size.width, size.hidden))
     active = net.op("Mul", [gate, net.op("Sigmoid", [gate])])
-    return linear(net, net.op("Mul", [active, up]), f"{name}.down_proj.weight", size.hidden, size.width)
+    return linear(net, net.op("Mul", [active, up]), net.weight(f"{name}.down_proj.weight", size.hidden, size.width))
 
 
-def attended(net: Net, x: str, layer: int, attention: Attention, linear=matmul) -> str:
-    """The projections around attention."""
+def projections(net: Net, layer: int) -> list[str]:
+    """The weights that make queries, keys and values."""
     size, name = net.size, f"model.layers.{layer}.self_attn"
-    query = linear(net, x, f"{name}.q_proj.weight", size.width, size.heads * size.head)
-    key = linear(net, x, f"{name}.k_proj.weight", size.width, size.groups * size.head)
-    value = linear(net, x, f"{name}.v_proj.weight", size.width, size.groups * size.head)
-    mixed = attention(layer, query, key, value)
-    return linear(net, mixed, f"{name}.o_proj.weight", size.heads * size.head, size.width)
+    heads = {"q": size.heads, "k": size.groups, "v": size.groups}
+    return [net.weight(f"{name}.{part}_proj.weight", size.width, count * size.head) for part, count in heads.items()]
 
 
-def llama(net: Net, x: str, attention: Attention, *, norm=rms_norm, linear=matmul) -> str:
+def projected(net: Net, mixed: str, layer: int, linear=matmul) -> str:
+    """The linear map after attention."""
+    size = net.size
+    weight = net.weight(f"model.layers.{layer}.self_attn.o_proj.weight", size.heads * size.head, size.width)
+    return linear(net, mixed, weight)
+
+
+def attended(net: Net, x: str, layer: int, attention: Attention) -> str:
+    """Attention between its linear maps."""
+    query, key, value = (matmul(net, x, weight) for weight in projections(net, layer))
+    return projected(net, attention(layer, query, key, value), layer)
+
+
+def llama(net: Net, x: str, attention: Attention, *, norm=rms_norm) -> str:
     """All layers and the scores: each half has its norm before it and a residual connection around it."""
     for layer in range(net.size.layers):
         net.scope_of(layer)
         name = f"model.layers.{layer}"
-        x = net.op("Add", [x, attended(net, norm(net, x, f"{name}.input_norm.weight"), layer, attention, linear)])
-        x = net.op("Add", [x, gated(net, norm(net, x, f"{name}.post_norm.weight"), layer, linear)])
+        x = net.op("Add", [x, attended(net, norm(net, x, f"{name}.input_norm.weight"), layer, attention)])
+        x = net.op("Add", [x, gated(net, norm(net, x, f"{name}.post_norm.weight"), layer)])
     net.scope = "/model/norm"
     x = norm(net, x, "model.norm.weight")
     net.scope = "/lm_head"
-    return linear(net, x, "lm_head.weight", net.size.width, net.size.vocabulary, "logits")
+    return scores(net, x)
+
+
+def scores(net: Net, x: str, linear=matmul) -> str:
+    """The scores of all tokens."""
+    return linear(net, x, net.weight("lm_head.weight", net.size.width, net.size.vocabulary), "logits")
 
 
 # Attention in plain ops

@@ -51,6 +51,7 @@ FAMILIES: Mapping[str, Family] = {
     "gqa": Family(decoders.gqa),
     "gqa, unread positions": Family(_with(decoders.gqa, positions=True)),
     "gqa, rotary outside": Family(_with(decoders.gqa, rotary="outside")),
+    "gqa, not packed": Family(_with(decoders.gqa, packed=False)),
     "gqa, 4 bits": Family(_with(decoders.gqa, int4=True)),
     "gqa, free width": Family(_with(decoders.gqa, free_width=True)),
     "gqa, local window": Family(_with(decoders.gqa, window=8)),

@@ -34,7 +34,7 @@ def stacked(size: Size = SMALL, *, seed: int = 0) -> onnx.ModelProto:
     ids, mask, places = parts.tokens(net), parts.mask(net), parts.positions(net)
     shape = [size.layers, 2, "batch_size", size.groups, "past_sequence_length", size.head]
     past = net.input("past", shape, FLOAT)
-    net.output("present", [*shape[:4], "total_sequence_length", size.head])
+    net.output("present", [*shape[:4], parts.BOTH, size.head])
     parts.scores_output(net)
     x = parts.embedded(net, ids)
     hidden_places = parts.hidden_places(net, mask, net.shape(past, 4), net.shape(x, 1))

@@ -29,10 +29,13 @@ def gqa(
     int4: bool = False,
     rotary: str = "inside",
     positions: bool = False,
+    packed: bool = True,
     window: int = -1,
     free_width: bool = False,
 ) -> onnx.ModelProto:
     """The builder of onnxruntime-genai: GroupQueryAttention, lengths from the mask, skip connections in the norms.
+
+    All keys come before all values among the inputs and outputs.
 
     Args:
         size: sizes.
@@ -40,13 +43,17 @@ def gqa(
         int4: linear maps are MatMulNBits of 4 bits.
         rotary: ``inside`` GroupQueryAttention, or ``outside`` of it: RotaryEmbedding, which reads position_ids.
         positions: declare position_ids also where no op reads it, as older builders did.
+        packed: one linear map makes queries, keys and values; only with rotary ``inside``.
         window: the ``local_window_size`` of all layers; -1 for none.
         free_width: the last axis of the caches is ``kv_cache_dim``; only genai_config.json says how wide it is.
     """
     net = Net(size, seed=seed, opset=21, microsoft=True)
-    ids, mask = parts.tokens(net), parts.mask(net)
+    ids, mask = parts.tokens(net), parts.mask(net, "total_sequence_length")
     places = parts.positions(net) if positions or rotary == "outside" else ""
-    parts.caches(net, width="kv_cache_dim" if free_width else size.head)
+    for part in parts.PARTS:
+        for layer in range(size.layers):
+            width = "kv_cache_dim" if free_width else size.head
+            parts.cache(net, layer, part, total="total_sequence_length", width=width)
     parts.scores_output(net)
     lengths = _lengths(net, mask)
     linear = _four_bits if int4 else parts.matmul
@@ -54,12 +61,18 @@ def gqa(
         net.constant(name, table) for name, table in zip(("cos_cache", "sin_cache"), parts.angles(size), strict=True)
     ]
 
-    def attention(layer: int, query: str, key: str, value: str) -> str:
+    def attention(layer: int, x: str) -> str:
+        weights = parts.projections(net, layer)
         if rotary == "outside":
+            query, key, value = (linear(net, x, weight) for weight in weights)
             query, key = (
                 net.op("RotaryEmbedding", [one, places, *tables], domain=MICROSOFT, num_heads=heads)
                 for one, heads in ((query, size.heads), (key, size.groups))
             )
+        elif packed:
+            query, key, value = linear(net, x, _side_by_side(net, weights)), "", ""
+        else:
+            query, key, value = (linear(net, x, weight) for weight in weights)
         names = [PAST.format(layer=layer, part=part) for part in parts.PARTS]
         reads = [query, key, value, *names, *lengths, *(tables if rotary == "inside" else [])]
         writes = [net.name("GroupQueryAttention"), *(PRESENT.format(layer=layer, part=part) for part in parts.PARTS)]
@@ -75,13 +88,20 @@ def gqa(
 
 def _lengths(net: Net, mask: str) -> tuple[str, str]:
     """The last position of each row, and the width of the mask, both of 32 bits."""
-    net.scope = "/model/attn_mask_reformat"
-    counts = net.op("ReduceSum", [mask, net.ints(1)])
-    last = net.op("Cast", [net.op("Sub", [counts, net.ints(1)])], to=INT32)
+    net.scope = "/model/attn_mask_reformat/attn_mask_subgraph"
+    one = net.op("Constant", [], value=onnx.numpy_helper.from_array(np.array([1], np.int64)))
+    counts = net.op("ReduceSum", [mask, one], keepdims=0)
+    last = net.op("Cast", [net.op("Sub", [counts, one])], to=INT32)
     return last, net.op("Cast", [net.shape(mask, 1)], to=INT32)
 
 
-def _skipping(net: Net, x: str, attention: parts.Attention, linear) -> None:
+def _side_by_side(net: Net, weights: Sequence[str]) -> str:
+    """One weight that gives the results of several, one after another."""
+    arrays = [onnx.numpy_helper.to_array(net.constants.pop(weight)) for weight in weights]
+    return net.constant(weights[0].replace("q_proj", "qkv_proj"), np.concatenate(arrays, axis=1))
+
+
+def _skipping(net: Net, x: str, attention, linear) -> None:
     """Layers whose norms also add: SkipSimplifiedLayerNormalization gives the normed sum and the sum."""
     size = net.size
 
@@ -102,25 +122,26 @@ def _skipping(net: Net, x: str, attention: parts.Attention, linear) -> None:
             normed = net.op("SimplifiedLayerNormalization", [x, scale], axis=-1, epsilon=1e-6, stash_type=1)
         else:
             normed, x = norm(x, hidden, f"{name}.input_norm.weight")
-        mixed = parts.attended(net, normed, layer, attention, linear)
+        mixed = parts.projected(net, attention(layer, normed), layer, linear)
         normed, x = norm(x, mixed, f"{name}.post_norm.weight")
         hidden = parts.gated(net, normed, layer, linear)
     net.scope = "/model/norm"
     normed, _ = norm(x, hidden, "model.norm.weight")
     net.scope = "/lm_head"
-    linear(net, normed, "lm_head.weight", size.width, size.vocabulary, "logits")
+    parts.scores(net, normed, linear)
 
 
-def _four_bits(net: Net, x: str, name: str, rows: int, columns: int, out: str | None = None) -> str:
+def _four_bits(net: Net, x: str, weight: str, out: str | None = None) -> str:
     """A linear map as MatMulNBits: blocks of 32 numbers with one scale, two numbers in a byte, 8 for zero."""
-    net.weight(name, rows, columns)
-    weight = onnx.numpy_helper.to_array(net.constants.pop(name)).T.reshape(columns, rows // 32, 32)
-    scale = np.abs(weight).max(-1) / 7
-    numbers = (np.rint(weight / scale[..., None]) + 8).astype(np.uint8)
-    packed = net.constant(f"{name}_Q4", numbers[..., 0::2] | numbers[..., 1::2] << 4)
-    reads = [x, packed, net.constant(f"{name}_scales", scale.astype(np.float32))]
-    numbers_of = {"K": rows, "N": columns, "bits": 4, "block_size": 32, "accuracy_level": 4}
-    return net.op("MatMulNBits", reads, out, domain=MICROSOFT, **numbers_of)
+    matrix = onnx.numpy_helper.to_array(net.constants.pop(weight))
+    rows, columns = matrix.shape
+    blocks = matrix.T.reshape(columns, rows // 32, 32)
+    scale = np.abs(blocks).max(-1) / 7
+    numbers = (np.rint(blocks / scale[..., None]) + 8).astype(np.uint8)
+    packed = net.constant(f"{weight}_Q4", numbers[..., 0::2] | numbers[..., 1::2] << 4)
+    reads = [x, packed, net.constant(f"{weight}_scales", scale.astype(np.float32))]
+    sizes = {"K": rows, "N": columns, "bits": 4, "block_size": 32, "accuracy_level": 4}
+    return net.op("MatMulNBits", reads, out, domain=MICROSOFT, **sizes)
 
 
 def write_genai_config(folder: Path, size: Size = SMALL, *, end_token: int | list[int] = 2) -> Path:
@@ -235,10 +256,11 @@ def _rotary_attention(net: Net, cos: str, sin: str, added: Sequence[str], *, cac
 def merged(size: Size = SMALL, *, seed: int = 0) -> onnx.ModelProto:
     """The merged decoder of optimum and transformers.js: one If on ``use_cache_branch``, two complete decoders inside.
 
-    The branch without a cache does not read the past; both share the weights of the outer graph.
+    The branch without a cache does not read the past; both share the weights of the outer graph. attention_mask is
+    declared as wide as the new tokens, which is right only in the branch without a cache.
     """
     net = Net(size, seed=seed)
-    ids, mask, given = parts.tokens(net), parts.mask(net), parts.positions(net)
+    ids, mask, given = parts.tokens(net), parts.mask(net, "sequence_length"), parts.positions(net)
     parts.caches(net)
     parts.scores_output(net)
     branches = {}
@@ -485,7 +507,7 @@ def _recurrent(size: Size, seed: int, kind: str, gates: int, states: Sequence[st
         ends.append(lasts)
     net.scope = "/lm_head"
     x = net.op("Transpose", [x], perm=[1, 0, 2])
-    parts.matmul(net, x, "lm_head.weight", size.width, size.vocabulary, "logits")
+    parts.scores(net, x)
     for number, state in enumerate(states):
         if stacked:
             net.op("Concat", [last[number] for last in ends], net.output(f"{state}n", shape), axis=0)
@@ -502,10 +524,8 @@ def window(size: Size = SMALL, *, seed: int = 0, width: int = 8) -> onnx.ModelPr
     """
     net = Net(size, seed=seed)
     ids, mask, places = parts.tokens(net), parts.mask(net), parts.positions(net)
-    parts.caches(net)
+    parts.caches(net, total="kept_sequence_length")
     parts.scores_output(net)
-    for output in net.outputs[1:]:
-        output.type.tensor_type.shape.dim[2].dim_param = "kept_sequence_length"
     x = parts.embedded(net, ids)
     hidden_places = parts.hidden_places(net, mask, parts.past_length(net, True), net.shape(x, 1), window=width)
     cos, sin = parts.rotation(net, places, gathered=False)
@@ -560,19 +580,19 @@ def mixed(size: Size = FOUR_LAYERS, *, seed: int = 0, kernel: int = 3) -> onnx.M
         x = net.op("Add", [x, parts.gated(net, parts.rms_norm(net, x, f"{name}.post_norm.weight"), layer)])
     net.scope = "/lm_head"
     x = parts.rms_norm(net, x, "model.norm.weight")
-    parts.matmul(net, x, "lm_head.weight", size.width, size.vocabulary, "logits")
+    parts.scores(net, x)
     return net.proto()
 
 
 def _convolution(net: Net, x: str, kernel: int) -> str:
     width = net.size.width
-    flat = net.op("Transpose", [parts.matmul(net, x, "conv.in_proj", width, width)], perm=[0, 2, 1])
+    flat = net.op("Transpose", [parts.matmul(net, x, net.weight("conv.in_proj", width, width))], perm=[0, 2, 1])
     both = net.op("Concat", ["past_conv.0", flat], axis=2)
     net.op("Slice", [both, net.ints(1 - kernel), net.ints(2**31 - 1), net.ints(2)], "present_conv.0")
     taps = net.weight("conv.conv.weight", width, 1, kernel, scale=kernel**-0.5)
     y = net.op("Transpose", [net.op("Conv", [both, taps], group=width, kernel_shape=[kernel])], perm=[0, 2, 1])
-    gate = net.op("Sigmoid", [parts.matmul(net, x, "conv.gate", width, width)])
-    return parts.matmul(net, net.op("Mul", [y, gate]), "conv.out_proj", width, width)
+    gate = net.op("Sigmoid", [parts.matmul(net, x, net.weight("conv.gate", width, width))])
+    return parts.matmul(net, net.op("Mul", [y, gate]), net.weight("conv.out_proj", width, width))
 
 
 def _decaying_sum(net: Net, x: str) -> str:
@@ -589,7 +609,7 @@ def _decaying_sum(net: Net, x: str) -> str:
         [helper.make_tensor_value_info(name, FLOAT, ["batch_size", width]) for name in ("next", "seen")],
     )
     net.constant("decay", np.linspace(0.2, 0.9, width, dtype=np.float32))
-    moved = net.op("Transpose", [parts.matmul(net, x, "sum.in_proj", width, width)], perm=[1, 0, 2])
+    moved = net.op("Transpose", [parts.matmul(net, x, net.weight("sum.in_proj", width, width))], perm=[1, 0, 2])
     outs = ["present_recurrent.2", net.name("Scan")]
     y = net.op_many("Scan", ["past_recurrent.2", moved], outs, body=body, num_scan_inputs=1)[1]
-    return parts.matmul(net, net.op("Transpose", [y], perm=[1, 0, 2]), "sum.out_proj", width, width)
+    return parts.matmul(net, net.op("Transpose", [y], perm=[1, 0, 2]), net.weight("sum.out_proj", width, width))
