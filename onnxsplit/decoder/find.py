@@ -192,9 +192,15 @@ def _with_declared(graph: OpGraph, specs: Mapping[str, TensorSpec]) -> dict[str,
     proto = graph.source.proto.graph
     known = dict(specs)
     for value in (*proto.input, *proto.output):
-        spec = spec_of(value)
-        if spec is not None and (value.name not in known or known[value.name].shape is None):
-            known[value.name] = spec
+        declared, spec = spec_of(value), known.get(value.name)
+        if declared is None:
+            continue
+        if spec is None or spec.shape is None or declared.shape is None:
+            known[value.name] = spec if spec is not None and declared.shape is None else declared
+        elif len(spec.shape) == len(declared.shape):
+            sizes = zip(spec.shape, declared.shape, strict=True)
+            shape = tuple(told if size == "?" else size for size, told in sizes)
+            known[value.name] = TensorSpec(dtype=spec.dtype, shape=shape)
     return known
 
 
