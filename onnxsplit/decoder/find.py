@@ -165,10 +165,12 @@ class _Search:
         given = {control.input for control in self.override.controls}
         names = [name for name in self.graph.inputs if of_encoder(name) and name not in given]
         if sure and (names or self.beside.encoder_decoder):
-            what = f"its inputs {listed(names)}" if names else "a configuration file beside it"
-            raise NotClaimed(
-                f"it attends to an encoder, as {what} says; such models are not run with resident caches yet"
+            why = (
+                f"{listed(names)} come from an encoder"
+                if names
+                else "its configuration file says that it has an encoder"
             )
+            raise NotClaimed(f"{why}; models with an encoder are not run with resident caches yet")
 
     def _is_given(self) -> bool:
         return bool(self.override.states)

@@ -96,8 +96,8 @@ def test_the_op_that_reads_an_input_decides_before_its_name():
         ("position_ids", [3, "batch", "new"], "several positions for each token"),
         ("attention_mask", ["batch", 1, "new", "total"], "the mask 'attention_mask' [batch, 1, new, total] has 4 axes"),
         ("seqlens_k", ["batch", 1, 1], "a length of each row is needed"),
-        ("encoder_hidden_states", ["batch", "source", 8], "it attends to an encoder, as its inputs"),
-        ("past_key_cross_0", ["batch", "source", 8], "it attends to an encoder, as its inputs"),
+        ("encoder_hidden_states", ["batch", "source", 8], "come from an encoder"),
+        ("past_key_cross_0", ["batch", "source", 8], "come from an encoder"),
     ],
 )
 def test_inputs_that_cannot_be_made_are_named(name, shape, reason):
