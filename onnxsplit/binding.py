@@ -75,12 +75,8 @@ class Binding:
             raise ModelError(first_lines(error)) from error
 
     def made(self) -> dict[str, Any]:
-        """All outputs of the last run, as values for :meth:`read_value` and :meth:`view`."""
+        """All outputs of the last run, as values for :meth:`read_value` and :func:`view_of`."""
         return dict(zip(self._order, self._binding.get_outputs(), strict=True))
-
-    def view(self, name: str, value: Any) -> Array:
-        """An array in the memory of an output in :meth:`made`; the value lives as long as the array."""
-        return view_of(value, self._types[name])
 
     def _number(self, name: str) -> int:
         return ONNX_TYPE_NUMBER[self._types[name]]  # type: ignore[index]

@@ -186,6 +186,10 @@ class Session:
         """A new binding, for runs whose inputs and outputs mostly stay where they are. Must be ``bindable``."""
         return Binding(self._raw, dict(self.inputs), dict(self.outputs))
 
+    def view(self, name: str, value: Any) -> Array:
+        """An array in the memory of an output that a binding has made; the value lives as long as the array."""
+        return view_of(value, dict(self.outputs)[name])
+
     def end_profiling(self) -> Path:
         """Stop the profile that this session was opened with, and return its file."""
         return Path(self._raw.end_profiling())

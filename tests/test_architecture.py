@@ -95,7 +95,7 @@ PURE = [
         "runtime.trace",
     ),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),
-    *("runtime.node.state", "runtime.node.events", "runtime.node.slots"),
+    *("runtime.node.state", "runtime.node.events", "runtime.node.slots", "runtime.node.sampling", "runtime.node.steps"),
     *("runtime.coordinator.state", "runtime.coordinator.events", "runtime.coordinator.interpreter"),
     *("runtime.coordinator.requests", "runtime.coordinator.deadlines", "runtime.coordinator.diagnosis"),
     *("runtime.coordinator.roster", "runtime.coordinator.node_record", "runtime.coordinator.counters"),

@@ -191,9 +191,9 @@ class SlotsMachine(RuleBasedStateMachine):
         self.network.append((step, rows))
 
     @precondition(lambda self: len(self.held()) < SLOTS)
-    @rule(data=st.data(), new=st.integers(1, 3))
-    def open(self, data, new) -> None:
-        slot = data.draw(st.sampled_from(sorted(set(range(SLOTS)) - self.held())))
+    @rule(new=st.integers(1, 3))
+    def open(self, new) -> None:
+        slot = min(set(range(SLOTS)) - self.held())
         sequence = self.next()
         self.live[sequence] = (1, slot, new)
         self.send((row(sequence, 0, slot, new=new),))

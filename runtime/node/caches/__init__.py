@@ -1,0 +1,10 @@
+"""The states of a stage: where they lie between two steps, and how a step reads and writes them.
+
+States of one shape form a *bank*; all states of a bank have the same kind and change together.
+
+    kind                       layout of rows       bank
+    in-place                   any                  in_place: a pool of slots; a run reads and writes it where it lies
+    append                     holes                holes: a pool of slots; new positions are copied to their rows
+    append                     left, equal, one     packed: what a run made is what the next run reads
+    recurrent, window          any                  packed, with the states before the last step as a spare
+"""
