@@ -48,7 +48,7 @@ NEVER = [  # rules in addition to the rows
 ]
 SHARED = {  # the parts of onnxsplit that the runtime may use, in addition to its version
     "errors", "numbers", "files", "memory", "drawing", "tensors", "npz", "plan", "plan_base", "plan_decoder",
-    "plan_files", "cluster", "cluster_files", "providers", "custom_ops", "session", "timed", "step_inputs",
+    "plan_files", "cluster", "cluster_files", "binding", "providers", "custom_ops", "session", "timed", "step_inputs",
 }  # fmt: skip
 
 # Third-party libraries, and the only folders or files that import them.
@@ -95,7 +95,14 @@ PURE = [
         "runtime.trace",
     ),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),
-    *("runtime.node.state", "runtime.node.events", "runtime.node.slots", "runtime.node.sampling", "runtime.node.steps"),
+    *(
+        "runtime.node.state",
+        "runtime.node.events",
+        "runtime.node.slots",
+        "runtime.node.sampling",
+        "runtime.node.steps",
+        "runtime.node.stage_requests",
+    ),
     *("runtime.coordinator.state", "runtime.coordinator.events", "runtime.coordinator.interpreter"),
     *("runtime.coordinator.requests", "runtime.coordinator.deadlines", "runtime.coordinator.diagnosis"),
     *("runtime.coordinator.roster", "runtime.coordinator.node_record", "runtime.coordinator.counters"),

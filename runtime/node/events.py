@@ -8,8 +8,10 @@ from typing import Any
 from msgspec import Struct
 
 from onnxsplit.plan import Plan
+from runtime.node.slots import Placed
 from runtime.wire.messages.control import Assign, Peer, Wire
 from runtime.wire.messages.data import AttemptKey, Failed, Fragment, Visit
+from runtime.wire.messages.sequences import Drawn
 
 Tensors = Mapping[str, Any]
 """Tensors by name. The state machine does not look at them, so their type is left open."""
@@ -65,7 +67,8 @@ class Turn(Struct, frozen=True):
 class Executed(Struct, frozen=True):
     """The session has executed the running request, and its outputs are ready to be sent.
 
-    The fields are those of :class:`~runtime.wire.messages.data.Visit`; times are the host's monotonic clock.
+    The fields are those of :class:`~runtime.wire.messages.data.Visit`; times are the host's monotonic clock. ``drawn``
+    holds the tokens that the last stage has chosen for the rows of a step.
     """
 
     started_ns: int
@@ -73,6 +76,7 @@ class Executed(Struct, frozen=True):
     ready_ns: int
     output_bytes: int
     shared_bytes: int
+    drawn: tuple[Drawn, ...] = ()
 
 
 class ExecutionFailed(Struct, frozen=True):
@@ -174,6 +178,7 @@ class Run(Struct, frozen=True):
         inputs: the stage's inputs.
         fragments: the fragments in which they lie.
         leaving: the outputs that each target gets.
+        placed: for a step, what to move and to clear before, and which of its rows are live; None for a request.
     """
 
     key: AttemptKey
@@ -181,6 +186,7 @@ class Run(Struct, frozen=True):
     inputs: Tensors
     fragments: tuple[Fragment, ...]
     leaving: OutputsByTarget
+    placed: Placed | None = None
 
 
 class GiveBack(Struct, frozen=True):
@@ -197,16 +203,24 @@ class Forward(Struct, frozen=True):
         budget_ns: time left until the request's deadline; 0 for no deadline.
         leaving: the outputs that each target gets.
         history: the stages that the request has passed, this one last.
+        drawn: the tokens that were chosen for the rows of a step.
     """
 
     fragment: Fragment
     budget_ns: int
     leaving: OutputsByTarget
     history: tuple[Visit, ...]
+    drawn: tuple[Drawn, ...] = ()
 
 
 class Discard(Struct, frozen=True):
     """Drop the outputs of the request that ran last, because it was cancelled."""
+
+
+class ClearSlots(Struct, frozen=True):
+    """Forget the sequences in some slots, and give their memory back to the system."""
+
+    slots: tuple[int, ...]
 
 
 class ReportFailure(Struct, frozen=True):
@@ -232,6 +246,7 @@ NodeEffect = (
     | GiveBack
     | Forward
     | Discard
+    | ClearSlots
     | ReportFailure
     | Exit
 )

@@ -30,6 +30,7 @@ from runtime.files.stage_cache import StageCache
 from runtime.node.control import ControlLink
 from runtime.node.events import (
     AttemptCancelled,
+    ClearSlots,
     Connect,
     Discard,
     Exit,
@@ -137,7 +138,10 @@ class NodeProcess:
         if began is None and self._turn_ns and self._machine.state in _SERVING:
             began = self._turn_ns, UNIT_COST  # other work, such as sending, should not take longer than a request
         running_ns, cost = (max(1, time.monotonic_ns() - began[0]), began[1]) if began is not None else (0, 0)
-        return NodeBeat(self._machine.executed, running_ns, cost, longest_ns, self._worker.unreachable_peers())
+        machine, unreachable = self._machine, self._worker.unreachable_peers()
+        return NodeBeat(
+            machine.executed, running_ns, cost, longest_ns, unreachable, machine.sequences, machine.state_bytes
+        )
 
     def post(self, event: NodeEvent) -> None:
         """Pass an event to the main thread. Thread-safe."""
@@ -308,6 +312,8 @@ class NodeProcess:
                     worker.give_back(fragment)
             case Discard():
                 worker.discard()
+            case ClearSlots(slots):
+                worker.clear(slots)
             case ReportFailure(message):
                 worker.report(message)
             case Load(assign):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from onnxsplit.errors import ModelError
 from onnxsplit.plan import Plan
 from onnxsplit.session import Session
 from onnxsplit.tensors import Array, dtype_name

@@ -33,6 +33,9 @@ class StageRunner:
         threads: threads of the session; the assigned or the plan's number when 0.
         custom_ops: libraries of custom ops that this process may load.
 
+    Attributes:
+        session: the stage's session.
+
     Raises:
         PlanError: the stage's files differ from the plan.
         CustomOpsError: the stage needs a library that is not among them, or that cannot be loaded.
@@ -55,7 +58,7 @@ class StageRunner:
         if problems:
             raise PlanError(f"the plan {folder} was changed: {'; '.join(problems)}. Copy it again")
         packed = shared_copy(folder, stage, libraries) if assign.share_weights and assign.provider == "cpu" else None
-        self._session = open_session(
+        self.session = open_session(
             packed or folder / stage.file,
             threads=threads or assign.threads or stage.threads,
             level="disabled" if packed else stage.optimization_level,
@@ -71,7 +74,7 @@ class StageRunner:
     def close(self) -> None:
         """Write the profile, if one was asked for."""
         if self._profiled:
-            self._session.end_profiling()
+            self.session.end_profiling()
 
     def proven(self, inputs: Mapping[str, Array]) -> OutputShapes:
         """Types and shapes of the outputs that are proven for inputs of these shapes."""
@@ -91,14 +94,14 @@ class StageRunner:
         Raises:
             ModelError: ONNX Runtime could not execute it.
         """
-        if not self._session.bindable:
-            return self._session.run(inputs)
+        if not self.session.bindable:
+            return self.session.run(inputs)
         try:
-            outputs = self._session.run_into(inputs, into)
+            outputs = self.session.run_into(inputs, into)
         except ModelError:
             if not into:
                 raise
-            outputs = self._session.run_into(inputs, {})
+            outputs = self.session.run_into(inputs, {})
             wrong = {name for name, array in into.items() if outputs[name].shape != array.shape}
             self._unbound |= wrong or set(into)
             self._proven.clear()

@@ -10,13 +10,17 @@ In READY and LEAVING, each attempt at a request goes through these steps:
 
     joining    fragments of some of its sources have arrived
     queued     fragments of all its sources have arrived
+    parked     a step that has to wait for an earlier step of one of its sequences
     running    the session executes it
     ended      its fragments were given back to their senders
 
 Rules:
     1. Only fragments of one attempt are joined, one from each source. A second fragment from a source is given back.
     2. One attempt runs at a time. Attempts run in the order in which they were queued.
-    3. A fragment that was sent with a newer view of the pipeline waits until this node has that view too. The outputs
+    3. A step of sequences is joined, queued and cancelled as a request is. :mod:`runtime.node.slots` says whether it
+       can run when its turn comes. One that cannot run yet is parked, and returns to the head of the queue when a step
+       has run or a sequence has ended.
+    4. A fragment that was sent with a newer view of the pipeline waits until this node has that view too. The outputs
        of an attempt are therefore never sent to a node that was lost before the attempt began.
 
 Invariants: every fragment is given back exactly once, whether its attempt was executed, failed, expired or was
@@ -39,6 +43,7 @@ from runtime.node.events import (
     Arrived,
     Assigned,
     AttemptCancelled,
+    ClearSlots,
     Connect,
     Discard,
     Executed,
@@ -65,10 +70,12 @@ from runtime.node.events import (
     Turn,
     Wired,
 )
-from runtime.topology import sources
+from runtime.node.slots import Placed, Unfit, Unplaced
+from runtime.node.stage_requests import StageRequests
+from runtime.node.steps import StageSteps
 from runtime.transition_table import Machine
 from runtime.wire.messages.control import Assign, Wire
-from runtime.wire.messages.data import NOT_NEEDED, AttemptKey, Failed, Fragment, Visit
+from runtime.wire.messages.data import AttemptKey, Failed, Fragment, Visit
 
 _REMEMBERED = 4096  # number of cancelled requests remembered, because their fragments may still arrive
 
@@ -107,6 +114,7 @@ class _Join:
     fragments: list[Fragment] = field(default_factory=list)
     tensors: dict[str, Any] = field(default_factory=dict)
     complete_ns: int = 0
+    placed: Placed | None = None
 
 
 class NodeState:
@@ -123,14 +131,12 @@ class NodeState:
         self._machine = Machine("node", TRANSITIONS, NodePhase.WAITING)
         self._assign: Assign | None = None
         self._view = -1
-        self._sources: frozenset[int] = frozenset()
-        self._readers: dict[int, tuple[str, ...]] = {}  # the outputs that each stage reads
-        self._co_senders: frozenset[int] = frozenset()  # the stages that send to the same stages as this one
-        self._outputs: tuple[str, ...] = ()
-        self._targets: dict[tuple[tuple[int, ...], tuple[str, ...]], OutputsByTarget] = {}
+        self._requests: StageRequests | None = None  # None until the stage is loaded
         self._early: list[Arrived] = []
         self._joins: dict[AttemptKey, _Join] = {}
         self._queue: deque[AttemptKey] = deque()
+        self._parked: list[AttemptKey] = []
+        self._steps: StageSteps | None = None  # None where there are no slots
         self._cancelled: OrderedDict[int, int] = OrderedDict()  # the last cancelled attempt of each request
         self._oldest = 0
 
@@ -158,8 +164,7 @@ class NodeState:
             case AttemptCancelled(request, attempt):
                 return self._cancel(request, attempt)
             case Passed(oldest):
-                self._oldest = max(self._oldest, oldest)
-                return self._drop([key for key in self._joins if key[0] < self._oldest])
+                return self._passed(oldest)
             case Assigned(assign):
                 self._assign = assign
                 return [Load(assign)]
@@ -182,17 +187,22 @@ class NodeState:
         """Whether an attempt is queued and none is running."""
         return bool(self._queue) and self.running is None
 
+    @property
+    def sequences(self) -> int:
+        """The number of sequences whose states this node holds. Thread-safe."""
+        return self._steps.slots.sequences if self._steps is not None else 0
+
+    @property
+    def state_bytes(self) -> int:
+        """The bytes of these states. Thread-safe."""
+        return self._steps.state_bytes if self._steps is not None else 0
+
     def _learn(self, plan: Plan) -> None:
-        """Note the sources of this stage, and which stages read its outputs."""
-        stage = plan.stages[self._place()[0]]
-        self._sources = sources(plan, stage.index)
-        self._outputs = stage.outputs
-        self._readers = {
-            other.index: names
-            for other in plan.stages
-            if (names := tuple(name for name in stage.outputs if name in other.inputs))
-        }
-        self._co_senders = frozenset(source for reader in self._readers for source in sources(plan, reader))
+        """Note what arrives at this stage and what leaves it."""
+        assert self._assign is not None
+        if plan.decoder is not None and self._assign.slots:
+            self._steps = StageSteps(plan, self._assign.stage, self._assign.slots, self._assign.length)
+        self._requests = StageRequests(plan, self._assign.stage)
 
     def _place(self) -> tuple[int, int]:
         assert self._assign is not None
@@ -200,8 +210,10 @@ class NodeState:
 
     def _wired(self, wire: Wire) -> list[NodeEffect]:
         self._view = wire.view
-        targets = {p.number for p in wire.peers if p.stage in self._readers or p.stage == CALLER}
-        senders = {p.number for p in wire.peers if p.stage in self._sources | self._co_senders}
+        requests = self._requests
+        assert requests is not None
+        targets = {p.number for p in wire.peers if p.stage in requests.readers or p.stage == CALLER}
+        senders = {p.number for p in wire.peers if p.stage in requests.sources | requests.co_senders}
         effects: list[NodeEffect] = [
             Connect(
                 me=wire.me,
@@ -224,16 +236,38 @@ class NodeState:
         key = fragment.request, fragment.attempt
         join = self._joins.get(key)
         duplicate = join is not None and any(other.source == fragment.source for other in join.fragments)
-        if fragment.source not in self._sources or duplicate or self._has_ended(key):
+        sources = self._sources_of(fragment)
+        if (fragment.source not in sources and not fragment.rows) or duplicate or self._has_ended(key):
             return [GiveBack((fragment,))]
+        if fragment.rows and (reason := self._step_problem(fragment, join)) != "":
+            return self._refuse_step(fragment, reason)
         if join is None:
             join = self._joins[key] = _Join(event.now_ns + fragment.budget_ns if fragment.budget_ns else 0)
         join.fragments.append(fragment)
         join.tensors.update(event.tensors)
-        if len(join.fragments) == len(self._sources):
+        if len(join.fragments) == len(sources):
             join.complete_ns = event.now_ns
             self._queue.append(key)
         return []
+
+    def _sources_of(self, fragment: Fragment) -> frozenset[int]:
+        """The stages whose fragments are joined with this one."""
+        assert self._requests is not None
+        return self._steps.sources if fragment.rows and self._steps is not None else self._requests.sources
+
+    def _step_problem(self, fragment: Fragment, join: _Join | None) -> str:
+        """Why a step can never run here; empty if nothing forbids it."""
+        if self._steps is None:
+            return "a step of sequences came to a node that keeps no states: the plan has no decoder, or no slots"
+        if join is not None and join.fragments[0].rows != fragment.rows:
+            return "the rows of a step differ between its sources"
+        return self._steps.problem(fragment)
+
+    def _refuse_step(self, fragment: Fragment, reason: str) -> list[NodeEffect]:
+        """Fail a step before it runs; fragments of it that arrive later are given back."""
+        key = fragment.request, fragment.attempt
+        effects: list[NodeEffect] = [GiveBack((fragment,)), *self._cancel(*key)]
+        return [*effects, ReportFailure(Failed(*key, *self._place(), reason))]
 
     def _has_ended(self, key: AttemptKey) -> bool:
         """Whether the attempt was cancelled or its request has ended."""
@@ -244,30 +278,47 @@ class NodeState:
         while self._queue and self.running is None:
             key = self._queue.popleft()
             join = self._joins[key]
+            first = join.fragments[0]
             if join.deadline_ns and now_ns > join.deadline_ns:
                 del self._joins[key]
                 effects.append(GiveBack(tuple(join.fragments)))
                 continue
+            if first.rows and not self._placed(key, join, effects):
+                continue
             self.running = key
-            first = join.fragments[0]
-            effects.append(Run(key, first.cost, join.tensors, tuple(join.fragments), self._outputs_of(first)))
+            leaving = self._outputs_of(first)
+            effects.append(Run(key, first.cost, join.tensors, tuple(join.fragments), leaving, join.placed))
         return effects
 
-    def _outputs_of(self, fragment: Fragment) -> OutputsByTarget:
-        """The outputs that each target gets; computed once for each route and set of wanted outputs."""
-        targets = self._targets.get((fragment.route, fragment.wanted))
-        if targets is None:
-            if len(self._targets) >= _REMEMBERED:
-                self._targets.clear()
-            wanted = tuple(name for name in self._outputs if name in fragment.wanted)
-            stages = ((s, names) for s, names in self._readers.items() if self._needs(fragment, s))
-            targets = (*stages, *([(CALLER, wanted)] if wanted else []))
-            self._targets[fragment.route, fragment.wanted] = targets
-        return targets
+    def _placed(self, key: AttemptKey, join: _Join, effects: list[NodeEffect]) -> bool:
+        """Whether a step can run now. If not, it is parked, dropped or failed."""
+        assert self._steps is not None
+        placed = self._steps.slots.place(key[0], join.fragments[0].rows)
+        if isinstance(placed, Placed):
+            join.placed = placed
+            return True
+        if placed is Unplaced.WAIT:
+            self._parked.append(key)
+            return False
+        del self._joins[key]
+        effects.append(GiveBack(tuple(join.fragments)))
+        if isinstance(placed, Unfit):
+            effects.append(ReportFailure(Failed(*key, *self._place(), placed.reason)))
+        return False
 
-    @staticmethod
-    def _needs(fragment: Fragment, stage: int) -> bool:
-        return stage < len(fragment.route) and fragment.route[stage] != NOT_NEEDED
+    def _unpark(self) -> None:
+        """Let the parked steps try again, before all that was queued after them."""
+        if self._parked:
+            self._queue.extendleft(reversed(self._parked))
+            self._parked.clear()
+
+    def _outputs_of(self, fragment: Fragment) -> OutputsByTarget:
+        """The outputs that each target gets."""
+        assert self._requests is not None
+        if not fragment.rows:
+            return self._requests.leaving(fragment)
+        assert self._steps is not None
+        return self._steps.leaving(fragment.wanted)
 
     def _executed(self, event: Executed) -> list[NodeEffect]:
         self.executed += 1
@@ -275,8 +326,9 @@ class NodeState:
         assert key is not None
         join = self._joins.pop(key)
         back = GiveBack(tuple(join.fragments))
+        cleared = self._step_ended(key, join, ran=True)
         if self._has_ended(key):
-            return [back, Discard()]
+            return [back, Discard(), *cleared]
         stage, replica = self._place()
         visit = Visit(
             stage,
@@ -297,21 +349,44 @@ class NodeState:
             budget_ns=max(1, join.deadline_ns - event.ready_ns) if join.deadline_ns else 0,
             leaving=self._outputs_of(first),
             history=(*history, visit),
+            drawn=event.drawn,
         )
-        return [forward, back]
+        return [forward, back, *cleared]
+
+    def _step_ended(self, key: AttemptKey, join: _Join, *, ran: bool) -> list[NodeEffect]:
+        """Note that what ran has ended; steps may have waited for it."""
+        if join.placed is None or self._steps is None:
+            return []
+        rows = join.fragments[0].rows
+        slots = self._steps.slots
+        cleared = slots.ran(key[0], rows, join.placed) if ran else slots.failed(rows, join.placed)
+        self._unpark()
+        return [ClearSlots(cleared)] if cleared else []
 
     def _failed(self, reason: str) -> list[NodeEffect]:
         key, self.running = self.running, None
         assert key is not None
         stage, replica = self._place()
         join = self._joins.pop(key)
-        return [GiveBack(tuple(join.fragments)), ReportFailure(Failed(*key, stage, replica, reason))]
+        cleared = self._step_ended(key, join, ran=False)
+        return [GiveBack(tuple(join.fragments)), ReportFailure(Failed(*key, stage, replica, reason)), *cleared]
 
     def _cancel(self, request: int, attempt: int) -> list[NodeEffect]:
         self._cancelled[request] = max(attempt, self._cancelled.get(request, 0))
         if len(self._cancelled) > _REMEMBERED:
             self._cancelled.popitem(last=False)
-        return self._drop([key for key in self._joins if key[0] == request and key[1] <= attempt])
+        dropped = self._drop([key for key in self._joins if key[0] == request and key[1] <= attempt])
+        return dropped + self._freed(self._steps.slots.free(request, attempt) if self._steps is not None else ())
+
+    def _passed(self, oldest: int) -> list[NodeEffect]:
+        self._oldest = max(self._oldest, oldest)
+        dropped = self._drop([key for key in self._joins if key[0] < self._oldest])
+        return dropped + self._freed(self._steps.slots.passed(oldest) if self._steps is not None else ())
+
+    def _freed(self, slots: tuple[int, ...]) -> list[NodeEffect]:
+        """Clear slots whose sequences have ended; steps that waited for these have ended too."""
+        self._unpark()
+        return [ClearSlots(slots)] if slots else []
 
     def _drop(self, keys: list[AttemptKey]) -> list[NodeEffect]:
         """Drop these attempts, except the one that is running, which is dropped when it ends."""
@@ -319,4 +394,5 @@ class NodeState:
         if not dropped:
             return []
         self._queue = deque(key for key in self._queue if key not in dropped)
+        self._parked = [key for key in self._parked if key not in dropped]
         return [GiveBack(tuple(self._joins.pop(key).fragments)) for key in dropped]

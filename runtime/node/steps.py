@@ -33,6 +33,7 @@ class StageSteps:
         self.slots = Slots(slots, rollback=decoder.rollback)
         self.sources = graph.sources.get(stage, frozenset())
         self._decoder = decoder
+        self._token_bytes, self._fixed_bytes = decoder.token_bytes(stage), decoder.fixed_bytes(stage)
         self._count = slots
         self._length = min(length or decoder.max_length, decoder.max_length)
         below = decoder.vocabulary if decoder.tokens_below is None else decoder.tokens_below
@@ -40,6 +41,11 @@ class StageSteps:
         self._drawn_below = min(below, decoder.vocabulary)
         self._readers = tuple(graph.readers.get(stage, {}).items())
         self._is_tail = stage == graph.tail
+
+    @property
+    def state_bytes(self) -> int:
+        """The bytes of the states that the slots hold. Thread-safe."""
+        return self.slots.positions * self._token_bytes + self.slots.sequences * self._fixed_bytes
 
     def leaving(self, wanted: tuple[str, ...]) -> OutputsByTarget:
         """The outputs that each target of a step gets; the caller always hears from the last stage."""

@@ -33,8 +33,8 @@ from runtime.node.events import (
     OutputsByTarget,
     Run,
 )
-from runtime.node.stage_runner import StageRunner
-from runtime.topology import expected_tensors, sources
+from runtime.node.executor import Executor
+from runtime.topology import StepGraph, expected_tensors, sources
 from runtime.wire import codec
 from runtime.wire.links import Outlet
 from runtime.wire.messages.control import Assign, Peer
@@ -80,15 +80,16 @@ class Worker:
         self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types, by source
         self._shared: dict[OutputsByTarget, tuple[str, ...]] = {}
         self._unfinished: Counter[int] = Counter()  # cost of the unfinished work, by its sender
-        self._runner: StageRunner | None = None
+        self._executor: Executor | None = None
+        self._expected_in_steps = self._expected
         self._sender = Sender(self.payloads, self._router, self._links, self._sources)
         self._ran = _Ran(Outgoing(), valid=False)
         self._assign: Assign  # set by load(), before anything reads it
 
     def close(self) -> None:
         """Close the session and release all memory."""
-        if self._runner is not None:
-            self._runner.close()
+        if self._executor is not None:
+            self._executor.close()
         self.payloads.close()
 
     @property
@@ -142,17 +143,19 @@ class Worker:
         try:
             plan, folder = files.find(assign)
             try:
-                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=own)
+                self._executor = Executor(plan, folder, assign, home=home, threads=threads, custom_ops=own)
             except PlanError:
                 if not files.discard(folder):
                     raise
                 plan, folder = files.find(assign)
-                self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=own)
-        except OnnxsplitError as error:
-            return LoadFailed(str(error))
+                self._executor = Executor(plan, folder, assign, home=home, threads=threads, custom_ops=own)
+        except (OnnxsplitError, MemoryError) as error:
+            return LoadFailed(str(error) or "out of memory")
         self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
         self._sender = Sender(self.payloads, self._router, self._links, self._sources)
         self._expected = expected_tensors(plan, assign.stage)
+        if plan.decoder is not None:
+            self._expected_in_steps = StepGraph(plan).expected(assign.stage)
         log_event(
             _log, logging.INFO, "stage loaded", stage=assign.stage, replica=assign.replica, provider=assign.provider
         )
@@ -272,7 +275,9 @@ class Worker:
 
     def _is_foreign(self, fragment: Fragment) -> bool:
         """Whether a fragment does not hold the tensors that its source sends to this stage."""
-        expected = self._expected.get(fragment.source)
+        if fragment.rows and not (self._executor and self._executor.runs_steps):
+            return False  # the state machine says why such a step fails
+        expected = (self._expected_in_steps if fragment.rows else self._expected).get(fragment.source)
         return expected is not None and (
             len(fragment.route) != len(self._sources)
             or tuple([head.name for head in fragment.tensors]) != expected[0]
@@ -298,12 +303,12 @@ class Worker:
         Returns:
             :class:`~runtime.node.events.Executed` or :class:`~runtime.node.events.ExecutionFailed`.
         """
-        assert self._runner is not None
+        assert self._executor is not None
         payloads, board = self.payloads, self.payloads.board
         shared = self._shared.get(run.leaving)
         if shared is None:
             shared = self._shared[run.leaving] = self._read_in_place(run.leaving)
-        outgoing = payloads.reserve(self._runner.proven(run.inputs), shared)
+        outgoing = payloads.reserve(self._executor.proven(run), shared)
         if not self._router.mapped(0):
             self._links[0].send(codec.encode(Started(*run.key, self._me)))
         payloads.record(*run.key, Step.RUNNING)
@@ -311,7 +316,7 @@ class Worker:
         self.began = started, run.cost
         board.began(run.cost, started)
         try:
-            outputs = self._runner.run(run.inputs, outgoing.arrays)
+            outputs, drawn = self._executor.execute(run, outgoing.arrays)
         except (OnnxsplitError, MemoryError) as error:
             payloads.drop(outgoing)
             return ExecutionFailed(str(error) or "out of memory")
@@ -323,7 +328,12 @@ class Worker:
         payloads.complete(outgoing, outputs, shared)
         payloads.record(*run.key, Step.DONE)
         self._ran = _Ran(outgoing, payloads.hold(run.fragments))
-        return Executed(started, ended, time.monotonic_ns(), outgoing.size_bytes, outgoing.shared_bytes)
+        return Executed(started, ended, time.monotonic_ns(), outgoing.size_bytes, outgoing.shared_bytes, drawn)
+
+    def clear(self, slots: tuple[int, ...]) -> None:
+        """Forget the sequences in some slots, and give their memory back to the system."""
+        if self._executor is not None:
+            self._executor.clear(slots)
 
     def forward(self, effect: Forward) -> None:
         """Send the outputs of the request that ran last to their readers."""
@@ -340,6 +350,8 @@ class Worker:
             route=fragment.route,
             wanted=fragment.wanted,
             history=effect.history,
+            rows=fragment.rows,
+            drawn=effect.drawn,
         )
         readers = self._sender.readers(effect.leaving, attempt, outgoing)
         try:
