@@ -80,6 +80,23 @@ def select(
     return replace(source, in_file=False, io_changes=io_changes)
 
 
+def add_default_input(source: SourceModel, default: onnx.TensorProto) -> SourceModel:
+    """The model with a further input, which a request may leave out.
+
+    The protobuf of ``source`` is changed in place; use only the returned model afterwards.
+
+    Args:
+        source: the model.
+        default: the input's name, type, shape and default.
+    """
+    graph = source.proto.graph
+    unchanged = IOChanges(tuple(map(_copied, graph.input)), tuple(map(_copied, graph.output)), {}, {}, (), ())
+    changes = source.io_changes or unchanged
+    graph.input.append(onnx.helper.make_tensor_value_info(default.name, default.data_type, default.dims))
+    defaults = {**changes.defaults, default.name: default}
+    return replace(source, in_file=False, io_changes=replace(changes, defaults=defaults))
+
+
 def restored(source: SourceModel) -> onnx.ModelProto:
     """A copy of the model with its original inputs, outputs, initializers and ops."""
     model = onnx.ModelProto()

@@ -107,6 +107,18 @@ def infer_shapes(
         sizes: shapes of the inputs at the bound dimensions.
         known: types and ranks of tensors that inference cannot find itself, but can continue from.
     """
+    specs = symbolic_specs(graph, known)
+    bound = _infer(graph, sizes, known or {})
+    fixed = {
+        name: tuple(dim for dim in spec.shape if isinstance(dim, int))
+        for name, spec in bound.items()
+        if spec.shape is not None and all(isinstance(dim, int) for dim in spec.shape)
+    }
+    return Shapes(specs=specs, sizes={**fixed, **sizes})
+
+
+def symbolic_specs(graph: OpGraph, known: Mapping[str, TensorSpec] | None = None) -> dict[str, TensorSpec]:
+    """Infer types and shapes of all tensors, with symbolic dimensions; ``known`` as for :func:`infer_shapes`."""
     names = {d for value in graph.source.proto.graph.input for d in (spec_of(value) or _NOTHING).shape or ()}
     symbolic = _infer(graph, None, known or {})
     specs = {
@@ -116,13 +128,7 @@ def infer_shapes(
         inferred, declared = specs.get(value.name), spec_of(value)
         if inferred is not None and declared is not None and value.name not in graph.readers:
             specs[value.name] = TensorSpec(dtype=inferred.dtype, shape=_named(inferred.shape, declared.shape, names))
-    bound = _infer(graph, sizes, known or {})
-    fixed = {
-        name: tuple(dim for dim in spec.shape if isinstance(dim, int))
-        for name, spec in bound.items()
-        if spec.shape is not None and all(isinstance(dim, int) for dim in spec.shape)
-    }
-    return Shapes(specs=specs, sizes={**fixed, **sizes})
+    return specs
 
 
 def declared_types(graph: OpGraph) -> dict[str, onnx.TypeProto]:

@@ -1,0 +1,113 @@
+"""Which ops of a decoder every stage computes for itself, and which ops must share a stage.
+
+*Local* ops read controls, constants, and the shapes of states and tokens only: masks, tables of rotary embeddings,
+lengths. Every stage that reads them holds a copy, so that what they compute does not cross.
+
+An op that reads a state, the op that writes it, and the ops that read tensors whose size grows with the length of a
+sequence share a stage. So no state crosses, and what crosses does not grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from onnxsplit.decoder.claim import DecoderClaim
+from onnxsplit.model.graph import Op, OpGraph
+from onnxsplit.model.op_kinds import is_random
+from onnxsplit.model.protobuf import functions_of
+from onnxsplit.plan import TensorSpec
+
+_MOST_SHARE = 0.0025  # of the time of the whole model: 1 % of the time of one of four stages
+_CHEAP_NS = 50_000  # an op that takes less than a hop between processes is always copied
+_MOST_WEIGHT_SHARE = 0.01
+_SMALL_BYTES = 4 << 20
+
+
+def control_ops(graph: OpGraph, claim: DecoderClaim) -> frozenset[int]:
+    """The ops whose results follow from controls, constants, and the shapes of states and tokens alone."""
+    tokens = {control.input for control in claim.controls if control.role == "tokens"}
+    known = {control.input for control in claim.controls} - tokens | graph.constants.keys()
+    measured = known | tokens | {state.past for state in claim.states}
+    functions = functions_of(graph.source.proto)
+    outputs = set(graph.outputs)
+    found: set[int] = set()
+    for op in graph.ops:
+        allowed = measured if _asks_shape(op) else known
+        constant = op.index in graph.constant_ops
+        exact = constant or not (op.index in graph.custom_ops or is_random(op.node, functions))
+        if exact and allowed.issuperset(op.reads) and outputs.isdisjoint(op.outputs):
+            known.update(op.outputs)
+            measured.update(op.outputs)
+            if not constant:
+                found.add(op.index)
+    return frozenset(found)
+
+
+def cheap_ops(graph: OpGraph, ops: Collection[int], op_ns: Sequence[int]) -> frozenset[int]:
+    """Those of some ops that may be copied into several stages: neither they nor their constants are large.
+
+    Args:
+        graph: the model.
+        ops: the ops by index.
+        op_ns: time of each op of the model in nanoseconds.
+    """
+    most_ns = max(_CHEAP_NS, int(sum(op_ns) * _MOST_SHARE))
+    most_bytes = max(_SMALL_BYTES, int(sum(graph.constants.values()) * _MOST_WEIGHT_SHARE))
+    return frozenset(
+        op
+        for op in ops
+        if op_ns[op] <= most_ns and sum(graph.constants.get(name, 0) for name in graph.ops[op].reads) <= most_bytes
+    )
+
+
+def ops_together(
+    graph: OpGraph,
+    claim: DecoderClaim,
+    free: Collection[int],
+    sizes: Mapping[str, tuple[int, ...]],
+    other_sizes: Mapping[str, tuple[int, ...]],
+) -> list[list[int]]:
+    """Groups of ops that must share a stage.
+
+    Args:
+        graph: the model.
+        claim: its states and controls.
+        free: the ops that :func:`control_ops` finds.
+        sizes: shapes of the tensors in a step, by name.
+        other_sizes: the same in a step at another length, and else alike.
+    """
+    groups = []
+    for state in claim.states:
+        ends = [*graph.readers.get(state.past, ()), *graph.readers.get(state.present, ())]
+        groups.append([graph.producer[state.present], *ends] if state.present in graph.producer else ends)
+    growing = {name for name, size in sizes.items() if name in other_sizes and other_sizes[name] != size}
+    groups += [
+        [op.index, *graph.readers.get(name, ())]
+        for op in graph.ops
+        if op.index not in free
+        for name in op.outputs
+        if name in growing
+    ]
+    return [kept for group in groups if len(kept := [op for op in group if op not in free]) > 1]
+
+
+def states_alike(claim: DecoderClaim, specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """The number of a group for each state; states of one group have the same shape in every run."""
+    numbers: dict[object, int] = {}
+    return {
+        state.past: numbers.setdefault(
+            (state.kind, state.batch_axis, state.axis, state.shape, state.capacity, specs[state.past].dtype),
+            len(numbers),
+        )
+        for state in claim.states
+    }
+
+
+def _asks_shape(op: Op) -> bool:
+    return op.domain in ("", "ai.onnx") and op.op_type in ("Shape", "Size")
+
+
+def names_of(claim: DecoderClaim) -> frozenset[str]:
+    """The inputs and outputs that do not cross in a step: states and controls."""
+    states: Iterable[str] = (name for state in claim.states for name in (state.past, state.present))
+    return frozenset(states) | {control.input for control in claim.controls}
