@@ -22,10 +22,10 @@ from benchmarks import example_models, harness
 from onnxsplit.cluster import Cluster, Device
 from onnxsplit.errors import PartitionError
 from onnxsplit.partitioner import stage_memory
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.model_partitioner import model_partitioner
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan
-from onnxsplit.planning.subject import examine
 from runtime import Pipeline
 
 TAKES = "5 min"

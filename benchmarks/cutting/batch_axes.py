@@ -30,9 +30,9 @@ from benchmarks.example_models import Named
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.export import export
 from onnxsplit.model.example_inputs import table_size
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan
-from onnxsplit.planning.subject import examine
 from onnxsplit.session import Session, open_session
 
 TAKES = "10 min"

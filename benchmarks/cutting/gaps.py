@@ -27,7 +27,7 @@ from benchmarks import example_models, harness
 from onnxsplit.export import export
 from onnxsplit.partitioner import DeviceKind, Effort, Problem, SearchResult, Transfer, line_up, lower_bound, search
 from onnxsplit.plan import CALLER
-from onnxsplit.planning.subject import examine
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.target import alike
 
 TAKES = "10 min"

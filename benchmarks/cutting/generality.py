@@ -18,9 +18,9 @@ sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "mode
 
 from benchmarks import example_models, harness
 from onnxsplit.errors import OnnxsplitError
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan
-from onnxsplit.planning.subject import examine
 from onnxsplit.stages.verify import verify
 
 TAKES = "10 min"

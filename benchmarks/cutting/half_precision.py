@@ -41,9 +41,9 @@ from onnxsplit.model.precision import distance
 from onnxsplit.model.protobuf import all_nodes, nested_graphs
 from onnxsplit.npz import load_npz
 from onnxsplit.plan_files import load_plan
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan
-from onnxsplit.planning.subject import examine
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import verify
 

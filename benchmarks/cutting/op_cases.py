@@ -24,9 +24,9 @@ import onnx.backend.test.loader as loader
 from benchmarks import harness
 from onnxsplit.errors import ModelError, OnnxsplitError
 from onnxsplit.model.precision import distance
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan
-from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
 from onnxsplit.stages.verify import run_stages
 

@@ -236,7 +236,7 @@ def main() -> None:
 def measure(given: argparse.Namespace, report: harness.Report, folder: Path) -> None:
     """Print a row for each link and cut, and then one for each fault."""
     from onnxsplit.npz import save_npz
-    from onnxsplit.planning.subject import examine
+    from onnxsplit.planning.examine import examine
     from onnxsplit.session import open_session
     from runtime.wire.keys import create_for
 

@@ -38,7 +38,7 @@ _SHOWN_NAMES = 3
 def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path | None, **options: Any) -> None:
     """Show the ops of MODEL, their cost and memory, and where the model can be cut."""
     from onnxsplit.files import check_outputs
-    from onnxsplit.planning.subject import examine
+    from onnxsplit.planning.examine import examine
     from onnxsplit.views.inspection import inspect_subject
 
     check_outputs(html)

@@ -11,7 +11,7 @@ Every other op is an atom of its own: any tensor that can travel is a candidate 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -57,7 +57,12 @@ class Atoms:
 
 
 def build_atoms(
-    graph: OpGraph, shapes: Shapes, together: Sequence[Sequence[int]] = (), *, single: bool = False
+    graph: OpGraph,
+    shapes: Shapes,
+    together: Sequence[Sequence[int]] = (),
+    *,
+    single: bool = False,
+    local: Collection[int] = (),
 ) -> Atoms:
     """Contract the graph into atoms, in time O(n log n) in the number of ops and tensors.
 
@@ -66,8 +71,9 @@ def build_atoms(
         shapes: which tensors can travel.
         together: further groups of ops that must share an atom.
         single: contract nothing; for lower bounds only, since some of these atoms cannot be parted.
+        local: further ops that are copied into every stage that reads them.
     """
-    copied = _copied_ops(graph, shapes)
+    copied = _copied_ops(graph, shapes).union(local)
     needs = needed_tensors(graph, copied)
     groups = UnionFind(needs.keys() - copied) if single else _groups(graph, shapes, copied, needs)
     for group in together:

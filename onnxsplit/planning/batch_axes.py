@@ -57,6 +57,7 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
         The number of trials that confirmed the claim and an empty text; or 0 and why the claim fails.
     """
     graph = subject.graph
+    inputs = subject.small_inputs
     of_inputs = {name: axis for name, axis in axes.items() if name in graph.inputs}
     limits = {name: size for name in of_inputs if (size := table_size(graph, name)) is not None}
     allowed = tolerance(computed_types(graph, subject.shapes))
@@ -64,7 +65,7 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
     count, failure = 0, "the rows of its inputs cannot be made to differ"
     stages = _stage_files(plan, folder, subject.custom_ops)
     with StageProcesses(keep=True) as run_stage:
-        for trial in trials(subject.inputs, of_inputs, limits):
+        for trial in trials(inputs, of_inputs, limits):
             if equal_rows(trial.inputs, of_inputs, limits):
                 continue
             try:

@@ -15,7 +15,7 @@ from onnxsplit.model.external_data import is_external, location_of
 from onnxsplit.model.protobuf import graph_tensors
 from onnxsplit.model.source import open_model
 from onnxsplit.npz import save_npz
-from onnxsplit.planning.subject import examine
+from onnxsplit.planning.examine import examine
 from onnxsplit.progress import Say, silent
 from onnxsplit.providers import gpu_count, provider_here
 from onnxsplit.session import host_cores

@@ -29,6 +29,8 @@ from onnxsplit.plan import (
 )
 from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_check import plan_problems
+from onnxsplit.plan_decoder import Decoder
+from onnxsplit.planning.decoder_block import copied_text, decoder_block
 from onnxsplit.planning.model_partitioner import ModelPartitioner
 from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.subject import Subject
@@ -110,9 +112,8 @@ class PlanBuilder:
         subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes
         count = len(cut.parts)
         options = self._partitioner.options
-        whole = whole_parts(graph)
         if self._folder is not None:
-            save_npz(self._folder / EXAMPLE_FILE, subject.inputs)
+            save_npz(self._folder / EXAMPLE_FILE, subject.small_inputs)
         on_border = {name for part in cut.parts for name in (*part.inputs, *part.outputs)}
         source = graph.source.proto
         plan = Plan(
@@ -136,27 +137,33 @@ class PlanBuilder:
             passthrough=self._passthrough(),
             outputs_need={},
             prediction=self._prediction(cut, bound),
-            costs=Costs(
-                source=subject.costs.source,
-                whole_time_ns=subject.costs.whole_ns,
-                whole_weight_bytes=weight_bytes(graph, whole),
-                whole_peak_memory_bytes=peak_memory_bytes(graph, shapes, whole),
-                whole_optimization_level=subject.costs.level,
-                rounds=history,
-                note=subject.note,
-            ),
+            costs=self._costs(history),
             example_inputs=file_entry(self._folder / EXAMPLE_FILE) if self._folder is not None else None,
             defaults=self._defaults(),
             constant_inputs={name: constant_text(graph.source, name) for name in graph.overridable},
             dropped_outputs=graph.source.io_changes.dropped_outputs if graph.source.io_changes is not None else (),
             dropped_inputs=graph.source.io_changes.dropped_inputs if graph.source.io_changes is not None else (),
             custom_ops=tuple(CustomOps(name=one.name, sha256=one.sha256) for one in subject.custom_ops),
+            decoder=self._decoder(cut.parts),
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
         plan = msgspec.structs.replace(plan, outputs_need=needs)
         problems = plan_problems(plan) if self._folder is not None else []
         assert not problems, problems
         return plan
+
+    def _costs(self, history: tuple[CorrectionRound, ...]) -> Costs:
+        subject = self._subject
+        whole = whole_parts(subject.graph)
+        return Costs(
+            source=subject.costs.source,
+            whole_time_ns=subject.costs.whole_ns,
+            whole_weight_bytes=weight_bytes(subject.graph, whole),
+            whole_peak_memory_bytes=self._peak_memory_bytes(whole, packed=True),
+            whole_optimization_level=subject.costs.level,
+            rounds=history,
+            note=subject.note,
+        )
 
     def _prediction(self, cut: CandidateCut, bound: int) -> Prediction:
         atoms = self._subject.problem(cut.op_ns, self._target)
@@ -179,7 +186,7 @@ class PlanBuilder:
             inputs=part.inputs,
             outputs=part.outputs,
             weight_bytes=weight_bytes(subject.graph, part),
-            peak_memory_bytes=peak_memory_bytes(subject.graph, subject.shapes, part, packed=device.provider == "cpu"),
+            peak_memory_bytes=self._peak_memory_bytes(part, packed=device.provider == "cpu"),
             provider=device.provider,
             optimization_level=cut.levels[index],
             threads=device.threads,
@@ -193,6 +200,23 @@ class PlanBuilder:
             ops=len(part.ops),
             custom_ops=tuple(library.name for library in subject.libraries(part.ops)),
         )
+
+    def _peak_memory_bytes(self, part: StageParts, *, packed: bool) -> int:
+        """Estimated memory of a stage, with the states of a decoder's sequences."""
+        subject = self._subject
+        if subject.decoding is None:
+            return peak_memory_bytes(subject.graph, subject.shapes, part, packed=packed)
+        shapes = subject.decoding.without_states(subject.shapes)
+        held = subject.decoding.cache_bytes(subject.graph, frozenset(part.own))
+        return peak_memory_bytes(subject.graph, shapes, part, packed=packed) + held
+
+    def _decoder(self, parts: tuple[StageParts, ...]) -> Decoder | None:
+        """The description of a decoder; copies the files of its tokenizer."""
+        decoding = self._subject.decoding
+        if decoding is None:
+            return None
+        text = copied_text(decoding.decoder.claim.text, self._folder) if self._folder is not None else ()
+        return decoder_block(decoding, self._subject.graph, parts, text)
 
     def _passthrough(self) -> dict[str, Passthrough]:
         """The sources of outputs that no stage computes; writes a file for each constant."""

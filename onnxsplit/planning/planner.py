@@ -21,11 +21,12 @@ from onnxsplit.model.source import SourceModel
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import checked_json
 from onnxsplit.planning.batch_axes import with_batch_axes
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.model_partitioner import model_partitioner
 from onnxsplit.planning.options import CutOptions, by_current_name
 from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.rounds import Rounds
-from onnxsplit.planning.subject import Subject, examine
+from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say, silent
 from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
@@ -52,7 +53,7 @@ def partition(
         model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
         out: the plan directory; None for ``MODEL.plan`` in the current folder, where MODEL is the file's name, or the
             graph's for a model in memory. An existing plan is replaced as a whole.
-        costs: as in :class:`~onnxsplit.planning.subject.ModelOptions`, like the next six arguments.
+        costs: as in :class:`~onnxsplit.planning.examine.ModelOptions`, like the next six arguments.
         dims: sizes of free dimensions that costs are taken at.
         inputs: example inputs by name, or an ``.npz`` with them.
         outputs: outputs to keep.
@@ -67,7 +68,7 @@ def partition(
         PlanError: ``out`` is something other than a plan.
         ClusterError: the cluster file is not usable.
         ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as
-            :func:`~onnxsplit.planning.subject.examine`.
+            :func:`~onnxsplit.planning.examine.examine`.
     """
     wanted = CutOptions(**by_current_name(options, _warn_of_former_name))
     source = open_any(model)
@@ -97,10 +98,10 @@ def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say
     """Examine a model with the provider and the number of threads that its stages will have.
 
     Args:
-        model: the model, as :func:`~onnxsplit.planning.subject.examine` takes it.
+        model: the model, as :func:`~onnxsplit.planning.examine.examine` takes it.
         options: how the model is to be cut.
         say: called with each step.
-        examined: the attributes of :class:`~onnxsplit.planning.subject.ModelOptions`.
+        examined: the attributes of :class:`~onnxsplit.planning.examine.ModelOptions`.
     """
     options.check()
     if options.cluster is not None:

@@ -134,7 +134,8 @@ class Rounds:
         folder = (self._folder or Path()) / name
         if self._folder is not None:
             folder.mkdir()
-        parts = stage_parts(subject.graph, subject.atoms, result.partition.stage_of)
+        alike = subject.decoding.alike if subject.decoding is not None else {}
+        parts = stage_parts(subject.graph, subject.atoms, result.partition.stage_of, alike)
         files = []
         for index, part in enumerate(parts if self._folder is not None else ()):
             progress = _BytesWritten(

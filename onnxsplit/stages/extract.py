@@ -75,7 +75,7 @@ def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.Model
         else:  # a repeated field; protobuf below 6.31 has no is_repeated to ask
             getattr(model, descriptor.name).extend(value)
     model.ir_version = max(source.ir_version, CONSTANTS_IR_VERSION)
-    nodes = [graph.ops[index].node for index in parts.ops]
+    nodes = [_reading(graph.ops[index].node, parts.renamed) for index in parts.ops]
     called = called_functions(nodes, functions_of(source))
     model.functions.extend(f for f in source.functions if (f.domain, f.name, f.overload) in called)
     target = model.graph
@@ -91,6 +91,17 @@ def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.Model
     present = {name for index in parts.ops for name in (*graph.ops[index].reads, *graph.ops[index].outputs)}
     target.quantization_annotation.extend(a for a in source.graph.quantization_annotation if a.tensor_name in present)
     return model
+
+
+def _reading(node: onnx.NodeProto, renamed: Mapping[str, str]) -> onnx.NodeProto:
+    """An op that reads other inputs in the place of some."""
+    if not any(name in renamed for name in node.input):
+        return node
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    for position, name in enumerate(copy.input):
+        copy.input[position] = renamed.get(name, name)
+    return copy
 
 
 def _border(name: str, shapes: Shapes, declared: Mapping[str, onnx.ValueInfoProto]) -> onnx.ValueInfoProto:

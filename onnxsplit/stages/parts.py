@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnxsplit.cost.analytic import activation_bytes
 from onnxsplit.model.atoms import Atoms, needed_tensors
@@ -22,6 +22,7 @@ class StageParts:
         inputs: names of the tensors that it reads, inputs of the model first.
         outputs: names of the tensors that it writes, in the order in which they are written.
         constants: names of the initializers that it reads.
+        renamed: the inputs that copied ops read instead of others, whose shapes are the same.
     """
 
     ops: tuple[int, ...]
@@ -29,15 +30,21 @@ class StageParts:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: tuple[str, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
-def stage_parts(graph: OpGraph, atoms: Atoms, assignment: Sequence[int]) -> tuple[StageParts, ...]:
+def stage_parts(
+    graph: OpGraph, atoms: Atoms, assignment: Sequence[int], alike: Mapping[str, int] | None = None
+) -> tuple[StageParts, ...]:
     """Turn an assignment of atoms to stages into the parts of every stage.
 
     Args:
         graph: the model.
         atoms: its atoms.
         assignment: the stage of each atom.
+        alike: inputs of which copied ops read only the shape, with the number of a group; inputs of one group have
+            the same shape in every run. A copied op reads an input that an op of the stage itself reads, if there is
+            one in the group.
     """
     stages = max(assignment, default=-1) + 1
     own: list[list[int]] = [[] for _ in range(stages)]
@@ -52,10 +59,16 @@ def stage_parts(graph: OpGraph, atoms: Atoms, assignment: Sequence[int]) -> tupl
             writer = graph.producer.get(name)
             if writer is not None and stage_of[writer] != stage:
                 wanted[name] = None
-    return tuple(_parts(graph, atoms.copied, tuple(sorted(ops)), wanted) for ops in own)
+    return tuple(_parts(graph, atoms.copied, tuple(sorted(ops)), wanted, alike or {}) for ops in own)
 
 
-def _parts(graph: OpGraph, copied: frozenset[int], own: tuple[int, ...], wanted: Mapping[str, None]) -> StageParts:
+def _parts(
+    graph: OpGraph,
+    copied: frozenset[int],
+    own: tuple[int, ...],
+    wanted: Mapping[str, None],
+    alike: Mapping[str, int],
+) -> StageParts:
     ops: set[int] = set()
     inputs: dict[str, None] = {}
     constants: dict[str, None] = {}
@@ -74,6 +87,8 @@ def _parts(graph: OpGraph, copied: frozenset[int], own: tuple[int, ...], wanted:
                 pending.append(writer)
             elif writer not in inside:
                 inputs[name] = None
+    renamed = _own_instead(graph, own, inputs, alike)
+    inputs = dict.fromkeys(renamed.get(name, name) for name in inputs)
     order = {name: position for position, name in enumerate(graph.inputs)}
     return StageParts(
         ops=tuple(sorted(ops)),
@@ -83,7 +98,20 @@ def _parts(graph: OpGraph, copied: frozenset[int], own: tuple[int, ...], wanted:
         ),
         outputs=tuple(name for index in own for name in graph.ops[index].outputs if name in wanted),
         constants=tuple(sorted(constants)),
+        renamed=renamed,
     )
+
+
+def _own_instead(
+    graph: OpGraph, own: Sequence[int], inputs: Mapping[str, None], alike: Mapping[str, int]
+) -> dict[str, str]:
+    """For inputs that only copied ops read, an input of the same group that the stage's own ops read."""
+    mine = {name for op in own for name in graph.ops[op].reads}
+    first: dict[int, str] = {}
+    for name in graph.inputs:
+        if name in mine and name in alike:
+            first.setdefault(alike[name], name)
+    return {name: first[alike[name]] for name in inputs if name in alike and name not in mine and alike[name] in first}
 
 
 def whole_parts(graph: OpGraph) -> StageParts:

@@ -16,9 +16,9 @@ from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError, ModelError, ModelRefused, OnnxsplitError, PartitionError
 from onnxsplit.npz import load_npz
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import partition, write_plan
-from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import verify

@@ -6,7 +6,7 @@ import build
 import numpy as np
 from onnx import helper
 
-from onnxsplit.planning.subject import examine
+from onnxsplit.planning.examine import examine
 
 
 def test_the_time_of_a_fused_kernel_goes_to_the_op_with_the_work(tmp_path, monkeypatch):

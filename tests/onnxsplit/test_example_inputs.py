@@ -11,8 +11,8 @@ from onnxsplit.model.graph import build_graph
 from onnxsplit.model.source import open_model
 from onnxsplit.npz import load_npz
 from onnxsplit.plan import TensorSpec
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.planner import partition
-from onnxsplit.planning.subject import examine
 from onnxsplit.stages.verify import verify
 
 

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper
 from onnxsplit.errors import InputError, PartitionError
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan_files import load_plan
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import dry_run, examine_for, partition, write_plan
-from onnxsplit.planning.subject import examine
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import run_stages, verify
 from onnxsplit.views.annotate import annotate
@@ -91,8 +91,8 @@ def whole(path, inputs, outputs=None):
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_an_output_of_maps_is_refused_before_anything_runs_with_what_to_do(tmp_path, monkeypatch, declared):
-    monkeypatch.setattr("onnxsplit.planning.subject.find_example", lambda *_, **__: pytest.fail("it was run"))
-    monkeypatch.setattr("onnxsplit.planning.subject.measured_costs", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr("onnxsplit.planning.examine.find_example", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr("onnxsplit.planning.examine.measured_costs", lambda *_, **__: pytest.fail("it was run"))
     path = build.save(classifier(declared), tmp_path)
     with pytest.raises(PartitionError) as refused:
         partition(path, out=tmp_path / "plan", costs="measured")

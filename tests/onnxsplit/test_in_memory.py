@@ -16,7 +16,7 @@ import onnxsplit
 from onnxsplit.errors import ModelError
 from onnxsplit.model import in_memory
 from onnxsplit.model.in_memory import open_any
-from onnxsplit.planning.subject import examine
+from onnxsplit.planning.examine import examine
 from onnxsplit.stages.verify import verify
 
 CHEAP = {"stages": 2, "rounds": 1}

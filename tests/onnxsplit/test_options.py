@@ -9,7 +9,7 @@ from onnx import helper
 
 from onnxsplit.cluster import Cluster, Device
 from onnxsplit.errors import ClusterError, InputError, ModelError, PartitionError
-from onnxsplit.planning import subject
+from onnxsplit.planning import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import dry_run, examine_for, partition
 from onnxsplit.planning.sweep import sweep
@@ -241,7 +241,7 @@ def test_a_session_has_a_number_of_threads_that_there_is(model, threads):
 
 
 def test_a_model_whose_weights_exceed_the_free_memory_is_not_run(model, monkeypatch):
-    monkeypatch.setattr(subject, "free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(examine, "free_memory_bytes", lambda: 1000)
     plan = partition(model, out=model.with_suffix(".plan"))
     assert plan.costs.source == "analytic"
     assert "its weights take 4096 bytes, and 1000 bytes of memory are free" in str(plan.costs.note)

@@ -15,9 +15,9 @@ from onnxsplit.errors import ModelRefused
 from onnxsplit.model.ort_optimised import is_ort_optimised, rename_initializers
 from onnxsplit.model.source import open_model
 from onnxsplit.plan_files import load_plan
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import partition, write_plan
-from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import run_stages, verify

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper
 from onnxsplit.cost import levels
 from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, tolerance
 from onnxsplit.npz import load_npz
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.planner import partition
-from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.model_file import file_entry

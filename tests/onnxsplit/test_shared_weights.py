@@ -13,9 +13,9 @@ from checked import check_plan
 from onnx import TensorProto, helper
 
 from onnxsplit.plan_files import check_file
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import dry_run, partition
-from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.parts import peak_memory_bytes, whole_parts

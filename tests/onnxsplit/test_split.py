@@ -17,8 +17,8 @@ from onnx import helper
 
 from onnxsplit.cluster import Link
 from onnxsplit.errors import PartitionError, PlanError
+from onnxsplit.planning.examine import examine
 from onnxsplit.planning.planner import partition
-from onnxsplit.planning.subject import examine
 from onnxsplit.session import open_session
 from onnxsplit.stages.verify import run_stages, verify
 
