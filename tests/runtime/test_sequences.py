@@ -42,6 +42,11 @@ def of(effects, kind):
     return [effect for effect in effects if isinstance(effect, kind)]
 
 
+def released(effects):
+    """The nodes that were told to end because they have no more work."""
+    return [away.identity for away in of(effects, SendAway) if away.fate == "end"]
+
+
 def slots(step):
     return [row.slot for row in step.rows]
 
@@ -350,7 +355,7 @@ def test_sequences_of_a_lost_node_are_replayed_with_all_their_tokens(tmp_path):
     effects = driver.lose(2)
     assert {(f.request, f.attempt, f.identities) for f in of(effects, Forget)} == {(n, 1, (b"n1",)) for n in numbers}
     assert not driver.steps
-    driver.come_back(effects)
+    driver.arrive()
     first = driver.step_of(numbers[0]).rows[0]
     assert (first.epoch, first.start, list(first.tokens)) == (2, 0, had[numbers[0]])
     assert first.opening.prompt == 3
@@ -365,7 +370,8 @@ def test_an_answer_of_an_earlier_epoch_is_dropped(tmp_path):
     driver.submit()
     driver.run(1)
     late = driver.answer(next(iter(driver.steps.values())))
-    driver.come_back(driver.lose(1))
+    driver.lose(1)
+    driver.arrive()
     assert not of(driver.do(late), Emit)
     driver.run()
     driver.check_end()
@@ -376,7 +382,8 @@ def test_replayed_sequences_come_before_new_ones(tmp_path):
     old = [driver.submit(max_tokens=9) for _ in range(2)]
     new = [driver.submit(max_tokens=9) for _ in range(2)]
     driver.run(5)
-    driver.come_back(driver.lose(1))
+    driver.lose(1)
+    driver.arrive()
     assert driver.rows() == [[number] for number in old]
     driver.run()
     assert list(driver.ends) == [*old, *new]
@@ -400,7 +407,8 @@ def test_a_sequence_is_refused_after_it_has_run_on_as_many_lost_nodes_as_allowed
     number, other = driver.submit(max_tokens=20), driver.submit(max_tokens=20)
     driver.run(4)
     step = driver.step_of(number)
-    driver.come_back(driver.lose(1, running=[step.step], reason="was killed"))
+    driver.lose(1, running=[step.step], reason="was killed")
+    driver.arrive()
     assert not driver.ends
     again = next(s for s in driver.steps.values() if s.rows[0].sequence == number)
     driver.lose(2, running=[again.step], reason="ended with exit code 1")
@@ -418,7 +426,8 @@ def test_a_sequence_is_acquitted_by_its_next_token(tmp_path):
         driver.run(2)
         driver.now_ns += 9 * SECOND
         step = driver.step_of(number)
-        driver.come_back(driver.lose(step.route[0], running=[step.step]))
+        driver.lose(step.route[0], running=[step.step])
+        driver.arrive()
         assert not driver.ends
     driver.run()
     driver.check_end()
@@ -429,7 +438,8 @@ def test_rows_of_a_step_that_ran_on_a_lost_node_are_replayed_apart(tmp_path):
     numbers = [driver.submit(max_tokens=9) for _ in range(3)]
     driver.run(6)
     (step,) = driver.steps
-    driver.come_back(driver.lose(1, running=[step]))
+    driver.lose(1, running=[step])
+    driver.arrive()
     assert driver.rows() == [[number] for number in numbers]
     driver.run()
     driver.check_end()
@@ -543,8 +553,8 @@ def test_sequences_stay_on_a_leaving_node_until_another_chain_is_ready(tmp_path)
     assert not of(effects, SendAway)
     driver.run(2)
     assert driver.step_of(number).route == (1, 2)
-    effects = driver.come_back(effects)
-    assert of(effects, SendAway) == [SendAway(b"n2", "it has no more work", "end")]
+    effects = driver.arrive()
+    assert released(effects) == [b"n2"]
     assert driver.step_of(number).rows[0].epoch == 2
     assert driver.step_of(number).route == (1, 3)
     driver.run()
@@ -556,7 +566,7 @@ def test_sequences_of_a_removed_replica_are_replayed_on_the_others_without_blame
     numbers = [driver.submit(max_tokens=20) for _ in range(4)]
     driver.run(10)
     effects = driver.do(Scaled(1, 1, SECOND))
-    assert of(effects, SendAway) == [SendAway(b"n3", "it has no more work", "end")]
+    assert released(effects) == [b"n3"]
     driver.steps = {step: sent for step, sent in driver.steps.items() if 3 not in sent.route}
     driver.run()
     assert [driver.ends[number] for number in numbers] == ["length"] * 4
@@ -571,7 +581,7 @@ def test_with_one_attempt_a_leaving_node_finishes_its_sequences(tmp_path):
     effects = []
     while driver.steps:
         effects += driver.come(min(driver.steps))
-    assert of(effects, SendAway) == [SendAway(b"n3", "it has no more work", "end")]
+    assert released(effects) == [b"n3"]
     assert [driver.ends[number] for number in numbers] == ["length"] * 2
     driver.check_end()
 
@@ -579,7 +589,8 @@ def test_with_one_attempt_a_leaving_node_finishes_its_sequences(tmp_path):
 def test_new_replicas_make_chains_that_new_sequences_use(tmp_path):
     driver = Driver(tmp_path)
     old = driver.submit(prompt=20, max_tokens=20)
-    driver.come_back(driver.do(Scaled(1, 2, SECOND)))
+    driver.do(Scaled(1, 2, SECOND))
+    driver.arrive()
     new = driver.submit(max_tokens=20)
     assert driver.step_of(old).route == (1, 2)
     assert driver.step_of(new).route == (1, 3)
@@ -637,9 +648,10 @@ def test_sequences_that_wait_for_a_stage_whose_nodes_keep_failing_are_refused(tm
     driver = Driver(tmp_path)
     number = driver.submit(max_tokens=90)
     for _ in range(3):
-        effects = driver.lose(driver.machine.roster.nodes[1, 0].number)
+        driver.lose(driver.machine.roster.nodes[1, 0].number)
         driver.now_ns += 2 * SECOND
-        driver.come_back([*effects, *driver.do(Tick(driver.now_ns))])
+        driver.do(Tick(driver.now_ns))
+        driver.arrive()
     assert isinstance(driver.ends[number], StageUnavailable)
     late = driver.submit()
     assert isinstance(driver.ends[late], StageUnavailable)

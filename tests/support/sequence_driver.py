@@ -13,7 +13,19 @@ from onnxsplit.plan import Plan
 from onnxsplit.plan_decoder import Decoder, State
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
-from runtime.coordinator.events import Forget, Introduce, Joined, Lost, Met, Prepared, Reject, StartNode, Tick
+from runtime.coordinator.events import (
+    Forget,
+    Introduce,
+    Joined,
+    KillNode,
+    Lost,
+    Met,
+    Prepared,
+    Reject,
+    SendAway,
+    StartNode,
+    Tick,
+)
 from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted, StepReturned
 from runtime.coordinator.sequence_limits import sequence_limits
 from runtime.coordinator.state import CoordinatorState, PipelinePhase
@@ -87,6 +99,7 @@ class Driver:
         tokens: the prompt of every sequence, and the tokens that its caller has got.
         ends: how each sequence has ended: a reason, or an error.
         forgotten: the sequences and epochs that nodes were told to forget.
+        starting: the processes that were started and have not reported.
     """
 
     def __init__(self, folder, replicas=(1, 1), *, attempts=3, plan=None, decoder=None, **limits):
@@ -100,16 +113,20 @@ class Driver:
         self.ends: dict[int, object] = {}
         self.forgotten: set[tuple[int, int]] = set()
         self.epochs: dict[int, int] = {}
+        self.starting: list[StartNode] = []
         self.states: dict[int, dict[int, tuple[int, int, int]]] = {}  # by node and sequence: epoch, slot and length
 
     def do(self, event):
         """Give the machine an event; return all its effects."""
         on_requests, on_nodes = self.machine.handle(event)
         effects = [*on_requests, *on_nodes]
-        for effect in effects:
+        for effect in [*on_nodes, *on_requests]:
             self.note(effect)
         if any(isinstance(effect, Introduce) and effect.meet for effect in on_nodes):
             effects += self.do(Met((), self.now_ns))
+        for number in [int(effect.identity[1:]) for effect in on_nodes if isinstance(effect, SendAway)]:
+            if self.machine.roster.by_number(number) is not None:
+                effects += self.lose(number, reason="has left")
         return effects
 
     def note(self, effect):
@@ -129,6 +146,10 @@ class Driver:
                 self.ends[sequence] = outcome
             case Forget(sequence, epoch):
                 self.forgotten.add((sequence, epoch))
+            case StartNode():
+                self.starting.append(effect)
+            case KillNode(number):
+                self.starting = [start for start in self.starting if start.number != number]
 
     def is_live(self, row):
         """Whether somebody waits for a row."""
@@ -216,16 +237,16 @@ class Driver:
         self.steps = {step: sent for step, sent in self.steps.items() if number not in sent.route}
         return self.do(Lost(number, reason, steps, self.now_ns))
 
-    def come_back(self, effects):
-        """Let the replacements of lost processes report and load; return the effects."""
-        all_effects = []
-        for effect in effects:
-            if isinstance(effect, StartNode):
-                name = f"n{effect.number}"
-                hello = Hello(PROTOCOL, effect.number, 1, "host", name, *effect.slot, "", None, "")
-                self.do(Joined(name.encode(), hello, self.now_ns))
-                all_effects += self.do(Prepared(name.encode(), (), self.now_ns))
-        return all_effects
+    def arrive(self):
+        """Let all processes that were started report and load; return the effects."""
+        effects = []
+        while self.starting:
+            start = self.starting.pop(0)
+            name = f"n{start.number}"
+            hello = Hello(PROTOCOL, start.number, 1, "host", name, *start.slot, "", None, "")
+            self.do(Joined(name.encode(), hello, self.now_ns))
+            effects += self.do(Prepared(name.encode(), (), self.now_ns))
+        return effects
 
     def is_right(self):
         """Whether all tokens are those that follow the prompts."""
