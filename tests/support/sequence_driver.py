@@ -114,6 +114,7 @@ class Driver:
         self.forgotten: set[tuple[int, int]] = set()
         self.epochs: dict[int, int] = {}
         self.starting: list[StartNode] = []
+        self.left: dict[int, set[tuple[int, int]]] = {}  # by step: slots from which rows were moved, and the rows
         self.states: dict[int, dict[int, tuple[int, int, int]]] = {}  # by node and sequence: epoch, slot and length
 
     def do(self, event):
@@ -162,12 +163,14 @@ class Driver:
         assert slots[-1] < self.limits.slots
         assert len({len(row.tokens) for row in step.rows}) == 1
         nodes = {number for number in step.route if number > 0}
+        left = self.left[step.step] = set()
         for row in step.rows:
             assert row.tokens == tuple(self.tokens[row.sequence][row.start : row.start + len(row.tokens)])
             assert (row.opening is not None) == (row.start == 0)
             for other in self.steps.values():
                 if nodes.intersection(other.route) and any(map(self.is_live, other.rows)):
                     taken = {one.slot for one in other.rows if one.sequence != row.sequence}
+                    taken |= {slot for slot, sequence in self.left[other.step] if sequence != row.sequence}
                     assert row.slot not in taken, f"a step in flight holds slot {row.slot}"
         for number in nodes:
             held = self.states.setdefault(number, {})
@@ -177,8 +180,10 @@ class Driver:
                 del held[sequence]
             for row in step.rows:
                 if row.start:
-                    epoch, _, length = held[row.sequence]
+                    epoch, slot, length = held[row.sequence]
                     assert (epoch, length) == (row.epoch, row.start)
+                    if slot != row.slot:
+                        left.add((slot, row.sequence))
                 held[row.sequence] = row.epoch, row.slot, row.start + len(row.tokens)
             taken = [slot for _, slot, _ in held.values()]
             assert len(taken) == len(set(taken)), "two sequences share a slot"
