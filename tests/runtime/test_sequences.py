@@ -344,6 +344,18 @@ def test_the_slot_of_a_cancelled_sequence_is_not_given_away_while_a_step_holds_i
     driver.check_end()
 
 
+def test_the_slot_that_a_row_left_is_not_given_away_before_the_step_is_back(tmp_path):
+    driver = Driver(tmp_path, decode_groups=1, max_rows=4)
+    first, second, third = (driver.submit(max_tokens=n) for n in (20, 3, 20))
+    while second not in driver.ends:
+        driver.run(1)
+    assert driver.rows() == [[first, third]]
+    new = driver.submit(max_tokens=20)
+    assert slots(driver.step_of(new)) == [3], "its slot was 2"
+    driver.run()
+    driver.check_end()
+
+
 # Lost nodes
 
 
