@@ -113,7 +113,11 @@ _SAMPLING: OptionTable = [
     ),
     (
         ("--stop-tokens",),
-        {"type": TokensParam(), "metavar": "N,N,...", "help": "Tokens that end the text. Default: the model's."},
+        {
+            "type": TokensParam(none=True),
+            "metavar": "N,N,...|none",
+            "help": "Tokens that end the text. Default: the model's.",
+        },
     ),
     (
         ("--logprobs",),

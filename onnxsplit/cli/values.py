@@ -95,15 +95,24 @@ class SecondsParam(click.ParamType):  # type: ignore[type-arg]  # as above
 
 
 class TokensParam(click.ParamType):  # type: ignore[type-arg]  # as above
-    """Numbers of tokens, with commas or spaces between them: ``1,2,3``."""
+    """Numbers of tokens, with commas or spaces between them: ``1,2,3``.
+
+    Args:
+        none: whether ``none`` stands for no token.
+    """
 
     name = "tokens"
+
+    def __init__(self, *, none: bool = False) -> None:
+        self._none = none
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse the text of an option."""
         if isinstance(value, tuple):
             return value
+        if self._none and value == "none":
+            return ()
         numbers = [parse_whole(text, MOST_SIZE) for text in str(value).replace(",", " ").split()]
-        if None in numbers:
+        if not numbers or None in numbers:
             self.fail(f"{value!r:.80} is not a list of tokens; write numbers such as 1,2,3", param, ctx)
         return tuple(numbers)

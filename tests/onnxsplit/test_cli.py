@@ -319,7 +319,8 @@ def test_no_option_takes_an_absurd_number():
     assert len(found) >= 50
     for command, way, parameter in found:
         prefixes = {"dims": ["batch="], "replicas": ["", "0="], "timings": ["stall_s="]}.get(parameter.name, [""])
-        for value in (prefix + text for prefix in prefixes for text in ABSURD):
+        signed = (getattr(parameter.type, "min", None) or 0) < 0
+        for value in (prefix + text for prefix in prefixes for text in ABSURD if not (signed and text == "-1")):
             option = max(parameter.opts, key=len)
             with pytest.raises(click.BadParameter) as refused:
                 command.make_context(way[-1], [f"{option}={value}"])
