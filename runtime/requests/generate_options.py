@@ -121,8 +121,8 @@ def normal_sampling(options: GenerateOptions, decoder: Decoder, max_tokens: int,
     problems = _problems(options, max_tokens)
     if problems:
         raise InputError("; ".join(problems))
-    stop = options.stop_tokens
-    ends = decoder.end_tokens if stop is None else _tokens("stop_tokens", stop, decoder.vocabulary)
+    stop, below = options.stop_tokens, min(decoder.vocabulary, token_bound(decoder))
+    ends = tuple(t for t in decoder.end_tokens if t < below) if stop is None else _tokens("stop_tokens", stop, below)
     if len(ends) > _MOST_LISTED:
         raise InputError(f"stop_tokens has {len(ends)} tokens; at most {_MOST_LISTED} are allowed")
     return Sampling(
@@ -133,7 +133,7 @@ def normal_sampling(options: GenerateOptions, decoder: Decoder, max_tokens: int,
         repetition=float(options.repetition_penalty),
         presence=float(options.presence_penalty),
         frequency=float(options.frequency_penalty),
-        bias=_bias(options.logit_bias, decoder.vocabulary),
+        bias=_bias(options.logit_bias, below),
         seed=seed if options.seed is None else int(options.seed),
         logprobs=-1 if options.logprobs is None else int(options.logprobs),
         min_tokens=int(options.min_tokens),
@@ -188,14 +188,14 @@ def _tokens(name: str, tokens: object, below: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _bias(bias: object, vocabulary: int) -> tuple[tuple[int, float], ...]:
+def _bias(bias: object, below: int) -> tuple[tuple[int, float], ...]:
     if bias is None:
         return ()
     if not isinstance(bias, Mapping):
         raise InputError(f"logit_bias must map tokens to numbers, as in {{15: -100.0}}, but it is {shown(bias)}")
     if len(bias) > _MOST_LISTED:
         raise InputError(f"logit_bias has {len(bias)} tokens; at most {_MOST_LISTED} are allowed")
-    tokens = _tokens("logit_bias", list(bias), vocabulary)
+    tokens = _tokens("logit_bias", list(bias), below)
     for token, value in bias.items():
         if (problem := _real_problem(f"logit_bias of token {token}", value, -_MOST_REAL, _MOST_REAL)) is not None:
             raise InputError(problem)
