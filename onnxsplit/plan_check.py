@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_base import MOST_NODES
+from onnxsplit.plan_decoder import Decoder, State
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -23,6 +24,7 @@ def plan_problems(plan: Plan) -> list[str]:
         *_stages_problems(plan),
         *_tensors_problems(plan),
         *_ends_problems(plan),
+        *(_decoder_problems(plan, plan.decoder) if plan.decoder is not None else ()),
     ]
 
 
@@ -119,3 +121,61 @@ def _ends_problems(plan: Plan) -> Iterator[str]:
         needed, listed = sorted(plan.stages_for((name,))), plan.outputs_need.get(name)
         if listed is None or sorted(set(listed)) != needed:
             yield f"output {name!r} needs the stages {needed}, and outputs_need lists {listed and list(listed)}"
+
+
+def _decoder_problems(plan: Plan, decoder: Decoder) -> Iterator[str]:
+    """Contradictions between the decoder block and the rest of the plan."""
+    for state in decoder.states:
+        yield from _state_problems(plan, state)
+    if not any(control.role == "tokens" for control in decoder.controls):
+        yield "the decoder has no input with the tokens"
+    for control in decoder.controls:
+        if control.input not in plan.inputs:
+            yield f"control {control.input!r} is not an input"
+        if (control.value is not None) != (control.role == "fixed"):
+            yield f"control {control.input!r} has the role {control.role} and the value {control.value}"
+    ends = [s.past for s in decoder.states] + [control.input for control in decoder.controls]
+    for name in sorted({name for name in ends if ends.count(name) > 1}):
+        yield f"input {name!r} is a state or control more than once"
+    for name in plan.inputs:
+        if name not in ends:
+            yield f"input {name!r} of a decoder is neither a state nor a control"
+    if decoder.scores not in plan.producers() or decoder.scores not in plan.outputs:
+        yield f"the scores {decoder.scores!r} are not an output that a stage writes"
+    for token in decoder.end_tokens:
+        if token >= decoder.vocabulary:
+            yield f"the end token {token} is not below the vocabulary of {decoder.vocabulary}"
+    if decoder.last_only != any(control.role == "first-scored" for control in decoder.controls):
+        yield "last_only does not fit the controls"
+    if decoder.rollback and any(state.kind not in ("in-place", "append") for state in decoder.states):
+        yield "a decoder whose states are replaced cannot be rolled back"
+
+
+def _state_problems(plan: Plan, state: State) -> Iterator[str]:
+    where, grows = f"state {state.past!r}", state.kind in ("in-place", "append")
+    if state.stage >= len(plan.stages):
+        yield f"{where} belongs to stage {state.stage}, and the plan has {len(plan.stages)}"
+        return
+    stage = plan.stages[state.stage]
+    if state.past not in plan.inputs or state.past not in stage.inputs:
+        yield f"{where} is not an input of the model that stage {state.stage} reads"
+    if state.present not in plan.outputs or state.present not in stage.outputs:
+        yield f"{where}: {state.present!r} is not an output of the model that stage {state.stage} writes"
+    for other in plan.stages:
+        if other.index != state.stage and {state.past, state.present} & set(other.inputs):
+            yield f"{where} crosses from stage {state.stage} to stage {other.index}"
+    if (state.axis is None) != (state.kind == "recurrent"):
+        yield f"{where} is of the kind {state.kind} and has the axis {state.axis}"
+    rank = len(state.shape)
+    if state.batch_axis >= rank or (state.axis is not None and state.axis >= rank) or state.axis == state.batch_axis:
+        yield f"{where} has {rank} dimensions, the batch axis {state.batch_axis} and the axis {state.axis}"
+    elif state.shape[state.batch_axis] != 1 or (state.axis is not None and state.shape[state.axis] != 0):
+        yield f"{where}: the shape {list(state.shape)} is not that of one row and no position"
+    for end in (state.past, state.present):
+        spec = plan.tensors.get(end)
+        if spec is not None and spec.shape is not None and len(spec.shape) != rank:
+            yield f"{where} has {rank} dimensions, and {end!r} has {len(spec.shape)}"
+    if (state.token_bytes > 0 and not grows) or (state.fixed_bytes > 0 and grows):
+        yield f"{where} is of the kind {state.kind}, with {state.token_bytes} and {state.fixed_bytes} bytes"
+    if state.kind == "window" and state.capacity is None:
+        yield f"{where} is a window, and says nothing of the most positions that it holds"

@@ -75,7 +75,7 @@ def example_step(
     context: int,
     new: int = 1,
 ) -> dict[str, Array]:
-    """Made-up inputs of a step; the same arguments give the same inputs.
+    """Made-up inputs of a step that computes all scores; the same arguments give the same inputs.
 
     All rows have the same length. States hold small random numbers, and tokens are random.
 
@@ -104,4 +104,5 @@ def example_step(
     below = min(decoder.vocabulary, decoder.tokens_below or decoder.vocabulary)
     tokens = random.integers(0, below, (rows, new)).tolist()
     layout: RowLayout = "equal" if rows > 1 else "one"
-    return inputs | controls_of(decoder.controls, specs, [context] * rows, tokens, width, layout)
+    starts = [context] * rows
+    return inputs | controls_of(decoder.controls, specs, starts, tokens, width, layout, all_scores=True)

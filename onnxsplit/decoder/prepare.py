@@ -16,6 +16,7 @@ from onnxsplit.decoder.probe import probe
 from onnxsplit.decoder.proven import ProvenDecoder
 from onnxsplit.decoder.reference import StepRunner
 from onnxsplit.decoder.rewrite import branch_with_past, inlined, last_positions_only
+from onnxsplit.decoder.token_shapes import with_token_shapes
 from onnxsplit.errors import ModelError
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.in_memory import runnable
@@ -109,6 +110,9 @@ def _rewritten(
         others = tuple(control for control in found.controls if control.input != branch.input)
         taken = [control.input for control in others if control.role == "fixed"]
         claim = replace(found, controls=(*others, branch), branch=None)
+    tokens = next(control.input for control in claim.controls if control.role == "tokens")
+    graph = build_graph(copy)
+    copy = with_token_shapes(copy, graph, tokens, symbolic_specs(graph))
     if scores_of_last and not taken:
         copy, name = last_positions_only(copy, claim.scores)
         if name:

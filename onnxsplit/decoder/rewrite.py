@@ -63,7 +63,7 @@ def inlined(source: SourceModel, condition: str, value: bool) -> SourceModel:
         nodes += _passed_on(body, node, renamed)
     del graph.node[:]
     graph.node.extend(nodes)
-    return _with_dead_nodes_last(source)
+    return with_dead_nodes_last(source)
 
 
 def last_positions_only(source: SourceModel, scores: str, name: str = "first-scored") -> tuple[SourceModel, str]:
@@ -96,7 +96,7 @@ def last_positions_only(source: SourceModel, scores: str, name: str = "first-sco
     for value in graph.output:
         if value.name == scores:
             value.type.tensor_type.shape.dim[_POSITIONS].Clear()
-    source = _with_dead_nodes_last(source)
+    source = with_dead_nodes_last(source)
     return add_default_input(source, numpy_helper.from_array(np.zeros(1, np.int64), name)), name
 
 
@@ -197,7 +197,7 @@ def _product(graph: onnx.GraphProto, scores: str) -> onnx.NodeProto | None:
     return None
 
 
-def _with_dead_nodes_last(source: SourceModel) -> SourceModel:
+def with_dead_nodes_last(source: SourceModel) -> SourceModel:
     """The same model; ops that were removed from it, and may be put back, have their places at the end."""
     changes = source.io_changes
     if changes is None:

@@ -36,6 +36,9 @@ from onnxsplit.progress import Say, silent
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array
 
+DECODER_OPTIONS = ("decoder", "decode_rows", "context", "cache_tokens")
+"""The attributes of :class:`ModelOptions` that concern decoders."""
+
 MOST_ROWS = 1024
 """The largest number of rows in the step that the costs of a decoder are taken at."""
 

@@ -21,7 +21,7 @@ from onnxsplit.model.source import SourceModel
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import checked_json
 from onnxsplit.planning.batch_axes import with_batch_axes
-from onnxsplit.planning.examine import examine
+from onnxsplit.planning.examine import DECODER_OPTIONS, examine
 from onnxsplit.planning.model_partitioner import model_partitioner
 from onnxsplit.planning.options import CutOptions, by_current_name
 from onnxsplit.planning.result import PlanningResult
@@ -61,7 +61,9 @@ def partition(
         keep_inputs: inputs that are also initializers and stay inputs.
         custom_ops: libraries of custom ops that the model needs.
         say: called with each step.
-        options: how to cut: the attributes of :class:`~onnxsplit.planning.options.CutOptions`, such as ``stages``.
+        options: how to cut: the attributes of :class:`~onnxsplit.planning.options.CutOptions`, such as ``stages``; and
+            those of ``ModelOptions`` that concern decoders: ``decoder``, ``decode_rows``, ``context`` and
+            ``cache_tokens``.
 
     Raises:
         PartitionError: the model cannot be cut as asked.
@@ -70,6 +72,7 @@ def partition(
         ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as
             :func:`~onnxsplit.planning.examine.examine`.
     """
+    decoder = {name: options.pop(name) for name in DECODER_OPTIONS if name in options}
     wanted = CutOptions(**by_current_name(options, _warn_of_former_name))
     source = open_any(model)
     folder = Path(out) if out is not None else default_plan_folder(source.path)
@@ -85,6 +88,7 @@ def partition(
         keep_inputs=keep_inputs,
         custom_ops=custom_ops,
         say=say,
+        **decoder,
     )
     return write_plan(subject, folder, wanted, say=say).plan
 

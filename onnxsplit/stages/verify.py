@@ -112,7 +112,8 @@ def verify(
     check_wanted(libraries, (plan,))
     _check_model(folder, plan, name, source)
     given = _given(folder, plan, Path(inputs) if inputs is not None else example_file(folder, plan))
-    source = select(source, outputs=plan.outputs, keep_inputs=plan.defaults)
+    own = {value.name for value in source.proto.graph.input}  # the plan of a decoder may have another input
+    source = select(source, outputs=plan.outputs, keep_inputs=[name for name in plan.defaults if name in own])
     with runnable(source) as file:
         try:
             plain = _run_whole(file, plan, given, "disabled", threads, needed)
@@ -204,7 +205,21 @@ def _given(folder: Path, plan: Plan, file: Path) -> dict[str, Array]:
     specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
     check_inputs(given, specs, unread_inputs(plan) | plan.defaults.keys(), refused=plan.refused_inputs())
     defaults = {name: load_npz(path)[name] for name, path in default_files(folder, plan).items() if name not in given}
-    return {**defaults, **given}
+    return {**defaults, **given, **_fixed(plan)}
+
+
+def _fixed(plan: Plan) -> dict[str, Array]:
+    """The values of inputs that the plan of a decoder fixes: those that no stage reads, and the first scored position.
+
+    The whole model computes the scores of all positions, so the stages do so too.
+    """
+    unread = unread_inputs(plan)
+    controls = plan.decoder.controls if plan.decoder is not None else ()
+    return {
+        control.input: np.full_like(_zeros(plan, control.input), control.value or 0)
+        for control in controls
+        if control.role == "first-scored" or (control.role == "fixed" and control.input in unread)
+    }
 
 
 def unread_inputs(plan: Plan) -> frozenset[str]:
@@ -285,7 +300,7 @@ def _run_whole(
         external_data_folder=file.data_folder,
         custom_ops=custom_ops,
     )
-    given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name in plan.inputs}
+    given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name, _ in session.inputs}
     return session.run(given)
 
 
