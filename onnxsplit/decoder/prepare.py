@@ -20,7 +20,7 @@ from onnxsplit.decoder.token_shapes import with_token_shapes
 from onnxsplit.errors import ModelError
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.in_memory import runnable
-from onnxsplit.model.precision import computed_types, tolerance
+from onnxsplit.model.precision import computed_types, rounds_activations, tolerance
 from onnxsplit.model.shapes import Shapes, input_specs, symbolic_specs
 from onnxsplit.model.source import SourceModel
 from onnxsplit.plan_decoder import Control
@@ -28,6 +28,8 @@ from onnxsplit.progress import Say, silent
 from onnxsplit.session import open_session
 
 OFF, AUTO = "off", "auto"
+
+_ROUNDED = 0.1  # how far kernels may be apart, as a share of the scale, where activations are rounded to 8 bits
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def _proven(
     graph = build_graph(source)
     specs = input_specs(graph)
     allowed = tolerance(computed_types(graph, Shapes(specs=specs, sizes={})))
+    rounding = max(allowed, _ROUNDED) if rounds_activations(graph) else allowed
     try:
         with runnable(source) as file:
             apart = file.data_folder is not None
@@ -136,6 +139,6 @@ def _proven(
                 external_data_folder=file.data_folder,
                 custom_ops=custom_ops,
             )
-            return probe(StepRunner(session, claim, specs), claim, allowed=allowed, say=say)
+            return probe(StepRunner(session, claim, specs), claim, allowed=allowed, rounding=rounding, say=say)
     except ModelError as error:
         return NoDecoder(str(error))

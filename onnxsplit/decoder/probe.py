@@ -22,7 +22,7 @@ from onnxsplit.decoder.claim import DecoderClaim, NoDecoder, StateClaim
 from onnxsplit.decoder.proven import ProvenDecoder
 from onnxsplit.decoder.reference import States, StepRunner, last_scores
 from onnxsplit.decoder.row_trials import layouts, rows_together
-from onnxsplit.decoder.trials import ClaimTrials, Refuted, copied
+from onnxsplit.decoder.trials import ClaimTrials, Refuted
 from onnxsplit.plan_decoder import ChunkLayout, Proof, RowLayout
 from onnxsplit.progress import Say, silent
 from onnxsplit.tensors import Array
@@ -30,16 +30,20 @@ from onnxsplit.tensors import Array
 _PROMPT, _PART, _CHUNK = 8, 5, 3
 
 
-def probe(runner: StepRunner, claim: DecoderClaim, *, allowed: float, say: Say = silent) -> ProvenDecoder | NoDecoder:
+def probe(
+    runner: StepRunner, claim: DecoderClaim, *, allowed: float, rounding: float | None = None, say: Say = silent
+) -> ProvenDecoder | NoDecoder:
     """Prove the claims of a decoder by runs of the whole model.
 
     Args:
         runner: runs the model.
         claim: the claims.
         allowed: the largest difference of scores and states, as a share of their scale.
+        rounding: the same between a run of several tokens and runs of one; None for ``allowed``. A model that rounds
+            activations to 8 bits turns the last bits in which kernels differ into more.
         say: called with each claim that is tried.
     """
-    trials = ClaimTrials(replace(runner, decoder=claim), claim, allowed, say)
+    trials = ClaimTrials(replace(runner, decoder=claim), claim, allowed, rounding or allowed, say)
     if trials.most < _PROMPT:
         return NoDecoder(f"a sequence has at most {trials.most} positions, and a proof needs {_PROMPT}")
     runs: list[_Run] = []
@@ -51,11 +55,11 @@ def probe(runner: StepRunner, claim: DecoderClaim, *, allowed: float, say: Say =
     if not trials.holds("replaced", lambda: _replaced(trials, whole, steps)):
         return NoDecoder(f"the states after {_PROMPT} tokens depend on the runs: {trials.refused['replaced']}")
     in_place = any(state.kind == "in-place" for state in claim.states)
-    if in_place and not trials.holds("in-place", lambda: _in_place(trials, steps)):
+    if in_place and not trials.holds("in-place", lambda: _in_place(trials, whole, steps)):
         return _appending(runner, trials)
     if any(one.role == "first-scored" for one in claim.controls):
         trials.holds("last only", lambda: _last_only(trials, whole))
-    chunked = trials.holds("chunk", lambda: _chunk(trials, whole, steps))
+    chunked = trials.holds("chunk", lambda: _chunk(trials, whole))
     rows: RowLayout = "one"
     for layout in layouts(claim.states):
         if trials.holds(f"rows {layout}", lambda layout=layout: rows_together(trials, layout, 1)):  # type: ignore[misc]
@@ -90,7 +94,7 @@ def _one_by_one(trials: ClaimTrials) -> tuple[_Run, _Run]:
         scores.append(last_scores(answer)[0])
     for got, expected in zip(scores, whole, strict=True):
         if expected is not None and got is not None:
-            trials.compare("steps", got, expected)
+            trials.compare("steps", got, expected, kernels_differ=True)
     return _Run(whole, [after]), _Run(scores, states)
 
 
@@ -108,33 +112,39 @@ def _prefix(trials: ClaimTrials, steps: _Run) -> None:
 def _replaced(trials: ClaimTrials, whole: _Run, steps: _Run) -> None:
     for state in trials.claim.states:
         if state.kind in ("recurrent", "window"):
-            trials.compare("replaced", steps.states[-1][state.past], whole.states[-1][state.past])
+            one, all_at_once = steps.states[-1][state.past], whole.states[-1][state.past]
+            trials.compare("replaced", one, all_at_once, kernels_differ=True)
 
 
-def _in_place(trials: ClaimTrials, steps: _Run) -> None:
-    """Whether past and present may be one buffer."""
-    states = copied(trials.empty())
+def _in_place(trials: ClaimTrials, whole: _Run, steps: _Run) -> None:
+    """Whether past and present may be one buffer: for the first tokens in one run, and one by one."""
+    tokens = trials.texts[0][:_PROMPT]
+    scores, states = trials.run([0], [tokens], trials.empty(), shared=True)
+    _compare_ends(trials, "in-place", scores, states, whole)
+    states = trials.empty()
+    for start, token in enumerate(tokens):
+        scores, states = trials.run([start], [[token]], states, shared=True)
+    _compare_ends(trials, "in-place", scores, states, steps)
+
+
+def _chunk(trials: ClaimTrials, whole: _Run) -> None:
+    """Whether tokens in two runs of several are the same as in one run."""
     tokens = trials.texts[0]
-    scores, states = trials.run([0], [tokens[:_PART]], states, shared=True)
-    for start in range(_PART, _PROMPT):
-        scores, states = trials.run([start], [[tokens[start]]], states, shared=True)
-    expected = steps.scores[-1]
-    assert expected is not None
-    trials.compare("in-place", last_scores(scores)[0], expected)
-    for state in trials.claim.states:
-        if state.kind == "in-place":
-            held, other = (_positions(state, s[state.past], _PROMPT) for s in (states, steps.states[-1]))
-            trials.compare("in-place", held, other)
+    _, states = trials.run([0], [tokens[:_PART]], trials.empty())
+    scores, states = trials.run([_PART], [tokens[_PART:_PROMPT]], states)
+    _compare_ends(trials, "chunk", scores, states, whole)
 
 
-def _chunk(trials: ClaimTrials, whole: _Run, steps: _Run) -> None:
-    answer, after = trials.run([_PART], [trials.texts[0][_PART:_PROMPT]], copied(steps.states[_PART]))
-    expected = whole.scores[-1]
-    assert expected is not None
-    trials.compare("chunk", last_scores(answer)[0], expected)
+def _compare_ends(trials: ClaimTrials, claim: str, scores: Array, states: States, expected: _Run) -> None:
+    """Compare the scores of the last of the first tokens, and the states after it."""
+    last = expected.scores[-1]
+    assert last is not None
+    trials.compare(claim, last_scores(scores)[0], last)
     for state in trials.claim.states:
-        if state.kind in ("recurrent", "window"):
-            trials.compare("chunk", after[state.past], whole.states[-1][state.past])
+        got, wanted = states[state.past], expected.states[-1][state.past]
+        if state.kind in ("in-place", "append"):
+            got, wanted = (_positions(state, held, _PROMPT) for held in (got, wanted))
+        trials.compare(claim, got, wanted)
 
 
 def _last_only(trials: ClaimTrials, whole: _Run) -> None:
@@ -149,7 +159,9 @@ def _last_only(trials: ClaimTrials, whole: _Run) -> None:
 def _appending(runner: StepRunner, trials: ClaimTrials) -> ProvenDecoder | NoDecoder:
     """The proof of the same decoder with states that grow instead of states that are written in place."""
     states = tuple(replace(s, kind="append") if s.kind == "in-place" else s for s in trials.claim.states)
-    weaker = probe(runner, replace(trials.claim, states=states), allowed=trials.allowed, say=trials.say)
+    weaker = probe(
+        runner, replace(trials.claim, states=states), allowed=trials.allowed, rounding=trials.rounding, say=trials.say
+    )
     if isinstance(weaker, NoDecoder) or weaker.proof is None:
         return NoDecoder(f"its states cannot be written in place: {trials.refused['in-place']}")
     refused = {"in-place": trials.refused["in-place"], **weaker.proof.refused}

@@ -31,6 +31,9 @@ _TOLERANCE = {
     "float8e5m2fnuz": 2.0**-2,
 }
 
+_ROUNDING = frozenset(["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"])
+_INT8_LEVEL = 4  # of MatMulNBits: products of 8-bit integers
+
 
 def narrowest(types: Iterable[str]) -> str | None:
     """The float type with the fewest significant bits; None when none is narrower than float32."""
@@ -45,6 +48,15 @@ def tolerance(types: Iterable[str]) -> float:
     """
     name = narrowest(types)
     return LEAST_TOLERANCE if name is None else _TOLERANCE[name]
+
+
+def rounds_activations(graph: OpGraph) -> bool:
+    """Whether ops round what they read to 8 bits by its own range, so that a last bit may decide over a whole step."""
+    nodes = [op.node for op in graph.ops] + [n for f in graph.source.proto.functions for n in f.node]
+    return any(
+        node.op_type in _ROUNDING or any(a.name == "accuracy_level" and a.i == _INT8_LEVEL for a in node.attribute)
+        for node in all_nodes(nodes)
+    )
 
 
 def computed_types(graph: OpGraph, shapes: Shapes) -> frozenset[str]:
