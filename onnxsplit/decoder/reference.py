@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,13 +13,27 @@ from onnxsplit.decoder.inputs import AnyDecoder, AnyState, controls_of, empty_st
 from onnxsplit.errors import InputError
 from onnxsplit.plan import Level, TensorSpec
 from onnxsplit.plan_decoder import RowLayout
-from onnxsplit.session import Session, open_session
+from onnxsplit.session import open_session
 from onnxsplit.tensors import Array
 
 _ROOM = 64  # buffers of in-place states grow by this number of positions
 
 States = dict[str, Array]
 """The states of some rows, by the names of the inputs."""
+
+
+class WholeModel(Protocol):
+    """The part of :class:`~onnxsplit.session.Session` that runs a model."""
+
+    @property
+    def inputs(self) -> tuple[tuple[str, str | None], ...]:
+        """Name and type of every input."""
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run the model once; returns all outputs by name."""
+
+    def run_into(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The same, with memory for some of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,7 @@ class StepRunner:
         specs: the types and shapes of the inputs.
     """
 
-    session: Session
+    session: WholeModel
     decoder: AnyDecoder
     specs: Mapping[str, TensorSpec]
 
@@ -89,7 +104,7 @@ class ReferenceDecoder:
     """One sequence in one session of the whole model: a prompt, then one token after the other.
 
     Args:
-        model: the model's file, or an open session.
+        model: the model's file, or an open session of it.
         decoder: the decoder, as claimed or as its plan describes it.
         specs: the types and shapes of the model's inputs, such as the tensors of the plan.
         threads: threads of the session.
@@ -98,14 +113,14 @@ class ReferenceDecoder:
 
     def __init__(
         self,
-        model: Path | Session,
+        model: Path | WholeModel,
         decoder: AnyDecoder,
         specs: Mapping[str, TensorSpec],
         *,
         threads: int = 1,
         level: Level = "all",
     ) -> None:
-        session = model if isinstance(model, Session) else open_session(model, threads=threads, level=level)
+        session = open_session(model, threads=threads, level=level) if isinstance(model, Path) else model
         self._runner = StepRunner(session, decoder, specs)
         self._in_place = [state for state in decoder.states if state.kind == "in-place"]
         self.length = 0
