@@ -58,6 +58,11 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
 )
 @option("--simplify", is_flag=True, help="Simplify the exported model with onnxsim.")
 @option("--cache/--no-cache", default=True, help="Give decoders their key/value cache as inputs and outputs.")
+@option(
+    "--static-cache",
+    is_flag=True,
+    help="Give decoders a cache of a fixed size that they write into, instead of one that grows (opset 24).",
+)
 @custom_ops_option
 @option("--offline", is_flag=True, help="Use only files that were fetched before; do not contact the hub.")
 def command(

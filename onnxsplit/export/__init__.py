@@ -126,6 +126,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
         ("--input", options.inputs, _TAKES_INPUTS),
         ("--set", options.parameters, {"recipe"}),
         ("--no-cache", not options.cache, {"transformers", "hub"}),
+        ("--static-cache", options.static_cache, {"transformers", "hub"}),
         ("--offline", options.offline, {"hub"}),
     ):
         if given and source.kind not in kinds:

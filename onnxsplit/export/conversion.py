@@ -46,6 +46,7 @@ class ExportOptions:
         trust: allow the source to run code when it is loaded.
         simplify: simplify the model with onnxsim.
         cache: give decoders their key/value cache as inputs and outputs; without, they only return logits.
+        static_cache: give decoders a cache of a fixed size that they write into, instead of one that grows (opset 24).
         offline: use only files that were fetched before; do not contact the hub.
         parameters: keyword arguments of a recipe's function.
         custom_ops: libraries of custom ops that the model needs, as ``partition`` takes them; comparing loads them.
@@ -59,6 +60,7 @@ class ExportOptions:
     trust: bool = False
     simplify: bool = False
     cache: bool = True
+    static_cache: bool = False
     offline: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
     custom_ops: object = ()

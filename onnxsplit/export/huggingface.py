@@ -50,8 +50,13 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     model = _model(torch, path, is_random=is_random)
     kind = kind_of(model)
     options.say(f"{type(model).__name__}: {kind}")
+    if options.static_cache and (kind != "decoder" or not options.cache):
+        what = "is exported without a cache" if kind == "decoder" else f"is a network of the kind {kind!r}"
+        raise ExportError(f"{type(model).__name__} {what}; --static-cache does not apply to it, so leave it out")
     try:
         conversions = BUILDERS[kind](torch, model, options)
+    except ExportError:
+        raise
     except Exception as error:  # transformers raises errors of any type
         raise ExportError(
             f"{type(model).__name__} looks like a network of the kind {kind!r}, but does not run as one: "

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
+from onnxsplit.export import static_cache
 from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.export.pytorch import answers, program_writer
 
 _SIZES = ({"batch": 2, "sequence": 5, "past": 3, "encoder": 7}, {"batch": 3, "sequence": 2, "past": 4, "encoder": 6})
+_OPSET_WITH_ATTENTION = 23
 DynamicAxes = dict[int, str]
 
 
@@ -37,6 +41,7 @@ def _conversion(
     *,
     part: str | None = None,
     many: int | None = None,
+    **words: Any,
 ) -> Conversion:
     """The conversion of a wrapped network.
 
@@ -49,6 +54,7 @@ def _conversion(
         options: options of the export.
         part: name of the part, if there are several models.
         many: position of the first input that the wrapper takes as ``*arguments``.
+        words: further arguments of ``torch.onnx.export``.
     """
     import transformers
 
@@ -64,6 +70,7 @@ def _conversion(
         input_names=list(first),
         output_names=list(outputs),
         dynamic_shapes=dynamic,
+        **words,
     )
     return Conversion(
         framework=f"transformers {transformers.__version__}, PyTorch {torch.__version__}",
@@ -153,13 +160,15 @@ def _vision(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
 
 def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
     """A decoder: takes tokens, a mask, positions and the cache; returns scores of the next token and the cache."""
-    config, takes = model.config, inspect.signature(model.forward).parameters
-    text = config.get_text_config(decoder=True)
-    layers, heads = text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if options.static_cache or (options.opset or 0) >= _OPSET_WITH_ATTENTION:
+        _fuse_attention(model)
+    if options.static_cache:
+        return [_static_decoder(torch, model, options)]
+    text, takes = model.config.get_text_config(decoder=True), inspect.signature(model.forward).parameters
+    heads, width = _cache_sizes(text)
     positions = "position_ids" in takes
     cached = options.cache
-    tensors = [f"{layer}.{what}" for layer in range(layers) for what in ("key", "value")] if cached else []
+    tensors = _cache_names(text) if cached else []
     names = ["input_ids", "attention_mask", *(["position_ids"] if positions else [])]
 
     def make(sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -181,6 +190,55 @@ def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
     axes |= {f"present.{name}": {0: "batch", 2: "total_sequence"} for name in tensors}
     outputs = ["logits", *(f"present.{name}" for name in tensors)]
     return [_conversion(torch, network, make, axes, outputs, options, many=len(names) if cached else None)]
+
+
+def _fuse_attention(model: Any) -> None:
+    """Use PyTorch's fused attention, which becomes the op Attention, if the network can."""
+    with suppress(ValueError):  # raised by networks without it, which keep theirs
+        model.set_attn_implementation("sdpa")
+
+
+def _cache_sizes(text: Any) -> tuple[int, int]:
+    """The number of key/value heads, and the width of one."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _cache_names(text: Any) -> list[str]:
+    """The cache's tensors, layer by layer."""
+    return [f"{layer}.{what}" for layer in range(text.num_hidden_layers) for what in ("key", "value")]
+
+
+def _static_decoder(torch: Any, model: Any, options: ExportOptions) -> Conversion:
+    """A decoder whose cache has a fixed size."""
+    static_cache.check(model, options.opset)
+    text = model.config.get_text_config(decoder=True)
+    heads, width = _cache_sizes(text)
+    tensors = _cache_names(text)
+
+    def make(sizes: Mapping[str, int]) -> dict[str, Any]:
+        batch, sequence, past = sizes["batch"], sizes["sequence"], sizes["past"]
+        shape = batch, heads, past + sequence + 2, width
+        controls = {
+            "input_ids": _ids(torch, text, batch, sequence),
+            "write_indices": past - torch.arange(batch) % past,  # another length for each row
+        }
+        return controls | {f"past_key_values.{name}": torch.randn(shape) for name in tensors}
+
+    free: DynamicAxes = {0: "batch", 1: "sequence"}
+    axes: dict[str, DynamicAxes] = {"input_ids": free, "logits": free, "write_indices": {0: "batch"}}
+    names = [f"{end}.{name}" for end in ("past_key_values", "present") for name in tensors]
+    axes |= {name: {0: "batch", 2: "capacity"} for name in names}
+    return _conversion(
+        torch,
+        static_cache.network(torch, model),
+        make,
+        axes,
+        ["logits", *(f"present.{name}" for name in tensors)],
+        replace(options, opset=options.opset or static_cache.OPSET),
+        many=2,
+        custom_translation_table=static_cache.translations(torch),
+    )
 
 
 def _causal(torch: Any, model: Any, *, positions: bool, cached: bool) -> Any:

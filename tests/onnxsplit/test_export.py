@@ -358,6 +358,7 @@ def test_code_that_fails_is_said_with_its_place(text, words, tmp_path):
         ({"inputs": (parse_spec("x=float32[2]"),)}, "--input"),
         ({"parameters": {"a": 1}}, "--set"),
         ({"cache": False}, "--no-cache"),
+        ({"static_cache": True}, "--static-cache"),
         ({"offline": True}, "--offline"),
     ],
 )

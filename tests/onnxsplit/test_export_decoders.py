@@ -1,0 +1,160 @@
+"""Decoders of transformers with a cache: growing in plain ops, growing with Attention, and of a fixed size."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from onnxsplit.errors import ExportError
+from onnxsplit.export import export
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("onnxscript")
+
+PROMPTS = [[5, 71, 13, 88, 2, 40], [64, 3, 99]]
+WAYS = {"plain": {"opset": 20}, "attention": {"opset": 23}, "static": {"static_cache": True}}
+TEXT = {"vocab_size": 100, "initializer_range": 0.3}
+LLAMA = transformers.LlamaConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **TEXT
+)
+GPT2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **TEXT)
+CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
+
+
+@pytest.fixture(scope="module", params=[(name, way) for name in CONFIGS for way in WAYS], ids="-".join)
+def exported(request, tmp_path_factory):
+    """A network with random weights, and its ONNX model."""
+    name, way = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-{way}")
+    torch.manual_seed(0)
+    network = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    network.save_pretrained(folder / "source")
+    (done,) = export(str(folder / "source"), folder / "model.onnx", **WAYS[way])
+    return network, done.path, way
+
+
+def texts_of(network, count):
+    """The tokens that the network itself chooses, reading everything again at each step."""
+    found = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(count):
+                tokens.append(int(network(torch.tensor([tokens])).logits[0, -1].argmax()))
+        found.append(tokens[len(prompt) :])
+    return found
+
+
+def opened(path):
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def shapes_of(session):
+    return {one.name: one.shape for one in session.get_inputs() if one.name.startswith("past_key_values")}
+
+
+def growing_text(session, prompt, count):
+    cache = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in shapes_of(session).items()}
+    outputs = [name.replace("past_key_values", "present") for name in cache]
+    new, length, text = prompt, 0, []
+    for _ in range(count):
+        length += len(new)
+        given = {
+            "input_ids": np.array([new]),
+            "attention_mask": np.ones((1, length), np.int64),
+            "position_ids": np.arange(length - len(new), length)[None],
+        }
+        scores, *presents = session.run(["logits", *outputs], given | cache)
+        cache = dict(zip(cache, presents, strict=True))
+        new = [int(scores[0, -1].argmax())]
+        text += new
+    return text
+
+
+def texts_in_place(session, count, capacity=32):
+    """Both texts in the same runs, with buffers that are past and present at once and are never copied."""
+    buffers = {
+        name: np.full((2, shape[1], capacity, shape[3]), 7.0, np.float32) for name, shape in shapes_of(session).items()
+    }
+
+    def run(rows, tokens, starts):
+        binding = session.io_binding()
+        binding.bind_cpu_input("input_ids", np.array(tokens))
+        binding.bind_cpu_input("write_indices", np.array(starts))
+        for name, buffer in buffers.items():
+            part = buffer[rows]
+            place = "cpu", 0, np.float32, part.shape, part.ctypes.data
+            binding.bind_input(name, *place)
+            binding.bind_output(name.replace("past_key_values", "present"), *place)
+        binding.bind_output("logits", "cpu")
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()[:, -1].argmax(-1).tolist()
+
+    texts = [run(slice(row, row + 1), [prompt], [0]) for row, prompt in enumerate(PROMPTS)]
+    for step in range(count - 1):
+        starts = [len(prompt) + step for prompt in PROMPTS]
+        for text, token in zip(texts, run(slice(0, 2), [[text[-1]] for text in texts], starts), strict=True):
+            text.append(token)
+    return texts
+
+
+def test_an_exported_decoder_gives_the_tokens_of_its_network(exported):
+    network, path, way = exported
+    session, expected = opened(path), texts_of(network, 12)
+    assert expected[0] != expected[1]
+    assert min(len(set(text)) for text in expected) > 2
+    if way == "static":
+        assert texts_in_place(session, 12) == expected
+    else:
+        assert [growing_text(session, prompt, 12) for prompt in PROMPTS] == expected
+
+
+def test_the_way_decides_which_ops_attention_has(exported):
+    _, path, way = exported
+    model = onnx.load(path)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Attention") == (0 if way == "plain" else 2)
+    assert kinds.count("Softmax") == (2 if way == "plain" else 0)
+    assert kinds.count("TensorScatter") == (4 if way == "static" else 0)
+    declared = {one.name: one.type.tensor_type.shape.dim[2].dim_param for one in model.graph.input[-2:]}
+    assert set(declared.values()) == {"capacity" if way == "static" else "past_sequence"}
+
+
+def refused(tmp_path, config, **options):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError) as caught:
+        export(str(tmp_path / "config.json"), tmp_path / "out.onnx", static_cache=True, **options)
+    assert not (tmp_path / "out.onnx").exists()
+    return str(caught.value)
+
+
+def configuration(kind, architecture, **content):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    return {"model_type": kind, "architectures": [architecture], "intermediate_size": 64, **sizes, **content}
+
+
+LLAMA_FILE = configuration("llama", "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        (LLAMA_FILE, {"opset": 20}, "--static-cache needs --opset 24 or later; 20 was given"),
+        (LLAMA_FILE, {"cache": False}, "LlamaForCausalLM is exported without a cache; --static-cache does not apply"),
+        (configuration("bert", "BertModel"), {}, "BertModel is a network of the kind 'encoder'; --static-cache does"),
+        (configuration("bloom", "BloomForCausalLM"), {}, "BloomForCausalLM takes no position_ids, which a cache of"),
+        (
+            configuration("mistral", "MistralForCausalLM", sliding_window=8, num_key_value_heads=2),
+            {},
+            "MistralForCausalLM has layers of the kind sliding_attention, whose cache does not keep all positions",
+        ),
+    ],
+    ids=["opset", "no cache", "encoder", "positions", "window"],
+)
+def test_a_cache_of_a_fixed_size_is_refused_where_it_cannot_be(config, options, words, tmp_path):
+    assert words in refused(tmp_path, config, **options)
