@@ -54,7 +54,7 @@ class Tables:
                 limits.append(self._rows(op.node.input[slot], _MOST_STEPS))
             for index, rows in self._lookups(op):
                 if self._counts(index, tokens, counted):
-                    limits.append(rows)
+                    limits.append(rows - self._offset(index))
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _lookups(self, op: Op) -> list[tuple[str, int]]:
@@ -79,6 +79,22 @@ class Tables:
         if index is None or steps == 0 or self._graph.ops[index].op_type not in _SAME_ROWS:
             return None
         return self._rows(self._graph.ops[index].node.input[0], steps - 1)
+
+    def _offset(self, name: str) -> int:
+        """What is added to positions before they pick rows; OPT skips the first two."""
+        added = 0
+        for _ in range(_MOST_STEPS):
+            index = self._graph.producer.get(name)
+            op = self._graph.ops[index] if index is not None else None
+            if op is None or op.op_type not in _SAME_ROWS | {"Add"}:
+                break
+            name = op.node.input[0]
+            if op.op_type == "Add":
+                amounts = [self._constants.numbers(one) for one in op.node.input]
+                name = op.node.input[1 if amounts[0] is not None else 0]
+                amount = next((one for one in amounts if one is not None), None)
+                added += amount[0] if amount is not None and len(amount) == 1 else 0
+        return max(added, 0)
 
     def _counts(self, name: str, tokens: str, counted: Collection[str]) -> bool:
         """Whether a tensor counts positions: it depends on shapes and on inputs that do so, by ops that only count."""

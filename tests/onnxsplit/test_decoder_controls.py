@@ -252,6 +252,12 @@ def test_a_table_of_positions_that_are_counted_in_the_graph_limits_a_sequence():
     assert claimed(with_table(40, counted)).max_length == 40
 
 
+def test_rows_that_no_position_picks_do_not_count():
+    """OPT's table begins with two such rows."""
+    counted = [op("CumSum", ["attention_mask", "axis"], ["counts"]), op("Add", ["two", "counts"], ["place"])]
+    assert claimed(with_table(40, counted)).max_length == 38
+
+
 def test_a_table_of_distances_does_not_limit_a_sequence():
     """T5's relative bias: many distances share a row."""
     folded = [op("CumSum", ["attention_mask", "axis"], ["counts"]), op("Min", ["counts", "two"], ["place"])]
