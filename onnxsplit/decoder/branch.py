@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 import onnx
 
+from onnxsplit.decoder.op_slots import domain_of
 from onnxsplit.decoder.traces import Trace
 from onnxsplit.model.graph import OpGraph
 from onnxsplit.model.protobuf import captured_names, defined_names
@@ -24,7 +25,7 @@ def branch_input(graph: OpGraph, traces: Mapping[str, Trace], pasts: Collection[
         caches than the other; None where there is no such ``If``.
     """
     for op in graph.ops:
-        if op.op_type != "If" or op.domain not in ("", "ai.onnx"):
+        if op.op_type != "If" or domain_of(op) or not op.node.input:
             continue
         decided = traces.get(op.node.input[0])
         if decided is None or decided.kind is not None or set(graph.outputs).isdisjoint(op.outputs):

@@ -23,6 +23,7 @@ class Constants:
 
     def __init__(self, graph: OpGraph) -> None:
         self._graph = graph
+        self._values: dict[str, Array | None] = {}
         self._tensors: dict[str, onnx.TensorProto] = {
             tensor.name: tensor for tensor in graph.source.proto.graph.initializer
         }
@@ -34,7 +35,7 @@ class Constants:
 
     def numbers(self, name: str) -> list[int] | None:
         """The values of a small constant as integers in one row; None if it is large, not constant, or computed."""
-        array = self._value(name, _MOST_STEPS)
+        array = self._value(name)
         if array is None or array.dtype.kind not in "iufb":
             return None
         flat: list[Any] = array.reshape(-1).tolist()
@@ -50,12 +51,18 @@ class Constants:
         held: list[onnx.TensorProto] = [a.t for a in self._graph.ops[index].node.attribute if a.name == "value"]
         return held[0] if held else None
 
-    def _value(self, name: str, steps: int) -> Array | None:
+    def _value(self, name: str, steps: int = _MOST_STEPS) -> Array | None:
+        """The value of a constant that is stored, or made of stored ones by few ops."""
+        if name not in self._values:
+            self._values[name] = self._computed(name, steps) if steps > 0 else None
+        return self._values[name]
+
+    def _computed(self, name: str, steps: int) -> Array | None:
         tensor = self._stored(name)
         if tensor is not None:
             return self._loaded(tensor)
         index = self._graph.producer.get(name)
-        if index is None or steps == 0:
+        if index is None:
             return None
         op = self._graph.ops[index]
         if op.op_type == "Constant":
@@ -66,7 +73,8 @@ class Constants:
         if op.op_type == "Concat":
             parts = [self._value(part, steps - 1) for part in op.node.input]
             known = [part.reshape(-1) for part in parts if part is not None]
-            return np.concatenate(known) if known and len(known) == len(parts) <= _MOST_BYTES else None
+            whole = len(known) == len(parts) and 0 < sum(part.size for part in known) <= _MOST_BYTES
+            return np.concatenate(known) if whole else None
         return None
 
     def _loaded(self, tensor: onnx.TensorProto) -> Array | None:

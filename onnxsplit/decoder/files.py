@@ -24,6 +24,7 @@ from onnxsplit.plan_decoder import MOST_LENGTH
 _MOST_CONFIG_BYTES = 4 << 20
 _MOST_TEXT_BYTES = 256 << 20
 _MOST_END_TOKENS = 4096
+_MOST_PATTERN = 1000  # characters of the pattern of a name
 _MOST_ENTRIES = 10_000  # of a folder that are looked at for models
 _TEXT = (
     "tokenizer.json",
@@ -192,7 +193,9 @@ def _patterns(inputs: Config, outputs: Config) -> tuple[tuple[str, str], ...]:
     for key, past in inputs.items():
         partner = "rnn_states" if key == "rnn_states_prev" else key.replace("past_", "present_", 1)
         present = outputs.get(partner)
-        if partner != key and isinstance(past, str) and isinstance(present, str):
+        if partner == key or not isinstance(past, str) or not isinstance(present, str):
+            continue
+        if max(len(past), len(present)) <= _MOST_PATTERN:
             pairs.append((past, present))
     return tuple(pairs)
 

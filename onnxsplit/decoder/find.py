@@ -212,8 +212,8 @@ def _speak_of_past(pairs: Mapping[str, str]) -> bool:
 
 
 def _is_cache(pair: StatePair) -> bool:
-    """Whether an op for caches updates a state."""
-    return pair.trace is not None and pair.trace.kind == "in-place"
+    """Whether an op that is made for caches updates a state: such an op knows which axis is that of the rows."""
+    return pair.trace is not None and pair.trace.kind == "in-place" and pair.trace.batch_axis is not None
 
 
 def _refuse_halves(named: NamedPairs, override: Override) -> None:

@@ -61,9 +61,9 @@ class Tables:
         """The tensors by which an op picks rows of a constant table, with the number of rows."""
         kind, names = (domain_of(op), op.op_type), op.node.input
         axis = {("", "Gather"): "axis", ("com.microsoft", "GatherBlockQuantized"): "gather_axis"}.get(kind)
-        if axis is not None:
+        if axis is not None and len(names) > 1:
             found = [(names[1], self._rows(names[0], _MOST_STEPS))] if attribute(op, axis, 0) == 0 else []
-        elif kind == ("com.microsoft", "EmbedLayerNormalization"):
+        elif kind == ("com.microsoft", "EmbedLayerNormalization") and len(names) > 2:
             found = [(names[0], self._rows(names[2], _MOST_STEPS))]
         else:
             return []
@@ -76,9 +76,10 @@ class Tables:
             sizes = [size for size in shape if size != 1]
             return sizes[0] if len(sizes) == 2 else None
         index = self._graph.producer.get(name)
-        if index is None or steps == 0 or self._graph.ops[index].op_type not in _SAME_ROWS:
+        op = self._graph.ops[index] if index is not None and steps > 0 else None
+        if op is None or op.op_type not in _SAME_ROWS or not op.node.input:
             return None
-        return self._rows(self._graph.ops[index].node.input[0], steps - 1)
+        return self._rows(op.node.input[0], steps - 1)
 
     def _offset(self, name: str) -> int:
         """What is added to positions before they pick rows; OPT skips the first two."""
@@ -86,10 +87,10 @@ class Tables:
         for _ in range(_MOST_STEPS):
             index = self._graph.producer.get(name)
             op = self._graph.ops[index] if index is not None else None
-            if op is None or op.op_type not in _SAME_ROWS | {"Add"}:
+            if op is None or op.op_type not in _SAME_ROWS | {"Add"} or not op.node.input:
                 break
             name = op.node.input[0]
-            if op.op_type == "Add":
+            if op.op_type == "Add" and len(op.node.input) == 2:
                 amounts = [self._constants.numbers(one) for one in op.node.input]
                 name = op.node.input[1 if amounts[0] is not None else 0]
                 amount = next((one for one in amounts if one is not None), None)

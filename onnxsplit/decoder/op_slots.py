@@ -99,8 +99,8 @@ def state_slots(op: Op) -> tuple[StateSlot, ...]:
         rows = 0 if attribute(op, "layout", 0) else 1
         return tuple(StateSlot(past, present, "recurrent", rows) for past, present in _RECURRENT[op.op_type])
     if kind == ("", "Scan"):
-        count = len(op.node.input) - attribute(op, "num_scan_inputs", 0)
-        return tuple(StateSlot(i, i, "recurrent", None) for i in range(count))
+        scanned = max(attribute(op, "num_scan_inputs", 0), 0)
+        return tuple(StateSlot(i, i, "recurrent", None) for i in range(len(op.node.input) - scanned))
     if kind == ("", "Loop"):
         return tuple(StateSlot(i, i - 2, "recurrent", None) for i in range(2, len(op.node.input)))
     slots = _SLOTS.get(kind, ())

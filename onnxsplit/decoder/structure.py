@@ -83,7 +83,7 @@ def _outputs(
 
 def _scattered(op: Op, view: Trace, shapes: Mapping[str, Shape | None]) -> Trace | None:
     """A buffer of which some positions are written anew, at computed places."""
-    if view.kind is not None:
+    if view.kind is not None or any(a.name == "reduction" and a.s != b"none" for a in op.node.attribute):
         return None
     axis = attribute(op, "axis", 0)
     if op.op_type == "ScatterND":

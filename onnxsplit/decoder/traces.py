@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from onnxsplit.decoder.constants import Constants
 from onnxsplit.decoder.op_slots import attribute
@@ -18,6 +18,7 @@ from onnxsplit.plan import Shape
 from onnxsplit.plan_decoder import StateKind
 
 _OPEN_END = 2**31 - 1  # exporters write the largest int32 or int64 for the end of an axis
+_MOST_PARTS = 8  # parts of parts; layers of pairs of keys and values need two
 _SAME_AXES = frozenset(["Identity", "Cast", "CastLike", "Dropout", "QuantizeLinear", "DequantizeLinear"])
 
 
@@ -82,7 +83,7 @@ def moved(op: Op, trace: Trace, constants: Constants, shapes: Mapping[str, Shape
         return [_squeezed(trace, _axes(op, constants))]
     if kind == "Reshape":
         return [_reshaped(trace, shapes.get(op.node.input[0]), shapes.get(op.node.output[0]))]
-    if kind == "Gather":
+    if kind == "Gather" and len(op.node.input) == 2:
         return [_gathered(op, trace, constants, shapes)]
     if kind == "Split":
         return list(_split(op, trace, constants))
@@ -124,6 +125,11 @@ def _stacked(traces: Sequence[Trace], axis: int) -> Trace | None:
     axes[axis] = taken[0].axis
     pieces = sum(trace.pieces for trace in traces)
     return replace(first, axes=tuple(axes), parts=first.parts[:-1], pieces=pieces)
+
+
+def _part(trace: Trace, part: Part) -> Trace | None:
+    """A part of a view."""
+    return replace(trace, parts=(*trace.parts, part)) if len(trace.parts) < _MOST_PARTS else None
 
 
 def _unsqueezed(trace: Trace, axes: list[int] | None) -> Trace | None:
@@ -176,7 +182,7 @@ def _gathered(op: Op, trace: Trace, constants: Constants, shapes: Mapping[str, S
         return None
     axis %= len(trace.axes)
     part = Part(place, index[0], index[0] + 1)
-    return replace(trace, axes=trace.axes[:axis] + trace.axes[axis + 1 :], parts=(*trace.parts, part))
+    return _part(replace(trace, axes=trace.axes[:axis] + trace.axes[axis + 1 :]), part)
 
 
 def _split(op: Op, trace: Trace, constants: Constants) -> list[Trace | None]:
@@ -186,11 +192,7 @@ def _split(op: Op, trace: Trace, constants: Constants) -> list[Trace | None]:
     sizes = given or _integers(op, "split") or [1] * count  # equal sizes, whatever they are
     if place is None or len(sizes) != count:
         return [None] * count
-    ends = [sum(sizes[: i + 1]) for i in range(count)]
-    return [
-        replace(trace, parts=(*trace.parts, Part(place, end - size, end)))
-        for size, end in zip(sizes, ends, strict=True)
-    ]
+    return [_part(trace, Part(place, end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def _sliced(op: Op, trace: Trace, constants: Constants) -> Trace | None:
@@ -203,13 +205,13 @@ def _sliced(op: Op, trace: Trace, constants: Constants) -> Trace | None:
     if len(axes) != 1 or (steps or [1]) != [1] or not -len(trace.axes) <= axes[0] < len(trace.axes):
         return None
     place, start = trace.at(axes[0]), starts[0] if starts else None
-    if ends is None or place is None:
+    if not ends or place is None:
         return None
     if ends[0] >= _OPEN_END:
         return _shortened(trace, place, start)
     if start is None or not 0 <= start < ends[0] or trace.kind is not None:
         return None
-    return replace(trace, parts=(*trace.parts, Part(place, start, ends[0])))
+    return _part(trace, Part(place, start, ends[0]))
 
 
 def _shortened(trace: Trace, place: int, start: int | None) -> Trace | None:

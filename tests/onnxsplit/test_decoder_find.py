@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import decoder_traps as traps
 import decoders
+import onnx
 import pytest
 from decoder_bits import CACHE, GROWN, claimed, decoder_around, found, op, refusal
 from decoder_parts import SMALL, Size
 from decoder_runs import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
 
-from onnxsplit.decoder.claim import DecoderClaim
+from onnxsplit.decoder.claim import DecoderClaim, NoDecoder
+from onnxsplit.decoder.find import find_decoder
 from onnxsplit.decoder.override import Override, StateOverride
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, ModelError
+from onnxsplit.model.graph import build_graph
+from onnxsplit.model.in_memory import open_any
 from onnxsplit.plan_decoder import Control
 
 KINDS = {
@@ -219,3 +225,34 @@ def test_keys_without_an_op_that_updates_them_are_not_taken_for_a_recurrent_stat
     assert "no op that updates a cache" in refusal(
         decoder_around(nodes, {"past.0.key": shape}, {"present.0.key": shape})
     )
+
+
+DAMAGED = ("gqa", "plain", "tensor scatter", "lstm", "window", "merged")
+WHOLE = {name: FAMILIES[name].make() for name in DAMAGED}
+
+
+@given(name=st.sampled_from(DAMAGED), data=st.data())
+def test_damaged_graphs_end_in_an_answer(name, data):
+    """Ops lose inputs, get other attributes or become other ops: the detection answers, or the model is refused."""
+    model = onnx.ModelProto()
+    model.CopyFrom(WHOLE[name])
+    kinds = sorted({node.op_type for node in model.graph.node} | {"Slice", "Scan", "If", "Gather", "Split", "Squeeze"})
+    for _ in range(data.draw(st.integers(1, 4))):
+        node = model.graph.node[data.draw(st.integers(0, len(model.graph.node) - 1))]
+        match data.draw(st.sampled_from(["input", "inputs", "kind", "axis"])):
+            case "input" if node.input:
+                node.input[data.draw(st.integers(0, len(node.input) - 1))] = ""
+            case "inputs":
+                del node.input[data.draw(st.integers(0, 2)) :]
+            case "kind":
+                node.op_type = data.draw(st.sampled_from(kinds))
+            case "axis":
+                for attribute in node.attribute:
+                    if attribute.type == onnx.AttributeProto.INT:
+                        attribute.i = data.draw(st.sampled_from([-(2**63), -5, 3, 2**31, 2**63 - 1]))
+    try:
+        graph = build_graph(open_any(model))
+    except ModelError:
+        return
+    answer = find_decoder(graph, {})
+    assert isinstance(answer, DecoderClaim | NoDecoder)

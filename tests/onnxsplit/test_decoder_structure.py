@@ -234,6 +234,17 @@ def test_scattered_elements_are_in_place():
     assert claim.controls[1].role == "positions"
 
 
+def test_elements_that_are_added_are_not_written():
+    shape = ["batch", 1, 16, WIDTH]
+    nodes = [
+        op("Shape", ["k"], ["sizes"]),
+        op("Expand", ["cache_position", "sizes"], ["places"]),
+        op("ScatterElements", ["a", "places", "k"], ["b"], axis=2, reduction="add"),
+    ]
+    more = [build.value("cache_position", ["new"], INT64)]
+    assert refusal(decoder_around(nodes, {"a": shape}, {"b": shape}, more=more)) == ""
+
+
 @pytest.mark.parametrize(
     ("kind", "states", "layout", "shape", "batch_axis"),
     [
