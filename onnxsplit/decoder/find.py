@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from onnxsplit.decoder.branch import branch_input
-from onnxsplit.decoder.claim import DecoderClaim, NoDecoder
+from onnxsplit.decoder.claim import DecoderClaim, NoDecoder, StateClaim
 from onnxsplit.decoder.files import Beside, read_beside
 from onnxsplit.decoder.flat import flat_graph
 from onnxsplit.decoder.limits import Tables
@@ -123,13 +124,15 @@ class _Search:
         counted = {control.input for control in controls if control.role not in ("tokens", "fixed")}
         limits = [state.capacity for state in states if state.kind == "in-place"]
         limits.append(self.tables.most_positions(tokens, counted))
+        least = [pair.trace.least if pair.trace is not None else None for pair in pairs]
+        longest = _least(override.max_length or beside.max_length, *limits) or _largest(*least)
         return DecoderClaim(
-            states=states,
+            states=tuple(_with_room(s, size, longest) for s, size in zip(states, least, strict=True)),
             controls=controls,
             scores=scores,
             vocabulary=vocabulary,
             tokens_below=below,
-            max_length=_least(override.max_length or beside.max_length, *limits),
+            max_length=longest,
             end_tokens=ends,
             text=beside.text,
             notes=(*beside.notes, *notes),
@@ -238,6 +241,17 @@ def _without_tokens(names: Sequence[str]) -> str:
         f"it has caches, but none of its other inputs ({listed(names) or 'there are none'}) picks rows of an embedding "
         "table; give tokens = NAME in --decoder FILE.toml"
     )
+
+
+def _with_room(state: StateClaim, least: int | None, longest: int | None) -> StateClaim:
+    """A state whose buffer must have a smallest size: it gets room for all positions, so that none is cut away."""
+    if state.kind != "in-place" or state.capacity is not None or least is None:
+        return state
+    return replace(state, capacity=max(least, longest or 0))
+
+
+def _largest(*sizes: int | None) -> int | None:
+    return max((size for size in sizes if size is not None), default=None)
 
 
 def _least(*limits: int | None) -> int | None:

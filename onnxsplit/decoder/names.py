@@ -23,7 +23,7 @@ _AFTER = frozenset(["present", "new", "next", "out", "output", "updated", "final
 _SURE = frozenset({"past", "present"})
 _OF_STATES = frozenset(
     {"key", "keys", "value", "values", "k", "v", "cache", "caches", "state", "states", "hidden", "cell", "h", "c"}
-    | {"conv", "ssm", "recurrent", "memory", "rnn", "lstm", "gru"}
+    | {"conv", "ssm", "recurrent", "memory", "mem", "mems", "rnn", "lstm", "gru"}
 )
 _LAYERS_OF_CACHES = ("key", "values")  # of past_key_values.0.key
 _MOST_PATTERNS = 64

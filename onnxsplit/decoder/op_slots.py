@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnxsplit.model.graph import Op
 from onnxsplit.plan_decoder import Role, StateKind
@@ -20,6 +20,7 @@ class StateSlot:
         kind: how the op changes the state.
         batch_axis: the axis of the rows in the op's input; None where the op does not say it.
         axis: the axis of the positions in the op's input; None for recurrent states.
+        least: the smallest size of that axis; with fewer positions than this axis has, nothing is ever cut away.
     """
 
     past: int
@@ -27,6 +28,7 @@ class StateSlot:
     kind: StateKind
     batch_axis: int | None
     axis: int | None = None
+    least: int | None = None
 
 
 def _caches(key: int, kind: StateKind) -> tuple[StateSlot, ...]:
@@ -104,8 +106,11 @@ def state_slots(op: Op) -> tuple[StateSlot, ...]:
     if kind == ("", "Loop"):
         return tuple(StateSlot(i, i - 2, "recurrent", None) for i in range(2, len(op.node.input)))
     slots = _SLOTS.get(kind, ())
+    if attribute(op, "sliding_window_cache", 0):
+        least = max(attribute(op, "local_window_size", 0), 1)
+        return tuple(replace(slot, least=least) for slot in slots)
     if attribute(op, "past_present_share_buffer", 0):
-        return tuple(StateSlot(s.past, s.present, "in-place", s.batch_axis, s.axis) for s in slots)
+        return tuple(replace(slot, kind="in-place") for slot in slots)
     return slots
 
 

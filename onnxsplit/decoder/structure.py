@@ -66,7 +66,7 @@ def _outputs(
         for slot in slots:
             view = given[slot.past] if slot.past < len(given) else None
             if view is not None and view.kind is None and slot.present < len(op.node.output):
-                trace = view.continued(slot.kind, slot.axis, slot.batch_axis)
+                trace = view.continued(slot.kind, slot.axis, slot.batch_axis, slot.least)
                 updated.append((op.node.output[slot.present], trace))
         return updated
     if domain_of(op):

@@ -44,6 +44,7 @@ class Trace:
         batch_axis: the axis of the rows in the input, by the op that updates the state.
         shortened: whether the oldest positions were cut away.
         most: the number of positions that are left of it at most; None where that is not a constant.
+        least: the smallest size of the axis of the positions; None where any size will do.
         pieces: the number of parts that were continued one by one and put together again.
     """
 
@@ -55,6 +56,7 @@ class Trace:
     batch_axis: int | None = None
     shortened: bool = False
     most: int | None = None
+    least: int | None = None
     pieces: int = 1
 
     def at(self, position: int | None) -> int | None:
@@ -63,9 +65,9 @@ class Trace:
             return None
         return self.axes[position]
 
-    def continued(self, kind: StateKind, axis: int | None, batch_axis: int | None) -> Trace:
+    def continued(self, kind: StateKind, axis: int | None, batch_axis: int | None, least: int | None = None) -> Trace:
         """What an op makes of this view. Both axes are counted in the tensor."""
-        return replace(self, kind=kind, axis=self.at(axis), batch_axis=self.at(batch_axis))
+        return replace(self, kind=kind, axis=self.at(axis), batch_axis=self.at(batch_axis), least=least)
 
 
 def moved(op: Op, trace: Trace, constants: Constants, shapes: Mapping[str, Shape | None]) -> list[Trace | None]:

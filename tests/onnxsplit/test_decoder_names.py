@@ -35,6 +35,7 @@ PAIRS = [
     ("hidden", "hidden_out"),
     ("initial_h", "Y_h"),
     ("rnn_states_prev", "rnn_states_out"),
+    ("mems_2", "new_mems_2"),
 ]
 
 

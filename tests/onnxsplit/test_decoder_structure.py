@@ -172,6 +172,20 @@ def test_packed_attention_with_empty_inputs_is_read_by_position():
     assert [state.kind for state in claim.states] == ["in-place", "in-place"]
 
 
+@pytest.mark.parametrize(("context", "capacity", "longest"), [(None, 16, 16), (8, 16, 8), (64, 64, 64)])
+def test_a_window_cache_gets_room_for_all_positions(tmp_path, context, capacity, longest):
+    """Such a buffer must hold the window; one that holds every position never cuts any away."""
+    reads = ["x", "x", "x", "past_k", "past_v", "lengths", "total"]
+    numbers = {"num_heads": 1, "kv_num_heads": 1, "local_window_size": 16, "sliding_window_cache": 1}
+    nodes = [op("GroupQueryAttention", reads, ["y", "new_k", "new_v"], domain="com.microsoft", **numbers)]
+    more = [build.value("lengths", ["batch"], INT32), build.value("total", [], INT32)]
+    if context is not None:
+        (tmp_path / "config.json").write_text(f'{{"max_position_embeddings": {context}}}')
+    claim = claimed(decoder_around(nodes, *pairs_of("past_k", "past_v"), more=more, microsoft=True), tmp_path)
+    assert [(s.kind, s.capacity) for s in claim.states] == [("in-place", capacity)] * 2
+    assert claim.max_length == longest
+
+
 @pytest.mark.parametrize(
     ("kind", "domain", "key", "attributes", "expected"),
     [
