@@ -23,9 +23,10 @@ class HolesBank:
     """A pool in which every row begins at position 0 of a past with room for all rows.
 
     A run reads the slots of its rows as past. Its new positions are copied from present to the end of each row. The
-    capacity grows when a row needs it, and shrinks when none does::
+    capacity grows when a row needs it, and shrinks when none does. How wide past is follows from the rows of the step
+    alone, so it is the same at all stages; where it is less than the capacity, past is a copy::
 
-        past of 3 rows, capacity 8      present
+        past of 3 rows, width 8          present
         a a a . . . . .                 a a a . . . . . A       A is copied to position 3,
         b b b b b b . .                 b b b b b b . . B       B to position 6,
         c . . . . . . .                 c . . . . . . . C       C to position 1
@@ -57,7 +58,7 @@ class HolesBank:
         self._past: Array = self._pool.array
         self._present: Array = self._pool.array
         self._scratch = np.zeros(0, np.uint8)
-        self._views: dict[tuple[int, int], Array] = {}  # presents of the present capacity, by rows and new positions
+        self._views: dict[tuple[int, int, int], Array] = {}  # presents, by rows, new positions, and width of past
 
     def prepare(self, step: StepSpan) -> int | None:
         """See :class:`~runtime.node.caches.bank.Bank`."""
@@ -70,16 +71,17 @@ class HolesBank:
             by_position(self._past, state)[:, 0] = self._pool.by_position[:, step.first, :width]
             self._present = self._scratch_for(1, width + step.new)
             return width
-        width = self._capacity
-        past = self._pool.rows(step.first, step.rows, state)
+        width = self._rounded(max(step.starts))
+        past = self._pool.rows(step.first, step.rows, state) if width == self._capacity else None
         if past is None:
             past = np.empty((len(self._states), *state_shape(state, step.rows, width)), self._dtype)
-            slots = self._pool.by_position[:, step.first : step.first + step.rows]
+            slots = self._pool.by_position[:, step.first : step.first + step.rows, :width]
             by_position(past, state)[...] = slots
         self._past = past
-        present = self._views.get((step.rows, step.new))
+        present = self._views.get((step.rows, step.new, width))
         if present is None:
-            present = self._views[step.rows, step.new] = self._scratch_for(step.rows, width + step.new)
+            present = self._scratch_for(step.rows, width + step.new)
+            self._views[step.rows, step.new, width] = present
         self._present = present
         return width
 
@@ -125,7 +127,7 @@ class HolesBank:
             self._pool.clear([slot])
             self._lengths[slot] = 0
         needed = self._rounded(max(self._lengths))
-        if needed * 4 <= self._capacity:
+        if needed * 2 < self._capacity:
             self._resize(needed)
 
     def _rounded(self, positions: int) -> int:
