@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -79,7 +80,7 @@ class TokenSampler:
         if not self._plain:
             candidates = self._changed(candidates.copy(), position)
         token = int(candidates.argmax())
-        if not np.isfinite(candidates[token]):
+        if not math.isfinite(candidates[token]):
             raise ModelError(
                 f"the scores of sequence {row.sequence} at position {position} hold {candidates[token]} for token "
                 f"{token}, so no token can be chosen"

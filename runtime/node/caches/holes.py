@@ -58,7 +58,10 @@ class HolesBank:
         self._past: Array = self._pool.array
         self._present: Array = self._pool.array
         self._scratch = np.zeros(0, np.uint8)
-        self._views: dict[tuple[int, int, int], Array] = {}  # presents, by rows, new positions, and width of past
+        self._made: Array = self._pool.array  # present by positions
+        self._views: dict[
+            tuple[int, int, int], tuple[Array, Array]
+        ] = {}  # both, by rows, new positions and width of past
 
     def prepare(self, step: StepSpan) -> int | None:
         """See :class:`~runtime.node.caches.bank.Bank`."""
@@ -69,7 +72,7 @@ class HolesBank:
             width = step.starts[0]
             self._past = np.empty((len(self._states), *state_shape(state, 1, width)), self._dtype)
             by_position(self._past, state)[:, 0] = self._pool.by_position[:, step.first, :width]
-            self._present = self._scratch_for(1, width + step.new)
+            self._present, self._made = self._scratch_for(1, width + step.new)
             return width
         width = self._rounded(max(step.starts))
         past = self._pool.rows(step.first, step.rows, state) if width == self._capacity else None
@@ -82,7 +85,7 @@ class HolesBank:
         if present is None:
             present = self._scratch_for(step.rows, width + step.new)
             self._views[step.rows, step.new, width] = present
-        self._present = present
+        self._present, self._made = present
         return width
 
     def bind(self, binding: Binding, mark: object) -> object:
@@ -97,13 +100,12 @@ class HolesBank:
 
     def commit(self, step: StepSpan, made: Mapping[str, Any]) -> None:
         """See :class:`~runtime.node.caches.bank.Bank`."""
-        state, pool = self._states[0], self._pool.by_position
+        pool = self._pool.by_position
         longest = max(start + step.new for start in step.starts)
         if longest > self._capacity:
             self._resize(longest)
             pool = self._pool.by_position
-        present = by_position(self._present, state)
-        new = present[:, :, present.shape[2] - step.new :]
+        new = self._made[:, :, self._made.shape[2] - step.new :]
         if step.new == 1:
             rows = np.flatnonzero(step.live)
             pool[:, step.first + rows, np.array(step.starts)[rows]] = new[:, rows, 0]
@@ -152,11 +154,12 @@ class HolesBank:
         self.generation += 1
         self._views.clear()
 
-    def _scratch_for(self, rows: int, width: int) -> Array:
-        """Room for present, [states, *its shape]; the same memory each time."""
+    def _scratch_for(self, rows: int, width: int) -> tuple[Array, Array]:
+        """Room for present, [states, *its shape], and the same by positions; the same memory each time."""
         shape = (len(self._states), *state_shape(self._states[0], rows, width))
         size = self._dtype.itemsize * int(np.prod(shape))
         if size > self._scratch.nbytes:
             self._scratch = np.zeros(size, np.uint8)
             self._forget_views()
-        return self._scratch[:size].view(self._dtype).reshape(shape)
+        present = self._scratch[:size].view(self._dtype).reshape(shape)
+        return present, by_position(present, self._states[0])

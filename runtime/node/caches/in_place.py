@@ -38,16 +38,18 @@ class InPlaceBank:
         self._positions = states[0].capacity or length
         self._pool = Pool(states, dtype, slots, self._positions)
         self._arrays = self._pool.array  # what the step that was prepared reads and writes, and its place
-        self._place = 0, slots
+        self._place = 0, 0
         self._staged: dict[int, Array] = {}  # for each number of rows that do not lie as a run needs them
 
     def prepare(self, step: StepSpan) -> int | None:
         """See :class:`~runtime.node.caches.bank.Bank`."""
-        arrays = self._pool.rows(step.first, step.rows, self._states[0])
-        if arrays is None:
-            self._copy(step, back=False)
-            arrays = self._staged[step.rows]
-        self._arrays, self._place = arrays, (step.first, step.rows)
+        place = step.first, step.rows
+        if place != self._place or step.rows in self._staged:
+            arrays = self._pool.rows(step.first, step.rows, self._states[0])
+            if arrays is None:
+                self._copy(step, back=False)
+                arrays = self._staged[step.rows]
+            self._arrays, self._place = arrays, place
         return None
 
     def bind(self, binding: Binding, mark: object) -> object:
