@@ -12,11 +12,14 @@ from typing import Any
 
 from onnxsplit.plan import CALLER, Plan
 from runtime.node import events as n
+from runtime.node.slots import Placed
 from runtime.node.state import NodePhase, NodeState
+from runtime.testing.decoder import SimulatedSlots, draw
 from runtime.testing.network import SimulatedLink, SimulatedNetwork
-from runtime.topology import ReplicaKey
+from runtime.topology import ReplicaKey, StepGraph
 from runtime.wire.messages.control import Leaving, Peer, Ready
 from runtime.wire.messages.data import ANY, AttemptKey, Fragment, Step, TensorHead
+from runtime.wire.messages.sequences import Drawn
 
 COORDINATOR = 0
 """The number of the coordinator's process."""
@@ -39,6 +42,8 @@ class SimulatedNode:
         ledger: its progress with attempts. Other processes can read it even when this one is dead.
         events: events that are not handled yet.
         outputs: the outputs of the request that ran last.
+        drawn: the tokens that were chosen in the step that ran last.
+        slots: the texts of the sequences that it holds.
     """
 
     number: int
@@ -50,6 +55,8 @@ class SimulatedNode:
     ledger: dict[AttemptKey, Step] = field(default_factory=dict)
     events: deque[n.NodeEvent] = field(default_factory=deque)
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    drawn: tuple[Drawn, ...] = ()
+    slots: SimulatedSlots = field(default_factory=SimulatedSlots)
 
 
 class SimulatedNodes(SimulatedNetwork):
@@ -92,6 +99,16 @@ class SimulatedNodes(SimulatedNetwork):
 
     def node_connected(self, node: SimulatedNode, connect: n.Connect) -> None:
         """Called when a node has learned which processes exist."""
+
+    def run_step(self, node: SimulatedNode, run: n.Run, placed: Placed) -> None:
+        """Run a step: its outputs hold the texts of its rows, up to this step."""
+        assert self.plan.decoder is not None
+        rows = run.fragments[0].rows
+        texts = node.slots.run(rows, placed)
+        inputs = [run.inputs[name] for name in sorted(run.inputs)]
+        node.outputs = {name: (name, texts, *inputs) for name in node.outputs}
+        if node.slot[0] == StepGraph(self.plan).tail:
+            node.drawn = draw(rows, placed, texts, run.inputs, self.plan.decoder.vocabulary)
 
     def node_ran(self, node: SimulatedNode, took_ns: int) -> None:
         """Called when a node has run a request."""
@@ -146,7 +163,7 @@ class SimulatedNodes(SimulatedNetwork):
 
     def _handle(self, node: SimulatedNode, event: n.NodeEvent) -> None:
         serves = node.state.state in (NodePhase.READY, NodePhase.LEAVING)
-        if not serves and isinstance(event, n.Arrived | n.AttemptCancelled | n.Turn):
+        if not serves and isinstance(event, n.Arrived | n.AttemptCancelled | n.Passed | n.Turn):
             return
         effects = deque(node.state.handle(event))
         while effects and node.alive:
@@ -173,6 +190,10 @@ class SimulatedNodes(SimulatedNetwork):
                 self._forward(node, effect)
             case n.GiveBack(fragments):
                 self.node_finished(node, fragments)
+            case n.ClearSlots(slots):
+                node.slots.clear(slots)
+            case n.ReportFailure(message):
+                self.send((node.number, COORDINATOR, "data"), message)
             case n.Exit():
                 self.kill(node.number)
         return None
@@ -182,10 +203,15 @@ class SimulatedNodes(SimulatedNetwork):
         names = self.plan.stages[node.slot[0]].outputs
         inputs = [run.inputs[name] for name in sorted(run.inputs)]
         node.outputs = {name: (name, *inputs) for name in names}
+        node.drawn = ()
+        if run.placed is not None:
+            self.run_step(node, run, run.placed)
         took_ns = self.duration_ns(node)
+        if not node.alive:
+            return None
         if not took_ns:
             node.ledger[run.key] = Step.DONE
-            return n.Executed(self.now_ns, self.now_ns, self.now_ns, 0, 0)
+            return n.Executed(self.now_ns, self.now_ns, self.now_ns, 0, 0, node.drawn)
         self.later(took_ns, self._ran, node, run.key, took_ns)
         return None
 
@@ -193,7 +219,7 @@ class SimulatedNodes(SimulatedNetwork):
         if node.alive:
             node.ledger[key] = Step.DONE
             self.node_ran(node, took_ns)
-            self.give(node, n.Executed(self.now_ns - took_ns, self.now_ns, self.now_ns, 0, 0))
+            self.give(node, n.Executed(self.now_ns - took_ns, self.now_ns, self.now_ns, 0, 0, node.drawn))
 
     def _forward(self, node: SimulatedNode, forward: n.Forward) -> None:
         first = forward.fragment
@@ -214,6 +240,8 @@ class SimulatedNodes(SimulatedNetwork):
                 first.wanted,
                 heads(tensors),
                 forward.history,
+                first.rows,
+                forward.drawn if stage == CALLER else (),
             )
             self.send_fragment(number, fragment, tensors)
 

@@ -13,15 +13,20 @@ from runtime.balance.board import PEERS
 from runtime.balance.policies import UNIT_COST
 from runtime.coordinator import events as c
 from runtime.coordinator.interpreter import NodeEffects, RequestEffects, carry_out, control_event
+from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted, StepReturned
+from runtime.coordinator.sequence_limits import SequenceLimits
 from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.coordinator.step_table import STEP_ATTEMPT
 from runtime.errors import PipelineError
 from runtime.node import events as n
+from runtime.testing.decoder import SimulatedSequence
 from runtime.testing.network import SECOND, SimulatedLink
 from runtime.testing.node import COORDINATOR, SimulatedNode, SimulatedNodes, Tensor, heads
 from runtime.timings import Timings
-from runtime.topology import ReplicaKey, sources
+from runtime.topology import ReplicaKey, StepGraph, sources
 from runtime.wire.messages.control import PROTOCOL, Assign, Fate, Hello, Peer, Policy
-from runtime.wire.messages.data import ANY, NOT_NEEDED, Fragment, Visit
+from runtime.wire.messages.data import ANY, NOT_NEEDED, Failed, Fragment, Visit
+from runtime.wire.messages.sequences import Sampling
 
 NEVER_FAILS = Timings(backoff_s=0.5, circuit_failures=10**6, lost_s=10**9, backoff_most_s=5)
 """Timings with which no node is given up and no attempt is overdue."""
@@ -39,11 +44,14 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         delay_ns: the time that every message takes, in simulated time; None for a pipeline that is driven by hand.
         policy: the balancing policy that nodes are told.
         process_numbers: how many numbers there are for processes, the coordinator's own included.
+        limits: the limits of sequences, for a plan with a decoder.
 
     Attributes:
         coordinator: the coordinator's state machine.
         exits: the numbers of dead processes that the coordinator has not noticed yet.
         answers: for each request, its outputs or its error; more than one answer is a bug.
+        sequences: the sequences that were submitted.
+        failures: the steps in flight that nodes refused; any is a bug.
         ready: whether all nodes have been ready.
     """
 
@@ -58,11 +66,14 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         delay_ns: int | None = None,
         policy: Policy = "completion",
         process_numbers: int = PEERS,
+        limits: SequenceLimits | None = None,
     ) -> None:
         super().__init__(plan, choices, delay_ns)
         self.policy: Policy = policy
         self.exits: list[int] = []
         self.answers: dict[int, list[Any]] = {}
+        self.sequences: dict[int, SimulatedSequence] = {}
+        self.failures: list[Failed] = []
         self.ready = False
         self._peers: tuple[Peer, ...] = ()  # the peers that the coordinator knows
         self._collected: dict[int, dict[str, Tensor]] = {}  # outputs received for the present attempts
@@ -71,6 +82,9 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
             for stage in plan.stages
             if CALLER in sources(plan, stage.index)
         }
+        self._limits = limits
+        steps = StepGraph(plan).sources if limits is not None else {}
+        self._step_entrances = [stage for stage, senders in steps.items() if CALLER in senders]
         self.coordinator = CoordinatorState(
             plan,
             replicas,
@@ -78,6 +92,7 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
             timings=timings,
             attempts=attempts,
             process_numbers=process_numbers,
+            limits=limits,
         )
         self.tell(c.Tick(0))
 
@@ -87,15 +102,32 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
 
     def submit(self, wanted: tuple[str, ...]) -> int:
         """Submit a request, and return its number."""
-        number = len(self.answers)
+        number = self.coordinator.numbers.next()
         self.answers[number] = []
         self.tell(c.Submitted(number, wanted, UNIT_COST, None, self.now_ns))
         return number
 
+    def generate(
+        self, prompt: tuple[int, ...], max_tokens: int, *, end_tokens: tuple[int, ...] = (), wait: bool = True
+    ) -> int:
+        """Submit a sequence, and return its number."""
+        number = self.coordinator.numbers.next()
+        self.sequences[number] = SimulatedSequence(prompt, max_tokens, end_tokens)
+        sampling = Sampling(end_tokens=end_tokens)
+        scores = bool(number % 2)
+        self.tell(
+            SequenceSubmitted(number, prompt, max_tokens, sampling, scores, wait, None, self.now_ns),
+        )
+        return number
+
     def pass_time(self, seconds: float) -> None:
-        """Send the coordinator a tick."""
+        """Send the coordinator a tick, and the nodes the number of the oldest request."""
         self.now_ns += int(seconds * SECOND)
-        self.tell(c.Tick(self.now_ns))
+        self.tell(c.Tick(self.now_ns, self.steps() if self.coordinator.work.is_overdue(self.now_ns) else {}))
+        if self.coordinator.sequences is not None:
+            for node in self.coordinator.roster:
+                if node.identity:
+                    self._tell_node(node.identity, n.Passed(self.coordinator.work.oldest))
 
     # Methods that subclasses may replace
 
@@ -154,8 +186,39 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         self.answers[request].append(self._collected.pop(request))
 
     def reject(self, request: int, error: OnnxsplitError) -> None:
-        """Record the error of a request."""
-        self.answers[request].append(error)
+        """Record the error of a request or a sequence."""
+        if request in self.sequences:
+            self.sequences[request].ends.append(error)
+        else:
+            self.answers[request].append(error)
+
+    def enter_step(self, step: EnterStep) -> None:
+        """Send a step to the nodes that begin it."""
+        for stage in self._step_entrances:
+            assert self.plan.decoder is not None
+            fragment = Fragment(
+                step.step,
+                STEP_ATTEMPT,
+                step.view,
+                step.cost,
+                0,
+                COORDINATOR,
+                CALLER,
+                step.route,
+                (self.plan.decoder.scores,) if step.scores else (),
+                (),
+                (),
+                step.rows,
+            )
+            self.send_fragment(step.route[stage], fragment, {})
+
+    def emit(self, emit: Emit) -> None:
+        """Record a token of a sequence."""
+        self.sequences[emit.sequence].drawn.append(emit.drawn)
+
+    def finish(self, finish: Finish) -> None:
+        """Record the end of a sequence."""
+        self.sequences[finish.sequence].ends.append(finish.reason)
 
     # Effects on nodes
 
@@ -171,7 +234,8 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
 
     def give_stage(self, identity: bytes, slot: ReplicaKey) -> None:
         """Tell a node which stage it executes."""
-        assign = Assign("id", "", "", *slot, "cpu", 0, False, False, 1, 1, self.policy)
+        slots, length = (self._limits.slots, self._limits.length) if self._limits is not None else (0, 0)
+        assign = Assign("id", "", "", *slot, "cpu", 0, False, False, 1, 1, self.policy, slots, length)
         self._tell_node(identity, n.Assigned(assign))
 
     def introduce(self, identities: tuple[bytes, ...], *, meet: bool) -> c.Met | None:
@@ -217,9 +281,16 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
 
     def hear(self, sender: int, message: Any) -> None:
         """Handle a message of a node at the coordinator."""
+        if isinstance(message, Failed):
+            if (message.request, message.attempt) in self.coordinator.work.in_flight:
+                self.failures.append(message)
+            self.tell(c.Reported(message))
+            return
         if isinstance(message, tuple):
             fragment, tensors = message
-            if self.coordinator.requests.attempt(fragment.request) == fragment.attempt:
+            if fragment.rows:
+                self.tell(StepReturned(fragment.request, fragment.drawn, fragment.history, self.now_ns))
+            elif self.coordinator.requests.attempt(fragment.request) == fragment.attempt:
                 self._collected[fragment.request].update(tensors)
                 names = tuple(tensors)
                 self.tell(c.Returned(fragment.request, fragment.attempt, names, fragment.history))
@@ -249,8 +320,10 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
     def lose(self, link: SimulatedLink) -> None:
         """Drop the first message of a link. From now on attempts can become overdue, as none should without losses."""
         self.links[link].popleft()
-        requests = self.coordinator.requests
+        requests, sequences = self.coordinator.requests, self.coordinator.sequences
         requests.timings = replace(requests.timings, lost_s=100)
+        if sequences is not None:
+            sequences.timings = requests.timings
 
     # The end
 
@@ -274,11 +347,16 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
             elif busy:
                 self.work(self.choices.choice(busy))
             elif not self.step():
-                if self.ready and all(self.answers.values()) and not self.coordinator.roster.missing():
+                if self.ready and not self.unanswered and not self.coordinator.roster.missing():
                     return
                 self.pass_time(1)
-        unanswered = [request for request, answers in self.answers.items() if not answers]
-        raise AssertionError(f"no end: requests {unanswered} are not answered")
+        raise AssertionError(f"no end: requests or sequences {self.unanswered} are not answered")
+
+    @property
+    def unanswered(self) -> list[int]:
+        """The requests and the sequences that have not ended."""
+        requests = [number for number, answers in self.answers.items() if not answers]
+        return requests + [number for number, sequence in self.sequences.items() if not sequence.ends]
 
     def expected(self, name: str, request: int, attempt: int) -> Tensor:
         """The correct value of a tensor."""
@@ -290,9 +368,15 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
     def check(self) -> None:
         """Check the promise: no request has two answers, and all tensors of an answer are right and of one attempt.
 
+        Of each sequence, every token has come once and in order, and is right.
+
         Raises:
             AssertionError: the promise is broken, or a request was refused.
         """
+        assert not self.failures, self.failures
+        for sequence in self.sequences.values():
+            assert self.plan.decoder is not None
+            sequence.check(self.plan.decoder.vocabulary)
         for request, answers in self.answers.items():
             assert len(answers) <= 1, f"request {request} was answered {len(answers)} times"
             for answer in answers:

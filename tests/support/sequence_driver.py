@@ -64,8 +64,9 @@ def decoder_plan(folder: Path, *, shape: str = "chain", stages: int = 2, token_b
         )
         for stage in range(stages)
     )
-    block = {"rows": "right", "chunk": "one-row", "rollback": True, "max_length": 1000, "cost_rows": 1, **options}
-    decoder = Decoder(states=states, controls=(), scores="y", vocabulary=VOCABULARY, **block)
+    sizes = {"vocabulary": VOCABULARY, "max_length": 1000, "cost_rows": 1}
+    block = {"rows": "right", "chunk": "one-row", "rollback": True, **sizes, **options}
+    decoder = Decoder(states=states, controls=(), scores="y", **block)
     return msgspec.structs.replace(plan, decoder=decoder)
 
 

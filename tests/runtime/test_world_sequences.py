@@ -1,0 +1,300 @@
+"""In every order of messages and faults, every token of a sequence comes once and is right, and nothing is left of it.
+
+The state machines of the coordinator and of the nodes are the real ones; the decoder is a hash of the text that the
+slots of all nodes hold.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sequence_driver import decoder_plan
+
+from onnxsplit.errors import InputError
+from runtime.coordinator import events as c
+from runtime.coordinator.node_record import Phase
+from runtime.coordinator.sequence_limits import sequence_limits
+from runtime.errors import Busy, Cancelled, DeadlineExceeded, NodeFailed
+from runtime.node import events as n
+from runtime.testing.pipeline import NEVER_FAILS, SimulatedPipeline
+
+_FOLDER = Path(tempfile.mkdtemp())
+_SMALL = 20  # tokens of the vocabulary, so that end tokens are drawn
+
+
+def new_pipeline(replicas, seed=0, *, decoder=None, limits=None, kind=SimulatedPipeline, **options):
+    """Return a pipeline with a decoder whose nodes are ready: a chain of two stages, or a diamond of four."""
+    shape = "diamond" if len(replicas) == 4 else "chain"
+    block = {"vocabulary": _SMALL, "max_length": 60, **(decoder or {})}
+    plan = decoder_plan(_FOLDER, shape=shape, stages=len(replicas), **block)
+    made = sequence_limits(plan, replicas=replicas, **{"cache_bytes": 1 << 20, "prefill_chunk": 4, **(limits or {})})
+    pipeline = kind(plan, replicas, random.Random(seed), limits=made, **options)
+    pipeline.settle()
+    return pipeline
+
+
+def settle(pipeline):
+    """Let everything end, and check that it is right and that no slot is used anywhere."""
+    pipeline.settle()
+    pipeline.check()
+    pipeline.pass_time(1)  # tells nodes that all has ended
+    pipeline.settle()
+    sequences = pipeline.coordinator.sequences
+    assert not len(sequences)
+    assert not sequences.in_flight
+    for node in pipeline.nodes.values():
+        assert not sequences.used_bytes(node.number)
+        if node.alive:
+            assert not node.state.sequences
+            assert not node.slots.texts, f"node {node.number} keeps states of nobody"
+    assert not pipeline.coordinator.roster.departing
+    assert {record.phase for record in pipeline.coordinator.roster.nodes.values()} == {Phase.READY}
+
+
+class Faults(RuleBasedStateMachine):
+    """Sequences and requests, messages in any order, and faults."""
+
+    @initialize(
+        replicas=st.one_of(st.tuples(*[st.integers(1, 2)] * 2), st.tuples(*[st.integers(1, 2)] * 4)),
+        rows=st.sampled_from(["right", "equal", "one"]),
+        chunk=st.sampled_from(["one-row", "none"]),
+        rollback=st.booleans(),
+        max_rows=st.integers(1, 6),
+        seed=st.integers(0, 2**32),
+    )
+    def begin(self, replicas, rows, chunk, rollback, max_rows, seed):
+        decoder = {"rows": rows, "chunk": chunk, "rollback": rollback}
+        self.pipeline = new_pipeline(replicas, seed, decoder=decoder, limits={"max_rows": max_rows})
+        self.given_up = set()
+
+    @rule(prompt=st.integers(1, 12), max_tokens=st.integers(1, 12), ends=st.integers(0, 2), wait=st.booleans())
+    def generate(self, prompt, max_tokens, ends, wait):
+        tokens = tuple(self.pipeline.choices.randrange(_SMALL) for _ in range(prompt))
+        self.pipeline.generate(tokens, max_tokens, end_tokens=tuple(range(ends)), wait=wait)
+
+    @rule()
+    def submit(self):
+        self.pipeline.submit(("y",))
+
+    @rule(data=st.data(), count=st.integers(1, 30))
+    def go_on(self, data, count):
+        for _ in range(count):
+            keys, busy = self.pipeline.waiting(), self.pipeline.busy()
+            if not keys and not busy:
+                return
+            at = data.draw(st.integers(0, len(keys) + len(busy) - 1))
+            if at < len(keys):
+                self.pipeline.deliver(keys[at])
+            else:
+                self.pipeline.work(busy[at - len(keys)])
+
+    @rule(count=st.integers(50, 200))
+    def go_on_at_random(self, count):
+        for _ in range(count):
+            keys, busy = self.pipeline.waiting(), self.pipeline.busy()
+            if not keys and not busy:
+                return
+            if keys and (not busy or self.pipeline.choices.random() < 0.5):
+                self.pipeline.deliver(self.pipeline.choices.choice(keys))
+            else:
+                self.pipeline.work(self.pipeline.choices.choice(busy))
+
+    def pick(self, data, **wanted):
+        there = [p.number for p in self.pipeline.nodes.values() if all(getattr(p, k) == v for k, v in wanted.items())]
+        return data.draw(st.sampled_from(there)) if there else None
+
+    @rule(data=st.data())
+    def kill(self, data):
+        number = self.pick(data, alive=True)
+        if number is not None:
+            self.pipeline.kill(number)
+
+    @precondition(lambda self: self.pipeline.exits)
+    @rule()
+    def notice_an_exit(self):
+        self.pipeline.notice(self.pipeline.exits[0])
+
+    @rule(data=st.data())
+    def stop(self, data):
+        number = self.pick(data, alive=True, stopped=False)
+        if number is not None:
+            self.pipeline.stop(number)
+
+    @rule(data=st.data())
+    def wake(self, data):
+        number = self.pick(data, alive=True, stopped=True)
+        if number is not None:
+            self.pipeline.wake(number)
+
+    @rule(data=st.data())
+    def take_for_dead(self, data):
+        number = self.pick(data, alive=True)
+        if number is not None:
+            self.pipeline.notice(number)
+
+    @rule(data=st.data())
+    def deliver_twice(self, data):
+        keys = [key for key in self.pipeline.waiting() if key[2] == "data"]
+        if keys:
+            queue = self.pipeline.links[data.draw(st.sampled_from(keys))]
+            queue.append(queue[0])
+
+    @rule(data=st.data())
+    def overtake(self, data):
+        keys = [key for key in self.pipeline.waiting() if key[2] == "data"]
+        if keys:
+            self.pipeline.links[data.draw(st.sampled_from(keys))].rotate(1)
+
+    @rule(data=st.data())
+    def lose_a_message(self, data):
+        keys = [key for key in self.pipeline.waiting() if key[2] == "data"]
+        if keys:
+            self.pipeline.lose(data.draw(st.sampled_from(keys)))
+
+    @rule(data=st.data())
+    def part(self, data):
+        numbers = [0, *self.pipeline.nodes]
+        sender, to = (data.draw(st.sampled_from(numbers)) for _ in range(2))
+        self.pipeline.part(sender, to)
+
+    @precondition(lambda self: self.pipeline.parted)
+    @rule(data=st.data())
+    def mend(self, data):
+        self.pipeline.mend(*data.draw(st.sampled_from(sorted(self.pipeline.parted))))
+
+    @rule()
+    def notice_links(self):
+        self.pipeline.notice_links()
+
+    @rule(seconds=st.integers(1, 200))
+    def wait(self, seconds):
+        self.pipeline.pass_time(seconds)
+
+    @rule(data=st.data(), replicas=st.integers(1, 3))
+    def scale(self, data, replicas):
+        stage = data.draw(st.integers(0, len(self.pipeline.plan.stages) - 1))
+        self.pipeline.tell(c.Scaled(stage, replicas, self.pipeline.now_ns))
+
+    @rule(data=st.data())
+    def leave(self, data):
+        number = self.pick(data, alive=True, stopped=False)
+        if number is not None:
+            self.pipeline.nodes[number].events.append(n.LeaveAsked("SIGTERM"))
+
+    @rule(data=st.data(), expires=st.booleans())
+    def give_up(self, data, expires):
+        open_ = [number for number, sequence in self.pipeline.sequences.items() if not sequence.ends]
+        if open_:
+            number = data.draw(st.sampled_from(open_))
+            self.pipeline.tell(c.Expired(number, {}) if expires else c.GivenUp(number))
+            assert self.pipeline.sequences[number].ends
+
+    @precondition(lambda self: hasattr(self, "pipeline"))
+    @invariant()
+    def all_is_right(self):
+        self.pipeline.check()
+
+    def teardown(self):
+        if hasattr(self, "pipeline"):
+            settle(self.pipeline)
+            for sequence in self.pipeline.sequences.values():
+                assert isinstance(sequence.ends[0], str | Busy | Cancelled | DeadlineExceeded), sequence.ends
+
+
+class MoreFaults(Faults):
+    """The same with longer runs."""
+
+
+Faults.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
+MoreFaults.TestCase.settings = settings(max_examples=3_000, stateful_step_count=100)
+TestFaults = Faults.TestCase
+TestMoreFaults = pytest.mark.exhaustive(MoreFaults.TestCase)
+
+
+@pytest.mark.parametrize("replicas", [(1, 1), (2, 3), (1, 1, 1, 1), (1, 2, 2, 1)])
+@pytest.mark.parametrize("rows", ["right", "equal", "one"])
+def test_without_harm_nothing_is_replayed(replicas, rows):
+    pipeline = new_pipeline(replicas, decoder={"rows": rows})
+    for number in range(40):
+        pipeline.generate(tuple(range(number % 7 + 1)), 1 + number % 20)
+    settle(pipeline)
+    assert pipeline.coordinator.sequences.replays == 0
+    assert all(sequence.ends == ["length"] for sequence in pipeline.sequences.values())
+
+
+def test_two_prompts_have_two_texts():
+    pipeline = new_pipeline((1, 1), decoder={"vocabulary": 10_000})
+    one, other = pipeline.generate((1, 2, 3), 8), pipeline.generate((1, 2, 4), 8)
+    settle(pipeline)
+    assert [token.token for token in pipeline.sequences[one].drawn] != [
+        token.token for token in pipeline.sequences[other].drawn
+    ]
+
+
+def test_a_thousand_sequences_survive_a_node_killed_again_and_again():
+    pipeline = new_pipeline((2, 2), seed=3, limits={"max_rows": 8})
+    choices = random.Random(4)
+    for _ in range(1000):
+        pipeline.generate(
+            tuple(choices.randrange(_SMALL) for _ in range(choices.randrange(1, 9))), choices.randrange(1, 20)
+        )
+    while pipeline.unanswered:
+        for _ in range(2000):
+            keys, busy = pipeline.waiting(), pipeline.busy()
+            if keys and (not busy or choices.random() < 0.5):
+                pipeline.deliver(choices.choice(keys))
+            elif busy:
+                pipeline.work(choices.choice(busy))
+        pipeline.kill(choices.choice([node.number for node in pipeline.nodes.values() if node.alive]))
+        for number in tuple(pipeline.exits):
+            pipeline.notice(number)
+        pipeline.pass_time(1)
+    assert pipeline.coordinator.sequences.replays > 100
+    settle(pipeline)
+    assert all(sequence.ends == ["length"] for sequence in pipeline.sequences.values())
+
+
+class Killers(SimulatedPipeline):
+    """A pipeline with sequences that kill each node of stage 1 that executes them."""
+
+    killers: frozenset[int] = frozenset()
+
+    def run_step(self, node, run, placed):
+        super().run_step(node, run, placed)
+        if node.slot[0] == 1 and self.killers.intersection(row.sequence for row in run.fragments[0].rows):
+            self.kill(node.number)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("replicas", [(1, 1), (1, 2)])
+def test_a_sequence_that_kills_nodes_is_refused_and_its_neighbours_are_not(seed, replicas):
+    pipeline = new_pipeline(replicas, seed, kind=Killers, attempts=3, timings=NEVER_FAILS)
+    numbers = [pipeline.generate((number, 2, 3), 12) for number in range(6)]
+    for _ in range(150):
+        if busy := pipeline.busy():
+            pipeline.work(busy[0])
+        elif keys := pipeline.waiting():
+            pipeline.deliver(keys[0])
+    open_ = [number for number in numbers if not pipeline.sequences[number].ends]
+    pipeline.killers = frozenset(open_[:1])
+    settle(pipeline)
+    for number in numbers:
+        (end,) = pipeline.sequences[number].ends
+        if number in pipeline.killers:
+            assert isinstance(end, NodeFailed)
+            assert "after it ran on 3 nodes" in str(end)
+        else:
+            assert end == "length"
+
+
+def test_a_sequence_that_never_fits_is_refused():
+    pipeline = new_pipeline((1, 1))
+    number = pipeline.generate(tuple(range(50)), 11)
+    assert isinstance(pipeline.sequences[number].ends[0], InputError)
+    settle(pipeline)
