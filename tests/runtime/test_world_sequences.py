@@ -260,6 +260,46 @@ def test_a_thousand_sequences_survive_a_node_killed_again_and_again():
     assert all(sequence.ends == ["length"] for sequence in pipeline.sequences.values())
 
 
+def drive(pipeline, choices, actions, *, lively):
+    """Take random actions: mostly messages and work, else what begins, ends and harms sequences."""
+    kinds = {"work": 1.0, "generate": 0.06, "give up": 0.03, "overtake": 0.02, "harm": lively, "wait": lively}
+    for _ in range(actions):
+        keys, busy = pipeline.waiting(), pipeline.busy()
+        open_ = pipeline.unanswered
+        match choices.choices(list(kinds), list(kinds.values()))[0]:
+            case "generate" if len(open_) < 20:
+                prompt = tuple(choices.randrange(_SMALL) for _ in range(choices.randrange(1, 9)))
+                pipeline.generate(prompt, choices.randrange(1, 12))
+            case "give up" if open_:
+                pipeline.tell(c.GivenUp(choices.choice(open_)))
+            case "overtake" if data := [key for key in keys if key[2] == "data"]:
+                pipeline.links[choices.choice(data)].rotate(1)
+            case "harm" if alive := [node.number for node in pipeline.nodes.values() if node.alive]:
+                choices.choice([pipeline.kill, pipeline.notice, pipeline.stop, pipeline.wake])(choices.choice(alive))
+            case "wait":
+                pipeline.pass_time(choices.randrange(1, 200))
+                for number in tuple(pipeline.exits):
+                    pipeline.notice(number)
+            case _ if keys and (not busy or choices.random() < 0.5):
+                pipeline.deliver(choices.choice(keys))
+            case _ if busy:
+                pipeline.work(choices.choice(busy))
+
+
+@pytest.mark.parametrize("lively", [0.0, 0.005])
+@pytest.mark.parametrize("seed", range(12))
+def test_texts_stay_right_while_many_sequences_come_and_are_given_up(seed, lively):
+    choices = random.Random(seed)
+    replicas = choices.choice([(1, 1), (1, 2), (2, 2), (1, 1, 1, 1)])
+    rows = choices.choice(["right", "right", "equal", "one"])
+    limits = {"max_rows": choices.choice([3, 4, 6]), "decode_groups": choices.choice([None, 1, 2])}
+    pipeline = new_pipeline(replicas, seed, decoder={"rows": rows}, limits=limits)
+    drive(pipeline, choices, 4000, lively=lively)
+    settle(pipeline)
+    if not lively:
+        assert pipeline.coordinator.sequences.replays == 0
+
+
 class Killers(SimulatedPipeline):
     """A pipeline with sequences that kill each node of stage 1 that executes them."""
 
