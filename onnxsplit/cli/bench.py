@@ -140,7 +140,6 @@ def _bench_decode(
         (
             row.rate.name,
             f"{row.rate.per_s:.1f}",
-            f"{row.rate.low:.1f} to {row.rate.high:.1f}",
             f"{row.rate.ratio:.3f}",
             milliseconds(row.first_ns),
             milliseconds(row.between_ns),
@@ -148,8 +147,7 @@ def _bench_decode(
         )
         for row in report.rows
     ]
-    columns = ("tokens a second", "median", "95 % interval", "pipeline over it", "first token", "between", "p99")
-    output.table(columns, rows)
+    output.table(("contender", "tokens/s", "pipeline over it", "first token", "between", "p99"), rows)
     output.line(
         f"\n{report.texts} text(s) at once, continued by {report.tokens} tokens after {report.context}; "
         f"{report.turns} turns of each; {report.threads} thread(s) for each session."
