@@ -54,14 +54,19 @@ def find_decoder(
     """
     decided = override if override is not None else Override()
     check_names(decided, graph.inputs, graph.outputs)
+    search = _Search(graph, specs, read_beside(folder), decided)
     try:
-        return _Search(graph, specs, read_beside(folder), decided).claim()
+        return search.claim()
     except NotClaimed as reason:
-        return NoDecoder(str(reason))
+        return NoDecoder(str(reason) if search.looks else "")
 
 
 class _Search:
-    """One search; it only collects what its steps share."""
+    """One search; it only collects what its steps share.
+
+    Attributes:
+        looks: whether the model looks like a decoder, so that the user wants to know why it is not treated as one.
+    """
 
     def __init__(self, graph: OpGraph, specs: Mapping[str, TensorSpec], beside: Beside, override: Override) -> None:
         self.graph, inside = flat_graph(graph)
@@ -69,38 +74,40 @@ class _Search:
         self.specs = {**inside, **_with_declared(graph, specs)}
         self.traces = traces_of(self.graph, self.specs, graph.inputs)
         self.tables = Tables(self.graph, self.traces)
+        self.looks = bool(override.states)
 
-    def claim(self) -> DecoderClaim | NoDecoder:
-        """The claim, or an empty reason.
+    def claim(self) -> DecoderClaim:
+        """The claim.
 
         Raises:
-            NotClaimed: the model looks like a decoder, and something about it is not clear.
+            NotClaimed: something is missing or not clear.
         """
         named = self._named()
-        sure = bool(named.lonely_pasts or named.lonely_presents or _speak_of_past(named.pairs)) or self._is_given()
-        self._refuse_encoders(sure)
+        self.looks |= bool(named.lonely_pasts or named.lonely_presents or _speak_of_past(named.pairs))
+        self._refuse_encoders()
         branch = branch_input(self.graph, self.traces, (*named.pairs, *named.lonely_pasts))
         if branch is not None:
             return DecoderClaim(states=(), controls=(), scores="", vocabulary=0, branch=branch)
         _refuse_halves(named, self.override)
         pairs = self._pairs(named)
+        self.looks |= any(_is_cache(pair) for pair in pairs)
         pasts = {pair.past for pair in pairs}
         inputs = self._inputs([name for name in self.graph.inputs if name not in pasts])
         tokens = tokens_input(inputs, self.override) if pairs else None
         if tokens is None:
-            if not sure and not any(_is_cache(pair) for pair in pairs):
-                return NoDecoder()
             raise NotClaimed(_without_tokens(inputs.names))
+        self.looks |= bool(named.pairs) or len(pairs) > 1
         return self._claimed(pairs, inputs, tokens)
 
     def _inputs(self, names: Sequence[str]) -> Inputs:
+        used = {*self.graph.readers, *self.graph.outputs}
         return Inputs(
             names=names,
             specs=self.specs,
             uses=roles_by_use(self.graph, self.traces),
             tables=self.tables.picked(),
             common=self.beside.names,
-            unread=frozenset(name for name in names if name not in {*self.graph.readers, *self.graph.outputs}),
+            unread=frozenset(name for name in names if name not in used),
         )
 
     def _claimed(self, pairs: Sequence[StatePair], inputs: Inputs, tokens: str) -> DecoderClaim:
@@ -163,20 +170,17 @@ class _Search:
         places = {name: place for place, name in enumerate(self.graph.inputs)}
         return tuple(sorted(pairs, key=lambda pair: places[pair.past]))
 
-    def _refuse_encoders(self, sure: bool) -> None:
+    def _refuse_encoders(self) -> None:
         """Refuse models that read what an encoder wrote."""
         given = {control.input for control in self.override.controls}
         names = [name for name in self.graph.inputs if of_encoder(name) and name not in given]
-        if sure and (names or self.beside.encoder_decoder):
+        if self.looks and (names or self.beside.encoder_decoder):
             why = (
                 f"{listed(names)} come from an encoder"
                 if names
                 else "its configuration file says that it has an encoder"
             )
             raise NotClaimed(f"{why}; models with an encoder are not run with resident caches yet")
-
-    def _is_given(self) -> bool:
-        return bool(self.override.states)
 
     def _end_tokens(self, vocabulary: int) -> tuple[tuple[int, ...], list[str]]:
         """The end tokens, without those beyond the vocabulary, and what is to be said of these."""

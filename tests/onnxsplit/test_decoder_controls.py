@@ -297,3 +297,13 @@ def test_a_model_that_is_no_decoder_gives_no_reason():
         [build.value("y", None), build.value("stateN", shape)], [weights],
     )  # fmt: skip
     assert refusal(voice) == ""
+
+
+def test_a_single_concat_of_an_input_does_not_look_like_a_cache():
+    """A recommender that appends the vectors of its categories to what it is given."""
+    nodes = [op("Gather", ["embed", "kinds"], ["more"]), op("Concat", ["given", "x", "more"], ["joined"], axis=1)]
+    model = decoder_around(
+        nodes, {"given": ["batch", "past", WIDTH]}, {"joined": ["batch", "total", WIDTH]}, tokens="numbers",
+        more=[build.value("kinds", ["batch", "new"], INT64)],
+    )  # fmt: skip
+    assert refusal(model) == ""

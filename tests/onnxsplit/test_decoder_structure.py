@@ -125,11 +125,11 @@ def test_a_window_that_is_always_full_is_replaced_as_a_whole():
 def test_a_window_of_unknown_size_is_refused():
     nodes = [
         op("Shape", ["x"], ["new"], start=1, end=2),
-        op("Concat", ["a", "k"], ["both"], axis=2),
-        op("Slice", ["both", "new", "end", "two"], ["b"]),
+        op("Concat", ["past.0.key", "k"], ["both"], axis=2),
+        op("Slice", ["both", "new", "end", "two"], ["present.0.key"]),
     ]
-    model = decoder_around(nodes, {"a": CACHE}, {"b": ["batch", 1, "kept", WIDTH]}, constants=LAST)
-    assert "how many it keeps is not a constant" in refusal(model)
+    ends = {"past.0.key": CACHE}, {"present.0.key": ["batch", 1, "kept", WIDTH]}
+    assert "how many it keeps is not a constant" in refusal(decoder_around(nodes, *ends, constants=LAST))
 
 
 def test_the_oldest_positions_can_be_cut_before_the_new_ones_are_added():
