@@ -22,6 +22,9 @@ MOST_FILE_BYTES = 512 << 30
 MOST_ROUNDS = 100
 """The largest number of rounds in which the real stages are run to correct a cut."""
 
+MOST_STEP_ROWS = 1024
+"""The largest number of rows in the step that the costs of a decoder are taken at."""
+
 MOST_INFLIGHT = 1_000_000
 """The largest limit on the requests that one pipeline has in flight."""
 

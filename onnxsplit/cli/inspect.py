@@ -23,6 +23,7 @@ from onnxsplit.cli.output import (
 
 if TYPE_CHECKING:
     from onnxsplit.planning.sweep import SweepRow
+    from onnxsplit.views.inspection import Inspection
 
 _SHOWN_TYPES = 10
 _SHOWN_NAMES = 3
@@ -68,6 +69,7 @@ def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path |
     for title, tensors in (("Input", facts.inputs), ("Output", facts.outputs)):
         for name, spec in tensors.items():
             output.line(f"{title} {name}: {spec}")
+    _show_decoder(output, facts)
     output.line()
     rows = [
         (row.op_type, f"{row.count}", milliseconds(row.time_ns), percent(row.time_ns / max(1, facts.time_ns)))
@@ -89,6 +91,19 @@ def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path |
         output.line(f"Wrote {html}.")
     output.line(f"Next: onnxsplit partition {model}{custom_ops_words(options['custom_ops'])}")
     output.result({"model": model, "inspection": facts, "sweep": swept})
+
+
+def _show_decoder(output: Output, facts: Inspection) -> None:
+    """Print the states of a decoder, or why a model that looks like one is none."""
+    if facts.no_decoder:
+        output.line(f"Not a decoder: {facts.no_decoder}.")
+    if not facts.states:
+        return
+    output.line()
+    output.table(
+        ("state", "next", "kind", "bytes"), [(s.past, s.present, s.kind, binary(s.bytes)) for s in facts.states]
+    )
+    output.line(f"Rows of unequal length: {facts.rows}. Chunks of prompts: {facts.chunk}.")
 
 
 def _show_sweep(output: Output, swept: tuple[SweepRow, ...]) -> None:

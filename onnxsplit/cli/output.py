@@ -18,7 +18,7 @@ import msgspec
 from onnxsplit.cli.streams import OutputFailed
 from onnxsplit.cli.values import THREADS
 from onnxsplit.errors import OnnxsplitError, in_one_line, one_line
-from onnxsplit.numbers import MOST_SIZE, parse_whole
+from onnxsplit.numbers import MOST_SIZE, MOST_STEP_ROWS, parse_whole
 
 Command = Callable[..., Any]
 
@@ -83,9 +83,44 @@ def io_options(command: Command, section: str = "") -> Command:
 def examine_options(command: Command) -> Command:
     """Options of commands that examine a model: costs, sizes, example inputs, inputs and outputs, custom ops."""
     section = "The model and its costs"
-    for add in (custom_ops_option, io_options, inputs_option, dims_option, costs_option):
+    for add in (decoder_options, custom_ops_option, io_options, inputs_option, dims_option, costs_option):
         command = add(command, section)
     return command
+
+
+def decoder_options(command: Command, section: str = "") -> Command:
+    """``--decoder``, ``--decode-rows``, ``--context``, ``--cache-tokens``."""
+    for name, settings in reversed(_DECODER_OPTIONS.items()):
+        command = option(name, section=section, **settings)(command)
+    return command
+
+
+_DECODER_OPTIONS: dict[str, dict[str, Any]] = {
+    "--decoder": {
+        "default": "auto",
+        "metavar": "auto|off|FILE",
+        "help": "Whether the model is a decoder whose caches stay on the nodes. auto: found out and proven by runs; "
+        "off: caches are ordinary inputs and outputs; FILE: TOML with what is to be taken for granted.",
+    },
+    "--decode-rows": {
+        "type": click.IntRange(1, MOST_STEP_ROWS),
+        "default": 4,
+        "metavar": "N",
+        "help": "For a decoder: number of sequences in the step that costs are taken at.",
+    },
+    "--context": {
+        "type": click.IntRange(0, MOST_SIZE),
+        "default": 512,
+        "metavar": "N",
+        "help": "For a decoder: number of positions of each of these sequences before the step.",
+    },
+    "--cache-tokens": {
+        "type": click.IntRange(0, MOST_SIZE),
+        "metavar": "N",
+        "help": "For a decoder: positions, over all sequences, for which stages need memory. Without it: those of the "
+        "step.",
+    },
+}
 
 
 def _parse_outputs(

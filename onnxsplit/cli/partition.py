@@ -35,6 +35,7 @@ _cut_option = functools.partial(option, section="Where to cut")
 _search_option = functools.partial(option, section="The search")
 _SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)  # strongest first
 _EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs", "custom_ops")
+_DECODER = ("decoder", "decode_rows", "context", "cache_tokens")
 
 
 def _pairs(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
@@ -196,7 +197,7 @@ def command(
 
     check_outputs(html, annotate)
     folder = out or planner.default_plan_folder(model)
-    examined = {name: options.pop(name) for name in _EXAMINED}
+    examined = {name: options.pop(name) for name in (*_EXAMINED, *_DECODER)}
     options = _strongest_names(options, CURRENT_NAMES)
     wanted = CutOptions(**by_current_name(options, functools.partial(_note_former_name, output)))
     if not dry_run:
@@ -210,6 +211,7 @@ def command(
     files = _beside(output, made, html, annotate)
     output.done()
     _show(output, made.plan)
+    _show_decoder(output, made)
     if wanted.stages is None and wanted.parallel == "model" and len(made.plan.stages) == 1:
         why = explain_dominant_op(made.subject.graph)
         if why is not None:
@@ -222,7 +224,14 @@ def command(
     else:
         more = custom_ops_words(examined["custom_ops"])
         output.line(f"Wrote {folder}. Next: onnxsplit verify {folder} {model}{more}")
-    output.result({"plan": None if dry_run else folder, "files": files, "summary": made.plan})
+    output.result(
+        {
+            "plan": None if dry_run else folder,
+            "files": files,
+            "summary": made.plan,
+            "no_decoder": made.subject.no_decoder or None,
+        }
+    )
 
 
 def _beside(output: Output, made: PlanningResult, html: Path | None, annotate: Path | None) -> list[Path]:
@@ -302,6 +311,17 @@ def _show(output: Output, plan: Plan) -> None:
         output.line(f"Custom ops of {library.name} ({library.sha256[:12]}) are needed by the stages: {stages}.")
     if plan.dims:
         output.line("Sizes used: " + ", ".join(f"{name}={size}" for name, size in plan.dims.items()))
+
+
+def _show_decoder(output: Output, made: PlanningResult) -> None:
+    """Print what is known of a decoder, or why a model that looks like one is none."""
+    from onnxsplit.views.decoder import decoder_lines
+
+    if made.plan.decoder is not None:
+        for text in decoder_lines(made.plan, made.plan.decoder):
+            output.line(text)
+    elif made.subject.no_decoder:
+        output.line(f"Not cut as a decoder: {made.subject.no_decoder}.")
 
 
 def _rows_text(plan: Plan, claim: BatchClaim) -> str:

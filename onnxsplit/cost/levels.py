@@ -15,7 +15,7 @@ from onnxsplit.model.precision import distance, is_discrete
 from onnxsplit.npz import load_npz
 from onnxsplit.plan import Level
 from onnxsplit.tensors import Array
-from onnxsplit.timed import TimedModel, median_ns
+from onnxsplit.timed import InPlace, TimedModel, median_ns
 
 CANDIDATE_LEVELS: tuple[Level, ...] = ("all", "extended", "basic")
 """The optimisation levels to try; the first is usually the best."""
@@ -54,6 +54,7 @@ def best_level(
     provider: str,
     data_folder: Path | None = None,
     custom_ops: Sequence[Library] = (),
+    in_place: InPlace = (),
 ) -> LevelChoice:
     """Choose the optimisation level at which a model file runs fastest.
 
@@ -68,6 +69,7 @@ def best_level(
         provider: execution provider.
         data_folder: the folder of the model's external data; beside the file when None.
         custom_ops: libraries of custom ops that the session loads.
+        in_place: pairs of an output and the input in whose memory it is written.
 
     Raises:
         ModelRefused: ONNX Runtime refuses the model at every level.
@@ -80,6 +82,7 @@ def best_level(
         provider=provider,
         data_folder=data_folder,
         custom_ops=custom_ops,
+        in_place=in_place,
     )
     times_ns, answers, again = _tried(open_model)
     *_, lowest = answers

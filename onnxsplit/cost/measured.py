@@ -29,6 +29,7 @@ from onnxsplit.model.shapes import Shapes, infer_shapes
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import TensorSpec
 from onnxsplit.tensors import TRAVELLING_TYPES, Array
+from onnxsplit.timed import InPlace
 
 _ANY_RANK = frozenset(["If", "Loop", "Reshape", "Scan", "SequenceAt", "OptionalGetElement", "Squeeze"])
 """Ops whose outputs may have another rank in the next run."""
@@ -45,6 +46,7 @@ def measured_costs(
     provider: str,
     say: Callable[[str], None],
     custom_ops: Sequence[Library] = (),
+    in_place: InPlace = (),
 ) -> OpCosts:
     """Profile a model on example inputs.
 
@@ -56,6 +58,7 @@ def measured_costs(
         provider: execution provider.
         say: called with each step.
         custom_ops: libraries of custom ops that the session loads.
+        in_place: pairs of an output and the input in whose memory it is written.
 
     Raises:
         ModelError: the model does not run on the inputs.
@@ -65,7 +68,9 @@ def measured_costs(
         save_npz(file, inputs)
         say("observing shapes")
         untyped = tuple(name for name in graph.producer if name not in shapes.specs)
-        profiled = partial(run_profile, source, file, threads=threads, provider=provider, custom_ops=custom_ops)
+        profiled = partial(
+            run_profile, source, file, threads=threads, provider=provider, custom_ops=custom_ops, in_place=in_place
+        )
         seen = profiled(level="disabled", seconds=0.0, untyped=untyped)
         say("timing optimisation levels")
         chosen = best_level(
@@ -75,6 +80,7 @@ def measured_costs(
             provider=provider,
             data_folder=source.data_folder,
             custom_ops=custom_ops,
+            in_place=in_place,
         )
         level, whole_ns = chosen.level, chosen.time_ns
         say(f"profiling ops at level {level}")

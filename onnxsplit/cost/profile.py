@@ -18,6 +18,7 @@ from onnxsplit.npz import save_npz
 from onnxsplit.plan import Level
 from onnxsplit.session import quiet_environment
 from onnxsplit.tensors import Array
+from onnxsplit.timed import InPlace
 
 
 class ProfileRequest(msgspec.Struct, frozen=True):
@@ -33,6 +34,7 @@ class ProfileRequest(msgspec.Struct, frozen=True):
         untyped: tensors whose types are wanted.
         data_folder: the folder of the model's external data; beside the file when None.
         custom_ops: libraries of custom ops that the session loads.
+        in_place: pairs of an output and the input in whose memory it is written.
     """
 
     model: str
@@ -44,6 +46,7 @@ class ProfileRequest(msgspec.Struct, frozen=True):
     untyped: tuple[str, ...] = ()
     data_folder: str | None = None
     custom_ops: tuple[Library, ...] = ()
+    in_place: InPlace = ()
 
 
 class Profile(msgspec.Struct, frozen=True):
@@ -72,6 +75,7 @@ def run_profile(
     seconds: float,
     untyped: tuple[str, ...] = (),
     custom_ops: Sequence[Library] = (),
+    in_place: InPlace = (),
 ) -> Profile:
     """Profile a model in a process of its own.
 
@@ -84,13 +88,14 @@ def run_profile(
         seconds: how long to run; 0 for a single run.
         untyped: tensors whose types are wanted.
         custom_ops: libraries of custom ops that the session loads.
+        in_place: pairs of an output and the input in whose memory it is written.
 
     Raises:
         ModelError: the model does not run on these inputs, or the process died.
     """
     folder = None if source.data_folder is None else str(source.data_folder)
     request = ProfileRequest(
-        str(source.path), str(inputs), threads, level, provider, seconds, untyped, folder, tuple(custom_ops)
+        str(source.path), str(inputs), threads, level, provider, seconds, untyped, folder, tuple(custom_ops), in_place
     )
     done = subprocess.run(
         [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],

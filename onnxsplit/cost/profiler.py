@@ -67,10 +67,14 @@ def profile(request: ProfileRequest) -> Profile:
             custom_ops=request.custom_ops,
         )
         inputs = {name: given[name] for name, _ in session.inputs}
+        into = {output: inputs[name] for output, name in request.in_place}
         end = time.monotonic() + request.seconds
         count = 0
         while count < (3 if request.seconds else 1) or (time.monotonic() < end and count < 200):
-            session.run(inputs)
+            if into:
+                session.run_into(inputs, into)
+            else:
+                session.run(inputs)
             count += 1
         events = msgspec.json.decode(session.end_profiling().read_bytes(), type=list[_Event])
     del session  # two at once would need twice the memory

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from onnxsplit.decoder.claim import DecoderClaim
 from onnxsplit.plan_decoder import ChunkLayout, Proof, RowLayout
+from onnxsplit.timed import InPlace
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class ProvenDecoder:
     rows: RowLayout
     chunk: ChunkLayout
     proof: Proof | None = None
+
+    @property
+    def in_place(self) -> InPlace:
+        """The outputs and inputs that share memory."""
+        return tuple((state.present, state.past) for state in self.claim.states if state.kind == "in-place")
 
     @property
     def rollback(self) -> bool:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
+from onnxsplit.cost.profile import shapes_of_run
 from onnxsplit.custom_ops import Library
 from onnxsplit.errors import OnnxsplitError, one_line, shown
 from onnxsplit.model.example_inputs import table_size
@@ -39,6 +41,7 @@ def with_batch_axes(plan: Plan, folder: Path, subject: Subject, say: Say) -> Pla
         subject: the model that the plan was made from.
         say: called with each step.
     """
+    subject = _small(subject)
     axes, why_not = axes_by_structure(subject, plan.defaults)
     tried = 0
     if axes:
@@ -50,6 +53,16 @@ def with_batch_axes(plan: Plan, folder: Path, subject: Subject, say: Say) -> Pla
     return msgspec.structs.replace(plan, tensors=tensors, batch=BatchClaim(trials=tried))
 
 
+def _small(subject: Subject) -> Subject:
+    """The model with small example inputs, and the shapes that its tensors have with them."""
+    if subject.inputs is subject.small_inputs:
+        return subject
+    inputs = subject.small_inputs
+    sizes = shapes_of_run(subject.graph, inputs, custom_ops=subject.custom_ops)
+    shapes = subject.shapes.observed({**{name: array.shape for name, array in inputs.items()}, **sizes}, {})
+    return replace(subject, inputs=inputs, costs=replace(subject.costs, shapes=shapes))
+
+
 def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[int, str]:
     """Run the trials.
 
@@ -57,7 +70,6 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
         The number of trials that confirmed the claim and an empty text; or 0 and why the claim fails.
     """
     graph = subject.graph
-    inputs = subject.small_inputs
     of_inputs = {name: axis for name, axis in axes.items() if name in graph.inputs}
     limits = {name: size for name in of_inputs if (size := table_size(graph, name)) is not None}
     allowed = tolerance(computed_types(graph, subject.shapes))
@@ -65,7 +77,7 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
     count, failure = 0, "the rows of its inputs cannot be made to differ"
     stages = _stage_files(plan, folder, subject.custom_ops)
     with StageProcesses(keep=True) as run_stage:
-        for trial in trials(inputs, of_inputs, limits):
+        for trial in trials(subject.inputs, of_inputs, limits):
             if equal_rows(trial.inputs, of_inputs, limits):
                 continue
             try:

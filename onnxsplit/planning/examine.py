@@ -27,7 +27,7 @@ from onnxsplit.model.in_memory import ModelLike, open_any
 from onnxsplit.model.shapes import infer_shapes, input_specs
 from onnxsplit.model.source import SourceModel
 from onnxsplit.npz import load_npz
-from onnxsplit.numbers import MOST_BYTES, as_int, whole_problem
+from onnxsplit.numbers import MOST_BYTES, MOST_STEP_ROWS, as_int, whole_problem
 from onnxsplit.plan import TensorSpec
 from onnxsplit.plan_decoder import MOST_LENGTH
 from onnxsplit.planning.decoding import StepSize, decoding, step_size
@@ -38,9 +38,6 @@ from onnxsplit.tensors import Array
 
 DECODER_OPTIONS = ("decoder", "decode_rows", "context", "cache_tokens")
 """The attributes of :class:`ModelOptions` that concern decoders."""
-
-MOST_ROWS = 1024
-"""The largest number of rows in the step that the costs of a decoder are taken at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +85,7 @@ class ModelOptions:
             InputError: names the options, and what is allowed.
         """
         checks = [
-            whole_problem("--decode-rows", self.decode_rows, 1, MOST_ROWS),
+            whole_problem("--decode-rows", self.decode_rows, 1, MOST_STEP_ROWS),
             whole_problem("--context", self.context, 0, MOST_LENGTH),
             self.cache_tokens is not None and whole_problem("--cache-tokens", self.cache_tokens, 0, MOST_BYTES),
         ]
@@ -202,7 +199,16 @@ def _measured(reading: _Reading, threads: int, provider: str, say: Say) -> Subje
         )
         inputs, dims = example.inputs, example.dims
     shapes = infer_shapes(graph, {name: array.shape for name, array in inputs.items()})
-    costs = measured_costs(graph, shapes, inputs, threads=threads, provider=provider, say=say, custom_ops=libraries)
+    costs = measured_costs(
+        graph,
+        shapes,
+        inputs,
+        threads=threads,
+        provider=provider,
+        say=say,
+        custom_ops=libraries,
+        in_place=reading.decoder.in_place if isinstance(reading.decoder, ProvenDecoder) and step is not None else (),
+    )
     return _subject(reading, costs, inputs, dims, None)
 
 

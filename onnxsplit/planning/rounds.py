@@ -186,7 +186,12 @@ class Rounds:
             for index, (stage, feed) in enumerate(self._fed(cut, stack)):
                 self._say(f"choosing the optimisation level of stage {index} of {len(cut.parts)}")
                 fastest = best_level(
-                    stage.path, feed, threads=stage.threads, provider=stage.provider, custom_ops=stage.custom_ops
+                    stage.path,
+                    feed,
+                    threads=stage.threads,
+                    provider=stage.provider,
+                    custom_ops=stage.custom_ops,
+                    in_place=stage.in_place,
                 )
                 levels.append(fastest.level)
         return tuple(levels)
@@ -237,6 +242,8 @@ class Rounds:
     def _stage_files(self, cut: CandidateCut) -> list[StageFile]:
         """The stage files and how this host opens them for measurements."""
         devices = [cut.device(self._target, index) for index in range(len(cut.parts))]
+        decoding = self._subject.decoding
+        in_place = decoding.decoder.in_place if decoding is not None and decoding.step.rows else ()
         return [
             StageFile(
                 path=cut.folder / stage_file(index),
@@ -246,6 +253,7 @@ class Rounds:
                 level=level,
                 provider=self._provider_here(device),
                 custom_ops=self._subject.libraries(part.ops),
+                in_place=tuple(pair for pair in in_place if pair[0] in part.outputs),
             )
             for index, (part, device, level) in enumerate(zip(cut.parts, devices, cut.levels, strict=True))
         ]

@@ -12,7 +12,7 @@ from onnxsplit.custom_ops import Library
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import Level
 from onnxsplit.tensors import Array
-from onnxsplit.timed import TimedModel
+from onnxsplit.timed import InPlace, TimedModel
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class StageFile:
         level: graph optimisation level.
         provider: execution provider.
         custom_ops: libraries of custom ops that the session loads.
+        in_place: pairs of an output and the input in whose memory it is written.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class StageFile:
     level: Level
     provider: str = "cpu"
     custom_ops: tuple[Library, ...] = ()
+    in_place: InPlace = ()
 
     def timed(self, inputs: Path) -> TimedModel:
         """The stage in a process of its own, with the inputs in an ``.npz`` file."""
@@ -46,6 +48,7 @@ class StageFile:
             level=self.level,
             provider=self.provider,
             custom_ops=self.custom_ops,
+            in_place=self.in_place,
         )
 
 

@@ -35,6 +35,15 @@ class CutRow(PlanStruct, frozen=True, kw_only=True):
     after_ns: int
 
 
+class StateRow(PlanStruct, frozen=True, kw_only=True):
+    """A state of a decoder: its two ends, its kind, and its size in bytes."""
+
+    past: str
+    present: str
+    kind: str
+    bytes: int
+
+
 class Inspection(PlanStruct, frozen=True, kw_only=True):
     """Figures of a model.
 
@@ -54,6 +63,11 @@ class Inspection(PlanStruct, frozen=True, kw_only=True):
         op_types: the ops by type, the most time first.
         cuts: ways to cut the model in two, the best balanced first.
         multi_device: violations in the model's multi-device fields.
+        states: for a decoder, its states: kind, and the bytes of one position or, where the length does not matter, of
+            one sequence.
+        rows: for a decoder, how rows of unequal length share a run; else None.
+        chunk: for a decoder, which runs have more than one new token on an existing past; else None.
+        no_decoder: why a model that looks like a decoder is none; else None.
     """
 
     ir_version: int
@@ -71,6 +85,10 @@ class Inspection(PlanStruct, frozen=True, kw_only=True):
     op_types: tuple[TypeRow, ...]
     cuts: tuple[CutRow, ...]
     multi_device: tuple[str, ...]
+    states: tuple[StateRow, ...] = ()
+    rows: str | None = None
+    chunk: str | None = None
+    no_decoder: str | None = None
 
 
 def inspect_subject(subject: Subject, *, cuts: int = 5) -> Inspection:
@@ -101,6 +119,25 @@ def inspect_subject(subject: Subject, *, cuts: int = 5) -> Inspection:
         ),
         cuts=_best_cuts(subject, cuts),
         multi_device=tuple(check_multi_device(graph.source.proto)),
+        states=_states(subject),
+        rows=subject.decoding.decoder.rows if subject.decoding is not None else None,
+        chunk=subject.decoding.decoder.chunk if subject.decoding is not None else None,
+        no_decoder=subject.no_decoder or None,
+    )
+
+
+def _states(subject: Subject) -> tuple[StateRow, ...]:
+    decoding = subject.decoding
+    if decoding is None:
+        return ()
+    return tuple(
+        StateRow(
+            past=state.past,
+            present=state.present,
+            kind=state.kind,
+            bytes=decoding.token_bytes(state) or decoding.fixed_bytes(state),
+        )
+        for state in decoding.decoder.claim.states
     )
 
 
