@@ -88,7 +88,36 @@ def ops_together(
         for name in op.outputs
         if name in growing
     ]
+    held = {op for group in groups[: len(claim.states)] for op in group if op not in free}
+    groups += [
+        [op, near] for op in _asking(graph, claim, free) if (near := _nearest(graph, op, held, free)) is not None
+    ]
     return [kept for group in groups if len(kept := [op for op in group if op not in free]) > 1]
+
+
+def _asking(graph: OpGraph, claim: DecoderClaim, free: Collection[int]) -> list[int]:
+    """The ops that read what follows from the shape of a state; a stage with such an op needs a state."""
+    pasts = {state.past for state in claim.states}
+    asked: set[int] = set()
+    for op in graph.ops:
+        if op.index in free and any(name in pasts or graph.producer.get(name) in asked for name in op.reads):
+            asked.add(op.index)
+    return [
+        op.index for op in graph.ops if op.index not in free and any(graph.producer.get(n) in asked for n in op.reads)
+    ]
+
+
+def _nearest(graph: OpGraph, op: int, held: Collection[int], free: Collection[int]) -> int | None:
+    """The op with a state that is fewest ops away, in either direction; None if there is none."""
+    seen, near = {op}, [op]
+    while near:
+        for one in near:
+            if one in held:
+                return one
+        steps = sorted({n for one in near for n in (*graph.digraph.pred[one], *graph.digraph.succ[one])} - seen)
+        near = [one for one in steps if one not in free and one not in graph.constant_ops]
+        seen.update(near)
+    return None
 
 
 def states_alike(claim: DecoderClaim, specs: Mapping[str, TensorSpec]) -> dict[str, int]:
