@@ -230,6 +230,7 @@ def command(
             "files": files,
             "summary": made.plan,
             "no_decoder": made.subject.no_decoder or None,
+            "prefill": made.subject.decoding.prefill if made.subject.decoding is not None else None,
         }
     )
 
@@ -320,6 +321,11 @@ def _show_decoder(output: Output, made: PlanningResult) -> None:
     if made.plan.decoder is not None:
         for text in decoder_lines(made.plan, made.plan.decoder):
             output.line(text)
+        prefill = made.subject.decoding.prefill if made.subject.decoding is not None else None
+        if prefill is not None:
+            output.line(
+                f"The whole model takes {milliseconds(prefill.time_ns)} for a prompt of {prefill.tokens} tokens."
+            )
     elif made.subject.no_decoder:
         output.line(f"Not cut as a decoder: {made.subject.no_decoder}.")
 

@@ -18,6 +18,7 @@ from onnxsplit.decoder.reference import StepRunner
 from onnxsplit.decoder.rewrite import branch_with_past, inlined, last_positions_only
 from onnxsplit.decoder.token_shapes import with_token_shapes
 from onnxsplit.errors import ModelError
+from onnxsplit.memory import free_memory_bytes
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.in_memory import runnable
 from onnxsplit.model.precision import computed_types, rounds_activations, tolerance
@@ -129,6 +130,9 @@ def _proven(
     graph = build_graph(source)
     specs = input_specs(graph)
     allowed = tolerance(computed_types(graph, Shapes(specs=specs, sizes={})))
+    needed, free = sum(stored.size_bytes for stored in graph.stored), free_memory_bytes()
+    if needed > free:
+        return NoDecoder(f"it cannot be run here: its weights take {needed} bytes, and {free} bytes of memory are free")
     rounding = max(allowed, _ROUNDED) if rounds_activations(graph) else allowed
     try:
         with runnable(source) as file:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from onnxsplit.cost.profile import shapes_of_run
 from onnxsplit.custom_ops import Library
@@ -11,16 +13,22 @@ from onnxsplit.decoder.claim import StateClaim
 from onnxsplit.decoder.inputs import example_step
 from onnxsplit.decoder.local import cheap_ops, control_ops, names_of, ops_together, states_alike
 from onnxsplit.decoder.proven import ProvenDecoder
+from onnxsplit.errors import ModelError
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.model.dimensions import check_dimensions
 from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.in_memory import runnable
 from onnxsplit.model.shapes import Shapes, infer_shapes
-from onnxsplit.plan import TensorSpec
+from onnxsplit.model.source import SourceModel
+from onnxsplit.npz import save_npz
+from onnxsplit.plan import Level, TensorSpec
 from onnxsplit.step_inputs import state_shape
 from onnxsplit.tensors import Array, size_bytes
+from onnxsplit.timed import TimedModel
 
 _MOST_STATE_BYTES = 1 << 30  # of the states in the step that costs are taken at
 _EXAMPLE_ROWS, _EXAMPLE_CONTEXT, _EXAMPLE_NEW = 1, 6, 2
+_PROMPT_TOKENS = 128
 _SHORT, _LONG = 5, 7  # lengths whose comparison shows which tensors grow
 
 
@@ -31,6 +39,14 @@ class StepSize:
     rows: int
     context: int
     new: int = 1
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Time of the whole model for the first tokens of one sequence in one run, in nanoseconds."""
+
+    tokens: int
+    time_ns: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class Decoding:
         local: ops that every stage that reads them computes for itself.
         together: groups of ops that must share a stage.
         alike: for each state, the number of a group; states of one group have the same shape in every run.
+        prefill: time for a prompt; None if nothing was measured.
     """
 
     decoder: ProvenDecoder
@@ -54,6 +71,7 @@ class Decoding:
     local: frozenset[int] = frozenset()
     together: tuple[tuple[int, ...], ...] = ()
     alike: Mapping[str, int] = field(default_factory=dict)
+    prefill: Prefill | None = None
 
     @property
     def stays(self) -> frozenset[str]:
@@ -174,6 +192,48 @@ def decoding(
         together=tuple(tuple(group) for group in ops_together(graph, claim, free, short, long)),
         alike=states_alike(claim, specs),
     )
+
+
+def measured_prefill(
+    source: SourceModel,
+    decoder: ProvenDecoder,
+    specs: Mapping[str, TensorSpec],
+    *,
+    threads: int,
+    level: Level,
+    provider: str,
+    custom_ops: Sequence[Library] = (),
+) -> Prefill | None:
+    """Measure how long the whole model takes for a prompt; None if it does not run on one of that length.
+
+    Args:
+        source: the model.
+        decoder: the decoder.
+        specs: types and shapes of the model's inputs.
+        threads: threads of the session.
+        level: optimisation level of the session.
+        provider: execution provider.
+        custom_ops: libraries of custom ops that the session loads.
+    """
+    limits = [decoder.claim.max_length, *(s.capacity for s in decoder.claim.states if s.kind == "in-place")]
+    tokens = min([_PROMPT_TOKENS, *(limit for limit in limits if limit is not None)])
+    with runnable(source) as file, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+        feed = Path(folder) / "in.npz"
+        save_npz(feed, example_step(decoder.claim, specs, rows=1, context=0, new=tokens))
+        try:
+            with TimedModel(
+                file.path,
+                feed,
+                threads=threads,
+                level=level,
+                provider=provider,
+                data_folder=file.data_folder,
+                custom_ops=custom_ops,
+                in_place=decoder.in_place,
+            ) as timed:
+                return Prefill(tokens, min(timed.run(0.0, least=2)))
+        except ModelError:
+            return None
 
 
 def _lengths(decoder: ProvenDecoder) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from onnxsplit.npz import load_npz
 from onnxsplit.numbers import MOST_BYTES, MOST_STEP_ROWS, as_int, whole_problem
 from onnxsplit.plan import TensorSpec
 from onnxsplit.plan_decoder import MOST_LENGTH
-from onnxsplit.planning.decoding import StepSize, decoding, step_size
+from onnxsplit.planning.decoding import StepSize, decoding, measured_prefill, step_size
 from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say, silent
 from onnxsplit.session import threads_per_node
@@ -209,7 +209,20 @@ def _measured(reading: _Reading, threads: int, provider: str, say: Say) -> Subje
         custom_ops=libraries,
         in_place=reading.decoder.in_place if isinstance(reading.decoder, ProvenDecoder) and step is not None else (),
     )
-    return _subject(reading, costs, inputs, dims, None)
+    subject = _subject(reading, costs, inputs, dims, None)
+    if subject.decoding is None:
+        return subject
+    say("timing a prompt")
+    prefill = measured_prefill(
+        graph.source,
+        subject.decoding.decoder,
+        reading.specs,
+        threads=threads,
+        level=costs.level,
+        provider=provider,
+        custom_ops=libraries,
+    )
+    return replace(subject, decoding=replace(subject.decoding, prefill=prefill))
 
 
 def _estimated(reading: _Reading, note: str | None) -> Subject:
