@@ -30,6 +30,9 @@ from onnxsplit.session import open_session
 
 OFF, AUTO = "off", "auto"
 
+_NOT_RUN = (
+    "without runs, nothing is proven of it; leave out --costs analytic, or say what is what with --decoder FILE.toml"
+)
 _ROUNDED = 0.1  # how far kernels may be apart, as a share of the scale, where activations are rounded to 8 bits
 
 
@@ -68,12 +71,14 @@ def prepare(
     Raises:
         InputError: the file with the claims cannot be used.
     """
-    if choice == OFF or (choice == AUTO and not runs):
+    if choice == OFF:
         return PreparedModel(source, NoDecoder())
     override = read_override(Path(choice)) if choice != AUTO else None
     found = _find(source, override)
     if isinstance(found, NoDecoder):
         return PreparedModel(source, found)
+    if override is None and not runs:
+        return PreparedModel(source, NoDecoder(_NOT_RUN))
     changed, claim = _rewritten(source, found, override, scores_of_last=True)
     if isinstance(claim, NoDecoder):
         return PreparedModel(source, claim)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from onnxsplit.cost import OpCosts
 from onnxsplit.custom_ops import Library
-from onnxsplit.model.atoms import Atoms, build_atoms
+from onnxsplit.model.atoms import AtomEdge, Atoms, build_atoms
 from onnxsplit.model.graph import OpGraph
 from onnxsplit.model.protobuf import node_tensors, tensor_bytes
 from onnxsplit.model.shapes import Shapes
@@ -76,6 +76,12 @@ class Subject:
         local = self.decoding.local if self.decoding is not None else frozenset[int]()
         return replace(self, atoms=build_atoms(self.graph, self.shapes, single=True, local=local))
 
+    @property
+    def crossing(self) -> tuple[AtomEdge, ...]:
+        """The tensors that may cross: all between atoms and the caller, but for a decoder's states and controls."""
+        stays = self.decoding.stays if self.decoding is not None else frozenset[str]()
+        return tuple(edge for edge in self.atoms.edges if edge.tensor not in stays)
+
     def problem(self, op_ns: Sequence[int], target: Target | None = None) -> Problem:
         """The numeric problem that a partitioning algorithm solves.
 
@@ -90,14 +96,12 @@ class Subject:
         for op in self.atoms.copied:  # the copy is charged to the first reader
             if readers[op]:
                 times[atom_of[min(readers[op])]] += op_ns[op]
-        stays = self.decoding.stays if self.decoding is not None else frozenset[str]()
         return Problem(
             kinds=target.kinds(self.graph.ops, self.atoms.ops, times),
             devices=target.kind_of,
             transfers=tuple(
                 Transfer(edge.writer, edge.readers, self.shapes.bytes(edge.tensor), edge.to_caller)
-                for edge in self.atoms.edges
-                if edge.tensor not in stays
+                for edge in self.crossing
             ),
             weights=(*self._weights(atom_of, target.packs), *self._caches()),
             inner_bytes=self._inner_bytes(),

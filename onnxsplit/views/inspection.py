@@ -153,7 +153,7 @@ def _best_cuts(subject: Subject, count: int) -> tuple[CutRow, ...]:
         before += times[last]
         crossing = [
             (edge, transfer)
-            for edge, transfer in zip(subject.atoms.edges, problem.transfers, strict=True)
+            for edge, transfer in zip(subject.crossing, problem.transfers, strict=True)
             if edge.writer != CALLER and edge.writer <= last and any(reader > last for reader in edge.readers)
         ]
         paid = sum(problem.link.transfer_ns(transfer.size_bytes) for _, transfer in crossing)
