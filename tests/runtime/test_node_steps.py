@@ -465,3 +465,64 @@ def test_only_what_is_wanted_leaves_the_last_stage(world):
     drawn, quiet = world.results[1][0], world.results[2][0]
     assert [token.position for token in drawn.drawn] == [2]
     assert (drawn.tensors, quiet.tensors, quiet.drawn) == ((), (), ())
+
+
+def run_all(world: World, number: int, *rows: StepRow) -> np.ndarray:
+    """Run a step alone; returns its scores, [rows, vocabulary]."""
+    world.step(number, rows)
+    while world.messages:
+        world.deliver(0)
+    assert not world.failed
+    return world.results[number][1].reshape(len(rows), -1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_last_step_can_be_taken_back(case, name):
+    world, texts = World(case(name)), {7: [1, 2, 3], 8: [4, 5, 6]}
+    alone = case(name).plan.decoder.rows == "one"
+    number = 0
+
+    def step(start: int, added: dict[int, int]) -> None:
+        nonlocal number
+        groups = [[s] for s in added] if alone else [list(added)]
+        for group in groups:
+            number += 1
+            for sequence in group:
+                texts[sequence] = [*texts[sequence][:start], added[sequence]]
+            rows = [row(s, s - 7, start, texts[s][start:]) for s in group]
+            for sequence, scores in zip(group, run_all(world, number, *rows), strict=True):
+                whole = case(name).scores(texts[sequence])
+                assert np.abs(scores - whole).max() <= 1e-5 * np.abs(whole).max()
+
+    for slot, sequence in enumerate(texts):
+        number += 1
+        run_all(world, number, row(sequence, slot, 0, texts[sequence]))
+    step(3, {7: 10, 8: 20})
+    step(3, {7: 11, 8: 21})
+    step(4, {7: 12, 8: 22})
+    step(4, {8: 23})
+    step(5, {7: 13, 8: 24})
+    step(5, {7: 14, 8: 25})
+
+
+def test_steps_that_can_run_go_first_come_first_served_past_those_that_wait(case):
+    world = World(case("in place"))
+    ran = []
+    node = world.nodes[0]
+    original = node.runner.run
+    node.runner.run = lambda rows, *more: ran.append(rows[0].sequence * 10 + rows[0].start) or original(rows, *more)
+    first = [row(1, 0, 2, [5]), row(1, 0, 3, [6])]  # of sequence 1, whose beginning has not arrived
+    others = [row(2, 1, 0, [1]), row(3, 2, 0, [1]), row(2, 1, 1, [2])]
+    for number, one in enumerate([*first, *others], 2):
+        fragment = Fragment(number, 1, 1, 1000, 0, 0, CALLER, (1, 2), (), (), (), (one,))
+        assert node.state.handle(Arrived(fragment, {}, 0)) == []
+    while node.state.ready:
+        world.handle(0, Turn(0))
+    assert ran == [20, 30, 21]
+    begin = Fragment(1, 1, 1, 1000, 0, 0, CALLER, (1, 2), (), (), (), (row(1, 0, 0, [1, 2]),))
+    later = Fragment(9, 1, 1, 1000, 0, 0, CALLER, (1, 2), (), (), (), (row(4, 3, 0, [1]),))
+    for fragment in (begin, later):
+        node.state.handle(Arrived(fragment, {}, 0))
+    while node.state.ready:
+        world.handle(0, Turn(0))
+    assert ran == [20, 30, 21, 10, 12, 13, 40], "a parked step comes before all that arrived later"
