@@ -18,7 +18,8 @@ SMALL_BYTES = 16 << 10
 class Binding:
     """The places of a session's inputs and outputs, which stay from run to run until they are bound again.
 
-    Every input and output must be bound before the first run. Arrays are kept alive while they are bound.
+    Every input and output must be bound before the first run. Arrays are kept alive while they are bound, except large
+    ones of :meth:`feed` and :meth:`fill`, which usually lie elsewhere in the next run: bind these before each run.
     """
 
     def __init__(self, raw: Any, inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]) -> None:
@@ -38,9 +39,10 @@ class Binding:
         """Give an input, as a contiguous array. A small one is copied to the place that it had in the last run."""
         if array.nbytes > SMALL_BYTES:
             self.read(name, array)
+            del self._arrays[name]
             return
         kept = self._arrays.get(name)
-        if kept is None or kept.shape != array.shape or not kept.flags.writeable or kept.nbytes > SMALL_BYTES:
+        if kept is None or kept.shape != array.shape:
             self.read(name, np.array(array))
         elif kept is not array:
             kept[...] = array
@@ -56,6 +58,12 @@ class Binding:
             self._binding.bind_output(name, "cpu", 0, self._number(name), array.shape, address(array))
             self._arrays[name] = array
             self._order[name] = None
+
+    def fill(self, name: str, array: Array) -> None:
+        """Write an output as :meth:`write` does, into an array that usually lies elsewhere in the next run."""
+        self.write(name, array)
+        if array.nbytes > SMALL_BYTES:
+            del self._arrays[name]
 
     def make(self, name: str) -> None:
         """Let ONNX Runtime make the memory of an output. Call it before every run whose output is to be kept."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 
 import build
 import ml_dtypes
@@ -10,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from onnxsplit.binding import view_of
 from onnxsplit.errors import ModelError, ProviderError
 from onnxsplit.planning.planner import partition
 from onnxsplit.providers import available_providers, parse_provider, providers_by_stage
@@ -168,3 +170,56 @@ def test_answers_stay_right_when_more_places_came_than_bindings_are_kept(tmp_pat
         given = {"x": source.standard_normal((70, 48)).astype(np.float32)}
         found = session.run_into(given, {"y": into})["y"].copy()
         np.testing.assert_allclose(found, session.run(given)["y"], atol=1e-5)
+
+
+def _scaled():
+    """y = x * s, on a session that can be bound."""
+    nodes = [helper.make_node("Mul", ["x", "s"], ["y"])]
+    proto = build.model(nodes, [build.value("x", ["n"]), build.value("s", [1])], [build.value("y", ["n"])])
+    return open_session(proto.SerializeToString(), threads=1)
+
+
+def test_a_binding_reads_and_writes_where_it_was_bound_last():
+    binding = _scaled().binding()
+    x, y = np.arange(4, dtype=np.float32), np.zeros(4, np.float32)
+    binding.read("x", x)
+    binding.write("y", y)
+    for factor in (2.0, 3.0):
+        binding.feed("s", np.array([factor], np.float32))
+        x += 1
+        binding.run()
+        assert np.array_equal(y, x * np.float32(factor))
+    binding.make("y")
+    binding.run()
+    first = binding.made()["y"]
+    binding.feed("x", np.ones(2, np.float32))
+    binding.make("y")
+    binding.run()
+    assert view_of(first, "float32").tolist() == (x * 3).tolist()
+    assert view_of(binding.made()["y"], "float32").tolist() == [3, 3]
+    binding.read_value("x", first)
+    binding.make("y")
+    binding.run()
+    assert view_of(binding.made()["y"], "float32").tolist() == (x * 9).tolist()
+
+
+def test_a_binding_does_not_keep_large_tensors_of_one_run():
+    binding = _scaled().binding()
+    binding.feed("s", np.ones(1, np.float32))
+    x, y = np.ones(1 << 16, np.float32), np.zeros(1 << 16, np.float32)
+    gone = weakref.ref(x), weakref.ref(y)
+    binding.feed("x", x)
+    binding.fill("y", y)
+    binding.run()
+    assert y.all()
+    del x, y
+    assert [one() for one in gone] == [None, None]
+
+
+def test_a_binding_names_what_onnx_runtime_refuses():
+    binding = _scaled().binding()
+    binding.feed("s", np.ones(1, np.float32))
+    binding.feed("x", np.ones(3, np.float32))
+    binding.write("y", np.zeros(2, np.float32))
+    with pytest.raises(ModelError, match="shape"):
+        binding.run()

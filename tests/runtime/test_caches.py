@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,11 +165,17 @@ def test_a_pool_with_holes_grows_and_shrinks_with_its_rows():
         rows.step(0, 2)
     assert rows.step(0, 2) == 128
     assert rows.step(1, 1) == 64, "a step is as wide as its own rows need"
+    rows.move((1, 4))
     rows.step(0, 1, 90)
-    assert rows.step(0, 2) == LENGTH
+    assert rows.step(0, 1) == LENGTH
+    rows.step(4, 1)
     rows.clear([0])
     assert rows.bank._capacity == 64
-    rows.step(1, 1)
+    rows.step(4, 1)
+    rows.clear([4])
+    assert rows.bank._scratch.nbytes == 0, "nothing is kept for nobody"
+    rows.step(3, 1, 2)
+    rows.step(3, 1)
 
 
 def test_packed_rows_that_stay_together_are_not_copied():
@@ -184,6 +191,10 @@ def test_packed_rows_that_stay_together_are_not_copied():
     assert gathered == []
     rows.step(1, 1)
     assert len(gathered) == 1
+    packs = [weakref.ref(pack) for pack, _ in rows.bank._now.values()]
+    rows.clear([0, 1])
+    rows.binding = None  # the caches drop it as well
+    assert [pack() for pack in packs] == [None, None], "nothing is kept for nobody"
 
 
 @pytest.mark.parametrize(("batch", "axis"), AXES)

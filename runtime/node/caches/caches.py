@@ -160,7 +160,7 @@ class Caches:
         """Run the session; returns what ONNX Runtime has made itself."""
         for name in self._outputs:
             if name in places:
-                binding.write(name, places[name])
+                binding.fill(name, places[name])
             else:
                 binding.make(name)
         binding.run()

@@ -128,9 +128,14 @@ class HolesBank:
         for slot in slots:
             self._pool.clear([slot])
             self._lengths[slot] = 0
-        needed = self._rounded(max(self._lengths))
+        longest = max(self._lengths)
+        needed = self._rounded(longest)
         if needed * 2 < self._capacity:
             self._resize(needed)
+        if longest == 0:
+            self._scratch = np.zeros(0, np.uint8)
+            self._past = self._present = self._made = self._pool.array
+            self._forget_views()
 
     def _rounded(self, positions: int) -> int:
         capacity = SMALLEST

@@ -173,6 +173,7 @@ class PackedBank:
             self._now.pop(slot, None)
             self._spare.pop(slot, None)
         self.generation += 1  # a binding keeps alive what it was last given
+        self._past = _Pack(0, (), ())
 
 
 def _row(array: Array, state: State, row: int) -> Array:
