@@ -52,6 +52,7 @@ class StepRecord:
         group: the group whose decode step it is; None for a part of a prompt.
         rows: its sequences, with their epochs.
         draws: whether the last stage chooses tokens.
+        tokens: the number of new tokens of each row.
         held: the slots that it holds.
         live: the number of rows that wait for it: their epoch has not ended.
         cost: its cost.
@@ -63,6 +64,7 @@ class StepRecord:
     group: Group | None
     rows: list[tuple[SequenceRecord, int]]
     draws: bool
+    tokens: int
     held: list[int]
     live: int
     cost: int
@@ -94,6 +96,7 @@ class Chain:
         groups: the groups.
         sequences: its sequences, in the order in which they came.
         chunks: the number of its steps in flight that read parts of prompts.
+        reading: the number of tokens in these steps.
         is_open: whether new sequences may come.
         leaves: whether one of its nodes takes no more work.
     """
@@ -116,6 +119,7 @@ class Chain:
         self.groups = [Group(range(first + each * i, first + each * (i + 1))) for i in range(limits.groups)]
         self.sequences: dict[SequenceRecord, None] = {}
         self.chunks = 0
+        self.reading = 0
         self.is_open = True
         self.leaves = False
         self._limits = limits
@@ -229,11 +233,16 @@ class Chain:
     def next_prompt(self) -> SequenceRecord | None:
         """The sequence whose prompt is to be read on; None when no prompt is left, or enough are being read.
 
-        While any sequence decodes, one part of a prompt is in flight, so tokens are not held up. Otherwise there are
-        as many as keep all nodes busy.
+        As many steps are in flight as keep all nodes busy. While any sequence decodes, they have at most the tokens of
+        one part of a prompt, so others do not wait for their tokens. That does not hold for replays, because there
+        somebody waits for the next token, too.
         """
-        most = 1 if self.decodes else self._stages + 1
-        return self._prompts[0][2] if self._prompts and self.chunks < most else None
+        if not self._prompts or self.chunks > self._stages:
+            return None
+        is_new, _, sequence = self._prompts[0]
+        size = min(self._limits.chunk, len(sequence.history) - sequence.sent)
+        is_crowded = self.chunks > 0 and self.reading + size > self._limits.reading
+        return None if is_new and is_crowded and self.decodes else sequence
 
     def next_chunk(self, sequence: SequenceRecord) -> tuple[int, int]:
         """The positions of the next part of a sequence's prompt, from the first one to before the last."""

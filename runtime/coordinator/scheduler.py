@@ -167,9 +167,9 @@ class Scheduler:
         rows: tuple[StepRow, ...],
         held: list[int],
     ) -> None:
-        number, draws = self._numbers.next(), rows[0].draw
-        cost = max(1, UNIT_COST * len(rows) * len(rows[0].tokens) // self._cost_rows)
+        number, draws, new = self._numbers.next(), rows[0].draw, len(rows[0].tokens)
+        cost = max(1, UNIT_COST * len(rows) * new // self._cost_rows)
         pairs = [(sequence, sequence.epoch) for sequence in sequences]
-        self.steps.begin(StepRecord(number, chain, group, pairs, draws, held, len(rows), cost, self.now_ns))
+        self.steps.begin(StepRecord(number, chain, group, pairs, draws, new, held, len(rows), cost, self.now_ns))
         scores = draws and any(sequence.scores for sequence in sequences)
         self._effects.on_requests.append(EnterStep(number, self._roster.view, cost, chain.route, rows, scores))

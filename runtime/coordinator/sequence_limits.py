@@ -31,6 +31,8 @@ class SequenceLimits(Struct, frozen=True, kw_only=True):
         rows: the most sequences at once on a chain.
         length: the most positions of a sequence, its prompt included.
         chunk: the most tokens of a prompt in a step.
+        reading: the most tokens of prompts in flight on a chain while any of its sequences decodes; one step may have
+            more.
         groups: the number of groups of a chain; each has one step in flight.
         places: the number of ranges of slots that a node has.
         token_bytes: for each stage, the bytes of one position of one sequence.
@@ -41,6 +43,7 @@ class SequenceLimits(Struct, frozen=True, kw_only=True):
     rows: int
     length: int
     chunk: int
+    reading: int
     groups: int
     places: int
     token_bytes: tuple[int, ...]
@@ -107,7 +110,8 @@ def sequence_limits(
         cache_bytes: the most bytes of states on each node.
         max_rows: the most sequences at once on a chain.
         max_length: the most positions of a sequence; None for as many as the model allows.
-        prefill_chunk: the most tokens of a prompt in a step. A model that reads a prompt in one run only ignores it.
+        prefill_chunk: the most tokens of a prompt in a step, and of all prompts in flight on a chain while any of its
+            sequences decodes. A prompt that a model must read in one run may have more.
         decode_groups: the number of groups of a chain; None for one more than stages.
 
     Raises:
@@ -125,7 +129,7 @@ def sequence_limits(
         ("cache_bytes", cache_bytes, 1 << 50),
         ("max_rows", max_rows, MOST_ROWS),
         ("max_length", length, decoder.max_length),
-        ("prefill_chunk", chunk, MOST_NEW_TOKENS),
+        ("prefill_chunk", prefill_chunk, MOST_NEW_TOKENS),
         ("decode_groups", groups, MOST_ROWS),
     ):
         if not 1 <= value <= most:
@@ -138,6 +142,7 @@ def sequence_limits(
         rows=max_rows,
         length=length,
         chunk=chunk,
+        reading=prefill_chunk,
         groups=groups,
         places=places,
         token_bytes=tuple(decoder.token_bytes(stage.index) for stage in plan.stages),

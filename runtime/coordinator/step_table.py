@@ -49,6 +49,7 @@ class StepTable:
             step.group.step = step.number
         else:
             step.chain.chunks += 1
+            step.chain.reading += step.tokens
         for sequence, _ in step.rows:
             sequence.steps.add(step.number)
             sequence.stepped = step.number
@@ -63,6 +64,7 @@ class StepTable:
             step.group.step = None
         else:
             step.chain.chunks -= 1
+            step.chain.reading -= step.tokens
         for sequence, epoch in step.rows:
             if sequence.epoch == epoch:
                 sequence.steps.discard(number)

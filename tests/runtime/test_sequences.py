@@ -139,6 +139,29 @@ def test_one_part_of_a_prompt_is_in_flight_while_anybody_decodes(tmp_path):
     driver.check_end()
 
 
+def test_short_prompts_are_read_together_while_they_have_no_more_tokens_than_a_part(tmp_path):
+    driver = Driver(tmp_path, prefill_chunk=10)
+    driver.submit(max_tokens=50)
+    driver.run(1)
+    for _ in range(4):
+        driver.submit(prompt=4)
+    assert [len(step.rows[0].tokens) for step in driver.steps.values()] == [1, 4, 4]
+    driver.run()
+    driver.check_end()
+
+
+def test_replays_are_read_as_fast_as_the_nodes_can(tmp_path):
+    driver = Driver(tmp_path, (1, 2), prefill_chunk=10)
+    numbers = [driver.submit(prompt=25, max_tokens=50) for _ in range(2)]
+    while any(len(driver.tokens[number]) < 30 for number in numbers):
+        driver.run(1)
+    lost = driver.step_of(numbers[0]).route[1]
+    driver.lose(lost)
+    assert sum(len(step.rows[0].tokens) > 1 for step in driver.steps.values()) == 3
+    driver.run()
+    driver.check_end()
+
+
 def test_a_model_that_reads_a_prompt_in_one_run_gets_it_whole(tmp_path):
     driver = Driver(tmp_path, decoder={"chunk": "none"}, prefill_chunk=10)
     driver.submit(prompt=45)
