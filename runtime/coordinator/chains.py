@@ -51,7 +51,7 @@ class StepRecord:
         chain: where it runs.
         group: the group whose decode step it is; None for a part of a prompt.
         rows: its sequences, with their epochs.
-        draws: whether the last stage chooses tokens.
+        draws: the numbers of the sequences whose next token the last stage chooses.
         tokens: the number of new tokens of each row.
         held: the slots that it holds.
         live: the number of rows that wait for it: their epoch has not ended.
@@ -63,7 +63,7 @@ class StepRecord:
     chain: Chain
     group: Group | None
     rows: list[tuple[SequenceRecord, int]]
-    draws: bool
+    draws: frozenset[int]
     tokens: int
     held: list[int]
     live: int
@@ -196,7 +196,7 @@ class Chain:
         sequence.chain = sequence.group = None
 
     def begin_decode(self, sequence: SequenceRecord) -> None:
-        """The first token of a sequence was chosen: it joins its group at that group's next step."""
+        """A sequence has its first token, or in a replay its prompt: it joins its group at that group's next step."""
         assert sequence.group is not None
         sequence.group.decoding.append(sequence)
 
@@ -216,9 +216,13 @@ class Chain:
     # Steps
 
     def next_rows(self, group: Group) -> tuple[list[SequenceRecord], list[int]]:
-        """The rows of a group's next step, by slot, and the slots that the step holds. The rows get their slots."""
+        """The rows of a group's next step, by slot, and the slots that the step holds. The rows get their slots.
+
+        A sequence that was on a node when the node was lost steps alone until it has one more token.
+        """
         waiting = sorted(group.decoding, key=lambda row: (row.stepped, row.slot))
-        rows = [waiting[i] for i in taken_together(self._layout, [len(row.history) for row in waiting])]
+        waiting = waiting[:1] if waiting[0].blamed else [row for row in waiting if not row.blamed]
+        rows = [waiting[i] for i in taken_together(self._layout, [row.sent for row in waiting])]
         free = [slot for slot in group.slots if self._is_free(slot)]
         slots = neighbouring([row.slot for row in rows], free, group.slots.start, group.slots.stop)
         held = list(slots)
@@ -240,14 +244,18 @@ class Chain:
         if not self._prompts or self.chunks > self._stages:
             return None
         is_new, _, sequence = self._prompts[0]
-        size = min(self._limits.chunk, len(sequence.history) - sequence.sent)
+        size = min(self._limits.chunk, self._to_read(sequence) - sequence.sent)
         is_crowded = self.chunks > 0 and self.reading + size > self._limits.reading
         return None if is_new and is_crowded and self.decodes else sequence
 
     def next_chunk(self, sequence: SequenceRecord) -> tuple[int, int]:
         """The positions of the next part of a sequence's prompt, from the first one to before the last."""
-        start = sequence.sent
-        sequence.sent = min(start + self._limits.chunk, len(sequence.history))
-        if sequence.sent == len(sequence.history):
+        start, stop = sequence.sent, self._to_read(sequence)
+        sequence.sent = min(start + self._limits.chunk, stop)
+        if sequence.sent == stop:
             self._prompts.remove((sequence.epoch == 1, sequence.number, sequence))
         return start, sequence.sent
+
+    def _to_read(self, sequence: SequenceRecord) -> int:
+        """The number of tokens that are read as a prompt: all; in an exact replay, only the prompt itself."""
+        return sequence.prompt if self._limits.exact else len(sequence.history)

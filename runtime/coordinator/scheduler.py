@@ -137,11 +137,11 @@ class Scheduler:
     def _decode(self, chain: Chain, group: Group) -> None:
         """Send the next decode step of a group."""
         sequences, held = chain.next_rows(group)
-        rows = [
-            StepRow(sequence.number, sequence.epoch, sequence.slot, sequence.sent, (sequence.history[-1],), draw=True)
-            for sequence in sequences
-        ]
+        rows = []
         for sequence in sequences:
+            start, history = sequence.sent, sequence.history
+            draw = start + 1 == len(history)
+            rows.append(StepRow(sequence.number, sequence.epoch, sequence.slot, start, (history[start],), draw))
             sequence.sent += 1
         self._send(chain, group, sequences, tuple(rows), held)
 
@@ -167,9 +167,10 @@ class Scheduler:
         rows: tuple[StepRow, ...],
         held: list[int],
     ) -> None:
-        number, draws, new = self._numbers.next(), rows[0].draw, len(rows[0].tokens)
+        number, new = self._numbers.next(), len(rows[0].tokens)
+        draws = frozenset([row.sequence for row in rows if row.draw])
         cost = max(1, UNIT_COST * len(rows) * new // self._cost_rows)
         pairs = [(sequence, sequence.epoch) for sequence in sequences]
         self.steps.begin(StepRecord(number, chain, group, pairs, draws, new, held, len(rows), cost, self.now_ns))
-        scores = draws and any(sequence.scores for sequence in sequences)
+        scores = any(sequence.scores and sequence.number in draws for sequence in sequences)
         self._effects.on_requests.append(EnterStep(number, self._roster.view, cost, chain.route, rows, scores))

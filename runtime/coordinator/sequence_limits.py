@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan import Plan
+from onnxsplit.plan_decoder import Decoder
 from runtime.topology import StepGraph
 from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS, MOST_SLOTS
 
@@ -18,6 +19,7 @@ DEFAULT_CHUNK = 128
 """The largest number of tokens of a prompt in a step, unless the user says otherwise."""
 
 _FEWEST_PLACES = 4
+_SAME = 1e-4  # scores that differ by no more than this share of their scale are the same
 
 
 class SequenceLimits(Struct, frozen=True, kw_only=True):
@@ -33,6 +35,7 @@ class SequenceLimits(Struct, frozen=True, kw_only=True):
         chunk: the most tokens of a prompt in a step.
         reading: the most tokens of prompts in flight on a chain while any of its sequences decodes; one step may have
             more.
+        exact: whether a replay repeats the steps of the text one by one, after the parts of the prompt.
         groups: the number of groups of a chain; each has one step in flight.
         places: the number of ranges of slots that a node has.
         token_bytes: for each stage, the bytes of one position of one sequence.
@@ -44,6 +47,7 @@ class SequenceLimits(Struct, frozen=True, kw_only=True):
     length: int
     chunk: int
     reading: int
+    exact: bool
     groups: int
     places: int
     token_bytes: tuple[int, ...]
@@ -101,6 +105,7 @@ def sequence_limits(
     max_length: int | None = None,
     prefill_chunk: int = DEFAULT_CHUNK,
     decode_groups: int | None = None,
+    exact_replay: bool = True,
 ) -> SequenceLimits:
     """The limits of sequences for a plan with a decoder.
 
@@ -113,6 +118,8 @@ def sequence_limits(
         prefill_chunk: the most tokens of a prompt in a step, and of all prompts in flight on a chain while any of its
             sequences decodes. A prompt that a model must read in one run may have more.
         decode_groups: the number of groups of a chain; None for one more than stages.
+        exact_replay: whether a replay repeats the steps of the text one by one where the model's scores depend on the
+            number of new tokens in a run. Otherwise it reads the text in parts, as it reads the prompt.
 
     Raises:
         InputError: a number is out of range.
@@ -143,8 +150,17 @@ def sequence_limits(
         length=length,
         chunk=chunk,
         reading=prefill_chunk,
+        exact=exact_replay and _depends_on_parts(decoder),
         groups=groups,
         places=places,
         token_bytes=tuple(decoder.token_bytes(stage.index) for stage in plan.stages),
         fixed_bytes=tuple(decoder.fixed_bytes(stage.index) for stage in plan.stages),
     )
+
+
+def _depends_on_parts(decoder: Decoder) -> bool:
+    """Whether the scores of a model depend on how its tokens are divided into runs; also true where nobody has tried.
+
+    That is so where activations are rounded to few bits: a difference in the last bit of a kernel becomes a large one.
+    """
+    return decoder.proof is None or decoder.proof.differences.get("steps", 1.0) > _SAME

@@ -2,7 +2,7 @@
 
     WAITING   it waits for room on a chain of nodes, at first or after the nodes of its chain were lost
     PREFILL   it has a slot, and the nodes read its prompt; in a replay, also the tokens that its caller has got
-    DECODE    each step adds one token
+    DECODE    each step adds one token, or in an exact replay repeats one
     ENDED     its caller has got all tokens, or an error
 
 :data:`TRANSITIONS` lists every change that is allowed; docs/states.md is drawn from it.
@@ -35,6 +35,7 @@ class SequenceChange(Enum):
     """What can happen to a sequence."""
 
     ADMIT = "there is room for it"
+    READ = "its prompt was read again, and its text follows step by step"
     DRAW = "a token was chosen"
     REPLAY = "its nodes are lost, leave or do not answer"
     END = "it ends"
@@ -43,6 +44,7 @@ class SequenceChange(Enum):
 TRANSITIONS: Mapping[tuple[SequencePhase, SequenceChange], SequencePhase] = {
     (SequencePhase.WAITING, SequenceChange.ADMIT): SequencePhase.PREFILL,
     (SequencePhase.PREFILL, SequenceChange.DRAW): SequencePhase.DECODE,
+    (SequencePhase.PREFILL, SequenceChange.READ): SequencePhase.DECODE,
     (SequencePhase.DECODE, SequenceChange.DRAW): SequencePhase.DECODE,
     (SequencePhase.PREFILL, SequenceChange.REPLAY): SequencePhase.WAITING,
     (SequencePhase.DECODE, SequenceChange.REPLAY): SequencePhase.WAITING,
@@ -96,3 +98,8 @@ class SequenceRecord:
     def phase(self) -> SequencePhase:
         """The state it is in."""
         return self.machine.state
+
+    @property
+    def has_read_prompt(self) -> bool:
+        """Whether its prompt was read again for an exact replay, and its text was not begun."""
+        return self.phase is SequencePhase.PREFILL and self.sent == self.prompt and not self.steps

@@ -9,10 +9,12 @@ Rules:
 - **Exactly once.** A token reaches the caller when it was chosen in the present epoch and its position is the length of
   the sequence. Everything else is dropped.
 - **Replay.** When the states of a sequence are lost, it gets a new epoch and waits for room. Then nodes read its prompt
-  again, together with the tokens that its caller has got. Such sequences come before new ones.
+  again, together with the tokens that its caller has got. Such sequences come before new ones. An *exact* replay reads
+  only the prompt in parts, as the first time, and repeats the text step by step: some models give other scores when
+  tokens are divided into runs otherwise.
 - **Blame.** A sequence records each lost node that was executing one of its steps, until it has got one token further.
-  The steps of a replay have one row, so a sequence that kills nodes is found at its second node, and its neighbours
-  are acquitted. When the number of these nodes reaches the allowed attempts, the sequence is refused.
+  So long it steps alone. So a sequence that kills nodes is found at its second node, and its neighbours are acquitted.
+  When the number of these nodes reaches the allowed attempts, the sequence is refused.
 - **Failed steps.** A sequence whose step fails without other rows is refused. All rows of a larger step are replayed.
 - **Room.** A sequence is admitted when all bytes that it can reach are free on the nodes of a chain. So no sequence
   ever has to make room for another. New sequences are admitted in the order in which they came.
@@ -192,10 +194,12 @@ class SequenceTable:
         self._scheduler.measure(step, event.now_ns)
         for visit in event.history:
             self._roster.visited(visit)
-        if step.draws:
-            drawn = {token.sequence: token for token in event.drawn}
-            for sequence in step.waiting:
+        drawn = {token.sequence: token for token in event.drawn}
+        for sequence in step.waiting:
+            if sequence.number in step.draws:
                 self._take(sequence, drawn.get(sequence.number))
+            elif sequence.has_read_prompt:
+                self._begin_decode(sequence, SequenceChange.READ)
         self._scheduler.go_on()
 
     def _take(self, sequence: SequenceRecord, drawn: Drawn | None) -> None:
@@ -207,14 +211,19 @@ class SequenceTable:
         sequence.blamed.clear()
         self.tokens += 1
         self._effects.on_requests.append(Emit(sequence.number, drawn))
-        if sequence.phase is SequencePhase.PREFILL:
-            assert sequence.chain is not None
-            sequence.chain.begin_decode(sequence)
-        sequence.machine.go(SequenceChange.DRAW)
+        self._begin_decode(sequence, SequenceChange.DRAW)
         if drawn.token in sequence.sampling.end_tokens:
             self._finish(sequence, "stop")
         elif len(sequence.history) == sequence.most:
             self._finish(sequence, "length")
+
+    @staticmethod
+    def _begin_decode(sequence: SequenceRecord, change: SequenceChange) -> None:
+        """Let a sequence step with its group, if it does not yet."""
+        if sequence.phase is SequencePhase.PREFILL:
+            assert sequence.chain is not None
+            sequence.chain.begin_decode(sequence)
+        sequence.machine.go(change)
 
     def _finish(self, sequence: SequenceRecord, reason: EndReason) -> None:
         self._end(sequence)

@@ -383,7 +383,7 @@ def test_the_slot_that_a_row_left_is_not_given_away_before_the_step_is_back(tmp_
 
 
 def test_sequences_of_a_lost_node_are_replayed_with_all_their_tokens(tmp_path):
-    driver = Driver(tmp_path)
+    driver = Driver(tmp_path, exact_replay=False)
     numbers = [driver.submit(max_tokens=10) for _ in range(3)]
     driver.run(9)
     had = {number: list(driver.tokens[number]) for number in numbers}
@@ -397,6 +397,24 @@ def test_sequences_of_a_lost_node_are_replayed_with_all_their_tokens(tmp_path):
     driver.run()
     assert set(driver.ends.values()) == {"length"}
     assert driver.machine.sequences.replays == 3
+    driver.check_end()
+
+
+def test_an_exact_replay_repeats_the_parts_of_the_prompt_and_each_step_of_the_text(tmp_path):
+    driver = Driver(tmp_path, prefill_chunk=2)
+    number = driver.submit(max_tokens=10)
+    seen = []
+    for epoch in (1, 2):
+        while len(driver.tokens[number]) < 3 + 4 * epoch:
+            seen += [row for step in driver.steps.values() for row in step.rows]
+            driver.run(1)
+        if epoch == 1:
+            driver.lose(2)
+            driver.arrive()
+    shapes = [{(row.start, row.tokens) for row in seen if row.epoch == epoch} for epoch in (1, 2)]
+    assert shapes[0] < shapes[1]
+    assert {(start, len(tokens)) for start, tokens in shapes[1]} == {(0, 2), (2, 1), *((at, 1) for at in range(3, 10))}
+    driver.run()
     driver.check_end()
 
 
@@ -458,7 +476,9 @@ def test_a_sequence_is_acquitted_by_its_next_token(tmp_path):
     driver = Driver(tmp_path, attempts=2)
     number = driver.submit(max_tokens=20)
     for _ in range(5):
-        driver.run(2)
+        had = len(driver.tokens[number])
+        while len(driver.tokens[number]) == had:
+            driver.run(1)
         driver.now_ns += 9 * SECOND
         step = driver.step_of(number)
         driver.lose(step.route[0], running=[step.step])
