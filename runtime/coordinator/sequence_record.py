@@ -75,6 +75,7 @@ class SequenceRecord:
         steps: the numbers of the steps of this epoch that are in flight with it.
         stepped: the number of its last step.
         blamed: what happened to the nodes that were lost while they executed it, since its last token.
+        overdue: the number of its steps that were overdue, since its last token.
     """
 
     number: int
@@ -93,6 +94,7 @@ class SequenceRecord:
     steps: set[int] = field(default_factory=set)
     stepped: int = 0
     blamed: list[str] = field(default_factory=list)
+    overdue: int = 0
 
     @property
     def phase(self) -> SequencePhase:

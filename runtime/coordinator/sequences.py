@@ -209,6 +209,7 @@ class SequenceTable:
             return
         sequence.history.append(drawn.token)
         sequence.blamed.clear()
+        sequence.overdue = 0
         self.tokens += 1
         self._effects.on_requests.append(Emit(sequence.number, drawn))
         self._begin_decode(sequence, SequenceChange.DRAW)
@@ -309,6 +310,8 @@ class SequenceTable:
         for step in self._scheduler.steps.overdue(event.now_ns):
             since_s = (event.now_ns - step.begun_ns) / 1e9
             where = self._progress_of(event.steps.get((step.number, STEP_ATTEMPT), {}))
+            for sequence in step.waiting:
+                sequence.overdue += 1
             self._replay_all(step.waiting, f"nothing was heard of its step for {since_s:.0f} s: {where}")
         self._scheduler.go_on()
 

@@ -10,6 +10,7 @@ from runtime.timings import Timings
 from runtime.wire.messages.data import AttemptKey
 
 _SMOOTHING = 0.05  # weight of the latest step in the usual time of one
+_MOST_DOUBLINGS = 8
 STEP_ATTEMPT = 1
 """The number of the attempt at a step. A step is never repeated: its sequences are, in other steps."""
 
@@ -84,6 +85,11 @@ class StepTable:
         sequence.steps.clear()
 
     def overdue(self, now_ns: int) -> tuple[StepRecord, ...]:
-        """The steps that have been in flight for too long."""
+        """The steps that have been in flight for too long. A sequence is given twice the time after each such step."""
         lost_ns, factor = self.timings.lost_s * 1e9, self.timings.stall_factor * self._usual_ns
-        return tuple(s for s in self._steps.values() if now_ns - s.begun_ns > max(lost_ns, factor * s.cost))
+        return tuple(
+            step
+            for step in self._steps.values()
+            if now_ns - step.begun_ns
+            > max(lost_ns, factor * step.cost) * 2 ** min(max(row.overdue for row, _ in step.rows), _MOST_DOUBLINGS)
+        )

@@ -523,6 +523,23 @@ def test_an_overdue_step_is_given_up_and_its_sequences_are_replayed(tmp_path):
     driver.check_end()
 
 
+def test_a_sequence_is_given_twice_the_time_after_each_overdue_step(tmp_path):
+    driver = Driver(tmp_path)
+    driver.submit()
+    for patience_s in (10, 20, 40):
+        driver.steps.clear()
+        driver.now_ns += patience_s * SECOND
+        assert not of(driver.do(Tick(driver.now_ns)), EnterStep)
+        driver.now_ns += 1
+        assert of(driver.do(Tick(driver.now_ns)), EnterStep)
+    driver.run(1)
+    driver.steps.clear()
+    driver.now_ns += 10 * SECOND + 1
+    assert of(driver.do(Tick(driver.now_ns)), EnterStep), "a token has come"
+    driver.run()
+    driver.check_end()
+
+
 def test_sequences_leave_a_chain_with_a_dead_link(tmp_path):
     driver = Driver(tmp_path, (1, 2))
     number = driver.submit()

@@ -58,7 +58,7 @@ def settle(pipeline):
 
 
 class Faults(RuleBasedStateMachine):
-    """Sequences and requests, messages in any order, and faults."""
+    """Sequences, messages in any order, and faults."""
 
     @initialize(
         replicas=st.one_of(st.tuples(*[st.integers(1, 2)] * 2), st.tuples(*[st.integers(1, 2)] * 4)),
@@ -77,10 +77,6 @@ class Faults(RuleBasedStateMachine):
     def generate(self, prompt, max_tokens, ends, wait):
         tokens = tuple(self.pipeline.choices.randrange(_SMALL) for _ in range(prompt))
         self.pipeline.generate(tokens, max_tokens, end_tokens=tuple(range(ends)), wait=wait)
-
-    @rule()
-    def submit(self):
-        self.pipeline.submit(("y",))
 
     @rule(data=st.data(), count=st.integers(1, 30))
     def go_on(self, data, count):
@@ -223,8 +219,10 @@ def test_without_harm_nothing_is_replayed(replicas, rows):
     pipeline = new_pipeline(replicas, decoder={"rows": rows})
     for number in range(40):
         pipeline.generate(tuple(range(number % 7 + 1)), 1 + number % 20)
+        pipeline.submit(("y",))
     settle(pipeline)
     assert pipeline.coordinator.sequences.replays == 0
+    assert pipeline.coordinator.requests.retries == 0
     assert all(sequence.ends == ["length"] for sequence in pipeline.sequences.values())
 
 
