@@ -113,6 +113,13 @@ class Scheduler:
             self._changed[step.chain] = None
         return step
 
+    def step_on(self, sequence: SequenceRecord, change: SequenceChange) -> None:
+        """Let a sequence step with its group, if it does not yet, because a token was chosen or its prompt was read."""
+        if sequence.phase is SequencePhase.PREFILL:
+            assert sequence.chain is not None
+            sequence.chain.begin_decode(sequence)
+        sequence.machine.go(change)
+
     def measure(self, step: StepRecord, now_ns: int) -> None:
         """Note when a step came back."""
         self.now_ns = now_ns

@@ -199,7 +199,7 @@ class SequenceTable:
             if sequence.number in step.draws:
                 self._take(sequence, drawn.get(sequence.number))
             elif sequence.has_read_prompt:
-                self._begin_decode(sequence, SequenceChange.READ)
+                self._scheduler.step_on(sequence, SequenceChange.READ)
         self._scheduler.go_on()
 
     def _take(self, sequence: SequenceRecord, drawn: Drawn | None) -> None:
@@ -212,19 +212,11 @@ class SequenceTable:
         sequence.overdue = 0
         self.tokens += 1
         self._effects.on_requests.append(Emit(sequence.number, drawn))
-        self._begin_decode(sequence, SequenceChange.DRAW)
+        self._scheduler.step_on(sequence, SequenceChange.DRAW)
         if drawn.token in sequence.sampling.end_tokens:
             self._finish(sequence, "stop")
         elif len(sequence.history) == sequence.most:
             self._finish(sequence, "length")
-
-    @staticmethod
-    def _begin_decode(sequence: SequenceRecord, change: SequenceChange) -> None:
-        """Let a sequence step with its group, if it does not yet."""
-        if sequence.phase is SequencePhase.PREFILL:
-            assert sequence.chain is not None
-            sequence.chain.begin_decode(sequence)
-        sequence.machine.go(change)
 
     def _finish(self, sequence: SequenceRecord, reason: EndReason) -> None:
         self._end(sequence)
