@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import decoder_parts
 import decoders
 import numpy as np
 import onnx
 import pytest
-from decoder_runs import FAMILIES, Reference
+from decoder_runs import FAMILIES, Family, Reference
 
 PROMPT = [5, 71, 13, 88, 2, 40, 40, 9]
 OTHER = [64, 3, 99, 17, 30, 8, 21, 55]
@@ -88,3 +89,10 @@ def test_the_configuration_of_the_builder_names_the_states(tmp_path):
     assert decoder["head_size"] == decoder_parts.Size().head
     declared = {one.name for one in decoders.gqa(free_width=True).graph.input}
     assert {decoder["inputs"]["past_key_names"] % layer for layer in range(3)} < declared
+
+
+def test_a_rolling_cache_does_not_run_on_an_empty_past():
+    """Whoever feeds such a model must give it buffers as wide as its window."""
+    family = Family(partial(decoders.gqa, window=8, rolling=True))
+    with pytest.raises(Exception, match=r"KV cache capacity \(0\) must be at least local_window_size \(8\)"):
+        Reference(family).step([PROMPT])

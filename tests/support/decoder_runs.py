@@ -64,8 +64,10 @@ FAMILIES: Mapping[str, Family] = {
     "torch export": Family(decoders.torch_export),
     "attention 23": Family(decoders.attention23),
     "attention 23, causal": Family(_with(decoders.attention23, mask=False)),
+    "attention 23, cache outside": Family(_with(decoders.attention23, cache="outside")),
     "tensor scatter": Family(decoders.tensor_scatter, in_place=True),
     "tensor scatter, free": Family(_with(decoders.tensor_scatter, capacity=None), in_place=True),
+    "tensor scatter, one control": Family(_with(decoders.tensor_scatter, capacity=None, lengths=False), in_place=True),
     "lstm": Family(decoders.lstm, states={"h0": "hn", "c0": "cn"}),
     "lstm by layer": Family(
         _with(decoders.lstm, stacked=False), states={f"{s}0.{n}": f"{s}n.{n}" for s in "hc" for n in range(2)}

@@ -31,6 +31,7 @@ def gqa(
     positions: bool = False,
     packed: bool = True,
     window: int = -1,
+    rolling: bool = False,
     free_width: bool = False,
 ) -> onnx.ModelProto:
     """The builder of onnxruntime-genai: GroupQueryAttention, lengths from the mask, skip connections in the norms.
@@ -45,6 +46,8 @@ def gqa(
         positions: declare position_ids also where no op reads it, as older builders did.
         packed: one linear map makes queries, keys and values; only with rotary ``inside``.
         window: the ``local_window_size`` of all layers; -1 for none.
+        rolling: the buffers keep the last ``window`` positions only (``sliding_window_cache``). ONNX Runtime refuses a
+            past with fewer places than that, so such a model does not run on an empty past.
         free_width: the last axis of the caches is ``kv_cache_dim``; only genai_config.json says how wide it is.
     """
     net = Net(size, seed=seed, opset=21, microsoft=True)
@@ -80,6 +83,7 @@ def gqa(
             "GroupQueryAttention", reads, writes, domain=MICROSOFT,
             num_heads=size.heads, kv_num_heads=size.groups, scale=size.head**-0.5, local_window_size=window,
             softcap=0.0, do_rotary=int(rotary == "inside"), rotary_interleaved=0,
+            **({"sliding_window_cache": 1} if rolling else {}),
         )[0]  # fmt: skip
 
     _skipping(net, parts.embedded(net, ids), attention, linear)
@@ -386,11 +390,15 @@ def _gathered_mask(net: Net, mask: str, new: str, past: str, batch: str) -> str:
     return net.op("Where", [read, net.real(0.0), net.real(LOWEST)])
 
 
-def attention23(size: Size = SMALL, *, seed: int = 0, mask: bool = True) -> onnx.ModelProto:
-    """Opset 23: Attention with past and present, RMSNormalization, RotaryEmbedding.
+def attention23(size: Size = SMALL, *, seed: int = 0, mask: bool = True, cache: str = "inside") -> onnx.ModelProto:
+    """Opset 23: Attention, RMSNormalization, RotaryEmbedding.
 
-    With ``mask``, an added mask hides later places and padding; without, attention is causal by its attribute and
-    attention_mask is not an input.
+    Args:
+        size: sizes.
+        seed: of the weights.
+        mask: an added mask hides later places and padding; otherwise attention is causal by its attribute, and
+            attention_mask is not an input.
+        cache: past and present are ``inside`` Attention, or ``outside``: a Concat before it, as torch's exporter does.
     """
     net = Net(size, seed=seed, opset=23, ir_version=11)
     ids = parts.tokens(net)
@@ -409,6 +417,9 @@ def attention23(size: Size = SMALL, *, seed: int = 0, mask: bool = True) -> onnx
             for one, heads in ((query, size.heads), (key, size.groups))
         )
         value = parts.split(net, value, size.groups)
+        if cache == "outside":
+            key, value = (parts.extended(net, layer, part, one, True) for part, one in (("key", key), ("value", value)))
+            return parts.joined(net, net.op("Attention", [query, key, value, added]))
         pasts = [PAST.format(layer=layer, part=part) for part in parts.PARTS]
         writes = [net.name("Attention"), *(PRESENT.format(layer=layer, part=part) for part in parts.PARTS)]
         reads = [query, key, value, added, *pasts]
@@ -418,15 +429,23 @@ def attention23(size: Size = SMALL, *, seed: int = 0, mask: bool = True) -> onnx
     return net.proto()
 
 
-def tensor_scatter(size: Size = SMALL, *, seed: int = 0, capacity: int | None = 64) -> onnx.ModelProto:
-    """Opset 24: TensorScatter writes the new positions into a buffer, Attention reads up to ``nonpad_kv_seqlen``.
+def tensor_scatter(
+    size: Size = SMALL, *, seed: int = 0, capacity: int | None = 64, lengths: bool = True
+) -> onnx.ModelProto:
+    """Opset 24: TensorScatter writes the new positions into a buffer; a mask hides what lies behind them.
 
-    Inputs besides the tokens: ``write_indices`` [batch], the length of each row before the step; ``valid_lengths``
-    [batch], the length after it. ``capacity`` is the size of the buffers; None leaves it free.
+    Args:
+        size: sizes.
+        seed: of the weights.
+        capacity: size of the buffers; None leaves it free.
+        lengths: Attention also reads ``valid_lengths`` [batch], the length of each row after the step. Otherwise the
+            only input besides the tokens is ``write_indices`` [batch], the length before it, as ``onnxsplit export
+            --static-cache`` writes it.
     """
     net = Net(size, seed=seed, opset=24, ir_version=11)
     ids = parts.tokens(net)
-    write, valid = (net.input(name, ["batch_size"]) for name in ("write_indices", "valid_lengths"))
+    write = net.input("write_indices", ["batch_size"])
+    valid = ["", "", net.input("valid_lengths", ["batch_size"])] if lengths else []
     shape = ["batch_size", size.groups, capacity or "capacity", size.head]
     for layer in range(size.layers):
         for part in parts.PARTS:
@@ -453,7 +472,7 @@ def tensor_scatter(size: Size = SMALL, *, seed: int = 0, capacity: int | None = 
             )
             for part, one in (("key", key), ("value", parts.split(net, value, size.groups)))
         )
-        return parts.joined(net, net.op("Attention", [query, key, value, read, "", "", valid]))
+        return parts.joined(net, net.op("Attention", [query, key, value, read, *valid]))
 
     parts.llama(net, parts.embedded(net, ids), attention, norm=parts.standard_rms_norm)
     return net.proto()
