@@ -118,9 +118,7 @@ def _rewritten(
         others = tuple(control for control in found.controls if control.input != branch.input)
         taken = [control.input for control in others if control.role == "fixed"]
         claim = replace(found, controls=(*others, branch), branch=None)
-    tokens = next(control.input for control in claim.controls if control.role == "tokens")
-    graph = build_graph(copy)
-    copy = with_token_shapes(copy, graph, tokens, symbolic_specs(graph))
+    copy = with_token_shapes(copy, claim)
     if scores_of_last and not taken:
         copy, name = last_positions_only(copy, claim.scores)
         if name:

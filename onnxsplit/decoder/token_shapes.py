@@ -13,38 +13,40 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnxsplit.decoder.claim import DecoderClaim
 from onnxsplit.decoder.rewrite import with_dead_nodes_last
-from onnxsplit.model.graph import OpGraph
+from onnxsplit.model.graph import build_graph
 from onnxsplit.model.protobuf import defined_names
+from onnxsplit.model.shapes import input_specs, specs_for
 from onnxsplit.model.source import SourceModel
-from onnxsplit.plan import TensorSpec
+from onnxsplit.plan import Shape, TensorSpec
 
 _PREFIX = "token-shape"
+_NAMES = _ROWS, _NEW = "onnxsplit/rows", "onnxsplit/new"
+_OF_ROWS = frozenset(["tokens", "mask", "positions", "past-length", "total-length", "last-index"])
 
 
-def with_token_shapes(source: SourceModel, graph: OpGraph, tokens: str, specs: Mapping[str, TensorSpec]) -> SourceModel:
+def with_token_shapes(source: SourceModel, claim: DecoderClaim) -> SourceModel:
     """The model in which ops ask the tokens for their shape instead of hidden tensors.
 
-    The protobuf of ``source`` is changed in place. A Shape op is replaced if each size that it returns is a number, or
-    has the name of the tokens' first or second dimension.
-
-    Args:
-        source: the model.
-        graph: its ops.
-        tokens: the input with the tokens, [rows, new tokens].
-        specs: types and symbolic shapes of the tensors.
+    The protobuf of ``source`` is changed in place. A Shape op is replaced if each size that it returns is a number, the
+    number of rows, or that of new tokens. The roles of the inputs say which of their sizes are these; the names that
+    the model declares do not, because some are wrong.
     """
-    named = specs[tokens].shape or ()
-    if len(named) != 2 or named[0] == named[1] or not all(isinstance(dim, str) and dim != "?" for dim in named):
+    graph = build_graph(source)
+    tokens, shapes = _by_roles(claim, input_specs(graph))
+    named = shapes.get(tokens, ())
+    if len(named) != 2:
         return source
+    specs = specs_for(graph, shapes)
     given = {*graph.inputs, *graph.constants}
     proto = source.proto.graph
     prefix = _free_name(proto)
-    parts = _Parts(prefix, tokens, named)
+    parts = _Parts(prefix, tokens)
     nodes: list[onnx.NodeProto] = []
     for node in proto.node:
         dims = _asked(node, specs) if node.op_type == "Shape" and node.input[0] not in given else None
-        if dims and all(isinstance(dim, int) or dim in named for dim in dims) and any(dim in named for dim in dims):
+        if dims and all(isinstance(dim, int) or dim in _NAMES for dim in dims) and any(dim in _NAMES for dim in dims):
             nodes.append(parts.concatenated(dims, node.output[0]))
         else:
             nodes.append(_copied(node))
@@ -56,11 +58,36 @@ def with_token_shapes(source: SourceModel, graph: OpGraph, tokens: str, specs: M
     return with_dead_nodes_last(source)
 
 
+def _by_roles(claim: DecoderClaim, specs: Mapping[str, TensorSpec]) -> tuple[str, dict[str, Shape]]:
+    """The input with the tokens, and the shapes of all inputs of known rank, with names only where the role says so."""
+    shapes: dict[str, list[int | str]] = {
+        name: [dim if isinstance(dim, int) else f"{name}/{axis}" for axis, dim in enumerate(spec.shape)]
+        for name, spec in specs.items()
+        if spec.shape is not None
+    }
+
+    def name(tensor: str, axis: int, size: str) -> None:
+        if axis < len(shapes.get(tensor, ())) and isinstance(shapes[tensor][axis], str):
+            shapes[tensor][axis] = size
+
+    tokens = ""
+    for control in claim.controls:
+        rank = len(shapes.get(control.input, ()))
+        if control.role in _OF_ROWS and (rank == 2 or control.role not in ("tokens", "mask", "positions")):
+            name(control.input, 0, _ROWS)
+        if control.role in ("tokens", "positions") and rank:
+            name(control.input, rank - 1, _NEW)
+        tokens = control.input if control.role == "tokens" else tokens
+    for state in claim.states:
+        name(state.past, state.batch_axis, _ROWS)
+    return tokens, {name: tuple(shape) for name, shape in shapes.items()}
+
+
 class _Parts:
     """The sizes of the tokens and of fixed dimensions, each as a tensor with one element."""
 
-    def __init__(self, prefix: str, tokens: str, named: Sequence[int | str]) -> None:
-        self._prefix, self._tokens, self._named = prefix, tokens, named
+    def __init__(self, prefix: str, tokens: str) -> None:
+        self._prefix, self._tokens = prefix, tokens
         self.nodes: dict[str, onnx.NodeProto] = {}
         self.constants: dict[str, onnx.TensorProto] = {}
 
@@ -73,7 +100,7 @@ class _Parts:
             return self._constant(f"{self._prefix}/{dim}", dim)
         whole = f"{self._prefix}/all"
         self.nodes.setdefault(whole, helper.make_node("Shape", [self._tokens], [whole], name=whole))
-        axis = self._named.index(dim)
+        axis = _NAMES.index(dim)
         size = f"{self._prefix}/size{axis}"
         place = self._constant(f"{self._prefix}/axis{axis}", axis)
         self.nodes.setdefault(size, helper.make_node("Gather", [whole, place], [size], name=size))

@@ -131,6 +131,11 @@ def symbolic_specs(graph: OpGraph, known: Mapping[str, TensorSpec] | None = None
     return specs
 
 
+def specs_for(graph: OpGraph, shapes: Mapping[str, Shape]) -> dict[str, TensorSpec]:
+    """Infer types and shapes of all tensors from other symbolic shapes of inputs than the model declares."""
+    return _infer(graph, shapes, {})
+
+
 def declared_types(graph: OpGraph) -> dict[str, onnx.TypeProto]:
     """Types of the model's outputs, tensors or not: as declared, else as ONNX's inference finds them."""
     outputs = graph.source.proto.graph.output
@@ -179,9 +184,7 @@ def value_info(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(name, ONNX_TYPE_NUMBER[spec.dtype], shape)
 
 
-def _infer(
-    graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None, known: Mapping[str, TensorSpec]
-) -> dict[str, TensorSpec]:
+def _infer(graph: OpGraph, sizes: Mapping[str, Shape] | None, known: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Types and shapes of every tensor of the main graph that inference gives an element type."""
     model = _skeleton(graph, sizes)
     use_stand_ins(model)
@@ -252,7 +255,7 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
 
 
-def _skeleton(graph: OpGraph, sizes: Mapping[str, tuple[int, ...]] | None) -> onnx.ModelProto:
+def _skeleton(graph: OpGraph, sizes: Mapping[str, Shape] | None) -> onnx.ModelProto:
     """A copy of the model without the data of large tensors, and without declared shapes of tensors that ops write."""
     source = graph.source.proto
     model = onnx.ModelProto(ir_version=source.ir_version)

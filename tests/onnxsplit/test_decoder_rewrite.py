@@ -5,12 +5,15 @@ import onnx
 import pytest
 from decoder_runs import FAMILIES
 
+from onnxsplit.decoder.claim import DecoderClaim
+from onnxsplit.decoder.find import find_decoder
 from onnxsplit.decoder.rewrite import branch_with_past, inlined, last_positions_only
 from onnxsplit.decoder.token_shapes import with_token_shapes
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.graph_io import defaults, restored
 from onnxsplit.model.in_memory import open_any
 from onnxsplit.model.shapes import symbolic_specs
+from onnxsplit.plan_decoder import Control
 from onnxsplit.session import open_session
 
 
@@ -188,7 +191,7 @@ def test_a_mask_that_asks_a_hidden_tensor_for_its_shape_asks_the_tokens():
     graph = build_graph(source)
     asked = [op.inputs[0] for op in graph.ops if op.op_type == "Shape" and op.inputs[0] not in graph.inputs]
     assert asked
-    changed = with_token_shapes(source, graph, "input_ids", symbolic_specs(graph))
+    changed = with_token_shapes(source, find_decoder(graph, symbolic_specs(graph)))
     after = build_graph(changed)
     assert {op.inputs[0] for op in after.ops if op.op_type == "Shape"} <= set(after.inputs)
     onnx.checker.check_model(changed.proto)
@@ -197,5 +200,19 @@ def test_a_mask_that_asks_a_hidden_tensor_for_its_shape_asks_the_tokens():
 def test_a_shape_with_an_unknown_size_is_left_alone():
     text = "g (int64[b,s] ids, float[n] x) => (int64[1] y) { k = NonZero(x) y = Shape<start = 1>(k) }"
     source = open_any(parsed(text))
-    graph = build_graph(source)
-    assert with_token_shapes(source, graph, "ids", symbolic_specs(graph)) is source
+    assert with_token_shapes(source, CLAIM) is source
+
+
+def test_a_shape_is_not_taken_from_the_tokens_because_another_input_declares_the_same_names():
+    """Optimum's merged decoders declare the mask [batch, sequence], and it is longer than the tokens."""
+    text = "g (int64[b,s] ids, int64[b,s] m) => (int64[2] y) { k = Neg(m) y = Shape(k) }"
+    source = open_any(parsed(text))
+    assert with_token_shapes(source, CLAIM) is source
+
+
+CLAIM = DecoderClaim(
+    states=(),
+    controls=(Control(input="ids", role="tokens"), Control(input="m", role="mask")),
+    scores="y",
+    vocabulary=9,
+)
