@@ -73,6 +73,14 @@ class Case:
         return self.reference.step([tokens])[0, -1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_pools():
+    """Pools with holes that grow and shrink all the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.node.caches.holes.SMALLEST", 4)
+        yield
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     @cache

@@ -1,6 +1,6 @@
 """The states of a stage: where they lie between two steps, and how a step reads and writes them.
 
-States of one shape form a *bank*; all states of a bank have the same kind and change together.
+States that lie and change together form a *bank*. All states of a bank have one kind; those of a pool have one shape.
 
     kind                       layout of rows       bank
     in-place                   any                  in_place: a pool of slots; a run reads and writes it where it lies
