@@ -29,7 +29,7 @@ from onnxsplit.errors import ModelError
 from runtime.wire.messages.sequences import Drawn, Sampling, StepRow
 
 Scores = np.ndarray[Any, Any]
-_NUCLEUS = 1024  # tokens that are sorted first; the most probable tokens are rarely more
+_NUCLEUS = 1024  # tokens that are sorted first; a nucleus is rarely larger
 
 
 class TokenSampler:
@@ -115,17 +115,17 @@ class TokenSampler:
         if 0 < s.top_k < len(scores):
             tokens = _largest(scores, s.top_k)
             scores = scores[tokens]
-        weights = np.exp((scores.astype(np.float64) - largest) / s.temperature)
-        kept = weights > 0
-        if s.top_p < 1:
-            kept = _nucleus(weights, s.top_p)
-        if s.min_p > 0:
-            kept &= weights >= s.min_p  # the largest weight is 1
-        chosen = np.flatnonzero(kept)
-        ends = np.cumsum(weights[chosen])
+        weights = np.exp((scores - np.float32(largest)) / np.float32(s.temperature))
+        if s.top_p < 1 or s.min_p > 0:
+            kept = _nucleus(weights, s.top_p) if s.top_p < 1 else np.arange(len(weights))
+            kept = kept[weights[kept] >= s.min_p]  # the largest weight is 1
+            weights, tokens = weights[kept], kept if tokens is None else tokens[kept]
+        ends = np.cumsum(weights, dtype=np.float64)
         uniform = np.random.Generator(np.random.Philox(key=s.seed, counter=position)).random()
-        at = min(int(np.searchsorted(ends, uniform * ends[-1], side="right")), len(chosen) - 1)
-        return int(chosen[at] if tokens is None else tokens[chosen[at]])
+        at = int(np.searchsorted(ends, uniform * ends[-1], side="right"))
+        if at == len(ends):  # rounded up
+            at = int(np.flatnonzero(weights)[-1])
+        return at if tokens is None else int(tokens[at])
 
     def _logprobs(self, scores: Scores, token: int) -> tuple[float, tuple[tuple[int, float], ...]]:
         """Natural logarithms of probabilities by the model's own scores: of a token, and of the most probable ones."""
@@ -150,17 +150,17 @@ def _largest(values: Scores, count: int) -> Scores:
 
 
 def _nucleus(weights: Scores, share: float) -> Scores:
-    """Which of the largest weights are needed to reach a share of the sum; at least one, equal ones by their index."""
-    wanted = share * weights.sum()
+    """The indices of the largest weights that reach a share of the sum together, ascending; at least one.
+
+    Of equal weights, those with smaller indices come first.
+    """
+    wanted = share * weights.sum(dtype=np.float64)
     count = min(_NUCLEUS, len(weights))
     while True:
         best = _largest(weights, count)
         best = best[np.argsort(-weights[best], kind="stable")]
-        sums = np.cumsum(weights[best])
+        sums = np.cumsum(weights[best], dtype=np.float64)
         if sums[-1] >= wanted or count == len(weights):
             break
         count = min(count * 8, len(weights))
-    needed = int(np.searchsorted(sums, wanted)) + 1
-    kept = np.zeros(len(weights), bool)
-    kept[best[:needed]] = True
-    return kept
+    return np.sort(best[: int(np.searchsorted(sums, wanted)) + 1])
