@@ -144,6 +144,7 @@ def limits_of(plan: Plan, options: RunOptions) -> SequenceLimits | None:
         max_length=length,
         prefill_chunk=options.prefill_chunk,
         decode_groups=options.decode_groups,
+        exact_replay=options.exact_replay,
     )
 
 

@@ -45,7 +45,7 @@ _WHOLE = {  # options that are whole numbers, with their limits
 _ALWAYS = ("attempts", "max_rows", "prefill_chunk")  # whole numbers that are never None
 _SHARE_OF_MEMORY = 4  # a quarter of the free memory
 
-_FLAGS = ("shared_memory", "elastic", "insecure", "trace", "trace_ops")
+_FLAGS = ("shared_memory", "exact_replay", "elastic", "insecure", "trace", "trace_ops")
 
 
 def _ignore_progress(_ready: int, _total: int) -> None:
@@ -98,6 +98,9 @@ class RunOptions:
         prefill_chunk: for a plan with a decoder: the most tokens of a prompt that run at once.
         decode_groups: for a plan with a decoder: the number of groups of sequences that are in flight on a chain. When
             None, one more than there are stages.
+        exact_replay: for a plan with a decoder whose scores depend on how tokens are divided into runs, such as models
+            with activations of 8 bits: whether a replay repeats the steps of a text one by one, so that the text goes
+            on as if nothing had happened. Otherwise it reads the text in parts, which is faster.
     """
 
     replicas: int | Mapping[int, int] | None = None
@@ -126,6 +129,7 @@ class RunOptions:
     max_length: int | None = None
     prefill_chunk: int = 128
     decode_groups: int | None = None
+    exact_replay: bool = True
 
     def __post_init__(self) -> None:
         """Convert NumPy's integers to Python's, and sizes as text to bytes."""
