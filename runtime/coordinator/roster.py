@@ -8,7 +8,7 @@ processes read whose memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from onnxsplit.cluster import LOCAL
 from runtime.balance.board import PEERS
@@ -147,20 +147,32 @@ class Roster:
     def peers(self, to: NodeRecord | None, *, everyone: bool) -> tuple[Peer, ...]:
         """All nodes as ``to`` sees them; with ``everyone``, also those that are loading."""
         known = {*_SERVING, Phase.LOADING} if everyone else set(_SERVING)
+        nodes = [node for node in self if node.phase in known or node is to]
+        takers = self._takers(nodes)
         return tuple(
             Peer(
                 number=node.number,
                 stage=node.slot[0],
                 replica=node.slot[1],
-                takes=node.phase is not Phase.LEAVING and node.number not in self.dead_ends,
+                takes=node.number in takers,
                 address=node.hello.address,
                 shortcut=node.hello.shortcut,
                 memory=node.hello.memory,
                 key=node.hello.key,
             )
-            for node in self
-            if node.hello is not None and (node.phase in known or node is to)
+            for node in nodes
+            if node.hello is not None
         )
+
+    def _takers(self, nodes: Collection[NodeRecord]) -> frozenset[int]:
+        """The nodes that take requests. If all nodes of a stage leave, the last of them: others may have ended."""
+        takers: set[int] = set()
+        for stage in {node.slot[0] for node in nodes}:
+            members = [node for node in nodes if node.slot[0] == stage]
+            staying = [node.number for node in members if node.phase is not Phase.LEAVING]
+            good = [number for number in staying if number not in self.dead_ends]
+            takers.update(good or staying or [members[-1].number])
+        return frozenset(takers)
 
     def introduce(self, identities: tuple[bytes, ...], caller: Peer, *, everyone: bool) -> Iterator[tuple[bytes, Wire]]:
         """The message for each node with all processes, ``caller`` first; records that the nodes were told."""

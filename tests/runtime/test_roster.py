@@ -92,6 +92,16 @@ def test_a_node_that_leaves_is_replaced_only_as_far_as_there_are_to_be_some():
     assert [start.slot for start in roster.replace(second, 0)] == [(0, 1)]
 
 
+def test_requests_on_their_way_to_a_stage_whose_nodes_all_leave_go_to_the_last_of_them():
+    roster = waiting((2,))
+    first, second = (serve(roster, join(roster, name, hello(0))) for name in (b"1", b"2"))
+    takes = []
+    for node in (second, first):
+        roster.leave(node)
+        takes.append([peer.number for peer in roster.peers(None, everyone=False) if peer.takes])
+    assert takes == [[first.number], [first.number]], "the other may have been told to end"
+
+
 def test_a_node_that_was_told_to_end_needs_no_links():
     roster = waiting((1, 1))
     first, second = (serve(roster, join(roster, b"%d" % stage, hello(stage))) for stage in (0, 1))

@@ -47,7 +47,8 @@ class Peer(Message, frozen=True):
         number: identifies the process; a process started in its place gets another number.
         stage: the stage it executes; :data:`~onnxsplit.plan.CALLER` for the caller's process.
         replica: which replica of that stage it is.
-        takes: whether requests may be sent to it; False while it finishes its work before it leaves.
+        takes: whether requests may be sent to it; False while it finishes its work before it leaves, unless it is the
+            last of its stage.
         address: where it receives fragments.
         shortcut: path of the Unix datagram socket where processes of its host may send messages of one frame; empty
             for none.
