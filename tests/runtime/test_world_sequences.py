@@ -208,7 +208,7 @@ class MoreFaults(Faults):
 
 
 Faults.TestCase.settings = settings(max_examples=100, stateful_step_count=60)
-MoreFaults.TestCase.settings = settings(max_examples=3_000, stateful_step_count=100)
+MoreFaults.TestCase.settings = settings(max_examples=1_000, stateful_step_count=100)
 TestFaults = Faults.TestCase
 TestMoreFaults = pytest.mark.exhaustive(MoreFaults.TestCase)
 
