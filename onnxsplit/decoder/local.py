@@ -3,8 +3,9 @@
 *Local* ops read controls, constants, and the shapes of states and tokens only: masks, tables of rotary embeddings,
 lengths. Every stage that reads them holds a copy, so that what they compute does not cross.
 
-An op that reads a state, the op that writes it, and the ops that read tensors whose size grows with the length of a
-sequence share a stage. So no state crosses, and what crosses does not grow.
+An op that reads a state and the op that writes it share a stage. So do the writer and the readers of a tensor that
+depends on what states hold, and whose size grows with the length of a sequence. So no state crosses, and nothing of its
+size.
 """
 
 from __future__ import annotations
@@ -80,11 +81,12 @@ def ops_together(
     for state in claim.states:
         ends = [*graph.readers.get(state.past, ()), *graph.readers.get(state.present, ())]
         groups.append([graph.producer[state.present], *ends] if state.present in graph.producer else ends)
+    behind = _behind_states(graph, claim, free)
     growing = {name for name, size in sizes.items() if name in other_sizes and other_sizes[name] != size}
     groups += [
         [op.index, *graph.readers.get(name, ())]
         for op in graph.ops
-        if op.index not in free
+        if op.index in behind
         for name in op.outputs
         if name in growing
     ]
@@ -93,6 +95,17 @@ def ops_together(
         [op, near] for op in _asking(graph, claim, free) if (near := _nearest(graph, op, held, free)) is not None
     ]
     return [kept for group in groups if len(kept := [op for op in group if op not in free]) > 1]
+
+
+def _behind_states(graph: OpGraph, claim: DecoderClaim, free: Collection[int]) -> set[int]:
+    """The ops whose results depend on what states hold, not only on their shapes."""
+    held = {state.past for state in claim.states}
+    found: set[int] = set()
+    for op in graph.ops:
+        if op.index not in free and not _asks_shape(op) and not held.isdisjoint(op.reads):
+            found.add(op.index)
+            held.update(op.outputs)
+    return found
 
 
 def _asking(graph: OpGraph, claim: DecoderClaim, free: Collection[int]) -> list[int]:

@@ -38,6 +38,8 @@ def with_token_shapes(source: SourceModel, claim: DecoderClaim) -> SourceModel:
     named = shapes.get(tokens, ())
     if len(named) != 2:
         return source
+    if _straighten(source, shapes, specs_for(graph, shapes)):
+        graph = build_graph(source)
     specs = specs_for(graph, shapes)
     given = {*graph.inputs, *graph.constants}
     proto = source.proto.graph
@@ -56,6 +58,22 @@ def with_token_shapes(source: SourceModel, claim: DecoderClaim) -> SourceModel:
     proto.node.extend([*parts.nodes.values(), *nodes])
     proto.initializer.extend(parts.constants.values())
     return with_dead_nodes_last(source)
+
+
+def _straighten(source: SourceModel, shapes: Mapping[str, Shape], specs: Mapping[str, TensorSpec]) -> bool:
+    """Replace a Reshape of the tokens or positions that leaves their shape as it is; whether there is one.
+
+    Some exporters write ``ids.view(-1, ids.shape[-1])``. Inference does not see that the first size stays.
+    """
+    found = False
+    for node in source.proto.graph.node:
+        if node.op_type == "Reshape" and shapes.get(node.input[0]) == _NAMES:
+            after = specs.get(node.output[0])
+            if after is not None and after.shape is not None and len(after.shape) == 2 and after.shape[1] == _NEW:
+                same = helper.make_node("Identity", node.input[:1], node.output, name=node.name)
+                node.CopyFrom(same)
+                found = True
+    return found
 
 
 def _by_roles(claim: DecoderClaim, specs: Mapping[str, TensorSpec]) -> tuple[str, dict[str, Shape]]:

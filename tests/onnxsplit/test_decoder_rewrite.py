@@ -210,6 +210,22 @@ def test_a_shape_is_not_taken_from_the_tokens_because_another_input_declares_the
     assert with_token_shapes(source, CLAIM) is source
 
 
+def test_a_reshape_that_keeps_the_shape_of_the_tokens_hides_nothing():
+    """GPT-2 and OPT reshape the tokens to [-1, new]."""
+    text = """g (int64[b,s] ids, int64[b,t] m) => (int64[2] y) <int64[1] less = {-1}> {
+      n = Shape<start = 1>(ids)
+      target = Concat<axis = 0>(less, n)
+      flat = Reshape(ids, target)
+      k = Neg(flat)
+      y = Shape(k)
+    }"""
+    changed = with_token_shapes(open_any(parsed(text)), CLAIM)
+    graph = build_graph(changed)
+    assert {op.inputs for op in graph.ops if op.op_type == "Shape"} == {("ids",)}
+    ids = np.zeros((2, 3), np.int64)
+    assert run(changed.proto, {"ids": ids, "m": ids})["y"].tolist() == [2, 3]
+
+
 CLAIM = DecoderClaim(
     states=(),
     controls=(Control(input="ids", role="tokens"), Control(input="m", role="mask")),
