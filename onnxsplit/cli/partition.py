@@ -321,7 +321,10 @@ def _show_decoder(output: Output, made: PlanningResult) -> None:
     if made.plan.decoder is not None:
         for text in decoder_lines(made.plan, made.plan.decoder):
             output.line(text)
-        prefill = made.subject.decoding.prefill if made.subject.decoding is not None else None
+        decoding = made.subject.decoding
+        for note in decoding.decoder.claim.notes if decoding is not None else ():
+            output.line(f"Beside the model: {note}.")
+        prefill = decoding.prefill if decoding is not None else None
         if prefill is not None:
             output.line(
                 f"The whole model takes {milliseconds(prefill.time_ns)} for a prompt of {prefill.tokens} tokens."

@@ -146,7 +146,7 @@ def _dimensions(decoder: ProvenDecoder, specs: Mapping[str, TensorSpec]) -> dict
     names: dict[str, int | str] = dict(zip(("rows", "new"), tokens or (), strict=False))
     for state in claim.states:
         shape = specs[state.past].shape
-        if state.kind == "append" and state.axis is not None and shape is not None:
+        if state.kind in ("append", "in-place") and state.axis is not None and shape is not None:
             names.setdefault("context", shape[state.axis])
     return names
 
