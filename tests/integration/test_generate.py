@@ -72,7 +72,14 @@ def at_rest(pipeline) -> bool:
 
 @pytest.mark.parametrize(
     "name",
-    ["gqa", "gqa, 4 bits", "plain", "gpt2", "torch export", "attention 23", "tensor scatter", "lstm", "gru", "mixed"],
+    [
+        *("gqa", "plain", "tensor scatter", "lstm", "mixed"),
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("gqa, 4 bits", "gqa, local window", "gpt2", "merged", "torch export", "attention 23", "gru")
+        ),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("window", "relative bias", "alibi")),
+    ],
 )
 def test_greedy_tokens_are_those_of_plain_onnx_runtime(name, tmp_path):
     family = FAMILIES[name]
@@ -102,6 +109,21 @@ def test_an_event_loop_reads_many_texts_at_once(pipeline, wanted):
         return await asyncio.gather(*map(read, begin_all(pipeline, 50)))
 
     assert asyncio.run(read_all()) == [tokens[:50] for tokens in wanted]
+
+
+def test_an_event_loop_that_receives_results_itself_reads_texts(plan, wanted):
+    async def read_all(pipeline) -> list[tuple[int, ...]]:
+        descriptor, take = pipeline.take_in_loop()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(descriptor, take)
+        try:
+            return [(await generation).tokens for generation in begin_all(pipeline, 40)]
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+
+    with Pipeline.launch(plan, threads=1) as pipeline:
+        assert asyncio.run(read_all(pipeline)) == [tuple(tokens[:40]) for tokens in wanted]
 
 
 def test_an_end_token_ends_the_text_and_is_its_last(pipeline, wanted):
@@ -288,6 +310,23 @@ def test_what_does_not_fit_is_named_with_the_numbers(plan, pipeline, chain_plan)
         Pipeline.launch(plan, max_length=512, cache_bytes="1K")
     with Pipeline.launch(chain_plan) as other, pytest.raises(InputError, match="the plan has no decoder"):
         other.generate([1])
+
+
+def test_the_status_counts_texts_and_their_states(pipeline, python_environment):
+    before = pipeline.sequences
+    generations = begin_all(pipeline, 400)
+    for generation in generations:
+        next(generation)
+    running = pipeline.sequences
+    wait_until(lambda: all(stats.sequences > 0 and stats.state_bytes > 0 for stats in pipeline.stats()))
+    shown = onnxsplit(python_environment, "status", "--pid", os.getpid(), "--json")
+    for generation in generations:
+        generation.close()
+    assert (running.running, running.waiting) == (8, 0)
+    assert running.tokens >= before.tokens + 8
+    (found,) = (one for one in json.loads(shown.stdout)["pipelines"] if one["sequences"]["tokens"] > before.tokens)
+    assert found["sequences"].keys() == {"running", "waiting", "tokens", "replays"}
+    wait_until(lambda: at_rest(pipeline) and pipeline.sequences.running == 0)
 
 
 def onnxsplit(environment, *words, **options) -> subprocess.CompletedProcess[str]:
