@@ -83,17 +83,17 @@ class RequestEffects(ABC):
     def reject(self, request: int, error: OnnxsplitError) -> None:
         """Answer a request or a sequence with an error."""
 
+    @abstractmethod
     def enter_step(self, step: EnterStep) -> None:
         """Send a step to the stages that begin it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def emit(self, emit: Emit) -> None:
         """Give the caller of a sequence its next token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, finish: Finish) -> None:
         """End a sequence; its caller has got all tokens."""
-        raise NotImplementedError
 
 
 class NodeEffects(ABC):
