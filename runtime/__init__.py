@@ -2,21 +2,30 @@
 
 with Pipeline.launch("plan/") as pipeline:
     outputs = pipeline.run({"input": array})
+    tokens = list(pipeline.generate([1, 2, 3]))  # if the plan has a decoder
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
+    from runtime.requests.generate_options import GenerateOptions
+    from runtime.requests.generation import Generated, Generation
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "Generation", "Generated", "GenerateOptions"]
+
+_HOMES = {
+    "Pipeline": "runtime.pipeline",
+    "Generation": "runtime.requests.generation",
+    "Generated": "runtime.requests.generation",
+    "GenerateOptions": "runtime.requests.generate_options",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Pipeline":
-        from runtime.pipeline import Pipeline
-
-        return Pipeline
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'runtime' has no attribute {name!r}")
