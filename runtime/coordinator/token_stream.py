@@ -32,7 +32,7 @@ class TokenStream:
         self.reason: EndReason | None = None
         self.error: OnnxsplitError | None = None
         self._lock = threading.Lock()
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[tuple[int, Callable[[], None]]] = []
 
     @property
     def ended(self) -> bool:
@@ -55,16 +55,25 @@ class TokenStream:
         self.error = error
 
     def wake(self) -> None:
-        """Call the functions of all that wait for more."""
+        """Call the functions of those that wait for the tokens that have come, or for the end."""
         with self._lock:
-            waiting, self._waiting = self._waiting, []
-        for call in waiting:
+            if not self._waiting:
+                return
+            count, ended = len(self.drawn), self.ended
+            ready = [call for seen, call in self._waiting if ended or seen < count]
+            self._waiting = [(seen, call) for seen, call in self._waiting if not ended and seen >= count]
+        for call in ready:
             call()
 
     def when_more(self, seen: int, call: Callable[[], None]) -> None:
         """Call a function once, in any thread, as soon as there are more tokens than ``seen``, or the end."""
         with self._lock:
             if len(self.drawn) <= seen and not self.ended:
-                self._waiting.append(call)
+                self._waiting.append((seen, call))
                 return
         call()
+
+    def forget(self, call: Callable[[], None]) -> None:
+        """Do not call a function that still waits; its reader has given up."""
+        with self._lock:
+            self._waiting = [waiting for waiting in self._waiting if waiting[1] is not call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from runtime.coordinator.request_io import RequestIO
 from runtime.coordinator.token_stream import TokenStream
 from runtime.errors import PipelineError
 from runtime.wire.messages.sequences import Drawn
+
+_END = sys.maxsize  # a number of tokens that no generation has: its reader waits for the end
 
 
 class TokenLogprob(Struct, frozen=True):
@@ -174,12 +177,12 @@ class Generation:
         """
         until = None if timeout is None else time.monotonic() + timeout
         while not self._stream.ended:
-            self._wait(len(self._stream.drawn), until)
+            self._wait(_END, until)
         return self._generated()
 
     def __await__(self) -> Generator[None, None, Generated]:
         while not self._stream.ended:
-            yield from self._more(len(self._stream.drawn)).__await__()
+            yield from self._more(_END).__await__()
         return self._generated()
 
     def _wait(self, seen: int, until: float | None) -> None:
@@ -189,10 +192,15 @@ class Generation:
                 "a callback of a request cannot wait for tokens: its thread delivers them. Wait in a thread of your own"
             )
         turn: SimpleQueue[None] = SimpleQueue()
-        self._stream.when_more(seen, lambda: turn.put(None))
+
+        def call() -> None:
+            turn.put(None)
+
+        self._stream.when_more(seen, call)
         try:
             turn.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
         except Empty:
+            self._stream.forget(call)
             raise TimeoutError(
                 f"the generation has not ended; it has {len(self._stream.drawn)} tokens so far, and it continues"
             ) from None
@@ -211,7 +219,11 @@ class Generation:
                 loop.call_soon_threadsafe(wake)
 
         self._stream.when_more(seen, call)
-        await turn
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self._stream.forget(call)
+            raise
 
     def _generated(self) -> Generated:
         self._raise()

@@ -186,6 +186,7 @@ def test_a_result_that_does_not_come_in_time_says_how_far_it_is():
     requests.emit(5)
     with pytest.raises(TimeoutError, match="it has 1 tokens so far, and it continues"):
         generation.result(0.01)
+    assert requests.stream._waiting == [], "nothing is kept for a reader that has gone"
     requests.finish()
     assert generation.result(0.01).tokens == (5,)
 
@@ -217,12 +218,27 @@ def test_an_event_loop_reads_while_another_thread_adds():
     assert asyncio.run(read()) == (list(range(30)), tuple(range(30)))
 
 
+def test_who_waits_for_the_end_is_not_woken_by_tokens():
+    requests, generation = begun()
+    woken: list[str] = []
+    requests.stream.when_more(1, lambda: woken.append("second token"))
+    requests.stream.when_more(1000, lambda: woken.append("end"))
+    requests.emit(5)
+    assert woken == []
+    requests.emit(6, 7)
+    assert woken == ["second token"]
+    requests.finish()
+    assert woken == ["second token", "end"]
+    assert list(generation) == [5, 6, 7]
+
+
 def test_a_cancelled_task_leaves_the_generation_as_it_is():
     requests, generation = begun()
 
     async def wait_in_vain() -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(anext(generation), 0.01)
+        assert requests.stream._waiting == []
         requests.emit(5)
         assert await anext(generation) == 5
 
