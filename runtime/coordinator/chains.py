@@ -218,10 +218,10 @@ class Chain:
     def next_rows(self, group: Group) -> tuple[list[SequenceRecord], list[int]]:
         """The rows of a group's next step, by slot, and the slots that the step holds. The rows get their slots.
 
-        A sequence that was on a node when the node was lost steps alone until it has one more token.
+        A sequence whose last step failed, or ran on a node when it was lost, steps alone until it has one more token.
         """
         waiting = sorted(group.decoding, key=lambda row: (row.stepped, row.slot))
-        waiting = waiting[:1] if waiting[0].blamed else [row for row in waiting if not row.blamed]
+        waiting = waiting[:1] if waiting[0].steps_alone else [row for row in waiting if not row.steps_alone]
         rows = [waiting[i] for i in taken_together(self._layout, [row.sent for row in waiting])]
         free = [slot for slot in group.slots if self._is_free(slot)]
         slots = neighbouring([row.slot for row in rows], free, group.slots.start, group.slots.stop)

@@ -75,6 +75,7 @@ class SequenceRecord:
         steps: the numbers of the steps of this epoch that are in flight with it.
         stepped: the number of its last step.
         blamed: what happened to the nodes that were lost while they executed it, since its last token.
+        suspected: whether one of its steps failed beside other rows, since its last token.
         overdue: the number of its steps that were overdue, since its last token.
     """
 
@@ -94,7 +95,13 @@ class SequenceRecord:
     steps: set[int] = field(default_factory=set)
     stepped: int = 0
     blamed: list[str] = field(default_factory=list)
+    suspected: bool = False
     overdue: int = 0
+
+    @property
+    def steps_alone(self) -> bool:
+        """Whether it may be what broke a step, so its steps have no other rows until it has one more token."""
+        return self.suspected or bool(self.blamed)
 
     @property
     def phase(self) -> SequencePhase:

@@ -15,7 +15,7 @@ Rules:
 - **Blame.** A sequence records each lost node that was executing one of its steps, until it has got one token further.
   So long it steps alone. So a sequence that kills nodes is found at its second node, and its neighbours are acquitted.
   When the number of these nodes reaches the allowed attempts, the sequence is refused.
-- **Failed steps.** A sequence whose step fails without other rows is refused. All rows of a larger step are replayed.
+- **Failed steps.** A sequence whose step fails without other rows is refused. Rows of a larger step are replayed apart.
 - **Room.** A sequence is admitted when all bytes that it can reach are free on the nodes of a chain. So no sequence
   ever has to make room for another. New sequences are admitted in the order in which they came.
 
@@ -209,6 +209,7 @@ class SequenceTable:
             return
         sequence.history.append(drawn.token)
         sequence.blamed.clear()
+        sequence.suspected = False
         sequence.overdue = 0
         self.tokens += 1
         self._effects.on_requests.append(Emit(sequence.number, drawn))
@@ -328,6 +329,7 @@ class SequenceTable:
             if len(step.rows) == 1 or self._attempts == 1:
                 self._refuse(sequence, StageFailed(told))
             else:
+                sequence.suspected = True
                 self._replay(sequence, told)
         self._scheduler.go_on()
 

@@ -594,6 +594,25 @@ def test_who_fails_alone_is_refused_and_the_others_go_on(tmp_path):
     driver.check_end()
 
 
+def test_who_fails_again_and_again_in_an_exact_replay_is_found(tmp_path):
+    driver = Driver(tmp_path, decode_groups=1, exact_replay=True)
+    bad, *good = [driver.submit(max_tokens=20) for _ in range(3)]
+    failures = 0
+    while driver.steps:
+        step = driver.steps[min(driver.steps)]
+        if any(row.sequence == bad and row.start == 6 for row in step.rows):
+            del driver.steps[step.step]
+            driver.do(failed(step.step))
+            failures += 1
+            assert failures < 10
+        else:
+            driver.come(step.step)
+    assert failures == 2
+    assert isinstance(driver.ends[bad], StageFailed)
+    assert [driver.ends[number] for number in good] == ["length", "length"]
+    driver.check_end()
+
+
 def test_a_failure_of_an_unknown_step_or_stage_is_dropped(tmp_path):
     driver = Driver(tmp_path)
     driver.submit()
