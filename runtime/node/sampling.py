@@ -47,6 +47,7 @@ class TokenSampler:
         self._below = below
         self._tokens: list[int] = []
         s = sampling
+        self._temperature = np.float32(s.temperature)  # one that rounds to 0 is 0
         self._counts = s.repetition != 1 or s.presence != 0 or s.frequency != 0  # whether seen tokens matter
         self._plain = not (self._counts or s.bias or s.min_tokens)
         self._seen: Counter[int] = Counter()
@@ -85,7 +86,7 @@ class TokenSampler:
                 f"the scores of sequence {row.sequence} at position {position} hold {candidates[token]} for token "
                 f"{token}, so no token can be chosen"
             )
-        if self._sampling.temperature > 0:
+        if self._temperature > 0:
             token = self._drawn(candidates, float(candidates[token]), position)
         logprob, top = self._logprobs(raw, token)
         return Drawn(row.sequence, row.epoch, position, token, logprob, top)
@@ -115,7 +116,7 @@ class TokenSampler:
         if 0 < s.top_k < len(scores):
             tokens = _largest(scores, s.top_k)
             scores = scores[tokens]
-        weights = np.exp((scores - np.float32(largest)) / np.float32(s.temperature))
+        weights = np.exp((scores - np.float32(largest)) / self._temperature)
         if s.top_p < 1 or s.min_p > 0:
             kept = _nucleus(weights, s.top_p) if s.top_p < 1 else np.arange(len(weights))
             kept = kept[weights[kept] >= s.min_p]  # the largest weight is 1

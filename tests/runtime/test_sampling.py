@@ -157,6 +157,11 @@ def test_scores_that_are_no_numbers_are_named(bad, temperature):
         draw(Sampling(temperature=temperature), (1, 2), [0.0, bad, 1.0])
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 3, "top_p": 0.5}])
+def test_a_temperature_that_rounds_to_zero_takes_the_largest(options):
+    assert draw(Sampling(temperature=1e-46, seed=3, **options), (1,), [0.5, 2.0, 3.0, 1.0]).token == 2
+
+
 def test_padding_behind_the_vocabulary_is_never_drawn():
     assert draw(Sampling(), (1,), [0.0, 1.0, 9.0, math.nan], below=2).token == 1
     assert draw(Sampling(temperature=5.0, seed=3), (1,), [0.0, 1.0, 9.0, 9.0], below=2).token in (0, 1)
