@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from onnxsplit.errors import ModelError
 from onnxsplit.plan import Plan
 from onnxsplit.session import Session
 from onnxsplit.tensors import Array, dtype_name
@@ -83,7 +84,7 @@ class SequenceRunner:
         outputs = self._caches.run(step, [row.tokens for row in rows], tensors, into)
         drawn: tuple[Drawn, ...] = ()
         if self._is_tail:
-            scores = _last_position(outputs[self._scores], new)
+            scores = _last_position(outputs[self._scores], len(rows), new, self._below)
             outputs[self._scores] = scores
             drawn = self._draw(rows, placed.live, scores)
         leaving = {name: outputs[name] for name in names}
@@ -130,6 +131,16 @@ class SequenceRunner:
             self._samplers.pop(slot, None)
 
 
-def _last_position(scores: Array, new: int) -> Array:
-    """The scores of the last position of each row."""
-    return np.ascontiguousarray(scores[:, -1:]) if scores.ndim == 3 and new > 1 and scores.shape[1] > 1 else scores
+def _last_position(scores: Array, rows: int, new: int, below: int) -> Array:
+    """The scores of the last position of each row.
+
+    Raises:
+        ModelError: they are not one vector of at least ``below`` scores for each row, or for each of its positions.
+    """
+    shape = scores.shape
+    if shape[:-1] not in ((rows,), (rows, 1), (rows, new)) or shape[-1] < below:
+        raise ModelError(
+            f"the scores of {rows} rows with {new} new tokens each have the shape {list(shape)}; they must be "
+            f"one vector of at least {below} for each row or each new token"
+        )
+    return np.ascontiguousarray(scores[:, -1:]) if len(shape) == 3 and shape[1] > 1 else scores

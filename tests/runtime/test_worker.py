@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 
+from onnxsplit.errors import ModelError
 from onnxsplit.plan import CALLER
 from onnxsplit.session import open_session
 from runtime.node.events import Assigned, AttemptCancelled, LoadFailed, Turn, Wired
@@ -131,6 +133,16 @@ def test_states_that_do_not_fit_into_memory_say_what_to_do(decoder, tmp_path):
     assert isinstance(failed, LoadFailed)
     assert "--max-rows, --max-length" in failed.reason
     worker.close()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9), (0, 1, 9), (2, 0, 9), (2, 5, 9), (9,), (2, 1, 1, 9), (2, 8), (2, 1, 8)])
+def test_scores_of_another_shape_fail_their_step_alone(shape):
+    from runtime.node.sequence_runner import _last_position
+
+    with pytest.raises(ModelError, match="at least 9 for each row"):
+        _last_position(np.zeros(shape, np.float32), 2, 3, 9)
+    for good in ((2, 9), (2, 1, 9), (2, 3, 10)):
+        assert _last_position(np.zeros(good, np.float32), 2, 3, 9).size in (18, 20)
 
 
 def test_steps_on_a_device_are_refused_with_what_to_do(decoder):
