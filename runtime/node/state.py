@@ -266,8 +266,7 @@ class NodeState:
     def _refuse_step(self, fragment: Fragment, reason: str) -> list[NodeEffect]:
         """Fail a step before it runs; fragments of it that arrive later are given back."""
         key = fragment.request, fragment.attempt
-        effects: list[NodeEffect] = [GiveBack((fragment,)), *self._cancel(*key)]
-        return [*effects, ReportFailure(Failed(*key, *self._place(), reason))]
+        return [GiveBack((fragment,)), *self._end_attempts(*key), ReportFailure(Failed(*key, *self._place(), reason))]
 
     def _has_ended(self, key: AttemptKey) -> bool:
         """Whether the attempt was cancelled or its request has ended."""
@@ -372,11 +371,14 @@ class NodeState:
         return [GiveBack(tuple(join.fragments)), ReportFailure(Failed(*key, stage, replica, reason)), *cleared]
 
     def _cancel(self, request: int, attempt: int) -> list[NodeEffect]:
+        slots = self._steps.slots.free(request, attempt) if self._steps is not None else ()
+        return self._end_attempts(request, attempt) + self._freed(slots)
+
+    def _end_attempts(self, request: int, attempt: int) -> list[NodeEffect]:
         self._cancelled[request] = max(attempt, self._cancelled.get(request, 0))
         if len(self._cancelled) > _REMEMBERED:
             self._cancelled.popitem(last=False)
-        dropped = self._drop([key for key in self._joins if key[0] == request and key[1] <= attempt])
-        return dropped + self._freed(self._steps.slots.free(request, attempt) if self._steps is not None else ())
+        return self._drop([key for key in self._joins if key[0] == request and key[1] <= attempt])
 
     def _passed(self, oldest: int) -> list[NodeEffect]:
         self._oldest = max(self._oldest, oldest)

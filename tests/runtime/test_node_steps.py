@@ -408,6 +408,16 @@ def test_a_bad_step_fails_alone_and_says_why(world, rows, reason):
     assert not world.in_flight()
 
 
+def test_a_bad_step_with_the_number_of_a_sequence_takes_no_states_from_it(world):
+    world.step(2, good(sequence=1, slot=3))
+    world.step(1, good(slot=SLOTS))
+    world.step(4, good(sequence=1, slot=3, start=2, tokens=(3,)))
+    while world.messages:
+        world.deliver(0)
+    assert [failed.request for failed in world.failed] == [1]
+    assert set(world.results) == {2, 4}
+
+
 def test_rows_for_a_plan_without_a_decoder_are_refused(diamond_plan):
     from onnxsplit.plan_files import load_plan
 
