@@ -327,6 +327,7 @@ class Roster:
     def lose(self, node: NodeRecord, reason: str, now_ns: int) -> list[StartNode]:
         """Remove a process that has ended. Its slot gets another one, now or later."""
         self._served = None
+        node.sequences = node.state_bytes = 0
         if node in self.departing:
             self.departing.remove(node)
             node.machine.go(NodeChange.END)

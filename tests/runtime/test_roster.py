@@ -102,6 +102,15 @@ def test_requests_on_their_way_to_a_stage_whose_nodes_all_leave_go_to_the_last_o
     assert takes == [[first.number], [first.number]], "the other may have been told to end"
 
 
+def test_states_of_a_lost_process_are_not_those_of_its_place():
+    roster = waiting((1,))
+    node = serve(roster, join(roster, b"1", hello(0)))
+    node.sequences, node.state_bytes = 3, 4000
+    roster.lose(node, "was killed", SECOND)
+    assert roster.nodes[0, 0] is node
+    assert (node.sequences, node.state_bytes) == (0, 0)
+
+
 def test_a_node_that_was_told_to_end_needs_no_links():
     roster = waiting((1, 1))
     first, second = (serve(roster, join(roster, b"%d" % stage, hello(stage))) for stage in (0, 1))
