@@ -1,7 +1,7 @@
-"""Measures how fast a plan continues texts, compared with other ways to run its model.
+"""Measures how fast a plan continues sequences, compared with other ways to run its model.
 
 The contenders take turns, because the speed of a machine drifts, and ratios are computed turn by turn. In each turn a
-contender continues the same texts by the same number of tokens, and the time of each token is taken.
+contender continues the same sequences by the same number of tokens, and the time of each token is taken.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from runtime.options import RunOptions
 from runtime.pipeline import Pipeline
 
 Prompts = Sequence[Sequence[int]]
-"""The tokens of each text at its beginning."""
+"""The tokens of each sequence at its beginning."""
 
 
 @dataclass(frozen=True)
 class TokenTimes:
-    """When the tokens of some texts came, in nanoseconds.
+    """When the tokens of some sequences came, in nanoseconds.
 
     Attributes:
-        begun_ns: when all texts were begun.
-        times_ns: for each text, the times of its new tokens.
+        begun_ns: when all sequences were begun.
+        times_ns: for each sequence, the times of its new tokens.
     """
 
     begun_ns: int
@@ -42,13 +42,13 @@ class TokenTimes:
 
     @property
     def per_s(self) -> float:
-        """New tokens of all texts per second, from the beginning to the last token."""
+        """New tokens of all sequences per second, from the beginning to the last token."""
         last = max(times[-1] for times in self.times_ns)
         return sum(map(len, self.times_ns)) / max(1e-9, (last - self.begun_ns) / 1e9)
 
 
 DecodeMeasure = Callable[[Prompts, int], TokenTimes]
-"""Continues texts by a number of tokens, and takes the times."""
+"""Continues sequences by a number of tokens, and takes the times."""
 
 
 class DecodeRow(PlanStruct, frozen=True, kw_only=True):
@@ -72,7 +72,7 @@ class DecodeReport(PlanStruct, frozen=True, kw_only=True):
 
     Attributes:
         rows: the contenders, the pipeline first.
-        texts: the number of texts at once.
+        sequences: the number of sequences at once.
         tokens: the number of new tokens of each.
         context: the number of tokens at the beginning of each.
         turns: the number of turns of each contender.
@@ -80,7 +80,7 @@ class DecodeReport(PlanStruct, frozen=True, kw_only=True):
     """
 
     rows: tuple[DecodeRow, ...]
-    texts: int
+    sequences: int
     tokens: int
     context: int
     turns: int
@@ -90,7 +90,7 @@ class DecodeReport(PlanStruct, frozen=True, kw_only=True):
 def bench_decode(
     folder: str | Path,
     *,
-    texts: int,
+    sequences: int,
     tokens: int,
     context: int | None = None,
     turns: int = 5,
@@ -99,11 +99,11 @@ def bench_decode(
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> DecodeReport:
-    """Measure how fast a plan continues texts on this host's CPU. Texts begin with random tokens, and have no end.
+    """Measure how fast a plan continues sequences, which begin with random tokens, on this host's CPU.
 
     Args:
         folder: the plan directory.
-        texts: the number of texts at once.
+        sequences: the number of sequences at once.
         tokens: the number of tokens to add to each.
         context: the number of tokens at the beginning of each; a quarter of the length, at most 64, when None.
         turns: the number of turns of each contender, after one that is not counted.
@@ -121,9 +121,9 @@ def bench_decode(
     if plan.decoder is None:
         raise InputError(f"{folder} has no decoder, so it cannot generate tokens; measure it without --decode")
     context = min(64, plan.decoder.max_length // 4) if context is None else context
-    prompts = random_prompts(plan.decoder, texts, context)
+    prompts = random_prompts(plan.decoder, sequences, context)
     options["threads"] = threads = options.get("threads") or threads_per_node(sum(RunOptions(**options).counts(plan)))
-    options["max_rows"] = max(texts, options.get("max_rows") or 0)
+    options["max_rows"] = max(sequences, options.get("max_rows") or 0)
     with Pipeline.launch(folder, **options) as pipeline:
         contenders: dict[str, DecodeMeasure] = {"pipeline": lambda p, count: _in_pipeline(pipeline, p, count)}
         say("loading the whole model")
@@ -139,7 +139,7 @@ def bench_decode(
     rates = {name: [times.per_s for times in measured[name]] for name in measured}
     return DecodeReport(
         rows=tuple(_row(row, measured[row.name]) for row in compare(rates)),
-        texts=texts,
+        sequences=sequences,
         tokens=tokens,
         context=context,
         turns=turns,
@@ -147,11 +147,11 @@ def bench_decode(
     )
 
 
-def random_prompts(decoder: Decoder, texts: int, length: int) -> list[list[int]]:
-    """The beginnings of some texts; the same arguments give the same ones."""
+def random_prompts(decoder: Decoder, sequences: int, length: int) -> list[list[int]]:
+    """The beginnings of some sequences; the same arguments give the same ones."""
     source = random.Random(0)  # noqa: S311  examples, not secrets
     below = min(decoder.vocabulary, decoder.tokens_below or decoder.vocabulary)
-    return [[source.randrange(below) for _ in range(max(1, length))] for _ in range(texts)]
+    return [[source.randrange(below) for _ in range(max(1, length))] for _ in range(sequences)]
 
 
 def _in_pipeline(pipeline: Pipeline, prompts: Prompts, tokens: int) -> TokenTimes:

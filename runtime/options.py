@@ -99,8 +99,8 @@ class RunOptions:
         decode_groups: for a plan with a decoder: the number of groups of sequences that are in flight on a chain. When
             None, one more than there are stages.
         exact_replay: for a plan with a decoder whose scores depend on how tokens are divided into runs, such as models
-            with activations of 8 bits: whether a replay repeats the steps of a text one by one, so that the text goes
-            on as if nothing had happened. Otherwise it reads the text in parts, which is faster.
+            with activations of 8 bits: whether a replay repeats the steps of a sequence one by one, so that it goes on
+            as if nothing had happened. Otherwise it reads the tokens in parts, which is faster.
     """
 
     replicas: int | Mapping[int, int] | None = None

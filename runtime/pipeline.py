@@ -241,12 +241,12 @@ class Pipeline:
     def generate(
         self, tokens: Sequence[int] | Array, *, timeout: float | None = None, block: bool = True, **options: Any
     ) -> Generation:
-        """Continue a text, with a plan that has a decoder. Returns at once; each token comes once and in order.
+        """Continue a sequence, with a plan that has a decoder. Returns at once; each token comes once and in order.
 
         Args:
             tokens: the numbers of the prompt's tokens.
             timeout: seconds from this call until the last token, as for :meth:`submit`.
-            block: False raises :class:`~runtime.errors.Busy` where the text would wait for room.
+            block: False raises :class:`~runtime.errors.Busy` where the sequence would wait for room.
             options: the attributes of :class:`~runtime.requests.generate_options.GenerateOptions`: ``max_tokens``,
                 ``temperature``, ``stop_tokens``, ``seed``, ``logprobs`` and others.
 
@@ -378,7 +378,7 @@ class Pipeline:
 
     @property
     def sequences(self) -> SequenceStats | None:
-        """Counts of the texts that :meth:`generate` continues; None where the plan has no decoder."""
+        """Counts of the sequences that :meth:`generate` continues; None where the plan has no decoder."""
         return self._coordinator.sequences()
 
     @property

@@ -17,11 +17,11 @@ from runtime.wire.messages.sequences import MOST_ROWS
 def _decode(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    texts, _, tokens = text.partition("x")
-    numbers = parse_whole(texts, MOST_ROWS), parse_whole(tokens, MOST_SIZE)
+    rows, _, tokens = text.partition("x")
+    numbers = parse_whole(rows, MOST_ROWS), parse_whole(tokens, MOST_SIZE)
     if not numbers[0] or not numbers[1]:
         raise click.BadParameter(
-            f"{text!r} is not TEXTSxTOKENS, as 8x128, with at most {MOST_ROWS} texts", context, parameter
+            f"{text!r} is not ROWSxTOKENS, as 8x128, with at most {MOST_ROWS} rows", context, parameter
         )
     return numbers[0], numbers[1]
 
@@ -37,8 +37,8 @@ def _decode(context: click.Context, parameter: click.Parameter, text: str | None
 @option(
     "--decode",
     callback=_decode,
-    metavar="TEXTSxTOKENS",
-    help="Measure how fast texts are continued instead: so many at once, by so many tokens each, as 8x128.",
+    metavar="ROWSxTOKENS",
+    help="Measure how fast sequences are continued instead: so many at once, by so many tokens each, as 8x128.",
 )
 @option(
     "--context",
@@ -72,7 +72,7 @@ def command(
         _bench_decode(output, plan, model, decode, context, slices or 5, running)
         return
     if context is not None:
-        raise click.UsageError("--context belongs to --decode TEXTSxTOKENS")
+        raise click.UsageError("--context belongs to --decode ROWSxTOKENS")
     report = bench(
         plan,
         model=model,
@@ -118,15 +118,15 @@ def _bench_decode(
     turns: int,
     running: dict[str, Any],
 ) -> None:
-    """Measure how fast the plan continues texts."""
+    """Measure how fast the plan continues sequences."""
     from onnxsplit.cli.decoding import whole_model
     from runtime.bench_decode import bench_decode
 
-    texts, tokens = decode
+    sequences, tokens = decode
     peers = {"peers": whole_model(model, running["custom_ops"])} if model is not None else {}
     report = bench_decode(
         plan,
-        texts=texts,
+        sequences=sequences,
         tokens=tokens,
         context=context,
         turns=turns,
@@ -149,7 +149,7 @@ def _bench_decode(
     ]
     output.table(("contender", "tokens/s", "ratio", "first token", "between", "p99"), rows)
     output.line(
-        f"\n{report.texts} text(s) at once, continued by {report.tokens} tokens after {report.context}; "
+        f"\n{report.sequences} sequence(s) at once, continued by {report.tokens} tokens after {report.context}; "
         f"{report.turns} turns of each; {report.threads} thread(s) for each session. The ratio is the pipeline's rate "
         "divided by that of the contender."
     )

@@ -1,4 +1,4 @@
-"""Compares a pipeline that continues texts with one session of the whole model, for ``verify`` and ``bench``."""
+"""Compares a pipeline that continues sequences with one session of the whole model, for ``verify`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _session(model: Path, plan: Plan, threads: int, custom_ops: Sequence[str]) -
 
 
 def whole_model(model: Path, custom_ops: Sequence[str]) -> Callable[[Plan, int], Mapping[str, DecodeMeasure]]:
-    """The contender that continues texts in one session of the whole model, with states in place where it can."""
+    """The contender that continues sequences in one session of the whole model, with states in place where it can."""
 
     def contender(plan: Plan, threads: int) -> Mapping[str, DecodeMeasure]:
         decoder = plan.decoder

@@ -41,7 +41,7 @@ def _biases(context: click.Context, parameter: click.Parameter, texts: tuple[str
 _PROMPT: OptionTable = [
     (
         ("--tokens",),
-        {"type": TokensParam(), "required": True, "metavar": "N,N,...", "help": "The tokens of the text to continue."},
+        {"type": TokensParam(), "required": True, "metavar": "N,N,...", "help": "The tokens to continue."},
     ),
 ]
 _SAMPLING: OptionTable = [
@@ -145,7 +145,7 @@ _SAMPLING: OptionTable = [
 @running_options
 @tracing_options
 def command(output: Output, *, plan: Path, tokens: tuple[int, ...], **values: Any) -> None:
-    """Start the nodes of the plan in DIR, continue one text, print its new tokens as they come, and stop the nodes.
+    """Start the nodes of the plan in DIR, continue one sequence, print its new tokens as they come, and stop the nodes.
 
     Texts are given and printed as the numbers of their tokens. The plan must have a decoder.
     """

@@ -66,16 +66,16 @@ def _cause(snapshot: Snapshot) -> str:
 
 
 def _summary(pid: int, snapshot: Snapshot) -> list[str]:
-    """A line about requests, and one about texts if the plan has a decoder."""
+    """A line about requests, and one about sequences if the plan has a decoder."""
     lines = [
         f"{snapshot.plan}  (process {pid}, {snapshot.state}): {snapshot.requests} requests, "
         f"{snapshot.in_flight} in flight, {snapshot.waiting} waiting for a node, {snapshot.retries} retried"
     ]
     if snapshot.sequences is not None:
-        texts = snapshot.sequences
+        counts = snapshot.sequences
         lines.append(
-            f"{texts.running} texts running, {texts.waiting} waiting for room, {texts.tokens} tokens, "
-            f"{texts.replays} read again after a loss; {binary(sum(node.state_bytes for node in snapshot.nodes))} of "
+            f"{counts.running} sequences running, {counts.waiting} waiting for room, {counts.tokens} tokens, "
+            f"{counts.replays} read again after a loss; {binary(sum(node.state_bytes for node in snapshot.nodes))} of "
             "caches"
         )
     return lines

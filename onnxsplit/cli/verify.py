@@ -47,7 +47,7 @@ def command(
     output.done()
     _show(output, comparisons)
     good = all(c.good for c in comparisons)
-    output.say("continuing a text in a pipeline and in the whole model")
+    output.say("continuing a sequence in a pipeline and in the whole model")
     decoding = compare_decoding(plan, model, threads=threads or 1, allowed=_allowed(comparisons), custom_ops=custom_ops)
     output.done()
     allowed = max(c.tolerance for c in comparisons)

@@ -145,7 +145,7 @@ class Coordinator:
             return self._stats()
 
     def sequences(self) -> SequenceStats | None:
-        """Statistics of the texts so far; None where the plan has no decoder."""
+        """Statistics of the sequences so far; None where the plan has no decoder."""
         with self.requests.lock:
             return sequence_stats(self._machine.sequences)
 

@@ -69,7 +69,7 @@ class NodeStats(Struct, frozen=True):
         p99_ns: 99th percentile of that time.
         output_bytes: bytes of all outputs.
         shared_bytes: bytes of those outputs that were passed in shared memory.
-        sequences: texts whose states the node holds.
+        sequences: sequences whose states the node holds.
         state_bytes: bytes of those states.
     """
 
@@ -98,13 +98,13 @@ class NodeStats(Struct, frozen=True):
 
 
 class SequenceStats(Struct, frozen=True):
-    """Statistics of the texts that a pipeline continues.
+    """Statistics of the sequences that a pipeline continues.
 
     Attributes:
-        running: texts that nodes have states of now.
-        waiting: texts that wait for room.
+        running: sequences that nodes have states of now.
+        waiting: sequences that wait for room.
         tokens: tokens that callers have got so far.
-        replays: how often a text was read again because its nodes were lost or left.
+        replays: how often a sequence was read again because its nodes were lost or left.
     """
 
     running: int
@@ -129,7 +129,7 @@ class Snapshot(Struct, frozen=True):
         cause: a description of a link that is dead now, or else of the first recent loss of a node or link; empty when
             there was none.
         nodes: the statistics of each node.
-        sequences: the statistics of texts; None where the plan has no decoder.
+        sequences: the statistics of sequences; None where the plan has no decoder.
     """
 
     plan: str
@@ -188,7 +188,7 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
 
 
 def sequence_stats(table: SequenceTable | None) -> SequenceStats | None:
-    """The statistics of texts; None where there is no table of them."""
+    """The statistics of sequences; None where there is no table of them."""
     if table is None:
         return None
     waiting = table.waiting

@@ -26,7 +26,7 @@ _MOST_TOP_K = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """How a text is to be continued.
+    """How a sequence is to be continued.
 
     Attributes:
         max_tokens: the most tokens to add; None for all that the pipeline has room for.
@@ -34,14 +34,14 @@ class GenerateOptions:
         top_k: only so many of the most probable tokens are candidates; 0 for all.
         top_p: only the most probable tokens that reach this probability together are candidates; 1 for all.
         min_p: only tokens with at least this share of the largest probability are candidates; 0 for all.
-        repetition_penalty: scores of tokens that are in the text, prompt included, are divided by it where they are
+        repetition_penalty: scores of tokens that are in the sequence, prompt included, are divided by it where they are
             positive, else multiplied; 1 for no change.
         presence_penalty: is subtracted from the scores of new tokens that have occurred.
         frequency_penalty: is subtracted from them once for each time.
         logit_bias: what is added to the scores of some tokens.
         seed: makes the choice of tokens repeatable. None for a random one, which the result reports.
         min_tokens: the number of tokens before which none ends the text.
-        stop_tokens: the tokens that end the text; it contains the one that does. None for the model's own.
+        stop_tokens: the tokens that end the sequence; it contains the one that does. None for the model's own.
         logprobs: report the probability of each token, and of so many of the most probable ones. None for neither.
         scores: whether to report the model's scores for each token.
     """
@@ -80,7 +80,7 @@ def normal_prompt(tokens: object, decoder: Decoder, length: int) -> tuple[int, .
     """
     prompt = _tokens("tokens", tokens, token_bound(decoder))
     if not prompt:
-        raise InputError("tokens is empty; a generation continues a text of at least one token")
+        raise InputError("tokens is empty; a generation continues a sequence of at least one token")
     if len(prompt) >= length:
         raise InputError(
             f"the prompt has {len(prompt)} tokens, but this pipeline has room for sequences of {length} tokens, at "

@@ -69,7 +69,7 @@ class Generated:
 
 
 class Generation:
-    """The new tokens of one text, as they come. It is made by :meth:`~runtime.pipeline.Pipeline.generate`.
+    """The new tokens of one sequence, as they come. It is made by :meth:`~runtime.pipeline.Pipeline.generate`.
 
     It is an iterator and an asynchronous iterator of token numbers. Tokens are kept until they are read, so a slow
     reader loses none. After the last token the iterator ends; if the generation has failed, it raises the error.
