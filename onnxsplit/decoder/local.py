@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from onnxsplit.decoder.claim import DecoderClaim
+from onnxsplit.decoder.constants import Constants
+from onnxsplit.decoder.op_slots import attribute
 from onnxsplit.model.graph import Op, OpGraph
 from onnxsplit.model.op_kinds import is_random
 from onnxsplit.model.protobuf import functions_of
@@ -67,6 +69,7 @@ def ops_together(
     free: Collection[int],
     sizes: Mapping[str, tuple[int, ...]],
     other_sizes: Mapping[str, tuple[int, ...]],
+    alike: Mapping[str, int],
 ) -> list[list[int]]:
     """Groups of ops that must share a stage.
 
@@ -76,11 +79,14 @@ def ops_together(
         free: the ops that :func:`control_ops` finds.
         sizes: shapes of the tensors in a step, by name.
         other_sizes: the same in a step at another length, and else alike.
+        alike: what :func:`states_alike` finds.
     """
     groups = []
+    held: dict[int, set[int]] = {}
     for state in claim.states:
         ends = [*graph.readers.get(state.past, ()), *graph.readers.get(state.present, ())]
         groups.append([graph.producer[state.present], *ends] if state.present in graph.producer else ends)
+        held.setdefault(alike[state.past], set()).update(op for op in groups[-1] if op not in free)
     behind = _behind_states(graph, claim, free)
     growing = {name for name, size in sizes.items() if name in other_sizes and other_sizes[name] != size}
     groups += [
@@ -90,9 +96,11 @@ def ops_together(
         for name in op.outputs
         if name in growing
     ]
-    held = {op for group in groups[: len(claim.states)] for op in group if op not in free}
     groups += [
-        [op, near] for op in _asking(graph, claim, free) if (near := _nearest(graph, op, held, free)) is not None
+        [op, near]
+        for op, asked in _asking(graph, alike, free).items()
+        for number in sorted(asked)
+        if (near := _nearest(graph, op, held[number], free)) is not None
     ]
     return [kept for group in groups if len(kept := [op for op in group if op not in free]) > 1]
 
@@ -108,16 +116,22 @@ def _behind_states(graph: OpGraph, claim: DecoderClaim, free: Collection[int]) -
     return found
 
 
-def _asking(graph: OpGraph, claim: DecoderClaim, free: Collection[int]) -> list[int]:
-    """The ops that read what follows from the shape of a state; a stage with such an op needs a state."""
-    pasts = {state.past for state in claim.states}
-    asked: set[int] = set()
+def _asking(graph: OpGraph, alike: Mapping[str, int], free: Collection[int]) -> dict[int, set[int]]:
+    """The ops that read what follows from the shapes of states, with the groups of these states.
+
+    A stage with such an op needs a state of each of the groups, whose shape it asks for instead.
+    """
+    asked: dict[str, set[int]] = {past: {number} for past, number in alike.items()}
+    asking: dict[int, set[int]] = {}
     for op in graph.ops:
-        if op.index in free and any(name in pasts or graph.producer.get(name) in asked for name in op.reads):
-            asked.add(op.index)
-    return [
-        op.index for op in graph.ops if op.index not in free and any(graph.producer.get(n) in asked for n in op.reads)
-    ]
+        if op.index in free:
+            numbers = set().union(*(asked.get(name, ()) for name in op.reads))
+            asked.update(dict.fromkeys(op.outputs, numbers))
+        else:
+            numbers = set().union(*(asked.get(name, ()) for name in op.reads if name not in alike))
+            if numbers:
+                asking[op.index] = numbers
+    return asking
 
 
 def _nearest(graph: OpGraph, op: int, held: Collection[int], free: Collection[int]) -> int | None:
@@ -133,16 +147,43 @@ def _nearest(graph: OpGraph, op: int, held: Collection[int], free: Collection[in
     return None
 
 
-def states_alike(claim: DecoderClaim, specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """The number of a group for each state; states of one group have the same shape in every run."""
+def states_alike(graph: OpGraph, claim: DecoderClaim, specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """The number of a group for each state; of states of one group, all sizes that ops ask for are the same."""
     numbers: dict[object, int] = {}
+    asked = _asked_axes(graph, {state.past: len(state.shape) for state in claim.states})
     return {
         state.past: numbers.setdefault(
-            (state.kind, state.batch_axis, state.axis, state.shape, state.capacity, specs[state.past].dtype),
+            (
+                (state.kind, state.batch_axis, state.axis, state.capacity, specs[state.past].dtype, len(state.shape)),
+                tuple(size for axis, size in enumerate(state.shape) if axis in asked),
+            ),
             len(numbers),
         )
         for state in claim.states
     }
+
+
+def _asked_axes(graph: OpGraph, ranks: Mapping[str, int]) -> set[int]:
+    """The axes whose sizes ops ask for, of some inputs with their ranks."""
+    constants = Constants(graph)
+    axes: set[int] = set()
+    for op in graph.ops:
+        rank = next((ranks[name] for name in op.reads if name in ranks), None)
+        if rank is None or not _asks_shape(op):
+            continue
+        places = range(rank)
+        if op.op_type == "Shape":
+            places = places[slice(attribute(op, "start", 0), attribute(op, "end", rank))]
+        picked = [
+            constants.numbers(reader.node.input[1])
+            if reader.op_type == "Gather" and attribute(reader, "axis", 0) == 0 and reader.node.input[0] in op.outputs
+            else None
+            for reader in (graph.ops[index] for name in op.outputs for index in graph.readers.get(name, ()))
+        ]
+        for numbers in picked if op.op_type == "Shape" else [None]:
+            inside = range(-len(places), len(places))
+            axes.update(places if numbers is None else [places[number] for number in numbers if number in inside])
+    return axes
 
 
 def _asks_shape(op: Op) -> bool:

@@ -60,7 +60,7 @@ class Decoding:
         cache_tokens: the positions, over all sequences, for which stages have memory.
         local: ops that every stage that reads them computes for itself.
         together: groups of ops that must share a stage.
-        alike: for each state, the number of a group; states of one group have the same shape in every run.
+        alike: for each state, the number of a group; of states of one group, all sizes that ops ask for are the same.
         prefill: time for a prompt; None if nothing was measured.
     """
 
@@ -183,14 +183,15 @@ def decoding(
         short, long = (
             dict(infer_shapes(graph, {n: a.shape for n, a in example.items()}).sizes) for example in examples
         )
+    alike = states_alike(graph, claim, specs)
     return Decoding(
         decoder=decoder,
         specs=specs,
         step=step,
         cache_tokens=cache_tokens if cache_tokens is not None else step.rows * (step.context + 1),
         local=cheap_ops(graph, free, op_ns),
-        together=tuple(tuple(group) for group in ops_together(graph, claim, free, short, long)),
-        alike=states_alike(claim, specs),
+        together=tuple(tuple(group) for group in ops_together(graph, claim, free, short, long, alike)),
+        alike=alike,
     )
 
 

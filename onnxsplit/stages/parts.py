@@ -42,9 +42,9 @@ def stage_parts(
         graph: the model.
         atoms: its atoms.
         assignment: the stage of each atom.
-        alike: inputs of which copied ops read only the shape, with the number of a group; inputs of one group have
-            the same shape in every run. A copied op reads an input that an op of the stage itself reads, if there is
-            one in the group.
+        alike: inputs of which copied ops read only the shape, with the number of a group; of inputs of one group, all
+            sizes that they read are the same in every run. A copied op reads an input that an op of the stage itself
+            reads, if there is one in the group.
     """
     stages = max(assignment, default=-1) + 1
     own: list[list[int]] = [[] for _ in range(stages)]

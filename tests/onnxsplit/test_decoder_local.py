@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from decoder_runs import FAMILIES
+from decoder_traps import unequal_heads
 
 from onnxsplit.decoder.inputs import example_step
 from onnxsplit.decoder.local import cheap_ops, control_ops, names_of, ops_together, states_alike
@@ -16,8 +17,8 @@ from onnxsplit.stages.parts import stage_parts
 class Prepared:
     """A proven decoder, with the ops that every stage computes for itself."""
 
-    def __init__(self, name):
-        prepared = prepare(open_any(FAMILIES[name].make()), "auto", runs=True)
+    def __init__(self, name, model=None):
+        prepared = prepare(open_any(model or FAMILIES[name].make()), "auto", runs=True)
         self.graph = build_graph(prepared.source)
         self.claim = prepared.decoder.claim
         self.specs = input_specs(self.graph)
@@ -28,13 +29,14 @@ class Prepared:
             )
             for c in (5, 7)
         )
-        self.together = ops_together(self.graph, self.claim, self.free, self.shapes.sizes, other.sizes)
+        self.alike = states_alike(self.graph, self.claim, self.specs)
+        self.together = ops_together(self.graph, self.claim, self.free, self.shapes.sizes, other.sizes, self.alike)
         self.atoms = build_atoms(self.graph, self.shapes, self.together, local=self.free)
 
     def stages(self, count):
         atoms = len(self.atoms.ops)
         assignment = [min(count - 1, atom * count // atoms) for atom in range(atoms)]
-        return stage_parts(self.graph, self.atoms, assignment, states_alike(self.claim, self.specs))
+        return stage_parts(self.graph, self.atoms, assignment, self.alike)
 
 
 @pytest.mark.parametrize("name", ["plain", "gpt2", "torch export", "attention 23", "tensor scatter", "alibi", "mixed"])
@@ -52,7 +54,18 @@ def test_masks_and_tables_follow_from_controls(name):
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("name", ["gqa", "plain", "torch export", "attention 23", "window", "mixed", "lstm by layer"])
 def test_no_state_crosses_wherever_the_cut_is(name, count):
-    model = Prepared(name)
+    check_states(Prepared(name), count)
+
+
+@pytest.mark.parametrize("asks_heads", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_no_state_crosses_where_layers_have_other_numbers_of_heads(count, asks_heads):
+    model = Prepared("unequal heads", unequal_heads(asks_heads=asks_heads))
+    parts = check_states(model, count)
+    assert all(part.own for part in parts) or asks_heads  # an op that asks for heads shares a stage with that state
+
+
+def check_states(model, count):
     stays = names_of(model.claim)
     parts = model.stages(count)
     owner = {}
@@ -66,6 +79,7 @@ def test_no_state_crosses_wherever_the_cut_is(name, count):
     for index, part in enumerate(parts):
         crossing = {tensor for tensor in part.inputs if produced.get(tensor, index) != index}
         assert not crossing & stays
+    return parts
 
 
 def test_a_copied_op_reads_the_shape_of_a_state_that_the_stage_has():

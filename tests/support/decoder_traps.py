@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import decoder_parts as parts
 import decoders
 import numpy as np
@@ -105,6 +108,38 @@ def alibi(size: Size = NO_GROUPS, *, seed: int = 0) -> onnx.ModelProto:
     bias = net.op("Mul", [counts, slopes])
     past = parts.past_length(net, True)
     return _finished(net, x, [bias, parts.hidden_places(net, mask, past, net.shape(x, 1))])
+
+
+def unequal_heads(
+    size: Size = SMALL, *, seed: int = 0, groups: Sequence[int] = (1, 2, 4), asks_heads: bool = False
+) -> onnx.ModelProto:
+    """A plain decoder whose layers have other numbers of key/value heads, as OpenELM's have.
+
+    Args:
+        size: sizes, but for the number of key/value heads.
+        seed: of the weights.
+        groups: the number of key/value heads of each layer.
+        asks_heads: the mask asks the first cache for its number of heads, too, not for its positions alone.
+    """
+    net = Net(size, seed=seed)
+    ids, mask, places = parts.tokens(net), parts.mask(net), parts.positions(net)
+    sizes = [replace(size, groups=count) for count in groups]
+    for layer, net.size in enumerate(sizes):
+        parts.caches(net, layers=[layer])
+    parts.scores_output(net)
+    x = parts.embedded(net, ids)
+    added = [parts.hidden_places(net, mask, parts.past_length(net, cached=True), net.shape(ids, 1))]
+    if asks_heads:
+        heads = net.op("Sub", [net.shape(parts.PAST.format(layer=0, part="key"), 1), net.integer(groups[0])])
+        added.append(net.op("Cast", [heads], to=FLOAT))
+    cos, sin = parts.rotation(net, places, gathered=False)
+    for layer, net.size in enumerate(sizes):
+        net.scope_of(layer)
+        attention = decoders.rotary_attention(net, cos, sin, added)
+        normed = parts.rms_norm(net, x, f"model.layers.{layer}.input_norm.weight")
+        x = net.op("Add", [x, parts.attended(net, normed, layer, attention)])
+    parts.scores(net, x)
+    return net.proto()
 
 
 def _without_rotary(size: Size, seed: int) -> tuple[Net, str, str]:

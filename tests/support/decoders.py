@@ -239,11 +239,11 @@ def _plain(
     places = given or parts.counted(net, mask, new)
     hidden_places = parts.hidden_places(net, mask, past, new, places if by_position else None)
     cos, sin = parts.rotation(net, places, gathered=gathered)
-    attention = _rotary_attention(net, cos, sin, [hidden_places], cached=cached)
+    attention = rotary_attention(net, cos, sin, [hidden_places], cached=cached)
     parts.llama(net, x, attention)
 
 
-def _rotary_attention(net: Net, cos: str, sin: str, added: Sequence[str], *, cached: bool = True) -> parts.Attention:
+def rotary_attention(net: Net, cos: str, sin: str, added: Sequence[str], *, cached: bool = True) -> parts.Attention:
     size = net.size
 
     def attention(layer: int, query: str, key: str, value: str) -> str:
@@ -584,7 +584,7 @@ def mixed(size: Size = FOUR_LAYERS, *, seed: int = 0, kernel: int = 3) -> onnx.M
     past = net.shape(PAST.format(layer=1, part="key"), 2)
     hidden_places = parts.hidden_places(net, mask, past, net.shape(x, 1))
     cos, sin = parts.rotation(net, places, gathered=True)
-    rotary = _rotary_attention(net, cos, sin, [hidden_places])
+    rotary = rotary_attention(net, cos, sin, [hidden_places])
     for layer in range(size.layers):
         net.scope_of(layer)
         name = f"model.layers.{layer}"
