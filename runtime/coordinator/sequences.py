@@ -336,10 +336,9 @@ class SequenceTable:
     # What ends sequences
 
     def unsendable(self, number: int, error: OnnxsplitError) -> None:
-        """End the sequences of a step that cannot be sent or read, or a sequence that cannot be sent."""
+        """End the sequences of a step that cannot be sent or read; any other number is no step in flight."""
         step = self._scheduler.take_back(number)
         if step is None:
-            self.refuse(number, error)
             return
         for sequence in step.waiting:
             self._refuse(sequence, error)

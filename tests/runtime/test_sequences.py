@@ -594,6 +594,15 @@ def test_who_fails_alone_is_refused_and_the_others_go_on(tmp_path):
     driver.check_end()
 
 
+def test_what_cannot_be_read_and_has_the_number_of_a_sequence_does_not_end_it(tmp_path):
+    driver = Driver(tmp_path)
+    number = driver.submit()
+    driver.do(Unsendable(number, StageFailed("cannot be read"), 1))
+    driver.run()
+    assert driver.ends == {number: "length"}
+    driver.check_end()
+
+
 def test_who_fails_again_and_again_in_an_exact_replay_is_found(tmp_path):
     driver = Driver(tmp_path, decode_groups=1, exact_replay=True)
     bad, *good = [driver.submit(max_tokens=20) for _ in range(3)]
