@@ -5,7 +5,7 @@ Arguments that cannot be normalised raise :class:`~onnxsplit.errors.InputError` 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -78,6 +78,8 @@ def normal_prompt(tokens: object, decoder: Decoder, length: int) -> tuple[int, .
     Raises:
         InputError: they are not whole numbers, there is none, one is beyond the vocabulary, or there are too many.
     """
+    if isinstance(tokens, Set):
+        raise InputError(f"tokens must be a list of token numbers, in their order, but it is {shown(tokens)}")
     prompt = _tokens("tokens", tokens, token_bound(decoder))
     if not prompt:
         raise InputError("tokens is empty; a generation continues a sequence of at least one token")
@@ -125,6 +127,11 @@ def normal_sampling(options: GenerateOptions, decoder: Decoder, max_tokens: int,
     ends = tuple(t for t in decoder.end_tokens if t < below) if stop is None else _tokens("stop_tokens", stop, below)
     if len(ends) > _MOST_LISTED:
         raise InputError(f"stop_tokens has {len(ends)} tokens; at most {_MOST_LISTED} are allowed")
+    if options.min_tokens and len(set(ends)) == below:
+        raise InputError(
+            f"all {below} tokens are stop_tokens, so none can come before min_tokens = {options.min_tokens}; leave one "
+            "of both out"
+        )
     return Sampling(
         temperature=float(options.temperature),
         top_k=int(options.top_k),

@@ -17,6 +17,7 @@ from onnxsplit.tensors import Array
 from runtime.coordinator.request_io import RequestIO
 from runtime.coordinator.token_stream import TokenStream
 from runtime.errors import PipelineError
+from runtime.requests.normalize import MOST_TIMEOUT_S
 from runtime.wire.messages.sequences import Drawn
 
 _END = sys.maxsize  # a number of tokens that no generation has: its reader waits for the end
@@ -198,7 +199,7 @@ class Generation:
 
         self._stream.when_more(seen, call)
         try:
-            turn.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
+            turn.get(timeout=None if until is None else min(max(0.0, until - time.monotonic()), MOST_TIMEOUT_S))
         except Empty:
             self._stream.forget(call)
             raise TimeoutError(

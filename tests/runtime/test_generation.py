@@ -191,6 +191,18 @@ def test_a_result_that_does_not_come_in_time_says_how_far_it_is():
     assert generation.result(0.01).tokens == (5,)
 
 
+@pytest.mark.parametrize("timeout", [1e30, float("inf")])
+def test_a_result_is_waited_for_however_long_the_time_is(timeout):
+    requests, generation = begun()
+    results = []
+    thread = threading.Thread(target=lambda: results.append(generation.result(timeout)))
+    thread.start()
+    requests.emit(5)
+    requests.finish()
+    thread.join(10)
+    assert [result.tokens for result in results] == [(5,)]
+
+
 def test_a_callback_of_the_pipeline_may_not_wait_for_tokens():
     requests, generation = begun()
     requests.delivering = True
@@ -267,6 +279,7 @@ def test_tokens_are_lists_or_arrays_of_whole_numbers():
         ("abc", "tokens must be a list of token numbers"),
         (b"abc", "tokens must be a list of token numbers"),
         (5, "tokens must be a list of token numbers"),
+        ({7, 5}, "tokens must be a list of token numbers, in their order, but it is {5, 7}"),
         (np.ones((2, 2), np.int64), "tokens holds"),
         (np.array(5), "tokens"),
         (None, "tokens must be a list"),
@@ -316,6 +329,7 @@ def test_options_become_what_nodes_are_told():
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"logprobs": 65}, "logprobs must be a whole number, at least 0 and at most 64, not 65"),
         ({"min_tokens": 11}, "min_tokens must be a whole number, at least 0 and at most 10, not 11"),
+        ({"stop_tokens": range(90), "min_tokens": 1}, "all 90 tokens are stop_tokens, so none can come before min_tok"),
         ({"scores": 1}, "scores must be True or False, not 1"),
         ({"stop_tokens": [90]}, "stop_tokens holds 90 at place 0"),
         ({"stop_tokens": 2}, "stop_tokens must be a list"),
