@@ -137,6 +137,9 @@ def _decoder_problems(plan: Plan, decoder: Decoder) -> Iterator[str]:
     ends = [s.past for s in decoder.states] + [control.input for control in decoder.controls]
     for name in sorted({name for name in ends if ends.count(name) > 1}):
         yield f"input {name!r} is a state or control more than once"
+    written = [*(state.present for state in decoder.states), decoder.scores]
+    for name in sorted({name for name in written if written.count(name) > 1}):
+        yield f"output {name!r} is a state or the scores more than once"
     for name in plan.inputs:
         if name not in ends:
             yield f"input {name!r} of a decoder is neither a state nor a control"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from onnxsplit.custom_ops import Library, needed_libraries
@@ -37,7 +37,7 @@ class StageRunner:
         session: the stage's session.
 
     Raises:
-        PlanError: the stage's files differ from the plan.
+        PlanError: the stage's files differ from the plan, or have other inputs and outputs than it says.
         CustomOpsError: the stage needs a library that is not among them, or that cannot be loaded.
         ModelError, ProviderError, MissingDependency: the session cannot be opened.
     """
@@ -66,6 +66,8 @@ class StageRunner:
             profile_prefix=home / f"profile-{assign.stage}.{assign.replica}" if assign.profile else None,
             custom_ops=libraries,
         )
+        told = {name: plan.tensors[name].dtype for name in (*stage.inputs, *stage.outputs) if name in plan.tensors}
+        _check_types(f"stage {assign.stage} of the plan {folder}", (*self.session.inputs, *self.session.outputs), told)
         self._profiled = assign.profile
         self._inputs = stage.inputs
         self._proven: dict[tuple[tuple[int, ...], ...], OutputShapes] = {}
@@ -120,3 +122,12 @@ class StageRunner:
 
     def _signature(self, inputs: Mapping[str, Array]) -> tuple[tuple[int, ...], ...]:
         return tuple(inputs[name].shape for name in self._inputs)
+
+
+def _check_types(stage: str, ends: Iterable[tuple[str, str | None]], told: Mapping[str, str]) -> None:
+    """Refuse a stage with other types than the plan says: arrays of these would be read beyond their ends."""
+    for name, kind in ends:
+        if kind is not None and told.get(name, kind) != kind:
+            raise PlanError(
+                f"{stage} has {name!r} of the type {kind}, and plan.json says {told[name]}; partition the model again"
+            )

@@ -111,6 +111,8 @@ def test_files_of_the_tokenizer_are_part_of_the_plan(tmp_path, estimated):
         ({"stage": 0}, "is not an input of the model that stage 0 reads"),
         ({"stage": 7}, "belongs to stage 7, and the plan has 2"),
         ({"present": "logits", "stage": 1}, "'logits'.*has 3"),
+        ({"present": "logits", "stage": 1}, "output 'logits' is a state or the scores more than once"),
+        ({"present": "present.2.key"}, "output 'present.2.key' is a state or the scores more than once"),
         ({"axis": None}, "is of the kind append and has the axis None"),
         ({"axis": 0}, "the batch axis 0 and the axis 0"),
         ({"batch_axis": 9}, "the batch axis 9"),

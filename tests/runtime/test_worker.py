@@ -85,6 +85,16 @@ def decoder(tmp_path):
     return Files(plan, folder)
 
 
+@pytest.mark.parametrize("name", ["input_ids", "past_key_values.0.key", "present.1.value", "logits"])
+def test_a_plan_with_another_type_than_the_stage_is_refused(decoder, tmp_path, name):
+    plan, folder = decoder.found
+    wrong = msgspec.structs.replace(plan.tensors[name], dtype="float16")
+    changed = Files(msgspec.structs.replace(plan, tensors={**plan.tensors, name: wrong}), folder)
+    loaded = Worker(0).load(changed, assigned(slots=4, length=32), home=tmp_path, threads=1)
+    assert isinstance(loaded, LoadFailed)
+    assert f"{name!r} of the type {plan.tensors[name].dtype}, and plan.json says float16" in loaded.reason
+
+
 def test_a_worker_executes_steps_and_sends_the_chosen_tokens(decoder, tmp_path):
     worker = Worker(0)
     worker.payloads.meet(1, {})
