@@ -145,8 +145,6 @@ def _decoder_problems(plan: Plan, decoder: Decoder) -> Iterator[str]:
             yield f"input {name!r} of a decoder is neither a state nor a control"
     if decoder.scores not in plan.producers() or decoder.scores not in plan.outputs:
         yield f"the scores {decoder.scores!r} are not an output that a stage writes"
-    if decoder.scores in decoder.presents():
-        yield f"the scores {decoder.scores!r} are also a state of the decoder"
     for token in decoder.end_tokens:
         if token >= decoder.vocabulary:
             yield f"the end token {token} is not below the vocabulary of {decoder.vocabulary}"

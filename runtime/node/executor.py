@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnxsplit.custom_ops import Library
-from onnxsplit.errors import PlanError
 from onnxsplit.plan import Plan
 from onnxsplit.providers import parse_provider
 from onnxsplit.session import Session
@@ -32,7 +31,6 @@ class Executor:
         self, plan: Plan, folder: Path, assign: Assign, *, home: Path, threads: int, custom_ops: Sequence[Library]
     ) -> None:
         self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=custom_ops)
-        _check_types(plan, assign.stage, self._runner.session)
         self._sequences: SequenceRunner | None = None
         self._why_not = _why_no_steps(plan, assign, self._runner.session)
         if not self._why_not:
@@ -80,24 +78,6 @@ class Executor:
         """Forget the sequences in some slots, and give their memory back to the system."""
         if self._sequences is not None:
             self._sequences.clear(slots)
-
-
-def _check_types(plan: Plan, stage: int, session: Session) -> None:
-    """Compare the types of a stage's tensors with those of its file: arrays are given to the session by address.
-
-    Raises:
-        PlanError: they differ.
-    """
-    types = dict((*session.inputs, *session.outputs))
-    for name, dtype in types.items():
-        spec = plan.tensors.get(name)
-        if spec is not None and dtype is not None and spec.dtype != dtype:
-            raise PlanError(f"plan.json says that {name!r} of stage {stage} is {spec.dtype}, and its file {dtype}")
-    for state in plan.decoder.states if plan.decoder is not None else ():
-        if state.stage == stage and types.get(state.past) != types.get(state.present):
-            raise PlanError(
-                f"{state.past!r} and {state.present!r} of stage {stage} are a state, and their types differ"
-            )
 
 
 def _names(targets: OutputsByTarget) -> tuple[str, ...]:

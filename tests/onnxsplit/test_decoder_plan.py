@@ -137,7 +137,7 @@ def with_block(plan, **changes):
     [
         ({"controls": ()}, "the decoder has no input with the tokens"),
         ({"scores": "x"}, "the scores 'x' are not an output"),
-        ({"scores": "present.0.key"}, "the scores 'present.0.key' are also a state"),
+        ({"scores": "present.0.key"}, "output 'present.0.key' is a state or the scores more than once"),
         ({"end_tokens": (100,)}, "the end token 100 is not below the vocabulary of 100"),
         ({"last_only": False}, "last_only does not fit the controls"),
     ],

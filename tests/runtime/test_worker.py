@@ -158,18 +158,6 @@ def test_scores_of_another_shape_fail_their_step_alone(shape):
         assert _last_position(np.zeros(good, np.float32), 2, 3, 9).size in (18, 20)
 
 
-@pytest.mark.parametrize("name", ["past_key_values.0.key", "input_ids", "present.1.value", "logits"])
-def test_types_that_differ_from_those_of_the_file_are_refused(decoder, tmp_path, name):
-    plan, folder = decoder.found
-    wrong = {**plan.tensors, name: msgspec.structs.replace(plan.tensors[name], dtype="int8")}
-    worker = Worker(0)
-    files = Files(msgspec.structs.replace(plan, tensors=wrong), folder)
-    failed = worker.load(files, assigned(slots=4, length=32), home=tmp_path, threads=1)
-    assert isinstance(failed, LoadFailed)
-    assert f"plan.json says that {name!r} of stage 0 is int8" in failed.reason
-    worker.close()
-
-
 def test_steps_on_a_device_are_refused_with_what_to_do(decoder):
     from runtime.node.executor import _why_no_steps
 
