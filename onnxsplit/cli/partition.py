@@ -337,6 +337,8 @@ def _rows_text(plan: Plan, claim: BatchClaim) -> str:
     """Text about the inputs and outputs that have a batch axis, or about why requests are neither split nor joined."""
     if claim.why_not:
         return f"Batches are neither split nor joined: {claim.why_not}."
-    axes = {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *plan.outputs)}
+    states = plan.decoder.pasts() | plan.decoder.presents() if plan.decoder is not None else frozenset()
+    axes = {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *plan.outputs) if name not in states}
     carrying = ", ".join(f"{name} (axis {axis})" for name, axis in axes.items() if axis is not None)
+    carrying += " and the states" if states else ""
     return f"Batch axes: {carrying}. The model's structure proves them; {claim.trials} trials agree."
