@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -112,7 +113,8 @@ class TokensParam(click.ParamType):  # type: ignore[type-arg]  # as above
             return value
         if self._none and value == "none":
             return ()
-        numbers = [parse_whole(text, MOST_SIZE) for text in str(value).replace(",", " ").split()]
-        if not numbers or None in numbers:
+        text = str(value).strip()
+        numbers = [parse_whole(part, MOST_SIZE) for part in re.split(r"\s*,\s*|\s+", text)]
+        if None in numbers:
             self.fail(f"{value!r:.80} is not a list of tokens; write numbers such as 1,2,3", param, ctx)
         return tuple(numbers)

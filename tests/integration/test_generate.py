@@ -348,7 +348,8 @@ def test_the_command_refuses_what_is_no_token(plan, python_environment):
     shown = onnxsplit(python_environment, "generate", plan, "--tokens", "1,100", "--threads", 1)
     assert shown.returncode == 1
     assert "tokens holds 100 at place 1" in shown.stderr
-    assert onnxsplit(python_environment, "generate", plan, "--tokens", "1,b").returncode == 2
+    for text in ("1,b", "", "1,,2", "1,2,"):
+        assert onnxsplit(python_environment, "generate", plan, "--tokens", text).returncode == 2
 
 
 def test_an_interrupted_command_leaves_nothing(plan, python_environment):
