@@ -97,7 +97,7 @@ class RunOptions:
             or as many as ``cache_bytes`` has room for.
         prefill_chunk: for a plan with a decoder: the most tokens of a prompt that run at once.
         decode_groups: for a plan with a decoder: the number of groups of sequences that are in flight on a chain. When
-            None, one more than there are stages.
+            None, as many as stages, and one more where sequences of unequal length do not share a run.
         exact_replay: for a plan with a decoder whose scores depend on how tokens are divided into runs, such as models
             with activations of 8 bits: whether a replay repeats the steps of a sequence one by one, so that it goes on
             as if nothing had happened. Otherwise it reads the tokens in parts, which is faster.

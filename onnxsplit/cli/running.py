@@ -182,7 +182,7 @@ _DECODING: OptionTable = [
         ("--decode-groups",),
         {
             "type": click.IntRange(1, MOST_ROWS),
-            "help": "Decoders: number of groups of texts in flight. Default: one more than stages.",
+            "help": "Decoders: number of groups of sequences in flight. Default: as many as stages.",
         },
     ),
 ]

@@ -1,8 +1,9 @@
 """A chain of nodes: which sequences it has, in which slots, and what it executes next. Pure.
 
 A *chain* is one node of each stage. Its sequences are pinned to it, because their states lie on its nodes. They are
-spread over *groups*, each with a range of slots of its own and at most one decode step in flight. With one group more
-than stages, every node has work while the tokens of a step are on their way back.
+spread over *groups*, each with a range of slots of its own and at most one decode step in flight. With
+as many groups as stages, every node has work except while the tokens of a step are on their way back. A further group
+would fill that time, and make every step smaller: a step of fewer rows takes hardly less time.
 
     slots of a chain    | group 0         | group 1         | group 2         |
                         | a b c . . .     | d e . f . .     | g h . . . .     |

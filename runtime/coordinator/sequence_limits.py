@@ -117,7 +117,8 @@ def sequence_limits(
         max_length: the most positions of a sequence; None for as many as the model allows.
         prefill_chunk: the most tokens of a prompt in a step, and of all prompts in flight on a chain while any of its
             sequences decodes. A prompt that a model must read in one run may have more.
-        decode_groups: the number of groups of a chain; None for one more than stages.
+        decode_groups: the number of groups of a chain; None for as many as stages, and one more where rows of unequal
+            length do not share a run.
         exact_replay: whether a replay repeats the steps of the text one by one where the model's scores depend on the
             number of new tokens in a run. Otherwise it reads the text in parts, as it reads the prompt.
 
@@ -131,7 +132,7 @@ def sequence_limits(
     chunk = prefill_chunk
     if decoder.chunk == "none":
         length = chunk = min(length, MOST_NEW_TOKENS)
-    groups = len(StepGraph(plan).stages) + 1 if decode_groups is None else decode_groups
+    groups = _groups(plan, decoder) if decode_groups is None else decode_groups
     for name, value, most in (
         ("cache_bytes", cache_bytes, 1 << 50),
         ("max_rows", max_rows, MOST_ROWS),
@@ -156,6 +157,11 @@ def sequence_limits(
         token_bytes=tuple(decoder.token_bytes(stage.index) for stage in plan.stages),
         fixed_bytes=tuple(decoder.fixed_bytes(stage.index) for stage in plan.stages),
     )
+
+
+def _groups(plan: Plan, decoder: Decoder) -> int:
+    """The usual number of groups: a further one makes steps smaller, unless rows do not share a run anyway."""
+    return len(StepGraph(plan).stages) + (decoder.rows in ("equal", "one"))
 
 
 def _depends_on_parts(decoder: Decoder) -> bool:

@@ -132,7 +132,7 @@ def test_a_plan_without_a_decoder_has_no_limits_of_sequences(chain_plan):
 
 
 def test_rows_chunks_and_groups_are_as_asked_for(tmp_path):
-    found = limits(decoder_plan(tmp_path), max_rows=6, prefill_chunk=32, decode_groups=2)
-    assert (found.rows, found.chunk, found.groups) == (6, 32, 2)
+    found = limits(decoder_plan(tmp_path), max_rows=6, prefill_chunk=32, decode_groups=3)
+    assert (found.rows, found.chunk, found.groups) == (6, 32, 3)
     usual = limits(decoder_plan(tmp_path))
-    assert (usual.rows, usual.chunk, usual.groups) == (16, 128, 3)
+    assert (usual.rows, usual.chunk, usual.groups) == (16, 128, 2)

@@ -172,12 +172,12 @@ def test_a_model_that_reads_a_prompt_in_one_run_gets_it_whole(tmp_path):
     driver.check_end()
 
 
-def test_sequences_are_spread_over_one_group_more_than_stages(tmp_path):
+def test_sequences_are_spread_over_as_many_groups_as_stages(tmp_path):
     driver = Driver(tmp_path, max_rows=12)
-    for _ in range(9):
+    for _ in range(8):
         driver.submit(max_tokens=30)
     driver.run(40)
-    assert sorted(len(rows) for rows in driver.rows()) == [3, 3, 3]
+    assert sorted(len(rows) for rows in driver.rows()) == [4, 4]
     driver.run()
     driver.check_end()
 

@@ -315,7 +315,7 @@ class Timed(SimulatedPipeline):
         self.ran_ns += took_ns
 
 
-@pytest.mark.parametrize(("groups", "share"), [(None, 0.97), (1, 0.46)])
+@pytest.mark.parametrize(("groups", "share"), [(3, 0.97), (1, 0.46)])
 def test_one_group_more_than_stages_keeps_all_nodes_busy(groups, share):
     pipeline = new_pipeline((1, 1), kind=Timed, delay_ns=50_000, limits={"decode_groups": groups})
     for number in range(9):
