@@ -119,8 +119,7 @@ def sequence_limits(
             sequences decodes. A prompt that a model must read in one run may have more.
         decode_groups: the number of groups of a chain; None for as many as stages, and one more where rows of unequal
             length do not share a run.
-        exact_replay: whether a replay repeats the steps of the text one by one where the model's scores depend on the
-            number of new tokens in a run. Otherwise it reads the text in parts, as it reads the prompt.
+        exact_replay: whether to replay exactly where the model's scores depend on how tokens are divided into runs.
 
     Raises:
         InputError: a number is out of range.
@@ -144,7 +143,7 @@ def sequence_limits(
             raise InputError(f"{name} must be a whole number from 1 to {most}, not {value}")
     groups = min(groups, max_rows)
     of_chain = groups * ceil(max_rows / groups)
-    places = max(1, min(max(_FEWEST_PLACES, 2 * max(replicas, default=1)), MOST_SLOTS // of_chain))
+    most_places = max(_FEWEST_PLACES, 2 * max(replicas, default=1))
     return SequenceLimits(
         cache_bytes=cache_bytes,
         rows=max_rows,
@@ -153,7 +152,7 @@ def sequence_limits(
         reading=prefill_chunk,
         exact=exact_replay and _depends_on_parts(decoder),
         groups=groups,
-        places=places,
+        places=max(1, min(most_places, MOST_SLOTS // of_chain)),
         token_bytes=tuple(decoder.token_bytes(stage.index) for stage in plan.stages),
         fixed_bytes=tuple(decoder.fixed_bytes(stage.index) for stage in plan.stages),
     )
