@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Mapping
 
+import runtime.node.executor
 import runtime.node.options
 import runtime.node.serve
-import runtime.node.worker
 from onnxsplit.tensors import Array
 from runtime.node.stage_runner import StageRunner
 
@@ -24,5 +24,5 @@ class SleepingRunner(StageRunner):
         return super().run(inputs, into)
 
 
-runtime.node.worker.StageRunner = SleepingRunner
+runtime.node.executor.StageRunner = SleepingRunner
 sys.exit(runtime.node.serve.serve(runtime.node.options.NodeOptions(connect=CONNECT, stage=STAGE, threads=1)))

@@ -373,4 +373,4 @@ def test_verify_compares_texts_and_bench_measures_them(plan, model, python_envir
     report = json.loads(onnxsplit(python_environment, *words, "--json").stdout)["bench"]
     assert [row["rate"]["name"] for row in report["rows"]] == ["pipeline", "one session, 1 thread"]
     assert all(row["rate"]["per_s"] > 0 and row["first_ns"] > 0 and row["between_ns"] > 0 for row in report["rows"])
-    assert (report["texts"], report["tokens"], report["context"]) == (2, 8, 16)
+    assert (report["sequences"], report["tokens"], report["context"]) == (2, 8, 16)

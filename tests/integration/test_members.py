@@ -550,7 +550,7 @@ def test_a_spare_outlasts_pauses_of_its_coordinator_and_its_own(address, start, 
 
 def test_a_node_whose_coordinator_dies_while_it_loads_ends_loading_and_comes_back(address, start, call):
     """Before, it ended during loading with exit status 1."""
-    slowly = "import time, runtime.node.worker as w; plain = w.StageRunner.__init__\n"
+    slowly = "import time, runtime.node.executor as w; plain = w.StageRunner.__init__\n"
     slowly += "def load(self, *of, **more): time.sleep(6); plain(self, *of, **more)\nw.StageRunner.__init__ = load"
     caller, node = call(address), start(address, before=slowly)
     wait_for(lambda: node.log.exists() and psutil.Process(node.process.pid).num_threads() > 3)
