@@ -41,12 +41,13 @@ def sent_bytes(sender: int, receiver: int) -> int:
 def bytes_a_token(plan: Path, context: int, count: int) -> float:
     """Bytes that the first stage sends the second for each token, at a context of so many positions."""
     with nodes_over_tcp(plan) as (pipeline, pids):
-        generation = pipeline.generate(prompt(context), max_tokens=count + 1, stop_tokens=())
-        next(generation)
-        before = sent_bytes(*pids[:2])
-        for _ in generation:
-            pass
-        return (sent_bytes(*pids[:2]) - before) / count
+        sent = []
+        for added in (1, 1, count + 1):
+            pipeline.generate(prompt(context), max_tokens=added, stop_tokens=()).result()
+            time.sleep(0.2)
+            sent.append(sent_bytes(pids[0], pids[1]))
+        for_prompt, for_all = sent[1] - sent[0], sent[2] - sent[1]
+        return (for_all - for_prompt) / count
 
 
 class nodes_over_tcp:  # noqa: N801
