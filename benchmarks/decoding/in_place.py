@@ -20,7 +20,7 @@ from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from runtime import Pipeline
 
-TAKES = "8 min"
+TAKES = "20 min"
 
 
 def override(plan: Path, folder: Path) -> Path:
@@ -44,7 +44,7 @@ def main() -> None:
     add_model(parser)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--context", type=int, default=960)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--slices", type=int, default=7)
     given = parser.parse_args()
     report = harness.Report(given)
