@@ -219,7 +219,7 @@ class Chain:
     def next_rows(self, group: Group) -> tuple[list[SequenceRecord], list[int]]:
         """The rows of a group's next step, by slot, and the slots that the step holds. The rows get their slots.
 
-        A sequence whose last step failed, or ran on a node when it was lost, steps alone until it has one more token.
+        A sequence whose last step failed, or ran on a node when it was lost, takes that step alone the next time.
         """
         waiting = sorted(group.decoding, key=lambda row: (row.stepped, row.slot))
         waiting = waiting[:1] if waiting[0].steps_alone else [row for row in waiting if not row.steps_alone]

@@ -100,8 +100,11 @@ class SequenceRecord:
 
     @property
     def steps_alone(self) -> bool:
-        """Whether it may be what broke a step, so its steps have no other rows until it has one more token."""
-        return self.suspected or bool(self.blamed)
+        """Whether its next step is one that may have failed, or ended a node, before.
+
+        The steps that an exact replay repeats before that went well the first time.
+        """
+        return (self.suspected or bool(self.blamed)) and self.sent + 1 == len(self.history)
 
     @property
     def phase(self) -> SequencePhase:

@@ -13,7 +13,8 @@ Rules:
   only the prompt in parts, as the first time, and repeats the text step by step: some models give other scores when
   tokens are divided into runs otherwise.
 - **Blame.** A sequence records each lost node that was executing one of its steps, until it has got one token further.
-  So long it steps alone. So a sequence that kills nodes is found at its second node, and its neighbours are acquitted.
+  The step that was running then has no other row the next time. So a sequence that kills nodes is found at its second
+  node, and its neighbours are acquitted.
   When the number of these nodes reaches the allowed attempts, the sequence is refused.
 - **Failed steps.** A sequence whose step fails without other rows is refused. Rows of a larger step are replayed apart.
 - **Room.** A sequence is admitted when all bytes that it can reach are free on the nodes of a chain. So no sequence
