@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from fault_rules import FaultRules
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 from sequence_driver import decoder_plan
 
 from onnxsplit.errors import InputError
@@ -21,7 +22,6 @@ from runtime.coordinator import events as c
 from runtime.coordinator.node_record import Phase
 from runtime.coordinator.sequence_limits import sequence_limits
 from runtime.errors import Busy, Cancelled, DeadlineExceeded, NodeFailed
-from runtime.node import events as n
 from runtime.testing.pipeline import NEVER_FAILS, SimulatedPipeline
 
 _FOLDER = Path(tempfile.mkdtemp())
@@ -57,7 +57,7 @@ def settle(pipeline):
     assert {record.phase for record in pipeline.coordinator.roster.nodes.values()} == {Phase.READY}
 
 
-class Faults(RuleBasedStateMachine):
+class Faults(FaultRules):
     """Sequences, messages in any order, and faults."""
 
     @initialize(
@@ -80,15 +80,7 @@ class Faults(RuleBasedStateMachine):
 
     @rule(data=st.data(), count=st.integers(1, 30))
     def go_on(self, data, count):
-        for _ in range(count):
-            keys, busy = self.pipeline.waiting(), self.pipeline.busy()
-            if not keys and not busy:
-                return
-            at = data.draw(st.integers(0, len(keys) + len(busy) - 1))
-            if at < len(keys):
-                self.pipeline.deliver(keys[at])
-            else:
-                self.pipeline.work(busy[at - len(keys)])
+        self.proceed(data, count)
 
     @rule(count=st.integers(50, 200))
     def go_on_at_random(self, count):
@@ -101,87 +93,16 @@ class Faults(RuleBasedStateMachine):
             else:
                 self.pipeline.work(self.pipeline.choices.choice(busy))
 
-    def pick(self, data, **wanted):
-        there = [p.number for p in self.pipeline.nodes.values() if all(getattr(p, k) == v for k, v in wanted.items())]
-        return data.draw(st.sampled_from(there)) if there else None
-
-    @rule(data=st.data())
-    def kill(self, data):
-        number = self.pick(data, alive=True)
-        if number is not None:
-            self.pipeline.kill(number)
-
-    @precondition(lambda self: self.pipeline.exits)
-    @rule()
-    def notice_an_exit(self):
-        self.pipeline.notice(self.pipeline.exits[0])
-
-    @rule(data=st.data())
-    def stop(self, data):
-        number = self.pick(data, alive=True, stopped=False)
-        if number is not None:
-            self.pipeline.stop(number)
-
-    @rule(data=st.data())
-    def wake(self, data):
-        number = self.pick(data, alive=True, stopped=True)
-        if number is not None:
-            self.pipeline.wake(number)
-
-    @rule(data=st.data())
-    def take_for_dead(self, data):
-        number = self.pick(data, alive=True)
-        if number is not None:
-            self.pipeline.notice(number)
-
-    @rule(data=st.data())
-    def deliver_twice(self, data):
-        keys = [key for key in self.pipeline.waiting() if key[2] == "data"]
-        if keys:
-            queue = self.pipeline.links[data.draw(st.sampled_from(keys))]
-            queue.append(queue[0])
-
     @rule(data=st.data())
     def overtake(self, data):
         keys = [key for key in self.pipeline.waiting() if key[2] == "data"]
         if keys:
             self.pipeline.links[data.draw(st.sampled_from(keys))].rotate(1)
 
-    @rule(data=st.data())
-    def lose_a_message(self, data):
-        keys = [key for key in self.pipeline.waiting() if key[2] == "data"]
-        if keys:
-            self.pipeline.lose(data.draw(st.sampled_from(keys)))
-
-    @rule(data=st.data())
-    def part(self, data):
-        numbers = [0, *self.pipeline.nodes]
-        sender, to = (data.draw(st.sampled_from(numbers)) for _ in range(2))
-        self.pipeline.part(sender, to)
-
-    @precondition(lambda self: self.pipeline.parted)
-    @rule(data=st.data())
-    def mend(self, data):
-        self.pipeline.mend(*data.draw(st.sampled_from(sorted(self.pipeline.parted))))
-
-    @rule()
-    def notice_links(self):
-        self.pipeline.notice_links()
-
-    @rule(seconds=st.integers(1, 200))
-    def wait(self, seconds):
-        self.pipeline.pass_time(seconds)
-
     @rule(data=st.data(), replicas=st.integers(1, 3))
     def scale(self, data, replicas):
         stage = data.draw(st.integers(0, len(self.pipeline.plan.stages) - 1))
         self.pipeline.tell(c.Scaled(stage, replicas, self.pipeline.now_ns))
-
-    @rule(data=st.data())
-    def leave(self, data):
-        number = self.pick(data, alive=True, stopped=False)
-        if number is not None:
-            self.pipeline.nodes[number].events.append(n.LeaveAsked("SIGTERM"))
 
     @rule(data=st.data(), expires=st.booleans())
     def give_up(self, data, expires):
