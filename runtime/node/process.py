@@ -113,6 +113,7 @@ class NodeProcess:
         self._security = Security(
             pair=keys.pair if keys else None,
             allows=lambda key: key in self._trusted or (keys is not None and key in keys.allowed),
+            learns=True,
             insecure=options.insecure,
         )
         self._files = StageFiles(

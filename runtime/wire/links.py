@@ -190,7 +190,7 @@ class Outlet:
         self._close(self.raw, self._datagrams)
 
     def send(self, header: bytes, frames: Sequence[Buffer] = (), *, track: bool = False) -> list[zmq.MessageTracker]:
-        """Queue one message. Never blocks.
+        """Queue one message. Never blocks. A message to a process that has refused the connection is dropped.
 
         Args:
             header: the first frame.
@@ -208,7 +208,10 @@ class Outlet:
                 pass
         if self._unread is not None:
             self._unread.add(self.raw)  # as in AnsweringInlet.send
-        self.raw.send(header, _MORE | _NOBLOCK if frames else _NOBLOCK)
+        try:
+            self.raw.send(header, _MORE | _NOBLOCK if frames else _NOBLOCK)
+        except zmq.Again:  # queues have no limit, so there is no connection and there will be none
+            return []
         last = len(frames) - 1
         trackers = []
         for position, frame in enumerate(frames):

@@ -40,11 +40,14 @@ class Security(msgspec.Struct, frozen=True):
     Attributes:
         pair: this process's keys; None leaves links unencrypted.
         allows: whether the owner of a public key may connect; called in ZeroMQ's authentication thread.
+        learns: whether ``allows`` learns keys from a message that may arrive after their owners connect. A key that it
+            does not know is then refused for now: its owner tries again, and keeps the messages that it has queued.
         insecure: whether unencrypted links may leave this host.
     """
 
     pair: KeyPair | None = None
     allows: Callable[[str], bool] = lambda _: False
+    learns: bool = False
     insecure: bool = False
 
 

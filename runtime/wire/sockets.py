@@ -33,6 +33,7 @@ DEFAULT_MESSAGE_BYTES = MAX_FRAME_BYTES
 
 _BACKLOG = 1024  # connections that may wait to be accepted
 _CONTEXT_DESCRIPTORS, _SOCKET_DESCRIPTORS = 16, 8  # file descriptors that ZeroMQ opens for each, at most
+_LEARNING_MS = 2000  # after which a connection that was refused for now is closed, and its owner tries again
 _DOMAIN = "onnxsplit"  # ZAP domain, https://rfc.zeromq.org/spec/27/
 
 
@@ -190,6 +191,8 @@ class Sockets:
             raw.curve_server = True
             raw.curve_secretkey = pair.secret.encode()
             raw.zap_domain = _DOMAIN.encode()
+            if self._security.learns:
+                raw.handshake_ivl = _LEARNING_MS
         before = os.umask(0o077)  # only this user may connect to an ipc socket
         try:
             raw.bind(address)
@@ -206,7 +209,7 @@ class Sockets:
     def _authenticate(self) -> None:
         """Check the key of every process that connects."""
         if self._authenticator is None:
-            self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
+            self._authenticator = _Authenticator(self._context, learns=self._security.learns)
             self._authenticator.start()
             self._authenticator.configure_curve_callback(
                 domain=_DOMAIN, credentials_provider=_Allowed(self._security.allows)
@@ -260,6 +263,20 @@ class Sockets:
             raw.setsockopt(option, value)
         self._open.append(raw)
         return raw
+
+
+class _Authenticator(zmq.auth.thread.ThreadAuthenticator):
+    """ZeroMQ's authenticator, which can also refuse keys for now.
+
+    ZeroMQ never again tries a connection that was refused for good (status 400, https://rfc.zeromq.org/spec/27/).
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], *, learns: bool) -> None:
+        super().__init__(context)
+        self._refusal = b"300" if learns else b"400"
+
+    def _send_zap_reply(self, request_id: bytes, code: bytes, text: bytes, user_id: str = "anonymous") -> None:
+        super()._send_zap_reply(request_id, self._refusal if code == b"400" else code, text, user_id)
 
 
 class _Allowed:

@@ -9,7 +9,7 @@ from waiting import wait_until
 
 from runtime.errors import PipelineError
 from runtime.wire.links import Inlet
-from runtime.wire.security import check_address
+from runtime.wire.security import Security, check_address, new_key_pair
 from runtime.wire.sockets import Sockets
 from runtime.wire.wakeup import Wakeup
 
@@ -143,6 +143,42 @@ def test_a_link_tells_when_it_is_connected_and_when_it_is_not():
             wait_until(lambda: outlet.connected)
         outlet.close()
         assert sockets.connect(inlet.address).connected is False
+
+
+@pytest.fixture
+def pairs():
+    return new_key_pair(), new_key_pair()
+
+
+def test_what_is_sent_before_the_other_side_learns_the_key_arrives_afterwards(pairs):
+    """Before, ZeroMQ never tried again, and the sender ended at its next message."""
+    own, theirs = pairs
+    known: set[str] = set()
+    with (
+        Sockets(security=Security(own, allows=known.__contains__, learns=True)) as here,
+        Sockets(security=Security(theirs)) as there,
+    ):
+        inlet = here.inlet("tcp://127.0.0.1:*")
+        outlet = there.connect(inlet.address, key=own.public)
+        for number in range(3):
+            outlet.send(b"%d" % number, [b"tensor"])
+            here.wait(0.4)
+            assert inlet.receive({inlet.raw}) is None
+        assert not outlet.connected
+        known.add(theirs.public)
+        assert [receive(here, inlet)[0] for _ in range(3)] == [b"0", b"1", b"2"]
+        assert outlet.connected
+
+
+def test_messages_to_a_process_that_refuses_the_key_are_dropped(pairs):
+    own, theirs = pairs
+    with Sockets(security=Security(own)) as here, Sockets(security=Security(theirs)) as there:
+        inlet = here.inlet("tcp://127.0.0.1:*")
+        outlet = there.connect(inlet.address, receive=True, key=own.public)
+        wait_until(lambda: outlet.refused() is not None)
+        outlet.send(b"header")
+        outlet.send(b"header", [b"tensor"])
+        assert inlet.receive({inlet.raw}) is None
 
 
 def test_a_link_whose_other_side_hangs_up_at_once_is_not_connected():
