@@ -20,7 +20,7 @@ from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from runtime import Pipeline
 
-TAKES = "20 min"
+TAKES = "1 h"
 
 
 def override(plan: Path, folder: Path) -> Path:

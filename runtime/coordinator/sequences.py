@@ -206,7 +206,8 @@ class SequenceTable:
     def _take(self, sequence: SequenceRecord, drawn: Drawn | None) -> None:
         """Take in the next token of a sequence."""
         if drawn is None or drawn.epoch != sequence.epoch or drawn.position != len(sequence.history):
-            self._replay(sequence, "its last step came back without a token")
+            sequence.blamed.append(reason := "its last step came back without its token")
+            self._replay(sequence, reason)
             return
         sequence.history.append(drawn.token)
         sequence.blamed.clear()
@@ -230,8 +231,7 @@ class SequenceTable:
         """End an epoch of a sequence. It waits for room, or is refused when no attempts are left."""
         losses = "; ".join(dict.fromkeys(sequence.blamed))
         if self._attempts == 1:
-            told = f"{losses or reason}; with one attempt a sequence is not replayed"
-            self._refuse(sequence, NodeFailed(told))
+            self._refuse(sequence, NodeFailed(f"{losses or reason}; with one attempt a sequence is not replayed"))
         elif len(sequence.blamed) >= self._attempts:
             told = f"the sequence was given up after it ran on {len(sequence.blamed)} nodes: {losses}"
             self._refuse(sequence, NodeFailed(told))

@@ -472,6 +472,19 @@ def test_a_sequence_is_refused_after_it_has_run_on_as_many_lost_nodes_as_allowed
     assert other not in driver.ends
 
 
+def test_a_sequence_whose_steps_come_back_without_its_token_is_given_up(tmp_path):
+    """Before, it was replayed without end."""
+    driver = Driver(tmp_path, attempts=3)
+    number = driver.submit(max_tokens=20)
+    driver.run(3)
+    for _ in range(20):
+        if number not in driver.ends:
+            driver.do(StepReturned(driver.steps.pop(min(driver.steps)).step, (), (), driver.now_ns))
+    assert isinstance(driver.ends[number], NodeFailed)
+    assert "its last step came back without its token" in str(driver.ends[number])
+    assert not driver.steps
+
+
 def test_a_sequence_is_acquitted_by_its_next_token(tmp_path):
     driver = Driver(tmp_path, attempts=2)
     number = driver.submit(max_tokens=20)
