@@ -17,12 +17,14 @@ from onnxsplit.numbers import (
     MOST_SECONDS,
     MOST_SIZE,
     as_int,
+    is_whole,
     real_problem,
     whole_problem,
 )
 from onnxsplit.plan import Plan
 from onnxsplit.plan_base import MOST_NODES, MOST_THREADS
 from onnxsplit.plan_decoder import MOST_LENGTH
+from runtime.balance.board import PEERS
 from runtime.timings import Timings, timings
 from runtime.wire.messages.control import POLICIES, Policy
 from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
@@ -227,3 +229,15 @@ def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
 def memory_for_requests_bytes() -> int:
     """A quarter of the free memory of this host, or of this container; at least 64 MiB."""
     return max(64 << 20, free_memory_bytes() // _SHARE_OF_MEMORY)
+
+
+def check_scale(plan: Plan, stage: object, replicas: object) -> None:
+    """Check a stage and its new number of nodes.
+
+    Raises:
+        InputError: the plan has no such stage, or the number is not allowed.
+    """
+    if not is_whole(stage) or not 0 <= stage < len(plan.stages):
+        raise InputError(f"stage {shown(stage)} is unknown; the plan has the stages 0 to {len(plan.stages) - 1}")
+    if not is_whole(replicas) or not 1 <= replicas < PEERS:
+        raise InputError(f"stage {stage} needs from 1 to {PEERS - 1} replicas, not {shown(replicas)}")

@@ -7,17 +7,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from onnxsplit.errors import InputError, shown
-from onnxsplit.numbers import is_whole
 from onnxsplit.plan import Plan
 from onnxsplit.plan_files import load_plan
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array, content_bytes
-from runtime.balance.board import PEERS
 from runtime.balance.policies import cost_of
 from runtime.coordinator.loop import Coordinator
 from runtime.coordinator.node_record import Incident
@@ -28,7 +25,7 @@ from runtime.errors import LaunchFailed, PipelineClosed, PipelineError
 from runtime.launch.local import LocalLauncher
 from runtime.launcher import Launcher
 from runtime.launching import custom_ops_of, meeting_point, plan_folder, refuse_custom_ops, security_of, setup_of
-from runtime.options import RunOptions, enough_inflight, memory_for_requests_bytes
+from runtime.options import RunOptions, check_scale, enough_inflight, memory_for_requests_bytes
 from runtime.requests.admission import Admission
 from runtime.requests.checks import RequestCheck
 from runtime.requests.generate_options import GenerateOptions
@@ -37,6 +34,7 @@ from runtime.requests.generator import start_generation
 from runtime.requests.microbatch import batch_size, ordinary_bytes
 from runtime.requests.normalize import normal_inputs, normal_names, normal_timeout_ns
 from runtime.requests.request import Answering, OutputSelection, Request
+from runtime.text.text import Text
 from runtime.topology import StageGraph
 from runtime.trace import RequestTrace, chrome_trace
 
@@ -57,13 +55,16 @@ class Pipeline:
         address: the address to which nodes connect.
     """
 
-    def __init__(self, plan: Plan, coordinator: Coordinator, admission: Admission, check: RequestCheck) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, coordinator: Coordinator, admission: Admission, check: RequestCheck
+    ) -> None:
         self.plan = plan
         self.inflight = admission.requests
         self.address = ""
         self._admission = admission
         self._check = check
         self._coordinator = coordinator
+        self._folder = folder
         self._closed = False
         self._pid = os.getpid()
         self._ordinary_bytes = ordinary_bytes(plan)
@@ -86,8 +87,7 @@ class Pipeline:
             LaunchFailed: a node did not start; the message says which and why.
         """
         try:
-            folder = plan_folder(plan)
-            wanted = RunOptions(**options)
+            folder, wanted = plan_folder(plan), RunOptions(**options)
             wanted.check()
             loaded = load_plan(folder)
             nodes = sum(wanted.counts(loaded))
@@ -161,7 +161,7 @@ class Pipeline:
         inflight = 1 if options.mode == "sync" else options.inflight or enough_inflight(plan, setup.replicas)
         rows = batch_size(plan) if options.micro_batch is None else options.micro_batch
         check = RequestCheck(setup.folder, plan, rows)
-        return cls(plan, Coordinator(setup), Admission(inflight, memory_bytes), check)
+        return cls(plan, setup.folder, Coordinator(setup), Admission(inflight, memory_bytes), check)
 
     def _wait_until_ready(self, abandoned: Callable[[], bool] | None) -> Pipeline:
         try:
@@ -177,9 +177,7 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -190,6 +188,8 @@ class Pipeline:
         """
         self._closed = True
         self._coordinator.close()
+        if (text := self.__dict__.get("text")) is not None:
+            text.close()
 
     def run(
         self,
@@ -260,6 +260,11 @@ class Pipeline:
         self._check_open()
         wanted = GenerateOptions(**options)
         return start_generation(self._coordinator, self.plan, tokens, wanted, timeout=timeout, block=block)
+
+    @cached_property
+    def text(self) -> Text | None:
+        """Completes texts and conversations; see :meth:`runtime.text.text.Text.open`. None without a tokenizer."""
+        return Text.open(self._folder, self.plan, self.generate)
 
     def enter(
         self, arrays: Mapping[str, Array], asked: OutputSelection, *, deadline_ns: int | None, block: bool
@@ -359,12 +364,7 @@ class Pipeline:
         Raises:
             InputError: there is no such stage, or it would have no node.
         """
-        if not is_whole(stage) or not 0 <= stage < len(self.plan.stages):
-            raise InputError(
-                f"stage {shown(stage)} is unknown; the plan has the stages 0 to {len(self.plan.stages) - 1}"
-            )
-        if not is_whole(replicas) or not 1 <= replicas < PEERS:
-            raise InputError(f"stage {stage} needs from 1 to {PEERS - 1} replicas, not {shown(replicas)}")
+        check_scale(self.plan, stage, replicas)
         self._coordinator.scale(int(stage), int(replicas))
 
     @property

@@ -18,7 +18,7 @@ from runtime.coordinator.request_io import RequestIO
 from runtime.coordinator.token_stream import TokenStream
 from runtime.errors import PipelineError
 from runtime.requests.normalize import MOST_TIMEOUT_S
-from runtime.wire.messages.sequences import Drawn
+from runtime.wire.messages.sequences import Drawn, Sampling
 
 _END = sys.maxsize  # a number of tokens that no generation has: its reader waits for the end
 
@@ -84,13 +84,17 @@ class Generation:
         stream: receives the tokens.
         number: the sequence's number.
         prompt: the number of tokens of the prompt.
-        seed: the seed of the random numbers.
-        has_logprobs: whether probabilities were asked for.
+        max_tokens: the most new tokens.
+        sampling: how they are chosen.
         has_scores: whether scores were asked for.
         submitted_ns: when it was submitted, by the host's monotonic clock.
 
     Attributes:
-        seed: as given.
+        prompt: as given.
+        seed: the seed of the random numbers.
+        max_tokens: as given.
+        end_tokens: the tokens that end it.
+        submitted_ns: as given.
     """
 
     def __init__(
@@ -100,19 +104,21 @@ class Generation:
         number: int,
         prompt: int,
         *,
-        seed: int,
-        has_logprobs: bool,
+        max_tokens: int,
+        sampling: Sampling,
         has_scores: bool,
         submitted_ns: int,
     ) -> None:
-        self.seed = seed
+        self.prompt = prompt
+        self.seed = sampling.seed
+        self.max_tokens = max_tokens
+        self.end_tokens = frozenset(sampling.end_tokens)
+        self.submitted_ns = submitted_ns
         self._requests = requests
         self._stream = stream
         self._number = number
-        self._prompt = prompt
-        self._has_logprobs = has_logprobs
+        self._has_logprobs = sampling.logprobs >= 0
         self._has_scores = has_scores
-        self._submitted_ns = submitted_ns
         self._read = 0
         self._closed = False
 
@@ -127,6 +133,15 @@ class Generation:
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """The probabilities of all new tokens so far; None if they were not asked for."""
         return tuple(map(_logprob, self._stream.drawn)) if self._has_logprobs else None
+
+    def logprob(self, index: int) -> TokenLogprob | None:
+        """The probability of one of the new tokens so far; None if they were not asked for."""
+        return _logprob(self._stream.drawn[index]) if self._has_logprobs else None
+
+    @property
+    def times_ns(self) -> tuple[int, ...]:
+        """When each new token so far arrived, by the host's monotonic clock."""
+        return tuple(self._stream.times_ns)
 
     @property
     def done(self) -> bool:
@@ -233,11 +248,11 @@ class Generation:
         return Generated(
             tokens=self.tokens,
             reason=stream.reason,
-            usage=Usage(self._prompt, len(stream.drawn)),
+            usage=Usage(self.prompt, len(stream.drawn)),
             logprobs=self.logprobs,
             scores=tuple(stream.scores) if self._has_scores else None,
             seed=self.seed,
-            submitted_ns=self._submitted_ns,
+            submitted_ns=self.submitted_ns,
             times_ns=tuple(stream.times_ns),
         )
 

@@ -52,8 +52,8 @@ def start_generation(
         stream,
         number,
         len(prompt),
-        seed=sampling.seed,
-        has_logprobs=sampling.logprobs >= 0,
+        max_tokens=most,
+        sampling=sampling,
         has_scores=options.scores,
         submitted_ns=begun,
     )

@@ -26,6 +26,12 @@ MOST_ROWS = 1024
 MOST_NEW_TOKENS = 1 << 16
 """The largest number of new tokens of a row."""
 
+MOST_REUSED = 1 << 24
+"""The largest number of positions that a sequence takes from another one."""
+
+MOST_GRAMMAR = 1 << 18
+"""The largest number of characters of a grammar."""
+
 MOST_TOP = 64
 """The largest number of further candidates whose logarithms of probability are returned with a token."""
 
@@ -54,6 +60,8 @@ class Sampling(Message, frozen=True):
         logprobs: the number of further candidates to report; -1 reports no logarithms of probability at all.
         min_tokens: the number of tokens after the prompt before which ``end_tokens`` are not candidates.
         end_tokens: the tokens that end the sequence.
+        grammar: what the text after the prompt must match, in the form of :mod:`llguidance` (the JSON of its
+            ``LLMatcher.grammar_from_...``); empty for anything. The last stage needs the tokenizer for it.
     """
 
     temperature: _NotNegative = 0.0
@@ -68,18 +76,44 @@ class Sampling(Message, frozen=True):
     logprobs: Annotated[int, msgspec.Meta(ge=-1, le=MOST_TOP)] = -1
     min_tokens: Position = 0
     end_tokens: Annotated[tuple[Token, ...], msgspec.Meta(max_length=4096)] = ()
+    grammar: Annotated[str, msgspec.Meta(max_length=MOST_GRAMMAR)] = ""
+
+
+class Reuse(Message, frozen=True):
+    """The beginning of a sequence's states, which another sequence has computed on the same chain.
+
+    The node copies these positions before it runs the row. It waits until the other sequence has that many; if the
+    other is known to be gone, the row cannot run.
+
+    Attributes:
+        sequence: the number of the other sequence. It may have ended, if the coordinator keeps its slot.
+        epoch: its epoch.
+        slot: its slot.
+        length: the number of positions.
+    """
+
+    sequence: Amount
+    epoch: Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
+    slot: SlotNumber
+    length: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
 
 
 class Opening(Message, frozen=True):
-    """What a node must know about a sequence when it begins; sent with the row that starts at position 0.
+    """What a node must know about a sequence when it begins; sent with its first row.
+
+    The first row starts at position 0, or behind the positions that it reuses.
 
     Attributes:
         prompt: the number of tokens that the caller gave. In a replay, later tokens of the history are text.
         sampling: how tokens are chosen.
+        reused: the tokens before the row, where it reuses states of another sequence; they count for penalties.
+        reuse: these states; None where the row starts at position 0.
     """
 
     prompt: Position
     sampling: Sampling
+    reused: Annotated[tuple[Token, ...], msgspec.Meta(max_length=MOST_REUSED)] = ()
+    reuse: Reuse | None = None
 
 
 class StepRow(Message, frozen=True):
@@ -92,7 +126,7 @@ class StepRow(Message, frozen=True):
         start: the position of the first of ``tokens``.
         tokens: the new tokens. All rows of a step have the same number of them.
         draw: whether the last stage chooses the token that follows.
-        opening: set where ``start`` is 0.
+        opening: set in the first row of an epoch.
     """
 
     sequence: Amount

@@ -1,0 +1,1 @@
+"""Export of GGUF files: the llama family of decoders."""

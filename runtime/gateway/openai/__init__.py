@@ -1,0 +1,1 @@
+"""An endpoint for clients of OpenAI's API: completions, conversations and their streams."""

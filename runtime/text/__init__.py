@@ -1,0 +1,1 @@
+"""Text for decoders: tokenizers, chat templates, and the text of the tokens that a pipeline generates."""

@@ -1,0 +1,42 @@
+"""The options of a text, in addition to those of its tokens. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onnxsplit.errors import InputError, shown
+
+MOST_STOPS = 16
+"""The largest number of stop strings."""
+
+_MOST_CHARACTERS = 1024  # of a stop string
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How the text of a sequence is to be given out.
+
+    Attributes:
+        stop: strings that end the text.
+        include_stop: whether the text contains the one that ended it.
+        skip_special: whether the text leaves special tokens out.
+    """
+
+    stop: str | Sequence[str] = ()
+    include_stop: bool = False
+    skip_special: bool = True
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings.
+
+        Raises:
+            InputError: one is empty or too long, or there are too many.
+        """
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if len(stops) > MOST_STOPS:
+            raise InputError(f"stop has {len(stops)} strings; at most {MOST_STOPS} are allowed")
+        for stop in stops:
+            if not isinstance(stop, str) or not 1 <= len(stop) <= _MOST_CHARACTERS:
+                raise InputError(f"stop holds {shown(stop)}; allowed are strings of 1 to {_MOST_CHARACTERS} characters")
+        return stops

@@ -1,0 +1,49 @@
+"""Finds stop strings in a text that comes in pieces. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Holds text back until it can no longer be the beginning of a stop string.
+
+    Args:
+        stops: the stop strings; none is empty.
+        include: whether the text that is given out contains the stop string that was found.
+
+    Attributes:
+        found: the stop string that was found; None for none. The earliest in the text counts, and of several that
+            begin at one place, the first in ``stops``.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self.found: str | None = None
+        self._stops = tuple(stops)
+        self._include = include
+        self._held = ""
+
+    def add(self, text: str) -> str:
+        """Add new text; returns what is final. After a stop string was found, everything is dropped."""
+        if self.found is not None:
+            return ""
+        held = self._held + text
+        places = [(place, number) for number, stop in enumerate(self._stops) if (place := held.find(stop)) >= 0]
+        if places:
+            place, number = min(places)
+            self.found, self._held = self._stops[number], ""
+            return held[: place + len(self.found)] if self._include else held[:place]
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def finish(self) -> str:
+        """The text has ended; returns what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of a text that is a beginning of a stop string, but not all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,133 @@
+"""Text in and out of a plan with a decoder, by the tokenizer and the chat template that the plan carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from onnxsplit.errors import InputError
+from onnxsplit.plan import Plan
+from runtime.requests.generation import Generation
+from runtime.text.generation import TextGeneration
+from runtime.text.options import TextOptions
+from runtime.text.stops import StopStrings
+from runtime.text.template import ChatTemplate
+from runtime.text.tokenizer import Tokenizer
+
+
+class Generate(Protocol):
+    """Continues a sequence of tokens, as :meth:`runtime.pipeline.Pipeline.generate`."""
+
+    def __call__(
+        self, tokens: Sequence[int], *, timeout: float | None = None, block: bool = True, **options: Any
+    ) -> Generation:
+        """Continue the tokens of a prompt."""
+
+
+class Text:
+    """Completes texts and conversations. A pipeline has one as ``pipeline.text``.
+
+    Args:
+        tokenizer: the tokenizer.
+        template: the chat template; None where the plan has none.
+        generate: continues tokens.
+        defaults: the options of ``generate`` that the model's makers recommend (``generation_config.json``), such as
+            ``temperature`` and ``top_p``. They apply where a caller gives none.
+
+    Attributes:
+        tokenizer: as given.
+        template: as given.
+        defaults: as given.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        generate: Generate,
+        defaults: Mapping[str, Any],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.defaults = defaults
+        self._generate = generate
+
+    @classmethod
+    def open(cls, folder: Path, plan: Plan, generate: Generate) -> Text | None:
+        """The text of a plan; None where it has no decoder or no tokenizer.
+
+        Raises:
+            InputError: the tokenizer or the template cannot be used.
+            MissingDependency: the extra ``text`` is not installed.
+        """
+        names = {entry.name for entry in plan.decoder.text} if plan.decoder is not None else set()
+        if "tokenizer.json" not in names:
+            return None
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
+        template = ChatTemplate(config["chat_template"], {}) if "chat_template" in config else None
+        return cls(tokenizer, template, generate, {})
+
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """The tokens of a text; see :meth:`Tokenizer.encode`."""
+        return self.tokenizer.encode(text, special=special)
+
+    def chat_tokens(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> tuple[int, ...]:
+        """The tokens of a conversation, as the model reads it.
+
+        Args:
+            messages: dictionaries with ``role`` and ``content``.
+            add_generation_prompt: whether the answer of the assistant follows.
+            variables: more that the template may use, ``tools`` for example.
+
+        Raises:
+            InputError: the plan has no chat template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise InputError("the plan has no chat template, so it takes prompts only; add chat_template.jinja")
+        text = self.template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, special=False)
+
+    def complete(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, block: bool = True, **options: Any
+    ) -> TextGeneration:
+        """Continue a text. Returns at once.
+
+        Args:
+            prompt: the text, or its tokens.
+            timeout: as for :meth:`~runtime.pipeline.Pipeline.generate`.
+            block: as there.
+            options: the attributes of :class:`~runtime.text.options.TextOptions` and of
+                :class:`~runtime.requests.generate_options.GenerateOptions`.
+
+        Raises:
+            As ``generate``.
+        """
+        own = {name: options.pop(name) for name in TextOptions.__dataclass_fields__ if name in options}
+        wanted = TextOptions(**own)
+        stops = StopStrings(wanted.stops(), include=wanted.include_stop)
+        tokens = self.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        generation = self._generate(tokens, timeout=timeout, block=block, **{**self.defaults, **options})
+        detokenizer = self.tokenizer.detokenizer(skip_special=wanted.skip_special)
+        return TextGeneration(generation, tokens, detokenizer, stops)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        variables: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        block: bool = True,
+        **options: Any,
+    ) -> TextGeneration:
+        """Answer the last message of a conversation. Takes what :meth:`chat_tokens` and :meth:`complete` take."""
+        return self.complete(self.chat_tokens(messages, **(variables or {})), timeout=timeout, block=block, **options)
+
+    def close(self) -> None:
+        """End what belongs to it."""
+        if self.template is not None:
+            self.template.close()
