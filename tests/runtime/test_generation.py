@@ -69,8 +69,8 @@ def begun(*, has_logprobs=False, has_scores=False) -> tuple[FakeRequestIO, Gener
         requests.stream,
         7,
         4,
-        seed=11,
-        has_logprobs=has_logprobs,
+        max_tokens=100,
+        sampling=Sampling(seed=11, logprobs=2 if has_logprobs else -1),
         has_scores=has_scores,
         submitted_ns=0,
     )
