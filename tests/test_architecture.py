@@ -96,6 +96,7 @@ PURE = [
         "runtime.transition_table",
         "runtime.requests.microbatch",
         "runtime.requests.generate_options",
+        "runtime.text.detokenizer",
         "runtime.text.options",
         "runtime.text.stops",
         "runtime.trace",

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from runtime.requests.generation import Generation, TokenLogprob, Usage
+from runtime.text.detokenizer import Detokenizer
 from runtime.text.pieces import TextPiece
 from runtime.text.stops import StopStrings
-from runtime.text.tokenizer import Detokenizer
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
-from onnxsplit.errors import InputError, MissingDependency, one_line
+from onnxsplit.errors import InputError, MissingDependency, one_line, shown
+from runtime.text.detokenizer import ByteTokens, Detokenizer, Vocabulary, WordTokens
 
-_BROKEN = "\ufffd"
-_BYTES_OF_A_CHARACTER = 4
+_MOST_CHARACTERS = 16 << 20  # of a text to encode
 
 
 class Tokenizer:
@@ -17,21 +19,37 @@ class Tokenizer:
     Args:
         data: the content of ``tokenizer.json``.
         name: what messages call it.
+        begin: the token that begins a text, ``<s>`` for example.
+        add_begin: whether a prompt starts with it; None leaves this to ``tokenizer.json``.
 
     Raises:
-        InputError: it is not a tokenizer.
+        InputError: it is not a tokenizer, or it has no token ``begin`` although prompts are to start with it.
         MissingDependency: ``tokenizers`` is not installed.
     """
 
-    def __init__(self, data: bytes, name: str = "tokenizer.json") -> None:
+    def __init__(
+        self, data: bytes, name: str = "tokenizer.json", *, begin: str | None = None, add_begin: bool | None = None
+    ) -> None:
         try:
             import tokenizers
         except ImportError as error:
             raise MissingDependency("text needs more packages: pip install 'onnxsplit[text]'") from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+            decoder = json.loads(data).get("decoder")
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException as error:  # the library panics on some files
-            raise InputError(f"{name} is not a tokenizer: {one_line(error, 200)}") from error
+            raise InputError(f"{name} is not a tokenizer: {one_line(error, 200)}; put the right file there") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._kinds = _kinds(decoder)
+        self._begin = None if begin is None else self._tokenizer.token_to_id(begin)
+        self._add_begin = add_begin
+        if add_begin and self._begin is None:
+            raise InputError(
+                f"add_bos_token is set, but {name} has no token bos_token = {shown(begin)}; name one of its tokens"
+            )
 
     @cached_property
     def size(self) -> int:
@@ -45,8 +63,30 @@ class Tokenizer:
             text: the text.
             special: whether to add the tokens that the tokenizer puts around a text, such as the one that begins it.
                 The text of a chat template has them already.
+
+        Raises:
+            InputError: it is not a text of Unicode characters, or it is too long.
         """
-        return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
+            size = f"one of {len(text)} characters" if isinstance(text, str) else shown(text)
+            raise InputError(f"a text has at most {_MOST_CHARACTERS} characters, but this is {size}; shorten it")
+        try:
+            tokens = tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text holds half of a surrogate pair at place {error.start}; allowed are whole Unicode characters"
+            ) from error
+        except Exception as error:  # the library has no class of its own
+            raise InputError(f"the tokenizer cannot encode the text: {one_line(error, 200)}") from error
+        return self._with_begin(tokens) if special and self._add_begin is not None else tokens
+
+    def _with_begin(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """With or without the token that begins a text, whatever ``tokenizer.json`` has added."""
+        begins = self._begin is not None and tokens[:1] == (self._begin,)
+        if self._add_begin and not begins:
+            assert self._begin is not None, "the constructor has checked it"
+            return self._begin, *tokens
+        return tokens[1:] if begins and not self._add_begin else tokens
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of some tokens."""
@@ -54,48 +94,32 @@ class Tokenizer:
 
     def token(self, number: int) -> str:
         """One token as the vocabulary writes it; empty for a number without a token."""
-        return str(self._tokenizer.id_to_token(number) or "")
+        return str(self._tokenizer.id_to_token(number) or "") if 0 <= number < 1 << 32 else ""
 
     def token_bytes(self, number: int) -> bytes:
-        """The bytes that one token adds to a text; of an incomplete character, too."""
-        return self.decode((number,), skip_special=False).encode()
+        """The bytes that one token adds to a text that it does not begin; of an incomplete character, too."""
+        return self._vocabulary.token_bytes(number)
 
     def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
         """A detokenizer for the tokens of one sequence."""
-        return Detokenizer(self, skip_special=skip_special)
+        return self._vocabulary.detokenizer(self._special if skip_special else frozenset())
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        if self._kinds - {"Fuse"} == {"ByteLevel"}:
+            return ByteTokens(self.token)
+        return WordTokens(self.token, self.decode, has_bytes="ByteFallback" in self._kinds)
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
 
-class Detokenizer:
-    """The text of tokens that come one by one. A character that is not complete is held back.
-
-    Args:
-        tokenizer: the tokenizer.
-        skip_special: whether the text leaves special tokens out.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special
-        self._tokens: list[int] = []
-        self._first = 0  # the tokens from here give the text before the new one its right form
-        self._read = 0
-
-    def add(self, token: int) -> str:
-        """Add a token; returns the new text that is complete."""
-        self._tokens.append(token)
-        before, now = self._texts()
-        if now.endswith(_BROKEN) and len(self._tokens) - self._read < _BYTES_OF_A_CHARACTER:
-            return ""
-        self._first, self._read = self._read, len(self._tokens)
-        return now[len(before) :]
-
-    def finish(self) -> str:
-        """There are no more tokens; returns what was held back."""
-        before, now = self._texts()
-        self._first = self._read = len(self._tokens)
-        return now[len(before) :]
-
-    def _texts(self) -> tuple[str, str]:
-        decode = self._tokenizer.decode
-        before = decode(self._tokens[self._first : self._read], skip_special=self._skip)
-        return before, decode(self._tokens[self._first :], skip_special=self._skip)
+def _kinds(decoder: Any) -> frozenset[str]:
+    """The kinds of a decoder of ``tokenizer.json``: its own, or those of a sequence of decoders."""
+    if not isinstance(decoder, dict):
+        return frozenset()
+    if decoder.get("type") == "Sequence":
+        return frozenset[str]().union(*map(_kinds, decoder["decoders"]))
+    return frozenset((str(decoder.get("type")),))
