@@ -254,11 +254,11 @@ class Pipeline:
             An iterator and asynchronous iterator of tokens. It fails as the future of :meth:`submit` does.
 
         Raises:
-            InputError: an argument is invalid, the plan has no decoder, or the tokens can never fit.
+            InputError: an argument is invalid or unknown, the plan has no decoder, or the tokens can never fit.
             Busy, PipelineClosed: it was not admitted.
         """
         self._check_open()
-        wanted = GenerateOptions(**options)
+        wanted = GenerateOptions.of(options)
         return start_generation(self._coordinator, self.plan, tokens, wanted, timeout=timeout, block=block)
 
     @cached_property

@@ -5,9 +5,9 @@ Arguments that cannot be normalised raise :class:`~onnxsplit.errors.InputError` 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import TypeGuard
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -60,6 +60,28 @@ class GenerateOptions:
     stop_tokens: Sequence[int] | None = None
     logprobs: int | None = None
     scores: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GenerateOptions:
+        """The options of a caller.
+
+        Raises:
+            InputError: there is no option of one of the names.
+        """
+        check_names(options, cls)
+        return cls(**options)
+
+
+def check_names(options: Iterable[str], *kinds: type) -> None:
+    """Refuse the names of options that none of some dataclasses has.
+
+    Raises:
+        InputError: names one, and those that there are.
+    """
+    known = [field.name for kind in kinds for field in fields(kind)]
+    for name in options:
+        if name not in known:
+            raise InputError(f"there is no option {shown(name)}; there are {', '.join(known)}, timeout and block")
 
 
 def token_bound(decoder: Decoder) -> int:

@@ -33,6 +33,8 @@ class TextOptions:
         Raises:
             InputError: one is empty or too long, or there are too many.
         """
+        if not isinstance(self.stop, str | list | tuple):
+            raise InputError(f"stop must be a string or a list of strings, not {shown(self.stop)}")
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if len(stops) > MOST_STOPS:
             raise InputError(f"stop has {len(stops)} strings; at most {MOST_STOPS} are allowed")

@@ -13,8 +13,8 @@ class StopStrings:
         include: whether the text that is given out contains the stop string that was found.
 
     Attributes:
-        found: the stop string that was found; None for none. The earliest in the text counts, and of several that
-            begin at one place, the first in ``stops``.
+        found: the stop string that was found; None for none. The first that is complete counts, and of several that
+            end at one place, the longest. So the pieces in which a text comes make no difference.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
@@ -28,11 +28,11 @@ class StopStrings:
         if self.found is not None:
             return ""
         held = self._held + text
-        places = [(place, number) for number, stop in enumerate(self._stops) if (place := held.find(stop)) >= 0]
+        places = [(place + len(stop), place) for stop in self._stops if (place := held.find(stop)) >= 0]
         if places:
-            place, number = min(places)
-            self.found, self._held = self._stops[number], ""
-            return held[: place + len(self.found)] if self._include else held[:place]
+            end, place = min(places)
+            self.found, self._held = held[place:end], ""
+            return held[:end] if self._include else held[:place]
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, shown
 from onnxsplit.plan import Plan
+from runtime.requests.generate_options import GenerateOptions, check_names
 from runtime.requests.generation import Generation
+from runtime.text.files import read_text_files
 from runtime.text.generation import TextGeneration
 from runtime.text.options import TextOptions
 from runtime.text.stops import StopStrings
@@ -59,23 +60,22 @@ class Text:
         """The text of a plan; None where it has no decoder or no tokenizer.
 
         Raises:
-            InputError: the tokenizer or the template cannot be used.
+            InputError: a file cannot be used. A template that is none is reported when it is rendered.
             MissingDependency: the extra ``text`` is not installed.
         """
         names = {entry.name for entry in plan.decoder.text} if plan.decoder is not None else set()
-        if "tokenizer.json" not in names:
+        files = read_text_files(folder, names)
+        if files is None:
             return None
-        config = json.loads((folder / "tokenizer_config.json").read_bytes())
-        tokenizer = Tokenizer((folder / "tokenizer.json").read_bytes())
-        template = ChatTemplate(config["chat_template"], {}) if "chat_template" in config else None
-        return cls(tokenizer, template, generate, {})
+        template = ChatTemplate(files.templates, files.variables) if files.templates else None
+        return cls(files.tokenizer, template, generate, files.defaults)
 
     def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """The tokens of a text; see :meth:`Tokenizer.encode`."""
         return self.tokenizer.encode(text, special=special)
 
     def chat_tokens(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any
     ) -> tuple[int, ...]:
         """The tokens of a conversation, as the model reads it.
 
@@ -105,15 +105,23 @@ class Text:
                 :class:`~runtime.requests.generate_options.GenerateOptions`.
 
         Raises:
-            As ``generate``.
+            InputError: an argument is invalid or unknown, or the prompt has no tokens.
+            Busy, PipelineClosed: as for ``generate``.
         """
+        check_names(options, TextOptions, GenerateOptions)
         own = {name: options.pop(name) for name in TextOptions.__dataclass_fields__ if name in options}
         wanted = TextOptions(**own)
         stops = StopStrings(wanted.stops(), include=wanted.include_stop)
-        tokens = self.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        tokens = self._prompt(prompt) if isinstance(prompt, str) else prompt
         generation = self._generate(tokens, timeout=timeout, block=block, **{**self.defaults, **options})
         detokenizer = self.tokenizer.detokenizer(skip_special=wanted.skip_special)
-        return TextGeneration(generation, tokens, detokenizer, stops)
+        return TextGeneration(generation, tuple(tokens), detokenizer, stops)
+
+    def _prompt(self, text: str) -> tuple[int, ...]:
+        tokens = self.encode(text)
+        if not tokens:
+            raise InputError(f"the prompt {shown(text)} has no tokens; it must have at least one, so give some text")
+        return tokens
 
     def chat(
         self,

@@ -71,6 +71,7 @@ class Tokenizer:
             size = f"one of {len(text)} characters" if isinstance(text, str) else shown(text)
             raise InputError(f"a text has at most {_MOST_CHARACTERS} characters, but this is {size}; shorten it")
         try:
+            text.encode()  # the library does not say what is wrong
             tokens = tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
         except UnicodeEncodeError as error:
             raise InputError(
