@@ -122,6 +122,7 @@ PURE = [
     *("runtime.gateway.protocol.inference", "runtime.gateway.protocol.parameters", "runtime.gateway.queue"),
     *("runtime.gateway.protocol.documents", "runtime.gateway.protocol.tensor_data"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),
+    "runtime.gateway.openai.figures",
 ]
 # Modules that touch nothing themselves, but describe objects whose modules do.
 PURE_BUT_FOR_IMPORTS = [

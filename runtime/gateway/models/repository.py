@@ -167,7 +167,7 @@ class Repository:
     async def _drop(self, version: Version, reason: OnnxsplitError) -> None:
         """Close a version's pipeline. Requests that wait for it fail with ``reason``."""
         pipeline, batcher = version.pipeline, version.batcher
-        version.pipeline, version.batcher = None, None
+        version.pipeline, version.batcher, version.text = None, None, None
         version.state, version.reason = VersionState.UNAVAILABLE, str(reason)
         if batcher is not None:
             batcher.refuse(reason)
@@ -204,11 +204,14 @@ class Repository:
         try:
             version.plan = await loop.run_in_executor(None, load_plan, version.folder)
             version.pipeline = await loop.run_in_executor(None, self._start, version.folder, lambda: self.ending)
+            await loop.run_in_executor(None, version.open_text)
         except Exception as error:
             version.state, version.reason = VersionState.UNAVAILABLE, client_message(error)
             raise
         version.counters = Counters()
         version.batcher = Batcher(version.pipeline, self._limits, version.counters)
+        if version.text_problem:
+            log_event(_log, logging.WARNING, "no text", model=version.model, reason=version.text_problem)
         version.state, version.reason = VersionState.READY, ""
         if self._limits.max_batch > 1 and batch_axes(version.plan, version.plan.outputs) is None:
             log_event(_log, logging.WARNING, "not batched: it has no proven batch axis", model=version.model)
@@ -240,7 +243,7 @@ class Repository:
         if pipeline is None or batcher is None:
             return
         version.state, version.reason = VersionState.UNLOADING, reason
-        version.batcher = None
+        version.batcher, version.text = None, None
         if not await self._emptied(batcher, patience_s):
             batcher.refuse(PipelineClosed("the server stopped before it executed the request"))
         batcher.close()

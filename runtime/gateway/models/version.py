@@ -16,10 +16,12 @@ from onnxsplit.plan_files import load_plan
 from onnxsplit.tensors import Array
 from runtime.gateway.batcher import Batcher, Inference
 from runtime.gateway.counters import Counters
-from runtime.gateway.errors import NotLoaded
+from runtime.gateway.errors import NotLoaded, client_message
+from runtime.gateway.openai.figures import RequestFigures
 from runtime.gateway.protocol.documents import VersionState
 from runtime.gateway.protocol.inference import DATATYPES, InferRequest, RequestedOutput
 from runtime.pipeline import Pipeline
+from runtime.text.text import Text
 
 _STAGE_DIGITS = 6
 
@@ -38,6 +40,9 @@ class Version:
         counters: Counters since it was loaded.
         pipeline: The running pipeline; None when it is not loaded.
         batcher: Sends requests into the pipeline; None when no requests are taken.
+        text: Completes texts; None when it is not loaded, and where the plan has no decoder or no tokenizer.
+        text_problem: Why a loaded plan with a tokenizer has no text; empty when it has.
+        text_figures: Figures of the texts since the server started.
     """
 
     model: str
@@ -49,6 +54,18 @@ class Version:
     counters: Counters = field(default_factory=Counters)
     pipeline: Pipeline | None = None
     batcher: Batcher | None = None
+    text: Text | None = None
+    text_problem: str = ""
+    text_figures: RequestFigures = field(default_factory=RequestFigures)
+
+    def open_text(self) -> None:
+        """Open the text of the pipeline that has started. Where that fails, the model serves tensors without it."""
+        assert self.pipeline is not None
+        self.text, self.text_problem = None, ""
+        try:
+            self.text = self.pipeline.text
+        except Exception as error:
+            self.text_problem = client_message(error)
 
     @property
     def batched(self) -> bool:
