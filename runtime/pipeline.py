@@ -39,7 +39,6 @@ from runtime.topology import StageGraph
 from runtime.trace import RequestTrace, chrome_trace
 
 START_TIMEOUT_S = 120.0
-
 _LOOK_S = 0.2
 _NODE_DESCRIPTORS = 8
 
@@ -53,6 +52,7 @@ class Pipeline:
         plan: the plan that it runs.
         inflight: number of requests, or micro-batches, that it admits at once.
         address: the address to which nodes connect.
+        max_length: the most tokens of a sequence, prompt included; None where the plan has no decoder.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Pipeline:
         self.plan = plan
         self.inflight = admission.requests
         self.address = ""
+        self.max_length = None if coordinator.limits is None else coordinator.limits.length
         self._admission = admission
         self._check = check
         self._coordinator = coordinator
@@ -358,8 +359,7 @@ class Pipeline:
     def scale(self, stage: int, replicas: int) -> None:
         """Set the number of a stage's nodes while requests continue.
 
-        New nodes take requests as soon as they are ready. Nodes that are no longer needed finish their requests and
-        end.
+        New nodes take requests as soon as they are ready. Nodes no longer needed finish their requests and end.
 
         Raises:
             InputError: there is no such stage, or it would have no node.

@@ -122,11 +122,13 @@ PURE = [
     *("runtime.gateway.protocol.inference", "runtime.gateway.protocol.parameters", "runtime.gateway.queue"),
     *("runtime.gateway.protocol.documents", "runtime.gateway.protocol.tensor_data"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),
-    "runtime.gateway.openai.figures",
+    *("runtime.gateway.openai.figures", "runtime.gateway.openai.protocol", "runtime.gateway.openai.objects"),
+    *("runtime.gateway.openai.errors", "runtime.gateway.openai.options", "runtime.gateway.openai.guidance"),
 ]
 # Modules that touch nothing themselves, but describe objects whose modules do.
 PURE_BUT_FOR_IMPORTS = [
     *("runtime.gateway.models.metadata", "runtime.gateway.http.openapi"),
+    *("runtime.gateway.openai.answer", "runtime.gateway.openai.logprobs"),
     *("onnxsplit.decoder.traces", "onnxsplit.decoder.structure", "onnxsplit.decoder.pairing"),
     *("onnxsplit.decoder.state_claims", "onnxsplit.decoder.roles", "onnxsplit.decoder.scores"),
 ]

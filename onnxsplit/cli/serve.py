@@ -75,6 +75,14 @@ _REQUESTS: OptionTable = [
         {"type": click.IntRange(1, 1000), "default": 1, "help": "Number of the newest versions of a model to load."},
     ),
     (
+        ("--served-model-name",),
+        {
+            "multiple": True,
+            "metavar": "NAME",
+            "help": "Name of the only language model for clients of OpenAI's API; may be repeated.",
+        },
+    ),
+    (
         ("--drain",),
         {
             "type": NumberParam(0, MOST_SECONDS),
@@ -255,10 +263,14 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
     )
 
 
-def _serve_options(*, max_delay: float, versions: int, drain: float, otel: bool, **same: Any) -> ServeOptions:
+def _serve_options(
+    *, max_delay: float, versions: int, served_model_name: tuple[str, ...], drain: float, otel: bool, **same: Any
+) -> ServeOptions:
     from runtime.gateway.server import ServeOptions
 
-    return ServeOptions(max_delay_ms=max_delay, newest=versions, drain_s=drain, spans=otel, **same)
+    return ServeOptions(
+        max_delay_ms=max_delay, newest=versions, served_names=served_model_name, drain_s=drain, spans=otel, **same
+    )
 
 
 def _share_host(options: dict[str, Any], versions: list[Version]) -> None:
@@ -299,5 +311,9 @@ def _announce(output: Output, serving: Serving, *, host: str, tokens: bool) -> N
     output.line(f"  HTTP   {serving.http}" + (f"   gRPC {serving.grpc}" if serving.grpc else ""))
     output.line(f"  Page   {serving.http}/   Metrics {serving.http}/metrics")
     output.line(f"  Try    curl -s{header} {serving.http}/v2/models/{first}")
+    if serving.texts:
+        body = f'''{{"model": "{serving.texts[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'''
+        output.line(f"  OpenAI {serving.http}/v1   models {', '.join(serving.texts)}")
+        output.line(f"  Try    curl -s{header} {serving.http}/v1/chat/completions -d '{body}'")
     output.line("  Stop   Ctrl-C or SIGTERM; accepted requests are answered first")
-    output.result({"http": serving.http, "grpc": serving.grpc, "models": serving.models})
+    output.result({"http": serving.http, "grpc": serving.grpc, "models": serving.models, "texts": serving.texts})

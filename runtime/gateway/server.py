@@ -26,6 +26,8 @@ from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.connections import Connection
 from runtime.gateway.models.repository import Repository, StartPipeline
 from runtime.gateway.models.version import Version, find_versions
+from runtime.gateway.openai.catalogue import Catalogue
+from runtime.gateway.openai.routes import OpenAIEndpoint
 from runtime.gateway.queue import Limits
 from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import SharedMemoryRegions
@@ -63,6 +65,7 @@ class ServeOptions:
         token_file: File with the tokens, one of which every request must carry; None needs no token.
         shared_memory: Beginning of the names of shared memory that clients may register; empty for any name, None for
             no shared memory.
+        served_names: What clients of OpenAI's API call the only model; empty for the models' own names.
         drain_s: Seconds for which accepted requests are answered when the server stops.
         spans: True to send spans to OpenTelemetry.
     """
@@ -80,6 +83,7 @@ class ServeOptions:
     tls_key: Path | None = None
     token_file: Path | None = None
     shared_memory: str | None = None
+    served_names: tuple[str, ...] = ()
     drain_s: float = 30.0
     spans: bool = False
 
@@ -119,11 +123,13 @@ class Serving:
         http: URL of HTTP.
         grpc: Host and port of gRPC; None when gRPC is not served.
         models: The loaded versions of each model.
+        texts: Names of the models that complete texts.
     """
 
     http: str
     grpc: str | None
     models: dict[str, list[str]] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -184,7 +190,9 @@ class _Gateway:
         budget = Budget(options.max_queue_bytes, options.max_body)
         self._sampler = Sampler(service, budget)
         bodies = Bodies(options.max_body, budget, self._workers)
-        self._http_server = _http_server(HttpApp(service, bodies, access, self._sampler), options)
+        self._catalogue = Catalogue(self._repository, options.served_names)
+        openai = OpenAIEndpoint(self._catalogue, bodies, self._workers, most_waiting=options.max_queue)
+        self._http_server = _http_server(HttpApp(service, bodies, access, self._sampler, openai), options)
         self._servicer = GrpcServicer(service, budget, access, self._sampler)
 
     async def run(
@@ -237,6 +245,7 @@ class _Gateway:
             http=f"{scheme}://{host}:{http_port}",
             grpc=None if grpc_port is None else f"{host}:{grpc_port}",
             models={model: self._repository.loaded_numbers(model) for model in self._repository.models},
+            texts=tuple(model.id for model in self._catalogue.models()),
         )
 
 

@@ -150,6 +150,11 @@ class Generation:
 
     # Reading
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next token, the end or the error can be read without waiting."""
+        return self._closed or self._read < len(self._stream.drawn) or self._stream.ended
+
     def __iter__(self) -> Generation:
         return self
 

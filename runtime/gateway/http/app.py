@@ -24,6 +24,7 @@ from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.inference import HEADER_LENGTH, AccessControlled, InferenceEndpoint
 from runtime.gateway.http.responses import json_response, on_error, on_http_error, readiness
 from runtime.gateway.models import metadata
+from runtime.gateway.openai.routes import OpenAIEndpoint
 from runtime.gateway.protocol.documents import (
     ChangeRequest,
     IndexEntry,
@@ -53,15 +54,19 @@ class HttpApp:
         bodies: Receives the bodies of requests.
         access: Decides which requests are allowed.
         sampler: Provides the statistics and the state that the page shows.
+        openai: Answers clients of OpenAI's API.
     """
 
-    def __init__(self, service: Service, bodies: Bodies, access: AccessControl, sampler: Sampler) -> None:
+    def __init__(
+        self, service: Service, bodies: Bodies, access: AccessControl, sampler: Sampler, openai: OpenAIEndpoint
+    ) -> None:
         self._service = service
         self._repository = service.repository
         self._regions = service.regions
         self._bodies = bodies
         self._access = access
         self._sampler = sampler
+        self._openai = openai
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -71,6 +76,7 @@ class HttpApp:
         ]
         routes.sort(key=lambda route: "{" in getattr(route, "path", ""))  # /v2/models/stats is not a model
         routes += [Route(f"{path}/infer", infer, methods=["POST"]) for path in _MODEL_PATHS]
+        routes += self._openai.routes()
         app = Starlette(
             routes=routes,
             exception_handlers={HTTPException: on_http_error, OnnxsplitError: on_error, Exception: on_error},

@@ -112,7 +112,7 @@ class AccessControlled:
             self._access.check_site(headers.getlist("host"), headers.getlist("origin"), scope["target"])
             self._access.check(headers.getlist("authorization"))
         except OnnxsplitError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         match = _INFER.fullmatch(scope["path"]) if scope["method"] == "POST" else None
         if match is None:

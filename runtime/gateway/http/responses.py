@@ -1,4 +1,8 @@
-"""Responses of the HTTP side. Every error is ``{"error": "..."}`` with the status of its class."""
+"""Responses of the HTTP side. Every error has the status of its class, and the form of the API that was called.
+
+{"error": "..."}                                     Open Inference Protocol
+{"error": {"message", "type", "param", "code"}}      OpenAI's API: paths below /v1, /tokenize, /detokenize
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from starlette.types import Send
 
 from onnxsplit.errors import OnnxsplitError, one_line, shown
 from runtime.gateway.errors import Unauthorized, client_message, status_of
+from runtime.gateway.openai.errors import error_answer, http_status, is_openai_path, status_answer
 from runtime.logs import log_event
 
 _log = logging.getLogger("runtime.gateway")
@@ -33,25 +38,27 @@ def readiness(why_not: str | None) -> Response:
     return Response() if why_not is None else JSONResponse({"error": why_not}, 503, {"retry-after": _RETRY_S})
 
 
-def error_response(error: Exception) -> Response:
-    """The response to a request that failed."""
-    status = status_of(error).http
+def error_response(error: Exception, path: str = "") -> Response:
+    """The response to a request of a path that failed."""
+    openai = is_openai_path(path)
+    status = http_status(error) if openai else status_of(error).http
     if status == 500 and not isinstance(error, OnnxsplitError):
         reason = one_line(error, _MESSAGE_CHARACTERS)
         log_event(_log, logging.ERROR, "a bug", error=type(error).__name__, reason=reason)
     headers: dict[str, str] = {}
-    if status == 503:
+    if status in (429, 503):
         headers["retry-after"] = _RETRY_S
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = 'Basic realm="onnxsplit, any name, the token as password", Bearer'
     if status in (408, 499):
         headers["connection"] = "close"  # the server does not wait for the rest of the body
-    return Response(json.dumps({"error": client_message(error)}), status, headers, "application/json")
+    body = msgspec.json.encode(error_answer(error)) if openai else json.dumps({"error": client_message(error)})
+    return Response(body, status, headers, "application/json")
 
 
-async def on_error(_: Request, error: Exception) -> Response:
+async def on_error(request: Request, error: Exception) -> Response:
     """Starlette's handler of every error of ours."""
-    return error_response(error)
+    return error_response(error, request.scope["path"])
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -59,7 +66,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     call = f"{request.method} {shown(request.scope['path'])}"
     text = f"{call}: {error.detail.lower()}; /openapi.json lists all paths"
-    return JSONResponse({"error": text}, error.status_code, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if is_openai_path(request.scope["path"]):
+        body = msgspec.json.encode(status_answer(error.status_code, text))
+        return Response(body, error.status_code, headers, "application/json")
+    return JSONResponse({"error": text}, error.status_code, headers)
 
 
 async def send_body(send: Send, pieces: list[bytes | memoryview]) -> None:

@@ -24,6 +24,7 @@ from runtime.pipeline import Pipeline
 from runtime.requests.microbatch import batch_axes
 
 _WATCH_INTERVAL_S = 0.5
+_LOOK_S = 0.05  # between two looks at texts that are to end
 _RESTART_WAIT_S, _MOST_RESTART_WAIT_S = 1.0, 60.0
 _log = logging.getLogger("runtime.gateway")
 
@@ -244,16 +245,25 @@ class Repository:
             return
         version.state, version.reason = VersionState.UNLOADING, reason
         version.batcher, version.text = None, None
-        if not await self._emptied(batcher, patience_s):
+        if not await self._emptied(version, batcher, patience_s):
             batcher.refuse(PipelineClosed("the server stopped before it executed the request"))
         batcher.close()
         await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
         version.pipeline = None
         version.state = VersionState.UNAVAILABLE
 
-    async def _emptied(self, batcher: Batcher, patience_s: float | None) -> bool:
-        """Wait until a batcher is empty; False when the patience ended first. None waits until the server stops."""
-        emptied = asyncio.ensure_future(batcher.empty())
+    async def _emptied(self, version: Version, batcher: Batcher, patience_s: float | None) -> bool:
+        """Wait until a batcher is empty and all texts have ended; False when the patience ended first.
+
+        None waits until the server stops.
+        """
+
+        async def empty() -> None:
+            await batcher.empty()
+            while version.text_figures.unfinished:
+                await asyncio.sleep(_LOOK_S)
+
+        emptied = asyncio.ensure_future(empty())
         try:
             if patience_s is None:
                 ended = asyncio.ensure_future(self._ended.wait())

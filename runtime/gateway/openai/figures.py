@@ -46,6 +46,11 @@ class RequestFigures:
     on_gap: Callable[[float], None] = _ignore
     on_end: Callable[[float, int, int], None] = _ignore
 
+    @property
+    def unfinished(self) -> int:
+        """The number of texts that have begun and not ended."""
+        return self.requests_waiting + self.requests_running
+
     def begin(self, prompt_tokens: int, now_ns: int) -> RequestRecord:
         """A text begins.
 

@@ -1,0 +1,305 @@
+"""The endpoint for clients of OpenAI's API: completions, conversations, models, and tokens of texts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from runtime.errors import Busy
+from runtime.gateway.errors import NotLoaded, client_message
+from runtime.gateway.http.bodies import STOPPING, Bodies
+from runtime.gateway.openai.answer import (
+    DONE,
+    AnswerForm,
+    StreamedChat,
+    StreamedCompletion,
+    chat_choice,
+    completion_choice,
+    event,
+    usage,
+)
+from runtime.gateway.openai.catalogue import Catalogue, ServedText
+from runtime.gateway.openai.errors import FieldError, decoded, error_answer
+from runtime.gateway.openai.guidance import check_guidance
+from runtime.gateway.openai.objects import ChatObject, CompletionObject, DetokenizeAnswer, ModelList, TokenizeAnswer
+from runtime.gateway.openai.options import numbered, text_options
+from runtime.gateway.openai.prompts import Prompt, chat_prompt, completion_prompts
+from runtime.gateway.openai.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    SampledRequest,
+    TokenizeRequest,
+)
+from runtime.gateway.openai.texts import RunningText, arriving
+from runtime.gateway.threads import Workers, takes_long
+from runtime.logs import log_event
+from runtime.text.pieces import TextPiece
+
+_log = logging.getLogger("runtime.gateway")
+_QUICK_TOKENS = 4096
+_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class OpenAIEndpoint:
+    """The endpoint.
+
+    Args:
+        catalogue: the models.
+        bodies: receives the bodies of requests.
+        workers: threads for work that takes long.
+        most_waiting: the most texts of a model that wait for their first token; more are refused.
+    """
+
+    def __init__(self, catalogue: Catalogue, bodies: Bodies, workers: Workers, *, most_waiting: int) -> None:
+        self._catalogue = catalogue
+        self._bodies = bodies
+        self._workers = workers
+        self._most_waiting = most_waiting
+
+    def routes(self) -> list[BaseRoute]:
+        """The routes."""
+        return [
+            Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self._model, methods=["GET"]),
+            self._post("/v1/completions", CompletionRequest, self._complete),
+            self._post("/v1/chat/completions", ChatRequest, self._chat),
+            self._post("/tokenize", TokenizeRequest, self._tokenize),
+            self._post("/detokenize", DetokenizeRequest, self._detokenize),
+        ]
+
+    def _post(self, path: str, kind: type[T], answer: Callable[[T, Send], Awaitable[None]]) -> Route:
+        """A route for requests of one kind."""
+        return Route(path, _Post(self._bodies, self._workers, kind, answer), methods=["POST"])
+
+    async def _models(self, _: Request) -> Response:
+        return Response(msgspec.json.encode(ModelList(self._catalogue.models())), media_type="application/json")
+
+    async def _model(self, request: Request) -> Response:
+        model = self._catalogue.model(request.path_params["model"])
+        return Response(msgspec.json.encode(model), media_type="application/json")
+
+    async def _complete(self, request: CompletionRequest, send: Send) -> None:
+        served = self._begin(request)
+        prompts = await completion_prompts(served.text, request, self._workers)
+        form, ends = _form("cmpl", served, request), frozenset(served.ends)
+        texts = self._start(served, request, prompts)
+        echo = [prompt.text for prompt in prompts for _ in range(request.choices)]
+        async with _Closing(texts):
+            if request.stream:
+                chunks = [StreamedCompletion(form, text.index, text.prompt, ends, echo[text.index]) for text in texts]
+                await _stream(send, form, texts, chunks, _prompt_tokens(prompts))
+                return
+            pieces = await _all_pieces(texts)
+            choices = [completion_choice(form, i, each, ends, echo[i]) for i, each in enumerate(pieces)]
+            numbers = usage(_prompt_tokens(prompts), sum(text.completion for text in texts))
+            await _send_json(send, CompletionObject(form.id, form.created, form.model, choices, numbers), form.id)
+
+    async def _chat(self, request: ChatRequest, send: Send) -> None:
+        served = self._begin(request)
+        prompt = await chat_prompt(served.text, request, self._workers)
+        form, ends = _form("chatcmpl", served, request), frozenset(served.ends)
+        texts = self._start(served, request, [prompt])
+        async with _Closing(texts):
+            if request.stream:
+                chunks = [StreamedChat(form, text.index, text.prompt, ends) for text in texts]
+                await _stream(send, form, texts, chunks, len(prompt.tokens))
+                return
+            pieces = await _all_pieces(texts)
+            choices = [chat_choice(form, i, each, ends) for i, each in enumerate(pieces)]
+            numbers = usage(len(prompt.tokens), sum(text.completion for text in texts))
+            await _send_json(send, ChatObject(form.id, form.created, form.model, choices, numbers), form.id)
+
+    def _begin(self, request: SampledRequest) -> ServedText:
+        """The model for a request, which is refused here if a field is not served."""
+        request.check()
+        check_guidance(request)
+        return self._catalogue.find(request.model)
+
+    def _start(self, served: ServedText, request: SampledRequest, prompts: Sequence[Prompt]) -> list[RunningText]:
+        """Start the texts of a request.
+
+        Raises:
+            Busy: too many wait.
+            InputError: the prompt or an option does not fit the model.
+        """
+        figures, wanted = served.version.text_figures, len(prompts) * request.choices
+        if figures.requests_waiting and figures.requests_waiting + wanted > self._most_waiting:
+            raise Busy(
+                f"{figures.requests_waiting} texts wait for their first token, and {wanted} more would exceed the "
+                f"{self._most_waiting} allowed (--max-queue); try again later"
+            )
+        texts: list[RunningText] = []
+        try:
+            for prompt in prompts:
+                options = text_options(request, served.text.defaults, served.ends, _room(served, prompt))
+                for number in range(request.choices):
+                    generation = served.text.complete(
+                        prompt.tokens, timeout=request.timeout, **numbered(options, number)
+                    )
+                    texts.append(RunningText(len(texts), generation, figures))
+        except BaseException:
+            for text in texts:
+                text.close("error")
+            raise
+        return texts
+
+    async def _tokenize(self, request: TokenizeRequest, send: Send) -> None:
+        served, chat = self._catalogue.find(request.model), request.chat()
+        if chat is not None:
+            tokens = (await chat_prompt(served.text, chat, self._workers)).tokens
+        else:
+            assert isinstance(request.prompt, str)
+            asked = CompletionRequest(prompt=request.prompt, add_special_tokens=request.add_special_tokens)
+            tokens = (await completion_prompts(served.text, asked, self._workers))[0].tokens
+        texts = [served.text.tokenizer.token(token) for token in tokens] if request.return_token_strs else None
+        await _send_json(send, TokenizeAnswer(len(tokens), served.length, list(tokens), texts))
+
+    async def _detokenize(self, request: DetokenizeRequest, send: Send) -> None:
+        tokenizer, tokens = self._catalogue.find(request.model).text.tokenizer, request.tokens
+        if tokens and max(tokens) >= tokenizer.size:
+            raise FieldError("tokens", f"tokens holds {max(tokens)}; allowed are numbers below {tokenizer.size}")
+        long = len(tokens) > _QUICK_TOKENS
+        text = await self._workers.run(long, lambda: tokenizer.decode(tokens, skip_special=False))
+        await _send_json(send, DetokenizeAnswer(text))
+
+
+class _Post(Generic[T]):
+    """An ASGI endpoint that reads a request of one kind and answers it. A client that goes away cancels the answer."""
+
+    def __init__(
+        self, bodies: Bodies, workers: Workers, kind: type[T], answer: Callable[[T, Send], Awaitable[None]]
+    ) -> None:
+        self._bodies = bodies
+        self._workers = workers
+        self._decoder = msgspec.json.Decoder(kind)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.current_task()
+        gone = False
+
+        def abandon() -> None:  # called by the connection
+            nonlocal gone
+            gone = True
+            if task is not None:
+                task.cancel()
+
+        try:
+            body = await self._bodies.read(Headers(scope=scope), scope, receive)
+            scope["abandon"] = abandon
+            long = takes_long(parsed_bytes=len(body))
+            await self._answer(await self._workers.run(long, decoded, self._decoder, body), send)
+        except asyncio.CancelledError as error:
+            if gone:
+                return
+            raise NotLoaded(STOPPING) from error
+        finally:
+            scope.pop("abandon", None)
+            self._bodies.release(scope)
+
+
+class _Closing:
+    """Ends texts when their answer is over, whatever the reason."""
+
+    def __init__(self, texts: Sequence[RunningText]) -> None:
+        self._texts = texts
+
+    async def __aenter__(self) -> None:
+        """Nothing."""
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        gone = kind is not None and not issubclass(kind, Exception)
+        for text in self._texts:
+            text.close("abort" if gone else "error")
+
+
+async def _stream(
+    send: Send,
+    form: AnswerForm,
+    texts: Sequence[RunningText],
+    chunks: Sequence[StreamedChat] | Sequence[StreamedCompletion],
+    prompt_tokens: int,
+) -> None:
+    """Send a stream. Nothing is sent before the first token, so that an error until then has a status of its own."""
+    begun = False
+    try:
+        async for text, pieces in arriving(texts):
+            events = chunks[text.index].add(pieces)
+            if events:
+                if not begun:
+                    begun = True
+                    headers = [*_EVENTS, (b"x-request-id", form.id.encode())]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+    except Exception as error:
+        if not begun:
+            raise
+        reason = client_message(error)
+        log_event(_log, logging.WARNING, "stream failed", request=form.id, reason=reason)
+        await send({"type": "http.response.body", "body": event(error_answer(error))})
+        return
+    end = DONE
+    if form.include_usage:
+        end = form.usage_event(prompt_tokens, sum(text.completion for text in texts)) + DONE
+    await send({"type": "http.response.body", "body": end})
+
+
+async def _all_pieces(texts: Sequence[RunningText]) -> list[list[TextPiece]]:
+    """All pieces of each text."""
+    found: list[list[TextPiece]] = [[] for _ in texts]
+    async for text, pieces in arriving(texts):
+        found[text.index] += pieces
+    return found
+
+
+async def _send_json(send: Send, document: object, request_id: str | None = None) -> None:
+    body = msgspec.json.encode(document)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if request_id is not None:
+        headers.append((b"x-request-id", request_id.encode()))
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _form(kind: str, served: ServedText, request: SampledRequest) -> AnswerForm:
+    wanted = request.stream_options
+    return AnswerForm(
+        id=f"{kind}-{secrets.token_hex(12)}",
+        created=int(time.time()),
+        model=served.name,
+        chat=isinstance(request, ChatRequest),
+        token_bytes=served.text.tokenizer.token_bytes,
+        include_usage=bool(wanted and wanted.include_usage),
+        continuous_usage=bool(wanted and wanted.include_usage and wanted.continuous_usage_stats),
+    )
+
+
+def _prompt_tokens(prompts: Sequence[Prompt]) -> int:
+    return sum(len(prompt.tokens) for prompt in prompts)
+
+
+def _room(served: ServedText, prompt: Prompt) -> int:
+    """The number of tokens for which there is room behind a prompt."""
+    room = served.length - len(prompt.tokens)
+    if room >= 1:
+        return room
+    raise FieldError(
+        "prompt",
+        f"the prompt has {len(prompt.tokens)} tokens, but sequences have at most {served.length}, at least one of them "
+        "new; shorten it",
+        "context_length_exceeded",
+    )
