@@ -14,6 +14,16 @@ import msgspec
 import onnxsplit
 from runtime.gateway.http.bodies import SILENCE_S
 from runtime.gateway.http.codec import RequestBody, ResponseBody
+from runtime.gateway.openai.errors import ErrorAnswer
+from runtime.gateway.openai.objects import (
+    ChatObject,
+    CompletionObject,
+    DetokenizeAnswer,
+    ModelList,
+    ModelObject,
+    TokenizeAnswer,
+)
+from runtime.gateway.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from runtime.gateway.protocol.documents import (
     ChangeRequest,
     ErrorMessage,
@@ -34,6 +44,7 @@ _ERRORS = {
     404: "There is no such model, version or region.",
     408: f"The body stopped arriving for {SILENCE_S:g} s.",
     413: "The request is larger than allowed.",
+    429: "Too many requests wait; try again after Retry-After.",
     500: "A stage could not execute the request, or the server has a bug.",
     501: "The protocol has this, the server does not.",
     503: "Refused for now: the queue is full, the deadline cannot be met, no node is ready, or the server is stopping.",
@@ -44,6 +55,7 @@ _BODY = (400, 408, 413)
 _CHANGE = (*_BODY, 404, 500, 503)
 
 _BYTES = "application/octet-stream"
+_EVENTS = "text/event-stream"
 _MODEL = "/v2/models/{model}"
 _VERSION = f"{_MODEL}/versions/{{version}}"
 _REGION = "/region/{region}"
@@ -59,7 +71,10 @@ _INFER_HEADERS = {
 
 
 class _Operation(NamedTuple):
-    """One operation: a summary, the response (a type, a media type or nothing), errors, and the type of its body."""
+    """One operation: a summary, the response (a type, a media type or nothing), errors, and the type of its body.
+
+    The response of one that ``streams`` is a stream of events, if the request asks for it.
+    """
 
     verb: str
     path: str
@@ -67,6 +82,14 @@ class _Operation(NamedTuple):
     response: Any = None
     errors: tuple[int, ...] = ()
     body: Any = None
+    error: Any = ErrorMessage
+    streams: bool = False
+
+
+def _text(path: str, summary: str, response: Any, body: Any, *, streams: bool = False) -> _Operation:
+    """An operation of OpenAI's API with a body."""
+    errors = (*_BODY, 404, 429, 500, 503, 504) if streams else (*_BODY, 404, 429, 500, 503)
+    return _Operation("post", path, summary, response, errors, body, ErrorAnswer, streams)
 
 
 def _refused(summary: str, *paths: str) -> list[_Operation]:
@@ -112,6 +135,12 @@ _OPERATIONS = [
     _Operation("post", f"/v2/cudasharedmemory{_REGION}/register", "Refused", None, (501,)),
     *_refused("Trace settings", "/v2/trace/setting"),
     *_refused("Log settings", "/v2/logging"),
+    _Operation("get", "/v1/models", "List the models that complete texts", ModelList, error=ErrorAnswer),
+    _Operation("get", "/v1/models/{id}", "Describe a model", ModelObject, (404,), error=ErrorAnswer),
+    _text("/v1/completions", "Complete a text", CompletionObject, CompletionRequest, streams=True),
+    _text("/v1/chat/completions", "Answer a conversation", ChatObject, ChatRequest, streams=True),
+    _text("/tokenize", "Give the tokens of a text", TokenizeAnswer, TokenizeRequest),
+    _text("/detokenize", "Give the text of tokens", DetokenizeAnswer, DetokenizeRequest),
     _Operation("get", "/metrics", "Give metrics for Prometheus", "text/plain"),
     _Operation("get", "/openapi.json", "Give this document", Json),
     _Operation("get", "/", "Show the server in a browser", "text/html"),
@@ -121,7 +150,7 @@ _OPERATIONS = [
 
 def description(versions: Mapping[str, Sequence[str]]) -> Json:
     """The OpenAPI document. ``versions`` holds the loaded versions of each loaded model."""
-    types = {one: None for op in _OPERATIONS for one in (op.response, op.body, ErrorMessage) if _is_type(one)}
+    types = {one: None for op in _OPERATIONS for one in (op.response, op.body, op.error) if _is_type(one)}
     references, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     by_type = dict(zip(types, references, strict=True))
     paths: Json = {}
@@ -134,7 +163,7 @@ def description(versions: Mapping[str, Sequence[str]]) -> Json:
             "title": "onnxsplit",
             "version": onnxsplit.__version__,
             "description": "Open Inference Protocol v2 with Triton's extensions for binary tensors, configuration, "
-            "statistics, the repository and system shared memory.",
+            "statistics, the repository and system shared memory; and OpenAI's API for models that complete texts.",
         },
         "security": [{}, {"bearer": []}],
         "paths": paths,
@@ -161,7 +190,7 @@ def _described(operation: _Operation, by_type: Mapping[Any, Json], schemas: Mapp
     for status in sorted({*_ALWAYS, *operation.errors}):
         document["responses"][str(status)] = {
             "description": _ERRORS[status],
-            "content": {"application/json": {"schema": by_type[ErrorMessage]}},
+            "content": {"application/json": {"schema": by_type[operation.error]}},
         }
     if names := re.findall(r"{(\w+)}", operation.path):
         document["parameters"] = [
@@ -171,6 +200,8 @@ def _described(operation: _Operation, by_type: Mapping[Any, Json], schemas: Mapp
         schema = by_type[operation.body]
         required = bool(schemas[schema["$ref"].rpartition("/")[2]].get("required"))
         document["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
+    if operation.streams:
+        document["responses"]["200"]["content"][_EVENTS] = {}
     if operation.body is RequestBody:
         document["requestBody"]["description"] = _INFER_BODY
         document["responses"]["200"]["headers"] = _INFER_HEADERS
@@ -191,4 +222,5 @@ _PATH_PARAMETERS = {
     "model": {"$ref": "#/components/schemas/Model"},
     "version": {"$ref": "#/components/schemas/Version"},
     "region": {"type": "string", "minLength": 1},
+    "id": {"type": "string", "minLength": 1},
 }
