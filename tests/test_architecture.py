@@ -28,7 +28,7 @@ OFFLINE = [
 ONLINE = [
     "errors timings transition_table logs descriptors home",
     "wire",
-    "topology trace balance files deploy launcher",
+    "topology trace balance files deploy launcher guided",
     "memory",
     "node coordinator measure launch",
     "options requests testing",
@@ -71,7 +71,7 @@ HOMES = {
     "yaml": "runtime.deploy",
     "tokenizers": "runtime.text onnxsplit.export",
     "jinja2": "runtime.text",
-    "llguidance": "runtime.node runtime.text",
+    "llguidance": "runtime.guided.guide",
     "gguf": "onnxsplit.export.gguf",
     "ray": "runtime.launch",
 }
@@ -92,6 +92,7 @@ PURE = [
     ),
     *(
         "runtime.wire.messages",
+        "runtime.guided.bounds",
         "runtime.topology",
         "runtime.transition_table",
         "runtime.requests.microbatch",

@@ -38,6 +38,7 @@ class Prepared(Struct, frozen=True):
     identity: bytes
     mapped: tuple[int, ...]
     now_ns: int
+    why_unguided: str = ""
 
 
 class Met(Struct, frozen=True):

@@ -127,6 +127,12 @@ class Coordinator:
         """Set the number of a stage's nodes."""
         self._inbox.post(Scaled(stage, replicas, time.monotonic_ns()))
 
+    def why_unguided(self, stage: int) -> str:
+        """Why no sequence can follow a grammar at one of a stage's nodes, in one sentence; empty if none has said."""
+        with self.requests.lock:
+            nodes = [node for node in self._machine.roster if node.slot[0] == stage and node.why_unguided]
+        return f"{nodes[0].called}: {nodes[0].why_unguided}" if nodes else ""
+
     def take_in_loop(self) -> tuple[int, Callable[[], None]]:
         """Receive results in an event loop; see :meth:`~runtime.coordinator.results.ResultTaker.hand_over`."""
         assert self._results is not None, "the pipeline is ready"

@@ -92,6 +92,7 @@ class NodeRecord:
         released: whether it was told to end because nothing can reach it any more.
         sequences: the number of sequences whose states it held when it last said so.
         state_bytes: the bytes of those states.
+        why_unguided: why no sequence can follow a grammar on it; empty if it can, or has not said.
     """
 
     slot: ReplicaKey
@@ -113,6 +114,7 @@ class NodeRecord:
     released: bool = False
     sequences: int = 0
     state_bytes: int = 0
+    why_unguided: str = ""
 
     @property
     def phase(self) -> Phase:

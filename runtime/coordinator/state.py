@@ -287,6 +287,7 @@ class CoordinatorState:
         node = self.roster.by_identity(event.identity)
         if node is None:
             return
+        node.why_unguided = event.why_unguided
         is_new = self.roster.prepare(node, event.mapped, event.now_ns)
         if self.state is PipelinePhase.STARTING:
             if not self.roster.missing():

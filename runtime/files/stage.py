@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.custom_ops import Library, needed_libraries
 from onnxsplit.errors import PlanError
-from onnxsplit.plan import Plan, Stage
+from onnxsplit.plan import Plan
 from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_files import parse_plan, plan_id, read_plan_file
 from runtime.files.client import FileClient
 from runtime.files.stage_cache import StageCache
 from runtime.logs import log_event
+from runtime.topology import StepGraph
 from runtime.wire.addresses import reachable
 from runtime.wire.messages.control import Assign
 from runtime.wire.security import Security
@@ -89,7 +91,7 @@ class StageFiles:
         if plan_id(text) != assign.plan_id:
             return None
         plan = parse_plan(text, where=folder)
-        return (plan, folder) if _is_complete(folder, plan.stages[assign.stage]) else None
+        return (plan, folder) if _is_complete(folder, needed_files(plan, assign.stage)) else None
 
     def _fetched(self, assign: Assign) -> tuple[Plan, Path]:
         address = reachable(assign.files, self.coordinator)
@@ -109,10 +111,23 @@ class StageFiles:
 
                 client.file(entry, target, told)
 
-            return plan, self.cache.obtain(plan.stages[assign.stage], bring)
+            return plan, self.cache.obtain(needed_files(plan, assign.stage), bring)
 
 
-def _is_complete(folder: Path, stage: Stage) -> bool:
-    """Whether all files of a stage exist and have the right size; their content is checked when they are loaded."""
-    paths = [(folder / entry.name, entry.size_bytes) for entry in stage.files]
+def needed_files(plan: Plan, stage: int) -> tuple[FileEntry, ...]:
+    """The files that a node of a stage needs."""
+    tokenizer = tokenizer_file(plan, stage)
+    return (*plan.stages[stage].files, *([tokenizer] if tokenizer is not None else []))
+
+
+def tokenizer_file(plan: Plan, stage: int) -> FileEntry | None:
+    """The tokenizer of a decoder, which its last stage needs for grammars; None for other stages."""
+    if plan.decoder is None or StepGraph(plan).tail != stage:
+        return None
+    return next((entry for entry in plan.decoder.text if entry.name == "tokenizer.json"), None)
+
+
+def _is_complete(folder: Path, files: Sequence[FileEntry]) -> bool:
+    """Whether all files exist and have the right size; their content is checked when they are loaded."""
+    paths = [(folder / entry.name, entry.size_bytes) for entry in files]
     return all(path.is_file() and path.stat().st_size == size for path, size in paths)

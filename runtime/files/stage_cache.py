@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from onnxsplit.plan import Stage
 from onnxsplit.plan_base import FileEntry
 from runtime.errors import PipelineError
 from runtime.files.cache import LockedCache
@@ -46,20 +45,20 @@ class StageCache:
         """Whether a folder belongs to the cache."""
         return folder.parent == self._cache.folder
 
-    def obtain(self, stage: Stage, fetch: FetchFile) -> Path:
-        """The folder with the stage's files, which are fetched if they are missing. They stay until :meth:`close`.
+    def obtain(self, files: Sequence[FileEntry], fetch: FetchFile) -> Path:
+        """The folder with a stage's files, which are fetched if they are missing. They stay until :meth:`close`.
 
         Waits while another process fetches the same stage.
 
         Raises:
             PipelineError: the files cannot be fetched or kept.
         """
-        key = _key(stage)
+        key = _key(files)
 
         def fetch_all(folder: Path) -> None:
-            wanted_bytes = sum(entry.size_bytes for entry in stage.files)
+            wanted_bytes = sum(entry.size_bytes for entry in files)
             self._cache.evict(limit_bytes=self._limit_bytes - wanted_bytes, keep=key)
-            for entry in stage.files:
+            for entry in files:
                 fetch(entry, folder / entry.name)
                 _sync(folder / entry.name)
             _sync(folder)
@@ -80,6 +79,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _key(stage: Stage) -> str:
-    lines = sorted(f"{entry.sha256} {entry.name}" for entry in stage.files)
+def _key(files: Sequence[FileEntry]) -> str:
+    lines = sorted(f"{entry.sha256} {entry.name}" for entry in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from onnxsplit.custom_ops import Library
@@ -13,6 +14,7 @@ from onnxsplit.tensors import Array
 from runtime.errors import StageFailed
 from runtime.memory.outgoing import OutputShapes
 from runtime.node.events import OutputsByTarget, Run
+from runtime.node.guides import stage_guides
 from runtime.node.sequence_runner import SequenceRunner
 from runtime.node.stage_runner import StageRunner
 from runtime.wire.messages.control import Assign
@@ -30,11 +32,17 @@ class Executor:
     def __init__(
         self, plan: Plan, folder: Path, assign: Assign, *, home: Path, threads: int, custom_ops: Sequence[Library]
     ) -> None:
-        self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=custom_ops)
+        with ThreadPoolExecutor(1) as beside:
+            guides = beside.submit(stage_guides, plan, folder, assign.stage)
+            self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=custom_ops)
+        self._guides = guides.result()
         self._sequences: SequenceRunner | None = None
         self._why_not = _why_no_steps(plan, assign, self._runner.session)
         if not self._why_not:
-            self._sequences = SequenceRunner(plan, assign.stage, self._runner.session, assign.slots, assign.length)
+            session = self._runner.session
+            self._sequences = SequenceRunner(
+                plan, assign.stage, session, assign.slots, assign.length, guides=self._guides
+            )
 
     def close(self) -> None:
         """Write the profile, if one was asked for."""
@@ -44,6 +52,11 @@ class Executor:
     def runs_steps(self) -> bool:
         """Whether this stage runs steps of sequences."""
         return self._sequences is not None
+
+    @property
+    def why_unguided(self) -> str:
+        """Why no sequence can follow a grammar here; empty if it can, and at stages before the last."""
+        return self._guides.why_not
 
     def proven(self, run: Run) -> OutputShapes:
         """Types and shapes of the outputs that :meth:`execute` may write into given arrays."""

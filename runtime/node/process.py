@@ -330,7 +330,7 @@ class NodeProcess:
             case LendMemory(readers):
                 worker.share(readers)
             case SayReady():
-                control.say(Ready(worker.mapped))
+                control.say(Ready(worker.mapped, worker.why_unguided))
             case SayLeaving():
                 control.say(Leaving())
             case SayRefused(reason):

@@ -9,6 +9,9 @@ The steps, in this order, as in vLLM and transformers:
     5. top_k, then top_p among those, then min_p leave the candidates
     6. one random number chooses among the candidates, in the order of their numbers
 
+Where the text must match a grammar, only tokens that it allows are candidates, after step 2. That comes before the end
+tokens of ``min_tokens``: if the grammar allows nothing else, the text ends.
+
 The random number follows from the seed and the position alone (Philox, a counter-based generator [1]_). A token that is
 drawn again after a replay, or beside other rows, is therefore the same as long as the scores are.
 
@@ -21,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,7 +32,21 @@ from onnxsplit.errors import ModelError
 from runtime.wire.messages.sequences import Drawn, Sampling, StepRow
 
 Scores = np.ndarray[Any, Any]
+Allowed = np.ndarray[Any, np.dtype[np.bool_]]
 _NUCLEUS = 1024  # tokens that are sorted first; a nucleus is rarely larger
+
+
+class Guide(Protocol):
+    """Says which tokens may follow in one text; see :class:`runtime.guided.guide.GrammarGuide`."""
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Note the next tokens of the text."""
+
+    def back(self, count: int) -> None:
+        """Forget the last tokens of the text."""
+
+    def allowed(self, below: int) -> tuple[Allowed, bool]:
+        """Whether each token below a bound may follow, and whether the text may end here."""
 
 
 class TokenSampler:
@@ -39,12 +56,15 @@ class TokenSampler:
         sampling: how.
         prompt: the number of tokens that the caller gave.
         below: tokens are below this number; scores behind it are padding.
+        guide: what the text after the prompt may hold; None for anything.
     """
 
-    def __init__(self, sampling: Sampling, prompt: int, below: int) -> None:
+    def __init__(self, sampling: Sampling, prompt: int, below: int, guide: Guide | None = None) -> None:
         self._sampling = sampling
         self._prompt = prompt
         self._below = below
+        self._guide = guide
+        self._guided = 0  # the number of tokens of the text that the guide has followed
         self._tokens: list[int] = []
         s = sampling
         self._temperature = np.float32(s.temperature)  # one that rounds to 0 is 0
@@ -58,6 +78,9 @@ class TokenSampler:
         """Note tokens of the sequence; those from ``start`` on that were noted before are replaced."""
         if start < len(self._tokens):
             self._tokens = self._tokens[:start]
+            if self._guide is not None and (replaced := self._guided - max(0, start - self._prompt)) > 0:
+                self._guide.back(replaced)
+                self._guided -= replaced
             self._seen = Counter(self._tokens)
             self._text = Counter(self._tokens[self._prompt :])
         self._tokens += tokens
@@ -73,13 +96,15 @@ class TokenSampler:
             scores: one for each token, [vocabulary], of any floating type; they are not changed.
 
         Raises:
-            ModelError: the scores are no numbers, or no token is a candidate.
+            ModelError: the scores are no numbers, no token is a candidate, or the guide cannot go on.
         """
         position = row.start + len(row.tokens)
         raw = scores if scores.dtype == np.float32 else scores.astype(np.float32)
         candidates = raw[: self._below]
         if not self._plain:
             candidates = self._changed(candidates.copy(), position)
+        if self._guide is not None:
+            candidates = self._only_allowed(self._guide, candidates, raw[: self._below])
         token = int(candidates.argmax())
         if not math.isfinite(candidates[token]):
             raise ModelError(
@@ -108,6 +133,20 @@ class TokenSampler:
         if position - self._prompt < s.min_tokens and s.end_tokens:
             scores[np.array(s.end_tokens, np.int64)] = -np.inf
         return scores
+
+    def _only_allowed(self, guide: Guide, candidates: Scores, raw: Scores) -> Scores:
+        """The candidates without the tokens that the guide forbids; only end tokens where it allows none."""
+        guide.follow(self._tokens[self._prompt + self._guided :])
+        self._guided = max(0, len(self._tokens) - self._prompt)
+        allowed, may_end = guide.allowed(len(candidates))
+        ends = np.array(self._sampling.end_tokens, np.int64)
+        allowed[ends] = may_end
+        left = np.where(allowed, candidates, -np.inf)
+        if left.max() > -np.inf:
+            return left
+        if not allowed.any():
+            allowed[ends] = True
+        return np.where(allowed, raw, -np.inf)  # nothing but the end tokens, which come too soon for min_tokens
 
     def _drawn(self, scores: Scores, largest: float, position: int) -> int:
         """Steps 4 to 6."""

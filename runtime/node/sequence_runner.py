@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from onnxsplit.tensors import Array, dtype_name
 from runtime.memory.outgoing import OutputShapes
 from runtime.node.caches.bank import StepSpan
 from runtime.node.caches.caches import Caches
-from runtime.node.sampling import TokenSampler
+from runtime.node.sampling import Guide, TokenSampler
 from runtime.node.slots import Move, Placed
 from runtime.topology import StepGraph
-from runtime.wire.messages.sequences import Drawn, StepRow
+from runtime.wire.messages.sequences import Drawn, Opening, StepRow
 
 _SIGNATURES = 256  # combinations of sizes whose shapes are remembered
 
@@ -30,16 +30,20 @@ class SequenceRunner:
         session: its session; must be ``bindable``.
         slots: the number of slots.
         length: the most positions of a sequence.
+        guides: makes the guide for a grammar, and raises ModelError where it cannot.
 
     Raises:
         MemoryError: the system cannot reserve the room for the states; says what to do.
     """
 
-    def __init__(self, plan: Plan, stage: int, session: Session, slots: int, length: int) -> None:
+    def __init__(
+        self, plan: Plan, stage: int, session: Session, slots: int, length: int, guides: Callable[[str], Guide]
+    ) -> None:
         decoder = plan.decoder
         assert decoder is not None
         longest = min(length or decoder.max_length, decoder.max_length)
         self._caches = Caches(plan, stage, session, slots, longest)
+        self._guides = guides
         self._scores = decoder.scores
         self._is_tail = StepGraph(plan).tail == stage
         below = decoder.vocabulary if decoder.tokens_below is None else decoder.tokens_below
@@ -72,7 +76,7 @@ class SequenceRunner:
             These outputs, and the tokens that were chosen. Of scores, only the last position of each row leaves.
 
         Raises:
-            ModelError: ONNX Runtime could not run the step, or its scores are no numbers.
+            ModelError: ONNX Runtime could not run the step, its scores are no numbers, or a grammar cannot be followed.
             InputError: the rows cannot share a run.
         """
         self.move(placed.moves)
@@ -107,12 +111,17 @@ class SequenceRunner:
             if not live[place]:
                 continue
             if row.opening is not None and row.start == 0:
-                self._samplers[row.slot] = TokenSampler(row.opening.sampling, row.opening.prompt, self._below)
+                self._samplers[row.slot] = self._sampler(row.opening)
             sampler = self._samplers[row.slot]
             sampler.feed(row.start, row.tokens)
             if row.draw:
                 drawn.append(sampler.draw(row, scores[place].reshape(-1)))
         return tuple(drawn)
+
+    def _sampler(self, opening: Opening) -> TokenSampler:
+        sampling = opening.sampling
+        guide = self._guides(sampling.grammar) if sampling.grammar else None
+        return TokenSampler(sampling, opening.prompt, self._below, guide)
 
     def move(self, moves: Sequence[Move]) -> None:
         """Move sequences to other slots, all at once."""

@@ -103,6 +103,11 @@ class Worker:
         self._router.unreachable = frozenset(numbers)
         return numbers
 
+    @property
+    def why_unguided(self) -> str:
+        """Why no sequence can follow a grammar on this node; empty before a stage is loaded."""
+        return self._executor.why_unguided if self._executor is not None else ""
+
     def share(self, readers: tuple[int, ...]) -> None:
         """Lend memory to these peers from now on."""
         self.payloads.share(readers)

@@ -14,7 +14,7 @@ import numpy as np
 from onnxsplit.errors import InputError, shown
 from onnxsplit.numbers import is_real, is_whole, whole_problem
 from onnxsplit.plan_decoder import Decoder
-from runtime.wire.messages.sequences import MOST_TOP, Sampling
+from runtime.wire.messages.sequences import MOST_GRAMMAR, MOST_TOP, Sampling
 
 MOST_SEED = 1 << 62
 """The largest seed."""
@@ -44,6 +44,8 @@ class GenerateOptions:
         stop_tokens: the tokens that end the sequence; it contains the one that does. None for the model's own.
         logprobs: report the probability of each token, and of so many of the most probable ones. None for neither.
         scores: whether to report the model's scores for each token.
+        grammar: what the new text must match, as :mod:`runtime.text.grammars` makes it; empty for anything. Tokens
+            that do not fit are never chosen, and the text ends where the grammar does.
     """
 
     max_tokens: int | None = None
@@ -60,6 +62,7 @@ class GenerateOptions:
     stop_tokens: Sequence[int] | None = None
     logprobs: int | None = None
     scores: bool = False
+    grammar: str = ""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> GenerateOptions:
@@ -154,6 +157,8 @@ def normal_sampling(options: GenerateOptions, decoder: Decoder, max_tokens: int,
             f"all {below} tokens are stop_tokens, so none can come before min_tokens = {options.min_tokens}; leave one "
             "of both out"
         )
+    if options.grammar and not ends:
+        raise InputError("a grammar needs a token that ends the text, but stop_tokens is empty; leave it out")
     return Sampling(
         temperature=float(options.temperature),
         top_k=int(options.top_k),
@@ -167,6 +172,7 @@ def normal_sampling(options: GenerateOptions, decoder: Decoder, max_tokens: int,
         logprobs=-1 if options.logprobs is None else int(options.logprobs),
         min_tokens=int(options.min_tokens),
         end_tokens=ends,
+        grammar=options.grammar,
     )
 
 
@@ -182,6 +188,8 @@ def _problems(options: GenerateOptions, max_tokens: int) -> list[str]:
         whole_problem("min_tokens", options.min_tokens, 0, max_tokens),
         None if isinstance(options.scores, bool) else f"scores must be True or False, not {shown(options.scores)}",
     ]
+    if not isinstance(options.grammar, str) or len(options.grammar) > MOST_GRAMMAR:
+        found.append(f"grammar must be a text of at most {MOST_GRAMMAR} characters, not {shown(options.grammar)}")
     if options.seed is not None:
         found.append(whole_problem("seed", options.seed, 0, MOST_SEED))
     if options.logprobs is not None:

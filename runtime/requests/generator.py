@@ -10,6 +10,7 @@ from onnxsplit.plan import Plan
 from runtime.coordinator.loop import Coordinator
 from runtime.coordinator.token_stream import TokenStream
 from runtime.errors import Busy
+from runtime.guided.guide import check_grammar
 from runtime.requests.generate_options import (
     MOST_SEED,
     GenerateOptions,
@@ -19,6 +20,7 @@ from runtime.requests.generate_options import (
 )
 from runtime.requests.generation import Generation
 from runtime.requests.normalize import normal_timeout_ns
+from runtime.topology import StepGraph
 
 
 def start_generation(
@@ -42,6 +44,10 @@ def start_generation(
     prompt = normal_prompt(tokens, decoder, limits.length)
     most = normal_max_tokens(options.max_tokens, len(prompt), limits.length)
     sampling = normal_sampling(options, decoder, most, secrets.randbelow(MOST_SEED))
+    if sampling.grammar:
+        check_grammar(sampling.grammar)
+        if why := coordinator.why_unguided(StepGraph(plan).tail):
+            raise InputError(f"this pipeline cannot make a text match a grammar. {why}")
     deadline = None if limit is None else begun + limit
     stream = TokenStream()
     number = requests.generate(stream, prompt, most, sampling, scores=options.scores, wait=block, deadline_ns=deadline)

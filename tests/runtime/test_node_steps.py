@@ -33,6 +33,7 @@ from runtime.node.events import (
     Turn,
     Wired,
 )
+from runtime.node.guides import StageGuides
 from runtime.node.sequence_runner import SequenceRunner
 from runtime.node.state import NodeState
 from runtime.topology import StepGraph
@@ -124,7 +125,7 @@ class World:
         peers = [Peer(0, CALLER, 0, False, "", "", None, "")]
         peers += [Peer(one.index + 1, one.index, 0, True, "", "", None, "") for one in self.plan.stages]
         state.handle(Wired(Wire(1, stage + 1, tuple(peers))))
-        return Node(state, SequenceRunner(self.plan, stage, session, SLOTS, LENGTH))
+        return Node(state, SequenceRunner(self.plan, stage, session, SLOTS, LENGTH, StageGuides(None)))
 
     def step(self, number: int, rows: tuple[StepRow, ...], scores: bool = True) -> None:
         """Send a step to the stages that begin it."""

@@ -115,7 +115,7 @@ def test_a_stage_is_fetched_once_for_all_who_want_it(tmp_path, plan):
         target.write_bytes(BODY)
 
     caches = [StageCache(tmp_path, 1 << 30) for _ in range(2)]
-    threads = [threading.Thread(target=cache.obtain, args=(stage, slowly), daemon=True) for cache in caches]
+    threads = [threading.Thread(target=cache.obtain, args=(stage.files, slowly), daemon=True) for cache in caches]
     for thread in threads:
         thread.start()
     started.wait(60)
@@ -132,14 +132,14 @@ def test_a_stage_is_fetched_once_for_all_who_want_it(tmp_path, plan):
 def test_the_cache_stays_within_its_bound_and_keeps_what_is_run(tmp_path, plan):
     stages = [stage_of(plan, bytes([n]) * 1000) for n in range(4)]
     running, passing = StageCache(tmp_path, 2500), StageCache(tmp_path, 2500)
-    held = running.obtain(stages[0], copy_of(b"\0" * 1000))
+    held = running.obtain(stages[0].files, copy_of(b"\0" * 1000))
     folders = []
     for number in (1, 2, 3):
-        folders.append(passing.obtain(stages[number], copy_of(bytes([number]) * 1000)))
+        folders.append(passing.obtain(stages[number].files, copy_of(bytes([number]) * 1000)))
         passing.close()
     assert held.is_dir(), "a node runs it"
     assert [folder.is_dir() for folder in folders] == [False, False, True]
-    assert running.obtain(stages[0], refuse) == held
+    assert running.obtain(stages[0].files, refuse) == held
     running.close()
 
 
@@ -151,10 +151,10 @@ def test_a_fetch_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path, plan)
         raise PipelineError("gone")
 
     with pytest.raises(PipelineError, match="gone"):
-        cache.obtain(stage, broken)
+        cache.obtain(stage.files, broken)
     assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".lock", ".making", ".partial"]
     cache.close()
-    assert cache.obtain(stage, copy_of(BODY)).is_dir()
+    assert cache.obtain(stage.files, copy_of(BODY)).is_dir()
     cache.close()
 
 

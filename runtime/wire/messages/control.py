@@ -99,9 +99,12 @@ class Ready(Message, tag="ready", frozen=True):
 
     Attributes:
         mapped: the peers whose shared memory it has mapped.
+        why_unguided: why no sequence can follow a grammar on this node; empty if it can. Only that of the last stage
+            of a decoder counts.
     """
 
     mapped: tuple[NodeNumber, ...]
+    why_unguided: Annotated[str, msgspec.Meta(max_length=4096)] = ""
 
 
 class Refused(Message, tag="refused", frozen=True):

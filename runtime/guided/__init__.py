@@ -1,0 +1,1 @@
+"""Grammars that the text of a sequence must match."""

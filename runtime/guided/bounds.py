@@ -1,0 +1,124 @@
+"""Bounds on grammars, checked before llguidance reads them. Pure.
+
+The library has limits on the work that it does, but its parsers call themselves for every level of a grammar. A chain
+of a few thousand definitions would overflow the stack and end the process, so the levels are counted here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from runtime.wire.messages.sequences import MOST_GRAMMAR
+
+_MOST_NESTED = 200  # brackets in brackets, of any kind
+_MOST_LEVELS = 1000  # of a schema and of all schemas that it refers to, together
+_MOST_RULES = 150  # of a grammar in Lark
+_MOST_PARTS = 8
+_WHOLE = {"grammars", "max_tokens"}
+_PART = {"name", "json_schema", "lark_grammar"}
+_BRACKETS = re.compile(r"[(\[{)\]}]")
+_OPERATORS = re.compile(r"[~?*+&|]{20}|(?:\{[0-9, ]*\}\s*){20}")
+
+
+def grammar_problem(grammar: str) -> str:
+    """Why a grammar is beyond the bounds; empty if it is within them.
+
+    Args:
+        grammar: either ``{"grammars": [...]}`` in JSON, whose parts have a ``json_schema`` or a ``lark_grammar``; or
+            the text of one grammar in Lark.
+    """
+    if not grammar.strip():
+        return "it is empty"
+    if len(grammar) > MOST_GRAMMAR:
+        return f"it has {len(grammar)} characters; at most {MOST_GRAMMAR} are allowed"
+    if (deepest := _nesting(grammar)) > _MOST_NESTED:
+        return f"it is nested {deepest} levels deep; at most {_MOST_NESTED} are allowed"
+    if _OPERATORS.search(grammar):
+        return "it has 20 operators in a row"
+    if not grammar.lstrip().startswith("{"):
+        return _lark_problem(grammar)
+    try:
+        document = json.loads(grammar)
+    except ValueError as error:
+        return f"it is not JSON: {error}"
+    parts = document.get("grammars")
+    if (
+        not set(document) <= _WHOLE
+        or document.get("max_tokens") is not None
+        or not isinstance(parts, list)
+        or not 1 <= len(parts) <= _MOST_PARTS
+    ):
+        return f"it must be {{'grammars': [...]}} with 1 to {_MOST_PARTS} parts"
+    return next((problem for part in parts if (problem := _part_problem(part))), "")
+
+
+def _part_problem(part: object) -> str:
+    if not isinstance(part, Mapping) or not set(part) <= _PART:
+        return f"a part of it must be an object of {', '.join(sorted(_PART))}"
+    lark, schema = part.get("lark_grammar"), part.get("json_schema")
+    if lark is not None:
+        return _lark_problem(lark) if isinstance(lark, str) else "lark_grammar must be a text"
+    if not isinstance(schema, Mapping | bool):
+        return "json_schema must be an object"
+    if (levels := _levels(schema)) > _MOST_LEVELS:
+        return (
+            f"the schema and those that it refers to have {levels} levels together; at most {_MOST_LEVELS} are allowed"
+        )
+    return ""
+
+
+def _lark_problem(lark: str) -> str:
+    rules = lark.count(":")
+    return (
+        f"it has {rules} colons, about as many as rules; at most {_MOST_RULES} are allowed"
+        if (rules > _MOST_RULES)
+        else ""
+    )
+
+
+def _nesting(text: str) -> int:
+    """The largest number of brackets that are open at once."""
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(text):
+        depth = depth + 1 if found[0] in "([{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _levels(schema: Any) -> int:
+    """The levels of a schema, and of each that it refers to: the library is at most so deep in it at once."""
+    whole = _depth(schema)
+    return whole + sum(_depth(_target(schema, reference)) for reference in set(_references(schema)))
+
+
+def _depth(value: Any) -> int:
+    if isinstance(value, dict):
+        return 1 + max(map(_depth, value.values()), default=0)
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 1
+
+
+def _references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from (v for key, v in value.items() if key in ("$ref", "$dynamicRef") and isinstance(v, str))
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _references(inner)
+
+
+def _target(schema: Any, reference: str) -> Any:
+    """What a reference points to; the whole schema where that is not plain."""
+    found = schema
+    for part in unquote(reference).split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and key in found:
+            found = found[key]
+        elif isinstance(found, list) and key.isdecimal() and len(key) < 9 and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return schema
+    return found
