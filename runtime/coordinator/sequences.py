@@ -14,8 +14,7 @@ Rules:
   tokens are divided into runs otherwise.
 - **Blame.** A sequence records each lost node that was executing one of its steps, until it has got one token further.
   The step that was running then has no other row the next time. So a sequence that kills nodes is found at its second
-  node, and its neighbours are acquitted.
-  When the number of these nodes reaches the allowed attempts, the sequence is refused.
+  node, and its neighbours are acquitted. When the number of these nodes reaches the allowed attempts, it is refused.
 - **Failed steps.** A sequence whose step fails without other rows is refused. Rows of a larger step are replayed apart.
 - **Room.** A sequence is admitted when all bytes that it can reach are free on the nodes of a chain. So no sequence
   ever has to make room for another. New sequences are admitted in the order in which they came.
@@ -132,9 +131,10 @@ class SequenceTable:
         """Whether a node has sequences."""
         return any(number in chain.nodes and chain.sequences for chain in self._scheduler.chains)
 
-    def used_bytes(self, number: int) -> int:
-        """The bytes of states that are reserved on a node."""
-        return self._scheduler.chains.used_bytes(number)
+    @property
+    def scheduler(self) -> Scheduler:
+        """The queue, the chains and the steps in flight."""
+        return self._scheduler
 
     def is_overdue(self, now_ns: int) -> bool:
         """Whether a step has been in flight for too long."""

@@ -105,12 +105,18 @@ class SequenceStats(Struct, frozen=True):
         waiting: sequences that wait for room.
         tokens: tokens that callers have got so far.
         replays: how often a sequence was read again because its nodes were lost or left.
+        steps: steps that have come back so far.
+        rows: sequences in these steps, all together.
+        cache_usage: share of the bytes for states that sequences have reserved, on the node with the largest share.
     """
 
     running: int
     waiting: int
     tokens: int
     replays: int
+    steps: int = 0
+    rows: int = 0
+    cache_usage: float = 0.0
 
 
 class Snapshot(Struct, frozen=True):
@@ -192,7 +198,15 @@ def sequence_stats(table: SequenceTable | None) -> SequenceStats | None:
     if table is None:
         return None
     waiting = table.waiting
-    return SequenceStats(len(table) - waiting, waiting, table.tokens, table.replays)
+    return SequenceStats(
+        running=len(table) - waiting,
+        waiting=waiting,
+        tokens=table.tokens,
+        replays=table.replays,
+        steps=table.scheduler.steps.returned_steps,
+        rows=table.scheduler.steps.returned_rows,
+        cache_usage=table.scheduler.chains.usage,
+    )
 
 
 def node_infos(roster: Roster, pids: Mapping[int, int]) -> tuple[NodeInfo, ...]:

@@ -23,10 +23,14 @@ class StepTable:
 
     Attributes:
         timings: as given; they may be replaced.
+        returned_steps: the number of steps that have come back.
+        returned_rows: the number of their rows.
     """
 
     def __init__(self, timings: Timings) -> None:
         self.timings = timings
+        self.returned_steps = 0
+        self.returned_rows = 0
         self._steps: dict[int, StepRecord] = {}
         self._usual_ns = 0.0  # time from the beginning of a step to its end, for each thousandth of its cost
 
@@ -72,7 +76,9 @@ class StepTable:
         return step
 
     def returned(self, step: StepRecord, now_ns: int) -> None:
-        """Note how long a step took."""
+        """Note that a step has come back, and how long it took."""
+        self.returned_steps += 1
+        self.returned_rows += len(step.rows)
         self._usual_ns += _SMOOTHING * (max(0, now_ns - step.begun_ns) / step.cost - self._usual_ns)
 
     def abandon(self, sequence: SequenceRecord) -> None:

@@ -325,7 +325,10 @@ def test_the_status_counts_texts_and_their_states(pipeline, python_environment):
     assert (running.running, running.waiting) == (8, 0)
     assert running.tokens >= before.tokens + 8
     (found,) = (one for one in json.loads(shown.stdout)["pipelines"] if one["sequences"]["tokens"] > before.tokens)
-    assert found["sequences"].keys() == {"running", "waiting", "tokens", "replays"}
+    names = {"running", "waiting", "tokens", "replays", "steps", "rows", "cache_usage"}
+    assert found["sequences"].keys() >= names
+    assert 0 < running.cache_usage <= 1
+    assert running.rows >= running.steps > before.steps
     wait_until(lambda: at_rest(pipeline) and pipeline.sequences.running == 0)
 
 

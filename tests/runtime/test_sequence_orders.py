@@ -127,7 +127,8 @@ class Orders(RuleBasedStateMachine):
     def all_is_right(self):
         driver = self.driver
         assert driver.is_right()
-        used = {node.number: driver.machine.sequences.used_bytes(node.number) for node in driver.machine.roster}
+        chains = driver.machine.sequences.scheduler.chains
+        used = {node.number: chains.used_bytes(node.number) for node in driver.machine.roster}
         assert all(0 <= bytes_ <= driver.limits.cache_bytes for bytes_ in used.values())
 
     def teardown(self):

@@ -49,7 +49,7 @@ def settle(pipeline):
     assert not len(sequences)
     assert not sequences.in_flight
     for node in pipeline.nodes.values():
-        assert not sequences.used_bytes(node.number)
+        assert not sequences.scheduler.chains.used_bytes(node.number)
         if node.alive:
             assert not node.state.sequences
             assert not node.slots.texts, f"node {node.number} keeps states of nobody"

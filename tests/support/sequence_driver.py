@@ -271,4 +271,4 @@ class Driver:
         assert not sequences.waiting
         assert not sequences.in_flight
         assert not any(sequences.uses(node.number) for node in self.machine.roster)
-        assert not any(sequences.used_bytes(node.number) for node in self.machine.roster)
+        assert not any(sequences.scheduler.chains.used_bytes(node.number) for node in self.machine.roster)

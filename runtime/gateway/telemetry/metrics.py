@@ -1,7 +1,7 @@
 """Metrics for Prometheus: Triton's, which existing dashboards show, and our own.
 
 Ours keep Prometheus' rules: base units, ``_total`` on counters, and only labels with few values (model, version, stage,
-replica, reason).
+replica, reason). The metrics of models with text are in :mod:`runtime.gateway.telemetry.text_metrics`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
     HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
@@ -26,6 +24,8 @@ from runtime.coordinator.counters import BUCKETS_NS
 from runtime.coordinator.status import NodeStats
 from runtime.gateway.counters import FAILURE_REASONS
 from runtime.gateway.models.version import Version, stage_name
+from runtime.gateway.telemetry import text_metrics
+from runtime.gateway.telemetry.families import MetricValue, counter, gauge
 from runtime.gateway.telemetry.sampler import Sampler
 
 _MODEL = ("model", "version")
@@ -33,9 +33,6 @@ _NODE = ("model", "version", "stage", "replica")
 
 _BARE_HEADS = re.compile(rb"^(# (?:HELP|TYPE) nv_\w+?)_total(?= )", re.MULTILINE)
 """The heads of Triton's counters, to which the library adds a ``_total`` that their names do not have."""
-
-MetricValue = tuple[Sequence[str], float]
-"""The values of the labels, and the value of the metric."""
 
 _NODE_COUNTERS: tuple[tuple[str, str, Callable[[NodeStats], float]], ...] = (
     ("onnxsplit_node_requests", "Answered requests that the node executed.", lambda n: n.requests),
@@ -71,15 +68,16 @@ class _Collector(Collector):
         yield from self._server()
         yield from _triton(versions, nodes)
         yield from _models(versions)
+        yield from text_metrics.metrics(versions, nodes, self._sampler.text_times)
         yield from self._nodes(nodes)
 
     def _server(self) -> Iterator[Metric]:
         sampler = self._sampler
-        yield _gauge("onnxsplit_start_time_seconds", "Time at which the server started.", (), [((), sampler.started_s)])
+        yield gauge("onnxsplit_start_time_seconds", "Time at which the server started.", (), [((), sampler.started_s)])
         ready = sampler.service.repository.ready
-        yield _gauge("onnxsplit_ready", "1 when all models execute requests.", (), [((), float(ready))])
+        yield gauge("onnxsplit_ready", "1 when all models execute requests.", (), [((), float(ready))])
         held = float(sampler.budget.held_bytes)
-        yield _gauge("onnxsplit_receiving_bytes", "Bytes of requests that the server holds.", (), [((), held)])
+        yield gauge("onnxsplit_receiving_bytes", "Bytes of requests that the server holds.", (), [((), held)])
 
     def _nodes(self, nodes: dict[Version, tuple[NodeStats, ...]]) -> Iterator[Metric]:
         rows = [
@@ -94,18 +92,18 @@ class _Collector(Collector):
             times.add_metric(labels, _buckets(node.run_buckets), node.ran_ns / 1e9)
         yield times
         for name, text, value in _NODE_COUNTERS:
-            yield _counter(name, text, _NODE, [(labels, value(node)) for labels, node in rows])
+            yield counter(name, text, _NODE, [(labels, value(node)) for labels, node in rows])
         up = [(labels, float(node.state == "ready")) for labels, node in rows]
-        yield _gauge("onnxsplit_node_up", "1 when the node is ready.", _NODE, up)
+        yield gauge("onnxsplit_node_up", "1 when the node is ready.", _NODE, up)
         queues = [(labels, node.queue) for labels, node in rows]
-        yield _gauge("onnxsplit_node_queue_requests", "Requests on their way to the node or in it.", _NODE, queues)
+        yield gauge("onnxsplit_node_queue_requests", "Requests on their way to the node or in it.", _NODE, queues)
         last = self._sampler.last
         busy = [
             ((model.name, model.version, str(node.stage), str(node.replica)), node.utilisation)
             for model in (last.models if last is not None else ())
             for node in model.nodes
         ]
-        yield _gauge(
+        yield gauge(
             "onnxsplit_node_utilisation_ratio", "Share of the last second in which the node's session ran.", _NODE, busy
         )
 
@@ -137,7 +135,7 @@ def _triton(versions: Sequence[Version], nodes: dict[Version, tuple[NodeStats, .
     yield _bare("nv_inference_request_failure", "Requests that failed, by reason.", (*_MODEL, "reason"), failure)
     for name, text in _TRITON.items():
         yield _bare(name, text, _MODEL, sums[name])
-    yield _gauge("nv_inference_pending_request_count", "Requests that are not answered yet.", _MODEL, pending)
+    yield gauge("nv_inference_pending_request_count", "Requests that are not answered yet.", _MODEL, pending)
 
 
 _TRITON = {
@@ -168,36 +166,22 @@ def _models(versions: Sequence[Version]) -> Iterator[Metric]:
         for v in versions
         for reason in FAILURE_REASONS
     ]
-    yield _counter("onnxsplit_request_failures", "Requests that failed, by reason.", (*_MODEL, "reason"), failures)
-    yield _counter("onnxsplit_rows", "Rows that were answered.", _MODEL, each(lambda v: v.counters.inferences))
-    yield _counter("onnxsplit_executions", "Executions of the pipeline.", _MODEL, each(lambda v: v.counters.executions))
-    yield _counter("onnxsplit_retries", "Attempts that were repeated.", _MODEL, each(lambda v: v.pipeline.retries))
-    yield _gauge("onnxsplit_model_ready", "1 when the model executes requests.", _MODEL, each(lambda v: float(v.ready)))
+    yield counter("onnxsplit_request_failures", "Requests that failed, by reason.", (*_MODEL, "reason"), failures)
+    yield counter("onnxsplit_rows", "Rows that were answered.", _MODEL, each(lambda v: v.counters.inferences))
+    yield counter("onnxsplit_executions", "Executions of the pipeline.", _MODEL, each(lambda v: v.counters.executions))
+    yield counter("onnxsplit_retries", "Attempts that were repeated.", _MODEL, each(lambda v: v.pipeline.retries))
+    yield gauge("onnxsplit_model_ready", "1 when the model executes requests.", _MODEL, each(lambda v: float(v.ready)))
     waiting = each(lambda v: len(v.batcher.queue) if v.batcher is not None else 0)
-    yield _gauge("onnxsplit_waiting_requests", "Requests that wait for the pipeline.", _MODEL, waiting)
+    yield gauge("onnxsplit_waiting_requests", "Requests that wait for the pipeline.", _MODEL, waiting)
     size = each(lambda v: v.batcher.queue.size_bytes if v.batcher is not None else 0)
-    yield _gauge("onnxsplit_waiting_bytes", "Bytes of the inputs of waiting requests.", _MODEL, size)
+    yield gauge("onnxsplit_waiting_bytes", "Bytes of the inputs of waiting requests.", _MODEL, size)
     executing = each(lambda v: v.batcher.executing if v.batcher is not None else 0)
-    yield _gauge("onnxsplit_in_flight_requests", "Executions in the pipeline.", _MODEL, executing)
+    yield gauge("onnxsplit_in_flight_requests", "Executions in the pipeline.", _MODEL, executing)
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:
     ends = [*(f"{end / 1e9:g}" for end in BUCKETS_NS), "+Inf"]
     return [(end, float(total)) for end, total in zip(ends, accumulate(counts), strict=True)]
-
-
-def _gauge(name: str, text: str, labels: Sequence[str], values: Sequence[MetricValue]) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for label_values, value in values:
-        family.add_metric(label_values, value)
-    return family
-
-
-def _counter(name: str, text: str, labels: Sequence[str], values: Sequence[MetricValue]) -> Metric:
-    family = CounterMetricFamily(name, text, labels=labels)
-    for label_values, value in values:
-        family.add_metric(label_values, value)
-    return family
 
 
 def _bare(name: str, text: str, labels: Sequence[str], values: Sequence[MetricValue]) -> Metric:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 from msgspec import Struct
 
-from runtime.coordinator.status import NodeStats
+from runtime.coordinator.status import NodeStats, SequenceStats
 from runtime.gateway.budget import Budget
 from runtime.gateway.models import metadata
 from runtime.gateway.models.version import Version
 from runtime.gateway.protocol.documents import ModelStatistics
 from runtime.gateway.service import Service
+from runtime.gateway.telemetry.texts import TextTimes
 
 INTERVAL_S = 1.0
 _KEPT_SAMPLES = 60
@@ -41,6 +42,20 @@ class NodeView(Struct, frozen=True):
     failures: int
 
 
+class TextView(Struct, frozen=True):
+    """The texts of a model over the last interval. The times are medians of the last thousand."""
+
+    running: int
+    waiting: int
+    tokens_per_s: float
+    first_token_ns: int
+    gap_ns: int
+    cache_bytes: int
+    cache_usage: float
+    rows_per_step: float
+    replays: int
+
+
 class ModelView(Struct, frozen=True):
     """A version of a model over the last interval."""
 
@@ -60,6 +75,7 @@ class ModelView(Struct, frozen=True):
     cause: str
     last_error: str
     nodes: tuple[NodeView, ...]
+    text: TextView | None
 
 
 class View(Struct, frozen=True):
@@ -104,6 +120,7 @@ class _Previous:
     answered: int
     failed: int
     nodes: dict[tuple[int, int], NodeStats] = field(default_factory=dict)
+    sequences: SequenceStats | None = None
 
 
 class Sampler:
@@ -115,12 +132,14 @@ class Sampler:
 
     Attributes:
         started_s: Time at which the server started, in seconds since the epoch.
+        text_times: What is measured of the texts of each version.
     """
 
     def __init__(self, service: Service, budget: Budget) -> None:
         self.service = service
         self.budget = budget
         self.started_s = time.time()
+        self.text_times = {version: TextTimes(version.text_figures) for version in service.repository}
         self._repository = service.repository
         self._previous: dict[Version, _Previous] = {}
         self._views: deque[View] = deque(maxlen=_KEPT_SAMPLES)
@@ -210,6 +229,7 @@ class Sampler:
         seconds = max(1e-9, (now - previous.at_ns) / 1e9)
         latencies = sorted(counters.latencies_ns)
         incidents = pipeline.incidents if pipeline is not None else ()
+        sequences = pipeline.sequences if pipeline is not None and version.text is not None else None
         view = ModelView(
             name=version.model,
             version=version.number,
@@ -227,9 +247,10 @@ class Sampler:
             cause=incidents[-1].story if incidents else "",
             last_error=counters.last_error,
             nodes=tuple(_node(node, previous.nodes.get((node.stage, node.replica)), seconds) for node in nodes),
+            text=_text(self.text_times[version], sequences, previous.sequences, nodes, seconds),
         )
         self._previous[version] = _Previous(
-            now, counters.success.count, failed, {(node.stage, node.replica): node for node in nodes}
+            now, counters.success.count, failed, {(node.stage, node.replica): node for node in nodes}, sequences
         )
         return view
 
@@ -258,6 +279,30 @@ def _plan(version: Version) -> PlanView:
         outputs=plan.outputs,
         stages=tuple(StageView(stage.index, stage.predicted_time_ns) for stage in plan.stages),
         edges=tuple(EdgeView(source, target, size) for (source, target), size in edges.items()),
+    )
+
+
+def _text(
+    times: TextTimes,
+    sequences: SequenceStats | None,
+    previous: SequenceStats | None,
+    nodes: Sequence[NodeStats],
+    seconds: float,
+) -> TextView | None:
+    if sequences is None:
+        return None
+    previous = previous or sequences
+    steps = sequences.steps - previous.steps
+    return TextView(
+        running=sequences.running,
+        waiting=sequences.waiting,
+        tokens_per_s=max(0, sequences.tokens - previous.tokens) / seconds,
+        first_token_ns=round(times.first_token.median * 1e9),
+        gap_ns=round(times.gap.median * 1e9),
+        cache_bytes=sum(node.state_bytes for node in nodes),
+        cache_usage=sequences.cache_usage,
+        rows_per_step=(sequences.rows - previous.rows) / steps if steps > 0 else 0.0,
+        replays=sequences.replays,
     )
 
 
