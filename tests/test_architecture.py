@@ -121,7 +121,7 @@ PURE = [
     *("runtime.coordinator.numbers", "runtime.coordinator.work"),
     *("runtime.coordinator.failure_detector", "runtime.testing"),
     *("runtime.gateway.protocol.inference", "runtime.gateway.protocol.parameters", "runtime.gateway.queue"),
-    *("runtime.gateway.protocol.documents", "runtime.gateway.protocol.tensor_data"),
+    *("runtime.gateway.protocol.documents", "runtime.gateway.protocol.tensor_data", "runtime.gateway.protocol.text"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),
     *("runtime.gateway.openai.figures", "runtime.gateway.openai.protocol", "runtime.gateway.openai.objects"),
     *("runtime.gateway.openai.errors", "runtime.gateway.openai.options", "runtime.gateway.openai.guidance"),

@@ -33,6 +33,7 @@ from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.spans import Spans
 from runtime.gateway.telemetry.sampler import Sampler
+from runtime.gateway.texts import Texts
 from runtime.gateway.threads import Workers
 from runtime.logs import log_event
 
@@ -190,10 +191,11 @@ class _Gateway:
         budget = Budget(options.max_queue_bytes, options.max_body)
         self._sampler = Sampler(service, budget)
         bodies = Bodies(options.max_body, budget, self._workers)
+        texts = Texts(service, most_waiting=options.max_queue)
         self._catalogue = Catalogue(self._repository, options.served_names)
         openai = OpenAIEndpoint(self._catalogue, bodies, self._workers, most_waiting=options.max_queue)
-        self._http_server = _http_server(HttpApp(service, bodies, access, self._sampler, openai), options)
-        self._servicer = GrpcServicer(service, budget, access, self._sampler)
+        self._http_server = _http_server(HttpApp(service, bodies, access, self._sampler, openai, texts), options)
+        self._servicer = GrpcServicer(service, budget, access, self._sampler, texts)
 
     async def run(
         self, listener: socket.socket, on_ready: Callable[[Serving], None], progress: Callable[[str], None]

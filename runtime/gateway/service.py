@@ -12,7 +12,7 @@ from runtime.gateway.batcher import Inference
 from runtime.gateway.counters import failure_reason
 from runtime.gateway.errors import Unsupported, client_message
 from runtime.gateway.models.repository import Repository
-from runtime.gateway.models.version import Version, split_name
+from runtime.gateway.models.version import TEXT, Part, Version, split_name
 from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, RequestedOutput
 from runtime.gateway.protocol.tensor_data import classify, to_bytes
 from runtime.gateway.shared_memory import SharedMemoryRegions
@@ -44,23 +44,25 @@ class Service:
         self.workers = workers
         self._spans = spans
 
-    def find(self, name: str, number: str = "") -> tuple[Version, int | None]:
-        """The version of a model, and the stage if ``name`` is the name of a stage.
+    def find(self, name: str, number: str = "") -> tuple[Version, Part]:
+        """The version of a model, and the part of it that ``name`` stands for.
 
         Raises:
-            UnknownModel: There is no such model, version or stage.
+            UnknownModel: There is no such model, version or part.
         """
-        model, stage = split_name(name, self.repository.models)
+        model, part = split_name(name, self.repository.models)
         version = self.repository.find(model, number)
-        if stage is not None and stage >= len(version.plan.stages):
+        if (isinstance(part, int) and part >= len(version.plan.stages)) or (part == TEXT and not version.has_text):
             return self.repository.find(name, number), None
-        return version, stage
+        return version, part
 
     def _executable(self, name: str, number: str) -> Version:
         """The version that executes requests for a model."""
-        version, stage = self.find(name, number)
-        if stage is not None:
+        version, part = self.find(name, number)
+        if isinstance(part, int):
             raise Unsupported(f"{name!r} is a stage and runs only as part of its model; ask {version.model!r}")
+        if part == TEXT:
+            raise Unsupported(f"{name!r} answers in parts; use ModelStreamInfer, or /generate and /generate_stream")
         return self.repository.loaded(version.model, number)
 
     async def infer(

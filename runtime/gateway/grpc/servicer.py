@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -21,19 +20,20 @@ from runtime.gateway.access import AccessControl
 from runtime.gateway.budget import Budget
 from runtime.gateway.errors import UnknownRegion, Unsupported, clear_frames, client_message, status_of
 from runtime.gateway.grpc import codec
+from runtime.gateway.grpc.stream import InferStream
 from runtime.gateway.models import metadata
 from runtime.gateway.protocol.documents import Statistics, VersionState
 from runtime.gateway.receive_limit import ReceiveLimit
 from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import Region
 from runtime.gateway.telemetry.sampler import Sampler
+from runtime.gateway.texts import Texts
 from runtime.gateway.threads import takes_long
 from runtime.logs import log_event
 from runtime.requests.normalize import MOST_TIMEOUT_S
 
 _log = logging.getLogger("runtime.gateway")
 _MESSAGE_CHARACTERS = 500
-_MOST_IN_STREAM = 64  # requests of one stream that are executed at once
 _MOST_ARRIVING = 64  # messages of calls other than inferences that arrive at once
 _MOST_STREAMS = 64  # open at once
 
@@ -51,15 +51,17 @@ class GrpcServicer:
         budget: Memory for all requests.
         access: Decides which requests are allowed.
         sampler: Provides the statistics.
+        texts: Completes texts.
     """
 
-    def __init__(self, service: Service, budget: Budget, access: AccessControl, sampler: Sampler) -> None:
+    def __init__(self, service: Service, budget: Budget, access: AccessControl, sampler: Sampler, texts: Texts) -> None:
         self._service = service
         self._repository = service.repository
         self._regions = service.regions
         self._budget = budget
         self._access = access
         self._sampler = sampler
+        self._texts = texts
         self._streams = 0
 
     def add_to(self, server: Any) -> None:
@@ -168,65 +170,17 @@ class GrpcServicer:
         )
 
     async def ModelStreamInfer(self, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """Execute a stream of requests. Responses keep their order; an error is a message among them."""
-        running: deque[asyncio.Task[Any]] = deque()
-        arrived = asyncio.Event()
-        room = asyncio.Semaphore(_MOST_IN_STREAM)
-        at_end = False
+        """Execute a stream of requests. An error is a message among the responses."""
 
-        async def receive() -> None:
-            nonlocal at_end
-            try:
-                while isinstance(message := await context.read(), bytes):
-                    running.append(asyncio.ensure_future(self._streamed(message, context)))
-                    del message  # only the task above holds it now
-                    arrived.set()
-                    await room.acquire()
-            finally:
-                at_end = True
-                arrived.set()
+        async def infer(request: Any, raw: list[memoryview], size: int) -> Any:
+            return await self._infer(request, raw, size, None, context)
 
-        receiving = asyncio.ensure_future(receive())
-        try:
-            while True:
-                while running:
-                    response, held = await running[0]
-                    running.popleft()
-                    try:
-                        yield response
-                    finally:
-                        self._budget.give(held)
-                    room.release()
-                if at_end:
-                    return
-                arrived.clear()
-                await arrived.wait()
-        finally:
-            receiving.cancel()
-            for task in running:
-                task.cancel()
-            await asyncio.gather(receiving, return_exceptions=True)
-            for left in await asyncio.gather(*running, return_exceptions=True):
-                if isinstance(left, tuple):
-                    self._budget.give(left[1])
-
-    async def _streamed(self, message: bytes, context: Any) -> tuple[Any, int]:
-        """The response to a message of a stream, and how many bytes are held for it until it is sent."""
-        request = pb.ModelInferRequest()
-        try:
-            with self._budget.holding(len(message)):
-                request, raw = await self._split(message)
-                response = await self._infer(request, raw, len(message), None, context)
-            held = response.ByteSize()
-            self._budget.take(held)
-        except Exception as error:
-            _, text = _failure(error)
-            name, number = request.model_name, request.model_version
-            response = pb.ModelInferResponse(model_name=name, model_version=number, id=request.id)
-            return pb.ModelStreamInferResponse(error_message=text, infer_response=response), 0
-        if request.parameters["triton_enable_empty_final_response"].bool_param:
-            response.parameters["triton_final_response"].bool_param = True
-        return pb.ModelStreamInferResponse(infer_response=response), held
+        stream = InferStream(
+            context.read, self._split, infer, self._texts, self._budget, lambda error: _failure(error)[1]
+        )
+        async with aclosing(stream.responses()) as responses:
+            async for response in responses:
+                yield response
 
     # Server and models
 

@@ -21,6 +21,7 @@ from runtime.gateway.access import AccessControl
 from runtime.gateway.errors import TooLarge, UnknownRegion, Unsupported
 from runtime.gateway.http import openapi, page
 from runtime.gateway.http.bodies import Bodies
+from runtime.gateway.http.generate import GenerateEndpoint
 from runtime.gateway.http.inference import HEADER_LENGTH, AccessControlled, InferenceEndpoint
 from runtime.gateway.http.responses import json_response, on_error, on_http_error, readiness
 from runtime.gateway.models import metadata
@@ -38,6 +39,7 @@ from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import Region
 from runtime.gateway.telemetry import metrics
 from runtime.gateway.telemetry.sampler import Sampler
+from runtime.gateway.texts import Texts
 
 _DOCUMENT_BYTES = 1 << 20  # largest body without tensors
 _MESSAGE_CHARACTERS = 500
@@ -55,10 +57,17 @@ class HttpApp:
         access: Decides which requests are allowed.
         sampler: Provides the statistics and the state that the page shows.
         openai: Answers clients of OpenAI's API.
+        texts: Completes texts for clients of Triton.
     """
 
     def __init__(
-        self, service: Service, bodies: Bodies, access: AccessControl, sampler: Sampler, openai: OpenAIEndpoint
+        self,
+        service: Service,
+        bodies: Bodies,
+        access: AccessControl,
+        sampler: Sampler,
+        openai: OpenAIEndpoint,
+        texts: Texts,
     ) -> None:
         self._service = service
         self._repository = service.repository
@@ -67,6 +76,7 @@ class HttpApp:
         self._access = access
         self._sampler = sampler
         self._openai = openai
+        self._texts = texts
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -76,6 +86,10 @@ class HttpApp:
         ]
         routes.sort(key=lambda route: "{" in getattr(route, "path", ""))  # /v2/models/stats is not a model
         routes += [Route(f"{path}/infer", infer, methods=["POST"]) for path in _MODEL_PATHS]
+        for path in _MODEL_PATHS:
+            routes.append(Route(f"{path}/generate", GenerateEndpoint(self._texts, self._bodies), methods=["POST"]))
+            streamed = GenerateEndpoint(self._texts, self._bodies, stream=True)
+            routes.append(Route(f"{path}/generate_stream", streamed, methods=["POST"]))
         routes += self._openai.routes()
         app = Starlette(
             routes=routes,

@@ -2,6 +2,8 @@
 
 A model is announced as an ensemble with one step for each stage, so that clients which know ensembles report each
 stage separately. A stage is named ``MODEL.stage0``. Clients can ask about it, but it runs only as part of its model.
+The text of a model with a tokenizer is named ``MODEL.text``, and is announced as Triton's backends for language models
+announce theirs.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 import onnxsplit
 from onnxsplit.plan import Plan, Stage
 from runtime.coordinator.status import NodeStats
-from runtime.gateway.models.version import Version, stage_name
+from runtime.gateway.models.version import TEXT, Part, Version, stage_name, text_name
 from runtime.gateway.protocol.documents import (
     BatchStatistics,
     Duration,
@@ -23,6 +25,7 @@ from runtime.gateway.protocol.documents import (
     TensorMetadata,
 )
 from runtime.gateway.protocol.inference import DATATYPES
+from runtime.gateway.protocol.text import INPUTS, OUTPUTS, TEXT_INPUT
 
 NAME = "onnxsplit"
 _SHARED_MEMORY = "system_shared_memory"
@@ -35,6 +38,7 @@ EXTENSIONS = (
     "binary_tensor_data",
     "parameters",
     "statistics",
+    "generate",
 )
 
 
@@ -44,8 +48,16 @@ def server(*, shared_memory: bool) -> ServerMetadata:
     return ServerMetadata(NAME, onnxsplit.__version__, extensions)
 
 
-def metadata(version: Version, numbers: Sequence[str], stage: int | None = None) -> ModelMetadata:
-    """``GET /v2/models/M``, of a model or of one stage. ``numbers`` are the versions that are loaded."""
+def metadata(version: Version, numbers: Sequence[str], stage: Part = None) -> ModelMetadata:
+    """``GET /v2/models/M``, of a model or a part of it. ``numbers`` are the versions that are loaded."""
+    if stage == TEXT:
+        return ModelMetadata(
+            name=text_name(version.model),
+            versions=list(numbers),
+            platform=NAME,
+            inputs=[TensorMetadata(name, datatype, [_text_size(name)]) for name, datatype in INPUTS.items()],
+            outputs=[TensorMetadata(name, datatype, [1]) for name, datatype in OUTPUTS.items()],
+        )
     inputs, outputs = _tensor_names(version.plan, stage)
     return ModelMetadata(
         name=version.model if stage is None else stage_name(version.model, stage),
@@ -72,8 +84,10 @@ def dims(plan: Plan, name: str) -> list[int]:
     return [-1] if shape is None else [size if isinstance(size, int) else -1 for size in shape]
 
 
-def config(version: Version, stage: int | None = None) -> Json:
+def config(version: Version, stage: Part = None) -> Json:
     """``GET /v2/models/M/config``, as Triton's ``ModelConfig``."""
+    if stage == TEXT:
+        return _text_config(version)
     plan = version.plan
     inputs, outputs = _tensor_names(plan, stage)
     name = version.model if stage is None else stage_name(version.model, stage)
@@ -101,6 +115,27 @@ def _configured(plan: Plan, name: str) -> Json:
     datatype = DATATYPES.get(plan.tensors[name].dtype)
     kind = "TYPE_INVALID" if datatype is None else "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
     return {"name": name, "data_type": kind, "dims": dims(plan, name)}
+
+
+def _text_config(version: Version) -> Json:
+    def tensor(name: str, datatype: str) -> Json:
+        kind = "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
+        return {"name": name, "data_type": kind, "dims": [_text_size(name)]}
+
+    return {
+        "name": text_name(version.model),
+        "platform": "",
+        "backend": NAME,
+        "version_policy": {"specific": {"versions": [int(version.number)]}},
+        "max_batch_size": 0,
+        "input": [{**tensor(*one), "optional": one[0] != TEXT_INPUT} for one in INPUTS.items()],
+        "output": [tensor(*one) for one in OUTPUTS.items()],
+        "model_transaction_policy": {"decoupled": True},
+    }
+
+
+def _text_size(name: str) -> int:
+    return -1 if name == "stop_words" else 1
 
 
 def _configured_input(plan: Plan, name: str) -> Json:

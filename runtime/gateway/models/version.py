@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from onnxsplit.errors import InputError, shown
 from onnxsplit.plan import PLAN_FILE, Plan
@@ -24,6 +25,11 @@ from runtime.pipeline import Pipeline
 from runtime.text.text import Text
 
 _STAGE_DIGITS = 6
+
+TEXT: Literal["text"] = "text"
+
+Part = int | Literal["text"] | None
+"""What a name stands for: a stage, the text of a model, or the model itself."""
 
 
 @dataclass(eq=False)
@@ -66,6 +72,12 @@ class Version:
             self.text = self.pipeline.text
         except Exception as error:
             self.text_problem = client_message(error)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the plan has a decoder and a tokenizer."""
+        decoder = self.plan.decoder
+        return decoder is not None and any(file.name == "tokenizer.json" for file in decoder.text)
 
     @property
     def batched(self) -> bool:
@@ -130,10 +142,18 @@ def stage_name(model: str, stage: int) -> str:
     return f"{model}.stage{stage}"
 
 
-def split_name(name: str, models: Iterable[str]) -> tuple[str, int | None]:
-    """The model that a name stands for, and the stage if it is a stage's name."""
+def text_name(model: str) -> str:
+    """The name under which clients see a model's text."""
+    return f"{model}.{TEXT}"
+
+
+def split_name(name: str, models: Iterable[str]) -> tuple[str, Part]:
+    """The model that a name stands for, and the part of it."""
     if name in models:
         return name, None
+    model, _, rest = name.rpartition(".")
+    if rest == TEXT and model in models:
+        return model, TEXT
     model, _, stage = name.rpartition(".stage")
     if len(stage) <= _STAGE_DIGITS and stage.isascii() and stage.isdecimal() and model in models:
         return model, int(stage)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from onnxsplit.errors import InputError, shown
-from onnxsplit.plan import Plan
 from runtime.gateway.errors import NotLoaded, UnknownModel
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import Version
@@ -58,7 +57,7 @@ class Catalogue:
 
     def __init__(self, repository: Repository, names: Sequence[str] = ()) -> None:
         self._repository = repository
-        own = list(dict.fromkeys(version.model for version in repository if _has_tokenizer(version.plan)))
+        own = list(dict.fromkeys(version.model for version in repository if version.has_text))
         if names and len(own) != 1:
             raise InputError(
                 f"--served-model-name names one model, but {len(own)} of the plans have a decoder and a tokenizer"
@@ -115,7 +114,3 @@ class Catalogue:
         if not self._models:
             return UnknownModel("no model of this server has a decoder and a tokenizer, so none completes texts")
         return UnknownModel(f"model {shown(name)} does not exist; this server has {', '.join(self._models)}")
-
-
-def _has_tokenizer(plan: Plan) -> bool:
-    return plan.decoder is not None and any(entry.name == "tokenizer.json" for entry in plan.decoder.text)

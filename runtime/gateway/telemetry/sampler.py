@@ -215,10 +215,10 @@ class Sampler:
         """
         if not name:
             return [part for v in self._repository if v.pipeline is not None for part in _with_stages(v)]
-        version, stage = self.service.find(name, number)
-        if stage is not None:
+        version, part = self.service.find(name, number)
+        if isinstance(part, int):
             nodes = version.pipeline.stats() if version.pipeline is not None else ()
-            return [metadata.stage_statistics(version, stage, nodes)]
+            return [metadata.stage_statistics(version, part, nodes)]
         return [metadata.statistics(version)]
 
     def _model(self, version: Version, now: int) -> ModelView:
