@@ -33,7 +33,7 @@ def node_of(server: Served, stage: int) -> int:
     """The process that executes a stage, as the server's page shows it."""
     with urllib.request.urlopen(f"{server.http}/events", timeout=10) as events:
         for line in events:
-            if line.startswith(b"data:"):
+            if line.startswith(b"data: {"):  # the lists before it are the plans and the past
                 models = json.loads(line[5:])["models"]
                 return next(node["pid"] for node in models[0]["nodes"] if node["stage"] == stage)
     raise AssertionError("the server sent no figures")
