@@ -66,7 +66,7 @@ def text_plan(
     folder: Path, *, stages: int = 2, length: int = 256, template: str | None = TEMPLATE, seed: int = 0
 ) -> Path:
     """A plan of a random decoder that reads and writes tokens of :func:`small_tokenizer`; returns its folder."""
-    size = Size(vocabulary=VOCABULARY)
+    size = Size(vocabulary=VOCABULARY, context=length)
     model: onnx.ModelProto = decoders.gqa(size, seed=seed)
     described: Decoder = describe("gqa", model, kind="in-place", rows="right", chunk="one-row", length=length)
     plan = cut(model, replace(described, vocabulary=VOCABULARY, end_tokens=(END,)), folder, stages=stages)
