@@ -100,7 +100,7 @@ def test_streams_continue_beside_clients_that_stall_leave_and_come(plan):
         writer.transport.abort()
 
     async def main():
-        async with gateway(plan, running={"max_rows": 16}) as (url, version, _):
+        async with gateway(plan, sent_ahead=1 << 12, running={"max_rows": 16}) as (url, version, _):
             expected = await reads(url, 1)
             stalled = [await ask(url, {**ENDLESS, "stream": True, "logprobs": 5}) for _ in range(16)]
             for _ in range(2):
@@ -124,8 +124,8 @@ def test_a_client_that_stalls_does_not_fill_the_memory_and_gets_every_token(plan
     """Its tokens stay tokens until it reads; none is lost."""
 
     async def main():
-        async with gateway(plan) as (url, version, _):
-            body = {**ENDLESS, "stream": True, "logprobs": 20}
+        async with gateway(plan, sent_ahead=1 << 12) as (url, version, _):
+            body = {**ENDLESS, "stream": True, "logprobs": 5}
             reader, writer = await ask(url, body)
             await until(lambda: version.pipeline.sequences.tokens == ENDLESS["max_tokens"])
             assert version.text_figures.requests_running == 1  # it has not been sent yet
@@ -146,8 +146,8 @@ def test_a_client_that_never_reads_is_given_up(plan, monkeypatch):
     monkeypatch.setattr("runtime.gateway.http.connections.UNREAD_S", 0.3)
 
     async def main():
-        async with gateway(plan) as (url, version, _):
-            _, writer = await ask(url, {**ENDLESS, "stream": True, "logprobs": 20})
+        async with gateway(plan, sent_ahead=1 << 12) as (url, version, _):
+            _, writer = await ask(url, {**ENDLESS, "stream": True, "logprobs": 5})
             await until(lambda: version.text_figures.finished == {"abort": 1})
             await until(lambda: at_rest(version))
             writer.close()

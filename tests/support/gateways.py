@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,13 +17,14 @@ from runtime.gateway.server import ServeOptions, Serving, _Gateway, listen
 
 @asynccontextmanager
 async def gateway(
-    plan: Path, *, running: dict[str, Any] | None = None, **options: Any
+    plan: Path, *, running: dict[str, Any] | None = None, sent_ahead: int | None = None, **options: Any
 ) -> AsyncIterator[tuple[str, Version, Callable[[], None]]]:
     """Serve a plan in the present event loop.
 
     Args:
         plan: its folder.
         running: options of the pipeline.
+        sent_ahead: bytes that the kernel keeps for a client that does not read; None for its own choice.
         options: those of the gateway.
 
     Yields:
@@ -35,6 +37,8 @@ async def gateway(
         return Pipeline.launch(folder, abandoned=abandoned, threads=1, **(running or {}))
 
     with listen(chosen.host, 0) as listener:
+        if sent_ahead is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sent_ahead)
         serving = asyncio.get_running_loop().create_future()
         inside = _Gateway(chosen, versions, start, AccessControl())
 
