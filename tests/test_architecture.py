@@ -100,6 +100,7 @@ PURE = [
         "runtime.text.detokenizer",
         "runtime.text.options",
         "runtime.text.stops",
+        "runtime.text.tools",
         "runtime.trace",
     ),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),

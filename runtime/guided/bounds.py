@@ -17,7 +17,7 @@ from runtime.wire.messages.sequences import MOST_GRAMMAR
 _MOST_NESTED = 200  # brackets in brackets, of any kind
 _MOST_LEVELS = 1000  # of a schema and of all schemas that it refers to, together
 _MOST_RULES = 150  # of a grammar in Lark
-_MOST_PARTS = 8
+_MOST_PARTS = 128
 _WHOLE = {"grammars", "max_tokens"}
 _PART = {"name", "json_schema", "lark_grammar"}
 _BRACKETS = re.compile(r"[(\[{)\]}]")
@@ -53,31 +53,26 @@ def grammar_problem(grammar: str) -> str:
         or not 1 <= len(parts) <= _MOST_PARTS
     ):
         return f"it must be {{'grammars': [...]}} with 1 to {_MOST_PARTS} parts"
-    return next((problem for part in parts if (problem := _part_problem(part))), "")
-
-
-def _part_problem(part: object) -> str:
-    if not isinstance(part, Mapping) or not set(part) <= _PART:
-        return f"a part of it must be an object of {', '.join(sorted(_PART))}"
-    lark, schema = part.get("lark_grammar"), part.get("json_schema")
-    if lark is not None:
-        return _lark_problem(lark) if isinstance(lark, str) else "lark_grammar must be a text"
-    if not isinstance(schema, Mapping | bool):
+    if any(not isinstance(part, Mapping) or not set(part) <= _PART for part in parts):
+        return f"its parts must be objects of {', '.join(sorted(_PART))}"
+    larks = [part["lark_grammar"] for part in parts if part.get("lark_grammar") is not None]
+    schemas = [part["json_schema"] for part in parts if part.get("json_schema") is not None]
+    if not all(isinstance(lark, str) for lark in larks):
+        return "lark_grammar must be a text"
+    if not all(isinstance(schema, Mapping | bool) for schema in schemas):
         return "json_schema must be an object"
-    if (levels := _levels(schema)) > _MOST_LEVELS:
+    if (levels := sum(map(_levels, schemas))) > _MOST_LEVELS:
         return (
             f"the schema and those that it refers to have {levels} levels together; at most {_MOST_LEVELS} are allowed"
         )
-    return ""
+    return _lark_problem("\n".join(larks))
 
 
 def _lark_problem(lark: str) -> str:
-    rules = lark.count(":")
-    return (
-        f"it has {rules} colons, about as many as rules; at most {_MOST_RULES} are allowed"
-        if (rules > _MOST_RULES)
-        else ""
-    )
+    rules = lark.count(":") - lark.count("(?:")
+    if rules > _MOST_RULES:
+        return f"it has {rules} colons, one for each rule; at most {_MOST_RULES} are allowed"
+    return ""
 
 
 def _nesting(text: str) -> int:

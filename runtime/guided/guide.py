@@ -10,6 +10,7 @@ before it is refused, and 0.2 s in a step, because the library works within limi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -58,11 +59,48 @@ def check_grammar(grammar: str) -> None:
     """
     if not isinstance(grammar, str):
         raise InputError(f"grammar must be a text, not {shown(grammar)}")
-    if not is_installed():
-        raise MissingDependency(f"a grammar needs one more package: {INSTALL}")
+    _require()
     problem = _problem(grammar)
     if problem:
         raise InputError(f"the grammar cannot be used: {problem}")
+
+
+def regex_grammar(regex: str) -> str:
+    """The grammar of texts that a regular expression matches as a whole; it is not checked.
+
+    Raises:
+        MissingDependency: llguidance is not installed.
+    """
+    _require()
+    from llguidance import LLMatcher
+
+    inner = regex.removeprefix("^")
+    if re.search(r"(?<!\\)(\\\\)*\$$", inner):  # a dollar that is not escaped
+        inner = inner[:-1]
+    return LLMatcher.grammar_from_regex(inner)
+
+
+def lark_grammar(text: str) -> str:
+    """A grammar in Lark's form, from one in Lark's or in GBNF (``root ::= ...``); it is not checked.
+
+    Raises:
+        InputError: it cannot be read.
+        MissingDependency: llguidance is not installed.
+    """
+    _require()
+    if problem := grammar_problem(text):
+        raise InputError(f"the grammar cannot be used: {problem}")
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return any_to_lark(text)
+    except Exception as error:  # the parser raises errors of many kinds, RecursionError among them
+        raise InputError(f"the grammar cannot be read: {one_line(error, _MOST_REASON)}") from error
+
+
+def _require() -> None:
+    if not is_installed():
+        raise MissingDependency(f"a grammar needs one more package: {INSTALL}")
 
 
 @lru_cache(maxsize=64)
