@@ -23,7 +23,7 @@ def html() -> str:
 
 
 def _script() -> str:
-    return f"{drawing.libraries()}\n{_asset('page.js')}"
+    return "\n".join((drawing.libraries(), _asset("chat.js"), _asset("page.js")))
 
 
 def _asset(name: str) -> str:

@@ -39,10 +39,10 @@
     if (!sections.has(id)) {
       const parts = {
         root: element("section", { "aria-label": `model ${model.name}`, "data-model": model.name }),
-        title: element("h2"), figures: element("div", { class: "figures" }), trouble: element("p", { class: "trouble" }),
+        title: element("h2"), figures: element("div", { class: "figures" }), text: element("div", { class: "figures text" }), trouble: element("p", { class: "trouble" }),
         graph: element("div", { class: "graph" }), detail: element("p", { class: "hint" }), nodes: element("div", { class: "wide" }),
       };
-      parts.root.append(parts.title, parts.trouble, parts.figures, parts.graph, parts.detail, parts.nodes);
+      parts.root.append(parts.title, parts.trouble, parts.figures, parts.text, parts.graph, parts.detail, parts.nodes);
       sections.set(id, parts);
       by("models").append(parts.root);
     }
@@ -97,6 +97,17 @@
     parts.nodes.replaceChildren(table);
   };
 
+  const showText = (text, figures) => {
+    figures.hidden = !text;
+    if (!text) return;
+    figures.replaceChildren(
+      figure("tokens/s", text.tokens_per_s.toFixed(1)), figure("sequences running", text.running), figure("sequences waiting", text.waiting),
+      figure("time to first token", text.first_token_ns ? milliseconds(text.first_token_ns) : "–"),
+      figure("between tokens", text.gap_ns ? milliseconds(text.gap_ns) : "–"),
+      figure("caches", bytes(text.cache_bytes)), figure("caches reserved", percent(text.cache_usage)),
+      figure("sequences in a step", text.rows_per_step ? text.rows_per_step.toFixed(1) : "–"), figure("replays", text.replays));
+  };
+
   const show = (view) => {
     by("health").textContent = view.ready ? "ready" : "not ready";
     by("health").className = "pill " + (view.ready ? "good" : "bad");
@@ -115,9 +126,11 @@
         figure("median", model.p50_ns ? milliseconds(model.p50_ns) : "–"), figure("99th percentile", model.p99_ns ? milliseconds(model.p99_ns) : "–"),
         figure("waiting", model.waiting), figure("in the pipeline", model.inside), figure("failures/s", model.failures_per_s.toFixed(1)),
         figure("retries", model.retries), figure("nodes lost", model.losses));
+      showText(model.text, parts.text);
       parts.graph.hidden = parts.nodes.hidden = !plan || !model.nodes.length;
       if (plan && model.nodes.length) { drawGraph(model, plan, parts); drawNodes(model, plan, parts); }
     }
+    window.chatModels(view.models);
     const select = by("model"), names = [...new Set(view.models.map((model) => model.name))];
     if (names.join("\n") !== [...select.options].map((option) => option.value).join("\n"))
       select.replaceChildren(...names.map((name) => element("option", { value: name }, name)));

@@ -1,0 +1,181 @@
+"""The chat box of the gateway's page in a real browser, and the live figures of texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+from served import Served
+from text_plans import text_plan
+from waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    plan = text_plan(tmp_path_factory.mktemp("plans") / "writer.plan", length=4096)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with Served(plan, environment=environment) as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser, server):
+    """The open page; it may log nothing and load nothing from other hosts."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    opened = context.new_page()
+    problems, asked = [], []
+    opened.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.on("request", lambda request: asked.append(request))
+    opened.goto(server.http)
+    opened.wait_for_selector("#chat:not([hidden])")
+    opened.fill("#chat-temperature", "0")
+    opened.fill("#chat-tokens", "12")
+    opened.asked = asked
+    yield opened
+    context.close()
+    assert [problem for problem in problems if not problem.startswith("Failed to load resource")] == []
+    assert [one.url for one in asked if not one.url.startswith((server.http, "data:"))] == []
+
+
+def expected(server, messages, tokens=12):
+    body = {"model": "writer", "messages": messages, "temperature": 0, "max_tokens": tokens}
+    return server.json("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+
+
+def conversations(page):
+    """The bodies of the page's requests to the endpoint."""
+    return [one.post_data_json for one in page.asked if one.url.endswith("/v1/chat/completions")]
+
+
+def never_end(page):
+    """The model's end tokens do not end the answers."""
+
+    def changed(route):
+        route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True}))
+
+    page.route("**/v1/chat/completions", changed)
+    page.fill("#chat-tokens", "3900")
+
+
+def test_an_answer_is_the_endpoints_and_the_next_question_has_the_history(page, server):
+    from playwright.sync_api import expect
+
+    page.fill("#chat-message", "Hello <b>you</b>")
+    page.press("#chat-message", "Enter")
+    expect(page.locator("#chat-state")).to_have_text(re.compile(r"^\d+ tokens, the first after .* ms"))
+    asked = [{"role": "user", "content": "Hello <b>you</b>"}]
+    answer = expected(server, asked)
+    assert page.locator(".message.assistant").evaluate("one => one.lastChild.data") == answer
+    assert page.locator(".message.user").evaluate("one => one.lastChild.data") == "Hello <b>you</b>", "it is text"
+    page.fill("#chat-message", "And now?")
+    page.click("#chat-send")
+    expect(page.locator(".message.assistant")).to_have_count(2)
+    expect(page.locator("#chat-send")).to_be_enabled()
+    history = [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": "And now?"}]
+    assert conversations(page)[1]["messages"] == history
+    assert conversations(page)[1]["temperature"] == 0
+    assert page.locator(".message.assistant").nth(1).evaluate("one => one.lastChild.data") == expected(server, history)
+    page.click("#chat-clear")
+    expect(page.locator(".message")).to_have_count(0)
+
+
+def test_escape_stops_the_answer_and_ends_its_sequence(page, server):
+    from playwright.sync_api import expect
+
+    never_end(page)
+    page.fill("#chat-message", "Go on and on")
+    page.press("#chat-message", "Enter")
+    expect(page.locator(".message.assistant")).to_have_text(re.compile("Model."))
+    assert page.locator(".message.assistant").get_attribute("aria-busy") == "true"
+    expect(page.locator("#chat-stop")).to_be_enabled()
+    page.press("#chat-message", "Escape")
+    expect(page.locator("#chat-state")).to_have_text("Stopped.")
+    assert page.locator(".message.assistant").get_attribute("aria-busy") is None
+    wait_until(lambda: server.metric("onnxsplit_num_requests_running") == 0)
+    expect(page.locator("#chat-send")).to_be_enabled()
+
+
+def test_an_error_is_shown_and_the_question_can_be_sent_again(page):
+    from playwright.sync_api import expect
+
+    page.fill("#chat-tokens", "100000")
+    page.fill("#chat-message", "Too long")
+    page.press("#chat-message", "Enter")
+    expect(page.locator("#chat-state")).to_have_text(re.compile("^No answer: max_tokens is 100000"))
+    expect(page.locator(".message")).to_have_count(0)
+    assert page.input_value("#chat-message") == "Too long"
+
+
+def test_an_error_within_a_stream_is_shown(page):
+    from playwright.sync_api import expect
+
+    parts = ['{"choices":[{"delta":{"content":"half"}}]}', '{"error":{"message":"a node is lost"}}']
+    stream = "".join(f"data: {part}\n\n" for part in parts)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+    page.fill("#chat-message", "Hello")
+    page.press("#chat-message", "Enter")
+    expect(page.locator("#chat-state")).to_have_text("No answer: a node is lost")
+    assert page.locator(".message.assistant").evaluate("one => one.lastChild.data") == "half"
+
+
+def test_the_chat_is_used_by_keyboard_alone(page):
+    from playwright.sync_api import expect
+
+    page.locator("#chat-message").focus()
+    page.keyboard.type("first")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("second")
+    assert page.input_value("#chat-message") == "first\nsecond"
+    for reached in ("chat-temperature", "chat-tokens", "chat-send"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == reached
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat-state")).to_have_text(re.compile(r"^\d+ tokens"))
+
+
+def test_the_figures_of_texts_are_live(page, server):
+    from playwright.sync_api import expect
+
+    def figure(name):
+        return page.locator(".figures.text div", has_text=name).locator("b")
+
+    never_end(page)
+    page.fill("#chat-message", "Go on and on")
+    page.press("#chat-message", "Enter")
+    expect(figure("sequences running")).to_have_text("1")
+    expect(figure("tokens/s")).to_have_text(re.compile(r"[1-9]"))
+    expect(figure("time to first token")).to_have_text(re.compile("ms$"))
+    expect(figure("between tokens")).to_have_text(re.compile("ms$"))
+    expect(figure("caches").first).to_have_text(re.compile("B$"))
+    page.press("#chat-message", "Escape")
+    expect(figure("sequences running")).to_have_text("0")
+
+
+def test_a_model_without_text_has_no_chat(browser, chain_plan, python_environment):
+    with Served(chain_plan, environment=python_environment) as server:
+        context = browser.new_context()
+        opened = context.new_page()
+        opened.goto(server.http)
+        opened.wait_for_selector(".graph .box")
+        assert opened.locator("#chat").is_hidden()
+        assert opened.locator(".figures.text").is_hidden()
+        context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_chat_fits_a_phone_in_light_and_dark(browser, server, scheme):
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    opened = context.new_page()
+    opened.goto(server.http)
+    opened.wait_for_selector("#chat:not([hidden])")
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 360
+    style = "getComputedStyle(document.querySelector('#chat-message'))"
+    assert opened.evaluate(f"{style}.color") != opened.evaluate(f"{style}.backgroundColor")
+    context.close()
