@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from waiting import wait_until
 def server(tmp_path_factory):
     plan = text_plan(tmp_path_factory.mktemp("plans") / "writer.plan", length=4096)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with Served(plan, environment=environment) as found:
+    with Served(plan, "--cache-bytes", "8M", environment=environment) as found:
         yield found
 
 
@@ -52,6 +53,28 @@ def expected(server, messages, tokens=12):
 def conversations(page):
     """The bodies of the page's requests to the endpoint."""
     return [one.post_data_json for one in page.asked if one.url.endswith("/v1/chat/completions")]
+
+
+class Load:
+    """Asks for four texts at once, again and again, while its context is entered."""
+
+    def __init__(self, server: Served) -> None:
+        self._server = server
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        body = {"model": "writer", "prompt": "Hello", "n": 4, "max_tokens": 600, "ignore_eos": True}
+        while not self._ending.is_set():
+            self._server.json("/v1/completions", body)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ending.set()
+        self._thread.join()
 
 
 def never_end(page):
@@ -146,15 +169,13 @@ def test_the_figures_of_texts_are_live(page, server):
     def figure(name):
         return page.locator(".figures.text div", has_text=name).locator("b")
 
-    never_end(page)
-    page.fill("#chat-message", "Go on and on")
-    page.press("#chat-message", "Enter")
-    expect(figure("sequences running")).to_have_text("1")
-    expect(figure("tokens/s")).to_have_text(re.compile(r"[1-9]"))
-    expect(figure("time to first token")).to_have_text(re.compile("ms$"))
-    expect(figure("between tokens")).to_have_text(re.compile("ms$"))
-    expect(figure("caches").first).to_have_text(re.compile("B$"))
-    page.press("#chat-message", "Escape")
+    with Load(server):
+        expect(figure("sequences running")).to_have_text("4")
+        expect(figure("tokens/s")).to_have_text(re.compile(r"[1-9]"))
+        expect(figure("time to first token")).to_have_text(re.compile("ms$"))
+        expect(figure("between tokens")).to_have_text(re.compile("ms$"))
+        expect(figure("caches").first).to_have_text(re.compile("B$"))
+        expect(figure("caches reserved")).to_have_text(re.compile(r"[1-9]\d* %"))
     expect(figure("sequences running")).to_have_text("0")
 
 
