@@ -64,6 +64,12 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: S
     help="Give decoders a cache of a fixed size that they write into, instead of one that grows (opset 24).",
 )
 @custom_ops_option
+@option(
+    "--weights",
+    type=click.Choice(["auto", "4", "8", "float"]),
+    default="auto",
+    help="Weights of a GGUF file: those nearest to the file's, blocks of 4 or 8 bits, or float32.",
+)
 @option("--offline", is_flag=True, help="Use only files that were fetched before; do not contact the hub.")
 def command(
     output: Output,
@@ -76,8 +82,8 @@ def command(
     """Export SOURCE to ONNX, and compare the outputs of both.
 
     SOURCE is a recipe (FILE.py[:NAME] or package.module:NAME; its code is run), a saved model of PyTorch, TensorFlow,
-    Keras, scikit-learn, LightGBM, XGBoost or CatBoost, a folder or config.json of transformers, hf://ORG/REPO, or an
-    ONNX file.
+    Keras, scikit-learn, LightGBM, XGBoost or CatBoost, a folder or config.json of transformers, hf://ORG/REPO, a GGUF
+    file or an ONNX file.
     """
     from onnxsplit.export import export
     from onnxsplit.export.specs import parse_spec
@@ -90,10 +96,23 @@ def command(
             output.line(f"{name}: differs from the framework's output by {difference:.1e} of its scale")
         for name in exported.unread:
             output.note(f"warning: no op in {exported.path} reads the input {name!r}, so no output depends on it")
-        output.line(f"Wrote {exported.path} ({binary(exported.path.stat().st_size)}), from {exported.framework}.")
+        for note in exported.notes:
+            output.note(f"note: {note}")
+        output.line(f"Wrote {exported.path} ({binary(exported.size_bytes)}), from {exported.framework}.")
+        if exported.files:
+            output.line(f"Wrote beside it: {', '.join(path.name for path in exported.files)}")
     output.line(f"Next: onnxsplit partition {done[0].path}{custom_ops_words(options['custom_ops'])}")
     models = [
-        {"model": one.path, "framework": one.framework, "differences": one.differences, "unread": one.unread}
+        {
+            "model": one.path,
+            "framework": one.framework,
+            "differences": one.differences,
+            "unread": one.unread,
+            "files": one.files,
+            "notes": one.notes,
+        }
         for one in done
     ]
-    output.result({key: models[0][key] for key in ("model", "differences", "unread")} | {"models": models})
+    output.result(
+        {key: models[0][key] for key in ("model", "differences", "unread", "files", "notes")} | {"models": models}
+    )

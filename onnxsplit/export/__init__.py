@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from onnxsplit.errors import ExportError
 from onnxsplit.export.conversion import TOLERANCE, Conversion, ExportOptions, Recipe
@@ -33,14 +33,21 @@ class Exported:
         differences: for each output, the largest difference to the framework's, relative to the output's scale; empty
             when the outputs were not compared.
         unread: inputs of the framework's function on which no output of the model depends.
+        files: the files of text that were written beside the model, its tokenizer for example.
+        notes: what was not taken over as it was, and which of these files replaced others.
+        size_bytes: size of the model with its weights.
     """
 
     path: Path
     framework: str
     differences: Mapping[str, float]
     unread: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    size_bytes: int = 0
 
 
+_ALL: Set[SourceKind] = set(get_args(SourceKind))
 _TAKES_INPUTS: Set[SourceKind] = {"recipe", "torchscript", "saved-model", "keras", "pickle", "skops"}
 
 _CONVERTERS: Mapping[SourceKind, str] = {
@@ -57,6 +64,7 @@ _CONVERTERS: Mapping[SourceKind, str] = {
     "lightgbm": "boosters",
     "xgboost": "boosters",
     "catboost": "boosters",
+    "gguf": "gguf.converter",
     "onnx": "onnx_file",
 }
 
@@ -96,12 +104,37 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
             folder = Path(scratch) / f"{number}"
             folder.mkdir()
             differences, unread = finish.finish(conversion, folder / name, source, wanted)
-            done.append((folder, Exported(target.parent / name, conversion.framework, differences, unread)))
+            size = sum(part.stat().st_size for part in folder.iterdir())
+            files, notes = _written(conversion.files, folder, target.parent)
+            notes = (*conversion.notes, *notes)
+            path, framework = target.parent / name, conversion.framework
+            done.append((folder, Exported(path, framework, differences, unread, files, notes, size)))
         for folder, exported in done:  # the data of a model is moved before the model
             model = folder / exported.path.name
             for part in sorted(folder.iterdir(), key=lambda part, model=model: part == model):  # type: ignore[misc]
                 part.replace(_target(exported.path.parent / part.name))
     return tuple(exported for _, exported in done)
+
+
+def _written(files: Mapping[str, bytes], folder: Path, beside: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Write files of text into a folder, but those that are beside the model already.
+
+    Returns:
+        The paths that they will have, and a note for each that replaces another file.
+
+    Raises:
+        ExportError: one of these paths exists and is not a regular file.
+    """
+    written, notes = [], []
+    for name, content in files.items():
+        path = _target(beside / name)
+        if path.exists():
+            if path.stat().st_size == len(content) and path.read_bytes() == content:
+                continue
+            notes.append(f"{beside / name} had another content and was replaced")
+        (folder / name).write_bytes(content)
+        written.append(beside / name)
+    return tuple(written), tuple(notes)
 
 
 def _target(path: Path) -> Path:
@@ -127,6 +160,8 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
         ("--set", options.parameters, {"recipe"}),
         ("--no-cache", not options.cache, {"transformers", "hub"}),
         ("--static-cache", options.static_cache, {"transformers", "hub"}),
+        ("--weights", options.weights != "auto", {"gguf"}),
+        ("--opset", options.opset, _ALL - {"gguf"}),
         ("--offline", options.offline, {"hub"}),
     ):
         if given and source.kind not in kinds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from onnxsplit.custom_ops import Library, find_libraries
 from onnxsplit.export.specs import InputSpec
@@ -14,6 +14,9 @@ from onnxsplit.tensors import Array
 
 TOLERANCE = 1e-3
 """Largest difference to the framework's output that is accepted, relative to the output's scale."""
+
+Precision = Literal["auto", "4", "8", "float"]
+"""How weights are written: in the form nearest to the source's, in blocks of 4 or 8 bits, or as float32."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class ExportOptions:
         simplify: simplify the model with onnxsim.
         cache: give decoders their key/value cache as inputs and outputs; without, they only return logits.
         static_cache: give decoders a cache of a fixed size that they write into, instead of one that grows (opset 24).
+        weights: how the weights of a GGUF file are written.
         offline: use only files that were fetched before; do not contact the hub.
         parameters: keyword arguments of a recipe's function.
         custom_ops: libraries of custom ops that the model needs, as ``partition`` takes them; comparing loads them.
@@ -61,6 +65,7 @@ class ExportOptions:
     simplify: bool = False
     cache: bool = True
     static_cache: bool = False
+    weights: Precision = "auto"
     offline: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
     custom_ops: object = ()
@@ -90,6 +95,9 @@ class Conversion:
         axes: for each tensor, names of free dimensions by axis, which replace those that the converter makes up.
         jumps: share of rows that may differ, since outputs of trees jump at thresholds.
         about: further entries of the model's metadata.
+        tolerance: largest difference of the outputs that is accepted, relative to their scale.
+        files: files of text that belong beside the model, by name.
+        notes: what of the source was not taken over as it was.
     """
 
     framework: str
@@ -100,3 +108,6 @@ class Conversion:
     axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     jumps: float = 0.0
     about: Mapping[str, str] = field(default_factory=dict)
+    tolerance: float = TOLERANCE
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    notes: Sequence[str] = ()

@@ -10,7 +10,7 @@ import onnx
 
 import onnxsplit
 from onnxsplit.errors import ExportError, MissingDependency, ModelError, one_line
-from onnxsplit.export.conversion import TOLERANCE, Conversion, ExportOptions
+from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.model.precision import distance
 from onnxsplit.model.protobuf import captured_names
 from onnxsplit.session import host_cores, open_session
@@ -101,7 +101,7 @@ def _name_axes(proto: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]]) ->
 def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model that onnxsim makes of a model."""
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
-        raise ExportError("a model with external data is too large for --simplify; leave out --simplify")
+        raise ExportError("a model with external data cannot be simplified; leave out --simplify")
     try:
         import onnxsim
     except ImportError as error:
@@ -145,12 +145,12 @@ def _compared(conversion: Conversion, file: Path, options: ExportOptions) -> dic
             ) from error
         for name, expected in wanted.items():
             worst[name] = max(worst.get(name, 0.0), _difference(actual[name], np.asarray(expected), conversion.jumps))
-    far = {name: difference for name, difference in worst.items() if not difference <= TOLERANCE}
+    far = {name: difference for name, difference in worst.items() if not difference <= conversion.tolerance}
     if far:
         listed = ", ".join(f"{name}: {difference:.1e}" for name, difference in far.items())
         raise ExportError(
-            f"the exported model differs from {conversion.framework} by more than {TOLERANCE:.0e} of the scale "
-            f"({listed}); nothing was written. Export with --no-check to inspect it"
+            f"the exported model differs from {conversion.framework} by more than {conversion.tolerance:.0e} of the "
+            f"scale ({listed}); nothing was written. Export with --no-check to inspect it"
         )
     return worst
 

@@ -27,6 +27,7 @@ SourceKind = Literal[
     "lightgbm",
     "xgboost",
     "catboost",
+    "gguf",
     "onnx",
 ]
 
@@ -44,6 +45,7 @@ WHAT: dict[SourceKind, str] = {
     "lightgbm": "a LightGBM model",
     "xgboost": "an XGBoost model",
     "catboost": "a CatBoost model",
+    "gguf": "a GGUF file",
     "onnx": "an ONNX model",
 }
 
@@ -60,14 +62,16 @@ _ENDINGS: dict[str, SourceKind] = {
     ".skops": "skops",
     ".ubj": "xgboost",
     ".cbm": "catboost",
+    ".gguf": "gguf",
     ".onnx": "onnx",
 }
 _KNOWN = (
     "FILE.py[:NAME] or package.module:NAME, .pt2, .pt, a folder or config.json of transformers, "
     "hf://ORG/REPO[@REVISION][/FILE], a SavedModel folder, .keras, .tflite, .skops, .pkl, .joblib, LightGBM's .txt, "
-    "XGBoost's .json or .ubj, .cbm, .onnx"
+    "XGBoost's .json or .ubj, .cbm, .gguf, .onnx"
 )
 _MOST_JSON_BYTES = 1 << 30
+GGUF_MAGIC = b"GGUF"
 _HUB = re.compile(
     r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>(?!/)(?:(?!\.\.)[\w./ -])+))?", re.ASCII
 )
@@ -128,7 +132,7 @@ def recognise(text: str) -> Source:
         raise ExportError(f"there is no {text!r}; a source is: {_KNOWN}") from error
     except OSError as error:
         raise ExportError(f"{text!r} cannot be exported: {error.strerror}") from error
-    kind = _ENDINGS.get(path.suffix.lower()) or _by_content(path)
+    kind = "gguf" if _begins(path, GGUF_MAGIC) else _ENDINGS.get(path.suffix.lower()) or _by_content(path)
     if kind is None:
         raise ExportError(f"{text} has an unknown kind; a source is: {_KNOWN}")
     if kind == "torchscript" and _is_exported_program(path):
@@ -151,6 +155,11 @@ def _is_module(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         return False
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(magic)) == magic
 
 
 def _by_content(path: Path) -> SourceKind | None:

@@ -195,6 +195,13 @@ def features(call: Call) -> Fact:
     raise Mixes("it picks rows by position")
 
 
+def bit_rows(call: Call) -> Fact:
+    """GatherBlockQuantized picks rows of a stored quantised matrix by number."""
+    call.others_same(1)
+    fact = call.require(1)
+    return rows(from_front(call.integer("gather_axis", 0), call.rank(0)) + fact.axis, fact.per_row)
+
+
 def bit_matrices(call: Call) -> Fact:
     """MatMulNBits multiplies with a stored quantised matrix."""
     call.others_same(0)
