@@ -27,6 +27,7 @@ _COMMANDS = {
     },
     "Run": {
         "run": "Run a plan on one set of inputs.",
+        "chat": "Talk with a plan that has a decoder and a chat template.",
         "generate": "Continue a text with a plan that has a decoder.",
         "serve": "Serve plans over HTTP and gRPC, with metrics and a status page.",
         "node": "Start one node by hand, for a pipeline that waits for it.",

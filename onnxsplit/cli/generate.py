@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,155 +13,86 @@ from onnxsplit.cli.running import (
     OptionTable,
     add_options,
     keywords,
-    parameter_names,
     running_options,
     tracing_options,
     write_trace,
 )
-from onnxsplit.cli.values import NumberParam, TokensParam
-from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE
+from onnxsplit.cli.sampling import SAMPLING, STOP, check_text, sampling, shown_text, speeds, text_of
+from onnxsplit.cli.values import TokensParam
+from onnxsplit.errors import InputError
 
 if TYPE_CHECKING:
     from runtime.requests.generation import Generated, Generation
+    from runtime.text.generation import GeneratedText, TextGeneration
 
-_MOST = 1e9
-
-
-def _biases(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> Mapping[int, float] | None:
-    biases = {}
-    for text in texts:
-        token, _, value = text.partition("=")
-        try:
-            biases[int(token)] = float(value)
-        except ValueError:
-            raise click.BadParameter(f"{text!r} is not TOKEN=NUMBER", context, parameter) from None
-    return biases or None
-
-
+_MOST_BYTES = 64 << 20  # of a prompt on standard input
 _PROMPT: OptionTable = [
     (
         ("--tokens",),
-        {"type": TokensParam(), "required": True, "metavar": "N,N,...", "help": "The tokens to continue."},
+        {"type": TokensParam(), "metavar": "N,N,...", "help": "The tokens to continue, instead of TEXT."},
     ),
-]
-_SAMPLING: OptionTable = [
-    (
-        ("--max-tokens",),
-        {
-            "type": click.IntRange(1, MOST_SIZE),
-            "metavar": "N",
-            "help": "Most tokens to add. Default: as many as the context has room for.",
-        },
-    ),
-    (
-        ("--temperature",),
-        {"type": NumberParam(0, _MOST), "default": 0.0, "help": "Divides the scores. 0: the most probable token."},
-    ),
-    (
-        ("--top-k",),
-        {
-            "type": click.IntRange(0, MOST_SIZE),
-            "default": 0,
-            "help": "Number of the most probable tokens to choose from. 0: all.",
-        },
-    ),
-    (
-        ("--top-p",),
-        {
-            "type": NumberParam(0, 1),
-            "default": 1.0,
-            "help": "Choose from the most probable tokens that reach this probability together.",
-        },
-    ),
-    (
-        ("--min-p",),
-        {
-            "type": NumberParam(0, 1),
-            "default": 0.0,
-            "help": "Choose from tokens with at least this share of the largest probability.",
-        },
-    ),
-    (
-        ("--repetition-penalty",),
-        {"type": NumberParam(1e-9, _MOST), "default": 1.0, "help": "Divides the scores of tokens in the text."},
-    ),
-    (
-        ("--presence-penalty",),
-        {
-            "type": NumberParam(-_MOST, _MOST),
-            "default": 0.0,
-            "help": "Is subtracted from the scores of new tokens that have occurred.",
-        },
-    ),
-    (
-        ("--frequency-penalty",),
-        {"type": NumberParam(-_MOST, _MOST), "default": 0.0, "help": "Is subtracted from them once for each time."},
-    ),
-    (
-        ("--logit-bias",),
-        {
-            "multiple": True,
-            "callback": _biases,
-            "metavar": "TOKEN=NUMBER",
-            "help": "Is added to the score of a token. Repeatable.",
-        },
-    ),
-    (("--seed",), {"type": click.IntRange(0, 1 << 62), "help": "Makes the choice repeatable. Default: a random one."}),
-    (
-        ("--min-tokens",),
-        {"type": click.IntRange(0, MOST_SIZE), "default": 0, "help": "Number of tokens before which none is the end."},
-    ),
-    (
-        ("--stop-tokens",),
-        {
-            "type": TokensParam(none=True),
-            "metavar": "N,N,...|none",
-            "help": "Tokens that end the text. Default: the model's.",
-        },
-    ),
-    (
-        ("--logprobs",),
-        {
-            "type": click.IntRange(0, 64),
-            "metavar": "N",
-            "help": "Report the probability of each token, and of the N most probable ones.",
-        },
-    ),
-    (
-        ("--timeout",),
-        {
-            "type": NumberParam(0, MOST_SECONDS, min_open=True),
-            "metavar": "SECONDS",
-            "help": "Most time until the last token.",
-        },
-    ),
+    (("--chat",), {"is_flag": True, "help": "Answer TEXT as a message, by the model's chat template."}),
 ]
 
 
 @make_command
 @PLAN
+@click.argument("text", required=False)
 @add_options(_PROMPT)
-@add_options(_SAMPLING)
+@add_options(STOP)
+@add_options(SAMPLING)
 @running_options
 @tracing_options
-def command(output: Output, *, plan: Path, tokens: tuple[int, ...], **values: Any) -> None:
-    """Start the nodes of the plan in DIR, continue one sequence, print its new tokens as they come, and stop the nodes.
+def command(
+    output: Output, *, plan: Path, text: str | None, tokens: tuple[int, ...] | None, chat: bool, **values: Any
+) -> None:
+    """Start the nodes of the plan in DIR, continue TEXT, print what comes, and stop the nodes.
 
-    Texts are given and printed as the numbers of their tokens. The plan must have a decoder.
+    TEXT - is read from standard input. Options that are not given are the model's own (generation_config.json). With
+    --tokens, the sequence is given and printed as the numbers of its tokens. The plan must have a decoder.
     """
     from runtime import Pipeline
 
-    sampling = {name: values.pop(name) for name in parameter_names(_SAMPLING)}
+    if (text is None) == (tokens is None):
+        raise click.UsageError("give either TEXT or --tokens: what is to be continued")
+    given = sampling(values)
+    if tokens is not None and (chat or "stop" in given):
+        raise click.UsageError("--chat and --stop are for a TEXT, not for --tokens")
+    prompt = _stdin() if text == "-" else text or ""
+    if tokens is None:
+        check_text(plan)
     options = keywords(output, values)
     output.say("starting nodes")
-    with Pipeline.launch(plan, **options) as pipeline, pipeline.generate(tokens, **sampling) as generation:
-        output.done()
-        result = _stream(output, generation)
+    result: Generated | GeneratedText
+    with Pipeline.launch(plan, **options) as pipeline:
+        if tokens is not None:
+            with pipeline.generate(tokens, **given) as generation:
+                output.done()
+                result = _print_tokens(output, generation)
+        else:
+            texts = text_of(pipeline)
+            begun = (
+                texts.chat([{"role": "user", "content": prompt}], **given) if chat else texts.complete(prompt, **given)
+            )
+            with begun:
+                output.done()
+                result, generation = _print_text(output, begun), begun.generation
+        times_ns = generation.times_ns[: len(result.tokens)]
     write_trace(output, pipeline, values["trace"])
-    _show(output, result)
+    _show(output, result, generation.submitted_ns, times_ns)
 
 
-def _stream(output: Output, generation: Generation) -> Generated:
+def _stdin() -> str:
+    data = sys.stdin.buffer.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise InputError(f"standard input has more than {_MOST_BYTES} bytes; give a shorter text")
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _print_tokens(output: Output, generation: Generation) -> Generated:
     """Print the tokens as they come."""
     for number, token in enumerate(generation):
         output.piece(f"{' ' if number else ''}{token}")
@@ -169,10 +100,17 @@ def _stream(output: Output, generation: Generation) -> Generated:
     return generation.result()
 
 
-def _show(output: Output, result: Generated) -> None:
-    times, usage = result.times_ns, result.usage
-    first_ns = times[0] - result.submitted_ns
-    step_ns = (times[-1] - times[0]) / max(1, len(times) - 1)
+def _print_text(output: Output, generation: TextGeneration) -> GeneratedText:
+    """Print the text as it comes."""
+    on_terminal = sys.stdout.isatty()
+    for piece in generation:
+        output.piece(shown_text(piece.text, on_terminal=on_terminal))
+    output.piece("\n")
+    return generation.result()
+
+
+def _show(output: Output, result: Generated | GeneratedText, submitted_ns: int, times_ns: tuple[int, ...]) -> None:
+    usage, first_s, per_s = result.usage, *speeds(submitted_ns, times_ns)
     if result.logprobs is not None:
         output.line()
         rows = [
@@ -180,19 +118,22 @@ def _show(output: Output, result: Generated) -> None:
             for one in result.logprobs
         ]
         output.table(("token", "logprob", "most probable"), rows)
-    why = "an end token" if result.reason == "stop" else "the largest number of tokens"
+    text, stop = getattr(result, "text", None), getattr(result, "stop", None)
+    why = "a stop string" if isinstance(stop, str) else "an end token"
+    why = why if result.reason == "stop" else "the largest number of tokens"
     output.line(
         f"\n{usage.completion} tokens after {usage.prompt}, ended by {why}. First token after "
-        f"{milliseconds(first_ns)}, then {milliseconds(step_ns)} a token. Seed {result.seed}."
+        f"{milliseconds(first_s * 1e9)}, then {per_s:.1f} tokens/s. Seed {result.seed}."
     )
     output.result(
         {
+            **({} if text is None else {"text": text, "stop": stop}),
             "tokens": result.tokens,
             "reason": result.reason,
             "usage": result.usage,
             "seed": result.seed,
             "logprobs": result.logprobs,
-            "first_token_s": first_ns / 1e9,
-            "token_s": step_ns / 1e9,
+            "first_token_s": first_s,
+            "tokens_per_s": per_s,
         }
     )

@@ -223,6 +223,11 @@ class Output:
         """Print a remark for people on stderr."""
         click.echo(text, err=True)
 
+    def aside(self, text: str) -> None:
+        """Print a dimmed remark for people on stderr; nothing with ``--quiet`` or ``--json``."""
+        if not self._quiet:
+            click.echo(click.style(text, dim=True), err=True)
+
     def result(self, value: Mapping[str, Any]) -> None:
         """Print the one JSON object of ``--json``; nothing without it."""
         if self.as_json:
@@ -276,7 +281,7 @@ class ManyValues(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Write ``--dim a b`` as ``--dim a --dim b``; the last values are left to arguments that still need one."""
         options = {name: p for p in self.params if isinstance(p, click.Option) for name in p.opts}
-        wanted = sum(isinstance(p, click.Argument) for p in self.params)
+        wanted = sum(isinstance(p, click.Argument) and p.required for p in self.params)
         result: list[str] = []
         spare: list[int] = []  # positions in the result of values that an argument could take instead
         many, position = None, 0
