@@ -406,6 +406,11 @@ def test_a_token_is_asked_for_in_the_same_form(plan, tmp_path):
         assert server.ask("/v1/models", authorization=f"Basic {basic}")[0] == 200
 
 
+def test_a_body_that_would_take_much_memory_is_refused(server):
+    status, _, raw = server.ask("/v1/completions", b'{"prompt": [' + b"1000," * (2 << 20) + b"1]}")
+    assert (status, json.loads(raw)["error"]["code"]) == (413, "request_too_large")
+
+
 def test_a_time_limit_is_a_timeout_error(client):
     with pytest.raises(openai.APIStatusError) as caught:
         complete(client, max_tokens=200, extra_body={"timeout": 1e-6, "ignore_eos": True})

@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from runtime.errors import Busy
-from runtime.gateway.errors import NotLoaded, client_message
+from runtime.gateway.errors import NotLoaded, TooLarge, client_message
 from runtime.gateway.http.bodies import STOPPING, Bodies
 from runtime.gateway.openai.answer import (
     DONE,
@@ -49,6 +49,7 @@ from runtime.text.pieces import TextPiece
 
 _log = logging.getLogger("runtime.gateway")
 _QUICK_TOKENS = 4096
+_MOST_BYTES = 8 << 20  # of a body; parsed, it takes up to 20 times that
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -201,6 +202,8 @@ class _Post(Generic[T]):
         try:
             body = await self._bodies.read(Headers(scope=scope), scope, receive)
             scope["abandon"] = abandon
+            if len(body) > _MOST_BYTES:
+                raise TooLarge(f"the body has {len(body)} bytes; at most {_MOST_BYTES} are allowed here")
             long = takes_long(parsed_bytes=len(body))
             await self._answer(await self._workers.run(long, decoded, self._decoder, body), send)
         except asyncio.CancelledError as error:
