@@ -145,7 +145,7 @@ def test_the_weights_that_are_asked_for_are_written(wanted, most, tmp_path):
 
 
 def test_rows_whose_last_block_is_not_full_are_written(tmp_path):
-    path = gguf_files.random_llama(tmp_path / "model.gguf", "F32", width=144)
+    path = gguf_files.random_llama(tmp_path / "model.gguf", "F32", hidden=330)
     (exported,) = export(str(path), tmp_path / "model.onnx", weights="8")
     assert exported.differences["logits"] < 0.05
 
@@ -176,8 +176,13 @@ def test_a_file_is_known_by_its_first_bytes(tmp_path):
     [
         ({"expert_count": 8}, "has a mixture of experts (llama.expert_count is 8), which is not exported"),
         ({"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}, "exported are none, linear and yarn"),
+        ({"attention__head_count_kv": 3}, "4 heads cannot share 3 heads of keys"),
         ({"rope__dimension_count": 32}, "llama.rope.dimension_count is 32, but keys have 64 numbers"),
         ({"attention__causal": False}, "is an encoder"),
+        (
+            {"attention__key_length": 36, "attention__value_length": 36},
+            "heads of 36 numbers; ONNX Runtime's attention needs a multiple of 8",
+        ),
         ({"block_count": 3}, "has no tensor blk.2.attn_norm.weight"),
         ({"block_count": 1}, "has 9 tensors that the architecture llama does not have here"),
         (

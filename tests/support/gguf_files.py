@@ -89,16 +89,16 @@ def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
 
 
 def random_llama(
-    path: Path, kind: str = "F32", *, vocabulary: int = 96, width: int = 256, tokenizer=None, **more
+    path: Path, kind: str = "F32", *, vocabulary: int = 96, width: int = 256, hidden: int = 512, tokenizer=None, **more
 ) -> Path:
     """A llama with random weights, its matrices in one of the format's types."""
     writer = gguf.GGUFWriter(path, "llama")
-    sizes = {"embedding_length": width, "feed_forward_length": 2 * width, "attention__key_length": width // HEADS}
+    sizes = {"embedding_length": width, "feed_forward_length": hidden, "attention__key_length": width // HEADS}
     fields(writer, "llama", vocabulary, **{"attention__value_length": width // HEADS, **sizes, **more})
     source, narrow = np.random.default_rng(0), width // HEADS * GROUPS
     shapes = {"attn_q": (width, width), "attn_k": (narrow, width), "attn_v": (narrow, width)}
-    shapes |= {"attn_output": (width, width), "ffn_gate": (2 * width, width), "ffn_up": (2 * width, width)}
-    shapes |= {"ffn_down": (width, 2 * width)}
+    shapes |= {"attn_output": (width, width), "ffn_gate": (hidden, width), "ffn_up": (hidden, width)}
+    shapes |= {"ffn_down": (width, hidden)}
     named = {f"blk.{layer}.{name}.weight": shape for layer in range(LAYERS) for name, shape in shapes.items()}
     for name, shape in {"token_embd.weight": (vocabulary, width), **named}.items():
         array = (source.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
