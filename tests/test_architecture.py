@@ -125,7 +125,7 @@ PURE = [
     *("runtime.gateway.protocol.documents", "runtime.gateway.protocol.tensor_data", "runtime.gateway.protocol.text"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),
     *("runtime.gateway.openai.figures", "runtime.gateway.openai.protocol", "runtime.gateway.openai.objects"),
-    *("runtime.gateway.openai.errors", "runtime.gateway.openai.options", "runtime.gateway.openai.guidance"),
+    *("runtime.gateway.openai.errors", "runtime.gateway.openai.options", "runtime.gateway.openai.tool_calls"),
 ]
 # Modules that touch nothing themselves, but describe objects whose modules do.
 PURE_BUT_FOR_IMPORTS = [

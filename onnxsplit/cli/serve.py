@@ -83,6 +83,13 @@ _REQUESTS: OptionTable = [
         },
     ),
     (
+        ("--tool-parser",),
+        {
+            "type": click.Choice(["hermes", "json"]),
+            "help": "How the models write calls of tools: in tags, as Hermes and Qwen, or as JSON, as Llama 3.",
+        },
+    ),
+    (
         ("--drain",),
         {
             "type": NumberParam(0, MOST_SECONDS),

@@ -36,6 +36,7 @@ from runtime.gateway.telemetry.sampler import Sampler
 from runtime.gateway.texts import Texts
 from runtime.gateway.threads import Workers
 from runtime.logs import log_event
+from runtime.text.tools import ToolFormat
 
 _log = logging.getLogger("runtime.gateway")
 
@@ -67,6 +68,7 @@ class ServeOptions:
         shared_memory: Beginning of the names of shared memory that clients may register; empty for any name, None for
             no shared memory.
         served_names: What clients of OpenAI's API call the only model; empty for the models' own names.
+        tool_parser: How the models write calls of tools; None where that is not known.
         drain_s: Seconds for which accepted requests are answered when the server stops.
         spans: True to send spans to OpenTelemetry.
     """
@@ -85,6 +87,7 @@ class ServeOptions:
     token_file: Path | None = None
     shared_memory: str | None = None
     served_names: tuple[str, ...] = ()
+    tool_parser: ToolFormat | None = None
     drain_s: float = 30.0
     spans: bool = False
 
@@ -193,7 +196,9 @@ class _Gateway:
         bodies = Bodies(options.max_body, budget, self._workers)
         texts = Texts(service, most_waiting=options.max_queue)
         self._catalogue = Catalogue(self._repository, options.served_names)
-        openai = OpenAIEndpoint(self._catalogue, bodies, self._workers, most_waiting=options.max_queue)
+        openai = OpenAIEndpoint(
+            self._catalogue, bodies, self._workers, most_waiting=options.max_queue, tools=options.tool_parser
+        )
         self._http_server = _http_server(HttpApp(service, bodies, access, self._sampler, openai, texts), options)
         self._servicer = GrpcServicer(service, budget, access, self._sampler, texts)
 

@@ -24,6 +24,7 @@ from runtime.gateway.openai.objects import (
     CompletionObject,
     TokenUsage,
 )
+from runtime.gateway.openai.tool_calls import ToolCalls, joined_calls
 from runtime.text.pieces import TextPiece
 
 DONE = b"data: [DONE]\n\n"
@@ -120,13 +121,17 @@ class StreamedChat:
         index: which of the answers of the request.
         prompt: the number of tokens of the prompt.
         ends: the model's own end tokens.
+        calls: finds calls of tools in the text; None where there are none.
     """
 
-    def __init__(self, form: AnswerForm, index: int, prompt: int, ends: frozenset[int]) -> None:
+    def __init__(
+        self, form: AnswerForm, index: int, prompt: int, ends: frozenset[int], calls: ToolCalls | None = None
+    ) -> None:
         self._form = form
         self._index = index
         self._prompt = prompt
         self._ends = ends
+        self._calls = calls
         self._held = _Held()
         self._begun = False
 
@@ -140,9 +145,21 @@ class StreamedChat:
         if whole is None:
             return events
         logprobs = None if whole.logprobs is None else chat_logprobs(whole.logprobs, self._form.token_bytes)
-        delta = ChatDelta(content=whole.text or None)
-        stop = _stop_reason(whole, self._ends)
-        return events + self._chunk(ChatChunkChoice(self._index, delta, logprobs, whole.reason, stop))
+        reason, stop = whole.reason, _stop_reason(whole, self._ends)
+        if self._calls is None:
+            delta = ChatDelta(content=whole.text or None)
+            return events + self._chunk(ChatChunkChoice(self._index, delta, logprobs, reason, stop))
+        deltas = [ChatDelta(content=one) if isinstance(one, str) else ChatDelta(tool_calls=[one])
+                  for one in self._calls.add(whole.text, ended=reason is not None)]  # fmt: skip
+        if logprobs is not None and not deltas:
+            deltas = [ChatDelta()]
+        for delta in deltas:
+            events += self._chunk(ChatChunkChoice(self._index, delta, logprobs))
+            logprobs = None
+        if reason is not None:
+            why = self._calls.reason(reason)
+            events += self._chunk(ChatChunkChoice(self._index, ChatDelta(), None, why, stop))
+        return events
 
     def _chunk(self, choice: ChatChunkChoice) -> bytes:
         form = self._form
@@ -185,11 +202,21 @@ class StreamedCompletion:
         return event(CompletionObject(form.id, form.created, form.model, [choice], numbers))
 
 
-def chat_choice(form: AnswerForm, index: int, pieces: Sequence[TextPiece], ends: frozenset[int]) -> ChatChoice:
+def chat_choice(
+    form: AnswerForm,
+    index: int,
+    pieces: Sequence[TextPiece],
+    ends: frozenset[int],
+    calls: ToolCalls | None = None,
+) -> ChatChoice:
     """One answer of a conversation, whole, from all its pieces. Arguments as for :class:`StreamedChat`."""
     whole = _joined(pieces)
     logprobs = None if whole.logprobs is None else chat_logprobs(whole.logprobs, form.token_bytes)
-    return ChatChoice(index, AnswerMessage(whole.text), logprobs, whole.reason, _stop_reason(whole, ends))
+    message, reason = AnswerMessage(whole.text), str(whole.reason)
+    if calls is not None:
+        found = joined_calls(calls.add(whole.text, ended=True))
+        message, reason = AnswerMessage(found[0], tool_calls=found[1] or UNSET), calls.reason(reason)
+    return ChatChoice(index, message, logprobs, reason, _stop_reason(whole, ends))
 
 
 def completion_choice(

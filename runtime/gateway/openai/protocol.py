@@ -46,10 +46,6 @@ class NotServed(Struct, kw_only=True):
     chat_template: Any = None
     function_call: Any = None
     functions: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
     kv_transfer_params: Any = None
     length_penalty: Any = None
     logits_processors: Any = None
@@ -63,7 +59,6 @@ class NotServed(Struct, kw_only=True):
     return_token_ids: Any = None
     return_tokens_as_token_ids: Any = None
     spaces_between_special_tokens: Any = None
-    structured_outputs: Any = None
     suffix: Any = None
     truncate_prompt_tokens: Any = None
     use_beam_search: Any = None
@@ -88,10 +83,6 @@ _INSTEAD = {
     "functions": "; use tools",
     "function_call": "; use tool_choice",
     "chat_template": "; the plan carries the template",
-    **dict.fromkeys(
-        ("guided_choice", "guided_grammar", "guided_json", "guided_regex", "structured_outputs"),
-        "; use response_format",
-    ),
 }
 
 
@@ -109,6 +100,7 @@ class SampledRequest(NotServed, kw_only=True):
         ignore_eos: whether the model's own end tokens do not end the text.
         skip_special_tokens: whether special tokens are left out of the text.
         logit_bias: what is added to the scores of some tokens, by the token's number.
+        response_format: what the text must match; ``structured_outputs`` and ``guided_*`` are vLLM's names for that.
         timeout: seconds from the request until the end of the text.
 
     The other attributes are those of :class:`~runtime.requests.generate_options.GenerateOptions`.
@@ -136,6 +128,11 @@ class SampledRequest(NotServed, kw_only=True):
     min_tokens: Count | None = None
     skip_special_tokens: bool | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
 
     @property
@@ -233,7 +230,7 @@ class ChatRequest(SampledRequest, kw_only=True):
         max_completion_tokens: the most new tokens; goes before ``max_tokens``.
         logprobs: whether to report the probability of each token.
         top_logprobs: and of how many of the most probable ones.
-        tool_choice: ``auto`` or ``none``; others need a grammar.
+        tool_choice: ``auto``, ``none``, ``required`` or a tool by its name.
         parallel_tool_calls: whether an answer may call more than one tool.
         echo: not served.
     """

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 import msgspec
@@ -31,7 +32,7 @@ from runtime.gateway.openai.answer import (
 )
 from runtime.gateway.openai.catalogue import Catalogue, ServedText
 from runtime.gateway.openai.errors import FieldError, decoded, error_answer
-from runtime.gateway.openai.guidance import check_guidance
+from runtime.gateway.openai.guidance import grammar_for, is_guided, tool_parser
 from runtime.gateway.openai.objects import ChatObject, CompletionObject, DetokenizeAnswer, ModelList, TokenizeAnswer
 from runtime.gateway.openai.options import numbered, text_options
 from runtime.gateway.openai.prompts import Prompt, chat_prompt, completion_prompts
@@ -43,9 +44,11 @@ from runtime.gateway.openai.protocol import (
     TokenizeRequest,
 )
 from runtime.gateway.openai.texts import RunningText, arriving
+from runtime.gateway.openai.tool_calls import ToolCalls
 from runtime.gateway.threads import Workers, takes_long
 from runtime.logs import log_event
 from runtime.text.pieces import TextPiece
+from runtime.text.tools import ToolFormat
 
 _log = logging.getLogger("runtime.gateway")
 _QUICK_TOKENS = 4096
@@ -63,13 +66,17 @@ class OpenAIEndpoint:
         bodies: receives the bodies of requests.
         workers: threads for work that takes long.
         most_waiting: the most texts of a model that wait for their first token; more are refused.
+        tools: how the models write calls of tools; None where that is not known.
     """
 
-    def __init__(self, catalogue: Catalogue, bodies: Bodies, workers: Workers, *, most_waiting: int) -> None:
+    def __init__(
+        self, catalogue: Catalogue, bodies: Bodies, workers: Workers, *, most_waiting: int, tools: ToolFormat | None
+    ) -> None:
         self._catalogue = catalogue
         self._bodies = bodies
         self._workers = workers
         self._most_waiting = most_waiting
+        self._tools = tools
 
     def routes(self) -> list[BaseRoute]:
         """The routes."""
@@ -97,7 +104,7 @@ class OpenAIEndpoint:
         served = self._begin(request)
         prompts = await completion_prompts(served.text, request, self._workers)
         form, ends = _form("cmpl", served, request), frozenset(served.ends)
-        texts = self._start(served, request, prompts)
+        texts = await self._start(served, request, prompts)
         echo = [prompt.text for prompt in prompts for _ in range(request.choices)]
         async with _Closing(texts):
             if request.stream:
@@ -113,30 +120,36 @@ class OpenAIEndpoint:
         served = self._begin(request)
         prompt = await chat_prompt(served.text, request, self._workers)
         form, ends = _form("chatcmpl", served, request), frozenset(served.ends)
-        texts = self._start(served, request, [prompt])
+        texts = await self._start(served, request, [prompt])
+        calls = [self._calls(request) for _ in texts]
         async with _Closing(texts):
             if request.stream:
-                chunks = [StreamedChat(form, text.index, text.prompt, ends) for text in texts]
+                chunks = [StreamedChat(form, text.index, text.prompt, ends, calls[text.index]) for text in texts]
                 await _stream(send, form, texts, chunks, len(prompt.tokens))
                 return
             pieces = await _all_pieces(texts)
-            choices = [chat_choice(form, i, each, ends) for i, each in enumerate(pieces)]
+            choices = [chat_choice(form, i, each, ends, calls[i]) for i, each in enumerate(pieces)]
             numbers = usage(len(prompt.tokens), sum(text.completion for text in texts))
             await _send_json(send, ChatObject(form.id, form.created, form.model, choices, numbers), form.id)
 
     def _begin(self, request: SampledRequest) -> ServedText:
         """The model for a request, which is refused here if a field is not served."""
         request.check()
-        check_guidance(request)
         return self._catalogue.find(request.model)
 
-    def _start(self, served: ServedText, request: SampledRequest, prompts: Sequence[Prompt]) -> list[RunningText]:
+    def _calls(self, request: ChatRequest) -> ToolCalls | None:
+        parser = tool_parser(request, self._tools)
+        return None if parser is None else ToolCalls(parser, only_one=request.parallel_tool_calls is False)
+
+    async def _start(self, served: ServedText, request: SampledRequest, prompts: Sequence[Prompt]) -> list[RunningText]:
         """Start the texts of a request.
 
         Raises:
             Busy: too many wait.
             InputError: the prompt or an option does not fit the model.
         """
+        guided = is_guided(request)
+        grammar = await self._workers.run(guided, grammar_for, request, self._tools)
         figures, wanted = served.version.text_figures, len(prompts) * request.choices
         if figures.requests_waiting and figures.requests_waiting + wanted > self._most_waiting:
             raise Busy(
@@ -147,10 +160,12 @@ class OpenAIEndpoint:
         try:
             for prompt in prompts:
                 options = text_options(request, served.text.defaults, served.ends, _room(served, prompt))
+                options |= {"grammar": grammar} if grammar else {}
                 for number in range(request.choices):
-                    generation = served.text.complete(
-                        prompt.tokens, timeout=request.timeout, **numbered(options, number)
+                    start = partial(
+                        served.text.complete, prompt.tokens, timeout=request.timeout, **numbered(options, number)
                     )
+                    generation = await self._workers.run(guided, start)
                     texts.append(RunningText(len(texts), generation, figures))
         except BaseException:
             for text in texts:
