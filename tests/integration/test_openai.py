@@ -213,13 +213,13 @@ def test_the_first_chunk_has_the_role_and_the_last_the_reason(client):
 
 
 def test_usage_comes_in_a_chunk_without_choices_and_only_when_asked_for(client):
-    *chunks, last = chat(client, max_tokens=5, stream=True, stream_options={"include_usage": True})
+    def stream(**options):
+        return chat(client, max_tokens=5, stream=True, stream_options=options, extra_body={"ignore_eos": True})
+
+    *chunks, last = stream(include_usage=True)
     assert (last.choices, last.usage.completion_tokens) == ([], 5)
     assert all(chunk.usage is None for chunk in chunks)
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    counts = [
-        chunk.usage.completion_tokens for chunk in chat(client, max_tokens=5, stream=True, stream_options=options)
-    ]
+    counts = [chunk.usage.completion_tokens for chunk in stream(include_usage=True, continuous_usage_stats=True)]
     assert counts == sorted(counts)
     assert counts[-1] == 5
 
