@@ -1,5 +1,6 @@
 # Each target works from nothing on a machine with Python 3.11 or newer and a network.
 #   make demo     read a picture with a model cut in two              make check    format, lint, types
+#   make chat     two processes answer a question, and the answer goes on when one of them is killed
 #   make test     the tests, about six minutes on two cores           make bench    list the benchmarks; BENCH=FOLDER/FILE runs one
 #   make test-all      also the slow tests, all frameworks, and the soak (5 GB to install, 36 GB of disk)
 #   make test-export   the exporters' tests with all frameworks (5 GB to install; about two minutes to run)
@@ -19,7 +20,7 @@ LOWEST_PYTHON ?= python3.11
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: demo test test-all test-export test-lowest test-newest check bench soak clean
+.PHONY: demo chat test test-all test-export test-lowest test-newest check bench soak clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -36,6 +37,9 @@ $(VENV)/test.stamp: pyproject.toml tests/constraints.txt | $(BIN)/python
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python models/demo.py
+
+chat: $(VENV)/demo.stamp
+	$(BIN)/python models/chat.py
 
 test: $(VENV)/test.stamp
 	$(PYTEST)

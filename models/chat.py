@@ -11,6 +11,7 @@ in ``~/.cache/onnxsplit/chat``, and are used again.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ from onnxsplit.planning.planner import partition
 from runtime import Pipeline
 from runtime.text.generation import TextGeneration
 
-QUESTION = "Explain how rain forms, step by step."
+QUESTION = "What is photosynthesis?"
 GREEDY = {"temperature": 0.0}  # each token is the most probable one, so two runs can be compared
 MEMORY = {"cache_bytes": "256M", "max_rows": 2}
 
@@ -60,6 +61,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="number of layers to keep (default: all)")
     given = parser.parse_args()
     output = Output(as_json=False)
+    logging.getLogger("runtime").setLevel(logging.CRITICAL)  # the loss of the node is reported below
     try:
         plan = prepared(output, given.layers)
         return show(output, plan, given.question, given.max_tokens, given.kill_after)
@@ -116,7 +118,7 @@ def show(output: Output, plan: Path, question: str, max_tokens: int, kill_after:
         new = next((node.pid for node in pipeline.nodes if kill is not None and node.stage == kill.stage), None)
     print(f"\n\nTokens        {len(tokens)}, the first after {seconds(times[0] - answer.generation.submitted_ns)}")
     if kill is None:
-        print(f"Nothing was killed: the answer has fewer than {kill_after} tokens")
+        print(f"Nothing was killed: the answer has {len(tokens)} tokens, and --kill-after is {kill_after}")
     else:
         pause, before = times[kill.tokens] - kill.at_ns, times[kill.tokens - 1] - times[0]
         after = times[-1] - times[kill.tokens]
