@@ -10,7 +10,7 @@ from onnxsplit.export.conversion import ExportOptions
 from onnxsplit.export.sources import Source
 
 _EXTRA = "pip install 'onnxsplit[transformers]'"
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def fetched(source: Source, options: ExportOptions) -> tuple[Path, str]:

@@ -25,6 +25,15 @@ from onnxsplit.files import read_regular
 
 _EXTRA = "pip install 'onnxsplit[transformers]'"
 _MOST_CONFIG_BYTES = 64 << 20
+_MOST_TEXT_BYTES = 256 << 20
+_TEXT = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WORDS = (".json", ".txt", ".model", ".md", ".jinja")  # files of a folder that are not weights
 
@@ -63,7 +72,27 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
             f"{one_line(error, 300)}. Write a recipe that says how to call it (docs/export.md)"
         ) from error
     more = ", random weights" if is_random else ""
-    return [_with(replace(one, framework=one.framework + more), about) for one in conversions]
+    made = [_with(replace(one, framework=one.framework + more), about) for one in conversions]
+    if kind == "decoder" and path.is_dir():
+        made[0] = replace(made[0], files=_text_files(path))
+    return made
+
+
+def _text_files(folder: Path) -> dict[str, bytes]:
+    """The files of a decoder's folder that belong beside the model: tokenizer, chat template and configurations.
+
+    Raises:
+        ExportError: one of them cannot be read, or is too large.
+    """
+    files = {}
+    for name in _TEXT:
+        path = folder / name
+        if path.exists():
+            try:
+                files[name] = read_regular(path, most_bytes=_MOST_TEXT_BYTES)
+            except OSError as error:
+                raise ExportError(f"cannot read {path}: {error.strerror}") from error
+    return files
 
 
 def _with(conversion: Conversion, about: Mapping[str, str]) -> Conversion:

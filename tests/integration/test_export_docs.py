@@ -23,6 +23,7 @@ NEEDS = {
     "XGBoost": ("xgboost", "onnxmltools"),
     "CatBoost": ("catboost",),
     "JAX": ("jax", "jax2onnx"),
+    "GGUF": ("gguf", "tokenizers"),
     "ONNX": ("onnx",),
 }
 

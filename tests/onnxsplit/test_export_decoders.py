@@ -158,3 +158,20 @@ LLAMA_FILE = configuration("llama", "LlamaForCausalLM")
 )
 def test_a_cache_of_a_fixed_size_is_refused_where_it_cannot_be(config, options, words, tmp_path):
     assert words in refused(tmp_path, config, **options)
+
+
+def test_the_files_of_text_in_a_folder_are_written_beside_the_model(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    out.mkdir()
+    transformers.AutoModelForCausalLM.from_config(LLAMA).save_pretrained(source)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (out / "tokenizer.json").write_text("another")
+    (done,) = export(str(source), out / "model.onnx", check=False)
+    names = {"tokenizer.json", "chat_template.jinja", "config.json", "generation_config.json"}
+    assert {path.name for path in out.iterdir()} == {"model.onnx", *names}
+    assert all((out / name).read_bytes() == (source / name).read_bytes() for name in names)
+    assert {path.name for path in done.files} == names
+    assert done.notes == (f"{out / 'tokenizer.json'} had another content and was replaced",)
+    (again,) = export(str(source), out / "model.onnx", check=False)
+    assert (again.files, again.notes) == ((), ())
