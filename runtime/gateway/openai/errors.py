@@ -40,7 +40,7 @@ _KINDS: dict[int, tuple[str, str | None]] = {
 }
 _INTERNAL = ("server_error", "internal_error")
 _PLACE = re.compile(r" - at `\$\.?(?P<place>[^`]*)`")
-_PATHS = re.compile(r"/(v1(/.*)?|tokenize|detokenize)")
+_PATHS = re.compile(r"/(v1(/.*)?|tokenize|detokenize)", re.DOTALL)
 _MESSAGE_CHARACTERS = 500
 
 T = TypeVar("T")

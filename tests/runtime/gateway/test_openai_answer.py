@@ -84,5 +84,5 @@ def test_every_error_has_a_status_and_a_code(error, status, code):
 
 
 def test_only_paths_of_this_api_have_its_errors():
-    assert all(map(is_openai_path, ("/v1", "/v1/x", "/tokenize", "/detokenize")))
+    assert all(map(is_openai_path, ("/v1", "/v1/x", "/v1/models/a\nb", "/tokenize", "/detokenize")))
     assert not any(map(is_openai_path, ("/v2", "/", "/v10", "/tokenize/x")))
