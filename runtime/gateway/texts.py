@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Collection
 
 from onnxsplit.errors import InputError
 from runtime.errors import Busy
-from runtime.gateway.errors import NotLoaded, Unsupported
+from runtime.gateway.errors import NotLoaded
 from runtime.gateway.models.version import TEXT, Version
 from runtime.gateway.openai.catalogue import ServedText
 from runtime.gateway.openai.options import text_options
@@ -44,11 +44,11 @@ class Texts:
         Raises:
             UnknownModel: there is no such model or version.
             NotLoaded: it takes no requests.
-            Unsupported: it has no text.
+            InputError: it has no text.
         """
         version, part = self._service.find(name, number)
         if isinstance(part, int) or not version.has_text:
-            raise Unsupported(f"{name!r} takes tensors only: it is not a model with a decoder and a tokenizer")
+            raise InputError(f"{name!r} takes tensors only: it is not a model with a decoder and a tokenizer")
         return self._service.repository.loaded(version.model, number)
 
     async def answers(self, version: Version, request: TextRequest) -> AsyncGenerator[TextAnswer, None]:

@@ -27,6 +27,8 @@ from runtime.gateway.openai.protocol import ChatRequest, CompletionRequest, Deto
 from runtime.gateway.protocol.documents import (
     ChangeRequest,
     ErrorMessage,
+    GenerateAnswer,
+    GenerateRequest,
     IndexEntry,
     IndexRequest,
     Json,
@@ -53,6 +55,7 @@ _ERRORS = {
 _ALWAYS = (401, 403)
 _BODY = (400, 408, 413)
 _CHANGE = (*_BODY, 404, 500, 503)
+_TEXT = (404, 500, 503, 504)
 
 _BYTES = "application/octet-stream"
 _EVENTS = "text/event-stream"
@@ -108,6 +111,13 @@ _OPERATIONS = [
         for operation in (
             _Operation(
                 "post", f"{path}/infer", "Execute a request", ResponseBody, (*_BODY, 404, 500, 503, 504), RequestBody
+            ),
+            _Operation(
+                "post", f"{path}/generate", "Complete a text", GenerateAnswer, (*_BODY, *_TEXT), GenerateRequest
+            ),
+            _Operation(
+                "post", f"{path}/generate_stream", "Complete a text, as server-sent events", "text/event-stream",
+                (*_BODY, *_TEXT), GenerateRequest,
             ),
             _Operation("get", path, "Describe inputs and outputs", ModelMetadata, (404,)),
             _Operation("get", f"{path}/ready", "Say whether the model executes requests", None, (404, 503)),

@@ -151,6 +151,21 @@ class RegisterRequest(Struct, frozen=True):
     offset: Annotated[int, described(minimum=0)] = 0
 
 
+class GenerateRequest(Struct, frozen=True):
+    """A prompt, and how it is continued: the fields of a completion of OpenAI's API, here or beside the prompt."""
+
+    text_input: str
+    parameters: Json | None = None
+
+
+class GenerateAnswer(Struct, frozen=True):
+    """A text, or a part of it."""
+
+    model_name: str
+    model_version: str
+    text_output: str
+
+
 class RegionStatus(Struct, frozen=True):
     """A region of system shared memory that is registered."""
 
