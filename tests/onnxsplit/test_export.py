@@ -88,7 +88,8 @@ def test_a_model_of_each_framework_is_exported_compared_and_cut(model, tmp_path,
         notes = {entry.key: entry.value for entry in proto.metadata_props}
         assert (notes[SOURCE], notes[FRAMEWORK]) == (source, exported.framework)
         cut_and_compared(exported, tmp_path / "m.plan", {k: v for k, v in model.dims.items() if k in free(proto)})
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["made", *(exported.path.name for exported in done)])
+    written = [path.name for exported in done for path in (exported.path, *exported.files)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["made", *written])
 
 
 def cut_and_compared(exported: Exported, plan: Path, dims: dict[str, int]) -> None:
