@@ -145,6 +145,7 @@ def limits_of(plan: Plan, options: RunOptions) -> SequenceLimits | None:
         prefill_chunk=options.prefill_chunk,
         decode_groups=options.decode_groups,
         exact_replay=options.exact_replay,
+        prefix_reuse=options.prefix_reuse,
     )
 
 

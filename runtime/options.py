@@ -47,7 +47,7 @@ _WHOLE = {  # options that are whole numbers, with their limits
 _ALWAYS = ("attempts", "max_rows", "prefill_chunk")  # whole numbers that are never None
 _SHARE_OF_MEMORY = 4  # a quarter of the free memory
 
-_FLAGS = ("shared_memory", "exact_replay", "elastic", "insecure", "trace", "trace_ops")
+_FLAGS = ("shared_memory", "exact_replay", "prefix_reuse", "elastic", "insecure", "trace", "trace_ops")
 
 
 def _ignore_progress(_ready: int, _total: int) -> None:
@@ -103,6 +103,9 @@ class RunOptions:
         exact_replay: for a plan with a decoder whose scores depend on how tokens are divided into runs, such as models
             with activations of 8 bits: whether a replay repeats the steps of a sequence one by one, so that it goes on
             as if nothing had happened. Otherwise it reads the tokens in parts, which is faster.
+        prefix_reuse: for a plan with a decoder whose states can be cut: whether a sequence begins with the states of
+            another one whose text begins alike. Slots of sequences that have ended are kept for that, until others
+            need the room. The tokens are the same.
     """
 
     replicas: int | Mapping[int, int] | None = None
@@ -132,6 +135,7 @@ class RunOptions:
     prefill_chunk: int = 128
     decode_groups: int | None = None
     exact_replay: bool = True
+    prefix_reuse: bool = True
 
     def __post_init__(self) -> None:
         """Convert NumPy's integers to Python's, and sizes as text to bytes."""

@@ -119,6 +119,7 @@ PURE = [
     *("runtime.coordinator.sequences", "runtime.coordinator.sequence_events", "runtime.coordinator.sequence_record"),
     *("runtime.coordinator.sequence_limits", "runtime.coordinator.scheduler", "runtime.coordinator.step_table"),
     *("runtime.coordinator.chains", "runtime.coordinator.chain_table", "runtime.coordinator.groups"),
+    *("runtime.coordinator.prefixes", "runtime.coordinator.sequence_diagnosis"),
     *("runtime.coordinator.numbers", "runtime.coordinator.work"),
     *("runtime.coordinator.failure_detector", "runtime.testing"),
     *("runtime.gateway.protocol.inference", "runtime.gateway.protocol.parameters", "runtime.gateway.queue"),

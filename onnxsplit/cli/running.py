@@ -185,6 +185,10 @@ _DECODING: OptionTable = [
             "help": "Decoders: number of groups of sequences in flight. Default: as many as stages.",
         },
     ),
+    (
+        ("--prefix-reuse/--no-prefix-reuse",),
+        {"default": True, "help": "Decoders: compute a beginning that several prompts share only once."},
+    ),
 ]
 _MEMORY: tuple[tuple[str, ...], dict[str, Any]] = (
     ("--shared-memory/--no-shared-memory",),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from onnxsplit.plan import CALLER
 from onnxsplit.plan_decoder import RowLayout
 from runtime.coordinator.chains import Chain
+from runtime.coordinator.events import Effects, Forget
 from runtime.coordinator.links import DeadLinks
 from runtime.coordinator.node_record import Phase
 from runtime.coordinator.reach import LinkKey
@@ -34,6 +35,7 @@ class ChainTable:
         links: the dead links.
         limits: the limits of sequences.
         layout: which rows may share a run.
+        effects: collects what nodes have to forget.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class ChainTable:
         links: DeadLinks,
         limits: SequenceLimits,
         layout: RowLayout,
+        effects: Effects,
     ) -> None:
+        self._effects = effects
         self._graph = graph
         self._stages = stages
         self._roster = roster
@@ -118,9 +122,18 @@ class ChainTable:
         return Chain(route, nodes, links, place=place, limits=self._limits, layout=self._layout)
 
     def drop(self, chain: Chain) -> None:
-        """Remove a chain."""
+        """Remove a chain, and what is kept on it."""
         if chain in self:
+            chain.drop_kept(list(chain.prefixes.kept))
+            self._forget_dropped(chain)
             del self._chains[chain.route]
+
+    def _forget_dropped(self, chain: Chain) -> None:
+        """Let nodes forget the sequences that a chain no longer keeps."""
+        for sequence in chain.dropped:
+            if chain.identities:
+                self._effects.on_nodes.append(Forget(sequence.number, sequence.epoch, chain.identities))
+        chain.dropped.clear()
 
     def has_other(self, chain: Chain) -> bool:
         """Whether sequences of a chain can go to another one."""
@@ -129,9 +142,20 @@ class ChainTable:
     # Room
 
     def room_for(self, sequence: SequenceRecord) -> Chain | None:
-        """The chain with the most free bytes that has room for a sequence; None when none has."""
+        """The chain that a sequence joins; None when none has room.
+
+        That is the chain that knows most of the beginning of its text, unless it has many more sequences than another.
+        Among equal ones, it is the one with the most free bytes.
+        """
         chains = [chain for chain in self if chain.is_open and self._fits(chain, sequence)]
-        return min(chains, key=lambda chain: (*self._load(chain), len(chain.sequences)), default=None)
+        fewest = min((len(chain.sequences) for chain in chains), default=0)
+        most = fewest + max(1, self._limits.rows // 4)
+
+        def rank(chain: Chain) -> tuple[int, ...]:
+            known = chain.prefixes.donor(sequence, sent=False)[1] if len(chain.sequences) <= most else 0
+            return -known, *self._load(chain), len(chain.sequences)
+
+        return min(chains, key=rank, default=None)
 
     def _fits(self, chain: Chain, sequence: SequenceRecord) -> bool:
         most = self._limits.cache_bytes
@@ -163,16 +187,58 @@ class ChainTable:
         for stage in self._graph.stages:
             self._used_bytes[chain.route[stage]] += sequence.needed_bytes[stage]
         chain.add(sequence)
+        self._make_room()
+        self._forget_dropped(chain)
 
-    def remove(self, sequence: SequenceRecord) -> Chain:
-        """Free the bytes and the slot of a sequence; returns its chain."""
-        chain = sequence.chain
+    def _make_room(self) -> None:
+        """Drop kept sequences, those used first first, until all bytes fit again."""
+        kept = [(s, chain) for chain in self for s in chain.prefixes.kept.values()]
+        if not kept:
+            return
+        used = Counter(self._used_bytes)
+        for sequence, chain in reversed(kept):
+            needed = self._limits.needed_bytes(sequence.sent)
+            nodes = [(chain.route[stage], needed[stage]) for stage in self._graph.stages]
+            if all(used[node] + size <= self._limits.cache_bytes for node, size in nodes):
+                used.update(dict(nodes))
+            else:
+                chain.drop_kept([sequence.slot])
+                self._forget_dropped(chain)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The numbers of the sequences that have ended, and whose states nodes keep."""
+        kept = [sequence.number for chain in self for sequence in chain.prefixes.kept.values()]
+        return (*kept, *(s.taken.number for chain in self for s in chain.sequences if s.taken is not None))
+
+    @property
+    def kept_tokens(self) -> int:
+        """The number of positions that nodes keep of sequences that have ended."""
+        return sum(sequence.sent for chain in self for sequence in chain.prefixes.kept.values())
+
+    def remove(self, sequence: SequenceRecord, *, keep: bool = False) -> tuple[bytes, ...]:
+        """Free the bytes and the slot of a sequence.
+
+        Args:
+            sequence: the sequence.
+            keep: whether to keep its states for others, if they are worth it.
+
+        Returns:
+            the identities of the nodes that have to forget it.
+        """
+        chain, done = sequence.chain, sequence.sent - len(sequence.steps)
         assert chain is not None
+        keep = keep and self._limits.keeps and chain.is_open and done >= self._limits.chunk
         for stage in self._graph.stages:
             number = chain.route[stage]
             self._used_bytes[number] -= sequence.needed_bytes[stage]
             if not self._used_bytes[number]:
                 del self._used_bytes[number]
         chain.remove(sequence)
+        if keep:
+            sequence.sent = done
+            chain.prefixes.keep(sequence)
+            self._make_room()
+        self._forget_dropped(chain)
         self.tidy(chain)
-        return chain
+        return () if keep else chain.identities

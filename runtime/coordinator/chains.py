@@ -16,14 +16,17 @@ given a slot that a step in flight holds. Nodes can therefore run a step of whic
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from onnxsplit.plan_decoder import RowLayout
 from runtime.coordinator.groups import neighbouring, taken_together
 from runtime.coordinator.node_record import NodeRecord
+from runtime.coordinator.prefixes import Prefixes
 from runtime.coordinator.reach import LinkKey
 from runtime.coordinator.sequence_limits import SequenceLimits
 from runtime.coordinator.sequence_record import SequencePhase, SequenceRecord
+from runtime.wire.messages.sequences import Reuse
 
 
 class Group:
@@ -96,6 +99,8 @@ class Chain:
         place: as given.
         groups: the groups.
         sequences: its sequences, in the order in which they came.
+        prefixes: the beginnings of texts that new sequences can take over.
+        dropped: sequences that were kept, and that nodes have to forget now.
         chunks: the number of its steps in flight that read parts of prompts.
         reading: the number of tokens in these steps.
         is_open: whether new sequences may come.
@@ -119,6 +124,8 @@ class Chain:
         first, each = place * limits.chain_slots, limits.group_slots
         self.groups = [Group(range(first + each * i, first + each * (i + 1))) for i in range(limits.groups)]
         self.sequences: dict[SequenceRecord, None] = {}
+        self.prefixes = Prefixes(limits)
+        self.dropped: list[SequenceRecord] = []
         self.chunks = 0
         self.reading = 0
         self.is_open = True
@@ -146,14 +153,20 @@ class Chain:
         return slot not in self._owners and slot not in self._held
 
     def vacancy(self) -> tuple[Group, int] | None:
-        """The group that the next sequence joins, and its slot there; None when there is no room."""
+        """The group that the next sequence joins, and its slot there; None when there is no room.
+
+        Slots that are kept for others count as free, and are taken last.
+        """
         if len(self.sequences) >= self._limits.rows:
             return None
         for group in sorted(self.groups, key=lambda group: group.size):
             free = [slot for slot in group.slots if self._is_free(slot)]
             if free:
+                kept = self.prefixes.kept
                 last = max((slot for slot in group.slots if slot in self._owners), default=-1)
-                return group, next((slot for slot in free if slot > last), free[0])
+                empty = [slot for slot in free if slot not in kept]
+                oldest = [slot for slot in kept if slot in free]
+                return group, next((slot for slot in empty if slot > last), [*empty, *oldest][0])
         return None
 
     def hold(self, slots: list[int]) -> None:
@@ -172,16 +185,39 @@ class Chain:
     # Sequences
 
     def add(self, sequence: SequenceRecord) -> None:
-        """Take in a sequence; there is a :meth:`vacancy`."""
+        """Take in a sequence; there is a :meth:`vacancy`. It may take over the slot of its donor."""
         vacancy = self.vacancy()
         assert vacancy is not None
         sequence.chain = self
         sequence.group, sequence.slot = vacancy
+        sequence.sent = sequence.reused = 0
+        self._take_over(sequence)
+        self.drop_kept([sequence.slot])
+        assert sequence.group is not None
         sequence.group.size += 1
-        sequence.sent = 0
         self._owners[sequence.slot] = sequence
         self.sequences[sequence] = None
+        self.prefixes.add(sequence)
         insort(self._prompts, (sequence.epoch == 1, sequence.number, sequence))
+
+    def _take_over(self, sequence: SequenceRecord) -> None:
+        """Give a sequence the slot of its donor, if that is kept, and has nothing else that others could use."""
+        donor, length = self.prefixes.donor(sequence)
+        if donor is None or self.prefixes.kept.get(donor.slot) is not donor:
+            return
+        self.prefixes.use(donor)
+        is_all = len(donor.marks) * self._limits.chunk == length
+        if self._is_free(donor.slot) and (is_all or donor.slot == sequence.slot):
+            sequence.group = next(group for group in self.groups if donor.slot in group.slots)
+            sequence.slot, sequence.taken, sequence.reused = donor.slot, donor, length
+            self.prefixes.drop(donor)
+
+    def drop_kept(self, slots: Iterable[int]) -> None:
+        """Keep no ended sequences in these slots."""
+        for slot in slots:
+            if (kept := self.prefixes.kept.get(slot)) is not None:
+                self.prefixes.drop(kept)
+                self.dropped.append(kept)
 
     def remove(self, sequence: SequenceRecord) -> None:
         """Remove a sequence, which has ended or goes to other nodes."""
@@ -194,7 +230,11 @@ class Chain:
             self._prompts.remove(entry)
         del self._owners[sequence.slot]
         del self.sequences[sequence]
+        self.prefixes.remove(sequence)
         sequence.chain = sequence.group = None
+        if sequence.taken is not None:  # nodes may have either of the two in its slot
+            self.dropped.append(sequence.taken)
+            sequence.taken = None
 
     def begin_decode(self, sequence: SequenceRecord) -> None:
         """A sequence has its first token, or in a replay its prompt: it joins its group at that group's next step."""
@@ -224,8 +264,12 @@ class Chain:
         waiting = sorted(group.decoding, key=lambda row: (row.stepped, row.slot))
         waiting = waiting[:1] if waiting[0].steps_alone else [row for row in waiting if not row.steps_alone]
         rows = [waiting[i] for i in taken_together(self._layout, [row.sent for row in waiting])]
-        free = [slot for slot in group.slots if self._is_free(slot)]
-        slots = neighbouring([row.slot for row in rows], free, group.slots.start, group.slots.stop)
+        own, free = [row.slot for row in rows], [slot for slot in group.slots if self._is_free(slot)]
+        empty = [slot for slot in free if slot not in self.prefixes.kept]
+        slots = neighbouring(own, empty, group.slots.start, group.slots.stop)
+        if len(slots) < len(rows) and len(empty) < len(free):
+            slots = neighbouring(own, free, group.slots.start, group.slots.stop)
+            self.drop_kept(slots)
         held = list(slots)
         for row, slot in zip(rows, slots, strict=False):
             if slot != row.slot:
@@ -245,18 +289,27 @@ class Chain:
         if not self._prompts or self.chunks > self._stages:
             return None
         is_new, _, sequence = self._prompts[0]
-        size = min(self._limits.chunk, self._to_read(sequence) - sequence.sent)
+        begins = sequence.sent or sequence.reused or self.prefixes.donor(sequence)[1]
+        size = min(self._limits.chunk, sequence.to_read - begins)
         is_crowded = self.chunks > 0 and self.reading + size > self._limits.reading
         return None if is_new and is_crowded and self.decodes else sequence
 
+    def reuse(self, sequence: SequenceRecord) -> tuple[Reuse | None, list[int]]:
+        """What a sequence begins with, when its first step is sent, and the further slots that this step holds."""
+        donor, length = sequence.taken, sequence.reused
+        if donor is None:
+            donor, length = self.prefixes.donor(sequence)
+        if donor is None:
+            return None, []
+        self.prefixes.use(donor)
+        sequence.sent = sequence.reused = length
+        held = [donor.slot] if donor.slot != sequence.slot else []
+        return Reuse(donor.number, donor.epoch, length), held
+
     def next_chunk(self, sequence: SequenceRecord) -> tuple[int, int]:
         """The positions of the next part of a sequence's prompt, from the first one to before the last."""
-        start, stop = sequence.sent, self._to_read(sequence)
+        start, stop = sequence.sent, sequence.to_read
         sequence.sent = min(start + self._limits.chunk, stop)
         if sequence.sent == stop:
             self._prompts.remove((sequence.epoch == 1, sequence.number, sequence))
         return start, sequence.sent
-
-    def _to_read(self, sequence: SequenceRecord) -> int:
-        """The number of tokens that are read as a prompt: all; in an exact replay, only the prompt itself."""
-        return sequence.prompt if self._limits.exact else len(sequence.history)

@@ -252,7 +252,7 @@ class Coordinator:
                 if (late := now - next_beat) > beat_s:  # this process was stopped, or its host is busy
                     self._detector.excuse(int(late * 1e9))
                 next_beat = now + beat_s
-                events += monitor.beat(self.requests.oldest, now - begun)
+                events += monitor.beat(self.requests.beat, now - begun)
             with self.requests.lock:
                 self._turn(events, control, beats=beats)
             self.requests.answers.deliver()

@@ -97,15 +97,15 @@ class NodeMonitor:
         control.tell_trusted(identity)
         return [Reconnected(identity)]
 
-    def beat(self, oldest_request: int, running_s: float) -> list[CoordinatorEvent]:
+    def beat(self, beat: Beat, running_s: float) -> list[CoordinatorEvent]:
         """Send heartbeats, and look for nodes that send none; returns the events.
 
         Args:
-            oldest_request: nodes may forget all requests before it.
+            beat: what nodes may forget.
             running_s: for how long the coordinator has been running.
         """
         control, now_ns = self._control, time.monotonic_ns()
-        header = codec.encode(Beat(oldest_request))
+        header = codec.encode(beat)
         control.unreached &= {node.identity for node in self._roster}
         for node in self._roster:
             if node.identity and not control.tell(node.identity, header):

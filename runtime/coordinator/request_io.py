@@ -33,6 +33,7 @@ from runtime.memory.outgoing import Attempt, shapes_of
 from runtime.memory.payloads import Payloads
 from runtime.topology import sources
 from runtime.trace import RequestTrace
+from runtime.wire.messages.control import Beat
 from runtime.wire.messages.data import Fragment, Visit
 from runtime.wire.messages.sequences import Sampling
 from runtime.wire.wakeup import Wakeup
@@ -354,13 +355,13 @@ class RequestIO(RequestEffects):
         return self._count
 
     @property
-    def oldest(self) -> int:
-        """The oldest request or sequence, or else the next number; nodes may forget all before it.
+    def beat(self) -> Beat:
+        """Which requests and sequences nodes may forget.
 
-        It is read under the lock; otherwise nodes could forget a request that is submitted meanwhile.
+        It is made under the lock; otherwise nodes could forget a request that is submitted meanwhile.
         """
         with self.lock:
-            return self._machine.work.oldest
+            return Beat(self._machine.work.oldest, self._machine.work.kept)
 
     @property
     def lent_bytes(self) -> int:

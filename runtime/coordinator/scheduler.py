@@ -16,6 +16,7 @@ from runtime.coordinator.chains import Chain, Group, StepRecord
 from runtime.coordinator.events import Effects
 from runtime.coordinator.links import DeadLinks
 from runtime.coordinator.numbers import Numbers
+from runtime.coordinator.prefixes import marks_of
 from runtime.coordinator.roster import Roster
 from runtime.coordinator.sequence_events import EnterStep
 from runtime.coordinator.sequence_limits import SequenceLimits
@@ -42,6 +43,7 @@ class Scheduler:
         chains: the chains.
         steps: the steps in flight.
         now_ns: the time of the last event, by the host's monotonic clock.
+        reused_tokens: the number of tokens that sequences did not read, because others had read them.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Scheduler:
         timings: Timings,
     ) -> None:
         assert plan.decoder is not None
-        self.chains = ChainTable(StepGraph(plan), len(plan.stages), roster, links, limits, plan.decoder.rows)
+        self.chains = ChainTable(StepGraph(plan), len(plan.stages), roster, links, limits, plan.decoder.rows, effects)
         self.steps = StepTable(timings)
         self.now_ns = 0
         self._roster = roster
         self._effects = effects
         self._numbers = numbers
+        self._limits = limits
+        self.reused_tokens = 0
         self._cost_rows = max(1, plan.decoder.cost_rows)
         self._queue: list[tuple[bool, int, SequenceRecord]] = []
         self._changed: dict[Chain, None] = {}  # the chains that may have something to send
@@ -75,22 +79,31 @@ class Scheduler:
 
     def wait(self, sequence: SequenceRecord) -> None:
         """Put a sequence into the queue."""
+        sequence.to_read = sequence.prompt if self._limits.exact else len(sequence.history)
+        if self._limits.reuses:
+            sequence.marks = marks_of(sequence.history[: sequence.to_read], self._limits.chunk)
         insort(self._queue, (sequence.epoch == 1, sequence.number, sequence))
 
-    def remove(self, sequence: SequenceRecord) -> tuple[bytes, ...]:
+    def remove(self, sequence: SequenceRecord, *, keep: bool = False) -> tuple[bytes, ...]:
         """Take a sequence away from the queue or from its chain, before its state changes.
 
+        Args:
+            sequence: the sequence.
+            keep: whether to keep its states for others, if it decodes and they are worth it.
+
         Returns:
-            the identities of the nodes that have it.
+            the identities of the nodes that have to forget it.
         """
         if sequence.phase is SequencePhase.WAITING:
             entry = (sequence.epoch == 1, sequence.number, sequence)
             del self._queue[bisect_left(self._queue, entry)]
             return ()
+        chain = sequence.chain
+        assert chain is not None
+        identities = self.chains.remove(sequence, keep=keep and sequence.phase is SequencePhase.DECODE)
         self.steps.abandon(sequence)
-        chain = self.chains.remove(sequence)
         self._changed[chain] = None
-        return chain.identities
+        return identities
 
     def _admit(self) -> None:
         """Admit sequences in order, until there is no room for the first."""
@@ -154,7 +167,11 @@ class Scheduler:
 
     def _read(self, chain: Chain, sequence: SequenceRecord) -> None:
         """Send the next part of a prompt."""
+        begins = sequence.sent == 0
+        reuse, held = chain.reuse(sequence) if begins else (None, [])
         start, stop = chain.next_chunk(sequence)
+        self.reused_tokens += start if begins else 0
+        reused = tuple(sequence.history[:start])
         row = StepRow(
             sequence=sequence.number,
             epoch=sequence.epoch,
@@ -162,9 +179,9 @@ class Scheduler:
             start=start,
             tokens=tuple(sequence.history[start:stop]),
             draw=stop == len(sequence.history),
-            opening=Opening(sequence.prompt, sequence.sampling) if start == 0 else None,
+            opening=Opening(sequence.prompt, sequence.sampling, reused, reuse) if begins else None,
         )
-        self._send(chain, None, [sequence], (row,), [sequence.slot])
+        self._send(chain, None, [sequence], (row,), [sequence.slot, *held])
 
     def _send(
         self,

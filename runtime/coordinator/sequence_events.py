@@ -74,10 +74,11 @@ class EnterStep(Struct, frozen=True):
 
 
 class Emit(Struct, frozen=True):
-    """Give the caller of a sequence its next token."""
+    """Give the caller of a sequence its next token; so many tokens of its prompt were not computed for it."""
 
     sequence: int
     drawn: Drawn
+    cached: int = 0
 
 
 class Finish(Struct, frozen=True):

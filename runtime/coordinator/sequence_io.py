@@ -96,6 +96,7 @@ class SequenceIO:
         """Give a sequence its next token."""
         self.tokens += 1
         stream = self.streams[effect.sequence]
+        stream.cached = effect.cached
         stream.add(effect.drawn, self._scores.get(effect.sequence), self.now_ns)
         self._answers.wake(stream.wake)
 

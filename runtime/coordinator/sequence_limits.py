@@ -36,6 +36,9 @@ class SequenceLimits(Struct, frozen=True, kw_only=True):
         reading: the most tokens of prompts in flight on a chain while any of its sequences decodes; one step may have
             more.
         exact: whether a replay repeats the steps of the text one by one, after the parts of the prompt.
+        reuses: whether a sequence may begin with states of another one.
+        keeps: whether states of sequences that have ended are kept for that.
+        reuses_text: whether states that were computed step by step may be reused where others read them in parts.
         groups: the number of groups of a chain; each has one step in flight.
         places: the number of ranges of slots that a node has.
         token_bytes: for each stage, the bytes of one position of one sequence.
@@ -48,6 +51,9 @@ class SequenceLimits(Struct, frozen=True, kw_only=True):
     chunk: int
     reading: int
     exact: bool
+    reuses: bool
+    keeps: bool
+    reuses_text: bool
     groups: int
     places: int
     token_bytes: tuple[int, ...]
@@ -106,6 +112,7 @@ def sequence_limits(
     prefill_chunk: int = DEFAULT_CHUNK,
     decode_groups: int | None = None,
     exact_replay: bool = True,
+    prefix_reuse: bool = True,
 ) -> SequenceLimits:
     """The limits of sequences for a plan with a decoder.
 
@@ -120,6 +127,7 @@ def sequence_limits(
         decode_groups: the number of groups of a chain; None for as many as stages, and one more where rows of unequal
             length do not share a run.
         exact_replay: whether to replay exactly where the model's scores depend on how tokens are divided into runs.
+        prefix_reuse: whether a sequence begins with states of another one, where those of the model can be cut.
 
     Raises:
         InputError: a number is out of range.
@@ -132,30 +140,39 @@ def sequence_limits(
     if decoder.chunk == "none":
         length = chunk = min(length, MOST_NEW_TOKENS)
     groups = _groups(plan, decoder) if decode_groups is None else decode_groups
-    for name, value, most in (
-        ("cache_bytes", cache_bytes, 1 << 50),
-        ("max_rows", max_rows, MOST_ROWS),
-        ("max_length", length, decoder.max_length),
-        ("prefill_chunk", prefill_chunk, MOST_NEW_TOKENS),
-        ("decode_groups", groups, MOST_ROWS),
-    ):
-        if not 1 <= value <= most:
-            raise InputError(f"{name} must be a whole number from 1 to {most}, not {value}")
+    _check("cache_bytes", cache_bytes, 1 << 50)
+    _check("max_rows", max_rows, MOST_ROWS)
+    _check("max_length", length, decoder.max_length)
+    _check("prefill_chunk", prefill_chunk, MOST_NEW_TOKENS)
+    _check("decode_groups", groups, MOST_ROWS)
     groups = min(groups, max_rows)
-    of_chain = groups * ceil(max_rows / groups)
-    most_places = max(_FEWEST_PLACES, 2 * max(replicas, default=1))
+    reuses, depends = prefix_reuse and decoder.rollback and decoder.chunk != "none", _depends_on_parts(decoder)
     return SequenceLimits(
         cache_bytes=cache_bytes,
         rows=max_rows,
         length=length,
         chunk=chunk,
         reading=prefill_chunk,
-        exact=exact_replay and _depends_on_parts(decoder),
+        exact=exact_replay and depends,
+        reuses=reuses,
+        keeps=reuses and all(s.kind == "in-place" or decoder.rows == "holes" for s in decoder.states),
+        reuses_text=not depends,
         groups=groups,
-        places=max(1, min(most_places, MOST_SLOTS // of_chain)),
+        places=_places(replicas, groups * ceil(max_rows / groups)),
         token_bytes=tuple(decoder.token_bytes(stage.index) for stage in plan.stages),
         fixed_bytes=tuple(decoder.fixed_bytes(stage.index) for stage in plan.stages),
     )
+
+
+def _places(replicas: tuple[int, ...], slots: int) -> int:
+    """The number of chains with so many slots that may share a node."""
+    most = max(_FEWEST_PLACES, 2 * max(replicas, default=1))
+    return max(1, min(most, MOST_SLOTS // slots))
+
+
+def _check(name: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise InputError(f"{name} must be a whole number from 1 to {most}, not {value}")
 
 
 def _groups(plan: Plan, decoder: Decoder) -> int:

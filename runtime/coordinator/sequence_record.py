@@ -77,6 +77,12 @@ class SequenceRecord:
         blamed: what happened to the nodes that were lost while they executed it, since its last token.
         suspected: whether one of its steps failed beside other rows, since its last token.
         overdue: the number of its steps that were overdue, since its last token.
+        to_read: the number of tokens that this epoch reads in parts: all; in an exact replay, only the prompt.
+        marks: identify the beginnings of these tokens; see :mod:`runtime.coordinator.prefixes`.
+        reused: the number of positions that this epoch took from another sequence.
+        taken: the sequence whose slot it took over, until nodes have run its first step.
+        reuse_failed: whether it must compute all its states itself, because those of another sequence were gone.
+        cached: the number of tokens of its prompt that were not computed for its first token.
     """
 
     number: int
@@ -97,6 +103,12 @@ class SequenceRecord:
     blamed: list[str] = field(default_factory=list)
     suspected: bool = False
     overdue: int = 0
+    to_read: int = 0
+    marks: tuple[int, ...] = ()
+    reused: int = 0
+    taken: SequenceRecord | None = None
+    reuse_failed: bool = False
+    cached: int = 0
 
     @property
     def steps_alone(self) -> bool:

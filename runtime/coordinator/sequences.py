@@ -31,18 +31,18 @@ from onnxsplit.errors import InputError, OnnxsplitError
 from onnxsplit.plan import Plan
 from runtime.coordinator.chains import Chain
 from runtime.coordinator.deadlines import Deadlines
-from runtime.coordinator.diagnosis import awaited, stage_name
 from runtime.coordinator.events import Effects, Forget, Reject, Steps, Tick
 from runtime.coordinator.links import DeadLinks
 from runtime.coordinator.numbers import Numbers
 from runtime.coordinator.reach import LinkKey
 from runtime.coordinator.roster import Roster
 from runtime.coordinator.scheduler import Scheduler
+from runtime.coordinator.sequence_diagnosis import SequenceDiagnosis
 from runtime.coordinator.sequence_events import Emit, EndReason, Finish, SequenceSubmitted, StepReturned
 from runtime.coordinator.sequence_limits import SequenceLimits
 from runtime.coordinator.sequence_record import TRANSITIONS, SequenceChange, SequencePhase, SequenceRecord
 from runtime.coordinator.step_table import STEP_ATTEMPT
-from runtime.errors import Busy, DeadlineExceeded, NodeFailed, StageFailed, StageUnavailable
+from runtime.errors import Busy, Cancelled, DeadlineExceeded, NodeFailed, StageFailed
 from runtime.timings import Timings
 from runtime.topology import StageGraph, StepGraph
 from runtime.transition_table import Machine
@@ -87,14 +87,14 @@ class SequenceTable:
         self.tokens = 0
         self.replays = 0
         self.has_ended = False
-        self._graph = graph
-        self._stages = StepGraph(plan).stages
         self._roster = roster
         self._links = links
         self._effects = effects
         self._limits = limits
         self._attempts = attempts
-        self._scheduler = Scheduler(plan, roster, links, effects, numbers, limits=limits, timings=timings)
+        scheduler = Scheduler(plan, roster, links, effects, numbers, limits=limits, timings=timings)
+        self._scheduler = scheduler
+        self._diagnosis = SequenceDiagnosis(graph, StepGraph(plan).stages, roster, links, limits, scheduler)
         self._sequences: dict[int, SequenceRecord] = {}
         self.deadlines = Deadlines(self._sequences)
 
@@ -126,6 +126,21 @@ class SequenceTable:
     def oldest(self) -> int | None:
         """The first sequence; None when there is none."""
         return next(iter(self._sequences), None)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The sequences that have ended, and whose states nodes keep for others."""
+        return self._scheduler.chains.kept
+
+    @property
+    def kept_tokens(self) -> int:
+        """The number of positions that nodes keep of these."""
+        return self._scheduler.chains.kept_tokens
+
+    @property
+    def reused_tokens(self) -> int:
+        """The number of tokens that sequences did not read, because others had read them."""
+        return self._scheduler.reused_tokens
 
     def uses(self, number: int) -> bool:
         """Whether a node has sequences."""
@@ -173,19 +188,10 @@ class SequenceTable:
         scheduler.wait(sequence)
         scheduler.go_on()
         if sequence.phase is SequencePhase.WAITING:
-            if (error := self._unavailable()) is not None:
+            if (error := self._diagnosis.unavailable()) is not None:
                 self._refuse(sequence, error)
             elif not event.wait:
-                self._refuse(sequence, Busy(f"{self._crowd()}; try again when some have ended"))
-
-    def _crowd(self) -> str:
-        """Describe why there is no room."""
-        chains = list(self._scheduler.chains)
-        running, most = sum(len(chain.sequences) for chain in chains), self._limits.rows * len(chains)
-        return (
-            f"there is no room for another sequence: {running} run, at most {most} do, within "
-            f"{self._limits.cache_bytes} bytes of caches on each node, and {self.waiting} wait"
-        )
+                self._refuse(sequence, Busy(f"{self._diagnosis.crowd()}; try again when some have ended"))
 
     def returned(self, event: StepReturned) -> None:
         """Handle a step that has come back: pass its tokens on, and send the next steps."""
@@ -197,6 +203,7 @@ class SequenceTable:
             self._roster.visited(visit)
         drawn = {token.sequence: token for token in event.drawn}
         for sequence in step.waiting:
+            sequence.taken = None
             if sequence.number in step.draws:
                 self._take(sequence, drawn.get(sequence.number))
             elif sequence.has_read_prompt:
@@ -209,12 +216,14 @@ class SequenceTable:
             sequence.blamed.append(reason := "its last step came back without its token")
             self._replay(sequence, reason)
             return
+        if len(sequence.history) == sequence.prompt:
+            sequence.cached = sequence.reused
         sequence.history.append(drawn.token)
         sequence.blamed.clear()
         sequence.suspected = False
         sequence.overdue = 0
         self.tokens += 1
-        self._effects.on_requests.append(Emit(sequence.number, drawn))
+        self._effects.on_requests.append(Emit(sequence.number, drawn, sequence.cached))
         self._scheduler.step_on(sequence, SequenceChange.DRAW)
         if drawn.token in sequence.sampling.end_tokens:
             self._finish(sequence, "stop")
@@ -222,7 +231,7 @@ class SequenceTable:
             self._finish(sequence, "length")
 
     def _finish(self, sequence: SequenceRecord, reason: EndReason) -> None:
-        self._end(sequence)
+        self._end(sequence, keep=True)
         self._effects.on_requests.append(Finish(sequence.number, reason))
 
     # What ends epochs
@@ -237,11 +246,14 @@ class SequenceTable:
             self._refuse(sequence, NodeFailed(told))
         else:
             self.replays += 1
-            self.has_ended = True
-            self._forget(sequence, self._scheduler.remove(sequence))
-            sequence.machine.go(SequenceChange.REPLAY)
-            sequence.epoch += 1
-            self._scheduler.wait(sequence)
+            self._restart(sequence)
+
+    def _restart(self, sequence: SequenceRecord) -> None:
+        self.has_ended = True
+        self._forget(sequence, self._scheduler.remove(sequence))
+        sequence.machine.go(SequenceChange.REPLAY)
+        sequence.epoch += 1
+        self._scheduler.wait(sequence)
 
     def _forget(self, sequence: SequenceRecord, identities: tuple[bytes, ...]) -> None:
         if identities:
@@ -303,19 +315,18 @@ class SequenceTable:
         self._scheduler.now_ns = event.now_ns
         for step in self._scheduler.steps.overdue(event.now_ns):
             since_s = (event.now_ns - step.begun_ns) / 1e9
-            where = self._progress_of(event.steps.get((step.number, STEP_ATTEMPT), {}))
+            where = self._diagnosis.progress(event.steps.get((step.number, STEP_ATTEMPT), {}))
             for sequence in step.waiting:
                 sequence.overdue += 1
             self._replay_all(step.waiting, f"nothing was heard of its step for {since_s:.0f} s: {where}")
         self._scheduler.go_on()
 
-    def _progress_of(self, steps: Mapping[int, Step]) -> str:
-        """Describe what a step is waiting for, and the dead links on its way."""
-        blocked = self._links.on_way(self._stages, self._links.stories)
-        return "; ".join([awaited(self._graph, self._roster, self._stages, steps), *blocked])
-
     def reported(self, message: Failed) -> None:
-        """Handle a step that a node could not execute: refuse its only row, or replay its rows one by one."""
+        """Handle a step that a node could not execute: refuse its only row, or replay its rows one by one.
+
+        A sequence that began with states of another one may have failed because these were gone. It begins again, and
+        computes all of them.
+        """
         step = self._scheduler.steps.get(message.request)
         if step is None or message.attempt != STEP_ATTEMPT:
             return
@@ -327,7 +338,10 @@ class SequenceTable:
         node.counters.failures += 1
         told = f"{node.called} could not execute the sequence: {message.reason}"
         for sequence in step.waiting:
-            if len(step.rows) == 1 or self._attempts == 1:
+            if sequence.reused and sequence.phase is SequencePhase.PREFILL:
+                sequence.reuse_failed = True
+                self._restart(sequence)
+            elif len(step.rows) == 1 or self._attempts == 1:
                 self._refuse(sequence, StageFailed(told))
             else:
                 sequence.suspected = True
@@ -350,32 +364,17 @@ class SequenceTable:
         sequence = self._sequences.get(number)
         if sequence is None:
             return
-        absent = [stage for stage in self._stages if stage not in self._roster.served]
-        if sequence.steps:
-            where = self._progress_of(steps)
-        elif sequence.phase is not SequencePhase.WAITING:
-            where = "its next step had not begun"
-        elif absent:
-            where = "it waited for a node of " + ", ".join(stage_name(self._roster, stage) for stage in absent)
-        else:
-            where = self._crowd()
+        where = self._diagnosis.delay(sequence, steps)
         tokens = len(sequence.history) - sequence.prompt
         tries = f" in {sequence.epoch} attempts" if sequence.epoch > 1 else ""
         self.refuse(number, DeadlineExceeded(f"the sequence's time ran out after {tokens} tokens{tries}: {where}"))
 
     def refuse_hopeless(self) -> None:
         """Refuse the sequences that wait for a stage whose nodes keep failing."""
-        error = self._unavailable()
+        error = self._diagnosis.unavailable()
         if error is not None:
             for sequence in [s for s in self._sequences.values() if s.phase is SequencePhase.WAITING]:
                 self._refuse(sequence, error)
-
-    def _unavailable(self) -> StageUnavailable | None:
-        for stage in self._stages:
-            story = self._roster.broken(stage)
-            if story is not None:
-                return StageUnavailable(f"stage {stage} has no node: {story}")
-        return None
 
     def refuse(self, number: int, error: OnnxsplitError) -> None:
         """End a sequence with an error; nothing happens when it has ended."""
@@ -390,11 +389,12 @@ class SequenceTable:
             self._refuse(sequence, error)
 
     def _refuse(self, sequence: SequenceRecord, error: OnnxsplitError) -> None:
-        self._end(sequence)
+        self._end(sequence, keep=isinstance(error, Cancelled))
         self._effects.on_requests.append(Reject(sequence.number, error))
 
-    def _end(self, sequence: SequenceRecord) -> None:
-        self._forget(sequence, self._scheduler.remove(sequence))
+    def _end(self, sequence: SequenceRecord, *, keep: bool) -> None:
+        """End a sequence; ``keep`` says whether others may still use its states."""
+        self._forget(sequence, self._scheduler.remove(sequence, keep=keep))
         sequence.machine.go(SequenceChange.END)
         del self._sequences[sequence.number]
         self.has_ended = True

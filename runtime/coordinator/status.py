@@ -108,6 +108,9 @@ class SequenceStats(Struct, frozen=True):
         steps: steps that have come back so far.
         rows: sequences in these steps, all together.
         cache_usage: share of the bytes for states that sequences have reserved, on the node with the largest share.
+        reused_tokens: tokens of prompts that were not computed, because another sequence had begun alike.
+        kept: sequences that have ended, and whose states nodes keep because others may begin alike.
+        kept_tokens: positions of these.
     """
 
     running: int
@@ -117,6 +120,9 @@ class SequenceStats(Struct, frozen=True):
     steps: int = 0
     rows: int = 0
     cache_usage: float = 0.0
+    reused_tokens: int = 0
+    kept: int = 0
+    kept_tokens: int = 0
 
 
 class Snapshot(Struct, frozen=True):
@@ -206,6 +212,9 @@ def sequence_stats(table: SequenceTable | None) -> SequenceStats | None:
         steps=table.scheduler.steps.returned_steps,
         rows=table.scheduler.steps.returned_rows,
         cache_usage=table.scheduler.chains.usage,
+        reused_tokens=table.reused_tokens,
+        kept=len(table.kept),
+        kept_tokens=table.kept_tokens,
     )
 
 

@@ -21,6 +21,7 @@ class TokenStream:
         drawn: the tokens.
         scores: the scores of each token, where the caller asked for them.
         times_ns: when each token arrived, by the host's monotonic clock.
+        cached: the number of tokens of the prompt that were not computed, because another sequence had them.
         reason: why the sequence has ended; None before, and when it failed.
         error: why it failed; None before, and when it did not.
     """
@@ -29,6 +30,7 @@ class TokenStream:
         self.drawn: list[Drawn] = []
         self.scores: list[Array] = []
         self.times_ns: list[int] = []
+        self.cached = 0
         self.reason: EndReason | None = None
         self.error: OnnxsplitError | None = None
         self._lock = threading.Lock()

@@ -38,6 +38,11 @@ class Work:
         return min((first for first in firsts if first is not None), default=self._numbers.following)
 
     @property
+    def kept(self) -> tuple[int, ...]:
+        """The sequences that have ended, and whose states nodes must not forget."""
+        return self._sequences.kept if self._sequences is not None else ()
+
+    @property
     def in_flight(self) -> tuple[AttemptKey, ...]:
         """The attempts at requests, and the steps of sequences, that are under way."""
         steps = self._sequences.in_flight if self._sequences is not None else ()

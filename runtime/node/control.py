@@ -179,5 +179,5 @@ class ControlLink(threading.Thread):
                 self._node.rejoin(reason)
             case Stop(reason):
                 self._node.be_refused(f"the coordinator at {self._address} has no place for this node: {reason}")
-            case Beat(oldest):
-                self._node.post(Passed(oldest))
+            case Beat(oldest, kept):
+                self._node.post(Passed(oldest, frozenset(kept)))

@@ -93,9 +93,10 @@ class AttemptCancelled(Struct, frozen=True):
 
 
 class Passed(Struct, frozen=True):
-    """All requests with a smaller number have ended."""
+    """All requests with a smaller number have ended; the states of some sequences among them are kept."""
 
     oldest: int
+    kept: frozenset[int] = frozenset()
 
 
 class LeaveAsked(Struct, frozen=True):

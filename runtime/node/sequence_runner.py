@@ -110,7 +110,7 @@ class SequenceRunner:
         for place, row in enumerate(rows):
             if not live[place]:
                 continue
-            if row.opening is not None and row.start == 0:
+            if row.opening is not None:
                 self._samplers[row.slot] = self._sampler(row.opening)
             sampler = self._samplers[row.slot]
             sampler.feed(row.start, row.tokens)
@@ -121,14 +121,16 @@ class SequenceRunner:
     def _sampler(self, opening: Opening) -> TokenSampler:
         sampling = opening.sampling
         guide = self._guides(sampling.grammar) if sampling.grammar else None
-        return TokenSampler(sampling, opening.prompt, self._below, guide)
+        sampler = TokenSampler(sampling, opening.prompt, self._below, guide)
+        sampler.feed(0, opening.reused)
+        return sampler
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Move sequences to other slots, all at once."""
+        """Move sequences to other slots, or copy their states, all at once."""
         if not moves:
             return
         self._caches.move(moves)
-        moved = {move.target: self._samplers.pop(move.source, None) for move in moves}
+        moved = {move.target: self._samplers.pop(move.source, None) for move in moves if not move.keep}
         self._samplers.update({slot: sampler for slot, sampler in moved.items() if sampler is not None})
 
     def clear(self, slots: Sequence[int]) -> None:

@@ -7,6 +7,9 @@ now, and what has to be moved and cleared before.
     sequence cancelled, passed, older epoch    dead
     slot claimed by a later step               dead
     start 0                                    live: claims the slot, and whoever was there is gone
+    reuses another one, which is here          live: claims the slot, and copies the beginning of the other
+    reuses another one, which is gone          unfit
+    reuses another one, which is on its way    wait
     sequence or epoch not known here yet       wait
     start above the length                     wait: an earlier step is still on its way
     step not later than the last one           dead: the step has come twice
@@ -21,28 +24,30 @@ Rules:
     2. A slot keeps its states until its sequence is freed, moved or replaced by a claim. Slots without a sequence are
        cleared.
     3. A step changes nothing unless it runs.
+    4. A sequence that others reuse is not changed by it, unless they take over its slot.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from msgspec import Struct
 
-from runtime.wire.messages.sequences import StepRow
+from runtime.wire.messages.sequences import Reuse, StepRow
 
 _REMEMBERED = 1 << 16  # number of ended sequences remembered, because rows of them may still arrive
 
 
 class Move(Struct, frozen=True):
-    """The first ``length`` positions of a sequence go from one slot to another."""
+    """The first ``length`` positions of a sequence go from one slot to another; with ``keep`` they stay there, too."""
 
     source: int
     target: int
     length: int
+    keep: bool = False
 
 
 class Placed(Struct, frozen=True):
@@ -175,23 +180,29 @@ class Slots:
 
     def free(self, sequence: int, epoch: int) -> tuple[int, ...]:
         """Free the slot of a sequence that was given up in this epoch and all before; returns the slots to clear."""
-        if sequence >= self._oldest:
-            self._ended[sequence] = max(epoch, self._ended.get(sequence, 0))
-            if len(self._ended) > _REMEMBERED:
-                self._ended.popitem(last=False)
+        self._note_end(sequence, epoch)
         holding = self._held.get(sequence)
         if holding is None or holding.epoch > epoch:
             return ()
         return self._vacate([sequence])
 
-    def passed(self, oldest: int) -> tuple[int, ...]:
-        """Free the slots of all sequences with a number below ``oldest``; returns the slots to clear."""
-        if oldest <= self._oldest:
-            return ()
-        self._oldest = oldest
-        for sequence in [known for known in self._ended if known < oldest]:
-            del self._ended[sequence]
-        return self._vacate([sequence for sequence in self._held if sequence < oldest])
+    def _note_end(self, sequence: int, epoch: int) -> None:
+        if sequence >= self._oldest:
+            self._ended[sequence] = max(epoch, self._ended.get(sequence, 0))
+            if len(self._ended) > _REMEMBERED:
+                self._ended.popitem(last=False)
+
+    def passed(self, oldest: int, kept: Collection[int] = ()) -> tuple[int, ...]:
+        """Free the slots of all sequences with a number below ``oldest``, except those that are kept for others.
+
+        Returns:
+            the slots to clear.
+        """
+        if oldest > self._oldest:
+            self._oldest = oldest
+            for sequence in [known for known in self._ended if known < oldest]:
+                del self._ended[sequence]
+        return self._vacate([sequence for sequence in self._held if sequence < oldest and sequence not in kept])
 
     def _vacate(self, sequences: Sequence[int]) -> tuple[int, ...]:
         slots = [self._held.pop(sequence).slot for sequence in sequences]
@@ -224,6 +235,8 @@ class Slots:
             return Unplaced.DEAD
         if row.start == 0:
             return None
+        if row.opening is not None and row.opening.reuse is not None:
+            return self._judge_reuse(row, row.opening.reuse)
         if held is None or held.epoch < row.epoch or row.start > held.length:
             return Unplaced.WAIT
         if row.start == held.length or self._rollback or row.start == held.before:
@@ -232,6 +245,19 @@ class Slots:
             f"sequence {row.sequence} is at position {held.length} and cannot go back to {row.start}, because a state "
             f"of the model cannot be cut back"
         )
+
+    def _judge_reuse(self, row: StepRow, reuse: Reuse) -> Unplaced | Unfit | None:
+        """The verdict on a row that begins with states of another sequence."""
+        other = self._held.get(reuse.sequence)
+        if other is not None and other.epoch == reuse.epoch:
+            return None if other.length >= reuse.length else Unplaced.WAIT
+        is_gone = reuse.epoch <= self._ended.get(reuse.sequence, 0) or reuse.sequence < self._oldest
+        if is_gone or (other is not None and other.epoch > reuse.epoch):
+            return Unfit(
+                f"sequence {row.sequence} begins with {reuse.length} positions of sequence {reuse.sequence}, epoch "
+                f"{reuse.epoch}, which is no longer here"
+            )
+        return Unplaced.WAIT
 
     def _taken(self, rows: Sequence[StepRow], live: Sequence[bool]) -> Unfit | None:
         """A dead row must not compute on the states of another sequence."""
@@ -247,19 +273,24 @@ class Slots:
         """Give the live rows their slots."""
         alive = [row for row, is_live in zip(rows, live, strict=True) if is_live]
         known = {row.sequence: self._held[row.sequence] for row in alive if row.sequence in self._held}
+        copies = [
+            Move(self._held[row.opening.reuse.sequence].slot, row.slot, row.start, keep=True)
+            for row in alive
+            if row.opening is not None and row.opening.reuse is not None
+        ]
         left = {holding.slot for holding in known.values()}
         for slot in left:
             del self._at[slot]
         for row in alive:
             other = self._at.pop(row.slot, None)
             if other is not None:
-                del self._held[other]
+                self._note_end(other, self._held.pop(other).epoch)
                 left.add(row.slot)
-        moves = []
+        moves = [copy for copy in copies if copy.source != copy.target]
         for row in alive:
             self._at[row.slot] = row.sequence
-            if row.start == 0:
-                self._held[row.sequence] = _Holding(row.epoch, row.slot, 0, -1, 0)
+            if row.opening is not None:
+                self._held[row.sequence] = _Holding(row.epoch, row.slot, row.start, -1, 0)
                 self._claims[row.slot] = step
                 continue
             holding = known[row.sequence]

@@ -163,8 +163,8 @@ class NodeState:
                 return self._failed(reason)
             case AttemptCancelled(request, attempt):
                 return self._cancel(request, attempt)
-            case Passed(oldest):
-                return self._passed(oldest)
+            case Passed():
+                return self._passed(event)
             case Assigned(assign):
                 self._assign = assign
                 return [Load(assign)]
@@ -214,15 +214,9 @@ class NodeState:
         assert requests is not None
         targets = {p.number for p in wire.peers if p.stage in requests.readers or p.stage == CALLER}
         senders = {p.number for p in wire.peers if p.stage in requests.sources | requests.co_senders}
-        effects: list[NodeEffect] = [
-            Connect(
-                me=wire.me,
-                peers=wire.peers,
-                neighbours=frozenset((targets | senders) - {wire.me}),
-                targets=frozenset(targets),
-            ),
-            SayReady(),
-        ]
+        neighbours = frozenset((targets | senders) - {wire.me})
+        connect = Connect(me=wire.me, peers=wire.peers, neighbours=neighbours, targets=frozenset(targets))
+        effects: list[NodeEffect] = [connect, SayReady()]
         early, self._early = self._early, []
         for event in early:
             effects += self._arrived(event)
@@ -380,10 +374,11 @@ class NodeState:
             self._cancelled.popitem(last=False)
         return self._drop([key for key in self._joins if key[0] == request and key[1] <= attempt])
 
-    def _passed(self, oldest: int) -> list[NodeEffect]:
-        self._oldest = max(self._oldest, oldest)
+    def _passed(self, event: Passed) -> list[NodeEffect]:
+        self._oldest = max(self._oldest, event.oldest)
         dropped = self._drop([key for key in self._joins if key[0] < self._oldest])
-        return dropped + self._freed(self._steps.slots.passed(oldest) if self._steps is not None else ())
+        slots = self._steps.slots.passed(event.oldest, event.kept) if self._steps is not None else ()
+        return dropped + self._freed(slots)
 
     def _freed(self, slots: tuple[int, ...]) -> list[NodeEffect]:
         """Clear slots whose sequences have ended; steps that waited for these have ended too."""

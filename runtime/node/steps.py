@@ -9,7 +9,7 @@ from runtime.node.events import OutputsByTarget
 from runtime.node.slots import Slots
 from runtime.topology import StepGraph
 from runtime.wire.messages.data import Fragment
-from runtime.wire.messages.sequences import StepRow
+from runtime.wire.messages.sequences import Opening, StepRow
 
 
 class StageSteps:
@@ -79,13 +79,27 @@ class StageSteps:
             return f"positions {row.start} to {end}; at most {self._length} are allowed"
         if max(row.tokens) >= self._below:
             return f"token {max(row.tokens)}; tokens are below {self._below}"
-        if row.start == 0:
-            if row.opening is None:
-                return "it begins without an opening"
-            sampling = row.opening.sampling
-            named = (*(token for token, _ in sampling.bias), *sampling.end_tokens)
-            if named and max(named) >= self._drawn_below:
-                return f"token {max(named)} among the biases or the end tokens; tokens are below {self._drawn_below}"
+        if row.opening is not None:
+            return self._opening_problem(row, row.opening)
+        return "it begins without an opening" if row.start == 0 else ""
+
+    def _opening_problem(self, row: StepRow, opening: Opening) -> str:
+        """Why a sequence cannot begin like this."""
+        sampling, reuse = opening.sampling, opening.reuse
+        named = (*(token for token, _ in sampling.bias), *sampling.end_tokens)
+        if named and max(named) >= self._drawn_below:
+            return f"token {max(named)} among the biases or the end tokens; tokens are below {self._drawn_below}"
+        length = 0 if reuse is None else reuse.length
+        if not row.start == length == len(opening.reused):
+            return f"it begins at {row.start}, and reuses {length} positions with {len(opening.reused)} tokens"
+        if reuse is None:
+            return ""
+        if not self._decoder.rollback:
+            return "it reuses states of another sequence; a state of the model cannot be cut"
+        if reuse.sequence == row.sequence:
+            return "it reuses its own states"
+        if max(opening.reused) >= self._below:
+            return f"token {max(opening.reused)} among those reused; tokens are below {self._below}"
         return ""
 
     def _layout_problem(self, rows: Sequence[StepRow], new: int) -> str:

@@ -38,10 +38,17 @@ class TokenLogprob(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """The numbers of tokens of a generation."""
+    """The numbers of tokens of a generation.
+
+    Attributes:
+        prompt: the tokens of the prompt.
+        completion: the new tokens.
+        cached: the tokens of the prompt that were not computed, because another sequence had begun alike.
+    """
 
     prompt: int
     completion: int
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,11 @@ class Generation:
     def times_ns(self) -> tuple[int, ...]:
         """When each new token so far arrived, by the host's monotonic clock."""
         return tuple(self._stream.times_ns)
+
+    @property
+    def cached(self) -> int:
+        """The tokens of the prompt that were not computed, because another sequence had begun alike."""
+        return self._stream.cached
 
     @property
     def done(self) -> bool:
@@ -253,7 +265,7 @@ class Generation:
         return Generated(
             tokens=self.tokens,
             reason=stream.reason,
-            usage=Usage(self.prompt, len(stream.drawn)),
+            usage=Usage(self.prompt, len(stream.drawn), stream.cached),
             logprobs=self.logprobs,
             scores=tuple(stream.scores) if self._has_scores else None,
             seed=self.seed,

@@ -34,7 +34,8 @@ class SimulatedSlots:
         """Run a step; returns the text of each row up to its last token. Dead rows write as live ones do."""
         moved = {move.target: self.texts[move.source][: move.length] for move in placed.moves}
         for move in placed.moves:
-            self.texts.pop(move.source, None)
+            if not move.keep:
+                self.texts.pop(move.source, None)
         self.texts.update(moved)
         self.clear(placed.clear)
         for row in rows:

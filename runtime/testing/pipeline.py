@@ -127,7 +127,9 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
         if self.coordinator.sequences is not None:
             for node in self.coordinator.roster:
                 if node.identity:
-                    self._tell_node(node.identity, n.Passed(self.coordinator.work.oldest))
+                    self._tell_node(
+                        node.identity, n.Passed(self.coordinator.work.oldest, frozenset(self.coordinator.work.kept))
+                    )
 
     # Methods that subclasses may replace
 
@@ -282,7 +284,8 @@ class SimulatedPipeline(SimulatedNodes, RequestEffects, NodeEffects):
     def hear(self, sender: int, message: Any) -> None:
         """Handle a message of a node at the coordinator."""
         if isinstance(message, Failed):
-            if (message.request, message.attempt) in self.coordinator.work.in_flight:
+            in_flight = (message.request, message.attempt) in self.coordinator.work.in_flight
+            if in_flight and "no longer here" not in message.reason:  # the donor of a sequence was given up
                 self.failures.append(message)
             self.tell(c.Reported(message))
             return

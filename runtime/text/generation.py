@@ -75,7 +75,7 @@ class TextGeneration:
     @property
     def usage(self) -> Usage:
         """The numbers of tokens: of the prompt, and of the text that was read so far."""
-        return Usage(len(self.prompt), self._count)
+        return Usage(len(self.prompt), self._count, self.generation.cached)
 
     def __iter__(self) -> TextGeneration:
         return self

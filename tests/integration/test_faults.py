@@ -273,6 +273,6 @@ def test_a_request_that_comes_while_nodes_are_told_what_is_over_is_not_forgotten
         given = {"x": np.ones((1, 32), np.float32)}
         submitting = threading.Thread(target=lambda: answers.append(pipeline.run(given, timeout=60)))
         monkeypatch.setattr(RequestTable, "oldest", property(slowly))
-        assert pipeline._coordinator.requests.oldest == 0, "the request that came meanwhile is not over"
+        assert pipeline._coordinator.requests.beat.oldest == 0, "the request that came meanwhile is not over"
         submitting.join(60)
     assert len(answers) == 1

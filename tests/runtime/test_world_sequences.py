@@ -48,11 +48,18 @@ def settle(pipeline):
     sequences = pipeline.coordinator.sequences
     assert not len(sequences)
     assert not sequences.in_flight
+    kept = {node.number: [] for node in pipeline.nodes.values()}
+    for chain in sequences._scheduler.chains:
+        assert not chain.dropped
+        for number in chain.nodes:
+            kept[number] += chain.prefixes.kept.values()
     for node in pipeline.nodes.values():
         assert not sequences.scheduler.chains.used_bytes(node.number)
         if node.alive:
-            assert not node.state.sequences
-            assert not node.slots.texts, f"node {node.number} keeps states of nobody"
+            ended = kept[node.number]
+            assert node.state.sequences == len(ended)
+            assert node.slots.texts.keys() == {one.slot for one in ended}, f"node {node.number} keeps states of nobody"
+            assert all(node.slots.texts[one.slot][: one.sent] == one.history[: one.sent] for one in ended)
     assert not pipeline.coordinator.roster.departing
     assert {record.phase for record in pipeline.coordinator.roster.nodes.values()} == {Phase.READY}
 
@@ -66,17 +73,29 @@ class Faults(FaultRules):
         chunk=st.sampled_from(["one-row", "none"]),
         rollback=st.booleans(),
         max_rows=st.integers(1, 6),
+        cache_bytes=st.sampled_from([600, 1200, 1 << 20]),
+        reuse=st.booleans(),
         seed=st.integers(0, 2**32),
     )
-    def begin(self, replicas, rows, chunk, rollback, max_rows, seed):
+    def begin(self, replicas, rows, chunk, rollback, max_rows, cache_bytes, reuse, seed):
         decoder = {"rows": rows, "chunk": chunk, "rollback": rollback}
-        self.pipeline = new_pipeline(replicas, seed, decoder=decoder, limits={"max_rows": max_rows})
+        limits = {"max_rows": max_rows, "cache_bytes": cache_bytes, "prefix_reuse": reuse}
+        self.pipeline = new_pipeline(replicas, seed, decoder=decoder, limits=limits)
         self.given_up = set()
 
     @rule(prompt=st.integers(1, 12), max_tokens=st.integers(1, 12), ends=st.integers(0, 2), wait=st.booleans())
     def generate(self, prompt, max_tokens, ends, wait):
         tokens = tuple(self.pipeline.choices.randrange(_SMALL) for _ in range(prompt))
         self.pipeline.generate(tokens, max_tokens, end_tokens=tuple(range(ends)), wait=wait)
+
+    @rule(data=st.data(), more=st.integers(0, 9), max_tokens=st.integers(1, 12))
+    def generate_alike(self, data, more, max_tokens):
+        if self.pipeline.sequences:
+            other = self.pipeline.sequences[data.draw(st.sampled_from(sorted(self.pipeline.sequences)))]
+            text = (*other.prompt, *(drawn.token for drawn in other.drawn))
+            shared = text[: data.draw(st.integers(1, len(text)))][:36]
+            added = tuple(self.pipeline.choices.randrange(_SMALL) for _ in range(more))
+            self.pipeline.generate((*shared, *added), max_tokens)
 
     @rule(data=st.data(), count=st.integers(1, 30))
     def go_on(self, data, count):
@@ -179,6 +198,15 @@ def test_a_thousand_sequences_survive_a_node_killed_again_and_again():
     assert all(sequence.ends == ["length"] for sequence in pipeline.sequences.values())
 
 
+def alike(pipeline, choices):
+    """The beginning of the text of a sequence so far."""
+    if not pipeline.sequences or choices.random() < 0.3:
+        return ()
+    other = pipeline.sequences[choices.choice(sorted(pipeline.sequences)[-10:])]
+    text = (*other.prompt, *(drawn.token for drawn in other.drawn))
+    return text[: choices.randrange(len(text) + 1)][:30]
+
+
 def drive(pipeline, choices, actions, *, lively):
     """Take random actions: mostly messages and work, else what begins, ends and harms sequences."""
     kinds = {"work": 1.0, "generate": 0.06, "give up": 0.03, "overtake": 0.02, "harm": lively, "wait": lively}
@@ -188,7 +216,7 @@ def drive(pipeline, choices, actions, *, lively):
         match choices.choices(list(kinds), list(kinds.values()))[0]:
             case "generate" if len(open_) < 20:
                 prompt = tuple(choices.randrange(_SMALL) for _ in range(choices.randrange(1, 9)))
-                pipeline.generate(prompt, choices.randrange(1, 12))
+                pipeline.generate(alike(pipeline, choices) + prompt, choices.randrange(1, 12))
             case "give up" if open_:
                 pipeline.tell(c.GivenUp(choices.choice(open_)))
             case "overtake" if data := [key for key in keys if key[2] == "data"]:
@@ -215,6 +243,7 @@ def test_texts_stay_right_while_many_sequences_come_and_are_given_up(seed, livel
     pipeline = new_pipeline(replicas, seed, decoder={"rows": rows}, limits=limits)
     drive(pipeline, choices, 4000, lively=lively)
     settle(pipeline)
+    assert pipeline.coordinator.sequences.reused_tokens > 0
     if not lively:
         assert pipeline.coordinator.sequences.replays == 0
 

@@ -74,7 +74,7 @@ class Bank(Protocol):
         ...
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Move sequences to other slots, all at once."""
+        """Move sequences to other slots, or copy them, all at once."""
         ...
 
     def clear(self, slots: Iterable[int]) -> None:

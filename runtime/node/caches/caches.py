@@ -69,7 +69,7 @@ class Caches:
         self._unbound: set[str] = set()  # outputs whose shapes depend on more than the number of rows
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Move sequences to other slots, all at once."""
+        """Move sequences to other slots, or copy them, all at once."""
         for bank in self._banks:
             bank.move(moves)
 

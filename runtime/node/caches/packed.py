@@ -162,8 +162,8 @@ class PackedBank:
     def move(self, moves: Sequence[Move]) -> None:
         """See :class:`~runtime.node.caches.bank.Bank`."""
         for places in (self._now, self._spare):
-            moved = {move.target: places.pop(move.source, None) for move in moves}
-            for slot in moved:
+            moved = {move.target: places.get(move.source) for move in moves}
+            for slot in (*moved, *(move.source for move in moves if not move.keep)):
                 places.pop(slot, None)
             places.update({slot: place for slot, place in moved.items() if place is not None})
 

@@ -210,9 +210,13 @@ class Cancel(Message, tag="cancel", frozen=True):
 
 
 class Beat(Message, tag="beat", frozen=True):
-    """Heartbeat of the coordinator. All requests with a number below ``oldest`` have ended."""
+    """Heartbeat of the coordinator. All requests with a number below ``oldest`` have ended.
+
+    Nodes keep the states of some sequences that have ended, ``kept``, because others may begin with them.
+    """
 
     oldest: Amount
+    kept: Annotated[tuple[Amount, ...], msgspec.Meta(max_length=MOST_SLOTS)] = ()
 
 
 Fate = Literal["end", "rejoin", "refused"]

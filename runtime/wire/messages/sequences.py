@@ -26,8 +26,8 @@ MOST_ROWS = 1024
 MOST_NEW_TOKENS = 1 << 16
 """The largest number of new tokens of a row."""
 
-MOST_REUSED = 1 << 24
-"""The largest number of positions that a sequence takes from another one."""
+MOST_REUSED = 1 << 16
+"""The largest number of positions that a sequence takes from another one; their tokens fit a header."""
 
 MOST_GRAMMAR = 1 << 18
 """The largest number of characters of a grammar."""
@@ -83,19 +83,18 @@ class Reuse(Message, frozen=True):
     """The beginning of a sequence's states, which another sequence has computed on the same chain.
 
     The node copies these positions before it runs the row. It waits until the other sequence has that many; if the
-    other is known to be gone, the row cannot run.
+    other is known to be gone, the row cannot run. A row in the slot of the other sequence takes the slot over, and
+    nothing is copied.
 
     Attributes:
         sequence: the number of the other sequence. It may have ended, if the coordinator keeps its slot.
         epoch: its epoch.
-        slot: its slot.
         length: the number of positions.
     """
 
     sequence: Amount
     epoch: Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
-    slot: SlotNumber
-    length: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    length: Annotated[int, msgspec.Meta(ge=1, le=MOST_REUSED)]
 
 
 class Opening(Message, frozen=True):
