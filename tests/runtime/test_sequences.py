@@ -21,7 +21,7 @@ from runtime.coordinator.events import (
     Tick,
     Unsendable,
 )
-from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, StepReturned
+from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted, StepReturned
 from runtime.errors import (
     Busy,
     Cancelled,
@@ -33,7 +33,7 @@ from runtime.errors import (
     StageUnavailable,
 )
 from runtime.wire.messages.data import Failed, Step, Visit
-from runtime.wire.messages.sequences import Drawn
+from runtime.wire.messages.sequences import Drawn, Reuse, Sampling
 
 SECOND = 1_000_000_000
 
@@ -792,3 +792,58 @@ def test_closing_refuses_all_sequences(tmp_path):
     driver.steps.clear()
     assert all(isinstance(driver.ends[number], PipelineClosed) for number in numbers)
     driver.check_end()
+
+
+# Texts that begin alike
+
+
+def test_a_prompt_that_begins_alike_is_read_from_there_on_and_holds_the_slot_of_its_donor(tmp_path):
+    driver = Alike(tmp_path, prefill_chunk=10)
+    first = driver.submit(prompt=25, max_tokens=9)
+    driver.run(2)
+    driver.submit(prompt=25, max_tokens=9)
+    step = max(driver.steps.values(), key=lambda step: step.step)
+    opening = step.rows[0].opening
+    assert (step.rows[0].start, opening.reuse, len(opening.reused)) == (20, Reuse(first, 1, 20), 20)
+    assert driver.machine.sequences.reused_tokens == 20
+
+
+def test_a_sequence_whose_donor_is_gone_begins_again_by_itself_and_without_blame(tmp_path):
+    driver = Alike(tmp_path, prefill_chunk=10)
+    first = driver.submit(prompt=25, max_tokens=9)
+    second = driver.submit(prompt=25, max_tokens=9)
+    driver.run(1)
+    reuses = driver.step_of(second)
+    assert reuses.rows[0].opening.reuse is not None
+    driver.do(GivenUp(first))
+    driver.steps.pop(reuses.step)
+    driver.do(Reported(Failed(reuses.step, 1, 0, 0, "sequence 0 is no longer here")))
+    rows = [step.rows[0] for step in driver.steps.values() if step.rows[0].sequence == second]
+    assert [(row.epoch, row.start) for row in rows] == [(2, 0), (2, 10), (2, 20)]
+    assert driver.machine.sequences.replays == 0
+    assert second not in driver.ends
+
+
+def test_a_kept_sequence_makes_nobody_wait_and_nodes_forget_it(tmp_path):
+    driver = Alike(tmp_path, prefill_chunk=10, max_rows=1, cache_bytes=400)
+    first = driver.submit(prompt=20, max_tokens=2, alike=False)
+    driver.run()
+    assert driver.machine.work.kept == (first,)
+    driver.submit(prompt=20, max_tokens=2, alike=False, wait=False)
+    assert (first, 1) in driver.forgotten
+    assert len(driver.steps) == 2
+
+
+class Alike(Driver):
+    """A driver whose prompts all begin with the same tokens, unless told otherwise."""
+
+    def submit(self, prompt, max_tokens, *, alike=True, wait=True):
+        number = self.machine.numbers.next()
+        self.tokens[number] = [place if alike else 100 * number + place for place in range(prompt)]
+        self.prompts[number] = prompt
+        text = tuple(self.tokens[number])
+        self.do(SequenceSubmitted(number, text, max_tokens, Sampling(), False, wait, None, self.now_ns))
+        return number
+
+    def check_slots(self, step):
+        """Nothing: the driver does not know what rows reuse."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from runtime.node.slots import Move, Placed, Slots, Unfit, Unplaced
-from runtime.wire.messages.sequences import Opening, Sampling, StepRow
+from runtime.wire.messages.sequences import Opening, Reuse, Sampling, StepRow
 
 SLOTS = 4
 
@@ -158,6 +158,59 @@ def test_other_states_roll_back_by_one_step_only():
     assert "position 6" in refused.reason
     assert "back to 2" in refused.reason
     run(slots, 5, row(7, 0, new=3))
+
+
+def reusing(sequence, slot, other, length, *, epoch=1):
+    """A row that begins with so many positions of another sequence."""
+    opening = Opening(length + 1, Sampling(), (0,) * length, Reuse(other, epoch, length))
+    return StepRow(sequence, 1, slot, length, (0,), draw=False, opening=opening)
+
+
+def test_a_row_copies_the_beginning_of_another_sequence_which_keeps_it():
+    slots = Slots(SLOTS, rollback=True)
+    run(slots, 1, row(7, 0, 0, new=5))
+    placed = run(slots, 2, reusing(8, 1, 7, 4))
+    assert placed.moves == (Move(0, 1, 4, keep=True),)
+    assert placed.clear == ()
+    assert slots.positions == 5 + 5
+    run(slots, 3, row(7, 5, 0))
+
+
+def test_a_row_in_the_slot_of_the_other_sequence_takes_it_over():
+    slots = Slots(SLOTS, rollback=True)
+    run(slots, 1, row(7, 0, 0, new=5))
+    placed = run(slots, 2, reusing(8, 0, 7, 3))
+    assert (placed.moves, placed.clear) == ((), ())
+    assert (slots.sequences, slots.positions) == (1, 4)
+    assert slots.place(3, [row(7, 5, 0)]) is Unplaced.DEAD
+
+
+def test_a_row_waits_for_the_other_sequence_until_that_is_gone():
+    slots = Slots(SLOTS, rollback=True)
+    reuses = reusing(8, 1, 7, 4)
+    assert slots.place(3, [reuses]) is Unplaced.WAIT, "nothing has come of the other"
+    run(slots, 1, row(7, 0, 0, new=2))
+    assert slots.place(3, [reuses]) is Unplaced.WAIT, "two positions are missing"
+    slots.free(7, 1)
+    gone = slots.place(3, [reuses])
+    assert isinstance(gone, Unfit)
+    assert "no longer here" in gone.reason
+
+
+def test_a_row_does_not_wait_for_a_later_epoch_of_the_other_sequence():
+    slots = Slots(SLOTS, rollback=True)
+    run(slots, 1, row(7, 0, 0, new=5, epoch=2))
+    assert isinstance(slots.place(2, [reusing(8, 1, 7, 4)]), Unfit)
+
+
+def test_a_kept_sequence_stays_while_others_pass():
+    slots = Slots(SLOTS, rollback=True)
+    run(slots, 1, row(7, 0, 0, new=5))
+    run(slots, 2, row(8, 0, 1, new=5))
+    assert slots.passed(100, {7}) == (1,)
+    run(slots, 101, reusing(100, 2, 7, 4))
+    assert slots.passed(100) == (0,)
+    assert slots.sequences == 1
 
 
 class SlotsMachine(RuleBasedStateMachine):
