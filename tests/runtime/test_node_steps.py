@@ -39,7 +39,7 @@ from runtime.node.state import NodeState
 from runtime.topology import StepGraph
 from runtime.wire.messages.control import Assign, Peer, Wire
 from runtime.wire.messages.data import Failed, Fragment, TensorHead
-from runtime.wire.messages.sequences import Opening, Sampling, StepRow
+from runtime.wire.messages.sequences import Opening, Reuse, Sampling, StepRow
 
 SLOTS, LENGTH = 5, 40
 
@@ -381,6 +381,10 @@ def good(**changes) -> tuple[StepRow, ...]:
     return (StepRow(**fields),)
 
 
+def reusing(tokens: int, length: int, *, sequence: int = 4, token: int = 1) -> Opening:
+    return Opening(1, Sampling(), (token,) * tokens, Reuse(sequence, 1, length))
+
+
 BAD = {
     "start beyond the length": (good(start=LENGTH), "positions 40 to 42; at most 40"),
     "tokens beyond the length": (good(start=LENGTH - 1), "positions 39 to 41; at most 40"),
@@ -393,6 +397,11 @@ BAD = {
     "one sequence twice": (good(tokens=(1,)) + good(slot=1, tokens=(1,)), "the same sequence twice"),
     "chunks that the model does not take": (good() + good(sequence=6, slot=1), "2 rows with 2 new tokens each"),
     "a bias for no token": (good(opening=Opening(1, Sampling(bias=((100, 1.0),)))), "token 100 among the biases"),
+    "reuse that begins elsewhere": (good(start=4, opening=reusing(4, 3)), "at 4, and reuses 3 positions with 4 tokens"),
+    "reuse of unnamed tokens": (good(start=4, opening=reusing(3, 4)), "reuses 4 positions with 3 tokens"),
+    "reuse of its own states": (good(start=4, opening=reusing(4, 4, sequence=5)), "reuses its own states"),
+    "reuse of no token": (good(start=4, opening=reusing(4, 4, token=100)), "token 100 among those reused"),
+    "reused tokens at the start": (good(opening=reusing(4, 4)), "it begins at 0, and reuses 4 positions"),
 }
 
 
