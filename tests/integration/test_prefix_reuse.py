@@ -6,6 +6,8 @@ import os
 import signal
 
 import pytest
+from decoder_plans import cut, describe
+from decoder_runs import FAMILIES
 from text_plans import text_plan
 
 from runtime.pipeline import Pipeline
@@ -101,3 +103,21 @@ def test_sequences_of_two_chains_compute_their_prompt_at_most_once_a_chain(plan)
         found = texts(pipeline, [PROMPT] * 6)
         assert pipeline.sequences.reused_tokens >= 4 * 96
         assert len({one.tokens for one in found}) == 1
+
+
+@pytest.mark.parametrize("rows", ["left", "holes"])
+def test_states_that_are_appended_to_are_shared_too(tmp_path, rows):
+    model = FAMILIES["plain"].make(seed=3)
+    described = describe("plain", model, kind="append", rows=rows, chunk="rows", length=128)
+    folder = tmp_path / "plan"
+    plan = cut(model, described, folder)
+    (folder / "plan.json").write_bytes(plan.to_json())
+    prompt = [place * 7 % 50 for place in range(60)]
+    found = []
+    for reuse in (False, True):
+        with launch(folder, prefix_reuse=reuse) as pipeline:
+            found.append([one.tokens for one in texts(pipeline, [prompt] * 3)])
+            assert pipeline.sequences.reused_tokens == (2 * 48 if reuse else 0)
+            assert pipeline.sequences.replays == 0
+            assert pipeline.sequences.kept == (3 if reuse and rows == "holes" else 0)
+    assert found[0] == found[1]
