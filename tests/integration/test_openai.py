@@ -430,3 +430,17 @@ def test_a_request_in_pieces_is_answered(server):
         while not raw.endswith(b"0\r\n\r\n"):
             raw += link.recv(1)
     assert b"data: [DONE]" in raw
+
+
+def test_usage_says_how_much_of_a_prompt_was_not_computed(plan):
+    with Served(plan, "--threads", "1", "--prefill-chunk", "8", environment=ENVIRONMENT) as server:
+        client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0)
+        first, second = (complete(client, prompt="The quick brown fox " * 6, max_tokens=2).usage for _ in range(2))
+        streamed = list(
+            complete(
+                client, "The quick brown fox " * 6, max_tokens=2, stream=True, stream_options={"include_usage": True}
+            )
+        )[-1].usage
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert second.prompt_tokens_details.cached_tokens == (second.prompt_tokens - 1) // 8 * 8 > 0
+    assert streamed.prompt_tokens_details == second.prompt_tokens_details

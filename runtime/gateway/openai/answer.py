@@ -22,6 +22,7 @@ from runtime.gateway.openai.objects import (
     ChatDelta,
     CompletionChoice,
     CompletionObject,
+    PromptDetails,
     TokenUsage,
 )
 from runtime.gateway.openai.tool_calls import ToolCalls, joined_calls
@@ -38,9 +39,10 @@ def event(document: object) -> bytes:
     return b"data: %b\n\n" % _encode(document)
 
 
-def usage(prompt: int, completion: int) -> TokenUsage:
-    """The numbers of tokens."""
-    return TokenUsage(prompt, completion, prompt + completion)
+def usage(prompt: int, completion: int, cached: int | None = None) -> TokenUsage:
+    """The numbers of tokens; ``cached`` of the prompt's are those that were not computed, once that is known."""
+    details = UNSET if cached is None else PromptDetails(cached)
+    return TokenUsage(prompt, completion, prompt + completion, details)
 
 
 class AnswerForm(Struct, frozen=True, kw_only=True):
@@ -70,10 +72,10 @@ class AnswerForm(Struct, frozen=True, kw_only=True):
             return usage(prompt, completion)
         return None if self.include_usage else UNSET
 
-    def usage_event(self, prompt: int, completion: int) -> bytes:
+    def usage_event(self, numbers: TokenUsage) -> bytes:
         """The event with the numbers of tokens, and no text."""
         kind = ChatChunk if self.chat else CompletionObject
-        return event(kind(self.id, self.created, self.model, [], usage(prompt, completion)))
+        return event(kind(self.id, self.created, self.model, [], numbers))
 
 
 def _stop_reason(piece: TextPiece, ends: frozenset[int]) -> str | int | UnsetType:

@@ -7,12 +7,19 @@ from typing import Literal
 from msgspec import UNSET, Struct, UnsetType
 
 
+class PromptDetails(Struct, frozen=True):
+    """How many tokens of the prompts were not computed, because another text had begun alike."""
+
+    cached_tokens: int
+
+
 class TokenUsage(Struct, frozen=True):
     """Numbers of tokens of a request. A prompt of several choices counts once."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails | UnsetType = UNSET
 
 
 class TopLogprob(Struct, frozen=True):

@@ -33,7 +33,14 @@ from runtime.gateway.openai.answer import (
 from runtime.gateway.openai.catalogue import Catalogue, ServedText
 from runtime.gateway.openai.errors import FieldError, decoded, error_answer
 from runtime.gateway.openai.guidance import grammar_for, is_guided, tool_parser
-from runtime.gateway.openai.objects import ChatObject, CompletionObject, DetokenizeAnswer, ModelList, TokenizeAnswer
+from runtime.gateway.openai.objects import (
+    ChatObject,
+    CompletionObject,
+    DetokenizeAnswer,
+    ModelList,
+    TokenizeAnswer,
+    TokenUsage,
+)
 from runtime.gateway.openai.options import numbered, text_options
 from runtime.gateway.openai.prompts import Prompt, chat_prompt, completion_prompts
 from runtime.gateway.openai.protocol import (
@@ -109,11 +116,11 @@ class OpenAIEndpoint:
         async with _Closing(texts):
             if request.stream:
                 chunks = [StreamedCompletion(form, text.index, text.prompt, ends, echo[text.index]) for text in texts]
-                await _stream(send, form, texts, chunks, _prompt_tokens(prompts))
+                await _stream(send, form, texts, chunks, request.choices)
                 return
             pieces = await _all_pieces(texts)
             choices = [completion_choice(form, i, each, ends, echo[i]) for i, each in enumerate(pieces)]
-            numbers = usage(_prompt_tokens(prompts), sum(text.completion for text in texts))
+            numbers = _usage(texts, request.choices)
             await _send_json(send, CompletionObject(form.id, form.created, form.model, choices, numbers), form.id)
 
     async def _chat(self, request: ChatRequest, send: Send) -> None:
@@ -125,11 +132,11 @@ class OpenAIEndpoint:
         async with _Closing(texts):
             if request.stream:
                 chunks = [StreamedChat(form, text.index, text.prompt, ends, calls[text.index]) for text in texts]
-                await _stream(send, form, texts, chunks, len(prompt.tokens))
+                await _stream(send, form, texts, chunks, request.choices)
                 return
             pieces = await _all_pieces(texts)
             choices = [chat_choice(form, i, each, ends, calls[i]) for i, each in enumerate(pieces)]
-            numbers = usage(len(prompt.tokens), sum(text.completion for text in texts))
+            numbers = _usage(texts, request.choices)
             await _send_json(send, ChatObject(form.id, form.created, form.model, choices, numbers), form.id)
 
     def _begin(self, request: SampledRequest) -> ServedText:
@@ -250,7 +257,7 @@ async def _stream(
     form: AnswerForm,
     texts: Sequence[RunningText],
     chunks: Sequence[StreamedChat] | Sequence[StreamedCompletion],
-    prompt_tokens: int,
+    choices: int,
 ) -> None:
     """Send a stream. Nothing is sent before the first token, so that an error until then has a status of its own."""
     begun = False
@@ -272,7 +279,7 @@ async def _stream(
         return
     end = DONE
     if form.include_usage:
-        end = form.usage_event(prompt_tokens, sum(text.completion for text in texts)) + DONE
+        end = form.usage_event(_usage(texts, choices)) + DONE
     await send({"type": "http.response.body", "body": end})
 
 
@@ -306,8 +313,11 @@ def _form(kind: str, served: ServedText, request: SampledRequest) -> AnswerForm:
     )
 
 
-def _prompt_tokens(prompts: Sequence[Prompt]) -> int:
-    return sum(len(prompt.tokens) for prompt in prompts)
+def _usage(texts: Sequence[RunningText], choices: int) -> TokenUsage:
+    """The numbers of tokens of a request with so many texts for each prompt."""
+    firsts = texts[::choices]
+    prompt, cached = sum(text.prompt for text in firsts), sum(text.cached for text in firsts)
+    return usage(prompt, sum(text.completion for text in texts), cached)
 
 
 def _room(served: ServedText, prompt: Prompt) -> int:

@@ -35,6 +35,11 @@ class RunningText:
         self._record = figures.begin(self.prompt, generation.generation.submitted_ns)
         self._ended = False
 
+    @property
+    def cached(self) -> int:
+        """The number of tokens of its prompt that were not computed."""
+        return self._generation.usage.cached
+
     async def more(self) -> list[TextPiece]:
         """Wait for a piece, and return all that have come; an empty list after the last one.
 
