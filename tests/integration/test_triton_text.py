@@ -299,6 +299,17 @@ def test_texts_are_measured_under_the_names_of_vllms_metrics(server):
         assert f'onnxsplit_{name}{{model="writer",model_name="writer",version="1"}}' in text
 
 
+def test_a_prompt_that_was_read_before_is_a_hit_of_the_prefix_cache(server):
+    prompt = PROMPT * 40
+    tokens = server.json("/tokenize", {"prompt": prompt})["count"]
+    completed(server, prompt=prompt)
+    hits = server.metric("onnxsplit_prefix_cache_hits_total")
+    queries = server.metric("onnxsplit_prefix_cache_queries_total")
+    completed(server, prompt=prompt)
+    assert server.metric("onnxsplit_prefix_cache_queries_total") == queries + tokens
+    assert hits + tokens // 2 < server.metric("onnxsplit_prefix_cache_hits_total") < hits + tokens
+
+
 def test_the_dashboard_shows_metrics_that_exist(server):
     completed(server)
     text = server.ask("/metrics")[2].decode()

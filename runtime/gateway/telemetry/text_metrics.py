@@ -33,6 +33,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[SequenceStats], float]], ...] = (
 _COUNTERS: tuple[tuple[str, str, Callable[[SequenceStats], float]], ...] = (
     ("onnxsplit_steps", "Steps that have come back.", lambda s: s.steps),
     ("onnxsplit_step_rows", "Sequences in these steps, all together.", lambda s: s.rows),
+    (
+        "onnxsplit_prefix_cache_hits",
+        "Tokens of prompts that were not computed, because another sequence had begun alike.",
+        lambda s: s.reused_tokens,
+    ),
     ("onnxsplit_sequence_replays", "Sequences that were read again after nodes were lost.", lambda s: s.replays),
 )
 
@@ -67,6 +72,7 @@ def metrics(
     figures = [(labels, version.text_figures) for version, labels, _ in served]
     prompts = [(labels, one.prompt_tokens) for labels, one in figures]
     yield counter("onnxsplit_prompt_tokens", "Tokens of all prompts.", _LABELS, prompts)
+    yield counter("onnxsplit_prefix_cache_queries", "Tokens of prompts that were looked up.", _LABELS, prompts)
     generated = [(labels, one.generation_tokens) for labels, one in figures]
     yield counter("onnxsplit_generation_tokens", "Tokens of all texts.", _LABELS, generated)
     ended = [((*labels, reason), one.finished[reason]) for labels, one in figures for reason in _REASONS]
