@@ -65,7 +65,8 @@ NETWORKS = {  # configuration of transformers, architecture and fields of the fi
     ),
 }
 EXACT = ["F32", "F16", "BF16", "Q4_0", "Q8_0", "Q5_0", "IQ4_NL", "Q6_K"]
-ROUNDED = ["Q4_1", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K"]
+STEPPED = ["Q4_1", "Q5_1", "Q4_K", "Q5_K"]
+ROUNDED = ["Q2_K", "Q3_K"]
 
 
 def scores_of(path, tokens):
@@ -110,7 +111,7 @@ def test_an_architecture_has_the_scores_that_transformers_has(name, tmp_path):
     assert max(exported.differences.values()) < 2e-5
 
 
-@pytest.mark.parametrize("kind", EXACT + ROUNDED)
+@pytest.mark.parametrize("kind", EXACT + STEPPED + ROUNDED)
 def test_every_type_of_weights_is_written_as_the_table_says(kind, tmp_path):
     path = gguf_files.random_llama(tmp_path / "model.gguf", kind)
     (exported,) = export(str(path), tmp_path / "model.onnx")
@@ -123,7 +124,11 @@ def test_every_type_of_weights_is_written_as_the_table_says(kind, tmp_path):
     else:
         found = values_of(held, name, tmp_path, bits=4 if kind == "Q4_0" else 8).reshape(expected.shape)
     difference = distance(found, expected)
-    assert difference < 1e-6 if kind in EXACT else 1e-4 < difference < 1 / 127
+    bounds = {**dict.fromkeys(EXACT, (0, 1e-6)), **dict.fromkeys(STEPPED, (1e-6, 1 / 250))}
+    least, most = bounds.get(kind, (1e-4, 1 / 127))
+    assert least <= difference < most
+    if kind in STEPPED:  # the worst block is far from the usual one
+        assert np.sqrt(np.square(found - expected).mean() / np.square(expected).mean()) < 3e-3
 
 
 def values_of(tensors, name, folder, *, bits):
@@ -131,7 +136,10 @@ def values_of(tensors, name, folder, *, bits):
     numbers, scales = (onnx.numpy_helper.to_array(tensors[f"{name}.{part}"], folder) for part in ("numbers", "scales"))
     if bits == 4:
         numbers = np.stack([numbers & 15, numbers >> 4], -1).reshape(*numbers.shape[:2], -1)
-    return (numbers.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
+    zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
+    if f"{name}.zeros" in tensors:
+        zeros = onnx.numpy_helper.to_array(tensors[f"{name}.zeros"], folder)
+    return (numbers.astype(np.float32) - zeros[..., None]) * scales[..., None]
 
 
 @pytest.mark.parametrize(("wanted", "most"), [("4", 0.5), ("8", 0.05), ("float", 1e-5)])

@@ -70,7 +70,7 @@ class StreamedModel:
         """The rows of a matrix with the given numbers."""
         if form.bits is None or columns % form.block:
             return self.op("Gather", [self._floats(weight, rows, columns), ids], out)
-        numbers, scales = self._blocks(weight, rows, columns, form)
+        numbers, scales, *zeros = self._blocks(weight, rows, columns, form)
         flat = f"{weight}.rows"  # the same bytes, without an axis of blocks
         self._tensors[flat] = onnx.TensorProto(name=flat)
         self._tensors[flat].CopyFrom(self._tensors[numbers])
@@ -78,7 +78,7 @@ class StreamedModel:
         count, blocks, block_bytes = self._tensors[numbers].dims
         self._tensors[flat].dims[:] = [count, blocks * block_bytes]
         sizes = {"gather_axis": 0, "quantize_axis": 1, "block_size": form.block, "bits": form.bits}
-        return self.op("GatherBlockQuantized", [flat, ids, scales], out, domain=MICROSOFT, **sizes)
+        return self.op("GatherBlockQuantized", [flat, ids, scales, *zeros], out, domain=MICROSOFT, **sizes)
 
     def linear(self, x: str, weight: str, rows: int, columns: int, form: Form, out: str) -> str:
         """A linear map from ``columns`` to ``rows`` numbers, with its bias where the file has one."""
@@ -114,16 +114,19 @@ class StreamedModel:
                 room[place] = floats
         return weight
 
-    def _blocks(self, weight: str, rows: int, columns: int, form: Form) -> tuple[str, str]:
-        """The numbers and the scales of a matrix; both are written once."""
+    def _blocks(self, weight: str, rows: int, columns: int, form: Form) -> tuple[str, ...]:
+        """The numbers, the scales and maybe the zero points of a matrix; all are written once."""
         assert form.bits is not None
-        names = f"{weight}.numbers", f"{weight}.scales"
+        names = (f"{weight}.numbers", f"{weight}.scales", f"{weight}.zeros")[: 3 if form.zeros else 2]
         if names[0] not in self._tensors:
             count = -(-columns // form.block)
-            numbers = self.room(names[0], np.dtype(np.uint8), (rows, count, form.block * form.bits // 8))
-            scales = self.room(names[1], np.dtype(np.float32), (rows, count))
-            for place, some_numbers, some_scales in self._weights.blocks(weight, rows, columns, form):
-                numbers[place], scales[place] = some_numbers, some_scales
+            bytes_of = np.dtype(np.uint8)
+            rooms = [self.room(names[0], bytes_of, (rows, count, form.block * form.bits // 8))]
+            rooms.append(self.room(names[1], np.dtype(np.float32), (rows, count)))
+            rooms += [self.room(name, bytes_of, (rows, count)) for name in names[2:]]
+            for place, parts in self._weights.blocks(weight, rows, columns, form):
+                for room, part in zip(rooms, parts, strict=True):
+                    room[place] = part
         return names
 
     def room(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

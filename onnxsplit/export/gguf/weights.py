@@ -1,13 +1,17 @@
 """The weights of a GGUF file: read from its memory map some rows at a time, as float32 or in blocks of 4 or 8 bits.
 
-MatMulNBits multiplies with blocks of a row that share a scale; a number of 8 bits means ``scale * (number - 128)``, one
-of 4 bits ``scale * (number - 8)``. Some of GGUF's types are exactly that. The others are rounded anew:
+MatMulNBits multiplies with blocks of a row that share a scale and a zero point, a whole number: a number n of 8 bits
+means ``scale * (n - zero)``, and ``zero`` is 128 where it is not written, or 8 for 4 bits. Some of GGUF's types are
+exactly that. In others, numbers are ``step * q + minimum`` with a few bits q and a minimum that is a float. There, n is
+``k * q`` for the k for which the minimum is nearest to a multiple of ``step / k``, so only the minimum is rounded, by
+less than a hundredth of the step as a rule. The others are rounded anew:
 
     Q4_0                          4 bits in blocks of 32, exact
     Q8_0, Q5_0, IQ4_NL            8 bits in blocks of 32, exact
     Q6_K                          8 bits in blocks of 16, exact
+    Q4_1, Q5_1, Q4_K, Q5_K        8 bits in blocks of 32 with zero points: the minimum is rounded
     F32, F16, BF16                float32, exact
-    Q4_1, Q5_1, Q2_K ... Q5_K     8 bits in blocks of 32, rounded: the minimum of their blocks is a float
+    others                        8 bits in blocks of 32, rounded
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from onnxsplit.tensors import Array
 
 _FLOATS = ("F32", "F16", "BF16")
 _EXACT = {("Q4_0", 4): 32, ("Q4_0", 8): 32, ("Q8_0", 8): 32, ("Q5_0", 8): 32, ("IQ4_NL", 8): 32, ("Q6_K", 8): 16}
+_STEPPED = {"Q4_1": 15, "Q5_1": 31, "Q4_K": 15, "Q5_K": 31}  # steps of a minimum, and the most steps
 _BLOCK = 32  # of weights that are rounded anew
 _LARGEST = {8: 127, 4: -8}  # the whole number that the largest number of a block becomes
 _CHUNK = 1 << 22  # numbers that are converted at a time
@@ -37,11 +42,13 @@ class Form:
         bits: 4 or 8; None for float32.
         block: how many numbers of a row share a scale.
         exact: whether the file's numbers keep their values.
+        zeros: whether blocks have zero points.
     """
 
     bits: int | None
     block: int = _BLOCK
     exact: bool = True
+    zeros: bool = False
 
 
 def form_of(kind: str, wanted: Precision) -> Form:
@@ -50,7 +57,7 @@ def form_of(kind: str, wanted: Precision) -> Form:
         return Form(None)
     bits = 4 if wanted == "4" or (wanted == "auto" and kind == "Q4_0") else 8
     exact = (kind, bits) in _EXACT
-    return Form(bits, _EXACT.get((kind, bits), _BLOCK), exact)
+    return Form(bits, _EXACT.get((kind, bits), _BLOCK), exact, zeros=bits == 8 and kind in _STEPPED)
 
 
 class GGUFWeights:
@@ -115,11 +122,12 @@ class GGUFWeights:
             last = min(rows, first + step)
             yield slice(first, last), self._floats(self.entry(name), first, last)
 
-    def blocks(self, name: str, rows: int, columns: int, form: Form) -> Iterator[tuple[slice, Array, Array]]:
-        """A matrix some rows at a time, as numbers of 4 or 8 bits and scales; each with its place.
+    def blocks(self, name: str, rows: int, columns: int, form: Form) -> Iterator[tuple[slice, tuple[Array, ...]]]:
+        """A matrix some rows at a time, as numbers of 4 or 8 bits, scales and maybe zero points; each with its place.
 
         The numbers are bytes [rows, blocks, bytes of a block], those of 4 bits in pairs with the first in the low bits.
-        The scales are float32 [rows, blocks]. Where the last block of a row is not full, 0 follows.
+        The scales are float32 [rows, blocks], the zero points bytes of the same shape, where the form has them. Where
+        the last block of a row is not full, 0 follows.
 
         Raises:
             ExportError: as for :meth:`rows`.
@@ -130,12 +138,16 @@ class GGUFWeights:
             if missing := -columns % form.block:
                 floats = np.pad(floats, ((0, 0), (0, missing)))
             grouped = floats.reshape(len(floats), -1, form.block)
+            if form.zeros:
+                steps, minima = _steps(self._raw(entry, place.start, place.stop), entry.type)
+                yield place, _stepped(grouped, steps, minima, _STEPPED[entry.type])
+                continue
             if form.exact:
                 scales = _scales(self._raw(entry, place.start, place.stop), entry.type)
             else:
                 largest = np.take_along_axis(grouped, np.abs(grouped).argmax(-1)[..., None], -1)[..., 0]
                 scales = largest / np.float32(_LARGEST[form.bits])
-            yield place, _numbers(grouped, scales, form.bits), scales
+            yield place, (_numbers(grouped, scales, form.bits), scales)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.entry(name).shape
@@ -173,6 +185,45 @@ def _scales(raw: Array, kind: str) -> Array:
     size = {"Q4_0": 18, "IQ4_NL": 18, "Q5_0": 22, "Q8_0": 34}[kind]
     first = np.ascontiguousarray(raw.reshape(len(raw), -1, size)[..., :2])
     return first.view(np.float16)[..., 0].astype(np.float32)
+
+
+def _steps(raw: Array, kind: str) -> tuple[Array, Array]:
+    """The step and the minimum of each block in rows of one of the types with minima, as float32 [rows, blocks]."""
+    if kind.endswith("_1"):
+        groups = raw.reshape(len(raw), -1, {"Q4_1": 20, "Q5_1": 24}[kind])
+        pair = np.ascontiguousarray(groups[..., :4]).view(np.float16).astype(np.float32)
+        return pair[..., 0], pair[..., 1]
+    groups = raw.reshape(len(raw), -1, {"Q4_K": 144, "Q5_K": 176}[kind])  # of eight blocks
+    pair = np.ascontiguousarray(groups[..., :4]).view(np.float16).astype(np.float32)
+    packed = groups[..., 4:16]  # eight scales and eight minima of 6 bits each
+    low, middle, high = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], -1)
+    minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6) << 4], -1)
+    steps, floors = pair[..., :1] * scales, -pair[..., 1:] * minima
+    return steps.reshape(len(raw), -1), floors.reshape(len(raw), -1)
+
+
+def _stepped(grouped: Array, steps: Array, minima: Array, most: int) -> tuple[Array, Array, Array]:
+    """Numbers of 8 bits, scales and zero points of blocks ``step * q + minimum`` with q from 0 to ``most``.
+
+    A block whose minimum is further from 0 than its zero point can be, or that has no step, is rounded anew.
+    """
+    with np.errstate(all="ignore"):
+        below = np.nan_to_num(-minima / steps, nan=-1.0, posinf=-1.0, neginf=-1.0)  # steps from the minimum up to 0
+        finest = 255 // most
+        parts, error = np.ones_like(below), np.full_like(below, np.inf)
+        for part in range(1, finest + 1):
+            off = np.abs(below * part - np.rint(below * part)) / part
+            better = (off < error) & (below >= 0) & (below * part <= 255)
+            parts, error = np.where(better, part, parts), np.where(better, off, error)
+        fits = np.isfinite(error)
+        largest = np.abs(grouped).max(-1)
+        scales = np.where(fits, steps / parts, largest / np.float32(127)).astype(np.float32)
+        zeros = np.where(fits, np.rint(below * parts), 128)
+        steps_up = np.rint((grouped - minima[..., None]) / steps[..., None]) * parts[..., None]
+        anew = np.rint(grouped / np.where(scales == 0, np.float32(1), scales)[..., None]) + 128
+        numbers = np.nan_to_num(np.where(fits[..., None], steps_up, anew)).clip(0, 255)
+    return numbers.astype(np.uint8), scales, zeros.astype(np.uint8)
 
 
 def _numbers(grouped: Array, scales: Array, bits: int) -> Array:
