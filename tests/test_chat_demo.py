@@ -21,7 +21,7 @@ pytest.importorskip("tokenizers", reason="needs the extra demo")
 import smollm2
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, str(ROOT / "models" / "chat.py"), "--layers", "2", "--max-tokens", "200"]
+COMMAND = [sys.executable, str(ROOT / "models" / "chat.py"), "--max-tokens", "100"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_answer_goes_on_after_a_kill_and_the_model_is_made_once(environment)
     assert done.returncode == 0, done.stdout + done.stderr
     killed = re.search(r"\[process (\d+) of stage 1 was killed with SIGKILL\]", done.stdout)[1]
     assert re.search(rf"^Stage 1 +process {killed}$", done.stdout, re.MULTILINE)
-    assert re.search(r"^Tokens +200, the first after \d+\.\d\d s$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Tokens +100, the first after \d+\.\d\d s$", done.stdout, re.MULTILINE)
     pause = re.search(
         r"^Pause +\d+\.\d\d s from the kill to the next token; process (\d+) took", done.stdout, re.MULTILINE
     )

@@ -94,7 +94,7 @@ def recipe(target: str) -> list[str]:
     line = re.search(rf"^{target}:.*\n\t(.+)$", (pages.ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     program, script = line.split()
     assert program == "$(BIN)/python"
-    return [sys.executable, str(pages.ROOT / script), *{"demo": ["--slices", "3"], "chat": ["--layers", "2"]}[target]]
+    return [sys.executable, str(pages.ROOT / script), *{"demo": ["--slices", "3"], "chat": ["--max-tokens", "60"]}[target]]
 
 
 def check_installation(words: list[str]) -> None:
