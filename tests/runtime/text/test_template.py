@@ -30,7 +30,7 @@ ASK = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def process():
-    shared = TemplateProcess(limit_s=1.0)
+    shared = TemplateProcess(limit_s=60.0)  # far more than any test takes on a busy machine
     yield shared
     shared.close()
 
@@ -68,6 +68,7 @@ def test_a_template_renders_as_in_transformers(name, process, fast_tokenizer):
     assert texts >= len(CONVERSATIONS), "most conversations are accepted"
 
 
+ENDLESS = "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}"
 BOMBS = {
     "a text times a number": ('{{ "a" * 10**10 }}', "is too large"),
     "a list times a number": ("{{ ([1] * 10**9)|length }}", "is too large"),
@@ -84,10 +85,6 @@ BOMBS = {
     "a wide format": ("{{ '{:1000000000}'.format(1) }}", "too much memory"),
     "a wide text": ("{{ 'x'|center(10**9) }}", "too much memory"),
     "a deep indent": ("{{ messages|tojson(indent=10**9) }}", "too much memory"),
-    "loops in loops": (
-        "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}",
-        "takes more than 1 s",
-    ),
     "a long range": ("{{ range(10**9) }}", "Range too big"),
     "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself too often"),
     "brackets in brackets": ("{{ " + "(" * 5000, "calls itself too often"),
@@ -109,6 +106,17 @@ def test_a_template_that_does_harm_is_refused_and_the_next_one_works(name, proce
     with pytest.raises(InputError, match=message):
         ChatTemplate(source, {}, process).render(ASK)
     assert ChatTemplate("{{ messages[0].content }}", {}, process).render(ASK) == "hi"
+
+
+def test_a_template_that_takes_too_long_is_ended_and_the_next_one_works():
+    process = TemplateProcess(limit_s=0.2)
+    try:
+        with pytest.raises(InputError, match=r"takes more than 0\.2 s"):
+            ChatTemplate(ENDLESS, {}, process).render(ASK)
+        process._limit_s = 60.0
+        assert ChatTemplate("{{ messages[0].content }}", {}, process).render(ASK) == "hi"
+    finally:
+        process.close()
 
 
 def test_the_process_has_little_memory_and_no_more_descriptors_than_it_needs(process):
@@ -195,7 +203,7 @@ def test_a_template_that_nobody_holds_leaves_no_process():
 
 
 def test_closing_does_not_wait_for_a_rendering():
-    template = ChatTemplate(BOMBS["loops in loops"][0], {}, TemplateProcess(limit_s=600))
+    template = ChatTemplate(ENDLESS, {}, TemplateProcess(limit_s=600))
     failures: list[Exception] = []
 
     def ask() -> None:
