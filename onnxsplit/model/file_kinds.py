@@ -14,8 +14,8 @@ from onnxsplit.files import open_regular
 _HEAD_BYTES = 4096
 _LISTED = 5
 _EXPORT = re.compile(
-    r"\{export (\.\w+)(.*?)\}"
-)  # in a phrase: a file ending that `onnxsplit export` accepts, and options
+    r"\{export(?: (\.\w+)(.*?))?\}"
+)  # in a phrase: a file ending that `onnxsplit export` needs, none for any, and options
 _CONVERT = re.compile(r"\{convert (\w+)\}")  # in a phrase: the name of the form, as onnx.load takes it
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that text does not contain
 _WEIGHTS = (
@@ -29,7 +29,7 @@ _BEGINNINGS: tuple[tuple[int, bytes, str], ...] = (
     (4, b"ORTM", "a model in ONNX Runtime's own format (.ort), which has no way back to ONNX; name the .onnx file "
                  "that it was made of"),
     (4, b"TFL3", "a TFLite model. {export .tflite}"),
-    (0, b"GGUF", f"a GGUF file of llama.cpp. {_WEIGHTS}"),
+    (0, b"GGUF", "a GGUF file of llama.cpp. {export}"),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras saves models (.h5). {export .h5}"),
     (0, b"\x93NUMPY", "a NumPy array (.npy), not a model; inputs go into an .npz file, for --inputs"),
     (0, b"CBM1", "a CatBoost model. {export .cbm}"),
@@ -78,9 +78,9 @@ def _filled(phrase: str, path: Path) -> str:
     """A phrase with the commands in it written out for this file."""
 
     def export(match: re.Match[str]) -> str:
-        ending, options = match.groups()
+        ending, options = match[1], match[2] or ""
         file, first = path, ""
-        if path.suffix.lower() not in (ending, *_ALSO.get(ending, ())):
+        if ending and path.suffix.lower() not in (ending, *_ALSO.get(ending, ())):
             file, first = path.with_suffix(ending), f"Rename it to {path.with_suffix(ending).name}. "
         return f"{first}Make ONNX of it: onnxsplit export {shlex.quote(str(file))} -o OUT.onnx{options}"
 
