@@ -54,8 +54,8 @@ def read_plan_file(folder: Path) -> bytes:
         raise PlanError(f"the path of the plan, {str(folder)!r}, is not UTF-8 text; give the folder another name")
     try:
         return read_regular(folder / PLAN_FILE, most_bytes=_MOST_PLAN_BYTES)
-    except FileNotFoundError as error:
-        reason = "it is missing" if not folder.exists() else f"it has no {PLAN_FILE}"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = f"it has no {PLAN_FILE}" if folder.is_dir() else "it is a file" if folder.exists() else "it is missing"
         raise PlanError(
             f"{folder} is not a plan directory: {reason}. Make one with: onnxsplit partition MODEL"
         ) from error

@@ -238,6 +238,7 @@ BAD = [
     (["partition", "model.onnx", "--provider", "0=cpu,7=cpu"], "the stages are 0 to 1"),
     (["verify", "letters", "model.onnx"], "letters is not a plan directory: it has no plan.json"),
     (["run", "absent.plan"], "absent.plan is not a plan directory: it is missing"),
+    (["run", "model.onnx"], "model.onnx is not a plan directory: it is a file. Make one with: onnxsplit partition"),
     (["run", "changed.plan"], "stage1.onnx: its SHA-256 is not the plan's"),
     (["run", "newer.plan"], "the plan has format 99; this onnxsplit reads up to 1. Upgrade onnxsplit"),
     (["run", "good.plan", "--inputs", "wrong.npz"], "the inputs do not fit the model"),
