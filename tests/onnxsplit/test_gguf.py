@@ -184,6 +184,12 @@ def test_a_file_is_known_by_its_first_bytes(tmp_path):
     [
         ({"expert_count": 8}, "has a mixture of experts (llama.expert_count is 8), which is not exported"),
         ({"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}, "exported are none, linear and yarn"),
+        ({"rope__freq_base": 0.0}, "llama.rope.freq_base is 0.0; allowed are numbers from 1.001 to 1e+30"),
+        ({"rope__freq_base": 1.0, "rope__scaling__type": "yarn", "rope__scaling__factor": 2.0}, "llama.rope.freq_base"),
+        (
+            {"rope__scaling__yarn_beta_fast": 0.0, "rope__scaling__type": "yarn", "rope__scaling__factor": 2.0},
+            "llama.rope.scaling.yarn_beta_fast is 0.0; allowed are numbers from 0.001",
+        ),
         ({"attention__head_count_kv": 3}, "4 heads cannot share 3 heads of keys"),
         ({"rope__dimension_count": 32}, "llama.rope.dimension_count is 32, but keys have 64 numbers"),
         ({"attention__causal": False}, "is an encoder"),

@@ -81,17 +81,15 @@ class Header:
             raise ExportError(f"{self.path}: {name} is {found}; allowed are whole numbers from {least} to {most}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A field that is a finite number, not negative.
+    def number(self, name: str, default: float | None = None, *, least: float = 0.0, most: float = 1e30) -> float:
+        """A field that is a number.
 
         Raises:
             ExportError: as for :meth:`whole`.
         """
         value = self._value(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-            raise ExportError(
-                f"{self.path}: {name} is {shown(value)}; allowed are finite numbers that are not negative"
-            )
+        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+            raise ExportError(f"{self.path}: {name} is {shown(value)}; allowed are numbers from {least:g} to {most:g}")
         return float(value)
 
     def text(self, name: str, default: str | None = None) -> str:

@@ -16,6 +16,7 @@ from onnxsplit.tensors import Array
 _MOST_LAYERS = 4096
 _MOST_WIDTH = 1 << 20
 _LOCAL_BASE = 10_000.0  # of Gemma 3's layers with a window
+_LEAST_BASE = 1.001  # of a rotary embedding; at 1, all pairs of a head turn at the same speed
 _LAYERS_27B = {"gemma2": 46, "gemma3": 62}  # the sizes whose attention is scaled by the width
 
 _REFUSED_FIELDS = {  # fields that change the network, by what they are
@@ -170,8 +171,8 @@ def read_network(header: Header, vocabulary: int, factors: Callable[[int], Array
         attention_cap=number(f"{name}.attn_logit_softcapping", caps[0]),
         score_cap=number(f"{name}.final_logit_softcapping", caps[1]),
         windows=_windows(header, name, layers),
-        base=number(f"{name}.rope.freq_base", 10_000.0),
-        local_base=number(f"{name}.rope.freq_base_swa", _LOCAL_BASE),
+        base=number(f"{name}.rope.freq_base", 10_000.0, least=_LEAST_BASE),
+        local_base=number(f"{name}.rope.freq_base_swa", _LOCAL_BASE, least=_LEAST_BASE),
         scaling=read_scaling(header, name, factors(head // 2)),
     )
 

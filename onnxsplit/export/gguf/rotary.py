@@ -11,6 +11,8 @@ from onnxsplit.errors import ExportError, shown
 from onnxsplit.export.gguf.header import Header
 from onnxsplit.tensors import Array
 
+_LEAST_TURNS = 1e-3  # within the first context, for yarn
+
 
 @dataclass(frozen=True, eq=False)
 class RotaryScaling:
@@ -60,8 +62,8 @@ def read_scaling(header: Header, name: str, factors: Array | None) -> RotaryScal
         kind,
         factor,
         header.whole(f"{field}.original_context_length", header.whole(f"{name}.context_length"), least=1),
-        header.number(f"{field}.yarn_beta_fast", 32.0),
-        header.number(f"{field}.yarn_beta_slow", 1.0),
+        header.number(f"{field}.yarn_beta_fast", 32.0, least=_LEAST_TURNS),
+        header.number(f"{field}.yarn_beta_slow", 1.0, least=_LEAST_TURNS),
         own * (1 + 0.1 * math.log(factor)),
         factors,
     )
