@@ -218,3 +218,11 @@ def test_options_that_do_not_apply_are_refused(options, tmp_path):
     path = gguf_files.random_llama(tmp_path / "model.gguf")
     with pytest.raises(ExportError, match="does not apply to it"):
         export(str(path), tmp_path / "model.onnx", **options)
+
+
+def test_a_part_of_a_model_is_refused_with_the_way_to_join_the_parts(tmp_path):
+    path = gguf_files.random_llama(
+        tmp_path / "model.gguf", tokenizer=lambda writer: writer.add_uint16("split.count", 3)
+    )
+    with pytest.raises(ExportError, match="is one of 3 parts of a model; join them first: llama-gguf-split --merge"):
+        export(str(path), tmp_path / "model.onnx")

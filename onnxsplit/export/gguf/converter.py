@@ -40,6 +40,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     """
     assert source.path is not None
     header = read_header(source.path)
+    _refuse_part(header)
     try:
         from onnxsplit.export.gguf.text_files import text_files
         from onnxsplit.export.gguf.tokenizer import read_tokenizer
@@ -84,6 +85,14 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
             notes=notes,
         )
     ]
+
+
+def _refuse_part(header: Header) -> None:
+    if (parts := header.whole("split.count", 0)) > 1:
+        raise ExportError(
+            f"{header.path} is one of {parts} parts of a model; join them first: llama-gguf-split --merge FIRST-PART "
+            "WHOLE.gguf"
+        )
 
 
 def _tolerance(forms: Set[Form]) -> float:
