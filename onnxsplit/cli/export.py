@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from onnxsplit.cli.output import Output, binary, custom_ops_option, custom_ops_words, make_command, option, path_option
+
+_SHOWN_OUTPUTS = 8
 
 
 def _parse_settings(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> dict[str, Any]:
@@ -92,8 +94,7 @@ def command(
     done = export(source, out, inputs=tuple(parse_spec(text) for text in inputs), say=output.say, **options)
     output.done()
     for exported in done:
-        for name, difference in exported.differences.items():
-            output.line(f"{name}: differs from the framework's output by {difference:.1e} of its scale")
+        _show_differences(output, exported.differences)
         for name in exported.unread:
             output.note(f"warning: no op in {exported.path} reads the input {name!r}, so no output depends on it")
         for note in exported.notes:
@@ -116,3 +117,13 @@ def command(
     output.result(
         {key: models[0][key] for key in ("model", "differences", "unread", "files", "notes")} | {"models": models}
     )
+
+
+def _show_differences(output: Output, differences: Mapping[str, float]) -> None:
+    """Print how far outputs differ; of many, such as a decoder's caches, the first ones and the largest difference."""
+    listed = list(differences.items())
+    shown = listed if len(listed) <= _SHOWN_OUTPUTS else listed[: _SHOWN_OUTPUTS // 2]
+    for name, difference in shown:
+        output.line(f"{name}: differs from the framework's output by {difference:.1e} of its scale")
+    if rest := listed[len(shown) :]:
+        output.line(f"{len(rest)} more outputs: differ by {max(one for _, one in rest):.1e} of their scale at most")

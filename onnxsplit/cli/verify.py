@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from onnxsplit.cli.decoding import DecodeComparison
     from onnxsplit.stages.verify import Comparison
 
+_SHOWN_EQUAL = 8  # outputs that agree, in the table
+
 
 @make_command
 @PLAN
@@ -62,8 +64,7 @@ def command(
         good = good and decoding.good
         output.line(_decoded(decoding))
     if good:
-        more = custom_ops_words(custom_ops)
-        output.line(f"Next: onnxsplit run {plan} --inputs in.npz --outputs out.npz{more}")
+        output.line(f"Next: {_next_command(plan)}{custom_ops_words(custom_ops)}")
     fields = ("output", "exact", "difference", "optimized", "moved", "repeatable", "good")
     output.result(
         {
@@ -83,7 +84,9 @@ def command(
 
 
 def _show(output: Output, comparisons: Sequence[Comparison]) -> None:
-    """Print a table of all outputs."""
+    """Print a table of the outputs. Of many that are equal, such as a decoder's caches, the last share a row."""
+    equal = [c for c in comparisons if c.good and c.repeatable]
+    folded = equal[_SHOWN_EQUAL // 2 :] if len(equal) > _SHOWN_EQUAL else []
     rows = [
         (
             c.output,
@@ -93,8 +96,24 @@ def _show(output: Output, comparisons: Sequence[Comparison]) -> None:
             ("equal" if c.good else "DIFFERENT") if c.repeatable else "random",
         )
         for c in comparisons
+        if c not in folded
     ]
+    if folded:
+        worst = max(c.difference for c in folded)
+        exact = "bit-equal" if all(c.exact for c in folded) else f"{worst:.1e}"
+        others = (f"{max(c.optimized for c in folded):.1e}", f"{max(c.moved for c in folded):.1e}")
+        rows.append((f"{len(folded)} more, at most", exact, *others, "equal"))
     output.table(("output", "optimisation off", "on", "optimisation alone", "verdict"), rows)
+
+
+def _next_command(plan: Path) -> str:
+    """What to do with a verified plan: continue a text where it has a tokenizer, or run it on inputs."""
+    from onnxsplit.plan_files import load_plan
+
+    decoder = load_plan(plan, check_files=False).decoder
+    if decoder is not None and "tokenizer.json" in {entry.name for entry in decoder.text}:
+        return f'onnxsplit generate {plan} "The capital of France is" --max-tokens 16'
+    return f"onnxsplit run {plan} --inputs in.npz --outputs out.npz"
 
 
 def _allowed(comparisons: Sequence[Comparison]) -> float:

@@ -31,5 +31,8 @@ def test_a_gguf_file_writes_text_in_two_stages_as_in_one(kind, tmp_path):
         with Pipeline.launch(plan, threads=1, cache_bytes="16M", max_rows=2) as pipeline:
             generation = pipeline.text.complete("The quick", max_tokens=24, temperature=0.0, timeout=60)
             texts.append(generation.result().text)
+    verify = ["-m", "onnxsplit", "verify", str(plan), str(exported.path)]
+    said = subprocess.run([sys.executable, *verify], check=True, capture_output=True, text=True).stdout
+    assert f"Next: onnxsplit generate {plan}" in said
     assert texts[0] == texts[1]
     assert texts[0]

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import build
 import click
+import click.testing
 import numpy as np
+import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from onnxsplit.cli import cli
 from onnxsplit.npz import load_npz, save_npz
@@ -498,3 +500,24 @@ def test_the_examples_of_the_documentation_on_what_is_cut_run(onnxsplit, python_
     code = text.split("```python\n")[1].split("```")[0]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=python_environment, check=True, timeout=120)
     assert (tmp_path / "memory.plan" / "plan.json").exists()
+
+
+def test_of_many_outputs_that_agree_the_first_are_listed(tmp_path, monkeypatch):
+    """A decoder has two outputs a layer, and those of interest are the first and the different ones."""
+    names = [f"y{place}" for place in range(12)]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ["x", *names]]
+    ops = [helper.make_node("Neg", [before], [name]) for before, name in zip(["x", *names], names, strict=False)]
+    monkeypatch.chdir(tmp_path)
+    onnx.save(helper.make_model(helper.make_graph(ops, "g", values[:1], values[1:]), ir_version=10), "many.onnx")
+
+    def said(*words):
+        done = click.testing.CliRunner().invoke(cli, [*words])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    exported = said("export", "many.onnx", "-o", "m.onnx")
+    assert exported.count("differs from") == 4
+    assert "8 more outputs: differ by 0.0e+00 of their scale at most" in exported
+    said("partition", "m.onnx", "--stages", "2", "--costs", "analytic")
+    rows = [line.split() for line in said("verify", "m.plan", "m.onnx").splitlines()]
+    assert [row[0] for row in rows if "bit-equal" in row] == ["y0", "y1", "y2", "y3", "8"]
