@@ -156,16 +156,16 @@ class Conversation:
         """The tokens of the conversation. The oldest messages are forgotten where it leaves no room for an answer."""
         room = self._length - min(self._options.get("max_tokens", self._length), self._length // _SPARE)
         forgotten = 0
-        while len(tokens := self._tokens()) > room and len(self._messages) > 2:
-            del self._messages[:2]  # a message and its answer
-            forgotten += 2
-        if forgotten:
+        while len(tokens := self._tokens(forgotten)) > room and len(self._messages) - forgotten > 2:
+            forgotten += 2  # a message and its answer
+        if forgotten and len(tokens) < self._length:  # a message that never fits is refused, and nothing is forgotten
+            del self._messages[:forgotten]
             self._output.aside(f"The context is full; the {forgotten} oldest messages are forgotten.")
         return tokens
 
-    def _tokens(self) -> tuple[int, ...]:
+    def _tokens(self, forgotten: int) -> tuple[int, ...]:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return self._text.chat_tokens([*system, *self._messages])
+        return self._text.chat_tokens([*system, *self._messages[forgotten:]])
 
 
 class _Stop:

@@ -116,6 +116,10 @@ def all_gone(processes) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
+def printable(text) -> str:
+    return "".join(letter for letter in text if letter.isprintable() and letter != "\ufffd")
+
+
 def chat_messages(*turns, system=None):
     messages = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
@@ -134,9 +138,7 @@ def test_a_chat_on_a_terminal_streams_remembers_and_ends_with_ctrl_d(plan, text,
         assert len(nodes) >= 3, "two nodes and the process of the template"
         terminal.type("fox\n")
         shown = terminal.until("5 tokens, ")
-        plain = "".join(letter for letter in second.text if letter.isprintable() and letter != "\ufffd")
-        seen = "".join(letter for letter in shown if letter.isprintable() and letter != "\ufffd")
-        assert plain in seen
+        assert printable(second.text) in printable(shown)
         terminal.until("> ")
         terminal.type("\x04")
         assert terminal.end() == 0
@@ -277,3 +279,19 @@ def test_a_plan_without_a_template_does_not_chat(tmp_path, python_environment):
     shown = onnxsplit(python_environment, "chat", text_plan(tmp_path / "m.plan", template=None), input="dog\n")
     assert shown.returncode == 1
     assert "has no chat template; put chat_template.jinja" in shown.stderr
+
+
+def test_a_message_that_never_fits_takes_nothing_from_the_conversation(plan, text, python_environment):
+    first = text.chat(chat_messages("dog"), max_tokens=3).result().text
+    second = text.chat(chat_messages("dog", first, "fox"), max_tokens=3).result()
+    with Terminal(python_environment, "chat", plan, "--max-tokens", 3) as terminal:
+        terminal.until("> ")
+        terminal.type("dog\n")
+        terminal.until("3 tokens, ")
+        terminal.type("dog " * 300 + "\n")
+        refused = terminal.until("shorten the prompt")
+        assert "forgotten" not in refused
+        terminal.until("> ")
+        terminal.type("fox\n")
+        shown = terminal.until("3 tokens, ")
+        assert printable(second.text) in printable(shown)
