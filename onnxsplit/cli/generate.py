@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,19 +96,28 @@ def _stdin() -> str:
 
 def _print_tokens(output: Output, generation: Generation) -> Generated:
     """Print the tokens as they come."""
-    for number, token in enumerate(generation):
-        output.piece(f"{' ' if number else ''}{token}")
-    output.piece("\n")
+    with _own_line(output):
+        for number, token in enumerate(generation):
+            output.piece(f"{' ' if number else ''}{token}")
     return generation.result()
 
 
 def _print_text(output: Output, generation: TextGeneration) -> GeneratedText:
     """Print the text as it comes."""
     on_terminal = sys.stdout.isatty()
-    for piece in generation:
-        output.piece(shown_text(piece.text, on_terminal=on_terminal))
-    output.piece("\n")
+    with _own_line(output):
+        for piece in generation:
+            output.piece(shown_text(piece.text, on_terminal=on_terminal))
     return generation.result()
+
+
+@contextmanager
+def _own_line(output: Output) -> Iterator[None]:
+    """End the line that is printed in the ``with`` block, so that a message about an error has a line of its own."""
+    try:
+        yield
+    finally:
+        output.piece("\n")
 
 
 def _show(output: Output, result: Generated | GeneratedText, submitted_ns: int, times_ns: tuple[int, ...]) -> None:

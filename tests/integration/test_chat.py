@@ -295,3 +295,10 @@ def test_a_message_that_never_fits_takes_nothing_from_the_conversation(plan, tex
         terminal.type("fox\n")
         shown = terminal.until("3 tokens, ")
         assert printable(second.text) in printable(shown)
+
+
+def test_an_error_after_a_part_of_the_text_has_a_line_of_its_own(large_plan, python_environment):
+    shown = onnxsplit(python_environment, "generate", large_plan, "dog", *LONG, "--timeout", 0.3, errors="replace")
+    assert shown.returncode == 1
+    assert "time ran out" in shown.stderr
+    assert shown.stdout.endswith("\n")
