@@ -44,6 +44,11 @@ def decoder_lines(plan: Plan, decoder: Decoder) -> Iterator[str]:
             f"have memory for {decoder.cache_tokens} positions."
         )
     yield from _proof_lines(decoder)
+    names = [entry.name for entry in decoder.text]
+    if "tokenizer.json" in names:
+        yield f"Text: {', '.join(names)} beside the model."
+    else:
+        yield "No text, numbers of tokens only: there is no tokenizer.json beside the model."
 
 
 def _states(states: tuple[State, ...]) -> str:

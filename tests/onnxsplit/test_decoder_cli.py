@@ -45,6 +45,15 @@ def test_partition_says_what_was_proven_and_what_was_not(onnxsplit):
     assert "for a prompt of 128 tokens" in text
 
 
+def test_partition_says_which_files_of_text_the_plan_has(onnxsplit, tmp_path):
+    save("gqa")
+    words = ("partition", "m.onnx", "--stages", 2, "--context", 16)
+    assert "No text, numbers of tokens only: there is no tokenizer.json beside the model." in onnxsplit(*words)
+    for name in ("tokenizer.json", "generation_config.json", "unrelated.json"):
+        (tmp_path / name).write_text("{}")
+    assert "Text: tokenizer.json, generation_config.json beside the model." in onnxsplit(*words)
+
+
 def test_partition_says_of_recurrent_states_what_a_sequence_takes(onnxsplit):
     save("lstm")
     text = onnxsplit("partition", "m.onnx", "--stages", 2)
