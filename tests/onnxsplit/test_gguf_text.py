@@ -106,3 +106,10 @@ def test_a_damaged_tokenizer_is_one_clear_message(tmp_path):
     path = gguf_files.random_llama(tmp_path / "model.gguf", tokenizer=broken)
     with pytest.raises(ExportError, match="the merge 'ab' is not two tokens with a space between them"):
         export(str(path), tmp_path / "model.onnx")
+
+
+def test_a_number_of_a_special_token_is_left_out_where_there_are_no_tokens(tmp_path):
+    path = gguf_files.random_llama(tmp_path / "model.gguf", tokenizer=lambda writer: writer.add_eos_token_id(7))
+    (done,) = export(str(path), tmp_path / "model.onnx", check=False)
+    assert len(done.notes) == 1, "there is no tokenizer"
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {}

@@ -53,13 +53,13 @@ def begins(header: Header) -> bool:
 
 
 def special_token(header: Header, name: str) -> int | None:
-    """The number of a special token, ``bos`` for example; None where the file has none.
+    """The number of a special token, ``bos`` for example; None where the file has none, or no tokens at all.
 
     Raises:
         ExportError: there is no token with this number.
     """
     field, count = f"tokenizer.ggml.{name}_token_id", len(header.texts("tokenizer.ggml.tokens"))
-    if field not in header.fields or header.fields[field] == 0xFFFFFFFF:
+    if not count or field not in header.fields or header.fields[field] == 0xFFFFFFFF:
         return None
     return header.whole(field, most=count - 1)
 
