@@ -113,3 +113,14 @@ def test_a_number_of_a_special_token_is_left_out_where_there_are_no_tokens(tmp_p
     (done,) = export(str(path), tmp_path / "model.onnx", check=False)
     assert len(done.notes) == 1, "there is no tokenizer"
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {}
+
+
+def test_a_piece_that_would_take_long_to_cut_is_refused(tmp_path):
+    def long(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["a" * 60_000, "b"])
+        writer.add_token_scores([0.0, 0.0])
+
+    path = gguf_files.random_llama(tmp_path / "model.gguf", tokenizer=long)
+    with pytest.raises(ExportError, match="a token has 60000 characters; allowed are at most 512"):
+        export(str(path), tmp_path / "model.onnx")

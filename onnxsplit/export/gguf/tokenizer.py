@@ -19,6 +19,7 @@ from onnxsplit.progress import Say
 
 _UNKNOWN, _CONTROL, _OWN = 2, 3, 4  # kinds of tokens: unknown, special, and added by the model's makers
 _SPACE = "▁"
+_MOST_PIECE = 512  # characters; every place where a piece can be cut in two is looked at
 
 
 def read_tokenizer(header: Header, say: Say) -> Tokenizer | None:
@@ -111,6 +112,8 @@ def _merge(header: Header, text: str) -> tuple[str, str]:
 
 def _pieces(header: Header) -> Tokenizer:
     numbers, kinds = _vocabulary(header), token_kinds(header)
+    if (longest := max(map(len, numbers))) > _MOST_PIECE:
+        raise ExportError(f"{header.path}: a token has {longest} characters; allowed are at most {_MOST_PIECE}")
     scores = header.fields.get("tokenizer.ggml.scores", np.empty(0, np.float32))
     if not isinstance(scores, np.ndarray) or len(scores) != len(numbers):
         raise ExportError(f"{header.path}: tokenizer.ggml.scores must have a number for each of {len(numbers)} tokens")
