@@ -94,7 +94,8 @@ def recipe(target: str) -> list[str]:
     line = re.search(rf"^{target}:.*\n\t(.+)$", (pages.ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     program, script = line.split()
     assert program == "$(BIN)/python"
-    return [sys.executable, str(pages.ROOT / script), *{"demo": ["--slices", "3"], "chat": ["--max-tokens", "60"]}[target]]
+    less_work = {"demo": ["--slices", "3"], "chat": ["--max-tokens", "60"]}
+    return [sys.executable, str(pages.ROOT / script), *less_work[target]]
 
 
 def check_installation(words: list[str]) -> None:
