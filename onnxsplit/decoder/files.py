@@ -9,6 +9,7 @@ lead to the folder that this one leads to; :mod:`onnxsplit.model.external_data` 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,9 @@ from typing import Any
 from onnxsplit.errors import one_line, shown
 from onnxsplit.files import check_regular, read_regular
 from onnxsplit.plan_decoder import MOST_LENGTH
+
+TOKENIZER = "onnxsplit.tokenizer"
+"""Where the metadata of an exported model has the SHA-256 of the ``tokenizer.json`` that was written with it."""
 
 _MOST_CONFIG_BYTES = 4 << 20
 _MOST_TEXT_BYTES = 256 << 20
@@ -73,8 +77,13 @@ class Beside:
     notes: tuple[str, ...] = ()
 
 
-def read_beside(folder: Path | None) -> Beside:
+def read_beside(folder: Path | None, tokenizer: str | None = None) -> Beside:
     """Read the small files in a model's folder.
+
+    Args:
+        folder: the folder; None for none.
+        tokenizer: the SHA-256 of the model's own ``tokenizer.json``, where it is known. Several models may lie in a
+            folder, and the text of another model is not used.
 
     transformers.js keeps models in a folder named ``onnx``, and their files in the folder above; so that one is read,
     too, where the folder has this name.
@@ -100,9 +109,25 @@ def read_beside(folder: Path | None) -> Beside:
         max_length=_number([genai], ("context_length",)) or _number([nested, config], _LENGTHS),
         end_tokens=_end_tokens([genai, generation, nested, config], notes),
         encoder_decoder=config.get("is_encoder_decoder") is True or bool(_dictionary(genai, "encoder")),
-        text=tuple(path for name in _TEXT if (path := _found(places, name, _MOST_TEXT_BYTES, notes)) is not None),
+        text=_text(places, tokenizer, notes),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _text(places: Iterable[Path], tokenizer: str | None, notes: list[str]) -> tuple[Path, ...]:
+    """The files for the tokenizer and the chat template; none where the tokenizer is another model's."""
+    found = [path for name in _TEXT if (path := _found(places, name, _MOST_TEXT_BYTES, notes)) is not None]
+    for path in found:
+        if tokenizer is None or path.name != "tokenizer.json":
+            continue
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != tokenizer:
+                notes.append(
+                    f"{path} and the files of text beside it are not used: they are not those that were exported with "
+                    "this model; export each model into a folder of its own"
+                )
+                return ()
+    return tuple(found)
 
 
 def _found(places: Iterable[Path], name: str, most_bytes: int, notes: list[str]) -> Path | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onnxsplit.decoder.branch import branch_input
 from onnxsplit.decoder.claim import DecoderClaim, NoDecoder, StateClaim
-from onnxsplit.decoder.files import Beside, read_beside
+from onnxsplit.decoder.files import TOKENIZER, Beside, read_beside
 from onnxsplit.decoder.flat import flat_graph
 from onnxsplit.decoder.limits import Tables
 from onnxsplit.decoder.names import NamedPairs, of_encoder, pairs_by_name, role_by_name, words
@@ -54,11 +54,17 @@ def find_decoder(
     """
     decided = override if override is not None else Override()
     check_names(decided, graph.inputs, graph.outputs)
-    search = _Search(graph, specs, read_beside(folder), decided)
+    search = _Search(graph, specs, read_beside(folder, _own_tokenizer(graph)), decided)
     try:
         return search.claim()
     except NotClaimed as reason:
         return NoDecoder(str(reason) if search.looks else "")
+
+
+def _own_tokenizer(graph: OpGraph) -> str | None:
+    """The SHA-256 of the tokenizer that was exported with a model; None where the model does not say."""
+    metadata = graph.source.proto.metadata_props
+    return next((entry.value for entry in metadata if entry.key == TOKENIZER), None)
 
 
 class _Search:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 
 import onnxsplit
+from onnxsplit.decoder.files import TOKENIZER
 from onnxsplit.errors import ExportError, MissingDependency, ModelError, one_line
 from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.model.precision import distance
@@ -43,6 +45,8 @@ def finish(
         options.say("simplifying")
         proto = _simplified(proto)
     metadata = {SOURCE: source, FRAMEWORK: conversion.framework, TOOL: onnxsplit.__version__, **conversion.about}
+    if (tokenizer := conversion.files.get("tokenizer.json")) is not None:
+        metadata[TOKENIZER] = hashlib.sha256(tokenizer).hexdigest()
     kept = {entry.key: entry.value for entry in proto.metadata_props} | metadata
     del proto.metadata_props[:]
     for key, value in kept.items():

@@ -10,6 +10,7 @@ OnnxsplitError
 │   ├── TooLarge          413  RESOURCE_EXHAUSTED   more bytes than allowed
 │   ├── TooSlow           408  DEADLINE_EXCEEDED    the request did not arrive in time
 │   └── Unsupported       501  UNIMPLEMENTED        part of the protocol that this server lacks
+├── MissingDependency     501  UNIMPLEMENTED        the server lacks a package that the request needs
 ├── InputError            400  INVALID_ARGUMENT     the request does not fit the protocol or the model
 └── PipelineError         500  INTERNAL             a stage or node failed
 ├── Busy, StageUnavailable, PipelineClosed      503  UNAVAILABLE
@@ -22,7 +23,7 @@ from __future__ import annotations
 import traceback
 from typing import NamedTuple
 
-from onnxsplit.errors import InputError, OnnxsplitError
+from onnxsplit.errors import InputError, MissingDependency, OnnxsplitError
 from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
 
 
@@ -93,6 +94,7 @@ _STATUS: tuple[tuple[type[BaseException], Status], ...] = (
     (TooLarge, Status(413, "RESOURCE_EXHAUSTED")),
     (TooSlow, Status(408, "DEADLINE_EXCEEDED")),
     (Unsupported, Status(501, "UNIMPLEMENTED")),
+    (MissingDependency, Status(501, "UNIMPLEMENTED")),
     (Busy, Status(503, "UNAVAILABLE")),
     (StageUnavailable, Status(503, "UNAVAILABLE")),
     (PipelineClosed, Status(503, "UNAVAILABLE")),

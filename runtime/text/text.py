@@ -90,7 +90,10 @@ class Text:
         if self.template is None:
             raise InputError("the plan has no chat template, so it takes prompts only; add chat_template.jinja")
         text = self.template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
-        return self.encode(text, special=False)
+        tokens = self.encode(text, special=False)
+        if not tokens:
+            raise InputError("the chat template makes an empty text of these messages; give the plan another template")
+        return tokens
 
     def complete(
         self, prompt: str | Sequence[int], *, timeout: float | None = None, block: bool = True, **options: Any

@@ -183,6 +183,12 @@ def test_a_plan_with_a_bad_template_still_completes_prompts(tmp_path):
             pipeline.text.chat(ASK)
 
 
+def test_a_template_that_writes_nothing_is_named(tmp_path):
+    plan, message = text_plan(tmp_path / "m.plan", template="{# nothing #}"), "chat template makes an empty text"
+    with Pipeline.launch(plan, threads=1) as pipeline, pytest.raises(InputError, match=message):
+        pipeline.text.chat(ASK)
+
+
 def test_a_plan_without_a_template_says_so(tmp_path):
     with Pipeline.launch(text_plan(tmp_path / "m.plan", template=None), threads=1) as pipeline:
         assert pipeline.text.complete("dog", max_tokens=3).result().usage.completion == 3

@@ -13,6 +13,8 @@ pytest.importorskip("tokenizers")
 
 import gguf_files
 import gguf_tokenizers
+import onnx
+from decoder_bits import claimed
 from text_plans import TEMPLATE, small_tokenizer
 from tokenizers import Tokenizer
 
@@ -124,3 +126,12 @@ def test_a_piece_that_would_take_long_to_cut_is_refused(tmp_path):
     path = gguf_files.random_llama(tmp_path / "model.gguf", tokenizer=long)
     with pytest.raises(ExportError, match="a token has 60000 characters; allowed are at most 512"):
         export(str(path), tmp_path / "model.onnx")
+
+
+def test_the_tokenizer_of_another_model_in_the_folder_is_not_used(tmp_path):
+    done, _ = written(tmp_path, gguf_tokenizers.byte_level, gguf_tokenizers.SIZE)
+    own = claimed(onnx.load(done.path), tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    other = claimed(onnx.load(done.path), tmp_path)
+    assert (own.text[0].name, own.notes, other.text) == ("tokenizer.json", (), ())
+    assert any("not those that were exported with this model" in note for note in other.notes)
