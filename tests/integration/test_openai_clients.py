@@ -86,6 +86,22 @@ def test_a_client_that_leaves_ends_all_its_choices(plan):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ahead", [1, 5])
+def test_a_client_that_leaves_with_more_requests_behind_the_first_ends_it(plan, stream, ahead):
+    async def leave() -> None:
+        async with gateway(plan) as (url, version, _):
+            _, writer = await ask(url, {**ENDLESS, "stream": stream})
+            await until(lambda: version.pipeline.sequences.running == 1)
+            writer.write(request_bytes(ENDLESS) * ahead)
+            await asyncio.sleep(0.1)
+            writer.close()
+            await until(lambda: at_rest(version))
+            assert version.text_figures.finished == {"abort": 1}
+
+    asyncio.run(leave())
+
+
 def test_streams_continue_beside_clients_that_stall_leave_and_come(plan):
     async def reads(url, seed):
         async with client_of(url) as client:

@@ -9,13 +9,15 @@ Events, and how the connection reacts:
     a body that goes on after its response       discards it, and closes after ``LINGER_S``
     a response that is not read                  aborts after ``UNREAD_S`` in which no byte left
     a client that closes before the response     cancels the request (``scope["abandon"]``)
+    requests behind one that is being answered   wait; reading goes on, up to limits, to notice a client that closes
 """
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from runtime.gateway.http.bodies import SILENCE_S
 
@@ -24,6 +26,7 @@ HEADER_BYTES = 64 << 10
 AHEAD_BYTES = 1 << 20
 LINGER_S = 5.0
 UNREAD_S = 30.0
+MOST_AHEAD = 16
 
 _JOINED_BYTES = 64 << 10  # larger bodies are not copied to follow their head in one write
 
@@ -71,6 +74,7 @@ class Connection(HttpToolsProtocol):
     _silence_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
     _unread_timer: asyncio.TimerHandle | None = None
+    _answered: RequestResponseCycle | None = None  # the request that is being answered; ``cycle`` is the newest one
     _whole = True  # no request is arriving
     _pieces: list[bytes]
     _ahead_bytes = 0
@@ -93,13 +97,19 @@ class Connection(HttpToolsProtocol):
         self._stop_linger_timer()
         if self._silence_timer is not None:
             self._silence_timer.cancel()
-        waiting = [self.cycle, *(cycle for cycle, _ in self.pipeline)]
+        self.pipeline.clear()  # nobody waits for these any more
         super().connection_lost(exc)
-        for cycle in waiting:
-            if cycle is not None and not cycle.response_complete:
-                abandon = cycle.scope.get("abandon")
-                if callable(abandon):
-                    abandon()
+        cycle = self._answered
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            abandon = cycle.scope.get("abandon")
+            if callable(abandon):
+                abandon()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
         """A request begins to arrive."""
@@ -127,13 +137,15 @@ class Connection(HttpToolsProtocol):
         self.scope["pieces"] = self._pieces = []  # type: ignore[typeddict-unknown-key]
         self.scope["target"] = self.url.decode("latin-1")  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+        if 0 < len(self.pipeline) < MOST_AHEAD:
+            self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body arrived. :class:`~runtime.gateway.http.bodies.Bodies` takes it from the scope."""
         self._progress = True
         if self.cycle.response_complete:
             return
-        if not self._pieces:
+        if not self._pieces and not self.pipeline:
             self._ahead_bytes = 0
         self._pieces.append(body)
         self._ahead_bytes += len(body)
@@ -150,8 +162,9 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The request was answered. If it is not whole, the client gets time to read the response while it sends."""
         self.transport.flush()  # type: ignore[attr-defined]  # it is a _OneWrite
+        is_newest = self._answered is self.cycle
         super().on_response_complete()
-        if not self._whole and self._linger_timer is None:
+        if is_newest and not self._whole and self._linger_timer is None:
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def data_received(self, data: bytes) -> None:

@@ -174,9 +174,9 @@ class OpenAIEndpoint:
                     )
                     generation = await self._workers.run(guided, start)
                     texts.append(RunningText(len(texts), generation, figures))
-        except BaseException:
+        except BaseException as error:
             for text in texts:
-                text.close("error")
+                text.close("error" if isinstance(error, Exception) else "abort")
             raise
         return texts
 
