@@ -11,10 +11,11 @@ from onnxsplit.errors import InputError, MissingDependency, one_line, shown
 from runtime.text.detokenizer import ByteTokens, Detokenizer, Vocabulary, WordTokens
 
 _MOST_CHARACTERS = 16 << 20  # of a text to encode
+_QUICK = 4096  # characters or tokens, for which the library may hold the interpreter's lock
 
 
 class Tokenizer:
-    """Turns text into tokens and back.
+    """Turns text into tokens and back. While it turns a long one, other threads go on.
 
     Args:
         data: the content of ``tokenizer.json``.
@@ -72,13 +73,17 @@ class Tokenizer:
             raise InputError(f"a text has at most {_MOST_CHARACTERS} characters, but this is {size}; shorten it")
         try:
             text.encode()  # the library does not say what is wrong
-            tokens = tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
+            if len(text) <= _QUICK:
+                encoding = self._tokenizer.encode(text, add_special_tokens=special)
+            else:  # other threads go on meanwhile
+                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the text holds half of a surrogate pair at place {error.start}; allowed are whole Unicode characters"
             ) from error
         except Exception as error:  # the library has no class of its own
             raise InputError(f"the tokenizer cannot encode the text: {one_line(error, 200)}") from error
+        tokens = tuple(encoding.ids)
         return self._with_begin(tokens) if special and self._add_begin is not None else tokens
 
     def _with_begin(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
@@ -91,7 +96,10 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of some tokens."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special))
+        if len(tokens) <= _QUICK:
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special))
+        (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=skip_special)
+        return str(text)
 
     def token(self, number: int) -> str:
         """One token as the vocabulary writes it; empty for a number without a token."""

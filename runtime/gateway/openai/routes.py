@@ -121,7 +121,8 @@ class OpenAIEndpoint:
             pieces = await _all_pieces(texts)
             choices = [completion_choice(form, i, each, ends, echo[i]) for i, each in enumerate(pieces)]
             numbers = _usage(texts, request.choices)
-            await _send_json(send, CompletionObject(form.id, form.created, form.model, choices, numbers), form.id)
+            whole = CompletionObject(form.id, form.created, form.model, choices, numbers)
+            await _send_json(send, msgspec.json.encode(whole), form.id)
 
     async def _chat(self, request: ChatRequest, send: Send) -> None:
         served = self._begin(request)
@@ -137,7 +138,8 @@ class OpenAIEndpoint:
             pieces = await _all_pieces(texts)
             choices = [chat_choice(form, i, each, ends, calls[i]) for i, each in enumerate(pieces)]
             numbers = _usage(texts, request.choices)
-            await _send_json(send, ChatObject(form.id, form.created, form.model, choices, numbers), form.id)
+            whole = ChatObject(form.id, form.created, form.model, choices, numbers)
+            await _send_json(send, msgspec.json.encode(whole), form.id)
 
     def _begin(self, request: SampledRequest) -> ServedText:
         """The model for a request, which is refused here if a field is not served."""
@@ -188,16 +190,22 @@ class OpenAIEndpoint:
             assert isinstance(request.prompt, str)
             asked = CompletionRequest(prompt=request.prompt, add_special_tokens=request.add_special_tokens)
             tokens = (await completion_prompts(served.text, asked, self._workers))[0].tokens
-        texts = [served.text.tokenizer.token(token) for token in tokens] if request.return_token_strs else None
-        await _send_json(send, TokenizeAnswer(len(tokens), served.length, list(tokens), texts))
+
+        def answer() -> bytes:
+            texts = [served.text.tokenizer.token(token) for token in tokens] if request.return_token_strs else None
+            return msgspec.json.encode(TokenizeAnswer(len(tokens), served.length, list(tokens), texts))
+
+        await _send_json(send, await self._workers.run(len(tokens) > _QUICK_TOKENS, answer))
 
     async def _detokenize(self, request: DetokenizeRequest, send: Send) -> None:
         tokenizer, tokens = self._catalogue.find(request.model).text.tokenizer, request.tokens
-        if tokens and max(tokens) >= tokenizer.size:
-            raise FieldError("tokens", f"tokens holds {max(tokens)}; allowed are numbers below {tokenizer.size}")
-        long = len(tokens) > _QUICK_TOKENS
-        text = await self._workers.run(long, lambda: tokenizer.decode(tokens, skip_special=False))
-        await _send_json(send, DetokenizeAnswer(text))
+
+        def answer() -> bytes:
+            if tokens and max(tokens) >= tokenizer.size:
+                raise FieldError("tokens", f"tokens holds {max(tokens)}; allowed are numbers below {tokenizer.size}")
+            return msgspec.json.encode(DetokenizeAnswer(tokenizer.decode(tokens, skip_special=False)))
+
+        await _send_json(send, await self._workers.run(len(tokens) > _QUICK_TOKENS, answer))
 
 
 class _Post(Generic[T]):
@@ -291,8 +299,7 @@ async def _all_pieces(texts: Sequence[RunningText]) -> list[list[TextPiece]]:
     return found
 
 
-async def _send_json(send: Send, document: object, request_id: str | None = None) -> None:
-    body = msgspec.json.encode(document)
+async def _send_json(send: Send, body: bytes, request_id: str | None = None) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if request_id is not None:
         headers.append((b"x-request-id", request_id.encode()))
