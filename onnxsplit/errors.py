@@ -57,7 +57,15 @@ class InputError(OnnxsplitError):
 
     The user sees it when ``--inputs``, ``--dim`` or a request is checked. It also reports numbers that are out of
     range.
+
+    Args:
+        message: what is wrong.
+        option: the name of the option that has a wrong value; empty where it is something else.
     """
+
+    def __init__(self, message: str = "", *, option: str = "") -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class PartitionError(OnnxsplitError):

@@ -107,11 +107,12 @@ def normal_prompt(tokens: object, decoder: Decoder, length: int) -> tuple[int, .
         raise InputError(f"tokens must be a list of token numbers, in their order, but it is {shown(tokens)}")
     prompt = _tokens("tokens", tokens, token_bound(decoder))
     if not prompt:
-        raise InputError("tokens is empty; a generation continues a sequence of at least one token")
+        raise InputError("tokens is empty; a generation continues a sequence of at least one token", option="tokens")
     if len(prompt) >= length:
         raise InputError(
             f"the prompt has {len(prompt)} tokens, but this pipeline has room for sequences of {length} tokens, at "
-            f"least one of them new; shorten the prompt to {length - 1} tokens, or raise max_length or cache_bytes"
+            f"least one of them new; shorten the prompt to {length - 1} tokens, or raise max_length or cache_bytes",
+            option="tokens",
         )
     return prompt
 
@@ -129,7 +130,8 @@ def normal_max_tokens(max_tokens: int | None, prompt: int, length: int) -> int:
         return int(max_tokens)
     raise InputError(
         f"max_tokens must be a whole number, at least 1 and at most {room}, not {shown(max_tokens)}: sequences have "
-        f"at most {length} tokens, and the prompt has {prompt}"
+        f"at most {length} tokens, and the prompt has {prompt}",
+        option="max_tokens",
     )
 
 
@@ -147,18 +149,23 @@ def normal_sampling(options: GenerateOptions, decoder: Decoder, max_tokens: int,
     """
     problems = _problems(options, max_tokens)
     if problems:
-        raise InputError("; ".join(problems))
+        raise InputError("; ".join(problems.values()), option=next(iter(problems)))
     stop, below = options.stop_tokens, min(decoder.vocabulary, token_bound(decoder))
     ends = tuple(t for t in decoder.end_tokens if t < below) if stop is None else _tokens("stop_tokens", stop, below)
     if len(ends) > _MOST_LISTED:
-        raise InputError(f"stop_tokens has {len(ends)} tokens; at most {_MOST_LISTED} are allowed")
+        raise InputError(
+            f"stop_tokens has {len(ends)} tokens; at most {_MOST_LISTED} are allowed", option="stop_tokens"
+        )
     if options.min_tokens and len(set(ends)) == below:
         raise InputError(
             f"all {below} tokens are stop_tokens, so none can come before min_tokens = {options.min_tokens}; leave one "
-            "of both out"
+            "of both out",
+            option="min_tokens",
         )
     if options.grammar and not ends:
-        raise InputError("a grammar needs a token that ends the text, but stop_tokens is empty; leave it out")
+        raise InputError(
+            "a grammar needs a token that ends the text, but stop_tokens is empty; leave it out", option="stop_tokens"
+        )
     return Sampling(
         temperature=float(options.temperature),
         top_k=int(options.top_k),
@@ -176,25 +183,28 @@ def normal_sampling(options: GenerateOptions, decoder: Decoder, max_tokens: int,
     )
 
 
-def _problems(options: GenerateOptions, max_tokens: int) -> list[str]:
-    found = [
-        _real_problem("temperature", options.temperature, 0.0, _MOST_REAL),
-        whole_problem("top_k", options.top_k, 0, _MOST_TOP_K),
-        _real_problem("top_p", options.top_p, 0.0, 1.0),
-        _real_problem("min_p", options.min_p, 0.0, 1.0),
-        _real_problem("repetition_penalty", options.repetition_penalty, 1e-9, _MOST_REAL),
-        _real_problem("presence_penalty", options.presence_penalty, -_MOST_REAL, _MOST_REAL),
-        _real_problem("frequency_penalty", options.frequency_penalty, -_MOST_REAL, _MOST_REAL),
-        whole_problem("min_tokens", options.min_tokens, 0, max_tokens),
-        None if isinstance(options.scores, bool) else f"scores must be True or False, not {shown(options.scores)}",
-    ]
+def _problems(options: GenerateOptions, max_tokens: int) -> dict[str, str]:
+    """What is wrong, by the names of the options."""
+    scores = None if isinstance(options.scores, bool) else f"scores must be True or False, not {shown(options.scores)}"
+    found: dict[str, str | None] = {
+        "temperature": _real_problem("temperature", options.temperature, 0.0, _MOST_REAL),
+        "top_k": whole_problem("top_k", options.top_k, 0, _MOST_TOP_K),
+        "top_p": _real_problem("top_p", options.top_p, 0.0, 1.0),
+        "min_p": _real_problem("min_p", options.min_p, 0.0, 1.0),
+        "repetition_penalty": _real_problem("repetition_penalty", options.repetition_penalty, 1e-9, _MOST_REAL),
+        "presence_penalty": _real_problem("presence_penalty", options.presence_penalty, -_MOST_REAL, _MOST_REAL),
+        "frequency_penalty": _real_problem("frequency_penalty", options.frequency_penalty, -_MOST_REAL, _MOST_REAL),
+        "min_tokens": whole_problem("min_tokens", options.min_tokens, 0, max_tokens),
+        "scores": scores,
+    }
     if not isinstance(options.grammar, str) or len(options.grammar) > MOST_GRAMMAR:
-        found.append(f"grammar must be a text of at most {MOST_GRAMMAR} characters, not {shown(options.grammar)}")
+        problem = f"grammar must be a text of at most {MOST_GRAMMAR} characters, not {shown(options.grammar)}"
+        found["grammar"] = problem
     if options.seed is not None:
-        found.append(whole_problem("seed", options.seed, 0, MOST_SEED))
+        found["seed"] = whole_problem("seed", options.seed, 0, MOST_SEED)
     if options.logprobs is not None:
-        found.append(whole_problem("logprobs", options.logprobs, 0, MOST_TOP))
-    return [problem for problem in found if problem]
+        found["logprobs"] = whole_problem("logprobs", options.logprobs, 0, MOST_TOP)
+    return {name: problem for name, problem in found.items() if problem}
 
 
 def _real_problem(name: str, value: object, least: float, most: float) -> str | None:
@@ -211,7 +221,9 @@ def _tokens(name: str, tokens: object, below: int) -> tuple[int, ...]:
     """Whole numbers from 0 to below a bound, from a collection or an array of one axis."""
     values = tokens.tolist() if isinstance(tokens, np.ndarray) else tokens
     if not isinstance(values, Collection) or isinstance(values, str | bytes | bytearray | Mapping):
-        raise InputError(f"{name} must be a list of token numbers, as in [1, 2, 3], but it is {shown(tokens)}")
+        raise InputError(
+            f"{name} must be a list of token numbers, as in [1, 2, 3], but it is {shown(tokens)}", option=name
+        )
     values = list(values)
     for position, token in enumerate(values):
         if type(token) is int and 0 <= token < below:
@@ -219,7 +231,8 @@ def _tokens(name: str, tokens: object, below: int) -> tuple[int, ...]:
         if not _is_whole_within(token, 0, below - 1):
             raise InputError(
                 f"{name} holds {shown(token)} at place {position}; tokens of this model are whole numbers from 0 to "
-                f"{below - 1}"
+                f"{below - 1}",
+                option=name,
             )
         values[position] = int(token)
     return tuple(values)
@@ -229,11 +242,13 @@ def _bias(bias: object, below: int) -> tuple[tuple[int, float], ...]:
     if bias is None:
         return ()
     if not isinstance(bias, Mapping):
-        raise InputError(f"logit_bias must map tokens to numbers, as in {{15: -100.0}}, but it is {shown(bias)}")
+        raise InputError(
+            f"logit_bias must map tokens to numbers, as in {{15: -100.0}}, but it is {shown(bias)}", option="logit_bias"
+        )
     if len(bias) > _MOST_LISTED:
-        raise InputError(f"logit_bias has {len(bias)} tokens; at most {_MOST_LISTED} are allowed")
+        raise InputError(f"logit_bias has {len(bias)} tokens; at most {_MOST_LISTED} are allowed", option="logit_bias")
     tokens = _tokens("logit_bias", list(bias), below)
     for token, value in bias.items():
         if (problem := _real_problem(f"logit_bias of token {token}", value, -_MOST_REAL, _MOST_REAL)) is not None:
-            raise InputError(problem)
+            raise InputError(problem, option="logit_bias")
     return tuple((token, float(value)) for token, value in zip(tokens, bias.values(), strict=True))

@@ -75,7 +75,8 @@ def normal_timeout_ns(timeout: object) -> int | None:
         return max(1, int(float(timeout) * 1e9))  # type: ignore[arg-type]
     raise InputError(
         f"timeout is {shown(timeout)}; allowed: a number of seconds above 0 and up to {MOST_TIMEOUT_S} (a year), "
-        "or None for no limit"
+        "or None for no limit",
+        option="timeout",
     )
 
 

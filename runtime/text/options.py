@@ -34,11 +34,14 @@ class TextOptions:
             InputError: one is empty or too long, or there are too many.
         """
         if not isinstance(self.stop, str | list | tuple):
-            raise InputError(f"stop must be a string or a list of strings, not {shown(self.stop)}")
+            raise InputError(f"stop must be a string or a list of strings, not {shown(self.stop)}", option="stop")
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if len(stops) > MOST_STOPS:
-            raise InputError(f"stop has {len(stops)} strings; at most {MOST_STOPS} are allowed")
+            raise InputError(f"stop has {len(stops)} strings; at most {MOST_STOPS} are allowed", option="stop")
         for stop in stops:
             if not isinstance(stop, str) or not 1 <= len(stop) <= _MOST_CHARACTERS:
-                raise InputError(f"stop holds {shown(stop)}; allowed are strings of 1 to {_MOST_CHARACTERS} characters")
+                raise InputError(
+                    f"stop holds {shown(stop)}; allowed are strings of 1 to {_MOST_CHARACTERS} characters",
+                    option="stop",
+                )
         return stops

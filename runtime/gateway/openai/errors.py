@@ -39,6 +39,8 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     504: ("timeout_error", "timeout"),
 }
 _INTERNAL = ("server_error", "internal_error")
+_FIELDS = {"tokens": "prompt", "stop_tokens": "stop_token_ids"}
+"""The fields of options that have another name in this API."""
 _PLACE = re.compile(r" - at `\$\.?(?P<place>[^`]*)`")
 _PATHS = re.compile(r"/(v1(/.*)?|tokenize|detokenize)", re.DOTALL)
 _MESSAGE_CHARACTERS = 500
@@ -93,6 +95,8 @@ def error_answer(error: BaseException) -> ErrorAnswer:
     param = None
     if isinstance(error, FieldError):
         param, code = error.param, error.code
+    elif isinstance(error, InputError) and error.option:
+        param = _FIELDS.get(error.option, error.option)
     elif isinstance(error, UnknownModel):
         param, code = "model", "model_not_found"
     return ErrorAnswer(ErrorObject(client_message(error), kind, param, code))

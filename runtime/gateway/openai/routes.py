@@ -168,7 +168,7 @@ class OpenAIEndpoint:
         texts: list[RunningText] = []
         try:
             for prompt in prompts:
-                options = text_options(request, served.text.defaults, served.ends, _room(served, prompt))
+                options = text_options(request, served.text.defaults, served.ends, _room(served, request, prompt))
                 options |= {"grammar": grammar} if grammar else {}
                 for number in range(request.choices):
                     start = partial(
@@ -327,13 +327,13 @@ def _usage(texts: Sequence[RunningText], choices: int) -> TokenUsage:
     return usage(prompt, sum(text.completion for text in texts), cached)
 
 
-def _room(served: ServedText, prompt: Prompt) -> int:
+def _room(served: ServedText, request: SampledRequest, prompt: Prompt) -> int:
     """The number of tokens for which there is room behind a prompt."""
     room = served.length - len(prompt.tokens)
     if room >= 1:
         return room
     raise FieldError(
-        "prompt",
+        "messages" if isinstance(request, ChatRequest) else "prompt",
         f"the prompt has {len(prompt.tokens)} tokens, but sequences have at most {served.length}, at least one of them "
         "new; shorten it",
         "context_length_exceeded",
