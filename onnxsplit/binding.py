@@ -36,7 +36,10 @@ class Binding:
             self._arrays[name] = array
 
     def feed(self, name: str, array: Array) -> None:
-        """Give an input, as a contiguous array. A small one is copied to the place that it had in the last run."""
+        """Give an input, as a contiguous array. A small one is copied to the place that it had in the last run.
+
+        The caller must keep a large one alive until the run has ended.
+        """
         if array.nbytes > SMALL_BYTES:
             self.read(name, array)
             del self._arrays[name]
@@ -60,7 +63,10 @@ class Binding:
             self._order[name] = None
 
     def fill(self, name: str, array: Array) -> None:
-        """Write an output as :meth:`write` does, into an array that usually lies elsewhere in the next run."""
+        """Write an output as :meth:`write` does, into an array that usually lies elsewhere in the next run.
+
+        The caller must keep a large one alive until the run has ended.
+        """
         self.write(name, array)
         if array.nbytes > SMALL_BYTES:
             del self._arrays[name]

@@ -11,13 +11,16 @@ import numpy as np
 import onnx
 import pytest
 from build import model, value
+from decoder_plans import cut, describe
+from decoder_runs import FAMILIES
 from onnx import helper
 
-from onnxsplit.binding import view_of
+from onnxsplit.binding import Binding, view_of
 from onnxsplit.plan_decoder import State
 from onnxsplit.session import open_session
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, numpy_dtype
 from runtime.node.caches.bank import Pool, StepSpan, by_position
+from runtime.node.caches.caches import Caches
 from runtime.node.caches.holes import HolesBank
 from runtime.node.caches.in_place import InPlaceBank
 from runtime.node.caches.packed import PackedBank
@@ -299,3 +302,27 @@ def test_clearing_a_slot_leaves_its_neighbours():
 def test_a_pool_that_cannot_be_reserved_says_what_to_do():
     with pytest.raises(MemoryError, match=r"does not reserve \d+ bytes .* \(--max-rows, --max-length\)"):
         Pool([state("k", 0, 2, "append")], "float32", 1 << 16, 1 << 40)
+
+
+def test_controls_live_until_the_run_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxsplit.binding.SMALL_BYTES", 0)  # as masks of many rows or positions are beyond it
+    proto = FAMILIES["gqa"].make(seed=3)
+    described = describe("gqa", proto, kind="in-place", rows="right", chunk="one-row", length=40)
+    plan = cut(proto, described, tmp_path / "p", stages=1)
+    session = open_session(tmp_path / "p" / plan.stages[0].file, threads=1)
+    fed: list[weakref.ref] = []
+    alive: list[bool] = []
+    feed, run = Binding.feed, Binding.run
+
+    def feed_noted(self, name, array):
+        fed.append(weakref.ref(array))
+        feed(self, name, array)
+
+    def run_checked(self):
+        alive.extend(one() is not None for one in fed)
+        run(self)
+
+    monkeypatch.setattr(Binding, "feed", feed_noted)
+    monkeypatch.setattr(Binding, "run", run_checked)
+    Caches(plan, 0, session, 4, 40).run(StepSpan(0, (0, 0), 1, (True, True)), [[1], [2]], {}, {})
+    assert alive == [True, True]  # tokens and mask
