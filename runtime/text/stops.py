@@ -22,6 +22,7 @@ class StopStrings:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
+        self._overlaps = [0] * len(self._stops)  # of the held text with the beginning of each
 
     def add(self, text: str) -> str:
         """Add new text; returns what is final. After a stop string was found, everything is dropped."""
@@ -33,7 +34,10 @@ class StopStrings:
             end, place = min(places)
             self.found, self._held = held[place:end], ""
             return held[:end] if self._include else held[:place]
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._overlaps = [
+            _overlap(held, stop, most + len(text)) for stop, most in zip(self._stops, self._overlaps, strict=True)
+        ]
+        keep = max(self._overlaps, default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
@@ -43,7 +47,10 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of a text that is a beginning of a stop string, but not all of it."""
-    longest = min(len(text), len(stop) - 1)
+def _overlap(text: str, stop: str, most: int) -> int:
+    """The length of the longest end of a text that is a beginning of a stop string, but not all of it.
+
+    It is at most ``most``: with each character, it grows by one or shrinks. So a text takes one comparison a character.
+    """
+    longest = min(len(text), len(stop) - 1, most)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

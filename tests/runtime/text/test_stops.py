@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxsplit.errors import InputError
+from runtime.text import stops as module
 from runtime.text.options import TextOptions
 from runtime.text.stops import StopStrings
 
@@ -63,3 +64,20 @@ def test_no_more_is_held_back_than_may_become_a_stop_string(pieces, stops):
 def test_wrong_stop_strings_are_refused(stop, message):
     with pytest.raises(InputError, match=message):
         TextOptions(stop=stop).stops()
+
+
+def test_long_stop_strings_take_few_comparisons(monkeypatch):
+    compared = []
+
+    def overlap(text, stop, most):
+        found = original(text, stop, most)
+        compared.append(max(0, min(len(text), len(stop) - 1, most) - found))
+        return found
+
+    original = module._overlap
+    monkeypatch.setattr(module, "_overlap", overlap)
+    finder = StopStrings(["a" * 900 + "b", *("a" * count + "c" * 900 for count in range(1, 16))])
+    for _ in range(800):
+        assert finder.add("a") == ""
+    assert finder.add("d") == "a" * 800 + "d"
+    assert sum(compared) <= 16 * 801
