@@ -9,6 +9,7 @@ from runtime.errors import Busy
 from runtime.gateway.errors import NotLoaded
 from runtime.gateway.models.version import TEXT, Version
 from runtime.gateway.openai.catalogue import ServedText
+from runtime.gateway.openai.guidance import grammar_for, is_guided
 from runtime.gateway.openai.options import text_options
 from runtime.gateway.openai.prompts import completion_prompts
 from runtime.gateway.openai.texts import RunningText
@@ -78,7 +79,9 @@ class Texts:
         if version.text is None or version.pipeline is None:
             raise NotLoaded(f"model {version.model!r} completes no texts now: {version.text_problem or version.reason}")
         served = ServedText(version.model, version, version.pipeline, version.text)
-        (prompt,) = await completion_prompts(served.text, request.completion, self._service.workers)
+        asked, workers = request.completion, self._service.workers
+        (prompt,) = await completion_prompts(served.text, asked, workers)
+        grammar = await workers.run(is_guided(asked), grammar_for, asked, None)
         figures = version.text_figures
         if figures.requests_waiting >= self._most_waiting:
             raise Busy(
@@ -91,6 +94,6 @@ class Texts:
                 f"the prompt has {len(prompt.tokens)} tokens, but sequences have at most {served.length}, at least one "
                 "of them new; shorten it"
             )
-        options = text_options(request.completion, served.text.defaults, served.ends, room)
-        generation = served.text.complete(prompt.tokens, timeout=request.completion.timeout, **options)
+        options = text_options(asked, served.text.defaults, served.ends, room) | {"grammar": grammar}
+        generation = served.text.complete(prompt.tokens, timeout=asked.timeout, **options)
         return RunningText(0, generation, figures)

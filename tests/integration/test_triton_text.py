@@ -247,6 +247,15 @@ def test_generate_gives_the_text_in_one_answer(server):
     assert found["finish_reason"] == "length"
 
 
+def test_a_text_follows_its_grammar(server):
+    pytest.importorskip("llguidance", reason="needs the extra guided")
+    body = {"text_input": PROMPT, "exclude_input_in_output": True, "guided_regex": "[ab]{3}", "max_tokens": 20}
+    assert re.fullmatch("[ab]{3}", server.json("/v2/models/writer/generate", body)["text_output"])
+    status, _, found = server.ask("/v2/models/writer/generate", json.dumps({**body, "guided_regex": "("}).encode())
+    assert status == 400
+    assert b"grammar" in found
+
+
 def test_generate_stream_sends_the_parts(server):
     body = json.dumps({"text_input": PROMPT, "parameters": {**GREEDY, "stream": True}}).encode()
     request = urllib.request.Request(f"{server.http}/v2/models/writer/generate_stream", body)
