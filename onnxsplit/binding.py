@@ -18,8 +18,9 @@ SMALL_BYTES = 16 << 10
 class Binding:
     """The places of a session's inputs and outputs, which stay from run to run until they are bound again.
 
-    Every input and output must be bound before the first run. Arrays are kept alive while they are bound, except large
-    ones of :meth:`feed` and :meth:`fill`, which usually lie elsewhere in the next run: bind these before each run.
+    Every input and output must be bound before the first run. Arrays are kept alive while they are bound. Large ones of
+    :meth:`feed` and :meth:`fill` usually lie elsewhere in the next run; they are kept until the run has ended, and must
+    be bound again before the next one.
     """
 
     def __init__(self, raw: Any, inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]) -> None:
@@ -27,6 +28,7 @@ class Binding:
         self._binding = raw.io_binding()
         self._types = {**inputs, **outputs}
         self._arrays: dict[str, Array] = {}
+        self._passing: list[Array] = []  # that are bound for the next run only
         self._order: dict[str, None] = {}  # the outputs in the order in which they were first bound
 
     def read(self, name: str, array: Array) -> None:
@@ -36,13 +38,10 @@ class Binding:
             self._arrays[name] = array
 
     def feed(self, name: str, array: Array) -> None:
-        """Give an input, as a contiguous array. A small one is copied to the place that it had in the last run.
-
-        The caller must keep a large one alive until the run has ended.
-        """
+        """Give an input, as a contiguous array. A small one is copied to the place that it had in the last run."""
         if array.nbytes > SMALL_BYTES:
             self.read(name, array)
-            del self._arrays[name]
+            self._passing.append(self._arrays.pop(name))
             return
         kept = self._arrays.get(name)
         if kept is None or kept.shape != array.shape:
@@ -63,13 +62,10 @@ class Binding:
             self._order[name] = None
 
     def fill(self, name: str, array: Array) -> None:
-        """Write an output as :meth:`write` does, into an array that usually lies elsewhere in the next run.
-
-        The caller must keep a large one alive until the run has ended.
-        """
+        """Write an output as :meth:`write` does, into an array that usually lies elsewhere in the next run."""
         self.write(name, array)
         if array.nbytes > SMALL_BYTES:
-            del self._arrays[name]
+            self._passing.append(self._arrays.pop(name))
 
     def make(self, name: str) -> None:
         """Let ONNX Runtime make the memory of an output. Call it before every run whose output is to be kept."""
@@ -87,6 +83,8 @@ class Binding:
             self._raw.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise ModelError(first_lines(error)) from error
+        finally:
+            self._passing.clear()
 
     def made(self) -> dict[str, Any]:
         """All outputs of the last run, as values for :meth:`read_value` and :func:`view_of`."""

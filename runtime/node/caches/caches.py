@@ -100,12 +100,9 @@ class Caches:
         """
         kept, width = self._prepare(step)
         binding = kept.binding
-        controls = {
-            control.input: control_array(control, spec, step.starts, step.new, tokens, width, self._layout)
-            for control, spec in self._controls
-        }
-        for name, array in controls.items():  # they must live until the run has ended
-            binding.feed(name, array)
+        for control, spec in self._controls:
+            array = control_array(control, spec, step.starts, step.new, tokens, width, self._layout)
+            binding.feed(control.input, array)
         for name, array in tensors.items():
             binding.feed(name, array)
         places = self._places(step, into)
