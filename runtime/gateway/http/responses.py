@@ -52,6 +52,8 @@ def error_response(error: Exception, path: str = "") -> Response:
         headers["www-authenticate"] = 'Basic realm="onnxsplit, any name, the token as password", Bearer'
     if status in (408, 499):
         headers["connection"] = "close"  # the server does not wait for the rest of the body
+    if openai and status in (500, 504):
+        headers["x-should-retry"] = "false"  # OpenAI's clients would repeat what killed nodes or took too long
     body = msgspec.json.encode(error_answer(error)) if openai else json.dumps({"error": client_message(error)})
     return Response(body, status, headers, "application/json")
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from onnxsplit import __version__
 from onnxsplit.errors import InputError, shown
 from onnxsplit.plan import PLAN_FILE, Plan
-from onnxsplit.plan_files import load_plan
+from onnxsplit.plan_files import load_plan, plan_id
 from onnxsplit.tensors import Array
 from runtime.gateway.batcher import Batcher, Inference
 from runtime.gateway.counters import Counters
@@ -25,6 +26,7 @@ from runtime.pipeline import Pipeline
 from runtime.text.text import Text
 
 _STAGE_DIGITS = 6
+_PLAN_DIGITS = 12  # of the identity of a plan, in a fingerprint
 
 TEXT: Literal["text"] = "text"
 
@@ -49,6 +51,7 @@ class Version:
         text: Completes texts; None when it is not loaded, and where the plan has no decoder or no tokenizer.
         text_problem: Why a loaded plan with a tokenizer has no text; empty when it has.
         text_figures: Figures of the texts since the server started.
+        fingerprint: Names what completes the texts: this package's version and the identity of the plan.
     """
 
     model: str
@@ -63,11 +66,13 @@ class Version:
     text: Text | None = None
     text_problem: str = ""
     text_figures: RequestFigures = field(default_factory=RequestFigures)
+    fingerprint: str = ""
 
     def open_text(self) -> None:
         """Open the text of the pipeline that has started. Where that fails, the model serves tensors without it."""
         assert self.pipeline is not None
         self.text, self.text_problem = None, ""
+        self.fingerprint = f"onnxsplit-{__version__}-{plan_id(self.plan.to_json())[:_PLAN_DIGITS]}"
         try:
             self.text = self.pipeline.text
         except Exception as error:

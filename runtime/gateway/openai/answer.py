@@ -52,6 +52,7 @@ class AnswerForm(Struct, frozen=True, kw_only=True):
         id: the answer's own name.
         created: when it was asked for, in seconds since the epoch.
         model: the model, as the client calls it.
+        fingerprint: names what completes the texts; it is another one where the same seed may give another text.
         chat: whether it answers a conversation.
         token_bytes: gives the bytes of a token, for logprobs.
         include_usage: whether the stream ends with the numbers of tokens.
@@ -61,6 +62,7 @@ class AnswerForm(Struct, frozen=True, kw_only=True):
     id: str
     created: int
     model: str
+    fingerprint: str
     chat: bool
     token_bytes: TokenBytes
     include_usage: bool = False
@@ -75,7 +77,7 @@ class AnswerForm(Struct, frozen=True, kw_only=True):
     def usage_event(self, numbers: TokenUsage) -> bytes:
         """The event with the numbers of tokens, and no text."""
         kind = ChatChunk if self.chat else CompletionObject
-        return event(kind(self.id, self.created, self.model, [], numbers))
+        return event(kind(self.id, self.created, self.model, self.fingerprint, [], numbers))
 
 
 def _stop_reason(piece: TextPiece, ends: frozenset[int]) -> str | int | UnsetType:
@@ -166,7 +168,7 @@ class StreamedChat:
     def _chunk(self, choice: ChatChunkChoice) -> bytes:
         form = self._form
         numbers = form.usage_of(self._prompt, self._held.tokens)
-        return event(ChatChunk(form.id, form.created, form.model, [choice], numbers))
+        return event(ChatChunk(form.id, form.created, form.model, form.fingerprint, [choice], numbers))
 
 
 class StreamedCompletion:
@@ -201,7 +203,7 @@ class StreamedCompletion:
         text, self._echo = self._echo + whole.text, ""
         choice = CompletionChoice(self._index, text, logprobs, whole.reason, _stop_reason(whole, self._ends))
         numbers = form.usage_of(self._prompt, self._held.tokens)
-        return event(CompletionObject(form.id, form.created, form.model, [choice], numbers))
+        return event(CompletionObject(form.id, form.created, form.model, form.fingerprint, [choice], numbers))
 
 
 def chat_choice(

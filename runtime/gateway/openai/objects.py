@@ -86,6 +86,7 @@ class CompletionObject(Struct, frozen=True, tag_field="object", tag="text_comple
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: TokenUsage | UnsetType | None = UNSET
 
@@ -130,6 +131,7 @@ class ChatChunk(Struct, frozen=True, tag_field="object", tag="chat.completion.ch
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: TokenUsage | UnsetType | None = UNSET
 
@@ -159,6 +161,7 @@ class ChatObject(Struct, frozen=True, tag_field="object", tag="chat.completion")
     id: str
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: TokenUsage
 

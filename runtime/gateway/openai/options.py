@@ -106,9 +106,12 @@ def _message(number: int, message: ChatMessage) -> dict[str, Any]:
         allowed = ", ".join(_ROLES)
         raise FieldError(f"messages[{number}].role", f"the role {shown(message.role)} is unknown; allowed: {allowed}")
     found: dict[str, Any] = {"role": role, "content": _content(number, message)}
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    for name in ("name", "tool_call_id"):
         if (value := getattr(message, name)) is not None:
             found[name] = value
+    reasoning = message.reasoning_content if message.reasoning is None else message.reasoning
+    if reasoning is not None:
+        found["reasoning"] = found["reasoning_content"] = reasoning  # templates know either
     if message.tool_calls:
         found["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
     return found
@@ -151,6 +154,8 @@ def template_variables(request: ChatRequest) -> dict[str, Any]:
     for name in ("tools", "documents", "reasoning_effort"):
         if (value := getattr(request, name)) is not None:
             variables[name] = value
+    if request.reasoning_effort is not None:
+        variables.setdefault("enable_thinking", request.reasoning_effort != "none")
     if request.continue_final_message and request.add_generation_prompt:
         raise FieldError(
             "continue_final_message", "continue_final_message and add_generation_prompt exclude each other"

@@ -19,6 +19,7 @@ MOST_TEXTS = 128
 
 _MOST_MESSAGES = 4096
 _MOST_PARTS = 1024
+_REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}\Z"
 
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Tokens = list[Count]
@@ -44,38 +45,53 @@ class NotServed(Struct, kw_only=True):
     bad_words: Any = None
     cache_salt: Any = None
     chat_template: Any = None
+    ec_transfer_params: Any = None
     function_call: Any = None
     functions: Any = None
     kv_transfer_params: Any = None
     length_penalty: Any = None
     logits_processors: Any = None
+    logprob_token_ids: Any = None
     media_io_kwargs: Any = None
+    mm_payload: Any = None
     mm_processor_kwargs: Any = None
     modalities: Any = None
+    moderation: Any = None
     prediction: Any = None
     priority: Any = None
     prompt_embeds: Any = None
     prompt_logprobs: Any = None
+    repetition_detection: Any = None
+    return_prompt_text: Any = None
     return_token_ids: Any = None
     return_tokens_as_token_ids: Any = None
+    return_weight_versions: Any = None
     spaces_between_special_tokens: Any = None
     suffix: Any = None
+    thinking_token_budget: Any = None
     truncate_prompt_tokens: Any = None
     use_beam_search: Any = None
+    vllm_xargs: Any = None
+    watermarking: Any = None
     web_search_options: Any = None
 
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bad_words": ([],),
     "functions": ([],),
     "function_call": ("none",),
     "length_penalty": (1,),
     "modalities": (["text"],),
     "priority": (0,),
+    "return_prompt_text": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
+    "return_weight_versions": (False,),
     "spaces_between_special_tokens": (True,),
     "suffix": ("",),
+    "thinking_token_budget": (-1,),
     "use_beam_search": (False,),
+    "watermarking": (False,),
 }
 """Values of fields of :class:`NotServed`, besides null, that ask for nothing, so that they are not refused."""
 
@@ -101,6 +117,7 @@ class SampledRequest(NotServed, kw_only=True):
         skip_special_tokens: whether special tokens are left out of the text.
         logit_bias: what is added to the scores of some tokens, by the token's number.
         response_format: what the text must match; ``structured_outputs`` and ``guided_*`` are vLLM's names for that.
+        request_id: the second part of the answer's ``id``; otherwise it is random.
         timeout: seconds from the request until the end of the text.
 
     The other attributes are those of :class:`~runtime.requests.generate_options.GenerateOptions`.
@@ -133,6 +150,7 @@ class SampledRequest(NotServed, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    request_id: Annotated[str, Meta(pattern=_REQUEST_ID)] | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
 
     @property
@@ -202,13 +220,14 @@ class ContentPart(Struct, kw_only=True, omit_defaults=True):
 
 
 class ChatMessage(Struct, kw_only=True):
-    """One message of a conversation."""
+    """One message of a conversation. The reasoning of an answer has two names, of which clients send either."""
 
     role: str
     content: str | Annotated[list[ContentPart], Meta(max_length=_MOST_PARTS)] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
 
 
@@ -257,6 +276,8 @@ class ChatRequest(SampledRequest, kw_only=True):
             raise FieldError("echo", "echo is not served for conversations; use /v1/completions")
         if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs", "top_logprobs needs logprobs: true")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise FieldError("tool_choice", f"tool_choice is {shown(self.tool_choice)}, but there are no tools")
 
 
 class TokenizeRequest(Struct, kw_only=True):
@@ -277,26 +298,34 @@ class TokenizeRequest(Struct, kw_only=True):
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
+    chat_template: Any = None
+    media_io_kwargs: Any = None
+    mm_processor_kwargs: Any = None
     return_token_strs: bool | None = None
 
     def chat(self) -> ChatRequest | None:
         """The conversation; None for a prompt.
 
         Raises:
-            FieldError: there is neither or both.
+            FieldError: there is neither or both, or a field is not served.
         """
         if (self.messages is UNSET) == (self.prompt is UNSET):
             raise FieldError("prompt", "give prompt or messages, and not both")
         if self.messages is UNSET:
             return None
-        return ChatRequest(
+        chat = ChatRequest(
             messages=self.messages,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             add_special_tokens=self.add_special_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
             tools=self.tools,
+            chat_template=self.chat_template,
+            media_io_kwargs=self.media_io_kwargs,
+            mm_processor_kwargs=self.mm_processor_kwargs,
         )
+        chat.check()
+        return chat
 
 
 class DetokenizeRequest(Struct, kw_only=True):

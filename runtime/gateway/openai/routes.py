@@ -121,7 +121,7 @@ class OpenAIEndpoint:
             pieces = await _all_pieces(texts)
             choices = [completion_choice(form, i, each, ends, echo[i]) for i, each in enumerate(pieces)]
             numbers = _usage(texts, request.choices)
-            whole = CompletionObject(form.id, form.created, form.model, choices, numbers)
+            whole = CompletionObject(form.id, form.created, form.model, form.fingerprint, choices, numbers)
             await _send_json(send, msgspec.json.encode(whole), form.id)
 
     async def _chat(self, request: ChatRequest, send: Send) -> None:
@@ -138,7 +138,7 @@ class OpenAIEndpoint:
             pieces = await _all_pieces(texts)
             choices = [chat_choice(form, i, each, ends, calls[i]) for i, each in enumerate(pieces)]
             numbers = _usage(texts, request.choices)
-            whole = ChatObject(form.id, form.created, form.model, choices, numbers)
+            whole = ChatObject(form.id, form.created, form.model, form.fingerprint, choices, numbers)
             await _send_json(send, msgspec.json.encode(whole), form.id)
 
     def _begin(self, request: SampledRequest) -> ServedText:
@@ -310,9 +310,10 @@ async def _send_json(send: Send, body: bytes, request_id: str | None = None) -> 
 def _form(kind: str, served: ServedText, request: SampledRequest) -> AnswerForm:
     wanted = request.stream_options
     return AnswerForm(
-        id=f"{kind}-{secrets.token_hex(12)}",
+        id=f"{kind}-{request.request_id or secrets.token_hex(12)}",
         created=int(time.time()),
         model=served.name,
+        fingerprint=served.version.fingerprint,
         chat=isinstance(request, ChatRequest),
         token_bytes=served.text.tokenizer.token_bytes,
         include_usage=bool(wanted and wanted.include_usage),

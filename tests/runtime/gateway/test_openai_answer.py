@@ -14,7 +14,7 @@ from runtime.requests.generation import TokenLogprob
 from runtime.text.pieces import TextPiece
 
 BYTES = {1: b"a", 2: "é".encode()[:1], 3: "é".encode()[1:], 9: b"<end>"}
-FORM = AnswerForm(id="x", created=7, model="m", chat=True, token_bytes=BYTES.__getitem__)
+FORM = AnswerForm(id="x", created=7, model="m", fingerprint="f", chat=True, token_bytes=BYTES.__getitem__)
 ENDS = frozenset({9})
 
 
