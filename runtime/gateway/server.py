@@ -28,6 +28,7 @@ from runtime.gateway.models.repository import Repository, StartPipeline
 from runtime.gateway.models.version import Version, find_versions
 from runtime.gateway.openai.catalogue import Catalogue
 from runtime.gateway.openai.routes import OpenAIEndpoint
+from runtime.gateway.openai.starting import TextStarter
 from runtime.gateway.queue import Limits
 from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import SharedMemoryRegions
@@ -194,11 +195,9 @@ class _Gateway:
         budget = Budget(options.max_queue_bytes, options.max_body)
         self._sampler = Sampler(service, budget)
         bodies = Bodies(options.max_body, budget, self._workers)
-        texts = Texts(service, most_waiting=options.max_queue)
+        starter = TextStarter(self._workers, most_waiting=options.max_queue, tools=options.tool_parser)
         self._catalogue = Catalogue(self._repository, options.served_names)
-        openai = OpenAIEndpoint(
-            self._catalogue, bodies, self._workers, most_waiting=options.max_queue, tools=options.tool_parser
-        )
+        openai, texts = OpenAIEndpoint(self._catalogue, bodies, self._workers, starter), Texts(service, starter)
         self._http_server = _http_server(HttpApp(service, bodies, access, self._sampler, openai, texts), options)
         self._servicer = GrpcServicer(service, budget, access, self._sampler, texts)
 

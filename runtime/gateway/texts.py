@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Collection
 
 from onnxsplit.errors import InputError
-from runtime.errors import Busy
 from runtime.gateway.errors import NotLoaded
 from runtime.gateway.models.version import TEXT, Version
 from runtime.gateway.openai.catalogue import ServedText
-from runtime.gateway.openai.guidance import grammar_for, is_guided
-from runtime.gateway.openai.options import text_options
 from runtime.gateway.openai.prompts import completion_prompts
+from runtime.gateway.openai.starting import TextStarter
 from runtime.gateway.openai.texts import RunningText
 from runtime.gateway.protocol.text import TEXT_INPUT, TextAnswer, TextRequest
 from runtime.gateway.service import Service
@@ -22,12 +20,12 @@ class Texts:
 
     Args:
         service: the models.
-        most_waiting: the most texts of a model that wait for their first token; more are refused.
+        starter: starts them.
     """
 
-    def __init__(self, service: Service, *, most_waiting: int) -> None:
+    def __init__(self, service: Service, starter: TextStarter) -> None:
         self._service = service
-        self._most_waiting = most_waiting
+        self._starter = starter
 
     def asks_for_text(self, name: str, number: str, inputs: Collection[str]) -> bool:
         """Whether a request asks for a text: by the name of the model's text, or by its inputs.
@@ -79,21 +77,6 @@ class Texts:
         if version.text is None or version.pipeline is None:
             raise NotLoaded(f"model {version.model!r} completes no texts now: {version.text_problem or version.reason}")
         served = ServedText(version.model, version, version.pipeline, version.text)
-        asked, workers = request.completion, self._service.workers
-        (prompt,) = await completion_prompts(served.text, asked, workers)
-        grammar = await workers.run(is_guided(asked), grammar_for, asked, None)
-        figures = version.text_figures
-        if figures.requests_waiting >= self._most_waiting:
-            raise Busy(
-                f"{figures.requests_waiting} texts wait for their first token, as many as are allowed (--max-queue); "
-                "try again later"
-            )
-        room = served.length - len(prompt.tokens)
-        if room < 1:
-            raise InputError(
-                f"the prompt has {len(prompt.tokens)} tokens, but sequences have at most {served.length}, at least one "
-                "of them new; shorten it"
-            )
-        options = text_options(asked, served.text.defaults, served.ends, room) | {"grammar": grammar}
-        generation = served.text.complete(prompt.tokens, timeout=asked.timeout, **options)
-        return RunningText(0, generation, figures)
+        prompts = await completion_prompts(served.text, request.completion, self._service.workers)
+        (text,) = await self._starter.start(served, request.completion, prompts)
+        return text

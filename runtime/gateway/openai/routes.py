@@ -7,7 +7,6 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Generic, TypeVar
 
 import msgspec
@@ -17,7 +16,6 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from runtime.errors import Busy
 from runtime.gateway.errors import NotLoaded, TooLarge, client_message
 from runtime.gateway.http.bodies import STOPPING, Bodies
 from runtime.gateway.openai.answer import (
@@ -32,7 +30,7 @@ from runtime.gateway.openai.answer import (
 )
 from runtime.gateway.openai.catalogue import Catalogue, ServedText
 from runtime.gateway.openai.errors import FieldError, decoded, error_answer
-from runtime.gateway.openai.guidance import grammar_for, is_guided, tool_parser
+from runtime.gateway.openai.guidance import tool_parser
 from runtime.gateway.openai.objects import (
     ChatObject,
     CompletionObject,
@@ -41,8 +39,7 @@ from runtime.gateway.openai.objects import (
     TokenizeAnswer,
     TokenUsage,
 )
-from runtime.gateway.openai.options import numbered, text_options
-from runtime.gateway.openai.prompts import Prompt, chat_prompt, completion_prompts
+from runtime.gateway.openai.prompts import chat_prompt, completion_prompts
 from runtime.gateway.openai.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -50,12 +47,12 @@ from runtime.gateway.openai.protocol import (
     SampledRequest,
     TokenizeRequest,
 )
+from runtime.gateway.openai.starting import TextStarter
 from runtime.gateway.openai.texts import RunningText, arriving
 from runtime.gateway.openai.tool_calls import ToolCalls
 from runtime.gateway.threads import Workers, takes_long
 from runtime.logs import log_event
 from runtime.text.pieces import TextPiece
-from runtime.text.tools import ToolFormat
 
 _log = logging.getLogger("runtime.gateway")
 _QUICK_TOKENS = 4096
@@ -72,18 +69,14 @@ class OpenAIEndpoint:
         catalogue: the models.
         bodies: receives the bodies of requests.
         workers: threads for work that takes long.
-        most_waiting: the most texts of a model that wait for their first token; more are refused.
-        tools: how the models write calls of tools; None where that is not known.
+        starter: starts texts.
     """
 
-    def __init__(
-        self, catalogue: Catalogue, bodies: Bodies, workers: Workers, *, most_waiting: int, tools: ToolFormat | None
-    ) -> None:
+    def __init__(self, catalogue: Catalogue, bodies: Bodies, workers: Workers, starter: TextStarter) -> None:
         self._catalogue = catalogue
         self._bodies = bodies
         self._workers = workers
-        self._most_waiting = most_waiting
-        self._tools = tools
+        self._starter = starter
 
     def routes(self) -> list[BaseRoute]:
         """The routes."""
@@ -111,7 +104,7 @@ class OpenAIEndpoint:
         served = self._begin(request)
         prompts = await completion_prompts(served.text, request, self._workers)
         form, ends = _form("cmpl", served, request), frozenset(served.ends)
-        texts = await self._start(served, request, prompts)
+        texts = await self._starter.start(served, request, prompts)
         echo = [prompt.text for prompt in prompts for _ in range(request.choices)]
         async with _Closing(texts):
             if request.stream:
@@ -128,7 +121,7 @@ class OpenAIEndpoint:
         served = self._begin(request)
         prompt = await chat_prompt(served.text, request, self._workers)
         form, ends = _form("chatcmpl", served, request), frozenset(served.ends)
-        texts = await self._start(served, request, [prompt])
+        texts = await self._starter.start(served, request, [prompt])
         calls = [self._calls(request) for _ in texts]
         async with _Closing(texts):
             if request.stream:
@@ -147,40 +140,8 @@ class OpenAIEndpoint:
         return self._catalogue.find(request.model)
 
     def _calls(self, request: ChatRequest) -> ToolCalls | None:
-        parser = tool_parser(request, self._tools)
+        parser = tool_parser(request, self._starter.tools)
         return None if parser is None else ToolCalls(parser, only_one=request.parallel_tool_calls is False)
-
-    async def _start(self, served: ServedText, request: SampledRequest, prompts: Sequence[Prompt]) -> list[RunningText]:
-        """Start the texts of a request.
-
-        Raises:
-            Busy: too many wait.
-            InputError: the prompt or an option does not fit the model.
-        """
-        guided = is_guided(request)
-        grammar = await self._workers.run(guided, grammar_for, request, self._tools)
-        figures, wanted = served.version.text_figures, len(prompts) * request.choices
-        if figures.requests_waiting and figures.requests_waiting + wanted > self._most_waiting:
-            raise Busy(
-                f"{figures.requests_waiting} texts wait for their first token, and {wanted} more would exceed the "
-                f"{self._most_waiting} allowed (--max-queue); try again later"
-            )
-        texts: list[RunningText] = []
-        try:
-            for prompt in prompts:
-                options = text_options(request, served.text.defaults, served.ends, _room(served, request, prompt))
-                options |= {"grammar": grammar} if grammar else {}
-                for number in range(request.choices):
-                    start = partial(
-                        served.text.complete, prompt.tokens, timeout=request.timeout, **numbered(options, number)
-                    )
-                    generation = await self._workers.run(guided, start)
-                    texts.append(RunningText(len(texts), generation, figures))
-        except BaseException as error:
-            for text in texts:
-                text.close("error" if isinstance(error, Exception) else "abort")
-            raise
-        return texts
 
     async def _tokenize(self, request: TokenizeRequest, send: Send) -> None:
         served, chat = self._catalogue.find(request.model), request.chat()
@@ -326,16 +287,3 @@ def _usage(texts: Sequence[RunningText], choices: int) -> TokenUsage:
     firsts = texts[::choices]
     prompt, cached = sum(text.prompt for text in firsts), sum(text.cached for text in firsts)
     return usage(prompt, sum(text.completion for text in texts), cached)
-
-
-def _room(served: ServedText, request: SampledRequest, prompt: Prompt) -> int:
-    """The number of tokens for which there is room behind a prompt."""
-    room = served.length - len(prompt.tokens)
-    if room >= 1:
-        return room
-    raise FieldError(
-        "messages" if isinstance(request, ChatRequest) else "prompt",
-        f"the prompt has {len(prompt.tokens)} tokens, but sequences have at most {served.length}, at least one of them "
-        "new; shorten it",
-        "context_length_exceeded",
-    )
