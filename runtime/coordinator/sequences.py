@@ -133,11 +133,6 @@ class SequenceTable:
         return self._scheduler.chains.kept
 
     @property
-    def kept_tokens(self) -> int:
-        """The number of positions that nodes keep of these."""
-        return self._scheduler.chains.kept_tokens
-
-    @property
     def reused_tokens(self) -> int:
         """The number of tokens that sequences did not read, because others had read them."""
         return self._scheduler.reused_tokens
@@ -216,6 +211,9 @@ class SequenceTable:
             sequence.blamed.append(reason := "its last step came back without its token")
             self._replay(sequence, reason)
             return
+        if drawn.failure:
+            self._refuse(sequence, InputError(drawn.failure))
+            return
         if len(sequence.history) == sequence.prompt:
             sequence.cached = sequence.reused
         sequence.history.append(drawn.token)
@@ -242,8 +240,8 @@ class SequenceTable:
         if self._attempts == 1:
             self._refuse(sequence, NodeFailed(f"{losses or reason}; with one attempt a sequence is not replayed"))
         elif len(sequence.blamed) >= self._attempts:
-            told = f"the sequence was given up after it ran on {len(sequence.blamed)} nodes: {losses}"
-            self._refuse(sequence, NodeFailed(told))
+            nodes = len(sequence.blamed)
+            self._refuse(sequence, NodeFailed(f"the sequence was given up after it ran on {nodes} nodes: {losses}"))
         else:
             self.replays += 1
             self._restart(sequence)

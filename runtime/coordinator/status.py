@@ -214,7 +214,7 @@ def sequence_stats(table: SequenceTable | None) -> SequenceStats | None:
         cache_usage=table.scheduler.chains.usage,
         reused_tokens=table.reused_tokens,
         kept=len(table.kept),
-        kept_tokens=table.kept_tokens,
+        kept_tokens=table.scheduler.chains.kept_tokens,
     )
 
 

@@ -38,6 +38,11 @@ _LIMITS = {
 }
 _MOST_REASON = 300
 
+
+class GrammarError(ModelError):
+    """Raised when a text cannot follow its grammar: the grammar is too large, or cannot be used with the tokenizer."""
+
+
 Allowed = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -150,16 +155,16 @@ class GuidedTokenizer:
         """What a new text may hold.
 
         Raises:
-            ModelError: the grammar cannot be used.
+            GrammarError: the grammar cannot be used.
         """
         from llguidance import LLMatcher
 
         if problem := grammar_problem(grammar):
-            raise ModelError(f"the grammar cannot be used: {problem}")
+            raise GrammarError(f"the grammar cannot be used: {problem}")
         with _no_panic():
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
         if matcher.is_error():
-            raise ModelError(f"the grammar cannot be used: {_short(matcher.get_error())}")
+            raise GrammarError(f"the grammar cannot be used: {_short(matcher.get_error())}")
         return GrammarGuide(matcher, self._ends)
 
 
@@ -174,12 +179,12 @@ class GrammarGuide:
         """Note the next tokens of the text.
 
         Raises:
-            ModelError: the grammar does not allow them.
+            GrammarError: the grammar does not allow them.
         """
         with _no_panic():
             followed = self._matcher.consume_tokens(list(tokens))
         if not followed:
-            raise ModelError(f"the text does not match its grammar: {_short(self._matcher.get_error())}")
+            raise GrammarError(f"the text does not match its grammar: {_short(self._matcher.get_error())}")
 
     def back(self, count: int) -> None:
         """Forget the last tokens of the text."""
@@ -192,13 +197,13 @@ class GrammarGuide:
         Tokens that end a text are not among the tokens.
 
         Raises:
-            ModelError: the grammar is too large to say.
+            GrammarError: the grammar is too large to say.
         """
         with _no_panic():
             bits = self._matcher.compute_bitmask()
             may_end = self._matcher.is_accepting()
         if self._matcher.is_error():
-            raise ModelError(f"the grammar cannot be followed further: {_short(self._matcher.get_error())}")
+            raise GrammarError(f"the grammar cannot be followed further: {_short(self._matcher.get_error())}")
         known = np.unpackbits(np.frombuffer(bits, np.uint8), count=min(below, 8 * len(bits)), bitorder="little")
         allowed = np.zeros(below, np.bool_)
         allowed[: len(known)] = known
@@ -219,10 +224,10 @@ def _short(reason: str) -> str:
 
 @contextmanager
 def _no_panic() -> Iterator[None]:
-    """Turn any error of the library into a ModelError: a panic of its Rust code is not even an ``Exception``."""
+    """Turn any error of the library into a GrammarError: a panic of its Rust code is not even an ``Exception``."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise ModelError(f"llguidance failed: {one_line(error, _MOST_REASON)}") from error
+        raise GrammarError(f"llguidance failed: {one_line(error, _MOST_REASON)}") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from onnxsplit.errors import ModelError, PlanError
 from onnxsplit.plan import Plan
 from onnxsplit.plan_files import check_file
 from runtime.files.stage import tokenizer_file
-from runtime.guided.guide import INSTALL, GuidedTokenizer, is_installed
+from runtime.guided.guide import INSTALL, Allowed, GrammarError, GuidedTokenizer, is_installed
 from runtime.node.sampling import Guide
 
 
@@ -25,14 +26,31 @@ class StageGuides:
         self.why_not = why_not
 
     def __call__(self, grammar: str) -> Guide:
-        """The guide for a grammar.
-
-        Raises:
-            ModelError: the grammar cannot be used, or this node guides no sequence.
-        """
+        """The guide for a grammar. If the grammar cannot be used, the guide says so when it is asked."""
         if self._tokenizer is None:
-            raise ModelError(f"no text can follow a grammar here: {self.why_not}")
-        return self._tokenizer.guide(grammar)
+            return _NoGuide(GrammarError(f"no text can follow a grammar here: {self.why_not}"))
+        try:
+            return self._tokenizer.guide(grammar)
+        except GrammarError as error:
+            return _NoGuide(error)
+
+
+class _NoGuide:
+    """Stands for a guide that could not be made."""
+
+    def __init__(self, error: GrammarError) -> None:
+        self._error = error
+
+    def follow(self, _: Sequence[int]) -> None:
+        """Raise the error."""
+        raise self._error
+
+    def back(self, _: int) -> None:
+        """Nothing was followed."""
+
+    def allowed(self, _: int) -> tuple[Allowed, bool]:
+        """Raise the error."""
+        raise self._error
 
 
 def stage_guides(plan: Plan, folder: Path, stage: int) -> StageGuides:

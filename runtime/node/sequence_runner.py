@@ -10,13 +10,14 @@ from onnxsplit.errors import ModelError
 from onnxsplit.plan import Plan
 from onnxsplit.session import Session
 from onnxsplit.tensors import Array, dtype_name
+from runtime.guided.guide import GrammarError
 from runtime.memory.outgoing import OutputShapes
 from runtime.node.caches.bank import StepSpan
 from runtime.node.caches.caches import Caches
 from runtime.node.sampling import Guide, TokenSampler
 from runtime.node.slots import Move, Placed
 from runtime.topology import StepGraph
-from runtime.wire.messages.sequences import Drawn, Opening, StepRow
+from runtime.wire.messages.sequences import MOST_FAILURE, Drawn, Opening, StepRow
 
 _SIGNATURES = 256  # combinations of sizes whose shapes are remembered
 
@@ -115,7 +116,10 @@ class SequenceRunner:
             sampler = self._samplers[row.slot]
             sampler.feed(row.start, row.tokens)
             if row.draw:
-                drawn.append(sampler.draw(row, scores[place].reshape(-1)))
+                try:
+                    drawn.append(sampler.draw(row, scores[place].reshape(-1)))
+                except GrammarError as error:  # of this row alone
+                    drawn.append(_not_drawn(row, error))
         return tuple(drawn)
 
     def _sampler(self, opening: Opening) -> TokenSampler:
@@ -155,3 +159,7 @@ def _last_position(scores: Array, rows: int, new: int, below: int) -> Array:
             f"one vector of at least {below} for each row or each new token"
         )
     return np.ascontiguousarray(scores[:, -1:]) if len(shape) == 3 and shape[1] > 1 else scores
+
+
+def _not_drawn(row: StepRow, error: GrammarError) -> Drawn:
+    return Drawn(row.sequence, row.epoch, row.start + len(row.tokens), 0, failure=str(error)[:MOST_FAILURE])

@@ -16,7 +16,6 @@ import text_plans
 
 from onnxsplit.errors import InputError
 from runtime import Pipeline
-from runtime.errors import StageFailed
 from runtime.timings import Timings
 
 QUICK = Timings(beat_s=0.2, silence_s=2.0, stall_s=3.0, stall_factor=5)
@@ -107,10 +106,11 @@ def test_a_grammar_that_only_the_node_refuses_fails_its_own_sequence_alone(plan)
     with Pipeline.launch(plan, threads=1, max_rows=8) as pipeline:
         nodes = [node.pid for node in pipeline.nodes]
         begun = [begin(pipeline, row) for row in range(4)]
-        with pytest.raises(StageFailed, match="the grammar cannot be used"):
+        with pytest.raises(InputError, match="the grammar cannot be used"):
             pipeline.generate([5, 6], grammar=hard).result()
         check([generation.result() for generation in begun])
         assert [node.pid for node in pipeline.nodes] == nodes
+        assert pipeline.sequences.replays == 0
 
 
 def test_a_node_survives_grammars_that_nobody_has_checked(plan, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_node_survives_grammars_that_nobody_has_checked(plan, monkeypatch):
             json.dumps({"grammars": [{"json_schema": {"$ref": "#/$defs/d0", "$defs": chain}}]}),
             "start: " + "(" * 100_000 + '"a"' + ")" * 100_000,
         ):
-            with pytest.raises(StageFailed, match="the grammar cannot be used"):
+            with pytest.raises(InputError, match="the grammar cannot be used"):
                 pipeline.generate([5, 6], grammar=grammar).result()
         jsonschema.validate(json.loads(text_of(begin(pipeline, 1).result().tokens)), SCHEMA)
         assert [node.pid for node in pipeline.nodes] == nodes

@@ -121,3 +121,9 @@ def test_tools_need_to_know_how_the_model_calls_them(plan):
     ):
         chat(client, tools=TOOLS)
     assert caught.value.body["param"] == "tools"
+
+
+@pytest.mark.parametrize("guide", [{"guided_regex": "a" * 100_000}, {"guided_json": {"$ref": "#"}}])
+def test_a_guide_that_cannot_be_followed_is_the_fault_of_the_request(client, guide):
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="x", max_tokens=50, extra_body=guide)

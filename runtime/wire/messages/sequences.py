@@ -29,6 +29,9 @@ MOST_NEW_TOKENS = 1 << 16
 MOST_REUSED = 1 << 16
 """The largest number of positions that a sequence takes from another one; their tokens fit a header."""
 
+MOST_FAILURE = 500
+"""The largest number of characters that say why no token was chosen."""
+
 MOST_GRAMMAR = 1 << 18
 """The largest number of characters of a grammar."""
 
@@ -147,6 +150,7 @@ class Drawn(Message, frozen=True):
         token: the token.
         logprob: the natural logarithm of its probability by the model's own scores; 0 where it was not asked for.
         top: the most probable tokens, with the same of each, most probable first.
+        failure: why no token could be chosen, if the text cannot follow its grammar; empty otherwise.
     """
 
     sequence: Amount
@@ -155,6 +159,7 @@ class Drawn(Message, frozen=True):
     token: Token
     logprob: float = 0.0
     top: Annotated[tuple[tuple[Token, float], ...], msgspec.Meta(max_length=MOST_TOP)] = ()
+    failure: Annotated[str, msgspec.Meta(max_length=MOST_FAILURE)] = ""
 
 
 Rows = Annotated[tuple[StepRow, ...], msgspec.Meta(max_length=MOST_ROWS)]
