@@ -7,7 +7,9 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers
 
 from onnxsplit.errors import InputError, shown
 from runtime.errors import Cancelled
@@ -17,6 +19,8 @@ from runtime.gateway.threads import Workers
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+Body = bytes | bytearray
+T = TypeVar("T")
 
 STOPPING = "the server is stopping and gave the request up"
 SILENCE_S = 10.0
@@ -46,7 +50,7 @@ class Bodies:
         self._budget = budget
         self._workers = workers
 
-    async def read(self, headers: Mapping[str, str], scope: Scope, receive: Receive) -> bytes | bytearray:
+    async def read(self, headers: Mapping[str, str], scope: Scope, receive: Receive) -> Body:
         """Receive a whole body, and decompress it.
 
         The scope records how many bytes are held for it, until :meth:`release`. The connection notices when nothing
@@ -77,6 +81,36 @@ class Bodies:
             return body
         return await self._workers.run(len(body) > _QUICK_BYTES, self._decompress, body, coding, scope)
 
+    async def answer(self, scope: Scope, receive: Receive, work: Callable[[Body], Awaitable[T]]) -> T | None:
+        """Receive a whole body and work on it. A client that goes away cancels the work.
+
+        Returns:
+            What the work returns; None if the client has gone away.
+
+        Raises:
+            NotLoaded: The server stops.
+            OnnxsplitError: As :meth:`read`, and as the work.
+        """
+        task, gone = asyncio.current_task(), False
+
+        def abandon() -> None:  # called by the connection
+            nonlocal gone
+            gone = True
+            if task is not None:
+                task.cancel()
+
+        try:
+            body = await self.read(Headers(scope=scope), scope, receive)
+            scope["abandon"] = abandon
+            return await work(body)
+        except asyncio.CancelledError as error:
+            if gone:
+                return None
+            raise NotLoaded(STOPPING) from error
+        finally:
+            scope.pop("abandon", None)
+            self.release(scope)
+
     def release(self, scope: Scope) -> None:
         """Stop counting the body that was read as held."""
         self._budget.give(scope.pop("held", 0))
@@ -85,7 +119,7 @@ class Bodies:
         self._budget.take(size)
         scope["held"] = scope.get("held", 0) + size
 
-    async def _whole(self, scope: Scope, receive: Receive) -> bytes | bytearray:
+    async def _whole(self, scope: Scope, receive: Receive) -> Body:
         """The whole body. The connection puts pieces into ``scope["pieces"]``, and ``receive`` only announces them."""
         pieces: list[bytes] = scope["pieces"]
         message = await receive()

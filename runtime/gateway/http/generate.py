@@ -6,18 +6,16 @@ POST /v2/models/M/generate_stream    the same  ->  data: {"model_name", "text_ou
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from onnxsplit.errors import InputError, one_line, shown
-from runtime.gateway.errors import NotLoaded, client_message
-from runtime.gateway.http.bodies import STOPPING, Bodies
+from runtime.gateway.errors import client_message
+from runtime.gateway.http.bodies import Bodies, Body
 from runtime.gateway.models.version import Version
 from runtime.gateway.protocol.text import TextAnswer, TextRequest, of_values
 from runtime.gateway.texts import Texts
@@ -43,31 +41,15 @@ class GenerateEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        task = asyncio.current_task()
-        gone = False
+        path = scope["path_params"]
 
-        def abandon() -> None:  # called by the connection
-            nonlocal gone
-            gone = True
-            if task is not None:
-                task.cancel()
+        async def answer(body: Body) -> None:
+            version = self._texts.find(path["model"], path.get("version", ""))
+            await self._answer(path["model"], version, self._parse(body), send)
 
-        try:
-            body = await self._bodies.read(Headers(scope=scope), scope, receive)
-            scope["abandon"] = abandon
-            path = scope["path_params"]
-            name = path["model"]
-            version = self._texts.find(name, path.get("version", ""))
-            await self._answer(name, version, self._parse(body), send)
-        except asyncio.CancelledError as error:
-            if gone:
-                return
-            raise NotLoaded(STOPPING) from error
-        finally:
-            scope.pop("abandon", None)
-            self._bodies.release(scope)
+        await self._bodies.answer(scope, receive, answer)
 
-    def _parse(self, body: bytes | bytearray) -> TextRequest:
+    def _parse(self, body: Body) -> TextRequest:
         if len(body) > _DOCUMENT_BYTES:
             raise InputError(f"the body has {len(body)} bytes; at most {_DOCUMENT_BYTES} are allowed here")
         try:

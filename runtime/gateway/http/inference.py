@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 
 from starlette.datastructures import Headers
@@ -10,9 +9,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onnxsplit.errors import InputError, OnnxsplitError, shown
 from runtime.gateway.access import AccessControl
-from runtime.gateway.errors import NotLoaded, clear_frames
+from runtime.gateway.errors import clear_frames
 from runtime.gateway.http import codec
-from runtime.gateway.http.bodies import STOPPING, Bodies, coding_of, compress
+from runtime.gateway.http.bodies import Bodies, Body, coding_of, compress
 from runtime.gateway.http.responses import error_response, send_body
 from runtime.gateway.service import Service
 from runtime.gateway.threads import takes_long
@@ -41,41 +40,32 @@ class InferenceEndpoint:
             OnnxsplitError: The request failed, and nothing was sent.
         """
         headers = Headers(scope=scope)
-        task = asyncio.current_task()
-        client_gone = False
-
-        def abandon() -> None:  # called by the connection
-            nonlocal client_gone
-            client_gone = True
-            if task is not None:
-                task.cancel()
-
-        try:
-            body = await self._bodies.read(headers, scope, receive)
-            scope["abandon"] = abandon
-            pieces, json_length = await self._infer(scope["path_params"], headers, body)
-            response_headers = [
-                (b"content-type", b"application/json" if json_length is None else b"application/octet-stream")
-            ]
-            if json_length is not None:
-                response_headers.append((HEADER_LENGTH.encode(), str(json_length).encode()))
-            if coding := coding_of(headers.get("accept-encoding", "")):
-                long = takes_long(parsed_bytes=sum(map(len, pieces)))
-                pieces = await self._service.workers.run(long, compress, pieces, coding)
-                response_headers.append((b"content-encoding", coding.encode()))
-        except asyncio.CancelledError as error:
-            if client_gone:
-                return
-            raise NotLoaded(STOPPING) from error
-        finally:
-            scope.pop("abandon", None)
-            self._bodies.release(scope)
+        answer = await self._bodies.answer(
+            scope, receive, lambda body: self._answer(scope["path_params"], headers, body)
+        )
+        if answer is None:
+            return
+        pieces, response_headers = answer
         response_headers.append((b"content-length", str(sum(map(len, pieces))).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": response_headers})
         await send_body(send, pieces)
 
+    async def _answer(
+        self, path: dict[str, str], headers: Headers, body: Body
+    ) -> tuple[list[bytes | memoryview], list[tuple[bytes, bytes]]]:
+        """The body and the headers of the response."""
+        pieces, json_length = await self._infer(path, headers, body)
+        answers = [(b"content-type", b"application/json" if json_length is None else b"application/octet-stream")]
+        if json_length is not None:
+            answers.append((HEADER_LENGTH.encode(), str(json_length).encode()))
+        if coding := coding_of(headers.get("accept-encoding", "")):
+            long = takes_long(parsed_bytes=sum(map(len, pieces)))
+            pieces = await self._service.workers.run(long, compress, pieces, coding)
+            answers.append((b"content-encoding", coding.encode()))
+        return pieces, answers
+
     async def _infer(
-        self, path: dict[str, str], headers: Headers, body: bytes | bytearray
+        self, path: dict[str, str], headers: Headers, body: Body
     ) -> tuple[list[bytes | memoryview], int | None]:
         length = _header_length(headers)
         return await self._service.infer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 import time
@@ -10,14 +9,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from runtime.gateway.errors import NotLoaded, TooLarge, client_message
-from runtime.gateway.http.bodies import STOPPING, Bodies
+from runtime.gateway.errors import TooLarge, client_message
+from runtime.gateway.http.bodies import Bodies, Body
 from runtime.gateway.openai.answer import (
     DONE,
     AnswerForm,
@@ -181,29 +179,13 @@ class _Post(Generic[T]):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task = asyncio.current_task()
-        gone = False
-
-        def abandon() -> None:  # called by the connection
-            nonlocal gone
-            gone = True
-            if task is not None:
-                task.cancel()
-
-        try:
-            body = await self._bodies.read(Headers(scope=scope), scope, receive)
-            scope["abandon"] = abandon
+        async def answer(body: Body) -> None:
             if len(body) > _MOST_BYTES:
                 raise TooLarge(f"the body has {len(body)} bytes; at most {_MOST_BYTES} are allowed here")
             long = takes_long(parsed_bytes=len(body))
             await self._answer(await self._workers.run(long, decoded, self._decoder, body), send)
-        except asyncio.CancelledError as error:
-            if gone:
-                return
-            raise NotLoaded(STOPPING) from error
-        finally:
-            scope.pop("abandon", None)
-            self._bodies.release(scope)
+
+        await self._bodies.answer(scope, receive, answer)
 
 
 class _Closing:
