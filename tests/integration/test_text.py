@@ -39,7 +39,10 @@ def text(pipeline):
 def _nothing_is_left(pipeline):
     yield
     gc.collect()
-    wait_until(lambda: all(stats.sequences == 0 for stats in pipeline.stats()), "the end of all sequences")
+    wait_until(
+        lambda: all(stats.sequences == pipeline.sequences.kept for stats in pipeline.stats()),
+        "the end of all sequences",
+    )
 
 
 def whole_text(text, prompt, count, **options) -> str:
