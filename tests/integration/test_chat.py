@@ -230,7 +230,7 @@ def test_generate_prints_a_text_as_the_library_gives_it(plan, text, python_envir
     answer = json.loads(onnxsplit(python_environment, *words, "--json", "--logprobs", 1).stdout)
     assert (answer["text"], answer["tokens"]) == (wanted.text, list(wanted.tokens))
     assert (answer["reason"], answer["stop"]) == ("length", None)
-    assert answer["usage"] == {"prompt": wanted.usage.prompt, "completion": 8}
+    assert answer["usage"] == {"prompt": wanted.usage.prompt, "completion": 8, "cached": 0}
     assert answer["first_token_s"] > 0
     assert answer["tokens_per_s"] > 0
     assert len(answer["logprobs"]) == 8
