@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from served import Served
+from watched_page import watched_page
 
 from onnxsplit.planning.planner import partition
 
@@ -43,18 +44,9 @@ def server(folder):
 @pytest.fixture
 def page(browser, server):
     """The open page; it may log nothing and load nothing from other hosts."""
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    opened = context.new_page()
-    problems, asked = [], []
-    opened.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("request", lambda request: asked.append(request.url))
-    opened.goto(server.http)
-    opened.wait_for_selector(".graph .box")
-    yield opened
-    context.close()
-    assert [problem for problem in problems if not problem.startswith("Failed to load resource")] == []
-    assert [url for url in asked if not url.startswith((server.http, "data:"))] == []
+    with watched_page(browser, server.http) as (opened, _):
+        opened.wait_for_selector(".graph .box")
+        yield opened
 
 
 GIVEN = json.dumps({"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": [0.5] * 16}]}).encode()

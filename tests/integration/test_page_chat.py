@@ -15,6 +15,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from served import Served
 from text_plans import text_plan
 from waiting import wait_until
+from watched_page import watched_page
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +29,12 @@ def server(tmp_path_factory):
 @pytest.fixture
 def page(browser, server):
     """The open page; it may log nothing and load nothing from other hosts."""
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    opened = context.new_page()
-    problems, asked = [], []
-    opened.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on("request", lambda request: asked.append(request))
-    opened.goto(server.http)
-    opened.wait_for_selector("#chat:not([hidden])")
-    opened.fill("#chat-temperature", "0")
-    opened.fill("#chat-tokens", "12")
-    opened.asked = asked
-    yield opened
-    context.close()
-    assert [problem for problem in problems if not problem.startswith("Failed to load resource")] == []
-    assert [one.url for one in asked if not one.url.startswith((server.http, "data:"))] == []
+    with watched_page(browser, server.http) as (opened, asked):
+        opened.wait_for_selector("#chat:not([hidden])")
+        opened.fill("#chat-temperature", "0")
+        opened.fill("#chat-tokens", "12")
+        opened.asked = asked
+        yield opened
 
 
 def expected(server, messages, tokens=12):
