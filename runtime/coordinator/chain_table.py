@@ -177,11 +177,6 @@ class ChainTable:
         """The share of the bytes for states that is reserved on the fullest node."""
         return max(self._used_bytes.values(), default=0) / self._limits.cache_bytes
 
-    @property
-    def most_used_bytes(self) -> int:
-        """The bytes that are reserved on the node with the most."""
-        return max(self._used_bytes.values(), default=0)
-
     def add(self, chain: Chain, sequence: SequenceRecord) -> None:
         """Reserve the bytes of a sequence on the nodes of a chain, and give it a slot."""
         for stage in self._graph.stages:

@@ -8,7 +8,8 @@ Pieces without text wait for the next one with text, so that chunks always bring
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -27,6 +28,8 @@ from runtime.gateway.openai.objects import (
 )
 from runtime.gateway.openai.tool_calls import ToolCalls, joined_calls
 from runtime.text.pieces import TextPiece
+
+T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 """The end of a stream."""
@@ -74,10 +77,14 @@ class AnswerForm(Struct, frozen=True, kw_only=True):
             return usage(prompt, completion)
         return None if self.include_usage else UNSET
 
+    def document(self, kind: Callable[..., T], choices: Sequence[object], numbers: TokenUsage | UnsetType | None) -> T:
+        """An answer or a chunk of it."""
+        return kind(self.id, self.created, self.model, self.fingerprint, choices, numbers)
+
     def usage_event(self, numbers: TokenUsage) -> bytes:
         """The event with the numbers of tokens, and no text."""
         kind = ChatChunk if self.chat else CompletionObject
-        return event(kind(self.id, self.created, self.model, self.fingerprint, [], numbers))
+        return event(self.document(kind, [], numbers))
 
 
 def _stop_reason(piece: TextPiece, ends: frozenset[int]) -> str | int | UnsetType:
@@ -168,7 +175,7 @@ class StreamedChat:
     def _chunk(self, choice: ChatChunkChoice) -> bytes:
         form = self._form
         numbers = form.usage_of(self._prompt, self._held.tokens)
-        return event(ChatChunk(form.id, form.created, form.model, form.fingerprint, [choice], numbers))
+        return event(form.document(ChatChunk, [choice], numbers))
 
 
 class StreamedCompletion:
@@ -203,7 +210,7 @@ class StreamedCompletion:
         text, self._echo = self._echo + whole.text, ""
         choice = CompletionChoice(self._index, text, logprobs, whole.reason, _stop_reason(whole, self._ends))
         numbers = form.usage_of(self._prompt, self._held.tokens)
-        return event(CompletionObject(form.id, form.created, form.model, form.fingerprint, [choice], numbers))
+        return event(form.document(CompletionObject, [choice], numbers))
 
 
 def chat_choice(

@@ -62,6 +62,22 @@ class CompletionLogprobs(Struct, frozen=True):
     top_logprobs: list[dict[str, float]]
 
 
+class AnswerHead(Struct, frozen=True):
+    """What all answers and chunks begin with; chunks of one answer have the same.
+
+    Attributes:
+        id: the answer's own name.
+        created: when it was asked for, in seconds since the epoch.
+        model: the model, as the client calls it.
+        system_fingerprint: changes with the version of this software and with the plan.
+    """
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
 class CompletionChoice(Struct, frozen=True):
     """One text, or a piece of it in a chunk.
 
@@ -80,13 +96,9 @@ class CompletionChoice(Struct, frozen=True):
     stop_reason: str | int | UnsetType = UNSET
 
 
-class CompletionObject(Struct, frozen=True, tag_field="object", tag="text_completion"):
+class CompletionObject(AnswerHead, frozen=True, tag_field="object", tag="text_completion"):
     """The answer of ``/v1/completions``, and a chunk of its stream."""
 
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: TokenUsage | UnsetType | None = UNSET
 
@@ -125,13 +137,9 @@ class ChatChunkChoice(Struct, frozen=True):
     stop_reason: str | int | UnsetType = UNSET
 
 
-class ChatChunk(Struct, frozen=True, tag_field="object", tag="chat.completion.chunk"):
+class ChatChunk(AnswerHead, frozen=True, tag_field="object", tag="chat.completion.chunk"):
     """A chunk of the stream of ``/v1/chat/completions``."""
 
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: TokenUsage | UnsetType | None = UNSET
 
@@ -155,13 +163,9 @@ class ChatChoice(Struct, frozen=True):
     stop_reason: str | int | UnsetType = UNSET
 
 
-class ChatObject(Struct, frozen=True, tag_field="object", tag="chat.completion"):
+class ChatObject(AnswerHead, frozen=True, tag_field="object", tag="chat.completion"):
     """The answer of ``/v1/chat/completions``."""
 
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: TokenUsage
 

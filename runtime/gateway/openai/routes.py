@@ -111,8 +111,7 @@ class OpenAIEndpoint:
                 return
             pieces = await _all_pieces(texts)
             choices = [completion_choice(form, i, each, ends, echo[i]) for i, each in enumerate(pieces)]
-            numbers = _usage(texts, request.choices)
-            whole = CompletionObject(form.id, form.created, form.model, form.fingerprint, choices, numbers)
+            whole = form.document(CompletionObject, choices, _usage(texts, request.choices))
             await _send_json(send, msgspec.json.encode(whole), form.id)
 
     async def _chat(self, request: ChatRequest, send: Send) -> None:
@@ -128,8 +127,7 @@ class OpenAIEndpoint:
                 return
             pieces = await _all_pieces(texts)
             choices = [chat_choice(form, i, each, ends, calls[i]) for i, each in enumerate(pieces)]
-            numbers = _usage(texts, request.choices)
-            whole = ChatObject(form.id, form.created, form.model, form.fingerprint, choices, numbers)
+            whole = form.document(ChatObject, choices, _usage(texts, request.choices))
             await _send_json(send, msgspec.json.encode(whole), form.id)
 
     def _begin(self, request: SampledRequest) -> ServedText:
