@@ -16,6 +16,9 @@ from onnxsplit.plan_base import Axis, Count, FileEntry, PlanStruct, Rate, StageI
 MOST_LENGTH = 2**31 - 1
 """The largest number of positions of a sequence."""
 
+TOKENIZER = "tokenizer.json"
+"""The name of the file with a tokenizer."""
+
 Token = Annotated[int, msgspec.Meta(ge=0, le=MOST_LENGTH)]
 Length = Annotated[int, msgspec.Meta(ge=0, le=MOST_LENGTH)]
 
@@ -154,6 +157,11 @@ class Decoder(PlanStruct, frozen=True, kw_only=True):
     def fixed_bytes(self, stage: int) -> int:
         """Bytes that one sequence takes at a stage, whatever its length."""
         return sum(state.fixed_bytes for state in self.states if state.stage == stage)
+
+    @property
+    def tokenizer(self) -> FileEntry | None:
+        """The tokenizer's file; None where none was found beside the model."""
+        return next((entry for entry in self.text if entry.name == TOKENIZER), None)
 
     def pasts(self) -> frozenset[str]:
         """The inputs that are states."""

@@ -144,7 +144,7 @@ def check_text(folder: Path) -> None:
     from onnxsplit.plan_files import load_plan
 
     decoder = load_plan(folder, check_files=False).decoder
-    if decoder is None or "tokenizer.json" not in {entry.name for entry in decoder.text}:
+    if decoder is None or decoder.tokenizer is None:
         raise InputError(
             f"the plan {folder} has {'no decoder' if decoder is None else 'no tokenizer.json'}, so it reads no text; "
             "put tokenizer.json beside a decoder's model and partition it again, or give numbers of tokens to "

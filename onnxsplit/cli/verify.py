@@ -111,7 +111,7 @@ def _next_command(plan: Path) -> str:
     from onnxsplit.plan_files import load_plan
 
     decoder = load_plan(plan, check_files=False).decoder
-    if decoder is not None and "tokenizer.json" in {entry.name for entry in decoder.text}:
+    if decoder is not None and decoder.tokenizer is not None:
         return f'onnxsplit generate {plan} "The capital of France is" --max-tokens 16'
     return f"onnxsplit run {plan} --inputs in.npz --outputs out.npz"
 

@@ -44,9 +44,8 @@ def decoder_lines(plan: Plan, decoder: Decoder) -> Iterator[str]:
             f"have memory for {decoder.cache_tokens} positions."
         )
     yield from _proof_lines(decoder)
-    names = [entry.name for entry in decoder.text]
-    if "tokenizer.json" in names:
-        yield f"Text: {', '.join(names)} beside the model."
+    if decoder.tokenizer is not None:
+        yield f"Text: {', '.join(entry.name for entry in decoder.text)} beside the model."
     else:
         yield "No text, numbers of tokens only: there is no tokenizer.json beside the model."
 

@@ -124,7 +124,7 @@ def tokenizer_file(plan: Plan, stage: int) -> FileEntry | None:
     """The tokenizer of a decoder, which its last stage needs for grammars; None for other stages."""
     if plan.decoder is None or StepGraph(plan).tail != stage:
         return None
-    return next((entry for entry in plan.decoder.text if entry.name == "tokenizer.json"), None)
+    return plan.decoder.tokenizer
 
 
 def _is_complete(folder: Path, files: Sequence[FileEntry]) -> bool:

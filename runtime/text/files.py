@@ -11,9 +11,9 @@ from typing import Any
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.files import read_regular
 from onnxsplit.numbers import is_real
+from onnxsplit.plan_decoder import TOKENIZER
 from runtime.text.tokenizer import Tokenizer
 
-TOKENIZER = "tokenizer.json"
 """The file without which there is no text."""
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"

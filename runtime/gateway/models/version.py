@@ -81,8 +81,7 @@ class Version:
     @property
     def has_text(self) -> bool:
         """Whether the plan has a decoder and a tokenizer."""
-        decoder = self.plan.decoder
-        return decoder is not None and any(file.name == "tokenizer.json" for file in decoder.text)
+        return self.plan.decoder is not None and self.plan.decoder.tokenizer is not None
 
     @property
     def batched(self) -> bool:
