@@ -1,10 +1,11 @@
-# ruff: noqa: RUF001  (prompts in several scripts)
 """Is the text of a pipeline the text of plain ONNX Runtime?
 
 Twenty prompts in several scripts, half of them as messages of a chat, are continued with the most probable tokens: by
 ``pipeline.text``, all at once, and by one session of the whole model with ``tokenizers``' own decoding. The texts must
 be equal, piece for piece joined.
 """
+
+# ruff: noqa: RUF001  (prompts in several scripts)
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "models", "tests/support", "benchmarks/hosts")]
 
 import links
-import setting
 
 from benchmarks import harness
+from benchmarks.decoding import setting
 
 TAKES = "12 min"
 
