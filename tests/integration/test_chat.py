@@ -89,6 +89,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.main, text.encode())
 
+    def interrupt_prompt(self) -> None:
+        """Type Ctrl-C once the command waits for a key: ``input`` misses one between the prompt and its wait."""
+        wait_until(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_SLEEPING, "the wait for a key")
+        self.type("\x03")
+
     def end(self) -> int:
         """Wait for the end of the command; returns its exit code."""
         deadline = time.monotonic() + PATIENCE_S
@@ -156,7 +161,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(large_plan, python_environment
             terminal.until("> ")
         nodes = descendants(terminal)
         assert len(nodes) >= 3
-        terminal.type("\x03")
+        terminal.interrupt_prompt()
         assert terminal.end() == 0
         assert "Traceback" not in terminal.shown
     wait_until(lambda: all_gone(nodes), "the end of the nodes")
