@@ -20,6 +20,7 @@ from onnxsplit.cli.output import (
     percent,
     threads_option,
 )
+from onnxsplit.cli.series import folded
 
 if TYPE_CHECKING:
     from onnxsplit.planning.sweep import SweepRow
@@ -67,8 +68,8 @@ def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path |
     if facts.note:
         output.line(f"Costs are analytic: {facts.note}")
     for title, tensors in (("Input", facts.inputs), ("Output", facts.outputs)):
-        for name, spec in tensors.items():
-            output.line(f"{title} {name}: {spec}")
+        for (name, spec), count in folded([(name, f"{spec}") for name, spec in tensors.items()], names=1):
+            output.line(f"{title} {name}: {spec}" if count == 1 else f"{count} {title.lower()}s {name}: {spec}")
     _show_decoder(output, facts)
     output.line()
     rows = [
@@ -100,9 +101,8 @@ def _show_decoder(output: Output, facts: Inspection) -> None:
     if not facts.states:
         return
     output.line()
-    output.table(
-        ("state", "next", "kind", "bytes"), [(s.past, s.present, s.kind, binary(s.bytes)) for s in facts.states]
-    )
+    states = folded([(s.past, s.present, s.kind, binary(s.bytes)) for s in facts.states], names=2)
+    output.table(("state", "next", "kind", "bytes of each", "states"), [(*row, f"{count}") for row, count in states])
     output.line(f"Rows of unequal length: {facts.rows}. Chunks of prompts: {facts.chunk}.")
 
 
