@@ -14,8 +14,6 @@ from onnxsplit.numbers import is_real
 from onnxsplit.plan_decoder import TOKENIZER
 from runtime.text.tokenizer import Tokenizer
 
-"""The file without which there is no text."""
-
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _GENERATION, _GENAI = "generation_config.json", "genai_config.json"
 _MOST_TOKENIZER_BYTES = 256 << 20
