@@ -171,3 +171,15 @@ def test_the_page_says_when_the_server_is_gone(browser, chain_plan, python_envir
 
     expect(opened.locator("#health")).to_have_text("no connection")
     context.close()
+
+
+def test_a_browser_asks_for_the_token(browser, folder, tmp_path, python_environment):
+    file = tmp_path / "tokens"
+    file.write_text("sesame-open-yourself-now\n")
+    file.chmod(0o600)
+    with Served(folder / "diamond.plan", "--token-file", file, environment=python_environment) as server:
+        context = browser.new_context(http_credentials={"username": "any", "password": "sesame-open-yourself-now"})
+        opened = context.new_page()
+        opened.goto(server.http)
+        opened.wait_for_selector(".graph .box")
+        context.close()

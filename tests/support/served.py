@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,10 @@ class Served:
         request = urllib.request.Request(f"{self.http}{path}", body, named, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read()
+                return answer.status, _named(answer.headers), answer.read()
         except urllib.error.HTTPError as error:
             with error:
-                return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
+                return error.code, _named(error.headers), error.read()
 
     def metric(self, name: str, labels: str = "") -> float:
         """Return the sum of a metric over all series with these labels."""
@@ -87,3 +88,8 @@ class Served:
         status, _, found = self.ask(path, None if body is None else json.dumps(body).encode())
         assert status == 200, found
         return json.loads(found)
+
+
+def _named(headers: Message) -> dict[str, str]:
+    """Headers by their names in lower case; several of one name are joined, as HTTP allows."""
+    return {name.lower(): ", ".join(headers.get_all(name) or ()) for name in headers}

@@ -23,6 +23,8 @@ from runtime.logs import log_event
 _log = logging.getLogger("runtime.gateway")
 _RETRY_S = "1"
 _MESSAGE_CHARACTERS = 500
+_SCHEMES = ('Basic realm="onnxsplit, any name, the token as password"', "Bearer")
+# Each has a header of its own: Chromium takes a header for one scheme, and does not ask for a token if more follows.
 
 SEND_BYTES = 1 << 20
 """Most bytes of a response that are sent at once."""
@@ -48,14 +50,16 @@ def error_response(error: Exception, path: str = "") -> Response:
     headers: dict[str, str] = {}
     if status in (429, 503):
         headers["retry-after"] = _RETRY_S
-    if isinstance(error, Unauthorized):
-        headers["www-authenticate"] = 'Basic realm="onnxsplit, any name, the token as password", Bearer'
     if status in (408, 499):
         headers["connection"] = "close"  # the server does not wait for the rest of the body
     if openai and status in (500, 504):
         headers["x-should-retry"] = "false"  # OpenAI's clients would repeat what killed nodes or took too long
     body = msgspec.json.encode(error_answer(error)) if openai else json.dumps({"error": client_message(error)})
-    return Response(body, status, headers, "application/json")
+    response = Response(body, status, headers, "application/json")
+    if isinstance(error, Unauthorized):
+        for scheme in _SCHEMES:
+            response.headers.append("www-authenticate", scheme)
+    return response
 
 
 async def on_error(request: Request, error: Exception) -> Response:
