@@ -140,6 +140,81 @@ def test_an_error_within_a_stream_is_shown(page):
     assert page.locator(".message.assistant").evaluate("one => one.lastChild.data") == "half"
 
 
+def answer_with(page, body, status=200, kind="text/event-stream"):
+    """Answer the page's questions in place of the server."""
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, status=status, content_type=kind))
+
+
+def test_a_stream_that_is_cut_off_is_shown_as_such(page):
+    from playwright.sync_api import expect
+
+    answer_with(page, 'data: {"choices":[{"delta":{"content":"half"}}]}\n\n')
+    page.fill("#chat-message", "Hello")
+    page.press("#chat-message", "Enter")
+    expect(page.locator("#chat-state")).to_have_text("No answer: the connection ended before the answer did")
+    assert page.locator(".message.assistant").evaluate("one => one.lastChild.data") == "half"
+
+
+def test_an_error_of_a_proxy_is_shown_by_its_status(page):
+    from playwright.sync_api import expect
+
+    answer_with(page, "<html>Bad gateway</html>", 502, "text/html")
+    page.fill("#chat-message", "Hello")
+    page.press("#chat-message", "Enter")
+    expect(page.locator("#chat-state")).to_have_text("No answer: the server answered with the status 502")
+    assert page.input_value("#chat-message") == "Hello"
+
+
+def test_chunks_that_come_fast_are_drawn_together(page):
+    from playwright.sync_api import expect
+
+    chunk = 'data: {"choices":[{"delta":{"content":"word "}}]}\n\n'
+    answer_with(page, chunk * 3000 + "data: [DONE]\n\n")
+    observe = "records => { window.changes = (window.changes || 0) + records.length; }"
+    watch = "{ characterData: true, subtree: true }"
+    page.evaluate(f"() => new MutationObserver({observe}).observe(document.getElementById('chat-log'), {watch})")
+    page.fill("#chat-message", "Hello")
+    page.press("#chat-message", "Enter")
+    expect(page.locator("#chat-send")).to_be_enabled()
+    assert page.locator(".message.assistant").evaluate("one => one.lastChild.data") == "word " * 3000
+    assert page.evaluate("() => window.changes") < 300
+
+
+def test_the_chat_comes_when_the_models_could_not_be_read_at_first(browser, server):
+    from playwright.sync_api import expect
+
+    asked = []
+
+    def once(route):
+        asked.append(route)
+        if len(asked) == 1:
+            route.fulfill(status=503, body="{}")
+        else:
+            route.continue_()
+
+    context = browser.new_context()
+    opened = context.new_page()
+    opened.route("**/v1/models", once)
+    opened.goto(server.http)
+    expect(opened.locator("#chat")).to_be_visible()
+    assert len(asked) == 2
+    context.close()
+
+
+def test_the_chosen_model_stays_chosen_when_other_models_come(page):
+    from playwright.sync_api import expect
+
+    names = ["a", "writer"]
+    answer = json.dumps({"data": [{"id": name} for name in names]})
+    page.route("**/v1/models", lambda route: route.fulfill(body=answer, content_type="application/json"))
+    models = [{"name": name, "text": True, "ready": True} for name in names]
+    page.evaluate("models => window.chatModels(models)", models)
+    expect(page.locator("#chat-model option")).to_have_count(2)
+    page.select_option("#chat-model", "writer")
+    page.evaluate("models => window.chatModels(models)", [*models, {"name": "z", "text": True, "ready": True}])
+    assert page.input_value("#chat-model") == "writer"
+
+
 def test_the_chat_is_used_by_keyboard_alone(page):
     from playwright.sync_api import expect
 

@@ -17,6 +17,12 @@
     by("chat-stop").disabled = !on;
   };
 
+  const problem = async (response) => { // a proxy's error need not be JSON
+    try {
+      return (await response.json()).error.message;
+    } catch { return `the server answered with the status ${response.status}`; }
+  };
+
   // ---- the models that complete texts: the names that the endpoint knows
   let known = "";
   const refresh = async (names) => {
@@ -25,10 +31,16 @@
     let models = [];
     try {
       const response = await fetch("v1/models");
-      if (response.ok) models = (await response.json()).data.map((model) => model.id);
-    } catch { known = ""; }
+      if (!response.ok) throw new Error(await problem(response));
+      models = (await response.json()).data.map((model) => model.id);
+    } catch {
+      known = null; // it is asked again with the next figures; the chat stays as it is until then
+      return;
+    }
+    const select = by("chat-model"), chosen = select.value;
     by("chat").hidden = !models.length;
-    by("chat-model").replaceChildren(...models.map((name) => element("option", { value: name }, name)));
+    select.replaceChildren(...models.map((name) => element("option", { value: name }, name)));
+    if (models.includes(chosen)) select.value = chosen;
     by("chat-model-label").hidden = models.length < 2;
   };
   window.chatModels = (models) => refresh(models.filter((model) => model.text && model.ready).map((model) => model.name).join("\n"));
@@ -50,27 +62,44 @@
       for (const line of lines) if (line.startsWith("data: ")) yield line.slice(6);
     }
   };
+  const inFrames = (content) => { // a layout for each chunk would block the page when chunks come fast
+    const log = by("chat-log");
+    let held = "", frame = 0;
+    const append = () => {
+      frame = 0;
+      if (!held) return;
+      const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+      content.appendData(held);
+      held = "";
+      if (follows) toEnd(log);
+    };
+    return {
+      add: (text) => { held += text; frame ||= requestAnimationFrame(append); },
+      end: () => { cancelAnimationFrame(frame); append(); },
+    };
+  };
   const answer = async (shown, signal) => {
     const begun = performance.now();
     const response = await fetch("v1/chat/completions", {
       method: "POST", signal, body: JSON.stringify(asked()), headers: { "content-type": "application/json" } });
-    if (!response.ok) throw new Error((await response.json()).error.message);
-    const log = by("chat-log");
-    let first = 0, last = 0, tokens = 0, reason = "";
-    for await (const data of events(response.body)) {
-      if (data === "[DONE]") break;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new Error(chunk.error.message);
-      const choice = chunk.choices[0], text = choice?.delta?.content;
-      if (chunk.usage) tokens = chunk.usage.completion_tokens;
-      if (choice?.finish_reason) reason = choice.finish_reason;
-      if (!text) continue;
-      last = performance.now();
-      first ||= last;
-      const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-      shown.content.appendData(text);
-      if (follows) toEnd(log);
-    }
+    if (!response.ok) throw new Error(await problem(response));
+    let first = 0, last = 0, tokens = 0, reason = "", ended = false;
+    const show = inFrames(shown.content);
+    try {
+      for await (const data of events(response.body)) {
+        if (data === "[DONE]") { ended = true; break; }
+        const chunk = JSON.parse(data);
+        if (chunk.error) throw new Error(chunk.error.message);
+        const choice = chunk.choices[0], text = choice?.delta?.content;
+        if (chunk.usage) tokens = chunk.usage.completion_tokens;
+        if (choice?.finish_reason) reason = choice.finish_reason;
+        if (!text) continue;
+        last = performance.now();
+        first ||= last;
+        show.add(text);
+      }
+    } finally { show.end(); }
+    if (!ended) throw new Error("the connection ended before the answer did");
     const rate = tokens > 1 && last > first ? `, ${((tokens - 1) / (last - first) * 1000).toFixed(1)} tokens/s` : "";
     const wait = first ? `, the first after ${milliseconds((first - begun) * 1e6)}` : "";
     return `${tokens} tokens${wait}${rate}${reason === "length" ? "; cut at the most tokens" : ""}.`;
