@@ -6,15 +6,18 @@ come as a tensor with one element, as a parameter of the request, or in the JSON
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array
+from runtime.gateway.errors import Unsupported
 from runtime.gateway.openai.protocol import CompletionRequest, NotServed
 from runtime.gateway.protocol.inference import InferRequest, InferResponse, RequestedOutput
 
@@ -94,16 +97,22 @@ class TextAnswer(Struct, frozen=True):
 
 
 def of_tensors(request: InferRequest) -> TextRequest:
-    """The request that tensors and parameters describe.
+    """The request that tensors and parameters describe. An output that it names is reported as if its flag were set.
 
     Raises:
-        InputError: as :func:`of_values`, or a tensor has not exactly one element.
+        InputError: as :func:`of_values`, or a tensor has not exactly one element, or there is no output of a name.
+        Unsupported: an output is to be written into shared memory.
     """
     values = {name: _value(name, array) for name, array in request.inputs.items()}
     unknown = [output.name for output in request.outputs if output.name not in OUTPUTS]
     if unknown:
         raise InputError(f"a text has no output {shown(unknown[0])}; it has {', '.join(OUTPUTS)}")
-    return of_values(values, request.parameters, request.id)
+    if any(output.region_slice is not None for output in request.outputs):
+        raise Unsupported("a text cannot be written into shared memory; let the response hold it")
+    text = of_values(values, request.parameters, request.id)
+    if request.timeout_ns is not None:
+        text.completion.timeout = min(request.timeout_ns / 1e9, text.completion.timeout or math.inf)
+    return replace(text, reports=text.reports | {output.name for output in request.outputs})
 
 
 def _value(name: str, array: Array) -> Any:
