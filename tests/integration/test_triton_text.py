@@ -139,6 +139,37 @@ def test_reports_are_further_outputs(server):
     }
 
 
+def test_an_output_that_is_requested_needs_no_flag(server):
+    outputs = [triton.InferRequestedOutput(name) for name in ("text_output", "finish_reason", "num_output_tokens")]
+    with Stream(server) as stream:
+        stream.ask("writer.text", inputs(stream=False), outputs=outputs)
+        _, (result,) = stream.text()
+    assert result.as_numpy("finish_reason")[0] == b"length"
+    assert result.as_numpy("num_output_tokens")[0] == 12
+    assert result.as_numpy("num_input_tokens") is None
+
+
+def test_a_text_is_not_written_into_shared_memory(server):
+    output = triton.InferRequestedOutput("text_output")
+    output.set_shared_memory("region", 1024)
+    with Stream(server) as stream:
+        stream.ask("writer.text", inputs(), outputs=[output])
+        _, error = stream.next()
+    assert "cannot be written into shared memory" in str(error)
+
+
+def test_the_timeout_of_a_request_counts_microseconds(server):
+    endless = {**GREEDY, "max_tokens": 2000}
+    with Stream(server) as stream:
+        stream.ask("writer.text", inputs(sampling=endless), timeout=20_000)
+        stream.ask("writer.text", inputs(sampling={**endless, "timeout": 0.02}), timeout=60_000_000)
+        errors = []
+        while len(errors) < 2:
+            _, error = stream.next()
+            errors += [str(error)] if error is not None else []
+    assert ["time ran out" in error for error in errors] == [True, True]
+
+
 def test_several_requests_share_a_stream(server):
     async def ask():
         async def requests():
@@ -278,6 +309,7 @@ def test_generate_stream_sends_the_parts(server):
         ("nobody/generate", b'{"text_input": "a"}', 404, "unknown"),
         ("writer.stage0/generate", b'{"text_input": "a"}', 400, "takes tensors only"),
         ("writer/generate_stream", b'{"text_input": "a", "max_tokens": 0}', 400, "max_tokens is 0"),
+        ("writer/generate", b'{"text_input": "%b"}' % (b"a" * (5 << 20)), 413, "are allowed here"),
     ],
 )
 def test_errors_of_generate_have_a_status(server, path, body, status, message):

@@ -86,9 +86,12 @@ class HttpApp:
         ]
         routes.sort(key=lambda route: "{" in getattr(route, "path", ""))  # /v2/models/stats is not a model
         routes += [Route(f"{path}/infer", infer, methods=["POST"]) for path in _MODEL_PATHS]
+        whole, streamed = (
+            GenerateEndpoint(self._texts, self._bodies, self._service.workers, stream=stream)
+            for stream in (False, True)
+        )
         for path in _MODEL_PATHS:
-            routes.append(Route(f"{path}/generate", GenerateEndpoint(self._texts, self._bodies), methods=["POST"]))
-            streamed = GenerateEndpoint(self._texts, self._bodies, stream=True)
+            routes.append(Route(f"{path}/generate", whole, methods=["POST"]))
             routes.append(Route(f"{path}/generate_stream", streamed, methods=["POST"]))
         routes += self._openai.routes()
         app = Starlette(

@@ -14,11 +14,12 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from onnxsplit.errors import InputError, one_line, shown
-from runtime.gateway.errors import client_message
+from runtime.gateway.errors import TooLarge, client_message
 from runtime.gateway.http.bodies import Bodies, Body
 from runtime.gateway.models.version import Version
 from runtime.gateway.protocol.text import TextAnswer, TextRequest, of_values
 from runtime.gateway.texts import Texts
+from runtime.gateway.threads import Workers, takes_long
 
 _DOCUMENT_BYTES = 4 << 20  # the largest body
 _MESSAGE_CHARACTERS = 300
@@ -31,12 +32,14 @@ class GenerateEndpoint:
     Args:
         texts: completes texts.
         bodies: receives the bodies of requests.
+        workers: threads for work that takes long.
         stream: whether the answer is a stream.
     """
 
-    def __init__(self, texts: Texts, bodies: Bodies, *, stream: bool = False) -> None:
+    def __init__(self, texts: Texts, bodies: Bodies, workers: Workers, *, stream: bool = False) -> None:
         self._texts = texts
         self._bodies = bodies
+        self._workers = workers
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,13 +48,14 @@ class GenerateEndpoint:
 
         async def answer(body: Body) -> None:
             version = self._texts.find(path["model"], path.get("version", ""))
-            await self._answer(path["model"], version, self._parse(body), send)
+            request = await self._workers.run(takes_long(parsed_bytes=len(body)), self._parse, body)
+            await self._answer(path["model"], version, request, send)
 
         await self._bodies.answer(scope, receive, answer)
 
     def _parse(self, body: Body) -> TextRequest:
         if len(body) > _DOCUMENT_BYTES:
-            raise InputError(f"the body has {len(body)} bytes; at most {_DOCUMENT_BYTES} are allowed here")
+            raise TooLarge(f"the body has {len(body)} bytes; at most {_DOCUMENT_BYTES} are allowed here")
         try:
             values = msgspec.json.decode(body, type=dict[str, Any])
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
