@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from runtime.gateway.openai.logprobs import TokenBytes, chat_logprobs, completion_logprobs
+from runtime.gateway.openai.logprobs import Characters, TokenBytes, chat_logprobs, completion_logprobs
 from runtime.gateway.openai.objects import (
     AnswerMessage,
     ChatChoice,
@@ -196,7 +196,7 @@ class StreamedCompletion:
         self._ends = ends
         self._held = _Held()
         self._echo = echo
-        self._offset = len(echo)
+        self._before = Characters(len(echo))
 
     def add(self, pieces: Sequence[TextPiece]) -> bytes:
         """Add pieces, at least one; returns the events that they make, maybe none."""
@@ -206,7 +206,7 @@ class StreamedCompletion:
             return b""
         logprobs = None
         if whole.logprobs is not None:
-            logprobs, self._offset = completion_logprobs(whole.logprobs, form.token_bytes, self._offset)
+            logprobs = completion_logprobs(whole.logprobs, form.token_bytes, self._before)
         text, self._echo = self._echo + whole.text, ""
         choice = CompletionChoice(self._index, text, logprobs, whole.reason, _stop_reason(whole, self._ends))
         numbers = form.usage_of(self._prompt, self._held.tokens)
@@ -237,5 +237,5 @@ def completion_choice(
     whole = _joined(pieces)
     logprobs = None
     if whole.logprobs is not None:
-        logprobs, _ = completion_logprobs(whole.logprobs, form.token_bytes, len(echo))
+        logprobs = completion_logprobs(whole.logprobs, form.token_bytes, Characters(len(echo)))
     return CompletionChoice(index, echo + whole.text, logprobs, whole.reason, _stop_reason(whole, ends))

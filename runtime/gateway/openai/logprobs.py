@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterable
 
 from runtime.gateway.openai.objects import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
@@ -11,6 +12,25 @@ _LEAST = -9999.0  # stands for minus infinity, which JSON lacks
 
 TokenBytes = Callable[[int], bytes]
 """The bytes that a token adds to a text."""
+
+
+class Characters:
+    """Counts the characters of a text whose bytes come token by token. A character belongs to the token that ends it.
+
+    Args:
+        number: of those before the first token.
+
+    Attributes:
+        number: of those so far.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, data: bytes) -> None:
+        """Add the bytes of a token."""
+        self.number += len(self._decoder.decode(data))
 
 
 def chat_logprobs(logprobs: Iterable[TokenLogprob], token_bytes: TokenBytes) -> ChatLogprobs:
@@ -28,28 +48,26 @@ def chat_logprobs(logprobs: Iterable[TokenLogprob], token_bytes: TokenBytes) -> 
 
 
 def completion_logprobs(
-    logprobs: Iterable[TokenLogprob], token_bytes: TokenBytes, offset: int
-) -> tuple[CompletionLogprobs, int]:
+    logprobs: Iterable[TokenLogprob], token_bytes: TokenBytes, before: Characters
+) -> CompletionLogprobs:
     """As completions report them.
 
     Args:
         logprobs: those of some tokens.
         token_bytes: gives the text of a token.
-        offset: the number of characters of the text before them.
-
-    Returns:
-        Them, and the number of characters of the text after them.
+        before: the characters of the text before them; theirs are added.
     """
     found = CompletionLogprobs([], [], [], [])
     for each in logprobs:
-        text = _text(token_bytes(each.token))
-        found.text_offset.append(offset)
+        data = token_bytes(each.token)
+        text = _text(data)
+        found.text_offset.append(before.number)
+        before.add(data)
         found.token_logprobs.append(max(each.logprob, _LEAST))
         found.tokens.append(text)
         tops = {_text(token_bytes(token)): max(logprob, _LEAST) for token, logprob in reversed(each.top)}
         found.top_logprobs.append({**dict(reversed(tops.items())), text: max(each.logprob, _LEAST)})
-        offset += len(text)
-    return found, offset
+    return found
 
 
 def _text(data: bytes) -> str:

@@ -50,6 +50,16 @@ def test_pieces_that_came_together_share_a_chunk():
     assert "stop_reason" not in last
 
 
+def test_offsets_count_the_characters_of_the_text():
+    pieces = [piece("", 2), piece("é", 3), piece("", 2), piece("\ufffda", 1), piece("a", 1, reason="length")]
+    whole = completion_choice(FORM, 0, pieces, ENDS)
+    assert whole.text == "é\ufffdaa"
+    assert whole.logprobs.text_offset == [0, 0, 1, 1, 3]
+    stream = StreamedCompletion(FORM, 0, 1, ENDS)
+    streamed = [chunk for one in pieces for chunk in chunks(stream.add([one]))]
+    assert [place for chunk in streamed for place in chunk["logprobs"]["text_offset"]] == [0, 0, 1, 1, 3]
+
+
 @pytest.mark.parametrize(("stop", "told"), [(9, False), ("x", True), (1, True)])
 def test_what_stopped_a_text_is_told_unless_it_is_the_end_of_the_model(stop, told):
     pieces = [piece("a", 1), piece("", 9, reason="stop", stop=stop)]
