@@ -19,7 +19,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from onnxsplit.errors import InputError
 from runtime.gateway.http.bodies import SILENCE_S
+from runtime.gateway.http.responses import error_response
 
 HEADER_S = 10.0
 HEADER_BYTES = 64 << 10
@@ -185,9 +187,10 @@ class Connection(HttpToolsProtocol):
                 self.send_400_response("")
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002  the parser's message says too little
-        """Send an error in the form of all errors, and close."""
-        text = (self._problem or "this is not HTTP/1.1 as RFC 9112 defines it").encode()
-        body = b'{"error":"' + text + b'"}'
+        """Send an error in the form that the path has for errors, as far as it arrived, and close."""
+        path = b"" if self._whole else self.url.partition(b"?")[0]
+        error = InputError(self._problem or "this is not HTTP/1.1 as RFC 9112 defines it")
+        body = bytes(error_response(error, path.decode("latin-1")).body)
         self.transport.write(
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: "
             + str(len(body)).encode()
