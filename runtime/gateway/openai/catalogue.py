@@ -84,12 +84,9 @@ class Catalogue:
         """One of them.
 
         Raises:
-            UnknownModel: there is none of this name.
+            UnknownModel, NotLoaded: as :meth:`find`.
         """
-        for model in self.models():
-            if model.id == name:
-                return model
-        raise self._unknown(name)
+        return ModelObject(name, self._created, self.find(name).length)
 
     def find(self, name: str | None) -> ServedText:
         """The model for a request. It may leave the name out where there is only one.
