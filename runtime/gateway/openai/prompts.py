@@ -11,7 +11,8 @@ from runtime.gateway.openai.protocol import ChatRequest, CompletionRequest
 from runtime.gateway.threads import Workers
 from runtime.text.text import Text
 
-_QUICK_CHARACTERS = 4096  # a prompt up to this length is encoded at once
+QUICK_CHARACTERS = 4096
+"""A prompt up to this length is encoded at once."""
 
 
 class Prompt(NamedTuple):
@@ -44,7 +45,7 @@ async def completion_prompts(text: Text, request: CompletionRequest, workers: Wo
                 prompts.append(Prompt(tuple(one), text.tokenizer.decode(one) if request.echo else ""))
         return prompts
 
-    return await workers.run(sum(map(len, given)) > _QUICK_CHARACTERS, encode)
+    return await workers.run(sum(map(len, given)) > QUICK_CHARACTERS, encode)
 
 
 async def chat_prompt(text: Text, request: ChatRequest, workers: Workers) -> Prompt:

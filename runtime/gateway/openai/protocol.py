@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import Meta, Struct
 
 from onnxsplit.errors import shown
 from runtime.gateway.openai.errors import FieldError
@@ -291,8 +291,8 @@ class TokenizeRequest(Struct, kw_only=True):
     """
 
     model: str | None = None
-    prompt: str | UnsetType = UNSET
-    messages: Messages | UnsetType = UNSET
+    prompt: str | None = None
+    messages: Messages | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -309,9 +309,9 @@ class TokenizeRequest(Struct, kw_only=True):
         Raises:
             FieldError: there is neither or both, or a field is not served.
         """
-        if (self.messages is UNSET) == (self.prompt is UNSET):
+        if (self.messages is None) == (self.prompt is None):
             raise FieldError("prompt", "give prompt or messages, and not both")
-        if self.messages is UNSET:
+        if self.messages is None:
             return None
         chat = ChatRequest(
             messages=self.messages,

@@ -37,7 +37,7 @@ from runtime.gateway.openai.objects import (
     TokenizeAnswer,
     TokenUsage,
 )
-from runtime.gateway.openai.prompts import chat_prompt, completion_prompts
+from runtime.gateway.openai.prompts import QUICK_CHARACTERS, chat_prompt, completion_prompts
 from runtime.gateway.openai.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -144,9 +144,9 @@ class OpenAIEndpoint:
         if chat is not None:
             tokens = (await chat_prompt(served.text, chat, self._workers)).tokens
         else:
-            assert isinstance(request.prompt, str)
-            asked = CompletionRequest(prompt=request.prompt, add_special_tokens=request.add_special_tokens)
-            tokens = (await completion_prompts(served.text, asked, self._workers))[0].tokens
+            prompt, special = request.prompt or "", request.add_special_tokens is not False
+            long = len(prompt) > QUICK_CHARACTERS
+            tokens = await self._workers.run(long, served.text.encode, prompt, special=special)
 
         def answer() -> bytes:
             texts = [served.text.tokenizer.token(token) for token in tokens] if request.return_token_strs else None
