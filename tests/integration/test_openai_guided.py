@@ -104,7 +104,7 @@ def test_text_that_calls_nothing_stays_text(client):
         ({"guided_regex": "("}, "guided_regex"),
         ({"response_format": {"type": "json_object"}, "guided_choice": ["a"]}, "guided_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
-        ({"tools": [{"type": "other"}], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "other"}], "tool_choice": "required"}, "tools"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_made_is_refused_by_name(client, body, param):

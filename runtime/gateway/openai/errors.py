@@ -94,7 +94,7 @@ def error_answer(error: BaseException) -> ErrorAnswer:
     kind, code = _KINDS.get(status, _INTERNAL)
     param = None
     if isinstance(error, FieldError):
-        param, code = error.param, error.code
+        param, code = error.param or None, error.code
     elif isinstance(error, InputError) and error.option:
         param = _FIELDS.get(error.option, error.option)
     elif isinstance(error, UnknownModel):

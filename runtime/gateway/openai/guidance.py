@@ -47,6 +47,8 @@ def grammar_for(request: SampledRequest, kind: ToolFormat | None) -> str:
     wanted = {name: grammar for name, grammar in made.items() if grammar}
     if len(wanted) > 1:
         raise FieldError(list(wanted)[1], f"{' and '.join(wanted)} exclude each other; leave one of them out")
+    if wanted and request.ignore_eos and not request.stop_token_ids:
+        raise FieldError("ignore_eos", f"{next(iter(wanted))} needs a token that ends the text; leave ignore_eos out")
     return next(iter(wanted.values()), "")
 
 
@@ -69,8 +71,11 @@ def _tool_grammar(request: ChatRequest, kind: ToolFormat | None) -> str:
             "this server does not know how the model writes calls of tools: start it with --tool-parser hermes or "
             "json, or set tool_choice: none",
         )
-    choice = "auto" if request.tool_choice is None else request.tool_choice
-    try:
-        return tool_grammar(request.tools or (), choice, kind, parallel=request.parallel_tool_calls is not False)
-    except (InputError, MissingDependency) as error:
-        raise FieldError("tool_choice", str(error)) from error
+    tools, choice = request.tools or (), "auto" if request.tool_choice is None else request.tool_choice
+    grammar, parallel = "", request.parallel_tool_calls is not False
+    for name, wanted in (("tools", "auto"), ("tool_choice", choice)):
+        try:
+            grammar = tool_grammar(tools, wanted, kind, parallel=parallel)
+        except (InputError, MissingDependency) as error:
+            raise FieldError(name, str(error)) from error
+    return grammar

@@ -1,0 +1,86 @@
+"""Edges of the endpoint for clients of OpenAI's API: nulls, empty texts, models that are unloaded, broken requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from served import Served
+from text_plans import text_plan
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+MESSAGES = [{"role": "user", "content": "Hello"}]
+TOOL = {"type": "function", "function": {"name": "look"}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    plan = text_plan(tmp_path_factory.mktemp("text") / "tiny.plan")
+    with Served(plan, "--threads", "1", "--tool-parser", "hermes", environment=ENVIRONMENT) as found:
+        yield found
+
+
+def problem(server, path, body=None):
+    """The status and the error of an answer."""
+    status, _, raw = server.ask(path, None if body is None else json.dumps(body).encode())
+    return status, json.loads(raw)["error"]
+
+
+def test_nulls_are_as_good_as_absent_when_tokens_are_counted(server):
+    plain = server.json("/tokenize", {"messages": MESSAGES})
+    nulls = dict.fromkeys(["prompt", "model", "tools", "chat_template", "add_special_tokens", "return_token_strs"])
+    assert server.json("/tokenize", {"messages": MESSAGES, **nulls}) == plain
+    assert server.json("/tokenize", {"prompt": "a", "messages": None})["count"] == 1
+    assert problem(server, "/tokenize", {"prompt": None, "messages": None})[0] == 400
+
+
+def test_an_empty_text_has_no_tokens(server):
+    assert server.json("/tokenize", {"prompt": ""})["tokens"] == []
+    assert server.json("/detokenize", {"tokens": []})["prompt"] == ""
+
+
+@pytest.mark.parametrize("body", [None, [], 5, "x"])
+def test_a_body_that_is_no_object_blames_no_field(server, body):
+    status, _, raw = server.ask("/v1/chat/completions", json.dumps(body).encode())
+    assert (status, json.loads(raw)["error"]["param"]) == (400, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}], "tool_choice": "required"}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_an_error_of_tools_names_the_field_at_fault(server, fields, param):
+    status, error = problem(server, "/v1/chat/completions", {"messages": MESSAGES, **fields})
+    assert (status, error["param"]) == (400, param)
+
+
+def test_a_request_that_is_not_http_gets_the_error_of_its_path(server):
+    host, port = server.host.split(":")
+    for path, kind in (("/v1/completions?a=b", dict), ("/v2/health/live", str)):
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            client.sendall(f"POST {path} HTTP/1.1\r\nHost: {server.host}\r\nX: {'a' * 70_000}\r\n\r\n".encode())
+            head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        error = json.loads(body)["error"]
+        assert type(error) is kind
+        assert "the header is larger" in (error["message"] if kind is dict else error)
+
+
+def test_a_model_that_is_unloaded_is_not_an_unknown_one(tmp_path):
+    with Served(text_plan(tmp_path / "tiny.plan"), "--threads", "1", environment=ENVIRONMENT) as server:
+        assert server.ask("/v2/repository/models/tiny/unload", b"{}")[0] == 200
+        assert server.json("/v1/models")["data"] == []
+        status, error = problem(server, "/v1/models/tiny")
+        assert (status, error["code"]) == (503, "service_unavailable")
+        assert problem(server, "/v1/models/other")[0] == 404
