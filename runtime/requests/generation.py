@@ -150,6 +150,10 @@ class Generation:
         """When each new token so far arrived, by the host's monotonic clock."""
         return tuple(self._stream.times_ns)
 
+    def time_ns(self, index: int) -> int:
+        """When one of the new tokens so far arrived, by the same clock."""
+        return self._stream.times_ns[index]
+
     @property
     def cached(self) -> int:
         """The tokens of the prompt that were not computed, because another sequence had begun alike."""

@@ -9,7 +9,7 @@ A text is one sequence of tokens. A request for several choices counts as severa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,20 +73,20 @@ class RequestRecord:
         self._tokens = 0
         self._ended = False
 
-    def tokens(self, count: int, now_ns: int) -> None:
-        """Some tokens have come, at least one. Tokens that came together share the time since those before."""
+    def tokens(self, times_ns: Sequence[int]) -> None:
+        """Some tokens were read. The times are those at which they came, which does not depend on their reader."""
         figures = self._figures
-        gaps, seconds = count, (now_ns - self._last_ns) / 1e9
-        if not self._tokens:
-            figures.requests_waiting -= 1
-            figures.requests_running += 1
-            figures.on_first_token(seconds)
-            gaps, seconds = count - 1, 0.0
-        for _ in range(gaps):
-            figures.on_gap(seconds / gaps)
-        figures.generation_tokens += count
-        self._tokens += count
-        self._last_ns = now_ns
+        for time_ns in times_ns:
+            seconds = (time_ns - self._last_ns) / 1e9
+            if self._tokens:
+                figures.on_gap(seconds)
+            else:
+                figures.requests_waiting -= 1
+                figures.requests_running += 1
+                figures.on_first_token(seconds)
+            self._tokens += 1
+            self._last_ns = time_ns
+        figures.generation_tokens += len(times_ns)
 
     def end(self, reason: FinishReason, now_ns: int) -> None:
         """The text has ended. Only the first call counts."""

@@ -52,13 +52,12 @@ class RunningText:
         pieces = [await anext(generation)]
         while pieces[-1].reason is None and generation.generation.ready and len(pieces) < _MOST_PIECES:
             pieces.append(await anext(generation))
-        count, now = sum([len(piece.tokens) for piece in pieces]), time.monotonic_ns()
-        self.completion += count
-        if count:
-            self._record.tokens(count, now)
+        before, time_ns = self.completion, generation.generation.time_ns
+        self.completion += sum([len(piece.tokens) for piece in pieces])
+        self._record.tokens([time_ns(index) for index in range(before, self.completion)])
         if (reason := pieces[-1].reason) is not None:
             self._ended = True
-            self._record.end(reason, now)
+            self._record.end(reason, time_ns(self.completion - 1))
         return pieces
 
     def close(self, reason: FinishReason) -> None:

@@ -31,8 +31,8 @@ def test_times_follow_the_figures_of_a_text():
     figures = RequestFigures()
     times = TextTimes(figures)
     record = figures.begin(5, now_ns=0)
-    record.tokens(1, now_ns=2_000_000_000)
-    record.tokens(2, now_ns=3_000_000_000)
+    record.tokens([2_000_000_000])
+    record.tokens([2_500_000_000, 3_000_000_000])
     record.end("stop", now_ns=4_000_000_000)
     assert list(times.first_token.recent) == [2.0]
     assert list(times.gap.recent) == [0.5, 0.5]
