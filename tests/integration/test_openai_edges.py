@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from served import Served
 from text_plans import text_plan
+from waiting import wait_until
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
@@ -29,6 +30,11 @@ def problem(server, path, body=None):
     """The status and the error of an answer."""
     status, _, raw = server.ask(path, None if body is None else json.dumps(body).encode())
     return status, json.loads(raw)["error"]
+
+
+def problem_free(server, body):
+    """Whether a request is answered."""
+    return server.ask("/v1/chat/completions", json.dumps({**body, "max_tokens": 1}).encode())[0] == 200
 
 
 def test_nulls_are_as_good_as_absent_when_tokens_are_counted(server):
@@ -84,3 +90,20 @@ def test_a_model_that_is_unloaded_is_not_an_unknown_one(tmp_path):
         status, error = problem(server, "/v1/models/tiny")
         assert (status, error["code"]) == (503, "service_unavailable")
         assert problem(server, "/v1/models/other")[0] == 404
+
+
+def test_requests_that_take_much_memory_once_parsed_are_bounded_together(tmp_path):
+    plan = text_plan(tmp_path / "tiny.plan", length=4096)
+    bounds = ("--max-queue-bytes", "4M", "--max-body", "4M")
+    with Served(plan, "--threads", "1", *bounds, environment=ENVIRONMENT) as server:
+        large = {"messages": MESSAGES, "documents": [{"a": 1}] * 15_000, "ignore_eos": True, "stream": True}
+        body = json.dumps(large).encode()
+        host, port = server.host.split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {server.host}\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall(head.encode() + body)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            status, error = problem(server, "/v1/chat/completions", {**large, "max_tokens": 1})
+            assert (status, error["code"]) == (429, "rate_limit_exceeded")
+            assert server.json("/v1/completions", {"prompt": "a", "max_tokens": 1})["usage"]["completion_tokens"] == 1
+        wait_until(lambda: problem_free(server, {"messages": MESSAGES, "documents": large["documents"]}))

@@ -33,6 +33,8 @@ _QUICK_BYTES = 4 << 10  # a compressed body up to this size expands to a few MiB
 _STEP_BYTES = 1 << 20  # most bytes that are decompressed at once
 _SLICE_BYTES = 64 << 10  # most compressed bytes that zlib is given at once
 
+_PARSED_TIMES = 20  # the most bytes of Python's objects for a byte of JSON: numbers, and lists and objects of one entry
+
 _WBITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
@@ -110,6 +112,14 @@ class Bodies:
         finally:
             scope.pop("abandon", None)
             self.release(scope)
+
+    def hold_parsed(self, scope: Scope, body: Body) -> None:
+        """Count what a body of JSON may take once it is parsed, too, until :meth:`release`.
+
+        Raises:
+            Busy: The memory for requests is used up.
+        """
+        self._hold(scope, min(_PARSED_TIMES * len(body), self._budget.all_bytes - scope.get("held", 0)))
 
     def release(self, scope: Scope) -> None:
         """Stop counting the body that was read as held."""

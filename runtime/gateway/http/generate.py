@@ -48,6 +48,7 @@ class GenerateEndpoint:
 
         async def answer(body: Body) -> None:
             version = self._texts.find(path["model"], path.get("version", ""))
+            self._bodies.hold_parsed(scope, body)
             request = await self._workers.run(takes_long(parsed_bytes=len(body)), self._parse, body)
             await self._answer(path["model"], version, request, send)
 

@@ -54,7 +54,7 @@ from runtime.text.pieces import TextPiece
 
 _log = logging.getLogger("runtime.gateway")
 _QUICK_TOKENS = 4096
-_MOST_BYTES = 8 << 20  # of a body; parsed, it takes up to 20 times that
+_MOST_BYTES = 8 << 20  # of a body
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -180,6 +180,7 @@ class _Post(Generic[T]):
         async def answer(body: Body) -> None:
             if len(body) > _MOST_BYTES:
                 raise TooLarge(f"the body has {len(body)} bytes; at most {_MOST_BYTES} are allowed here")
+            self._bodies.hold_parsed(scope, body)
             long = takes_long(parsed_bytes=len(body))
             await self._answer(await self._workers.run(long, decoded, self._decoder, body), send)
 

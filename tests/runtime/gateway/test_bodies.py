@@ -166,3 +166,19 @@ def test_memory_goes_back_to_the_system_after_much_was_held(monkeypatch):
     budget.trim()
     budget.trim()
     assert trimmed == [0], "once for what was held"
+
+
+def test_parsed_bodies_count_with_what_they_may_take():
+    budget = Budget(1000, 100)
+    taken = Bodies(100, budget, Workers(1))
+    scopes: list[dict[str, int]] = [{}, {}, {"held": 100}]
+    taken.hold_parsed(scopes[0], b"a" * 30)
+    assert budget.held_bytes == 600
+    with pytest.raises(Busy):
+        taken.hold_parsed(scopes[1], b"a" * 30)
+    taken.release(scopes[0])
+    budget.take(100)
+    taken.hold_parsed(scopes[2], b"a" * 100)  # one that is alone is always taken
+    assert budget.held_bytes == 1000
+    taken.release(scopes[2])
+    assert budget.held_bytes == 0
