@@ -45,6 +45,15 @@ def test_nulls_are_as_good_as_absent_when_tokens_are_counted(server):
     assert problem(server, "/tokenize", {"prompt": None, "messages": None})[0] == 400
 
 
+def test_an_empty_value_asks_for_nothing(server):
+    lists = ["bad_words", "functions", "logits_processors", "logprob_token_ids"]
+    objects = ["ec_transfer_params", "kv_transfer_params", "media_io_kwargs", "mm_processor_kwargs", "vllm_xargs"]
+    empty = {**{name: [] for name in lists}, **{name: {} for name in objects}}
+    body = {"prompt": "a", "max_tokens": 1, **empty}
+    assert server.json("/v1/completions", body)["usage"]["completion_tokens"] == 1
+    assert problem(server, "/v1/completions", {**body, "vllm_xargs": {"a": 1}})[1]["param"] == "vllm_xargs"
+
+
 def test_an_empty_text_has_no_tokens(server):
     assert server.json("/tokenize", {"prompt": ""})["tokens"] == []
     assert server.json("/detokenize", {"tokens": []})["prompt"] == ""

@@ -78,9 +78,15 @@ class NotServed(Struct, kw_only=True):
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
+    "ec_transfer_params": ({},),
     "functions": ([],),
     "function_call": ("none",),
+    "kv_transfer_params": ({},),
     "length_penalty": (1,),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "priority": (0,),
     "return_prompt_text": (False,),
@@ -91,6 +97,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "thinking_token_budget": (-1,),
     "use_beam_search": (False,),
+    "vllm_xargs": ({},),
     "watermarking": (False,),
 }
 """Values of fields of :class:`NotServed`, besides null, that ask for nothing, so that they are not refused."""
