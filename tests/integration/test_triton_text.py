@@ -221,6 +221,7 @@ BAD = [
     (inputs(sampling={"temperature": -1}), "temperature"),
     (inputs(sampling={"temperature": "warm"}), "option of the text does not fit"),
     (inputs(sampling={"n": 2}), "n is 2"),
+    (inputs("a" * (5 << 20)), "at most 4194304 are allowed for a text"),
     (inputs(PROMPT * 2000), "tokens, but sequences have at most 2048"),
     ([*inputs(), tensor("exclude_input_in_output", [False], "BOOL")], "a stream never repeats the prompt"),
     ([tensor("text_input", [b"a", b"b"], "BYTES")], "has the shape [2]; it takes one element"),

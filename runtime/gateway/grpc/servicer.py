@@ -176,7 +176,13 @@ class GrpcServicer:
             return await self._infer(request, raw, size, None, context)
 
         stream = InferStream(
-            context.read, self._split, infer, self._texts, self._budget, lambda error: _failure(error)[1]
+            context.read,
+            self._split,
+            infer,
+            self._texts,
+            self._service.workers,
+            self._budget,
+            lambda error: _failure(error)[1],
         )
         async with aclosing(stream.responses()) as responses:
             async for response in responses:

@@ -17,12 +17,13 @@ from typing import Any
 from tritonclient.grpc import service_pb2 as pb
 
 from runtime.gateway.budget import Budget
-from runtime.gateway.errors import Unsupported
+from runtime.gateway.errors import TooLarge, Unsupported
 from runtime.gateway.grpc import codec
 from runtime.gateway.protocol.inference import RegionSlice
-from runtime.gateway.protocol.text import TextRequest, of_tensors
+from runtime.gateway.protocol.text import MOST_BYTES, TextRequest, of_tensors
 from runtime.gateway.protocol.text import response as text_response
 from runtime.gateway.texts import Texts
+from runtime.gateway.threads import Workers, takes_long
 
 _MOST_RUNNING = 64  # requests of one stream that are executed at once
 _MOST_UNSENT = 8  # responses that wait for the client to read
@@ -43,6 +44,7 @@ class InferStream:
         split: parses a message.
         infer: executes a request for tensors.
         texts: completes texts.
+        workers: threads for work that takes long.
         budget: the memory for requests and responses.
         message_of: the message for a client about an error.
     """
@@ -53,6 +55,7 @@ class InferStream:
         split: Split,
         infer: Infer,
         texts: Texts,
+        workers: Workers,
         budget: Budget,
         message_of: Callable[[Exception], str],
     ) -> None:
@@ -60,6 +63,7 @@ class InferStream:
         self._split = split
         self._infer = infer
         self._texts = texts
+        self._workers = workers
         self._budget = budget
         self._message_of = message_of
         self._room = asyncio.Semaphore(_MOST_RUNNING)
@@ -120,7 +124,7 @@ class InferStream:
                 names = [tensor.name for tensor in request.inputs]
                 if self._texts.asks_for_text(request.model_name, request.model_version, names):
                     after.set()
-                    wanted = of_tensors(codec.parse(request, raw, _no_region))
+                    wanted = await self._workers.run(takes_long(parsed_bytes=len(message)), _wanted, request, raw)
                 else:
                     response = await self._infer(request, raw, len(message))
                     if request.parameters["triton_enable_empty_final_response"].bool_param:
@@ -161,6 +165,12 @@ class InferStream:
         response = pb.ModelInferResponse(model_name=name, model_version=number, id=request.id)
         response.parameters[_FINAL].bool_param = True
         return pb.ModelStreamInferResponse(error_message=self._message_of(error), infer_response=response)
+
+
+def _wanted(request: Any, raw: list[memoryview]) -> TextRequest:
+    if (size := request.ByteSize() + sum(map(len, raw))) > MOST_BYTES:
+        raise TooLarge(f"the request has {size} bytes; at most {MOST_BYTES} are allowed for a text")
+    return of_tensors(codec.parse(request, raw, _no_region))
 
 
 def _no_region(_: RegionSlice) -> bytes:

@@ -17,11 +17,10 @@ from onnxsplit.errors import InputError, one_line, shown
 from runtime.gateway.errors import TooLarge, client_message
 from runtime.gateway.http.bodies import Bodies, Body
 from runtime.gateway.models.version import Version
-from runtime.gateway.protocol.text import TextAnswer, TextRequest, of_values
+from runtime.gateway.protocol.text import MOST_BYTES, TextAnswer, TextRequest, of_values
 from runtime.gateway.texts import Texts
 from runtime.gateway.threads import Workers, takes_long
 
-_DOCUMENT_BYTES = 4 << 20  # the largest body
 _MESSAGE_CHARACTERS = 300
 _KINDS = {False: b"application/json", True: b"text/event-stream; charset=utf-8"}
 
@@ -55,8 +54,8 @@ class GenerateEndpoint:
         await self._bodies.answer(scope, receive, answer)
 
     def _parse(self, body: Body) -> TextRequest:
-        if len(body) > _DOCUMENT_BYTES:
-            raise TooLarge(f"the body has {len(body)} bytes; at most {_DOCUMENT_BYTES} are allowed here")
+        if len(body) > MOST_BYTES:
+            raise TooLarge(f"the body has {len(body)} bytes; at most {MOST_BYTES} are allowed here")
         try:
             values = msgspec.json.decode(body, type=dict[str, Any])
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

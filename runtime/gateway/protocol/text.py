@@ -24,6 +24,9 @@ from runtime.gateway.protocol.inference import InferRequest, InferResponse, Requ
 TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"
 """The names of the prompt and of the text."""
 
+MOST_BYTES = 4 << 20
+"""The most bytes of a request for a text."""
+
 INPUTS = {
     TEXT_INPUT: "BYTES",
     "stream": "BOOL",
