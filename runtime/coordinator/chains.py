@@ -147,6 +147,11 @@ class Chain:
         """Whether any of its sequences decodes."""
         return any(group.decoding for group in self.groups)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether it may have another sequence, as soon as no step in flight holds a slot for that."""
+        return len(self.sequences) < self._limits.rows
+
     # Slots
 
     def _is_free(self, slot: int) -> bool:
@@ -155,19 +160,23 @@ class Chain:
     def vacancy(self) -> tuple[Group, int] | None:
         """The group that the next sequence joins, and its slot there; None when there is no room.
 
-        Slots that are kept for others count as free, and are taken last.
+        It is one of the smallest groups. Slots that are kept for others count as free. They are taken when these groups
+        have no empty slot, and the one that was not used for the longest time comes first.
         """
-        if len(self.sequences) >= self._limits.rows:
+        if not self.has_rows:
             return None
-        for group in sorted(self.groups, key=lambda group: group.size):
+        age = {slot: place for place, slot in enumerate(self.prefixes.kept)}
+        best: tuple[tuple[int, int], Group, int] | None = None
+        for group in self.groups:
             free = [slot for slot in group.slots if self._is_free(slot)]
-            if free:
-                kept = self.prefixes.kept
-                last = max((slot for slot in group.slots if slot in self._owners), default=-1)
-                empty = [slot for slot in free if slot not in kept]
-                oldest = [slot for slot in kept if slot in free]
-                return group, next((slot for slot in empty if slot > last), [*empty, *oldest][0])
-        return None
+            if not free:
+                continue
+            last = max((slot for slot in group.slots if slot in self._owners), default=-1)
+            slot = min(free, key=lambda slot: (age.get(slot, -1), slot < last))
+            rank = group.size, age.get(slot, -1)
+            if best is None or rank < best[0]:
+                best = rank, group, slot
+        return None if best is None else best[1:]
 
     def hold(self, slots: list[int]) -> None:
         """A step that holds these slots is sent."""

@@ -834,6 +834,16 @@ def test_a_kept_sequence_makes_nobody_wait_and_nodes_forget_it(tmp_path):
     assert len(driver.steps) == 2
 
 
+def test_sequences_are_kept_in_the_slots_of_all_groups_before_any_is_dropped(tmp_path):
+    driver = Alike(tmp_path, prefill_chunk=10, max_rows=4, decode_groups=2)
+    numbers = []
+    for kept in range(1, 7):
+        numbers.append(driver.submit(prompt=20, max_tokens=2, alike=False))
+        driver.run()
+        assert len(driver.machine.work.kept) == min(kept, 4)
+    assert sorted(driver.machine.work.kept) == numbers[2:], "the first ones were dropped first"
+
+
 class Alike(Driver):
     """A driver whose prompts all begin with the same tokens, unless told otherwise."""
 
