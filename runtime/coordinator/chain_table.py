@@ -158,8 +158,15 @@ class ChainTable:
         return min(chains, key=rank, default=None)
 
     def _fits(self, chain: Chain, sequence: SequenceRecord) -> bool:
+        return chain.vacancy() is not None and self._has_bytes(chain, sequence)
+
+    def will_fit(self, sequence: SequenceRecord) -> bool:
+        """Whether a sequence has room now, or when the steps in flight have come back, whatever other sequences do."""
+        return any(chain.is_open and chain.has_rows and self._has_bytes(chain, sequence) for chain in self)
+
+    def _has_bytes(self, chain: Chain, sequence: SequenceRecord) -> bool:
         most = self._limits.cache_bytes
-        return chain.vacancy() is not None and all(
+        return all(
             self._used_bytes[chain.route[stage]] + sequence.needed_bytes[stage] <= most for stage in self._graph.stages
         )
 

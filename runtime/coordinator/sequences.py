@@ -185,7 +185,7 @@ class SequenceTable:
         if sequence.phase is SequencePhase.WAITING:
             if (error := self._diagnosis.unavailable()) is not None:
                 self._refuse(sequence, error)
-            elif not event.wait:
+            elif not (event.wait or (scheduler.waiting == 1 and scheduler.chains.will_fit(sequence))):
                 self._refuse(sequence, Busy(f"{self._diagnosis.crowd()}; try again when some have ended"))
 
     def returned(self, event: StepReturned) -> None:

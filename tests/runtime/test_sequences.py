@@ -844,6 +844,24 @@ def test_sequences_are_kept_in_the_slots_of_all_groups_before_any_is_dropped(tmp
     assert sorted(driver.machine.work.kept) == numbers[2:], "the first ones were dropped first"
 
 
+def test_a_copy_of_a_kept_sequence_that_is_on_its_way_refuses_nobody(tmp_path):
+    driver = Alike(tmp_path, prefill_chunk=10, max_rows=2, decode_groups=1)
+    driver.submit(prompt=25, max_tokens=2, alike=False)
+    driver.run()
+    driver.submit(prompt=45, max_tokens=2)
+    driver.run()
+    second = driver.submit(prompt=25, max_tokens=9, wait=False)
+    (opening,) = [row.opening for step in driver.steps.values() for row in step.rows if row.opening is not None]
+    assert opening.reuse is not None
+    third = driver.submit(prompt=25, max_tokens=9, alike=False, wait=False)
+    fourth = driver.submit(prompt=25, max_tokens=9, alike=False, wait=False)
+    assert second not in driver.ends
+    assert third not in driver.ends, "there are two rows, and one of them runs"
+    assert isinstance(driver.ends[fourth], Busy)
+    driver.run()
+    assert driver.ends[third] == "length"
+
+
 class Alike(Driver):
     """A driver whose prompts all begin with the same tokens, unless told otherwise."""
 
