@@ -4,7 +4,7 @@ The coordinator chooses the slots; see :mod:`runtime.wire.messages.sequences`. T
 now, and what has to be moved and cleared before.
 
     row                                        verdict
-    sequence cancelled, passed, older epoch    dead
+    sequence cancelled, passed, older epoch    dead; of those that have passed, kept ones are not
     slot claimed by a later step               dead
     start 0                                    live: claims the slot, and whoever was there is gone
     reuses another one, which is here          live: claims the slot, and copies the beginning of the other
@@ -226,7 +226,7 @@ class Slots:
         """The verdict on a row; None for a live one."""
         held = self._held.get(row.sequence)
         if (
-            row.sequence < self._oldest
+            (held is None and row.sequence < self._oldest)
             or row.epoch <= self._ended.get(row.sequence, 0)
             or (held is not None and row.epoch < held.epoch)
             or (held is not None and row.epoch == held.epoch and step <= held.step)

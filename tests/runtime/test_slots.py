@@ -213,6 +213,14 @@ def test_a_kept_sequence_stays_while_others_pass():
     assert slots.sequences == 1
 
 
+def test_a_sequence_that_is_kept_does_not_stop_the_step_that_it_was_part_of():
+    slots = Slots(SLOTS, rollback=True)
+    run(slots, 1, row(7, 0, 0, new=5))
+    run(slots, 2, row(8, 0, 2, new=3))
+    assert slots.passed(8, {7}) == ()
+    assert run(slots, 3, row(7, 5, 0), row(8, 3, 1)) == Placed((True, True), (Move(2, 1, 3),), (2,))
+
+
 class SlotsMachine(RuleBasedStateMachine):
     """A coordinator that keeps its rules, a network that reorders and doubles steps, and a node with few slots.
 
