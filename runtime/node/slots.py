@@ -7,7 +7,7 @@ now, and what has to be moved and cleared before.
     sequence cancelled, passed, older epoch    dead; of those that have passed, kept ones are not
     slot claimed by a later step               dead
     start 0                                    live: claims the slot, and whoever was there is gone
-    reuses another one, which is here          live: claims the slot, and copies the beginning of the other
+    reuses another one, which is here          live: claims the slot, and copies the beginning of the other, or cuts it
     reuses another one, which is gone          unfit
     reuses another one, which is on its way    wait
     sequence or epoch not known here yet       wait
@@ -42,7 +42,10 @@ _REMEMBERED = 1 << 16  # number of ended sequences remembered, because rows of t
 
 
 class Move(Struct, frozen=True):
-    """The first ``length`` positions of a sequence go from one slot to another; with ``keep`` they stay there, too."""
+    """The first ``length`` positions of a sequence go from one slot to another; with ``keep`` they stay there, too.
+
+    Where both are the same slot, the positions behind them are cleared.
+    """
 
     source: int
     target: int
@@ -273,11 +276,12 @@ class Slots:
         """Give the live rows their slots."""
         alive = [row for row, is_live in zip(rows, live, strict=True) if is_live]
         known = {row.sequence: self._held[row.sequence] for row in alive if row.sequence in self._held}
-        copies = [
-            Move(self._held[row.opening.reuse.sequence].slot, row.slot, row.start, keep=True)
-            for row in alive
-            if row.opening is not None and row.opening.reuse is not None
-        ]
+        moves = []
+        for row in alive:
+            if row.opening is not None and row.opening.reuse is not None:
+                donor = self._held[row.opening.reuse.sequence]
+                if donor.slot != row.slot or donor.length > row.start:
+                    moves.append(Move(donor.slot, row.slot, row.start, keep=True))
         left = {holding.slot for holding in known.values()}
         for slot in left:
             del self._at[slot]
@@ -286,7 +290,6 @@ class Slots:
             if other is not None:
                 self._note_end(other, self._held.pop(other).epoch)
                 left.add(row.slot)
-        moves = [copy for copy in copies if copy.source != copy.target]
         for row in alive:
             self._at[row.slot] = row.sequence
             if row.opening is not None:

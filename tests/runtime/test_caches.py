@@ -273,12 +273,14 @@ def _resident_bytes(array) -> int:
     return found
 
 
+BIG = State(
+    past="p", present="q", kind="in-place", batch_axis=0, axis=2, shape=(1, 2, 0, 64), stage=0, token_bytes=512,
+    fixed_bytes=0,
+)  # fmt: skip
+
+
 def test_a_pool_takes_the_memory_that_is_touched_and_gives_it_back():
-    big = State(
-        past="p", present="q", kind="in-place", batch_axis=0, axis=2, shape=(1, 2, 0, 64), stage=0, token_bytes=512,
-        fixed_bytes=0,
-    )  # fmt: skip
-    pool = Pool([big] * 2, "float32", 1024, 32768)
+    pool = Pool([BIG] * 2, "float32", 1024, 32768)
     assert pool.array.nbytes == 2 << 34
     before = _resident_bytes(pool.array)
     pool.by_position[:, 5, :16384] = 1
@@ -288,6 +290,18 @@ def test_a_pool_takes_the_memory_that_is_touched_and_gives_it_back():
     pool.clear([5, 6])
     assert _resident_bytes(pool.array) - before < 1 << 20
     assert not pool.by_position[:, 5:7, :16384].any()
+
+
+def test_a_slot_that_is_cut_gives_back_what_lies_behind():
+    pool = Pool([BIG] * 2, "float32", 4, 16384)
+    before = _resident_bytes(pool.array)
+    pool.by_position[:, 1:4, :16384] = 1
+    one = (_resident_bytes(pool.array) - before) // 3
+    pool.move([Move(2, 2, 1001, keep=True)])
+    assert _resident_bytes(pool.array) - before < 2 * one + one // 8
+    assert pool.by_position[:, 2, :1001].all()
+    assert not pool.by_position[:, 2, 1001:].any()
+    assert pool.by_position[:, [1, 3]].all()
 
 
 def test_clearing_a_slot_leaves_its_neighbours():

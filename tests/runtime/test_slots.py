@@ -180,7 +180,7 @@ def test_a_row_in_the_slot_of_the_other_sequence_takes_it_over():
     slots = Slots(SLOTS, rollback=True)
     run(slots, 1, row(7, 0, 0, new=5))
     placed = run(slots, 2, reusing(8, 0, 7, 3))
-    assert (placed.moves, placed.clear) == ((), ())
+    assert (placed.moves, placed.clear) == ((Move(0, 0, 3, keep=True),), ()), "the other two positions are given back"
     assert (slots.sequences, slots.positions) == (1, 4)
     assert slots.place(3, [row(7, 5, 0)]) is Unplaced.DEAD
 

@@ -116,28 +116,44 @@ class Pool:
         self.array: Array = np.frombuffer(self._map, np.uint8, size).view(kind).reshape(shape)
         self._slot_bytes = size // (len(states) * slots)
         self._slots = slots
+        self._run_bytes = kind.itemsize * int(np.prod(rest[position_axis(state) :]))  # of all positions that adjoin
         self.by_position = np.moveaxis(self.array, 2 + position_axis(state), 2)
 
     def clear(self, slots: Iterable[int]) -> None:
         """Fill some slots with zeros; their whole pages go back to the system."""
-        flat = self.array.reshape(-1).view(np.uint8)
         for slot in slots:
             for state in range(len(self.array)):
                 begin = (state * self._slots + slot) * self._slot_bytes
-                end = begin + self._slot_bytes
-                first, last = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
-                if first < last:
-                    self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
-                    flat[begin:first] = 0
-                    flat[last:end] = 0
-                else:
-                    flat[begin:end] = 0
+                self._clear(begin, begin + self._slot_bytes)
+
+    def cut(self, slot: int, length: int) -> None:
+        """Fill a slot with zeros behind its first positions; whole pages go back to the system."""
+        run = self._run_bytes
+        kept = length * (run // self.by_position.shape[2])
+        for state in range(len(self.array)):
+            first = (state * self._slots + slot) * self._slot_bytes
+            for begin in range(first, first + self._slot_bytes, run):
+                self._clear(begin + kept, begin + run)
+
+    def _clear(self, begin: int, end: int) -> None:
+        """Fill some bytes with zeros; whole pages go back to the system."""
+        flat = self.array.reshape(-1).view(np.uint8)
+        first, last = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
+        if first < last:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+            flat[begin:first] = 0
+            flat[last:end] = 0
+        else:
+            flat[begin:end] = 0
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Copy sequences to other slots, all at once."""
-        targets = {move.target for move in moves}
+        """Copy sequences to other slots, all at once, and cut those that stay in their slots."""
+        targets = {move.target for move in moves if move.source != move.target}
         held = {m.source: self.by_position[:, m.source, : m.length].copy() for m in moves if m.source in targets}
         for move in moves:
+            if move.source == move.target:
+                self.cut(move.target, move.length)
+                continue
             self.clear([move.target])
             content = held.get(move.source)
             if content is None:
