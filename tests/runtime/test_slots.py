@@ -224,20 +224,26 @@ def test_a_sequence_that_is_kept_does_not_stop_the_step_that_it_was_part_of():
 class SlotsMachine(RuleBasedStateMachine):
     """A coordinator that keeps its rules, a network that reorders and doubles steps, and a node with few slots.
 
-    ``contents`` is what the slots of the node hold: the history of the sequence in each. A step that ran must have
-    found exactly what its rows continue.
+    ``contents`` is what the slots of the node hold: for each position, the sequence and epoch that computed it. A step
+    that ran must have found exactly what its rows continue. ``texts`` is what each epoch of a sequence holds, as far as
+    its steps were sent: positions that it has taken from another one belong to that one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.slots = Slots(SLOTS, rollback=True)
-        self.contents: list[tuple[tuple[int, int], ...]] = [()] * SLOTS  # (sequence and epoch, position) of each slot
+        self.contents: list[tuple[tuple[int, int], ...]] = [()] * SLOTS
+        self.texts: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
         self.number = 0
         self.live: dict[int, tuple[int, int, int]] = {}  # epoch, slot and sent length of each sequence
+        self.kept: dict[int, tuple[int, int, int]] = {}  # epoch, slot and computed length of each one that has ended
+        self.taken: dict[int, tuple[int, int]] = {}  # the kept one whose slot a live one takes over, until that begins
+        self.astray: set[int] = set()  # kept ones that a step in flight was to move: the node may lose them
         self.network: list[tuple[int, tuple[StepRow, ...]]] = []
         self.parked: deque[tuple[int, tuple[StepRow, ...]]] = deque()
-        self.returned: set[int] = set()
+        self.done: dict[tuple[int, int], int] = {}  # the length that each epoch of a sequence has computed
         self.leaving: dict[int, set[int]] = {}  # slots that a step in flight leaves or holds
+        self.forgets: list[tuple[int, int]] = []  # what the node was told to forget, and has not heard yet
 
     def next(self) -> int:
         self.number += 1
@@ -246,18 +252,59 @@ class SlotsMachine(RuleBasedStateMachine):
     def held(self) -> set[int]:
         return {slot for _, slot, _ in self.live.values()} | {s for slots in self.leaving.values() for s in slots}
 
+    def free(self) -> list[int]:
+        """The slots that no live sequence has and no step in flight holds; those that are kept are the last."""
+        kept = {slot for _, slot, _ in self.kept.values()}
+        return sorted(set(range(SLOTS)) - self.held(), key=lambda slot: (slot in kept, slot))
+
+    def take(self, slot: int) -> None:
+        """Keep nobody in a slot that another sequence gets."""
+        for sequence in [sequence for sequence, (_, at, _) in self.kept.items() if at == slot]:
+            self.forgets.append((sequence, self.kept.pop(sequence)[0]))
+
     def send(self, rows: tuple[StepRow, ...], also: set[int] = frozenset()) -> None:
         step = self.next()
         self.leaving[step] = {row.slot for row in rows} | also
         self.network.append((step, rows))
+        for one in rows:
+            who = (one.sequence, one.epoch)
+            self.texts[who] = self.texts.get(who, ())[: one.start] + (who,) * len(one.tokens)
 
-    @precondition(lambda self: len(self.held()) < SLOTS)
+    def abandon(self) -> None:
+        """Steps whose rows have all ended hold their slots no longer."""
+        for step, rows in [*self.network, *self.parked]:
+            if self.is_abandoned(rows):
+                self.leaving.pop(step, None)
+
+    def is_abandoned(self, rows: tuple[StepRow, ...]) -> bool:
+        """Whether nobody waits for a step with these rows."""
+        return all(self.live.get(one.sequence, (0,))[0] != one.epoch for one in rows)
+
+    @precondition(lambda self: self.free())
     @rule(new=st.integers(1, 3))
     def open(self, new) -> None:
-        slot = min(set(range(SLOTS)) - self.held())
-        sequence = self.next()
+        slot, sequence = self.free()[0], self.next()
+        self.take(slot)
         self.live[sequence] = (1, slot, new)
         self.send((row(sequence, 0, slot, new=new),))
+
+    @precondition(lambda self: self.free() and any(length for *_, length in [*self.live.values(), *self.kept.values()]))
+    @rule(data=st.data(), new=st.integers(1, 2))
+    def open_alike(self, data, new) -> None:
+        donors = self.live | {sequence: one for sequence, one in self.kept.items() if one[2]}
+        donor = data.draw(st.sampled_from(sorted(donors)))
+        epoch, place, most = donors[donor]
+        length = data.draw(st.integers(1, most))
+        slot = data.draw(st.sampled_from(self.free()))
+        sequence = self.next()
+        if donor in self.kept and place == slot:
+            self.taken[sequence] = donor, epoch
+            del self.kept[donor]
+        self.take(slot)
+        self.texts[sequence, 1] = self.texts[donor, epoch][:length]
+        self.live[sequence] = (1, slot, length + new)
+        opening = Opening(length + 1, Sampling(), (0,) * length, Reuse(donor, epoch, length))
+        self.send((StepRow(sequence, 1, slot, length, tuple(range(new)), True, opening),), {place})
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), new=st.integers(1, 2))
@@ -274,37 +321,69 @@ class SlotsMachine(RuleBasedStateMachine):
             slot += 1
         self.send(tuple(rows))
 
-    @precondition(lambda self: self.live and len(self.held()) < SLOTS)
-    @rule(data=st.data())
-    def move(self, data) -> None:
+    @precondition(lambda self: self.live and self.free())
+    @rule(data=st.data(), beside=st.booleans())
+    def move(self, data, beside) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.live)))
-        slot = data.draw(st.sampled_from(sorted(set(range(SLOTS)) - self.held())))
+        slot = data.draw(st.sampled_from(self.free()))
         epoch, source, length = self.live[sequence]
+        self.take(slot)
         self.live[sequence] = (epoch, slot, length + 1)
-        self.send((row(sequence, length, slot, epoch=epoch),), {source})
+        rows = [row(sequence, length, slot, epoch=epoch)]
+        for other, (its, at, so_far) in list(self.live.items()):
+            if beside and at == slot + 1:  # the same step has a row that does not move
+                self.live[other] = (its, at, so_far + 1)
+                rows.append(row(other, so_far, at, epoch=its))
+        self.send(tuple(rows), {source})
 
-    @precondition(lambda self: self.live and len(self.held()) < SLOTS)
+    @precondition(lambda self: self.live and self.free())
     @rule(data=st.data())
     def replay(self, data) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.live)))
-        slot = data.draw(st.sampled_from(sorted(set(range(SLOTS)) - self.held())))
+        slot = data.draw(st.sampled_from(self.free()))
+        self.begin_again(sequence, slot)
+
+    def begin_again(self, sequence: int, slot: int) -> None:
         epoch, _, length = self.live[sequence]
-        self.clear(self.slots.free(sequence, epoch))
+        self.take(slot)
+        self.leave(sequence, epoch)
         self.live[sequence] = (epoch + 1, slot, length)
+        self.abandon()
         self.send((row(sequence, 0, slot, epoch=epoch + 1, new=length),))
-        self.try_parked()
+
+    def leave(self, sequence: int, epoch: int) -> None:
+        """A sequence, and the one whose slot it was to take over, are to be forgotten."""
+        self.forgets.append((sequence, epoch))
+        if (taken := self.taken.pop(sequence, None)) is not None:
+            self.forgets.append(taken)
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def end(self, data) -> None:
+    @rule(data=st.data(), keep=st.booleans())
+    def end(self, data, keep) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.live)))
-        epoch, *_ = self.live.pop(sequence)
-        self.clear(self.slots.free(sequence, epoch))
+        epoch, slot, _ = self.live.pop(sequence)
+        on_way = {step for step, rows in [*self.network, *self.parked] if sequence in {one.sequence for one in rows}}
+        length = self.done.get((sequence, epoch), 0)
+        if keep and length and len(on_way) <= 1:  # as many as a sequence has that decodes
+            self.kept[sequence] = (epoch, slot, length)
+            if self.contents[slot][:length] != self.texts[sequence, epoch][:length]:
+                self.astray.add(sequence)
+        else:
+            self.leave(sequence, epoch)
+        self.abandon()
+
+    @precondition(lambda self: self.forgets)
+    @rule()
+    def forget(self) -> None:
+        self.clear(self.slots.free(*self.forgets.pop(0)))
         self.try_parked()
 
     @rule()
     def pass_(self) -> None:
-        self.clear(self.slots.passed(min([*self.live, self.number + 1])))
+        while self.forgets:  # which were sent before on the same link
+            self.forget()
+        kept = {*self.kept, *(sequence for sequence, _ in self.taken.values())}
+        self.clear(self.slots.passed(min([*self.live, self.number + 1]), kept))
         self.try_parked()
 
     @precondition(lambda self: self.network)
@@ -328,6 +407,8 @@ class SlotsMachine(RuleBasedStateMachine):
         self.parked.remove((step, rows))
         if isinstance(placed, Placed):
             self.compute(step, rows, placed)
+        elif isinstance(placed, Unfit):
+            self.refused(step, rows)
         else:
             assert placed is Unplaced.DEAD
         if all(number != step for number, _ in self.network):
@@ -343,12 +424,36 @@ class SlotsMachine(RuleBasedStateMachine):
         for one, live in zip(rows, placed.live, strict=True):
             if live:
                 who = (one.sequence, one.epoch)
-                assert self.contents[one.slot][: one.start] == (who,) * one.start
-                assert len(self.contents[one.slot]) == one.start
-                self.contents[one.slot] = (who,) * (one.start + len(one.tokens))
+                end = one.start + len(one.tokens)
+                assert self.contents[one.slot] == self.texts[who][: one.start]
+                self.contents[one.slot] = self.texts[who][:end]
+                self.done[who] = end
+                if one.opening is not None and one.epoch == self.live.get(one.sequence, (0,))[0]:
+                    self.taken.pop(one.sequence, None)
             else:
                 self.contents[one.slot] = ((0, 0),)
         self.clear(self.slots.ran(step, rows, placed))
+
+    def refused(self, step: int, rows: tuple[StepRow, ...]) -> None:
+        """Only a sequence whose donor the coordinator has given up is refused; it begins again."""
+        self.network = [sent for sent in self.network if sent[0] != step]
+        self.leaving.pop(step, None)
+        if self.is_abandoned(rows):
+            return
+        assert len(rows) == 1, self.slots.place(step, rows)
+        (one,) = rows
+        reuse = one.opening.reuse
+        if reuse.sequence not in self.astray:
+            assert self.live.get(reuse.sequence, (0,))[0] != reuse.epoch
+            assert reuse.sequence not in self.kept
+            assert self.taken.get(one.sequence, (0,))[0] != reuse.sequence
+        epoch, slot, length = self.live.pop(one.sequence)
+        if free := self.free():
+            self.live[one.sequence] = epoch, slot, length
+            self.begin_again(one.sequence, free[0])
+        else:
+            self.leave(one.sequence, epoch)
+            self.abandon()
 
     def clear(self, slots: tuple[int, ...]) -> None:
         for slot in slots:
@@ -360,12 +465,23 @@ class SlotsMachine(RuleBasedStateMachine):
         assert self.slots.sequences == sum(bool(content) for content in self.contents)
 
     def teardown(self) -> None:
-        """When everything has arrived, no step of a live sequence waits; when all have ended, nothing is left."""
-        self.parked.extend(step for step in self.network if step not in self.parked)
-        self.network = []
-        self.try_parked()
+        """When all has arrived, no step of a live sequence waits; what is kept is there; at last nothing is left."""
+        for _ in range(100):
+            self.parked.extend(step for step in self.network if step not in self.parked)
+            self.network = []
+            self.try_parked()
+            while self.forgets:
+                self.forget()
+            if not (self.network or self.forgets or self.parked):
+                break
         assert not self.parked
-        assert self.slots.positions == sum(length for _, _, length in self.live.values())
+        self.clear(self.slots.passed(min([*self.live, self.number + 1]), set(self.kept)))
+        lengths = [length for _, _, length in self.live.values()]
+        for sequence in self.kept.keys() - self.astray:
+            epoch, slot, length = self.kept[sequence]
+            assert self.contents[slot][:length] == self.texts[sequence, epoch][:length]
+        assert self.slots.positions >= sum(lengths)
+        assert self.slots.sequences <= len(self.live) + len(self.kept)
         self.clear(self.slots.passed(self.number + 1))
         assert self.contents == [()] * SLOTS
 
