@@ -7,20 +7,25 @@ of a few thousand definitions would overflow the stack and end the process, so t
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
+from onnxsplit.numbers import is_real
 from runtime.wire.messages.sequences import MOST_GRAMMAR
 
 _MOST_NESTED = 200  # brackets in brackets, of any kind
 _MOST_LEVELS = 1000  # of a schema and of all schemas that it refers to, together
 _MOST_RULES = 150  # of a grammar in Lark
 _MOST_PARTS = 128
+_MOST_MULTIPLE = 50_000  # of all numbers in "multipleOf" together: the library has a state for each remainder
 _WHOLE = {"grammars", "max_tokens"}
 _PART = {"name", "json_schema", "lark_grammar"}
 _BRACKETS = re.compile(r"[(\[{)\]}]")
+_SCHEMA = re.compile(r"%json\s*")
 _OPERATORS = re.compile(r"[~?*+&|]{20}|(?:\{[0-9, ]*\}\s*){20}")
 
 
@@ -65,6 +70,8 @@ def grammar_problem(grammar: str) -> str:
         return (
             f"the schema and those that it refers to have {levels} levels together; at most {_MOST_LEVELS} are allowed"
         )
+    if problem := _multiple_problem(schemas):
+        return problem
     return _lark_problem("\n".join(larks))
 
 
@@ -72,7 +79,41 @@ def _lark_problem(lark: str) -> str:
     rules = lark.count(":") - lark.count("(?:")
     if rules > _MOST_RULES:
         return f"it has {rules} colons, one for each rule; at most {_MOST_RULES} are allowed"
+    return _multiple_problem(list(_schemas_within(lark)))
+
+
+def _schemas_within(lark: str) -> Iterator[Any]:
+    """The schemas that stand in a grammar in Lark, behind ``%json``."""
+    for found in _SCHEMA.finditer(lark):
+        try:
+            yield json.JSONDecoder().raw_decode(lark, found.end())[0]
+        except ValueError:  # the library does not read it either
+            continue
+
+
+def _multiple_problem(schemas: Any) -> str:
+    """Why the numbers in "multipleOf" cause too much work."""
+    multiple = 1
+    for divisor in _divisors(schemas):
+        multiple = math.lcm(multiple, divisor)
+        if multiple > _MOST_MULTIPLE:
+            return (
+                f"the least common multiple of its numbers in multipleOf, without a point and zeros at their end, is "
+                f"above {_MOST_MULTIPLE}"
+            )
     return ""
+
+
+def _divisors(value: Any) -> Iterator[int]:
+    """The digits of each number in "multipleOf", without a point, and without zeros at the end."""
+    if isinstance(value, dict):
+        divisor = value.get("multipleOf")
+        if is_real(divisor) and 0 < abs(divisor) < math.inf:
+            yield int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _divisors(inner)
 
 
 def _nesting(text: str) -> int:

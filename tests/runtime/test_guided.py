@@ -137,6 +137,9 @@ def test_a_file_that_is_no_tokenizer_is_refused(text):
         ('{"grammars": [', "not JSON"),
         ('{"grammars": [{"nodes": []}]}', "must be objects of"),
         (json.dumps({"grammars": [{"json_schema": "x"}]}), "must be an object"),
+        (of_schema({"type": "integer", "multipleOf": 100_000_007}), "multipleOf"),
+        (of_schema({"allOf": [{"type": "integer", "multipleOf": prime} for prime in (9973, 9967)]}), "multipleOf"),
+        (of_lark('start: %json {"type": "integer", "multiple\\u004ff": 100000007.0}'), "multipleOf"),
         ("x" * (1 << 18) + "x", "at most 262144"),
         (" ", "empty"),
     ],
@@ -144,6 +147,11 @@ def test_a_file_that_is_no_tokenizer_is_refused(text):
 def test_a_grammar_that_cannot_be_used_is_refused(grammar, reason):
     with pytest.raises(InputError, match=reason):
         check_grammar(grammar)
+
+
+@pytest.mark.parametrize("divisor", [0.01, 0.0005, 5, 86400, 1e6, 1e-30, 10**400, float("inf"), "5", None, {}, True, 0])
+def test_usual_divisors_are_within_the_bounds(divisor):
+    assert grammar_problem(of_schema({"type": "number", "multipleOf": divisor})) == ""
 
 
 def hostile(size: int) -> list[str]:
@@ -173,7 +181,9 @@ def hostile(size: int) -> list[str]:
         of_schema({"allOf": [{"$ref": "#"}, {"type": "object"}]}),
         of_schema({"enum": [f"value {n}" for n in range(size)]}),
         of_schema({"type": "object", "properties": {f"name{n}": {"type": "string"} for n in range(size)}}),
-        of_schema({"type": "integer", "multipleOf": 982451653 + size}),
+        of_schema({"type": "integer", "multipleOf": 100_000_007 * size}),
+        of_schema({"type": "integer", "multipleOf": 49_999}),
+        of_schema({"properties": {f"p{n}": {"type": "integer", "multipleOf": 49_999} for n in range(size)}}),
         json.dumps({"grammars": [{"name": f"a{n}", "lark_grammar": f"start: @a{n + 1}"} for n in range(size)]}),
     ]
 
