@@ -122,6 +122,8 @@ def structured_outputs(options: Mapping[str, Any]) -> str:
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or len(value) > MOST_GRAMMAR:
         raise InputError(f"{name} must be text of at most {MOST_GRAMMAR} characters, not {shown(value)}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{name} must be text in Unicode; {shown(value)} holds half of a surrogate pair")
     return value
 
 

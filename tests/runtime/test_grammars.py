@@ -127,6 +127,8 @@ def test_a_hundred_tools_make_a_grammar():
         (lambda: structured_outputs({"tag": {}}), "must hold one of"),
         (lambda: tool_grammar([{"type": "function"}], "required", "json"), "a tool must be"),
         (lambda: tool_grammar([{"function": {"name": "a b"}}], "required", "json"), "the name of a tool"),
+        (lambda: guided_regex("a\ud800"), "half of a surrogate pair"),
+        (lambda: guided_choice(["a", "\udc00"]), "half of a surrogate pair"),
         (lambda: tool_grammar([{"function": {"name": "a", "parameters": 1}}], "required", "json"), "a JSON schema"),
         (lambda: tool_grammar(TOOLS, "always", "json"), "tool_choice must be none"),
         (lambda: tool_grammar(TOOLS, {"function": {"name": "go"}}, "json"), "names none of the tools"),
