@@ -81,7 +81,9 @@ class Tokenizer:
             raise InputError(
                 f"the text holds half of a surrogate pair at place {error.start}; allowed are whole Unicode characters"
             ) from error
-        except Exception as error:  # the library has no class of its own
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library has no class of its own, and panics with some files
             raise InputError(f"the tokenizer cannot encode the text: {one_line(error, 200)}") from error
         tokens = tuple(encoding.ids)
         return self._with_begin(tokens) if special and self._add_begin is not None else tokens
@@ -95,10 +97,21 @@ class Tokenizer:
         return tokens[1:] if begins and not self._add_begin else tokens
 
     def decode(self, tokens: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of some tokens."""
-        if len(tokens) <= _QUICK:
-            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special))
-        (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=skip_special)
+        """The text of some tokens.
+
+        Raises:
+            InputError: the library cannot decode them.
+        """
+        if not tokens:  # some decoders panic
+            return ""
+        try:
+            if len(tokens) <= _QUICK:
+                return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special))
+            (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=skip_special)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise InputError(f"the tokenizer cannot decode the tokens: {one_line(error, 200)}") from error
         return str(text)
 
     def token(self, number: int) -> str:
