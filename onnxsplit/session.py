@@ -8,7 +8,9 @@ error instead of a silent fall-back to the CPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,20 @@ def threads_per_node(nodes: int) -> int:
 def quiet_environment() -> dict[str, str]:
     """The environment for a child process whose libraries must not start threads of their own."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that this thread starts in the ``with`` block never get Ctrl-C: the parent handles it.
+
+    The signal is blocked while they start, and they inherit that. A process that ignores the signal by itself does so
+    only once its interpreter runs.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Session:

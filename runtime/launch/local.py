@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from onnxsplit.session import quiet_environment
+from onnxsplit.session import quiet_environment, without_interrupts
 from runtime.home import private_folder
 from runtime.launcher import Rendezvous
 
@@ -107,7 +107,7 @@ class LocalLauncher:
         command += ["--number", str(number), "--memory", str(self._memory_bytes), *more]
         for library in self._custom_ops.get(stage, ()):
             command += ["--custom-ops", library]
-        with log.open("ab") as stream:  # the log of an earlier process stays
+        with log.open("ab") as stream, without_interrupts():  # the log of an earlier process stays
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=quiet_environment()
             )

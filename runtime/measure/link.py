@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxsplit.cluster import Link
-from onnxsplit.session import quiet_environment
+from onnxsplit.session import quiet_environment, without_interrupts
 from runtime.errors import PipelineError
 from runtime.home import private_folder
 from runtime.memory.arena import Arena
@@ -43,7 +43,8 @@ def measure_link() -> Link:
         with Sockets() as sockets:
             answers = sockets.inlet(f"ipc://{home / 'here'}", shortcut=home / "here.fragments")
             command = [sys.executable, "-P", "-m", "runtime.measure.link", str(home)]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=quiet_environment())
+            with without_interrupts():
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, env=quiet_environment())
             _receive(sockets, answers)  # the other process is ready
             outlet = sockets.connect(f"ipc://{home / 'there'}", shortcut=str(home / "there.fragments"))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -82,3 +84,11 @@ def test_ctrl_c_in_the_terminal_ends_the_command_and_its_nodes(chain_plan, pytho
     assert process.returncode == 130
     assert errors.strip().endswith("onnxsplit: interrupted")
     assert gone(nodes)
+
+
+def test_nodes_never_get_ctrl_c_not_even_while_they_start(chain_plan):
+    with Pipeline.launch(chain_plan) as pipeline:
+        for node in pipeline.nodes:
+            blocked = re.search(r"SigBlk:\s*([0-9a-f]+)", Path(f"/proc/{node.pid}/status").read_text())[1]
+            assert int(blocked, 16) >> (signal.SIGINT - 1) & 1, "it was started with the signal blocked"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "the caller still gets it"
