@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,8 +321,8 @@ def _announce(output: Output, serving: Serving, *, host: str, tokens: bool) -> N
     output.line(f"  Page   {serving.http}/   Metrics {serving.http}/metrics")
     output.line(f"  Try    curl -s{header} {serving.http}/v2/models/{first}")
     if serving.texts:
-        body = f'''{{"model": "{serving.texts[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'''
+        body = {"model": serving.texts[0], "messages": [{"role": "user", "content": "Hello"}]}
         output.line(f"  OpenAI {serving.http}/v1   models {', '.join(serving.texts)}")
-        output.line(f"  Try    curl -s{header} {serving.http}/v1/chat/completions -d '{body}'")
+        output.line(f"  Try    curl -s{header} {serving.http}/v1/chat/completions -d {shlex.quote(json.dumps(body))}")
     output.line("  Stop   Ctrl-C or SIGTERM; accepted requests are answered first")
     output.result({"http": serving.http, "grpc": serving.grpc, "models": serving.models, "texts": serving.texts})

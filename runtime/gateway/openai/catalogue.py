@@ -52,7 +52,7 @@ class Catalogue:
         names: what clients call the only model; without any, models have their own names.
 
     Raises:
-        InputError: there are names, and not exactly one model with a decoder and a tokenizer.
+        InputError: there are names, and not exactly one model with a decoder and a tokenizer; or a name is unusable.
     """
 
     def __init__(self, repository: Repository, names: Sequence[str] = ()) -> None:
@@ -62,6 +62,9 @@ class Catalogue:
             raise InputError(
                 f"--served-model-name names one model, but {len(own)} of the plans have a decoder and a tokenizer"
             )
+        for name in names:
+            if not name.strip() or not name.isprintable():
+                raise InputError(f"--served-model-name {name!r} cannot be used; give a name of printable characters")
         self._models = dict.fromkeys(names, own[0]) if names else {name: name for name in own}
         self._created = int(time.time())
 
