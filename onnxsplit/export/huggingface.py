@@ -55,7 +55,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
         assert source.path is not None
         path = source.path
     torch = require_torch()
-    is_random = _has_random_weights(path, fetched=source.kind == "hub")
+    is_random = _has_random_weights(path)
     model = _model(torch, path, is_random=is_random)
     kind = kind_of(model)
     options.say(f"{type(model).__name__}: {kind}")
@@ -100,8 +100,8 @@ def _with(conversion: Conversion, about: Mapping[str, str]) -> Conversion:
     return replace(conversion, about={**conversion.about, **about})
 
 
-def _has_random_weights(path: Path, *, fetched: bool) -> bool:
-    """Whether a network gets random weights, because there is only a configuration.
+def _has_random_weights(path: Path) -> bool:
+    """Whether a network gets random weights, because its configuration alone was named.
 
     Raises:
         ExportError: there are weights in a form that is not read, or weights are missing.
@@ -117,12 +117,10 @@ def _has_random_weights(path: Path, *, fetched: bool) -> bool:
             "model.safetensors (save_pretrained of transformers does)"
         )
     unknown = sorted(name for name in files if not name.startswith(".") and not name.endswith(_WORDS))
-    if unknown or fetched or any(name.endswith(".index.json") for name in files):
-        raise ExportError(
-            f"{path} has no weights in *.safetensors{f', but {unknown[0]}' if unknown else ''}; save them in that form "
-            "(save_pretrained of transformers does), or name its config.json for random weights"
-        )
-    return True
+    raise ExportError(
+        f"{path} has no weights in *.safetensors{f', but {unknown[0]}' if unknown else ''}; save them in that form "
+        "(save_pretrained of transformers does), or name its config.json for random weights"
+    )
 
 
 def _model(torch: Any, path: Path, *, is_random: bool) -> Any:

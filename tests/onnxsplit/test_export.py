@@ -504,7 +504,9 @@ def test_a_folder_whose_weights_are_pickled_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"has no weights in \*\.safetensors, but tf_model\.h5"):
         export(str(tmp_path / "m"), tmp_path / "out.onnx")
     (tmp_path / "m" / "tf_model.h5").unlink()
-    (exported,) = export(str(tmp_path / "m"), tmp_path / "out.onnx")
+    with pytest.raises(ExportError, match=r"has no weights in \*\.safetensors; .*name its config\.json for random"):
+        export(str(tmp_path / "m"), tmp_path / "out.onnx")
+    (exported,) = export(str(tmp_path / "m" / "config.json"), tmp_path / "out.onnx")
     assert exported.framework.endswith("random weights")
     (tmp_path / "c.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "code.Model"}}))
     with pytest.raises(ExportError, match="names code of its own"):
