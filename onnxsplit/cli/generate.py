@@ -56,7 +56,9 @@ def command(
     from runtime import Pipeline
 
     if (text is None) == (tokens is None):
-        raise click.UsageError("give either TEXT or --tokens: what is to be continued")
+        raise click.UsageError(
+            "give either TEXT or --tokens: what is to be continued; TEXT - is read from standard input"
+        )
     given = sampling(values)
     if tokens is not None and (chat or "stop" in given):
         raise click.UsageError("--chat and --stop are for a TEXT, not for --tokens")

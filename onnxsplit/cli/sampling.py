@@ -144,11 +144,15 @@ def check_text(folder: Path) -> None:
     from onnxsplit.plan_files import load_plan
 
     decoder = load_plan(folder, check_files=False).decoder
-    if decoder is None or decoder.tokenizer is None:
+    if decoder is None:
         raise InputError(
-            f"the plan {folder} has {'no decoder' if decoder is None else 'no tokenizer.json'}, so it reads no text; "
-            "put tokenizer.json beside a decoder's model and partition it again, or give numbers of tokens to "
-            "onnxsplit generate --tokens"
+            f"the plan {folder} has no decoder, so it reads no text; partition the model again: the line about a "
+            "decoder says why it was cut as any other model (docs/decoders.md)"
+        )
+    if decoder.tokenizer is None:
+        raise InputError(
+            f"the plan {folder} has no tokenizer.json, so it reads no text; put tokenizer.json beside the model and "
+            "partition it again, or give numbers of tokens to onnxsplit generate --tokens"
         )
 
 

@@ -256,7 +256,7 @@ def test_generate_takes_a_message_standard_input_and_stop_strings(plan, text, py
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["generate"], 2, "give either TEXT or --tokens"),
+        (["generate"], 2, "TEXT - is read from standard input"),
         (["generate", "text", "--tokens", "1"], 2, "give either TEXT or --tokens"),
         (["generate", "--tokens", "1", "--chat"], 2, "--chat and --stop are for a TEXT"),
         (["generate", ""], 1, "the prompt '' has no tokens"),
@@ -278,6 +278,13 @@ def test_a_plan_without_a_tokenizer_is_refused_before_its_nodes_start(tmp_path, 
         shown = onnxsplit(python_environment, *words, input="")
         assert shown.returncode == 1
         assert "has no tokenizer.json, so it reads no text" in shown.stderr
+
+
+def test_a_plan_without_a_decoder_reads_no_text_and_no_tokens(chain_plan, python_environment):
+    shown = onnxsplit(python_environment, "generate", chain_plan, "dog")
+    assert shown.returncode == 1
+    assert "has no decoder, so it reads no text; partition the model again" in shown.stderr
+    assert "--tokens" not in shown.stderr, "it continues no tokens either"
 
 
 def test_a_plan_without_a_template_does_not_chat(tmp_path, python_environment):
