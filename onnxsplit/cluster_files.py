@@ -103,7 +103,7 @@ class _Reader:
         for number, table in enumerate(file.link):
             links |= self._link(f"link {number}", table, ends)
         if file.caller is not None:
-            self._check_ends("caller", [file.caller], ends)
+            self._check_ends("caller", [file.caller], ends | {LOCAL})
         return Cluster(devices, links, file.caller)
 
     def _device(self, where: str, content: Mapping[str, Any]) -> Device:

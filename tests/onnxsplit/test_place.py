@@ -123,6 +123,9 @@ def test_where_the_caller_is_must_be_known(tmp_path):
     file.write_text('caller = "z"\n[[device]]\nname = "a"\n')
     with pytest.raises(ClusterError, match="caller: 'z' is not a device or host; known: a, local"):
         load_cluster(file)
+    file.write_text('caller = "z"\n[[device]]\nname = "a"\nhost = "b"\n')
+    with pytest.raises(ClusterError, match="caller: 'z' is not a device or host; known: a, b, local"):
+        load_cluster(file)
     there = cluster("h", links=[("h", "local", SLOW)], caller="local")
     file.write_text(there.to_toml())
     assert load_cluster(file) == there
