@@ -51,6 +51,12 @@ def test_flipped_bytes_of_a_header_are_exported_or_refused(whole, tmp_path, data
     assert len(refusal(bytes(changed), tmp_path) or "") < 1000
 
 
+def test_an_empty_file_is_refused_in_words(tmp_path):
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(ExportError, match=r"m\.gguf is empty; fetch it again"):
+        read_header(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_refused(share, whole, tmp_path):
     assert refusal(whole[: int(share * len(whole))], tmp_path) is not None

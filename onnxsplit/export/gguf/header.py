@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -145,9 +146,12 @@ def read_header(path: Path) -> Header:
         raise MissingDependency("exporting GGUF files needs gguf: pip install 'onnxsplit[gguf]'") from error
     types = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
     try:
-        with open_regular(path) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(path, data, types).header()
-    except (OSError, ValueError) as error:  # an empty file has no mapping
+        with open_regular(path) as stream:
+            if os.fstat(stream.fileno()).st_size == 0:  # it would have no mapping
+                raise ExportError(f"{path} is empty; fetch it again")
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Reader(path, data, types).header()
+    except OSError as error:
         raise ExportError(f"cannot read {path}: {error}") from error
 
 
