@@ -305,6 +305,7 @@ def test_generate_stream_sends_the_parts(server):
     [
         ("writer/generate", b"[1]", 400, "not a JSON object"),
         ("writer/generate", b"{}", 400, "text_input must be one text"),
+        ("writer/generate", b'{"text_input": ""}', 400, "text_input must be one text that is not empty"),
         ("writer/generate", b'{"text_input": "a", "stream": true}', 400, "use generate_stream"),
         ("writer/generate", b'{"text_input": "a", "parameters": {"top_p": 7}}', 400, "top_p"),
         ("nobody/generate", b'{"text_input": "a"}', 404, "unknown"),

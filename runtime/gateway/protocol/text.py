@@ -141,8 +141,8 @@ def of_values(values: Mapping[str, Any], parameters: Mapping[str, Any], request_
     """
     rest = dict(values)
     prompt = rest.pop(TEXT_INPUT, None)
-    if not isinstance(prompt, str):
-        raise InputError(f"{TEXT_INPUT} must be one text, but it is {shown(prompt)}")
+    if not isinstance(prompt, str) or not prompt:
+        raise InputError(f"{TEXT_INPUT} must be one text that is not empty, but it is {shown(prompt)}")
     given = {name: value for name, value in parameters.items() if not name.startswith("triton_")}
     flags = {name: _flag(name, rest.pop(name, given.pop(name, None))) for name in _FLAGS}
     sampling = rest.pop("sampling_parameters", None)
