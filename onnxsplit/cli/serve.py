@@ -199,7 +199,8 @@ class _NodeSource:
         from runtime import Pipeline
 
         assert self.bind is not None
-        output.note(f"waiting for nodes: onnxsplit node --connect {self.bind}")
+        keys = "" if self.keys is None else " --keys FOLDER"
+        output.note(f"waiting for nodes: onnxsplit node --connect {self.bind}{keys}")
         return Pipeline.listen(
             folder,
             bind=self.bind,
