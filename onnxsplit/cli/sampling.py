@@ -47,7 +47,10 @@ SAMPLING: OptionTable = [
     ),
     (
         ("--temperature",),
-        {"type": NumberParam(0, _MOST), "help": "Divides the scores. 0: the most probable token."},
+        {
+            "type": NumberParam(0, _MOST),
+            "help": "Divides the scores. 0: the most probable token. Default: the model's own, or 0.",
+        },
     ),
     (
         ("--top-k",),
