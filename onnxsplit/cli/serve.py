@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
@@ -320,7 +321,7 @@ def _announce(output: Output, serving: Serving, *, host: str, tokens: bool) -> N
     output.line(f"Serving {models}")
     output.line(f"  HTTP   {serving.http}" + (f"   gRPC {serving.grpc}" if serving.grpc else ""))
     output.line(f"  Page   {serving.http}/   Metrics {serving.http}/metrics")
-    output.line(f"  Try    curl -s{header} {serving.http}/v2/models/{first}")
+    output.line(f"  Try    curl -s{header} {shlex.quote(f'{serving.http}/v2/models/{quote(first)}')}")
     if serving.texts:
         body = {"model": serving.texts[0], "messages": [{"role": "user", "content": "Hello"}]}
         output.line(f"  OpenAI {serving.http}/v1   models {', '.join(serving.texts)}")

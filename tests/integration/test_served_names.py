@@ -21,13 +21,15 @@ def start(plan, environment, name) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_the_command_that_serve_prints_works_for_names_with_quotes(tmp_path, python_environment):
+def test_the_commands_that_serve_prints_work_for_names_with_quotes(tmp_path, python_environment):
     name = """it's "mine" $HOME"""
-    process = start(text_plan(tmp_path / "m.plan"), python_environment, name)
+    process = start(text_plan(tmp_path / "it's one.plan"), python_environment, name)
     lines = iter(process.stdout.readline, "")
+    model = next(found for found in lines if "/v2/models/" in found)
     line = next(found for found in lines if "/v1/chat/completions" in found)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=90)
+    assert shlex.split(model)[-1].endswith("/v2/models/it%27s%20one")
     words = shlex.split(re.search("curl .*", line)[0])
     assert json.loads(words[words.index("-d") + 1])["model"] == name
 
