@@ -194,8 +194,8 @@ def test_a_file_is_known_by_its_first_bytes(tmp_path):
         ({"rope__dimension_count": 32}, "llama.rope.dimension_count is 32, but keys have 64 numbers"),
         ({"attention__causal": False}, "is an encoder"),
         (
-            {"attention__key_length": 36, "attention__value_length": 36},
-            "heads of 36 numbers; ONNX Runtime's attention needs a multiple of 8",
+            {"attention__key_length": 40, "attention__value_length": 40},
+            "heads of 40 numbers; ONNX Runtime's attention needs a multiple of 16",
         ),
         ({"block_count": 3}, "has no tensor blk.2.attn_norm.weight"),
         ({"block_count": 1}, "has 9 tensors that the architecture llama does not have here"),

@@ -34,7 +34,7 @@ TEXTS = (
 def written(folder, tokenizer, vocabulary, **more):
     """The export's result and its tokenizer."""
     path = gguf_files.random_llama(
-        folder / "model.gguf", vocabulary=vocabulary, width=32, hidden=32, tokenizer=tokenizer, **more
+        folder / "model.gguf", vocabulary=vocabulary, width=64, hidden=32, tokenizer=tokenizer, **more
     )
     (done,) = export(str(path), folder / "model.onnx", check=False)
     return done, Tokenizer.from_file(str(folder / "tokenizer.json"))
