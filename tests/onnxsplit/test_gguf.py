@@ -173,6 +173,12 @@ def test_factors_of_the_file_change_the_rotary_embedding(tmp_path):
     assert distance(*found) > 0.01
 
 
+def test_a_context_shorter_than_the_prompts_that_are_compared_is_exported(tmp_path):
+    path = gguf_files.random_llama(tmp_path / "model.gguf", context_length=4)
+    (exported,) = export(str(path), tmp_path / "model.onnx")
+    assert max(exported.differences.values()) < 1e-5
+
+
 def test_a_file_is_known_by_its_first_bytes(tmp_path):
     path = gguf_files.random_llama(tmp_path / "weights.bin")
     (exported,) = export(str(path), tmp_path / "model.onnx", check=False)

@@ -28,7 +28,7 @@ ROUNDED_TOLERANCE = 1.0
 """The same for weights that were rounded to 4 bits."""
 
 _SENTENCES = "The quick brown fox jumps over the lazy dog.", "Water boils at 100 degrees, but not on a mountain."
-_PROMPT = 7  # tokens of a sentence that the outputs are compared on, before one more
+_PROMPT = 7  # the most tokens of a sentence that the outputs are compared on, before one more
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
@@ -50,7 +50,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     network = _network(header, weights)
     notes: list[str] = []
     tokenizer = read_tokenizer(header, notes.append)
-    decoder, tokens = NumpyDecoder(network, weights), _prompts(tokenizer, network.vocabulary)
+    decoder, tokens = NumpyDecoder(network, weights), _prompts(tokenizer, network)
 
     def write(file: Path) -> None:
         model = StreamedModel(file, weights)
@@ -113,12 +113,13 @@ def _network(header: Header, weights: GGUFWeights) -> DecoderNetwork:
     return read_network(header, weights.entry("token_embd.weight").shape[0], factors)
 
 
-def _prompts(tokenizer: Any, vocabulary: int) -> Array:
+def _prompts(tokenizer: Any, network: DecoderNetwork) -> Array:
     """The first tokens of two sentences; random ones for a vocabulary that cannot write them."""
-    tokens = [tokenizer.encode(text).ids[: _PROMPT + 1] for text in _SENTENCES] if tokenizer is not None else []
-    if tokens and all(len(row) == _PROMPT + 1 and max(row) < vocabulary for row in tokens):
+    count = min(_PROMPT + 1, network.context)
+    tokens = [tokenizer.encode(text).ids[:count] for text in _SENTENCES] if tokenizer is not None else []
+    if tokens and all(len(row) == count and max(row) < network.vocabulary for row in tokens):
         return np.array(tokens, np.int64)
-    return np.random.default_rng(0).integers(0, vocabulary, (len(_SENTENCES), _PROMPT + 1))
+    return np.random.default_rng(0).integers(0, network.vocabulary, (len(_SENTENCES), count))
 
 
 def _part(outputs: Mapping[str, Array], first: int, last: int) -> dict[str, Array]:
@@ -129,9 +130,10 @@ def _part(outputs: Mapping[str, Array], first: int, last: int) -> dict[str, Arra
 
 def _samples(tokens: Array, network: DecoderNetwork, outputs: Mapping[str, Array]) -> list[dict[str, Array]]:
     """Two prompts from an empty cache, and then one more token of each."""
+    prompt = tokens.shape[1] - 1
     empty = np.zeros((len(tokens), network.groups, 0, network.head), np.float32)
     samples = []
-    for first, last in ((0, _PROMPT), (_PROMPT, _PROMPT + 1)):
+    for first, last in ((0, prompt), (prompt, prompt + 1)):
         caches = {
             f"past_key_values.{layer}.{part}": outputs[f"present.{layer}.{part}"][:, :, :first] if first else empty
             for layer in range(network.layers)

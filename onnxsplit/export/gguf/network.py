@@ -152,7 +152,7 @@ def read_network(header: Header, vocabulary: int, factors: Callable[[int], Array
         raise ExportError(f"{header.path}: {heads} heads cannot share {groups} heads of keys")
     if head % 16:
         raise ExportError(f"{header.path} has heads of {head} numbers; ONNX Runtime's attention needs a multiple of 16")
-    context = whole(f"{name}.context_length", least=1, most=1 << 20)
+    context = whole(f"{name}.context_length", least=2, most=1 << 20)
     large = _LAYERS_27B.get(name) == layers
     caps = (50.0, 30.0) if name == "gemma2" else (0.0, 0.0)
     return DecoderNetwork(
