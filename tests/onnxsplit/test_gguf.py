@@ -179,6 +179,12 @@ def test_a_context_shorter_than_the_prompts_that_are_compared_is_exported(tmp_pa
     assert max(exported.differences.values()) < 1e-5
 
 
+def test_a_later_position_that_fits_far_better_does_not_change_those_before_it(tmp_path):
+    path = gguf_files.random_llama(tmp_path / "model.gguf", times=30.0)
+    (exported,) = export(str(path), tmp_path / "model.onnx")
+    assert max(exported.differences.values()) < 1e-3
+
+
 def test_a_file_is_known_by_its_first_bytes(tmp_path):
     path = gguf_files.random_llama(tmp_path / "weights.bin")
     (exported,) = export(str(path), tmp_path / "model.onnx", check=False)

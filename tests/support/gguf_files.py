@@ -89,9 +89,17 @@ def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
 
 
 def random_llama(
-    path: Path, kind: str = "F32", *, vocabulary: int = 96, width: int = 256, hidden: int = 512, tokenizer=None, **more
+    path: Path,
+    kind: str = "F32",
+    *,
+    vocabulary: int = 96,
+    width: int = 256,
+    hidden: int = 512,
+    times: float = 1.0,
+    tokenizer=None,
+    **more,
 ) -> Path:
-    """A llama with random weights, its matrices in one of the format's types."""
+    """A llama with random weights, ``times`` as large as usual, its matrices in one of the format's types."""
     writer = gguf.GGUFWriter(path, "llama")
     sizes = {"embedding_length": width, "feed_forward_length": hidden, "attention__key_length": width // HEADS}
     fields(writer, "llama", vocabulary, **{"attention__value_length": width // HEADS, **sizes, **more})
@@ -101,7 +109,7 @@ def random_llama(
     shapes |= {"ffn_down": (width, hidden)}
     named = {f"blk.{layer}.{name}.weight": shape for layer in range(LAYERS) for name, shape in shapes.items()}
     for name, shape in {"token_embd.weight": (vocabulary, width), **named}.items():
-        array = (source.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
+        array = (source.standard_normal(shape) / np.sqrt(shape[1]) * times).astype(np.float32)
         raw = quantised(array, kind, source)
         writer.add_tensor(name, raw, raw_dtype=GGMLQuantizationType[kind])
     for name in ["output_norm", *(f"blk.{layer}.{part}_norm" for layer in range(LAYERS) for part in ("attn", "ffn"))]:

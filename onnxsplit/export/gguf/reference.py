@@ -75,7 +75,8 @@ class NumpyDecoder:
             products = np.tanh(products / network.attention_cap) * network.attention_cap
         back = np.arange(x.shape[1])[:, None] - np.arange(x.shape[1])[None]
         seen = (back >= 0) & (back < (network.windows[layer] or x.shape[1]))
-        share = np.exp(np.where(seen, products - products.max(-1, keepdims=True), -np.inf))
+        products = np.where(seen, products, -np.inf)
+        share = np.exp(products - products.max(-1, keepdims=True))
         mixed = (share / share.sum(-1, keepdims=True)) @ v
         return self._linear(mixed.swapaxes(1, 2).reshape(*x.shape[:2], -1), f"{weight}output", network.width)
 
