@@ -185,6 +185,12 @@ def test_a_later_position_that_fits_far_better_does_not_change_those_before_it(t
     assert max(exported.differences.values()) < 1e-3
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    path = gguf_files.random_llama(tmp_path / "model.gguf", times=float("nan"))
+    with pytest.raises(ExportError, match="give scores that are no numbers, so it is damaged"):
+        export(str(path), tmp_path / "model.onnx")
+
+
 def test_a_file_is_known_by_its_first_bytes(tmp_path):
     path = gguf_files.random_llama(tmp_path / "weights.bin")
     (exported,) = export(str(path), tmp_path / "model.onnx", check=False)

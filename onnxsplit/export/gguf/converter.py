@@ -64,7 +64,13 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
 
     @cache
     def outputs() -> dict[str, Array]:
-        return decoder.run(tokens)
+        found = decoder.run(tokens)
+        if not np.isfinite(found["logits"]).all():
+            raise ExportError(
+                f"the weights in {header.path} give scores that are no numbers, so it is damaged; fetch or convert it "
+                "again"
+            )
+        return found
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
         past = sample["attention_mask"].shape[1] - sample["input_ids"].shape[1]
