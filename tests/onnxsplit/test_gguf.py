@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -189,6 +192,17 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
     path = gguf_files.random_llama(tmp_path / "model.gguf", times=float("nan"))
     with pytest.raises(ExportError, match="give scores that are no numbers, so it is damaged"):
         export(str(path), tmp_path / "model.onnx")
+
+
+def test_a_full_disk_is_one_clear_message_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    path = gguf_files.random_llama(tmp_path / "model.gguf")
+    with pytest.raises(ExportError, match="No space left on device; nothing was written"):
+        export(str(path), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_is_known_by_its_first_bytes(tmp_path):

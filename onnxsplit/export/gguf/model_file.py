@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxsplit.errors import ExportError
 from onnxsplit.export.gguf.weights import Form, GGUFWeights
 from onnxsplit.tensors import Array
 
@@ -133,6 +135,7 @@ class StreamedModel:
         """A tensor in the file of data, as its memory map."""
         start = -(-self._size // _ALIGNMENT) * _ALIGNMENT
         length = int(np.prod(shape)) * dtype.itemsize
+        self._reserve(start, length)
         self._size = start + length
         tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
         tensor.data_location = TensorProto.EXTERNAL
@@ -140,3 +143,18 @@ class StreamedModel:
             tensor.external_data.add(key=key, value=str(value))
         self._tensors[name] = tensor
         return np.memmap(self._data, dtype, "r+", start, shape)
+
+    def _reserve(self, start: int, length: int) -> None:
+        """Give a part of the file of data its room on the disk: a map of a full disk ends the process.
+
+        Raises:
+            ExportError: there is no room for it.
+        """
+        with self._data.open("r+b") as stream:
+            try:
+                os.posix_fallocate(stream.fileno(), start, length)
+            except OSError as error:
+                raise ExportError(
+                    f"cannot write {length} bytes of weights to {self._data.name}: {error.strerror}; nothing was "
+                    "written. Free some room, or choose another disk with -o"
+                ) from error
