@@ -110,6 +110,16 @@ def test_a_damaged_tokenizer_is_one_clear_message(tmp_path):
         export(str(path), tmp_path / "model.onnx")
 
 
+def test_several_numbers_for_one_special_token_are_one_clear_message(tmp_path):
+    def several(writer):
+        gguf_tokenizers.byte_level(writer)
+        writer.add_array("tokenizer.ggml.bos_token_id", [1, 2])
+
+    path = gguf_files.random_llama(tmp_path / "model.gguf", vocabulary=gguf_tokenizers.SIZE, tokenizer=several)
+    with pytest.raises(ExportError, match=r"tokenizer.ggml.bos_token_id is \[1, 2\]; allowed are whole numbers"):
+        export(str(path), tmp_path / "model.onnx")
+
+
 def test_a_number_of_a_special_token_is_left_out_where_there_are_no_tokens(tmp_path):
     path = gguf_files.random_llama(tmp_path / "model.gguf", tokenizer=lambda writer: writer.add_eos_token_id(7))
     (done,) = export(str(path), tmp_path / "model.onnx", check=False)

@@ -18,6 +18,7 @@ from onnxsplit.export.gguf.split_rules import DEFAULT, RULES
 from onnxsplit.progress import Say
 
 _UNKNOWN, _CONTROL, _OWN = 2, 3, 4  # kinds of tokens: unknown, special, and added by the model's makers
+_NO_TOKEN = 0xFFFFFFFF
 _SPACE = "▁"
 _MOST_PIECE = 512  # characters; every place where a piece can be cut in two is looked at
 
@@ -60,7 +61,8 @@ def special_token(header: Header, name: str) -> int | None:
         ExportError: there is no token with this number.
     """
     field, count = f"tokenizer.ggml.{name}_token_id", len(header.texts("tokenizer.ggml.tokens"))
-    if not count or field not in header.fields or header.fields[field] == 0xFFFFFFFF:
+    value = header.fields.get(field)
+    if not count or value is None or (isinstance(value, int) and value == _NO_TOKEN):
         return None
     return header.whole(field, most=count - 1)
 
