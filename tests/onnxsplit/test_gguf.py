@@ -16,8 +16,10 @@ from onnxsplit.export import export
 pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
+import gguf
 import gguf_files
 
+NO_NAME = ("general.name", "", gguf.GGUFValueType.STRING)
 SIZES = {
     "hidden_size": gguf_files.WIDTH,
     "intermediate_size": gguf_files.HIDDEN,
@@ -203,6 +205,12 @@ def test_a_full_disk_is_one_clear_message_and_leaves_nothing(tmp_path, monkeypat
     with pytest.raises(ExportError, match="No space left on device; nothing was written"):
         export(str(path), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_with_an_empty_name_is_exported(tmp_path):
+    path = gguf_files.random_llama(tmp_path / "model.gguf", tokenizer=lambda writer: writer.add_key_value(*NO_NAME))
+    (exported,) = export(str(path), tmp_path / "model.onnx")
+    assert onnx.load(exported.path, load_external_data=False).graph.name == "llama"
 
 
 def test_a_file_is_known_by_its_first_bytes(tmp_path):

@@ -60,7 +60,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
                 f"{header.path} has {len(unread)} tensors that the architecture {network.name} does not have here "
                 f"({', '.join(unread[:3])}), so its network is not exported; nothing was written"
             )
-        model.save(header.text("general.name", network.name))
+        model.save(header.text("general.name", "") or network.name)
 
     @cache
     def outputs() -> dict[str, Array]:
