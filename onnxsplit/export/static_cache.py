@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 from onnxsplit.errors import ExportError
+from onnxsplit.export.decoder_cache import argument
 
 OPSET = 24
 """The first version of the standard operators with TensorScatter."""
@@ -44,7 +45,6 @@ def network(torch: Any, model: Any) -> Any:
     from transformers.cache_utils import DynamicCache
 
     write = _scatter(torch)
-    argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def buffers(past: tuple[Any, ...], start: Any) -> Any:
         """A cache whose update writes into its tensors instead of making them longer."""
@@ -67,7 +67,7 @@ def network(torch: Any, model: Any) -> Any:
             places = write_indices[:, None] + torch.arange(input_ids.shape[1])
             mask = torch.arange(past[0].shape[2]) <= places[:, None, :, None]
             held = buffers(past, write_indices)
-            words = {"attention_mask": mask, "position_ids": places, argument: held}
+            words = {"attention_mask": mask, "position_ids": places, argument(model): held}
             logits = self.model(input_ids, use_cache=True, return_dict=True, **words).logits
             return (logits, *(tensor for layer in held.layers for tensor in (layer.keys, layer.values)))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from onnxsplit.export import static_cache
 from onnxsplit.export.conversion import Conversion, ExportOptions
+from onnxsplit.export.decoder_cache import argument, cache_tensors, returned
 from onnxsplit.export.pytorch import answers, program_writer
 
 _SIZES = ({"batch": 2, "sequence": 5, "past": 3, "encoder": 7}, {"batch": 3, "sequence": 2, "past": 4, "encoder": 6})
@@ -165,10 +166,9 @@ def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
     if options.static_cache:
         return [_static_decoder(torch, model, options)]
     text, takes = model.config.get_text_config(decoder=True), inspect.signature(model.forward).parameters
-    heads, width = _cache_sizes(text)
     positions = "position_ids" in takes
     cached = options.cache
-    tensors = _cache_names(text) if cached else []
+    tensors = cache_tensors(torch, model) if cached else []
     names = ["input_ids", "attention_mask", *(["position_ids"] if positions else [])]
 
     def make(sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -179,16 +179,16 @@ def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
             "attention_mask": _mask(torch, batch, past + sequence, column=0 if past else -1),
             "position_ids": torch.arange(past, past + sequence).expand(batch, sequence).contiguous(),
         }
-        cache = {f"past_key_values.{name}": torch.randn(batch, heads, past, width) for name in tensors}
+        cache = {f"past_key_values.{one.name}": torch.randn(batch, one.heads, past, one.width) for one in tensors}
         return {name: every[name] for name in names} | cache
 
     network = _causal(torch, model, positions=positions, cached=cached)
     free: DynamicAxes = {0: "batch", 1: "sequence"}
     mask: DynamicAxes = {0: "batch", 1: "total_sequence" if cached else "sequence"}
     axes: dict[str, DynamicAxes] = {"input_ids": free, "attention_mask": mask, "position_ids": free, "logits": free}
-    axes |= {f"past_key_values.{name}": {0: "batch", 2: "past_sequence"} for name in tensors}
-    axes |= {f"present.{name}": {0: "batch", 2: "total_sequence"} for name in tensors}
-    outputs = ["logits", *(f"present.{name}" for name in tensors)]
+    axes |= {f"past_key_values.{one.name}": {0: "batch", 2: "past_sequence"} for one in tensors}
+    axes |= {f"present.{one.name}": {0: "batch", 2: "total_sequence"} for one in tensors}
+    outputs = ["logits", *(f"present.{one.name}" for one in tensors)]
     return [_conversion(torch, network, make, axes, outputs, options, many=len(names) if cached else None)]
 
 
@@ -198,43 +198,32 @@ def _fuse_attention(model: Any) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def _cache_sizes(text: Any) -> tuple[int, int]:
-    """The number of key/value heads, and the width of one."""
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def _cache_names(text: Any) -> list[str]:
-    """The cache's tensors, layer by layer."""
-    return [f"{layer}.{what}" for layer in range(text.num_hidden_layers) for what in ("key", "value")]
-
-
 def _static_decoder(torch: Any, model: Any, options: ExportOptions) -> Conversion:
     """A decoder whose cache has a fixed size."""
     static_cache.check(model, options.opset)
     text = model.config.get_text_config(decoder=True)
-    heads, width = _cache_sizes(text)
-    tensors = _cache_names(text)
+    tensors = cache_tensors(torch, model)
 
     def make(sizes: Mapping[str, int]) -> dict[str, Any]:
         batch, sequence, past = sizes["batch"], sizes["sequence"], sizes["past"]
-        shape = batch, heads, past + sequence + 2, width
+        capacity = past + sequence + 2
         controls = {
             "input_ids": _ids(torch, text, batch, sequence),
             "write_indices": past - torch.arange(batch) % past,  # another length for each row
         }
-        return controls | {f"past_key_values.{name}": torch.randn(shape) for name in tensors}
+        cache = {f"past_key_values.{one.name}": torch.randn(batch, one.heads, capacity, one.width) for one in tensors}
+        return controls | cache
 
     free: DynamicAxes = {0: "batch", 1: "sequence"}
     axes: dict[str, DynamicAxes] = {"input_ids": free, "logits": free, "write_indices": {0: "batch"}}
-    names = [f"{end}.{name}" for end in ("past_key_values", "present") for name in tensors]
+    names = [f"{end}.{one.name}" for end in ("past_key_values", "present") for one in tensors]
     axes |= {name: {0: "batch", 2: "capacity"} for name in names}
     return _conversion(
         torch,
         static_cache.network(torch, model),
         make,
         axes,
-        ["logits", *(f"present.{name}" for name in tensors)],
+        ["logits", *(f"present.{one.name}" for one in tensors)],
         replace(options, opset=options.opset or static_cache.OPSET),
         many=2,
         custom_translation_table=static_cache.translations(torch),
@@ -245,8 +234,6 @@ def _causal(torch: Any, model: Any, *, positions: bool, cached: bool) -> Any:
     """A decoder whose cache is a flat list of tensors: key and value of each layer."""
     from transformers.cache_utils import DynamicCache
 
-    argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
     def called(arguments: tuple[Any, ...], past: tuple[Any, ...]) -> Any:
         words = {"input_ids": arguments[0], "attention_mask": arguments[1]}
         if positions:
@@ -254,9 +241,8 @@ def _causal(torch: Any, model: Any, *, positions: bool, cached: bool) -> Any:
         if not cached:
             return model(**words, use_cache=False, return_dict=True).logits
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
-        results = model(**words, use_cache=True, return_dict=True, **{argument: cache})
-        after = getattr(results, argument, None)
-        after = after if after is not None else results.past_key_values
+        results = model(**words, use_cache=True, return_dict=True, **{argument(model): cache})
+        after = returned(model, results)
         return (results.logits, *(tensor for layer in after.layers for tensor in (layer.keys, layer.values)))
 
     class Decoder(torch.nn.Module):  # type: ignore[misc]

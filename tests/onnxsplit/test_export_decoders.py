@@ -175,3 +175,36 @@ def test_the_files_of_text_in_a_folder_are_written_beside_the_model(tmp_path):
     assert done.notes == (f"{out / 'tokenizer.json'} had another content and was replaced",)
     (again,) = export(str(source), out / "model.onnx", check=False)
     assert (again.files, again.notes) == ((), ())
+
+
+SHARED = {  # heads that share keys, and latent attention, by the tensors of a layer: heads and width
+    "multi-query": (
+        transformers.FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+        (1, 8),
+        (1, 8),
+    ),
+    "grouped": (
+        transformers.FalconConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True
+        ),
+        (4, 8),
+        (4, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_cache_has_the_heads_that_the_network_gives_it(name, tmp_path):
+    config, *expected = SHARED[name]
+    config.vocab_size = 100
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    (done,) = export(str(tmp_path / "source"), tmp_path / "model.onnx")
+    assert [(shape[1], shape[3]) for shape in shapes_of(opened(done.path)).values()] == expected
+
+
+def test_a_decoder_that_keeps_no_keys_and_values_is_refused_with_the_way_out(tmp_path):
+    config = transformers.MambaConfig(hidden_size=32, state_size=8, num_hidden_layers=1, vocab_size=100)
+    config.architectures = ["MambaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match=r"MambaForCausalLM does not keep keys and values alone .* try --no-cache"):
+        export(str(tmp_path / "config.json"), tmp_path / "model.onnx")
