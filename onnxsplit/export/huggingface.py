@@ -19,6 +19,7 @@ from onnxsplit.errors import ExportError, MissingDependency, one_line
 from onnxsplit.export import hub, onnx_file
 from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.export.pytorch import require_torch
+from onnxsplit.export.rotary_lengths import notes_of
 from onnxsplit.export.sources import Source, recognise
 from onnxsplit.export.transformers_networks import BUILDERS, kind_of
 from onnxsplit.files import read_regular
@@ -62,6 +63,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     if options.static_cache and (kind != "decoder" or not options.cache):
         what = "is exported without a cache" if kind == "decoder" else f"is a network of the kind {kind!r}"
         raise ExportError(f"{type(model).__name__} {what}; --static-cache does not apply to it, so leave it out")
+    notes = notes_of(model) if kind == "decoder" else ()
     try:
         conversions = BUILDERS[kind](torch, model, options)
     except ExportError:
@@ -72,7 +74,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
             f"{one_line(error, 300)}. Write a recipe that says how to call it (docs/export.md)"
         ) from error
     more = ", random weights" if is_random else ""
-    made = [_with(replace(one, framework=one.framework + more), about) for one in conversions]
+    made = [_with(replace(one, framework=one.framework + more, notes=notes), about) for one in conversions]
     if kind == "decoder" and path.is_dir():
         made[0] = replace(made[0], files=_text_files(path))
     return made

@@ -208,3 +208,23 @@ def test_a_decoder_that_keeps_no_keys_and_values_is_refused_with_the_way_out(tmp
     config.save_pretrained(tmp_path)
     with pytest.raises(ExportError, match=r"MambaForCausalLM does not keep keys and values alone .* try --no-cache"):
         export(str(tmp_path / "config.json"), tmp_path / "model.onnx")
+
+
+def rotary(tmp_path, **parameters):
+    """The export of a Llama with such a rotary embedding."""
+    LLAMA.architectures = ["LlamaForCausalLM"]
+    config = {**LLAMA.to_dict(), "num_hidden_layers": 1, "rope_parameters": {"rope_theta": 10000.0, **parameters}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return export(str(tmp_path / "config.json"), tmp_path / "model.onnx")
+
+
+def test_a_rotary_embedding_that_is_computed_anew_is_refused(tmp_path):
+    with pytest.raises(ExportError, match=r"\(rope_type 'dynamic'\), which is not exported; give it another rope_type"):
+        rotary(tmp_path, rope_type="dynamic", factor=2.0)
+
+
+def test_a_rotary_embedding_that_depends_on_the_length_of_a_text_is_a_note(tmp_path):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
+    (done,) = rotary(tmp_path, rope_type="longrope", factor=2.0, **factors)
+    (note,) = done.notes
+    assert note.startswith("LlamaForCausalLM turns its rotary embedding at other speeds beyond 16 positions (longrope)")
