@@ -7,8 +7,8 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -229,8 +229,7 @@ def program_writer(
     arguments = arguments and (*arguments, {})  # PyTorch takes a dictionary at the end for arguments by keyword
 
     def write(file: Path) -> None:
-        with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _silence():
             try:
                 program = torch.onnx.export(
                     network, arguments, dynamo=True, verbose=False, opset_version=opset, **words
@@ -240,6 +239,19 @@ def program_writer(
         program.save(str(file))
 
     return write
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep PyTorch from printing and logging, which it does at length before it raises an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _reason(error: BaseException) -> str:
@@ -368,8 +380,7 @@ def _from_script(torch: Any, recipe: Recipe, options: ExportOptions) -> Conversi
     def write(file: Path) -> None:
         axes = {name: dict(axes) for name, axes in recipe.dynamic_axes.items()}
         first = {0: "batch"} if any(0 in one for one in axes.values()) else {}
-        with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _silence():
             try:
                 torch.onnx.export(
                     recipe.network,

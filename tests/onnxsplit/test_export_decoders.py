@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -228,3 +230,27 @@ def test_a_rotary_embedding_that_depends_on_the_length_of_a_text_is_a_note(tmp_p
     (done,) = rotary(tmp_path, rope_type="longrope", factor=2.0, **factors)
     (note,) = done.notes
     assert note.startswith("LlamaForCausalLM turns its rotary embedding at other speeds beyond 16 positions (longrope)")
+
+
+BRANCHES = """
+import torch
+from onnxsplit.export import Recipe
+
+
+class Network(torch.nn.Module):
+    def forward(self, x):
+        return x * 2 if x.max() > 16 else x
+
+
+def build():
+    return Recipe(Network(), {"x": torch.randn(4, 8)}, outputs=("y",))
+"""
+
+
+def test_a_network_that_pytorch_cannot_export_is_one_message(tmp_path):
+    (tmp_path / "recipe.py").write_text(BRANCHES)
+    words = [sys.executable, "-m", "onnxsplit", "export", "recipe.py", "-o", "model.onnx"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("onnxsplit: PyTorch could not export the network: ")
+    assert len(done.stderr.splitlines()) == 1
