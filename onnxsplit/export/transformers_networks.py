@@ -161,6 +161,7 @@ def _vision(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
 
 def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]:
     """A decoder: takes tokens, a mask, positions and the cache; returns scores of the next token and the cache."""
+    _gather_experts(model)
     if options.static_cache or (options.opset or 0) >= _OPSET_WITH_ATTENTION:
         _fuse_attention(model)
     if options.static_cache:
@@ -190,6 +191,12 @@ def _decoder(torch: Any, model: Any, options: ExportOptions) -> list[Conversion]
     axes |= {f"present.{one.name}": {0: "batch", 2: "total_sequence"} for one in tensors}
     outputs = ["logits", *(f"present.{one.name}" for one in tensors)]
     return [_conversion(torch, network, make, axes, outputs, options, many=len(names) if cached else None)]
+
+
+def _gather_experts(model: Any) -> None:
+    """Have a mixture of experts gather the weights of the chosen ones for each token; other ways cannot be exported."""
+    with suppress(AttributeError, ValueError):  # raised by older versions, and by networks that have one way only
+        model.set_experts_implementation("batched_mm")
 
 
 def _fuse_attention(model: Any) -> None:

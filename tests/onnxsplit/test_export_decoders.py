@@ -254,3 +254,11 @@ def test_a_network_that_pytorch_cannot_export_is_one_message(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("onnxsplit: PyTorch could not export the network: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_mixture_of_experts_has_the_scores_of_its_network(tmp_path):
+    config = transformers.MixtralConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 1, "num_local_experts": 4})
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(tmp_path)
+    (done,) = export(str(tmp_path / "config.json"), tmp_path / "model.onnx")
+    assert max(done.differences.values()) < 1e-5
