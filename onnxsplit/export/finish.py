@@ -39,7 +39,7 @@ def finish(
     """
     options.say("converting")
     conversion.write(file)
-    proto = onnx.load(str(file), load_external_data=False)
+    proto = onnx.load(str(file), format="protobuf", load_external_data=False)  # whatever the ending of its name
     _name_axes(proto, conversion.axes)
     if options.simplify:
         options.say("simplifying")

@@ -213,6 +213,13 @@ def test_a_model_with_an_empty_name_is_exported(tmp_path):
     assert onnx.load(exported.path, load_external_data=False).graph.name == "llama"
 
 
+@pytest.mark.parametrize("name", ["model.json", "model.txt", "model.textproto"])
+def test_a_model_may_have_any_ending(name, tmp_path):
+    path = gguf_files.random_llama(tmp_path / "model.gguf")
+    (exported,) = export(str(path), tmp_path / name)
+    assert onnx.load(exported.path, format="protobuf", load_external_data=False).graph.name == "llama"
+
+
 def test_a_file_is_known_by_its_first_bytes(tmp_path):
     path = gguf_files.random_llama(tmp_path / "weights.bin")
     (exported,) = export(str(path), tmp_path / "model.onnx", check=False)
