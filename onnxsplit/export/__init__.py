@@ -92,6 +92,8 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
     if not target.absolute().parent.is_dir():
         raise ExportError(f"the folder {target.absolute().parent} does not exist; create it or choose another with -o")
     recognised = recognise(source)
+    if recognised.kind != "onnx" and recognised.path is not None and _is_same(recognised.path, target):
+        raise ExportError(f"{out} is the source, which the model would replace. Choose another file with -o")
     wanted.say(f"{source} is {recognised.what}")
     done = []
     with tempfile.TemporaryDirectory(prefix=".onnxsplit-", dir=target.absolute().parent) as scratch:
@@ -101,6 +103,10 @@ def export(source: str, out: str | Path, **options: Any) -> tuple[Exported, ...]
             name = target.name
             if conversion.part is not None:
                 name = f"{target.name.removesuffix('.onnx')}-{conversion.part}.onnx"
+            if name in conversion.files:
+                raise ExportError(
+                    f"{name} is the name of a file of text that is written beside the model; choose another with -o"
+                )
             folder = Path(scratch) / f"{number}"
             folder.mkdir()
             differences, unread = finish.finish(conversion, folder / name, source, wanted)
@@ -135,6 +141,10 @@ def _written(files: Mapping[str, bytes], folder: Path, beside: Path) -> tuple[tu
         (folder / name).write_bytes(content)
         written.append(beside / name)
     return tuple(written), tuple(notes)
+
+
+def _is_same(source: Path, target: Path) -> bool:
+    return target.exists() and source.exists() and target.samefile(source)
 
 
 def _target(path: Path) -> Path:

@@ -220,6 +220,23 @@ def test_a_model_may_have_any_ending(name, tmp_path):
     assert onnx.load(exported.path, format="protobuf", load_external_data=False).graph.name == "llama"
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.gguf", "model.gguf is the source, which the model would replace"),
+        ("link.gguf", "link.gguf is the source, which the model would replace"),
+        ("config.json", "config.json is the name of a file of text that is written beside the model"),
+    ],
+)
+def test_a_name_that_would_destroy_another_file_is_refused(name, message, tmp_path):
+    path = gguf_files.random_llama(tmp_path / "model.gguf")
+    (tmp_path / "link.gguf").symlink_to(path)
+    before = path.read_bytes()
+    with pytest.raises(ExportError, match=message):
+        export(str(path), tmp_path / name)
+    assert path.read_bytes() == before
+
+
 def test_a_file_is_known_by_its_first_bytes(tmp_path):
     path = gguf_files.random_llama(tmp_path / "weights.bin")
     (exported,) = export(str(path), tmp_path / "model.onnx", check=False)
