@@ -110,6 +110,12 @@ def test_a_damaged_tokenizer_is_one_clear_message(tmp_path):
         export(str(path), tmp_path / "model.onnx")
 
 
+def test_more_tokens_than_the_embedding_has_are_one_clear_message(tmp_path):
+    path = gguf_files.random_llama(tmp_path / "model.gguf", vocabulary=96, tokenizer=gguf_tokenizers.byte_level)
+    with pytest.raises(ExportError, match=f"its tokenizer has {gguf_tokenizers.SIZE} tokens, but its embedding 96;"):
+        export(str(path), tmp_path / "model.onnx")
+
+
 def test_several_numbers_for_one_special_token_are_one_clear_message(tmp_path):
     def several(writer):
         gguf_tokenizers.byte_level(writer)

@@ -50,6 +50,8 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     network = _network(header, weights)
     notes: list[str] = []
     tokenizer = read_tokenizer(header, notes.append)
+    if tokenizer is not None:
+        _check_tokens(header, network)
     decoder, tokens = NumpyDecoder(network, weights), _prompts(tokenizer, network)
 
     def write(file: Path) -> None:
@@ -64,13 +66,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
 
     @cache
     def outputs() -> dict[str, Array]:
-        found = decoder.run(tokens)
-        if not np.isfinite(found["logits"]).all():
-            raise ExportError(
-                f"the weights in {header.path} give scores that are no numbers, so it is damaged; fetch or convert it "
-                "again"
-            )
-        return found
+        return _checked(header, decoder.run(tokens))
 
     def reference(sample: Mapping[str, Array]) -> dict[str, Array]:
         past = sample["attention_mask"].shape[1] - sample["input_ids"].shape[1]
@@ -91,6 +87,23 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
             notes=notes,
         )
     ]
+
+
+def _check_tokens(header: Header, network: DecoderNetwork) -> None:
+    if (count := len(header.texts("tokenizer.ggml.tokens"))) > network.vocabulary:
+        raise ExportError(
+            f"{header.path} is damaged: its tokenizer has {count} tokens, but its embedding {network.vocabulary}; "
+            "fetch or convert it again"
+        )
+
+
+def _checked(header: Header, outputs: dict[str, Array]) -> dict[str, Array]:
+    """Outputs whose scores are numbers; NaN would be equal to the NaN of the model."""
+    if not np.isfinite(outputs["logits"]).all():
+        raise ExportError(
+            f"the weights in {header.path} give scores that are no numbers, so it is damaged; fetch or convert it again"
+        )
+    return outputs
 
 
 def _refuse_part(header: Header) -> None:
