@@ -35,6 +35,14 @@ _TEXT = (
     "generation_config.json",
     "config.json",
 )
+_OTHER_TOKENIZERS = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WORDS = (".json", ".txt", ".model", ".md", ".jinja")  # files of a folder that are not weights
 
@@ -76,7 +84,7 @@ def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
     more = ", random weights" if is_random else ""
     made = [_with(replace(one, framework=one.framework + more, notes=notes), about) for one in conversions]
     if kind == "decoder" and path.is_dir():
-        made[0] = replace(made[0], files=_text_files(path))
+        made[0] = replace(made[0], files=_text_files(path), notes=(*notes, *_missing_tokenizer(path)))
     return made
 
 
@@ -95,6 +103,17 @@ def _text_files(folder: Path) -> dict[str, bytes]:
             except OSError as error:
                 raise ExportError(f"cannot read {path}: {error.strerror}") from error
     return files
+
+
+def _missing_tokenizer(folder: Path) -> list[str]:
+    """A note where a folder has a tokenizer in other files only, which the model cannot carry."""
+    others = [name for name in _OTHER_TOKENIZERS if (folder / name).exists()]
+    if (folder / "tokenizer.json").exists() or not others:
+        return []
+    return [
+        f"no tokenizer.json is written, since {folder} has its tokenizer in {', '.join(others)} only; write "
+        "one with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    ]
 
 
 def _with(conversion: Conversion, about: Mapping[str, str]) -> Conversion:

@@ -262,3 +262,19 @@ def test_a_mixture_of_experts_has_the_scores_of_its_network(tmp_path):
     config.save_pretrained(tmp_path)
     (done,) = export(str(tmp_path / "config.json"), tmp_path / "model.onnx")
     assert max(done.differences.values()) < 1e-5
+
+
+def test_a_tokenizer_in_other_files_than_tokenizer_json_is_a_note(tmp_path):
+    folder = tmp_path / "source"
+    transformers.AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1)
+    ).save_pretrained(folder)
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_text("")
+    (done,) = export(str(folder), tmp_path / "model.onnx", check=False)
+    (note,) = done.notes
+    assert note.startswith(
+        f"no tokenizer.json is written, since {folder} has its tokenizer in vocab.json, merges.txt only"
+    )
+    (folder / "tokenizer.json").write_text("{}")
+    assert export(str(folder), tmp_path / "other.onnx", check=False)[0].notes == ()
