@@ -18,17 +18,10 @@ sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "mode
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.decoding.setting import add_model, plan_of, prompt
+from benchmarks.decoding.setting import add_model, first_token_s, plan_of, prompt
 from runtime import Pipeline
 
 TAKES = "5 min"
-
-
-def first_token_s(pipeline: Pipeline, tokens: list[int]) -> float:
-    """Seconds from the call to the first token."""
-    begun = time.perf_counter()
-    pipeline.generate(tokens, max_tokens=1, stop_tokens=()).result()
-    return time.perf_counter() - begun
 
 
 def main() -> None:

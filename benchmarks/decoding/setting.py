@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,13 @@ def plan_of(given: argparse.Namespace) -> Iterator[Path]:
 def prompt(length: int, seed: int = 0, *, below: int = 40_000) -> list[int]:
     """Random tokens."""
     return [int(token) for token in np.random.default_rng(seed).integers(3, below, length)]
+
+
+def first_token_s(pipeline: Pipeline, tokens: list[int]) -> float:
+    """Seconds from the call to the first token."""
+    begun = time.perf_counter()
+    pipeline.generate(tokens, max_tokens=1, stop_tokens=()).result()
+    return time.perf_counter() - begun
 
 
 def decode_rate(pipeline: Pipeline, prompts: Sequence[Sequence[int]], count: int) -> float:
