@@ -298,10 +298,12 @@ class Chain:
         if not self._prompts or self.chunks > self._stages:
             return None
         is_new, _, sequence = self._prompts[0]
-        begins = sequence.sent or sequence.reused or self.prefixes.donor(sequence)[1]
-        size = min(self._limits.chunk, sequence.to_read - begins)
-        is_crowded = self.chunks > 0 and self.reading + size > self._limits.reading
-        return None if is_new and is_crowded and self.decodes else sequence
+        if is_new and self.chunks and self.decodes:
+            begins = sequence.sent or sequence.reused or self.prefixes.donor(sequence)[1]
+            size = min(self._limits.chunk, sequence.to_read - begins)
+            if self.reading + size > self._limits.reading:
+                return None
+        return sequence
 
     def reuse(self, sequence: SequenceRecord) -> tuple[Reuse | None, list[int]]:
         """What a sequence begins with, when its first step is sent, and the further slots that this step holds."""
