@@ -273,7 +273,7 @@ def tool_grammar(
         parallel: whether ``required`` allows several calls.
 
     Raises:
-        InputError: a tool or the choice is not valid.
+        InputError: a tool or the choice is not valid; ``option`` is ``tools`` or ``tool_choice``.
     """
     functions = [_function(tool) for tool in tools]
     if choice in ("none", "auto"):
@@ -282,9 +282,12 @@ def tool_grammar(
         functions = [function for function in functions if function["name"] == _chosen(choice)]
         parallel = False
     if not functions:
-        raise InputError(f"tool_choice {shown(choice)} names none of the tools")
+        raise InputError(f"tool_choice {shown(choice)} names none of the tools", option="tool_choice")
     if len(functions) > _MOST_TOOLS:
-        raise InputError(f"there are {len(functions)} tools; tool_choice {choice!r} allows at most {_MOST_TOOLS}")
+        raise InputError(
+            f"there are {len(functions)} tools; tool_choice {choice!r} allows at most {_MOST_TOOLS}",
+            option="tool_choice",
+        )
     key, before, after = "arguments", "<tool_call>\n", "\n</tool_call>"
     if kind == "json":
         key, before, after, parallel = "parameters", "", "", False
@@ -314,12 +317,18 @@ def _function(tool: object) -> Mapping[str, Any]:
         tool.get("function") if isinstance(tool, Mapping) and tool.get("type", "function") == "function" else None
     )
     if not isinstance(function, Mapping):
-        raise InputError(f'a tool must be {{"type": "function", "function": {{...}}}}, not {shown(tool)}')
+        raise InputError(
+            f'a tool must be {{"type": "function", "function": {{...}}}}, not {shown(tool)}', option="tools"
+        )
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InputError(f"the name of a tool must be 1 to 64 letters, digits, '_', '-' or '.', not {shown(name)}")
+        raise InputError(
+            f"the name of a tool must be 1 to 64 letters, digits, '_', '-' or '.', not {shown(name)}", option="tools"
+        )
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise InputError(f"the parameters of tool {name!r} must be a JSON schema, not {shown(parameters)}")
+        raise InputError(
+            f"the parameters of tool {name!r} must be a JSON schema, not {shown(parameters)}", option="tools"
+        )
     return function
 
 
@@ -331,6 +340,7 @@ def _chosen(choice: object) -> str:
     if not isinstance(name, str):
         raise InputError(
             "tool_choice must be none, auto, required or "
-            f'{{"type": "function", "function": {{"name": ...}}}}, not {shown(choice)}'
+            f'{{"type": "function", "function": {{"name": ...}}}}, not {shown(choice)}',
+            option="tool_choice",
         )
     return name

@@ -72,10 +72,7 @@ def _tool_grammar(request: ChatRequest, kind: ToolFormat | None) -> str:
             "json, or set tool_choice: none",
         )
     tools, choice = request.tools or (), "auto" if request.tool_choice is None else request.tool_choice
-    grammar, parallel = "", request.parallel_tool_calls is not False
-    for name, wanted in (("tools", "auto"), ("tool_choice", choice)):
-        try:
-            grammar = tool_grammar(tools, wanted, kind, parallel=parallel)
-        except (InputError, MissingDependency) as error:
-            raise FieldError(name, str(error)) from error
-    return grammar
+    try:
+        return tool_grammar(tools, choice, kind, parallel=request.parallel_tool_calls is not False)
+    except InputError as error:
+        raise FieldError(error.option, str(error)) from error
