@@ -90,16 +90,23 @@ def _optional_problem(expressions: str) -> str:
     return ""
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in a schema; patterns may be among its names, too."""
+def _within(value: Any) -> Iterator[Any]:
+    """A value of JSON, and all values in it."""
+    yield value
     if isinstance(value, dict):
-        yield from value
         value = list(value.values())
     if isinstance(value, list):
         for inner in value:
-            yield from _strings(inner)
-    elif isinstance(value, str):
-        yield value
+            yield from _within(inner)
+
+
+def _strings(schemas: Any) -> Iterator[str]:
+    """All strings in schemas; patterns may be among their names, too."""
+    for value in _within(schemas):
+        if isinstance(value, dict):
+            yield from value
+        elif isinstance(value, str):
+            yield value
 
 
 def _schemas_within(lark: str) -> Iterator[Any]:
@@ -124,16 +131,12 @@ def _multiple_problem(schemas: Any) -> str:
     return ""
 
 
-def _divisors(value: Any) -> Iterator[int]:
+def _divisors(schemas: Any) -> Iterator[int]:
     """The digits of each number in "multipleOf", without a point, and without zeros at the end."""
-    if isinstance(value, dict):
-        divisor = value.get("multipleOf")
+    for value in _within(schemas):
+        divisor = value.get("multipleOf") if isinstance(value, dict) else None
         if is_real(divisor) and 0 < abs(divisor) < math.inf:
             yield int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
-        value = list(value.values())
-    if isinstance(value, list):
-        for inner in value:
-            yield from _divisors(inner)
 
 
 def _nesting(text: str) -> int:
@@ -157,13 +160,10 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 1
 
 
-def _references(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        yield from (v for key, v in value.items() if key in ("$ref", "$dynamicRef") and isinstance(v, str))
-        value = list(value.values())
-    if isinstance(value, list):
-        for inner in value:
-            yield from _references(inner)
+def _references(schema: Any) -> Iterator[str]:
+    for value in _within(schema):
+        if isinstance(value, dict):
+            yield from (v for key, v in value.items() if key in ("$ref", "$dynamicRef") and isinstance(v, str))
 
 
 def _target(schema: Any, reference: str) -> Any:
