@@ -18,6 +18,9 @@ alone and exits with 1. The runtime's errors (:mod:`runtime.errors`) extend this
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class OnnxsplitError(Exception):
     """Base of every error that this project raises on purpose; catch it to catch all of them."""
@@ -127,3 +130,18 @@ def in_one_line(error: Exception) -> str:
 def one_line(error: BaseException, most: int | None = None) -> str:
     """The message of an error in one line, cut after ``most`` characters."""
     return " ".join(str(error).split())[:most]
+
+
+@contextmanager
+def without_panics(failure: Callable[[BaseException], Exception]) -> Iterator[None]:
+    """Replace any error of a library that is written in Rust: its panics are not even an ``Exception``.
+
+    Args:
+        failure: makes the error that is raised instead.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise failure(error) from error

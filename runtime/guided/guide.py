@@ -11,15 +11,14 @@ limits: of the hostile grammars in the tests, the worst took 0.2 s to make and 0
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxsplit.errors import InputError, MissingDependency, ModelError, one_line, shown
+from onnxsplit.errors import InputError, MissingDependency, ModelError, one_line, shown, without_panics
 from runtime.guided.bounds import grammar_problem
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def _problem(grammar: str) -> str:
     from llguidance import LLMatcher
 
     try:
-        with _no_panic():
+        with without_panics(_failure):
             is_error, found = LLMatcher.validate_grammar_with_warnings(grammar, limits=_limits())
     except ModelError as error:
         return str(error)
@@ -144,10 +143,10 @@ class GuidedTokenizer:
         if not text.startswith("{"):  # the library takes any other text for the name of a file
             raise ModelError("tokenizer.json does not hold a JSON object")
         try:
-            with _no_panic():
+            with without_panics(_failure):
                 self._tokenizer = LLTokenizer(text, eos_token=list(end_tokens) or None)
         except ModelError:  # an end token that the tokenizer does not have is not in its texts either
-            with _no_panic():
+            with without_panics(_failure):
                 self._tokenizer = LLTokenizer(text)
         self._ends = np.array(self._tokenizer.eos_tokens, np.int64)
 
@@ -161,7 +160,7 @@ class GuidedTokenizer:
 
         if problem := grammar_problem(grammar):
             raise GrammarError(f"the grammar cannot be used: {problem}")
-        with _no_panic():
+        with without_panics(_failure):
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
         if matcher.is_error():
             raise GrammarError(f"the grammar cannot be used: {_short(matcher.get_error())}")
@@ -181,14 +180,14 @@ class GrammarGuide:
         Raises:
             GrammarError: the grammar does not allow them.
         """
-        with _no_panic():
+        with without_panics(_failure):
             followed = self._matcher.consume_tokens(list(tokens))
         if not followed:
             raise GrammarError(f"the text does not match its grammar: {_short(self._matcher.get_error())}")
 
     def back(self, count: int) -> None:
         """Forget the last tokens of the text."""
-        with _no_panic():
+        with without_panics(_failure):
             self._matcher.rollback(count)
 
     def allowed(self, below: int) -> tuple[Allowed, bool]:
@@ -199,7 +198,7 @@ class GrammarGuide:
         Raises:
             GrammarError: the grammar is too large to say.
         """
-        with _no_panic():
+        with without_panics(_failure):
             bits = self._matcher.compute_bitmask()
             may_end = self._matcher.is_accepting()
         if self._matcher.is_error():
@@ -222,12 +221,5 @@ def _short(reason: str) -> str:
     return " ".join(reason.replace("<non-verbose/>", "").split())[:_MOST_REASON]
 
 
-@contextmanager
-def _no_panic() -> Iterator[None]:
-    """Turn any error of the library into a GrammarError: a panic of its Rust code is not even an ``Exception``."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise GrammarError(f"llguidance failed: {one_line(error, _MOST_REASON)}") from error
+def _failure(error: BaseException) -> GrammarError:
+    return GrammarError(f"llguidance failed: {one_line(error, _MOST_REASON)}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from onnxsplit.errors import InputError, MissingDependency, one_line, shown
+from onnxsplit.errors import InputError, MissingDependency, one_line, shown, without_panics
 from runtime.text.detokenizer import ByteTokens, Detokenizer, Vocabulary, WordTokens
 
 _MOST_CHARACTERS = 16 << 20  # of a text to encode
@@ -35,13 +35,11 @@ class Tokenizer:
             import tokenizers
         except ImportError as error:
             raise MissingDependency("text needs more packages: pip install 'onnxsplit[text]'") from error
-        try:
+        with without_panics(
+            lambda error: InputError(f"{name} is not a tokenizer: {one_line(error, 200)}; put the right file there")
+        ):
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
             decoder = json.loads(data).get("decoder")
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library panics on some files
-            raise InputError(f"{name} is not a tokenizer: {one_line(error, 200)}; put the right file there") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._kinds = _kinds(decoder)
@@ -73,18 +71,15 @@ class Tokenizer:
             raise InputError(f"a text has at most {_MOST_CHARACTERS} characters, but this is {size}; shorten it")
         try:
             text.encode()  # the library does not say what is wrong
-            if len(text) <= _QUICK:
-                encoding = self._tokenizer.encode(text, add_special_tokens=special)
-            else:  # other threads go on meanwhile
-                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the text holds half of a surrogate pair at place {error.start}; allowed are whole Unicode characters"
             ) from error
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library has no class of its own, and panics with some files
-            raise InputError(f"the tokenizer cannot encode the text: {one_line(error, 200)}") from error
+        with without_panics(lambda error: InputError(f"the tokenizer cannot encode the text: {one_line(error, 200)}")):
+            if len(text) <= _QUICK:
+                encoding = self._tokenizer.encode(text, add_special_tokens=special)
+            else:  # other threads go on meanwhile
+                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
         tokens = tuple(encoding.ids)
         return self._with_begin(tokens) if special and self._add_begin is not None else tokens
 
@@ -104,14 +99,12 @@ class Tokenizer:
         """
         if not tokens:  # some decoders panic
             return ""
-        try:
+        with without_panics(
+            lambda error: InputError(f"the tokenizer cannot decode the tokens: {one_line(error, 200)}")
+        ):
             if len(tokens) <= _QUICK:
                 return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special))
             (text,) = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=skip_special)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            raise InputError(f"the tokenizer cannot decode the tokens: {one_line(error, 200)}") from error
         return str(text)
 
     def token(self, number: int) -> str:
