@@ -10,8 +10,7 @@ from typing import Any
 import click
 
 from onnxsplit.cli.output import Output, binary, custom_ops_option, custom_ops_words, make_command, option, path_option
-
-_SHOWN_OUTPUTS = 8
+from onnxsplit.cli.series import first_of_many
 
 
 def _parse_settings(context: click.Context, parameter: click.Parameter, value: Sequence[str]) -> dict[str, Any]:
@@ -121,9 +120,8 @@ def command(
 
 def _show_differences(output: Output, differences: Mapping[str, float]) -> None:
     """Print how far outputs differ; of many, such as a decoder's caches, the first ones and the largest difference."""
-    listed = list(differences.items())
-    shown = listed if len(listed) <= _SHOWN_OUTPUTS else listed[: _SHOWN_OUTPUTS // 2]
+    shown, rest = first_of_many(list(differences.items()))
     for name, difference in shown:
         output.line(f"{name}: differs from the framework's output by {difference:.1e} of its scale")
-    if rest := listed[len(shown) :]:
+    if rest:
         output.line(f"{len(rest)} more outputs: differ by {max(one for _, one in rest):.1e} of their scale at most")

@@ -1,12 +1,16 @@
-"""Rows of a listing whose names differ only in their numbers are shown as one."""
+"""Long listings in few rows."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 _FEWEST = 4  # as many rows are read more easily as one
+_MOST = 8  # rows of a listing that is shown whole
 _NUMBER = re.compile(r"\d+")
+
+T = TypeVar("T")
 
 
 def folded(rows: Sequence[tuple[str, ...]], names: int) -> list[tuple[tuple[str, ...], int]]:
@@ -28,3 +32,9 @@ def folded(rows: Sequence[tuple[str, ...]], names: int) -> list[tuple[tuple[str,
         else:
             found += [(member, 1) for member in members]
     return found
+
+
+def first_of_many(rows: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """The rows to show, and the others: of many rows, only the first ones are shown."""
+    shown = len(rows) if len(rows) <= _MOST else _MOST // 2
+    return rows[:shown], rows[shown:]

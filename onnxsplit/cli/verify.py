@@ -16,13 +16,12 @@ from onnxsplit.cli.output import (
     make_command,
     threads_option,
 )
+from onnxsplit.cli.series import first_of_many
 from onnxsplit.errors import OnnxsplitError
 
 if TYPE_CHECKING:
     from onnxsplit.cli.decoding import DecodeComparison
     from onnxsplit.stages.verify import Comparison
-
-_SHOWN_EQUAL = 8  # outputs that agree, in the table
 
 
 @make_command
@@ -85,8 +84,7 @@ def command(
 
 def _show(output: Output, comparisons: Sequence[Comparison]) -> None:
     """Print a table of the outputs. Of many that are equal, such as a decoder's caches, the last share a row."""
-    equal = [c for c in comparisons if c.good and c.repeatable]
-    folded = equal[_SHOWN_EQUAL // 2 :] if len(equal) > _SHOWN_EQUAL else []
+    _, folded = first_of_many([c for c in comparisons if c.good and c.repeatable])
     rows = [
         (
             c.output,

@@ -1,8 +1,8 @@
-"""Rows whose names differ only in their numbers."""
+"""Long listings in few rows."""
 
 from __future__ import annotations
 
-from onnxsplit.cli.series import folded
+from onnxsplit.cli.series import first_of_many, folded
 
 
 def test_many_rows_are_shown_as_one_where_the_first_stood():
@@ -18,3 +18,8 @@ def test_few_rows_and_rows_that_differ_elsewhere_are_shown_each():
 def test_every_name_of_a_row_is_starred():
     rows = [(f"past{i}", f"present{i}", "12 B") for i in range(9)]
     assert folded(rows, names=2) == [(("past*", "present*", "12 B"), 9)]
+
+
+def test_of_many_rows_the_first_ones_are_shown():
+    assert first_of_many(list(range(8))) == (list(range(8)), [])
+    assert first_of_many(list(range(9))) == ([0, 1, 2, 3], [4, 5, 6, 7, 8])
