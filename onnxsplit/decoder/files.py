@@ -20,9 +20,9 @@ from typing import Any
 
 from onnxsplit.errors import one_line, shown
 from onnxsplit.files import check_regular, read_regular
-from onnxsplit.plan_decoder import MOST_LENGTH
+from onnxsplit.plan_decoder import MOST_LENGTH, TOKENIZER
 
-TOKENIZER = "onnxsplit.tokenizer"
+TOKENIZER_HASH = "onnxsplit.tokenizer"
 """Where the metadata of an exported model has the SHA-256 of the ``tokenizer.json`` that was written with it."""
 
 _MOST_CONFIG_BYTES = 4 << 20
@@ -31,7 +31,7 @@ _MOST_END_TOKENS = 4096
 _MOST_PATTERN = 1000  # characters of the pattern of a name
 _MOST_ENTRIES = 10_000  # of a folder that are looked at for models
 _TEXT = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
@@ -118,7 +118,7 @@ def _text(places: Iterable[Path], tokenizer: str | None, notes: list[str]) -> tu
     """The files for the tokenizer and the chat template; none where the tokenizer is another model's."""
     found = [path for name in _TEXT if (path := _found(places, name, _MOST_TEXT_BYTES, notes)) is not None]
     for path in found:
-        if tokenizer is None or path.name != "tokenizer.json":
+        if tokenizer is None or path.name != TOKENIZER:
             continue
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != tokenizer:

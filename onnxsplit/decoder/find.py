@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onnxsplit.decoder.branch import branch_input
 from onnxsplit.decoder.claim import DecoderClaim, NoDecoder, StateClaim
-from onnxsplit.decoder.files import TOKENIZER, Beside, read_beside
+from onnxsplit.decoder.files import TOKENIZER_HASH, Beside, read_beside
 from onnxsplit.decoder.flat import flat_graph
 from onnxsplit.decoder.limits import Tables
 from onnxsplit.decoder.names import NamedPairs, of_encoder, pairs_by_name, role_by_name, words
@@ -64,7 +64,7 @@ def find_decoder(
 def _own_tokenizer(graph: OpGraph) -> str | None:
     """The SHA-256 of the tokenizer that was exported with a model; None where the model does not say."""
     metadata = graph.source.proto.metadata_props
-    return next((entry.value for entry in metadata if entry.key == TOKENIZER), None)
+    return next((entry.value for entry in metadata if entry.key == TOKENIZER_HASH), None)
 
 
 class _Search:

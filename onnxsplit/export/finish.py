@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 
 import onnxsplit
-from onnxsplit.decoder.files import TOKENIZER
+from onnxsplit.decoder.files import TOKENIZER_HASH
 from onnxsplit.errors import ExportError, MissingDependency, ModelError, one_line
 from onnxsplit.export.conversion import Conversion, ExportOptions
 from onnxsplit.model.precision import distance
 from onnxsplit.model.protobuf import captured_names
+from onnxsplit.plan_decoder import TOKENIZER
 from onnxsplit.session import host_cores, open_session
 from onnxsplit.tensors import Array
 
@@ -45,8 +46,8 @@ def finish(
         options.say("simplifying")
         proto = _simplified(proto)
     metadata = {SOURCE: source, FRAMEWORK: conversion.framework, TOOL: onnxsplit.__version__, **conversion.about}
-    if (tokenizer := conversion.files.get("tokenizer.json")) is not None:
-        metadata[TOKENIZER] = hashlib.sha256(tokenizer).hexdigest()
+    if (tokenizer := conversion.files.get(TOKENIZER)) is not None:
+        metadata[TOKENIZER_HASH] = hashlib.sha256(tokenizer).hexdigest()
     kept = {entry.key: entry.value for entry in proto.metadata_props} | metadata
     del proto.metadata_props[:]
     for key, value in kept.items():

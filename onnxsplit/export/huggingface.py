@@ -23,12 +23,13 @@ from onnxsplit.export.rotary_lengths import notes_of
 from onnxsplit.export.sources import Source, recognise
 from onnxsplit.export.transformers_networks import BUILDERS, kind_of
 from onnxsplit.files import read_regular
+from onnxsplit.plan_decoder import TOKENIZER
 
 _EXTRA = "pip install 'onnxsplit[transformers]'"
 _MOST_CONFIG_BYTES = 64 << 20
 _MOST_TEXT_BYTES = 256 << 20
 _TEXT = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "chat_template.jinja",
     "special_tokens_map.json",
@@ -108,7 +109,7 @@ def _text_files(folder: Path) -> dict[str, bytes]:
 def _missing_tokenizer(folder: Path) -> list[str]:
     """A note where a folder has a tokenizer in other files only, which the model cannot carry."""
     others = [name for name in _OTHER_TOKENIZERS if (folder / name).exists()]
-    if (folder / "tokenizer.json").exists() or not others:
+    if (folder / TOKENIZER).exists() or not others:
         return []
     return [
         f"no tokenizer.json is written, since {folder} has its tokenizer in {', '.join(others)} only; write "
