@@ -41,7 +41,8 @@ MOST_LATENCY_US = 1e9
 class Link:
     """The cost of moving a tensor, which the sending and the receiving device both pay.
 
-    The defaults were measured between two processes of one host.
+    The defaults were measured between two nodes of one host. What a request costs a node, whatever its tensors, is not
+    part of the link (:class:`~onnxsplit.plan.HostCosts`).
 
     Attributes:
         latency_ns: time for a tensor of any size, in nanoseconds.
@@ -51,8 +52,8 @@ class Link:
             latency of a request only.
     """
 
-    latency_ns: int = 60_000
-    bytes_per_s: int = 6_000_000_000
+    latency_ns: int = 3_000
+    bytes_per_s: int = 12_000_000_000
     overlapped: bool = False
     delay_ns: int = 0
 
@@ -110,6 +111,11 @@ class Cluster:
         if self.caller is None:
             return Link()
         return self.link(Device(name=self.caller, host=self._host_of(self.caller)), device)
+
+    @property
+    def caller_host(self) -> str:
+        """The host that requests come from; this host when it is not known."""
+        return LOCAL if self.caller is None else self._host_of(self.caller)
 
     def _host_of(self, name: str) -> str:
         """The host of the device with this name; the name itself when it names a host."""

@@ -161,7 +161,8 @@ class Prediction(PlanStruct, frozen=True, kw_only=True):
     """The predicted figures of the plan, and the proof of how good they are.
 
     Attributes:
-        bottleneck_ns: time of the slowest stage with its transfers, divided by its replicas.
+        bottleneck_ns: time between two requests: that of the slowest stage with its transfers and the request's
+            overhead, divided by its replicas, or what the cores of the caller's host allow.
         throughput_per_s: requests per second with every stage busy.
         latency_ns: time of one request through all stages, with transfers.
         lower_bound_ns: no plan for the same atoms, costs and devices has a smaller bottleneck (for the objective
@@ -182,6 +183,69 @@ class Prediction(PlanStruct, frozen=True, kw_only=True):
     lower_bound_bytes: Count | None = None
 
 
+class HostCosts(PlanStruct, frozen=True, kw_only=True):
+    """What requests cost on a host beside the runs of the stages.
+
+    Attributes:
+        source: ``measured`` on this host, or ``typical`` figures of another one.
+        node_ns: processor time that a request takes at a node beside its run, in nanoseconds.
+        caller_ns: processor time that a request takes at the caller, in nanoseconds.
+        hop_ns: time until a message arrives in another process that waits for it, in nanoseconds; it occupies neither.
+        tensor_ns: processor time that a further tensor takes at each end, in nanoseconds.
+        bytes_per_s: the rate at which the bytes of a tensor pass each end.
+    """
+
+    source: Literal["measured", "typical"]
+    node_ns: Count
+    caller_ns: Count
+    hop_ns: Count
+    tensor_ns: Count
+    bytes_per_s: Rate
+
+
+TYPICAL_HOST = HostCosts(
+    source="typical", node_ns=130_000, caller_ns=200_000, hop_ns=60_000, tensor_ns=3_000, bytes_per_s=12e9
+)
+"""Figures of a host with two cores, for hosts on which nothing was measured."""
+
+
+class WayToRun(PlanStruct, frozen=True, kw_only=True):
+    """A way to run the model, and how fast it is.
+
+    Attributes:
+        kind: ``stages``: the plan; ``session``: the whole model in one ONNX Runtime session, called directly;
+            ``replicas``: several nodes with the whole model each.
+        count: the number of stages, sessions or replicas.
+        threads: threads of each session.
+        throughput_per_s: requests per second with many under way.
+        latency_ns: time of one request alone.
+        source: ``measured``: the sessions were run for it; ``predicted``: from times of other ways.
+        fits: False when it needs more memory than the devices have.
+    """
+
+    kind: Literal["stages", "session", "replicas"]
+    count: Annotated[int, msgspec.Meta(ge=0, le=MOST_NODES)]
+    threads: Threads
+    throughput_per_s: Rate
+    latency_ns: Count
+    source: Literal["measured", "predicted"]
+    fits: bool = True
+
+
+class Verdict(PlanStruct, frozen=True, kw_only=True):
+    """Whether the cut pays: the plan beside other ways to run the model on the same devices.
+
+    Attributes:
+        text: one sentence or two.
+        cut_pays: True when no other way that fits in memory is faster by more than the costs are uncertain.
+        ways: the plan first, then the others.
+    """
+
+    text: str
+    cut_pays: bool
+    ways: tuple[WayToRun, ...]
+
+
 class Costs(PlanStruct, frozen=True, kw_only=True):
     """The costs that the plan is based on.
 
@@ -193,6 +257,9 @@ class Costs(PlanStruct, frozen=True, kw_only=True):
         whole_optimization_level: the optimisation level at which the whole model ran.
         rounds: the rounds in which the stages were run and the costs corrected.
         note: why costs are analytic although they were not asked for; else None.
+        interval: the half-width of the 95 % interval of the times, as a share of them; None when nothing was measured.
+        disturbed: the share of this host's cores that other processes used while the times were taken.
+        host: what requests cost beside the runs; None in plans of older versions.
     """
 
     source: Literal["measured", "analytic"]
@@ -202,6 +269,9 @@ class Costs(PlanStruct, frozen=True, kw_only=True):
     whole_optimization_level: Level
     rounds: tuple[CorrectionRound, ...] = ()
     note: str | None = None
+    interval: Rate | None = None
+    disturbed: Rate = 0.0
+    host: HostCosts | None = None
 
 
 class CorrectionRound(PlanStruct, frozen=True, kw_only=True):
@@ -230,6 +300,7 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
     outputs_need: dict[str, tuple[StageIndex, ...]]
     prediction: Prediction
     costs: Costs
+    verdict: Verdict | None = None
     batch: BatchClaim | None = None
     example_inputs: FileEntry | None = None
     defaults: dict[str, FileEntry] = msgspec.field(default_factory=dict)

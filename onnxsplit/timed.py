@@ -4,19 +4,23 @@ A :class:`TimedModel` loads one file with an explicit number of threads and opti
 Several workers can run over the same time span; that is how stages that will share a host are measured. The worker is
 this module itself. It reads one JSON command from each line of its standard input and answers each with one line. It
 ends when its standard input ends, so it does not outlive its parent.
+
+A worker measures wall time and its own processor time. Processor time does not count the time in which other processes
+had the core, so it is the cost of a run in one thread even on a busy machine.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -67,10 +71,40 @@ class _Save(msgspec.Struct, tag="save", frozen=True):
 class _Answer(msgspec.Struct, frozen=True):
     error: str | None = None
     refused: bool = False
-    times_ns: list[int] = []
+    wall_ns: list[int] = []
+    cpu_ns: list[int] = []
+    waited: int = 0
 
 
 _Command = _Load | _Feed | _Run | _Save
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Times of runs of a model, in the order of the runs.
+
+    Attributes:
+        wall_ns: wall time of each run in nanoseconds.
+        cpu_ns: processor time of the worker in each run, over all its threads, in nanoseconds.
+        by_cpu: True when processor time is what a run costs: a session with one thread on the CPU that did not wait.
+    """
+
+    wall_ns: Sequence[int]
+    cpu_ns: Sequence[int]
+    by_cpu: bool
+
+    @property
+    def costs_ns(self) -> Sequence[int]:
+        """What each run costs, in nanoseconds: processor time where that is the cost, else wall time."""
+        return self.cpu_ns if self.by_cpu else self.wall_ns
+
+    @property
+    def cost_ns(self) -> int:
+        """The cost of an undisturbed run in nanoseconds: the lower quartile of processor times.
+
+        Of wall times it is the shortest in twenty, because other processes only add to them.
+        """
+        return low_quartile(self.cpu_ns) if self.by_cpu else sorted(self.wall_ns)[(len(self.wall_ns) - 1) // 20]
 
 
 class TimedModel:
@@ -149,9 +183,13 @@ class TimedModel:
         """Use other inputs for the following runs."""
         self._ask(_Feed(str(inputs)))
 
-    def run(self, seconds: float, *, least: int = 1) -> list[int]:
-        """Run for about ``seconds`` and at least ``least`` times; return the time of each run in nanoseconds."""
-        return self._ask(_Run(seconds, 0, least)).times_ns
+    def run(self, seconds: float, *, least: int = 1) -> Runs:
+        """Run for about ``seconds`` and at least ``least`` times."""
+        return self._runs(self._ask(_Run(seconds, 0, least)))
+
+    def _runs(self, answer: _Answer) -> Runs:
+        one_thread = self._load.threads == 1 and self._load.provider == "cpu"
+        return Runs(answer.wall_ns, answer.cpu_ns, one_thread and answer.waited < len(answer.wall_ns))
 
     def save_outputs(self, path: Path) -> None:
         """Write the outputs of the last run to an ``.npz`` file."""
@@ -192,28 +230,28 @@ class TimedModel:
         return f"the process {how}" + (f": {tail}" if tail else "")
 
 
-def run_together(models: Sequence[TimedModel], seconds: float, *, least: int = 2) -> list[list[int]]:
-    """Run all models over the same time span; return the times of each model's runs in nanoseconds."""
+def run_together(models: Sequence[TimedModel], seconds: float, *, least: int = 2) -> list[Runs]:
+    """Run all models over the same time span; return the runs of each."""
     start = time.monotonic_ns() + _START_DELAY_NS
     for model in models:
         model._send(_Run(seconds, start, least))
-    return [model._receive().times_ns for model in models]
+    return [model._runs(model._receive()) for model in models]
 
 
 def typical_ns(model: Path, inputs: Path, *, threads: int, provider: str, custom_ops: Sequence[Library] = ()) -> int:
-    """Typical time of one run of a whole model on this host: the median over one second, after a warm-up.
+    """Typical cost of one run of a whole model on this host, over one second after a warm-up, in nanoseconds.
 
     Raises:
         ModelError: the model does not run, or its provider cannot be used.
     """
     with TimedModel(model, inputs, threads=threads, level="all", provider=provider, custom_ops=custom_ops) as timed:
         timed.run(_TYPICAL_S / 4)
-        return median_ns(timed.run(_TYPICAL_S, least=3))
+        return timed.run(_TYPICAL_S, least=3).cost_ns
 
 
-def median_ns(times_ns: Sequence[int]) -> int:
-    """The median of times, as an integer in the same unit."""
-    return int(statistics.median(times_ns))
+def low_quartile(times: Sequence[int]) -> int:
+    """The lower quartile of times: of n sorted times the one at position (n - 1) // 4."""
+    return sorted(times)[(len(times) - 1) // 4]
 
 
 class _Worker:
@@ -244,7 +282,7 @@ class _Worker:
             case _Feed():
                 self._feed(command.inputs)
             case _Run():
-                return _Answer(times_ns=self._run(command))
+                return self._run(command)
             case _Save():
                 save_npz(Path(command.outputs), self.outputs)
         return _Answer()
@@ -257,19 +295,23 @@ class _Worker:
             raise InputError(f"{path} lacks the inputs {', '.join(missing)}")
         self.inputs = {name: given[name] for name, _ in self.session.inputs}
 
-    def _run(self, command: _Run) -> list[int]:
+    def _run(self, command: _Run) -> _Answer:
         assert self.session is not None
         if command.start_at_ns:
             while time.monotonic_ns() < command.start_at_ns:
                 pass
         into = {output: self.inputs[name] for output, name in self.in_place}
-        times: list[int] = []
+        wall_ns: list[int] = []
+        cpu_ns: list[int] = []
+        waits = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
         end = time.monotonic_ns() + int(command.seconds * 1e9)
-        while len(times) < command.least or time.monotonic_ns() < end:
-            begin = time.perf_counter_ns()
+        while len(wall_ns) < command.least or time.monotonic_ns() < end:
+            begin, cpu = time.perf_counter_ns(), time.process_time_ns()
             self.outputs = dict(self.session.run_into(self.inputs, into) if into else self.session.run(self.inputs))
-            times.append(time.perf_counter_ns() - begin)
-        return times
+            cpu_ns.append(time.process_time_ns() - cpu)
+            wall_ns.append(time.perf_counter_ns() - begin)
+        waited = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - waits
+        return _Answer(wall_ns=wall_ns, cpu_ns=cpu_ns, waited=waited)
 
 
 def _main() -> None:

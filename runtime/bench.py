@@ -253,7 +253,7 @@ def _ceiling(stages: Sequence[Sequence[TimedModel]], seconds: float) -> float:
 
 def _rates(models: Sequence[TimedModel], seconds: float) -> list[float]:
     """The rates of workers that run at the same time."""
-    return [len(times) / (sum(times) / 1e9) for times in run_together(models, seconds)]
+    return [len(runs.wall_ns) / (sum(runs.wall_ns) / 1e9) for runs in run_together(models, seconds)]
 
 
 def _pipeline_rate(pipeline: Pipeline, inputs: Mapping[str, Array], seconds: float) -> float:

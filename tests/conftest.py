@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 # The folder for temporary files is separate for each run, so that leftovers belong to this run.
@@ -23,6 +24,7 @@ import ports
 import psutil
 import pytest
 
+from onnxsplit.effort import EFFORTS
 from onnxsplit.planning.planner import partition
 
 # On a busy machine an example may take any time.
@@ -48,9 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def short_measurements():
     """Measure models for a tenth of the usual time: no test depends on the precision."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onnxsplit.cost.levels._LEVEL_SECONDS", 0.03)
-        patch.setattr("onnxsplit.cost.measured._PROFILE_SECONDS", 0.06)
-        patch.setattr("onnxsplit.planning.rounds._STAGE_SECONDS", 0.08)
+        patch.setitem(EFFORTS, "normal", replace(EFFORTS["normal"], sample_s=0.01, samples=3))
         yield
 
 

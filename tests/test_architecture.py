@@ -14,8 +14,8 @@ PACKAGES = ("onnxsplit", "runtime")
 
 # Each row imports from rows above it, and from itself. A name stands for a file or a folder.
 OFFLINE = [
-    "errors numbers files memory drawing progress",
-    "tensors npz plan plan_base plan_decoder plan_check plan_files cluster cluster_files",
+    "errors numbers files memory machine_load effort drawing progress",
+    "tensors npz plan plan_base plan_decoder plan_check plan_files cluster cluster_files host_costs",
     "binding providers string_value custom_ops session timed step_inputs",
     "model partitioner",
     "cost",

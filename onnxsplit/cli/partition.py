@@ -23,10 +23,11 @@ from onnxsplit.cli.output import (
     percent,
 )
 from onnxsplit.cli.values import NODES, SecondsParam, ShareParam, SizeParam, StageCountParam
+from onnxsplit.effort import EFFORT_NAMES
 from onnxsplit.numbers import MOST_ROUNDS
 
 if TYPE_CHECKING:
-    from onnxsplit.plan import BatchClaim, Plan
+    from onnxsplit.plan import BatchClaim, Costs, Plan
     from onnxsplit.planning.result import PlanningResult
 
 _DEVICES, _RESULTS = "Stages and devices", "Results"
@@ -34,6 +35,7 @@ _device_option = functools.partial(option, section=_DEVICES)
 _cut_option = functools.partial(option, section="Where to cut")
 _search_option = functools.partial(option, section="The search")
 _SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)  # strongest first
+_BUSY = 0.15  # the share of the cores that others may use before the machine is called busy
 _EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs", "custom_ops")
 _DECODER = ("decoder", "decode_rows", "context", "cache_tokens")
 
@@ -151,11 +153,17 @@ def _strongest_names(options: Mapping[str, Any], names: Mapping[str, str]) -> di
     "memory: largest memory of a stage.",
 )
 @_search_option(
+    "--effort",
+    type=click.Choice(EFFORT_NAMES),
+    default="normal",
+    help="How much time measuring, searching and proving may take. normal: about 12 runs of the model and 10 s; quick: "
+    "half of it; thorough: 10 times as much, and an optimisation level for each stage.",
+)
+@_search_option(
     "--rounds",
     type=click.IntRange(0, MOST_ROUNDS),
-    default=3,
     metavar="N",
-    help="Most rounds in which the real stages run and the cut is corrected.",
+    help="Most rounds in which the real stages run and the cut is corrected.  [default: 3; quick 1, thorough 6]",
 )
 @_search_option(
     "--gap",
@@ -163,7 +171,11 @@ def _strongest_names(options: Mapping[str, Any], names: Mapping[str, str]) -> di
     default="0%",
     help="Stop when the cut is proven to be within this share of the best one.",
 )
-@_search_option("--time-limit", type=SecondsParam(), default="10s", help="Most time that one search may take.")
+@_search_option(
+    "--time-limit",
+    type=SecondsParam(),
+    help="Most time that one search may take.  [default: 10 s; quick 2 s, thorough 60 s]",
+)
 @path_option(
     "-o",
     "--out",
@@ -287,20 +299,23 @@ def _show(output: Output, plan: Plan) -> None:
     columns = ("", "time", "predicted", "weights", "memory", "bytes out", "ops", "device")
     output.table(columns if placed else columns[:-1], [row if placed else row[:-1] for row in rows])
     output.line()
-    output.line(f"Times are {costs.source}" + (f": {costs.note}" if costs.note else "."))
+    output.line(_times_text(costs))
     if prediction.lower_bound_bytes is not None:
         output.line(
             f"Largest memory of a stage {binary(prediction.peak_memory_bytes or 0)}; no cut is below "
             f"{binary(prediction.lower_bound_bytes)} (gap {percent(prediction.gap)})."
         )
-    else:
+    elif plan.stages:
         name, value = "Bottleneck", prediction.bottleneck_ns
         if plan.objective == "latency":
             name, value = "Latency", prediction.latency_ns
         output.line(
             f"{name} {milliseconds(value)} with transfers; no cut is below "
-            f"{milliseconds(prediction.lower_bound_ns)} (gap {percent(prediction.gap)})."
+            f"{milliseconds(prediction.lower_bound_ns)} (gap {percent(prediction.gap)}"
+            + (f", times ±{percent(costs.interval)})." if costs.interval is not None else ").")
         )
+    if plan.verdict is not None:
+        output.line(plan.verdict.text)
     if plan.batch is not None:
         output.line(_rows_text(plan, plan.batch))
     if plan.dropped_outputs:
@@ -312,6 +327,20 @@ def _show(output: Output, plan: Plan) -> None:
         output.line(f"Custom ops of {library.name} ({library.sha256[:12]}) are needed by the stages: {stages}.")
     if plan.dims:
         output.line("Sizes used: " + ", ".join(f"{name}={size}" for name, size in plan.dims.items()))
+
+
+def _times_text(costs: Costs) -> str:
+    """Text about where the times come from, and how sure they are."""
+    if costs.note:
+        return f"Times are {costs.source}: {costs.note}"
+    if costs.interval is None:
+        return f"Times are {costs.source}."
+    if costs.disturbed > _BUSY:
+        return (
+            f"Times are measured on a busy machine (other processes used {percent(costs.disturbed)} of its cores): "
+            f"±{percent(costs.interval)}."
+        )
+    return f"Times are measured, ±{percent(costs.interval)}."
 
 
 def _show_decoder(output: Output, made: PlanningResult) -> None:

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from onnxsplit.custom_ops import Library
+from onnxsplit.effort import TimeBudget
 from onnxsplit.errors import ModelRefused
 from onnxsplit.model.precision import distance, is_discrete
 from onnxsplit.npz import load_npz
 from onnxsplit.plan import Level
 from onnxsplit.tensors import Array
-from onnxsplit.timed import InPlace, TimedModel, median_ns
+from onnxsplit.timed import InPlace, TimedModel
 
 CANDIDATE_LEVELS: tuple[Level, ...] = ("all", "extended", "basic")
 """The optimisation levels to try; the first is usually the best."""
@@ -26,7 +27,6 @@ LOWEST_LEVEL: Level = "basic"
 MOST_MOVED = 0.5
 """The largest accepted move of an answer by optimisation, relative to its scale. Rounding alone moves it less."""
 
-_LEVEL_SECONDS = 0.3  # time of the runs at each level
 _CLEARLY = 0.97  # another level replaces the usual best one if it takes at most this share of its time
 
 
@@ -36,7 +36,7 @@ class LevelChoice:
 
     Attributes:
         level: the level.
-        time_ns: median time of one run at this level, in nanoseconds.
+        time_ns: typical cost of one run at this level, in nanoseconds.
         moved: the largest distance between the answers at an allowed level and those at the lowest level, relative to
             the answers' scale.
     """
@@ -52,6 +52,7 @@ def best_level(
     *,
     threads: int,
     provider: str,
+    budget: TimeBudget,
     data_folder: Path | None = None,
     custom_ops: Sequence[Library] = (),
     in_place: InPlace = (),
@@ -67,6 +68,7 @@ def best_level(
         inputs: an ``.npz`` with its inputs.
         threads: threads of the session.
         provider: execution provider.
+        budget: how long to measure.
         data_folder: the folder of the model's external data; beside the file when None.
         custom_ops: libraries of custom ops that the session loads.
         in_place: pairs of an output and the input in whose memory it is written.
@@ -84,7 +86,7 @@ def best_level(
         custom_ops=custom_ops,
         in_place=in_place,
     )
-    times_ns, answers, again = _tried(open_model)
+    times_ns, answers, again = _tried(open_model, budget)
     *_, lowest = answers
     moved = dict.fromkeys(times_ns, MOST_MOVED)
     if answers_apart(again, answers[lowest]) == 0:  # the model gives the same answers each time
@@ -98,11 +100,12 @@ def best_level(
 
 def _tried(
     open_model: Callable[..., TimedModel],
+    budget: TimeBudget,
 ) -> tuple[dict[Level, int], dict[Level, dict[str, Array]], dict[str, Array]]:
     """Run a model at every level at which it loads.
 
     Returns:
-        The median time and the answers at each level, and the answers of a last run at the last level.
+        The cost of a run and the answers at each level, and the answers of the last run at the last level.
 
     Raises:
         ModelRefused: ONNX Runtime refuses the model at every level.
@@ -122,10 +125,11 @@ def _tried(
             except ModelRefused as error:
                 refused.append(error)
                 continue
-            timed.run(0.0)
+            first = timed.run(0.0)
             timed.save_outputs(file)
             answers[level] = load_npz(file)
-            times_ns[level] = median_ns(timed.run(_LEVEL_SECONDS, least=3))
+            slow = first.wall_ns[0] > budget.sample_s * 1e9
+            times_ns[level] = (first if slow else timed.run(2 * budget.sample_s, least=3)).cost_ns
         if not times_ns:
             raise refused[0]
         assert timed is not None

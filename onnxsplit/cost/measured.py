@@ -23,6 +23,7 @@ from onnxsplit.cost.analytic import analytic_costs
 from onnxsplit.cost.levels import best_level
 from onnxsplit.cost.profile import Profile, run_profile
 from onnxsplit.custom_ops import Library
+from onnxsplit.effort import TimeBudget
 from onnxsplit.model.graph import OpGraph
 from onnxsplit.model.in_memory import runnable
 from onnxsplit.model.shapes import Shapes, infer_shapes
@@ -34,8 +35,6 @@ from onnxsplit.timed import InPlace
 _ANY_RANK = frozenset(["If", "Loop", "Reshape", "Scan", "SequenceAt", "OptionalGetElement", "Squeeze"])
 """Ops whose outputs may have another rank in the next run."""
 
-_PROFILE_SECONDS = 0.6  # time of the runs that are profiled
-
 
 def measured_costs(
     graph: OpGraph,
@@ -44,6 +43,7 @@ def measured_costs(
     *,
     threads: int,
     provider: str,
+    budget: TimeBudget,
     say: Callable[[str], None],
     custom_ops: Sequence[Library] = (),
     in_place: InPlace = (),
@@ -56,6 +56,7 @@ def measured_costs(
         inputs: the example inputs.
         threads: threads of the session.
         provider: execution provider.
+        budget: how long to measure.
         say: called with each step.
         custom_ops: libraries of custom ops that the session loads.
         in_place: pairs of an output and the input in whose memory it is written.
@@ -78,13 +79,14 @@ def measured_costs(
             file,
             threads=threads,
             provider=provider,
+            budget=budget,
             data_folder=source.data_folder,
             custom_ops=custom_ops,
             in_place=in_place,
         )
         level, whole_ns = chosen.level, chosen.time_ns
         say(f"profiling ops at level {level}")
-        profile = profiled(level=level, seconds=_PROFILE_SECONDS)
+        profile = profiled(level=level, seconds=4 * budget.sample_s)
     known = _ranks(graph, shapes, seen)
     if known:
         shapes = infer_shapes(graph, {name: array.shape for name, array in inputs.items()}, known)

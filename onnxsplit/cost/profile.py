@@ -35,6 +35,8 @@ class ProfileRequest(msgspec.Struct, frozen=True):
         data_folder: the folder of the model's external data; beside the file when None.
         custom_ops: libraries of custom ops that the session loads.
         in_place: pairs of an output and the input in whose memory it is written.
+        alternatives: if given, nothing else is measured: of each group of ``.npz`` files with inputs, the shapes are
+            observed with the first on which the model runs.
     """
 
     model: str
@@ -47,21 +49,38 @@ class ProfileRequest(msgspec.Struct, frozen=True):
     data_folder: str | None = None
     custom_ops: tuple[Library, ...] = ()
     in_place: InPlace = ()
+    alternatives: tuple[tuple[str, ...], ...] = ()
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """The shapes of all tensors in a run on the first of some inputs on which the model runs.
+
+    Attributes:
+        number: the number of these inputs; None if the model ran on none.
+        sizes: the shapes by tensor.
+        error: why the model did not run on the last inputs that were tried; empty if it ran.
+    """
+
+    number: int | None = None
+    sizes: dict[str, tuple[int, ...]] = {}
+    error: str = ""
 
 
 class Profile(msgspec.Struct, frozen=True):
     """The answer of the profiling process.
 
     Attributes:
-        op_ns: time of each op of the graph in nanoseconds, the median over the runs.
+        op_ns: time of each op of the graph in nanoseconds, the lower quartile over the runs.
         sizes: shapes by tensor; at the level ``disabled`` only.
         types: types by tensor, for the untyped tensors that are tensors for ONNX Runtime.
+        seen: the shapes for each group of alternatives.
         error: why there is no profile; None when there is one.
     """
 
     op_ns: list[int] = []
     sizes: dict[str, tuple[int, ...]] = {}
     types: dict[str, str] = {}
+    seen: list[Seen] = []
     error: str | None = None
 
 
@@ -93,10 +112,21 @@ def run_profile(
     Raises:
         ModelError: the model does not run on these inputs, or the process died.
     """
-    folder = None if source.data_folder is None else str(source.data_folder)
-    request = ProfileRequest(
-        str(source.path), str(inputs), threads, level, provider, seconds, untyped, folder, tuple(custom_ops), in_place
-    )
+    return _asked(
+        source,
+        ProfileRequest(
+            str(source.path), str(inputs), threads, level, provider, seconds, untyped, _folder(source),
+            tuple(custom_ops), in_place,
+        ),
+    )  # fmt: skip
+
+
+def _folder(source: ModelFile) -> str | None:
+    return None if source.data_folder is None else str(source.data_folder)
+
+
+def _asked(source: ModelFile, request: ProfileRequest) -> Profile:
+    """Run the profiling process."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],
         input=msgspec.json.encode(request),
@@ -122,15 +152,32 @@ def shapes_of_run(
     Raises:
         ModelError: the model does not run on these inputs.
     """
+    (seen,) = shapes_of_runs(graph, [[inputs]], custom_ops=custom_ops)
+    if seen.number is None:
+        raise ModelError(f"profiling {graph.source.path}: {seen.error}")
+    return seen.sizes
+
+
+def shapes_of_runs(
+    graph: OpGraph, groups: Sequence[Sequence[Mapping[str, Array]]], *, custom_ops: Sequence[Library] = ()
+) -> list[Seen]:
+    """The shapes of all tensors in unoptimised runs on the CPU; the model is loaded once.
+
+    Args:
+        graph: the model.
+        groups: groups of inputs; of each group the first counts on which the model runs.
+        custom_ops: libraries of custom ops that the session loads.
+
+    Raises:
+        ModelError: the model does not load, or the process died.
+    """
     with runnable(graph.source) as source, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
-        file = Path(folder) / "inputs.npz"
-        save_npz(file, inputs)
-        return run_profile(
-            source,
-            file,
-            threads=1,
-            level="disabled",
-            provider="cpu",
-            seconds=0.0,
-            custom_ops=custom_ops,
-        ).sizes
+        files = []
+        for number, group in enumerate(groups):
+            files.append(tuple(str(Path(folder) / f"{number}-{place}.npz") for place in range(len(group))))
+            for file, inputs in zip(files[-1], group, strict=True):
+                save_npz(Path(file), inputs)
+        request = ProfileRequest(
+            str(source.path), "", 1, "disabled", "cpu", 0.0, (), _folder(source), tuple(custom_ops), (), tuple(files)
+        )
+        return _asked(source, request).seen

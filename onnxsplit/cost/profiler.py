@@ -6,7 +6,6 @@ import bisect
 import os
 import re
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -16,17 +15,19 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from onnxsplit.cost.profile import Profile, ProfileRequest
-from onnxsplit.errors import in_one_line
+from onnxsplit.cost.profile import Profile, ProfileRequest, Seen
+from onnxsplit.errors import ModelError, in_one_line
 from onnxsplit.model.external_data import point_from_one_folder
 from onnxsplit.model.graph import OpGraph, build_graph
 from onnxsplit.model.protobuf import all_nodes, graph_tensors
 from onnxsplit.model.source import open_model
 from onnxsplit.npz import load_npz
-from onnxsplit.session import open_session
+from onnxsplit.session import Session, open_session
+from onnxsplit.timed import low_quartile
 
 _OP_NAME = re.compile(r"onnxsplit\.op(\d+)\.")
 _KERNEL = "_kernel_time"
+_MOST_RUNS = 200  # a longer profile would not show more
 _INSERTED = re.compile(r"(_nchwc|_token_\d+|_\d+)$")
 
 
@@ -53,39 +54,78 @@ def profile(request: ProfileRequest) -> Profile:
     data_folder = None if request.data_folder is None else Path(request.data_folder)
     source = open_model(request.model, data_folder=data_folder)
     graph = build_graph(source)
+    if request.alternatives:
+        return Profile(seen=_seen(graph, request))
     given = load_npz(Path(request.inputs))
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
-        model = _renamed(graph)
-        data_folder = point_from_one_folder(source.place, graph_tensors(model.graph))
-        session = open_session(
-            model.SerializeToString(),
-            threads=request.threads,
-            level=request.level,
-            provider=request.provider,
-            external_data_folder=data_folder,
-            profile_prefix=Path(folder) / "profile",
-            custom_ops=request.custom_ops,
-        )
+        session = _session(graph, request, Path(folder))
         inputs = {name: given[name] for name, _ in session.inputs}
         into = {output: inputs[name] for output, name in request.in_place}
         end = time.monotonic() + request.seconds
         count = 0
-        while count < (3 if request.seconds else 1) or (time.monotonic() < end and count < 200):
+        while count < (2 if request.seconds else 1) or (time.monotonic() < end and count < _MOST_RUNS):
             if into:
                 session.run_into(inputs, into)
             else:
                 session.run(inputs)
             count += 1
-        events = msgspec.json.decode(session.end_profiling().read_bytes(), type=list[_Event])
+        events = _events(session)
     del session  # two at once would need twice the memory
     runs = _by_run(events)
     warm = runs[1:] or runs
     times = [_attributed(graph, run) for run in warm]
     return Profile(
-        op_ns=[int(statistics.median(column)) for column in zip(*times, strict=True)],
+        op_ns=[low_quartile(column) for column in zip(*times, strict=True)],
         sizes=_sizes(graph, runs[0]) if request.level == "disabled" else {},
         types=_types(graph, request) if request.untyped else {},
     )
+
+
+def _session(graph: OpGraph, request: ProfileRequest, folder: Path) -> Session:
+    """A session that writes a profile into the folder."""
+    model = _renamed(graph)
+    data_folder = point_from_one_folder(graph.source.place, graph_tensors(model.graph))
+    return open_session(
+        model.SerializeToString(),
+        threads=request.threads,
+        level=request.level,
+        provider=request.provider,
+        external_data_folder=data_folder,
+        profile_prefix=folder / "profile",
+        custom_ops=request.custom_ops,
+    )
+
+
+def _events(session: Session) -> list[_Event]:
+    return msgspec.json.decode(session.end_profiling().read_bytes(), type=list[_Event])
+
+
+def _seen(graph: OpGraph, request: ProfileRequest) -> list[Seen]:
+    """The shapes in a run on the first inputs of each group on which the model runs.
+
+    A run that fails leaves events that cannot be told from those of others, so a new session follows it.
+    """
+    seen = [Seen() for _ in request.alternatives]
+    left = [(group, place) for group, files in enumerate(request.alternatives) for place in range(len(files))]
+    while left:
+        with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+            session = _session(graph, request, Path(folder))
+            ran: list[tuple[int, int]] = []
+            while left:
+                group, place = left.pop(0)
+                if seen[group].number is not None or group in {done for done, _ in ran}:
+                    continue
+                given = load_npz(Path(request.alternatives[group][place]))
+                try:
+                    session.run({name: given[name] for name, _ in session.inputs})
+                except ModelError as error:
+                    seen[group] = Seen(error=in_one_line(error))
+                    break
+                ran.append((group, place))
+            for (group, place), run in zip(ran, _by_run(_events(session)), strict=False):
+                seen[group] = Seen(place, _sizes(graph, run))
+            del session
+    return seen
 
 
 def _types(graph: OpGraph, request: ProfileRequest) -> dict[str, str]:

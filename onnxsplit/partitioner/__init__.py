@@ -21,6 +21,7 @@ from onnxsplit.partitioner.objective import (
     score,
     stage_memory,
 )
+from onnxsplit.partitioner.overhead import Overhead
 from onnxsplit.partitioner.search import Effort, Progress, SearchResult, search
 from onnxsplit.partitioner.slices import fewest_stages, slice_order
 from onnxsplit.plan import CALLER
@@ -33,6 +34,7 @@ __all__ = [
     "Infeasible",
     "DeviceKind",
     "Lineup",
+    "Overhead",
     "Parallel",
     "Partition",
     "Problem",

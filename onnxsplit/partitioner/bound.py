@@ -20,11 +20,21 @@ def lower_bound(problem: Problem, lineup: Lineup) -> int:
     """A value that no partition's objective is below: nanoseconds, or bytes for the objective ``memory``."""
     match problem.objective:
         case "throughput":
-            return throughput_bound(Relaxed(problem, lineup)) if problem.atoms else 0
+            bound = throughput_bound(Relaxed(problem, lineup)) if problem.atoms else 0
+            return with_overhead(bound, problem, lineup)
         case "latency":
             return latency_bound(problem)
         case "memory":
             return memory_bound(problem, lineup)
+
+
+def with_overhead(bound_ns: int, problem: Problem, lineup: Lineup) -> int:
+    """A lower bound on the bottleneck with the overhead of requests, from one without it, in nanoseconds."""
+    if problem.overhead is None or not problem.atoms:
+        return bound_ns
+    work_ns = sum(min(column) for column in zip(*(kind.time_ns for kind in problem.kinds), strict=True))
+    most = max(step.replicas for step in lineup.steps)
+    return problem.overhead.least_ns(bound_ns, work_ns, lineup.exact_stages or 1, most)
 
 
 def surroundings_bound(relaxed: Relaxed, known: int) -> int:

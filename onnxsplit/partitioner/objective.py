@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from onnxsplit.cluster import Link
+from onnxsplit.partitioner.overhead import Overhead
 from onnxsplit.plan import CALLER, Objective
 
 NEVER = 1 << 62
@@ -68,6 +69,7 @@ class Problem:
         caller_links: other links of the caller by device.
         send_once: True when a sender pays once for a tensor, False when it pays for each stage that reads it.
         apart: pairs of atoms that must be in different stages.
+        overhead: what a request costs beside its runs and tensors; None for nothing.
         objective: the value to minimise: ``throughput`` the time of the slowest stage, ``latency`` the longest path
             over the stages, ``memory`` the largest memory of a stage.
     """
@@ -82,6 +84,7 @@ class Problem:
     caller_links: Mapping[int, Link] = field(default_factory=dict)
     send_once: bool = False
     apart: tuple[tuple[int, int], ...] = ()
+    overhead: Overhead | None = None
     objective: Objective = "throughput"
 
     @cached_property
@@ -167,7 +170,8 @@ class Score:
         compute_ns: for each stage, compute time on one replica.
         transfer_ns: for each stage, time of the tensors it sends and receives.
         stage_ns: for each stage, its time divided by its replicas: compute plus transfers, or the larger of the two
-            where the link moves tensors while the device computes.
+            where the link moves tensors while the device computes; and the overhead of a request.
+        host_ns: the least time between two requests that the cores of the caller's host allow; 0 if not known.
         latency_ns: the longest path over the stages.
         memory_bytes: for each stage, the memory it needs; empty when memory is neither limited nor the objective.
         feasible: True when every limit is kept.
@@ -181,11 +185,12 @@ class Score:
     memory_bytes: tuple[int, ...]
     feasible: bool
     objective: Objective
+    host_ns: int = 0
 
     @property
     def bottleneck_ns(self) -> int:
-        """Time of the slowest stage: with all stages busy, one request leaves the pipeline in this time."""
-        return max(self.stage_ns, default=0)
+        """Time between two requests with all stages busy: that of the slowest stage, or what the cores allow."""
+        return max((*self.stage_ns, self.host_ns), default=0)
 
     @property
     def value(self) -> int:
@@ -245,17 +250,20 @@ def score(problem: Problem, partition: Partition) -> Score:
             for link in links:
                 charge(sender, link, transfer.size_bytes)
 
-    total = [max(c + b, o) for c, b, o in zip(compute, blocking, overlapped, strict=True)]
+    node_ns = problem.overhead.node_ns if problem.overhead is not None else 0
+    total = [max(c + b, o) + node_ns for c, b, o in zip(compute, blocking, overlapped, strict=True)]
     done = [0] * stages
     for stage in range(stages):
-        path = compute[stage] + blocking[stage] + overlapped[stage]
+        path = compute[stage] + blocking[stage] + overlapped[stage] + node_ns
         starts = [done[source] + delay_ns for source, delay_ns in sources[stage].items()]
         done[stage] = max(*starts, entering[stage], 0) + path
     memory = stage_memory(problem, stage_of, stages) if problem.capped or problem.objective == "memory" else ()
+    stage_ns = tuple(-(-time_ns // len(devices)) for time_ns, devices in zip(total, partition.devices, strict=True))
     return Score(
         compute_ns=tuple(compute),
         transfer_ns=tuple(b + o for b, o in zip(blocking, overlapped, strict=True)),
-        stage_ns=tuple(-(-time_ns // len(devices)) for time_ns, devices in zip(total, partition.devices, strict=True)),
+        stage_ns=stage_ns,
+        host_ns=problem.overhead.host_ns(stage_ns, partition.devices) if problem.overhead and stages else 0,
         latency_ns=max((time_ns + delay for time_ns, delay in zip(done, leaving, strict=True)), default=0),
         memory_bytes=memory,
         feasible=_feasible(problem, partition, compute, memory),

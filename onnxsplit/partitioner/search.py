@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
-from onnxsplit.partitioner.bound import lower_bound, surroundings_bound, throughput_bound
+from onnxsplit.partitioner.bound import lower_bound, surroundings_bound, throughput_bound, with_overhead
 from onnxsplit.partitioner.branch import branch
 from onnxsplit.partitioner.contract import Contracted, contract
 from onnxsplit.partitioner.downsets import TooMany
@@ -86,7 +86,7 @@ def search(
     Raises:
         Infeasible: no partition was found that keeps every limit.
     """
-    given, problem = problem, problem.without_idle_caps()
+    given, problem = problem, replace(problem.without_idle_caps(), overhead=None)
     run = _Search(problem, lineup, effort, progress)
     if not problem.atoms:
         empty = Partition((), ())
@@ -106,7 +106,9 @@ def search(
     run.mixed_integer()
     run.rearrange()
     result = run.result()
-    return replace(result, score=score(given, result.partition))
+    figures = score(given, result.partition)
+    bound = with_overhead(result.bound, given, lineup) if given.objective == "throughput" else result.bound
+    return SearchResult(result.partition, figures, min(bound, figures.value))
 
 
 class _Search:

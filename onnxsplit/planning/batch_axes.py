@@ -17,6 +17,7 @@ import msgspec
 
 from onnxsplit.cost.profile import shapes_of_run
 from onnxsplit.custom_ops import Library
+from onnxsplit.effort import TimeBudget
 from onnxsplit.errors import OnnxsplitError, one_line, shown
 from onnxsplit.model.example_inputs import table_size
 from onnxsplit.model.precision import computed_types, tolerance
@@ -29,24 +30,31 @@ from onnxsplit.stages.batch.trials import Axes, apart, equal_rows, trials
 from onnxsplit.stages.chain import StageFile, StageProcesses, run_chain
 
 _LEAST_TRIALS = 3
-_ENOUGH_SECONDS = 20.0  # seconds after which no further trial starts, if the least number have run
+_FREE_RUNS = 4  # runs of the model that the proof may take beside its seconds
+_LEAST_RUNS = 21  # runs of the model with one row that the proof takes at least
 
 
-def with_batch_axes(plan: Plan, folder: Path, subject: Subject, say: Say) -> Plan:
+def with_batch_axes(plan: Plan, folder: Path, subject: Subject, budget: TimeBudget, say: Say) -> Plan:
     """Add the claim about batches to a plan, and the batch axis of every tensor for which it holds.
 
     Args:
         plan: the plan; its stages must be able to run on this host.
         folder: the folder of its stage files.
         subject: the model that the plan was made from.
+        budget: how long the proof may take.
         say: called with each step.
     """
     subject = _small(subject)
+    needed_s = _LEAST_RUNS * subject.costs.whole_ns / 1e9
+    if subject.decoding is None and needed_s > budget.proof_s + _FREE_RUNS * subject.costs.whole_ns / 1e9:
+        why_not = f"it was not tried, because the proof takes about {needed_s:.0f} s; add --effort thorough"
+        return msgspec.structs.replace(plan, batch=BatchClaim(why_not=why_not))
+    until = time.monotonic() + budget.proof_s
     axes, why_not = axes_by_structure(subject, plan.defaults)
     tried = 0
     if axes:
         say("trying batches and their parts")
-        tried, why_not = _by_trials(plan, folder, subject, axes)
+        tried, why_not = _by_trials(plan, folder, subject, axes, until)
     if why_not:
         return msgspec.structs.replace(plan, batch=BatchClaim(why_not=why_not))
     tensors = {name: msgspec.structs.replace(spec, batch_axis=axes.get(name)) for name, spec in plan.tensors.items()}
@@ -63,8 +71,8 @@ def _small(subject: Subject) -> Subject:
     return replace(subject, inputs=inputs, costs=replace(subject.costs, shapes=shapes))
 
 
-def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[int, str]:
-    """Run the trials.
+def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes, until: float) -> tuple[int, str]:
+    """Run the trials; none starts after ``until`` by the monotonic clock, once the least number have run.
 
     Returns:
         The number of trials that confirmed the claim and an empty text; or 0 and why the claim fails.
@@ -73,7 +81,6 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes) -> tuple[
     of_inputs = {name: axis for name, axis in axes.items() if name in graph.inputs}
     limits = {name: size for name in of_inputs if (size := table_size(graph, name)) is not None}
     allowed = tolerance(computed_types(graph, subject.shapes))
-    until = time.monotonic() + _ENOUGH_SECONDS
     count, failure = 0, "the rows of its inputs cannot be made to differ"
     stages = _stage_files(plan, folder, subject.custom_ops)
     with StageProcesses(keep=True) as run_stage:

@@ -6,13 +6,12 @@ with more rows, and with other sizes of the other free dimensions, if the model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 
-from onnxsplit.cost.example import ModelProcess
-from onnxsplit.cost.profile import shapes_of_run
+from onnxsplit.cost.profile import shapes_of_runs
 from onnxsplit.errors import InputError, OnnxsplitError, one_line
 from onnxsplit.model.dimensions import bind, sized_dimensions
 from onnxsplit.model.shapes import infer_shapes, input_specs
@@ -61,16 +60,24 @@ def _at_other_sizes(subject: Subject, choice: Axes, proven: Axes) -> tuple[Axes,
     Returns:
         The axes by tensor and an empty text; or no axes and the reason.
     """
-    with ModelProcess(subject.graph.source, threads=1, custom_ops=subject.custom_ops) as model:
-        more_rows = _resized(subject.inputs, choice, {}, _MORE_ROWS)
-        failure = _failure(model, more_rows)
-        if failure:
-            return {}, f"the model does not run on {_MORE_ROWS} rows: {failure}"
-        tried = [more_rows, *_other_inputs(subject, choice, model)]
-    for inputs in tried:
-        shapes = {name: array.shape for name, array in inputs.items()}
-        seen = shapes_of_run(subject.graph, inputs, custom_ops=subject.custom_ops)
-        sizes = {**infer_shapes(subject.graph, shapes).sizes, **seen}
+    first = _resized(subject.inputs, choice, {}, _MORE_ROWS)
+    others, changed = _other_sizes(subject, choice)
+    groups = [[first], *changed(others)]
+    try:
+        seen = shapes_of_runs(subject.graph, groups, custom_ops=subject.custom_ops)
+        if seen[0].number is None:
+            return {}, f"the model does not run on {_MORE_ROWS} rows: {seen[0].error}"
+        if len(others) > 1 and all(run.number is None for run in seen[1:]):
+            more = [inputs for dim in others[:_MOST_DIMENSIONS] for inputs in changed([dim])]
+            groups += more
+            seen += shapes_of_runs(subject.graph, more, custom_ops=subject.custom_ops)
+    except OnnxsplitError as error:
+        return {}, f"the model does not run on {_MORE_ROWS} rows: {one_line(error)}"
+    for group, run in zip(groups, seen, strict=True):
+        if run.number is None:
+            continue
+        shapes = {name: array.shape for name, array in group[run.number].items()}
+        sizes = {**infer_shapes(subject.graph, shapes).sizes, **run.sizes}
         claim = Structure(subject.graph, shapes, sizes).claim(choice)
         if claim.why_not:
             return {}, f"with inputs of the shapes {_shapes_text(shapes)}: {claim.why_not}"
@@ -78,8 +85,10 @@ def _at_other_sizes(subject: Subject, choice: Axes, proven: Axes) -> tuple[Axes,
     return proven, ""
 
 
-def _other_inputs(subject: Subject, choice: Axes, model: ModelProcess) -> list[dict[str, Array]]:
-    """Inputs on which the model runs, with other sizes of the free dimensions that are not the batch.
+def _other_sizes(
+    subject: Subject, choice: Axes
+) -> tuple[list[str], Callable[[Sequence[str]], list[list[dict[str, Array]]]]]:
+    """The free dimensions that are not the batch, and a function that makes inputs with other sizes of some of them.
 
     All of these dimensions change at once if the model then runs, else one at a time, because some may be fixed
     although they are declared free. Each is also tried at the size of the batch, so that no op broadcasts by chance.
@@ -89,32 +98,18 @@ def _other_inputs(subject: Subject, choice: Axes, model: ModelProcess) -> list[d
     of_rows = {dim for dim, where in free.items() if any(choice.get(owner) == axis for owner, axis in where)}
     others = [dim for dim in free if dim not in of_rows and dim in subject.dims]
     sizes = {dim: subject.dims[dim] for dim in others} | dict.fromkeys(of_rows, _EVEN_ROWS)
-    groups = [others] if others else []
-    accepted: list[dict[str, Array]] = []
-    while groups:
-        group = groups.pop(0)
-        before = len(accepted)
-        for change in (*_CHANGES, _as_the_rows):
-            if len(accepted) > before and change is not _as_the_rows:
-                continue
-            changed = {**sizes, **{dim: change(sizes[dim]) for dim in group}}
-            with suppress(InputError):  # an input without a rank
-                inputs = _resized(subject.inputs, choice, bind(specs, changed), _EVEN_ROWS)
-                if not _failure(model, inputs):
-                    accepted.append(inputs)
-        if len(accepted) == before and len(group) > 1:
-            groups += [[dim] for dim in group[:_MOST_DIMENSIONS]]
-    return accepted
 
+    def changed(dims: Sequence[str]) -> list[list[dict[str, Array]]]:
+        groups: list[list[dict[str, Array]]] = []
+        for changes in (_CHANGES, (_as_the_rows,)):
+            groups.append([])
+            for change in changes:
+                with suppress(InputError):  # an input without a rank
+                    bound = bind(specs, {**sizes, **{dim: change(sizes[dim]) for dim in dims}})
+                    groups[-1].append(_resized(subject.inputs, choice, bound, _EVEN_ROWS))
+        return groups if dims else []
 
-def _failure(model: ModelProcess, inputs: Mapping[str, Array]) -> str:
-    """Why the model does not run on these inputs; empty when it does."""
-    try:
-        model.feed(inputs)
-        model.run()
-    except OnnxsplitError as error:
-        return one_line(error)
-    return ""
+    return others, changed
 
 
 def _resized(
@@ -131,8 +126,8 @@ def _resized(
 
 
 _CHANGES: tuple[Callable[[int], int], ...] = (
-    lambda size: size - 1 if size > 2 else size + 1,
     lambda size: size // 2 if size > 2 else size + 2,
+    lambda size: size - 1 if size > 2 else size + 1,
     lambda size: size * 2 if size > 2 else size + 3,
 )
 """Changes of the size of a dimension, tried in turn: a model may take only even sizes, or only multiples."""

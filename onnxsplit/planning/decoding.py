@@ -232,7 +232,7 @@ def measured_prefill(
                 custom_ops=custom_ops,
                 in_place=decoder.in_place,
             ) as timed:
-                return Prefill(tokens, min(timed.run(0.0, least=2)))
+                return Prefill(tokens, min(timed.run(0.0, least=2).costs_ns))
         except ModelError:
             return None
 

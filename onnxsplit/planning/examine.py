@@ -16,6 +16,7 @@ from onnxsplit.decoder.claim import NoDecoder
 from onnxsplit.decoder.inputs import example_step
 from onnxsplit.decoder.prepare import AUTO, prepare
 from onnxsplit.decoder.proven import ProvenDecoder
+from onnxsplit.effort import EFFORTS, TimeBudget
 from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.model.atoms import build_atoms
@@ -122,6 +123,7 @@ def examine(
     *,
     threads: int | None = None,
     provider: str = "cpu",
+    budget: TimeBudget = EFFORTS["normal"],
     say: Say = silent,
     **options: Any,
 ) -> Subject:
@@ -132,6 +134,7 @@ def examine(
             model, which is changed where outputs or inputs are named.
         threads: threads of the session that is measured; all cores of this host when None.
         provider: execution provider that measures.
+        budget: how long to measure.
         say: called with each step.
         options: the attributes of :class:`ModelOptions`.
 
@@ -149,7 +152,7 @@ def examine(
     note = None
     if wanted.costs != "analytic" and reading.graph.ops:
         try:
-            return _measured(reading, threads, provider, say)
+            return _measured(reading, threads, provider, budget, say)
         except ModelRefused as error:
             raise ModelRefused(
                 f"{error}. To cut it for another ONNX Runtime than this one: --costs analytic"
@@ -185,7 +188,7 @@ def _read(model: ModelLike | SourceModel, options: ModelOptions, threads: int, s
     return _Reading(options, prepared.decoder, graph, specs, kept, dims, given, libraries)
 
 
-def _measured(reading: _Reading, threads: int, provider: str, say: Say) -> Subject:
+def _measured(reading: _Reading, threads: int, provider: str, budget: TimeBudget, say: Say) -> Subject:
     """Measure the costs, on the inputs that are given or on made-up ones."""
     graph, libraries = reading.graph, reading.custom_ops
     _check_memory(graph)
@@ -205,6 +208,7 @@ def _measured(reading: _Reading, threads: int, provider: str, say: Say) -> Subje
         inputs,
         threads=threads,
         provider=provider,
+        budget=budget,
         say=say,
         custom_ops=libraries,
         in_place=reading.decoder.in_place if isinstance(reading.decoder, ProvenDecoder) and step is not None else (),

@@ -67,9 +67,23 @@ class ModelPartitioner:
         problem = self.subject.problem(op_ns, self.target)
         lineup = line_up(problem, self.stages, self.options.parallel)
         try:
-            return self._chosen(problem, lineup, quick)
+            found = self._chosen(problem, lineup, quick)
+            return found if self.stages is not None else self._with_fewer_stages(problem, found, quick)
         except Infeasible:
             raise PartitionError(self._why_not(problem)) from None
+
+    def _with_fewer_stages(self, problem: Problem, found: SearchResult, quick: bool) -> SearchResult:
+        """A partition into fewer stages if it is better: each stage adds the overhead of a node to the host's cores."""
+        best = found
+        while best.score.host_ns == best.score.value and (count := len(found.partition.devices)) > 1:
+            try:
+                found = self._chosen(problem, line_up(problem, count - 1, self.options.parallel), quick)
+            except Infeasible:
+                break
+            if found.score.rank >= best.score.rank:
+                break
+            best = replace(found, bound=min(best.bound, found.score.value))
+        return best
 
     def _chosen(self, problem: Problem, lineup: Lineup, quick: bool) -> SearchResult:
         options = self.options
@@ -78,7 +92,7 @@ class ModelPartitioner:
             fixed = Partition(stage_of, tuple((stage,) for stage in range(max(stage_of, default=-1) + 1)))
             return SearchResult(fixed, score(problem, fixed), lower_bound(problem, lineup))
         if options.strategy == "network" or not problem.atoms:
-            gap, seconds = options.gap, options.time_limit
+            gap, seconds = options.gap, options.budget.search_s
             if quick:
                 gap, seconds = max(gap, _QUICK_GAP), min(seconds, _QUICK_SECONDS)
             return search(problem, lineup, Effort(gap=gap, seconds=seconds), self._progress)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from onnxsplit.effort import EFFORT_NAMES, EFFORTS, EffortName, TimeBudget
 from onnxsplit.errors import PartitionError
 from onnxsplit.numbers import MOST_BYTES, MOST_ROUNDS, MOST_SECONDS, as_int, real_problem, whole_problem
 from onnxsplit.partitioner import Parallel
@@ -62,9 +63,11 @@ class CutOptions:
         place: a device of the cluster by pattern of op names; matching ops run on that device only.
         provider: execution provider, as ``--provider`` takes it: one for all stages, ``auto``, or one by stage. A
             cluster names its own.
-        rounds: the largest number of rounds in which the real stages run and the cut is corrected; 0 for none.
+        effort: how much time the plan may take: ``quick``, ``normal`` or ``thorough``.
+        rounds: the largest number of rounds in which the real stages run and the cut is corrected; 0 for none, None for
+            that of the effort.
         gap: the search stops when the cut is proven to be within this share of the best one.
-        time_limit: the longest time of one search, in seconds.
+        time_limit: the longest time of one search in seconds; None for that of the effort.
     """
 
     stages: int | Literal["auto"] | None = None
@@ -81,14 +84,25 @@ class CutOptions:
     together: Sequence[str] = ()
     place: Mapping[str, str] = field(default_factory=dict)
     provider: str = "auto"
-    rounds: int = 3
+    effort: EffortName = "normal"
+    rounds: int | None = None
     gap: float = 0.0
-    time_limit: float = 10.0
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
         """Turn integers of NumPy into Python's."""
         for name in ("stages", "devices", "max_memory", "rounds"):
             object.__setattr__(self, name, as_int(getattr(self, name)))
+
+    @property
+    def budget(self) -> TimeBudget:
+        """The time that the plan may take."""
+        budget = EFFORTS[self.effort]
+        return replace(
+            budget,
+            rounds=budget.rounds if self.rounds is None else self.rounds,
+            search_s=budget.search_s if self.time_limit is None else self.time_limit,
+        )
 
     def check(self) -> None:
         """Refuse numbers that are out of range and options that contradict each other.
@@ -128,9 +142,10 @@ class CutOptions:
             self.stages not in (None, "auto") and whole_problem("--stages", self.stages, 1, MOST_NODES),
             self.devices is not None and whole_problem("--devices", self.devices, 1, MOST_NODES),
             self.max_memory is not None and whole_problem("--max-memory", self.max_memory, 1, MOST_BYTES),
-            whole_problem("--rounds", self.rounds, 0, MOST_ROUNDS),
+            self.effort not in EFFORTS and f"--effort is one of {', '.join(EFFORT_NAMES)}, not {self.effort!r}",
+            self.rounds is not None and whole_problem("--rounds", self.rounds, 0, MOST_ROUNDS),
             real_problem("--gap", self.gap, _MOST_GAP, zero=True),
-            real_problem("--time-limit", self.time_limit, MOST_SECONDS),
+            self.time_limit is not None and real_problem("--time-limit", self.time_limit, MOST_SECONDS),
         ]
         problems = [problem for problem in checks if problem]
         if problems:

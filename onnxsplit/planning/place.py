@@ -145,8 +145,10 @@ def _problem(plan: Plan, cluster: Cluster, ops: Sequence[Set[str]]) -> Problem:
         transfers=tuple(_transfers(plan)),
         weights=tuple(Weight(stage.peak_memory_bytes, (stage.index,)) for stage in plan.stages),
         inner_bytes=(0,) * len(plan.stages),
+        link=target.link,
         links=target.links,
         caller_links=target.caller_links,
+        overhead=target.overhead,
         objective=target.objective,
     )
 

@@ -35,6 +35,8 @@ from onnxsplit.planning.model_partitioner import ModelPartitioner
 from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import Target
+from onnxsplit.planning.verdict import verdict
+from onnxsplit.planning.whole_sessions import SessionTimes
 from onnxsplit.providers import runtime_version
 from onnxsplit.stages.extract import write_constant
 from onnxsplit.stages.model_file import file_entry
@@ -57,6 +59,9 @@ class CandidateCut:
         levels: the optimisation level of each stage.
         measured_ns: time of each stage on a device of speed 1 in nanoseconds, with all stages running at once; None
             when they were not run.
+        interval: the half-width of the interval of these times, as a share of each.
+        disturbed: the share of the host's cores that other processes used meanwhile.
+        moved: how far optimisation moves the answers of the stages, relative to the answers' scale.
     """
 
     result: SearchResult
@@ -67,6 +72,9 @@ class CandidateCut:
     score: Score
     levels: tuple[Level, ...]
     measured_ns: tuple[int, ...] | None = None
+    interval: float = 0.0
+    disturbed: float = 0.0
+    moved: float = 0.0
 
     def device(self, target: Target, stage: int) -> Device:
         """The device of a stage, or of its first replica."""
@@ -101,13 +109,20 @@ class PlanBuilder:
         self._partitioner, self._folder = partitioner, folder
         self._subject, self._target = partitioner.subject, partitioner.target
 
-    def plan(self, cut: CandidateCut, bound: int, history: tuple[CorrectionRound, ...]) -> Plan:
+    def plan(
+        self,
+        cut: CandidateCut,
+        bound: int,
+        history: tuple[CorrectionRound, ...],
+        sessions: SessionTimes | None = None,
+    ) -> Plan:
         """Build the plan of a cut.
 
         Args:
             cut: the cut.
             bound: a lower bound on the objective of every cut: nanoseconds, or bytes for ``memory``.
             history: the rounds in which stages were run.
+            sessions: times of sessions of the whole model; None if they were not measured.
         """
         subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes
         count = len(cut.parts)
@@ -137,7 +152,7 @@ class PlanBuilder:
             passthrough=self._passthrough(),
             outputs_need={},
             prediction=self._prediction(cut, bound),
-            costs=self._costs(history),
+            costs=self._costs(cut, history, sessions),
             example_inputs=file_entry(self._folder / EXAMPLE_FILE) if self._folder is not None else None,
             defaults=self._defaults(),
             constant_inputs={name: constant_text(graph.source, name) for name in graph.overridable},
@@ -148,21 +163,26 @@ class PlanBuilder:
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
         plan = msgspec.structs.replace(plan, outputs_need=needs)
+        plan = msgspec.structs.replace(plan, verdict=verdict(plan, sessions, self._target))
         problems = plan_problems(plan) if self._folder is not None else []
         assert not problems, problems
         return plan
 
-    def _costs(self, history: tuple[CorrectionRound, ...]) -> Costs:
+    def _costs(self, cut: CandidateCut, history: tuple[CorrectionRound, ...], sessions: SessionTimes | None) -> Costs:
         subject = self._subject
         whole = whole_parts(subject.graph)
+        intervals = [cut.interval, *((sessions.interval, sessions.drift) if sessions is not None else ())]
         return Costs(
             source=subject.costs.source,
-            whole_time_ns=subject.costs.whole_ns,
+            whole_time_ns=sessions.one_ns if sessions is not None else subject.costs.whole_ns,
             whole_weight_bytes=weight_bytes(subject.graph, whole),
             whole_peak_memory_bytes=self._peak_memory_bytes(whole, packed=True),
             whole_optimization_level=subject.costs.level,
             rounds=history,
             note=subject.note,
+            interval=max(intervals) if cut.measured_ns is not None else None,
+            disturbed=max(cut.disturbed, sessions.disturbed if sessions is not None else 0.0),
+            host=self._target.host,
         )
 
     def _prediction(self, cut: CandidateCut, bound: int) -> Prediction:

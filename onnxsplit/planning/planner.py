@@ -7,6 +7,7 @@ A plan directory appears as a whole or not at all: it is written beside its plac
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.cluster_files import load_cluster
+from onnxsplit.effort import TimeBudget
 from onnxsplit.errors import PlanError
 from onnxsplit.files import check_parent, is_text, new_folder
 from onnxsplit.model.in_memory import ModelLike, open_any
@@ -114,7 +116,7 @@ def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say
     else:
         guess = options.devices or (options.stages if isinstance(options.stages, int) else gpu_count() or 2)
         provider, threads = providers_by_stage(options.provider, guess)[0], threads_per_node(guess)
-    return examine(model, threads=threads, provider=provider, say=say, **examined)
+    return examine(model, threads=threads, provider=provider, budget=options.budget, say=say, **examined)
 
 
 def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say = silent) -> PlanningResult:
@@ -125,19 +127,27 @@ def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say 
         PlanError: something other than a plan is in the folder's place, or it cannot be written.
     """
     check_plan_folder(folder)
+    say = _with_time_left(say, options.budget, subject)
     partitioner = model_partitioner(subject, options, say)
     with new_folder(folder) as draft:
-        made = Rounds(partitioner, draft, say).make(options.rounds)
+        made = Rounds(partitioner, draft, say).make(options.budget)
         if made.plan.costs.source == "measured":
             say("looking for the batch axis")
-            made = replace(made, plan=with_batch_axes(made.plan, draft, subject, say))
+            made = replace(made, plan=with_batch_axes(made.plan, draft, subject, options.budget, say))
         (draft / PLAN_FILE).write_bytes(checked_json(made.plan))
     return made
 
 
+def _with_time_left(say: Say, budget: TimeBudget, subject: Subject) -> Say:
+    """Progress that also tells how much time is left, beside writing files and loading models."""
+    runs_s = budget.runs * subject.costs.whole_ns / 1e9 if subject.costs.source == "measured" else 0.0
+    end = time.monotonic() + budget.search_s + runs_s
+    return lambda text: say(f"{text} (at most {max(1.0, end - time.monotonic()):.0f} s left)")
+
+
 def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> PlanningResult:
     """The first plan that :func:`write_plan` would make, before any stage runs. Nothing is written."""
-    return Rounds(model_partitioner(subject, options, say), None, say).make(0)
+    return Rounds(model_partitioner(subject, options, say), None, say).make(replace(options.budget, rounds=0))
 
 
 def default_plan_folder(model: Path) -> Path:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from onnxsplit.cluster import Device
-from onnxsplit.cost.levels import LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
+from onnxsplit.cost.levels import CANDIDATE_LEVELS, LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
+from onnxsplit.effort import TimeBudget
+from onnxsplit.errors import ModelRefused
 from onnxsplit.model.precision import computed_types, tolerance
-from onnxsplit.npz import save_npz
+from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.partitioner import Partition, SearchResult, score
 from onnxsplit.plan import (
     CorrectionRound,
@@ -21,7 +23,9 @@ from onnxsplit.plan import (
 from onnxsplit.planning.model_partitioner import ModelPartitioner
 from onnxsplit.planning.plan_builder import CandidateCut, PlanBuilder, stage_file
 from onnxsplit.planning.result import PlanningResult
+from onnxsplit.planning.sampling import take_samples
 from onnxsplit.planning.subject import Subject
+from onnxsplit.planning.whole_sessions import SessionTimes, WholeSessions
 from onnxsplit.progress import Say
 from onnxsplit.providers import provider_here
 from onnxsplit.session import host_cores
@@ -29,12 +33,11 @@ from onnxsplit.stages.chain import StageFile, StageProcesses, run_chain
 from onnxsplit.stages.extract import write_stage
 from onnxsplit.stages.parts import stage_parts, weight_bytes
 from onnxsplit.tensors import Array
-from onnxsplit.timed import median_ns, run_together
+from onnxsplit.timed import TimedModel
 
 _SAY_EVERY_BYTES = 64 << 20
 _GOOD = 1.02  # rounds end when a cut is within this factor of the best one by its measured times
 _SLACK = 2.0  # optimisation may move the stages' answers this many times further than the whole model's
-_STAGE_SECONDS = 0.8  # how long all stages run at once in a round
 
 
 class _BytesWritten:
@@ -68,9 +71,10 @@ class Rounds:
         self._target = partitioner.target
         self._folder = folder
         self._say = say
+        self._plain: Mapping[str, Array] = {}
 
-    def make(self, rounds: int) -> PlanningResult:
-        """Cut, run and correct up to ``rounds`` times, and build the plan of the best cut.
+    def make(self, budget: TimeBudget) -> PlanningResult:
+        """Cut, run and correct until the time is used up, and build the plan of the best cut.
 
         The optimisation levels of the stages are chosen for the first cut and kept, because they change the times.
 
@@ -78,21 +82,32 @@ class Rounds:
             PartitionError: there is no cut that keeps every limit, or a file cannot be written.
             ModelError: a stage does not run.
         """
-        op_ns = self._contended(self._subject.costs.time_ns)
-        if self._subject.costs.source != "measured" or not rounds:
+        op_ns = self._subject.costs.time_ns
+        if self._subject.costs.source != "measured" or not budget.rounds:
             result = self._partitioner(op_ns)
-            return self._finished(self._write("round0", result, op_ns), result.bound, ())
+            return self._finished(self._write("round0", result, op_ns), result.bound, (), None)
+        with ExitStack() as stack:
+            whole = stack.enter_context(WholeSessions(self._subject, self._target.devices[0], self._say))
+            best, history = self._best_of_rounds(whole, budget)
+            best = self._faithful(best, whole, budget)
+            sessions = whole.times(sum(map(len, best.result.partition.devices)), budget)
+        return self._finished(best, self._partitioner(best.op_ns).bound, history, sessions)
+
+    def _best_of_rounds(
+        self, whole: WholeSessions, budget: TimeBudget
+    ) -> tuple[CandidateCut, tuple[CorrectionRound, ...]]:
+        op_ns = self._subject.costs.time_ns
         result = self._partitioner(op_ns, quick=True)
         best: CandidateCut | None = None
         history: list[CorrectionRound] = []
         levels: tuple[Level, ...] | None = None
         seen: set[Partition] = set()
-        for number in range(rounds):
+        for number in range(budget.rounds):
             seen.add(result.partition)
             cut = self._write(f"round{number}", result, op_ns)
             if levels is None or len(levels) != len(cut.parts):
-                levels = self._best_levels(cut)
-            cut = self._measure(replace(cut, levels=levels))
+                levels = self._levels(cut, budget)
+            cut = self._measure(replace(cut, levels=levels), whole, budget)
             assert cut.measured_ns is not None
             history.append(
                 CorrectionRound(predicted_ns=result.score.compute_ns, measured_ns=cut.times_on_devices(self._target))
@@ -106,28 +121,17 @@ class Rounds:
             if result.partition in seen or cut.score.value <= _GOOD * result.score.value:
                 break
         assert best is not None
-        best = self._faithful(best)
-        return self._finished(best, self._partitioner(best.op_ns).bound, tuple(history))
+        return best, tuple(history)
 
-    def _finished(self, cut: CandidateCut, bound: int, history: tuple[CorrectionRound, ...]) -> PlanningResult:
+    def _finished(
+        self, cut: CandidateCut, bound: int, history: tuple[CorrectionRound, ...], sessions: SessionTimes | None
+    ) -> PlanningResult:
         if self._folder is not None:
             for file in cut.folder.iterdir():
                 file.rename(self._folder / file.name)
             cut.folder.rmdir()
-        plan = PlanBuilder(self._partitioner, self._folder).plan(cut, bound, history)
+        plan = PlanBuilder(self._partitioner, self._folder).plan(cut, bound, history, sessions)
         return PlanningResult(plan, self._subject, cut.result.partition, cut.op_ns)
-
-    def _contended(self, times_ns: tuple[int, ...]) -> tuple[int, ...]:
-        """The times if all devices of this host work at once and have more threads than the host has cores.
-
-        Devices of a cluster have their given speeds, so their times stay.
-        """
-        share = host_cores() if self._target.cluster is not None else max(self._cpu_threads, host_cores())
-        return tuple(time_ns * share // host_cores() for time_ns in times_ns)
-
-    @property
-    def _cpu_threads(self) -> int:
-        return sum(device.threads for device in self._target.devices if device.provider == "cpu")
 
     def _write(self, name: str, result: SearchResult, op_ns: tuple[int, ...]) -> CandidateCut:
         subject = self._subject
@@ -152,35 +156,75 @@ class Rounds:
             levels=(subject.costs.level,) * len(parts),
         )
 
-    def _measure(self, cut: CandidateCut) -> CandidateCut:
+    def _measure(self, cut: CandidateCut, whole: WholeSessions, budget: TimeBudget) -> CandidateCut:
         """Run all stages at once on real inputs, and correct the costs by the measured times.
 
         If this host has fewer cores than the stages have threads, only as many stages run at once as there are cores
-        for, and their times are scaled up. Otherwise the scheduler would favour some stages at random.
+        for. Otherwise the scheduler would favour some stages at random. The whole model takes turns with them.
         """
         most = max((cut.device(self._target, index).threads for index in range(len(cut.parts))), default=1)
         takes_turns = self._target.cluster is not None or self._cpu_threads > host_cores()
         at_once = max(1, host_cores() // most) if takes_turns else max(1, len(cut.parts))
         with ExitStack() as stack:
-            workers = [stack.enter_context(stage.timed(feed)) for stage, feed in self._fed(cut, stack)]
+            opened = [_opened(stage, feed, stack) for stage, feed in self._fed(cut, stack)]
+            workers = [worker for worker, _ in opened]
+            cut = replace(cut, levels=tuple(level for _, level in opened))
             self._say(f"running {at_once} of {len(workers)} stages at once")
-            times: list[list[int]] = []
-            for first in range(0, len(workers), at_once):
-                group = workers[first : first + at_once]
-                run_together(group, _STAGE_SECONDS / 4)
-                times += run_together(group, _STAGE_SECONDS, least=3)
-        measured = self._contended(tuple(median_ns(run) for run in times))
-        alone = score(self._subject.problem(cut.op_ns), replace(cut.result.partition, devices=((0,),) * len(times)))
+            groups = [workers[first : first + at_once] for first in range(0, len(workers), at_once)]
+            taken = take_samples([*groups, whole.beside_stages(budget)], budget)
+            moved = self._moved(cut, workers, stack)
+        measured = tuple(time_ns for group in range(len(groups)) for time_ns in taken.typical_ns(group))
+        alone = score(self._subject.problem(cut.op_ns), replace(cut.result.partition, devices=((0,),) * len(measured)))
         op_ns = _corrected(cut, alone.compute_ns, measured)
         final = score(self._subject.problem(op_ns, self._target), cut.result.partition)
-        return replace(cut, measured_ns=measured, op_ns=op_ns, score=final)
+        return replace(
+            cut,
+            measured_ns=measured,
+            op_ns=op_ns,
+            score=final,
+            interval=taken.interval,
+            disturbed=taken.disturbed,
+            moved=moved,
+        )
+
+    def _moved(self, cut: CandidateCut, workers: Sequence[TimedModel], stack: ExitStack) -> float:
+        """How far the answers of these stages are from those of the stages without optimisation, on their provider."""
+        stages = self._stage_files(cut)
+        if all(level == LOWEST_LEVEL for level in cut.levels):
+            return 0.0
+        loaded = dict(zip((stage.path for stage in stages), workers, strict=True))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-")))
+
+        def run_stage(stage: StageFile, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+            save_npz(scratch / "in.npz", inputs)
+            loaded[stage.path].feed(scratch / "in.npz")
+            loaded[stage.path].run(0.0)
+            loaded[stage.path].save_outputs(scratch / "out.npz")
+            return load_npz(scratch / "out.npz")
+
+        answers = run_chain(stages, self._subject.inputs, self._computed, run_stage)
+        if any(stage.provider != "cpu" for stage in stages):
+            return answers_apart(answers, self._answers(cut, [LOWEST_LEVEL] * len(stages)))
+        return answers_apart(answers, self._plain)
+
+    @property
+    def _computed(self) -> list[str]:
+        """The outputs that an op computes."""
+        graph = self._subject.graph
+        return [name for name in graph.outputs if name not in graph.constants]
+
+    @property
+    def _cpu_threads(self) -> int:
+        return sum(device.threads for device in self._target.devices if device.provider == "cpu")
 
     def _provider_here(self, device: Device) -> str:
         """The provider that a stage is measured on: its device's, or the CPU if this host lacks that."""
         return device.provider if self._target.cluster is None else provider_here(device.provider)
 
-    def _best_levels(self, cut: CandidateCut) -> tuple[Level, ...]:
-        """The optimisation level at which each stage runs fastest."""
+    def _levels(self, cut: CandidateCut, budget: TimeBudget) -> tuple[Level, ...]:
+        """The optimisation level of each stage: that of the whole model, or the one at which the stage is fastest."""
+        if not budget.stage_levels:
+            return (self._subject.costs.level,) * len(cut.parts)
         levels: list[Level] = []
         with ExitStack() as stack:
             for index, (stage, feed) in enumerate(self._fed(cut, stack)):
@@ -190,49 +234,52 @@ class Rounds:
                     feed,
                     threads=stage.threads,
                     provider=stage.provider,
+                    budget=budget,
                     custom_ops=stage.custom_ops,
                     in_place=stage.in_place,
                 )
                 levels.append(fastest.level)
         return tuple(levels)
 
-    def _faithful(self, cut: CandidateCut) -> CandidateCut:
+    def _faithful(self, cut: CandidateCut, whole: WholeSessions, budget: TimeBudget) -> CandidateCut:
         """The cut with lower optimisation levels for stages whose optimisation moves the model's answers too far.
 
         ONNX Runtime may fuse the ops of a stage differently from those of the whole model, and some fused kernels
         round more. The answers may move twice as far as optimisation moves the whole model's.
         """
         subject, levels = self._subject, list(cut.levels)
-        if all(level == LOWEST_LEVEL for level in levels):
-            return cut
         rounding = tolerance(computed_types(subject.graph, subject.shapes))
         allowed = max(rounding, _SLACK * subject.costs.moved)
+        if allowed >= MOST_MOVED or cut.moved <= allowed:
+            return cut
         self._say("comparing the answers of the optimised stages")
         plain = self._answers(cut, [LOWEST_LEVEL] * len(levels))
-        while allowed < MOST_MOVED and answers_apart(self._answers(cut, levels), plain) > allowed:
+        while answers_apart(self._answers(cut, levels), plain) > allowed:
             optimised = [index for index, level in enumerate(levels) if level != LOWEST_LEVEL]
             if not optimised:
                 break
             alone = {i: [levels[i] if i == j else LOWEST_LEVEL for j in range(len(levels))] for i in optimised}
             worst = max(optimised, key=lambda index: answers_apart(self._answers(cut, alone[index]), plain))
             levels[worst] = LOWEST_LEVEL
-        return cut if tuple(levels) == cut.levels else self._measure(replace(cut, levels=tuple(levels)))
+        return cut if tuple(levels) == cut.levels else self._measure(replace(cut, levels=tuple(levels)), whole, budget)
 
     def _answers(self, cut: CandidateCut, levels: Sequence[Level]) -> dict[str, Array]:
         """The model's outputs, computed by the stages at these levels."""
-        graph = self._subject.graph
         stages = [replace(stage, level=level) for stage, level in zip(self._stage_files(cut), levels, strict=True)]
-        computed = [name for name in graph.outputs if name not in graph.constants]
         with StageProcesses(keep=False) as run_stage:
-            return run_chain(stages, self._subject.inputs, computed, run_stage)
+            return run_chain(stages, self._subject.inputs, self._computed, run_stage)
 
     def _fed(self, cut: CandidateCut, stack: ExitStack) -> list[tuple[StageFile, Path]]:
-        """Every stage with a file of the inputs that earlier stages computed; the stack removes the files."""
+        """Every stage with a file of the inputs that earlier stages computed; the stack removes the files.
+
+        The stages run without optimisation on the CPU for that, and the answers of the model are kept.
+        """
         stages = self._stage_files(cut)
         plain = [replace(stage, level=LOWEST_LEVEL, provider="cpu") for stage in stages]
         borders = {name for stage in stages for name in stage.inputs}
         with StageProcesses(keep=False) as run_stage:
-            values = run_chain(plain, self._subject.inputs, borders, run_stage)
+            values = run_chain(plain, self._subject.inputs, borders.union(self._computed), run_stage)
+        self._plain = {name: values[name] for name in self._computed}
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-")))
         feeds = [scratch / f"{index}.npz" for index in range(len(stages))]
         for stage, feed in zip(stages, feeds, strict=True):
@@ -257,6 +304,19 @@ class Rounds:
             )
             for index, (part, device, level) in enumerate(zip(cut.parts, devices, cut.levels, strict=True))
         ]
+
+
+def _opened(stage: StageFile, feed: Path, stack: ExitStack) -> tuple[TimedModel, Level]:
+    """A stage in a process of its own, at its level or the next lower one at which ONNX Runtime loads it.
+
+    Raises:
+        ModelRefused: ONNX Runtime refuses the stage at every level.
+    """
+    levels = CANDIDATE_LEVELS[CANDIDATE_LEVELS.index(stage.level) :] if stage.level in CANDIDATE_LEVELS else ()
+    for level in levels:
+        with suppress(ModelRefused):
+            return stack.enter_context(replace(stage, level=level).timed(feed)), level
+    return stack.enter_context(stage.timed(feed)), stage.level
 
 
 def _corrected(cut: CandidateCut, expected: Sequence[int], measured: Sequence[int]) -> tuple[int, ...]:

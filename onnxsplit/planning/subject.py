@@ -105,9 +105,11 @@ class Subject:
             ),
             weights=(*self._weights(atom_of, target.packs), *self._caches()),
             inner_bytes=self._inner_bytes(),
+            link=target.link,
             links=target.links,
             caller_links=target.caller_links,
             apart=tuple((atom_of[one], atom_of[other]) for one, other in target.apart),
+            overhead=target.overhead,
             objective=target.objective,
         )
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from onnxsplit.cluster import Cluster, Device, Link
+from onnxsplit.cluster import LOCAL, Cluster, Device, Link
+from onnxsplit.host_costs import host_costs
 from onnxsplit.model.graph import Op
-from onnxsplit.partitioner import NEVER, DeviceKind
-from onnxsplit.plan import Objective
+from onnxsplit.partitioner import NEVER, DeviceKind, Overhead
+from onnxsplit.plan import HostCosts, Objective
+from onnxsplit.session import host_cores
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Target:
         objective: the value to minimise.
         placed: for each op that the user placed, by index, the names of the devices that it may run on.
         apart: pairs of ops, by index, that a required cut must separate.
+        host: what requests cost on a host.
     """
 
     devices: tuple[Device, ...]
@@ -29,6 +32,25 @@ class Target:
     objective: Objective = "throughput"
     placed: Mapping[int, frozenset[str]] = field(default_factory=dict)
     apart: tuple[tuple[int, int], ...] = ()
+    host: HostCosts = field(default_factory=host_costs)
+
+    @property
+    def link(self) -> Link:
+        """The link between two devices of one host."""
+        host = self.host
+        return Link(latency_ns=host.tensor_ns, bytes_per_s=int(host.bytes_per_s), delay_ns=host.hop_ns)
+
+    @cached_property
+    def overhead(self) -> Overhead:
+        """What a request costs beside its runs and tensors. The cores are known only if the caller is on this host."""
+        caller = self.cluster.caller_host if self.cluster is not None else LOCAL
+        shared = [caller == LOCAL == device.host and device.provider == "cpu" for device in self.devices]
+        return Overhead(
+            node_ns=self.host.node_ns,
+            caller_ns=self.host.caller_ns,
+            threads=tuple(device.threads if here else 0 for device, here in zip(self.devices, shared, strict=True)),
+            cores=host_cores(),
+        )
 
     @cached_property
     def kind_of(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.cost import levels
+from onnxsplit.effort import EFFORTS
 from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, tolerance
 from onnxsplit.npz import load_npz
 from onnxsplit.planning.examine import examine
@@ -211,7 +212,7 @@ def test_a_level_whose_answers_have_nothing_to_do_with_the_model_is_never_chosen
     np.savez(tmp_path / "in.npz", x=random.standard_normal((2, 64)).astype(np.float16))
 
     monkeypatch.setattr(levels, "CANDIDATE_LEVELS", ("extended", "basic"))
-    level = levels.best_level(path, tmp_path / "in.npz", threads=1, provider="cpu").level
+    level = levels.best_level(path, tmp_path / "in.npz", threads=1, provider="cpu", budget=EFFORTS["quick"]).level
     given = load_npz(tmp_path / "in.npz")
     plain, chosen = (open_session(path, threads=1, level=one).run(given)["y"] for one in ("disabled", level))
     assert distance(chosen, plain) < 0.1

@@ -1,0 +1,57 @@
+"""What a request costs beside the runs of its stages and the bytes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """The overhead of requests on some devices.
+
+    The nodes on the caller's host and the caller share its cores. So requests follow each other in no less than the sum
+    of what one costs there, divided by the cores.
+
+    With one device for each stage, the overhead is the same for every cut into the same number of stages. So a search
+    leaves it out, and charges it to the figures of its result.
+
+    Attributes:
+        node_ns: time that a request takes at a node beside its run and its tensors, in nanoseconds.
+        caller_ns: processor time that a request takes at the caller, in nanoseconds.
+        threads: for each device, the threads of a session there; 0 for a device that is on another host than the
+            caller, or that computes elsewhere than on the CPU.
+        cores: the cores of the caller's host.
+    """
+
+    node_ns: int
+    caller_ns: int
+    threads: tuple[int, ...]
+    cores: int
+
+    def host_ns(self, stage_ns: Sequence[int], devices: Sequence[Sequence[int]]) -> int:
+        """The least time between two requests that the caller's host allows, in nanoseconds.
+
+        Args:
+            stage_ns: for each stage, its time divided by its replicas, with the overhead of the node.
+            devices: for each stage, the devices of its replicas.
+        """
+        work_ns = self.caller_ns
+        for time_ns, homes in zip(stage_ns, devices, strict=True):
+            work_ns += time_ns * sum(self.threads[device] for device in homes)
+        return max(self.caller_ns, -(-work_ns // self.cores))
+
+    def least_ns(self, bound_ns: int, work_ns: int, stages: int, replicas: int) -> int:
+        """A lower bound on the bottleneck with the overhead, in nanoseconds.
+
+        Args:
+            bound_ns: a lower bound without it.
+            work_ns: the least time of all atoms together.
+            stages: the fewest stages.
+            replicas: the most replicas of a stage.
+        """
+        bound_ns = max(bound_ns + -(-self.node_ns // replicas), self.caller_ns)
+        if not all(self.threads):
+            return bound_ns
+        shared = (work_ns + stages * self.node_ns) * min(self.threads) + self.caller_ns
+        return max(bound_ns, shared // self.cores)

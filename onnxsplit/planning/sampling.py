@@ -1,0 +1,82 @@
+"""Times of models that are taken in turns, with how sure they are.
+
+Models of one group run at once, as they will in a pipeline; groups take turns, so that a machine that becomes slower or
+faster does so for all of them. Each turn gives one sample of each model: the lower quartile of what its runs cost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onnxsplit.effort import TimeBudget
+from onnxsplit.machine_load import cpu_times
+from onnxsplit.timed import Runs, TimedModel, low_quartile, run_together
+
+LEAST_INTERVAL = 0.01
+"""The least half-width of an interval, as a share: what processes on one host do to each other's caches."""
+
+_WIDE = 0.05  # samples that are further apart are taken again once
+_FEW = 2.0  # the interval of two samples is this much wider than their distance
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of groups of models.
+
+    Attributes:
+        costs_ns: for each group, for each of its models, the samples in nanoseconds.
+        disturbed: the share of the host's cores that other processes used meanwhile.
+    """
+
+    costs_ns: tuple[tuple[tuple[int, ...], ...], ...]
+    disturbed: float
+
+    def typical_ns(self, group: int) -> tuple[int, ...]:
+        """The time of each model of a group, in nanoseconds."""
+        return tuple(map(low_quartile, self.costs_ns[group]))
+
+    @property
+    def interval(self) -> float:
+        """The half-width of the interval of all times, as a share of each."""
+        return max((spread(samples) for group in self.costs_ns for samples in group), default=0.0)
+
+
+def spread(samples: Sequence[int]) -> float:
+    """The half-width of the interval of a time that is known from a few samples, as a share of the time."""
+    typical = max(1, low_quartile(samples))
+    far = max(max(samples) - typical, typical - min(samples)) / typical
+    return max(LEAST_INTERVAL, far * (_FEW if len(samples) < 3 else 1.0))
+
+
+def take_samples(groups: Sequence[Sequence[TimedModel]], budget: TimeBudget, *, again: bool = True) -> Samples:
+    """Run groups of models in turns.
+
+    A model whose run takes longer than a sample is run once for each sample, and the first run counts. Where the
+    samples are far apart, as on a busy machine, as many are taken again, unless ``again`` is false.
+    """
+    before, own_ns = cpu_times(), -time.process_time_ns()
+    first = [run_together(group, 0.0, least=1) for group in groups]
+    own_ns += _used_ns(first)
+    slow = max((runs.wall_ns[0] for group in first for runs in group), default=0) > budget.sample_s * 1e9
+    costs = [[[runs.cost_ns] if slow else [] for runs in group] for group in first]
+    turns = budget.least_samples - 1 if slow else budget.samples
+    samples = Samples((), 0.0)
+    for attempt in range(2):
+        for _ in range(turns):
+            for group, so_far in zip(groups, costs, strict=True):
+                taken = run_together(group, 0.0 if slow else budget.sample_s, least=1)
+                own_ns += _used_ns([taken])
+                for runs, values in zip(taken, so_far, strict=True):
+                    values.append(runs.cost_ns)
+        own_s = (own_ns + time.process_time_ns()) / 1e9
+        disturbed = cpu_times().busy_share_since(before, own_s)
+        samples = Samples(tuple(tuple(map(tuple, group)) for group in costs), disturbed)
+        if attempt or slow or not again or samples.interval <= _WIDE:
+            break
+    return samples
+
+
+def _used_ns(groups: Sequence[Sequence[Runs]]) -> int:
+    return sum(sum(runs.cpu_ns) for group in groups for runs in group)

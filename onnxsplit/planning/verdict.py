@@ -1,0 +1,160 @@
+"""Whether a cut pays: a plan beside other ways to run the model on the same devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from onnxsplit.plan import Plan, Verdict, WayToRun
+from onnxsplit.planning.target import Target
+from onnxsplit.planning.whole_sessions import SessionTimes
+
+_CLEARLY = 1.1  # another way is named as faster if it is this many times faster than the plan
+_LEAST_DOUBT = 0.05  # differences below this share are not told apart
+
+
+def verdict(plan: Plan, sessions: SessionTimes | None, target: Target) -> Verdict | None:
+    """Compare a plan with other ways to run the model; None for a plan without stages.
+
+    Args:
+        plan: the plan, with its prediction.
+        sessions: measured times of sessions of the whole model; None to take the plan's time of the whole model.
+        target: the devices of the plan.
+    """
+    if not plan.stages:
+        return None
+    first, *others = ways = (_stages(plan), *_sessions(plan, sessions, target), *_replicas(plan, sessions, target))
+    doubt = max(_LEAST_DOUBT, plan.costs.interval or 0.0)
+    rivals = [way for way in others if way.fits]
+    faster = [way for way in rivals if _value(plan, way) > _value(plan, first) * (1 + doubt)]
+    return Verdict(text=_text(plan, ways, doubt), cut_pays=not faster, ways=ways)
+
+
+def _value(plan: Plan, way: WayToRun) -> float:
+    """How good a way is for the plan's objective; larger is better."""
+    return 1e9 / max(1, way.latency_ns) if plan.objective == "latency" else way.throughput_per_s
+
+
+def _stages(plan: Plan) -> WayToRun:
+    return WayToRun(
+        kind="stages",
+        count=len(plan.stages),
+        threads=max(stage.threads for stage in plan.stages),
+        throughput_per_s=plan.prediction.throughput_per_s,
+        latency_ns=plan.prediction.latency_ns,
+        source="predicted",
+    )
+
+
+def _sessions(plan: Plan, sessions: SessionTimes | None, target: Target) -> list[WayToRun]:
+    """One session on the fastest device, and one with all cores of this host."""
+    device = max(target.devices, key=lambda one: one.speed)
+    times = [(device.threads, round(_whole_ns(plan, sessions) / device.speed), device.memory_bytes)]
+    if sessions is not None and sessions.wide_threads > device.threads and target.cluster is None:
+        times.append((sessions.wide_threads, sessions.wide_ns, device.memory_bytes))
+    measured = sessions is not None and target.cluster is None
+    return [
+        WayToRun(
+            kind="session",
+            count=1,
+            threads=threads,
+            throughput_per_s=1e9 / max(1, time_ns),
+            latency_ns=time_ns,
+            source="measured" if measured else "predicted",
+            fits=limit is None or plan.costs.whole_peak_memory_bytes <= limit,
+        )
+        for threads, time_ns, limit in times
+    ]
+
+
+def _replicas(plan: Plan, sessions: SessionTimes | None, target: Target) -> list[WayToRun]:
+    """A node with the whole model on each device that the plan was made for."""
+    count = len(target.devices)
+    if count == 1 or (len(plan.stages) == 1 and plan.stages[0].replicas == count):
+        return []
+    alone_ns = _whole_ns(plan, sessions)
+    if target.cluster is None and sessions is not None and sessions.copies > 1:
+        alone_ns = sessions.copies_ns
+    overhead = target.overhead
+    node_ns = [round(alone_ns / device.speed) + overhead.node_ns for device in target.devices]
+    per_s = sum(1e9 / time_ns for time_ns in node_ns)
+    # Shares of the work on each device, by which the cores of the caller's host are charged.
+    shares = [1e9 / time_ns / per_s for time_ns in node_ns]
+    stage_ns = sum(
+        round(share * time_ns * threads)
+        for share, time_ns, threads in zip(shares, node_ns, overhead.threads, strict=True)
+    )
+    least_ns = max(overhead.caller_ns, math.ceil((stage_ns + overhead.caller_ns) / overhead.cores))
+    limits = [device.memory_bytes for device in target.devices if device.memory_bytes is not None]
+    return [
+        WayToRun(
+            kind="replicas",
+            count=count,
+            threads=max(device.threads for device in target.devices),
+            throughput_per_s=min(per_s, 1e9 / least_ns),
+            latency_ns=min(node_ns) + 2 * target.link.delay_ns,
+            source="predicted",
+            fits=plan.costs.whole_peak_memory_bytes <= min(limits, default=math.inf),
+        )
+    ]
+
+
+def _whole_ns(plan: Plan, sessions: SessionTimes | None) -> int:
+    """Time of a run of the whole model on a device of speed 1, in nanoseconds."""
+    return sessions.one_ns if sessions is not None else plan.costs.whole_time_ns
+
+
+def _text(plan: Plan, ways: Sequence[WayToRun], doubt: float) -> str:
+    first, *others = ways
+    what: Literal["latency", "rate"] = "latency" if plan.objective == "latency" else "rate"
+    alone = others[0]
+    if not alone.fits:
+        fitting = [way for way in others if way.fits]
+        needs = "The whole model does not fit on one device, so it must be cut."
+        return needs if not fitting else f"{needs} {_ratios(plan, ways)}"
+    if _value(plan, first) < _value(plan, alone) / (1 + doubt):
+        before, after = (
+            (alone.latency_ns, first.latency_ns)
+            if what == "latency"
+            else (1e9 / alone.throughput_per_s, 1e9 / max(1e-9, first.throughput_per_s))
+        )
+        slower = f"Cutting makes this slower here ({before / 1e6:.3f} -> {after / 1e6:.3f} ms a request)."
+        best = max(others, key=lambda way: _value(plan, way))
+        if best.kind == "replicas" and _value(plan, best) > _value(plan, alone) * (1 + doubt):
+            return (
+                f"{slower} Keep it whole, or use --parallel data ({best.count} replicas: {_ratio(plan, best, alone)})."
+            )
+        return f"{slower} Keep it whole, in one session with {_threads(best if best.kind == 'session' else alone)}."
+    text = _ratios(plan, ways)
+    better = [way for way in others if way.fits and _value(plan, way) > _CLEARLY * _value(plan, first)]
+    if better:
+        best = max(better, key=lambda way: _value(plan, way))
+        text += (
+            " Replicas are faster where memory allows them: --parallel data."
+            if best.kind == "replicas"
+            else f" One session with {_threads(best)} is faster."
+        )
+    return text
+
+
+def _ratios(plan: Plan, ways: Sequence[WayToRun]) -> str:
+    first, *others = ways
+    parts = [f"{_ratio(plan, first, way)} one session with {_threads(way)}" for way in others if way.kind == "session"]
+    alone = others[0]
+    text = f"{_name(first)}: {', '.join(parts)}"
+    replicas = [f"{_name(way)}: {_ratio(plan, way, alone)}" for way in others if way.kind == "replicas"]
+    return "; ".join([text, *replicas]) + "."
+
+
+def _ratio(plan: Plan, one: WayToRun, other: WayToRun) -> str:
+    return f"{_value(plan, one) / max(1e-9, _value(plan, other)):.2f} x"
+
+
+def _name(way: WayToRun) -> str:
+    noun = {"stages": "stage", "replicas": "replica", "session": "session"}[way.kind]
+    return f"{way.count} {noun}" + ("" if way.count == 1 else "s")
+
+
+def _threads(way: WayToRun) -> str:
+    return "one thread" if way.threads == 1 else f"{way.threads} threads"
