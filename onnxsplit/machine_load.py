@@ -25,6 +25,12 @@ class CpuTimes:
         """The share of the cores that was used since then, by others if this program used ``own_s`` seconds."""
         return self._share(self.busy_s + self.stolen_s - before.busy_s - before.stolen_s - own_s, before)
 
+    def idle_s_since(self, before: CpuTimes) -> float:
+        """The time since then in which cores had nothing to do, summed over the cores, in seconds."""
+        return max(
+            0.0, (self.total_s - before.total_s) - (self.busy_s + self.stolen_s - before.busy_s - before.stolen_s)
+        )
+
     def stolen_share_since(self, before: CpuTimes) -> float:
         """The share of the cores that was stolen since then."""
         return self._share(self.stolen_s - before.stolen_s, before)

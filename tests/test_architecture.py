@@ -34,7 +34,7 @@ ONLINE = [
     "options requests testing",
     "launching text",
     "pipeline",
-    "bench bench_decode",
+    "bench bench_decode request_costs",
     "gateway",
 ]
 NEVER = [  # rules in addition to the rows
@@ -47,7 +47,7 @@ NEVER = [  # rules in addition to the rows
     ("runtime.gateway.grpc", "runtime.gateway.http"),
 ]
 SHARED = {  # the parts of onnxsplit that the runtime may use, in addition to its version
-    "errors", "numbers", "files", "memory", "drawing", "tensors", "npz", "plan", "plan_base", "plan_decoder",
+    "errors", "numbers", "files", "memory", "machine_load", "drawing", "tensors", "npz", "plan", "plan_base", "plan_decoder",
     "plan_files", "cluster", "cluster_files", "binding", "providers", "custom_ops", "session", "timed", "step_inputs",
 }  # fmt: skip
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from onnxsplit.cli.output import Output, binary, make_command
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxsplit.cli.output import Output, binary, make_command, milliseconds, option, percent
+
+if TYPE_CHECKING:
+    from onnxsplit.plan import HostCosts
+
+_SMALL, _LARGE = 16, 1 << 18  # elements of a tensor
+_MANY = 16  # tensors
 
 
 @make_command
-def command(output: Output) -> None:
-    """Show what this host has: versions, providers (and why some cannot be used), cores, memory and limits."""
+@option(
+    "--measure",
+    is_flag=True,
+    help="Measure what requests cost on this host (about 15 s), and keep it for later plans.",
+)
+def command(output: Output, *, measure: bool) -> None:
+    """Show what this host has: versions, providers (and why some cannot be used), cores, load, memory and limits."""
+    from onnxsplit.host_costs import costs_file, host_costs, keep_host_costs
     from onnxsplit.views.doctor import diagnose
 
+    kept = keep_host_costs(_measured(output)) if measure else None
     host = diagnose()
     output.line(f"Python {host.python} on {host.platform}")
     output.table(("package", "version"), [(name, text or "not installed") for name, text in host.packages.items()])
@@ -17,13 +34,60 @@ def command(output: Output) -> None:
     output.table(("provider", "state"), [(p.name, p.problem or "can be used") for p in host.providers])
     output.line()
     output.line(f"{host.cores} cores, {host.gpus} NVIDIA GPUs")
+    output.line(
+        f"Load {host.load_1_min:.2f} in the last minute; now {percent(host.busy_share)} of the cores are in use"
+        + (f", {percent(host.stolen_share)} are taken by the machine's host" if host.stolen_share else "")
+    )
     output.line(f"Memory {binary(host.memory_bytes)}, {binary(host.memory_available_bytes)} available")
     output.line(f"Shared memory {binary(host.shared_memory_bytes)} free")
     output.line(f"Temporary files in {host.temporary_folder}, {binary(host.temporary_free_bytes)} free")
     output.line(f"{host.open_files_limit} files may be open at once")
+    _show_costs(output, host_costs())
+    output.line(f"Kept them in {kept}." if kept else "Measure them: onnxsplit doctor --measure")
     output.line()
     for problem in host.problems:
         output.line(f"Problem: {problem}")
     if not host.problems:
         output.line("No problems found. Next: onnxsplit partition model.onnx")
-    output.result({"doctor": host})
+    output.result({"doctor": host, "host_costs": host_costs(), "host_costs_file": costs_file()})
+
+
+def _show_costs(output: Output, costs: HostCosts) -> None:
+    """Print what requests cost beside the runs of the stages."""
+    node, caller, hop, tensor = map(milliseconds, (costs.node_ns, costs.caller_ns, costs.hop_ns, costs.tensor_ns))
+    output.line(f"A request costs {node} at each node and {caller} at the caller, beside the runs ({costs.source})")
+    output.line(f"A message arrives after {hop}; a further tensor costs {tensor} at each end")
+
+
+def _measured(output: Output) -> HostCosts:
+    """Measure what requests cost on this host."""
+    import numpy as np
+
+    from onnxsplit.model.negations import negations
+    from onnxsplit.planning.planner import partition
+    from runtime.request_costs import Probe, request_costs
+
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+
+        def probe(name: str, stages: int, tensors: int, size: int) -> Probe:
+            out = Path(folder) / name
+            inputs = {f"x{tensor}": np.ones(size, np.float32) for tensor in range(tensors)}
+            borders = [f"y{tensor}_{stage}" for tensor in range(tensors) for stage in range(stages - 1)]
+            how = {"cut_at": borders} if borders else {"stages": 1}
+            costs = "measured" if size == _LARGE else "analytic"
+            plan = partition(negations(stages, tensors, size), out=out, inputs=inputs, costs=costs, rounds=1, **how)
+            return Probe(out, inputs, plan.stages[0].measured_time_ns or 0)
+
+        output.say("making pipelines that compute nothing")
+        probes = [
+            probe(name, stages, tensors, size)
+            for name, stages, tensors, size in (
+                ("one-stage", 1, 1, _SMALL),
+                ("two-stages", 2, 1, _SMALL),
+                ("many-tensors", 2, _MANY, _SMALL),
+                ("large", 2, 1, _LARGE),
+            )
+        ]
+        costs = request_costs(output.say, *probes)
+    output.done()
+    return costs

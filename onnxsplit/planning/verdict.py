@@ -10,7 +10,7 @@ from onnxsplit.plan import Plan, Verdict, WayToRun
 from onnxsplit.planning.target import Target
 from onnxsplit.planning.whole_sessions import SessionTimes
 
-_CLEARLY = 1.1  # another way is named as faster if it is this many times faster than the plan
+_CLEARLY = 0.1  # another way is named as faster if it is faster than the plan by more than this share
 _LEAST_DOUBT = 0.05  # differences below this share are not told apart
 
 
@@ -24,11 +24,24 @@ def verdict(plan: Plan, sessions: SessionTimes | None, target: Target) -> Verdic
     """
     if not plan.stages:
         return None
-    first, *others = ways = (_stages(plan), *_sessions(plan, sessions, target), *_replicas(plan, sessions, target))
+    ways = (_stages(plan), *_sessions(plan, sessions, target), *_replicas(plan, sessions, target))
     doubt = max(_LEAST_DOUBT, plan.costs.interval or 0.0)
-    rivals = [way for way in others if way.fits]
-    faster = [way for way in rivals if _value(plan, way) > _value(plan, first) * (1 + doubt)]
-    return Verdict(text=_text(plan, ways, doubt), cut_pays=not faster, ways=ways)
+    better = _better(plan, ways, max(_CLEARLY, doubt))
+    pays = not better and not _loses(plan, ways, doubt)
+    return Verdict(text=_text(plan, ways, doubt), cut_pays=pays, ways=ways)
+
+
+def _better(plan: Plan, ways: Sequence[WayToRun], share: float) -> list[WayToRun]:
+    """The other ways that fit in memory and are better than the plan by more than a share, the best first."""
+    first, *others = ways
+    better = [way for way in others if way.fits and _value(plan, way) > (1 + share) * _value(plan, first)]
+    return sorted(better, key=lambda way: -_value(plan, way))
+
+
+def _loses(plan: Plan, ways: Sequence[WayToRun], doubt: float) -> bool:
+    """Whether the plan is slower than the whole model in one session with the threads of a stage."""
+    first, alone, *_ = ways
+    return alone.fits and _value(plan, first) * (1 + doubt) < _value(plan, alone)
 
 
 def _value(plan: Plan, way: WayToRun) -> float:
@@ -113,7 +126,7 @@ def _text(plan: Plan, ways: Sequence[WayToRun], doubt: float) -> str:
         fitting = [way for way in others if way.fits]
         needs = "The whole model does not fit on one device, so it must be cut."
         return needs if not fitting else f"{needs} {_ratios(plan, ways)}"
-    if _value(plan, first) < _value(plan, alone) / (1 + doubt):
+    if _loses(plan, ways, doubt):
         before, after = (
             (alone.latency_ns, first.latency_ns)
             if what == "latency"
@@ -127,9 +140,8 @@ def _text(plan: Plan, ways: Sequence[WayToRun], doubt: float) -> str:
             )
         return f"{slower} Keep it whole, in one session with {_threads(best if best.kind == 'session' else alone)}."
     text = _ratios(plan, ways)
-    better = [way for way in others if way.fits and _value(plan, way) > _CLEARLY * _value(plan, first)]
-    if better:
-        best = max(better, key=lambda way: _value(plan, way))
+    if better := _better(plan, ways, max(_CLEARLY, doubt)):
+        best = better[0]
         text += (
             " Replicas are faster where memory allows them: --parallel data."
             if best.kind == "replicas"

@@ -6,14 +6,17 @@ import os
 import platform
 import resource
 import shutil
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError
+from onnxsplit.machine_load import cpu_times
 from onnxsplit.plan_base import PlanStruct
 from onnxsplit.providers import available_providers, gpu_count, load_runtime, provider_problem
 from onnxsplit.session import host_cores
 
+_LOAD_S = 0.5  # how long the load is observed
 PACKAGES = ("onnxsplit", "onnxruntime", "onnxruntime-gpu", "onnx", "networkx", "numpy", "pyzmq", "torch")
 
 
@@ -35,6 +38,9 @@ class Diagnosis(PlanStruct, frozen=True, kw_only=True):
         providers: the providers of the installed ONNX Runtime.
         gpus: number of CUDA devices that ONNX Runtime can use.
         cores: number of cores that this process may use.
+        load_1_min: the processes that worked or waited for a core, on average over the last minute.
+        busy_share: the share of the cores that is in use now.
+        stolen_share: the share of the cores that the host of this virtual machine takes now.
         memory_bytes: memory of the host.
         memory_available_bytes: memory that is available.
         shared_memory_bytes: free space in ``/dev/shm``.
@@ -51,6 +57,9 @@ class Diagnosis(PlanStruct, frozen=True, kw_only=True):
     providers: tuple[ProviderState, ...]
     gpus: int
     cores: int
+    load_1_min: float
+    busy_share: float
+    stolen_share: float
     memory_bytes: int
     memory_available_bytes: int
     shared_memory_bytes: int
@@ -62,6 +71,9 @@ class Diagnosis(PlanStruct, frozen=True, kw_only=True):
 
 def diagnose() -> Diagnosis:
     """Diagnose this host. No process is started."""
+    before = cpu_times()
+    time.sleep(_LOAD_S)
+    busy_share, stolen_share = cpu_times().busy_share_since(before), cpu_times().stolen_share_since(before)
     runtime_problem = None
     try:
         load_runtime()
@@ -90,6 +102,9 @@ def diagnose() -> Diagnosis:
         providers=providers,
         gpus=gpu_count(),
         cores=host_cores(),
+        load_1_min=os.getloadavg()[0],
+        busy_share=busy_share,
+        stolen_share=stolen_share,
         memory_bytes=memory.get("MemTotal", 0),
         memory_available_bytes=memory.get("MemAvailable", 0),
         shared_memory_bytes=shutil.disk_usage(shared).free if shared.is_dir() else 0,
