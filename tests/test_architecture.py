@@ -34,6 +34,7 @@ ONLINE = [
     "options requests testing",
     "launching text",
     "pipeline",
+    "load",
     "bench bench_decode request_costs",
     "gateway",
 ]
@@ -122,6 +123,8 @@ PURE = [
     *("runtime.coordinator.prefixes", "runtime.coordinator.sequence_diagnosis"),
     *("runtime.coordinator.numbers", "runtime.coordinator.work"),
     *("runtime.coordinator.failure_detector", "runtime.testing"),
+    *("runtime.load.patterns", "runtime.load.histogram", "runtime.load.windows", "runtime.load.driver"),
+    *("runtime.load.point", "runtime.load.target"),
     *("runtime.gateway.protocol.inference", "runtime.gateway.protocol.parameters", "runtime.gateway.queue"),
     *("runtime.gateway.protocol.documents", "runtime.gateway.protocol.tensor_data", "runtime.gateway.protocol.text"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),
