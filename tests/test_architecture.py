@@ -34,9 +34,9 @@ ONLINE = [
     "options requests testing",
     "launching text",
     "pipeline",
+    "gateway",
     "load",
     "bench bench_decode request_costs",
-    "gateway",
 ]
 NEVER = [  # rules in addition to the rows
     ("runtime.node", "runtime.coordinator"),
@@ -65,8 +65,9 @@ HOMES = {
     "zmq": "runtime.wire",
     "starlette": "runtime.gateway.http runtime.gateway.openai.routes",
     "uvicorn": "runtime.gateway.server runtime.gateway.http",
-    "grpc": "runtime.gateway.server runtime.gateway.grpc",
-    "tritonclient": "runtime.gateway.server runtime.gateway.grpc",
+    "grpc": "runtime.gateway.server runtime.gateway.grpc runtime.load.grpc",
+    "tritonclient": "runtime.gateway.server runtime.gateway.grpc runtime.load.grpc",
+    "aiohttp": "runtime.load.aio",
     "prometheus_client": "runtime.gateway.telemetry",
     "opentelemetry": "runtime.gateway.spans",
     "yaml": "runtime.deploy",

@@ -34,6 +34,7 @@ _COMMANDS = {
         "deploy": "Write Kubernetes manifests for a plan.",
         "status": "Show the pipelines on this host: nodes, rates, queues and restarts.",
         "keys": "Make and manage the keys that protect links between hosts.",
+        "load": "Send load to a server or a plan, and measure how it answers.",
         "bench": "Measure a plan's throughput, latency and efficiency.",
     },
     "Help": {

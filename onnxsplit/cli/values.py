@@ -118,3 +118,40 @@ class TokensParam(click.ParamType):  # type: ignore[type-arg]  # as above
         if None in numbers:
             self.fail(f"{value!r:.80} is not a list of tokens; write numbers such as 1,2,3", param, ctx)
         return tuple(numbers)
+
+
+class RangeParam(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A number, or a range ``START:END`` or ``START:END:STEP``; the value is a tuple of start, end and step or None.
+
+    Args:
+        whole: whether only whole numbers are accepted.
+        most: the largest number that is accepted.
+    """
+
+    name = "range"
+
+    def __init__(self, *, whole: bool, most: float) -> None:
+        self._whole = whole
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the text of an option."""
+        if isinstance(value, tuple):
+            return value
+        kind = "whole numbers" if self._whole else "numbers"
+        texts = str(value).split(":")
+        try:
+            numbers = [float(int(text)) if self._whole else float(text) for text in texts]
+        except ValueError:
+            numbers = []
+        if not 1 <= len(numbers) <= 3 or not all(0 < number <= self._most for number in numbers):
+            self.fail(
+                f"{value!r:.80} is neither a number nor START:END or START:END:STEP, with {kind} above 0 and at most "
+                f"{self._most:g}",
+                param,
+                ctx,
+            )
+        start, end = numbers[0], numbers[min(1, len(numbers) - 1)]
+        if start > end:
+            self.fail(f"{value!r} ends below its beginning; write the smaller number first", param, ctx)
+        return start, end, numbers[2] if len(numbers) == 3 else None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from runtime.load.histogram import TimeHistogram
 from runtime.load.patterns import ClosedLoop, OpenLoop, Pattern
+from runtime.load.target import NOTHING, EndDetail
 from runtime.load.windows import LoadWindow, Measuring, is_overwhelmed, is_refused, is_stable
 
 MOST_OUTSTANDING = 100_000
@@ -49,6 +51,7 @@ class Driver:
         stable: whether the last windows agreed.
         begins_ns: when measuring begins.
         last_end_ns: when the last answer came.
+        service: times of all answers from when their requests were sent, those of the warm-up included.
     """
 
     def __init__(self, pattern: Pattern, rules: Measuring, now_ns: int) -> None:
@@ -62,6 +65,7 @@ class Driver:
         self.begins_ns = self.last_end_ns = now_ns + round(rules.warmup_s * 1e9)
         self.outstanding = self.complete = 0
         self.windows: list[LoadWindow] = []
+        self.service = TimeHistogram()
         self.over = self.stable = False
         match pattern:
             case OpenLoop():
@@ -99,12 +103,18 @@ class Driver:
             self.over = self._measured == self._rules.requests
         return started
 
+    def sent(self, request: LoadRequest, now_ns: int) -> None:
+        """Record when a request was handed to the target, which in a closed loop is also when it was due."""
+        request.sent_ns = now_ns
+        if isinstance(self._pattern, ClosedLoop):
+            request.due_ns = now_ns
+
     def ended(
         self,
         request: LoadRequest,
         end_ns: int,
         failure: str | None = None,
-        samples: Mapping[str, Sequence[int]] | None = None,
+        detail: EndDetail = NOTHING,
     ) -> None:
         """Record the end of a request.
 
@@ -112,7 +122,7 @@ class Driver:
             request: one that :meth:`due` returned.
             end_ns: when its answer came, or when it failed.
             failure: the kind of its failure; None for an answer.
-            samples: further values that the answer brought, by name.
+            detail: what else is known of it.
         """
         self.outstanding -= 1
         if isinstance(self._pattern, ClosedLoop):
@@ -121,16 +131,19 @@ class Driver:
         if failure is not None:
             if window is not None:
                 window.failures[failure] += 1
+                window.messages.setdefault(failure, detail.message)
             return
+        self.service.add(end_ns - request.sent_ns)
         if (came := self._window_of(end_ns)) is not None:
             came.answered += 1
+            came.counts.update(detail.counts)
             self.last_end_ns = max(self.last_end_ns, end_ns)
         if window is None:
             return
         window.latency.add(end_ns - request.due_ns)
         window.service.add(end_ns - request.sent_ns)
         window.lag.add(request.sent_ns - request.due_ns)
-        window.add_samples(samples or {})
+        window.add_times(detail.times)
 
     def stop(self) -> None:
         """End the measurement now; what was measured stays."""

@@ -8,13 +8,13 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 from runtime.load.driver import Driver, LoadRequest
 from runtime.load.patterns import Pattern
 from runtime.load.point import LoadPoint, summarise
-from runtime.load.target import Ended, LoadTarget
+from runtime.load.target import NOTHING, EndDetail, Ended, LoadTarget
 from runtime.load.windows import Measuring
 
 Progress = Callable[[Driver], None]
@@ -75,7 +75,7 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._driver = Driver(pattern, rules, time.perf_counter_ns())
-        self._ends: deque[tuple[LoadRequest, int, str | None, Mapping[str, Sequence[int]] | None]] = deque()
+        self._ends: deque[tuple[LoadRequest, int, str | None, EndDetail]] = deque()
         self._planned = False  # whether a turn is about to run
         self._timer: asyncio.TimerHandle | None = None
         self._over = asyncio.Event()  # no more requests start
@@ -109,8 +109,8 @@ class _Run:
     def _ended(self, request: LoadRequest) -> Ended:
         """What the target calls at the end of a request, in any thread."""
 
-        def ended(failure: str | None = None, samples: Mapping[str, Sequence[int]] | None = None) -> None:
-            self._ends.append((request, time.perf_counter_ns(), failure, samples))
+        def ended(failure: str | None = None, detail: EndDetail = NOTHING) -> None:
+            self._ends.append((request, time.perf_counter_ns(), failure, detail))
             if self._planned:
                 return
             self._planned = True
@@ -129,7 +129,7 @@ class _Run:
             self._driver.ended(*self._ends.popleft())
         now_ns = time.perf_counter_ns()
         for request in self._driver.due(now_ns):
-            request.sent_ns = time.perf_counter_ns()
+            self._driver.sent(request, time.perf_counter_ns())
             self._target.start(request.number, self._ended(request))
         if self._driver.complete > self._windows:
             self._windows = self._driver.complete

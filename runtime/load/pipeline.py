@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from onnxsplit.errors import OnnxsplitError
+from onnxsplit.errors import OnnxsplitError, one_line
 from onnxsplit.tensors import Array
 from runtime.errors import Busy
-from runtime.load.target import Ended, LoadTarget
+from runtime.load.target import EndDetail, Ended, LoadTarget
 from runtime.pipeline import Pipeline
 
 
@@ -65,7 +65,7 @@ class PipelineTarget(LoadTarget):
                 return
             except OnnxsplitError as error:
                 self._waiting.popleft()
-                ended(type(error).__name__)
+                ended(type(error).__name__, EndDetail(message=str(error)))
                 continue
             self._waiting.popleft()
             self._sent.add(future)
@@ -82,4 +82,7 @@ class PipelineTarget(LoadTarget):
             ended("Cancelled")
             return
         error = future.exception()
-        ended(None if error is None else type(error).__name__)
+        if error is None:
+            ended()
+        else:
+            ended(type(error).__name__, EndDetail(message=one_line(error)))

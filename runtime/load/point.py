@@ -26,10 +26,14 @@ class LoadPoint(PlanStruct, frozen=True, kw_only=True):
         latency: times from when requests should have started until their answers. Where a client is late, or waits for
             a connection, that time is included.
         service: times from when the same requests were sent.
+        mean_of_all_ns: mean time of all answers from when their requests were sent, those of the warm-up and of windows
+            that do not count included, as a server's own counters include them.
         lag: times by which this client sent requests late.
         judged_ns: the latency that stability goes by: the mean, or the percentile that was asked for.
-        samples: distributions of further times of the answers, by name.
+        times: distributions of further times of the answers, by name.
+        counts_per_s: what answers brought, by name, for each second; tokens, for example.
         failures: number of failed requests by kind.
+        messages: what the first failure of each kind said.
         unanswered: requests that had no answer when waiting for them ended.
         seconds: length of the time that the figures are of.
         windows: number of windows that were measured.
@@ -47,10 +51,13 @@ class LoadPoint(PlanStruct, frozen=True, kw_only=True):
     answered_per_s: float
     latency: Percentiles
     service: Percentiles
+    mean_of_all_ns: int
     lag: Percentiles
     judged_ns: int
-    samples: dict[str, Percentiles]
+    times: dict[str, Percentiles]
+    counts_per_s: dict[str, float]
     failures: dict[str, int]
+    messages: dict[str, str]
     unanswered: int
     seconds: float
     windows: int
@@ -95,10 +102,13 @@ def summarise(
         answered_per_s=total.answered / seconds,
         latency=total.latency.percentiles(),
         service=total.service.percentiles(),
+        mean_of_all_ns=round(driver.service.mean),
         lag=total.lag.percentiles(),
         judged_ns=round(judged_ns(total, rules.percentile)),
-        samples={name: histogram.percentiles() for name, histogram in sorted(total.samples.items())},
+        times={name: histogram.percentiles() for name, histogram in sorted(total.times.items())},
+        counts_per_s={name: count / seconds for name, count in sorted(total.counts.items())},
         failures=dict(total.failures.most_common()),
+        messages=total.messages,
         unanswered=0 if interrupted else driver.outstanding,
         seconds=seconds,
         windows=driver.complete,

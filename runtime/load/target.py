@@ -6,16 +6,35 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from msgspec import Struct
+
+
+class EndDetail(Struct, frozen=True, kw_only=True):
+    """What is known of the end of a request besides its time.
+
+    Attributes:
+        message: what the target said when it failed.
+        times: further times of an answer in ns, by name; the time until the first token, for example.
+        counts: amounts that an answer brought, by name; tokens, for example.
+    """
+
+    message: str = ""
+    times: Mapping[str, Sequence[int]] = {}
+    counts: Mapping[str, int] = {}
+
+
+NOTHING = EndDetail()
+
 
 class Ended(Protocol):
     """Called once when a request has ended, in any thread."""
 
-    def __call__(self, failure: str | None = None, samples: Mapping[str, Sequence[int]] | None = None) -> None:
+    def __call__(self, failure: str | None = None, detail: EndDetail = NOTHING) -> None:
         """Take the end of a request.
 
         Args:
             failure: the kind of its failure in a few words, the same for all failures of one kind; None for an answer.
-            samples: further times of the answer in ns, by name.
+            detail: what else is known.
         """
 
 

@@ -71,8 +71,10 @@ class LoadWindow:
         latency: times from when the requests that were due in it should have started until their answers, in ns.
         service: times of the same requests from when they were sent.
         lag: times by which the same requests were sent late.
+        counts: amounts of what those answers brought, by name; tokens, for example.
         failures: number of requests due in it that failed, by kind.
-        samples: further values that answers brought, by name; the time until the first token, for example.
+        messages: what the first failure of each kind said.
+        times: further times of the answers to requests due in it, by name; until the first token, for example.
     """
 
     def __init__(self) -> None:
@@ -80,12 +82,14 @@ class LoadWindow:
         self.outstanding: int | None = None
         self.latency, self.service, self.lag = TimeHistogram(), TimeHistogram(), TimeHistogram()
         self.failures: Counter[str] = Counter()
-        self.samples: dict[str, TimeHistogram] = {}
+        self.counts: Counter[str] = Counter()
+        self.messages: dict[str, str] = {}
+        self.times: dict[str, TimeHistogram] = {}
 
-    def add_samples(self, samples: Mapping[str, Sequence[int]]) -> None:
-        """Count further values of an answer, by name."""
-        for name, values in samples.items():
-            histogram = self.samples.setdefault(name, TimeHistogram())
+    def add_times(self, times: Mapping[str, Sequence[int]]) -> None:
+        """Count further times of an answer, by name."""
+        for name, values in times.items():
+            histogram = self.times.setdefault(name, TimeHistogram())
             for value in values:
                 histogram.add(value)
 
@@ -97,8 +101,10 @@ class LoadWindow:
         self.service.update(other.service)
         self.lag.update(other.lag)
         self.failures.update(other.failures)
-        for name, histogram in other.samples.items():
-            self.samples.setdefault(name, TimeHistogram()).update(histogram)
+        self.counts.update(other.counts)
+        self.messages = {**other.messages, **self.messages}
+        for name, histogram in other.times.items():
+            self.times.setdefault(name, TimeHistogram()).update(histogram)
 
 
 def joined(windows: Sequence[LoadWindow]) -> LoadWindow:

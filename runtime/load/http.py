@@ -1,0 +1,133 @@
+"""Requests of the Open Inference Protocol over HTTP, with tensors as bytes."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from onnxsplit.errors import InputError, one_line
+from onnxsplit.tensors import Array
+from runtime.errors import PipelineError
+from runtime.gateway.protocol.inference import datatype_of
+from runtime.gateway.protocol.tensor_data import to_bytes
+from runtime.load.aio import ConnectionTarget, Post
+from runtime.load.served_model import ANSWERS_IN_S, ModelServer
+from runtime.load.target import EndDetail, Ended
+
+_MOST_ANSWER_BYTES = 64 << 20  # of a document about a model
+
+
+class HttpServer(ModelServer):
+    """Asks a server over HTTP.
+
+    Args:
+        url: ``http://HOST:PORT`` or ``https://...``, without a path at its end.
+        headers: headers of every request.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        self._url = url
+        self._headers = headers
+
+    def models(self) -> list[str]:
+        """As the repository index says, which only some servers have."""
+        listed = self._ask("/v2/repository/index", b'{"ready": true}') or []
+        return sorted({str(entry["name"]) for entry in listed if isinstance(entry, dict) and "name" in entry})
+
+    def metadata(self, model: str) -> dict[str, Any]:
+        """As ``GET /v2/models/M`` says."""
+        found = self._ask(f"/v2/models/{quote(model, safe='')}")
+        if not isinstance(found, dict):
+            raise InputError(f"{self._url} has no model {model!r}")
+        return found
+
+    def config(self, model: str) -> dict[str, Any]:
+        """As ``GET /v2/models/M/config`` says."""
+        return self._ask(f"/v2/models/{quote(model, safe='')}/config") or {}
+
+    def statistics(self, model: str) -> dict[str, Any]:
+        """As ``GET /v2/models/M/stats`` says."""
+        return self._ask(f"/v2/models/{quote(model, safe='')}/stats") or {}
+
+    def _ask(self, path: str, body: bytes | None = None) -> Any:
+        return ask(self._url, path, self._headers, body)
+
+
+def ask(url: str, path: str, headers: Mapping[str, str], body: bytes | None = None) -> Any:
+    """The JSON at a path of a server; None where the server has nothing there.
+
+    Raises:
+        PipelineError: the server does not answer, or wants to know who asks.
+    """
+    request = urllib.request.Request(url + path, body, dict(headers))  # noqa: S310  http or https
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWERS_IN_S) as answer:  # noqa: S310
+            return json.loads(answer.read(_MOST_ANSWER_BYTES))
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code in (401, 403):
+                raise PipelineError(
+                    f"{url} answers {error.code} {error.reason}; give it what it asks for, as "
+                    "--header 'Authorization: Bearer TOKEN'"
+                ) from None
+            return None
+    except (OSError, ValueError) as error:
+        reason = one_line(Exception(getattr(error, "reason", error)), 200)
+        raise PipelineError(f"{url} does not answer: {reason}. Check the address, and that the server runs") from None
+
+
+class HttpTarget(ConnectionTarget):
+    """Sends inference requests over HTTP.
+
+    Args:
+        url: as for :class:`HttpServer`.
+        model: the model's name.
+        inputs: the inputs of each request; several are sent in turn.
+        headers: headers of every request.
+    """
+
+    def __init__(self, url: str, model: str, inputs: Sequence[Mapping[str, Array]], headers: Mapping[str, str]) -> None:
+        super().__init__()
+        self._path = f"{url}/v2/models/{quote(model, safe='')}/infer"
+        self._posts = [_post(entry, headers) for entry in inputs]
+
+    def start(self, number: int, ended: Ended) -> None:
+        """Send a request on a free connection, or a new one."""
+        self.run(self._infer(self._posts[number % len(self._posts)], ended), ended)
+
+    async def _infer(self, post: Post, ended: Ended) -> None:
+        async with self.session.post(self._path, data=post.body, headers=post.headers) as answer:
+            content = await answer.read()
+            if answer.status == 200:
+                ended()
+            else:
+                ended(f"HTTP {answer.status}", EndDetail(message=_reason(content)))
+
+
+def _post(inputs: Mapping[str, Array], headers: Mapping[str, str]) -> Post:
+    """The body of a request, made once: its JSON, and the bytes of its tensors."""
+    tensors = {name: bytes(to_bytes(array)) for name, array in inputs.items()}
+    described = [
+        {
+            "name": name,
+            "shape": list(array.shape),
+            "datatype": datatype_of(array),
+            "parameters": {"binary_data_size": len(tensors[name])},
+        }
+        for name, array in inputs.items()
+    ]
+    head = json.dumps({"inputs": described, "parameters": {"binary_data_output": True}}).encode()
+    length = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+    return Post(body=b"".join([head, *tensors.values()]), headers={**headers, **length})
+
+
+def _reason(content: bytes) -> str:
+    """What a server says in an error."""
+    try:
+        return str(json.loads(content)["error"])
+    except (ValueError, LookupError, TypeError):
+        return content[:200].decode(errors="replace")

@@ -1,0 +1,180 @@
+"""Requests for texts by OpenAI's API, whose answers come as streams of tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnxsplit.errors import InputError
+from runtime.load.aio import ConnectionTarget
+from runtime.load.http import ask
+from runtime.load.request_data import read_entries
+from runtime.load.target import EndDetail, Ended
+
+FIRST_TOKEN, BETWEEN_TOKENS = "first_token", "between_tokens"
+"""The names of the times of a text: until its first token, and between its tokens in the mean of the text."""
+
+TOKENS = "tokens"
+"""The name of the count of tokens."""
+
+_WORDS = ("the", "sea", "and", "a", "ship", "that", "sails", "to", "old", "ports", "with", "salt", "wind", "light")
+
+
+def text_model(url: str, name: str | None, headers: Mapping[str, str]) -> str:
+    """The model of an endpoint to send requests to: the one that is named, or the only one.
+
+    Raises:
+        InputError: the endpoint does not have it, or has several and none is named.
+        PipelineError: the endpoint does not answer.
+    """
+    listed = ask(url, "/models", headers)
+    try:
+        found = sorted(str(entry["id"]) for entry in listed["data"])
+    except (LookupError, TypeError):
+        raise InputError(f"{url} lists no models; give the base of OpenAI's API, as http://HOST:PORT/v1") from None
+    if name is None and len(found) == 1:
+        return found[0]
+    if name not in found:
+        has = f"{url} has {', '.join(found) or 'none that completes texts'}"
+        raise InputError(f"name the model with --model; {has}" if name is None else f"no model {name!r}; {has}")
+    return name
+
+
+def prompts(data: Sequence[str], *, words: int) -> list[dict[str, Any]]:
+    """The prompts of requests that are sent in turn, as parts of a request's body.
+
+    Args:
+        data: JSON files with entries ``{"text_input": TEXT}``, or ``{"payload": [BODY]}`` with any fields of a request;
+            empty to make prompts up.
+        words: number of words of prompts that are made up. No two prompts begin alike.
+
+    Raises:
+        InputError: a file cannot be used.
+    """
+    if not data:
+        source = random.Random(0)  # noqa: S311  words, not secrets
+        return [{"prompt": f"{number} " + " ".join(source.choices(_WORDS, k=words))} for number in range(1000)]
+    found: list[dict[str, Any]] = []
+    for name in data:
+        for entry in read_entries(Path(name)):
+            text, payload = _first(entry.get("text_input")), _first(entry.get("payload"))
+            if isinstance(payload, dict):
+                found.append(payload)
+            elif isinstance(text, str):
+                found.append({"prompt": text})
+            else:
+                raise InputError(f"{name}: an entry has neither a 'text_input' nor a 'payload': {list(entry)}")
+    if not found:
+        raise InputError(f"{', '.join(data)} holds no prompt; its list 'data' is empty")
+    return found
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
+class TextTarget(ConnectionTarget):
+    """Asks for texts and reads them as they come.
+
+    Args:
+        url: the base of the API, ``http://HOST:PORT/v1``.
+        model: the model's name.
+        prompts: parts of the bodies of requests, sent in turn; a ``prompt`` becomes a message of a conversation.
+        chat: whether to ask for an answer to a conversation, or for a continuation of the prompt.
+        options: further fields of each body, such as ``max_tokens``.
+        headers: headers of every request.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        prompts: Sequence[Mapping[str, Any]],
+        *,
+        chat: bool,
+        options: Mapping[str, Any],
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self._path = f"{url}/chat/completions" if chat else f"{url}/completions"
+        self._headers = {**headers, "Content-Type": "application/json"}
+        shared = {"model": model, "stream": True, "stream_options": {"include_usage": True}, **options}
+        self._bodies = [json.dumps({**shared, **_asked(prompt, chat=chat)}).encode() for prompt in prompts]
+
+    def start(self, number: int, ended: Ended) -> None:
+        """Ask for a text."""
+        self.run(self._read(self._bodies[number % len(self._bodies)], ended), ended)
+
+    async def _read(self, body: bytes, ended: Ended) -> None:
+        begun_ns = time.perf_counter_ns()
+        async with self.session.post(self._path, data=body, headers=self._headers) as answer:
+            if answer.status != 200:
+                message = (await answer.read())[:300].decode(errors="replace")
+                ended(f"HTTP {answer.status}", EndDetail(message=message))
+                return
+            stream = _Stream(begun_ns)
+            async for line in answer.content:
+                stream.take(line)
+        stream.tell(ended)
+
+
+def _asked(prompt: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
+    asked = dict(prompt)
+    if chat and "prompt" in asked:
+        asked["messages"] = [{"role": "user", "content": asked.pop("prompt")}]
+    return asked
+
+
+class _Stream:
+    """The chunks of one answer as they come.
+
+    Args:
+        begun_ns: when the request was sent.
+    """
+
+    def __init__(self, begun_ns: int) -> None:
+        self._begun_ns = begun_ns
+        self._first_ns = self._last_ns = 0
+        self._chunks = self._tokens = 0
+        self._error = ""
+        self._complete = False
+
+    def take(self, line: bytes) -> None:
+        """Take a line of server-sent events."""
+        if not line.startswith(b"data:"):
+            return
+        data, now_ns = line[5:].strip(), time.perf_counter_ns()
+        if data == b"[DONE]":
+            self._complete = True
+            return
+        chunk = json.loads(data)
+        if "error" in chunk:
+            self._error = str(chunk["error"])
+        self._tokens = (chunk.get("usage") or {}).get("completion_tokens", self._tokens)
+        if any(_has_text(choice) for choice in chunk.get("choices") or ()):
+            self._chunks += 1
+            self._first_ns = self._first_ns or now_ns
+            self._last_ns = now_ns
+
+    def tell(self, ended: Ended) -> None:
+        """Tell the end of the answer."""
+        if self._error or not self._complete:
+            ended("stream broke off", EndDetail(message=self._error or "the stream ended without [DONE]"))
+            return
+        times: dict[str, list[int]] = {}
+        tokens = self._tokens or self._chunks
+        if self._first_ns:
+            times[FIRST_TOKEN] = [self._first_ns - self._begun_ns]
+            if tokens > 1:
+                times[BETWEEN_TOKENS] = [(self._last_ns - self._first_ns) // (tokens - 1)]
+        ended(detail=EndDetail(times=times, counts={TOKENS: tokens}))
+
+
+def _has_text(choice: Mapping[str, Any]) -> bool:
+    """Whether a part of a chunk brings text; the first of a conversation brings only the role."""
+    delta = choice.get("delta") or {}
+    return bool(choice.get("text") or delta.get("content") or delta.get("tool_calls") or delta.get("reasoning_content"))
