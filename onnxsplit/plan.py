@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from onnxsplit.plan_base import MOST_NODES, MOST_THREADS, Axis, Count, FileEntry, PlanStruct, Rate, StageIndex
+from onnxsplit.plan_borders import NarrowBorders
 from onnxsplit.plan_decoder import Decoder
 
 CALLER = -1
@@ -309,6 +310,7 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
     dropped_inputs: tuple[str, ...] = ()
     custom_ops: tuple[CustomOps, ...] = ()
     decoder: Decoder | None = None
+    borders: NarrowBorders | None = None
 
     def to_json(self) -> bytes:
         """The bytes of ``plan.json``."""

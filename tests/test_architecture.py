@@ -15,7 +15,7 @@ PACKAGES = ("onnxsplit", "runtime")
 # Each row imports from rows above it, and from itself. A name stands for a file or a folder.
 OFFLINE = [
     "errors numbers files memory machine_load effort drawing progress",
-    "tensors npz plan plan_base plan_decoder plan_check plan_files cluster cluster_files host_costs",
+    "tensors npz plan plan_base plan_borders plan_decoder plan_check plan_files cluster cluster_files host_costs",
     "binding providers string_value custom_ops session timed step_inputs",
     "model partitioner",
     "cost",
@@ -48,8 +48,9 @@ NEVER = [  # rules in addition to the rows
     ("runtime.gateway.grpc", "runtime.gateway.http"),
 ]
 SHARED = {  # the parts of onnxsplit that the runtime may use, in addition to its version
-    "errors", "numbers", "files", "memory", "machine_load", "drawing", "tensors", "npz", "plan", "plan_base", "plan_decoder",
-    "plan_files", "cluster", "cluster_files", "binding", "providers", "custom_ops", "session", "timed", "step_inputs",
+    "errors", "numbers", "files", "memory", "machine_load", "drawing", "tensors", "npz", "plan", "plan_base",
+    "plan_borders", "plan_decoder", "plan_files", "cluster", "cluster_files", "binding", "providers", "custom_ops",
+    "session", "timed", "step_inputs",
 }  # fmt: skip
 
 # Third-party libraries, and the only folders or files that import them.
@@ -83,6 +84,7 @@ PURE = [
     *(
         "onnxsplit.partitioner",
         "onnxsplit.plan",
+        "onnxsplit.plan_borders",
         "onnxsplit.plan_decoder",
         "onnxsplit.plan_check",
         "onnxsplit.cluster",

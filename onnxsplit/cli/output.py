@@ -53,10 +53,13 @@ def threads_option(command: Command) -> Command:
     return option("--threads", type=THREADS, metavar="N", help="Number of threads of every session.")(command)
 
 
-def inputs_option(command: Command, section: str = "") -> Command:
+def inputs_option(command: Command, section: str = "", *, several: bool = False) -> Command:
     """``--inputs``."""
-    text = "File with example inputs by name."
-    return path_option("--inputs", metavar="FILE.npz", section=section, help=text)(command)
+    text = "File with example inputs by name." + " Repeatable: answers are compared on all." * several
+    return path_option("--inputs", multiple=several, metavar="FILE.npz", section=section, help=text)(command)
+
+
+examples_option = functools.partial(inputs_option, several=True)
 
 
 def dims_option(command: Command, section: str = "") -> Command:
@@ -83,7 +86,7 @@ def io_options(command: Command, section: str = "") -> Command:
 def examine_options(command: Command) -> Command:
     """Options of commands that examine a model: costs, sizes, example inputs, inputs and outputs, custom ops."""
     section = "The model and its costs"
-    for add in (decoder_options, custom_ops_option, io_options, inputs_option, dims_option, costs_option):
+    for add in (decoder_options, custom_ops_option, io_options, examples_option, dims_option, costs_option):
         command = add(command, section)
     return command
 

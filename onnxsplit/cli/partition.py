@@ -136,6 +136,20 @@ def _strongest_names(options: Mapping[str, Any], names: Mapping[str, str]) -> di
     help="Cut at this tensor, in addition to the cuts that the search chooses. Repeatable.",
 )
 @_cut_option("--no-cut", multiple=True, metavar="TENSOR", help="Never cut at this tensor. Repeatable.")
+@_cut_option(
+    "--border",
+    type=click.Choice(["float32", "float16", "int8", "auto"]),
+    default="float32",
+    help="How float32 tensors cross between stages. float32: as they are; float16, int8: in fewer bits; auto: each in "
+    "the form that is fastest on its link and keeps the outputs within --tolerance.",
+)
+@_cut_option(
+    "--tolerance",
+    type=float,
+    default=1e-3,
+    metavar="SHARE",
+    help="Largest error of an output, relative to its scale, that narrow borders may cause.",
+)
 @option("--cut", multiple=True, hidden=True)  # former name of --also-cut
 @option("--keep", multiple=True, hidden=True)  # former name of --no-cut
 @_cut_option(
@@ -316,6 +330,10 @@ def _show(output: Output, plan: Plan) -> None:
         )
     if plan.verdict is not None:
         output.line(plan.verdict.text)
+    if plan.borders is not None:
+        from onnxsplit.views.borders import borders_text
+
+        output.line(borders_text(plan.borders))
     if plan.batch is not None:
         output.line(_rows_text(plan, plan.batch))
     if plan.dropped_outputs:

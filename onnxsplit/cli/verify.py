@@ -12,7 +12,7 @@ from onnxsplit.cli.output import (
     Output,
     custom_ops_option,
     custom_ops_words,
-    inputs_option,
+    examples_option,
     make_command,
     threads_option,
 )
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @make_command
 @PLAN
 @MODEL
-@inputs_option
+@examples_option
 @custom_ops_option
 @threads_option
 def command(
@@ -35,7 +35,7 @@ def command(
     *,
     plan: Path,
     model: Path,
-    inputs: Path | None,
+    inputs: tuple[Path, ...],
     custom_ops: tuple[str, ...],
     threads: int | None,
 ) -> None:
@@ -53,10 +53,13 @@ def command(
     output.done()
     allowed = max(c.tolerance for c in comparisons)
     narrowest = comparisons[0].narrowest
+    budget = comparisons[0].budget
     output.line(
         f"\nDifferences are relative to the output's scale. {_reason(narrowest, allowed)} With optimisation on, twice "
         "the difference that it makes to the whole model is allowed, too."
     )
+    if budget:
+        output.line(_narrow(plan, comparisons))
     if any(not c.repeatable for c in comparisons):
         output.line("Outputs marked random differ between two runs of the whole model, so they cannot be compared.")
     if decoding is not None:
@@ -69,6 +72,7 @@ def command(
         {
             "good": good,
             "tolerance": allowed,
+            "border_budget": budget or None,
             "narrowest_type": narrowest,
             "outputs": [{name: getattr(c, name) for name in fields} for c in comparisons],
             "decoding": decoding,
@@ -116,7 +120,18 @@ def _next_command(plan: Path) -> str:
 
 def _allowed(comparisons: Sequence[Comparison]) -> float:
     """The difference of scores that is allowed between a pipeline that keeps states and the whole model."""
-    return max(max(c.tolerance, 2 * c.moved) for c in comparisons)
+    return max(max(c.tolerance, c.budget, 2 * c.moved) for c in comparisons)
+
+
+def _narrow(plan: Path, comparisons: Sequence[Comparison]) -> str:
+    """Text about the budget of narrow borders."""
+    from onnxsplit.plan_files import load_plan
+    from onnxsplit.views.borders import error_text
+
+    borders = load_plan(plan, check_files=False).borders
+    assert borders is not None
+    found = max(max(c.difference, c.optimized) for c in comparisons)
+    return f"Narrow borders may cause differences of {error_text(borders.tolerance)}; found: {error_text(found)}."
 
 
 def _decoded(decoding: DecodeComparison) -> str:

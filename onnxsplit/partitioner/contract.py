@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from networkx.utils import UnionFind
 
+from onnxsplit.cluster import Link
 from onnxsplit.partitioner.objective import Partition, Problem, Transfer, Weight
 from onnxsplit.partitioner.orders import successors
 from onnxsplit.plan import CALLER
@@ -53,7 +54,7 @@ def contract(problem: Problem) -> Contracted:
 
 def _contracted(problem: Problem) -> Contracted:
     """Merge atoms in one pass forwards and one pass backwards."""
-    link = problem.cheapest_link
+    links = _compared_links(problem)
     takes: list[list[Transfer]] = [[] for _ in range(problem.atoms)]
     gives: list[list[Transfer]] = [[] for _ in range(problem.atoms)]
     for transfer in problem.transfers:
@@ -64,10 +65,9 @@ def _contracted(problem: Problem) -> Contracted:
     free = _free_atoms(problem)
     groups = UnionFind(range(problem.atoms))
 
-    def cost(transfers: Sequence[Transfer]) -> int:
-        return sum(
-            (problem.cheapest_caller_link if f.writer == CALLER else link).transfer_ns(f.size_bytes) for f in transfers
-        )
+    def cheaper(some: Sequence[Transfer], others: Sequence[Transfer]) -> bool:
+        """Whether some tensors cost at most as much as others."""
+        return all(_cost(problem, some, link) <= _cost(problem, others, link) for link in links)
 
     moved = set()
     for atom in range(problem.atoms):
@@ -75,8 +75,8 @@ def _contracted(problem: Problem) -> Contracted:
         if atom in free and len(writers) == 1 and CALLER not in writers:
             alone = all(transfer.readers == (atom,) and not transfer.to_caller for transfer in takes[atom])
             alone = alone and (problem.send_once or all(len(transfer.readers) == 1 for transfer in gives[atom]))
-            cheaper = not any(f.to_caller for f in gives[atom]) and cost(gives[atom]) <= cost(takes[atom])
-            if not gives[atom] or (alone and cheaper):
+            stays = not any(f.to_caller for f in gives[atom])
+            if not gives[atom] or (alone and stays and cheaper(gives[atom], takes[atom])):
                 groups.union(writers.pop(), atom)
                 moved.add(atom)
     following = successors(problem)
@@ -86,14 +86,22 @@ def _contracted(problem: Problem) -> Contracted:
             continue
         if not problem.send_once and any(f.writer != CALLER and len(f.readers) > 1 for f in takes[atom]):
             continue
-        if (
-            cost(takes[atom]) <= cost(gives[atom])
-            if len(readers) == 1
-            else not takes[atom] and _first(following, readers)
-        ):
+        if cheaper(takes[atom], gives[atom]) if len(readers) == 1 else not takes[atom] and _first(following, readers):
             groups.union(readers[0], atom)
             moved |= {atom, readers[0]}
     return _merged(problem, groups)
+
+
+def _compared_links(problem: Problem) -> set[Link]:
+    """The links over which costs of transfers are compared: the cheapest one if all tensors cross in one form."""
+    if not any(transfer.ways for transfer in problem.transfers):
+        return {problem.cheapest_link}
+    return {problem.cheapest_link, problem.link, *problem.links.values()}
+
+
+def _cost(problem: Problem, transfers: Sequence[Transfer], link: Link) -> int:
+    """Nanoseconds that each end of a link between stages pays for some tensors."""
+    return sum(f.arrival_ns(problem.cheapest_caller_link if f.writer == CALLER else link) for f in transfers)
 
 
 def _first(following: Sequence[Sequence[int]], readers: Sequence[int]) -> bool:

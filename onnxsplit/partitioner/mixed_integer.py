@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from onnxsplit.partitioner.objective import Partition, Problem
+from onnxsplit.partitioner.objective import Partition, Problem, Transfer
 from onnxsplit.plan import CALLER
 
 Term = tuple[int, float]
@@ -138,7 +138,7 @@ class _Model:
         ]
         self._received: list[tuple[int, range]] = []  # bytes, and a column for each stage
         for transfer in problem.transfers:
-            cost = problem.link.transfer_ns(transfer.size_bytes) / 1000
+            cost = transfer.arrival_ns(problem.link) / 1000
             if not problem.kinds[0].pays:
                 continue
             received = self._columns(stages, upper=1)
@@ -149,14 +149,15 @@ class _Model:
                     writer_here = [] if transfer.writer == CALLER else [(self._x(transfer.writer, k), -1.0)]
                     self._at_most([(self._x(reader, k), 1.0), *writer_here, (received[k], -1.0)], 0.0)
             if transfer.writer != CALLER:
-                self._sent(transfer.writer, received, cost, transfer.to_caller, loads)
+                self._sent(transfer, received, loads)
         return loads
 
-    def _sent(self, writer: int, received: range, cost: float, to_caller: bool, loads: list[list[Term]]) -> None:
-        problem, stages = self._problem, self._stages
-        if to_caller:
+    def _sent(self, transfer: Transfer, received: range, loads: list[list[Term]]) -> None:
+        problem, stages, writer = self._problem, self._stages, transfer.writer
+        cost = transfer.arrival_ns(problem.link) / 1000
+        if transfer.to_caller:
             for k in range(stages):
-                loads[k].append((self._x(writer, k), cost))
+                loads[k].append((self._x(writer, k), transfer.answer_ns(problem.link) / 1000))
             if problem.send_once:
                 return
         for k in range(stages - 1):
@@ -193,7 +194,8 @@ class _Model:
     def _latency(self, loads: list[list[Term]]) -> None:
         problem, stages = self._problem, self._stages
         most = sum(problem.kinds[0].time_ns) / 1000 + sum(
-            2 * stages * problem.link.transfer_ns(transfer.size_bytes) / 1000 for transfer in problem.transfers
+            2 * stages * max(transfer.arrival_ns(problem.link), transfer.answer_ns(problem.link)) / 1000
+            for transfer in problem.transfers
         )
         done = self._columns(stages)
         for k in range(stages):

@@ -15,20 +15,41 @@ NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
+class Way:
+    """A form in which a tensor may cross between stages: its bytes, and nanoseconds of conversion at each end."""
+
+    size_bytes: int
+    convert_ns: int = 0
+
+
+@dataclass(frozen=True)
 class Transfer:
     """A tensor that stages may have to send to each other.
 
     Attributes:
         writer: the atom that writes the tensor, or :data:`CALLER`.
         readers: the atoms that read the tensor, ascending, without the writer.
-        size_bytes: the size of the tensor, on a link and in the memory of a stage that writes or reads it.
+        size_bytes: the size of the tensor in the memory of a stage that writes or reads it, and on a link to or from
+            the caller; also on a link between stages, unless there are ``ways``.
         to_caller: True when the tensor also goes to the caller, whichever stage its writer is in.
+        ways: the forms in which it may cross between stages; the fastest one on the link counts.
     """
 
     writer: int
     readers: tuple[int, ...]
     size_bytes: int
     to_caller: bool = False
+    ways: tuple[Way, ...] = ()
+
+    def arrival_ns(self, link: Link) -> int:
+        """Nanoseconds for which the tensor occupies each end when it goes to another stage over a link."""
+        if not self.ways or self.writer == CALLER:
+            return link.transfer_ns(self.size_bytes)
+        return min(link.transfer_ns(way.size_bytes) + way.convert_ns for way in self.ways)
+
+    def answer_ns(self, link: Link) -> int:
+        """Nanoseconds for which the tensor occupies its stage when it goes to the caller over a link."""
+        return link.transfer_ns(self.size_bytes)
 
 
 @dataclass(frozen=True)
@@ -223,32 +244,33 @@ def score(problem: Problem, partition: Partition) -> Score:
     for atom, stage in enumerate(stage_of):
         compute[stage] += slowest[stage][atom]
 
-    def charge(stage: int, link: Link, size_bytes: int) -> None:
+    def charge(stage: int, link: Link, time_ns: int) -> None:
         if kinds[stage].pays:
-            (overlapped if link.overlapped else blocking)[stage] += link.transfer_ns(size_bytes)
+            (overlapped if link.overlapped else blocking)[stage] += time_ns
 
     sources: list[dict[int, int]] = [{} for _ in range(stages)]  # for each stage: the delay from each sender
     entering, leaving = [0] * stages, [0] * stages  # delays from and to the caller
     callers = [problem.caller_link(devices) for devices in partition.devices]
     for transfer in problem.transfers:
         sender = None if transfer.writer == CALLER else stage_of[transfer.writer]
-        links = []
+        sent: list[tuple[Link, int]] = []
         for stage in sorted({stage_of[reader] for reader in transfer.readers} - {sender}):
             if sender is None:
-                charge(stage, callers[stage], transfer.size_bytes)
+                charge(stage, callers[stage], transfer.arrival_ns(callers[stage]))
                 entering[stage] = callers[stage].delay_ns
             else:
-                links.append(problem.link_between(partition.devices[sender], partition.devices[stage]))
-                charge(stage, links[-1], transfer.size_bytes)
-                sources[stage][sender] = links[-1].delay_ns
+                link = problem.link_between(partition.devices[sender], partition.devices[stage])
+                sent.append((link, transfer.arrival_ns(link)))
+                charge(stage, *sent[-1])
+                sources[stage][sender] = link.delay_ns
         if sender is not None:
             if transfer.to_caller:
-                links.append(callers[sender])
+                sent.append((callers[sender], transfer.answer_ns(callers[sender])))
                 leaving[sender] = callers[sender].delay_ns
             if problem.send_once:
-                links = [max(links, key=lambda link: link.transfer_ns(transfer.size_bytes))] if links else []
-            for link in links:
-                charge(sender, link, transfer.size_bytes)
+                sent = [max(sent, key=lambda one: one[1])] if sent else []
+            for link, time_ns in sent:
+                charge(sender, link, time_ns)
 
     node_ns = problem.overhead.node_ns if problem.overhead is not None else 0
     total = [max(c + b, o) + node_ns for c, b, o in zip(compute, blocking, overlapped, strict=True)]

@@ -63,12 +63,12 @@ class Relaxed:
             for reader in readers:
                 self.predecessors[reader].append(atom)
         self.crossings = tuple(
-            Crossing(transfer.writer, transfer.readers, link.transfer_ns(transfer.size_bytes))
+            Crossing(transfer.writer, transfer.readers, transfer.arrival_ns(link))
             for transfer in problem.transfers
             if transfer.writer != CALLER and transfer.readers
         )
         self.given = tuple(
-            Crossing(CALLER, transfer.readers, caller_link.transfer_ns(transfer.size_bytes))
+            Crossing(CALLER, transfer.readers, transfer.arrival_ns(caller_link))
             for transfer in problem.transfers
             if transfer.writer == CALLER
         )
@@ -77,7 +77,7 @@ class Relaxed:
         self.always = np.zeros(problem.atoms, dtype=np.int64)
         for transfer in for_caller:
             if not self.overlapped and not (problem.send_once and transfer.readers):
-                self.always[transfer.writer] += caller_link.transfer_ns(transfer.size_bytes)
+                self.always[transfer.writer] += transfer.answer_ns(caller_link)
         self.times = np.array([kind.time_ns for kind in problem.kinds], dtype=np.int64)
         usual = max(range(len(problem.kinds)), key=problem.devices.count)
         allowed = np.where(self.times >= NEVER, _HUGE, self.times)

@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxsplit.cluster import Link
 from onnxsplit.partitioner.lineup import Lineup, StageStep
-from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem
+from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem, Transfer
 from onnxsplit.partitioner.orders import linear_orders
 from onnxsplit.partitioner.relaxed import Vector
 from onnxsplit.plan import CALLER
@@ -45,19 +45,19 @@ class _Slices:
         self._held = np.zeros(count + 1, dtype=np.int64)
         self._live_peak = np.zeros(count + 1, dtype=np.int64)
         self._live = np.zeros(count, dtype=np.int64)
-        self._reads: list[list[tuple[int, int]]] = [[] for _ in range(count)]  # (bytes, next reader or end)
-        self._writes: list[list[tuple[int, int, int, bool]]] = [[] for _ in range(count)]
+        self._reads: list[list[tuple[Transfer, int]]] = [[] for _ in range(count)]  # with the next reader or end
+        self._writes: list[list[tuple[Transfer, int, int]]] = [[] for _ in range(count)]
         self._constants: list[list[tuple[int, int]]] = [[] for _ in range(count)]
         self._end = [count] * (count + 1)  # the furthest end of a stage from here, because of atoms that must be apart
         for transfer in problem.transfers:
             writer = int(place[transfer.writer])
             readers = sorted(int(place[reader]) for reader in transfer.readers)
             for reader, following in zip(readers, [*readers[1:], count], strict=False):
-                self._reads[reader].append((transfer.size_bytes, following))
+                self._reads[reader].append((transfer, following))
             last = count - 1 if transfer.to_caller else readers[-1] if readers else writer
             if writer >= 0:
                 ends = (readers[0], readers[-1]) if readers else (count, writer)
-                self._writes[writer].append((transfer.size_bytes, *ends, transfer.to_caller))
+                self._writes[writer].append((transfer, *ends))
             self._live[max(writer, 0) : last + 1] += transfer.size_bytes
         for atom, size_bytes in enumerate(problem.inner_bytes):
             self._live[place[atom]] += size_bytes
@@ -78,15 +78,15 @@ class _Slices:
         once = self._problem.send_once
         for link, arriving in self.arriving.items():
             leaving = self.leaving[link]
-            for size_bytes, following in self._reads[begin]:
-                arriving[begin + 1 : following + 1] += link.transfer_ns(size_bytes)
-            for size_bytes, first, last, to_caller in self._writes[begin]:
-                time_ns = link.transfer_ns(size_bytes)
+            for transfer, following in self._reads[begin]:
+                arriving[begin + 1 : following + 1] += transfer.arrival_ns(link)
+            for transfer, first, last in self._writes[begin]:
+                time_ns = transfer.arrival_ns(link)
                 arriving[first + 1 :] -= time_ns
-                if not (to_caller and once):
+                if not (transfer.to_caller and once):
                     leaving[begin + 1 : last + 1] += time_ns
-                if to_caller:
-                    self.answering[link][begin + 1 :] += time_ns
+                if transfer.to_caller:
+                    self.answering[link][begin + 1 :] += transfer.answer_ns(link)
         if self.memory is not None:
             for size_bytes, following in self._constants[begin]:
                 self._held[begin + 1 : following + 1] += size_bytes

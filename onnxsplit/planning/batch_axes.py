@@ -57,6 +57,9 @@ def with_batch_axes(plan: Plan, folder: Path, subject: Subject, budget: TimeBudg
         tried, why_not = _by_trials(plan, folder, subject, axes, until)
     if why_not:
         return msgspec.structs.replace(plan, batch=BatchClaim(why_not=why_not))
+    for border in plan.borders.tensors if plan.borders is not None else ():
+        if border.tensor in axes:
+            axes = {**axes, border.wire[0]: axes[border.tensor]}
     tensors = {name: msgspec.structs.replace(spec, batch_axis=axes.get(name)) for name, spec in plan.tensors.items()}
     return msgspec.structs.replace(plan, tensors=tensors, batch=BatchClaim(trials=tried))
 
@@ -81,6 +84,8 @@ def _by_trials(plan: Plan, folder: Path, subject: Subject, axes: Axes, until: fl
     of_inputs = {name: axis for name, axis in axes.items() if name in graph.inputs}
     limits = {name: size for name in of_inputs if (size := table_size(graph, name)) is not None}
     allowed = tolerance(computed_types(graph, subject.shapes))
+    if plan.borders is not None and plan.borders.tensors:  # a last bit may decide over a step of a narrow border
+        allowed = max(allowed, plan.borders.tolerance)
     count, failure = 0, "the rows of its inputs cannot be made to differ"
     stages = _stage_files(plan, folder, subject.custom_ops)
     with StageProcesses(keep=True) as run_stage:

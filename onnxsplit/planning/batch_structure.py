@@ -16,7 +16,7 @@ from onnxsplit.errors import InputError, OnnxsplitError, one_line
 from onnxsplit.model.dimensions import bind, sized_dimensions
 from onnxsplit.model.shapes import infer_shapes, input_specs
 from onnxsplit.planning.subject import Subject
-from onnxsplit.stages.batch.claim import Structure, candidates
+from onnxsplit.stages.batch.claim import Claim, Structure, candidates
 from onnxsplit.stages.batch.trials import Axes
 from onnxsplit.tensors import Array
 
@@ -35,19 +35,29 @@ def axes_by_structure(subject: Subject, defaults: Container[str]) -> tuple[Axes,
     Returns:
         The axes by tensor and an empty text; or no axes and why the most likely choice of input axes fails.
     """
+    choice, claim = _first_claim(subject, defaults)
+    return ({}, claim.why_not) if claim.why_not else _at_other_sizes(subject, choice, claim.axes)
+
+
+def likely_axes(subject: Subject, defaults: Container[str]) -> Axes:
+    """The batch axes that the structure proves at the sizes of the example alone; empty if it proves none."""
+    return _first_claim(subject, defaults)[1].axes
+
+
+def _first_claim(subject: Subject, defaults: Container[str]) -> tuple[Axes, Claim]:
+    """The first choice of input axes for which the structure proves all outputs; else one that says why not."""
     graph = subject.graph
     specs = {name: spec for name, spec in input_specs(graph).items() if name not in defaults}
     choices = [axes for axes in candidates(specs) if all(_has_rows(subject, name, axis) for name, axis in axes.items())]
     if not choices:
-        return {}, "no input has a free dimension"
+        return {}, Claim({}, "no input has a free dimension")
     structure = Structure(graph, {name: a.shape for name, a in subject.inputs.items()}, subject.shapes.sizes)
-    reasons = []
+    claims = []
     for choice in choices:
-        claim = structure.claim(choice)
-        if not claim.why_not:
-            return _at_other_sizes(subject, choice, claim.axes)
-        reasons.append(claim.why_not)
-    return {}, reasons[0]
+        claims.append(structure.claim(choice))
+        if not claims[-1].why_not:
+            return choice, claims[-1]
+    return choices[0], claims[0]
 
 
 def _has_rows(subject: Subject, name: str, axis: int) -> bool:

@@ -37,6 +37,9 @@ from onnxsplit.progress import Say, silent
 from onnxsplit.session import threads_per_node
 from onnxsplit.tensors import Array
 
+Example = str | Path | Mapping[str, Array]
+"""Example inputs by name, or an ``.npz`` with them."""
+
 DECODER_OPTIONS = ("decoder", "decode_rows", "context", "cache_tokens")
 """The attributes of :class:`ModelOptions` that concern decoders."""
 
@@ -48,7 +51,8 @@ class ModelOptions:
     Attributes:
         costs: ``measured`` or ``analytic``; None measures, and estimates with a note when the model does not run here.
         dims: sizes of free dimensions that costs are taken at; the plan runs at any sizes.
-        inputs: example inputs by name, or an ``.npz`` with them; None makes them up.
+        inputs: example inputs by name, or an ``.npz`` with them; None makes them up. Of several in a sequence, costs
+            are measured with the first, and answers are compared on all.
         outputs: outputs to keep; the others are left out, with the ops and inputs that only they need. None keeps all.
         drop_outputs: outputs to leave out.
         keep_inputs: inputs that are also initializers and stay inputs, with the initializer as default.
@@ -64,7 +68,7 @@ class ModelOptions:
 
     costs: str | None = None
     dims: Mapping[str, int] | None = None
-    inputs: str | Path | Mapping[str, Array] | None = None
+    inputs: Example | Sequence[Example] | None = None
     outputs: Sequence[str] | None = None
     drop_outputs: Sequence[str] = ()
     keep_inputs: Sequence[str] = ()
@@ -107,6 +111,7 @@ class _Reading:
     dims: Mapping[str, int]
     inputs: Mapping[str, Array] | None
     custom_ops: tuple[Library, ...]
+    more_inputs: tuple[Mapping[str, Array], ...] = ()
 
     @property
     def step(self) -> StepSize | None:
@@ -181,11 +186,17 @@ def _read(model: ModelLike | SourceModel, options: ModelOptions, threads: int, s
     kept = defaults(graph.source)
     sized = sized_dimensions(specs)
     dims = {dim: size for dim, size in sizes_in(specs, kept).items() if dim in sized} | dict(options.dims or {})
-    given = load_npz(Path(options.inputs)) if isinstance(options.inputs, str | Path) else options.inputs
-    if given is not None:
-        given = _given(graph, given, kept)
-        dims |= accept(graph, specs, given)
-    return _Reading(options, prepared.decoder, graph, specs, kept, dims, given, libraries)
+    examples = [_given(graph, one, kept) for one in _examples(options.inputs)]
+    sizes = [accept(graph, specs, one) for one in examples]
+    dims |= sizes[0] if sizes else {}
+    first = examples[0] if examples else None
+    return _Reading(options, prepared.decoder, graph, specs, kept, dims, first, libraries, tuple(examples[1:]))
+
+
+def _examples(inputs: Example | Sequence[Example] | None) -> list[Mapping[str, Array]]:
+    """The example inputs that the user gave."""
+    several = [inputs] if isinstance(inputs, str | Path | Mapping) else inputs or ()
+    return [load_npz(Path(one)) if isinstance(one, str | Path) else one for one in several]
 
 
 def _measured(reading: _Reading, threads: int, provider: str, budget: TimeBudget, say: Say) -> Subject:
@@ -290,7 +301,7 @@ def _subject(
             )
     known = Subject(
         graph, costs, build_atoms(graph, costs.shapes), inputs, dims, note, reading.custom_ops,
-        no_decoder=decoder.reason if isinstance(decoder, NoDecoder) else "",
+        no_decoder=decoder.reason if isinstance(decoder, NoDecoder) else "", more_inputs=reading.more_inputs,
     )  # fmt: skip
     if isinstance(decoder, NoDecoder):
         return known

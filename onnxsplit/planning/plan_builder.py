@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from onnxsplit.plan import (
 from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_check import plan_problems
 from onnxsplit.plan_decoder import Decoder
+from onnxsplit.planning.border_forms import Narrowed
 from onnxsplit.planning.decoder_block import copied_text, decoder_block
 from onnxsplit.planning.model_partitioner import ModelPartitioner
 from onnxsplit.planning.prediction import prediction
@@ -38,6 +38,7 @@ from onnxsplit.planning.target import Target
 from onnxsplit.planning.verdict import verdict
 from onnxsplit.planning.whole_sessions import SessionTimes
 from onnxsplit.providers import runtime_version
+from onnxsplit.stages.borders import wire_bytes
 from onnxsplit.stages.extract import write_constant
 from onnxsplit.stages.model_file import file_entry
 from onnxsplit.stages.parts import StageParts, peak_memory_bytes, weight_bytes, whole_parts
@@ -62,6 +63,7 @@ class CandidateCut:
         interval: the half-width of the interval of these times, as a share of each.
         disturbed: the share of the host's cores that other processes used meanwhile.
         moved: how far optimisation moves the answers of the stages, relative to the answers' scale.
+        borders: the tensors that cross in a narrower form; None if no such form was asked for.
     """
 
     result: SearchResult
@@ -75,6 +77,18 @@ class CandidateCut:
     interval: float = 0.0
     disturbed: float = 0.0
     moved: float = 0.0
+    borders: Narrowed | None = None
+
+    def inputs(self, stage: int) -> tuple[str, ...]:
+        """The tensors that a stage reads; in place of a narrowed tensor, those that cross for it."""
+        wire = self.borders.wire if self.borders is not None else {}
+        return tuple(name for read in self.parts[stage].inputs for name in wire.get(read, (read,)))
+
+    def outputs(self, stage: int) -> tuple[str, ...]:
+        """The tensors that a stage writes: a narrowed tensor also in full, for callers that request it."""
+        written = self.parts[stage].outputs
+        wire = self.borders.wire if self.borders is not None else {}
+        return (*written, *(name for whole in written for name in wire.get(whole, ())))
 
     def device(self, target: Target, stage: int) -> Device:
         """The device of a stage, or of its first replica."""
@@ -129,7 +143,10 @@ class PlanBuilder:
         options = self._partitioner.options
         if self._folder is not None:
             save_npz(self._folder / EXAMPLE_FILE, subject.small_inputs)
-        on_border = {name for part in cut.parts for name in (*part.inputs, *part.outputs)}
+        on_border = {name for index in range(count) for name in (*cut.inputs(index), *cut.outputs(index))}
+        specs = dict(shapes.specs)
+        for narrow in cut.borders.tensors if cut.borders is not None else ():
+            specs |= narrow.wire_specs
         source = graph.source.proto
         plan = Plan(
             format_version=FORMAT_VERSION,
@@ -145,8 +162,8 @@ class PlanBuilder:
             objective=options.objective,
             dims=dict(subject.dims),
             stages=tuple(self._stage(cut, index) for index in range(count)),
-            tensors={n: shapes.specs[n] for n in sorted(on_border | {*graph.inputs, *graph.outputs})},
-            cuts=_cuts(cut.parts, subject),
+            tensors={n: specs[n] for n in sorted(on_border | {*graph.inputs, *graph.outputs})},
+            cuts=_cuts(cut, subject),
             inputs=graph.inputs,
             outputs=graph.outputs,
             passthrough=self._passthrough(),
@@ -160,6 +177,7 @@ class PlanBuilder:
             dropped_inputs=graph.source.io_changes.dropped_inputs if graph.source.io_changes is not None else (),
             custom_ops=tuple(CustomOps(name=one.name, sha256=one.sha256) for one in subject.custom_ops),
             decoder=self._decoder(cut.parts),
+            borders=cut.borders.block(subject.borders) if cut.borders and subject.borders else None,
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
         plan = msgspec.structs.replace(plan, outputs_need=needs)
@@ -203,8 +221,8 @@ class PlanBuilder:
             index=index,
             file=stage_file(index),
             files=cut.files[index] if cut.files else (),
-            inputs=part.inputs,
-            outputs=part.outputs,
+            inputs=cut.inputs(index),
+            outputs=cut.outputs(index),
             weight_bytes=weight_bytes(subject.graph, part),
             peak_memory_bytes=self._peak_memory_bytes(part, packed=device.provider == "cpu"),
             provider=device.provider,
@@ -261,12 +279,16 @@ class PlanBuilder:
         return entries
 
 
-def _cuts(parts: Sequence[StageParts], subject: Subject) -> tuple[Cut, ...]:
-    cuts = []
-    for index, part in enumerate(parts):
-        for name in part.outputs:
-            to = tuple(other for other, reader in enumerate(parts) if name in reader.inputs)
-            if to:
-                size = subject.shapes.bytes(name)
-                cuts.append(Cut(tensor=name, from_stage=index, to_stages=to, bytes=size))
-    return tuple(cuts)
+def _cuts(cut: CandidateCut, subject: Subject) -> tuple[Cut, ...]:
+    sizes = {name: subject.shapes.bytes(name) for part in cut.parts for name in part.outputs}
+    for narrow in cut.borders.tensors if cut.borders is not None else ():
+        sizes |= dict(
+            zip(narrow.wire, wire_bytes(narrow.form, subject.shapes.sizes[narrow.tensor], narrow.rows), strict=True)
+        )
+    read = [frozenset(cut.inputs(index)) for index in range(len(cut.parts))]
+    return tuple(
+        Cut(tensor=name, from_stage=index, to_stages=to, bytes=sizes[name])
+        for index in range(len(cut.parts))
+        for name in cut.outputs(index)
+        if (to := tuple(other for other, names in enumerate(read) if name in names))
+    )

@@ -23,7 +23,7 @@ from onnxsplit.model.source import SourceModel
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import checked_json
 from onnxsplit.planning.batch_axes import with_batch_axes
-from onnxsplit.planning.examine import DECODER_OPTIONS, examine
+from onnxsplit.planning.examine import DECODER_OPTIONS, Example, examine
 from onnxsplit.planning.model_partitioner import model_partitioner
 from onnxsplit.planning.options import CutOptions, by_current_name
 from onnxsplit.planning.result import PlanningResult
@@ -32,7 +32,6 @@ from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say, silent
 from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
 from onnxsplit.session import threads_per_node
-from onnxsplit.tensors import Array
 
 
 def partition(
@@ -41,7 +40,7 @@ def partition(
     out: str | Path | None = None,
     costs: str | None = None,
     dims: Mapping[str, int] | None = None,
-    inputs: str | Path | Mapping[str, Array] | None = None,
+    inputs: Example | Sequence[Example] | None = None,
     outputs: Sequence[str] | None = None,
     drop_outputs: Sequence[str] = (),
     keep_inputs: Sequence[str] = (),
@@ -57,7 +56,7 @@ def partition(
             graph's for a model in memory. An existing plan is replaced as a whole.
         costs: as in :class:`~onnxsplit.planning.examine.ModelOptions`, like the next six arguments.
         dims: sizes of free dimensions that costs are taken at.
-        inputs: example inputs by name, or an ``.npz`` with them.
+        inputs: example inputs by name, or an ``.npz`` with them; or several of these.
         outputs: outputs to keep.
         drop_outputs: outputs to leave out.
         keep_inputs: inputs that are also initializers and stay inputs.

@@ -20,6 +20,7 @@ from onnxsplit.plan import (
     CorrectionRound,
     Level,
 )
+from onnxsplit.planning.borders import as_chosen, narrowed, rounding_of_borders, without_conversions
 from onnxsplit.planning.model_partitioner import ModelPartitioner
 from onnxsplit.planning.plan_builder import CandidateCut, PlanBuilder, stage_file
 from onnxsplit.planning.result import PlanningResult
@@ -67,11 +68,15 @@ class Rounds:
 
     def __init__(self, partitioner: ModelPartitioner, folder: Path | None, say: Say) -> None:
         self._partitioner = partitioner
-        self._subject: Subject = partitioner.subject
         self._target = partitioner.target
         self._folder = folder
         self._say = say
         self._plain: Mapping[str, Array] = {}
+
+    @property
+    def _subject(self) -> Subject:
+        """The model, with what is known of narrow borders by now."""
+        return self._partitioner.subject
 
     def make(self, budget: TimeBudget) -> PlanningResult:
         """Cut, run and correct until the time is used up, and build the plan of the best cut.
@@ -146,7 +151,7 @@ class Rounds:
                 f"writing stage {index} of {len(parts)}", weight_bytes(subject.graph, part), self._say
             )
             files.append(write_stage(subject.graph, subject.shapes, part, folder, stage_file(index), wrote=progress))
-        return CandidateCut(
+        cut = CandidateCut(
             result=result,
             parts=parts,
             files=tuple(files),
@@ -155,6 +160,8 @@ class Rounds:
             score=result.score,
             levels=(subject.costs.level,) * len(parts),
         )
+        cut, self._partitioner = narrowed(cut, self._partitioner, self._plain_stages(cut), self._say)
+        return cut
 
     def _measure(self, cut: CandidateCut, whole: WholeSessions, budget: TimeBudget) -> CandidateCut:
         """Run all stages at once on real inputs, and correct the costs by the measured times.
@@ -175,8 +182,8 @@ class Rounds:
             moved = self._moved(cut, workers, stack)
         measured = tuple(time_ns for group in range(len(groups)) for time_ns in taken.typical_ns(group))
         alone = score(self._subject.problem(cut.op_ns), replace(cut.result.partition, devices=((0,),) * len(measured)))
-        op_ns = _corrected(cut, alone.compute_ns, measured)
-        final = score(self._subject.problem(op_ns, self._target), cut.result.partition)
+        op_ns = _corrected(cut, alone.compute_ns, without_conversions(cut, self._subject, measured))
+        final = score(as_chosen(cut, self._subject).problem(op_ns, self._target), cut.result.partition)
         return replace(
             cut,
             measured_ns=measured,
@@ -249,7 +256,7 @@ class Rounds:
         """
         subject, levels = self._subject, list(cut.levels)
         rounding = tolerance(computed_types(subject.graph, subject.shapes))
-        allowed = max(rounding, _SLACK * subject.costs.moved)
+        allowed = max(rounding, _SLACK * subject.costs.moved, rounding_of_borders(cut, subject))
         if allowed >= MOST_MOVED or cut.moved <= allowed:
             return cut
         self._say("comparing the answers of the optimised stages")
@@ -275,7 +282,7 @@ class Rounds:
         The stages run without optimisation on the CPU for that, and the answers of the model are kept.
         """
         stages = self._stage_files(cut)
-        plain = [replace(stage, level=LOWEST_LEVEL, provider="cpu") for stage in stages]
+        plain = self._plain_stages(cut)
         borders = {name for stage in stages for name in stage.inputs}
         with StageProcesses(keep=False) as run_stage:
             values = run_chain(plain, self._subject.inputs, borders.union(self._computed), run_stage)
@@ -286,6 +293,10 @@ class Rounds:
             save_npz(feed, {name: values[name] for name in stage.inputs})
         return list(zip(stages, feeds, strict=True))
 
+    def _plain_stages(self, cut: CandidateCut) -> list[StageFile]:
+        """The stages without optimisation, on the CPU."""
+        return [replace(stage, level=LOWEST_LEVEL, provider="cpu") for stage in self._stage_files(cut)]
+
     def _stage_files(self, cut: CandidateCut) -> list[StageFile]:
         """The stage files and how this host opens them for measurements."""
         devices = [cut.device(self._target, index) for index in range(len(cut.parts))]
@@ -294,8 +305,8 @@ class Rounds:
         return [
             StageFile(
                 path=cut.folder / stage_file(index),
-                inputs=part.inputs,
-                outputs=part.outputs,
+                inputs=cut.inputs(index),
+                outputs=cut.outputs(index),
                 threads=device.threads,
                 level=level,
                 provider=self._provider_here(device),

@@ -13,6 +13,7 @@ from onnxsplit.model.graph import OpGraph
 from onnxsplit.model.protobuf import node_tensors, tensor_bytes
 from onnxsplit.model.shapes import Shapes
 from onnxsplit.partitioner import Problem, Transfer, Weight
+from onnxsplit.planning.border_forms import BorderForms
 from onnxsplit.planning.decoding import Decoding
 from onnxsplit.planning.target import Target, alike
 from onnxsplit.tensors import Array
@@ -32,6 +33,8 @@ class Subject:
         custom_ops: libraries of custom ops that the user named for the model.
         decoding: how it is cut as a decoder; None for another model.
         no_decoder: why a model that looks like a decoder is not cut as one; empty for another model.
+        more_inputs: further example inputs, on which answers are compared.
+        borders: the forms in which tensors may cross between stages; None if all cross as they are.
     """
 
     graph: OpGraph
@@ -43,6 +46,8 @@ class Subject:
     custom_ops: tuple[Library, ...] = ()
     decoding: Decoding | None = None
     no_decoder: str = ""
+    more_inputs: tuple[Mapping[str, Array], ...] = ()
+    borders: BorderForms | None = None
 
     def libraries(self, ops: Iterable[int]) -> tuple[Library, ...]:
         """The libraries that a stage of these ops needs: all of them if one of the ops is a custom op, else none.
@@ -100,7 +105,13 @@ class Subject:
             kinds=target.kinds(self.graph.ops, self.atoms.ops, times),
             devices=target.kind_of,
             transfers=tuple(
-                Transfer(edge.writer, edge.readers, self.shapes.bytes(edge.tensor), edge.to_caller)
+                Transfer(
+                    edge.writer,
+                    edge.readers,
+                    self.shapes.bytes(edge.tensor),
+                    edge.to_caller,
+                    self.borders.ways(edge.tensor) if self.borders is not None else (),
+                )
                 for edge in self.crossing
             ),
             weights=(*self._weights(atom_of, target.packs), *self._caches()),

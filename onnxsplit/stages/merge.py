@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
 
 from onnxsplit.errors import PlanError
+from onnxsplit.model.protobuf import captured_names
 from onnxsplit.model.shapes import value_info
 from onnxsplit.model.source import SourceModel, open_model
 from onnxsplit.npz import load_npz
@@ -19,7 +21,8 @@ from onnxsplit.stages.model_file import write_model
 def merge(folder: str | Path, out: str | Path) -> Plan:
     """Write one model that computes the same as a plan's stages. It appears as a whole or not at all.
 
-    Copies of an op or a constant in several stages are merged. Inputs that may be left out keep their defaults as
+    Copies of an op or a constant in several stages are merged. Narrow borders are full again: without stages between
+    which tensors cross, nothing is converted. Inputs that may be left out keep their defaults as
     initializers. External data goes to ``OUT.data`` beside the model.
 
     Args:
@@ -83,6 +86,20 @@ def _merged(folder: Path, plan: Plan) -> onnx.ModelProto:
     if not plan.stages:
         model.opset_import.extend(onnx.helper.make_opsetid(d, v) for d, v in plan.model.opsets.items())
         graph.name = Path(plan.model.name).stem
+    if plan.borders is not None:
+        _drop_unread(graph, plan.outputs)
     graph.input.extend(value_info(name, plan.tensors[name]) for name in plan.inputs)
     graph.output.extend(value_info(name, plan.tensors[name]) for name in plan.outputs)
     return model
+
+
+def _drop_unread(graph: onnx.GraphProto, outputs: Collection[str]) -> None:
+    """Remove the ops that no output needs: the conversions of narrow borders. Ops are in topological order."""
+    needed, kept = set(outputs), []
+    for node in reversed(graph.node):
+        if not needed.isdisjoint(node.output):
+            kept.append(node)
+            needed.update((*node.input, *captured_names(node)))
+    nodes = list(reversed(kept))
+    del graph.node[:]
+    graph.node.extend(nodes)

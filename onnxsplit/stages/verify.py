@@ -11,6 +11,8 @@ or if such a type crosses a border between stages (see :mod:`onnxsplit.model.pre
 rounding far beyond the type's epsilon, so twice the distance of optimisation alone is then allowed with optimisation
 off too. More than half of the scale is never allowed, even if a wrong optimiser moves the whole model that far.
 
+If borders are narrow, the largest difference that is allowed is at least the budget of error in the plan.
+
 The scale of an output is its largest finite magnitude. Integers, strings and booleans have no scale: they must be
 equal, and at the plan's levels they may differ in at most twice as many elements as optimisation alone changes.
 """
@@ -59,6 +61,7 @@ class Comparison:
         tolerance: the largest allowed ``difference``, and the largest allowed ``optimized`` if optimisation alone
             moves the model less. For discrete types, it is that of float32.
         narrowest: the float type that the tolerance follows; None if there is none narrower than float32.
+        budget: the budget of error of narrow borders, which is allowed with and without optimisation; 0 without them.
     """
 
     output: str
@@ -69,14 +72,16 @@ class Comparison:
     repeatable: bool = True
     tolerance: float = LEAST_TOLERANCE
     narrowest: str | None = None
+    budget: float = 0.0
 
     @property
     def good(self) -> bool:
         """Whether both comparisons hold. An output that is not repeatable counts as good."""
         if not self.repeatable:
             return True
-        allowed = max(min(_SLACK * self.moved, _MOST_ALLOWED), self.tolerance)
-        off = self.tolerance if self.narrowest is None else allowed
+        least = max(self.tolerance, self.budget)
+        allowed = max(min(_SLACK * self.moved, _MOST_ALLOWED), least)
+        off = least if self.narrowest is None else allowed
         return self.difference <= off and self.optimized <= allowed
 
 
@@ -84,16 +89,18 @@ def verify(
     folder: str | Path,
     model: ModelLike,
     *,
-    inputs: str | Path | None = None,
+    inputs: str | Path | Sequence[str | Path] | None = None,
     threads: int = 1,
     custom_ops: object = (),
 ) -> tuple[Comparison, ...]:
     """Run the model and its stages on the CPU, in this process, and compare every output.
 
+    With several inputs, the comparison of an output is that of the inputs on which it is worst.
+
     Args:
         folder: the plan directory.
         model: the model that the plan was made from, as :func:`~onnxsplit.planning.planner.partition` takes it.
-        inputs: an ``.npz`` with inputs; the plan's own example when None.
+        inputs: an ``.npz`` with inputs, or several; the plan's own example when None.
         threads: threads of each session.
         custom_ops: the libraries of custom ops that the plan names, as ``partition`` takes them. This process loads
             them.
@@ -111,46 +118,41 @@ def verify(
     needed = needed_libraries(libraries, plan)
     check_wanted(libraries, (plan,))
     _check_model(folder, plan, name, source)
-    given = _given(folder, plan, Path(inputs) if inputs is not None else example_file(folder, plan))
+    files = [inputs] if isinstance(inputs, str | Path) else list(inputs or [])
+    examples = [_given(folder, plan, Path(file)) for file in files or [example_file(folder, plan)]]
     own = {value.name for value in source.proto.graph.input}  # the plan of a decoder may have another input
     source = select(source, outputs=plan.outputs, keep_inputs=[name for name in plan.defaults if name in own])
+    hint = "" if files else "; these inputs were made up, give real ones with --inputs FILE.npz"
     with runnable(source) as file:
         try:
-            plain = _run_whole(file, plan, given, "disabled", threads, needed)
+            plain = [_run_whole(file, plan, given, "disabled", threads, needed) for given in examples]
         except ModelError as error:
-            hint = "" if inputs is not None else "; these inputs were made up, give real ones with --inputs FILE.npz"
             raise ModelError(f"{name} does not run on the inputs: {error}{hint}") from error
-        again = _run_whole(file, plan, given, "disabled", threads, needed)
+        again = [_run_whole(file, plan, given, "disabled", threads, needed) for given in examples]
+    types = _float_types(source, plan, examples[0])
     with runnable(_with_constants(source)) as file:
         levels = dict.fromkeys([plan.costs.whole_optimization_level, *(s.optimization_level for s in plan.stages)])
-        optimized = [_run_optimized(file, plan, given, level, threads, needed) for level in levels]
-    chained = run_stages(folder, plan, given, threads=threads, level="disabled", custom_ops=needed)
-    chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed)
-    types = _float_types(source, plan, given)
-    return tuple(
-        _compared(
-            output,
-            plain=[plain[output], again[output]],
-            optimized=[answers[output] for answers in optimized],
-            stages=chained[output],
-            optimized_stages=chained_optimized[output],
-            types=types,
-        )
-        for output in plan.outputs
-    )
+        optimized = [[_run_optimized(file, plan, given, o, threads, needed) for o in levels] for given in examples]
+    budget = plan.borders.tolerance if plan.borders is not None else 0.0
+    compared = []
+    for number, given in enumerate(examples):
+        chained = run_stages(folder, plan, given, threads=threads, level="disabled", custom_ops=needed)
+        chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed)
+        wholes = [plain[number], again[number], *optimized[number]]
+        compared.append([_compared(name, wholes, [chained, chained_optimized], types, budget) for name in plan.outputs])
+    return tuple(max(some, key=lambda one: (not one.good, one.difference)) for some in zip(*compared, strict=True))
 
 
 def _compared(
     output: str,
-    *,
-    plain: Sequence[Array],
-    optimized: Sequence[Array],
-    stages: Array,
-    optimized_stages: Array,
+    wholes: Sequence[Mapping[str, Array]],
+    chained: Sequence[Mapping[str, Array]],
     types: frozenset[str],
+    budget: float,
 ) -> Comparison:
-    """Compare one output: two unoptimised runs and optimised ones of the model, and both runs of the stages."""
-    first, second = plain
+    """Compare one output: two unoptimised runs of the model and optimised ones, and both runs of the stages."""
+    first, second, *optimized = (answers[output] for answers in wholes)
+    stages, optimized_stages = (answers[output] for answers in chained)
     return Comparison(
         output=output,
         exact=_bits_equal(first, stages),
@@ -160,6 +162,7 @@ def _compared(
         repeatable=_bits_equal(first, second),
         tolerance=tolerance(types if not is_discrete(first) else ()),
         narrowest=narrowest(types),
+        budget=budget,
     )
 
 
@@ -189,10 +192,11 @@ def _with_constants(source: SourceModel) -> SourceModel:
 
 
 def _float_types(source: SourceModel, plan: Plan, inputs: Mapping[str, Array]) -> frozenset[str]:
-    """The types that cross a border of the plan, and the types that the model computes in."""
+    """The types that cross a border of the plan, without narrow borders, and the types that the model computes in."""
     graph = build_graph(source)
     shapes = infer_shapes(graph, {name: inputs[name].shape for name in graph.inputs if name in inputs})
-    return computed_types(graph, shapes) | {spec.dtype for spec in plan.tensors.values()}
+    wire = plan.borders.wire if plan.borders is not None else frozenset()
+    return computed_types(graph, shapes) | {spec.dtype for name, spec in plan.tensors.items() if name not in wire}
 
 
 def _given(folder: Path, plan: Plan, file: Path) -> dict[str, Array]:
