@@ -30,7 +30,7 @@ from onnxsplit.files import check_regular
 from onnxsplit.numbers import whole_problem
 from onnxsplit.plan import Level
 from onnxsplit.plan_base import MOST_THREADS
-from onnxsplit.providers import Provider, load_runtime, parse_provider, require_provider, why_not_loaded
+from onnxsplit.providers import CPU, Provider, load_runtime, parse_provider, use_provider, why_not_loaded
 from onnxsplit.string_value import string_value
 from onnxsplit.tensors import ONNX_TYPE_NUMBER, Array, is_native
 
@@ -75,10 +75,12 @@ class Session:
         inputs: name and ONNX type name of every input; the type is None for sequences, maps and optionals.
         outputs: the same for every output.
         bindable: whether :meth:`run_into` can be used: all inputs and outputs are tensors other than strings.
+        left_to_cpu: name and type of every op that the session's provider left to the CPU; None if ONNX Runtime does
+            not tell.
     """
 
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
+    def __init__(self, raw: Any, left_to_cpu: tuple[tuple[str, str], ...] | None = ()) -> None:
+        self._raw, self.left_to_cpu = raw, left_to_cpu
         self.inputs = tuple((value.name, runtime_type(value.type)) for value in raw.get_inputs())
         self.outputs = tuple((value.name, runtime_type(value.type)) for value in raw.get_outputs())
         self._names = [name for name, _ in self.outputs]
@@ -258,8 +260,10 @@ def open_session(
         raise InputError(problem)
     ort = load_runtime()
     wanted = parse_provider(provider)
-    require_provider(ort, wanted)
     options = _options(ort, int(threads), level, spinning=spinning)
+    providers = use_provider(ort, options, wanted, int(threads))
+    if wanted.name != CPU:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if external_data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(external_data_folder)
@@ -271,7 +275,8 @@ def open_session(
         _save_packed(options, save_packed)
     for library in custom_ops:
         _register(options, library)
-    return Session(_loaded(ort, model, options, wanted))
+    raw = _loaded(ort, model, options, wanted, providers)
+    return Session(raw, _left_to_cpu(raw, wanted))
 
 
 def _options(ort: Any, threads: int, level: Level, *, spinning: bool) -> Any:
@@ -299,26 +304,48 @@ def _save_packed(options: Any, file: Path) -> None:
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
 
 
-def _loaded(ort: Any, model: Path | bytes, options: Any, wanted: Provider) -> Any:
+def _loaded(ort: Any, model: Path | bytes, options: Any, wanted: Provider, providers: list[Any]) -> Any:
     """ONNX Runtime's own session, with the requested provider."""
-    providers: list[Any] = [(wanted.name, dict(wanted.options))]
-    if wanted.name != "CPUExecutionProvider":
-        providers.append("CPUExecutionProvider")
     if not isinstance(model, bytes):
         try:
             check_regular(Path(model))
         except OSError as error:
             raise ModelError(f"cannot read {model}: {error.strerror}") from error
     try:
-        raw = ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=providers)
+        # ONNX Runtime's own fall-back would open the session on the CPU instead, with a message on standard output.
+        raw = ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=providers or None, enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's errors share no base class
         text = first_lines(error)
         if _UNKNOWN_OP in text:
             text += ". If a library of custom ops defines it, name the library: --custom-ops FILE.so"
-        raise ModelRefused(f"ONNX Runtime {ort.__version__} refuses the model: {text}") from error
+        where = "" if wanted.name == CPU else f" on the provider {wanted.text!r}"
+        raise ModelRefused(f"ONNX Runtime {ort.__version__} refuses the model{where}: {text}") from error
     if wanted.name not in raw.get_providers():
         raise ProviderError(why_not_loaded(ort, wanted))
     return raw
+
+
+def _left_to_cpu(raw: Any, wanted: Provider) -> tuple[tuple[str, str], ...] | None:
+    """Name and type of the ops that a provider left to the CPU; None if ONNX Runtime does not tell (before 1.24).
+
+    Raises:
+        ProviderError: the provider left all ops to the CPU.
+    """
+    if wanted.name == CPU:
+        return ()
+    if not hasattr(raw, "get_provider_graph_assignment_info"):
+        return None
+    groups = raw.get_provider_graph_assignment_info()
+    left = [(op.name, op.op_type) for group in groups if group.ep_name != wanted.name for op in group.get_nodes()]
+    if left and all(group.ep_name != wanted.name for group in groups):
+        kinds = ", ".join(sorted({kind for _, kind in left}))
+        raise ProviderError(
+            f"provider {wanted.text!r} was asked for, and it runs none of the {len(left)} ops of this model ({kinds}); "
+            "use the provider cpu"
+        )
+    return tuple(left)
 
 
 def _register(options: Any, library: Library) -> None:
