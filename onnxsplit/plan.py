@@ -97,6 +97,8 @@ class Stage(PlanStruct, frozen=True, kw_only=True):
         hosts: the host of each of these devices; ``local`` for a device whose host the cluster does not name.
         ops: number of ops in the stage.
         custom_ops: names of the plan's libraries of custom ops that the stage needs.
+        left_to_cpu: ops of the stage that its provider leaves to the CPU: their number by op type. Empty if the
+            provider takes all, or was not on the host that made the plan.
     """
 
     index: StageIndex
@@ -118,6 +120,23 @@ class Stage(PlanStruct, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()
     ops: Count = 0
     custom_ops: tuple[str, ...] = ()
+    left_to_cpu: dict[str, Count] = msgspec.field(default_factory=dict)
+
+
+class ProviderUse(PlanStruct, frozen=True, kw_only=True):
+    """A provider of the plan's stages, as it was found on the host that made the plan.
+
+    Attributes:
+        provider: the provider, as ``--provider`` takes it.
+        whole_time_ns: time of one run of the whole model on it; None if it does not run the whole model.
+        left_to_cpu: ops of the whole model that it leaves to the CPU: their number by op type.
+        refused: why it does not run the whole model; None if it does.
+    """
+
+    provider: str
+    whole_time_ns: Count | None
+    left_to_cpu: dict[str, Count] = msgspec.field(default_factory=dict)
+    refused: str | None = None
 
 
 class Cut(PlanStruct, frozen=True, kw_only=True):
@@ -311,6 +330,7 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
     custom_ops: tuple[CustomOps, ...] = ()
     decoder: Decoder | None = None
     borders: NarrowBorders | None = None
+    providers: tuple[ProviderUse, ...] = ()
 
     def to_json(self) -> bytes:
         """The bytes of ``plan.json``."""

@@ -73,6 +73,9 @@ def measured_costs(
             run_profile, source, file, threads=threads, provider=provider, custom_ops=custom_ops, in_place=in_place
         )
         seen = profiled(level="disabled", seconds=0.0, untyped=untyped)
+        if seen.opaque:  # the shares of the ops, and their shapes, are then those on the CPU
+            profiled = partial(profiled, provider="cpu")
+            seen = profiled(level="disabled", seconds=0.0, untyped=untyped)
         say("timing optimisation levels")
         chosen = best_level(
             source.path,

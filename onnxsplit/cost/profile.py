@@ -74,6 +74,7 @@ class Profile(msgspec.Struct, frozen=True):
         sizes: shapes by tensor; at the level ``disabled`` only.
         types: types by tensor, for the untyped tensors that are tensors for ONNX Runtime.
         seen: the shapes for each group of alternatives.
+        opaque: True if less than half of the time is in kernels of ops: a provider has compiled many ops into one.
         error: why there is no profile; None when there is one.
     """
 
@@ -81,6 +82,7 @@ class Profile(msgspec.Struct, frozen=True):
     sizes: dict[str, tuple[int, ...]] = {}
     types: dict[str, str] = {}
     seen: list[Seen] = []
+    opaque: bool = False
     error: str | None = None
 
 

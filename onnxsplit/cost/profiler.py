@@ -15,17 +15,17 @@ from pathlib import Path
 import msgspec
 import onnx
 
+from onnxsplit.cost.named_ops import named_op, renamed
 from onnxsplit.cost.profile import Profile, ProfileRequest, Seen
 from onnxsplit.errors import ModelError, in_one_line
 from onnxsplit.model.external_data import point_from_one_folder
 from onnxsplit.model.graph import OpGraph, build_graph
-from onnxsplit.model.protobuf import all_nodes, graph_tensors
+from onnxsplit.model.protobuf import graph_tensors
 from onnxsplit.model.source import open_model
 from onnxsplit.npz import load_npz
 from onnxsplit.session import Session, open_session
 from onnxsplit.timed import low_quartile
 
-_OP_NAME = re.compile(r"onnxsplit\.op(\d+)\.")
 _KERNEL = "_kernel_time"
 _MOST_RUNS = 200  # a longer profile would not show more
 _INSERTED = re.compile(r"(_nchwc|_token_\d+|_\d+)$")
@@ -78,12 +78,13 @@ def profile(request: ProfileRequest) -> Profile:
         op_ns=[low_quartile(column) for column in zip(*times, strict=True)],
         sizes=_sizes(graph, runs[0]) if request.level == "disabled" else {},
         types=_types(graph, request) if request.untyped else {},
+        opaque=_opaque(graph, warm[0]),
     )
 
 
 def _session(graph: OpGraph, request: ProfileRequest, folder: Path) -> Session:
     """A session that writes a profile into the folder."""
-    model = _renamed(graph)
+    model = renamed(graph)
     data_folder = point_from_one_folder(graph.source.place, graph_tensors(model.graph))
     return open_session(
         model.SerializeToString(),
@@ -130,7 +131,7 @@ def _seen(graph: OpGraph, request: ProfileRequest) -> list[Seen]:
 
 def _types(graph: OpGraph, request: ProfileRequest) -> dict[str, str]:
     """Types of tensors as ONNX Runtime infers them: the tensors become outputs of a session; nothing is run."""
-    model = _renamed(graph)
+    model = renamed(graph)
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in request.untyped if name not in outputs)
     data_folder = point_from_one_folder(graph.source.place, graph_tensors(model.graph))
@@ -143,29 +144,6 @@ def _types(graph: OpGraph, request: ProfileRequest) -> dict[str, str]:
         custom_ops=request.custom_ops,
     )
     return {name: kind for name, kind in session.outputs if kind is not None and name in request.untyped}
-
-
-def _renamed(graph: OpGraph) -> onnx.ModelProto:
-    """The model with a unique name for every live op. Ops in bodies lose their names, so that no event is confused."""
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.source.proto)
-    del model.graph.node[:]
-    for op in graph.ops:
-        node = model.graph.node.add()
-        node.CopyFrom(op.node)
-        for inner in all_nodes([node]):
-            inner.name = ""
-        node.name = f"onnxsplit.op{op.index}."
-    # Inputs that are also initializers are constants in the stages, so they are constants here too.
-    kept = [value for value in model.graph.input if value.name not in graph.overridable]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
-    # In old models, ONNX Runtime refuses initializers that are neither read nor inputs.
-    read = {name for op in graph.ops for name in op.reads} | set(graph.outputs)
-    for position in range(len(model.graph.initializer) - 1, -1, -1):
-        if model.graph.initializer[position].name not in read:
-            del model.graph.initializer[position]
-    return model
 
 
 def _by_run(events: list[_Event]) -> list[list[_Event]]:
@@ -202,11 +180,17 @@ def _attributed(graph: OpGraph, events: Iterable[_Event]) -> list[int]:
     return times
 
 
+def _opaque(graph: OpGraph, events: Iterable[_Event]) -> bool:
+    """Whether less than half of the time of a run is in kernels whose op is known."""
+    known = [(event.dur, _op_of(graph, event.name.removesuffix(_KERNEL)) is not None) for event in events]
+    return sum(time for time, is_known in known if is_known) * 2 < sum(time for time, _ in known)
+
+
 def _op_of(graph: OpGraph, name: str) -> int | None:
     """The op of a kernel by its name, or by the tensor that it writes; None when it is not known."""
-    match = _OP_NAME.search(name)
-    if match is not None:
-        return int(match.group(1))
+    op = named_op(name)
+    if op is not None:
+        return op
     while name not in graph.producer:
         shorter = _INSERTED.sub("", name, count=1)
         if shorter == name:
@@ -219,10 +203,10 @@ def _sizes(graph: OpGraph, events: Iterable[_Event]) -> dict[str, tuple[int, ...
     """The shapes that one run showed. The types beside them are not used: they are the kernels', not the model's."""
     sizes: dict[str, tuple[int, ...]] = {}
     for event in events:
-        op = _OP_NAME.search(event.name)
+        op = named_op(event.name)
         if op is None:
             continue
-        outputs = graph.ops[int(op.group(1))].outputs
+        outputs = graph.ops[op].outputs
         if len(outputs) == len(event.args.output_type_shape):
             for name, value in zip(outputs, event.args.output_type_shape, strict=True):
                 for shape in value.values():

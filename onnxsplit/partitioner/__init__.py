@@ -8,7 +8,7 @@ algorithms alike.
 from __future__ import annotations
 
 from onnxsplit.partitioner.bound import lower_bound
-from onnxsplit.partitioner.lineup import Lineup, Parallel, line_up
+from onnxsplit.partitioner.lineup import Lineup, Parallel, fixed_lineup, line_up
 from onnxsplit.partitioner.objective import (
     NEVER,
     DeviceKind,
@@ -46,6 +46,7 @@ __all__ = [
     "Weight",
     "lower_bound",
     "fewest_stages",
+    "fixed_lineup",
     "line_up",
     "score",
     "search",

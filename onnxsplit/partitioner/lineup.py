@@ -144,7 +144,7 @@ def sequences(problem: Problem, stages: int | None) -> list[Lineup]:
         near = _near(problem)
         groups = near if 1 < len(near) < count else groups
     orders = islice(permutations(groups), _SEQUENCES)
-    return [fixed(problem, [(device,) for group in order for device in group], stages) for order in orders]
+    return [fixed_lineup(problem, [(device,) for group in order for device in group], stages) for order in orders]
 
 
 def _near(problem: Problem) -> list[list[int]]:
@@ -165,7 +165,7 @@ def _near(problem: Problem) -> list[list[int]]:
     return groups
 
 
-def fixed(problem: Problem, homes: Sequence[tuple[int, ...]], stages: int | None) -> Lineup:
+def fixed_lineup(problem: Problem, homes: Sequence[tuple[int, ...]], stages: int | None) -> Lineup:
     """The lineup with these devices in this order.
 
     Args:

@@ -19,7 +19,7 @@ from onnxsplit.partitioner.branch import branch
 from onnxsplit.partitioner.contract import Contracted, contract
 from onnxsplit.partitioner.downsets import TooMany
 from onnxsplit.partitioner.exchange import improve, rearranged
-from onnxsplit.partitioner.lineup import Lineup, fixed, sequences
+from onnxsplit.partitioner.lineup import Lineup, fixed_lineup, sequences
 from onnxsplit.partitioner.objective import NEVER, Infeasible, Partition, Problem, Score, score
 from onnxsplit.partitioner.orders import linear_orders, refined
 from onnxsplit.partitioner.paths import PathResult, PathSearch
@@ -261,7 +261,7 @@ class _Search:
             before = self._best[0]
             self._offer(rearranged(self._problem, before, stop=self._time_is_up))
             homes = self._best[0].devices
-            lineup = fixed(self._problem, homes, len(homes))
+            lineup = fixed_lineup(self._problem, homes, len(homes))
             for order in islice(linear_orders(self._problem), _FIRST_ORDERS):
                 self._slice(self._whole, lineup, order)
 

@@ -19,6 +19,7 @@ from onnxsplit.partitioner import (
     Progress,
     SearchResult,
     fewest_stages,
+    fixed_lineup,
     line_up,
     lower_bound,
     score,
@@ -28,6 +29,7 @@ from onnxsplit.partitioner import (
 from onnxsplit.planning.border_rules import border_forms
 from onnxsplit.planning.cut_at import assignment_at, check_cuts
 from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.providers import with_providers
 from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import Target, alike, of_cluster
 from onnxsplit.progress import Say
@@ -66,9 +68,8 @@ class ModelPartitioner:
             PartitionError: no partition was found that keeps every limit.
         """
         problem = self.subject.problem(op_ns, self.target)
-        lineup = line_up(problem, self.stages, self.options.parallel)
         try:
-            found = self._chosen(problem, lineup, quick)
+            found = self._chosen(problem, self.lineup(problem), quick)
             return found if self.stages is not None else self._with_fewer_stages(problem, found, quick)
         except Infeasible:
             raise PartitionError(self._why_not(problem)) from None
@@ -85,6 +86,23 @@ class ModelPartitioner:
                 break
             best = replace(found, bound=min(best.bound, found.score.value))
         return best
+
+    def where_ops_may_fall_back(self) -> ModelPartitioner:
+        """This partitioner, or one that lets providers leave ops to the CPU if every cut needs that."""
+        if not any(map(self.target.left, self.target.devices)):
+            return self
+        try:
+            self(self.subject.costs.time_ns, quick=True)
+        except PartitionError:
+            self.say("every cut leaves some ops of a provider to the CPU")
+            return replace(self, target=replace(self.target, falls_back=True))
+        return self
+
+    def lineup(self, problem: Problem) -> Lineup:
+        """The orders in which the devices can be assigned to stages."""
+        if self.target.ordered:
+            return fixed_lineup(problem, [(device,) for device in range(len(problem.devices))], self.stages)
+        return line_up(problem, self.stages, self.options.parallel)
 
     def _chosen(self, problem: Problem, lineup: Lineup, quick: bool) -> SearchResult:
         options = self.options
@@ -125,7 +143,8 @@ class ModelPartitioner:
                 ("the memory of the devices", problem.capped),
                 (
                     "the ops they may run",
-                    any(d.only_ops or d.not_ops for d in self.target.devices) or self.target.placed,
+                    any(d.only_ops or d.not_ops or self.target.left(d) for d in self.target.devices)
+                    or self.target.placed,
                 ),
                 ("the required cuts", self.target.apart),
             )
@@ -162,7 +181,8 @@ def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelP
             "fewer"
         )
         raise PartitionError(f"{subject.graph.source.path} cannot be cut into {stages} stages: {why}")
-    return ModelPartitioner(subject, target, stages, options, say)
+    partitioner = ModelPartitioner(subject, with_providers(subject, target, say), stages, options, say)
+    return partitioner.where_ops_may_fall_back()
 
 
 def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> tuple[int | None, Target]:
@@ -187,13 +207,15 @@ def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> 
             groups = set(task_groups(subject, options.tasks)) if options.strategy == "task" else ()
             count = options.devices or min(max(count, len(groups)), atoms)
     stages = {"model": count, "data": 1, "hybrid": options.stages}[options.parallel] if atoms else 0
+    providers = providers_by_stage(options.provider, max(1, count))
     target = alike(
         max(1, count),
-        providers=providers_by_stage(options.provider, max(1, count)),
+        providers=providers,
         threads=threads_per_node(count),
         max_memory_bytes=limit,
         objective=objective,
     )
+    target = replace(target, ordered=options.parallel == "model" and len(set(providers)) > 1)
     return stages, target  # type: ignore[return-value]
 
 

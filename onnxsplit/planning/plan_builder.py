@@ -11,7 +11,7 @@ import onnxsplit
 from onnxsplit.cluster import Device
 from onnxsplit.model.graph_io import constant_text, defaults
 from onnxsplit.npz import save_npz
-from onnxsplit.partitioner import Score, SearchResult, line_up, lower_bound
+from onnxsplit.partitioner import Score, SearchResult, lower_bound
 from onnxsplit.plan import (
     FORMAT_VERSION,
     CorrectionRound,
@@ -209,8 +209,7 @@ class PlanBuilder:
         ops = self._subject.as_ops().problem(cut.op_ns, self._target)
         op_bound = bound
         if ops.atoms != atoms.atoms:
-            lineup = line_up(ops, self._partitioner.stages, self._partitioner.options.parallel)
-            op_bound = min(bound, lower_bound(ops, lineup))
+            op_bound = min(bound, lower_bound(ops, self._partitioner.lineup(ops)))
         return prediction(cut.score, bound, op_bound)
 
     def _stage(self, cut: CandidateCut, index: int) -> Stage:

@@ -26,6 +26,7 @@ from onnxsplit.planning.batch_axes import with_batch_axes
 from onnxsplit.planning.examine import DECODER_OPTIONS, Example, examine
 from onnxsplit.planning.model_partitioner import model_partitioner
 from onnxsplit.planning.options import CutOptions, by_current_name
+from onnxsplit.planning.providers import reference_provider, with_assignment
 from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.rounds import Rounds
 from onnxsplit.planning.subject import Subject
@@ -114,7 +115,8 @@ def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say
         provider, threads = provider_here(first.provider), first.threads
     else:
         guess = options.devices or (options.stages if isinstance(options.stages, int) else gpu_count() or 2)
-        provider, threads = providers_by_stage(options.provider, guess)[0], threads_per_node(guess)
+        providers = providers_by_stage(options.provider, guess)
+        provider, threads = reference_provider(providers, in_cluster=False), threads_per_node(guess)
     return examine(model, threads=threads, provider=provider, budget=options.budget, say=say, **examined)
 
 
@@ -131,8 +133,9 @@ def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say 
     with new_folder(folder) as draft:
         made = Rounds(partitioner, draft, say).make(options.budget)
         if made.plan.costs.source == "measured":
+            plan = with_assignment(made.plan, draft, subject, partitioner.target, say)
             say("looking for the batch axis")
-            made = replace(made, plan=with_batch_axes(made.plan, draft, subject, options.budget, say))
+            made = replace(made, plan=with_batch_axes(plan, draft, subject, options.budget, say))
         (draft / PLAN_FILE).write_bytes(checked_json(made.plan))
     return made
 

@@ -28,7 +28,7 @@ from onnxsplit.planning.sampling import take_samples
 from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.whole_sessions import SessionTimes, WholeSessions
 from onnxsplit.progress import Say
-from onnxsplit.providers import provider_here
+from onnxsplit.providers import provider_here, uses_cores
 from onnxsplit.session import host_cores
 from onnxsplit.stages.chain import StageFile, StageProcesses, run_chain
 from onnxsplit.stages.extract import write_stage
@@ -92,7 +92,7 @@ class Rounds:
             result = self._partitioner(op_ns)
             return self._finished(self._write("round0", result, op_ns), result.bound, (), None)
         with ExitStack() as stack:
-            whole = stack.enter_context(WholeSessions(self._subject, self._target.devices[0], self._say))
+            whole = stack.enter_context(WholeSessions(self._subject, self._target.reference, self._say))
             best, history = self._best_of_rounds(whole, budget)
             best = self._faithful(best, whole, budget)
             sessions = whole.times(sum(map(len, best.result.partition.devices)), budget)
@@ -180,7 +180,8 @@ class Rounds:
             groups = [workers[first : first + at_once] for first in range(0, len(workers), at_once)]
             taken = take_samples([*groups, whole.beside_stages(budget)], budget)
             moved = self._moved(cut, workers, stack)
-        measured = tuple(time_ns for group in range(len(groups)) for time_ns in taken.typical_ns(group))
+        taken_ns = tuple(time_ns for group in range(len(groups)) for time_ns in taken.typical_ns(group))
+        measured = self._on_reference(cut, taken_ns)
         alone = score(self._subject.problem(cut.op_ns), replace(cut.result.partition, devices=((0,),) * len(measured)))
         op_ns = _corrected(cut, alone.compute_ns, without_conversions(cut, self._subject, measured))
         final = score(as_chosen(cut, self._subject).problem(op_ns, self._target), cut.result.partition)
@@ -222,7 +223,12 @@ class Rounds:
 
     @property
     def _cpu_threads(self) -> int:
-        return sum(device.threads for device in self._target.devices if device.provider == "cpu")
+        return sum(device.threads for device in self._target.devices if uses_cores(device.provider))
+
+    def _on_reference(self, cut: CandidateCut, times_ns: Sequence[int]) -> tuple[int, ...]:
+        """The times of stages on a device of speed 1: what they took here, times the speed of their provider here."""
+        speeds = (self._target.speed_here(stage.provider) for stage in self._stage_files(cut))
+        return tuple(round(time_ns * speed) for time_ns, speed in zip(times_ns, speeds, strict=True))
 
     def _provider_here(self, device: Device) -> str:
         """The provider that a stage is measured on: its device's, or the CPU if this host lacks that."""

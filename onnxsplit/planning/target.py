@@ -11,7 +11,25 @@ from onnxsplit.host_costs import host_costs
 from onnxsplit.model.graph import Op
 from onnxsplit.partitioner import NEVER, DeviceKind, Overhead
 from onnxsplit.plan import HostCosts, Objective
+from onnxsplit.providers import uses_cores
 from onnxsplit.session import host_cores
+
+
+@dataclass(frozen=True)
+class ProviderFacts:
+    """What a provider of this host does with a model.
+
+    Attributes:
+        left: the ops that it leaves to the CPU, by index.
+        refused: why it does not run the model as a whole; None if it does.
+        whole_ns: time of one run of the model on it, in nanoseconds; None if that was not measured.
+        speed: its speed on this host, relative to the provider that costs are measured on; 1 if it is not known.
+    """
+
+    left: frozenset[int] = frozenset()
+    refused: str | None = None
+    whole_ns: int | None = None
+    speed: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,9 @@ class Target:
         placed: for each op that the user placed, by index, the names of the devices that it may run on.
         apart: pairs of ops, by index, that a required cut must separate.
         host: what requests cost on a host.
+        facts: what providers of this host do with the model, by the devices' provider.
+        ordered: True if stage N runs on device N, because the user named a provider for each stage.
+        falls_back: True if a device may run ops that its provider leaves to the CPU, because no cut avoids that.
     """
 
     devices: tuple[Device, ...]
@@ -32,7 +53,15 @@ class Target:
     objective: Objective = "throughput"
     placed: Mapping[int, frozenset[str]] = field(default_factory=dict)
     apart: tuple[tuple[int, int], ...] = ()
+    facts: Mapping[str, ProviderFacts] = field(default_factory=dict)
+    ordered: bool = False
+    falls_back: bool = False
     host: HostCosts = field(default_factory=host_costs)
+
+    @property
+    def reference(self) -> Device:
+        """A device of speed 1, which costs are measured on; the first if there is none."""
+        return next((device for device in self.devices if device.speed == 1), self.devices[0])
 
     @property
     def link(self) -> Link:
@@ -44,13 +73,21 @@ class Target:
     def overhead(self) -> Overhead:
         """What a request costs beside its runs and tensors. The cores are known only if the caller is on this host."""
         caller = self.cluster.caller_host if self.cluster is not None else LOCAL
-        shared = [caller == LOCAL == device.host and device.provider == "cpu" for device in self.devices]
+        shared = [caller == LOCAL == device.host and uses_cores(device.provider) for device in self.devices]
         return Overhead(
             node_ns=self.host.node_ns,
             caller_ns=self.host.caller_ns,
             threads=tuple(device.threads if here else 0 for device, here in zip(self.devices, shared, strict=True)),
             cores=host_cores(),
         )
+
+    def left(self, device: Device) -> frozenset[int]:
+        """The ops that a device's provider leaves to the CPU, by index, if it is on this host."""
+        return self.facts.get(device.provider, ProviderFacts()).left
+
+    def speed_here(self, provider: str) -> float:
+        """The speed of a provider on this host, relative to the provider that costs are measured on."""
+        return self.facts.get(provider, ProviderFacts()).speed
 
     @cached_property
     def kind_of(self) -> tuple[int, ...]:
@@ -103,11 +140,13 @@ class Target:
         return {number: self.cluster.caller_link(device) for number, device in enumerate(self.devices)}
 
     def _may_run(self, device: Device, op: Op) -> bool:
-        return device.may_run(op.op_type) and device.name in self.placed.get(op.index, {device.name})
+        takes = self.falls_back or op.index not in self.left(device)
+        return takes and device.may_run(op.op_type) and device.name in self.placed.get(op.index, {device.name})
 
     def _kind_key(self, device: Device) -> object:
         named = any(device.name in names for names in self.placed.values())
-        return (device.speed, device.memory_bytes, device.only_ops, device.not_ops, device.name if named else None)
+        left = self.left(device)
+        return (device.speed, device.memory_bytes, device.only_ops, device.not_ops, left, device.name if named else "")
 
 
 def alike(
