@@ -216,6 +216,7 @@ def command(
     **options: Any,
 ) -> None:
     """Cut MODEL, an ONNX file, into stages of balanced cost, and write a plan directory."""
+    from onnxsplit.cli.providers import plan_lines
     from onnxsplit.files import check_outputs
     from onnxsplit.model.dominant_op import explain_dominant_op
     from onnxsplit.planning import planner
@@ -238,6 +239,8 @@ def command(
     output.done()
     _show(output, made.plan)
     _show_decoder(output, made)
+    for text in plan_lines(made.plan):
+        output.line(text)
     if wanted.stages is None and wanted.parallel == "model" and len(made.plan.stages) == 1:
         why = explain_dominant_op(made.subject.graph)
         if why is not None:

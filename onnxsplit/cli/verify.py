@@ -21,6 +21,7 @@ from onnxsplit.errors import OnnxsplitError
 
 if TYPE_CHECKING:
     from onnxsplit.cli.decoding import DecodeComparison
+    from onnxsplit.stages.chain import StageOnProvider
     from onnxsplit.stages.verify import Comparison
 
 
@@ -41,10 +42,12 @@ def command(
 ) -> None:
     """Run MODEL and the stages of the plan in DIR on the same inputs, and compare every output."""
     from onnxsplit.cli.decoding import compare_decoding
+    from onnxsplit.cli.providers import provider_lines
     from onnxsplit.stages.verify import verify
 
     output.say("running the model and its stages")
-    comparisons = verify(plan, model, inputs=inputs, threads=threads or 1, custom_ops=custom_ops)
+    ran: list[StageOnProvider] = []
+    comparisons = verify(plan, model, inputs=inputs, threads=threads or 1, custom_ops=custom_ops, tell=ran.append)
     output.done()
     _show(output, comparisons)
     good = all(c.good for c in comparisons)
@@ -60,6 +63,8 @@ def command(
     )
     if budget:
         output.line(_narrow(plan, comparisons))
+    for text in provider_lines(ran, max(c.provider_moved for c in comparisons)):
+        output.line(text)
     if any(not c.repeatable for c in comparisons):
         output.line("Outputs marked random differ between two runs of the whole model, so they cannot be compared.")
     if decoding is not None:
@@ -67,7 +72,7 @@ def command(
         output.line(_decoded(decoding))
     if good:
         output.line(f"Next: {_next_command(plan)}{custom_ops_words(custom_ops)}")
-    fields = ("output", "exact", "difference", "optimized", "moved", "repeatable", "good")
+    fields = ("output", "exact", "difference", "optimized", "moved", "provider_moved", "repeatable", "good")
     output.result(
         {
             "good": good,
@@ -76,6 +81,7 @@ def command(
             "narrowest_type": narrowest,
             "outputs": [{name: getattr(c, name) for name in fields} for c in comparisons],
             "decoding": decoding,
+            "providers": ran,
         }
     )
     if not good:

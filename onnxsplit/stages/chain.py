@@ -52,6 +52,25 @@ class StageFile:
         )
 
 
+@dataclass(frozen=True)
+class StageOnProvider:
+    """How a stage for another provider than the CPU was verified.
+
+    Attributes:
+        stage: the number of the stage.
+        provider: its provider in the plan.
+        ran_on: the provider that it ran on; ``cpu`` if this host lacks that of the plan.
+        problem: why this host lacks it; None if it has it.
+        left_to_cpu: the ops that its provider left to the CPU: their number by op type.
+    """
+
+    stage: int
+    provider: str
+    ran_on: str
+    problem: str | None
+    left_to_cpu: Mapping[str, int]
+
+
 RunStage = Callable[[StageFile, Mapping[str, Array]], Mapping[str, Array]]
 """Runs one stage on its inputs and returns its outputs."""
 

@@ -3,8 +3,9 @@
 There are two comparisons for each output:
 
 - With optimisation off, the stages must equal the model bit for bit, or within the tolerance.
-- At the plan's optimisation levels, the distance from the unoptimised model may be at most twice the distance by which
-  optimisation alone moves the whole model, or the tolerance if that is larger.
+- At the plan's optimisation levels, and on the providers of its stages that this host has, the distance from the
+  unoptimised model on the CPU may be at most twice the distance by which optimisation alone, or one of the providers
+  alone, moves the whole model, or the tolerance if that is larger.
 
 The tolerance is 1e-4 of the output's scale. It is larger if the model computes in a float type narrower than float32,
 or if such a type crosses a border between stages (see :mod:`onnxsplit.model.precision`). Such a model may amplify
@@ -19,7 +20,8 @@ equal, and at the plan's levels they may differ in at most twice as many element
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxsplit.custom_ops import Library, check_wanted, find_libraries, needed_libraries
-from onnxsplit.errors import ModelError, ModelRefused, PlanError
+from onnxsplit.errors import ModelError, ModelRefused, PlanError, ProviderError
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.graph_io import select
 from onnxsplit.model.in_memory import ModelFile, ModelLike, open_any, runnable
@@ -37,8 +39,9 @@ from onnxsplit.model.source import SourceModel
 from onnxsplit.npz import load_npz
 from onnxsplit.plan import Level, Plan
 from onnxsplit.plan_files import default_files, example_file, load_plan
+from onnxsplit.providers import CPU, parse_provider, provider_problem
 from onnxsplit.session import Session, open_session
-from onnxsplit.stages.chain import StageFile, run_chain
+from onnxsplit.stages.chain import StageFile, StageOnProvider, run_chain
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype
 
 _SLACK = 2.0  # how many times the distance of optimisation alone is allowed
@@ -57,6 +60,8 @@ class Comparison:
         optimized: the same for the stages at the plan's levels, compared with the unoptimised model.
         moved: the distance by which optimisation alone moves the whole model. Initializers that the model lists as
             inputs are constants there, as in the stages.
+        provider_moved: the largest distance by which one of the plan's other providers moves the whole model; 0 if the
+            stages ran on the CPU, or if no provider runs the whole model.
         repeatable: False when the whole model differs from itself on the same inputs, so that nothing can be compared.
         tolerance: the largest allowed ``difference``, and the largest allowed ``optimized`` if optimisation alone
             moves the model less. For discrete types, it is that of float32.
@@ -69,6 +74,7 @@ class Comparison:
     difference: float
     optimized: float
     moved: float
+    provider_moved: float = 0.0
     repeatable: bool = True
     tolerance: float = LEAST_TOLERANCE
     narrowest: str | None = None
@@ -80,7 +86,8 @@ class Comparison:
         if not self.repeatable:
             return True
         least = max(self.tolerance, self.budget)
-        allowed = max(min(_SLACK * self.moved, _MOST_ALLOWED), least)
+        moved = max(self.moved, self.provider_moved)
+        allowed = max(min(_SLACK * moved, _MOST_ALLOWED), least)
         off = least if self.narrowest is None else allowed
         return self.difference <= off and self.optimized <= allowed
 
@@ -92,8 +99,9 @@ def verify(
     inputs: str | Path | Sequence[str | Path] | None = None,
     threads: int = 1,
     custom_ops: object = (),
+    tell: Callable[[StageOnProvider], None] = lambda _: None,
 ) -> tuple[Comparison, ...]:
-    """Run the model and its stages on the CPU, in this process, and compare every output.
+    """Run the model and its stages in this process, and compare every output.
 
     With several inputs, the comparison of an output is that of the inputs on which it is worst.
 
@@ -104,6 +112,7 @@ def verify(
         threads: threads of each session.
         custom_ops: the libraries of custom ops that the plan names, as ``partition`` takes them. This process loads
             them.
+        tell: called with each stage for another provider than the CPU, once it ran.
 
     Raises:
         PlanError: the plan is damaged, or was made from another file.
@@ -133,32 +142,50 @@ def verify(
     with runnable(_with_constants(source)) as file:
         levels = dict.fromkeys([plan.costs.whole_optimization_level, *(s.optimization_level for s in plan.stages)])
         optimized = [[_run_optimized(file, plan, given, o, threads, needed) for o in levels] for given in examples]
+        others = [list(_on_providers(file, plan, given, threads, needed)) for given in examples]
     budget = plan.borders.tolerance if plan.borders is not None else 0.0
     compared = []
     for number, given in enumerate(examples):
         chained = run_stages(folder, plan, given, threads=threads, level="disabled", custom_ops=needed)
-        chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed)
-        wholes = [plain[number], again[number], *optimized[number]]
-        compared.append([_compared(name, wholes, [chained, chained_optimized], types, budget) for name in plan.outputs])
+        chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed, tell=tell)
+        compared.append(
+            [
+                _compared(
+                    output,
+                    plain=[plain[number][output], again[number][output]],
+                    optimized=[answers[output] for answers in optimized[number]],
+                    on_providers=[answers[output] for answers in others[number]],
+                    stages=chained[output],
+                    optimized_stages=chained_optimized[output],
+                    types=types,
+                    budget=budget,
+                )
+                for output in plan.outputs
+            ]
+        )
     return tuple(max(some, key=lambda one: (not one.good, one.difference)) for some in zip(*compared, strict=True))
 
 
 def _compared(
     output: str,
-    wholes: Sequence[Mapping[str, Array]],
-    chained: Sequence[Mapping[str, Array]],
+    *,
+    plain: Sequence[Array],
+    optimized: Sequence[Array],
+    on_providers: Sequence[Array],
+    stages: Array,
+    optimized_stages: Array,
     types: frozenset[str],
     budget: float,
 ) -> Comparison:
-    """Compare one output: two unoptimised runs of the model and optimised ones, and both runs of the stages."""
-    first, second, *optimized = (answers[output] for answers in wholes)
-    stages, optimized_stages = (answers[output] for answers in chained)
+    """Compare one output: unoptimised runs, optimised ones and those on other providers, and both of the stages."""
+    first, second = plain
     return Comparison(
         output=output,
         exact=_bits_equal(first, stages),
         difference=distance(stages, first),
         optimized=distance(optimized_stages, first),
         moved=max(distance(one, first) for one in optimized),
+        provider_moved=max((distance(one, first) for one in on_providers), default=0.0),
         repeatable=_bits_equal(first, second),
         tolerance=tolerance(types if not is_discrete(first) else ()),
         narrowest=narrowest(types),
@@ -241,8 +268,9 @@ def run_stages(
     threads: int,
     level: Level | None = None,
     custom_ops: Sequence[Library] = (),
+    tell: Callable[[StageOnProvider], None] | None = None,
 ) -> dict[str, Array]:
-    """Run the stages one after the other in this process.
+    """Run the stages one after the other in this process, on the CPU or on the providers of the plan.
 
     Args:
         folder: the plan directory.
@@ -251,6 +279,7 @@ def run_stages(
         threads: threads of each session.
         level: optimisation level; each stage's own when None.
         custom_ops: libraries of custom ops; each stage loads those that it needs.
+        tell: called with each stage for another provider than the CPU. If None, all stages run on the CPU.
 
     Returns:
         The inputs, every tensor that a stage writes, and every output, by name.
@@ -258,6 +287,7 @@ def run_stages(
     Raises:
         ModelError: a stage does not load, or does not run on its inputs.
     """
+    problems = {stage.provider: provider_problem(stage.provider) if tell else "" for stage in plan.stages}
     stages = [
         StageFile(
             path=folder / stage.file,
@@ -265,21 +295,32 @@ def run_stages(
             outputs=stage.outputs,
             threads=threads,
             level=level or stage.optimization_level,
+            provider=stage.provider if problems[stage.provider] is None else "cpu",
             custom_ops=needed_libraries(custom_ops, plan, stage.index),
         )
         for stage in plan.stages
     ]
     written = [name for stage in plan.stages for name in stage.outputs]
-    values = {**inputs, **run_chain(stages, inputs, written, _run_here)}
+    left: dict[Path, Counter[str]] = {}
+
+    def run_here(stage: StageFile, given: Mapping[str, Array]) -> dict[str, Array]:
+        session = open_session(
+            stage.path,
+            threads=stage.threads,
+            level=stage.level,
+            provider=stage.provider,
+            custom_ops=stage.custom_ops,
+        )
+        left[stage.path] = Counter(kind for _, kind in session.left_to_cpu or ())
+        return session.run(given)
+
+    values = {**inputs, **run_chain(stages, inputs, written, run_here)}
+    for stage, file in zip(plan.stages, stages, strict=True):
+        if tell is not None and parse_provider(stage.provider).name != CPU:
+            tell(StageOnProvider(stage.index, stage.provider, file.provider, problems[stage.provider], left[file.path]))
     for name, origin in plan.passthrough.items():
         values[name] = values[origin.input] if origin.input is not None else _constant(folder, plan, name)
     return values
-
-
-def _run_here(stage: StageFile, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a stage once, in this process."""
-    session = open_session(stage.path, threads=stage.threads, level=stage.level, custom_ops=stage.custom_ops)
-    return session.run(inputs)
 
 
 def _constant(folder: Path, plan: Plan, name: str) -> Array:
@@ -295,6 +336,7 @@ def _run_whole(
     level: Level,
     threads: int,
     custom_ops: Sequence[Library],
+    provider: str = "cpu",
 ) -> dict[str, Array]:
     apart = file.data_folder is not None
     session: Session = open_session(
@@ -302,6 +344,7 @@ def _run_whole(
         threads=threads,
         level=level,
         external_data_folder=file.data_folder,
+        provider=provider,
         custom_ops=custom_ops,
     )
     given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name, _ in session.inputs}
@@ -320,6 +363,18 @@ def _run_optimized(
         with suppress(ModelRefused):
             return _run_whole(file, plan, inputs, level, threads, custom_ops)
     return _run_whole(file, plan, inputs, "disabled", threads, custom_ops)
+
+
+def _on_providers(
+    file: ModelFile, plan: Plan, inputs: Mapping[str, Array], threads: int, custom_ops: Sequence[Library]
+) -> Iterator[dict[str, Array]]:
+    """Run the whole model on each provider of the plan but the CPU that this host has and that runs all of it."""
+    for stage in {stage.provider: stage for stage in plan.stages}.values():
+        if parse_provider(stage.provider).name != CPU and provider_problem(stage.provider) is None:
+            with suppress(ModelError, ProviderError):
+                yield _run_whole(
+                    file, plan, inputs, stage.optimization_level, threads, custom_ops, provider=stage.provider
+                )
 
 
 def _zeros(plan: Plan, name: str) -> Array:
