@@ -16,12 +16,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec.structs
+
 from onnxsplit.custom_ops import Library, find_libraries, needed_libraries
 from onnxsplit.errors import InputError
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import Plan
 from onnxsplit.plan_base import PlanStruct
 from onnxsplit.plan_files import example_file, load_plan
+from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import Session, host_cores, open_session, threads_per_node
 from onnxsplit.tensors import Array
 from onnxsplit.timed import TimedModel, run_together
@@ -92,7 +95,7 @@ def bench(
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> BenchReport:
-    """Measure a plan on this host's CPU.
+    """Measure a plan on this host.
 
     Args:
         folder: the plan directory.
@@ -120,6 +123,7 @@ def bench(
     example = Path(inputs) if inputs is not None else example_file(folder, plan)
     given = load_npz(example)
     wanted = RunOptions(**options)
+    plan = _on_providers(plan, wanted.provider)
     replicas, libraries = wanted.counts(plan), find_libraries(wanted.custom_ops)
     threads = options["threads"] = options.get("threads") or threads_per_node(sum(replicas))
     with ExitStack() as stack:
@@ -188,7 +192,10 @@ def _sessions(
     for stage in plan.stages:
         needed = needed_libraries(libraries, plan, stage.index)
         level = stage.optimization_level
-        chain.append((open_session(folder / stage.file, threads=threads, level=level, custom_ops=needed), stage.inputs))
+        session = open_session(
+            folder / stage.file, threads=threads, level=level, provider=stage.provider, custom_ops=needed
+        )
+        chain.append((session, stage.inputs))
     if model is None:
         return chain, None
     level = plan.costs.whole_optimization_level
@@ -207,6 +214,16 @@ def _in_turns(
             if number:  # the first slice is a warm-up
                 rates[name].append(rate)
     return rates
+
+
+def _on_providers(plan: Plan, provider: str | None) -> Plan:
+    """The plan on other providers, as ``--provider`` names them; on its own if None."""
+    if provider is None:
+        return plan
+    planned = [stage.provider for stage in plan.stages]
+    named = providers_by_stage(provider, len(planned), default=planned)
+    stages = (msgspec.structs.replace(stage, provider=text) for stage, text in zip(plan.stages, named, strict=True))
+    return msgspec.structs.replace(plan, stages=tuple(stages))
 
 
 def _stage_workers(
@@ -233,6 +250,7 @@ def _stage_workers(
                         feed,
                         threads=threads,
                         level=stage.optimization_level,
+                        provider=stage.provider,
                         custom_ops=needed,
                     )
                 )

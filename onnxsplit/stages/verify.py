@@ -110,8 +110,7 @@ def verify(
         model: the model that the plan was made from, as :func:`~onnxsplit.planning.planner.partition` takes it.
         inputs: an ``.npz`` with inputs, or several; the plan's own example when None.
         threads: threads of each session.
-        custom_ops: the libraries of custom ops that the plan names, as ``partition`` takes them. This process loads
-            them.
+        custom_ops: the libraries of custom ops that the plan names, as ``partition`` takes them; they are loaded here.
         tell: called with each stage for another provider than the CPU, once it ran.
 
     Raises:
@@ -140,7 +139,7 @@ def verify(
         again = [_run_whole(file, plan, given, "disabled", threads, needed) for given in examples]
     types = _float_types(source, plan, examples[0])
     with runnable(_with_constants(source)) as file:
-        levels = dict.fromkeys([plan.costs.whole_optimization_level, *(s.optimization_level for s in plan.stages)])
+        levels = _levels(plan)
         optimized = [[_run_optimized(file, plan, given, o, threads, needed) for o in levels] for given in examples]
         others = [list(_on_providers(file, plan, given, threads, needed)) for given in examples]
     budget = plan.borders.tolerance if plan.borders is not None else 0.0
@@ -301,9 +300,27 @@ def run_stages(
         for stage in plan.stages
     ]
     written = [name for stage in plan.stages for name in stage.outputs]
-    left: dict[Path, Counter[str]] = {}
+    run_here = _InThisProcess()
+    values = {**inputs, **run_chain(stages, inputs, written, run_here)}
+    for stage, file in zip(plan.stages, stages, strict=True):
+        if tell is not None and parse_provider(stage.provider).name != CPU:
+            tell(
+                StageOnProvider(
+                    stage.index, stage.provider, file.provider, problems[stage.provider], run_here.left[file.path]
+                )
+            )
+    for name, origin in plan.passthrough.items():
+        values[name] = values[origin.input] if origin.input is not None else _constant(folder, plan, name)
+    return values
 
-    def run_here(stage: StageFile, given: Mapping[str, Array]) -> dict[str, Array]:
+
+class _InThisProcess:
+    """Runs a stage once in this process, and keeps what its provider left to the CPU, by the stage's file."""
+
+    def __init__(self) -> None:
+        self.left: dict[Path, Counter[str]] = {}
+
+    def __call__(self, stage: StageFile, inputs: Mapping[str, Array]) -> dict[str, Array]:
         session = open_session(
             stage.path,
             threads=stage.threads,
@@ -311,16 +328,8 @@ def run_stages(
             provider=stage.provider,
             custom_ops=stage.custom_ops,
         )
-        left[stage.path] = Counter(kind for _, kind in session.left_to_cpu or ())
-        return session.run(given)
-
-    values = {**inputs, **run_chain(stages, inputs, written, run_here)}
-    for stage, file in zip(plan.stages, stages, strict=True):
-        if tell is not None and parse_provider(stage.provider).name != CPU:
-            tell(StageOnProvider(stage.index, stage.provider, file.provider, problems[stage.provider], left[file.path]))
-    for name, origin in plan.passthrough.items():
-        values[name] = values[origin.input] if origin.input is not None else _constant(folder, plan, name)
-    return values
+        self.left[stage.path] = Counter(kind for _, kind in session.left_to_cpu or ())
+        return session.run(inputs)
 
 
 def _constant(folder: Path, plan: Plan, name: str) -> Array:
@@ -349,6 +358,11 @@ def _run_whole(
     )
     given = {name: inputs[name] if name in inputs else _zeros(plan, name) for name, _ in session.inputs}
     return session.run(given)
+
+
+def _levels(plan: Plan) -> tuple[Level, ...]:
+    """The levels of the plan, each once."""
+    return tuple(dict.fromkeys([plan.costs.whole_optimization_level, *(s.optimization_level for s in plan.stages)]))
 
 
 def _run_optimized(
