@@ -33,6 +33,13 @@ def command(output: Output, *, measure: bool) -> None:
     output.line()
     output.table(("provider", "state"), [(p.name, p.problem or "can be used") for p in host.providers])
     output.line()
+    if host.plugins:
+        rows = [
+            (p.name, f"{p.package} {p.version}", ", ".join(p.devices) or "none", p.problem or "can be used")
+            for p in host.plugins
+        ]
+        output.table(("plugin", "package", "devices", "state"), rows)
+        output.line()
     output.line(f"{host.cores} cores, {host.gpus} NVIDIA GPUs")
     output.line(
         f"Load {host.load_1_min:.2f} in the last minute; now {percent(host.busy_share)} of the cores are in use"

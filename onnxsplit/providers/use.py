@@ -100,20 +100,16 @@ def _plugin_device(ort: Any, wanted: Provider) -> PluginDevice:
     suitable = [device for device in offered if kind in ("", device.kind)]
     if number < len(suitable):
         return suitable[number]
-    raise ProviderError(_no_device(ort, wanted, plugin, offered))
-
-
-def _no_device(ort: Any, wanted: Provider, plugin: Plugin, offered: tuple[PluginDevice, ...]) -> str:
+    why = no_device(ort, plugin, wanted.name)
     if offered:
-        return (
-            f"provider {wanted.text!r}: {plugin.package} {plugin.version} does not offer this device here. "
-            f"It offers: {', '.join(map(str, offered))}"
-        )
-    hint = _NO_DEVICE.get(wanted.name, "Check the driver of its device")
-    return (
-        f"provider {wanted.text!r}: {plugin.package} {plugin.version} finds no device that it can use here. "
-        f"ONNX Runtime sees: {hardware(ort)}. {hint}"
-    )
+        why = f"it does not offer this device here. It offers: {', '.join(map(str, offered))}"
+    raise ProviderError(f"provider {wanted.text!r}, {plugin.package} {plugin.version}: {why}")
+
+
+def no_device(ort: Any, plugin: Plugin, provider: str) -> str:
+    """The message for a user whose plugin offers no device for one of its providers."""
+    hint = _NO_DEVICE.get(provider, f"Check the driver of the device that {plugin.name} is for")
+    return f"it finds no device that it can use. ONNX Runtime sees: {hardware(ort)}. {hint}"
 
 
 def _not_installed(ort: Any, wanted: Provider) -> str:

@@ -14,6 +14,7 @@ from onnxsplit.errors import OnnxsplitError
 from onnxsplit.machine_load import cpu_times
 from onnxsplit.plan_base import PlanStruct
 from onnxsplit.providers import available_providers, gpu_count, load_runtime, provider_problem
+from onnxsplit.providers.probe import PluginState, plugin_states
 from onnxsplit.session import host_cores
 
 _LOAD_S = 0.5  # how long the load is observed
@@ -36,6 +37,7 @@ class Diagnosis(PlanStruct, frozen=True, kw_only=True):
         packages: version of each package; None if it is not installed.
         runtime_problem: why ONNX Runtime does not load; None if it loads.
         providers: the providers of the installed ONNX Runtime.
+        plugins: the installed plugins, packages ``onnxruntime-ep-NAME`` with further providers.
         gpus: number of CUDA devices that ONNX Runtime can use.
         cores: number of cores that this process may use.
         load_1_min: the processes that worked or waited for a core, on average over the last minute.
@@ -55,6 +57,7 @@ class Diagnosis(PlanStruct, frozen=True, kw_only=True):
     packages: dict[str, str | None]
     runtime_problem: str | None
     providers: tuple[ProviderState, ...]
+    plugins: tuple[PluginState, ...]
     gpus: int
     cores: int
     load_1_min: float
@@ -70,7 +73,7 @@ class Diagnosis(PlanStruct, frozen=True, kw_only=True):
 
 
 def diagnose() -> Diagnosis:
-    """Diagnose this host. No process is started."""
+    """Diagnose this host. A process is started for each plugin, and loads it."""
     before = cpu_times()
     time.sleep(_LOAD_S)
     busy_share, stolen_share = cpu_times().busy_share_since(before), cpu_times().stolen_share_since(before)
@@ -100,6 +103,7 @@ def diagnose() -> Diagnosis:
         packages=installed,
         runtime_problem=runtime_problem,
         providers=providers,
+        plugins=plugin_states(),
         gpus=gpu_count(),
         cores=host_cores(),
         load_1_min=os.getloadavg()[0],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
@@ -20,6 +21,7 @@ from onnxsplit.providers import (
 )
 from onnxsplit.providers.openvino import openvino_options
 from onnxsplit.session import open_session
+from onnxsplit.views.doctor import diagnose
 
 needs_openvino = pytest.mark.skipif(
     provider_problem("openvino") is not None, reason=f"needs OpenVINO: {provider_problem('openvino')}"
@@ -146,3 +148,26 @@ def test_loading_a_plugin_does_not_change_the_providers_of_onnx_runtime(site, tm
     fake_plugin(site, "made-up", library="junk")
     assert "libplugin.so" in str(provider_problem("made-up"))
     assert available_providers() == before
+
+
+@pytest.mark.parametrize(
+    ("made", "problem"),
+    [
+        ({"library": "junk" * 100}, "does not load into ONNX Runtime"),
+        ({"code": "import os\nos._exit(3)"}, "loading it ended the process with 3"),
+    ],
+)
+def test_doctor_names_what_is_wrong_with_a_plugin(site, monkeypatch, made, problem):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    fake_plugin(site, "made-up", **made)
+    found = {plugin.name: plugin for plugin in diagnose().plugins}["made-up"]
+    assert (found.package, found.version, found.devices) == ("onnxruntime-ep-made-up", "0.0.1", ())
+    assert problem in str(found.problem)
+
+
+@needs_openvino
+@pytest.mark.skipif("OpenVINOExecutionProvider" in available_providers(), reason="this ONNX Runtime has OpenVINO")
+def test_doctor_lists_the_devices_of_a_plugin():
+    found = {plugin.name: plugin for plugin in diagnose().plugins}["openvino"]
+    assert found.problem is None
+    assert any(device.startswith("CPU") for device in found.devices)
