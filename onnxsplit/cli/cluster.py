@@ -114,8 +114,9 @@ def measure(
     _show(output, cluster)
     output.line(f"\nWrote {file}. Next: onnxsplit partition {model} --cluster {file}")
     speeds = {device.name: device.speed for device in cluster.devices}
+    not_ops = {device.name: device.not_ops for device in cluster.devices}
     figures = [{"between": pair, **asdict(link)} for pair, link in cluster.links.items()]
-    output.result({"file": file, "speeds": speeds, "links": figures})
+    output.result({"file": file, "speeds": speeds, "not_ops": not_ops, "links": figures})
 
 
 def _check_hosts(file: Path, agents: Iterable[str], known: set[str]) -> None:
@@ -130,8 +131,11 @@ def _check_hosts(file: Path, agents: Iterable[str], known: set[str]) -> None:
 def _show(output: Output, cluster: Cluster) -> None:
     """Print the measured devices and links."""
     output.table(
-        ("device", "host", "provider", "threads", "speed"),
-        [(d.name, d.host, d.provider, f"{d.threads}", f"{d.speed:g}") for d in cluster.devices],
+        ("device", "host", "provider", "threads", "speed", "not its ops"),
+        [
+            (d.name, d.host, d.provider, f"{d.threads}", f"{d.speed:g}", ", ".join(d.not_ops) or "-")
+            for d in cluster.devices
+        ],
     )
     output.line()
     output.table(

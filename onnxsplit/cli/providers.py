@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from onnxsplit.cli.output import milliseconds
@@ -16,7 +17,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     """What the providers of a plan do with the whole model, and what they leave to the CPU of each stage."""
     for use in plan.providers:
         if use.refused is not None:
-            yield f"{use.provider} does not run the whole model: {use.refused}"
+            yield f"{use.provider} does not run the whole model: {shorten(use.refused, 240)}"
             yield f"Of the whole model, {use.provider} cannot run {counted(use.left_to_cpu)}."
         elif use.whole_time_ns is not None:
             yield f"The whole model takes {milliseconds(use.whole_time_ns)} on {use.provider}."
@@ -39,10 +40,8 @@ def provider_lines(ran: Sequence[StageOnProvider], moved: float) -> Iterator[str
             yield left_line(stage.stage, stage.provider, stage.left_to_cpu)
     used = dict.fromkeys(stage.provider for stage in ran if stage.problem is None)
     if used:
-        yield (
-            f"With optimisation on, stages ran on {', '.join(used)}, which alone "
-            f"{'moves' if len(used) == 1 else 'move'} the whole model by {moved:.1e}; twice that is allowed."
-        )
+        alone = f" It alone moves the whole model by {moved:.1e}; twice that is allowed." if moved else ""
+        yield f"With optimisation on, stages ran on {' and '.join(used)}.{alone}"
 
 
 def left_line(stage: int, provider: str, left: Mapping[str, int]) -> str:

@@ -120,7 +120,7 @@ def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
                 f"{node.stage}",
                 node.host or "-",
                 f"{node.pid or '-'}",
-                node.provider,
+                node.provider + (f" ({sum(node.left_to_cpu.values())} ops on the CPU)" if node.left_to_cpu else ""),
                 Text(node.state, style="green" if node.state == "ready" else "red"),
                 f"{rate:,.1f}",
                 milliseconds(node.p99_ns),

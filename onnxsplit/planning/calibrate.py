@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Protocol
 
 from onnxsplit.cluster import LOCAL, Cluster, Device
+from onnxsplit.cost.assignment import ask_provider
 from onnxsplit.custom_ops import Library
 from onnxsplit.errors import ClusterError, OnnxsplitError
 from onnxsplit.model.external_data import is_external, location_of
+from onnxsplit.model.in_memory import runnable
 from onnxsplit.model.protobuf import graph_tensors
 from onnxsplit.model.source import open_model
 from onnxsplit.npz import save_npz
 from onnxsplit.planning.examine import examine
+from onnxsplit.planning.providers import types_left
+from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say, silent
-from onnxsplit.providers import gpu_count, provider_here
+from onnxsplit.providers import CPU, gpu_count, parse_provider, provider_here
 from onnxsplit.session import host_cores
 from onnxsplit.timed import typical_ns
 
@@ -57,6 +61,9 @@ def measured(
 ) -> Cluster:
     """Measure the speeds of a cluster's devices on a model, relative to the first device that runs it.
 
+    A device of this host also gets the op types of the model that its provider leaves to the CPU, as its ``not_ops``.
+    Types that the file already lists stay in it.
+
     A device keeps its speed if its host is neither this host nor one of ``hosts``, if its host lacks its provider, or
     if the model does not run on it.
 
@@ -76,6 +83,7 @@ def measured(
     subject = examine(model, costs="analytic", dims=dims, custom_ops=custom_ops, say=say)
     model = Path(model)
     times: dict[tuple[str, str, int], int | None] = {}
+    left: dict[str, tuple[str, ...]] = {}
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         inputs = Path(folder) / "onnxsplit-inputs.npz"
         save_npz(inputs, subject.inputs)
@@ -89,6 +97,7 @@ def measured(
                 say(f"timing the model on {device.name}")
                 times[key] = elsewhere.time_ns(model, inputs, device)
             elif device.host == LOCAL and provider_here(device.provider) == device.provider:
+                left[device.provider] = left.get(device.provider) or _left(subject, device, say)
                 say(f"timing the model on {device.name}")
                 times[key] = _time_ns(model, inputs, device, subject.custom_ops)
     times_ns = [times.get((device.host, device.provider, device.threads)) for device in cluster.devices]
@@ -101,7 +110,34 @@ def measured(
     for device, time_ns in zip(cluster.devices, times_ns, strict=True):
         if not time_ns and (device.host in hosts or device.host == LOCAL):
             note(f"{device.name} keeps its speed of {device.speed:g}: {model} did not run there")
-    return _with_speeds(cluster, first, times_ns)
+    return _with_ops(_with_speeds(cluster, first, times_ns), left)
+
+
+def _left(subject: Subject, device: Device, say: Say) -> tuple[str, ...]:
+    """The op types of a model that the provider of a device of this host leaves to the CPU."""
+    if parse_provider(device.provider).name == CPU:
+        return ()
+    say(f"asking {device.provider} which ops it takes")
+    with runnable(subject.graph.source) as file:
+        found = ask_provider(
+            file,
+            device.provider,
+            threads=device.threads,
+            custom_ops=subject.custom_ops,
+            tensors=subject.shapes.specs,
+        )
+    return types_left(subject, found.left)
+
+
+def _with_ops(cluster: Cluster, left: Mapping[str, tuple[str, ...]]) -> Cluster:
+    """The cluster with further op types, by provider, that devices of this host may not run."""
+    devices = tuple(
+        replace(device, not_ops=tuple(dict.fromkeys((*device.not_ops, *left.get(device.provider, ())))))
+        if device.host == LOCAL
+        else device
+        for device in cluster.devices
+    )
+    return replace(cluster, devices=devices)
 
 
 def _with_speeds(cluster: Cluster, first_ns: int, times_ns: Sequence[int | None]) -> Cluster:

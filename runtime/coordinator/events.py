@@ -39,6 +39,7 @@ class Prepared(Struct, frozen=True):
     mapped: tuple[int, ...]
     now_ns: int
     why_unguided: str = ""
+    left_to_cpu: Mapping[str, int] = {}
 
 
 class Met(Struct, frozen=True):

@@ -186,8 +186,8 @@ def control_event(identity: bytes, message: object, now_ns: int) -> CoordinatorE
     match message:
         case Hello():
             return Joined(identity, message, now_ns)
-        case Ready(mapped, why_unguided):
-            return Prepared(identity, mapped, now_ns, why_unguided)
+        case Ready(mapped, why_unguided, left_to_cpu):
+            return Prepared(identity, mapped, now_ns, why_unguided, left_to_cpu)
         case Refused(reason):
             return Declined(identity, reason, now_ns)
         case Leaving():

@@ -17,7 +17,7 @@ lost, another one is started in the same slot, under a number that no other proc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from msgspec import Struct
@@ -93,6 +93,7 @@ class NodeRecord:
         sequences: the number of sequences whose states it held when it last said so.
         state_bytes: the bytes of those states.
         why_unguided: why no sequence can follow a grammar on it; empty if it can, or has not said.
+        left_to_cpu: ops that its provider left to the CPU: their number by op type.
     """
 
     slot: ReplicaKey
@@ -115,6 +116,7 @@ class NodeRecord:
     sequences: int = 0
     state_bytes: int = 0
     why_unguided: str = ""
+    left_to_cpu: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def phase(self) -> Phase:

@@ -287,7 +287,7 @@ class CoordinatorState:
         node = self.roster.by_identity(event.identity)
         if node is None:
             return
-        node.why_unguided = event.why_unguided
+        node.why_unguided, node.left_to_cpu = event.why_unguided, event.left_to_cpu
         is_new = self.roster.prepare(node, event.mapped, event.now_ns)
         if self.state is PipelinePhase.STARTING:
             if not self.roster.missing():

@@ -53,6 +53,7 @@ class NodeStats(Struct, frozen=True):
         host: the host that it runs on, once it has reported.
         state: the present state of the node, in words.
         provider: the provider that it was told to run on.
+        left_to_cpu: ops of the stage that this provider left to the CPU: their number by op type.
         requests: answered requests that it executed.
         failures: requests that could not be executed.
         restarts: processes that were lost.
@@ -95,6 +96,7 @@ class NodeStats(Struct, frozen=True):
     shared_bytes: int
     sequences: int = 0
     state_bytes: int = 0
+    left_to_cpu: dict[str, int] = {}
 
 
 class SequenceStats(Struct, frozen=True):
@@ -194,6 +196,7 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
                 shared_bytes=counters.shared_bytes,
                 sequences=node.sequences,
                 state_bytes=node.state_bytes,
+                left_to_cpu=dict(node.left_to_cpu),
             )
         )
     return tuple(stats)

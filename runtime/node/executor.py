@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,6 +53,11 @@ class Executor:
     def runs_steps(self) -> bool:
         """Whether this stage runs steps of sequences."""
         return self._sequences is not None
+
+    @property
+    def left_to_cpu(self) -> dict[str, int]:
+        """The ops of the stage that its provider left to the CPU: their number by op type."""
+        return dict(Counter(kind for _, kind in self._runner.session.left_to_cpu or ()))
 
     @property
     def why_unguided(self) -> str:

@@ -330,7 +330,7 @@ class NodeProcess:
             case LendMemory(readers):
                 worker.share(readers)
             case SayReady():
-                control.say(Ready(worker.mapped, worker.why_unguided))
+                control.say(Ready(worker.mapped, worker.why_unguided, worker.left_to_cpu))
             case SayLeaving():
                 control.say(Leaving())
             case SayRefused(reason):

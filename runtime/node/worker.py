@@ -104,6 +104,11 @@ class Worker:
         return numbers
 
     @property
+    def left_to_cpu(self) -> dict[str, int]:
+        """The ops of the stage that its provider left to the CPU: their number by op type."""
+        return self._executor.left_to_cpu if self._executor is not None else {}
+
+    @property
     def why_unguided(self) -> str:
         """Why no sequence can follow a grammar on this node; empty before a stage is loaded."""
         return self._executor.why_unguided if self._executor is not None else ""
@@ -164,6 +169,11 @@ class Worker:
         log_event(
             _log, logging.INFO, "stage loaded", stage=assign.stage, replica=assign.replica, provider=assign.provider
         )
+        if left := self.left_to_cpu:
+            kinds = ",".join(f"{kind}:{count}" for kind, count in left.items())
+            log_event(
+                _log, logging.WARNING, "ops left to the CPU", stage=assign.stage, ops=sum(left.values()), types=kinds
+            )
         return Loaded(plan)
 
     def connect(self, connect: Connect, sockets: Sockets) -> None:

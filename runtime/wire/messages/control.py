@@ -94,6 +94,10 @@ class Hello(Message, tag="hello", frozen=True):
     key: str
 
 
+OpCounts = Annotated[dict[Annotated[str, msgspec.Meta(max_length=256)], Amount], msgspec.Meta(max_length=1024)]
+"""Numbers of ops by op type."""
+
+
 class Ready(Message, tag="ready", frozen=True):
     """Reply to :class:`Wire`: the node has loaded its stage and has links to its peers.
 
@@ -101,10 +105,12 @@ class Ready(Message, tag="ready", frozen=True):
         mapped: the peers whose shared memory it has mapped.
         why_unguided: why no sequence can follow a grammar on this node; empty if it can. Only that of the last stage
             of a decoder counts.
+        left_to_cpu: ops of the stage that its provider left to the CPU: their number by op type.
     """
 
     mapped: tuple[NodeNumber, ...]
     why_unguided: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    left_to_cpu: OpCounts = msgspec.field(default_factory=dict)
 
 
 class Refused(Message, tag="refused", frozen=True):
