@@ -13,21 +13,18 @@ from click.core import ParameterSource
 from onnxsplit.cli.output import (
     MODEL,
     Output,
-    binary,
     custom_ops_words,
     examine_options,
     make_command,
     milliseconds,
     option,
     path_option,
-    percent,
 )
 from onnxsplit.cli.values import NODES, SecondsParam, ShareParam, SizeParam, StageCountParam
 from onnxsplit.effort import EFFORT_NAMES
 from onnxsplit.numbers import MOST_ROUNDS
 
 if TYPE_CHECKING:
-    from onnxsplit.plan import BatchClaim, Costs, Plan
     from onnxsplit.planning.result import PlanningResult
 
 _DEVICES, _RESULTS = "Stages and devices", "Results"
@@ -35,7 +32,6 @@ _device_option = functools.partial(option, section=_DEVICES)
 _cut_option = functools.partial(option, section="Where to cut")
 _search_option = functools.partial(option, section="The search")
 _SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)  # strongest first
-_BUSY = 0.15  # the share of the cores that others may use before the machine is called busy
 _EXAMINED = ("costs", "dims", "inputs", "outputs", "drop_outputs", "keep_inputs", "custom_ops")
 _DECODER = ("decoder", "decode_rows", "context", "cache_tokens")
 
@@ -216,6 +212,7 @@ def command(
     **options: Any,
 ) -> None:
     """Cut MODEL, an ONNX file, into stages of balanced cost, and write a plan directory."""
+    from onnxsplit.cli.plan_table import show_plan
     from onnxsplit.cli.providers import plan_lines
     from onnxsplit.files import check_outputs
     from onnxsplit.model.dominant_op import explain_dominant_op
@@ -237,7 +234,7 @@ def command(
     )
     files = _beside(output, made, html, annotate)
     output.done()
-    _show(output, made.plan)
+    show_plan(output, made.plan)
     _show_decoder(output, made)
     for text in plan_lines(made.plan):
         output.line(text)
@@ -280,90 +277,6 @@ def _beside(output: Output, made: PlanningResult, html: Path | None, annotate: P
     return files
 
 
-def _also_dropped(inputs: tuple[str, ...]) -> str:
-    """Text about the inputs that were dropped with an output."""
-    return f", and with it the input {', '.join(inputs)}, which no other output needs" if inputs else ""
-
-
-def _show(output: Output, plan: Plan) -> None:
-    """Print the stages as a table, and the proven bound."""
-    costs, prediction = plan.costs, plan.prediction
-    stage_times = [s.measured_time_ns or s.predicted_time_ns for s in plan.stages]
-    sent = [sum(cut.bytes for cut in plan.cuts if cut.from_stage == stage.index) for stage in plan.stages]
-    whole = (
-        milliseconds(costs.whole_time_ns),
-        "",
-        binary(costs.whole_weight_bytes),
-        binary(costs.whole_peak_memory_bytes),
-    )
-    rows = [("whole model", *whole, "", "", "")]
-    rows += [
-        (
-            f"stage {stage.index}",
-            milliseconds(time_ns),
-            milliseconds(stage.predicted_time_ns),
-            binary(stage.weight_bytes),
-            binary(stage.peak_memory_bytes),
-            binary(sent[stage.index]),
-            f"{stage.ops}",
-            ", ".join(stage.devices) if stage.devices else f"{stage.replicas} replicas" if stage.replicas > 1 else "",
-        )
-        for stage, time_ns in zip(plan.stages, stage_times, strict=True)
-    ]
-    if plan.stages:
-        rows.append(("ideal stage", milliseconds(sum(stage_times) // len(plan.stages)), "", "", "", "", "", ""))
-    placed = any(row[-1] for row in rows)
-    columns = ("", "time", "predicted", "weights", "memory", "bytes out", "ops", "device")
-    output.table(columns if placed else columns[:-1], [row if placed else row[:-1] for row in rows])
-    output.line()
-    output.line(_times_text(costs))
-    if prediction.lower_bound_bytes is not None:
-        output.line(
-            f"Largest memory of a stage {binary(prediction.peak_memory_bytes or 0)}; no cut is below "
-            f"{binary(prediction.lower_bound_bytes)} (gap {percent(prediction.gap)})."
-        )
-    elif plan.stages:
-        name, value = "Bottleneck", prediction.bottleneck_ns
-        if plan.objective == "latency":
-            name, value = "Latency", prediction.latency_ns
-        output.line(
-            f"{name} {milliseconds(value)} with transfers; no cut is below "
-            f"{milliseconds(prediction.lower_bound_ns)} (gap {percent(prediction.gap)}"
-            + (f", times ±{percent(costs.interval)})." if costs.interval is not None else ").")
-        )
-    if plan.verdict is not None:
-        output.line(plan.verdict.text)
-    if plan.borders is not None:
-        from onnxsplit.views.borders import borders_text
-
-        output.line(borders_text(plan.borders))
-    if plan.batch is not None:
-        output.line(_rows_text(plan, plan.batch))
-    if plan.dropped_outputs:
-        output.line(f"Left out: the output {', '.join(plan.dropped_outputs)}" + _also_dropped(plan.dropped_inputs))
-    for name in plan.defaults:
-        output.line(f"Input {name} stays an input; a request that leaves it out gets the model's own value.")
-    for library in plan.custom_ops:
-        stages = ", ".join(str(stage.index) for stage in plan.stages if library.name in stage.custom_ops) or "none"
-        output.line(f"Custom ops of {library.name} ({library.sha256[:12]}) are needed by the stages: {stages}.")
-    if plan.dims:
-        output.line("Sizes used: " + ", ".join(f"{name}={size}" for name, size in plan.dims.items()))
-
-
-def _times_text(costs: Costs) -> str:
-    """Text about where the times come from, and how sure they are."""
-    if costs.note:
-        return f"Times are {costs.source}: {costs.note}"
-    if costs.interval is None:
-        return f"Times are {costs.source}."
-    if costs.disturbed > _BUSY:
-        return (
-            f"Times are measured on a busy machine (other processes used {percent(costs.disturbed)} of its cores): "
-            f"±{percent(costs.interval)}."
-        )
-    return f"Times are measured, ±{percent(costs.interval)}."
-
-
 def _show_decoder(output: Output, made: PlanningResult) -> None:
     """Print what is known of a decoder, or why a model that looks like one is none."""
     from onnxsplit.views.decoder import decoder_lines
@@ -381,14 +294,3 @@ def _show_decoder(output: Output, made: PlanningResult) -> None:
             )
     elif made.subject.no_decoder:
         output.line(f"Not cut as a decoder: {made.subject.no_decoder}.")
-
-
-def _rows_text(plan: Plan, claim: BatchClaim) -> str:
-    """Text about the inputs and outputs that have a batch axis, or about why requests are neither split nor joined."""
-    if claim.why_not:
-        return f"Batches are neither split nor joined: {claim.why_not}."
-    states = plan.decoder.pasts() | plan.decoder.presents() if plan.decoder is not None else frozenset()
-    axes = {name: plan.tensors[name].batch_axis for name in (*plan.inputs, *plan.outputs) if name not in states}
-    carrying = ", ".join(f"{name} (axis {axis})" for name, axis in axes.items() if axis is not None)
-    carrying += " and the states" if states else ""
-    return f"Batch axes: {carrying}. The model's structure proves them; {claim.trials} trials agree."

@@ -22,7 +22,7 @@ from onnxsplit.errors import OnnxsplitError
 if TYPE_CHECKING:
     from onnxsplit.cli.decoding import DecodeComparison
     from onnxsplit.stages.chain import StageOnProvider
-    from onnxsplit.stages.verify import Comparison
+    from onnxsplit.stages.comparison import Comparison
 
 
 @make_command

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
@@ -69,24 +70,14 @@ def measured_costs(
         save_npz(file, inputs)
         say("observing shapes")
         untyped = tuple(name for name in graph.producer if name not in shapes.specs)
-        profiled = partial(
-            run_profile, source, file, threads=threads, provider=provider, custom_ops=custom_ops, in_place=in_place
-        )
+        how: dict[str, Any] = {"threads": threads, "provider": provider, "custom_ops": custom_ops, "in_place": in_place}
+        profiled = partial(run_profile, source, file, **how)
         seen = profiled(level="disabled", seconds=0.0, untyped=untyped)
         if seen.opaque:  # the shares of the ops, and their shapes, are then those on the CPU
             profiled = partial(profiled, provider="cpu")
             seen = profiled(level="disabled", seconds=0.0, untyped=untyped)
         say("timing optimisation levels")
-        chosen = best_level(
-            source.path,
-            file,
-            threads=threads,
-            provider=provider,
-            budget=budget,
-            data_folder=source.data_folder,
-            custom_ops=custom_ops,
-            in_place=in_place,
-        )
+        chosen = best_level(source.path, file, budget=budget, data_folder=source.data_folder, **how)
         level, whole_ns = chosen.level, chosen.time_ns
         say(f"profiling ops at level {level}")
         profile = profiled(level=level, seconds=4 * budget.sample_s)
@@ -94,11 +85,14 @@ def measured_costs(
     if known:
         shapes = infer_shapes(graph, {name: array.shape for name, array in inputs.items()}, known)
     shapes = shapes.observed(seen.sizes, seen.types)
-    total = sum(profile.op_ns) or 1
-    # Profiling slows every event down alike, so the times are scaled to those of a run without the profiler.
-    fused = _charged_to_most_work(graph, shapes, profile.op_ns)
-    times = tuple(time_ns * whole_ns // total for time_ns in fused)
+    times = _scaled(_charged_to_most_work(graph, shapes, profile.op_ns), whole_ns)
     return OpCosts(time_ns=times, whole_ns=whole_ns, level=level, source="measured", shapes=shapes, moved=chosen.moved)
+
+
+def _scaled(times_ns: Sequence[int], total_ns: int) -> tuple[int, ...]:
+    """Times scaled to another sum: profiling slows every event down alike, and a run without the profiler is known."""
+    measured_ns = sum(times_ns) or 1
+    return tuple(time_ns * total_ns // measured_ns for time_ns in times_ns)
 
 
 def _ranks(graph: OpGraph, shapes: Shapes, seen: Profile) -> dict[str, TensorSpec]:

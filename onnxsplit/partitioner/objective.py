@@ -274,11 +274,7 @@ def score(problem: Problem, partition: Partition) -> Score:
 
     node_ns = problem.overhead.node_ns if problem.overhead is not None else 0
     total = [max(c + b, o) + node_ns for c, b, o in zip(compute, blocking, overlapped, strict=True)]
-    done = [0] * stages
-    for stage in range(stages):
-        path = compute[stage] + blocking[stage] + overlapped[stage] + node_ns
-        starts = [done[source] + delay_ns for source, delay_ns in sources[stage].items()]
-        done[stage] = max(*starts, entering[stage], 0) + path
+    path = [c + b + o + node_ns for c, b, o in zip(compute, blocking, overlapped, strict=True)]
     memory = stage_memory(problem, stage_of, stages) if problem.capped or problem.objective == "memory" else ()
     stage_ns = tuple(-(-time_ns // len(devices)) for time_ns, devices in zip(total, partition.devices, strict=True))
     return Score(
@@ -286,11 +282,29 @@ def score(problem: Problem, partition: Partition) -> Score:
         transfer_ns=tuple(b + o for b, o in zip(blocking, overlapped, strict=True)),
         stage_ns=stage_ns,
         host_ns=problem.overhead.host_ns(stage_ns, partition.devices) if problem.overhead and stages else 0,
-        latency_ns=max((time_ns + delay for time_ns, delay in zip(done, leaving, strict=True)), default=0),
+        latency_ns=_latency_ns(path, sources, entering, leaving),
         memory_bytes=memory,
         feasible=_feasible(problem, partition, compute, memory),
         objective=problem.objective,
     )
+
+
+def _latency_ns(
+    path_ns: Sequence[int], sources: Sequence[Mapping[int, int]], entering: Sequence[int], leaving: Sequence[int]
+) -> int:
+    """The longest path over the stages, in nanoseconds.
+
+    Args:
+        path_ns: for each stage, its time.
+        sources: for each stage, the delay from each stage that sends to it.
+        entering: for each stage, the delay from the caller.
+        leaving: for each stage, the delay to the caller.
+    """
+    done = [0] * len(path_ns)
+    for stage, time_ns in enumerate(path_ns):
+        starts = [done[source] + delay_ns for source, delay_ns in sources[stage].items()]
+        done[stage] = max(*starts, entering[stage], 0) + time_ns
+    return max((time_ns + delay_ns for time_ns, delay_ns in zip(done, leaving, strict=True)), default=0)
 
 
 def _slowest(problem: Problem, devices: tuple[int, ...]) -> Sequence[int]:

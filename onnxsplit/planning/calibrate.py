@@ -101,16 +101,10 @@ def measured(
                 say(f"timing the model on {device.name}")
                 times[key] = _time_ns(model, inputs, device, subject.custom_ops)
     times_ns = [times.get((device.host, device.provider, device.threads)) for device in cluster.devices]
-    first = next((time_ns for time_ns in times_ns if time_ns), None)
-    if first is None:
-        raise ClusterError(
-            f"no device of this host (host = {LOCAL!r}) or of a host with an agent can run {model}; start agents where "
-            "devices are (onnxsplit cluster agent), and name them with --agent HOST=ADDR"
-        )
     for device, time_ns in zip(cluster.devices, times_ns, strict=True):
-        if not time_ns and (device.host in hosts or device.host == LOCAL):
+        if any(times_ns) and not time_ns and (device.host in hosts or device.host == LOCAL):
             note(f"{device.name} keeps its speed of {device.speed:g}: {model} did not run there")
-    return _with_ops(_with_speeds(cluster, first, times_ns), left)
+    return _with_ops(_with_speeds(cluster, model, times_ns), left)
 
 
 def _left(subject: Subject, device: Device, say: Say) -> tuple[str, ...]:
@@ -140,8 +134,18 @@ def _with_ops(cluster: Cluster, left: Mapping[str, tuple[str, ...]]) -> Cluster:
     return replace(cluster, devices=devices)
 
 
-def _with_speeds(cluster: Cluster, first_ns: int, times_ns: Sequence[int | None]) -> Cluster:
-    """The cluster with speeds relative to the first time; a device without a time keeps its speed."""
+def _with_speeds(cluster: Cluster, model: Path, times_ns: Sequence[int | None]) -> Cluster:
+    """The cluster with speeds relative to the first time; a device without a time keeps its speed.
+
+    Raises:
+        ClusterError: there is no time.
+    """
+    first_ns = next((time_ns for time_ns in times_ns if time_ns), None)
+    if first_ns is None:
+        raise ClusterError(
+            f"no device of this host (host = {LOCAL!r}) or of a host with an agent can run {model}; start agents where "
+            "devices are (onnxsplit cluster agent), and name them with --agent HOST=ADDR"
+        )
     devices = tuple(
         replace(device, speed=float(f"{first_ns / time_ns:.4g}")) if time_ns else device
         for device, time_ns in zip(cluster.devices, times_ns, strict=True)

@@ -25,6 +25,7 @@ from onnxsplit.plan import (
     Plan,
     Prediction,
     Stage,
+    TensorSpec,
 )
 from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_check import plan_problems
@@ -138,15 +139,10 @@ class PlanBuilder:
             history: the rounds in which stages were run.
             sessions: times of sessions of the whole model; None if they were not measured.
         """
-        subject, graph, shapes = self._subject, self._subject.graph, self._subject.shapes
-        count = len(cut.parts)
+        subject, graph = self._subject, self._subject.graph
         options = self._partitioner.options
         if self._folder is not None:
             save_npz(self._folder / EXAMPLE_FILE, subject.small_inputs)
-        on_border = {name for index in range(count) for name in (*cut.inputs(index), *cut.outputs(index))}
-        specs = dict(shapes.specs)
-        for narrow in cut.borders.tensors if cut.borders is not None else ():
-            specs |= narrow.wire_specs
         source = graph.source.proto
         plan = Plan(
             format_version=FORMAT_VERSION,
@@ -161,8 +157,8 @@ class PlanBuilder:
             parallel=options.parallel,
             objective=options.objective,
             dims=dict(subject.dims),
-            stages=tuple(self._stage(cut, index) for index in range(count)),
-            tensors={n: specs[n] for n in sorted(on_border | {*graph.inputs, *graph.outputs})},
+            stages=tuple(self._stage(cut, index) for index in range(len(cut.parts))),
+            tensors=self._tensors(cut),
             cuts=_cuts(cut, subject),
             inputs=graph.inputs,
             outputs=graph.outputs,
@@ -185,6 +181,16 @@ class PlanBuilder:
         problems = plan_problems(plan) if self._folder is not None else []
         assert not problems, problems
         return plan
+
+    def _tensors(self, cut: CandidateCut) -> dict[str, TensorSpec]:
+        """Types and shapes of the tensors that enter, leave or cross."""
+        named = {*self._subject.graph.inputs, *self._subject.graph.outputs}
+        for index in range(len(cut.parts)):
+            named.update(cut.inputs(index), cut.outputs(index))
+        specs = dict(self._subject.shapes.specs)
+        for narrow in cut.borders.tensors if cut.borders is not None else ():
+            specs |= narrow.wire_specs
+        return {name: specs[name] for name in sorted(named)}
 
     def _costs(self, cut: CandidateCut, history: tuple[CorrectionRound, ...], sessions: SessionTimes | None) -> Costs:
         subject = self._subject

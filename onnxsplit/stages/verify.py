@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from onnxsplit.errors import ModelError, ModelRefused, PlanError, ProviderError
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.graph_io import select
 from onnxsplit.model.in_memory import ModelFile, ModelLike, open_any, runnable
-from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, is_discrete, narrowest, tolerance
+from onnxsplit.model.precision import computed_types
 from onnxsplit.model.shapes import infer_shapes
 from onnxsplit.model.source import SourceModel
 from onnxsplit.npz import load_npz
@@ -42,54 +42,8 @@ from onnxsplit.plan_files import default_files, example_file, load_plan
 from onnxsplit.providers import CPU, parse_provider, provider_problem
 from onnxsplit.session import Session, open_session
 from onnxsplit.stages.chain import StageFile, StageOnProvider, run_chain
+from onnxsplit.stages.comparison import Comparison, compared
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype
-
-_SLACK = 2.0  # how many times the distance of optimisation alone is allowed
-_MOST_ALLOWED = 0.5  # no distance above this is allowed, even if optimisation moves the model further
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The comparison of one output.
-
-    Attributes:
-        output: the name of the output.
-        exact: True when stages and model agree bit for bit with optimisation off.
-        difference: the largest difference with optimisation off, relative to the scale; for discrete types, the share
-            of elements that differ.
-        optimized: the same for the stages at the plan's levels, compared with the unoptimised model.
-        moved: the distance by which optimisation alone moves the whole model. Initializers that the model lists as
-            inputs are constants there, as in the stages.
-        provider_moved: the largest distance by which one of the plan's other providers moves the whole model; 0 if the
-            stages ran on the CPU, or if no provider runs the whole model.
-        repeatable: False when the whole model differs from itself on the same inputs, so that nothing can be compared.
-        tolerance: the largest allowed ``difference``, and the largest allowed ``optimized`` if optimisation alone
-            moves the model less. For discrete types, it is that of float32.
-        narrowest: the float type that the tolerance follows; None if there is none narrower than float32.
-        budget: the budget of error of narrow borders, which is allowed with and without optimisation; 0 without them.
-    """
-
-    output: str
-    exact: bool
-    difference: float
-    optimized: float
-    moved: float
-    provider_moved: float = 0.0
-    repeatable: bool = True
-    tolerance: float = LEAST_TOLERANCE
-    narrowest: str | None = None
-    budget: float = 0.0
-
-    @property
-    def good(self) -> bool:
-        """Whether both comparisons hold. An output that is not repeatable counts as good."""
-        if not self.repeatable:
-            return True
-        least = max(self.tolerance, self.budget)
-        moved = max(self.moved, self.provider_moved)
-        allowed = max(min(_SLACK * moved, _MOST_ALLOWED), least)
-        off = least if self.narrowest is None else allowed
-        return self.difference <= off and self.optimized <= allowed
 
 
 def verify(
@@ -122,8 +76,7 @@ def verify(
     plan = load_plan(folder)
     source = open_any(model)
     name = str(model) if isinstance(model, str | Path) else source.path.name
-    libraries = find_libraries(custom_ops)
-    needed = needed_libraries(libraries, plan)
+    needed = needed_libraries(libraries := find_libraries(custom_ops), plan)
     check_wanted(libraries, (plan,))
     _check_model(folder, plan, name, source)
     files = [inputs] if isinstance(inputs, str | Path) else list(inputs or [])
@@ -139,57 +92,54 @@ def verify(
         again = [_run_whole(file, plan, given, "disabled", threads, needed) for given in examples]
     types = _float_types(source, plan, examples[0])
     with runnable(_with_constants(source)) as file:
-        levels = _levels(plan)
-        optimized = [[_run_optimized(file, plan, given, o, threads, needed) for o in levels] for given in examples]
+        optimized = [
+            [_run_optimized(file, plan, given, level, threads, needed) for level in _levels(plan)] for given in examples
+        ]
         others = [list(_on_providers(file, plan, given, threads, needed)) for given in examples]
-    budget = plan.borders.tolerance if plan.borders is not None else 0.0
-    compared = []
+    comparisons: list[list[Comparison]] = []
     for number, given in enumerate(examples):
         chained = run_stages(folder, plan, given, threads=threads, level="disabled", custom_ops=needed)
         chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed, tell=tell)
-        compared.append(
-            [
-                _compared(
-                    output,
-                    plain=[plain[number][output], again[number][output]],
-                    optimized=[answers[output] for answers in optimized[number]],
-                    on_providers=[answers[output] for answers in others[number]],
-                    stages=chained[output],
-                    optimized_stages=chained_optimized[output],
-                    types=types,
-                    budget=budget,
-                )
-                for output in plan.outputs
-            ]
+        plains = [plain[number], again[number]]
+        comparisons.append(
+            _compared(
+                plan,
+                types,
+                (plain[number], again[number]),
+                optimized[number],
+                others[number],
+                (chained, chained_optimized),
+            )
         )
-    return tuple(max(some, key=lambda one: (not one.good, one.difference)) for some in zip(*compared, strict=True))
+    return tuple(map(_worst, zip(*comparisons, strict=True)))
 
 
 def _compared(
-    output: str,
-    *,
-    plain: Sequence[Array],
-    optimized: Sequence[Array],
-    on_providers: Sequence[Array],
-    stages: Array,
-    optimized_stages: Array,
+    plan: Plan,
     types: frozenset[str],
-    budget: float,
-) -> Comparison:
-    """Compare one output: unoptimised runs, optimised ones and those on other providers, and both of the stages."""
-    first, second = plain
-    return Comparison(
-        output=output,
-        exact=_bits_equal(first, stages),
-        difference=distance(stages, first),
-        optimized=distance(optimized_stages, first),
-        moved=max(distance(one, first) for one in optimized),
-        provider_moved=max((distance(one, first) for one in on_providers), default=0.0),
-        repeatable=_bits_equal(first, second),
-        tolerance=tolerance(types if not is_discrete(first) else ()),
-        narrowest=narrowest(types),
-        budget=budget,
-    )
+    plain: Sequence[Mapping[str, Array]],
+    optimized: Sequence[Mapping[str, Array]],
+    on_providers: Sequence[Mapping[str, Array]],
+    chained: Sequence[Mapping[str, Array]],
+) -> list[Comparison]:
+    """The comparison of each output for the same inputs."""
+    return [
+        compared(
+            output,
+            plain=[answers[output] for answers in plain],
+            optimized=[answers[output] for answers in optimized],
+            on_providers=[answers[output] for answers in on_providers],
+            stages=chained[0][output],
+            optimized_stages=chained[1][output],
+            types=types,
+            budget=plan.borders.tolerance if plan.borders is not None else 0.0,
+        )
+        for output in plan.outputs
+    ]
+
+
+def _worst(comparisons: Sequence[Comparison]) -> Comparison:
+    return max(comparisons, key=lambda one: (not one.good, one.difference))
 
 
 def _check_model(folder: Path, plan: Plan, name: str, source: SourceModel) -> None:
@@ -394,9 +344,3 @@ def _on_providers(
 def _zeros(plan: Plan, name: str) -> Array:
     spec = plan.tensors[name]
     return np.zeros([d if isinstance(d, int) else 1 for d in spec.shape or ()], numpy_dtype(spec.dtype))
-
-
-def _bits_equal(left: Array, right: Array) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return bool(np.array_equal(left, right)) if left.dtype == object else left.tobytes() == right.tobytes()

@@ -22,9 +22,10 @@ from onnxsplit.npz import load_npz
 from onnxsplit.planning.examine import examine
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import open_session
+from onnxsplit.stages.comparison import Comparison
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.model_file import file_entry
-from onnxsplit.stages.verify import Comparison, run_stages, verify
+from onnxsplit.stages.verify import run_stages, verify
 
 HALF = TensorProto.FLOAT16
 
