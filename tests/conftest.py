@@ -25,6 +25,7 @@ import psutil
 import pytest
 
 from onnxsplit.effort import EFFORTS
+from onnxsplit.plan import TYPICAL_HOST
 from onnxsplit.planning.planner import partition
 
 # On a busy machine an example may take any time.
@@ -51,6 +52,7 @@ def short_measurements():
     """Measure models for a tenth of the usual time: no test depends on the precision."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EFFORTS, "normal", replace(EFFORTS["normal"], sample_s=0.01, samples=3))
+        patch.setattr("onnxsplit.planning.target.host_costs", lambda: TYPICAL_HOST)  # not those of the user's cache
         yield
 
 

@@ -56,7 +56,7 @@ class Target:
     facts: Mapping[str, ProviderFacts] = field(default_factory=dict)
     ordered: bool = False
     falls_back: bool = False
-    host: HostCosts = field(default_factory=host_costs)
+    host: HostCosts = field(default_factory=lambda: host_costs())
 
     @property
     def reference(self) -> Device:

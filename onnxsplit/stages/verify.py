@@ -100,7 +100,6 @@ def verify(
     for number, given in enumerate(examples):
         chained = run_stages(folder, plan, given, threads=threads, level="disabled", custom_ops=needed)
         chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed, tell=tell)
-        plains = [plain[number], again[number]]
         comparisons.append(
             _compared(
                 plan,
