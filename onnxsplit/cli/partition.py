@@ -20,7 +20,7 @@ from onnxsplit.cli.output import (
     option,
     path_option,
 )
-from onnxsplit.cli.values import NODES, NumberParam, SecondsParam, ShareParam, SizeParam, StageCountParam
+from onnxsplit.cli.values import NODES, SecondsParam, ShareParam, SizeParam, StageCountParam
 from onnxsplit.effort import EFFORT_NAMES
 from onnxsplit.numbers import MOST_ROUNDS
 
@@ -141,8 +141,8 @@ def _strongest_names(options: Mapping[str, Any], names: Mapping[str, str]) -> di
 )
 @_cut_option(
     "--tolerance",
-    type=NumberParam(1e-9, 1.0),
-    default=1e-3,
+    type=ShareParam(),
+    default="1e-3",
     metavar="SHARE",
     help="Largest error of an output, relative to its scale, that narrow borders may cause.",
 )

@@ -94,14 +94,15 @@ def round_trip(form: Form, array: Array, rows: int) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         if form == "float16":
             return array.astype(np.float16).astype(np.float32)
-        count = math.prod(array.shape[:rows])
-        flat = array.reshape(count, math.prod(array.shape[rows:]))
+        if not array.size:
+            return array
+        flat = array.reshape(math.prod(array.shape[:rows]), -1)
         blocks = np.pad(flat, ((0, 0), (0, -flat.shape[1] % BLOCK))).reshape(-1, BLOCK)
-        step = np.maximum(np.abs(blocks).max(axis=1, keepdims=True, initial=0.0) * _STEPS, _LEAST_STEP)
+        step = np.maximum(np.abs(blocks).max(axis=1, keepdims=True) * _STEPS, _LEAST_STEP)
         scaled = blocks / step
         scale = step + np.float32(0) * scaled.sum(axis=1, keepdims=True)
         back = np.rint(np.nan_to_num(scaled)) * scale
-        return np.ascontiguousarray(back.reshape(count, -1)[:, : flat.shape[1]]).reshape(array.shape)
+        return np.ascontiguousarray(back.reshape(len(flat), -1)[:, : flat.shape[1]]).reshape(array.shape)
 
 
 def names_in(graph: onnx.GraphProto) -> set[str]:

@@ -18,6 +18,7 @@ from onnxsplit.partitioner import (
     Partition,
     Problem,
     Transfer,
+    Way,
     Weight,
     fewest_stages,
     line_up,
@@ -57,7 +58,9 @@ def problems(draw, atoms=7, kinds=1, chain=False, **more):
             readers = tuple(sorted(draw(st.sets(st.integers(writer + 1, count - 1), max_size=3))))
         to_caller = writer >= 0 and (not readers or draw(st.booleans()))
         if readers or to_caller:
-            transfers.append(Transfer(writer, readers, draw(st.integers(0, 10)), to_caller))
+            size = draw(st.integers(0, 10))
+            ways = draw(st.sampled_from([(), (), (Way(size // 2, 1),), (Way(size), Way(size // 2, 1), Way(0, 4))]))
+            transfers.append(Transfer(writer, readers, size, to_caller, ways if writer >= 0 else ()))
     weights = [Weight(draw(st.integers(0, 40)), (atom,)) for atom in range(count) if draw(st.booleans())]
     if count > 2 and draw(st.booleans()):
         weights.append(Weight(9, (0, count - 1)))
