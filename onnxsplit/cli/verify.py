@@ -137,7 +137,7 @@ def _narrow(plan: Path, comparisons: Sequence[Comparison]) -> str:
     borders = load_plan(plan, check_files=False).borders
     assert borders is not None
     found = max(max(c.difference, c.optimized) for c in comparisons)
-    return f"Narrow borders may cause differences of {error_text(borders.tolerance)}; found: {error_text(found)}."
+    return f"Narrow borders may cause differences up to {error_text(borders.tolerance)}; found: {error_text(found)}."
 
 
 def _decoded(decoding: DecodeComparison) -> str:

@@ -77,9 +77,13 @@ class BorderTrials:
 
     def error_of(self, inputs: Callable[[int], tuple[str, ...]], outputs: Callable[[int], tuple[str, ...]]) -> float:
         """The error of the outputs of the stages as they are now, with other inputs and outputs."""
-        stages = [replace(s, inputs=inputs(i), outputs=outputs(i)) for i, s in enumerate(self._stages)]
-        with StageProcesses(keep=False) as run_stage:
-            return self._worst(run_chain(stages, one, self._outputs, run_stage) for one in self._examples)
+        values = [dict(one) for one in self._examples]
+        for index, stage in enumerate(self._stages):
+            now = replace(stage, inputs=inputs(index), outputs=outputs(index))
+            with StageProcesses(keep=True) as run_stage:  # one stage is loaded at a time
+                for one in values:
+                    one.update(run_stage(now, {name: one[name] for name in now.inputs}))
+        return self._worst(values)
 
     def _worst(self, answers: Iterable[Mapping[str, Array]]) -> float:
         found = [

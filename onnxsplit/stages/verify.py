@@ -86,10 +86,11 @@ def verify(
     hint = "" if files else "; these inputs were made up, give real ones with --inputs FILE.npz"
     with runnable(source) as file:
         try:
-            plain = [_run_whole(file, plan, given, "disabled", threads, needed) for given in examples]
+            plain, again = (
+                [_run_whole(file, plan, x, "disabled", threads, needed) for x in examples] for _ in range(2)
+            )
         except ModelError as error:
             raise ModelError(f"{name} does not run on the inputs: {error}{hint}") from error
-        again = [_run_whole(file, plan, given, "disabled", threads, needed) for given in examples]
     types = _float_types(source, plan, examples[0])
     with runnable(_with_constants(source)) as file:
         optimized = [
@@ -99,17 +100,9 @@ def verify(
     comparisons: list[list[Comparison]] = []
     for number, given in enumerate(examples):
         chained = run_stages(folder, plan, given, threads=threads, level="disabled", custom_ops=needed)
-        chained_optimized = run_stages(folder, plan, given, threads=threads, custom_ops=needed, tell=tell)
-        comparisons.append(
-            _compared(
-                plan,
-                types,
-                (plain[number], again[number]),
-                optimized[number],
-                others[number],
-                (chained, chained_optimized),
-            )
-        )
+        at_levels = run_stages(folder, plan, given, threads=threads, custom_ops=needed, tell=tell)
+        wholes = (plain[number], again[number])
+        comparisons.append(_compared(plan, types, wholes, optimized[number], others[number], chained, at_levels))
     return tuple(map(_worst, zip(*comparisons, strict=True)))
 
 
@@ -119,7 +112,8 @@ def _compared(
     plain: Sequence[Mapping[str, Array]],
     optimized: Sequence[Mapping[str, Array]],
     on_providers: Sequence[Mapping[str, Array]],
-    chained: Sequence[Mapping[str, Array]],
+    chained: Mapping[str, Array],
+    at_levels: Mapping[str, Array],
 ) -> list[Comparison]:
     """The comparison of each output for the same inputs."""
     return [
@@ -128,10 +122,10 @@ def _compared(
             plain=[answers[output] for answers in plain],
             optimized=[answers[output] for answers in optimized],
             on_providers=[answers[output] for answers in on_providers],
-            stages=chained[0][output],
-            optimized_stages=chained[1][output],
+            stages=chained[output],
+            optimized_stages=at_levels[output],
             types=types,
-            budget=plan.borders.tolerance if plan.borders is not None else 0.0,
+            budget=plan.borders.tolerance if plan.borders is not None and plan.borders.tensors else 0.0,
         )
         for output in plan.outputs
     ]

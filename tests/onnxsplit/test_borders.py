@@ -19,6 +19,9 @@ from onnxsplit.npz import save_npz
 from onnxsplit.plan import TensorSpec
 from onnxsplit.plan_borders import UNUSABLE
 from onnxsplit.plan_files import load_plan
+from onnxsplit.planning.examine import examine
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import write_plan
 from onnxsplit.stages.borders import NarrowTensor, narrow_stage, round_trip, wire_bytes, wire_names
 from onnxsplit.stages.merge import merge
 from onnxsplit.stages.verify import run_stages, verify
@@ -125,9 +128,22 @@ def test_new_names_are_free():
 # Plans
 
 
-def split(proto, folder, **options):
+def split(model, folder, *, costs=None, dims=None, inputs=None, **options):
+    """Cut a model, or one that was examined before, without rounds unless they are asked for."""
     options = {"stages": 2, "rounds": 0, **options}
-    return onnxsplit.partition(build.save(proto, folder), out=folder / "m.plan", **options)
+    if isinstance(model, onnx.ModelProto):
+        model = examine(build.save(model, folder), costs=costs, dims=dims, inputs=inputs, threads=1)
+    return write_plan(model, folder / "m.plan", CutOptions(**options)).plan
+
+
+@pytest.fixture(scope="module")
+def long_chain(tmp_path_factory):
+    """A chain of products on three examples of 32 rows, examined once; its batch is fixed."""
+    proto = build.chain(8, 256)
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 32
+    path = build.save(proto, tmp_path_factory.mktemp("chain"))
+    return examine(path, inputs=[example() for _ in range(3)], threads=1)
 
 
 def example(rows: int = 32, width: int = 256):
@@ -169,25 +185,24 @@ def test_without_the_option_plans_stay_as_they_were(tmp_path):
     assert plans[0].borders is None
 
 
-def test_a_border_above_the_tolerance_is_told_and_verify_refuses_it(tmp_path):
-    given = example()
-    plan = split(build.chain(8, 256), tmp_path, border="int8", inputs=given, tolerance=1e-4)
+def test_a_border_above_the_tolerance_is_told_and_verify_refuses_it(tmp_path, long_chain):
+    plan = split(long_chain, tmp_path, border="int8", tolerance=1e-4)
     assert plan.borders.error > 1e-4
     assert not plan.borders.within
-    (comparison,) = verify(tmp_path / "m.plan", tmp_path / "model.onnx")
+    (comparison,) = verify(tmp_path / "m.plan", long_chain.graph.source.path)
     assert not comparison.good
-    plan = split(build.chain(8, 256), tmp_path, border="int8", inputs=given, tolerance=0.02)
-    (comparison,) = verify(tmp_path / "m.plan", tmp_path / "model.onnx")
+    plan = split(long_chain, tmp_path, border="int8", tolerance=0.02)
+    (comparison,) = verify(tmp_path / "m.plan", long_chain.graph.source.path)
     assert comparison.good
     assert comparison.difference > 1e-4
 
 
-def test_auto_takes_the_narrowest_form_within_the_budget(tmp_path):
-    given = [example() for _ in range(3)]
+def test_auto_takes_the_narrowest_form_within_the_budget(tmp_path, long_chain):
+    given = [long_chain.inputs, *long_chain.more_inputs]
     cluster = far_apart(tmp_path, 50e6)
     found = {}
     for tolerance in (0.05, 2e-3, 1e-6):
-        plan = split(build.chain(8, 256), tmp_path, border="auto", tolerance=tolerance, inputs=given, cluster=cluster)
+        plan = split(long_chain, tmp_path, border="auto", tolerance=tolerance, cluster=cluster)
         assert plan.borders.within
         assert plan.borders.inputs == 3
         found[tolerance] = [border.form for border in plan.borders.tensors]
@@ -195,26 +210,25 @@ def test_auto_takes_the_narrowest_form_within_the_budget(tmp_path):
         for number, one in enumerate(given):
             save_npz(tmp_path / f"{number}.npz", one)
             files.append(tmp_path / f"{number}.npz")
-        assert all(one.good for one in verify(tmp_path / "m.plan", tmp_path / "model.onnx", inputs=files))
+        assert all(one.good for one in verify(tmp_path / "m.plan", long_chain.graph.source.path, inputs=files))
     assert found == {0.05: ["int8"], 2e-3: ["float16"], 1e-6: []}
 
 
-def test_auto_narrows_nothing_on_a_fast_link(tmp_path):
-    plan = split(build.chain(8, 256), tmp_path, border="auto", tolerance=0.5, inputs=example())
+def test_auto_narrows_nothing_on_a_fast_link(tmp_path, long_chain):
+    plan = split(long_chain, tmp_path, border="auto", tolerance=0.5)
     assert plan.borders.tensors == ()
     assert [cut.tensor for cut in plan.cuts] == list(plan.stages[0].outputs)
 
 
-def test_errors_of_several_borders_are_checked_together(tmp_path):
-    given, cluster = example(), far_apart(tmp_path, 20e6, 4)
-    model = build.chain(8, 256)
-    alone = split(model, tmp_path, stages=4, cluster=cluster, border="int8", inputs=given, tolerance=0.5)
+def test_errors_of_several_borders_are_checked_together(tmp_path, long_chain):
+    cluster = far_apart(tmp_path, 20e6, 4)
+    alone = split(long_chain, tmp_path, stages=4, cluster=cluster, border="int8", tolerance=0.5)
     assert len(alone.borders.tensors) == 3
     largest = max(border.error for border in alone.borders.tensors)
     assert alone.borders.error > largest
     # each is within half of the budget by itself, and all together are not
     tolerance = 2 * largest * 1.05
-    plan = split(model, tmp_path, stages=4, cluster=cluster, border="auto", inputs=given, tolerance=tolerance)
+    plan = split(long_chain, tmp_path, stages=4, cluster=cluster, border="auto", tolerance=tolerance)
     assert plan.borders.within
     assert plan.borders.tensors
 
@@ -237,9 +251,9 @@ def test_fewer_bytes_move_the_cut(tmp_path):
     assert narrow.prediction.bottleneck_ns < full.prediction.bottleneck_ns
 
 
-def test_the_merged_model_has_full_borders_again(tmp_path):
-    given = example()
-    split(build.chain(8, 256), tmp_path, border="int8", inputs=given)
+def test_the_merged_model_has_full_borders_again(tmp_path, long_chain):
+    given = long_chain.inputs
+    split(long_chain, tmp_path, border="int8")
     merge(tmp_path / "m.plan", tmp_path / "merged.onnx")
     merged = onnx.load(tmp_path / "merged.onnx")
     assert {node.op_type for node in merged.graph.node} == {"MatMul", "Relu"}
