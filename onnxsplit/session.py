@@ -79,8 +79,10 @@ class Session:
             not tell.
     """
 
-    def __init__(self, raw: Any, left_to_cpu: tuple[tuple[str, str], ...] | None = ()) -> None:
-        self._raw, self.left_to_cpu = raw, left_to_cpu
+    def __init__(
+        self, raw: Any, left_to_cpu: tuple[tuple[str, str], ...] | None = (), *, binds_once: bool = True
+    ) -> None:
+        self._raw, self.left_to_cpu, self._binds_once = raw, left_to_cpu, binds_once
         self.inputs = tuple((value.name, runtime_type(value.type)) for value in raw.get_inputs())
         self.outputs = tuple((value.name, runtime_type(value.type)) for value in raw.get_outputs())
         self._names = [name for name, _ in self.outputs]
@@ -128,7 +130,8 @@ class Session:
         """
         try:
             if len(into) == len(self._names):
-                self._raw.run_with_iobinding(self._bound(inputs, into))
+                bound = self._bound(inputs, into) if self._binds_once else self._bind(inputs, into)
+                self._raw.run_with_iobinding(bound)
                 return into
             binding = self._bind(inputs, into)
             self._raw.run_with_iobinding(binding)
@@ -276,7 +279,8 @@ def open_session(
     for library in custom_ops:
         _register(options, library)
     raw = _loaded(ort, model, options, wanted, providers)
-    return Session(raw, _left_to_cpu(raw, wanted))
+    # ONNX Runtime copies an input to another device when it is bound, so a kept binding would run on old values there.
+    return Session(raw, _left_to_cpu(raw, wanted), binds_once=wanted.name == CPU)
 
 
 def _options(ort: Any, threads: int, level: Level, *, spinning: bool) -> Any:

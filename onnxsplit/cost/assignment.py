@@ -2,7 +2,7 @@
 
 A provider may also take every op and then fail to prepare the model. In this case, one op of each type is tried in a
 model of its own, and the ops of the types that fail count as left to the CPU. A provider that leaves a single op to the
-CPU may still take it beside others, so that does not count.
+CPU may still take it beside others, so such types count only if none fails.
 
 The question is asked in a process of its own, because providers run code of their makers. That process is this module
 itself.
@@ -111,27 +111,23 @@ def _answer(question: _Question) -> Assignment:
 
 
 def _of_failing_types(graph: OpGraph, question: _Question) -> tuple[int, ...]:
-    """The ops of the types of which one op alone fails; all ops if none does, since the fault is then elsewhere."""
-    failing = set()
+    """The ops of the types of which one op alone fails, or else is declined; all ops if neither happens to any."""
+    kinds: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
     tried: set[tuple[str, str]] = set()
     for op in graph.ops:
         kind = (op.domain, op.op_type)
-        if kind in tried or op.index in graph.constant_ops:
-            continue
-        alone = _alone(graph, op, question.tensors)
-        if alone is None:
+        alone = _alone(graph, op, question.tensors) if kind not in tried else None
+        if alone is None or op.index in graph.constant_ops:
             continue
         tried.add(kind)
         try:
-            with suppress(ProviderError):
-                _open(graph, alone, question)
-        except ModelRefused:
+            _open(graph, alone, question)
+        except (ModelRefused, ProviderError) as error:
             with suppress(ModelRefused):  # if the CPU refuses it too, the model of one op is at fault
                 _open(graph, alone, msgspec.structs.replace(question, provider="cpu"))
-                failing.add(kind)
-    if not failing:
-        return tuple(op.index for op in graph.ops)
-    return tuple(op.index for op in graph.ops if (op.domain, op.op_type) in failing)
+                kinds[isinstance(error, ModelRefused)].add(kind)
+    named = kinds[True] or kinds[False] or {(op.domain, op.op_type) for op in graph.ops}
+    return tuple(op.index for op in graph.ops if (op.domain, op.op_type) in named)
 
 
 def _alone(graph: OpGraph, op: Op, tensors: Mapping[str, TensorSpec]) -> onnx.ModelProto | None:

@@ -61,11 +61,9 @@ def measured(
 ) -> Cluster:
     """Measure the speeds of a cluster's devices on a model, relative to the first device that runs it.
 
-    A device of this host also gets the op types of the model that its provider leaves to the CPU, as its ``not_ops``.
-    Types that the file already lists stay in it.
-
     A device keeps its speed if its host is neither this host nor one of ``hosts``, if its host lacks its provider, or
-    if the model does not run on it.
+    if the model does not run on it. The op types of the model that a device of this host leaves to the CPU join its
+    ``not_ops``.
 
     Args:
         cluster: the cluster.
@@ -83,7 +81,6 @@ def measured(
     subject = examine(model, costs="analytic", dims=dims, custom_ops=custom_ops, say=say)
     model = Path(model)
     times: dict[tuple[str, str, int], int | None] = {}
-    left: dict[str, tuple[str, ...]] = {}
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
         inputs = Path(folder) / "onnxsplit-inputs.npz"
         save_npz(inputs, subject.inputs)
@@ -97,14 +94,13 @@ def measured(
                 say(f"timing the model on {device.name}")
                 times[key] = elsewhere.time_ns(model, inputs, device)
             elif device.host == LOCAL and provider_here(device.provider) == device.provider:
-                left[device.provider] = left.get(device.provider) or _left(subject, device, say)
                 say(f"timing the model on {device.name}")
                 times[key] = _time_ns(model, inputs, device, subject.custom_ops)
     times_ns = [times.get((device.host, device.provider, device.threads)) for device in cluster.devices]
     for device, time_ns in zip(cluster.devices, times_ns, strict=True):
         if any(times_ns) and not time_ns and (device.host in hosts or device.host == LOCAL):
             note(f"{device.name} keeps its speed of {device.speed:g}: {model} did not run there")
-    return _with_ops(_with_speeds(cluster, model, times_ns), left)
+    return _with_ops(_with_speeds(cluster, model, times_ns), subject, say)
 
 
 def _left(subject: Subject, device: Device, say: Say) -> tuple[str, ...]:
@@ -123,11 +119,13 @@ def _left(subject: Subject, device: Device, say: Say) -> tuple[str, ...]:
     return types_left(subject, found.left)
 
 
-def _with_ops(cluster: Cluster, left: Mapping[str, tuple[str, ...]]) -> Cluster:
-    """The cluster with further op types, by provider, that devices of this host may not run."""
+def _with_ops(cluster: Cluster, subject: Subject, say: Say) -> Cluster:
+    """The cluster with the op types of a model that devices of this host leave to the CPU in their ``not_ops``."""
+    here = [d for d in cluster.devices if d.host == LOCAL and provider_here(d.provider) == d.provider]
+    left = {device.provider: _left(subject, device, say) for device in here}
     devices = tuple(
-        replace(device, not_ops=tuple(dict.fromkeys((*device.not_ops, *left.get(device.provider, ())))))
-        if device.host == LOCAL
+        replace(device, not_ops=tuple(dict.fromkeys((*device.not_ops, *left[device.provider]))))
+        if device in here
         else device
         for device in cluster.devices
     )
