@@ -95,7 +95,7 @@ def show(output: Output, image: Path, stages: int, slices: int) -> None:
     output.done()
     print()
     output.table(
-        ("requests a second", "median", "pipeline over it"),
+        ("requests a second", "median", f"x {report.basis}"),
         [(row.name, f"{row.per_s:.1f}", f"{row.ratio:.3f}") for row in report.rows],
     )
     print(f"\nWrote {MODEL}, {PLAN} and {INPUTS}. Next: onnxsplit verify {PLAN} {MODEL}")

@@ -1,8 +1,9 @@
 """Measures how fast a plan runs, compared with its ceiling and with other ways to run the model.
 
 The contenders take turns in short slices, because the speed of a machine drifts, and ratios are computed slice by
-slice. The **ceiling** of a plan is the rate of its slowest stage when all stage files run at once, each in a process of
-its own, without any communication.
+slice. All ratios are relative to one contender: one session of the whole model, if that is measured. The **ceiling** of
+a plan is the rate of its slowest stage when all stage files run at once, each in a process of its own, without any
+communication. Latencies under load are measured after the rates.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import msgspec.structs
 
 from onnxsplit.custom_ops import Library, find_libraries, needed_libraries
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, ModelError
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import Plan
 from onnxsplit.plan_base import PlanStruct
@@ -28,8 +29,15 @@ from onnxsplit.providers import providers_by_stage
 from onnxsplit.session import Session, host_cores, open_session, threads_per_node
 from onnxsplit.tensors import Array
 from onnxsplit.timed import TimedModel, run_together
+from runtime.bench_load import LoadLatency, latencies_under_load
+from runtime.load.call import CallTarget
+from runtime.load.pipeline import PipelineTarget
+from runtime.load.target import LoadTarget
 from runtime.options import RunOptions
 from runtime.pipeline import Pipeline
+
+PIPELINE = "pipeline"
+"""The name of the contender that runs the plan."""
 
 _RESAMPLES = 2000  # samples of the bootstrap
 _LATENCY_SLICES = 8
@@ -46,7 +54,7 @@ class Row(PlanStruct, frozen=True, kw_only=True):
         per_s: its rate in requests per second, the median of all slices.
         low: lower end of the rate's 95 % interval.
         high: upper end of it.
-        ratio: the pipeline's rate divided by its rate, the median of all slices.
+        ratio: its rate divided by that of the contender that is the basis, the median of all slices.
         ratio_low: lower end of the ratio's 95 % interval.
         ratio_high: upper end of it.
     """
@@ -65,20 +73,24 @@ class BenchReport(PlanStruct, frozen=True, kw_only=True):
 
     Attributes:
         rows: the contenders, the pipeline first.
+        basis: the name of the contender that all ratios are relative to: one session of the whole model, or the
+            pipeline where the whole model was not measured.
+        loads: latencies of the pipeline and of one session of the whole model under the same loads.
         latency_p50_ns: median latency of the pipeline with one request at a time.
-        latency_p99_ns: 99th percentile of it.
         stages_ns: median time of the same stage files, called one after the other in one process.
-        whole_ns: median time of the whole model in one session with the same number of threads; None when the model was
-            not given.
+        whole_ns: median time of the whole model in one session with all cores; None when it was not measured.
+        without_whole: why the whole model was not measured; empty when it was, or was not asked for.
         slices: number of slices of each contender.
         threads: threads of each stage's session.
     """
 
     rows: tuple[Row, ...]
+    basis: str
+    loads: tuple[LoadLatency, ...]
     latency_p50_ns: int
-    latency_p99_ns: int
     stages_ns: int
     whole_ns: int | None
+    without_whole: str
     slices: int
     threads: int
 
@@ -87,6 +99,7 @@ def bench(
     folder: str | Path,
     *,
     model: str | Path | None = None,
+    merged: bool = False,
     inputs: str | Path | None = None,
     slices: int = 20,
     slice_seconds: float = 0.5,
@@ -99,7 +112,8 @@ def bench(
 
     Args:
         folder: the plan directory.
-        model: the source model, for a comparison with sessions of the whole model; None for no comparison.
+        model: the whole model, for a comparison with sessions of it; None for no comparison.
+        merged: whether ``model`` was merged from the plan's stages. Then the report says why if it does not run.
         inputs: an ``.npz`` with the inputs; the plan's example when None.
         slices: number of slices of each contender.
         slice_seconds: length of a slice.
@@ -115,49 +129,94 @@ def bench(
     """
     folder = Path(folder)
     plan = load_plan(folder)
-    if model is not None and plan.dropped_outputs:
-        raise InputError(
-            f"{folder} leaves out the output {', '.join(plan.dropped_outputs)}, so {model} computes more and cannot "
-            "be compared; measure the plan without --model"
-        )
-    example = Path(inputs) if inputs is not None else example_file(folder, plan)
-    given = load_npz(example)
+    if model is not None and not merged:
+        _check_outputs(folder, plan, model)
+    given = load_npz(example := Path(inputs) if inputs is not None else example_file(folder, plan))
     wanted = RunOptions(**options)
     plan = _on_providers(plan, wanted.provider)
     replicas, libraries = wanted.counts(plan), find_libraries(wanted.custom_ops)
     threads = options["threads"] = options.get("threads") or threads_per_node(sum(replicas))
+    contenders, without_whole = dict[str, RateMeasure](), ""
     with ExitStack() as stack:
-        contenders: dict[str, RateMeasure] = {}
         pipeline = stack.enter_context(Pipeline.launch(folder, **options))
-        contenders["pipeline"] = lambda seconds: _pipeline_rate(pipeline, given, seconds)
+        contenders[PIPELINE] = lambda seconds: _pipeline_rate(pipeline, given, seconds)
         say("loading stages")
         stages = _stage_workers(stack, folder, plan, given, threads, replicas, libraries)
         contenders["ceiling: stages at once, no communication"] = lambda seconds: _ceiling(stages, seconds)
         if model is not None:
             say("loading the whole model")
-            contenders |= _whole_model(stack, Path(model), example, plan, threads, sum(replicas), libraries)
+            try:
+                contenders |= _whole_model(stack, Path(model), example, plan, threads, sum(replicas), libraries)
+            except ModelError as error:
+                model, without_whole = None, _reason(error, merged)
         contenders.update(peers or {})
         rates = _in_turns(contenders, slices, slice_seconds, say)
-        say("latency")
-        chain, whole = _sessions(folder, plan, model, threads, libraries)
+        say("one request at a time")
+        chain, whole = _sessions(folder, plan, model, libraries, threads)
         times = _latencies(pipeline, chain, whole, given, 4 * slice_seconds)
+        loads = _under_load(pipeline, whole, given, statistics.median(rates[PIPELINE]), slice_seconds, say)
     closed(pipeline)
-    return _report(rates, times, slices, threads)
+    return _report(rates, times, loads, slices=slices, threads=threads, without_whole=without_whole)
+
+
+def _check_outputs(folder: Path, plan: Plan, model: str | Path) -> None:
+    if plan.dropped_outputs:
+        raise InputError(
+            f"{folder} leaves out the output {', '.join(plan.dropped_outputs)}, so {model} computes more and cannot "
+            "be compared; measure the plan without --model"
+        )
+
+
+def _reason(error: ModelError, merged: bool) -> str:
+    """Why a merged model does not run; a model that was given must run."""
+    if not merged:
+        raise error
+    return str(error)
 
 
 def _report(
-    rates: Mapping[str, Sequence[float]], times: tuple[list[int], list[int], list[int]], slices: int, threads: int
+    rates: Mapping[str, Sequence[float]],
+    times: tuple[list[int], list[int], list[int]],
+    loads: tuple[LoadLatency, ...],
+    *,
+    slices: int,
+    threads: int,
+    without_whole: str,
 ) -> BenchReport:
     through, chained, alone = times
+    basis = one_session() if one_session() in rates else PIPELINE
     return BenchReport(
-        rows=compare(rates),
+        rows=compare(rates, basis),
+        basis=basis,
+        loads=loads,
         latency_p50_ns=int(statistics.median(through)),
-        latency_p99_ns=sorted(through)[int(len(through) * 0.99)],
         stages_ns=int(statistics.median(chained)),
         whole_ns=int(statistics.median(alone)) if alone else None,
+        without_whole=without_whole,
         slices=slices,
         threads=threads,
     )
+
+
+def one_session() -> str:
+    """The name of the contender that runs the whole model in one session with all cores."""
+    return f"one session, {host_cores()} threads"
+
+
+def _under_load(
+    pipeline: Pipeline,
+    whole: Session | None,
+    inputs: Mapping[str, Array],
+    per_s: float,
+    slice_seconds: float,
+    say: Callable[[str], None],
+) -> tuple[LoadLatency, ...]:
+    """Latencies of the pipeline, and of one session in this process, at shares of the pipeline's rate."""
+    targets: dict[str, LoadTarget] = {PIPELINE: PipelineTarget(pipeline, [inputs])}
+    if whole is not None:
+        given = {name: inputs[name] for name, _ in whole.inputs}
+        targets[one_session()] = CallTarget(lambda: whole.run(given))
+    return latencies_under_load(targets, per_s, 2 * slice_seconds, say)
 
 
 def _whole_model(
@@ -179,15 +238,18 @@ def _whole_model(
     one = start(cores, spinning=True)
     many = [start(threads, spinning=False) for _ in range(processes)]
     return {
-        f"one session, {cores} threads": lambda seconds: _rates([one], seconds)[0],
+        one_session(): lambda seconds: _rates([one], seconds)[0],
         f"{processes} whole-model processes": lambda seconds: sum(_rates(many, seconds)),
     }
 
 
 def _sessions(
-    folder: Path, plan: Plan, model: str | Path | None, threads: int, libraries: Sequence[Library]
+    folder: Path, plan: Plan, model: str | Path | None, libraries: Sequence[Library], threads: int
 ) -> tuple[list[tuple[Session, Sequence[str]]], Session | None]:
-    """One session in this process for each stage, with the names of its inputs, and one for the model if given."""
+    """Sessions in this process: one for each stage, with the names of its inputs, and one for the model if given.
+
+    That of the model has as many threads as the host has cores.
+    """
     chain: list[tuple[Session, Sequence[str]]] = []
     for stage in plan.stages:
         needed = needed_libraries(libraries, plan, stage.index)
@@ -199,7 +261,7 @@ def _sessions(
     if model is None:
         return chain, None
     level = plan.costs.whole_optimization_level
-    return chain, open_session(Path(model), threads=threads, level=level, custom_ops=libraries)
+    return chain, open_session(Path(model), threads=host_cores(), level=level, custom_ops=libraries)
 
 
 def _in_turns(
@@ -323,13 +385,18 @@ def _latencies(
     return through, chained, alone
 
 
-def compare(rates: Mapping[str, Sequence[float]]) -> tuple[Row, ...]:
-    """A row for each contender, from its rates in all slices; one of them is named ``pipeline``."""
-    return tuple(_row(name, rates[name], rates["pipeline"]) for name in rates)
+def compare(rates: Mapping[str, Sequence[float]], basis: str) -> tuple[Row, ...]:
+    """A row for each contender, from its rates in all slices.
+
+    Args:
+        rates: the rates of each contender, by name.
+        basis: the contender that ratios are relative to.
+    """
+    return tuple(_row(name, rates[name], rates[basis]) for name in rates)
 
 
-def _row(name: str, rates: Sequence[float], own: Sequence[float]) -> Row:
-    ratios = [mine / other for mine, other in zip(own, rates, strict=True)]
+def _row(name: str, rates: Sequence[float], basis: Sequence[float]) -> Row:
+    ratios = [mine / other for mine, other in zip(rates, basis, strict=True)]
     low, high = _interval(rates)
     ratio_low, ratio_high = _interval(ratios)
     return Row(

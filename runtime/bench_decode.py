@@ -55,7 +55,7 @@ class DecodeRow(PlanStruct, frozen=True, kw_only=True):
     """One contender.
 
     Attributes:
-        rate: its rate in tokens per second, with intervals; the ratio is the pipeline's rate divided by it.
+        rate: its rate in tokens per second, with intervals; the ratio is relative to the basis of the report.
         first_ns: median time from the beginning to the first token of a text.
         between_ns: median time between two tokens of a text.
         between_p99_ns: 99th percentile of that time.
@@ -72,6 +72,7 @@ class DecodeReport(PlanStruct, frozen=True, kw_only=True):
 
     Attributes:
         rows: the contenders, the pipeline first.
+        basis: the name of the contender that all ratios are relative to: the first one of ``peers``, or the pipeline.
         sequences: the number of sequences at once.
         tokens: the number of new tokens of each.
         context: the number of tokens at the beginning of each.
@@ -80,6 +81,7 @@ class DecodeReport(PlanStruct, frozen=True, kw_only=True):
     """
 
     rows: tuple[DecodeRow, ...]
+    basis: str
     sequences: int
     tokens: int
     context: int
@@ -137,8 +139,10 @@ def bench_decode(
                     measured[name].append(times)
     closed(pipeline)
     rates = {name: [times.per_s for times in measured[name]] for name in measured}
+    basis = list(rates)[min(1, len(rates) - 1)]
     return DecodeReport(
-        rows=tuple(_row(row, measured[row.name]) for row in compare(rates)),
+        rows=tuple(_row(row, measured[row.name]) for row in compare(rates, basis)),
+        basis=basis,
         sequences=sequences,
         tokens=tokens,
         context=context,

@@ -53,7 +53,7 @@ def main() -> None:
                 measured = bench(plan, slices=given.slices)
                 row, ceiling = measured.rows[:2]
                 counts = [stage.replicas for stage in made.stages]
-                say(report, f"{name}, {way} {counts}", per_s=row.per_s, over_ceiling=ceiling.ratio)
+                say(report, f"{name}, {way} {counts}", per_s=row.per_s, over_ceiling=row.per_s / ceiling.per_s)
                 if way != "hybrid on three":
                     for rows, seconds in batches(plan).items():
                         say(report, f"  a batch of 16 in parts of {rows}", rows_per_s=16 / seconds)

@@ -84,14 +84,14 @@ def say(
         return
     row["report"] = msgspec.to_builtins(measured)
     if peer:
-        report.row(row, line(measured.rows[-1]))
+        report.row(row, f"{line(measured.rows[-1])} x the pipeline")
         return
     whole = f"; the whole model: {measured.whole_ns / 1e6:.2f} ms" if measured.whole_ns else ""
     latency = (
         f"  one request: {measured.latency_p50_ns / 1e6:.2f} ms median; "
         f"its stages in turn in one process: {measured.stages_ns / 1e6:.2f} ms{whole}"
     )
-    head = f"\n{name}\n  {'':45} {'per second':>22}   pipeline over it"
+    head = f"\n{name}\n  {'':45} {'per second':>22}   x {measured.basis}"
     report.row(row, "\n".join([head, *map(line, measured.rows), latency]))
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
-from onnxsplit.cli.output import PLAN, Output, inputs_option, make_command, milliseconds, option
+from onnxsplit.cli.output import PLAN, Output, binary, inputs_option, make_command, milliseconds, option
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
 from onnxsplit.cli.values import NumberParam
+from onnxsplit.errors import one_line
 from onnxsplit.numbers import MOST_SIZE, parse_whole
 from runtime.wire.messages.sequences import MOST_ROWS
+
+if TYPE_CHECKING:
+    from runtime.bench import BenchReport
+    from runtime.bench_load import LoadLatency
 
 
 def _decode(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -29,7 +39,9 @@ def _decode(context: click.Context, parameter: click.Parameter, text: str | None
 @make_command
 @PLAN
 @option(
-    "--model", type=click.Path(path_type=Path), help="Source model. If given, whole-model sessions are measured too."
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Whole model to compare with. Default: the plan's stages, merged in memory.",
 )
 @inputs_option
 @running_options
@@ -73,17 +85,61 @@ def command(
         return
     if context is not None:
         raise click.UsageError("--context belongs to --decode ROWSxTOKENS")
-    report = bench(
-        plan,
-        model=model,
-        inputs=inputs,
-        slices=slices or 20,
-        slice_seconds=slice_seconds,
-        closed=lambda pipeline: write_trace(output, pipeline, running["trace"]),
-        say=output.say,
-        **keywords(output, running),
-    )
+    wanted = keywords(output, running)
+    with _whole(output, plan, model) as (whole, reason):
+        report = bench(
+            plan,
+            model=whole,
+            merged=model is None,
+            inputs=inputs,
+            slices=slices or 20,
+            slice_seconds=slice_seconds,
+            closed=lambda pipeline: write_trace(output, pipeline, running["trace"]),
+            say=output.say,
+            **wanted,
+        )
     output.done()
+    if reason:
+        report = msgspec.structs.replace(report, without_whole=reason)
+    _show(output, report, slice_seconds)
+    output.line(f'Next: run it from Python with runtime.Pipeline.launch("{plan}")')
+    output.result({"bench": report})
+
+
+@contextmanager
+def _whole(output: Output, folder: Path, model: Path | None) -> Iterator[tuple[Path | None, str]]:
+    """The whole model: the one that was given, or the plan's stages merged in memory; or why there is none."""
+    from onnxsplit.errors import ModelError, PlanError
+    from onnxsplit.memory import free_memory_bytes
+    from onnxsplit.plan_files import load_plan
+    from onnxsplit.stages.merge import merge
+
+    plan = load_plan(folder)
+    if model is not None or plan.decoder is not None:
+        yield (
+            model,
+            "" if model else "the plan has a decoder; measure it with --decode, and the whole model with --model",
+        )
+        return
+    weights = sum(stage.weight_bytes for stage in plan.stages)
+    copies = 2 * (sum(stage.replicas for stage in plan.stages) + 2) + 1  # each session packs its weights once more
+    if copies * weights > (free := free_memory_bytes()):
+        yield None, f"it would need {binary(copies * weights)} of memory, and {binary(free)} are free"
+        return
+    shared = Path("/dev/shm")  # noqa: S108  files there are memory
+    roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * weights + (64 << 20)
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-", dir=shared if roomy else None) as scratch:
+        output.say("merging the stages")
+        try:
+            merge(folder, Path(scratch) / "merged.onnx")
+        except (ModelError, PlanError, ValueError) as error:
+            yield None, f"its stages cannot be merged: {one_line(error, 300)}"
+        else:
+            yield Path(scratch) / "merged.onnx", ""
+
+
+def _show(output: Output, report: BenchReport, slice_seconds: float) -> None:
+    """Print rates, all relative to one contender, and latencies under load."""
     rows = [
         (
             row.name,
@@ -94,19 +150,31 @@ def command(
         )
         for row in report.rows
     ]
-    output.table(("requests a second", "median", "95 % interval", "pipeline over it", "95 % interval"), rows)
+    output.table(("requests a second", "median", "95 % interval", f"x {report.basis}", "95 % interval"), rows)
+    if report.without_whole:
+        output.line(f"\nThe whole model was not measured: {report.without_whole}.")
+    rates = {load.share: load.rate_per_s for load in report.loads}
+    columns = [cell for share, rate in rates.items() for cell in (f"p50 at {share:.0%} ({rate:.1f}/s)", "p99")]
+    output.line("\nLatency at shares of the pipeline's rate; requests come at random, and do not wait for answers:\n")
+    output.table(("", *columns), _load_rows(report.loads))
+    whole = f"; the whole model: {milliseconds(report.whole_ns)}" if report.whole_ns is not None else ""
     output.line(
-        f"\nOne request at a time: {milliseconds(report.latency_p50_ns)} median, "
-        f"{milliseconds(report.latency_p99_ns)} p99; its stages one after the other in one process: "
-        f"{milliseconds(report.stages_ns)}"
-        + (f"; the whole model: {milliseconds(report.whole_ns)}." if report.whole_ns is not None else ".")
+        f"\nOne request at a time: {milliseconds(report.latency_p50_ns)} median; its stages one after the other in one "
+        f"process: {milliseconds(report.stages_ns)}{whole}."
     )
     output.line(
         f"{report.slices} slices of {slice_seconds} s for each contender, in turns; "
         f"{report.threads} thread(s) for each stage."
     )
-    output.line(f'Next: run it from Python with runtime.Pipeline.launch("{plan}")')
-    output.result({"bench": report})
+
+
+def _load_rows(loads: Sequence[LoadLatency]) -> list[tuple[str, ...]]:
+    """A row for each contender, with its percentiles at each share."""
+    rows: dict[str, list[str]] = {}
+    for load in loads:
+        behind = "" if load.keeps_up else ", growing"
+        rows.setdefault(load.name, []).extend([milliseconds(load.p50_ns), f"{milliseconds(load.p99_ns)}{behind}"])
+    return [(name, *cells) for name, cells in rows.items()]
 
 
 def _bench_decode(
@@ -147,10 +215,9 @@ def _bench_decode(
         )
         for row in report.rows
     ]
-    output.table(("contender", "tokens/s", "ratio", "first token", "between", "p99"), rows)
+    output.table(("contender", "tokens/s", f"x {report.basis}", "first token", "between", "p99"), rows)
     output.line(
         f"\n{report.sequences} sequence(s) at once, continued by {report.tokens} tokens after {report.context}; "
-        f"{report.turns} turns of each; {report.threads} thread(s) for each session. The ratio is the pipeline's rate "
-        "divided by that of the contender."
+        f"{report.turns} turns of each; {report.threads} thread(s) for each session."
     )
     output.result({"bench": report})

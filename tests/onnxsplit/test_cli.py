@@ -16,7 +16,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from onnxsplit.cli import bench as bench_command
 from onnxsplit.cli import cli
+from onnxsplit.cli.output import Output
 from onnxsplit.npz import load_npz, save_npz
 
 
@@ -74,16 +76,48 @@ def test_inspect_tells_ops_cost_and_cuts(onnxsplit, tmp_path):
         assert word in told
 
 
-def test_bench_puts_the_pipeline_beside_its_ceiling(onnxsplit, tmp_path):
+QUICK_BENCH = ("bench", "model.plan", "--slices", 3, "--slice-seconds", 0.1)
+
+
+@pytest.mark.parametrize("given", [("--model", "model.onnx"), ()])
+def test_bench_puts_the_pipeline_beside_its_ceiling_and_the_whole_model(onnxsplit, tmp_path, given):
     build.save(build.chain(8, width=256), tmp_path)
     onnxsplit("partition", "model.onnx", "--costs", "analytic")
-    report = json.loads(
-        onnxsplit(
-            "bench", "model.plan", "--model", "model.onnx", "--slices", 3, "--slice-seconds", 0.1, "--json"
-        ).stdout
-    )["bench"]
+    report = json.loads(onnxsplit(*QUICK_BENCH, *given, "--json").stdout)["bench"]
     assert len(report["rows"]) == 4
     assert all(row["per_s"] > 0 for row in report["rows"])
+    assert [row["ratio"] for row in report["rows"] if row["name"] == report["basis"]] == [1.0]
+    assert report["basis"].startswith("one session")
+    assert [(load["name"], load["share"]) for load in report["loads"]] == [
+        ("pipeline", 0.5), (report["basis"], 0.5), ("pipeline", 0.8), (report["basis"], 0.8),
+    ]  # fmt: skip
+    assert all(0 < load["p50_ns"] <= load["p99_ns"] for load in report["loads"])
+    assert not report["without_whole"]
+
+
+def test_bench_says_in_its_heads_what_it_compares_with(onnxsplit, tmp_path):
+    build.save(build.chain(), tmp_path)
+    onnxsplit("partition", "model.onnx", "--costs", "analytic")
+    told = onnxsplit(*QUICK_BENCH).stdout
+    assert "x one session" in " ".join(told.split())
+    assert "Latency at shares of the pipeline's rate" in told
+
+
+def test_bench_compares_a_plan_without_some_outputs_with_its_merged_stages(onnxsplit, tmp_path):
+    build.save(build.heads(), tmp_path)
+    onnxsplit("partition", "model.onnx", "--costs", "analytic", "--drop-output", "left", "-o", "model.plan")
+    report = json.loads(onnxsplit(*QUICK_BENCH, "--json").stdout)["bench"]
+    assert report["basis"].startswith("one session")
+    assert "without --model" in onnxsplit(*QUICK_BENCH, "--model", "model.onnx", code=1).stderr
+
+
+def test_bench_says_why_it_does_not_compare_with_the_whole_model(onnxsplit, tmp_path, monkeypatch):
+    build.save(build.chain(), tmp_path)
+    onnxsplit("partition", "model.onnx", "--costs", "analytic")
+    monkeypatch.setattr("onnxsplit.memory.free_memory_bytes", lambda: 1000)
+    with bench_command._whole(Output(as_json=False), tmp_path / "model.plan", None) as (whole, reason):
+        assert whole is None
+        assert "1000 B are free" in reason
 
 
 def test_a_cluster_file_is_written_measured_and_cut_for(onnxsplit, tmp_path):
