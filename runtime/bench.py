@@ -129,8 +129,7 @@ def bench(
     """
     folder = Path(folder)
     plan = load_plan(folder)
-    if model is not None and not merged:
-        _check_outputs(folder, plan, model)
+    _check_outputs(folder, plan, None if merged else model)
     given = load_npz(example := Path(inputs) if inputs is not None else example_file(folder, plan))
     wanted = RunOptions(**options)
     plan = _on_providers(plan, wanted.provider)
@@ -151,7 +150,6 @@ def bench(
                 model, without_whole = None, _reason(error, merged)
         contenders.update(peers or {})
         rates = _in_turns(contenders, slices, slice_seconds, say)
-        say("one request at a time")
         chain, whole = _sessions(folder, plan, model, libraries, threads)
         times = _latencies(pipeline, chain, whole, given, 4 * slice_seconds)
         loads = _under_load(pipeline, whole, given, statistics.median(rates[PIPELINE]), slice_seconds, say)
@@ -159,8 +157,9 @@ def bench(
     return _report(rates, times, loads, slices=slices, threads=threads, without_whole=without_whole)
 
 
-def _check_outputs(folder: Path, plan: Plan, model: str | Path) -> None:
-    if plan.dropped_outputs:
+def _check_outputs(folder: Path, plan: Plan, model: str | Path | None) -> None:
+    """Refuse a model that computes more than the plan."""
+    if model is not None and plan.dropped_outputs:
         raise InputError(
             f"{folder} leaves out the output {', '.join(plan.dropped_outputs)}, so {model} computes more and cannot "
             "be compared; measure the plan without --model"
