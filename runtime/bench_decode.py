@@ -20,7 +20,7 @@ from onnxsplit.plan_base import PlanStruct
 from onnxsplit.plan_decoder import Decoder
 from onnxsplit.plan_files import load_plan
 from onnxsplit.session import threads_per_node
-from runtime.bench import Row, compare
+from runtime.bench_rates import Row, compare
 from runtime.options import RunOptions
 from runtime.pipeline import Pipeline
 

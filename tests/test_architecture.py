@@ -36,7 +36,7 @@ ONLINE = [
     "pipeline",
     "gateway",
     "load",
-    "bench_load",
+    "bench_load bench_rates",
     "bench bench_decode request_costs",
 ]
 NEVER = [  # rules in addition to the rows

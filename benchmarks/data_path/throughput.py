@@ -31,6 +31,7 @@ from benchmarks.peers.started import INFLIGHT, Unavailable, running
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.planning.planner import partition
 from runtime.bench import BenchReport, bench
+from runtime.bench_rates import Row
 
 TAKES = "15 min"
 
@@ -84,23 +85,21 @@ def say(
         return
     row["report"] = msgspec.to_builtins(measured)
     if peer:
-        report.row(row, f"{line(measured.rows[-1])} x the pipeline")
+        report.row(row, line(measured.rows[-1], measured.rows[0]))
         return
     whole = f"; the whole model: {measured.whole_ns / 1e6:.2f} ms" if measured.whole_ns else ""
     latency = (
         f"  one request: {measured.latency_p50_ns / 1e6:.2f} ms median; "
         f"its stages in turn in one process: {measured.stages_ns / 1e6:.2f} ms{whole}"
     )
-    head = f"\n{name}\n  {'':45} {'per second':>22}   x {measured.basis}"
-    report.row(row, "\n".join([head, *map(line, measured.rows), latency]))
+    head = f"\n{name}\n  {'':45} {'per second':>22}   pipeline over it"
+    report.row(row, "\n".join([head, *(line(one, measured.rows[0]) for one in measured.rows), latency]))
 
 
-def line(row) -> str:
+def line(row: Row, pipeline: Row) -> str:
     """Format the line of one contender."""
-    return (
-        f"  {row.name:45} {row.per_s:8.2f} ({row.low:.2f}-{row.high:.2f})   "
-        f"{row.ratio:.3f} ({row.ratio_low:.3f}-{row.ratio_high:.3f})"
-    )
+    over = harness.ratio(pipeline.rates_per_s, row.rates_per_s)
+    return f"  {row.name:45} {row.per_s:8.2f} ({row.low:.2f}-{row.high:.2f})   {over}"
 
 
 if __name__ == "__main__":
