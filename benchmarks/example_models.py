@@ -127,6 +127,52 @@ def every(names: list[str], folder: Path) -> Iterator[Named]:
             yield f"recipe-{name}", folder / f"{name}.onnx", {}
 
 
+def full_recipes(names: list[str], folder: Path) -> Iterator[Named]:
+    """Yield the recipes in full size, or those with the given names."""
+    for name in RECIPES:
+        if not names or f"full-{name}" in names:
+            export(str(ROOT / "models" / f"{name}.py"), folder / f"full-{name}.onnx")
+            yield f"full-{name}", folder / f"full-{name}.onnx", {}
+
+
+FORESTS = {"forest-small": (10, 4, 1), "forest-large": (200, 12, 256), "forest-deep": (400, None, 1)}
+"""Forests: how many trees, how deep they may be, and the rows of a request."""
+
+
+def forests(names: list[str], folder: Path) -> Iterator[Named]:
+    """Yield trained forests of scikit-learn, or those with the given names.
+
+    Each of ``FORESTS`` scales its inputs first. ``forest-voting`` is two forests side by side that vote.
+    """
+    for name, (trees, depth, rows) in FORESTS.items():
+        if not names or name in names:
+            yield name, _forest(folder / f"{name}.onnx", [(trees, depth)], rows), {}
+    if not names or "forest-voting" in names:
+        yield "forest-voting", _forest(folder / "forest-voting.onnx", [(100, 10), (100, 10)], 256), {}
+
+
+def _forest(out: Path, forests: list[tuple[int, int | None]], rows: int) -> Path:
+    """Train forests on random classes, and write them as one model that takes ``rows`` rows of 20 numbers."""
+    from skl2onnx import to_onnx
+    from skl2onnx.common.data_types import FloatTensorType
+    from sklearn.datasets import make_classification
+    from sklearn.ensemble import RandomForestClassifier, VotingClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x, classes = make_classification(3000, 20, n_informative=10, n_classes=4, random_state=0)
+    made = [
+        (f"f{seed}", RandomForestClassifier(trees, max_depth=depth, random_state=seed))
+        for seed, (trees, depth) in enumerate(forests)
+    ]
+    model = made[0][1] if len(made) == 1 else VotingClassifier(made, voting="soft", flatten_transform=False)
+    fitted = make_pipeline(StandardScaler(), model).fit(x.astype(np.float32), classes)
+    types = [("x", FloatTensorType([rows, 20]))]
+    proto = to_onnx(fitted, initial_types=types, options={"zipmap": False}, target_opset=17)
+    out.write_bytes(proto.SerializeToString())
+    return out
+
+
 def _light(folder: Path) -> Iterator[Named]:
     """Yield the light graphs of the onnx package with random weights: constant weights make all outputs equal."""
     for source in sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx")):

@@ -42,6 +42,7 @@ from onnxsplit.plan_files import example_file, load_plan
 from onnxsplit.session import host_cores
 from runtime import Pipeline
 
+Case = TypeVar("Case", bound=tuple[Any, ...])
 Result = TypeVar("Result")
 
 # The command line
@@ -163,6 +164,64 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_shown(one)}" for name, one in value.items()) or "none"
     return str(value)
+
+
+# Unattended work
+
+
+class Attempts:
+    """Does work for one case after another, unattended. A case that fails is reported, and the next one follows.
+
+    Progress goes to standard error.
+
+    Args:
+        minutes: no case is begun later than this.
+
+    Attributes:
+        failed: the names of cases that failed, with the reasons.
+        left: the name of the case at which the time was up; None if there was time for all.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.failed: list[str] = []
+        self.left: str | None = None
+        self._begun, self._end = time.monotonic(), time.monotonic() + 60 * minutes
+        self._done = 0
+
+    def __call__(self, *sources: Iterator[Case], work: Callable[[Case], Result]) -> Iterator[Result]:
+        """Yield the result of each case; a case is a tuple that begins with its name."""
+        for source in sources:
+            while self.left is None:
+                try:
+                    case = next(source)
+                except StopIteration:
+                    break
+                except Exception as error:  # the rest of this source is lost, the next one is not
+                    self._failure("a model could not be made", error)
+                    break
+                if time.monotonic() > self._end:
+                    self.left = case[0]
+                    break
+                self._say(case[0])
+                try:
+                    yield work(case)
+                    self._done += 1
+                except Exception as error:
+                    self._failure(case[0], error)
+
+    def summary(self) -> str:
+        """Return how many cases were done, and which were not."""
+        parts = [f"{self._done} done in {(time.monotonic() - self._begun) / 60:.1f} minutes"]
+        parts += [f"failed: {line}" for line in self.failed]
+        parts += [] if self.left is None else [f"the time was up before {self.left} and those after it"]
+        return "; ".join(parts)
+
+    def _failure(self, name: str, error: Exception) -> None:
+        self.failed.append(f"{name} ({type(error).__name__}: {error})")
+        self._say(f"{self.failed[-1]} failed")
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._begun:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
 # Measuring

@@ -4,6 +4,10 @@ Each row has the value of a cut (its slowest stage), the lower bound on any cut,
 are those of cutting/generality.py and the recipes in full size, by their measured costs, each stage on a device of its
 own.
 
+With --plans: the same figures of whole plans with defaults, whose stages were run and whose costs were corrected. They
+have the interval of the costs, too, and how busy the machine was. A gap below the interval is as good as none. By
+default the models are those of models/zoo.toml, in 2, 3 and 4 stages.
+
 With --synthetic: graphs of 1,000, 5,000 and 20,000 ops with random costs in eight stages. They are chains whose blocks
 have branches, U-nets (skips over ever longer distances), and dense blocks (every op reads all ops before it in its
 block).
@@ -11,7 +15,6 @@ block).
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import sys
@@ -23,11 +26,14 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
+import zoo
+
 from benchmarks import example_models, harness
-from onnxsplit.export import export
 from onnxsplit.partitioner import DeviceKind, Effort, Problem, SearchResult, Transfer, line_up, lower_bound, search
 from onnxsplit.plan import CALLER
 from onnxsplit.planning.examine import examine
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import examine_for, write_plan
 from onnxsplit.planning.target import alike
 
 TAKES = "10 min"
@@ -38,10 +44,7 @@ SIZES = (1_000, 5_000, 20_000)
 def models(names: list[str], folder: Path) -> Iterator[example_models.Named]:
     """The models that all cuts are tried on, and the recipes in full size."""
     yield from example_models.every(names, folder)
-    for name in example_models.RECIPES:
-        if not names or name in names:
-            export(str(harness.ROOT / "models" / f"{name}.py"), folder / f"{name}-full.onnx")
-            yield f"full-{name}", folder / f"{name}-full.onnx", {}
+    yield from example_models.full_recipes(names, folder)
 
 
 def problem(times: list[int], readers: dict[int, list[int]], sizes: list[int], devices: int) -> Problem:
@@ -87,52 +90,100 @@ def row(name: str, stages: int, result: SearchResult, seconds: float, **more: An
     return {"model": name, "stages": stages, **figures, "seconds": seconds, **more}
 
 
-def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row for each model and number of stages."""
-    if given.synthetic:
-        for shape in ("chain", "unet", "dense"):
-            for count in SIZES:
-                made = synthetic(shape, count, 8)
-                begun = time.monotonic()
-                result = search(made, line_up(made, 8), Effort(seconds=given.seconds))
-                yield row(f"{shape}-{count}", 8, result, time.monotonic() - begun, atoms=count)
-        return
+def random_graphs(seconds: float) -> Iterator[dict[str, Any]]:
+    """Yield a row for each random graph."""
+    for shape in ("chain", "unet", "dense"):
+        for count in SIZES:
+            made = synthetic(shape, count, 8)
+            begun = time.monotonic()
+            result = search(made, line_up(made, 8), Effort(seconds=seconds))
+            yield row(f"{shape}-{count}", 8, result, time.monotonic() - begun, atoms=count)
+
+
+def searches(case: example_models.Named, stages: list[int], limit_s: float) -> list[dict[str, Any]]:
+    """Search by the costs of the whole model; return a row for each number of stages."""
+    name, model, dims = case
+    subject, found = examine(model, dims=dims, threads=1), []
+    for count in stages:
+        if count > len(subject.atoms.ops):
+            continue
+        made = subject.problem(subject.costs.time_ns, alike(count))
+        begun = time.monotonic()
+        result = search(made, line_up(made, count), Effort(seconds=limit_s))
+        seconds = time.monotonic() - begun
+        ops = subject.as_ops().problem(subject.costs.time_ns, alike(count))
+        op_bound = min(result.bound, lower_bound(ops, line_up(ops, count))) / 1e6
+        found.append(row(name, count, result, seconds, atoms=made.atoms, op_bound_ms=op_bound))
+    return found
+
+
+def plans(case: example_models.Named, stages: list[int], _: float) -> list[dict[str, Any]]:
+    """Make whole plans with defaults; return a row for each number of stages."""
+    name, model, dims = case
+    found = []
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
-        for name, model, dims in models(given.names, Path(folder)):
-            subject = examine(model, dims=dims, threads=1)
-            for stages in given.stages:
-                if stages > len(subject.atoms.ops):
-                    continue
-                made = subject.problem(subject.costs.time_ns, alike(stages))
-                begun = time.monotonic()
-                result = search(made, line_up(made, stages), Effort(seconds=given.seconds))
-                seconds = time.monotonic() - begun
-                ops = subject.as_ops().problem(subject.costs.time_ns, alike(stages))
-                op_bound = min(result.bound, lower_bound(ops, line_up(ops, stages))) / 1e6
-                yield row(name, stages, result, seconds, atoms=made.atoms, op_bound_ms=op_bound)
+        subject = examine_for(model, CutOptions(stages=max(stages)), dims=dims)
+        for count in stages:
+            if count > len(subject.atoms.ops):
+                continue
+            begun = time.monotonic()
+            plan = write_plan(subject, Path(folder) / "m.plan", CutOptions(stages=count)).plan
+            predicted = plan.prediction
+            figures = {
+                "model": name,
+                "stages": count,
+                "atoms": len(subject.atoms.ops),
+                "value_ms": predicted.bottleneck_ns / 1e6,
+                "lower_bound_ms": predicted.lower_bound_ns / 1e6,
+                "op_bound_ms": predicted.op_lower_bound_ns / 1e6,
+                "gap": predicted.gap,
+                "interval": plan.costs.interval,
+                "busy": plan.costs.disturbed,
+                "rounds": len(plan.costs.rounds),
+                "seconds": time.monotonic() - begun,
+            }
+            found.append(figures)
+    return found
 
 
 def main() -> None:
     """Print the table, then the median and the largest gap."""
     parser = harness.parser(__doc__, TAKES)
     parser.add_argument("names", nargs="*", metavar="NAME|MODEL.onnx")
-    parser.add_argument("--stages", nargs="+", type=int, default=[2, 4, 8, 16])
-    parser.add_argument("--seconds", type=float, default=10.0, help="limit of one search")
-    parser.add_argument("--synthetic", action="store_true", help="random graphs instead of models")
+    parser.add_argument("--stages", nargs="+", type=int, help="default: 2 4 8 16; with --plans 2 3 4")
+    parser.add_argument("--seconds", type=float, default=10.0, help="limit of one search, without --plans")
+    parser.add_argument("--minutes", type=float, default=12.0, help="no model is begun later than this")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--synthetic", action="store_true", help="random graphs instead of models")
+    kind.add_argument("--plans", action="store_true", help="whole plans instead of searches")
     given = parser.parse_args()
-    report = harness.Report(
-        given, model="22", atoms="6", stages="6", value_ms="10.3f", lower_bound_ms="14.3f", op_bound_ms="11.3f",
-        gap="7.2%", seconds="7.1f",
-    )  # fmt: skip
-    gaps = []
-    for figures in rows(given):
-        gaps.append(figures["gap"])
-        report.row(figures)
-    if gaps:
+    columns = {"model": "22", "atoms": "6", "stages": "6", "value_ms": "10.3f", "lower_bound_ms": "14.3f"}
+    columns |= {"op_bound_ms": "11.3f", "gap": "7.2%"}
+    columns |= {"interval": "8.1%", "busy": "5.0%", "rounds": "6"} if given.plans else {}
+    report = harness.Report(given, **columns, seconds="7.1f")
+    attempts, found = harness.Attempts(given.minutes), []
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+        work = plans if given.plans else searches
+        stages = given.stages or ([2, 3, 4] if given.plans else [2, 4, 8, 16])
+        names = given.names or (list(zoo.entries()) if given.plans else [])
+        made = attempts(models(names, Path(folder)), work=lambda case: work(case, stages, given.seconds))
+        for rows in [random_graphs(given.seconds)] if given.synthetic else made:
+            for figures in rows:
+                found.append(figures)
+                report.row(figures)
+    if not given.synthetic:
+        report.note(attempts.summary())
+    if found:
+        gaps = [figures["gap"] for figures in found]
         over = sum(gap > 0.01 for gap in gaps)
-        report.note(
+        text = (
             f"{len(gaps)} rows; gap: median {statistics.median(gaps):.2%}, largest {max(gaps):.2%}, above 1 %: {over}"
         )
+        if given.plans:
+            beyond = sum(figures["gap"] > max(0.01, figures["interval"] or 0.0) for figures in found)
+            intervals = [figures["interval"] or 0.0 for figures in found]
+            text += f", above 1 % and the interval: {beyond}; interval: median {statistics.median(intervals):.1%}"
+        report.note(f"{text}; longest {max(figures['seconds'] for figures in found):.1f} s")
 
 
 if __name__ == "__main__":
