@@ -6,6 +6,7 @@ faster does so for all of them. Each turn gives one sample of each model: the lo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ LEAST_INTERVAL = 0.01
 """The least half-width of an interval, as a share: what processes on one host do to each other's caches."""
 
 _WIDE = 0.05  # samples that are further apart are taken again once
+_ONE_SIDED = 1.645  # standard deviations of a normal distribution that leave 5 % on one side
 _FEW = 2.0  # the interval of two samples is this much wider than their distance
 
 
@@ -44,10 +46,16 @@ class Samples:
 
 
 def spread(samples: Sequence[int]) -> float:
-    """The half-width of the interval of a time that is known from a few samples, as a share of the time."""
-    typical = max(1, low_quartile(samples))
-    far = max(max(samples) - typical, typical - min(samples)) / typical
-    return max(LEAST_INTERVAL, far * (_FEW if len(samples) < 3 else 1.0))
+    """The half-width of the 95 % interval of a time that is known from a few samples, as a share of the time.
+
+    The time is the lower quartile. The number of samples below it is binomial, whatever their distribution, so two of
+    the sorted samples are the ends of its interval. Single samples that were disturbed do not widen it.
+    """
+    ordered, count = sorted(samples), len(samples)
+    above = math.ceil(count / 4 + _ONE_SIDED * math.sqrt(count * 3 / 16))
+    low, typical, high = ordered[0], max(1, low_quartile(ordered)), ordered[min(count - 1, above)]
+    far = max(high - typical, typical - low) / typical
+    return max(LEAST_INTERVAL, far * (_FEW if count < 3 else 1.0))
 
 
 def take_samples(groups: Sequence[Sequence[TimedModel]], budget: TimeBudget, *, again: bool = True) -> Samples:
