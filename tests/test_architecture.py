@@ -37,7 +37,7 @@ ONLINE = [
     "gateway",
     "load",
     "bench_load bench_rates",
-    "bench bench_decode request_costs",
+    "bench bench_decode request_costs advise",
 ]
 NEVER = [  # rules in addition to the rows
     ("runtime.node", "runtime.coordinator"),
@@ -89,6 +89,7 @@ PURE = [
         "onnxsplit.plan_decoder",
         "onnxsplit.plan_check",
         "onnxsplit.cluster",
+        "onnxsplit.planning.candidates",
         "onnxsplit.stages.batch.linear",
         "onnxsplit.step_inputs",
         "onnxsplit.decoder.claim",

@@ -19,6 +19,7 @@ _COMMANDS = {
     "Prepare": {
         "export": "Export a model of another framework to ONNX.",
         "inspect": "Show a model's ops, cost and memory, and where it can be cut.",
+        "advise": "Find the best way to run a model: whole, in replicas, in stages, in batches.",
         "partition": "Cut a model into balanced stages and write a plan.",
         "cluster": "Describe devices and links in a file, and measure them.",
         "place": "Move a plan's stages to other devices without a new cut.",

@@ -78,18 +78,18 @@ class ShareParam(click.ParamType):  # type: ignore[type-arg]  # as above
 
 
 class SecondsParam(click.ParamType):  # type: ignore[type-arg]  # as above
-    """A time in seconds: ``10``, ``10s``, ``2m`` or ``1h``."""
+    """A time in seconds: ``10``, ``10s``, ``50ms``, ``2m`` or ``1h``."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse the text of an option."""
         text = str(value).strip()
-        unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+        number_text, unit = re.fullmatch(r"(.*?)(ms|s|m|h|)", text, re.DOTALL).groups()  # type: ignore[union-attr]
         try:
-            number = float(text[:-1]) * unit if unit else float(text)
+            number = float(number_text) * {"ms": 1e-3, "m": 60, "h": 3600}.get(unit, 1)
         except ValueError:
-            return self.fail(f"{value!r} is not a time; write 10s or 2m", param, ctx)
+            return self.fail(f"{value!r} is not a time; write 10s, 50ms or 2m", param, ctx)
         if not 0 < number <= MOST_SECONDS:
             self.fail(f"{value!r} is not a time above 0 and at most {MOST_SECONDS:.0f} seconds", param, ctx)
         return number
