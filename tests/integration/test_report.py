@@ -63,6 +63,12 @@ def test_every_stage_is_shown(page):
     assert "no cut is below" in page.locator("#summary").inner_text()
 
 
+def test_the_verdict_compares_the_plan_with_other_ways_to_run_the_model(page):
+    assert "Cutting makes this slower here" in page.locator("#verdict").inner_text()
+    labels = page.locator("#verdict .measure > div:not(.bar)").all_inner_texts()
+    assert labels == ["3 stages, 1 thread", "1 session, 1 thread", "3 replicas, 1 thread"]
+
+
 def test_a_click_opens_a_stage_and_its_ops(page):
     page.locator("#graph .box").nth(1).click()
     assert "stage 1" in page.locator("#path").inner_text()

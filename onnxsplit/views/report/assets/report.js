@@ -21,11 +21,11 @@
     `${{ throughput: "Bottleneck", latency: "Latency", memory: "Largest memory of a stage" }[plan.objective]} ${value}; no cut is below ${bound} ` +
     `(gap ${percent(prediction.gap)}). ${prediction.throughput_per_s.toFixed(1)} requests/s, one request in ${milliseconds(prediction.latency_ns)}. ` +
     `The whole model: ${milliseconds(plan.costs.whole_time_ns)}, ${bytes(plan.costs.whole_weight_bytes)} of weights. ` +
-    `Times are ${plan.costs.source}. ${plan.strategy} split, ${plan.parallel} parallel.`;
+    `Times are ${plan.costs.source}${plan.costs.interval == null ? "" : `, ±${percent(plan.costs.interval)}`}. ${plan.strategy} split, ${plan.parallel} parallel.`;
 
   // ---- bars
   const sent = plan.stages.map((stage) => sum(plan.cuts.filter((cut) => cut.from_stage === stage.index).map((cut) => cut.bytes)));
-  const bars = (title, values, format, { ideal, bound, part, notes } = {}) => {
+  const bars = (title, values, format, { ideal, bound, part, notes, labels } = {}) => {
     const top = 1.02 * Math.max(1, ...values, ideal || 0, bound || 0);
     const rows = values.map((value, index) => {
       const bar = element("div", { class: "bar", style: `--hue:${hue(index)}` }, element("i", { style: `width:${100 * value / top}%` }));
@@ -33,7 +33,7 @@
       for (const [name, at] of [["", ideal], ["bound", bound]])
         if (at) bar.append(element("b", { class: name, style: `left:${100 * at / top}%` }));
       bar.append(element("span", {}, format(value) + (notes ? notes[index] : "")));
-      return [element("div", {}, `stage ${index}`), bar];
+      return [element("div", {}, labels ? labels[index] : `stage ${index}`), bar];
     });
     return element("div", { class: "measure" }, element("h3", {}, title), ...rows.flat());
   };
@@ -49,6 +49,17 @@
       bars("Memory (weights hatched)", plan.stages.map((s) => s.peak_memory_bytes), bytes, { part: plan.stages.map((s) => s.weight_bytes) }),
       bars("Bytes sent to other stages", sent, bytes));
   }
+
+  // ---- the verdict
+  if (plan.verdict) {
+    const nameOfWay = ({ kind, count, threads }) =>
+      `${count} ${kind === "stages" && count === 1 ? "stage" : count === 1 ? kind.replace(/s$/, "") : kind}, ${threads} ${threads === 1 ? "thread" : "threads"}`;
+    by("verdict").append(element("p", {}, plan.verdict.text),
+      bars("Requests per second", plan.verdict.ways.map((way) => way.throughput_per_s), (rate) => rate.toPrecision(3), {
+        labels: plan.verdict.ways.map(nameOfWay),
+        notes: plan.verdict.ways.map((way) => `, ${way.source}; one request in ${milliseconds(way.latency_ns)}` + (way.fits ? "" : "; does not fit in memory")),
+      }));
+  } else by("verdict-section").remove();
 
   // ---- graph: stages -> atoms (or groups of them) -> ops
   const atoms = new Map();
