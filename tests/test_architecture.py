@@ -69,7 +69,7 @@ HOMES = {
     "uvicorn": "runtime.gateway.server runtime.gateway.http",
     "grpc": "runtime.gateway.server runtime.gateway.grpc runtime.load.grpc",
     "tritonclient": "runtime.gateway.server runtime.gateway.grpc runtime.load.grpc",
-    "aiohttp": "runtime.load.aio",
+    "httptools": "runtime.load.connections",
     "prometheus_client": "runtime.gateway.telemetry",
     "opentelemetry": "runtime.gateway.spans",
     "yaml": "runtime.deploy",

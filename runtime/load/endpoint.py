@@ -101,9 +101,7 @@ def server_endpoint(url: str, asked: Asked) -> Endpoint:
     elif known and parts.scheme in ("http", "https") and path == "/v1":
         name = text_model(f"{base}/v1", asked.model, asked.headers)
         bodies = prompts(asked.data, words=asked.prompt_words)
-        target = TextTarget(
-            f"{base}/v1", name, bodies, chat=asked.chat, options=asked.text_options, headers=asked.headers
-        )
+        target = TextTarget(base, name, bodies, chat=asked.chat, options=asked.text_options, headers=asked.headers)
         return Endpoint(name=f"{name} at {base}/v1", target=target, spent=list)
     elif known and parts.scheme in ("grpc", "grpcs") and not path:
         server = GrpcServer(address, secure=secure, headers=asked.headers)

@@ -14,11 +14,12 @@ from onnxsplit.tensors import Array
 from runtime.errors import PipelineError
 from runtime.gateway.protocol.inference import datatype_of
 from runtime.gateway.protocol.tensor_data import to_bytes
-from runtime.load.aio import ConnectionTarget, Post
+from runtime.load.connections import Connections, Exchange, post
 from runtime.load.served_model import ANSWERS_IN_S, ModelServer
-from runtime.load.target import EndDetail, Ended
+from runtime.load.target import EndDetail, Ended, LoadTarget
 
 _MOST_ANSWER_BYTES = 64 << 20  # of a document about a model
+_MOST_REASON_BYTES = 64 << 10  # of an error
 
 
 class HttpServer(ModelServer):
@@ -80,7 +81,7 @@ def ask(url: str, path: str, headers: Mapping[str, str], body: bytes | None = No
         raise PipelineError(f"{url} does not answer: {reason}. Check the address, and that the server runs") from None
 
 
-class HttpTarget(ConnectionTarget):
+class HttpTarget(LoadTarget):
     """Sends inference requests over HTTP.
 
     Args:
@@ -88,28 +89,50 @@ class HttpTarget(ConnectionTarget):
         model: the model's name.
         inputs: the inputs of each request; several are sent in turn.
         headers: headers of every request.
+
+    Raises:
+        MissingDependency: a package is missing.
+        InputError: a header is not plain text.
     """
 
     def __init__(self, url: str, model: str, inputs: Sequence[Mapping[str, Array]], headers: Mapping[str, str]) -> None:
-        super().__init__()
-        self._path = f"{url}/v2/models/{quote(model, safe='')}/infer"
-        self._posts = [_post(entry, headers) for entry in inputs]
+        self._connections = Connections(url)
+        path = f"/v2/models/{quote(model, safe='')}/infer"
+        self._messages = [_message(url, path, entry, headers) for entry in inputs]
+
+    async def open(self) -> None:
+        """Take requests; each connection is made by the first request that needs it."""
+        self._connections.open()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._connections.close()
 
     def start(self, number: int, ended: Ended) -> None:
         """Send a request on a free connection, or a new one."""
-        self.run(self._infer(self._posts[number % len(self._posts)], ended), ended)
-
-    async def _infer(self, post: Post, ended: Ended) -> None:
-        async with self.session.post(self._path, data=post.body, headers=post.headers) as answer:
-            content = await answer.read()
-            if answer.status == 200:
-                ended()
-            else:
-                ended(f"HTTP {answer.status}", EndDetail(message=_reason(content)))
+        self._connections.send(self._messages[number % len(self._messages)], _Inference(ended))
 
 
-def _post(inputs: Mapping[str, Array], headers: Mapping[str, str]) -> Post:
-    """The body of a request, made once: its JSON, and the bytes of its tensors."""
+class _Inference(Exchange):
+    """One inference request. The tensors of its answer are not decoded."""
+
+    def __init__(self, ended: Ended) -> None:
+        super().__init__(ended)
+        self._said = b""
+
+    def body(self, status: int, data: bytes) -> None:
+        if status != 200 and len(self._said) < _MOST_REASON_BYTES:
+            self._said += data
+
+    def complete(self, status: int) -> None:
+        if status == 200:
+            self.ended()
+        else:
+            self.ended(f"HTTP {status}", EndDetail(message=_reason(self._said)))
+
+
+def _message(url: str, path: str, inputs: Mapping[str, Array], headers: Mapping[str, str]) -> bytes:
+    """A request as it is sent: the JSON of its head, and the bytes of its tensors."""
     tensors = {name: bytes(to_bytes(array)) for name, array in inputs.items()}
     described = [
         {
@@ -122,7 +145,7 @@ def _post(inputs: Mapping[str, Array], headers: Mapping[str, str]) -> Post:
     ]
     head = json.dumps({"inputs": described, "parameters": {"binary_data_output": True}}).encode()
     length = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
-    return Post(body=b"".join([head, *tensors.values()]), headers={**headers, **length})
+    return post(url, path, b"".join([head, *tensors.values()]), {**headers, **length})
 
 
 def _reason(content: bytes) -> str:

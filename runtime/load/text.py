@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.errors import InputError
-from runtime.load.aio import ConnectionTarget
+from runtime.load.connections import Connections, Exchange, post
 from runtime.load.http import ask
 from runtime.load.request_data import read_entries
-from runtime.load.target import EndDetail, Ended
+from runtime.load.target import EndDetail, Ended, LoadTarget
 
 FIRST_TOKEN, BETWEEN_TOKENS = "first_token", "between_tokens"
 """The names of the times of a text: until its first token, and between its tokens in the mean of the text."""
@@ -21,6 +21,7 @@ FIRST_TOKEN, BETWEEN_TOKENS = "first_token", "between_tokens"
 TOKENS = "tokens"
 """The name of the count of tokens."""
 
+_MOST_REASON_BYTES = 64 << 10  # of an error
 _WORDS = ("the", "sea", "and", "a", "ship", "that", "sails", "to", "old", "ports", "with", "salt", "wind", "light")
 
 
@@ -77,16 +78,20 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else value
 
 
-class TextTarget(ConnectionTarget):
+class TextTarget(LoadTarget):
     """Asks for texts and reads them as they come.
 
     Args:
-        url: the base of the API, ``http://HOST:PORT/v1``.
+        url: the address of the server, ``http://HOST:PORT``; requests go to paths below ``/v1``.
         model: the model's name.
         prompts: parts of the bodies of requests, sent in turn; a ``prompt`` becomes a message of a conversation.
         chat: whether to ask for an answer to a conversation, or for a continuation of the prompt.
         options: further fields of each body, such as ``max_tokens``.
         headers: headers of every request.
+
+    Raises:
+        MissingDependency: a package is missing.
+        InputError: a header is not plain text.
     """
 
     def __init__(
@@ -99,27 +104,24 @@ class TextTarget(ConnectionTarget):
         options: Mapping[str, Any],
         headers: Mapping[str, str],
     ) -> None:
-        super().__init__()
-        self._path = f"{url}/chat/completions" if chat else f"{url}/completions"
-        self._headers = {**headers, "Content-Type": "application/json"}
+        self._connections = Connections(url)
+        path = "/v1/chat/completions" if chat else "/v1/completions"
         shared = {"model": model, "stream": True, "stream_options": {"include_usage": True}, **options}
-        self._bodies = [json.dumps({**shared, **_asked(prompt, chat=chat)}).encode() for prompt in prompts]
+        kind = {**headers, "Content-Type": "application/json"}
+        bodies = (json.dumps({**shared, **_asked(prompt, chat=chat)}).encode() for prompt in prompts)
+        self._messages = [post(url, path, body, kind) for body in bodies]
+
+    async def open(self) -> None:
+        """Take requests; each connection is made by the first request that needs it."""
+        self._connections.open()
+
+    async def close(self) -> None:
+        """Close the connections, which ends the texts."""
+        await self._connections.close()
 
     def start(self, number: int, ended: Ended) -> None:
         """Ask for a text."""
-        self.run(self._read(self._bodies[number % len(self._bodies)], ended), ended)
-
-    async def _read(self, body: bytes, ended: Ended) -> None:
-        begun_ns = time.perf_counter_ns()
-        async with self.session.post(self._path, data=body, headers=self._headers) as answer:
-            if answer.status != 200:
-                message = (await answer.read())[:300].decode(errors="replace")
-                ended(f"HTTP {answer.status}", EndDetail(message=message))
-                return
-            stream = _Stream(begun_ns)
-            async for line in answer.content:
-                stream.take(line)
-        stream.tell(ended)
+        self._connections.send(self._messages[number % len(self._messages)], _Stream(ended))
 
 
 def _asked(prompt: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
@@ -129,22 +131,35 @@ def _asked(prompt: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
     return asked
 
 
-class _Stream:
-    """The chunks of one answer as they come.
+class _Stream(Exchange):
+    """The chunks of one answer as they come, as server-sent events. The request is sent when this is made."""
 
-    Args:
-        begun_ns: when the request was sent.
-    """
-
-    def __init__(self, begun_ns: int) -> None:
-        self._begun_ns = begun_ns
+    def __init__(self, ended: Ended) -> None:
+        super().__init__(ended)
+        self._begun_ns = time.perf_counter_ns()
         self._first_ns = self._last_ns = 0
         self._chunks = self._tokens = 0
+        self._rest = b""  # the line that is not complete yet; of an error, all that was said
         self._error = ""
         self._complete = False
 
-    def take(self, line: bytes) -> None:
-        """Take a line of server-sent events."""
+    def body(self, status: int, data: bytes) -> None:
+        self._rest += data
+        if status != 200:
+            self._rest = self._rest[:_MOST_REASON_BYTES]
+            return
+        *lines, self._rest = self._rest.split(b"\n")
+        for line in lines:
+            self._take(line)
+
+    def complete(self, status: int) -> None:
+        if status != 200:
+            self.ended(f"HTTP {status}", EndDetail(message=self._rest[:300].decode(errors="replace")))
+            return
+        self._take(self._rest)
+        self._tell()
+
+    def _take(self, line: bytes) -> None:
         if not line.startswith(b"data:"):
             return
         data, now_ns = line[5:].strip(), time.perf_counter_ns()
@@ -160,10 +175,9 @@ class _Stream:
             self._first_ns = self._first_ns or now_ns
             self._last_ns = now_ns
 
-    def tell(self, ended: Ended) -> None:
-        """Tell the end of the answer."""
+    def _tell(self) -> None:
         if self._error or not self._complete:
-            ended("stream broke off", EndDetail(message=self._error or "the stream ended without [DONE]"))
+            self.ended("stream broke off", EndDetail(message=self._error or "the stream ended without [DONE]"))
             return
         times: dict[str, list[int]] = {}
         tokens = self._tokens or self._chunks
@@ -171,7 +185,7 @@ class _Stream:
             times[FIRST_TOKEN] = [self._first_ns - self._begun_ns]
             if tokens > 1:
                 times[BETWEEN_TOKENS] = [(self._last_ns - self._first_ns) // (tokens - 1)]
-        ended(detail=EndDetail(times=times, counts={TOKENS: tokens}))
+        self.ended(detail=EndDetail(times=times, counts={TOKENS: tokens}))
 
 
 def _has_text(choice: Mapping[str, Any]) -> bool:

@@ -21,7 +21,6 @@ from waiting import wait_until
 from onnxsplit.planning.planner import partition
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
-pytest.importorskip("aiohttp", reason="needs the extra load")
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 QUICK = ("--warmup", "0.1", "--measurement-interval", "200", "--max-trials", "3")
