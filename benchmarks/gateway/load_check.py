@@ -1,14 +1,21 @@
 """Does ``onnxsplit load`` measure the same as tritonclient's own loop, and as the server counts?
 
 A net of some milliseconds runs in one stage of one thread behind the gateway. As many requests are kept in flight by
-threads that each call ``infer`` of tritonclient, and by ``load``, over HTTP and gRPC, in turns of a few seconds. Within
-each turn the server's counter of answers is read twice, which gives its own rate. Ratios are of neighbouring turns.
-The last table is what one request costs the generator: processor time of its process, against a net that does nothing.
+threads that each call ``infer`` of tritonclient, and by ``load``, over HTTP and gRPC.
+
+turns    one after the other, in turns of a few seconds; ratios are of neighbouring turns. Within each turn the server's
+         counter of answers is read twice, which gives its own rate.
+at-once  both at the same time, each in a process of its own, so that a busy machine disturbs both alike. The server
+         answers in order, so both must see the same rate and the same latencies.
+cost     processor time that one request takes in the process of the generator, against a net that does nothing.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,6 +34,7 @@ from served import Served
 from benchmarks import harness
 from benchmarks.example_models import products, saved
 from onnxsplit.planning.planner import partition
+from runtime.load.endpoint import Asked, server_endpoint
 from runtime.load.grpc import GrpcTarget
 from runtime.load.http import HttpTarget
 from runtime.load.loop import measure
@@ -34,9 +42,10 @@ from runtime.load.patterns import ClosedLoop, OpenLoop
 from runtime.load.target import LoadTarget
 from runtime.load.windows import Measuring
 
-TAKES = "6 min"
+TAKES = "8 min"
 
 WARMUP_S = 0.5
+PARTS = ("turns", "at-once", "cost")
 PERCENTILES = (50, 90, 95, 99)
 
 
@@ -72,13 +81,12 @@ def counted(server: Served, model: str, seconds: float, work: Callable[[], objec
     return result, rates[0]
 
 
-def tritonclient_loop(
-    make: Callable[[], Callable[[], object]], threads: int, seconds: float
-) -> tuple[float, list[float]]:
-    """Call ``infer`` in threads; return the answers per second after the warm-up, and their times in seconds."""
+def timed_calls(
+    make: Callable[[], Callable[[], object]], threads: int, end: float
+) -> tuple[float, list[tuple[float, float]]]:
+    """Call ``infer`` in threads until a time; return when that began, and when each request began and ended."""
     times: list[tuple[float, float]] = []
     begun = time.perf_counter()
-    end = begun + WARMUP_S + seconds
 
     def go_on() -> None:
         call = make()
@@ -93,8 +101,17 @@ def tritonclient_loop(
         caller.start()
     for caller in callers:
         caller.join()
-    came = [ended for _, ended in times if begun + WARMUP_S <= ended < end]
-    return len(came) / seconds, [ended - at for at, ended in times if at >= begun + WARMUP_S]
+    return begun, times
+
+
+def tritonclient_loop(
+    make: Callable[[], Callable[[], object]], threads: int, seconds: float
+) -> tuple[float, list[float]]:
+    """Return the answers per second of threads that call ``infer``, after the warm-up, and their times in seconds."""
+    begun, times = timed_calls(make, threads, time.perf_counter() + WARMUP_S + seconds)
+    first, last = begun + WARMUP_S, begun + WARMUP_S + seconds
+    came = sum(first <= ended < last for _, ended in times)
+    return came / seconds, [ended - at for at, ended in times if at >= first]
 
 
 def over_http(server: Served, model: str, x: np.ndarray) -> Callable[[], Callable[[], object]]:
@@ -123,7 +140,7 @@ def over_grpc(server: Served, model: str, x: np.ndarray) -> Callable[[], Callabl
     return make
 
 
-def compared(report: harness.Report, server: Served, model: str, x: np.ndarray, given: object) -> None:
+def compared(report: harness.Report, server: Served, model: str, x: np.ndarray, given: argparse.Namespace) -> None:
     """Compare both loops over HTTP and gRPC."""
     seconds = given.seconds
     rules = Measuring(warmup_s=WARMUP_S, window_s=seconds / 3, most_windows=3, stability=1e-9)
@@ -168,6 +185,50 @@ def show(report: harness.Report, way: str, concurrency: int, theirs: list[Turn],
     report.row(figures)
 
 
+def at_once(report: harness.Report, server: Served, model: str, x: np.ndarray, given: argparse.Namespace) -> None:
+    """Compare both loops while both run."""
+    report.note("\nBoth at the same time\n")
+    for way, make in (("HTTP", over_http(server, model, x)), ("gRPC", over_grpc(server, model, x))):
+        url = server.http if way == "HTTP" else f"grpc://{server.grpc}"
+        for concurrency in given.concurrency:
+            pairs = [_together(url, model, make, x, concurrency, given.seconds) for _ in range(given.turns)]
+            show(report, way, concurrency, [theirs for theirs, _ in pairs], [ours for _, ours in pairs])
+
+
+def _together(
+    url: str, model: str, make: Callable[[], Callable[[], object]], x: np.ndarray, concurrency: int, seconds: float
+) -> tuple[Turn, Turn]:
+    """Run both loops; return what each saw of the requests that began in the same time."""
+    shape = "x:" + ",".join(map(str, x.shape))
+    child = subprocess.Popen(
+        [sys.executable, __file__, "--child", url, model, shape, str(concurrency), str(seconds)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    begun = float(child.stdout.readline())
+    _, times = timed_calls(make, concurrency, begun + 2 * WARMUP_S + seconds)
+    told = json.loads(child.stdout.readline())
+    assert child.wait() == 0
+    first, last = begun + WARMUP_S, begun + WARMUP_S + seconds
+    seen = [ended - at for at, ended in times if first <= at < last]
+    per_s = sum(first <= ended < last for _, ended in times) / seconds
+    theirs = Turn(per_s, list(np.percentile(seen, PERCENTILES) * 1e3), per_s)
+    return theirs, Turn(told["per_s"], told["percentiles_ms"], told["per_s"])
+
+
+def child(url: str, model: str, shape: str, concurrency: str, seconds: str) -> None:
+    """Send the load of :func:`_together`; print when it begins, and then what it has measured."""
+    name, _, sizes = shape.partition(":")
+    endpoint = server_endpoint(url, Asked(model=model, shapes={name: tuple(map(int, sizes.split(",")))}))
+    rules = Measuring(warmup_s=WARMUP_S, window_s=float(seconds) / 3, most_windows=3, stability=1e-9)
+    print(time.perf_counter(), flush=True)
+    point = measure(endpoint.target, ClosedLoop(concurrency=int(concurrency)), rules)
+    assert not point.failed, point
+    found = point.latency
+    percentiles = [ns / 1e6 for ns in (found.p50_ns, found.p90_ns, found.p95_ns, found.p99_ns)]
+    print(json.dumps({"per_s": point.answered_per_s, "percentiles_ms": percentiles}))
+
+
 def cost(report: harness.Report, server: Served, model: str, seconds: float) -> None:
     """Print the processor time that one request takes in the generator, and how late it is at a thousand a second."""
     x = np.zeros((1, 16), np.float32)
@@ -198,8 +259,12 @@ def cost(report: harness.Report, server: Served, model: str, seconds: float) -> 
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the chosen tables."""
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+        return
     parser = harness.parser(__doc__, TAKES)
+    parser.add_argument("what", nargs="*", choices=[*PARTS, []], default=[], metavar="PART", help="default: all")
     parser.add_argument("--turns", type=int, default=10, help="turns of each loop")
     parser.add_argument("--seconds", type=float, default=3, help="length of a turn after its warm-up")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4], help="requests in flight")
@@ -216,8 +281,11 @@ def main() -> None:
         x = harness.example(folder / "net.plan")["x"]
         words = (folder / "net.plan", folder / "nothing.plan", "--threads", "1")
         with Served(*words, environment=dict(os.environ)) as server:
-            compared(report, server, "net", x, given)
-            cost(report, server, "nothing", given.seconds)
+            for what in given.what or PARTS:
+                if what == "cost":
+                    cost(report, server, "nothing", given.seconds)
+                else:
+                    (compared if what == "turns" else at_once)(report, server, "net", x, given)
 
 
 if __name__ == "__main__":
