@@ -195,7 +195,10 @@ class PlanBuilder:
     def _costs(self, cut: CandidateCut, history: tuple[CorrectionRound, ...], sessions: SessionTimes | None) -> Costs:
         subject = self._subject
         whole = whole_parts(subject.graph)
-        intervals = [cut.interval, *((sessions.interval, sessions.drift) if sessions is not None else ())]
+        intervals = [cut.interval]
+        if sessions is not None:  # a stage that takes longer than the whole model contradicts its time
+            beyond = max(cut.reference_ns, default=0) / max(1, sessions.one_ns) - 1
+            intervals += [sessions.interval, sessions.drift, beyond]
         return Costs(
             source=subject.costs.source,
             whole_time_ns=sessions.one_ns if sessions is not None else subject.costs.whole_ns,

@@ -37,7 +37,7 @@ from onnxsplit.tensors import Array
 from onnxsplit.timed import TimedModel
 
 _SAY_EVERY_BYTES = 64 << 20
-_GOOD = 1.02  # rounds end when a cut is within this factor of the best one by its measured times
+_GOOD = 1.01  # rounds end when a cut is within this factor of the best one by its measured times
 _SLACK = 2.0  # optimisation may move the stages' answers this many times further than the whole model's
 
 
