@@ -51,11 +51,11 @@ PERCENTILES = (50, 90, 95, 99)
 
 @dataclass
 class Turn:
-    """What one turn has measured: answers per second, percentiles in ms, and the server's own rate."""
+    """What one turn has measured: answers per second, percentiles in ms, and the server's own rate if it was read."""
 
     per_s: float
     percentiles_ms: list[float]
-    server_per_s: float
+    server_per_s: float | None
 
 
 def answers(server: Served, model: str) -> int:
@@ -168,6 +168,12 @@ def compared(report: harness.Report, server: Served, model: str, x: np.ndarray, 
             show(report, way, concurrency, turns["tritonclient"], turns["load"])
 
 
+def over_server(turns: list[Turn]) -> float | None:
+    """Return the rate of the median turn divided by the server's own; None where that was not read."""
+    ratios = [turn.per_s / turn.server_per_s for turn in turns if turn.server_per_s is not None]
+    return median(ratios) if ratios else None
+
+
 def show(report: harness.Report, way: str, concurrency: int, theirs: list[Turn], ours: list[Turn]) -> None:
     """Print one row: the rates, and what ``load`` measures divided by what the others do."""
     figures = {
@@ -176,8 +182,8 @@ def show(report: harness.Report, way: str, concurrency: int, theirs: list[Turn],
         "tritonclient_per_s": median(turn.per_s for turn in theirs),
         "load_per_s": median(turn.per_s for turn in ours),
         "rate_ratio": harness.ratio([t.per_s for t in ours], [t.per_s for t in theirs]).median,
-        "over_server": median(turn.per_s / turn.server_per_s for turn in ours),
-        "their_over_server": median(turn.per_s / turn.server_per_s for turn in theirs),
+        "over_server": over_server(ours),
+        "their_over_server": over_server(theirs),
     }
     for place, percent in enumerate(PERCENTILES):
         pairs = [t.percentiles_ms[place] for t in ours], [t.percentiles_ms[place] for t in theirs]
@@ -212,8 +218,8 @@ def _together(
     first, last = begun + WARMUP_S, begun + WARMUP_S + seconds
     seen = [ended - at for at, ended in times if first <= at < last]
     per_s = sum(first <= ended < last for _, ended in times) / seconds
-    theirs = Turn(per_s, list(np.percentile(seen, PERCENTILES) * 1e3), per_s)
-    return theirs, Turn(told["per_s"], told["percentiles_ms"], told["per_s"])
+    theirs = Turn(per_s, list(np.percentile(seen, PERCENTILES) * 1e3), None)
+    return theirs, Turn(told["per_s"], told["percentiles_ms"], None)
 
 
 def child(url: str, model: str, shape: str, concurrency: str, seconds: str) -> None:

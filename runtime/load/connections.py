@@ -21,7 +21,7 @@ MOST_CONNECTIONS = 1000
 """The most connections at once. Requests above wait for one, and that time is part of their latency."""
 
 _LOST = "connection lost"
-_KINDS = {
+_KINDS: dict[type[Exception], str] = {
     ConnectionRefusedError: "connection refused",
     ConnectionResetError: _LOST,
     TimeoutError: "connection timed out",
