@@ -31,6 +31,7 @@ from onnxsplit.custom_ops import Library
 from onnxsplit.errors import CustomOpsError, InputError, ModelError, ModelRefused, in_one_line
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import Level
+from onnxsplit.providers import threads_on_cores
 from onnxsplit.session import Session, open_session, quiet_environment
 from onnxsplit.tensors import Array
 
@@ -188,7 +189,7 @@ class TimedModel:
         return self._runs(self._ask(_Run(seconds, 0, least)))
 
     def _runs(self, answer: _Answer) -> Runs:
-        one_thread = self._load.threads == 1 and self._load.provider == "cpu"
+        one_thread = threads_on_cores(self._load.provider, self._load.threads) == 1
         return Runs(answer.wall_ns, answer.cpu_ns, one_thread and answer.waited < len(answer.wall_ns))
 
     def save_outputs(self, path: Path) -> None:

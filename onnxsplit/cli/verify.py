@@ -48,6 +48,7 @@ def command(
     output.say("running the model and its stages")
     ran: list[StageOnProvider] = []
     comparisons = verify(plan, model, inputs=inputs, threads=threads or 1, custom_ops=custom_ops, tell=ran.append)
+    ran = list({stage.stage: stage for stage in ran}.values())  # each runs once for each file of inputs
     output.done()
     _show(output, comparisons)
     good = all(c.good for c in comparisons)

@@ -28,7 +28,7 @@ from onnxsplit.planning.sampling import take_samples
 from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.whole_sessions import SessionTimes, WholeSessions
 from onnxsplit.progress import Say
-from onnxsplit.providers import provider_here, uses_cores
+from onnxsplit.providers import provider_here, threads_on_cores
 from onnxsplit.session import host_cores
 from onnxsplit.stages.chain import StageFile, StageProcesses, run_chain
 from onnxsplit.stages.extract import write_stage
@@ -223,7 +223,7 @@ class Rounds:
 
     @property
     def _cpu_threads(self) -> int:
-        return sum(device.threads for device in self._target.devices if uses_cores(device.provider))
+        return sum(threads_on_cores(device.provider, device.threads) for device in self._target.devices)
 
     def _on_reference(self, cut: CandidateCut, times_ns: Sequence[int]) -> tuple[int, ...]:
         """The times of stages on a device of speed 1: what they took here, times the speed of their provider here."""

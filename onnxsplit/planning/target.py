@@ -11,7 +11,7 @@ from onnxsplit.host_costs import host_costs
 from onnxsplit.model.graph import Op
 from onnxsplit.partitioner import NEVER, DeviceKind, Overhead
 from onnxsplit.plan import HostCosts, Objective
-from onnxsplit.providers import uses_cores
+from onnxsplit.providers import threads_on_cores
 from onnxsplit.session import host_cores
 
 
@@ -73,11 +73,11 @@ class Target:
     def overhead(self) -> Overhead:
         """What a request costs beside its runs and tensors. The cores are known only if the caller is on this host."""
         caller = self.cluster.caller_host if self.cluster is not None else LOCAL
-        shared = [caller == LOCAL == device.host and uses_cores(device.provider) for device in self.devices]
+        threads = (threads_on_cores(d.provider, d.threads) if caller == LOCAL == d.host else 0 for d in self.devices)
         return Overhead(
             node_ns=self.host.node_ns,
             caller_ns=self.host.caller_ns,
-            threads=tuple(device.threads if here else 0 for device, here in zip(self.devices, shared, strict=True)),
+            threads=tuple(threads),
             cores=host_cores(),
         )
 

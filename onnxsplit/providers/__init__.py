@@ -4,7 +4,7 @@ A provider is part of the installed ONNX Runtime (*built in*), or it comes as a 
 ``onnxruntime-ep-NAME`` whose library ONNX Runtime loads. Where both exist, the built-in one is used.
 """
 
-from onnxsplit.providers.names import CPU, Provider, parse_provider, providers_by_stage, uses_cores
+from onnxsplit.providers.names import CPU, Provider, parse_provider, providers_by_stage, threads_on_cores
 from onnxsplit.providers.plugins import Plugin, PluginDevice, installed_plugins
 from onnxsplit.providers.runtime import available_providers, gpu_count, load_runtime, runtime_version
 from onnxsplit.providers.use import (
@@ -31,6 +31,6 @@ __all__ = [
     "require_provider",
     "runtime_version",
     "use_provider",
-    "uses_cores",
+    "threads_on_cores",
     "why_not_loaded",
 ]

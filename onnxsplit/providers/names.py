@@ -82,12 +82,20 @@ def _full_name(name: str) -> str:
     )
 
 
-def uses_cores(text: str) -> bool:
-    """Whether a provider, as ``--provider`` names it, computes on the cores of the host."""
+def threads_on_cores(text: str, threads: int) -> int:
+    """The number of threads with which a session computes on the cores of the host; 0 if it computes elsewhere.
+
+    Args:
+        text: the provider, as ``--provider`` names it.
+        threads: the number of threads that the session is opened with.
+    """
     provider = parse_provider(text)
-    if provider.name == PLUGIN_NAMES["openvino"]:
-        return provider.options.get("device_type", "CPU").upper() == "CPU"
-    return provider.name in _ON_CORES
+    if provider.name != PLUGIN_NAMES["openvino"]:
+        return threads if provider.name in _ON_CORES else 0
+    if provider.options.get("device_type", "CPU").upper() != "CPU":
+        return 0
+    own = provider.options.get("INFERENCE_NUM_THREADS", provider.options.get("num_of_threads", ""))
+    return int(own) if own.isdecimal() else threads
 
 
 def providers_by_stage(text: str, stages: int, default: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from onnxsplit.providers import (
     parse_provider,
     provider_here,
     provider_problem,
-    uses_cores,
+    threads_on_cores,
 )
 from onnxsplit.providers.openvino import openvino_options
 from onnxsplit.session import open_session
@@ -123,14 +123,19 @@ def test_openvino_on_a_gpu_is_told_no_threads():
     assert "INFERENCE_NUM_THREADS" not in openvino_options({"device_type": "GPU"}, 3)["load_config"]
 
 
-def test_which_providers_use_the_hosts_cores():
-    assert [uses_cores(text) for text in ("cpu", "openvino", "openvino:device_type=GPU", "cuda:0", "webgpu")] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+@pytest.mark.parametrize(
+    ("provider", "threads"),
+    [
+        ("cpu", 3),
+        ("openvino", 3),
+        ("openvino:num_of_threads=2", 2),
+        ("openvino:device_type=GPU", 0),
+        ("cuda:0", 0),
+        ("webgpu", 0),
+    ],
+)
+def test_how_many_threads_a_provider_has_on_the_cores(provider, threads):
+    assert threads_on_cores(provider, 3) == threads
 
 
 @needs_openvino
