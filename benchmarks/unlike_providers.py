@@ -70,7 +70,7 @@ def _row(model: Path, dims: dict[str, int], folder: Path, provider: str, given: 
             "two_cpu_stages": lambda: harness.rate(other, inputs, given.seconds),
         }
         for title, session in _sessions(model, harness.example_path(mixed), plan, provider, stack):
-            contenders[title] = lambda session=session: 1e9 / statistics.mean(session.run(given.seconds))
+            contenders[title] = lambda session=session: 1e9 / statistics.mean(session.run(given.seconds).wall_ns)
         rates = harness.in_turns(contenders, given.slices)
     use = {use.provider: use for use in plan.providers}
     return {
