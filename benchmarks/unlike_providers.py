@@ -1,4 +1,7 @@
-"""Measuring a pipeline whose first stage runs on the CPU and whose second runs on another provider."""
+"""Measuring a pipeline of two stages, one on the CPU and one on another provider, in the order that the search chose.
+
+The search gets both as devices of a cluster, whose speeds are measured on the model.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks import example_models, harness
+from onnxsplit.cluster import Cluster, Device
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.plan import Plan
+from onnxsplit.planning.calibrate import measured
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import verify
 from onnxsplit.timed import TimedModel
 from runtime import Pipeline
 
 COLUMNS: dict[str, str] = {
-    "model": "15", "cpu_ms": "6.2f", "other_ms": "8.2f", "refused_ops": "11", "ops": "9", "left": "4", "equal": "5",
+    "model": "15", "cpu_ms": "6.2f", "other_ms": "8.2f", "refused_ops": "11", "ops": "17", "left": "4", "equal": "5",
     "difference": "10.1e", "predicted_per_s": "15.1f", "measured_per_s": "14.1f", "two_cpu_stages": "14.1f",
     "cpu_session": "11.1f", "cpu_2_threads": "13.1f", "other_session": "13.1f",
 }  # fmt: skip
@@ -58,7 +63,9 @@ def compare(given: argparse.Namespace, report: harness.Report, provider: str) ->
 
 def _row(model: Path, dims: dict[str, int], folder: Path, provider: str, given: argparse.Namespace) -> dict[str, Any]:
     mixed, plain = folder / "mixed.plan", folder / "plain.plan"
-    plan = partition(model, stages=2, out=mixed, dims=dims, provider=f"0=cpu,1={provider}")
+    devices = Cluster((Device(name="cpu"), Device(name="other", provider=provider)), {})
+    (folder / "cluster.toml").write_text(measured(devices, model, dims=dims).to_toml())
+    plan = partition(model, stages=2, out=mixed, dims=dims, cluster=folder / "cluster.toml")
     partition(model, stages=2, out=plain, dims=dims, provider="cpu")
     comparisons = verify(mixed, model)
     inputs = harness.example(mixed)
@@ -77,8 +84,8 @@ def _row(model: Path, dims: dict[str, int], folder: Path, provider: str, given: 
         "cpu_ms": _ms(use["cpu"].whole_time_ns),
         "other_ms": _ms(use[provider].whole_time_ns),
         "refused_ops": " ".join(f"{count}*{kind}" for kind, count in use[provider].left_to_cpu.items()) or "none",
-        "ops": "+".join(str(stage.ops) for stage in plan.stages),
-        "left": str(sum(plan.stages[1].left_to_cpu.values())),
+        "ops": " ".join(f"{stage.device}:{stage.ops}" for stage in plan.stages),
+        "left": str(sum(sum(stage.left_to_cpu.values()) for stage in plan.stages)),
         "equal": all(comparison.good for comparison in comparisons),
         "difference": max(_apart(found[name], array) for name, array in wanted.items()),
         "predicted_per_s": plan.prediction.throughput_per_s,
