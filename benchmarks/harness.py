@@ -292,11 +292,11 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> Ratio:
     return Ratio(statistics.median(ratios), medians[50], medians[1950])
 
 
-def right(outputs: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Return whether all outputs differ from the reference by at most 1e-4 of its largest value."""
+def right(outputs: Mapping[str, Any], wanted: Mapping[str, Any], tolerance: float = 1e-4) -> bool:
+    """Return whether all outputs differ from the reference by at most a share of its largest value."""
     import numpy as np
 
-    return all(np.abs(outputs[name] - array).max() <= 1e-4 * np.abs(array).max() for name, array in wanted.items())
+    return all(np.abs(outputs[name] - array).max() <= tolerance * np.abs(array).max() for name, array in wanted.items())
 
 
 # Processes
