@@ -24,9 +24,10 @@ def borders_text(borders: NarrowBorders) -> str:
     if borders.error is None:
         return text + "The stages were not run, so the error is not known."
     kept = "within" if borders.within else "ABOVE"
+    advice = "" if borders.within else " verify refuses that: allow more with --tolerance, or use --border auto."
     return (
         f"{text}Error of the outputs on {borders.inputs} example{'s' * (borders.inputs > 1)}: "
-        f"{error_text(borders.error)} of their scale, {kept} the tolerance of {error_text(borders.tolerance)}."
+        f"{error_text(borders.error)} of their scale, {kept} the tolerance of {error_text(borders.tolerance)}.{advice}"
     )
 
 

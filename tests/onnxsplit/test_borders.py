@@ -9,9 +9,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
+from decoder_runs import FAMILIES
 from onnx import TensorProto, helper
 
 import onnxsplit
+from onnxsplit.cli import cli
+from onnxsplit.cli.decoding import compare_decoding
 from onnxsplit.cluster import Cluster, Device, Link
 from onnxsplit.errors import PartitionError
 from onnxsplit.model.precision import distance
@@ -359,3 +363,37 @@ def test_a_pipeline_gives_a_narrowed_tensor_under_its_own_name(tmp_path):
     assert np.array_equal(answers[border.tensor], stages[border.tensor])
     assert np.array_equal(answers["y"], stages["y"])
     assert empty["y"].shape == (0, 256)
+
+
+def test_hidden_tensors_of_a_decoder_are_narrowed_and_states_are_not(tmp_path):
+    onnx.save(FAMILIES["gqa"].make(), tmp_path / "m.onnx")
+    subject = examine(tmp_path / "m.onnx", decode_rows=32, context=16, threads=1)
+    plan = split(subject, tmp_path, border="float16", tolerance=0.01)
+    states = plan.decoder.pasts() | plan.decoder.presents()
+    assert plan.borders.tensors
+    assert states.isdisjoint(border.tensor for border in plan.borders.tensors)
+    found = compare_decoding(tmp_path / "m.plan", tmp_path / "m.onnx", threads=1, allowed=0.01, custom_ops=())
+    assert found.good
+    assert found.difference > 1e-5
+
+
+def test_commands_say_the_error_and_the_tolerance(tmp_path, monkeypatch, long_chain):
+    monkeypatch.chdir(tmp_path)
+    save_npz(tmp_path / "a.npz", long_chain.inputs)
+    save_npz(tmp_path / "b.npz", long_chain.more_inputs[0])
+    model = str(long_chain.graph.source.path)
+
+    def call(*words, code=0):
+        done = CliRunner().invoke(cli, [str(word) for word in words])
+        assert done.exit_code == code, done.output
+        return " ".join(done.output.split())
+
+    examples = ("--inputs", "a.npz", "--inputs", "b.npz")
+    text = call("partition", model, "-o", "m.plan", "--border", "int8", "--rounds", 0, *examples)
+    assert "Narrow borders: 1 in int8; 32768 bytes become 8704. Error of the outputs on 2 examples:" in text
+    assert "ABOVE the tolerance of 1.0e-03. verify refuses that" in text
+    assert "DIFFERENT" in call("verify", "m.plan", model, *examples, code=1)
+    text = call("partition", model, "-o", "m.plan", "--border", "int8", "--tolerance", "2%", "--rounds", 0, *examples)
+    assert "within the tolerance of 2.0e-02" in text
+    assert "Narrow borders may cause differences up to 2.0e-02; found:" in call("verify", "m.plan", model, *examples)
+    assert "merged" in call("merge", "m.plan", "-o", "merged.onnx")
