@@ -119,8 +119,7 @@ def every(names: list[str], folder: Path) -> Iterator[Named]:
     for name, entry in zoo.entries().items():
         if not names or name in names:
             yield name, zoo.fetch(name), entry.get("dims", {})
-    if not names or "light" in names:
-        yield from _light(folder)
+    yield from _light(names, folder)
     for name, parameters in RECIPES.items():
         if not names or f"recipe-{name}" in names:
             export(str(ROOT / "models" / f"{name}.py"), folder / f"{name}.onnx", parameters=parameters)
@@ -173,9 +172,11 @@ def _forest(out: Path, forests: list[tuple[int, int | None]], rows: int) -> Path
     return out
 
 
-def _light(folder: Path) -> Iterator[Named]:
+def _light(names: list[str], folder: Path) -> Iterator[Named]:
     """Yield the light graphs of the onnx package with random weights: constant weights make all outputs equal."""
     for source in sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.onnx")):
+        if names and not {"light", source.stem} & set(names):
+            continue
         model = onnx.load(source)
         random = np.random.default_rng(0)
         shapes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}

@@ -20,15 +20,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "models", "tests/support")]
 
 from benchmarks import example_models, harness
-from onnxsplit.errors import PartitionError
 from onnxsplit.plan import Plan, WayToRun
-from onnxsplit.planning.planner import partition
+from onnxsplit.planning.options import CutOptions
+from onnxsplit.planning.planner import examine_for, write_plan
+from onnxsplit.planning.subject import Subject
+from onnxsplit.session import threads_per_node
 from onnxsplit.timed import TimedModel
 from runtime import Pipeline
 
@@ -36,6 +39,12 @@ TAKES = "12 min"
 
 CLAIM = 1.1
 """The ratio of two rates above which a plan has to know which is the higher one."""
+
+LEAST_TURNS = 3
+"""How many requests a node of a pipeline serves at least in a slice, the first of which does not count."""
+
+MODEL_S = 30.0
+"""About how many seconds the slices of a model may take; a model gets at least two slices of each way."""
 
 Way = tuple[str, int, int]
 """The kind of a way to run a model, its count, and the threads of each session."""
@@ -76,7 +85,7 @@ def pipeline_rate(pipeline: Pipeline, inputs: Mapping[str, Any], seconds: float)
     """
     nodes, ends = len(pipeline.nodes), list[float]()
     futures, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(ends) < 4 * nodes:
+    while time.perf_counter() < end or len(ends) < LEAST_TURNS * nodes:
         futures.append(pipeline.submit(inputs))
         futures[-1].add_done_callback(lambda _: ends.append(time.perf_counter()))
     counted = sorted(ends[: len(ends) // nodes * nodes])
@@ -92,38 +101,50 @@ def session_rate(timed: TimedModel, seconds: float) -> float:
 
 
 def plans_of(model: Path, dims: Mapping[str, int], stages: Sequence[int], folder: Path) -> dict[int, Plan]:
-    """Cut a model with defaults into each number of stages; leave out those that it has too few ops for."""
-    plans = {}
+    """Cut a model with defaults into each number of stages; leave out those that it has too few ops for.
+
+    ``whole.plan`` becomes the plan for replicas of the whole model.
+    """
+    plans, subjects = dict[int, Plan](), dict[int, Subject]()
     for count in stages:
-        try:
-            plans[count] = partition(model, stages=count, dims=dims, out=folder / f"{count}.plan")
-        except PartitionError as error:
-            print(f"  {count} stages: {error}", file=sys.stderr)
+        options, threads = CutOptions(stages=count), threads_per_node(count)
+        if threads not in subjects:
+            subjects[threads] = examine_for(model, options, dims=dims)
+        if count > len(subjects[threads].atoms.ops):
+            print(f"  {count} stages: the model has too few ops for them", file=sys.stderr)
+            continue
+        plans[count] = write_plan(subjects[threads], folder / f"{count}.plan", options).plan
+    if any(way.kind == "replicas" for plan in plans.values() for way in ways_of(plan)):
+        whole = CutOptions(parallel="data", devices=2, effort="quick")
+        write_plan(subjects[min(subjects)], folder / "whole.plan", whole)
     return plans
 
 
-def measured(
-    model: Path, dims: Mapping[str, int], plans: Mapping[int, Plan], folder: Path, slices: int, seconds: float
-) -> Rates:
-    """Run all ways that the plans name, in turns; return the rates of the slices."""
-    ways = sorted({way_of(way) for plan in plans.values() if plan.verdict is not None for way in plan.verdict.ways})
+def ways_of(plan: Plan) -> tuple[WayToRun, ...]:
+    """The ways that the verdict of a plan names."""
+    return plan.verdict.ways if plan.verdict is not None else ()
+
+
+def measured(model: Path, plans: Mapping[int, Plan], folder: Path, slices: int, seconds: float) -> Rates:
+    """Run all ways that the plans name, in turns; return the rates of the slices. Slow models get fewer slices."""
+    said = {way_of(way): way.throughput_per_s for plan in plans.values() for way in ways_of(plan)}
     count, plan = next(iter(plans.items()))
     example, inputs = harness.example_path(folder / f"{count}.plan"), harness.example(folder / f"{count}.plan")
     level = plan.costs.whole_optimization_level
-    if any(kind == "replicas" for kind, _, _ in ways):
-        partition(model, parallel="data", devices=2, effort="quick", dims=dims, out=folder / "whole.plan")
+    turn_s = sum(max(seconds, LEAST_TURNS * way[1] / rate) for way, rate in said.items())
+    slices = max(2, min(slices, int(MODEL_S / turn_s)))
     with ExitStack() as stack:
         contenders: dict[Way, Callable[[], float]] = {}
-        for way in ways:
+        for way in sorted(said):
             kind, number, threads = way
             if kind == "session":
                 timed = stack.enter_context(TimedModel(model, example, threads=threads, level=level))
-                contenders[way] = lambda timed=timed: session_rate(timed, seconds)  # type: ignore[misc]
+                contenders[way] = partial(session_rate, timed, seconds)
             else:
                 cut = folder / ("whole.plan" if kind == "replicas" else f"{number}.plan")
                 replicas = {"replicas": number} if kind == "replicas" else {}
                 pipeline = stack.enter_context(Pipeline.launch(cut, threads=threads, **replicas))
-                contenders[way] = lambda pipeline=pipeline: pipeline_rate(pipeline, inputs, seconds)  # type: ignore[misc]
+                contenders[way] = partial(pipeline_rate, pipeline, inputs, seconds)
         return harness.in_turns(contenders, slices)  # type: ignore[arg-type,return-value]
 
 
@@ -191,7 +212,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="onnxsplit-") as temporary:
             folder = Path(temporary)
             plans = plans_of(model, dims, given.stages, folder)
-            rates = measured(model, dims, plans, folder, given.slices, given.seconds) if plans else {}
+            rates = measured(model, plans, folder, given.slices, given.seconds) if plans else {}
             return [judge(name, count, plan, rates) for count, plan in plans.items()]
 
     judged: list[Judged] = []
