@@ -6,7 +6,8 @@ this module itself. It reads one JSON command from each line of its standard inp
 ends when its standard input ends, so it does not outlive its parent.
 
 A worker measures wall time and its own processor time. Processor time does not count the time in which other processes
-had the core, so it is the cost of a run in one thread even on a busy machine.
+had the core, so it is the cost of a run in one thread even on a busy machine. Of a run in several threads the calling
+thread does an equal part, and its processor time stands for the wall time while others have the cores.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from onnxsplit.session import Session, open_session, quiet_environment
 from onnxsplit.tensors import Array
 
 _TYPICAL_S = 1.0  # total time of the runs whose median is taken
+_UNDISTURBED = 0.05  # the share of a run in which its threads may wait for a core before its wall time is doubted
 _START_DELAY_NS = 20_000_000  # time between the command to start together and the start
 
 
@@ -74,7 +76,9 @@ class _Answer(msgspec.Struct, frozen=True):
     refused: bool = False
     wall_ns: list[int] = []
     cpu_ns: list[int] = []
+    caller_ns: list[int] = []
     waited: int = 0
+    delayed_ns: int = 0
 
 
 _Command = _Load | _Feed | _Run | _Save
@@ -88,11 +92,15 @@ class Runs:
         wall_ns: wall time of each run in nanoseconds.
         cpu_ns: processor time of the worker in each run, over all its threads, in nanoseconds.
         by_cpu: True when processor time is what a run costs: a session with one thread on the CPU that did not wait.
+        shared_ns: if several threads on the CPU share a run while other processes keep them from the cores, the time of
+            each run without these: the processor time of the calling thread, and at least an equal share of all
+            threads'; else empty.
     """
 
     wall_ns: Sequence[int]
     cpu_ns: Sequence[int]
     by_cpu: bool
+    shared_ns: Sequence[int] = ()
 
     @property
     def costs_ns(self) -> Sequence[int]:
@@ -105,7 +113,10 @@ class Runs:
 
         Of wall times it is the shortest in twenty, because other processes only add to them.
         """
-        return low_quartile(self.cpu_ns) if self.by_cpu else sorted(self.wall_ns)[(len(self.wall_ns) - 1) // 20]
+        if self.by_cpu:
+            return low_quartile(self.cpu_ns)
+        shortest = sorted(self.wall_ns)[(len(self.wall_ns) - 1) // 20]
+        return min(shortest, low_quartile(self.shared_ns)) if self.shared_ns else shortest
 
 
 class TimedModel:
@@ -189,8 +200,12 @@ class TimedModel:
         return self._runs(self._ask(_Run(seconds, 0, least)))
 
     def _runs(self, answer: _Answer) -> Runs:
-        one_thread = threads_on_cores(self._load.provider, self._load.threads) == 1
-        return Runs(answer.wall_ns, answer.cpu_ns, one_thread and answer.waited < len(answer.wall_ns))
+        threads = threads_on_cores(self._load.provider, self._load.threads)
+        by_cpu = threads == 1 and answer.waited < len(answer.wall_ns)
+        if threads <= 1 or answer.delayed_ns <= _UNDISTURBED * sum(answer.wall_ns):
+            return Runs(answer.wall_ns, answer.cpu_ns, by_cpu)
+        pairs = zip(answer.caller_ns, answer.cpu_ns, strict=True)
+        return Runs(answer.wall_ns, answer.cpu_ns, by_cpu, [max(own, total // threads) for own, total in pairs])
 
     def save_outputs(self, path: Path) -> None:
         """Write the outputs of the last run to an ``.npz`` file."""
@@ -304,15 +319,27 @@ class _Worker:
         into = {output: self.inputs[name] for output, name in self.in_place}
         wall_ns: list[int] = []
         cpu_ns: list[int] = []
+        caller_ns: list[int] = []
+        delayed_ns = _delayed_ns()
         waits = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
         end = time.monotonic_ns() + int(command.seconds * 1e9)
         while len(wall_ns) < command.least or time.monotonic_ns() < end:
-            begin, cpu = time.perf_counter_ns(), time.process_time_ns()
+            begin, cpu, own = time.perf_counter_ns(), time.process_time_ns(), time.thread_time_ns()
             self.outputs = dict(self.session.run_into(self.inputs, into) if into else self.session.run(self.inputs))
+            caller_ns.append(time.thread_time_ns() - own)
             cpu_ns.append(time.process_time_ns() - cpu)
             wall_ns.append(time.perf_counter_ns() - begin)
         waited = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - waits
-        return _Answer(wall_ns=wall_ns, cpu_ns=cpu_ns, waited=waited)
+        delayed_ns = _delayed_ns() - delayed_ns
+        return _Answer(wall_ns=wall_ns, cpu_ns=cpu_ns, caller_ns=caller_ns, waited=waited, delayed_ns=delayed_ns)
+
+
+def _delayed_ns() -> int:
+    """How long this process's threads were ready to run and waited for a core; 0 where the system does not tell."""
+    try:
+        return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat"))
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _main() -> None:
