@@ -276,6 +276,7 @@ def _opened(
             threads=contender.threads,
             level=stage.optimization_level,
             provider=provider_here(stage.provider),
+            spinning=contender.threads > 1,  # as programs have it that call ONNX Runtime
             custom_ops=find_libraries(custom_ops),
         )
         yield SessionTarget(session, [inputs]), _SESSION_QUEUE, None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +18,8 @@ import msgspec.structs
 from onnxsplit.cli.output import (
     MODEL,
     Output,
-    binary,
     examine_options,
     make_command,
-    milliseconds,
     option,
     path_option,
     percent,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from onnxsplit.planning.advice import Advisor
     from onnxsplit.planning.candidates import Choice, Wishes
     from onnxsplit.views.advice import Advice
+    from runtime.advise import Contender, LoadResult
 
 _WISHES, _DEVICES, _RESULTS = "What is asked for", "Devices", "Results"
 _wish_option = functools.partial(option, section=_WISHES)
@@ -151,7 +153,7 @@ def _run_best(
     running = list({one.candidate: one for one in replaced.values()}.values())
     choices = [replaced.get(id(one), one) for one in choices]
     load = LoadPlan(rate_per_s=wishes.rate_per_s, p99_ns=wishes.p99_ns, share=DEFAULT_SHARE, **_LOADS[effort])
-    contenders = [_contender(one, advisor) for one in running]
+    contenders = [contender_of(one, advisor) for one in running]
     output.done()
     seconds = sum(load.most_s(one) + _LAUNCH_S for one in contenders)
     output.aside(
@@ -159,12 +161,38 @@ def _run_best(
     )
     disturbed = _busy_share()
     inputs = advisor.inputs()
-    results = load_in_turns(
-        contenders, inputs, load, custom_ops=examined["custom_ops"], say=_with_time_left(output, seconds)
-    )
+    with _terminated_as_interrupted():
+        results = load_in_turns(
+            contenders, inputs, load, custom_ops=examined["custom_ops"], say=_with_time_left(output, seconds)
+        )
     found = {one.candidate: result for one, result in zip(running, results, strict=True)}
     notes = _notes(running, results, disturbed)
     return [_measured(one, found.get(one.candidate)) for one in choices], notes, disturbed
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end a load as Ctrl-C does: between two steps of its event loop, and not inside a pipeline's code."""
+    before = signal.getsignal(signal.SIGTERM)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    terminated = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if terminated:
+            before(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _with_time_left(output: Output, seconds: float) -> Any:
@@ -181,7 +209,8 @@ def _busy_share() -> float:
     return cpu_times().busy_share_since(before, own_s + time.process_time())
 
 
-def _contender(choice: Choice, advisor: Advisor) -> Any:
+def contender_of(choice: Choice, advisor: Advisor) -> Contender:
+    """What is run for a choice."""
     from runtime.advise import Contender
 
     candidate, predicted = choice.candidate, choice.predicted
@@ -197,7 +226,7 @@ def _contender(choice: Choice, advisor: Advisor) -> Any:
     )
 
 
-def _measured(choice: Choice, result: Any) -> Choice:
+def _measured(choice: Choice, result: LoadResult | None) -> Choice:
     """A choice with what was measured of it."""
     from onnxsplit.planning.candidates import Figures
 
@@ -211,7 +240,7 @@ def _measured(choice: Choice, result: Any) -> Choice:
     return msgspec.structs.replace(choice, measured=figures, node_bytes=result.node_bytes)
 
 
-def _notes(running: Sequence[Choice], results: Sequence[Any], disturbed: float) -> list[str]:
+def _notes(running: Sequence[Choice], results: Sequence[LoadResult], disturbed: float) -> list[str]:
     """What makes the figures doubtful."""
     notes = []
     if disturbed > _BUSY:
@@ -243,7 +272,7 @@ def _advice(
     from onnxsplit.planning.candidates import front, keeps_wishes, pick, rate_of
     from onnxsplit.planning.planner import default_plan_folder
     from onnxsplit.views.advice import Advice, AdviceRow
-    from onnxsplit.views.advice.words import commands, reason, wishes_text
+    from onnxsplit.views.advice.words import commands, keep_whole, reason, wishes_text
 
     picked, best = pick(choices, wishes), front(choices, wishes)
     lines: list[str] = []
@@ -279,6 +308,7 @@ def _advice(
         rows=tuple(rows),
         reason=reason(picked, choices, wishes) if picked is not None else "No candidate can be run; see the table.",
         keeps=picked is not None and keeps_wishes(picked, wishes),
+        whole=keep_whole(picked.candidate) if picked is not None and picked.candidate.kind == "session" else None,
         commands=tuple(lines),
         notes=tuple(notes),
         disturbed=disturbed,
@@ -312,25 +342,34 @@ def _show(output: Output, advice: Advice) -> None:
         rows.append(
             (
                 f"{'>' if row.picked else '*' if row.on_front else ' '} {row.name}",
-                f"{predicted.limit_per_s:,.4g}" if predicted is not None else "",
-                f"{measured.limit_per_s:,.4g}" if measured is not None else "",
-                f"{figures.rate_per_s:,.4g}",
-                "-" if figures.p50_ns is None else milliseconds(figures.p50_ns),
-                "-" if figures.p99_ns is None else milliseconds(figures.p99_ns),
-                binary(row.choice.memory_bytes),
+                _number(predicted.limit_per_s if predicted is not None else None),
+                _number(measured.limit_per_s if measured is not None else None),
+                _number(figures.rate_per_s),
+                _number(figures.p50_ns, 1e6),
+                _number(figures.p99_ns, 1e6),
+                _number(row.choice.memory_bytes, 1 << 20),
                 "yes" if row.keeps else "no",
             )
         )
-    output.table(("  way x threads", "predicted", "measured", "at", "p50", "p99", "memory", "fits"), rows)
+    output.table(("  way x threads", "model/s", "run/s", "at/s", "p50 ms", "p99 ms", "MiB", "fits"), rows)
     output.line()
     output.line(
-        "Limits in requests/s, as predicted and as measured; p50 and p99 at the rate beside them; memory of a device. "
-        "> is the pick, * is beaten by none in both rate and p99."
+        "Highest rates by the model and by the run; p50 and p99 at the rate beside them; memory of a device. > is "
+        "the pick; * is beaten by none in both rate and p99."
     )
     for row in advice.rows:
         if row.choice.left_out or row.choice.not_run:
             output.line(f"{row.name}: {row.choice.left_out or row.choice.not_run}.")
     for text in (*advice.notes, advice.reason):
         output.line(text)
+    if advice.whole is not None:
+        output.line(advice.whole)
     for number, line in enumerate(advice.commands):
         output.line(f"{'      ' if number else 'Next: '}{line}")
+
+
+def _number(value: float | None, unit: float = 1.0) -> str:
+    """A number in a unit with three digits at least; ``-`` for none."""
+    if value is None:
+        return "-"
+    return f"{value / unit:,.0f}" if value / unit >= 100 else f"{value / unit:.3g}"

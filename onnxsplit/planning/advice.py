@@ -94,14 +94,13 @@ class Advisor:
             return self._on_cluster(self._cluster)
         found: list[Choice] = []
         for provider in self._options.providers:
-            known = providers_by_stage(provider, 1)[0]
-            whole = self._whole(known)
+            whole = self._whole(provider)
             if isinstance(whole, str):
-                candidate = Candidate(kind="session", replicas=(1,), threads=1, provider=known)
+                candidate = Candidate(kind="session", replicas=(1,), threads=1, provider=_known(provider))
                 found.append(_left_out(candidate, whole))
             else:
-                found += self._whole_choices(whole, known)
-            found += self._cut_choices(known, fits_whole=isinstance(whole, Plan))
+                found += self._whole_choices(whole, provider)
+            found += self._cut_choices(provider, fits_whole=isinstance(whole, Plan))
         return found
 
     def plan_folder(self, candidate: Candidate) -> Path:
@@ -137,8 +136,8 @@ class Advisor:
 
     def _subject(self, options: CutOptions) -> Subject:
         """The model, examined once for each number of threads and provider."""
-        count = options.devices or options.stages or 2
-        key = (options.cluster, options.provider, threads_per_node(int(count)) if options.cluster is None else 0)
+        count = options.devices or (options.stages if isinstance(options.stages, int) else 2)
+        key = (options.cluster, options.provider, threads_per_node(count) if options.cluster is None else 0)
         if key not in self._subjects:
             subject = examine_for(self._model, options, say=self._say, **self._options.examined)
             if subject.decoding is not None:
@@ -190,20 +189,20 @@ class Advisor:
 
     def _whole_choices(self, plan: Plan, provider: str) -> list[Choice]:
         """Sessions of the whole model, and nodes with the whole model, with all numbers of threads."""
-        cores = host_cores() if provider_here(provider) == "cpu" else 1
-        options = self._whole_options(provider)
+        known, options = _known(provider), self._whole_options(provider)
+        cores = host_cores() if known == "cpu" else 1
         rows = self._rows(plan)
         self._say("timing sessions of the whole model")
-        times = self._times[provider] = time_runs(
+        times = self._times[known] = time_runs(
             self._subject(options), self._written(options), some_threads(1, cores), rows, copies=self._devices
         )
         batches = [1, *(b for b in rows if times.alone_ns[1, b] < _WORTH * b * times.alone_ns[1, 1])]
         candidates = [
-            Candidate(kind="session", replicas=(1,), threads=t, provider=provider) for t in some_threads(1, cores)
+            Candidate(kind="session", replicas=(1,), threads=t, provider=known) for t in some_threads(1, cores)
         ]
         for nodes in some_counts(self._devices):
             candidates += [
-                Candidate(kind="replicas", replicas=(nodes,), threads=t, provider=provider, max_batch=b)
+                Candidate(kind="replicas", replicas=(nodes,), threads=t, provider=known, max_batch=b)
                 for t in some_threads(nodes, cores)
                 for b in batches
             ]
@@ -213,7 +212,8 @@ class Advisor:
     def _cut_choices(self, provider: str, *, fits_whole: bool) -> list[Choice]:
         """Pipelines of stages, and of stages with replicas."""
         limit, effort = self._wishes.max_memory_bytes, self._options.effort
-        cores = host_cores() if provider_here(provider) == "cpu" else 1
+        known = _known(provider)
+        cores = host_cores() if known == "cpu" else 1
         counts = [count for count in some_counts(max(2, self._devices)) if count > 1]
         if not fits_whole and limit is not None:  # the fewest that fit may be more than the devices
             fewest = self._tried(CutOptions(stages="auto", max_memory=limit, provider=provider))
@@ -235,7 +235,7 @@ class Advisor:
             seen.add(replicas)
             kind = "hybrid" if max(replicas) > 1 else "stages"
             for threads in some_threads(sum(replicas), cores):
-                candidate = Candidate(kind=kind, replicas=replicas, threads=threads, provider=provider)  # type: ignore[arg-type]
+                candidate = Candidate(kind=kind, replicas=replicas, threads=threads, provider=known)  # type: ignore[arg-type]
                 self._cuts[candidate] = options
                 found.append(self._choice(candidate, plan))
         return found
@@ -248,7 +248,7 @@ class Advisor:
     def _choice(self, candidate: Candidate, plan: Plan, *, measured: bool = False) -> Choice:
         """A candidate of this host with its predicted figures."""
         times = self._times.get(candidate.provider, RunTimes({}, 1.0))
-        cores = host_cores() if provider_here(candidate.provider) == "cpu" else 0
+        cores = host_cores() if candidate.provider == "cpu" else 0
         base = plan.stages[0].threads
         nodes = 1 if measured else candidate.nodes  # stages are measured all at once
         factor = times.factor(candidate.threads, base, candidate.max_batch, nodes, max(1, cores))
@@ -283,7 +283,7 @@ class Advisor:
         common["max_memory"] = self._wishes.max_memory_bytes
         wanted = [CutOptions(parallel="data", **common)]
         wanted.append(CutOptions(**common))  # as many stages as help
-        wanted += [CutOptions(stages=count, **common) for count in some_counts(len(cluster.devices)) if count > 1]
+        wanted += [CutOptions(stages=count, **common) for count in some_counts(len(cluster.devices))]
         wanted += [CutOptions(parallel="hybrid", **common)] if len(cluster.devices) > 2 else []
         found, seen = [], set()
         for options in wanted:
@@ -324,6 +324,11 @@ class Advisor:
             predicted=predict(plan.prediction.bottleneck_ns, plan.prediction.latency_ns, min(replicas), self._wishes),
             not_run=f"predicted only: it needs the host {', '.join(far)}" if far else "",
         )
+
+
+def _known(provider: str) -> str:
+    """The provider that a name stands for here, such as ``auto``."""
+    return provider_here(providers_by_stage(provider, 1)[0])
 
 
 def _left_out(candidate: Candidate, why: str) -> Choice:

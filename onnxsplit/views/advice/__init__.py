@@ -44,6 +44,7 @@ class Advice(PlanStruct, frozen=True, kw_only=True):
         rows: all candidates, those that were run first.
         reason: the candidate that was picked and why, or why there is none.
         keeps: whether it gives what was asked for.
+        whole: how to call the model without a pipeline, where that was picked; else None.
         commands: the commands that make and start it.
         notes: what else a user has to know.
         disturbed: the share of the host's cores that other processes used while candidates were run.
@@ -55,6 +56,7 @@ class Advice(PlanStruct, frozen=True, kw_only=True):
     rows: tuple[AdviceRow, ...]
     reason: str
     keeps: bool
+    whole: str | None
     commands: tuple[str, ...]
     notes: tuple[str, ...]
     disturbed: float

@@ -83,6 +83,14 @@ def _nearest(picked: Choice, choices: Sequence[Choice], wishes: Wishes) -> str:
     )
 
 
+def keep_whole(picked: Candidate) -> str:
+    """How to run the whole model in one session."""
+    return (
+        "Keep it whole: call it in your program by one onnxruntime.InferenceSession with intra_op_num_threads = "
+        f"{picked.threads}. To offer it to other programs, serve it as one node:"
+    )
+
+
 def commands(
     picked: Candidate, options: CutOptions, *, model: Path, plan: Path, kept: bool, examined: Sequence[str], far: bool
 ) -> list[str]:

@@ -3,13 +3,13 @@
 (() => {
   const { element, shape, hue, milliseconds, bytes } = draw;
   const by = (id) => document.getElementById(id);
-  const { model, wishes, asked, rows, reason, commands, notes } = JSON.parse(by("data").textContent);
+  const { model, wishes, asked, rows, reason, whole, commands, notes } = JSON.parse(by("data").textContent);
   const rate = (value) => value >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
   const KINDS = ["session", "replicas", "stages", "hybrid"];
 
   by("title").textContent = `How to run ${model}`;
   by("asked").textContent = asked;
-  by("reason").textContent = reason;
+  by("reason").textContent = whole ? `${reason} ${whole}` : reason;
   by("commands").textContent = commands.join("\n");
   by("commands").hidden = !commands.length;
   by("notes").append(...notes.map((note) => element("p", {}, note)));
