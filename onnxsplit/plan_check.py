@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_base import MOST_NODES
+from onnxsplit.plan_borders import NarrowBorders
 from onnxsplit.plan_decoder import Decoder, State
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -25,6 +26,7 @@ def plan_problems(plan: Plan) -> list[str]:
         *_tensors_problems(plan),
         *_ends_problems(plan),
         *(_decoder_problems(plan, plan.decoder) if plan.decoder is not None else ()),
+        *(_borders_problems(plan, plan.borders) if plan.borders is not None else ()),
     ]
 
 
@@ -121,6 +123,20 @@ def _ends_problems(plan: Plan) -> Iterator[str]:
         needed, listed = sorted(plan.stages_for((name,))), plan.outputs_need.get(name)
         if listed is None or sorted(set(listed)) != needed:
             yield f"output {name!r} needs the stages {needed}, and outputs_need lists {listed and list(listed)}"
+
+
+def _borders_problems(plan: Plan, borders: NarrowBorders) -> Iterator[str]:
+    """Contradictions between the narrow borders and the rest of the plan."""
+    written, crossing = plan.producers(), {cut.tensor for cut in plan.cuts}
+    for border in borders.tensors:
+        if border.tensor not in written:
+            yield f"the narrowed tensor {border.tensor!r} is not an output of a stage"
+        for name in border.wire:
+            if name not in crossing:
+                yield f"{name!r} stands for the narrowed tensor {border.tensor!r}, and is not cut"
+    names = [border.tensor for border in borders.tensors]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"the tensor {name!r} is narrowed more than once"
 
 
 def _decoder_problems(plan: Plan, decoder: Decoder) -> Iterator[str]:

@@ -155,7 +155,7 @@ def rates(given: argparse.Namespace, report: harness.Report, folder: Path) -> No
     from onnxsplit.session import open_session
     from runtime.wire.keys import create_for
 
-    links.SHARE = SHARE
+    links.SHARE = given.share
     create_for(folder / "keys", links.HOSTS)
     with links.network() as (switch, names):
         for number, case in enumerate(given.cases.split(",")):
@@ -184,7 +184,7 @@ def started(
     from onnxsplit.stages.parts import peak_memory_bytes, whole_parts
 
     whole = peak_memory_bytes(subject.graph, subject.shapes, whole_parts(subject.graph))
-    devices = tuple(replace(device, speed=device.speed * SHARE) for device in cluster.devices[:2])
+    devices = tuple(replace(device, speed=device.speed * given.share) for device in cluster.devices[:2])
     known = {device.host for device in devices}
     between = {pair: link for pair, link in cluster.links.items() if set(pair) <= known}
     place.with_suffix(".toml").write_text(replace(cluster, devices=devices, links=between).to_toml())
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(map(":".join, CASES)), metavar="MODEL:LINK,...", help="for rates")
     parser.add_argument("--borders", default="float32,float16,int8,auto", help="for rates; the first is the reference")
     parser.add_argument("--tolerance", type=float, default=2e-2, help="for rates")
+    parser.add_argument("--share", type=float, default=SHARE, help="of a core, for each host")
     parser.add_argument("--slices", type=int, default=8, help="slices of 4 s for each cut")
     given = parser.parse_args()
     if given.only != "errors" and (os.geteuid() != 0 or shutil.which("ip") is None):

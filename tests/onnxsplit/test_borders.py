@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import build
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -22,6 +23,7 @@ from onnxsplit.model.precision import distance
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import TensorSpec
 from onnxsplit.plan_borders import UNUSABLE
+from onnxsplit.plan_check import plan_problems
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
@@ -178,6 +180,14 @@ def test_a_plan_says_what_crosses_and_how_far_its_outputs_are_off(tmp_path, form
     assert plan.tensors[border.wire[0]].batch_axis == 0
     assert load_plan(tmp_path / "m.plan") == plan
     assert not list((tmp_path / "m.plan").glob("full*"))
+
+
+def test_a_plan_whose_borders_contradict_it_is_refused(tmp_path, long_chain):
+    plan = split(long_chain, tmp_path, border="int8", tolerance=0.02)
+    (border,) = plan.borders.tensors
+    wrong = msgspec.structs.replace(border, tensor="nowhere", wire=("nothing",))
+    borders = msgspec.structs.replace(plan.borders, tensors=(border, border, wrong))
+    assert len(plan_problems(msgspec.structs.replace(plan, borders=borders))) == 3
 
 
 def test_without_the_option_plans_stay_as_they_were(tmp_path):
