@@ -218,8 +218,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=12.0, help="no model is begun later than this")
     given = parser.parse_args()
     report = harness.Report(
-        given, model="22", stages="6", right="5", text="5", pays="5", interval="8.0%", busy="6.0%", others="6.0%", stages_off="10.2f",
-        one_off="7.2f", wide_off="8.2f", replicas_off="12.2f",
+        given, model="22", stages="6", right="5", text="5", pays="5", interval="8.0%", busy="6.0%", others="6.0%",
+        stages_off="10.2f", one_off="7.2f", wide_off="8.2f", replicas_off="12.2f",
     )  # fmt: skip
 
     def work(case: example_models.Named) -> list[Judged]:
