@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnxsplit.numbers import MOST_BYTES
 
@@ -60,6 +60,10 @@ class Link:
     def transfer_ns(self, size_bytes: int) -> int:
         """Nanoseconds that one transfer of a tensor occupies each of the two devices."""
         return self.latency_ns + size_bytes * 1_000_000_000 // self.bytes_per_s
+
+    def slower(self, factor: int) -> Link:
+        """The same link, over which a transfer costs so many times as much."""
+        return replace(self, latency_ns=factor * self.latency_ns, bytes_per_s=max(1, self.bytes_per_s // factor))
 
 
 @dataclass(frozen=True)

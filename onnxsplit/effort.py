@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+SLOW_S = 0.2
+"""A model is slow if a run of it takes longer than this, in seconds."""
+
 EffortName = Literal["quick", "normal", "thorough"]
 
 
@@ -12,14 +15,14 @@ EffortName = Literal["quick", "normal", "thorough"]
 class TimeBudget:
     """The time that a plan may take, beside writing files and loading models.
 
-    A model whose run takes longer than a sample gets one run for a sample and :attr:`least_samples` samples, so that
-    measuring takes about twelve runs of the whole model at the effort ``normal``.
+    A slow model, whose run takes longer than :data:`SLOW_S`, gets one run for a sample and :attr:`least_samples`
+    samples, so that measuring takes about twelve runs of the whole model at the effort ``normal``.
 
     Attributes:
         runs: about how many runs of the whole model measuring takes if they are long.
         sample_s: seconds of runs that form one sample.
         samples: samples of what is measured, taken in turns.
-        least_samples: samples of a model whose run takes longer than a sample.
+        least_samples: samples of a slow model.
         rounds: rounds in which the stages are run and the cut is corrected.
         search_s: seconds of the longest search.
         proof_s: seconds for the proof of the batch axes.
@@ -37,8 +40,8 @@ class TimeBudget:
 
 
 EFFORTS: dict[EffortName, TimeBudget] = {
-    "quick": TimeBudget(runs=8, sample_s=0.05, samples=3, least_samples=1, rounds=1, search_s=2.0, proof_s=2.0),
-    "normal": TimeBudget(runs=12, sample_s=0.1, samples=5, least_samples=2, rounds=3, search_s=10.0, proof_s=8.0),
+    "quick": TimeBudget(runs=8, sample_s=0.04, samples=3, least_samples=1, rounds=1, search_s=2.0, proof_s=2.0),
+    "normal": TimeBudget(runs=12, sample_s=0.06, samples=5, least_samples=2, rounds=3, search_s=10.0, proof_s=8.0),
     "thorough": TimeBudget(
         runs=100, sample_s=0.5, samples=11, least_samples=5, rounds=6, search_s=60.0, proof_s=120.0, stage_levels=True
     ),

@@ -260,7 +260,7 @@ class Verdict(PlanStruct, frozen=True, kw_only=True):
 
     Attributes:
         text: one sentence or two.
-        cut_pays: True when no other way that fits in memory is faster by more than 10 %, or the costs' interval.
+        cut_pays: True when no other way that fits in memory is faster by more than 10 %.
         ways: the plan first, then the others.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
+from scipy.sparse.csgraph import connected_components, maximum_flow
 
 from onnxsplit.partitioner.lineup import Lineup
 from onnxsplit.partitioner.objective import NEVER, Problem, stage_memory
@@ -32,9 +32,34 @@ def with_overhead(bound_ns: int, problem: Problem, lineup: Lineup) -> int:
     """A lower bound on the bottleneck with the overhead of requests, from one without it, in nanoseconds."""
     if problem.overhead is None or not problem.atoms:
         return bound_ns
+    stages = lineup.exact_stages or 1
     work_ns = sum(min(column) for column in zip(*(kind.time_ns for kind in problem.kinds), strict=True))
+    work_ns += _least_transfers_ns(problem, stages) if all(kind.pays for kind in problem.kinds) else 0
     most = max(step.replicas for step in lineup.steps)
-    return problem.overhead.least_ns(bound_ns, work_ns, lineup.exact_stages or 1, most)
+    return problem.overhead.least_ns(bound_ns, work_ns, stages, most)
+
+
+def _least_transfers_ns(problem: Problem, stages: int) -> int:
+    """The least time that all stages together spend on transfers, in nanoseconds.
+
+    Inputs arrive and outputs leave at least once. Stages whose atoms are connected are connected by tensors: at least
+    one for each stage but the first, each received by one stage and sent by another.
+    """
+    link, caller = problem.cheapest_link, problem.cheapest_caller_link
+    least = sum(t.arrival_ns(caller) for t in problem.transfers if t.writer == CALLER and t.readers)
+    if not problem.send_once:
+        least += sum(t.answer_ns(caller) for t in problem.transfers if t.writer != CALLER and t.to_caller)
+    crossing = [transfer for transfer in problem.transfers if transfer.writer != CALLER and transfer.readers]
+    connections = csr_array(
+        (
+            [1] * sum(len(t.readers) for t in crossing),
+            ([t.writer for t in crossing for _ in t.readers], [reader for t in crossing for reader in t.readers]),
+        ),
+        shape=(problem.atoms, problem.atoms),
+    )
+    parts = int(connected_components(connections, directed=False, return_labels=False))
+    ends = 1 if problem.send_once else 2
+    return least + ends * max(0, stages - parts) * min((t.arrival_ns(link) for t in crossing), default=0)
 
 
 def surroundings_bound(relaxed: Relaxed, known: int) -> int:

@@ -13,7 +13,7 @@ class Overhead:
     The nodes on the caller's host and the caller share its cores. So requests follow each other in no less than the sum
     of what one costs there, divided by the cores.
 
-    With one device for each stage, the overhead is the same for every cut into the same number of stages. So a search
+    With one device for each stage, the overhead of the nodes is the same for every cut into as many stages. So a search
     leaves it out, and charges it to the figures of its result.
 
     Attributes:
@@ -46,7 +46,7 @@ class Overhead:
 
         Args:
             bound_ns: a lower bound without it.
-            work_ns: the least time of all atoms together.
+            work_ns: the least time of all atoms and transfers together.
             stages: the fewest stages.
             replicas: the most replicas of a stage.
         """

@@ -178,7 +178,7 @@ class Rounds:
             cut = replace(cut, levels=tuple(level for _, level in opened))
             self._say(f"running {at_once} of {len(workers)} stages at once")
             groups = [workers[first : first + at_once] for first in range(0, len(workers), at_once)]
-            taken = take_samples([*groups, whole.beside_stages(budget)], budget)
+            taken = take_samples([*groups, whole.beside_stages()], budget)
             moved = self._moved(cut, workers, stack)
         taken_ns = tuple(time_ns for group in range(len(groups)) for time_ns in taken.typical_ns(group))
         measured = self._on_reference(cut, taken_ns)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onnxsplit.effort import TimeBudget
+from onnxsplit.effort import SLOW_S, TimeBudget
 from onnxsplit.machine_load import cpu_times
 from onnxsplit.timed import Runs, TimedModel, low_quartile, run_together
 
@@ -61,13 +61,13 @@ def spread(samples: Sequence[int]) -> float:
 def take_samples(groups: Sequence[Sequence[TimedModel]], budget: TimeBudget, *, again: bool = True) -> Samples:
     """Run groups of models in turns.
 
-    A model whose run takes longer than a sample is run once for each sample, and the first run counts. Where the
+    A slow model is run once for each sample, and its first run counts. Where the
     samples are far apart, as on a busy machine, as many are taken again, unless ``again`` is false.
     """
     before, own_ns = cpu_times(), -time.process_time_ns()
     first = [run_together(group, 0.0, least=1) for group in groups]
     own_ns += _used_ns(first)
-    slow = max((runs.wall_ns[0] for group in first for runs in group), default=0) > budget.sample_s * 1e9
+    slow = max((runs.wall_ns[0] for group in first for runs in group), default=0) > SLOW_S * 1e9
     costs = [[[runs.cost_ns] if slow else [] for runs in group] for group in first]
     turns = budget.least_samples - 1 if slow else budget.samples
     samples = Samples((), 0.0)

@@ -11,7 +11,7 @@ from onnxsplit.planning.target import Target
 from onnxsplit.planning.whole_sessions import SessionTimes
 
 _CLEARLY = 0.1  # another way is named as faster if it is faster than the plan by more than this share
-_LEAST_DOUBT = 0.05  # differences below this share are not told apart
+_LEAST_DOUBT, _MOST_DOUBT = 0.05, 0.1  # a difference below the first is not told; one above the second always is
 
 
 def verdict(plan: Plan, sessions: SessionTimes | None, target: Target) -> Verdict | None:
@@ -25,16 +25,16 @@ def verdict(plan: Plan, sessions: SessionTimes | None, target: Target) -> Verdic
     if not plan.stages:
         return None
     ways = (_stages(plan), *_sessions(plan, sessions, target), *_replicas(plan, sessions, target))
-    doubt = max(_LEAST_DOUBT, plan.costs.interval or 0.0)
-    better = _better(plan, ways, max(_CLEARLY, doubt))
+    doubt = min(_MOST_DOUBT, max(_LEAST_DOUBT, plan.costs.interval or 0.0))
+    better = _better(plan, ways)
     pays = not better and not _loses(plan, ways, doubt)
     return Verdict(text=_text(plan, ways, doubt), cut_pays=pays, ways=ways)
 
 
-def _better(plan: Plan, ways: Sequence[WayToRun], share: float) -> list[WayToRun]:
-    """The other ways that fit in memory and are better than the plan by more than a share, the best first."""
+def _better(plan: Plan, ways: Sequence[WayToRun]) -> list[WayToRun]:
+    """The other ways that fit in memory and are clearly better than the plan, the best first."""
     first, *others = ways
-    better = [way for way in others if way.fits and _value(plan, way) > (1 + share) * _value(plan, first)]
+    better = [way for way in others if way.fits and _value(plan, way) > (1 + _CLEARLY) * _value(plan, first)]
     return sorted(better, key=lambda way: -_value(plan, way))
 
 
@@ -140,7 +140,7 @@ def _text(plan: Plan, ways: Sequence[WayToRun], doubt: float) -> str:
             )
         return f"{slower} Keep it whole, in one session with {_threads(best if best.kind == 'session' else alone)}."
     text = _ratios(plan, ways)
-    if better := _better(plan, ways, max(_CLEARLY, doubt)):
+    if better := _better(plan, ways):
         best = better[0]
         text += (
             " Replicas are faster where memory allows them: --parallel data."

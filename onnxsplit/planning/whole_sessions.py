@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.cluster import Device
-from onnxsplit.effort import TimeBudget
+from onnxsplit.effort import SLOW_S, TimeBudget
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.model.in_memory import runnable
@@ -75,9 +75,9 @@ class WholeSessions:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def beside_stages(self, budget: TimeBudget) -> Sequence[TimedModel]:
+    def beside_stages(self) -> Sequence[TimedModel]:
         """The model in a session that takes turns with the stages; none if a run is long or memory is short."""
-        if self._subject.costs.whole_ns > budget.sample_s * 1e9 or not self._fits(2):
+        if self._subject.costs.whole_ns > SLOW_S * 1e9 or not self._fits(2):
             return ()
         return (self._one(),)
 
