@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -36,8 +37,9 @@ class HttpServer(ModelServer):
 
     def models(self) -> list[str]:
         """As the repository index says, which only some servers have."""
-        listed = self._ask("/v2/repository/index", b'{"ready": true}') or []
-        return sorted({str(entry["name"]) for entry in listed if isinstance(entry, dict) and "name" in entry})
+        listed = self._ask("/v2/repository/index", b'{"ready": true}')
+        entries = listed if isinstance(listed, list) else []
+        return sorted({str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry})
 
     def metadata(self, model: str) -> dict[str, Any]:
         """As ``GET /v2/models/M`` says."""
@@ -58,27 +60,48 @@ class HttpServer(ModelServer):
         return ask(self._url, path, self._headers, body)
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Redirects are answers: the requests of a load do not follow them, and a header is for one server only."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(
+    urllib.request.ProxyHandler({}), _NoRedirect
+)  # as the load: to the address itself
+
+
 def ask(url: str, path: str, headers: Mapping[str, str], body: bytes | None = None) -> Any:
     """The JSON at a path of a server; None where the server has nothing there.
 
     Raises:
-        PipelineError: the server does not answer, or wants to know who asks.
+        PipelineError: the server does not answer, answers elsewhere or otherwise, or wants to know who asks.
     """
-    request = urllib.request.Request(url + path, body, dict(headers))  # noqa: S310  http or https
     try:
-        with urllib.request.urlopen(request, timeout=ANSWERS_IN_S) as answer:  # noqa: S310
+        request = urllib.request.Request(url + path, body, dict(headers))  # noqa: S310  http or https
+        with _OPENER.open(request, timeout=ANSWERS_IN_S) as answer:
             return json.loads(answer.read(_MOST_ANSWER_BYTES))
     except urllib.error.HTTPError as error:
         with error:
-            if error.code in (401, 403):
-                raise PipelineError(
-                    f"{url} answers {error.code} {error.reason}; give it what it asks for, as "
-                    "--header 'Authorization: Bearer TOKEN'"
-                ) from None
-            return None
-    except (OSError, ValueError) as error:
-        reason = one_line(Exception(getattr(error, "reason", error)), 200)
+            _check_status(url, path, error)
+        return None
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+        reason = one_line(Exception(getattr(error, "reason", error)), 200) or type(error).__name__
         raise PipelineError(f"{url} does not answer: {reason}. Check the address, and that the server runs") from None
+
+
+def _check_status(url: str, path: str, error: urllib.error.HTTPError) -> None:
+    """Raise PipelineError unless a status says that the server has nothing at a path."""
+    status = f"{url} answers {error.code} {error.reason:.100} to {path}"
+    if error.code in (401, 403):
+        raise PipelineError(f"{status}; give it what it asks for, as --header 'Authorization: Bearer TOKEN'") from None
+    if 300 <= error.code < 400:
+        raise PipelineError(
+            f"{status}, and points to {error.headers.get('Location')!r:.300}; give that address"
+        ) from None
+    if error.code in (429, 502, 503, 504):
+        raise PipelineError(f"{status}; try again when it is ready") from None
 
 
 class HttpTarget(LoadTarget):

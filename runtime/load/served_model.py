@@ -1,20 +1,23 @@
 """What a server says of a model by the Open Inference Protocol: its inputs, and how long its parts took.
 
 The same documents come over HTTP as JSON and over gRPC as messages, which are turned into the same JSON. Servers differ
-in which fields they send, so every field but a name may be absent.
+in which fields they send, so every field but a name may be absent; fields of other types are refused.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from onnxsplit.errors import InputError
 from onnxsplit.plan_base import PlanStruct
 from runtime.errors import PipelineError
 from runtime.gateway.protocol.documents import TensorMetadata
+
+_Document = TypeVar("_Document", bound=Struct)
 
 ANSWERS_IN_S = 10.0
 """Seconds in which a server must answer a question about a model."""
@@ -67,6 +70,53 @@ class Spent(PlanStruct, frozen=True, kw_only=True):
         )
 
 
+class _Input(Struct, frozen=True):
+    name: str = ""
+    optional: bool = False
+
+
+class _Step(Struct, frozen=True):
+    model_name: str
+
+
+class _Ensemble(Struct, frozen=True):
+    step: tuple[_Step, ...] = ()
+
+
+class _Config(Struct, frozen=True):
+    """The fields of a model's configuration that a load needs."""
+
+    max_batch_size: int = 0
+    input: tuple[_Input, ...] = ()
+    ensemble_scheduling: _Ensemble | None = None
+
+
+class _Metadata(Struct, frozen=True):
+    inputs: tuple[TensorMetadata, ...] = ()
+
+
+class _Duration(Struct, frozen=True):
+    count: int = 0
+    ns: int = 0
+
+
+class _Durations(Struct, frozen=True):
+    success: _Duration | None = None
+    fail: _Duration | None = None
+    queue: _Duration | None = None
+    compute_input: _Duration | None = None
+    compute_infer: _Duration | None = None
+    compute_output: _Duration | None = None
+
+
+class _Version(Struct, frozen=True):
+    inference_stats: _Durations | None = None
+
+
+class _Statistics(Struct, frozen=True):
+    model_stats: tuple[_Version, ...] = ()
+
+
 class ModelServer(ABC):
     """Asks a server about its models."""
 
@@ -114,41 +164,48 @@ def choose_model(server: ModelServer, url: str, name: str | None) -> ServedModel
     except InputError as error:
         listed = f" It has {', '.join(sorted(found))}; name one of them with --model." if found else ""
         raise InputError(f"{error}.{listed}") from error
-    config = server.config(name)
-    optional = {entry.get("name") for entry in config.get("input", ()) if entry.get("optional")}
-    try:
-        inputs = msgspec.convert(metadata.get("inputs", []), tuple[TensorMetadata, ...], strict=False)
-        steps = tuple(str(step["model_name"]) for step in config.get("ensemble_scheduling", {}).get("step", ()))
-        batched = int(config.get("max_batch_size", 0)) > 0
-    except (msgspec.ValidationError, KeyError, TypeError, ValueError) as error:
-        raise PipelineError(
-            f"{url} describes the model {name!r} in a way that is not of the protocol: {error}"
-        ) from None
+    described = _read(metadata, _Metadata, url, name)
+    config = _read(server.config(name), _Config, url, name)
+    steps = tuple(step.model_name for step in config.ensemble_scheduling.step) if config.ensemble_scheduling else ()
+    optional = {entry.name for entry in config.input if entry.optional}
+    inputs = described.inputs
     if not inputs:
         raise InputError(f"{url} names no inputs of {name!r}, so no request can be made for it")
     needed = tuple(spec for spec in inputs if spec.name not in optional)
-    return ServedModel(name=name, inputs=needed, batched=batched, stages=steps)
+    return ServedModel(name=name, inputs=needed, batched=config.max_batch_size > 0, stages=steps)
 
 
 def spent(server: ModelServer, model: ServedModel) -> list[Spent]:
     """What a model and each of its stages have done so far; fewer or none where the server does not tell."""
     found = []
     for name in (model.name, *model.stages):
-        stats = server.statistics(name).get("model_stats") or [{}]
-        versions = [one.get("inference_stats") or {} for one in stats]
-        if any(versions):
+        stats = _read(server.statistics(name), _Statistics, "the server", name)
+        versions = [version.inference_stats for version in stats.model_stats if version.inference_stats]
+        if versions:
+            success = [version.success or _Duration() for version in versions]
+            computed = [(one.compute_input, one.compute_infer, one.compute_output) for one in versions]
             found.append(
                 Spent(
                     name=name,
-                    count=_sum(versions, "count", "success"),
-                    queue_ns=_sum(versions, "ns", "queue"),
-                    compute_ns=_sum(versions, "ns", "compute_input", "compute_infer", "compute_output"),
-                    total_ns=_sum(versions, "ns", "success"),
-                    failed=_sum(versions, "count", "fail"),
+                    count=sum(part.count for part in success),
+                    queue_ns=sum(version.queue.ns for version in versions if version.queue),
+                    compute_ns=sum(part.ns for parts in computed for part in parts if part),
+                    total_ns=sum(part.ns for part in success),
+                    failed=sum(version.fail.count for version in versions if version.fail),
                 )
             )
     return found
 
 
-def _sum(versions: list[dict[str, Any]], field: str, *parts: str) -> int:
-    return sum(int((version.get(part) or {}).get(field) or 0) for version in versions for part in parts)
+def _read(document: Any, kind: type[_Document], url: str, model: str) -> _Document:
+    """The fields of a document that are needed.
+
+    Raises:
+        PipelineError: one of them is of another type than the protocol says.
+    """
+    try:
+        return msgspec.convert(document, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise PipelineError(
+            f"{url} describes the model {model!r} in a way that is not of the protocol: {error}"
+        ) from None
