@@ -154,6 +154,8 @@ class _Connection(asyncio.Protocol):
         self._parser = connections.parser_of(self)
         self._transport: Any = None
         self._exchange: Exchange | None = None
+        self._answered = self._unasked = False  # whether a request was answered since data came; or none was asked
+        self._headed = self._sized = False  # whether the head of an answer is complete; whether it says where it ends
         self.gone = asyncio.Event()
 
     def send(self, message: bytes, exchange: Exchange) -> None:
@@ -171,30 +173,51 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except Exception as error:  # of the parser, or of an answer that may be anything
-            self._fail("not understood", error)
+            self._fail("not understood", error.__context__ or error)
             self._transport.abort()
+            return
+        if self._unasked:
+            self._fail("not understood", ValueError("the server sent more answers than there were requests"))
+            self._transport.abort()
+        elif self._answered:
+            self._answered = False
+            if self._parser.should_keep_alive() and not self._transport.is_closing():
+                self._connections.take(self)
+            else:
+                self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.gone.set()
         self._connections.forget(self)
+        if exc is None and self._headed and not self._sized and self._exchange is not None:
+            self._end()  # such an answer ends where the connection does
         self._fail(_LOST, exc or ConnectionResetError("the server closed the connection"))
+
+    def on_message_begin(self) -> None:
+        self._headed = self._sized = False
+        self._unasked = self._exchange is None
+
+    def on_header(self, name: bytes, _: bytes) -> None:
+        self._sized = self._sized or name.lower() in (b"content-length", b"transfer-encoding")
+
+    def on_headers_complete(self) -> None:
+        self._headed = self._parser.get_status_code() >= 200  # one below 200 is followed by another one
 
     def on_body(self, data: bytes) -> None:
         if self._exchange is not None:
             self._exchange.body(self._parser.get_status_code(), data)
 
     def on_message_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if status < 200 or self._exchange is None:  # an answer that another one follows, or one that nobody waits for
-            return
-        self._exchange.complete(status)
-        self._exchange = None
-        if self._parser.should_keep_alive() and not self._transport.is_closing():
-            self._connections.take(self)
-        else:
-            self._transport.abort()
+        if self._headed and self._exchange is not None:
+            self._end()
+            self._answered = True
 
-    def _fail(self, kind: str, error: Exception) -> None:
+    def _end(self) -> None:
+        assert self._exchange is not None
+        self._exchange.complete(self._parser.get_status_code())
+        self._exchange = None
+
+    def _fail(self, kind: str, error: BaseException) -> None:
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.ended(kind, EndDetail(message=one_line(error, 300)))

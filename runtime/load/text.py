@@ -7,9 +7,13 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from onnxsplit.errors import InputError
+import msgspec
+from msgspec import Meta, Struct
+from msgspec.json import Decoder
+
+from onnxsplit.errors import InputError, shown
 from runtime.load.connections import Connections, Exchange, post
 from runtime.load.http import ask
 from runtime.load.request_data import read_entries
@@ -22,6 +26,8 @@ TOKENS = "tokens"
 """The name of the count of tokens."""
 
 _MOST_REASON_BYTES = 64 << 10  # of an error
+_MOST_LINE_BYTES = 4 << 20  # of a stream
+_MOST_TOKENS = 1 << 31  # of a text
 _WORDS = ("the", "sea", "and", "a", "ship", "that", "sails", "to", "old", "ports", "with", "salt", "wind", "light")
 
 
@@ -131,6 +137,39 @@ def _asked(prompt: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
     return asked
 
 
+class _Delta(Struct):
+    content: Any = None
+    tool_calls: Any = None
+    reasoning_content: Any = None
+
+
+class _Choice(Struct):
+    """A part of a chunk; the first of a conversation brings only the role."""
+
+    text: Any = None
+    delta: _Delta | None = None
+
+    @property
+    def has_text(self) -> bool:
+        delta = self.delta
+        return bool(self.text or (delta and (delta.content or delta.tool_calls or delta.reasoning_content)))
+
+
+class _Usage(Struct):
+    completion_tokens: Annotated[int, Meta(ge=0, le=_MOST_TOKENS)] = 0
+
+
+class _Chunk(Struct):
+    """The fields of a chunk that are counted."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode = Decoder(_Chunk, strict=False).decode
+
+
 class _Stream(Exchange):
     """The chunks of one answer as they come, as server-sent events. The request is sent when this is made."""
 
@@ -149,6 +188,8 @@ class _Stream(Exchange):
             self._rest = self._rest[:_MOST_REASON_BYTES]
             return
         *lines, self._rest = self._rest.split(b"\n")
+        if len(self._rest) > _MOST_LINE_BYTES:
+            raise ValueError(f"a line of the stream is longer than {_MOST_LINE_BYTES >> 20} MiB")
         for line in lines:
             self._take(line)
 
@@ -166,11 +207,15 @@ class _Stream(Exchange):
         if data == b"[DONE]":
             self._complete = True
             return
-        chunk = json.loads(data)
-        if "error" in chunk:
-            self._error = str(chunk["error"])
-        self._tokens = (chunk.get("usage") or {}).get("completion_tokens", self._tokens)
-        if any(_has_text(choice) for choice in chunk.get("choices") or ()):
+        try:
+            chunk = _decode(data)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ValueError(f"a chunk of the stream is not one of OpenAI's API: {error}") from None
+        if chunk.error is not None:
+            self._error = f"{chunk.error:.300}" if isinstance(chunk.error, str) else shown(chunk.error, 300)
+        if chunk.usage is not None:
+            self._tokens = chunk.usage.completion_tokens
+        if any(choice.has_text for choice in chunk.choices or ()):
             self._chunks += 1
             self._first_ns = self._first_ns or now_ns
             self._last_ns = now_ns
@@ -186,9 +231,3 @@ class _Stream(Exchange):
             if tokens > 1:
                 times[BETWEEN_TOKENS] = [(self._last_ns - self._first_ns) // (tokens - 1)]
         self.ended(detail=EndDetail(times=times, counts={TOKENS: tokens}))
-
-
-def _has_text(choice: Mapping[str, Any]) -> bool:
-    """Whether a part of a chunk brings text; the first of a conversation brings only the role."""
-    delta = choice.get("delta") or {}
-    return bool(choice.get("text") or delta.get("content") or delta.get("tool_calls") or delta.get("reasoning_content"))

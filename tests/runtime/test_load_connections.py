@@ -86,6 +86,8 @@ def chunked(*parts: bytes, head: bytes = b"200 OK") -> bytes:
         GOOD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
         b"HTTP/1.1 100 Continue\r\n\r\n" + GOOD,
         chunked(b"{", b"}"),
+        b"HTTP/1.1 200 OK\r\n\r\n...",  # without a length: it ends where the connection does
+        b"HTTP/1.0 200 OK\r\nServer: x\r\n\r\n...",
     ],
 )
 def test_answers_of_every_form_are_counted(answer):
@@ -107,6 +109,7 @@ def test_a_refusal_has_the_servers_words():
     [
         (None, "connection lost"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n...", "connection lost"),
+        (b"HTTP/1.1 200 OK\r\nContent-Le...", "connection lost"),
         (b"no answer of HTTP\r\n\r\n", "not understood"),
     ],
 )
@@ -114,6 +117,11 @@ def test_an_answer_that_breaks_off_is_a_failure_and_the_next_request_is_sent(ans
     point = inferred(answer, GOOD)
     assert point.failures == {kind: 1}
     assert point.latency.count == 5
+
+
+def test_answers_that_nobody_asked_for_answer_no_request():
+    point = inferred(GOOD * 50, None, requests=3, concurrency=3)  # one connection has 50 answers, the others none
+    assert (point.latency.count, point.failures) == (1, {"connection lost": 2})
 
 
 def test_requests_above_the_most_connections_wait_for_one(monkeypatch):
@@ -147,10 +155,21 @@ def test_a_text_in_any_pieces_has_the_times_of_its_tokens():
         (b'data: {"choices": [{"text": "a"}]}\n\n', "stream broke off"),
         (b"data: {\n\n", "not understood"),
         (b"data: {", "not understood"),
+        (b"data: [1]\n\n", "not understood"),
+        (b"x" * (5 << 20), "not understood"),  # no line may grow without end
+        (b'data: {"usage": {"completion_tokens": -12}}\n\ndata: [DONE]\n\n', "not understood"),
+        (b'data: {"usage": {"completion_tokens": 1%s}}\n\ndata: [DONE]\n\n' % (b"0" * 400), "not understood"),
     ],
 )
 def test_a_text_that_breaks_off_is_a_failure(stream, kind):
     assert told(chunked(stream)).failures == {kind: 1}
+
+
+@pytest.mark.parametrize("count", ["12", "12.0", '"12"'])
+def test_numbers_of_tokens_are_read_as_servers_write_them(count):
+    stream = f'data: {{"choices": [{{"text": "a"}}], "usage": {{"completion_tokens": {count}}}}}\n\ndata: [DONE]\n\n'
+    point = told(chunked(stream.encode()))
+    assert point.counts_per_s["tokens"] * point.seconds == pytest.approx(12)
 
 
 def test_a_header_cannot_bring_another_request():
