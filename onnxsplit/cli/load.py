@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.load_options import LOAD_OPTIONS
+from onnxsplit.cli.load_options import LOAD_OPTIONS, check_fitting
 from onnxsplit.cli.output import Output, make_command, milliseconds
 from onnxsplit.cli.running import add_options, keywords, parameter_names, running_options, tracing_options, write_trace
 
@@ -41,6 +41,7 @@ def command(output: Output, *, target: str, csv: Path | None, **options: Any) ->
     check_outputs(csv)
     own = parameter_names(LOAD_OPTIONS)
     running = {name: value for name, value in options.items() if name not in own}
+    check_fitting(click.get_current_context(), target, running)
     strengths, make = _loads(options)
     rules = _rules(options)
     with _endpoint(output, target, _asked(options), running) as endpoint:
@@ -202,8 +203,6 @@ def _endpoint(output: Output, target: str, asked: Asked, running: Mapping[str, A
     if is_url(target):
         yield server_endpoint(target, asked)
         return
-    if asked.model is not None:
-        raise click.UsageError("--model chooses a model of a server; a plan is one model")
     output.say("starting nodes")
     closed = lambda pipeline: write_trace(output, pipeline, running["trace"])  # noqa: E731
     with plan_endpoint(Path(target), asked, closed=closed, **keywords(output, running)) as endpoint:

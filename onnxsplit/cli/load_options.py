@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from onnxsplit.cli.running import OptionTable
+from onnxsplit.cli.running import OptionTable, parameter_names
 from onnxsplit.cli.values import NumberParam, RangeParam
 from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE, parse_whole
 
@@ -242,3 +244,29 @@ LOAD_OPTIONS: OptionTable = [
         },
     ),
 ]
+
+
+def check_fitting(context: click.Context, target: str, running: Iterable[str]) -> None:
+    """Refuse options of the command line that mean nothing for this target or load, as they would change nothing.
+
+    Settings of files and of the environment are not refused: they are for several targets.
+
+    Args:
+        context: the command's context.
+        target: the URL or the folder.
+        running: the names of the parameters that say how to run a plan.
+    """
+    sources = {option.name: context.get_parameter_source(str(option.name)) for option in context.command.params}
+    url, texts = "://" in target, "://" in target and target.rstrip("/").endswith("/v1")
+    of_texts = parameter_names([row for row in LOAD_OPTIONS if row[1]["section"] == _TEXT])
+    rules: list[tuple[bool, Iterable[str], str]] = [
+        (url, running, "says how to run a plan, and a URL is that of a server that runs already"),
+        (not url, ("model", "headers"), "is for servers; a plan is one model, and takes no headers"),
+        (not texts, of_texts, "is for texts, and for URLs that end with /v1"),
+        (texts, ("shapes", "batch_size"), "is for tensors, and this URL answers with texts"),
+        (context.params["rate"] is None, ("request_distribution", "seed"), "is for loads with --rate"),
+    ]
+    for wrong, names, why in rules:
+        for option in context.command.params:
+            if wrong and option.name in names and sources[option.name] is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{max(option.opts, key=len)} {why}; leave it out")

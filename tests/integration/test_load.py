@@ -287,3 +287,19 @@ def test_a_token_is_given_as_a_header(plans, tmp_path):
             token = "Authorization: Bearer secret-token-of-this-test-0123456789"
             (row,) = rows(*words, "--header", token)
             assert row["point"]["latency"]["count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("http://127.0.0.1:9", "--threads", 2), "--threads says how to run a plan"),
+        (("grpc://127.0.0.1:9", "--replicas", "0=2", "--trace", "t.json"), "says how to run a plan"),
+        (("http://127.0.0.1:9/v1", "--shape", "x:1"), "--shape is for tensors"),
+        (("http://127.0.0.1:9", "--max-tokens", 3), "--max-tokens is for texts"),
+        (("http://127.0.0.1:9", "--concurrency", 3, "--seed", 3), "--seed is for loads with --rate"),
+        (("some.plan", "-m", "x"), "--model is for servers"),
+        (("some.plan", "-H", "a:b"), "--header is for servers"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(words, message):
+    assert message in load(*words, code=2).stderr
