@@ -70,7 +70,7 @@ def command(output: Output, *, target: str, csv: Path | None, **options: Any) ->
     )
     if sweep.interrupted:
         raise KeyboardInterrupt
-    if not any(row.point.latency.count for row in rows):
+    if not any(row.point.answered_per_s for row in rows):
         failures = {kind: message for row in rows for kind, message in row.point.messages.items()}
         why = "; ".join(f"{kind}: {message}" if message else kind for kind, message in failures.items())
         raise InputError(f"{endpoint.name} answered no request" + (f" ({why:.600})" if why else " in time"))

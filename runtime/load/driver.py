@@ -181,6 +181,9 @@ class Driver:
             window = self._window_of(self._edge_ns(self.complete))
             assert window is not None
             window.outstanding = self.outstanding
+            if isinstance(self._pattern, OpenLoop):
+                late_ns = max(0, self._edge_ns(self.complete + 1) - self._next_ns)
+                window.unsent = round(late_ns * self._pattern.per_s / 1e9)
             self.complete += 1
             done = self.windows[: self.complete]
             self.stable = is_stable(done, self._rules)

@@ -6,7 +6,7 @@ from onnxsplit.plan_base import PlanStruct
 from runtime.load.driver import Driver
 from runtime.load.histogram import Percentiles, TimeHistogram
 from runtime.load.patterns import ClosedLoop, OpenLoop, Pattern
-from runtime.load.windows import AGREEING, LoadWindow, Measuring, joined, judged_ns, keeps_up
+from runtime.load.windows import AGREEING, LoadWindow, Measuring, is_sent, joined, judged_ns, keeps_up
 
 _LATE_NS = 1_000_000  # requests that start later than this, and than a share of the latency, are said to be late
 _LATE_SHARE = 0.1
@@ -38,7 +38,8 @@ class LoadPoint(PlanStruct, frozen=True, kw_only=True):
         seconds: length of the time that the figures are of.
         windows: number of windows that were measured.
         stable: whether the last three agree; None where a number of requests was asked for.
-        keeps_up: whether answers came as fast as requests.
+        keeps_up: whether answers came as fast as requests were due.
+        sent: whether this client sent requests as fast as they were due. If not, the load says nothing of the server.
         client_cores: processor time of this process per second. Where the target is a pipeline in this process,
             sending and receiving is a part of it.
         interrupted: whether the measurement was ended before its time.
@@ -63,6 +64,7 @@ class LoadPoint(PlanStruct, frozen=True, kw_only=True):
     windows: int
     stable: bool | None
     keeps_up: bool
+    sent: bool
     client_cores: float
     interrupted: bool
     remarks: tuple[str, ...]
@@ -93,7 +95,7 @@ def summarise(
         seconds = max(1, (driver.last_end_ns if rules.requests else now_ns) - driver.begins_ns) / 1e9
     total = joined(windows)
     stable = driver.stable if rules.requests is None else None
-    up = keeps_up(windows)
+    up, sent = keeps_up(windows), is_sent(windows)
     busy = sum(window.latency.total for window in windows) / seconds / 1e9  # requests in flight, on average
     return LoadPoint(
         concurrency=pattern.concurrency if isinstance(pattern, ClosedLoop) else None,
@@ -114,22 +116,29 @@ def summarise(
         windows=driver.complete,
         stable=stable,
         keeps_up=up,
+        sent=sent,
         client_cores=client_cores,
         interrupted=interrupted,
-        remarks=tuple(_remarks(pattern, total, stable=stable, up=up, cores=client_cores, busy=busy)),
+        remarks=tuple(_remarks(pattern, total, stable=stable, up=up, sent=sent, cores=client_cores, busy=busy)),
     )
 
 
 def _remarks(
-    pattern: Pattern, total: LoadWindow, *, stable: bool | None, up: bool, cores: float, busy: float
+    pattern: Pattern, total: LoadWindow, *, stable: bool | None, up: bool, sent: bool, cores: float, busy: float
 ) -> list[str]:
     """What makes the figures doubtful."""
     found = []
-    if not up:
+    late = _lateness(total.lag, total.service)
+    if not sent and isinstance(pattern, OpenLoop):
+        found.append(
+            f"This client does not keep up: it cannot send {pattern.per_s:g} requests a second, so this says nothing "
+            "of the server. Use a lower rate, or a faster or idle host."
+        )
+    elif not up and not (late and cores > _BUSY_CORES):
         found.append("The server does not keep up: requests wait in a queue that grows as long as the load lasts.")
     elif stable is False:
         found.append("Not stable: rate or latency differ too much between the last three windows.")
-    if late := _lateness(total.lag, total.service):
+    if late and sent:
         found.append(f"This client is late: {late}. Its latencies are partly its own; use a faster or idle host.")
     idle = 1 - busy / pattern.concurrency if isinstance(pattern, ClosedLoop) else 0.0
     if cores > _BUSY_CORES and (late or idle > _IDLE_SHARE):

@@ -68,6 +68,7 @@ class LoadWindow:
         due: requests that were due in it.
         answered: answers that came in it.
         outstanding: requests in flight at its end; None before that.
+        unsent: requests that were due by its end, and that the client had not sent yet.
         latency: times from when the requests that were due in it should have started until their answers, in ns.
         service: times of the same requests from when they were sent.
         lag: times by which the same requests were sent late.
@@ -78,7 +79,7 @@ class LoadWindow:
     """
 
     def __init__(self) -> None:
-        self.due = self.answered = 0
+        self.due = self.answered = self.unsent = 0
         self.outstanding: int | None = None
         self.latency, self.service, self.lag = TimeHistogram(), TimeHistogram(), TimeHistogram()
         self.failures: Counter[str] = Counter()
@@ -133,7 +134,7 @@ def is_stable(windows: Sequence[LoadWindow], rules: Measuring) -> bool:
 def is_overwhelmed(windows: Sequence[LoadWindow]) -> bool:
     """Whether requests have come faster than answers throughout the last windows, and wait in a queue that grows."""
     last = windows[-AGREEING:]
-    queue = [window.outstanding or 0 for window in last]
+    queue = [(window.outstanding or 0) + window.unsent for window in last]
     grows = all(earlier < later for earlier, later in pairwise(queue))
     return len(last) == AGREEING and grows and not keeps_up(last, _OVERWHELMED)
 
@@ -146,10 +147,23 @@ def is_refused(windows: Sequence[LoadWindow]) -> bool:
 
 def keeps_up(windows: Sequence[LoadWindow], share: float = _KEEPS_UP) -> bool:
     """Whether at least a share of the requests due was answered or failed, but for a few that are always in flight."""
-    first, last = windows[0], windows[-1]
-    grown = (last.outstanding or 0) - (first.outstanding or 0)
-    due = sum(window.due for window in windows[1:])
-    return grown <= max(2.0, (1 - share) * due)
+    grown = (windows[-1].outstanding or 0) - (windows[0].outstanding or 0)
+    return grown + _held_back(windows) <= max(2.0, (1 - share) * _due(windows))
+
+
+def is_sent(windows: Sequence[LoadWindow]) -> bool:
+    """Whether the client sent the requests as fast as they were due."""
+    return _held_back(windows) <= max(2.0, (1 - _KEEPS_UP) * _due(windows))
+
+
+def _held_back(windows: Sequence[LoadWindow]) -> int:
+    """By how many the requests have grown that were due and not sent."""
+    return windows[-1].unsent - windows[0].unsent
+
+
+def _due(windows: Sequence[LoadWindow]) -> int:
+    """Number of requests that were due after the first window, those that were not sent included."""
+    return sum(window.due for window in windows[1:]) + windows[-1].unsent
 
 
 def _agree(values: Sequence[float], share: float) -> bool:

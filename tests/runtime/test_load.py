@@ -102,7 +102,20 @@ def test_a_rate_above_the_capacity_is_said_and_ends_early():
     assert not point.keeps_up
     assert point.windows == 3
     assert point.answered_per_s == pytest.approx(100, rel=0.02)
-    assert any("does not keep up" in remark for remark in point.remarks)
+    assert point.sent
+    assert any("The server does not keep up" in remark for remark in point.remarks)
+
+
+@pytest.mark.parametrize("rate", [200, 5_000])
+def test_a_rate_that_the_client_cannot_send_is_not_blamed_on_the_server(rate):
+    never = 1 << 62  # the client wakes only when answers come, and then starts 64 requests at once
+    point = simulated(OpenLoop(per_s=rate), lambda now: (now + 500 * MS, None), late=lambda _: never)
+    assert point.windows == 3
+    assert 0 < point.answered_per_s < 150
+    assert not point.sent
+    assert not point.keeps_up
+    assert "This client does not keep up" in point.remarks[0]
+    assert not any("server does" in remark for remark in point.remarks)
 
 
 def test_figures_that_change_are_not_stable():
