@@ -17,6 +17,7 @@ MOST_OUTSTANDING = 100_000
 NOT_SENT = f"not sent, because {MOST_OUTSTANDING:,} requests were in flight"
 _BURST = 64  # requests started at once, so that a late generator still reads answers
 _ONE_WINDOW_NS = 1 << 62  # where a number of requests is measured instead of windows
+_SILENCE_NS = 300_000_000_000  # without any end, after which a load of a number of requests ends
 _PAUSE_NS = 10_000_000  # after a failure in a closed loop, so that a dead server is not asked as fast as possible
 
 
@@ -62,7 +63,7 @@ class Driver:
         self._number = self._measured = 0
         self._schedule: Iterator[int] = iter(())
         self._ready: list[int] = []  # a heap of the times at which requests of a closed loop may start
-        self.begins_ns = self.last_end_ns = now_ns + round(rules.warmup_s * 1e9)
+        self.begins_ns = self.last_end_ns = self._heard_ns = now_ns + round(rules.warmup_s * 1e9)
         self.outstanding = self.complete = 0
         self.windows: list[LoadWindow] = []
         self.service = TimeHistogram()
@@ -80,6 +81,8 @@ class Driver:
         if self.over:
             return None
         edge = self._edge_ns(self.complete + 1)
+        if self._rules.requests is not None:
+            edge = min(edge, self._heard_ns + _SILENCE_NS)
         if isinstance(self._pattern, OpenLoop):
             return min(edge, self._next_ns)
         return min(edge, self._ready[0]) if self._ready else edge
@@ -87,6 +90,8 @@ class Driver:
     def due(self, now_ns: int) -> list[LoadRequest]:
         """Take the requests that start now, at most a few at once; closes the windows that are over."""
         self._close_windows(now_ns)
+        if self._rules.requests is not None and now_ns >= self._heard_ns + _SILENCE_NS:
+            self.over = True
         started: list[LoadRequest] = []
         while len(started) < _BURST and not self.over and (due_ns := self._take(now_ns)) is not None:
             window = self._window_of(due_ns)
@@ -125,6 +130,7 @@ class Driver:
             detail: what else is known of it.
         """
         self.outstanding -= 1
+        self._heard_ns = max(self._heard_ns, end_ns)
         if isinstance(self._pattern, ClosedLoop):
             heapq.heappush(self._ready, end_ns + (_PAUSE_NS if failure else 0))
         window = self._window_of(request.due_ns)

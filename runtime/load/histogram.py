@@ -44,11 +44,12 @@ class TimeHistogram:
     Attributes:
         count: the number of values.
         total: their sum.
+        most: the largest of them; 0 without any.
     """
 
     def __init__(self) -> None:
         self._buckets: Counter[int] = Counter()
-        self.count = self.total = self._most = 0
+        self.count = self.total = self.most = 0
         self._least: int | None = None
 
     def add(self, value: int) -> None:
@@ -58,7 +59,7 @@ class TimeHistogram:
         self._buckets[(shift << (_BITS - 1)) + (value >> shift)] += 1
         self.count += 1
         self.total += value
-        self._most = max(self._most, value)
+        self.most = max(self.most, value)
         self._least = value if self._least is None else min(self._least, value)
 
     def update(self, other: TimeHistogram) -> None:
@@ -68,7 +69,7 @@ class TimeHistogram:
         self._buckets.update(other._buckets)
         self.count += other.count
         self.total += other.total
-        self._most = max(self._most, other._most)
+        self.most = max(self.most, other.most)
         self._least = other._least if self._least is None else min(self._least, other._least)
 
     @property
@@ -89,7 +90,7 @@ class TimeHistogram:
         """The middle of a bucket, within the values that were counted."""
         shift = max(0, (bucket >> (_BITS - 1)) - 1)
         low = (bucket - (shift << (_BITS - 1))) << shift
-        return min(self._most, max(self._least or 0, low + (1 << shift) // 2))
+        return min(self.most, max(self._least or 0, low + (1 << shift) // 2))
 
     def percentiles(self) -> Percentiles:
         """The usual percentiles of the values."""
@@ -97,7 +98,7 @@ class TimeHistogram:
             count=self.count,
             mean_ns=round(self.mean),
             min_ns=self._least or 0,
-            max_ns=self._most,
+            max_ns=self.most,
             p50_ns=self.percentile(50),
             p90_ns=self.percentile(90),
             p95_ns=self.percentile(95),

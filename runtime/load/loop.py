@@ -18,6 +18,7 @@ from runtime.load.target import NOTHING, EndDetail, Ended, LoadTarget
 from runtime.load.windows import Measuring
 
 Progress = Callable[[Driver], None]
+_PATIENCE = 2  # times the longest answer so far, which the last requests are awaited for
 
 
 class _PreciseSelector(selectors.EpollSelector):
@@ -95,7 +96,8 @@ class _Run:
         cores = (time.process_time_ns() - used_ns) / (now_ns - begun_ns)
         if not interrupted:
             try:
-                await asyncio.wait_for(self._answered.wait(), self._rules.drain_s)
+                patience_s = max(self._rules.drain_s, _PATIENCE * self._driver.service.most / 1e9)
+                await asyncio.wait_for(self._answered.wait(), patience_s)
             except TimeoutError:
                 pass
             except asyncio.CancelledError:

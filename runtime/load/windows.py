@@ -35,7 +35,8 @@ class Measuring(PlanStruct, frozen=True, kw_only=True):
         stability: how far rate and latency of each of the last windows may be from their mean, as a share of it.
         percentile: the percentile of the latency that stability goes by; None for the mean.
         requests: number of requests to measure, instead of windows; None to measure until the load is stable.
-        drain_s: seconds to wait, after the measurement, for requests in flight.
+        drain_s: least number of seconds to wait, after the measurement, for requests in flight; they are awaited for
+            twice as long as the longest answer took, if that is more.
     """
 
     warmup_s: float = 1.0

@@ -164,6 +164,14 @@ def test_a_number_of_requests_ends_the_load():
     assert point.answered_per_s == pytest.approx(100, rel=0.01)
 
 
+def test_a_number_of_requests_ends_although_the_server_never_answers():
+    driver = Driver(ClosedLoop(concurrency=1), Measuring(requests=5, warmup_s=0), 0)
+    assert len(driver.due(0)) == 1
+    assert driver.wake_ns == 300 * SECOND
+    assert driver.due(driver.wake_ns) == []
+    assert driver.over
+
+
 def test_requests_beyond_the_most_in_flight_are_failures(monkeypatch):
     monkeypatch.setattr("runtime.load.driver.MOST_OUTSTANDING", 10)
     point = simulated(OpenLoop(per_s=100), lambda now: (now + 5 * SECOND, None), warmup_s=0, most_windows=3)

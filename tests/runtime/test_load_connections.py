@@ -124,6 +124,15 @@ def test_answers_that_nobody_asked_for_answer_no_request():
     assert (point.latency.count, point.failures) == (1, {"connection lost": 2})
 
 
+def test_the_last_request_is_awaited_as_long_as_others_took():
+    class Slow(LoadTarget):
+        def start(self, number, ended) -> None:
+            asyncio.get_running_loop().call_later(0.2, ended)
+
+    point = measure(Slow(), ClosedLoop(concurrency=1), Measuring(warmup_s=0, requests=2, drain_s=0.01))
+    assert (point.latency.count, point.unanswered) == (2, 0)
+
+
 def test_requests_above_the_most_connections_wait_for_one(monkeypatch):
     monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2)
     point = inferred(GOOD, requests=40, concurrency=8)
