@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from runtime.load.sweep import LoadRow
     from runtime.load.windows import Measuring
 
-_SEARCHED = 100  # rates that a search chooses from, where no step is given
+_SEARCHED = 100  # about as many loads a search chooses from, where no step is given
 
 
 @make_command
@@ -156,7 +156,7 @@ def _loads(options: Mapping[str, Any]) -> tuple[list[float], Callable[[float], P
         raise click.UsageError("--rate and --concurrency are two kinds of load; give one of them")
     start, end, step = rate or concurrency or (1.0, 1.0, None)
     if step is None and options["latency_threshold"] is not None and start < end:
-        step = 1.0 if rate is None else max(start, end - start) / _SEARCHED
+        step = max(start, end - start) / _SEARCHED if rate is not None else max(1, (end - start) // _SEARCHED)
     strengths = levels(start, end, step)
     if rate is None:
         return strengths, lambda strength: ClosedLoop(concurrency=round(strength))

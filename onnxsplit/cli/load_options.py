@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from onnxsplit.cli.values import NumberParam, RangeParam
 from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE, parse_whole
 
 _MOST_RATE_PER_S, _MOST_CONCURRENCY = 1e6, 10_000
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of HTTP
+_OWN_HEADERS = ("content-length", "transfer-encoding", "inference-header-content-length")
 _LOAD, _REQUEST, _TEXT, _MEASURE = "The load", "The requests", "Texts, for URLs that end with /v1", "Measuring"
 
 
@@ -33,8 +36,12 @@ def _headers(context: click.Context, parameter: click.Parameter, texts: tuple[st
     headers = {}
     for text in texts:
         name, colon, value = text.partition(":")
-        if not colon or not name.strip() or not text.isprintable():
+        if not colon or not _HEADER.fullmatch(name.strip()) or not text.isprintable() or not text.isascii():
             raise click.BadParameter("it is not NAME:VALUE, as 'Authorization: Bearer TOKEN'", context, parameter)
+        if name.strip().lower() in _OWN_HEADERS:
+            raise click.BadParameter(
+                f"{name.strip()} says how long a request is, and is set by load", context, parameter
+            )
         headers[name.strip()] = value.strip()
     return headers
 
@@ -257,6 +264,8 @@ def check_fitting(context: click.Context, target: str, running: Iterable[str]) -
         running: the names of the parameters that say how to run a plan.
     """
     sources = {option.name: context.get_parameter_source(str(option.name)) for option in context.command.params}
+    if re.fullmatch(r"[^/:]+:\d+(/v1/?)?", target) and not Path(target).exists():
+        raise click.UsageError(f"{target} is not a folder; for a server, write http://{target} or grpc://{target}")
     url, texts = "://" in target, "://" in target and target.rstrip("/").endswith("/v1")
     of_texts = parameter_names([row for row in LOAD_OPTIONS if row[1]["section"] == _TEXT])
     rules: list[tuple[bool, Iterable[str], str]] = [

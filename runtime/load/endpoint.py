@@ -87,9 +87,15 @@ def server_endpoint(url: str, asked: Asked) -> Endpoint:
     try:
         parts = urlsplit(url)
         secure, known = parts.scheme in ("https", "grpcs"), bool(parts.hostname)
-        address = f"{parts.hostname}:{parts.port or (443 if secure else 8001)}"
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname  # IPv6
+        address = f"{host}:{parts.port or (443 if secure else 8001)}"
     except ValueError as error:
         raise InputError(f"{url} is not a URL: {error}") from None
+    if parts.username is not None or parts.query or parts.fragment:
+        raise InputError(
+            f"the URL of a server is {parts.scheme}://{parts.hostname}:PORT, without a user, '?' or '#'; what it asks "
+            "for is given with --header"
+        )
     path = parts.path.rstrip("/")
     target: LoadTarget
     base = f"{parts.scheme}://{parts.netloc}"
