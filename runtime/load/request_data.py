@@ -14,7 +14,9 @@ import numpy as np
 
 from onnxsplit.errors import InputError, shown
 from onnxsplit.files import read_regular
+from onnxsplit.memory import free_memory_bytes
 from onnxsplit.npz import load_npz
+from onnxsplit.numbers import is_whole
 from onnxsplit.tensors import Array, dtype_name, numpy_dtype
 from runtime.gateway.protocol.documents import TensorMetadata
 from runtime.gateway.protocol.inference import dtype_of
@@ -24,6 +26,7 @@ from runtime.load.served_model import ServedModel
 MOST_JSON_BYTES = 256 << 20
 """The largest size of a JSON file with input data."""
 
+_BYTES_OF_ELEMENT = 24  # while a request is made: in a list or as float64, in its own type, and in messages
 _WORD = "word"  # what every string that is made up says
 
 
@@ -64,7 +67,7 @@ def request_inputs(
 def _made(spec: TensorMetadata, shape: tuple[int, ...], *, zero: bool) -> Array:
     """Values that models accept: numbers from 0 to 1, and 0 or 1 for integers, which may index a table."""
     dtype = dtype_of(spec.name, spec.datatype)
-    check_shape(spec.name, shape, dtype)
+    _check_size(spec, shape)
     kind = numpy_dtype(dtype)
     if dtype == "string":
         return np.full(shape, "" if zero else _WORD, object)
@@ -73,6 +76,16 @@ def _made(spec: TensorMetadata, shape: tuple[int, ...], *, zero: bool) -> Array:
     source = np.random.default_rng(0)
     values = source.random(shape) if kind.kind not in "iub" else source.integers(0, 2, shape)
     return np.asarray(values).astype(kind)
+
+
+def _check_size(spec: TensorMetadata, shape: Sequence[int]) -> None:
+    """Raise InputError unless a tensor of this shape fits into memory, where a request has several copies of it."""
+    needed = check_shape(spec.name, shape, dtype_of(spec.name, spec.datatype)) * _BYTES_OF_ELEMENT
+    if needed > (free := free_memory_bytes()):
+        raise InputError(
+            f"input {spec.name!r} of shape {list(shape)} needs {needed >> 20:,} MiB of memory in a request, and "
+            f"{free >> 20:,} MiB are free; choose smaller sizes"
+        )
 
 
 def _shape(
@@ -172,10 +185,11 @@ def _tensor(
     if isinstance(value, dict):
         content, given = value.get("content", value.get("b64")), value.get("shape")
         if given is not None:
-            if not isinstance(given, list) or not all(isinstance(size, int) and size >= 0 for size in given):
+            if not isinstance(given, list) or not all(is_whole(size) and size >= 0 for size in given):
                 raise InputError(f"the shape {shown(given)} of {spec.name!r} is not a list of sizes")
             shape = _fitted(spec, given, batch)
     shape = shape or _shape(model, spec, shapes, batch)
+    _check_size(spec, shape)
     if isinstance(value, dict) and "b64" in value:
         try:
             raw = base64.b64decode(content, validate=True)

@@ -223,6 +223,7 @@ def test_ctrl_c_shows_what_was_measured(server):
         (["-m", "chain", "--shape", "x"], 2, "NAME:SIZE"),
         (["-m", "chain", "--input-data", "none.npz"], 1, "no such file: none.npz"),
         (["-m", "chain", "--input-data", "none.json"], 1, "cannot read none.json"),
+        (["-m", "chain", "-b", "2147483647"], 1, "MiB of memory"),
         (["-m", "chain", "--header", "x"], 2, "NAME:VALUE"),
     ],
 )
@@ -263,6 +264,8 @@ def test_an_address_where_nothing_answers_is_one_message(where, message):
         ('{"data": [{"y": [1]}]}', "has 'y'"),
         ('{"data": [{}]}', "lacks 'x'"),
         ('{"data": [{"x": {"content": [1], "shape": [1, 32]}}]}', "1 elements"),
+        ('{"data": [{"x": {"content": [1], "shape": [true, 32]}}]}', "not a list of sizes"),
+        ('{"data": [{"x": {"content": [1], "shape": [900000000000, 32]}}]}', "MiB of memory"),
         ('{"data": [{"x": {"content": [1], "shape": "a"}}]}', "not a list of sizes"),
         ('{"data": [{"x": {"b64": "?", "shape": [1, 32]}}]}', "base64"),
         ('{"data": [{"x": {"shape": [1, 32]}}]}', "x"),
