@@ -108,6 +108,9 @@ class ExportError(OnnxsplitError):
     """
 
 
+_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\ufffd")
+
+
 def shown(value: object, most: int = 80) -> str:
     """The ``repr`` of a value for a message, at most ``most`` characters long, so that no input makes a message large.
 
@@ -125,6 +128,11 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, OnnxsplitError):
         return str(error)
     return f"{type(error).__name__}: {one_line(error, 600)}"
+
+
+def without_controls(text: str) -> str:
+    """Text without characters that control a terminal: what a server or a file says may be printed nowhere else."""
+    return text.translate(_CONTROLS)
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnxsplit.cli.output import Output
-from onnxsplit.errors import InputError
+from onnxsplit.errors import InputError, without_controls
 from onnxsplit.files import replacing
 from runtime.load.point import LoadPoint
-from runtime.load.sweep import LoadRow, PartTime
+from runtime.load.sweep import LoadRow
 from runtime.load.text import BETWEEN_TOKENS, FIRST_TOKEN, TOKENS
 
 _TEXT_COLUMNS = ("tokens/s", "first p50", "first p99", "between p50", "between p99")
@@ -35,7 +35,7 @@ def show(output: Output, rows: Sequence[LoadRow]) -> None:
         output.table((head, "all", "network", *names), [_part_cells(row, names) for row in rows])
     for point in points:
         for remark in _remarks(point):
-            output.line(f"\n{_load(point)} {head}: {remark}")
+            output.line(f"\n{_load(point)} {head}: {without_controls(remark)}")
 
 
 def _load(point: LoadPoint) -> str:
@@ -122,7 +122,3 @@ def write_csv(file: Path, rows: Sequence[LoadRow], batch: int) -> None:
             temporary.write_text(text.getvalue())
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}. Choose another file with --csv") from error
-
-
-def _spent_ns(part: PartTime | None) -> tuple[int, int]:
-    return (0, 0) if part is None else (part.queue_ns, part.compute_ns)

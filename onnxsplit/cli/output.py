@@ -17,7 +17,7 @@ import msgspec
 
 from onnxsplit.cli.streams import OutputFailed
 from onnxsplit.cli.values import THREADS
-from onnxsplit.errors import OnnxsplitError, in_one_line, one_line
+from onnxsplit.errors import OnnxsplitError, in_one_line, one_line, without_controls
 from onnxsplit.numbers import MOST_SIZE, MOST_STEP_ROWS, parse_whole
 
 Command = Callable[..., Any]
@@ -244,7 +244,7 @@ class Output:
         """
         self.done()
         kind, message = _described(error)
-        message = _printable(message)
+        message = _printable(without_controls(message))
         if self._verbose and not isinstance(error, OnnxsplitError):
             traceback.print_exception(error)
         click.echo(f"onnxsplit: {message}", err=True)

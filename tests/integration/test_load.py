@@ -312,3 +312,8 @@ def test_a_token_is_given_as_a_header(plans, tmp_path):
 )
 def test_an_option_that_would_change_nothing_is_refused(words, message):
     assert message in load(*words, code=2).stderr
+
+
+def test_a_message_cannot_control_the_terminal():
+    said = load("no\x07such\x9b31mfolder", code=1).stderr
+    assert "no\ufffdsuch\ufffd31mfolder" in said
