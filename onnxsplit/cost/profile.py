@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import msgspec.structs
 
 from onnxsplit.custom_ops import Library
 from onnxsplit.errors import ModelError
@@ -37,6 +38,7 @@ class ProfileRequest(msgspec.Struct, frozen=True):
         in_place: pairs of an output and the input in whose memory it is written.
         alternatives: if given, nothing else is measured: of each group of ``.npz`` files with inputs, the shapes are
             observed with the first on which the model runs.
+        scratch: an empty folder for the profiler's files. The parent removes it, even if it kills the profiler.
     """
 
     model: str
@@ -50,6 +52,7 @@ class ProfileRequest(msgspec.Struct, frozen=True):
     custom_ops: tuple[Library, ...] = ()
     in_place: InPlace = ()
     alternatives: tuple[tuple[str, ...], ...] = ()
+    scratch: str | None = None
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -129,13 +132,14 @@ def _folder(source: ModelFile) -> str | None:
 
 def _asked(source: ModelFile, request: ProfileRequest) -> Profile:
     """Run the profiling process."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],
-        input=msgspec.json.encode(request),
-        capture_output=True,
-        env=quiet_environment(),
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "onnxsplit.cost.profiler"],
+            input=msgspec.json.encode(msgspec.structs.replace(request, scratch=scratch)),
+            capture_output=True,
+            env=quiet_environment(),
+            check=False,
+        )
     try:
         profile = msgspec.json.decode(done.stdout, type=Profile)
     except msgspec.DecodeError as error:

@@ -57,7 +57,7 @@ def profile(request: ProfileRequest) -> Profile:
     if request.alternatives:
         return Profile(seen=_seen(graph, request))
     given = load_npz(Path(request.inputs))
-    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+    with tempfile.TemporaryDirectory(dir=request.scratch) as folder:
         session = _session(graph, request, Path(folder))
         inputs = {name: given[name] for name, _ in session.inputs}
         into = {output: inputs[name] for output, name in request.in_place}
@@ -109,7 +109,7 @@ def _seen(graph: OpGraph, request: ProfileRequest) -> list[Seen]:
     seen = [Seen() for _ in request.alternatives]
     left = [(group, place) for group, files in enumerate(request.alternatives) for place in range(len(files))]
     while left:
-        with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+        with tempfile.TemporaryDirectory(dir=request.scratch) as folder:
             session = _session(graph, request, Path(folder))
             ran: list[tuple[int, int]] = []
             while left:

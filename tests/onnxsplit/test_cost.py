@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import build
 import numpy as np
 from onnx import helper
+from waiting import wait_until
 
 from onnxsplit.planning.examine import examine
 
@@ -32,3 +38,31 @@ def test_an_old_model_with_an_initializer_that_nothing_reads_is_measured(tmp_pat
     proto.graph.initializer.append(unused)
     proto.graph.input.extend([build.value(t.name, list(t.dims)) for t in proto.graph.initializer])
     assert examine(build.save(proto, tmp_path)).costs.source == "measured"
+
+
+PROFILE = """
+import sys
+from pathlib import Path
+from onnxsplit.cost.profile import run_profile
+from onnxsplit.model.in_memory import ModelFile
+model, inputs = map(Path, sys.argv[1:])
+run_profile(ModelFile(model, None), inputs, threads=1, level="disabled", provider="cpu", seconds=60.0)
+"""
+
+
+def test_an_interrupted_profile_leaves_no_files(tmp_path):
+    size = build.constant("size", np.array([4000, 4000], np.int64))
+    ops = [helper.make_node("Expand", ["x", "size"], ["a"]), helper.make_node("MatMul", ["a", "a"], ["b"])]
+    ops += [helper.make_node("MatMul", ["a", "b"], ["c"]), helper.make_node("MatMul", ["a", "c"], ["y"])]
+    model = build.save(build.model(ops, [build.value("x", [1, 1])], [build.value("y", [4000, 4000])], [size]), tmp_path)
+    np.savez(tmp_path / "in.npz", x=np.ones((1, 1), np.float32))
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    planning = subprocess.Popen(
+        [sys.executable, "-c", PROFILE, str(model), str(tmp_path / "in.npz")],
+        env={**os.environ, "TMPDIR": str(folder)}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until(lambda: list(folder.rglob("profile*")), "a profile")  # the session is made, and the model runs
+    planning.send_signal(signal.SIGINT)
+    planning.wait(30)
+    assert not list(folder.glob("onnxsplit-*"))
