@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from onnxsplit.plan import Plan, Verdict, WayToRun
 from onnxsplit.planning.target import Target
@@ -119,26 +118,13 @@ def _whole_ns(plan: Plan, sessions: SessionTimes | None) -> int:
 
 
 def _text(plan: Plan, ways: Sequence[WayToRun], doubt: float) -> str:
-    first, *others = ways
-    what: Literal["latency", "rate"] = "latency" if plan.objective == "latency" else "rate"
-    alone = others[0]
-    if not alone.fits:
+    _, *others = ways
+    if not others[0].fits:
         fitting = [way for way in others if way.fits]
         needs = "The whole model does not fit on one device, so it must be cut."
         return needs if not fitting else f"{needs} {_ratios(plan, ways)}"
     if _loses(plan, ways, doubt):
-        before, after = (
-            (alone.latency_ns, first.latency_ns)
-            if what == "latency"
-            else (1e9 / alone.throughput_per_s, 1e9 / max(1e-9, first.throughput_per_s))
-        )
-        slower = f"Cutting makes this slower here ({before / 1e6:.3f} -> {after / 1e6:.3f} ms a request)."
-        best = max(others, key=lambda way: _value(plan, way))
-        if best.kind == "replicas" and _value(plan, best) > _value(plan, alone) * (1 + doubt):
-            return (
-                f"{slower} Keep it whole, or use --parallel data ({best.count} replicas: {_ratio(plan, best, alone)})."
-            )
-        return f"{slower} Keep it whole, in one session with {_threads(best if best.kind == 'session' else alone)}."
+        return _slower(plan, ways, doubt)
     text = _ratios(plan, ways)
     if better := _better(plan, ways):
         best = better[0]
@@ -150,12 +136,29 @@ def _text(plan: Plan, ways: Sequence[WayToRun], doubt: float) -> str:
     return text
 
 
+def _slower(plan: Plan, ways: Sequence[WayToRun], doubt: float) -> str:
+    """Text about a plan that is slower than the whole model in one session: the times, and what to use instead."""
+    first, alone, *_ = ways
+    before, after = (1e3 / max(1e-9, _value(plan, way)) for way in (alone, first))
+    times = f"({before:.3f} -> {after:.3f} ms a request)"
+    if len(plan.stages) == 1:
+        verb = "is" if plan.stages[0].replicas == 1 else "are"
+        head = f"{_plan_name(plan)} {verb} slower here than one session that is called directly {times}."
+    else:
+        head = f"Cutting makes this slower here {times}."
+    clearly = [way for way in ways[1:] if way.fits and _value(plan, way) > _value(plan, alone) * (1 + doubt)]
+    best = max(clearly, key=lambda way: _value(plan, way), default=alone)
+    if best.kind == "replicas":
+        return f"{head} Keep it whole, or use --parallel data ({best.count} replicas: {_ratio(plan, best, alone)})."
+    return f"{head} Keep it whole, in one session with {_threads(best)}."
+
+
 def _ratios(plan: Plan, ways: Sequence[WayToRun]) -> str:
     first, *others = ways
     parts = [f"{_ratio(plan, first, way)} one session with {_threads(way)}" for way in others if way.kind == "session"]
     alone = others[0]
-    text = f"{_name(first)}: {', '.join(parts)}"
-    replicas = [f"{_name(way)}: {_ratio(plan, way, alone)}" for way in others if way.kind == "replicas"]
+    text = f"{_plan_name(plan)}: {', '.join(parts)}"
+    replicas = [f"{way.count} replicas: {_ratio(plan, way, alone)}" for way in others if way.kind == "replicas"]
     return "; ".join([text, *replicas]) + "."
 
 
@@ -163,9 +166,12 @@ def _ratio(plan: Plan, one: WayToRun, other: WayToRun) -> str:
     return f"{_value(plan, one) / max(1e-9, _value(plan, other)):.2f} x"
 
 
-def _name(way: WayToRun) -> str:
-    noun = {"stages": "stage", "replicas": "replica", "session": "session"}[way.kind]
-    return f"{way.count} {noun}" + ("" if way.count == 1 else "s")
+def _plan_name(plan: Plan) -> str:
+    """What a plan consists of: its stages and, if some have replicas, its nodes."""
+    stages, nodes = len(plan.stages), sum(stage.replicas for stage in plan.stages)
+    if stages == 1:
+        return "1 stage" if nodes == 1 else f"{nodes} replicas"
+    return f"{stages} stages" + (f" on {nodes} nodes" if nodes > stages else "")
 
 
 def _threads(way: WayToRun) -> str:

@@ -100,6 +100,39 @@ def test_replicas_are_advised_where_they_beat_a_cut_that_loses(plan):
     assert not found.cut_pays
 
 
+def with_stages(plan, *replicas: int):
+    """The plan with one stage for each number of replicas."""
+    stages = tuple(msgspec.structs.replace(plan.stages[0], index=i, replicas=n) for i, n in enumerate(replicas))
+    return msgspec.structs.replace(plan, stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "name"),
+    [((1,), "1 stage"), ((2,), "2 replicas"), ((1, 1), "2 stages"), ((2, 1), "2 stages on 3 nodes")],
+)
+def test_a_verdict_names_the_plan_by_its_stages_and_replicas(plan, replicas, name):
+    found = verdict(predicted(with_stages(plan, *replicas), 41 * MS, 76 * MS), sessions(76, 43, 77), target())
+    assert found is not None
+    assert found.text.startswith(f"{name}: 1.85 x one session with one thread")
+
+
+@pytest.mark.parametrize(("replicas", "head"), [(1, "1 stage is slower"), (2, "2 replicas are slower")])
+def test_a_plan_of_one_stage_that_loses_is_not_called_a_cut(plan, replicas, head):
+    found = verdict(predicted(with_stages(plan, replicas), 343_000, 151_000), sessions(0.151, 0.15, 0.151), target())
+    assert found is not None
+    assert found.text == (
+        f"{head} here than one session that is called directly (0.151 -> 0.343 ms a request). Keep it whole, in one "
+        "session with one thread."
+    )
+
+
+@pytest.mark.parametrize(("wide_ms", "threads"), [(0.146, "one thread"), (0.1, "2 threads")])
+def test_a_session_with_more_threads_is_advised_only_if_it_is_clearly_faster(plan, wide_ms, threads):
+    found = verdict(predicted(plan, 343_000, 151_000), sessions(0.151, wide_ms, 0.151), target())
+    assert found is not None
+    assert found.text.endswith(f"Keep it whole, in one session with {threads}.")
+
+
 def test_a_model_that_does_not_fit_on_a_device_must_be_cut(plan):
     limit = plan.costs.whole_peak_memory_bytes - 1
     found = verdict(predicted(plan, 90 * MS, 76 * MS), sessions(76, 40, 77), target(max_memory_bytes=limit))
@@ -205,7 +238,7 @@ def test_fewer_stages_are_taken_where_more_would_only_cost_the_cores(tmp_path):
 
 def test_samples_that_are_apart_widen_the_interval():
     assert spread([100, 100, 100]) == LEAST_INTERVAL
-    assert spread([100, 110, 150, 100, 100]) == pytest.approx(0.1), "one disturbed sample does not count"
+    assert spread([100, 110, 150, 100, 100]) == pytest.approx(0.1), "one disturbed sample does not widen it"
     assert spread([100, 110]) == pytest.approx(0.2), "two samples tell less"
     assert Samples((((100, 100),), ((10, 20),)), 0.0).interval == pytest.approx(2.0)
 
