@@ -13,7 +13,18 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from onnxsplit.plan_base import MOST_NODES, MOST_THREADS, Axis, Count, FileEntry, PlanStruct, Rate, StageIndex
+from onnxsplit.plan_base import (
+    MOST_NODES,
+    MOST_THREADS,
+    Axis,
+    CopyRate,
+    Count,
+    FileEntry,
+    PlanStruct,
+    Rate,
+    RequestNs,
+    StageIndex,
+)
 from onnxsplit.plan_borders import NarrowBorders
 from onnxsplit.plan_decoder import Decoder
 
@@ -216,11 +227,11 @@ class HostCosts(PlanStruct, frozen=True, kw_only=True):
     """
 
     source: Literal["measured", "typical"]
-    node_ns: Count
-    caller_ns: Count
-    hop_ns: Count
-    tensor_ns: Count
-    bytes_per_s: Rate
+    node_ns: RequestNs
+    caller_ns: RequestNs
+    hop_ns: RequestNs
+    tensor_ns: RequestNs
+    bytes_per_s: CopyRate
 
 
 TYPICAL_HOST = HostCosts(

@@ -23,6 +23,12 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_INTEGER)]
 StageIndex = Annotated[int, msgspec.Meta(ge=0, lt=MOST_NODES)]
 Axis = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_RANK)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
+RequestNs = Annotated[int, msgspec.Meta(ge=0, le=60 * 10**9)]
+"""A time that a request costs a host beside the runs of the stages: at most a minute, in nanoseconds."""
+
+CopyRate = Annotated[float, msgspec.Meta(ge=1000, le=1e18)]
+"""A rate in bytes per second by which times are divided, so it is not 0."""
+
 _FileSize = Annotated[int, msgspec.Meta(ge=0, le=MOST_FILE_BYTES)]
 
 

@@ -305,6 +305,17 @@ def test_measured_costs_of_this_host_are_kept_and_others_are_not_used(tmp_path, 
     assert host_costs.host_costs() == TYPICAL_HOST
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"bytes_per_s": 0}, {"bytes_per_s": 0.5}, {"node_ns": 2**53 - 1}, {"tensor_ns": 2**53 - 1}, {"hop_ns": -1}],
+)
+def test_measured_costs_that_cannot_be_true_are_not_used(tmp_path, monkeypatch, change):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = host_costs.keep_host_costs(msgspec.structs.replace(TYPICAL_HOST, source="measured", **change))
+    assert file.is_file()
+    assert host_costs.host_costs() == TYPICAL_HOST
+
+
 def test_doctor_measures_what_requests_cost(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = CliRunner().invoke(cli, ["doctor", "--measure", "--json"], catch_exceptions=False)
