@@ -37,7 +37,7 @@ from onnxsplit.session import Session, open_session, quiet_environment
 from onnxsplit.tensors import Array
 
 _TYPICAL_S = 1.0  # total time of the runs whose median is taken
-_UNDISTURBED = 0.05  # the share of a run in which its threads may wait for a core before its wall time is doubted
+_UNDISTURBED = 0.05  # the share of a run's time in which its threads may wait before that counts
 _START_DELAY_NS = 20_000_000  # time between the command to start together and the start
 
 
@@ -79,6 +79,15 @@ class _Answer(msgspec.Struct, frozen=True):
     caller_ns: list[int] = []
     waited: int = 0
     delayed_ns: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether the runs wait for something else than a core: in each of them, and for a share of their time.
+
+        A long run also waits now and then for an instant, such as for a page of memory.
+        """
+        waited_ns = sum(self.wall_ns) - sum(self.cpu_ns) - self.delayed_ns
+        return self.waited >= len(self.wall_ns) and waited_ns > _UNDISTURBED * sum(self.wall_ns)
 
 
 _Command = _Load | _Feed | _Run | _Save
@@ -201,7 +210,7 @@ class TimedModel:
 
     def _runs(self, answer: _Answer) -> Runs:
         threads = threads_on_cores(self._load.provider, self._load.threads)
-        by_cpu = threads == 1 and answer.waited < len(answer.wall_ns)
+        by_cpu = threads == 1 and not answer.waits
         if threads <= 1 or answer.delayed_ns <= _UNDISTURBED * sum(answer.wall_ns):
             return Runs(answer.wall_ns, answer.cpu_ns, by_cpu)
         pairs = zip(answer.caller_ns, answer.cpu_ns, strict=True)

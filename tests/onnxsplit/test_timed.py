@@ -8,10 +8,13 @@ from contextlib import ExitStack
 
 import build
 import numpy as np
+import pytest
 
 from onnxsplit.npz import save_npz
 from onnxsplit.session import host_cores
-from onnxsplit.timed import Runs, TimedModel, low_quartile
+from onnxsplit.timed import Runs, TimedModel, _Answer, low_quartile
+
+MS = 1_000_000
 
 
 def busy_loops(stack, count):
@@ -23,6 +26,17 @@ def busy_loops(stack, count):
 def test_a_run_in_one_thread_costs_its_processor_time():
     runs = Runs(wall_ns=[900, 500, 700, 800], cpu_ns=[400, 410, 420, 430], by_cpu=True)
     assert runs.cost_ns == 400
+
+
+@pytest.mark.parametrize(
+    ("delayed_ms", "waited", "cost_ms"), [(3_100, 11, 1_800), (2_000, 11, 4_900), (2_000, 0, 1_800)]
+)
+def test_a_long_run_that_waits_for_an_instant_costs_its_processor_time(tmp_path, delayed_ms, waited, cost_ms):
+    """A run of 1.8 s beside two other processes, which gives its core up a few times for microseconds."""
+    answer = _Answer(
+        wall_ns=[4_900 * MS], cpu_ns=[1_800 * MS], caller_ns=[1_800 * MS], waited=waited, delayed_ns=delayed_ms * MS
+    )
+    assert TimedModel(tmp_path, tmp_path, threads=1)._runs(answer).cost_ns == cost_ms * MS
 
 
 def test_a_run_in_threads_that_wait_for_cores_costs_its_part_of_the_work():
