@@ -13,9 +13,11 @@ import msgspec
 
 import onnxsplit
 from onnxsplit.errors import InputError
-from onnxsplit.files import replacing
+from onnxsplit.files import read_regular, replacing
 from onnxsplit.plan import TYPICAL_HOST, HostCosts
 from onnxsplit.plan_base import PlanStruct
+
+_MOST_BYTES = 1 << 16
 
 
 class _Kept(PlanStruct, frozen=True, kw_only=True):
@@ -26,7 +28,7 @@ class _Kept(PlanStruct, frozen=True, kw_only=True):
 def host_costs() -> HostCosts:
     """The costs that were measured on this host, or else typical ones."""
     try:
-        kept = msgspec.json.decode(costs_file().read_bytes(), type=_Kept)
+        kept = msgspec.json.decode(read_regular(costs_file(), most_bytes=_MOST_BYTES), type=_Kept)
     except (OSError, msgspec.DecodeError, RuntimeError):  # RuntimeError: the user has no home folder
         return TYPICAL_HOST
     return kept.costs if kept.host == _host() else TYPICAL_HOST

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +314,17 @@ def test_measured_costs_that_cannot_be_true_are_not_used(tmp_path, monkeypatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = host_costs.keep_host_costs(msgspec.structs.replace(TYPICAL_HOST, source="measured", **change))
     assert file.is_file()
+    assert host_costs.host_costs() == TYPICAL_HOST
+
+
+def test_a_file_of_costs_that_is_no_file_or_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = host_costs.keep_host_costs(msgspec.structs.replace(TYPICAL_HOST, source="measured"))
+    assert host_costs.host_costs().source == "measured"
+    file.write_bytes(file.read_bytes() + b" " * (1 << 20))
+    assert host_costs.host_costs() == TYPICAL_HOST
+    file.unlink()
+    os.mkfifo(file)  # reading it would wait for a writer
     assert host_costs.host_costs() == TYPICAL_HOST
 
 
