@@ -34,7 +34,7 @@ from onnxsplit.plan import CALLER, PLAN_FILE, Objective, Plan, Stage
 from onnxsplit.plan_files import checked_json, load_plan
 from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.target import of_cluster
-from onnxsplit.tensors import size_bytes
+from onnxsplit.planning.verdict import tensor_bytes, verdict
 
 
 def place(
@@ -111,12 +111,13 @@ def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: S
         ) from None
     homes = [tuple(devices[number] for number in numbers) for numbers in result.partition.devices]
     everything = math.ceil(sum(map(reference_ns, plan.stages)) / sum(device.speed for device in devices))
-    return msgspec.structs.replace(
+    placed = msgspec.structs.replace(
         plan,
         parallel=parallel,
         stages=tuple(_moved(stage, homes[stage.index], result.score.compute_ns[stage.index]) for stage in plan.stages),
         prediction=prediction(result.score, result.bound, min(result.bound, everything)),
     )
+    return msgspec.structs.replace(placed, verdict=verdict(placed, None, of_cluster(cluster)))
 
 
 def reference_ns(stage: Stage) -> int:
@@ -161,20 +162,10 @@ def _transfers(plan: Plan) -> Iterator[Transfer]:
     for name in plan.inputs:
         readers = tuple(stage.index for stage in plan.stages if name in stage.inputs)
         if readers:
-            yield Transfer(CALLER, readers, _bytes(plan, name))
+            yield Transfer(CALLER, readers, tensor_bytes(plan, name))
     for name, stage in plan.producers().items():
         if name in plan.outputs and name not in crossing:
-            yield Transfer(stage, (), _bytes(plan, name), to_caller=True)
-
-
-def _bytes(plan: Plan, name: str) -> int:
-    """Bytes of a tensor at the sizes that the plan was made for; an unknown size counts as 1."""
-    spec = plan.tensors[name]
-    sizes = (
-        dim if isinstance(dim, int) else plan.dims.get(f"{name}.{axis}" if dim == "?" else dim, 1)
-        for axis, dim in enumerate(spec.shape or ())
-    )
-    return size_bytes(spec.dtype, tuple(sizes))
+            yield Transfer(stage, (), tensor_bytes(plan, name), to_caller=True)
 
 
 def _moved(stage: Stage, homes: tuple[Device, ...], time_ns: int) -> Stage:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from onnxsplit.plan import Plan, Verdict, WayToRun
 from onnxsplit.planning.target import Target
 from onnxsplit.planning.whole_sessions import SessionTimes
+from onnxsplit.tensors import size_bytes
 
 _CLEARLY = 0.1  # another way is named as faster if it is faster than the plan by more than this share
 _LEAST_DOUBT, _MOST_DOUBT = 0.05, 0.1  # a difference below the first is not told; one above the second always is
@@ -89,7 +90,11 @@ def _replicas(plan: Plan, sessions: SessionTimes | None, target: Target) -> list
     if target.cluster is None and sessions is not None and sessions.copies > 1:
         alone_ns = sessions.copies_ns
     overhead = target.overhead
-    node_ns = [round(alone_ns / device.speed) + overhead.node_ns for device in target.devices]
+    moved_ns = [_moved_ns(plan, target, number) for number in range(count)]
+    node_ns = [
+        round(alone_ns / device.speed) + overhead.node_ns + moved
+        for device, moved in zip(target.devices, moved_ns, strict=True)
+    ]
     per_s = sum(1e9 / time_ns for time_ns in node_ns)
     # Shares of the work on each device, by which the cores of the caller's host are charged.
     shares = [1e9 / time_ns / per_s for time_ns in node_ns]
@@ -112,9 +117,25 @@ def _replicas(plan: Plan, sessions: SessionTimes | None, target: Target) -> list
     ]
 
 
+def _moved_ns(plan: Plan, target: Target, number: int) -> int:
+    """Time in which a device of a cluster receives a request's inputs from the caller and sends its outputs."""
+    link = target.caller_links.get(number)
+    return 0 if link is None else sum(link.transfer_ns(tensor_bytes(plan, name)) for name in plan.inputs + plan.outputs)
+
+
 def _whole_ns(plan: Plan, sessions: SessionTimes | None) -> int:
     """Time of a run of the whole model on a device of speed 1, in nanoseconds."""
     return sessions.one_ns if sessions is not None else plan.costs.whole_time_ns
+
+
+def tensor_bytes(plan: Plan, name: str) -> int:
+    """Bytes of a tensor at the sizes that the plan was made for; an unknown size counts as 1."""
+    spec = plan.tensors[name]
+    sizes = (
+        dim if isinstance(dim, int) else plan.dims.get(f"{name}.{axis}" if dim == "?" else dim, 1)
+        for axis, dim in enumerate(spec.shape or ())
+    )
+    return size_bytes(spec.dtype, tuple(sizes))
 
 
 def _text(plan: Plan, ways: Sequence[WayToRun], doubt: float) -> str:

@@ -73,6 +73,16 @@ def test_placing_again_starts_from_the_same_times_and_leaves_the_files(plan, tmp
         place(plan, tmp_path / "1.toml", out=tmp_path / "0.plan")
 
 
+def test_the_verdict_is_that_of_the_new_devices(plan):
+    before = load_plan(plan)
+    moved = placed(before, cluster("a", "b", "c", speeds={"b": 2.0, "c": 4.0}))
+    assert moved.verdict is not None
+    stages, session, replicas = moved.verdict.ways
+    assert stages.throughput_per_s == moved.prediction.throughput_per_s
+    assert session.latency_ns == round(before.costs.whole_time_ns / 4), "the fastest device"
+    assert replicas.count == 3
+
+
 def test_too_few_devices_and_too_little_memory_are_said(plan):
     with pytest.raises(PartitionError, match=r"3 stages and the cluster 2 devices"):
         placed(load_plan(plan), cluster("a", "b"))

@@ -155,6 +155,18 @@ def test_devices_of_a_cluster_run_the_whole_model_at_their_speeds(plan):
     assert replicas.throughput_per_s == pytest.approx(1 / 0.08 + 1 / 0.02, rel=0.02)
 
 
+def test_replicas_behind_a_slow_link_wait_for_their_inputs(plan):
+    """Inputs and outputs of 64 kB take 64 s on the way to the second device, and its run 80 ms."""
+    shape = msgspec.structs.replace(plan.tensors["x"], shape=(1, 8_000))
+    wide = msgspec.structs.replace(plan, tensors={**plan.tensors, "x": shape, plan.outputs[0]: shape})
+    links = {("a", "b"): Link(0, 1_000)}
+    cluster = Cluster((Device("near", "a"), Device("far", "b")), links, caller="a")
+    found = verdict(predicted(wide, 79 * MS, 80 * MS), None, replace(of_cluster(cluster), host=TYPICAL_HOST))
+    assert found is not None
+    assert found.ways[-1].throughput_per_s == pytest.approx(1 / 0.08, rel=0.01)
+    assert found.cut_pays
+
+
 def test_the_plan_of_a_measured_model_has_a_verdict_and_an_interval(tmp_path):
     model = build.save(build.chain(), tmp_path)
     done = CliRunner().invoke(cli, ["partition", str(model), "-o", str(tmp_path / "m.plan")], catch_exceptions=False)
