@@ -79,7 +79,10 @@ class WholeSessions:
         """The model in a session that takes turns with the stages; none if a run is long or memory is short."""
         if self._subject.costs.whole_ns > SLOW_S * 1e9 or not self._fits(2):
             return ()
-        return (self._one(),)
+        try:
+            return (self._one(),)
+        except OnnxsplitError:  # such as less memory than there seemed to be
+            return ()
 
     def times(self, copies: int, budget: TimeBudget) -> SessionTimes | None:
         """Time the ways to run the whole model; None if it does not fit in memory a second time.

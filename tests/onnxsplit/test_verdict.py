@@ -18,6 +18,7 @@ from onnxsplit import host_costs
 from onnxsplit.cli import cli
 from onnxsplit.cluster import Cluster, Device, Link
 from onnxsplit.effort import EFFORTS
+from onnxsplit.errors import ModelError
 from onnxsplit.machine_load import CpuTimes
 from onnxsplit.partitioner import (
     CALLER,
@@ -177,6 +178,19 @@ def test_the_plan_of_a_measured_model_has_a_verdict_and_an_interval(tmp_path):
     assert not plan.verdict.cut_pays, "a chain of a few small ops is faster whole"
     assert plan.verdict.text.startswith("Cutting makes this slower here (")
     assert plan.verdict.text in done.output.splitlines()
+
+
+def test_a_plan_does_not_need_the_sessions_that_it_is_compared_with(tmp_path, monkeypatch):
+    """The memory may end where the whole model is loaded beside the stages."""
+
+    def refuse(self, threads):
+        raise ModelError("no memory")
+
+    monkeypatch.setattr("onnxsplit.planning.whole_sessions.WholeSessions._session", refuse)
+    plan = partition(build.save(build.chain(), tmp_path), stages=2, out=tmp_path / "m.plan", effort="quick")
+    assert plan.costs.source == "measured"
+    assert plan.verdict is not None
+    assert [way.source for way in plan.verdict.ways if way.kind == "session"] == ["predicted"]
 
 
 def small_problem(times: tuple[int, ...], overhead: Overhead | None, devices: int = 2) -> Problem:
