@@ -57,7 +57,7 @@ def real_problem(name: str, value: object, most: float, *, zero: bool = False) -
     if is_real(value) and (0 < value <= most or (zero and value == 0)):
         return None
     least = "of at least 0" if zero else "above 0"
-    return f"{name} must be a number {least}, not {shown(value)} (at most {most:.12g})"
+    return f"{name} must be a number {least} and at most {most:.12g}, not {shown(value)}"
 
 
 def as_int(value: object) -> object:

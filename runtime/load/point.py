@@ -137,7 +137,7 @@ def _remarks(
     elif not up and not (late and cores > _BUSY_CORES):
         found.append("The server does not keep up: requests wait in a queue that grows as long as the load lasts.")
     elif stable is False:
-        found.append("Not stable: rate or latency differ too much between the last three windows.")
+        found.append("The figures are not stable: rate or latency differ too much between the last three windows.")
     if late and sent:
         found.append(f"This client is late: {late}. Its latencies are partly its own; use a faster or idle host.")
     idle = 1 - busy / pattern.concurrency if isinstance(pattern, ClosedLoop) else 0.0

@@ -127,7 +127,7 @@ def test_figures_that_change_are_not_stable():
     point = simulated(ClosedLoop(concurrency=1), slower, most_windows=6)
     assert point.stable is False
     assert point.windows == 6
-    assert any("Not stable" in remark for remark in point.remarks)
+    assert any("not stable" in remark for remark in point.remarks)
 
 
 def test_failures_are_counted_by_kind_and_are_not_answers():

@@ -34,7 +34,7 @@ def test_timings_are_changed_by_name_and_wrong_ones_named():
     assert timings({"silence_s": 2.5, "circuit_failures": 3.0}) == Timings(silence_s=2.5, circuit_failures=3)
     with pytest.raises(InputError, match=r"timing 'silence' is unknown; allowed: .*silence_s"):
         timings({"silence": 1.0})
-    with pytest.raises(InputError, match="silence_s must be a number above 0, not -1"):
+    with pytest.raises(InputError, match=r"silence_s must be a number above 0 and at most .*, not -1"):
         timings({"silence_s": -1.0})
 
 
