@@ -152,15 +152,19 @@ def replacing(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_parent(target: Path) -> None:
+def check_parent(target: Path, option: str = "-o") -> None:
     """Refuse a plan directory whose parent folder does not exist.
+
+    Args:
+        target: the plan directory.
+        option: the command's option that names it, for the message.
 
     Raises:
         PlanError: names the parent folder.
     """
     if not target.absolute().parent.is_dir():
         raise PlanError(
-            f"the folder {target.absolute().parent} does not exist; create it or choose another with -o DIR"
+            f"the folder {target.absolute().parent} does not exist; create it or choose another with {option} DIR"
         )
 
 

@@ -118,7 +118,7 @@ def command(
 
     check_outputs(html)
     if keep is not None:
-        check_plan_folder(keep)
+        check_plan_folder(keep, "--keep")
     if devices is not None and cluster is not None:
         raise click.UsageError("--cluster names the devices; leave out --devices")
     wishes = Wishes(rate_per_s=rate, p99_ns=None if p99 is None else round(p99 * 1e9), max_memory_bytes=max_memory)

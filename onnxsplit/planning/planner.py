@@ -16,7 +16,7 @@ from typing import Any
 
 from onnxsplit.cluster_files import load_cluster
 from onnxsplit.effort import TimeBudget
-from onnxsplit.errors import PlanError
+from onnxsplit.errors import PlanError, ProviderError
 from onnxsplit.files import check_parent, is_text, new_folder
 from onnxsplit.model.in_memory import ModelLike, open_any
 from onnxsplit.model.source import SourceModel
@@ -31,7 +31,7 @@ from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.rounds import Rounds
 from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say, silent
-from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
+from onnxsplit.providers import gpu_count, provider_here, provider_problem, providers_by_stage
 from onnxsplit.session import threads_per_node
 
 
@@ -125,11 +125,14 @@ def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say 
 
     Raises:
         PartitionError: the model cannot be cut as asked.
+        ProviderError: this host cannot run the stages that are to be measured.
         PlanError: something other than a plan is in the folder's place, or it cannot be written.
     """
     check_plan_folder(folder)
     say = _with_time_left(say, options.budget, subject)
     partitioner = model_partitioner(subject, options, say)
+    if subject.costs.source == "measured" and options.cluster is None and options.budget.rounds:
+        _require_providers([device.provider for device in partitioner.target.devices])
     with new_folder(folder) as draft:
         made = Rounds(partitioner, draft, say).make(options.budget)
         if made.plan.costs.source == "measured":
@@ -138,6 +141,16 @@ def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say 
             made = replace(made, plan=with_batch_axes(plan, draft, subject, options.budget, say))
         (draft / PLAN_FILE).write_bytes(checked_json(made.plan))
     return made
+
+
+def _require_providers(providers: Sequence[str]) -> None:
+    """Refuse providers that cannot run their stages here, before any stage is written."""
+    for provider in dict.fromkeys(providers):
+        problem = provider_problem(provider)
+        if problem is not None:
+            raise ProviderError(
+                f"{problem}. To cut for a device of another host, give --costs analytic or --cluster FILE"
+            )
 
 
 def _with_time_left(say: Say, budget: TimeBudget, subject: Subject) -> Say:
@@ -157,16 +170,22 @@ def default_plan_folder(model: Path) -> Path:
     return Path(f"{model.name.removesuffix('.onnx')}.plan")
 
 
-def check_plan_folder(folder: Path) -> None:
+def check_plan_folder(folder: Path, option: str = "-o") -> None:
     """Refuse to write a plan over anything but a plan or an empty folder.
+
+    Args:
+        folder: the plan directory.
+        option: the command's option that names it, for the message.
 
     Raises:
         PlanError: something else is there, or the parent folder is missing; names it.
     """
     if not is_text(folder):
-        raise PlanError(f"the path {str(folder)!r} is not UTF-8 text; choose another place with -o DIR")
+        raise PlanError(f"the path {str(folder)!r} is not UTF-8 text; choose another place with {option} DIR")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise PlanError(f"{folder} exists and is not a folder; choose another place with -o DIR")
+        raise PlanError(f"{folder} exists and is not a folder; choose another place with {option} DIR")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).is_file():
-        raise PlanError(f"{folder} exists and holds no plan; nothing was touched. Choose another place with -o DIR")
-    check_parent(folder)
+        raise PlanError(
+            f"{folder} exists and holds no plan; nothing was touched. Choose another place with {option} DIR"
+        )
+    check_parent(folder, option)
