@@ -24,6 +24,7 @@ class TimeBudget:
         samples: samples of what is measured, taken in turns.
         least_samples: samples of a slow model.
         rounds: rounds in which the stages are run and the cut is corrected.
+        slow_rounds: the same for a slow model.
         search_s: seconds of the longest search.
         proof_s: seconds for the proof of the batch axes.
         stage_levels: whether an optimisation level is chosen for each stage; else stages get that of the whole model.
@@ -34,16 +35,29 @@ class TimeBudget:
     samples: int
     least_samples: int
     rounds: int
+    slow_rounds: int
     search_s: float
     proof_s: float
     stage_levels: bool = False
 
 
 EFFORTS: dict[EffortName, TimeBudget] = {
-    "quick": TimeBudget(runs=8, sample_s=0.04, samples=3, least_samples=1, rounds=1, search_s=2.0, proof_s=2.0),
-    "normal": TimeBudget(runs=12, sample_s=0.06, samples=5, least_samples=2, rounds=3, search_s=10.0, proof_s=8.0),
+    "quick": TimeBudget(
+        runs=8, sample_s=0.04, samples=3, least_samples=1, rounds=1, slow_rounds=1, search_s=2.0, proof_s=2.0
+    ),
+    "normal": TimeBudget(
+        runs=12, sample_s=0.06, samples=5, least_samples=2, rounds=3, slow_rounds=2, search_s=10.0, proof_s=8.0
+    ),
     "thorough": TimeBudget(
-        runs=100, sample_s=0.5, samples=11, least_samples=5, rounds=6, search_s=60.0, proof_s=120.0, stage_levels=True
+        runs=100,
+        sample_s=0.5,
+        samples=11,
+        least_samples=5,
+        rounds=6,
+        slow_rounds=6,
+        search_s=60.0,
+        proof_s=120.0,
+        stage_levels=True,
     ),
 }
 """The budgets by the names that ``--effort`` takes."""

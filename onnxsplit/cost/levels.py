@@ -116,7 +116,10 @@ def _tried(
     with ExitStack() as stack:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-"))) / "out.npz"
         timed: TimedModel | None = None
+        slow = False
         for level in CANDIDATE_LEVELS:
+            if slow and not budget.stage_levels and level not in (LOWEST_LEVEL, *times_ns):
+                continue  # a slow model is run at the usual level, and at the lowest one for its answers
             try:
                 if timed is None:
                     timed = stack.enter_context(open_model(level=level))
@@ -128,7 +131,7 @@ def _tried(
             first = timed.run(0.0)
             timed.save_outputs(file)
             answers[level] = load_npz(file)
-            slow = first.wall_ns[0] > SLOW_S * 1e9
+            slow = slow or first.wall_ns[0] > SLOW_S * 1e9
             times_ns[level] = (first if slow else timed.run(2 * budget.sample_s, least=3)).cost_ns
         if not times_ns:
             raise refused[0]

@@ -17,6 +17,7 @@ import onnx
 
 from onnxsplit.cost.named_ops import named_op, renamed
 from onnxsplit.cost.profile import Profile, ProfileRequest, Seen
+from onnxsplit.effort import SLOW_S
 from onnxsplit.errors import ModelError, in_one_line
 from onnxsplit.model.external_data import point_from_one_folder
 from onnxsplit.model.graph import OpGraph, build_graph
@@ -61,9 +62,8 @@ def profile(request: ProfileRequest) -> Profile:
         session = _session(graph, request, Path(folder))
         inputs = {name: given[name] for name, _ in session.inputs}
         into = {output: inputs[name] for output, name in request.in_place}
-        end = time.monotonic() + request.seconds
-        count = 0
-        while count < (2 if request.seconds else 1) or (time.monotonic() < end and count < _MOST_RUNS):
+        began, count = time.monotonic(), 0
+        while count < _enough(request.seconds, time.monotonic() - began, count):
             if into:
                 session.run_into(inputs, into)
             else:
@@ -80,6 +80,15 @@ def profile(request: ProfileRequest) -> Profile:
         types=_types(graph, request) if request.untyped else {},
         opaque=_opaque(graph, warm[0]),
     )
+
+
+def _enough(seconds: float, passed_s: float, count: int) -> int:
+    """How many runs are enough, after some: one of a slow model, two of another, and all that fit into the time."""
+    if not count or not seconds:
+        return 1
+    if passed_s < seconds:
+        return _MOST_RUNS
+    return 1 if passed_s / count > SLOW_S else 2
 
 
 def _session(graph: OpGraph, request: ProfileRequest, folder: Path) -> Session:

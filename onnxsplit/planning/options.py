@@ -108,6 +108,7 @@ class CutOptions:
         return replace(
             budget,
             rounds=budget.rounds if self.rounds is None else self.rounds,
+            slow_rounds=budget.slow_rounds if self.rounds is None else self.rounds,
             search_s=budget.search_s if self.time_limit is None else self.time_limit,
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onnxsplit.cluster import Device
 from onnxsplit.cost.levels import CANDIDATE_LEVELS, LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
-from onnxsplit.effort import TimeBudget
+from onnxsplit.effort import SLOW_S, TimeBudget
 from onnxsplit.errors import ModelRefused
 from onnxsplit.model.precision import computed_types, tolerance
 from onnxsplit.npz import load_npz, save_npz
@@ -107,7 +107,8 @@ class Rounds:
         history: list[CorrectionRound] = []
         levels: tuple[Level, ...] | None = None
         seen: set[Partition] = set()
-        for number in range(budget.rounds):
+        slow = self._subject.costs.whole_ns > SLOW_S * 1e9
+        for number in range(budget.slow_rounds if slow else budget.rounds):
             seen.add(result.partition)
             cut = self._write(f"round{number}", result, op_ns)
             if levels is None or len(levels) != len(cut.parts):

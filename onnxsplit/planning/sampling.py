@@ -62,14 +62,19 @@ def take_samples(groups: Sequence[Sequence[TimedModel]], budget: TimeBudget, *, 
     """Run groups of models in turns.
 
     A slow model is run once for each sample, and its first run counts. Where the
-    samples are far apart, as on a busy machine, as many are taken again, unless ``again`` is false.
+    samples are far apart, as on a busy machine, as many are taken again.
+
+    Args:
+        groups: the groups.
+        budget: how long to measure.
+        again: False takes one sample of a slow model, and takes none again.
     """
     before, own_ns = cpu_times(), -time.process_time_ns()
     first = [run_together(group, 0.0, least=1) for group in groups]
     own_ns += _used_ns(first)
     slow = max((runs.wall_ns[0] for group in first for runs in group), default=0) > SLOW_S * 1e9
     costs = [[[runs.cost_ns] if slow else [] for runs in group] for group in first]
-    turns = budget.least_samples - 1 if slow else budget.samples
+    turns = (budget.least_samples - 1 if again else 0) if slow else budget.samples
     samples = Samples((), 0.0)
     for attempt in range(2):
         for _ in range(turns):
