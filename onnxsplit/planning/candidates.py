@@ -244,7 +244,9 @@ def to_run(choices: Sequence[Choice], wishes: Wishes, most: int) -> list[Choice]
         wishes: what is asked for.
         most: the most candidates to return.
     """
-    ranked = sorted(_able(one for one in choices if not one.not_run), key=lambda one: _rank(one, wishes), reverse=True)
+    ranked = sorted(
+        _best_known(one for one in choices if not one.not_run), key=lambda one: _rank(one, wishes), reverse=True
+    )
     chosen = [next((one for one in ranked if one.candidate.kind == kind), None) for kind in _KINDS]
     first = sorted(filter(None, chosen), key=lambda one: _rank(one, wishes), reverse=True)
     return [*first, *(one for one in ranked if one not in first)][:most]
@@ -253,7 +255,11 @@ def to_run(choices: Sequence[Choice], wishes: Wishes, most: int) -> list[Choice]
 def keeps_wishes(choice: Choice, wishes: Wishes) -> bool:
     """Whether a candidate gives what is asked for, by the best that is known of it."""
     figures = choice.figures
-    if choice.left_out or figures is None or figures.p99_ns is None:
+    if choice.left_out or figures is None:
+        return False
+    if wishes.rate_per_s is None and wishes.p99_ns is None:  # only the limit counts
+        return figures.limit_per_s > 0
+    if figures.p99_ns is None:
         return False
     if wishes.rate_per_s is not None and figures.limit_per_s < wishes.rate_per_s:
         return False
@@ -266,8 +272,7 @@ def pick(choices: Sequence[Choice], wishes: Wishes) -> Choice | None:
     Of candidates that are about as good, the simplest is chosen: fewer processes, then less memory. Candidates that
     were run go before those that were not.
     """
-    able = _able(choices)
-    pool = [one for one in able if one.measured is not None] or able
+    pool = _best_known(choices)
     pool = [one for one in pool if keeps_wishes(one, wishes)] or pool
     if not pool:
         return None
@@ -277,8 +282,11 @@ def pick(choices: Sequence[Choice], wishes: Wishes) -> Choice | None:
 
 
 def front(choices: Sequence[Choice], wishes: Wishes) -> list[Choice]:
-    """The candidates that no other one beats in both rate and p99, those of the lowest rate first."""
-    points = [(rate_of(one, wishes), one.figures.p99_ns, one) for one in _able(choices) if one.figures is not None]
+    """The candidates that no other one beats in both rate and p99, those of the lowest rate first.
+
+    Candidates that were run are not compared with those that were not, whose predictions may be too good.
+    """
+    points = [(rate_of(one, wishes), one.figures.p99_ns, one) for one in _best_known(choices) if one.figures]
     known = [(rate, p99_ns, one) for rate, p99_ns, one in points if p99_ns is not None and rate > 0]
     best: list[Choice] = []
     least_ns = math.inf
@@ -297,8 +305,10 @@ def rate_of(choice: Choice, wishes: Wishes) -> float:
     return figures.rate_per_s if wishes.p99_ns is not None and wishes.rate_per_s is None else figures.limit_per_s
 
 
-def _able(choices: Iterable[Choice]) -> list[Choice]:
-    return [one for one in choices if not one.left_out and one.figures is not None]
+def _best_known(choices: Iterable[Choice]) -> list[Choice]:
+    """The candidates that were run; if none was, all that can be chosen."""
+    able = [one for one in choices if not one.left_out and one.figures is not None]
+    return [one for one in able if one.measured is not None] or able
 
 
 def _rank(choice: Choice, wishes: Wishes) -> tuple[bool, float]:

@@ -142,6 +142,16 @@ def test_the_front_has_what_nothing_beats_in_both():
     assert front([slow, best, beaten, choice(limit=99, p99_ms=None)], Wishes()) == [slow, best]
 
 
+def test_predictions_do_not_hide_candidates_that_were_run_from_the_front():
+    run, promised = choice("stages", 2, limit=73, p99_ms=110), choice("replicas", 2, limit=265, measured=False)
+    assert front([run, promised], Wishes()) == [run]
+
+
+def test_without_wishes_the_highest_limit_is_picked_though_its_p99_was_not_found():
+    fast, slow = choice(limit=94.5, p99_ms=None), choice("stages", 2, limit=73, p99_ms=110)
+    assert pick([fast, slow], Wishes()) is fast
+
+
 def test_numbers_to_try():
     assert some_counts(2) == (1, 2)
     assert some_counts(10) == (1, 2, 3, 4, 6, 8, 10)
