@@ -81,7 +81,7 @@ def _providers(_context: click.Context, _parameter: click.Parameter, value: str)
     default="auto",
     metavar="NAME,NAME",
     callback=_providers,
-    help="Execution providers to try: cpu, cuda[:N] or auto.",
+    help="Execution providers to try: cpu, cuda[:N], openvino, webgpu or auto.",
 )
 @examine_options
 @option(

@@ -35,7 +35,9 @@ from onnxsplit.numbers import MOST_SECONDS
 @option("--host", metavar="NAME", help="Name of this host in the cluster file. Without it: its host name.")
 @option("--bind", metavar="ADDR", help="Address to receive tensors at. Without it: any free port or path.")
 @option(
-    "--provider", metavar="PROVIDER", help="Execution provider: cpu or cuda[:N]. Without it: the pipeline's choice."
+    "--provider",
+    metavar="PROVIDER",
+    help="Execution provider: cpu, cuda[:N], openvino or webgpu. Without it: the pipeline's choice.",
 )
 @threads_option
 @custom_ops_option

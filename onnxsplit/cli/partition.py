@@ -91,7 +91,7 @@ def _strongest_names(options: Mapping[str, Any], names: Mapping[str, str]) -> di
     "--provider",
     default="auto",
     metavar="PROVIDER",
-    help="Execution provider: cpu, cuda[:N], auto, or one for each stage, as 0=cuda:0,1=cpu.",
+    help="Execution provider: cpu, cuda[:N], openvino, webgpu, auto, or one for each stage, as 0=cuda:0,1=cpu.",
 )
 @path_option(
     "--cluster",

@@ -88,7 +88,10 @@ def _timings(context: click.Context, parameter: click.Parameter, texts: tuple[st
 _OPTIONS: OptionTable = [
     (
         ("--provider",),
-        {"help": "Execution provider: cpu, cuda[:N], auto, or by stage: 0=cuda:0,1=cpu. Default: the plan's."},
+        {
+            "help": "Execution provider: cpu, cuda[:N], openvino, webgpu, auto, or by stage: 0=cuda:0,1=cpu. "
+            "Default: the plan's."
+        },
     ),
     (
         ("--replicas",),
