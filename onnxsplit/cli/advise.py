@@ -187,12 +187,10 @@ def _terminated_as_interrupted() -> Iterator[None]:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        if terminated:
-            before(signal.SIGTERM, None)
-        raise
     finally:
         signal.signal(signal.SIGTERM, before)
+        if terminated:
+            before(signal.SIGTERM, None)
 
 
 def _with_time_left(output: Output, seconds: float) -> Any:

@@ -97,7 +97,8 @@ class _Run:
         if not interrupted:
             try:
                 patience_s = max(self._rules.drain_s, _PATIENCE * self._driver.service.most / 1e9)
-                await asyncio.wait_for(self._answered.wait(), patience_s)
+                async with asyncio.timeout(patience_s):  # wait_for may lose an interrupt
+                    await self._answered.wait()
             except TimeoutError:
                 pass
             except asyncio.CancelledError:
