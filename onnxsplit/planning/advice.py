@@ -13,7 +13,7 @@ import msgspec.structs
 from onnxsplit.cluster import LOCAL, Cluster
 from onnxsplit.cluster_files import load_cluster
 from onnxsplit.effort import EffortName
-from onnxsplit.errors import InputError, PartitionError
+from onnxsplit.errors import InputError, PartitionError, ProviderError
 from onnxsplit.files import new_folder
 from onnxsplit.host_costs import host_costs
 from onnxsplit.plan import Plan, Stage
@@ -33,7 +33,7 @@ from onnxsplit.planning.planner import dry_run, examine_for, write_plan
 from onnxsplit.planning.run_times import RunTimes, time_runs
 from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say, silent
-from onnxsplit.providers import gpu_count, provider_here, providers_by_stage
+from onnxsplit.providers import gpu_count, provider_here, providers_by_stage, threads_on_cores
 from onnxsplit.session import host_cores, threads_per_node
 from onnxsplit.tensors import Array
 
@@ -88,16 +88,23 @@ class Advisor:
 
         Raises:
             InputError: the model is a decoder, or has no ops.
+            ProviderError: the only provider cannot be used here. One of several is left out.
             OnnxsplitError: as :func:`~onnxsplit.planning.planner.partition`.
         """
         if self._cluster is not None:
             return self._on_cluster(self._cluster)
         found: list[Choice] = []
         for provider in self._options.providers:
-            whole = self._whole(provider)
+            alone = Candidate(kind="session", replicas=(1,), threads=1, provider=provider)
+            try:
+                whole = self._whole(provider)
+            except ProviderError as error:
+                if len(self._options.providers) == 1:
+                    raise
+                found.append(_left_out(alone, str(error)))
+                continue
             if isinstance(whole, str):
-                candidate = Candidate(kind="session", replicas=(1,), threads=1, provider=_known(provider))
-                found.append(_left_out(candidate, whole))
+                found.append(_left_out(alone, whole))
             else:
                 found += self._whole_choices(whole, provider)
             found += self._cut_choices(provider, fits_whole=isinstance(whole, Plan))
@@ -190,7 +197,7 @@ class Advisor:
     def _whole_choices(self, plan: Plan, provider: str) -> list[Choice]:
         """Sessions of the whole model, and nodes with the whole model, with all numbers of threads."""
         known, options = _known(provider), self._whole_options(provider)
-        cores = host_cores() if known == "cpu" else 1
+        cores = host_cores() if threads_on_cores(known, 1) else 1
         rows = self._rows(plan)
         self._say("timing sessions of the whole model")
         times = self._times[known] = time_runs(
@@ -213,7 +220,7 @@ class Advisor:
         """Pipelines of stages, and of stages with replicas."""
         limit, effort = self._wishes.max_memory_bytes, self._options.effort
         known = _known(provider)
-        cores = host_cores() if known == "cpu" else 1
+        cores = host_cores() if threads_on_cores(known, 1) else 1
         counts = [count for count in some_counts(max(2, self._devices)) if count > 1]
         if not fits_whole and limit is not None:  # the fewest that fit may be more than the devices
             fewest = self._tried(CutOptions(stages="auto", max_memory=limit, provider=provider))
@@ -248,7 +255,7 @@ class Advisor:
     def _choice(self, candidate: Candidate, plan: Plan, *, measured: bool = False) -> Choice:
         """A candidate of this host with its predicted figures."""
         times = self._times.get(candidate.provider, RunTimes({}, 1.0))
-        cores = host_cores() if candidate.provider == "cpu" else 0
+        cores = host_cores() if threads_on_cores(candidate.provider, 1) else 0
         base = plan.stages[0].threads
         nodes = 1 if measured else candidate.nodes  # stages are measured all at once
         factor = times.factor(candidate.threads, base, candidate.max_batch, nodes, max(1, cores))

@@ -16,7 +16,7 @@ from onnxsplit.plan import Plan
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.sampling import take_samples
 from onnxsplit.planning.subject import Subject
-from onnxsplit.providers import provider_here
+from onnxsplit.providers import provider_here, threads_on_cores
 from onnxsplit.session import host_cores
 from onnxsplit.tensors import Array
 from onnxsplit.timed import TimedModel
@@ -77,7 +77,7 @@ def time_runs(subject: Subject, folder: Path, threads: Sequence[int], rows: Sequ
         kinds = list(dict.fromkeys([(1, 1), *((count, 1) for count in threads), *((1, size) for size in rows)]))[:fits]
         groups = [[session(*kind)] for kind in kinds]
         copies = min(host_cores(), copies, fits - len(kinds) + 1)
-        if copies > 1 and provider == "cpu":
+        if copies > 1 and threads_on_cores(provider, 1):
             groups.append([groups[0][0], *(session(1) for _ in range(copies - 1))])
         taken = take_samples(groups, EFFORTS["quick"], again=False)
     alone = {kind: taken.typical_ns(number)[0] for number, kind in enumerate(kinds)}

@@ -88,6 +88,15 @@ def test_devices_of_other_hosts_are_predicted_and_not_run(model, tmp_path):
     assert {row.choice.candidate.devices for row in advice.rows} > {("here",)}
 
 
+def test_one_of_several_providers_that_cannot_be_used_is_left_out_and_the_only_one_is_refused(model):
+    advice = result(model, "--provider", "cpu,cuda", "--devices", "1")
+    assert any("cuda" in row.choice.left_out.lower() for row in advice.rows)
+    assert advice.rows[0].choice.measured is not None
+    refused = advise(model, "--provider", "cuda")
+    assert refused.exit_code == 1
+    assert "cuda" in refused.stderr.lower()
+
+
 def test_a_decoder_is_refused_with_what_to_do_instead(tmp_path):
     path = build.save(decoders.gqa(), tmp_path)
     done = advise(path)
