@@ -50,6 +50,7 @@ class _LinkTable(msgspec.Struct):
     delay_us: _Microseconds = Link().delay_ns / 1000
     bytes_per_s: _Rate = Link().bytes_per_s
     overlapped: _Flag = False
+    compressed: _Flag = False
 
 
 class _File(msgspec.Struct):
@@ -128,12 +129,15 @@ class _Reader:
         if "between" not in values:
             return {}
         table = _LinkTable(**values)
+        if table.compressed and table.between[0] == table.between[1]:
+            self.problems.append(f"{where}: compressed is only for links between hosts; remove it")
         self._check_ends(f"{where}: between", table.between, ends)
         link = Link(
             latency_ns=int(table.latency_us * 1000),
             delay_ns=int(table.delay_us * 1000),
             bytes_per_s=int(table.bytes_per_s),
             overlapped=table.overlapped,
+            compressed=table.compressed,
         )
         return {(min(table.between), max(table.between)): link}
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from onnxsplit.plan_base import Count, PlanStruct, Rate
+from onnxsplit.plan_base import Count, PlanStruct, Rate, StageIndex
 
 Form = Literal["float32", "float16", "int8"]
 """How a float32 tensor crosses: as it is, cast to float16, or as 8-bit integers with a scale for each block."""
@@ -31,6 +31,8 @@ class Border(PlanStruct, frozen=True, kw_only=True):
         bytes_before: its bytes, at the sizes that the plan was made for.
         bytes_after: the bytes of the tensors that cross instead.
         error: the error of the model's outputs if this tensor alone is narrowed; None if nothing was run.
+        compressed: the stages to which the numbers of ``int8`` go compressed with Zstandard, if they are on another
+            host and both hosts have the library.
     """
 
     tensor: str
@@ -39,6 +41,7 @@ class Border(PlanStruct, frozen=True, kw_only=True):
     bytes_before: Count
     bytes_after: Count
     error: Rate | None = None
+    compressed: tuple[StageIndex, ...] = ()
 
 
 class NarrowBorders(PlanStruct, frozen=True, kw_only=True):

@@ -134,6 +134,9 @@ def _borders_problems(plan: Plan, borders: NarrowBorders) -> Iterator[str]:
         for name in border.wire:
             if name not in crossing:
                 yield f"{name!r} stands for the narrowed tensor {border.tensor!r}, and is not cut"
+        for stage in border.compressed:
+            if border.form != "int8" or stage >= len(plan.stages) or border.wire[0] not in plan.stages[stage].inputs:
+                yield f"{border.tensor!r} goes compressed to stage {stage}, which does not read it as int8"
     names = [border.tensor for border in borders.tensors]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"the tensor {name!r} is narrowed more than once"

@@ -35,6 +35,16 @@ def expected_tensors(plan: Plan, stage: int) -> dict[int, tuple[tuple[str, ...],
     return expected
 
 
+def compressed_tensors(plan: Plan, stage: int) -> dict[int, frozenset[str]]:
+    """For each stage to which tensors of a stage go compressed if they go to another host, the names of these."""
+    found: dict[int, set[str]] = {}
+    for border in plan.borders.tensors if plan.borders is not None else ():
+        if border.tensor in plan.stages[stage].outputs:
+            for reader in border.compressed:
+                found.setdefault(reader, set()).add(border.wire[0])
+    return {reader: frozenset(names) for reader, names in found.items()}
+
+
 class StageGraph:
     """The stages of a plan as a graph, computed once.
 

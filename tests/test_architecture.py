@@ -78,6 +78,7 @@ HOMES = {
     "llguidance": "runtime.guided.guide",
     "gguf": "onnxsplit.export.gguf",
     "ray": "runtime.launch",
+    "zstandard": "runtime.wire",
 }
 
 # Modules that take and return values. Neither they nor the modules that they import wait or touch the system.

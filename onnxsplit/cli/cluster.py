@@ -139,13 +139,14 @@ def _show(output: Output, cluster: Cluster) -> None:
     )
     output.line()
     output.table(
-        ("link", "latency", "delay", "MB/s"),
+        ("link", "latency", "delay", "MB/s", "int8 borders"),
         [
             (
                 " - ".join(pair),
                 f"{link.latency_ns / 1000:,.0f} us",
                 f"{link.delay_ns / 1000:,.0f} us",
                 f"{link.bytes_per_s / 1e6:,.0f}",
+                "compressed" if link.compressed else "as they are",
             )
             for pair, link in cluster.links.items()
         ],

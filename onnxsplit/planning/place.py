@@ -32,6 +32,7 @@ from onnxsplit.partitioner import (
 )
 from onnxsplit.plan import CALLER, PLAN_FILE, Objective, Plan, Stage
 from onnxsplit.plan_files import checked_json, load_plan
+from onnxsplit.planning.compressed import with_compression
 from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.target import of_cluster
 from onnxsplit.planning.verdict import tensor_bytes, verdict
@@ -117,7 +118,8 @@ def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: S
         stages=tuple(_moved(stage, homes[stage.index], result.score.compute_ns[stage.index]) for stage in plan.stages),
         prediction=prediction(result.score, result.bound, min(result.bound, everything)),
     )
-    return msgspec.structs.replace(placed, verdict=verdict(placed, None, of_cluster(cluster)))
+    placed = msgspec.structs.replace(placed, verdict=verdict(placed, None, of_cluster(cluster)))
+    return with_compression(placed, cluster)
 
 
 def reference_ns(stage: Stage) -> int:

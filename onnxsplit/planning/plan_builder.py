@@ -31,6 +31,7 @@ from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_check import plan_problems
 from onnxsplit.plan_decoder import Decoder
 from onnxsplit.planning.border_forms import Narrowed
+from onnxsplit.planning.compressed import with_compression
 from onnxsplit.planning.decoder_block import copied_text, decoder_block
 from onnxsplit.planning.model_partitioner import ModelPartitioner
 from onnxsplit.planning.prediction import prediction
@@ -176,7 +177,7 @@ class PlanBuilder:
             borders=cut.borders.block(subject.borders) if cut.borders and subject.borders else None,
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
-        plan = msgspec.structs.replace(plan, outputs_need=needs)
+        plan = with_compression(msgspec.structs.replace(plan, outputs_need=needs), self._target.cluster)
         plan = msgspec.structs.replace(plan, verdict=verdict(plan, sessions, self._target))
         problems = plan_problems(plan) if self._folder is not None else []
         assert not problems, problems

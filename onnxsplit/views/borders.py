@@ -21,6 +21,8 @@ def borders_text(borders: NarrowBorders) -> str:
     )
     forms = ", ".join(f"{count} in {form}" for form, count in Counter(b.form for b in borders.tensors).items())
     text = f"Narrow borders: {forms}; {before} bytes become {after}. "
+    if count := sum(bool(border.compressed) for border in borders.tensors):
+        text += f"{count} of them {'go' if count > 1 else 'goes'} compressed to other hosts. "
     if borders.error is None:
         return text + "The stages were not run, so the error is not known."
     kept = "within" if borders.within else "ABOVE"

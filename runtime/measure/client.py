@@ -11,6 +11,7 @@ from pathlib import Path
 
 from onnxsplit.cluster import LOCAL, Device, Link
 from runtime.errors import PipelineError
+from runtime.measure.compression import compressed_rate_per_s
 from runtime.wire import codec
 from runtime.wire.client import Client
 from runtime.wire.keys import Keys
@@ -81,10 +82,12 @@ class AgentClient(Client):
         while bulk < _BULK_S * 1e9 / 4 and count < _MOST_PIECES:
             count *= 4 if bulk else 1
             bulk = self._timed(partial(self._many, count, bytes(_PIECE_BYTES)))
+        bytes_per_s = max(1, round(count * _PIECE_BYTES / bulk * 1e9))
         return LinkFigures(
             round_trip_ns=round(statistics.median(trips)),
             message_ns=round(together / _MESSAGES),
-            bytes_per_s=max(1, round(count * _PIECE_BYTES / bulk * 1e9)),
+            bytes_per_s=bytes_per_s,
+            compressed_per_s=compressed_rate_per_s(bytes_per_s),
         )
 
     def _many(self, count: int, piece: bytes) -> None:
@@ -126,6 +129,7 @@ def link_of(figures: LinkFigures) -> Link:
         bytes_per_s=figures.bytes_per_s,
         overlapped=True,
         delay_ns=max(0, way_ns - figures.message_ns),
+        compressed=figures.compressed_per_s > figures.bytes_per_s,
     )
 
 

@@ -259,7 +259,14 @@ class Payloads:
             block.lend(())
 
     def send(
-        self, link: Outlet, reader: int, outgoing: Outgoing, names: Iterable[str], attempt: Attempt, source: int
+        self,
+        link: Outlet,
+        reader: int,
+        outgoing: Outgoing,
+        names: Iterable[str],
+        attempt: Attempt,
+        source: int,
+        compress: Collection[str] = (),
     ) -> None:
         """Send some of the tensors to one peer, as a fragment.
 
@@ -270,13 +277,14 @@ class Payloads:
             names: the names of those to send.
             attempt: the attempt they belong to.
             source: the sending stage, or :data:`~onnxsplit.plan.CALLER`.
+            compress: the names of those that are compressed.
 
         Raises:
             StageFailed: they are too large to be sent.
         """
         places = outgoing.places if reader in self._rows else {}
         sent = {n: outgoing.arrays[n] for n in names}
-        heads, frames = codec.encode_tensors(sent, places)
+        heads, frames = codec.encode_tensors(sent, places, compress)
         fragment = Fragment(
             attempt.request,
             attempt.attempt,

@@ -6,7 +6,8 @@ The coordinator sends inputs this way, and nodes send outputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from onnxsplit.plan import CALLER
 from runtime.balance.router import Router
@@ -27,6 +28,7 @@ class Sender:
         router: chooses among replicas, and counts what was sent to each.
         links: to other processes, by number. A process without a link is lost: nothing is sent to it.
         sources: the stages that send to each stage, and the caller.
+        compress: for each process, by number, the tensors that are compressed for it.
     """
 
     def __init__(
@@ -35,11 +37,13 @@ class Sender:
         router: Router,
         links: Mapping[int, Outlet],
         sources: Mapping[int, Sequence[int]],
+        compress: Mapping[int, Collection[str]] = MappingProxyType({}),
     ) -> None:
         self._payloads = payloads
         self._router = router
         self._links = links
         self._sources = sources
+        self._compress = compress
 
     def readers(
         self, wanted: Iterable[tuple[int, tuple[str, ...]]], attempt: Attempt, outgoing: Outgoing
@@ -91,6 +95,7 @@ class Sender:
         for number, names in readers.items():
             if keep and not outgoing.places.keys().isdisjoint(names):
                 self._payloads.lend_too(outgoing, number)
-            self._payloads.send(self._links[number], number, outgoing, names, attempt, source)
+            compress = self._compress.get(number, ())
+            self._payloads.send(self._links[number], number, outgoing, names, attempt, source, compress)
             if number != COORDINATOR:
                 self._router.sent(number, attempt.cost)

@@ -21,6 +21,7 @@ from runtime.memory.outgoing import Attempt, Outgoing
 from runtime.memory.payloads import Payloads
 from runtime.memory.pinned import cuda_pin
 from runtime.memory.sender import Sender
+from runtime.node.compression import Compression
 from runtime.node.events import (
     Arrived,
     Connect,
@@ -82,7 +83,8 @@ class Worker:
         self._unfinished: Counter[int] = Counter()  # cost of the unfinished work, by its sender
         self._executor: Executor | None = None
         self._expected_in_steps = self._expected
-        self._sender = Sender(self.payloads, self._router, self._links, self._sources)
+        self._compression = Compression()
+        self._sender = Sender(self.payloads, self._router, self._links, self._sources, self._compression.names)
         self._ran = _Ran(Outgoing(), valid=False)
         self._assign: Assign  # set by load(), before anything reads it
 
@@ -162,7 +164,8 @@ class Worker:
         except (OnnxsplitError, MemoryError) as error:
             return LoadFailed(str(error) or "out of memory")
         self._sources = {stage.index: sorted(sources(plan, stage.index)) for stage in plan.stages}
-        self._sender = Sender(self.payloads, self._router, self._links, self._sources)
+        self._compression.learn(plan, assign.stage)
+        self._sender = Sender(self.payloads, self._router, self._links, self._sources, self._compression.names)
         self._expected = expected_tensors(plan, assign.stage)
         if plan.decoder is not None:
             self._expected_in_steps = StepGraph(plan).expected(assign.stage)
@@ -190,6 +193,7 @@ class Worker:
             shortcut = peer.shortcut if number in self.mapped else ""
             self._links[number] = sockets.connect(peer.address, shortcut=shortcut, key=peer.key)
         self._me = connect.me
+        self._compression.connect(peers, self.mapped)
         self._link_senders(connect, peers, sockets)
         if not first:
             return
@@ -241,7 +245,8 @@ class Worker:
         service_ns, peak_ns, *_ = board.times
         done, waiting = board.done(sender), unfinished[sender]
         others = max(0, sum(unfinished.values()) - waiting)
-        return Receipt(self._me, done, done + max(0, waiting), others, service_ns, peak_ns)
+        reads = self._compression.decompresses
+        return Receipt(self._me, done, done + max(0, waiting), others, service_ns, peak_ns, reads)
 
     def arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
         """Handle a message of a data link.
@@ -263,6 +268,7 @@ class Worker:
             if not isinstance(message, Receipt):
                 raise ProtocolError(f"a {type(message).__name__}, which nodes do not receive")
             self._router.told(message, time.monotonic_ns())
+            self._compression.told(message)
         except MemoryWithdrawn as error:
             _drops.note(error)
         except Exception as error:  # any error concerns this request alone

@@ -17,6 +17,7 @@ import numpy as np
 from onnxsplit.errors import InputError, shown
 from onnxsplit.tensors import TRAVELLING_TYPES, Array, dtype_name, element_count, numpy_dtype
 from runtime.errors import ProtocolError, StageFailed
+from runtime.wire.compression import compressed, decompressed
 from runtime.wire.messages.control import CoordinatorControl, NodeControl
 from runtime.wire.messages.data import Data, TensorHead, TensorPlace
 from runtime.wire.messages.files import Fetch, FileAnswer
@@ -79,7 +80,9 @@ decode_agent_answer: Callable[[Buffer], AgentAnswer] = header_decoder(AgentAnswe
 
 
 def encode_tensors(
-    tensors: Mapping[str, Array], places: Mapping[str, TensorPlace] | None = None
+    tensors: Mapping[str, Array],
+    places: Mapping[str, TensorPlace] | None = None,
+    compress: Collection[str] = (),
 ) -> tuple[tuple[TensorHead, ...], list[Buffer]]:
     """Encode tensors as the heads and frames of a fragment.
 
@@ -87,17 +90,19 @@ def encode_tensors(
         tensors: the tensors by name.
         places: the places of those that lie in shared memory. Of the others, tensors of up to :data:`INLINE_BYTES` go
             into their heads and larger ones into frames; the frame of a contiguous numeric tensor is its own memory.
+        compress: the names of those whose frames are compressed if that makes them smaller; only ``int8``.
 
     Raises:
         InputError: a tensor has a type that cannot be sent.
     """
     heads, frames = [], []
-    room = _INLINE_TOTAL_BYTES
+    room, expandable = _INLINE_TOTAL_BYTES, MAX_FRAME_BYTES
     for name, tensor in tensors.items():
         dtype = dtype_name(tensor.dtype)
         if dtype is None:
             raise InputError(f"tensor {name!r} has the type {tensor.dtype}, which cannot be sent")
         payload: bytes | TensorPlace | None = places.get(name) if places else None
+        zstd = False
         if payload is None:
             raw = _encode_strings(tensor) if dtype == "string" else None
             size = tensor.nbytes if raw is None else len(raw)
@@ -105,8 +110,14 @@ def encode_tensors(
                 payload = tensor.tobytes() if raw is None else raw
                 room -= size
             else:
-                frames.append(_bytes_of(tensor) if raw is None else raw)
-        heads.append(TensorHead(name, dtype, tensor.shape, payload))
+                frame = _bytes_of(tensor) if raw is None else raw
+                if name in compress and dtype == "int8" and size <= expandable:
+                    smaller = compressed(frame)
+                    if len(smaller) < size:
+                        frame, zstd = smaller, True
+                        expandable -= size
+                frames.append(frame)
+        heads.append(TensorHead(name, dtype, tensor.shape, payload, zstd))
     return tuple(heads), frames
 
 
@@ -172,6 +183,8 @@ def decode_tensors(
             f"a fragment of {len(heads)} tensors in {len(frames)} frames; expected {frames_of(heads)} frames, and at "
             f"most {MAX_TENSORS} tensors"
         )
+    if any(head.zstd for head in heads):
+        frames = _expanded(heads, frames)
     rest = iter(frames)
     tensors = {}
     for head in heads:
@@ -184,6 +197,35 @@ def decode_tensors(
         else:
             tensors[head.name] = _decode_tensor(head, next(rest) if head.payload is None else head.payload)
     return tensors
+
+
+def _expanded(heads: Sequence[TensorHead], frames: Sequence[Buffer]) -> list[Buffer]:
+    """The frames without compression. All sizes are checked before the first frame is decompressed."""
+    total = sum([_expanded_bytes(head) for head in heads if head.zstd])
+    if total > MAX_FRAME_BYTES:
+        raise ProtocolError(
+            f"a fragment with compressed tensors of {total} bytes; at most {MAX_FRAME_BYTES} are allowed"
+        )
+    framed = [head for head in heads if head.payload is None]
+    return [_expand(head, frame) if head.zstd else frame for head, frame in zip(framed, frames, strict=True)]
+
+
+def _expand(head: TensorHead, frame: Buffer) -> bytes:
+    try:
+        return decompressed(frame, _expanded_bytes(head))
+    except ProtocolError as error:
+        raise ProtocolError(f"tensor {shown(head.name)}: {error}") from error
+
+
+def _expanded_bytes(head: TensorHead) -> int:
+    """The bytes that a compressed tensor must have."""
+    size = element_count(head.shape, 1) if head.dtype == "int8" and head.payload is None else None
+    if not size:
+        raise ProtocolError(
+            f"tensor {shown(head.name)} of {head.dtype}{shown(head.shape)} is compressed; only frames of int8 that are "
+            "not empty may be"
+        )
+    return size
 
 
 def _decode_tensor(head: TensorHead, frame: Buffer) -> Array:

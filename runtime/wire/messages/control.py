@@ -14,7 +14,7 @@ Policy = Literal["completion", "resource", "task", "latency", "round-robin"]
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
-PROTOCOL = 7
+PROTOCOL = 8
 """The version of the protocol. Both ends must have the same one; the coordinator refuses a node of another version.
 
 The fields of :class:`Hello` and the first field of :class:`Stop` are the same in all versions, so that a refusal can be

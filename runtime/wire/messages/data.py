@@ -56,12 +56,15 @@ class TensorHead(Message, frozen=True):
         dtype: ONNX's name of its type.
         shape: its sizes.
         payload: its bytes, or where they lie in the sender's shared memory; None when they are in a frame of their own.
+        zstd: whether that frame is compressed (:mod:`runtime.wire.compression`); only for ``int8``. The type and the
+            shape tell how many bytes it must yield.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     payload: bytes | TensorPlace | None
+    zstd: bool = False
 
 
 class Visit(Message, frozen=True):
@@ -144,6 +147,7 @@ class Receipt(Message, tag="receipt", frozen=True):
         others: cost of the unfinished work from all other processes.
         service_ns: time that a request of unit cost takes on the sender (EWMA).
         peak_ns: the same as a peak-EWMA.
+        decompresses: whether the sender reads compressed tensors. Until a receipt says so, none are sent to it.
     """
 
     sender: NodeNumber
@@ -152,6 +156,7 @@ class Receipt(Message, tag="receipt", frozen=True):
     others: Amount
     service_ns: Nanoseconds
     peak_ns: Nanoseconds
+    decompresses: bool = False
 
 
 class Failed(Message, tag="failed", frozen=True):
