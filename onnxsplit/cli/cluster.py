@@ -12,7 +12,7 @@ import click
 from onnxsplit.cli.output import MODEL, Output, custom_ops_option, dims_option, make_command, option, path_option
 
 if TYPE_CHECKING:
-    from onnxsplit.cluster import Cluster
+    from onnxsplit.cluster import Cluster, Link
 
 _FILE = path_option("-c", "--cluster", "file", default="cluster.toml", metavar="FILE", help="Cluster file to use.")
 
@@ -105,6 +105,7 @@ def measure(
             say=output.say,
             note=output.note,
         )
+    links = _marked(links, model, dims, custom_ops, output)
     if LOCAL in known:
         output.say("measuring the link between two processes of this host")
         links[LOCAL, LOCAL] = measure_link()
@@ -117,6 +118,24 @@ def measure(
     not_ops = {device.name: device.not_ops for device in cluster.devices}
     figures = [{"between": pair, **asdict(link)} for pair, link in cluster.links.items()]
     output.result({"file": file, "speeds": speeds, "not_ops": not_ops, "links": figures})
+
+
+def _marked(
+    links: dict[tuple[str, str], Link], model: Path, dims: dict[str, int], custom_ops: tuple[str, ...], output: Output
+) -> dict[tuple[str, str], Link]:
+    """The links, where those on which compression of the model's int8 borders pays are marked."""
+    from onnxsplit.planning.border_sample import border_sample
+    from runtime.measure.compression import is_slow, pays
+    from runtime.wire.compression import can_compress
+
+    slow = [pair for pair, link in links.items() if is_slow(pair, link)]
+    if slow and not can_compress():
+        output.note("links below 100 Mbit/s are not compressed: zstandard is not installed here (extra: hosts)")
+    if not slow or not can_compress():
+        return links
+    output.say("compressing numbers of the model")
+    sample = border_sample(model, dims=dims, custom_ops=custom_ops)
+    return links | {pair: replace(links[pair], compressed=pays(sample, links[pair])) for pair in slow}
 
 
 def _check_hosts(file: Path, agents: Iterable[str], known: set[str]) -> None:

@@ -96,13 +96,30 @@ def round_trip(form: Form, array: Array, rows: int) -> Array:
             return array.astype(np.float16).astype(np.float32)
         if not array.size:
             return array
-        flat = array.reshape(math.prod(array.shape[:rows]), -1)
-        blocks = np.pad(flat, ((0, 0), (0, -flat.shape[1] % BLOCK))).reshape(-1, BLOCK)
-        step = np.maximum(np.abs(blocks).max(axis=1, keepdims=True) * _STEPS, _LEAST_STEP)
-        scaled = blocks / step
+        scaled, step = _scaled(array, rows)
         scale = step + np.float32(0) * scaled.sum(axis=1, keepdims=True)
-        back = np.rint(np.nan_to_num(scaled)) * scale
-        return np.ascontiguousarray(back.reshape(len(flat), -1)[:, : flat.shape[1]]).reshape(array.shape)
+        return _unpadded(np.rint(np.nan_to_num(scaled)) * scale, array, rows)
+
+
+def numbers(array: Array, rows: int) -> Array:
+    """The numbers of a tensor that is not empty, as they cross in the form ``int8``."""
+    with np.errstate(invalid="ignore"):
+        return _unpadded(np.rint(np.nan_to_num(_scaled(array, rows)[0])).astype(np.int8), array, rows)
+
+
+def _scaled(array: Array, rows: int) -> tuple[Array, Array]:
+    """The blocks of a tensor, a row for each, in steps of theirs; and the steps."""
+    flat = array.reshape(math.prod(array.shape[:rows]), -1)
+    blocks = np.pad(flat, ((0, 0), (0, -flat.shape[1] % BLOCK))).reshape(-1, BLOCK)
+    step = np.maximum(np.abs(blocks).max(axis=1, keepdims=True) * _STEPS, _LEAST_STEP)
+    return blocks / step, step
+
+
+def _unpadded(blocks: Array, array: Array, rows: int) -> Array:
+    """Blocks as a tensor of the shape of ``array``."""
+    count = math.prod(array.shape[:rows])
+    back = blocks.reshape(count, -1)[:, : array.size // count]
+    return np.ascontiguousarray(back).reshape(array.shape)
 
 
 def names_in(graph: onnx.GraphProto) -> set[str]:

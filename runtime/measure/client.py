@@ -11,7 +11,6 @@ from pathlib import Path
 
 from onnxsplit.cluster import LOCAL, Device, Link
 from runtime.errors import PipelineError
-from runtime.measure.compression import compressed_rate_per_s
 from runtime.wire import codec
 from runtime.wire.client import Client
 from runtime.wire.keys import Keys
@@ -82,12 +81,10 @@ class AgentClient(Client):
         while bulk < _BULK_S * 1e9 / 4 and count < _MOST_PIECES:
             count *= 4 if bulk else 1
             bulk = self._timed(partial(self._many, count, bytes(_PIECE_BYTES)))
-        bytes_per_s = max(1, round(count * _PIECE_BYTES / bulk * 1e9))
         return LinkFigures(
             round_trip_ns=round(statistics.median(trips)),
             message_ns=round(together / _MESSAGES),
-            bytes_per_s=bytes_per_s,
-            compressed_per_s=compressed_rate_per_s(bytes_per_s),
+            bytes_per_s=max(1, round(count * _PIECE_BYTES / bulk * 1e9)),
         )
 
     def _many(self, count: int, piece: bytes) -> None:
@@ -129,7 +126,6 @@ def link_of(figures: LinkFigures) -> Link:
         bytes_per_s=figures.bytes_per_s,
         overlapped=True,
         delay_ns=max(0, way_ns - figures.message_ns),
-        compressed=figures.compressed_per_s > figures.bytes_per_s,
     )
 
 

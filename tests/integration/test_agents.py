@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import build
 import ports
 import pytest
+from proxy import Proxy
 
 from onnxsplit.cluster import Cluster, Device
 from onnxsplit.cluster_files import load_cluster
@@ -77,3 +78,20 @@ def test_an_unreachable_agent_is_reported(monkeypatch):
     monkeypatch.setattr("runtime.measure.client.AgentClient.ask.__kwdefaults__", {"patience_s": 0.3})
     with pytest.raises(PipelineError, match=r"no agent answers at .*onnxsplit cluster agent --bind"):
         Agents({"a": f"tcp://127.0.0.1:{ports.free_port()}"}, keys=None, insecure=False)
+
+
+def test_a_slow_link_on_which_compression_pays_is_marked(tmp_path, python_environment):
+    model, file = build.save(build.chain(8, 256), tmp_path), tmp_path / "cluster.toml"  # behind a Relu, half are zeros
+    file.write_text(Cluster((Device("one"), Device("two", "b")), {}).to_toml())
+    with agent(python_environment) as address:
+        proxy = Proxy(ports.free_port(), int(address.rpartition(":")[2]))
+        proxy.delay_s = 0.02  # for each 64 KiB at most
+        command = [sys.executable, "-P", "-m", "onnxsplit", "cluster", "measure", model, "-c", file, "--json"]
+        command += ["--dim", "batch=128", "--agent", f"b=tcp://127.0.0.1:{proxy.server.getsockname()[1]}"]
+        done = subprocess.run([*map(str, command)], env=python_environment, capture_output=True, text=True, check=False)
+        proxy.close()
+    assert done.returncode == 0, done.stderr
+    links = load_cluster(file).links
+    assert links["b", "local"].compressed
+    assert not links["local", "local"].compressed
+    assert [link["compressed"] for link in json.loads(done.stdout)["links"]] == [True, False]

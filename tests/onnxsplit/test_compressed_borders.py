@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import build
 import msgspec
+import numpy as np
 import pytest
 
 from onnxsplit.cluster import Cluster, Device, Link
@@ -11,6 +12,7 @@ from onnxsplit.cluster_files import load_cluster
 from onnxsplit.errors import ClusterError
 from onnxsplit.plan_check import plan_problems
 from onnxsplit.plan_files import load_plan
+from onnxsplit.planning.border_sample import border_sample
 from onnxsplit.planning.place import place
 from onnxsplit.planning.planner import partition
 from onnxsplit.views.borders import borders_text
@@ -92,3 +94,20 @@ def test_a_cluster_file_says_which_links_compress(tmp_path):
     assert load_cluster(write(tmp_path, "ab", ab=SLOW)).links["a", "b"] == SLOW
     with pytest.raises(ClusterError, match="compressed is only for links between hosts"):
         load_cluster(write(tmp_path, "ab", aa=SLOW))
+
+
+def test_a_sample_holds_the_numbers_that_would_cross(tmp_path):
+    model = build.save(build.chain(30, 256), tmp_path)
+    sample = border_sample(model, dims={"batch": 128})
+    assert 4 <= len(sample) <= 8
+    assert {len(numbers) for numbers in sample} == {128 * 256}
+    blocks = np.abs(np.frombuffer(b"".join(sample), np.int8).reshape(-1, 64).astype(int)).max(axis=1)
+    assert set(blocks) <= {0, 127}
+    assert 127 in blocks
+    assert border_sample(model, dims={"batch": 1}) == (), "too small to be compressed"
+
+
+def test_a_model_without_int8_borders_has_no_sample(tmp_path):
+    proto = build.chain(4, 256)
+    proto.opset_import[0].version = 10
+    assert border_sample(build.save(proto, tmp_path), dims={"batch": 128}) == ()

@@ -11,12 +11,11 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxsplit.cluster import Link
 from runtime.errors import ProtocolError
-from runtime.measure.client import link_of
-from runtime.measure.compression import SLOW_BYTES_PER_S, compressed_rate_per_s
+from runtime.measure.compression import SLOW_BYTES_PER_S, is_slow, pays
 from runtime.wire import codec, compression
 from runtime.wire.messages.data import TensorHead, TensorPlace
-from runtime.wire.messages.measure import LinkFigures
 
 SPARSE = np.random.default_rng(0).integers(0, 9, (4, 25_000)).astype(np.int8)
 HEAD = TensorHead("x", "int8", (4, 25_000), None, True)
@@ -160,12 +159,20 @@ def no_library(monkeypatch):
 def test_without_the_library_a_compressed_tensor_is_refused_with_the_reason(no_library):
     with pytest.raises(ProtocolError, match="tensor 'x': it is compressed, and zstandard is not installed here"):
         codec.decode_tensors((HEAD,), [FRAME], nowhere)
-    assert compressed_rate_per_s(1_000_000) == 0
 
 
-def test_only_slow_links_compress_and_only_if_it_pays():
-    assert compressed_rate_per_s(SLOW_BYTES_PER_S) == 0
-    assert compressed_rate_per_s(100_000) > 130_000, "the sample shrinks by more than a third"
-    assert link_of(LinkFigures(1, 1, 1000, 1001)).compressed
-    assert not link_of(LinkFigures(1, 1, 1000, 1000)).compressed
-    assert not link_of(LinkFigures(1, 1, 1000)).compressed
+def test_only_links_between_hosts_below_100_mbit_per_s_are_slow():
+    assert is_slow(("a", "b"), Link(bytes_per_s=SLOW_BYTES_PER_S - 1))
+    assert not is_slow(("a", "b"), Link(bytes_per_s=SLOW_BYTES_PER_S))
+    assert not is_slow(("a", "a"), Link(bytes_per_s=1000))
+
+
+def test_compression_pays_if_the_link_is_slower_than_the_hosts_and_the_numbers_shrink():
+    noise = np.random.default_rng(0).bytes(100_000)
+    slow, memory = Link(bytes_per_s=10_000), Link(bytes_per_s=10**15)
+    assert pays([SPARSE.tobytes()], slow)
+    assert pays([SPARSE.tobytes(), noise], slow)
+    assert not pays([SPARSE.tobytes()], memory)
+    assert not pays([SPARSE.tobytes(), *[noise] * 20], slow), "less than 5 %"
+    assert not pays([noise], slow)
+    assert not pays([], slow)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import msgspec
 
-from runtime.wire.messages.base import Amount, Bytes, Message, Nanoseconds
+from runtime.wire.messages.base import Amount, Message, Nanoseconds
 from runtime.wire.messages.control import Trust
 
 
@@ -41,14 +41,11 @@ class LinkFigures(Message, tag="link-figures", frozen=True):
         round_trip_ns: round-trip time of an empty message.
         message_ns: time between two empty messages when many are sent at once.
         bytes_per_s: bandwidth, measured with large messages.
-        compressed_per_s: bytes of tensors that it moves in a second when they are compressed; 0 if that was not
-            measured, because the link is not slow or the library is missing.
     """
 
     round_trip_ns: Nanoseconds
     message_ns: Nanoseconds
     bytes_per_s: Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
-    compressed_per_s: Bytes = 0
 
 
 class FilePiece(Message, tag="put", frozen=True):
