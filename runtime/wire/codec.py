@@ -183,49 +183,42 @@ def decode_tensors(
             f"a fragment of {len(heads)} tensors in {len(frames)} frames; expected {frames_of(heads)} frames, and at "
             f"most {MAX_TENSORS} tensors"
         )
-    if any(head.zstd for head in heads):
-        frames = _expanded(heads, frames)
     rest = iter(frames)
     tensors = {}
+    expandable = MAX_FRAME_BYTES
     for head in heads:
         if head.dtype not in TRAVELLING_TYPES:
             raise ProtocolError(f"tensor {shown(head.name)} has the type {head.dtype!r}, which cannot be sent")
         if isinstance(head.payload, TensorPlace):
-            if head.dtype == "string":
-                raise ProtocolError(f"tensor {head.name!r}: strings cannot lie in shared memory")
+            if head.dtype == "string" or head.zstd:
+                raise ProtocolError(f"tensor {head.name!r}: strings and compressed bytes cannot lie in shared memory")
             tensors[head.name] = at(head.payload, head.dtype, head.shape)
         else:
-            tensors[head.name] = _decode_tensor(head, next(rest) if head.payload is None else head.payload)
+            frame = next(rest) if head.payload is None else head.payload
+            if head.zstd:
+                frame = _expanded(head, frame, expandable)
+                expandable -= len(frame)
+            tensors[head.name] = _decode_tensor(head, frame)
     return tensors
 
 
-def _expanded(heads: Sequence[TensorHead], frames: Sequence[Buffer]) -> list[Buffer]:
-    """The frames without compression. All sizes are checked before the first frame is decompressed."""
-    total = sum([_expanded_bytes(head) for head in heads if head.zstd])
-    if total > MAX_FRAME_BYTES:
-        raise ProtocolError(
-            f"a fragment with compressed tensors of {total} bytes; at most {MAX_FRAME_BYTES} are allowed"
-        )
-    framed = [head for head in heads if head.payload is None]
-    return [_expand(head, frame) if head.zstd else frame for head, frame in zip(framed, frames, strict=True)]
-
-
-def _expand(head: TensorHead, frame: Buffer) -> bytes:
-    try:
-        return decompressed(frame, _expanded_bytes(head))
-    except ProtocolError as error:
-        raise ProtocolError(f"tensor {shown(head.name)}: {error}") from error
-
-
-def _expanded_bytes(head: TensorHead) -> int:
-    """The bytes that a compressed tensor must have."""
+def _expanded(head: TensorHead, frame: Buffer, most_bytes: int) -> bytes:
+    """The content of a compressed frame; its size is checked before anything is allocated."""
     size = element_count(head.shape, 1) if head.dtype == "int8" and head.payload is None else None
     if not size:
         raise ProtocolError(
             f"tensor {shown(head.name)} of {head.dtype}{shown(head.shape)} is compressed; only frames of int8 that are "
             "not empty may be"
         )
-    return size
+    if size > most_bytes:
+        raise ProtocolError(
+            f"compressed tensor {shown(head.name)} has {size} bytes; those of a fragment may have {MAX_FRAME_BYTES} "
+            "together"
+        )
+    try:
+        return decompressed(frame, size)
+    except ProtocolError as error:
+        raise ProtocolError(f"tensor {shown(head.name)}: {error}") from error
 
 
 def _decode_tensor(head: TensorHead, frame: Buffer) -> Array:

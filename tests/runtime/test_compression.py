@@ -15,7 +15,7 @@ from onnxsplit.cluster import Link
 from runtime.errors import ProtocolError
 from runtime.measure.compression import SLOW_BYTES_PER_S, is_slow, pays
 from runtime.wire import codec, compression
-from runtime.wire.messages.data import TensorHead, TensorPlace
+from runtime.wire.messages.data import Fragment, TensorHead, TensorPlace
 
 SPARSE = np.random.default_rng(0).integers(0, 9, (4, 25_000)).astype(np.int8)
 HEAD = TensorHead("x", "int8", (4, 25_000), None, True)
@@ -136,16 +136,23 @@ def test_a_head_that_may_not_be_compressed_is_refused(head):
 
 
 def test_only_frames_are_compressed():
-    for payload in (FRAME, TensorPlace(0, 1, 2)):
-        with pytest.raises(ProtocolError, match="only frames of int8"):
+    for payload, reason in ((FRAME, "only frames of int8"), (TensorPlace(0, 1, 2), "cannot lie in shared memory")):
+        with pytest.raises(ProtocolError, match=reason):
             codec.decode_tensors((TensorHead("x", "int8", (4, 25_000), payload, True),), [], nowhere)
 
 
-def test_many_bombs_in_a_fragment_are_refused_together():
-    size = codec.MAX_FRAME_BYTES // 2 + 1
-    heads = [TensorHead(name, "int8", (size,), None, True) for name in "ab"]
-    with pytest.raises(ProtocolError, match=f"compressed tensors of {2 * size} bytes"):
+def test_the_sizes_of_the_frames_of_a_fragment_are_limited_together(monkeypatch):
+    monkeypatch.setattr(codec, "MAX_FRAME_BYTES", 2 * SPARSE.nbytes - 1)
+    heads = [TensorHead(name, "int8", SPARSE.shape, None, True) for name in "ab"]
+    with pytest.raises(ProtocolError, match="compressed tensor 'b' has 100000 bytes; those of a fragment may have"):
         codec.decode_tensors(heads, [FRAME, FRAME], nowhere)
+
+
+@pytest.mark.parametrize("flag", [2, "lz4", None])
+def test_another_flag_than_yes_or_no_is_refused(flag):
+    head = TensorHead("x", "int8", (4, 25_000), None, flag)
+    with pytest.raises(ProtocolError, match="violates the protocol"):
+        codec.decode_data(codec.encode(Fragment(1, 1, 0, 1000, 0, 0, -1, (0,), ("y",), (head,), ())))
 
 
 @pytest.fixture
