@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -108,7 +107,7 @@ def command(
 
 @contextmanager
 def _whole(output: Output, folder: Path, model: Path | None) -> Iterator[tuple[Path | None, str]]:
-    """The whole model: the one that was given, or the plan's stages merged in memory; or why there is none."""
+    """The whole model: the one that was given, or the plan's stages merged in a file; or why there is none."""
     from onnxsplit.errors import ModelError, PlanError
     from onnxsplit.memory import free_memory_bytes
     from onnxsplit.plan_files import load_plan
@@ -126,9 +125,7 @@ def _whole(output: Output, folder: Path, model: Path | None) -> Iterator[tuple[P
     if copies * weights > (free := free_memory_bytes()):
         yield None, f"it would need {binary(copies * weights)} of memory, and {binary(free)} are free"
         return
-    shared = Path("/dev/shm")  # noqa: S108  files there are memory
-    roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2 * weights + (64 << 20)
-    with tempfile.TemporaryDirectory(prefix="onnxsplit-", dir=shared if roomy else None) as scratch:
+    with tempfile.TemporaryDirectory(prefix="onnxsplit-") as scratch:
         output.say("merging the stages")
         try:
             merge(folder, Path(scratch) / "merged.onnx")
