@@ -31,6 +31,7 @@ from runtime.wire.keys import create_for, revoke
 
 X = {"x": np.ones((2, 32), np.float32)}
 QUICK = Timings(beat_s=0.1, silence_s=1, loading_silence_s=1)
+PATIENT = Timings(beat_s=0.1, silence_s=60)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +135,11 @@ def test_a_node_that_was_stopped_while_it_waited_for_others_still_serves(chain_p
 
 def test_a_stopped_node_that_is_still_loading_has_more_patience(chain_plan, tmp_path, start):
     address = f"ipc://{tmp_path}/control"
-    with listening(chain_plan, address, timings=Timings(beat_s=0.1, silence_s=1)) as (found, thread):
+    with listening(chain_plan, address, timings=Timings(beat_s=0.1, silence_s=2)) as (found, thread):
         first = start(address)
         wait_for(lambda: "stage loaded" in first.said)
         first.signal(signal.SIGSTOP)
-        time.sleep(2.5)
+        time.sleep(4)
         first.signal(signal.SIGCONT)
         start(address)
         thread.join(60)
@@ -238,7 +239,7 @@ def test_replicas_that_share_no_memory_share_the_work_as_they_come_and_go(plan, 
     """Before, the second one got all requests, the first one none; the queue of a single replica grew without end."""
     address = f"ipc://{tmp_path}/control"
     first = start(address, "--no-shared-memory", before=EQUALLY_SLOW)
-    with Pipeline.listen(plan, bind=address, start_timeout=60, elastic=True, timings=QUICK) as pipeline:
+    with Pipeline.listen(plan, bind=address, start_timeout=60, elastic=True, timings=PATIENT) as pipeline:
         assert answered(pipeline, 300) == [300]
         wait_for(lambda: pipeline.stats()[0].queue == 0, "the queue of a lone node does not return to 0")
         second = start(address, "--no-shared-memory", "--stage", "0", before=EQUALLY_SLOW)

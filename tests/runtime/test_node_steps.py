@@ -116,6 +116,7 @@ class World:
         self.results: dict[int, tuple[Fragment, np.ndarray]] = {}
         self.failed: list[Failed] = []
         self.sent: Counter[tuple[int, int, int]] = Counter()  # fragments that are not given back
+        self.cancelled: set[tuple[int, int]] = set()  # sequences and epochs
         self.nodes = [self.make(stage.index, case.sessions[stage.index]) for stage in case.plan.stages]
 
     def make(self, stage: int, session: Session) -> Node:
@@ -142,6 +143,8 @@ class World:
         self.messages.append((stage, event))
 
     def tell_all(self, event: object) -> None:
+        if isinstance(event, AttemptCancelled):
+            self.cancelled.add((event.request, event.attempt))
         for node in self.nodes:
             self.post(self.nodes.index(node), event)
 
@@ -185,12 +188,13 @@ class World:
 
     def forward(self, stage: int, node: Node, effect: Forward) -> None:
         first = effect.fragment
+        drawn = tuple(one for one in effect.drawn if (one.sequence, one.epoch) not in self.cancelled)  # as sequences do
         for target, names in effect.leaving:
             tensors = {name: node.outputs[name] for name in names}
             heads = tuple(TensorHead(name, "float32", array.shape, None) for name, array in tensors.items())
             fragment = Fragment(
                 first.request, 1, 1, 1000, 0, stage + 1, stage, first.route, first.wanted, heads, effect.history,
-                first.rows, effect.drawn if target == CALLER else (),
+                first.rows, drawn if target == CALLER else (),
             )  # fmt: skip
             if target == CALLER:
                 assert first.request not in self.results
