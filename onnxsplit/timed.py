@@ -1,9 +1,7 @@
 """Timed runs of a model file in a worker process.
 
 A :class:`TimedModel` loads one file with an explicit number of threads and optimisation level, and runs it on command.
-Several workers can run over the same time span; that is how stages that will share a host are measured. The worker is
-this module itself. It reads one JSON command from each line of its standard input and answers each with one line. It
-ends when its standard input ends, so it does not outlive its parent.
+Several workers can run over the same time span; that is how stages that will share a host are measured.
 
 A worker measures wall time and its own processor time. Processor time does not count the time in which other processes
 had the core, so it is the cost of a run in one thread even on a busy machine. Of a run in several threads the calling
@@ -12,85 +10,40 @@ thread does an equal part, and its processor time stands for the wall time while
 
 from __future__ import annotations
 
-import os
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
+import msgspec
 import msgspec.structs
 
 from onnxsplit.custom_ops import Library
-from onnxsplit.errors import CustomOpsError, InputError, ModelError, ModelRefused, in_one_line
-from onnxsplit.npz import load_npz, save_npz
+from onnxsplit.errors import CustomOpsError, ModelError, ModelRefused
 from onnxsplit.plan import Level
 from onnxsplit.providers import threads_on_cores
-from onnxsplit.session import Session, open_session, quiet_environment
-from onnxsplit.tensors import Array
+from onnxsplit.session import quiet_environment
+from onnxsplit.timed_worker import (
+    UNDISTURBED,
+    FeedModel,
+    InPlace,
+    LoadModel,
+    RunModel,
+    SaveOutputs,
+    UnloadModel,
+    WorkerAnswer,
+    WorkerCommand,
+)
 
 _TYPICAL_S = 1.0  # total time of the runs whose median is taken
-_UNDISTURBED = 0.05  # the share of a run's time in which its threads may wait before that counts
-_START_DELAY_NS = 20_000_000  # time between the command to start together and the start
-
-
-InPlace = tuple[tuple[str, str], ...]
-"""Pairs of an output and an input of the same type and shape: the output is written where the input lies."""
-
-
-class _Load(msgspec.Struct, tag="load", frozen=True):
-    model: str
-    inputs: str
-    threads: int
-    level: Level
-    provider: str
-    spinning: bool
-    data_folder: str | None
-    custom_ops: tuple[Library, ...]
-    in_place: InPlace
-
-
-class _Feed(msgspec.Struct, tag="feed", frozen=True):
-    inputs: str
-
-
-class _Run(msgspec.Struct, tag="run", frozen=True):
-    seconds: float
-    start_at_ns: int
-    least: int
-
-
-class _Save(msgspec.Struct, tag="save", frozen=True):
-    outputs: str
-
-
-class _Answer(msgspec.Struct, frozen=True):
-    error: str | None = None
-    refused: bool = False
-    wall_ns: list[int] = []
-    cpu_ns: list[int] = []
-    caller_ns: list[int] = []
-    waited: int = 0
-    delayed_ns: int = 0
-
-    @property
-    def waits(self) -> bool:
-        """Whether the runs wait for something else than a core: in each of them, and for a share of their time.
-
-        A long run also waits now and then for an instant, such as for a page of memory.
-        """
-        waited_ns = sum(self.wall_ns) - sum(self.cpu_ns) - self.delayed_ns
-        return self.waited >= len(self.wall_ns) and waited_ns > _UNDISTURBED * sum(self.wall_ns)
-
-
-_Command = _Load | _Feed | _Run | _Save
+_START_DELAY_NS = 5_000_000  # time between the command to start together and the start
 
 
 @dataclass(frozen=True)
@@ -104,12 +57,14 @@ class Runs:
         shared_ns: if several threads on the CPU share a run while other processes keep them from the cores, the time of
             each run without these: the processor time of the calling thread, and at least an equal share of all
             threads'; else empty.
+        used_ns: processor time of the worker for these runs and around them, in nanoseconds.
     """
 
     wall_ns: Sequence[int]
     cpu_ns: Sequence[int]
     by_cpu: bool
     shared_ns: Sequence[int] = ()
+    used_ns: int = 0
 
     @property
     def costs_ns(self) -> Sequence[int]:
@@ -162,39 +117,40 @@ class TimedModel:
         in_place: InPlace = (),
     ) -> None:
         folder = None if data_folder is None else str(data_folder)
-        self._load = _Load(
+        self._load = LoadModel(
             str(model), str(inputs), threads, level, provider, spinning, folder, tuple(custom_ops), in_place
         )
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stderr: IO[bytes] | None = None
+        self._worker: _WorkerProcess | None = None
 
     def __enter__(self) -> TimedModel:
-        self._stderr = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "onnxsplit.timed"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=quiet_environment(),
-        )
+        idle = _idle_workers.get()
+        self._worker = idle.pop() if idle else _WorkerProcess()
         try:
             self._ask(self._load)
         except BaseException:
-            self.__exit__(None, None, None)
+            self._end(reusable=False)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout, self._stderr):
-                if stream is not None:
-                    with suppress(OSError):
-                        stream.close()
-            self._process = None
+        self._end(reusable=kind is None and self._load.provider == "cpu" and not self._load.custom_ops)
+
+    def _end(self, *, reusable: bool) -> None:
+        if self._worker is None:
+            return
+        idle = _idle_workers.get()
+        if idle is not None and reusable:
+            try:
+                self._ask(UnloadModel())
+            except (ModelError, CustomOpsError):
+                self._worker.end()
+            else:
+                idle.append(self._worker)
+        else:
+            self._worker.end()
+        self._worker = None
 
     def reload(self, level: Level) -> None:
         """Load the model again at another optimisation level."""
@@ -202,64 +158,119 @@ class TimedModel:
 
     def feed(self, inputs: Path) -> None:
         """Use other inputs for the following runs."""
-        self._ask(_Feed(str(inputs)))
+        self._ask(FeedModel(str(inputs)))
 
     def run(self, seconds: float, *, least: int = 1) -> Runs:
         """Run for about ``seconds`` and at least ``least`` times."""
-        return self._runs(self._ask(_Run(seconds, 0, least)))
+        return self._runs(self._ask(RunModel(seconds, 0, least)))
 
-    def _runs(self, answer: _Answer) -> Runs:
+    def _runs(self, answer: WorkerAnswer) -> Runs:
         threads = threads_on_cores(self._load.provider, self._load.threads)
         by_cpu = threads == 1 and not answer.waits
-        if threads <= 1 or answer.delayed_ns <= _UNDISTURBED * sum(answer.wall_ns):
-            return Runs(answer.wall_ns, answer.cpu_ns, by_cpu)
-        pairs = zip(answer.caller_ns, answer.cpu_ns, strict=True)
-        return Runs(answer.wall_ns, answer.cpu_ns, by_cpu, [max(own, total // threads) for own, total in pairs])
+        shared_ns: list[int] = []
+        if threads > 1 and answer.delayed_ns > UNDISTURBED * sum(answer.wall_ns):
+            pairs = zip(answer.caller_ns, answer.cpu_ns, strict=True)
+            shared_ns = [max(own, total // threads) for own, total in pairs]
+        return Runs(answer.wall_ns, answer.cpu_ns, by_cpu, shared_ns, answer.used_ns)
 
     def save_outputs(self, path: Path) -> None:
         """Write the outputs of the last run to an ``.npz`` file."""
-        self._ask(_Save(str(path)))
+        self._ask(SaveOutputs(str(path)))
 
-    def _ask(self, command: _Command) -> _Answer:
+    def _ask(self, command: WorkerCommand) -> WorkerAnswer:
         self._send(command)
         return self._receive()
 
-    def _send(self, command: _Command) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # receiving the answer reports how the worker died
-            self._process.stdin.write(msgspec.json.encode(command) + b"\n")
-            self._process.stdin.flush()
+    def _send(self, command: WorkerCommand) -> None:
+        assert self._worker is not None
+        self._worker.send(command)
 
-    def _receive(self) -> _Answer:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line and self._load.custom_ops:
+    def _receive(self) -> WorkerAnswer:
+        assert self._worker is not None
+        answer = self._worker.receive()
+        if answer is None and self._load.custom_ops:
             files = ", ".join(library.path for library in self._load.custom_ops)
             raise CustomOpsError(f"running {self._load.model} with the custom op libraries {files}: {self._death()}")
-        if not line:
+        if answer is None:
             raise ModelError(f"running {self._load.model}: {self._death()}")
-        answer = msgspec.json.decode(line, type=_Answer)
         if answer.error is not None:
             raise (ModelRefused if answer.refused else ModelError)(f"running {self._load.model}: {answer.error}")
         return answer
 
     def _death(self) -> str:
-        assert self._process is not None
-        assert self._stderr is not None
+        assert self._worker is not None
+        return self._worker.death()
+
+
+class _WorkerProcess:
+    """A process that runs one model after another."""
+
+    def __init__(self) -> None:
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "onnxsplit.timed_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=quiet_environment(),
+        )
+
+    def send(self, command: WorkerCommand) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # receiving the answer reports how the worker died
+            self._process.stdin.write(msgspec.json.encode(command) + b"\n")
+            self._process.stdin.flush()
+
+    def receive(self) -> WorkerAnswer | None:
+        """The answer to the first command that has none; None if the process died."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return msgspec.json.decode(line, type=WorkerAnswer) if line else None
+
+    def death(self) -> str:
+        """How the process died, and the end of what it said."""
         code = self._process.wait()
         self._stderr.seek(0)
         tail = self._stderr.read()[-500:].decode(errors="replace").strip()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"the process {how}" + (f": {tail}" if tail else "")
 
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+
+
+_idle_workers: ContextVar[list[_WorkerProcess] | None] = ContextVar("idle workers", default=None)
+
+
+@contextmanager
+def reused_workers() -> Iterator[None]:
+    """Let the models that are timed in this block use the same processes one after the other.
+
+    A process with libraries of custom ops, or with another provider than the CPU, takes no second model.
+    """
+    if _idle_workers.get() is not None:
+        yield
+        return
+    idle: list[_WorkerProcess] = []
+    token = _idle_workers.set(idle)
+    try:
+        yield
+    finally:
+        _idle_workers.reset(token)
+        for worker in idle:
+            worker.end()
+
 
 def run_together(models: Sequence[TimedModel], seconds: float, *, least: int = 2) -> list[Runs]:
     """Run all models over the same time span; return the runs of each."""
     start = time.monotonic_ns() + _START_DELAY_NS
     for model in models:
-        model._send(_Run(seconds, start, least))
+        model._send(RunModel(seconds, start, least))
     return [model._runs(model._receive()) for model in models]
 
 
@@ -277,93 +288,3 @@ def typical_ns(model: Path, inputs: Path, *, threads: int, provider: str, custom
 def low_quartile(times: Sequence[int]) -> int:
     """The lower quartile of times: of n sorted times the one at position (n - 1) // 4."""
     return sorted(times)[(len(times) - 1) // 4]
-
-
-class _Worker:
-    """The worker: it performs one command after another."""
-
-    def __init__(self) -> None:
-        self.session: Session | None = None
-        self.inputs: dict[str, Array] = {}
-        self.in_place: InPlace = ()
-        self.outputs: dict[str, Array] = {}
-
-    def perform(self, command: _Command) -> _Answer:
-        match command:
-            case _Load():
-                self.session = None  # two at once would need twice the memory
-                self.in_place = command.in_place
-                folder = None if command.data_folder is None else Path(command.data_folder)
-                self.session = open_session(
-                    Path(command.model) if folder is None else Path(command.model).read_bytes(),
-                    threads=command.threads,
-                    level=command.level,
-                    provider=command.provider,
-                    spinning=command.spinning,
-                    external_data_folder=folder,
-                    custom_ops=command.custom_ops,
-                )
-                self._feed(command.inputs)
-            case _Feed():
-                self._feed(command.inputs)
-            case _Run():
-                return self._run(command)
-            case _Save():
-                save_npz(Path(command.outputs), self.outputs)
-        return _Answer()
-
-    def _feed(self, path: str) -> None:
-        assert self.session is not None
-        given = load_npz(Path(path))
-        missing = [name for name, _ in self.session.inputs if name not in given]
-        if missing:
-            raise InputError(f"{path} lacks the inputs {', '.join(missing)}")
-        self.inputs = {name: given[name] for name, _ in self.session.inputs}
-
-    def _run(self, command: _Run) -> _Answer:
-        assert self.session is not None
-        if command.start_at_ns:
-            while time.monotonic_ns() < command.start_at_ns:
-                pass
-        into = {output: self.inputs[name] for output, name in self.in_place}
-        wall_ns: list[int] = []
-        cpu_ns: list[int] = []
-        caller_ns: list[int] = []
-        delayed_ns = _delayed_ns()
-        waits = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
-        end = time.monotonic_ns() + int(command.seconds * 1e9)
-        while len(wall_ns) < command.least or time.monotonic_ns() < end:
-            begin, cpu, own = time.perf_counter_ns(), time.process_time_ns(), time.thread_time_ns()
-            self.outputs = dict(self.session.run_into(self.inputs, into) if into else self.session.run(self.inputs))
-            caller_ns.append(time.thread_time_ns() - own)
-            cpu_ns.append(time.process_time_ns() - cpu)
-            wall_ns.append(time.perf_counter_ns() - begin)
-        waited = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - waits
-        delayed_ns = _delayed_ns() - delayed_ns
-        return _Answer(wall_ns=wall_ns, cpu_ns=cpu_ns, caller_ns=caller_ns, waited=waited, delayed_ns=delayed_ns)
-
-
-def _delayed_ns() -> int:
-    """How long this process's threads were ready to run and waited for a core; 0 where the system does not tell."""
-    try:
-        return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat"))
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # other output must not mix with the answers
-    worker = _Worker()
-    for line in sys.stdin.buffer:
-        try:
-            answer = worker.perform(msgspec.json.decode(line, type=_Command))
-        except Exception as error:  # such as no space or no memory left; the parent reports it in one line
-            answer = _Answer(error=in_one_line(error), refused=isinstance(error, ModelRefused))
-        answers.write(msgspec.json.encode(answer) + b"\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    _main()

@@ -16,7 +16,7 @@ PACKAGES = ("onnxsplit", "runtime")
 OFFLINE = [
     "errors numbers files memory machine_load effort drawing progress",
     "tensors npz plan plan_base plan_borders plan_decoder plan_check plan_files cluster cluster_files host_costs",
-    "binding providers string_value custom_ops session timed step_inputs",
+    "binding providers string_value custom_ops session timed_worker timed step_inputs",
     "model partitioner",
     "cost",
     "stages",

@@ -218,6 +218,7 @@ def command(
     from onnxsplit.model.dominant_op import explain_dominant_op
     from onnxsplit.planning import planner
     from onnxsplit.planning.options import CURRENT_NAMES, CutOptions, by_current_name
+    from onnxsplit.timed import reused_workers
 
     check_outputs(html, annotate)
     folder = out or planner.default_plan_folder(model)
@@ -226,12 +227,13 @@ def command(
     wanted = CutOptions(**by_current_name(options, functools.partial(_note_former_name, output)))
     if not dry_run:
         planner.check_plan_folder(folder)
-    subject = planner.examine_for(model, wanted, **examined, say=output.say)
-    made = (
-        planner.dry_run(subject, wanted, say=output.say)
-        if dry_run
-        else planner.write_plan(subject, folder, wanted, say=output.say)
-    )
+    with reused_workers():
+        subject = planner.examine_for(model, wanted, **examined, say=output.say)
+        made = (
+            planner.dry_run(subject, wanted, say=output.say)
+            if dry_run
+            else planner.write_plan(subject, folder, wanted, say=output.say)
+        )
     files = _beside(output, made, html, annotate)
     output.done()
     show_plan(output, made.plan)

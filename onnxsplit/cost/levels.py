@@ -16,7 +16,8 @@ from onnxsplit.model.precision import distance, is_discrete
 from onnxsplit.npz import load_npz
 from onnxsplit.plan import Level
 from onnxsplit.tensors import Array
-from onnxsplit.timed import InPlace, TimedModel
+from onnxsplit.timed import TimedModel
+from onnxsplit.timed_worker import InPlace
 
 CANDIDATE_LEVELS: tuple[Level, ...] = ("all", "extended", "basic")
 """The optimisation levels to try; the first is usually the best."""

@@ -31,7 +31,7 @@ from onnxsplit.model.shapes import Shapes, infer_shapes
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import TensorSpec
 from onnxsplit.tensors import TRAVELLING_TYPES, Array
-from onnxsplit.timed import InPlace
+from onnxsplit.timed_worker import InPlace
 
 _ANY_RANK = frozenset(["If", "Loop", "Reshape", "Scan", "SequenceAt", "OptionalGetElement", "Squeeze"])
 """Ops whose outputs may have another rank in the next run."""

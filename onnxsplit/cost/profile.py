@@ -19,7 +19,7 @@ from onnxsplit.npz import save_npz
 from onnxsplit.plan import Level
 from onnxsplit.session import quiet_environment
 from onnxsplit.tensors import Array
-from onnxsplit.timed import InPlace
+from onnxsplit.timed_worker import InPlace
 
 
 class ProfileRequest(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from onnxsplit.decoder.claim import DecoderClaim
 from onnxsplit.plan_decoder import ChunkLayout, Proof, RowLayout
-from onnxsplit.timed import InPlace
+from onnxsplit.timed_worker import InPlace
 
 
 @dataclass(frozen=True)

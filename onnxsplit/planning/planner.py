@@ -33,6 +33,7 @@ from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say, silent
 from onnxsplit.providers import gpu_count, provider_here, provider_problem, providers_by_stage
 from onnxsplit.session import threads_per_node
+from onnxsplit.timed import reused_workers
 
 
 def partition(
@@ -79,20 +80,21 @@ def partition(
     source = open_any(model)
     folder = Path(out) if out is not None else default_plan_folder(source.path)
     check_plan_folder(folder)
-    subject = examine_for(
-        source,
-        wanted,
-        costs=costs,
-        dims=dims,
-        inputs=inputs,
-        outputs=outputs,
-        drop_outputs=drop_outputs,
-        keep_inputs=keep_inputs,
-        custom_ops=custom_ops,
-        say=say,
-        **decoder,
-    )
-    return write_plan(subject, folder, wanted, say=say).plan
+    with reused_workers():
+        subject = examine_for(
+            source,
+            wanted,
+            costs=costs,
+            dims=dims,
+            inputs=inputs,
+            outputs=outputs,
+            drop_outputs=drop_outputs,
+            keep_inputs=keep_inputs,
+            custom_ops=custom_ops,
+            say=say,
+            **decoder,
+        )
+        return write_plan(subject, folder, wanted, say=say).plan
 
 
 def _warn_of_former_name(former: str, name: str) -> None:
@@ -100,6 +102,7 @@ def _warn_of_former_name(former: str, name: str) -> None:
     warnings.warn(f"the option {former!r} is now {name!r}; the next version refuses the former name", FutureWarning, 4)
 
 
+@reused_workers()
 def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say = silent, **examined: Any) -> Subject:
     """Examine a model with the provider and the number of threads that its stages will have.
 
@@ -120,6 +123,7 @@ def examine_for(model: ModelLike | SourceModel, options: CutOptions, *, say: Say
     return examine(model, threads=threads, provider=provider, budget=options.budget, say=say, **examined)
 
 
+@reused_workers()
 def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say = silent) -> PlanningResult:
     """Cut an examined model and write the plan directory.
 

@@ -92,4 +92,4 @@ def take_samples(groups: Sequence[Sequence[TimedModel]], budget: TimeBudget, *, 
 
 
 def _used_ns(groups: Sequence[Sequence[Runs]]) -> int:
-    return sum(sum(runs.cpu_ns) for group in groups for runs in group)
+    return sum(runs.used_ns for group in groups for runs in group)

@@ -12,7 +12,8 @@ from onnxsplit.custom_ops import Library
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.plan import Level
 from onnxsplit.tensors import Array
-from onnxsplit.timed import InPlace, TimedModel
+from onnxsplit.timed import TimedModel
+from onnxsplit.timed_worker import InPlace
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,14 @@ from contextlib import ExitStack
 
 import build
 import numpy as np
+import psutil
 import pytest
 
+from onnxsplit.errors import ModelError
 from onnxsplit.npz import save_npz
 from onnxsplit.session import host_cores
-from onnxsplit.timed import Runs, TimedModel, _Answer, low_quartile
+from onnxsplit.timed import Runs, TimedModel, low_quartile, reused_workers, run_together
+from onnxsplit.timed_worker import WorkerAnswer
 
 MS = 1_000_000
 
@@ -33,7 +36,7 @@ def test_a_run_in_one_thread_costs_its_processor_time():
 )
 def test_a_long_run_that_waits_for_an_instant_costs_its_processor_time(tmp_path, delayed_ms, waited, cost_ms):
     """A run of 1.8 s beside two other processes, which gives its core up a few times for microseconds."""
-    answer = _Answer(
+    answer = WorkerAnswer(
         wall_ns=[4_900 * MS], cpu_ns=[1_800 * MS], caller_ns=[1_800 * MS], waited=waited, delayed_ns=delayed_ms * MS
     )
     assert TimedModel(tmp_path, tmp_path, threads=1)._runs(answer).cost_ns == cost_ms * MS
@@ -56,3 +59,37 @@ def test_threads_beside_busy_processes_are_seen_to_wait_for_cores(tmp_path):
     assert len(runs.shared_ns) == len(runs.wall_ns) >= 10
     assert all(0 < shared <= total for shared, total in zip(runs.shared_ns, runs.cpu_ns, strict=True))
     assert runs.cost_ns <= low_quartile(runs.wall_ns)
+
+
+def test_models_take_turns_in_one_process_that_ends_with_the_block(tmp_path):
+    model, inputs = build.save(build.chain(2), tmp_path), tmp_path / "in.npz"
+    save_npz(inputs, {"x": np.ones((2, 32), np.float32)})
+    mine = psutil.Process()
+    before = {child.pid for child in mine.children()}
+
+    def workers() -> list[int]:
+        return [child.pid for child in mine.children() if child.pid not in before]
+
+    with reused_workers():
+        with TimedModel(model, inputs, threads=1) as timed:
+            timed.run(0.0)
+            (first,) = workers()
+        with TimedModel(model, inputs, threads=1) as timed, TimedModel(model, inputs, threads=1) as other:
+            assert len(workers()) == 2
+            assert first in workers()
+            assert [len(runs.wall_ns) for runs in run_together([timed, other], 0.0)] == [2, 2]
+        assert len(workers()) == 2
+        with pytest.raises(ModelError), TimedModel(model, tmp_path / "none.npz", threads=1):
+            pass
+        assert len(workers()) == 1, "a process that failed takes no other model"
+    assert workers() == []
+
+
+def test_the_processor_time_around_runs_counts_as_this_programs(tmp_path):
+    model, inputs = build.save(build.chain(2), tmp_path), tmp_path / "in.npz"
+    save_npz(inputs, {"x": np.ones((2, 32), np.float32)})
+    with TimedModel(model, inputs, threads=1) as timed:
+        runs = timed.run(0.05, least=3)
+        assert runs.used_ns >= sum(runs.cpu_ns) > 0
+        (later,) = run_together([timed], 0.0)
+        assert later.used_ns < runs.used_ns + 50 * MS, "only what was used since the last answer"
