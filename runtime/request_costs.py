@@ -23,7 +23,7 @@ from runtime.pipeline import Pipeline
 _UNDER_WAY = 8  # requests under way in a pipeline under load
 _TURNS = 5  # turns of load
 _TURN_S = 0.3
-_ALONE = 100  # requests of which each follows the answer to the last
+_ALONE = 50  # requests of a turn of which each follows the answer to the last
 _LEAST_BUSY = 0.5  # processes that hand requests to each other do not use less of the cores than this
 
 
@@ -50,13 +50,11 @@ class _Load:
         caller_ns: processor time of a request at the caller, in nanoseconds.
         node_ns: processor time of a request at a node, in nanoseconds.
         busy: the share of the cores that the pipeline used, of what other processes left.
-        alone_ns: time of a request alone, in nanoseconds.
     """
 
     caller_ns: float
     node_ns: float
     busy: float
-    alone_ns: int
 
 
 def request_costs(
@@ -74,9 +72,9 @@ def request_costs(
     Raises:
         PipelineError: a plan does not run.
     """
-    say("a pipeline of one stage")
-    single = _load(one_stage)
-    say("a pipeline of two stages")
+    say("requests alone")
+    further_ns = _further_stage_ns(one_stage, two_stages)
+    say("requests under load")
     double = _load(two_stages)
     say("many tensors")
     many = _load(many_tensors)
@@ -90,7 +88,7 @@ def request_costs(
         source="measured",
         node_ns=round(double.node_ns / busy),
         caller_ns=round(double.caller_ns / busy),
-        hop_ns=max(0, round(double.alone_ns - single.alone_ns - double.node_ns)),
+        hop_ns=max(0, round(further_ns - double.node_ns)),
         tensor_ns=max(0, round((many.node_ns - double.node_ns) / ends)),
         bytes_per_s=round(1e9 / byte_ns),
     )
@@ -107,13 +105,25 @@ def _load(probe: Probe) -> _Load:
             own_ns, nodes_ns = time.process_time_ns() - own_ns, _used_ns(pids) - nodes_ns
             idle_ns = cpu_times().idle_s_since(before) * 1e9
             turns.append((own_ns / count, nodes_ns / count / len(pids), 1 / (1 + idle_ns / (own_ns + nodes_ns))))
-        alone = []
-        for _ in range(_ALONE):
-            began = time.perf_counter_ns()
-            pipeline.run(dict(probe.inputs))
-            alone.append(time.perf_counter_ns() - began)
     caller, node, busy_shares = zip(*turns, strict=True)
-    return _Load(statistics.median(caller), statistics.median(node), max(busy_shares), low_quartile(alone))
+    return _Load(statistics.median(caller), statistics.median(node), max(busy_shares))
+
+
+def _further_stage_ns(one_stage: Probe, two_stages: Probe) -> int:
+    """How much later the answer to a request alone comes for a second stage, in nanoseconds; both take turns."""
+    with (
+        Pipeline.launch(one_stage.folder, threads=1) as single,
+        Pipeline.launch(two_stages.folder, threads=1) as double,
+    ):
+        times: dict[Pipeline, list[int]] = {single: [], double: []}
+        for _ in range(_TURNS):
+            for pipeline, taken in times.items():
+                pipeline.run(dict(one_stage.inputs))
+                for _ in range(_ALONE):
+                    began = time.perf_counter_ns()
+                    pipeline.run(dict(one_stage.inputs))
+                    taken.append(time.perf_counter_ns() - began)
+        return low_quartile(times[double]) - low_quartile(times[single])
 
 
 def _closed_loop(pipeline: Pipeline, inputs: Mapping[str, Array]) -> int:
