@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-SLOW_S = 0.2
+SLOW_S = 0.1
 """A model is slow if a run of it takes longer than this, in seconds."""
+
+_SAMPLES_S = 0.5  # seconds that the samples of a slow model take, if these are not fewer than the least
 
 EffortName = Literal["quick", "normal", "thorough"]
 
@@ -15,14 +17,14 @@ EffortName = Literal["quick", "normal", "thorough"]
 class TimeBudget:
     """The time that a plan may take, beside writing files and loading models.
 
-    A slow model, whose run takes longer than :data:`SLOW_S`, gets one run for a sample and :attr:`least_samples`
-    samples, so that measuring takes about twelve runs of the whole model at the effort ``normal``.
+    A slow model, whose run takes longer than :data:`SLOW_S`, gets one run for a sample and fewer samples, so that
+    measuring takes about twelve runs of the whole model at the effort ``normal``.
 
     Attributes:
         runs: about how many runs of the whole model measuring takes if they are long.
         sample_s: seconds of runs that form one sample.
         samples: samples of what is measured, taken in turns.
-        least_samples: samples of a slow model.
+        least_samples: the least number of samples, for the slowest models.
         rounds: rounds in which the stages are run and the cut is corrected.
         slow_rounds: the same for a slow model.
         search_s: seconds of the longest search.
@@ -39,6 +41,10 @@ class TimeBudget:
     search_s: float
     proof_s: float
     stage_levels: bool = False
+
+    def samples_of(self, run_s: float) -> int:
+        """How many samples a slow model gets, whose run takes this many seconds."""
+        return max(self.least_samples, min(self.samples, int(_SAMPLES_S / run_s)))
 
 
 EFFORTS: dict[EffortName, TimeBudget] = {

@@ -132,8 +132,12 @@ def _tried(
             first = timed.run(0.0)
             timed.save_outputs(file)
             answers[level] = load_npz(file)
-            slow = slow or first.wall_ns[0] > SLOW_S * 1e9
-            times_ns[level] = (first if slow else timed.run(2 * budget.sample_s, least=3)).cost_ns
+            run_s = first.wall_ns[0] / 1e9
+            slow = slow or run_s > SLOW_S
+            more = budget.samples_of(run_s) - budget.least_samples if slow else 3
+            times_ns[level] = (
+                timed.run(0.0 if slow else 2 * budget.sample_s, least=more).cost_ns if more else first.cost_ns
+            )
         if not times_ns:
             raise refused[0]
         assert timed is not None

@@ -21,6 +21,7 @@ from onnxsplit.effort import SLOW_S
 from onnxsplit.errors import ModelError, in_one_line
 from onnxsplit.model.external_data import point_from_one_folder
 from onnxsplit.model.graph import OpGraph, build_graph
+from onnxsplit.model.in_file import leave_weights_in_file
 from onnxsplit.model.protobuf import graph_tensors
 from onnxsplit.model.source import open_model
 from onnxsplit.npz import load_npz
@@ -53,7 +54,9 @@ def profile(request: ProfileRequest) -> Profile:
         ModelError: the model does not load, or does not run on the inputs.
     """
     data_folder = None if request.data_folder is None else Path(request.data_folder)
-    source = open_model(request.model, data_folder=data_folder)
+    source = open_model(request.model, data_folder=data_folder, hashed=False)
+    if data_folder is None and request.provider == "cpu":
+        leave_weights_in_file(source.path, source.proto.graph.initializer)
     graph = build_graph(source)
     if request.alternatives:
         return Profile(seen=_seen(graph, request))

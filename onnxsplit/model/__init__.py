@@ -5,6 +5,7 @@ The files in the order in which they build on each other:
 - ``protobuf``: walks through ops, subgraphs, functions and stored tensors.
 - ``file_kinds``: recognises files that are not ONNX models.
 - ``external_data``: the files beside a model that hold its weights.
+- ``in_file``: weights that stay in the model's file.
 - ``shared_weights``: which stored tensors share bytes.
 - ``ort_optimised``: models that ONNX Runtime's optimiser saved.
 - ``multi_device``: checks of ONNX's multi-device fields.

@@ -289,7 +289,7 @@ def _skeleton(graph: OpGraph, sizes: Mapping[str, Shape] | None) -> onnx.ModelPr
 
 def _copy_node(target: onnx.NodeProto, node: onnx.NodeProto) -> None:
     """Copy an op without the data of large tensors in its attributes."""
-    large = [a for a in node.attribute if a.type == onnx.AttributeProto.TENSOR and a.t.ByteSize() > _KEPT_BYTES]
+    large = [a for a in node.attribute if a.type == onnx.AttributeProto.TENSOR and tensor_bytes(a.t) > _KEPT_BYTES]
     if not large and not any(True for _ in nested_graphs(node)):
         target.CopyFrom(node)
         return
@@ -318,7 +318,7 @@ def _with_data(target: onnx.TensorProto, tensor: onnx.TensorProto, model: Path) 
 
 def _without_data(target: onnx.TensorProto, tensor: onnx.TensorProto) -> None:
     """Copy a tensor, without its data when that is large or external."""
-    if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= _KEPT_BYTES:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor_bytes(tensor) <= _KEPT_BYTES:
         target.CopyFrom(tensor)
         return
     target.name, target.data_type = tensor.name, tensor.data_type

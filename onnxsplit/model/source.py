@@ -84,7 +84,7 @@ class SourceModel:
         return self.path if self.data_folder is None else self.data_folder / self.path.name
 
 
-def open_model(path: str | Path, *, data_folder: Path | None = None) -> SourceModel:
+def open_model(path: str | Path, *, data_folder: Path | None = None, hashed: bool = True) -> SourceModel:
     """Read a model without its external data.
 
     If ONNX Runtime's optimiser saved the model, its initializers get other names, so that it can be optimised again.
@@ -92,6 +92,7 @@ def open_model(path: str | Path, *, data_folder: Path | None = None) -> SourceMo
     Args:
         path: the model file.
         data_folder: folder of its external data; None when that lies beside the file.
+        hashed: False leaves the hash empty, for a process that does not need it.
 
     Raises:
         ModelError: the file is missing, not regular, empty, too large, damaged, or not ONNX; the model has functions
@@ -121,7 +122,7 @@ def open_model(path: str | Path, *, data_folder: Path | None = None) -> SourceMo
             "100 levels of messages that protobuf reads"
         )
         raise _refusal(path, what_is(path), why) from error
-    digest = hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(content).hexdigest() if hashed else ""
     source = SourceModel(path=path, proto=proto, sha256=digest, data_folder=data_folder)
     check_source(source, len(content))
     return source

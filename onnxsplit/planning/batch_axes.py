@@ -30,6 +30,7 @@ from onnxsplit.stages.batch.trials import Axes, apart, equal_rows, trials
 from onnxsplit.stages.chain import StageFile, StageProcesses, run_chain
 
 _LEAST_TRIALS = 3
+_MORE_TRIALS = 0.3  # the share of the proof's time after which no more than the least number of trials run
 _FREE_RUNS = 4  # runs of the model that the proof may take beside its seconds
 _LEAST_RUNS = 21  # runs of the model with one row that the proof takes at least
 
@@ -49,7 +50,7 @@ def with_batch_axes(plan: Plan, folder: Path, subject: Subject, budget: TimeBudg
     if subject.decoding is None and needed_s > budget.proof_s + _FREE_RUNS * subject.costs.whole_ns / 1e9:
         why_not = f"it was not tried, because the proof takes about {needed_s:.0f} s; add --effort thorough"
         return msgspec.structs.replace(plan, batch=BatchClaim(why_not=why_not))
-    until = time.monotonic() + budget.proof_s
+    until = time.monotonic() + budget.proof_s * _MORE_TRIALS
     axes, why_not = axes_by_structure(subject, plan.defaults)
     tried = 0
     if axes:

@@ -61,20 +61,23 @@ def spread(samples: Sequence[int]) -> float:
 def take_samples(groups: Sequence[Sequence[TimedModel]], budget: TimeBudget, *, again: bool = True) -> Samples:
     """Run groups of models in turns.
 
-    A slow model is run once for each sample, and its first run counts. Where the
-    samples are far apart, as on a busy machine, as many are taken again.
+    A slow model is run once for each sample, and its first run counts. Where the samples are far apart, as on a busy
+    machine, as many are taken again.
 
     Args:
         groups: the groups.
         budget: how long to measure.
-        again: False takes one sample of a slow model, and takes none again.
+        again: False takes fewer samples of a slow model, and takes none again.
     """
     before, own_ns = cpu_times(), -time.process_time_ns()
     first = [run_together(group, 0.0, least=1) for group in groups]
     own_ns += _used_ns(first)
-    slow = max((runs.wall_ns[0] for group in first for runs in group), default=0) > SLOW_S * 1e9
+    longest_s = max((runs.wall_ns[0] for group in first for runs in group), default=0) / 1e9
+    slow = longest_s > SLOW_S
     costs = [[[runs.cost_ns] if slow else [] for runs in group] for group in first]
-    turns = (budget.least_samples - 1 if again else 0) if slow else budget.samples
+    turns = budget.samples
+    if slow:
+        turns = budget.samples_of(longest_s) - (1 if again else budget.least_samples)
     samples = Samples((), 0.0)
     for attempt in range(2):
         for _ in range(turns):
