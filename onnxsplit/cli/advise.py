@@ -62,7 +62,10 @@ def _providers(_context: click.Context, _parameter: click.Parameter, value: str)
     help="Requests per second to serve. Without it: as many as possible.",
 )
 @_wish_option(
-    "--p99", type=SecondsParam(), metavar="TIME", help="Time in which 99 of 100 requests are answered, as 50ms."
+    "--p99",
+    type=SecondsParam(unit=True),
+    metavar="TIME",
+    help="Time in which 99 of 100 requests are answered, as 50ms.",
 )
 @_wish_option("--max-memory", type=SizeParam(), metavar="SIZE", help="Most memory on a device, as 512M or 2.5G.")
 @_device_option(

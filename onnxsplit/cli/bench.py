@@ -170,7 +170,8 @@ def _load_rows(loads: Sequence[LoadLatency]) -> list[tuple[str, ...]]:
     rows: dict[str, list[str]] = {}
     for load in loads:
         behind = "" if load.keeps_up else ", growing"
-        rows.setdefault(load.name, []).extend([milliseconds(load.p50_ns), f"{milliseconds(load.p99_ns)}{behind}"])
+        few = "" if load.has_percentiles else f" (slowest of {load.requests})"
+        rows.setdefault(load.name, []).extend([milliseconds(load.p50_ns), f"{milliseconds(load.p99_ns)}{few}{behind}"])
     return [(name, *cells) for name, cells in rows.items()]
 
 

@@ -49,14 +49,18 @@ def command(output: Output, *, measure: bool) -> None:
     output.line(f"Shared memory {binary(host.shared_memory_bytes)} free")
     output.line(f"Temporary files in {host.temporary_folder}, {binary(host.temporary_free_bytes)} free")
     output.line(f"{host.open_files_limit} files may be open at once")
-    _show_costs(output, host_costs())
-    output.line(f"Kept them in {kept}." if kept else "Measure them: onnxsplit doctor --measure")
+    costs = host_costs()
+    _show_costs(output, costs)
+    if kept:
+        output.line(f"Kept them in {kept}.")
+    elif costs.source == "typical":
+        output.line("Measure them: onnxsplit doctor --measure")
     output.line()
     for problem in host.problems:
         output.line(f"Problem: {problem}")
     if not host.problems:
         output.line("No problems found. Next: onnxsplit partition model.onnx")
-    output.result({"doctor": host, "host_costs": host_costs(), "host_costs_file": costs_file()})
+    output.result({"doctor": host, "host_costs": costs, "host_costs_file": costs_file()})
 
 
 def _show_costs(output: Output, costs: HostCosts) -> None:

@@ -142,9 +142,8 @@ def _strongest_names(options: Mapping[str, Any], names: Mapping[str, str]) -> di
 @_cut_option(
     "--tolerance",
     type=ShareParam(),
-    default="1e-3",
     metavar="SHARE",
-    help="Largest error of an output, relative to its scale, that narrow borders may cause.",
+    help="Largest error of an output, relative to its scale, that narrow borders may cause; 1e-3 by default.",
 )
 @option("--cut", multiple=True, hidden=True)  # former name of --also-cut
 @option("--keep", multiple=True, hidden=True)  # former name of --no-cut

@@ -78,9 +78,16 @@ class ShareParam(click.ParamType):  # type: ignore[type-arg]  # as above
 
 
 class SecondsParam(click.ParamType):  # type: ignore[type-arg]  # as above
-    """A time in seconds: ``10``, ``10s``, ``50ms``, ``2m`` or ``1h``."""
+    """A time in seconds: ``10``, ``10s``, ``50ms``, ``2m`` or ``1h``.
+
+    Args:
+        unit: True refuses a number without a unit, where milliseconds are as likely to be meant.
+    """
 
     name = "time"
+
+    def __init__(self, *, unit: bool = False) -> None:
+        self._unit = unit
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse the text of an option."""
@@ -92,6 +99,8 @@ class SecondsParam(click.ParamType):  # type: ignore[type-arg]  # as above
             return self.fail(f"{value!r} is not a time; write 10s, 50ms or 2m", param, ctx)
         if not 0 < number <= MOST_SECONDS:
             self.fail(f"{value!r} is not a time above 0 and at most {MOST_SECONDS:.0f} seconds", param, ctx)
+        if self._unit and not unit:
+            self.fail(f"{value!r} has no unit; write {text}ms or {text}s", param, ctx)
         return number
 
 

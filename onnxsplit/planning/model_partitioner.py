@@ -26,6 +26,7 @@ from onnxsplit.partitioner import (
     search,
     slice_order,
 )
+from onnxsplit.plan_borders import DEFAULT_TOLERANCE
 from onnxsplit.planning.border_rules import border_forms
 from onnxsplit.planning.cut_at import assignment_at, check_cuts
 from onnxsplit.planning.options import CutOptions
@@ -170,7 +171,7 @@ def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelP
     """
     options.check()
     subject = subject.tied(_ties(subject, options))
-    subject = replace(subject, borders=border_forms(subject, options.border, options.tolerance))
+    subject = replace(subject, borders=border_forms(subject, options.border, options.tolerance or DEFAULT_TOLERANCE))
     cluster = load_cluster(options.cluster) if options.cluster is not None else None
     stages, target = _devices(subject, options, cluster)
     target = replace(target, placed=_placed(subject, options.place, target), apart=_apart(subject, options.also_cut))

@@ -13,7 +13,7 @@ from onnxsplit.numbers import MOST_BYTES, MOST_ROUNDS, MOST_SECONDS, as_int, rea
 from onnxsplit.partitioner import Parallel
 from onnxsplit.plan import Objective
 from onnxsplit.plan_base import MOST_NODES
-from onnxsplit.plan_borders import DEFAULT_TOLERANCE, BorderChoice
+from onnxsplit.plan_borders import BorderChoice
 
 Strategy = Literal["layer", "network", "task"]
 
@@ -72,7 +72,8 @@ class CutOptions:
         border: the form in which float32 tensors cross between stages: ``float32`` as they are; ``float16`` or
             ``int8`` (8-bit integers with a scale for each block of 64); ``auto`` for the form of each that is fastest
             on its link and keeps the model's outputs within ``tolerance`` on the example inputs.
-        tolerance: the largest error that narrower borders may cause, relative to the scale of each output.
+        tolerance: the largest error that narrower borders may cause, relative to the scale of each output; None for
+            0.001.
     """
 
     stages: int | Literal["auto"] | None = None
@@ -94,7 +95,7 @@ class CutOptions:
     gap: float = 0.0
     time_limit: float | None = None
     border: BorderChoice = "float32"
-    tolerance: float = DEFAULT_TOLERANCE
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         """Turn integers of NumPy into Python's."""
@@ -121,6 +122,10 @@ class CutOptions:
         self._check_numbers()
         if self.border not in get_args(BorderChoice):
             raise PartitionError(f"--border must be one of {', '.join(get_args(BorderChoice))}, not {self.border!r}")
+        if self.tolerance is not None and self.border == "float32":
+            raise PartitionError(
+                "--tolerance is for narrow borders; add --border auto, int8 or float16, or leave out --tolerance"
+            )
         if self.stages == "auto" and self.max_memory is None:
             raise PartitionError("--stages auto needs a memory limit: add --max-memory SIZE")
         if self.cut_at and (self.stages is not None or self.max_memory is not None or self.cluster is not None):
@@ -156,7 +161,7 @@ class CutOptions:
             self.rounds is not None and whole_problem("--rounds", self.rounds, 0, MOST_ROUNDS),
             real_problem("--gap", self.gap, _MOST_GAP, zero=True),
             self.time_limit is not None and real_problem("--time-limit", self.time_limit, MOST_SECONDS),
-            real_problem("--tolerance", self.tolerance, 1.0),
+            self.tolerance is not None and real_problem("--tolerance", self.tolerance, 1.0),
         ]
         problems = [problem for problem in checks if problem]
         if problems:

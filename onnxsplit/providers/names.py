@@ -56,9 +56,11 @@ def parse_provider(text: str) -> Provider:
     options: dict[str, str] = {}
     for part in parts:
         key, equals, value = part.partition("=")
+        if full == CPU:
+            raise ProviderError(f"provider {text!r}: the CPU has no devices and takes no options; write 'cpu'")
         if equals and key:
             options[key] = value
-        elif part.isdecimal() and full != CPU:
+        elif part.isdecimal():
             options["device_id"] = part
         else:
             raise ProviderError(f"provider {text!r}: {part!r} is neither the number of a device nor KEY=VALUE")

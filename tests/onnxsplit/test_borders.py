@@ -192,11 +192,13 @@ def test_a_plan_whose_borders_contradict_it_is_refused(tmp_path, long_chain):
 
 def test_without_the_option_plans_stay_as_they_were(tmp_path):
     plans = []
-    for name, options in (("a", {}), ("b", {"border": "float32", "tolerance": 0.5})):
+    for name, options in (("a", {}), ("b", {"border": "float32"})):
         (tmp_path / name).mkdir()
         plans.append(split(build.chain(), tmp_path / name, costs="analytic", **options))
     assert plans[0].to_json() == plans[1].to_json()
     assert plans[0].borders is None
+    with pytest.raises(PartitionError, match="--tolerance is for narrow borders; add --border auto"):
+        split(build.chain(), tmp_path, tolerance=0.5)
 
 
 def test_a_border_above_the_tolerance_is_told_and_verify_refuses_it(tmp_path, long_chain):

@@ -387,6 +387,10 @@ def test_running_options_that_make_no_sense_are_wrong_usage(onnxsplit, options, 
     assert words in onnxsplit("run", "any.plan", *options, code=2).stderr
 
 
+def test_a_time_that_may_be_meant_in_milliseconds_needs_its_unit(onnxsplit):
+    assert "'50' has no unit; write 50ms or 50s" in onnxsplit("advise", "any.onnx", "--p99", "50", code=2).stderr
+
+
 def test_repeatable_options_take_several_values_at_once(onnxsplit, tmp_path):
     build.save(build.chain(), tmp_path)
     for arguments in (

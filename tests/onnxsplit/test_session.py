@@ -38,7 +38,7 @@ def test_providers_are_read(text, name, options):
     assert (found.name, dict(found.options)) == (name, options)
 
 
-@pytest.mark.parametrize("text", ["gpu", "cuda:x", "cpu:1", ""])
+@pytest.mark.parametrize("text", ["gpu", "cuda:x", "cpu:1", "cpu:arena=1", ""])
 def test_unknown_providers_are_refused(text):
     with pytest.raises(ProviderError):
         parse_provider(text)
