@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from onnxsplit.cluster import Device
@@ -72,6 +74,8 @@ class Rounds:
         self._folder = folder
         self._say = say
         self._plain: Mapping[str, Array] = {}
+        self._proof: tuple[tuple[int, ...], int] | None = None  # times of the ops, and what no cut is below with them
+        self._proving_s = 0.0
 
     @property
     def _subject(self) -> Subject:
@@ -96,7 +100,10 @@ class Rounds:
             best, history = self._best_of_rounds(whole, budget)
             best = self._faithful(best, whole, budget)
             sessions = whole.times(sum(map(len, best.result.partition.devices)), budget)
-        return self._finished(best, self._partitioner(best.op_ns).bound, history, sessions)
+        if self._proof is None or self._proof[0] != best.op_ns:
+            self._proven(best)
+        assert self._proof is not None
+        return self._finished(best, self._proof[1], history, sessions)
 
     def _best_of_rounds(
         self, whole: WholeSessions, budget: TimeBudget
@@ -108,7 +115,8 @@ class Rounds:
         levels: tuple[Level, ...] | None = None
         seen: set[Partition] = set()
         slow = self._subject.costs.whole_ns > SLOW_S * 1e9
-        for number in range(budget.slow_rounds if slow else budget.rounds):
+        rounds = budget.slow_rounds if slow else budget.rounds
+        for number in range(rounds):
             seen.add(result.partition)
             cut = self._write(f"round{number}", result, op_ns)
             if levels is None or len(levels) != len(cut.parts):
@@ -118,16 +126,37 @@ class Rounds:
             history.append(
                 CorrectionRound(predicted_ns=result.score.compute_ns, measured_ns=cut.times_on_devices(self._target))
             )
-            op_ns = cut.op_ns
             worse = best if best is None or cut.score.rank < best.score.rank else cut
             best = cut if worse is best else best
             if worse is not None:
                 shutil.rmtree(worse.folder)
-            result = self._partitioner(op_ns, quick=True)
-            if result.partition in seen or cut.score.value <= _GOOD * result.score.value:
+            better = self._better(cut, seen, budget) if number + 1 < rounds else None
+            if better is None:
                 break
+            result, op_ns = better, cut.op_ns
         assert best is not None
         return best, tuple(history)
+
+    def _better(self, cut: CandidateCut, seen: Collection[Partition], budget: TimeBudget) -> SearchResult | None:
+        """A cut to try next, which is better by the times that were measured for this one; None if there is none.
+
+        A short search comes first. If it finds none, a long one looks for one too while it proves the bound.
+        """
+        for search in (partial(self._partitioner, cut.op_ns, quick=True), partial(self._proven, cut)):
+            found = search()
+            if found.partition not in seen and cut.score.value > _GOOD * found.score.value:
+                return found
+            if self._proving_s > budget.search_s / 2:
+                break
+        return None
+
+    def _proven(self, cut: CandidateCut) -> SearchResult:
+        """Search with the times that were measured for a cut, and keep the bound."""
+        began = time.monotonic()
+        found = self._partitioner(cut.op_ns)
+        self._proving_s += time.monotonic() - began
+        self._proof = cut.op_ns, found.bound
+        return found
 
     def _finished(
         self, cut: CandidateCut, bound: int, history: tuple[CorrectionRound, ...], sessions: SessionTimes | None
