@@ -193,7 +193,7 @@ def started(
         plan = place.parent / f"{place.name}-{border}.plan"
         options = CutOptions(
             cluster=place.with_suffix(".toml"), stages=2, rounds=2, max_memory=int(MEMORY * whole), border=border,
-            tolerance=given.tolerance,
+            tolerance=None if border == "float32" else given.tolerance,
         )  # fmt: skip
         write_plan(subject, plan, options)
         running[border] = links.Running(hosts, place.parent, plan, port + number)
