@@ -1,7 +1,7 @@
 # Each target works from nothing on a machine with Python 3.11 or newer and a network.
 #   make demo     read a picture with a model cut in two              make check    format, lint, types
 #   make chat     two processes answer a question, and the answer goes on when one of them is killed
-#   make test     the tests, about six minutes on two cores           make bench    list the benchmarks; BENCH=FOLDER/FILE runs one
+#   make test     the tests, about 20 minutes on two cores            make bench    list the benchmarks; BENCH=FOLDER/FILE runs one
 #   make test-all      also the slow tests, all frameworks, and the soak (5 GB to install, 36 GB of disk)
 #   make test-export   the exporters' tests with all frameworks (5 GB to install; about two minutes to run)
 #   make test-lowest   the quick tests with the lowest allowed version of every dependency

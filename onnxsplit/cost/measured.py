@@ -65,7 +65,10 @@ def measured_costs(
     Raises:
         ModelError: the model does not run on the inputs.
     """
-    with runnable(graph.source) as source, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+    with (
+        runnable(graph.source, as_in_stages=True) as source,
+        tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder,
+    ):
         file = Path(folder) / "inputs.npz"
         save_npz(file, inputs)
         say("observing shapes")

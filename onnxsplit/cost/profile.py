@@ -177,7 +177,10 @@ def shapes_of_runs(
     Raises:
         ModelError: the model does not load, or the process died.
     """
-    with runnable(graph.source) as source, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+    with (
+        runnable(graph.source, as_in_stages=True) as source,
+        tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder,
+    ):
         files = []
         for number, group in enumerate(groups):
             files.append(tuple(str(Path(folder) / f"{number}-{place}.npz") for place in range(len(group))))

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -74,8 +74,19 @@ def open_any(model: ModelLike) -> SourceModel:
 
 
 @contextmanager
-def runnable(source: SourceModel) -> Iterator[ModelFile]:
-    """A file that other processes can run: the model's own file, or a temporary copy without its external data."""
+def runnable(source: SourceModel, *, as_in_stages: bool = False) -> Iterator[ModelFile]:
+    """A file that other processes can run: the model's own file, or a temporary copy without its external data.
+
+    Args:
+        source: the model.
+        as_in_stages: make constants of initializers that the model also lists as inputs, as in the stages. ONNX Runtime
+            folds and fuses constants only, so a session of the model's own file may be many times slower.
+
+    Raises:
+        ModelError: the copy cannot be written.
+    """
+    if as_in_stages:
+        source = _with_constants(source)
     if source.in_file:
         yield ModelFile(source.path)
         return
@@ -86,6 +97,20 @@ def runnable(source: SourceModel) -> Iterator[ModelFile]:
         except OSError as error:
             raise ModelError(f"cannot write {source.path.name} to {folder} to run it: {error.strerror}") from error
         yield ModelFile(path, data_folder)
+
+
+def _with_constants(source: SourceModel) -> SourceModel:
+    """The model without the inputs that are also initializers."""
+    held = {tensor.name for tensor in source.proto.graph.initializer}
+    asked = [value for value in source.proto.graph.input if value.name not in held]
+    if len(asked) == len(source.proto.graph.input):
+        return source
+    proto = onnx.ModelProto()
+    proto.CopyFrom(source.proto)
+    del proto.graph.input[:]
+    proto.graph.input.extend(asked)
+    proto.ir_version = max(proto.ir_version, 4)  # below, every initializer is an input
+    return replace(source, proto=proto, in_file=False, data_folder=source.place.parent)
 
 
 def _write(source: SourceModel, path: Path) -> Path | None:

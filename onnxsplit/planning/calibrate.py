@@ -108,7 +108,7 @@ def _left(subject: Subject, device: Device, say: Say) -> tuple[str, ...]:
     if parse_provider(device.provider).name == CPU:
         return ()
     say(f"asking {device.provider} which ops it takes")
-    with runnable(subject.graph.source) as file:
+    with runnable(subject.graph.source, as_in_stages=True) as file:
         found = ask_provider(
             file,
             device.provider,

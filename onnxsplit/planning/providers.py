@@ -57,7 +57,10 @@ def with_providers(subject: Subject, target: Target, say: Say) -> Target:
         return target
     threads = target.devices[0].threads
     facts: dict[str, ProviderFacts] = {}
-    with runnable(subject.graph.source) as file, tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
+    with (
+        runnable(subject.graph.source, as_in_stages=True) as file,
+        tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder,
+    ):
         inputs = Path(folder) / "inputs.npz"
         save_npz(inputs, subject.inputs)
         for text in here:

@@ -69,7 +69,7 @@ class WholeSessions:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxsplit-"))
         self._feed = Path(folder) / "in.npz"
         save_npz(self._feed, self._subject.inputs)
-        self._file = self._stack.enter_context(runnable(self._subject.graph.source))
+        self._file = self._stack.enter_context(runnable(self._subject.graph.source, as_in_stages=True))
         return self
 
     def __exit__(self, *_: object) -> None:

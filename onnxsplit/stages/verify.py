@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +91,7 @@ def verify(
         except ModelError as error:
             raise ModelError(f"{name} does not run on the inputs: {error}{hint}") from error
     types = _float_types(source, plan, examples[0])
-    with runnable(_with_constants(source)) as file:
+    with runnable(source, as_in_stages=True) as file:
         optimized = [
             [_run_optimized(file, plan, given, level, threads, needed) for level in _levels(plan)] for given in examples
         ]
@@ -141,23 +140,6 @@ def _check_model(folder: Path, plan: Plan, name: str, source: SourceModel) -> No
             f"{folder} was made from another model than {name}: SHA-256 {plan.model.sha256[:12]} "
             f"and {source.sha256[:12]}. Name the model it was made from, or partition this one"
         )
-
-
-def _with_constants(source: SourceModel) -> SourceModel:
-    """Make constants of the initializers that the model also lists as inputs, as in the stages.
-
-    ONNX Runtime folds and fuses constants only, so otherwise optimisation would seem to do less than in the stages.
-    The protobuf of ``source`` is changed in place.
-    """
-    graph = source.proto.graph
-    held = {tensor.name for tensor in graph.initializer}
-    asked = [value for value in graph.input if value.name not in held]
-    if len(asked) == len(graph.input):
-        return source
-    del graph.input[:]
-    graph.input.extend(asked)
-    source.proto.ir_version = max(source.proto.ir_version, 4)  # below, every initializer is an input
-    return replace(source, in_file=False)
 
 
 def _float_types(source: SourceModel, plan: Plan, inputs: Mapping[str, Array]) -> frozenset[str]:
