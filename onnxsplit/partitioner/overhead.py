@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_CROWDED = 1.2
+_CROWDED_PERCENT = 120
 """How much more processor time stages take that share fewer cores than they have threads.
 
 They wake each other at every request, so each finds less of its data in the caches. With three stages on two cores, 17
@@ -46,9 +46,12 @@ class Overhead:
         work_ns = self.caller_ns
         for time_ns, homes in zip(stage_ns, devices, strict=True):
             work_ns += time_ns * self._threads(homes)
-        if len(devices) > 1 and sum(map(self._threads, devices)) > self.cores:
-            work_ns = round(work_ns * _CROWDED)
-        return max(self.caller_ns, -(-work_ns // self.cores))
+        return max(self.caller_ns, self._on_cores_ns(work_ns, len(devices), sum(map(self._threads, devices))))
+
+    def _on_cores_ns(self, work_ns: int, stages: int, threads: int) -> int:
+        """The time that work takes if all cores share it."""
+        percent = _CROWDED_PERCENT if stages > 1 and threads > self.cores else 100
+        return -(-work_ns * percent // (100 * self.cores))
 
     def _threads(self, homes: Sequence[int]) -> int:
         return sum(self.threads[device] for device in homes)
@@ -66,6 +69,4 @@ class Overhead:
         if not all(self.threads):
             return bound_ns
         shared = (work_ns + stages * self.node_ns) * min(self.threads) + self.caller_ns
-        if stages > 1 and stages * min(self.threads) > self.cores:
-            shared = int(shared * _CROWDED)
-        return max(bound_ns, shared // self.cores)
+        return max(bound_ns, self._on_cores_ns(shared, stages, stages * min(self.threads)))

@@ -15,8 +15,9 @@ import pytest
 import onnxsplit
 from onnxsplit.errors import ModelError
 from onnxsplit.model import in_memory
-from onnxsplit.model.in_memory import open_any
+from onnxsplit.model.in_memory import open_any, runnable
 from onnxsplit.planning.examine import examine
+from onnxsplit.session import open_session
 from onnxsplit.stages.verify import verify
 
 CHEAP = {"stages": 2, "rounds": 1}
@@ -166,3 +167,23 @@ def test_nothing_is_left_of_the_copy_that_was_run(tmp_path, monkeypatch, failure
         examine(build.chain(), costs="measured", threads=1)
     assert seen[0].is_relative_to(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_weights_that_are_inputs_too_are_constants_where_the_model_is_timed(tmp_path, external):
+    proto = build.chain(4)
+    proto.graph.input.extend([build.value(name, [32, 32]) for name in ("w1", "w2")])
+    proto.ir_version = 3
+    onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=external, size_threshold=0, location="m.data")
+    source = open_any(tmp_path / "m.onnx")
+    x = {"x": np.ones((2, 32), np.float32)}
+    expected = open_session(tmp_path / "m.onnx", threads=1).run(x)["y"]
+    with runnable(source) as file:
+        assert file.path == tmp_path / "m.onnx"
+    with runnable(source, as_in_stages=True) as file:
+        assert [value.name for value in onnx.load(file.path, load_external_data=False).graph.input] == ["x"]
+        session = open_session(file.path.read_bytes(), threads=1, external_data_folder=file.data_folder)
+        assert np.array_equal(session.run(x)["y"], expected)
+        folder = file.path.parent
+    assert not folder.exists()
+    assert [value.name for value in source.proto.graph.input] == ["x", "w1", "w2"]

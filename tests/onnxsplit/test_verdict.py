@@ -209,11 +209,13 @@ def test_a_request_occupies_each_node_and_the_cores_of_the_host():
     assert figures.latency_ns == 220
 
 
-def test_more_stages_than_cores_share_the_cores():
+def test_more_stages_than_cores_share_the_cores_and_take_longer():
     overhead = Overhead(node_ns=0, caller_ns=0, threads=(1,) * 4, cores=2)
     figures = score(small_problem((100,) * 4, overhead, 4), Partition((0, 1, 2, 3), ((0,), (1,), (2,), (3,))))
     assert max(figures.stage_ns) == 100
-    assert figures.bottleneck_ns == 200
+    assert figures.bottleneck_ns == 240
+    replicas = score(small_problem((400,), overhead, 4), Partition((0,), ((0, 1, 2, 3),)))
+    assert replicas.bottleneck_ns == 200
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
