@@ -2,7 +2,7 @@
 
 Each model is cut into each number of stages with defaults. Then all ways that the verdicts of its plans name are run in
 turns: every plan as a pipeline with as many requests under way as it admits, the whole model in one session with one
-thread and with all cores, and replicas of the whole model in a pipeline.
+thread and with all cores, and replicas of the whole model in a pipeline. Weights that are inputs, too, are constants.
 
 A pair of ways is a claim if their measured rates differ by more than 10 % and the whole 95 % interval of the ratio is
 on one side of 1. The column *right* says for how many of these pairs the plan orders the rates as measured. The column
@@ -32,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "mode
 
 from benchmarks import example_models, harness
 from onnxsplit.machine_load import cpu_times
+from onnxsplit.model.in_memory import open_any, runnable
 from onnxsplit.plan import Plan, WayToRun
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import examine_for, write_plan
@@ -149,11 +150,14 @@ def measured(model: Path, plans: Mapping[int, Plan], folder: Path, slices: int, 
     turn_s = sum(max(seconds, LEAST_TURNS * way[1] / rate) for way, rate in said.items())
     slices = max(2, min(slices, int(MODEL_S / turn_s)))
     with ExitStack() as stack:
+        file = stack.enter_context(runnable(open_any(model), as_in_stages=True))
         contenders: dict[Way, Callable[[], float]] = {}
         for way in sorted(said):
             kind, number, threads = way
             if kind == "session":
-                timed = stack.enter_context(TimedModel(model, example, threads=threads, level=level))
+                timed = stack.enter_context(
+                    TimedModel(file.path, example, threads=threads, level=level, data_folder=file.data_folder)
+                )
                 contenders[way] = partial(session_rate, timed, seconds)
             else:
                 cut = folder / ("whole.plan" if kind == "replicas" else f"{number}.plan")

@@ -61,8 +61,8 @@ def spread(samples: Sequence[int]) -> float:
 def take_samples(groups: Sequence[Sequence[TimedModel]], budget: TimeBudget, *, again: bool = True) -> Samples:
     """Run groups of models in turns.
 
-    A slow model is run once for each sample, and its first run counts. Where the samples are far apart, as on a busy
-    machine, as many are taken again.
+    A slow model is run once for each sample; the first run of the slowest models counts, too. Where the samples are far
+    apart, as on a busy machine, as many are taken again.
 
     Args:
         groups: the groups.
@@ -74,10 +74,10 @@ def take_samples(groups: Sequence[Sequence[TimedModel]], budget: TimeBudget, *, 
     own_ns += _used_ns(first)
     longest_s = max((runs.wall_ns[0] for group in first for runs in group), default=0) / 1e9
     slow = longest_s > SLOW_S
-    costs = [[[runs.cost_ns] if slow else [] for runs in group] for group in first]
-    turns = budget.samples
-    if slow:
-        turns = budget.samples_of(longest_s) - (1 if again else budget.least_samples)
+    wanted = budget.samples_of(longest_s) if slow else budget.samples
+    first_counts = slow and wanted == budget.least_samples
+    costs = [[[runs.cost_ns] if first_counts else [] for runs in group] for group in first]
+    turns = wanted - (budget.least_samples if slow and not again else int(first_counts))
     samples = Samples((), 0.0)
     for attempt in range(2):
         for _ in range(turns):
