@@ -18,6 +18,9 @@ from onnxsplit.timed import Runs, TimedModel, low_quartile, run_together
 LEAST_INTERVAL = 0.01
 """The least half-width of an interval, as a share: what processes on one host do to each other's caches."""
 
+BETWEEN_PROCESSES = 0.03
+"""How far the time of a file in one process is from that in another, as a share: its memory lies elsewhere there."""
+
 _WIDE = 0.05  # samples that are further apart are taken again once
 _ONE_SIDED = 1.645  # standard deviations of a normal distribution that leave 5 % on one side
 _FEW = 2.0  # the interval of two samples is this much wider than their distance
@@ -40,9 +43,14 @@ class Samples:
         return tuple(map(low_quartile, self.costs_ns[group]))
 
     @property
-    def interval(self) -> float:
-        """The half-width of the interval of all times, as a share of each."""
+    def spread(self) -> float:
+        """How far the samples of a model are apart, for the model for which this is most, as :func:`spread`."""
         return max((spread(samples) for group in self.costs_ns for samples in group), default=0.0)
+
+    @property
+    def interval(self) -> float:
+        """The half-width of the interval of all times, as a share of each: for these processes, and for others."""
+        return math.hypot(self.spread, BETWEEN_PROCESSES)
 
 
 def spread(samples: Sequence[int]) -> float:
@@ -89,7 +97,7 @@ def take_samples(groups: Sequence[Sequence[TimedModel]], budget: TimeBudget, *, 
         own_s = (own_ns + time.process_time_ns()) / 1e9
         disturbed = cpu_times().busy_share_since(before, own_s)
         samples = Samples(tuple(tuple(map(tuple, group)) for group in costs), disturbed)
-        if attempt or slow or not again or samples.interval <= _WIDE:
+        if attempt or slow or not again or samples.spread <= _WIDE:
             break
     return samples
 

@@ -36,7 +36,7 @@ from onnxsplit.partitioner import (
 from onnxsplit.plan import TYPICAL_HOST
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
-from onnxsplit.planning.sampling import LEAST_INTERVAL, Samples, spread, take_samples
+from onnxsplit.planning.sampling import BETWEEN_PROCESSES, LEAST_INTERVAL, Samples, spread, take_samples
 from onnxsplit.planning.target import alike, of_cluster
 from onnxsplit.planning.verdict import verdict
 from onnxsplit.planning.whole_sessions import SessionTimes
@@ -174,7 +174,7 @@ def test_the_plan_of_a_measured_model_has_a_verdict_and_an_interval(tmp_path):
     plan = load_plan(tmp_path / "m.plan")
     assert plan.verdict is not None
     assert plan.costs.interval is not None
-    assert plan.costs.interval >= LEAST_INTERVAL
+    assert plan.costs.interval > BETWEEN_PROCESSES
     assert not plan.verdict.cut_pays, "a chain of a few small ops is faster whole"
     assert plan.verdict.text.startswith("Cutting makes this slower here (")
     assert plan.verdict.text in done.output.splitlines()
@@ -269,7 +269,8 @@ def test_samples_that_are_apart_widen_the_interval():
     assert spread([100, 100, 100]) == LEAST_INTERVAL
     assert spread([100, 110, 150, 100, 100]) == pytest.approx(0.1), "one disturbed sample does not widen it"
     assert spread([100, 110]) == pytest.approx(0.2), "two samples tell less"
-    assert Samples((((100, 100),), ((10, 20),)), 0.0).interval == pytest.approx(2.0)
+    assert Samples((((100, 100),), ((10, 20),)), 0.0).spread == pytest.approx(2.0)
+    assert Samples((((100, 104, 100),),), 0.0).interval == pytest.approx(0.05), "other processes differ by 3 %"
 
 
 class _Model:
@@ -311,6 +312,23 @@ def test_a_slow_model_is_run_once_for_each_sample_and_its_first_run_counts(monke
 
     monkeypatch.setattr("onnxsplit.planning.sampling.run_together", together)
     assert len(take_samples([[model]], EFFORTS["normal"]).costs_ns[0][0]) == model.taken == 2
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize(("run_s", "counted"), [(0.11, (4, 2)), (0.16, (3, 1)), (0.3, (2, 1))])
+def test_a_run_of_a_tenth_of_a_second_gets_more_samples_without_its_first_run(monkeypatch, run_s, counted, again):
+    times = iter([run_s + 0.002, *[run_s] * 20])
+
+    def together(models, seconds, *, least):
+        time_ns = round(next(times) * 1e9)
+        return [Runs([time_ns], [time_ns], by_cpu=True)]
+
+    monkeypatch.setattr("onnxsplit.planning.sampling.run_together", together)
+    budget = replace(EFFORTS["normal"], samples=5, least_samples=2)
+    (samples,) = take_samples([[_Model([])]], budget, again=again).costs_ns[0]
+    first_counts = run_s == 0.3
+    assert len(samples) == counted[0 if again else 1]
+    assert set(samples[first_counts:]) <= {round(run_s * 1e9)}
 
 
 def test_the_load_of_others_is_what_this_program_did_not_use():
