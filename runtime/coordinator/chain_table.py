@@ -7,7 +7,7 @@ states of its sequences lie on them. When nodes join, there are new chains, whic
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from onnxsplit.plan import CALLER
 from onnxsplit.plan_decoder import RowLayout
@@ -73,14 +73,19 @@ class ChainTable:
             chain.is_open = chain.route in wanted
             chain.leaves = any(node.phase is not Phase.READY for node in chain.nodes.values())
             self.tidy(chain)
+        self._open(wanted)
+
+    def _open(self, wanted: Iterable[tuple[int, ...]]) -> None:
+        """Make the chains that are wanted and not there, as far as there are slots for them."""
         for route in wanted:
             if route not in self._chains and (place := self._place_for(route)) is not None:
                 self._chains[route] = self._new(route, place)
 
     def tidy(self, chain: Chain) -> None:
-        """Remove a closed chain without sequences."""
-        if not chain.is_open and not chain.sequences:
+        """Remove a closed chain without sequences; another one may have waited for its slots."""
+        if not chain.is_open and not chain.sequences and chain in self:
             self.drop(chain)
+            self._open(dict.fromkeys(self._wanted()))
 
     def _wanted(self) -> Iterator[tuple[int, ...]]:
         """The routes of the chains that the present nodes can form."""
