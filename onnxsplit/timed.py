@@ -186,20 +186,17 @@ class TimedModel:
         self._worker.send(command)
 
     def _receive(self) -> WorkerAnswer:
-        assert self._worker is not None
-        answer = self._worker.receive()
+        worker, running = self._worker, f"running {self._load.model}"
+        assert worker is not None
+        answer = worker.receive()
         if answer is None and self._load.custom_ops:
             files = ", ".join(library.path for library in self._load.custom_ops)
-            raise CustomOpsError(f"running {self._load.model} with the custom op libraries {files}: {self._death()}")
+            raise CustomOpsError(f"{running} with the custom op libraries {files}: {worker.death()}")
         if answer is None:
-            raise ModelError(f"running {self._load.model}: {self._death()}")
+            raise ModelError(f"{running}: {worker.death()}")
         if answer.error is not None:
-            raise (ModelRefused if answer.refused else ModelError)(f"running {self._load.model}: {answer.error}")
+            raise (ModelRefused if answer.refused else ModelError)(f"{running}: {answer.error}")
         return answer
-
-    def _death(self) -> str:
-        assert self._worker is not None
-        return self._worker.death()
 
 
 class _WorkerProcess:
