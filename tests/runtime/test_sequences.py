@@ -711,6 +711,24 @@ def test_new_replicas_make_chains_that_new_sequences_use(tmp_path):
     driver.check_end()
 
 
+def test_a_chain_that_waits_for_slots_is_made_when_a_closed_one_ends_its_sequences(tmp_path):
+    driver = Driver(tmp_path)
+    assert driver.limits.places == 4
+    driver.do(Scaled(1, 6, SECOND))
+    driver.arrive()
+    for _ in range(4):
+        driver.submit(max_tokens=3)
+    assert {step.route for step in driver.steps.values()} == {(1, 2), (1, 3), (1, 4), (1, 5)}  # all slots of node 1
+    driver.do(Scaled(0, 2, SECOND))
+    driver.arrive()
+    chains = driver.machine.sequences.scheduler.chains
+    assert {chain.route for chain in chains if not chain.is_open} == {(1, 3), (1, 5)}
+    assert (1, 6) not in {chain.route for chain in chains}
+    driver.run()
+    assert {chain.route for chain in chains} == {(1, 2), (8, 3), (1, 4), (8, 5), (1, 6), (8, 7)}
+    driver.check_end()
+
+
 # Ends
 
 
