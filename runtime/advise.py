@@ -26,6 +26,7 @@ from runtime.load.loop import measure
 from runtime.load.patterns import ClosedLoop, OpenLoop, Pattern
 from runtime.load.pipeline import PipelineTarget
 from runtime.load.point import LoadPoint
+from runtime.load.rate_search import RateSearch
 from runtime.load.session import SessionTarget
 from runtime.load.target import LoadTarget
 from runtime.load.windows import AGREEING, Measuring
@@ -35,7 +36,6 @@ _SESSION_QUEUE = 2  # requests in flight that keep one session busy
 _FREE_SHARE = 0.5  # the share of the free memory that contenders may take together
 _WARM_UP = 0.2  # of a slice
 _LEAST_RUNS = 6  # requests alone, one after the other, that a slice is as long as at least
-_LEAST_SHARE = 0.02  # of the limit, the lowest rate that is tried
 _LATE_ENDS_S = 10.0
 
 
@@ -71,7 +71,7 @@ class LoadPlan(PlanStruct, frozen=True, kw_only=True):
         turns: number of turns of each measurement.
         closed_s: length of a slice of a closed loop.
         open_s: length of a slice of an open loop.
-        steps: number of rates that the search tries.
+        steps: the most slices that the search takes of each contender; it takes fewer of those that are far behind.
     """
 
     rate_per_s: float | None
@@ -88,7 +88,7 @@ class LoadPlan(PlanStruct, frozen=True, kw_only=True):
         return self.rate_per_s is None and self.p99_ns is not None
 
     def most_s(self, contender: Contender) -> float:
-        """The time that a contender is under load, in seconds."""
+        """The longest time that a contender is under load, in seconds."""
         least_s = _LEAST_RUNS * contender.alone_ns / 1e9
         opens = self.steps if self.searches else self.turns
         return (1 + _WARM_UP) * (self.turns * max(least_s, self.closed_s) + opens * max(least_s, self.open_s))
@@ -149,7 +149,10 @@ def load_in_turns(
                 run.find_limit()
         turns = load.steps if load.searches else load.turns
         for turn in range(turns):
+            best_per_s = max((run.kept_per_s for run in runs), default=0.0)
             for run in runs:
+                if load.searches and run.is_beaten(best_per_s):
+                    continue
                 say(f"turn {turn + 1} of {turns}: latencies of {run.contender.name}")
                 if load.searches:
                     run.search_rate()
@@ -174,13 +177,22 @@ class _Run:
         self._open: tuple[LoadTarget, int, Pipeline | None] | None = None
         self._limits: list[float] = []
         self._points: list[LoadPoint] = []
-        self._low, self._high = 0.0, 1.0  # of a search, as shares of the limit
+        self._search = RateSearch()
         self._node_bytes: int | None = None
         self._problem = ""
 
     @property
     def _limit(self) -> float:
         return statistics.median(self._limits) if self._limits else 0.0
+
+    @property
+    def kept_per_s(self) -> float:
+        """The highest rate so far that kept the p99."""
+        return 0.0 if self._problem else self._search.low * self._limit
+
+    def is_beaten(self, best_per_s: float) -> bool:
+        """Whether the search has shown that a contender cannot keep a rate that another one has kept."""
+        return self._limit > 0 and self._search.is_beaten(best_per_s / self._limit)
 
     def find_limit(self) -> None:
         """Add a slice of a closed loop."""
@@ -196,23 +208,21 @@ class _Run:
 
     def search_rate(self) -> None:
         """Try a rate between the highest that kept the p99 and the lowest that did not."""
-        middle = (self._low + self._high) / 2
-        if self._limit <= 0 or middle < _LEAST_SHARE:
+        share, before = self._search.share, self._search.low
+        if self._limit <= 0 or share is None:
             return
-        point = self._at(middle * self._limit, 0)
+        point = self._at(share * self._limit, int(self._search.is_second))
         if point is None:
             return
-        if point.latency.p99_ns <= (self._load.p99_ns or 0) and point.keeps_up:
-            self._low, self._points = middle, [point]
-        else:
-            self._high = middle
-            self._points = self._points if self._low else [point]
+        self._search.note(point.latency.p99_ns <= (self._load.p99_ns or 0) and point.keeps_up)
+        if not before or self._search.low > before:
+            self._points = [point]
 
     def result(self) -> LoadResult:
         """What was measured."""
         if self._problem or not self._limits:
             return LoadResult(problem=self._problem or "it answered no request in time")
-        share = self._low if self._load.searches else self._load.share
+        share = self._search.low if self._load.searches else self._load.share
         points = [point for point in self._points if point.latency.count]
         kept = points and all(point.keeps_up for point in points)
         return LoadResult(

@@ -86,11 +86,11 @@ def main() -> None:
             choices = [c for c in advisor.choices() if not c.left_out]
             contenders = {c.candidate.name: contender_of(c, advisor) for c in choices}
             every = load_in_turns(
-                list(contenders.values()), advisor.inputs(), load(wishes, turns=2, steps=5, seconds=given.seconds)
+                list(contenders.values()), advisor.inputs(), load(wishes, turns=2, steps=8, seconds=given.seconds)
             )
             best = max(zip(contenders, every, strict=True), key=lambda pair: pair[1].rate_per_s)[0]
             both = [contenders[picked.name], contenders[best]]
-            again = load(wishes, turns=3, steps=8, seconds=2 * given.seconds)
+            again = load(wishes, turns=3, steps=12, seconds=2 * given.seconds)
             own, other = load_in_turns(both, advisor.inputs(), again)
             report.row(
                 {
