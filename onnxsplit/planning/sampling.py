@@ -21,6 +21,13 @@ LEAST_INTERVAL = 0.01
 BETWEEN_PROCESSES = 0.03
 """How far the time of a file in one process is from that in another, as a share: its memory lies elsewhere there."""
 
+BESIDE_OTHERS = 0.08
+"""How much more processor time runs take beside others that use all cores, as a share: these use the caches, too.
+
+Beside two busy loops on two cores, bottlenecks of 18 networks were 3 % above those of the idle machine in the median,
+and 4.9 % in the upper quartile (``benchmarks/cutting/busy_machine.py``).
+"""
+
 _WIDE = 0.05  # samples that are further apart are taken again once
 _ONE_SIDED = 1.645  # standard deviations of a normal distribution that leave 5 % on one side
 _FEW = 2.0  # the interval of two samples is this much wider than their distance
@@ -50,7 +57,7 @@ class Samples:
     @property
     def interval(self) -> float:
         """The half-width of the interval of all times, as a share of each: for these processes, and for others."""
-        return math.hypot(self.spread, BETWEEN_PROCESSES)
+        return math.hypot(self.spread, BETWEEN_PROCESSES, BESIDE_OTHERS * self.disturbed)
 
 
 def spread(samples: Sequence[int]) -> float:

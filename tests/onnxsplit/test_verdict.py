@@ -271,6 +271,7 @@ def test_samples_that_are_apart_widen_the_interval():
     assert spread([100, 110]) == pytest.approx(0.2), "two samples tell less"
     assert Samples((((100, 100),), ((10, 20),)), 0.0).spread == pytest.approx(2.0)
     assert Samples((((100, 104, 100),),), 0.0).interval == pytest.approx(0.05), "other processes differ by 3 %"
+    assert Samples((((100, 100, 100),),), 1.0).interval == pytest.approx(0.086, abs=1e-3), "others use the caches"
 
 
 class _Model:
