@@ -235,7 +235,7 @@ class HostCosts(PlanStruct, frozen=True, kw_only=True):
 
 
 TYPICAL_HOST = HostCosts(
-    source="typical", node_ns=130_000, caller_ns=200_000, hop_ns=60_000, tensor_ns=20_000, bytes_per_s=12e9
+    source="typical", node_ns=240_000, caller_ns=360_000, hop_ns=60_000, tensor_ns=20_000, bytes_per_s=12e9
 )
 """Figures of a host with two cores, for hosts on which nothing was measured.
 

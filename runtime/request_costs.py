@@ -1,7 +1,9 @@
 """Measures what requests cost on this host beside the runs of their stages.
 
-Pipelines of stages that compute next to nothing run under load. The processor time of their nodes and of this process
-is then what a request costs there. Processor time does not grow with what other processes do meanwhile.
+Small pipelines run under load. The processor time of their nodes, less that of the runs, and of this process is what a
+request costs there. Processor time does not grow with what other processes do meanwhile. Stages with weights count for
+the request itself, because their runs drop everything else from the caches. The costs of tensors are differences
+between pipelines whose stages compute next to nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _LEAST_BUSY = 0.5  # processes that hand requests to each other do not use less 
 
 @dataclass(frozen=True)
 class Probe:
-    """A plan whose stages compute next to nothing.
+    """A plan whose stages are alike.
 
     Attributes:
         folder: the plan.
@@ -58,14 +60,15 @@ class _Load:
 
 
 def request_costs(
-    say: Callable[[str], None], one_stage: Probe, two_stages: Probe, many_tensors: Probe, large: Probe
+    say: Callable[[str], None], one_stage: Probe, two_stages: Probe, working: Probe, many_tensors: Probe, large: Probe
 ) -> HostCosts:
-    """Measure the costs of requests with four plans.
+    """Measure the costs of requests with five plans.
 
     Args:
         say: called with each step.
         one_stage: a plan of one stage, with one small tensor.
         two_stages: the same with two stages.
+        working: two stages with weights, and one small tensor.
         many_tensors: two stages with many small tensors.
         large: two stages with one large tensor.
 
@@ -75,19 +78,19 @@ def request_costs(
     say("requests alone")
     further_ns = _further_stage_ns(one_stage, two_stages)
     say("requests under load")
-    double = _load(two_stages)
+    double, work = _load(two_stages), _load(working)
     say("many tensors")
     many = _load(many_tensors)
     say("a large tensor")
     heavy = _load(large)
-    busy = max(_LEAST_BUSY, double.busy)
+    busy = max(_LEAST_BUSY, work.busy)
     ends = 2 * (len(many_tensors.inputs) - 1)
     size_bytes = 2 * sum(array.nbytes for array in large.inputs.values())
     byte_ns = max(0.01, (heavy.node_ns - double.node_ns - large.run_ns) / size_bytes)
     return HostCosts(
         source="measured",
-        node_ns=round(double.node_ns / busy),
-        caller_ns=round(double.caller_ns / busy),
+        node_ns=max(0, round((work.node_ns - working.run_ns) / busy)),
+        caller_ns=round(work.caller_ns / busy),
         hop_ns=max(0, round(further_ns - double.node_ns)),
         tensor_ns=max(0, round((many.node_ns - double.node_ns) / ends)),
         bytes_per_s=round(1e9 / byte_ns),

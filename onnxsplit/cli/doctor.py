@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _SMALL, _LARGE = 16, 1 << 18  # elements of a tensor
 _MANY = 16  # tensors
+_MATRICES, _WIDTH = 4, 512  # weights of a stage, which are as large as a core's cache: 4 MiB
 
 
 @make_command
@@ -74,31 +75,31 @@ def _measured(output: Output) -> HostCosts:
     """Measure what requests cost on this host."""
     import numpy as np
 
-    from onnxsplit.model.negations import negations
+    from onnxsplit.model.probes import negations, products
     from onnxsplit.planning.planner import partition
     from runtime.request_costs import Probe, request_costs
 
+    models = {
+        "one-stage": negations(1, 1, _SMALL),
+        "two-stages": negations(2, 1, _SMALL),
+        "working": products(2, _MATRICES, _WIDTH),
+        "many-tensors": negations(2, _MANY, _SMALL),
+        "large": negations(2, 1, _LARGE),
+    }
     with tempfile.TemporaryDirectory(prefix="onnxsplit-") as folder:
 
-        def probe(name: str, stages: int, tensors: int, size: int) -> Probe:
-            out = Path(folder) / name
-            inputs = {f"x{tensor}": np.ones(size, np.float32) for tensor in range(tensors)}
-            borders = [f"y{tensor}_{stage}" for tensor in range(tensors) for stage in range(stages - 1)]
+        def probe(name: str) -> Probe:
+            graph = models[name].graph
+            inputs = {x.name: np.ones(x.type.tensor_type.shape.dim[0].dim_value, np.float32) for x in graph.input}
+            ends = {y.name for y in graph.output}
+            borders = [y for node in graph.node for y in node.output if y.endswith("_0") and y not in ends]
             how = {"cut_at": borders} if borders else {"stages": 1}
-            costs = "measured" if size == _LARGE else "analytic"
-            plan = partition(negations(stages, tensors, size), out=out, inputs=inputs, costs=costs, rounds=1, **how)
+            costs = "measured" if name in ("working", "large") else "analytic"
+            out = Path(folder) / name
+            plan = partition(models[name], out=out, inputs=inputs, costs=costs, rounds=1, **how)
             return Probe(out, inputs, plan.stages[0].measured_time_ns or 0)
 
-        output.say("making pipelines that compute nothing")
-        probes = [
-            probe(name, stages, tensors, size)
-            for name, stages, tensors, size in (
-                ("one-stage", 1, 1, _SMALL),
-                ("two-stages", 2, 1, _SMALL),
-                ("many-tensors", 2, _MANY, _SMALL),
-                ("large", 2, 1, _LARGE),
-            )
-        ]
-        costs = request_costs(output.say, *probes)
+        output.say("making small pipelines")
+        costs = request_costs(output.say, *map(probe, models))
     output.done()
     return costs
