@@ -20,7 +20,7 @@ _MATRICES, _WIDTH = 4, 512  # weights of a stage, which are as large as a core's
 @option(
     "--measure",
     is_flag=True,
-    help="Measure what requests cost on this host (about 15 s), and keep it for later plans.",
+    help="Measure what requests cost on this host (about 20 s), and keep it for later plans.",
 )
 def command(output: Output, *, measure: bool) -> None:
     """Show what this host has: versions, providers (and why some cannot be used), cores, load, memory and limits."""

@@ -75,7 +75,7 @@ def test_a_cut_that_pays_is_compared_with_each_other_way(plan):
     found = verdict(predicted(plan, 41 * MS, 76 * MS), sessions(76, 43, 77), target())
     assert found is not None
     assert found.text == (
-        "2 stages: 1.85 x one session with one thread, 1.05 x one session with 2 threads; 2 replicas: 1.97 x."
+        "2 stages: 1.85 x one session with one thread, 1.05 x one session with 2 threads; 2 replicas: 1.96 x."
     )
     assert found.cut_pays
     assert [(way.kind, way.count, way.threads, way.source) for way in found.ways] == [
@@ -98,7 +98,7 @@ def test_a_cut_that_loses_says_what_to_do_instead(plan):
 def test_replicas_are_advised_where_they_beat_a_cut_that_loses(plan):
     found = verdict(predicted(plan, 9 * MS, 8 * MS), sessions(8, 8, 8.1), target())
     assert found is not None
-    assert found.text.endswith("or use --parallel data (2 replicas: 1.90 x).")
+    assert found.text.endswith("or use --parallel data (2 replicas: 1.84 x).")
     assert not found.cut_pays
 
 
