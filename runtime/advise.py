@@ -103,7 +103,7 @@ class LoadResult(PlanStruct, frozen=True, kw_only=True):
         limit_high: the highest of a turn.
         rate_per_s: the rate of the next two figures; 0 where no rate keeps the p99 that was asked for.
         p50_ns: median time of a request at that rate; None where it cannot keep the rate.
-        p99_ns: the 99th percentile of it.
+        p99_ns: the 99th percentile of it; where the rate was searched, that of a line through all slices.
         requests: number of requests that these two are of.
         node_bytes: memory of all node processes; None for a session in this process.
         problem: why it could not be run; empty where it was.
@@ -149,13 +149,13 @@ def load_in_turns(
                 run.find_limit()
         turns = load.steps if load.searches else load.turns
         for turn in range(turns):
-            best_per_s = max((run.kept_per_s for run in runs), default=0.0)
+            best = max(runs, key=lambda run: run.kept_per_s, default=None)
             for run in runs:
-                if load.searches and run.is_beaten(best_per_s):
+                if load.searches and best is not None and run.is_clearly_behind(best):
                     continue
                 say(f"turn {turn + 1} of {turns}: latencies of {run.contender.name}")
                 if load.searches:
-                    run.search_rate()
+                    run.search_rate(turn)
                 else:
                     run.take_latency(turn)
         return [run.result() for run in runs]
@@ -177,7 +177,7 @@ class _Run:
         self._open: tuple[LoadTarget, int, Pipeline | None] | None = None
         self._limits: list[float] = []
         self._points: list[LoadPoint] = []
-        self._search = RateSearch()
+        self._search = RateSearch(load.p99_ns) if load.p99_ns is not None else None
         self._node_bytes: int | None = None
         self._problem = ""
 
@@ -187,12 +187,16 @@ class _Run:
 
     @property
     def kept_per_s(self) -> float:
-        """The highest rate so far that kept the p99."""
-        return 0.0 if self._problem else self._search.low * self._limit
+        """The highest rate that keeps the p99, as far as a search has found it."""
+        if self._problem or self._search is None or not self._points or not self._search.keeps:
+            return 0.0
+        return self._search.share * self._limit
 
-    def is_beaten(self, best_per_s: float) -> bool:
-        """Whether the search has shown that a contender cannot keep a rate that another one has kept."""
-        return self._limit > 0 and self._search.is_beaten(best_per_s / self._limit)
+    def is_clearly_behind(self, other: _Run) -> bool:
+        """Whether further slices would hardly show that a contender keeps a higher rate than another one."""
+        if self._search is None or other._search is None:
+            return False
+        return self._search.is_clearly_behind(self._limit, other._search, other._limit)
 
     def find_limit(self) -> None:
         """Add a slice of a closed loop."""
@@ -206,35 +210,48 @@ class _Run:
         if 0 < rate <= self._limit and (point := self._at(rate, turn)) is not None:
             self._points.append(point)
 
-    def search_rate(self) -> None:
-        """Try a rate between the highest that kept the p99 and the lowest that did not."""
-        share, before = self._search.share, self._search.low
-        if self._limit <= 0 or share is None:
+    def search_rate(self, turn: int) -> None:
+        """Add a slice near the highest rate that keeps the p99. All contenders get the same requests in a turn."""
+        assert self._search is not None
+        if self._limit <= 0:
             return
-        point = self._at(share * self._limit, int(self._search.is_second))
-        if point is None:
-            return
-        self._search.note(point.latency.p99_ns <= (self._load.p99_ns or 0) and point.keeps_up)
-        if not before or self._search.low > before:
-            self._points = [point]
+        share = self._search.next_share
+        if (point := self._at(share * self._limit, turn)) is not None and point.latency.count:
+            self._points.append(point)
+            self._search.note(share, point.latency.p99_ns, keeps_up=point.keeps_up)
 
     def result(self) -> LoadResult:
         """What was measured."""
         if self._problem or not self._limits:
             return LoadResult(problem=self._problem or "it answered no request in time")
-        share = self._search.low if self._load.searches else self._load.share
-        points = [point for point in self._points if point.latency.count]
-        kept = points and all(point.keeps_up for point in points)
+        rate_per_s, p50_ns, p99_ns = self._latencies()
         return LoadResult(
             limit_per_s=self._limit,
             limit_low=min(self._limits),
             limit_high=max(self._limits),
-            rate_per_s=self._load.rate_per_s or share * self._limit,
-            p50_ns=round(statistics.median(point.latency.p50_ns for point in points)) if kept else None,
-            p99_ns=round(statistics.median(point.latency.p99_ns for point in points)) if kept else None,
-            requests=sum(point.latency.count for point in points),
+            rate_per_s=rate_per_s,
+            p50_ns=p50_ns,
+            p99_ns=p99_ns,
+            requests=sum(point.latency.count for point in self._points),
             node_bytes=self._node_bytes,
         )
+
+    def _latencies(self) -> tuple[float, int | None, int | None]:
+        """The rate that latencies are of, and the median and the 99th percentile of them."""
+        points = [point for point in self._points if point.latency.count]
+        if self._load.searches:
+            if self._search is None or not points:
+                return 0.0, None, None
+            rate, asked_ns = self._search.share * self._limit, self._load.p99_ns or 0
+            nearest = min(points, key=lambda point: abs((point.rate_per_s or 0.0) - rate))
+            if not self._search.keeps:
+                return 0.0, nearest.latency.p50_ns, max(self._search.p99_ns, asked_ns + 1)
+            return rate, nearest.latency.p50_ns, min(self._search.p99_ns, asked_ns)
+        rate = self._load.rate_per_s or self._load.share * self._limit
+        if not points or not all(point.keeps_up for point in points):
+            return rate, None, None
+        p50_ns, p99_ns = ([getattr(point.latency, name) for point in points] for name in ("p50_ns", "p99_ns"))
+        return rate, round(statistics.median(p50_ns)), round(statistics.median(p99_ns))
 
     def _at(self, rate: float, seed: int) -> LoadPoint | None:
         return self._slice(OpenLoop(per_s=rate, poisson=True, seed=seed), self._load.open_s)

@@ -43,8 +43,8 @@ _BUSY = 0.15  # the share of the cores that others may use before the machine is
 _FEW = 300  # requests of which a p99 is a rough one
 _MOST_RUN: dict[EffortName, int] = {"quick": 3, "normal": 5, "thorough": 10}
 _LOADS: dict[EffortName, dict[str, Any]] = {
-    "quick": {"turns": 2, "closed_s": 1.0, "open_s": 2.0, "steps": 7},
-    "normal": {"turns": 3, "closed_s": 1.5, "open_s": 3.0, "steps": 10},
+    "quick": {"turns": 2, "closed_s": 1.0, "open_s": 2.0, "steps": 6},
+    "normal": {"turns": 3, "closed_s": 1.5, "open_s": 4.0, "steps": 10},
     "thorough": {"turns": 5, "closed_s": 3.0, "open_s": 10.0, "steps": 12},
 }
 
