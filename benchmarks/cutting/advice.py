@@ -1,9 +1,9 @@
 """Is the pick of `onnxsplit advise` as good as the best of all candidates?
 
 For each model, `advise` is asked for the highest rate at which 99 % of requests are answered within some times of what
-one run takes. Then all candidates are run in turns, which takes long. If the best of these is not the pick, both are run
-again, in turns and longer. The columns are the highest rates of the two that keep the p99, in requests per second, and by how
-much the pick is below the best.
+one run takes. Then all candidates are run in turns, which takes long. If the best of these is not the pick, both are
+run again, in turns and longer. The columns are the highest rates of the two that keep the p99, in requests per second,
+and by how much the pick is below the best.
 """
 
 from __future__ import annotations
