@@ -35,6 +35,7 @@ _SHARES = (0.1, 0.3, 0.6, 1.0)  # targets to try, as shares of the distance betw
 _TRIES = 2_000  # the most single moves to judge
 _DEARER = (4, 16)  # how many times as much transfers cost in searches for cuts with small ones
 _LEAN_GAP, _LEAN_SECONDS = 0.02, 1.0  # when these searches end
+_UNBALANCED = 1.3  # how much longer the slowest stage of such a cut may run; plans move to hosts with more cores
 _EXCHANGE = 400  # the most atoms for which single moves are tried
 
 Progress = Callable[[int, int], None]
@@ -97,12 +98,14 @@ def search(
     found = _searched(bare, lineup, effort, progress)
     bound = with_overhead(found.bound, problem, lineup) if problem.objective == "throughput" else found.bound
     best, figures = found.partition, score(problem, found.partition)
-    for factor in _DEARER:  # where the cores of the host are the limit, transfers count and the balance does not
+    most_ns = _UNBALANCED * max(figures.compute_ns)
+    for factor in _DEARER:  # where the cores of the host are the limit, transfers count more than the balance
         if figures.value <= bound * (1 + effort.gap) or figures.value > figures.host_ns:
             break
         seconds = _LEAN_SECONDS if effort.seconds is None else min(_LEAN_SECONDS, effort.seconds)
         leaner = _searched(_dearer(bare, factor), lineup, Effort(_LEAN_GAP, seconds), lambda _best, _bound: None)
-        if (again := score(problem, leaner.partition)).rank < figures.rank:
+        again = score(problem, leaner.partition)
+        if again.rank < figures.rank and max(again.compute_ns) <= most_ns:
             best, figures = leaner.partition, again
     return SearchResult(best, figures, min(bound, figures.value))
 
