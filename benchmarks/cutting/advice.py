@@ -103,7 +103,7 @@ def main() -> None:
                     "best": best,
                     "pick_per_s": rates[picked.name],
                     "best_per_s": rates[best],
-                    "below": 1 - rates[picked.name] / max(1e-9, rates[best]),
+                    "below": 1 - rates[picked.name] / rates[best] if rates[best] else None,  # where no way keeps it
                     "candidates": len(choices),
                 }
             )
