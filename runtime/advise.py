@@ -151,7 +151,7 @@ def load_in_turns(
         for turn in range(turns):
             best = max(runs, key=lambda run: run.kept_per_s, default=None)
             for run in runs:
-                if load.searches and best is not None and run.is_clearly_behind(best):
+                if best is not None and run.is_clearly_behind(best):
                     continue
                 say(f"turn {turn + 1} of {turns}: latencies of {run.contender.name}")
                 if load.searches:
@@ -177,7 +177,7 @@ class _Run:
         self._open: tuple[LoadTarget, int, Pipeline | None] | None = None
         self._limits: list[float] = []
         self._points: list[LoadPoint] = []
-        self._search = RateSearch(load.p99_ns) if load.p99_ns is not None else None
+        self._search = RateSearch(load.p99_ns) if load.searches and load.p99_ns is not None else None
         self._node_bytes: int | None = None
         self._problem = ""
 
@@ -239,19 +239,20 @@ class _Run:
     def _latencies(self) -> tuple[float, int | None, int | None]:
         """The rate that latencies are of, and the median and the 99th percentile of them."""
         points = [point for point in self._points if point.latency.count]
-        if self._load.searches:
-            if self._search is None or not points:
+        if (search := self._search) is not None:
+            if not points:
                 return 0.0, None, None
-            rate, asked_ns = self._search.share * self._limit, self._load.p99_ns or 0
+            rate, asked_ns = search.share * self._limit, self._load.p99_ns or 0
             nearest = min(points, key=lambda point: abs((point.rate_per_s or 0.0) - rate))
-            if not self._search.keeps:
-                return 0.0, nearest.latency.p50_ns, max(self._search.p99_ns, asked_ns + 1)
-            return rate, nearest.latency.p50_ns, min(self._search.p99_ns, asked_ns)
+            if not search.keeps:
+                return 0.0, nearest.latency.p50_ns, max(search.p99_ns, asked_ns + 1)
+            return rate, nearest.latency.p50_ns, min(search.p99_ns, asked_ns)
         rate = self._load.rate_per_s or self._load.share * self._limit
         if not points or not all(point.keeps_up for point in points):
             return rate, None, None
-        p50_ns, p99_ns = ([getattr(point.latency, name) for point in points] for name in ("p50_ns", "p99_ns"))
-        return rate, round(statistics.median(p50_ns)), round(statistics.median(p99_ns))
+        p50_ns = statistics.median(point.latency.p50_ns for point in points)
+        p99_ns = statistics.median(point.latency.p99_ns for point in points)
+        return rate, round(p50_ns), round(p99_ns)
 
     def _at(self, rate: float, seed: int) -> LoadPoint | None:
         return self._slice(OpenLoop(per_s=rate, poisson=True, seed=seed), self._load.open_s)

@@ -72,7 +72,7 @@ class ChainTable:
         for chain in self:
             chain.is_open = chain.route in wanted
             chain.leaves = any(node.phase is not Phase.READY for node in chain.nodes.values())
-            self.tidy(chain)
+            self._drop_ended(chain)
         self._open(wanted)
 
     def _open(self, wanted: Iterable[tuple[int, ...]]) -> None:
@@ -83,9 +83,15 @@ class ChainTable:
 
     def tidy(self, chain: Chain) -> None:
         """Remove a closed chain without sequences; another one may have waited for its slots."""
-        if not chain.is_open and not chain.sequences and chain in self:
+        if self._drop_ended(chain):
+            self._open(self._wanted())
+
+    def _drop_ended(self, chain: Chain) -> bool:
+        """Remove a closed chain without sequences; returns whether it was one."""
+        ended = not chain.is_open and not chain.sequences and chain in self
+        if ended:
             self.drop(chain)
-            self._open(dict.fromkeys(self._wanted()))
+        return ended
 
     def _wanted(self) -> Iterator[tuple[int, ...]]:
         """The routes of the chains that the present nodes can form."""

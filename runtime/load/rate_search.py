@@ -28,6 +28,11 @@ class _Line:
     slope: float
     weight: float
 
+    @property
+    def crossing(self) -> float:
+        """The share at which the p99 is the one that is asked for."""
+        return self.at - self.value / self.slope
+
 
 class RateSearch:
     """Finds the share of a target's limit at which its p99 is the one that is asked for.
@@ -55,8 +60,7 @@ class RateSearch:
     @property
     def share(self) -> float:
         """The highest share of the limit that keeps the p99, as far as it is known."""
-        line = self._line()
-        return _within(line.at - line.value / line.slope)
+        return _within(self._line().crossing)
 
     @property
     def doubt(self) -> float:
@@ -73,8 +77,7 @@ class RateSearch:
     @property
     def keeps(self) -> bool:
         """Whether there is a share that keeps the p99."""
-        line = self._line()
-        return line.at - line.value / line.slope >= _LOWEST
+        return self._line().crossing >= _LOWEST
 
     def is_clearly_behind(self, limit_per_s: float, other: RateSearch, other_limit_per_s: float) -> bool:
         """Whether the rate of another target is higher, and chance is no likely reason."""
