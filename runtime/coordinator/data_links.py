@@ -56,7 +56,7 @@ class DataLinks:
 
     def lend_memory(self, readers: Sequence[int]) -> None:
         """Lend the caller's memory to these nodes."""
-        self._payloads.share(readers)
+        self._payloads.share(readers, self.outlets)
 
     def meet(self, caller: Peer, peers: Sequence[Peer], sockets: Sockets) -> tuple[tuple[int, ...], dict[int, str]]:
         """Connect to the present nodes: map their memory, open and close links.

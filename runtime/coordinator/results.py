@@ -6,11 +6,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from onnxsplit.errors import one_line
+from onnxsplit.tensors import Array
 from runtime.balance.router import Router
 from runtime.coordinator.data_links import DataLinks
 from runtime.coordinator.events import Reported, Unsendable
@@ -28,6 +29,7 @@ from runtime.wire.sockets import Sockets
 _log = logging.getLogger("runtime.coordinator")
 _drops = DropLog(_log)
 _WORDS = 500
+_LOOK_S = 0.2  # after this time the thread looks at its lanes, in case that a doorbell was lost
 _MOST_FAULTS = 100  # messages in a row that cannot be handled, after which the pipeline ends
 
 
@@ -90,17 +92,20 @@ class ResultTaker:
         self._is_handed_over = True
         self._requests.wakeup.ring()
         self._thread_ended.wait()
+        self._requests.wakeup.ring()  # so that the loop looks at the lanes, and asks for a doorbell
         return os.dup(self._sockets.fileno()), self._take_waiting
 
     def _take_results(self) -> None:
         requests, wakeup = self._requests, self._requests.wakeup
         try:
             while not (requests.stopped or self._is_handed_over):
-                ready = self._sockets.wait(60.0)
+                ready = self._sockets.wait(_LOOK_S if self._payloads.lanes.fall_asleep() else 0.0)
+                self._payloads.lanes.wake_up()
                 if wakeup.fileno() in ready:
                     wakeup.clear()
                     requests.answers.deliver()
                 self._take_one(ready)
+                self._take_from_lanes()
         except BaseException as error:
             self._inbox.fail(error)
         finally:
@@ -115,8 +120,11 @@ class ResultTaker:
                     return
                 requests.wakeup.clear()
                 requests.answers.deliver()
-                while not requests.stopped and self._take_one(self._sockets.wait(0.0)):
-                    pass
+                self._payloads.lanes.wake_up()
+                while not requests.stopped:
+                    found = self._take_one(self._sockets.wait(0.0)) or self._take_from_lanes()
+                    if not found and self._payloads.lanes.fall_asleep():
+                        break
         except BaseException as error:
             self._inbox.fail(error)
 
@@ -138,6 +146,22 @@ class ResultTaker:
             _log.exception("a message could not be handled")
         self._requests.answers.deliver()
         return True
+
+    def _take_from_lanes(self) -> bool:
+        """Take the entries that wait in lanes; False when there are none."""
+        found = False
+        for lane in self._payloads.lanes.incoming:
+            try:
+                while (taken := lane.take()) is not None:
+                    found = True
+                    fragment, tensors = self._payloads.lift_taken(taken)
+                    self._copy(fragment, tensors)
+            except ProtocolError as error:
+                found = True
+                _drops.note(error)
+        if found:
+            self._requests.answers.deliver()
+        return found
 
     def _take(self, header: codec.Buffer, frames: list[codec.Buffer]) -> None:
         requests = self._requests
@@ -171,6 +195,12 @@ class ResultTaker:
             with requests.lock:
                 requests.handle(Unsendable(fragment.request, _unreadable(fragment, error), fragment.attempt))
             return
+        self._payloads.lanes.learn(fragment)
+        self._copy(fragment, tensors)
+
+    def _copy(self, fragment: Fragment, tensors: Mapping[str, Array]) -> None:
+        """Give a request copies of the tensors of a fragment."""
+        requests = self._requests
         copies, problem = None, None
         if self._machine.requests.attempt(fragment.request) == fragment.attempt:
             try:

@@ -1,29 +1,8 @@
-"""Shared memory for tensors on one host: written by its owner, read in place by the owner's peers.
-
-Every process of a pipeline, the caller's included, owns one arena and maps the arenas of its neighbours for reading. A
-process writes only into its own arena, so a process that was suspended and resumes late cannot damage another one.
-
-    part          size                  content
-    token         32 bytes, 1 page      random bytes, by which a peer checks that it has mapped the right memory
-    board         whole pages           the owner's load; see runtime/balance/board.py
-    ledger        4096 x u64            by request number modulo 4096: the request, its attempt, and the owner's step
-    generations   1024 x u64            by slot: the number of its present use
-    returns       peers x 1024 x u64    by peer and the peer's slot: the last use that the owner has finished reading
-    data          the rest              tensors, each at a multiple of 64 bytes
-
-The owner lends a slot to some readers for one use. A reader that has finished writes the slot's generation into the
-returns of its own arena, and the slot is free when all its readers have done so. The owner looks there when it needs
-room, so no message is needed. After a run, a reader compares the generation again: if it has changed, the owner had
-taken the memory back, and the reader drops its result. The ledger can also be read after its owner has died.
-
-The memory is a sealed memfd. It cannot shrink under a reader, leaves no file behind, and can be opened by a peer
-through ``/proc/PID/fd`` even after its owner was killed.
-"""
+"""The shared memory that a process owns; :mod:`runtime.memory.regions` draws it."""
 
 from __future__ import annotations
 
 import fcntl
-import functools
 import mmap
 import os
 import secrets
@@ -32,33 +11,39 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from onnxsplit.tensors import Array, element_count, numpy_dtype
-from runtime.balance.board import BOARD_BYTES, PEERS, LoadBoard
-from runtime.errors import ProtocolError
+from onnxsplit.tensors import Array, numpy_dtype
+from runtime.balance.board import BOARD_BYTES, LoadBoard
 from runtime.memory.extents import Extents, aligned
+from runtime.memory.lane import Sleep
 from runtime.memory.pinned import Pin
+from runtime.memory.regions import (
+    ATTEMPTS,
+    BOARD_AT,
+    DATA_AT,
+    GENERATIONS_AT,
+    LEDGER_AT,
+    LEDGER_ENTRIES,
+    PAGE,
+    RETURNS_AT,
+    SEALS,
+    SLEEP_AT,
+    STEP_BYTES,
+    TOKEN_BYTES,
+    host_token,
+    ring_of,
+    row_of,
+)
 from runtime.wire.messages.control import Memory
 from runtime.wire.messages.data import SLOTS, Step, TensorPlace
 
-_LEDGER_ENTRIES = 4096
-_TOKEN_BYTES = 32
-_PAGE = mmap.PAGESIZE
-_BOARD_AT = _PAGE
-_LEDGER_AT = _BOARD_AT + -(-BOARD_BYTES // _PAGE) * _PAGE
-_GENERATIONS_AT = _LEDGER_AT + 8 * _LEDGER_ENTRIES
-_RETURNS_AT = _GENERATIONS_AT + 8 * SLOTS
-_DATA_AT = _RETURNS_AT + 8 * SLOTS * PEERS
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_STEP_BYTES = 1 << 20  # memory is allocated in steps of this size
 _SPARE_BYTES = 64 << 20  # allocated memory that is kept even when it is not used
 _TRIM_INTERVAL = 1000  # uses of slots after which unused memory is returned to the system
+_MOST_SPARES = 64  # slots that keep their memory between two uses
 _SCAN_LIMIT = 32  # number of lent slots up to which all are checked when room is needed
-_ATTEMPTS = 1 << 8  # attempts at a request that the ledger distinguishes
 
 
 class SendTracker(Protocol):
@@ -122,27 +107,31 @@ class Arena:
     Attributes:
         address: what peers need to map the arena.
         board: this process's load board.
+        sleep: says whether this process waits for entries of lanes.
 
     Raises:
         OSError: the memory cannot be made.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        size = _DATA_AT + aligned(limit_bytes)
+        size = DATA_AT + aligned(limit_bytes)
         self._descriptor = os.memfd_create("onnxsplit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._descriptor, size)
-        fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, SEALS)
         self._map = mmap.mmap(self._descriptor, size)
-        token = secrets.token_bytes(_TOKEN_BYTES)
-        self._map[:_TOKEN_BYTES] = token
+        token = secrets.token_bytes(TOKEN_BYTES)
+        self._map[:TOKEN_BYTES] = token
         self.address = Memory(host_token(), os.getpid(), self._descriptor, token, size)
         view = memoryview(self._map)
-        self.board = LoadBoard(view[_BOARD_AT : _BOARD_AT + BOARD_BYTES])
-        self._ledger = view[_LEDGER_AT:_GENERATIONS_AT].cast("Q")
-        self._generations = view[_GENERATIONS_AT:_RETURNS_AT].cast("Q")
-        self._returns = view[_RETURNS_AT:_DATA_AT].cast("Q")
-        self._extents = Extents(size - _DATA_AT)
+        self.board = LoadBoard(view[BOARD_AT : BOARD_AT + BOARD_BYTES])
+        self._ledger = view[LEDGER_AT:GENERATIONS_AT].cast("Q")
+        self._generations = view[GENERATIONS_AT:RETURNS_AT].cast("Q")
+        self._returns = view[RETURNS_AT:SLEEP_AT].cast("Q")
+        self.sleep = Sleep(view[SLEEP_AT : SLEEP_AT + 8].cast("Q"))
+        self._extents = Extents(size - DATA_AT)
         self._numbers = list(range(SLOTS - 1, -1, -1))
+        self._spares: dict[int, list[tuple[int, int]]] = {}  # by size, free slots and where their memory is
+        self._spare_count = self._spare_bytes = 0
         self._busy: deque[Block] = deque()
         # Larger than any that a process of the same number has used before, so that returns to it have no effect here.
         self._generation = time.monotonic_ns()
@@ -155,7 +144,7 @@ class Arena:
         """Pin all memory that is used from now on. Pinned memory is never returned to the system."""
         self._pin = pin
         if self._allocated:
-            pin(self._address + _DATA_AT, self._allocated, False)
+            pin(self._address + DATA_AT, self._allocated, False)
 
     @property
     def _address(self) -> int:
@@ -163,7 +152,7 @@ class Arena:
 
     def close(self) -> None:
         """Release the memory. Peers that have mapped it keep it until they unmap it."""
-        for view in (self.board, self._ledger, self._generations, self._returns):
+        for view in (self.board, self._ledger, self._generations, self._returns, self.sleep):
             view.release()
         with suppress(BufferError):  # arrays in it are still in use: the memory is released with the last one
             self._map.close()
@@ -173,7 +162,7 @@ class Arena:
     def used_bytes(self) -> int:
         """Bytes of the slots that are in use."""
         self._sweep(thorough=True)
-        return self._extents.used
+        return self._extents.used - self._spare_bytes
 
     @property
     def busy(self) -> int:
@@ -182,23 +171,57 @@ class Arena:
         return len(self._busy)
 
     def reserve(self, size: int) -> Block | None:
-        """A slot of ``size`` bytes, held by the owner until it is lent; None when there is no room."""
+        """A slot of ``size`` bytes, held by the owner until it is lent; None when there is no room.
+
+        Sizes recur, so a slot that was used for the same size before is used again, with the same memory. Readers then
+        find the same tensors at the same addresses.
+        """
+        size = aligned(size)
         self._sweep()
+        self._uses += 1
+        if self._uses >= _TRIM_INTERVAL:
+            self._uses = 0
+            self._trim()
+        spares = self._spares.get(size)
+        if spares:
+            number, offset = spares.pop()
+            self._spare_count -= 1
+            self._spare_bytes -= size
+            self._peak = max(self._peak, offset - DATA_AT + size)
+        else:
+            found = self._take(size)
+            if found is None:
+                return None
+            number, offset = found
+        self._generation += 1
+        block = Block(number, self._generation, offset, size)
+        self._generations[number] = block.generation
+        self._busy.append(block)
+        return block
+
+    def _take(self, size: int) -> tuple[int, int] | None:
+        """A free slot, and the offset of new memory for it; None when there is no room."""
         offset = self._extents.take(size)
         if offset is None or not self._numbers:
             if offset is not None:
                 self._extents.give(offset, size)
-            if not self._sweep(thorough=True):
-                return None
-            return self.reserve(size)
-        if not self._allocate(offset + aligned(size)):
+            freed = self._sweep(thorough=True)
+            return self._take(size) if self._drop_spares() or freed else None
+        if not self._allocate(offset + size):
             self._extents.give(offset, size)
             return None
-        self._generation += 1
-        block = Block(self._numbers.pop(), self._generation, _DATA_AT + offset, size)
-        self._generations[block.number] = block.generation
-        self._busy.append(block)
-        return block
+        return self._numbers.pop(), DATA_AT + offset
+
+    def _drop_spares(self) -> bool:
+        """Let other sizes have the memory of all free slots; True if there were any."""
+        found = self._spare_count > 0
+        for size, spares in self._spares.items():
+            for number, offset in spares:
+                self._extents.give(offset - DATA_AT, size)
+                self._numbers.append(number)
+        self._spares.clear()
+        self._spare_count = self._spare_bytes = 0
+        return found
 
     def array(self, block: Block, at: int, dtype: str, shape: Sequence[int]) -> Array:
         """The writable array at byte ``at`` of a block, of an ONNX type and a shape."""
@@ -213,9 +236,17 @@ class Arena:
         """Note in the returns that this process has finished reading a slot of a peer."""
         self._returns[peer * SLOTS + place.slot] = place.generation
 
+    def ring(self, reader: int) -> memoryview:
+        """The ring of the lane to a peer."""
+        return ring_of(self._map, reader)
+
+    def row(self, writer: int) -> memoryview:
+        """The row of the lane from a peer."""
+        return row_of(self._map, writer)
+
     def record(self, request: int, attempt: int, step: Step) -> None:
         """Note in the ledger how far this process is with an attempt at a request."""
-        self._ledger[request % _LEDGER_ENTRIES] = (request * _ATTEMPTS + attempt % _ATTEMPTS) << 2 | step
+        self._ledger[request % LEDGER_ENTRIES] = (request * ATTEMPTS + attempt % ATTEMPTS) << 2 | step
 
     def _sweep(self, *, thorough: bool = False) -> bool:
         """Free the slots that all readers have returned; True if there were any.
@@ -228,8 +259,11 @@ class Arena:
             block = self._busy[0]
             if block.free:
                 self._busy.popleft()
-                self._extents.give(block.offset - _DATA_AT, block.size)
-                self._numbers.append(block.number)
+                if self._spare_count >= _MOST_SPARES:
+                    self._drop_spares()
+                self._spares.setdefault(block.size, []).append((block.number, block.offset))
+                self._spare_count += 1
+                self._spare_bytes += block.size
                 freed = True
             elif thorough:
                 self._busy.rotate(-1)
@@ -243,126 +277,25 @@ class Arena:
         Without it, a write to a page that the system cannot provide kills the process with SIGBUS.
         """
         self._peak = max(self._peak, reach)
-        self._uses += 1
-        if self._uses >= _TRIM_INTERVAL:
-            self._uses = 0
-            self._trim()
         if reach <= self._allocated:
             return True
-        wanted = min(self._extents.size, -(-reach // _STEP_BYTES) * _STEP_BYTES)
+        wanted = min(self._extents.size, -(-reach // STEP_BYTES) * STEP_BYTES)
         try:
-            os.posix_fallocate(self._descriptor, _DATA_AT + self._allocated, wanted - self._allocated)
+            os.posix_fallocate(self._descriptor, DATA_AT + self._allocated, wanted - self._allocated)
         except OSError:
             return False
         if self._pin is not None:
-            self._pin(self._address + _DATA_AT + self._allocated, wanted - self._allocated, False)
+            self._pin(self._address + DATA_AT + self._allocated, wanted - self._allocated, False)
         self._allocated = wanted
         return True
 
     def _trim(self) -> None:
         """Return memory to the system that the last uses did not need."""
-        keep = -(-(2 * self._peak + _SPARE_BYTES) // _PAGE) * _PAGE
-        if (
-            self._pin is None
-            and self._allocated > keep
-            and all(block.offset + block.size <= _DATA_AT + keep for block in self._busy)
-        ):
-            self._map.madvise(mmap.MADV_REMOVE, _DATA_AT + keep, self._allocated - keep)
-            self._allocated = keep
+        keep = -(-(2 * self._peak + _SPARE_BYTES) // PAGE) * PAGE
         self._peak = 0
-
-
-class PeerArena:
-    """A peer's arena, mapped for reading.
-
-    Args:
-        memory: what the peer has announced.
-
-    Attributes:
-        board: the peer's load board.
-
-    Raises:
-        OSError: it cannot be opened, because the peer is on another host, belongs to another user or has ended.
-        ProtocolError: it is not the memory that the peer has announced.
-    """
-
-    def __init__(self, memory: Memory) -> None:
-        if memory.host != host_token():
-            raise OSError("the peer is on another host")
-        descriptor = os.open(f"/proc/{memory.pid}/fd/{memory.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size != memory.size_bytes or size < _DATA_AT or fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) != _SEALS:
-                raise ProtocolError(f"process {memory.pid} does not hold the memory that it has announced")
-            self._map = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
-        finally:
-            os.close(descriptor)
-        if not secrets.compare_digest(self._map[:_TOKEN_BYTES], memory.token):
-            self._map.close()
-            raise ProtocolError(f"process {memory.pid} does not hold the memory that it has announced")
-        self._size = size
-        self._pin: Pin | None = None
-        self._pinned = _DATA_AT
-        view = memoryview(self._map)
-        self.board = LoadBoard(view[_BOARD_AT : _BOARD_AT + BOARD_BYTES])
-        self._ledger = view[_LEDGER_AT:_GENERATIONS_AT].cast("Q")
-        self._generations = view[_GENERATIONS_AT:_RETURNS_AT].cast("Q")
-        self._returns = view[_RETURNS_AT:_DATA_AT].cast("Q")
-
-    def close(self) -> None:
-        """Unmap the memory."""
-        for view in (self.board, self._ledger, self._generations, self._returns):
-            with suppress(BufferError):
-                view.release()
-        with suppress(BufferError):
-            self._map.close()
-
-    def pin(self, pin: Pin) -> None:
-        """Pin the memory that is read from now on."""
-        self._pin = pin
-
-    def array(self, place: TensorPlace, dtype: str, shape: Sequence[int]) -> Array:
-        """The read-only array at a place in the peer's memory.
-
-        Args:
-            place: where it lies.
-            dtype: its ONNX type.
-            shape: its shape.
-
-        Raises:
-            ProtocolError: it would lie outside the memory.
-        """
-        kind = numpy_dtype(dtype)
-        count = element_count(shape, kind.itemsize)
-        if count is None:
-            raise ProtocolError(f"a tensor of the shape {list(shape)} would lie outside any memory")
-        size = count * kind.itemsize
-        if not (0 <= place.slot < SLOTS and _DATA_AT <= place.offset <= self._size - size):
-            raise ProtocolError(f"{size} bytes in slot {place.slot} at {place.offset} lie outside the peer's memory")
-        if self._pin is not None and place.offset + size > self._pinned:
-            reach = min(self._size, -(-(place.offset + size) // _STEP_BYTES) * _STEP_BYTES)
-            address = np.frombuffer(self._map, np.uint8).ctypes.data
-            self._pin(address + self._pinned, reach - self._pinned, True)
-            self._pinned = reach
-        return np.ndarray(tuple(shape), kind, self._map, place.offset)
-
-    def holds(self, place: TensorPlace) -> bool:
-        """Whether the slot is still lent for this use. If so, what was read from it before this call is valid."""
-        return self._generations[place.slot] == place.generation
-
-    def returns(self, owner: int) -> memoryview:
-        """The row of the peer's returns for the slots of process number ``owner``."""
-        return self._returns[owner * SLOTS : (owner + 1) * SLOTS]
-
-    def step(self, request: int, attempt: int) -> Step:
-        """How far the peer is with an attempt at a request, or was when it died."""
-        entry = self._ledger[request % _LEDGER_ENTRIES]
-        same = entry >> 2 == request * _ATTEMPTS + attempt % _ATTEMPTS
-        return Step(entry & 3) if same and entry & 3 < len(Step) else Step.UNKNOWN
-
-
-@functools.cache
-def host_token() -> str:
-    """Identifies the boot, the PID namespace and the user: equal in processes that can map each other's memory."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/pid')}/{os.getuid()}"  # noqa: PTH115  no path
+        if self._pin is not None or self._allocated <= _SPARE_BYTES:
+            return
+        self._drop_spares()  # otherwise tensors of another size would never take their memory
+        if self._allocated > keep and all(block.offset + block.size <= DATA_AT + keep for block in self._busy):
+            self._map.madvise(mmap.MADV_REMOVE, DATA_AT + keep, self._allocated - keep)
+            self._allocated = keep

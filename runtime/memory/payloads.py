@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -11,9 +12,11 @@ import numpy as np
 from onnxsplit.tensors import Array, numpy_dtype, size_bytes
 from runtime.balance.board import LoadBoard
 from runtime.errors import MemoryWithdrawn, ProtocolError
-from runtime.memory.arena import Arena, PeerArena
+from runtime.memory.arena import Arena
 from runtime.memory.extents import aligned
+from runtime.memory.lanes import Incoming, Lanes, Taken
 from runtime.memory.outgoing import Attempt, Layout, Outgoing, OutputShapes, Readers, shapes_of
+from runtime.memory.peer_arena import PeerArena
 from runtime.memory.pinned import Pin
 from runtime.wire import codec
 from runtime.wire.links import Outlet
@@ -30,6 +33,9 @@ class Payloads:
     Args:
         limit_bytes: the largest size of this process's tensors in shared memory at once. Tensors that do not fit are
             sent as frames; with 0 there is no shared memory.
+
+    Attributes:
+        lanes: the lanes to and from these peers.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -39,6 +45,7 @@ class Payloads:
                 self._arena = Arena(limit_bytes)
             except OSError as error:
                 _log.warning("no shared memory (%s): tensors are copied through sockets", error.strerror)
+        self.lanes = Lanes(self._arena)
         self._me = -1
         self._pin: Pin | None = None
         self._peers: dict[int, PeerArena] = {}
@@ -51,6 +58,7 @@ class Payloads:
     def close(self) -> None:
         """Release all memory."""
         self._layouts.clear()
+        self.lanes.close()
         for row in self._rows.values():
             row.release()
         self._rows.clear()
@@ -100,11 +108,13 @@ class Payloads:
                 arena = self._peers[number] = PeerArena(peer.memory)
                 if self._pin is not None:
                     arena.pin(self._pin)
+                self.lanes.meet(me, number, arena)
             except (OSError, ProtocolError) as error:
                 _log.info("stage %d.%d shares no memory with this process: %s", peer.stage, peer.replica, error)
         return tuple(number for number in self._peers if number not in self._gone)
 
     def _forget(self, number: int) -> None:
+        self.lanes.forget(number)
         row = self._rows.pop(number, None)
         if row is not None and self._arena is not None:
             self._arena.forget(row)
@@ -119,11 +129,14 @@ class Payloads:
             del self._reading[number]
             self._peers.pop(number).close()
 
-    def share(self, readers: Iterable[int]) -> None:
-        """Lend memory to these peers, in addition to those of earlier calls."""
+    def share(self, readers: Iterable[int], links: Mapping[int, Outlet]) -> None:
+        """Lend memory to these peers, in addition to those of earlier calls; ``links`` lead to those it sends to."""
         for reader in readers:
             if reader in self._peers and reader not in self._gone and reader not in self._rows:
-                self._rows[reader] = self._peers[reader].returns(self._me)
+                peer = self._peers[reader]
+                self._rows[reader] = peer.returns(self._me)
+                if reader in links:
+                    self.lanes.lend(self._me, reader, peer, links[reader].bell)
         self._layouts.clear()
 
     def lends_to(self, reader: int) -> bool:
@@ -152,7 +165,7 @@ class Payloads:
     def reserve(self, shapes: OutputShapes, shared: tuple[str, ...]) -> Outgoing:
         """Make the arrays for a stage's outputs.
 
-        Large tensors that are read in place lie in shared memory while there is room. Small ones reuse the arrays of
+        Tensors that are read in place lie in shared memory while there is room. Other small ones reuse the arrays of
         the last call, because sending copies them.
 
         Args:
@@ -175,7 +188,7 @@ class Payloads:
         return outgoing
 
     def place(self, outgoing: Outgoing, shapes: OutputShapes, shared: Collection[str]) -> None:
-        """Add arrays in shared memory for the large tensors among ``shared``, if there is room."""
+        """Add arrays in shared memory for the tensors among ``shared``, if there is room."""
         if self._rows:
             self._place(outgoing, self._make_layout(shapes, shared))
 
@@ -205,7 +218,7 @@ class Payloads:
         sizes = {name: size_bytes(*spec) for name, spec in shapes.items() if spec[0] != "string"}
         large, at = {}, 0
         for name, size in sizes.items():
-            if self._rows and size > codec.INLINE_BYTES and name in shared:
+            if self._rows and name in shared:
                 large[name] = at
                 at += aligned(size)
         return Layout(
@@ -282,6 +295,9 @@ class Payloads:
         Raises:
             StageFailed: they are too large to be sent.
         """
+        signature = 0 if compress else self.lanes.send(reader, outgoing, tuple(names), attempt, source)
+        if signature < 0:
+            return
         places = outgoing.places if reader in self._rows else {}
         sent = {n: outgoing.arrays[n] for n in names}
         heads, frames = codec.encode_tensors(sent, places, compress)
@@ -299,6 +315,7 @@ class Payloads:
             attempt.history,
             attempt.rows,
             attempt.drawn if reader == 0 else (),
+            signature,
         )
         header = codec.encode(fragment)
         codec.check_sizes(sent, header, frames)
@@ -337,6 +354,25 @@ class Payloads:
         if in_memory:
             self._reading[fragment.sender] += 1
         return tensors
+
+    def lift(self, lane: Incoming) -> tuple[Fragment, dict[str, Array]] | None:
+        """The fragment that the next entry of a lane stands for, and its tensors, as :meth:`receive` returns them.
+
+        Returns:
+            None when there is no entry.
+
+        Raises:
+            ProtocolError: the entry is malformed.
+        """
+        taken = lane.take()
+        return None if taken is None else self.lift_taken(taken)
+
+    def lift_taken(self, taken: Taken) -> tuple[Fragment, dict[str, Array]]:
+        """The same, for an entry that was taken."""
+        fragment = taken.known.fragment(taken.entry, time.monotonic_ns())
+        tensors = taken.known.tensors(taken.entry)
+        self._reading[fragment.sender] += 1
+        return fragment, tensors
 
     def hold(self, fragments: Sequence[Fragment]) -> bool:
         """Whether what was read from these fragments is valid: no sender has taken its memory back meanwhile."""

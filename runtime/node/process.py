@@ -63,6 +63,7 @@ from runtime.wire.sockets import Sockets
 from runtime.wire.wakeup import Wakeup
 
 _EXIT_GRACE_S = 2.0
+_LOOK_S = 0.2  # after this time a node looks at its lanes, in case that a doorbell was lost
 _SERVING = (NodePhase.READY, NodePhase.LEAVING)
 _log = logging.getLogger("runtime.node")
 
@@ -274,9 +275,7 @@ class NodeProcess:
         """Handle events of the control thread first, then arriving fragments, then run one request."""
         machine, worker = self._machine, self._worker
         while self._exit is None:
-            self._turn_ns = 0
-            ready = sockets.wait(0.0 if machine.ready else worker.receipts_due_s(time.monotonic()))
-            self._turn_ns = time.monotonic_ns()
+            ready = self._wait(sockets)
             if self._posted or self._wakeup.fileno() in ready:
                 self._wakeup.clear()
                 while self._posted and self._exit is None:
@@ -287,10 +286,26 @@ class NodeProcess:
                     self._handle(event, sockets, control)
                 if not worker.has_far_senders:  # else receive everything first, so that receipts are correct
                     break
+            for lane in worker.payloads.lanes.incoming:
+                event = worker.from_lane(lane)
+                if event is not None and machine.state in _SERVING:
+                    self._handle(event, sockets, control)
             if worker.has_far_senders and self._exit is None:
                 worker.tell_senders(time.monotonic())
             if machine.ready and self._exit is None:
                 self._handle(Turn(time.monotonic_ns()), sockets, control)
+
+    def _wait(self, sockets: Sockets) -> set[object]:
+        """Wait until there is something to do; returns what can be read."""
+        self._turn_ns = 0
+        lanes = self._worker.payloads.lanes
+        seconds = 0.0
+        if not self._machine.ready and lanes.fall_asleep():
+            seconds = min(self._worker.receipts_due_s(time.monotonic()), _LOOK_S)
+        ready = sockets.wait(seconds)
+        lanes.wake_up()
+        self._turn_ns = time.monotonic_ns()
+        return ready
 
     def _handle(self, event: NodeEvent, sockets: Sockets, control: ControlLink) -> None:
         if isinstance(event, AttemptCancelled | Passed) and self._machine.state not in _SERVING:

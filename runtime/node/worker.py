@@ -17,6 +17,7 @@ from runtime.balance.router import Router
 from runtime.errors import MemoryWithdrawn, ProtocolError, StageFailed
 from runtime.files.stage import StageFiles
 from runtime.logs import DropLog, log_event
+from runtime.memory.lanes import Incoming
 from runtime.memory.outgoing import Attempt, Outgoing
 from runtime.memory.payloads import Payloads
 from runtime.memory.pinned import cuda_pin
@@ -117,7 +118,7 @@ class Worker:
 
     def share(self, readers: tuple[int, ...]) -> None:
         """Lend memory to these peers from now on."""
-        self.payloads.share(readers)
+        self.payloads.share(readers, self._links)
         self._shared.clear()
 
     def report(self, message: Failed) -> None:
@@ -279,6 +280,19 @@ class Worker:
                 self._fail(message, f"the fragment from {source} cannot be read: {reason}")
         return None
 
+    def from_lane(self, lane: Incoming) -> Arrived | None:
+        """The event for the next entry of a lane; None when there is none, and for one that is dropped."""
+        try:
+            found = self.payloads.lift(lane)
+        except ProtocolError as error:
+            _drops.note(error)
+            return None
+        if found is None:
+            return None
+        fragment, tensors = found
+        self._unfinished[fragment.sender] += fragment.cost
+        return Arrived(fragment, tensors, time.monotonic_ns())
+
     def _fragment(self, fragment: Fragment, frames: list[codec.Buffer]) -> Arrived | None:
         tensors = self.payloads.receive(fragment, frames)
         self._unfinished[fragment.sender] += fragment.cost
@@ -286,6 +300,7 @@ class Worker:
             self.give_back(fragment)
             _drops.note(f"a fragment from stage {fragment.source} that is not of this plan")
             return None
+        self.payloads.lanes.learn(fragment)
         return Arrived(fragment, tensors, time.monotonic_ns())
 
     def _fail(self, fragment: Fragment, reason: str) -> None:

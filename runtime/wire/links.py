@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import zmq
 import zmq.auth.thread
@@ -22,6 +23,8 @@ REFUSALS = {
     int(zmq.Event.HANDSHAKE_FAILED_NO_DETAIL): "it has no keys, or other keys than allowed/coordinator.key says",
 }
 _KEYLESS = "it requires keys, but this process has none; pass them with --keys DIR"
+
+_BELL = b"!"  # a datagram that says no more than that entries of a lane wait; no message is as short
 
 # As integers: combining zmq's enums costs more than sending.
 _NOBLOCK, _MORE, _RCVMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.RCVMORE)
@@ -133,7 +136,9 @@ class Inlet:
         if self._descriptor in ready:
             assert self._datagrams is not None
             try:
-                return self._room[: self._datagrams.recv_into(self._room)], []
+                size = self._datagrams.recv_into(self._room)
+                if size > len(_BELL):
+                    return self._room[:size], []
             except BlockingIOError:
                 pass
         if self.raw in ready:
@@ -184,6 +189,16 @@ class Outlet:
     def connected(self) -> bool:
         """False while a link over tcp that only sends is not connected; else True. Thread-safe."""
         return self._state is None or self._state.connected
+
+    @property
+    def bell(self) -> Callable[[], None] | None:
+        """Wakes the receiver, which then looks at its lanes; None for a receiver without a datagram socket."""
+        return None if self._datagrams is None else self._ring
+
+    def _ring(self) -> None:
+        assert self._datagrams is not None
+        with suppress(OSError):  # the queue is full, so the receiver does not sleep, or the receiver has ended
+            self._datagrams.send(_BELL)
 
     def close(self) -> None:
         """Close the link, and drop the messages that it has not sent yet."""

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import ProtocolError
-from runtime.memory.arena import Arena, PeerArena
+from runtime.memory.arena import Arena
+from runtime.memory.peer_arena import PeerArena
 from runtime.memory.extents import ALIGNMENT, Extents, aligned
 from runtime.memory.pinned import pin_with
 from runtime.wire.messages.control import Memory

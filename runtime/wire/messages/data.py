@@ -110,6 +110,8 @@ class Fragment(Message, tag="fragment", frozen=True):
         rows: the sequences of a step. A fragment with rows holds no states and no controls; the receiver has or makes
             those. Empty for an ordinary request.
         drawn: the tokens that the last stage has chosen for the rows; for the coordinator only.
+        signature: the number under which later entries of the sender's lane refer to what they share with this
+            fragment (:mod:`runtime.memory.lane`); 0 for none.
     """
 
     request: Amount
@@ -125,6 +127,7 @@ class Fragment(Message, tag="fragment", frozen=True):
     history: tuple[Visit, ...]
     rows: Rows = ()
     drawn: DrawnTokens = ()
+    signature: Amount = 0
 
 
 class Started(Message, tag="started", frozen=True):
