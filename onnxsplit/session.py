@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,13 @@ class Session:
         bindable: whether :meth:`run_into` can be used: all inputs and outputs are tensors other than strings.
         left_to_cpu: name and type of every op that the session's provider left to the CPU; None if ONNX Runtime does
             not tell.
+        binds_once: whether :meth:`bound` can be used: the session is bindable and runs on the CPU alone.
     """
 
     def __init__(
         self, raw: Any, left_to_cpu: tuple[tuple[str, str], ...] | None = (), *, binds_once: bool = True
     ) -> None:
-        self._raw, self.left_to_cpu, self._binds_once = raw, left_to_cpu, binds_once
+        self._raw, self.left_to_cpu = raw, left_to_cpu
         self.inputs = tuple((value.name, runtime_type(value.type)) for value in raw.get_inputs())
         self.outputs = tuple((value.name, runtime_type(value.type)) for value in raw.get_outputs())
         self._names = [name for name, _ in self.outputs]
@@ -91,6 +92,7 @@ class Session:
         # A binding holds addresses only, so the copies of small inputs must live as long as it does.
         self._bindings: dict[tuple[tuple[int, tuple[int, ...]], ...], tuple[Any, list[Array]]] = {}
         self.bindable = all(kind is not None and kind != "string" for _, kind in (*self.inputs, *self.outputs))
+        self.binds_once = self.bindable and binds_once
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model once.
@@ -130,7 +132,7 @@ class Session:
         """
         try:
             if len(into) == len(self._names):
-                bound = self._bound(inputs, into) if self._binds_once else self._bind(inputs, into)
+                bound = self._bound(inputs, into) if self.binds_once else self._bind(inputs, into)
                 self._raw.run_with_iobinding(bound)
                 return into
             binding = self._bind(inputs, into)
@@ -139,6 +141,26 @@ class Session:
             return {name: into[name] if name in into else view_of(value, kind) for (name, kind), value in values}
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise ModelError(first_lines(error)) from error
+
+    def bound(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Callable[[], None]:
+        """A run that reads and writes these arrays each time it is called. The session must be ``binds_once``.
+
+        Args:
+            inputs: as for :meth:`run_into`; their memory must stay as long as the run is used.
+            into: the same for all outputs.
+
+        Returns:
+            A function, which raises as :meth:`run_into` does.
+        """
+        raw, binding = self._raw, self._bind(inputs, into)
+
+        def run() -> None:
+            try:
+                raw.run_with_iobinding(binding)
+            except Exception as error:  # ONNX Runtime's errors share no base class
+                raise ModelError(first_lines(error)) from error
+
+        return run
 
     def _bound(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Any:
         """A binding of all inputs and outputs to their addresses. Addresses recur, so bindings are kept.

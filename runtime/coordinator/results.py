@@ -154,7 +154,7 @@ class ResultTaker:
             try:
                 while (taken := lane.take()) is not None:
                     found = True
-                    fragment, tensors = self._payloads.lift_taken(taken)
+                    fragment, tensors = self._payloads.lift(taken)
                     self._copy(fragment, tensors)
             except ProtocolError as error:
                 found = True

@@ -232,9 +232,9 @@ class Arena:
         for block in self._busy:
             block.readers = [reader for reader in block.readers if reader is not row]
 
-    def give_back(self, peer: int, place: TensorPlace) -> None:
-        """Note in the returns that this process has finished reading a slot of a peer."""
-        self._returns[peer * SLOTS + place.slot] = place.generation
+    def give_back(self, peer: int, slot: int, generation: int) -> None:
+        """Note in the returns that this process has finished reading a use of a peer's slot."""
+        self._returns[peer * SLOTS + slot] = generation
 
     def ring(self, reader: int) -> memoryview:
         """The ring of the lane to a peer."""

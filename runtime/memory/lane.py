@@ -207,7 +207,7 @@ class LaneWriter:
     def knows(self, signature: int) -> bool:
         """Whether the reader knows a signature, and it has not been replaced since."""
         known = self._row[_SIGNATURES_AT + signature % SIGNATURES]
-        return bool(known == signature > self._last - SIGNATURES)
+        return bool(known == signature > max(0, self._last - SIGNATURES))
 
     def release(self) -> None:
         """Release the memory."""

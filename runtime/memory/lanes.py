@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from msgspec import Struct
 
-from onnxsplit.tensors import dtype_name
 from runtime.errors import ProtocolError
-from runtime.memory.arena import Arena
+from runtime.memory.arena import Arena, Block
 from runtime.memory.lane import SUPPORTED, Entry, LaneReader, LaneWriter
 from runtime.memory.outgoing import Attempt, Outgoing
 from runtime.memory.peer_arena import PeerArena
-from runtime.memory.signatures import Known, Part, Signature, Signatures, bytes_of, is_sound
+from runtime.memory.signatures import Known, Signatures, bytes_of, is_sound
 from runtime.wire.messages.data import Fragment
 
 
@@ -140,51 +139,49 @@ class Lanes:
         """The lane to a peer; None when there is none."""
         return self._writers.get(reader)
 
-    def send(self, reader: int, outgoing: Outgoing, names: Sequence[str], attempt: Attempt, source: int) -> int:
+    def send(self, reader: int, outgoing: Outgoing, names: tuple[str, ...], attempt: Attempt, source: int) -> int:
         """Send tensors through the lane to a peer, if it is an ordinary fragment that the peer knows.
 
         Returns:
             -1 when they were sent; else they must be sent as a message, with this signature (0 for none).
         """
-        lane = self._writers.get(reader)
-        if lane is None or attempt.rows or attempt.drawn:
+        lane, layout = self._writers.get(reader), outgoing.layout
+        start = None if layout is None else layout.start(names)
+        if lane is None or start is None or attempt.rows or attempt.drawn:
             return 0
-        signature = signature_of(outgoing, names, attempt, source)
-        if signature is None:
-            return 0
-        number = lane.signature(signature)
-        if not number or not lane.knows(number):
+        number = lane.signature((layout, names, source, attempt.route, attempt.wanted))
+        if not lane.knows(number):
             return number
-        place = outgoing.places[names[0]]
         try:
             visits = b"".join([bytes_of(visit) for visit in attempt.history])
         except struct.error:  # a stage of -1, which messages may hold
             return 0
-        entry = Entry(
-            attempt.request,
-            attempt.attempt,
-            attempt.view,
-            attempt.cost,
-            time.monotonic_ns() + attempt.budget_ns if attempt.budget_ns else 0,
-            number,
-            place.slot,
-            place.generation,
-            place.offset,
-            visits,
-        )
-        return -1 if lane.write(entry) else number
+        block = outgoing.blocks[0]
+        deadline_ns = time.monotonic_ns() + attempt.budget_ns if attempt.budget_ns else 0
+        sent = lane.write(entry_of(attempt, deadline_ns, number, block, start, visits))
+        return -1 if sent else number
 
 
-def signature_of(outgoing: Outgoing, names: Sequence[str], attempt: Attempt, source: int) -> Signature | None:
-    """The signature of a fragment with some of the tensors; None unless all lie in one slot."""
-    first = outgoing.places.get(names[0]) if names else None
-    if first is None:
-        return None
-    parts = []
-    for name in names:
-        place, array = outgoing.places.get(name), outgoing.arrays[name]
-        dtype = dtype_name(array.dtype)
-        if place is None or place.slot != first.slot or place.offset < first.offset or dtype is None:
-            return None
-        parts.append(Part(name, dtype, array.shape, place.offset - first.offset))
-    return Signature(source, attempt.route, attempt.wanted, tuple(parts))
+def entry_of(what: Attempt | Entry, deadline_ns: int, signature: int, block: Block, start: int, visits: bytes) -> Entry:
+    """The entry for tensors in a block, for the same attempt as ``what``.
+
+    Args:
+        what: the attempt.
+        deadline_ns: its deadline by the host's monotonic clock; 0 for none.
+        signature: the signature of the fragment.
+        block: the block.
+        start: where the first tensor lies in it.
+        visits: the stages that were passed.
+    """
+    return Entry(
+        what.request,
+        what.attempt,
+        what.view,
+        what.cost,
+        deadline_ns,
+        signature,
+        block.number,
+        block.generation,
+        block.offset + start,
+        visits,
+    )

@@ -12,9 +12,10 @@ import numpy as np
 from onnxsplit.tensors import Array, numpy_dtype, size_bytes
 from runtime.balance.board import LoadBoard
 from runtime.errors import MemoryWithdrawn, ProtocolError
-from runtime.memory.arena import Arena
+from runtime.memory.arena import Arena, Block
 from runtime.memory.extents import aligned
-from runtime.memory.lanes import Incoming, Lanes, Taken
+from runtime.memory.lane import Entry
+from runtime.memory.lanes import Lanes, Taken
 from runtime.memory.outgoing import Attempt, Layout, Outgoing, OutputShapes, Readers, shapes_of
 from runtime.memory.peer_arena import PeerArena
 from runtime.memory.pinned import Pin
@@ -173,8 +174,9 @@ class Payloads:
             shared: the names of those that peers may read in place.
         """
         outgoing = Outgoing()
-        layout = self._layout(shapes, shared)
-        self._place(outgoing, layout)
+        layout = self.layout(shapes, shared)
+        if self._place(outgoing, layout):
+            outgoing.layout = layout
         for name, (dtype, shape) in shapes.items():
             if name in outgoing.arrays:
                 continue
@@ -192,20 +194,33 @@ class Payloads:
         if self._rows:
             self._place(outgoing, self._make_layout(shapes, shared))
 
-    def _place(self, outgoing: Outgoing, layout: Layout) -> None:
-        if not layout.large:
-            return
-        assert self._arena is not None
-        block = self._arena.reserve(layout.size)
+    def _place(self, outgoing: Outgoing, layout: Layout) -> bool:
+        """Add the arrays of a layout in shared memory; False when there is no room."""
+        block = self.block(layout) if layout.shared else None
         if block is None:
-            return
+            return False
         outgoing.blocks.append(block)
         outgoing.shared_bytes += layout.shared_bytes
-        for name, at in layout.large.items():
-            outgoing.arrays[name] = self._arena.array(block, at, *layout.shapes[name])
-            outgoing.places[name] = block.place(at)
+        outgoing.arrays.update(self.arrays(block, layout))
+        outgoing.places.update({name: block.place(at) for name, at in layout.shared.items()})
+        return True
 
-    def _layout(self, shapes: OutputShapes, shared: tuple[str, ...]) -> Layout:
+    def block(self, layout: Layout) -> Block | None:
+        """A slot for tensors, held until it is lent; None when there is no room."""
+        assert self._arena is not None
+        return self._arena.reserve(layout.size)
+
+    def arrays(self, block: Block, layout: Layout) -> dict[str, Array]:
+        """The arrays in a slot."""
+        assert self._arena is not None
+        return layout.arrays(block, self._arena)
+
+    def lend_block(self, block: Block, readers: Iterable[int]) -> None:
+        """Lend a slot to peers; it is free when they have read it."""
+        block.lend([self._rows[reader] for reader in readers])
+
+    def layout(self, shapes: OutputShapes, shared: tuple[str, ...]) -> Layout:
+        """Where tensors are placed, of which peers read ``shared`` in place; computed once for each pair of these."""
         key = (id(shapes), shared)  # the layout holds a reference to the shapes, so their id is not reused
         layout = self._layouts.get(key)
         if layout is None:
@@ -216,17 +231,17 @@ class Payloads:
 
     def _make_layout(self, shapes: OutputShapes, shared: Collection[str]) -> Layout:
         sizes = {name: size_bytes(*spec) for name, spec in shapes.items() if spec[0] != "string"}
-        large, at = {}, 0
+        placed, at = {}, 0
         for name, size in sizes.items():
             if self._rows and name in shared:
-                large[name] = at
+                placed[name] = at
                 at += aligned(size)
         return Layout(
             shapes=shapes,
-            large=large,
+            shared=placed,
             size=at,
             size_bytes=sum(sizes.values()),
-            shared_bytes=sum(sizes[name] for name in large),
+            shared_bytes=sum(sizes[name] for name in placed),
         )
 
     def complete(self, outgoing: Outgoing, tensors: Mapping[str, Array], shared: Collection[str]) -> None:
@@ -236,6 +251,7 @@ class Payloads:
         rest = {name: tensor for name, tensor in tensors.items() if outgoing.arrays.get(name) is not tensor}
         for name in rest:
             outgoing.places.pop(name, None)
+        outgoing.layout = None
         self.place(outgoing, shapes_of(rest), shared)
         for name, tensor in rest.items():
             if name in outgoing.places:
@@ -276,7 +292,7 @@ class Payloads:
         link: Outlet,
         reader: int,
         outgoing: Outgoing,
-        names: Iterable[str],
+        names: tuple[str, ...],
         attempt: Attempt,
         source: int,
         compress: Collection[str] = (),
@@ -295,7 +311,7 @@ class Payloads:
         Raises:
             StageFailed: they are too large to be sent.
         """
-        signature = 0 if compress else self.lanes.send(reader, outgoing, tuple(names), attempt, source)
+        signature = 0 if compress else self.lanes.send(reader, outgoing, names, attempt, source)
         if signature < 0:
             return
         places = outgoing.places if reader in self._rows else {}
@@ -355,24 +371,22 @@ class Payloads:
             self._reading[fragment.sender] += 1
         return tensors
 
-    def lift(self, lane: Incoming) -> tuple[Fragment, dict[str, Array]] | None:
-        """The fragment that the next entry of a lane stands for, and its tensors, as :meth:`receive` returns them.
-
-        Returns:
-            None when there is no entry.
+    def lift(self, taken: Taken) -> tuple[Fragment, dict[str, Array]]:
+        """The fragment that an entry of a lane stands for, and its tensors, as :meth:`receive` returns them.
 
         Raises:
             ProtocolError: the entry is malformed.
         """
-        taken = lane.take()
-        return None if taken is None else self.lift_taken(taken)
-
-    def lift_taken(self, taken: Taken) -> tuple[Fragment, dict[str, Array]]:
-        """The same, for an entry that was taken."""
         fragment = taken.known.fragment(taken.entry, time.monotonic_ns())
         tensors = taken.known.tensors(taken.entry)
         self._reading[fragment.sender] += 1
         return fragment, tensors
+
+    def return_slot(self, sender: int, entry: Entry) -> None:
+        """Return the memory of an entry that was not lifted, and count its work as finished."""
+        assert self._arena is not None
+        self._board.finish(sender, entry.cost)
+        self._arena.give_back(sender, entry.slot, entry.generation)
 
     def hold(self, fragments: Sequence[Fragment]) -> bool:
         """Whether what was read from these fragments is valid: no sender has taken its memory back meanwhile."""
@@ -380,7 +394,7 @@ class Payloads:
             for head in fragment.tensors:
                 if isinstance(head.payload, TensorPlace):
                     peer = self._peers.get(fragment.sender)
-                    if peer is None or not peer.holds(head.payload):
+                    if peer is None or not peer.holds(head.payload.slot, head.payload.generation):
                         return False
         return True
 
@@ -399,5 +413,5 @@ class Payloads:
             place = head.payload
             if isinstance(place, TensorPlace) and place.slot != slot and self._arena is not None:
                 slot = place.slot
-                self._arena.give_back(fragment.sender, place)
+                self._arena.give_back(fragment.sender, slot, place.generation)
         return slot >= 0

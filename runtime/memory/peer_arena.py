@@ -110,9 +110,9 @@ class PeerArena:
             self._pinned = reach
         return np.ndarray(tuple(shape), kind, self._map, place.offset)
 
-    def holds(self, place: TensorPlace) -> bool:
-        """Whether the slot is still lent for this use. If so, what was read from it before this call is valid."""
-        return self._generations[place.slot] == place.generation
+    def holds(self, slot: int, generation: int) -> bool:
+        """Whether a slot is still lent for this use. If so, what was read from it before this call is valid."""
+        return self._generations[slot] == generation
 
     @property
     def sleep(self) -> Sleep:

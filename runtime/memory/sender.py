@@ -14,7 +14,7 @@ from runtime.balance.router import Router
 from runtime.memory.outgoing import Attempt, Outgoing
 from runtime.memory.payloads import Payloads
 from runtime.wire.links import Outlet
-from runtime.wire.messages.data import ANY, NOT_NEEDED
+from runtime.wire.messages.data import ANY
 
 COORDINATOR = 0
 """The number of the coordinator's process, which runs no stage."""
@@ -58,21 +58,34 @@ class Sender:
         """
         readers = {}
         for stage, names in wanted:
-            number: int | None = COORDINATOR if stage == CALLER else attempt.route[stage]
-            if number == NOT_NEEDED:
-                continue
-            if number == ANY and stage != CALLER:
-                number = self._choose(stage, names, attempt.cost, outgoing)
-            if number is not None and number in self._links:
+            size = sum([outgoing.arrays[name].nbytes for name in names if name in outgoing.arrays])
+            number = self.reader(stage, attempt.route, attempt.cost, size)
+            if number is not None:
                 readers[number] = names
         return readers
 
-    def _choose(self, stage: int, names: tuple[str, ...], cost: int, outgoing: Outgoing) -> int | None:
-        replicas = self._router.nodes(stage)
-        if len(replicas) == 1:
-            return replicas[0]
-        size = sum([outgoing.arrays[name].nbytes for name in names if name in outgoing.arrays])
-        return self._router.choose(stage, self._sources[stage], cost, size, time.monotonic_ns())
+    def reader(self, stage: int, route: Sequence[int], cost: int, size_bytes: int) -> int | None:
+        """The process that gets the tensors for a stage, or for the caller; None when there is none.
+
+        Args:
+            stage: the stage, or the caller.
+            route: names the replica of each stage, or leaves the choice to the router.
+            cost: cost of the request.
+            size_bytes: size of the tensors.
+        """
+        number: int | None = COORDINATOR if stage == CALLER else route[stage]
+        if number == ANY and stage != CALLER:
+            replicas = self._router.nodes(stage)
+            if len(replicas) == 1:
+                number = replicas[0]
+            else:
+                number = self._router.choose(stage, self._sources[stage], cost, size_bytes, time.monotonic_ns())
+        return number if number in self._links else None
+
+    def sent(self, number: int, cost: int) -> None:
+        """Count a request of this cost that was sent to a process."""
+        if number != COORDINATOR:
+            self._router.sent(number, cost)
 
     def send(
         self, readers: Mapping[int, tuple[str, ...]], attempt: Attempt, outgoing: Outgoing, source: int, *, keep: bool
@@ -97,5 +110,4 @@ class Sender:
                 self._payloads.lend_too(outgoing, number)
             compress = self._compress.get(number, ())
             self._payloads.send(self._links[number], number, outgoing, names, attempt, source, compress)
-            if number != COORDINATOR:
-                self._router.sent(number, attempt.cost)
+            self.sent(number, attempt.cost)

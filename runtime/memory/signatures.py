@@ -19,7 +19,7 @@ _VIEWS = 64  # slots of a signature whose arrays are kept
 
 
 class Part(Struct, frozen=True):
-    """One tensor of a signature: its head, and the distance in bytes from the first tensor."""
+    """One tensor of a signature: its head, and how many bytes after the first tensor it begins."""
 
     name: str
     dtype: str
@@ -76,7 +76,7 @@ class Known:
 
     def holds(self, entry: Entry) -> bool:
         """Whether what was read from an entry's slot is valid: its use has not ended."""
-        return self._peer.holds(TensorPlace(entry.slot, entry.generation, entry.offset))
+        return self._peer.holds(entry.slot, entry.generation)
 
     def fragment(self, entry: Entry, now_ns: int) -> Fragment:
         """The fragment that an entry stands for.
@@ -171,15 +171,14 @@ class Signatures:
 
     def learn(self, fragment: Fragment) -> bool:
         """Take in the signature of a fragment that was sent as a message; False when it can have none."""
-        places = [head.payload for head in fragment.tensors]
-        first = places[0] if places else None
-        if not isinstance(first, TensorPlace) or fragment.rows:
+        places = [head.payload for head in fragment.tensors if isinstance(head.payload, TensorPlace)]
+        if len(places) < len(fragment.tensors) or len({place.slot for place in places}) != 1 or fragment.rows:
             return False
-        parts = []
-        for head, place in zip(fragment.tensors, places, strict=True):
-            if not isinstance(place, TensorPlace) or place.slot != first.slot or place.offset < first.offset:
-                return False
-            parts.append(Part(head.name, head.dtype, head.shape, place.offset - first.offset))
+        start = min(place.offset for place in places)
+        parts = [
+            Part(head.name, head.dtype, head.shape, place.offset - start)
+            for head, place in zip(fragment.tensors, places, strict=True)
+        ]
         place_in_table = fragment.signature % SIGNATURES
         self._numbers[place_in_table] = fragment.signature
         self._known[place_in_table] = Known(

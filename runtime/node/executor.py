@@ -35,19 +35,19 @@ class Executor:
     ) -> None:
         with ThreadPoolExecutor(1) as beside:
             guides = beside.submit(stage_guides, plan, folder, assign.stage)
-            self._runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=custom_ops)
+            self.runner = StageRunner(plan, folder, assign, home=home, threads=threads, custom_ops=custom_ops)
         self._guides = guides.result()
         self._sequences: SequenceRunner | None = None
-        self._why_not = _why_no_steps(plan, assign, self._runner.session)
+        self._why_not = _why_no_steps(plan, assign, self.runner.session)
         if not self._why_not:
-            session = self._runner.session
+            session = self.runner.session
             self._sequences = SequenceRunner(
                 plan, assign.stage, session, assign.slots, assign.length, guides=self._guides
             )
 
     def close(self) -> None:
         """Write the profile, if one was asked for."""
-        self._runner.close()
+        self.runner.close()
 
     @property
     def runs_steps(self) -> bool:
@@ -57,7 +57,7 @@ class Executor:
     @property
     def left_to_cpu(self) -> dict[str, int]:
         """The ops of the stage that its provider left to the CPU: their number by op type."""
-        return dict(Counter(kind for _, kind in self._runner.session.left_to_cpu or ()))
+        return dict(Counter(kind for _, kind in self.runner.session.left_to_cpu or ()))
 
     @property
     def why_unguided(self) -> str:
@@ -67,7 +67,7 @@ class Executor:
     def proven(self, run: Run) -> OutputShapes:
         """Types and shapes of the outputs that :meth:`execute` may write into given arrays."""
         if run.placed is None:
-            return self._runner.proven(run.inputs)
+            return self.runner.proven(run.inputs)
         return self._sequences.shapes(run.fragments[0].rows, _names(run.leaving)) if self._sequences is not None else {}
 
     def execute(self, run: Run, into: Mapping[str, Array]) -> tuple[Mapping[str, Array], tuple[Drawn, ...]]:
@@ -87,7 +87,7 @@ class Executor:
             StageFailed: this stage runs no steps.
         """
         if run.placed is None:
-            return self._runner.run(run.inputs, into), ()
+            return self.runner.run(run.inputs, into), ()
         if self._sequences is None:
             raise StageFailed(f"no sequence can run here: {self._why_not}")
         rows = run.fragments[0].rows

@@ -63,6 +63,7 @@ from runtime.wire.sockets import Sockets
 from runtime.wire.wakeup import Wakeup
 
 _EXIT_GRACE_S = 2.0
+_MOST_A_TURN = 4  # entries of each lane that are handled before the node looks for messages
 _LOOK_S = 0.2  # after this time a node looks at its lanes, in case that a doorbell was lost
 _SERVING = (NodePhase.READY, NodePhase.LEAVING)
 _log = logging.getLogger("runtime.node")
@@ -136,7 +137,7 @@ class NodeProcess:
         """A heartbeat, as of now."""
         if self._options.health is not None:
             write_health(self._options.health, self._machine.state.name.lower())
-        began, longest_ns = self._worker.began, self._worker.longest_ns
+        began, longest_ns = self._worker.clock.began, self._worker.clock.longest_ns
         if began is None and self._turn_ns and self._machine.state in _SERVING:
             began = self._turn_ns, UNIT_COST  # other work, such as sending, should not take longer than a request
         running_ns, cost = (max(1, time.monotonic_ns() - began[0]), began[1]) if began is not None else (0, 0)
@@ -286,14 +287,24 @@ class NodeProcess:
                     self._handle(event, sockets, control)
                 if not worker.has_far_senders:  # else receive everything first, so that receipts are correct
                     break
-            for lane in worker.payloads.lanes.incoming:
-                event = worker.from_lane(lane)
-                if event is not None and machine.state in _SERVING:
-                    self._handle(event, sockets, control)
+            if machine.state in _SERVING:
+                self._take_from_lanes(sockets, control)
             if worker.has_far_senders and self._exit is None:
                 worker.tell_senders(time.monotonic())
             if machine.ready and self._exit is None:
                 self._handle(Turn(time.monotonic_ns()), sockets, control)
+
+    def _take_from_lanes(self, sockets: Sockets, control: ControlLink) -> None:
+        """Execute or queue a few of the requests that wait in lanes."""
+        for _ in range(_MOST_A_TURN):
+            waited = False
+            for lane in self._worker.payloads.lanes.incoming:
+                found, event = self._worker.from_lane(lane, self._machine)
+                waited |= found
+                if event is not None:
+                    self._handle(event, sockets, control)
+            if not waited or self._posted or self._exit is not None:
+                return
 
     def _wait(self, sockets: Sockets) -> set[object]:
         """Wait until there is something to do; returns what can be read."""

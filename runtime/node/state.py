@@ -187,6 +187,11 @@ class NodeState:
         """Whether an attempt is queued and none is running."""
         return bool(self._queue) and self.running is None
 
+    def passes(self, request: int, attempt: int, view: int) -> bool:
+        """Whether an attempt, whose only fragment has arrived, may run at once: nothing waits, and it has not ended."""
+        key = request, attempt
+        return not (self._queue or self.running or view > self._view or key in self._joins or self._has_ended(key))
+
     @property
     def sequences(self) -> int:
         """The number of sequences whose states this node holds. Thread-safe."""
@@ -279,7 +284,7 @@ class NodeState:
             if first.rows and not self._placed(key, join, effects):
                 continue
             self.running = key
-            leaving = self._outputs_of(first)
+            leaving = self.leaving(first)
             effects.append(Run(key, first.cost, join.tensors, tuple(join.fragments), leaving, join.placed))
         return effects
 
@@ -305,8 +310,8 @@ class NodeState:
             self._queue.extendleft(reversed(self._parked))
             self._parked.clear()
 
-    def _outputs_of(self, fragment: Fragment) -> OutputsByTarget:
-        """The outputs that each target gets."""
+    def leaving(self, fragment: Fragment) -> OutputsByTarget:
+        """The outputs that each target of an attempt gets."""
         assert self._requests is not None
         if not fragment.rows:
             return self._requests.leaving(fragment)
@@ -340,7 +345,7 @@ class NodeState:
         forward = Forward(
             fragment=first,
             budget_ns=max(1, join.deadline_ns - event.ready_ns) if join.deadline_ns else 0,
-            leaving=self._outputs_of(first),
+            leaving=self.leaving(first),
             history=(*history, visit),
             drawn=event.drawn,
         )

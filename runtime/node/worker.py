@@ -12,7 +12,6 @@ from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError, PlanError, one_line
 from onnxsplit.plan import CALLER
-from runtime.balance.policies import ServiceTime
 from runtime.balance.router import Router
 from runtime.errors import MemoryWithdrawn, ProtocolError, StageFailed
 from runtime.files.stage import StageFiles
@@ -36,11 +35,14 @@ from runtime.node.events import (
     Run,
 )
 from runtime.node.executor import Executor
+from runtime.node.run_clock import RunClock
+from runtime.node.state import NodeState
+from runtime.node.straight import Straight
 from runtime.topology import StepGraph, expected_tensors, sources
 from runtime.wire import codec
 from runtime.wire.links import Outlet
 from runtime.wire.messages.control import Assign, Peer
-from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, Step
+from runtime.wire.messages.data import Failed, Fragment, Receipt, Started
 from runtime.wire.sockets import Sockets
 
 _RECEIPT_S = 0.5  # interval of receipts to a sender that does not choose by them
@@ -53,7 +55,7 @@ _MOST_REASON_CHARACTERS = 500
 
 
 class Worker:
-    """The worker of a node's main thread; ``began``, ``longest_ns`` and ``unreachable_peers`` are thread-safe.
+    """The worker of a node's main thread; ``clock`` and ``unreachable_peers`` are thread-safe.
 
     Args:
         memory_bytes: the largest size of its outputs in shared memory at once; 0 for no shared memory.
@@ -61,16 +63,14 @@ class Worker:
     Attributes:
         payloads: this process's shared memory, and that of its peers.
         mapped: the numbers of the peers whose memory is mapped.
-        began: when the session began the running request, by the host's monotonic clock in ns, and the request's cost;
-            None while no request runs.
+        clock: measures the runs.
     """
 
     def __init__(self, memory_bytes: int) -> None:
         self.payloads = Payloads(memory_bytes)
         self.mapped: tuple[int, ...] = ()
-        self.began: tuple[int, int] | None = None
+        self.clock = RunClock(self.payloads)
         self._router = Router("completion", self.payloads.board)
-        self._service_time = ServiceTime()
         self._me = -1
         self._links: dict[int, Outlet] = {}
         self._receipts: dict[int, Outlet] = {}  # links to senders that cannot read this node's load board
@@ -87,6 +87,7 @@ class Worker:
         self._compression = Compression()
         self._sender = Sender(self.payloads, self._router, self._links, self._sources, self._compression.names)
         self._ran = _Ran(Outgoing(), valid=False)
+        self._straight: Straight | None = None  # None for a stage whose requests are never ordinary
         self._assign: Assign  # set by load(), before anything reads it
 
     def close(self) -> None:
@@ -94,11 +95,6 @@ class Worker:
         if self._executor is not None:
             self._executor.close()
         self.payloads.close()
-
-    @property
-    def longest_ns(self) -> int:
-        """The longest time that a request of unit cost has taken here."""
-        return self._service_time.longest_ns
 
     def unreachable_peers(self) -> tuple[int, ...]:
         """The numbers of the targets that cannot be reached now; the router avoids them from now on."""
@@ -119,7 +115,13 @@ class Worker:
     def share(self, readers: tuple[int, ...]) -> None:
         """Lend memory to these peers from now on."""
         self.payloads.share(readers, self._links)
+        self._forget_readers()
+
+    def _forget_readers(self) -> None:
+        """Find out anew who reads which outputs in place."""
         self._shared.clear()
+        if self._straight is not None:
+            self._straight.forget()
 
     def report(self, message: Failed) -> None:
         """Tell the coordinator that this stage could not execute a request."""
@@ -168,6 +170,9 @@ class Worker:
         self._compression.learn(plan, assign.stage)
         self._sender = Sender(self.payloads, self._router, self._links, self._sources, self._compression.names)
         self._expected = expected_tensors(plan, assign.stage)
+        if len(self._sources[assign.stage]) == 1:
+            runner = self._executor.runner
+            self._straight = Straight(self.payloads, self._sender, runner, self.clock, assign, self.report)
         if plan.decoder is not None:
             self._expected_in_steps = StepGraph(plan).expected(assign.stage)
         log_event(
@@ -186,7 +191,7 @@ class Worker:
         peers = {peer.number: peer for peer in connect.peers}
         self.mapped = self.payloads.meet(connect.me, {n: peers[n] for n in connect.neighbours})
         self._router.learn(connect.me, connect.peers, self.payloads.boards())
-        self._shared.clear()
+        self._forget_readers()
         for number in self._links.keys() - connect.targets:
             self._links.pop(number).close()
         for number in connect.targets - self._links.keys():
@@ -280,18 +285,24 @@ class Worker:
                 self._fail(message, f"the fragment from {source} cannot be read: {reason}")
         return None
 
-    def from_lane(self, lane: Incoming) -> Arrived | None:
-        """The event for the next entry of a lane; None when there is none, and for one that is dropped."""
+    def from_lane(self, lane: Incoming, machine: NodeState) -> tuple[bool, Arrived | None]:
+        """Handle the next entry of a lane.
+
+        Returns:
+            Whether there was one, and the event for an entry that was not executed at once.
+        """
         try:
-            found = self.payloads.lift(lane)
+            taken = lane.take()
+            if taken is None:
+                return False, None
+            if self._straight is not None and self._straight.run(taken, machine):
+                return True, None
+            fragment, tensors = self.payloads.lift(taken)
         except ProtocolError as error:
             _drops.note(error)
-            return None
-        if found is None:
-            return None
-        fragment, tensors = found
+            return True, None
         self._unfinished[fragment.sender] += fragment.cost
-        return Arrived(fragment, tensors, time.monotonic_ns())
+        return True, Arrived(fragment, tensors, time.monotonic_ns())
 
     def _fragment(self, fragment: Fragment, frames: list[codec.Buffer]) -> Arrived | None:
         tensors = self.payloads.receive(fragment, frames)
@@ -340,29 +351,23 @@ class Worker:
             :class:`~runtime.node.events.Executed` or :class:`~runtime.node.events.ExecutionFailed`.
         """
         assert self._executor is not None
-        payloads, board = self.payloads, self.payloads.board
+        payloads = self.payloads
         shared = self._shared.get(run.leaving)
         if shared is None:
             shared = self._shared[run.leaving] = self._read_in_place(run.leaving)
         outgoing = payloads.reserve(self._executor.proven(run), shared)
         if not self._router.mapped(0):
             self._links[0].send(codec.encode(Started(*run.key, self._me)))
-        payloads.record(*run.key, Step.RUNNING)
-        started = time.monotonic_ns()
-        self.began = started, run.cost
-        board.began(run.cost, started)
+        started = self.clock.begin(*run.key, run.cost)
         try:
             outputs, drawn = self._executor.execute(run, outgoing.arrays)
         except (OnnxsplitError, MemoryError) as error:
             payloads.drop(outgoing)
             return ExecutionFailed(str(error) or "out of memory")
         finally:
-            ended = time.monotonic_ns()
-            self.began = None
-            self._service_time.ran(ended - started, run.cost, ended)
-            board.ended(self._service_time, ended)
+            ended = self.clock.end(started, run.cost)
         payloads.complete(outgoing, outputs, shared)
-        payloads.record(*run.key, Step.DONE)
+        self.clock.done(*run.key)
         self._ran = _Ran(outgoing, payloads.hold(run.fragments))
         return Executed(started, ended, time.monotonic_ns(), outgoing.size_bytes, outgoing.shared_bytes, drawn)
 

@@ -68,9 +68,9 @@ def test_a_tensor_is_read_in_place_and_read_only(arena, reader):
 def test_a_slot_is_free_when_every_reader_has_returned_it(arena, reader):
     with_two = Arena(MIB)
     block = lend(arena, 100, [returns(reader), returns(with_two)])
-    reader.give_back(ME, block.place(0))
+    reader.give_back(ME, block.number, block.generation)
     assert arena.busy == 1
-    with_two.give_back(ME, block.place(0))
+    with_two.give_back(ME, block.number, block.generation)
     assert arena.busy == 0
     with_two.close()
 
@@ -79,10 +79,10 @@ def test_a_late_return_of_an_old_use_frees_nothing(arena, reader):
     row = [returns(reader)]
     old = lend(arena, 100, row)
     stale = old.place(0)
-    reader.give_back(ME, stale)
+    reader.give_back(ME, stale.slot, stale.generation)
     new = lend(arena, 100, row)
     assert new.number == old.number
-    reader.give_back(ME, stale)
+    reader.give_back(ME, stale.slot, stale.generation)
     assert arena.busy == 1
 
 
@@ -90,16 +90,16 @@ def test_a_reader_notices_that_a_slot_was_taken_away(arena, reader):
     peer = PeerArena(arena.address)
     block = lend(arena, 100, [returns(reader)])
     place = block.place(0)
-    assert peer.holds(place)
+    assert peer.holds(place.slot, place.generation)
     arena.forget(block.readers[0])  # the owner was told that the reader is gone
     lend(arena, 100, [returns(reader)])
-    assert not peer.holds(place)
+    assert not peer.holds(place.slot, place.generation)
 
 
 def test_a_slot_that_its_owner_holds_is_not_free_whoever_returned_it(arena, reader):
     block = arena.reserve(100)
     block.readers.append(returns(reader))
-    reader.give_back(ME, block.place(0))
+    reader.give_back(ME, block.number, block.generation)
     assert arena.busy == 1
     block.held = False
     assert arena.busy == 0
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_and_fits_when_there_is_room_again(arena, r
     row = [returns(reader)]
     blocks = [lend(arena, MIB, row) for _ in range(8)]
     assert lend(arena, 1, row) is None
-    reader.give_back(ME, blocks[5].place(0))
+    reader.give_back(ME, blocks[5].number, blocks[5].generation)
     assert lend(arena, MIB, row).offset == blocks[5].offset
 
 
@@ -118,7 +118,7 @@ def test_the_number_of_slots_is_limited(reader):
     row = [returns(reader)]
     blocks = [lend(arena, 1, row) for _ in range(SLOTS)]
     assert lend(arena, 1, row) is None
-    reader.give_back(ME, blocks[0].place(0))
+    reader.give_back(ME, blocks[0].number, blocks[0].generation)
     assert lend(arena, 1, row) is not None
     arena.close()
 
@@ -133,7 +133,7 @@ def test_memory_is_taken_as_it_is_used_and_goes_back(reader):
     assert taken() < MIB
     large = lend(arena, 200 * MIB, row)
     assert 200 * MIB <= taken() < 202 * MIB
-    reader.give_back(ME, large.place(0))
+    reader.give_back(ME, large.number, large.generation)
     for _ in range(2100):
         reader.give_back(ME, lend(arena, 1000, row).place(0))
     assert taken() < 70 * MIB

@@ -1,0 +1,51 @@
+"""Measures the runs of a node's session, and shows peers what runs."""
+
+from __future__ import annotations
+
+import time
+
+from runtime.balance.policies import ServiceTime
+from runtime.memory.payloads import Payloads
+from runtime.wire.messages.data import Step
+
+
+class RunClock:
+    """The clock of one node's session.
+
+    Args:
+        payloads: the node's side of shared memory, where its load board and its ledger are.
+
+    Attributes:
+        began: when the session began the running request, by the host's monotonic clock in ns, and the request's cost;
+            None while no request runs. Thread-safe.
+    """
+
+    def __init__(self, payloads: Payloads) -> None:
+        self.began: tuple[int, int] | None = None
+        self._payloads = payloads
+        self._service_time = ServiceTime()
+
+    @property
+    def longest_ns(self) -> int:
+        """The longest time that a request of unit cost has taken here. Thread-safe."""
+        return self._service_time.longest_ns
+
+    def begin(self, request: int, attempt: int, cost: int) -> int:
+        """A run begins; returns the time."""
+        self._payloads.record(request, attempt, Step.RUNNING)
+        started = time.monotonic_ns()
+        self.began = started, cost
+        self._payloads.board.began(cost, started)
+        return started
+
+    def end(self, started_ns: int, cost: int) -> int:
+        """A run has ended, with or without success; returns the time."""
+        ended = time.monotonic_ns()
+        self.began = None
+        self._service_time.ran(ended - started_ns, cost, ended)
+        self._payloads.board.ended(self._service_time, ended)
+        return ended
+
+    def done(self, request: int, attempt: int) -> None:
+        """The outputs of a run are complete."""
+        self._payloads.record(request, attempt, Step.DONE)
