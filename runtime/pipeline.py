@@ -33,6 +33,7 @@ from runtime.requests.generation import Generation
 from runtime.requests.generator import start_generation
 from runtime.requests.microbatch import batch_size, ordinary_bytes
 from runtime.requests.normalize import normal_inputs, normal_names, normal_timeout_ns
+from runtime.requests.ordinary import Ordinary, OrdinaryRequests, WholeRequest
 from runtime.requests.request import Answering, OutputSelection, Request
 from runtime.text.text import Text
 from runtime.topology import StageGraph
@@ -69,6 +70,7 @@ class Pipeline:
         self._closed = False
         self._pid = os.getpid()
         self._ordinary_bytes = ordinary_bytes(plan)
+        self._kinds = OrdinaryRequests()
         self._ready = coordinator.start()
 
     @classmethod
@@ -234,10 +236,13 @@ class Pipeline:
         """
         begun = time.monotonic_ns()
         limit = normal_timeout_ns(timeout)
+        kind = self._kinds.find(inputs, outputs)
+        if kind is not None:
+            return self._enter_whole(inputs, kind, None if limit is None else begun + limit, block=block)
         names = normal_names(outputs)
         arrays = normal_inputs(inputs, self._check.specs)
         deadline = None if limit is None else begun + limit
-        return self.enter(arrays, self.check(arrays, names), deadline_ns=deadline, block=block)
+        return self.enter(arrays, self.check(arrays, names), deadline_ns=deadline, block=block, asked=names is not None)
 
     def generate(
         self, tokens: Sequence[int] | Array, *, timeout: float | None = None, block: bool = True, **options: Any
@@ -268,18 +273,34 @@ class Pipeline:
         return Text.open(self._folder, self.plan, self.generate)
 
     def enter(
-        self, arrays: Mapping[str, Array], asked: OutputSelection, *, deadline_ns: int | None, block: bool
+        self,
+        arrays: Mapping[str, Array],
+        selection: OutputSelection,
+        *,
+        deadline_ns: int | None,
+        block: bool,
+        asked: bool = True,
     ) -> Answering:
-        """Submit inputs that are normalised (:mod:`runtime.requests.normalize`) and have passed :meth:`check`."""
+        """Submit inputs that are normalised (:mod:`runtime.requests.normalize`) and have passed :meth:`check`.
+
+        ``asked`` says whether the caller has named the outputs.
+        """
+        kind = self._kinds.find(arrays, selection.names)
+        if kind is not None:
+            return self._enter_whole(arrays, kind, deadline_ns, block=block)
         self._check_open()
-        parts, ready = self._check.prepare(arrays, asked)
+        parts, ready = self._check.prepare(arrays, selection)
         if not parts:
             future = Answering()
             future.set_result(ready)
             return future
         size = sum(map(content_bytes, parts[0].values()))
         cost = cost_of(sum(array.nbytes for array in parts[0].values()), self._ordinary_bytes)
-        request = Request(self._coordinator.requests, self._admission, parts, asked, size, cost, deadline_ns, ready)
+        if len(parts) == 1 and parts[0].keys() == arrays.keys() and not ready:
+            kind = self._kinds.learn(arrays, selection, asked=asked, size=size, cost=cost)
+            if kind is not None:
+                return self._enter_whole(arrays, kind, deadline_ns, block=block)
+        request = Request(self._coordinator.requests, self._admission, parts, selection, size, cost, deadline_ns, ready)
         try:
             waits = block and not self._coordinator.requests.delivering  # the thread of callbacks frees the places
             self._admission.admit(request.first_place, size, deadline_ns=deadline_ns, block=waits)
@@ -288,6 +309,22 @@ class Pipeline:
             request.abandon()
             raise
         return request.future
+
+    def _enter_whole(
+        self, arrays: Mapping[str, Array], kind: Ordinary, deadline_ns: int | None, *, block: bool
+    ) -> Answering:
+        """Submit a request of a kind that is known."""
+        self._check_open()
+        requests = self._coordinator.requests
+        request = WholeRequest(requests, self._admission, kind)
+        try:
+            waits = block and not requests.delivering  # the thread of callbacks frees the places
+            self._admission.admit(request, kind.size, deadline_ns=deadline_ns, block=waits)
+            request.enter(arrays, deadline_ns)
+        except BaseException:
+            request.abandon()
+            raise
+        return request
 
     def _check_open(self) -> None:
         if self._closed:

@@ -14,7 +14,7 @@ from runtime.memory.outgoing import Outgoing
 _WORDS = 500
 
 
-@dataclass
+@dataclass(slots=True)
 class Pending:
     """A request that is not answered.
 

@@ -29,8 +29,10 @@ from runtime.coordinator.state import CoordinatorState
 from runtime.coordinator.token_stream import TokenStream
 from runtime.errors import PipelineClosed, PipelineError
 from runtime.logs import log_event
-from runtime.memory.outgoing import Attempt, shapes_of
+from runtime.memory.lanes import Taken
+from runtime.memory.outgoing import Attempt, OutputShapes, shapes_of
 from runtime.memory.payloads import Payloads
+from runtime.memory.signatures import visits_of
 from runtime.topology import sources
 from runtime.trace import RequestTrace
 from runtime.wire.messages.control import Beat
@@ -99,12 +101,19 @@ class RequestIO(RequestEffects):
     # Callers
 
     def submit(
-        self, inputs: Mapping[str, Array], wanted: tuple[str, ...], cost: int, deadline_ns: int | None, done: Done
+        self,
+        inputs: Mapping[str, Array],
+        wanted: tuple[str, ...],
+        cost: int,
+        deadline_ns: int | None,
+        done: Done,
+        shapes: OutputShapes | None = None,
     ) -> int:
         """Submit a request, and return its number. ``inputs`` are copied before this returns.
 
         ``done`` is called once: in a thread of the coordinator's, or in this one when the request is refused at once.
-        When this raises, the request is removed, and ``done`` is not called from then on.
+        When this raises, the request is removed, and ``done`` is not called from then on. ``shapes`` is given for
+        requests that recur: the same object for all inputs of these types and shapes.
         """
         number = -1
         try:
@@ -115,7 +124,9 @@ class RequestIO(RequestEffects):
                     self.answers.add(done, Answer({}, self.reason))
                     pending = None
                 else:
-                    pending = self._decide(number, inputs, wanted, cost, deadline_ns, done)
+                    pending = self._decide(number, wanted, cost, deadline_ns, done)
+                    if pending is not None:
+                        self._reserve(pending, inputs, shapes)
             if pending is not None:
                 self._place(pending, number, inputs)
                 if deadline_ns is not None:
@@ -128,22 +139,23 @@ class RequestIO(RequestEffects):
         return number
 
     def _decide(
-        self,
-        number: int,
-        inputs: Mapping[str, Array],
-        wanted: tuple[str, ...],
-        cost: int,
-        deadline_ns: int | None,
-        done: Done,
+        self, number: int, wanted: tuple[str, ...], cost: int, deadline_ns: int | None, done: Done
     ) -> Pending | None:
         """Pass a request to the machine, while the lock is held; None when it is refused."""
         now = time.monotonic_ns()
         pending = self._pending[number] = Pending(done, now)
-        self.handle(Submitted(number, wanted, cost, deadline_ns, now))
-        if number not in self._pending:
-            return None
-        self._payloads.place(pending.outgoing, shapes_of(inputs), inputs)
-        return pending
+        pending.enter = self._machine.enter(number, wanted, cost, deadline_ns, now)
+        if pending.enter is None:
+            self.handle(Submitted(number, wanted, cost, deadline_ns, now))
+        return pending if number in self._pending else None
+
+    def _reserve(self, pending: Pending, inputs: Mapping[str, Array], shapes: OutputShapes | None) -> None:
+        """Find room for a request's inputs in shared memory, while the lock is held."""
+        outgoing = None if shapes is None else self._payloads.reserve_whole(shapes)
+        if outgoing is not None:
+            pending.outgoing = outgoing
+        else:
+            self._payloads.place(pending.outgoing, shapes_of(inputs), inputs)
 
     def _place(self, pending: Pending, number: int, inputs: Mapping[str, Array]) -> None:
         """Copy a request's inputs to the memory that nodes read, and begin the attempt that waits for that."""
@@ -323,10 +335,32 @@ class RequestIO(RequestEffects):
         held = self._payloads.hold((fragment,))
         self._payloads.give_back(fragment)
         if held and tensors is not None and self._machine.requests.attempt(request) == attempt:
-            self._pending[request].outputs.update(tensors)
-            self.handle(Returned(request, attempt, tuple(tensors), fragment.history))
+            self._return(request, attempt, tensors, fragment.history)
         elif error is not None:
             self.handle(Unsendable(request, error, attempt))
+
+    def take_entry(self, taken: Taken, tensors: dict[str, Array] | None) -> None:
+        """The same for an entry of a lane that was copied without difficulty, or that no request waits for.
+
+        Raises:
+            ProtocolError: the entry is malformed.
+        """
+        entry, known = taken.entry, taken.known
+        held = known.holds(entry)
+        self._payloads.return_slot(known.sender, entry)
+        if held and tensors is not None and self._machine.requests.attempt(entry.request) == entry.attempt:
+            self._return(entry.request, entry.attempt, tensors, visits_of(entry.visits))
+
+    def _return(self, request: int, attempt: int, tensors: dict[str, Array], history: tuple[Visit, ...]) -> None:
+        """Add outputs to a request whose attempt is under way."""
+        pending = self._pending[request]
+        pending.outputs.update(tensors)
+        if self._machine.settled:
+            visits = self._machine.requests.complete(request, attempt, tuple(tensors), history)
+            if visits is not None:
+                self.resolve(request, visits)
+        else:
+            self.handle(Returned(request, attempt, tuple(tensors), history))
 
     def take_step(self, fragment: Fragment, scores: Mapping[int, Array]) -> None:
         """Handle a step that has come back, while the lock is held.

@@ -181,24 +181,39 @@ class RequestTable:
 
     def submit(self, event: Submitted) -> None:
         """Accept a request, and begin the first attempt at it if all stages that it needs have nodes."""
-        wanted = event.wanted
-        needed = self._graph.needed(wanted)
-        self._requests[event.request] = _Request(wanted, needed, event.cost, event.deadline_ns, set(wanted))
-        if event.deadline_ns is not None:
-            self.deadlines.add(event.deadline_ns, event.request)
+        self._accept(event.request, event.wanted, event.cost, event.deadline_ns)
         self._begin(event.request, event.now_ns)
+
+    def enter(
+        self, number: int, wanted: tuple[str, ...], cost: int, deadline_ns: int | None, now_ns: int
+    ) -> Enter | None:
+        """Accept a request, and begin the first attempt; None, with nothing changed, if a stage has no node."""
+        if not self._graph.needed(wanted) <= self._roster.served:
+            return None
+        return self._attempt(number, self._accept(number, wanted, cost, deadline_ns), now_ns)
+
+    def _accept(self, number: int, wanted: tuple[str, ...], cost: int, deadline_ns: int | None) -> _Request:
+        request = _Request(wanted, self._graph.needed(wanted), cost, deadline_ns, set(wanted))
+        self._requests[number] = request
+        if deadline_ns is not None:
+            self.deadlines.add(deadline_ns, number)
+        return request
 
     def _begin(self, number: int, now_ns: int) -> None:
         """Begin an attempt, or wait for a node, or refuse the request if no node can be expected."""
         request = self._requests[number]
-        if not request.needed <= self._roster.served:
-            error = self._unavailable(request.needed - self._roster.served)
-            if error is not None:
-                self.refuse(number, error)
-                return
-            request.waits = True
-            self._waiting[number] = None
+        if request.needed <= self._roster.served:
+            self._effects.on_requests.append(self._attempt(number, request, now_ns))
             return
+        error = self._unavailable(request.needed - self._roster.served)
+        if error is not None:
+            self.refuse(number, error)
+            return
+        request.waits = True
+        self._waiting[number] = None
+
+    def _attempt(self, number: int, request: _Request, now_ns: int) -> Enter:
+        """Begin an attempt; all stages that it needs have nodes."""
         route = self._graph.open_route(request.needed)
         for stage in self._graph.joins & request.needed:
             chosen = self._choose(stage, request.cost)
@@ -209,9 +224,7 @@ class RequestTable:
         request.view = self._roster.view
         request.route = route
         request.begun_ns = now_ns
-        self._effects.on_requests.append(
-            Enter(number, request.attempt, request.view, request.cost, request.deadline_ns, route, request.wanted)
-        )
+        return Enter(number, request.attempt, request.view, request.cost, request.deadline_ns, route, request.wanted)
 
     def _retry(self, number: int, reason: str) -> None:
         """End an attempt. The next one waits to begin; a request that has no attempts left is refused."""
@@ -320,22 +333,30 @@ class RequestTable:
 
     def returned(self, event: Returned) -> None:
         """Handle output tensors of an attempt; the last ones end the request."""
-        request = self._requests.get(event.request)
-        if request is None or request.waits or request.attempt != event.attempt:
-            return
-        request.missing.difference_update(event.names)
-        for visit in event.history:
+        visits = self.complete(event.request, event.attempt, event.names, event.history)
+        if visits is not None:
+            self._effects.on_requests.append(Resolve(event.request, visits))
+
+    def complete(
+        self, number: int, attempt: int, names: tuple[str, ...], history: tuple[Visit, ...]
+    ) -> tuple[Visit, ...] | None:
+        """Handle output tensors of an attempt; returns the visits of the request if they were the last ones."""
+        request = self._requests.get(number)
+        if request is None or request.waits or request.attempt != attempt:
+            return None
+        request.missing.difference_update(names)
+        for visit in history:
             request.visits[visit.stage] = visit
         if request.missing:
-            return
-        self._end(event.request)
+            return None
+        self._end(number)
         last_ns = 0
         for visit in request.visits.values():
             self._roster.visited(visit)
             last_ns = max(last_ns, visit.sent_ns)
         if last_ns:
             self._usual_ns += _SMOOTHING * (max(0, last_ns - request.begun_ns) - self._usual_ns)
-        self._effects.on_requests.append(Resolve(event.request, tuple(request.visits.values())))
+        return tuple(request.visits.values())
 
     def reported(self, message: Failed) -> None:
         """End a request because a node could not execute it."""

@@ -20,6 +20,7 @@ from runtime.coordinator.request_io import RequestIO
 from runtime.coordinator.state import CoordinatorState
 from runtime.errors import MemoryWithdrawn, PipelineError, ProtocolError, StageFailed
 from runtime.logs import DropLog
+from runtime.memory.lanes import Taken
 from runtime.memory.payloads import Payloads
 from runtime.wire import codec
 from runtime.wire.links import Inlet
@@ -148,20 +149,36 @@ class ResultTaker:
         return True
 
     def _take_from_lanes(self) -> bool:
-        """Take the entries that wait in lanes; False when there are none."""
-        found = False
+        """Take the entries that wait in lanes, all of them under one lock; False when there are none."""
+        requests, found = self._requests, False
+        batch: list[tuple[Taken, dict[str, Array] | None]] = []
         for lane in self._payloads.lanes.incoming:
             try:
                 while (taken := lane.take()) is not None:
                     found = True
-                    fragment, tensors = self._payloads.lift(taken)
-                    self._copy(fragment, tensors)
+                    try:
+                        batch.append((taken, self._copies(taken)))
+                    except MemoryError:
+                        self._copy(*self._payloads.lift(taken))
             except ProtocolError as error:
                 found = True
                 _drops.note(error)
+        if batch:
+            with requests.lock:
+                for taken, copies in batch:
+                    try:
+                        requests.take_entry(taken, copies)
+                    except ProtocolError as error:
+                        _drops.note(error)
         if found:
-            self._requests.answers.deliver()
+            requests.answers.deliver()
         return found
+
+    def _copies(self, taken: Taken) -> dict[str, Array] | None:
+        """Copies of the tensors of an entry; None if no request waits for them."""
+        if self._machine.requests.attempt(taken.entry.request) != taken.entry.attempt:
+            return None
+        return {name: tensor.copy() for name, tensor in taken.known.tensors(taken.entry).items()}
 
     def _take(self, header: codec.Buffer, frames: list[codec.Buffer]) -> None:
         requests = self._requests

@@ -41,6 +41,7 @@ from runtime.coordinator.events import (
     DrainAsked,
     Drained,
     Effects,
+    Enter,
     Expired,
     GivenUp,
     GiveStage,
@@ -174,6 +175,19 @@ class CoordinatorState:
     def is_open(self) -> bool:
         """Whether nodes may join and leave."""
         return self.state in (PipelinePhase.STARTING, PipelinePhase.READY, PipelinePhase.DRAINING)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the end of a request has no effect on nodes: none waits for it, and neither does the pipeline."""
+        return self.state is PipelinePhase.READY and not self.roster.departing
+
+    def enter(
+        self, number: int, wanted: tuple[str, ...], cost: int, deadline_ns: int | None, now_ns: int
+    ) -> Enter | None:
+        """Begin a request at once, as :meth:`handle` does; None, with nothing changed, if anything is unusual."""
+        if self.error is not None or self.state is not PipelinePhase.READY:
+            return None
+        return self.requests.enter(number, wanted, cost, deadline_ns, now_ns)
 
     def handle(self, event: CoordinatorEvent) -> Decision:
         """Handle an event; returns the effects on requests and the effects on nodes, each in order."""

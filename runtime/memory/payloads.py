@@ -189,6 +189,19 @@ class Payloads:
         outgoing.size_bytes = layout.size_bytes
         return outgoing
 
+    def reserve_whole(self, shapes: OutputShapes) -> Outgoing | None:
+        """Arrays for tensors that all lie in one slot of shared memory; None if there is none, or no room.
+
+        Args:
+            shapes: as for :meth:`reserve`; no strings.
+        """
+        outgoing = Outgoing()
+        layout = self.layout(shapes, tuple(shapes))
+        if not self._place(outgoing, layout):
+            return None
+        outgoing.layout, outgoing.size_bytes = layout, layout.size_bytes
+        return outgoing
+
     def place(self, outgoing: Outgoing, shapes: OutputShapes, shared: Collection[str]) -> None:
         """Add arrays in shared memory for the tensors among ``shared``, if there is room."""
         if self._rows:

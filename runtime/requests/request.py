@@ -48,7 +48,7 @@ class Answering(Future[dict[str, Array]]):
     def __init__(self, give_up: Callable[[], None] = lambda: None, request_io: RequestIO | None = None) -> None:
         super().__init__()
         self.visits: tuple[Visit, ...] = ()
-        self._give_up = give_up
+        self._on_cancel = give_up
         self._request_io = request_io
 
     def cancel(self) -> bool:
@@ -57,6 +57,10 @@ class Answering(Future[dict[str, Array]]):
             return False
         self._give_up()
         return True
+
+    def _give_up(self) -> None:
+        """End the work of the request, because the future was cancelled."""
+        self._on_cancel()
 
     def result(self, timeout: float | None = None) -> dict[str, Array]:
         """Wait for the outputs.
