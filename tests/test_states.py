@@ -6,18 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from runtime.coordinator import node_record, sequence_record
-from runtime.coordinator import state as coordinator_state
+from runtime.coordinator import node_record, pipeline_phase, sequence_record
 from runtime.node import state as node_state
 from runtime.transition_table import IllegalEventError, Machine, drawing
 
 DRAWING = Path(__file__).parents[1] / "docs" / "states.md"
 TABLES = {
     "A pipeline, as its coordinator sees it": (
-        "runtime/coordinator/state.py",
-        coordinator_state.TRANSITIONS,
-        coordinator_state.PipelinePhase.STARTING,
-        {coordinator_state.PipelinePhase.CLOSED},
+        "runtime/coordinator/pipeline_phase.py",
+        pipeline_phase.TRANSITIONS,
+        pipeline_phase.PipelinePhase.STARTING,
+        {pipeline_phase.PipelinePhase.CLOSED},
     ),
     "A node, as the coordinator sees it": (
         "runtime/coordinator/node_record.py",

@@ -31,10 +31,11 @@ from runtime.coordinator.interpreter import carry_out
 from runtime.coordinator.node_controller import NodeController
 from runtime.coordinator.node_monitor import NodeMonitor
 from runtime.coordinator.node_record import Incident, Phase
+from runtime.coordinator.pipeline_phase import PipelinePhase
 from runtime.coordinator.request_io import RequestIO
 from runtime.coordinator.results import ResultTaker
 from runtime.coordinator.setup import Channels, Setup, open_channels
-from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.coordinator.state import CoordinatorState
 from runtime.coordinator.status import (
     NodeInfo,
     NodeStats,

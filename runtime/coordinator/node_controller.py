@@ -12,8 +12,9 @@ from runtime.coordinator.data_links import DataLinks
 from runtime.coordinator.events import Met
 from runtime.coordinator.failure_detector import FailureDetector
 from runtime.coordinator.interpreter import NodeEffects
+from runtime.coordinator.pipeline_phase import PipelinePhase
 from runtime.coordinator.setup import Channels, Setup
-from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.coordinator.state import CoordinatorState
 from runtime.errors import PipelineError
 from runtime.launcher import Handle
 from runtime.logs import log_event

@@ -10,9 +10,10 @@ from runtime.coordinator.events import CoordinatorEvent, LinksSeen, Reconnected,
 from runtime.coordinator.failure_detector import FailureDetector
 from runtime.coordinator.interpreter import control_event
 from runtime.coordinator.node_controller import NodeController
+from runtime.coordinator.pipeline_phase import PipelinePhase
 from runtime.coordinator.reach import Reachability
 from runtime.coordinator.setup import Channels, Setup
-from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.coordinator.state import CoordinatorState
 from runtime.errors import PipelineError, ProtocolError
 from runtime.logs import DropLog
 from runtime.wire import codec

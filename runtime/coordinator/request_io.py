@@ -23,20 +23,19 @@ from runtime.coordinator.events import CoordinatorEvent, Enter, GivenUp, Returne
 from runtime.coordinator.inbox import Inbox
 from runtime.coordinator.interpreter import RequestEffects
 from runtime.coordinator.pending import Pending, ignore, unsendable
-from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted, StepReturned
+from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted
 from runtime.coordinator.sequence_io import SequenceIO
 from runtime.coordinator.state import CoordinatorState
 from runtime.coordinator.token_stream import TokenStream
 from runtime.errors import PipelineClosed, PipelineError
 from runtime.logs import log_event
-from runtime.memory.lanes import Taken
-from runtime.memory.outgoing import Attempt, OutputShapes, shapes_of
+from runtime.memory.layouts import OutputShapes, shapes_of
+from runtime.memory.outgoing import Attempt
 from runtime.memory.payloads import Payloads
-from runtime.memory.signatures import visits_of
 from runtime.topology import sources
 from runtime.trace import RequestTrace
 from runtime.wire.messages.control import Beat
-from runtime.wire.messages.data import Fragment, Visit
+from runtime.wire.messages.data import Visit
 from runtime.wire.messages.sequences import Sampling
 from runtime.wire.wakeup import Wakeup
 
@@ -321,60 +320,15 @@ class RequestIO(RequestEffects):
         if not self._replay:
             self._payloads.release(outgoing)
 
-    def take_outputs(
-        self, fragment: Fragment, tensors: dict[str, Array] | None, error: PipelineError | None = None
-    ) -> None:
-        """Add the tensors of a received fragment to the outputs of its request, while the lock is held.
-
-        Args:
-            fragment: the fragment.
-            tensors: copies of the tensors; None when no request waits for them, or copying failed.
-            error: why copying failed.
-        """
-        request, attempt = fragment.request, fragment.attempt
-        held = self._payloads.hold((fragment,))
-        self._payloads.give_back(fragment)
-        if held and tensors is not None and self._machine.requests.attempt(request) == attempt:
-            self._return(request, attempt, tensors, fragment.history)
-        elif error is not None:
-            self.handle(Unsendable(request, error, attempt))
-
-    def take_entry(self, taken: Taken, tensors: dict[str, Array] | None) -> None:
-        """The same for an entry of a lane that was copied without difficulty, or that no request waits for.
-
-        Raises:
-            ProtocolError: the entry is malformed.
-        """
-        entry, known = taken.entry, taken.known
-        held = known.holds(entry)
-        self._payloads.return_slot(known.sender, entry)
-        if held and tensors is not None and self._machine.requests.attempt(entry.request) == entry.attempt:
-            self._return(entry.request, entry.attempt, tensors, visits_of(entry.visits))
-
-    def _return(self, request: int, attempt: int, tensors: dict[str, Array], history: tuple[Visit, ...]) -> None:
-        """Add outputs to a request whose attempt is under way."""
-        pending = self._pending[request]
-        pending.outputs.update(tensors)
-        if self._machine.settled:
-            visits = self._machine.requests.complete(request, attempt, tuple(tensors), history)
-            if visits is not None:
-                self.resolve(request, visits)
-        else:
+    def add_outputs(self, request: int, attempt: int, tensors: dict[str, Array], history: tuple[Visit, ...]) -> None:
+        """Add tensors to the outputs of a request whose attempt is under way, while the lock is held."""
+        self._pending[request].outputs.update(tensors)
+        if not self._machine.settled:
             self.handle(Returned(request, attempt, tuple(tensors), history))
-
-    def take_step(self, fragment: Fragment, scores: Mapping[int, Array]) -> None:
-        """Handle a step that has come back, while the lock is held.
-
-        Args:
-            fragment: the fragment of the last stage.
-            scores: copies of the scores in it, by sequence.
-        """
-        held = self._payloads.hold((fragment,))
-        self._payloads.give_back(fragment)
-        if held:
-            now = time.monotonic_ns()
-            self.sequences.end_step(fragment, now, scores)
-            self.handle(StepReturned(fragment.request, fragment.drawn, fragment.history, now))
+            return
+        visits = self._machine.requests.complete(request, attempt, tuple(tensors), history)
+        if visits is not None:
+            self.resolve(request, visits)
 
     # State
 

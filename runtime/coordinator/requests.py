@@ -20,7 +20,6 @@ Invariant: every request that was submitted ends exactly once, with :class:`~run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
 from onnxsplit.errors import OnnxsplitError
 from runtime.coordinator.deadlines import Deadlines
@@ -39,6 +38,7 @@ from runtime.coordinator.events import (
 )
 from runtime.coordinator.links import DeadLinks
 from runtime.coordinator.reach import LinkKey
+from runtime.coordinator.request_record import RequestRecord
 from runtime.coordinator.roster import Roster
 from runtime.errors import DeadlineExceeded, NodeFailed, PipelineError, StageFailed, StageUnavailable
 from runtime.timings import Timings
@@ -49,39 +49,6 @@ Choose = Callable[[int, int], int | None]
 """Chooses the node that is to execute a stage, for a request of this cost."""
 
 _SMOOTHING = 0.05  # weight of the latest attempt in the usual time of one
-
-
-@dataclass(slots=True)
-class _Request:
-    """An unanswered request.
-
-    Attributes:
-        wanted: the tensors that the caller gets.
-        needed: the stages that must run for them.
-        cost: in thousandths of an ordinary request.
-        deadline_ns: its deadline; None for no deadline.
-        missing: those of the wanted tensors that have not arrived in this attempt.
-        attempt: the number of the last attempt; 0 before the first.
-        waits: whether it waits for its next attempt.
-        view: the view of the pipeline in which the attempt began.
-        route: the replicas that the attempt passes.
-        blamed: what happened to the nodes that were lost while they executed it.
-        begun_ns: when the attempt began.
-        visits: the visits of the attempt, by stage.
-    """
-
-    wanted: tuple[str, ...]
-    needed: frozenset[int]
-    cost: int
-    deadline_ns: int | None
-    missing: set[str]
-    attempt: int = 0
-    waits: bool = False
-    view: int = 0
-    route: tuple[int, ...] = ()
-    blamed: list[str] = field(default_factory=list)
-    begun_ns: int = 0
-    visits: dict[int, Visit] = field(default_factory=dict)
 
 
 class RequestTable:
@@ -124,7 +91,7 @@ class RequestTable:
         self._choose = choose
         self.timings = timings
         self._attempts = attempts
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, RequestRecord] = {}
         self._waiting: dict[int, None] = {}  # ordered by the time at which they began to wait
         self._usual_ns = 0.0  # time from an attempt's beginning to its end
         self.deadlines = Deadlines(self._requests)
@@ -192,8 +159,8 @@ class RequestTable:
             return None
         return self._attempt(number, self._accept(number, wanted, cost, deadline_ns), now_ns)
 
-    def _accept(self, number: int, wanted: tuple[str, ...], cost: int, deadline_ns: int | None) -> _Request:
-        request = _Request(wanted, self._graph.needed(wanted), cost, deadline_ns, set(wanted))
+    def _accept(self, number: int, wanted: tuple[str, ...], cost: int, deadline_ns: int | None) -> RequestRecord:
+        request = RequestRecord(wanted, self._graph.needed(wanted), cost, deadline_ns, set(wanted))
         self._requests[number] = request
         if deadline_ns is not None:
             self.deadlines.add(deadline_ns, number)
@@ -212,7 +179,7 @@ class RequestTable:
         request.waits = True
         self._waiting[number] = None
 
-    def _attempt(self, number: int, request: _Request, now_ns: int) -> Enter:
+    def _attempt(self, number: int, request: RequestRecord, now_ns: int) -> Enter:
         """Begin an attempt; all stages that it needs have nodes."""
         route = self._graph.open_route(request.needed)
         for stage in self._graph.joins & request.needed:
@@ -246,7 +213,7 @@ class RequestTable:
         self._effects.on_requests.append(Again(number, request.attempt, reason))
         self._forget(number, request)
 
-    def _forget(self, number: int, request: _Request) -> None:
+    def _forget(self, number: int, request: RequestRecord) -> None:
         nodes = [node.identity for node in self._roster.nodes.values() if node.slot[0] in request.needed]
         self._effects.on_nodes.append(
             Forget(number, request.attempt, tuple(identity for identity in nodes if identity))
@@ -286,7 +253,7 @@ class RequestTable:
                 self._retry(key, f"{called} was lost")
         return count
 
-    def _may_be_stuck(self, request: _Request, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
+    def _may_be_stuck(self, request: RequestRecord, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
         """True when the loss of a node may mean that the attempt never gets past its stage."""
         if request.route[stage] not in (ANY, lost):
             return False
@@ -324,7 +291,7 @@ class RequestTable:
         if overdue:
             self.resume(event.now_ns)
 
-    def _progress_of(self, request: _Request, steps: Mapping[int, Step]) -> str:
+    def _progress_of(self, request: RequestRecord, steps: Mapping[int, Step]) -> str:
         """Describe what an attempt is waiting for, and the dead links on its way."""
         blocked = self._links.on_way(request.needed, self._links.stories)
         return "; ".join([awaited(self._graph, self._roster, request.needed, steps), *blocked])

@@ -17,11 +17,13 @@ from runtime.coordinator.data_links import DataLinks
 from runtime.coordinator.events import Reported, Unsendable
 from runtime.coordinator.inbox import Inbox
 from runtime.coordinator.request_io import RequestIO
+from runtime.coordinator.sequence_events import StepReturned
 from runtime.coordinator.state import CoordinatorState
 from runtime.errors import MemoryWithdrawn, PipelineError, ProtocolError, StageFailed
 from runtime.logs import DropLog
 from runtime.memory.lanes import Taken
 from runtime.memory.payloads import Payloads
+from runtime.memory.signatures import visits_of
 from runtime.wire import codec
 from runtime.wire.links import Inlet
 from runtime.wire.messages.data import Failed, Fragment, Receipt, Started
@@ -166,19 +168,30 @@ class ResultTaker:
         if batch:
             with requests.lock:
                 for taken, copies in batch:
-                    try:
-                        requests.take_entry(taken, copies)
-                    except ProtocolError as error:
-                        _drops.note(error)
+                    self._end_entry(taken, copies)
         if found:
             requests.answers.deliver()
         return found
 
     def _copies(self, taken: Taken) -> dict[str, Array] | None:
         """Copies of the tensors of an entry; None if no request waits for them."""
-        if self._machine.requests.attempt(taken.entry.request) != taken.entry.attempt:
+        if not self._is_under_way(taken.entry.request, taken.entry.attempt):
             return None
         return {name: tensor.copy() for name, tensor in taken.known.tensors(taken.entry).items()}
+
+    def _is_under_way(self, request: int, attempt: int) -> bool:
+        return self._machine.requests.attempt(request) == attempt
+
+    def _end_entry(self, taken: Taken, copies: dict[str, Array] | None) -> None:
+        """Give a request the copies that were made of an entry, while the lock is held."""
+        entry, known = taken.entry, taken.known
+        held = known.holds(entry)
+        self._payloads.return_slot(known.sender, entry)
+        if held and copies is not None and self._is_under_way(entry.request, entry.attempt):
+            try:
+                self._requests.add_outputs(entry.request, entry.attempt, copies, visits_of(entry.visits))
+            except ProtocolError as error:
+                _drops.note(error)
 
     def _take(self, header: codec.Buffer, frames: list[codec.Buffer]) -> None:
         requests = self._requests
@@ -219,13 +232,18 @@ class ResultTaker:
         """Give a request copies of the tensors of a fragment."""
         requests = self._requests
         copies, problem = None, None
-        if self._machine.requests.attempt(fragment.request) == fragment.attempt:
+        if self._is_under_way(fragment.request, fragment.attempt):
             try:
                 copies = {name: np.array(tensor) for name, tensor in tensors.items()}
             except MemoryError as error:
                 problem = _unreadable(fragment, error)
         with requests.lock:
-            requests.take_outputs(fragment, copies, problem)
+            held = self._payloads.hold((fragment,))
+            self._payloads.give_back(fragment)
+            if held and copies is not None and self._is_under_way(fragment.request, fragment.attempt):
+                requests.add_outputs(fragment.request, fragment.attempt, copies, fragment.history)
+            elif problem is not None:
+                requests.handle(Unsendable(fragment.request, problem, fragment.attempt))
 
     def _collect_step(self, fragment: Fragment, frames: list[codec.Buffer]) -> None:
         """Take a step that has come back. It has tensors only where callers asked for scores."""
@@ -240,7 +258,12 @@ class ResultTaker:
                 requests.handle(Unsendable(fragment.request, _unreadable(fragment, error), fragment.attempt))
             return
         with requests.lock:
-            requests.take_step(fragment, scores)
+            held = self._payloads.hold((fragment,))
+            self._payloads.give_back(fragment)
+            if held:
+                now = time.monotonic_ns()
+                requests.sequences.end_step(fragment, now, scores)
+                requests.handle(StepReturned(fragment.request, fragment.drawn, fragment.history, now))
 
 
 def _unreadable(fragment: Fragment, error: Exception) -> PipelineError:

@@ -26,9 +26,6 @@ and other faults that hypothesis finds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import Enum, auto
-
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.plan import CALLER, Plan
 from runtime.balance.board import PEERS
@@ -68,6 +65,7 @@ from runtime.coordinator.events import (
 from runtime.coordinator.links import DeadLinks
 from runtime.coordinator.node_record import NodeRecord, Phase
 from runtime.coordinator.numbers import Numbers
+from runtime.coordinator.pipeline_phase import TRANSITIONS, PipelineChange, PipelinePhase
 from runtime.coordinator.reach import LinkKey
 from runtime.coordinator.refusals import Refusal
 from runtime.coordinator.requests import Choose, RequestTable
@@ -80,33 +78,6 @@ from runtime.errors import Cancelled, LaunchFailed, PipelineClosed, PipelineErro
 from runtime.timings import Timings
 from runtime.topology import StageGraph
 from runtime.transition_table import Machine
-
-
-class PipelinePhase(Enum):
-    """The state of a pipeline."""
-
-    STARTING = auto()
-    READY = auto()
-    DRAINING = auto()
-    FAILED = auto()
-    CLOSED = auto()
-
-
-class PipelineChange(Enum):
-    """What can happen to a pipeline."""
-
-    ALL_READY = "all nodes are ready"
-    DRAIN = "drain"
-    FAIL = "a node fails"
-    CLOSE = "close"
-
-
-TRANSITIONS: Mapping[tuple[PipelinePhase, PipelineChange], PipelinePhase] = {
-    (PipelinePhase.STARTING, PipelineChange.ALL_READY): PipelinePhase.READY,
-    (PipelinePhase.STARTING, PipelineChange.FAIL): PipelinePhase.FAILED,
-    (PipelinePhase.READY, PipelineChange.DRAIN): PipelinePhase.DRAINING,
-    **{(state, PipelineChange.CLOSE): PipelinePhase.CLOSED for state in PipelinePhase},
-}
 
 
 class CoordinatorState:

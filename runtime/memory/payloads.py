@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from onnxsplit.tensors import Array, numpy_dtype, size_bytes
+from onnxsplit.tensors import Array, numpy_dtype
 from runtime.balance.board import LoadBoard
 from runtime.errors import MemoryWithdrawn, ProtocolError
 from runtime.memory.arena import Arena, Block
-from runtime.memory.extents import aligned
 from runtime.memory.lane import Entry
 from runtime.memory.lanes import Lanes, Taken
-from runtime.memory.outgoing import Attempt, Layout, Outgoing, OutputShapes, Readers, shapes_of
+from runtime.memory.layouts import Layout, Layouts, OutputShapes, shapes_of
+from runtime.memory.outgoing import Attempt, Outgoing, Readers
 from runtime.memory.peer_arena import PeerArena
 from runtime.memory.pinned import Pin
 from runtime.wire import codec
@@ -24,7 +24,6 @@ from runtime.wire.links import Outlet
 from runtime.wire.messages.control import Memory, Peer
 from runtime.wire.messages.data import Fragment, Step, TensorPlace
 
-_LAYOUTS = 256  # layouts that are cached
 _log = logging.getLogger("runtime.payloads")
 
 
@@ -52,7 +51,7 @@ class Payloads:
         self._peers: dict[int, PeerArena] = {}
         self._gone: set[int] = set()  # peers that have ended, while fragments in their memory are still in use
         self._reading: Counter[int] = Counter()  # number of fragments in use, by the peer in whose memory they lie
-        self._layouts: dict[tuple[int, tuple[str, ...]], Layout] = {}
+        self._layouts = Layouts()
         self._rows: dict[int, memoryview] = {}  # the rows of returns of the peers that read this process's memory
         self._board = self._arena.board if self._arena is not None else LoadBoard()
 
@@ -174,7 +173,7 @@ class Payloads:
             shared: the names of those that peers may read in place.
         """
         outgoing = Outgoing()
-        layout = self.layout(shapes, shared)
+        layout = self._layouts.of(shapes, shared if self._rows else ())
         if self._place(outgoing, layout):
             outgoing.layout = layout
         for name, (dtype, shape) in shapes.items():
@@ -196,16 +195,20 @@ class Payloads:
             shapes: as for :meth:`reserve`; no strings.
         """
         outgoing = Outgoing()
-        layout = self.layout(shapes, tuple(shapes))
+        layout = self.layout(shapes)
         if not self._place(outgoing, layout):
             return None
         outgoing.layout, outgoing.size_bytes = layout, layout.size_bytes
         return outgoing
 
+    def layout(self, shapes: OutputShapes) -> Layout:
+        """Where tensors are placed that all lie in shared memory, if there is any."""
+        return self._layouts.of(shapes, tuple(shapes) if self._rows else ())
+
     def place(self, outgoing: Outgoing, shapes: OutputShapes, shared: Collection[str]) -> None:
         """Add arrays in shared memory for the tensors among ``shared``, if there is room."""
         if self._rows:
-            self._place(outgoing, self._make_layout(shapes, shared))
+            self._place(outgoing, Layout.of(shapes, shared))
 
     def _place(self, outgoing: Outgoing, layout: Layout) -> bool:
         """Add the arrays of a layout in shared memory; False when there is no room."""
@@ -231,31 +234,6 @@ class Payloads:
     def lend_block(self, block: Block, readers: Iterable[int]) -> None:
         """Lend a slot to peers; it is free when they have read it."""
         block.lend([self._rows[reader] for reader in readers])
-
-    def layout(self, shapes: OutputShapes, shared: tuple[str, ...]) -> Layout:
-        """Where tensors are placed, of which peers read ``shared`` in place; computed once for each pair of these."""
-        key = (id(shapes), shared)  # the layout holds a reference to the shapes, so their id is not reused
-        layout = self._layouts.get(key)
-        if layout is None:
-            if len(self._layouts) >= _LAYOUTS:
-                self._layouts.clear()
-            layout = self._layouts[key] = self._make_layout(shapes, shared)
-        return layout
-
-    def _make_layout(self, shapes: OutputShapes, shared: Collection[str]) -> Layout:
-        sizes = {name: size_bytes(*spec) for name, spec in shapes.items() if spec[0] != "string"}
-        placed, at = {}, 0
-        for name, size in sizes.items():
-            if self._rows and name in shared:
-                placed[name] = at
-                at += aligned(size)
-        return Layout(
-            shapes=shapes,
-            shared=placed,
-            size=at,
-            size_bytes=sum(sizes.values()),
-            shared_bytes=sum(sizes[name] for name in placed),
-        )
 
     def complete(self, outgoing: Outgoing, tensors: Mapping[str, Array], shared: Collection[str]) -> None:
         """Add the tensors that are missing in ``outgoing``; if there is room, they are copied to shared memory."""

@@ -116,11 +116,12 @@ def visits_of(data: bytes) -> tuple[Visit, ...]:
     Raises:
         ProtocolError: a number in them is too large.
     """
-    visits = tuple([Visit(*words) for words in _VISIT.iter_unpack(data)])
-    for visit in visits:
-        if visit.stage > _MOST_INDEX or visit.replica > _MOST_INDEX or max(_VISIT.unpack(bytes_of(visit))) > _MOST_NS:
-            raise ProtocolError(f"an entry of a lane has the visit {visit}, whose numbers are too large")
-    return visits
+    visits = []
+    for words in _VISIT.iter_unpack(data):
+        if words[0] > _MOST_INDEX or words[1] > _MOST_INDEX or max(words) > _MOST_NS:
+            raise ProtocolError(f"an entry of a lane has the visit {words}, whose numbers are too large")
+        visits.append(Visit(*words))
+    return tuple(visits)
 
 
 def bytes_of(visit: Visit) -> bytes:

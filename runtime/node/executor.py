@@ -13,7 +13,7 @@ from onnxsplit.providers import parse_provider
 from onnxsplit.session import Session
 from onnxsplit.tensors import Array
 from runtime.errors import StageFailed
-from runtime.memory.outgoing import OutputShapes
+from runtime.memory.layouts import OutputShapes
 from runtime.node.events import OutputsByTarget, Run
 from runtime.node.guides import stage_guides
 from runtime.node.sequence_runner import SequenceRunner

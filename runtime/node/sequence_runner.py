@@ -11,7 +11,7 @@ from onnxsplit.plan import Plan
 from onnxsplit.session import Session
 from onnxsplit.tensors import Array, dtype_name
 from runtime.guided.guide import GrammarError
-from runtime.memory.outgoing import OutputShapes
+from runtime.memory.layouts import OutputShapes
 from runtime.node.caches.bank import StepSpan
 from runtime.node.caches.caches import Caches
 from runtime.node.sampling import Guide, TokenSampler

@@ -11,7 +11,7 @@ from onnxsplit.plan import Plan
 from onnxsplit.plan_files import check_file
 from onnxsplit.session import open_session
 from onnxsplit.tensors import Array, dtype_name
-from runtime.memory.outgoing import OutputShapes
+from runtime.memory.layouts import OutputShapes
 from runtime.node.weights import shared_copy
 from runtime.wire.messages.control import Assign
 

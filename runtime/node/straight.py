@@ -18,7 +18,8 @@ from runtime.errors import StageFailed
 from runtime.memory.arena import Block
 from runtime.memory.lane import LaneWriter
 from runtime.memory.lanes import Taken, entry_of
-from runtime.memory.outgoing import Attempt, Layout, Outgoing
+from runtime.memory.layouts import Layout
+from runtime.memory.outgoing import Attempt, Outgoing
 from runtime.memory.payloads import Payloads
 from runtime.memory.sender import Sender
 from runtime.memory.signatures import Known, bytes_of, visits_of
@@ -138,7 +139,7 @@ class Straight:
     def _find(self, taken: Taken, machine: NodeState) -> _Way | None:
         """Find the way of a signature; None if its requests are not ordinary, or not yet."""
         shapes = self._runner.proven(taken.known.tensors(taken.entry))
-        layout = self._payloads.layout(shapes, tuple(sorted(shapes)))
+        layout = self._payloads.layout(shapes)
         if not self._runner.session.binds_once or len(layout.shared) != len(self._runner.session.outputs):
             return None
         same = taken.known.signature

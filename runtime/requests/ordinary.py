@@ -12,7 +12,7 @@ from onnxsplit.tensors import Array
 from runtime.coordinator.answers import Answer
 from runtime.coordinator.pending import unsendable
 from runtime.coordinator.request_io import RequestIO
-from runtime.memory.outgoing import OutputShapes, shapes_of
+from runtime.memory.layouts import OutputShapes, shapes_of
 from runtime.requests.admission import Admission
 from runtime.requests.request import Answering, OutputSelection
 

@@ -13,9 +13,10 @@ from runtime.balance.board import PEERS
 from runtime.balance.policies import UNIT_COST
 from runtime.coordinator import events as c
 from runtime.coordinator.interpreter import NodeEffects, RequestEffects, carry_out, control_event
+from runtime.coordinator.pipeline_phase import PipelinePhase
 from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted, StepReturned
 from runtime.coordinator.sequence_limits import SequenceLimits
-from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.coordinator.state import CoordinatorState
 from runtime.coordinator.step_table import STEP_ATTEMPT
 from runtime.errors import PipelineError
 from runtime.node import events as n

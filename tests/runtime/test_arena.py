@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from runtime.errors import ProtocolError
 from runtime.memory.arena import Arena
-from runtime.memory.peer_arena import PeerArena
 from runtime.memory.extents import ALIGNMENT, Extents, aligned
+from runtime.memory.peer_arena import PeerArena
 from runtime.memory.pinned import pin_with
 from runtime.wire.messages.control import Memory
 from runtime.wire.messages.data import SLOTS, Step, TensorPlace

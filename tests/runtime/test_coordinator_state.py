@@ -40,7 +40,8 @@ from runtime.coordinator.events import (
     Unsendable,
 )
 from runtime.coordinator.node_record import Phase
-from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.coordinator.pipeline_phase import PipelinePhase
+from runtime.coordinator.state import CoordinatorState
 from runtime.errors import (
     Cancelled,
     DeadlineExceeded,

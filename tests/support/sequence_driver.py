@@ -26,9 +26,10 @@ from runtime.coordinator.events import (
     StartNode,
     Tick,
 )
+from runtime.coordinator.pipeline_phase import PipelinePhase
 from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted, StepReturned
 from runtime.coordinator.sequence_limits import sequence_limits
-from runtime.coordinator.state import CoordinatorState, PipelinePhase
+from runtime.coordinator.state import CoordinatorState
 from runtime.timings import Timings
 from runtime.wire.messages.control import PROTOCOL, Hello
 from runtime.wire.messages.data import Step
