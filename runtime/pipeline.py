@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,27 +13,26 @@ from typing import Any
 from onnxsplit.plan import Plan
 from onnxsplit.plan_files import load_plan
 from onnxsplit.session import threads_per_node
-from onnxsplit.tensors import Array, content_bytes
-from runtime.balance.policies import cost_of
+from onnxsplit.tensors import Array
 from runtime.coordinator.loop import Coordinator
 from runtime.coordinator.node_record import Incident
 from runtime.coordinator.setup import Setup
 from runtime.coordinator.status import NodeInfo, NodeStats, SequenceStats
 from runtime.descriptors import require_descriptors
-from runtime.errors import LaunchFailed, PipelineClosed, PipelineError
+from runtime.errors import LaunchFailed
 from runtime.launch.local import LocalLauncher
 from runtime.launcher import Launcher
 from runtime.launching import custom_ops_of, meeting_point, plan_folder, refuse_custom_ops, security_of, setup_of
 from runtime.options import RunOptions, check_scale, enough_inflight, memory_for_requests_bytes
 from runtime.requests.admission import Admission
 from runtime.requests.checks import RequestCheck
+from runtime.requests.entrance import Entrance
 from runtime.requests.generate_options import GenerateOptions
 from runtime.requests.generation import Generation
 from runtime.requests.generator import start_generation
-from runtime.requests.microbatch import batch_size, ordinary_bytes
-from runtime.requests.normalize import normal_inputs, normal_names, normal_timeout_ns
-from runtime.requests.ordinary import Ordinary, OrdinaryRequests, WholeRequest
-from runtime.requests.request import Answering, OutputSelection, Request
+from runtime.requests.microbatch import batch_size
+from runtime.requests.normalize import normal_timeout_ns
+from runtime.requests.request import Answering
 from runtime.text.text import Text
 from runtime.topology import StageGraph
 from runtime.trace import RequestTrace, chrome_trace
@@ -53,6 +51,7 @@ class Pipeline:
         plan: the plan that it runs.
         inflight: number of requests, or micro-batches, that it admits at once.
         address: the address to which nodes connect.
+        entrance: checks and admits requests.
         max_length: the most tokens of a sequence, prompt included; None where the plan has no decoder.
     """
 
@@ -64,13 +63,9 @@ class Pipeline:
         self.address = ""
         self.max_length = None if coordinator.limits is None else coordinator.limits.length
         self._admission = admission
-        self._check = check
         self._coordinator = coordinator
         self._folder = folder
-        self._closed = False
-        self._pid = os.getpid()
-        self._ordinary_bytes = ordinary_bytes(plan)
-        self._kinds = OrdinaryRequests()
+        self.entrance = Entrance(plan, check, admission, coordinator.requests)
         self._ready = coordinator.start()
 
     @classmethod
@@ -189,7 +184,7 @@ class Pipeline:
         Returns when all nodes have ended. In a callback of a request it returns at once, because closing needs the
         thread that runs the callback.
         """
-        self._closed = True
+        self.entrance.close()
         self._coordinator.close()
         if (text := self.__dict__.get("text")) is not None:
             text.close()
@@ -236,13 +231,7 @@ class Pipeline:
         """
         begun = time.monotonic_ns()
         limit = normal_timeout_ns(timeout)
-        kind = self._kinds.find(inputs, outputs)
-        if kind is not None:
-            return self._enter_whole(inputs, kind, None if limit is None else begun + limit, block=block)
-        names = normal_names(outputs)
-        arrays = normal_inputs(inputs, self._check.specs)
-        deadline = None if limit is None else begun + limit
-        return self.enter(arrays, self.check(arrays, names), deadline_ns=deadline, block=block, asked=names is not None)
+        return self.entrance.submit(inputs, outputs, None if limit is None else begun + limit, block=block)
 
     def generate(
         self, tokens: Sequence[int] | Array, *, timeout: float | None = None, block: bool = True, **options: Any
@@ -263,7 +252,7 @@ class Pipeline:
             InputError: an argument is invalid or unknown, the plan has no decoder, or the tokens can never fit.
             Busy, PipelineClosed: it was not admitted.
         """
-        self._check_open()
+        self.entrance.check_open()
         wanted = GenerateOptions.of(options)
         return start_generation(self._coordinator, self.plan, tokens, wanted, timeout=timeout, block=block)
 
@@ -271,76 +260,6 @@ class Pipeline:
     def text(self) -> Text | None:
         """Completes texts and conversations; see :meth:`runtime.text.text.Text.open`. None without a tokenizer."""
         return Text.open(self._folder, self.plan, self.generate)
-
-    def enter(
-        self,
-        arrays: Mapping[str, Array],
-        selection: OutputSelection,
-        *,
-        deadline_ns: int | None,
-        block: bool,
-        asked: bool = True,
-    ) -> Answering:
-        """Submit inputs that are normalised (:mod:`runtime.requests.normalize`) and have passed :meth:`check`.
-
-        ``asked`` says whether the caller has named the outputs.
-        """
-        kind = self._kinds.find(arrays, selection.names)
-        if kind is not None:
-            return self._enter_whole(arrays, kind, deadline_ns, block=block)
-        self._check_open()
-        parts, ready = self._check.prepare(arrays, selection)
-        if not parts:
-            future = Answering()
-            future.set_result(ready)
-            return future
-        size = sum(map(content_bytes, parts[0].values()))
-        cost = cost_of(sum(array.nbytes for array in parts[0].values()), self._ordinary_bytes)
-        if len(parts) == 1 and parts[0].keys() == arrays.keys() and not ready:
-            kind = self._kinds.learn(arrays, selection, asked=asked, size=size, cost=cost)
-            if kind is not None:
-                return self._enter_whole(arrays, kind, deadline_ns, block=block)
-        request = Request(self._coordinator.requests, self._admission, parts, selection, size, cost, deadline_ns, ready)
-        try:
-            waits = block and not self._coordinator.requests.delivering  # the thread of callbacks frees the places
-            self._admission.admit(request.first_place, size, deadline_ns=deadline_ns, block=waits)
-            request.enter()
-        except BaseException:
-            request.abandon()
-            raise
-        return request.future
-
-    def _enter_whole(
-        self, arrays: Mapping[str, Array], kind: Ordinary, deadline_ns: int | None, *, block: bool
-    ) -> Answering:
-        """Submit a request of a kind that is known."""
-        self._check_open()
-        requests = self._coordinator.requests
-        request = WholeRequest(requests, self._admission, kind)
-        try:
-            waits = block and not requests.delivering  # the thread of callbacks frees the places
-            self._admission.admit(request, kind.size, deadline_ns=deadline_ns, block=waits)
-            request.enter(arrays, deadline_ns)
-        except BaseException:
-            request.abandon()
-            raise
-        return request
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise PipelineClosed("the pipeline was closed")
-        if os.getpid() != self._pid:
-            raise PipelineError(
-                f"this pipeline belongs to process {self._pid}, and this process is a fork of it; launch another here"
-            )
-
-    def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> OutputSelection:
-        """Check a request against the model, as :meth:`submit` does; returns how its outputs are obtained.
-
-        Raises:
-            InputError: inputs or names do not fit the model.
-        """
-        return self._check.check(inputs, outputs)
 
     def take_in_loop(self) -> tuple[int, Callable[[], None]]:
         """Receive results and run callbacks in an event loop, instead of a thread of this pipeline.

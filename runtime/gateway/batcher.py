@@ -115,7 +115,7 @@ class Batcher:
             Busy: The queue is full, or the deadline cannot be met.
             PipelineError: As for :meth:`runtime.Pipeline.submit`.
         """
-        selection = self._pipeline.check(inputs, outputs)
+        selection = self._pipeline.entrance.check(inputs, outputs)
         if self._closed is not None:
             raise self._closed
         if (trouble := self._pipeline.trouble) is not None:
@@ -232,7 +232,9 @@ class Batcher:
     def _submit(
         self, inputs: list[Mapping[str, Array]], selection: OutputSelection, deadline_ns: int | None
     ) -> Answering:
-        return self._pipeline.enter(join(inputs, selection.axes or {}), selection, deadline_ns=deadline_ns, block=False)
+        return self._pipeline.entrance.enter(
+            join(inputs, selection.axes or {}), selection, deadline_ns=deadline_ns, block=False
+        )
 
     def _wait_for_release(self, releases: int) -> None:
         """Dispatch again once there have been more than ``releases`` releases, unless a wait is already under way."""

@@ -285,12 +285,12 @@ class NodeProcess:
                 event = worker.arrival(*message)
                 if event is not None and machine.state in _SERVING:
                     self._handle(event, sockets, control)
-                if not worker.has_far_senders:  # else receive everything first, so that receipts are correct
+                if not worker.receipts.needed:  # else receive everything first, so that receipts are correct
                     break
             if machine.state in _SERVING:
                 self._take_from_lanes(sockets, control)
-            if worker.has_far_senders and self._exit is None:
-                worker.tell_senders(time.monotonic())
+            if worker.receipts.needed and self._exit is None:
+                worker.receipts.send(time.monotonic())
             if machine.ready and self._exit is None:
                 self._handle(Turn(time.monotonic_ns()), sockets, control)
 
@@ -312,7 +312,7 @@ class NodeProcess:
         lanes = self._worker.payloads.lanes
         seconds = 0.0
         if not self._machine.ready and lanes.fall_asleep():
-            seconds = min(self._worker.receipts_due_s(time.monotonic()), _LOOK_S)
+            seconds = min(self._worker.receipts.due_s(time.monotonic()), _LOOK_S)
         ready = sockets.wait(seconds)
         lanes.wake_up()
         self._turn_ns = time.monotonic_ns()

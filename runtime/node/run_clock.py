@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from runtime.balance.policies import ServiceTime
 from runtime.memory.payloads import Payloads
@@ -18,10 +19,12 @@ class RunClock:
     Attributes:
         began: when the session began the running request, by the host's monotonic clock in ns, and the request's cost;
             None while no request runs. Thread-safe.
+        announce: called with the attempt before each run; None where the coordinator reads the ledger.
     """
 
     def __init__(self, payloads: Payloads) -> None:
         self.began: tuple[int, int] | None = None
+        self.announce: Callable[[int, int], None] | None = None
         self._payloads = payloads
         self._service_time = ServiceTime()
 
@@ -32,6 +35,8 @@ class RunClock:
 
     def begin(self, request: int, attempt: int, cost: int) -> int:
         """A run begins; returns the time."""
+        if self.announce is not None:
+            self.announce(request, attempt)
         self._payloads.record(request, attempt, Step.RUNNING)
         started = time.monotonic_ns()
         self.began = started, cost

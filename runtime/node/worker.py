@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,19 +33,16 @@ from runtime.node.events import (
     Run,
 )
 from runtime.node.executor import Executor
+from runtime.node.receipts import Receipts
 from runtime.node.run_clock import RunClock
 from runtime.node.state import NodeState
 from runtime.node.straight import Straight
 from runtime.topology import StepGraph, expected_tensors, sources
 from runtime.wire import codec
 from runtime.wire.links import Outlet
-from runtime.wire.messages.control import Assign, Peer
+from runtime.wire.messages.control import Assign
 from runtime.wire.messages.data import Failed, Fragment, Receipt, Started
 from runtime.wire.sockets import Sockets
-
-_RECEIPT_S = 0.5  # interval of receipts to a sender that does not choose by them
-_REPEAT_S = 5.0  # after this time an unchanged receipt is sent again, which shows what was lost on the way
-_IDLE_S = 60.0  # longest wait of the main loop when no receipts are due
 
 _log = logging.getLogger("runtime.node")
 _drops = DropLog(_log)
@@ -64,6 +59,7 @@ class Worker:
         payloads: this process's shared memory, and that of its peers.
         mapped: the numbers of the peers whose memory is mapped.
         clock: measures the runs.
+        receipts: tells senders on other hosts what has arrived and what is finished.
     """
 
     def __init__(self, memory_bytes: int) -> None:
@@ -73,18 +69,13 @@ class Worker:
         self._router = Router("completion", self.payloads.board)
         self._me = -1
         self._links: dict[int, Outlet] = {}
-        self._receipts: dict[int, Outlet] = {}  # links to senders that cannot read this node's load board
-        self._told: dict[int, tuple[Receipt, float]] = {}  # the last receipt to each of them, and when it was sent
-        self._urgent: set[int] = set()  # the senders that choose among replicas by the next receipt
-        self._has_siblings = False
-        self._next_receipts = 0.0
         self._sources: dict[int, list[int]] = {}  # the sources of every stage
         self._expected: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # names and types, by source
         self._shared: dict[OutputsByTarget, tuple[str, ...]] = {}
-        self._unfinished: Counter[int] = Counter()  # cost of the unfinished work, by its sender
         self._executor: Executor | None = None
         self._expected_in_steps = self._expected
         self._compression = Compression()
+        self.receipts = Receipts(self.payloads.board, self._compression)
         self._sender = Sender(self.payloads, self._router, self._links, self._sources, self._compression.names)
         self._ran = _Ran(Outgoing(), valid=False)
         self._straight: Straight | None = None  # None for a stage whose requests are never ordinary
@@ -135,6 +126,10 @@ class Worker:
             reason=message.reason,
         )
         self._links[0].send(codec.encode(message))
+
+    def _announce(self, request: int, attempt: int) -> None:
+        """Tell a coordinator that cannot read this node's memory that a run begins."""
+        self._links[0].send(codec.encode(Started(request, attempt, self._me)))
 
     def discard(self) -> None:
         """Drop the outputs of the request that ran last."""
@@ -200,59 +195,20 @@ class Worker:
             self._links[number] = sockets.connect(peer.address, shortcut=shortcut, key=peer.key)
         self._me = connect.me
         self._compression.connect(peers, self.mapped)
-        self._link_senders(connect, peers, sockets)
+        self.clock.announce = None if self._router.mapped(0) else self._announce
+        stage = self._assign.stage
+        senders = [
+            n for n in connect.neighbours if peers[n].stage in self._sources[stage] and not self._router.mapped(n)
+        ]
+        siblings = sum(peer.stage == stage and peer.takes for peer in connect.peers) > 1
+        far = {number for number in senders if not self._router.mapped(number)}
+        self.receipts.connect(connect.me, peers, far, sockets, siblings=siblings)
         if not first:
             return
         if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:
             self.payloads.pin(pin)
         gc.freeze()  # these objects stay, and requests make no cycles, so collections find little
         gc.set_threshold(100_000, 50, 50)
-
-    def _link_senders(self, connect: Connect, peers: Mapping[int, Peer], sockets: Sockets) -> None:
-        """Open a link for receipts to each sender that cannot read this node's load board."""
-        self._has_siblings = sum(peer.stage == self._assign.stage and peer.takes for peer in connect.peers) > 1
-        sources = self._sources[self._assign.stage]
-        far = {n for n in connect.neighbours if peers[n].stage in sources and not self._router.mapped(n)}
-        for number in self._receipts.keys() - far:
-            self._receipts.pop(number).close()
-            self._told.pop(number, None)
-        for number in far - self._receipts.keys():
-            self._receipts[number] = sockets.connect(peers[number].address, key=peers[number].key)
-        self._urgent.update(self._receipts)  # a sender that had no choice before has an old receipt
-        for number in self._unfinished.keys() - peers.keys():
-            del self._unfinished[number]
-
-    @property
-    def has_far_senders(self) -> bool:
-        """Whether a sender cannot read this node's load board, and needs receipts."""
-        return bool(self._receipts)
-
-    def receipts_due_s(self, now_s: float) -> float:
-        """Seconds until the next receipts are due."""
-        if not self._receipts:
-            return _IDLE_S
-        return 0.0 if self._urgent else max(0.0, self._next_receipts - now_s)
-
-    def tell_senders(self, now_s: float) -> None:
-        """Send the receipts that are due. All messages that have arrived must have been received before."""
-        beat = now_s >= self._next_receipts
-        if beat:
-            self._next_receipts = now_s + _RECEIPT_S
-        for number in list(self._receipts) if beat else self._urgent & self._receipts.keys():
-            last, at = self._told.get(number, (None, 0.0))
-            receipt = self._receipt(number)
-            if receipt != last or now_s - at >= _REPEAT_S:
-                self._receipts[number].send(codec.encode(receipt))
-                self._told[number] = receipt, now_s
-        self._urgent.clear()
-
-    def _receipt(self, sender: int) -> Receipt:
-        board, unfinished = self.payloads.board, self._unfinished
-        service_ns, peak_ns, *_ = board.times
-        done, waiting = board.done(sender), unfinished[sender]
-        others = max(0, sum(unfinished.values()) - waiting)
-        reads = self._compression.decompresses
-        return Receipt(self._me, done, done + max(0, waiting), others, service_ns, peak_ns, reads)
 
     def arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
         """Handle a message of a data link.
@@ -301,12 +257,12 @@ class Worker:
         except ProtocolError as error:
             _drops.note(error)
             return True, None
-        self._unfinished[fragment.sender] += fragment.cost
+        self.receipts.arrived(fragment)
         return True, Arrived(fragment, tensors, time.monotonic_ns())
 
     def _fragment(self, fragment: Fragment, frames: list[codec.Buffer]) -> Arrived | None:
         tensors = self.payloads.receive(fragment, frames)
-        self._unfinished[fragment.sender] += fragment.cost
+        self.receipts.arrived(fragment)
         if self._is_foreign(fragment):
             self.give_back(fragment)
             _drops.note(f"a fragment from stage {fragment.source} that is not of this plan")
@@ -334,15 +290,7 @@ class Worker:
     def give_back(self, fragment: Fragment) -> None:
         """Return a fragment's memory to its sender, and count its work as finished."""
         self.payloads.give_back(fragment)
-        self._settle(fragment)
-
-    def _settle(self, fragment: Fragment) -> None:
-        """Count a fragment's work as finished. A sender that can choose among replicas gets a receipt soon."""
-        sender = fragment.sender
-        if sender in self._unfinished:  # else the sender has ended
-            self._unfinished[sender] -= fragment.cost
-        if self._has_siblings and sender in self._receipts:
-            self._urgent.add(sender)
+        self.receipts.settled(fragment)
 
     def run(self, run: Run) -> NodeEvent:
         """Execute the stage once, and keep the outputs for :meth:`forward` or :meth:`discard`.
@@ -356,8 +304,6 @@ class Worker:
         if shared is None:
             shared = self._shared[run.leaving] = self._read_in_place(run.leaving)
         outgoing = payloads.reserve(self._executor.proven(run), shared)
-        if not self._router.mapped(0):
-            self._links[0].send(codec.encode(Started(*run.key, self._me)))
         started = self.clock.begin(*run.key, run.cost)
         try:
             outputs, drawn = self._executor.execute(run, outgoing.arrays)
