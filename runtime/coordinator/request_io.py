@@ -23,7 +23,7 @@ from runtime.coordinator.events import CoordinatorEvent, Enter, GivenUp, Returne
 from runtime.coordinator.inbox import Inbox
 from runtime.coordinator.interpreter import RequestEffects
 from runtime.coordinator.pending import Pending, ignore, unsendable
-from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted
+from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted, StepReturned
 from runtime.coordinator.sequence_io import SequenceIO
 from runtime.coordinator.state import CoordinatorState
 from runtime.coordinator.token_stream import TokenStream
@@ -35,7 +35,7 @@ from runtime.memory.payloads import Payloads
 from runtime.topology import sources
 from runtime.trace import RequestTrace
 from runtime.wire.messages.control import Beat
-from runtime.wire.messages.data import Visit
+from runtime.wire.messages.data import Fragment, Visit
 from runtime.wire.messages.sequences import Sampling
 from runtime.wire.wakeup import Wakeup
 
@@ -329,6 +329,20 @@ class RequestIO(RequestEffects):
         visits = self._machine.requests.complete(request, attempt, tuple(tensors), history)
         if visits is not None:
             self.resolve(request, visits)
+
+    def take_step(self, fragment: Fragment, scores: Mapping[int, Array]) -> None:
+        """Handle a step that has come back, while the lock is held.
+
+        Args:
+            fragment: the fragment of the last stage.
+            scores: copies of the scores in it, by sequence.
+        """
+        held = self._payloads.hold((fragment,))
+        self._payloads.give_back(fragment)
+        if held:
+            now = time.monotonic_ns()
+            self.sequences.end_step(fragment, now, scores)
+            self.handle(StepReturned(fragment.request, fragment.drawn, fragment.history, now))
 
     # State
 

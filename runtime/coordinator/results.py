@@ -17,7 +17,6 @@ from runtime.coordinator.data_links import DataLinks
 from runtime.coordinator.events import Reported, Unsendable
 from runtime.coordinator.inbox import Inbox
 from runtime.coordinator.request_io import RequestIO
-from runtime.coordinator.sequence_events import StepReturned
 from runtime.coordinator.state import CoordinatorState
 from runtime.errors import MemoryWithdrawn, PipelineError, ProtocolError, StageFailed
 from runtime.logs import DropLog
@@ -258,12 +257,7 @@ class ResultTaker:
                 requests.handle(Unsendable(fragment.request, _unreadable(fragment, error), fragment.attempt))
             return
         with requests.lock:
-            held = self._payloads.hold((fragment,))
-            self._payloads.give_back(fragment)
-            if held:
-                now = time.monotonic_ns()
-                requests.sequences.end_step(fragment, now, scores)
-                requests.handle(StepReturned(fragment.request, fragment.drawn, fragment.history, now))
+            requests.take_step(fragment, scores)
 
 
 def _unreadable(fragment: Fragment, error: Exception) -> PipelineError:

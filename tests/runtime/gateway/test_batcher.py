@@ -26,6 +26,7 @@ class Echo:
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
         self.refusals = 0
+        self.entrance = self
 
     def take_in_loop(self):
         self._end, self._other_end = os.pipe()
