@@ -13,7 +13,7 @@ from runtime.memory.arena import Arena, Block
 from runtime.memory.lane import SUPPORTED, Entry, LaneReader, LaneWriter
 from runtime.memory.outgoing import Attempt, Outgoing
 from runtime.memory.peer_arena import PeerArena
-from runtime.memory.signatures import Known, Signatures, bytes_of, is_sound
+from runtime.memory.signatures import MOST_NS, Known, Signatures, bytes_of, is_sound
 from runtime.wire.messages.data import Fragment
 
 
@@ -157,7 +157,7 @@ class Lanes:
         except struct.error:  # a stage of -1, which messages may hold
             return 0
         block = outgoing.blocks[0]
-        deadline_ns = time.monotonic_ns() + attempt.budget_ns if attempt.budget_ns else 0
+        deadline_ns = min(time.monotonic_ns() + attempt.budget_ns, MOST_NS) if attempt.budget_ns else 0
         sent = lane.write(entry_of(attempt, deadline_ns, number, block, start, visits))
         return -1 if sent else number
 

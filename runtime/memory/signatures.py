@@ -14,11 +14,15 @@ from runtime.wire.messages.data import SLOTS, Fragment, TensorHead, TensorPlace,
 
 _VISIT = struct.Struct("=8Q")
 assert _VISIT.size == VISIT_BYTES
-_MOST_AMOUNT, _MOST_COST, _MOST_NS, _MOST_INDEX = 1 << 48, 1 << 40, 1 << 62, 1 << 16  # as runtime.wire.messages.base
+# The bounds of runtime.wire.messages.base.
+_MOST_AMOUNT, _MOST_COST, _MOST_INDEX, _MOST_BYTES = 1 << 48, 1 << 40, 1 << 16, 1 << 50
+MOST_NS = 1 << 62
+"""The largest time in a message or an entry."""
+
 _VIEWS = 64  # slots of a signature whose arrays are kept
 
 
-class Part(Struct, frozen=True):
+class SlotTensor(Struct, frozen=True):
     """One tensor of a signature: its head, and how many bytes after the first tensor it begins."""
 
     name: str
@@ -33,7 +37,7 @@ class Signature(Struct, frozen=True):
     source: int
     route: tuple[int, ...]
     wanted: tuple[str, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[SlotTensor, ...]
 
 
 class Known:
@@ -118,7 +122,7 @@ def visits_of(data: bytes) -> tuple[Visit, ...]:
     """
     visits = []
     for words in _VISIT.iter_unpack(data):
-        if words[0] > _MOST_INDEX or words[1] > _MOST_INDEX or max(words) > _MOST_NS:
+        if max(words[:2]) > _MOST_INDEX or max(words[2:6]) > MOST_NS or max(words[6:]) > _MOST_BYTES:
             raise ProtocolError(f"an entry of a lane has the visit {words}, whose numbers are too large")
         visits.append(Visit(*words))
     return tuple(visits)
@@ -145,9 +149,9 @@ def is_sound(entry: Entry) -> bool:
         and entry.attempt <= _MOST_AMOUNT
         and entry.view <= _MOST_AMOUNT
         and 0 < entry.cost <= _MOST_COST
-        and entry.deadline_ns <= _MOST_NS
+        and entry.deadline_ns <= MOST_NS
         and entry.slot < SLOTS
-        and entry.generation <= _MOST_NS
+        and entry.generation <= MOST_NS
     )
 
 
@@ -177,10 +181,12 @@ class Signatures:
             return False
         start = min(place.offset for place in places)
         parts = [
-            Part(head.name, head.dtype, head.shape, place.offset - start)
+            SlotTensor(head.name, head.dtype, head.shape, place.offset - start)
             for head, place in zip(fragment.tensors, places, strict=True)
         ]
         place_in_table = fragment.signature % SIGNATURES
+        if fragment.signature < self._numbers[place_in_table]:  # messages can overtake each other
+            return False
         self._numbers[place_in_table] = fragment.signature
         self._known[place_in_table] = Known(
             self._sender,
