@@ -167,7 +167,7 @@ class RequestIO(RequestEffects):
         with self.lock:
             pending.placed = True
             if number not in self._pending or self.stopped:
-                self._payloads.release(pending.outgoing)  # it was answered meanwhile
+                pending.outgoing.release()  # it was answered meanwhile
             elif pending.enter is not None:
                 self._start(pending, pending.enter)
 
@@ -179,7 +179,7 @@ class RequestIO(RequestEffects):
         pending.done = ignore
         self.handle(GivenUp(number))
         self._pending.pop(number, None)
-        self._payloads.release(pending.outgoing)
+        pending.outgoing.release()
 
     def generate(
         self,
@@ -293,7 +293,7 @@ class RequestIO(RequestEffects):
     def _end(self, request: int) -> Pending:
         pending = self._pending.pop(request)
         if pending.placed:
-            self._payloads.release(pending.outgoing)
+            pending.outgoing.release()
         return pending
 
     def _start(self, pending: Pending, enter: Enter) -> None:
@@ -318,7 +318,7 @@ class RequestIO(RequestEffects):
         readers = self._sender.readers(self._entrances.items(), attempt, outgoing)
         self._sender.send(readers, attempt, outgoing, CALLER, keep=True)
         if not self._replay:
-            self._payloads.release(outgoing)
+            outgoing.release()
 
     def add_outputs(self, request: int, attempt: int, tensors: dict[str, Array], history: tuple[Visit, ...]) -> None:
         """Add tensors to the outputs of a request whose attempt is under way, while the lock is held."""

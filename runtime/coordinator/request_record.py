@@ -8,7 +8,7 @@ from runtime.wire.messages.data import Visit
 
 
 @dataclass(slots=True)
-class RequestRecord:
+class OpenRequest:
     """An unanswered request.
 
     Attributes:

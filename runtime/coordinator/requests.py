@@ -38,7 +38,7 @@ from runtime.coordinator.events import (
 )
 from runtime.coordinator.links import DeadLinks
 from runtime.coordinator.reach import LinkKey
-from runtime.coordinator.request_record import RequestRecord
+from runtime.coordinator.request_record import OpenRequest
 from runtime.coordinator.roster import Roster
 from runtime.errors import DeadlineExceeded, NodeFailed, PipelineError, StageFailed, StageUnavailable
 from runtime.timings import Timings
@@ -91,7 +91,7 @@ class RequestTable:
         self._choose = choose
         self.timings = timings
         self._attempts = attempts
-        self._requests: dict[int, RequestRecord] = {}
+        self._requests: dict[int, OpenRequest] = {}
         self._waiting: dict[int, None] = {}  # ordered by the time at which they began to wait
         self._usual_ns = 0.0  # time from an attempt's beginning to its end
         self.deadlines = Deadlines(self._requests)
@@ -159,8 +159,8 @@ class RequestTable:
             return None
         return self._attempt(number, self._accept(number, wanted, cost, deadline_ns), now_ns)
 
-    def _accept(self, number: int, wanted: tuple[str, ...], cost: int, deadline_ns: int | None) -> RequestRecord:
-        request = RequestRecord(wanted, self._graph.needed(wanted), cost, deadline_ns, set(wanted))
+    def _accept(self, number: int, wanted: tuple[str, ...], cost: int, deadline_ns: int | None) -> OpenRequest:
+        request = OpenRequest(wanted, self._graph.needed(wanted), cost, deadline_ns, set(wanted))
         self._requests[number] = request
         if deadline_ns is not None:
             self.deadlines.add(deadline_ns, number)
@@ -179,7 +179,7 @@ class RequestTable:
         request.waits = True
         self._waiting[number] = None
 
-    def _attempt(self, number: int, request: RequestRecord, now_ns: int) -> Enter:
+    def _attempt(self, number: int, request: OpenRequest, now_ns: int) -> Enter:
         """Begin an attempt; all stages that it needs have nodes."""
         route = self._graph.open_route(request.needed)
         for stage in self._graph.joins & request.needed:
@@ -213,7 +213,7 @@ class RequestTable:
         self._effects.on_requests.append(Again(number, request.attempt, reason))
         self._forget(number, request)
 
-    def _forget(self, number: int, request: RequestRecord) -> None:
+    def _forget(self, number: int, request: OpenRequest) -> None:
         nodes = [node.identity for node in self._roster.nodes.values() if node.slot[0] in request.needed]
         self._effects.on_nodes.append(
             Forget(number, request.attempt, tuple(identity for identity in nodes if identity))
@@ -253,7 +253,7 @@ class RequestTable:
                 self._retry(key, f"{called} was lost")
         return count
 
-    def _may_be_stuck(self, request: RequestRecord, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
+    def _may_be_stuck(self, request: OpenRequest, stage: int, lost: int, known: Mapping[int, Step]) -> bool:
         """True when the loss of a node may mean that the attempt never gets past its stage."""
         if request.route[stage] not in (ANY, lost):
             return False
@@ -291,7 +291,7 @@ class RequestTable:
         if overdue:
             self.resume(event.now_ns)
 
-    def _progress_of(self, request: RequestRecord, steps: Mapping[int, Step]) -> str:
+    def _progress_of(self, request: OpenRequest, steps: Mapping[int, Step]) -> str:
         """Describe what an attempt is waiting for, and the dead links on its way."""
         blocked = self._links.on_way(request.needed, self._links.stories)
         return "; ".join([awaited(self._graph, self._roster, request.needed, steps), *blocked])

@@ -28,8 +28,8 @@ Each cell has one writer. A process that was suspended and resumes late can ther
 was killed leaves an entry either whole or unseen. A reader begins a lane by writing a position that no earlier lane has
 had, the time, so entries for the process that had its number before are never taken for new ones.
 
-A reader that finds nothing sleeps: it says so in its own arena, looks once more, and waits for a doorbell, a datagram
-of one byte. A writer looks there after each entry, and rings once for each sleep.
+A reader that finds nothing sleeps: it says so in its own arena, looks once more, and waits for a doorbell, an empty
+datagram. A writer looks there after each entry, and rings once for each sleep.
 
 Memory order. The argument holds for x86-64, the only machine on which lanes are opened; others send messages. Words are
 aligned, and each is read and written by one instruction. The machine lets other cores see stores in the order of the

@@ -39,6 +39,16 @@ class Outgoing:
     shared_bytes: int = 0
     layout: Layout | None = None
 
+    def release(self) -> None:
+        """Stop holding the shared memory; it is free when the peers it was lent to have read it."""
+        for block in self.blocks:
+            block.held = False
+
+    def drop(self) -> None:
+        """Free the shared memory, because the tensors are not sent."""
+        for block in self.blocks:
+            block.lend(())
+
     def count(self) -> None:
         """Set :attr:`size_bytes` and :attr:`shared_bytes` from the arrays."""
         self.size_bytes = sum(array.nbytes for array in self.arrays.values())

@@ -268,16 +268,6 @@ class Payloads:
             for block in outgoing.blocks:
                 block.readers.append(row)
 
-    def release(self, outgoing: Outgoing) -> None:
-        """Stop holding the shared memory; it is free when the peers it was lent to have read it."""
-        for block in outgoing.blocks:
-            block.held = False
-
-    def drop(self, outgoing: Outgoing) -> None:
-        """Free the shared memory, because the tensors are not sent."""
-        for block in outgoing.blocks:
-            block.lend(())
-
     def send(
         self,
         link: Outlet,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from onnxsplit.errors import OnnxsplitError
-from runtime.errors import StageFailed
+from runtime.errors import ProtocolError, StageFailed
 from runtime.memory.arena import Block
 from runtime.memory.lane import LaneWriter
 from runtime.memory.lanes import Taken, entry_of
@@ -125,15 +125,16 @@ class Straight:
             ended_ns = self._clock.end(started_ns, entry.cost)
         self._clock.done(entry.request, entry.attempt)
         machine.executed += 1
-        if known.holds(entry):
-            place = self._assign
-            layout = way.layout
-            times = arrived_ns, started_ns, ended_ns, time.monotonic_ns()
-            visit = Visit(place.stage, place.replica, *times, layout.size_bytes, layout.shared_bytes)
-            self._forward(way, taken, block, visit)
-        else:  # the sender took its inputs back meanwhile, so another attempt has replaced this one
-            block.lend(())
-        self._payloads.return_slot(known.sender, entry)
+        try:
+            if known.holds(entry):
+                place, layout = self._assign, way.layout
+                times = arrived_ns, started_ns, ended_ns, time.monotonic_ns()
+                visit = Visit(place.stage, place.replica, *times, layout.size_bytes, layout.shared_bytes)
+                self._forward(way, taken, block, visit)
+            else:  # the sender took its inputs back meanwhile, so another attempt has replaced this one
+                block.lend(())
+        finally:
+            self._payloads.return_slot(known.sender, entry)
         return True
 
     def _find(self, taken: Taken, machine: NodeState) -> _Way | None:
@@ -182,7 +183,7 @@ class Straight:
                 if lane.knows(signature):
                     found.append((number, lane, signature, target.start))
         if len(found) < len(readers):
-            self._send(way, taken, block, visit, readers)
+            self._send(way, taken, block, visit, readers, lent=False)
             return
         self._payloads.lend_block(block, readers)
         visits = entry.visits + bytes_of(visit)
@@ -190,10 +191,12 @@ class Straight:
             if lane.write(entry_of(entry, entry.deadline_ns, signature, block, start, visits)):
                 self._sender.sent(number, entry.cost)
             else:  # the ring is full
-                self._send(way, taken, block, visit, {number: readers[number]})
+                self._send(way, taken, block, visit, {number: readers[number]}, lent=True)
 
-    def _send(self, way: _Way, taken: Taken, block: Block, visit: Visit, readers: dict[int, tuple[str, ...]]) -> None:
-        """Send the outputs to readers of which some need a message."""
+    def _send(
+        self, way: _Way, taken: Taken, block: Block, visit: Visit, readers: dict[int, tuple[str, ...]], *, lent: bool
+    ) -> None:
+        """Send the outputs to readers of which some need a message; ``lent`` if the slot is lent to all readers."""
         entry, same = taken.entry, taken.known.signature
         outgoing = Outgoing(
             self._payloads.arrays(block, way.layout),
@@ -201,19 +204,20 @@ class Straight:
             [block],
             layout=way.layout,
         )
-        attempt = Attempt(
-            request=entry.request,
-            attempt=entry.attempt,
-            view=entry.view,
-            cost=entry.cost,
-            budget_ns=max(1, entry.deadline_ns - visit.sent_ns) if entry.deadline_ns else 0,
-            route=same.route,
-            wanted=same.wanted,
-            history=(*visits_of(entry.visits), visit),
-        )
         try:
-            self._sender.send(readers, attempt, outgoing, self._assign.stage, keep=False)
-        except StageFailed as error:
-            block.lend(())
+            attempt = Attempt(
+                request=entry.request,
+                attempt=entry.attempt,
+                view=entry.view,
+                cost=entry.cost,
+                budget_ns=max(1, entry.deadline_ns - visit.sent_ns) if entry.deadline_ns else 0,
+                route=same.route,
+                wanted=same.wanted,
+                history=(*visits_of(entry.visits), visit),
+            )
+            self._sender.send(readers, attempt, outgoing, self._assign.stage, keep=lent)
+        except (StageFailed, ProtocolError) as error:
+            if not lent:
+                block.lend(())
             place = self._assign
             self._report(Failed(entry.request, entry.attempt, place.stage, place.replica, str(error)))

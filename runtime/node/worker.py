@@ -133,7 +133,7 @@ class Worker:
 
     def discard(self) -> None:
         """Drop the outputs of the request that ran last."""
-        self.payloads.drop(self._ran.outgoing)
+        self._ran.outgoing.drop()
 
     def load(self, files: StageFiles, assign: Assign, *, home: Path, threads: int) -> NodeEvent:
         """Find the stage's files and open the session.
@@ -308,7 +308,7 @@ class Worker:
         try:
             outputs, drawn = self._executor.execute(run, outgoing.arrays)
         except (OnnxsplitError, MemoryError) as error:
-            payloads.drop(outgoing)
+            outgoing.drop()
             return ExecutionFailed(str(error) or "out of memory")
         finally:
             ended = self.clock.end(started, run.cost)
@@ -326,7 +326,7 @@ class Worker:
         """Send the outputs of the request that ran last to their readers."""
         outgoing, fragment = self._ran.outgoing, effect.fragment
         if not self._ran.valid:  # a sender took its inputs back meanwhile, so another attempt has replaced this one
-            self.payloads.drop(outgoing)
+            outgoing.drop()
             return
         attempt = Attempt(
             request=fragment.request,
@@ -344,7 +344,7 @@ class Worker:
         try:
             self._sender.send(readers, attempt, outgoing, self._assign.stage, keep=False)
         except StageFailed as error:
-            self.payloads.drop(outgoing)
+            outgoing.drop()
             self._fail(fragment, str(error))
 
     def _read_in_place(self, targets: OutputsByTarget) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ REFUSALS = {
 }
 _KEYLESS = "it requires keys, but this process has none; pass them with --keys DIR"
 
-_BELL = b"!"  # a datagram that says no more than that entries of a lane wait; no message is as short
+_BELL = b""  # an empty datagram says no more than that entries of a lane wait; no message is empty
 
 # As integers: combining zmq's enums costs more than sending.
 _NOBLOCK, _MORE, _RCVMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.RCVMORE)
@@ -137,7 +137,7 @@ class Inlet:
             assert self._datagrams is not None
             try:
                 size = self._datagrams.recv_into(self._room)
-                if size > len(_BELL):
+                if size:
                     return self._room[:size], []
             except BlockingIOError:
                 pass
