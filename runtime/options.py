@@ -31,6 +31,8 @@ from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
 
 Mode = Literal["sync", "async"]
 
+_WAITING_NS = 4_000_000  # time that the requests of each node take together, if its stage is short
+_MOST_FOR_A_NODE = 8
 _ENOUGH_INFLIGHT = 1024
 _WHOLE = {  # options that are whole numbers, with their limits
     "threads": (1, MOST_THREADS),
@@ -222,12 +224,16 @@ class RunOptions:
 def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
     """The number of requests in flight that keeps all nodes busy.
 
-    It is two for each node or, where that is more, one and a half times the number under way at full rate, which is
-    throughput times latency as predicted (Little's law). Slow links make the latency long.
+    It is two for each node, and more where stages are short: then a process that is late for a moment finds work, and
+    the caller handles several answers when it wakes up. Where that is more, it is one and a half times the number
+    under way at full rate, which is throughput times latency as predicted (Little's law). Slow links make the latency
+    long.
     """
     predicted = plan.prediction
-    under_way = -(-3 * predicted.latency_ns // (2 * max(1, predicted.bottleneck_ns)))
-    return max(2 * max(1, sum(replicas)), min(under_way, _ENOUGH_INFLIGHT))
+    stage_ns = max(1, predicted.bottleneck_ns)
+    under_way = -(-3 * predicted.latency_ns // (2 * stage_ns))
+    each = min(max(2, -(-_WAITING_NS // stage_ns)), _MOST_FOR_A_NODE)
+    return max(each * max(1, sum(replicas)), min(under_way, _ENOUGH_INFLIGHT))
 
 
 def memory_for_requests_bytes() -> int:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -55,7 +55,7 @@ class SendTracker(Protocol):
         ...
 
 
-@dataclass
+@dataclass(slots=True)
 class Block:
     """One use of a slot: a piece of the owner's memory.
 
@@ -73,13 +73,13 @@ class Block:
     generation: int
     offset: int
     size: int
-    readers: list[memoryview] = field(default_factory=list)
-    sending: list[SendTracker] = field(default_factory=list)
+    readers: Sequence[memoryview] = ()
+    sending: Sequence[SendTracker] = ()
     held: bool = True
 
     def lend(self, readers: Sequence[memoryview]) -> None:
         """Lend it to the peers with these rows of returns; the owner no longer holds it."""
-        self.readers = list(readers)
+        self.readers = readers
         self.held = False
 
     def place(self, at: int) -> TensorPlace:
@@ -177,12 +177,13 @@ class Arena:
         find the same tensors at the same addresses.
         """
         size = aligned(size)
-        self._sweep()
         self._uses += 1
         if self._uses >= _TRIM_INTERVAL:
             self._uses = 0
             self._trim()
-        spares = self._spares.get(size)
+        if not (spares := self._spares.get(size)):
+            self._sweep()
+            spares = self._spares.get(size)
         if spares:
             number, offset = spares.pop()
             self._spare_count -= 1
@@ -295,6 +296,7 @@ class Arena:
         self._peak = 0
         if self._pin is not None or self._allocated <= _SPARE_BYTES:
             return
+        self._sweep(thorough=True)
         self._drop_spares()  # otherwise tensors of another size would never take their memory
         if self._allocated > keep and all(block.offset + block.size <= DATA_AT + keep for block in self._busy):
             self._map.madvise(mmap.MADV_REMOVE, DATA_AT + keep, self._allocated - keep)

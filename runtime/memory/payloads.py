@@ -194,12 +194,14 @@ class Payloads:
         Args:
             shapes: as for :meth:`reserve`; no strings.
         """
-        outgoing = Outgoing()
         layout = self.layout(shapes)
-        if not self._place(outgoing, layout):
+        block = self.block(layout) if layout.shared else None
+        if block is None:
             return None
-        outgoing.layout, outgoing.size_bytes = layout, layout.size_bytes
-        return outgoing
+        places = {name: block.place(at) for name, at in layout.shared.items()}
+        return Outgoing(
+            self.arrays(block, layout), places, [block], layout.size_bytes, layout.shared_bytes, layout=layout
+        )
 
     def layout(self, shapes: OutputShapes) -> Layout:
         """Where tensors are placed that all lie in shared memory, if there is any."""
@@ -266,7 +268,7 @@ class Payloads:
         row = self._rows.get(reader)
         if row is not None:
             for block in outgoing.blocks:
-                block.readers.append(row)
+                block.readers = (*block.readers, row)
 
     def send(
         self,
@@ -318,7 +320,7 @@ class Payloads:
         codec.check_sizes(sent, header, frames)
         trackers = link.send(header, frames, track=bool(frames and outgoing.blocks))
         for block in outgoing.blocks:
-            block.sending += trackers
+            block.sending = (*block.sending, *trackers)
 
     # Incoming
 

@@ -63,7 +63,7 @@ from runtime.wire.sockets import Sockets
 from runtime.wire.wakeup import Wakeup
 
 _EXIT_GRACE_S = 2.0
-_MOST_A_TURN = 4  # entries of each lane that are handled before the node looks for messages
+_MOST_A_TURN = 8  # entries of each lane that are handled before the node looks for messages
 _LOOK_S = 0.2  # after this time a node looks at its lanes, in case that a doorbell was lost
 _SERVING = (NodePhase.READY, NodePhase.LEAVING)
 _log = logging.getLogger("runtime.node")
@@ -295,7 +295,7 @@ class NodeProcess:
                 self._handle(Turn(time.monotonic_ns()), sockets, control)
 
     def _take_from_lanes(self, sockets: Sockets, control: ControlLink) -> None:
-        """Execute or queue a few of the requests that wait in lanes."""
+        """Execute or queue some of the requests that wait in lanes."""
         for _ in range(_MOST_A_TURN):
             waited = False
             for lane in self._worker.payloads.lanes.incoming:
@@ -303,15 +303,16 @@ class NodeProcess:
                 waited |= found
                 if event is not None:
                     self._handle(event, sockets, control)
-            if not waited or self._posted or self._exit is not None:
+            if not waited or self._machine.ready or self._posted or self._exit is not None:
                 return
+            self._turn_ns = time.monotonic_ns()
 
     def _wait(self, sockets: Sockets) -> set[object]:
         """Wait until there is something to do; returns what can be read."""
         self._turn_ns = 0
         lanes = self._worker.payloads.lanes
         seconds = 0.0
-        if not self._machine.ready and lanes.fall_asleep():
+        if not self._machine.ready and not lanes.waiting and lanes.fall_asleep():
             seconds = min(self._worker.receipts.due_s(time.monotonic()), _LOOK_S)
         ready = sockets.wait(seconds)
         lanes.wake_up()

@@ -98,7 +98,7 @@ def test_a_reader_notices_that_a_slot_was_taken_away(arena, reader):
 
 def test_a_slot_that_its_owner_holds_is_not_free_whoever_returned_it(arena, reader):
     block = arena.reserve(100)
-    block.readers.append(returns(reader))
+    block.readers = [returns(reader)]
     reader.give_back(ME, block.number, block.generation)
     assert arena.busy == 1
     block.held = False
