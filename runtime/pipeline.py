@@ -39,6 +39,7 @@ from runtime.trace import RequestTrace, chrome_trace
 
 START_TIMEOUT_S = 120.0
 _LOOK_S = 0.2
+_GROUPS = 4  # a caller that submits one request after another is woken when this part of them has been answered
 _NODE_DESCRIPTORS = 8
 
 
@@ -159,7 +160,8 @@ class Pipeline:
         inflight = 1 if options.mode == "sync" else options.inflight or enough_inflight(plan, setup.replicas)
         rows = batch_size(plan) if options.micro_batch is None else options.micro_batch
         check = RequestCheck(setup.folder, plan, rows)
-        return cls(plan, setup.folder, Coordinator(setup), Admission(inflight, memory_bytes), check)
+        group = 1 if options.inflight else max(1, inflight // _GROUPS)
+        return cls(plan, setup.folder, Coordinator(setup), Admission(inflight, memory_bytes, group), check)
 
     def _wait_until_ready(self, abandoned: Callable[[], bool] | None) -> Pipeline:
         try:

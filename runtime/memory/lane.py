@@ -58,6 +58,8 @@ MOST_VISITS = 14
 SIGNATURES = 56
 """Signatures of a lane at once."""
 
+_ENTRIES_A_BELL = 4  # entries that may wait until the reader is woken, while more follow
+
 VISIT_BYTES = 64
 HEAD_BYTES = 128
 ENTRY_BYTES = HEAD_BYTES + MOST_VISITS * VISIT_BYTES
@@ -152,10 +154,11 @@ class LaneWriter:
         self._numbers: dict[Hashable, int] = {}
         self._keys: list[Hashable] = [None] * SIGNATURES  # by signature, modulo their number
 
-    def write(self, entry: Entry) -> bool:
+    def write(self, entry: Entry, *, more: bool = False) -> bool:
         """Write an entry and wake the reader if it sleeps; False when there is no room.
 
-        The reader must know the entry's signature; see :meth:`knows`.
+        The reader must know the entry's signature; see :meth:`knows`. With ``more``, another entry follows soon, so the
+        reader may sleep until a few entries wait. The caller then calls :meth:`ring` if none follows.
         """
         turn = self._turn + 1
         visits = entry.visits
@@ -180,11 +183,16 @@ class LaneWriter:
             self._bytes[at + HEAD_BYTES : at + HEAD_BYTES + len(visits)] = visits
         self._words[at >> 3] = self._turn = turn
         fence()
+        if not more or turn - self._row[_POSITION] >= _ENTRIES_A_BELL:
+            self.ring()
+        return True
+
+    def ring(self) -> None:
+        """Wake the reader if it sleeps and has not been woken yet."""
         count = self._sleep.count
         if count & 1 and count != self._rung:
             self._rung = count
             self._ring_bell()
-        return True
 
     def signature(self, key: Hashable) -> int:
         """The signature of fragments that share what ``key`` stands for; 0 when there is none for them now.
@@ -238,7 +246,11 @@ class LaneReader:
     @property
     def waiting(self) -> bool:
         """Whether there is an entry."""
-        turn = self._position + 1
+        return self.holds(1)
+
+    def holds(self, count: int) -> bool:
+        """Whether there are at least so many entries, up to the size of the ring."""
+        turn = self._position + count
         return bool(self._words[turn % ENTRIES * _ENTRY_WORDS] == turn)
 
     def take(self) -> Entry | None:

@@ -44,6 +44,11 @@ class Incoming:
         """Whether there is an entry."""
         return self._reader.waiting
 
+    @property
+    def has_several(self) -> bool:
+        """Whether there are two entries or more."""
+        return self._reader.holds(2)
+
     def take(self) -> Taken | None:
         """The next entry; None when there is none.
 

@@ -312,6 +312,8 @@ class NodeProcess:
         self._turn_ns = 0
         lanes = self._worker.payloads.lanes
         seconds = 0.0
+        if not lanes.waiting:
+            self._worker.ring()
         if not self._machine.ready and not lanes.waiting and lanes.fall_asleep():
             seconds = min(self._worker.receipts.due_s(time.monotonic()), _LOOK_S)
         ready = sockets.wait(seconds)

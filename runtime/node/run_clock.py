@@ -29,6 +29,11 @@ class RunClock:
         self._service_time = ServiceTime()
 
     @property
+    def service_ns(self) -> int:
+        """The time that a request of unit cost takes here, on average."""
+        return self._service_time.service_ns
+
+    @property
     def longest_ns(self) -> int:
         """The longest time that a request of unit cost has taken here. Thread-safe."""
         return self._service_time.longest_ns

@@ -21,7 +21,7 @@ from runtime.memory.lanes import Taken, entry_of
 from runtime.memory.layouts import Layout
 from runtime.memory.outgoing import Attempt, Outgoing
 from runtime.memory.payloads import Payloads
-from runtime.memory.sender import Sender
+from runtime.memory.sender import COORDINATOR, Sender
 from runtime.memory.signatures import Known, bytes_of, visits_of
 from runtime.node.run_clock import RunClock
 from runtime.node.stage_runner import StageRunner
@@ -30,6 +30,7 @@ from runtime.wire.messages.control import Assign
 from runtime.wire.messages.data import Failed, Visit
 
 _WAYS = 256  # signatures whose ways are kept
+_SHORT_NS = 1_000_000  # a result may wait for the next one if a run takes no longer
 _RUNS = 256  # pairs of slots whose bindings are kept, for each way
 
 
@@ -95,13 +96,23 @@ class Straight:
         self._assign = assign
         self._report = report
         self._ways: dict[Known, _Way] = {}
+        self._owes_a_ring = False
 
     def forget(self) -> None:
         """Find all ways anew, because processes have come or gone."""
         self._ways.clear()
 
-    def run(self, taken: Taken, machine: NodeState) -> bool:
-        """Execute a request that was taken from a lane; False, with nothing done, if it must be queued instead."""
+    def run(self, taken: Taken, machine: NodeState, *, more: bool) -> bool:
+        """Execute a request that was taken from a lane.
+
+        Args:
+            taken: the request.
+            machine: says whether it may run now.
+            more: several other requests wait. The caller then calls :meth:`ring` before the node waits.
+
+        Returns:
+            False, with nothing done, if it must be queued instead.
+        """
         entry, known = taken.entry, taken.known
         if not machine.passes(entry.request, entry.attempt, entry.view):
             return False
@@ -130,12 +141,20 @@ class Straight:
                 place, layout = self._assign, way.layout
                 times = arrived_ns, started_ns, ended_ns, time.monotonic_ns()
                 visit = Visit(place.stage, place.replica, *times, layout.size_bytes, layout.shared_bytes)
-                self._forward(way, taken, block, visit)
+                self._forward(way, taken, block, visit, more=more)
             else:  # the sender took its inputs back meanwhile, so another attempt has replaced this one
                 block.lend(())
         finally:
             self._payloads.return_slot(known.sender, entry)
         return True
+
+    def ring(self) -> None:
+        """Wake the coordinator if results wait for it that it was not told of, because more were to follow."""
+        if self._owes_a_ring:
+            self._owes_a_ring = False
+            lane = self._payloads.lanes.writer(COORDINATOR)
+            if lane is not None:
+                lane.ring()
 
     def _find(self, taken: Taken, machine: NodeState) -> _Way | None:
         """Find the way of a signature; None if its requests are not ordinary, or not yet."""
@@ -165,7 +184,7 @@ class Straight:
         way.runs[entry.slot, entry.offset, block.number, block.offset] = run
         return run
 
-    def _forward(self, way: _Way, taken: Taken, block: Block, visit: Visit) -> None:
+    def _forward(self, way: _Way, taken: Taken, block: Block, visit: Visit, *, more: bool) -> None:
         """Send the outputs to their readers: as entries if all of them know the signatures."""
         entry, route = taken.entry, taken.known.signature.route
         found: list[tuple[int, LaneWriter, int, int]] = []
@@ -188,7 +207,9 @@ class Straight:
         self._payloads.lend_block(block, readers)
         visits = entry.visits + bytes_of(visit)
         for number, lane, signature, start in found:
-            if lane.write(entry_of(entry, entry.deadline_ns, signature, block, start, visits)):
+            waits = more and number == COORDINATOR and self._clock.service_ns <= _SHORT_NS
+            if lane.write(entry_of(entry, entry.deadline_ns, signature, block, start, visits), more=waits):
+                self._owes_a_ring |= waits
                 self._sender.sent(number, entry.cost)
             else:  # the ring is full
                 self._send(way, taken, block, visit, {number: readers[number]}, lent=True)

@@ -251,7 +251,7 @@ class Worker:
             taken = lane.take()
             if taken is None:
                 return False, None
-            if self._straight is not None and self._straight.run(taken, machine):
+            if self._straight is not None and self._straight.run(taken, machine, more=lane.has_several):
                 return True, None
             fragment, tensors = self.payloads.lift(taken)
         except ProtocolError as error:
@@ -259,6 +259,11 @@ class Worker:
             return True, None
         self.receipts.arrived(fragment)
         return True, Arrived(fragment, tensors, time.monotonic_ns())
+
+    def ring(self) -> None:
+        """Tell the coordinator of results that wait for it, before the node waits itself."""
+        if self._straight is not None:
+            self._straight.ring()
 
     def _fragment(self, fragment: Fragment, frames: list[codec.Buffer]) -> Arrived | None:
         tensors = self.payloads.receive(fragment, frames)
