@@ -31,7 +31,7 @@ from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
 
 Mode = Literal["sync", "async"]
 
-_WAITING_NS = 4_000_000  # time that the requests of each node take together, if its stage is short
+_WAITING_NS = 10_000_000  # time that the requests of each node take together, if its stage is short
 _MOST_FOR_A_NODE = 8
 _ENOUGH_INFLIGHT = 1024
 _WHOLE = {  # options that are whole numbers, with their limits

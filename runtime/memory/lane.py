@@ -183,9 +183,14 @@ class LaneWriter:
             self._bytes[at + HEAD_BYTES : at + HEAD_BYTES + len(visits)] = visits
         self._words[at >> 3] = self._turn = turn
         fence()
-        if not more or turn - self._row[_POSITION] >= _ENTRIES_A_BELL:
+        if not more or self.unread >= _ENTRIES_A_BELL:
             self.ring()
         return True
+
+    @property
+    def unread(self) -> int:
+        """The number of entries that the reader has not taken."""
+        return self._turn - self._row[_POSITION]
 
     def ring(self) -> None:
         """Wake the reader if it sleeps and has not been woken yet."""

@@ -30,7 +30,7 @@ from runtime.wire.messages.control import Assign
 from runtime.wire.messages.data import Failed, Visit
 
 _WAYS = 256  # signatures whose ways are kept
-_SHORT_NS = 1_000_000  # a result may wait for the next one if a run takes no longer
+_PATIENCE_NS = 2_000_000  # how long a result may wait for the next ones, about
 _RUNS = 256  # pairs of slots whose bindings are kept, for each way
 
 
@@ -207,7 +207,7 @@ class Straight:
         self._payloads.lend_block(block, readers)
         visits = entry.visits + bytes_of(visit)
         for number, lane, signature, start in found:
-            waits = more and number == COORDINATOR and self._clock.service_ns <= _SHORT_NS
+            waits = more and number == COORDINATOR and (lane.unread + 1) * self._clock.service_ns <= _PATIENCE_NS
             if lane.write(entry_of(entry, entry.deadline_ns, signature, block, start, visits), more=waits):
                 self._owes_a_ring |= waits
                 self._sender.sent(number, entry.cost)
