@@ -82,6 +82,10 @@ class Sender:
                 number = self._router.choose(stage, self._sources[stage], cost, size_bytes, time.monotonic_ns())
         return number if number in self._links else None
 
+    def readers_of(self, stage: int) -> tuple[int, ...]:
+        """The processes that can get the tensors for a stage, or for the caller."""
+        return (COORDINATOR,) if stage == CALLER else self._router.nodes(stage)
+
     def sent(self, number: int, cost: int) -> None:
         """Count a request of this cost that was sent to a process."""
         if number != COORDINATOR:

@@ -165,6 +165,8 @@ class Straight:
         same = taken.known.signature
         targets = []
         for stage, names in machine.leaving(taken.known.fragment(taken.entry, 0)):
+            if any(self._payloads.lanes.writer(number) is None for number in self._sender.readers_of(stage)):
+                return None
             start = layout.start(names)
             assert start is not None
             key = layout, names, self._assign.stage, same.route, same.wanted

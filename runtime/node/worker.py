@@ -356,8 +356,7 @@ class Worker:
         """The outputs that some peer may read in place."""
         shared: set[str] = set()
         for stage, names in targets:
-            numbers = (0,) if stage == CALLER else self._router.nodes(stage)
-            if any(self.payloads.lends_to(number) for number in numbers):
+            if any(self.payloads.lends_to(number) for number in self._sender.readers_of(stage)):
                 shared.update(names)
         return tuple(sorted(shared))
 

@@ -199,7 +199,7 @@ def test_a_request_that_cannot_be_sent_ends_with_the_reason_and_leaves_its_place
         def full(*_):
             raise MemoryError("no room for it")
 
-        for name in ("place", "send"):
+        for name in ("reserve_whole", "send"):
             with monkeypatch.context() as patched:
                 patched.setattr(payloads, name, full)
                 with pytest.raises(PipelineError, match="no room for it"):

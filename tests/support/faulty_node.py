@@ -24,18 +24,24 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from onnxsplit.session import Session
 from runtime.launch.local import LocalLauncher
+from runtime.memory import lane
+from runtime.memory.lanes import Incoming
 from runtime.node import serve
+from runtime.node.run_clock import RunClock
 from runtime.node.stage_runner import StageRunner
+from runtime.node.straight import Straight
 from runtime.node.worker import Worker
 
 RELEASED = "released"
-STEPS = ("received", "before the run", "in the run", "after the run", "sent")
+STEPS = ("received", "before the run", "in the run", "after the run", "writing an entry", "sent")
 
 
 class FaultyLauncher(LocalLauncher):
@@ -98,6 +104,86 @@ def fail(fault: dict[str, Any], request: int) -> None:
         (folder / f"fault-request-{request}").touch()
 
 
+def patch(step: Callable[[str, int], None], poisons: list[dict[str, Any]]) -> None:
+    """Let a node call ``step`` at each step of a request, whether it comes as a message or through a lane."""
+    arrival, take, begin, done = Worker.arrival, Incoming.take, RunClock.begin, RunClock.done
+    execute, bound, forward, pass_on = StageRunner.run, Session.bound, Worker.forward, Straight._forward
+    running = [0]
+
+    def faulty_arrival(self: Any, *message: Any) -> Any:
+        event = arrival(self, *message)
+        if event is not None:
+            step("received", event.fragment.request)
+        return event
+
+    def faulty_take(self: Any) -> Any:
+        taken = take(self)
+        if taken is not None:
+            step("received", taken.entry.request)
+        return taken
+
+    def faulty_begin(self: Any, request: int, attempt: int, cost: int) -> int:
+        running[0] = request
+        step("before the run", request)
+        return begin(self, request, attempt, cost)
+
+    def faulty_done(self: Any, request: int, attempt: int) -> None:
+        done(self, request, attempt)
+        step("after the run", request)
+
+    def in_the_run(inputs: Any) -> None:
+        step("in the run", running[0])
+        for fault in poisons:
+            if any((np.asarray(a) == np.float32(1e30)).any() for a in inputs.values()):
+                fail({**fault, "what": "segfault"}, running[0])
+
+    def faulty_execute(self: Any, inputs: Any, into: Any) -> Any:
+        in_the_run(inputs)
+        return execute(self, inputs, into)
+
+    def faulty_bound(self: Any, inputs: Any, into: Any) -> Any:
+        run = bound(self, inputs, into)
+
+        def faulty_run() -> None:
+            in_the_run(inputs)
+            run()
+
+        return faulty_run
+
+    def faulty_forward(self: Any, effect: Any) -> None:
+        forward(self, effect)
+        step("sent", effect.fragment.request)
+
+    def faulty_pass_on(self: Any, way: Any, taken: Any, *others: Any, **options: Any) -> None:
+        pass_on(self, way, taken, *others, **options)
+        step("sent", taken.entry.request)
+
+    class FaultyHead:
+        """Packs an entry and then takes a step, before the entry is published."""
+
+        def pack_into(self, memory: Any, at: int, request: int, *others: int) -> None:
+            head.pack_into(memory, at, request, *others)
+            step("writing an entry", request)
+
+        def unpack_from(self, memory: Any, at: int) -> Any:
+            return head.unpack_from(memory, at)
+
+    head = lane._HEAD
+    lane._HEAD = FaultyHead()
+    Worker.arrival, Incoming.take, RunClock.begin, RunClock.done = (
+        faulty_arrival,
+        faulty_take,
+        faulty_begin,
+        faulty_done,
+    )
+    StageRunner.run, Session.bound, Worker.forward, Straight._forward = (
+        faulty_execute,
+        faulty_bound,
+        faulty_forward,
+        faulty_pass_on,
+    )
+
+
 def main() -> int:
     """Patch the classes of a node, then run one."""
     stage = int(sys.argv[sys.argv.index("--stage") + 1])
@@ -119,35 +205,7 @@ def main() -> int:
                         continue
                 fail(fault, request)
 
-    arrival, run, forward, execute = Worker.arrival, Worker.run, Worker.forward, StageRunner.run
-    running = [0]
-
-    def faulty_arrival(self: Any, *message: Any) -> Any:
-        event = arrival(self, *message)
-        if event is not None:
-            step("received", event.fragment.request)
-        return event
-
-    def faulty_run(self: Any, effect: Any) -> Any:
-        running[0] = effect.key[0]
-        step("before the run", running[0])
-        event = run(self, effect)
-        step("after the run", running[0])
-        return event
-
-    def faulty_execute(self: Any, inputs: Any, into: Any) -> Any:
-        step("in the run", running[0])
-        for fault in faults:
-            if fault["what"] == "poison" and any((np.asarray(a) == np.float32(1e30)).any() for a in inputs.values()):
-                fail({**fault, "what": "segfault"}, running[0])
-        return execute(self, inputs, into)
-
-    def faulty_forward(self: Any, effect: Any) -> None:
-        forward(self, effect)
-        step("sent", effect.fragment.request)
-
-    Worker.arrival, Worker.run, Worker.forward = faulty_arrival, faulty_run, faulty_forward
-    StageRunner.run = faulty_execute
+    patch(step, [fault for fault in faults if fault["what"] == "poison"])
     return serve.main()
 
 
