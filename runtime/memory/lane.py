@@ -181,7 +181,7 @@ class LaneWriter:
         )
         if visits:
             self._bytes[at + HEAD_BYTES : at + HEAD_BYTES + len(visits)] = visits
-        self._words[at >> 3] = self._turn = turn
+        self._words[at >> 3] = self._turn = turn  # no signal handler can run between these two
         fence()
         if not more or self.unread >= _ENTRIES_A_BELL:
             self.ring()

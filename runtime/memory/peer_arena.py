@@ -64,6 +64,7 @@ class PeerArena:
         if not secrets.compare_digest(self._map[:TOKEN_BYTES], memory.token):
             self._map.close()
             raise ProtocolError(f"process {memory.pid} does not hold the memory that it has announced")
+        self._closed = False
         self._size = size
         self._pin: Pin | None = None
         self._pinned = DATA_AT
@@ -74,7 +75,8 @@ class PeerArena:
         self._returns = view[RETURNS_AT:SLEEP_AT].cast("Q")
 
     def close(self) -> None:
-        """Unmap the memory."""
+        """Unmap the memory, as soon as no array in it is in use; no slot is lent from now on."""
+        self._closed = True
         for view in (self.board, self._ledger, self._generations, self._returns):
             with suppress(BufferError):
                 view.release()
@@ -112,7 +114,7 @@ class PeerArena:
 
     def holds(self, slot: int, generation: int) -> bool:
         """Whether a slot is still lent for this use. If so, what was read from it before this call is valid."""
-        return self._generations[slot] == generation
+        return not self._closed and self._generations[slot] == generation
 
     @property
     def sleep(self) -> Sleep:

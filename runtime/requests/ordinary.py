@@ -107,8 +107,6 @@ class WholeRequest(Answering):
             self._number = request_io.submit(
                 inputs, kind.selection.computed, kind.cost, deadline_ns, self._answered, kind.shapes
             )
-            if self.cancelled():
-                self._give_up()
         except Exception as error:
             self._answered(Answer({}, unsendable(error)))
 

@@ -177,7 +177,9 @@ class Request:
                 self._parts[number], self._selection.computed, self._cost, self._deadline_ns, done
             )
             self._numbers.append(sent)
-            if self.future.cancelled():
+            with self._lock:
+                ended = self._ended
+            if ended:  # the future was cancelled, or another part has failed
                 self._request_io.give_up(sent)
         except Exception as error:
             self._admission.leave(place)

@@ -61,9 +61,10 @@ def whole(pipeline) -> bool:
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_node_of_each_stage_killed_at_each_step_of_a_request_loses_nothing(plan, wanted, replicas):
     steps = [(stage, step) for step in STEPS for stage in range(3)]
-    faults = [
-        {"what": "kill", "at": step, "stage": stage, "request": 10 * (n + 1)} for n, (stage, step) in enumerate(steps)
-    ]
+    faults = [{"what": "kill", "at": step, "stage": stage} for stage, step in steps]
+    for number, fault in enumerate(faults, 1):
+        if fault["at"] != "writing an entry":  # the first entry at all: a given request may go as a message
+            fault["request"] = 10 * number
     launcher = FaultyLauncher(*faults)
     with Pipeline.launch(plan, launcher=launcher, replicas=replicas, inflight=8) as pipeline:
         ask(pipeline, wanted, 10 * len(steps) + 40)
@@ -218,7 +219,7 @@ def test_a_slow_replica_gets_less(plan, wanted):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_full_shared_memory_is_not_a_fault(plan, wanted, full):
-    """Stage 2 holds a request until stage 1 has sent eight; when memory is small, it has room for two of them."""
+    """Stage 2 holds a request until stage 1 has sent eight; when memory is small, it has room for two at a time."""
     faults = {"what": "count", "stage": 1, "at": "sent"}, {"what": "hold", "stage": 2, "request": 8}
     launcher = FaultyLauncher(*faults, memory_bytes=1 << 16 if full else 256 << 20)
     with Pipeline.launch(plan, launcher=launcher, inflight=8) as pipeline:
@@ -230,7 +231,7 @@ def test_full_shared_memory_is_not_a_fault(plan, wanted, full):
         assert all(np.array_equal(f.result(60)["y"], wanted[n]) for n, f in enumerate(futures))
         after = pipeline.stats()[1]
         shared, output = after.shared_bytes - before.shared_bytes, after.output_bytes - before.output_bytes
-        assert (shared <= output // 4) is full
+        assert (shared <= output // 2) is full
         assert (shared == output) is not full
 
 
