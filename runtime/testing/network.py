@@ -11,7 +11,7 @@ from typing import Any
 SECOND = 1_000_000_000
 
 SimulatedLink = tuple[int, int, str]
-"""The numbers of a sender and a receiver, and ``control`` or ``data``. Messages of a link arrive in order."""
+"""The numbers of a sender and a receiver, and ``control``, ``data`` or ``lane``. Messages of a link arrive in order."""
 
 
 class SimulatedNetwork(ABC):

@@ -18,6 +18,7 @@ from onnxsplit.planning.planner import partition
 from runtime.coordinator import events as c
 from runtime.coordinator.node_record import Phase
 from runtime.node import events as n
+from runtime.testing.lanes import SimulatedLanes
 from runtime.testing.pipeline import SimulatedPipeline
 
 _MADE: list = []
@@ -35,9 +36,11 @@ def diamond():
 class Faults(FaultRules):
     """Requests, messages in any order, and faults."""
 
+    simulated = SimulatedPipeline
+
     @initialize(replicas=st.tuples(*[st.integers(1, 2)] * 4), seed=st.integers(0, 2**32))
     def begin(self, replicas, seed):
-        self.pipeline = SimulatedPipeline(diamond(), replicas, random.Random(seed))
+        self.pipeline = self.simulated(diamond(), replicas, random.Random(seed))
         self.pipeline.settle()
         self.given_up = set()
 
@@ -81,19 +84,57 @@ class Faults(FaultRules):
             assert phases == {Phase.READY}
 
 
+class FaultsInLanes(Faults):
+    """The same where most fragments go through lanes, and some by both ways."""
+
+    simulated = SimulatedLanes
+
+    @rule(data=st.data())
+    def send_by_both_ways(self, data):
+        lanes = [link for link in self.pipeline.waiting() if link[2] == "lane"]
+        if lanes:
+            sender, to, _ = link = data.draw(st.sampled_from(lanes))
+            self.pipeline.send((sender, to, "data"), self.pipeline.links[link][0])
+
+
 class MoreFaults(Faults):
     """The same with longer runs."""
 
 
+class MoreFaultsInLanes(FaultsInLanes):
+    """The same with longer runs."""
+
+
 Faults.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
+FaultsInLanes.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
 MoreFaults.TestCase.settings = settings(max_examples=10_000, stateful_step_count=120)
+MoreFaultsInLanes.TestCase.settings = settings(max_examples=10_000, stateful_step_count=120)
 TestFaults = Faults.TestCase
+TestFaultsInLanes = FaultsInLanes.TestCase
 TestMoreFaults = pytest.mark.exhaustive(MoreFaults.TestCase)
+TestMoreFaultsInLanes = pytest.mark.exhaustive(MoreFaultsInLanes.TestCase)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_lanes_and_messages_give_the_same_answers(seed):
+    answers, executed = [], []
+    for simulated in SimulatedPipeline, SimulatedLanes:
+        pipeline = simulated(diamond(), (1, 2, 2, 1), random.Random(seed))
+        pipeline.settle()
+        for wanted in [("y",), ("a", "y"), ("left",)] * 10:
+            pipeline.submit(wanted)
+        pipeline.settle()
+        pipeline.check()
+        answers.append(pipeline.answers)
+        executed.append(sum(node.state.executed for node in pipeline.nodes.values()))
+    assert answers[0] == answers[1]
+    assert executed[0] == executed[1]
+
+
+@pytest.mark.parametrize("simulated", [SimulatedPipeline, SimulatedLanes])
 @pytest.mark.parametrize("seed", range(3))
-def test_without_harm_nothing_is_made_twice(seed):
-    pipeline = SimulatedPipeline(diamond(), (2, 2, 2, 2), random.Random(seed))
+def test_without_harm_nothing_is_made_twice(seed, simulated):
+    pipeline = simulated(diamond(), (2, 2, 2, 2), random.Random(seed))
     pipeline.settle()
     for _ in range(50):
         pipeline.submit(("y",))
