@@ -112,7 +112,10 @@ _OPTIONS: OptionTable = [
     ),
     (
         ("--inflight",),
-        {"type": click.IntRange(1, MOST_INFLIGHT), "help": "Most requests in flight. Default: two for each node."},
+        {
+            "type": click.IntRange(1, MOST_INFLIGHT),
+            "help": "Most requests in flight. Default: two to eight for each node.",
+        },
     ),
     (
         ("--inflight-bytes",),
