@@ -67,8 +67,8 @@ class RunOptions:
         provider: the execution provider, as for ``--provider``. When None, the plan's.
         threads: threads of every node's session. When None, the cores of this host divided by the nodes that are
             started on it; for nodes that are started by hand, the plan's number.
-        inflight: the most requests in flight, where each micro-batch counts. When None, two to eight for each node, and more
-            where links are slow. ``sync`` has one.
+        inflight: the most requests in flight, where each micro-batch counts. When None, two to eight for each node,
+            and more where links are slow. ``sync`` has one.
         inflight_bytes: the most bytes of the tensors of all requests in flight. A quarter of the free memory when None.
         micro_batch: rows along the batch axis that run as one. A larger request is split, and its outputs are joined.
             The plan's batch size when None; 0 never splits.
