@@ -17,7 +17,7 @@ def main() -> int:
     stage = int(sys.argv[sys.argv.index("--stage") + 1])
     replica = int(sys.argv[sys.argv.index("--replica") + 1])
     case, row_ms = json.loads(os.environ["SLEEPING"])
-    execute = StageRunner.run
+    execute, bound = StageRunner.run, StageRunner.bound
 
     def factor() -> float:
         if case == "slow":
@@ -26,13 +26,25 @@ def main() -> int:
             return 5.0 if int(time.monotonic() / 0.5) % 9 == 3 * replica else 1.0
         return 1.0
 
-    def run(self: Any, inputs: Any, into: Any) -> Any:
+    def sleep(inputs: Any) -> None:
         rows = next(iter(inputs.values())).shape[0]
         time.sleep(row_ms * rows * factor() / 1e3)
+
+    def run(self: Any, inputs: Any, into: Any) -> Any:
+        sleep(inputs)
         return execute(self, inputs, into)
 
+    def sleeping_bound(self: Any, inputs: Any, into: Any) -> Any:
+        once = bound(self, inputs, into)
+
+        def run() -> None:
+            sleep(inputs)
+            once()
+
+        return run
+
     if stage == 1:
-        StageRunner.run = run
+        StageRunner.run, StageRunner.bound = run, sleeping_bound
     return serve.main()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import runtime.node.executor
 import runtime.node.options
@@ -22,6 +22,16 @@ class SleepingRunner(StageRunner):
         """Sleep, then run."""
         time.sleep(SECONDS)
         return super().run(inputs, into)
+
+    def bound(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Callable[[], None]:
+        """A run that sleeps first."""
+        run = super().bound(inputs, into)
+
+        def sleep_and_run() -> None:
+            time.sleep(SECONDS)
+            run()
+
+        return sleep_and_run
 
 
 runtime.node.executor.StageRunner = SleepingRunner

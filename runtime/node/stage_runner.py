@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from onnxsplit.custom_ops import Library, needed_libraries
@@ -110,6 +110,13 @@ class StageRunner:
         if outputs is not into:
             self._learn(inputs, outputs)
         return outputs
+
+    def bound(self, inputs: Mapping[str, Array], into: Mapping[str, Array]) -> Callable[[], None]:
+        """A run of the stage on these arrays, for a session that is ``binds_once``; ``into`` holds all outputs.
+
+        See :meth:`.Session.bound`.
+        """
+        return self.session.bound(inputs, into)
 
     def _learn(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         if len(self._proven) >= _SIGNATURES:

@@ -182,7 +182,7 @@ class Straight:
         outputs = self._payloads.arrays(block, way.layout)
         if len(way.runs) >= _RUNS:
             way.runs.clear()
-        run = self._runner.session.bound(taken.known.tensors(entry), outputs)
+        run = self._runner.bound(taken.known.tensors(entry), outputs)
         way.runs[entry.slot, entry.offset, block.number, block.offset] = run
         return run
 

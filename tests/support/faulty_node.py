@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from onnxsplit.session import Session
 from runtime.launch.local import LocalLauncher
 from runtime.memory import lane
 from runtime.memory.lanes import Incoming
@@ -107,7 +106,7 @@ def fail(fault: dict[str, Any], request: int) -> None:
 def patch(step: Callable[[str, int], None], poisons: list[dict[str, Any]]) -> None:
     """Let a node call ``step`` at each step of a request, whether it comes as a message or through a lane."""
     arrival, take, begin, done = Worker.arrival, Incoming.take, RunClock.begin, RunClock.done
-    execute, bound, forward, pass_on = StageRunner.run, Session.bound, Worker.forward, Straight._forward
+    execute, bound, forward, pass_on = StageRunner.run, StageRunner.bound, Worker.forward, Straight._forward
     running = [0]
 
     def faulty_arrival(self: Any, *message: Any) -> Any:
@@ -176,7 +175,7 @@ def patch(step: Callable[[str, int], None], poisons: list[dict[str, Any]]) -> No
         faulty_begin,
         faulty_done,
     )
-    StageRunner.run, Session.bound, Worker.forward, Straight._forward = (
+    StageRunner.run, StageRunner.bound, Worker.forward, Straight._forward = (
         faulty_execute,
         faulty_bound,
         faulty_forward,
