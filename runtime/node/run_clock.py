@@ -48,13 +48,11 @@ class RunClock:
         self._payloads.board.began(cost, started)
         return started
 
-    def end(self, started_ns: int, cost: int) -> int:
-        """A run has ended, with or without success; returns the time."""
-        ended = time.monotonic_ns()
+    def end(self, started_ns: int, ended_ns: int, cost: int) -> None:
+        """A run has ended, with or without success."""
         self.began = None
-        self._service_time.ran(ended - started_ns, cost, ended)
-        self._payloads.board.ended(self._service_time, ended)
-        return ended
+        self._service_time.ran(ended_ns - started_ns, cost, ended_ns)
+        self._payloads.board.ended(self._service_time, ended_ns)
 
     def done(self, request: int, attempt: int) -> None:
         """The outputs of a run are complete."""

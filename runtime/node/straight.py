@@ -4,7 +4,7 @@ What is ordinary was decided before, once for each signature: the stage reads fr
 outputs are proven, and the session reads and writes in place. :meth:`.NodeState.passes` then says whether nothing
 stands in the way of this attempt. Whatever is not ordinary goes through the state machine, which gives the same answer.
 
-    entry -> slot for the outputs -> run -> are the inputs still valid? -> entries for the readers -> inputs given back
+    entry -> slot for the outputs -> run -> are the inputs still valid? -> inputs given back -> entries for the readers
 """
 
 from __future__ import annotations
@@ -131,13 +131,15 @@ class Straight:
         except (OnnxsplitError, MemoryError):  # the usual way finds out whether a shape has changed
             block.lend(())
             del self._ways[known]
+            self._clock.end(started_ns, time.monotonic_ns(), entry.cost)
             return False
-        finally:
-            ended_ns = self._clock.end(started_ns, entry.cost)
+        ended_ns = time.monotonic_ns()
         self._clock.done(entry.request, entry.attempt)
         machine.executed += 1
+        valid = known.holds(entry)
+        self._payloads.return_slot(known.sender, entry)
         try:
-            if known.holds(entry):
+            if valid:
                 place, layout = self._assign, way.layout
                 times = arrived_ns, started_ns, ended_ns, time.monotonic_ns()
                 visit = Visit(place.stage, place.replica, *times, layout.size_bytes, layout.shared_bytes)
@@ -145,7 +147,7 @@ class Straight:
             else:  # the sender took its inputs back meanwhile, so another attempt has replaced this one
                 block.lend(())
         finally:
-            self._payloads.return_slot(known.sender, entry)
+            self._clock.end(started_ns, ended_ns, entry.cost)
         return True
 
     def ring(self) -> None:

@@ -316,7 +316,8 @@ class Worker:
             outgoing.drop()
             return ExecutionFailed(str(error) or "out of memory")
         finally:
-            ended = self.clock.end(started, run.cost)
+            ended = time.monotonic_ns()
+            self.clock.end(started, ended, run.cost)
         payloads.complete(outgoing, outputs, shared)
         self.clock.done(*run.key)
         self._ran = _Ran(outgoing, payloads.hold(run.fragments))
