@@ -221,8 +221,8 @@ class RunOptions:
         return tuple(int(counts[stage]) for stage in sorted(counts))
 
 
-def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
-    """The number of requests in flight that keeps all nodes busy.
+def enough_inflight(plan: Plan, replicas: Sequence[int], *, batches: int = 1) -> int:
+    """The number of requests in flight that keeps all nodes busy, where one is at most ``batches`` of the plan's.
 
     It is two for each node, and more where stages are short: then a process that is late for a moment finds work, and
     the caller handles several answers when it wakes up. Where that is more, it is one and a half times the number
@@ -232,7 +232,7 @@ def enough_inflight(plan: Plan, replicas: Sequence[int]) -> int:
     predicted = plan.prediction
     stage_ns = max(1, predicted.bottleneck_ns)
     under_way = -(-3 * predicted.latency_ns // (2 * stage_ns))
-    each = min(max(2, -(-_WAITING_NS // stage_ns)), _MOST_FOR_A_NODE)
+    each = min(max(2, -(-_WAITING_NS // (stage_ns * batches))), _MOST_FOR_A_NODE)
     return max(each * max(1, sum(replicas)), min(under_way, _ENOUGH_INFLIGHT))
 
 

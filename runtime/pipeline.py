@@ -157,8 +157,9 @@ class Pipeline:
     @classmethod
     def _build(cls, setup: Setup, options: RunOptions, memory_bytes: int) -> Pipeline:
         plan = setup.plan
-        inflight = 1 if options.mode == "sync" else options.inflight or enough_inflight(plan, setup.replicas)
         rows = batch_size(plan) if options.micro_batch is None else options.micro_batch
+        enough = enough_inflight(plan, setup.replicas, batches=max(1, rows // batch_size(plan)))
+        inflight = 1 if options.mode == "sync" else options.inflight or enough
         check = RequestCheck(setup.folder, plan, rows)
         group = 1 if options.inflight else max(1, inflight // _GROUPS)
         return cls(plan, setup.folder, Coordinator(setup), Admission(inflight, memory_bytes, group), check)

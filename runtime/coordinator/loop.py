@@ -254,6 +254,8 @@ class Coordinator:
                     self._detector.excuse(int(late * 1e9))
                 next_beat = now + beat_s
                 events += monitor.beat(self.requests.beat, now - begun)
+                if self._payloads.lanes.waiting:  # an event loop does not look by itself, if a doorbell was lost
+                    self.requests.wakeup.ring()
             with self.requests.lock:
                 self._turn(events, control, beats=beats)
             self.requests.answers.deliver()

@@ -97,8 +97,6 @@ class RequestIO(RequestEffects):
         self._pending: dict[int, Pending] = {}
         self._count = 0
 
-    # Callers
-
     def submit(
         self,
         inputs: Mapping[str, Array],
@@ -150,8 +148,7 @@ class RequestIO(RequestEffects):
 
     def _reserve(self, pending: Pending, inputs: Mapping[str, Array], shapes: OutputShapes | None) -> None:
         """Find room for a request's inputs in shared memory, while the lock is held."""
-        outgoing = None if shapes is None else self._payloads.reserve_whole(shapes)
-        if outgoing is not None:
+        if shapes is not None and (outgoing := self._payloads.reserve_whole(shapes)) is not None:
             pending.outgoing = outgoing
         else:
             self._payloads.place(pending.outgoing, shapes_of(inputs), inputs)
@@ -174,12 +171,16 @@ class RequestIO(RequestEffects):
     def _withdraw(self, number: int) -> None:
         """Remove a request that could not be submitted, while the lock is held."""
         pending = self._pending.get(number)
-        if pending is None:
-            return
-        pending.done = ignore
-        self.handle(GivenUp(number))
-        self._pending.pop(number, None)
-        pending.outgoing.release()
+        if pending is not None:
+            pending.done = ignore
+            self.handle(GivenUp(number))
+            self._pending.pop(number, None)
+            pending.outgoing.drop()  # also where it was lent: perhaps nobody was told, and a reader notices
+        self._mend()
+
+    def _mend(self) -> None:
+        """Repair the shared memory after an interrupt, while the lock is held."""
+        self._payloads.mend([block for pending in self._pending.values() for block in pending.outgoing.blocks])
 
     def generate(
         self,
@@ -234,7 +235,7 @@ class RequestIO(RequestEffects):
 
     @property
     def delivering(self) -> bool:
-        """True in a callback of a request: the present thread delivers answers, so it must not wait for one."""
+        """See :attr:`.AnswerQueue.delivering`."""
         return self.answers.delivering
 
     # Effects
@@ -297,7 +298,7 @@ class RequestIO(RequestEffects):
         return pending
 
     def _start(self, pending: Pending, enter: Enter) -> None:
-        """Begin an attempt, while the lock is held; a request that cannot be sent ends with the reason."""
+        """Begin an attempt, while the lock is held. What cannot be sent ends with the reason."""
         try:
             self._send(pending, enter)
         except Exception as error:
@@ -369,7 +370,11 @@ class RequestIO(RequestEffects):
     def lent_bytes(self) -> int:
         """Bytes of inputs in shared memory that nodes have not returned yet."""
         with self.lock:
-            return self._payloads.lent_bytes
+            try:
+                return self._payloads.lent_bytes
+            except BaseException:
+                self._mend()
+                raise
 
     # The end
 

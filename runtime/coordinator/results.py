@@ -31,6 +31,7 @@ from runtime.wire.sockets import Sockets
 _log = logging.getLogger("runtime.coordinator")
 _drops = DropLog(_log)
 _WORDS = 500
+_MOST_AT_ONCE = 64  # entries of each lane that are taken before answers are delivered
 _LOOK_S = 0.2  # after this time the thread looks at its lanes, in case that a doorbell was lost
 _MOST_FAULTS = 100  # messages in a row that cannot be handled, after which the pipeline ends
 
@@ -155,7 +156,10 @@ class ResultTaker:
         batch: list[tuple[Taken, dict[str, Array] | None]] = []
         for lane in self._payloads.lanes.incoming:
             try:
-                while (taken := lane.take()) is not None:
+                for _ in range(_MOST_AT_ONCE):
+                    taken = lane.take()
+                    if taken is None:
+                        break
                     found = True
                     try:
                         batch.append((taken, self._copies(taken)))

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -212,6 +212,22 @@ class Arena:
             self._extents.give(offset, size)
             return None
         return self._numbers.pop(), DATA_AT + offset
+
+    def mend(self, held: Collection[Block]) -> None:
+        """Find out anew what is free, because an interrupt may have left a change half done.
+
+        Args:
+            held: the blocks that their owner still needs. Others that it seems to hold have been forgotten.
+        """
+        for block in self._busy:
+            if block.held and not any(block is other for other in held):
+                block.lend(())
+        self._busy = deque(block for block in self._busy if not block.free)
+        self._extents.keep_only((block.offset - DATA_AT, block.size) for block in self._busy)
+        taken = {block.number for block in self._busy}
+        self._numbers = [number for number in range(SLOTS - 1, -1, -1) if number not in taken]
+        self._spares.clear()
+        self._spare_count = self._spare_bytes = 0
 
     def _drop_spares(self) -> bool:
         """Let other sizes have the memory of all free slots; True if there were any."""

@@ -7,6 +7,7 @@ free extents are merged.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 
 ALIGNMENT = 64
 """Bytes of a cache line. The offset and the size of every extent are multiples of it."""
@@ -27,6 +28,17 @@ class Extents:
         self.size = size
         self.used = 0
         self._free: list[tuple[int, int]] = [(0, size)]  # (offset, bytes), sorted by offset, none adjacent
+
+    def keep_only(self, used: Iterable[tuple[int, int]]) -> None:
+        """Free everything but these extents, given as offset and bytes."""
+        self._free, self.used, at = [], 0, 0
+        for offset, size in sorted(used):
+            if offset > at:
+                self._free.append((at, offset - at))
+            at = offset + aligned(size)
+            self.used += aligned(size)
+        if at < self.size:
+            self._free.append((at, self.size - at))
 
     def take(self, size: int) -> int | None:
         """Allocate ``size`` bytes in O(number of free extents).

@@ -70,6 +70,7 @@ ROW_WORDS = 8 + SIGNATURES
 _POSITION, _SIGNATURES_AT = 0, 8
 _HEAD = struct.Struct("=10Q")
 _ENTRY_WORDS = ENTRY_BYTES // 8
+_COST = 4  # the word of an entry that holds its cost
 _lock = threading.Lock()
 
 SUPPORTED = platform.machine() in ("x86_64", "AMD64")
@@ -211,7 +212,7 @@ class LaneWriter:
         if (old := self._keys[place]) is not None:
             if self._row[_POSITION] != self._turn:
                 return 0
-            del self._numbers[old]
+            self._numbers.pop(old, None)
         self._last += 1
         self._keys[place] = key
         self._numbers[key] = self._last
@@ -257,6 +258,12 @@ class LaneReader:
         """Whether there are at least so many entries, up to the size of the ring."""
         turn = self._position + count
         return bool(self._words[turn % ENTRIES * _ENTRY_WORDS] == turn)
+
+    @property
+    def next_cost(self) -> int:
+        """The cost of the next entry; 0 when there is none."""
+        at = (self._position + 1) % ENTRIES * _ENTRY_WORDS
+        return int(self._words[at + _COST]) if self._words[at] == self._position + 1 else 0
 
     def take(self) -> Entry | None:
         """The next entry; None when there is none.

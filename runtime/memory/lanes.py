@@ -45,9 +45,9 @@ class Incoming:
         return self._reader.waiting
 
     @property
-    def has_several(self) -> bool:
-        """Whether there are two entries or more."""
-        return self._reader.holds(2)
+    def following_cost(self) -> int:
+        """The cost of the next entry if another one waits behind it; else 0."""
+        return self._reader.next_cost if self._reader.holds(2) else 0
 
     def take(self) -> Taken | None:
         """The next entry; None when there is none.

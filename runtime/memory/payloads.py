@@ -77,6 +77,11 @@ class Payloads:
         """Bytes of this process's shared memory that are in use."""
         return self._arena.used_bytes if self._arena is not None else 0
 
+    def mend(self, held: Collection[Block]) -> None:
+        """Repair this process's memory after an interrupt; see :meth:`.Arena.mend`."""
+        if self._arena is not None:
+            self._arena.mend(held)
+
     @property
     def board(self) -> LoadBoard:
         """This process's load board."""
@@ -189,19 +194,14 @@ class Payloads:
         return outgoing
 
     def reserve_whole(self, shapes: OutputShapes) -> Outgoing | None:
-        """Arrays for tensors that all lie in one slot of shared memory; None if there is none, or no room.
-
-        Args:
-            shapes: as for :meth:`reserve`; no strings.
-        """
+        """Arrays for tensors, no strings, that all lie in one slot of shared memory; None if there is no room."""
         layout = self.layout(shapes)
         block = self.block(layout) if layout.shared else None
         if block is None:
             return None
         places = {name: block.place(at) for name, at in layout.shared.items()}
-        return Outgoing(
-            self.arrays(block, layout), places, [block], layout.size_bytes, layout.shared_bytes, layout=layout
-        )
+        arrays = self.arrays(block, layout)
+        return Outgoing(arrays, places, [block], layout.size_bytes, layout.shared_bytes, layout)
 
     def layout(self, shapes: OutputShapes) -> Layout:
         """Where tensors are placed that all lie in shared memory, if there is any."""

@@ -10,10 +10,12 @@ stands in the way of this attempt. Whatever is not ordinary goes through the sta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
 from onnxsplit.errors import OnnxsplitError
+from onnxsplit.tensors import Array
+from runtime.balance.policies import UNIT_COST
 from runtime.errors import ProtocolError, StageFailed
 from runtime.memory.arena import Block
 from runtime.memory.lane import LaneWriter
@@ -30,7 +32,7 @@ from runtime.wire.messages.control import Assign
 from runtime.wire.messages.data import Failed, Visit
 
 _WAYS = 256  # signatures whose ways are kept
-_PATIENCE_NS = 2_000_000  # how long a result may wait for the next ones, about
+_PATIENCE_NS = 2_000_000  # how long a result may wait for the next ones
 _RUNS = 256  # pairs of slots whose bindings are kept, for each way
 
 
@@ -96,19 +98,20 @@ class Straight:
         self._assign = assign
         self._report = report
         self._ways: dict[Known, _Way] = {}
-        self._owes_a_ring = False
+        self._waiting_since_ns = 0  # since when results wait that the coordinator was not told of; 0 for none
 
     def forget(self) -> None:
         """Find all ways anew, because processes have come or gone."""
         self._ways.clear()
 
-    def run(self, taken: Taken, machine: NodeState, *, more: bool) -> bool:
+    def run(self, taken: Taken, machine: NodeState, *, following_cost: int) -> bool:
         """Execute a request that was taken from a lane.
 
         Args:
             taken: the request.
             machine: says whether it may run now.
-            more: several other requests wait. The caller then calls :meth:`ring` before the node waits.
+            following_cost: cost of the next request if several wait, else 0. The result of this one may then wait for
+                that of the next one until the coordinator is woken. :meth:`ring` must be called before the node waits.
 
         Returns:
             False, with nothing done, if it must be queued instead.
@@ -120,11 +123,13 @@ class Straight:
         if entry.deadline_ns and arrived_ns > entry.deadline_ns:
             self._payloads.return_slot(known.sender, entry)
             return True
-        way = self._ways.get(known) or self._find(taken, machine)
+        tensors = known.tensors(entry)
+        way = self._ways.get(known) or self._find(taken, tensors, machine)
         block = None if way is None else self._payloads.block(way.layout)
         if way is None or block is None:
             return False
-        execute = way.runs.get((entry.slot, entry.offset, block.number, block.offset)) or self._bind(way, taken, block)
+        places = entry.slot, entry.offset, block.number, block.offset
+        execute = way.runs.get(places) or self._bind(way, places, tensors, block)
         started_ns = self._clock.begin(entry.request, entry.attempt, entry.cost)
         try:
             execute()
@@ -143,7 +148,7 @@ class Straight:
                 place, layout = self._assign, way.layout
                 times = arrived_ns, started_ns, ended_ns, time.monotonic_ns()
                 visit = Visit(place.stage, place.replica, *times, layout.size_bytes, layout.shared_bytes)
-                self._forward(way, taken, block, visit, more=more)
+                self._forward(way, taken, block, visit, following_cost)
             else:  # the sender took its inputs back meanwhile, so another attempt has replaced this one
                 block.lend(())
         finally:
@@ -152,15 +157,25 @@ class Straight:
 
     def ring(self) -> None:
         """Wake the coordinator if results wait for it that it was not told of, because more were to follow."""
-        if self._owes_a_ring:
-            self._owes_a_ring = False
+        if self._waiting_since_ns:
+            self._waiting_since_ns = 0
             lane = self._payloads.lanes.writer(COORDINATOR)
             if lane is not None:
                 lane.ring()
 
-    def _find(self, taken: Taken, machine: NodeState) -> _Way | None:
+    def _may_wait(self, following_cost: int, now_ns: int) -> bool:
+        """Whether the coordinator need not be told of a result before the next one is there."""
+        if not following_cost:
+            self._waiting_since_ns = 0
+            return False
+        since = self._waiting_since_ns or now_ns
+        wait_ns = now_ns - since + self._clock.service_ns * following_cost // UNIT_COST
+        self._waiting_since_ns = since if wait_ns <= _PATIENCE_NS else 0
+        return wait_ns <= _PATIENCE_NS
+
+    def _find(self, taken: Taken, tensors: Mapping[str, Array], machine: NodeState) -> _Way | None:
         """Find the way of a signature; None if its requests are not ordinary, or not yet."""
-        shapes = self._runner.proven(taken.known.tensors(taken.entry))
+        shapes = self._runner.proven(tensors)
         layout = self._payloads.layout(shapes)
         if not self._runner.session.binds_once or len(layout.shared) != len(self._runner.session.outputs):
             return None
@@ -178,17 +193,16 @@ class Straight:
         way = self._ways[taken.known] = _Way(layout, tuple(targets))
         return way
 
-    def _bind(self, way: _Way, taken: Taken, block: Block) -> Callable[[], None]:
+    def _bind(
+        self, way: _Way, places: tuple[int, int, int, int], tensors: Mapping[str, Array], block: Block
+    ) -> Callable[[], None]:
         """A run that reads and writes in these slots."""
-        entry = taken.entry
-        outputs = self._payloads.arrays(block, way.layout)
         if len(way.runs) >= _RUNS:
             way.runs.clear()
-        run = self._runner.bound(taken.known.tensors(entry), outputs)
-        way.runs[entry.slot, entry.offset, block.number, block.offset] = run
+        run = way.runs[places] = self._runner.bound(tensors, self._payloads.arrays(block, way.layout))
         return run
 
-    def _forward(self, way: _Way, taken: Taken, block: Block, visit: Visit, *, more: bool) -> None:
+    def _forward(self, way: _Way, taken: Taken, block: Block, visit: Visit, following_cost: int) -> None:
         """Send the outputs to their readers: as entries if all of them know the signatures."""
         entry, route = taken.entry, taken.known.signature.route
         found: list[tuple[int, LaneWriter, int, int]] = []
@@ -211,9 +225,8 @@ class Straight:
         self._payloads.lend_block(block, readers)
         visits = entry.visits + bytes_of(visit)
         for number, lane, signature, start in found:
-            waits = more and number == COORDINATOR and (lane.unread + 1) * self._clock.service_ns <= _PATIENCE_NS
+            waits = number == COORDINATOR and self._may_wait(following_cost, visit.sent_ns)
             if lane.write(entry_of(entry, entry.deadline_ns, signature, block, start, visits), more=waits):
-                self._owes_a_ring |= waits
                 self._sender.sent(number, entry.cost)
             else:  # the ring is full
                 self._send(way, taken, block, visit, {number: readers[number]}, lent=True)
@@ -242,7 +255,6 @@ class Straight:
             )
             self._sender.send(readers, attempt, outgoing, self._assign.stage, keep=lent)
         except (StageFailed, ProtocolError) as error:
-            if not lent:
-                block.lend(())
+            block.lend(())
             place = self._assign
             self._report(Failed(entry.request, entry.attempt, place.stage, place.replica, str(error)))

@@ -251,7 +251,7 @@ class Worker:
             taken = lane.take()
             if taken is None:
                 return False, None
-            if self._straight is not None and self._straight.run(taken, machine, more=lane.has_several):
+            if self._straight is not None and self._straight.run(taken, machine, following_cost=lane.following_cost):
                 return True, None
             fragment, tensors = self.payloads.lift(taken)
         except ProtocolError as error:

@@ -38,6 +38,30 @@ class OutputSelection:
     axes: BatchAxes | None
 
 
+class _FutureCondition(threading._CRLock):  # type: ignore[name-defined,misc]
+    """The condition of a future, which no interrupt of a thread that waits can leave locked.
+
+    :class:`threading.Condition` is entered by a function in Python, and a signal handler that raises there, such as
+    Ctrl-C, leaves it locked for ever. The thread that delivers answers would then wait for it. This one is entered by a
+    function in C.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: threading.Condition | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until :meth:`notify_all` is called; the condition must be locked."""
+        if self._waiting is None:
+            self._waiting = threading.Condition(self)
+        return self._waiting.wait(timeout)
+
+    def notify_all(self) -> None:
+        """Wake all that wait; the condition must be locked."""
+        waiting, self._waiting = self._waiting, None  # also breaks the circle of references
+        if waiting is not None:
+            waiting.notify_all()
+
+
 class Answering(Future[dict[str, Array]]):
     """The future of one request. Cancelling it ends the request's work in the pipeline.
 
@@ -47,6 +71,7 @@ class Answering(Future[dict[str, Array]]):
 
     def __init__(self, give_up: Callable[[], None] = lambda: None, request_io: RequestIO | None = None) -> None:
         super().__init__()
+        self._condition = _FutureCondition()
         self.visits: tuple[Visit, ...] = ()
         self._on_cancel = give_up
         self._request_io = request_io

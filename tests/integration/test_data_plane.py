@@ -20,6 +20,8 @@ from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
 from runtime.files.cache import cache_folder
+from runtime.wire import codec
+from runtime.wire.messages.data import Fragment
 
 ROWS, WIDTH = 64, 256
 CUT_BYTES = ROWS * WIDTH * 4
@@ -70,6 +72,24 @@ def test_large_tensors_cross_in_shared_memory_and_all_of_it_comes_back(plan):
         assert shares(pipeline, before) == [1.0, 1.0]
         assert pipeline.lent_bytes == 0
     assert maps_of_ours() == 0
+
+
+def test_recurring_requests_need_no_messages(plan, monkeypatch):
+    """The caller counts its own messages, and the slots that nodes give back show that they read the lanes."""
+    sent = []
+    encode = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda message: (sent.append(message), encode(message))[1])
+    with Pipeline.launch(plan, micro_batch=0, inflight=4) as pipeline:
+        warm(pipeline)
+        warm(pipeline)
+        before = sum(isinstance(message, Fragment) for message in sent)
+        futures = [pipeline.submit(given(seed)) for seed in range(20)]
+        for seed, future in enumerate(futures):
+            assert np.array_equal(future.result(60)["y"], expected(plan, given(seed))["y"])
+            assert [visit.stage for visit in future.visits] == [0, 1]
+        assert sum(isinstance(message, Fragment) for message in sent) == before
+        assert pipeline.lent_bytes == 0
+        assert [stats.requests for stats in pipeline.stats()] == [22, 22]
 
 
 def test_slots_are_used_again_for_ever(plan):

@@ -123,3 +123,31 @@ def test_a_release_before_the_wait_for_one_counts():
     admission.leave("a")
     admission.when_released(releases, lambda: told.append("at once"))
     assert told == ["at once"]
+
+
+def test_a_caller_that_waits_alone_is_woken_for_a_group_of_places():
+    entrance, log = Admission(4, 100, group=2), []
+    for place in "abcd":
+        assert entrance.enter(place, 0)
+    thread = waiting(entrance, 0, log, "e")
+    entrance.leave("a")
+    assert len(entrance._waiting) == 1
+    entrance.leave("b")
+    thread.join()
+    assert log == [("e", True)]
+    assert entrance.enter("f", 0, block=False)
+    assert not entrance.enter("g", 0, block=False)
+
+
+def test_callers_that_wait_together_are_woken_one_by_one():
+    entrance, log = Admission(4, 100, group=2), []
+    for place in "abcd":
+        assert entrance.enter(place, 0)
+    threads = [waiting(entrance, 0, log, name) for name in "ef"]
+    entrance.leave("a")
+    threads[0].join()
+    assert log == [("e", True)]
+    entrance.leave("b")
+    entrance.leave("c")
+    threads[1].join()
+    assert log == [("e", True), ("f", True)]

@@ -17,14 +17,17 @@ from runtime.timings import Timings, timings
 def test_long_links_keep_more_requests_in_flight(chain_plan):
     plan = load_plan(chain_plan)
 
-    def inflight(latency_ms: float, bottleneck_ms: float, replicas=(1, 1)) -> int:
+    def inflight(latency_ms: float, bottleneck_ms: float, replicas=(1, 1), batches: int = 1) -> int:
         predicted = msgspec.structs.replace(
             plan.prediction, latency_ns=int(latency_ms * 1e6), bottleneck_ns=int(bottleneck_ms * 1e6)
         )
-        return enough_inflight(msgspec.structs.replace(plan, prediction=predicted), replicas)
+        return enough_inflight(msgspec.structs.replace(plan, prediction=predicted), replicas, batches=batches)
 
     assert inflight(20, 10) == 4, "two a node"
     assert inflight(20, 10, (2, 3)) == 10
+    assert inflight(4, 2) == 10, "more where stages are short"
+    assert inflight(0.2, 0.1) == 16, "at most eight a node"
+    assert inflight(0.2, 0.1, batches=100) == 4, "unless requests are joined, and then take longer"
     assert inflight(200, 10) == 30, "half as many again as the 20 that are under way"
     assert inflight(1e6, 0.001) == 1024, "but never without end"
 
