@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 
 import msgspec
 import psutil
@@ -18,6 +19,7 @@ from runtime.memory.arena import Arena
 from runtime.memory.extents import ALIGNMENT, Extents, aligned
 from runtime.memory.peer_arena import PeerArena
 from runtime.memory.pinned import pin_with
+from runtime.memory.regions import DATA_AT
 from runtime.wire.messages.control import Memory
 from runtime.wire.messages.data import SLOTS, Step, TensorPlace
 
@@ -309,3 +311,30 @@ def test_what_cuda_refuses_to_pin_is_used_all_the_same(arena, reader, caplog):
     arena.pin(pin_with(cuda))
     assert all(lend(arena, MIB, [returns(reader)]) is not None for _ in range(4))
     assert caplog.text.count("refuses to pin") == 1
+
+
+@pytest.mark.parametrize("half_done", ["numbers", "extents", "lost", "forgotten"])
+def test_after_an_interrupt_only_what_is_used_is_taken(arena, reader, half_done):
+    """An interrupt may leave a slot both free and spare, in neither list, or held by nobody."""
+    row = [returns(reader)]
+    used, returned = lend(arena, 1000, row), [lend(arena, 2000, row) for _ in range(3)]
+    held = arena.reserve(3000)
+    for block in returned:
+        reader.give_back(ME, block.number, block.generation)
+    assert arena.busy == 2
+    number, offset = arena._spares[2048][0]
+    if half_done == "numbers":
+        arena._numbers.append(number)
+    elif half_done == "extents":
+        arena._extents.give(offset - DATA_AT, 2048)
+    elif half_done == "lost":
+        arena._spares[2048].pop()
+    else:
+        arena.reserve(100)
+    arena.mend([held])
+    assert arena.busy == 2
+    assert arena.used_bytes == used.size + held.size
+    blocks = [used, held, *(arena.reserve(2000) for _ in range(100))]
+    assert len({block.number for block in blocks}) == len(blocks)
+    spans = sorted((block.offset, block.offset + block.size) for block in blocks)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))

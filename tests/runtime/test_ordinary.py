@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
+from concurrent.futures import as_completed, wait
+
 import numpy as np
 import pytest
 
@@ -9,7 +13,7 @@ from runtime.coordinator.answers import Answer
 from runtime.errors import PipelineClosed, PipelineError
 from runtime.requests.admission import Admission
 from runtime.requests.ordinary import OrdinaryRequests, WholeRequest
-from runtime.requests.request import OutputSelection
+from runtime.requests.request import Answering, OutputSelection
 
 SELECTION = OutputSelection(("y", "z"), ("y", "z"), (), frozenset(), (), None)
 
@@ -139,3 +143,25 @@ def test_an_interrupt_passes_through_and_abandon_frees_the_place(kinds):
     request.abandon()
     assert admission.inside == 0
     assert request_io.given_up == []
+
+
+def test_the_condition_of_a_future_is_entered_in_c_where_no_interrupt_can_leave_it_locked():
+    condition = Answering()._condition
+    assert not inspect.isfunction(type(condition).__enter__)
+    assert not inspect.isfunction(type(condition).__exit__)
+
+
+def test_any_number_of_threads_can_wait_for_a_future():
+    future, results = Answering(), []
+    threads = [threading.Thread(target=lambda: results.append(future.result(60))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(TimeoutError):
+        future.result(0.01)
+    assert not wait([future], 0.01).done
+    future.set_result({"y": 1})
+    for thread in threads:
+        thread.join()
+    assert results == [{"y": 1}] * 5
+    assert wait([future], 60).done == {future}
+    assert next(as_completed([future])) is future
