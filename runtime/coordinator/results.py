@@ -31,7 +31,7 @@ from runtime.wire.sockets import Sockets
 _log = logging.getLogger("runtime.coordinator")
 _drops = DropLog(_log)
 _WORDS = 500
-_MOST_AT_ONCE = 64  # entries of each lane that are taken before answers are delivered
+_MOST_AT_ONCE = 64  # entries of each lane that are taken before answers are delivered, and rounds of an event loop
 _LOOK_S = 0.2  # after this time the thread looks at its lanes, in case that a doorbell was lost
 _MOST_FAULTS = 100  # messages in a row that cannot be handled, after which the pipeline ends
 
@@ -124,10 +124,11 @@ class ResultTaker:
                 requests.wakeup.clear()
                 requests.answers.deliver()
                 self._payloads.lanes.wake_up()
-                while not requests.stopped:
+                for _ in range(_MOST_AT_ONCE):
                     found = self._take_one(self._sockets.wait(0.0)) or self._take_from_lanes()
-                    if not found and self._payloads.lanes.fall_asleep():
-                        break
+                    if requests.stopped or (not found and self._payloads.lanes.fall_asleep()):
+                        return
+                requests.wakeup.ring()  # there may be more, but the loop has other work, too
         except BaseException as error:
             self._inbox.fail(error)
 
