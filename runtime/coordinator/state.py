@@ -3,9 +3,10 @@
 **Theory.** The machine is a function from a state and an event to a new state and effects. It uses no socket, no
 process and no clock: events carry the time. The effects come in two lists: effects on requests, which
 :class:`~runtime.coordinator.request_io.RequestIO` performs in the thread that handles the event, and effects on nodes,
-which the coordinator's thread performs. There are four tables of states: the pipeline's (:data:`TRANSITIONS` here), and
-those of nodes (:mod:`runtime.coordinator.node_record`), requests (:mod:`runtime.coordinator.requests`) and sequences
-(:mod:`runtime.coordinator.sequence_record`). docs/states.md is drawn from all but that of requests.
+which the coordinator's thread performs. There are four tables of states: the pipeline's
+(:mod:`runtime.coordinator.pipeline_phase`), and those of nodes (:mod:`runtime.coordinator.node_record`), requests
+(:mod:`runtime.coordinator.requests`) and sequences (:mod:`runtime.coordinator.sequence_record`). docs/states.md is
+drawn from all but that of requests.
 
 **The promise.** While the coordinator lives, every request that it accepted is answered once: with the right tensors,
 all of one attempt, or with an error that gives the reason. The promise rests on three rules:

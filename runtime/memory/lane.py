@@ -223,13 +223,6 @@ class LaneWriter:
         known = self._row[_SIGNATURES_AT + signature % SIGNATURES]
         return bool(known == signature > max(0, self._last - SIGNATURES))
 
-    def release(self) -> None:
-        """Release the memory."""
-        self._words.release()
-        self._bytes.release()
-        self._row.release()
-        self._sleep.release()
-
 
 class LaneReader:
     """The end of a lane at which entries are read. To make one begins a lane.
@@ -283,9 +276,3 @@ class LaneReader:
     def learn(self, signature: int) -> None:
         """Tell the writer that this process knows a signature."""
         self._row[_SIGNATURES_AT + signature % SIGNATURES] = signature
-
-    def release(self) -> None:
-        """Release the memory."""
-        self._words.release()
-        self._bytes.release()
-        self._row.release()

@@ -118,15 +118,15 @@ class PeerArena:
 
     @property
     def sleep(self) -> Sleep:
-        """Says whether the peer waits for entries of lanes; to be released by the caller."""
+        """Says whether the peer waits for entries of lanes; it keeps the memory mapped."""
         return Sleep(memoryview(self._map)[SLEEP_AT : SLEEP_AT + 8].cast("Q"))
 
     def ring(self, reader: int) -> memoryview:
-        """The ring of the peer's lane to process number ``reader``; to be released by the caller."""
+        """The ring of the peer's lane to process number ``reader``; it keeps the memory mapped."""
         return ring_of(self._map, reader)
 
     def row(self, writer: int) -> memoryview:
-        """The peer's row for the lane from process number ``writer``; to be released by the caller."""
+        """The peer's row for the lane from process number ``writer``; it keeps the memory mapped."""
         return row_of(self._map, writer)
 
     def returns(self, owner: int) -> memoryview:

@@ -52,12 +52,12 @@ ATTEMPTS = 1 << 8  # attempts at a request that the ledger distinguishes
 
 
 def ring_of(memory: mmap.mmap, reader: int) -> memoryview:
-    """The ring of a lane in its writer's memory; to be released by the caller."""
+    """The ring of a lane in its writer's memory; it keeps the memory mapped."""
     return memoryview(memory)[RINGS_AT + reader * RING_BYTES : RINGS_AT + (reader + 1) * RING_BYTES]
 
 
 def row_of(memory: mmap.mmap, writer: int) -> memoryview:
-    """The row of a lane in its reader's memory; to be released by the caller."""
+    """The row of a lane in its reader's memory; it keeps the memory mapped."""
     at = ROWS_AT + 8 * ROW_WORDS * writer
     return memoryview(memory)[at : at + 8 * ROW_WORDS].cast("Q")
 

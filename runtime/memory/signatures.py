@@ -46,15 +46,13 @@ class Known:
     Attributes:
         sender: the number of the sending process.
         signature: the signature.
-        names: the names of its tensors.
     """
 
-    __slots__ = ("_peer", "_views", "names", "sender", "signature")
+    __slots__ = ("_peer", "_views", "sender", "signature")
 
     def __init__(self, sender: int, signature: Signature, peer: PeerArena) -> None:
         self.sender = sender
         self.signature = signature
-        self.names = tuple(part.name for part in signature.parts)
         self._peer = peer
         self._views: dict[int, tuple[int, dict[str, Array]]] = {}  # by slot: its offset, and the arrays in it
 

@@ -314,8 +314,8 @@ class NodeProcess:
         seconds = 0.0
         if not lanes.waiting:
             self._worker.ring()
-        if not self._machine.ready and not lanes.waiting and lanes.fall_asleep():
-            seconds = min(self._worker.receipts.due_s(time.monotonic()), _LOOK_S)
+            if not self._machine.ready and lanes.fall_asleep():
+                seconds = min(self._worker.receipts.due_s(time.monotonic()), _LOOK_S)
         ready = sockets.wait(seconds)
         lanes.wake_up()
         self._turn_ns = time.monotonic_ns()

@@ -191,7 +191,7 @@ def test_an_entry_of_any_words_is_refused_or_lies_inside_the_memory(fuzzed, sign
         fragment, tensors = taken.known.fragment(taken.entry, time.monotonic_ns()), taken.known.tensors(taken.entry)
     except ProtocolError:
         return
-    assert list(tensors) == list(taken.known.names)
+    assert list(tensors) == [part.name for part in taken.known.signature.parts]
     assert all(fuzzed.holds(array) for array in tensors.values())
     assert isinstance(taken.known.holds(taken.entry), bool)
     assert len(fragment.history) <= MOST_VISITS
@@ -318,7 +318,7 @@ def test_a_fragment_comes_out_of_a_lane_as_it_would_have_come_as_a_message(attem
         for name, array in taken.known.tensors(taken.entry).items():
             assert array.dtype == numpy_dtype(shapes[name][0])
             assert np.array_equal(array, outgoing.arrays[name])
-        assert list(taken.known.names) == list(names)
+        assert [part.name for part in taken.known.signature.parts] == list(names)
 
 
 ORDINARY = Attempt(1, 1, 1, 1, 0, (READER,), ())
