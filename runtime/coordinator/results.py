@@ -121,11 +121,15 @@ class ResultTaker:
             with self._taking:
                 if requests.stopped:  # the sockets may be closed
                     return
-                requests.wakeup.clear()
-                requests.answers.deliver()
                 self._payloads.lanes.wake_up()
                 for _ in range(_MOST_AT_ONCE):
-                    found = self._take_one(self._sockets.wait(0.0)) or self._take_from_lanes()
+                    ready = self._sockets.wait(0.0)
+                    if requests.wakeup.fileno() in ready:
+                        requests.wakeup.clear()
+                    if requests.answers:
+                        requests.answers.deliver()
+                    found = self._take_one(ready)
+                    self._take_from_lanes()
                     if requests.stopped or (not found and self._payloads.lanes.fall_asleep()):
                         return
                 requests.wakeup.ring()  # there may be more, but the loop has other work, too

@@ -16,6 +16,7 @@ from runtime.gateway.errors import Forbidden, Unauthorized
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _SHORTEST = 16
+_REMEMBERED = 256
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
 
@@ -57,6 +58,7 @@ class AccessControl:
     def __init__(self, tokens: tuple[str, ...] = (), *, loopback: bool = True) -> None:
         self._tokens = tuple(token.encode() for token in tokens)
         self._loopback = loopback
+        self._allowed: set[tuple[tuple[str, ...], ...]] = set()  # hosts and origins that were checked before
 
     def check(self, authorizations: Sequence[str]) -> None:
         """Check the token of a request: ``Bearer TOKEN``, or ``Basic`` with the token as the password.
@@ -95,6 +97,10 @@ class AccessControl:
             InputError: There is not exactly one host, or it is not a valid one.
             Forbidden: The request comes from another site, or names another host.
         """
+        relative = target.startswith("/")
+        given = tuple(hosts), tuple(origins)
+        if relative and given in self._allowed:
+            return
         if len(hosts) != 1 or not hosts[0]:
             raise InputError(f"the request has {len(hosts)} Host headers; HTTP needs one, with the name of this server")
         if len(origins) > 1:
@@ -109,7 +115,7 @@ class AccessControl:
         name = match["name"].strip("[]").lower()
         try:
             site = urlsplit(origin or "").netloc
-            target_host = urlsplit(target).netloc if not target.startswith("/") else host
+            target_host = urlsplit(target).netloc if not relative else host
         except ValueError as error:
             raise Forbidden(f"the request has an invalid target or origin: {error}") from error
         if target_host not in (host, ""):
@@ -120,3 +126,5 @@ class AccessControl:
             )
         if origin is not None and site != host:
             raise Forbidden(f"pages of {shown(origin)} may not send requests to this server")
+        if relative and len(self._allowed) < _REMEMBERED:
+            self._allowed.add(given)

@@ -10,14 +10,12 @@ Every method is called in the event loop's thread. Only copies of large tensors 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from msgspec import Struct
 
@@ -36,13 +34,31 @@ from runtime.wire.messages.data import Visit
 _log = logging.getLogger("runtime.gateway")
 
 
+class Checked(Struct, frozen=True):
+    """What the batcher knows of a request that fits the model, beside its tensors.
+
+    Requests whose inputs have the same names, types and shapes, none of them strings, and that ask for the same
+    outputs, have all of it in common.
+
+    Attributes:
+        selection: What the pipeline computes for the requested outputs.
+        key: Requests with equal keys can be joined; None joins with nothing.
+        rows: Rows along the batch axis; 1 without one.
+        size_bytes: Bytes of the inputs.
+    """
+
+    selection: OutputSelection
+    key: Hashable | None
+    rows: int
+    size_bytes: int
+
+
 class Inference(Struct, eq=False):
     """A request that the batcher has accepted.
 
     Attributes:
         inputs: Arrays by input name.
-        selection: What the pipeline computes for the requested outputs.
-        rows: Rows along the batch axis; 1 without one.
+        checked: What else is known of it.
         outputs: Arrays by output name, once there.
         entered_ns: Time at which the request entered the pipeline.
         ended_ns: Time at which its outputs were there.
@@ -50,22 +66,20 @@ class Inference(Struct, eq=False):
     """
 
     inputs: Mapping[str, Array]
-    selection: OutputSelection
-    rows: int
+    checked: Checked
     outputs: asyncio.Future[dict[str, Array]]
     entered_ns: int = 0
     ended_ns: int = 0
     visits: tuple[Visit, ...] = ()
 
 
-@dataclass(eq=False)
-class _Execution:
-    """Requests that run in the pipeline as one batch."""
+class _Execution(Struct, eq=False):
+    """Requests that run in the pipeline as one batch of ``rows``."""
 
     requests: list[QueuedRequest]
+    rows: int
     entered_ns: int
     future: Answering | None = None
-    rows: list[int] = field(default_factory=list)
 
 
 class Batcher:
@@ -89,49 +103,58 @@ class Batcher:
         self._thread = threading.get_ident()
         self._results, take = pipeline.take_in_loop()
         self._loop.add_reader(self._results, take)
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._emptied: asyncio.Event | None = None  # somebody waits for it
         self._closed: OnnxsplitError | None = None
+        self._is_starting = False
 
     @property
     def executing(self) -> int:
         """Number of executions in the pipeline."""
         return len(self._executions)
 
+    def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...]) -> Checked:
+        """Check a request against the model.
+
+        Args:
+            inputs: Arrays by input name.
+            outputs: Names of the requested outputs.
+
+        Raises:
+            InputError: The inputs or names do not fit the model.
+        """
+        selection = self._pipeline.entrance.check(inputs, outputs)
+        return Checked(
+            selection,
+            self._key(inputs, outputs, selection),
+            _rows(inputs, selection.axes),
+            sum(map(content_bytes, inputs.values())),
+        )
+
     async def run(
-        self, inputs: Mapping[str, Array], outputs: tuple[str, ...], arrived_ns: int, deadline_ns: int | None
+        self, inputs: Mapping[str, Array], checked: Checked, arrived_ns: int, deadline_ns: int | None
     ) -> tuple[dict[str, Array], Inference]:
         """Run one request and return its outputs.
 
         Args:
             inputs: Arrays by input name. They may be views of the message that carried them.
-            outputs: Names of the requested outputs.
+            checked: What :meth:`check` returned for this request or its like.
             arrived_ns: Time at which the request arrived.
             deadline_ns: Time after which the answer is useless; None for no limit.
 
         Raises:
-            InputError: The inputs or names do not fit the model.
             NotLoaded: The pipeline executes no requests now.
             Busy: The queue is full, or the deadline cannot be met.
             PipelineError: As for :meth:`runtime.Pipeline.submit`.
         """
-        selection = self._pipeline.entrance.check(inputs, outputs)
         if self._closed is not None:
             raise self._closed
         if (trouble := self._pipeline.trouble) is not None:
             raise NotLoaded(f"the model takes no requests: {trouble}")
-        inference = Inference(inputs, selection, _rows(inputs, selection.axes), self._loop.create_future())
-        request = QueuedRequest(
-            key=self._key(inputs, outputs, selection),
-            rows=inference.rows,
-            size_bytes=sum(map(content_bytes, inputs.values())),
-            arrived_ns=arrived_ns,
-            deadline_ns=deadline_ns,
-            item=inference,
-        )
-        self._dispatch()  # requests that arrived earlier enter first, if there is room
+        inference = Inference(inputs, checked, self._loop.create_future())
+        request = QueuedRequest(checked.key, checked.rows, checked.size_bytes, arrived_ns, deadline_ns, inference)
+        if len(self.queue):
+            self._dispatch()  # requests that arrived earlier enter first, if there is room
         self.queue.join(request, idle=not self._executions)
-        self._idle.clear()
         self._dispatch()
         expiry = None
         if deadline_ns is not None and not inference.outputs.done():
@@ -149,7 +172,9 @@ class Batcher:
 
     async def empty(self) -> None:
         """Wait until no request is in the queue or in the pipeline."""
-        await self._idle.wait()
+        while len(self.queue) or self._executions:
+            self._emptied = self._emptied or asyncio.Event()
+            await self._emptied.wait()
 
     def refuse(self, reason: OnnxsplitError) -> None:
         """Accept nothing more, and fail the queued requests with ``reason``."""
@@ -163,7 +188,9 @@ class Batcher:
         self._loop.remove_reader(self._results)
         os.close(self._results)
 
-    def _key(self, inputs: Mapping[str, Array], outputs: tuple[str, ...], selection: OutputSelection) -> object:
+    def _key(
+        self, inputs: Mapping[str, Array], outputs: tuple[str, ...], selection: OutputSelection
+    ) -> Hashable | None:
         """Requests with equal keys may be joined; None joins with nothing."""
         axes = selection.axes
         if self.queue.limits.max_batch < 2 or axes is None or not all(axes[name] is not None for name in inputs):
@@ -198,27 +225,21 @@ class Batcher:
         self._update_idle()
 
     def _update_idle(self) -> None:
-        if not len(self.queue) and not self._executions:
-            self._idle.set()
+        if self._emptied is not None and not len(self.queue) and not self._executions:
+            self._emptied.set()
+            self._emptied = None
 
     def _start(self, requests: list[QueuedRequest]) -> bool:
         """Send requests into the pipeline as one; False when it has no room, and then its next release dispatches."""
-        first: Inference = requests[0].item
-        inputs = [request.item.inputs for request in requests]
-        execution = _Execution(requests, time.monotonic_ns(), rows=[request.rows for request in requests])
-        deadlines = [request.deadline_ns for request in requests]
-        # The latest deadline of all; requests with an earlier one expire by themselves.
-        deadline = None if None in deadlines else max(deadline or 0 for deadline in deadlines)
-        large = takes_long(copied_bytes=sum(request.size_bytes for request in requests))
+        execution = _Execution(requests, sum([request.rows for request in requests]), time.monotonic_ns())
         releases = self._admission.releases
-        send = functools.partial(self._submit, inputs, first.selection, deadline)
         self._executions.add(execution)
-        if large:
-            sending = self._loop.run_in_executor(None, send)
+        if takes_long(copied_bytes=sum([request.size_bytes for request in requests])):
+            sending = self._loop.run_in_executor(None, self._submit, requests)
             sending.add_done_callback(lambda done: self._sent(execution, done, releases))
             return True
         try:
-            future = send()
+            future = self._submit(requests)
         except Busy:
             self._executions.discard(execution)
             self._wait_for_release(releases)
@@ -229,12 +250,17 @@ class Batcher:
         self._await(execution, future)
         return True
 
-    def _submit(
-        self, inputs: list[Mapping[str, Array]], selection: OutputSelection, deadline_ns: int | None
-    ) -> Answering:
-        return self._pipeline.entrance.enter(
-            join(inputs, selection.axes or {}), selection, deadline_ns=deadline_ns, block=False
-        )
+    def _submit(self, requests: list[QueuedRequest]) -> Answering:
+        """Send requests into the pipeline as one."""
+        first: Inference = requests[0].item
+        selection = first.checked.selection
+        inputs, deadline_ns = first.inputs, requests[0].deadline_ns
+        if len(requests) > 1:
+            inputs = join([request.item.inputs for request in requests], selection.axes or {})
+            deadlines = [request.deadline_ns for request in requests]
+            # The latest deadline of all; requests with an earlier one expire by themselves.
+            deadline_ns = None if None in deadlines else max(deadline or 0 for deadline in deadlines)
+        return self._pipeline.entrance.enter(inputs, selection, deadline_ns=deadline_ns, block=False)
 
     def _wait_for_release(self, releases: int) -> None:
         """Dispatch again once there have been more than ``releases`` releases, unless a wait is already under way."""
@@ -270,14 +296,18 @@ class Batcher:
             request.item.entered_ns = execution.entered_ns
         if all(request.item.outputs.done() for request in execution.requests):  # given up while they were copied
             future.cancel()
+        self._is_starting = True  # it may have been answered already
         future.add_done_callback(lambda _: self._answered(execution))
+        self._is_starting = False
 
     def _answered(self, execution: _Execution) -> None:
         """Called in any thread when the pipeline has answered."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() != self._thread:
+            self._loop.call_soon_threadsafe(self._finish, execution, None)
+        elif self._is_starting:
             self._loop.call_soon(self._finish, execution, None)
         else:
-            self._loop.call_soon_threadsafe(self._finish, execution, None)
+            self._finish(execution, None)
 
     def _finish(self, execution: _Execution, error: BaseException | None) -> None:
         """Answer the requests of an execution that has ended, or queue them again, and start the next one."""
@@ -294,8 +324,7 @@ class Batcher:
 
     def _deliver(self, execution: _Execution, error: BaseException | None) -> None:
         now = time.monotonic_ns()
-        rows = sum(execution.rows)
-        future = execution.future
+        rows, future = execution.rows, execution.future
         if future is not None:
             error = PipelineClosed("given up") if future.cancelled() else future.exception()
         joined = len(execution.requests) > 1
@@ -320,13 +349,14 @@ class Batcher:
         """Give each request its rows of the outputs."""
         outputs = future.result()
         start = 0
-        for request, rows in zip(execution.requests, execution.rows, strict=True):
+        for request in execution.requests:
             inference: Inference = request.item
+            rows = request.rows
             inference.ended_ns = now
             inference.visits = future.visits
             own = outputs
             if len(execution.requests) > 1:
-                axes: BatchAxes = inference.selection.axes or {}
+                axes: BatchAxes = inference.checked.selection.axes or {}
                 own = {
                     name: array if (axis := axes.get(name)) is None else _rows_of(array, axis, start, start + rows)
                     for name, array in outputs.items()
@@ -364,7 +394,7 @@ class Batcher:
 
 def _separable(outputs: Mapping[str, Array], execution: _Execution, rows: int) -> bool:
     """True when every output of a joined batch has the batch's rows, so that each request can be given its own."""
-    axes: BatchAxes = execution.requests[0].item.selection.axes or {}
+    axes: BatchAxes = execution.requests[0].item.checked.selection.axes or {}
     return all(
         (axis := axes.get(name)) is None or (axis < array.ndim and array.shape[axis] == rows)
         for name, array in outputs.items()

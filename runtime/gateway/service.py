@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from msgspec import Struct
 
 from onnxsplit.tensors import Array, content_bytes
 from runtime.gateway.batcher import Inference
@@ -13,6 +15,7 @@ from runtime.gateway.counters import failure_reason
 from runtime.gateway.errors import Unsupported, client_message
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import TEXT, Part, Version, split_name
+from runtime.gateway.prepared import Prepared, PreparedRequests
 from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, RequestedOutput
 from runtime.gateway.protocol.tensor_data import classify, to_bytes
 from runtime.gateway.shared_memory import SharedMemoryRegions
@@ -20,10 +23,44 @@ from runtime.gateway.spans import Spans
 from runtime.gateway.threads import Workers, takes_long
 
 Encoded = TypeVar("Encoded")
-Encode = Callable[[InferResponse], Encoded]
-"""Encodes a response for the protocol that carries it."""
+Recalled = tuple[Prepared, Mapping[str, Array]]
+"""What is known of a request beside its inputs, and its inputs."""
 
 _MESSAGE_CHARACTERS = 500  # characters that are kept of an error
+
+
+class IncomingRequest(Struct, Generic[Encoded]):
+    """A request as a protocol carries it.
+
+    Attributes:
+        data: The whole message.
+        key: What says how the message is decoded, beside its bytes; see :class:`.PreparedRequests`.
+        encode: Encodes the response.
+        headers: Headers that may name the caller's trace.
+        timeout_ns: Time limit of the protocol; None for no limit.
+    """
+
+    data: bytes | bytearray
+    key: Hashable
+    encode: Callable[[InferResponse], Encoded]
+    headers: Mapping[str, str]
+    timeout_ns: int | None = None
+
+
+class Undecoded(Struct):
+    """What is known of a request whose like was not executed before.
+
+    Attributes:
+        name: Name of the model.
+        number: Number of the version; empty for the newest one.
+        parse: Decodes the request; gets a function that reads shared memory.
+        parsed_bytes: Bytes of the message that are looked at one by one.
+    """
+
+    name: str
+    number: str
+    parse: Callable[[ReadRegion], InferRequest]
+    parsed_bytes: int
 
 
 class Service:
@@ -43,6 +80,7 @@ class Service:
         self.regions = regions
         self.workers = workers
         self._spans = spans
+        self._prepared = PreparedRequests()
 
     def find(self, name: str, number: str = "") -> tuple[Version, Part]:
         """The version of a model, and the part of it that ``name`` stands for.
@@ -65,69 +103,69 @@ class Service:
             raise Unsupported(f"{name!r} answers in parts; use ModelStreamInfer, or /generate and /generate_stream")
         return self.repository.loaded(version.model, number)
 
-    async def infer(
-        self,
-        name: str,
-        number: str,
-        parse: Callable[[ReadRegion], InferRequest],
-        encode: Encode[Encoded],
-        *,
-        parsed_bytes: int,
-        copied_bytes: int,
-        timeout_ns: int | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Encoded:
-        """Execute one request.
+    def recall(self, message: IncomingRequest[Any]) -> Recalled | None:
+        """What is known of a request; None if its like was not executed before, or models have changed since then."""
+        found = self._prepared.find(message.key, message.data)
+        if found is None:
+            return None
+        current = found[0].changes == self.repository.changes and not self.repository.ending
+        return found if current else None
+
+    async def infer(self, message: IncomingRequest[Encoded], known: Recalled | Undecoded) -> Encoded:
+        """Execute one request, and return its encoded response.
 
         Args:
-            name: Name of the model.
-            number: Number of the version; empty for the newest one.
-            parse: Decodes the request; gets a function that reads shared memory.
-            encode: Encodes the response.
-            parsed_bytes: Bytes of the request that are looked at one by one.
-            copied_bytes: Bytes of the request altogether.
-            timeout_ns: Time limit of the protocol that carries the request; None for no limit.
-            headers: Headers that may name the caller's trace.
+            message: The request.
+            known: What :meth:`recall` returned, if anything.
 
         Raises:
             OnnxsplitError: The request failed. :func:`~runtime.gateway.errors.status_of` gives the status.
         """
         arrived = time.monotonic_ns()
-        version = self._executable(name, number)
+        version = self._executable(known.name, known.number) if isinstance(known, Undecoded) else known[0].version
         counters = version.counters
         counters.pending += 1
         try:
-            long = takes_long(parsed_bytes=parsed_bytes, copied_bytes=copied_bytes) or self.regions.any
-            request = await self.workers.run(long, parse, self.regions.reader())
-            requested = version.requested(request)
-            limits = [limit for limit in (timeout_ns, request.timeout_ns) if limit is not None]
+            prepared, inputs = await self._prepare(version, message, known) if isinstance(known, Undecoded) else known
+            requested = prepared.requested
             decoded = time.monotonic_ns()
-            deadline = arrived + min(limits) if limits else None
-            outputs, inference = await version.infer(request, requested, decoded, deadline)
+            deadline = _deadline(arrived, message.timeout_ns, prepared.request.timeout_ns)
+            outputs, inference = await prepared.batcher.run(inputs, prepared.checked, decoded, deadline)
             returned = time.monotonic_ns()
-            long = _encoding_takes_long(requested, outputs)
-            response = InferResponse(request.id, version.model, version.number, outputs, requested)
-            encoded: Encoded = await self.workers.run(long, self._encode, version, response, encode)
+            response = InferResponse(prepared.request.id, version.model, version.number, outputs, requested)
+            if _encoding_takes_long(requested, outputs):
+                encoded = await self.workers.run(True, self._encode, version, response, message.encode)
+            else:
+                encoded = self._encode(version, response, message.encode)
             ended = time.monotonic_ns()
         except (Exception, asyncio.CancelledError) as error:
-            self._failed(version, error, arrived, headers)
+            self._failed(version, error, arrived, message.headers)
             raise
         finally:
             counters.pending -= 1
         _count(version, inference, (arrived, decoded, returned, ended))
         if self._spans is not None:
-            self._spans.answered(version, request.id, headers or {}, arrived, inference, ended)
+            self._spans.answered(version, prepared.request.id, message.headers, arrived, inference, ended)
         return encoded
 
-    def _failed(
-        self, version: Version, error: BaseException, arrived_ns: int, headers: Mapping[str, str] | None
-    ) -> None:
+    async def _prepare(self, version: Version, message: IncomingRequest[Any], known: Undecoded) -> Recalled:
+        """Decode and check a request, and remember it."""
+        changes = self.repository.changes  # decoding may take long, and models may change meanwhile
+        long = takes_long(parsed_bytes=known.parsed_bytes, copied_bytes=len(message.data)) or self.regions.any
+        request = await self.workers.run(long, known.parse, self.regions.reader())
+        requested = version.requested(request)
+        batcher, checked = version.check(request, requested)
+        prepared = Prepared(changes, version, batcher, request, requested, checked)
+        self._prepared.learn(message.key, message.data, prepared, request.inputs)
+        return prepared, request.inputs
+
+    def _failed(self, version: Version, error: BaseException, arrived_ns: int, headers: Mapping[str, str]) -> None:
         now = time.monotonic_ns()
         version.counters.failed(failure_reason(error), now - arrived_ns, client_message(error, _MESSAGE_CHARACTERS))
         if self._spans is not None:
-            self._spans.failed(version, headers or {}, arrived_ns, now, error)
+            self._spans.failed(version, headers, arrived_ns, now, error)
 
-    def _encode(self, version: Version, response: InferResponse, encode: Encode[Encoded]) -> Encoded:
+    def _encode(self, version: Version, response: InferResponse, encode: Callable[[InferResponse], Encoded]) -> Encoded:
         """The encoded response. Outputs that are requested in shared memory are written there."""
         outputs = response.outputs
         for output in response.requested:
@@ -139,12 +177,18 @@ class Service:
         return encode(response)
 
 
+def _deadline(arrived_ns: int, *limits_ns: int | None) -> int | None:
+    """When a request's time is over: after the shortest of some limits."""
+    given = [limit for limit in limits_ns if limit is not None]
+    return arrived_ns + min(given) if given else None
+
+
 def _count(version: Version, inference: Inference, times_ns: tuple[int, int, int, int]) -> None:
     """Count an answered request by its times of arrival, decoding, return from the pipeline, and response."""
     arrived, decoded, returned, ended = times_ns
     entered, left = inference.entered_ns or decoded, inference.ended_ns or returned
     version.counters.answered(
-        inference.rows,
+        inference.checked.rows,
         decode_ns=decoded - arrived,
         queue_ns=entered - decoded,
         infer_ns=left - entered,

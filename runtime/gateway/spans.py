@@ -69,7 +69,7 @@ class Spans:
         if request:
             span.set_attribute("onnxsplit.request_id", request)
         span.set_attribute("onnxsplit.queue_ns", max(0, inference.entered_ns - arrived_ns))
-        span.set_attribute("onnxsplit.rows", inference.rows)
+        span.set_attribute("onnxsplit.rows", inference.checked.rows)
         inside = self._trace.set_span_in_context(span)
         for visit in inference.visits:
             stage = self._tracer.start_span(

@@ -54,7 +54,8 @@ class BatchedTarget(LoadTarget):
     async def _run(self, inputs: Mapping[str, Array], ended: Ended) -> None:
         assert self._batcher is not None
         try:
-            await self._batcher.run(inputs, self._pipeline.plan.outputs, time.monotonic_ns(), None)
+            checked = self._batcher.check(inputs, self._pipeline.plan.outputs)
+            await self._batcher.run(inputs, checked, time.monotonic_ns(), None)
         except Exception as error:
             ended(type(error).__name__, EndDetail(message=one_line(error)))
         else:

@@ -33,7 +33,8 @@ async def until(condition) -> None:
 
 async def infer(version):
     request = InferRequest("", X)
-    outputs, _ = await version.infer(request, version.requested(request), 0, None)
+    batcher, checked = version.check(request, version.requested(request))
+    outputs, _ = await batcher.run(request.inputs, checked, 0, None)
     return outputs["y"]
 
 

@@ -6,7 +6,7 @@ The message types are those of ``tritonclient``; a second definition of them in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
@@ -32,6 +32,7 @@ _CONTENTS = {
     "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
 }  # fmt: skip
 _RAW_CONTENTS = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
+_RAW_OUTPUT = bytes([pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 _FIXED_BYTES = {1: 8, 5: 4}  # sizes of the fixed-size wire types
 _MOST_FIELDS = 4 * MOST_TENSORS
 _MESSAGE_CHARACTERS = 200
@@ -43,13 +44,17 @@ def parameters_of(message: Any) -> dict[str, Any]:
     return {name: getattr(value, value.WhichOneof("parameter_choice") or "", None) for name, value in message.items()}
 
 
-def split(whole: bytes) -> tuple[Any, list[memoryview]]:
+class SplitRequest(NamedTuple):
+    """A ``ModelInferRequest`` without its ``raw_input_contents``, and those as views of the bytes."""
+
+    message: Any
+    raw: list[memoryview]
+
+
+def split(whole: bytes) -> SplitRequest:
     """Parse a ``ModelInferRequest`` without copying its ``raw_input_contents``.
 
     Protobuf would copy them twice: into the message, and again whenever they are read.
-
-    Returns:
-        The message without ``raw_input_contents``, and those as views of the bytes.
 
     Raises:
         InputError: The bytes are not such a message, or it has too many fields.
@@ -78,7 +83,7 @@ def split(whole: bytes) -> tuple[Any, list[memoryview]]:
                 f"the message has {size} bytes outside raw_input_contents; at most {MOST_JSON_BYTES} are allowed: send "
                 "tensors in raw_input_contents"
             )
-        return pb.ModelInferRequest.FromString(b"".join(rest)), raw
+        return SplitRequest(pb.ModelInferRequest.FromString(b"".join(rest)), raw)
     except (DecodeError, KeyError, IndexError) as error:
         raise InputError(f"the message is not a ModelInferRequest: {one_line(error, _MESSAGE_CHARACTERS)}") from error
 
@@ -167,9 +172,41 @@ def _typed(name: str, tensor: Any, shape: tuple[int, ...]) -> Array:
 
 def answer(response: InferResponse) -> Any:
     """Encode a ``ModelInferResponse``. Outputs that are requested in shared memory have no contents in it."""
+    message = _described(response)
+    for contents in _contents(response):
+        message.raw_output_contents.append(bytes(contents))
+    return message
+
+
+def encode(response: InferResponse) -> bytes:
+    """The bytes of :func:`answer`. The outputs are copied once; protobuf would copy them three times."""
+    pieces: list[bytes | memoryview] = [_described(response).SerializeToString()]
+    for contents in _contents(response):
+        pieces += [_RAW_OUTPUT, _as_varint(len(contents)), contents]
+    return b"".join(pieces)
+
+
+def _described(response: InferResponse) -> Any:
+    """A response without contents."""
     message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
     for output in response.requested:
         array = response.outputs[output.name]
         message.outputs.add(name=output.name, datatype=datatype_of(array), shape=array.shape)
-        message.raw_output_contents.append(b"" if output.region_slice is not None else bytes(to_bytes(array)))
     return message
+
+
+def _contents(response: InferResponse) -> list[bytes | memoryview]:
+    return [
+        b"" if output.region_slice is not None else to_bytes(response.outputs[output.name])
+        for output in response.requested
+    ]
+
+
+def _as_varint(value: int) -> bytes:
+    """A number in protobuf's variable-length encoding."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import msgspec
@@ -23,8 +23,9 @@ from runtime.gateway.grpc import codec
 from runtime.gateway.grpc.stream import InferStream
 from runtime.gateway.models import metadata
 from runtime.gateway.protocol.documents import Statistics, VersionState
+from runtime.gateway.protocol.inference import InferResponse
 from runtime.gateway.receive_limit import ReceiveLimit
-from runtime.gateway.service import Service
+from runtime.gateway.service import IncomingRequest, Service, Undecoded
 from runtime.gateway.shared_memory import Region
 from runtime.gateway.telemetry.sampler import Sampler
 from runtime.gateway.texts import Texts
@@ -37,6 +38,7 @@ _MESSAGE_CHARACTERS = 500
 _MOST_ARRIVING = 64  # messages of calls other than inferences that arrive at once
 _MOST_STREAMS = 64  # open at once
 
+T = TypeVar("T")
 _Handler = Callable[[Any, Any], Awaitable[Any]]
 
 
@@ -150,30 +152,18 @@ class GrpcServicer:
         """Execute one request."""
         left_s = context.time_remaining()
         limited = left_s is not None and left_s < MOST_TIMEOUT_S  # some clients send a time in the far future
-        request, raw = await self._split(message)
-        return await self._infer(request, raw, len(message), int(left_s * 1e9) if limited else None, context)
+        whole = _whole(message, codec.encode, context, int(left_s * 1e9) if limited else None)
+        known = self._service.recall(whole)
+        return await self._service.infer(whole, known or _undecoded(message, await self._split(message)))
 
-    async def _split(self, message: bytes) -> tuple[Any, list[memoryview]]:
+    async def _split(self, message: bytes) -> codec.SplitRequest:
         return await self._service.workers.run(takes_long(parsed_bytes=len(message)), codec.split, message)
-
-    async def _infer(self, request: Any, raw: list[memoryview], size: int, timeout_ns: int | None, context: Any) -> Any:
-        headers = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-        return await self._service.infer(
-            request.model_name,
-            request.model_version,
-            lambda read: codec.parse(request, raw, read),
-            codec.answer,
-            parsed_bytes=size - sum(map(len, raw)),
-            copied_bytes=size,
-            timeout_ns=timeout_ns,
-            headers=headers,
-        )
 
     async def ModelStreamInfer(self, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Execute a stream of requests. An error is a message among the responses."""
 
-        async def infer(request: Any, raw: list[memoryview], size: int) -> Any:
-            return await self._infer(request, raw, size, None, context)
+        async def infer(message: bytes, request: codec.SplitRequest) -> Any:
+            return await self._service.infer(_whole(message, codec.answer, context, None), _undecoded(message, request))
 
         stream = InferStream(
             context.read,
@@ -291,8 +281,25 @@ class GrpcServicer:
         raise Unsupported("this server does not have log settings")
 
 
+def _whole(
+    message: bytes, encode: Callable[[InferResponse], T], context: Any, timeout_ns: int | None
+) -> IncomingRequest[T]:
+    headers = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return IncomingRequest(message, ("ModelInfer", len(message)), encode, headers, timeout_ns)
+
+
+def _undecoded(message: bytes, request: codec.SplitRequest) -> Undecoded:
+    asked, raw = request
+    return Undecoded(
+        asked.model_name,
+        asked.model_version,
+        lambda read: codec.parse(asked, raw, read),
+        len(message) - sum(map(len, raw)),
+    )
+
+
 def _encode(message: Any) -> bytes:
-    encoded: bytes = message.SerializeToString()
+    encoded: bytes = message if isinstance(message, bytes) else message.SerializeToString()
     return encoded
 
 

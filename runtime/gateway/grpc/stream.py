@@ -29,10 +29,10 @@ _MOST_RUNNING = 64  # requests of one stream that are executed at once
 _MOST_UNSENT = 8  # responses that wait for the client to read
 _FINAL = "triton_final_response"  # the parameter of a request's last response
 
-Infer = Callable[[Any, list[memoryview], int], Awaitable[Any]]
-"""Executes a request for tensors: the message without its bytes, those bytes, and the size of both."""
+Infer = Callable[[bytes, codec.SplitRequest], Awaitable[Any]]
+"""Executes a request for tensors: the message, and the same parsed."""
 
-Split = Callable[[bytes], Awaitable[tuple[Any, list[memoryview]]]]
+Split = Callable[[bytes], Awaitable[codec.SplitRequest]]
 """Parses a message."""
 
 
@@ -126,7 +126,7 @@ class InferStream:
                     after.set()
                     wanted = await self._workers.run(takes_long(parsed_bytes=len(message)), _wanted, request, raw)
                 else:
-                    response = await self._infer(request, raw, len(message))
+                    response = await self._infer(message, codec.SplitRequest(request, raw))
                     if request.parameters["triton_enable_empty_final_response"].bool_param:
                         response.parameters[_FINAL].bool_param = True
                     await before.wait()

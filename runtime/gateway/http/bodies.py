@@ -9,8 +9,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMappi
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from starlette.datastructures import Headers
-
 from onnxsplit.errors import InputError, shown
 from runtime.errors import Cancelled
 from runtime.gateway.budget import Budget
@@ -36,6 +34,11 @@ _SLICE_BYTES = 64 << 10  # most compressed bytes that zlib is given at once
 _PARSED_TIMES = 20  # the most bytes of Python's objects for a byte of JSON: numbers, and lists and objects of one entry
 
 _WBITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """The headers of a request by their names in small letters; the first where one is repeated."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
 
 
 class Bodies:
@@ -66,6 +69,10 @@ class Bodies:
             Cancelled: The client went away.
             NotLoaded: The server is stopping and does not wait for the rest.
         """
+        if scope.get("whole") and "content-encoding" not in headers:
+            whole: Body = b"".join(scope["pieces"])
+            if len(whole) <= min(self.most_bytes, _QUICK_BYTES):
+                return whole
         claimed = headers.get("content-length", "")
         length = int(claimed) if claimed.isdecimal() and len(claimed) <= _DIGITS else None
         if length is not None and length > self.most_bytes:
@@ -83,7 +90,9 @@ class Bodies:
             return body
         return await self._workers.run(len(body) > _QUICK_BYTES, self._decompress, body, coding, scope)
 
-    async def answer(self, scope: Scope, receive: Receive, work: Callable[[Body], Awaitable[T]]) -> T | None:
+    async def answer(
+        self, headers: Mapping[str, str], scope: Scope, receive: Receive, work: Callable[[Body], Awaitable[T]]
+    ) -> T | None:
         """Receive a whole body and work on it. A client that goes away cancels the work.
 
         Returns:
@@ -93,24 +102,16 @@ class Bodies:
             NotLoaded: The server stops.
             OnnxsplitError: As :meth:`read`, and as the work.
         """
-        task, gone = asyncio.current_task(), False
-
-        def abandon() -> None:  # called by the connection
-            nonlocal gone
-            gone = True
-            if task is not None:
-                task.cancel()
-
         try:
-            body = await self.read(Headers(scope=scope), scope, receive)
-            scope["abandon"] = abandon
+            body = await self.read(headers, scope, receive)
+            scope["task"] = asyncio.current_task()  # the connection cancels it
             return await work(body)
         except asyncio.CancelledError as error:
-            if gone:
+            if scope.get("gone"):
                 return None
             raise NotLoaded(STOPPING) from error
         finally:
-            scope.pop("abandon", None)
+            scope.pop("task", None)
             self.release(scope)
 
     def hold_parsed(self, scope: Scope, body: Body) -> None:
@@ -123,7 +124,8 @@ class Bodies:
 
     def release(self, scope: Scope) -> None:
         """Stop counting the body that was read as held."""
-        self._budget.give(scope.pop("held", 0))
+        if held := scope.pop("held", 0):
+            self._budget.give(held)
 
     def _hold(self, scope: Scope, size: int) -> None:
         self._budget.take(size)

@@ -8,7 +8,8 @@ Events, and how the connection reacts:
     trailers behind a chunked body               counts them as a header, and ignores them
     a body that goes on after its response       discards it, and closes after ``LINGER_S``
     a response that is not read                  aborts after ``UNREAD_S`` in which no byte left
-    a client that closes before the response     cancels the request (``scope["abandon"]``)
+    a request that is whole                      sets ``scope["whole"]``
+    a client that closes before the response     sets ``scope["gone"]``, and cancels the request (``scope["task"]``)
     requests behind one that is being answered   wait; reading goes on, up to limits, to notice a client that closes
 """
 
@@ -72,6 +73,7 @@ class _OneWrite:
 class Connection(HttpToolsProtocol):
     """One connection of a client."""
 
+    _in_header = True  # a header arrives, or must
     _header_timer: asyncio.TimerHandle | None = None
     _silence_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
@@ -105,9 +107,10 @@ class Connection(HttpToolsProtocol):
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
-            abandon = cycle.scope.get("abandon")
-            if callable(abandon):
-                abandon()
+            cycle.scope["gone"] = True  # type: ignore[typeddict-unknown-key]
+            task = cycle.scope.get("task")
+            if isinstance(task, asyncio.Task):
+                task.cancel()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
@@ -118,8 +121,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._header_bytes = 0
         self._whole = False
-        if self._header_timer is None:
-            self._expect_header()
+        self._in_header = True
 
     def on_url(self, url: bytes) -> None:
         """A part of the request line arrived."""
@@ -129,11 +131,12 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header arrived, or a trailer. Trailers are dropped: the request was already accepted by its headers."""
         self._count(len(name) + len(value))
-        if self._header_timer is not None:
+        if self._in_header:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """All headers arrived."""
+        self._in_header = False
         self._stop_header_timer()
         self._progress = True
         self.scope["pieces"] = self._pieces = []  # type: ignore[typeddict-unknown-key]
@@ -158,6 +161,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The whole request arrived."""
         self._whole = self._progress = True
+        self.cycle.scope["whole"] = True  # type: ignore[typeddict-unknown-key]
         self._stop_linger_timer()
         super().on_message_complete()
 
@@ -177,6 +181,8 @@ class Connection(HttpToolsProtocol):
         """
         self._progress = False
         super().data_received(data)
+        if self._in_header and self._header_timer is None:
+            self._expect_header()
         if self._progress:
             self._unfinished_bytes = 0
             self._restart_silence_timer()
@@ -221,7 +227,7 @@ class Connection(HttpToolsProtocol):
         if self._silence_timer is not None:
             self._silence_timer.cancel()
             self._silence_timer = None
-        if not self._whole and self._header_timer is None:
+        if not self._whole and not self._in_header:
             self._silence_timer = self.loop.call_later(SILENCE_S, self._tell_silence)
 
     def _tell_silence(self) -> None:

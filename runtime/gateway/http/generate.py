@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from onnxsplit.errors import InputError, one_line, shown
 from runtime.gateway.errors import TooLarge, client_message
-from runtime.gateway.http.bodies import Bodies, Body
+from runtime.gateway.http.bodies import Bodies, Body, headers_of
 from runtime.gateway.models.version import Version
 from runtime.gateway.protocol.text import MOST_BYTES, TextAnswer, TextRequest, of_values
 from runtime.gateway.texts import Texts
@@ -51,7 +51,7 @@ class GenerateEndpoint:
             request = await self._workers.run(takes_long(parsed_bytes=len(body)), self._parse, body)
             await self._answer(path["model"], version, request, send)
 
-        await self._bodies.answer(scope, receive, answer)
+        await self._bodies.answer(headers_of(scope), scope, receive, answer)
 
     def _parse(self, body: Body) -> TextRequest:
         if len(body) > MOST_BYTES:

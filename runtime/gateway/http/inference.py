@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onnxsplit.errors import InputError, OnnxsplitError, shown
 from runtime.gateway.access import AccessControl
 from runtime.gateway.errors import clear_frames
 from runtime.gateway.http import codec
-from runtime.gateway.http.bodies import Bodies, Body, coding_of, compress
-from runtime.gateway.http.responses import error_response, send_body
-from runtime.gateway.service import Service
+from runtime.gateway.http.bodies import Bodies, Body, coding_of, compress, headers_of
+from runtime.gateway.http.responses import error_response, send_answer
+from runtime.gateway.service import IncomingRequest, Service, Undecoded
 from runtime.gateway.threads import takes_long
 
 HEADER_LENGTH = "inference-header-content-length"
+_HEADER_LENGTH = HEADER_LENGTH.encode()
 _DIGITS = 18
+_Answer = tuple[list[bytes | memoryview], list[tuple[bytes, bytes]]]
 _INFER = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
 
@@ -34,49 +35,49 @@ class InferenceEndpoint:
         self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Receive a request, execute it and send the response.
+        """Answer one request.
 
         Raises:
-            OnnxsplitError: The request failed, and nothing was sent.
+            OnnxsplitError: As :meth:`answer`.
         """
-        headers = Headers(scope=scope)
-        answer = await self._bodies.answer(
-            scope, receive, lambda body: self._answer(scope["path_params"], headers, body)
-        )
-        if answer is None:
-            return
-        pieces, response_headers = answer
-        response_headers.append((b"content-length", str(sum(map(len, pieces))).encode()))
-        await send({"type": "http.response.start", "status": 200, "headers": response_headers})
-        await send_body(send, pieces)
+        answer = await self.answer(scope, receive)
+        if answer is not None:
+            await send_answer(send, *answer)
 
-    async def _answer(
-        self, path: dict[str, str], headers: Headers, body: Body
-    ) -> tuple[list[bytes | memoryview], list[tuple[bytes, bytes]]]:
-        """The body and the headers of the response."""
-        pieces, json_length = await self._infer(path, headers, body)
-        answers = [(b"content-type", b"application/json" if json_length is None else b"application/octet-stream")]
-        if json_length is not None:
-            answers.append((HEADER_LENGTH.encode(), str(json_length).encode()))
+    async def answer(self, scope: Scope, receive: Receive) -> _Answer | None:
+        """Receive a request and execute it.
+
+        Returns:
+            The body and the headers of the response; None if the client has gone away.
+
+        Raises:
+            OnnxsplitError: The request failed.
+        """
+        headers = headers_of(scope)
+        return await self._bodies.answer(
+            headers, scope, receive, lambda body: self._answer(scope["path_params"], headers, body)
+        )
+
+    async def _answer(self, path: dict[str, str], headers: dict[str, str], body: Body) -> _Answer:
+        length = _header_length(headers)
+        name, number = path["model"], path.get("version", "")
+        request = IncomingRequest(body, (name, number, length, len(body)), codec.answer, headers)
+        known = self._service.recall(request)
+        if known is None:
+            parsed_bytes = len(body) if length is None else length
+            undecoded = Undecoded(name, number, lambda read: codec.parse(body, length, read), parsed_bytes)
+            pieces, json_length = await self._service.infer(request, undecoded)
+        else:
+            pieces, json_length = await self._service.infer(request, known)
+        if json_length is None:
+            answers = [(b"content-type", b"application/json")]
+        else:
+            answers = [(b"content-type", b"application/octet-stream"), (_HEADER_LENGTH, b"%d" % json_length)]
         if coding := coding_of(headers.get("accept-encoding", "")):
             long = takes_long(parsed_bytes=sum(map(len, pieces)))
             pieces = await self._service.workers.run(long, compress, pieces, coding)
             answers.append((b"content-encoding", coding.encode()))
         return pieces, answers
-
-    async def _infer(
-        self, path: dict[str, str], headers: Headers, body: Body
-    ) -> tuple[list[bytes | memoryview], int | None]:
-        length = _header_length(headers)
-        return await self._service.infer(
-            path["model"],
-            path.get("version", ""),
-            lambda read: codec.parse(body, length, read),
-            codec.answer,
-            parsed_bytes=len(body) if length is None else length,
-            copied_bytes=len(body),
-            headers=headers,
-        )
 
 
 class AccessControlled:
@@ -84,50 +85,49 @@ class AccessControlled:
 
     Args:
         app: Answers all requests except inferences.
-        infer: Answers inferences.
+        inferences: Answers inferences.
         access: Decides which requests are allowed.
     """
 
-    def __init__(self, app: ASGIApp, infer: ASGIApp, access: AccessControl) -> None:
+    def __init__(self, app: ASGIApp, inferences: InferenceEndpoint, access: AccessControl) -> None:
         self._app = app
         self._access = access
-        self._infer = infer
+        self._inferences = inferences
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return
-        headers = Headers(scope=scope)
+        path = scope["path"]
         try:
-            self._access.check_site(headers.getlist("host"), headers.getlist("origin"), scope["target"])
-            self._access.check(headers.getlist("authorization"))
+            self._access.check_site(_all(scope, b"host"), _all(scope, b"origin"), scope["target"])
+            self._access.check(_all(scope, b"authorization"))
         except OnnxsplitError as error:
-            await error_response(error, scope["path"])(scope, receive, send)
+            await error_response(error, path)(scope, receive, send)
             return
-        match = _INFER.fullmatch(scope["path"]) if scope["method"] == "POST" else None
+        match = _INFER.fullmatch(path) if scope["method"] == "POST" else None
         if match is None:
             await self._app(scope, receive, send)
             return
         scope["path_params"] = match.groupdict("")
-        begun = False
-
-        async def sent(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
         try:
-            await self._infer(scope, receive, sent)
-            return
+            answer = await self._inferences.answer(scope, receive)
         except Exception as error:
-            if begun:  # a second response cannot follow a part of the first
-                raise
             response = error_response(error)
             clear_frames(error)
+        else:
+            if answer is not None:
+                await send_answer(send, *answer)
+            return
         await response(scope, receive, send)
 
 
-def _header_length(headers: Headers) -> int | None:
+def _all(scope: Scope, name: bytes) -> list[str]:
+    """The values of all headers of a name."""
+    return [value.decode("latin-1") for header, value in scope["headers"] if header == name]
+
+
+def _header_length(headers: dict[str, str]) -> int | None:
     length = headers.get(HEADER_LENGTH)
     if length is None:
         return None

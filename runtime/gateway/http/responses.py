@@ -79,9 +79,12 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": text}, error.status_code, headers)
 
 
-async def send_body(send: Send, pieces: list[bytes | memoryview]) -> None:
-    """Send the body of a response: a small one at once, a large one in steps, between which other requests go on."""
-    if sum(map(len, pieces)) <= SEND_BYTES:
+async def send_answer(send: Send, pieces: list[bytes | memoryview], headers: list[tuple[bytes, bytes]]) -> None:
+    """Send a response: the headers and one body, a large one in steps, between which other requests go on."""
+    size = sum(map(len, pieces))
+    headers.append((b"content-length", b"%d" % size))
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    if size <= SEND_BYTES:
         await send({"type": "http.response.body", "body": b"".join(pieces)})
         return
     for piece in pieces:

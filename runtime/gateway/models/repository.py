@@ -52,6 +52,7 @@ class Repository:
 
     Attributes:
         ending: True when the server is stopping; no requests are accepted then.
+        changes: How often a version began or ceased to take requests.
     """
 
     def __init__(self, versions: Iterable[Version], start: StartPipeline, limits: Limits, *, newest: int = 1) -> None:
@@ -66,6 +67,7 @@ class Repository:
         self._ended = asyncio.Event()  # the server is stopping, and accepted requests have _patience_s
         self._patience_s = 0.0
         self.ending = False
+        self.changes = 0
 
     def __iter__(self) -> Iterator[Version]:
         for versions in self._models.values():
@@ -169,6 +171,7 @@ class Repository:
         """Close a version's pipeline. Requests that wait for it fail with ``reason``."""
         pipeline, batcher = version.pipeline, version.batcher
         version.pipeline, version.batcher, version.text = None, None, None
+        self.changes += 1
         version.state, version.reason = VersionState.UNAVAILABLE, str(reason)
         if batcher is not None:
             batcher.refuse(reason)
@@ -211,6 +214,7 @@ class Repository:
             raise
         version.counters = Counters()
         version.batcher = Batcher(version.pipeline, self._limits, version.counters)
+        self.changes += 1
         if version.text_problem:
             log_event(_log, logging.WARNING, "no text", model=version.model, reason=version.text_problem)
         version.state, version.reason = VersionState.READY, ""
@@ -245,6 +249,7 @@ class Repository:
             return
         version.state, version.reason = VersionState.UNLOADING, reason
         version.batcher, version.text = None, None
+        self.changes += 1
         if not await self._emptied(version, batcher, patience_s):
             batcher.refuse(PipelineClosed("the server stopped before it executed the request"))
         batcher.close()

@@ -15,8 +15,7 @@ from onnxsplit import __version__
 from onnxsplit.errors import InputError, shown
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import load_plan, plan_id
-from onnxsplit.tensors import Array
-from runtime.gateway.batcher import Batcher, Inference
+from runtime.gateway.batcher import Batcher, Checked
 from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded, client_message
 from runtime.gateway.openai.figures import RequestFigures
@@ -125,20 +124,21 @@ class Version:
             raise InputError(f"model {self.model!r} {what}; it has {', '.join(self.plan.outputs)}")
         return request.outputs
 
-    async def infer(
-        self, request: InferRequest, requested: Sequence[RequestedOutput], arrived_ns: int, deadline_ns: int | None
-    ) -> tuple[dict[str, Array], Inference]:
-        """Execute a request. Stages that no requested output needs do not run.
+    def check(self, request: InferRequest, requested: Sequence[RequestedOutput]) -> tuple[Batcher, Checked]:
+        """Check a request. Stages that no requested output needs will not run.
+
+        Returns:
+            The batcher that executes it, and what the batcher knows of it.
 
         Raises:
             NotLoaded: The version takes no requests.
-            InputError, PipelineError: As for :meth:`runtime.gateway.batcher.Batcher.run`.
+            InputError: The request does not fit the model.
         """
         if self.batcher is None:
             raise NotLoaded(f"model {self.model!r} version {self.number} is not loaded: {self.reason}")
         names = {output.name for output in requested}
         outputs = tuple(name for name in self.plan.outputs if name in names)
-        return await self.batcher.run(request.inputs, outputs, arrived_ns, deadline_ns)
+        return self.batcher, self.batcher.check(request.inputs, outputs)
 
 
 def stage_name(model: str, stage: int) -> str:

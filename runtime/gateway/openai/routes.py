@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from runtime.gateway.errors import TooLarge, client_message
-from runtime.gateway.http.bodies import Bodies, Body
+from runtime.gateway.http.bodies import Bodies, Body, headers_of
 from runtime.gateway.openai.answer import (
     DONE,
     AnswerForm,
@@ -184,7 +184,7 @@ class _Post(Generic[T]):
             long = takes_long(parsed_bytes=len(body))
             await self._answer(await self._workers.run(long, decoded, self._decoder, body), send)
 
-        await self._bodies.answer(scope, receive, answer)
+        await self._bodies.answer(headers_of(scope), scope, receive, answer)
 
 
 class _Closing:

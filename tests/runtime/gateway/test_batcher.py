@@ -47,6 +47,11 @@ class Echo:
         os.close(self._other_end)
 
 
+def run(batcher, x):
+    """Run a request with one input."""
+    return batcher.run({"x": x}, batcher.check({"x": x}, ("y",)), 0, None)
+
+
 @pytest.mark.parametrize("size", [4, 8 << 20], ids=["small", "copied in a thread"])
 def test_a_queued_request_enters_as_soon_as_the_pipeline_has_room(size):
     x = np.zeros(size, np.uint8)
@@ -60,7 +65,7 @@ def test_a_queued_request_enters_as_soon_as_the_pipeline_has_room(size):
         admission.enter("another caller's", 1)
         batcher = Batcher(pipeline, Limits(), Counters())
         asyncio.get_running_loop().call_later = no_timer
-        asked = asyncio.ensure_future(batcher.run({"x": x}, ("y",), 0, None))
+        asked = asyncio.ensure_future(run(batcher, x))
         while not pipeline.refusals or not len(batcher.queue):
             await asyncio.sleep(0)
         for _ in range(100):
@@ -94,7 +99,7 @@ def test_a_release_between_the_refusal_and_the_wait_is_not_missed():
         admission.enter("another caller's", 1)
         pipeline.enter = enter_late
         batcher = Batcher(pipeline, Limits(), Counters())
-        outputs, _ = await batcher.run({"x": np.ones(3)}, ("y",), 0, None)
+        outputs, _ = await run(batcher, np.ones(3))
         assert outputs["y"].tolist() == [1, 1, 1]
         assert pipeline.refusals == 1
         batcher.close()
@@ -110,7 +115,7 @@ def test_one_release_leads_to_one_more_try_however_many_requests_were_refused():
     async def scene():
         admission.enter("another caller's", 1)
         batcher = Batcher(pipeline, Limits(), Counters())
-        asked = [asyncio.ensure_future(batcher.run({"x": np.ones(3)}, ("y",), 0, None)) for _ in range(20)]
+        asked = [asyncio.ensure_future(run(batcher, np.ones(3))) for _ in range(20)]
         while len(batcher.queue) < len(asked):
             await asyncio.sleep(0)
         refusals = pipeline.refusals
