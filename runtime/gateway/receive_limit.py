@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from runtime.gateway.errors import TooSlow
+
+T = TypeVar("T")
 
 PATIENCE_S = 10.0
 """Longest time for which a message may arrive while others wait for its place."""
@@ -24,9 +26,8 @@ class ReceiveLimit:
         self._arriving: set[asyncio.Timeout] = set()
         self._waiting = 0
 
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Hold a place while a message arrives. Waits until one is free.
+    async def receive(self, read: Callable[[], Awaitable[T]]) -> T:
+        """Read a message in a place. Waits until one is free.
 
         Raises:
             TooSlow: The message took longer than :data:`PATIENCE_S` while others waited.
@@ -44,7 +45,7 @@ class ReceiveLimit:
             async with asyncio.timeout(PATIENCE_S if self._waiting else None) as limit:
                 self._arriving.add(limit)
                 try:
-                    yield
+                    return await read()
                 finally:
                     self._arriving.discard(limit)
         except TimeoutError as error:

@@ -36,7 +36,7 @@ class IncomingRequest(Struct, Generic[Encoded]):
         data: The whole message.
         key: What says how the message is decoded, beside its bytes; see :class:`.PreparedRequests`.
         encode: Encodes the response.
-        headers: Headers that may name the caller's trace.
+        headers: Headers that may name the caller's trace, if :attr:`Service.traces`.
         timeout_ns: Time limit of the protocol; None for no limit.
     """
 
@@ -81,6 +81,11 @@ class Service:
         self.workers = workers
         self._spans = spans
         self._prepared = PreparedRequests()
+
+    @property
+    def traces(self) -> bool:
+        """Whether requests are recorded for OpenTelemetry, so that their headers matter."""
+        return self._spans is not None
 
     def find(self, name: str, number: str = "") -> tuple[Version, Part]:
         """The version of a model, and the part of it that ``name`` stands for.

@@ -93,12 +93,11 @@ class GrpcServicer:
             held = 0
             try:
                 self._admit(context)
-                async with receive_limit.place():
-                    message = await context.read()
-                    if not isinstance(message, bytes):
-                        raise InputError("the call ended without a message")
-                    self._budget.take(len(message))
-                    held = len(message)
+                message = await receive_limit.receive(context.read)
+                if not isinstance(message, bytes):
+                    raise InputError("the call ended without a message")
+                self._budget.take(len(message))
+                held = len(message)
                 return await handler(message, context)
             except Exception as error:
                 failure = _failure(error)
@@ -152,18 +151,27 @@ class GrpcServicer:
         """Execute one request."""
         left_s = context.time_remaining()
         limited = left_s is not None and left_s < MOST_TIMEOUT_S  # some clients send a time in the far future
-        whole = _whole(message, codec.encode, context, int(left_s * 1e9) if limited else None)
+        whole = self._whole(message, codec.encode, context, int(left_s * 1e9) if limited else None)
         known = self._service.recall(whole)
         return await self._service.infer(whole, known or _undecoded(message, await self._split(message)))
 
     async def _split(self, message: bytes) -> codec.SplitRequest:
         return await self._service.workers.run(takes_long(parsed_bytes=len(message)), codec.split, message)
 
+    def _whole(
+        self, message: bytes, encode: Callable[[InferResponse], T], context: Any, timeout_ns: int | None
+    ) -> IncomingRequest[T]:
+        headers = {}
+        if self._service.traces:
+            headers = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+        return IncomingRequest(message, ("ModelInfer", len(message)), encode, headers, timeout_ns)
+
     async def ModelStreamInfer(self, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Execute a stream of requests. An error is a message among the responses."""
 
         async def infer(message: bytes, request: codec.SplitRequest) -> Any:
-            return await self._service.infer(_whole(message, codec.answer, context, None), _undecoded(message, request))
+            whole = self._whole(message, codec.answer, context, None)
+            return await self._service.infer(whole, _undecoded(message, request))
 
         stream = InferStream(
             context.read,
@@ -279,13 +287,6 @@ class GrpcServicer:
     async def LogSettings(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Refuse, since the server does not have this."""
         raise Unsupported("this server does not have log settings")
-
-
-def _whole(
-    message: bytes, encode: Callable[[InferResponse], T], context: Any, timeout_ns: int | None
-) -> IncomingRequest[T]:
-    headers = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-    return IncomingRequest(message, ("ModelInfer", len(message)), encode, headers, timeout_ns)
 
 
 def _undecoded(message: bytes, request: codec.SplitRequest) -> Undecoded:

@@ -80,15 +80,19 @@ def test_messages_of_unknown_size_wait_for_each_other_and_the_slow_make_room(mon
     monkeypatch.setattr("runtime.gateway.receive_limit.PATIENCE_S", 0.05)
     order = []
 
+    async def never():
+        order.append("slow")
+        await asyncio.Event().wait()
+
+    async def at_once():
+        order.append("quick")
+
     async def slow(limit):
-        async with limit.place():
-            order.append("slow")
-            await asyncio.Event().wait()
+        await limit.receive(never)
 
     async def quick(limit):
         await asyncio.sleep(0)
-        async with limit.place():
-            order.append("quick")
+        await limit.receive(at_once)
 
     async def both():
         limit = Budget(100, 100).receive_limit
