@@ -70,9 +70,12 @@ class Bodies:
             NotLoaded: The server is stopping and does not wait for the rest.
         """
         if scope.get("whole") and "content-encoding" not in headers:
-            whole: Body = b"".join(scope["pieces"])
-            if len(whole) <= min(self.most_bytes, _QUICK_BYTES):
-                return whole
+            pieces: list[bytes] = scope["pieces"]
+            size = sum(map(len, pieces))
+            if size <= self.most_bytes:
+                if len(pieces) > 1:
+                    self._hold(scope, size)
+                return b"".join(pieces)
         claimed = headers.get("content-length", "")
         length = int(claimed) if claimed.isdecimal() and len(claimed) <= _DIGITS else None
         if length is not None and length > self.most_bytes:

@@ -26,6 +26,8 @@ _MESSAGE_CHARACTERS = 500
 _SCHEMES = ('Basic realm="onnxsplit, any name, the token as password"', "Bearer")
 # Each has a header of its own: Chromium takes a header for one scheme, and does not ask for a token if more follows.
 
+_JOINED_BYTES = 64 << 10  # a body up to this size is copied together
+
 SEND_BYTES = 1 << 20
 """Most bytes of a response that are sent at once."""
 
@@ -80,11 +82,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def send_answer(send: Send, pieces: list[bytes | memoryview], headers: list[tuple[bytes, bytes]]) -> None:
-    """Send a response: the headers and one body, a large one in steps, between which other requests go on."""
+    """Send a response: a small body at once, a large one in steps, between which other requests go on."""
     size = sum(map(len, pieces))
     headers.append((b"content-length", b"%d" % size))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    if size <= SEND_BYTES:
+    if size <= _JOINED_BYTES:
         await send({"type": "http.response.body", "body": b"".join(pieces)})
         return
     for piece in pieces:
