@@ -39,7 +39,6 @@ class Prepared(Struct, frozen=True, eq=False):
     """What is known of a request beside its tensors.
 
     Attributes:
-        changes: How often the models had changed when it was checked. It holds until they change again.
         version: The version that executes it.
         batcher: The version's batcher, for which it was checked.
         request: The request without its tensors.
@@ -47,12 +46,15 @@ class Prepared(Struct, frozen=True, eq=False):
         checked: What the batcher knows of it.
     """
 
-    changes: int
     version: Version
     batcher: Batcher
     request: InferRequest
     requested: tuple[RequestedOutput, ...]
     checked: Checked
+
+
+Recalled = tuple[Prepared, Mapping[str, Array]]
+"""What is known of a request beside its inputs, and its inputs."""
 
 
 class _Alike(Struct, frozen=True):
@@ -66,14 +68,19 @@ class _Alike(Struct, frozen=True):
 class PreparedRequests:
     """Remembers requests. They are found by a key, which every protocol chooses, and by the bytes of the message.
 
-    The key must hold the length of the message, and what says how the message is decoded.
+    The key must hold the length of the message, and what says how the message is decoded. All requests are forgotten
+    when the models change: ``changes`` is how often that has happened.
     """
 
     def __init__(self) -> None:
         self._known: dict[Hashable, tuple[_Alike, ...]] = {}
+        self._changes = 0
 
-    def find(self, key: Hashable, message: bytes | bytearray) -> tuple[Prepared, dict[str, Array]] | None:
-        """What is known of a request, and its inputs as views of the message; None if its like was not seen before."""
+    def find(self, changes: int, key: Hashable, message: bytes | bytearray) -> Recalled | None:
+        """What is known of a request; None if its like was not seen before. The inputs are views of the message."""
+        if changes != self._changes:
+            self._known.clear()
+            self._changes = changes
         for alike in self._known.get(key, ()):
             for start, constant in alike.constants:
                 if not message.startswith(constant, start):
@@ -85,11 +92,18 @@ class PreparedRequests:
                 }
         return None
 
-    def learn(self, key: Hashable, message: bytes | bytearray, prepared: Prepared, inputs: Mapping[str, Array]) -> None:
-        """Remember a request, if all of its inputs are views of the message and it has no name of its own."""
-        places = _places(message, inputs)
+    def learn(self, changes: int, key: Hashable, message: bytes | bytearray, prepared: Prepared) -> None:
+        """Remember a request, if all of its inputs are views of the message and it has no name of its own.
+
+        Args:
+            changes: How often the models had changed when its version was looked up.
+            key: Its key.
+            message: The whole message.
+            prepared: What is known of it, with its inputs.
+        """
+        places = _places(message, prepared.request.inputs)
         constants = None if places is None or prepared.request.id else _constants(message, places)
-        if places is None or constants is None:
+        if places is None or constants is None or changes != self._changes:
             return
         if len(self._known) >= _MOST_KEYS and key not in self._known:
             self._known.clear()

@@ -15,7 +15,7 @@ from runtime.gateway.counters import failure_reason
 from runtime.gateway.errors import Unsupported, client_message
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import TEXT, Part, Version, split_name
-from runtime.gateway.prepared import Prepared, PreparedRequests
+from runtime.gateway.prepared import Prepared, PreparedRequests, Recalled
 from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, RequestedOutput
 from runtime.gateway.protocol.tensor_data import classify, to_bytes
 from runtime.gateway.shared_memory import SharedMemoryRegions
@@ -23,9 +23,6 @@ from runtime.gateway.spans import Spans
 from runtime.gateway.threads import Workers, takes_long
 
 Encoded = TypeVar("Encoded")
-Recalled = tuple[Prepared, Mapping[str, Array]]
-"""What is known of a request beside its inputs, and its inputs."""
-
 _MESSAGE_CHARACTERS = 500  # characters that are kept of an error
 
 
@@ -110,11 +107,9 @@ class Service:
 
     def recall(self, message: IncomingRequest[Any]) -> Recalled | None:
         """What is known of a request; None if its like was not executed before, or models have changed since then."""
-        found = self._prepared.find(message.key, message.data)
-        if found is None:
+        if self.repository.ending:
             return None
-        current = found[0].changes == self.repository.changes and not self.repository.ending
-        return found if current else None
+        return self._prepared.find(self.repository.changes, message.key, message.data)
 
     async def infer(self, message: IncomingRequest[Encoded], known: Recalled | Undecoded) -> Encoded:
         """Execute one request, and return its encoded response.
@@ -160,8 +155,8 @@ class Service:
         request = await self.workers.run(long, known.parse, self.regions.reader())
         requested = version.requested(request)
         batcher, checked = version.check(request, requested)
-        prepared = Prepared(changes, version, batcher, request, requested, checked)
-        self._prepared.learn(message.key, message.data, prepared, request.inputs)
+        prepared = Prepared(version, batcher, request, requested, checked)
+        self._prepared.learn(changes, message.key, message.data, prepared)
         return prepared, request.inputs
 
     def _failed(self, version: Version, error: BaseException, arrived_ns: int, headers: Mapping[str, str]) -> None:

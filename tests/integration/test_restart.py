@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -14,12 +16,16 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from runtime import Pipeline
 from runtime.errors import LaunchFailed
 from runtime.gateway.errors import NotLoaded, status_of
+from runtime.gateway.http import codec
 from runtime.gateway.models import repository as repositories
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import find_versions
 from runtime.gateway.protocol.documents import VersionState
 from runtime.gateway.protocol.inference import InferRequest
 from runtime.gateway.queue import Limits
+from runtime.gateway.service import IncomingRequest, Service, Undecoded
+from runtime.gateway.shared_memory import SharedMemoryRegions
+from runtime.gateway.threads import Workers
 
 X = {"x": np.ones((1, 32), np.float32)}
 
@@ -137,5 +143,47 @@ def test_a_load_whose_client_goes_away_is_made_whole(chain_plan):
         await until(lambda: version.state is VersionState.UNAVAILABLE)
         assert version.pipeline is None
         await models.close(10)
+
+    asyncio.run(scene())
+
+
+def test_requests_that_were_recognised_go_to_the_pipeline_that_is_loaded_now(chain_plan):
+    """The second request of a kind is not decoded. After a change of models it is, and nothing old is kept."""
+    pieces, length = codec.ask(X)
+    body = b"".join(pieces)
+    decoded = []
+
+    def parse(read):
+        decoded.append(1)
+        return codec.parse(body, length, read)
+
+    async def scene():
+        models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
+        (version,) = models
+        service = Service(models, SharedMemoryRegions(), Workers(1))
+
+        async def ask():
+            message = IncomingRequest(body, ("chain", "", length, len(body)), lambda response: response.outputs, {})
+            known = service.recall(message) or Undecoded(version.model, "", parse, length)
+            return (await service.infer(message, known))["y"]
+
+        await models.load(version.model)
+        right = await ask()
+        assert np.array_equal(await ask(), right)
+        assert len(decoded) == 1
+        first = weakref.ref(version.batcher)
+        await models.unload(version.model)
+        with pytest.raises(NotLoaded, match="it was unloaded"):
+            await ask()
+        await models.load(version.model)
+        for _ in range(2):
+            assert np.array_equal(await ask(), right)
+        assert len(decoded) == 2
+        assert version.counters.inferences == 2, "they were counted for the pipeline that is loaded now"
+        gc.collect()
+        assert first() is None
+        await models.close(10)
+        with pytest.raises(NotLoaded, match="is stopping"):
+            await ask()
 
     asyncio.run(scene())
