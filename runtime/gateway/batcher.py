@@ -27,7 +27,7 @@ from runtime.gateway.errors import NotLoaded
 from runtime.gateway.queue import Limits, QueuedRequest, RequestQueue
 from runtime.gateway.threads import takes_long
 from runtime.pipeline import Pipeline
-from runtime.requests.microbatch import BatchAxes, join
+from runtime.requests.microbatch import has_rows, join, row_count, rows_of
 from runtime.requests.request import Answering, OutputSelection
 from runtime.wire.messages.data import Visit
 
@@ -126,7 +126,7 @@ class Batcher:
         return Checked(
             selection,
             self._key(inputs, outputs, selection),
-            _rows(inputs, selection.axes),
+            row_count(inputs, selection.axes),
             sum(map(content_bytes, inputs.values())),
         )
 
@@ -331,7 +331,7 @@ class Batcher:
         if error is None and future is not None:
             self.queue.completed(rows, execution.entered_ns, now)
             self._counters.ran(rows, now - execution.entered_ns)
-            if not joined or _separable(future.result(), execution, rows):
+            if not joined or has_rows(future.result(), execution.requests[0].item.checked.selection.axes, rows):
                 self._split(execution, future, now)
                 return
             error = NotSeparable("the answer to a joined batch does not have the batch's rows")
@@ -356,11 +356,8 @@ class Batcher:
             inference.visits = future.visits
             own = outputs
             if len(execution.requests) > 1:
-                axes: BatchAxes = inference.checked.selection.axes or {}
-                own = {
-                    name: array if (axis := axes.get(name)) is None else _rows_of(array, axis, start, start + rows)
-                    for name, array in outputs.items()
-                }
+                axes = inference.checked.selection.axes or {}
+                own = {name: rows_of(array, axes.get(name), start, start + rows) for name, array in outputs.items()}
             start += rows
             if not inference.outputs.done():
                 inference.outputs.set_result(own)
@@ -390,26 +387,3 @@ class Batcher:
             if request in execution.requests and alone and execution.future is not None:
                 execution.future.cancel()
                 return
-
-
-def _separable(outputs: Mapping[str, Array], execution: _Execution, rows: int) -> bool:
-    """True when every output of a joined batch has the batch's rows, so that each request can be given its own."""
-    axes: BatchAxes = execution.requests[0].item.checked.selection.axes or {}
-    return all(
-        (axis := axes.get(name)) is None or (axis < array.ndim and array.shape[axis] == rows)
-        for name, array in outputs.items()
-    )
-
-
-def _rows_of(array: Array, axis: int, start: int, stop: int) -> Array:
-    """Rows ``start`` to ``stop`` along the batch axis."""
-    return array[(slice(None),) * axis + (slice(start, stop),)]
-
-
-def _rows(inputs: Mapping[str, Array], axes: BatchAxes | None) -> int:
-    """Number of rows along the batch axis; 1 without one."""
-    for name, array in inputs.items():
-        axis = axes[name] if axes is not None else None
-        if axis is not None:
-            return int(array.shape[axis])
-    return 1

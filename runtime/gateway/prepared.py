@@ -35,7 +35,7 @@ class _TensorPlace(Struct, frozen=True):
     start: int
 
 
-class Prepared(Struct, frozen=True, eq=False):
+class PreparedRequest(Struct, frozen=True, eq=False):
     """What is known of a request beside its tensors.
 
     Attributes:
@@ -53,14 +53,14 @@ class Prepared(Struct, frozen=True, eq=False):
     checked: Checked
 
 
-Recalled = tuple[Prepared, Mapping[str, Array]]
+Recalled = tuple[PreparedRequest, Mapping[str, Array]]
 """What is known of a request beside its inputs, and its inputs."""
 
 
 class _Alike(Struct, frozen=True):
     """A kind of message, and what is known of its requests."""
 
-    prepared: Prepared
+    prepared: PreparedRequest
     constants: tuple[tuple[int, bytes], ...]
     places: tuple[_TensorPlace, ...]
 
@@ -92,7 +92,7 @@ class PreparedRequests:
                 }
         return None
 
-    def learn(self, changes: int, key: Hashable, message: bytes | bytearray, prepared: Prepared) -> None:
+    def learn(self, changes: int, key: Hashable, message: bytes | bytearray, prepared: PreparedRequest) -> None:
         """Remember a request, if all of its inputs are views of the message and it has no name of its own.
 
         Args:

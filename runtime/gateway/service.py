@@ -15,7 +15,7 @@ from runtime.gateway.counters import failure_reason
 from runtime.gateway.errors import Unsupported, client_message
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import TEXT, Part, Version, split_name
-from runtime.gateway.prepared import Prepared, PreparedRequests, Recalled
+from runtime.gateway.prepared import PreparedRequest, PreparedRequests, Recalled
 from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, RequestedOutput
 from runtime.gateway.protocol.tensor_data import classify, to_bytes
 from runtime.gateway.shared_memory import SharedMemoryRegions
@@ -155,7 +155,7 @@ class Service:
         request = await self.workers.run(long, known.parse, self.regions.reader())
         requested = version.requested(request)
         batcher, checked = version.check(request, requested)
-        prepared = Prepared(version, batcher, request, requested, checked)
+        prepared = PreparedRequest(version, batcher, request, requested, checked)
         self._prepared.learn(changes, message.key, message.data, prepared)
         return prepared, request.inputs
 

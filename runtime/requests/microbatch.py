@@ -66,7 +66,7 @@ def split(inputs: Mapping[str, Array], axes: BatchAxes, rows: int) -> list[dict[
     if len(sizes) != 1 or total <= rows:
         return [dict(inputs)]
     return [
-        {name: _rows(array, axes[name], start, start + rows) for name, array in inputs.items()}
+        {name: rows_of(array, axes[name], start, start + rows) for name, array in inputs.items()}
         for start in range(0, total, rows)
     ]
 
@@ -93,7 +93,25 @@ def join(parts: Sequence[Mapping[str, Array]], axes: BatchAxes) -> dict[str, Arr
     return joined
 
 
-def _rows(array: Array, axis: int | None, start: int, end: int) -> Array:
+def rows_of(array: Array, axis: int | None, start: int, end: int) -> Array:
+    """Some rows of an array along its batch axis; the whole array when it has none."""
     if axis is None:
         return array
     return array[(slice(None),) * axis + (slice(start, end),)]
+
+
+def row_count(inputs: Mapping[str, Array], axes: BatchAxes | None) -> int:
+    """The number of rows along the batch axis; 1 without one."""
+    for name, array in inputs.items():
+        axis = axes[name] if axes is not None else None
+        if axis is not None:
+            return int(array.shape[axis])
+    return 1
+
+
+def has_rows(outputs: Mapping[str, Array], axes: BatchAxes | None, rows: int) -> bool:
+    """Whether every output with a batch axis has ``rows`` rows, so that they can be divided again."""
+    return all(
+        (axis := (axes or {}).get(name)) is None or (axis < array.ndim and array.shape[axis] == rows)
+        for name, array in outputs.items()
+    )

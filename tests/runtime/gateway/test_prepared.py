@@ -14,7 +14,7 @@ from onnxsplit.tensors import numpy_dtype
 from runtime.gateway.batcher import Checked
 from runtime.gateway.grpc import codec as grpc_codec
 from runtime.gateway.http import codec as http_codec
-from runtime.gateway.prepared import Prepared, PreparedRequests
+from runtime.gateway.prepared import PreparedRequest, PreparedRequests
 from runtime.gateway.protocol.inference import InferResponse, RegionSlice, RequestedOutput, datatype_of
 from runtime.requests.request import OutputSelection
 
@@ -54,7 +54,7 @@ def learnt(key, message, parse, *, known=None, changes=0):
     """Requests of which one is remembered, if it can be."""
     known = known or PreparedRequests()
     known.find(changes, key, message)
-    known.learn(changes, key, message, Prepared("version", "batcher", parse(message), (), CHECKED))
+    known.learn(changes, key, message, PreparedRequest("version", "batcher", parse(message), (), CHECKED))
     return known
 
 
@@ -163,7 +163,7 @@ def test_everything_is_forgotten_when_models_change():
     known = learnt(key, message, parse)
     assert known.find(0, key, message) is not None
     assert known.find(1, key, message) is None
-    known.learn(0, key, message, Prepared("old version", "batcher", parse(message), (), CHECKED))
+    known.learn(0, key, message, PreparedRequest("old version", "batcher", parse(message), (), CHECKED))
     assert known.find(1, key, message) is None, "its version was looked up before the models changed"
     learnt(key, message, parse, known=known, changes=1)
     assert known.find(1, key, message) is not None
