@@ -2,7 +2,8 @@
 
 overhead   the same plan through `Pipeline` in its own process, over HTTP with binary tensors and over gRPC:
            ResNet-50 and a net of about 1 ms; p50 and p99 of one caller, throughput of eight, in turns.
-identity   requests per second of a model that only passes its input on, one server process.
+identity   a model that only passes its input on, one server process: requests per second, and processor time of a
+           request in the server and in the node; with --before CHECKOUT also of that code, in turns.
 batching   a small net, 32 callers, with and without joining requests.
 overload   three times the capacity for --seconds: answers in time, refusals with reasons, memory.
 
@@ -11,6 +12,8 @@ Callers run in this process, servers in theirs, all on the same cores.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import subprocess
@@ -29,6 +32,7 @@ from onnx import helper
 from served import Served
 
 from benchmarks import harness
+from benchmarks.data_path.pipeline_slices import processor_ns
 from benchmarks.example_models import named_plan, products, saved
 from benchmarks.gateway.callers import Call, Load, drive, over_grpc, over_http
 from onnxsplit.planning.planner import partition
@@ -40,9 +44,12 @@ TAKES = "10 min"
 SLICE_S = 2.0
 
 
-def served(plan: Path, *words: object) -> Served:
-    """Serve a plan with one thread per stage."""
-    return Served(plan, "--threads", "1", *words, environment=dict(os.environ))
+def served(plan: Path, *words: object, code: Path | None = None) -> Served:
+    """Serve a plan with one thread per stage, with the code of another checkout if one is given."""
+    environment = dict(os.environ)
+    if code is not None:
+        environment["PYTHONPATH"] = str(code)
+    return Served(plan, "--threads", "1", *words, environment=environment)
 
 
 def medians(loads: list[Load]) -> dict[str, float]:
@@ -90,22 +97,40 @@ def overhead(report: harness.Report, folder: Path, slices: int) -> None:
             )
 
 
-def identity(report: harness.Report, folder: Path, slices: int) -> None:
+def with_processor_time(server: Served, calls: list[Call]) -> tuple[Load, float, float]:
+    """Drive callers; return also the processor time of a request in the server and in its nodes, in microseconds."""
+    processes = [server.process.pid, *(node.pid for node in psutil.Process(server.process.pid).children())]
+    before = [processor_ns(pid) for pid in processes]
+    load = drive(calls, SLICE_S)
+    spent = [(processor_ns(pid) - then) / len(load.times) / 1e3 for pid, then in zip(processes, before, strict=True)]
+    return load, spent[0], sum(spent[1:])
+
+
+def identity(report: harness.Report, folder: Path, slices: int, before: Path | None) -> None:
     """Count requests per second for a model that does nothing."""
     model = saved(folder / "identity.onnx", [helper.make_node("Identity", ["x"], ["y"])], ("x", "y"), [1, 16], [])
     plan = folder / "identity.plan"
     partition(model, stages=1, out=plan)
     inputs = harness.example(plan)
     report.note("\nIdentity, one stage, 64 bytes, one server process\n")
-    with served(plan) as server:
-        for way, make, address in (("HTTP", over_http, server.host), ("gRPC", over_grpc, server.grpc)):
-            for callers in (1, 4, 16):
+    with ExitStack() as stack:
+        servers = {"now": stack.enter_context(served(plan))}
+        if before is not None:
+            servers["before"] = stack.enter_context(served(plan, code=before))
+        for way, callers in itertools.product(("HTTP", "gRPC"), (1, 4, 16)):
+            make = over_http if way == "HTTP" else over_grpc
+            contenders = {}
+            for code, server in servers.items():
+                address = server.host if way == "HTTP" else server.grpc
                 calls = [make(address, "identity", inputs) for _ in range(callers)]
-                row = medians(harness.in_turns({way: lambda calls=calls: drive(calls, SLICE_S)}, slices)[way])
+                contenders[code] = functools.partial(with_processor_time, server, calls)
+            for code, taken in harness.in_turns(contenders, slices).items():
+                row = medians([load for load, _, _ in taken])
+                row |= {"server_us": median(one[1] for one in taken), "node_us": median(one[2] for one in taken)}
                 report.row(
-                    {"part": "identity", "way": way, "callers": callers, **row},
-                    f"{way:5} {callers:3} callers {row['per_s']:9.0f} /s   "
-                    f"p50 {row['p50_ms']:7.3f} ms   p99 {row['p99_ms']:7.3f} ms",
+                    {"part": "identity", "way": way, "callers": callers, "code": code, **row},
+                    f"{way:5} {callers:3} callers {code:7} {row['per_s']:9.0f} /s   p50 {row['p50_ms']:7.3f} ms   "
+                    f"p99 {row['p99_ms']:7.3f} ms   {row['server_us']:5.0f} us server   {row['node_us']:5.0f} us node",
                 )
 
 
@@ -161,16 +186,23 @@ def overload(report: harness.Report, folder: Path, seconds: float) -> None:
 
 def main() -> None:
     """Print the chosen tables."""
-    parts = {"overhead": overhead, "identity": identity, "batching": batching, "overload": overload}
     parser = harness.parser(__doc__, TAKES)
-    parser.add_argument("what", nargs="*", choices=[*parts, []], default=[], metavar="PART", help="default: all")
+    names = ["overhead", "identity", "batching", "overload"]
+    parser.add_argument("what", nargs="*", choices=[*names, []], default=[], metavar="PART", help="default: all")
     parser.add_argument("--slices", type=int, default=10, help="slices of 2 s for each way")
     parser.add_argument("--seconds", type=float, default=60, help="seconds of overload")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="other code to compare with")
     given = parser.parse_args()
     report = harness.Report(given)
-    for what in given.what or parts:
+    parts = {
+        "overhead": functools.partial(overhead, slices=given.slices),
+        "identity": functools.partial(identity, slices=given.slices, before=given.before),
+        "batching": functools.partial(batching, slices=given.slices),
+        "overload": functools.partial(overload, seconds=given.seconds),
+    }
+    for what in given.what or names:
         with tempfile.TemporaryDirectory() as scratch:
-            parts[what](report, Path(scratch), given.seconds if what == "overload" else given.slices)
+            parts[what](report, Path(scratch))
 
 
 if __name__ == "__main__":
