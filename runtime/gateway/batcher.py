@@ -235,11 +235,12 @@ class Batcher:
         releases = self._admission.releases
         self._executions.add(execution)
         if takes_long(copied_bytes=sum([request.size_bytes for request in requests])):
-            sending = self._loop.run_in_executor(None, self._submit, requests)
+            inputs = [request.item.inputs for request in requests]  # one that is given up meanwhile loses its own
+            sending = self._loop.run_in_executor(None, self._submit, requests, inputs)
             sending.add_done_callback(lambda done: self._sent(execution, done, releases))
             return True
         try:
-            future = self._submit(requests)
+            future = self._submit(requests, [request.item.inputs for request in requests])
         except Busy:
             self._executions.discard(execution)
             self._wait_for_release(releases)
@@ -250,17 +251,17 @@ class Batcher:
         self._await(execution, future)
         return True
 
-    def _submit(self, requests: list[QueuedRequest]) -> Answering:
+    def _submit(self, requests: list[QueuedRequest], inputs: list[Mapping[str, Array]]) -> Answering:
         """Send requests into the pipeline as one."""
         first: Inference = requests[0].item
         selection = first.checked.selection
-        inputs, deadline_ns = first.inputs, requests[0].deadline_ns
+        joined, deadline_ns = inputs[0], requests[0].deadline_ns
         if len(requests) > 1:
-            inputs = join([request.item.inputs for request in requests], selection.axes or {})
+            joined = join(inputs, selection.axes or {})
             deadlines = [request.deadline_ns for request in requests]
             # The latest deadline of all; requests with an earlier one expire by themselves.
             deadline_ns = None if None in deadlines else max(deadline or 0 for deadline in deadlines)
-        return self._pipeline.entrance.enter(inputs, selection, deadline_ns=deadline_ns, block=False)
+        return self._pipeline.entrance.enter(joined, selection, deadline_ns=deadline_ns, block=False)
 
     def _wait_for_release(self, releases: int) -> None:
         """Dispatch again once there have been more than ``releases`` releases, unless a wait is already under way."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -127,6 +128,73 @@ def test_one_release_leads_to_one_more_try_however_many_requests_were_refused():
         assert pipeline.refusals == refusals + 5
         batcher.refuse(PipelineClosed("the test is over"))
         await asyncio.gather(*asked, return_exceptions=True)
+        await batcher.empty()
+        batcher.close()
+
+    asyncio.run(scene())
+    pipeline.close()
+
+
+def test_a_request_that_is_given_up_while_its_batch_is_copied_leaves_the_others_alone():
+    """The batch is copied in a thread, which has all inputs although one request does not wait any longer."""
+    x = np.arange(8 << 20, dtype=np.uint8).reshape(1, -1)
+    go_on = threading.Event()
+
+    class Joining(Echo):
+        def check(self, inputs, outputs):
+            return OutputSelection(outputs, outputs, (), frozenset(), (), {"x": 0, "y": 0})
+
+    pipeline = Joining(Admission(2, 1 << 30))
+
+    async def scene():
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, go_on.wait, 10)
+        batcher = Batcher(pipeline, Limits(max_batch=2, max_delay_ns=10**9), Counters())
+        given_up, other = (asyncio.ensure_future(run(batcher, x)) for _ in range(2))
+        while not batcher.executing:
+            await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait((given_up,))
+        go_on.set()
+        outputs, inference = await other
+        assert np.array_equal(outputs["y"], x)
+        assert inference.checked.rows == 1
+        await asyncio.gather(busy, batcher.empty())
+        batcher.close()
+
+    asyncio.run(scene())
+    pipeline.close()
+
+
+def test_an_answer_that_was_there_at_once_and_one_that_comes_later_go_to_their_requests():
+    """Answers are given in the pipeline's callback; one that is there before the callback is set comes later."""
+    late: list[Answering] = []
+
+    class Sometimes(Echo):
+        inflight = 1
+
+        def enter(self, arrays, selection, *, deadline_ns, block):
+            future = Answering()
+            future.arrays = arrays
+            if arrays["x"][0] % 2:
+                future.set_result({"y": arrays["x"]})
+            else:
+                late.append(future)
+            return future
+
+    pipeline = Sometimes(Admission(1, 100))
+
+    async def scene():
+        batcher = Batcher(pipeline, Limits(), Counters())
+        asked = [asyncio.ensure_future(run(batcher, np.full(3, number))) for number in range(20)]
+        for _ in range(10):
+            while not late:
+                await asyncio.sleep(0)
+            future = late.pop()
+            future.set_result({"y": future.arrays["x"]})
+        for number, (outputs, _) in enumerate(await asyncio.gather(*asked)):
+            assert outputs["y"].tolist() == [number] * 3
         await batcher.empty()
         batcher.close()
 
