@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -48,9 +49,9 @@ class Echo:
         os.close(self._other_end)
 
 
-def run(batcher, x):
+def run(batcher, x, arrived_ns=0):
     """Run a request with one input."""
-    return batcher.run({"x": x}, batcher.check({"x": x}, ("y",)), 0, None)
+    return batcher.run({"x": x}, batcher.check({"x": x}, ("y",)), arrived_ns, None)
 
 
 @pytest.mark.parametrize("size", [4, 8 << 20], ids=["small", "copied in a thread"])
@@ -151,7 +152,7 @@ def test_a_request_that_is_given_up_while_its_batch_is_copied_leaves_the_others_
         loop.set_default_executor(ThreadPoolExecutor(1))
         busy = loop.run_in_executor(None, go_on.wait, 10)
         batcher = Batcher(pipeline, Limits(max_batch=2, max_delay_ns=10**9), Counters())
-        given_up, other = (asyncio.ensure_future(run(batcher, x)) for _ in range(2))
+        given_up, other = (asyncio.ensure_future(run(batcher, x, time.monotonic_ns())) for _ in range(2))
         while not batcher.executing:
             await asyncio.sleep(0)
         given_up.cancel()
