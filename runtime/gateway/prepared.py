@@ -34,6 +34,11 @@ class _TensorPlace(Struct, frozen=True):
     count: int
     start: int
 
+    @property
+    def size_bytes(self) -> int:
+        """Its size."""
+        return self.count * self.dtype.itemsize
+
 
 class PreparedRequest(Struct, frozen=True, eq=False):
     """What is known of a request beside its tensors.
@@ -102,9 +107,11 @@ class PreparedRequests:
             prepared: What is known of it, with its inputs.
         """
         places = _places(message, prepared.request.inputs)
-        constants = None if places is None or prepared.request.id else _constants(message, places)
-        if places is None or constants is None or changes != self._changes:
+        if places is None or prepared.request.id or changes != self._changes:
             return
+        if len(message) - sum(place.size_bytes for place in places) > _MOST_CONSTANT_BYTES:
+            return
+        constants = _constants(message, places)
         if len(self._known) >= _MOST_KEYS and key not in self._known:
             self._known.clear()
         prepared = msgspec.structs.replace(prepared, request=msgspec.structs.replace(prepared.request, inputs={}))
@@ -129,12 +136,11 @@ def _address(array: Array) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _constants(message: bytes | bytearray, places: tuple[_TensorPlace, ...]) -> tuple[tuple[int, bytes], ...] | None:
-    """The bytes of a message around its tensors, with their positions; None if there are too many."""
+def _constants(message: bytes | bytearray, places: tuple[_TensorPlace, ...]) -> tuple[tuple[int, bytes], ...]:
+    """The bytes of a message around its tensors, with their positions."""
     constants, at = [], 0
     for place in sorted(places, key=lambda place: place.start):
         constants.append((at, bytes(message[at : place.start])))
-        at = place.start + place.count * place.dtype.itemsize
+        at = place.start + place.size_bytes
     constants.append((at, bytes(message[at:])))
-    size = sum(len(constant) for _, constant in constants)
-    return tuple(pair for pair in constants if pair[1]) if size <= _MOST_CONSTANT_BYTES else None
+    return tuple(pair for pair in constants if pair[1])
