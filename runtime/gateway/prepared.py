@@ -46,7 +46,7 @@ class PreparedRequest(Struct, frozen=True, eq=False):
     Attributes:
         version: The version that executes it.
         batcher: The version's batcher, for which it was checked.
-        request: The request without its tensors.
+        request: The request; once it is remembered, without its tensors and parameters.
         requested: The outputs that the response holds.
         checked: What the batcher knows of it.
     """
@@ -114,7 +114,8 @@ class PreparedRequests:
         constants = _constants(message, places)
         if len(self._known) >= _MOST_KEYS and key not in self._known:
             self._known.clear()
-        prepared = msgspec.structs.replace(prepared, request=msgspec.structs.replace(prepared.request, inputs={}))
+        request = msgspec.structs.replace(prepared.request, inputs={}, parameters={})
+        prepared = msgspec.structs.replace(prepared, request=request)
         newest = _Alike(prepared, constants, places)
         others = [alike for alike in self._known.get(key, ()) if alike.constants != constants]
         self._known[key] = (newest, *others[: _MOST_ALIKE - 1])

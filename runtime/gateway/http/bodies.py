@@ -138,7 +138,8 @@ class Bodies:
         """The whole body. The connection puts pieces into ``scope["pieces"]``, and ``receive`` only announces them."""
         pieces: list[bytes] = scope["pieces"]
         message = await receive()
-        if len(pieces) < 2 and message["type"] == "http.request" and not message["more_body"]:
+        ended = message["type"] == "http.request" and not message["more_body"]
+        if ended and len(pieces) < 2 and sum(map(len, pieces)) <= self.most_bytes:
             return pieces[0] if pieces else b""
         body = bytearray()
         due_s, due_bytes = time.monotonic() + _WINDOW_S, _WINDOW_BYTES

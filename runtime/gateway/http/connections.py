@@ -170,7 +170,7 @@ class Connection(HttpToolsProtocol):
         self.transport.flush()  # type: ignore[attr-defined]  # it is a _OneWrite
         is_newest = self._answered is self.cycle
         super().on_response_complete()
-        if is_newest and not self._whole and self._linger_timer is None:
+        if is_newest and not self._whole and not self._in_header and self._linger_timer is None:
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -181,6 +181,8 @@ class Connection(HttpToolsProtocol):
         """
         self._progress = False
         super().data_received(data)
+        if not self._progress and self._whole and (self.cycle is None or self.cycle.response_complete):
+            self._in_header = True  # empty lines before a request; uvicorn counts the connection as used
         if self._in_header and self._header_timer is None:
             self._expect_header()
         if self._progress:

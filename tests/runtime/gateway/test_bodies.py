@@ -63,6 +63,34 @@ def test_too_many_bytes_are_refused_claimed_or_not():
         read(b"x" * 101, headers={"content-length": "101"})
     with pytest.raises(TooLarge, match="more than the 100"):
         read(b"x" * 60, b"x" * 60)
+    with pytest.raises(TooLarge, match="more than the 100"):
+        read(b"x" * 101)
+
+
+def test_a_body_that_arrived_whole_is_bounded_too():
+    budget = Budget(100, 60)
+    bodies = Bodies(60, budget, Workers(1))
+
+    async def read_at_once(*pieces):
+        scope = {"pieces": list(pieces), "whole": True}
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        try:
+            return await bodies.read({}, scope, receive), budget.held_bytes
+        finally:
+            bodies.release(scope)
+
+    assert asyncio.run(read_at_once(b"ab", b"cd")) == (b"abcd", 4)
+    assert asyncio.run(read_at_once()) == (b"", 0)
+    for pieces in ([b"x" * 61], [b"x" * 30, b"x" * 31]):
+        with pytest.raises(TooLarge, match="more than the 60"):
+            asyncio.run(read_at_once(*pieces))
+    budget.take(50)
+    with pytest.raises(Busy):
+        asyncio.run(read_at_once(b"x" * 30, b"x" * 30))
+    assert budget.held_bytes == 50
 
 
 def test_the_bytes_of_all_requests_together_are_bounded():

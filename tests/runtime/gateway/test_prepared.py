@@ -158,6 +158,17 @@ def test_what_is_remembered_is_bounded():
     assert learnt(*long, known=known).find(0, *long[:2]) is None
 
 
+def test_the_parameters_of_a_request_are_not_kept():
+    """They may take many times the bytes of their text."""
+    head = b'{"inputs":[{"name":"x","shape":[1],"datatype":"UINT8","parameters":{"binary_data_size":1}}],"parameters":'
+    head += b'{"timeout":5000,"p":[' + b",".join([b"{}"] * 1000) + b"]}}"
+    key, message = ("m", "", len(head), len(head) + 1), head + b"a"
+    known = learnt(key, message, lambda body: http_codec.parse(body, len(head), nowhere))
+    found = known.find(0, key, message)
+    assert found is not None
+    assert (found[0].request.parameters, found[0].request.timeout_ns) == ({}, 5_000_000)
+
+
 def test_everything_is_forgotten_when_models_change():
     key, message, parse = http({"x": np.ones(2, np.float32)})
     known = learnt(key, message, parse)
