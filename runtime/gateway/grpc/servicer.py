@@ -151,14 +151,14 @@ class GrpcServicer:
         """Execute one request."""
         left_s = context.time_remaining()
         limited = left_s is not None and left_s < MOST_TIMEOUT_S  # some clients send a time in the far future
-        whole = self._whole(message, codec.encode, context, int(left_s * 1e9) if limited else None)
-        known = self._service.recall(whole)
-        return await self._service.infer(whole, known or _undecoded(message, await self._split(message)))
+        request = self._incoming(message, codec.encode, context, int(left_s * 1e9) if limited else None)
+        known = self._service.recall(request) or _undecoded(message, await self._split(message))
+        return await self._service.infer(request, known)
 
     async def _split(self, message: bytes) -> codec.SplitRequest:
         return await self._service.workers.run(takes_long(parsed_bytes=len(message)), codec.split, message)
 
-    def _whole(
+    def _incoming(
         self, message: bytes, encode: Callable[[InferResponse], T], context: Any, timeout_ns: int | None
     ) -> IncomingRequest[T]:
         headers = {}
@@ -169,9 +169,9 @@ class GrpcServicer:
     async def ModelStreamInfer(self, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Execute a stream of requests. An error is a message among the responses."""
 
-        async def infer(message: bytes, request: codec.SplitRequest) -> Any:
-            whole = self._whole(message, codec.answer, context, None)
-            return await self._service.infer(whole, _undecoded(message, request))
+        async def infer(message: bytes, split: codec.SplitRequest) -> Any:
+            request = self._incoming(message, codec.answer, context, None)
+            return await self._service.infer(request, _undecoded(message, split))
 
         stream = InferStream(
             context.read,
@@ -289,8 +289,8 @@ class GrpcServicer:
         raise Unsupported("this server does not have log settings")
 
 
-def _undecoded(message: bytes, request: codec.SplitRequest) -> Undecoded:
-    asked, raw = request
+def _undecoded(message: bytes, split: codec.SplitRequest) -> Undecoded:
+    asked, raw = split
     return Undecoded(
         asked.model_name,
         asked.model_version,

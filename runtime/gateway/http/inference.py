@@ -62,13 +62,10 @@ class InferenceEndpoint:
         length = _header_length(headers)
         name, number = path["model"], path.get("version", "")
         request = IncomingRequest(body, (name, number, length, len(body)), codec.answer, headers)
-        known = self._service.recall(request)
-        if known is None:
-            parsed_bytes = len(body) if length is None else length
-            undecoded = Undecoded(name, number, lambda read: codec.parse(body, length, read), parsed_bytes)
-            pieces, json_length = await self._service.infer(request, undecoded)
-        else:
-            pieces, json_length = await self._service.infer(request, known)
+        known = self._service.recall(request) or Undecoded(
+            name, number, lambda read: codec.parse(body, length, read), len(body) if length is None else length
+        )
+        pieces, json_length = await self._service.infer(request, known)
         if json_length is None:
             answers = [(b"content-type", b"application/json")]
         else:
