@@ -99,16 +99,12 @@ class ResultTaker:
         return os.dup(self._sockets.fileno()), self._take_waiting
 
     def _take_results(self) -> None:
-        requests, wakeup = self._requests, self._requests.wakeup
+        requests = self._requests
         try:
             while not (requests.stopped or self._is_handed_over):
                 ready = self._sockets.wait(_LOOK_S if self._payloads.lanes.fall_asleep() else 0.0)
                 self._payloads.lanes.wake_up()
-                if wakeup.fileno() in ready:
-                    wakeup.clear()
-                    requests.answers.deliver()
-                self._take_one(ready)
-                self._take_from_lanes()
+                self._take_and_deliver(ready)
         except BaseException as error:
             self._inbox.fail(error)
         finally:
@@ -123,18 +119,27 @@ class ResultTaker:
                     return
                 self._payloads.lanes.wake_up()
                 for _ in range(_MOST_AT_ONCE):
-                    ready = self._sockets.wait(0.0)
-                    if requests.wakeup.fileno() in ready:
-                        requests.wakeup.clear()
-                    if requests.answers:
-                        requests.answers.deliver()
-                    found = self._take_one(ready)
-                    self._take_from_lanes()
+                    found = self._take_and_deliver(self._sockets.wait(0.0))
                     if requests.stopped or (not found and self._payloads.lanes.fall_asleep()):
                         return
                 requests.wakeup.ring()  # there may be more, but the loop has other work, too
         except BaseException as error:
             self._inbox.fail(error)
+
+    def _take_and_deliver(self, ready: set[object]) -> bool:
+        """Take one message and the entries that wait, and deliver all answers; False when there was no message.
+
+        Nothing that was taken is a local variable here: an error that a caller's function raises, and keeps, keeps the
+        variables of all functions that called it.
+        """
+        wakeup, answers = self._requests.wakeup, self._requests.answers
+        if wakeup.fileno() in ready:
+            wakeup.clear()
+        found = self._take_one(ready)
+        self._take_from_lanes()
+        if answers:
+            answers.deliver()
+        return found
 
     def _take_one(self, ready: set[object]) -> bool:
         """Receive one message from the ready sockets; False when there is none.
@@ -152,12 +157,10 @@ class ResultTaker:
             if self._faults > _MOST_FAULTS:
                 raise
             _log.exception("a message could not be handled")
-        self._requests.answers.deliver()
         return True
 
-    def _take_from_lanes(self) -> bool:
-        """Take the entries that wait in lanes, all of them under one lock; False when there are none."""
-        requests, found = self._requests, False
+    def _take_from_lanes(self) -> None:
+        """Take the entries that wait in lanes, all of them under one lock."""
         batch: list[tuple[Taken, dict[str, Array] | None]] = []
         for lane in self._payloads.lanes.incoming:
             try:
@@ -165,21 +168,16 @@ class ResultTaker:
                     taken = lane.take()
                     if taken is None:
                         break
-                    found = True
                     try:
                         batch.append((taken, self._copies(taken)))
                     except MemoryError:
                         self._copy(*self._payloads.lift(taken))
             except ProtocolError as error:
-                found = True
                 _drops.note(error)
         if batch:
-            with requests.lock:
+            with self._requests.lock:
                 for taken, copies in batch:
                     self._end_entry(taken, copies)
-        if found:
-            requests.answers.deliver()
-        return found
 
     def _copies(self, taken: Taken) -> dict[str, Array] | None:
         """Copies of the tensors of an entry; None if no request waits for them."""

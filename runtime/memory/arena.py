@@ -9,7 +9,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -154,8 +153,7 @@ class Arena:
         """Release the memory. Peers that have mapped it keep it until they unmap it."""
         for view in (self.board, self._ledger, self._generations, self._returns, self.sleep):
             view.release()
-        with suppress(BufferError):  # arrays in it are still in use: the memory is released with the last one
-            self._map.close()
+        del self._map  # arrays in it may still be in use: the memory is released with the last one
         os.close(self._descriptor)
 
     @property

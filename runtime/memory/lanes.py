@@ -108,6 +108,7 @@ class Lanes:
         """Close all lanes."""
         self.incoming = ()
         self._writers.clear()
+        self._arena = None
 
     # Receiving
 

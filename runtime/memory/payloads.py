@@ -56,16 +56,16 @@ class Payloads:
         self._board = self._arena.board if self._arena is not None else LoadBoard()
 
     def close(self) -> None:
-        """Release all memory."""
+        """Release all memory; what an array still uses, with the last such array."""
         self._layouts.clear()
         self.lanes.close()
-        for row in self._rows.values():
-            row.release()
-        self._rows.clear()
-        for peer in self._peers.values():
-            peer.close()
+        while self._rows:
+            self._rows.popitem()[1].release()
+        while self._peers:
+            self._peers.popitem()[1].close()
         if self._arena is not None:
             self._arena.close()
+            self._arena = None
 
     @property
     def memory(self) -> Memory | None:

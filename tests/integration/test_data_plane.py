@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import build
@@ -255,3 +256,32 @@ def test_a_run_writes_a_timeline_with_the_ops_of_the_sessions(plan, tmp_path, py
 def test_options_that_make_no_sense_are_named(plan, options, words):
     with pytest.raises(InputError, match=words):
         Pipeline.launch(plan, **options)
+
+
+def test_an_error_that_a_callback_keeps_keeps_no_memory_of_nodes(chain_plan):
+    """An error refers to the variables of all functions that called the one that raised it."""
+
+    def mapped() -> int:
+        found = 0
+        for link in Path("/proc/self/fd").iterdir():
+            with suppress(FileNotFoundError):  # the descriptor of the folder itself
+                found += "memfd:onnxsplit" in str(link.readlink())
+        return found
+
+    kept: list[BaseException] = []
+
+    def keep(_: object) -> None:
+        try:
+            raise ValueError("kept")
+        except ValueError as error:
+            kept.append(error)
+
+    before = mapped()
+    with Pipeline.launch(chain_plan) as pipeline:
+        for _ in range(50):
+            future = pipeline.submit({"x": np.ones((1, 32), np.float32)})
+            future.add_done_callback(keep)
+            future.result()
+        assert mapped() > before
+    assert len(kept) == 50
+    assert mapped() == before

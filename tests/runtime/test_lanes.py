@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from types import SimpleNamespace
 
 import msgspec
@@ -373,3 +375,20 @@ def test_a_message_that_comes_late_does_not_displace_a_newer_signature(both):
     both.receiver.lanes.learn(late)
     fragment, _ = both.receiver.lift(both.receiver.lanes.incoming[0].take())
     assert fragment.tensors[0].shape == (lane.SIGNATURES + 1,)
+
+
+def test_closed_memory_is_unmapped_with_the_last_array_in_it(both):
+    """Also while the closed objects are kept, as a closed pipeline keeps them. Until then it can be written."""
+    outgoing = both.outgoing(SHAPE)
+    both.send(outgoing, ORDINARY)
+    assert both.send(outgoing, ORDINARY) is None
+    taken = both.receiver.lanes.incoming[0].take()
+    seen = [outgoing.arrays["x"], taken.known.tensors(taken.entry)["x"]]
+    maps = [weakref.ref(array.base) for array in seen]
+    both.sender.close()
+    both.receiver.close()
+    outgoing.arrays["x"][...] = 7
+    assert outgoing.arrays["x"].tolist() == [7, 7, 7]
+    del outgoing, taken, seen
+    gc.collect()
+    assert [found() for found in maps] == [None, None]
