@@ -234,13 +234,13 @@ class Batcher:
         execution = _Execution(requests, sum([request.rows for request in requests]), time.monotonic_ns())
         releases = self._admission.releases
         self._executions.add(execution)
+        inputs = [request.item.inputs for request in requests]  # taken here: a request that is given up loses its own
         if takes_long(copied_bytes=sum([request.size_bytes for request in requests])):
-            inputs = [request.item.inputs for request in requests]  # one that is given up meanwhile loses its own
             sending = self._loop.run_in_executor(None, self._submit, requests, inputs)
             sending.add_done_callback(lambda done: self._sent(execution, done, releases))
             return True
         try:
-            future = self._submit(requests, [request.item.inputs for request in requests])
+            future = self._submit(requests, inputs)
         except Busy:
             self._executions.discard(execution)
             self._wait_for_release(releases)

@@ -133,10 +133,8 @@ class Service:
             outputs, inference = await prepared.batcher.run(inputs, prepared.checked, decoded, deadline)
             returned = time.monotonic_ns()
             response = InferResponse(prepared.request.id, version.model, version.number, outputs, requested)
-            if _encoding_takes_long(requested, outputs):
-                encoded = await self.workers.run(True, self._encode, version, response, message.encode)
-            else:
-                encoded = self._encode(version, response, message.encode)
+            long = _encoding_takes_long(requested, outputs)
+            encoded: Encoded = await self.workers.run(long, self._encode, version, response, message.encode)
             ended = time.monotonic_ns()
         except (Exception, asyncio.CancelledError) as error:
             self._failed(version, error, arrived, message.headers)

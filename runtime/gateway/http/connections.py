@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from onnxsplit.errors import InputError
 from runtime.gateway.http.bodies import SILENCE_S
-from runtime.gateway.http.responses import error_response
+from runtime.gateway.http.responses import JOINED_BYTES, error_response
 
 HEADER_S = 10.0
 HEADER_BYTES = 64 << 10
@@ -30,8 +30,6 @@ AHEAD_BYTES = 1 << 20
 LINGER_S = 5.0
 UNREAD_S = 30.0
 MOST_AHEAD = 16
-
-_JOINED_BYTES = 64 << 10  # larger bodies are not copied to follow their head in one write
 
 _TOO_LARGE = f"the header is larger than the {HEADER_BYTES} bytes allowed"
 
@@ -49,7 +47,7 @@ class _OneWrite:
         """Send data, but keep the head of a response until its body is written."""
         if self._head:
             head, self._head = self._head, b""
-            if len(data) < _JOINED_BYTES:
+            if len(data) <= JOINED_BYTES:
                 self._transport.write(head + bytes(data))
             else:
                 self._transport.writelines((head, data))

@@ -26,7 +26,8 @@ _MESSAGE_CHARACTERS = 500
 _SCHEMES = ('Basic realm="onnxsplit, any name, the token as password"', "Bearer")
 # Each has a header of its own: Chromium takes a header for one scheme, and does not ask for a token if more follows.
 
-_JOINED_BYTES = 64 << 10  # a body up to this size is copied together
+JOINED_BYTES = 64 << 10
+"""A body up to this size is copied together, and then behind its head; a larger one is sent from where it lies."""
 
 SEND_BYTES = 1 << 20
 """Most bytes of a response that are sent at once."""
@@ -86,7 +87,7 @@ async def send_answer(send: Send, pieces: list[bytes | memoryview], headers: lis
     size = sum(map(len, pieces))
     headers.append((b"content-length", b"%d" % size))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    if size <= _JOINED_BYTES:
+    if size <= JOINED_BYTES:
         await send({"type": "http.response.body", "body": b"".join(pieces)})
         return
     for piece in pieces:
