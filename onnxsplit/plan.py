@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from onnxsplit import plan_summary
 from onnxsplit.plan_base import (
     MOST_NODES,
-    MOST_THREADS,
     Axis,
     CopyRate,
     Count,
@@ -24,9 +24,11 @@ from onnxsplit.plan_base import (
     Rate,
     RequestNs,
     StageIndex,
+    Threads,
 )
 from onnxsplit.plan_borders import NarrowBorders
 from onnxsplit.plan_decoder import Decoder
+from onnxsplit.plan_verdict import Verdict
 
 CALLER = -1
 """Stands for the caller where a stage or an atom is expected: it writes the model's inputs."""
@@ -37,7 +39,6 @@ FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"
 
 Replicas = Annotated[int, msgspec.Meta(ge=1, le=MOST_NODES)]
-Threads = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
 VersionNumber = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 Shape = tuple[Count | str, ...]
@@ -243,43 +244,6 @@ They are rounded up, the tensor's most of all: a cut through many tensors must g
 """
 
 
-class WayToRun(PlanStruct, frozen=True, kw_only=True):
-    """A way to run the model, and how fast it is.
-
-    Attributes:
-        kind: ``stages``: the plan; ``session``: the whole model in one ONNX Runtime session, called directly;
-            ``replicas``: several nodes with the whole model each.
-        count: the number of stages, sessions or replicas.
-        threads: threads of each session.
-        throughput_per_s: requests per second with many under way.
-        latency_ns: time of one request alone.
-        source: ``measured``: the sessions were run for it; ``predicted``: from times of other ways.
-        fits: False when it needs more memory than the devices have.
-    """
-
-    kind: Literal["stages", "session", "replicas"]
-    count: Annotated[int, msgspec.Meta(ge=0, le=MOST_NODES)]
-    threads: Threads
-    throughput_per_s: Rate
-    latency_ns: Count
-    source: Literal["measured", "predicted"]
-    fits: bool = True
-
-
-class Verdict(PlanStruct, frozen=True, kw_only=True):
-    """Whether the cut pays: the plan beside other ways to run the model on the same devices.
-
-    Attributes:
-        text: one sentence or two.
-        cut_pays: True when no other way that fits in memory is faster by more than 10 %.
-        ways: the plan first, then the others.
-    """
-
-    text: str
-    cut_pays: bool
-    ways: tuple[WayToRun, ...]
-
-
 class Costs(PlanStruct, frozen=True, kw_only=True):
     """The costs that the plan is based on.
 
@@ -345,6 +309,16 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
     decoder: Decoder | None = None
     borders: NarrowBorders | None = None
     providers: tuple[ProviderUse, ...] = ()
+
+    def __repr__(self) -> str:
+        return plan_summary.one_line(self)
+
+    def _repr_html_(self) -> str:
+        return plan_summary.drawing(self)
+
+    def edges(self) -> dict[tuple[int, int], int]:
+        """The bytes that one request moves from one stage to another, by their indices."""
+        return plan_summary.edges(self)
 
     def to_json(self) -> bytes:
         """The bytes of ``plan.json``."""

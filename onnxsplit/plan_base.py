@@ -20,6 +20,7 @@ _MOST_INTEGER = 2**53 - 1  # the largest integer that every reader of JSON keeps
 Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST_INTEGER)]
 """A time in nanoseconds, a size in bytes, the size of a dimension, or a count."""
 
+Threads = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
 StageIndex = Annotated[int, msgspec.Meta(ge=0, lt=MOST_NODES)]
 Axis = Annotated[int, msgspec.Meta(ge=0, lt=_MOST_RANK)]
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e18)]

@@ -1,8 +1,6 @@
 """Runs a plan: each stage in a process of its own, connected by ZeroMQ.
 
-with Pipeline.launch("plan/") as pipeline:
-    outputs = pipeline.run({"input": array})
-    tokens = list(pipeline.generate([1, 2, 3]))  # if the plan has a decoder
+The public names are those of :mod:`onnxsplit`: ``from onnxsplit import Pipeline``.
 """
 
 from __future__ import annotations

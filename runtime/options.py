@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
+from onnxsplit.arguments import check_names, option_names
 from onnxsplit.cluster import parse_size
 from onnxsplit.errors import InputError, PlanError, shown
 from onnxsplit.memory import free_memory_bytes
@@ -54,6 +55,39 @@ _FLAGS = ("shared_memory", "exact_replay", "prefix_reuse", "elastic", "insecure"
 
 def _ignore_progress(_ready: int, _total: int) -> None:
     pass
+
+
+class RunArguments(TypedDict, total=False):
+    """The attributes of :class:`RunOptions`, for editors and type checkers."""
+
+    replicas: int | Mapping[int, int] | None
+    mode: Mode
+    provider: str | None
+    threads: int | None
+    inflight: int | None
+    inflight_bytes: int | None
+    micro_batch: int | None
+    shared_memory: bool
+    share_weights: bool | None
+    balance: Policy
+    attempts: int
+    timings: Timings
+    elastic: bool
+    keys: Path | None
+    insecure: bool
+    trace: bool
+    trace_ops: bool
+    start_timeout: float | None
+    progress: Callable[[int, int], None]
+    custom_ops: Sequence[str | Path]
+    abandoned: Callable[[], bool] | None
+    cache_bytes: int | str | None
+    max_rows: int
+    max_length: int | None
+    prefill_chunk: int
+    decode_groups: int | None
+    exact_replay: bool
+    prefix_reuse: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +172,18 @@ class RunOptions:
     decode_groups: int | None = None
     exact_replay: bool = True
     prefix_reuse: bool = True
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> RunOptions:
+        """The options of a caller, checked.
+
+        Raises:
+            InputError: there is no option of one of the names, or one is invalid.
+        """
+        check_names(options, option_names(cls))
+        wanted = cls(**options)
+        wanted.check()
+        return wanted
 
     def __post_init__(self) -> None:
         """Convert NumPy's integers to Python's, and sizes as text to bytes."""

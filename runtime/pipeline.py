@@ -2,75 +2,67 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import wait
+import os
+import weakref
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
-from onnxsplit.plan import Plan
-from onnxsplit.plan_files import load_plan
-from onnxsplit.session import threads_per_node
+from onnxsplit.errors import InputError, PlanError
 from onnxsplit.tensors import Array
-from runtime.coordinator.loop import Coordinator
-from runtime.coordinator.node_record import Incident
-from runtime.coordinator.setup import Setup
-from runtime.coordinator.status import NodeInfo, NodeStats, SequenceStats
-from runtime.descriptors import require_descriptors
-from runtime.errors import LaunchFailed
-from runtime.launch.local import LocalLauncher
 from runtime.launcher import Launcher
-from runtime.launching import custom_ops_of, meeting_point, plan_folder, refuse_custom_ops, security_of, setup_of
-from runtime.options import RunOptions, check_scale, enough_inflight, memory_for_requests_bytes
-from runtime.requests.admission import Admission
-from runtime.requests.checks import RequestCheck
-from runtime.requests.entrance import Entrance
-from runtime.requests.generate_options import GenerateOptions
+from runtime.opening import PipelineOpening
+from runtime.options import RunArguments, RunOptions, check_scale
+from runtime.pipeline_status import PipelineStatus
+from runtime.requests.arrays import InputsLike
+from runtime.requests.entrance import deadline_of
+from runtime.requests.event_loop import EventLoopEntrance, off_the_loop
+from runtime.requests.generate_options import GenerateArguments
 from runtime.requests.generation import Generation
-from runtime.requests.generator import start_generation
-from runtime.requests.microbatch import batch_size
+from runtime.requests.generator import Generator
+from runtime.requests.mapping import (
+    Counted,
+    Outputs,
+    Progress,
+    as_they_come,
+    as_they_come_async,
+    in_order,
+    in_order_async,
+)
 from runtime.requests.normalize import normal_timeout_ns
 from runtime.requests.request import Answering
+from runtime.starting import PreparedPipeline, end_dropped, launch_nodes, wait_for_nodes
 from runtime.text.text import Text
-from runtime.topology import StageGraph
-from runtime.trace import RequestTrace, chrome_trace
 
-START_TIMEOUT_S = 120.0
-_LOOK_S = 0.2
-_GROUPS = 4  # a caller that submits one request after another is woken when this part of them has been answered
-_NODE_DESCRIPTORS = 8
+if TYPE_CHECKING:
+    from onnxsplit.planning.planner import PartitionArguments
 
 
-class Pipeline:
-    """A running plan; a context manager. Made by :meth:`launch` or :meth:`listen`, ended by :meth:`close`.
+class Pipeline(PipelineStatus):
+    """A running plan. It is made by :meth:`launch`, :meth:`open`, :meth:`listen` or :meth:`from_model`.
 
-    Its methods can be called from any number of threads.
-
-    Attributes:
-        plan: the plan that it runs.
-        inflight: number of requests, or micro-batches, that it admits at once.
-        address: the address to which nodes connect.
-        entrance: checks and admits requests.
-        max_length: the most tokens of a sequence, prompt included; None where the plan has no decoder.
+    It is a context manager, also an asynchronous one, and is ended by :meth:`close` or :meth:`aclose`. When the last
+    reference to it is dropped, it ends as soon as its requests are answered, with a ``ResourceWarning``. Its methods
+    can be called from any number of threads and event loops, but not in a fork of the process.
     """
 
-    def __init__(
-        self, plan: Plan, folder: Path, coordinator: Coordinator, admission: Admission, check: RequestCheck
-    ) -> None:
-        self.plan = plan
-        self.inflight = admission.requests
-        self.address = ""
-        self.max_length = None if coordinator.limits is None else coordinator.limits.length
-        self._admission = admission
-        self._coordinator = coordinator
-        self._folder = folder
-        self.entrance = Entrance(plan, check, admission, coordinator.requests)
-        self._ready = coordinator.start()
+    def __init__(self, started: PreparedPipeline) -> None:
+        coordinator, entrance = started.coordinator, started.entrance
+        super().__init__(started.plan, started.folder, coordinator, started.admission, entrance)
+        self._asynchronous = EventLoopEntrance(entrance, started.admission)
+        self._generator = Generator(coordinator, started.plan, entrance.check_open)
+        self._finalizer = weakref.finalize(self, end_dropped, coordinator, started.folder.name, os.getpid())
+        self._finalizer.atexit = False  # nodes end when this process does
+        self._release_plan: Callable[[], object] = lambda: None
+        try:
+            self.address = started.wait()
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
-    def launch(cls, plan: str | Path, *, launcher: Launcher | None = None, **options: Any) -> Pipeline:
+    def launch(cls, plan: str | Path, *, launcher: Launcher | None = None, **options: Unpack[RunArguments]) -> Pipeline:
         """Start a process for every node, on this host unless a launcher is given, and wait until all are ready.
 
         Args:
@@ -81,42 +73,14 @@ class Pipeline:
 
         Raises:
             PlanError: the directory holds no usable plan.
-            InputError: an option is invalid.
+            InputError: an option is invalid or unknown.
             CustomOpsError: a library of custom ops that the plan names was not given, or is a different build.
             LaunchFailed: a node did not start; the message says which and why.
         """
-        try:
-            folder, wanted = plan_folder(plan), RunOptions(**options)
-            wanted.check()
-            loaded = load_plan(folder)
-            nodes = sum(wanted.counts(loaded))
-            require_descriptors(_NODE_DESCRIPTORS * nodes, f"a pipeline of {nodes} nodes")
-            memory_bytes = wanted.inflight_bytes or memory_for_requests_bytes()
-            if launcher is None:
-                shared_bytes = memory_bytes if wanted.shared_memory else 0
-                launcher = LocalLauncher(memory_bytes=shared_bytes, custom_ops=custom_ops_of(loaded, wanted))
-            else:
-                refuse_custom_ops(wanted, "the launcher that starts the nodes", "RayLauncher(custom_ops=[...])")
-            shares_cores = launcher.rendezvous.single_host
-            setup = setup_of(
-                folder,
-                loaded,
-                wanted,
-                launcher.rendezvous,
-                memory_bytes=memory_bytes,
-                threads=wanted.threads or (threads_per_node(nodes) if shares_cores else 0),
-                launcher=launcher,
-                start_timeout_s=wanted.start_timeout or START_TIMEOUT_S,
-            )
-            pipeline = cls._build(setup, wanted, memory_bytes)
-        except BaseException:
-            if launcher is not None:
-                launcher.close(keep_logs=False)
-            raise
-        return pipeline._wait_until_ready(wanted.abandoned)
+        return cls(launch_nodes(plan, launcher, options))
 
     @classmethod
-    def listen(cls, plan: str | Path, *, bind: str, **options: Any) -> Pipeline:
+    def listen(cls, plan: str | Path, *, bind: str, **options: Unpack[RunArguments]) -> Pipeline:
         """Wait at an address for nodes started by hand (``onnxsplit node --connect ADDR``) until all are there.
 
         Args:
@@ -129,51 +93,90 @@ class Pipeline:
             PipelineError: the address cannot be used.
             PlanError, InputError, LaunchFailed: as for :meth:`launch`.
         """
-        wanted = RunOptions(**options)
-        wanted.check()
-        refuse_custom_ops(wanted, "each node that is started by hand", "onnxsplit node --custom-ops FILE.so")
-        security, keys = security_of(bind, wanted)
-        folder = plan_folder(plan)
-        loaded = load_plan(folder)
-        rendezvous = meeting_point(bind, security, keys)
-        try:
-            memory_bytes = wanted.inflight_bytes or memory_for_requests_bytes()
-            setup = setup_of(
-                folder,
-                loaded,
-                wanted,
-                rendezvous,
-                memory_bytes=memory_bytes,
-                threads=wanted.threads or 0,
-                launcher=None,
-                start_timeout_s=wanted.start_timeout,
-            )
-            pipeline = cls._build(setup, wanted, memory_bytes)
-        except BaseException:
-            shutil.rmtree(rendezvous.home, ignore_errors=True)
-            raise
-        return pipeline._wait_until_ready(wanted.abandoned)
+        return cls(wait_for_nodes(plan, bind, options))
 
     @classmethod
-    def _build(cls, setup: Setup, options: RunOptions, memory_bytes: int) -> Pipeline:
-        plan = setup.plan
-        rows = batch_size(plan) if options.micro_batch is None else options.micro_batch
-        enough = enough_inflight(plan, setup.replicas, batches=max(1, rows // batch_size(plan)))
-        inflight = 1 if options.mode == "sync" else options.inflight or enough
-        check = RequestCheck(setup.folder, plan, rows)
-        group = 1 if options.inflight else max(1, inflight // _GROUPS)
-        return cls(plan, setup.folder, Coordinator(setup), Admission(inflight, memory_bytes, group), check)
+    def open(
+        cls,
+        plan: str | Path,
+        *,
+        bind: str | None = None,
+        launcher: Launcher | None = None,
+        **options: Unpack[RunArguments],
+    ) -> PipelineOpening[Pipeline]:
+        """Launch a pipeline from an event loop, which goes on meanwhile.
 
-    def _wait_until_ready(self, abandoned: Callable[[], bool] | None) -> Pipeline:
+        ``async with Pipeline.open("model.plan") as pipeline`` also closes it; ``await Pipeline.open("model.plan")``
+        leaves that to :meth:`aclose`. Cancelling the task gives the launch up.
+
+        Args:
+            plan: the plan directory.
+            bind: where to wait for nodes started by hand, as for :meth:`listen`; None starts the nodes.
+            launcher: as for :meth:`launch`.
+            options: as for :meth:`launch`.
+
+        Raises:
+            PlanError, InputError, CustomOpsError, LaunchFailed, PipelineError: as for :meth:`launch` and
+                :meth:`listen`, when it is entered or awaited.
+        """
+        if bind is not None and launcher is not None:
+            raise InputError("bind waits for nodes that are started by hand; leave out launcher")
+
+        def start(abandoned: Callable[[], bool]) -> Pipeline:
+            wanted: RunArguments = {"abandoned": abandoned, **options}
+            if bind is not None:
+                return cls.listen(plan, bind=bind, **wanted)
+            return cls.launch(plan, launcher=launcher, **wanted)
+
+        return PipelineOpening(start)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        *,
+        stages: int | None = None,
+        cut: PartitionArguments | None = None,
+        launcher: Launcher | None = None,
+        **options: Unpack[RunArguments],
+    ) -> Pipeline:
+        """Cut a model and launch it. The plan is kept in a cache, so the same call is faster the next time.
+
+        The plan is in ``$XDG_CACHE_HOME/onnxsplit/plans`` (``~/.cache`` without this variable). Plans that were not
+        used for 30 days are removed when another is made.
+
+        Args:
+            model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+            stages: the number of stages; None for one on each device.
+            cut: further options of :func:`onnxsplit.partition`, such as ``{"inputs": "example.npz"}``.
+            launcher: as for :meth:`launch`.
+            options: as for :meth:`launch`.
+
+        Raises:
+            PartitionError, ModelError: as for :func:`onnxsplit.partition`.
+            PlanError, InputError, LaunchFailed: as for :meth:`launch`.
+        """
+        from onnxsplit import PlanCache
+
+        RunOptions.of(options)  # before the model is cut
+        wanted: PartitionArguments = {**(cut or {})}
+        if stages is not None:
+            wanted["stages"] = stages
+        cache = PlanCache()
         try:
-            while not wait((self._ready,), None if abandoned is None else _LOOK_S).done:
-                if abandoned is not None and abandoned():
-                    raise LaunchFailed("the launch was given up before all nodes were ready")
-            self.address = self._ready.result()
+            folder = cache.plan(model, **wanted)
+            try:
+                pipeline = cls.launch(folder, launcher=launcher, **options)
+            except PlanError:  # it is damaged
+                cache.discard(folder)
+                pipeline = cls.launch(cache.plan(model, **wanted), launcher=launcher, **options)
         except BaseException:
-            self.close()
+            cache.close()
             raise
-        return self
+        pipeline._release_plan = weakref.finalize(pipeline, cache.close)
+        return pipeline
+
+    # Ending
 
     def __enter__(self) -> Pipeline:
         return self
@@ -181,30 +184,53 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> Pipeline:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
     def close(self) -> None:
         """Stop the nodes; requests in flight fail with :class:`~runtime.errors.PipelineClosed`.
 
         Returns when all nodes have ended. In a callback of a request it returns at once, because closing needs the
-        thread that runs the callback.
+        thread that runs the callback. In a fork of the process it does nothing.
         """
+        self._finalizer.detach()
+        if not self.entrance.is_own:
+            return
         self.entrance.close()
         self._coordinator.close()
+        self._asynchronous.close()
         if (text := self.__dict__.get("text")) is not None:
             text.close()
+        self._release_plan()
+
+    async def aclose(self) -> None:
+        """The same as :meth:`close`, from an event loop, which goes on meanwhile."""
+        await off_the_loop(self.close)
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Take no more requests, and wait until those in flight are answered.
+
+        Raises:
+            TimeoutError: they were not answered in ``timeout`` seconds; they continue.
+            InputError: the timeout is not a number of seconds above 0.
+        """
+        limit_ns = normal_timeout_ns(timeout)
+        self._coordinator.drain().result(None if limit_ns is None else limit_ns / 1e9)
+
+    # Requests
 
     def run(
-        self,
-        inputs: Mapping[str, Array],
-        *,
-        outputs: Sequence[str] | None = None,
-        timeout: float | None = None,
+        self, inputs: InputsLike, *, outputs: Sequence[str] | None = None, timeout: float | None = None
     ) -> dict[str, Array]:
         """Run one request and wait for its outputs. Arguments and errors are those of :meth:`submit` and its future."""
         return self.submit(inputs, outputs=outputs, timeout=timeout).result()
 
     def submit(
         self,
-        inputs: Mapping[str, Array],
+        inputs: InputsLike,
         *,
         outputs: Sequence[str] | None = None,
         timeout: float | None = None,
@@ -217,7 +243,9 @@ class Pipeline:
         outputs belong to the caller.
 
         Args:
-            inputs: an array for each input, by name, with the type and shape that the model declares.
+            inputs: an array for each input, by name, with the type and shape that the model declares; or one array for
+                a model of one input, or a table for a model of columns. An array is anything with ``__array__`` or
+                ``__dlpack__`` (NumPy, PyTorch, JAX, CuPy), or Python's numbers in lists.
             outputs: names of outputs, or of any tensor that is sent between stages; all outputs of the model when
                 None. Only the stages that they need run, and only the inputs of those must be given.
             timeout: seconds from this call until the answer, above 0 and at most a year. Then the future fails.
@@ -232,12 +260,97 @@ class Pipeline:
             InputError: inputs, names or the timeout are invalid; nothing was sent.
             Busy, DeadlineExceeded, PipelineClosed: the request was not admitted.
         """
-        begun = time.monotonic_ns()
-        limit = normal_timeout_ns(timeout)
-        return self.entrance.submit(inputs, outputs, None if limit is None else begun + limit, block=block)
+        return self.entrance.submit(inputs, outputs, deadline_of(timeout), block=block)
+
+    async def arun(
+        self, inputs: InputsLike, *, outputs: Sequence[str] | None = None, timeout: float | None = None
+    ) -> dict[str, Array]:
+        """Run one request from an event loop, which goes on meanwhile; otherwise as :meth:`run`.
+
+        The inputs may be changed when it has returned. Cancelling the task ends the request.
+        """
+        return await self._asynchronous.run(inputs, outputs, deadline_of(timeout))
+
+    @overload
+    def map(
+        self, items: Iterable[InputsLike], *, ordered: Literal[True] = True, outputs: Sequence[str] | None = None,
+        timeout: float | None = None, progress: Progress | None = None,
+    ) -> Iterator[Outputs]: ...  # fmt: skip
+
+    @overload
+    def map(
+        self, items: Iterable[InputsLike], *, ordered: Literal[False], outputs: Sequence[str] | None = None,
+        timeout: float | None = None, progress: Progress | None = None,
+    ) -> Iterator[tuple[int, Outputs]]: ...  # fmt: skip
+
+    def map(
+        self,
+        items: Iterable[InputsLike],
+        *,
+        ordered: bool = True,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Outputs] | Iterator[tuple[int, Outputs]]:
+        """Run a request for each item. Results come one by one, while further requests are in flight.
+
+        Items are taken as results are taken: at most ``inflight`` of them wait, run, or have results that were not
+        taken. The first request that fails ends the iteration with its error, and the others are cancelled; so does a
+        reader that stops early.
+
+        Args:
+            items: the inputs of each request, as for :meth:`submit`.
+            ordered: True gives the outputs in the order of the items. False gives pairs of an item's position and its
+                outputs as they come.
+            outputs: as for :meth:`submit`.
+            timeout: the most seconds of each request, as for :meth:`submit`.
+            progress: called with the number of results so far, and with the number of items (None if it is not known).
+
+        Raises:
+            InputError, PipelineError: as for :meth:`submit` and its future, when a result is taken.
+        """
+        counted = Counted(items, progress)
+        run = in_order if ordered else as_they_come
+        return run(
+            iter(items), lambda item: self.submit(item, outputs=outputs, timeout=timeout), self.inflight, counted
+        )
+
+    @overload
+    def amap(
+        self, items: Iterable[InputsLike] | AsyncIterable[InputsLike], *, ordered: Literal[True] = True,
+        outputs: Sequence[str] | None = None, timeout: float | None = None, progress: Progress | None = None,
+    ) -> AsyncIterator[Outputs]: ...  # fmt: skip
+
+    @overload
+    def amap(
+        self, items: Iterable[InputsLike] | AsyncIterable[InputsLike], *, ordered: Literal[False],
+        outputs: Sequence[str] | None = None, timeout: float | None = None, progress: Progress | None = None,
+    ) -> AsyncIterator[tuple[int, Outputs]]: ...  # fmt: skip
+
+    def amap(
+        self,
+        items: Iterable[InputsLike] | AsyncIterable[InputsLike],
+        *,
+        ordered: bool = True,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> AsyncIterator[Outputs] | AsyncIterator[tuple[int, Outputs]]:
+        """The same as :meth:`map`, for ``async for`` in an event loop, which goes on meanwhile.
+
+        The items may also come from an asynchronous iterable.
+        """
+        counted = Counted(items, progress)
+        run = in_order_async if ordered else as_they_come_async
+        return run(items, lambda item: self.arun(item, outputs=outputs, timeout=timeout), self.inflight, counted)
 
     def generate(
-        self, tokens: Sequence[int] | Array, *, timeout: float | None = None, block: bool = True, **options: Any
+        self,
+        tokens: Sequence[int] | Array,
+        *,
+        timeout: float | None = None,
+        block: bool = True,
+        **options: Unpack[GenerateArguments],
     ) -> Generation:
         """Continue a sequence, with a plan that has a decoder. Returns at once; each token comes once and in order.
 
@@ -255,14 +368,13 @@ class Pipeline:
             InputError: an argument is invalid or unknown, the plan has no decoder, or the tokens can never fit.
             Busy, PipelineClosed: it was not admitted.
         """
-        self.entrance.check_open()
-        wanted = GenerateOptions.of(options)
-        return start_generation(self._coordinator, self.plan, tokens, wanted, timeout=timeout, block=block)
+        return self._generator(tokens, timeout=timeout, block=block, **options)
 
     @cached_property
     def text(self) -> Text | None:
         """Completes texts and conversations; see :meth:`runtime.text.text.Text.open`. None without a tokenizer."""
-        return Text.open(self._folder, self.plan, self.generate)
+        self.entrance.check_process()
+        return Text.open(self._folder, self.plan, self._generator)
 
     def take_in_loop(self) -> tuple[int, Callable[[], None]]:
         """Receive results and run callbacks in an event loop, instead of a thread of this pipeline.
@@ -272,48 +384,6 @@ class Pipeline:
             whenever it is readable, then closes the descriptor. From now on, only these calls answer requests.
         """
         return self._coordinator.take_in_loop()
-
-    @property
-    def admission(self) -> Admission:
-        """Counts the requests in flight; tells a caller that was refused when another try makes sense."""
-        return self._admission
-
-    @property
-    def traced(self) -> list[RequestTrace]:
-        """The answered requests with their visits, for pipelines launched with ``trace``. The list may be cleared."""
-        return self._coordinator.requests.traced
-
-    @property
-    def lent_bytes(self) -> int:
-        """Bytes of inputs in shared memory that nodes have not returned yet."""
-        return self._coordinator.requests.lent_bytes
-
-    def trace(self) -> dict[str, Any]:
-        """The run so far as a timeline, in Chrome's trace event format, for pipelines launched with ``trace``.
-
-        Once the pipeline is closed, it contains the profiles of the sessions (``trace_ops``).
-        """
-        return chrome_trace(self.traced, StageGraph(self.plan).readers, self._coordinator.profiles)
-
-    def drain(self, timeout: float | None = None) -> None:
-        """Take no more requests, and wait until those in flight are answered.
-
-        Raises:
-            TimeoutError: they were not answered in ``timeout`` seconds; they continue.
-            InputError: the timeout is not a number of seconds above 0.
-        """
-        limit_ns = normal_timeout_ns(timeout)
-        self._coordinator.drain().result(None if limit_ns is None else limit_ns / 1e9)
-
-    @property
-    def ended(self) -> bool:
-        """True when it no longer processes requests: it was closed, or one of its threads has failed."""
-        return self._coordinator.ended
-
-    @property
-    def trouble(self) -> str | None:
-        """Why this pipeline answers no requests, for example a failed thread; None when it does, or may soon."""
-        return self._coordinator.trouble
 
     def scale(self, stage: int, replicas: int) -> None:
         """Set the number of a stage's nodes while requests continue.
@@ -325,35 +395,3 @@ class Pipeline:
         """
         check_scale(self.plan, stage, replicas)
         self._coordinator.scale(int(stage), int(replicas))
-
-    @property
-    def nodes(self) -> tuple[NodeInfo, ...]:
-        """The present nodes, by stage and replica."""
-        return self._coordinator.nodes()
-
-    def stats(self) -> tuple[NodeStats, ...]:
-        """Counts and times per stage and replica, since the pipeline was launched."""
-        return self._coordinator.stats()
-
-    @property
-    def sequences(self) -> SequenceStats | None:
-        """Counts of the sequences that :meth:`generate` continues; None where the plan has no decoder."""
-        return self._coordinator.sequences()
-
-    @property
-    def unreachable(self) -> str | None:
-        """Why no request can pass although every stage has a node, naming the dead links; None when requests can pass.
-
-        A pipeline for which this is not None is not ready to serve.
-        """
-        return self._coordinator.unreachable
-
-    @property
-    def incidents(self) -> tuple[Incident, ...]:
-        """The lost nodes and dead links, oldest first, at most a hundred."""
-        return self._coordinator.incidents
-
-    @property
-    def retries(self) -> int:
-        """The number of attempts that were repeated."""
-        return self._coordinator.retries

@@ -14,8 +14,9 @@ PACKAGES = ("onnxsplit", "runtime")
 
 # Each row imports from rows above it, and from itself. A name stands for a file or a folder.
 OFFLINE = [
-    "errors numbers files memory machine_load effort drawing progress",
-    "tensors npz plan plan_base plan_borders plan_decoder plan_check plan_files cluster cluster_files host_costs",
+    "errors numbers files memory machine_load effort drawing progress arguments file_cache own_runtime",
+    "tensors npz plan plan_base plan_borders plan_decoder plan_verdict plan_summary plan_check plan_files cluster "
+    "cluster_files host_costs",
     "binding providers string_value custom_ops session timed_worker timed step_inputs",
     "model partitioner",
     "cost",
@@ -32,8 +33,9 @@ ONLINE = [
     "memory",
     "node coordinator measure launch",
     "options requests testing",
-    "launching text",
-    "pipeline",
+    "launching text node_table",
+    "starting opening pipeline_status",
+    "pipeline torch_tensors",
     "gateway",
     "load",
     "bench_load bench_rates",
@@ -51,7 +53,7 @@ NEVER = [  # rules in addition to the rows
 SHARED = {  # the parts of onnxsplit that the runtime may use, in addition to its version
     "errors", "numbers", "files", "memory", "machine_load", "drawing", "tensors", "npz", "plan", "plan_base",
     "plan_borders", "plan_decoder", "plan_files", "cluster", "cluster_files", "binding", "providers", "custom_ops",
-    "session", "timed", "step_inputs",
+    "session", "timed", "step_inputs", "arguments", "file_cache",
 }  # fmt: skip
 
 # Third-party libraries, and the only folders or files that import them.
@@ -61,7 +63,7 @@ HOMES = {
     "onnxsplit.string_value",
     "onnxruntime": "onnxsplit.providers",
     "scipy": "onnxsplit.partitioner",
-    "torch": "onnxsplit.export",
+    "torch": "onnxsplit.export runtime.torch_tensors",
     "rich": "onnxsplit.cli",
     "click": "onnxsplit.cli",
     "zmq": "runtime.wire",
@@ -111,6 +113,7 @@ PURE = [
         "runtime.trace",
     ),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),
+    *("runtime.requests.arrays", "onnxsplit.plan_summary", "onnxsplit.plan_verdict", "onnxsplit.arguments"),
     *(
         "runtime.node.state",
         "runtime.node.events",

@@ -33,7 +33,8 @@ sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("", "mode
 from benchmarks import example_models, harness
 from onnxsplit.machine_load import cpu_times
 from onnxsplit.model.in_memory import open_any, runnable
-from onnxsplit.plan import Plan, WayToRun
+from onnxsplit.plan import Plan
+from onnxsplit.plan_verdict import WayToRun
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import examine_for, write_plan
 from onnxsplit.planning.subject import Subject

@@ -19,8 +19,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from onnxsplit.plan import HostCosts, Replicas, Threads
-from onnxsplit.plan_base import Count, PlanStruct, Rate
+from onnxsplit.plan import HostCosts, Replicas
+from onnxsplit.plan_base import Count, PlanStruct, Rate, Threads
 
 DEFAULT_SHARE = 0.7
 """The share of its own limit at which a candidate's latency is taken if no rate is asked for."""

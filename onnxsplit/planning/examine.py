@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from onnxsplit.cost import OpCosts
 from onnxsplit.cost.analytic import analytic_costs
@@ -17,7 +17,7 @@ from onnxsplit.decoder.inputs import example_step
 from onnxsplit.decoder.prepare import AUTO, prepare
 from onnxsplit.decoder.proven import ProvenDecoder
 from onnxsplit.effort import EFFORTS, TimeBudget
-from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError
+from onnxsplit.errors import InputError, MissingDependency, ModelError, ModelRefused, PartitionError, shown
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.model.atoms import build_atoms
 from onnxsplit.model.dimensions import bind, sized_dimensions, with_formulas
@@ -40,8 +40,21 @@ from onnxsplit.tensors import Array
 Example = str | Path | Mapping[str, Array]
 """Example inputs by name, or an ``.npz`` with them."""
 
-DECODER_OPTIONS = ("decoder", "decode_rows", "context", "cache_tokens")
-"""The attributes of :class:`ModelOptions` that concern decoders."""
+
+class ModelArguments(TypedDict, total=False):
+    """The attributes of :class:`ModelOptions`, for editors and type checkers."""
+
+    costs: str | None
+    dims: Mapping[str, int] | None
+    inputs: Example | Sequence[Example] | None
+    outputs: Sequence[str] | None
+    drop_outputs: Sequence[str]
+    keep_inputs: Sequence[str]
+    custom_ops: object
+    decoder: str | Path
+    decode_rows: int
+    context: int
+    cache_tokens: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +102,12 @@ class ModelOptions:
         Raises:
             InputError: names the options, and what is allowed.
         """
+        if self.costs not in (None, "measured", "analytic"):
+            raise InputError(f"--costs must be measured or analytic, not {shown(self.costs)}")
+        for name in ("outputs", "drop_outputs", "keep_inputs"):
+            value = getattr(self, name)
+            if isinstance(value, str | bytes):
+                raise InputError(f"{name} must be a list of names, as in ['y'], not {shown(value)}")
         checks = [
             whole_problem("--decode-rows", self.decode_rows, 1, MOST_STEP_ROWS),
             whole_problem("--context", self.context, 0, MOST_LENGTH),

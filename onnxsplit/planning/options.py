@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from onnxsplit.effort import EFFORT_NAMES, EFFORTS, EffortName, TimeBudget
-from onnxsplit.errors import PartitionError
+from onnxsplit.errors import PartitionError, shown
 from onnxsplit.numbers import MOST_BYTES, MOST_ROUNDS, MOST_SECONDS, as_int, real_problem, whole_problem
 from onnxsplit.partitioner import Parallel
 from onnxsplit.plan import Objective
@@ -18,6 +18,13 @@ from onnxsplit.plan_borders import BorderChoice
 Strategy = Literal["layer", "network", "task"]
 
 _MOST_GAP = 10.0
+_CHOICES = {
+    "strategy": get_args(Strategy),
+    "parallel": get_args(Parallel),
+    "objective": get_args(Objective),
+    "effort": EFFORT_NAMES,
+    "border": get_args(BorderChoice),
+}
 
 #: The current name of each option that had another name before.
 CURRENT_NAMES = {"cut": "also_cut", "keep": "no_cut"}
@@ -37,6 +44,31 @@ def by_current_name(options: Mapping[str, Any], note: Callable[[str, str], None]
             note(former, name)
             current[name] = [*current.get(name, ()), *values]
     return current
+
+
+class CutArguments(TypedDict, total=False):
+    """The attributes of :class:`CutOptions`, for editors and type checkers."""
+
+    stages: int | Literal["auto"] | None
+    devices: int | None
+    strategy: Strategy
+    tasks: Sequence[Sequence[str]]
+    parallel: Parallel
+    objective: Objective
+    cluster: str | Path | None
+    max_memory: int | None
+    cut_at: Sequence[str]
+    also_cut: Sequence[str]
+    no_cut: Sequence[str]
+    together: Sequence[str]
+    place: Mapping[str, str]
+    provider: str
+    effort: EffortName
+    rounds: int | None
+    gap: float
+    time_limit: float | None
+    border: BorderChoice
+    tolerance: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +151,8 @@ class CutOptions:
         Raises:
             PartitionError: names the options, and what is allowed.
         """
+        self._check_names()
         self._check_numbers()
-        if self.border not in get_args(BorderChoice):
-            raise PartitionError(f"--border must be one of {', '.join(get_args(BorderChoice))}, not {self.border!r}")
         if self.tolerance is not None and self.border == "float32":
             raise PartitionError(
                 "--tolerance is for narrow borders; add --border auto, int8 or float16, or leave out --tolerance"
@@ -152,12 +183,22 @@ class CutOptions:
         if self.place and self.cluster is None:
             raise PartitionError("--place names a device of a cluster; give --cluster FILE")
 
+    def _check_names(self) -> None:
+        """Refuse words that are none of those allowed, and a text where a list of names belongs."""
+        for option, allowed in _CHOICES.items():
+            value = getattr(self, option)
+            if not isinstance(value, str) or value not in allowed:
+                raise PartitionError(f"--{option} must be one of {', '.join(allowed)}, not {shown(value)}")
+        for option in ("tasks", "cut_at", "also_cut", "no_cut", "together"):
+            value = getattr(self, option)
+            if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+                raise PartitionError(f"{option} must be a list of names, as in ['relu_1'], not {shown(value)}")
+
     def _check_numbers(self) -> None:
         checks = [
             self.stages not in (None, "auto") and whole_problem("--stages", self.stages, 1, MOST_NODES),
             self.devices is not None and whole_problem("--devices", self.devices, 1, MOST_NODES),
             self.max_memory is not None and whole_problem("--max-memory", self.max_memory, 1, MOST_BYTES),
-            self.effort not in EFFORTS and f"--effort is one of {', '.join(EFFORT_NAMES)}, not {self.effort!r}",
             self.rounds is not None and whole_problem("--rounds", self.rounds, 0, MOST_ROUNDS),
             real_problem("--gap", self.gap, _MOST_GAP, zero=True),
             self.time_limit is not None and real_problem("--time-limit", self.time_limit, MOST_SECONDS),

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from onnxsplit.arguments import check_names, option_names
 from onnxsplit.cluster_files import load_cluster
 from onnxsplit.effort import TimeBudget
 from onnxsplit.errors import PlanError, ProviderError
@@ -23,9 +24,9 @@ from onnxsplit.model.source import SourceModel
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import checked_json
 from onnxsplit.planning.batch_axes import with_batch_axes
-from onnxsplit.planning.examine import DECODER_OPTIONS, Example, examine
+from onnxsplit.planning.examine import ModelArguments, ModelOptions, examine
 from onnxsplit.planning.model_partitioner import model_partitioner
-from onnxsplit.planning.options import CutOptions, by_current_name
+from onnxsplit.planning.options import CutArguments, CutOptions, by_current_name
 from onnxsplit.planning.providers import reference_provider, with_assignment
 from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.rounds import Rounds
@@ -36,19 +37,16 @@ from onnxsplit.session import threads_per_node
 from onnxsplit.timed import reused_workers
 
 
+class PartitionArguments(CutArguments, ModelArguments, total=False):
+    """The options of :func:`partition`, for editors and type checkers."""
+
+
 def partition(
     model: ModelLike,
     *,
     out: str | Path | None = None,
-    costs: str | None = None,
-    dims: Mapping[str, int] | None = None,
-    inputs: Example | Sequence[Example] | None = None,
-    outputs: Sequence[str] | None = None,
-    drop_outputs: Sequence[str] = (),
-    keep_inputs: Sequence[str] = (),
-    custom_ops: object = (),
     say: Say = silent,
-    **options: Any,
+    **options: Unpack[PartitionArguments],
 ) -> Plan:
     """Cut a model into cost-balanced stages and write the plan directory.
 
@@ -56,44 +54,29 @@ def partition(
         model: the path of the model's file, its bytes, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
         out: the plan directory; None for ``MODEL.plan`` in the current folder, where MODEL is the file's name, or the
             graph's for a model in memory. An existing plan is replaced as a whole.
-        costs: as in :class:`~onnxsplit.planning.examine.ModelOptions`, like the next six arguments.
-        dims: sizes of free dimensions that costs are taken at.
-        inputs: example inputs by name, or an ``.npz`` with them; or several of these.
-        outputs: outputs to keep.
-        drop_outputs: outputs to leave out.
-        keep_inputs: inputs that are also initializers and stay inputs.
-        custom_ops: libraries of custom ops that the model needs.
         say: called with each step.
-        options: how to cut: the attributes of :class:`~onnxsplit.planning.options.CutOptions`, such as ``stages``; and
-            those of ``ModelOptions`` that concern decoders: ``decoder``, ``decode_rows``, ``context`` and
-            ``cache_tokens``.
+        options: how to cut: the attributes of :class:`~onnxsplit.planning.options.CutOptions`, such as ``stages``,
+            ``max_memory`` and ``cluster``; and how to read the model: those of
+            :class:`~onnxsplit.planning.examine.ModelOptions`, such as ``inputs``, ``dims`` and ``outputs``.
 
     Raises:
         PartitionError: the model cannot be cut as asked.
         PlanError: ``out`` is something other than a plan.
         ClusterError: the cluster file is not usable.
-        ModelError, CustomOpsError, InputError, MissingDependency, ProviderError: as
+        InputError: an option is unknown or invalid, or example inputs do not fit the model.
+        ModelError, CustomOpsError, MissingDependency, ProviderError: as
             :func:`~onnxsplit.planning.examine.examine`.
     """
-    decoder = {name: options.pop(name) for name in DECODER_OPTIONS if name in options}
-    wanted = CutOptions(**by_current_name(options, _warn_of_former_name))
+    given = by_current_name(options, _warn_of_former_name)
+    cut, read = option_names(CutOptions), option_names(ModelOptions)
+    check_names(given, [*cut, *read, "out", "say"])
+    wanted = CutOptions(**{name: value for name, value in given.items() if name in cut})
     source = open_any(model)
     folder = Path(out) if out is not None else default_plan_folder(source.path)
     check_plan_folder(folder)
     with reused_workers():
-        subject = examine_for(
-            source,
-            wanted,
-            costs=costs,
-            dims=dims,
-            inputs=inputs,
-            outputs=outputs,
-            drop_outputs=drop_outputs,
-            keep_inputs=keep_inputs,
-            custom_ops=custom_ops,
-            say=say,
-            **decoder,
-        )
+        reading = {name: value for name, value in given.items() if name in read}
+        subject = examine_for(source, wanted, say=say, **reading)
         return write_plan(subject, folder, wanted, say=say).plan
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from onnxsplit.plan import Plan, Verdict, WayToRun
+from onnxsplit.plan import Plan
+from onnxsplit.plan_verdict import Verdict, WayToRun
 from onnxsplit.planning.target import Target
 from onnxsplit.planning.whole_sessions import SessionTimes
 from onnxsplit.tensors import size_bytes

@@ -124,6 +124,10 @@ class Coordinator:
         self._inbox.post(DrainAsked())
         return self._drained
 
+    def close_when_drained(self) -> None:
+        """Drain, then close. Returns at once, and takes no lock that the calling thread may hold."""
+        self.drain().add_done_callback(lambda _: None if self.ended else self._inbox.post(CloseAsked()))
+
     def scale(self, stage: int, replicas: int) -> None:
         """Set the number of a stage's nodes."""
         self._inbox.post(Scaled(stage, replicas, time.monotonic_ns()))

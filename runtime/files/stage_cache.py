@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from onnxsplit.file_cache import LockedCache
 from onnxsplit.plan_base import FileEntry
 from runtime.errors import PipelineError
-from runtime.files.cache import LockedCache
 
 DEFAULT_CACHE_BYTES = 64 << 30
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import msgspec.structs
 
+from onnxsplit.file_cache import cache_folder
 from runtime.balance.policies import UNIT_COST
-from runtime.files.cache import cache_folder
 from runtime.files.stage import StageFiles
 from runtime.files.stage_cache import StageCache
 from runtime.node.control import ControlLink

@@ -19,10 +19,10 @@ import msgspec
 
 from onnxsplit.custom_ops import Library
 from onnxsplit.errors import OnnxsplitError
+from onnxsplit.file_cache import LockedCache, cache_folder
 from onnxsplit.plan import Stage
 from onnxsplit.providers import load_runtime
 from onnxsplit.session import open_session, quiet_environment
-from runtime.files.cache import LockedCache, cache_folder
 
 MODEL_FILE = "model.onnx"
 """The name of the model in a copy; its weights are in files beside it."""

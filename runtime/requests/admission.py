@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from runtime.errors import Busy, DeadlineExceeded
@@ -18,7 +18,7 @@ class _Waiting:
 
     place: object
     size: int
-    turn: SimpleQueue[None] = field(default_factory=SimpleQueue)
+    admitted: Callable[[], None]
 
 
 class Admission:
@@ -60,16 +60,15 @@ class Admission:
         Returns:
             False when there was no room.
         """
-        with self._lock:
-            if not self._waiting and self._fits(size):
-                self._places[place] = size
-                return True
-            if not block:
-                return False
-            waiting = _Waiting(place, size)
-            self._waiting.append(waiting)
+        if self.join(place, size, None):
+            return True
+        if not block:
+            return False
+        turn: SimpleQueue[None] = SimpleQueue()
+        if self.join(place, size, lambda: turn.put(None)):
+            return True
         try:
-            waiting.turn.get(timeout=timeout)
+            turn.get(timeout=timeout)
         except Empty:
             with self._lock:
                 if place in self._places:
@@ -77,6 +76,26 @@ class Admission:
             self.leave(place)
             return False
         return True
+
+    def join(self, place: object, size: int, admitted: Callable[[], None] | None) -> bool:
+        """Admit a request at once, or let it wait in line, without blocking.
+
+        Args:
+            place: identifies the request. :meth:`leave` also ends its waiting.
+            size: bytes of its tensors.
+            admitted: called once, in any thread, when a request that waits has been admitted. None does not let it
+                wait.
+
+        Returns:
+            True when it was admitted at once.
+        """
+        with self._lock:
+            if not self._waiting and self._fits(size):
+                self._places[place] = size
+                return True
+            if admitted is not None:
+                self._waiting.append(_Waiting(place, size, admitted))
+            return False
 
     def admit(self, place: object, size: int, *, deadline_ns: int | None, block: bool) -> None:
         """The same as :meth:`enter`, with a deadline by ``time.monotonic_ns``, and with errors.
@@ -89,14 +108,19 @@ class Admission:
         if self.enter(place, size, block=block, timeout=timeout):
             return
         if block:
-            raise DeadlineExceeded(
-                "the request's time ran out before it was admitted: "
-                f"{self.requests} requests were in flight, the most that this pipeline admits"
-            )
+            raise self.out_of_time()
         raise Busy(f"{self.requests} requests are in flight, the most that this pipeline admits; try again")
+
+    def out_of_time(self) -> DeadlineExceeded:
+        """The error of a request that was not admitted before its deadline."""
+        return DeadlineExceeded(
+            "the request's time ran out before it was admitted: "
+            f"{self.requests} requests were in flight, the most that this pipeline admits"
+        )
 
     def leave(self, place: object) -> None:
         """Give a place back, or stop waiting for it."""
+        admitted = []
         with self._lock:
             released = self._places.pop(place, None) is not None
             if not released:
@@ -106,12 +130,12 @@ class Admission:
             while self._waiting and self._fits(self._waiting[0].size) and self._is_worth_waking:
                 first = self._waiting.popleft()
                 self._places[first.place] = first.size
-                first.turn.put(None)
-            if not released:
-                return
-            self.releases += 1
-            callbacks, self._on_release = self._on_release, []
-        for callback in callbacks:
+                admitted.append(first.admitted)
+            callbacks: list[Callable[[], None]] = []
+            if released:
+                self.releases += 1
+                callbacks, self._on_release = self._on_release, callbacks
+        for callback in (*admitted, *callbacks):
             callback()
 
     def when_released(self, releases: int, callback: Callable[[], None]) -> None:

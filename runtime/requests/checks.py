@@ -28,10 +28,12 @@ class RequestCheck:
 
     Attributes:
         specs: type and shape of each input of the model.
+        required: the inputs of the model without a default.
     """
 
     def __init__(self, folder: Path, plan: Plan, rows: int) -> None:
         self.specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
+        self.required = tuple(name for name in plan.inputs if name not in plan.defaults)
         self._plan = plan
         self._rows = rows
         self._constants = {

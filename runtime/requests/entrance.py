@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 
 from onnxsplit.plan import Plan
@@ -13,9 +14,19 @@ from runtime.errors import PipelineClosed, PipelineError
 from runtime.requests.admission import Admission
 from runtime.requests.checks import RequestCheck
 from runtime.requests.microbatch import ordinary_bytes
-from runtime.requests.normalize import normal_inputs, normal_names
-from runtime.requests.ordinary import Ordinary, OrdinaryRequests, WholeRequest
-from runtime.requests.request import Answering, OutputSelection, Request
+from runtime.requests.normalize import normal_inputs, normal_names, normal_timeout_ns
+from runtime.requests.ordinary import OrdinaryRequests, WholeRequest
+from runtime.requests.request import Answering, Enterable, OutputSelection, Request
+
+
+def deadline_of(timeout: object) -> int | None:
+    """The deadline of a request that begins now, by ``time.monotonic_ns``; None for no timeout.
+
+    Raises:
+        InputError: the timeout is not a number of seconds above 0 and at most a year.
+    """
+    limit_ns = normal_timeout_ns(timeout)
+    return None if limit_ns is None else time.monotonic_ns() + limit_ns
 
 
 class Entrance:
@@ -49,22 +60,47 @@ class Entrance:
         """
         if self._closed:
             raise PipelineClosed("the pipeline was closed")
-        if os.getpid() != self._pid:
+        self.check_process()
+
+    def check_process(self) -> None:
+        """Check that the pipeline belongs to this process, and not to one that this is a fork of.
+
+        Raises:
+            PipelineError: it does not.
+        """
+        if not self.is_own:
             raise PipelineError(
                 f"this pipeline belongs to process {self._pid}, and this process is a fork of it; launch another here"
             )
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the pipeline belongs to this process."""
+        return os.getpid() == self._pid
+
     def submit(self, inputs: object, outputs: object, deadline_ns: int | None, *, block: bool) -> Answering:
         """Submit a request with the arguments of its caller; see :meth:`runtime.pipeline.Pipeline.submit`."""
+        return self._admit(self.prepare(inputs, outputs, deadline_ns), deadline_ns, block=block)
+
+    def is_ordinary(self, inputs: object, outputs: object) -> bool:
+        """Whether :meth:`prepare` is done in microseconds, because the like of the request was checked before."""
+        return self._kinds.find(inputs, outputs) is not None
+
+    def prepare(self, inputs: object, outputs: object, deadline_ns: int | None) -> Enterable:
+        """Check a request with the arguments of its caller; it can then be admitted, and enter.
+
+        Raises:
+            InputError: inputs or names do not fit the model.
+            PipelineClosed, PipelineError: as :meth:`check_open`.
+        """
         self.check_open()
         kind = self._kinds.find(inputs, outputs)
         if kind is not None:
             assert isinstance(inputs, dict)
-            return self._enter_whole(inputs, kind, deadline_ns, block=block)
+            return WholeRequest(self._request_io, self._admission, kind, inputs, deadline_ns)
         names = normal_names(outputs)
-        arrays = normal_inputs(inputs, self._check.specs)
-        selection = self.check(arrays, names)
-        return self.enter(arrays, selection, deadline_ns=deadline_ns, block=block, asked=names is not None)
+        arrays = normal_inputs(inputs, self._check.specs, self._check.required)
+        return self._prepared(arrays, self.check(arrays, names), deadline_ns, asked=names is not None)
 
     def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> OutputSelection:
         """Check a request against the model; returns how its outputs are obtained.
@@ -85,7 +121,6 @@ class Entrance:
         *,
         deadline_ns: int | None,
         block: bool,
-        asked: bool = True,
     ) -> Answering:
         """Submit inputs that are normalised (:mod:`runtime.requests.normalize`) and have passed :meth:`check`.
 
@@ -94,7 +129,6 @@ class Entrance:
             selection: what :meth:`check` has returned.
             deadline_ns: the request's deadline, by the host's monotonic clock; None for no deadline.
             block: whether to wait for a place in the pipeline.
-            asked: whether the caller has named the outputs.
 
         Raises:
             Busy, DeadlineExceeded, PipelineClosed: the request was not admitted.
@@ -102,40 +136,33 @@ class Entrance:
         self.check_open()
         kind = self._kinds.find(arrays, selection.names)
         if kind is not None:
-            return self._enter_whole(arrays, kind, deadline_ns, block=block)
+            request: Enterable = WholeRequest(self._request_io, self._admission, kind, arrays, deadline_ns)
+        else:
+            request = self._prepared(arrays, selection, deadline_ns)
+        return self._admit(request, deadline_ns, block=block)
+
+    def _prepared(
+        self, arrays: Mapping[str, Array], selection: OutputSelection, deadline_ns: int | None, *, asked: bool = True
+    ) -> Enterable:
+        """A request that was checked; ``asked`` tells whether the caller has named the outputs."""
         parts, ready = self._check.prepare(arrays, selection)
-        if not parts:
-            future = Answering()
-            future.set_result(ready)
-            return future
-        size = sum(map(content_bytes, parts[0].values()))
-        cost = cost_of(sum(array.nbytes for array in parts[0].values()), self._ordinary_bytes)
+        size = sum(map(content_bytes, parts[0].values())) if parts else 0
+        cost = cost_of(sum(array.nbytes for array in parts[0].values()), self._ordinary_bytes) if parts else 0
         if len(parts) == 1 and parts[0].keys() == arrays.keys() and not ready:
             kind = self._kinds.learn(arrays, selection, asked=asked, size=size, cost=cost)
             if kind is not None:
-                return self._enter_whole(arrays, kind, deadline_ns, block=block)
-        request = Request(self._request_io, self._admission, parts, selection, size, cost, deadline_ns, ready)
+                return WholeRequest(self._request_io, self._admission, kind, arrays, deadline_ns)
+        return Request(self._request_io, self._admission, parts, selection, size, cost, deadline_ns, ready)
+
+    def _admit(self, request: Enterable, deadline_ns: int | None, *, block: bool) -> Answering:
+        """Let a request enter when it is admitted."""
+        if request.future.done():  # no stage needs to run
+            return request.future
+        waits = block and not self._request_io.delivering  # the thread of callbacks frees the places
         try:
-            self._admit(request.first_place, size, deadline_ns, block=block)
+            self._admission.admit(request.place, request.size, deadline_ns=deadline_ns, block=waits)
             request.enter()
         except BaseException:
             request.abandon()
             raise
         return request.future
-
-    def _enter_whole(
-        self, arrays: Mapping[str, Array], kind: Ordinary, deadline_ns: int | None, *, block: bool
-    ) -> Answering:
-        """Submit a request of a kind that is known."""
-        request = WholeRequest(self._request_io, self._admission, kind)
-        try:
-            self._admit(request, kind.size, deadline_ns, block=block)
-            request.enter(arrays, deadline_ns)
-        except BaseException:
-            request.abandon()
-            raise
-        return request
-
-    def _admit(self, place: object, size: int, deadline_ns: int | None, *, block: bool) -> None:
-        waits = block and not self._request_io.delivering  # the thread of callbacks frees the places
-        self._admission.admit(place, size, deadline_ns=deadline_ns, block=waits)

@@ -5,12 +5,13 @@ Arguments that cannot be normalised raise :class:`~onnxsplit.errors.InputError` 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
-from typing import Any, TypeGuard
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, TypedDict, TypeGuard
 
 import numpy as np
 
+from onnxsplit.arguments import check_names, option_names
 from onnxsplit.errors import InputError, shown
 from onnxsplit.numbers import is_real, is_whole, whole_problem
 from onnxsplit.plan_decoder import Decoder
@@ -22,6 +23,26 @@ MOST_SEED = 1 << 62
 _MOST_REAL = 1e9
 _MOST_LISTED = 4096  # end tokens, and tokens with a bias
 _MOST_TOP_K = 2**31 - 1
+
+
+class GenerateArguments(TypedDict, total=False):
+    """The attributes of :class:`GenerateOptions`, for editors and type checkers."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    min_tokens: int
+    stop_tokens: Sequence[int] | None
+    logprobs: int | None
+    scores: bool
+    grammar: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +92,8 @@ class GenerateOptions:
         Raises:
             InputError: there is no option of one of the names.
         """
-        check_names(options, cls)
+        check_names(options, [*option_names(cls), "timeout", "block"])
         return cls(**options)
-
-
-def check_names(options: Iterable[str], *kinds: type) -> None:
-    """Refuse the names of options that none of some dataclasses has.
-
-    Raises:
-        InputError: names one, and those that there are.
-    """
-    known = [field.name for kind in kinds for field in fields(kind)]
-    for name in options:
-        if name not in known:
-            raise InputError(f"there is no option {shown(name)}; there are {', '.join(known)}, timeout and block")
 
 
 def token_bound(decoder: Decoder) -> int:

@@ -10,38 +10,41 @@ Arguments that cannot be normalised raise :class:`~onnxsplit.errors.InputError` 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.ma  # imported here, because an interrupted import in a request would break all later ones
 
-from onnxsplit.errors import InputError, one_line, shown
+from onnxsplit.errors import InputError, shown
 from onnxsplit.tensors import Array
+from runtime.requests.arrays import Specs, by_name, kind_of, to_array
 
 MOST_TIMEOUT_S = 365 * 24 * 3600
 """The longest timeout, a year. Deadlines in nanoseconds then stay far below 64 bits."""
 
 _TEXT_KINDS = "OUST"  # objects, fixed-width unicode and bytes, and NumPy's own strings
-_MOST_CHARACTERS = 200  # characters of a caller's value in a message
 
 
-def normal_inputs(inputs: object, specs: Mapping[str, tuple[str, Sequence[int | str] | None]]) -> dict[str, Array]:
+def normal_inputs(inputs: object, specs: Specs, required: Sequence[str]) -> dict[str, Array]:
     """The inputs of a request as arrays. A numeric array is copied only if its byte order is not the host's.
 
     Args:
-        inputs: by name, anything that NumPy converts to an array.
+        inputs: by name, anything that :mod:`runtime.requests.arrays` converts to an array; a model of one input also
+            takes that without a name.
         specs: by name, the ONNX type and the shape of the model's inputs.
+        required: the inputs without a default.
 
     Raises:
-        InputError: ``inputs`` is not a mapping, or a value is not an array of numbers or strings.
+        InputError: names are missing, or a value is not an array of numbers or strings.
     """
-    if not isinstance(inputs, Mapping):
-        raise InputError(f"inputs must map names to arrays, but they are {_kind(inputs)}")
     arrays = {}
-    for name, value in inputs.items():
+    for name, value in by_name(inputs, specs, required).items():
         if not isinstance(name, str):
             raise InputError(f"the name of an input must be text, not {shown(name)}")
-        arrays[name] = _array(name, value, specs[name][0] if name in specs else None)
+        expected, shape = specs.get(name, (None, None))
+        array = to_array(name, value, expected, None if shape is None else len(shape))
+        if array.dtype.kind in _TEXT_KINDS:
+            arrays[name] = _strings(name, array)
+        else:
+            arrays[name] = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     return arrays
 
 
@@ -80,31 +83,13 @@ def normal_timeout_ns(timeout: object) -> int | None:
     )
 
 
-def _array(name: str, value: object, expected: str | None) -> Array:
-    try:
-        array = np.asarray(value)
-    except Exception as error:  # a value's own conversion may raise anything
-        raise InputError(f"input {shown(name)} cannot be made an array: {one_line(error, _MOST_CHARACTERS)}") from error
-    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise InputError(
-            f"input {shown(name)} has masked entries, which a model cannot represent; fill them with filled()"
-        )
-    if array.dtype.kind in _TEXT_KINDS:
-        if expected not in (None, "string"):
-            raise InputError(
-                f"input {shown(name)} is {_kind(value)} of {str(array.dtype)[:_MOST_CHARACTERS]}, expected {expected}"
-            )
-        return _strings(name, array)
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-
-
 def _strings(name: str, array: Array) -> Array:
     """The same strings as ``str``, in a new array."""
     texts = np.empty(array.size, object)
     for position, text in enumerate(array.ravel().tolist()):
         if not isinstance(text, str | bytes):
             raise InputError(
-                f"element {position} of input {shown(name)} is {_kind(text)}; allowed: str, or bytes in UTF-8"
+                f"element {position} of input {shown(name)} is {kind_of(text)}; allowed: str, or bytes in UTF-8"
             )
         try:
             texts[position] = text.decode() if isinstance(text, bytes) else str(text)
@@ -112,9 +97,3 @@ def _strings(name: str, array: Array) -> Array:
         except UnicodeError as error:
             raise InputError(f"element {position} of input {shown(name)} is not UTF-8: {error.reason}") from error  # type: ignore[attr-defined]
     return texts.reshape(array.shape)
-
-
-def _kind(value: Any) -> str:
-    """The name of a value's type, with its article."""
-    name = type(value).__name__[:_MOST_CHARACTERS] or "nameless object"
-    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"

@@ -91,21 +91,48 @@ class WholeRequest(Answering):
         request_io: sends it to the nodes.
         admission: gives a place to this object.
         kind: what is known of it.
+        inputs: its inputs.
+        deadline_ns: its deadline; None for no deadline.
+
+    Attributes:
+        size: bytes of its inputs.
     """
 
-    def __init__(self, request_io: RequestIO, admission: Admission, kind: Ordinary) -> None:
+    def __init__(
+        self,
+        request_io: RequestIO,
+        admission: Admission,
+        kind: Ordinary,
+        inputs: Mapping[str, Array],
+        deadline_ns: int | None,
+    ) -> None:
         super().__init__(request_io=request_io)
+        self.size = kind.size
         self._admission = admission
         self._kind = kind
+        self._inputs: Mapping[str, Array] | None = inputs  # until they are sent
+        self._deadline_ns = deadline_ns
         self._number: int | None = None
 
-    def enter(self, inputs: Mapping[str, Array], deadline_ns: int | None) -> None:
+    @property
+    def future(self) -> Answering:
+        """The request itself."""
+        return self
+
+    @property
+    def place(self) -> object:
+        """What the admission knows the request by: the request itself."""
+        return self
+
+    def enter(self) -> None:
         """Send it; it has been admitted."""
-        kind, request_io = self._kind, self._request_io
+        kind, request_io, inputs = self._kind, self._request_io, self._inputs
         assert request_io is not None
+        assert inputs is not None
+        self._inputs = None
         try:
             self._number = request_io.submit(
-                inputs, kind.selection.computed, kind.cost, deadline_ns, self._answered, kind.shapes
+                inputs, kind.selection.computed, kind.cost, self._deadline_ns, self._answered, kind.shapes
             )
         except Exception as error:
             self._answered(Answer({}, unsendable(error)))

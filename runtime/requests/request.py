@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from onnxsplit.tensors import Array
 from runtime.coordinator.answers import Answer
@@ -111,6 +112,31 @@ class Answering(Future[dict[str, Array]]):
             )
 
 
+class Enterable(Protocol):
+    """A request that was checked, and is not admitted yet.
+
+    Attributes:
+        future: gets the outputs, or the error. It is done already where no stage needs to run.
+        place: what the admission knows the request by.
+        size: bytes of the tensors that it needs room for at first.
+    """
+
+    @property
+    def future(self) -> Answering: ...  # noqa: D102
+
+    @property
+    def place(self) -> object: ...  # noqa: D102
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    def enter(self) -> None:
+        """Send the request; its place has been admitted."""
+
+    def abandon(self) -> None:
+        """End the request, and give its place back, because its caller was interrupted before it had entered."""
+
+
 class Request:
     """A request of one or more parts. The caller admits the first; others enter while there is room, or as parts end.
 
@@ -120,16 +146,17 @@ class Request:
     Args:
         request_io: sends parts to the nodes.
         admission: gives places to parts.
-        parts: the inputs of each part, by name.
+        parts: the inputs of each part, by name; without parts, the future is done at once.
         selection: the outputs that the caller asks for.
-        size: bytes of the tensors of one part.
+        size: as below.
         cost: cost of one part, in thousandths of an ordinary request.
         deadline_ns: the request's deadline; None for no deadline.
         ready: the outputs that pass through.
 
     Attributes:
         future: gets the outputs, or the error.
-        first_place: the place of the first part.
+        place: the place of the first part.
+        size: bytes of the tensors of one part.
     """
 
     def __init__(
@@ -148,22 +175,24 @@ class Request:
         self._admission = admission
         self._parts = parts
         self._selection = selection
-        self._size = size
+        self.size = size
         self._cost = cost
         self._deadline_ns = deadline_ns
         self._ready = ready
         self._lock = threading.Lock()
         self._entered = 0
         self._numbers: list[int] = []
-        self.first_place = object()
-        self._places = [self.first_place]
+        self.place = object()
+        self._places = [self.place]
         self._place_of: dict[int, object] = {}  # parts that are under way
         self._ended = False
         self._answers: dict[int, Answer] = {}
+        if not parts:
+            self._end(None)
 
     def enter(self) -> None:
         """Send the first part, which has been admitted, and further parts while there is room."""
-        place = self.first_place
+        place = self.place
         while True:
             self._send_into(place)
             with self._lock:
@@ -171,7 +200,7 @@ class Request:
                     return
             place = object()
             self._places.append(place)
-            if not self._admission.enter(place, self._size, block=False):
+            if not self._admission.enter(place, self.size, block=False):
                 return
 
     def abandon(self) -> None:
@@ -250,6 +279,6 @@ class Request:
         """The outputs that the caller asked for, of all parts, in order."""
         answers = [self._answers[position] for position in range(len(self._parts))]
         self.future.visits = tuple(visit for answer in answers for visit in answer.visits)
-        outputs = join([answer.outputs for answer in answers], self._selection.axes or {})
+        outputs = join([answer.outputs for answer in answers], self._selection.axes or {}) if answers else {}
         outputs.update(self._ready)
         return {name: outputs[name] for name in self._selection.names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from onnxsplit.errors import InputError, shown
 
@@ -11,6 +12,14 @@ MOST_STOPS = 16
 """The largest number of stop strings."""
 
 _MOST_CHARACTERS = 1024  # of a stop string
+
+
+class TextArguments(TypedDict, total=False):
+    """The attributes of :class:`TextOptions`, for editors and type checkers."""
+
+    stop: str | Sequence[str]
+    include_stop: bool
+    skip_special: bool
 
 
 @dataclass(frozen=True, kw_only=True)

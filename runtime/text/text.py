@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
+from onnxsplit.arguments import check_names, option_names
 from onnxsplit.errors import InputError, shown
 from onnxsplit.plan import Plan
-from runtime.requests.generate_options import GenerateOptions, check_names
+from onnxsplit.tensors import Array
+from runtime.requests.generate_options import GenerateArguments, GenerateOptions
 from runtime.requests.generation import Generation
 from runtime.text.files import read_text_files
 from runtime.text.generation import TextGeneration
-from runtime.text.options import TextOptions
+from runtime.text.options import TextArguments, TextOptions
 from runtime.text.stops import StopStrings
 from runtime.text.template import ChatTemplate
 from runtime.text.tokenizer import Tokenizer
@@ -22,9 +24,18 @@ class Generate(Protocol):
     """Continues a sequence of tokens, as :meth:`runtime.pipeline.Pipeline.generate`."""
 
     def __call__(
-        self, tokens: Sequence[int], *, timeout: float | None = None, block: bool = True, **options: Any
+        self,
+        tokens: Sequence[int] | Array,
+        *,
+        timeout: float | None = None,
+        block: bool = True,
+        **options: Unpack[GenerateArguments],
     ) -> Generation:
         """Continue the tokens of a prompt."""
+
+
+class CompleteArguments(TextArguments, GenerateArguments, total=False):
+    """The options of :meth:`Text.complete`, for editors and type checkers."""
 
 
 class Text:
@@ -96,7 +107,12 @@ class Text:
         return tokens
 
     def complete(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, block: bool = True, **options: Any
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float | None = None,
+        block: bool = True,
+        **options: Unpack[CompleteArguments],
     ) -> TextGeneration:
         """Continue a text. Returns at once.
 
@@ -111,12 +127,14 @@ class Text:
             InputError: an argument is invalid or unknown, or the prompt has no tokens.
             Busy, PipelineClosed: as for ``generate``.
         """
-        check_names(options, TextOptions, GenerateOptions)
-        own = {name: options.pop(name) for name in TextOptions.__dataclass_fields__ if name in options}
+        check_names(options, [*option_names(TextOptions, GenerateOptions), "timeout", "block"])
+        names = option_names(TextOptions)
+        own: dict[str, Any] = {name: value for name, value in options.items() if name in names}
         wanted = TextOptions(**own)
+        generating = {name: value for name, value in options.items() if name not in names}
         stops = StopStrings(wanted.stops(), include=wanted.include_stop)
         tokens = self._prompt(prompt) if isinstance(prompt, str) else prompt
-        generation = self._generate(tokens, timeout=timeout, block=block, **{**self.defaults, **options})
+        generation = self._generate(tokens, timeout=timeout, block=block, **{**self.defaults, **generating})
         detokenizer = self.tokenizer.detokenizer(skip_special=wanted.skip_special)
         return TextGeneration(generation, tuple(tokens), detokenizer, stops)
 
@@ -133,7 +151,7 @@ class Text:
         variables: Mapping[str, Any] | None = None,
         timeout: float | None = None,
         block: bool = True,
-        **options: Any,
+        **options: Unpack[CompleteArguments],
     ) -> TextGeneration:
         """Answer the last message of a conversation. Takes what :meth:`chat_tokens` and :meth:`complete` take."""
         return self.complete(self.chat_tokens(messages, **(variables or {})), timeout=timeout, block=block, **options)

@@ -16,11 +16,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.errors import InputError
+from onnxsplit.file_cache import cache_folder
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
-from runtime.files.cache import cache_folder
 from runtime.wire import codec
 from runtime.wire.messages.data import Fragment
 

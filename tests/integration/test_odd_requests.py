@@ -234,7 +234,7 @@ def test_interrupts_of_a_caller_lose_no_place(chain_plan):
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         assert interrupted
-        wait_until(lambda: pipeline._admission.inside == 0, "all places free")
+        wait_until(lambda: pipeline.admission.inside == 0, "all places free")
         assert np.array_equal(pipeline.run(batch(), timeout=60)["y"], expected(chain_plan, batch())["y"])
 
 

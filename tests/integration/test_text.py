@@ -152,9 +152,12 @@ def test_closing_it_ends_a_task_that_waits(text):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda text: text.complete("dog", max_token=3), "no option 'max_token'; there are stop, .*max_tokens"),
+        (
+            lambda text: text.complete("dog", max_token=3),
+            "no option 'max_token'. Did you mean 'max_tokens'. There are stop, .*max_tokens",
+        ),
         (lambda text: text.chat(ASK, temprature=1), "no option 'temprature'"),
-        (lambda text: text._generate([1], stop="x"), "no option 'stop'; there are max_tokens"),
+        (lambda text: text._generate([1], stop="x"), "no option 'stop'.* There are max_tokens"),
         (lambda text: text.complete(""), "the prompt '' has no tokens"),
         (lambda text: text.complete([]), "tokens is empty"),
         (lambda text: text.complete("dog", stop=[""]), "stop holds ''"),

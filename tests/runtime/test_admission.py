@@ -69,8 +69,6 @@ def test_an_interrupt_of_a_waiting_thread_takes_no_place(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(admission, "SimpleQueue", Interrupted)
-    monkeypatch.setattr(admission._Waiting, "__init__", lambda self, place, size: self.__dict__.update(
-        place=place, size=size, turn=Interrupted()))  # fmt: skip
     entrance = Admission(1, 100)
     entrance.enter("a", 1)
     with pytest.raises(KeyboardInterrupt):

@@ -12,6 +12,7 @@ from onnxsplit.tensors import check_inputs
 from runtime.requests.normalize import MOST_TIMEOUT_S, normal_inputs, normal_names, normal_timeout_ns
 
 SPECS = {"x": ("float32", ("n", 2)), "s": ("string", ("n",))}
+REQUIRED = ("x", "s")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_names_are_each_once_in_order():
 @pytest.mark.parametrize("order", [">", "<"])
 def test_values_are_the_same_in_either_byte_order(order):
     given = np.array([[1, -2], [3, 4e30]], f"{order}f4")
-    array = normal_inputs({"x": given}, SPECS)["x"]
+    array = normal_inputs({"x": given}, SPECS, REQUIRED)["x"]
     assert array.dtype.isnative
     assert array.tolist() == given.tolist()
 
@@ -69,7 +70,7 @@ def test_values_are_the_same_in_either_byte_order(order):
     [["a", "ä\0"], np.array(["a", "ä\0"], object), np.array([b"a", "ä\0".encode()], object), [np.str_("a"), "ä\0"]],
 )
 def test_strings_are_str(given):
-    array = normal_inputs({"s": given}, SPECS)["s"]
+    array = normal_inputs({"s": given}, SPECS, REQUIRED)["s"]
     assert array.dtype == object
     assert all(type(text) is str for text in array)
     assert array.tolist() == ["a", "ä\0"] or array.tolist() == ["a", "ä"]  # NumPy's own text types drop a last NUL
@@ -88,7 +89,7 @@ def test_strings_are_str(given):
 )
 def test_what_is_no_string_is_refused(given, words):
     with pytest.raises(InputError, match=words):
-        check_inputs(normal_inputs({"s": given}, SPECS), SPECS, frozenset("x"))
+        check_inputs(normal_inputs({"s": given}, SPECS, REQUIRED), SPECS, frozenset("x"))
 
 
 class Awkward:
@@ -111,5 +112,5 @@ class Awkward:
 )
 def test_what_is_no_input_is_refused_with_a_message_of_bounded_length(inputs, words):
     with pytest.raises(InputError, match=words) as caught:
-        check_inputs(normal_inputs(inputs, SPECS), SPECS)
+        check_inputs(normal_inputs(inputs, SPECS, REQUIRED), SPECS)
     assert len(str(caught.value)) < 2000

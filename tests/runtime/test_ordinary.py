@@ -96,9 +96,9 @@ class FakeRequestIO:
 
 def entered(kinds, problem: BaseException | None = None):
     request_io, admission = FakeRequestIO(problem), Admission(1, 100)
-    request = WholeRequest(request_io, admission, kinds.find(arrays(), None))
-    assert admission.enter(request, 56)
-    request.enter(arrays(), None)
+    request = WholeRequest(request_io, admission, kinds.find(arrays(), None), arrays(), None)
+    assert admission.enter(request.place, request.size)
+    request.enter()
     return request, request_io, admission
 
 
@@ -136,10 +136,10 @@ def test_what_cannot_be_sent_ends_with_the_reason(kinds):
 
 def test_an_interrupt_passes_through_and_abandon_frees_the_place(kinds):
     request_io, admission = FakeRequestIO(KeyboardInterrupt()), Admission(1, 100)
-    request = WholeRequest(request_io, admission, kinds.find(arrays(), None))
-    assert admission.enter(request, 56)
+    request = WholeRequest(request_io, admission, kinds.find(arrays(), None), arrays(), None)
+    assert admission.enter(request.place, request.size)
     with pytest.raises(KeyboardInterrupt):
-        request.enter(arrays(), None)
+        request.enter()
     request.abandon()
     assert admission.inside == 0
     assert request_io.given_up == []

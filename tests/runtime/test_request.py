@@ -52,7 +52,7 @@ def started(parts: int, room: int, **fake_is):
         setattr(request_io, name, value)
     arrays = [{"x": np.array([number])} for number in range(parts)]
     request = Request(request_io, admission, arrays, ASKED, 8, 1000, None, {"c": np.array(7)})
-    admission.enter(request.first_place, 8)
+    admission.enter(request.place, 8)
     request.enter()
     return request, request_io, admission
 
@@ -131,7 +131,7 @@ def test_an_interrupt_while_a_part_is_sent_leaves_its_place():
     request_io, admission = FakeRequestIO(), Admission(2, 1 << 20)
     request_io.fails_from, request_io.problem = 0, KeyboardInterrupt()
     request = Request(request_io, admission, [{"x": np.array([0])}], ASKED, 8, 1000, None, {})
-    admission.enter(request.first_place, 8)
+    admission.enter(request.place, 8)
     with pytest.raises(KeyboardInterrupt):
         request.enter()
     request.abandon()

@@ -10,10 +10,10 @@ import time
 import msgspec.structs
 import pytest
 
+from onnxsplit.file_cache import LockedCache
 from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_files import load_plan, plan_id, read_plan_file
 from runtime.errors import PipelineError
-from runtime.files.cache import LockedCache
 from runtime.files.client import FileClient
 from runtime.files.server import FileServer
 from runtime.files.stage_cache import StageCache

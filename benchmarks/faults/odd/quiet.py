@@ -22,7 +22,7 @@ _SLACK_DESCRIPTORS = 4
 
 def places_taken(pipeline: Pipeline) -> tuple[int, int, int]:
     """Return the places and bytes that admission has given to requests, and the number of waiting requests."""
-    admission: Any = pipeline._admission
+    admission: Any = pipeline.admission
     return admission.inside, sum(admission._places.values()), len(admission._waiting)
 
 

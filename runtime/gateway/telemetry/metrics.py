@@ -7,7 +7,7 @@ replica, reason). The metrics of models with text are in :mod:`runtime.gateway.t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -79,7 +79,7 @@ class _Collector(Collector):
         held = float(sampler.budget.held_bytes)
         yield gauge("onnxsplit_receiving_bytes", "Bytes of requests that the server holds.", (), [((), held)])
 
-    def _nodes(self, nodes: dict[Version, tuple[NodeStats, ...]]) -> Iterator[Metric]:
+    def _nodes(self, nodes: Mapping[Version, Sequence[NodeStats]]) -> Iterator[Metric]:
         rows = [
             ((v.model, v.number, str(node.stage), str(node.replica)), node)
             for v, stats in nodes.items()
@@ -108,7 +108,7 @@ class _Collector(Collector):
         )
 
 
-def _triton(versions: Sequence[Version], nodes: dict[Version, tuple[NodeStats, ...]]) -> Iterator[Metric]:
+def _triton(versions: Sequence[Version], nodes: Mapping[Version, Sequence[NodeStats]]) -> Iterator[Metric]:
     """Triton's metrics, in microseconds. Each stage is reported as a model of its own, as in an ensemble."""
     success: list[MetricValue] = []
     failure: list[MetricValue] = []

@@ -1,0 +1,140 @@
+"""Requests of event loops: nothing here blocks the loop that the caller runs in.
+
+    prepare -> wait in line -> enter -> wait for the answer
+    |                          |
+    '-- in a thread where it takes long: tensors are converted, and copied into shared memory
+
+Requests of event loops and of threads wait in one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from onnxsplit.tensors import Array
+from runtime.requests.admission import Admission
+from runtime.requests.entrance import Entrance
+from runtime.requests.request import Enterable
+
+T = TypeVar("T")
+
+_COPIED_BYTES = 1 << 20  # copying more takes about a tenth of a millisecond
+_THREADS = 2
+
+
+class EventLoopEntrance:
+    """The entrance of a pipeline for callers in event loops. Its methods can be called from any number of loops.
+
+    Args:
+        entrance: checks requests, and sends them.
+        admission: limits the requests in flight.
+    """
+
+    def __init__(self, entrance: Entrance, admission: Admission) -> None:
+        self._entrance = entrance
+        self._admission = admission
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pipeline-inputs")
+
+    async def run(self, inputs: object, outputs: object, deadline_ns: int | None) -> dict[str, Array]:
+        """Run one request; see :meth:`runtime.pipeline.Pipeline.arun`."""
+        if self._entrance.is_ordinary(inputs, outputs):
+            request = self._entrance.prepare(inputs, outputs, deadline_ns)
+        else:
+            request = await self._in_thread(lambda: self._entrance.prepare(inputs, outputs, deadline_ns))
+        if request.future.done():
+            return request.future.result()
+        await self._enter(request, deadline_ns)
+        return await asyncio.wrap_future(request.future)
+
+    async def _enter(self, request: Enterable, deadline_ns: int | None) -> None:
+        """Wait until a request is admitted, and send it. Its place is given back if that is cancelled."""
+        try:
+            await self._admit(request, deadline_ns)
+        except BaseException:
+            request.abandon()
+            raise
+        if request.size <= _COPIED_BYTES:
+            request.enter()
+            return
+        entering = asyncio.ensure_future(self._in_thread(request.enter))
+        try:
+            await asyncio.shield(entering)
+        except asyncio.CancelledError:  # the thread goes on, so the place is given back when it is done
+            entering.add_done_callback(lambda _: request.abandon())
+            raise
+
+    async def _admit(self, request: Enterable, deadline_ns: int | None) -> None:
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+
+        def wake() -> None:
+            if not turn.done():
+                turn.set_result(None)
+
+        def admitted() -> None:
+            try:
+                loop.call_soon_threadsafe(wake)
+            except RuntimeError:  # the loop was closed
+                self._admission.leave(request.place)
+
+        if self._admission.join(request.place, request.size, admitted):
+            return
+        limit_s = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
+        try:
+            async with asyncio.timeout(limit_s):
+                await turn
+        except TimeoutError:
+            raise self._admission.out_of_time() from None
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """End the threads; returns at once."""
+        self._threads.shutdown(wait=False)
+
+
+async def off_the_loop(work: Callable[[], T], give_up: Callable[[], None] | None = None) -> T:
+    """Run blocking work in a thread of its own, which may take as long as it likes.
+
+    Args:
+        work: what to run.
+        give_up: is called when the present task is cancelled, and makes ``work`` return soon. The cancellation goes on
+            when it has.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]  # there is a result when there is no error
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as problem:
+            error = problem
+        with suppress(RuntimeError):  # the loop was closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="pipeline", daemon=True).start()
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        if give_up is not None:
+            give_up()
+        await asyncio.wait((done,))
+        with suppress(BaseException):
+            done.result()
+        raise
