@@ -23,11 +23,11 @@ from pathlib import Path
 import smollm2
 from zoo import FetchError, cache_folder
 
+from onnxsplit import Pipeline
 from onnxsplit.cli.output import Output
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
-from runtime import Pipeline
 from runtime.text.generation import TextGeneration
 
 QUESTION = "What is photosynthesis?"

@@ -19,6 +19,7 @@ import onnx
 from PIL import Image
 from zoo import FetchError, fetch
 
+from onnxsplit import Pipeline
 from onnxsplit.cli.output import Output, binary, milliseconds
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.model.precision import distance
@@ -27,7 +28,6 @@ from onnxsplit.plan import Plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.session import host_cores, open_session
 from onnxsplit.tensors import Array
-from runtime import Pipeline
 from runtime.bench import bench
 
 MODEL, PLAN, INPUTS = Path("demo.onnx"), Path("demo.plan"), Path("demo.npz")

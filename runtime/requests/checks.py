@@ -45,6 +45,12 @@ class RequestCheck:
         self._refused = plan.refused_inputs()
         self._selections: dict[tuple[str, ...], OutputSelection] = {}
 
+    def named(self, inputs: object) -> object:
+        """A NumPy array alone with its name, if the model has one input; anything else as it is."""
+        if type(inputs) is np.ndarray and len(self.required) == 1:
+            return {self.required[0]: inputs}
+        return inputs
+
     def check(self, inputs: Mapping[str, Array], outputs: tuple[str, ...] | None = None) -> OutputSelection:
         """Check a request's inputs and outputs, all outputs of the model when None; returns how these are obtained.
 

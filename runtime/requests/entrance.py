@@ -84,7 +84,7 @@ class Entrance:
 
     def is_ordinary(self, inputs: object, outputs: object) -> bool:
         """Whether :meth:`prepare` is done in microseconds, because the like of the request was checked before."""
-        return self._kinds.find(inputs, outputs) is not None
+        return self._kinds.find(self._check.named(inputs), outputs) is not None
 
     def prepare(self, inputs: object, outputs: object, deadline_ns: int | None) -> Enterable:
         """Check a request with the arguments of its caller; it can then be admitted, and enter.
@@ -94,6 +94,7 @@ class Entrance:
             PipelineClosed, PipelineError: as :meth:`check_open`.
         """
         self.check_open()
+        inputs = self._check.named(inputs)
         kind = self._kinds.find(inputs, outputs)
         if kind is not None:
             assert isinstance(inputs, dict)

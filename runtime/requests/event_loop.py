@@ -43,6 +43,7 @@ class EventLoopEntrance:
 
     async def run(self, inputs: object, outputs: object, deadline_ns: int | None) -> dict[str, Array]:
         """Run one request; see :meth:`runtime.pipeline.Pipeline.arun`."""
+        self._entrance.check_open()
         if self._entrance.is_ordinary(inputs, outputs):
             request = self._entrance.prepare(inputs, outputs, deadline_ns)
         else:
@@ -93,7 +94,12 @@ class EventLoopEntrance:
             raise self._admission.out_of_time() from None
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            future = self._threads.submit(work)
+        except RuntimeError:
+            self._entrance.check_open()  # the threads end after the entrance is closed
+            raise
+        return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """End the threads; returns at once."""

@@ -149,3 +149,37 @@ def test_callers_that_wait_together_are_woken_one_by_one():
     entrance.leave("c")
     threads[1].join()
     assert log == [("e", True), ("f", True)]
+
+
+def test_requests_that_wait_without_blocking_stand_in_the_same_line():
+    entrance, log = Admission(1, 100), []
+    assert entrance.join("a", 1, None)
+    assert not entrance.join("refused", 1, None)
+    assert not entrance.join("b", 1, lambda: log.append("b"))
+    thread = waiting(entrance, 1, log, "thread")
+    assert not entrance.join("c", 1, lambda: log.append("c"))
+    for place, admitted in (("a", ["b"]), ("b", ["b", ("thread", True)])):
+        entrance.leave(place)
+        wait_until(lambda admitted=admitted: log == admitted)
+    thread.join()
+    entrance.leave("thread")
+    assert log == ["b", ("thread", True), "c"]
+
+
+def test_a_request_that_leaves_the_line_is_never_admitted():
+    entrance, log = Admission(1, 100), []
+    entrance.join("a", 1, None)
+    entrance.join("b", 1, lambda: log.append("b"))
+    entrance.leave("b")
+    entrance.leave("a")
+    assert log == []
+    assert entrance.inside == 0
+
+
+def test_a_callback_of_an_admission_may_use_the_admission():
+    entrance, log = Admission(1, 100), []
+    entrance.join("a", 1, None)
+    entrance.join("b", 1, lambda: entrance.leave("b"))
+    entrance.join("c", 1, lambda: log.append("c"))
+    entrance.leave("a")
+    assert log == ["c"]
