@@ -190,7 +190,7 @@ def test_a_frame_that_does_not_fit_is_refused_with_its_column(columns, words):
 def test_missing_whole_numbers_are_refused():
     pandas = pytest.importorskip("pandas", reason="needs pandas")
     frame = pandas.DataFrame({"age": [1.0], "city": ["Rome"], "count": pandas.Series([None], dtype="Int64")})
-    with pytest.raises(InputError, match="'count' is a Series of .*, expected int64"):
+    with pytest.raises(InputError, match=r"'count' is a Series of .*, expected int64"):
         taken(frame, COLUMNS)
 
 
