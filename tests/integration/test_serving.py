@@ -318,6 +318,23 @@ def test_a_request_that_fails_in_a_batch_fails_alone(tmp_path, python_environmen
 # Access
 
 
+def test_probes_need_no_token_and_learn_only_whether_the_server_is_ready(chain_plan, python_environment, token_file):
+    with Served(chain_plan, "--token-file", token_file, environment=python_environment) as server:
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert (server.ask(path)[0], server.ask(path)[2]) == (200, b"")
+            assert server.ask(path, Authorization="Bearer wrong")[0] == 200
+            assert server.ask(path, method="POST")[0] == 401
+            assert server.ask(path, Host="elsewhere.example")[0] == 403
+        with triton_grpc.InferenceServerClient(server.grpc) as client:
+            assert client.is_server_live()
+            assert client.is_server_ready()
+        good = {"Authorization": "Bearer sesame-open-yourself-now"}
+        assert server.ask("/v2/repository/models/model/unload", b"{}", **good)[0] == 200
+        status, _, body = server.ask("/v2/health/ready")
+        assert (status, body) == (503, b""), "only authorised clients learn why"
+        assert server.ask("/v2/health/ready", **good)[2] != b""
+
+
 @pytest.fixture
 def token_file(tmp_path):
     file = tmp_path / "tokens"
@@ -328,7 +345,7 @@ def token_file(tmp_path):
 
 def test_tokens_guard_everything(chain_plan, python_environment, token_file):
     with Served(chain_plan, "--token-file", token_file, environment=python_environment) as server:
-        for path in ("/", "/metrics", "/v2", "/events", "/openapi.json", "/v2/health/live"):
+        for path in ("/", "/metrics", "/v2", "/events", "/openapi.json", "/v2/models/model/ready"):
             status, headers, body = server.ask(path)
             assert (status, "Authorization: Bearer" in json.loads(body)["error"]) == (401, True), path
             assert headers["www-authenticate"].startswith("Basic")
@@ -339,7 +356,7 @@ def test_tokens_guard_everything(chain_plan, python_environment, token_file):
         assert server.ask("/", Authorization="Basic !!!")[0] == 401
         with triton_grpc.InferenceServerClient(server.grpc) as client:
             with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
-                client.is_server_ready()
+                client.get_server_metadata()
             assert client.is_server_ready(headers={"authorization": good})
             heard: list[object] = []
             done = threading.Event()

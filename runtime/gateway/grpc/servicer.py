@@ -36,6 +36,7 @@ from runtime.requests.normalize import MOST_TIMEOUT_S
 _log = logging.getLogger("runtime.gateway")
 _MESSAGE_CHARACTERS = 500
 _MOST_ARRIVING = 64  # messages of calls other than inferences that arrive at once
+_PROBES = ("ServerLive", "ServerReady")  # calls of probes, which need no token
 _MOST_STREAMS = 64  # open at once
 
 T = TypeVar("T")
@@ -81,18 +82,25 @@ class GrpcServicer:
                 method_handler = grpc.stream_unary_rpc_method_handler(once, None, _encode)
             else:
                 kind = message_factory.GetMessageClass(method.input_type)
-                once = self._once(self._parsed(handler, kind), arriving)
+                once = self._once(self._parsed(handler, kind), arriving, open_to_all=method.name in _PROBES)
                 method_handler = grpc.stream_unary_rpc_method_handler(once, None, _encode)
             handlers[method.name] = method_handler
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
-    def _once(self, handler: _Handler, receive_limit: ReceiveLimit) -> Any:
-        """A gRPC handler of calls with one message. It gives ``handler`` the bytes, and ends with a code for errors."""
+    def _once(self, handler: _Handler, receive_limit: ReceiveLimit, *, open_to_all: bool = False) -> Any:
+        """A gRPC handler of calls with one message. It gives ``handler`` the bytes, and ends with a code for errors.
+
+        Args:
+            handler: Answers a message.
+            receive_limit: Limits the messages that arrive at the same time.
+            open_to_all: True for a call that needs no token.
+        """
 
         async def run(_: Any, context: Any) -> Any:
             held = 0
             try:
-                self._admit(context)
+                if not open_to_all:
+                    self._admit(context)
                 message = await receive_limit.receive(context.read)
                 if not isinstance(message, bytes):
                     raise InputError("the call ended without a message")

@@ -98,7 +98,8 @@ class HttpApp:
             routes=routes,
             exception_handlers={HTTPException: on_http_error, OnnxsplitError: on_error, Exception: on_error},
         )
-        return AccessControlled(app, infer, self._access)
+        probes = {"/v2/health/live": lambda: True, "/v2/health/ready": lambda: self._repository.ready}
+        return AccessControlled(app, infer, self._access, probes)
 
     def _endpoints(self) -> list[tuple[str, str, _Endpoint]]:
         """Methods, path and endpoint of everything but inferences."""

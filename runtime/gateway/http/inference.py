@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onnxsplit.errors import InputError, OnnxsplitError, shown
 from runtime.gateway.access import AccessControl
-from runtime.gateway.errors import clear_frames
+from runtime.gateway.errors import Unauthorized, clear_frames
 from runtime.gateway.http import codec
 from runtime.gateway.http.bodies import Bodies, Body, coding_of, compress, headers_of
 from runtime.gateway.http.responses import error_response, send_answer
@@ -84,12 +86,20 @@ class AccessControlled:
         app: Answers all requests except inferences.
         inferences: Answers inferences.
         access: Decides which requests are allowed.
+        probes: Paths that probes without a token may ask, and whether the answer is 200 or 503. It says no more.
     """
 
-    def __init__(self, app: ASGIApp, inferences: InferenceEndpoint, access: AccessControl) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        inferences: InferenceEndpoint,
+        access: AccessControl,
+        probes: Mapping[str, Callable[[], bool]],
+    ) -> None:
         self._app = app
         self._access = access
         self._inferences = inferences
+        self._probes = probes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -100,7 +110,10 @@ class AccessControlled:
             self._access.check_site(_all(scope, b"host"), _all(scope, b"origin"), scope["target"])
             self._access.check(_all(scope, b"authorization"))
         except OnnxsplitError as error:
-            await error_response(error, path)(scope, receive, send)
+            refusal = error_response(error, path)
+            if isinstance(error, Unauthorized) and scope["method"] in ("GET", "HEAD") and path in self._probes:
+                refusal = Response(status_code=200 if self._probes[path]() else 503)
+            await refusal(scope, receive, send)
             return
         match = _INFER.fullmatch(path) if scope["method"] == "POST" else None
         if match is None:
