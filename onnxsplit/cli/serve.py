@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
 
 _FILE = click.Path(path_type=Path)
+_MOST_WARMUP = 100_000
 
 
 def _port(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
@@ -37,6 +38,15 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
     if port is None:
         raise click.BadParameter(f"{text!r} is not a port; allowed: 0 to 65535, or off", context, parameter)
     return port
+
+
+def _check_warmup(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    for word in words:
+        if word.lstrip("-").isdecimal() and parse_whole(word, _MOST_WARMUP) is None:
+            raise click.BadParameter(
+                f"{word} requests are too many or too few; 0 to {_MOST_WARMUP}", context, parameter
+            )
+    return words
 
 
 _ADDRESSES: OptionTable = [
@@ -76,6 +86,16 @@ _REQUESTS: OptionTable = [
     (
         ("--versions",),
         {"type": click.IntRange(1, 1000), "default": 1, "help": "Number of the newest versions of a model to load."},
+    ),
+    (
+        ("--warmup",),
+        {
+            "multiple": True,
+            "metavar": "N|FILE.npz",
+            "callback": _check_warmup,
+            "help": "Requests that each model answers before it is ready: so many with the plan's example inputs, or "
+            "those of a file. Repeatable.",
+        },
     ),
     (
         ("--served-model-name",),
@@ -275,12 +295,26 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
 
 
 def _serve_options(
-    *, max_delay: float, versions: int, served_model_name: tuple[str, ...], drain: float, otel: bool, **same: Any
+    *,
+    max_delay: float,
+    versions: int,
+    served_model_name: tuple[str, ...],
+    drain: float,
+    otel: bool,
+    warmup: tuple[str, ...],
+    **same: Any,
 ) -> ServeOptions:
+    from runtime.gateway.models.warmup import Warmup
     from runtime.gateway.server import ServeOptions
 
     return ServeOptions(
-        max_delay_ms=max_delay, newest=versions, served_names=served_model_name, drain_s=drain, spans=otel, **same
+        max_delay_ms=max_delay,
+        newest=versions,
+        served_names=served_model_name,
+        drain_s=drain,
+        spans=otel,
+        warmup=Warmup.read(warmup),
+        **same,
     )
 
 

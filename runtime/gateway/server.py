@@ -26,6 +26,7 @@ from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.connections import Connection
 from runtime.gateway.models.repository import Repository, StartPipeline
 from runtime.gateway.models.version import Version, find_versions
+from runtime.gateway.models.warmup import Warmup
 from runtime.gateway.openai.catalogue import Catalogue
 from runtime.gateway.openai.routes import OpenAIEndpoint
 from runtime.gateway.openai.starting import TextStarter
@@ -72,6 +73,7 @@ class ServeOptions:
         tool_parser: How the models write calls of tools; None where that is not known.
         drain_s: Seconds for which accepted requests are answered when the server stops.
         spans: True to send spans to OpenTelemetry.
+        warmup: Requests that each model answers before it is ready.
     """
 
     host: str = "127.0.0.1"
@@ -91,6 +93,7 @@ class ServeOptions:
     tool_parser: ToolFormat | None = None
     drain_s: float = 30.0
     spans: bool = False
+    warmup: Warmup = field(default_factory=Warmup)
 
     def check(self) -> None:
         """Refuse combinations that cannot be served.
@@ -166,6 +169,7 @@ def serve(
     """
     options.check()
     versions = find_versions(folders)
+    options.warmup.check({version.model: version.plan for version in versions})
     tokens = read_tokens(options.token_file) if options.token_file is not None else ()
     access = AccessControl(tokens, loopback=options.host in LOOPBACK)
     with listen(options.host, options.http_port) as listener:
@@ -185,7 +189,7 @@ class _Gateway:
     ) -> None:
         self._options = options
         self._ending = asyncio.Event()
-        self._repository = Repository(versions, start, options.limits, newest=options.newest)
+        self._repository = Repository(versions, start, options.limits, newest=options.newest, warmup=options.warmup)
         self._regions = SharedMemoryRegions(
             options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body
         )

@@ -17,6 +17,7 @@ from runtime.gateway.batcher import Batcher
 from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded, UnknownModel, client_message
 from runtime.gateway.models.version import Version
+from runtime.gateway.models.warmup import Warmup
 from runtime.gateway.protocol.documents import VersionState
 from runtime.gateway.queue import Limits
 from runtime.logs import log_event
@@ -49,19 +50,29 @@ class Repository:
         start: Starts a pipeline.
         limits: Limits of the queue before each pipeline.
         newest: How many of the newest versions of a model are loaded.
+        warmup: Requests that a version answers before it is ready.
 
     Attributes:
         ending: True when the server is stopping; no requests are accepted then.
         changes: How often a version began or ceased to take requests.
     """
 
-    def __init__(self, versions: Iterable[Version], start: StartPipeline, limits: Limits, *, newest: int = 1) -> None:
+    def __init__(
+        self,
+        versions: Iterable[Version],
+        start: StartPipeline,
+        limits: Limits,
+        *,
+        newest: int = 1,
+        warmup: Warmup | None = None,
+    ) -> None:
         self._models: dict[str, dict[str, Version]] = {}
         for version in versions:
             self._models.setdefault(version.model, {})[version.number] = version
         self._start = start
         self._limits = limits
         self._newest = newest
+        self._warmup = warmup or Warmup()
         self._changing = asyncio.Lock()
         self._restarts: dict[Version, _Restart] = {}
         self._ended = asyncio.Event()  # the server is stopping, and accepted requests have _patience_s
@@ -209,8 +220,13 @@ class Repository:
             version.plan = await loop.run_in_executor(None, load_plan, version.folder)
             version.pipeline = await loop.run_in_executor(None, self._start, version.folder, lambda: self.ending)
             await loop.run_in_executor(None, version.open_text)
+            warm_up = self._warmup.run
+            warmed = await loop.run_in_executor(None, warm_up, version.model, version.folder, version.pipeline)
         except Exception as error:
             version.state, version.reason = VersionState.UNAVAILABLE, client_message(error)
+            failed, version.pipeline, version.text = version.pipeline, None, None
+            if failed is not None:
+                await loop.run_in_executor(None, failed.close)
             raise
         version.counters = Counters()
         version.batcher = Batcher(version.pipeline, self._limits, version.counters)
@@ -226,6 +242,7 @@ class Repository:
             "loaded",
             model=version.model,
             version=version.number,
+            warmup=warmed,
             seconds=round(time.monotonic() - begun, 2),
         )
 
