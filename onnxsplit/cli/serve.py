@@ -81,6 +81,15 @@ _REQUESTS: OptionTable = [
         ("--max-queue",),
         {"type": click.IntRange(1, 1_000_000), "default": 256, "help": "Most requests that wait; more are refused."},
     ),
+    (
+        ("--priority-levels",),
+        {
+            "type": click.IntRange(1, 1000),
+            "default": 1,
+            "metavar": "N",
+            "help": "Let waiting requests of priority 1 enter first, and those of N last. With 1, all are equal.",
+        },
+    ),
     (("--max-queue-bytes",), {"type": SizeParam(), "default": "1G", "help": "Most bytes of requests that wait."}),
     (("--max-body",), {"type": SizeParam(), "default": "256M", "help": "Most bytes of one request."}),
     (

@@ -131,7 +131,7 @@ class Batcher:
         )
 
     async def run(
-        self, inputs: Mapping[str, Array], checked: Checked, arrived_ns: int, deadline_ns: int | None
+        self, inputs: Mapping[str, Array], checked: Checked, arrived_ns: int, deadline_ns: int | None, priority: int = 0
     ) -> tuple[dict[str, Array], Inference]:
         """Run one request and return its outputs.
 
@@ -140,6 +140,7 @@ class Batcher:
             checked: What :meth:`check` returned for this request or its like.
             arrived_ns: Time at which the request arrived.
             deadline_ns: Time after which the answer is useless; None for no limit.
+            priority: Priority of the request, as its client gave it.
 
         Raises:
             NotLoaded: The pipeline executes no requests now.
@@ -151,10 +152,14 @@ class Batcher:
         if (trouble := self._pipeline.trouble) is not None:
             raise NotLoaded(f"the model takes no requests: {trouble}")
         inference = Inference(inputs, checked, self._loop.create_future())
-        request = QueuedRequest(checked.key, checked.rows, checked.size_bytes, arrived_ns, deadline_ns, inference)
+        level = self.queue.limits.level(priority)
+        request = QueuedRequest(
+            checked.key, checked.rows, checked.size_bytes, arrived_ns, deadline_ns, inference, level
+        )
         if len(self.queue):
             self._dispatch()  # requests that arrived earlier enter first, if there is room
-        self.queue.join(request, idle=not self._executions)
+        for other in self.queue.join(request, idle=not self._executions):
+            self._fail(other, Busy("the queue is full, and a more important request has arrived; try again later"))
         self._dispatch()
         expiry = None
         if deadline_ns is not None and not inference.outputs.done():

@@ -3,6 +3,9 @@
     requests   a1 b1 a2 a3 . . .        requests a can be joined with each other, and so can requests b
     batches    [a1 a2 a3]  [b1]         at most ``max_batch`` rows each, in the order of their first requests
 
+With several priority levels, more important requests enter first, and within a level those that came first. When the
+queue is full, a more important request takes the place of the least important one.
+
 A batch that is not full waits for more requests until its first has waited ``max_delay_ns``. A request is refused on
 arrival if the queue is full or if, at the current throughput, it cannot be answered by its deadline. A request that can
 no longer meet its deadline is dropped before it enters. All times are given by the caller.
@@ -32,12 +35,18 @@ class Limits:
         size_bytes: Most bytes of inputs that may wait. An empty queue accepts a request of any size.
         max_batch: Most rows of a batch; 1 joins nothing.
         max_delay_ns: Longest time for which a batch waits for more requests.
+        levels: Number of priority levels. A request of priority 0, or beyond the last level, has the middle one.
     """
 
     requests: int = 256
     size_bytes: int = 1 << 30
     max_batch: int = 1
     max_delay_ns: int = 0
+    levels: int = 1
+
+    def level(self, priority: int) -> int:
+        """The level of a request: 1 enters first."""
+        return priority if 1 <= priority <= self.levels else (self.levels + 1) // 2
 
 
 class QueuedRequest(Struct, eq=False):
@@ -50,6 +59,7 @@ class QueuedRequest(Struct, eq=False):
         arrived_ns: Time of its arrival.
         deadline_ns: Time after which its answer is useless; None for no limit.
         item: The caller's own object for this request.
+        level: Its priority level; 1 enters first.
         number: Position among all requests that ever joined the queue; set by the queue.
     """
 
@@ -59,11 +69,17 @@ class QueuedRequest(Struct, eq=False):
     arrived_ns: int
     deadline_ns: int | None
     item: Any
+    level: int = 1
     number: int = 0
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Requests enter in the order of their turns."""
+        return self.level, self.number
 
 
 class RequestQueue:
-    """A first-in, first-out queue before one pipeline.
+    """The queue before one pipeline: first in, first out within each priority level.
 
     Attributes:
         limits: What may wait.
@@ -97,36 +113,70 @@ class RequestQueue:
         """Time in the pipeline that few executions exceed."""
         return self._latency_ns + _DEVIATIONS * self._deviation_ns
 
-    def join(self, request: QueuedRequest, *, idle: bool = False) -> None:
-        """Put a request at the end of the queue.
+    def join(self, request: QueuedRequest, *, idle: bool = False) -> list[QueuedRequest]:
+        """Put a request behind all that are as important.
 
         Args:
             request: The request.
             idle: True when nothing is in the pipeline. Then the request is admitted, whatever the throughput was.
 
+        Returns:
+            The less important requests that have left the full queue for it.
+
         Raises:
             Busy: The request is refused. The message says why.
         """
-        if self._waiting and len(self._waiting) >= self.limits.requests:
-            raise Busy(f"{len(self._waiting)} requests wait, which is the limit; try again later")
-        if self._waiting and self.size_bytes + request.size_bytes > self.limits.size_bytes:
-            raise Busy(
-                f"{self.size_bytes} bytes of requests wait, and {request.size_bytes} more would exceed the limit of "
-                f"{self.limits.size_bytes}; try again later"
-            )
         if request.deadline_ns is not None and not idle:
             left = request.deadline_ns - request.arrived_ns
-            expected = self.expected_ns(request.rows)
+            expected = self.expected_ns(request.rows - self._rows_behind(request.level))
             if expected > left:
                 raise Busy(
                     f"the answer is expected in {expected / 1e9:.3f} s, and the request has {max(0, left) / 1e9:.3f} s "
                     "left; try again later"
                 )
+        left_out: list[QueuedRequest] = []
+        reason = self._full(request)
+        while self._full(request) is not None:
+            last = self._waiting[-1]
+            if last.level <= request.level:
+                for one in reversed(left_out):
+                    self._enter(one)
+                raise Busy(reason)
+            self.leave(last)
+            left_out.append(last)
         self._joined += 1
         request.number = self._joined
-        self._waiting.append(request)
+        self._enter(request)
+        return left_out
+
+    def _enter(self, request: QueuedRequest) -> None:
+        """Put a request behind all whose turn is earlier."""
+        behind = len(self._waiting)
+        while behind and self._waiting[behind - 1].turn > request.turn:
+            behind -= 1
+        self._waiting.insert(behind, request)
         self._rows += request.rows
         self.size_bytes += request.size_bytes
+
+    def _full(self, request: QueuedRequest) -> str | None:
+        """Why there is no room for a request; None when there is."""
+        if self._waiting and len(self._waiting) >= self.limits.requests:
+            return f"{len(self._waiting)} requests wait, which is the limit; try again later"
+        if self._waiting and self.size_bytes + request.size_bytes > self.limits.size_bytes:
+            return (
+                f"{self.size_bytes} bytes of requests wait, and {request.size_bytes} more would exceed the limit of "
+                f"{self.limits.size_bytes}; try again later"
+            )
+        return None
+
+    def _rows_behind(self, level: int) -> int:
+        """Rows of the waiting requests that enter after a new one of this level."""
+        rows = 0
+        for request in reversed(self._waiting):
+            if request.level <= level:
+                break
+            rows += request.rows
+        return rows
 
     def next(self, now_ns: int) -> list[QueuedRequest]:
         """Take out the requests of the next batch; none when it is better to wait for more."""
@@ -175,7 +225,7 @@ class RequestQueue:
 
     def put_back(self, requests: list[QueuedRequest]) -> None:
         """Put requests back at the positions they had."""
-        self._waiting = deque(sorted((*requests, *self._waiting), key=lambda one: one.number))
+        self._waiting = deque(sorted((*requests, *self._waiting), key=lambda one: one.turn))
         self._rows += sum(request.rows for request in requests)
         self.size_bytes += sum(request.size_bytes for request in requests)
 

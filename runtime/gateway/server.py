@@ -60,6 +60,7 @@ class ServeOptions:
         grpc_port: Port of gRPC; 0 takes any free port, None does not serve gRPC.
         max_batch: Most rows to which requests are joined; 1 joins nothing.
         max_delay_ms: Longest time for which a request waits for others to join, in milliseconds.
+        priority_levels: Number of priority levels of waiting requests.
         max_queue: Most requests that wait before a pipeline; more are refused.
         max_queue_bytes: Most bytes of their inputs, and of all requests that are held.
         max_body: Most bytes of one request.
@@ -81,6 +82,7 @@ class ServeOptions:
     grpc_port: int | None = 8001
     max_batch: int = 1
     max_delay_ms: float = 0.0
+    priority_levels: int = 1
     max_queue: int = 256
     max_queue_bytes: int = 1 << 30
     max_body: int = 256 << 20
@@ -120,6 +122,7 @@ class ServeOptions:
             size_bytes=self.max_queue_bytes,
             max_batch=self.max_batch,
             max_delay_ns=int(self.max_delay_ms * 1e6),
+            levels=self.priority_levels,
         )
 
 

@@ -130,7 +130,9 @@ class Service:
             requested = prepared.requested
             decoded = time.monotonic_ns()
             deadline = _deadline(arrived, message.timeout_ns, prepared.request.timeout_ns)
-            outputs, inference = await prepared.batcher.run(inputs, prepared.checked, decoded, deadline)
+            outputs, inference = await prepared.batcher.run(
+                inputs, prepared.checked, decoded, deadline, prepared.request.priority
+            )
             returned = time.monotonic_ns()
             response = InferResponse(prepared.request.id, version.model, version.number, outputs, requested)
             long = _encoding_takes_long(requested, outputs)

@@ -315,6 +315,28 @@ def test_a_request_that_fails_in_a_batch_fails_alone(tmp_path, python_environmen
     assert found[7][1]["outputs"][0]["data"] == [28, 29, 30, 31]
 
 
+def test_a_full_queue_refuses_an_ordinary_request_for_a_more_important_one(chain_plan, python_environment):
+    words = ("--priority-levels", "3", "--max-queue", "1", "--inflight", "1", "--timing", "silence_s=300")
+    with Served(chain_plan, *words, environment=python_environment) as server, ThreadPoolExecutor(3) as pool:
+        stop(server)
+        first = pool.submit(server.ask, "/v2/models/model/infer", asked())
+        wait_until(lambda: server.metric(PENDING) == 1)
+        ordinary = pool.submit(server.ask, "/v2/models/model/infer", asked())
+        wait_until(lambda: server.metric(PENDING) == 2)
+        assert server.ask("/v2/models/model/infer", asked(priority=3))[0] == 503
+        with triton_grpc.InferenceServerClient(server.grpc) as client:
+            tensor = triton_grpc.InferInput("x", [1, 32], "FP32")
+            tensor.set_data_from_numpy(np.ones((1, 32), np.float32))
+            important = pool.submit(client.infer, "model", [tensor], priority=1)
+            status, _, body = ordinary.result(60)
+            assert (status, "a more important request has arrived" in body.decode()) == (503, True)
+            go_on(server)
+            assert first.result(60)[0] == 200
+            assert important.result(60).as_numpy("y").shape == (1, 32)
+        assert server.ask("/v2/models/model/infer", asked(priority=-1))[0] == 400
+        assert server.ask("/v2/models/model/infer", asked(priority="high"))[0] == 400
+
+
 # Access
 
 

@@ -19,6 +19,7 @@ from runtime.gateway.protocol.parameters import (
     MOST_JSON_BYTES,
     MOST_TENSORS,
     from_region,
+    priority,
     region_slice_of,
     requested_output,
     timeout_ns,
@@ -144,6 +145,7 @@ def parse(message: Any, raw: Sequence[bytes | memoryview], read: ReadRegion) -> 
             requested_output(output.name, parameters_of(output.parameters), binary=True) for output in message.outputs
         ),
         timeout_ns=timeout_ns(parameters),
+        priority=priority(parameters),
         parameters={name: value for name, value in parameters.items() if name not in _PROTOCOL_PARAMETERS},
     )
 

@@ -24,6 +24,7 @@ from runtime.gateway.protocol.parameters import (
     MOST_TENSORS,
     flag,
     from_region,
+    priority,
     region_slice_of,
     requested_output,
     timeout_ns,
@@ -131,6 +132,7 @@ def parse(body: bytes | bytearray | memoryview, header_length: int | None, read:
         outputs=tuple(_output(output, parameters) for output in request.outputs or ()),
         all_binary=flag(parameters, "binary_data_output"),
         timeout_ns=timeout_ns(parameters),
+        priority=priority(parameters),
         parameters={name: value for name, value in parameters.items() if name not in _PROTOCOL_PARAMETERS},
     )
 

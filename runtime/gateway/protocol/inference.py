@@ -57,6 +57,7 @@ class InferRequest(Struct, frozen=True):
         outputs: The requested outputs, in this order; empty for all outputs of the model.
         all_binary: True when outputs that are not named are requested as bytes.
         timeout_ns: Time limit for the answer; None for no limit.
+        priority: 1 for the most important requests, higher numbers for others, 0 for an ordinary one.
         parameters: Parameters that the protocol does not define.
     """
 
@@ -65,6 +66,7 @@ class InferRequest(Struct, frozen=True):
     outputs: tuple[RequestedOutput, ...] = ()
     all_binary: bool = False
     timeout_ns: int | None = None
+    priority: int = 0
     parameters: dict[str, Any] = {}
 
 

@@ -82,6 +82,18 @@ def timeout_ns(parameters: Mapping[str, Any]) -> int | None:
     return timeout * 1000 or None
 
 
+def priority(parameters: Mapping[str, Any]) -> int:
+    """The priority of a request: 1 for the most important ones, 0 for an ordinary one.
+
+    Raises:
+        InputError: It is not a whole number, or is negative.
+    """
+    value = whole_number(parameters, "priority") or 0
+    if value < 0:
+        raise InputError(f"priority is {shown(value)}; 1 is the most important, and 0 is an ordinary request")
+    return value
+
+
 def whole_number(parameters: Mapping[str, Any], name: str) -> int | None:
     """A parameter that is a whole number; None when it is not given.
 

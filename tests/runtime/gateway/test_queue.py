@@ -162,3 +162,76 @@ def test_no_request_is_lost_or_answered_twice(steps):
         assert list(made) == there
         assert made.size_bytes == sum(one.size_bytes for one in there)
     assert len({id(one) for one in out}) == len(out)
+
+
+def important(level, name="", **settings) -> QueuedRequest:
+    made = request(name=name, **settings)
+    made.level = level
+    return made
+
+
+def test_priorities_are_levels_and_what_is_no_level_has_the_middle_one():
+    limits = Limits(levels=5)
+    assert [limits.level(priority) for priority in (0, 1, 5, 6, 2**63)] == [3, 1, 5, 3, 3]
+    assert [Limits().level(priority) for priority in (0, 1, 2)] == [1, 1, 1]
+
+
+def test_more_important_requests_enter_first_and_equals_in_their_order():
+    made = queue_of(*(important(level, f"{level}{n}") for n, level in enumerate((2, 3, 1, 2, 1))), levels=3)
+    assert [names(made.next(0))[0] for _ in range(5)] == ["12", "14", "20", "23", "31"]
+
+
+def test_what_is_put_back_stands_before_those_of_its_level_that_came_later():
+    made = queue_of(important(2, "a"), important(2, "b"), levels=3)
+    first = made.next(0)
+    made.join(important(1, "c"))
+    made.put_back(first)
+    assert [names(made.next(0))[0] for _ in range(3)] == ["c", "a", "b"]
+
+
+def test_a_full_queue_gives_its_least_important_request_up_for_a_more_important_one():
+    made = queue_of(important(2, "a"), important(3, "b"), important(3, "c"), levels=3, requests=3)
+    assert names(made.join(important(1, "d"))) == ["c"]
+    assert names(made.join(important(2, "e"))) == ["b"]
+    with pytest.raises(Busy, match="3 requests wait"):
+        made.join(important(2, "f"))
+    assert [names(made.next(0))[0] for _ in range(3)] == ["d", "a", "e"]
+
+
+def test_room_for_bytes_is_made_only_if_enough_of_it_is_less_important():
+    made = queue_of(important(1, "a", size=50), important(3, "b", size=30), important(3, "c", size=20), levels=3,
+                    size_bytes=100)  # fmt: skip
+    with pytest.raises(Busy, match="100 bytes of requests wait"):
+        made.join(important(2, "d", size=60))
+    assert len(made) == 3
+    assert made.size_bytes == 100
+    assert names(made.join(important(2, "e", size=40))) == ["c", "b"]
+    assert made.size_bytes == 90
+
+
+def test_an_important_request_waits_for_those_before_it_alone():
+    made = paced(gap_ms=10, latency_ms=20)
+    made.limits = Limits(levels=3)
+    for number in range(10):
+        made.join(important(3, f"{number}"))
+    with pytest.raises(Busy, match="the answer is expected in"):
+        made.join(important(3, at=0, deadline=60 * MS))
+    assert made.join(important(1, at=0, deadline=60 * MS)) == []
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40), st.booleans()), max_size=60))
+def test_priorities_lose_and_repeat_no_request(steps):
+    made, waiting, ended = RequestQueue(Limits(levels=4, requests=5, size_bytes=100)), [], []
+    for number, (level, size, takes) in enumerate(steps):
+        one = important(level, str(number), size=size)
+        try:
+            ended += made.join(one)
+            waiting.append(one)
+        except Busy:
+            ended.append(one)
+        if takes:
+            ended += made.next(0)
+        waiting = [other for other in waiting if other not in ended]
+        assert list(made) == sorted(waiting, key=lambda other: (other.level, int(other.item)))
+        assert made.size_bytes == sum(other.size_bytes for other in waiting)
+    assert len({id(one) for one in ended}) == len(ended)
