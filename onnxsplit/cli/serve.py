@@ -97,6 +97,15 @@ _REQUESTS: OptionTable = [
         {"type": click.IntRange(1, 1000), "default": 1, "help": "Number of the newest versions of a model to load."},
     ),
     (
+        ("--response-cache",),
+        {
+            "type": SizeParam(0),
+            "default": "0",
+            "help": "Most bytes of outputs to keep, which answer requests with the same inputs without a run, as 256M. "
+            "For models whose outputs depend on their inputs alone.",
+        },
+    ),
+    (
         ("--warmup",),
         {
             "multiple": True,

@@ -35,6 +35,8 @@ class Counters:
         decode: Time for decoding requests.
         infer: Time in the pipeline.
         encode: Time for encoding responses.
+        cache_hit: Time for finding outputs in the response cache.
+        cache_miss: Time for looking outputs up in vain.
         batches: Executions by number of rows.
         last_ms: Time of the last answer, in milliseconds since the epoch.
         last_error: Message of the last failure.
@@ -52,6 +54,8 @@ class Counters:
     decode: Duration = field(default_factory=Duration)
     infer: Duration = field(default_factory=Duration)
     encode: Duration = field(default_factory=Duration)
+    cache_hit: Duration = field(default_factory=Duration)
+    cache_miss: Duration = field(default_factory=Duration)
     batches: dict[int, Duration] = field(default_factory=dict)
     last_ms: int = 0
     last_error: str = ""

@@ -31,6 +31,7 @@ from runtime.gateway.openai.catalogue import Catalogue
 from runtime.gateway.openai.routes import OpenAIEndpoint
 from runtime.gateway.openai.starting import TextStarter
 from runtime.gateway.queue import Limits
+from runtime.gateway.response_cache import ResponseCache
 from runtime.gateway.service import Service
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.spans import Spans
@@ -74,6 +75,7 @@ class ServeOptions:
         tool_parser: How the models write calls of tools; None where that is not known.
         drain_s: Seconds for which accepted requests are answered when the server stops.
         spans: True to send spans to OpenTelemetry.
+        response_cache: Most bytes of outputs that are kept to answer the same requests again; 0 keeps none.
         warmup: Requests that each model answers before it is ready.
     """
 
@@ -95,6 +97,7 @@ class ServeOptions:
     tool_parser: ToolFormat | None = None
     drain_s: float = 30.0
     spans: bool = False
+    response_cache: int = 0
     warmup: Warmup = field(default_factory=Warmup)
 
     def check(self) -> None:
@@ -198,7 +201,8 @@ class _Gateway:
         )
         self._spans = Spans.exporting() if options.spans else None
         self._workers = Workers(_WORKERS)
-        service = Service(self._repository, self._regions, self._workers, self._spans)
+        cache = ResponseCache(options.response_cache) if options.response_cache else None
+        service = Service(self._repository, self._regions, self._workers, self._spans, cache)
         budget = Budget(options.max_queue_bytes, options.max_body)
         self._sampler = Sampler(service, budget)
         bodies = Bodies(options.max_body, budget, self._workers)

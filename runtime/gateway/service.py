@@ -18,6 +18,7 @@ from runtime.gateway.models.version import TEXT, Part, Version, split_name
 from runtime.gateway.prepared import PreparedRequest, PreparedRequests, Recalled
 from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, RequestedOutput
 from runtime.gateway.protocol.tensor_data import classify, to_bytes
+from runtime.gateway.response_cache import ResponseCache
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.spans import Spans
 from runtime.gateway.threads import Workers, takes_long
@@ -60,6 +61,15 @@ class Undecoded(Struct):
     parsed_bytes: int
 
 
+class _Execution(Struct):
+    """A request that was decoded and checked."""
+
+    prepared: PreparedRequest
+    inputs: Mapping[str, Array]
+    decoded_ns: int
+    deadline_ns: int | None
+
+
 class Service:
     """The models as both HTTP and gRPC serve them.
 
@@ -68,14 +78,21 @@ class Service:
         regions: Shared memory of clients.
         workers: Threads for work that takes long.
         spans: Records requests for OpenTelemetry; None records nothing.
+        cache: Answers requests whose inputs were seen before; None runs all.
     """
 
     def __init__(
-        self, repository: Repository, regions: SharedMemoryRegions, workers: Workers, spans: Spans | None = None
+        self,
+        repository: Repository,
+        regions: SharedMemoryRegions,
+        workers: Workers,
+        spans: Spans | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
         self.repository = repository
         self.regions = regions
         self.workers = workers
+        self.cache = cache
         self._spans = spans
         self._prepared = PreparedRequests()
 
@@ -130,9 +147,8 @@ class Service:
             requested = prepared.requested
             decoded = time.monotonic_ns()
             deadline = _deadline(arrived, message.timeout_ns, prepared.request.timeout_ns)
-            outputs, inference = await prepared.batcher.run(
-                inputs, prepared.checked, decoded, deadline, prepared.request.priority
-            )
+            execution = _Execution(prepared, inputs, decoded, deadline)
+            outputs, run = await (self._execute(execution) if self.cache is None else self._find(execution))
             returned = time.monotonic_ns()
             response = InferResponse(prepared.request.id, version.model, version.number, outputs, requested)
             long = _encoding_takes_long(requested, outputs)
@@ -143,10 +159,38 @@ class Service:
             raise
         finally:
             counters.pending -= 1
-        _count(version, inference, (arrived, decoded, returned, ended))
+        if run is None:
+            counters.answered(
+                0, decode_ns=decoded - arrived, queue_ns=0, infer_ns=returned - decoded, encode_ns=ended - returned
+            )
+            return encoded
+        _count(version, run, (arrived, decoded, returned, ended))
         if self._spans is not None:
-            self._spans.answered(version, prepared.request.id, message.headers, arrived, inference, ended)
+            self._spans.answered(version, prepared.request.id, message.headers, arrived, run, ended)
         return encoded
+
+    async def _execute(self, execution: _Execution) -> tuple[dict[str, Array], Inference | None]:
+        prepared = execution.prepared
+        return await prepared.batcher.run(
+            execution.inputs, prepared.checked, execution.decoded_ns, execution.deadline_ns, prepared.request.priority
+        )
+
+    async def _find(self, execution: _Execution) -> tuple[dict[str, Array], Inference | None]:
+        """The outputs from the cache, or else those of a run, which the cache then keeps."""
+        assert self.cache is not None
+        prepared, begun = execution.prepared, time.monotonic_ns()
+        version, checked = prepared.version, prepared.checked
+        names, long = checked.selection.names, takes_long(copied_bytes=checked.size_bytes)
+        key = await self.workers.run(long, self.cache.key, version.fingerprint, names, execution.inputs)
+        found = self.cache.find(key)
+        if found is not None:
+            version.counters.cache_hit.add(time.monotonic_ns() - begun)
+            return found, None
+        looked = time.monotonic_ns()
+        outputs, inference = await self._execute(execution)
+        self.cache.keep(key, outputs)
+        version.counters.cache_miss.add(looked - begun)
+        return outputs, inference
 
     async def _prepare(self, version: Version, message: IncomingRequest[Any], known: Undecoded) -> Recalled:
         """Decode and check a request, and remember it."""

@@ -337,6 +337,28 @@ def test_a_full_queue_refuses_an_ordinary_request_for_a_more_important_one(chain
         assert server.ask("/v2/models/model/infer", asked(priority="high"))[0] == 400
 
 
+def test_the_response_cache_answers_the_same_inputs_without_a_run(chain_plan, python_environment):
+    with Served(chain_plan, "--response-cache", "1M", environment=python_environment) as server:
+        answers = [server.json("/v2/models/model/infer", json.loads(asked(value=value))) for value in (1.0, 2.0, 1.0)]
+        assert answers[0] == answers[2] != answers[1]
+        with triton_grpc.InferenceServerClient(server.grpc) as client:
+            tensor = triton_grpc.InferInput("x", [1, 32], "FP32")
+            tensor.set_data_from_numpy(np.ones((1, 32), np.float32))
+            output = triton_grpc.InferRequestedOutput("y", class_count=2)
+            found = client.infer("model", [tensor], outputs=[output]).as_numpy("y")
+            values = np.float32(answers[0]["outputs"][0]["data"])
+            assert [int(text.split(b":")[1]) for text in found.ravel()] == list(np.argsort(-values)[:2])
+            (stats,) = client.get_inference_statistics("model").model_stats
+        assert (stats.inference_stats.cache_hit.count, stats.inference_stats.cache_miss.count) == (2, 2)
+        assert (stats.inference_stats.success.count, stats.inference_count) == (4, 2)
+        stopped = server.json("/v2/models/model/infer", json.loads(asked(value=2.0)))
+        assert stopped == answers[1]
+        assert server.metric("onnxsplit_response_cache_hits_total") == 3
+        assert server.metric("onnxsplit_node_requests_total", 'stage="0"') == 2
+        server.ask("/v2/repository/models/model/unload", b"{}")
+        assert server.ask("/v2/models/model/infer", asked(value=2.0))[0] == 503, "a model that is gone answers nothing"
+
+
 # Access
 
 

@@ -168,8 +168,8 @@ def statistics(version: Version) -> ModelStatistics:
             compute_input=counters.decode,
             compute_infer=counters.infer,
             compute_output=counters.encode,
-            cache_hit=Duration(),
-            cache_miss=Duration(),
+            cache_hit=counters.cache_hit,
+            cache_miss=counters.cache_miss,
         ),
         batch_stats=[
             BatchStatistics(batch_size=rows, compute_input=Duration(), compute_infer=ran, compute_output=Duration())

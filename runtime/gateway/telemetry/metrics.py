@@ -69,6 +69,7 @@ class _Collector(Collector):
         yield from _triton(versions, nodes)
         yield from _models(versions)
         yield from text_metrics.metrics(versions, nodes, self._sampler.text_times)
+        yield from self._cache(versions)
         yield from self._nodes(nodes)
 
     def _server(self) -> Iterator[Metric]:
@@ -78,6 +79,21 @@ class _Collector(Collector):
         yield gauge("onnxsplit_ready", "1 when all models execute requests.", (), [((), float(ready))])
         held = float(sampler.budget.held_bytes)
         yield gauge("onnxsplit_receiving_bytes", "Bytes of requests that the server holds.", (), [((), held)])
+
+    def _cache(self, versions: Sequence[Version]) -> Iterator[Metric]:
+        """Metrics of the response cache; none where there is none."""
+        if (cache := self._sampler.service.cache) is None:
+            return
+        yield gauge(
+            "onnxsplit_response_cache_bytes", "Bytes that the response cache keeps.", (), [((), cache.held_bytes)]
+        )
+        yield gauge("onnxsplit_response_cache_entries", "Responses that the cache keeps.", (), [((), len(cache))])
+        for name, text, part in (
+            ("hits", "Requests that the response cache answered.", "cache_hit"),
+            ("misses", "Requests that the response cache did not answer.", "cache_miss"),
+        ):
+            values = [((v.model, v.number), getattr(v.counters, part).count) for v in versions]
+            yield counter(f"onnxsplit_response_cache_{name}", text, _MODEL, values)
 
     def _nodes(self, nodes: Mapping[Version, Sequence[NodeStats]]) -> Iterator[Metric]:
         rows = [
