@@ -97,6 +97,15 @@ _REQUESTS: OptionTable = [
         {"type": click.IntRange(1, 1000), "default": 1, "help": "Number of the newest versions of a model to load."},
     ),
     (
+        ("--poll",),
+        {
+            "type": NumberParam(0, MOST_SECONDS),
+            "default": 0.0,
+            "metavar": "SECONDS",
+            "help": "Look so often for plans that were added, replaced or removed, and load or unload them. 0: never.",
+        },
+    ),
+    (
         ("--response-cache",),
         {
             "type": SizeParam(0),
@@ -285,7 +294,7 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
         from onnxsplit.errors import InputError
 
         raise InputError(f"serving needs more packages: pip install 'onnxsplit[serve]' ({error})") from error
-    from runtime.gateway.models.version import find_versions
+    from runtime.gateway.models.version import find_versions, is_empty
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     chosen = different(click.get_current_context())
@@ -298,7 +307,7 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
     del options["custom_ops"]
     if gateway["max_batch"] > 1 and options["micro_batch"] is None:
         options["micro_batch"] = gateway["max_batch"]
-    versions = find_versions(plans)
+    versions = [] if gateway["poll"] and is_empty(plans) else find_versions(plans)
     if len(versions) > 1:
         _share_host(options, versions)
     serve(
@@ -320,6 +329,7 @@ def _serve_options(
     drain: float,
     otel: bool,
     warmup: tuple[str, ...],
+    poll: float,
     **same: Any,
 ) -> ServeOptions:
     from runtime.gateway.models.warmup import Warmup
@@ -332,6 +342,7 @@ def _serve_options(
         drain_s=drain,
         spans=otel,
         warmup=Warmup.read(warmup),
+        poll_s=poll,
         **same,
     )
 
@@ -366,11 +377,11 @@ def _announce(output: Output, serving: Serving, *, host: str, tokens: bool) -> N
 
     output.done()
     models = ", ".join(f"{name} (version {', '.join(numbers)})" for name, numbers in serving.models.items())
-    first = next(iter(serving.models))
+    first = next(iter(serving.models), "MODEL")
     header = " -H 'Authorization: Bearer TOKEN'" if tokens else ""
     if host not in LOOPBACK and not (tokens and serving.http.startswith("https")):
         output.note(f"other hosts can reach {host}, and " + ("TLS" if tokens else "a token file") + " is not set")
-    output.line(f"Serving {models}")
+    output.line(f"Serving {models or 'no model yet'}")
     output.line(f"  HTTP   {serving.http}" + (f"   gRPC {serving.grpc}" if serving.grpc else ""))
     output.line(f"  Page   {serving.http}/   Metrics {serving.http}/metrics")
     output.line(f"  Try    curl -s{header} {shlex.quote(f'{serving.http}/v2/models/{quote(first)}')}")

@@ -24,8 +24,9 @@ from runtime.gateway.grpc.servicer import GrpcServicer
 from runtime.gateway.http.app import HttpApp
 from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.connections import Connection
+from runtime.gateway.models.polling import Poller
 from runtime.gateway.models.repository import Repository, StartPipeline
-from runtime.gateway.models.version import Version, find_versions
+from runtime.gateway.models.version import Version, find_versions, is_empty
 from runtime.gateway.models.warmup import Warmup
 from runtime.gateway.openai.catalogue import Catalogue
 from runtime.gateway.openai.routes import OpenAIEndpoint
@@ -65,6 +66,7 @@ class ServeOptions:
         max_queue: Most requests that wait before a pipeline; more are refused.
         max_queue_bytes: Most bytes of their inputs, and of all requests that are held.
         max_body: Most bytes of one request.
+        poll_s: Seconds between two looks at the folders of the models; 0 never looks.
         newest: How many of the newest versions of each model are loaded.
         tls_cert: PEM file with the certificate chain; None serves without TLS.
         tls_key: PEM file with the certificate's key.
@@ -88,6 +90,7 @@ class ServeOptions:
     max_queue: int = 256
     max_queue_bytes: int = 1 << 30
     max_body: int = 256 << 20
+    poll_s: float = 0.0
     newest: int = 1
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -174,14 +177,14 @@ def serve(
         OnnxsplitError: The server cannot start. The message says why.
     """
     options.check()
-    versions = find_versions(folders)
+    versions = [] if options.poll_s and is_empty(folders) else find_versions(folders)
     options.warmup.check({version.model: version.plan for version in versions})
     tokens = read_tokens(options.token_file) if options.token_file is not None else ()
     access = AccessControl(tokens, loopback=options.host in LOOPBACK)
     with listen(options.host, options.http_port) as listener:
 
         async def run() -> None:
-            await _Gateway(options, versions, start, access).run(listener, on_ready, progress)
+            await _Gateway(folders, options, versions, start, access).run(listener, on_ready, progress)
 
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(run())
@@ -191,9 +194,15 @@ class _Gateway:
     """All parts of a running gateway. It is made within the event loop that runs it."""
 
     def __init__(
-        self, options: ServeOptions, versions: list[Version], start: StartPipeline, access: AccessControl
+        self,
+        folders: Sequence[Path],
+        options: ServeOptions,
+        versions: list[Version],
+        start: StartPipeline,
+        access: AccessControl,
     ) -> None:
         self._options = options
+        self._folders = folders
         self._ending = asyncio.Event()
         self._repository = Repository(versions, start, options.limits, newest=options.newest, warmup=options.warmup)
         self._regions = SharedMemoryRegions(
@@ -219,22 +228,25 @@ class _Gateway:
         self._stop_on_signals()
         serving_http = asyncio.ensure_future(self._http_server.serve(sockets=[listener]))
         grpc_server: Any = None
-        watching: asyncio.Future[None] | None = None
+        watching: list[asyncio.Future[None]] = []
         try:
             grpc_server, grpc_port = await _grpc_server(self._servicer, self._options)
             self._sampler.start()
-            watching = asyncio.ensure_future(self._repository.watch())
+            watching.append(asyncio.ensure_future(self._repository.watch()))
             for model in self._repository.models:
                 progress(f"starting the nodes of {model}")
                 await _unless(self._ending, self._repository.load(model))
             self._stop_on_signals()  # again, because Ray installs a handler that aborts the process
             if not self._ending.is_set():
                 on_ready(self._serving(listener.getsockname()[1], grpc_port))
+            if self._options.poll_s:
+                poller = Poller(self._repository, self._folders)
+                watching.append(asyncio.ensure_future(poller.run(self._options.poll_s)))
             await self._ending.wait()
         finally:
             log_event(_log, logging.INFO, "stopping", patience_s=self._options.drain_s)
-            if watching is not None:
-                watching.cancel()
+            for task in watching:
+                task.cancel()
             await self._repository.close(self._options.drain_s)
             await self._sampler.stop()
             if grpc_server is not None:

@@ -296,6 +296,73 @@ class Repository:
         finally:
             emptied.cancel()
 
+    async def update(self, found: Sequence[Version], removed: Sequence[Version]) -> None:
+        """Take over what has changed in the folders of the models.
+
+        The newest versions of a model that is loaded, or new, are loaded. A version whose plan was replaced takes
+        requests until its successor is ready. Then older versions, and those removed, are unloaded.
+
+        Args:
+            found: New versions, and successors of versions with the same number.
+            removed: Versions whose folders are gone.
+
+        Raises:
+            OnnxsplitError: A version did not start; the others were taken over, and its predecessor goes on.
+        """
+        await self._to_the_end(self._update(found, removed))
+
+    async def _update(self, found: Sequence[Version], removed: Sequence[Version]) -> None:
+        async with self._changing:
+            touched = dict.fromkeys(version.model for version in (*found, *removed))
+            active = {version.model for version in self.active} | {
+                v.model for v in found if v.model not in self._models
+            }
+            ended, problems = list(removed), list[OnnxsplitError]()
+            for version in removed:
+                del self._models[version.model][version.number]
+            for version in found:
+                versions = self._models.setdefault(version.model, {})
+                before = versions.get(version.number)
+                if before is not None and before.batcher is not None and not await self._loads(version, problems):
+                    continue  # the one before goes on
+                if before is not None:
+                    ended.append(before)
+                numbers = sorted({*versions, version.number}, key=int)
+                self._models[version.model] = {
+                    number: (versions | {version.number: version})[number] for number in numbers
+                }
+            for model in touched:
+                await self._settle(model, problems, loads=model in active)
+            for version in ended:
+                self._restarts.pop(version, None)
+                await self._unload(version, "its plan was replaced or removed")
+        if problems:
+            raise problems[0]
+
+    async def _settle(self, model: str, problems: list[OnnxsplitError], *, loads: bool) -> None:
+        """Load the newest versions of a model, then unload the others."""
+        versions = list(self._models[model].values())
+        newest = versions[-self._newest :]
+        for version in newest:
+            if loads and version.batcher is None:
+                await self._loads(version, problems)
+        if any(version.batcher is not None for version in newest):
+            for version in versions:
+                if version not in newest:
+                    await self._unload(version, "a newer version was loaded")
+        if not versions:
+            del self._models[model]
+
+    async def _loads(self, version: Version, problems: list[OnnxsplitError]) -> bool:
+        """Load a version; False when it does not start."""
+        try:
+            if not self.ending:
+                await self._load(version)
+        except OnnxsplitError as error:
+            problems.append(error)
+            return False
+        return True
+
     async def close(self, patience_s: float) -> None:
         """Accept nothing more, answer accepted requests for at most ``patience_s`` seconds, and close all pipelines."""
         self.ending = True

@@ -2,6 +2,7 @@
 
 model.plan/                      model "model", version 1
 models/resnet/1/, .../2/         given as ``models/resnet``: model "resnet", versions 1 and 2
+models/                          a repository: the models "resnet" and others
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from onnxsplit import __version__
 from onnxsplit.errors import InputError, shown
@@ -164,27 +165,85 @@ def split_name(name: str, models: Iterable[str]) -> tuple[str, Part]:
     return name, None
 
 
+class PlanPlace(NamedTuple):
+    """Where a version of a model is found: its model, its number, and its plan directory."""
+
+    model: str
+    number: str
+    folder: Path
+
+
+def find_plans(folders: Iterable[Path]) -> list[PlanPlace]:
+    """The plans in some folders, in the order of their versions.
+
+    Each folder is a plan, or holds numbered plans, or is a repository: a folder of such folders.
+
+    Raises:
+        InputError: Two models have the same name.
+    """
+    places: list[PlanPlace] = []
+    for folder in folders:
+        for found in _models_in(folder):
+            if any(place.model == found[0].model for place in places):
+                name = found[0].model
+                raise InputError(f"two plans would be served as model {name!r}; rename a folder, or make them versions")
+            places += found
+    return places
+
+
+def _models_in(folder: Path) -> list[list[PlanPlace]]:
+    """The versions of each model in a folder. A folder in which nothing is found counts as a plan."""
+    if model := _versions_in(folder):
+        return [model]
+    models = [_versions_in(inner) for inner in _folders(folder)]
+    return [model for model in models if model] or [[PlanPlace(_model_name(folder), "1", folder)]]
+
+
+def _versions_in(folder: Path) -> list[PlanPlace]:
+    """The versions of the model that a folder is; empty if it is none."""
+    name = _model_name(folder)
+    if (folder / PLAN_FILE).exists():
+        return [PlanPlace(name, "1", folder)]
+    numbered = sorted((inner for inner in _folders(folder) if inner.name.isdecimal()), key=lambda one: int(one.name))
+    return [PlanPlace(name, inner.name, inner) for inner in numbered]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return (
+        sorted(inner for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+        if folder.is_dir()
+        else []
+    )
+
+
+def _model_name(folder: Path) -> str:
+    return folder.resolve().name.removesuffix(".plan") or "model"
+
+
 def find_versions(folders: Iterable[Path]) -> list[Version]:
-    """The versions in some folders, each of which is a plan or holds numbered plans.
+    """The versions in some folders, which are as for :func:`find_plans`.
 
     Raises:
         OnnxsplitError: A folder holds no plan, a plan cannot be served, or two models have the same name.
     """
-    versions: list[Version] = []
-    for folder in folders:
-        name = folder.resolve().name.removesuffix(".plan") or "model"
-        numbered = sorted(
-            (path for path in (folder.iterdir() if folder.is_dir() else ()) if path.name.isdecimal() and path.is_dir()),
-            key=lambda path: int(path.name),
-        )
-        plans = [folder] if (folder / PLAN_FILE).exists() or not numbered else numbered
-        if any(version.model == name for version in versions):
-            raise InputError(f"two plans would be served as model {name!r}; rename a folder, or make them versions")
-        for path in plans:
-            plan = load_plan(path)
-            _check_types(name, plan)
-            versions.append(Version(name, "1" if path is folder else path.name, path, plan))
-    return versions
+    return [read_version(place) for place in find_plans(folders)]
+
+
+def is_empty(folders: Iterable[Path]) -> bool:
+    """Whether all folders are there, and none holds a plan yet."""
+    places = find_plans(folders)
+    return all(place.folder.is_dir() and not (place.folder / PLAN_FILE).exists() for place in places)
+
+
+def read_version(place: PlanPlace) -> Version:
+    """The version in a place, not loaded.
+
+    Raises:
+        OnnxsplitError: There is no plan, or it cannot be served.
+    """
+    plan = load_plan(place.folder)
+    _check_types(place.model, plan)
+    return Version(place.model, place.number, place.folder, plan)
 
 
 def _check_types(name: str, plan: Plan) -> None:
