@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from onnxsplit.custom_ops import check_wanted, find_libraries, needed_libraries
@@ -50,13 +51,26 @@ def security_of(bind: str, options: RunOptions) -> tuple[Security, Keys | None]:
     return security, keys
 
 
-def meeting_point(bind: str, security: Security, keys: Keys | None) -> Rendezvous:
-    """The rendezvous of a pipeline and nodes that are started by hand; makes a folder, which the caller removes."""
-    any_port = f"{bind.rpartition(':')[0]}:*" if bind.startswith("tcp://") else None
+def meeting_point(bind: str, ports: Sequence[int] | None, security: Security, keys: Keys | None) -> Rendezvous:
+    """The rendezvous of a pipeline and nodes that are started by hand; makes a folder, which the caller removes.
+
+    Args:
+        bind: the address for control messages.
+        ports: the ports for results and for stage files; None for any free ones.
+        security: the security of the links.
+        keys: the keys, if links are encrypted.
+
+    Raises:
+        InputError: ports are given for an address that has none.
+    """
+    host, has_ports = bind.rpartition(":")[0], bind.startswith("tcp://")
+    if ports is not None and not has_ports:
+        raise InputError(f"ports are for an address of tcp, and {bind} has none; leave them out")
+    results, files = ports or ("*", "*")
     return Rendezvous(
         control=bind,
-        data=any_port or f"{bind}.results",
-        files=any_port or f"{bind}.files",
+        data=f"{host}:{results}" if has_ports else f"{bind}.results",
+        files=f"{host}:{files}" if has_ports else f"{bind}.files",
         home=private_folder(),
         security=security,
         trusted=(lambda: keys.allowed) if keys is not None else None,

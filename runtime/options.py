@@ -35,6 +35,9 @@ Mode = Literal["sync", "async"]
 _WAITING_NS = 10_000_000  # time that the requests of each node take together, if its stage is short
 _MOST_FOR_A_NODE = 8
 _ENOUGH_INFLIGHT = 1024
+MOST_PORT = 65535
+"""The largest number of a TCP port."""
+
 _WHOLE = {  # options that are whole numbers, with their limits
     "threads": (1, MOST_THREADS),
     "inflight": (1, MOST_INFLIGHT),
@@ -74,6 +77,7 @@ class RunArguments(TypedDict, total=False):
     timings: Timings
     elastic: bool
     keys: Path | None
+    ports: Sequence[int] | None
     insecure: bool
     trace: bool
     trace_ops: bool
@@ -117,6 +121,8 @@ class RunOptions:
         elastic: for nodes that are started by hand: accept more nodes of a stage than replicas, while they stay.
         keys: for nodes that are started by hand: the folder of the keys that protect links by tcp (``onnxsplit keys
             new``). When None, ``~/.config/onnxsplit/keys`` if it exists.
+        ports: for nodes that are started by hand, and an address of tcp: the ports for results and for stage files, for
+            firewalls. Any free ports when None.
         insecure: for nodes that are started by hand: whether unencrypted links may leave this host.
         trace: record the stages that each request passes, with times, for :meth:`~runtime.pipeline.Pipeline.trace`.
         trace_ops: also record ONNX Runtime's own profile of every stage.
@@ -158,6 +164,7 @@ class RunOptions:
     timings: Timings = field(default_factory=Timings)
     elastic: bool = False
     keys: Path | None = None
+    ports: Sequence[int] | None = None
     insecure: bool = False
     trace: bool = False
     trace_ops: bool = False
@@ -233,6 +240,12 @@ class RunOptions:
         ]
         if self.start_timeout is not None:
             problems.append(real_problem("start_timeout", self.start_timeout, MOST_SECONDS))
+        if self.ports is not None and not (
+            isinstance(self.ports, list | tuple) and len(self.ports) == 2 and self.ports[0] != self.ports[1]
+        ):
+            problems.append(f"ports must be two different numbers, as in (5556, 5557), not {shown(self.ports)}")
+        elif self.ports is not None:
+            problems += [whole_problem("ports", port, 1, MOST_PORT) for port in self.ports]
         violations = [problem for problem in problems if problem]
         if violations:
             raise InputError("; ".join(violations))

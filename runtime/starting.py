@@ -104,7 +104,7 @@ def wait_for_nodes(plan: str | Path, bind: str, options: Mapping[str, Any]) -> P
     security, keys = security_of(bind, wanted)
     folder = plan_folder(plan)
     loaded = load_plan(folder)
-    rendezvous = meeting_point(bind, security, keys)
+    rendezvous = meeting_point(bind, wanted.ports, security, keys)
     try:
         memory_bytes = wanted.inflight_bytes or memory_for_requests_bytes()
         setup = setup_of(

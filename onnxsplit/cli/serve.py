@@ -40,6 +40,15 @@ def _port(context: click.Context, parameter: click.Parameter, text: str) -> int 
     return port
 
 
+def _ports(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = [parse_whole(part.strip(), 65535) for part in text.split(",")]
+    if len(numbers) != 2 or not all(numbers) or numbers[0] == numbers[1]:
+        raise click.BadParameter(f"{text!r} is not two different ports, as 5556,5557", context, parameter)
+    return numbers[0], numbers[1]  # type: ignore[return-value]  # neither is None
+
+
 def _check_warmup(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
     for word in words:
         if word.lstrip("-").isdecimal() and parse_whole(word, _MOST_WARMUP) is None:
@@ -196,6 +205,15 @@ _NODES: OptionTable = [
         },
     ),
     (("--bind",), {"metavar": "ADDR", "help": "Address for nodes started by hand: tcp://HOST:PORT or ipc://PATH."}),
+    (
+        ("--ports",),
+        {
+            "metavar": "N,N",
+            "callback": _ports,
+            "help": "Ports for results and for stage files, beside that of --bind, for firewalls. Without it: any free "
+            "ones.",
+        },
+    ),
     (("--keys",), {"type": _FILE, "metavar": "DIR", "help": "Keys that encrypt tcp links to those nodes."}),
     (("--insecure",), {"is_flag": True, "help": "Allow unencrypted links to nodes on other hosts."}),
 ]
@@ -209,6 +227,7 @@ class _NodeSource:
     placement: Placement
     elastic: bool
     bind: str | None
+    ports: tuple[int, int] | None
     keys: Path | None
     insecure: bool
     custom_ops: tuple[str, ...]
@@ -221,8 +240,8 @@ class _NodeSource:
             raise click.UsageError(
                 "give custom ops to each node that is started by hand: onnxsplit node --custom-ops FILE.so"
             )
-        if self.launcher != "none" and (self.bind is not None or self.elastic):
-            raise click.UsageError("--bind and --elastic are for nodes started by hand; add --launcher none")
+        if self.launcher != "none" and (self.bind is not None or self.elastic or self.ports is not None):
+            raise click.UsageError("--bind, --ports and --elastic are for nodes started by hand; add --launcher none")
 
     def starter(self, output: Output, versions: list[Version], options: dict[str, Any]) -> StartPipeline:
         """Return a function that starts a plan's pipeline with ``options`` for :class:`~runtime.options.RunOptions`."""
@@ -252,6 +271,7 @@ class _NodeSource:
         return Pipeline.listen(
             folder,
             bind=self.bind,
+            ports=self.ports,
             keys=self.keys,
             insecure=self.insecure,
             elastic=self.elastic,

@@ -26,6 +26,7 @@ from onnx import TensorProto, helper
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
+import ports
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from served import PENDING, Served
@@ -527,6 +528,37 @@ def test_nodes_started_by_hand_can_be_waited_for(chain_plan, python_environment,
 
 
 # The end
+
+
+def test_no_other_ports_are_opened_than_those_that_were_named(chain_plan, python_environment):
+    named = [ports.free_port() for _ in range(7)]
+    control, results, files, first, second, http, grpc = named
+    address = f"tcp://127.0.0.1:{control}"
+    words = ("--launcher", "none", "--bind", address, "--ports", f"{results},{files}")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "onnxsplit", "node", "--connect", address, "--bind", f"tcp://127.0.0.1:{port}"],
+            env=python_environment, stderr=subprocess.DEVNULL,
+        )
+        for port in (first, second)
+    ]  # fmt: skip
+    chosen = ("--http-port", http, "--grpc-port", grpc)
+    with Served(chain_plan, *words, *chosen, environment=python_environment) as server:
+        assert server.ask("/v2/models/model/infer", asked())[0] == 200
+        opened = {pid: listening(pid) for pid in (server.process.pid, *(node.pid for node in started))}
+    assert opened[server.process.pid] == {control, results, files, http, grpc}
+    assert {tuple(opened[node.pid]) for node in started} == {(first,), (second,)}
+    assert [node.wait(60) for node in started] == [0, 0]
+    for given, words in (("5556", "is not two different ports"), ("5556,5556", "is not two"), ("5556,0", "is not two")):
+        status, errors = start(
+            python_environment, chain_plan, "--launcher", "none", "--bind", address, "--ports", given
+        )
+        assert (status, words in errors) == (2, True), errors
+
+
+def listening(pid: int) -> set[int]:
+    connections = psutil.Process(pid).net_connections("tcp")
+    return {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
 
 
 def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(slow_plan, python_environment):
