@@ -7,7 +7,10 @@ from importlib.resources import files
 LIBRARIES = ("dagre.min.js", "draw.js")
 """Names of the scripts that draw, in the order in which a page loads them."""
 
-LICENCES = (("dagre", "dagre.LICENSE"),)
+CHARTS = "uPlot.iife.min.js"
+"""Name of the script that draws charts, for pages that have some."""
+
+LICENCES = (("dagre", "dagre.LICENSE"), ("uPlot", "uPlot.LICENSE"))
 """Names of the third-party libraries, and of the files with their licences."""
 
 
@@ -21,14 +24,14 @@ def asset(name: str) -> str:
     return (files(__name__) / "assets" / name).read_text(encoding="utf-8")
 
 
-def libraries() -> str:
-    """The scripts that draw, as one text; they define ``draw``."""
-    return "\n".join(script(asset(name)) for name in LIBRARIES)
+def libraries(*, charts: bool = False) -> str:
+    """The scripts that draw, as one text; they define ``draw`` and, with ``charts``, ``uPlot``."""
+    return "\n".join(script(asset(name)) for name in (*LIBRARIES, *((CHARTS,) if charts else ())))
 
 
-def styles() -> str:
-    """The style sheet for colours, text, tables and graphs."""
-    return asset("base.css")
+def styles(*, charts: bool = False) -> str:
+    """The style sheet for colours, text, tables, bars and graphs, and with ``charts`` for these too."""
+    return asset("base.css") + (asset("uPlot.min.css") if charts else "")
 
 
 def fill(page: str, **parts: str) -> str:
@@ -38,7 +41,7 @@ def fill(page: str, **parts: str) -> str:
     return page
 
 
-def licences(*more: tuple[str, str]) -> str:
-    """Names and licences of the libraries, and of ``more``, as text for an HTML comment."""
-    all_of_them = (*((name, asset(file)) for name, file in LICENCES), *more)
-    return "\n".join(f"{name}\n{text}" for name, text in all_of_them).replace("--", "- -")
+def licences(*, charts: bool = False) -> str:
+    """Names and licences of the libraries, as text for an HTML comment."""
+    used = LICENCES if charts else LICENCES[:1]
+    return "\n".join(f"{name}\n{asset(file)}" for name, file in used).replace("--", "- -")

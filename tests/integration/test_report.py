@@ -6,6 +6,8 @@ import re
 
 import build
 import pytest
+from decoders import plain
+from told_page import BOXES, crossed, overlaps
 
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import examine_for, write_plan
@@ -109,3 +111,76 @@ def test_it_prints(browser, report):
     sheet.goto(report.as_uri())
     assert len(sheet.pdf()) > 10_000
     sheet.close()
+
+
+WIDTHS = [1000, 390]
+
+
+@pytest.fixture(params=WIDTHS)
+def sized(browser, report, request):
+    opened = browser.new_page(viewport={"width": request.param, "height": 900})
+    opened.goto(report.as_uri())
+    yield opened
+    opened.close()
+
+
+def test_values_stand_clear_of_bars_and_marks(sized):
+    found = sized.evaluate("""() => {
+      const box = (one) => one.getBoundingClientRect().toJSON();
+      const all = (what) => [...document.querySelectorAll(what)].map(box);
+      return { texts: all(".measure .value, .measure .name"), bars: all(".measure .bar, .measure .bar *") };
+    }""")
+    assert len(found["texts"]) == 2 * (9 + 3), "three measures of three stages, and three ways to run the model"
+    assert not [(text, bar) for text in found["texts"] for bar in found["bars"] if overlaps(text, bar)]
+    assert sized.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_legend_has_the_values_of_the_marks(page):
+    legend = page.locator("#bars .legend").inner_text()
+    assert re.search(r"equal shares [\d.]+ ms", legend)
+    assert re.search(r"lower bound [\d.]+ ms", legend)
+    assert page.locator("#bars .bar b.bound").count() == 3
+
+
+def test_the_graph_takes_the_width_and_no_line_meets_a_label(sized):
+    found = sized.eval_on_selector("#graph", BOXES)
+    assert len(found["labels"]) == 2
+    assert not [(box, at) for box in found["labels"] + found["boxes"] for at in found["lines"] if crossed(box, at)]
+    right = max(box["right"] for box in found["boxes"])
+    assert right > found["frame"]["right"] - 40, "at least as wide as its frame"
+
+
+def test_texts_are_aligned_to_the_left_and_figures_to_the_right(page):
+    sides = page.evaluate("""[...document.querySelectorAll("#cuts th, #cuts tbody tr:first-child td")]
+      .map(one => getComputedStyle(one).textAlign)""")
+    assert sides == ["left", "left", "left", "left", "right"] * 2
+
+
+def test_a_plan_without_decoder_has_no_block_for_it(page):
+    assert page.locator("#decoder-section").count() == 0
+
+
+@pytest.fixture(scope="module")
+def decoder_report(tmp_path_factory):
+    """The report of a decoder in two stages."""
+    folder = tmp_path_factory.mktemp("decoder")
+    wanted = CutOptions(stages=2)
+    subject = examine_for(build.save(plain(), folder), wanted, decode_rows=2, context=16)
+    result = write_plan(subject, folder / "model.plan", wanted)
+    write_report(result, folder / "report.html")
+    return folder / "report.html", result.plan
+
+
+def test_a_decoder_has_a_block_with_what_is_known_of_it(browser, decoder_report):
+    file, plan = decoder_report
+    opened = browser.new_page()
+    opened.goto(file.as_uri())
+    block = opened.locator("#decoder").inner_text()
+    assert f"at most {plan.decoder.max_length} positions" in block
+    assert "2 sequences with 16 positions each" in block
+    per_s = re.search(r"Tokens per second\s+([\d,.]+):", block)[1].replace(",", "")
+    assert float(per_s) == pytest.approx(2 * plan.prediction.throughput_per_s, rel=0.01)
+    assert f"room for {plan.decoder.cache_tokens} positions" in block
+    assert "Proven by" in block
+    assert opened.locator("#decoder .bar").count() == 2
+    opened.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from onnxsplit.plan import Plan
 from onnxsplit.plan_base import PlanStruct
 from onnxsplit.planning.result import PlanningResult
 from onnxsplit.planning.sweep import SweepRow
+from onnxsplit.views.decoder import decoder_lines
 
 
 class OpRow(PlanStruct, frozen=True, kw_only=True):
@@ -40,12 +41,21 @@ class OpRow(PlanStruct, frozen=True, kw_only=True):
 
 
 class Content(PlanStruct, frozen=True, kw_only=True):
-    """The data that the page shows: the model's name, the plan, its ops, and other numbers of stages."""
+    """The data that the page shows.
+
+    Attributes:
+        model: the model's name.
+        plan: the plan.
+        ops: its ops.
+        sweep: other numbers of stages.
+        decoder: what is known of a decoder, in sentences.
+    """
 
     model: str
     plan: Plan
     ops: tuple[OpRow, ...]
     sweep: tuple[SweepRow, ...]
+    decoder: tuple[str, ...] = ()
 
 
 def content(result: PlanningResult, sweep: Sequence[SweepRow] = ()) -> Content:
@@ -67,7 +77,23 @@ def content(result: PlanningResult, sweep: Sequence[SweepRow] = ()) -> Content:
         )
         for op in shown
     )
-    return Content(model=graph.source.path.name, plan=result.plan, ops=rows, sweep=tuple(sweep))
+    plan = result.plan
+    return Content(
+        model=graph.source.path.name, plan=plan, ops=rows, sweep=tuple(sweep), decoder=tuple(_decoder(result))
+    )
+
+
+def _decoder(result: PlanningResult) -> Iterator[str]:
+    """What is known of a decoder, in sentences."""
+    plan, decoding = result.plan, result.subject.decoding
+    if plan.decoder is None:
+        return
+    yield from decoder_lines(plan, plan.decoder)
+    if decoding is None:
+        return
+    yield from (f"Beside the model: {note}." for note in decoding.decoder.claim.notes)
+    if (prefill := decoding.prefill) is not None:
+        yield f"The whole model takes {prefill.time_ns / 1e6:.3g} ms for a prompt of {prefill.tokens} tokens."
 
 
 def page(shown: Content) -> str:
@@ -80,9 +106,9 @@ def page(shown: Content) -> str:
     data = msgspec.json.encode(shown).decode().replace("<", "\\u003c").replace("\u2028", "\\u2028")
     return drawing.fill(
         text("report.html"),
-        styles=drawing.styles() + text("uPlot.min.css") + text("report.css"),
-        licences=drawing.licences(("uPlot", text("uPlot.LICENSE"))),
-        libraries=drawing.libraries() + "\n" + drawing.script(text("uPlot.iife.min.js")),
+        styles=drawing.styles(charts=True) + text("report.css"),
+        licences=drawing.licences(charts=True),
+        libraries=drawing.libraries(charts=True),
         data=data,
         script=text("report.js"),
     )

@@ -2,7 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const { plan, ops, sweep } = data;
-  const { hue, milliseconds, bytes, element } = draw;
+  const { hue, milliseconds, number, bytes, element, text } = draw;
   const by = (id) => document.getElementById(id);
   const MOST = 200; // boxes drawn at once
   const percent = (share) => (100 * share).toFixed(2).replace(/\.?0+$/, "") + " %";
@@ -25,27 +25,28 @@
 
   // ---- bars
   const sent = plan.stages.map((stage) => sum(plan.cuts.filter((cut) => cut.from_stage === stage.index).map((cut) => cut.bytes)));
-  const bars = (title, values, format, { ideal, bound, part, notes, labels } = {}) => {
-    const top = 1.02 * Math.max(1, ...values, ideal || 0, bound || 0);
-    const rows = values.map((value, index) => {
-      const bar = element("div", { class: "bar", style: `--hue:${hue(index)}` }, element("i", { style: `width:${100 * value / top}%` }));
-      if (part) bar.append(element("i", { class: "more", style: `width:${100 * part[index] / top}%` }));
-      for (const [name, at] of [["", ideal], ["bound", bound]])
-        if (at) bar.append(element("b", { class: name, style: `left:${100 * at / top}%` }));
-      bar.append(element("span", {}, format(value) + (notes ? notes[index] : "")));
-      return [element("div", {}, labels ? labels[index] : `stage ${index}`), bar];
-    });
-    return element("div", { class: "measure" }, element("h3", {}, title), ...rows.flat());
+  const bars = (title, values, format, { marks = [], part, notes, labels } = {}) => {
+    const top = 1.02 * Math.max(1, ...values, ...marks.map((mark) => mark.value));
+    const rows = values.map((value, index) => ({
+      name: labels ? labels[index] : `stage ${index}`, value: format(value) + (notes ? notes[index] : ""),
+      parts: [{ from: 0, to: value / top, hue: hue(index) }, ...(part ? [{ from: 0, to: part[index] / top, hue: hue(index), class: "hatched" }] : [])],
+    }));
+    return draw.bars(title, rows, marks.map((mark) => ({ at: mark.value / top, class: mark.class })));
   };
+  const legend = (marks, format) => element("p", { class: "legend" },
+    ...marks.map((mark) => element("span", {}, element("b", { class: mark.class }), `${mark.name} ${format(mark.value)}${mark.more}`)));
   if (plan.stages.length) {
     const times = plan.stages.map(timeOf);
+    const marks = [{ name: "equal shares", class: "", value: sum(times) / times.length, more: "" }];
+    if (plan.objective === "throughput" && prediction.lower_bound_ns)
+      marks.push({ name: "lower bound", class: "bound", value: prediction.lower_bound_ns, more: ", transfers included" });
     by("bars").append(
       bars("Time of a run", times, milliseconds, {
-        ideal: sum(times) / times.length, bound: plan.objective === "throughput" ? prediction.lower_bound_ns : 0,
+        marks,
         notes: plan.stages.map((s) => (s.measured_time_ns ? `, predicted ${milliseconds(s.predicted_time_ns)}` : "") +
           (s.replicas > 1 ? `, ${s.replicas} replicas` : "") + (s.device ? `, on ${s.devices.join(", ")}` : "")),
       }),
-      element("p", { class: "legend" }, element("b"), "equal shares", element("b", { class: "bound" }), "lower bound, transfers included"),
+      legend(marks, milliseconds),
       bars("Memory (weights hatched)", plan.stages.map((s) => s.peak_memory_bytes), bytes, { part: plan.stages.map((s) => s.weight_bytes) }),
       bars("Bytes sent to other stages", sent, bytes));
   }
@@ -55,11 +56,24 @@
     const nameOfWay = ({ kind, count, threads }) =>
       `${count} ${kind === "stages" && count === 1 ? "stage" : count === 1 ? kind.replace(/s$/, "") : kind}, ${threads} ${threads === 1 ? "thread" : "threads"}`;
     by("verdict").append(element("p", {}, plan.verdict.text),
-      bars("Requests per second", plan.verdict.ways.map((way) => way.throughput_per_s), (rate) => rate.toPrecision(3), {
+      bars("Requests per second", plan.verdict.ways.map((way) => way.throughput_per_s), number, {
         labels: plan.verdict.ways.map(nameOfWay),
         notes: plan.verdict.ways.map((way) => `, ${way.source}; one request in ${milliseconds(way.latency_ns)}` + (way.fits ? "" : "; does not fit in memory")),
       }));
   } else by("verdict-section").remove();
+
+  // ---- the decoder
+  if (plan.decoder) {
+    const { decoder } = plan, caches = (stage) => sum(decoder.states.filter((state) => state.stage === stage.index).map((state) =>
+      state.token_bytes * decoder.cache_tokens + state.fixed_bytes * (decoder.cost_rows || 1)));
+    const rows = decoder.cost_rows, steps = prediction.throughput_per_s;
+    const facts = rows ? [["A step", `${rows} ${rows === 1 ? "sequence" : "sequences"} with ${decoder.cost_context} positions each, in ${milliseconds(prediction.latency_ns)}`],
+      ["Tokens per second", `${number(rows * steps)}: ${number(steps)} steps per second with every stage busy, a token for each sequence`]] : [];
+    facts.push(["States", `${decoder.states.length}`], ["Memory for caches", `${bytes(sum(plan.stages.map(caches)))}: room for ${decoder.cache_tokens} positions` +
+      (decoder.states.some((state) => state.fixed_bytes) ? `, and for the states of ${rows || 1} sequences` : "")]);
+    by("decoder").append(element("dl", {}, ...facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])),
+      bars("Memory for caches, by stage", plan.stages.map(caches), bytes), ...data.decoder.map((line) => element("p", {}, line)));
+  } else by("decoder-section").remove();
 
   // ---- graph: stages -> atoms (or groups of them) -> ops
   const atoms = new Map();
@@ -131,12 +145,12 @@
         const key = `i${cut.from_stage}>i${target}`;
         const edge = edges.get(key) || { from: `i${cut.from_stage}`, to: `i${target}`, bytes: 0 };
         edge.bytes += cut.bytes;
-        edge.label = bytes(edge.bytes);
+        edge.label = [bytes(edge.bytes)];
         edges.set(key, edge);
       }
     }
     const svg = draw.graph([...boxes, ...outside.values()], [...edges.values()], {
-      zoom, show, open: (box) => { if (box.item) { trail.push(box.item); view(); focusFirst(); } },
+      zoom, show, width: by("graph").clientWidth, open: (box) => { if (box.item) { trail.push(box.item); view(); focusFirst(); } },
     });
     by("graph").replaceChildren(svg);
     by("path").replaceChildren(...trail.flatMap((item, depth) => {
@@ -160,32 +174,39 @@
     }
   });
   if (plan.stages.length) view();
+  let wide = by("graph").clientWidth;
+  addEventListener("resize", () => {
+    if (!plan.stages.length || wide === by("graph").clientWidth) return;
+    wide = by("graph").clientWidth;
+    view();
+  });
 
   // ---- tables
+  const list = (times) => times.map(draw.digits).join(" · ") + "\u00a0ms";
   const hideEmpty = (id, empty) => { by(id).hidden = empty; };
   hideEmpty("cuts-section", !plan.cuts.length);
-  by("cuts").append(draw.table(["tensor", "from", "to", "type", "bytes"], plan.cuts.map((cut) => {
+  by("cuts").append(draw.table([text("tensor"), text("from"), text("to"), text("type"), "bytes"], plan.cuts.map((cut) => {
     const spec = plan.tensors[cut.tensor];
     return [cut.tensor, `stage ${cut.from_stage}`, cut.to_stages.map((stage) => `stage ${stage}`).join(", "),
       spec ? `${spec.dtype} ${spec.shape ? "[" + spec.shape.join(", ") + "]" : ""}` : "", bytes(cut.bytes)];
-  })));
+  }), { cards: true }));
   hideEmpty("rounds-section", !plan.costs.rounds.length);
   by("rounds").append(draw.table(["round", "stages as predicted", "as measured", "slowest over mean", "prediction off by"],
     plan.costs.rounds.map((round, number) => {
       const top = Math.max(...round.measured_ns), expected = Math.max(...round.predicted_ns);
-      return [number + 1, round.predicted_ns.map(milliseconds).join(" · "), round.measured_ns.map(milliseconds).join(" · "),
+      return [number + 1, list(round.predicted_ns), list(round.measured_ns),
         (top * round.measured_ns.length / sum(round.measured_ns)).toFixed(3), percent(top / expected - 1)];
-    })));
+    }), { cards: true }));
   hideEmpty("sweep-section", !sweep.length);
   if (sweep.length) {
     const ink = () => getComputedStyle(document.documentElement).getPropertyValue("--soft");
-    const axis = (label, scale, side) => ({ label, scale, side, stroke: ink, grid: { show: side !== 1, stroke: () => ink() + "33" }, size: 64 });
+    const axis = (label, scale, side) => ({ label, scale, side, stroke: ink, grid: { show: side !== 1, stroke: () => ink() + "33" }, size: side === 2 ? 36 : 56, labelSize: 18, labelFont: "12px system-ui, sans-serif", font: "12px system-ui, sans-serif" });
     const width = () => Math.min(1100, document.body.clientWidth - 32);
     const chart = new uPlot({
       width: width(), height: 320,
       scales: { x: { time: false }, ms: { range: (u, low, high) => [0, high * 1.05] }, MiB: { range: (u, low, high) => [0, high * 1.05] } },
       axes: [{ ...axis("stages", "x", 2), incrs: [1, 2, 4] }, axis("milliseconds", "ms", 3), axis("MiB", "MiB", 1)],
-      series: [{ label: "stages" },
+      series: [{ label: "stages", value: (u, v) => v ?? "" },
         { label: "bottleneck", scale: "ms", stroke: "#3b7dd8", width: 2, value: (u, v) => v == null ? "" : v.toFixed(3) + " ms" },
         { label: "lower bound", scale: "ms", stroke: "#c96f2d", dash: [5, 4], value: (u, v) => v == null ? "" : v.toFixed(3) + " ms" },
         { label: "largest stage in memory", scale: "MiB", stroke: "#3c9a68", width: 2, value: (u, v) => v == null ? "" : v.toFixed(1) + " MiB" }],

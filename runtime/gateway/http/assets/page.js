@@ -70,7 +70,7 @@
     const sent = (stage) => model.nodes.reduce((sum, node) => sum + (node.stage === stage ? node.output_bytes_per_s : 0), 0);
     const edges = plan.edges.map((edge) => ({
       from: edge.from < 0 ? "in" : `s${edge.from}`, to: edge.to < 0 ? "out" : `s${edge.to}`,
-      label: edge.bytes ? `${bytes(edge.bytes)}, ${bytes(Math.round(sent(edge.from) * edge.bytes / planned(edge.from)))}/s` : "",
+      label: edge.bytes ? [bytes(edge.bytes), `${bytes(Math.round(sent(edge.from) * edge.bytes / planned(edge.from)))}/s`] : [],
     }));
     const focused = parts.graph.contains(document.activeElement) ? document.activeElement.dataset.id : null;
     const scroll = parts.graph.scrollLeft;
