@@ -27,7 +27,7 @@ OFFLINE = [
     "cli __main__",
 ]
 ONLINE = [
-    "errors timings transition_table logs descriptors home",
+    "errors timings time_buckets transition_table logs descriptors home",
     "wire",
     "topology trace balance files deploy launcher guided",
     "memory",
@@ -111,6 +111,10 @@ PURE = [
         "runtime.text.stops",
         "runtime.text.tools",
         "runtime.trace",
+        "runtime.time_buckets",
+        "runtime.gateway.telemetry.minute",
+        "runtime.gateway.telemetry.history",
+        "runtime.gateway.telemetry.timeline",
     ),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),
     *("runtime.requests.arrays", "onnxsplit.plan_summary", "onnxsplit.plan_verdict", "onnxsplit.arguments"),

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 
+from runtime.time_buckets import bucket_of
 from runtime.wire.messages.data import Visit
 
 _LATENCIES = 1000  # number of requests that the percentiles cover
@@ -29,6 +30,7 @@ class NodeCounters:
         shared_bytes: bytes of those outputs that were passed in shared memory.
         latencies_ns: times from arrival to departure, of the last thousand requests.
         buckets: number of session times in each bucket of :data:`BUCKETS_NS`.
+        times: number of times from arrival to departure, by :func:`~runtime.time_buckets.bucket_of`.
     """
 
     requests: int = 0
@@ -41,6 +43,7 @@ class NodeCounters:
     shared_bytes: int = 0
     latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
+    times: dict[int, int] = field(default_factory=dict)
 
     def add(self, visit: Visit) -> None:
         """Count a request that was answered and had been executed here."""
@@ -52,3 +55,5 @@ class NodeCounters:
         self.output_bytes += visit.output_bytes
         self.shared_bytes += visit.shared_bytes
         self.latencies_ns.append(visit.sent_ns - visit.arrived_ns)
+        bucket = bucket_of(visit.sent_ns - visit.arrived_ns)
+        self.times[bucket] = self.times.get(bucket, 0) + 1

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from msgspec.structs import replace
+
 from runtime.balance.router import Router
 from runtime.coordinator.data_links import DataLinks
 from runtime.coordinator.events import CloseAsked, CoordinatorEvent, DrainAsked, Expired, Lost, Prepared, Scaled, Tick
@@ -340,7 +342,7 @@ class Coordinator:
                 retries=machine.requests.retries,
                 losses=roster.losses,
                 cause=causes[0] if causes else "",
-                nodes=self._stats(),
+                nodes=tuple(replace(node, times={}) for node in self._stats()),
                 sequences=sequence_stats(machine.sequences),
             )
 

@@ -72,6 +72,8 @@ class NodeStats(Struct, frozen=True):
         shared_bytes: bytes of those outputs that were passed in shared memory.
         sequences: sequences whose states the node holds.
         state_bytes: bytes of those states.
+        times: number of times from arrival to departure, by :func:`~runtime.time_buckets.bucket_of`. Not part of a
+            :class:`Snapshot`.
     """
 
     stage: int
@@ -97,6 +99,7 @@ class NodeStats(Struct, frozen=True):
     sequences: int = 0
     state_bytes: int = 0
     left_to_cpu: dict[str, int] = {}
+    times: dict[int, int] = {}
 
 
 class SequenceStats(Struct, frozen=True):
@@ -197,6 +200,7 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
                 sequences=node.sequences,
                 state_bytes=node.state_bytes,
                 left_to_cpu=dict(node.left_to_cpu),
+                times=dict(counters.times),
             )
         )
     return tuple(stats)

@@ -60,6 +60,7 @@ class Inference(Struct, eq=False):
         inputs: Arrays by input name.
         checked: What else is known of it.
         outputs: Arrays by output name, once there.
+        refused_ns: Time at which the pipeline first had no room for the request; 0 if it always had.
         entered_ns: Time at which the request entered the pipeline.
         ended_ns: Time at which its outputs were there.
         visits: The nodes that executed it, with times.
@@ -68,6 +69,7 @@ class Inference(Struct, eq=False):
     inputs: Mapping[str, Array]
     checked: Checked
     outputs: asyncio.Future[dict[str, Array]]
+    refused_ns: int = 0
     entered_ns: int = 0
     ended_ns: int = 0
     visits: tuple[Visit, ...] = ()
@@ -248,7 +250,7 @@ class Batcher:
             future = self._submit(requests, inputs)
         except Busy:
             self._executions.discard(execution)
-            self._wait_for_release(releases)
+            self._wait_for_release(execution, releases)
             return False
         except Exception as error:  # every waiting request gets the error
             self._loop.call_soon(self._finish, execution, error)
@@ -268,8 +270,10 @@ class Batcher:
             deadline_ns = None if None in deadlines else max(deadline or 0 for deadline in deadlines)
         return self._pipeline.entrance.enter(joined, selection, deadline_ns=deadline_ns, block=False)
 
-    def _wait_for_release(self, releases: int) -> None:
+    def _wait_for_release(self, refused: _Execution, releases: int) -> None:
         """Dispatch again once there have been more than ``releases`` releases, unless a wait is already under way."""
+        for request in refused.requests:
+            request.item.refused_ns = request.item.refused_ns or refused.entered_ns
         if not self._waits_for_release:
             self._waits_for_release = True
             self._admission.when_released(releases, self._released)
@@ -289,7 +293,7 @@ class Batcher:
         if isinstance(error, Busy):
             self._executions.discard(execution)
             self.queue.put_back([request for request in execution.requests if not request.item.outputs.done()])
-            self._wait_for_release(releases)
+            self._wait_for_release(execution, releases)
             self._update_idle()
         elif error is not None:
             self._finish(execution, error)
@@ -354,6 +358,7 @@ class Batcher:
     def _split(self, execution: _Execution, future: Answering, now: int) -> None:
         """Give each request its rows of the outputs."""
         outputs = future.result()
+        self._counters.slowest.ran(future.visits)
         start = 0
         for request in execution.requests:
             inference: Inference = request.item

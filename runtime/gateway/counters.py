@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 
 from onnxsplit.errors import InputError
@@ -13,8 +13,10 @@ from runtime.coordinator.counters import BUCKETS_NS
 from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
 from runtime.gateway.errors import GatewayError, NotLoaded
 from runtime.gateway.protocol.documents import Duration
+from runtime.gateway.telemetry.slowest import Slowest
+from runtime.time_buckets import bucket_of
 
-_LATENCIES = 1000
+_BATCH_SIZES = 1000  # batch sizes that are counted separately
 FAILURE_REASONS = ("REJECTED", "CANCELED", "TIMEOUT", "INVALID", "OTHER")
 """Why a request failed, as the metrics name it."""
 
@@ -39,9 +41,10 @@ class Counters:
         cache_miss: Time for looking outputs up in vain.
         batches: Executions by number of rows.
         last_ms: Time of the last answer, in milliseconds since the epoch.
-        last_error: Message of the last failure.
-        latencies_ns: Times of the last thousand answered requests.
+        last_errors: Message of the last failure for each reason.
         buckets: Histogram of the times of answered requests, in the buckets of ``BUCKETS_NS``.
+        times: Number of times of answered requests, by :func:`~runtime.time_buckets.bucket_of`.
+        slowest: The slowest requests of the present second.
     """
 
     inferences: int = 0
@@ -58,14 +61,15 @@ class Counters:
     cache_miss: Duration = field(default_factory=Duration)
     batches: dict[int, Duration] = field(default_factory=dict)
     last_ms: int = 0
-    last_error: str = ""
-    latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
+    last_errors: dict[str, str] = field(default_factory=dict)
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
+    times: dict[int, int] = field(default_factory=dict)
+    slowest: Slowest = field(default_factory=Slowest)
 
     def ran(self, rows: int, ns: int) -> None:
         """Count an execution of ``rows`` that took ``ns``."""
         self.executions += 1
-        if len(self.batches) < _LATENCIES or rows in self.batches:
+        if len(self.batches) < _BATCH_SIZES or rows in self.batches:
             self.batches.setdefault(rows, Duration()).add(ns)
 
     def answered(self, rows: int, *, decode_ns: int, queue_ns: int, infer_ns: int, encode_ns: int) -> None:
@@ -78,14 +82,15 @@ class Counters:
         self.infer.add(infer_ns)
         self.encode.add(encode_ns)
         self.last_ms = time.time_ns() // 1_000_000
-        self.latencies_ns.append(took)
         self.buckets[bisect_left(BUCKETS_NS, took)] += 1
+        bucket = bucket_of(took)
+        self.times[bucket] = self.times.get(bucket, 0) + 1
 
     def failed(self, reason: str, ns: int, message: str) -> None:
         """Count a request that failed after ``ns``."""
         self.failures[reason] += 1
         self.fail.add(ns)
-        self.last_error = message
+        self.last_errors[reason] = message
 
 
 def failure_reason(error: BaseException) -> str:

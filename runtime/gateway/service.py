@@ -12,7 +12,7 @@ from msgspec import Struct
 from onnxsplit.tensors import Array, content_bytes
 from runtime.gateway.batcher import Inference
 from runtime.gateway.counters import failure_reason
-from runtime.gateway.errors import Unsupported, client_message
+from runtime.gateway.errors import GatewayError, NotLoaded, Unsupported, client_message
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import TEXT, Part, Version, split_name
 from runtime.gateway.prepared import PreparedRequest, PreparedRequests, Recalled
@@ -21,6 +21,7 @@ from runtime.gateway.protocol.tensor_data import classify, to_bytes
 from runtime.gateway.response_cache import ResponseCache
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.spans import Spans
+from runtime.gateway.telemetry.slowest import SlowRequest
 from runtime.gateway.threads import Workers, takes_long
 
 Encoded = TypeVar("Encoded")
@@ -79,6 +80,10 @@ class Service:
         workers: Threads for work that takes long.
         spans: Records requests for OpenTelemetry; None records nothing.
         cache: Answers requests whose inputs were seen before; None runs all.
+
+    Attributes:
+        astray: Requests that asked for a model that is not here, or that executes none.
+        last_astray: What the caller of the last of them was told.
     """
 
     def __init__(
@@ -95,6 +100,8 @@ class Service:
         self.cache = cache
         self._spans = spans
         self._prepared = PreparedRequests()
+        self.astray = 0
+        self.last_astray = ""
 
     @property
     def traces(self) -> bool:
@@ -122,6 +129,16 @@ class Service:
             raise Unsupported(f"{name!r} answers in parts; use ModelStreamInfer, or /generate and /generate_stream")
         return self.repository.loaded(version.model, number)
 
+    def _asked(self, known: Undecoded) -> Version:
+        """The version that a request asks for; requests that ask for none are counted."""
+        try:
+            return self._executable(known.name, known.number)
+        except GatewayError as error:
+            if not isinstance(error, NotLoaded):
+                self.astray += 1
+                self.last_astray = client_message(error, _MESSAGE_CHARACTERS)
+            raise
+
     def recall(self, message: IncomingRequest[Any]) -> Recalled | None:
         """What is known of a request; None if its like was not executed before, or models have changed since then."""
         if self.repository.ending:
@@ -139,7 +156,7 @@ class Service:
             OnnxsplitError: The request failed. :func:`~runtime.gateway.errors.status_of` gives the status.
         """
         arrived = time.monotonic_ns()
-        version = self._executable(known.name, known.number) if isinstance(known, Undecoded) else known[0].version
+        version = self._asked(known) if isinstance(known, Undecoded) else known[0].version
         counters = version.counters
         counters.pending += 1
         try:
@@ -205,7 +222,10 @@ class Service:
 
     def _failed(self, version: Version, error: BaseException, arrived_ns: int, headers: Mapping[str, str]) -> None:
         now = time.monotonic_ns()
-        version.counters.failed(failure_reason(error), now - arrived_ns, client_message(error, _MESSAGE_CHARACTERS))
+        reason, message = failure_reason(error), client_message(error, _MESSAGE_CHARACTERS)
+        version.counters.failed(reason, now - arrived_ns, message)
+        if now - arrived_ns > version.counters.slowest.least_ns:
+            version.counters.slowest.add(SlowRequest(arrived_ns, 0, 0, 0, 0, now, reason=reason, message=message))
         if self._spans is not None:
             self._spans.failed(version, headers, arrived_ns, now, error)
 
@@ -238,6 +258,9 @@ def _count(version: Version, inference: Inference, times_ns: tuple[int, int, int
         infer_ns=left - entered,
         encode_ns=ended - left,
     )
+    if ended - arrived > version.counters.slowest.least_ns:
+        slowest, refused, visits = version.counters.slowest, inference.refused_ns, inference.visits
+        slowest.add(SlowRequest(arrived, decoded, refused, entered, left, ended, visits, slowest.others))
 
 
 def _encoding_takes_long(requested: Sequence[RequestedOutput], outputs: Mapping[str, Array]) -> bool:

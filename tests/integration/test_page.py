@@ -96,8 +96,36 @@ def test_the_figures_of_the_page_are_live(page, server):
         expect(page.locator("table tbody tr").first.locator("td").nth(2)).to_have_text(some)
         cells = page.locator("table tbody tr").first.locator("td").all_text_contents()
     assert load.failed == []
-    assert cells[4].endswith("ms")
-    assert cells[5].endswith("ms"), "the prediction is in the next cell"
+    assert re.match(r"[\d.]+ ms, planned [\d.]+", cells[4]), "the prediction is beside the measured time"
+
+
+def test_a_page_that_is_opened_now_shows_the_past(page, browser, server):
+    page.wait_for_function("document.querySelector('.chart').plot.data[0].length > 2")
+    with watched_page(browser, server.http) as (opened, _):
+        opened.wait_for_selector(".graph .box")
+        assert len(opened.evaluate("document.querySelector('.chart').plot.data[0]")) > 2
+
+
+def test_wrong_requests_are_said_quietly(page, server):
+    from playwright.sync_api import expect
+
+    for path, body in (("diamond", b"{"), ("nothing", GIVEN)):
+        assert server.ask(f"/v2/models/{path}/infer", body)[0] in (400, 404)
+    expect(page.locator(".quiet")).to_contain_text("refused (wrong input): the last said")
+    expect(page.locator("#astray")).to_contain_text("asked for a model that is not here: the last said")
+    assert page.locator(".trouble").is_hidden()
+
+
+def test_the_slowest_requests_are_listed_with_their_timelines(page, server):
+    assert server.ask("/v2/models/diamond/infer", GIVEN)[0] == 200
+    page.locator(".slow button").first.click()
+    assert re.search(r"[\d.]+ of [\d.]+ ms", page.inner_text(".timeline .summary"))
+    (told,) = server.json("/slowest")
+    assert (told["name"], 1 <= len(told["requests"]) <= 5) == ("diamond", True)
+    for request in told["requests"]:
+        assert sum(period["ns"] for period in request["periods"]) == request["total_ns"]
+        ran = {period["node"][0] for period in request["periods"] + request["beside"] if period["kind"] == "run"}
+        assert request["reason"] or ran == {"0", "1", "2", "3"}
 
 
 def test_the_form_runs_a_request(page):
@@ -124,7 +152,7 @@ def test_it_is_used_by_keyboard(page):
     page.locator(".graph .box").first.focus()
     page.wait_for_timeout(1500)  # a redraw keeps the focus
     assert page.evaluate("document.activeElement.classList.contains('box')")
-    assert "x" in page.locator("section .hint").nth(1).text_content()
+    assert "x" in page.locator("section .detail").text_content()
     page.locator("#source").focus()
     page.select_option("#source", "example")
     page.keyboard.press("Tab")

@@ -390,7 +390,7 @@ def token_file(tmp_path):
 
 def test_tokens_guard_everything(chain_plan, python_environment, token_file):
     with Served(chain_plan, "--token-file", token_file, environment=python_environment) as server:
-        for path in ("/", "/metrics", "/v2", "/events", "/openapi.json", "/v2/models/model/ready"):
+        for path in ("/", "/metrics", "/v2", "/events", "/slowest", "/openapi.json", "/v2/models/model/ready"):
             status, headers, body = server.ask(path)
             assert (status, "Authorization: Bearer" in json.loads(body)["error"]) == (401, True), path
             assert headers["www-authenticate"].startswith("Basic")

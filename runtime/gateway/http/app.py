@@ -121,6 +121,7 @@ class HttpApp:
             ("GET", "/openapi.json", self._openapi),
             ("GET", "/", self._page),
             ("GET", "/events", self._events),
+            ("GET", "/slowest", self._slowest),
             ("GET", "/example/{model}", self._example),
         ]
         for path in _MODEL_PATHS:
@@ -235,6 +236,11 @@ class HttpApp:
         if request.method == "HEAD":
             return Response(media_type=kind, headers=headers)
         return StreamingResponse(self._sampler.events(), media_type=kind, headers=headers)
+
+    async def _slowest(self, _: Request) -> Response:
+        answer = json_response(self._sampler.slowest())
+        answer.headers["cache-control"] = "no-store"
+        return answer
 
     async def _example(self, request: Request) -> Response:
         version = self._repository.find(request.path_params["model"])

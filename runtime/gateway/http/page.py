@@ -13,17 +13,22 @@ from onnxsplit.plan_files import example_file
 from runtime.gateway.http.codec import ask
 from runtime.gateway.models.version import Version
 
+_SCRIPTS = ("chat.js", "chart.js", "slowest.js", "request.js", "page.js")
+
 
 @cache
 def html() -> str:
     """The page, as HTML."""
     return drawing.fill(
-        _asset("page.html"), styles=drawing.styles() + _asset("page.css"), licences=drawing.licences(), script=_script()
+        _asset("page.html"),
+        styles=drawing.styles(charts=True) + _asset("page.css"),
+        licences=drawing.licences(charts=True),
+        script=_script(),
     )
 
 
 def _script() -> str:
-    return "\n".join((drawing.libraries(), _asset("chat.js"), _asset("page.js")))
+    return "\n".join((drawing.libraries(charts=True), *map(_asset, _SCRIPTS)))
 
 
 def _asset(name: str) -> str:

@@ -1,12 +1,12 @@
-"""What is measured of the texts that a model generates: histograms for the metrics, recent times for the page."""
+"""What is measured of the texts that a model generates: histograms for the metrics and the page."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from itertools import accumulate
 
 from runtime.gateway.openai.figures import RequestFigures
+from runtime.time_buckets import bucket_of
 
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -21,7 +21,6 @@ _WHOLE_S = (
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
-_RECENT = 1000
 
 
 class Histogram:
@@ -32,31 +31,27 @@ class Histogram:
 
     Attributes:
         total: the sum of the values.
-        recent: the last values.
+        times: the numbers of values, taken as seconds, by :func:`~runtime.time_buckets.bucket_of`.
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.total = 0.0
-        self.recent: deque[float] = deque(maxlen=_RECENT)
+        self.times: dict[int, int] = {}
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
 
     def add(self, value: float) -> None:
         """Count a value."""
         self.total += value
-        self.recent.append(value)
         self._counts[bisect_left(self._bounds, value)] += 1
+        bucket = bucket_of(int(value * 1e9))
+        self.times[bucket] = self.times.get(bucket, 0) + 1
 
     @property
     def buckets(self) -> list[tuple[str, float]]:
         """The numbers of values up to each bound, as Prometheus takes them."""
         ends = [*map(str, self._bounds), "+Inf"]
         return [(end, float(count)) for end, count in zip(ends, accumulate(self._counts), strict=True)]
-
-    @property
-    def median(self) -> float:
-        """The median of the last values; 0 without any."""
-        return sorted(self.recent)[len(self.recent) // 2] if self.recent else 0.0
 
 
 class TextTimes:
