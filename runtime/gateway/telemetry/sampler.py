@@ -31,7 +31,6 @@ class Sampler:
 
     Attributes:
         started_s: Time at which the server started, in seconds since the epoch.
-        text_times: What is measured of the texts of each version.
         last: The last sample.
     """
 
@@ -39,13 +38,31 @@ class Sampler:
         self.service = service
         self.budget = budget
         self.started_s = time.time()
-        self.text_times = {version: TextTimes(version.text_figures) for version in service.repository}
         self._repository = service.repository
         self.last: View | None = None
-        self._watches = {version: Watch(version, times) for version, times in self.text_times.items()}
+        self._text_times: dict[Version, TextTimes] = {}
+        self._watches: dict[Version, Watch] = {}
+        self._changes = self._repository.changes
         self._astray = LastMinute()
         self._listeners: set[asyncio.Queue[bytes]] = set()
         self._task: asyncio.Task[None] | None = None
+        self._follow()
+
+    @property
+    def text_times(self) -> dict[Version, TextTimes]:
+        """What is measured of the texts of each version."""
+        self._follow()
+        return self._text_times
+
+    def _follow(self) -> dict[Version, Watch]:
+        """Watch the versions that are there now, and no others."""
+        for version in self._repository:
+            if version not in self._watches:
+                self._text_times[version] = TextTimes(version.text_figures)
+                self._watches[version] = Watch(version, self._text_times[version])
+        for version in self._watches.keys() - set(self._repository):
+            del self._text_times[version], self._watches[version]
+        return self._watches
 
     def start(self) -> None:
         """Begin to sample."""
@@ -67,6 +84,9 @@ class Sampler:
 
     async def _run(self) -> None:
         while True:
+            if self._repository.changes != self._changes:
+                self._changes = self._repository.changes
+                self._send(self._plans())
             self._send(_event(self.sample()))
             await asyncio.sleep(INTERVAL_S)
             await asyncio.get_running_loop().run_in_executor(None, self.budget.trim)
@@ -79,8 +99,9 @@ class Sampler:
         listener: asyncio.Queue[bytes] = asyncio.Queue(maxsize=4)
         self._listeners.add(listener)
         try:
-            yield b"event: plans\ndata: " + msgspec.json.encode([plan_view(v) for v in self._repository]) + b"\n\n"
-            past = [self._watches[version].history() for version in self._repository]
+            yield self._plans()
+            watches = self._follow()
+            past = [watches[version].history() for version in self._repository]
             yield b"event: history\ndata: " + msgspec.json.encode(past) + b"\n\n"
             if self.last is not None:
                 yield _event(self.last)
@@ -89,22 +110,27 @@ class Sampler:
         finally:
             self._listeners.discard(listener)
 
+    def _plans(self) -> bytes:
+        return b"event: plans\ndata: " + msgspec.json.encode([plan_view(v) for v in self._repository]) + b"\n\n"
+
     def sample(self) -> View:
         """Take a sample."""
         now_ns, at_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
         self._astray.update(now_ns, (self.service.astray,))
         (astray,) = self._astray.totals
+        watches = self._follow()
         self.last = View(
             at_ms=at_ms,
             ready=self._repository.ready,
             astray=FailureView(astray, self.service.last_astray) if astray else None,
-            models=tuple(self._watches[version].view(now_ns, at_ms) for version in self._repository),
+            models=tuple(watches[version].view(now_ns, at_ms) for version in self._repository),
         )
         return self.last
 
     def slowest(self) -> list[ModelSlowest]:
         """The slowest requests of each model in the last minute, and where their time went."""
-        return [self._watches[version].slowest() for version in self._repository]
+        watches = self._follow()
+        return [watches[version].slowest() for version in self._repository]
 
     def why_not(self) -> str:
         """Why the server is not ready."""
