@@ -15,6 +15,7 @@ from typing import Any
 import click
 import msgspec
 
+from onnxsplit.cli.progress_line import PROGRESS
 from onnxsplit.cli.streams import OutputFailed
 from onnxsplit.cli.values import THREADS
 from onnxsplit.errors import OnnxsplitError, in_one_line, one_line, without_controls
@@ -192,24 +193,17 @@ class Output:
         self._quiet = quiet or as_json
         self._verbose = verbose
         self._progress = sys.stderr.isatty() and not quiet
-        self._shown = False
 
     def say(self, what: str) -> None:
         """Show progress: one line that is replaced, only on a terminal; with ``--verbose``, a line for each step."""
         if self._verbose:
             click.echo(what, err=True)
         elif self._progress:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write(f"\r\x1b[2K{what[: width - 1]}")
-            sys.stderr.flush()
-            self._shown = True
+            PROGRESS.show(what, sys.stderr.fileno())
 
     def done(self) -> None:
         """Remove the progress line."""
-        if self._shown:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
-            self._shown = False
+        PROGRESS.remove()
 
     def line(self, text: str = "") -> None:
         """Print a line for people; nothing with ``--quiet`` or ``--json``."""

@@ -3,6 +3,8 @@
 standard output is full or closed     one message on standard error, exit code 1
 its reader is gone                    no message, exit code 141, as after SIGPIPE (``onnxsplit ... | head``)
 standard error is full or closed      messages are lost; nothing else changes
+
+On a terminal, both print above the line of progress (:mod:`onnxsplit.cli.progress_line`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import os
 import signal
 import sys
 from typing import Any
+
+from onnxsplit.cli.progress_line import PROGRESS
 
 _STDIN, _STDOUT, _STDERR = range(3)
 
@@ -31,7 +35,22 @@ class OutputFailed(Exception):
         self.code = 128 + signal.SIGPIPE if self.reader_gone else 1
 
 
-class _Stdout(io.FileIO):
+class _Stream(io.FileIO):
+    """A standard stream. What is written to the terminal that shows progress is printed above the line of progress."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._beside_progress = _is_progress_terminal(descriptor)
+
+    def write(self, data: Any) -> int:
+        """Write as :class:`io.FileIO` does: None says that a pipe that does not block is full."""
+        plain = super().write
+        if not self._beside_progress:
+            return plain(data)
+        return PROGRESS.above(lambda: plain(data), data)  # type: ignore[return-value]  # typeshed leaves out None
+
+
+class _Stdout(_Stream):
     def write(self, data: Any) -> int:
         """Write; a failure is an :class:`OutputFailed`. All output passes through here."""
         try:
@@ -40,13 +59,18 @@ class _Stdout(io.FileIO):
             raise OutputFailed(error) from error
 
 
-class _Stderr(io.FileIO):
+class _Stderr(_Stream):
     def write(self, data: Any) -> int:
         """Write what can be written; a failure cannot be reported anywhere."""
         try:
             return super().write(data)
         except OSError:
             return len(data)
+
+
+def _is_progress_terminal(descriptor: int) -> bool:
+    """Whether a descriptor is the terminal of standard error, which shows progress."""
+    return os.isatty(_STDERR) and os.fstat(descriptor).st_rdev == os.fstat(_STDERR).st_rdev
 
 
 def prepare() -> None:
@@ -56,8 +80,8 @@ def prepare() -> None:
             os.fstat(descriptor)
         except OSError:  # closed by the parent; open() takes the lowest free number, which is this one
             os.open(os.devnull, os.O_RDONLY if descriptor == _STDOUT else os.O_RDWR)
-    sys.stdout = _text(_Stdout(_STDOUT, "w", closefd=False), sys.stdout)
-    sys.stderr = _text(_Stderr(_STDERR, "w", closefd=False), sys.stderr)
+    sys.stdout = _text(_Stdout(_STDOUT), sys.stdout)
+    sys.stderr = _text(_Stderr(_STDERR), sys.stderr)
 
 
 def _text(raw: io.FileIO, before: Any) -> io.TextIOWrapper:
