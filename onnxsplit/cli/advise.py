@@ -15,15 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec.structs
 
-from onnxsplit.cli.output import (
-    MODEL,
-    Output,
-    examine_options,
-    make_command,
-    option,
-    path_option,
-    percent,
-)
+from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.model_options import MODEL, examine_options
+from onnxsplit.cli.output import Output, make_command, percent
 from onnxsplit.cli.values import NODES, NumberParam, SecondsParam, SizeParam
 from onnxsplit.effort import EFFORT_NAMES, EffortName
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from onnxsplit.cli.output import PLAN, Output, binary, inputs_option, make_command, milliseconds, option
+from onnxsplit.cli.help import option
+from onnxsplit.cli.model_options import PLAN, inputs_option
+from onnxsplit.cli.output import Output, binary, make_command, milliseconds
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
 from onnxsplit.cli.values import NumberParam
 from onnxsplit.errors import one_line

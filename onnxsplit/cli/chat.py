@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.cli.conversation import Conversation
-from onnxsplit.cli.output import PLAN, Output, make_command
+from onnxsplit.cli.model_options import PLAN
+from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.running import OptionTable, add_options, keywords, running_options
 from onnxsplit.cli.sampling import SAMPLING, STOP, check_text, sampling, text_of
 from onnxsplit.errors import InputError

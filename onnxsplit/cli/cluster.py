@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxsplit.cli.output import MODEL, Output, custom_ops_option, dims_option, make_command, option, path_option
+from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.model_options import MODEL, custom_ops_option, dims_option
+from onnxsplit.cli.output import Output, make_command
 
 if TYPE_CHECKING:
     from onnxsplit.cluster import Cluster, Link

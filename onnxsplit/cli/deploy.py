@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, make_command, option
+from onnxsplit.cli.help import option
+from onnxsplit.cli.model_options import PLAN
+from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.values import NODES, NumberParam
 
 

@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxsplit.cli.output import Output, binary, make_command, milliseconds, option, percent
+from onnxsplit.cli.help import option
+from onnxsplit.cli.output import Output, binary, make_command, milliseconds, percent
 
 if TYPE_CHECKING:
     from onnxsplit.plan import HostCosts

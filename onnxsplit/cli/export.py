@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from onnxsplit.cli.output import Output, binary, custom_ops_option, custom_ops_words, make_command, option, path_option
+from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.model_options import custom_ops_option, custom_ops_words
+from onnxsplit.cli.output import Output, binary, make_command
 from onnxsplit.cli.series import first_of_many
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds
+from onnxsplit.cli.model_options import PLAN
+from onnxsplit.cli.output import Output, make_command, milliseconds
 from onnxsplit.cli.running import (
     OptionTable,
     add_options,

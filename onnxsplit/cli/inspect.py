@@ -7,19 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.output import (
-    MODEL,
-    Output,
-    binary,
-    custom_ops_words,
-    examine_options,
-    make_command,
-    milliseconds,
-    option,
-    path_option,
-    percent,
-    threads_option,
-)
+from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.model_options import MODEL, custom_ops_words, examine_options, threads_option
+from onnxsplit.cli.output import Output, binary, make_command, milliseconds, percent
 from onnxsplit.cli.series import folded
 
 if TYPE_CHECKING:

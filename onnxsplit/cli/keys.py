@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from onnxsplit.cli.output import Output, make_command, option
+from onnxsplit.cli.help import option
+from onnxsplit.cli.output import Output, make_command
 
 
 @click.group()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnxsplit.cli.output import PLAN, Output, binary, make_command, path_option
+from onnxsplit.cli.help import path_option
+from onnxsplit.cli.model_options import PLAN
+from onnxsplit.cli.output import Output, binary, make_command
 
 
 @make_command

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnxsplit.cli.output import Output, custom_ops_option, make_command, option, path_option, threads_option
+from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.model_options import custom_ops_option, threads_option
+from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.values import STAGE, NumberParam, SizeParam
 from onnxsplit.numbers import MOST_SECONDS
 

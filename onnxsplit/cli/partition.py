@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from onnxsplit.cli.output import (
-    MODEL,
-    Output,
-    custom_ops_words,
-    examine_options,
-    make_command,
-    milliseconds,
-    option,
-    path_option,
-)
+from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.model_options import MODEL, custom_ops_words, examine_options
+from onnxsplit.cli.output import Output, make_command, milliseconds
 from onnxsplit.cli.values import NODES, SecondsParam, ShareParam, SizeParam, StageCountParam
 from onnxsplit.effort import EFFORT_NAMES
 from onnxsplit.numbers import MOST_ROUNDS

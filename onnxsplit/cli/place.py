@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, make_command, milliseconds, option, path_option, percent
+from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.model_options import PLAN
+from onnxsplit.cli.output import Output, make_command, milliseconds, percent
 
 if TYPE_CHECKING:
     from onnxsplit.partitioner import Parallel

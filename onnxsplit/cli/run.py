@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.output import PLAN, Output, custom_ops_words, make_command, milliseconds, option, path_option
+from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.model_options import PLAN, custom_ops_words
+from onnxsplit.cli.output import Output, make_command, milliseconds
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
 from onnxsplit.cli.values import NumberParam
 from onnxsplit.numbers import MOST_SECONDS

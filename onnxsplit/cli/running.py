@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.output import Command, Output, custom_ops_option, option, threads_option
+from onnxsplit.cli.help import Command, option
+from onnxsplit.cli.model_options import custom_ops_option, threads_option
+from onnxsplit.cli.output import Output
 from onnxsplit.cli.values import SizeParam
 from onnxsplit.numbers import MOST_ATTEMPTS, MOST_INFLIGHT, MOST_SECONDS, MOST_SIZE, parse_whole, real_problem
 from onnxsplit.plan_base import MOST_NODES

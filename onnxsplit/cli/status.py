@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxsplit.cli.output import Output, binary, make_command, milliseconds, option
+from onnxsplit.cli.help import option
+from onnxsplit.cli.output import Output, binary, make_command, milliseconds
 from onnxsplit.cli.values import NumberParam
 
 if TYPE_CHECKING:

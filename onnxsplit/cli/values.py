@@ -16,6 +16,16 @@ NODES = click.IntRange(1, MOST_NODES)
 STAGE = click.IntRange(0, MOST_NODES - 1)
 
 
+class FilePath(click.Path):
+    """A file or a folder. An empty name is refused, because pathlib takes it for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, or fail on an empty name."""
+        if value == "":
+            self.fail("the name is empty; name a file or a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class StageCountParam(click.ParamType):  # type: ignore[type-arg]  # older click has no parameter here
     """A number of stages, or ``auto``."""
 

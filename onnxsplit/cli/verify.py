@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxsplit.cli.output import (
+from onnxsplit.cli.model_options import (
     MODEL,
     PLAN,
-    Output,
     custom_ops_option,
     custom_ops_words,
     examples_option,
-    make_command,
     threads_option,
 )
+from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.series import first_of_many
 from onnxsplit.errors import OnnxsplitError
 
