@@ -347,7 +347,11 @@ def _show(output: Output, advice: Advice) -> None:
                 "yes" if row.keeps else "no",
             )
         )
-    output.table(("  way x threads", "model/s", "run/s", "at/s", "p50 ms", "p99 ms", "MiB", "fits"), rows)
+    output.table(
+        ("  way x threads", "model/s", "run/s", "at/s", "p50 ms", "p99 ms", "MiB", "fits"),
+        rows,
+        may_go=("model/s", "p50 ms", "MiB", "at/s", "fits", "p99 ms", "run/s"),
+    )
     output.line()
     output.line(
         "Highest rates by the model and by the run; p50 and p99 at the rate beside them; memory of a device. > is "

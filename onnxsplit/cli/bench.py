@@ -149,13 +149,18 @@ def _show(output: Output, report: BenchReport, slice_seconds: float) -> None:
         )
         for row in report.rows
     ]
-    output.table(("requests a second", "median", "95 % interval", f"x {report.basis}", "95 % interval"), rows)
+    ratio = f"x {report.basis}"
+    output.table(
+        ("requests a second", "median", "95 % interval", ratio, "95 % interval"),
+        rows,
+        may_go=("95 % interval", "95 % interval", ratio, "median"),
+    )
     if report.without_whole:
         output.line(f"\nThe whole model was not measured: {report.without_whole}.")
     rates = {load.share: load.rate_per_s for load in report.loads}
     columns = [cell for share, rate in rates.items() for cell in (f"p50 at {share:.0%} ({rate:.1f}/s)", "p99")]
     output.line("\nLatency at shares of the pipeline's rate; requests come at random, and do not wait for answers:\n")
-    output.table(("", *columns), _load_rows(report.loads))
+    output.table(("", *columns), _load_rows(report.loads), may_go=tuple(reversed(columns)))
     whole = f"; the whole model: {milliseconds(report.whole_ns)}" if report.whole_ns is not None else ""
     output.line(
         f"\nOne request at a time: {milliseconds(report.latency_p50_ns)} median; its stages one after the other in one "
@@ -215,7 +220,12 @@ def _bench_decode(
         )
         for row in report.rows
     ]
-    output.table(("contender", "tokens/s", f"x {report.basis}", "first token", "between", "p99"), rows)
+    ratio = f"x {report.basis}"
+    output.table(
+        ("contender", "tokens/s", ratio, "first token", "between", "p99"),
+        rows,
+        may_go=("p99", "first token", "between", ratio, "tokens/s"),
+    )
     output.line(
         f"\n{report.sequences} sequence(s) at once, continued by {report.tokens} tokens after {report.context}; "
         f"{report.turns} turns of each; {report.threads} thread(s) for each session."

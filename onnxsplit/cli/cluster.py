@@ -157,6 +157,7 @@ def _show(output: Output, cluster: Cluster) -> None:
             (d.name, d.host, d.provider, f"{d.threads}", f"{d.speed:g}", ", ".join(d.not_ops) or "-")
             for d in cluster.devices
         ],
+        may_go=("threads", "not its ops", "provider", "host", "speed"),
     )
     output.line()
     output.table(
@@ -171,6 +172,7 @@ def _show(output: Output, cluster: Cluster) -> None:
             )
             for pair, link in cluster.links.items()
         ],
+        may_go=("delay", "int8 borders", "latency", "MB/s"),
     )
 
 

@@ -33,14 +33,16 @@ def command(output: Output, *, measure: bool) -> None:
     output.line(f"Python {host.python} on {host.platform}")
     output.table(("package", "version"), [(name, text or "not installed") for name, text in host.packages.items()])
     output.line()
-    output.table(("provider", "state"), [(p.name, p.problem or "can be used") for p in host.providers])
+    output.table(
+        ("provider", "state"), [(p.name, p.problem or "can be used") for p in host.providers], prose=("state",)
+    )
     output.line()
     if host.plugins:
         rows = [
             (p.name, f"{p.package} {p.version}", ", ".join(p.devices) or "none", p.problem or "can be used")
             for p in host.plugins
         ]
-        output.table(("plugin", "package", "devices", "state"), rows)
+        output.table(("plugin", "package", "devices", "state"), rows, may_go=("devices", "package"), prose=("state",))
         output.line()
     output.line(f"{host.cores} cores, {host.gpus} NVIDIA GPUs")
     output.line(

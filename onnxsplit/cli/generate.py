@@ -131,7 +131,7 @@ def _show(output: Output, result: Generated | GeneratedText, submitted_ns: int, 
             (f"{one.token}", f"{one.logprob:.4f}", ", ".join(f"{token} {value:.4f}" for token, value in one.top) or "-")
             for one in result.logprobs
         ]
-        output.table(("token", "logprob", "most probable"), rows)
+        output.table(("token", "logprob", "most probable"), rows, may_go=("most probable", "logprob"))
     text, stop = getattr(result, "text", None), getattr(result, "stop", None)
     why = "a stop string" if isinstance(stop, str) else "an end token"
     why = why if result.reason == "stop" else "the largest number of tokens"

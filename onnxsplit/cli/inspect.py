@@ -66,13 +66,13 @@ def command(output: Output, *, model: Path, cuts: int, sweep: bool, html: Path |
         (row.op_type, f"{row.count}", milliseconds(row.time_ns), percent(row.time_ns / max(1, facts.time_ns)))
         for row in facts.op_types[:_SHOWN_TYPES]
     ]
-    output.table(("op type", "ops", "time", "share"), rows)
+    output.table(("op type", "ops", "time", "share"), rows, may_go=("ops", "share", "time"))
     output.line()
     rows = [
         (_listed(cut.tensors), binary(cut.bytes), milliseconds(cut.before_ns), milliseconds(cut.after_ns))
         for cut in facts.cuts
     ]
-    output.table(("best cuts in two: tensors", "bytes", "before", "after"), rows)
+    output.table(("best cuts in two: tensors", "bytes", "before", "after"), rows, may_go=("after", "before", "bytes"))
     for problem in facts.multi_device:
         output.line(f"Multi-device fields: {problem}")
     if swept:
@@ -92,7 +92,11 @@ def _show_decoder(output: Output, facts: Inspection) -> None:
         return
     output.line()
     states = folded([(s.past, s.present, s.kind, binary(s.bytes)) for s in facts.states], names=2)
-    output.table(("state", "next", "kind", "bytes of each", "states"), [(*row, f"{count}") for row, count in states])
+    output.table(
+        ("state", "next", "kind", "bytes of each", "states"),
+        [(*row, f"{count}") for row, count in states],
+        may_go=("next", "kind", "states", "bytes of each"),
+    )
     output.line(f"Rows of unequal length: {facts.rows}. Chunks of prompts: {facts.chunk}.")
 
 
@@ -112,6 +116,7 @@ def _show_sweep(output: Output, swept: tuple[SweepRow, ...]) -> None:
             )
             for row in swept
         ],
+        may_go=("latency", "largest in memory", "no cut below", "gap", "bottleneck"),
     )
 
 

@@ -14,7 +14,9 @@ from runtime.load.point import LoadPoint
 from runtime.load.sweep import LoadRow
 from runtime.load.text import BETWEEN_TOKENS, FIRST_TOKEN, TOKENS
 
+_MAY_GO = ("p90", "p99.9", "p95", "stable", "p50", "failed", "p99", "answers/s")
 _TEXT_COLUMNS = ("tokens/s", "first p50", "first p99", "between p50", "between p99")
+_TEXTS_MAY_GO = ("between p99", "first p99", "between p50", "first p50", "tokens/s")
 
 
 def show(output: Output, rows: Sequence[LoadRow]) -> None:
@@ -25,14 +27,18 @@ def show(output: Output, rows: Sequence[LoadRow]) -> None:
     head = "requests/s" if points[0].concurrency is None else "in flight"
     columns = (head, "answers/s", "p50", "p90", "p95", "p99", "p99.9", "failed", "stable")
     output.line("Latencies in ms:\n")
-    output.table(columns, [_rate_cells(point) for point in points])
+    output.table(columns, [_rate_cells(point) for point in points], may_go=_MAY_GO)
     if any(TOKENS in point.counts_per_s for point in points):
         output.line("\nTexts; times in ms until the first token, and between tokens:\n")
-        output.table((head, *_TEXT_COLUMNS), [_text_cells(point) for point in points])
+        output.table((head, *_TEXT_COLUMNS), [_text_cells(point) for point in points], may_go=_TEXTS_MAY_GO)
     if any(row.parts for row in rows):
         output.line("\nMean time of a request in ms; in each part, waiting + running:\n")
         names = [part.name for part in max((row.parts for row in rows), key=len)]
-        output.table((head, "all", "network", *names), [_part_cells(row, names) for row in rows])
+        output.table(
+            (head, "all", "network", *names),
+            [_part_cells(row, names) for row in rows],
+            may_go=(*reversed(names), "network", "all"),
+        )
     for point in points:
         for remark in _remarks(point):
             output.line(f"\n{_load(point)} {head}: {without_controls(remark)}")

@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -20,6 +20,9 @@ from onnxsplit.cli.progress_line import PROGRESS
 from onnxsplit.cli.streams import OutputFailed
 from onnxsplit.cli.values import FilePath
 from onnxsplit.errors import OnnxsplitError, in_one_line, one_line, without_controls
+
+if TYPE_CHECKING:
+    from onnxsplit.cli.tables import Cell
 
 
 class Output:
@@ -82,20 +85,30 @@ class Output:
         self.result({"error": {"type": kind, "message": message}})
         return 1
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table for people: the first column is aligned to the left, the others to the right."""
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        *,
+        may_go: Sequence[str] = (),
+        left: Collection[str] = (),
+        prose: Collection[str] = (),
+    ) -> None:
+        """Print a table for people, as :func:`~onnxsplit.cli.tables.fitted` lays it out.
+
+        On a terminal that is too narrow, columns are left out, and a line says so. Anything else than a terminal gets
+        all columns.
+        """
         if self._quiet:
             return
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
+        from onnxsplit.cli.tables import fitted, not_shown, table_console
 
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for position, column in enumerate(columns):
-            table.add_column(column, justify="right" if position else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False).print(table)
+        console = table_console()
+        room = console.width if sys.stdout.isatty() else None
+        table, dropped = fitted(columns, rows, room=room, may_go=may_go, left=left, prose=prose)
+        console.print(table)
+        if dropped:
+            self.line(click.style(not_shown(dropped), dim=True))
 
 
 def make_command(function: Callable[..., Any]) -> click.Command:

@@ -39,7 +39,7 @@ def command(output: Output, *, plan: Path, cluster: Path, out: Path | None, para
         )
         for stage in placed.stages
     ]
-    output.table(("", "predicted", "devices", "hosts"), rows)
+    output.table(("", "predicted", "devices", "hosts"), rows, may_go=("hosts", "predicted", "devices"))
     prediction = placed.prediction
     output.line(
         f"\nBottleneck {milliseconds(prediction.bottleneck_ns)} with transfers; no placement of these stages is below "

@@ -64,7 +64,11 @@ def _show_stages(output: Output, plan: Plan) -> None:
         rows.append(("ideal stage", milliseconds(sum(stage_times) // len(plan.stages)), "", "", "", "", "", ""))
     placed = any(row[-1] for row in rows)
     columns = ("", "time", "predicted", "weights", "memory", "bytes out", "ops", "device")
-    output.table(columns if placed else columns[:-1], [row if placed else row[:-1] for row in rows])
+    output.table(
+        columns if placed else columns[:-1],
+        [row if placed else row[:-1] for row in rows],
+        may_go=("predicted", "ops", "bytes out", "memory", "weights", "device", "time"),
+    )
 
 
 def _show_figures(output: Output, plan: Plan) -> None:

@@ -102,7 +102,11 @@ def command(
 
 def _show(output: Output, results: Mapping[str, Array], stats: Sequence[NodeStats]) -> None:
     """Print the outputs of the last request, and what each node did."""
-    output.table(("output", "type", "shape"), [(name, str(a.dtype), str(list(a.shape))) for name, a in results.items()])
+    output.table(
+        ("output", "type", "shape"),
+        [(name, str(a.dtype), str(list(a.shape))) for name, a in results.items()],
+        may_go=("type", "shape"),
+    )
     output.line()
     output.table(
         ("stage", "requests", "waited", "ran"),
@@ -111,6 +115,7 @@ def _show(output: Output, results: Mapping[str, Array], stats: Sequence[NodeStat
             for s in stats
             if s.requests
         ],
+        may_go=("waited", "requests", "ran"),
     )
 
 

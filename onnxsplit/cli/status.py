@@ -13,11 +13,21 @@ from onnxsplit.cli.output import Output, binary, make_command, milliseconds
 from onnxsplit.cli.values import NumberParam
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
 
+    from onnxsplit.cli.tables import Cell
     from runtime.coordinator.status import Snapshot
 
 _BETWEEN_S = 0.5
+_COLUMNS = (
+    *("node", "stage", "host", "process", "device", "state"),
+    *("requests/s", "p99", "queue", "failures", "restarts"),
+)
+_LEFT = ("host", "process", "device", "state")
+_MAY_GO = (  # node names the stage, too
+    *("stage", "process", "queue", "host", "device"),
+    *("restarts", "p99", "failures", "requests/s", "state"),
+)
 
 
 @make_command
@@ -30,14 +40,17 @@ def command(output: Output, *, pid: int | None, once: bool, every: float) -> Non
     if live:
         from rich.live import Live
 
+        from onnxsplit.cli.tables import table_console
+
         before = _snapshots(pid)
         time.sleep(_BETWEEN_S)
         now = _snapshots(pid)
-        with Live(_tables(before, now), auto_refresh=False, screen=True) as screen:
+        console = table_console()
+        with Live(_tables(before, now, room=console.width), console=console, auto_refresh=False, screen=True) as screen:
             while True:
                 time.sleep(every)
                 before, now = now, _snapshots(pid)
-                screen.update(_tables(before, now), refresh=True)
+                screen.update(_tables(before, now, room=console.width), refresh=True)
     before = _snapshots(pid)
     if before:
         time.sleep(_BETWEEN_S)
@@ -45,9 +58,10 @@ def command(output: Output, *, pid: int | None, once: bool, every: float) -> Non
     if not now:
         output.line("No pipeline is running on this host. Start one with: onnxsplit run DIR, or runtime.Pipeline.")
     elif not output.as_json:
-        from rich.console import Console
+        from onnxsplit.cli.tables import table_console
 
-        Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(_tables(before, now))
+        console = table_console()
+        console.print(_tables(before, now, room=console.width if sys.stdout.isatty() else None))
     output.result({"pipelines": list(now.values())})
 
 
@@ -82,46 +96,24 @@ def _summary(pid: int, snapshot: Snapshot) -> list[str]:
     return lines
 
 
-def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
-    """One table for each pipeline; rates are taken between two snapshots."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Group
-    from rich.table import Table
+def _rows(before: Snapshot | None, now: Snapshot) -> list[tuple[Cell, ...]]:
+    """A row for each node; rates are taken between two snapshots."""
     from rich.text import Text
 
-    parts: list[Text | Table] = []
-    for pid, snapshot in now.items():
-        if snapshot.cause:
-            parts.append(Text(_cause(snapshot), style="red"))
-        parts += map(Text, _summary(pid, snapshot))
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for number, column in enumerate(
+    earlier = {(n.stage, n.replica): n for n in before.nodes} if before is not None else {}
+    seconds = max(1e-9, (now.taken_ns - before.taken_ns) / 1e9) if before is not None else 1.0
+    rows: list[tuple[Cell, ...]] = []
+    for node in now.nodes:
+        old = earlier.get((node.stage, node.replica))
+        rate = (node.requests - old.requests) / seconds if old is not None else 0.0
+        left = sum(node.left_to_cpu.values())
+        rows.append(
             (
-                "node",
-                "stage",
-                "host",
-                "process",
-                "device",
-                "state",
-                "requests/s",
-                "p99",
-                "queue",
-                "failures",
-                "restarts",
-            )
-        ):
-            table.add_column(column, justify="left" if number in (0, 2, 3, 4, 5) else "right")
-        earlier = {(n.stage, n.replica): n for n in before[pid].nodes} if pid in before else {}
-        seconds = max(1e-9, (snapshot.taken_ns - before[pid].taken_ns) / 1e9) if pid in before else 1.0
-        for node in snapshot.nodes:
-            old = earlier.get((node.stage, node.replica))
-            rate = (node.requests - old.requests) / seconds if old is not None else 0.0
-            table.add_row(
                 f"{node.stage}.{node.replica}",
                 f"{node.stage}",
                 node.host or "-",
                 f"{node.pid or '-'}",
-                node.provider + (f" ({sum(node.left_to_cpu.values())} ops on the CPU)" if node.left_to_cpu else ""),
+                node.provider + (f" ({left} ops on the CPU)" if left else ""),
                 Text(node.state, style="green" if node.state == "ready" else "red"),
                 f"{rate:,.1f}",
                 milliseconds(node.p99_ns),
@@ -129,5 +121,25 @@ def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot]) -> Group:
                 f"{node.failures}",
                 f"{node.restarts}",
             )
+        )
+    return rows
+
+
+def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot], *, room: int | None) -> Group:
+    """One table for each pipeline, as wide as the terminal has room; None for any width."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from onnxsplit.cli.tables import fitted, not_shown
+
+    parts: list[RenderableType] = []
+    for pid, snapshot in now.items():
+        if snapshot.cause:
+            parts.append(Text(_cause(snapshot), style="red"))
+        parts += map(Text, _summary(pid, snapshot))
+        rows = _rows(before.get(pid), snapshot)
+        table, dropped = fitted(_COLUMNS, rows, room=room, may_go=_MAY_GO, left=_LEFT)
         parts.append(table)
+        if dropped:
+            parts.append(Text(not_shown(dropped), style="dim"))
     return Group(*(parts or [Text("No pipeline is running on this host.")]))

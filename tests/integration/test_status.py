@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from terminal import on_terminal, screen
 from waiting import wait_until
 
 from runtime import Pipeline
@@ -46,6 +47,26 @@ def test_status_shows_each_node_and_first_of_all_what_failed_first(chain_plan, p
     assert [n["restarts"] for n in one["nodes"]] == [1, 0, 0]
     assert {n["pid"] for n in one["nodes"]} == {node.pid for node in nodes}
     assert sum(n["requests"] for n in one["nodes"] if n["stage"] == 1) == 11
+
+
+SHOW_ONCE = """
+import sys
+from onnxsplit.cli import main
+sys.argv = ["onnxsplit", "status", "--once", "--pid", *sys.argv[1:]]
+main()
+"""
+
+
+def test_status_on_a_narrow_terminal_leaves_columns_out_and_says_so(chain_plan, python_environment, tmp_path):
+    with Pipeline.launch(chain_plan) as pipeline:
+        pipeline.run(GIVEN)
+        given = {"columns": 60, "arguments": [os.getpid()]}
+        shown = screen(on_terminal(SHOW_ONCE, python_environment, tmp_path, **given))
+    assert max(map(len, shown)) <= 60
+    (head,) = [line.split() for line in shown if line.startswith("node")]
+    assert {"node", "state", "requests/s"} <= set(head)
+    assert [line.split()[0] for line in shown if " ready " in line] == ["0.0", "1.0"]
+    assert f"{11 - len(head)} columns are not shown; widen the terminal, or use --json" in shown
 
 
 def test_status_with_nothing_running_says_what_to_do(python_environment):

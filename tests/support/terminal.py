@@ -18,6 +18,7 @@ def on_terminal(code: str, environment, folder, *, columns: int = 80, arguments=
     """Run Python code whose standard streams are one terminal, until it ends; return all that it wrote."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environment = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdin=theirs, stdout=theirs, stderr=theirs, env={**environment, "TERM": "xterm"}, cwd=folder,
