@@ -13,13 +13,14 @@ import click
 
 import onnxsplit
 from onnxsplit.cli import settings, streams
+from onnxsplit.cli.help import CommandGroup
 from onnxsplit.cli.output import Output
 
 _COMMANDS = {
     "Prepare": {
         "export": "Export a model of another framework to ONNX.",
-        "inspect": "Show a model's ops, cost and memory, and where it can be cut.",
-        "advise": "Find the best way to run a model: whole, in replicas, in stages, in batches.",
+        "inspect": "Show a model's ops, cost and memory, and where to cut it.",
+        "advise": "Find the best way to run a model that serves requests.",
         "partition": "Cut a model into balanced stages and write a plan.",
         "cluster": "Describe devices and links in a file, and measure them.",
         "place": "Move a plan's stages to other devices without a new cut.",
@@ -33,7 +34,7 @@ _COMMANDS = {
         "serve": "Serve plans over HTTP and gRPC, with metrics and a status page.",
         "node": "Start one node by hand, for a pipeline that waits for it.",
         "deploy": "Write Kubernetes manifests for a plan.",
-        "status": "Show the pipelines on this host: nodes, rates, queues and restarts.",
+        "status": "Show the pipelines on this host: nodes, rates and restarts.",
         "keys": "Make and manage the keys that protect links between hosts.",
         "load": "Send load to a server or a plan, and measure how it answers.",
         "bench": "Measure a plan's throughput, latency and efficiency.",
@@ -45,7 +46,7 @@ _COMMANDS = {
 }
 
 
-class _Commands(click.Group):
+class _Commands(CommandGroup):
     """The commands, listed in groups; each is imported from its own file when it is called."""
 
     def list_commands(self, ctx: click.Context | None) -> list[str]:
@@ -80,7 +81,7 @@ class _Commands(click.Group):
     },
     epilog="Start with: onnxsplit partition model.onnx",
 )
-@click.version_option(onnxsplit.__version__)
+@click.version_option(onnxsplit.__version__, "-V", "--version")
 def cli() -> None:
     """Cut any ONNX model into stages, and run the stages as one pipeline of processes."""
 

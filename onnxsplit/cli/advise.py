@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec.structs
 
-from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.help import RESULTS, option, path_option
 from onnxsplit.cli.model_options import MODEL, examine_options
 from onnxsplit.cli.output import Output, make_command, percent
 from onnxsplit.cli.values import NODES, NumberParam, SecondsParam, SizeParam
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from onnxsplit.views.advice import Advice
     from runtime.advise import Contender, LoadResult
 
-_WISHES, _DEVICES, _RESULTS = "What is asked for", "Devices", "Results"
+_WISHES, _DEVICES = "What is asked for", "Devices"
 _wish_option = functools.partial(option, section=_WISHES)
 _device_option = functools.partial(option, section=_DEVICES)
 _MOST_PER_S = 1e6
@@ -85,10 +85,11 @@ def _providers(_context: click.Context, _parameter: click.Parameter, value: str)
     "--effort",
     type=click.Choice(EFFORT_NAMES),
     default="normal",
+    section="The search",
     help="How much time cutting and running may take. quick: 3 candidates are run, normal: 5, thorough: 10.",
 )
-@path_option("--html", metavar="FILE", section=_RESULTS, help="Also write a page with a picture of all candidates.")
-@path_option("--keep", metavar="DIR", section=_RESULTS, help="Keep the plan that was picked in this folder.")
+@path_option("--html", metavar="FILE", section=RESULTS, help="Also write a page with a picture of all candidates.")
+@path_option("--keep", metavar="DIR", section=RESULTS, help="Keep the plan that was picked in this folder.")
 def command(
     output: Output,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from onnxsplit.cli.help import option
+from onnxsplit.cli.help import MEASURING, option
 from onnxsplit.cli.model_options import PLAN, inputs_option
 from onnxsplit.cli.output import Output, binary, make_command, milliseconds
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
@@ -42,30 +43,41 @@ def _decode(context: click.Context, parameter: click.Parameter, text: str | None
 @option(
     "--model",
     type=click.Path(path_type=Path),
+    section=MEASURING,
     help="Whole model to compare with. Default: the plan's stages, merged in memory.",
 )
-@inputs_option
+@functools.partial(inputs_option, section=MEASURING)
 @running_options
 @tracing_options
 @option(
     "--decode",
     callback=_decode,
     metavar="ROWSxTOKENS",
+    section=MEASURING,
     help="Measure how fast sequences are continued instead: so many at once, by so many tokens each, as 8x128.",
 )
 @option(
     "--context",
     type=click.IntRange(1, MOST_SIZE),
     metavar="N",
+    section=MEASURING,
     help="With --decode: number of tokens at the beginning of each text.  [default: at most 64]",
 )
 @option(
     "--slices",
     type=click.IntRange(3, 10_000),
     metavar="N",
+    section=MEASURING,
     help="Number of slices of time for each contender; with --decode, number of turns.  [default: 20; 5]",
 )
-@option("--slice-seconds", type=NumberParam(0.05, 3600), default=0.5, metavar="SECONDS", help="Length of one slice.")
+@option(
+    "--slice-seconds",
+    type=NumberParam(0.05, 3600),
+    default=0.5,
+    metavar="SECONDS",
+    section=MEASURING,
+    help="Length of one slice.",
+)
 def command(
     output: Output,
     *,

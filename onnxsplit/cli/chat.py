@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from onnxsplit.cli.conversation import Conversation
+from onnxsplit.cli.help import OptionTable, add_options, under
 from onnxsplit.cli.model_options import PLAN
 from onnxsplit.cli.output import Output, make_command
-from onnxsplit.cli.running import OptionTable, add_options, keywords, running_options
-from onnxsplit.cli.sampling import SAMPLING, STOP, check_text, sampling, text_of
+from onnxsplit.cli.running import keywords, running_options
+from onnxsplit.cli.sampling import SAMPLING, STOP, TEXT, check_text, sampling, text_of
 from onnxsplit.errors import InputError
 
 _SYSTEM: OptionTable = [
@@ -20,7 +21,7 @@ _SYSTEM: OptionTable = [
 
 @make_command
 @PLAN
-@add_options(_SYSTEM)
+@add_options(under(TEXT, _SYSTEM))
 @add_options(STOP)
 @add_options(SAMPLING)
 @running_options

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.help import CommandGroup, option, path_option
 from onnxsplit.cli.model_options import MODEL, custom_ops_option, dims_option
 from onnxsplit.cli.output import Output, make_command
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _FILE = path_option("-c", "--cluster", "file", default="cluster.toml", metavar="FILE", help="Cluster file to use.")
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def command() -> None:
     """Describe devices and links in a cluster file; partition --cluster cuts for them."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import click
 
 from onnxsplit.cli.output import Output, make_command
 
 
-@make_command
+@functools.partial(make_command, modes=False)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(output: Output, *, shell: str) -> None:
     """Print a script that makes SHELL complete the commands and options of onnxsplit.
@@ -22,4 +24,3 @@ def command(output: Output, *, shell: str) -> None:
     assert completion is not None
     script = completion(cli, {}, "onnxsplit", "_ONNXSPLIT_COMPLETE").source()
     output.line(script)
-    output.result({"shell": shell, "script": script})

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from onnxsplit.cli.help import option
+from onnxsplit.cli.help import CommandGroup, option
 from onnxsplit.cli.model_options import PLAN
 from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.values import NODES, NumberParam
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def command() -> None:
     """Write files for another system that runs a plan."""
 
@@ -53,7 +53,10 @@ def kubernetes(
     utilisation: float,
     custom_ops: tuple[str, ...],
 ) -> None:
-    """Write Kubernetes manifests for the plan in DIR, in Kustomize's layout, with new keys for its links."""
+    """Write Kubernetes manifests for the plan in DIR.
+
+    They have Kustomize's layout, and new keys for the plan's links.
+    """
     from onnxsplit.plan_files import load_plan
     from runtime.deploy.kubernetes import DeployOptions, name_of, write
 

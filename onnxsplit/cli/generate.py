@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxsplit.cli.help import OptionTable, add_options, under
 from onnxsplit.cli.model_options import PLAN
 from onnxsplit.cli.output import Output, make_command, milliseconds
-from onnxsplit.cli.running import (
-    OptionTable,
-    add_options,
-    keywords,
-    running_options,
-    tracing_options,
-    write_trace,
-)
-from onnxsplit.cli.sampling import SAMPLING, STOP, check_text, sampling, shown_text, speeds, text_of
+from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
+from onnxsplit.cli.sampling import SAMPLING, STOP, TEXT, check_text, sampling, shown_text, speeds, text_of
 from onnxsplit.cli.values import TokensParam
 from onnxsplit.errors import InputError
 
@@ -41,7 +35,7 @@ _PROMPT: OptionTable = [
 @make_command
 @PLAN
 @click.argument("text", required=False)
-@add_options(_PROMPT)
+@add_options(under(TEXT, _PROMPT))
 @add_options(STOP)
 @add_options(SAMPLING)
 @running_options

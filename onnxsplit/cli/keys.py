@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from onnxsplit.cli.help import option
+from onnxsplit.cli.help import CommandGroup, option
 from onnxsplit.cli.output import Output, make_command
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def command() -> None:
     """Make and manage the keys that protect links between hosts."""
 

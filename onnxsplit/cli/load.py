@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxsplit.cli.help import add_options
 from onnxsplit.cli.load_options import LOAD_OPTIONS, check_fitting
 from onnxsplit.cli.output import Output, make_command, milliseconds
-from onnxsplit.cli.running import add_options, keywords, parameter_names, running_options, tracing_options, write_trace
+from onnxsplit.cli.running import keywords, parameter_names, running_options, tracing_options, write_trace
 
 if TYPE_CHECKING:
     from runtime.load.driver import Driver

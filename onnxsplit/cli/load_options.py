@@ -11,14 +11,15 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from onnxsplit.cli.running import OptionTable, parameter_names
+from onnxsplit.cli.help import MEASURING, OptionTable
+from onnxsplit.cli.running import parameter_names
 from onnxsplit.cli.values import NumberParam, RangeParam
 from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE, parse_whole
 
 _MOST_RATE_PER_S, _MOST_CONCURRENCY = 1e6, 10_000
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of HTTP
 _OWN_HEADERS = ("content-length", "transfer-encoding", "inference-header-content-length")
-_LOAD, _REQUEST, _TEXT, _MEASURE = "The load", "The requests", "Texts, for URLs that end with /v1", "Measuring"
+_LOAD, _REQUEST, _TEXT = "The load", "The requests", "Texts, for URLs that end with /v1"
 
 
 def _shapes(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -189,7 +190,7 @@ LOAD_OPTIONS: OptionTable = [
             "type": NumberParam(0, MOST_SECONDS),
             "default": 1.0,
             "metavar": "SECONDS",
-            "section": _MEASURE,
+            "section": MEASURING,
             "help": "Time at the beginning of each load that is not measured.",
         },
     ),
@@ -199,7 +200,7 @@ LOAD_OPTIONS: OptionTable = [
             "type": NumberParam(1, MOST_SECONDS * 1e3),
             "default": 2000.0,
             "metavar": "MS",
-            "section": _MEASURE,
+            "section": MEASURING,
             "help": "Length of one window. Each load is measured until three windows in a row agree.",
         },
     ),
@@ -209,7 +210,7 @@ LOAD_OPTIONS: OptionTable = [
             "type": NumberParam(0, 1000, min_open=True),
             "default": 10.0,
             "metavar": "PERCENT",
-            "section": _MEASURE,
+            "section": MEASURING,
             "help": "How far the rate and the latency of each window may be from the mean of the three.",
         },
     ),
@@ -219,7 +220,7 @@ LOAD_OPTIONS: OptionTable = [
             "type": click.IntRange(3, 1_000_000),
             "default": 10,
             "metavar": "N",
-            "section": _MEASURE,
+            "section": MEASURING,
             "help": "Most windows of each load.",
         },
     ),
@@ -228,7 +229,7 @@ LOAD_OPTIONS: OptionTable = [
         {
             "type": click.IntRange(1, 10**9),
             "metavar": "N",
-            "section": _MEASURE,
+            "section": MEASURING,
             "help": "Number of requests of each load to measure, instead of windows.",
         },
     ),
@@ -237,7 +238,7 @@ LOAD_OPTIONS: OptionTable = [
         {
             "type": NumberParam(0, 100, min_open=True),
             "metavar": "N",
-            "section": _MEASURE,
+            "section": MEASURING,
             "help": "Percentile of the latency that must agree between windows. Default: the mean.",
         },
     ),
@@ -246,7 +247,7 @@ LOAD_OPTIONS: OptionTable = [
         {
             "type": click.Path(path_type=Path),
             "metavar": "FILE.csv",
-            "section": _MEASURE,
+            "section": MEASURING,
             "help": "Write the results to this file, too, in perf_analyzer's columns.",
         },
     ),

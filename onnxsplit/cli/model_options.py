@@ -17,9 +17,10 @@ PLAN = click.argument("plan", type=click.Path(path_type=Path), metavar="DIR")
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 
 
-def threads_option(command: Command) -> Command:
+def threads_option(command: Command, section: str = "") -> Command:
     """``--threads``."""
-    return option("--threads", type=THREADS, metavar="N", help="Number of threads of every session.")(command)
+    text = "Number of threads of every session."
+    return option("--threads", type=THREADS, metavar="N", section=section, help=text)(command)
 
 
 def inputs_option(command: Command, section: str = "", *, several: bool = False) -> Command:

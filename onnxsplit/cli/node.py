@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
-from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.help import MODELS, NETWORK, NODES, SECURITY, option, path_option
 from onnxsplit.cli.model_options import custom_ops_option, threads_option
 from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.values import STAGE, NumberParam, SizeParam
@@ -14,12 +15,14 @@ from onnxsplit.numbers import MOST_SECONDS
 @make_command
 @option(
     "--connect",
+    section=NETWORK,
     required=True,
     metavar="ADDR",
     help="Address of the pipeline that waits for nodes: tcp://HOST:PORT or ipc://PATH.",
 )
 @option(
     "--stage",
+    section=NODES,
     type=STAGE,
     metavar="I",
     help="Stage to execute. Without it: any stage that lacks a node. An --elastic pipeline adds a place only for "
@@ -27,35 +30,53 @@ from onnxsplit.numbers import MOST_SECONDS
 )
 @path_option(
     "--plan",
+    section=MODELS,
     metavar="DIR",
     help="Own copy of the plan. Without it: the pipeline's folder if it is visible here, else the files are fetched.",
 )
-@option("--fetch", is_flag=True, help="Fetch the stage's files even if the pipeline's folder is visible here.")
 @option(
-    "--cache", type=SizeParam(least=0), default="64G", help="Most bytes that fetched stage files may take on this host."
+    "--fetch",
+    section=MODELS,
+    is_flag=True,
+    help="Fetch the stage's files even if the pipeline's folder is visible here.",
 )
-@option("--host", metavar="NAME", help="Name of this host in the cluster file. Without it: its host name.")
-@option("--bind", metavar="ADDR", help="Address to receive tensors at. Without it: any free port or path.")
+@option(
+    "--cache",
+    section=MODELS,
+    type=SizeParam(least=0),
+    default="64G",
+    help="Most bytes that fetched stage files may take on this host.",
+)
+@option(
+    "--host", section=NETWORK, metavar="NAME", help="Name of this host in the cluster file. Without it: its host name."
+)
+@option(
+    "--bind", section=NETWORK, metavar="ADDR", help="Address to receive tensors at. Without it: any free port or path."
+)
 @option(
     "--provider",
+    section=NODES,
     metavar="PROVIDER",
     help="Execution provider: cpu, cuda[:N], openvino or webgpu. Without it: the pipeline's choice.",
 )
-@threads_option
-@custom_ops_option
+@functools.partial(threads_option, section=NODES)
+@functools.partial(custom_ops_option, section=MODELS)
 @path_option(
     "--keys",
+    section=SECURITY,
     metavar="DIR",
     help="Folder with the keys that protect TCP links. Without it: ~/.config/onnxsplit/keys, if it exists.",
 )
-@option("--insecure", is_flag=True, help="Allow unencrypted links to other hosts.")
+@option("--insecure", section=SECURITY, is_flag=True, help="Allow unencrypted links to other hosts.")
 @option(
     "--advertise",
+    section=NETWORK,
     metavar="ADDR",
     help="Address at which others reach this node, if not at --bind, as behind a proxy.",
 )
 @option(
     "--rejoin",
+    section=NODES,
     type=NumberParam(0, MOST_SECONDS),
     default=60.0,
     metavar="SECONDS",
@@ -63,6 +84,7 @@ from onnxsplit.numbers import MOST_SECONDS
 )
 @option(
     "--shared-memory/--no-shared-memory",
+    section=NODES,
     default=True,
     help="Send tensors through shared memory between nodes of one host.",
 )

@@ -111,25 +111,30 @@ class Output:
             self.line(click.style(not_shown(dropped), dim=True))
 
 
-def make_command(function: Callable[..., Any]) -> click.Command:
-    """Make a command from a function whose first argument is an :class:`Output`.
+_MODES = (
+    (("--json", "as_json"), "ONNXSPLIT_JSON", "Print one JSON object instead of text."),
+    (("-q", "--quiet"), "ONNXSPLIT_QUIET", "Print nothing but errors."),
+    (("-v", "--verbose"), "ONNXSPLIT_VERBOSE", "Print a line for each step on stderr."),
+)
 
-    Adds ``--json``, ``-q`` and ``-v``, and turns every error into one message.
+
+def make_command(function: Callable[..., Any], *, modes: bool = True) -> click.Command:
+    """Make a command from a function whose first argument is an :class:`Output`, and turn errors into one message.
+
+    Args:
+        function: the function.
+        modes: whether the command has ``--json``, ``-q`` and ``-v``.
     """
 
     @functools.wraps(function)
-    def wrapped(*, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    def wrapped(*, as_json: bool = False, quiet: bool = False, verbose: bool = False, **options: Any) -> None:
         output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
         with _messages(output):
             function(output, **options)
 
     made = click.command(cls=ManyValues)(wrapped)
-    for names, variable, words in (
-        (("--json", "as_json"), "ONNXSPLIT_JSON", "Print one JSON object instead of text."),
-        (("-q", "--quiet"), "ONNXSPLIT_QUIET", "Print nothing but errors."),
-        (("-v", "--verbose"), "ONNXSPLIT_VERBOSE", "Print a line for each step on stderr."),
-    ):
-        made.params.append(SectionOption(names, is_flag=True, envvar=variable, show_envvar=True, help=words))
+    for names, variable, words in _MODES if modes else ():
+        made.params.append(SectionOption(names, is_flag=True, envvar=variable, help=words))
     for parameter in made.params:
         if isinstance(parameter.type, click.Path):
             parameter.type = FilePath(path_type=Path, exists=parameter.type.exists)

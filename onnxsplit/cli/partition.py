@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.help import RESULTS, option, path_option
 from onnxsplit.cli.model_options import MODEL, custom_ops_words, examine_options
 from onnxsplit.cli.output import Output, make_command, milliseconds
 from onnxsplit.cli.values import NODES, SecondsParam, ShareParam, SizeParam, StageCountParam
@@ -20,7 +20,7 @@ from onnxsplit.numbers import MOST_ROUNDS
 if TYPE_CHECKING:
     from onnxsplit.planning.result import PlanningResult
 
-_DEVICES, _RESULTS = "Stages and devices", "Results"
+_DEVICES = "Stages and devices"
 _device_option = functools.partial(option, section=_DEVICES)
 _cut_option = functools.partial(option, section="Where to cut")
 _search_option = functools.partial(option, section="The search")
@@ -182,17 +182,17 @@ def _strongest_names(options: Mapping[str, Any], names: Mapping[str, str]) -> di
     "-o",
     "--out",
     metavar="DIR",
-    section=_RESULTS,
+    section=RESULTS,
     help="Plan directory to write. Without it: MODEL.plan in the current folder.",
 )
-@path_option("--html", metavar="FILE", section=_RESULTS, help="Also write a report: one HTML page with drawings.")
+@path_option("--html", metavar="FILE", section=RESULTS, help="Also write a report: one HTML page with drawings.")
 @path_option(
     "--annotate",
     metavar="FILE",
-    section=_RESULTS,
+    section=RESULTS,
     help="Also write a copy of the model that names the stage of each op.",
 )
-@option("--dry-run", is_flag=True, section=_RESULTS, help="Show the plan without writing it.")
+@option("--dry-run", is_flag=True, section=RESULTS, help="Show the plan without writing it.")
 def command(
     output: Output,
     *,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.help import option, path_option
+from onnxsplit.cli.help import REQUESTS, option, path_option
 from onnxsplit.cli.model_options import PLAN, custom_ops_words
 from onnxsplit.cli.output import Output, make_command, milliseconds
 from onnxsplit.cli.running import keywords, running_options, tracing_options, write_trace
@@ -23,14 +23,25 @@ if TYPE_CHECKING:
     from onnxsplit.tensors import Array
     from runtime.coordinator.status import NodeStats
 
+_TENSORS = "Inputs and outputs"
+
 
 @make_command
 @PLAN
 @path_option(
-    "--inputs", metavar="FILE.npz", help="File with the inputs by name. Without it: the plan's example inputs."
+    "--inputs",
+    metavar="FILE.npz",
+    section=_TENSORS,
+    help="File with the inputs by name. Without it: the plan's example inputs.",
 )
-@path_option("--outputs", metavar="FILE.npz", help="File to write the outputs to.")
-@option("--outputs-only", multiple=True, metavar="NAME", help="Return only this output or cut tensor. Repeatable.")
+@path_option("--outputs", metavar="FILE.npz", section=_TENSORS, help="File to write the outputs to.")
+@option(
+    "--outputs-only",
+    multiple=True,
+    metavar="NAME",
+    section=_TENSORS,
+    help="Return only this output or cut tensor. Repeatable.",
+)
 @running_options
 @tracing_options
 @option(
@@ -38,12 +49,14 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 1_000_000_000),
     default=1,
     metavar="N",
+    section=REQUESTS,
     help="Number of times to send the request.",
 )
 @option(
     "--timeout",
     type=NumberParam(0, MOST_SECONDS, min_open=True),
     metavar="SECONDS",
+    section=REQUESTS,
     help="Most time that one request may take.",
 )
 def command(

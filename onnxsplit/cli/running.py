@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.help import Command, option
+from onnxsplit.cli.help import (
+    LANGUAGE_MODELS,
+    MODELS,
+    NODES,
+    REQUESTS,
+    RESULTS,
+    Command,
+    OptionTable,
+    add_options,
+    under,
+)
 from onnxsplit.cli.model_options import custom_ops_option, threads_option
 from onnxsplit.cli.output import Output
 from onnxsplit.cli.values import SizeParam
@@ -20,34 +30,27 @@ from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
 if TYPE_CHECKING:
     from runtime import Pipeline
 
-OptionTable = list[tuple[tuple[str, ...], dict[str, Any]]]
-"""Options in the order of the help: the names of each, and the arguments of ``click.option``."""
-
 
 def running_options(command: Command) -> Command:
     """Options for running a plan. A command takes them as keywords and passes them to :func:`keywords`."""
-    return threads_option(add_options([*_OPTIONS, *_DECODING, _MEMORY, _TIMING])(custom_ops_option(command)))
+    return _with_options(command, _MEMORY)
 
 
 def serving_options(command: Command) -> Command:
     """The same options for ``serve``, whose ``--shared-memory`` concerns the memory of clients."""
-    return threads_option(add_options([*_OPTIONS, *_DECODING, _NO_MEMORY, _TIMING])(custom_ops_option(command)))
+    return _with_options(command, _NO_MEMORY)
+
+
+def _with_options(command: Command, memory: OptionTable) -> Command:
+    command = custom_ops_option(command, MODELS)
+    nodes = [*under(NODES, _NODES), *under(NODES, memory), *under(NODES, _TIMING)]
+    command = add_options([*nodes, *under(REQUESTS, _REQUESTS), *under(LANGUAGE_MODELS, _DECODING)])(command)
+    return threads_option(command, NODES)
 
 
 def tracing_options(command: Command) -> Command:
     """Options for recording a timeline. A command passes them to :func:`keywords`, too."""
-    return add_options(_TRACING)(command)
-
-
-def add_options(options: OptionTable) -> Callable[[Command], Command]:
-    """A decorator that gives a command the options of a table."""
-
-    def decorate(command: Command) -> Command:
-        for names, settings in reversed(options):
-            command = option(*names, **settings)(command)
-        return command
-
-    return decorate
+    return add_options(under(RESULTS, _TRACING))(command)
 
 
 def parameter_names(*tables: OptionTable) -> list[str]:
@@ -87,7 +90,7 @@ def _timings(context: click.Context, parameter: click.Parameter, texts: tuple[st
     return timings
 
 
-_OPTIONS: OptionTable = [
+_NODES: OptionTable = [
     (
         ("--provider",),
         {
@@ -104,6 +107,23 @@ _OPTIONS: OptionTable = [
             "help": "Number of nodes of every stage, or of one stage. Repeatable. Default: the plan's.",
         },
     ),
+    (
+        ("--share-weights/--no-share-weights",),
+        {
+            "default": None,
+            "help": "Let the nodes of a stage map one packed copy of its weights. Default: where a stage has replicas.",
+        },
+    ),
+    (
+        ("--balance",),
+        {
+            "type": click.Choice(["completion", "resource", "task", "latency", "round-robin"]),
+            "default": "completion",
+            "help": "How a node is chosen among those of a stage.",
+        },
+    ),
+]
+_REQUESTS: OptionTable = [
     (
         ("--mode",),
         {
@@ -134,21 +154,6 @@ _OPTIONS: OptionTable = [
         },
     ),
     (
-        ("--share-weights/--no-share-weights",),
-        {
-            "default": None,
-            "help": "Let the nodes of a stage map one packed copy of its weights. Default: where a stage has replicas.",
-        },
-    ),
-    (
-        ("--balance",),
-        {
-            "type": click.Choice(["completion", "resource", "task", "latency", "round-robin"]),
-            "default": "completion",
-            "help": "How a node is chosen among those of a stage.",
-        },
-    ),
-    (
         ("--attempts",),
         {
             "type": click.IntRange(1, MOST_ATTEMPTS),
@@ -162,7 +167,7 @@ _DECODING: OptionTable = [
         ("--cache-bytes",),
         {
             "type": SizeParam(),
-            "help": "Decoders: most bytes of caches on each node, as 2G. Default: a quarter of the free memory, "
+            "help": "Most bytes of caches on each node, as 2G. Default: a quarter of the free memory, "
             "divided by the number of nodes.",
         },
     ),
@@ -171,51 +176,60 @@ _DECODING: OptionTable = [
         {
             "type": click.IntRange(1, MOST_ROWS),
             "default": 16,
-            "help": "Decoders: most texts that are continued at once, for each replica.",
+            "help": "Most texts that are continued at once, for each replica.",
         },
     ),
     (
         ("--max-length",),
-        {"type": click.IntRange(2, MOST_SIZE), "help": "Decoders: most tokens of a text. Default: the model's."},
+        {"type": click.IntRange(2, MOST_SIZE), "help": "Most tokens of a text. Default: the model's."},
     ),
     (
         ("--prefill-chunk",),
         {
             "type": click.IntRange(1, MOST_NEW_TOKENS),
             "default": 128,
-            "help": "Decoders: most tokens of a prompt that run at once.",
+            "help": "Most tokens of a prompt that run at once.",
         },
     ),
     (
         ("--decode-groups",),
         {
             "type": click.IntRange(1, MOST_ROWS),
-            "help": "Decoders: number of groups of sequences in flight. Default: as many as stages.",
+            "help": "Number of groups of sequences in flight. Default: as many as stages.",
         },
     ),
     (
         ("--prefix-reuse/--no-prefix-reuse",),
-        {"default": True, "help": "Decoders: compute a beginning that several prompts share only once."},
+        {"default": True, "help": "Compute a beginning that several prompts share only once."},
     ),
 ]
-_MEMORY: tuple[tuple[str, ...], dict[str, Any]] = (
-    ("--shared-memory/--no-shared-memory",),
-    {"default": True, "help": "Pass tensors between nodes of one host in shared memory."},
-)
-_NO_MEMORY: tuple[tuple[str, ...], dict[str, Any]] = (
-    ("--no-shared-memory",),
-    {"is_flag": True, "help": "Pass tensors between nodes through sockets instead of shared memory."},
-)
-_TIMING: tuple[tuple[str, ...], dict[str, Any]] = (
-    ("--timing", "timings"),
-    {
-        "multiple": True,
-        "metavar": "NAME=SECONDS",
-        "callback": _timings,
-        "help": "Set a time limit after which a node counts as failed or is tried again, by its name in "
-        "runtime.timings.Timings: silence_s, stall_s, lost_s, backoff_s, circuit_s, ... Repeatable.",
-    },
-)
+_MEMORY: OptionTable = [
+    (
+        ("--shared-memory/--no-shared-memory",),
+        {"default": True, "help": "Pass tensors between nodes of one host in shared memory."},
+    )
+]
+_NO_MEMORY: OptionTable = [
+    (
+        ("--no-shared-memory",),
+        {
+            "is_flag": True,
+            "help": "Pass tensors between nodes through sockets instead of shared memory.",
+        },
+    )
+]
+_TIMING: OptionTable = [
+    (
+        ("--timing", "timings"),
+        {
+            "multiple": True,
+            "metavar": "NAME=SECONDS",
+            "callback": _timings,
+            "help": "Set a time limit after which a node counts as failed or is tried again, by its name in "
+            "runtime.timings.Timings: silence_s, stall_s, lost_s, backoff_s, circuit_s, ... Repeatable.",
+        },
+    )
+]
 _TRACING: OptionTable = [
     (
         ("--trace",),

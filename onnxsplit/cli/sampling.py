@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxsplit.cli.running import OptionTable, parameter_names
+from onnxsplit.cli.help import OptionTable, under
+from onnxsplit.cli.running import parameter_names
 from onnxsplit.cli.values import NumberParam, TokensParam
 from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE
 
 if TYPE_CHECKING:
     from runtime import Pipeline
     from runtime.text.text import Text
+
+TEXT = "The text"
+"""The heading of options about the text that is continued."""
 
 _MOST = 1e9
 
@@ -30,103 +34,112 @@ def _biases(context: click.Context, parameter: click.Parameter, texts: tuple[str
     return biases or None
 
 
-STOP: OptionTable = [
-    (
-        ("--stop",),
-        {"multiple": True, "metavar": "TEXT", "help": "Ends the text, which does not contain it. Repeatable."},
-    ),
-]
-SAMPLING: OptionTable = [
-    (
-        ("--max-tokens",),
-        {
-            "type": click.IntRange(1, MOST_SIZE),
-            "metavar": "N",
-            "help": "Most tokens to add. Default: as many as the context has room for.",
-        },
-    ),
-    (
-        ("--temperature",),
-        {
-            "type": NumberParam(0, _MOST),
-            "help": "Divides the scores. 0: the most probable token. Default: the model's own, or 0.",
-        },
-    ),
-    (
-        ("--top-k",),
-        {
-            "type": click.IntRange(0, MOST_SIZE),
-            "help": "Number of the most probable tokens to choose from. 0: all.",
-        },
-    ),
-    (
-        ("--top-p",),
-        {
-            "type": NumberParam(0, 1),
-            "help": "Choose from the most probable tokens that reach this probability together.",
-        },
-    ),
-    (
-        ("--min-p",),
-        {
-            "type": NumberParam(0, 1),
-            "help": "Choose from tokens with at least this share of the largest probability.",
-        },
-    ),
-    (
-        ("--repetition-penalty",),
-        {"type": NumberParam(1e-9, _MOST), "help": "Divides the scores of tokens in the text."},
-    ),
-    (
-        ("--presence-penalty",),
-        {
-            "type": NumberParam(-_MOST, _MOST),
-            "help": "Is subtracted from the scores of new tokens that have occurred.",
-        },
-    ),
-    (
-        ("--frequency-penalty",),
-        {"type": NumberParam(-_MOST, _MOST), "help": "Is subtracted from them once for each time."},
-    ),
-    (
-        ("--logit-bias",),
-        {
-            "multiple": True,
-            "callback": _biases,
-            "metavar": "TOKEN=NUMBER",
-            "help": "Is added to the score of a token. Repeatable.",
-        },
-    ),
-    (("--seed",), {"type": click.IntRange(0, 1 << 62), "help": "Makes the choice repeatable. Default: a random one."}),
-    (
-        ("--min-tokens",),
-        {"type": click.IntRange(0, MOST_SIZE), "help": "Number of tokens before which none is the end."},
-    ),
-    (
-        ("--stop-tokens",),
-        {
-            "type": TokensParam(none=True),
-            "metavar": "N,N,...|none",
-            "help": "Tokens that end the text. Default: the model's.",
-        },
-    ),
-    (
-        ("--logprobs",),
-        {
-            "type": click.IntRange(0, 64),
-            "metavar": "N",
-            "help": "Report the probability of each token, and of the N most probable ones.",
-        },
-    ),
-    (
-        ("--timeout",),
-        {
-            "type": NumberParam(0, MOST_SECONDS, min_open=True),
-            "metavar": "SECONDS",
-            "help": "Most time until the last token.",
-        },
-    ),
-]
+STOP: OptionTable = under(
+    TEXT,
+    [
+        (
+            ("--stop",),
+            {"multiple": True, "metavar": "TEXT", "help": "Ends the text, which does not contain it. Repeatable."},
+        ),
+    ],
+)
+SAMPLING: OptionTable = under(
+    TEXT,
+    [
+        (
+            ("--max-tokens",),
+            {
+                "type": click.IntRange(1, MOST_SIZE),
+                "metavar": "N",
+                "help": "Most tokens to add. Default: as many as the context has room for.",
+            },
+        ),
+        (
+            ("--temperature",),
+            {
+                "type": NumberParam(0, _MOST),
+                "help": "Divides the scores. 0: the most probable token. Default: the model's own, or 0.",
+            },
+        ),
+        (
+            ("--top-k",),
+            {
+                "type": click.IntRange(0, MOST_SIZE),
+                "help": "Number of the most probable tokens to choose from. 0: all.",
+            },
+        ),
+        (
+            ("--top-p",),
+            {
+                "type": NumberParam(0, 1),
+                "help": "Choose from the most probable tokens that reach this probability together.",
+            },
+        ),
+        (
+            ("--min-p",),
+            {
+                "type": NumberParam(0, 1),
+                "help": "Choose from tokens with at least this share of the largest probability.",
+            },
+        ),
+        (
+            ("--repetition-penalty",),
+            {"type": NumberParam(1e-9, _MOST), "help": "Divides the scores of tokens in the text."},
+        ),
+        (
+            ("--presence-penalty",),
+            {
+                "type": NumberParam(-_MOST, _MOST),
+                "help": "Is subtracted from the scores of new tokens that have occurred.",
+            },
+        ),
+        (
+            ("--frequency-penalty",),
+            {"type": NumberParam(-_MOST, _MOST), "help": "Is subtracted from them once for each time."},
+        ),
+        (
+            ("--logit-bias",),
+            {
+                "multiple": True,
+                "callback": _biases,
+                "metavar": "TOKEN=NUMBER",
+                "help": "Is added to the score of a token. Repeatable.",
+            },
+        ),
+        (
+            ("--seed",),
+            {"type": click.IntRange(0, 1 << 62), "help": "Makes the choice repeatable. Default: a random one."},
+        ),
+        (
+            ("--min-tokens",),
+            {"type": click.IntRange(0, MOST_SIZE), "help": "Number of tokens before which none is the end."},
+        ),
+        (
+            ("--stop-tokens",),
+            {
+                "type": TokensParam(none=True),
+                "metavar": "N,N,...|none",
+                "help": "Tokens that end the text. Default: the model's.",
+            },
+        ),
+        (
+            ("--logprobs",),
+            {
+                "type": click.IntRange(0, 64),
+                "metavar": "N",
+                "help": "Report the probability of each token, and of the N most probable ones.",
+            },
+        ),
+        (
+            ("--timeout",),
+            {
+                "type": NumberParam(0, MOST_SECONDS, min_open=True),
+                "metavar": "SECONDS",
+                "help": "Most time until the last token.",
+            },
+        ),
+    ],
+)
 
 
 def sampling(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,19 @@ from urllib.parse import quote
 
 import click
 
+from onnxsplit.cli.help import (
+    LANGUAGE_MODELS,
+    MODELS,
+    NETWORK,
+    OTHER_HOSTS,
+    REQUESTS,
+    SECURITY,
+    OptionTable,
+    add_options,
+    under,
+)
 from onnxsplit.cli.output import Output, make_command
-from onnxsplit.cli.running import OptionTable, add_options, keywords, parameter_names, serving_options
+from onnxsplit.cli.running import keywords, parameter_names, serving_options
 from onnxsplit.cli.settings import different
 from onnxsplit.cli.values import NumberParam, SizeParam
 from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE, parse_whole
@@ -102,9 +113,21 @@ _REQUESTS: OptionTable = [
     (("--max-queue-bytes",), {"type": SizeParam(), "default": "1G", "help": "Most bytes of requests that wait."}),
     (("--max-body",), {"type": SizeParam(), "default": "256M", "help": "Most bytes of one request."}),
     (
+        ("--drain",),
+        {
+            "type": NumberParam(0, MOST_SECONDS),
+            "default": 30.0,
+            "help": "Seconds to answer accepted requests after SIGTERM.",
+        },
+    ),
+]
+_MODELS: OptionTable = [
+    (
         ("--versions",),
         {"type": click.IntRange(1, 1000), "default": 1, "help": "Number of the newest versions of a model to load."},
     ),
+]
+_TEXTS: OptionTable = [
     (
         ("--poll",),
         {
@@ -148,14 +171,8 @@ _REQUESTS: OptionTable = [
             "help": "How the models write calls of tools: in tags, as Hermes and Qwen, or as JSON, as Llama 3.",
         },
     ),
-    (
-        ("--drain",),
-        {
-            "type": NumberParam(0, MOST_SECONDS),
-            "default": 30.0,
-            "help": "Seconds to answer accepted requests after SIGTERM.",
-        },
-    ),
+]
+_OTHER: OptionTable = [
     (("--otel",), {"is_flag": True, "help": "Send spans to OpenTelemetry; the OTEL_* variables configure it."}),
 ]
 _ACCESS: OptionTable = [
@@ -293,18 +310,20 @@ class _NodeSource:
 
 @make_command
 @click.argument("plans", type=_FILE, metavar="DIR...", nargs=-1, required=True)
-@add_options(_ADDRESSES)
+@add_options(under(NETWORK, _ADDRESSES))
 @serving_options
-@add_options(_REQUESTS)
-@add_options(_ACCESS)
-@add_options(_NODES)
+@add_options([*under(REQUESTS, _REQUESTS), *under(MODELS, _MODELS), *under(LANGUAGE_MODELS, _TEXTS), *_OTHER])
+@add_options(under(SECURITY, _ACCESS))
+@add_options(under(OTHER_HOSTS, _NODES))
 def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
     """Serve the plans in DIR... to clients of the Open Inference Protocol (KServe v2, Triton), until SIGTERM.
 
     A folder of numbered folders is one model with these versions. After SIGTERM, accepted requests are answered before
     the server stops.
     """
-    gateway = {name: values.pop(name) for name in parameter_names(_ADDRESSES, _REQUESTS, _ACCESS)}
+    gateway = {
+        name: values.pop(name) for name in parameter_names(_ADDRESSES, _REQUESTS, _MODELS, _TEXTS, _OTHER, _ACCESS)
+    }
     nodes = _NodeSource(**{name: values.pop(name) for name in parameter_names(_NODES)}, custom_ops=values["custom_ops"])
     nodes.check(plans)
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # nodes are started by exec, not by fork
