@@ -20,6 +20,7 @@ from onnxsplit.tensors import ML_DTYPES, TRAVELLING_TYPES, Array, dtype_name, nu
 _NOTE = "onnxsplit.dtypes.json"  # not an .npy, so no tensor can have this name
 _MOST_NOTE_BYTES = 1 << 20
 _ENCRYPTED = 1  # a bit of a member's flags
+_OTHERS = {".onnx": "a model", ".plan": "a plan", ".npy": "one array without a name: write it with numpy.savez"}
 _STRING_OBJECT_BYTES = 64  # memory that Python needs for a short text and the reference to it
 
 
@@ -78,8 +79,10 @@ def load_npz(path: Path) -> dict[str, Array]:
         reason = (
             (error.strerror if isinstance(error, OSError) else None) or one_line(error, 300) or type(error).__name__
         )
+        kind = _OTHERS.get(path.suffix.lower())
         raise InputError(
-            f"cannot read {path}: {reason}. It must be an .npz archive of plain arrays, not of pickled objects"
+            f"cannot read {path}{f' ({kind})' if kind else ''}: {reason}. It must be an .npz archive of plain arrays, "
+            "not of pickled objects"
         ) from error
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-from onnxsplit.errors import PlanError, one_line
+from onnxsplit.errors import PlanError, one_line, shown
 from onnxsplit.files import is_text, open_regular, read_regular
-from onnxsplit.plan import FORMAT_VERSION, PLAN_FILE, Plan
+from onnxsplit.plan import FORMAT_VERSION, PLAN_FILE, Plan, TensorSpec
 from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_check import plan_problems
 
 _MOST_PLAN_BYTES = 64 << 20
-
+_MOST_NAMES = 5  # names of a listing in a message
+_MOST_INPUTS = 20  # inputs with their types and shapes in a message
+_SECOND_FIELDS = b"\x12\x1a\x22\x28\x32\x3a\x42\x72"  # tags of protobuf: producer_name, ..., graph, opset_import
 
 _MOST_PROBLEM = 300  # characters of one problem in a message
 
@@ -55,12 +59,57 @@ def read_plan_file(folder: Path) -> bytes:
     try:
         return read_regular(folder / PLAN_FILE, most_bytes=_MOST_PLAN_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
-        reason = f"it has no {PLAN_FILE}" if folder.is_dir() else "it is a file" if folder.exists() else "it is missing"
-        raise PlanError(
-            f"{folder} is not a plan directory: {reason}. Make one with: onnxsplit partition MODEL"
-        ) from error
+        raise PlanError(f"{folder} is not a plan directory: {_what_instead(folder)}") from error
     except OSError as error:
         raise PlanError(f"cannot read {folder / PLAN_FILE}: {error.strerror}") from error
+
+
+def _what_instead(path: Path) -> str:
+    """What a path is that is not a plan directory, and what to do, as text."""
+    make = "Make one with: onnxsplit partition MODEL"
+    if path.is_dir():
+        return _what_folder(path) or f"it has no {PLAN_FILE}. {make}"
+    if not path.exists():
+        return f"it is missing. {make}"
+    if (path.parent / PLAN_FILE).is_file():
+        return f"it is a file of the plan {path.parent}. Name the folder: {shlex.quote(str(path.parent))}"
+    if path.suffix == ".npz":
+        return "it holds tensors (.npz), as --inputs takes them. Name the folder of a plan"
+    if path.suffix == ".onnx" or _begins_as_model(path):
+        return f"it is a model. Make a plan of it: onnxsplit partition {shlex.quote(str(path))}"
+    return f"it is a file. {make}"
+
+
+def _what_folder(folder: Path) -> str | None:
+    """What a folder without ``plan.json`` holds, and what to do; None when it holds neither plans nor models."""
+    try:
+        plans = sorted(path.parent.name for path in folder.glob(f"*/{PLAN_FILE}"))
+        models = sorted(path.name for path in folder.glob("*.onnx"))
+    except OSError:
+        return None
+    if plans:
+        first = shlex.quote(str(folder / plans[0]))
+        served = "; serve takes the folder, as the versions of one model" if all(map(str.isdecimal, plans)) else ""
+        return f"it holds the plans {_first_names(plans)}. Name one of them, such as {first}{served}"
+    if models:
+        first = shlex.quote(str(folder / models[0]))
+        return f"it holds the models {_first_names(models)}. Make a plan of one: onnxsplit partition {first}"
+    return None
+
+
+def _first_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(map(shown, names[:_MOST_NAMES])) + more
+
+
+def _begins_as_model(path: Path) -> bool:
+    """Whether a file begins as ONNX models do: with their first field, the IR version, and another field after it."""
+    try:
+        with open_regular(path) as stream:
+            head = stream.read(3)
+    except OSError:
+        return False
+    return len(head) == 3 and head[0] == 0x08 and 0 < head[1] < 0x80 and head[2] in _SECOND_FIELDS
 
 
 def parse_plan(text: bytes, *, where: Path) -> Plan:
@@ -135,8 +184,17 @@ def example_file(folder: Path, plan: Plan) -> Path:
         PlanError: the plan holds no example inputs.
     """
     if plan.example_inputs is None:
-        raise PlanError(f"{folder} holds no example inputs; give some with --inputs FILE.npz")
+        names = [name for name in plan.inputs if name not in plan.defaults]
+        more = f" and {len(names) - _MOST_INPUTS} more" if len(names) > _MOST_INPUTS else ""
+        wanted = ", ".join(_declared(name, plan.tensors[name]) for name in names[:_MOST_INPUTS]) + more
+        raise PlanError(f"{folder} holds no example inputs; give some with --inputs FILE.npz, which holds {wanted}")
     return folder / plan.example_inputs.name
+
+
+def _declared(name: str, spec: TensorSpec) -> str:
+    """A tensor as text: ``'x': float32 [batch, 32]``."""
+    shape = "of any rank" if spec.shape is None else f"[{', '.join(map(str, spec.shape))}]"
+    return f"{shown(name)}: {spec.dtype} {shape}"
 
 
 def default_files(folder: Path, plan: Plan) -> dict[str, Path]:

@@ -93,6 +93,8 @@ def command(
     """Measure the plan in DIR, and compare it with its ceiling: its stage files run at once, without communication."""
     from runtime.bench import bench
 
+    if model is not None:
+        _check_kind(model)
     if decode is not None:
         _bench_decode(output, plan, model, decode, context, slices or 5, running)
         return
@@ -117,6 +119,14 @@ def command(
     _show(output, report, slice_seconds)
     output.line(f'Next: run it from Python with runtime.Pipeline.launch("{plan}")')
     output.result({"bench": report})
+
+
+def _check_kind(model: Path) -> None:
+    """Refuse a plan and a file of tensors by their kind; ONNX Runtime would only say that it cannot read them."""
+    from onnxsplit.model.source import open_model
+
+    if model.is_dir() or model.suffix == ".npz":
+        open_model(model, hashed=False)
 
 
 @contextmanager

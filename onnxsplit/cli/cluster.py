@@ -46,7 +46,9 @@ def _parse_agents(context: click.Context, parameter: click.Parameter, value: Seq
     agents = {}
     for text in value:
         host, equals, address = text.partition("=")
-        if not equals or not host or "://" not in address:
+        if equals and host and address and "://" not in address:
+            raise click.BadParameter(f"{text!r} has no scheme; write {host}=tcp://{address}", context, parameter)
+        if not equals or not host or not address:
             raise click.BadParameter(f"{text!r} is not HOST=tcp://ADDRESS:PORT", context, parameter)
         agents[host] = address
     return agents

@@ -68,9 +68,14 @@ def decoder_options(command: Command, section: str = "") -> Command:
     return command
 
 
+def _parse_decoder(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    return value.lower() if value.lower() in ("auto", "off") else value
+
+
 _DECODER_OPTIONS: dict[str, dict[str, Any]] = {
     "--decoder": {
         "default": "auto",
+        "callback": _parse_decoder,
         "metavar": "auto|off|FILE",
         "help": "Whether the model is a decoder whose caches stay on the nodes. auto: found out and proven by runs; "
         "off: caches are ordinary inputs and outputs; FILE: TOML with what is to be taken for granted.",

@@ -116,8 +116,10 @@ def command(
     from runtime.node.options import DEFAULT_MEMORY_BYTES, NodeOptions
     from runtime.node.serve import serve
     from runtime.wire.keys import default_folder
+    from runtime.wire.security import Security, check_address
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    check_address(connect, Security(insecure=True))  # only its form: the node itself checks whether it is safe
     libraries = find_libraries(custom_ops)
     output.note(f"Waiting for the pipeline at {connect}. Stop with Ctrl-C.")
     code = serve(

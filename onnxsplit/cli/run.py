@@ -81,7 +81,8 @@ def command(
 
     check_outputs(outputs)
     options = keywords(output, running)
-    given = load_npz(inputs or example_file(plan, load_plan(plan, check_files=False)))
+    file = inputs or example_file(plan, load_plan(plan, check_files=False))
+    given = load_npz(file)
     output.say("starting nodes")
     started = time.monotonic()
     with Pipeline.launch(plan, **options) as pipeline:
@@ -96,6 +97,8 @@ def command(
     write_trace(output, pipeline, running["trace"])
     _show(output, results, stats)
     output.line(f"\n{len(stats)} nodes ready in {started_s:.2f} s, {sent} request(s) in {ran_s:.3f} s.")
+    if inputs is None:
+        output.line(f"The inputs were the plan's example inputs ({file}); give others with --inputs FILE.npz")
     if outputs is not None:
         save_npz(outputs, results)
         output.line(f"Wrote {outputs}. Next: onnxsplit bench {plan}{custom_ops_words(running['custom_ops'])}")
@@ -104,6 +107,7 @@ def command(
     output.result(
         {
             "outputs": {name: {"dtype": str(a.dtype), "shape": a.shape} for name, a in results.items()},
+            "inputs": file,
             "file": outputs,
             "start_s": started_s,
             "run_s": ran_s,

@@ -43,7 +43,7 @@ _MOST_WARMUP = 100_000
 
 
 def _port(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
-    if text == "off":
+    if text.lower() == "off":
         return None
     port = parse_whole(text, 65535)
     if port is None:
@@ -81,7 +81,12 @@ _ADDRESSES: OptionTable = [
     ),
     (
         ("--grpc-port",),
-        {"default": "8001", "callback": _port, "metavar": "N|off", "help": "Port of gRPC. 0: any free port."},
+        {
+            "default": "8001",
+            "callback": _port,
+            "metavar": "N|off",
+            "help": "Port of gRPC. 0: any free port; off: no gRPC.",
+        },
     ),
 ]
 _REQUESTS: OptionTable = [
@@ -126,8 +131,6 @@ _MODELS: OptionTable = [
         ("--versions",),
         {"type": click.IntRange(1, 1000), "default": 1, "help": "Number of the newest versions of a model to load."},
     ),
-]
-_TEXTS: OptionTable = [
     (
         ("--poll",),
         {
@@ -156,6 +159,8 @@ _TEXTS: OptionTable = [
             "those of a file. Repeatable.",
         },
     ),
+]
+_TEXTS: OptionTable = [
     (
         ("--served-model-name",),
         {
@@ -259,6 +264,10 @@ class _NodeSource:
             )
         if self.launcher != "none" and (self.bind is not None or self.elastic or self.ports is not None):
             raise click.UsageError("--bind, --ports and --elastic are for nodes started by hand; add --launcher none")
+        if self.bind is not None:
+            from runtime.wire.security import Security, check_address
+
+            check_address(self.bind, Security(insecure=True))  # only its form: it is checked again with the keys
 
     def starter(self, output: Output, versions: list[Version], options: dict[str, Any]) -> StartPipeline:
         """Return a function that starts a plan's pipeline with ``options`` for :class:`~runtime.options.RunOptions`."""

@@ -33,8 +33,10 @@ class StageCountParam(click.ParamType):  # type: ignore[type-arg]  # older click
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse the text of an option."""
-        if value == "auto" or isinstance(value, int):
+        if isinstance(value, int):
             return value
+        if value.lower() == "auto":
+            return "auto"
         count = parse_whole(value, MOST_NODES)
         if not count:
             self.fail(f"{value!r} is neither a number from 1 to {MOST_NODES} nor auto", param, ctx)
@@ -130,7 +132,7 @@ class TokensParam(click.ParamType):  # type: ignore[type-arg]  # as above
         """Parse the text of an option."""
         if isinstance(value, tuple):
             return value
-        if self._none and value == "none":
+        if self._none and value.lower() == "none":
             return ()
         text = str(value).strip()
         numbers = [parse_whole(part, MOST_SIZE) for part in re.split(r"\s*,\s*|\s+", text)]

@@ -5,15 +5,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from types import ModuleType
 from typing import Any
 
 from onnxsplit.errors import ExportError, MissingDependency, OnnxsplitError, one_line
 from onnxsplit.export.conversion import Conversion, ExportOptions, Recipe
 from onnxsplit.export.pytorch import EXTRA, of_recipe, recipe_of, require_torch
 from onnxsplit.export.sources import Source
+
+_MOST_NAMES = 10  # functions of a file in a message
 
 
 def convert(source: Source, options: ExportOptions) -> Sequence[Conversion]:
@@ -78,10 +83,22 @@ def _loaded(source: Source) -> Any:
         raise _broken(source, error) from error
     named = getattr(module, source.name, None)
     if named is None:
-        raise ExportError(
-            f"{source.text} has no function {source.name!r}; name one with {source.path or 'module'}:FUNCTION"
-        )
+        raise ExportError(f"{source.text} has no function {source.name!r}; {_others(source, module)}")
     return named
+
+
+def _others(source: Source, module: ModuleType) -> str:
+    """The functions and classes that a module defines, and how to name one, as text."""
+    code = str(source.path) if source.path is not None else source.text.rpartition(":")[0]
+    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    names = [name for name, value in own.items() if inspect.isfunction(value) and not name.startswith("_")]
+    names += [name for name, value in own.items() if inspect.isclass(value) and not name.startswith("_")]
+    if not names:
+        return f"it defines no function. Write one that returns the model, and name it: {code}:FUNCTION"
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    near = get_close_matches(str(source.name), names, n=1) or names
+    command = f"onnxsplit export {shlex.quote(f'{code}:{near[0]}')}"
+    return f"it has {', '.join(names[:_MOST_NAMES])}{more}. Name one: {command} -o model.onnx"
 
 
 def _made(named: Any, source: Source, options: ExportOptions) -> Any:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from onnxsplit.errors import ExportError
 from onnxsplit.files import check_regular, read_regular
+from onnxsplit.model.file_kinds import what_is
 
 SourceKind = Literal[
     "recipe",
@@ -134,7 +135,9 @@ def recognise(text: str) -> Source:
         raise ExportError(f"{text!r} cannot be exported: {error.strerror}") from error
     kind = "gguf" if _begins(path, GGUF_MAGIC) else _ENDINGS.get(path.suffix.lower()) or _by_content(path)
     if kind is None:
-        raise ExportError(f"{text} has an unknown kind; a source is: {_KNOWN}")
+        what = what_is(path)
+        refused = f"cannot be exported: it is {what}" if what else "has an unknown kind"
+        raise ExportError(f"{text} {refused}; a source is: {_KNOWN}")
     if kind == "torchscript" and _is_exported_program(path):
         kind = "exported-program"
     return Source(text, kind, path)
@@ -145,6 +148,8 @@ def _folder(path: Path) -> SourceKind:
         return "saved-model"
     if (path / "config.json").is_file():
         return "transformers"
+    if (what := what_is(path)) is not None:
+        raise ExportError(f"{path} cannot be exported: it is {what}")
     raise ExportError(f"the folder {path} holds neither saved_model.pb (TensorFlow) nor config.json (transformers)")
 
 

@@ -168,6 +168,8 @@ def _text(path: Path, head: bytes) -> str | None:
         return f"a model of OpenVINO (.xml, with its weights in .bin), {_NO_WAY_BACK}"
     if lower.startswith(b"<?xml"):
         return "XML, not a model"
+    if path.name == "plan.json" and b'"format_version"' in text:
+        return f"the plan.json of a plan directory. Run the plan: onnxsplit run {shlex.quote(str(path.parent))}"
     if text.startswith((b"{", b"[")):
         return next(what for keys, what in _JSON if any(key in text for key in keys))
     if b"<" in text and b"ir_version" in text and b"=>" in text:
@@ -201,7 +203,12 @@ def _folder(path: Path) -> str | None:
     """What to do with a folder."""
     names = {entry.name for entry in path.iterdir()}
     if "plan.json" in names:
-        return "a plan directory: the model has been cut already. Run it: onnxsplit run, or onnxsplit serve"
+        plan = shlex.quote(str(path))
+        return (
+            "a plan directory: the model has been cut already. "
+            f"Run it: onnxsplit run {plan}, or onnxsplit serve {plan}. "
+            f"Compare it with its model: onnxsplit verify {plan} MODEL"
+        )
     if "saved_model.pb" in names:
         return f"a SavedModel of TensorFlow. {_export_folder(path)}"
     if "Manifest.json" in names and path.suffix == ".mlpackage":

@@ -20,6 +20,7 @@ equal, and at the plan's levels they may differ in at most twice as many element
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -36,13 +37,22 @@ from onnxsplit.model.precision import computed_types
 from onnxsplit.model.shapes import infer_shapes
 from onnxsplit.model.source import SourceModel
 from onnxsplit.npz import load_npz
-from onnxsplit.plan import Level, Plan
+from onnxsplit.plan import PLAN_FILE, Level, Plan
 from onnxsplit.plan_files import default_files, example_file, load_plan
 from onnxsplit.providers import CPU, parse_provider, provider_problem
 from onnxsplit.session import Session, open_session
 from onnxsplit.stages.chain import StageFile, StageOnProvider, run_chain
 from onnxsplit.stages.comparison import Comparison, compared
 from onnxsplit.tensors import Array, check_inputs, numpy_dtype
+
+
+def _check_order(folder: Path, model: ModelLike) -> None:
+    """Refuse a model and a plan that were given the other way round."""
+    if isinstance(model, str | Path) and folder.is_file() and (Path(model) / PLAN_FILE).is_file():
+        raise PlanError(
+            f"{folder} is not a plan directory, and {model} is one. Name the plan first: onnxsplit verify "
+            f"{shlex.quote(str(model))} {shlex.quote(str(folder))}"
+        )
 
 
 def verify(
@@ -72,6 +82,7 @@ def verify(
         ModelError, InputError: a stage or the model does not run on the inputs.
     """
     folder = Path(folder)
+    _check_order(folder, model)
     plan = load_plan(folder)
     source = open_any(model)
     name = str(model) if isinstance(model, str | Path) else source.path.name

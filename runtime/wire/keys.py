@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
+from datetime import datetime
 from pathlib import Path
 
 from onnxsplit.errors import InputError
@@ -83,6 +85,28 @@ def is_occupied(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
+def _occupied(folder: Path, nodes: tuple[str, ...] = ()) -> str:
+    """Why no keys are made in a folder: the keys that it holds, since when, and what uses them; and what to do."""
+    owners = sorted(path.parent for path in (*folder.glob("secret.key"), *folder.glob("*/secret.key")))
+    others = folder.with_name(f"{folder.name}-2") if folder.name else folder / "other"
+    make = shlex.join(["onnxsplit", "keys", "new", str(others), *(word for name in nodes for word in ("--node", name))])
+    if not owners:
+        return f"{folder} exists and holds no keys; nothing was touched. Make keys in another folder: {make}"
+    made_s = min((owner / "secret.key").stat().st_mtime for owner in owners)
+    since = datetime.fromtimestamp(made_s).astimezone().isoformat(" ", "minutes")
+    allowed = sorted({file.stem for owner in owners for file in (owner / "allowed").glob("*.key")})
+    using = f"the processes that are started with --keys {owners[0]}"
+    if len(owners) > 1 or owners[0] != folder:
+        using = f"the processes that are started with --keys and one of: {', '.join(map(str, owners))}"
+    if folder == default_folder():
+        using += ", or without --keys, because it is the default folder"
+    peers = f" They allow {', '.join(allowed)} to connect." if allowed else ""
+    return (
+        f"{folder} holds keys since {since}; keys are never overwritten, and nothing was touched. They are used by "
+        f"{using}.{peers} Make others: {make}"
+    )
+
+
 def create(folder: Path) -> None:
     """Make a keys folder with a new key pair and an empty allow-list.
 
@@ -90,7 +114,7 @@ def create(folder: Path) -> None:
         InputError: there is a file or a folder that is not empty.
     """
     if is_occupied(folder):
-        raise InputError(f"{folder} exists; keys are never overwritten. Choose another folder, or remove it first")
+        raise InputError(_occupied(folder))
     pair = new_key_pair()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -117,7 +141,7 @@ def create_for(folder: Path, nodes: tuple[str, ...]) -> list[Path]:
     if "coordinator" in nodes or len(set(nodes)) < len(nodes):
         raise InputError("each node needs a name of its own, other than 'coordinator'")
     if is_occupied(folder):
-        raise InputError(f"{folder} exists; keys are never overwritten. Choose another folder, or remove it first")
+        raise InputError(_occupied(folder, nodes))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     coordinator = folder / "coordinator"
     create(coordinator)

@@ -51,6 +51,14 @@ class Security(msgspec.Struct, frozen=True):
     insecure: bool = False
 
 
+def _with_scheme(address: str) -> str | None:
+    """The address that a text without a scheme stands for: HOST:PORT, or a path; None where it could be neither."""
+    host, _, port = address.rpartition(":")
+    if host and (port == "*" or parse_whole(port, 65535) is not None):
+        return f"tcp://{address}"
+    return f"ipc://{address}" if address.startswith(("/", "./", "../")) else None
+
+
 def check_address(address: str, security: Security | None = None) -> None:
     """Check that an address is well-formed, and that no unencrypted message would leave this host.
 
@@ -69,6 +77,8 @@ def check_address(address: str, security: Security | None = None) -> None:
             raise PipelineError(f"address {shown(address)}: a path must not contain a NUL byte")
         return
     host, _, port = rest.rpartition(":")
+    if "://" not in address and (guess := _with_scheme(address)) is not None:
+        raise PipelineError(f"address {shown(address)} has no scheme; write {guess}")
     if scheme != "tcp" or not host or (port != "*" and parse_whole(port, 65535) is None):
         raise PipelineError(
             f"address {shown(address)}: expected tcp://HOST:PORT, with a port up to 65535, or ipc://PATH"

@@ -173,6 +173,16 @@ def test_keys_are_made_for_the_user_alone_and_never_overwritten(keys, tmp_path):
         create(keys / "a")
     with pytest.raises(InputError, match="never overwritten"):
         create_for(keys, ("c",))
+    with pytest.raises(
+        InputError, match=r"a holds keys since \d{4}-.*--keys \S*/a\. They allow coordinator to connect"
+    ):
+        create(keys / "a")
+    with pytest.raises(InputError, match=r"one of: \S*/a, .*/b, .*Make others: onnxsplit keys new \S*-2 --node c$"):
+        create_for(keys, ("c",))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").touch()
+    with pytest.raises(InputError, match="letters exists and holds no keys; nothing was touched"):
+        create(tmp_path / "letters")
     with pytest.raises(InputError, match="is not a name for a key"):
         create_for(tmp_path / "other", ("../c",))
     with pytest.raises(InputError, match=r"'z' is not allowed .*allowed are: a, b"):
@@ -199,6 +209,7 @@ def test_keys_by_the_command_line(tmp_path, python_environment):
     )
     refused = run("new", tmp_path / "k")
     assert (refused.returncode, "never overwritten" in refused.stderr) == (1, True)
+    assert (tmp_path / "k" / "a" / "secret.key").read_text().strip() == secret
 
 
 @pytest.mark.parametrize("protected", [True, False])

@@ -181,7 +181,7 @@ def test_a_file_and_a_folder_of_nothing_known_are_refused(tmp_path):
     (tmp_path / "b.txt").write_text("hello")
     with pytest.raises(ExportError, match=r"neither saved_model.pb \(TensorFlow\) nor config.json"):
         export(str(tmp_path / "a"), tmp_path / "out.onnx")
-    with pytest.raises(ExportError, match="has an unknown kind"):
+    with pytest.raises(ExportError, match=r"b\.txt cannot be exported: it is text that begins with 'hello'"):
         export(str(tmp_path / "b.txt"), tmp_path / "out.onnx")
     with pytest.raises(ExportError, match=r"the folder .* does not exist"):
         export(str(tmp_path / "b.txt"), tmp_path / "absent" / "out.onnx")
