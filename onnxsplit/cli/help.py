@@ -134,7 +134,8 @@ class ManyValues(click.Command):
             return super().parse_args(ctx, [token for place, token in enumerate(result) if place not in claimed])
         except click.NoSuchOption as error:
             names = [name for one in self.get_params(ctx) if not getattr(one, "hidden", False) for name in one.opts]
-            raise click.NoSuchOption(error.option_name, possibilities=names, ctx=ctx) from error
+            near = get_close_matches(error.option_name, names)
+            raise click.NoSuchOption(error.option_name, possibilities=near, ctx=ctx) from error
 
 
 class CommandGroup(click.Group):
