@@ -41,3 +41,12 @@ def edges(plan: Plan) -> dict[tuple[int, int], int]:
         for target in cut.to_stages:
             found[cut.from_stage, target] = found.get((cut.from_stage, target), 0) + cut.bytes
     return found
+
+
+def stages_by_host(plan: Plan) -> dict[str, list[int]]:
+    """The stages that the plan places on each host, with one entry for each replica; empty if it names no hosts."""
+    found: dict[str, list[int]] = {}
+    for stage in plan.stages:
+        for host in stage.hosts:
+            found.setdefault(host, []).append(stage.index)
+    return found

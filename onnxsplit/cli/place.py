@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 )
 def command(output: Output, *, plan: Path, cluster: Path, out: Path | None, parallel: Parallel) -> None:
     """Move the stages of the plan in DIR to the devices of a cluster, without cutting the model again."""
+    from onnxsplit.plan_summary import stages_by_host
     from onnxsplit.planning.place import place
 
     placed = place(plan, cluster, out=out, parallel=parallel)
@@ -45,5 +46,7 @@ def command(output: Output, *, plan: Path, cluster: Path, out: Path | None, para
         f"\nBottleneck {milliseconds(prediction.bottleneck_ns)} with transfers; no placement of these stages is below "
         f"{milliseconds(prediction.lower_bound_ns)} (gap {percent(prediction.gap)})."
     )
-    output.line(f"Wrote {out or plan}. Next: onnxsplit serve {out or plan}")
+    several = len(stages_by_host(placed)) > 1
+    waiting = " --launcher none --bind tcp://HOST:PORT  (HOST: this host's address)" * several
+    output.line(f"Wrote {out or plan}. Next: onnxsplit serve {out or plan}{waiting}")
     output.result({"plan": out or plan, "summary": placed})

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
+from click.core import ParameterSource
 
 from onnxsplit.cli.help import (
     LANGUAGE_MODELS,
@@ -21,15 +22,13 @@ from onnxsplit.cli.help import (
     OTHER_HOSTS,
     REQUESTS,
     SECURITY,
-    OptionTable,
     add_options,
     under,
 )
 from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.running import keywords, parameter_names, serving_options
+from onnxsplit.cli.serve_options import ACCESS, ADDRESSES, FILE, NODE_SOURCE, OTHER, QUEUE, TEXTS, VERSIONS
 from onnxsplit.cli.settings import different
-from onnxsplit.cli.values import NumberParam, SizeParam
-from onnxsplit.numbers import MOST_SECONDS, MOST_SIZE, parse_whole
 
 if TYPE_CHECKING:
     from runtime.gateway.models.repository import StartPipeline
@@ -38,212 +37,10 @@ if TYPE_CHECKING:
     from runtime.launch.ray import Placement
     from runtime.pipeline import Pipeline
 
-_FILE = click.Path(path_type=Path)
-_MOST_WARMUP = 100_000
-
-
-def _port(context: click.Context, parameter: click.Parameter, text: str) -> int | None:
-    if text.lower() == "off":
-        return None
-    port = parse_whole(text, 65535)
-    if port is None:
-        raise click.BadParameter(f"{text!r} is not a port; allowed: 0 to 65535, or off", context, parameter)
-    return port
-
-
-def _ports(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    numbers = [parse_whole(part.strip(), 65535) for part in text.split(",")]
-    if len(numbers) != 2 or not all(numbers) or numbers[0] == numbers[1]:
-        raise click.BadParameter(f"{text!r} is not two different ports, as 5556,5557", context, parameter)
-    return numbers[0], numbers[1]  # type: ignore[return-value]  # neither is None
-
-
-def _check_warmup(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
-    for word in words:
-        if word.lstrip("-").isdecimal() and parse_whole(word, _MOST_WARMUP) is None:
-            raise click.BadParameter(
-                f"{word} requests are too many or too few; 0 to {_MOST_WARMUP}", context, parameter
-            )
-    return words
-
-
-_ADDRESSES: OptionTable = [
-    (("--host",), {"default": "127.0.0.1", "help": "Name or address to listen on. The default serves this host only."}),
-    (
-        ("--http-port",),
-        {
-            "type": click.IntRange(0, 65535),
-            "default": 8000,
-            "help": "Port of HTTP, the metrics and the page. 0: any free port.",
-        },
-    ),
-    (
-        ("--grpc-port",),
-        {
-            "default": "8001",
-            "callback": _port,
-            "metavar": "N|off",
-            "help": "Port of gRPC. 0: any free port; off: no gRPC.",
-        },
-    ),
-]
-_REQUESTS: OptionTable = [
-    (
-        ("--max-batch",),
-        {
-            "type": click.IntRange(1, MOST_SIZE),
-            "default": 1,
-            "help": "Largest batch, in rows, to join requests into.",
-        },
-    ),
-    (
-        ("--max-delay",),
-        {"type": NumberParam(0, 60_000), "default": 0.0, "help": "Milliseconds a request waits for others to join."},
-    ),
-    (
-        ("--max-queue",),
-        {"type": click.IntRange(1, 1_000_000), "default": 256, "help": "Most requests that wait; more are refused."},
-    ),
-    (
-        ("--priority-levels",),
-        {
-            "type": click.IntRange(1, 1000),
-            "default": 1,
-            "metavar": "N",
-            "help": "Let waiting requests of priority 1 enter first, and those of N last. With 1, all are equal.",
-        },
-    ),
-    (("--max-queue-bytes",), {"type": SizeParam(), "default": "1G", "help": "Most bytes of requests that wait."}),
-    (("--max-body",), {"type": SizeParam(), "default": "256M", "help": "Most bytes of one request."}),
-    (
-        ("--drain",),
-        {
-            "type": NumberParam(0, MOST_SECONDS),
-            "default": 30.0,
-            "help": "Seconds to answer accepted requests after SIGTERM.",
-        },
-    ),
-]
-_MODELS: OptionTable = [
-    (
-        ("--versions",),
-        {"type": click.IntRange(1, 1000), "default": 1, "help": "Number of the newest versions of a model to load."},
-    ),
-    (
-        ("--poll",),
-        {
-            "type": NumberParam(0, MOST_SECONDS),
-            "default": 0.0,
-            "metavar": "SECONDS",
-            "help": "Look so often for plans that were added, replaced or removed, and load or unload them. 0: never.",
-        },
-    ),
-    (
-        ("--response-cache",),
-        {
-            "type": SizeParam(0),
-            "default": "0",
-            "help": "Most bytes of outputs to keep, which answer requests with the same inputs without a run, as 256M. "
-            "For models whose outputs depend on their inputs alone.",
-        },
-    ),
-    (
-        ("--warmup",),
-        {
-            "multiple": True,
-            "metavar": "N|FILE.npz",
-            "callback": _check_warmup,
-            "help": "Requests that each model answers before it is ready: so many with the plan's example inputs, or "
-            "those of a file. Repeatable.",
-        },
-    ),
-]
-_TEXTS: OptionTable = [
-    (
-        ("--served-model-name",),
-        {
-            "multiple": True,
-            "metavar": "NAME",
-            "help": "Name of the only language model for clients of OpenAI's API; may be repeated.",
-        },
-    ),
-    (
-        ("--tool-parser",),
-        {
-            "type": click.Choice(["hermes", "json"]),
-            "help": "How the models write calls of tools: in tags, as Hermes and Qwen, or as JSON, as Llama 3.",
-        },
-    ),
-]
-_OTHER: OptionTable = [
-    (("--otel",), {"is_flag": True, "help": "Send spans to OpenTelemetry; the OTEL_* variables configure it."}),
-]
-_ACCESS: OptionTable = [
-    (
-        ("--tls-cert",),
-        {"type": _FILE, "metavar": "FILE.pem", "help": "Certificate chain. With it, only TLS is served."},
-    ),
-    (("--tls-key",), {"type": _FILE, "metavar": "FILE.pem", "help": "Private key of the certificate."}),
-    (
-        ("--token-file",),
-        {"type": _FILE, "metavar": "FILE", "help": "File with one token on each line. Every request must carry one."},
-    ),
-    (
-        ("--shared-memory",),
-        {
-            "is_flag": False,
-            "flag_value": "",
-            "metavar": "[PREFIX]",
-            "help": "Let clients of this host register this user's shared memory, of names that begin with PREFIX if "
-            "it is given.",
-        },
-    ),
-]
-_NODES: OptionTable = [
-    (
-        ("--launcher",),
-        {
-            "type": click.Choice(["local", "ray", "none"]),
-            "default": "local",
-            "help": "Start nodes on this host or on a Ray cluster, or wait at --bind for nodes started by hand.",
-        },
-    ),
-    (
-        ("--placement",),
-        {
-            "type": click.Choice(["spread", "strict-spread", "pack"]),
-            "default": "spread",
-            "help": "How Ray spreads nodes over hosts.",
-        },
-    ),
-    (
-        ("--elastic",),
-        {
-            "is_flag": True,
-            "help": "With --launcher none: accept more nodes of a stage than the plan has, if they name it with "
-            "--stage.",
-        },
-    ),
-    (("--bind",), {"metavar": "ADDR", "help": "Address for nodes started by hand: tcp://HOST:PORT or ipc://PATH."}),
-    (
-        ("--ports",),
-        {
-            "metavar": "N,N",
-            "callback": _ports,
-            "help": "Ports for results and for stage files, beside that of --bind, for firewalls. Without it: any free "
-            "ones.",
-        },
-    ),
-    (("--keys",), {"type": _FILE, "metavar": "DIR", "help": "Keys that encrypt tcp links to those nodes."}),
-    (("--insecure",), {"is_flag": True, "help": "Allow unencrypted links to nodes on other hosts."}),
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _NodeSource:
-    """Where the nodes come from: the options of ``_NODES``, and the libraries of custom ops."""
+    """Where the nodes come from: the options of ``NODE_SOURCE``, and the libraries of custom ops."""
 
     launcher: str
     placement: Placement
@@ -269,6 +66,21 @@ class _NodeSource:
 
             check_address(self.bind, Security(insecure=True))  # only its form: it is checked again with the keys
 
+    def check_hosts(self, versions: list[Version], *, chosen: bool) -> None:
+        """Refuse to start the nodes of other hosts here, unless the launcher was chosen."""
+        from onnxsplit.errors import InputError
+        from onnxsplit.plan_summary import stages_by_host
+
+        for version in versions if self.launcher == "local" and not chosen else ():
+            hosts = stages_by_host(version.plan)
+            if len(hosts) > 1:
+                placed = "; ".join(f"{host}: {_stages(stages)}" for host, stages in hosts.items())
+                raise InputError(
+                    f"the stages of {version.folder} are placed on several hosts ({placed}). To wait for nodes there: "
+                    "--launcher none --bind tcp://HOST:PORT, with HOST this host's address; with Ray: --launcher ray; "
+                    "to start all of them here: --launcher local"
+                )
+
     def starter(self, output: Output, versions: list[Version], options: dict[str, Any]) -> StartPipeline:
         """Return a function that starts a plan's pipeline with ``options`` for :class:`~runtime.options.RunOptions`."""
         from onnxsplit.custom_ops import check_wanted, find_libraries, needed_libraries
@@ -289,11 +101,20 @@ class _NodeSource:
         return start
 
     def _listen(self, output: Output, folder: Path, abandoned: Callable[[], bool], options: dict[str, Any]) -> Pipeline:
+        from onnxsplit.plan_files import load_plan
+        from onnxsplit.plan_summary import stages_by_host
         from runtime import Pipeline
 
         assert self.bind is not None
         keys = "" if self.keys is None else " --keys FOLDER"
-        output.note(f"waiting for nodes: onnxsplit node --connect {self.bind}{keys}")
+        command = f"onnxsplit node --connect {self.bind}{keys}"
+        hosts = stages_by_host(load_plan(folder))
+        if len(hosts) > 1:
+            output.note("waiting for nodes:")
+            for host, stages in hosts.items():
+                output.note(f"  on {host}, {_stages(stages)}: {command} --host {host}")
+        else:
+            output.note(f"waiting for nodes: {command}")
         return Pipeline.listen(
             folder,
             bind=self.bind,
@@ -318,22 +139,22 @@ class _NodeSource:
 
 
 @make_command
-@click.argument("plans", type=_FILE, metavar="DIR...", nargs=-1, required=True)
-@add_options(under(NETWORK, _ADDRESSES))
+@click.argument("plans", type=FILE, metavar="DIR...", nargs=-1, required=True)
+@add_options(under(NETWORK, ADDRESSES))
 @serving_options
-@add_options([*under(REQUESTS, _REQUESTS), *under(MODELS, _MODELS), *under(LANGUAGE_MODELS, _TEXTS), *_OTHER])
-@add_options(under(SECURITY, _ACCESS))
-@add_options(under(OTHER_HOSTS, _NODES))
+@add_options([*under(REQUESTS, QUEUE), *under(MODELS, VERSIONS), *under(LANGUAGE_MODELS, TEXTS), *OTHER])
+@add_options(under(SECURITY, ACCESS))
+@add_options(under(OTHER_HOSTS, NODE_SOURCE))
 def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
     """Serve the plans in DIR... to clients of the Open Inference Protocol (KServe v2, Triton), until SIGTERM.
 
     A folder of numbered folders is one model with these versions. After SIGTERM, accepted requests are answered before
     the server stops.
     """
-    gateway = {
-        name: values.pop(name) for name in parameter_names(_ADDRESSES, _REQUESTS, _MODELS, _TEXTS, _OTHER, _ACCESS)
-    }
-    nodes = _NodeSource(**{name: values.pop(name) for name in parameter_names(_NODES)}, custom_ops=values["custom_ops"])
+    gateway = {name: values.pop(name) for name in parameter_names(ADDRESSES, QUEUE, VERSIONS, TEXTS, OTHER, ACCESS)}
+    nodes = _NodeSource(
+        **{name: values.pop(name) for name in parameter_names(NODE_SOURCE)}, custom_ops=values["custom_ops"]
+    )
     nodes.check(plans)
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # nodes are started by exec, not by fork
     try:
@@ -356,6 +177,8 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
     if gateway["max_batch"] > 1 and options["micro_batch"] is None:
         options["micro_batch"] = gateway["max_batch"]
     versions = [] if gateway["poll"] and is_empty(plans) else find_versions(plans)
+    source = click.get_current_context().get_parameter_source("launcher")
+    nodes.check_hosts(versions, chosen=source is not ParameterSource.DEFAULT)
     if len(versions) > 1:
         _share_host(options, versions)
     serve(
@@ -367,6 +190,10 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
         ),
         progress=output.say,
     )
+
+
+def _stages(stages: Sequence[int]) -> str:
+    return f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}"
 
 
 def _serve_options(

@@ -530,6 +530,31 @@ def test_nodes_started_by_hand_can_be_waited_for(chain_plan, python_environment,
 # The end
 
 
+def test_a_plan_for_several_hosts_is_not_silently_served_by_one(chain_plan, python_environment, tmp_path):
+    from onnxsplit.planning.place import place
+
+    (tmp_path / "cluster.toml").write_text(
+        "".join(f'[[device]]\nname = "{name}"\nhost = "{name}"\n' for name in ("edge-1", "edge-2"))
+    )
+    place(chain_plan, tmp_path / "cluster.toml", out=tmp_path / "placed.plan")
+    status, errors = start(python_environment, tmp_path / "placed.plan")
+    assert status == 1
+    assert re.search(r"placed on several hosts \(edge-.: stage .; edge-.: stage .\)", errors), errors
+    assert "node starts" not in errors
+    with Served(tmp_path / "placed.plan", "--launcher", "local", environment=python_environment) as server:
+        assert len(nodes(server)) == 2
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "onnxsplit", "serve", str(tmp_path / "placed.plan"), "--launcher", "none",
+         "--bind", f"ipc://{tmp_path}/here", "--http-port", "0", "--grpc-port", "off"],
+        env=python_environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = {host: next(line for line in process.stderr if f"on {host}" in line) for host in ("edge-1", "edge-2")}
+    assert all(f"onnxsplit node --connect ipc://{tmp_path}/here --host {host}" in said[host] for host in said)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
 def test_no_other_ports_are_opened_than_those_that_were_named(chain_plan, python_environment):
     named = [ports.free_port() for _ in range(7)]
     control, results, files, first, second, http, grpc = named
