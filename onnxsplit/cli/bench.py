@@ -117,7 +117,7 @@ def command(
     if reason:
         report = msgspec.structs.replace(report, without_whole=reason)
     _show(output, report, slice_seconds)
-    output.line(f'Next: run it from Python with runtime.Pipeline.launch("{plan}")')
+    output.line(f'Next: run it from Python with onnxsplit.Pipeline.launch("{plan}")')
     output.result({"bench": report})
 
 

@@ -247,7 +247,7 @@ _TRACING: OptionTable = [
 
 
 def keywords(output: Output, running: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords for :meth:`runtime.Pipeline.launch`."""
+    """The keywords for :meth:`onnxsplit.Pipeline.launch`."""
     if running.get("trace_ops") and running["trace"] is None:
         raise click.UsageError("--trace-ops adds to a timeline; name its file with --trace FILE.json")
     from onnxsplit.files import check_outputs

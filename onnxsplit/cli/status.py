@@ -56,7 +56,7 @@ def command(output: Output, *, pid: int | None, once: bool, every: float) -> Non
         time.sleep(_BETWEEN_S)
     now = _snapshots(pid)
     if not now:
-        output.line("No pipeline is running on this host. Start one with: onnxsplit run DIR, or runtime.Pipeline.")
+        output.line("No pipeline is running on this host. Start one with: onnxsplit run DIR, or onnxsplit.Pipeline.")
     elif not output.as_json:
         from onnxsplit.cli.tables import table_console
 
