@@ -1,4 +1,5 @@
 # Each target works from nothing on a machine with Python 3.11 or newer and a network.
+#   make docs     write the documentation as a site to build/site
 #   make demo     read a picture with a model cut in two              make check    format, lint, types
 #   make chat     two processes answer a question, and the answer goes on when one of them is killed
 #   make test     the tests, about 20 minutes on two cores            make bench    list the benchmarks; BENCH=FOLDER/FILE runs one
@@ -12,7 +13,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 3
-EXTRAS ?= cpu,demo,deploy,lightgbm,otel,ray,serve,simplify,sklearn,test,transformers
+EXTRAS ?= cpu,demo,deploy,docs,lightgbm,otel,ray,serve,simplify,sklearn,test,transformers
 ALL_FRAMEWORKS := cpu,catboost,jax,lightgbm,simplify,sklearn,tensorflow,test,transformers,xgboost
 BIN := $(VENV)/bin
 LOWEST_PYTHON ?= python3.11
@@ -20,7 +21,7 @@ LOWEST_PYTHON ?= python3.11
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: demo chat test test-all test-export test-lowest test-newest check bench soak clean
+.PHONY: demo chat docs test test-all test-export test-lowest test-newest check bench soak clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -40,6 +41,10 @@ demo: $(VENV)/demo.stamp
 
 chat: $(VENV)/demo.stamp
 	$(BIN)/python models/chat.py
+
+docs: | $(BIN)/python
+	$(PIP) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 test: $(VENV)/test.stamp
 	$(PYTEST)

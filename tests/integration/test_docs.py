@@ -1,18 +1,24 @@
-"""The examples of docs/python.md run as they stand, in their order, in a clean folder."""
+"""The pages of the documentation: their examples run as they stand, and the site is built from them."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
 
-import build
 import pages
 import ports
 import pytest
 from waiting import wait_until
+
+import build
+import onnxsplit
 
 PAGE = (pages.ROOT / "docs" / "python.md").read_text()
 
@@ -43,7 +49,7 @@ def test_the_service_with_fastapi_answers(folder, python_environment):
     from onnxsplit import partition
 
     partition(folder / "model.onnx", stages=2, out=folder / "model.plan", costs="analytic")
-    (code,) = [block for kind, block in pages.blocks(PAGE) if kind == "python file=app.py"]
+    (code,) = [block for kind, block in pages.blocks(PAGE) if kind == 'python title="app.py"']
     (folder / "app.py").write_text(code)
     port = ports.free_port()
     server = subprocess.Popen(
@@ -59,6 +65,40 @@ def test_the_service_with_fastapi_answers(folder, python_environment):
     finally:
         server.terminate()
         assert server.wait(60) in (0, -15)
+
+
+@pytest.mark.timeout(600)
+def test_the_tutorial_works_in_a_clean_folder(tmp_path, python_environment):
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    from reader import Reader
+
+    blocks = pages.blocks((pages.ROOT / "docs" / "tutorial.md").read_text())
+    assert {kind for kind, _ in blocks} == {"console", "python", 'python title="make_model.py"'}
+    with ExitStack() as opened:
+        reader = Reader(tmp_path, {**python_environment, "ONNXSPLIT_PARTITION_ROUNDS": "1"}, opened)
+        for kind, block in blocks:
+            reader.follow(kind, block)
+        assert reader.addresses, "the tutorial starts no server"
+
+
+def test_the_site_has_every_page_and_every_public_name(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    pytest.importorskip("mkdocstrings", reason="needs the extra docs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=pages.ROOT, capture_output=True, text=True, check=False, timeout=280,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = {path.relative_to(tmp_path).with_suffix("") for path in tmp_path.rglob("*.html")}
+    sources = {path.relative_to(pages.ROOT / "docs").with_suffix("") for path in pages.ROOT.glob("docs/**/*.md")}
+    assert sources <= written
+    navigation = (tmp_path / "index.html").read_text()
+    assert all(f'href="{source}.html"' in navigation for source in sources - {Path("index")}), "a page is in no menu"
+    api = (tmp_path / "api.html").read_text()
+    for name in set(onnxsplit.__all__) - {"__version__"}:
+        assert re.search(rf'id="[\w.]*\b{name}"', api), f"{name} is not in the reference"
+    assert "https://fonts" not in navigation, "the site fetches nothing"
 
 
 def asked(port: int, body: object) -> tuple[int, dict] | None:

@@ -57,7 +57,7 @@ def test_an_example_runs_as_it_stands(title, tmp_path, python_environment):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    for name, code in re.findall(r"```python(?: file=(\S+))?\n(.*?)```", section(title), re.DOTALL):
+    for name, code in re.findall(r'```python(?: title="(\S+)")?\n(.*?)```', section(title), re.DOTALL):
         if name:
             (tmp_path / name).write_text(code)
         else:
