@@ -85,6 +85,10 @@ def path_option(*names: str, metavar: str, **settings: Any) -> Callable[[Command
 class ManyValues(click.Command):
     """A command whose repeatable options also take several values at once: ``--dim a=1 b=2``."""
 
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  the same in every context
+        """The names of the option for help. click keeps that of the first context which asks for it."""
+        return ["-h", "--help"]
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under the headings of their sections; those without one come last."""
         sections: dict[str, list[tuple[str, str]]] = {}
